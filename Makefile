@@ -1,0 +1,38 @@
+# Every target does the set-up that it needs. Variables:
+#   PYTHON=/path/to/python   the interpreter for .venv (3.10 to 3.13; default: python3)
+#   ARGS='-k name -x'        passed on to pytest, or to `engines demo`, or to the resolver of `make lock`
+
+BIN := .venv/bin
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format lock clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
+
+setup: ## make .venv ready (all other targets do it by themselves)
+	@scripts/setup.sh
+
+demo: setup ## two ranks serve a real checkpoint, two others load it, one dies
+	@$(BIN)/engines demo $(ARGS)
+
+test: lint ## lint, then all tests
+	$(BIN)/pytest $(ARGS)
+
+lint: setup ## ruff, mypy --strict, import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: setup ## let ruff format and fix
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+lock: ## resolve constraints.txt anew from pyproject.toml
+	@scripts/setup.sh lock $(ARGS)
+
+clean: ## remove .venv and what tools and builds left
+	rm -rf .venv .venv.lock build dist .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find registry loader cli tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,31 @@
+"""`engines evict`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from cli.commands.show import chosen
+from cli.exits import Exit
+from cli.options import etcd_options, instance_argument, rank_option
+from registry import Registry
+
+
+@click.command("evict")
+@instance_argument
+@rank_option(required=False, help="This rank only; without it all ranks of the instance.")
+@etcd_options
+def command(connect: Callable[[], Registry], instance: str, rank: int | None) -> int:
+    """Take an instance, or one rank, out of the registry.
+
+    The processes go on, but are told that they are evicted, and do not come back by themselves. A rank that changes at the very
+    moment is left alone, and the exit code is 1.
+    """
+    with connect() as registry:
+        records = chosen(registry.instance(instance), rank)
+        evicted = [registry.evict(record) for record in records]
+    for record, done in zip(records, evicted, strict=True):
+        name = f"{record.instance}/{record.rank}"
+        click.echo(f"evicted {name} ({record.holder})" if done else f"{name} has changed meanwhile and was left: try again")
+    return Exit.DONE if all(evicted) else Exit.FAILED

@@ -1,0 +1,95 @@
+"""`engines load`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
+
+from cli.options import engine_log, etcd_options, instance_argument, json_option, rank_option
+from cli.output import print_json, size
+from registry import Registry
+from registry.errors import InvalidField
+
+if TYPE_CHECKING:
+    from loader import Progress
+
+
+@click.command("load")
+@instance_argument
+@rank_option(required=True, help="Which rank's weights to copy.")
+@click.option("--out", type=click.Path(file_okay=False), help="Write them to DIR/rank-R.safetensors; without it, only copy.")
+@click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
+@click.option("--wait", type=click.FloatRange(min=0), default=60.0, show_default=True, metavar="S",
+              help="How long to wait for all ranks of the instance.")  # fmt: skip
+@click.option("--host", help="Address of this machine. Default: the one that etcd sees.")
+@click.option("--protocol", default="tcp", show_default=True, help="tcp, rdma or nvlink_intra.")
+@json_option
+@etcd_options
+def command(
+    connect: Callable[[], Registry],
+    instance: str,
+    rank: int,
+    out: str | None,
+    force: bool,
+    wait: float,
+    host: str | None,
+    protocol: str,
+    as_json: bool,
+) -> None:
+    """Copy the weights of one rank of INSTANCE from its memory into this process, and into a safetensors file."""
+    path = Path(out) / f"rank-{rank}.safetensors" if out else None
+    if path is not None and path.exists() and not force:
+        raise InvalidField(f"{path} is there already: choose another --out, or --force", field="out")
+    with connect() as registry, engine_log():
+        records = registry.resolve(instance, wait)
+        if rank >= len(records):
+            raise InvalidField(f"rank {rank} is not one of {instance!r}: its ranks are 0 to {len(records) - 1}", field="rank")
+        from loader import MooncakeEngine, load
+        from loader.files import allocate_like, write_weights
+
+        tensors = allocate_like(registry.manifest(records[rank]))
+        with (
+            MooncakeEngine(host or registry.local_address(), protocol) as engine,
+            _bar(f"{instance}/{rank}") as on_progress,
+        ):
+            report = load(registry, engine, instance, rank=rank, tensors=tensors, timeout_s=wait, progress=on_progress)
+        if path is not None:
+            write_weights(tensors, path)
+    if as_json:
+        print_json(
+            {
+                "instance": report.instance,
+                "rank": report.rank,
+                "version": report.version,
+                "protocol": report.protocol,
+                "tensors": report.tensors,
+                "nbytes": report.nbytes,
+                "reads": report.reads,
+                "retries": report.retries,
+                "seconds": round(report.seconds, 6),
+                "transfer_s": round(report.transfer_s, 6),
+                "file": str(path) if path else None,
+            }
+        )
+        return
+    click.echo(
+        f"loaded {instance}/{rank} version {report.version}: {report.tensors:,} tensors, {size(report.nbytes)} in "
+        f"{report.seconds:.2f} s ({report.gb_per_s:.2f} GB/s over {report.protocol}){f' → {path}' if path else ''}"
+    )
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Callable[[Progress], None]]:
+    console = Console(file=sys.stderr)
+    columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda progress: bar.update(task, completed=progress.nbytes, total=progress.total_nbytes)

@@ -1,0 +1,124 @@
+"""`engines register`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import click
+
+from cli.options import engine_log, etcd_options, instance_argument, rank_option
+from cli.output import size
+from registry import ModelIdentity, RegistrationState, Registry
+from registry.errors import InvalidField
+from registry.keys import check_instance, check_rank
+
+
+@click.command("register")
+@instance_argument
+@rank_option(required=True, help="World rank of this process, from 0.")
+@click.option("--world-size", type=click.IntRange(min=1), required=True, help="Ranks of the instance, over all parallel axes.")
+@click.option("--weights", "paths", type=click.Path(), multiple=True, required=True, metavar="FILE_OR_DIR",
+              help="Safetensors file, or folder of them; may be given several times.")  # fmt: skip
+@click.option("--host", help="Address of this machine that loaders can reach. Default: the one that etcd sees.")
+@click.option("--protocol", default="tcp", show_default=True, help="tcp, rdma or nvlink_intra.")
+@click.option("--model", help="Model name. Default: the instance's name.")
+@click.option("--revision", default="", help="Model revision.")
+@click.option("--version", type=click.IntRange(min=0), default=0, show_default=True, help="Version of the weights.")
+@click.option("--generation", help="Id of this launch; ranks of different launches do not mix.")
+@click.option("--topology", multiple=True, metavar="AXIS=INDEX/SIZE", help="Place on a parallel axis, such as tp=0/2.")
+@click.option("--ttl", type=click.FloatRange(min=2), default=10.0, show_default=True, metavar="S",
+              help="How long the rank stays listed after its whole host is lost.")  # fmt: skip
+@click.option("--until-eof", is_flag=True, help="Also end when standard input closes, as when a parent process dies.")
+@etcd_options
+def command(
+    connect: Callable[[], Registry],
+    instance: str,
+    rank: int,
+    world_size: int,
+    paths: tuple[str, ...],
+    host: str | None,
+    protocol: str,
+    model: str | None,
+    revision: str,
+    version: int,
+    generation: str | None,
+    topology: tuple[str, ...],
+    ttl: float,
+    until_eof: bool,
+) -> None:
+    """Serve safetensors files from memory as one rank of INSTANCE, until Ctrl-C or SIGTERM; then withdraw.
+
+    The transfer engine listens on all interfaces, and lets every peer that reaches it read and write the weights: use it on
+    trusted networks only.
+    """
+    check_instance(instance)
+    check_rank(rank, world_size)
+    places = dict(map(_parse_place, topology))
+    with connect() as registry, engine_log():
+        from loader import MooncakeEngine, publish
+        from loader.files import read_weights
+
+        tensors = read_weights(paths)
+        ended = _Ended(until_eof)
+        with (
+            MooncakeEngine(host or registry.local_address(), protocol) as engine,
+            publish(
+                registry,
+                engine,
+                instance=instance,
+                rank=rank,
+                world_size=world_size,
+                tensors=tensors,
+                model=ModelIdentity(model or instance, revision),
+                topology=places,
+                generation=generation,
+                version=version,
+                ttl_s=ttl,
+                on_state=ended.on_state,
+            ) as publication,
+        ):
+            record = publication.record
+            click.echo(
+                f"registered {instance}/{rank} of {world_size}: {record.manifest.tensors:,} tensors, "
+                f"{size(record.manifest.nbytes)}, at {record.session_id} ({record.protocol}); Ctrl-C withdraws"
+            )
+            ended.wait()
+            lost = publication.registration.lost
+        if lost is not None:
+            raise lost
+        click.echo(f"withdrew {instance}/{rank}")
+
+
+class _Ended:
+    """Set by a signal, by the end of standard input, or when the registration is lost."""
+
+    def __init__(self, until_eof: bool) -> None:
+        self._event = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self._event.set())
+        if until_eof:
+            threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        self._event.set()
+
+    def on_state(self, state: RegistrationState, why: str) -> None:
+        if state is RegistrationState.LOST:
+            self._event.set()
+
+    def wait(self) -> None:
+        self._event.wait()
+
+
+def _parse_place(text: str) -> tuple[str, tuple[int, int]]:
+    axis, _, place = text.partition("=")
+    index, _, whole = place.partition("/")
+    if not axis or not index.isdigit() or not whole.isdigit():
+        raise InvalidField(f"topology {text!r} is not valid: use AXIS=INDEX/SIZE, such as tp=0/2", field="topology")
+    return axis, (int(index), int(whole))

@@ -1,0 +1,130 @@
+"""Options that commands share, and what is made of them. The only place that reads the environment."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from registry import Registry
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+PASSWORD_VARIABLE = "ENGINES_ETCD_PASSWORD"  # noqa: S105  the variable's name, not a password
+
+_debug = False
+
+
+def debugging() -> bool:
+    return _debug
+
+
+def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    global _debug
+    _debug = _debug or value
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_debug,
+    help="Show tracebacks and the transfer engine's log.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON: one object, or one line an event.")
+instance_argument = click.argument("instance")
+
+
+def rank_option(required: bool, help: str) -> Callable[[Command], Command]:
+    return click.option("--rank", type=click.IntRange(min=0), required=required, help=help)
+
+
+def etcd_options(command: Command) -> Command:
+    """Adds the options that say how to reach etcd; the command gets `connect`, which makes a Registry of them."""
+
+    @functools.wraps(command)
+    def wrapped(**kwargs: Any) -> Any:
+        etcd = {name: kwargs.pop(name) for name in ("etcd", "namespace", "cacert", "cert", "key", "user", "timeout")}
+        return command(connect=functools.partial(_connect, etcd), **kwargs)
+
+    options = [
+        click.option(
+            "--etcd", metavar="HOST:PORT[,…]", default="127.0.0.1:2379", envvar="ENGINES_ETCD", show_default=True,
+            show_envvar=True, help="Where etcd is; several endpoints of one cluster with commas.",
+        ),
+        click.option("--namespace", default="", metavar="PREFIX", help="Put before every key in etcd."),
+        click.option("--cacert", type=click.Path(), help="CA of etcd's certificate (turns TLS on)."),
+        click.option("--cert", type=click.Path(), help="Client certificate."),
+        click.option("--key", type=click.Path(), help="Key of the client certificate."),
+        click.option("--user", help=f"etcd user; the password comes from {PASSWORD_VARIABLE} or a prompt."),
+        click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True,
+                     metavar="S", help="Seconds that one call to etcd may take."),
+        debug_option,
+    ]  # fmt: skip
+    decorated: Any = wrapped
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
+
+
+def _connect(etcd: dict[str, Any]) -> Registry:
+    from registry import Registry
+
+    return Registry.connect(
+        etcd["etcd"],
+        namespace=etcd["namespace"],
+        timeout_s=etcd["timeout"],
+        cacert=etcd["cacert"],
+        cert=etcd["cert"],
+        key=etcd["key"],
+        user=etcd["user"],
+        password=_password(etcd["user"]),
+    )
+
+
+def _password(user: str | None) -> str | None:
+    if user is None:
+        return None
+    if PASSWORD_VARIABLE in os.environ:
+        return os.environ[PASSWORD_VARIABLE]
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"--user needs a password: set {PASSWORD_VARIABLE}")
+    return str(click.prompt(f"etcd password of {user}", hide_input=True, err=True))
+
+
+@contextmanager
+def engine_log() -> Iterator[None]:
+    """Keeps what the transfer engine's C++ code writes to stderr off the user's terminal, unless --debug is given.
+
+    Our own messages go on: `sys.stderr` is moved to a copy of the descriptor.
+    """
+    if debugging():
+        yield
+        return
+    sys.stderr.flush()
+    ours = sys.stderr
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere, os.fdopen(kept, "w", buffering=1, closefd=False) as copy:
+        os.dup2(nowhere.fileno(), 2)
+        _redirect_logging(ours, copy)
+        sys.stderr = copy
+        try:
+            yield
+        finally:
+            sys.stderr = ours
+            _redirect_logging(copy, ours)
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _redirect_logging(old: Any, new: Any) -> None:
+    import logging
+
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+            handler.setStream(new)

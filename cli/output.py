@@ -1,0 +1,209 @@
+"""What the commands print: JSON objects that stay stable, tables for people, sizes with units."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from registry import (
+    Event,
+    InstanceDegraded,
+    InstanceGone,
+    InstanceReady,
+    InstanceStatus,
+    Manifest,
+    RankJoined,
+    RankLost,
+    RankRecord,
+    RankUpdated,
+)
+from registry.resolver import spans
+
+
+def print_json(data: Any) -> None:
+    click.echo(json.dumps(data, separators=(",", ":"), ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Full width where the output is not a terminal, so that nothing is cut that a script may read."""
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(table, width=None if console.is_terminal else 10_000, soft_wrap=not console.is_terminal)
+
+
+def size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def instance_json(status: InstanceStatus) -> dict[str, Any]:
+    return {
+        "instance": status.instance,
+        "state": status.state.value,
+        "world_size": status.world_size,
+        "present": [record.rank for record in status.records],
+        "missing": list(status.missing),
+        "problems": list(status.problems),
+        "model": model_json(status.records[0]) if status.records else None,
+        "generation": status.records[0].generation if status.records else None,
+        "version": status.version,
+        "nbytes": status.nbytes,
+    }
+
+
+def model_json(record: RankRecord) -> dict[str, Any]:
+    model = record.model
+    return {
+        "name": model.name,
+        "revision": model.revision,
+        "dtype": model.dtype,
+        "quantization": model.quantization,
+        "extra": dict(model.extra),
+    }
+
+
+def rank_json(record: RankRecord) -> dict[str, Any]:
+    return {
+        "instance": record.instance,
+        "rank": record.rank,
+        "world_size": record.world_size,
+        "state": record.state.value,
+        "version": record.version,
+        "generation": record.generation,
+        "topology": {axis: list(place) for axis, place in record.topology.items()},
+        "model": model_json(record),
+        "host": record.host,
+        "pid": record.pid,
+        "device": record.device,
+        "session_id": record.session_id,
+        "protocol": record.protocol,
+        "fabric": record.fabric,
+        "tensors": record.manifest.tensors,
+        "nbytes": record.manifest.nbytes,
+        "registered_at": record.registered_at,
+        "incarnation": record.incarnation,
+    }
+
+
+def tensors_json(manifest: Manifest) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": entry.name,
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "nbytes": entry.nbytes,
+            "addr": entry.addr,
+            "global_shape": None if entry.opaque else list(entry.global_shape),
+            "offsets": None if entry.opaque else list(entry.offsets),
+        }
+        for entry in manifest.tensors
+    ]
+
+
+_RANK_EVENTS = {RankJoined: "rank_joined", RankUpdated: "rank_updated", RankLost: "rank_lost"}
+_INSTANCE_EVENTS = {
+    InstanceReady: "instance_ready",
+    InstanceDegraded: "instance_degraded",
+    InstanceGone: "instance_gone",
+}
+
+
+def event_json(event: Event) -> dict[str, Any]:
+    if isinstance(event, InstanceReady | InstanceDegraded | InstanceGone):
+        return {"event": _INSTANCE_EVENTS[type(event)], **instance_json(event.status)}
+    reason = {"reason": event.reason} if isinstance(event, RankLost) else {}
+    return {"event": _RANK_EVENTS[type(event)], **reason, **rank_json(event.record)}
+
+
+def event_text(event: Event) -> str:
+    if isinstance(event, InstanceReady):
+        status = event.status
+        return f"{status.instance} ready: {status.world_size} ranks, {size(status.nbytes)}, version {status.version}"
+    if isinstance(event, InstanceDegraded):
+        return f"{event.status.instance} degraded: {event.status.summary}"
+    if isinstance(event, InstanceGone):
+        return f"{event.status.instance} gone"
+    record = event.record
+    name = f"{record.instance}/{record.rank}"
+    if isinstance(event, RankLost):
+        return f"{name} lost: {event.reason} (host {record.host}, pid {record.pid})"
+    if isinstance(event, RankUpdated):
+        return f"{name} updated: {record.state.value}, version {record.version}"
+    return f"{name} joined: {record.state.value}, {size(record.manifest.nbytes)}, {record.session_id} {record.protocol}"
+
+
+def instance_row(status: InstanceStatus) -> list[str]:
+    version = "differs" if status.records and status.version is None else "-" if status.version is None else str(status.version)
+    return [
+        status.instance,
+        status.state.value,
+        f"{len(status.records)}/{status.world_size or '?'}",
+        str(status.model or "-"),
+        version,
+        size(status.nbytes),
+        status.summary,
+    ]
+
+
+INSTANCE_COLUMNS = ("INSTANCE", "STATE", "RANKS", "MODEL", "VERSION", "SIZE", "WHY NOT READY")
+RANK_COLUMNS = ("RANK", "STATE", "VERSION", "HOST", "PID", "DEVICE", "SESSION", "PROTOCOL", "TENSORS", "SIZE", "SINCE")
+TENSOR_COLUMNS = ("TENSOR", "DTYPE", "SHAPE", "SIZE", "BOX")
+
+
+def rank_row(record: RankRecord) -> list[str]:
+    return [
+        str(record.rank),
+        record.state.value,
+        str(record.version),
+        record.host,
+        str(record.pid),
+        record.device,
+        record.session_id,
+        record.protocol,
+        f"{record.manifest.tensors:,}",
+        size(record.manifest.nbytes),
+        record.registered_at,
+    ]
+
+
+def tensor_rows(manifest: Manifest) -> list[list[str]]:
+    return [
+        [
+            entry.name,
+            entry.dtype,
+            str(list(entry.shape)),
+            size(entry.nbytes),
+            "-" if entry.opaque else f"{list(entry.offsets)} of {list(entry.global_shape)}",
+        ]
+        for entry in manifest.tensors
+    ]
+
+
+__all__ = [
+    "INSTANCE_COLUMNS",
+    "RANK_COLUMNS",
+    "TENSOR_COLUMNS",
+    "event_json",
+    "event_text",
+    "instance_json",
+    "instance_row",
+    "print_json",
+    "print_table",
+    "rank_json",
+    "rank_row",
+    "size",
+    "spans",
+    "tensor_rows",
+    "tensors_json",
+]

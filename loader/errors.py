@@ -1,0 +1,65 @@
+"""Every error that `loader` raises on purpose, beside those of `registry`.
+
+LoaderError
+├── EngineUnavailable    the transfer engine cannot be imported or started: says what to install
+├── EngineFailed         the transfer engine refused a local request, such as registering memory
+├── ReadFailed           a peer's memory could not be read
+├── TensorsUnusable      tensors that cannot be registered or filled as they are
+├── WeightsFileInvalid   a file cannot be read as safetensors, or not be written
+├── WeightsMismatch      source and destination differ in names, shapes, dtypes or boxes; nothing was read
+├── SourceLost           the source went away before all was read and checked
+└── TornRead             the source's weights changed while they were read, in every try
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_LISTED = 10
+
+
+class LoaderError(Exception):
+    """What happened, to which tensor or peer, and what to do; `details` holds the same as JSON-able values."""
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class EngineUnavailable(LoaderError):
+    pass
+
+
+class EngineFailed(LoaderError):
+    pass
+
+
+class ReadFailed(LoaderError):
+    pass
+
+
+class TensorsUnusable(LoaderError):
+    pass
+
+
+class WeightsFileInvalid(LoaderError):
+    pass
+
+
+class WeightsMismatch(LoaderError):
+    pass
+
+
+class SourceLost(LoaderError):
+    pass
+
+
+class TornRead(LoaderError):
+    pass
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Problems in one line, cut to what a person reads; `details["problems"]` has all."""
+    more = f"; … and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+    return "; ".join(problems[:_LISTED]) + more

@@ -1,0 +1,143 @@
+"""Makes a rank's weights readable: registers their memory, writes the header, and only then the record.
+
+Leaving goes the other way round: out of the registry first, then the header is erased, then the memory is given back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+
+import torch
+
+from loader.engine import Engine
+from loader.errors import LoaderError
+from loader.regions import Shard, describe
+from loader.verify import Header, HeaderCell
+from registry import ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
+from registry.errors import RegistrationLost
+from registry.session import OnState
+
+log = logging.getLogger(__name__)
+
+
+class Publication:
+    """A rank's weights while peers may read them. Holds the tensors, so their memory stays as long as it is offered."""
+
+    def __init__(
+        self, registration: Registration, header: HeaderCell, tensors: Mapping[str, torch.Tensor], undo: ExitStack
+    ) -> None:
+        self._registration = registration
+        self._header = header
+        self._tensors = tensors
+        self._undo = undo
+        self._updating = threading.Lock()
+        self._closed = False
+
+    @property
+    def record(self) -> RankRecord:
+        return self._registration.record
+
+    @property
+    def state(self) -> RegistrationState:
+        return self._registration.state
+
+    @property
+    def registration(self) -> Registration:
+        return self._registration
+
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        """Change the weights in place inside this block. Readers that overlap with it notice; afterwards the version is one more.
+
+        If the block raises, the weights are in doubt: they stay marked as being changed, and nobody loads them, until another
+        `update` has ended well. An etcd that is away does not disturb an update: the header tells readers.
+        """
+        if not self._updating.acquire(blocking=False):
+            raise LoaderError(f"{self.record.key} is being updated already: end that update first")
+        try:
+            before = self.record
+            self._header.write(Header(before.incarnation, 2 * before.version + 1))
+            self._tell(state=RankState.UPDATING)
+            yield
+            self._header.write(Header(before.incarnation, 2 * (before.version + 1)))
+            self._tell(version=before.version + 1, state=RankState.READY)
+        finally:
+            self._updating.release()
+
+    def _tell(self, *, version: int | None = None, state: RankState) -> None:
+        try:
+            self._registration.update(version=version, state=state)
+        except RegistrationLost as exc:
+            log.warning("%s is not in the registry any more: %s", self.record.key, exc)
+
+    def close(self) -> None:
+        """Withdraws the rank, then gives its memory back; any number of times."""
+        self._closed = True
+        self._undo.close()
+
+    def __enter__(self) -> Publication:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"publication of {self.record.key} was never closed", ResourceWarning, source=self, stacklevel=2)
+
+
+def publish(
+    registry: Registry,
+    engine: Engine,
+    *,
+    instance: str,
+    rank: int,
+    world_size: int,
+    tensors: Mapping[str, torch.Tensor],
+    model: ModelIdentity,
+    shards: Mapping[str, Shard] | None = None,
+    topology: Mapping[str, tuple[int, int]] | None = None,
+    generation: str | None = None,
+    version: int = 0,
+    ttl_s: float = 10.0,
+    on_state: OnState | None = None,
+) -> Publication:
+    """Offers the tensors of this rank to loaders until the publication is closed or the process ends.
+
+    Raises TensorsUnusable, EngineFailed, or what `Registry.register` raises; nothing stays registered then, here or in etcd.
+    """
+    manifest = describe(tensors, shards)
+    device = next((tensor.device for tensor in tensors.values() if tensor.numel()), torch.device("cpu"))
+    header = HeaderCell(device)
+    incarnation = new_incarnation()
+    with ExitStack() as undo:
+        for region in (*manifest.regions, header.region):
+            engine.register(region)
+            undo.callback(engine.unregister, region)
+        header.write(Header(incarnation, 2 * version))
+        undo.callback(header.erase)
+        registration = registry.register(
+            instance=instance,
+            rank=rank,
+            world_size=world_size,
+            model=model,
+            manifest=manifest,
+            session_id=engine.session_id,
+            protocol=engine.protocol,
+            fabric=engine.fabric,
+            header_addr=header.region.addr,
+            incarnation=incarnation,
+            generation=generation,
+            topology=topology,
+            version=version,
+            device=str(device),
+            ttl_s=ttl_s,
+            on_state=on_state,
+        )
+        undo.callback(registration.withdraw)
+        return Publication(registration, header, dict(tensors), undo.pop_all())

@@ -1,0 +1,103 @@
+"""Torch tensors as memory: what a transfer engine has to register, and what the manifest says of each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from loader.errors import TensorsUnusable, listed
+from registry.manifest import Manifest, Region, TensorEntry
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which box of the whole tensor a rank's tensor is: it begins at `offsets` and has the tensor's own shape."""
+
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None) -> Manifest:
+    """The tensors' entries, in their order, and the regions to register: each storage once, however many views it has.
+
+    Raises TensorsUnusable with every tensor that is not plain contiguous memory. Tensors without bytes need no memory; tensors
+    that share memory (tied weights) keep their common address.
+    """
+    problems = []
+    entries = []
+    storages: dict[int, int] = {}
+    for name, tensor in tensors.items():
+        problem = _unusable(tensor)
+        if problem:
+            problems.append(f"{name}: {problem}")
+            continue
+        addr, nbytes = (tensor.data_ptr(), tensor.nbytes) if tensor.numel() else (0, 0)
+        shape = tuple(tensor.shape)
+        shard = (shards or {}).get(name)
+        box = shard or Shard(shape, (0,) * len(shape))
+        problem = _outside(shape, box)
+        if problem:
+            problems.append(f"{name}: {problem}")
+            continue
+        entries.append(
+            TensorEntry(name, dtype_name(tensor.dtype), shape, addr, nbytes, box.global_shape, box.offsets, shard is None)
+        )
+        if nbytes:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = max(storages.get(storage.data_ptr(), 0), storage.nbytes())
+    problems += [f"{name}: has a shard, but is not among the tensors" for name in shards or () if name not in tensors]
+    if problems:
+        raise TensorsUnusable(
+            f"{len(problems)} tensor{'s' if len(problems) > 1 else ''} cannot be used as is: {listed(problems)}",
+            problems=problems,
+        )
+    return Manifest(tuple(entries), _disjoint(storages))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """TensorsUnusable where this torch has no dtype of that name."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise TensorsUnusable(f"dtype {name!r} is unknown to torch {torch.__version__}: upgrade torch", dtype=name)
+    return dtype
+
+
+def _unusable(tensor: object) -> str:
+    if not isinstance(tensor, torch.Tensor):
+        return f"is a {type(tensor).__name__}, not a tensor"
+    if tensor.layout is not torch.strided:
+        return f"has layout {tensor.layout}: only dense (strided) tensors have memory that can be copied as it is"
+    if tensor.device.type == "meta":
+        return "is on the meta device and has no memory: allocate it first"
+    if not tensor.is_contiguous():
+        return f"is not contiguous (shape {list(tensor.shape)}, strides {list(tensor.stride())}): call .contiguous() first"
+    if tensor.is_conj() or tensor.is_neg():
+        return "is a lazily conjugated or negated view: call .resolve_conj().resolve_neg() first"
+    return ""
+
+
+def _outside(shape: tuple[int, ...], box: Shard) -> str:
+    if not len(shape) == len(box.global_shape) == len(box.offsets):
+        return f"shard {box} does not have the {len(shape)} dimensions of the tensor"
+    fits = all(
+        offset >= 0 and offset + size <= whole for size, whole, offset in zip(shape, box.global_shape, box.offsets, strict=True)
+    )
+    return "" if fits else f"shard at {list(box.offsets)} of shape {list(shape)} does not fit into {list(box.global_shape)}"
+
+
+def _disjoint(storages: Mapping[int, int]) -> tuple[Region, ...]:
+    """Storages that overlap (made from the same foreign buffer) become one region: engines refuse to register a byte twice."""
+    regions: list[Region] = []
+    for addr, nbytes in sorted(storages.items()):
+        if regions and addr < regions[-1].end:
+            last = regions[-1]
+            regions[-1] = Region(last.addr, max(last.end, addr + nbytes) - last.addr)
+        else:
+            regions.append(Region(addr, nbytes))
+    return tuple(regions)

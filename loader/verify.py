@@ -1,0 +1,83 @@
+"""The header: 64 bytes in registered memory beside the weights, by which a reader knows over the data plane whom it reads from.
+
+    offset 0   8 bytes  magic "ENGREG01"
+    offset 8   16 bytes incarnation of the registration
+    offset 24  u64      sequence, little-endian: twice the version; odd while the weights are being changed
+    offset 32  32 bytes zero
+
+A reader compares it before and after the bulk read: a port that another process has taken over, a restarted peer and weights that
+changed meanwhile all show, whatever etcd says at that time.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+
+from loader.engine import Engine
+from loader.errors import SourceLost
+from loader.plan import ReadOp
+from registry import RankRecord, Region
+
+_MAGIC = b"ENGREG01"
+_FORMAT = struct.Struct("<8s16sQ32x")
+NBYTES = _FORMAT.size
+
+
+@dataclass(frozen=True)
+class Header:
+    incarnation: str
+    sequence: int
+
+    @property
+    def version(self) -> int:
+        return self.sequence // 2
+
+    @property
+    def updating(self) -> bool:
+        return self.sequence % 2 == 1
+
+
+class HeaderCell:
+    """A header's place in memory: the source's own, or a reader's buffer for another's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._bytes = torch.zeros(NBYTES, dtype=torch.uint8, device=device)
+        self.region = Region(self._bytes.data_ptr(), NBYTES)
+
+    def write(self, header: Header) -> None:
+        """Visible to peers when this returns, after all that the device was asked to do before."""
+        packed = _FORMAT.pack(_MAGIC, bytes.fromhex(header.incarnation), header.sequence)
+        self._put(packed)
+
+    def erase(self) -> None:
+        """From now on no reader takes this memory for a source's."""
+        self._put(bytes(NBYTES))
+
+    def _put(self, packed: bytes) -> None:
+        if self._bytes.is_cuda:
+            torch.cuda.synchronize(self._bytes.device)
+        self._bytes.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        if self._bytes.is_cuda:
+            torch.cuda.synchronize(self._bytes.device)
+
+    def read(self) -> Header | None:
+        """None where the bytes are no header."""
+        magic, incarnation, sequence = _FORMAT.unpack(bytes(self._bytes.tolist()))
+        return Header(incarnation.hex(), sequence) if magic == _MAGIC else None
+
+
+def fetch_header(engine: Engine, record: RankRecord, cell: HeaderCell) -> Header:
+    """The source's header now, into the registered `cell`; SourceLost if what answers is not the process of the record."""
+    cell.erase()
+    engine.read(record.session_id, [ReadOp(record.key, record.header_addr, cell.region.addr, NBYTES)])
+    header = cell.read()
+    if header is None or header.incarnation != record.incarnation:
+        raise SourceLost(
+            f"what answers at {record.session_id} is not the process that registered {record.key}: it has ended, and its address "
+            "was taken over",
+            key=record.key,
+        )
+    return header

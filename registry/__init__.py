@@ -1,0 +1,42 @@
+"""engine-registry: which inference engines hold which weights, and where. Needs neither torch nor a transfer engine."""
+
+from registry.client import Registry, new_incarnation
+from registry.errors import RegistryError
+from registry.manifest import Manifest, Region, TensorEntry
+from registry.record import ModelIdentity, RankRecord, RankState
+from registry.resolver import InstanceState, InstanceStatus
+from registry.session import Registration, RegistrationState
+from registry.watcher import (
+    Event,
+    InstanceDegraded,
+    InstanceGone,
+    InstanceReady,
+    RankJoined,
+    RankLost,
+    RankUpdated,
+    Watch,
+)
+
+__all__ = [
+    "Event",
+    "InstanceDegraded",
+    "InstanceGone",
+    "InstanceReady",
+    "InstanceState",
+    "InstanceStatus",
+    "Manifest",
+    "ModelIdentity",
+    "RankJoined",
+    "RankLost",
+    "RankRecord",
+    "RankState",
+    "RankUpdated",
+    "Region",
+    "Registration",
+    "RegistrationState",
+    "Registry",
+    "RegistryError",
+    "TensorEntry",
+    "Watch",
+    "new_incarnation",
+]

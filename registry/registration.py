@@ -1,0 +1,146 @@
+"""The guarded writes of a registration: claim a rank, amend its record, end it, evict it. Stateless; called by the keeper.
+
+Every write is a transaction that compares revisions, so that of two writers exactly one succeeds and the other learns who it was.
+That siblings agree is kept by induction: a rank is only written while one live sibling that it agrees with stands
+unchanged, or while there is none; so all that are alive agree with each other, and one comparison is enough however many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import tenacity
+
+from registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict, RecordDamaged, RegistryError
+from registry.etcd import Delete, Etcd, Guard, KeyValue, Put, absent, none_created_since, unchanged
+from registry.keys import evicted_key, instance_prefix, manifest_part_key, manifest_prefix
+from registry.record import RankRecord, decode, encode
+
+WITHDRAWN = "withdrawn"
+DIED = "process ended"
+EVICTED = "evicted"
+
+# An evicted registration that cannot reach etcd must find this mark when it comes back; a day outlives any outage that matters.
+_EVICTED_TTL_S = 24 * 3600
+_SIBLINGS = 8
+
+
+class _Raced(RegistryError):
+    """Another writer came between reading and writing."""
+
+
+_until_settled = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(_Raced),
+    stop=tenacity.stop_after_attempt(50),
+    wait=tenacity.wait_random_exponential(multiplier=0.005, max=0.2),
+    reraise=True,
+)
+
+
+def claim(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int) -> int:
+    """Writes the manifest, then the record as the commit, all under the lease; returns the record's revision.
+
+    The key must be absent, ended, or hold this very incarnation. Raises RankConflict, InstanceMismatch or Evicted.
+    """
+    *first, last = [Put(_part_key(record, number), part, lease_id) for number, part in enumerate(parts)]
+    for put in first:
+        etcd.commit([], [put])
+    try:
+        return _claim(etcd, record, last, lease_id)
+    except _Raced as exc:
+        raise EtcdUnavailable(f"cannot register {record.key}: too many others are registering at once: try again") from exc
+
+
+@_until_settled
+def _claim(etcd: Etcd, record: RankRecord, last_part: Put, lease_id: int) -> int:
+    holder = etcd.get(record.key)
+    mark = evicted_key(record.instance, record.rank, record.incarnation)
+    if etcd.get(mark) is not None:
+        raise Evicted(f"{record.key} was evicted", key=record.key)
+    guards = [_check_holder(record, holder), absent(mark), _check_siblings(etcd, record)]
+    revision = etcd.commit(guards, [last_part, Put(record.key, encode(record), lease_id)])
+    if not revision:
+        raise _Raced(f"{record.key} or a sibling changed while it was being registered")
+    return revision
+
+
+def _check_holder(record: RankRecord, holder: KeyValue | None) -> Guard:
+    if holder is None:
+        return absent(record.key)
+    try:
+        found = decode(holder.key, holder.value)
+    except RecordDamaged as exc:
+        raise RankConflict(f"{exc}; delete the key if no process owns it: etcdctl del {record.key}", key=record.key) from exc
+    if found.incarnation != record.incarnation and not found.ended:
+        raise RankConflict(
+            f"rank {record.rank} of {record.instance!r} is already registered ({found.holder}): "
+            f"stop that process, choose another rank, or run: engines evict {record.instance} --rank {record.rank}",
+            key=record.key,
+            host=found.host,
+            pid=found.pid,
+            since=found.registered_at,
+            incarnation=found.incarnation,
+        )
+    return unchanged(record.key, holder.mod_revision)
+
+
+def _check_siblings(etcd: Etcd, record: RankRecord) -> Guard:
+    prefix = instance_prefix(record.instance)
+    oldest = etcd.oldest(prefix, _SIBLINGS)
+    for item in oldest.items:
+        try:
+            sibling = decode(item.key, item.value)
+        except RecordDamaged:
+            continue
+        if sibling.rank == record.rank or sibling.ended:
+            continue
+        theirs = sibling.agreed()
+        for field, ours in record.agreed().items():
+            if ours != theirs[field]:
+                raise InstanceMismatch(
+                    f"rank {record.rank} of {record.instance!r} has {field} {ours!r}, but rank {sibling.rank} is registered "
+                    f"with {theirs[field]!r} ({sibling.holder}): all ranks of an instance must agree",
+                    field=field,
+                    ours=ours,
+                    theirs=theirs[field],
+                    sibling=sibling.rank,
+                )
+        return unchanged(item.key, item.mod_revision)
+    return none_created_since(prefix, oldest.revision)
+
+
+def amend(etcd: Etcd, record: RankRecord, mod_revision: int, lease_id: int) -> int:
+    """Writes the changed record over the one at `mod_revision`: the new revision, or 0 where another was faster."""
+    return etcd.commit([unchanged(record.key, mod_revision)], [Put(record.key, encode(record), lease_id)])
+
+
+def end(etcd: Etcd, record: RankRecord, mod_revision: int, lease_id: int, reason: str) -> None:
+    """Deletes all that the registration has in etcd.
+
+    The record is marked as ended first: watchers so know at once that this is no blip, and why it happened.
+    """
+    etcd.commit([unchanged(record.key, mod_revision)], [Put(record.key, encode(replace(record, ended=reason)), None)])
+    etcd.revoke(lease_id)
+
+
+def evict(etcd: Etcd, record: RankRecord) -> bool:
+    """Ends somebody else's registration, as it was when `record` was read; False if it has changed since."""
+    if not record.mod_revision:
+        raise ValueError("only a record that was read from etcd can be evicted")
+    mark_lease = etcd.grant(_EVICTED_TTL_S)
+    mark = evicted_key(record.instance, record.rank, record.incarnation)
+    revision = etcd.commit(
+        [unchanged(record.key, record.mod_revision)],
+        [Put(record.key, encode(replace(record, ended=EVICTED)), None), Put(mark, b"", mark_lease)],
+    )
+    if not revision:
+        etcd.revoke(mark_lease)
+        return False
+    parts = manifest_prefix(record.instance, record.rank, record.incarnation)
+    etcd.commit([unchanged(record.key, revision)], [Delete(record.key), Delete(parts, prefix=True)])
+    return True
+
+
+def _part_key(record: RankRecord, number: int) -> str:
+    return manifest_part_key(record.instance, record.rank, record.incarnation, number)
