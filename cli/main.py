@@ -81,6 +81,6 @@ def _run() -> int:
 
 def _in_one_line(exc: Exception) -> str:
     text = " ".join(str(exc).split())
-    if code_of(exc) is not None:
+    if code_of(exc) is not None or isinstance(exc, click.ClickException):
         return text
     return f"unexpected {type(exc).__name__}: {text} (--debug shows where; please report it)"

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,18 +24,19 @@ from registry import (
 )
 from registry.resolver import spans
 
+_WIDE = 100_000
+
 
 def print_json(data: Any) -> None:
     click.echo(json.dumps(data, separators=(",", ":"), ensure_ascii=False))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Full width where the output is not a terminal, so that nothing is cut that a script may read."""
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    """As wide as it is: a terminal wraps it, a pipe gets one row a line, and nothing is ever cut."""
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(table, width=None if console.is_terminal else 10_000, soft_wrap=not console.is_terminal)
+    Console(width=_WIDE, markup=False, emoji=False, highlight=False).print(table, soft_wrap=True)
 
 
 def size(nbytes: float) -> str:
@@ -157,7 +157,7 @@ def instance_row(status: InstanceStatus) -> list[str]:
 
 
 INSTANCE_COLUMNS = ("INSTANCE", "STATE", "RANKS", "MODEL", "VERSION", "SIZE", "WHY NOT READY")
-RANK_COLUMNS = ("RANK", "STATE", "VERSION", "HOST", "PID", "DEVICE", "SESSION", "PROTOCOL", "TENSORS", "SIZE", "SINCE")
+RANK_COLUMNS = ("RANK", "STATE", "VERSION", "PROCESS", "DEVICE", "SESSION", "PROTOCOL", "TENSORS", "SIZE", "SINCE")
 TENSOR_COLUMNS = ("TENSOR", "DTYPE", "SHAPE", "SIZE", "BOX")
 
 
@@ -166,14 +166,13 @@ def rank_row(record: RankRecord) -> list[str]:
         str(record.rank),
         record.state.value,
         str(record.version),
-        record.host,
-        str(record.pid),
+        f"{record.host}:{record.pid}",
         record.device,
         record.session_id,
         record.protocol,
         f"{record.manifest.tensors:,}",
         size(record.manifest.nbytes),
-        record.registered_at,
+        f"{record.registered_at[:19].replace('T', ' ')}Z",
     ]
 
 

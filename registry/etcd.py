@@ -273,6 +273,11 @@ class Etcd:
         client, call = self._call(begin)
         return WatchStream(self, client, call, requests)
 
+    def compact(self, revision: int) -> None:
+        """Forgets the history before `revision`."""
+        request = pb.CompactionRequest(revision=revision, physical=True)
+        self._call(lambda client, timeout_s: pb.KVStub(client.channel).Compact(request, timeout_s, metadata=client.metadata))
+
     def local_address(self) -> str:
         """Which of our addresses the way to etcd begins at. Nothing is sent: a datagram socket only looks up the route."""
         endpoint = self.config.endpoints[self._next_endpoint % len(self.config.endpoints)]
@@ -401,6 +406,8 @@ def _from_status(where: str, code: Any, text: str) -> EtcdError:
         return HistoryLost(f"{where}: {text}")
     if code is status.RESOURCE_EXHAUSTED and "space exceeded" in text:
         return EtcdRefused(f"{where} is out of space (NOSPACE): compact and defragment it, then disarm the alarm")
+    if "too large" in text or "larger than max" in text:
+        return EtcdRefused(f"{where} refuses the request: it is too large ({text}): see etcd's --max-request-bytes")
     if code is status.PERMISSION_DENIED:
         return EtcdRefused(f"{where} denies permission: {text}: grant the user's role the keys under its namespace")
     if code is status.INVALID_ARGUMENT and ("authentication failed" in text or "user name" in text):

@@ -51,8 +51,7 @@ class Follower:
                     self._revision = snapshot.revision
                     self._newest = max(snapshot.items, key=lambda item: item.mod_revision, default=None)
                     yield snapshot
-                else:
-                    self._check_history()
+                self._check_history()
                 for batch in self._open():
                     backoff.reset()
                     self._remember(batch)

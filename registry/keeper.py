@@ -25,6 +25,7 @@ from registry.backoff import Backoff
 from registry.config import EtcdConfig
 from registry.errors import (
     EtcdError,
+    EtcdUnavailable,
     Evicted,
     LeaseNotFound,
     RecordDamaged,
@@ -86,10 +87,14 @@ class Keeper:
         self._backoff.reset()
         return self._ttl_s / 3
 
-    def update(self, record: RankRecord) -> float:
-        """Writes the changed record now if etcd can be reached, else with the beat that finds it back."""
+    @property
+    def suspended(self) -> bool:
+        """etcd could not be reached at the last try."""
+        return self._suspended
+
+    def change(self, record: RankRecord) -> None:
+        """The record that the next beat writes."""
         self._record, self._stale = record, True
-        return self.beat()
 
     def end(self, reason: str) -> None:
         """Deletes the registration; EtcdError if that must be tried again."""
@@ -178,7 +183,9 @@ def serve(keeper: Keeper, inbox: queue.Queue[Frame | None], tell: Tell, ttl_s: f
             if op == "beat":
                 due = time.monotonic() + keeper.beat()
             elif op == "update" and frame:
-                due = time.monotonic() + keeper.update(record_from_wire(frame))
+                keeper.change(record_from_wire(frame))
+                if not keeper.suspended:  # else the rank need not wait: the beat that finds etcd back writes it
+                    due = time.monotonic() + keeper.beat()
                 tell({"reply": frame.message["seq"]})
             else:
                 _end(keeper, frame, tell, ttl_s)
@@ -193,18 +200,21 @@ def _end(keeper: Keeper, frame: Frame | None, tell: Tell, ttl_s: float) -> None:
     reason = frame.message["reason"] if frame else DIED
     give_up = time.monotonic() + 2 * ttl_s
     backoff = Backoff(0.05, 0.5)
-    answered = frame is None
+    first = True
     while True:
-        problem: dict[str, Any] | None = None
-        try:
-            keeper.end(reason)
-        except EtcdError as exc:
-            problem = exc.to_wire()
-        if frame and not answered:  # the rank need not wait for an etcd that is away
-            answered = True
-            tell({"reply": frame.message["seq"], "error": problem})
+        problem: EtcdError | None = None
+        if first and frame and keeper.suspended:
+            problem = EtcdUnavailable("etcd cannot be reached now")
+        else:
+            try:
+                keeper.end(reason)
+            except EtcdError as exc:
+                problem = exc
+        if first and frame:  # the rank need not wait for an etcd that is away
+            tell({"reply": frame.message["seq"], "error": problem.to_wire() if problem else None})
         if problem is None or time.monotonic() > give_up:
             return
+        first = False
         time.sleep(backoff.next_s())
 
 

@@ -23,8 +23,19 @@ from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import EtcdUnavailable, LocalEtcdFailed
 from registry.etcd import Etcd
 
-# Reading standard input ends when the parent does; the etcd's pid is told first so that it can be paused or killed by itself.
-_HOLD = '"$@" >"$ETCD_LOG" 2>&1 </dev/null & etcd=$!; echo $etcd; read -r _; kill -9 $etcd 2>/dev/null; wait $etcd 2>/dev/null'
+# The holder tells etcd's pid, so that etcd alone can be paused or killed, and ends when etcd does. The reader sees the end of
+# standard input when our process is gone.
+_HOLD = """
+exec 3<&0
+"$@" >"$ETCD_LOG" 2>&1 </dev/null 3<&- &
+etcd=$!
+echo $etcd
+{ read -r _ <&3; kill -9 $etcd; } >/dev/null 2>&1 &
+reader=$!
+exec 2>/dev/null
+wait $etcd
+kill $reader
+"""
 
 
 def find_binary() -> str:
@@ -118,11 +129,7 @@ class LocalEtcd:
 
     @property
     def running(self) -> bool:
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        return self.pid != 0
+        return self._holder is not None and self._holder.poll() is None
 
     def check_running(self) -> None:
         """LocalEtcdFailed with its last words if it has ended by itself."""
@@ -149,10 +156,9 @@ class LocalEtcd:
     def stop(self) -> None:
         """SIGTERM first, so that etcd can close its files."""
         if self._holder is not None and self.running:
-            os.kill(self.pid, signal.SIGTERM)
-            deadline = time.monotonic() + 5
-            while self.running and time.monotonic() < deadline:
-                time.sleep(0.01)
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.kill(self.pid, signal.SIGTERM)
+                self._holder.wait(5)
         self.kill()
 
     def pause(self) -> None:

@@ -149,6 +149,7 @@ class Registration:
     # -- the keeper ----------------------------------------------------------------------------------------------------------
 
     def _start_keeper(self, again: bool) -> tuple[subprocess.Popen[bytes], Future[dict[str, Any]]]:
+        value = encode(self._record)
         if not sys.executable:
             raise KeeperFailed("cannot start a keeper: sys.executable is empty, so there is no Python to run it with")
         with tempfile.TemporaryFile() as complaints:
@@ -170,7 +171,7 @@ class Registration:
         }
         self._keeper = keeper
         _pipe(keeper.stdin).write(json.dumps([os.path.abspath(path) for path in sys.path]).encode() + b"\n")
-        return keeper, self._request(opening, (encode(self._record), *self._parts))
+        return keeper, self._request(opening, (value, *self._parts))
 
     def _request(self, message: dict[str, Any], payloads: Sequence[bytes] = ()) -> Future[dict[str, Any]]:
         self._seq += 1
@@ -201,7 +202,8 @@ class Registration:
             _close_quietly(keeper.stdout)
             with self._lock:
                 over = self._closing or self._state is RegistrationState.LOST or not self._registered
-                error = KeeperFailed(f"the keeper of {self._record.key} ended with code {code}: {complaint}").to_wire()
+                failed = KeeperFailed(f"the keeper of {self._record.key} ended with code {code}: {complaint}")
+                error = (self._lost or failed).to_wire()
                 # What an update wanted is in the record that the next keeper is given.
                 for reply in self._replies.values():
                     reply.set_result({"error": error} if over else {})

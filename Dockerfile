@@ -1,0 +1,48 @@
+# One image for every role: the command `engines`, with the CPU builds of torch and of the transfer engine.
+#
+#   docker build -t engine-registry .
+#   docker run --rm engine-registry list --etcd HOST:PORT
+#
+# pip's own settings apply, as build arguments. On x86-64 give PIP_EXTRA_INDEX_URL the address of PyTorch's CPU builds (it is
+# on pytorch.org under "Get started"); without it pip takes the default build, with gigabytes of CUDA libraries:
+#
+#   docker build -t engine-registry --build-arg PIP_EXTRA_INDEX_URL=… .
+#
+# Needs no BuildKit. The big layer holds the dependencies alone and is rebuilt when pyproject.toml or constraints.txt change.
+
+FROM python:3.11-slim AS dependencies
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_TRUSTED_HOST
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_PROGRESS_BAR=off
+WORKDIR /src
+COPY pyproject.toml constraints.txt ./
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['cpu'], sep='\n')" > requirements.txt \
+    && pip install "$(grep -m1 '^pip==' constraints.txt)" \
+    && python -m venv --without-pip /opt/engines \
+    && pip --python /opt/engines/bin/python install --constraint constraints.txt --build-constraint constraints.txt --requirement requirements.txt
+
+FROM dependencies AS wheel
+COPY README.md LICENSE ./
+COPY registry registry
+COPY loader loader
+COPY cli cli
+RUN pip wheel --no-deps --build-constraint constraints.txt --wheel-dir /dist .
+
+FROM python:3.11-slim
+# What the transfer engine's wheel takes from the system.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libcurl4 libibverbs1 libnuma1 \
+    && rm -rf /var/lib/apt/lists/*
+# A volume that is mounted on /weights for the first time belongs to this user too.
+RUN useradd --uid 10001 --user-group --create-home engines \
+    && install -d -o engines -g engines /weights
+COPY --from=dependencies /opt/engines /opt/engines
+COPY --from=wheel /dist /dist
+RUN pip --python /opt/engines/bin/python install --no-cache-dir --no-deps --no-index --root-user-action ignore /dist/*.whl
+COPY scripts/testbed.py /opt/engines/share/testbed.py
+ENV PATH=/opt/engines/bin:$PATH
+USER engines
+WORKDIR /home/engines
+ENTRYPOINT ["engines"]
+CMD ["--help"]

@@ -1,0 +1,113 @@
+"""A real etcd for the whole run, a fresh namespace for each test, and real processes that end with their test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from registry import Event, Registry, Watch
+from registry.local import LocalEtcd
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def shared_etcd() -> Iterator[LocalEtcd]:
+    with LocalEtcd() as etcd:
+        yield etcd
+
+
+@pytest.fixture
+def own_etcd() -> Iterator[LocalEtcd]:
+    """For tests that break it."""
+    with LocalEtcd() as etcd:
+        yield etcd
+
+
+@pytest.fixture
+def namespace() -> str:
+    return f"/{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def registry(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Registry]:
+    with Registry.connect(shared_etcd.endpoint, namespace=namespace) as registry:
+        yield registry
+
+
+class Processes:
+    """Starts programs of ours; whatever still runs at the end of the test is killed."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self._env = env
+        self._started: list[subprocess.Popen[str]] = []
+
+    def start(self, *args: str, **env: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, *args],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**self._env, **env},
+        )
+        self._started.append(process)
+        return process
+
+    def engines(self, *args: str, **env: str) -> subprocess.Popen[str]:
+        return self.start("-m", "cli", *args, **env)
+
+    def run(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """`engines ARGS` to its end."""
+        process = self.engines(*args, **env)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+    def rank(self, instance: str, rank: int, world_size: int, *args: str) -> subprocess.Popen[str]:
+        """A process that registers and then does what `args` say (see rank_process.py); returns when it is registered."""
+        process = self.start("-m", "tests.integration.rank_process", instance, str(rank), str(world_size), *args)
+        assert line_of(process).startswith("registered")
+        return process
+
+    def end(self) -> None:
+        for process in self._started:
+            process.kill()
+            process.communicate()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise AssertionError(f"the process ended with {process.wait()}: {process.stderr and process.stderr.read()}")
+    return line
+
+
+@pytest.fixture
+def processes(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Processes]:
+    started = Processes({**os.environ, "ENGINES_ETCD": shared_etcd.endpoint, "TEST_NAMESPACE": namespace})
+    yield started
+    started.end()
+
+
+def events_until(watch: Watch, last: Callable[[Event], bool], timeout_s: float = 20.0) -> list[Event]:
+    """The events up to the one for which `last` holds."""
+    seen: list[Event] = []
+    limit = threading.Timer(timeout_s, watch.stop)
+    limit.start()
+    try:
+        for event in watch:
+            seen.append(event)
+            if last(event):
+                return seen
+    finally:
+        limit.cancel()
+    raise AssertionError(f"not seen within {timeout_s} s; seen: {seen}")

@@ -1,0 +1,34 @@
+"""A rank as a process of its own: `python -m tests.integration.rank_process INSTANCE RANK WORLD_SIZE [HOW IT ENDS]`.
+
+Registers, prints `registered KEEPER_PID`, waits for a line on standard input, and ends in the way that it was told.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from registry import Registry
+from tests.integration.ranks import register
+
+
+def main(instance: str, rank: str, world_size: str, end: str = "return") -> None:
+    registry = Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
+    registration = register(registry, instance, int(rank), int(world_size))
+    if end == "with a forked child" and os.fork() == 0:  # it inherits the pipe to the keeper, and outlives the rank
+        os.closerange(0, 3)
+        time.sleep(10)
+        os._exit(0)
+    print("registered", registration.keeper_pid, flush=True)
+    sys.stdin.readline()
+    if end == "exception":
+        raise RuntimeError("the engine has a bug")
+    if end == "os._exit":
+        os._exit(3)
+    if end == "withdraw":
+        registration.withdraw()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,237 @@
+"""The etcd adapter against a real etcd, and against what is no etcd."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from registry import Registry
+from registry.config import EtcdConfig, parse_endpoints
+from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from registry.etcd import Deletion, Etcd, KeyValue, Put, absent, none_created_since, unchanged
+from registry.follow import Follower
+from registry.local import LocalEtcd, find_binary, free_port
+
+
+def connect(endpoints: str, **options: object) -> Etcd:
+    return Etcd(EtcdConfig(parse_endpoints(endpoints), **{"timeout_s": 3.0, **options}))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def etcd(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Etcd]:
+    with closing(connect(shared_etcd.endpoint, namespace=namespace)) as etcd:
+        yield etcd
+
+
+def put(etcd: Etcd, key: str, value: bytes = b"v", lease_id: int = 0) -> int:
+    return etcd.commit([], [Put(key, value, lease_id)])
+
+
+def test_a_snapshot_of_more_keys_than_a_page_is_complete_and_of_one_revision(etcd: Etcd) -> None:
+    for start in range(0, 2_500, 100):
+        etcd.commit([], [Put(f"/many/{number:05}", b"v", 0) for number in range(start, start + 100)])
+    snapshot = etcd.snapshot("/many/")
+    assert [item.key for item in snapshot.items] == [f"/many/{number:05}" for number in range(2_500)]
+    assert snapshot.revision >= max(item.mod_revision for item in snapshot.items)
+
+
+def test_a_namespace_hides_the_keys_of_others(etcd: Etcd, shared_etcd: LocalEtcd) -> None:
+    put(etcd, "/engines/a/0")
+    with closing(connect(shared_etcd.endpoint, namespace="/other")) as other:
+        assert other.get("/engines/a/0") is None
+        assert other.snapshot("/").items == ()
+
+
+def test_guards_let_exactly_the_first_of_two_writers_through(etcd: Etcd) -> None:
+    revision = etcd.commit([absent("/k")], [Put("/k", b"1", 0)])
+    assert revision
+    assert not etcd.commit([absent("/k")], [Put("/k", b"2", 0)])
+    assert etcd.commit([unchanged("/k", revision)], [Put("/k", b"3", 0)])
+    assert not etcd.commit([unchanged("/k", revision)], [Put("/k", b"4", 0)])
+
+
+def test_a_prefix_guard_sees_keys_created_later_but_not_those_changed(etcd: Etcd) -> None:
+    revision = put(etcd, "/p/1")
+    put(etcd, "/p/1", b"changed")
+    assert etcd.commit([none_created_since("/p/", revision)], [Put("/q", b"", 0)])
+    put(etcd, "/p/2")
+    assert not etcd.commit([none_created_since("/p/", revision)], [Put("/q", b"", 0)])
+
+
+def test_the_keys_of_a_revoked_lease_are_gone_and_the_lease_is_not_found(etcd: Etcd) -> None:
+    lease_id = etcd.grant(5)
+    put(etcd, "/leased", lease_id=lease_id)
+    etcd.keep_alive(lease_id)
+    etcd.revoke(lease_id)
+    etcd.revoke(lease_id)
+    assert etcd.get("/leased") is None
+    with pytest.raises(LeaseNotFound):
+        etcd.keep_alive(lease_id)
+    with pytest.raises(LeaseNotFound):
+        put(etcd, "/leased", lease_id=lease_id)
+
+
+def test_a_request_that_is_too_large_is_refused_at_once(etcd: Etcd) -> None:
+    with pytest.raises(EtcdRefused, match="too large"):
+        put(etcd, "/k", os.urandom(2 << 20))
+
+
+def test_a_closed_connection_says_so(etcd: Etcd) -> None:
+    etcd.close()
+    with pytest.raises(EtcdError, match="closed"):
+        etcd.get("/k")
+
+
+def test_nothing_at_the_address_is_told_at_once_with_the_address() -> None:
+    with pytest.raises(EtcdUnavailable, match=r"127\.0\.0\.1:1 cannot be reached.*check the address"):
+        Registry.connect("127.0.0.1:1")
+
+
+def test_a_host_that_does_not_exist_is_told() -> None:
+    with pytest.raises(EtcdUnavailable, match=r"nosuch\.invalid:2379 cannot be reached"):
+        Registry.connect("nosuch.invalid:2379")
+
+
+def test_a_server_of_another_protocol_is_told_apart_from_etcd() -> None:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(EtcdUnavailable, match="not etcd 3"):
+                Registry.connect(f"127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_server_that_accepts_and_says_nothing_fails_within_the_timeout() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(EtcdUnavailable, match="does not answer in time"):
+            Registry.connect(f"127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.5)
+
+
+def test_a_dead_first_endpoint_is_passed_over(shared_etcd: LocalEtcd) -> None:
+    with closing(connect(f"127.0.0.1:{free_port()},{shared_etcd.endpoint}")) as etcd:
+        assert etcd.status()
+        assert etcd.snapshot("/nothing/").items == ()
+
+
+def test_a_silent_first_endpoint_is_passed_over(shared_etcd: LocalEtcd) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with closing(connect(f"127.0.0.1:{silent.getsockname()[1]},{shared_etcd.endpoint}", timeout_s=2.0)) as etcd:
+            assert etcd.get("/nothing") is None
+
+
+def test_a_call_survives_a_restart_of_etcd(own_etcd: LocalEtcd) -> None:
+    with closing(connect(own_etcd.endpoint, timeout_s=10.0)) as etcd:
+        put(etcd, "/k", b"kept")
+        own_etcd.kill()
+        starter = threading.Timer(0.3, own_etcd.start)
+        starter.start()
+        try:
+            found = etcd.get("/k")
+        finally:
+            starter.join()
+        assert found is not None
+        assert found.value == b"kept"
+
+
+def test_credentials_are_checked_and_explained(own_etcd: LocalEtcd) -> None:
+    etcdctl = Path(find_binary()).with_name("etcdctl")
+    ctl = str(etcdctl) if etcdctl.exists() else shutil.which("etcdctl")
+    assert ctl, "etcdctl is needed to turn authentication on"
+    for command in ("user add root:secret", "user grant-role root root", "auth enable"):
+        subprocess.run([ctl, "--endpoints", own_etcd.endpoint, *command.split()], check=True, capture_output=True)
+    with closing(connect(own_etcd.endpoint, user="root", password="secret")) as etcd:
+        assert put(etcd, "/k")
+    with pytest.raises(EtcdRefused, match="refuses the credentials.*check --user") as wrong:
+        Registry.connect(own_etcd.endpoint, user="root", password="guess")
+    assert "guess" not in str(wrong.value)
+    with Registry.connect(own_etcd.endpoint) as nobody, pytest.raises(EtcdRefused, match="credentials"):
+        nobody.instances()
+
+
+def test_credentials_for_an_etcd_without_authentication_are_told(shared_etcd: LocalEtcd) -> None:
+    with pytest.raises(EtcdRefused, match="authentication turned off: leave out --user"):
+        Registry.connect(shared_etcd.endpoint, user="root", password="secret")
+
+
+def test_following_gives_the_content_and_then_each_change_once(etcd: Etcd) -> None:
+    put(etcd, "/f/1")
+    follower = Follower(etcd, "/f/")
+    updates = iter(follower)
+    first = next(updates)
+    assert [item.key for item in getattr(first, "items", ())] == ["/f/1"]
+    put(etcd, "/f/2")
+    etcd.revoke(_leased(etcd, "/f/3"))
+    seen: list[tuple[str, type]] = []
+    while len(seen) < 3:
+        seen += [(change.key, type(change)) for change in getattr(next(updates), "changes", ())]
+    assert seen == [("/f/2", KeyValue), ("/f/3", KeyValue), ("/f/3", Deletion)]
+    follower.stop()
+    assert list(updates) == []
+
+
+def _leased(etcd: Etcd, key: str) -> int:
+    lease_id = etcd.grant(5)
+    put(etcd, key, lease_id=lease_id)
+    return lease_id
+
+
+def test_following_ends_at_its_deadline(etcd: Etcd) -> None:
+    import time
+
+    assert len(list(Follower(etcd, "/f/", deadline=time.monotonic() + 0.3))) == 1
+
+
+def test_history_that_was_compacted_is_told(own_etcd: LocalEtcd) -> None:
+    with closing(connect(own_etcd.endpoint)) as etcd:
+        revision = [put(etcd, "/k", str(number).encode()) for number in range(10)][-1]
+        etcd.compact(revision)
+        with pytest.raises(HistoryLost):
+            next(iter(etcd.watch("/k", 2)))
+        with pytest.raises(HistoryLost):
+            etcd.get("/k", revision + 100)
+
+
+def test_following_goes_on_across_a_restart_without_a_gap(own_etcd: LocalEtcd) -> None:
+    with closing(connect(own_etcd.endpoint, timeout_s=10.0)) as etcd, closing(connect(own_etcd.endpoint, timeout_s=10.0)) as writer:
+        updates = iter(Follower(etcd, "/f/"))
+        next(updates)
+        put(writer, "/f/before")
+        assert [change.key for change in getattr(next(updates), "changes", ())] == ["/f/before"]
+        own_etcd.kill()
+        own_etcd.start()
+        put(writer, "/f/after")
+        assert [change.key for change in getattr(next(updates), "changes", ())] == ["/f/after"]
+
+
+def test_following_a_wiped_etcd_begins_again_even_if_it_has_grown_past_the_old_revision(own_etcd: LocalEtcd) -> None:
+    with closing(connect(own_etcd.endpoint, timeout_s=10.0)) as etcd, closing(connect(own_etcd.endpoint, timeout_s=10.0)) as writer:
+        put(writer, "/f/old")
+        updates = iter(Follower(etcd, "/f/"))
+        next(updates)
+        own_etcd.kill()
+        own_etcd.wipe()
+        own_etcd.start()
+        for number in range(20):
+            put(writer, f"/f/new{number}")
+        again = next(updates)
+        assert {item.key for item in getattr(again, "items", ())} == {f"/f/new{number}" for number in range(20)}

@@ -1,0 +1,351 @@
+"""Ranks register, disagree, die and are evicted: real keepers, real processes, a real etcd."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry import (
+    InstanceReady,
+    InstanceState,
+    Manifest,
+    ModelIdentity,
+    RankJoined,
+    RankLost,
+    RankState,
+    RankUpdated,
+    Region,
+    RegistrationState,
+    Registry,
+    TensorEntry,
+)
+from registry.config import EtcdConfig, parse_endpoints
+from registry.errors import Evicted, InstanceMismatch, InvalidField, RankConflict, RecordDamaged, SchemaUnsupported
+from registry.etcd import Etcd, Put
+from registry.follow import Follower
+from registry.keys import record_key
+from registry.local import LocalEtcd
+from tests.integration.conftest import Processes, events_until, line_of
+from tests.integration.ranks import MANIFEST, register
+
+
+@pytest.fixture
+def raw(shared_etcd: LocalEtcd, namespace: str) -> Any:
+    with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as etcd:
+        yield etcd
+
+
+def keys(raw: Etcd) -> list[str]:
+    return [item.key for item in raw.snapshot("/").items]
+
+
+def keys_once_empty(raw: Etcd) -> list[str]:
+    """The keys after everything has been deleted, or after a second that was not enough: far less than a lease's time."""
+    for _ in Follower(raw, "/", deadline=time.monotonic() + 1.0):
+        if not keys(raw):
+            break
+    return keys(raw)
+
+
+def test_a_registered_rank_is_found_with_its_manifest_until_it_withdraws(registry: Registry, raw: Etcd) -> None:
+    with register(registry, topology={"tp": (0, 1)}, version=7) as registration:
+        (record,) = registry.ranks("a")
+        assert record == registration.record
+        assert (record.pid, record.topology, record.version) == (os.getpid(), {"tp": (0, 1)}, 7)
+        assert registry.manifest(record) == MANIFEST
+        assert all(item.lease_id for item in raw.snapshot("/").items)
+    assert registration.state is RegistrationState.CLOSED
+    assert keys(raw) == []
+
+
+def test_updates_of_the_record_are_seen_in_order(registry: Registry) -> None:
+    with registry.watch("a") as watch, register(registry) as registration:
+        registration.update(state=RankState.UPDATING)
+        registration.update(version=1, state=RankState.READY)
+        events = events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1)
+    updates = [(event.record.state, event.record.version) for event in events if isinstance(event, RankUpdated)]
+    assert updates == [(RankState.UPDATING, 0), (RankState.READY, 1)]
+
+
+def test_a_rank_that_is_taken_is_refused_with_its_holder(registry: Registry, raw: Etcd) -> None:
+    with register(registry):
+        before = keys(raw)
+        with pytest.raises(RankConflict, match=rf"already registered \(host .*, pid {os.getpid()}, since 20"):
+            register(registry)
+        assert keys(raw) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("world_size", {"world_size": 3}),
+        ("generation", {"generation": "launch-2"}),
+        ("model.revision", {"model": ModelIdentity("tiny", "r2")}),
+        ("topology sizes", {"topology": {"tp": (1, 4)}}),
+    ],
+)
+def test_a_rank_that_disagrees_with_its_siblings_is_refused(
+    registry: Registry, raw: Etcd, field: str, changes: dict[str, Any]
+) -> None:
+    with register(registry, world_size=2, topology={"tp": (0, 2)}):
+        before = keys(raw)
+        fields = {"rank": 1, "world_size": 2, "topology": {"tp": (1, 2)}, **changes}
+        with pytest.raises(InstanceMismatch, match=f"has {field} ") as refused:
+            register(registry, **fields)
+        assert refused.value.details["field"] == field
+        assert keys(raw) == before
+
+
+def test_of_ranks_that_start_at_once_and_disagree_only_one_side_gets_in(registry: Registry) -> None:
+    def attempt(rank: int) -> Any:
+        try:
+            return register(registry, rank=rank, world_size=12 + rank % 2)
+        except InstanceMismatch as exc:
+            return exc
+
+    with ThreadPoolExecutor(12) as pool, ExitStack() as stack:
+        results = list(pool.map(attempt, range(12)))
+        registered = [stack.enter_context(result) for result in results if not isinstance(result, InstanceMismatch)]
+        sizes = {registration.record.world_size for registration in registered}
+        assert len(sizes) == 1
+        assert len(registered) == 6
+        assert len(registry.ranks("a")) == 6
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"instance": "no/slash"}, "instance name 'no/slash' is not valid"),
+        ({"rank": 2, "world_size": 2}, "from 0 to 1"),
+        ({"rank": -1}, "rank -1 is not valid"),
+        ({"world_size": 0}, "world_size 0 is not valid"),
+        ({"ttl_s": 0.5}, "ttl_s 0.5 is not valid"),
+        ({"topology": {"tp": (2, 2)}}, "topology tp=2/2 is not valid"),
+        ({"model": ModelIdentity("m", extra={"note": "x" * 5000})}, "more than 4096: shorten 'model'"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_before_anything_is_written(
+    registry: Registry, raw: Etcd, fields: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(InvalidField, match=complaint):
+        register(registry, **fields)
+    assert keys(raw) == []
+
+
+def test_a_manifest_larger_than_one_request_is_stored_in_parts_and_read_back(registry: Registry, raw: Etcd) -> None:
+    names = [f"{os.urandom(24).hex()}.{number}" for number in range(80_000)]
+    tensors = tuple(TensorEntry(name, "bfloat16", (8,), 64 * i, 16, (8,), (0,)) for i, name in enumerate(names, 1))
+    manifest = Manifest(tensors, (Region(0, 64 * 80_001),))
+    with register(registry, manifest=manifest) as registration:
+        assert registration.record.manifest.parts > 2
+        assert all(len(item.value) < 1_500_000 for item in raw.snapshot("/").items)
+        assert registry.manifest(registry.ranks("a")[0]) == manifest
+
+
+@pytest.mark.parametrize(
+    ("end", "signal_number", "reason"),
+    [
+        ("return", None, "process ended"),
+        ("exception", None, "process ended"),
+        ("os._exit", None, "process ended"),
+        ("withdraw", None, "withdrawn"),
+        ("return", signal.SIGTERM, "process ended"),
+        ("return", signal.SIGKILL, "process ended"),
+        ("with a forked child", signal.SIGKILL, "process ended"),
+    ],
+)
+def test_however_a_rank_ends_its_keys_are_gone_at_once_and_the_reason_is_told(
+    registry: Registry, raw: Etcd, processes: Processes, end: str, signal_number: int | None, reason: str
+) -> None:
+    with registry.watch("a") as watch:
+        process = processes.rank("a", 0, 1, end)
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
+        if signal_number is None:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        else:
+            process.send_signal(signal_number)
+        lost = events_until(watch, lambda event: isinstance(event, RankLost), timeout_s=2.5)[-1]
+    assert isinstance(lost, RankLost)
+    assert lost.reason == reason
+    assert keys_once_empty(raw) == []
+
+
+def test_a_signal_to_the_whole_process_group_of_a_rank_does_not_take_its_keeper_along(
+    registry: Registry, processes: Processes
+) -> None:
+    process = processes.rank("a", 0, 1)
+    keeper = _keeper_of(process)
+    assert os.getpgid(keeper) != os.getpgid(process.pid)
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(keeper, ignored)
+    with registry.watch("a") as watch:
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
+        process.kill()
+        lost = events_until(watch, lambda event: isinstance(event, RankLost))[-1]
+    assert isinstance(lost, RankLost)
+    assert lost.reason == "process ended"
+
+
+def _keeper_of(process: subprocess.Popen[str]) -> int:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (keeper,) = [int(child) for child in children if b"engine-registry-keeper" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return keeper
+
+
+def test_a_keeper_that_is_killed_is_replaced_and_nobody_sees_a_loss(registry: Registry) -> None:
+    with registry.watch("a") as watch, register(registry) as registration:
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
+        first = registration.keeper_pid
+        os.kill(first, signal.SIGKILL)
+        # The new keeper puts the record under a lease of its own: seen as a change of the key, but of no field.
+        registration.update(version=1)
+        events = events_until(watch, lambda event: isinstance(event, RankUpdated))
+        assert registration.keeper_pid != first
+        assert registration.state is RegistrationState.REGISTERED
+    assert not [event for event in events if isinstance(event, RankLost)]
+
+
+def test_a_copy_of_the_handle_in_a_forked_child_withdraws_nothing(registry: Registry) -> None:
+    with register(registry) as registration:
+        pid = os.fork()
+        if pid == 0:
+            registration.withdraw()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert len(registry.ranks("a")) == 1
+
+
+def test_an_evicted_rank_is_told_and_stays_away(registry: Registry, raw: Etcd) -> None:
+    lost = threading.Event()
+    registration = register(registry, on_state=lambda state, why: lost.set() if state is RegistrationState.LOST else None)
+    with registry.watch("a") as watch:
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
+        assert registry.evict(registry.ranks("a")[0])
+        event = events_until(watch, lambda event: isinstance(event, RankLost))[-1]
+    assert isinstance(event, RankLost)
+    assert event.reason == "evicted"
+    assert lost.wait(10)
+    assert registration.state is RegistrationState.LOST
+    assert isinstance(registration.lost, Evicted)
+    with pytest.raises(Evicted):
+        registration.update(version=1)
+    assert [key for key in keys(raw) if not key.startswith("/evicted/")] == []
+    registration.withdraw()
+
+
+def test_a_rank_that_was_evicted_while_its_keeper_was_cut_off_does_not_come_back(registry: Registry, raw: Etcd) -> None:
+    registration = register(registry)
+    os.kill(registration.keeper_pid, signal.SIGSTOP)
+    (lease_id,) = {item.lease_id for item in raw.snapshot("/").items}
+    assert registry.evict(registry.ranks("a")[0])
+    raw.revoke(lease_id)  # as when it expires: a keeper cannot tell this from an expiry that nobody wanted
+    os.kill(registration.keeper_pid, signal.SIGCONT)
+    with pytest.raises(Evicted):
+        registration.update(version=1)
+    assert registry.ranks("a") == ()
+    registration.withdraw()
+
+
+def test_an_eviction_of_a_record_that_has_changed_does_nothing(registry: Registry) -> None:
+    with register(registry) as registration:
+        (old,) = registry.ranks("a")
+        registration.update(version=1)
+        assert not registry.evict(old)
+        assert len(registry.ranks("a")) == 1
+
+
+def test_a_new_generation_can_register_after_the_old_one_was_evicted(registry: Registry) -> None:
+    old = register(registry, generation="one")
+    assert registry.evict(registry.ranks("a")[0])
+    with register(registry, generation="two"):
+        assert [record.generation for record in registry.ranks("a")] == ["two"]
+        old.withdraw()
+        assert [record.generation for record in registry.ranks("a")] == ["two"]
+
+
+def test_a_registration_survives_a_restart_of_etcd(own_etcd: LocalEtcd) -> None:
+    with Registry.connect(own_etcd.endpoint, timeout_s=10) as registry, registry.watch() as watch:
+        states: list[RegistrationState] = []
+        back = threading.Event()
+
+        def on_state(state: RegistrationState, why: str) -> None:
+            states.append(state)
+            if state is RegistrationState.REGISTERED:
+                back.set()
+
+        with register(registry, on_state=on_state) as registration:
+            events_until(watch, lambda event: isinstance(event, InstanceReady))
+            own_etcd.kill()
+            registration.update(version=1)  # is not lost, though it cannot be written now
+            assert registration.state is RegistrationState.SUSPENDED
+            own_etcd.start()
+            assert back.wait(10)
+            events = events_until(watch, lambda event: isinstance(event, RankUpdated))
+            assert [record.version for record in registry.ranks("a")] == [1]
+        assert states[:2] == [RegistrationState.SUSPENDED, RegistrationState.REGISTERED]
+        assert not [event for event in events if isinstance(event, RankLost)]
+
+
+def test_a_registration_comes_back_with_its_manifest_after_etcd_lost_its_data(own_etcd: LocalEtcd) -> None:
+    with Registry.connect(own_etcd.endpoint, timeout_s=10) as registry, register(registry) as registration:
+        incarnation = registration.record.incarnation
+        own_etcd.kill()
+        own_etcd.wipe()
+        own_etcd.start()
+        (record,) = registry.resolve("a", timeout_s=20)
+        assert record.incarnation == incarnation
+        assert registry.manifest(record) == MANIFEST
+
+
+def test_damaged_and_newer_records_spoil_only_their_own_instance(registry: Registry, raw: Etcd) -> None:
+    with register(registry), register(registry, "b", 0, 3) as sound:
+        value = raw.get(record_key("b", 0))
+        assert value is not None
+        raw.commit([], [Put(record_key("b", 1), b"\xff not json", 0)])
+        raw.commit([], [Put(record_key("b", 2), value.value.replace(b'"schema":1', b'"schema":99'), 0)])
+        good, bad = registry.instances()
+        assert good.state is InstanceState.READY
+        assert bad.state is InstanceState.DEGRADED
+        assert "/engines/b/1 is damaged" in bad.problems[0]
+        assert "/engines/b/2 has schema 99" in bad.problems[1]
+        assert registry.ranks("b") == (sound.record,)
+        with pytest.raises(RecordDamaged, match="/engines/b/1"):
+            registry.resolve("b")
+        raw.commit([], [Put(record_key("b", 1), value.value.replace(b'"rank":0', b'"rank":1'), 0)])
+        with pytest.raises(SchemaUnsupported, match="reads up to 1: upgrade"):
+            registry.resolve("b")
+        with pytest.raises(RankConflict, match="etcdctl del /engines/b/2"):
+            register(registry, "b", 2, 3)
+
+
+def test_a_rank_lost_and_replaced_while_nobody_could_watch_is_reported_afterwards(own_etcd: LocalEtcd) -> None:
+    with Registry.connect(own_etcd.endpoint, timeout_s=10) as registry, registry.watch() as watch:
+        first = register(registry)
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
+        own_etcd.kill()
+        first.withdraw()
+        own_etcd.wipe()
+        own_etcd.start()
+        with register(registry) as second:
+            events = events_until(watch, lambda event: isinstance(event, RankJoined))
+        lost = [event.record.incarnation for event in events if isinstance(event, RankLost)]
+        assert lost == [first.record.incarnation]
+        joined = events[-1]
+        assert isinstance(joined, RankJoined)
+        assert joined.record.incarnation == second.record.incarnation
+
+
+def test_line_of_tells_why_a_process_ended(processes: Processes) -> None:
+    with pytest.raises(AssertionError, match="NO SUCH MODULE|No module named"):
+        line_of(processes.start("-m", "no_such_module"))
