@@ -81,7 +81,10 @@ def write_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # as the user's umask has it: safetensors makes files for the owner alone
         save_file(dict(tensors), unfinished)
+        unfinished.chmod(mode)
         os.replace(unfinished, path)
     except (SafetensorError, OSError) as exc:
         raise WeightsFileInvalid(f"cannot write {path}: {exc}", path=str(path)) from exc

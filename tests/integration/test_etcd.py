@@ -161,7 +161,7 @@ def test_credentials_are_checked_and_explained(own_etcd: LocalEtcd) -> None:
         subprocess.run([ctl, "--endpoints", own_etcd.endpoint, *command.split()], check=True, capture_output=True)
     with closing(connect(own_etcd.endpoint, user="root", password="secret")) as etcd:
         assert put(etcd, "/k")
-    with pytest.raises(EtcdRefused, match="refuses the credentials.*check --user") as wrong:
+    with pytest.raises(EtcdRefused, match=r"refuses the credentials.*check --user") as wrong:
         Registry.connect(own_etcd.endpoint, user="root", password="guess")
     assert "guess" not in str(wrong.value)
     with Registry.connect(own_etcd.endpoint) as nobody, pytest.raises(EtcdRefused, match="credentials"):
