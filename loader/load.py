@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -112,12 +112,13 @@ class _Load:
         ops = plan(f"{instance}/{self.rank}", self._manifest_of(record), self.dst)
         done: list[ReadOp] = []
         try:
-            self._check_header(record)
-            transfer_start = time.monotonic()
-            transfer(self.engine, record.session_id, ops, done, self.on_progress)
-            transfer_s = time.monotonic() - transfer_start
-            self._check_header(record)
-            self._check_record(record)
+            with self._ticket(record):
+                self._check_header(record)
+                transfer_start = time.monotonic()
+                transfer(self.engine, record.session_id, ops, done, self.on_progress)
+                transfer_s = time.monotonic() - transfer_start
+                self._check_header(record)
+                self._check_record(record)
         except (ReadFailed, SourceLost) as exc:
             complete = complete_tensors(sorted(done, key=lambda op: op.dst_addr), self.dst.tensors)
             raise SourceLost(
@@ -148,6 +149,17 @@ class _Load:
             if self._now(record) is None:
                 raise SourceLost(f"the source {record.key} was lost before it was read: load again", key=record.key) from exc
             raise
+
+    def _ticket(self, record: RankRecord) -> AbstractContextManager[object]:
+        """Says in etcd that we are reading, so that a source that wants to leave waits for us."""
+        try:
+            ticket = self.registry.pull(record)
+        except EtcdError as exc:
+            log.warning("reading from %s without a ticket, so it may leave meanwhile: %s", record.key, exc)
+            return nullcontext()
+        if ticket is None:
+            raise TornRead(f"the record of {record.key} changed before it was read: load again", key=record.key)
+        return ticket
 
     def _check_header(self, record: RankRecord) -> None:
         header = fetch_header(self.engine, record, self.cell)

@@ -19,7 +19,7 @@ from loader.errors import LoaderError
 from loader.regions import Shard, describe
 from loader.verify import Header, HeaderCell
 from registry import ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
-from registry.errors import RegistrationLost
+from registry.errors import RegistrationLost, RegistryError
 from registry.session import OnState
 
 log = logging.getLogger(__name__)
@@ -29,13 +29,20 @@ class Publication:
     """A rank's weights while peers may read them. Holds the tensors, so their memory stays as long as it is offered."""
 
     def __init__(
-        self, registration: Registration, header: HeaderCell, tensors: Mapping[str, torch.Tensor], undo: ExitStack
+        self,
+        registry: Registry,
+        registration: Registration,
+        header: HeaderCell,
+        tensors: Mapping[str, torch.Tensor],
+        undo: ExitStack,
     ) -> None:
+        self._registry = registry
         self._registration = registration
         self._header = header
         self._tensors = tensors
         self._undo = undo
         self._updating = threading.Lock()
+        self._closing = threading.Lock()
         self._closed = False
 
     @property
@@ -75,10 +82,29 @@ class Publication:
         except RegistrationLost as exc:
             log.warning("%s is not in the registry any more: %s", self.record.key, exc)
 
+    def drain(self, timeout_s: float) -> bool:
+        """Leaves without hurting anybody: no new load begins, the running ones may finish, then the publication closes.
+
+        Returns False if after `timeout_s` some loads were still running; they lose their source then. Closing is not held up by
+        an etcd that is away.
+        """
+        pulls = 0
+        try:
+            self._registration.update(state=RankState.DRAINING)
+            if self.state is RegistrationState.REGISTERED:
+                pulls = self._registry.wait_for_no_pulls(self.record.instance, self.record.rank, timeout_s)
+        except RegistryError as exc:
+            log.warning("%s closes without waiting for its readers: %s", self.record.key, exc)
+        if pulls:
+            log.warning("%s closes while %d loads still read from it", self.record.key, pulls)
+        self.close()
+        return not pulls
+
     def close(self) -> None:
-        """Withdraws the rank, then gives its memory back; any number of times."""
+        """Withdraws the rank, then gives its memory back; any number of times, from any thread."""
         self._closed = True
-        self._undo.close()
+        with self._closing:
+            self._undo.close()
 
     def __enter__(self) -> Publication:
         return self
@@ -140,4 +166,4 @@ def publish(
             on_state=on_state,
         )
         undo.callback(registration.withdraw)
-        return Publication(registration, header, dict(tensors), undo.pop_all())
+        return Publication(registry, registration, header, dict(tensors), undo.pop_all())

@@ -20,6 +20,7 @@ from registry.etcd import Etcd, KeyValue, Snapshot
 from registry.follow import Follower
 from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, parse_record_key
 from registry.manifest import Manifest
+from registry.pulls import PullTicket, take_ticket, wait_for_no_pulls
 from registry.record import ModelIdentity, RankRecord, RankState, decode
 from registry.resolver import InstanceState, InstanceStatus, assess
 from registry.session import OnState, Registration
@@ -187,6 +188,14 @@ class Registry:
                 key=record.key,
             )
         return manifests.decode(record.key, record.manifest, [found[key] for key in keys])
+
+    def pull(self, record: RankRecord) -> PullTicket | None:
+        """A ticket that says that we are reading from this rank; None where its record has changed since it was read."""
+        return take_ticket(self._etcd, record)
+
+    def wait_for_no_pulls(self, instance: str, rank: int, timeout_s: float) -> int:
+        """Blocks until nobody holds a ticket to read from the rank, or the time is over: how many still do."""
+        return wait_for_no_pulls(self._etcd, instance, rank, timeout_s)
 
     def watch(self, instance: str | None = None) -> Watch:
         """Events about one instance or all, beginning with what is there now."""

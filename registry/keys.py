@@ -9,6 +9,7 @@ from registry.errors import InvalidField
 ENGINES = "/engines/"
 MANIFESTS = "/manifests/"
 EVICTED = "/evicted/"
+PULLS = "/pulls/"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _RECORD_KEY = re.compile(ENGINES + r"([A-Za-z0-9._-]{1,128})/(0|[1-9][0-9]{0,6})")
@@ -60,6 +61,14 @@ def manifest_prefix(instance: str, rank: int, incarnation: str) -> str:
 
 def manifest_part_key(instance: str, rank: int, incarnation: str, part: int) -> str:
     return f"{manifest_prefix(instance, rank, incarnation)}{part}"
+
+
+def pulls_prefix(instance: str, rank: int) -> str:
+    return f"{PULLS}{instance}/{rank}/"
+
+
+def pull_key(instance: str, rank: int, load_id: str) -> str:
+    return f"{pulls_prefix(instance, rank)}{load_id}"
 
 
 def evicted_key(instance: str, rank: int, incarnation: str) -> str:

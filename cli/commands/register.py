@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +17,9 @@ from cli.output import size
 from registry import ModelIdentity, RegistrationState, Registry
 from registry.errors import InvalidField
 from registry.keys import check_instance, check_rank
+
+if TYPE_CHECKING:
+    from loader import Publication
 
 
 @click.command("register")
@@ -32,6 +37,14 @@ from registry.keys import check_instance, check_rank
 @click.option("--topology", multiple=True, metavar="AXIS=INDEX/SIZE", help="Place on a parallel axis, such as tp=0/2.")
 @click.option("--ttl", type=click.FloatRange(min=2), default=10.0, show_default=True, metavar="S",
               help="How long the rank stays listed after its whole host is lost.")  # fmt: skip
+@click.option(
+    "--drain",
+    type=click.FloatRange(min=0),
+    default=25.0,
+    show_default=True,
+    metavar="S",
+    help="How long to let running loads finish at the end; a second Ctrl-C or SIGTERM does not wait.",
+)
 @click.option("--until-eof", is_flag=True, help="Also end when standard input closes, as when a parent process dies.")
 @etcd_options
 def command(
@@ -48,9 +61,10 @@ def command(
     generation: str | None,
     topology: tuple[str, ...],
     ttl: float,
+    drain: float,
     until_eof: bool,
 ) -> None:
-    """Serve safetensors files from memory as one rank of INSTANCE, until Ctrl-C or SIGTERM; then withdraw.
+    """Serve safetensors files from memory as one rank of INSTANCE, until Ctrl-C or SIGTERM; then drain and withdraw.
 
     The transfer engine listens on all interfaces, and lets every peer that reaches it read and write the weights: use it on
     trusted networks only.
@@ -63,7 +77,7 @@ def command(
         from loader.files import read_weights
 
         tensors = read_weights(paths)
-        ended = _Ended(until_eof)
+        endings = _Endings(until_eof)
         with (
             MooncakeEngine(host or registry.local_address(), protocol) as engine,
             publish(
@@ -78,7 +92,7 @@ def command(
                 generation=generation,
                 version=version,
                 ttl_s=ttl,
-                on_state=ended.on_state,
+                on_state=endings.on_state,
             ) as publication,
         ):
             record = publication.record
@@ -86,34 +100,46 @@ def command(
                 f"registered {instance}/{rank} of {world_size}: {record.manifest.tensors:,} tensors, "
                 f"{size(record.manifest.nbytes)}, at {record.session_id} ({record.protocol}); Ctrl-C withdraws"
             )
-            ended.wait()
+            if endings.next() != _LOST:
+                endings.drain(publication, drain)
+                endings.next()  # drained, or told to hurry
             lost = publication.registration.lost
         if lost is not None:
             raise lost
         click.echo(f"withdrew {instance}/{rank}")
 
 
-class _Ended:
-    """Set by a signal, by the end of standard input, or when the registration is lost."""
+_LOST = "lost"
+
+
+class _Endings:
+    """The reasons to go on towards the end, as they come: a signal, the end of standard input, the registration's loss, drained."""
 
     def __init__(self, until_eof: bool) -> None:
-        self._event = threading.Event()
+        self._inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self._event.set())
+            signal.signal(number, lambda *_: self._inbox.put("signal"))
         if until_eof:
             threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         while os.read(sys.stdin.fileno(), 4096):
             pass
-        self._event.set()
+        self._inbox.put("end of input")
 
     def on_state(self, state: RegistrationState, why: str) -> None:
         if state is RegistrationState.LOST:
-            self._event.set()
+            self._inbox.put(_LOST)
 
-    def wait(self) -> None:
-        self._event.wait()
+    def drain(self, publication: Publication, timeout_s: float) -> None:
+        def drain() -> None:
+            publication.drain(timeout_s)
+            self._inbox.put("drained")
+
+        threading.Thread(target=drain, daemon=True).start()
+
+    def next(self) -> str:
+        return self._inbox.get()
 
 
 def _parse_place(text: str) -> tuple[str, tuple[int, int]]:

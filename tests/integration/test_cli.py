@@ -302,13 +302,13 @@ def test_the_demo_leaves_no_process_and_no_file_behind(processes: Processes, tmp
 
 
 def _wait_for_end(pid: int) -> None:
-    """Blocks until the process has ended, 20 s at most."""
+    """Blocks until the process has ended, 30 s at most."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    ended: list[Any] = poll.poll(20_000)
+    ended: list[Any] = poll.poll(30_000)
     os.close(descriptor)
     assert ended, f"process {pid} still runs: {Path(f'/proc/{pid}/cmdline').read_bytes()!r}"

@@ -1,0 +1,88 @@
+"""Pull tickets: who is reading from a rank. `/pulls/<instance>/<rank>/<load-id>`, under the loader's lease.
+
+A loader holds one while it reads; a rank that wants to leave waits until there are none. A ticket is only issued while the
+record stands as the loader knows it, so a rank that has begun to leave sees every ticket there will ever be.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from types import TracebackType
+
+from registry.errors import EtcdError, LeaseNotFound
+from registry.etcd import Etcd, Put, absent, unchanged
+from registry.follow import Follower
+from registry.keys import pull_key, pulls_prefix
+from registry.record import RankRecord
+
+log = logging.getLogger(__name__)
+_TTL_S = 15.0  # how long a loader that died keeps a rank from leaving
+
+
+class PullTicket:
+    """Held from `take_ticket` to `close`. Starts one thread, which renews its lease."""
+
+    def __init__(self, etcd: Etcd, lease_id: int, key: str) -> None:
+        self._etcd = etcd
+        self._lease_id = lease_id
+        self._key = key
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name=f"ticket {key}", daemon=True)
+        self._thread.start()
+
+    def _renew(self) -> None:
+        while not self._closed.wait(_TTL_S / 3):
+            try:
+                self._etcd.keep_alive(self._lease_id)
+            except LeaseNotFound:
+                log.info("the ticket %s has expired; reading goes on without it", self._key)
+                return
+            except EtcdError as exc:
+                log.info("the ticket %s is not renewed: %s", self._key, exc)
+
+    def close(self) -> None:
+        """Any number of times. A ticket that cannot be given back now expires."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        try:
+            self._etcd.revoke(self._lease_id)
+        except EtcdError as exc:
+            log.info("the ticket %s is left to expire: %s", self._key, exc)
+
+    def __enter__(self) -> PullTicket:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def take_ticket(etcd: Etcd, record: RankRecord) -> PullTicket | None:
+    """A ticket to read from the rank, or None where its record is not any more what it was when `record` was read."""
+    load_id = uuid.uuid4().hex
+    key = pull_key(record.instance, record.rank, load_id)
+    value = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "incarnation": record.incarnation}).encode()
+    lease_id = etcd.grant(_TTL_S)
+    if etcd.commit([unchanged(record.key, record.mod_revision), absent(key)], [Put(key, value, lease_id)]):
+        return PullTicket(etcd, lease_id, key)
+    etcd.revoke(lease_id)
+    return None
+
+
+def count_pulls(etcd: Etcd, instance: str, rank: int) -> int:
+    return len(etcd.snapshot(pulls_prefix(instance, rank)).items)
+
+
+def wait_for_no_pulls(etcd: Etcd, instance: str, rank: int, timeout_s: float) -> int:
+    """Blocks until nobody reads from the rank, or the time is over: how many still do."""
+    deadline = time.monotonic() + timeout_s
+    for _ in Follower(etcd, pulls_prefix(instance, rank), deadline):
+        if not count_pulls(etcd, instance, rank):
+            return 0
+    return count_pulls(etcd, instance, rank)
