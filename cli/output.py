@@ -12,6 +12,7 @@ from rich.table import Table
 
 from registry import (
     Event,
+    InstanceCleaned,
     InstanceDegraded,
     InstanceGone,
     InstanceReady,
@@ -119,14 +120,26 @@ _INSTANCE_EVENTS = {
 }
 
 
-def event_json(event: Event) -> dict[str, Any]:
+def event_json(event: Event | InstanceCleaned) -> dict[str, Any]:
+    if isinstance(event, InstanceCleaned):
+        return {
+            "event": "instance_cleaned",
+            "instance": event.instance,
+            "lost": rank_json(event.lost),
+            "evicted": [record.rank for record in event.evicted],
+            "dry_run": event.dry_run,
+        }
     if isinstance(event, InstanceReady | InstanceDegraded | InstanceGone):
         return {"event": _INSTANCE_EVENTS[type(event)], **instance_json(event.status)}
     reason = {"reason": event.reason} if isinstance(event, RankLost) else {}
     return {"event": _RANK_EVENTS[type(event)], **reason, **rank_json(event.record)}
 
 
-def event_text(event: Event) -> str:
+def event_text(event: Event | InstanceCleaned) -> str:
+    if isinstance(event, InstanceCleaned):
+        done = "would evict" if event.dry_run else "evicted"
+        ranks = spans([record.rank for record in event.evicted])
+        return f"{event.instance} cleaned up: {done} rank {ranks}, as rank {event.lost.rank} did not come back"
     if isinstance(event, InstanceReady):
         status = event.status
         return f"{status.instance} ready: {status.world_size} ranks, {size(status.nbytes)}, version {status.version}"

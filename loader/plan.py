@@ -30,21 +30,21 @@ def plan(source: str, src: Manifest, dst: Manifest) -> tuple[ReadOp, ...]:
     WeightsMismatch names every difference between the two; it is raised before any op exists.
     """
     _refuse(source, differences(src.tensors, dst.tensors))
-    src_by_name = {entry.name: entry for entry in src.tensors}
+    src_addrs = {entry.name: entry.addr for entry in src.tensors}
     problems: list[str] = []
     ops: list[ReadOp] = []
-    written: dict[int, TensorEntry] = {}  # by dst_addr: tied tensors are read once
-    for entry in dst.tensors:
-        if not entry.nbytes:
-            continue
-        origin = src_by_name[entry.name]
-        twin = written.setdefault(entry.addr, entry)
-        if twin is entry:
-            ops.append(ReadOp(source, origin.addr, entry.addr, entry.nbytes))
-        elif (src_by_name[twin.name].addr, twin.nbytes) != (origin.addr, entry.nbytes):
-            problems.append(f"{entry.name}: shares memory with {twin.name} here, but not in the source")
-    ops.sort(key=lambda op: op.dst_addr)
-    problems += [f"memory of two tensors overlaps at address {op.dst_addr:#x} here" for op in _overlapping(ops)]
+    last_name = ""
+    for entry in sorted((entry for entry in dst.tensors if entry.nbytes), key=lambda entry: entry.addr):
+        op = ReadOp(source, src_addrs[entry.name], entry.addr, entry.nbytes)
+        last = ops[-1] if ops else None
+        if last is None or op.dst_addr >= last.dst_addr + last.nbytes:
+            ops.append(op)
+            last_name = entry.name
+        elif op.src_addr - op.dst_addr == last.src_addr - last.dst_addr:  # tied, or views of each other, on both sides
+            nbytes = max(last.dst_addr + last.nbytes, op.dst_addr + op.nbytes) - last.dst_addr
+            ops[-1] = ReadOp(source, last.src_addr, last.dst_addr, nbytes)
+        else:
+            problems.append(f"{entry.name}: shares memory with {last_name} here, but not in the same way in the source")
     _refuse(source, problems)
     ops = coalesce(ops, src.regions, dst.regions)
     check_coverage(ops, dst.tensors)

@@ -1,5 +1,6 @@
 """engine-registry: which inference engines hold which weights, and where. Needs neither torch nor a transfer engine."""
 
+from registry.cleanup import CleaningWatch, InstanceCleaned
 from registry.client import Registry, new_incarnation
 from registry.errors import RegistryError
 from registry.manifest import Manifest, Region, TensorEntry
@@ -18,7 +19,9 @@ from registry.watcher import (
 )
 
 __all__ = [
+    "CleaningWatch",
     "Event",
+    "InstanceCleaned",
     "InstanceDegraded",
     "InstanceGone",
     "InstanceReady",

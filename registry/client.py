@@ -14,7 +14,9 @@ from types import TracebackType
 
 from registry import manifest as manifests
 from registry import registration
+from registry.cleanup import CleaningWatch
 from registry.config import EtcdConfig, parse_endpoints
+from registry.election import Election
 from registry.errors import InstanceIncomplete, InstanceNotFound, InvalidField, RecordDamaged
 from registry.etcd import Etcd, KeyValue, Snapshot
 from registry.follow import Follower
@@ -200,6 +202,16 @@ class Registry:
     def watch(self, instance: str | None = None) -> Watch:
         """Events about one instance or all, beginning with what is there now."""
         return Watch(self._etcd, check_instance(instance) if instance is not None else None)
+
+    def cleaning_watch(self, instance: str | None = None, *, grace_s: float, dry_run: bool = False) -> CleaningWatch:
+        """A watch that evicts what is left of an instance that lost a rank and is still degraded after `grace_s` seconds.
+
+        Of all that run over the same instances, one evicts. With `dry_run` each only tells what it would do.
+        """
+        if not grace_s >= 0:
+            raise InvalidField(f"grace_s {grace_s} is not valid: it is 0 seconds or more", field="grace_s")
+        election = Election(self._etcd, f"cleanup/{instance or ''}")
+        return CleaningWatch(self, self.watch(instance), election, grace_s, dry_run)
 
     def evict(self, record: RankRecord) -> bool:
         """Ends the registration that `record` was read from; False if it has changed or gone since (read it again)."""

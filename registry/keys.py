@@ -10,6 +10,7 @@ ENGINES = "/engines/"
 MANIFESTS = "/manifests/"
 EVICTED = "/evicted/"
 PULLS = "/pulls/"
+ELECTIONS = "/elections/"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _RECORD_KEY = re.compile(ENGINES + r"([A-Za-z0-9._-]{1,128})/(0|[1-9][0-9]{0,6})")
@@ -69,6 +70,10 @@ def pulls_prefix(instance: str, rank: int) -> str:
 
 def pull_key(instance: str, rank: int, load_id: str) -> str:
     return f"{pulls_prefix(instance, rank)}{load_id}"
+
+
+def election_key(name: str) -> str:
+    return f"{ELECTIONS}{name}"
 
 
 def evicted_key(instance: str, rank: int, incarnation: str) -> str:

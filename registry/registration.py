@@ -13,7 +13,7 @@ from dataclasses import replace
 import tenacity
 
 from registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict, RecordDamaged, RegistryError
-from registry.etcd import Delete, Etcd, Guard, KeyValue, Put, absent, none_created_since, unchanged
+from registry.etcd import Delete, Etcd, Guard, KeyValue, Put, Snapshot, absent, none_created_since, unchanged
 from registry.keys import evicted_key, instance_prefix, manifest_part_key, manifest_prefix
 from registry.record import RankRecord, decode, encode
 
@@ -23,7 +23,7 @@ EVICTED = "evicted"
 
 # An evicted registration that cannot reach etcd must find this mark when it comes back; a day outlives any outage that matters.
 _EVICTED_TTL_S = 24 * 3600
-_SIBLINGS = 8
+_SIBLINGS = 8  # looked at first; all only if none of these is alive
 
 
 class _Raced(RegistryError):
@@ -87,27 +87,37 @@ def _check_holder(record: RankRecord, holder: KeyValue | None) -> Guard:
 
 def _check_siblings(etcd: Etcd, record: RankRecord) -> Guard:
     prefix = instance_prefix(record.instance)
-    oldest = etcd.oldest(prefix, _SIBLINGS)
-    for item in oldest.items:
+    seen = etcd.oldest(prefix, _SIBLINGS)
+    sibling = _first_alive(seen, record)
+    if sibling is None and len(seen.items) == _SIBLINGS:
+        seen = etcd.snapshot(prefix)
+        sibling = _first_alive(seen, record)
+    if sibling is None:
+        return none_created_since(prefix, seen.revision)
+    theirs = sibling.agreed()
+    for field, ours in record.agreed().items():
+        if ours != theirs[field]:
+            raise InstanceMismatch(
+                f"rank {record.rank} of {record.instance!r} has {field} {ours!r}, but rank {sibling.rank} is registered "
+                f"with {theirs[field]!r} ({sibling.holder}): all ranks of an instance must agree",
+                field=field,
+                ours=ours,
+                theirs=theirs[field],
+                sibling=sibling.rank,
+            )
+    return unchanged(sibling.key, sibling.mod_revision)
+
+
+def _first_alive(seen: Snapshot, record: RankRecord) -> RankRecord | None:
+    """The first record of another rank that can be read and has not ended."""
+    for item in seen.items:
         try:
-            sibling = decode(item.key, item.value)
+            sibling = decode(item.key, item.value, item.mod_revision)
         except RecordDamaged:
             continue
-        if sibling.rank == record.rank or sibling.ended:
-            continue
-        theirs = sibling.agreed()
-        for field, ours in record.agreed().items():
-            if ours != theirs[field]:
-                raise InstanceMismatch(
-                    f"rank {record.rank} of {record.instance!r} has {field} {ours!r}, but rank {sibling.rank} is registered "
-                    f"with {theirs[field]!r} ({sibling.holder}): all ranks of an instance must agree",
-                    field=field,
-                    ours=ours,
-                    theirs=theirs[field],
-                    sibling=sibling.rank,
-                )
-        return unchanged(item.key, item.mod_revision)
-    return none_created_since(prefix, oldest.revision)
+        if sibling.rank != record.rank and not sibling.ended:
+            return sibling
+    return None
 
 
 def amend(etcd: Etcd, record: RankRecord, mod_revision: int, lease_id: int) -> int:

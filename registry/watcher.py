@@ -10,6 +10,7 @@ import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -82,7 +83,7 @@ class Tracker:
 
     def snapshot(self, snapshot: Snapshot, now: float) -> list[Event]:
         """The first one, or one after a gap: whatever differs from what is known becomes an event."""
-        events: list[Event] = []
+        events = self.expire(now)
         present = {item.key for item in snapshot.items}
         for record in [record for ranks in self._records.values() for record in ranks.values()]:
             if record.key not in present:
@@ -95,7 +96,7 @@ class Tracker:
         return events + self._assess(set(self._records) | set(self._damaged))
 
     def changes(self, changes: tuple[Change, ...], now: float) -> list[Event]:
-        events: list[Event] = []
+        events = self.expire(now)
         touched = set()
         for change in changes:
             place = parse_record_key(change.key)
@@ -175,6 +176,7 @@ class Watch:
         self._follower = Follower(etcd, instance_prefix(instance) if instance else ENGINES)
         self._tracker = Tracker(blip_s)
         self._inbox: queue.Queue[Snapshot | Batch | EtcdError | None] = queue.Queue(_MAX_QUEUED)
+        self._events: deque[Event] = deque()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._read, name="registry watch", daemon=True)
         self._thread.start()
@@ -195,27 +197,38 @@ class Watch:
             except queue.Full:
                 continue
 
-    def __iter__(self) -> Iterator[Event]:
-        while True:
-            due = self._tracker.due
+    def next(self, timeout_s: float | None = None) -> Event | None:
+        """The next event; None if there is none in time, or when the watch has stopped. Raises what etcd refuses for good."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._events and not self._stopped.is_set():
+            limits = [limit for limit in (deadline, self._tracker.due) if limit is not None]
             try:
-                item = self._inbox.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+                item = self._inbox.get(timeout=max(0.0, min(limits) - time.monotonic()) if limits else None)
             except queue.Empty:
-                yield from self._tracker.expire(time.monotonic())
+                self._events.extend(self._tracker.expire(time.monotonic()))
+                if not self._events and deadline is not None and time.monotonic() >= deadline:
+                    return None
                 continue
-            if item is None or self._stopped.is_set():
-                return
             if isinstance(item, EtcdError):
                 raise item
             if isinstance(item, Snapshot):
-                yield from self._tracker.snapshot(item, time.monotonic())
-            else:
-                yield from self._tracker.changes(item.changes, time.monotonic())
+                self._events.extend(self._tracker.snapshot(item, time.monotonic()))
+            elif isinstance(item, Batch):
+                self._events.extend(self._tracker.changes(item.changes, time.monotonic()))
+        return self._events.popleft() if self._events and not self._stopped.is_set() else None
+
+    def __iter__(self) -> Iterator[Event]:
+        while (event := self.next()) is not None:
+            yield event
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
 
     def stop(self) -> None:
         self._stopped.set()
         self._follower.stop()
-        with contextlib.suppress(queue.Full):  # full: the iteration does not wait, and sees that we have stopped
+        with contextlib.suppress(queue.Full):  # full: nobody waits for it
             self._inbox.put_nowait(None)
 
     def __enter__(self) -> Watch:

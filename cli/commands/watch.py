@@ -4,30 +4,62 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import datetime
 
 import click
 
+from cli.hooks import Hooks
 from cli.options import etcd_options, json_option
 from cli.output import event_json, event_text, print_json
-from registry import Registry
+from registry import CleaningWatch, Registry, Watch
 
 
 @click.command("watch")
 @click.argument("instance", required=False)
+@click.option("--exec", "hook", metavar="CMD", help="Run CMD with sh for every event: JSON on stdin, ENGINES_… in its environment.")
+@click.option(
+    "--exec-timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, metavar="S", help="End a CMD after this."
+)
+@click.option("--cleanup", is_flag=True, help="Evict what is left of an instance that lost a rank and stays degraded.")
+@click.option(
+    "--grace", type=click.FloatRange(min=0), default=30.0, show_default=True, metavar="S", help="How long --cleanup waits."
+)
+@click.option("--dry-run", is_flag=True, help="With --cleanup: only tell what would be evicted.")
 @json_option
 @etcd_options
-def command(connect: Callable[[], Registry], instance: str | None, as_json: bool) -> None:
+def command(
+    connect: Callable[[], Registry],
+    instance: str | None,
+    hook: str | None,
+    exec_timeout: float,
+    cleanup: bool,
+    grace: float,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Ranks and instances as they come and go, beginning with what is there now. Ends with Ctrl-C or SIGTERM.
 
-    An etcd that is away is waited for; what changed meanwhile is shown when it is back.
+    An etcd that is away is waited for; what changed meanwhile is shown when it is back. Any number of watches may run with
+    --cleanup: one of them evicts.
     """
-    with connect() as registry, registry.watch(instance) as watch:
+    if dry_run and not cleanup:
+        raise click.UsageError("--dry-run goes with --cleanup")
+    with ExitStack() as stack:
+        registry = stack.enter_context(connect())
+        hooks = stack.enter_context(Hooks(hook, exec_timeout)) if hook else None
+        watch: Watch | CleaningWatch = (
+            registry.cleaning_watch(instance, grace_s=grace, dry_run=dry_run) if cleanup else registry.watch(instance)
+        )
+        stack.enter_context(watch)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: watch.stop())
         for event in watch:
             now = datetime.now().astimezone()
+            data = {"at": now.isoformat(timespec="milliseconds"), **event_json(event)}
             if as_json:
-                print_json({"at": now.isoformat(timespec="milliseconds"), **event_json(event)})
+                print_json(data)
             else:
                 click.echo(f"{now:%H:%M:%S}.{now.microsecond // 1000:03d}  {event_text(event)}")
+            if hooks:
+                hooks.run(data)

@@ -1,0 +1,118 @@
+"""Evicts what a dead rank leaves useless: the other ranks of an instance that stays degraded for longer than a grace period.
+
+`Grace` is the pure part: which registrations are doomed, and when. `CleaningWatch` is a Watch that also carries it out, if it
+leads: of several that run, one evicts. Every eviction is guarded by the record's revision, so it can only hit what was seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from registry.election import Election
+from registry.errors import EtcdError
+from registry.record import RankRecord
+from registry.resolver import InstanceState
+from registry.watcher import Event, InstanceGone, InstanceReady, RankJoined, RankLost, RankUpdated, Watch
+
+if TYPE_CHECKING:
+    from registry.client import Registry
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InstanceCleaned:
+    """`evicted` are the registrations that were ended, or with `dry_run` would be. `lost` is the rank whose loss began it."""
+
+    instance: str
+    lost: RankRecord
+    evicted: tuple[RankRecord, ...]
+    dry_run: bool
+
+
+class Grace:
+    """Feed it the events of a watch. A loss dooms the registrations that stand then, and no later ones: a new launch that
+    begins meanwhile, or a rank that came back, is not touched."""
+
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._present: dict[str, dict[int, str]] = {}  # instance -> rank -> incarnation
+        self._doomed: dict[str, tuple[float, RankRecord, frozenset[str]]] = {}  # instance -> due, lost, incarnations
+
+    def feed(self, event: Event, now: float) -> None:
+        if isinstance(event, RankJoined | RankUpdated):
+            record = event.record
+            self._present.setdefault(record.instance, {})[record.rank] = record.incarnation
+        elif isinstance(event, RankLost):
+            record = event.record
+            present = self._present.setdefault(record.instance, {})
+            present.pop(record.rank, None)
+            due, lost, _ = self._doomed.get(record.instance, (now + self._grace_s, record, None))
+            if present:
+                self._doomed[record.instance] = due, lost, frozenset(present.values())
+        elif isinstance(event, InstanceReady | InstanceGone):
+            self._doomed.pop(event.status.instance, None)
+            if isinstance(event, InstanceGone):
+                self._present.pop(event.status.instance, None)
+
+    @property
+    def due(self) -> float | None:
+        """When `expired` has something to say."""
+        return min((due for due, _, _ in self._doomed.values()), default=None)
+
+    def expired(self, now: float) -> list[tuple[str, RankRecord, frozenset[str]]]:
+        """Instances whose grace is over, with the lost rank and the doomed incarnations; each is told once."""
+        over = [instance for instance, (due, _, _) in self._doomed.items() if due <= now]
+        return [(instance, *self._doomed.pop(instance)[1:]) for instance in over]
+
+
+class CleaningWatch:
+    """Iterate as over a Watch; in between comes an InstanceCleaned for every instance that this process has cleaned up."""
+
+    def __init__(self, registry: Registry, watch: Watch, election: Election, grace_s: float, dry_run: bool = False) -> None:
+        self._registry = registry
+        self._watch = watch
+        self._election = election
+        self._grace = Grace(grace_s)
+        self._dry_run = dry_run
+
+    def __iter__(self) -> Iterator[Event | InstanceCleaned]:
+        while not self._watch.stopped:
+            due = self._grace.due
+            event = self._watch.next(None if due is None else max(0.0, due - time.monotonic()))
+            if event is not None:
+                self._grace.feed(event, time.monotonic())
+                yield event
+            for instance, lost, doomed in self._grace.expired(time.monotonic()):
+                if self._dry_run or self._election.leading:
+                    yield from self._clean(instance, lost, doomed)
+
+    def _clean(self, instance: str, lost: RankRecord, doomed: frozenset[str]) -> Iterator[InstanceCleaned]:
+        try:
+            status = self._registry.instance(instance)
+            if status.state is not InstanceState.DEGRADED:
+                return
+            victims = [record for record in status.records if record.incarnation in doomed]
+            evicted = [record for record in victims if self._dry_run or self._registry.evict(record)]
+        except EtcdError as exc:
+            log.warning("%s is not cleaned up: %s", instance, exc)
+            return
+        if evicted:
+            yield InstanceCleaned(instance, lost, tuple(evicted), self._dry_run)
+
+    def stop(self) -> None:
+        self._watch.stop()
+
+    def __enter__(self) -> CleaningWatch:
+        self._election.start()
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._watch.__exit__(kind, exc, tb)
+        self._election.close()

@@ -1,0 +1,99 @@
+"""Of all processes that campaign under one name, one leads at a time: who holds the key `/elections/<name>` under its lease."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from types import TracebackType
+
+from registry.backoff import Backoff
+from registry.errors import EtcdError, LeaseNotFound
+from registry.etcd import Etcd, Put, Snapshot, absent
+from registry.follow import Follower
+from registry.keys import election_key
+
+log = logging.getLogger(__name__)
+_TTL_S = 5.0  # how long the others wait for a leader whose host has died
+
+
+class Election:
+    """Campaigns from `start` to `close` in a thread of its own. Leading is believed only while the lease surely lives."""
+
+    def __init__(self, etcd: Etcd, name: str) -> None:
+        self._etcd = etcd
+        self._key = election_key(name)
+        self._leads_until = 0.0
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._follower: Follower | None = None
+        self._thread = threading.Thread(target=self._campaign, name=f"election {name}", daemon=True)
+
+    @property
+    def leading(self) -> bool:
+        return time.monotonic() < self._leads_until
+
+    def start(self) -> Election:
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Stops campaigning; if we lead, the next one takes over at once."""
+        with self._lock:
+            self._stopped.set()
+            if self._follower is not None:
+                self._follower.stop()
+        self._thread.join(timeout=5.0)
+
+    def __enter__(self) -> Election:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _campaign(self) -> None:
+        backoff = Backoff()
+        while not self._stopped.is_set():
+            try:
+                self._wait_until_vacant()
+                lease_id = self._etcd.grant(_TTL_S)
+                granted_at = time.monotonic()
+                try:
+                    who = f"{socket.gethostname()}:{os.getpid()}".encode()
+                    if self._etcd.commit([absent(self._key)], [Put(self._key, who, lease_id)]):
+                        self._lead(lease_id, granted_at)
+                finally:
+                    self._leads_until = 0.0
+                    self._etcd.revoke(lease_id)
+                backoff.reset()
+            except EtcdError as exc:
+                log.info("campaigning for %s again soon: %s", self._key, exc)
+                self._stopped.wait(backoff.next_s())
+
+    def _wait_until_vacant(self) -> None:
+        follower = Follower(self._etcd, self._key)
+        with self._lock:
+            self._follower = follower
+            if self._stopped.is_set():
+                return
+        for update in follower:
+            taken = update.items if isinstance(update, Snapshot) else self._etcd.get(self._key)
+            if not taken:
+                follower.stop()
+
+    def _lead(self, lease_id: int, renewed_at: float) -> None:
+        self._leads_until = renewed_at + _TTL_S
+        while not self._stopped.wait(_TTL_S / 3):
+            renewed_at = time.monotonic()
+            try:
+                self._etcd.keep_alive(lease_id)
+            except LeaseNotFound:
+                return
+            except EtcdError as exc:
+                log.info("leading %s in doubt: %s", self._key, exc)
+                if not self.leading:
+                    return
+            else:
+                self._leads_until = renewed_at + _TTL_S
