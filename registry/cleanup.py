@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from registry.client import Registry
 
 log = logging.getLogger(__name__)
+_POSTPONED_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ class InstanceCleaned:
     dry_run: bool
 
 
+@dataclass(frozen=True)
+class Doomed:
+    """Registrations to evict at `due`, because `lost` has been lost and unless it comes back."""
+
+    instance: str
+    due: float
+    lost: RankRecord
+    incarnations: frozenset[str]
+
+
 class Grace:
     """Feed it the events of a watch. A loss dooms the registrations that stand then, and no later ones: a new launch that
     begins meanwhile, or a rank that came back, is not touched."""
@@ -42,7 +53,7 @@ class Grace:
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
         self._present: dict[str, dict[int, str]] = {}  # instance -> rank -> incarnation
-        self._doomed: dict[str, tuple[float, RankRecord, frozenset[str]]] = {}  # instance -> due, lost, incarnations
+        self._doomed: dict[str, Doomed] = {}  # by instance
 
     def feed(self, event: Event, now: float) -> None:
         if isinstance(event, RankJoined | RankUpdated):
@@ -52,9 +63,9 @@ class Grace:
             record = event.record
             present = self._present.setdefault(record.instance, {})
             present.pop(record.rank, None)
-            due, lost, _ = self._doomed.get(record.instance, (now + self._grace_s, record, None))
+            doomed = self._doomed.get(record.instance) or Doomed(record.instance, now + self._grace_s, record, frozenset())
             if present:
-                self._doomed[record.instance] = due, lost, frozenset(present.values())
+                self._doomed[record.instance] = replace(doomed, incarnations=frozenset(present.values()))
         elif isinstance(event, InstanceReady | InstanceGone):
             self._doomed.pop(event.status.instance, None)
             if isinstance(event, InstanceGone):
@@ -63,12 +74,18 @@ class Grace:
     @property
     def due(self) -> float | None:
         """When `expired` has something to say."""
-        return min((due for due, _, _ in self._doomed.values()), default=None)
+        return min((doomed.due for doomed in self._doomed.values()), default=None)
 
-    def expired(self, now: float) -> list[tuple[str, RankRecord, frozenset[str]]]:
-        """Instances whose grace is over, with the lost rank and the doomed incarnations; each is told once."""
-        over = [instance for instance, (due, _, _) in self._doomed.items() if due <= now]
-        return [(instance, *self._doomed.pop(instance)[1:]) for instance in over]
+    def expired(self, now: float) -> list[Doomed]:
+        """What is to be evicted now; each is told once."""
+        over = [doomed for doomed in self._doomed.values() if doomed.due <= now]
+        for doomed in over:
+            del self._doomed[doomed.instance]
+        return over
+
+    def postpone(self, doomed: Doomed, now: float) -> None:
+        """It could not be done, or it is for another process to do, which may die: look again soon."""
+        self._doomed.setdefault(doomed.instance, replace(doomed, due=now + _POSTPONED_S))
 
 
 class CleaningWatch:
@@ -88,22 +105,25 @@ class CleaningWatch:
             if event is not None:
                 self._grace.feed(event, time.monotonic())
                 yield event
-            for instance, lost, doomed in self._grace.expired(time.monotonic()):
+            for doomed in self._grace.expired(time.monotonic()):
                 if self._dry_run or self._election.leading:
-                    yield from self._clean(instance, lost, doomed)
+                    yield from self._clean(doomed)
+                else:
+                    self._grace.postpone(doomed, time.monotonic())
 
-    def _clean(self, instance: str, lost: RankRecord, doomed: frozenset[str]) -> Iterator[InstanceCleaned]:
+    def _clean(self, doomed: Doomed) -> Iterator[InstanceCleaned]:
         try:
-            status = self._registry.instance(instance)
+            status = self._registry.instance(doomed.instance)
             if status.state is not InstanceState.DEGRADED:
                 return
-            victims = [record for record in status.records if record.incarnation in doomed]
+            victims = [record for record in status.records if record.incarnation in doomed.incarnations]
             evicted = [record for record in victims if self._dry_run or self._registry.evict(record)]
         except EtcdError as exc:
-            log.warning("%s is not cleaned up: %s", instance, exc)
+            log.warning("%s is not cleaned up yet: %s", doomed.instance, exc)
+            self._grace.postpone(doomed, time.monotonic())
             return
         if evicted:
-            yield InstanceCleaned(instance, lost, tuple(evicted), self._dry_run)
+            yield InstanceCleaned(doomed.instance, doomed.lost, tuple(evicted), self._dry_run)
 
     def stop(self) -> None:
         self._watch.stop()

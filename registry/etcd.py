@@ -28,13 +28,12 @@ from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost
 T = TypeVar("T")
 pb = etcd3.etcdrpc
 
-# Values that survived cut, stalled and restarted servers. Without http2.ping_timeout_ms a silent peer may never be noticed; etcd
-# answers pings that come faster than every 5 s with GOAWAY.
+# Values that survived cut, stalled and restarted servers. Without http2.ping_timeout_ms a silent peer may never be noticed. etcd
+# answers pings that come faster than every 5 s, or while no call is open, with GOAWAY.
 _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 3_000),
     ("grpc.http2.ping_timeout_ms", 3_000),
-    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),

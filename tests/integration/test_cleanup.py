@@ -1,0 +1,239 @@
+"""What happens after a loss: eviction by one of several watchers, hooks, and ranks that leave without hurting their readers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from loader import InProcessEngine, load, publish
+from loader.errors import SourceLost
+from loader.plan import ReadOp
+from registry import (
+    CleaningWatch,
+    Event,
+    InstanceCleaned,
+    InstanceReady,
+    ModelIdentity,
+    RankLost,
+    RankState,
+    Registration,
+    Registry,
+)
+from registry.errors import InstanceIncomplete
+from tests.integration.conftest import Processes, line_of
+from tests.integration.ranks import register
+
+
+class Collected:
+    """Events of a cleaning watch, gathered by a thread; `wait_for` blocks until one of them is what the test waits for."""
+
+    def __init__(self, watch: CleaningWatch) -> None:
+        self.events: list[Event | InstanceCleaned] = []
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._collect, args=(watch,))
+        self._thread.start()
+
+    def _collect(self, watch: CleaningWatch) -> None:
+        for event in watch:
+            with self._changed:
+                self.events.append(event)
+                self._changed.notify_all()
+
+    def wait_for(self, wanted: Callable[[Event | InstanceCleaned], bool], timeout_s: float = 20.0) -> Event | InstanceCleaned:
+        with self._changed:
+            assert self._changed.wait_for(lambda: any(map(wanted, self.events)), timeout_s), self.events
+            return next(filter(wanted, self.events))
+
+    def join(self) -> None:
+        self._thread.join()
+
+
+@pytest.fixture
+def watching(registry: Registry) -> Iterator[Callable[..., Collected]]:
+    with ExitStack() as stack:
+
+        def watch(grace_s: float, dry_run: bool = False) -> Collected:
+            cleaning = stack.enter_context(registry.cleaning_watch("a", grace_s=grace_s, dry_run=dry_run))
+            collected = Collected(cleaning)
+            stack.callback(collected.join)
+            stack.callback(cleaning.stop)
+            return collected
+
+        yield watch
+
+
+def two_ranks(registry: Registry, stack: ExitStack) -> tuple[Registration, Registration]:
+    first, second = (stack.enter_context(register(registry, rank=rank, world_size=2)) for rank in range(2))
+    return first, second
+
+
+def is_a(kind: type) -> Callable[[object], bool]:
+    return lambda event: isinstance(event, kind)
+
+
+def test_what_a_lost_rank_leaves_is_evicted_once_by_three_watchers(registry: Registry, watching: Callable[..., Collected]) -> None:
+    with ExitStack() as stack:
+        first, second = two_ranks(registry, stack)
+        watchers = [watching(grace_s=0.3) for _ in range(3)]
+        for watcher in watchers:
+            watcher.wait_for(is_a(InstanceReady))
+        second.withdraw()
+        for watcher in watchers:
+            watcher.wait_for(lambda event: isinstance(event, RankLost) and event.reason == "evicted")
+        cleaned = [event for watcher in watchers for event in watcher.events if isinstance(event, InstanceCleaned)]
+        assert [(event.lost.rank, [record.rank for record in event.evicted]) for event in cleaned] == [(1, [0])]
+        assert registry.instances() == ()
+        assert first.record.rank == 0
+
+
+def test_a_dry_run_tells_and_evicts_nothing(registry: Registry, watching: Callable[..., Collected]) -> None:
+    with ExitStack() as stack:
+        _, second = two_ranks(registry, stack)
+        watcher = watching(grace_s=0.2, dry_run=True)
+        watcher.wait_for(is_a(InstanceReady))
+        second.withdraw()
+        cleaned = watcher.wait_for(is_a(InstanceCleaned))
+        assert isinstance(cleaned, InstanceCleaned)
+        assert cleaned.dry_run
+        assert [record.rank for record in registry.ranks("a")] == [0]
+
+
+def test_a_rank_that_comes_back_within_the_grace_period_saves_the_others(
+    registry: Registry, watching: Callable[..., Collected]
+) -> None:
+    with ExitStack() as stack:
+        _, second = two_ranks(registry, stack)
+        watcher = watching(grace_s=2.0)
+        watcher.wait_for(is_a(InstanceReady))
+        second.withdraw()
+        watcher.wait_for(is_a(RankLost))
+        lost_at = time.monotonic()
+        stack.enter_context(register(registry, rank=1, world_size=2))
+        third = stack.enter_context(register(registry, "other"))
+        with registry.watch("other") as clock:  # until the grace period is surely over
+            assert clock.next()
+            assert clock.next()
+            assert clock.next(max(0.0, lost_at + 3.0 - time.monotonic())) is None
+        assert not [event for event in watcher.events if isinstance(event, InstanceCleaned)]
+        assert len(registry.resolve("a")) == 2
+        assert third.record.rank == 0
+
+
+def test_ranks_of_a_new_launch_are_not_taken_for_what_the_old_one_left(
+    registry: Registry, watching: Callable[..., Collected]
+) -> None:
+    with ExitStack() as stack:
+        first = register(registry, rank=0, world_size=3, generation="old")
+        second = register(registry, rank=1, world_size=3, generation="old")
+        watcher = watching(grace_s=1.0)
+        watcher.wait_for(lambda event: getattr(getattr(event, "record", None), "rank", None) == 1)
+        second.withdraw()
+        watcher.wait_for(is_a(RankLost))
+        first.withdraw()
+        stack.enter_context(register(registry, rank=0, world_size=3, generation="new"))
+        with registry.watch("a") as clock:
+            assert clock.next()
+            assert clock.next()
+            assert clock.next(2.0) is None
+        assert [record.generation for record in registry.ranks("a")] == ["new"]
+        assert not [event for event in watcher.events if isinstance(event, InstanceCleaned)]
+
+
+def test_the_next_watcher_evicts_when_the_leading_one_is_killed(registry: Registry, processes: Processes, namespace: str) -> None:
+    leader = processes.engines("watch", "a", "--namespace", namespace, "--cleanup", "--grace", "1", "--json")
+    with ExitStack() as stack:
+        _, second = two_ranks(registry, stack)
+        assert json.loads(line_of(leader))["event"] == "rank_joined"
+        follower = processes.engines("watch", "a", "--namespace", namespace, "--cleanup", "--grace", "1", "--json")
+        assert json.loads(line_of(follower))["event"] == "rank_joined"
+        leader.kill()
+        leader.wait()
+        second.withdraw()
+        events = (json.loads(line_of(follower)) for _ in range(100))
+        cleaned = next(event for event in events if event["event"] == "instance_cleaned")
+        assert cleaned["evicted"] == [0]
+
+
+def test_hooks_get_each_event_and_a_failing_one_does_not_stop_the_watch(
+    registry: Registry, processes: Processes, namespace: str, tmp_path: Path
+) -> None:
+    seen = tmp_path / "seen"
+    hook = f'echo "$ENGINES_EVENT $ENGINES_INSTANCE $ENGINES_RANK $ENGINES_REASON" >>{seen}; cat >>{seen}; echo >>{seen}; exit 3'
+    watch = processes.engines("watch", "--namespace", namespace, "--exec", hook)
+    with register(registry):
+        for _ in range(2):
+            line_of(watch)
+    for _ in range(2):
+        line_of(watch)
+    watch.send_signal(signal.SIGTERM)
+    _, err = watch.communicate(timeout=20)
+    assert watch.returncode == 0
+    assert err.count("failed with code 3") == 4
+    lines = seen.read_text().splitlines()
+    assert lines[::2] == [
+        "rank_joined a 0 ", "instance_ready a  ", "rank_lost a 0 withdrawn", "instance_gone a  ",
+    ]  # fmt: skip
+    assert [json.loads(line)["event"] for line in lines[1::2]] == ["rank_joined", "instance_ready", "rank_lost", "instance_gone"]
+
+
+class Slow(InProcessEngine):
+    """Stops after its first bulk read until the test lets it go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading = threading.Event()
+        self.go_on = threading.Event()
+
+    def read(self, session_id: str, ops: Sequence[ReadOp]) -> None:
+        super().read(session_id, ops)
+        if ops[0].nbytes > 64:
+            self.reading.set()
+            assert self.go_on.wait(20)
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_draining_rank_waits_for_its_reader_but_not_for_ever(registry: Registry, patient: bool) -> None:
+    source = {"w": torch.rand(1024)}
+    target = {"w": torch.zeros(1024)}
+    publication = publish(registry, InProcessEngine(), instance="a", rank=0, world_size=1, tensors=source, model=ModelIdentity("m"))
+    engine = Slow()
+    outcome: list[object] = []
+
+    def read() -> None:
+        try:
+            outcome.append(load(registry, engine, "a", rank=0, tensors=target))
+        except SourceLost as exc:
+            outcome.append(exc)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert engine.reading.wait(20)
+    drained: list[bool] = []
+    drainer = threading.Thread(target=lambda: drained.append(publication.drain(20.0 if patient else 0.2)))
+    with registry.watch("a") as watch:
+        drainer.start()
+        while registry.ranks("a") and registry.ranks("a")[0].state is not RankState.DRAINING:
+            watch.next(0.05)
+        if patient:
+            with pytest.raises(InstanceIncomplete, match="rank 0 draining"):
+                load(registry, InProcessEngine(), "a", rank=0, tensors=target, timeout_s=0.0)
+            assert drainer.is_alive()
+        else:
+            drainer.join(20)
+    engine.go_on.set()
+    reader.join(20)
+    drainer.join(20)
+    assert drained == [patient]
+    assert registry.instances() == ()
+    if patient:
+        assert torch.equal(target["w"], source["w"])
+    else:
+        assert isinstance(outcome[0], SourceLost)
