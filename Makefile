@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock clean
+.PHONY: help setup demo test bench lint format lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
@@ -19,6 +19,10 @@ demo: setup ## two ranks serve a real checkpoint, two others load it, one dies
 
 test: lint ## lint, then all tests
 	$(BIN)/pytest $(ARGS)
+
+bench: setup ## figures of the control plane and of loading (minutes)
+	$(BIN)/python -m benchmarks.registry $(ARGS)
+	$(BIN)/python -m benchmarks.load $(ARGS)
 
 lint: setup ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check

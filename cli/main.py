@@ -52,6 +52,7 @@ def engines() -> None:
 
 
 def main() -> None:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC's C++ core logs, we report ourselves
     logging.addLevelName(logging.WARNING, "warning")
     logging.addLevelName(logging.ERROR, "error")
     logging.basicConfig(format="engines: %(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)

@@ -72,12 +72,14 @@ def load(
             engine.register(region)
             undo.callback(engine.unregister, region)
         task = _Load(registry, engine, rank, dst, cell, deadline, progress or _ignore)
-        for instance in instances[:-1]:
+        while True:
             try:
-                return task.run(instance)
+                return task.run(instances)
             except SourceLost as exc:
-                log.warning("%s; trying another source", exc)
-        return task.run(instances[-1])
+                instances.remove(exc.details["instance"])
+                if not instances:
+                    raise
+                log.warning("%s; trying another instance", exc)
 
 
 @dataclass
@@ -90,28 +92,30 @@ class _Load:
     deadline: float
     on_progress: OnProgress
 
-    def run(self, instance: str) -> LoadReport:
+    def run(self, instances: Sequence[str]) -> LoadReport:
         start = time.monotonic()
         torn: TornRead | None = None
         for retries in range(_TRIES):
             try:
-                return self._once(instance, start, retries)
+                return self._once(instances, start, retries)
             except TornRead as exc:
                 log.info("%s; reading again", exc)
                 torn = exc
-        raise torn or TornRead(f"no try to read from {instance!r} was made")
+        raise torn or TornRead("no try to read was made")
 
-    def _once(self, instance: str, start: float, retries: int) -> LoadReport:
-        records = self.registry.resolve(instance, max(0.0, self.deadline - time.monotonic()))
+    def _once(self, instances: Sequence[str], start: float, retries: int) -> LoadReport:
+        records = self.registry.resolve(instances, max(0.0, self.deadline - time.monotonic()))
+        instance = records[0].instance
         if not 0 <= self.rank < len(records):
             raise InvalidField(
                 f"rank {self.rank} is not one of {instance!r}, which has the ranks 0 to {len(records) - 1}",
                 field="rank",
             )
         record = records[self.rank]
-        ops = plan(f"{instance}/{self.rank}", self._manifest_of(record), self.dst)
+        ops: tuple[ReadOp, ...] = ()
         done: list[ReadOp] = []
         try:
+            ops = plan(f"{instance}/{self.rank}", self._manifest_of(record), self.dst)
             with self._ticket(record):
                 self._check_header(record)
                 transfer_start = time.monotonic()
@@ -120,15 +124,7 @@ class _Load:
                 self._check_header(record)
                 self._check_record(record)
         except (ReadFailed, SourceLost) as exc:
-            complete = complete_tensors(sorted(done, key=lambda op: op.dst_addr), self.dst.tensors)
-            raise SourceLost(
-                f"the source {record.key} at {record.session_id} was lost after {sum(op.nbytes for op in done)} of "
-                f"{sum(op.nbytes for op in ops)} bytes ({exc}): the destination holds {len(complete)} of "
-                f"{len(self.dst.tensors)} tensors whole; load again or from another instance",
-                key=record.key,
-                nbytes=sum(op.nbytes for op in done),
-                complete=complete,
-            ) from exc
+            raise self._lost(record, ops, done, exc) from exc
         return LoadReport(
             instance=instance,
             rank=self.rank,
@@ -142,12 +138,26 @@ class _Load:
             transfer_s=transfer_s,
         )
 
+    def _lost(self, record: RankRecord, ops: Sequence[ReadOp], done: Sequence[ReadOp], why: Exception) -> SourceLost:
+        complete: list[str] = []
+        held = "nothing was read"
+        if done:
+            complete = complete_tensors(done, self.dst.tensors)
+            arrived, wanted = (sum(op.nbytes for op in some) for some in (done, ops))
+            held = f"{arrived} of {wanted} bytes have arrived, {len(complete)} of {len(self.dst.tensors)} tensors are whole"
+        return SourceLost(
+            f"the source {record.key} at {record.session_id} was lost ({why}); {held}: load again or from another instance",
+            key=record.key,
+            instance=record.instance,
+            complete=complete,
+        )
+
     def _manifest_of(self, record: RankRecord) -> Manifest:
         try:
             return self.registry.manifest(record)
         except RecordDamaged as exc:
             if self._now(record) is None:
-                raise SourceLost(f"the source {record.key} was lost before it was read: load again", key=record.key) from exc
+                raise SourceLost(f"{record.key} is not registered any more", key=record.key) from exc
             raise
 
     def _ticket(self, record: RankRecord) -> AbstractContextManager[object]:

@@ -129,7 +129,8 @@ class CleaningWatch:
         self._watch.stop()
 
     def __enter__(self) -> CleaningWatch:
-        self._election.start()
+        if not self._dry_run:  # who only looks on must not keep others from acting
+            self._election.start()
         self._watch.__enter__()
         return self
 

@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from types import TracebackType
 
 from registry import manifest as manifests
@@ -152,16 +151,20 @@ class Registry:
             log.warning("%s: %s", instance, problem)
         return status.records
 
-    def resolve(self, instance: str, timeout_s: float = 0.0) -> tuple[RankRecord, ...]:
-        """All ranks of an instance that is complete and consistent; waits for that, watching, for up to `timeout_s`.
+    def resolve(self, instance: str | Sequence[str], timeout_s: float = 0.0) -> tuple[RankRecord, ...]:
+        """All ranks of an instance that is complete and consistent; of several, of the first in the list that is.
 
-        Raises InstanceNotFound, InstanceIncomplete (with what is missing), or RecordDamaged.
+        Waits for that, watching, for up to `timeout_s`. Raises InstanceNotFound, InstanceIncomplete (with what is missing), or
+        RecordDamaged.
         """
-        check_instance(instance)
+        names = [check_instance(name) for name in ([instance] if isinstance(instance, str) else instance)]
+        if not names:
+            raise InvalidField("no instance is named", field="instance")
         deadline = time.monotonic() + timeout_s
+        prefix = instance_prefix(names[0]) if len(names) == 1 else ENGINES
         items: dict[str, KeyValue] = {}
-        status = InstanceStatus(instance, InstanceState.GONE)
-        for update in Follower(self._etcd, instance_prefix(instance), deadline if timeout_s > 0 else None):
+        statuses: dict[str, InstanceStatus] = {}
+        for update in Follower(self._etcd, prefix, deadline if timeout_s > 0 else None):
             if isinstance(update, Snapshot):
                 items = {item.key: item for item in update.items}
             else:
@@ -170,12 +173,13 @@ class Registry:
                         items[change.key] = change
                     else:
                         items.pop(change.key, None)
-            status = next(iter(_statuses(items.values())), InstanceStatus(instance, InstanceState.GONE))
-            if status.state is InstanceState.READY:
-                return status.records
+            statuses = {status.instance: status for status in _statuses(items.values())}
+            for name in names:
+                if name in statuses and statuses[name].state is InstanceState.READY:
+                    return statuses[name].records
             if time.monotonic() >= deadline:
                 break
-        return _fail(status, items.values(), timeout_s)
+        return _fail(names, statuses, items.values(), timeout_s)
 
     def manifest(self, record: RankRecord) -> Manifest:
         """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
@@ -240,26 +244,32 @@ def _statuses(items: Iterable[KeyValue]) -> tuple[InstanceStatus, ...]:
     return tuple(status for status in statuses if status.state is not InstanceState.GONE)
 
 
-def _fail(status: InstanceStatus, items: Iterable[KeyValue], timeout_s: float) -> tuple[RankRecord, ...]:
-    """Raises why the instance cannot be used."""
+def _fail(
+    names: Sequence[str], statuses: Mapping[str, InstanceStatus], items: Iterable[KeyValue], timeout_s: float
+) -> tuple[RankRecord, ...]:
+    """Raises why none of the instances can be used."""
     for item in items:
-        if parse_record_key(item.key):
+        place = parse_record_key(item.key)
+        if place and place[0] in names:
             decode(item.key, item.value)
     waited = f" after {timeout_s:.3g} s" if timeout_s > 0 else ""
-    if status.state is InstanceState.GONE:
+    found = [statuses[name] for name in names if name in statuses]
+    if not found:
+        listed = " or ".join(repr(name) for name in names)
         raise InstanceNotFound(
-            f"instance {status.instance!r} is not registered{waited}: start its ranks, or see `engines list`",
-            instance=status.instance,
+            f"instance {listed} is not registered{waited}: start its ranks, or see `engines list`", instances=list(names)
         )
     raise InstanceIncomplete(
-        f"instance {status.instance!r} is not ready{waited}: {status.summary}",
-        instance=status.instance,
-        missing=list(status.missing),
-        problems=list(status.problems),
+        "; ".join(f"instance {status.instance!r} is not ready{waited}: {status.summary}" for status in found),
+        instances=list(names),
+        missing={status.instance: list(status.missing) for status in found},
+        problems={status.instance: list(status.problems) for status in found},
     )
 
 
 def _version() -> str:
+    from importlib import metadata  # costs each keeper process memory that it never needs
+
     try:
         return metadata.version("engine-registry")
     except metadata.PackageNotFoundError:

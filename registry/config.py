@@ -13,6 +13,7 @@ from registry.errors import InvalidField
 class Endpoint:
     host: str
     port: int
+    tls: bool = False
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -36,6 +37,10 @@ class EtcdConfig:
             raise InvalidField("no etcd endpoint given: use HOST:PORT", field="endpoints")
         if not self.timeout_s > 0:
             raise InvalidField(f"timeout {self.timeout_s} is not valid: it is more than 0 seconds", field="timeout_s")
+        if len({endpoint.tls for endpoint in self.endpoints}) > 1:
+            raise InvalidField(
+                "some etcd endpoints are https:// and some are not: all members speak one of them", field="endpoints"
+            )
         if bool(self.cert) != bool(self.key):
             raise InvalidField("a client certificate needs both its file and its key's: give cert and key", field="cert")
         if self.cert and not self.cacert:
@@ -56,7 +61,7 @@ class EtcdConfig:
 
 
 def parse_endpoints(text: str | Sequence[str]) -> tuple[Endpoint, ...]:
-    """`HOST:PORT[,HOST:PORT…]`, each with or without `http://`; IPv6 addresses in brackets."""
+    """`HOST:PORT[,HOST:PORT…]`, each with or without `http://` or, for TLS, `https://`; IPv6 addresses in brackets."""
     parts = text.split(",") if isinstance(text, str) else text
     return tuple(_parse_endpoint(part.strip()) for part in parts if part.strip())
 
@@ -69,4 +74,4 @@ def _parse_endpoint(text: str) -> Endpoint:
         raise InvalidField(f"etcd endpoint {text!r} is not valid: use HOST:PORT, for example 127.0.0.1:2379", field="endpoints")
     if ":" in host and not address.startswith("["):
         raise InvalidField(f"etcd endpoint {text!r} is not valid: write an IPv6 address as [ADDRESS]:PORT", field="endpoints")
-    return Endpoint(host, int(port))
+    return Endpoint(host, int(port), tls=text.startswith("https://"))

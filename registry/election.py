@@ -45,7 +45,8 @@ class Election:
             self._stopped.set()
             if self._follower is not None:
                 self._follower.stop()
-        self._thread.join(timeout=5.0)
+        if self._thread.is_alive():
+            self._thread.join(timeout=5.0)
 
     def __enter__(self) -> Election:
         return self.start()

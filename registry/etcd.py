@@ -190,10 +190,25 @@ class Etcd:
         )
         return str(response.version)
 
+    def leads(self) -> bool:
+        """Whether the member that we are connected to is the leader."""
+        response = self._call(
+            lambda client, timeout_s: pb.MaintenanceStub(client.channel).Status(
+                pb.StatusRequest(), timeout_s, metadata=client.metadata
+            )
+        )
+        return bool(response.leader and response.leader == response.header.member_id)
+
     def get(self, key: str, revision: int = 0) -> KeyValue | None:
         """The key now, or as it was at `revision`; HistoryLost where that is compacted or does not exist."""
         response = self._range(pb.RangeRequest(key=self._key(key), revision=revision))
         return _key_value(response.kvs[0], len(self.config.namespace)) if response.kvs else None
+
+    def count(self, prefix: str, revision: int) -> int:
+        """How many keys lay under the prefix at `revision`; HistoryLost where that is compacted or does not exist."""
+        key = self._key(prefix)
+        request = pb.RangeRequest(key=key, range_end=_prefix_end(key), revision=revision, count_only=True)
+        return int(self._range(request).count)
 
     def snapshot(self, prefix: str) -> Snapshot:
         """All keys under the prefix at one revision, fetched in pages."""
@@ -334,7 +349,7 @@ class Etcd:
         return etcd3.client(
             host=f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host,
             port=endpoint.port,
-            ca_cert=config.cacert,
+            ca_cert=config.cacert or (_system_ca() if endpoint.tls else None),
             cert_cert=config.cert,
             cert_key=config.key,
             timeout=config.timeout_s,
@@ -395,6 +410,15 @@ class Etcd:
 
 
 _TARGETS = {"create_revision": pb.Compare.CREATE, "mod_revision": pb.Compare.MOD}
+
+
+def _system_ca() -> str:
+    import ssl  # seldom needed, and big
+
+    path = ssl.get_default_verify_paths().cafile
+    if path is None:
+        raise EtcdRefused("this system has no file of trusted certificates: give etcd's CA with --cacert")
+    return path
 
 
 def _from_status(where: str, code: Any, text: str) -> EtcdError:

@@ -33,7 +33,8 @@ class Follower:
         self._lock = threading.Lock()
         self._stream: WatchStream | None = None
         self._revision = 0
-        self._newest: KeyValue | None = None  # proof that it is still the same store
+        self._count = 0  # of keys at that revision
+        self._newest: KeyValue | None = None  # of them, unless it was deleted
 
     def stop(self) -> None:
         with self._lock:
@@ -48,7 +49,7 @@ class Follower:
             try:
                 if not self._revision:
                     snapshot = self._etcd.snapshot(self._prefix)
-                    self._revision = snapshot.revision
+                    self._revision, self._count = snapshot.revision, len(snapshot.items)
                     self._newest = max(snapshot.items, key=lambda item: item.mod_revision, default=None)
                     yield snapshot
                 self._check_history()
@@ -75,14 +76,22 @@ class Follower:
         self._revision = batch.revision
         for change in batch.changes:
             if isinstance(change, KeyValue):
+                self._count += change.create_revision == change.mod_revision
                 self._newest = change
-            elif self._newest is not None and self._newest.key == change.key:
-                self._newest = None
+            else:
+                self._count -= 1
+                if self._newest is not None and self._newest.key == change.key:
+                    self._newest = None
 
     def _check_history(self) -> None:
-        """HistoryLost unless this is still the store that we know: a wiped one may have grown past our revision since."""
-        found = self._etcd.get(self._newest.key if self._newest else self._prefix, self._revision)
-        if found != self._newest:
+        """HistoryLost unless this is still the store that we know: a wiped one may have grown past our revision since.
+
+        What it says of our last revision must agree with what we saw then: how many keys there were, and the newest of them.
+        """
+        newest = self._newest
+        if self._etcd.count(self._prefix, self._revision) != self._count or (
+            newest is not None and self._etcd.get(newest.key, self._revision) != newest
+        ):
             raise HistoryLost("etcd came back with another store")
 
     def _open(self) -> WatchStream:

@@ -35,6 +35,7 @@ from registry.errors import (
 )
 from registry.etcd import Etcd
 from registry.frames import Frame, read_frame, write_frame
+from registry.keys import evicted_key
 from registry.record import RankRecord, decode
 from registry.registration import DIED, amend, claim, end
 
@@ -105,19 +106,24 @@ class Keeper:
         self._lease_id = 0
 
     def _renew(self) -> None:
+        # The key is read before the lease is renewed: a lease that lives afterwards lived then, in the same store, so a key that
+        # was missing has not expired with it, nor with a store that was wiped in between: somebody deleted it.
+        found = self._etcd.get(self._record.key)
         try:
             self._etcd.keep_alive(self._lease_id)
         except LeaseNotFound:
             self._lease_id = 0
             return
-        found = self._etcd.get(self._record.key)
-        if found is not None and found.mod_revision == self._revision:
-            return
-        # The lease lives, so this is no expiry: somebody has deleted or overwritten the key.
         if found is None:
-            self._lose(Evicted(f"{self._record.key} was deleted by somebody: the registration has ended", key=self._record.key))
-        else:
+            self._lose(self._evicted())
+        elif found.mod_revision != self._revision:
             self._adopt_or_lose(found.value, found.mod_revision)
+
+    def _evicted(self) -> Evicted:
+        key = self._record.key
+        mark = evicted_key(self._record.instance, self._record.rank, self._record.incarnation)
+        how = "evicted" if self._etcd.get(mark) is not None else "deleted from etcd by somebody"
+        return Evicted(f"{key} was {how}: the registration has ended; register again if that was not meant", key=key)
 
     def _adopt_or_lose(self, value: bytes, mod_revision: int) -> None:
         """The key holds something else than we wrote, as far as we know."""
@@ -130,7 +136,7 @@ class Keeper:
             if found.incarnation != self._record.incarnation:
                 self._lose(Superseded(f"{key} now belongs to another process ({found.holder})", key=key))
             if found.ended:
-                self._lose(Evicted(f"{key} was evicted: the registration has ended", key=key))
+                self._lose(self._evicted())
             self._revision = mod_revision  # a write of ours whose answer was lost
 
     def _register_again(self) -> None:

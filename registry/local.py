@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -65,10 +66,22 @@ class LocalEtcd:
     `kill`, `start`, `pause`, `resume` and `wipe` let a test break it and mend it on the same port.
     """
 
-    def __init__(self, port: int = 0, data_dir: str | None = None, binary: str | None = None, *extra_args: str) -> None:
+    def __init__(
+        self,
+        port: int = 0,
+        data_dir: str | None = None,
+        *,
+        binary: str | None = None,
+        name: str = "local",
+        peer_port: int = 0,
+        initial_cluster: str | None = None,
+        extra_args: Sequence[str] = (),
+    ) -> None:
         self.binary = binary or find_binary()
         self.port = port or free_port()
-        self._peer_port = free_port()
+        self._name = name
+        self._peer_url = f"http://127.0.0.1:{peer_port or free_port()}"
+        self._initial_cluster = initial_cluster or f"{name}={self._peer_url}"
         self._temporary = None if data_dir else tempfile.TemporaryDirectory(prefix="engines-etcd-")
         self.data_dir = data_dir or str(self._temporary and self._temporary.name)
         self._extra_args = extra_args
@@ -85,15 +98,25 @@ class LocalEtcd:
 
     def start(self, timeout_s: float = 20.0) -> LocalEtcd:
         """Returns when etcd answers; LocalEtcdFailed with its last words where it does not."""
+        self.launch()
+        try:
+            self._wait_until_healthy(timeout_s)
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def launch(self) -> None:
+        """Starts the process and does not wait: a member of a cluster answers only when most of the others run."""
         if self._in_use():
             raise LocalEtcdFailed(f"port {self.port} on 127.0.0.1 is in use: choose another port")
         Path(self.data_dir).mkdir(parents=True, exist_ok=True)
-        client, peer = f"http://{self.endpoint}", f"http://127.0.0.1:{self._peer_port}"
+        client, peer = f"http://{self.endpoint}", self._peer_url
         command = [
-            self.binary, "--name", "local", "--data-dir", str(Path(self.data_dir) / "data"),
+            self.binary, "--name", self._name, "--data-dir", str(Path(self.data_dir) / "data"),
             "--listen-client-urls", client, "--advertise-client-urls", client,
-            "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"local={peer}",
-            "--log-level", "warn", *self._extra_args,
+            "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
+            "--initial-cluster", self._initial_cluster, "--log-level", "warn", *self._extra_args,
         ]  # fmt: skip
         if self._temporary is not None:
             command.append("--unsafe-no-fsync")
@@ -103,12 +126,6 @@ class LocalEtcd:
             env={**os.environ, "ETCD_LOG": str(self.log_path)},
         )  # fmt: skip
         self.pid = int(_stream(self._holder.stdout).readline())
-        try:
-            self._wait_until_healthy(timeout_s)
-        except BaseException:
-            self.kill()
-            raise
-        return self
 
     def _in_use(self) -> bool:
         with socket.socket() as probe:

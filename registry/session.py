@@ -73,6 +73,7 @@ class Registration:
         self._lost: RegistryError | None = None
         self._closing = False
         self._registered = False
+        self._withdrawn = False
         self._keeper, opened = self._start_keeper(again=False)
         self._listener = threading.Thread(target=self._listen, name=f"registration {record.key}", daemon=True)
         self._listener.start()
@@ -97,6 +98,11 @@ class Registration:
     def lost(self) -> RegistryError | None:
         """Why the registration has ended without the rank's doing, or None."""
         return self._lost
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether etcd has confirmed that the rank is out; False too while its keeper still tries that after `withdraw`."""
+        return self._withdrawn
 
     @property
     def keeper_pid(self) -> int:
@@ -128,8 +134,9 @@ class Registration:
         try:
             if reply is not None:
                 self._wait(reply, self._config.timeout_s + 2)
+                self._withdrawn = True
         except RegistryError as exc:
-            log.warning("%s is not withdrawn from etcd yet, its keeper goes on trying: %s", self._record.key, exc)
+            log.warning("%s is not out of etcd yet, its keeper goes on trying: %s", self._record.key, exc)
         finally:
             self._end_keeper()
             self._change_state(RegistrationState.CLOSED, "")
@@ -239,7 +246,7 @@ class Registration:
                 return
             self._state = state
         if state is RegistrationState.LOST:
-            log.error("%s is lost: %s", self._record.key, why)
+            log.log(logging.INFO if self._on_state else logging.ERROR, "%s is lost: %s", self._record.key, why)
         elif state is not RegistrationState.CLOSED:
             log.warning("%s is %s%s", self._record.key, state.value, f": {why}" if why else " again")
         if self._on_state is not None:

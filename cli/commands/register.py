@@ -106,7 +106,8 @@ def command(
             lost = publication.registration.lost
         if lost is not None:
             raise lost
-        click.echo(f"withdrew {instance}/{rank}")
+        if publication.registration.withdrawn:
+            click.echo(f"withdrew {instance}/{rank}")
 
 
 _LOST = "lost"

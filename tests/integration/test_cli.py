@@ -118,7 +118,7 @@ def test_eviction_ends_the_server_with_an_error_that_says_so(engines: Engines, w
     assert (evicted.returncode, evicted.stdout.startswith("evicted a/0 (host")) == (0, True)
     _, err = server.communicate(timeout=20)
     assert server.returncode == Exit.FAILED
-    assert "deleted by somebody" in err
+    assert "was evicted: the registration has ended" in err
     assert_one_line(engines("evict", "a"), Exit.INSTANCE, "'a' is not registered")
 
 

@@ -290,6 +290,8 @@ def test_a_source_that_dies_between_resolve_and_read_is_told_with_what_was_lost(
 
 def test_the_next_instance_is_used_when_the_first_is_lost(registry: Registry) -> None:
     source, destination = weights(5), like(weights())
+    with pytest.raises(InstanceNotFound, match="'a' or 'b' is not registered"):
+        load(registry, InProcessEngine(), ["a", "b"], rank=0, tensors=destination, timeout_s=0.0)
     with offer(registry, InProcessEngine(), weights(4), instance="a"), offer(registry, InProcessEngine(), source, instance="b"):
         engine = Interrupted(lambda: registry.evict(registry.ranks("a")[0]))
         report = load(registry, engine, ["a", "b"], rank=0, tensors=destination)
@@ -308,7 +310,7 @@ def test_a_lost_source_tells_which_tensors_are_whole(registry: Registry) -> None
                 publication.close()
 
     destination = {name: torch.zeros_like(tensor) for name, tensor in source.items()}
-    with pytest.raises(SourceLost, match=r"holds 2 of 4 tensors whole") as lost:
+    with pytest.raises(SourceLost, match=r"2 of 4 tensors are whole") as lost:
         load(registry, Dying(), "a", rank=0, tensors=destination)
     complete = lost.value.details["complete"]
     assert len(complete) == 2

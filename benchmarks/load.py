@@ -1,4 +1,4 @@
-"""Figures of the main path, in one run on one machine: `python benchmarks/main_path.py [--json]`.
+"""Figures of start-up, publishing and loading, in one run on one machine: `python -m benchmarks.load [--json] [--gib 2]`.
 
 Medians of several rounds. The naive load beside ours is what SGLang does: one `batch_transfer_sync_read` of all tensors, with no
 header check, in the same process and between the same buffers; the two take turns.
@@ -7,40 +7,25 @@ header check, in the same process and between the same buffers; the two take tur
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 
+from benchmarks.common import median_s, report, seconds
 from cli.commands.demo import find_checkpoint
 from loader import InProcessEngine, MooncakeEngine, load, publish
 from loader.files import allocate_like, read_weights
 from loader.regions import describe
 from registry import ModelIdentity, Registry
-from registry import manifest as manifests
-from registry.config import EtcdConfig, parse_endpoints
-from registry.etcd import Etcd
 from registry.local import LocalEtcd
-from registry.record import RankRecord
-from registry.registration import claim
 
 ROUNDS = 5
 MODEL = ModelIdentity("bench")
-
-
-def median(run: Callable[[], float], rounds: int = ROUNDS) -> float:
-    return statistics.median(run() for _ in range(rounds))
-
-
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def python(code: str) -> float:
@@ -48,13 +33,11 @@ def python(code: str) -> float:
 
 
 def import_registry() -> float:
-    return median(lambda: python("import registry")) - median(lambda: python("pass"))
+    return statistics.median(python("import registry") for _ in range(9)) - statistics.median(python("pass") for _ in range(9))
 
 
 def engines_help() -> float:
-    return median(
-        lambda: seconds(lambda: subprocess.run(["engines", "--help"], check=True, stdout=subprocess.DEVNULL))
-    )
+    return median_s(lambda: subprocess.run(["engines", "--help"], check=True, stdout=subprocess.DEVNULL), 9)
 
 
 def register_2500(registry: Registry) -> float:
@@ -65,34 +48,20 @@ def register_2500(registry: Registry) -> float:
         with ExitStack() as stack:
             engine = stack.enter_context(InProcessEngine())
             start = time.perf_counter()
-            stack.enter_context(
-                publish(registry, engine, instance="r", rank=0, world_size=1, tensors=tensors, model=MODEL)
-            )
+            stack.enter_context(publish(registry, engine, instance="r", rank=0, world_size=1, tensors=tensors, model=MODEL))
             return time.perf_counter() - start
 
-    return median(once)
-
-
-def resolve_64(registry: Registry, etcd: Etcd) -> float:
-    """A complete instance of 64 ranks; all records under one lease, as one process stands for all."""
-    ref, parts = manifests.encode(describe({"w": torch.zeros(8)}))
-    lease_id = etcd.grant(60)
-    for rank in range(64):
-        record = RankRecord(
-            incarnation=f"{rank:032x}", instance="many", rank=rank, world_size=64, model=MODEL, session_id="h:1",
-            protocol="tcp", manifest=ref, header_addr=0, registered_at="2026-01-01T00:00:00+00:00",
-        )  # fmt: skip
-        claim(etcd, record, parts, lease_id)
-    result = median(lambda: seconds(lambda: registry.resolve("many")), 20)
-    etcd.revoke(lease_id)
-    return result
+    return statistics.median(once() for _ in range(ROUNDS))
 
 
 @contextmanager
 def source(endpoint: str, *args: str) -> Iterator[None]:
     """Another process that publishes as instance `src` until the block ends."""
     process = subprocess.Popen(
-        [sys.executable, __file__, "--serve", endpoint, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "benchmarks.load", "--serve", endpoint, *args],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with process:
         if process.stdout is None or process.stdout.readline() != "published\n":
@@ -155,15 +124,10 @@ def main() -> None:
     results: dict[str, float] = {"import_registry_s": import_registry(), "engines_help_s": engines_help()}
     with LocalEtcd() as local, Registry.connect(local.endpoint) as registry:
         results["register_2500_tensors_s"] = register_2500(registry)
-        results["resolve_64_ranks_s"] = resolve_64(registry, Etcd(EtcdConfig(parse_endpoints(local.endpoint))))
         for name, what in (("checkpoint", "checkpoint"), ("synthetic", str(int(args.gib * (1 << 30))))):
             with source(local.endpoint, what):
                 results |= {f"load_{name}_{key}": value for key, value in loads(registry).items()}
-    if args.json:
-        print(json.dumps(results))
-    else:
-        for name, value in results.items():
-            print(f"{name:32} {value:8.4f}")
+    report(results, args.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,274 @@
+"""Figures of the control plane, in one run on one machine: `python -m benchmarks.registry [--json] [--ranks 64,1024,10000]`.
+
+Simulated ranks are registrations without a process of their own (one lease each); the deaths are real processes with real keepers
+that are really killed. Beside it, the way of SGLang's bootstrap server: one process with a dict behind HTTP, one GET a rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from benchmarks.common import median_s, percentile, report, seconds
+from registry import (
+    InstanceReady,
+    Manifest,
+    ModelIdentity,
+    RankJoined,
+    RankLost,
+    Region,
+    Registration,
+    RegistrationState,
+    Registry,
+    TensorEntry,
+)
+from registry import manifest as manifests
+from registry.config import EtcdConfig, parse_endpoints
+from registry.etcd import Etcd
+from registry.local import LocalEtcd
+from registry.record import ManifestRef, RankRecord
+from registry.registration import claim
+from registry.session import OnState
+
+MODEL = ModelIdentity("bench", "r1", "bfloat16")
+THREADS = 8
+
+
+def a_manifest(tensors: int) -> Manifest:
+    entries = [
+        TensorEntry(f"model.layers.{n // 9}.w{n % 9}", "bfloat16", (512, 64), 4096 + n * 65536, 65536, (512, 64), (0, 0))
+        for n in range(tensors)
+    ]
+    return Manifest(tuple(entries), (Region(4096, tensors * 65536),))
+
+
+def a_record(instance: str, rank: int, world_size: int, ref: ManifestRef) -> RankRecord:
+    return RankRecord(
+        incarnation=f"{rank:032x}", instance=instance, rank=rank, world_size=world_size, model=MODEL,
+        session_id=f"10.0.{rank // 250}.{rank % 250}:15000", protocol="rdma", manifest=ref, header_addr=4096,
+        registered_at="2026-01-01T00:00:00.000+00:00", topology={"tp": (rank % 8, 8)}, host=f"node-{rank // 8}", pid=4000,
+    )  # fmt: skip
+
+
+def simulated(etcd: Etcd, ranks: int, results: dict[str, float]) -> list[int]:
+    """Registers `ranks` ranks as instances of at most 1,024, a lease each, from a few threads; returns the leases."""
+    ref, parts = manifests.encode(a_manifest(100))
+    places = [(f"i{rank // 1024:02}", rank % 1024, min(1024, ranks - rank // 1024 * 1024)) for rank in range(ranks)]
+
+    def register(place: tuple[str, int, int]) -> int:
+        lease_id = etcd.grant(3600)
+        claim(etcd, a_record(*place, ref), parts, lease_id)
+        return lease_id
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        start = time.perf_counter()
+        leases = list(pool.map(register, places))
+        results[f"register_{ranks}_ranks_s"] = time.perf_counter() - start
+        start = time.perf_counter()
+        list(pool.map(etcd.keep_alive, leases))
+        results[f"keep_alive_{ranks}_leases_s"] = time.perf_counter() - start
+    return leases
+
+
+def reads(registry: Registry, ranks: int, results: dict[str, float]) -> None:
+    if ranks <= 1024:
+        results[f"resolve_{ranks}_ranks_s"] = median_s(lambda: registry.resolve("i00"), 9)
+    results[f"list_{ranks}_ranks_s"] = median_s(registry.instances, 5)
+
+
+def fan_out(endpoint: str, registry: Registry, watchers: int, ranks: int, results: dict[str, float]) -> None:
+    """`ranks` ranks join at once: until each of the watchers has seen them all."""
+    with ExitStack() as stack:
+        watches = [stack.enter_context(registry.watch("fan")) for _ in range(watchers)]
+        etcd = stack.enter_context(closing(Etcd(EtcdConfig(parse_endpoints(endpoint)))))
+        ready = threading.Barrier(watchers + 1)
+
+        def see(watch: object) -> None:
+            events = iter(watch)  # type: ignore[call-overload]
+            ready.wait()
+            for event in events:
+                if isinstance(event, InstanceReady):
+                    return
+
+        threads = [threading.Thread(target=see, args=(watch,)) for watch in watches]
+        for thread in threads:
+            thread.start()
+        ref, parts = manifests.encode(a_manifest(1))
+        lease_id = etcd.grant(60)
+        ready.wait()
+        start = time.perf_counter()
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda rank: claim(etcd, a_record("fan", rank, ranks, ref), parts, lease_id), range(ranks)))
+        written = time.perf_counter()
+        for thread in threads:
+            thread.join()
+        results[f"watch_{watchers}_watchers_{ranks}_ranks_behind_writer_s"] = time.perf_counter() - written
+        results[f"watch_{watchers}_watchers_{ranks}_ranks_writing_s"] = written - start
+        etcd.revoke(lease_id)
+
+
+def hold(
+    registry: Registry, instance: str, rank: int, world_size: int, ttl_s: float = 10.0, on_state: OnState | None = None
+) -> Registration:
+    return registry.register(
+        instance=instance, rank=rank, world_size=world_size, model=MODEL, manifest=a_manifest(100), session_id="h:1",
+        protocol="tcp", header_addr=0, ttl_s=ttl_s, on_state=on_state,
+    )  # fmt: skip
+
+
+def a_rank(endpoint: str, rank: int) -> None:
+    with Registry.connect(endpoint) as registry, hold(registry, "mortal", rank, 1000) as registration:
+        print(registration.keeper_pid, flush=True)
+        sys.stdin.read()
+
+
+def deaths(endpoint: str, registry: Registry, kills: int, results: dict[str, float]) -> None:
+    """SIGKILL of a rank's process to `RankLost` at a watcher in another one, ranks one after another."""
+    late: list[float] = []
+    rss: list[int] = []
+    with registry.watch("mortal") as watch:
+        for rank in range(kills):
+            command = [sys.executable, "-m", "benchmarks.registry", "--rank", endpoint, str(rank)]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+                keeper = int(process.stdout.readline()) if process.stdout else 0
+                _until(watch, RankJoined)
+                with open(f"/proc/{keeper}/status") as status:
+                    rss.append(next(int(line.split()[1]) for line in status if line.startswith("VmRSS")))
+                start = time.perf_counter()
+                os.kill(process.pid, signal.SIGKILL)
+                _until(watch, RankLost)
+                late.append((time.perf_counter() - start) * 1000)
+    results["death_to_event_p50_ms"] = percentile(late, 50)
+    results["death_to_event_p99_ms"] = percentile(late, 99)
+    results["death_to_event_max_ms"] = max(late)
+    results["keeper_rss_mb"] = statistics.median(rss) * 1024 / 1e6
+
+
+def _until(watch: object, kind: type) -> None:
+    for event in watch:  # type: ignore[attr-defined]
+        if isinstance(event, kind):
+            return
+
+
+def outages(results: dict[str, float]) -> None:
+    """Etcd killed for longer than the lease: how long after it answers again the rank is listed; a watcher's CPU meanwhile."""
+    took: list[float] = []
+    with LocalEtcd() as etcd, Registry.connect(etcd.endpoint, timeout_s=30) as registry, registry.watch() as watch:
+        thread = threading.Thread(target=lambda: list(watch))
+        thread.start()
+        suspended = threading.Event()
+
+        def on_state(state: RegistrationState, why: str) -> None:
+            if state is RegistrationState.SUSPENDED:
+                suspended.set()
+
+        with hold(registry, "o", 0, 1, 2.0, on_state) as registration:
+            for number in range(5):
+                suspended.clear()
+                etcd.kill()
+                cpu, start = time.process_time(), time.perf_counter()
+                suspended.wait()
+                time.sleep(3)
+                results["watcher_cpu_while_etcd_is_away"] = (time.process_time() - cpu) / (time.perf_counter() - start)
+                if number % 2:
+                    etcd.wipe()
+                etcd.start()
+                took.append(seconds(lambda: registry.resolve("o", 20)))
+            del registration
+        watch.stop()
+        thread.join()
+    results["back_after_outage_median_s"] = statistics.median(took)
+    results["back_after_outage_max_s"] = max(took)
+
+
+def bootstrap_server(ranks: int, results: dict[str, float]) -> None:
+    """SGLang's way, as the design page describes it: a loader asks one server for one rank after another, over HTTP."""
+    weights = {f"model.layers.{n // 9}.w{n % 9}": [4096 + n * 65536, 32768, 2] for n in range(100)}
+    infos = {rank: ["10.0.0.1:15000", weights] for rank in range(ranks)}
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            rank = int(self.path.rpartition("=")[2])
+            body = json.dumps({"rank": rank, "remote_instance_transfer_engine_info": infos[rank]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with _serving(Server) as port:
+
+        def ask_all() -> None:
+            for rank in range(ranks):
+                url = f"http://127.0.0.1:{port}/get_transfer_engine_info?rank={rank}"
+                with urllib.request.urlopen(url) as answer:
+                    json.load(answer)
+
+        results[f"http_server_{ranks}_ranks_s"] = median_s(ask_all, 3)
+
+
+@contextmanager
+def _serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def resolve_with_manifests(registry: Registry, ranks: int, results: dict[str, float]) -> None:
+    """What the HTTP server gives: every rank's record and manifest."""
+
+    def all_of_them() -> None:
+        for record in registry.resolve("i00"):
+            registry.manifest(record)
+
+    results[f"resolve_{ranks}_ranks_and_their_manifests_s"] = median_s(all_of_them, 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--ranks", default="64,1024,10000")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank:
+        a_rank(args.rank[0], int(args.rank[1]))
+        return
+    results: dict[str, float] = {}
+    for ranks in map(int, args.ranks.split(",")):
+        with (
+            LocalEtcd() as local,
+            Registry.connect(local.endpoint, timeout_s=30) as registry,
+            closing(Etcd(EtcdConfig(parse_endpoints(local.endpoint), timeout_s=30))) as etcd,
+        ):
+            simulated(etcd, ranks, results)
+            reads(registry, ranks, results)
+            if ranks == 1024:
+                resolve_with_manifests(registry, ranks, results)
+                bootstrap_server(ranks, results)
+    with LocalEtcd() as local, Registry.connect(local.endpoint) as registry:
+        fan_out(local.endpoint, registry, 16, 256, results)
+        deaths(local.endpoint, registry, args.kills, results)
+    outages(results)
+    report(results, args.json)
+
+
+if __name__ == "__main__":
+    main()

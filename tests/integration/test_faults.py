@@ -1,0 +1,341 @@
+"""What may befall etcd, a keeper or the way between them, and what a registration and a watcher make of it.
+
+Every registration here is a real keeper process; leases are as short as etcd grants them (2 s).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import pytest
+
+from registry import (
+    Event,
+    InstanceReady,
+    RankJoined,
+    RankLost,
+    RankUpdated,
+    Registration,
+    RegistrationState,
+    Registry,
+    Watch,
+)
+from registry.config import EtcdConfig, parse_endpoints
+from registry.errors import RankConflict, Superseded
+from registry.etcd import Etcd
+from registry.local import LocalEtcd, find_binary
+from tests.integration.conftest import events_until
+from tests.integration.faults import DEBIAN_ETCD, Cluster, Proxy, etcdctl, fill_until_no_space
+from tests.integration.ranks import MANIFEST, register
+
+TTL_S = 2.0
+
+
+@pytest.fixture(params=["embedded", "debian"])
+def binary(request: pytest.FixtureRequest) -> str:
+    if request.param == "embedded":
+        return find_binary()
+    if not DEBIAN_ETCD.exists():
+        pytest.skip(f"no etcd at {DEBIAN_ETCD}: the set-up could not unpack Debian's etcd-server")
+    return str(DEBIAN_ETCD)
+
+
+@pytest.fixture
+def etcd(binary: str) -> Iterator[LocalEtcd]:
+    with LocalEtcd(binary=binary) as etcd:
+        yield etcd
+
+
+class States:
+    """The states of a registration as they come; `wait_for` blocks until one is reached again."""
+
+    def __init__(self) -> None:
+        self.seen: list[RegistrationState] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, state: RegistrationState, why: str) -> None:
+        with self._changed:
+            self.seen.append(state)
+            self._changed.notify_all()
+
+    def wait_for(self, state: RegistrationState, timeout_s: float = 30.0) -> None:
+        with self._changed:
+            reached = self._changed.wait_for(lambda: bool(self.seen) and self.seen[-1] is state, timeout_s)
+        assert reached, self.seen
+
+
+def hold(registry: Registry, **fields: Any) -> tuple[Registration, States]:
+    states = States()
+    return register(registry, ttl_s=TTL_S, on_state=states, **fields), states
+
+
+def joined_again(registration: Registration) -> Callable[[Event], bool]:
+    return lambda event: isinstance(event, RankJoined) and event.record.incarnation == registration.record.incarnation
+
+
+def pause_for(seconds: float) -> None:
+    """For faults that are a length of time."""
+    threading.Event().wait(seconds)
+
+
+def losses(events: list[Event]) -> list[str]:
+    return [event.reason for event in events if isinstance(event, RankLost)]
+
+
+def events_up_to_now(watch: Watch) -> list[Event]:
+    """What comes until nothing has come for longer than a blip is waited for."""
+    events: list[Event] = []
+    while (event := watch.next(1.5)) is not None:
+        events.append(event)
+    return events
+
+
+def test_an_etcd_that_is_away_for_longer_than_the_lease_costs_nothing(etcd: LocalEtcd) -> None:
+    with Registry.connect(etcd.endpoint, timeout_s=20) as registry, registry.watch() as watch:
+        registration, states = hold(registry)
+        with registration:
+            events_until(watch, lambda event: isinstance(event, InstanceReady))
+            etcd.kill()
+            states.wait_for(RegistrationState.SUSPENDED)
+            pause_for(TTL_S + 0.5)
+            etcd.start()
+            states.wait_for(RegistrationState.REGISTERED)
+            assert registry.resolve("a", 5)[0].incarnation == registration.record.incarnation
+            assert losses(events_up_to_now(watch)) == []
+            assert states.seen == [RegistrationState.SUSPENDED, RegistrationState.REGISTERED]
+
+
+def test_an_etcd_that_stalls_for_longer_than_the_lease_has_the_rank_back_afterwards(etcd: LocalEtcd) -> None:
+    with Registry.connect(etcd.endpoint, timeout_s=20) as registry, registry.watch() as watch:
+        registration, _ = hold(registry)
+        with registration:
+            events_until(watch, lambda event: isinstance(event, InstanceReady))
+            etcd.pause()
+            pause_for(2 * TTL_S)
+            etcd.resume()
+            assert registry.resolve("a", 10)[0].incarnation == registration.record.incarnation
+            assert registry.manifest(registry.ranks("a")[0]) == MANIFEST
+            events = events_up_to_now(watch)
+        # Whether the lease outlived the stall is etcd's affair; a loss that was seen must have been followed by a return.
+        assert len(losses(events)) == len([event for event in events if isinstance(event, RankJoined)])
+
+
+def test_the_loss_of_the_data_of_etcd_is_a_blip_for_no_rank_of_many(etcd: LocalEtcd) -> None:
+    with Registry.connect(etcd.endpoint, timeout_s=20) as registry, ExitStack() as stack:
+        for rank in range(6):
+            stack.enter_context(hold(registry, rank=rank, world_size=6)[0])
+        before = {record.incarnation for record in registry.resolve("a", 5)}
+        etcd.kill()
+        etcd.wipe()
+        etcd.start()
+        after = registry.resolve("a", 10)
+        assert {record.incarnation for record in after} == before
+        assert all(registry.manifest(record) == MANIFEST for record in after)
+
+
+def test_killing_the_leader_of_a_cluster_loses_no_registration(binary: str) -> None:
+    with Cluster.running(binary) as cluster, Registry.connect(cluster.endpoints, timeout_s=20) as registry:
+        with registry.watch() as watch, ExitStack() as stack:
+            for rank in range(4):
+                stack.enter_context(hold(registry, rank=rank, world_size=4)[0])
+            events_until(watch, lambda event: isinstance(event, InstanceReady))
+            for _ in range(2):
+                leader = cluster.leader()
+                leader.kill()
+                assert len(registry.resolve("a", 20)) == 4
+                assert losses(events_up_to_now(watch)) == []
+                leader.start()
+                cluster.wait_until_healthy()
+            with register(registry, "b"):
+                assert events_until(watch, lambda event: isinstance(event, RankJoined))
+
+
+def test_a_cluster_without_a_quorum_suspends_and_has_everything_back_with_it(binary: str) -> None:
+    with Cluster.running(binary) as cluster, Registry.connect(cluster.endpoints, timeout_s=20) as registry:
+        registration, states = hold(registry)
+        with registration, registry.watch() as watch:
+            events_until(watch, lambda event: isinstance(event, InstanceReady))
+            for member in cluster.members[1:]:
+                member.kill()
+            states.wait_for(RegistrationState.SUSPENDED)
+            pause_for(TTL_S)
+            for member in cluster.members[1:]:
+                member.launch()
+            states.wait_for(RegistrationState.REGISTERED)
+            registration.update(version=1)
+            assert [record.version for record in registry.resolve("a", 10)] == [1]
+            events = events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1)
+            assert losses(events) == []
+
+
+def test_a_keeper_in_a_black_hole_loses_the_rank_by_its_lease_and_brings_it_back(etcd: LocalEtcd) -> None:
+    with closing(Proxy(etcd.endpoint)) as proxy, Registry.connect(etcd.endpoint) as outside, outside.watch() as watch:
+        with Registry.connect(proxy.endpoint) as registry:
+            registration, states = hold(registry)
+        with registration:
+            events_until(watch, lambda event: isinstance(event, InstanceReady))
+            proxy.cut()
+            states.wait_for(RegistrationState.SUSPENDED)
+            seen = events_until(watch, lambda event: isinstance(event, RankLost))
+            assert losses(seen) == ["lease expired or key deleted"]
+            proxy.mend()
+            mended_at = time.monotonic()
+            events_until(watch, joined_again(registration), timeout_s=10)
+            states.wait_for(RegistrationState.REGISTERED)
+            assert time.monotonic() - mended_at < 10
+            assert outside.manifest(outside.ranks("a")[0]) == MANIFEST
+
+
+def test_a_watcher_in_a_black_hole_tells_afterwards_what_it_missed_even_if_that_was_compacted(etcd: LocalEtcd) -> None:
+    with closing(Proxy(etcd.endpoint)) as proxy, Registry.connect(etcd.endpoint) as outside, ExitStack() as stack:
+        kept, _ = hold(outside, rank=0, world_size=2)
+        gone, _ = hold(outside, rank=1, world_size=2)
+        stack.enter_context(kept)
+        with Registry.connect(proxy.endpoint, timeout_s=2) as registry, registry.watch() as watch:
+            events_until(watch, lambda event: isinstance(event, InstanceReady))
+            proxy.cut()
+            gone.withdraw()
+            kept.update(version=5)
+            new = stack.enter_context(hold(outside, rank=1, world_size=2, version=5)[0])
+            etcdctl(etcd.endpoint, "compaction", etcdctl_revision(etcd.endpoint))
+            proxy.mend()
+            events = events_until(watch, lambda event: isinstance(event, RankJoined), timeout_s=40)
+    assert losses(events) == ["replaced by another process"]
+    assert [event.record.version for event in events if isinstance(event, RankUpdated)] == [5]
+    assert [event.record.incarnation for event in events if isinstance(event, RankJoined)] == [new.record.incarnation]
+
+
+def etcdctl_revision(endpoint: str) -> str:
+    found = re.search(r'"revision":(\d+)', etcdctl(endpoint, "get", "/", "-w", "json"))
+    assert found
+    return found[1]
+
+
+def test_an_etcd_without_space_keeps_the_rank_and_takes_its_update_when_it_has_space_again(binary: str) -> None:
+    with (
+        LocalEtcd(binary=binary, extra_args=["--quota-backend-bytes", str(8 << 20)]) as etcd,
+        Registry.connect(etcd.endpoint) as registry,
+        closing(Etcd(EtcdConfig(parse_endpoints(etcd.endpoint)))) as raw,
+    ):
+        registration, states = hold(registry)
+        with registration:
+            fill_until_no_space(raw)
+            registration.update(version=1)
+            assert registration.state is RegistrationState.SUSPENDED
+            pause_for(TTL_S + 1)
+            assert [record.version for record in registry.ranks("a")] == [0]
+            etcdctl(etcd.endpoint, "del", "--prefix", "/fill/")
+            etcdctl(etcd.endpoint, "compaction", etcdctl_revision(etcd.endpoint))
+            etcdctl(etcd.endpoint, "defrag")
+            etcdctl(etcd.endpoint, "alarm", "disarm")
+            states.wait_for(RegistrationState.REGISTERED)
+            assert [record.version for record in registry.ranks("a")] == [1]
+
+
+def test_an_authentication_token_that_etcd_has_forgotten_is_renewed(etcd: LocalEtcd) -> None:
+    for command in ("user add root:secret", "user grant-role root root", "auth enable"):
+        etcdctl(etcd.endpoint, *command.split())
+    credentials = {"user": "root", "password": "secret"}
+    with Registry.connect(etcd.endpoint, timeout_s=20, **credentials) as registry, registry.watch() as watch:
+        registration, states = hold(registry)
+        with registration:
+            events_until(watch, lambda event: isinstance(event, InstanceReady))
+            etcd.kill()
+            etcd.launch()
+            registration.update(version=1)
+            events = events_until(watch, lambda event: isinstance(event, RankUpdated))
+            assert losses(events) == []
+            assert [record.version for record in registry.ranks("a")] == [1]
+            assert states.seen[-1:] in ([], [RegistrationState.REGISTERED])
+
+
+def test_a_keeper_that_wakes_up_after_another_took_the_rank_leaves_it_alone(etcd: LocalEtcd) -> None:
+    with Registry.connect(etcd.endpoint) as registry, registry.watch() as watch:
+        old, states = hold(registry)
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
+        os.kill(old.keeper_pid, signal.SIGSTOP)
+        events_until(watch, lambda event: isinstance(event, RankLost))
+        with hold(registry)[0] as new:
+            os.kill(old.keeper_pid, signal.SIGCONT)
+            states.wait_for(RegistrationState.LOST)
+            assert isinstance(old.lost, Superseded)
+            assert [record.incarnation for record in registry.ranks("a")] == [new.record.incarnation]
+            old.withdraw()
+            assert [record.incarnation for record in registry.ranks("a")] == [new.record.incarnation]
+
+
+def test_a_rank_whose_host_is_dead_is_refused_to_others_until_its_lease_is_over(etcd: LocalEtcd) -> None:
+    with Registry.connect(etcd.endpoint) as registry, registry.watch() as watch:
+        old, states = hold(registry)
+        os.kill(old.keeper_pid, signal.SIGSTOP)  # as if host and keeper were gone: nobody revokes the lease
+        with pytest.raises(RankConflict):
+            hold(registry)
+        events_until(watch, lambda event: isinstance(event, RankLost))
+        with hold(registry)[0]:
+            os.kill(old.keeper_pid, signal.SIGCONT)
+            states.wait_for(RegistrationState.LOST)
+        old.withdraw()
+
+
+def test_a_rank_that_holds_the_gil_for_three_times_the_lease_stays_registered(etcd: LocalEtcd) -> None:
+    with Registry.connect(etcd.endpoint) as registry, registry.watch() as watch:
+        registration, states = hold(registry)
+        with registration:
+            events_until(watch, lambda event: isinstance(event, InstanceReady))
+            start = time.monotonic()
+            while time.monotonic() - start < 3 * TTL_S:
+                re.match(r"(a+)+$", "a" * 25 + "b")  # backtracks in C for a second without letting go of the GIL
+            assert losses(events_up_to_now(watch)) == []
+            assert states.seen == []
+
+
+def test_thousands_of_ranks_are_each_told_once_and_in_order(etcd: LocalEtcd) -> None:
+    with Registry.connect(etcd.endpoint) as registry, closing(Etcd(EtcdConfig(parse_endpoints(etcd.endpoint)))) as raw:
+        with registry.watch() as watch:
+            lease_id = claim_many(raw, instances=4, ranks=500)
+            events = list(_next_of(watch, 2_000, RankJoined))
+            assert {(event.record.instance, event.record.rank) for event in events} == {
+                (f"i{instance}", rank) for instance in range(4) for rank in range(500)
+            }
+            for instance in range(4):
+                assert [event.record.rank for event in events if event.record.instance == f"i{instance}"] == list(range(500))
+            raw.revoke(lease_id)
+            assert len({event.record.key for event in _next_of(watch, 2_000, RankLost)}) == 2_000
+
+
+def claim_many(raw: Etcd, instances: int, ranks: int) -> int:
+    """Ranks that no process stands behind, all under one lease, which is returned."""
+    from dataclasses import replace
+
+    from registry import manifest
+    from registry.etcd import Put
+    from registry.record import RankRecord, encode
+    from tests.integration.ranks import MODEL
+
+    ref, _ = manifest.encode(MANIFEST)
+    lease_id = raw.grant(60)
+    record = RankRecord(
+        incarnation="0" * 32, instance="i0", rank=0, world_size=ranks, model=MODEL, session_id="h:1", protocol="tcp",
+        manifest=ref, header_addr=0, registered_at="2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
+    for instance in range(instances):
+        records = [replace(record, instance=f"i{instance}", rank=rank) for rank in range(ranks)]
+        for start in range(0, ranks, 100):
+            raw.commit([], [Put(each.key, encode(each), lease_id) for each in records[start : start + 100]])
+    return lease_id
+
+
+def _next_of(watch: Watch, count: int, kind: type) -> Iterator[Any]:
+    while count:
+        event = watch.next(10)
+        assert event is not None
+        if isinstance(event, kind):
+            count -= 1
+            yield event
