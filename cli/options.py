@@ -116,6 +116,7 @@ def engine_log() -> Iterator[None]:
         try:
             yield
         finally:
+            copy.flush()
             sys.stderr = ours
             _redirect_logging(copy, ours)
             os.dup2(kept, 2)

@@ -152,9 +152,10 @@ class MooncakeEngine:
 
     def register(self, region: Region) -> None:
         with self._regions.lock:
+            engine = self._open()
             if not self._regions.begin(region):
                 return
-            code = self._open().register_memory(region.addr, region.nbytes)
+            code = engine.register_memory(region.addr, region.nbytes)
             if code != 0:
                 self._regions.end(region)
                 raise EngineFailed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -86,7 +87,8 @@ def write_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         save_file(dict(tensors), unfinished)
         unfinished.chmod(mode)
         os.replace(unfinished, path)
-    except (SafetensorError, OSError) as exc:
+    except (SafetensorError, OSError, RuntimeError, ValueError, LookupError) as exc:  # it has no one kind of its own
         raise WeightsFileInvalid(f"cannot write {path}: {exc}", path=str(path)) from exc
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()

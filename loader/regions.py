@@ -77,6 +77,10 @@ def _unusable(tensor: object) -> str:
         return "is on the meta device and has no memory: allocate it first"
     if not tensor.is_contiguous():
         return f"is not contiguous (shape {list(tensor.shape)}, strides {list(tensor.stride())}): call .contiguous() first"
+    if tensor.is_quantized:
+        return "is a quantized tensor, whose scale lies outside its memory: publish .int_repr() and the scale"
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        return "has no memory: its storage was freed"
     if tensor.is_conj() or tensor.is_neg():
         return "is a lazily conjugated or negated view: call .resolve_conj().resolve_neg() first"
     return ""

@@ -48,44 +48,49 @@ class Doomed:
 
 class Grace:
     """Feed it the events of a watch. A loss dooms the registrations that stand then, and no later ones: a new launch that
-    begins meanwhile, or a rank that came back, is not touched."""
+    begins meanwhile is not touched. The return of the lost rank lifts the doom."""
 
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
         self._present: dict[str, dict[int, str]] = {}  # instance -> rank -> incarnation
-        self._doomed: dict[str, Doomed] = {}  # by instance
+        self._doomed: list[Doomed] = []
 
     def feed(self, event: Event, now: float) -> None:
         if isinstance(event, RankJoined | RankUpdated):
             record = event.record
             self._present.setdefault(record.instance, {})[record.rank] = record.incarnation
+            if isinstance(event, RankJoined):
+                self._lift(record.instance, record.rank)
         elif isinstance(event, RankLost):
             record = event.record
             present = self._present.setdefault(record.instance, {})
             present.pop(record.rank, None)
-            doomed = self._doomed.get(record.instance) or Doomed(record.instance, now + self._grace_s, record, frozenset())
             if present:
-                self._doomed[record.instance] = replace(doomed, incarnations=frozenset(present.values()))
+                self._doomed.append(Doomed(record.instance, now + self._grace_s, record, frozenset(present.values())))
         elif isinstance(event, InstanceReady | InstanceGone):
-            self._doomed.pop(event.status.instance, None)
+            self._lift(event.status.instance)
             if isinstance(event, InstanceGone):
                 self._present.pop(event.status.instance, None)
+
+    def _lift(self, instance: str, rank: int | None = None) -> None:
+        self._doomed = [
+            doomed for doomed in self._doomed if doomed.instance != instance or (rank is not None and doomed.lost.rank != rank)
+        ]
 
     @property
     def due(self) -> float | None:
         """When `expired` has something to say."""
-        return min((doomed.due for doomed in self._doomed.values()), default=None)
+        return min((doomed.due for doomed in self._doomed), default=None)
 
     def expired(self, now: float) -> list[Doomed]:
         """What is to be evicted now; each is told once."""
-        over = [doomed for doomed in self._doomed.values() if doomed.due <= now]
-        for doomed in over:
-            del self._doomed[doomed.instance]
+        over = [doomed for doomed in self._doomed if doomed.due <= now]
+        self._doomed = [doomed for doomed in self._doomed if doomed.due > now]
         return over
 
     def postpone(self, doomed: Doomed, now: float) -> None:
         """It could not be done, or it is for another process to do, which may die: look again soon."""
-        self._doomed.setdefault(doomed.instance, replace(doomed, due=now + _POSTPONED_S))
+        self._doomed.append(replace(doomed, due=now + _POSTPONED_S))
 
 
 class CleaningWatch:

@@ -16,7 +16,7 @@ from registry import registration
 from registry.cleanup import CleaningWatch
 from registry.config import EtcdConfig, parse_endpoints
 from registry.election import Election
-from registry.errors import InstanceIncomplete, InstanceNotFound, InvalidField, RecordDamaged
+from registry.errors import EtcdUnavailable, InstanceIncomplete, InstanceNotFound, InvalidField, RecordDamaged
 from registry.etcd import Etcd, KeyValue, Snapshot
 from registry.follow import Follower
 from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, parse_record_key
@@ -163,8 +163,9 @@ class Registry:
         deadline = time.monotonic() + timeout_s
         prefix = instance_prefix(names[0]) if len(names) == 1 else ENGINES
         items: dict[str, KeyValue] = {}
-        statuses: dict[str, InstanceStatus] = {}
-        for update in Follower(self._etcd, prefix, deadline if timeout_s > 0 else None):
+        statuses: dict[str, InstanceStatus] | None = None
+        follower = Follower(self._etcd, prefix, deadline)
+        for update in follower if timeout_s > 0 else [self._etcd.snapshot(prefix)]:
             if isinstance(update, Snapshot):
                 items = {item.key: item for item in update.items}
             else:
@@ -177,8 +178,8 @@ class Registry:
             for name in names:
                 if name in statuses and statuses[name].state is InstanceState.READY:
                     return statuses[name].records
-            if time.monotonic() >= deadline:
-                break
+        if statuses is None:
+            raise follower.last_error or EtcdUnavailable(f"etcd at {self._config} has not answered in {timeout_s:.3g} s")
         return _fail(names, statuses, items.values(), timeout_s)
 
     def manifest(self, record: RankRecord) -> Manifest:

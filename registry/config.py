@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from registry.errors import InvalidField
+
+_ENDPOINT = re.compile(r"(?:https?://)?(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})/?")
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,10 @@ def parse_endpoints(text: str | Sequence[str]) -> tuple[Endpoint, ...]:
 
 
 def _parse_endpoint(text: str) -> Endpoint:
-    address = text.removeprefix("http://").removeprefix("https://").rstrip("/")
-    host, colon, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
-    if not colon or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise InvalidField(f"etcd endpoint {text!r} is not valid: use HOST:PORT, for example 127.0.0.1:2379", field="endpoints")
-    if ":" in host and not address.startswith("["):
-        raise InvalidField(f"etcd endpoint {text!r} is not valid: write an IPv6 address as [ADDRESS]:PORT", field="endpoints")
+    match = _ENDPOINT.fullmatch(text)
+    if match is None or not 0 < int(match["port"]) < 65536:
+        raise InvalidField(
+            f"etcd endpoint {text!r} is not valid: use HOST:PORT, for example 127.0.0.1:2379 or [::1]:2379", field="endpoints"
+        )
+    host, port = match["v6"] or match["host"], match["port"]
     return Endpoint(host, int(port), tls=text.startswith("https://"))

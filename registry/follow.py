@@ -33,6 +33,7 @@ class Follower:
         self._lock = threading.Lock()
         self._stream: WatchStream | None = None
         self._revision = 0
+        self.last_error: EtcdUnavailable | None = None  # why there was no update lately
         self._count = 0  # of keys at that revision
         self._newest: KeyValue | None = None  # of them, unless it was deleted
 
@@ -62,6 +63,7 @@ class Follower:
                 log.info("%s: starting again from a snapshot", exc)
                 self._revision = 0
             except EtcdUnavailable as exc:
+                self.last_error = exc
                 if self._over():
                     return
                 log.warning("%s; watching goes on as soon as it is back", exc)

@@ -18,7 +18,18 @@ from registry.keys import check_instance, check_rank, record_key
 SCHEMA = 1
 MAX_RECORD_NBYTES = 4096
 
+MAX_VERSION = 1 << 62  # the header holds twice the version in 64 bits
+_TEXTS = ("incarnation", "session_id", "protocol", "registered_at", "generation", "fabric", "host", "device", "writer", "ended")
+
 T = TypeVar("T")
+
+
+def _check_texts(texts: Mapping[str, object]) -> None:
+    for field_name, text in texts.items():
+        try:
+            text.encode()  # type: ignore[attr-defined]
+        except (AttributeError, UnicodeEncodeError):
+            raise InvalidField(f"{field_name} {text!r} is not valid: it is text in Unicode", field=field_name) from None
 
 
 class RankState(str, Enum):
@@ -43,6 +54,11 @@ class ModelIdentity:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InvalidField(f"model name {self.name!r} is not valid: it is a non-empty string", field="model.name")
+        texts = {"name": self.name, "revision": self.revision, "dtype": self.dtype, "quantization": self.quantization}
+        _check_texts({f"model.{name}": text for name, text in texts.items()})
+        for name, text in self.extra.items():
+            _check_texts({"model.extra": name})
+            _check_texts({"model.extra": text})
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
@@ -87,6 +103,9 @@ class RankRecord:
     def __post_init__(self) -> None:
         check_instance(self.instance)
         check_rank(self.rank, self.world_size)
+        if type(self.version) is not int or not 0 <= self.version < MAX_VERSION:
+            raise InvalidField(f"version {self.version!r} is not valid: it is from 0 to {MAX_VERSION - 1}", field="version")
+        _check_texts({name: getattr(self, name) for name in _TEXTS})
         for axis, (index, size) in self.topology.items():
             if not 0 <= index < size:
                 raise InvalidField(

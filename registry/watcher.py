@@ -7,11 +7,12 @@ over a Follower in a thread of its own and hands the events to the caller's thre
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -21,6 +22,8 @@ from registry.follow import Follower
 from registry.keys import ENGINES, instance_prefix, parse_record_key
 from registry.record import RankRecord, decode
 from registry.resolver import InstanceState, InstanceStatus, assess
+
+log = logging.getLogger(__name__)
 
 EXPIRED = "lease expired or key deleted"
 
@@ -170,7 +173,7 @@ class Tracker:
 
 
 class Watch:
-    """Iterate over events for ever, or until `stop` (from any thread) or the end of the `with` block."""
+    """Iterate over events for ever, or until `stop` (from any thread) or the end of the `with` block; or use `call`."""
 
     def __init__(self, etcd: Etcd, instance: str | None = None, blip_s: float = BLIP_S) -> None:
         self._follower = Follower(etcd, instance_prefix(instance) if instance else ENGINES)
@@ -178,6 +181,7 @@ class Watch:
         self._inbox: queue.Queue[Snapshot | Batch | EtcdError | None] = queue.Queue(_MAX_QUEUED)
         self._events: deque[Event] = deque()
         self._stopped = threading.Event()
+        self._caller: threading.Thread | None = None
         self._thread = threading.Thread(target=self._read, name="registry watch", daemon=True)
         self._thread.start()
 
@@ -221,6 +225,25 @@ class Watch:
         while (event := self.next()) is not None:
             yield event
 
+    def call(self, on_event: Callable[[Event], object]) -> Watch:
+        """Instead of iterating: calls `on_event` for every event, from a thread of its own, until the watch is stopped.
+
+        A callback that raises is logged, and the next event follows. What etcd refuses for good is logged and ends the calls.
+        """
+        self._caller = threading.Thread(target=self._deliver, args=(on_event,), name="registry events", daemon=True)
+        self._caller.start()
+        return self
+
+    def _deliver(self, on_event: Callable[[Event], object]) -> None:
+        try:
+            for event in self:
+                try:
+                    on_event(event)
+                except Exception:
+                    log.exception("the callback for %s failed", type(event).__name__)
+        except EtcdError as exc:
+            log.error("no more events: %s", exc)
+
     @property
     def stopped(self) -> bool:
         return self._stopped.is_set()
@@ -236,4 +259,6 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
-        self._thread.join(timeout=5.0)
+        for thread in (self._thread, self._caller):
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(timeout=5.0)

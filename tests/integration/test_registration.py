@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from registry import (
+    Event,
+    InstanceGone,
     InstanceReady,
     InstanceState,
     Manifest,
@@ -74,6 +76,24 @@ def test_updates_of_the_record_are_seen_in_order(registry: Registry) -> None:
         events = events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1)
     updates = [(event.record.state, event.record.version) for event in events if isinstance(event, RankUpdated)]
     assert updates == [(RankState.UPDATING, 0), (RankState.READY, 1)]
+
+
+def test_a_callback_gets_the_events_also_after_it_has_failed(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+    gone = threading.Event()
+
+    def on_event(event: Event) -> None:
+        seen.append(type(event).__name__)
+        if isinstance(event, InstanceGone):
+            gone.set()
+        if isinstance(event, RankJoined):
+            raise RuntimeError("the callback has a bug")
+
+    with registry.watch("a").call(on_event):
+        register(registry).withdraw()
+        assert gone.wait(10)
+    assert seen == ["RankJoined", "InstanceReady", "RankLost", "InstanceGone"]
+    assert "the callback for RankJoined failed" in caplog.text
 
 
 def test_a_rank_that_is_taken_is_refused_with_its_holder(registry: Registry, raw: Etcd) -> None:

@@ -1,0 +1,382 @@
+"""What every engine does: the same suite for the real transfer engine over tcp and for the one within a process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+
+from loader import Engine, InProcessEngine, MooncakeEngine
+from loader.engine import MAX_BATCH
+from loader.errors import EngineFailed, ReadFailed
+from loader.plan import ReadOp
+from registry import Region
+
+NBYTES = 1 << 16
+NewEngine = Callable[[], Engine]
+
+
+class Memory:
+    """A block of our own memory, page-aligned as weights are."""
+
+    def __init__(self, content: bytes) -> None:
+        self._buffer = ctypes.create_string_buffer(len(content) + 4096)
+        addr = -(-ctypes.addressof(self._buffer) // 4096) * 4096
+        ctypes.memmove(addr, content, len(content))
+        self.region = Region(addr, len(content))
+
+    def __bytes__(self) -> bytes:
+        return ctypes.string_at(self.region.addr, self.region.nbytes)
+
+    def part(self, start: int, nbytes: int) -> Region:
+        return Region(self.region.addr + start, nbytes)
+
+
+class Peers:
+    """A source and a reader, each with a registered block, and a second one by which a test knows that the peer is well.
+
+    After every fourth read that fails, mooncake lets the next read from that peer fail as well, whatever it asks for. So a read
+    that must succeed has a second try here, and one that must fail is made when the peer has just been read.
+    """
+
+    def __init__(self, source: Engine, reader: Engine) -> None:
+        self.source, self.reader = source, reader
+        self.session_id = source.session_id
+        self.src, self.dst = Memory(os.urandom(NBYTES)), Memory(bytes(NBYTES))
+        self._good_src, self._good_dst = Memory(os.urandom(64)), Memory(bytes(64))
+        for memory in (self.src, self._good_src):
+            source.register(memory.region)
+        for memory in (self.dst, self._good_dst):
+            reader.register(memory.region)
+
+    def op(self, src_start: int, dst_start: int, nbytes: int) -> ReadOp:
+        return ReadOp("a/0", self.src.region.addr + src_start, self.dst.region.addr + dst_start, nbytes)
+
+    def read(self, *ops: ReadOp) -> None:
+        try:
+            self.reader.read(self.session_id, ops)
+        except ReadFailed:
+            self.reader.read(self.session_id, ops)
+
+    def read_all(self) -> None:
+        self.read(self.op(0, 0, NBYTES))
+
+    def fail_to_read(self, *ops: ReadOp) -> ReadFailed:
+        self.read(ReadOp("a/0", self._good_src.region.addr, self._good_dst.region.addr, 64))
+        with pytest.raises(ReadFailed, match=f"cannot read from {self.session_id}") as caught:
+            self.reader.read(self.session_id, ops)
+        return caught.value
+
+    def part_ways(self) -> None:
+        """Takes back whatever is still registered; more often than needed is no error."""
+        for _ in range(3):
+            for memory in (self.src, self._good_src):
+                self.source.unregister(memory.region)
+            for memory in (self.dst, self._good_dst):
+                self.reader.unregister(memory.region)
+
+
+@pytest.fixture(scope="module", params=["in process", "mooncake over tcp"])
+def new_engine(request: pytest.FixtureRequest) -> Iterator[NewEngine]:
+    """Makes engines that are closed in the end. Tests share two: to close one of mooncake's takes a second."""
+    with ExitStack() as stack:
+        if request.param == "in process":
+            yield lambda: stack.enter_context(InProcessEngine())
+        else:
+            yield lambda: stack.enter_context(MooncakeEngine("127.0.0.1", protocol="tcp"))
+
+
+@pytest.fixture(scope="module")
+def two_engines(new_engine: NewEngine) -> tuple[Engine, Engine]:
+    return new_engine(), new_engine()
+
+
+@pytest.fixture
+def peers(two_engines: tuple[Engine, Engine]) -> Iterator[Peers]:
+    peers = Peers(*two_engines)
+    yield peers
+    peers.part_ways()
+
+
+@pytest.fixture
+def mortal(new_engine: NewEngine, peers: Peers) -> Iterator[Peers]:
+    """Peers whose source is the test's own to close."""
+    mortal = Peers(new_engine(), peers.reader)
+    yield mortal
+    mortal.part_ways()
+
+
+# -- who it is -------------------------------------------------------------------------------------------------------------------
+
+
+def test_each_engine_has_a_session_of_its_own_and_says_its_protocol(two_engines: tuple[Engine, Engine]) -> None:
+    first, second = two_engines
+    assert first.session_id
+    assert first.session_id != second.session_id
+    assert first.protocol == second.protocol != ""
+    assert first.fabric == ""
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_read_brings_the_bytes_as_they_are(peers: Peers) -> None:
+    peers.read_all()
+    assert bytes(peers.dst) == bytes(peers.src)
+
+
+def test_a_read_touches_no_byte_beside_its_destination(peers: Peers) -> None:
+    peers.read(peers.op(100, 1000, 333), peers.op(5000, 2000, 1))
+    wanted = bytearray(NBYTES)
+    wanted[1000:1333] = bytes(peers.src)[100:433]
+    wanted[2000] = bytes(peers.src)[5000]
+    assert bytes(peers.dst) == bytes(wanted)
+
+
+def test_a_read_sees_the_memory_as_it_is_now(peers: Peers) -> None:
+    for _ in range(3):
+        ctypes.memmove(peers.src.region.addr, os.urandom(64), 64)
+        peers.read(peers.op(0, 0, 64))
+        assert bytes(peers.dst)[:64] == bytes(peers.src)[:64]
+
+
+def test_a_batch_of_as_many_small_reads_as_are_allowed_brings_every_one(peers: Peers) -> None:
+    size = NBYTES // MAX_BATCH
+    wanted = bytearray(NBYTES)
+    ops = []
+    for number in range(MAX_BATCH):
+        src, dst = number * size, (MAX_BATCH - 1 - number) * size  # in the opposite order
+        ops.append(peers.op(src, dst, size - 1))
+        wanted[dst : dst + size - 1] = bytes(peers.src)[src : src + size - 1]
+    for _ in range(5):
+        peers.read(*ops)
+    assert bytes(peers.dst) == bytes(wanted)
+
+
+def test_a_batch_over_the_limit_is_refused_and_moves_nothing(peers: Peers) -> None:
+    with pytest.raises(ValueError, match=f"a batch has at most {MAX_BATCH} reads, not {MAX_BATCH + 1}"):
+        peers.read(*[peers.op(number, number, 1) for number in range(MAX_BATCH + 1)])
+    assert bytes(peers.dst) == bytes(NBYTES)
+    peers.read_all()
+    assert bytes(peers.dst) == bytes(peers.src)
+
+
+def test_a_batch_of_nothing_is_no_error(peers: Peers) -> None:
+    peers.read()
+    assert bytes(peers.dst) == bytes(NBYTES)
+
+
+def test_one_read_may_span_many_mebibytes(peers: Peers) -> None:
+    src, dst = Memory(os.urandom(1 << 10) * (9 << 10)), Memory(bytes(9 << 20))
+    peers.source.register(src.region)
+    peers.reader.register(dst.region)
+    peers.read(ReadOp("a/0", src.region.addr + 1, dst.region.addr, (9 << 20) - 1))
+    assert bytes(dst) == bytes(src)[1:] + b"\0"
+    peers.source.unregister(src.region)
+    peers.reader.unregister(dst.region)
+
+
+def test_an_engine_is_read_from_and_reads_at_the_same_time(peers: Peers) -> None:
+    back = Peers(peers.reader, peers.source)
+    with ThreadPoolExecutor(2) as pool:
+        for read in [pool.submit(pair.read_all) for pair in (peers, back) for _ in range(10)]:
+            read.result()
+    assert (bytes(peers.dst), bytes(back.dst)) == (bytes(peers.src), bytes(back.src))
+    back.part_ways()
+
+
+def test_an_engine_reads_its_own_memory_like_that_of_others(peers: Peers) -> None:
+    own = Peers(peers.reader, peers.reader)
+    own.read_all()
+    assert bytes(own.dst) == bytes(own.src)
+    own.part_ways()
+
+
+# -- reads that fail -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param(lambda peers: peers.op(NBYTES, 0, 64), id="behind the region"),
+        pytest.param(lambda peers: peers.op(NBYTES - 32, 0, 64), id="over its end"),
+        pytest.param(lambda peers: peers.op(-64, 0, 64), id="before it"),
+        pytest.param(lambda peers: ReadOp("a/0", Memory(bytes(64)).region.addr, peers.dst.region.addr, 64), id="elsewhere"),
+        pytest.param(lambda peers: ReadOp("a/0", 0, peers.dst.region.addr, 64), id="nowhere"),
+    ],
+)
+def test_a_source_address_that_is_not_offered_fails_and_a_good_read_works_afterwards(
+    peers: Peers, bad: Callable[[Peers], ReadOp]
+) -> None:
+    peers.fail_to_read(bad(peers))
+    peers.read_all()
+    assert bytes(peers.dst) == bytes(peers.src)
+
+
+def test_one_bad_read_fails_the_batch_it_is_in(peers: Peers) -> None:
+    failed = peers.fail_to_read(peers.op(0, 0, 64), peers.op(NBYTES, 64, 64), peers.op(128, 128, 64))
+    assert failed.details == {"session_id": peers.session_id}
+
+
+def test_a_peer_can_be_read_however_often_a_read_from_it_has_failed(peers: Peers) -> None:
+    for _ in range(6):
+        peers.fail_to_read(peers.op(NBYTES, 0, 64))
+    peers.read_all()
+    assert bytes(peers.dst) == bytes(peers.src)
+
+
+def test_memory_that_was_taken_back_cannot_be_read_until_it_is_offered_again(peers: Peers) -> None:
+    peers.read_all()
+    peers.source.unregister(peers.src.region)
+    peers.fail_to_read(peers.op(0, 0, NBYTES))
+    peers.source.register(peers.src.region)
+    peers.read_all()
+    assert bytes(peers.dst) == bytes(peers.src)
+
+
+@pytest.mark.parametrize("session_id", ["127.0.0.1:1", "nonsense", "", "no-such-host.invalid:1"])
+def test_a_session_that_does_not_exist_fails_and_leaves_good_ones_usable(peers: Peers, session_id: str) -> None:
+    with pytest.raises(ReadFailed):
+        peers.reader.read(session_id, [peers.op(0, 0, 64)])
+    peers.read_all()
+    assert bytes(peers.dst) == bytes(peers.src)
+
+
+@pytest.mark.parametrize(("start", "nbytes"), [(-64, 64), (-1, 64), (NBYTES - 63, 64), (NBYTES, 1)])
+def test_a_destination_that_is_not_registered_is_refused_before_a_byte_moves(peers: Peers, start: int, nbytes: int) -> None:
+    with pytest.raises(EngineFailed, match="are not registered: register the destination first"):
+        peers.read(peers.op(0, 0, 64), peers.op(0, start, nbytes))
+    assert bytes(peers.dst) == bytes(NBYTES)
+
+
+# -- registering -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_region_registered_twice_is_offered_until_it_was_taken_back_twice(peers: Peers) -> None:
+    peers.source.register(peers.src.region)
+    peers.source.unregister(peers.src.region)
+    peers.read_all()
+    assert bytes(peers.dst) == bytes(peers.src)
+    peers.source.unregister(peers.src.region)
+    peers.fail_to_read(peers.op(0, 0, NBYTES))
+
+
+@pytest.mark.parametrize("first_back", ["inner", "outer"])
+def test_a_region_inside_a_registered_one_shares_it_and_survives_the_end_of_the_other(peers: Peers, first_back: str) -> None:
+    inner = peers.src.part(1024, 2048)
+    peers.source.register(inner)
+    first, second = (inner, peers.src.region) if first_back == "inner" else (peers.src.region, inner)
+    peers.source.unregister(first)
+    peers.read(peers.op(1024, 1024, 2048))
+    assert bytes(peers.dst)[1024:3072] == bytes(peers.src)[1024:3072]
+    peers.source.unregister(second)
+    peers.fail_to_read(peers.op(1024, 1024, 2048))
+
+
+@pytest.mark.parametrize(
+    ("start", "nbytes"),
+    [(-4096, 8192), (NBYTES - 1, 2), (-4096, NBYTES + 8192), (0, NBYTES + 1), (-1, NBYTES + 1)],
+    ids=["over the beginning", "over the end", "around it", "longer", "earlier"],
+)
+def test_a_region_that_overlaps_a_registered_one_in_part_is_refused_and_nothing_changes(
+    peers: Peers, start: int, nbytes: int
+) -> None:
+    with pytest.raises(EngineFailed, match="overlap a region that is registered already"):
+        peers.source.register(peers.src.part(start, nbytes))
+    peers.read_all()
+    assert bytes(peers.dst) == bytes(peers.src)
+    peers.source.unregister(peers.src.region)
+    peers.fail_to_read(peers.op(0, 0, NBYTES))
+
+
+def test_regions_that_touch_are_two_and_each_is_taken_back_alone(peers: Peers) -> None:
+    half = NBYTES // 2
+    peers.source.unregister(peers.src.region)
+    for start in (0, half):
+        peers.source.register(peers.src.part(start, half))
+    peers.source.unregister(peers.src.part(0, half))
+    peers.read(peers.op(half, 0, half))
+    assert bytes(peers.dst)[:half] == bytes(peers.src)[half:]
+    peers.fail_to_read(peers.op(0, 0, 64))
+    peers.source.unregister(peers.src.part(half, half))
+
+
+def test_taking_back_what_was_never_registered_is_no_error_and_harms_nothing(peers: Peers) -> None:
+    peers.source.unregister(Memory(bytes(64)).region)
+    peers.read_all()
+    assert bytes(peers.dst) == bytes(peers.src)
+
+
+# -- closing ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_closed_peer_cannot_be_read_but_others_can_and_may_have_its_memory(mortal: Peers, peers: Peers) -> None:
+    mortal.read_all()
+    mortal.source.close()
+    with pytest.raises(ReadFailed, match=f"cannot read from {mortal.session_id}"):
+        mortal.read_all()
+    peers.source.register(mortal.src.region)
+    peers.reader.read(peers.session_id, [mortal.op(0, 0, NBYTES)])
+    peers.source.unregister(mortal.src.region)
+    assert bytes(mortal.dst) == bytes(mortal.src)
+
+
+def test_closing_is_idempotent_and_use_afterwards_is_an_error(mortal: Peers, peers: Peers) -> None:
+    for _ in range(2):
+        mortal.source.close()
+    with pytest.raises(EngineFailed, match="the transfer engine is closed"):
+        mortal.source.read(peers.session_id, [ReadOp("a/0", peers.src.region.addr, mortal.src.region.addr, 64)])
+    with pytest.raises(EngineFailed, match="the transfer engine is closed"):
+        mortal.source.register(mortal.src.region)
+    mortal.source.unregister(mortal.src.region)
+
+
+def test_a_read_during_which_the_peer_closes_either_brings_all_bytes_or_fails(mortal: Peers) -> None:
+    begun = threading.Event()
+
+    def read_until_it_fails() -> int:
+        for done in range(1_000_000):
+            try:
+                mortal.read_all()
+            except ReadFailed:
+                return done
+            assert bytes(mortal.dst) == bytes(mortal.src)
+            begun.set()
+        raise AssertionError("a closed peer was read")
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_until_it_fails)
+        assert begun.wait(30)
+        mortal.source.close()
+        assert reading.result() > 0
+
+
+# -- threads ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_several_threads_read_at_once_each_its_own_part(peers: Peers) -> None:
+    size = NBYTES // 8
+
+    def read(part: int) -> None:
+        for _ in range(20):
+            peers.read(*[peers.op(part * size + at, part * size + at, 256) for at in range(0, size, 256)])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, range(8)))
+    assert bytes(peers.dst) == bytes(peers.src)
+
+
+def test_threads_that_register_and_read_do_not_disturb_each_other(two_engines: tuple[Engine, Engine]) -> None:
+    def work(_: int) -> bool:
+        peers = Peers(*two_engines)
+        peers.read_all()
+        peers.part_ways()
+        return bytes(peers.dst) == bytes(peers.src)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(16)))

@@ -1,0 +1,391 @@
+"""The command line without etcd: exit codes, one-line errors, options, and what is printed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import cli.main
+import cli.options
+import loader.errors
+import registry.errors
+from cli.exits import _CODES, Exit, code_of
+from cli.options import engine_log
+from cli.output import event_json, event_text, instance_json, instance_row, print_table, rank_json, size, tensors_json
+from registry import (
+    Event,
+    InstanceDegraded,
+    InstanceGone,
+    InstanceReady,
+    RankJoined,
+    RankLost,
+    RankUpdated,
+    Registry,
+)
+from registry.errors import EtcdUnavailable
+from registry.resolver import assess
+from tests.builders import a_manifest, a_record, an_entry
+
+OURS = [
+    kind
+    for module in (registry.errors, loader.errors)
+    for _, kind in inspect.getmembers(module, inspect.isclass)
+    if issubclass(kind, Exception) and kind.__module__ == module.__name__
+]
+
+
+class Ran:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code = code
+        self.out = out
+        self.err = err
+
+
+class Engines:
+    """`engines ARGS`, in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *args: str) -> Ran:
+        self._monkeypatch.setattr(sys, "argv", ["engines", *args])
+        with pytest.raises(SystemExit) as ended:
+            cli.main.main()
+        assert type(ended.value.code) is int
+        return Ran(ended.value.code, *self._capsys.readouterr())
+
+    def connecting(self, result: Any) -> list[dict[str, Any]]:
+        """Makes every try to connect end with this error; returns what was asked for."""
+        asked: list[dict[str, Any]] = []
+
+        def connect(endpoints: str, **options: Any) -> Registry:
+            asked.append({"endpoints": endpoints, **options})
+            raise result
+
+        self._monkeypatch.setattr(Registry, "connect", connect)
+        return asked
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Engines:
+    for name in ("ENGINES_ETCD", cli.options.PASSWORD_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("addLevelName", "basicConfig"):  # what the entry point sets up for the whole process
+        monkeypatch.setattr(logging, name, lambda *_, **__: None)
+    return Engines(monkeypatch, capsys)
+
+
+@pytest.fixture(autouse=True)
+def _not_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.options, "_debug", False)
+
+
+# -- exit codes ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
+def test_every_error_of_ours_has_an_exit_code(kind: type[Exception]) -> None:
+    assert code_of(kind("what happened")) in (Exit.FAILED, Exit.USAGE, Exit.ETCD, Exit.INSTANCE, Exit.WEIGHTS)
+
+
+@pytest.mark.parametrize("name", _CODES)
+def test_every_name_in_the_table_of_exit_codes_is_an_error_of_ours(name: str) -> None:
+    module, _, kind = name.rpartition(".")
+    assert getattr(import_module(module), kind) in OURS
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        (Exit.USAGE, {"InvalidField"}),
+        (Exit.ETCD, {"EtcdError", "EtcdUnavailable", "EtcdRefused", "LeaseNotFound", "HistoryLost"}),
+        (Exit.INSTANCE, {"InstanceNotFound", "InstanceIncomplete", "SourceLost"}),
+        (Exit.WEIGHTS, {"WeightsMismatch", "TornRead"}),
+    ],
+)
+def test_codes_above_one_are_given_to_the_errors_that_they_are_documented_for(code: Exit, names: set[str]) -> None:
+    assert {kind.__name__ for kind in OURS if code_of(kind("x")) is code} == names
+
+
+@pytest.mark.parametrize("exc", [ValueError("x"), KeyError("x"), OSError("x"), KeyboardInterrupt()])
+def test_an_error_that_is_not_ours_has_no_code(exc: BaseException) -> None:
+    assert code_of(exc) is None
+
+
+@pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
+def test_an_error_is_one_line_on_stderr_and_its_exit_code(engines: Engines, kind: type[Exception]) -> None:
+    engines.connecting(kind("first line\n   second line"))
+    ran = engines("list")
+    assert (ran.code, ran.out, ran.err) == (code_of(kind("x")), "", "engines: error: first line second line\n")
+
+
+def test_a_bug_is_one_line_that_asks_for_a_report(engines: Engines) -> None:
+    engines.connecting(ZeroDivisionError("by zero"))
+    ran = engines("list")
+    assert ran.code == Exit.FAILED
+    assert ran.err == "engines: error: unexpected ZeroDivisionError: by zero (--debug shows where; please report it)\n"
+
+
+def test_a_traceback_comes_only_with_debug(engines: Engines) -> None:
+    engines.connecting(EtcdUnavailable("gone"))
+    assert "Traceback" not in engines("list").err
+    ran = engines("list", "--debug")
+    assert ran.code == Exit.ETCD
+    assert "Traceback" in ran.err
+    assert ran.err.endswith("engines: error: gone\n")
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), click.Abort()])
+def test_an_interruption_has_a_code_of_its_own(engines: Engines, interruption: BaseException) -> None:
+    engines.connecting(interruption)
+    ran = engines("list")
+    assert (ran.code, ran.err.strip()) == (Exit.INTERRUPTED, "engines: interrupted")
+
+
+# -- usage -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_command_and_every_exit_code(engines: Engines, flag: str) -> None:
+    ran = engines(flag)
+    assert (ran.code, ran.err) == (Exit.DONE, "")
+    assert all(f"  {name} " in ran.out for name in cli.main.COMMANDS)
+    assert all(f"{code.value} " in ran.out for code in Exit)
+
+
+@pytest.mark.parametrize("command", cli.main.COMMANDS)
+def test_every_command_has_help_and_the_name_that_it_is_found_by(engines: Engines, command: str) -> None:
+    ran = engines(command, "--help")
+    assert ran.code == Exit.DONE
+    assert ran.out.startswith(f"Usage: engines {command} ")
+    assert "--debug" in ran.out
+
+
+def test_the_version_is_that_of_the_distribution(engines: Engines) -> None:
+    ran = engines("--version")
+    assert ran.code == Exit.DONE
+    assert ran.out.startswith("engines, version ")
+
+
+REGISTER = ("register", "qwen", "--rank", "0", "--world-size", "2", "--weights", "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        ("nonsense",),
+        ("--nonsense",),
+        ("list", "surplus"),
+        ("list", "--timeout", "0"),
+        ("list", "--timeout", "soon"),
+        ("show",),
+        ("show", "qwen", "--rank", "-1"),
+        ("show", "qwen", "--rank", "first"),
+        ("load", "qwen"),
+        ("load", "qwen", "--rank", "0", "--wait", "-1"),
+        ("evict",),
+        ("register", "qwen"),
+        (*REGISTER, "--ttl", "1"),
+        (*REGISTER, "--version", "-1"),
+        ("register", "qwen", "--rank", "2", "--world-size", "2", "--weights", "w"),
+        ("register", "a/b", "--rank", "0", "--world-size", "2", "--weights", "w"),
+        (*REGISTER, "--topology", "tp"),
+        (*REGISTER, "--topology", "tp=0"),
+        (*REGISTER, "--topology", "=0/2"),
+        (*REGISTER, "--topology", "tp=a/2"),
+        ("etcd", "--port", "0"),
+        ("list", "--user", "root"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_told_before_etcd_is_asked(engines: Engines, args: tuple[str, ...]) -> None:
+    asked = engines.connecting(AssertionError("connected"))
+    ran = engines(*args)
+    assert (ran.code, ran.out, asked) == (Exit.USAGE, "", [])
+    assert ran.err.strip()
+
+
+def test_a_file_that_is_there_is_not_overwritten_without_being_asked(engines: Engines, tmp_path: Path) -> None:
+    asked = engines.connecting(EtcdUnavailable("gone"))
+    (tmp_path / "rank-0.safetensors").touch()
+    ran = engines("load", "qwen", "--rank", "0", "--out", str(tmp_path))
+    assert (ran.code, asked) == (Exit.USAGE, [])
+    assert "is there already: choose another --out, or --force" in ran.err
+    assert engines("load", "qwen", "--rank", "0", "--out", str(tmp_path), "--force").code == Exit.ETCD
+
+
+# -- how to reach etcd -----------------------------------------------------------------------------------------------------------
+
+UNSET = dict.fromkeys(("cacert", "cert", "key", "user", "password"))
+DEFAULTS = {"endpoints": "127.0.0.1:2379", "namespace": "", "timeout_s": 5.0, **UNSET}
+
+
+@pytest.mark.parametrize(
+    ("args", "environment", "wanted"),
+    [
+        ((), {}, {}),
+        ((), {"ENGINES_ETCD": "a:1,b:2"}, {"endpoints": "a:1,b:2"}),
+        (("--etcd", "c:3"), {"ENGINES_ETCD": "a:1"}, {"endpoints": "c:3"}),
+        (("--namespace", "/prod", "--timeout", "0.5"), {}, {"namespace": "/prod", "timeout_s": 0.5}),
+        (("--cacert", "ca", "--cert", "c", "--key", "k"), {}, {"cacert": "ca", "cert": "c", "key": "k"}),
+        (("--user", "root"), {"ENGINES_ETCD_PASSWORD": "hunter2"}, {"user": "root", "password": "hunter2"}),
+        (("--user", "root"), {"ENGINES_ETCD_PASSWORD": ""}, {"user": "root", "password": ""}),
+        ((), {"ENGINES_ETCD_PASSWORD": "hunter2"}, {}),
+    ],
+)
+def test_options_and_environment_say_how_to_reach_etcd(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], environment: dict[str, str], wanted: dict[str, Any]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asked = engines.connecting(EtcdUnavailable("gone"))
+    assert engines("list", *args).code == Exit.ETCD
+    assert asked == [{**DEFAULTS, **wanted}]
+
+
+def test_the_password_is_no_option(engines: Engines) -> None:
+    ran = engines("list", "--user", "root", "--password", "hunter2")
+    assert ran.code == Exit.USAGE
+    assert "hunter2" not in ran.err
+
+
+# -- the transfer engine's own log -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def logging_to_stderr() -> Iterator[logging.StreamHandler[Any]]:
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def open_descriptors() -> list[str]:
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_native_code_is_silenced_and_our_own_messages_are_not(capfd: pytest.CaptureFixture[str], failing: bool) -> None:
+    with logging_to_stderr() as handler:
+        before = sys.stderr, handler.stream, open_descriptors()
+        with pytest.raises(RuntimeError) if failing else nullcontext(), engine_log():
+            os.write(2, b"native noise\n")
+            click.echo("our message", err=True)
+            logging.getLogger("loader").error("our log")
+            if failing:
+                raise RuntimeError
+        assert (sys.stderr, handler.stream, open_descriptors()) == before
+    os.write(2, b"native again\n")
+    assert capfd.readouterr().err == "our message\nour log\nnative again\n"
+
+
+def test_with_debug_native_code_is_heard(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.options, "_debug", True)
+    with engine_log():
+        os.write(2, b"native noise\n")
+    assert capfd.readouterr().err == "native noise\n"
+
+
+def test_a_message_without_an_end_of_line_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    with engine_log():
+        sys.stderr.write("half a line")
+    assert capfd.readouterr().err == "half a line"
+
+
+# -- what is printed -------------------------------------------------------------------------------------------------------------
+
+A, B = a_record(rank=0), a_record(rank=1)
+READY = assess("qwen", [A, B])
+EVENTS: list[tuple[Event, str, str]] = [
+    (RankJoined(A), "rank_joined", "qwen/0 joined: ready, 16 B, 10.0.0.1:15000 tcp"),
+    (RankUpdated(A, A), "rank_updated", "qwen/0 updated: ready, version 3"),
+    (RankLost(A, "evicted"), "rank_lost", "qwen/0 lost: evicted (host node-1, pid 4711)"),
+    (InstanceReady(READY), "instance_ready", "qwen ready: 2 ranks, 32 B, version 3"),
+    (InstanceDegraded(assess("qwen", [B])), "instance_degraded", "qwen degraded: missing rank 0 of 2"),
+    (InstanceGone(assess("qwen", [])), "instance_gone", "qwen gone"),
+]
+
+
+@pytest.mark.parametrize(("event", "name", "text"), EVENTS, ids=[name for _, name, _ in EVENTS])
+def test_every_event_has_a_line_for_people_and_an_object_for_programs(event: Event, name: str, text: str) -> None:
+    assert event_text(event) == text
+    data = event_json(event)
+    assert data["event"] == name
+    assert data["instance"] == "qwen"
+    assert json.loads(json.dumps(data)) == data
+    assert ("reason" in data) == isinstance(event, RankLost)
+
+
+def test_the_object_of_an_instance_keeps_its_fields() -> None:
+    assert instance_json(assess("qwen", [B])) == {
+        "instance": "qwen",
+        "state": "degraded",
+        "world_size": 2,
+        "present": [1],
+        "missing": [0],
+        "problems": [],
+        "model": {"name": "qwen", "revision": "r1", "dtype": "bfloat16", "quantization": "none", "extra": {"layers": "28"}},
+        "generation": "launch-1",
+        "version": 3,
+        "nbytes": 16,
+    }
+
+
+def test_the_object_of_a_rank_keeps_its_fields() -> None:
+    data = rank_json(A)
+    fields = "instance rank world_size state version generation topology model host pid device session_id protocol fabric tensors"
+    assert {*fields.split(), "nbytes", "registered_at", "incarnation"} <= set(data)
+    assert data["topology"] == {"tp": [0, 2], "pp": [0, 1]}
+
+
+def test_a_box_is_printed_only_where_the_tensor_states_one() -> None:
+    opaque, box = tensors_json(
+        a_manifest(an_entry("a", nbytes=4), an_entry("b", nbytes=4, global_shape=(8,), offsets=(4,), opaque=False))
+    )
+    assert (opaque["global_shape"], opaque["offsets"]) == (None, None)
+    assert (box["global_shape"], box["offsets"]) == ([8], [4])
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (90_900_000, "90.9 MB"),
+        (8.6e9, "8.6 GB"),
+        (1e12, "1.0 TB"),
+        (5e15, "5000.0 TB"),
+    ],
+)
+def test_sizes_have_units(nbytes: float, text: str) -> None:
+    assert size(nbytes) == text
+
+
+def test_a_table_cuts_nothing_and_gives_each_row_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 500
+    print_table(("A", "B"), [[long, "1"], ["[bold]", ":smile:"]])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines == [["A", "B"], [long, "1"], ["[bold]", ":smile:"]]
+
+
+@pytest.mark.parametrize(
+    ("records", "version"), [([A, B], "3"), ([A, a_record(rank=1, version=4)], "differs"), ([], "-")], ids=["same", "other", "none"]
+)
+def test_the_row_of_an_instance_says_where_versions_differ(records: list[Any], version: str) -> None:
+    assert version in instance_row(assess("qwen", records))

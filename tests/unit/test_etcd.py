@@ -1,0 +1,204 @@
+"""The adapter without a server: no foreign error gets out, a failed call goes to the next endpoint, prefixes are ranges."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NoReturn
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry.config import EtcdConfig, parse_endpoints
+from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from registry.etcd import Etcd, _from_cancelled_watch, _prefix_end
+
+Status = grpc.StatusCode
+client_errors = import_module("etcd3.exceptions")  # importable since registry.etcd has been imported
+
+
+class Answer(grpc.RpcError):
+    """What gRPC raises where a server has said no, or nothing."""
+
+    def __init__(self, code: grpc.StatusCode, details: str | None) -> None:
+        super().__init__()
+        self._code = code
+        self._details = details
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str | None:
+        return self._details
+
+
+class Client:
+    """A connection, of which only the end matters here."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Unconnected(Etcd):
+    """An adapter whose connections lead nowhere."""
+
+    def __init__(self, endpoints: str = "a:1,b:2,c:3") -> None:
+        super().__init__(EtcdConfig(parse_endpoints(endpoints)))
+        self.clients: list[Client] = []
+
+    def _new_client(self) -> Client:
+        endpoint = self.config.endpoints[self._next_endpoint % len(self.config.endpoints)]
+        self.clients.append(Client(str(endpoint)))
+        return self.clients[-1]
+
+    def call(self, operation: Callable[[Client], Any], stop: Any = None) -> Any:
+        return self._call(lambda client, _: operation(client), stop)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+
+def error_of(exc: Exception) -> EtcdError:
+    """What a caller gets where one try ends with `exc`."""
+
+    def fail(_: Client) -> NoReturn:
+        raise exc
+
+    with pytest.raises(EtcdError) as caught:
+        Unconnected().call(fail, stop=lambda _: True)
+    assert caught.value.__cause__ is exc
+    return caught.value
+
+
+@pytest.mark.parametrize("code", [code for code in Status if code is not Status.OK], ids=str)
+@pytest.mark.parametrize("details", [None, "", "etcdserver: something new", "lease", "http2 error", "auth token"])
+def test_no_status_of_grpc_gets_out_as_it_is(code: grpc.StatusCode, details: str | None) -> None:
+    assert "etcd at a:1,b:2,c:3" in str(error_of(Answer(code, details)))
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "kind", "said"),
+    [
+        (Status.NOT_FOUND, "etcdserver: requested lease not found", LeaseNotFound, "requested lease not found"),
+        (Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted", HistoryLost, "compacted"),
+        (Status.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded", EtcdRefused, "out of space"),
+        (Status.INVALID_ARGUMENT, "etcdserver: request is too large", EtcdRefused, "too large"),
+        (Status.RESOURCE_EXHAUSTED, "trying to send message larger than max", EtcdRefused, "too large"),
+        (Status.PERMISSION_DENIED, "etcdserver: permission denied", EtcdRefused, "grant the user's role"),
+        (Status.INVALID_ARGUMENT, "etcdserver: authentication failed, invalid user ID or password", EtcdRefused, "credentials"),
+        (Status.INVALID_ARGUMENT, "etcdserver: user name is empty", EtcdRefused, "credentials"),
+        (Status.FAILED_PRECONDITION, "etcdserver: authentication is not enabled", EtcdRefused, "leave out --user"),
+        (Status.INVALID_ARGUMENT, "etcdserver: duplicate key given in txn request", EtcdRefused, "refuses the request: duplicate"),
+        (Status.UNAUTHENTICATED, "etcdserver: invalid auth token", EtcdUnavailable, "token"),
+        (Status.UNAVAILABLE, "failed to connect to all addresses; last error: Connection refused", EtcdUnavailable, "refused"),
+        (Status.UNAVAILABLE, "etcdserver: no leader", EtcdUnavailable, "no leader"),
+        (Status.DEADLINE_EXCEEDED, "Deadline Exceeded", EtcdUnavailable, "does not answer in time"),
+        (Status.UNIMPLEMENTED, "unknown service etcdserverpb.KV", EtcdUnavailable, "is not etcd 3"),
+        (Status.UNKNOWN, "Received http2 header with status: 404", EtcdUnavailable, "is not etcd 3"),
+    ],
+)
+def test_an_answer_of_etcd_is_told_as_what_it_means(code: grpc.StatusCode, details: str, kind: type[EtcdError], said: str) -> None:
+    error = error_of(Answer(code, details))
+    assert type(error) is kind
+    assert said in str(error)
+
+
+@pytest.mark.parametrize(
+    ("exc", "kind"),
+    [
+        (client_errors.ConnectionFailedError(), EtcdUnavailable),
+        (client_errors.ConnectionTimeoutError(), EtcdUnavailable),
+        (client_errors.InternalServerError(), EtcdUnavailable),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset"), EtcdUnavailable),
+        (ValueError("Cannot invoke RPC on closed channel!"), EtcdUnavailable),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "ca.pem"), EtcdRefused),
+        (PermissionError(errno.EACCES, "Permission denied", "key.pem"), EtcdRefused),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value.__name__,
+)
+def test_errors_of_the_client_library_and_the_system_become_ours(exc: Exception, kind: type[EtcdError]) -> None:
+    assert type(error_of(exc)) is kind
+
+
+def test_a_mistake_in_our_own_code_is_not_taken_for_an_error_of_etcd() -> None:
+    with pytest.raises(ValueError, match="ours"):
+        Unconnected().call(lambda _: int("ours"))
+
+
+def test_a_cancelled_watch_is_refused_unless_only_its_token_is_too_old() -> None:
+    assert type(_from_cancelled_watch("etcdserver: permission denied")) is EtcdRefused
+    assert type(_from_cancelled_watch("etcdserver: invalid auth token")) is EtcdUnavailable
+
+
+# -- which endpoint --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_fails_in_transit_is_tried_at_the_next_endpoint_on_a_fresh_connection() -> None:
+    etcd = Unconnected()
+
+    def only_c_answers(client: Client) -> str:
+        if client.endpoint != "c:3":
+            raise Answer(Status.UNAVAILABLE, "gone")
+        return client.endpoint
+
+    assert etcd.call(only_c_answers) == "c:3"
+    assert [(client.endpoint, client.closed) for client in etcd.clients] == [("a:1", True), ("b:2", True), ("c:3", False)]
+    assert etcd.call(only_c_answers) == "c:3"
+    assert len(etcd.clients) == 3
+
+
+def test_the_endpoints_are_gone_through_again_and_again() -> None:
+    etcd = Unconnected("a:1,b:2")
+    tries = iter(range(5))
+
+    def fifth_time(client: Client) -> str:
+        if next(tries) < 4:
+            raise Answer(Status.UNAVAILABLE, "gone")
+        return client.endpoint
+
+    assert etcd.call(fifth_time) == "a:1"
+
+
+def test_a_call_that_is_refused_is_not_repeated_and_keeps_its_connection() -> None:
+    etcd = Unconnected()
+    tried: list[str] = []
+
+    def refuse(client: Client) -> NoReturn:
+        tried.append(client.endpoint)
+        raise Answer(Status.PERMISSION_DENIED, "etcdserver: permission denied")
+
+    with pytest.raises(EtcdRefused):
+        etcd.call(refuse)
+    assert tried == ["a:1"]
+    assert not etcd.clients[0].closed
+
+
+def test_a_closed_connection_makes_no_call() -> None:
+    etcd = Unconnected()
+    etcd.call(lambda _: None)
+    etcd.close()
+    etcd.close()
+    assert etcd.clients[0].closed
+    with pytest.raises(EtcdError, match="the connection to etcd is closed"):
+        etcd.call(lambda _: pytest.fail("called"))
+
+
+# -- prefixes --------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.binary(min_size=1, max_size=4), st.binary(max_size=6))
+def test_the_range_of_a_prefix_holds_the_keys_that_begin_with_it_and_no_other(prefix: bytes, key: bytes) -> None:
+    end = _prefix_end(prefix)
+    neighbours = [prefix[:-1] + bytes([prefix[-1] + step & 255]) + key for step in (-1, 1)]
+    for candidate in (key, prefix + key, *neighbours):
+        in_range = prefix <= candidate and (end == b"\0" or candidate < end)
+        assert in_range == candidate.startswith(prefix)

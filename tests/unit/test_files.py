@@ -1,0 +1,237 @@
+"""Weights files: read into one block each, written whole or not at all, byte for byte the same."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from loader.errors import WeightsFileInvalid
+from loader.files import allocate, allocate_like, find_files, read_weights, write_weights
+from loader.regions import describe, dtype_name
+from tests.builders import a_manifest, an_entry
+
+# What safetensors can store of what torch has.
+STORABLE = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.uint16,
+    torch.int16,
+    torch.uint32,
+    torch.int32,
+    torch.uint64,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+]
+
+
+def content(tensor: torch.Tensor) -> bytes:
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
+
+
+def same(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> bool:
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert (found[name].dtype, found[name].shape, content(found[name])) == (tensor.dtype, tensor.shape, content(tensor)), name
+    return True
+
+
+def every_byte_value(dtype: torch.dtype) -> torch.Tensor:
+    """All bit patterns that a byte can have, NaNs with payloads among them; for bool the two that are allowed."""
+    pattern = torch.arange(256).remainder(2 if dtype is torch.bool else 256).to(torch.uint8)
+    return pattern.view(dtype).view(2, -1)
+
+
+@pytest.mark.parametrize("dtype", STORABLE, ids=str)
+def test_every_dtype_is_byte_identical_after_reading_writing_and_reading(dtype: torch.dtype, tmp_path: Path) -> None:
+    wanted = {
+        "w": every_byte_value(dtype),
+        "scalar": every_byte_value(dtype)[0, 1].clone(),
+        "empty": torch.empty(0, 7, dtype=dtype),
+    }
+    save_file(wanted, tmp_path / "in.safetensors")
+    first = read_weights([tmp_path / "in.safetensors"])
+    assert same(first, wanted)
+    write_weights(first, tmp_path / "out" / "rank-0.safetensors")
+    assert same(read_weights([tmp_path / "out" / "rank-0.safetensors"]), wanted)
+
+
+def test_each_file_is_read_into_one_region_of_its_own(tmp_path: Path) -> None:
+    for number in range(2):
+        save_file({f"{number}.{name}": torch.rand(50) for name in "abc"}, tmp_path / f"{number}.safetensors")
+    assert len(describe(read_weights([tmp_path])).regions) == 2
+
+
+def test_a_folder_stands_for_its_safetensors_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    names = ["b.safetensors", "a.safetensors", ".a.safetensors.7.partial", "config.json", "a.bin"]
+    for name in names:
+        (tmp_path / name).touch()
+    extra = tmp_path / "config.json"
+    assert find_files([tmp_path, extra]) == [tmp_path / "a.safetensors", tmp_path / "b.safetensors", extra]
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsFileInvalid, match=re.escape(f"{tmp_path} holds no *.safetensors file")):
+        read_weights([tmp_path])
+
+
+def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsFileInvalid, match=re.escape(f"{tmp_path / 'nope'} does not exist")) as caught:
+        read_weights([tmp_path / "nope"])
+    assert caught.value.details == {"path": str(tmp_path / "nope")}
+
+
+GOOD_HEADER = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"not safetensors at all", id="text"),
+        pytest.param(struct.pack("<Q", 1 << 60) + b"{}", id="absurd header"),
+        pytest.param(struct.pack("<Q", len(GOOD_HEADER)) + GOOD_HEADER[:-5], id="cut in the header"),
+        pytest.param(struct.pack("<Q", len(GOOD_HEADER)) + GOOD_HEADER + b"\0" * 15, id="cut in the data"),
+        pytest.param(struct.pack("<Q", len(GOOD_HEADER)) + GOOD_HEADER + b"\0" * 17, id="too long"),
+        pytest.param(b"PK\3\4" + b"\0" * 100, id="a torch archive"),
+    ],
+)
+def test_a_file_that_is_no_whole_safetensors_file_is_refused_by_its_path(value: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(value)
+    with pytest.raises(WeightsFileInvalid, match=re.escape(f"{path} cannot be read as safetensors: ")) as caught:
+        read_weights([path])
+    assert caught.value.details == {"path": str(path)}
+
+
+def test_a_folder_that_looks_like_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").mkdir()
+    with pytest.raises(WeightsFileInvalid, match="cannot be read as safetensors"):
+        read_weights([tmp_path])
+
+
+def test_a_tensor_in_two_files_is_refused_with_both_files(tmp_path: Path) -> None:
+    a, b = (tmp_path / f"{name}.safetensors" for name in "ab")
+    save_file({"w": torch.zeros(2), "v": torch.zeros(2)}, a)
+    save_file({"w": torch.zeros(2), "u": torch.zeros(2)}, b)
+    with pytest.raises(WeightsFileInvalid, match=re.escape(f"tensor 'w' is in {a} and in {b}: serve one of them")):
+        read_weights([tmp_path])
+
+
+def test_a_written_file_replaces_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    for value in (1.0, 2.0):
+        write_weights({"w": torch.full((3,), value)}, path)
+    assert read_weights([path])["w"].tolist() == [2.0] * 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_half_way_leaves_the_file_of_before_and_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.safetensors"
+    write_weights({"w": torch.ones(3)}, path)
+
+    def fill_the_disk(_: object, unfinished: Path) -> None:
+        unfinished.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("loader.files.save_file", fill_the_disk)
+    with pytest.raises(WeightsFileInvalid, match=re.escape(f"cannot write {path}: [Errno 28] No space left on device")):
+        write_weights({"w": torch.zeros(3)}, path)
+    assert read_weights([path])["w"].tolist() == [1.0] * 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_is_a_folder_cannot_be_written_and_no_part_stays(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.mkdir()
+    with pytest.raises(WeightsFileInvalid, match=re.escape(f"cannot write {path}")):
+        write_weights({"w": torch.zeros(3)}, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightsFileInvalid, match="cannot write"):
+        write_weights({"w": torch.zeros(3)}, tmp_path / "file" / "w.safetensors")
+
+
+TIED = torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        pytest.param({"w": torch.zeros(2, dtype=torch.complex128)}, id="a dtype that the format lacks"),
+        pytest.param({"a": TIED, "b": TIED}, id="tied"),
+        pytest.param({"w": torch.zeros(3, 4).t()}, id="not contiguous"),
+    ],
+)
+def test_tensors_that_the_format_cannot_hold_are_refused_as_a_file_that_cannot_be_written(
+    tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(WeightsFileInvalid, match="cannot write"):
+        write_weights(tensors, tmp_path / "w.safetensors")
+
+
+# -- memory to load into ---------------------------------------------------------------------------------------------------------
+
+
+def test_allocated_tensors_lie_in_order_in_one_block_with_no_gap_but_for_alignment() -> None:
+    tensors = allocate(
+        {
+            "byte": (torch.uint8, (3,)),
+            "empty": (torch.float64, (0, 5)),
+            "half": (torch.bfloat16, (2,)),
+            "scalar": (torch.complex128, ()),
+            "last": (torch.uint8, (1,)),
+        }
+    )
+    base = tensors["byte"].data_ptr()
+    assert {name: tensors[name].data_ptr() - base for name in ("byte", "half", "scalar", "last")} == {
+        "byte": 0,
+        "half": 8,
+        "scalar": 16,
+        "last": 32,
+    }
+    assert [tuple(tensor.shape) for tensor in tensors.values()] == [(3,), (0, 5), (2,), (), (1,)]
+    assert len(describe(tensors).regions) == 1
+
+
+def test_memory_like_a_manifest_has_its_tensors_in_the_order_of_the_sources_memory() -> None:
+    manifest = a_manifest(
+        an_entry("late", addr=8192, nbytes=8, dtype="float32", shape=(2,)),
+        an_entry("early", addr=4096, nbytes=6, dtype="float16", shape=(3, 1)),
+        an_entry("empty", addr=0, nbytes=0, dtype="int64", shape=(0,)),
+    )
+    tensors = allocate_like(manifest)
+    assert [(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()] == [
+        ("empty", "int64", (0,)),
+        ("early", "float16", (3, 1)),
+        ("late", "float32", (2,)),
+    ]
+
+
+def test_tensors_that_are_tied_in_the_source_get_memory_of_their_own_and_can_be_written(tmp_path: Path) -> None:
+    weight = torch.rand(4)
+    tensors = allocate_like(describe({"embed": weight, "head": weight}))
+    for tensor in tensors.values():
+        tensor.copy_(weight)
+    write_weights(tensors, tmp_path / "w.safetensors")
+    assert same(read_weights([tmp_path]), {"embed": weight, "head": weight})

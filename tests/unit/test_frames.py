@@ -1,0 +1,42 @@
+"""Messages over a pipe: what is written is what is read, and a pipe that ends early gives no half a message."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry.frames import Frame, read_frame, write_frame
+
+MESSAGES = st.dictionaries(
+    st.text(max_size=10).filter(lambda name: name != "payloads"),
+    st.none() | st.integers() | st.text(max_size=10) | st.lists(st.integers(), max_size=3),
+    max_size=4,
+)
+FRAMES = st.tuples(MESSAGES, st.lists(st.binary(max_size=50), max_size=3))
+
+
+def written(*frames: tuple[dict[str, Any], list[bytes]]) -> bytes:
+    pipe = io.BytesIO()
+    for message, payloads in frames:
+        write_frame(pipe, message, payloads)
+    return pipe.getvalue()
+
+
+@given(st.lists(FRAMES, max_size=4))
+def test_frames_are_read_as_they_were_written_and_then_the_end(frames: list[tuple[dict[str, Any], list[bytes]]]) -> None:
+    pipe = io.BytesIO(written(*frames))
+    for message, payloads in frames:
+        assert read_frame(pipe) == Frame(message, tuple(payloads))
+    assert read_frame(pipe) is None
+
+
+@pytest.mark.parametrize("payloads", [[], [b"abc\n"], [b"", b"\n{}", b"x" * 10]])
+def test_a_frame_cut_off_anywhere_is_the_end_of_the_pipe(payloads: list[bytes]) -> None:
+    whole = written(({"op": "update", "key": "/engines/a/0"}, payloads))
+    assert read_frame(io.BytesIO(whole)) is not None
+    for length in range(len(whole)):
+        assert read_frame(io.BytesIO(whole[:length])) is None, length

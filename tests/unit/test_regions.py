@@ -1,0 +1,170 @@
+"""Tensors as memory: each storage once, and every tensor that is not plain memory refused by name."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from loader import Shard
+from loader.errors import TensorsUnusable
+from loader.regions import describe, dtype_name, dtype_named
+from registry import Region, TensorEntry
+
+DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
+
+
+def storage_of(tensor: torch.Tensor) -> Region:
+    storage = tensor.untyped_storage()
+    return Region(storage.data_ptr(), storage.nbytes())
+
+
+def test_a_tensor_is_described_by_name_dtype_shape_and_place() -> None:
+    tensor = torch.zeros(2, 3, dtype=torch.bfloat16)
+    manifest = describe({"w": tensor})
+    assert manifest.tensors == (TensorEntry("w", "bfloat16", (2, 3), tensor.data_ptr(), 12, (2, 3), (0, 0), opaque=True),)
+    assert manifest.regions == (storage_of(tensor),)
+
+
+def test_tensors_keep_their_order_and_regions_come_by_address() -> None:
+    tensors = {name: torch.zeros(5) for name in ("z", "a", "m")}
+    manifest = describe(tensors)
+    assert [entry.name for entry in manifest.tensors] == ["z", "a", "m"]
+    assert list(manifest.regions) == sorted(map(storage_of, tensors.values()), key=lambda region: region.addr)
+
+
+def test_a_scalar_and_a_parameter_are_tensors_like_others() -> None:
+    manifest = describe({"scale": torch.tensor(2.5, dtype=torch.float64), "w": torch.nn.Parameter(torch.ones(3))})
+    assert [(entry.shape, entry.offsets, entry.nbytes) for entry in manifest.tensors] == [((), (), 8), ((3,), (0,), 12)]
+
+
+def test_views_of_one_storage_share_one_region_of_the_whole_storage() -> None:
+    base = torch.zeros(10, 4)
+    manifest = describe({"head": base[:2], "tail": base[7:], "flat": base.view(-1)[8:12]})
+    assert manifest.regions == (storage_of(base),)
+    assert [entry.addr - base.data_ptr() for entry in manifest.tensors] == [0, 7 * 16, 32]
+
+
+def test_tied_tensors_keep_their_common_address() -> None:
+    weight = torch.zeros(4, 4)
+    manifest = describe({"embed": weight, "head": weight, "again": weight.view(16)})
+    assert {entry.addr for entry in manifest.tensors} == {weight.data_ptr()}
+    assert manifest.regions == (storage_of(weight),)
+
+
+def test_tensors_without_bytes_have_no_address_and_need_no_region() -> None:
+    manifest = describe({"empty": torch.empty(0, 7), "sliced": torch.zeros(5)[5:], "turned": torch.empty(3, 0).t()})
+    assert [(entry.addr, entry.nbytes) for entry in manifest.tensors] == [(0, 0)] * 3
+    assert manifest.regions == ()
+
+
+def test_no_tensors_are_an_empty_manifest() -> None:
+    assert describe({}) == describe({}, {})
+    assert (describe({}).tensors, describe({}).regions) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("second", "wanted"),
+    [((32, 64), [(0, 96)]), ((16, 16), [(0, 64)]), ((0, 96), [(0, 96)]), ((0, 32), [(0, 64)]), ((64, 32), [(0, 64), (64, 32)])],
+    ids=["overlap", "inside", "longer from the same beginning", "shorter", "side by side"],
+)
+def test_storages_that_overlap_in_a_foreign_buffer_become_one_region(
+    second: tuple[int, int], wanted: list[tuple[int, int]]
+) -> None:
+    with mmap.mmap(-1, 4096) as memory:
+        buffer = memoryview(memory)
+        start, nbytes = second
+        tensors = {
+            "a": torch.frombuffer(buffer[:64], dtype=torch.uint8),
+            "b": torch.frombuffer(buffer[start : start + nbytes], dtype=torch.uint8),
+        }
+        base = tensors["a"].data_ptr()
+        manifest = describe(tensors)
+        assert [(region.addr - base, region.nbytes) for region in manifest.regions] == wanted
+        tensors.clear()
+        buffer.release()
+
+
+UNUSABLE: dict[str, tuple[Callable[[], object], str]] = {
+    "not contiguous": (lambda: torch.zeros(3, 4).t(), r"is not contiguous \(shape \[4, 3\], strides \[1, 4\]\): call .contiguous"),
+    "every other": (lambda: torch.zeros(8)[::2], "is not contiguous"),
+    "expanded": (lambda: torch.zeros(1).expand(3), "is not contiguous"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), "has layout torch.sparse_coo"),
+    "meta": (lambda: torch.empty(3, device="meta"), "is on the meta device and has no memory"),
+    "conjugated": (lambda: torch.zeros(3, dtype=torch.complex64).conj(), "is a lazily conjugated or negated view"),
+    "negated": (lambda: torch._neg_view(torch.zeros(3)), "is a lazily conjugated or negated view"),
+    "an array": (lambda: [1.0, 2.0], "is a list, not a tensor"),
+    "nothing": (lambda: None, "is a NoneType, not a tensor"),
+}
+
+
+@pytest.mark.parametrize(("make", "said"), UNUSABLE.values(), ids=UNUSABLE)
+def test_what_is_no_plain_memory_is_refused_with_what_to_do(make: Callable[[], torch.Tensor], said: str) -> None:
+    with pytest.raises(TensorsUnusable, match=f"^1 tensor cannot be used as is: w: {said}"):
+        describe({"w": make()})
+
+
+def freed() -> torch.Tensor:
+    """As sharded data parallelism leaves the parameters that it has given away."""
+    tensor = torch.zeros(4)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def test_a_tensor_whose_storage_was_freed_is_refused() -> None:
+    with pytest.raises(TensorsUnusable):
+        describe({"w": freed()})
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates them
+def test_a_quantized_tensor_whose_scale_lies_elsewhere_is_refused() -> None:
+    with pytest.raises(TensorsUnusable):
+        describe({"w": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)})
+
+
+def test_all_that_cannot_be_used_is_told_at_once() -> None:
+    tensors = {"good": torch.zeros(3), **{name: torch.zeros(2, 2, device="meta") for name in ("a", "b")}}
+    shards = {"good": Shard((2,), (0,)), "unheard": Shard((2,), (0,))}
+    with pytest.raises(TensorsUnusable, match=r"^4 tensors cannot be used as is: ") as caught:
+        describe(tensors, shards)
+    assert [problem.split(":")[0] for problem in caught.value.details["problems"]] == ["good", "a", "b", "unheard"]
+
+
+def test_a_shard_says_which_box_of_the_whole_a_tensor_is() -> None:
+    (entry,) = describe({"w": torch.zeros(2, 3)}, {"w": Shard((4, 6), (2, 3))}).tensors
+    assert (entry.shape, entry.global_shape, entry.offsets, entry.opaque) == ((2, 3), (4, 6), (2, 3), False)
+
+
+def test_a_shard_that_is_the_whole_is_a_statement_too() -> None:
+    (entry,) = describe({"w": torch.zeros(2, 3)}, {"w": Shard((2, 3), (0, 0))}).tensors
+    assert not entry.opaque
+
+
+@pytest.mark.parametrize(
+    ("shard", "said"),
+    [
+        (Shard((4, 6), (3, 0)), r"shard at \[3, 0\] of shape \[2, 3\] does not fit into \[4, 6\]"),
+        (Shard((4, 6), (0, 4)), "does not fit into"),
+        (Shard((4, 6), (-1, 0)), "does not fit into"),
+        (Shard((1, 6), (0, 0)), "does not fit into"),
+        (Shard((4,), (0,)), "does not have the 2 dimensions of the tensor"),
+        (Shard((4, 6), (0,)), "does not have the 2 dimensions of the tensor"),
+        (Shard((), ()), "does not have the 2 dimensions of the tensor"),
+    ],
+)
+def test_a_shard_that_does_not_fit_is_refused(shard: Shard, said: str) -> None:
+    with pytest.raises(TensorsUnusable, match=f"w: .*{said}"):
+        describe({"w": torch.zeros(2, 3)}, {"w": shard})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_of_this_torch_comes_back_from_its_name(dtype: torch.dtype) -> None:
+    assert dtype_named(dtype_name(dtype)) is dtype
+
+
+@pytest.mark.parametrize("name", ["float128", "", "Tensor", "torch.float32", "nn", "__doc__"])
+def test_a_name_that_is_no_dtype_is_refused(name: str) -> None:
+    with pytest.raises(TensorsUnusable, match=f"dtype '{name}' is unknown to torch"):
+        dtype_named(name)

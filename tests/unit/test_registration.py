@@ -1,0 +1,325 @@
+"""The guarded writes: of two writers one succeeds, and the other learns who it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from registry import RankLost, RankRecord
+from registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict
+from registry.etcd import Put
+from registry.keys import evicted_key, manifest_part_key, record_key
+from registry.record import decode, encode
+from registry.registration import EVICTED, amend, claim, evict
+from registry.watcher import Tracker
+from tests.builders import OTHER_INCARNATION, a_record
+from tests.fake_etcd import FakeEtcd
+
+PARTS = [b"part 0", b"part 1", b"part 2"]
+OURS = a_record()
+SIBLING = a_record(rank=1, incarnation=OTHER_INCARNATION)
+MODEL = OURS.model
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two tries of a raced transaction."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+
+@pytest.fixture
+def etcd() -> FakeEtcd:
+    return FakeEtcd()
+
+
+def put(etcd: FakeEtcd, record: RankRecord) -> int:
+    """The record is there, whatever others say; returns its lease."""
+    lease_id = etcd.grant(10)
+    etcd.commit([], [Put(record.key, encode(record), lease_id)])
+    return lease_id
+
+
+def found(etcd: FakeEtcd, record: RankRecord = OURS) -> RankRecord:
+    item = etcd.get(record.key)
+    assert item is not None
+    return decode(item.key, item.value, item.mod_revision)
+
+
+def part_keys(record: RankRecord = OURS) -> list[str]:
+    return [manifest_part_key(record.instance, record.rank, record.incarnation, number) for number in range(len(PARTS))]
+
+
+# -- claim -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_writes_manifest_and_record_under_the_lease_and_the_record_last(etcd: FakeEtcd) -> None:
+    lease_id = etcd.grant(10)
+    revision = claim(etcd, OURS, PARTS, lease_id)
+    assert found(etcd) == OURS
+    assert found(etcd).mod_revision == revision
+    assert [change.key for change in etcd.history] == [*part_keys(), OURS.key]
+    assert [etcd.value(key) for key in part_keys()] == PARTS
+    etcd.revoke(lease_id)
+    assert etcd.keys == []
+
+
+def test_a_rank_that_is_held_is_a_conflict_that_names_the_holder(etcd: FakeEtcd) -> None:
+    holder = a_record(incarnation=OTHER_INCARNATION, host="node-9", pid=99)
+    put(etcd, holder)
+    with pytest.raises(
+        RankConflict, match=r"already registered \(host node-9, pid 99, since 2026-01-02.*engines evict qwen"
+    ) as caught:
+        claim(etcd, OURS, PARTS, etcd.grant(10))
+    assert caught.value.details == {
+        "key": OURS.key,
+        "host": "node-9",
+        "pid": 99,
+        "since": holder.registered_at,
+        "incarnation": OTHER_INCARNATION,
+    }
+    assert found(etcd) == holder
+
+
+def test_a_holder_that_has_ended_is_replaced(etcd: FakeEtcd) -> None:
+    put(etcd, a_record(incarnation=OTHER_INCARNATION, ended="withdrawn"))
+    claim(etcd, OURS, PARTS, etcd.grant(10))
+    assert found(etcd) == OURS
+
+
+def test_the_same_incarnation_claims_its_key_again_under_another_lease(etcd: FakeEtcd) -> None:
+    first = put(etcd, OURS)
+    claim(etcd, replace(OURS, version=4), PARTS, etcd.grant(10))
+    etcd.expire(first)
+    assert found(etcd).version == 4
+
+
+def test_a_key_that_holds_no_record_is_a_conflict_that_says_how_to_be_rid_of_it(etcd: FakeEtcd) -> None:
+    etcd.put(OURS.key, b"junk")
+    with pytest.raises(RankConflict, match=r"is damaged.*etcdctl del /engines/qwen/0"):
+        claim(etcd, OURS, PARTS, etcd.grant(10))
+    assert etcd.value(OURS.key) == b"junk"
+
+
+DIFFERENCES = [
+    ({"world_size": 3}, "world_size", 2, 3),
+    ({"generation": "launch-2"}, "generation", "launch-1", "launch-2"),
+    ({"model": replace(MODEL, name="llama")}, "model.name", "qwen", "llama"),
+    ({"model": replace(MODEL, revision="r2")}, "model.revision", "r1", "r2"),
+    ({"model": replace(MODEL, dtype="float16")}, "model.dtype", "bfloat16", "float16"),
+    ({"model": replace(MODEL, quantization="fp8")}, "model.quantization", "none", "fp8"),
+    ({"model": replace(MODEL, extra={"a": "b"})}, "model.extra", {"layers": "28"}, {"a": "b"}),
+    ({"topology": {"tp": (1, 2), "pp": (0, 3)}}, "topology sizes", {"pp": 1, "tp": 2}, {"pp": 3, "tp": 2}),
+]
+
+
+def test_every_field_that_siblings_agree_on_is_tried_below() -> None:
+    assert [field for _, field, _, _ in DIFFERENCES] == list(OURS.agreed())
+
+
+@pytest.mark.parametrize(("changes", "field", "ours", "theirs"), DIFFERENCES, ids=[field for _, field, _, _ in DIFFERENCES])
+def test_a_rank_that_disagrees_with_a_sibling_is_refused_with_both_values(
+    etcd: FakeEtcd, changes: dict[str, Any], field: str, ours: Any, theirs: Any
+) -> None:
+    put(etcd, replace(SIBLING, **changes))
+    with pytest.raises(InstanceMismatch) as caught:
+        claim(etcd, OURS, PARTS, etcd.grant(10))
+    assert caught.value.details == {"field": field, "ours": ours, "theirs": theirs, "sibling": 1}
+    assert f"rank 0 of 'qwen' has {field} {ours!r}, but rank 1 is registered with {theirs!r}" in str(caught.value)
+    assert etcd.get(OURS.key) is None
+
+
+@pytest.mark.parametrize(
+    "neighbour",
+    [
+        replace(SIBLING, generation="launch-0", ended="withdrawn"),
+        replace(SIBLING, generation="launch-0", instance="qwen.draft"),
+        replace(SIBLING, topology={"tp": (1, 2), "pp": (0, 1)}, version=9, host="elsewhere", protocol="rdma"),
+    ],
+    ids=["ended", "of another instance", "differs where it may"],
+)
+def test_what_need_not_agree_does_not_stand_in_the_way(etcd: FakeEtcd, neighbour: RankRecord) -> None:
+    put(etcd, neighbour)
+    claim(etcd, OURS, PARTS, etcd.grant(10))
+    assert found(etcd) == OURS
+
+
+def test_a_damaged_sibling_neither_agrees_nor_hides_one_that_disagrees(etcd: FakeEtcd) -> None:
+    etcd.put(record_key("qwen", 1), b"junk")
+    put(etcd, a_record(rank=2, world_size=3))
+    with pytest.raises(InstanceMismatch, match="world_size"):
+        claim(etcd, OURS, PARTS, etcd.grant(10))
+
+
+def test_any_number_of_damaged_siblings_does_not_hide_one_that_disagrees(etcd: FakeEtcd) -> None:
+    for rank in range(1, 10):
+        etcd.put(record_key("qwen", rank), b"junk")
+    put(etcd, a_record(rank=10, world_size=11))
+    with pytest.raises(InstanceMismatch, match="world_size"):
+        claim(etcd, OURS, PARTS, etcd.grant(10))
+
+
+def test_of_two_first_comers_that_disagree_the_second_is_refused(etcd: FakeEtcd) -> None:
+    etcd.before_commit = lambda: void(put(etcd, replace(SIBLING, generation="launch-2")))
+    with pytest.raises(InstanceMismatch, match="generation"):
+        claim(etcd, OURS, PARTS[:1], etcd.grant(10))
+    assert etcd.keys == [SIBLING.key]
+
+
+def test_of_two_first_comers_that_agree_both_register(etcd: FakeEtcd) -> None:
+    etcd.before_commit = lambda: void(put(etcd, SIBLING))
+    claim(etcd, OURS, PARTS[:1], etcd.grant(10))
+    assert (found(etcd), found(etcd, SIBLING)) == (OURS, SIBLING)
+
+
+def test_of_two_processes_that_claim_one_rank_at_once_the_second_is_a_conflict(etcd: FakeEtcd) -> None:
+    rival = a_record(incarnation=OTHER_INCARNATION)
+    etcd.before_commit = lambda: void(put(etcd, rival))
+    with pytest.raises(RankConflict):
+        claim(etcd, OURS, PARTS[:1], etcd.grant(10))
+    assert found(etcd) == rival
+
+
+def test_a_process_that_claims_its_own_rank_again_notices_a_sibling_that_came_meanwhile(etcd: FakeEtcd) -> None:
+    put(etcd, OURS)
+    etcd.before_commit = lambda: void(put(etcd, replace(SIBLING, generation="launch-2")))
+    with pytest.raises(InstanceMismatch, match="generation"):
+        claim(etcd, OURS, PARTS[:1], etcd.grant(10))
+
+
+def test_a_sibling_that_is_replaced_by_one_that_disagrees_meanwhile_is_noticed(etcd: FakeEtcd) -> None:
+    lease_id = put(etcd, SIBLING)
+
+    def relaunch() -> None:
+        etcd.expire(lease_id)
+        put(etcd, replace(SIBLING, generation="launch-2"))
+
+    etcd.before_commit = relaunch
+    with pytest.raises(InstanceMismatch, match="generation"):
+        claim(etcd, OURS, PARTS[:1], etcd.grant(10))
+
+
+@pytest.mark.parametrize("ending", ["expires", "is updated"])
+def test_a_sibling_that_changes_meanwhile_costs_only_another_try(etcd: FakeEtcd, ending: str) -> None:
+    lease_id = put(etcd, SIBLING)
+    etcd.before_commit = lambda: etcd.expire(lease_id) if ending == "expires" else void(put(etcd, replace(SIBLING, version=9)))
+    claim(etcd, OURS, PARTS[:1], etcd.grant(10))
+    assert found(etcd) == OURS
+
+
+def test_a_claim_that_is_raced_for_ever_gives_up_and_says_try_again(etcd: FakeEtcd) -> None:
+    lease_id = put(etcd, SIBLING)
+
+    def race() -> None:
+        etcd.commit([], [Put(SIBLING.key, encode(SIBLING), lease_id)])
+        etcd.before_commit = race
+
+    etcd.before_commit = race
+    with pytest.raises(EtcdUnavailable, match="too many others are registering at once: try again"):
+        claim(etcd, OURS, PARTS[:1], etcd.grant(10))
+    assert etcd.get(OURS.key) is None
+
+
+def test_a_claim_whose_answer_is_lost_can_be_made_again(etcd: FakeEtcd) -> None:
+    lease_id = etcd.grant(10)
+    etcd.lose_next_answer = True
+    with pytest.raises(EtcdUnavailable):
+        claim(etcd, OURS, PARTS[:1], lease_id)
+    claim(etcd, OURS, PARTS[:1], lease_id)
+    assert found(etcd) == OURS
+
+
+# -- amend -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_amended_record_replaces_the_one_that_was_read(etcd: FakeEtcd) -> None:
+    lease_id = put(etcd, OURS)
+    newer = replace(OURS, version=4)
+    revision = amend(etcd, newer, found(etcd).mod_revision, lease_id)
+    assert (found(etcd), found(etcd).mod_revision) == (newer, revision)
+
+
+def test_a_record_that_another_has_changed_is_not_amended(etcd: FakeEtcd) -> None:
+    lease_id = put(etcd, OURS)
+    before = found(etcd).mod_revision
+    rival = replace(OURS, incarnation=OTHER_INCARNATION)
+    put(etcd, rival)
+    assert amend(etcd, replace(OURS, version=4), before, lease_id) == 0
+    assert found(etcd) == rival
+
+
+# -- evict -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_eviction_deletes_record_and_manifest_of_this_registration_only(etcd: FakeEtcd) -> None:
+    for record in (OURS, SIBLING):
+        claim(etcd, record, PARTS, etcd.grant(10))
+    assert evict(etcd, found(etcd))
+    mark = evicted_key("qwen", 0, OURS.incarnation)
+    assert etcd.keys == sorted([SIBLING.key, *part_keys(SIBLING), mark])
+
+
+def test_a_watcher_sees_an_eviction_at_once_and_as_what_it_is(etcd: FakeEtcd) -> None:
+    put(etcd, OURS)
+    tracker = Tracker()
+    tracker.snapshot(etcd.snapshot("/engines/"), 0.0)
+    before = len(etcd.history)
+    evict(etcd, found(etcd))
+    assert RankLost(OURS, EVICTED) in tracker.changes(tuple(etcd.history[before:]), 0.0)
+    assert tracker.due is None
+
+
+def test_an_evicted_registration_cannot_come_back_but_its_successor_can_register(etcd: FakeEtcd) -> None:
+    put(etcd, OURS)
+    evict(etcd, found(etcd))
+    with pytest.raises(Evicted):
+        claim(etcd, OURS, PARTS, etcd.grant(10))
+    successor = a_record(incarnation=OTHER_INCARNATION)
+    claim(etcd, successor, PARTS, etcd.grant(10))
+    assert found(etcd) == successor
+
+
+def test_an_eviction_between_a_claims_look_and_its_write_is_noticed(etcd: FakeEtcd) -> None:
+    put(etcd, OURS)
+    etcd.before_commit = lambda: void(evict(etcd, found(etcd)))
+    with pytest.raises(Evicted):
+        claim(etcd, OURS, PARTS[:1], etcd.grant(10))
+    assert etcd.get(OURS.key) is None
+
+
+def test_a_mark_of_eviction_that_comes_between_a_claims_look_and_its_write_is_noticed(etcd: FakeEtcd) -> None:
+    etcd.before_commit = lambda: etcd.put(evicted_key("qwen", 0, OURS.incarnation), b"")
+    with pytest.raises(Evicted):
+        claim(etcd, OURS, PARTS[:1], etcd.grant(10))
+    assert etcd.get(OURS.key) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda etcd: put(etcd, replace(OURS, version=4)),
+        lambda etcd: put(etcd, a_record(incarnation=OTHER_INCARNATION)),
+        lambda etcd: etcd.delete(OURS.key),
+    ],
+    ids=["updated", "replaced", "gone"],
+)
+def test_a_registration_that_has_changed_since_it_was_read_is_not_evicted(
+    etcd: FakeEtcd, change: Callable[[FakeEtcd], object]
+) -> None:
+    put(etcd, OURS)
+    read = found(etcd)
+    change(etcd)
+    keys, leases = etcd.keys, etcd.leases
+    assert not evict(etcd, read)
+    assert (etcd.keys, etcd.leases) == (keys, leases)
+
+
+def test_a_record_that_was_never_in_etcd_cannot_be_evicted(etcd: FakeEtcd) -> None:
+    with pytest.raises(ValueError, match="only a record that was read from etcd"):
+        evict(etcd, OURS)
+
+
+def void(_: object) -> None:
+    """Hooks return nothing."""

@@ -1,0 +1,125 @@
+"""The header's bytes, and what a reader makes of what it finds at a source's address."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from loader import InProcessEngine
+from loader.errors import ReadFailed, SourceLost
+from loader.verify import NBYTES, Header, HeaderCell, fetch_header
+from registry import RankRecord
+from tests.builders import INCARNATION, OTHER_INCARNATION, a_record
+
+
+@pytest.fixture
+def cell() -> HeaderCell:
+    return HeaderCell(torch.device("cpu"))
+
+
+def memory(cell: HeaderCell) -> bytes:
+    return ctypes.string_at(cell.region.addr, cell.region.nbytes)
+
+
+def overwrite(cell: HeaderCell, value: bytes) -> None:
+    ctypes.memmove(cell.region.addr, value, len(value))
+
+
+def test_a_header_is_64_bytes_of_magic_incarnation_and_little_endian_sequence(cell: HeaderCell) -> None:
+    assert (NBYTES, cell.region.nbytes) == (64, 64)
+    cell.write(Header(INCARNATION, 0x0102030405060708))
+    assert memory(cell) == b"ENGREG01" + bytes.fromhex(INCARNATION) + bytes([8, 7, 6, 5, 4, 3, 2, 1]) + bytes(32)
+
+
+@pytest.mark.parametrize("sequence", [0, 1, 2**64 - 1])
+def test_what_is_written_is_what_is_read(cell: HeaderCell, sequence: int) -> None:
+    header = Header(INCARNATION, sequence)
+    cell.write(header)
+    assert cell.read() == header
+
+
+@pytest.mark.parametrize(("sequence", "version", "updating"), [(0, 0, False), (1, 0, True), (2, 1, False), (7, 3, True)])
+def test_the_sequence_is_twice_the_version_and_odd_during_an_update(sequence: int, version: int, updating: bool) -> None:
+    header = Header(INCARNATION, sequence)
+    assert (header.version, header.updating) == (version, updating)
+
+
+def test_fresh_and_erased_memory_is_no_header(cell: HeaderCell) -> None:
+    assert cell.read() is None
+    cell.write(Header(INCARNATION, 2))
+    cell.erase()
+    assert memory(cell) == bytes(64)
+    assert cell.read() is None
+
+
+@pytest.mark.parametrize("magic", [b"ENGREG02", b"engreg01", b"\0ENGREG0", bytes(8)])
+def test_another_magic_is_no_header(cell: HeaderCell, magic: bytes) -> None:
+    cell.write(Header(INCARNATION, 2))
+    overwrite(cell, magic)
+    assert cell.read() is None
+
+
+def test_a_later_writer_may_use_the_bytes_that_are_zero_now(cell: HeaderCell) -> None:
+    overwrite(cell, b"ENGREG01" + bytes.fromhex(INCARNATION) + struct.pack("<Q", 6) + b"\xff" * 32)
+    assert cell.read() == Header(INCARNATION, 6)
+
+
+# -- over an engine --------------------------------------------------------------------------------------------------------------
+
+
+class Source:
+    """A header that peers can read, and the record that leads to it."""
+
+    def __init__(self) -> None:
+        self.engine = InProcessEngine()
+        self.cell = HeaderCell(torch.device("cpu"))
+        self.engine.register(self.cell.region)
+        self.cell.write(Header(INCARNATION, 6))
+
+    @property
+    def record(self) -> RankRecord:
+        return a_record(session_id=self.engine.session_id, header_addr=self.cell.region.addr)
+
+
+@pytest.fixture
+def source() -> Iterator[Source]:
+    source = Source()
+    with source.engine:
+        yield source
+
+
+@pytest.fixture
+def reader(cell: HeaderCell) -> Iterator[InProcessEngine]:
+    with InProcessEngine() as engine:
+        engine.register(cell.region)
+        yield engine
+
+
+def test_the_header_of_a_live_source_is_fetched(source: Source, reader: InProcessEngine, cell: HeaderCell) -> None:
+    assert fetch_header(reader, source.record, cell) == Header(INCARNATION, 6)
+    source.cell.write(Header(INCARNATION, 7))
+    assert fetch_header(reader, source.record, cell) == Header(INCARNATION, 7)
+
+
+@pytest.mark.parametrize("found", [bytes(64), b"\xff" * 64, b"ENGREG01" + bytes.fromhex(OTHER_INCARNATION) + bytes(40)])
+def test_whoever_else_answers_at_the_address_is_not_the_source(
+    source: Source, reader: InProcessEngine, cell: HeaderCell, found: bytes
+) -> None:
+    overwrite(source.cell, found)
+    with pytest.raises(SourceLost, match="is not the process that registered /engines/qwen/0") as caught:
+        fetch_header(reader, source.record, cell)
+    assert caught.value.details == {"key": "/engines/qwen/0"}
+
+
+def test_a_source_that_cannot_be_read_leaves_no_earlier_header_to_be_taken_for_its_own(
+    source: Source, reader: InProcessEngine, cell: HeaderCell
+) -> None:
+    fetch_header(reader, source.record, cell)
+    source.engine.close()
+    with pytest.raises(ReadFailed):
+        fetch_header(reader, source.record, cell)
+    assert cell.read() is None
