@@ -11,16 +11,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from registry.election import Election
 from registry.errors import EtcdError
+from registry.etcd import Etcd
+from registry.keys import instance_prefix
 from registry.record import RankRecord
-from registry.resolver import InstanceState
+from registry.registration import evict
+from registry.resolver import InstanceState, assess_all
 from registry.watcher import Event, InstanceGone, InstanceReady, RankJoined, RankLost, RankUpdated, Watch
-
-if TYPE_CHECKING:
-    from registry.client import Registry
 
 log = logging.getLogger(__name__)
 _POSTPONED_S = 1.0
@@ -96,8 +95,8 @@ class Grace:
 class CleaningWatch:
     """Iterate as over a Watch; in between comes an InstanceCleaned for every instance that this process has cleaned up."""
 
-    def __init__(self, registry: Registry, watch: Watch, election: Election, grace_s: float, dry_run: bool = False) -> None:
-        self._registry = registry
+    def __init__(self, etcd: Etcd, watch: Watch, election: Election, grace_s: float, dry_run: bool = False) -> None:
+        self._etcd = etcd
         self._watch = watch
         self._election = election
         self._grace = Grace(grace_s)
@@ -118,11 +117,11 @@ class CleaningWatch:
 
     def _clean(self, doomed: Doomed) -> Iterator[InstanceCleaned]:
         try:
-            status = self._registry.instance(doomed.instance)
-            if status.state is not InstanceState.DEGRADED:
+            (status,) = assess_all(self._etcd.snapshot(instance_prefix(doomed.instance)).items) or (None,)
+            if status is None or status.state is not InstanceState.DEGRADED:
                 return
             victims = [record for record in status.records if record.incarnation in doomed.incarnations]
-            evicted = [record for record in victims if self._dry_run or self._registry.evict(record)]
+            evicted = [record for record in victims if self._dry_run or evict(self._etcd, record)]
         except EtcdError as exc:
             log.warning("%s is not cleaned up yet: %s", doomed.instance, exc)
             self._grace.postpone(doomed, time.monotonic())

@@ -17,13 +17,14 @@ from registry.cleanup import CleaningWatch
 from registry.config import EtcdConfig, parse_endpoints
 from registry.election import Election
 from registry.errors import EtcdUnavailable, InstanceIncomplete, InstanceNotFound, InvalidField, RecordDamaged
-from registry.etcd import Etcd, KeyValue, Snapshot
+from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, parse_record_key
+from registry.kv import KeyValue, Snapshot
 from registry.manifest import Manifest
 from registry.pulls import PullTicket, take_ticket, wait_for_no_pulls
 from registry.record import ModelIdentity, RankRecord, RankState, decode
-from registry.resolver import InstanceState, InstanceStatus, assess
+from registry.resolver import InstanceState, InstanceStatus, assess_all
 from registry.session import OnState, Registration
 from registry.watcher import Watch
 
@@ -137,12 +138,12 @@ class Registry:
 
     def instances(self) -> tuple[InstanceStatus, ...]:
         """All instances by name. What cannot be read is among their problems, never an error."""
-        return _statuses(self._etcd.snapshot(ENGINES).items)
+        return assess_all(self._etcd.snapshot(ENGINES).items)
 
     def instance(self, name: str) -> InstanceStatus:
         """One instance as it is now; state GONE where nothing is registered."""
         items = self._etcd.snapshot(instance_prefix(check_instance(name))).items
-        return next(iter(_statuses(items)), InstanceStatus(name, InstanceState.GONE))
+        return next(iter(assess_all(items)), InstanceStatus(name, InstanceState.GONE))
 
     def ranks(self, instance: str) -> tuple[RankRecord, ...]:
         """The instance's ranks that are registered now, by rank. A damaged record is left out, with a logged warning."""
@@ -174,7 +175,7 @@ class Registry:
                         items[change.key] = change
                     else:
                         items.pop(change.key, None)
-            statuses = {status.instance: status for status in _statuses(items.values())}
+            statuses = {status.instance: status for status in assess_all(items.values())}
             for name in names:
                 if name in statuses and statuses[name].state is InstanceState.READY:
                     return statuses[name].records
@@ -216,7 +217,7 @@ class Registry:
         if not grace_s >= 0:
             raise InvalidField(f"grace_s {grace_s} is not valid: it is 0 seconds or more", field="grace_s")
         election = Election(self._etcd, f"cleanup/{instance or ''}")
-        return CleaningWatch(self, self.watch(instance), election, grace_s, dry_run)
+        return CleaningWatch(self._etcd, self.watch(instance), election, grace_s, dry_run)
 
     def evict(self, record: RankRecord) -> bool:
         """Ends the registration that `record` was read from; False if it has changed or gone since (read it again)."""
@@ -226,23 +227,6 @@ class Registry:
 def new_incarnation() -> str:
     """32 hexadecimal digits, never the same twice."""
     return uuid.uuid4().hex
-
-
-def _statuses(items: Iterable[KeyValue]) -> tuple[InstanceStatus, ...]:
-    records: dict[str, list[RankRecord]] = {}
-    damaged: dict[str, list[str]] = {}
-    for item in items:
-        place = parse_record_key(item.key)
-        instance = place[0] if place else item.key.removeprefix(ENGINES).split("/")[0]
-        records.setdefault(instance, [])
-        try:
-            if place is None:
-                raise RecordDamaged(f"the key {item.key} is not /engines/<instance>/<rank>", key=item.key)
-            records[instance].append(decode(item.key, item.value, item.mod_revision))
-        except RecordDamaged as exc:
-            damaged.setdefault(instance, []).append(str(exc))
-    statuses = (assess(name, found, damaged.get(name, ())) for name, found in sorted(records.items()))
-    return tuple(status for status in statuses if status.state is not InstanceState.GONE)
 
 
 def _fail(

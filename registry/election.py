@@ -11,9 +11,10 @@ from types import TracebackType
 
 from registry.backoff import Backoff
 from registry.errors import EtcdError, LeaseNotFound
-from registry.etcd import Etcd, Put, Snapshot, absent
+from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import election_key
+from registry.kv import Put, Snapshot, absent
 
 log = logging.getLogger(__name__)
 _TTL_S = 5.0  # how long the others wait for a leader whose host has died

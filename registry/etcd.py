@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -22,8 +21,10 @@ import tenacity
 import registry._etcd3_compat  # noqa: F401  must come before etcd3
 
 import etcd3  # isort: skip
+from registry._etcd_errors import from_cancelled_watch, translate
 from registry.config import EtcdConfig
 from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from registry.kv import Batch, Change, Delete, Deletion, Guard, KeyValue, Put, Snapshot
 
 T = TypeVar("T")
 pb = etcd3.etcdrpc
@@ -45,79 +46,6 @@ _DELETE_EVENT = 1  # mvccpb.Event.DELETE
 _BACK_OFF = tenacity.wait_exponential(multiplier=0.02, max=0.5) + tenacity.wait_random(0, 0.05)
 
 
-@dataclass(frozen=True)
-class KeyValue:
-    key: str
-    value: bytes
-    create_revision: int
-    mod_revision: int
-    lease_id: int
-
-
-@dataclass(frozen=True)
-class Deletion:
-    key: str
-    mod_revision: int
-
-
-Change = KeyValue | Deletion
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that lay under a prefix at one revision, in the order of the keys."""
-
-    revision: int
-    items: tuple[KeyValue, ...]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What happened after the batch before, up to and including `revision`."""
-
-    revision: int
-    changes: tuple[Change, ...]
-
-
-@dataclass(frozen=True)
-class Guard:
-    """A condition of a transaction; make one with the functions below."""
-
-    key: str
-    target: str
-    result: str
-    value: int
-    prefix: bool = False
-
-
-def absent(key: str) -> Guard:
-    return Guard(key, "create_revision", "EQUAL", 0)
-
-
-def unchanged(key: str, mod_revision: int) -> Guard:
-    return Guard(key, "mod_revision", "EQUAL", mod_revision)
-
-
-def none_created_since(prefix: str, revision: int) -> Guard:
-    """No key under the prefix was created after `revision`."""
-    return Guard(prefix, "create_revision", "LESS", revision + 1, prefix=True)
-
-
-@dataclass(frozen=True)
-class Put:
-    """`lease_id` None keeps the lease that the key has."""
-
-    key: str
-    value: bytes
-    lease_id: int | None
-
-
-@dataclass(frozen=True)
-class Delete:
-    key: str
-    prefix: bool = False
-
-
 class WatchStream:
     """Batches of changes, until `cancel` (which ends the iteration) or an EtcdError."""
 
@@ -134,7 +62,7 @@ class WatchStream:
                 if response.compact_revision:
                     raise HistoryLost(f"etcd has compacted its history up to revision {response.compact_revision}")
                 if response.canceled:
-                    raise _from_cancelled_watch(response.cancel_reason)
+                    raise from_cancelled_watch(response.cancel_reason)
                 if response.events:
                     changes = tuple(self._change(event) for event in response.events)
                     yield Batch(changes[-1].mod_revision, changes)
@@ -182,21 +110,12 @@ class Etcd:
     def status(self) -> str:
         """The server's version. One look at every endpoint, so that a wrong address is told at once."""
         attempts = tenacity.stop_after_attempt(len(self.config.endpoints) + 1)
-        response = self._call(
-            lambda client, timeout_s: pb.MaintenanceStub(client.channel).Status(
-                pb.StatusRequest(), timeout_s, metadata=client.metadata
-            ),
-            stop=attempts,
-        )
+        response = self._unary("Maintenance", "Status", pb.StatusRequest(), attempts)
         return str(response.version)
 
     def leads(self) -> bool:
         """Whether the member that we are connected to is the leader."""
-        response = self._call(
-            lambda client, timeout_s: pb.MaintenanceStub(client.channel).Status(
-                pb.StatusRequest(), timeout_s, metadata=client.metadata
-            )
-        )
+        response = self._unary("Maintenance", "Status", pb.StatusRequest())
         return bool(response.leader and response.leader == response.header.member_id)
 
     def get(self, key: str, revision: int = 0) -> KeyValue | None:
@@ -240,15 +159,13 @@ class Etcd:
     def commit(self, guards: Sequence[Guard], writes: Sequence[Put | Delete]) -> int:
         """All writes at once if all guards hold: the new revision, else 0. At most 128 of each, 1.5 MiB together."""
         request = pb.TxnRequest(compare=[self._compare(guard) for guard in guards], success=[self._op(w) for w in writes])
-        response = self._call(lambda client, timeout_s: pb.KVStub(client.channel).Txn(request, timeout_s, metadata=client.metadata))
+        response = self._unary("KV", "Txn", request)
         return int(response.header.revision) if response.succeeded else 0
 
     def grant(self, ttl_s: float) -> int:
         """A new lease's id. etcd rounds up to whole seconds, and to 2 s at least."""
         request = pb.LeaseGrantRequest(TTL=max(1, int(-(-ttl_s // 1))))
-        response = self._call(
-            lambda client, timeout_s: pb.LeaseStub(client.channel).LeaseGrant(request, timeout_s, metadata=client.metadata)
-        )
+        response = self._unary("Lease", "LeaseGrant", request)
         return int(response.ID)
 
     def keep_alive(self, lease_id: int) -> None:
@@ -266,9 +183,7 @@ class Etcd:
         """Ends the lease and deletes its keys. A lease that is gone already is no error."""
         request = pb.LeaseRevokeRequest(ID=lease_id)
         try:
-            self._call(
-                lambda client, timeout_s: pb.LeaseStub(client.channel).LeaseRevoke(request, timeout_s, metadata=client.metadata)
-            )
+            self._unary("Lease", "LeaseRevoke", request)
         except LeaseNotFound:
             return
 
@@ -290,7 +205,7 @@ class Etcd:
     def compact(self, revision: int) -> None:
         """Forgets the history before `revision`."""
         request = pb.CompactionRequest(revision=revision, physical=True)
-        self._call(lambda client, timeout_s: pb.KVStub(client.channel).Compact(request, timeout_s, metadata=client.metadata))
+        self._unary("KV", "Compact", request)
 
     def local_address(self) -> str:
         """Which of our addresses the way to etcd begins at. Nothing is sent: a datagram socket only looks up the route."""
@@ -304,6 +219,13 @@ class Etcd:
             raise EtcdUnavailable(f"there is no way to etcd at {endpoint}: {exc}") from exc
 
     # -- how a call is made --------------------------------------------------------------------------------------------------
+
+    def _unary(self, service: str, method: str, request: Any, stop: Any = None) -> Any:
+        def operation(client: Any, timeout_s: float) -> Any:
+            stub = getattr(pb, f"{service}Stub")(client.channel)
+            return getattr(stub, method)(request, timeout_s, metadata=client.metadata)
+
+        return self._call(operation, stop)
 
     def _call(self, operation: Callable[[Any, float], T], stop: Any = None) -> T:
         deadline = time.monotonic() + self.config.timeout_s
@@ -330,7 +252,7 @@ class Etcd:
 
     def _failed(self, client: Any, exc: Exception) -> EtcdError:
         """The error to raise; a connection that may be at fault is not used again."""
-        error = self._translate(exc)
+        error = translate(str(self.config), exc)
         if isinstance(error, EtcdUnavailable):
             self._drop(client)
         return error
@@ -369,7 +291,7 @@ class Etcd:
             client.close()
 
     def _range(self, request: Any) -> Any:
-        return self._call(lambda client, timeout_s: pb.KVStub(client.channel).Range(request, timeout_s, metadata=client.metadata))
+        return self._unary("KV", "Range", request)
 
     # -- ours to theirs and back ---------------------------------------------------------------------------------------------
 
@@ -396,18 +318,6 @@ class Etcd:
         end = _prefix_end(key) if write.prefix else b""
         return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=key, range_end=end))
 
-    def _translate(self, exc: Exception) -> EtcdError:
-        """The foreign error as one of ours."""
-        where = f"etcd at {self.config}"
-        if isinstance(exc, EtcdError):
-            return exc
-        if not isinstance(exc, grpc.RpcError):
-            if isinstance(exc, FileNotFoundError | PermissionError):
-                return EtcdRefused(f"cannot read {exc.filename}: {exc.strerror}: check --cacert, --cert and --key")
-            return EtcdUnavailable(f"{where} cannot be reached: {exc}: check the address and that etcd is running")
-        code, text = exc.code(), (exc.details() or "").removeprefix("etcdserver: ")
-        return _from_status(where, code, text)
-
 
 _TARGETS = {"create_revision": pb.Compare.CREATE, "mod_revision": pb.Compare.MOD}
 
@@ -419,52 +329,6 @@ def _system_ca() -> str:
     if path is None:
         raise EtcdRefused("this system has no file of trusted certificates: give etcd's CA with --cacert")
     return path
-
-
-def _from_status(where: str, code: Any, text: str) -> EtcdError:
-    status = grpc.StatusCode
-    if code is status.NOT_FOUND and "lease" in text:
-        return LeaseNotFound(f"{where}: {text}")
-    if code is status.OUT_OF_RANGE:
-        return HistoryLost(f"{where}: {text}")
-    if code is status.RESOURCE_EXHAUSTED and "space exceeded" in text:
-        return EtcdRefused(f"{where} is out of space (NOSPACE): compact and defragment it, then disarm the alarm")
-    if "too large" in text or "larger than max" in text:
-        return EtcdRefused(f"{where} refuses the request: it is too large ({text}): see etcd's --max-request-bytes")
-    if code is status.PERMISSION_DENIED:
-        return EtcdRefused(f"{where} denies permission: {text}: grant the user's role the keys under its namespace")
-    if code is status.INVALID_ARGUMENT and ("authentication failed" in text or "user name" in text):
-        return EtcdRefused(f"{where} refuses the credentials: {text}: check --user and the password")
-    if code is status.FAILED_PRECONDITION and "authentication is not enabled" in text:
-        return EtcdRefused(f"{where} has authentication turned off: leave out --user")
-    if code is status.UNAUTHENTICATED:
-        return EtcdUnavailable(f"{where} does not accept the authentication token any more: {text}")
-    if code is status.UNIMPLEMENTED or "http" in text.lower():
-        return EtcdUnavailable(f"{where}: what answers there is not etcd 3 ({_short(text)}): check the address and port")
-    if code is status.DEADLINE_EXCEEDED:
-        return EtcdUnavailable(f"{where} does not answer in time: check the address, the network and that etcd has a quorum")
-    if code in (
-        status.UNAVAILABLE,
-        status.CANCELLED,
-        status.INTERNAL,
-        status.RESOURCE_EXHAUSTED,
-        status.ABORTED,
-        status.UNKNOWN,
-    ):
-        return EtcdUnavailable(f"{where} cannot be reached: {_short(text)}: check the address and that etcd is running")
-    return EtcdRefused(f"{where} refuses the request: {text}")
-
-
-def _from_cancelled_watch(reason: str) -> EtcdError:
-    if "auth token" in reason:
-        return EtcdUnavailable(f"etcd does not accept the authentication token any more: {reason}")
-    return EtcdRefused(f"etcd refuses the watch: {reason or 'no reason given'}")
-
-
-def _short(text: str) -> str:
-    """gRPC's account of a failed connection, less the list of every address tried before."""
-    text = text.rsplit("last error: ", 1)[-1].rsplit("Failed to connect to remote host: ", 1)[-1]
-    return text.removeprefix("UNAVAILABLE: ").strip() or "no connection"
 
 
 def _key_value(kv: Any, strip: int) -> KeyValue:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 from registry.backoff import Backoff
 from registry.errors import EtcdUnavailable, HistoryLost
-from registry.etcd import Batch, Etcd, KeyValue, Snapshot, WatchStream
+from registry.etcd import Etcd, WatchStream
+from registry.kv import Batch, KeyValue, Snapshot
 
 log = logging.getLogger(__name__)
 

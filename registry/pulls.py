@@ -16,9 +16,10 @@ import uuid
 from types import TracebackType
 
 from registry.errors import EtcdError, LeaseNotFound
-from registry.etcd import Etcd, Put, absent, unchanged
+from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import pull_key, pulls_prefix
+from registry.kv import Put, absent, unchanged
 from registry.record import RankRecord
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,9 @@ from dataclasses import replace
 import tenacity
 
 from registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict, RecordDamaged, RegistryError
-from registry.etcd import Delete, Etcd, Guard, KeyValue, Put, Snapshot, absent, none_created_since, unchanged
+from registry.etcd import Etcd
 from registry.keys import evicted_key, instance_prefix, manifest_part_key, manifest_prefix
+from registry.kv import Delete, Guard, KeyValue, Put, Snapshot, absent, none_created_since, unchanged
 from registry.record import RankRecord, decode, encode
 
 WITHDRAWN = "withdrawn"

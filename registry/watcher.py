@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from registry.errors import EtcdError, RecordDamaged
-from registry.etcd import Batch, Change, Etcd, KeyValue, Snapshot
+from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import ENGINES, instance_prefix, parse_record_key
+from registry.kv import Batch, Change, KeyValue, Snapshot
 from registry.record import RankRecord, decode
 from registry.resolver import InstanceState, InstanceStatus, assess
 

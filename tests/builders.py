@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from registry import Manifest, ModelIdentity, RankRecord, Region, TensorEntry
-from registry.etcd import Deletion, KeyValue, Snapshot
 from registry.keys import record_key
+from registry.kv import Deletion, KeyValue, Snapshot
 from registry.record import ManifestRef, encode
 
 # Which process and which launch: tests that need another one name it.

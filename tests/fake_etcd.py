@@ -13,7 +13,8 @@ from typing import Any
 
 from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import EtcdRefused, EtcdUnavailable, LeaseNotFound
-from registry.etcd import Change, Delete, Deletion, Etcd, Guard, KeyValue, Put, Snapshot
+from registry.etcd import Etcd
+from registry.kv import Change, Delete, Deletion, Guard, KeyValue, Put, Snapshot
 
 
 class FakeEtcd(Etcd):

@@ -133,7 +133,7 @@ def etcdctl(endpoint: str, *args: str) -> str:
 
 
 def fill_until_no_space(etcd: Etcd) -> None:
-    from registry.etcd import Put
+    from registry.kv import Put
 
     for number in range(10_000):
         try:

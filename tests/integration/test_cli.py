@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from cli.exits import Exit
 from registry import Registry
 from registry.config import EtcdConfig, parse_endpoints
-from registry.etcd import Etcd, Put
+from registry.etcd import Etcd
+from registry.kv import Put
 from registry.local import LocalEtcd, free_port
 from tests.integration.conftest import Processes, line_of
 from tests.integration.ranks import register

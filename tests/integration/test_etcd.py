@@ -17,8 +17,9 @@ import pytest
 from registry import Registry
 from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
-from registry.etcd import Deletion, Etcd, KeyValue, Put, absent, none_created_since, unchanged
+from registry.etcd import Etcd
 from registry.follow import Follower
+from registry.kv import Deletion, KeyValue, Put, absent, none_created_since, unchanged
 from registry.local import LocalEtcd, find_binary, free_port
 
 

@@ -315,7 +315,7 @@ def claim_many(raw: Etcd, instances: int, ranks: int) -> int:
     from dataclasses import replace
 
     from registry import manifest
-    from registry.etcd import Put
+    from registry.kv import Put
     from registry.record import RankRecord, encode
     from tests.integration.ranks import MODEL
 

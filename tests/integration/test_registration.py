@@ -32,9 +32,10 @@ from registry import (
 )
 from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import Evicted, InstanceMismatch, InvalidField, RankConflict, RecordDamaged, SchemaUnsupported
-from registry.etcd import Etcd, Put
+from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import record_key
+from registry.kv import Put
 from registry.local import LocalEtcd
 from tests.integration.conftest import Processes, events_until, line_of
 from tests.integration.ranks import MANIFEST, register

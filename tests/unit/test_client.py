@@ -19,8 +19,8 @@ from registry.errors import (
     RecordDamaged,
     SchemaUnsupported,
 )
-from registry.etcd import Snapshot
 from registry.keys import manifest_part_key, record_key
+from registry.kv import Snapshot
 from registry.record import encode
 from tests.builders import OTHER_INCARNATION, a_manifest, a_record, an_entry
 from tests.fake_etcd import FakeEtcd

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from registry._etcd_errors import from_cancelled_watch
 from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
-from registry.etcd import Etcd, _from_cancelled_watch, _prefix_end
+from registry.etcd import Etcd, _prefix_end
 
 Status = grpc.StatusCode
 client_errors = import_module("etcd3.exceptions")  # importable since registry.etcd has been imported
@@ -135,8 +136,8 @@ def test_a_mistake_in_our_own_code_is_not_taken_for_an_error_of_etcd() -> None:
 
 
 def test_a_cancelled_watch_is_refused_unless_only_its_token_is_too_old() -> None:
-    assert type(_from_cancelled_watch("etcdserver: permission denied")) is EtcdRefused
-    assert type(_from_cancelled_watch("etcdserver: invalid auth token")) is EtcdUnavailable
+    assert type(from_cancelled_watch("etcdserver: permission denied")) is EtcdRefused
+    assert type(from_cancelled_watch("etcdserver: invalid auth token")) is EtcdUnavailable
 
 
 # -- which endpoint --------------------------------------------------------------------------------------------------------------

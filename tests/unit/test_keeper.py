@@ -12,10 +12,10 @@ import pytest
 
 from registry import RankJoined, RankLost, RankRecord, RankState, keeper
 from registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict, RegistryError, Superseded
-from registry.etcd import Deletion
 from registry.frames import Frame
 from registry.keeper import Keeper, record_from_wire, serve
 from registry.keys import evicted_key
+from registry.kv import Deletion
 from registry.record import decode, encode
 from registry.registration import evict
 from registry.watcher import Tracker
@@ -203,8 +203,10 @@ def test_a_change_during_an_outage_is_written_after_it(etcd: FakeEtcd, rank: Ran
         etcd.expire_all()
     etcd.available = True
     assert found(etcd) == (None if expired else OURS)
+    before = len(etcd.history)
     holding.beat()
     assert found(etcd) == NEWER
+    assert [change.key for change in etcd.history[before:]].count(OURS.key) == 1
     assert rank.states == [SUSPENDED, REGISTERED]
 
 
@@ -514,6 +516,17 @@ def test_a_withdrawal_during_an_outage_is_answered_with_the_problem_and_tried_un
     assert (answer["reply"], answer["error"]["type"]) == (2, "EtcdUnavailable")
     assert (etcd.keys, etcd.leases) == ([], {})
     assert clock.now < start + 3
+
+
+def test_a_withdrawal_during_an_outage_that_is_known_is_answered_without_asking_etcd(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    etcd.available = False
+    holding.beat()
+    refused_when_told: list[int] = []
+    serve(holding, Inbox(clock, end()), lambda message: refused_when_told.append(etcd.refused), TTL_S)
+    assert refused_when_told == [1]  # by the beat before
+    assert etcd.refused > 1
 
 
 def test_a_withdrawal_that_etcd_never_hears_is_given_up_when_the_lease_must_be_over(

@@ -202,6 +202,23 @@ def test_text_that_no_encoding_can_write_is_damage(path: str) -> None:
         decode("/engines/qwen/0", changed(path, "\ud800"))
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("state", ..., "'state' is missing"),
+        ("manifest.parts", None, "'parts' is missing"),
+        ("pid", "7", "'pid' is not of type int"),
+        ("manifest.nbytes", -1, "'nbytes' is out of range: -1"),
+        ("header", [], "'header' is not of type dict"),
+        ("topology", {"tp": [0]}, "topology axis 'tp' is not [index, size]"),
+    ],
+)
+def test_damage_is_told_with_the_field_and_what_is_wrong_with_it(path: str, value: Any, said: str) -> None:
+    with pytest.raises(RecordDamaged) as caught:
+        decode("/engines/qwen/0", changed(path, value))
+    assert str(caught.value) == f"the record at /engines/qwen/0 is damaged: {said}"
+
+
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 @example(b"")
 @example(b"[" * 10_000)

@@ -10,8 +10,8 @@ import pytest
 
 from registry import RankLost, RankRecord
 from registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict
-from registry.etcd import Put
 from registry.keys import evicted_key, manifest_part_key, record_key
+from registry.kv import Put
 from registry.record import decode, encode
 from registry.registration import EVICTED, amend, claim, evict
 from registry.watcher import Tracker

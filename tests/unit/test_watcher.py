@@ -22,8 +22,8 @@ from registry import (
     RankState,
     RankUpdated,
 )
-from registry.etcd import Change, Deletion, KeyValue
 from registry.keys import parse_record_key, record_key
+from registry.kv import Change, Deletion, KeyValue
 from registry.record import decode
 from registry.resolver import assess
 from registry.watcher import EXPIRED, Tracker
