@@ -17,10 +17,11 @@ from loader.regions import Shard, describe
 from loader.transfer import OnProgress, Progress, transfer
 from loader.verify import HeaderCell, fetch_header
 from registry import Manifest, RankRecord, Registry
+from registry.backoff import Backoff
 from registry.errors import EtcdError, InvalidField, RecordDamaged
 
 log = logging.getLogger(__name__)
-_TRIES = 3  # of a read that is torn by an update of the source
+_TRIES = 5  # of a read that is torn by an update of the source, with about a second of waiting between them in all
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,14 @@ class _Load:
 
     def run(self, instances: Sequence[str]) -> LoadReport:
         start = time.monotonic()
-        torn: TornRead | None = None
-        for retries in range(_TRIES):
+        backoff = Backoff(0.03, 1.0)
+        for retries in range(_TRIES - 1):
             try:
                 return self._once(instances, start, retries)
             except TornRead as exc:
                 log.info("%s; reading again", exc)
-                torn = exc
-        raise torn or TornRead("no try to read was made")
+                time.sleep(backoff.next_s())
+        return self._once(instances, start, _TRIES - 1)
 
     def _once(self, instances: Sequence[str], start: float, retries: int) -> LoadReport:
         records = self.registry.resolve(instances, max(0.0, self.deadline - time.monotonic()))

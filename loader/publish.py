@@ -19,7 +19,7 @@ from loader.errors import LoaderError
 from loader.regions import Shard, describe
 from loader.verify import Header, HeaderCell
 from registry import ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
-from registry.errors import RegistrationLost, RegistryError
+from registry.errors import RegistryError
 from registry.session import OnState
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ class Publication:
     def _tell(self, *, version: int | None = None, state: RankState) -> None:
         try:
             self._registration.update(version=version, state=state)
-        except RegistrationLost as exc:
-            log.warning("%s is not in the registry any more: %s", self.record.key, exc)
+        except RegistryError as exc:  # readers go by the header, so the weights are safe whatever the record says
+            log.warning("the record of %s could not be changed: %s", self.record.key, exc)
 
     def drain(self, timeout_s: float) -> bool:
         """Leaves without hurting anybody: no new load begins, the running ones may finish, then the publication closes.

@@ -1,4 +1,4 @@
-"""Of all processes that campaign under one name, one leads at a time: who holds the key `/elections/<name>` under its lease."""
+"""Of all processes that campaign under one name, one leads at a time: who holds `/elections/<name>/leader` under its lease."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Election:
         while not self._stopped.is_set():
             try:
                 self._wait_until_vacant()
+                granted_at = time.monotonic()  # the lease may be older than the answer, never younger
                 lease_id = self._etcd.grant(_TTL_S)
-                granted_at = time.monotonic()
                 try:
                     who = f"{socket.gethostname()}:{os.getpid()}".encode()
                     if self._etcd.commit([absent(self._key)], [Put(self._key, who, lease_id)]):

@@ -37,7 +37,7 @@ from registry.etcd import Etcd
 from registry.frames import Frame, read_frame, write_frame
 from registry.keys import evicted_key
 from registry.record import RankRecord, decode
-from registry.registration import DIED, amend, claim, end
+from registry.registration import DIED, amend, claim, end, remove
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +99,11 @@ class Keeper:
 
     def end(self, reason: str) -> None:
         """Deletes the registration; EtcdError if that must be tried again."""
-        if not self._lease_id:
-            return
-        with contextlib.suppress(LeaseNotFound):
-            end(self._etcd, self._record, self._revision, self._lease_id, reason)
+        if self._lease_id:
+            with contextlib.suppress(LeaseNotFound):
+                end(self._etcd, self._record, self._revision, self._lease_id, reason)
+        else:  # a keeper before this one, or a write whose answer was lost, may have left it
+            remove(self._etcd, self._record, reason)
         self._lease_id = 0
 
     def _renew(self) -> None:

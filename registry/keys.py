@@ -14,7 +14,7 @@ ELECTIONS = "/elections/"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _RECORD_KEY = re.compile(ENGINES + r"([A-Za-z0-9._-]{1,128})/(0|[1-9][0-9]{0,6})")
-MAX_RANKS = 1_000_000
+MAX_RANKS = 100_000
 
 
 def check_instance(name: str) -> str:
@@ -73,7 +73,7 @@ def pull_key(instance: str, rank: int, load_id: str) -> str:
 
 
 def election_key(name: str) -> str:
-    return f"{ELECTIONS}{name}"
+    return f"{ELECTIONS}{name}/leader"  # no name is a prefix of another so
 
 
 def evicted_key(instance: str, rank: int, incarnation: str) -> str:

@@ -100,7 +100,10 @@ def decode(owner: str, ref: ManifestRef, parts: Sequence[bytes]) -> Manifest:
                 f"the manifest of {owner} has schema {data['schema']}; this version reads up to {SCHEMA}: upgrade engine-registry",
                 key=owner,
             )
-        return _from_json(data)
+        manifest = _from_json(data)
+        if (len(manifest.tensors), manifest.nbytes) != (ref.tensors, ref.nbytes):
+            raise ValueError(f"it has {len(manifest.tensors)} tensors, its record says {ref.tensors}")
+        return manifest
     except (zlib.error, ValueError, TypeError, KeyError, RecursionError) as exc:
         raise RecordDamaged(f"the manifest of {owner} is damaged: {exc}", key=owner) from exc
 

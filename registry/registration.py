@@ -127,7 +127,7 @@ def amend(etcd: Etcd, record: RankRecord, mod_revision: int, lease_id: int) -> i
 
 
 def end(etcd: Etcd, record: RankRecord, mod_revision: int, lease_id: int, reason: str) -> None:
-    """Deletes all that the registration has in etcd.
+    """Deletes all that the registration has in etcd. LeaseNotFound if the lease has expired, and its keys with it.
 
     The record is marked as ended first: watchers so know at once that this is no blip, and why it happened.
     """
@@ -135,18 +135,35 @@ def end(etcd: Etcd, record: RankRecord, mod_revision: int, lease_id: int, reason
     etcd.revoke(lease_id)
 
 
+def remove(etcd: Etcd, record: RankRecord, reason: str) -> None:
+    """As `end`, for who does not know the lease: whatever stands under the record's key, if it is of this registration."""
+    found = etcd.get(record.key)
+    if found is None:
+        return
+    try:
+        ours = decode(found.key, found.value, found.mod_revision)
+    except RecordDamaged:
+        return
+    if ours.incarnation == record.incarnation:
+        _mark_and_delete(etcd, ours, reason)
+
+
 def evict(etcd: Etcd, record: RankRecord) -> bool:
     """Ends somebody else's registration, as it was when `record` was read; False if it has changed since."""
     if not record.mod_revision:
         raise ValueError("only a record that was read from etcd can be evicted")
     mark_lease = etcd.grant(_EVICTED_TTL_S)
-    mark = evicted_key(record.instance, record.rank, record.incarnation)
-    revision = etcd.commit(
-        [unchanged(record.key, record.mod_revision)],
-        [Put(record.key, encode(replace(record, ended=EVICTED)), None), Put(mark, b"", mark_lease)],
-    )
+    mark = Put(evicted_key(record.instance, record.rank, record.incarnation), b"", mark_lease)
+    if _mark_and_delete(etcd, record, EVICTED, mark):
+        return True
+    etcd.revoke(mark_lease)
+    return False
+
+
+def _mark_and_delete(etcd: Etcd, record: RankRecord, reason: str, *more: Put) -> bool:
+    ended = Put(record.key, encode(replace(record, ended=reason)), None)
+    revision = etcd.commit([unchanged(record.key, record.mod_revision)], [ended, *more])
     if not revision:
-        etcd.revoke(mark_lease)
         return False
     parts = manifest_prefix(record.instance, record.rank, record.incarnation)
     etcd.commit([unchanged(record.key, revision)], [Delete(record.key), Delete(parts, prefix=True)])

@@ -215,6 +215,7 @@ class Watch:
                     return None
                 continue
             if isinstance(item, EtcdError):
+                self.stop()
                 raise item
             if isinstance(item, Snapshot):
                 self._events.extend(self._tracker.snapshot(item, time.monotonic()))

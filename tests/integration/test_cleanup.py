@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,12 @@ from registry import (
     Registration,
     Registry,
 )
+from registry.config import EtcdConfig, parse_endpoints
+from registry.election import Election
 from registry.errors import InstanceIncomplete
+from registry.etcd import Etcd
+from registry.follow import Follower
+from registry.local import LocalEtcd
 from tests.integration.conftest import Processes, line_of
 from tests.integration.ranks import register
 
@@ -160,6 +165,14 @@ def test_the_next_watcher_evicts_when_the_leading_one_is_killed(registry: Regist
         events = (json.loads(line_of(follower)) for _ in range(100))
         cleaned = next(event for event in events if event["event"] == "instance_cleaned")
         assert cleaned["evicted"] == [0]
+
+
+def test_elections_whose_names_begin_alike_do_not_wait_for_each_other(shared_etcd: LocalEtcd, namespace: str) -> None:
+    with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as etcd, ExitStack() as stack:
+        elections = [stack.enter_context(Election(etcd, name)) for name in ("cleanup/a.draft", "cleanup/a", "cleanup/")]
+        leaders = Follower(etcd, "/elections/", deadline=time.monotonic() + 10)
+        assert any(len(etcd.snapshot("/elections/").items) == 3 for _ in leaders)
+        assert all(election.leading for election in elections)
 
 
 def test_hooks_get_each_event_and_a_failing_one_does_not_stop_the_watch(

@@ -237,6 +237,32 @@ def test_a_keeper_that_is_killed_is_replaced_and_nobody_sees_a_loss(registry: Re
     assert not [event for event in events if isinstance(event, RankLost)]
 
 
+def test_updates_and_withdrawal_work_while_the_keeper_is_dead(registry: Registry, raw: Etcd) -> None:
+    with registry.watch("a") as watch:
+        registration = register(registry)
+        for version in range(1, 4):
+            events_until(watch, lambda event: isinstance(event, (InstanceReady, RankUpdated)))
+            os.kill(registration.keeper_pid, signal.SIGKILL)
+            registration.update(version=version)
+        events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 3)
+        os.kill(registration.keeper_pid, signal.SIGKILL)
+        registration.withdraw()
+        assert registration.withdrawn
+        lost = events_until(watch, lambda event: isinstance(event, RankLost))[-1]
+    assert isinstance(lost, RankLost)
+    assert lost.reason == "withdrawn"
+    assert keys_once_empty(raw) == []
+
+
+def test_a_registration_that_is_forgotten_warns_and_ends(registry: Registry) -> None:
+    registration = register(registry)
+    with registry.watch("a") as watch:
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
+        with pytest.warns(ResourceWarning, match="was never withdrawn"):
+            del registration
+        assert isinstance(events_until(watch, lambda event: isinstance(event, RankLost))[-1], RankLost)
+
+
 def test_a_copy_of_the_handle_in_a_forked_child_withdraws_nothing(registry: Registry) -> None:
     with register(registry) as registration:
         pid = os.fork()

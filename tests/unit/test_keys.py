@@ -34,7 +34,7 @@ def test_other_instance_names_are_refused(name: Any) -> None:
         check_instance(name)
 
 
-@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (999_999, 1_000_000)])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (99_999, 100_000)])
 def test_a_rank_is_below_its_world_size(rank: int, world_size: int) -> None:
     check_rank(rank, world_size)
     assert parse_record_key(record_key("a", rank)) == ("a", rank)

@@ -16,7 +16,7 @@ from registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from registry.record import MAX_RECORD_NBYTES, MAX_VERSION, ManifestRef, decode, encode
 from tests.builders import a_record
 
-TEXT = st.text(max_size=20)
+TEXT = st.text(max_size=20).filter(str.isprintable)
 U64 = st.integers(0, 2**64 - 1)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
@@ -33,14 +33,14 @@ def places(draw: st.DrawFn) -> tuple[int, int]:
 
 @st.composite
 def records(draw: st.DrawFn) -> RankRecord:
-    world_size = draw(st.integers(1, 1_000_000))
+    world_size = draw(st.integers(1, 100_000))
     return RankRecord(
         incarnation=draw(TEXT),
         instance=draw(st.from_regex(r"[A-Za-z0-9._-]{1,128}", fullmatch=True)),
         rank=draw(st.integers(0, world_size - 1)),
         world_size=world_size,
         model=ModelIdentity(
-            draw(st.text(min_size=1, max_size=20)),
+            draw(st.text(min_size=1, max_size=20).filter(str.isprintable)),
             draw(TEXT),
             draw(TEXT),
             draw(TEXT),
