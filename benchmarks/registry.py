@@ -37,7 +37,7 @@ from registry import (
 from registry import manifest as manifests
 from registry.config import EtcdConfig, parse_endpoints
 from registry.etcd import Etcd
-from registry.local import LocalEtcd
+from registry.local import LocalCluster, LocalEtcd
 from registry.record import ManifestRef, RankRecord
 from registry.registration import claim
 from registry.session import OnState
@@ -193,6 +193,30 @@ def outages(results: dict[str, float]) -> None:
     results["back_after_outage_max_s"] = max(took)
 
 
+def leader_kills(kills: int, results: dict[str, float]) -> None:
+    """The leader of three members killed again and again: losses that a watcher sees, and how long nothing can be written."""
+    took: list[float] = []
+    losses = 0
+    with LocalCluster() as cluster, Registry.connect(cluster.endpoints, timeout_s=30) as registry, ExitStack() as stack:
+        watch = stack.enter_context(registry.watch("k"))
+        held = [stack.enter_context(hold(registry, "k", rank, 6, 5.0)) for rank in range(6)]
+        _until(watch, InstanceReady)
+        for number in range(kills):
+            leader = cluster.leader()
+            leader.kill()
+            start = time.perf_counter()
+            held[number % 6].update(version=number)
+            while registry.ranks("k")[number % 6].version != number:
+                time.sleep(0.01)
+            took.append(time.perf_counter() - start)
+            leader.start()
+        while (event := watch.next(2.0)) is not None:
+            losses += isinstance(event, RankLost)
+    results[f"ranks_lost_in_{kills}_leader_kills"] = losses
+    results["leader_kill_until_written_again_median_s"] = statistics.median(took)
+    results["leader_kill_until_written_again_max_s"] = max(took)
+
+
 def bootstrap_server(ranks: int, results: dict[str, float]) -> None:
     """SGLang's way, as the design page describes it: a loader asks one server for one rank after another, over HTTP."""
     weights = {f"model.layers.{n // 9}.w{n % 9}": [4096 + n * 65536, 32768, 2] for n in range(100)}
@@ -246,6 +270,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--ranks", default="64,1024,10000")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--leader-kills", type=int, default=20)
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
@@ -267,6 +292,7 @@ def main() -> None:
         fan_out(local.endpoint, registry, 16, 256, results)
         deaths(local.endpoint, registry, args.kills, results)
     outages(results)
+    leader_kills(args.leader_kills, results)
     report(results, args.json)
 
 

@@ -1,4 +1,4 @@
-"""Faults with names: a cluster whose members can be killed, and a way to etcd that can be cut without anybody being told."""
+"""Faults with names: a way to etcd that can be cut without anybody being told, an etcd without space, a second version of it."""
 
 from __future__ import annotations
 
@@ -7,60 +7,15 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 
-from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import EtcdError
 from registry.etcd import Etcd
-from registry.local import LocalEtcd, find_binary, free_port
+from registry.local import find_binary
 
 # Where the set-up unpacks Debian's etcd, so that there is a second version to test on (3.4.23 in Debian 12).
 DEBIAN_ETCD = Path(sys.prefix) / "debian-etcd" / "usr" / "bin" / "etcd"
-
-
-class Cluster:
-    """Three members on this machine."""
-
-    def __init__(self, binary: str) -> None:
-        peers = [free_port() for _ in range(3)]
-        initial = ",".join(f"m{number}=http://127.0.0.1:{port}" for number, port in enumerate(peers))
-        self.members = [
-            LocalEtcd(binary=binary, name=f"m{number}", peer_port=port, initial_cluster=initial)
-            for number, port in enumerate(peers)
-        ]
-
-    @property
-    def endpoints(self) -> str:
-        return ",".join(member.endpoint for member in self.members)
-
-    def start(self) -> None:
-        for member in self.members:
-            if not member.running:
-                member.launch()
-        self.wait_until_healthy()
-
-    def wait_until_healthy(self) -> None:
-        with contextlib.closing(Etcd(EtcdConfig(parse_endpoints(self.endpoints), timeout_s=30.0))) as etcd:
-            etcd.get("/health")
-
-    def leader(self) -> LocalEtcd:
-        for member in self.members:
-            with contextlib.closing(Etcd(EtcdConfig(parse_endpoints(member.endpoint), timeout_s=5.0))) as etcd:
-                if member.running and etcd.leads():
-                    return member
-        raise AssertionError("no member leads")
-
-    @classmethod
-    @contextlib.contextmanager
-    def running(cls, binary: str) -> Iterator[Cluster]:
-        cluster = cls(binary)
-        with ExitStack() as stack:
-            for member in cluster.members:
-                stack.callback(member.__exit__, None, None, None)
-            cluster.start()
-            yield cluster
 
 
 class Proxy:

@@ -30,9 +30,9 @@ from registry import (
 from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import RankConflict, Superseded
 from registry.etcd import Etcd
-from registry.local import LocalEtcd, find_binary
+from registry.local import LocalCluster, LocalEtcd, find_binary
 from tests.integration.conftest import events_until
-from tests.integration.faults import DEBIAN_ETCD, Cluster, Proxy, etcdctl, fill_until_no_space
+from tests.integration.faults import DEBIAN_ETCD, Proxy, etcdctl, fill_until_no_space
 from tests.integration.ranks import MANIFEST, register
 
 TTL_S = 2.0
@@ -141,7 +141,7 @@ def test_the_loss_of_the_data_of_etcd_is_a_blip_for_no_rank_of_many(etcd: LocalE
 
 
 def test_killing_the_leader_of_a_cluster_loses_no_registration(binary: str) -> None:
-    with Cluster.running(binary) as cluster, Registry.connect(cluster.endpoints, timeout_s=20) as registry:
+    with LocalCluster(binary) as cluster, Registry.connect(cluster.endpoints, timeout_s=20) as registry:
         with registry.watch() as watch, ExitStack() as stack:
             for rank in range(4):
                 stack.enter_context(hold(registry, rank=rank, world_size=4)[0])
@@ -158,7 +158,7 @@ def test_killing_the_leader_of_a_cluster_loses_no_registration(binary: str) -> N
 
 
 def test_a_cluster_without_a_quorum_suspends_and_has_everything_back_with_it(binary: str) -> None:
-    with Cluster.running(binary) as cluster, Registry.connect(cluster.endpoints, timeout_s=20) as registry:
+    with LocalCluster(binary) as cluster, Registry.connect(cluster.endpoints, timeout_s=20) as registry:
         registration, states = hold(registry)
         with registration, registry.watch() as watch:
             events_until(watch, lambda event: isinstance(event, InstanceReady))
