@@ -216,7 +216,7 @@ class Registry:
         """
         if not grace_s >= 0:
             raise InvalidField(f"grace_s {grace_s} is not valid: it is 0 seconds or more", field="grace_s")
-        election = Election(self._etcd, f"cleanup/{instance or ''}")
+        election = Election(self._etcd, f"cleanup/{instance}" if instance else "cleanup-all")
         return CleaningWatch(self._etcd, self.watch(instance), election, grace_s, dry_run)
 
     def evict(self, record: RankRecord) -> bool:

@@ -246,8 +246,8 @@ class Etcd:
             client = self._connected()
             return operation(client, max(0.05, min(share_s, deadline - time.monotonic())))
         except (grpc.RpcError, etcd3.Etcd3Exception, ValueError, OSError) as exc:
-            if isinstance(exc, ValueError) and "closed channel" not in str(exc):
-                raise
+            if isinstance(exc, ValueError) and "invoke RPC" not in str(exc):
+                raise  # not gRPC's word for a channel that another thread has dropped meanwhile
             raise self._failed(client, exc) from exc
 
     def _failed(self, client: Any, exc: Exception) -> EtcdError:

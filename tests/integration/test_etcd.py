@@ -92,6 +92,20 @@ def test_a_closed_connection_says_so(etcd: Etcd) -> None:
         etcd.get("/k")
 
 
+@pytest.mark.parametrize("call", ["get", "keep_alive", "watch"])
+def test_a_connection_that_another_thread_closes_meanwhile_is_replaced(etcd: Etcd, call: str) -> None:
+    revision = put(etcd, "/k", lease_id=(lease_id := etcd.grant(5)))
+    etcd._client.close()
+    if call == "get":
+        assert etcd.get("/k")
+    elif call == "keep_alive":
+        etcd.keep_alive(lease_id)
+    else:
+        stream = etcd.watch("/k", revision, timeout_s=5)
+        assert next(iter(stream)).revision == revision
+        stream.cancel()
+
+
 def test_nothing_at_the_address_is_told_at_once_with_the_address() -> None:
     with pytest.raises(EtcdUnavailable, match=r"127\.0\.0\.1:1 cannot be reached.*check the address"):
         Registry.connect("127.0.0.1:1")

@@ -120,7 +120,8 @@ def test_an_answer_of_etcd_is_told_as_what_it_means(code: grpc.StatusCode, detai
         (client_errors.ConnectionTimeoutError(), EtcdUnavailable),
         (client_errors.InternalServerError(), EtcdUnavailable),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset"), EtcdUnavailable),
-        (ValueError("Cannot invoke RPC on closed channel!"), EtcdUnavailable),
+        (ValueError("Cannot invoke RPC on closed channel!"), EtcdUnavailable),  # a call
+        (ValueError("Cannot invoke RPC: Channel closed!"), EtcdUnavailable),  # a stream
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "ca.pem"), EtcdRefused),
         (PermissionError(errno.EACCES, "Permission denied", "key.pem"), EtcdRefused),
     ],
