@@ -7,8 +7,12 @@ LoaderError
 ├── TensorsUnusable      tensors that cannot be registered or filled as they are
 ├── WeightsFileInvalid   a file cannot be read as safetensors, or not be written
 ├── WeightsMismatch      source and destination differ in names, shapes, dtypes or boxes; nothing was read
-├── SourceLost           the source went away before all was read and checked
-└── TornRead             the source's weights changed while they were read, in every try
+├── SourceUnreachable    there are sources, but none that this engine can read: says why for each
+├── VersionUnavailable   the version that was asked for is not served (any more)
+├── SourceLost           every source went away before all was read and checked
+│   └── Stalled          the last one is there, but nothing has come from it for too long
+├── TornRead             the source's weights changed while they were read, in every try
+└── Cancelled            the caller wanted it no longer
 """
 
 from __future__ import annotations
@@ -51,11 +55,27 @@ class WeightsMismatch(LoaderError):
     pass
 
 
+class SourceUnreachable(LoaderError):
+    pass
+
+
+class VersionUnavailable(LoaderError):
+    pass
+
+
 class SourceLost(LoaderError):
     pass
 
 
+class Stalled(SourceLost):
+    pass
+
+
 class TornRead(LoaderError):
+    pass
+
+
+class Cancelled(LoaderError):
     pass
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from loader.errors import WeightsMismatch, listed
@@ -22,6 +22,24 @@ class ReadOp:
     src_addr: int
     dst_addr: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """`nbytes` bytes at our `dst_addr`, and where each of several sources holds them: `src_addrs`, in the order of the sources."""
+
+    dst_addr: int
+    nbytes: int
+    src_addrs: tuple[int, ...]
+
+    def read(self, source: str, number: int) -> ReadOp:
+        """From the source that is the `number`th."""
+        return ReadOp(source, self.src_addrs[number], self.dst_addr, self.nbytes)
+
+    def cut(self, max_nbytes: int) -> Iterator[Span]:
+        for start in range(0, self.nbytes, max_nbytes):
+            nbytes = min(max_nbytes, self.nbytes - start)
+            yield Span(self.dst_addr + start, nbytes, tuple(addr + start for addr in self.src_addrs))
 
 
 def plan(source: str, src: Manifest, dst: Manifest) -> tuple[ReadOp, ...]:
@@ -49,6 +67,25 @@ def plan(source: str, src: Manifest, dst: Manifest) -> tuple[ReadOp, ...]:
     ops = coalesce(ops, src.regions, dst.regions)
     check_coverage(ops, dst.tensors)
     return tuple(ops)
+
+
+def alternates(plans: Sequence[Sequence[ReadOp]]) -> tuple[Span, ...]:
+    """The reads of several plans for one destination, cut where any of them is, so that each can come from any source."""
+    ends = [iter(plan) for plan in plans]
+    heads = [next(ops, None) for ops in ends]
+    spans: list[Span] = []
+    while all(heads):
+        ops = [op for op in heads if op is not None]
+        nbytes = min(op.nbytes for op in ops)
+        if any(op.dst_addr != ops[0].dst_addr for op in ops):
+            break
+        spans.append(Span(ops[0].dst_addr, nbytes, tuple(op.src_addr for op in ops)))
+        for number, op in enumerate(ops):
+            rest = ReadOp(op.source, op.src_addr + nbytes, op.dst_addr + nbytes, op.nbytes - nbytes)
+            heads[number] = rest if rest.nbytes else next(ends[number], None)
+    if any(heads):
+        raise ValueError("the plans do not fill the same memory")
+    return tuple(spans)
 
 
 def differences(src: Sequence[TensorEntry], dst: Sequence[TensorEntry]) -> list[str]:
@@ -101,9 +138,9 @@ def check_coverage(ops: Sequence[ReadOp], tensors: Iterable[TensorEntry]) -> Non
         raise ValueError("the plan does not write exactly the bytes of the tensors")
 
 
-def complete_tensors(done: Iterable[ReadOp], tensors: Iterable[TensorEntry]) -> list[str]:
-    """The tensors all of whose bytes the ops have written."""
-    written = _merge((op.dst_addr, op.dst_addr + op.nbytes) for op in done)
+def complete_tensors(done: Iterable[Span], tensors: Iterable[TensorEntry]) -> list[str]:
+    """The tensors all of whose bytes lie in the spans."""
+    written = _merge((span.dst_addr, span.dst_addr + span.nbytes) for span in done)
     starts = [start for start, _ in written]
     complete = []
     for entry in tensors:

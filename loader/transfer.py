@@ -1,17 +1,57 @@
-"""Carries out the reads of a plan in batches that are bounded in number and bytes, one after another."""
+"""Carries out a plan: chunks in a bounded pipeline for each source, from several sources at once, moved on where one fails.
+
+One thread, the caller's, starts reads, asks whether they are done, and naps in between. Only what may hang, the check that a
+source is still what it was, runs in threads of its own. Nothing is in flight any more when `Transfer.run` returns or raises.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
-from loader.engine import MAX_BATCH, MAX_BATCH_NBYTES, Engine
-from loader.plan import ReadOp
+from loader.engine import Engine
+from loader.errors import Cancelled, LoaderError, ReadFailed, SourceLost, Stalled, TornRead
+from loader.plan import Span
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How much is in flight from one source, and how long a source may bring nothing.
+
+    `stall_s` is for a source that others can stand in for; the last one left gets `patience_s`, in several tries.
+    """
+
+    chunk_nbytes: int
+    depth: int
+    stall_s: float = 1.5
+    patience_s: float = 10.0
+
+
+# Over tcp Mooncake serves a peer's reads in four lanes, so that less than eight in flight leaves some idle. NVLink needs few
+# chunks, and long ones: each costs Python some 10 µs.
+_PACES = {"tcp": Pace(4 << 20, 8), "rdma": Pace(16 << 20, 8), "nvlink_intra": Pace(128 << 20, 4)}
+_SMALL_NBYTES = 64 << 10  # reads so small that the time is in their number: more of them may be in flight
+_SMALL_DEPTH = 64
+_CHECK_S = 0.25  # how much reading is lost with a source that cannot be asked any more whether its weights had changed
+_SLOW_S = 0.4  # a chunk that took longer: have fewer of them in flight, so that none is long in coming
+_SETTLE_S = 0.25  # how long reads that nobody wants any more may take before their peer is dropped, which takes a second
+_NAP_S = (50e-6, 1e-3)
+
+
+def pace_for(protocol: str) -> Pace:
+    return _PACES.get(protocol, Pace(16 << 20, 4))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a load is, in bytes of weights."""
+    """How far a load is, in bytes of weights. Goes back where a source is lost before what it brought could be checked."""
 
     nbytes: int
     total_nbytes: int
@@ -20,33 +60,290 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-def transfer(engine: Engine, session_id: str, ops: Sequence[ReadOp], done: list[ReadOp], on_progress: OnProgress) -> None:
-    """Reads all `ops` from one peer; `done` grows by what has arrived, so that it is known also where ReadFailed comes."""
-    total = sum(op.nbytes for op in ops)
-    nbytes = 0
-    for batch in batches(ops):
-        engine.read(session_id, batch)
-        done.extend(batch)
-        nbytes += sum(op.nbytes for op in batch)
-        on_progress(Progress(nbytes, total))
+@dataclass
+class Source:
+    """Who can be read from. `check` raises if it is not, or not any more, what it was resolved to be: SourceLost, TornRead,
+    ReadFailed. `lost` tells, without waiting, of news to the same effect from elsewhere."""
+
+    name: str
+    session_id: str
+    check: Callable[[], None]
+    lost: Callable[[], LoaderError | None] = lambda: None
 
 
-def batches(ops: Iterable[ReadOp]) -> Iterator[list[ReadOp]]:
-    """The ops in their order, long ones cut, in batches within the engine's bounds."""
-    batch: list[ReadOp] = []
-    nbytes = 0
-    for op in ops:
-        for piece in _cut(op):
-            if batch and (len(batch) == MAX_BATCH or nbytes + piece.nbytes > MAX_BATCH_NBYTES):
-                yield batch
-                batch, nbytes = [], 0
-            batch.append(piece)
-            nbytes += piece.nbytes
-    if batch:
-        yield batch
+@dataclass
+class Share:
+    """What one source has contributed; `error` is why it was dropped, if it was."""
+
+    name: str
+    nbytes: int = 0
+    error: LoaderError | None = None
 
 
-def _cut(op: ReadOp) -> Iterator[ReadOp]:
-    for start in range(0, op.nbytes, MAX_BATCH_NBYTES):
-        nbytes = min(MAX_BATCH_NBYTES, op.nbytes - start)
-        yield ReadOp(op.source, op.src_addr + start, op.dst_addr + start, nbytes)
+@dataclass
+class _Pipe:
+    """One source while it is being read from."""
+
+    number: int
+    source: Source
+    share: Share
+    window: int  # chunks that may be in flight
+    open: bool = False  # a check has succeeded, and no read has failed since
+    failure: ReadFailed | None = None  # of a read; seen to once nothing is in flight any more
+    failures: int = 0  # since the last chunk that came
+    in_flight: dict[int, tuple[Span, float]] = field(default_factory=dict)  # by number of the read: what, and since when
+    moved_at: float = 0.0  # when something last came, or began when nothing was in flight
+    unchecked: list[Span] = field(default_factory=list)  # have come, but the weights may have changed before
+    check: Future[None] | None = None
+    check_began: float = 0.0
+    in_check: list[Span] = field(default_factory=list)  # had come when the check began: as good as the check
+    leave_by: float = 0.0  # once it is dropped: when what is still in flight is ended
+
+
+class Transfer:
+    """One use: `run`. `checked` holds what has come and is known to be of the version that was resolved, also after an error."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        spans: Iterable[Span],
+        sources: Sequence[Source],
+        pace: Pace,
+        on_progress: OnProgress,
+        cancel: threading.Event | None = None,
+    ) -> None:
+        self._engine = engine
+        self._pace = pace
+        self._on_progress = on_progress
+        self._cancel = cancel or threading.Event()
+        self._queue = deque(chunk for span in spans for chunk in span.cut(pace.chunk_nbytes))
+        self._total_nbytes = self._left_nbytes = sum(chunk.nbytes for chunk in self._queue)
+        self._pipes = [_Pipe(number, source, Share(source.name), 2) for number, source in enumerate(sources)]
+        self.shares = [pipe.share for pipe in self._pipes]
+        self._active = list(self._pipes)
+        self._leaving: list[_Pipe] = []  # dropped, with something in flight
+        self._came_at = time.monotonic()  # anything, from anybody
+        self.checked: list[Span] = []
+
+    def run(self) -> None:
+        """Raises SourceLost, Stalled or TornRead where no source is left, and Cancelled."""
+        nap_s = _NAP_S[0]
+        try:
+            while True:
+                if self._cancel.is_set():
+                    raise Cancelled("the load was cancelled")
+                moved = [self._drive(pipe, time.monotonic()) for pipe in list(self._active)]
+                self._see_off()
+                if self._finished():
+                    return
+                if not self._active:
+                    raise self._why_none_is_left()
+                nap_s = _NAP_S[0] if any(moved) else min(2 * nap_s, _NAP_S[1])
+                if not all(moved):
+                    time.sleep(nap_s)
+        finally:
+            self._settle()
+
+    def _finished(self) -> bool:
+        """All has come, from sources that were afterwards still what they had been."""
+        busy = any(pipe.in_flight or pipe.unchecked or pipe.in_check for pipe in self._active)
+        return not (busy or self._queue or self._leaving) and any(pipe.open for pipe in self._active)
+
+    def _drive(self, pipe: _Pipe, now: float) -> bool:
+        """One look at one source; whether anything has come of it."""
+        error = pipe.source.lost()
+        if error is not None:
+            self._drop(pipe, error)
+            return True
+        if pipe.check is not None:
+            self._look_at_check(pipe, now)
+        elif not pipe.open or (pipe.unchecked and (now - pipe.check_began > _CHECK_S or self._idle(pipe))):
+            self._begin_check(pipe, now)
+        came = self._collect(pipe, now)
+        if pipe.failure is not None and not pipe.in_flight:
+            self._read_failed(pipe, pipe.failure)
+        elif pipe.in_flight and now - pipe.moved_at > self._pace.stall_s:
+            self._stalled(pipe, now)
+        elif pipe.open and pipe.failure is None and pipe in self._active:
+            self._fill(pipe, now)
+        return came
+
+    def _idle(self, pipe: _Pipe) -> bool:
+        return not self._queue and not pipe.in_flight
+
+    # -- checks --------------------------------------------------------------------------------------------------------------
+
+    def _begin_check(self, pipe: _Pipe, now: float) -> None:
+        pipe.check_began = now
+        pipe.in_check, pipe.unchecked = pipe.unchecked, []
+        pipe.check = _in_background(pipe.source.check, f"check of {pipe.source.name}")
+
+    def _look_at_check(self, pipe: _Pipe, now: float) -> None:
+        if pipe.check is None or not pipe.check.done():
+            if now - pipe.check_began > self._pace.stall_s:
+                self._stalled(pipe, now)
+            return
+        error = pipe.check.exception()
+        pipe.check = None
+        if error is None:
+            pipe.open = True
+            self.checked += pipe.in_check
+            pipe.in_check = []
+        elif isinstance(error, ReadFailed):
+            self._read_failed(pipe, error)
+        elif isinstance(error, LoaderError):
+            self._drop(pipe, error)
+        else:
+            raise error
+
+    # -- reads ---------------------------------------------------------------------------------------------------------------
+
+    def _fill(self, pipe: _Pipe, now: float) -> None:
+        while self._queue:
+            chunk = self._queue[0]
+            limit = pipe.window if chunk.nbytes > _SMALL_NBYTES else _SMALL_DEPTH
+            if len(pipe.in_flight) >= limit:
+                return
+            try:
+                number = self._engine.start(pipe.source.session_id, chunk.read(pipe.source.name, pipe.number))
+            except ReadFailed as exc:
+                pipe.failure = exc
+                return
+            self._queue.popleft()
+            if not pipe.in_flight:
+                pipe.moved_at = now
+            pipe.in_flight[number] = chunk, now
+
+    def _collect(self, pipe: _Pipe, now: float) -> bool:
+        came = False
+        for number, (chunk, since) in list(pipe.in_flight.items()):
+            try:
+                if not self._engine.done(number):
+                    continue
+            except ReadFailed as exc:
+                pipe.failure = exc
+                del pipe.in_flight[number]
+                self._queue.appendleft(chunk)
+                continue
+            del pipe.in_flight[number]
+            pipe.unchecked.append(chunk)
+            pipe.share.nbytes += chunk.nbytes
+            self._left_nbytes -= chunk.nbytes
+            pipe.moved_at = self._came_at = now
+            pipe.failures = 0
+            slow = now - since > _SLOW_S
+            pipe.window = max(1, pipe.window // 2) if slow else min(pipe.window + 1, self._pace.depth)
+            came = True
+        if came:
+            self._tell()
+        return came
+
+    def _tell(self) -> None:
+        self._on_progress(Progress(self._total_nbytes - self._left_nbytes, self._total_nbytes))
+
+    # -- what goes wrong -----------------------------------------------------------------------------------------------------
+
+    def _read_failed(self, pipe: _Pipe, error: ReadFailed) -> None:
+        """One read may fail for reasons of the way, so the last source left is asked again who it is."""
+        pipe.failures += 1
+        if len(self._active) > 1 or pipe.failures > 1:
+            self._drop(pipe, SourceLost(str(error)))
+        else:
+            self._reopen(pipe)
+
+    def _stalled(self, pipe: _Pipe, now: float) -> None:
+        self._end_reads(pipe)
+        silent_s = now - self._came_at
+        if len(self._active) > 1 or silent_s > self._pace.patience_s:
+            error = Stalled(
+                f"nothing has come from {pipe.source.session_id} for {max(silent_s, self._pace.stall_s):.1f} s: its process is "
+                "stopped, or the network between is cut"
+            )
+            self._drop(pipe, error)
+        else:
+            self._reopen(pipe)
+
+    def _reopen(self, pipe: _Pipe) -> None:
+        pipe.open, pipe.failure, pipe.check = False, None, None
+        pipe.unchecked += pipe.in_check
+        pipe.in_check = []
+
+    def _drop(self, pipe: _Pipe, error: LoaderError) -> None:
+        """Goes on without the source. What it brought and nobody has checked is read again, from others."""
+        if pipe not in self._active:
+            return
+        self._active.remove(pipe)
+        self._leaving.append(pipe)
+        pipe.leave_by = time.monotonic() + _SETTLE_S
+        pipe.share.error = error
+        again = pipe.unchecked + pipe.in_check
+        pipe.unchecked, pipe.in_check = [], []
+        self._queue.extendleft(again)
+        nbytes = sum(chunk.nbytes for chunk in again)
+        pipe.share.nbytes -= nbytes
+        self._left_nbytes += nbytes
+        if self._active:
+            log.warning("%s is not read from any more: %s", pipe.source.name, error)
+            self._tell()
+
+    # -- nothing stays in flight -----------------------------------------------------------------------------------------------
+
+    def _see_off(self) -> None:
+        """What a dropped source still has in flight ends by itself as a rule; what does not is ended. Then others may read it."""
+        for pipe in list(self._leaving):
+            for number, (chunk, _) in list(pipe.in_flight.items()):
+                if self._is_over(number):
+                    del pipe.in_flight[number]
+                    self._queue.appendleft(chunk)
+            hangs = pipe.check is not None and not pipe.check.done()
+            if not (pipe.in_flight or hangs):
+                self._leaving.remove(pipe)
+            elif time.monotonic() > pipe.leave_by:
+                self._end_reads(pipe)
+                self._leaving.remove(pipe)
+
+    def _is_over(self, number: int) -> bool:
+        try:
+            return self._engine.done(number)
+        except ReadFailed:
+            return True
+
+    def _end_reads(self, pipe: _Pipe) -> None:
+        self._engine.abandon(pipe.source.session_id)
+        for number, (chunk, _) in pipe.in_flight.items():
+            self._is_over(number)  # it is: this is how the engine may forget the number
+            self._queue.appendleft(chunk)
+        pipe.in_flight.clear()
+
+    def _settle(self) -> None:
+        """Before the caller has its memory back: waits a moment for what is in flight, and ends the rest."""
+        self._leaving = [pipe for pipe in self._pipes if pipe.in_flight or pipe.check is not None]
+        for pipe in self._leaving:
+            pipe.leave_by = time.monotonic() + _SETTLE_S
+        while self._leaving:
+            self._see_off()
+            time.sleep(_NAP_S[1])
+        for pipe in self._pipes:
+            self._engine.abandon(pipe.source.session_id)  # also of a read whose number an interrupt kept from us
+
+    def _why_none_is_left(self) -> LoaderError:
+        errors = [share.error for share in self.shares if share.error is not None]
+        if len(errors) == 1:
+            return errors[0]
+        kind = next((kind for kind in (TornRead, Stalled) if any(isinstance(error, kind) for error in errors)), SourceLost)
+        return kind("; ".join(f"{share.name}: {share.error}" for share in self.shares))
+
+
+def _in_background(work: Callable[[], None], name: str) -> Future[None]:
+    """In a daemon thread: one that hangs must not keep the process from ending, as those of an executor do."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as exc:  # noqa: BLE001  handed on to who asks the future
+            future.set_exception(exc)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loader.engine import Engine
+from loader.engine import Engine, read
 from loader.errors import SourceLost
 from loader.plan import ReadOp
 from registry import RankRecord, Region
@@ -72,7 +72,7 @@ class HeaderCell:
 def fetch_header(engine: Engine, record: RankRecord, cell: HeaderCell) -> Header:
     """The source's header now, into the registered `cell`; SourceLost if what answers is not the process of the record."""
     cell.erase()
-    engine.read(record.session_id, [ReadOp(record.key, record.header_addr, cell.region.addr, NBYTES)])
+    read(engine, record.session_id, ReadOp(record.key, record.header_addr, cell.region.addr, NBYTES))
     header = cell.read()
     if header is None or header.incarnation != record.incarnation:
         raise SourceLost(

@@ -22,7 +22,7 @@ from registry.follow import Follower
 from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, parse_record_key
 from registry.kv import KeyValue, Snapshot
 from registry.manifest import Manifest
-from registry.pulls import PullTicket, take_ticket, wait_for_no_pulls
+from registry.pulls import PullTicket, count_pulls, take_ticket, wait_for_no_pulls
 from registry.record import ModelIdentity, RankRecord, RankState, decode
 from registry.resolver import InstanceState, InstanceStatus, assess_all
 from registry.session import OnState, Registration
@@ -183,6 +183,16 @@ class Registry:
             raise follower.last_error or EtcdUnavailable(f"etcd at {self._config} has not answered in {timeout_s:.3g} s")
         return _fail(names, statuses, items.values(), timeout_s)
 
+    def ready(self, source: str | Sequence[str] | ModelIdentity, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
+        """All instances that are ready now, of those that are named or serve the model. Waits as `resolve` does for the first."""
+        if isinstance(source, ModelIdentity):
+            raise NotImplementedError
+        names = [source] if isinstance(source, str) else source
+        first = self.resolve(names, timeout_s)
+        others = [self.instance(name) for name in names if name != first[0].instance]
+        ready = [status for status in others if status.state is InstanceState.READY]
+        return (InstanceStatus(first[0].instance, InstanceState.READY, first), *ready)
+
     def manifest(self, record: RankRecord) -> Manifest:
         """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
         prefix = manifest_prefix(record.instance, record.rank, record.incarnation)
@@ -201,13 +211,17 @@ class Registry:
         """A ticket that says that we are reading from this rank; None where its record has changed since it was read."""
         return take_ticket(self._etcd, record)
 
+    def pulls(self, record: RankRecord) -> int:
+        """How many hold a ticket to read from the rank."""
+        return count_pulls(self._etcd, record.instance, record.rank)
+
     def wait_for_no_pulls(self, instance: str, rank: int, timeout_s: float) -> int:
         """Blocks until nobody holds a ticket to read from the rank, or the time is over: how many still do."""
         return wait_for_no_pulls(self._etcd, instance, rank, timeout_s)
 
-    def watch(self, instance: str | None = None) -> Watch:
-        """Events about one instance or all, beginning with what is there now."""
-        return Watch(self._etcd, check_instance(instance) if instance is not None else None)
+    def watch(self, instance: str | None = None, rank: int | None = None) -> Watch:
+        """Events about one instance or all, beginning with what is there now. With `rank` only those about that rank."""
+        return Watch(self._etcd, check_instance(instance) if instance is not None else None, rank)
 
     def cleaning_watch(self, instance: str | None = None, *, grace_s: float, dry_run: bool = False) -> CleaningWatch:
         """A watch that evicts what is left of an instance that lost a rank and is still degraded after `grace_s` seconds.

@@ -176,8 +176,10 @@ class Tracker:
 class Watch:
     """Iterate over events for ever, or until `stop` (from any thread) or the end of the `with` block; or use `call`."""
 
-    def __init__(self, etcd: Etcd, instance: str | None = None, blip_s: float = BLIP_S) -> None:
-        self._follower = Follower(etcd, instance_prefix(instance) if instance else ENGINES)
+    def __init__(self, etcd: Etcd, instance: str | None = None, rank: int | None = None, blip_s: float = BLIP_S) -> None:
+        prefix = instance_prefix(instance) if instance else ENGINES
+        self._rank = rank
+        self._follower = Follower(etcd, prefix if rank is None else f"{prefix}{rank}")
         self._tracker = Tracker(blip_s)
         self._inbox: queue.Queue[Snapshot | Batch | EtcdError | None] = queue.Queue(_MAX_QUEUED)
         self._events: deque[Event] = deque()

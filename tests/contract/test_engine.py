@@ -12,10 +12,10 @@ from contextlib import ExitStack
 import pytest
 
 from loader import Engine, InProcessEngine, MooncakeEngine
-from loader.engine import MAX_BATCH
 from loader.errors import EngineFailed, ReadFailed
 from loader.plan import ReadOp
 from registry import Region
+from tests.waiting import wait_until
 
 NBYTES = 1 << 16
 NewEngine = Callable[[], Engine]
@@ -57,11 +57,26 @@ class Peers:
     def op(self, src_start: int, dst_start: int, nbytes: int) -> ReadOp:
         return ReadOp("a/0", self.src.region.addr + src_start, self.dst.region.addr + dst_start, nbytes)
 
+    def start(self, *ops: ReadOp) -> list[int]:
+        self.reader.connect(self.session_id)
+        return [self.reader.start(self.session_id, op) for op in ops]
+
+    def finish(self, numbers: list[int]) -> None:
+        """Waits until all are over, and raises if one has failed."""
+        failures = []
+        for number in numbers:
+            try:
+                wait_until(lambda number=number: self.reader.done(number))  # type: ignore[misc]
+            except ReadFailed as exc:
+                failures.append(exc)
+        if failures:
+            raise failures[0]
+
     def read(self, *ops: ReadOp) -> None:
         try:
-            self.reader.read(self.session_id, ops)
+            self.finish(self.start(*ops))
         except ReadFailed:
-            self.reader.read(self.session_id, ops)
+            self.finish(self.start(*ops))
 
     def read_all(self) -> None:
         self.read(self.op(0, 0, NBYTES))
@@ -69,7 +84,7 @@ class Peers:
     def fail_to_read(self, *ops: ReadOp) -> ReadFailed:
         self.read(ReadOp("a/0", self._good_src.region.addr, self._good_dst.region.addr, 64))
         with pytest.raises(ReadFailed, match=f"cannot read from {self.session_id}") as caught:
-            self.reader.read(self.session_id, ops)
+            self.finish(self.start(*ops))
         return caught.value
 
     def part_ways(self) -> None:
@@ -83,7 +98,7 @@ class Peers:
 
 @pytest.fixture(scope="module", params=["in process", "mooncake over tcp"])
 def new_engine(request: pytest.FixtureRequest) -> Iterator[NewEngine]:
-    """Makes engines that are closed in the end. Tests share two: to close one of mooncake's takes a second."""
+    """Makes engines that are closed in the end."""
     with ExitStack() as stack:
         if request.param == "in process":
             yield lambda: stack.enter_context(InProcessEngine())
@@ -145,30 +160,17 @@ def test_a_read_sees_the_memory_as_it_is_now(peers: Peers) -> None:
         assert bytes(peers.dst)[:64] == bytes(peers.src)[:64]
 
 
-def test_a_batch_of_as_many_small_reads_as_are_allowed_brings_every_one(peers: Peers) -> None:
-    size = NBYTES // MAX_BATCH
+def test_many_small_reads_in_flight_at_once_each_bring_their_own(peers: Peers) -> None:
+    size = NBYTES // 64
     wanted = bytearray(NBYTES)
     ops = []
-    for number in range(MAX_BATCH):
-        src, dst = number * size, (MAX_BATCH - 1 - number) * size  # in the opposite order
+    for number in range(64):
+        src, dst = number * size, (63 - number) * size  # in the opposite order
         ops.append(peers.op(src, dst, size - 1))
         wanted[dst : dst + size - 1] = bytes(peers.src)[src : src + size - 1]
     for _ in range(5):
         peers.read(*ops)
     assert bytes(peers.dst) == bytes(wanted)
-
-
-def test_a_batch_over_the_limit_is_refused_and_moves_nothing(peers: Peers) -> None:
-    with pytest.raises(ValueError, match=f"a batch has at most {MAX_BATCH} reads, not {MAX_BATCH + 1}"):
-        peers.read(*[peers.op(number, number, 1) for number in range(MAX_BATCH + 1)])
-    assert bytes(peers.dst) == bytes(NBYTES)
-    peers.read_all()
-    assert bytes(peers.dst) == bytes(peers.src)
-
-
-def test_a_batch_of_nothing_is_no_error(peers: Peers) -> None:
-    peers.read()
-    assert bytes(peers.dst) == bytes(NBYTES)
 
 
 def test_one_read_may_span_many_mebibytes(peers: Peers) -> None:
@@ -218,7 +220,7 @@ def test_a_source_address_that_is_not_offered_fails_and_a_good_read_works_afterw
     assert bytes(peers.dst) == bytes(peers.src)
 
 
-def test_one_bad_read_fails_the_batch_it_is_in(peers: Peers) -> None:
+def test_a_bad_read_fails_among_good_ones(peers: Peers) -> None:
     failed = peers.fail_to_read(peers.op(0, 0, 64), peers.op(NBYTES, 64, 64), peers.op(128, 128, 64))
     assert failed.details == {"session_id": peers.session_id}
 
@@ -242,7 +244,7 @@ def test_memory_that_was_taken_back_cannot_be_read_until_it_is_offered_again(pee
 @pytest.mark.parametrize("session_id", ["127.0.0.1:1", "nonsense", "", "no-such-host.invalid:1"])
 def test_a_session_that_does_not_exist_fails_and_leaves_good_ones_usable(peers: Peers, session_id: str) -> None:
     with pytest.raises(ReadFailed):
-        peers.reader.read(session_id, [peers.op(0, 0, 64)])
+        peers.reader.connect(session_id)
     peers.read_all()
     assert bytes(peers.dst) == bytes(peers.src)
 
@@ -252,6 +254,55 @@ def test_a_destination_that_is_not_registered_is_refused_before_a_byte_moves(pee
     with pytest.raises(EngineFailed, match="are not registered: register the destination first"):
         peers.read(peers.op(0, 0, 64), peers.op(0, start, nbytes))
     assert bytes(peers.dst) == bytes(NBYTES)
+
+
+# -- reads in flight --------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_started_from_a_peer_that_was_never_contacted(new_engine: NewEngine, peers: Peers) -> None:
+    stranger = Peers(peers.source, new_engine())
+    with pytest.raises(ReadFailed):
+        stranger.reader.start(stranger.session_id, stranger.op(0, 0, 64))
+    stranger.read_all()
+    assert bytes(stranger.dst) == bytes(stranger.src)
+    stranger.part_ways()
+
+
+def test_a_second_contact_changes_nothing(peers: Peers) -> None:
+    for _ in range(3):
+        peers.reader.connect(peers.session_id)
+    peers.read_all()
+    assert bytes(peers.dst) == bytes(peers.src)
+
+
+def test_abandoning_a_peer_ends_what_is_in_flight_and_the_next_contact_works(peers: Peers) -> None:
+    numbers = peers.start(*[peers.op(0, 0, NBYTES) for _ in range(8)])
+    peers.reader.abandon(peers.session_id)
+    for number in numbers:
+        try:
+            assert peers.reader.done(number)  # had come before
+        except ReadFailed:
+            continue
+    ctypes.memset(peers.dst.region.addr, 0, NBYTES)
+    peers.read_all()
+    assert bytes(peers.dst) == bytes(peers.src)
+
+
+def test_abandoning_when_nothing_is_in_flight_keeps_the_contact(peers: Peers) -> None:
+    peers.read_all()
+    for _ in range(2):
+        peers.reader.abandon(peers.session_id)
+    peers.reader.abandon("127.0.0.1:1")
+    peers.reader.start(peers.session_id, peers.op(0, 0, 64))
+    peers.reader.abandon(peers.session_id)
+
+
+def test_abandoning_one_peer_leaves_reads_from_others_alone(mortal: Peers, peers: Peers) -> None:
+    numbers = peers.start(peers.op(0, 0, NBYTES))
+    mortal.start(mortal.op(0, 0, NBYTES))
+    mortal.reader.abandon(mortal.session_id)
+    peers.finish(numbers)
+    assert bytes(peers.dst) == bytes(peers.src)
 
 
 # -- registering -----------------------------------------------------------------------------------------------------------------
@@ -321,7 +372,7 @@ def test_a_closed_peer_cannot_be_read_but_others_can_and_may_have_its_memory(mor
     with pytest.raises(ReadFailed, match=f"cannot read from {mortal.session_id}"):
         mortal.read_all()
     peers.source.register(mortal.src.region)
-    peers.reader.read(peers.session_id, [mortal.op(0, 0, NBYTES)])
+    peers.read(mortal.op(0, 0, NBYTES))
     peers.source.unregister(mortal.src.region)
     assert bytes(mortal.dst) == bytes(mortal.src)
 
@@ -330,7 +381,9 @@ def test_closing_is_idempotent_and_use_afterwards_is_an_error(mortal: Peers, pee
     for _ in range(2):
         mortal.source.close()
     with pytest.raises(EngineFailed, match="the transfer engine is closed"):
-        mortal.source.read(peers.session_id, [ReadOp("a/0", peers.src.region.addr, mortal.src.region.addr, 64)])
+        mortal.source.connect(peers.session_id)
+    with pytest.raises(EngineFailed, match="the transfer engine is closed"):
+        mortal.source.start(peers.session_id, ReadOp("a/0", peers.src.region.addr, mortal.src.region.addr, 64))
     with pytest.raises(EngineFailed, match="the transfer engine is closed"):
         mortal.source.register(mortal.src.region)
     mortal.source.unregister(mortal.src.region)

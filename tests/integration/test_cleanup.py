@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import torch
 
 from loader import InProcessEngine, load, publish
 from loader.errors import SourceLost
-from loader.plan import ReadOp
 from registry import (
     CleaningWatch,
     Event,
@@ -33,6 +32,7 @@ from registry.errors import InstanceIncomplete
 from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.local import LocalEtcd
+from tests.engines import Interrupted
 from tests.integration.conftest import Processes, line_of
 from tests.integration.ranks import register
 
@@ -197,27 +197,18 @@ def test_hooks_get_each_event_and_a_failing_one_does_not_stop_the_watch(
     assert [json.loads(line)["event"] for line in lines[1::2]] == ["rank_joined", "instance_ready", "rank_lost", "instance_gone"]
 
 
-class Slow(InProcessEngine):
-    """Stops after its first bulk read until the test lets it go on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reading = threading.Event()
-        self.go_on = threading.Event()
-
-    def read(self, session_id: str, ops: Sequence[ReadOp]) -> None:
-        super().read(session_id, ops)
-        if ops[0].nbytes > 64:
-            self.reading.set()
-            assert self.go_on.wait(20)
-
-
 @pytest.mark.parametrize("patient", [True, False])
 def test_a_draining_rank_waits_for_its_reader_but_not_for_ever(registry: Registry, patient: bool) -> None:
     source = {"w": torch.rand(1024)}
     target = {"w": torch.zeros(1024)}
     publication = publish(registry, InProcessEngine(), instance="a", rank=0, world_size=1, tensors=source, model=ModelIdentity("m"))
-    engine = Slow()
+    reading, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        reading.set()
+        assert go_on.wait(20)
+
+    engine = Interrupted(wait)
     outcome: list[object] = []
 
     def read() -> None:
@@ -228,7 +219,7 @@ def test_a_draining_rank_waits_for_its_reader_but_not_for_ever(registry: Registr
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert engine.reading.wait(20)
+    assert reading.wait(20)
     drained: list[bool] = []
     drainer = threading.Thread(target=lambda: drained.append(publication.drain(20.0 if patient else 0.2)))
     with registry.watch("a") as watch:
@@ -241,7 +232,7 @@ def test_a_draining_rank_waits_for_its_reader_but_not_for_ever(registry: Registr
             assert drainer.is_alive()
         else:
             drainer.join(20)
-    engine.go_on.set()
+    go_on.set()
     reader.join(20)
     drainer.join(20)
     assert drained == [patient]

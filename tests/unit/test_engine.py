@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loader import MooncakeEngine
-from loader.engine import _what_to_install
-from loader.errors import EngineFailed, EngineUnavailable
+from loader.errors import EngineFailed, EngineUnavailable, ReadFailed
+from loader.mooncake_engine import _what_to_install
 from loader.plan import ReadOp
 from registry import Region
 
@@ -24,10 +25,13 @@ class Library:
         self.registered: dict[int, int] = {}
         self.initialized: tuple[str, ...] = ()
         self.environment: dict[str, str] = {}
-        self.code = 0  # of every answer
-        self.asked = 0
+        self.code = 0  # of every answer but those about reads
+        self.engines = 0
+        self.batches: dict[int, list[int]] = {}  # what the next questions about each are answered
+        self.answers = [1]
 
     def TransferEngine(self) -> Library:
+        self.engines += 1
         return self
 
     def initialize(self, *args: str) -> int:
@@ -38,7 +42,6 @@ class Library:
         return 15000
 
     def register_memory(self, addr: int, nbytes: int) -> int:
-        self.asked += 1
         if self.code == 0:
             assert all(addr + nbytes <= other or other + size <= addr for other, size in self.registered.items())
             self.registered[addr] = nbytes
@@ -48,16 +51,33 @@ class Library:
         del self.registered[addr]
         return 0
 
-    def batch_transfer_sync_read(self, session_id: str, dst: Sequence[int], src: Sequence[int], nbytes: Sequence[int]) -> int:
-        self.asked += 1
-        return self.code
+    def batch_transfer_async_read(self, session_id: str, dst: Sequence[int], src: Sequence[int], nbytes: Sequence[int]) -> int:
+        if session_id == "nobody:1":
+            return 0
+        batch = 1 << 40 | len(self.batches)
+        self.batches[batch] = list(self.answers)
+        return batch
+
+    def transfer_check_status(self, batch: int) -> int:
+        answers = self.batches[batch]  # asking about one that is over ends the real library's process
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if answer in (1, -1):
+            del self.batches[batch]
+        return answer
 
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     library = Library()
-    monkeypatch.setattr("loader.engine._import_mooncake", lambda: library)
+    monkeypatch.setattr("loader.mooncake_engine._import_mooncake", lambda: library)
     return library
+
+
+@pytest.fixture(autouse=True)
+def rdma_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr("loader.mooncake_engine._RDMA_DEVICES", tmp_path)
+    (tmp_path / "mlx5_0").touch()
+    return tmp_path / "mlx5_0"
 
 
 @pytest.mark.parametrize(
@@ -74,9 +94,9 @@ def test_the_protocol_is_told_through_the_environment_which_is_then_as_before(
     for name in ("MC_FORCE_TCP", "MC_INTRANODE_NVLINK", "MC_LOG_LEVEL"):
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
-    with MooncakeEngine("10.0.0.1", protocol, device="mlx5_0", fabric="rack-1") as engine:
-        assert (engine.session_id, engine.protocol, engine.fabric) == ("10.0.0.1:15000", protocol, "rack-1")
-    assert library.initialized == ("10.0.0.1", "P2PHANDSHAKE", protocol, "mlx5_0")
+    with MooncakeEngine("127.0.0.2", protocol, device="mlx5_0", fabric="rack-1") as engine:
+        assert (engine.session_id, engine.protocol, engine.fabric) == ("127.0.0.2:15000", protocol, "rack-1")
+    assert library.initialized == ("127.0.0.2", "P2PHANDSHAKE", protocol, "mlx5_0")
     assert {name: library.environment.get(name) for name in wanted} == wanted
     assert library.environment["MC_LOG_LEVEL"] == "ERROR"
     assert dict(os.environ) == before
@@ -90,8 +110,20 @@ def test_a_log_level_that_the_user_has_set_stays(library: Library, monkeypatch: 
 
 def test_an_engine_that_does_not_start_is_unavailable_and_says_what_to_check(library: Library) -> None:
     library.code = -1
-    with pytest.raises(EngineUnavailable, match=r"cannot start on '10.0.0.1' with protocol 'tcp' \(code -1\): check that the host"):
-        MooncakeEngine("10.0.0.1")
+    with pytest.raises(EngineUnavailable, match=r"cannot start on '127.0.0.1' with protocol 'tcp' and device '' \(code -1\)"):
+        MooncakeEngine("127.0.0.1")
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_a_host_that_is_not_this_machine_is_refused(library: Library, host: str) -> None:
+    with pytest.raises(EngineUnavailable, match="is no address of this machine"):
+        MooncakeEngine(host)
+
+
+def test_rdma_without_a_device_is_refused_instead_of_becoming_tcp(library: Library, rdma_device: Path) -> None:
+    rdma_device.unlink()
+    with pytest.raises(EngineUnavailable, match="no RDMA device is here"):
+        MooncakeEngine("127.0.0.1", "rdma")
 
 
 def test_an_unknown_protocol_is_refused_with_the_known_ones() -> None:
@@ -129,7 +161,7 @@ def test_memory_that_the_library_refuses_is_not_taken_for_registered(library: Li
         engine.register(region)
     library.code = 0
     with pytest.raises(EngineFailed, match="not registered"):
-        engine.read("h:1", [ReadOp("a/0", 0, 4096, 64)])
+        engine.start("h:1", ReadOp("a/0", 0, 4096, 64))
     engine.register(region)
     assert library.registered == {4096: 64}
     engine.close()
@@ -150,10 +182,87 @@ def test_closing_takes_back_all_memory(library: Library) -> None:
     assert library.registered == {}
 
 
-def test_a_batch_of_nothing_does_not_bother_the_library(library: Library) -> None:
-    with MooncakeEngine("127.0.0.1") as engine:
-        engine.read("h:1", [])
-    assert library.asked == 0
+OP = ReadOp("a/0", 0, 4096, 64)
+
+
+@pytest.fixture(params=["tcp", "rdma"])
+def engine(library: Library, request: pytest.FixtureRequest) -> MooncakeEngine:
+    engine = MooncakeEngine("127.0.0.1", request.param)
+    engine.register(Region(4096, 64))
+    return engine
+
+
+def test_over_tcp_each_peer_has_an_engine_of_its_own_and_elsewhere_all_share_one(engine: MooncakeEngine, library: Library) -> None:
+    for session_id in ("h:1", "h:2", "h:1"):
+        engine.connect(session_id)
+    assert library.engines == (3 if engine.protocol == "tcp" else 1)
+
+
+def test_a_read_is_asked_about_until_it_is_over_and_never_again(engine: MooncakeEngine, library: Library) -> None:
+    library.answers = [0, 0, 1]
+    engine.connect("h:1")
+    number = engine.start("h:1", OP)
+    assert [engine.done(number) for _ in range(3)] == [False, False, True]
+    with pytest.raises(KeyError):
+        engine.done(number)
+
+
+def test_a_read_that_failed_is_told_and_one_that_timed_out_may_still_write(engine: MooncakeEngine, library: Library) -> None:
+    library.answers = [-2, -1]
+    engine.connect("h:1")
+    number = engine.start("h:1", OP)
+    assert not engine.done(number)
+    with pytest.raises(ReadFailed, match="cannot read from h:1"):
+        engine.done(number)
+
+
+def test_nobody_at_the_address_is_told_by_the_first_contact(engine: MooncakeEngine) -> None:
+    with pytest.raises(ReadFailed, match="cannot read from nobody:1"):
+        engine.connect("nobody:1")
+    with pytest.raises(ReadFailed):
+        engine.start("nobody:1", OP)
+
+
+def test_abandoned_reads_have_failed_and_over_rdma_they_have_ended(engine: MooncakeEngine, library: Library) -> None:
+    library.answers = [0, 0, 0, 1]
+    engine.connect("h:1")
+    contact = set(library.batches)
+    numbers = [engine.start("h:1", OP) for _ in range(3)]
+    engine.abandon("h:1")
+    if engine.protocol == "rdma":
+        assert set(library.batches) == contact
+    for number in numbers:
+        with pytest.raises(ReadFailed):
+            engine.done(number)
+
+
+def test_a_read_that_does_not_end_over_rdma_is_told_as_memory_that_must_not_be_used(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loader.mooncake_engine._DRAIN_S", 0.0)
+    engine = MooncakeEngine("127.0.0.1", "rdma")
+    engine.register(Region(4096, 64))
+    library.answers = [0]
+    engine.connect("h:1")
+    engine.start("h:1", OP)
+    with pytest.raises(EngineFailed, match="must not be used again before this process ends"):
+        engine.abandon("h:1")
+
+
+def test_contacts_that_are_kept_have_a_limit_and_those_in_use_stay(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loader.mooncake_engine._MAX_READERS", 2)
+    engine = MooncakeEngine("127.0.0.1")
+    engine.register(Region(4096, 64))
+    engine.connect("h:1")
+    number = engine.start("h:1", OP)
+    for peer in range(2, 9):
+        engine.connect(f"h:{peer}")
+    assert engine.done(number)
+    engine.start("h:1", OP)
+    engine.start("h:8", OP)
+    with pytest.raises(ReadFailed):
+        engine.start("h:2", OP)
+    engine.close()
 
 
 REGIONS = st.builds(Region, st.integers(0, 12), st.integers(1, 12))
@@ -164,7 +273,7 @@ def test_the_library_never_holds_a_byte_twice_and_holds_what_is_in_use(steps: li
     """Steps register a region, or take back one that is registered; none but the library knows what that comes to."""
     library = Library()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loader.engine._import_mooncake", lambda: library)
+        patch.setattr("loader.mooncake_engine._import_mooncake", lambda: library)
         engine = MooncakeEngine("127.0.0.1")
     held: list[Region] = []
     for registering, region in steps:

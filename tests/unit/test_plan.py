@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loader.errors import WeightsMismatch
-from loader.plan import ReadOp, check_coverage, coalesce, complete_tensors, differences, plan
+from loader.plan import ReadOp, Span, alternates, check_coverage, coalesce, complete_tensors, differences, plan
 from registry import Manifest, Region, TensorEntry
 from tests.builders import a_manifest, an_entry
 
@@ -20,6 +20,10 @@ FLOAT = {"dtype": "float32", "shape": (2, 3), "global_shape": (2, 3), "offsets":
 
 def op(src_addr: int, dst_addr: int, nbytes: int) -> ReadOp:
     return ReadOp("a/0", src_addr, dst_addr, nbytes)
+
+
+def span(dst_addr: int, nbytes: int) -> Span:
+    return Span(dst_addr, nbytes, (0,))
 
 
 # -- differences -----------------------------------------------------------------------------------------------------------------
@@ -205,10 +209,53 @@ def test_a_tensor_may_be_written_in_pieces() -> None:
 def test_tensors_are_complete_when_all_their_bytes_are_written_in_whatever_pieces() -> None:
     tensors = [an_entry("a", 100), an_entry("b", 116), an_entry("c", 200), an_entry("tied", 100), an_entry("none", 0, 0)]
     assert complete_tensors([], tensors) == ["none"]
-    assert complete_tensors([op(0, 100, 16)], tensors) == ["a", "tied", "none"]
-    assert complete_tensors([op(0, 108, 24), op(0, 100, 8)], tensors) == ["a", "b", "tied", "none"]
-    assert complete_tensors([op(0, 100, 15), op(0, 116, 100)], tensors) == ["b", "c", "none"]
-    assert complete_tensors([op(0, 201, 15)], tensors) == ["none"]
+    assert complete_tensors([span(100, 16)], tensors) == ["a", "tied", "none"]
+    assert complete_tensors([span(108, 24), span(100, 8)], tensors) == ["a", "b", "tied", "none"]
+    assert complete_tensors([span(100, 15), span(116, 100)], tensors) == ["b", "c", "none"]
+    assert complete_tensors([span(201, 15)], tensors) == ["none"]
+
+
+# -- several sources -------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def plans_for_one_destination(draw: st.DrawFn) -> list[list[ReadOp]]:
+    """The same destination in pieces, which each source cuts further where it likes, and holds where it likes."""
+    ends = [0]
+    pieces = []
+    for _ in range(draw(st.integers(0, 5))):
+        start = ends[-1] + draw(st.integers(0, 3))
+        ends.append(start + draw(st.integers(1, 20)))
+        pieces.append((start, ends[-1]))
+    plans = []
+    for source in range(draw(st.integers(1, 4))):
+        ops = []
+        for start, end in pieces:
+            cuts = sorted(draw(st.sets(st.integers(start, end), max_size=4)) | {start, end})
+            for low, high in itertools.pairwise(cuts):
+                ops.append(ReadOp(f"s{source}", draw(st.integers(0, 1_000)), low, high - low))
+        plans.append(ops)
+    return plans
+
+
+@given(plans_for_one_destination())
+def test_spans_hold_the_plans_of_all_sources_cut_only_where_one_of_them_is(plans: list[list[ReadOp]]) -> None:
+    spans = alternates(plans)
+    assert {span.dst_addr for span in spans} == {op.dst_addr for ops in plans for op in ops}
+    for number, ops in enumerate(plans):
+        where = {at: op.src_addr + at - op.dst_addr for op in ops for at in range(op.dst_addr, op.dst_addr + op.nbytes)}
+        read = [span.read("s", number) for span in spans]
+        assert {at: op.src_addr + at - op.dst_addr for op in read for at in range(op.dst_addr, op.dst_addr + op.nbytes)} == where
+
+
+def test_the_plan_of_one_source_is_taken_as_it_is() -> None:
+    assert alternates([[op(1, 100, 8), op(50, 200, 4)]]) == (Span(100, 8, (1,)), Span(200, 4, (50,)))
+
+
+@pytest.mark.parametrize("other", [[], [op(0, 100, 7)], [op(0, 100, 9)], [op(0, 101, 8)], [op(0, 100, 8), op(0, 200, 1)]])
+def test_plans_that_fill_different_memory_are_no_alternates(other: list[ReadOp]) -> None:
+    with pytest.raises(ValueError, match="do not fill the same memory"):
+        alternates([[op(0, 100, 8)], other])
 
 
 # -- any layout ------------------------------------------------------------------------------------------------------------------

@@ -1,96 +1,389 @@
-"""Batches within the engine's bounds, and what is known of a transfer that breaks off."""
+"""What a transfer makes of sources that are slow, stop, change or go away: with engines of this process and short limits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from math import ceil
-from typing import cast
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader import Engine, Progress
-from loader.engine import MAX_BATCH, MAX_BATCH_NBYTES
-from loader.errors import ReadFailed
-from loader.plan import ReadOp
-from loader.transfer import batches, transfer
+from loader import InProcessEngine, Pace, Progress
+from loader.errors import Cancelled, EngineFailed, LoaderError, ReadFailed, SourceLost, Stalled, TornRead
+from loader.plan import ReadOp, Span
+from loader.transfer import Source, Transfer, pace_for
+from registry import Region
+from tests.engines import Interrupted
+from tests.waiting import wait_until
+
+NBYTES = 2 << 20
+CHUNK = 1 << 17
+PACE = Pace(CHUNK, 4, stall_s=0.1, patience_s=0.5)
+ALWAYS = b"\xaa" * NBYTES  # what every source holds
 
 
-def ops(sizes: Iterable[int]) -> list[ReadOp]:
-    """Far apart, so that no two follow each other."""
-    return [ReadOp("a/0", number << 40, (number + 1) << 50, nbytes) for number, nbytes in enumerate(sizes)]
+class Bench:
+    """A destination, and sources that hold what it wants; `check`s of sources succeed unless told otherwise."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self.reader = stack.enter_context(InProcessEngine())
+        self.dst = ctypes.create_string_buffer(NBYTES)
+        self.blocks: list[ctypes.Array[ctypes.c_char]] = []
+        self.engines: list[InProcessEngine] = []
+        self.sources: list[Source] = []
+        self.progress: list[Progress] = []
+        self.cancel = threading.Event()
+
+    def source(
+        self,
+        content: bytes = ALWAYS,
+        delay_s: float = 0.0,
+        check: Callable[[], None] = lambda: None,
+        lost: Callable[[], LoaderError | None] = lambda: None,
+    ) -> InProcessEngine:
+        engine = self._stack.enter_context(InProcessEngine(delay_s=delay_s))
+        block = ctypes.create_string_buffer(content, NBYTES)
+        engine.register(Region(ctypes.addressof(block), NBYTES))
+
+        def contact_and_check() -> None:
+            self.reader.connect(engine.session_id)
+            check()
+
+        self.blocks.append(block)
+        self.engines.append(engine)
+        self.sources.append(Source(f"source {len(self.sources)}", engine.session_id, contact_and_check, lost))
+        return engine
+
+    def read_with(self, reader: InProcessEngine) -> None:
+        self.reader = self._stack.enter_context(reader)
+
+    def transfer(self, pace: Pace = PACE, on_progress: Callable[[Progress], None] | None = None, piece: int = NBYTES) -> Transfer:
+        self.reader.register(Region(ctypes.addressof(self.dst), NBYTES))
+        spans = [
+            Span(ctypes.addressof(self.dst) + at, piece, tuple(ctypes.addressof(block) + at for block in self.blocks))
+            for at in range(0, NBYTES, piece)
+        ]
+        return Transfer(self.reader, spans, self.sources, pace, on_progress or self.progress.append, self.cancel)
+
+    def run(self, transfer: Transfer) -> None:
+        transfer.run()
+        assert self.dst.raw == ALWAYS
+        assert sum(share.nbytes for share in transfer.shares) == NBYTES
+        assert sum(span.nbytes for span in transfer.checked) == NBYTES
+        self.assert_nothing_is_in_flight()
+
+    def assert_nothing_is_in_flight(self) -> None:
+        """What is resumed now, or comes late, must not write to memory that its owner has back."""
+        ctypes.memset(self.dst, 7, NBYTES)
+        for engine in self.engines:
+            engine.resume()
+        assert self.dst.raw == b"\7" * NBYTES
+        assert not self.reader._reads
 
 
-SIZES = st.lists(st.integers(1, 3) | st.integers(1, 3 * MAX_BATCH_NBYTES), max_size=20) | st.lists(
-    st.just(1), min_size=MAX_BATCH - 2, max_size=2 * MAX_BATCH + 2
-)
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    with ExitStack() as stack:
+        yield Bench(stack)
 
 
-@given(SIZES)
-def test_batches_keep_within_both_bounds_and_hold_every_byte_in_order(sizes: list[int]) -> None:
-    wanted = ops(sizes)
-    found = list(batches(wanted))
-    assert all(1 <= len(batch) <= MAX_BATCH and sum(op.nbytes for op in batch) <= MAX_BATCH_NBYTES for batch in found)
-    pieces = iter([op for batch in found for op in batch])
-    for op in wanted:
-        done = 0
-        while done < op.nbytes:
-            piece = next(pieces)
-            assert (piece.src_addr, piece.dst_addr) == (op.src_addr + done, op.dst_addr + done)
-            done += piece.nbytes
-        assert done == op.nbytes
-    assert next(pieces, None) is None
+def raiser(error: Exception) -> Callable[[], None]:
+    def check() -> None:
+        raise error
+
+    return check
+
+
+# -- one source ------------------------------------------------------------------------------------------------------------------
+
+
+def test_everything_comes_and_progress_goes_up_to_the_last_byte(bench: Bench) -> None:
+    bench.source()
+    bench.run(bench.transfer())
+    assert bench.progress[-1] == Progress(NBYTES, NBYTES)
+    assert [one.nbytes for one in bench.progress] == sorted(one.nbytes for one in bench.progress)
+
+
+def test_small_pieces_come_as_well_as_long_ones(bench: Bench) -> None:
+    bench.source()
+    bench.run(bench.transfer(piece=512))
+
+
+@given(st.integers(1, 200), st.integers(1, 64))
+def test_a_span_is_cut_into_as_few_pieces_as_possible_that_hold_it_in_order(nbytes: int, most: int) -> None:
+    pieces = list(Span(1000, nbytes, (5000, 9000)).cut(most))
+    assert len(pieces) == -(-nbytes // most)
+    at = 0
+    for piece in pieces:
+        assert (piece.dst_addr, piece.src_addrs) == (1000 + at, (5000 + at, 9000 + at))
+        assert 1 <= piece.nbytes <= most
+        at += piece.nbytes
+    assert at == nbytes
+
+
+class Counting(InProcessEngine):
+    """How many reads of a size were in flight at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def start(self, session_id: str, op: ReadOp) -> int:
+        number = super().start(session_id, op)
+        self.most = max(self.most, len(self._reads))
+        return number
+
+
+@pytest.mark.parametrize(("piece", "most"), [(CHUNK * 2, 4), (512, 64)])
+def test_no_more_is_in_flight_than_the_pace_allows_and_small_reads_may_be_many(bench: Bench, piece: int, most: int) -> None:
+    reader = Counting()
+    bench.read_with(reader)
+    bench.source(delay_s=0.001)
+    bench.run(bench.transfer(replace(PACE, chunk_nbytes=CHUNK + 1), piece=piece))
+    assert reader.most == most
+
+
+def test_nothing_is_read_before_the_first_check_has_succeeded(bench: Bench) -> None:
+    bench.source(check=raiser(TornRead("being changed")))
+    with pytest.raises(TornRead, match="being changed"):
+        bench.transfer().run()
+    assert bench.dst.raw == bytes(NBYTES)
+
+
+def test_weights_that_changed_after_they_were_read_are_torn(bench: Bench) -> None:
+    answers = iter([None, TornRead("changed")])
+
+    def check() -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    bench.source(check=check)
+    transfer = bench.transfer()
+    with pytest.raises(TornRead, match="changed"):
+        transfer.run()
+    assert transfer.checked == []
+    bench.assert_nothing_is_in_flight()
+
+
+def test_a_read_that_fails_once_is_made_again(bench: Bench) -> None:
+    class Flaky(InProcessEngine):
+        failed = False
+
+        def done(self, number: int) -> bool:
+            done = super().done(number)
+            if done and not self.failed:
+                self.failed = True
+                raise ReadFailed("for once")
+            return done
+
+    bench.read_with(Flaky())
+    bench.source()
+    bench.run(bench.transfer())
+
+
+def test_a_source_that_ends_is_lost(bench: Bench) -> None:
+    engine = bench.source()
+    bench.read_with(Interrupted(engine.close, at=3))
+    with pytest.raises(SourceLost, match="cannot read from"):
+        bench.transfer().run()
+    bench.assert_nothing_is_in_flight()
+
+
+def test_what_the_registry_tells_ends_the_reading_at_once(bench: Bench) -> None:
+    news: list[LoaderError] = []
+    bench.source(delay_s=0.002, lost=lambda: news[0] if news else None)
+    bench.read_with(Interrupted(lambda: news.append(SourceLost("evicted")), at=3))
+    with pytest.raises(SourceLost, match="evicted"):
+        bench.transfer().run()
+    bench.assert_nothing_is_in_flight()
+
+
+def test_a_fault_of_our_own_engine_is_not_taken_for_one_of_the_source(bench: Bench) -> None:
+    bench.source(check=raiser(EngineFailed("the transfer engine is closed")))
+    with pytest.raises(EngineFailed, match="closed"):
+        bench.transfer().run()
+
+
+def test_a_bug_in_a_check_is_raised_as_it_is(bench: Bench) -> None:
+    bench.source(check=raiser(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        bench.transfer().run()
+
+
+# -- stalls ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_source_is_given_time_to_go_on(bench: Bench) -> None:
+    engine = bench.source()
+
+    def pause() -> None:
+        engine.pause()
+        threading.Timer(0.3, engine.resume).start()
+
+    bench.read_with(Interrupted(pause, at=3))
+    bench.run(bench.transfer(replace(PACE, patience_s=20)))
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_source_that_stays_silent_is_given_up_and_nothing_of_it_is_written_later(bench: Bench, at: int) -> None:
+    engine = bench.source()
+    if at:
+        bench.read_with(Interrupted(engine.pause, at=at))
+    else:
+        engine.pause()
+    with pytest.raises(Stalled, match="nothing has come from in-process"):
+        bench.transfer().run()
+    bench.assert_nothing_is_in_flight()
+
+
+def test_a_source_that_answers_checks_but_sends_nothing_is_given_up_too(bench: Bench) -> None:
+    class Swallowing(InProcessEngine):
+        def done(self, number: int) -> bool:
+            with self._lock:
+                if not self._reads[number].over:
+                    return False
+            return super().done(number)
+
+    bench.read_with(Swallowing())
+    bench.source()
+    with pytest.raises(Stalled):
+        bench.transfer().run()
+    assert not bench.reader._reads
+
+
+def test_a_slow_source_has_less_in_flight_but_is_not_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loader.transfer._SLOW_S", 0.01)
+    reader = Counting()
+    bench.read_with(reader)
+    bench.source(delay_s=0.03)
+    bench.run(bench.transfer(replace(PACE, stall_s=5)))
+    assert reader.most == 2  # as at the beginning
+
+
+# -- several sources -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_source_contributes_and_the_slow_one_less(bench: Bench) -> None:
+    bench.source(delay_s=0.001)
+    bench.source(delay_s=0.02)
+    transfer = bench.transfer(replace(PACE, stall_s=5))
+    bench.run(transfer)
+    fast, slow = (share.nbytes for share in transfer.shares)
+    assert fast > slow > 0
+
+
+def test_one_of_two_that_ends_is_made_up_for_by_the_other(bench: Bench) -> None:
+    bench.source(delay_s=0.001)
+    bench.source(delay_s=0.001)
+    bench.read_with(Interrupted(bench.engines[0].close, at=5))
+    transfer = bench.transfer()
+    bench.run(transfer)
+    assert isinstance(transfer.shares[0].error, SourceLost)
+    assert transfer.shares[1].error is None
+
+
+def test_one_of_two_that_stops_is_made_up_for_and_writes_nothing_when_it_goes_on(bench: Bench) -> None:
+    """Its weights have changed meanwhile: what it still sent would be wrong."""
+    stopped = bench.source()
+    bench.source()
+
+    def stop() -> None:
+        stopped.pause()
+        ctypes.memset(bench.blocks[0], 1, NBYTES)
+
+    bench.read_with(Interrupted(stop, at=1))
+    transfer = bench.transfer()
+    bench.run(transfer)
+    assert isinstance(transfer.shares[0].error, Stalled)
+
+
+def test_what_a_source_brought_before_it_was_found_to_have_changed_is_read_again_from_another(bench: Bench) -> None:
+    answers = iter([None, TornRead("changed")])
+
+    def check() -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    bench.source(os.urandom(NBYTES), check=check)
+    bench.source(delay_s=0.001)
+    transfer = bench.transfer()
+    bench.run(transfer)
+    assert transfer.shares[0].nbytes == 0
+    assert isinstance(transfer.shares[0].error, TornRead)
+    assert any(later.nbytes < one.nbytes for one, later in zip(bench.progress, bench.progress[1:], strict=False))
+
+
+def test_a_source_that_never_answers_does_not_keep_the_others_from_finishing(bench: Bench) -> None:
+    bench.source().pause()
+    bench.source()
+    transfer = bench.transfer()
+    bench.run(transfer)
+    assert transfer.shares[1].nbytes == NBYTES
 
 
 @pytest.mark.parametrize(
-    ("sizes", "lengths"),
+    ("errors", "kind"),
     [
-        ([], []),
-        ([MAX_BATCH_NBYTES], [1]),
-        ([MAX_BATCH_NBYTES, 1], [1, 1]),
-        ([MAX_BATCH_NBYTES + 1], [1, 1]),
-        ([MAX_BATCH_NBYTES - 1, 1, 1], [2, 1]),
-        ([1] * MAX_BATCH, [MAX_BATCH]),
-        ([1] * (MAX_BATCH + 1), [MAX_BATCH, 1]),
-        ([0, 1, 0], [1]),
+        ([SourceLost("gone"), SourceLost("evicted")], SourceLost),
+        ([SourceLost("gone"), Stalled("silent")], Stalled),
+        ([Stalled("silent"), TornRead("changed")], TornRead),
     ],
 )
-def test_a_batch_is_as_long_as_the_bounds_allow(sizes: list[int], lengths: list[int]) -> None:
-    assert [len(batch) for batch in batches(ops(sizes))] == lengths
+def test_when_none_is_left_the_error_tells_what_became_of_each(bench: Bench, errors: list[LoaderError], kind: type) -> None:
+    for error in errors:
+        bench.source(check=raiser(error))
+    with pytest.raises(LoaderError) as caught:
+        bench.transfer().run()
+    assert type(caught.value) is kind
+    assert all(f"source {number}: {error}" in str(caught.value) for number, error in enumerate(errors))
 
 
-def test_a_long_read_is_cut_into_as_few_pieces_as_possible() -> None:
-    nbytes = 5 * MAX_BATCH_NBYTES + 7
-    assert len(list(batches(ops([nbytes])))) == ceil(nbytes / MAX_BATCH_NBYTES)
+# -- ending early ----------------------------------------------------------------------------------------------------------------
 
 
-class Peer:
-    """An engine that reads `good` batches and fails in the next."""
-
-    def __init__(self, good: int) -> None:
-        self._good = good
-        self.read_from: list[str] = []
-
-    def read(self, session_id: str, ops: Sequence[ReadOp]) -> None:
-        if len(self.read_from) == self._good:
-            raise ReadFailed("the peer has gone")
-        self.read_from.append(session_id)
+def test_a_cancelled_transfer_ends_with_nothing_in_flight(bench: Bench) -> None:
+    bench.source(delay_s=0.01)
+    bench.read_with(Interrupted(bench.cancel.set, at=2))
+    with pytest.raises(Cancelled):
+        bench.transfer().run()
+    bench.assert_nothing_is_in_flight()
 
 
-def test_a_transfer_reports_its_progress_up_to_the_last_byte() -> None:
-    peer, done, heard = Peer(good=9), list[ReadOp](), list[Progress]()
-    wanted = ops([MAX_BATCH_NBYTES, 10, MAX_BATCH_NBYTES])
-    transfer(cast(Engine, peer), "h:1", wanted, done, heard.append)
-    assert done == wanted
-    total = 2 * MAX_BATCH_NBYTES + 10
-    assert heard == [Progress(nbytes, total) for nbytes in (MAX_BATCH_NBYTES, MAX_BATCH_NBYTES + 10, total)]
-    assert peer.read_from == ["h:1"] * 3
+def test_a_cancelled_transfer_does_not_wait_for_a_source_that_is_stopped(bench: Bench) -> None:
+    engine = bench.source()
+    bench.read_with(Interrupted(engine.pause, at=2))
+    transfer = bench.transfer(replace(PACE, stall_s=3600, patience_s=3600))
+    ended = threading.Event()
+
+    def run() -> None:
+        with pytest.raises(Cancelled):
+            transfer.run()
+        ended.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    wait_until(lambda: not engine._running.is_set())
+    bench.cancel.set()
+    assert ended.wait(20)
+    bench.assert_nothing_is_in_flight()
 
 
-def test_a_transfer_that_breaks_off_has_noted_what_arrived() -> None:
-    done: list[ReadOp] = []
-    wanted = ops([MAX_BATCH_NBYTES] * 3)
-    with pytest.raises(ReadFailed):
-        transfer(cast(Engine, Peer(good=2)), "h:1", wanted, done, lambda _: None)
-    assert done == wanted[:2]
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, ZeroDivisionError])
+def test_whatever_the_progress_callback_raises_leaves_nothing_in_flight(bench: Bench, interrupt: type[BaseException]) -> None:
+    bench.source(delay_s=0.005)
+
+    def on_progress(_: Progress) -> None:
+        raise interrupt
+
+    with pytest.raises(interrupt):
+        bench.transfer(on_progress=on_progress).run()
+    bench.assert_nothing_is_in_flight()
+
+
+def test_every_protocol_has_a_pace() -> None:
+    assert all(pace_for(protocol).depth > 1 for protocol in ("tcp", "rdma", "nvlink_intra", "in_process", "another"))

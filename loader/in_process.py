@@ -1,0 +1,162 @@
+"""An engine that reads the memory of others of its class in the same process, with the same refusals as the real one.
+
+For tests and single-process uses. Its faults have names: `pause` and `resume` a peer, `delay_s` for every read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from types import TracebackType
+from typing import ClassVar
+
+from loader.engine import RegionBook
+from loader.errors import EngineFailed, ReadFailed
+from loader.plan import ReadOp
+from registry.manifest import Region
+
+
+@dataclass
+class _Read:
+    session_id: str
+    op: ReadOp
+    due: float
+    over: bool = False
+    failed: bool = False
+
+
+class InProcessEngine:
+    """A read is carried out when `done` asks for it, or when its peer is resumed: until then it is in flight."""
+
+    _peers: ClassVar[weakref.WeakValueDictionary[str, InProcessEngine]] = weakref.WeakValueDictionary()
+    _numbers = itertools.count(1)
+
+    def __init__(self, fabric: str = "", delay_s: float = 0.0) -> None:
+        """`delay_s`: how long a read of this engine's memory takes at least."""
+        self._fabric = fabric
+        self._delay_s = delay_s
+        self._regions = RegionBook()
+        self._session_id = f"in-process:{next(self._numbers)}"
+        self._closed = False
+        self._running = threading.Event()  # not paused
+        self._running.set()
+        self._lock = threading.Lock()  # of what follows
+        self._connected: set[str] = set()
+        self._reads: dict[int, _Read] = {}
+        self._peers[self._session_id] = self
+
+    @property
+    def session_id(self) -> str:
+        return self._session_id
+
+    @property
+    def protocol(self) -> str:
+        return "in_process"
+
+    @property
+    def fabric(self) -> str:
+        return self._fabric
+
+    def register(self, region: Region) -> None:
+        with self._regions.lock:
+            self._check_open()
+            self._regions.begin(region)
+
+    def unregister(self, region: Region) -> None:
+        with self._regions.lock:
+            self._regions.end(region)
+
+    def connect(self, session_id: str) -> None:
+        self._check_open()
+        peer = self._peer(session_id)
+        if session_id not in self._connected:
+            peer._running.wait()
+            with self._lock:
+                self._connected.add(session_id)
+
+    def start(self, session_id: str, op: ReadOp) -> int:
+        self._check_open()
+        with self._regions.lock:
+            self._regions.check_destination(op)
+        peer = self._peer(session_id)
+        with self._lock:
+            if session_id not in self._connected:
+                raise ReadFailed(f"cannot read from {session_id}: it is not connected", session_id=session_id)
+            number = next(self._numbers)
+            self._reads[number] = _Read(session_id, op, time.monotonic() + peer._delay_s)
+        return number
+
+    def done(self, number: int) -> bool:
+        with self._lock:
+            read = self._reads[number]
+            self._carry_out(read)
+            if not read.over:
+                return False
+            del self._reads[number]
+        if read.failed:
+            raise ReadFailed(
+                f"cannot read from {read.session_id}: it has ended or was abandoned, or {read.op.src_addr:#x} is not registered",
+                session_id=read.session_id,
+            )
+        return True
+
+    def _carry_out(self, read: _Read) -> None:
+        if read.over:
+            return
+        peer = self._peers.get(read.session_id)
+        if peer is None or peer._closed:
+            read.over = read.failed = True
+            return
+        if not peer._running.is_set() or time.monotonic() < read.due:
+            return
+        op = read.op
+        with peer._regions.lock:
+            read.over, read.failed = True, peer._regions.holder_of(op.src_addr, op.nbytes) is None
+            if not read.failed:
+                ctypes.memmove(op.dst_addr, op.src_addr, op.nbytes)
+
+    def abandon(self, session_id: str) -> None:
+        with self._lock:
+            for read in self._reads.values():
+                if read.session_id == session_id and not read.over:
+                    read.over = read.failed = True
+                    self._connected.discard(session_id)
+
+    def pause(self) -> None:
+        """From now on this engine answers nobody, like a process that is stopped."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        """Answers whatever has been asked meanwhile and was not abandoned, whether or not anybody still waits for it."""
+        self._running.set()
+        for reader in list(self._peers.values()):
+            with reader._lock:
+                for read in reader._reads.values():
+                    if read.session_id == self._session_id:
+                        reader._carry_out(read)
+
+    def close(self) -> None:
+        with self._regions.lock:
+            self._closed = True
+            self._peers.pop(self._session_id, None)
+            self._regions.clear()
+
+    def _peer(self, session_id: str) -> InProcessEngine:
+        peer = self._peers.get(session_id)
+        if peer is None or peer._closed:
+            raise ReadFailed(f"cannot read from {session_id}: no such engine", session_id=session_id)
+        return peer
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineFailed("the transfer engine is closed")
+
+    def __enter__(self) -> InProcessEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,331 @@
+"""Mooncake's transfer engine behind `Engine`. The only place that imports mooncake.
+
+One Mooncake engine serves our memory to peers. Over tcp every peer that we read from gets one of its own besides, its reader: a
+read that hangs cannot be cancelled, but it ends with the engine that it was started on, and a peer that does not answer its first
+contact blocks the engine that it is made on for a minute. A reader costs 1 ms, two threads and five file descriptors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import stat
+import struct
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from loader.engine import RegionBook
+from loader.errors import EngineFailed, EngineUnavailable, ReadFailed
+from loader.plan import ReadOp
+from registry.manifest import Region
+
+_MAX_READERS = 128  # peers whose readers are kept for the next load from them
+_NO_BATCH = (0, 2**64 - 1)  # what releases of Mooncake return where they refuse
+_DRAIN_S = 60.0
+_PENDING, _DONE, _TIMED_OUT = 0, 1, -2
+_TIMEVAL = struct.Struct("ll")
+_LOOK_UP_US = 50_000
+_RDMA_DEVICES = Path("/sys/class/infiniband")
+
+
+class MooncakeEngine:
+    """Mooncake's transfer engine with peer-to-peer handshake: no metadata server.
+
+    It listens on all interfaces, and every peer that reaches it may read AND WRITE registered memory: use it on trusted
+    networks only. `host` is what peers connect to, so an address of this machine that they can reach.
+    """
+
+    def __init__(self, host: str, protocol: str = "tcp", device: str = "", fabric: str = "") -> None:
+        """`protocol`: tcp, rdma or nvlink_intra; `device`: RDMA device names, comma-separated, empty for all."""
+        if protocol not in _PROTOCOL_ENV:
+            raise EngineUnavailable(f"protocol {protocol!r} is unknown: use one of {', '.join(_PROTOCOL_ENV)}")
+        if protocol == "rdma" and not (_RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir())):
+            raise EngineUnavailable(
+                f"no RDMA device is here ({_RDMA_DEVICES} has none), and Mooncake would fall back to tcp: say tcp"
+            )
+        _check_is_ours(host)
+        self._host = host
+        self._protocol = protocol
+        self._device = device
+        self._fabric = fabric
+        self._regions = RegionBook()
+        self._lock = threading.Lock()  # of what follows
+        self._readers: dict[str, _Reader] = {}  # by session, the oldest first
+        self._reads: dict[int, tuple[_Reader, int]] = {}  # by number: the reader and its batch
+        self._numbers = itertools.count(1)
+        self._engine: Any = self._new_engine()
+        self._session_id = f"{host}:{self._engine.get_rpc_port()}"
+
+    def _new_engine(self) -> Any:
+        with _environment({"MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR"), **_PROTOCOL_ENV[self._protocol]}):
+            engine = _import_mooncake().TransferEngine()
+            code = engine.initialize(self._host, "P2PHANDSHAKE", self._protocol, self._device)
+        if code != 0:
+            raise EngineUnavailable(
+                f"the transfer engine cannot start on {self._host!r} with protocol {self._protocol!r} and device "
+                f"{self._device!r} (code {code}): check the device, and MC_LOG_LEVEL=INFO for more"
+            )
+        _let_it_end_soon(engine.get_rpc_port())
+        return engine
+
+    @property
+    def session_id(self) -> str:
+        return self._session_id
+
+    @property
+    def protocol(self) -> str:
+        return self._protocol
+
+    @property
+    def fabric(self) -> str:
+        return self._fabric
+
+    def register(self, region: Region) -> None:
+        with self._regions.lock:
+            engine = self._open()
+            if not self._regions.begin(region):
+                return
+            code = engine.register_memory(region.addr, region.nbytes)
+            if code != 0:
+                self._regions.end(region)
+                raise EngineFailed(
+                    f"the transfer engine cannot register {region.nbytes} bytes at {region.addr:#x} (code {code}): "
+                    "check the limit on locked memory (ulimit -l)"
+                )
+
+    def unregister(self, region: Region) -> None:
+        with self._regions.lock:
+            holder = self._regions.end(region)
+            if holder is not None and self._engine is not None:
+                self._engine.unregister_memory(holder.addr)
+
+    def connect(self, session_id: str) -> None:
+        self._open()
+        with self._lock:
+            reader = self._readers.get(session_id)
+        if reader is None:
+            own = self._protocol == "tcp"  # elsewhere an engine is dear, and a read ends whatever its peer's process does
+            made = _Reader(session_id, self._new_engine() if own else self._open(), own)
+            with self._lock:
+                reader = self._readers.setdefault(session_id, made)
+        if not reader.connect():
+            self.abandon(session_id)
+            raise self._failed(session_id)
+        self._forget_idle_readers()
+
+    def start(self, session_id: str, op: ReadOp) -> int:
+        with self._regions.lock:
+            self._open()
+            self._regions.check_destination(op)
+        with self._lock:
+            reader = self._readers.get(session_id)
+        batch = reader.start(op) if reader is not None else None
+        if reader is None or batch is None:
+            raise self._failed(session_id)
+        with self._lock:
+            number = next(self._numbers)
+            self._reads[number] = reader, batch
+        return number
+
+    def done(self, number: int) -> bool:
+        with self._lock:
+            reader, batch = self._reads[number]
+        arrived = reader.arrived(batch)
+        if arrived is None:
+            return False
+        with self._lock:
+            del self._reads[number]
+        if not arrived:
+            raise self._failed(reader.session_id)
+        return True
+
+    def abandon(self, session_id: str) -> None:
+        with self._lock:
+            reader = self._readers.get(session_id)
+            if reader is None or not reader.busy:
+                return
+            del self._readers[session_id]
+        reader.close()
+
+    def close(self) -> None:
+        with self._lock:
+            readers = list(self._readers.values())
+            self._readers.clear()
+        for reader in readers:
+            reader.close()
+        with self._regions.lock:
+            engine, self._engine = self._engine, None
+            for region in self._regions if engine is not None else ():
+                engine.unregister_memory(region.addr)
+            self._regions.clear()
+
+    def _open(self) -> Any:
+        if self._engine is None:
+            raise EngineFailed("the transfer engine is closed")
+        return self._engine
+
+    def _forget_idle_readers(self) -> None:
+        """The ones that have been there longest, if there are too many."""
+        with self._lock:
+            idle = [session_id for session_id, reader in self._readers.items() if not reader.busy]
+            surplus = idle[: max(0, len(self._readers) - _MAX_READERS)]
+            dropped = [self._readers.pop(session_id) for session_id in surplus]
+        for reader in dropped:
+            reader.close()
+
+    def _failed(self, session_id: str) -> ReadFailed:
+        return ReadFailed(
+            f"cannot read from {session_id}: its process has ended, is not reachable over {self._protocol}, "
+            "or does not offer that memory any more",
+            session_id=session_id,
+        )
+
+    def __enter__(self) -> MooncakeEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class _Reader:
+    """What reads from one peer, and can be made to stop. `own`: its engine is for this peer alone, and ends with it."""
+
+    def __init__(self, session_id: str, engine: Any, own: bool) -> None:
+        self.session_id = session_id
+        self._own = own
+        self._lock = threading.Lock()  # held during calls, which are short once the peer is connected
+        self._engine = engine  # None once closed
+        self._connected = False
+        self._batches: set[int] = set()  # of one read each, not over yet
+        self._starting = False  # stays True if an interrupt comes before the batch is known
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._batches) or self._starting or not self._connected
+
+    def connect(self) -> bool:
+        engine = self._engine  # not under the lock: this may last, and then nothing else is going on here
+        if engine is None:
+            return False
+        if not self._connected:
+            # An empty batch opens the peer's segment and reads nothing. Mooncake returns no batch where it cannot.
+            self._connected = engine.batch_transfer_async_read(self.session_id, [], [], []) not in _NO_BATCH
+        return self._connected
+
+    def start(self, op: ReadOp) -> int | None:
+        """The read's batch, or None."""
+        with self._lock:
+            if self._engine is None or not self._connected:
+                return None
+            self._starting = True
+            batch = int(self._engine.batch_transfer_async_read(self.session_id, [op.dst_addr], [op.src_addr], [op.nbytes]))
+            if batch not in _NO_BATCH:
+                self._batches.add(batch)
+            self._starting = False
+            return batch if batch in self._batches else None
+
+    def arrived(self, batch: int) -> bool | None:
+        """None: not yet."""
+        with self._lock:
+            if self._engine is None:
+                return False
+            status = self._engine.transfer_check_status(batch)
+            if status in (_PENDING, _TIMED_OUT):  # what has timed out may still write
+                return None
+            self._batches.discard(batch)
+            return bool(status == _DONE)
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._own:
+                self._drain()
+            # Destroys the engine of this peer, here and now: only a first contact that hangs, and has read nothing, may hold it.
+            self._engine = None
+
+    def _drain(self) -> None:
+        deadline = time.monotonic() + _DRAIN_S
+        while self._batches:
+            self._batches = {b for b in self._batches if self._engine.transfer_check_status(b) in (_PENDING, _TIMED_OUT)}
+            if time.monotonic() > deadline:
+                raise EngineFailed(
+                    f"reads from {self.session_id} have not ended in {_DRAIN_S:.0f} s: the memory that they write to must not be "
+                    "used again before this process ends"
+                )
+            time.sleep(1e-3)
+
+
+def _check_is_ours(host: str) -> None:
+    """Mooncake takes any host, and peers then look for us at an address that leads elsewhere or nowhere."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, number) as probe:
+            probe.bind(address)
+    except OSError as exc:
+        raise EngineUnavailable(
+            f"{host!r} is no address of this machine ({exc.strerror or exc}): give one that peers can reach it by"
+        ) from exc
+
+
+def _let_it_end_soon(port: int) -> None:
+    """An engine ends when its listening thread next looks up, once a second, and holds the GIL meanwhile: have it do so more often.
+
+    Its socket is one of our own process's descriptors. Where it cannot be found the engine ends later, that is all.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as found:
+                if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and found.getsockname()[1] == port:
+                    found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, _LOOK_UP_US))
+                    return
+        except OSError:  # closed meanwhile
+            continue
+
+
+# Mooncake ignores the protocol that it is given and looks at these when it starts.
+_PROTOCOL_ENV: dict[str, dict[str, str]] = {
+    "tcp": {"MC_FORCE_TCP": "1"},
+    "rdma": {},
+    "nvlink_intra": {"MC_INTRANODE_NVLINK": "1"},
+}
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _import_mooncake() -> Any:
+    try:
+        import mooncake.engine
+    except ImportError as exc:
+        raise EngineUnavailable(_what_to_install(str(exc))) from exc
+    return mooncake.engine
+
+
+def _what_to_install(complaint: str) -> str:
+    if "libibverbs" in complaint:
+        return "the transfer engine needs the system's libibverbs.so.1: apt-get install libibverbs1 (rdma-core on other systems)"
+    if "libcudart" in complaint or "libcuda" in complaint:
+        return (
+            f"this transfer engine is built for CUDA, which is not here ({complaint}): pip install 'engine-registry[cpu]' instead"
+        )
+    if "No module named" in complaint:
+        return "the transfer engine is not installed: pip install 'engine-registry[cpu]' (or [cuda12], [cuda13] on GPU machines)"
+    return f"the transfer engine cannot be imported: {complaint}"
