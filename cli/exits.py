@@ -24,6 +24,10 @@ _CODES = {
     "registry.errors.InstanceIncomplete": Exit.INSTANCE,
     "loader.errors.LoaderError": Exit.FAILED,
     "loader.errors.SourceLost": Exit.INSTANCE,
+    "loader.errors.SourceUnreachable": Exit.INSTANCE,
+    "loader.errors.VersionUnavailable": Exit.INSTANCE,
+    "loader.errors.DigestMismatch": Exit.WEIGHTS,
+    "loader.errors.DigestsMissing": Exit.WEIGHTS,
     "loader.errors.WeightsMismatch": Exit.WEIGHTS,
     "loader.errors.TornRead": Exit.WEIGHTS,
 }

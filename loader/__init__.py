@@ -4,6 +4,7 @@ from loader.engine import Engine
 from loader.errors import LoaderError
 from loader.in_process import InProcessEngine
 from loader.load import LoadReport, load
+from loader.load_instance import load_instance
 from loader.mooncake_engine import MooncakeEngine
 from loader.publish import Publication, publish
 from loader.regions import Shard
@@ -20,5 +21,6 @@ __all__ = [
     "Publication",
     "Shard",
     "load",
+    "load_instance",
     "publish",
 ]

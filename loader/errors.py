@@ -11,6 +11,8 @@ LoaderError
 ├── VersionUnavailable   the version that was asked for is not served (any more)
 ├── SourceLost           every source went away before all was read and checked
 │   └── Stalled          the last one is there, but nothing has come from it for too long
+├── DigestMismatch       tensors are not what their source says they are
+├── DigestsMissing       digests were asked for, but the source offers none
 ├── TornRead             the source's weights changed while they were read, in every try
 └── Cancelled            the caller wanted it no longer
 """
@@ -68,6 +70,14 @@ class SourceLost(LoaderError):
 
 
 class Stalled(SourceLost):
+    pass
+
+
+class DigestMismatch(LoaderError):
+    pass
+
+
+class DigestsMissing(LoaderError):
     pass
 
 

@@ -10,10 +10,12 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import TracebackType
 
 import torch
 
+from loader.digests import DigestCell, algorithm_for
 from loader.engine import Engine
 from loader.errors import LoaderError
 from loader.regions import Shard, describe
@@ -33,14 +35,17 @@ class Publication:
         registry: Registry,
         registration: Registration,
         header: HeaderCell,
+        digests: DigestCell | None,
         tensors: Mapping[str, torch.Tensor],
         undo: ExitStack,
     ) -> None:
         self._registry = registry
         self._registration = registration
         self._header = header
+        self._digests = digests
         self._tensors = tensors
         self._undo = undo
+        self._state_between_updates = RankState.READY
         self._updating = threading.Lock()
         self._closing = threading.Lock()
         self._closed = False
@@ -64,6 +69,8 @@ class Publication:
         If the block raises, the weights are in doubt: they stay marked as being changed, and nobody loads them, until another
         `update` has ended well. An etcd that is away does not disturb an update: the header tells readers.
         """
+        if self._closed:
+            raise LoaderError(f"{self.record.key} is closed: nobody reads it any more, so there is nothing to update")
         if not self._updating.acquire(blocking=False):
             raise LoaderError(f"{self.record.key} is being updated already: end that update first")
         try:
@@ -71,8 +78,10 @@ class Publication:
             self._header.write(Header(before.incarnation, 2 * before.version + 1))
             self._tell(state=RankState.UPDATING)
             yield
+            if self._digests is not None:
+                self._digests.write(self._tensors)
             self._header.write(Header(before.incarnation, 2 * (before.version + 1)))
-            self._tell(version=before.version + 1, state=RankState.READY)
+            self._tell(version=before.version + 1, state=self._state_between_updates)
         finally:
             self._updating.release()
 
@@ -90,6 +99,7 @@ class Publication:
         """
         pulls = 0
         try:
+            self._state_between_updates = RankState.DRAINING  # an update that ends meanwhile must not invite readers again
             self._registration.update(state=RankState.DRAINING)
             if self.state is RegistrationState.REGISTERED:
                 pulls = self._registry.wait_for_no_pulls(self.record.instance, self.record.rank, timeout_s)
@@ -130,21 +140,28 @@ def publish(
     topology: Mapping[str, tuple[int, int]] | None = None,
     generation: str | None = None,
     version: int = 0,
+    digests: bool = False,
     ttl_s: float = 10.0,
     on_state: OnState | None = None,
 ) -> Publication:
     """Offers the tensors of this rank to loaders until the publication is closed or the process ends.
+
+    With `digests` loaders may verify every tensor; it costs a pass over all weights, now and with every update.
 
     Raises TensorsUnusable, EngineFailed, or what `Registry.register` raises; nothing stays registered then, here or in etcd.
     """
     manifest = describe(tensors, shards)
     device = next((tensor.device for tensor in tensors.values() if tensor.numel()), torch.device("cpu"))
     header = HeaderCell(device)
+    table = DigestCell(tensors, device, algorithm_for(device)) if digests else None
     incarnation = new_incarnation()
     with ExitStack() as undo:
-        for region in (*manifest.regions, header.region):
+        for region in (*manifest.regions, header.region, *([table.region] if table else [])):
             engine.register(region)
             undo.callback(engine.unregister, region)
+        if table is not None:
+            table.write(tensors)
+            manifest = replace(manifest, digests=table.table)
         header.write(Header(incarnation, 2 * version))
         undo.callback(header.erase)
         registration = registry.register(
@@ -166,4 +183,4 @@ def publish(
             on_state=on_state,
         )
         undo.callback(registration.withdraw)
-        return Publication(registry, registration, header, dict(tensors), undo.pop_all())
+        return Publication(registry, registration, header, table, dict(tensors), undo.pop_all())

@@ -29,7 +29,7 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
     entries = []
     storages: dict[int, int] = {}
     for name, tensor in tensors.items():
-        problem = _unusable(tensor)
+        problem = _unusable(tensor) or _unusable_name(name)
         if problem:
             problems.append(f"{name}: {problem}")
             continue
@@ -66,6 +66,16 @@ def dtype_named(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise TensorsUnusable(f"dtype {name!r} is unknown to torch {torch.__version__}: upgrade torch", dtype=name)
     return dtype
+
+
+def _unusable_name(name: object) -> str:
+    if not isinstance(name, str):
+        return f"its name is a {type(name).__name__}, not a string"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "its name is not text: it has half of a surrogate pair"
+    return ""
 
 
 def _unusable(tensor: object) -> str:

@@ -54,9 +54,18 @@ class Region:
 
 
 @dataclass(frozen=True)
+class DigestTable:
+    """Where in the rank's memory the digests of its tensors lie, by what algorithm: 16 bytes each, in the order of the names."""
+
+    algorithm: str
+    addr: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     tensors: tuple[TensorEntry, ...]
     regions: tuple[Region, ...]
+    digests: DigestTable | None = None
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +84,7 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
         "nbytes": [entry.nbytes for entry in tensors],
         "box": [None if entry.opaque else [entry.global_shape, entry.offsets] for entry in tensors],
         "regions": [[region.addr, region.nbytes] for region in manifest.regions],
+        "digests": manifest.digests and [manifest.digests.algorithm, manifest.digests.addr],
     }
     stored = zlib.compress(json.dumps(data, separators=(",", ":")).encode())
     parts = [stored[start : start + PART_NBYTES] for start in range(0, len(stored), PART_NBYTES)]
@@ -115,7 +125,17 @@ def _from_json(data: dict[str, Any]) -> Manifest:
     tensors = tuple(_entry(*row) for row in zip(*columns, strict=True))
     if len({entry.name for entry in tensors}) != len(tensors):
         raise ValueError("a tensor is named twice")
-    return Manifest(tensors, tuple(Region(_natural(addr), _natural(nbytes)) for addr, nbytes in data["regions"]))
+    regions = tuple(Region(_natural(addr), _natural(nbytes)) for addr, nbytes in data["regions"])
+    return Manifest(tensors, regions, _digest_table(data.get("digests")))
+
+
+def _digest_table(value: Any) -> DigestTable | None:
+    if value is None:
+        return None
+    algorithm, addr = value
+    if not isinstance(algorithm, str):
+        raise ValueError("the algorithm of its digests is not a string")
+    return DigestTable(algorithm, _natural(addr))
 
 
 def _entry(name: Any, dtype: Any, shape: Any, addr: Any, nbytes: Any, box: Any) -> TensorEntry:

@@ -1,0 +1,113 @@
+"""One rank that may be read from: what it holds, whether that fits, and whether it is still what it was resolved to be."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+
+from loader.digests import ALGORITHMS
+from loader.engine import Engine
+from loader.errors import DigestsMissing, LoaderError, SourceLost, TornRead
+from loader.plan import ReadOp, plan
+from loader.transfer import Source
+from loader.verify import HeaderCell, fetch_header
+from registry import Event, Manifest, RankJoined, RankLost, RankRecord, RankUpdated, Registry
+from registry.errors import EtcdError, RecordDamaged
+
+log = logging.getLogger(__name__)
+
+
+class Candidate:
+    """Holds nothing until `enter`. Its registry and engine are the loader's; `cell` is for its header."""
+
+    def __init__(self, registry: Registry, engine: Engine, record: RankRecord, dst: Manifest, cell: HeaderCell) -> None:
+        """Compares with the destination and plans: WeightsMismatch; SourceLost if it is gone already."""
+        self._registry = registry
+        self._engine = engine
+        self._cell = cell
+        self._bad_news: LoaderError | None = None
+        self.record = record
+        self.manifest = self._fetch_manifest()
+        self.ops: tuple[ReadOp, ...] = plan(f"{record.instance}/{record.rank}", self.manifest, dst)
+
+    @property
+    def algorithm(self) -> str:
+        """Of its digests; DigestsMissing where there are none that we could compare with."""
+        table = self.manifest.digests
+        if table is None or table.algorithm not in ALGORITHMS:
+            why = "offers no digests" if table is None else f"has digests by {table.algorithm!r}, which this version cannot compute"
+            raise DigestsMissing(
+                f'{self.record.key} {why}: publish its weights with digests=True, or load with verify="header"', key=self.record.key
+            )
+        return table.algorithm
+
+    @property
+    def states_boxes(self) -> bool:
+        """Every tensor says which box of the whole it is, so that equal manifests mean equal weights in whatever rank."""
+        return not any(entry.opaque for entry in self.manifest.tensors)
+
+    def enter(self, undo: ExitStack) -> bool:
+        """Says in etcd that we are reading, so that a rank that wants to leave waits for us, and listens for news of it.
+
+        False if its record is not any more what was resolved.
+        """
+        self._engine.register(self._cell.region)
+        undo.callback(self._engine.unregister, self._cell.region)
+        try:
+            ticket = self._registry.pull(self.record)
+        except EtcdError as exc:
+            log.warning("reading from %s without a ticket, so it may leave meanwhile: %s", self.record.key, exc)
+        else:
+            if ticket is None:
+                return False
+            undo.enter_context(ticket)
+        watch = self._registry.watch(self.record.instance, self.record.rank)
+        undo.callback(watch.stop)
+        watch.call(self._hear)
+        return True
+
+    def source(self) -> Source:
+        """For a Transfer."""
+        return Source(self.record.key, self.record.session_id, self._check_header, lambda: self._bad_news)
+
+    def is_registered(self) -> bool:
+        """The registry's view after the read: an evicted source does not count, whatever its memory says."""
+        try:
+            return self._now() is not None
+        except EtcdError as exc:
+            log.warning("not checked whether %s is still registered; its header says so: %s", self.record.key, exc)
+            return True
+
+    def _fetch_manifest(self) -> Manifest:
+        try:
+            return self._registry.manifest(self.record)
+        except RecordDamaged as exc:
+            if self._now() is None:
+                raise SourceLost(f"{self.record.key} is not registered any more: load again", key=self.record.key) from exc
+            raise
+
+    def _check_header(self) -> None:
+        header = fetch_header(self._engine, self.record, self._cell)
+        if header.updating or header.version != self.record.version:
+            raise self._torn(f"{header.version}{', being changed' if header.updating else ''}")
+
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, RankLost) and event.record.incarnation == self.record.incarnation:
+            self._bad_news = SourceLost(f"{self.record.key} is not registered any more: {event.reason}")
+        elif isinstance(event, RankJoined | RankUpdated) and event.record.key == self.record.key:
+            now = event.record
+            if now.incarnation != self.record.incarnation:
+                self._bad_news = SourceLost(f"{self.record.key} belongs to another process now")
+            elif now.version != self.record.version:
+                self._bad_news = self._torn(str(now.version))
+
+    def _torn(self, now: str) -> TornRead:
+        return TornRead(
+            f"the weights of {self.record.key} changed while they were being read (version {self.record.version}, now {now})",
+            key=self.record.key,
+        )
+
+    def _now(self) -> RankRecord | None:
+        """The registration as it is now."""
+        records = self._registry.ranks(self.record.instance)
+        return next((now for now in records if now.incarnation == self.record.incarnation), None)

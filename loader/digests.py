@@ -1,0 +1,105 @@
+"""Digests of tensors' bytes, computed where the tensors lie, and the table in registered memory in which a source offers them.
+
+The table holds 16 bytes a tensor, in the order of the names. It is read over the transfer engine together with the weights, so the
+header proves of both that they are of one version.
+
+`xxh3_128` is for tensors in the host's memory. `multilinear_64` is for those of an accelerator, which has no such hash: the bytes,
+as 32-bit words, are multiplied with fixed random 64-bit numbers and summed up block by block modulo 2^64 (multilinear hashing,
+Lemire and Kaser, doi:10.1093/comjnl/bxt070), and the sums are hashed with xxh3_128. Any machine can compute either.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import xxhash
+
+from registry.manifest import DigestTable, Region
+
+NBYTES = 16
+_BLOCK_WORDS = 1 << 20  # 4 MiB, which on their way take five times as much
+Digest = Callable[[torch.Tensor], bytes]
+
+
+class DigestCell:
+    """A table's place in memory: the source's own, or a reader's buffer for another's."""
+
+    def __init__(self, names: Iterable[str], device: torch.device, algorithm: str) -> None:
+        self._names = sorted(names)
+        self._bytes = torch.zeros(max(1, len(self._names)) * NBYTES, dtype=torch.uint8, device=device)
+        self.region = Region(self._bytes.data_ptr(), self._bytes.nbytes)
+        self.table = DigestTable(algorithm, self.region.addr)
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The digests of the tensors as they are now."""
+        digests = digests_of(tensors, self.table.algorithm)
+        packed = bytearray(b"".join(digests[name] for name in self._names))
+        if packed:
+            self._bytes.copy_(torch.frombuffer(packed, dtype=torch.uint8))
+
+    def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """The tensors whose bytes are not those that the table is of, which has been read from a source."""
+        theirs, ours = self.read(), digests_of(tensors, self.table.algorithm)
+        return [name for name in tensors if ours[name] != theirs[name]]
+
+    def read(self) -> dict[str, bytes]:
+        packed = bytes(self._bytes.cpu().numpy())
+        return {name: packed[at * NBYTES : (at + 1) * NBYTES] for at, name in enumerate(self._names)}
+
+
+def algorithm_for(device: torch.device) -> str:
+    return "xxh3_128" if device.type == "cpu" else "multilinear_64"
+
+
+def digests_of(tensors: Mapping[str, torch.Tensor], algorithm: str) -> dict[str, bytes]:
+    """Of the bytes of each, whatever its shape; KeyError for an algorithm that this version does not know."""
+    digest = ALGORITHMS[algorithm]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # xxhash lets go of the GIL
+        return dict(zip(tensors, pool.map(lambda tensor: digest(_as_bytes(tensor)), tensors.values()), strict=True))
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _xxh3_128(flat: torch.Tensor) -> bytes:
+    return xxhash.xxh3_128(flat.cpu().numpy().data).digest()
+
+
+def _multilinear_64(flat: torch.Tensor) -> bytes:
+    block_nbytes = 4 * _BLOCK_WORDS
+    sums = []
+    for start in range(0, flat.numel(), block_nbytes):
+        block = flat[start : start + block_nbytes]
+        words = torch.zeros(-(-block.numel() // 4), dtype=torch.int32, device=flat.device)
+        words.view(torch.uint8)[: block.numel()].copy_(block)  # aligned, and filled up with zeros
+        sums.append((words.to(torch.int64) * _factors(flat.device)[: words.numel()]).sum())
+    hashed = xxhash.xxh3_128(flat.numel().to_bytes(8, "little"))
+    if sums:
+        hashed.update(torch.stack(sums).cpu().numpy().tobytes())
+    return hashed.digest()
+
+
+@functools.cache
+def _factors(device: torch.device) -> torch.Tensor:
+    """The same on every machine: the first numbers of SplitMix64 from 0, in int64, whose products wrap around."""
+    numbers = torch.arange(1, _BLOCK_WORDS + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        numbers = (numbers ^ _shifted(numbers, shift)) * _signed(factor)
+    return (numbers ^ _shifted(numbers, 31)).to(device)
+
+
+def _shifted(numbers: torch.Tensor, by: int) -> torch.Tensor:
+    """Without the copies of the sign that int64 shifts in."""
+    return (numbers >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >> 63 else number
+
+
+ALGORITHMS: dict[str, Digest] = {"xxh3_128": _xxh3_128, "multilinear_64": _multilinear_64}

@@ -1,0 +1,51 @@
+"""A rank whose weights can be told: `python -m tests.integration.source_process INSTANCE NBYTES [HOST]`.
+
+Every source holds the same in the same version, see `content`. Each line on standard input makes it go on to the next version; it
+prints `version N` when it serves one. Ends with its input, or killed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+
+import torch
+
+from loader import MooncakeEngine, publish
+from registry import ModelIdentity, Registry
+
+MODEL = ModelIdentity("served", "r1")
+COUNT = 16
+
+
+def content(version: int, nbytes: int) -> dict[str, torch.Tensor]:
+    """Random bytes, in several tensors of odd sizes."""
+    generator = torch.Generator().manual_seed(version)
+    whole = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
+    size = nbytes // COUNT
+    ends = [size * number + 7 * (number % 3) for number in range(COUNT)] + [nbytes]
+    return {f"t{number}": whole[low:high].clone() for number, (low, high) in enumerate(itertools.pairwise(ends))}
+
+
+def empty(nbytes: int) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in content(0, nbytes).items()}
+
+
+def main(instance: str, nbytes: str, host: str = "127.0.0.1") -> None:
+    tensors = content(0, int(nbytes))
+    with (
+        Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]) as registry,
+        MooncakeEngine(host) as engine,
+        publish(registry, engine, instance=instance, rank=0, world_size=1, tensors=tensors, model=MODEL, ttl_s=2) as publication,
+    ):
+        print("version 0", flush=True)
+        for _ in sys.stdin:
+            with publication.update():
+                for name, tensor in content(publication.record.version + 1, int(nbytes)).items():
+                    tensors[name].copy_(tensor)
+            print(f"version {publication.record.version}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,157 @@
+"""Never a wrong byte: digests, one version across ranks, and replicas that are only used where they hold the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from loader import InProcessEngine, Progress, Publication, Shard, load, load_instance, publish
+from loader.errors import DigestMismatch, DigestsMissing, TornRead, VersionUnavailable
+from registry import ModelIdentity, Registry
+from tests.integration.test_load import Tensors, assert_equal, like, weights
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def offer(stack: ExitStack, registry: Registry, tensors: Tensors, **fields: object) -> Publication:
+    defaults: dict[str, object] = {"instance": "a", "rank": 0, "world_size": 1, "model": ModelIdentity("m"), "digests": True}
+    engine = stack.enter_context(InProcessEngine())
+    return stack.enter_context(publish(registry, engine, tensors=tensors, **{**defaults, **fields}))  # type: ignore[arg-type]
+
+
+# -- digests ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_digests_of_all_tensors_are_compared_also_after_an_update(stack: ExitStack, registry: Registry) -> None:
+    source, destination = weights(), like(weights())
+    publication = offer(stack, registry, source)
+    load(registry, InProcessEngine(), "a", rank=0, tensors=destination, verify="digest")
+    with publication.update():
+        source["layer.0"].mul_(2)
+    report = load(registry, InProcessEngine(), "a", rank=0, tensors=destination, verify="digest")
+    assert (report.version, report.nbytes) == (1, load(registry, InProcessEngine(), "a", rank=0, tensors=destination).nbytes)
+    assert_equal(destination, source)
+
+
+def test_one_flipped_bit_is_found_and_the_tensor_named(stack: ExitStack, registry: Registry) -> None:
+    source, destination = weights(), like(weights())
+    offer(stack, registry, source)
+    source["layer.1"].view(torch.uint8).flatten()[1234] ^= 4
+    with pytest.raises(DigestMismatch, match=r"1 of 8 tensors are not what /engines/a/0 published.*layer\.1") as caught:
+        load(registry, InProcessEngine(), "a", rank=0, tensors=destination, verify="digest")
+    assert caught.value.details["tensors"] == ["layer.1"]
+    assert sorted(caught.value.details["complete"]) == sorted(set(source) - {"layer.1"})
+
+
+def test_a_source_without_digests_is_refused_before_a_byte_moves_or_passed_over(stack: ExitStack, registry: Registry) -> None:
+    offer(stack, registry, weights(), digests=False)
+    destination = like(weights())
+    with pytest.raises(DigestsMissing, match="/engines/a/0 offers no digests: publish its weights with digests=True"):
+        load(registry, InProcessEngine(), "a", rank=0, tensors=destination, verify="digest")
+    assert not destination["layer.0"].any()
+    offer(stack, registry, weights(), instance="b")
+    report = load(registry, InProcessEngine(), ["a", "b"], rank=0, tensors=destination, verify="digest")
+    assert [share.name for share in report.shares] == ["/engines/b/0"]
+
+
+def test_sources_of_one_name_and_version_that_hold_different_weights_are_found_out(stack: ExitStack, registry: Registry) -> None:
+    """As after a checkpoint was replaced without a new revision."""
+    for instance, value in (("a", 1.0), ("b", 2.0)):
+        offer(stack, registry, {f"t{n}": torch.full((1 << 20,), value) for n in range(40)}, instance=instance)
+    destination = {f"t{n}": torch.zeros(1 << 20) for n in range(40)}
+    with pytest.raises(DigestMismatch):
+        load(registry, InProcessEngine(), ["a", "b"], rank=0, tensors=destination, verify="digest")
+
+
+# -- versions --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_version_that_is_asked_for_is_loaded_or_refused(stack: ExitStack, registry: Registry) -> None:
+    publication = offer(stack, registry, weights(), version=7)
+    assert load(registry, InProcessEngine(), "a", rank=0, tensors=like(weights()), version=7).version == 7
+    with publication.update():
+        pass
+    with pytest.raises(VersionUnavailable, match="version 7 is not served: a has 8"):
+        load(registry, InProcessEngine(), "a", rank=0, tensors=like(weights()), version=7)
+
+
+def test_ranks_loaded_together_are_of_one_version_though_the_source_goes_on_in_between(
+    stack: ExitStack, registry: Registry
+) -> None:
+    sources = [weights(rank) for rank in range(2)]
+    publications = [offer(stack, registry, source, rank=rank, world_size=2) for rank, source in enumerate(sources)]
+    updates = [1]
+
+    def go_on(_: Progress) -> None:
+        if updates and updates.pop():
+            with ExitStack() as together:
+                for publication in publications:
+                    together.enter_context(publication.update())
+                for source in sources:
+                    source["layer.0"].add_(1)
+
+    wanted = [like(source) for source in sources]
+    reports = load_instance(
+        registry, InProcessEngine(), "a", tensors=dict(enumerate(wanted)), progress=lambda progress: go_on(progress)
+    )
+    assert [reports[rank].version for rank in range(2)] == [1, 1]
+    for found, source in zip(wanted, sources, strict=True):
+        assert_equal(found, source)
+
+
+def test_ranks_that_never_stay_at_one_version_are_an_error(stack: ExitStack, registry: Registry) -> None:
+    publications = [offer(stack, registry, weights(rank), rank=rank, world_size=2) for rank in range(2)]
+    ready = registry.ready
+
+    def ready_after_an_update(*args: object) -> object:
+        with ExitStack() as together:
+            for publication in publications:
+                together.enter_context(publication.update())
+        return ready(*args)  # type: ignore[arg-type]
+
+    registry.ready = ready_after_an_update  # type: ignore[method-assign, assignment]
+    with pytest.raises(TornRead, match="between one rank and the next, in 5 tries"):
+        load_instance(registry, InProcessEngine(), "a", tensors={rank: like(weights(rank)) for rank in range(2)})
+
+
+# -- replicas within an instance -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_replica_along_dp_is_read_from_only_if_the_manifests_say_that_it_holds_the_same(
+    stack: ExitStack, registry: Registry, stated: bool
+) -> None:
+    tensors = {f"t{n}": torch.rand(1 << 20) for n in range(40)}
+    shards = {name: Shard((2 << 20,), (0,)) for name in tensors} if stated else None
+    for rank in range(2):
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        offer(stack, registry, copies, rank=rank, world_size=2, topology={"dp": (rank, 2)}, shards=shards)
+    destination = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    report = load(registry, InProcessEngine(), "a", rank=1, tensors=destination, shards=shards)
+    assert {share.name for share in report.shares if share.nbytes} == (
+        {"/engines/a/0", "/engines/a/1"} if stated else {"/engines/a/1"}
+    )
+    assert_equal_tensors(destination, tensors)
+
+
+def assert_equal_tensors(found: Tensors, wanted: Tensors) -> None:
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_replica_along_dp_with_another_box_is_left_out(stack: ExitStack, registry: Registry) -> None:
+    """Expert parallelism spread over dp: equal shapes, different experts."""
+    for rank in range(2):
+        shards = {"experts": Shard((2 << 20,), (rank << 20,))}
+        source = {"experts": torch.full((1 << 20,), float(rank))}
+        offer(stack, registry, source, rank=rank, world_size=2, topology={"dp": (rank, 2)}, shards=shards)
+    destination = {"experts": torch.zeros(1 << 20)}
+    report = load(registry, InProcessEngine(), "a", rank=1, tensors=destination, shards={"experts": Shard((2 << 20,), (1 << 20,))})
+    assert [share.name for share in report.shares] == ["/engines/a/1"]
+    assert bool((destination["experts"] == 1).all())

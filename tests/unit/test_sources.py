@@ -1,0 +1,117 @@
+"""Whom a load reads from: of those that are ready, those that can be reached, the best first."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+
+from loader import InProcessEngine
+from loader.errors import SourceUnreachable, VersionUnavailable
+from loader.sources import find_sources
+from registry import InstanceState, InstanceStatus, ModelIdentity, RankRecord, Registry
+from registry.errors import InvalidField
+from tests.builders import a_record
+
+
+class Ready:
+    """A registry in which these instances are ready."""
+
+    def __init__(self, *instances: Sequence[RankRecord], pulls: dict[str, int] | None = None) -> None:
+        self._instances = instances
+        self._pulls = pulls or {}
+
+    def ready(self, wanted: object, timeout_s: float) -> list[InstanceStatus]:
+        return [InstanceStatus(records[0].instance, InstanceState.READY, tuple(records)) for records in self._instances]
+
+    def pulls(self, record: RankRecord) -> int:
+        return self._pulls.get(record.instance, 0)
+
+
+def one(instance: str, **changes: Any) -> RankRecord:
+    """The only rank of an instance, in this process's reach."""
+    defaults = {"protocol": "in_process", "fabric": "", "topology": {}, "world_size": 1, "rank": 0, "incarnation": instance * 32}
+    return a_record(instance=instance, **{**defaults, **changes})
+
+
+def find(registry: Ready, rank: int = 0, engine: InProcessEngine | None = None, **options: Any) -> list[str]:
+    defaults: dict[str, Any] = {"version": None, "deadline": time.monotonic(), "avoid": (), "at_most": 9}
+    found = find_sources(cast(Registry, registry), engine or InProcessEngine(), ["any"], rank, **{**defaults, **options})
+    return [f"{record.instance}/{record.rank}" for record in found]
+
+
+def test_the_one_with_the_fewest_readers_comes_first() -> None:
+    registry = Ready([one("a")], [one("b")], [one("c")], pulls={"a": 2, "b": 0, "c": 1})
+    assert find(registry) == ["b/0", "c/0", "a/0"]
+    assert find(registry, at_most=2) == ["b/0", "c/0"]
+
+
+def test_of_equally_busy_ones_this_host_comes_first_and_then_the_same_fabric() -> None:
+    here = one("c", host=socket.gethostname())
+    registry = Ready([one("a", host="far")], [one("b", host="far", fabric="rack")], [here])
+    assert find(registry, engine=InProcessEngine(fabric="rack")) == ["c/0", "b/0", "a/0"]
+
+
+def test_of_equal_ones_each_loader_has_an_order_of_its_own_and_keeps_it() -> None:
+    registry = Ready([one("a")], [one("b")], [one("c")])
+    engines = [InProcessEngine() for _ in range(40)]
+    first = [find(registry, engine=engine) for engine in engines]
+    assert {order[0] for order in first} == {"a/0", "b/0", "c/0"}
+    assert first == [find(registry, engine=engine) for engine in engines]
+
+
+def test_only_the_newest_version_is_read_unless_another_is_named() -> None:
+    registry = Ready([one("a", version=3)], [one("b", version=4)], [one("c", version=4)])
+    assert sorted(find(registry)) == ["b/0", "c/0"]
+    assert find(registry, version=3) == ["a/0"]
+    with pytest.raises(VersionUnavailable, match="version 5 is not served: a, b, c has 3, 4"):
+        find(registry, version=5)
+
+
+def test_instances_of_another_model_than_the_first_are_not_mixed_in() -> None:
+    other = ModelIdentity("other")
+    assert find(Ready([one("a", model=other)], [one("b")], [one("c", model=other)])) in (["a/0", "c/0"], ["c/0", "a/0"])
+
+
+def test_what_cannot_be_reached_is_never_chosen_and_all_of_it_is_told() -> None:
+    unreachable = [one("a", protocol="rdma")], [one("b", fabric="island")]
+    engine = InProcessEngine(fabric="mainland")
+    assert find(Ready(*unreachable, [one("c")]), engine=engine) == ["c/0"]
+    with pytest.raises(SourceUnreachable) as caught:
+        find(Ready(*unreachable), engine=engine)
+    assert "/engines/a/0 is served over rdma, this engine speaks in_process" in str(caught.value)
+    assert "/engines/b/0 is on the fabric 'island', this engine on 'mainland'" in str(caught.value)
+
+
+def test_nvlink_within_a_host_is_out_of_reach_from_another() -> None:
+    class Nvlink(InProcessEngine):
+        protocol = "nvlink_intra"
+
+    near, far = one("a", protocol="nvlink_intra", host=socket.gethostname()), one("b", protocol="nvlink_intra", host="far")
+    assert find(Ready([near], [far]), engine=Nvlink()) == ["a/0"]
+
+
+def test_those_to_avoid_are_left_out_even_if_none_is_left() -> None:
+    registry = Ready([one("a")], [one("b")])
+    assert find(registry, avoid={"a" * 32}) == ["b/0"]
+    assert find(registry, avoid={"a" * 32, "b" * 32}) == []
+
+
+def test_a_rank_that_no_instance_has_is_told_with_those_there_are() -> None:
+    with pytest.raises(InvalidField, match="there is no rank 1: 'a' has the ranks 0 to 0"):
+        find(Ready([one("a")]), rank=1)
+    assert find(Ready([one("a")], [one("b", rank=0, world_size=2), one("b", rank=1, world_size=2)]), rank=1) == ["b/1"]
+
+
+def test_replicas_along_dp_in_the_same_instance_count_and_no_other_ranks() -> None:
+    ranks = [
+        one("a", rank=rank, world_size=4, topology={"tp": (rank % 2, 2), "dp": (rank // 2, 2)}, incarnation=f"{rank:032}")
+        for rank in range(4)
+    ]
+    assert sorted(find(Ready(ranks), rank=0)) == ["a/0", "a/2"]
+    assert sorted(find(Ready(ranks), rank=3)) == ["a/1", "a/3"]
+    pipeline = [one("a", rank=rank, world_size=2, topology={"pp": (rank, 2)}, incarnation=f"{rank:032}") for rank in range(2)]
+    assert find(Ready(pipeline), rank=0) == ["a/0"]
