@@ -21,8 +21,8 @@ test: lint ## lint, then all tests
 	$(BIN)/pytest $(ARGS)
 
 bench: setup ## figures of the control plane and of loading (minutes)
-	$(BIN)/python -m benchmarks.registry $(ARGS)
-	$(BIN)/python -m benchmarks.load $(ARGS)
+	$(BIN)/engines bench registry $(ARGS)
+	$(BIN)/engines bench load $(ARGS)
 
 lint: setup ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check

@@ -22,6 +22,7 @@ COMMANDS = {
     "load": "Copy a rank's weights from a running instance.",
     "evict": "Take ranks out of the registry.",
     "etcd": "Run an etcd for trying things out.",
+    "bench": "Measure this machine: loading, and the control plane.",
     "demo": "Show it all on this machine: register, load, verify, lose a rank.",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from contextlib import ExitStack
 
 from loader.digests import ALGORITHMS
@@ -25,6 +26,7 @@ class Candidate:
         self._registry = registry
         self._engine = engine
         self._cell = cell
+        self._reading = threading.Lock()
         self._bad_news: LoaderError | None = None
         self.record = record
         self.manifest = self._fetch_manifest()
@@ -87,7 +89,9 @@ class Candidate:
             raise
 
     def _check_header(self) -> None:
-        header = fetch_header(self._engine, self.record, self._cell)
+        self._engine.connect(self.record.session_id)
+        with self._reading:  # a check that was given up as it hung may go on at the same time as the one after it
+            header = fetch_header(self._engine, self.record, self._cell)
         if header.updating or header.version != self.record.version:
             raise self._torn(f"{header.version}{', being changed' if header.updating else ''}")
 

@@ -157,6 +157,8 @@ class _Load:
                 if self.cancel.wait(backoff.next_s()):
                     raise Cancelled("the load was cancelled") from exc
                 records = self._find()
+                if not records:
+                    raise
             except SourceLost as exc:
                 records = self._find_another()
                 if not records:

@@ -1,4 +1,4 @@
-"""Figures of the control plane, in one run on one machine: `python -m benchmarks.registry [--json] [--ranks 64,1024,10000]`.
+"""`engines bench registry`: figures of the control plane, in one run on one machine.
 
 Simulated ranks are registrations without a process of their own (one lease each); the deaths are real processes with real keepers
 that are really killed. Beside it, the way of SGLang's bootstrap server: one process with a dict behind HTTP, one GET a rank.
@@ -6,22 +6,22 @@ that are really killed. Beside it, the way of SGLang's bootstrap server: one pro
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from benchmarks.common import median_s, percentile, report, seconds
+import click
+
+from cli.bench.figures import another_process, median_s, percentile, seconds
 from registry import (
     InstanceReady,
     Manifest,
@@ -128,9 +128,9 @@ def hold(
     )  # fmt: skip
 
 
-def a_rank(endpoint: str, rank: int) -> None:
-    with Registry.connect(endpoint) as registry, hold(registry, "mortal", rank, 1000) as registration:
-        print(registration.keeper_pid, flush=True)
+def a_rank(endpoint: str, rank: str) -> None:
+    with Registry.connect(endpoint) as registry, hold(registry, "mortal", int(rank), 1000) as registration:
+        click.echo(registration.keeper_pid)
         sys.stdin.read()
 
 
@@ -140,9 +140,7 @@ def deaths(endpoint: str, registry: Registry, kills: int, results: dict[str, flo
     rss: list[int] = []
     with registry.watch("mortal") as watch:
         for rank in range(kills):
-            command = [sys.executable, "-m", "benchmarks.registry", "--rank", endpoint, str(rank)]
-            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-                keeper = int(process.stdout.readline()) if process.stdout else 0
+            with another_process("cli.bench.control_plane", "a_rank", endpoint, str(rank)) as (process, keeper):
                 _until(watch, RankJoined)
                 with open(f"/proc/{keeper}/status") as status:
                     rss.append(next(int(line.split()[1]) for line in status if line.startswith("VmRSS")))
@@ -194,7 +192,7 @@ def outages(results: dict[str, float]) -> None:
     results["back_after_outage_max_s"] = max(took)
 
 
-def leader_kills(kills: int, results: dict[str, float]) -> None:
+def lose_leaders(kills: int, results: dict[str, float]) -> None:
     """The leader of three members killed again and again: losses that a watcher sees, and how long nothing can be written."""
     took: list[float] = []
     losses = 0
@@ -266,19 +264,10 @@ def resolve_with_manifests(registry: Registry, ranks: int, results: dict[str, fl
     results[f"resolve_{ranks}_ranks_and_their_manifests_s"] = median_s(all_of_them, 3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--ranks", default="64,1024,10000")
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--leader-kills", type=int, default=20)
-    parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.rank:
-        a_rank(args.rank[0], int(args.rank[1]))
-        return
+def measure(sizes: Sequence[int], kills: int, leader_kills: int, say: Callable[[str], None]) -> dict[str, float]:
     results: dict[str, float] = {}
-    for ranks in map(int, args.ranks.split(",")):
+    for ranks in sizes:
+        say(f"{ranks} simulated ranks")
         with (
             LocalEtcd() as local,
             Registry.connect(local.endpoint, timeout_s=30) as registry,
@@ -290,12 +279,12 @@ def main() -> None:
                 resolve_with_manifests(registry, ranks, results)
                 bootstrap_server(ranks, results)
     with LocalEtcd() as local, Registry.connect(local.endpoint) as registry:
+        say("a fan-out to 16 watchers")
         fan_out(local.endpoint, registry, 16, 256, results)
-        deaths(local.endpoint, registry, args.kills, results)
+        say(f"{kills} deaths")
+        deaths(local.endpoint, registry, kills, results)
+    say("outages")
     outages(results)
-    leader_kills(args.leader_kills, results)
-    report(results, args.json)
-
-
-if __name__ == "__main__":
-    main()
+    say(f"{leader_kills} leader kills")
+    lose_leaders(leader_kills, results)
+    return results
