@@ -1,4 +1,4 @@
-"""Hundreds of small loads while sources are killed, stopped, updated and evicted and etcd is restarted: seeded, and bounded in time.
+"""Hundreds of small loads while sources are killed, stopped, updated and evicted and etcd is restarted: seeded, bounded in time.
 
 Each load ends in the bytes of one version, or in an error of ours; none hangs, and nothing is left over.
 """
