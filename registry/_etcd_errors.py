@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from registry.errors import EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 
 
 def translate(endpoints: str, exc: Exception) -> EtcdError:
@@ -29,7 +29,7 @@ def _from_status(where: str, code: Any, text: str) -> EtcdError:
     if code is status.OUT_OF_RANGE:
         return HistoryLost(f"{where}: {text}")
     if code is status.RESOURCE_EXHAUSTED and "space exceeded" in text:
-        return EtcdRefused(f"{where} is out of space (NOSPACE): compact and defragment it, then disarm the alarm")
+        return EtcdFull(f"{where} is out of space (NOSPACE): compact and defragment it, then disarm the alarm")
     if "too large" in text or "larger than max" in text:
         return EtcdRefused(f"{where} refuses the request: it is too large ({text}): see etcd's --max-request-bytes")
     if code is status.PERMISSION_DENIED:

@@ -30,6 +30,7 @@ from registry.watcher import Watch
 
 log = logging.getLogger(__name__)
 MIN_TTL_S = 2.0  # etcd grants no shorter lease
+MAX_TTL_S = 86_400.0  # for how long a rank whose host has died may stay listed; etcd itself would grant 285 years
 
 
 class Registry:
@@ -103,10 +104,13 @@ class Registry:
         """Claims the rank for this process and holds it.
 
         Raises InvalidField, RankConflict (another process has the rank), InstanceMismatch (it disagrees with its siblings) or an
-        EtcdError; nothing is left in etcd then. `on_state` is called from another thread whenever the state changes.
+        EtcdError; nothing is left in etcd then. `on_state` is called for every change of the state, in order, from another thread:
+        it may call the registration, and is told CLOSED perhaps after `withdraw` has returned.
         """
-        if not ttl_s >= MIN_TTL_S:
-            raise InvalidField(f"ttl_s {ttl_s} is not valid: etcd's shortest lease is {MIN_TTL_S:g} s", field="ttl_s")
+        if not MIN_TTL_S <= ttl_s <= MAX_TTL_S:
+            raise InvalidField(
+                f"ttl_s {ttl_s} is not valid: it is from {MIN_TTL_S:g} s, etcd's shortest lease, to {MAX_TTL_S:g} s", field="ttl_s"
+            )
         ref, parts = manifests.encode(manifest)
         if len(parts) > manifests.MAX_PARTS:
             raise InvalidField(

@@ -3,7 +3,8 @@
 RegistryError
 ├── EtcdError               etcd did not do what was asked
 │   ├── EtcdUnavailable     no endpoint answered in time, or what answers is not etcd
-│   ├── EtcdRefused         etcd answered no: credentials, permission, size, space
+│   ├── EtcdRefused         etcd answered no: credentials, permission, size
+│   │   └── EtcdFull        it has no space left (NOSPACE): reads, deletions and renewals pass, writes do not
 │   ├── LeaseNotFound       the lease has expired or was revoked
 │   └── HistoryLost         the watch cannot go on from where it was: compacted, or another store
 ├── InvalidField            a name or number outside its range (also a ValueError)
@@ -45,6 +46,10 @@ class EtcdUnavailable(EtcdError):
 
 
 class EtcdRefused(EtcdError):
+    pass
+
+
+class EtcdFull(EtcdRefused):
     pass
 
 

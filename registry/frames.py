@@ -1,10 +1,26 @@
-"""Messages between a rank and its keeper over a pipe: one line of JSON, then the raw bytes whose lengths the line gives."""
+"""What a rank and its keeper say to each other over two pipes, and how soon each has to.
+
+A message is one line of JSON, then the raw bytes whose lengths the line gives. The keeper tells the state of the registration at
+every beat, and that it lives before every call to etcd, so that a rank can tell a keeper that waits from one that hangs.
+"""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
+
+# A call that etcd does not answer must not keep the keeper from noticing its rank's death for long.
+CALL_TIMEOUT_S = 2.0
+# For a call with its last retry, and a machine with too much to do. Silence that is longer, when something is due, is a hang.
+ANSWER_S = 3 * CALL_TIMEOUT_S
+_MAX_BEAT_S = 20.0
+
+
+def beat_s(ttl_s: float) -> float:
+    """From one renewal of the lease to the next: the longest that a keeper has nothing to say."""
+    return min(ttl_s / 3, _MAX_BEAT_S)
 
 
 class Frame(NamedTuple):
@@ -12,10 +28,9 @@ class Frame(NamedTuple):
     payloads: tuple[bytes, ...] = ()
 
 
-def write_frame(pipe: IO[bytes], message: dict[str, Any], payloads: Sequence[bytes] = ()) -> None:
+def encode_frame(message: dict[str, Any], payloads: Sequence[bytes] = ()) -> bytes:
     line = json.dumps({**message, "payloads": [len(payload) for payload in payloads]})
-    pipe.write(b"".join((line.encode(), b"\n", *payloads)))
-    pipe.flush()
+    return b"".join((line.encode(), b"\n", *payloads))
 
 
 def read_frame(pipe: IO[bytes]) -> Frame | None:
@@ -28,3 +43,17 @@ def read_frame(pipe: IO[bytes]) -> Frame | None:
     if sum(map(len, payloads)) != sum(message.pop("payloads")):
         return None
     return Frame(message, payloads)
+
+
+class FrameBuffer:
+    """For a reader that must not block: takes bytes as they come, and gives the messages that are complete."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        self._rest += data
+        stream = io.BytesIO(self._rest)
+        while (frame := read_frame(stream)) is not None:
+            self._rest = stream.getbuffer()[stream.tell() :].tobytes()
+            yield frame

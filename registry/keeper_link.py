@@ -1,37 +1,30 @@
-"""The rank's end of the pipe to its keeper process: starts it, asks it, and starts another when it dies.
+"""The rank's line to its keeper: asks it, hears from it, and puts another in its place when it dies or hangs.
 
-Used by `registry.session` only. Starts one thread, which listens to the keeper. The keeper is started with subprocess, never by
-forking: the rank may have CUDA and gRPC threads. Nothing here needs the GIL in time: the keeper goes on without the rank.
+Used by `registry.session` only. Starts one thread, which listens to the keeper. Nothing here needs the GIL in time: the keeper goes
+on without the rank.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import IO, Any
+from typing import Any
 
 from registry.backoff import Backoff
 from registry.config import EtcdConfig
 from registry.errors import KeeperFailed, RegistryError, from_wire
-from registry.frames import read_frame, write_frame
+from registry.frames import ANSWER_S, beat_s, encode_frame
+from registry.keeper_process import START_TIMEOUT_S, KeeperProcess
 from registry.record import RankRecord, encode
+from registry.registration import DIED
 
 log = logging.getLogger(__name__)
 
-# The module search path comes through the pipe, so that the keeper finds what the rank found, and `ps` shows what it is for.
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline()); from registry.keeper import run; run()"
-_START_TIMEOUT_S = 20.0  # a loaded machine may take long to start a process
-
-# What the keeper tells without being asked: a state's name, why, and the error where the registration is lost.
+# What is to be known of the registration: a state's name, why, and the error where the registration is lost.
 OnNews = Callable[[str, str, RegistryError | None], None]
 
 
@@ -48,8 +41,10 @@ class KeeperLink:
         self._pending: dict[int, tuple[dict[str, Any], Future[dict[str, Any]]]] = {}  # by sequence number
         self._seq = 0
         self._opened = False  # registered at least once
-        self._over = False  # a keeper that ends from now on is not replaced
-        self._keeper: subprocess.Popen[bytes] | None = None  # None while the next one is not there yet
+        self._over: RegistryError | None = None  # for whoever asks from then on; a keeper that ends then is not replaced
+        self._woken = threading.Event()  # it is over
+        self._forgotten = False
+        self._keeper: KeeperProcess | None = None  # None while the next one is not there yet
         self._listener = threading.Thread(target=self._listen, name=f"keeper of {record.key}", daemon=True)
 
     @property
@@ -59,135 +54,168 @@ class KeeperLink:
         return keeper.pid if keeper else 0
 
     def open(self) -> None:
-        """Starts the keeper and registers; raises what is wrong, and has then left nothing behind."""
+        """Starts the keeper and registers; raises what is wrong, and has then left nothing behind.
+
+        Takes as long as etcd does, with the deadline that the configuration gives each call; a keeper that hangs is an error.
+        """
         with self._lock:
-            reply = self._start(again=False)
-        self._listener.start()
+            opening, reply = self._expect(self._opening(again=False))
         try:
-            self._wait(reply, _START_TIMEOUT_S + self._config.timeout_s)
+            self._start(opening)
+            try:
+                self._listener.start()
+            except RuntimeError as exc:
+                raise KeeperFailed(f"cannot listen to a keeper: {exc}") from exc
+            _raise_error(reply.result())
         except BaseException:
             self.abandon()
             raise
 
     def update(self, record: RankRecord) -> None:
-        """Returns when the record is in etcd, or at once where it has to wait: for etcd, or for the next keeper."""
+        """Returns when the record is in etcd, or as soon as it has to wait: for etcd, or for the next keeper."""
         value = encode(record)
         with self._lock:
             self.record = record
-            if self._keeper is None:
+            if self._keeper is None and not self._over:
                 return
             reply = self._ask({"op": "update", "key": record.key}, (value,))
-        self._wait(reply, self._config.timeout_s + 2)
+        try:
+            _raise_error(reply.result(self._config.timeout_s + ANSWER_S))
+        except FutureTimeout:
+            log.warning("%s: etcd is slow, the change waits in the keeper", record.key)
 
     def end(self, reason: str) -> None:
         """Returns when the registration is out of etcd; an error says why it is not yet. The keeper goes on trying then."""
         with self._lock:
             reply = self._ask({"op": "end", "reason": reason})
         try:
-            self._wait(reply, self._config.timeout_s + 2)
+            _raise_error(reply.result(self._config.timeout_s + ANSWER_S))
+        except FutureTimeout:
+            raise KeeperFailed("its keeper does not answer") from None
         finally:
             self.abandon()
 
     def abandon(self) -> None:
-        """Lets go of the keeper: it ends by itself, also if it still has something to delete."""
+        """Lets go of the keeper: it ends by itself, when it has nothing left to delete."""
         with self._lock:
-            self._over = True
+            if not self._over:
+                self._finish(RegistryError(f"the registration of {self.record.key} is closed"))
             if self._keeper is not None:
-                _close(self._keeper.stdin)
+                self._dismiss(self._keeper)
         if self._listener.is_alive() and threading.current_thread() is not self._listener:
             self._listener.join(timeout=1.0)
 
-    def _start(self, again: bool) -> Future[dict[str, Any]]:
+    def forget(self) -> None:
+        """`abandon`, soon, by the listening thread. Takes no lock: for a destructor, which may run where its thread holds one."""
+        self._forgotten = True
+
+    def _opening(self, again: bool) -> dict[str, Any]:
         """`again`: it takes over from a keeper that has died, and finds the registration in etcd or not."""
-        value = encode(self.record)
-        if not sys.executable:
-            raise KeeperFailed("cannot start a keeper: sys.executable is empty, so there is no Python to run it with")
-        with tempfile.TemporaryFile() as complaints:
-            try:
-                keeper = subprocess.Popen(
-                    [sys.executable, "-c", _BOOT, "engine-registry-keeper", self.record.key],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints,
-                    start_new_session=True, close_fds=True,
-                )  # fmt: skip
-            except OSError as exc:
-                raise KeeperFailed(f"cannot start a keeper with {sys.executable}: {exc}") from exc
-            self._complaints: IO[bytes] = os.fdopen(os.dup(complaints.fileno()), "rb")
-        self._keeper = keeper
-        with contextlib.suppress(OSError):  # it has died at once: the listener sees that
-            _pipe(keeper.stdin).write(json.dumps([os.path.abspath(path) for path in sys.path]).encode() + b"\n")
-        opening = {
-            "rank_pid": os.getpid(),
-            "etcd": self._config.to_wire(),
-            "key": self.record.key,
-            "ttl_s": self._ttl_s,
-            "again": again,
-        }
-        return self._ask(opening, (value, *self._parts))
+        wire = self._config.to_wire()
+        return {"rank_pid": os.getpid(), "etcd": wire, "key": self.record.key, "ttl_s": self._ttl_s, "again": again}
+
+    def _start(self, opening: dict[str, Any]) -> None:
+        """Needs no lock while the process starts: until the end nobody else knows of it."""
+        record = self.record
+        frame = encode_frame(opening, (encode(record), *self._parts))
+        keeper = KeeperProcess(record.key)
+        keeper.write(frame, START_TIMEOUT_S)
+        with self._lock:
+            self._keeper = keeper
+            for message, _ in self._pending.values():
+                if message.get("op") == "end":
+                    keeper.write(encode_frame(message))
+            if self.record is not record:
+                self._ask({"op": "update", "key": record.key}, (encode(self.record),))
+            if self._over:
+                self._dismiss(keeper)
+
+    def _silence_s(self, keeper: KeeperProcess) -> float:
+        """How long a keeper that lives may say nothing. In the first claim a call takes as long as the user lets it."""
+        if not self._opened:
+            return START_TIMEOUT_S + 3 * self._config.timeout_s
+        if not keeper.heard:
+            return START_TIMEOUT_S
+        return ANSWER_S if self._pending else beat_s(self._ttl_s) + ANSWER_S
+
+    def _dismiss(self, keeper: KeeperProcess) -> None:
+        """As if the rank had ended. That is said, because a forked child may hold the pipe open."""
+        keeper.write(encode_frame({"op": "end", "reason": DIED, "seq": 0}))
+        keeper.close_input()
 
     def _ask(self, message: dict[str, Any], payloads: Sequence[bytes] = ()) -> Future[dict[str, Any]]:
-        self._seq += 1
-        message = {**message, "seq": self._seq}
-        reply: Future[dict[str, Any]] = Future()
-        self._pending[self._seq] = message, reply
-        self._write(message, payloads)
+        waiting = bool(self._pending)
+        message, reply = self._expect(message)
+        if self._over:
+            self._finish(self._over)
+        elif self._keeper is not None:
+            if not waiting:
+                self._keeper.silent_s = 0.0  # it had nothing to say until now
+            self._keeper.write(encode_frame(message, payloads))
         return reply
 
-    def _write(self, message: dict[str, Any], payloads: Sequence[bytes] = ()) -> None:
-        if self._keeper is not None:
-            with contextlib.suppress(OSError, ValueError):  # it has died: the listener sees that too, and acts on it
-                write_frame(_pipe(self._keeper.stdin), message, payloads)
+    def _expect(self, message: dict[str, Any]) -> tuple[dict[str, Any], Future[dict[str, Any]]]:
+        self._seq += 1
+        self._pending[self._seq] = {**message, "seq": self._seq}, Future()
+        return self._pending[self._seq]
 
-    def _wait(self, reply: Future[dict[str, Any]], timeout_s: float) -> None:
-        try:
-            answer = reply.result(timeout_s)
-        except FutureTimeout:
-            raise KeeperFailed(f"the keeper of {self.record.key} does not answer; its lease is the bound") from None
-        if answer.get("error"):
-            raise from_wire(answer["error"])
+    def _finish(self, error: RegistryError) -> None:
+        self._over = error
+        self._woken.set()
+        for _, reply in self._pending.values():
+            reply.set_result({"error": error.to_wire()})
+        self._pending.clear()
 
     # -- the listening thread ------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
         backoff = Backoff(0.1, 5.0)
         while (keeper := self._keeper) is not None:
-            while (frame := read_frame(_pipe(keeper.stdout))) is not None:
-                backoff.reset()
-                self._hear(frame.message)
-            code, complaint = keeper.wait(), self._last_complaint()
-            _close(keeper.stdin)
-            _close(keeper.stdout)
-            error = KeeperFailed(f"the keeper of {self.record.key} ended with code {code}: {complaint}")
+            self._attend(keeper, backoff)
             with self._lock:
                 self._keeper = None
-                self._over = self._over or not self._opened
-                self._settle(error)
-                if self._over:
-                    return
-            log.warning("the keeper of %s (pid %d) ended with code %d; starting another", self.record.key, keeper.pid, code)
-            threading.Event().wait(backoff.next_s())
-            self._replace(error)
+                error = keeper.reap()
+                if not self._opened and not self._over:
+                    self._finish(error)
+                self._settle_updates()
+            if not self._over:
+                log.warning("%s; starting another", error)
+                if keeper.hung:  # for longer, perhaps, than the lease lives; one that died is replaced before that
+                    self._on_news("SUSPENDED", str(error), None)
+            while not self._over and self._keeper is None:
+                self._woken.wait(backoff.next_s())
+                if self._forgotten:
+                    self.abandon()
+                self._replace()
 
-    def _settle(self, error: RegistryError) -> None:
-        """Answers what the dead keeper was asked. What an update wanted is given to the next one anyway; an end is asked again."""
+    def _attend(self, keeper: KeeperProcess, backoff: Backoff) -> None:
+        """Hears the keeper until it has ended, and ends one that hangs."""
+        while (frames := keeper.read()) is not None:
+            for frame in frames:
+                backoff.reset()
+                self._hear(frame.message)
+            if self._forgotten and not self._over:
+                self.abandon()
+            with self._lock:  # what waits for a keeper that was dismissed waits for its end, which may take an outage of etcd
+                hung = not self._over and keeper.silent_s >= self._silence_s(keeper)
+            if hung:
+                keeper.kill_hung()
+
+    def _settle_updates(self) -> None:
+        """What an update wanted is given to the next keeper anyway, which need not be waited for; an end is asked again."""
         for seq, (message, reply) in list(self._pending.items()):
-            if self._over or message.get("op") != "end":
+            if message.get("op") != "end":
                 del self._pending[seq]
-                reply.set_result({"error": error.to_wire()} if self._over else {})
+                reply.set_result({})
 
-    def _replace(self, error: RegistryError) -> None:
-        with self._lock:
-            if self._over:
-                self._settle(error)
-                return
-            ends = [message for message, _ in self._pending.values()]
-            try:
-                self._start(again=True)
-            except KeeperFailed as exc:
-                log.error("%s is kept by nobody: %s", self.record.key, exc)
-                self._over = True
-                self._settle(exc)
-            for message in ends:
-                self._write(message)
+    def _replace(self) -> None:
+        """Starts another keeper, unless there is no memory, process or file descriptor to be had now."""
+        if self._over:
+            return
+        try:
+            self._start({**self._opening(again=True), "seq": 0})
+        except (KeeperFailed, MemoryError) as exc:
+            self._on_news("SUSPENDED", f"no keeper: {str(exc) or type(exc).__name__}", None)
 
     def _hear(self, message: dict[str, Any]) -> None:
         if "reply" in message:
@@ -196,30 +224,15 @@ class KeeperLink:
                 self._opened = self._opened or not message.get("error")
             if reply is not None:
                 reply.set_result(message)
-        elif message["state"] == "LOST":
+        elif message.get("state") == "LOST":
             lost = from_wire(message["error"])
             with self._lock:
-                self._over = True
-                for _, reply in self._pending.values():
-                    reply.set_result(message)
-                self._pending.clear()
+                self._finish(lost)
             self._on_news("LOST", str(lost), lost)
-        else:
+        elif "state" in message:
             self._on_news(message["state"], message["why"], None)
 
-    def _last_complaint(self) -> str:
-        with self._complaints as complaints:
-            complaints.seek(0)
-            lines = complaints.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
 
-
-def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-    if pipe is None:
-        raise KeeperFailed("the keeper was started without pipes")
-    return pipe
-
-
-def _close(pipe: IO[bytes] | None) -> None:
-    with contextlib.suppress(OSError):
-        _pipe(pipe).close()
+def _raise_error(answer: dict[str, Any]) -> None:
+    if answer.get("error"):
+        raise from_wire(answer["error"])

@@ -19,7 +19,7 @@ from registry.errors import EtcdError, LeaseNotFound
 from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import pull_key, pulls_prefix
-from registry.kv import Put, absent, unchanged
+from registry.kv import Put, unchanged
 from registry.record import RankRecord
 
 log = logging.getLogger(__name__)
@@ -66,11 +66,11 @@ class PullTicket:
 
 def take_ticket(etcd: Etcd, record: RankRecord) -> PullTicket | None:
     """A ticket to read from the rank, or None where its record is not any more what it was when `record` was read."""
-    load_id = uuid.uuid4().hex
+    load_id = uuid.uuid4().hex  # nobody else has it: a guard on the key would only make a lost answer look like a refusal
     key = pull_key(record.instance, record.rank, load_id)
     value = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "incarnation": record.incarnation}).encode()
     lease_id = etcd.grant(_TTL_S)
-    if etcd.commit([unchanged(record.key, record.mod_revision), absent(key)], [Put(key, value, lease_id)]):
+    if etcd.commit([unchanged(record.key, record.mod_revision)], [Put(key, value, lease_id)]):
         return PullTicket(etcd, lease_id, key)
     etcd.revoke(lease_id)
     return None

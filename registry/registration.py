@@ -7,12 +7,22 @@ unchanged, or while there is none; so all that are alive agree with each other, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 import tenacity
 
-from registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict, RecordDamaged, RegistryError
+from registry.errors import (
+    EtcdFull,
+    EtcdRefused,
+    EtcdUnavailable,
+    Evicted,
+    InstanceMismatch,
+    RankConflict,
+    RecordDamaged,
+    RegistryError,
+)
 from registry.etcd import Etcd
 from registry.keys import evicted_key, instance_prefix, manifest_part_key, manifest_prefix
 from registry.kv import Delete, Guard, KeyValue, Put, Snapshot, absent, none_created_since, unchanged
@@ -131,7 +141,8 @@ def end(etcd: Etcd, record: RankRecord, mod_revision: int, lease_id: int, reason
 
     The record is marked as ended first: watchers so know at once that this is no blip, and why it happened.
     """
-    etcd.commit([unchanged(record.key, mod_revision)], [Put(record.key, encode(replace(record, ended=reason)), None)])
+    with contextlib.suppress(EtcdRefused):  # an etcd without space takes no mark, but lets go of leases
+        etcd.commit([unchanged(record.key, mod_revision)], [_ended(record, reason)])
     etcd.revoke(lease_id)
 
 
@@ -145,14 +156,25 @@ def remove(etcd: Etcd, record: RankRecord, reason: str) -> None:
     except RecordDamaged:
         return
     if ours.incarnation == record.incarnation:
-        _mark_and_delete(etcd, ours, reason)
+        try:
+            _mark_and_delete(etcd, ours, reason)
+        except EtcdFull:
+            etcd.revoke(found.lease_id)
 
 
 def evict(etcd: Etcd, record: RankRecord) -> bool:
-    """Ends somebody else's registration, as it was when `record` was read; False if it has changed since."""
+    """Ends somebody else's registration, as it was when `record` was read; False if it has changed since.
+
+    An etcd without space takes no mark, so only the keys go. The lease is left to the keeper: a missing key under a lease that
+    lives is how it learns of the eviction. One that is cut off until the lease has expired, and back when there is space, does not.
+    Some versions of etcd (3.5.1, not 3.4.23) then refuse every transaction: that is EtcdFull, and nothing is done.
+    """
     if not record.mod_revision:
         raise ValueError("only a record that was read from etcd can be evicted")
-    mark_lease = etcd.grant(_EVICTED_TTL_S)
+    try:
+        mark_lease = etcd.grant(_EVICTED_TTL_S)
+    except EtcdFull:
+        return _delete(etcd, record, record.mod_revision)
     mark = Put(evicted_key(record.instance, record.rank, record.incarnation), b"", mark_lease)
     if _mark_and_delete(etcd, record, EVICTED, mark):
         return True
@@ -160,14 +182,36 @@ def evict(etcd: Etcd, record: RankRecord) -> bool:
     return False
 
 
-def _mark_and_delete(etcd: Etcd, record: RankRecord, reason: str, *more: Put) -> bool:
-    ended = Put(record.key, encode(replace(record, ended=reason)), None)
-    revision = etcd.commit([unchanged(record.key, record.mod_revision)], [ended, *more])
+def _mark_and_delete(etcd: Etcd, record: RankRecord, reason: str, mark: Put | None = None) -> bool:
+    ended = _ended(record, reason)
+    try:
+        revision = etcd.commit([unchanged(record.key, record.mod_revision)], [ended, mark] if mark else [ended])
+    except EtcdFull:
+        return _delete(etcd, record, record.mod_revision)
+    revision = revision or _written(etcd, mark or ended)
     if not revision:
         return False
-    parts = manifest_prefix(record.instance, record.rank, record.incarnation)
-    etcd.commit([unchanged(record.key, revision)], [Delete(record.key), Delete(parts, prefix=True)])
+    _delete(etcd, record, revision)
     return True
+
+
+def _written(etcd: Etcd, put: Put) -> int:
+    """The revision at which our own put was made, or 0: a guard also fails where a first try succeeded and its answer was lost.
+
+    The mark of an eviction is ours by its lease, and tells that also when the record has already gone.
+    """
+    found = etcd.get(put.key)
+    ours = found is not None and found.value == put.value and put.lease_id in (None, found.lease_id)
+    return found.mod_revision if found is not None and ours else 0
+
+
+def _delete(etcd: Etcd, record: RankRecord, mod_revision: int) -> bool:
+    parts = manifest_prefix(record.instance, record.rank, record.incarnation)
+    return bool(etcd.commit([unchanged(record.key, mod_revision)], [Delete(record.key), Delete(parts, prefix=True)]))
+
+
+def _ended(record: RankRecord, reason: str) -> Put:
+    return Put(record.key, encode(replace(record, ended=reason)), None)
 
 
 def _part_key(record: RankRecord, number: int) -> str:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from enum import Enum
 from types import TracebackType
 
+from registry.callback import Callback
 from registry.config import EtcdConfig
 from registry.errors import RegistryError
 from registry.keeper_link import KeeperLink
@@ -30,7 +31,7 @@ class RegistrationState(str, Enum):
     """What the rank has to do."""
 
     REGISTERED = "registered"  # nothing
-    SUSPENDED = "suspended"  # nothing: etcd cannot be reached, reads of the weights still work, the keeper tries on
+    SUSPENDED = "suspended"  # nothing: etcd cannot be reached or there is no keeper, reads still work, and it is tried on
     LOST = "lost"  # stop advertising: the registration was evicted or superseded and does not come back
     CLOSED = "closed"  # nothing: withdrawn by the rank itself
 
@@ -47,7 +48,11 @@ class Registration:
         on_state: OnState | None = None,
     ) -> None:
         """Registers; raises RankConflict, InstanceMismatch, EtcdUnavailable, … and has then left nothing behind."""
-        self._on_state = on_state
+        self._on_state = (
+            Callback[tuple[RegistrationState, str]](lambda told: on_state(*told), f"the on_state callback of {record.key}")
+            if on_state
+            else None
+        )
         self._owner_pid = os.getpid()
         self._lock = threading.Lock()
         self._state = RegistrationState.REGISTERED
@@ -92,6 +97,10 @@ class Registration:
 
     def update(self, *, version: int | None = None, state: RankState | None = None) -> None:
         """Changes the record. While etcd is away the change waits in the keeper: no error. RegistrationLost if it is over."""
+        if os.getpid() != self._owner_pid:
+            raise RegistryError(
+                f"{self.record.key} is registered by process {self._owner_pid}, and this is a fork of it: update it there"
+            )
         if self._lost is not None:
             raise self._lost
         if self._closing:
@@ -131,7 +140,7 @@ class Registration:
 
     def __del__(self) -> None:
         if not getattr(self, "_closing", True) and os.getpid() == self._owner_pid:
-            self._link.abandon()  # the keeper takes that for the end of the process
+            self._link.forget()
             warnings.warn(f"registration of {self.record.key} was never withdrawn", ResourceWarning, source=self, stacklevel=2)
 
     def _hear(self, state: str, why: str, lost: RegistryError | None) -> None:
@@ -144,12 +153,9 @@ class Registration:
             if self._state is state or self._state is RegistrationState.CLOSED:
                 return
             self._state = state
+            if self._on_state is not None:  # in here, so that they are told in this order
+                self._on_state.put((state, why))
         if state is RegistrationState.LOST:
             log.log(logging.INFO if self._on_state else logging.ERROR, "%s is lost: %s", self.record.key, why)
         elif state is not RegistrationState.CLOSED:
             log.warning("%s is %s%s", self.record.key, state.value, f": {why}" if why else " again")
-        if self._on_state is not None:
-            try:
-                self._on_state(state, why)
-            except Exception:
-                log.exception("the on_state callback of %s failed", self.record.key)

@@ -1,7 +1,8 @@
 """An etcd in memory for what registrations need of one: revisions, guarded transactions, leases. No threads, no clock.
 
-Faults have names: `available` False refuses every call, `expire` ends a lease, `delete` removes a key as an operator would,
-`lose_next_answer` carries the next transaction out without saying so, `before_commit` runs between a reader's look and its write.
+Faults have names: `available` False refuses every call, `full` what takes space, `expire` ends a lease, `delete` removes a key as
+an operator would, `lose_next_answer` carries the next transaction out without saying so, `retry_next_commit` carries it out and
+then tries it again, as the adapter does where an answer was lost, `before_commit` runs between a reader's look and its write.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import EtcdRefused, EtcdUnavailable, LeaseNotFound
+from registry.errors import EtcdFull, EtcdRefused, EtcdUnavailable, LeaseNotFound
 from registry.etcd import Etcd
 from registry.kv import Change, Delete, Deletion, Guard, KeyValue, Put, Snapshot
 
@@ -22,7 +23,9 @@ class FakeEtcd(Etcd):
         super().__init__(EtcdConfig(parse_endpoints("fake:1")))
         self.available = True
         self.before_commit: Callable[[], None] | None = None
+        self.full = False
         self.lose_next_answer = False
+        self.retry_next_commit = False
         self.refused = 0  # calls
         self.renewed: list[int] = []
         self.history: list[Change] = []  # all that a watcher would have seen
@@ -59,6 +62,15 @@ class FakeEtcd(Etcd):
     def put(self, key: str, value: bytes) -> None:
         self._apply([Put(key, value, 0)])
 
+    def restore(self, writes: Sequence[Put], back_to_revision: int) -> None:
+        """From a backup that has no key but what `writes` puts, at a revision of its own."""
+        self._items.clear()
+        self._revision = back_to_revision
+        self._apply(writes)
+
+    def lease_of(self, key: str) -> int:
+        return self._items[key].lease_id
+
     # -- etcd ----------------------------------------------------------------------------------------------------------------
 
     def get(self, key: str, revision: int = 0) -> KeyValue | None:
@@ -80,12 +92,17 @@ class FakeEtcd(Etcd):
         hook, self.before_commit = self.before_commit, None
         if hook is not None:
             hook()
+        if self.full and any(isinstance(write, Put) for write in writes):
+            raise EtcdFull("etcd has no space")
         if not all(map(self._holds, guards)):
             return 0
         for write in writes:
             if isinstance(write, Put):
                 self._check_put(write)
         self._apply(writes)
+        if self.retry_next_commit:
+            self.retry_next_commit = False
+            return self.commit(guards, writes)
         if self.lose_next_answer:
             self.lose_next_answer = False
             raise EtcdUnavailable("the answer was lost")
@@ -93,6 +110,8 @@ class FakeEtcd(Etcd):
 
     def grant(self, ttl_s: float) -> int:
         self._check_available()
+        if self.full:
+            raise EtcdFull("etcd has no space")
         lease_id = next(self._lease_ids)
         self._leases[lease_id] = ttl_s
         return lease_id

@@ -8,21 +8,28 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from types import TracebackType
 
-from registry.errors import EtcdError
+from registry.config import EtcdConfig, parse_endpoints
+from registry.errors import EtcdError, EtcdUnavailable
 from registry.etcd import Etcd
-from registry.local import find_binary
+from registry.local import LocalEtcd, find_binary, free_port
 
 # Where the set-up unpacks Debian's etcd, so that there is a second version to test on (3.4.23 in Debian 12).
 DEBIAN_ETCD = Path(sys.prefix) / "debian-etcd" / "usr" / "bin" / "etcd"
 
 
 class Proxy:
-    """A way to `target` that forwards, or as a black hole keeps its connections open and passes nothing on."""
+    """A way to `target` that forwards, or as a black hole keeps its connections open and passes nothing on.
+
+    `delay_s` is what each way takes, as over a long distance.
+    """
 
     def __init__(self, target: str) -> None:
         host, _, port = target.rpartition(":")
+        self.delay_s = 0.0
         self._target = (host, int(port))
         self._open = threading.Event()
         self._open.set()
@@ -37,10 +44,13 @@ class Proxy:
 
     def mend(self) -> None:
         """What was sent into the black hole is lost, as over a network: its connections break when they are used again."""
+        self.break_connections()
+        self._open.set()
+
+    def break_connections(self) -> None:
         for each in self._sockets:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-        self._open.set()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -64,12 +74,16 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 self._open.wait()
-                if self._closed:
+                threading.Event().wait(self.delay_s)
+                if self._closed or self._refuses(data):
                     break
                 sink.sendall(data)
         for each in (source, sink):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
+
+    def _refuses(self, data: bytes) -> bool:
+        return False
 
     def close(self) -> None:
         self._closed = True
@@ -78,6 +92,71 @@ class Proxy:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
+
+
+class _PeerProxy(Proxy):
+    """The way to a member for the others of its cluster; `outcast` is the id of one that may not pass."""
+
+    outcast = b""
+
+    def _refuses(self, data: bytes) -> bool:
+        return bool(self.outcast) and b"X-Server-From: " + self.outcast in data
+
+
+class DivisibleCluster:
+    """Three members, of which the first can be cut off from the others while clients still reach all of them."""
+
+    def __init__(self, binary: str) -> None:
+        ports = [free_port() for _ in range(3)]
+        self._ways = [_PeerProxy(f"127.0.0.1:{port}") for port in ports]
+        initial = ",".join(f"m{number}=http://{way.endpoint}" for number, way in enumerate(self._ways))
+        self.members = [
+            LocalEtcd(
+                binary=binary,
+                name=f"m{number}",
+                peer_port=int(way.endpoint.rpartition(":")[2]),
+                initial_cluster=initial,
+                extra_args=["--listen-peer-urls", f"http://127.0.0.1:{port}"],  # the last of two such options holds
+            )
+            for number, (way, port) in enumerate(zip(self._ways, ports, strict=True))
+        ]
+
+    @property
+    def endpoints(self) -> str:
+        return ",".join(member.endpoint for member in self.members)
+
+    def cut_off_the_first(self) -> None:
+        """Returns when it knows that it has no leader."""
+        listed = etcdctl(self.members[0].endpoint, "member", "list").splitlines()
+        outcast = next(line.split(", ")[0] for line in listed if line.split(", ")[2] == "m0").encode()
+        self._ways[0].cut()
+        for way in self._ways[1:]:
+            way.outcast = outcast
+        for way in self._ways:
+            way.break_connections()
+        with closing(Etcd(EtcdConfig(parse_endpoints(self.members[0].endpoint), timeout_s=1.0))) as etcd:
+            while True:
+                try:
+                    etcd.get("/health")
+                except EtcdUnavailable:
+                    return
+
+    def __enter__(self) -> DivisibleCluster:
+        try:
+            for member in self.members:
+                member.launch()
+            with closing(Etcd(EtcdConfig(parse_endpoints(self.endpoints), timeout_s=30.0))) as etcd:
+                etcd.get("/health")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        for member in self.members:
+            member.__exit__(kind, exc, tb)
+        for way in self._ways:
+            way.close()
 
 
 def etcdctl(endpoint: str, *args: str) -> str:

@@ -6,6 +6,7 @@ Registers, prints `registered KEEPER_PID`, waits for a line on standard input, a
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 
@@ -14,6 +15,8 @@ from tests.integration.ranks import register
 
 
 def main(instance: str, rank: str, world_size: str, end: str = "return") -> None:
+    if end == "in a group of its own":
+        os.setsid()
     registry = Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
     registration = register(registry, instance, int(rank), int(world_size))
     if end == "with a forked child" and os.fork() == 0:  # it inherits the pipe to the keeper, and outlives the rank
@@ -26,7 +29,11 @@ def main(instance: str, rank: str, world_size: str, end: str = "return") -> None
         raise RuntimeError("the engine has a bug")
     if end == "os._exit":
         os._exit(3)
+    if end == "out of memory":
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 20, 1 << 20))
+        bytes(1 << 30)
     if end == "withdraw":
+        print("withdraws", registration.keeper_pid, flush=True)
         registration.withdraw()
 
 

@@ -5,13 +5,16 @@ Every registration here is a real keeper process; leases are as short as etcd gr
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ import pytest
 from registry import (
     Event,
     InstanceReady,
+    ModelIdentity,
     RankJoined,
     RankLost,
     RankUpdated,
@@ -28,11 +32,13 @@ from registry import (
     Watch,
 )
 from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import RankConflict, Superseded
+from registry.errors import EtcdFull, EtcdUnavailable, KeeperFailed, RankConflict, Superseded
 from registry.etcd import Etcd
+from registry.frames import ANSWER_S
+from registry.kv import Put
 from registry.local import LocalCluster, LocalEtcd, find_binary
-from tests.integration.conftest import events_until
-from tests.integration.faults import DEBIAN_ETCD, Proxy, etcdctl, fill_until_no_space
+from tests.integration.conftest import Processes, events_until, line_of
+from tests.integration.faults import DEBIAN_ETCD, DivisibleCluster, Proxy, etcdctl, fill_until_no_space
 from tests.integration.ranks import MANIFEST, register
 
 TTL_S = 2.0
@@ -58,11 +64,13 @@ class States:
 
     def __init__(self) -> None:
         self.seen: list[RegistrationState] = []
+        self.why = ""
         self._changed = threading.Condition()
 
     def __call__(self, state: RegistrationState, why: str) -> None:
         with self._changed:
             self.seen.append(state)
+            self.why = why
             self._changed.notify_all()
 
     def wait_for(self, state: RegistrationState, timeout_s: float = 30.0) -> None:
@@ -73,7 +81,7 @@ class States:
 
 def hold(registry: Registry, **fields: Any) -> tuple[Registration, States]:
     states = States()
-    return register(registry, ttl_s=TTL_S, on_state=states, **fields), states
+    return register(registry, **{"ttl_s": TTL_S, "on_state": states, **fields}), states
 
 
 def joined_again(registration: Registration) -> Callable[[Event], bool]:
@@ -175,6 +183,25 @@ def test_a_cluster_without_a_quorum_suspends_and_has_everything_back_with_it(bin
             assert losses(events) == []
 
 
+def test_a_keeper_whose_member_is_cut_off_from_the_others_goes_to_one_that_is_not(binary: str) -> None:
+    with DivisibleCluster(binary) as cluster, Registry.connect(cluster.endpoints, timeout_s=20) as registry:
+        registration, _ = hold(registry)  # a keeper begins with the first endpoint
+        with registration, Registry.connect(cluster.members[1].endpoint) as outside, outside.watch() as watch:
+            events_until(watch, lambda event: isinstance(event, InstanceReady))
+            cluster.cut_off_the_first()
+            with pytest.raises(EtcdUnavailable), closing(raw_at(cluster.members[0].endpoint, timeout_s=1)) as alone:
+                alone.get("/")
+            pause_for(2 * TTL_S)
+            registration.update(version=1)
+            events = events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1)
+            assert losses(events) == []
+            assert [record.version for record in registry.resolve("a", 10)] == [1]
+
+
+def raw_at(endpoints: str, timeout_s: float = 5.0) -> Etcd:
+    return Etcd(EtcdConfig(parse_endpoints(endpoints), timeout_s=timeout_s))
+
+
 def test_a_keeper_in_a_black_hole_loses_the_rank_by_its_lease_and_brings_it_back(etcd: LocalEtcd) -> None:
     with closing(Proxy(etcd.endpoint)) as proxy, Registry.connect(etcd.endpoint) as outside, outside.watch() as watch:
         with Registry.connect(proxy.endpoint) as registry:
@@ -186,10 +213,8 @@ def test_a_keeper_in_a_black_hole_loses_the_rank_by_its_lease_and_brings_it_back
             seen = events_until(watch, lambda event: isinstance(event, RankLost))
             assert losses(seen) == ["lease expired or key deleted"]
             proxy.mend()
-            mended_at = time.monotonic()
             events_until(watch, joined_again(registration), timeout_s=10)
             states.wait_for(RegistrationState.REGISTERED)
-            assert time.monotonic() - mended_at < 10
             assert outside.manifest(outside.ranks("a")[0]) == MANIFEST
 
 
@@ -216,6 +241,17 @@ def etcdctl_revision(endpoint: str) -> str:
     found = re.search(r'"revision":(\d+)', etcdctl(endpoint, "get", "/", "-w", "json"))
     assert found
     return found[1]
+
+
+@contextmanager
+def without_space(binary: str) -> Iterator[tuple[Registry, Etcd]]:
+    """An etcd that can be filled soon."""
+    with (
+        LocalEtcd(binary=binary, extra_args=["--quota-backend-bytes", str(8 << 20)]) as etcd,
+        Registry.connect(etcd.endpoint) as registry,
+        closing(raw_at(etcd.endpoint)) as raw,
+    ):
+        yield registry, raw
 
 
 def test_an_etcd_without_space_keeps_the_rank_and_takes_its_update_when_it_has_space_again(binary: str) -> None:
@@ -254,6 +290,187 @@ def test_an_authentication_token_that_etcd_has_forgotten_is_renewed(etcd: LocalE
             assert losses(events) == []
             assert [record.version for record in registry.ranks("a")] == [1]
             assert states.seen[-1:] in ([], [RegistrationState.REGISTERED])
+
+
+def test_a_keeper_that_dies_while_etcd_is_away_leaves_its_successor_to_tell_that_etcd_is_back(etcd: LocalEtcd) -> None:
+    with Registry.connect(etcd.endpoint, timeout_s=20) as registry:
+        registration, states = hold(registry)
+        with registration:
+            etcd.pause()
+            states.wait_for(RegistrationState.SUSPENDED)
+            os.kill(registration.keeper_pid, signal.SIGKILL)
+            etcd.resume()
+            states.wait_for(RegistrationState.REGISTERED)
+            assert len(registry.resolve("a", 10)) == 1
+
+
+@pytest.mark.parametrize("call", ["tempfile.TemporaryFile", "subprocess.Popen"])
+def test_a_keeper_that_cannot_be_replaced_now_is_replaced_when_it_can(
+    shared_etcd: LocalEtcd, namespace: str, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with Registry.connect(shared_etcd.endpoint, namespace=namespace) as registry:
+        registration, states = hold(registry)
+        with registration:
+            with monkeypatch.context() as exhausted:
+                exhausted.setattr(f"registry.keeper_process.{call}", refuse)
+                os.kill(registration.keeper_pid, signal.SIGKILL)
+                states.wait_for(RegistrationState.SUSPENDED)
+                assert "no keeper: cannot start a keeper" in states.why
+                assert "Too many open files" in states.why
+                registration.update(version=1)  # is for the next keeper to write
+                pause_for(TTL_S)
+            states.wait_for(RegistrationState.REGISTERED)
+            assert [record.version for record in registry.resolve("a", 10)] == [1]
+
+
+def test_a_first_keeper_that_cannot_be_started_is_an_error_that_says_so(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr("registry.keeper_process.tempfile.TemporaryFile", refuse)
+    with pytest.raises(KeeperFailed, match="No usable temporary directory"):
+        register(registry)
+
+
+def test_a_keeper_that_hangs_is_replaced(registry: Registry) -> None:
+    registration, states = hold(registry)
+    with registration:
+        first = registration.keeper_pid
+        os.kill(first, signal.SIGSTOP)
+        states.wait_for(RegistrationState.SUSPENDED)
+        assert f"(pid {first}) did not answer and was killed" in states.why
+        states.wait_for(RegistrationState.REGISTERED)
+        assert registration.keeper_pid != first
+        assert registry.resolve("a", 10)[0].incarnation == registration.record.incarnation
+
+
+def test_no_caller_waits_without_end_for_a_keeper_that_hangs_with_its_pipe_full(registry: Registry) -> None:
+    registration, states = hold(registry, model=ModelIdentity("tiny", extra={"note": "x" * 3000}))
+    with registration, ThreadPoolExecutor(64) as callers:
+        os.kill(registration.keeper_pid, signal.SIGSTOP)
+        for call in [callers.submit(registration.update, version=version) for version in range(1, 65)]:  # 200 KB
+            call.result(60)
+        registration.update(version=65)
+        states.wait_for(RegistrationState.REGISTERED)
+        assert [record.version for record in registry.resolve("a", 10)] == [65]
+
+
+def test_a_withdrawal_is_carried_out_though_the_keeper_hangs(registry: Registry) -> None:
+    with registry.watch("a") as watch:
+        registration, _ = hold(registry, ttl_s=60.0)
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
+        os.kill(registration.keeper_pid, signal.SIGSTOP)
+        registration.withdraw()
+        assert registration.withdrawn
+        assert losses(events_until(watch, lambda event: isinstance(event, RankLost))) == ["withdrawn"]
+
+
+def test_a_keeper_is_not_taken_for_hung_while_etcd_is_silent(etcd: LocalEtcd) -> None:
+    with Registry.connect(etcd.endpoint, timeout_s=20) as registry:
+        registration, states = hold(registry)
+        with registration:
+            first = registration.keeper_pid
+            etcd.pause()
+            states.wait_for(RegistrationState.SUSPENDED)
+            pause_for(2 * (TTL_S / 3 + ANSWER_S))
+            etcd.resume()
+            states.wait_for(RegistrationState.REGISTERED)
+            assert registration.keeper_pid == first
+
+
+def test_a_keeper_is_not_taken_for_hung_by_a_rank_that_was_stopped_itself(registry: Registry, processes: Processes) -> None:
+    with registry.watch("a") as watch:
+        process = processes.rank("a", 0, 1, "withdraw")
+        (before,) = keepers_of(process.pid)
+        process.send_signal(signal.SIGSTOP)
+        pause_for(2 * ANSWER_S)
+        process.send_signal(signal.SIGCONT)
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert line_of(process) == f"withdraws {before}\n"
+        assert losses(events_until(watch, lambda event: isinstance(event, RankLost))) == ["withdrawn"]
+
+
+def keepers_of(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"engine-registry-keeper" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def test_a_first_claim_over_a_slow_way_to_many_endpoints_has_the_time_that_the_user_gives_it(etcd: LocalEtcd) -> None:
+    with ExitStack() as stack:
+        ways = [stack.enter_context(closing(Proxy(etcd.endpoint))) for _ in range(4)]
+        for way in ways:
+            way.delay_s = 0.3  # each way: more than the keeper's own 2 s leave each of four endpoints
+        with Registry.connect(",".join(way.endpoint for way in ways), timeout_s=40) as registry, hold(registry, ttl_s=60.0)[0]:
+            assert len(registry.ranks("a")) == 1
+            for way in ways:
+                way.delay_s = 0.0
+
+
+def test_a_rank_that_dies_in_an_outage_longer_than_its_lease_is_gone_soon_after_it(etcd: LocalEtcd, processes: Processes) -> None:
+    process = processes.start(
+        "-m", "tests.integration.rank_process", "a", "0", "1", ENGINES_ETCD=etcd.endpoint, TEST_NAMESPACE="/n"
+    )
+    line_of(process)
+    with Registry.connect(etcd.endpoint, namespace="/n", timeout_s=20) as registry, registry.watch("a") as watch:
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
+        etcd.kill()
+        process.kill()
+        pause_for(3.0 + 1.0)  # the rank's time to live, and more
+        etcd.start()
+        assert losses(events_until(watch, lambda event: isinstance(event, RankLost))) == ["process ended"]
+
+
+def test_a_rank_that_etcd_remembers_otherwise_after_a_restored_backup_writes_itself_again(etcd: LocalEtcd) -> None:
+    with Registry.connect(etcd.endpoint) as registry, closing(raw_at(etcd.endpoint)) as raw:
+        registration, _ = hold(registry)
+        with registration, registry.watch() as watch:
+            old = raw.get(registration.record.key)
+            assert old is not None
+            registration.update(version=1)
+            raw.commit([], [Put(old.key, old.value, old.lease_id)])  # as the key would be after the restoration
+            seen = events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 0)
+            seen += events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1)
+            assert losses(seen) == []
+
+
+def test_an_etcd_without_space_tells_a_death_without_waiting_for_the_lease(binary: str) -> None:
+    with without_space(binary) as (registry, raw):
+        registration, _ = hold(registry, ttl_s=600.0)
+        with registry.watch() as watch:
+            events_until(watch, lambda event: isinstance(event, InstanceReady))
+            fill_until_no_space(raw)
+            registration.withdraw()
+            assert registration.withdrawn
+            events_until(watch, lambda event: isinstance(event, RankLost))
+            assert raw.snapshot("/engines/").items == ()
+
+
+@pytest.mark.parametrize("binary", ["debian"], indirect=True)
+def test_an_etcd_without_space_lets_a_rank_be_evicted_and_its_keeper_notices(binary: str) -> None:
+    with without_space(binary) as (registry, raw):
+        registration, states = hold(registry)
+        fill_until_no_space(raw)
+        assert registry.evict(registry.ranks("a")[0])
+        states.wait_for(RegistrationState.LOST)
+        assert raw.snapshot("/engines/").items == ()
+        registration.withdraw()
+
+
+@pytest.mark.parametrize("binary", ["embedded"], indirect=True)
+def test_an_etcd_without_space_that_takes_no_transaction_at_all_evicts_nobody(binary: str) -> None:
+    with without_space(binary) as (registry, raw):
+        with hold(registry)[0]:
+            fill_until_no_space(raw)
+            with pytest.raises(EtcdFull):
+                registry.evict(registry.ranks("a")[0])
+            assert len(registry.ranks("a")) == 1
 
 
 def test_a_keeper_that_wakes_up_after_another_took_the_rank_leaves_it_alone(etcd: LocalEtcd) -> None:

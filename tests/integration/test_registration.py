@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
+import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +30,13 @@ from registry import (
     RankState,
     RankUpdated,
     Region,
+    Registration,
     RegistrationState,
     Registry,
+    RegistryError,
     TensorEntry,
+    Watch,
+    keeper_link,
 )
 from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import Evicted, InstanceMismatch, InvalidField, RankConflict, RecordDamaged, SchemaUnsupported
@@ -37,7 +45,7 @@ from registry.follow import Follower
 from registry.keys import record_key
 from registry.kv import Put
 from registry.local import LocalEtcd
-from tests.integration.conftest import Processes, events_until, line_of
+from tests.integration.conftest import ROOT, Processes, events_until, line_of
 from tests.integration.ranks import MANIFEST, register
 
 
@@ -52,8 +60,8 @@ def keys(raw: Etcd) -> list[str]:
 
 
 def keys_once_empty(raw: Etcd) -> list[str]:
-    """The keys after everything has been deleted, or after a second that was not enough: far less than a lease's time."""
-    for _ in Follower(raw, "/", deadline=time.monotonic() + 1.0):
+    """The keys after everything has been deleted, or what is left for good. Whether it was a lease's end, a loss's reason says."""
+    for _ in Follower(raw, "/", deadline=time.monotonic() + 20.0):
         if not keys(raw):
             break
     return keys(raw)
@@ -150,6 +158,9 @@ def test_of_ranks_that_start_at_once_and_disagree_only_one_side_gets_in(registry
         ({"rank": -1}, "rank -1 is not valid"),
         ({"world_size": 0}, "world_size 0 is not valid"),
         ({"ttl_s": 0.5}, "ttl_s 0.5 is not valid"),
+        ({"ttl_s": math.nan}, "ttl_s nan is not valid"),
+        ({"ttl_s": math.inf}, "ttl_s inf is not valid"),
+        ({"ttl_s": 86_401.0}, "to 86400 s"),
         ({"topology": {"tp": (2, 2)}}, "topology tp=2/2 is not valid"),
         ({"model": ModelIdentity("m", extra={"note": "x" * 5000})}, "more than 4096: shorten 'model'"),
     ],
@@ -182,6 +193,8 @@ def test_a_manifest_larger_than_one_request_is_stored_in_parts_and_read_back(reg
         ("return", signal.SIGTERM, "process ended"),
         ("return", signal.SIGKILL, "process ended"),
         ("with a forked child", signal.SIGKILL, "process ended"),
+        # A limit of its address space, as memory for the kernel's own OOM killer cannot be had here: that sends SIGKILL, as above.
+        ("out of memory", None, "process ended"),
     ],
 )
 def test_however_a_rank_ends_its_keys_are_gone_at_once_and_the_reason_is_told(
@@ -196,26 +209,55 @@ def test_however_a_rank_ends_its_keys_are_gone_at_once_and_the_reason_is_told(
             process.stdin.flush()
         else:
             process.send_signal(signal_number)
-        lost = events_until(watch, lambda event: isinstance(event, RankLost), timeout_s=2.5)[-1]
-    assert isinstance(lost, RankLost)
-    assert lost.reason == reason
+        assert loss(watch) == reason
     assert keys_once_empty(raw) == []
 
 
-def test_a_signal_to_the_whole_process_group_of_a_rank_does_not_take_its_keeper_along(
-    registry: Registry, processes: Processes
+def loss(watch: Watch) -> str:
+    """Why the next rank is lost. A lease that had to expire is told by its name."""
+    lost = events_until(watch, lambda event: isinstance(event, RankLost))[-1]
+    assert isinstance(lost, RankLost)
+    return lost.reason
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_process_group_of_a_rank_ends_it_and_its_keeper_takes_it_out(
+    registry: Registry, raw: Etcd, processes: Processes, sent: int
 ) -> None:
+    process = processes.rank("a", 0, 1, "in a group of its own")
+    with registry.watch("a") as watch:
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
+        os.killpg(process.pid, sent)
+        assert loss(watch) == "process ended"
+    assert keys_once_empty(raw) == []
+
+
+def test_signals_to_a_keeper_are_for_its_rank_to_obey(registry: Registry, processes: Processes) -> None:
     process = processes.rank("a", 0, 1)
-    keeper = _keeper_of(process)
-    assert os.getpgid(keeper) != os.getpgid(process.pid)
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        os.kill(keeper, ignored)
+        os.kill(_keeper_of(process), ignored)
     with registry.watch("a") as watch:
         events_until(watch, lambda event: isinstance(event, InstanceReady))
         process.kill()
-        lost = events_until(watch, lambda event: isinstance(event, RankLost))[-1]
-    assert isinstance(lost, RankLost)
-    assert lost.reason == "process ended"
+        assert loss(watch) == "process ended"
+
+
+def test_a_keeper_is_a_new_program_in_a_session_of_its_own(registry: Registry) -> None:
+    with register(registry) as registration:
+        keeper = registration.keeper_pid
+        command = Path(f"/proc/{keeper}/cmdline").read_bytes().split(b"\0")
+        assert command[1] == b"-c"  # not a fork that goes on as the rank
+        assert b"from registry.keeper_main import run" in command[2]
+        assert os.getsid(keeper) == keeper
+        assert os.getpgid(keeper) == keeper
+
+
+def test_a_keeper_imports_no_more_than_it_needs() -> None:
+    program = "import sys, registry.keeper_main; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT).stdout.split()
+    assert "registry.keeper" in modules
+    heavy = {"cli", "click", "loader", "mooncake", "numpy", "rich", "safetensors", "torch"}
+    assert heavy.isdisjoint(name.partition(".")[0] for name in modules)
 
 
 def _keeper_of(process: subprocess.Popen[str]) -> int:
@@ -248,9 +290,7 @@ def test_updates_and_withdrawal_work_while_the_keeper_is_dead(registry: Registry
         os.kill(registration.keeper_pid, signal.SIGKILL)
         registration.withdraw()
         assert registration.withdrawn
-        lost = events_until(watch, lambda event: isinstance(event, RankLost))[-1]
-    assert isinstance(lost, RankLost)
-    assert lost.reason == "withdrawn"
+        assert loss(watch) == "withdrawn"
     assert keys_once_empty(raw) == []
 
 
@@ -260,17 +300,123 @@ def test_a_registration_that_is_forgotten_warns_and_ends(registry: Registry) -> 
         events_until(watch, lambda event: isinstance(event, InstanceReady))
         with pytest.warns(ResourceWarning, match="was never withdrawn"):
             del registration
-        assert isinstance(events_until(watch, lambda event: isinstance(event, RankLost))[-1], RankLost)
+        assert loss(watch) == "process ended"
 
 
-def test_a_copy_of_the_handle_in_a_forked_child_withdraws_nothing(registry: Registry) -> None:
+@contextmanager
+def a_forked_child() -> Iterator[None]:
+    """It has all that our process has open, the pipe to a keeper too, for as long as the block takes."""
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_registration_that_is_forgotten_ends_also_while_a_forked_child_lives(registry: Registry) -> None:
+    registration = register(registry)
+    with registry.watch("a") as watch, a_forked_child():
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
+        with pytest.warns(ResourceWarning, match="was never withdrawn"):
+            del registration
+        assert loss(watch) == "process ended"
+
+
+def test_a_registration_that_is_interrupted_leaves_nothing_behind_also_while_a_forked_child_lives(
+    registry: Registry, raw: Etcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as children:
+
+        def interrupted(_: object) -> None:
+            children.enter_context(a_forked_child())
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(keeper_link, "_raise_error", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            register(registry)
+        assert keys_once_empty(raw) == []
+
+
+def test_a_copy_of_the_handle_in_a_forked_child_changes_and_withdraws_nothing(registry: Registry) -> None:
     with register(registry) as registration:
         pid = os.fork()
         if pid == 0:
+            code = 1
+            try:
+                registration.update(version=1)
+            except RegistryError as exc:
+                code = 0 if "this is a fork of it" in str(exc) else 2
             registration.withdraw()
-            os._exit(0)
-        os.waitpid(pid, 0)
-        assert len(registry.ranks("a")) == 1
+            os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert [record.version for record in registry.ranks("a")] == [0]
+        registration.update(version=2)
+        assert [record.version for record in registry.ranks("a")] == [2]
+
+
+def test_the_callback_may_change_and_end_the_registration_that_it_is_told_about(own_etcd: LocalEtcd) -> None:
+    told: queue.SimpleQueue[RegistrationState] = queue.SimpleQueue()
+    handle: list[Registration] = []
+
+    def on_state(state: RegistrationState, why: str) -> None:
+        if state is RegistrationState.SUSPENDED:
+            handle[0].update(version=1)
+        elif state is RegistrationState.REGISTERED:
+            handle[0].update(version=2)
+            handle[0].withdraw()
+        told.put(state)  # not reached if one of the calls has failed
+
+    with Registry.connect(own_etcd.endpoint, timeout_s=10) as registry, registry.watch() as watch:
+        handle.append(register(registry, on_state=on_state))
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
+        own_etcd.kill()
+        assert told.get(timeout=20) is RegistrationState.SUSPENDED
+        own_etcd.start()
+        events = events_until(watch, lambda event: isinstance(event, RankLost))
+        assert [told.get(timeout=20) for _ in range(2)] == [RegistrationState.REGISTERED, RegistrationState.CLOSED]
+    assert [event.record.version for event in events if isinstance(event, RankUpdated)][-1] == 2
+    assert isinstance(events[-1], RankLost)
+    assert events[-1].reason == "withdrawn"
+    assert handle[0].withdrawn
+
+
+def test_a_callback_that_waits_for_what_a_caller_holds_does_not_keep_that_caller_waiting(
+    registry: Registry, raw: Etcd, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = threading.Lock()
+    told: queue.SimpleQueue[RegistrationState] = queue.SimpleQueue()
+
+    def on_state(state: RegistrationState, why: str) -> None:
+        told.put(state)
+        with lock:
+            told.put(state)
+
+    with register(registry, on_state=on_state) as registration, lock:
+        registration._hear("SUSPENDED", "made up", None)
+        assert told.get(timeout=20) is RegistrationState.SUSPENDED
+        registration.update(version=1)
+        assert [record.version for record in registry.ranks("a")] == [1]
+        assert told.empty()
+
+
+def test_a_callback_that_wants_to_exit_is_logged_and_the_registration_goes_on(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: queue.SimpleQueue[RegistrationState] = queue.SimpleQueue()
+
+    def on_state(state: RegistrationState, why: str) -> None:
+        told.put(state)
+        raise SystemExit(1)
+
+    with register(registry, on_state=on_state):
+        assert registry.evict(registry.ranks("a")[0])
+        assert told.get(timeout=20) is RegistrationState.LOST
+    assert told.get(timeout=20) is RegistrationState.CLOSED
+    assert "the on_state callback of /engines/a/0 failed" in caplog.text
 
 
 def test_an_evicted_rank_is_told_and_stays_away(registry: Registry, raw: Etcd) -> None:

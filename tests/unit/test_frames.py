@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.frames import Frame, read_frame, write_frame
+from registry.frames import Frame, FrameBuffer, encode_frame, read_frame
 
 MESSAGES = st.dictionaries(
     st.text(max_size=10).filter(lambda name: name != "payloads"),
@@ -20,10 +20,7 @@ FRAMES = st.tuples(MESSAGES, st.lists(st.binary(max_size=50), max_size=3))
 
 
 def written(*frames: tuple[dict[str, Any], list[bytes]]) -> bytes:
-    pipe = io.BytesIO()
-    for message, payloads in frames:
-        write_frame(pipe, message, payloads)
-    return pipe.getvalue()
+    return b"".join(encode_frame(message, payloads) for message, payloads in frames)
 
 
 @given(st.lists(FRAMES, max_size=4))
@@ -32,6 +29,17 @@ def test_frames_are_read_as_they_were_written_and_then_the_end(frames: list[tupl
     for message, payloads in frames:
         assert read_frame(pipe) == Frame(message, tuple(payloads))
     assert read_frame(pipe) is None
+
+
+@given(st.lists(FRAMES, max_size=4), st.integers(1, 40))
+def test_frames_that_come_in_pieces_are_given_whole_and_in_order(
+    frames: list[tuple[dict[str, Any], list[bytes]]], step: int
+) -> None:
+    data, buffer = written(*frames), FrameBuffer()
+    pieces = [data[start : start + step] for start in range(0, len(data), step)]
+    assert [frame for piece in pieces for frame in buffer.feed(piece)] == [
+        Frame(message, tuple(payloads)) for message, payloads in frames
+    ]
 
 
 @pytest.mark.parametrize("payloads", [[], [b"abc\n"], [b"", b"\n{}", b"x" * 10]])

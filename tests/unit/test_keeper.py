@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from registry import RankJoined, RankLost, RankRecord, RankState, keeper
+from registry import RankJoined, RankLost, RankRecord, RankState, keeper_main
 from registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict, RegistryError, Superseded
-from registry.frames import Frame
-from registry.keeper import Keeper, record_from_wire, serve
+from registry.frames import Frame, read_frame
+from registry.keeper import Keeper
+from registry.keeper_main import record_from_wire, serve, teller
 from registry.keys import evicted_key
-from registry.kv import Deletion
+from registry.kv import Deletion, Put
 from registry.record import decode, encode
 from registry.registration import evict
 from registry.watcher import Tracker
@@ -41,7 +43,9 @@ class Rank:
 
     @property
     def states(self) -> list[str]:
-        return [message["state"] for message in self.heard if "state" in message]
+        """As they changed: every beat tells one."""
+        told = [message["state"] for message in self.heard if "state" in message]
+        return [state for before, state in zip([REGISTERED, *told], told, strict=False) if state != before]
 
 
 @pytest.fixture
@@ -125,7 +129,7 @@ def test_a_beat_renews_the_lease_and_the_next_is_due_in_a_third_of_its_time(etcd
     assert holding.beat() == TTL_S / 3
     assert etcd.renewed == list(etcd.leases)
     assert etcd.history == before
-    assert rank.heard == []
+    assert rank.heard == [{"state": REGISTERED, "why": ""}]
 
 
 def test_a_lease_that_was_lost_is_replaced_and_the_same_record_put_again(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
@@ -137,7 +141,7 @@ def test_a_lease_that_was_lost_is_replaced_and_the_same_record_put_again(etcd: F
     assert second != first
     holding.beat()
     assert etcd.renewed == [second]
-    assert rank.heard == []
+    assert rank.states == []
 
 
 def test_an_outage_is_told_once_when_it_begins_and_once_when_it_ends(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
@@ -150,6 +154,28 @@ def test_an_outage_is_told_once_when_it_begins_and_once_when_it_ends(etcd: FakeE
     assert [holding.beat() for _ in range(3)] == [TTL_S / 3] * 3
     assert (rank.states, holding.suspended) == ([SUSPENDED, REGISTERED], False)
     assert found(etcd) == OURS
+
+
+def test_every_beat_tells_the_state_so_that_the_rank_hears_that_its_keeper_lives(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
+    for available in (True, True, False, False, True):
+        etcd.available = available
+        holding.beat()
+    assert [message["state"] for message in rank.heard] == [REGISTERED, REGISTERED, SUSPENDED, SUSPENDED, REGISTERED]
+
+
+def test_a_keeper_that_takes_over_tells_that_the_rank_is_registered_though_it_was_never_suspended(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
+    a_keeper(etcd, rank).beat()
+    assert rank.heard == [{"state": REGISTERED, "why": ""}]
+
+
+def test_a_lease_of_a_day_is_still_looked_at_often_enough_to_notice_a_keeper_that_hangs(etcd: FakeEtcd, rank: Rank) -> None:
+    keeper = Keeper(etcd, OURS, PARTS, 86_400.0, rank.tell)
+    keeper.register()
+    assert keeper.beat() == 20.0
 
 
 def test_a_second_outage_is_told_as_well(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
@@ -177,7 +203,7 @@ def test_a_keeper_that_takes_over_registers_with_its_first_beat(etcd: FakeEtcd, 
     etcd.expire(first)
     successor.beat()
     assert found(etcd) == OURS
-    assert rank.heard == []
+    assert rank.states == []
 
 
 # -- changing --------------------------------------------------------------------------------------------------------------------
@@ -218,6 +244,34 @@ def test_a_change_whose_answer_was_lost_is_recognised_as_our_own(etcd: FakeEtcd,
     holding.beat()
     assert found(etcd) == NEWER
     assert rank.states == [SUSPENDED, REGISTERED]
+
+
+@pytest.mark.parametrize("at_the_same_revision", [False, True])
+def test_something_old_of_ours_is_written_over_with_manifest_and_lease_as_after_a_restored_backup(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, at_the_same_revision: bool
+) -> None:
+    (lease_id,) = etcd.leases
+    holding.change(NEWER)
+    holding.beat()
+    etcd.restore([Put(OURS.key, encode(OURS), etcd.grant(TTL_S))], back_to_revision=3 if at_the_same_revision else 1)
+    holding.beat()
+    assert found(etcd) == NEWER
+    assert {etcd.lease_of(key) for key in etcd.keys} == {lease_id}
+    assert [value for value in map(etcd.value, etcd.keys) if value in PARTS] == PARTS
+    before = list(etcd.history)
+    holding.beat()
+    assert etcd.history == before
+    assert rank.states == []
+
+
+def test_a_change_that_was_written_but_tried_again_is_recognised_as_our_own(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+    etcd.retry_next_commit = True
+    before = len(etcd.history)
+    holding.change(NEWER)
+    holding.beat()
+    assert found(etcd) == NEWER
+    assert len(etcd.history) == before + 1
+    assert rank.states == []
 
 
 def test_a_lease_lost_between_renewing_and_writing_is_mended_by_the_beat_after(etcd: FakeEtcd, holding: Keeper) -> None:
@@ -360,6 +414,20 @@ def test_an_end_that_was_half_done_is_finished(etcd: FakeEtcd, holding: Keeper, 
     assert (etcd.keys, etcd.leases) == ([], {})
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["lease known", "lease of a keeper before"])
+def test_an_etcd_without_space_loses_the_rank_all_the_same(etcd: FakeEtcd, rank: Rank, holding: Keeper, known: bool) -> None:
+    etcd.full = True
+    (holding if known else a_keeper(etcd, rank)).end("process ended")
+    assert etcd.keys == []
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["lease known", "lease of a keeper before"])
+def test_an_end_that_was_marked_but_tried_again_is_finished(etcd: FakeEtcd, rank: Rank, holding: Keeper, known: bool) -> None:
+    etcd.retry_next_commit = True
+    (holding if known else a_keeper(etcd, rank)).end("withdrawn")
+    assert etcd.keys == []
+
+
 def test_the_end_of_a_registration_whose_key_another_has_taken_leaves_that_one_alone(etcd: FakeEtcd, holding: Keeper) -> None:
     etcd.expire_all()
     registered(etcd, RIVAL)
@@ -423,7 +491,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
+    monkeypatch.setattr(keeper_main, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
     return clock
 
 
@@ -437,7 +505,7 @@ def end(seq: int = 2) -> Frame:
 
 def test_a_silent_rank_is_kept_by_beats_at_a_third_of_the_lease(etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock) -> None:
     start = clock.now
-    serve(holding, Inbox(clock, *[Inbox.SILENCE] * 4, None), rank.tell, TTL_S)
+    serve(holding, Inbox(clock, *[Inbox.SILENCE] * 4, None), rank.tell)
     assert len(etcd.renewed) == 4
     assert clock.now == start + 3 * TTL_S / 3
 
@@ -448,7 +516,7 @@ def test_a_silent_rank_is_kept_by_beats_at_a_third_of_the_lease(etcd: FakeEtcd, 
 def test_a_rank_that_withdraws_or_dies_is_deleted_with_the_reason(
     etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock, last: Frame | None, reason: str, replies: list[Any]
 ) -> None:
-    serve(holding, Inbox(clock, last), rank.tell, TTL_S)
+    serve(holding, Inbox(clock, last), rank.tell)
     assert (etcd.keys, etcd.leases) == ([], {})
     values = [change.value for change in etcd.history if not isinstance(change, Deletion) and change.key == OURS.key]
     assert decode(OURS.key, values[-1]).ended == reason
@@ -462,7 +530,7 @@ def test_an_update_is_answered_after_it_is_written(etcd: FakeEtcd, rank: Rank, h
         now = found(etcd)
         versions.append((message.get("reply"), now and now.version))
 
-    serve(holding, Inbox(clock, update(NEWER, seq=7), end()), tell, TTL_S)
+    serve(holding, Inbox(clock, update(NEWER, seq=7), end()), tell)
     assert versions[0] == (7, NEWER.version)
 
 
@@ -481,7 +549,7 @@ def test_an_update_during_an_outage_is_answered_without_asking_etcd_and_written_
             etcd.available = self.unread <= 2
             return super().get(block, timeout)
 
-    serve(holding, Back(clock, Inbox.SILENCE, update(NEWER), Inbox.SILENCE, None), tell, TTL_S)
+    serve(holding, Back(clock, Inbox.SILENCE, update(NEWER), Inbox.SILENCE, None), tell)
     assert rank.heard[1:] == [{"reply": 1}, {"state": REGISTERED, "why": ""}]
     assert rank.states == [SUSPENDED, REGISTERED]
     assert refused_when_told == [1]  # by the beat before
@@ -495,7 +563,7 @@ def test_a_registration_that_is_lost_is_told_with_its_error_and_served_no_more(
 ) -> None:
     ending_by_eviction(etcd)
     inbox = Inbox(clock, *frames, Inbox.SILENCE)
-    serve(holding, inbox, rank.tell, TTL_S)
+    serve(holding, inbox, rank.tell)
     assert inbox.unread == 1
     (told,) = rank.heard
     assert (told["state"], told["error"]["type"]) == ("LOST", "Evicted")
@@ -511,7 +579,7 @@ def test_a_withdrawal_during_an_outage_is_answered_with_the_problem_and_tried_un
         etcd.available = clock.now > start + 2
 
     clock.at = after_2_s
-    serve(holding, Inbox(clock, end()), rank.tell, TTL_S)
+    serve(holding, Inbox(clock, end()), rank.tell)
     (answer,) = rank.heard
     assert (answer["reply"], answer["error"]["type"]) == (2, "EtcdUnavailable")
     assert (etcd.keys, etcd.leases) == ([], {})
@@ -524,19 +592,43 @@ def test_a_withdrawal_during_an_outage_that_is_known_is_answered_without_asking_
     etcd.available = False
     holding.beat()
     refused_when_told: list[int] = []
-    serve(holding, Inbox(clock, end()), lambda message: refused_when_told.append(etcd.refused), TTL_S)
+    serve(holding, Inbox(clock, end()), lambda message: refused_when_told.append(etcd.refused))
     assert refused_when_told == [1]  # by the beat before
     assert etcd.refused > 1
 
 
-def test_a_withdrawal_that_etcd_never_hears_is_given_up_when_the_lease_must_be_over(
+def test_a_rank_that_dies_in_an_outage_is_deleted_after_it_though_a_restarted_etcd_renews_its_lease(
     etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
 ) -> None:
     etcd.available = False
     start = clock.now
-    serve(holding, Inbox(clock, None), rank.tell, TTL_S)
-    assert start + TTL_S < clock.now < start + TTL_S + 1
+
+    def after_an_outage() -> None:
+        etcd.available = clock.now > start + 10 * TTL_S
+
+    clock.at = after_an_outage
+    serve(holding, Inbox(clock, None), rank.tell)
+    assert (etcd.keys, etcd.leases) == ([], {})
+
+
+def test_an_end_that_etcd_does_not_hear_for_an_hour_is_given_up(etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock) -> None:
+    etcd.available = False
+    start = clock.now
+    serve(holding, Inbox(clock, None), rank.tell)
+    assert start + 3600 < clock.now < start + 3601
     assert rank.heard == []
+
+
+def test_a_rank_that_reads_nothing_does_not_stop_its_keeper_and_hears_whole_messages_later() -> None:
+    read, write = os.pipe()
+    tell = teller(write)
+    for _ in range(5_000):
+        tell({"state": SUSPENDED, "why": "etcd is away"})
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        heard = list(iter(lambda: read_frame(pipe), None))
+    assert len(heard) > 100
+    assert {frame.message["why"] for frame in heard} == {"etcd is away"}
 
 
 def test_a_record_comes_over_the_pipe_as_it_is_stored() -> None:

@@ -231,6 +231,12 @@ def test_a_claim_whose_answer_is_lost_can_be_made_again(etcd: FakeEtcd) -> None:
     assert found(etcd) == OURS
 
 
+def test_a_claim_that_was_written_but_tried_again_is_made(etcd: FakeEtcd) -> None:
+    etcd.retry_next_commit = True
+    revision = claim(etcd, OURS, PARTS[:1], etcd.grant(10))
+    assert (found(etcd), found(etcd).mod_revision) == (OURS, revision)
+
+
 # -- amend -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +320,50 @@ def test_a_registration_that_has_changed_since_it_was_read_is_not_evicted(
     keys, leases = etcd.keys, etcd.leases
     assert not evict(etcd, read)
     assert (etcd.keys, etcd.leases) == (keys, leases)
+
+
+def test_an_eviction_that_was_written_but_tried_again_is_finished_and_keeps_its_mark(etcd: FakeEtcd) -> None:
+    put(etcd, OURS)
+    etcd.retry_next_commit = True
+    assert evict(etcd, found(etcd))
+    assert etcd.keys == [evicted_key("qwen", 0, OURS.incarnation)]
+    with pytest.raises(Evicted):
+        claim(etcd, OURS, PARTS, etcd.grant(10))
+
+
+def test_of_two_who_evict_at_once_one_has_done_it(etcd: FakeEtcd) -> None:
+    put(etcd, OURS)
+    read = found(etcd)
+    results: list[bool] = []
+    etcd.before_commit = lambda: results.append(evict(etcd, read))
+    results.append(evict(etcd, read))
+    assert results == [True, False]
+    assert etcd.keys == [evicted_key("qwen", 0, OURS.incarnation)]
+    assert len(etcd.leases) == 2  # the rank's, which its keeper gives back, and the mark's
+
+
+def test_an_etcd_without_space_evicts_without_a_mark_and_leaves_the_lease_for_the_keeper_to_notice(etcd: FakeEtcd) -> None:
+    lease_id = put(etcd, OURS)
+    etcd.full = True
+    assert evict(etcd, found(etcd))
+    assert etcd.keys == []
+    assert list(etcd.leases) == [lease_id]
+
+
+def test_an_etcd_that_fills_up_during_an_eviction_still_deletes(etcd: FakeEtcd) -> None:
+    put(etcd, OURS)
+    etcd.before_commit = lambda: setattr(etcd, "full", True)
+    assert evict(etcd, found(etcd))
+    assert etcd.keys == []
+
+
+def test_an_etcd_without_space_does_not_evict_what_has_changed_since_it_was_read(etcd: FakeEtcd) -> None:
+    put(etcd, OURS)
+    read = found(etcd)
+    put(etcd, replace(OURS, version=4))
+    etcd.full = True
+    assert not evict(etcd, read)
+    assert found(etcd).version == 4
 
 
 def test_a_record_that_was_never_in_etcd_cannot_be_evicted(etcd: FakeEtcd) -> None:

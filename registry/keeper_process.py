@@ -1,0 +1,118 @@
+"""A keeper process as its rank handles it: started, written to and listened to without ever waiting for one that hangs.
+
+Used by `registry.keeper_link`. Starts no thread. The process is started with subprocess, never by forking: the rank may have CUDA
+and gRPC threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from typing import IO
+
+from registry.errors import KeeperFailed
+from registry.frames import ANSWER_S, Frame, FrameBuffer
+
+# The module search path comes through the pipe, so that the keeper finds what the rank found, and `ps` shows what it is for.
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline()); from registry.keeper_main import run; run()"
+START_TIMEOUT_S = 20.0  # a loaded machine may take long to start a process
+
+# Time without a sign of life is counted in looks. A rank that was itself stopped, or held the GIL, finds one look that took
+# long, and not that its keeper was silent all the while.
+LOOK_S = 1.0
+
+
+class KeeperProcess:
+    """`read` is for one thread; a caller that shares the rest between threads locks it."""
+
+    def __init__(self, key: str) -> None:
+        """KeeperFailed where no process can be started now."""
+        if not sys.executable:
+            raise KeeperFailed("cannot start a keeper: sys.executable is empty, so there is no Python to run it with")
+        self.heard = False  # it has said something
+        self.silent_s = 0.0  # since then
+        self.hung = False  # and was killed for it
+        self._key = key
+        self._frames = FrameBuffer()
+        with contextlib.ExitStack() as undo:
+            try:
+                self._complaints: IO[bytes] = undo.enter_context(tempfile.TemporaryFile())
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _BOOT, "engine-registry-keeper", key],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints,
+                    start_new_session=True, close_fds=True, bufsize=0,
+                )  # fmt: skip
+            except OSError as exc:
+                raise KeeperFailed(f"cannot start a keeper with {sys.executable}: {exc}") from exc
+            undo.pop_all()
+        self._input, self._output = _pipe(self._process.stdin), _pipe(self._process.stdout)
+        os.set_blocking(self._input.fileno(), False)
+        self._writable, self._readable = select.poll(), select.poll()
+        self._writable.register(self._input, select.POLLOUT)
+        self._readable.register(self._output, select.POLLIN)
+        self.write(json.dumps([os.path.abspath(path) for path in sys.path]).encode() + b"\n", START_TIMEOUT_S)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def write(self, data: bytes, patience_s: float = ANSWER_S) -> None:
+        """Kills a keeper that takes nothing for so long. That it has died, now or before, is for `read` to find."""
+        if self._input.closed:
+            return
+        rest = memoryview(data)
+        silent_s = 0.0
+        with contextlib.suppress(OSError, ValueError):
+            while rest and silent_s < patience_s:
+                if self._writable.poll(LOOK_S * 1000):
+                    rest = rest[os.write(self._input.fileno(), rest) :]
+                    silent_s = 0.0
+                else:
+                    silent_s += LOOK_S
+            if rest:
+                self.kill_hung()
+
+    def read(self) -> list[Frame] | None:
+        """What it has said, after a look's time at most, which may be nothing; None when it has ended or talks nonsense."""
+        if not self._readable.poll(LOOK_S * 1000):
+            self.silent_s += LOOK_S
+            return []
+        self.heard, self.silent_s = True, 0.0
+        try:
+            data = os.read(self._output.fileno(), 65536)
+            return list(self._frames.feed(data)) if data else None
+        except (LookupError, TypeError, ValueError):
+            return None
+
+    def close_input(self) -> None:
+        """It takes that for the end of the rank, unless a forked child of the rank holds the pipe open as well."""
+        with contextlib.suppress(OSError):
+            self._input.close()
+
+    def kill_hung(self) -> None:
+        self.hung = True
+        self._process.kill()
+
+    def reap(self) -> KeeperFailed:
+        """To be called once, after it has ended: frees what it leaves in our process, and tells how it ended."""
+        self._process.kill()  # it may still run if it talked nonsense
+        code = self._process.wait()
+        self.close_input()
+        self._output.close()
+        with self._complaints as complaints:
+            complaints.seek(0)
+            lines = complaints.read().decode(errors="replace").strip().splitlines()
+        complaint = lines[-1] if lines else "it said nothing"
+        how = "did not answer and was killed" if self.hung else f"ended with code {code}"
+        return KeeperFailed(f"the keeper of {self._key} (pid {self.pid}) {how}: {complaint}")
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    if pipe is None:
+        raise KeeperFailed("the keeper was started without pipes")
+    return pipe
