@@ -28,6 +28,7 @@ from registry.record import RankRecord, encode
 log = logging.getLogger(__name__)
 
 # The module search path comes through the pipe, so that the keeper finds what the rank found, and `ps` shows what it is for.
+# Until then -I keeps the working directory off it: a file of the user's named json.py would be run.
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline()); from registry.keeper import run; run()"
 _START_TIMEOUT_S = 20.0  # a loaded machine may take long to start a process
 
@@ -105,7 +106,7 @@ class KeeperLink:
         with tempfile.TemporaryFile() as complaints:
             try:
                 keeper = subprocess.Popen(
-                    [sys.executable, "-c", _BOOT, "engine-registry-keeper", self.record.key],
+                    [sys.executable, "-I", "-c", _BOOT, "engine-registry-keeper", self.record.key],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints,
                     start_new_session=True, close_fds=True,
                 )  # fmt: skip
