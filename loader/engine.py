@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol
 from loader.errors import EngineFailed, EngineUnavailable, ReadFailed
 from loader.plan import ReadOp
 from registry.manifest import Region
+from registry.record import PROTOCOLS
 
 MAX_BATCH = 512  # Mooncake's queue holds 1,024 a peer; a longer batch is refused and leaves the peer unusable
 MAX_BATCH_NBYTES = 64 << 20  # nothing can be stopped within a batch
@@ -123,12 +124,12 @@ class MooncakeEngine:
 
     def __init__(self, host: str, protocol: str = "tcp", device: str = "", fabric: str = "") -> None:
         """`protocol`: tcp, rdma or nvlink_intra; `device`: RDMA device names, comma-separated, empty for all."""
-        if protocol not in _PROTOCOL_ENV:
-            raise EngineUnavailable(f"protocol {protocol!r} is unknown: use one of {', '.join(_PROTOCOL_ENV)}")
+        if protocol not in PROTOCOLS:
+            raise EngineUnavailable(f"protocol {protocol!r} is unknown: use one of {', '.join(PROTOCOLS)}")
         self._protocol = protocol
         self._fabric = fabric
         self._regions = _Regions()
-        with _environment({"MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR"), **_PROTOCOL_ENV[protocol]}):
+        with _environment({"MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR"), **_PROTOCOL_ENV.get(protocol, {})}):
             self._engine = _import_mooncake().TransferEngine()
             code = self._engine.initialize(host, "P2PHANDSHAKE", protocol, device)
         if code != 0:
@@ -207,7 +208,6 @@ class MooncakeEngine:
 # Mooncake ignores the protocol that it is given and looks at these when it starts.
 _PROTOCOL_ENV: dict[str, dict[str, str]] = {
     "tcp": {"MC_FORCE_TCP": "1"},
-    "rdma": {},
     "nvlink_intra": {"MC_INTRANODE_NVLINK": "1"},
 }
 
