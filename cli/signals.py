@@ -5,7 +5,7 @@ Used by commands that leave something behind if they just stop. `on_ending` star
 
 from __future__ import annotations
 
-import queue
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -30,17 +30,21 @@ def _ending() -> list[signal.Signals]:
 def on_ending(call: Callable[[], object]) -> None:
     """From now on calls this for each of the signals.
 
-    From a thread: a handler runs in the midst of whatever the main thread does, and would wait for ever for a lock that it holds.
+    From a thread, woken through a pipe. Python runs a handler in the main thread, between two instructions: it would wait for ever
+    for a lock that it interrupts the holder of, and it does not run at all while the main thread waits for something and another
+    thread has got the signal, or it came just before the wait.
     """
-    inbox: queue.SimpleQueue[int] = queue.SimpleQueue()  # its `put` takes no lock
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
     def listen() -> None:
-        while inbox.get():
+        while os.read(reader, 1):
             call()
 
     threading.Thread(target=listen, name="signals", daemon=True).start()
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in _ending():
-        signal.signal(number, lambda number, _: inbox.put(number))
+        signal.signal(number, lambda *_: None)  # one of Python's own: the default ones do not write to the pipe
 
 
 @contextmanager

@@ -18,6 +18,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def _handlers_as_before() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in ENDING}
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -35,6 +36,19 @@ def test_a_signal_may_come_while_the_main_thread_holds_the_lock_that_its_answer_
         signal.raise_signal(number)
         assert not answered.is_set()
     assert answered.wait(10)
+
+
+def test_a_signal_that_another_thread_gets_is_answered_while_the_main_thread_waits() -> None:
+    ready, answered = threading.Event(), threading.Event()
+    on_ending(answered.set)
+
+    def get() -> None:
+        ready.wait(10)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    threading.Thread(target=get, daemon=True).start()
+    ready.set()
+    assert answered.wait()  # without a limit: the wait is never left between
 
 
 def test_every_signal_is_answered() -> None:
