@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import errno
 import importlib
 import logging
 import os
 import sys
 import traceback
+from contextlib import suppress
+from typing import NoReturn
 
 import click
 
 from cli.exits import Exit, code_of
 from cli.options import debugging
+from cli.signals import Ended
+from cli.text import printable
 
 # In the order of `engines --help`. A command's module is imported only when it is asked for, so that help is quick.
 COMMANDS = {
@@ -25,6 +31,8 @@ COMMANDS = {
     "bench": "Measure this machine: loading, and the control plane.",
     "demo": "Show it all on this machine: register, load, verify, lose a rank.",
 }
+_EXTRAS = ("torch", "safetensors", "numpy")  # what `register` and `load` need and a plain installation lacks
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Commands(click.Group):
@@ -52,12 +60,33 @@ def engines() -> None:
     """
 
 
-def main() -> None:
+def main() -> NoReturn:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC's C++ core logs, we report ourselves
+    _open_closed_streams()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what its encoding lacks is no reason to fail
     logging.addLevelName(logging.WARNING, "warning")
     logging.addLevelName(logging.ERROR, "error")
     logging.basicConfig(format="engines: %(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    sys.exit(int(_run()))
+    _leave(int(_run()))
+
+
+def _open_closed_streams() -> None:
+    """Standard streams that the caller has closed lead nowhere. Else the next file or socket would get their descriptors."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: the closed one
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process, but not the interpreter: that stops gRPC's and torch's threads where they are, and may then wait for ever
+    for a lock that one of them holds."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _run() -> int:
@@ -66,23 +95,37 @@ def _run() -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else Exit.DONE
     except click.UsageError as exc:
-        exc.show()
+        with suppress(OSError):
+            exc.show()
         return Exit.USAGE
     except (click.Abort, KeyboardInterrupt):
-        click.echo("engines: interrupted", err=True)
+        _complain("interrupted")
         return Exit.INTERRUPTED
+    except Ended as exc:
+        _complain(str(exc))
+        return 128 + exc.number
     except BrokenPipeError:  # whoever read our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.FAILED
+    except SystemExit as exc:  # how click says the same
+        return exc.code if isinstance(exc.code, int) else Exit.FAILED
     except Exception as exc:  # noqa: BLE001  the last stop: what is not one of our errors is reported as a bug
         if debugging():
             traceback.print_exc()
-        click.echo(f"engines: error: {_in_one_line(exc)}", err=True)
+        _complain(f"error: {_in_one_line(exc)}")
         return code_of(exc) or Exit.FAILED
+
+
+def _complain(text: str) -> None:
+    with suppress(OSError):  # a terminal that has been closed
+        click.echo(f"engines: {printable(text)}", err=True)
 
 
 def _in_one_line(exc: Exception) -> str:
     text = " ".join(str(exc).split())
     if code_of(exc) is not None or isinstance(exc, click.ClickException):
         return text
+    if isinstance(exc, ModuleNotFoundError) and exc.name in _EXTRAS:
+        return f"{exc.name} is not installed: pip install 'engine-registry[cpu]' (or [cuda12], [cuda13] on GPU machines)"
+    if isinstance(exc, OSError) and exc.errno in _CANNOT_WRITE:
+        return f"cannot write: {exc.strerror}: look where the output goes, and at the disk"
     return f"unexpected {type(exc).__name__}: {text} (--debug shows where; please report it)"

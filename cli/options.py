@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,20 @@ debug_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON: one object, or one line an event.")
 instance_argument = click.argument("instance")
+_MAX_SECONDS = 365 * 24 * 3600  # more is a slip, and some of what measures time overflows
+
+
+class Seconds(click.FloatRange):
+    """A finite number of seconds."""
+
+    def __init__(self, min: float = 0, min_open: bool = False) -> None:
+        super().__init__(min=min, min_open=min_open, max=_MAX_SECONDS)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return seconds
 
 
 def rank_option(required: bool, help: str) -> Callable[[Command], Command]:
@@ -62,7 +77,7 @@ def etcd_options(command: Command) -> Command:
         click.option("--cert", type=click.Path(), help="Client certificate."),
         click.option("--key", type=click.Path(), help="Key of the client certificate."),
         click.option("--user", help=f"etcd user; the password comes from {PASSWORD_VARIABLE} or a prompt."),
-        click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True,
+        click.option("--timeout", type=Seconds(min_open=True), default=5.0, show_default=True,
                      metavar="S", help="Seconds that one call to etcd may take."),
         debug_option,
     ]  # fmt: skip

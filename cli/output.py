@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from cli.text import printable
 from registry import (
     Event,
     InstanceCleaned,
@@ -29,14 +30,15 @@ _WIDE = 100_000
 
 
 def print_json(data: Any) -> None:
-    click.echo(json.dumps(data, separators=(",", ":"), ensure_ascii=False))
+    """In ASCII: it means the same in every encoding, and holds nothing that a terminal would act on."""
+    click.echo(json.dumps(data, separators=(",", ":")))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """As wide as it is: a terminal wraps it, a pipe gets one row a line, and nothing is ever cut."""
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     Console(width=_WIDE, markup=False, emoji=False, highlight=False).print(table, soft_wrap=True)
 
 
@@ -144,7 +146,7 @@ def event_text(event: Event | InstanceCleaned) -> str:
         status = event.status
         return f"{status.instance} ready: {status.world_size} ranks, {size(status.nbytes)}, version {status.version}"
     if isinstance(event, InstanceDegraded):
-        return f"{event.status.instance} degraded: {event.status.summary}"
+        return f"{event.status.instance} degraded: {printable(event.status.summary)}"
     if isinstance(event, InstanceGone):
         return f"{event.status.instance} gone"
     record = event.record

@@ -24,6 +24,7 @@ from loader.engine import RegionBook
 from loader.errors import EngineFailed, EngineUnavailable, ReadFailed
 from loader.plan import ReadOp
 from registry.manifest import Region
+from registry.record import PROTOCOLS
 
 _MAX_READERS = 128  # peers whose readers are kept for the next load from them
 _NO_BATCH = (0, 2**64 - 1)  # what releases of Mooncake return where they refuse
@@ -43,8 +44,8 @@ class MooncakeEngine:
 
     def __init__(self, host: str, protocol: str = "tcp", device: str = "", fabric: str = "") -> None:
         """`protocol`: tcp, rdma or nvlink_intra; `device`: RDMA device names, comma-separated, empty for all."""
-        if protocol not in _PROTOCOL_ENV:
-            raise EngineUnavailable(f"protocol {protocol!r} is unknown: use one of {', '.join(_PROTOCOL_ENV)}")
+        if protocol not in PROTOCOLS:
+            raise EngineUnavailable(f"protocol {protocol!r} is unknown: use one of {', '.join(PROTOCOLS)}")
         if protocol == "rdma" and not (_RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir())):
             raise EngineUnavailable(
                 f"no RDMA device is here ({_RDMA_DEVICES} has none), and Mooncake would fall back to tcp: say tcp"
@@ -63,7 +64,7 @@ class MooncakeEngine:
         self._session_id = f"{host}:{self._engine.get_rpc_port()}"
 
     def _new_engine(self) -> Any:
-        with _environment({"MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR"), **_PROTOCOL_ENV[self._protocol]}):
+        with _environment({"MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR"), **_PROTOCOL_ENV.get(self._protocol, {})}):
             engine = _import_mooncake().TransferEngine()
             code = engine.initialize(self._host, "P2PHANDSHAKE", self._protocol, self._device)
         if code != 0:
@@ -292,7 +293,6 @@ def _let_it_end_soon(port: int) -> None:
 # Mooncake ignores the protocol that it is given and looks at these when it starts.
 _PROTOCOL_ENV: dict[str, dict[str, str]] = {
     "tcp": {"MC_FORCE_TCP": "1"},
-    "rdma": {},
     "nvlink_intra": {"MC_INTRANODE_NVLINK": "1"},
 }
 

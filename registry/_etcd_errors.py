@@ -52,7 +52,7 @@ def _from_status(where: str, code: Any, text: str) -> EtcdError:
         status.ABORTED,
         status.UNKNOWN,
     ):
-        return EtcdUnavailable(f"{where} cannot be reached: {_short(text)}: check the address and that etcd is running")
+        return EtcdUnavailable(f"{where} cannot be reached: {_short(text)}: {_advice(text)}")
     return EtcdRefused(f"{where} refuses the request: {text}")
 
 
@@ -60,6 +60,14 @@ def from_cancelled_watch(reason: str) -> EtcdError:
     if "auth token" in reason:
         return EtcdUnavailable(f"etcd does not accept the authentication token any more: {reason}")
     return EtcdRefused(f"etcd refuses the watch: {reason or 'no reason given'}")
+
+
+def _advice(text: str) -> str:
+    if "handshake" in text.lower():
+        return "TLS does not come about: check --cacert, --cert and --key"
+    if text.endswith("Socket closed"):
+        return "check the address, that etcd is running, and whether it speaks TLS (--cacert)"
+    return "check the address and that etcd is running"
 
 
 def _short(text: str) -> str:

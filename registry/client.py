@@ -19,12 +19,12 @@ from registry.election import Election
 from registry.errors import EtcdUnavailable, InstanceIncomplete, InstanceNotFound, InvalidField, RecordDamaged
 from registry.etcd import Etcd
 from registry.follow import Follower
-from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, parse_record_key
+from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, parse_record_key, record_key
 from registry.kv import KeyValue, Snapshot
 from registry.manifest import Manifest
 from registry.pulls import PullTicket, count_pulls, take_ticket, wait_for_no_pulls
 from registry.record import ModelIdentity, RankRecord, RankState, decode
-from registry.resolver import InstanceState, InstanceStatus, assess_all
+from registry.resolver import InstanceState, InstanceStatus, assess_all, read
 from registry.session import OnState, Registration
 from registry.watcher import Watch
 
@@ -148,6 +148,17 @@ class Registry:
         """One instance as it is now; state GONE where nothing is registered."""
         items = self._etcd.snapshot(instance_prefix(check_instance(name))).items
         return next(iter(assess_all(items)), InstanceStatus(name, InstanceState.GONE))
+
+    def damaged(self, instance: str, rank: int | None = None) -> tuple[RecordDamaged, ...]:
+        """What is wrong with each of the instance's keys, or with the rank's, that hold no good record, and how to delete it."""
+        found = []
+        for item in self._etcd.snapshot(instance_prefix(check_instance(instance))).items:
+            if rank is None or item.key == record_key(instance, rank):
+                try:
+                    read(item)
+                except RecordDamaged as exc:
+                    found.append(RecordDamaged(f"{exc}; {registration.how_to_delete(self._etcd, item.key)}", key=item.key))
+        return tuple(found)
 
     def ranks(self, instance: str) -> tuple[RankRecord, ...]:
         """The instance's ranks that are registered now, by rank. A damaged record is left out, with a logged warning."""

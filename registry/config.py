@@ -9,6 +9,7 @@ from typing import Any
 
 from registry.errors import InvalidField
 
+MAX_TIMEOUT_S = 3600.0
 _ENDPOINT = re.compile(r"(?:https?://)?(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})/?")
 
 
@@ -38,8 +39,15 @@ class EtcdConfig:
     def __post_init__(self) -> None:
         if not self.endpoints:
             raise InvalidField("no etcd endpoint given: use HOST:PORT", field="endpoints")
-        if not self.timeout_s > 0:
-            raise InvalidField(f"timeout {self.timeout_s} is not valid: it is more than 0 seconds", field="timeout_s")
+        if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
+            raise InvalidField(
+                f"timeout {self.timeout_s} is not valid: it is more than 0 and at most {MAX_TIMEOUT_S:g} seconds", field="timeout_s"
+            )
+        if not self.namespace.isprintable():
+            raise InvalidField(f"namespace {self.namespace!r} is not valid: it is one line of printable text", field="namespace")
+        for name, text in (("user", self.user), ("password", self.password)):
+            if text is not None and not _is_unicode(text):  # the text itself is not shown: it may be the password
+                raise InvalidField(f"the {name} for etcd is not valid: it is not UTF-8 text", field=name)
         if len({endpoint.tls for endpoint in self.endpoints}) > 1:
             raise InvalidField(
                 "some etcd endpoints are https:// and some are not: all members speak one of them", field="endpoints"
@@ -61,6 +69,15 @@ class EtcdConfig:
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> EtcdConfig:
         return cls(**{**data, "endpoints": tuple(Endpoint(**endpoint) for endpoint in data["endpoints"])})
+
+
+def _is_unicode(text: str) -> bool:
+    """False for what Python makes of arguments and variables that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_endpoints(text: str | Sequence[str]) -> tuple[Endpoint, ...]:

@@ -40,6 +40,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.enable_http_proxy", 0),  # http_proxy is for the web; etcd is in the cluster, and one on this machine has no way back
 )
 _PAGE_KEYS = 1_000
 _DELETE_EVENT = 1  # mvccpb.Event.DELETE
@@ -52,13 +53,17 @@ class WatchStream:
     def __init__(self, etcd: Etcd, client: Any, call: Any, requests: queue.SimpleQueue[Any]) -> None:
         self._etcd = etcd
         self._client = client
-        self._call = call
+        self._call: Any = call  # None once it is cancelled
         self._requests = requests
         self._cancelled = False
 
     def __iter__(self) -> Iterator[Batch]:
+        # What gRPC raises is the call itself. With its traceback, or as the cause of an error that somebody keeps, it would be
+        # part of a cycle and so be collected late; at the interpreter's end its __del__ may wait for a lock that one of gRPC's
+        # threads holds, stopped for good. So it is let go of here, and the error is raised where it is not being handled.
+        error: EtcdError | None = None
         try:
-            for response in self._call:
+            for response in self._call or ():
                 if response.compact_revision:
                     raise HistoryLost(f"etcd has compacted its history up to revision {response.compact_revision}")
                 if response.canceled:
@@ -71,9 +76,12 @@ class WatchStream:
             raise EtcdUnavailable("etcd ended the watch")
         except (grpc.RpcError, EtcdError) as exc:
             if not self._cancelled:
-                raise self._etcd._failed(self._client, exc) from exc
+                error = self._etcd._failed(self._client, exc)
+            exc.__traceback__ = None
         finally:
             self.cancel()
+        if error is not None:
+            raise error
 
     def _change(self, event: Any) -> Change:
         strip = len(self._etcd.config.namespace)
@@ -85,7 +93,9 @@ class WatchStream:
         """From any thread, any number of times."""
         self._cancelled = True
         self._requests.put(None)
-        self._call.cancel()
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
 
 
 class Etcd:

@@ -19,6 +19,7 @@ from registry.errors import KeeperFailed
 from registry.frames import ANSWER_S, Frame, FrameBuffer
 
 # The module search path comes through the pipe, so that the keeper finds what the rank found, and `ps` shows what it is for.
+# Until then -I keeps the working directory off it: a file of the user's named json.py would be run.
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline()); from registry.keeper_main import run; run()"
 START_TIMEOUT_S = 20.0  # a loaded machine may take long to start a process
 
@@ -43,7 +44,7 @@ class KeeperProcess:
             try:
                 self._complaints: IO[bytes] = undo.enter_context(tempfile.TemporaryFile())
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _BOOT, "engine-registry-keeper", key],
+                    [sys.executable, "-I", "-c", _BOOT, "engine-registry-keeper", key],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints,
                     start_new_session=True, close_fds=True, bufsize=0,
                 )  # fmt: skip

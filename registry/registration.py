@@ -8,6 +8,7 @@ unchanged, or while there is none; so all that are alive agree with each other, 
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -69,20 +70,25 @@ def _claim(etcd: Etcd, record: RankRecord, last_part: Put, lease_id: int) -> int
     mark = evicted_key(record.instance, record.rank, record.incarnation)
     if etcd.get(mark) is not None:
         raise Evicted(f"{record.key} was evicted", key=record.key)
-    guards = [_check_holder(record, holder), absent(mark), _check_siblings(etcd, record)]
+    guards = [_check_holder(etcd, record, holder), absent(mark), _check_siblings(etcd, record)]
     revision = etcd.commit(guards, [last_part, Put(record.key, encode(record), lease_id)])
     if not revision:
         raise _Raced(f"{record.key} or a sibling changed while it was being registered")
     return revision
 
 
-def _check_holder(record: RankRecord, holder: KeyValue | None) -> Guard:
+def how_to_delete(etcd: Etcd, key: str) -> str:
+    """What an operator can do about a key that nobody of ours can read."""
+    return f"delete the key if no process owns it: etcdctl del {shlex.quote(etcd.config.namespace + key)}"
+
+
+def _check_holder(etcd: Etcd, record: RankRecord, holder: KeyValue | None) -> Guard:
     if holder is None:
         return absent(record.key)
     try:
         found = decode(holder.key, holder.value)
     except RecordDamaged as exc:
-        raise RankConflict(f"{exc}; delete the key if no process owns it: etcdctl del {record.key}", key=record.key) from exc
+        raise RankConflict(f"{exc}; {how_to_delete(etcd, record.key)}", key=record.key) from exc
     if found.incarnation != record.incarnation and not found.ended:
         raise RankConflict(
             f"rank {record.rank} of {record.instance!r} is already registered ({found.holder}): "

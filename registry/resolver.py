@@ -81,17 +81,21 @@ def assess_all(items: Iterable[KeyValue]) -> tuple[InstanceStatus, ...]:
     records: dict[str, list[RankRecord]] = {}
     damaged: dict[str, list[str]] = {}
     for item in items:
-        place = parse_record_key(item.key)
-        instance = place[0] if place else item.key.removeprefix(ENGINES).split("/")[0]
+        instance = item.key.removeprefix(ENGINES).split("/")[0]
         records.setdefault(instance, [])
         try:
-            if place is None:
-                raise RecordDamaged(f"the key {item.key} is not /engines/<instance>/<rank>", key=item.key)
-            records[instance].append(decode(item.key, item.value, item.mod_revision))
+            records[instance].append(read(item))
         except RecordDamaged as exc:
             damaged.setdefault(instance, []).append(str(exc))
     statuses = (assess(name, found, damaged.get(name, ())) for name, found in sorted(records.items()))
     return tuple(status for status in statuses if status.state is not InstanceState.GONE)
+
+
+def read(item: KeyValue) -> RankRecord:
+    """The record that is stored there, or RecordDamaged."""
+    if parse_record_key(item.key) is None:
+        raise RecordDamaged(f"the key {item.key} is not /engines/<instance>/<rank>", key=item.key)
+    return decode(item.key, item.value, item.mod_revision)
 
 
 def _of_versions(records: Sequence[RankRecord]) -> list[str]:

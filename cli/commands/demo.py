@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ import click
 
 from cli.options import debug_option
 from cli.output import event_text, size
+from cli.signals import held_back, raised
 from registry import InstanceReady, RankLost, Registry
 from registry.errors import InstanceIncomplete, InstanceNotFound
 from registry.local import LocalEtcd
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 _INSTANCE = "demo"
 _RANKS = 2
 _WAIT_S = 60.0
+_END_S = 5.0  # how long a process may take to end once it is told to
+
+# `engines`, found where this process found it. -I keeps the working directory off the path: a cli.py of the user's would be run.
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from cli.main import main; main()"
 
 
 class DemoFailed(click.ClickException):
@@ -45,7 +50,7 @@ class DemoFailed(click.ClickException):
 def command(weights: str | None) -> None:
     """Show it all on this machine: two ranks serve a checkpoint, two processes load it, every byte is compared, a rank dies."""
     checkpoint = Path(weights) if weights else find_checkpoint()
-    with ExitStack() as stack:
+    with raised(), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="engines-demo-")))
         etcd = stack.enter_context(LocalEtcd())
         _say(f"etcd is ready at {etcd.endpoint}")
@@ -81,45 +86,50 @@ class _Engines:
 
     def __init__(self, endpoint: str) -> None:
         self._env = {**os.environ, "ENGINES_ETCD": endpoint}
-
-    def _start(self, *args: str, **pipes: int) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-m", "cli", *args], env=self._env, text=True, **pipes)  # type: ignore[call-overload, no-any-return]
+        self._command = [sys.executable, "-I", "-c", _BOOT, json.dumps([os.path.abspath(path) for path in sys.path])]
 
     @contextmanager
-    def rank(self, rank: int, stage: Path) -> Iterator[subprocess.Popen[str]]:
-        """A rank that ends at the end of the block at the latest, and also when this process dies."""
-        process = self._start(
-            "register", _INSTANCE, "--rank", str(rank), "--world-size", str(_RANKS), "--weights", str(stage),
-            "--topology", f"pp={rank}/{_RANKS}", "--host", "127.0.0.1", "--until-eof",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        with process:
+    def _running(self, *args: str, **pipes: int) -> Iterator[subprocess.Popen[str]]:
+        """The process, which ends at the end of the block at the latest."""
+        with subprocess.Popen([*self._command, *args], env=self._env, text=True, **pipes) as process:  # type: ignore[call-overload]
             try:
                 yield process
             finally:
                 process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_END_S)
+                process.kill()
+
+    def rank(self, rank: int, stage: Path) -> AbstractContextManager[subprocess.Popen[str]]:
+        """A rank that ends also when this process dies."""
+        return self._running(
+            "register", _INSTANCE, "--rank", str(rank), "--world-size", str(_RANKS), "--weights", str(stage),
+            "--topology", f"pp={rank}/{_RANKS}", "--host", "127.0.0.1", "--until-eof",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
 
     def show(self, *args: str) -> None:
         click.echo(f"\n$ engines {' '.join(args)}")
-        with self._start(*args) as process:
-            pass
+        with self._running(*args) as process:
+            process.wait()
         if process.returncode:
             raise DemoFailed(f"engines {' '.join(args)} ended with code {process.returncode}")
 
     def load_all(self, folder: Path) -> list[dict[str, Any]]:
-        loaders = [
-            self._start(
-                "load", _INSTANCE, "--rank", str(rank), "--out", str(folder / "loaded"), "--host", "127.0.0.1", "--json",
-                stdout=subprocess.PIPE,
-            )
-            for rank in range(_RANKS)
-        ]  # fmt: skip
         reports = []
-        for rank, process in enumerate(loaders):
-            output, _ = process.communicate()
-            if process.returncode:
-                raise DemoFailed(f"loading rank {rank} ended with code {process.returncode}")
-            reports.append(json.loads(output))
+        with ExitStack() as stack:
+            loaders = [
+                stack.enter_context(self._running(
+                    "load", _INSTANCE, "--rank", str(rank), "--out", str(folder / "loaded"), "--host", "127.0.0.1", "--json",
+                    stdout=subprocess.PIPE,
+                ))
+                for rank in range(_RANKS)
+            ]  # fmt: skip
+            for rank, process in enumerate(loaders):
+                output, _ = process.communicate()
+                if process.returncode:
+                    raise DemoFailed(f"loading rank {rank} ended with code {process.returncode}")
+                reports.append(json.loads(output))
         return reports
 
 
@@ -139,9 +149,12 @@ def find_checkpoint() -> Path:
 
 def _split(checkpoint: Path, folder: Path) -> list[Path]:
     """The file's tensors as pipeline stages: embeddings and the first layers, the other layers and what follows them."""
-    from loader.files import read_weights, write_weights
+    with held_back():
+        from loader.files import read_weights, write_weights
 
     tensors = read_weights([checkpoint])
+    if not any(tensor.nbytes for tensor in tensors.values()):
+        raise DemoFailed(f"{checkpoint} holds no weights, only {len(tensors)} tensors of no bytes: give another --weights FILE")
     by_depth: dict[tuple[int, int], list[str]] = {}
     for name in tensors:
         by_depth.setdefault(_depth(name), []).append(name)

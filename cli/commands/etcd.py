@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 
 import click
 
 from cli.options import debug_option
+from cli.signals import on_ending, raised
 
 
 @click.command("etcd")
@@ -19,9 +19,8 @@ def command(port: int, data_dir: str | None) -> None:
     from registry.local import LocalEtcd
 
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with LocalEtcd(port, data_dir) as etcd:
+    with raised(), LocalEtcd(port, data_dir) as etcd:
+        on_ending(stop.set)
         click.echo(f"etcd is ready at {etcd.endpoint} (data in {etcd.data_dir}); Ctrl-C ends it")
         while not stop.wait(0.5):
             etcd.check_running()

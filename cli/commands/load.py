@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
-from cli.options import engine_log, etcd_options, instance_argument, json_option, rank_option
+from cli.options import Seconds, engine_log, etcd_options, instance_argument, json_option, rank_option
 from cli.output import print_json, size
+from cli.signals import held_back
 from registry import Registry
 from registry.errors import InvalidField
+from registry.record import PROTOCOLS
 
 if TYPE_CHECKING:
     from loader import Progress
@@ -27,10 +29,10 @@ if TYPE_CHECKING:
 @rank_option(required=True, help="Which rank's weights to copy.")
 @click.option("--out", type=click.Path(file_okay=False), help="Write them to DIR/rank-R.safetensors; without it, only copy.")
 @click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
-@click.option("--wait", type=click.FloatRange(min=0), default=60.0, show_default=True, metavar="S",
+@click.option("--wait", type=Seconds(), default=60.0, show_default=True, metavar="S",
               help="How long to wait for all ranks of the instance.")  # fmt: skip
 @click.option("--host", help="Address of this machine. Default: the one that etcd sees.")
-@click.option("--protocol", default="tcp", show_default=True, help="tcp, rdma or nvlink_intra.")
+@click.option("--protocol", type=click.Choice(PROTOCOLS), default="tcp", show_default=True, help="How to read.")
 @json_option
 @etcd_options
 def command(
@@ -52,8 +54,9 @@ def command(
         records = registry.resolve(instance, wait)
         if rank >= len(records):
             raise InvalidField(f"rank {rank} is not one of {instance!r}: its ranks are 0 to {len(records) - 1}", field="rank")
-        from loader import MooncakeEngine, load
-        from loader.files import allocate_like, write_weights
+        with held_back():
+            from loader import MooncakeEngine, load
+            from loader.files import allocate_like, write_weights
 
         tensors = allocate_like(registry.manifest(records[rank]))
         with (

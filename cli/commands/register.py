@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import engine_log, etcd_options, instance_argument, rank_option
+from cli.options import Seconds, engine_log, etcd_options, instance_argument, rank_option
 from cli.output import size
+from cli.signals import held_back, on_ending
 from registry import ModelIdentity, RegistrationState, Registry
 from registry.errors import InvalidField
 from registry.keys import check_instance, check_rank
+from registry.record import PROTOCOLS
 
 if TYPE_CHECKING:
     from loader import Publication
@@ -29,17 +31,17 @@ if TYPE_CHECKING:
 @click.option("--weights", "paths", type=click.Path(), multiple=True, required=True, metavar="FILE_OR_DIR",
               help="Safetensors file, or folder of them; may be given several times.")  # fmt: skip
 @click.option("--host", help="Address of this machine that loaders can reach. Default: the one that etcd sees.")
-@click.option("--protocol", default="tcp", show_default=True, help="tcp, rdma or nvlink_intra.")
+@click.option("--protocol", type=click.Choice(PROTOCOLS), default="tcp", show_default=True, help="How loaders read.")
 @click.option("--model", help="Model name. Default: the instance's name.")
 @click.option("--revision", default="", help="Model revision.")
 @click.option("--version", type=click.IntRange(min=0), default=0, show_default=True, help="Version of the weights.")
 @click.option("--generation", help="Id of this launch; ranks of different launches do not mix.")
 @click.option("--topology", multiple=True, metavar="AXIS=INDEX/SIZE", help="Place on a parallel axis, such as tp=0/2.")
-@click.option("--ttl", type=click.FloatRange(min=2), default=10.0, show_default=True, metavar="S",
+@click.option("--ttl", type=Seconds(min=2), default=10.0, show_default=True, metavar="S",
               help="How long the rank stays listed after its whole host is lost.")  # fmt: skip
 @click.option(
     "--drain",
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     default=25.0,
     show_default=True,
     metavar="S",
@@ -73,8 +75,9 @@ def command(
     check_rank(rank, world_size)
     places = dict(map(_parse_place, topology))
     with connect() as registry, engine_log():
-        from loader import MooncakeEngine, publish
-        from loader.files import read_weights
+        with held_back():
+            from loader import MooncakeEngine, publish
+            from loader.files import read_weights
 
         tensors = read_weights(paths)
         endings = _Endings(until_eof)
@@ -118,8 +121,7 @@ class _Endings:
 
     def __init__(self, until_eof: bool) -> None:
         self._inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self._inbox.put("signal"))
+        on_ending(lambda: self._inbox.put("signal"))
         if until_eof:
             threading.Thread(target=self._read, daemon=True).start()
 
@@ -144,8 +146,7 @@ class _Endings:
 
 
 def _parse_place(text: str) -> tuple[str, tuple[int, int]]:
-    axis, _, place = text.partition("=")
-    index, _, whole = place.partition("/")
-    if not axis or not index.isdigit() or not whole.isdigit():
+    place = re.fullmatch(r"([^=]+)=([0-9]{1,9})/([0-9]{1,9})", text)
+    if place is None:
         raise InvalidField(f"topology {text!r} is not valid: use AXIS=INDEX/SIZE, such as tp=0/2", field="topology")
-    return axis, (int(index), int(whole))
+    return place[1], (int(place[2]), int(place[3]))

@@ -19,6 +19,7 @@ from cli.output import (
     tensor_rows,
     tensors_json,
 )
+from cli.text import printable
 from registry import InstanceState, InstanceStatus, RankRecord, Registry
 from registry.errors import InstanceIncomplete, InstanceNotFound
 
@@ -32,6 +33,8 @@ from registry.errors import InstanceIncomplete, InstanceNotFound
 def command(connect: Callable[[], Registry], instance: str, rank: int | None, with_tensors: bool, as_json: bool) -> None:
     """One instance: its state, its ranks and where they are."""
     with connect() as registry:
+        for damage in registry.damaged(instance, rank) if rank is not None else ():
+            raise damage
         status = registry.instance(instance)
         records = chosen(status, rank)
         manifests = [registry.manifest(record) if with_tensors else None for record in records]
@@ -40,9 +43,9 @@ def command(connect: Callable[[], Registry], instance: str, rank: int | None, wi
         ranks = [rank_json(record) | ({"entries": tensors_json(manifest)} if manifest else {}) for record, manifest in shown]
         print_json({**instance_json(status), "ranks": ranks})
         return
-    click.echo(f"{instance}: {status.state.value}, {size(status.nbytes)}, model {status.model}")
+    click.echo(f"{instance}: {status.state.value}, {size(status.nbytes)}, model {status.model or '-'}")
     if status.summary:
-        click.echo(f"not ready: {status.summary}")
+        click.echo(f"not ready: {printable(status.summary)}")
     print_table(RANK_COLUMNS, [rank_row(record) for record in records])
     for record, manifest in shown:
         if manifest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime
@@ -10,21 +9,18 @@ from datetime import datetime
 import click
 
 from cli.hooks import Hooks
-from cli.options import etcd_options, json_option
+from cli.options import Seconds, etcd_options, json_option
 from cli.output import event_json, event_text, print_json
+from cli.signals import on_ending
 from registry import CleaningWatch, Registry, Watch
 
 
 @click.command("watch")
 @click.argument("instance", required=False)
 @click.option("--exec", "hook", metavar="CMD", help="Run CMD with sh for every event: JSON on stdin, ENGINES_… in its environment.")
-@click.option(
-    "--exec-timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, metavar="S", help="End a CMD after this."
-)
+@click.option("--exec-timeout", type=Seconds(), default=60.0, show_default=True, metavar="S", help="End a CMD after this.")
 @click.option("--cleanup", is_flag=True, help="Evict what is left of an instance that lost a rank and stays degraded.")
-@click.option(
-    "--grace", type=click.FloatRange(min=0), default=30.0, show_default=True, metavar="S", help="How long --cleanup waits."
-)
+@click.option("--grace", type=Seconds(), default=30.0, show_default=True, metavar="S", help="How long --cleanup waits.")
 @click.option("--dry-run", is_flag=True, help="With --cleanup: only tell what would be evicted.")
 @json_option
 @etcd_options
@@ -52,8 +48,7 @@ def command(
             registry.cleaning_watch(instance, grace_s=grace, dry_run=dry_run) if cleanup else registry.watch(instance)
         )
         stack.enter_context(watch)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: watch.stop())
+        on_ending(watch.stop)
         for event in watch:
             now = datetime.now().astimezone()
             data = {"at": now.isoformat(timespec="milliseconds"), **event_json(event)}

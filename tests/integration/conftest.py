@@ -49,21 +49,21 @@ class Processes:
         self._env = env
         self._started: list[subprocess.Popen[str]] = []
 
-    def start(self, *args: str, **env: str) -> subprocess.Popen[str]:
+    def start(self, *args: str, cwd: Path = ROOT, **env: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, *args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=ROOT,
+            cwd=cwd,
             env={**self._env, **env},
         )
         self._started.append(process)
         return process
 
     def engines(self, *args: str, **env: str) -> subprocess.Popen[str]:
-        return self.start("-m", "cli", *args, **env)
+        return self.start("-m", "cli", *args, cwd=ROOT, **env)
 
     def run(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
         """`engines ARGS` to its end."""

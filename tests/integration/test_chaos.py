@@ -12,13 +12,13 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 import torch
 
 from loader import LoaderError, MooncakeEngine, Pace, load
+from loader.sources import Wanted
 from registry import Registry, RegistryError
 from registry.local import LocalEtcd
 from tests.integration.conftest import Processes, line_of
@@ -105,17 +105,13 @@ class Monkey:
         self._etcd.start()
 
 
-@pytest.fixture
-def etcd(own_etcd: LocalEtcd) -> Iterator[LocalEtcd]:
-    yield own_etcd
-
-
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.mark.timeout(300)
-def test_every_load_ends_in_one_version_or_a_typed_error_and_leaves_nothing_behind(etcd: LocalEtcd, namespace: str) -> None:
+def test_every_load_ends_in_one_version_or_a_typed_error_and_leaves_nothing_behind(own_etcd: LocalEtcd, namespace: str) -> None:
+    etcd = own_etcd
     processes = Processes({**os.environ, "ENGINES_ETCD": etcd.endpoint, "TEST_NAMESPACE": namespace})
     outcomes: Counter[str] = Counter()
     choose = random.Random(SEED)
@@ -129,7 +125,7 @@ def test_every_load_ends_in_one_version_or_a_typed_error_and_leaves_nothing_behi
         for number in range(LOADS):
             if time.monotonic() > give_up:
                 break
-            wanted = choose.choice([MODEL, ["a", "b"], ["c", "a", "b"], "a"])
+            wanted: Wanted = choose.choice([MODEL, ["a", "b"], ["c", "a", "b"], "a"])
             tensors = empty(NBYTES)
             start = time.monotonic()
             try:

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from registry.config import EtcdConfig, parse_endpoints
 from registry.etcd import Etcd
 from registry.kv import Put
 from registry.local import LocalEtcd, free_port
-from tests.integration.conftest import Processes, line_of
+from tests.integration.conftest import ROOT, Processes, line_of
 from tests.integration.ranks import register
 
 
@@ -177,7 +178,7 @@ def test_without_etcd_every_command_says_where_it_looked(processes: Processes, a
         (("--rank", "0", "--world-size", "1", "--weights", "CUT"), Exit.FAILED, ["cannot be read as safetensors"]),
         (("--rank", "0", "--world-size", "1", "--weights", "EMPTY_DIR"), Exit.FAILED, ["holds no *.safetensors"]),
         (("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--topology", "tp=1"), Exit.USAGE, ["AXIS=INDEX/SIZE"]),
-        (("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--protocol", "pigeon"), Exit.FAILED, ["tcp, rdma"]),
+        (("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--topology", "tp=²/3"), Exit.USAGE, ["tp=²/3"]),
         (("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--etcd", "here"), Exit.USAGE, ["use HOST:PORT"]),
     ],
 )  # fmt: skip
@@ -238,6 +239,112 @@ def test_a_damaged_record_is_shown_by_list_and_an_error_for_load(
     assert_one_line(engines("load", "b", "--rank", "0", "--wait", "0"), Exit.FAILED, "/engines/b/0 is damaged")
 
 
+def test_a_key_that_cannot_be_read_is_named_by_evict_and_show_and_left(
+    engines: Engines, registry: Registry, shared_etcd: LocalEtcd, namespace: str
+) -> None:
+    etcd = Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))
+    etcd.commit([], [Put("/engines/a/1", b"{}", 0), Put("/engines/a/2", b'{"schema": 7}', 0)])
+    damaged = f"etcdctl del {namespace}/engines/a/1"
+    newer = f"etcdctl del {namespace}/engines/a/2"
+    shown = engines("show", "a")
+    assert (shown.returncode, shown.stdout.splitlines()[0]) == (Exit.DONE, "a: degraded, 0 B, model -")
+    assert_one_line(engines("evict", "a"), Exit.FAILED, "/engines/a/1 is damaged", damaged, "has schema 7", "upgrade", newer)
+    assert_one_line(engines("evict", "a", "--rank", "2"), Exit.FAILED, "has schema 7", newer)
+    assert_one_line(engines("show", "a", "--rank", "1"), Exit.FAILED, "/engines/a/1 is damaged", damaged)
+    assert_one_line(engines("evict", "a", "--rank", "3"), Exit.INSTANCE, "rank 3 of 'a' is not registered")
+    with register(registry, world_size=3):
+        assert engines("evict", "a", "--rank", "0").returncode == Exit.DONE
+    with register(registry, world_size=3):
+        evicted = engines("evict", "a")
+        assert evicted.stdout.startswith("evicted a/0 (host")
+        assert_one_line(evicted, Exit.FAILED, damaged, newer)
+    assert [item.key for item in etcd.snapshot("/engines/").items] == ["/engines/a/1", "/engines/a/2"]
+    etcd.close()
+
+
+def _in_shell(command: str, shared_etcd: LocalEtcd, **env: str) -> subprocess.CompletedProcess[str]:
+    """With `engines` in it, which stands for the real one."""
+    script = f'engines() {{ "{sys.executable}" -m cli "$@"; }}; {command}'
+    env = {**os.environ, "ENGINES_ETCD": shared_etcd.endpoint, **env}
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT, env=env)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "out", "err"),
+    [
+        ("engines list >/dev/full", Exit.FAILED, "", "engines: error: cannot write: No space left on device: "),
+        ("engines list --json >/dev/full", Exit.FAILED, "", "engines: error: cannot write: No space left on device: "),
+        ("engines --help >/dev/full", Exit.FAILED, "", "engines: error: cannot write: No space left on device: "),
+        ("engines show a 2>/dev/full", Exit.INSTANCE, "", ""),
+        ("engines show 2>/dev/full", Exit.USAGE, "", ""),
+        ("engines list >&-", Exit.DONE, "", ""),
+        ("engines list 2>&-", Exit.DONE, "no instance is registered\n", ""),
+        ("engines list <&- >&- 2>&-", Exit.DONE, "", ""),
+        ("engines list --namespace $'\\xff'", Exit.USAGE, "", "engines: error: namespace '\\udcff' is not valid"),
+        ("engines list --timeout inf", Exit.USAGE, "", "Usage: engines list"),
+    ],
+)
+def test_standard_streams_and_arguments_of_any_kind_end_in_a_line_and_a_code(
+    shared_etcd: LocalEtcd, command: str, code: Exit, out: str, err: str
+) -> None:
+    result = _in_shell(command, shared_etcd)
+    assert (result.returncode, result.stdout) == (code, out)
+    assert result.stderr.startswith(err)
+    assert "unexpected" not in result.stderr
+    assert bool(result.stderr) == bool(err)
+
+
+def test_what_the_terminals_encoding_lacks_is_shown_as_an_escape(engines: Engines, weights: Path, tmp_path: Path) -> None:
+    engines.serve(weights)
+    options = ("load", "a", "--rank", "0", "--host", "127.0.0.1", "--out", str(tmp_path / "out"))
+    loaded = engines(*options, PYTHONIOENCODING="latin-1:strict")
+    assert loaded.returncode == Exit.DONE, loaded.stderr
+    assert "\\u2192 " in loaded.stdout
+
+
+def test_a_server_without_standard_streams_serves_and_ends(
+    shared_etcd: LocalEtcd, registry: Registry, namespace: str, weights: Path
+) -> None:
+    args = f"register a --rank 0 --world-size 1 --weights {weights} --host 127.0.0.1 --namespace {namespace} --until-eof"
+    assert _in_shell(f"engines {args} <&- >&- 2>&-", shared_etcd).returncode == Exit.DONE
+    assert registry.instances() == ()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_server_withdraws_when_its_terminal_is_closed(
+    engines: Engines, weights: Path, registry: Registry, number: signal.Signals
+) -> None:
+    server = engines.serve(weights)
+    server.send_signal(number)
+    assert server.communicate(timeout=20) == ("withdrew a/0\n", "")
+    assert server.returncode == Exit.DONE
+    assert registry.instances() == ()
+
+
+_TORCH_THAT_SWALLOWS = """
+import sys
+try:
+    print("importing", flush=True)
+    sys.stdin.readline()
+except KeyboardInterrupt:
+    pass
+raise ImportError("not the real one")
+"""
+
+
+@pytest.mark.parametrize("command", ["register", "demo"])
+def test_ctrl_c_during_the_import_of_torch_is_not_lost(processes: Processes, weights: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "torch.py").write_text(_TORCH_THAT_SWALLOWS)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    rank = ("a", "--rank", "0", "--world-size", "1") if command == "register" else ()
+    process = processes.engines(command, *rank, "--weights", str(weights), PYTHONPATH=path)
+    while line_of(process) != "importing\n":
+        pass
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate("\n", timeout=30)
+    assert (process.returncode, err.strip()) == (Exit.INTERRUPTED, "engines: interrupted")
+
+
 def test_a_debug_run_shows_the_traceback(processes: Processes) -> None:
     result = processes.run("list", "--debug", ENGINES_ETCD=f"127.0.0.1:{free_port()}")
     assert result.returncode == Exit.ETCD
@@ -275,31 +382,50 @@ def _descendants(pid: int) -> Iterator[int]:
                 yield from _descendants(int(child))
 
 
-@pytest.mark.parametrize("how", ["to its end", "killed half-way"])
-def test_the_demo_leaves_no_process_and_no_file_behind(processes: Processes, tmp_path: Path, how: str) -> None:
+_TRAP = "raise SystemExit('the user has a file of this name')"
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_demo_leaves_no_process_and_no_file_behind(processes: Processes, tmp_path: Path, number: int) -> None:
+    """To its end, or to a signal half-way."""
     weights = {f"layer.{number}.w": torch.rand(64, 64) for number in range(6)} | {"embed": torch.rand(10, 64)}
     save_file(weights, tmp_path / "model.safetensors")
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    demo = processes.engines("demo", "--weights", str(tmp_path / "model.safetensors"), TMPDIR=str(scratch))
+    scratch, here, script = tmp_path / "scratch", tmp_path / "here", tmp_path / "bin" / "engines"
+    for folder in (scratch, here, script.parent):
+        folder.mkdir()
+    for name in ("cli", "json", "registry"):
+        (here / f"{name}.py").write_text(_TRAP)
+    script.write_text("from cli.main import main; main()")
+    demo = processes.start(
+        str(script), "demo", "--weights", str(tmp_path / "model.safetensors"), cwd=here, TMPDIR=str(scratch), PYTHONPATH=str(ROOT)
+    )
     started: set[int] = set()
     lines: list[str] = []
     assert demo.stdout is not None
     for line in demo.stdout:
         started |= set(_descendants(demo.pid))
         lines.append(line)
-        if how == "killed half-way" and line.startswith("registered demo/0"):
-            demo.kill()
+        if number and line.startswith("registered demo/0"):
+            demo.send_signal(number)
             break
-    assert demo.wait(60) == (0 if how == "to its end" else -signal.SIGKILL)
+    _, err = demo.communicate(timeout=60)
+    assert demo.returncode == (-number if number == signal.SIGKILL else 128 + number if number else 0), err
     assert started
     for pid in started:
         _wait_for_end(pid)
-    if how == "to its end":
+    if number == 0:
         assert lines[-1].startswith("7 tensors, ")
         assert lines[-1].endswith("all verified\n")
         assert any("demo/1 lost: process ended" in line for line in lines)
+    if number != signal.SIGKILL:
         assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("tensors", [{}, {"nothing": torch.zeros(0), "none": torch.zeros(3, 0)}])
+def test_the_demo_refuses_a_file_without_weights(processes: Processes, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, tmp_path / "model.safetensors")
+    result = processes.run("demo", "--weights", str(tmp_path / "model.safetensors"))
+    assert_one_line(result, Exit.FAILED, "holds no weights", "--weights FILE")
 
 
 def _wait_for_end(pid: int) -> None:

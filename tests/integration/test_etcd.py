@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import http.server
 import os
 import shutil
 import socket
 import subprocess
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from cli.exits import Exit
 from registry import Registry
 from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
@@ -21,6 +24,7 @@ from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.kv import Deletion, KeyValue, Put, absent, none_created_since, unchanged
 from registry.local import LocalEtcd, find_binary, free_port
+from tests.integration.conftest import Processes
 
 
 def connect(endpoints: str, **options: object) -> Etcd:
@@ -168,7 +172,7 @@ def test_a_call_survives_a_restart_of_etcd(own_etcd: LocalEtcd) -> None:
         assert found.value == b"kept"
 
 
-def test_credentials_are_checked_and_explained(own_etcd: LocalEtcd) -> None:
+def test_credentials_are_checked_and_explained(own_etcd: LocalEtcd, processes: Processes) -> None:
     etcdctl = Path(find_binary()).with_name("etcdctl")
     ctl = str(etcdctl) if etcdctl.exists() else shutil.which("etcdctl")
     assert ctl, "etcdctl is needed to turn authentication on"
@@ -181,6 +185,15 @@ def test_credentials_are_checked_and_explained(own_etcd: LocalEtcd) -> None:
     assert "guess" not in str(wrong.value)
     with Registry.connect(own_etcd.endpoint) as nobody, pytest.raises(EtcdRefused, match="credentials"):
         nobody.instances()
+    for args, password in ((("--user", "root"), "guess"), ((), ""), (("--user", "root"), "secret")):
+        result = processes.run("list", *args, ENGINES_ETCD=own_etcd.endpoint, ENGINES_ETCD_PASSWORD=password)
+        if password == "secret":
+            assert (result.returncode, result.stdout) == (Exit.DONE, "no instance is registered\n")
+        else:
+            assert result.returncode == Exit.ETCD
+            assert "refuses the credentials" in result.stderr
+            assert "check --user and the password" in result.stderr
+            assert "guess" not in result.stderr
 
 
 def test_credentials_for_an_etcd_without_authentication_are_told(shared_etcd: LocalEtcd) -> None:
@@ -214,6 +227,43 @@ def test_following_ends_at_its_deadline(etcd: Etcd) -> None:
     import time
 
     assert len(list(Follower(etcd, "/f/", deadline=time.monotonic() + 0.3))) == 1
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("how", ["cancelled", "given up", "lost"])
+def test_a_watch_that_is_over_leaves_no_call_for_the_interpreters_end(own_etcd: LocalEtcd, how: str) -> None:
+    with closing(connect(own_etcd.endpoint)) as etcd:
+        stream = etcd.watch("/w/", 1)
+        call = weakref.ref(stream._call)
+        put(etcd, "/w/1")
+        batches = iter(stream)
+        next(batches)
+        if how == "cancelled":
+            stream.cancel()
+            assert list(batches) == []
+        elif how == "lost":
+            own_etcd.kill()
+            with pytest.raises(EtcdUnavailable) as kept:
+                list(batches)
+            assert kept.value.__cause__ is None
+        else:
+            batches.close()  # type: ignore[attr-defined]
+        assert call() is None
+        assert list(stream) == []
+
+
+def test_a_proxy_for_the_web_is_not_asked_for_etcd(shared_etcd: LocalEtcd, processes: Processes) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    result = processes.run("list", http_proxy=nowhere, https_proxy=nowhere, grpc_proxy=nowhere, no_proxy="", NO_PROXY="")
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_history_that_was_compacted_is_told(own_etcd: LocalEtcd) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +24,9 @@ import loader.errors
 import registry.errors
 from cli.exits import _CODES, Exit, code_of
 from cli.options import engine_log
-from cli.output import event_json, event_text, instance_json, instance_row, print_table, rank_json, size, tensors_json
+from cli.output import event_json, event_text, instance_json, instance_row, print_json, print_table, rank_json, size, tensors_json
+from cli.signals import Ended
+from cli.text import printable
 from registry import (
     Event,
     InstanceDegraded,
@@ -84,6 +88,7 @@ def engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         monkeypatch.delenv(name, raising=False)
     for name in ("addLevelName", "basicConfig"):  # what the entry point sets up for the whole process
         monkeypatch.setattr(logging, name, lambda *_, **__: None)
+    monkeypatch.setattr(cli.main, "_leave", sys.exit)
     return Engines(monkeypatch, capsys)
 
 
@@ -136,6 +141,33 @@ def test_a_bug_is_one_line_that_asks_for_a_report(engines: Engines) -> None:
     ran = engines("list")
     assert ran.code == Exit.FAILED
     assert ran.err == "engines: error: unexpected ZeroDivisionError: by zero (--debug shows where; please report it)\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_output_that_cannot_be_written_is_no_bug(engines: Engines, number: int) -> None:
+    engines.connecting(OSError(number, os.strerror(number)))
+    ran = engines("list")
+    assert ran.code == Exit.FAILED
+    assert ran.err == f"engines: error: cannot write: {os.strerror(number)}: look where the output goes, and at the disk\n"
+
+
+def test_a_command_that_needs_torch_says_what_to_install(engines: Engines) -> None:
+    engines.connecting(ModuleNotFoundError("No module named 'torch'", name="torch"))
+    ran = engines("list")
+    assert ran.code == Exit.FAILED
+    assert ran.err.startswith("engines: error: torch is not installed: pip install 'engine-registry[cpu]' ")
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGHUP, "SIGHUP"), (signal.SIGTERM, "SIGTERM")])
+def test_an_end_by_a_signal_has_the_code_that_a_shell_gives_it(engines: Engines, number: int, name: str) -> None:
+    engines.connecting(Ended(number))
+    ran = engines("list")
+    assert (ran.code, ran.err) == (128 + number, f"engines: ended by {name}\n")
+
+
+def test_an_error_shows_control_characters_as_escapes(engines: Engines) -> None:
+    engines.connecting(EtcdUnavailable("tensor \x1b[31mw\x9b is gone"))
+    assert engines("list").err == "engines: error: tensor \\x1b[31mw\\x9b is gone\n"
 
 
 def test_a_traceback_comes_only_with_debug(engines: Engines) -> None:
@@ -191,11 +223,17 @@ REGISTER = ("register", "qwen", "--rank", "0", "--world-size", "2", "--weights",
         ("list", "surplus"),
         ("list", "--timeout", "0"),
         ("list", "--timeout", "soon"),
+        ("list", "--timeout", "inf"),
+        ("list", "--timeout", "nan"),
+        ("list", "--timeout", "1e30"),
         ("show",),
         ("show", "qwen", "--rank", "-1"),
         ("show", "qwen", "--rank", "first"),
         ("load", "qwen"),
         ("load", "qwen", "--rank", "0", "--wait", "-1"),
+        ("load", "qwen", "--rank", "0", "--wait", "nan"),
+        ("load", "qwen", "--rank", "0", "--protocol", "pigeon"),
+        ("watch", "--cleanup", "--grace", "inf"),
         ("evict",),
         ("register", "qwen"),
         (*REGISTER, "--ttl", "1"),
@@ -206,6 +244,10 @@ REGISTER = ("register", "qwen", "--rank", "0", "--world-size", "2", "--weights",
         (*REGISTER, "--topology", "tp=0"),
         (*REGISTER, "--topology", "=0/2"),
         (*REGISTER, "--topology", "tp=a/2"),
+        (*REGISTER, "--topology", "tp=²/3"),
+        (*REGISTER, "--topology", "tp=0/٢"),
+        (*REGISTER, "--protocol", "pigeon"),
+        (*REGISTER, "--drain", "nan"),
         ("etcd", "--port", "0"),
         ("list", "--user", "root"),
     ],
@@ -382,6 +424,24 @@ def test_a_table_cuts_nothing_and_gives_each_row_one_line(capsys: pytest.Capture
     print_table(("A", "B"), [[long, "1"], ["[bold]", ":smile:"]])
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert lines == [["A", "B"], [long, "1"], ["[bold]", ":smile:"]]
+
+
+CONTROLS = "\x1b[2J\r\n\t\x00\x7f\x9b\u202e\udcff"
+
+
+def test_no_control_character_of_a_name_reaches_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("TENSOR",), [[f"w{CONTROLS}w"]])
+    print_json({"name": CONTROLS})
+    table, data = capsys.readouterr().out.split("\n", 1)[1].splitlines()
+    assert table.strip() == "w\\x1b[2J\\r\\n\\t\\x00\\x7f\\x9b\\u202e\\udcffw"
+    assert data.isascii()
+    assert data.isprintable()
+    assert json.loads(data) == {"name": CONTROLS}
+
+
+@pytest.mark.parametrize("text", ["", "layer.0.w", "größe 重み", "a b"])
+def test_text_without_control_characters_is_shown_as_it_is(text: str) -> None:
+    assert printable(text) == text
 
 
 @pytest.mark.parametrize(

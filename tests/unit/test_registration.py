@@ -96,6 +96,13 @@ def test_the_same_incarnation_claims_its_key_again_under_another_lease(etcd: Fak
     assert found(etcd).version == 4
 
 
+def test_the_key_to_delete_is_told_as_etcdctl_wants_it(etcd: FakeEtcd) -> None:
+    etcd.config = replace(etcd.config, namespace="/our prod")
+    etcd.put(OURS.key, b"{}")
+    with pytest.raises(RankConflict, match=r"etcdctl del '/our prod/engines/qwen/0'$"):
+        claim(etcd, OURS, PARTS, etcd.grant(10))
+
+
 def test_a_key_that_holds_no_record_is_a_conflict_that_says_how_to_be_rid_of_it(etcd: FakeEtcd) -> None:
     etcd.put(OURS.key, b"junk")
     with pytest.raises(RankConflict, match=r"is damaged.*etcdctl del /engines/qwen/0"):

@@ -1,0 +1,88 @@
+"""The signals that end a command: Ctrl-C (SIGINT), SIGTERM, and SIGHUP, which a closed terminal sends.
+
+Used by commands that leave something behind if they just stop. `on_ending` starts one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Ended(BaseException):
+    """A signal has asked the process to end. The exit code is 128 + `number`, as if it had done so at once."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number
+
+
+def _ending() -> list[signal.Signals]:
+    """Under nohup SIGHUP is ignored, and stays so."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
+
+
+def on_ending(call: Callable[[], object]) -> None:
+    """From now on calls this for each of the signals.
+
+    From a thread, woken through a pipe. Python runs a handler in the main thread, between two instructions: it would wait for ever
+    for a lock that it interrupts the holder of, and it does not run at all while the main thread waits for something and another
+    thread has got the signal, or it came just before the wait.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def listen() -> None:
+        while os.read(reader, 1):
+            call()
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in _ending():
+        signal.signal(number, lambda *_: None)  # one of Python's own: the default ones do not write to the pipe
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise Ended, as SIGINT raises KeyboardInterrupt.
+
+    Only the first of them does, so that another does not cut short what is done to clean up.
+    """
+    before = {number: signal.getsignal(number) for number in _ending() if number is not signal.SIGINT}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, lambda *_: None)
+        raise Ended(number)
+
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Within the block no signal raises; the first that would have does so at its end.
+
+    For the import of torch, which swallows exceptions in places, KeyboardInterrupt too.
+    """
+    seen: list[int] = []
+    before = {number: handler for number in _ending() if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda number, _: seen.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if seen:
+            signal.raise_signal(seen[0])

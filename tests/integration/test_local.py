@@ -1,0 +1,100 @@
+"""The embedded etcd: one folder, one etcd; nothing of it is left when it cannot start."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from cli.exits import Exit
+from registry.errors import LocalEtcdFailed
+from registry.local import LocalEtcd, free_port
+from tests.integration.conftest import Processes, line_of
+
+
+def test_a_folder_in_use_is_told_at_once_and_its_log_is_left_alone(tmp_path: Path) -> None:
+    with LocalEtcd(data_dir=str(tmp_path)) as etcd:
+        etcd.log_path.write_text("what the first one said\n")
+        with pytest.raises(LocalEtcdFailed, match=f"cannot use the folder {tmp_path}: another etcd has its data there"):
+            LocalEtcd(data_dir=str(tmp_path)).start()
+        assert etcd.log_path.read_text().startswith("what the first one said\n")
+    with LocalEtcd(data_dir=str(tmp_path)):
+        pass
+
+
+def test_an_etcd_that_was_killed_has_its_folder_again(tmp_path: Path) -> None:
+    with LocalEtcd(data_dir=str(tmp_path)) as etcd:
+        etcd.kill()
+        etcd.start()
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "FILE/below"])
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(processes: Processes, tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    folder = folder.replace("FILE", str(tmp_path / "file"))
+    result = processes.run("etcd", "--port", str(free_port()), "--data-dir", folder)
+    assert result.returncode == Exit.FAILED
+    assert result.stderr.startswith(f"engines: error: etcd cannot use the folder {folder}: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_variables_for_another_etcd_do_not_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETCD_CLIENT_CERT_AUTH", "true")
+    monkeypatch.setenv("ETCD_LOG", "nonsense")
+    with LocalEtcd(data_dir=str(tmp_path)) as etcd:
+        assert "ETCD_" not in etcd.log_path.read_text()
+
+
+@pytest.fixture
+def stuck(tmp_path: Path) -> str:
+    """A program that starts like etcd and never answers."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "etcd"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_a_start_that_fails_leaves_no_process_and_no_folder(stuck: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    etcd = LocalEtcd(binary=stuck)
+    monkeypatch.setattr(etcd, "_wait_until_healthy", lambda timeout_s: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt), etcd:
+        pytest.fail("it has started")
+    assert (etcd.running, etcd.pid) == (False, 0)
+    assert not Path(etcd.data_dir).exists()
+
+
+_STUCK = """
+import sys, cli.main, registry.local
+program = sys.argv.pop(1)
+registry.local.find_binary = lambda: program
+cli.main.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_an_etcd_that_is_still_starting(processes: Processes, stuck: str, tmp_path: Path, number: int) -> None:
+    port = free_port()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    server = processes.start("-c", _STUCK, stuck, "etcd", "--port", str(port), TMPDIR=str(scratch))
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+    while not children.read_text():  # ends with the test's own time
+        assert server.poll() is None
+    server.send_signal(number)
+    assert server.wait(10) == 128 + number
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_running_etcd_with_its_data(processes: Processes, tmp_path: Path, number: int) -> None:
+    server = processes.engines("etcd", "--port", str(free_port()), TMPDIR=str(tmp_path))
+    assert line_of(server).startswith("etcd is ready")
+    assert list(tmp_path.iterdir())
+    server.send_signal(number)
+    out, err = server.communicate(timeout=20)
+    assert (server.returncode, out, err) == (Exit.DONE, "etcd has ended\n", "")
+    assert list(tmp_path.iterdir()) == []
