@@ -8,7 +8,6 @@ import grpc
 
 from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 
-
 # Every change of users or roles makes a JWT too old for good: only a new one helps.
 _TOKEN_OLD = "revision of auth store is old"  # noqa: S105  what etcd says, not a token
 

@@ -18,7 +18,8 @@ from registry.etcd import Etcd
 from registry.keys import instance_prefix
 from registry.record import RankRecord
 from registry.registration import evict
-from registry.resolver import InstanceState, assess_all
+from registry.resolver import InstanceState
+from registry.roster import assess_all
 from registry.watcher import Event, InstanceGone, InstanceReady, RankJoined, RankLost, RankUpdated, Watch
 
 log = logging.getLogger(__name__)

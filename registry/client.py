@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from types import TracebackType
 
@@ -20,11 +20,12 @@ from registry.errors import EtcdUnavailable, InstanceIncomplete, InstanceNotFoun
 from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, parse_record_key
-from registry.kv import KeyValue, Snapshot
+from registry.kv import Snapshot
 from registry.manifest import Manifest
 from registry.pulls import PullTicket, take_ticket, wait_for_no_pulls
-from registry.record import ModelIdentity, RankRecord, RankState, decode
-from registry.resolver import InstanceState, InstanceStatus, assess_all
+from registry.record import ModelIdentity, RankRecord, RankState
+from registry.resolver import InstanceState, InstanceStatus
+from registry.roster import Roster, assess_all, instance_of
 from registry.session import OnState, Registration
 from registry.watcher import Watch
 
@@ -147,10 +148,12 @@ class Registry:
 
     def ranks(self, instance: str) -> tuple[RankRecord, ...]:
         """The instance's ranks that are registered now, by rank. A damaged record is left out, with a logged warning."""
-        status = self.instance(instance)
-        for problem in status.problems:
+        roster = Roster(check_instance(instance))
+        for item in self._etcd.snapshot(instance_prefix(instance)).items:
+            roster.see(item)
+        for problem in roster.damaged.values():
             log.warning("%s: %s", instance, problem)
-        return status.records
+        return roster.status().records
 
     def resolve(self, instance: str | Sequence[str], timeout_s: float = 0.0) -> tuple[RankRecord, ...]:
         """All ranks of an instance that is complete and consistent; of several, of the first in the list that is.
@@ -163,25 +166,20 @@ class Registry:
             raise InvalidField("no instance is named", field="instance")
         deadline = time.monotonic() + timeout_s
         prefix = instance_prefix(names[0]) if len(names) == 1 else ENGINES
-        items: dict[str, KeyValue] = {}
-        statuses: dict[str, InstanceStatus] | None = None
+        rosters: dict[str, Roster] = {}
         follower = Follower(self._etcd, prefix, deadline)
         for update in follower if timeout_s > 0 else [self._etcd.snapshot(prefix)]:
             if isinstance(update, Snapshot):
-                items = {item.key: item for item in update.items}
-            else:
-                for change in update.changes:
-                    if isinstance(change, KeyValue):
-                        items[change.key] = change
-                    else:
-                        items.pop(change.key, None)
-            statuses = {status.instance: status for status in assess_all(items.values())}
-            for name in names:
-                if name in statuses and statuses[name].state is InstanceState.READY:
-                    return statuses[name].records
-        if statuses is None:
+                rosters = {name: Roster(name) for name in names}
+            for change in update.items if isinstance(update, Snapshot) else update.changes:
+                if (roster := rosters.get(instance_of(change.key))) is not None:
+                    roster.see(change)
+            for roster in rosters.values():
+                if roster.state is InstanceState.READY:
+                    return roster.status().records
+        if not rosters:
             raise follower.last_error or EtcdUnavailable(f"etcd at {self._config} has not answered in {timeout_s:.3g} s")
-        return _fail(names, statuses, items.values(), timeout_s)
+        return _fail(list(rosters.values()), timeout_s)
 
     def manifest(self, record: RankRecord) -> Manifest:
         """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
@@ -207,7 +205,7 @@ class Registry:
 
     def watch(self, instance: str | None = None) -> Watch:
         """Events about one instance or all, beginning with what is there now."""
-        return Watch(self._etcd, check_instance(instance) if instance is not None else None)
+        return Watch(self._etcd.sibling(), check_instance(instance) if instance is not None else None)
 
     def cleaning_watch(self, instance: str | None = None, *, grace_s: float, dry_run: bool = False) -> CleaningWatch:
         """A watch that evicts what is left of an instance that lost a rank and is still degraded after `grace_s` seconds.
@@ -216,8 +214,10 @@ class Registry:
         """
         if not grace_s >= 0:
             raise InvalidField(f"grace_s {grace_s} is not valid: it is 0 seconds or more", field="grace_s")
-        election = Election(self._etcd, f"cleanup/{instance}" if instance else "cleanup-all")
-        return CleaningWatch(self._etcd, self.watch(instance), election, grace_s, dry_run)
+        etcd = self._etcd.sibling()
+        watch = Watch(etcd, check_instance(instance) if instance is not None else None)
+        election = Election(self._etcd.sibling(), f"cleanup/{instance}" if instance else "cleanup-all")
+        return CleaningWatch(etcd, watch, election, grace_s, dry_run)
 
     def evict(self, record: RankRecord) -> bool:
         """Ends the registration that `record` was read from; False if it has changed or gone since (read it again)."""
@@ -229,24 +229,23 @@ def new_incarnation() -> str:
     return uuid.uuid4().hex
 
 
-def _fail(
-    names: Sequence[str], statuses: Mapping[str, InstanceStatus], items: Iterable[KeyValue], timeout_s: float
-) -> tuple[RankRecord, ...]:
+def _fail(rosters: Sequence[Roster], timeout_s: float) -> tuple[RankRecord, ...]:
     """Raises why none of the instances can be used."""
-    for item in items:
-        place = parse_record_key(item.key)
-        if place and place[0] in names:
-            decode(item.key, item.value)
+    for roster in rosters:
+        for key, error in roster.damaged.items():
+            if parse_record_key(key) is not None:
+                raise error
     waited = f" after {timeout_s:.3g} s" if timeout_s > 0 else ""
-    found = [statuses[name] for name in names if name in statuses]
+    names = [roster.instance for roster in rosters]
+    found = [roster.status() for roster in rosters if roster.state is not InstanceState.GONE]
     if not found:
         listed = " or ".join(repr(name) for name in names)
         raise InstanceNotFound(
-            f"instance {listed} is not registered{waited}: start its ranks, or see `engines list`", instances=list(names)
+            f"instance {listed} is not registered{waited}: start its ranks, or see `engines list`", instances=names
         )
     raise InstanceIncomplete(
         "; ".join(f"instance {status.instance!r} is not ready{waited}: {status.summary}" for status in found),
-        instances=list(names),
+        instances=names,
         missing={status.instance: list(status.missing) for status in found},
         problems={status.instance: list(status.problems) for status in found},
     )

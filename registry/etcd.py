@@ -107,7 +107,7 @@ class Etcd:
         self._siblings: weakref.WeakSet[Etcd] = weakref.WeakSet()
 
     def sibling(self) -> Etcd:
-        """A connection of its own to the same etcd, for who must be able to end its calls alone. Closed with this one, or before."""
+        """A connection of its own to the same etcd, for who must be able to end its calls alone. Closing this one closes it."""
         sibling = Etcd(self.config)
         with self._lock:
             self._siblings.add(sibling)

@@ -169,7 +169,9 @@ def test_the_next_watcher_evicts_when_the_leading_one_is_killed(registry: Regist
 
 def test_elections_whose_names_begin_alike_do_not_wait_for_each_other(shared_etcd: LocalEtcd, namespace: str) -> None:
     with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as etcd, ExitStack() as stack:
-        elections = [stack.enter_context(Election(etcd, name)) for name in ("cleanup/a.draft", "cleanup/a", "cleanup-all")]
+        elections = [
+            stack.enter_context(Election(etcd.sibling(), name)) for name in ("cleanup/a.draft", "cleanup/a", "cleanup-all")
+        ]
         leaders = Follower(etcd, "/elections/", deadline=time.monotonic() + 10)
         assert any(len(etcd.snapshot("/elections/").items) == 3 for _ in leaders)
         assert all(election.leading for election in elections)

@@ -298,9 +298,7 @@ def _leased(etcd: Etcd, key: str) -> int:
     return lease_id
 
 
-def test_following_ends_at_its_deadline_and_leaves_the_connection_to_others(
-    etcd: Etcd, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_following_ends_at_its_deadline_and_leaves_the_connection_to_others(etcd: Etcd, caplog: pytest.LogCaptureFixture) -> None:
     put(etcd, "/f/1")
     connection = etcd._client
     with caplog.at_level(logging.WARNING):
