@@ -150,9 +150,12 @@ class Etcd:
         request = pb.RangeRequest(key=key, range_end=_prefix_end(key), revision=revision, count_only=True)
         return int(self._range(request).count)
 
-    @_unless_compacted_between_pages
     def snapshot(self, prefix: str) -> Snapshot:
         """All keys under the prefix at one revision, fetched in pages."""
+        return self._snapshot(prefix)
+
+    @_unless_compacted_between_pages
+    def _snapshot(self, prefix: str) -> Snapshot:
         strip = len(self.config.namespace)
         items: list[KeyValue] = []
         start, end, revision = self._key(prefix), _prefix_end(self._key(prefix)), 0
