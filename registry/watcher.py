@@ -236,6 +236,8 @@ class Watch:
                     return None
                 continue
             self._room.release()
+            if self._stopped.is_set():
+                break
             if isinstance(item, EtcdError):
                 self.stop()
                 raise item

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import click
 
 from cli.options import engine_log, etcd_options, instance_argument, rank_option
 from cli.output import size
+from cli.signals import on_signals
 from registry import ModelIdentity, RegistrationState, Registry
 from registry.errors import InvalidField
 from registry.keys import check_instance, check_rank
@@ -102,7 +102,9 @@ def command(
             )
             if endings.next() != _LOST:
                 endings.drain(publication, drain)
-                endings.next()  # drained, or told to hurry
+                ending = endings.next()  # drained, or told to hurry
+                if isinstance(ending, Exception):
+                    raise ending
             lost = publication.registration.lost
         if lost is not None:
             raise lost
@@ -114,12 +116,12 @@ _LOST = "lost"
 
 
 class _Endings:
-    """The reasons to go on towards the end, as they come: a signal, the end of standard input, the registration's loss, drained."""
+    """The reasons to go on towards the end, as they come: a signal, the end of standard input, the registration's loss, drained,
+    or what went wrong with that."""
 
     def __init__(self, until_eof: bool) -> None:
-        self._inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self._inbox.put("signal"))
+        self._inbox: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
+        on_signals(lambda: self._inbox.put("signal"))
         if until_eof:
             threading.Thread(target=self._read, daemon=True).start()
 
@@ -134,12 +136,15 @@ class _Endings:
 
     def drain(self, publication: Publication, timeout_s: float) -> None:
         def drain() -> None:
-            publication.drain(timeout_s)
-            self._inbox.put("drained")
+            try:
+                publication.drain(timeout_s)
+                self._inbox.put("drained")
+            except Exception as exc:  # noqa: BLE001  raised again by the thread that waits
+                self._inbox.put(exc)
 
         threading.Thread(target=drain, daemon=True).start()
 
-    def next(self) -> str:
+    def next(self) -> str | Exception:
         return self._inbox.get()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import pytest
@@ -20,9 +20,11 @@ import cli.main
 import cli.options
 import loader.errors
 import registry.errors
+from cli.commands.register import _Endings
 from cli.exits import _CODES, Exit, code_of
 from cli.options import engine_log
 from cli.output import event_json, event_text, instance_json, instance_row, print_table, rank_json, size, tensors_json
+from loader import Publication
 from registry import (
     Event,
     InstanceDegraded,
@@ -225,6 +227,20 @@ def test_a_file_that_is_there_is_not_overwritten_without_being_asked(engines: En
     assert (ran.code, asked) == (Exit.USAGE, [])
     assert "is there already: choose another --out, or --force" in ran.err
     assert engines("load", "qwen", "--rank", "0", "--out", str(tmp_path), "--force").code == Exit.ETCD
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError("the engine has a bug")])
+def test_draining_is_over_also_when_it_has_failed(monkeypatch: pytest.MonkeyPatch, failure: Exception | None) -> None:
+    monkeypatch.setattr("cli.commands.register.on_signals", lambda _: None)
+
+    class Leaving:
+        def drain(self, timeout_s: float) -> None:
+            if failure is not None:
+                raise failure
+
+    endings = _Endings(until_eof=False)
+    endings.drain(cast(Publication, Leaving()), 1.0)
+    assert endings._inbox.get(timeout=20) is failure or failure is None
 
 
 # -- how to reach etcd -----------------------------------------------------------------------------------------------------------
