@@ -27,12 +27,13 @@ from loader.errors import (
 )
 from loader.plan import Span, alternates, complete_tensors
 from loader.regions import Shard, describe
-from loader.sources import Wanted, find_sources
+from loader.sources import find_sources
 from loader.transfer import OnProgress, Pace, Progress, Share, Transfer, pace_for
 from loader.verify import HeaderCell
 from registry import Manifest, RankRecord, Registry
 from registry.backoff import Backoff
 from registry.errors import InvalidField, RegistryError
+from registry.waiting import Wanted
 
 log = logging.getLogger(__name__)
 Verify = Literal["header", "digest"]

@@ -12,10 +12,10 @@ from loader.engine import Engine
 from loader.errors import TornRead, VersionUnavailable
 from loader.load import TRIES, LoadReport, Verify, load
 from loader.regions import Shard
-from loader.sources import Wanted
 from loader.transfer import OnProgress
 from registry import Registry
 from registry.errors import InvalidField
+from registry.waiting import Wanted
 
 log = logging.getLogger(__name__)
 

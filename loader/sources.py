@@ -9,11 +9,9 @@ from collections.abc import Collection, Iterable, Sequence
 
 from loader.engine import Engine
 from loader.errors import SourceUnreachable, VersionUnavailable
-from registry import InstanceStatus, ModelIdentity, RankRecord, Registry
+from registry import InstanceStatus, RankRecord, Registry
 from registry.errors import InvalidField
-
-# An instance, several that are as good as each other, or any that serves the model.
-Wanted = str | Sequence[str] | ModelIdentity
+from registry.waiting import Wanted
 
 
 def find_sources(

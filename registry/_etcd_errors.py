@@ -8,6 +8,9 @@ import grpc
 
 from registry.errors import EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 
+# Every change of users or roles makes a JWT too old for good: only a new one helps.
+_TOKEN_OLD = "revision of auth store is old"  # noqa: S105  what etcd says, not a token
+
 
 def translate(endpoints: str, exc: Exception) -> EtcdError:
     """`exc` as one of ours; `endpoints` says where."""
@@ -38,7 +41,7 @@ def _from_status(where: str, code: Any, text: str) -> EtcdError:
         return EtcdRefused(f"{where} refuses the credentials: {text}: check --user and the password")
     if code is status.FAILED_PRECONDITION and "authentication is not enabled" in text:
         return EtcdRefused(f"{where} has authentication turned off: leave out --user")
-    if code is status.UNAUTHENTICATED:
+    if code is status.UNAUTHENTICATED or _TOKEN_OLD in text:
         return EtcdUnavailable(f"{where} does not accept the authentication token any more: {text}")
     if code is status.UNIMPLEMENTED or "http" in text.lower():
         return EtcdUnavailable(f"{where}: what answers there is not etcd 3 ({_short(text)}): check the address and port")
@@ -57,8 +60,9 @@ def _from_status(where: str, code: Any, text: str) -> EtcdError:
 
 
 def from_cancelled_watch(reason: str) -> EtcdError:
-    if "auth token" in reason:
-        return EtcdUnavailable(f"etcd does not accept the authentication token any more: {reason}")
+    """A watch may be denied only because its token is old, so that is for the next call to find out: it gets a new one."""
+    if "auth token" in reason or _TOKEN_OLD in reason or "permission denied" in reason:
+        return EtcdUnavailable(f"etcd does not accept the authentication token for a watch: {reason}")
     return EtcdRefused(f"etcd refuses the watch: {reason or 'no reason given'}")
 
 

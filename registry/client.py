@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from types import TracebackType
 
@@ -16,16 +15,16 @@ from registry import registration
 from registry.cleanup import CleaningWatch
 from registry.config import EtcdConfig, parse_endpoints
 from registry.election import Election
-from registry.errors import EtcdUnavailable, InstanceIncomplete, InstanceNotFound, InvalidField, RecordDamaged
+from registry.errors import InvalidField, RecordDamaged
 from registry.etcd import Etcd
-from registry.follow import Follower
-from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, parse_record_key, record_key
-from registry.kv import KeyValue, Snapshot
+from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, record_key
 from registry.manifest import Manifest
 from registry.pulls import PullTicket, count_pulls, take_ticket, wait_for_no_pulls
-from registry.record import ModelIdentity, RankRecord, RankState, decode
-from registry.resolver import InstanceState, InstanceStatus, assess_all, read
+from registry.record import ModelIdentity, RankRecord, RankState
+from registry.resolver import InstanceStatus
+from registry.roster import Roster, assess_all
 from registry.session import OnState, Registration
+from registry.waiting import Wanted, wait_until_ready
 from registry.watcher import Watch
 
 log = logging.getLogger(__name__)
@@ -146,26 +145,29 @@ class Registry:
 
     def instance(self, name: str) -> InstanceStatus:
         """One instance as it is now; state GONE where nothing is registered."""
-        items = self._etcd.snapshot(instance_prefix(check_instance(name))).items
-        return next(iter(assess_all(items)), InstanceStatus(name, InstanceState.GONE))
+        return self._roster(name).status()
 
     def damaged(self, instance: str, rank: int | None = None) -> tuple[RecordDamaged, ...]:
         """What is wrong with each of the instance's keys, or with the rank's, that hold no good record, and how to delete it."""
-        found = []
-        for item in self._etcd.snapshot(instance_prefix(check_instance(instance))).items:
-            if rank is None or item.key == record_key(instance, rank):
-                try:
-                    read(item)
-                except RecordDamaged as exc:
-                    found.append(RecordDamaged(f"{exc}; {registration.how_to_delete(self._etcd, item.key)}", key=item.key))
-        return tuple(found)
+        damaged = self._roster(instance).damaged.items()
+        return tuple(
+            RecordDamaged(f"{error}; {registration.how_to_delete(self._etcd, key)}", key=key)
+            for key, error in damaged
+            if rank is None or key == record_key(instance, rank)
+        )
 
     def ranks(self, instance: str) -> tuple[RankRecord, ...]:
         """The instance's ranks that are registered now, by rank. A damaged record is left out, with a logged warning."""
-        status = self.instance(instance)
-        for problem in status.problems:
+        roster = self._roster(instance)
+        for problem in roster.damaged.values():
             log.warning("%s: %s", instance, problem)
-        return status.records
+        return roster.status().records
+
+    def _roster(self, instance: str) -> Roster:
+        roster = Roster(check_instance(instance))
+        for item in self._etcd.snapshot(instance_prefix(instance)).items:
+            roster.see(item)
+        return roster
 
     def resolve(self, instance: str | Sequence[str], timeout_s: float = 0.0) -> tuple[RankRecord, ...]:
         """All ranks of an instance that is complete and consistent; of several, of the first in the list that is.
@@ -173,40 +175,11 @@ class Registry:
         Waits for that, watching, for up to `timeout_s`. Raises InstanceNotFound, InstanceIncomplete (with what is missing), or
         RecordDamaged.
         """
-        names = [check_instance(name) for name in ([instance] if isinstance(instance, str) else instance)]
-        if not names:
-            raise InvalidField("no instance is named", field="instance")
-        deadline = time.monotonic() + timeout_s
-        prefix = instance_prefix(names[0]) if len(names) == 1 else ENGINES
-        items: dict[str, KeyValue] = {}
-        statuses: dict[str, InstanceStatus] | None = None
-        follower = Follower(self._etcd, prefix, deadline)
-        for update in follower if timeout_s > 0 else [self._etcd.snapshot(prefix)]:
-            if isinstance(update, Snapshot):
-                items = {item.key: item for item in update.items}
-            else:
-                for change in update.changes:
-                    if isinstance(change, KeyValue):
-                        items[change.key] = change
-                    else:
-                        items.pop(change.key, None)
-            statuses = {status.instance: status for status in assess_all(items.values())}
-            for name in names:
-                if name in statuses and statuses[name].state is InstanceState.READY:
-                    return statuses[name].records
-        if statuses is None:
-            raise follower.last_error or EtcdUnavailable(f"etcd at {self._config} has not answered in {timeout_s:.3g} s")
-        return _fail(names, statuses, items.values(), timeout_s)
+        return wait_until_ready(self._etcd, instance, timeout_s)[0].records
 
-    def ready(self, source: str | Sequence[str] | ModelIdentity, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
-        """All instances that are ready now, of those that are named or serve the model. Waits as `resolve` does for the first."""
-        if isinstance(source, ModelIdentity):
-            raise NotImplementedError
-        names = [source] if isinstance(source, str) else source
-        first = self.resolve(names, timeout_s)
-        others = [self.instance(name) for name in names if name != first[0].instance]
-        ready = [status for status in others if status.state is InstanceState.READY]
-        return (InstanceStatus(first[0].instance, InstanceState.READY, first), *ready)
+    def ready(self, wanted: Wanted, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
+        """All of the wanted instances that are ready, be they named or any that serve a model. Waits as `resolve` for the first."""
+        return wait_until_ready(self._etcd, wanted, timeout_s)
 
     def manifest(self, record: RankRecord) -> Manifest:
         """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
@@ -236,7 +209,7 @@ class Registry:
 
     def watch(self, instance: str | None = None, rank: int | None = None) -> Watch:
         """Events about one instance or all, beginning with what is there now. With `rank` only those about that rank."""
-        return Watch(self._etcd, check_instance(instance) if instance is not None else None, rank)
+        return Watch(self._etcd.sibling(), check_instance(instance) if instance is not None else None, rank)
 
     def cleaning_watch(self, instance: str | None = None, *, grace_s: float, dry_run: bool = False) -> CleaningWatch:
         """A watch that evicts what is left of an instance that lost a rank and is still degraded after `grace_s` seconds.
@@ -245,8 +218,10 @@ class Registry:
         """
         if not grace_s >= 0:
             raise InvalidField(f"grace_s {grace_s} is not valid: it is 0 seconds or more", field="grace_s")
-        election = Election(self._etcd, f"cleanup/{instance}" if instance else "cleanup-all")
-        return CleaningWatch(self._etcd, self.watch(instance), election, grace_s, dry_run)
+        etcd = self._etcd.sibling()
+        watch = Watch(etcd, check_instance(instance) if instance is not None else None)
+        election = Election(self._etcd.sibling(), f"cleanup/{instance}" if instance else "cleanup-all")
+        return CleaningWatch(etcd, watch, election, grace_s, dry_run)
 
     def evict(self, record: RankRecord) -> bool:
         """Ends the registration that `record` was read from; False if it has changed or gone since (read it again)."""
@@ -256,29 +231,6 @@ class Registry:
 def new_incarnation() -> str:
     """32 hexadecimal digits, never the same twice."""
     return uuid.uuid4().hex
-
-
-def _fail(
-    names: Sequence[str], statuses: Mapping[str, InstanceStatus], items: Iterable[KeyValue], timeout_s: float
-) -> tuple[RankRecord, ...]:
-    """Raises why none of the instances can be used."""
-    for item in items:
-        place = parse_record_key(item.key)
-        if place and place[0] in names:
-            decode(item.key, item.value)
-    waited = f" after {timeout_s:.3g} s" if timeout_s > 0 else ""
-    found = [statuses[name] for name in names if name in statuses]
-    if not found:
-        listed = " or ".join(repr(name) for name in names)
-        raise InstanceNotFound(
-            f"instance {listed} is not registered{waited}: start its ranks, or see `engines list`", instances=list(names)
-        )
-    raise InstanceIncomplete(
-        "; ".join(f"instance {status.instance!r} is not ready{waited}: {status.summary}" for status in found),
-        instances=list(names),
-        missing={status.instance: list(status.missing) for status in found},
-        problems={status.instance: list(status.problems) for status in found},
-    )
 
 
 def _version() -> str:

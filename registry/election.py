@@ -18,12 +18,15 @@ from registry.kv import Put, Snapshot, absent
 
 log = logging.getLogger(__name__)
 _TTL_S = 5.0  # how long the others wait for a leader whose host has died
+_GIVE_BACK_S = 1.0  # an etcd that takes longer to revoke the lease lets it expire
+_JOIN_S = 1.0
 
 
 class Election:
     """Campaigns from `start` to `close` in a thread of its own. Leading is believed only while the lease surely lives."""
 
     def __init__(self, etcd: Etcd, name: str) -> None:
+        """`etcd` is for this election alone, which closes it at the end: so that it need not wait for a call."""
         self._etcd = etcd
         self._key = election_key(name)
         self._leads_until = 0.0
@@ -46,8 +49,10 @@ class Election:
             self._stopped.set()
             if self._follower is not None:
                 self._follower.stop()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5.0)
+        for patience_s in (_GIVE_BACK_S, _JOIN_S):
+            if self._thread.is_alive():
+                self._thread.join(timeout=patience_s)
+            self._etcd.close()
 
     def __enter__(self) -> Election:
         return self.start()
@@ -90,6 +95,10 @@ class Election:
         while not self._stopped.wait(_TTL_S / 3):
             renewed_at = time.monotonic()
             try:
+                held = self._etcd.get(self._key)
+                if held is None or held.lease_id != lease_id:
+                    log.info("%s is not ours any more: campaigning again", self._key)
+                    return
                 self._etcd.keep_alive(lease_id)
             except LeaseNotFound:
                 return

@@ -3,7 +3,7 @@
 Used by everything else in `registry`, from any thread. Starts no thread of its own; gRPC keeps some per connection.
 All calls may be repeated safely (writes are guarded by revisions), so a call that fails in transit is tried again on a fresh
 connection to the next endpoint until its deadline: this is what gets a client off a dead, cut off or quorumless member, and what
-renews an expired authentication token.
+renews an authentication token that etcd does not accept any more. `close`, from any thread, ends the calls that are under way.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import queue
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -45,10 +46,13 @@ _CHANNEL_OPTIONS = (
 _PAGE_KEYS = 1_000
 _DELETE_EVENT = 1  # mvccpb.Event.DELETE
 _BACK_OFF = tenacity.wait_exponential(multiplier=0.02, max=0.5) + tenacity.wait_random(0, 0.05)
+_unless_compacted_between_pages = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(HistoryLost), stop=tenacity.stop_after_attempt(10), reraise=True
+)
 
 
 class WatchStream:
-    """Batches of changes, until `cancel` (which ends the iteration) or an EtcdError."""
+    """Batches of changes, until `cancel` or its time is over (which end the iteration) or an EtcdError."""
 
     def __init__(self, etcd: Etcd, client: Any, call: Any, requests: queue.SimpleQueue[Any]) -> None:
         self._etcd = etcd
@@ -75,7 +79,9 @@ class WatchStream:
                     yield Batch(response.header.revision, ())
             raise EtcdUnavailable("etcd ended the watch")
         except (grpc.RpcError, EtcdError) as exc:
-            if not self._cancelled:
+            # A deadline is always the stream's own: no fault of the connection, which others use as well.
+            late = isinstance(exc, grpc.RpcError) and exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            if not self._cancelled and not late:
                 error = self._etcd._failed(self._client, exc)
             exc.__traceback__ = None
         finally:
@@ -104,16 +110,31 @@ class Etcd:
     def __init__(self, config: EtcdConfig) -> None:
         self.config = config
         self._lock = threading.Lock()
+        self._authenticating = threading.Lock()
         self._client: Any = None
         self._next_endpoint = 0
-        self._closed = False
+        self._closed = threading.Event()
+        self._siblings: weakref.WeakSet[Etcd] = weakref.WeakSet()
+
+    def sibling(self) -> Etcd:
+        """A connection of its own to the same etcd, for who must be able to end its calls alone. Closing this one closes it."""
+        sibling = Etcd(self.config)
+        with self._lock:
+            self._siblings.add(sibling)
+            if self._closed.is_set():
+                sibling.close()
+        return sibling
 
     def close(self) -> None:
+        """From any thread, any number of times. Calls and streams that are under way end at once, with an EtcdError."""
         with self._lock:
-            self._closed = True
+            self._closed.set()
             client, self._client = self._client, None
+            siblings = list(self._siblings)
         if client is not None:
             client.close()
+        for sibling in siblings:
+            sibling.close()
 
     # -- calls ---------------------------------------------------------------------------------------------------------------
 
@@ -141,6 +162,10 @@ class Etcd:
 
     def snapshot(self, prefix: str) -> Snapshot:
         """All keys under the prefix at one revision, fetched in pages."""
+        return self._snapshot(prefix)
+
+    @_unless_compacted_between_pages
+    def _snapshot(self, prefix: str) -> Snapshot:
         strip = len(self.config.namespace)
         items: list[KeyValue] = []
         start, end, revision = self._key(prefix), _prefix_end(self._key(prefix)), 0
@@ -198,7 +223,7 @@ class Etcd:
             return
 
     def watch(self, prefix: str, start_revision: int, timeout_s: float | None = None) -> WatchStream:
-        """Changes under the prefix from `start_revision` on, for at most `timeout_s` (then EtcdUnavailable)."""
+        """Changes under the prefix from `start_revision` on, for at most `timeout_s`."""
         key = self._key(prefix)
         create = pb.WatchCreateRequest(key=key, range_end=_prefix_end(key), start_revision=start_revision, progress_notify=True)
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -245,6 +270,7 @@ class Etcd:
             retry=tenacity.retry_if_exception_type(EtcdUnavailable),
             stop=tenacity.stop_any(stop, late) if stop else late,
             wait=_BACK_OFF,
+            sleep=tenacity.sleep_using_event(self._closed),
             reraise=True,
         )
         result: T = retrying(self._attempt, operation, deadline, share_s)
@@ -254,7 +280,9 @@ class Etcd:
         client = None
         try:
             client = self._connected()
-            return operation(client, max(0.05, min(share_s, deadline - time.monotonic())))
+            if self.config.user is not None:
+                self._authenticate(client, _share(share_s, deadline))
+            return operation(client, _share(share_s, deadline))
         except (grpc.RpcError, etcd3.Etcd3Exception, ValueError, OSError) as exc:
             if isinstance(exc, ValueError) and "invoke RPC" not in str(exc):
                 raise  # not gRPC's word for a channel that another thread has dropped meanwhile
@@ -269,7 +297,7 @@ class Etcd:
 
     def _connected(self) -> Any:
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 raise EtcdError("the connection to etcd is closed")
             if self._client is None:
                 self._client = self._new_client()
@@ -285,10 +313,16 @@ class Etcd:
             cert_cert=config.cert,
             cert_key=config.key,
             timeout=config.timeout_s,
-            user=config.user,
-            password=config.password,
             grpc_options=_CHANNEL_OPTIONS,
         )
+
+    def _authenticate(self, client: Any, timeout_s: float) -> None:
+        """Gives the connection a token if it has none. The client library would ask for one before `close` knows the connection."""
+        with self._authenticating:
+            if client.metadata is None:
+                request = pb.AuthenticateRequest(name=self.config.user, password=self.config.password)
+                token = pb.AuthStub(client.channel).Authenticate(request, timeout_s).token
+                client.metadata = (("token", token),)
 
     def _drop(self, client: Any) -> None:
         """The next call gets a fresh connection, to the next endpoint. `client` None: connecting itself has failed."""
@@ -327,6 +361,11 @@ class Etcd:
             return pb.RequestOp(request_put=pb.PutRequest(key=key, value=write.value, lease=write.lease_id or 0, ignore_lease=keep))
         end = _prefix_end(key) if write.prefix else b""
         return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=key, range_end=end))
+
+
+def _share(share_s: float, deadline: float) -> float:
+    """How long one try may take."""
+    return max(0.05, min(share_s, deadline - time.monotonic()))
 
 
 _TARGETS = {"create_revision": pb.Compare.CREATE, "mod_revision": pb.Compare.MOD}

@@ -6,10 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from registry.errors import RecordDamaged
-from registry.keys import ENGINES, parse_record_key
-from registry.kv import KeyValue
-from registry.record import ModelIdentity, RankRecord, RankState, decode
+from registry.record import ModelIdentity, RankRecord, RankState
 
 
 class InstanceState(str, Enum):
@@ -74,28 +71,6 @@ def assess(instance: str, records: Iterable[RankRecord], damaged: Sequence[str] 
     missing = tuple(rank for rank in range(first.world_size) if rank not in ranks)
     state = InstanceState.DEGRADED if missing or problems else InstanceState.READY
     return InstanceStatus(instance, state, present, missing, tuple(problems))
-
-
-def assess_all(items: Iterable[KeyValue]) -> tuple[InstanceStatus, ...]:
-    """Every instance that has keys among `items`, by name. What cannot be read is among its problems."""
-    records: dict[str, list[RankRecord]] = {}
-    damaged: dict[str, list[str]] = {}
-    for item in items:
-        instance = item.key.removeprefix(ENGINES).split("/")[0]
-        records.setdefault(instance, [])
-        try:
-            records[instance].append(read(item))
-        except RecordDamaged as exc:
-            damaged.setdefault(instance, []).append(str(exc))
-    statuses = (assess(name, found, damaged.get(name, ())) for name, found in sorted(records.items()))
-    return tuple(status for status in statuses if status.state is not InstanceState.GONE)
-
-
-def read(item: KeyValue) -> RankRecord:
-    """The record that is stored there, or RecordDamaged."""
-    if parse_record_key(item.key) is None:
-        raise RecordDamaged(f"the key {item.key} is not /engines/<instance>/<rank>", key=item.key)
-    return decode(item.key, item.value, item.mod_revision)
 
 
 def _of_versions(records: Sequence[RankRecord]) -> list[str]:

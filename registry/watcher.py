@@ -6,13 +6,12 @@ over a Follower in a thread of its own and hands the events to the caller's thre
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -22,7 +21,8 @@ from registry.follow import Follower
 from registry.keys import ENGINES, instance_prefix, parse_record_key
 from registry.kv import Batch, Change, KeyValue, Snapshot
 from registry.record import RankRecord, decode
-from registry.resolver import InstanceState, InstanceStatus, assess
+from registry.resolver import InstanceState, InstanceStatus
+from registry.roster import Roster
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ EXPIRED = "lease expired or key deleted"
 # A keeper that lost its lease to a stall of etcd puts the same record back at once: not a loss.
 BLIP_S = 1.0
 _MAX_QUEUED = 1_000  # batches; then the reader waits, and etcd keeps the rest
+_JOIN_S = 2.0  # for a callback that is still running; nothing else takes long
 
 
 @dataclass(frozen=True)
@@ -80,24 +81,24 @@ class Tracker:
 
     def __init__(self, blip_s: float = BLIP_S) -> None:
         self._blip_s = blip_s
-        self._records: dict[str, dict[int, RankRecord]] = {}
-        self._damaged: dict[str, dict[str, str]] = {}
-        self._doubtful: dict[str, float] = {}  # key of a record that was deleted -> when that counts as a loss
-        self._states: dict[str, InstanceState] = {}
+        self._rosters: dict[str, Roster] = {}
+        self._told: dict[str, InstanceState] = {}
+        # Key of a record that was deleted -> when that counts as a loss; the first due comes first.
+        self._doubtful: OrderedDict[str, float] = OrderedDict()
 
     def snapshot(self, snapshot: Snapshot, now: float) -> list[Event]:
         """The first one, or one after a gap: whatever differs from what is known becomes an event."""
         events = self.expire(now)
         present = {item.key for item in snapshot.items}
-        for record in [record for ranks in self._records.values() for record in ranks.values()]:
-            if record.key not in present:
-                self._doubtful.setdefault(record.key, now + self._blip_s)
-        for instance in list(self._damaged):
-            for key in [key for key in self._damaged[instance] if key not in present]:
-                del self._damaged[instance][key]
+        for roster in self._rosters.values():
+            for record in roster.records.values():
+                if record.key not in present:
+                    self._doubtful.setdefault(record.key, now + self._blip_s)
+            for key in [key for key in roster.damaged if key not in present]:
+                del roster.damaged[key]
         for item in snapshot.items:
             events += self._put(item)
-        return events + self._assess(set(self._records) | set(self._damaged))
+        return events + self._tell(set(self._rosters))
 
     def changes(self, changes: tuple[Change, ...], now: float) -> list[Event]:
         events = self.expire(now)
@@ -109,67 +110,72 @@ class Tracker:
             touched.add(place[0])
             if isinstance(change, KeyValue):
                 events += self._put(change)
-            elif self._damaged.get(place[0], {}).pop(change.key, None) is None and place[1] in self._records.get(place[0], {}):
-                self._doubtful.setdefault(change.key, now + self._blip_s)
-        return events + self._assess(touched)
+            elif place[0] in self._rosters:
+                roster = self._rosters[place[0]]
+                if roster.damaged.pop(change.key, None) is None and place[1] in roster.records:
+                    self._doubtful.setdefault(change.key, now + self._blip_s)
+        return events + self._tell(touched)
 
     def expire(self, now: float) -> list[Event]:
         """The losses that are no longer in doubt."""
         events: list[Event] = []
         touched = set()
-        for key in [key for key, due in self._doubtful.items() if due <= now]:
+        while self.due is not None and self.due <= now:
+            key, _ = self._doubtful.popitem(last=False)
             instance, rank = parse_record_key(key) or ("", 0)
-            events += self._lose(instance, rank, EXPIRED)
+            events += self._lose(self._rosters[instance], rank, EXPIRED)
             touched.add(instance)
-        return events + self._assess(touched)
+        return events + self._tell(touched)
 
     @property
     def due(self) -> float | None:
         """When `expire` has something to say."""
-        return min(self._doubtful.values(), default=None)
+        return next(iter(self._doubtful.values()), None)
 
     def _put(self, item: KeyValue) -> list[Event]:
         place = parse_record_key(item.key)
         if place is None:
             return []
         instance, rank = place
-        known = self._records.get(instance, {}).get(rank)
+        roster = self._rosters.get(instance)
+        if roster is None:
+            roster = self._rosters[instance] = Roster(instance)
+        known = roster.records.get(rank)
         try:
             record = decode(item.key, item.value, item.mod_revision)
         except RecordDamaged as exc:
-            self._damaged.setdefault(instance, {})[item.key] = str(exc)
-            return self._lose(instance, rank, "record damaged") if known else []
-        self._damaged.get(instance, {}).pop(item.key, None)
+            roster.damage(item.key, exc)
+            return self._lose(roster, rank, "record damaged") if known else []
+        roster.damaged.pop(item.key, None)
         if record.ended:
-            return self._lose(instance, rank, record.ended) if known else []
+            return self._lose(roster, rank, record.ended) if known else []
         self._doubtful.pop(item.key, None)
-        if known is not None and known.incarnation != record.incarnation:
-            lost = self._lose(instance, rank, "replaced by another process")
-            self._records.setdefault(instance, {})[rank] = record
-            return [*lost, RankJoined(record)]
-        self._records.setdefault(instance, {})[rank] = record
+        roster.put(record)
         if known is None:
             return [RankJoined(record)]
+        if known.incarnation != record.incarnation:
+            return [RankLost(known, "replaced by another process"), RankJoined(record)]
         return [RankUpdated(record, known)] if known != record else []
 
-    def _lose(self, instance: str, rank: int, reason: str) -> list[Event]:
-        record = self._records[instance].pop(rank)
+    def _lose(self, roster: Roster, rank: int, reason: str) -> list[Event]:
+        record = roster.remove(rank)
+        if record is None:
+            return []
         self._doubtful.pop(record.key, None)
         return [RankLost(record, reason)]
 
-    def _assess(self, instances: set[str]) -> list[Event]:
+    def _tell(self, instances: set[str]) -> list[Event]:
+        """How the instances are, where that is not what was told of them last."""
         events: list[Event] = []
-        for instance in sorted(instances):
-            status = assess(instance, self._records.get(instance, {}).values(), tuple(self._damaged.get(instance, {}).values()))
-            before = self._states.get(instance, InstanceState.GONE)
-            if status.state is not before:
-                events.append(_INSTANCE_EVENTS[status.state](status))
-            if status.state is InstanceState.GONE:  # an instance that is gone leaves no memory behind
-                self._states.pop(instance, None)
-                self._records.pop(instance, None)
-                self._damaged.pop(instance, None)
-            else:
-                self._states[instance] = status.state
+        for instance in sorted(instances & self._rosters.keys()):
+            roster = self._rosters[instance]
+            state = roster.state
+            if state is not self._told.get(instance, InstanceState.GONE):
+                events.append(_INSTANCE_EVENTS[state](roster.status()))
+                self._told[instance] = state
+            if state is InstanceState.GONE:  # an instance that is gone leaves no memory behind
+                self._told.pop(instance, None)
+                del self._rosters[instance]
         return events
 
 
@@ -177,11 +183,16 @@ class Watch:
     """Iterate over events for ever, or until `stop` (from any thread) or the end of the `with` block; or use `call`."""
 
     def __init__(self, etcd: Etcd, instance: str | None = None, rank: int | None = None, blip_s: float = BLIP_S) -> None:
+        """`etcd` is for this watch alone, which closes it when it stops: so that it need not wait for a call to end."""
+        self._etcd = etcd
         prefix = instance_prefix(instance) if instance else ENGINES
         self._rank = rank
         self._follower = Follower(etcd, prefix if rank is None else f"{prefix}{rank}")
         self._tracker = Tracker(blip_s)
-        self._inbox: queue.Queue[Snapshot | Batch | EtcdError | None] = queue.Queue(_MAX_QUEUED)
+        self._inbox: queue.SimpleQueue[tuple[float, Snapshot | Batch | EtcdError | None]] = queue.SimpleQueue()
+        self._room = threading.Semaphore(_MAX_QUEUED)
+        self._held_s = 0.0  # for how long the reader has waited for room
+        self._full_since: float | None = None
         self._events: deque[Event] = deque()
         self._stopped = threading.Event()
         self._caller: threading.Thread | None = None
@@ -197,33 +208,55 @@ class Watch:
             self._hand_over(exc)
 
     def _hand_over(self, item: Snapshot | Batch | EtcdError | None) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._inbox.put(item, timeout=0.5)
-                return
-            except queue.Full:
-                continue
+        arrived_at = self._now()
+        if not self._room.acquire(blocking=False):
+            self._full_since = time.monotonic()
+            while not self._room.acquire(timeout=0.1):
+                if self._stopped.is_set():
+                    return
+            self._held_s += time.monotonic() - self._full_since
+            self._full_since = None
+        self._inbox.put((arrived_at, item))
+
+    def _now(self) -> float:
+        """A clock for blips. It stands still while the reader waits for room: what etcd holds back meanwhile is not late."""
+        full_since = self._full_since
+        return (time.monotonic() if full_since is None else full_since) - self._held_s
 
     def next(self, timeout_s: float | None = None) -> Event | None:
         """The next event; None if there is none in time, or when the watch has stopped. Raises what etcd refuses for good."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not self._events and not self._stopped.is_set():
-            limits = [limit for limit in (deadline, self._tracker.due) if limit is not None]
+            waits_s = [] if deadline is None else [deadline - time.monotonic()]
+            if self._tracker.due is not None:
+                waits_s.append(self._tracker.due - self._now())
             try:
-                item = self._inbox.get(timeout=max(0.0, min(limits) - time.monotonic()) if limits else None)
+                arrived_at, item = self._inbox.get(timeout=max(0.0, min(waits_s)) if waits_s else None)
             except queue.Empty:
-                self._events.extend(self._tracker.expire(time.monotonic()))
+                self._add(self._tracker.expire(self._now()))
                 if not self._events and deadline is not None and time.monotonic() >= deadline:
                     return None
                 continue
+            self._room.release()
+            if self._stopped.is_set():
+                break
             if isinstance(item, EtcdError):
                 self.stop()
                 raise item
+            # By when it came, not by when somebody has time for it: a reader that lags must not take a blip for a loss.
             if isinstance(item, Snapshot):
-                self._events.extend(self._tracker.snapshot(item, time.monotonic()))
+                self._add(self._tracker.snapshot(item, arrived_at))
             elif isinstance(item, Batch):
-                self._events.extend(self._tracker.changes(item.changes, time.monotonic()))
+                self._add(self._tracker.changes(item.changes, arrived_at))
         return self._events.popleft() if self._events and not self._stopped.is_set() else None
+
+    def _add(self, events: Sequence[Event]) -> None:
+        """What begins with the key of the one rank are other ranks' keys too, and the instance is not seen as a whole then."""
+        if self._rank is None:
+            self._events.extend(events)
+            return
+        ours = (event for event in events if isinstance(event, RankJoined | RankUpdated | RankLost))
+        self._events.extend(event for event in ours if event.record.rank == self._rank)
 
     def __iter__(self) -> Iterator[Event]:
         while (event := self.next()) is not None:
@@ -255,14 +288,15 @@ class Watch:
     def stop(self) -> None:
         self._stopped.set()
         self._follower.stop()
-        with contextlib.suppress(queue.Full):  # full: nobody waits for it
-            self._inbox.put_nowait(None)
+        self._etcd.close()
+        self._inbox.put((0.0, None))
 
     def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
+        deadline = time.monotonic() + _JOIN_S
         for thread in (self._thread, self._caller):
             if thread is not None and thread is not threading.current_thread():
-                thread.join(timeout=5.0)
+                thread.join(timeout=max(0.0, deadline - time.monotonic()))

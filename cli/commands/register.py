@@ -94,6 +94,7 @@ def command(
                 topology=places,
                 generation=generation,
                 version=version,
+                digests=True,
                 ttl_s=ttl,
                 on_state=endings.on_state,
             ) as publication,
@@ -105,7 +106,9 @@ def command(
             )
             if endings.next() != _LOST:
                 endings.drain(publication, drain)
-                endings.next()  # drained, or told to hurry
+                ending = endings.next()  # drained, or told to hurry
+                if isinstance(ending, Exception):
+                    raise ending
             lost = publication.registration.lost
         if lost is not None:
             raise lost
@@ -117,10 +120,11 @@ _LOST = "lost"
 
 
 class _Endings:
-    """The reasons to go on towards the end, as they come: a signal, the end of standard input, the registration's loss, drained."""
+    """The reasons to go on towards the end, as they come: a signal, the end of standard input, the registration's loss, drained,
+    or what went wrong with that."""
 
     def __init__(self, until_eof: bool) -> None:
-        self._inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
         on_ending(lambda: self._inbox.put("signal"))
         if until_eof:
             threading.Thread(target=self._read, daemon=True).start()
@@ -136,12 +140,15 @@ class _Endings:
 
     def drain(self, publication: Publication, timeout_s: float) -> None:
         def drain() -> None:
-            publication.drain(timeout_s)
-            self._inbox.put("drained")
+            try:
+                publication.drain(timeout_s)
+                self._inbox.put("drained")
+            except Exception as exc:  # noqa: BLE001  raised again by the thread that waits
+                self._inbox.put(exc)
 
         threading.Thread(target=drain, daemon=True).start()
 
-    def next(self) -> str:
+    def next(self) -> str | Exception:
         return self._inbox.get()
 
 

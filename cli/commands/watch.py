@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import datetime
 
 import click
 
+from cli.exits import Exit
 from cli.hooks import Hooks
 from cli.options import Seconds, etcd_options, json_option
 from cli.output import event_json, event_text, print_json
@@ -34,7 +36,8 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Ranks and instances as they come and go, beginning with what is there now. Ends with Ctrl-C or SIGTERM.
+    """Ranks and instances as they come and go, beginning with what is there now. Ends with Ctrl-C or SIGTERM, after the CMD that
+    runs then has ended or 5 s are over; a second signal does not wait.
 
     An etcd that is away is waited for; what changed meanwhile is shown when it is back. Any number of watches may run with
     --cleanup: one of them evicts.
@@ -48,7 +51,8 @@ def command(
             registry.cleaning_watch(instance, grace_s=grace, dry_run=dry_run) if cleanup else registry.watch(instance)
         )
         stack.enter_context(watch)
-        on_ending(watch.stop)
+        ending = _ending(watch, hooks)
+        on_ending(lambda: next(ending))
         for event in watch:
             now = datetime.now().astimezone()
             data = {"at": now.isoformat(timespec="milliseconds"), **event_json(event)}
@@ -58,3 +62,15 @@ def command(
                 click.echo(f"{now:%H:%M:%S}.{now.microsecond // 1000:03d}  {event_text(event)}")
             if hooks:
                 hooks.run(data)
+
+
+def _ending(watch: Watch | CleaningWatch, hooks: Hooks | None) -> Iterator[None]:
+    """What each signal does: the first one stops, the second one ends the process."""
+    watch.stop()
+    if hooks:
+        hooks.stop()
+    yield
+    if hooks:
+        hooks.kill()
+        hooks.report()
+    os._exit(Exit.INTERRUPTED)

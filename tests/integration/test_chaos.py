@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from loader import LoaderError, MooncakeEngine, Pace, load
-from loader.sources import Wanted
 from registry import Registry, RegistryError
 from registry.local import LocalEtcd
+from registry.waiting import Wanted
 from tests.integration.conftest import Processes, line_of
 from tests.integration.source_process import MODEL, content, empty
 from tests.waiting import wait_until
@@ -125,7 +125,8 @@ def test_every_load_ends_in_one_version_or_a_typed_error_and_leaves_nothing_behi
         for number in range(LOADS):
             if time.monotonic() > give_up:
                 break
-            wanted: Wanted = choose.choice([MODEL, ["a", "b"], ["c", "a", "b"], "a"])
+            some: list[Wanted] = [MODEL, ["a", "b"], ["c", "a", "b"], "a"]
+            wanted = choose.choice(some)
             tensors = empty(NBYTES)
             start = time.monotonic()
             try:

@@ -33,6 +33,7 @@ from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.local import LocalEtcd
 from tests.engines import Interrupted
+from tests.feed import until
 from tests.integration.conftest import Processes, line_of
 from tests.integration.ranks import register
 
@@ -167,9 +168,83 @@ def test_the_next_watcher_evicts_when_the_leading_one_is_killed(registry: Regist
         assert cleaned["evicted"] == [0]
 
 
+def wait_for_leader(etcd: Etcd) -> None:
+    leaders = Follower(etcd, "/elections/", deadline=time.monotonic() + 20)
+    assert any(etcd.snapshot("/elections/").items for _ in leaders)
+
+
+@pytest.fixture
+def etcd(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Etcd]:
+    with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as etcd:
+        yield etcd
+
+
+def lose_a_rank_while_one_watches_that_is_then_killed(
+    registry: Registry, etcd: Etcd, processes: Processes, namespace: str, lost: Registration
+) -> None:
+    watch = processes.engines("watch", "a", "--namespace", namespace, "--cleanup", "--grace", "600", "--json")
+    while json.loads(line_of(watch))["event"] != "instance_ready":
+        pass
+    wait_for_leader(etcd)
+    lost.withdraw()
+    while json.loads(line_of(watch))["event"] != "rank_lost":
+        pass
+    watch.kill()
+    watch.wait()
+
+
+def test_a_watcher_that_starts_later_cleans_up_after_a_loss_that_another_saw(
+    registry: Registry, etcd: Etcd, processes: Processes, namespace: str, watching: Callable[..., Collected]
+) -> None:
+    with ExitStack() as stack:
+        first, second = two_ranks(registry, stack)
+        lose_a_rank_while_one_watches_that_is_then_killed(registry, etcd, processes, namespace, second)
+        cleaned = watching(grace_s=0.3).wait_for(is_a(InstanceCleaned))
+        assert isinstance(cleaned, InstanceCleaned)
+        assert (cleaned.lost.incarnation, [record.rank for record in cleaned.evicted]) == (second.record.incarnation, [0])
+        assert registry.instances() == ()
+        assert first.record.rank == 0
+
+
+def test_what_a_watcher_noted_dooms_no_rank_of_a_later_launch(
+    registry: Registry, etcd: Etcd, processes: Processes, namespace: str
+) -> None:
+    with ExitStack() as stack:
+        first, second = two_ranks(registry, stack)
+        lose_a_rank_while_one_watches_that_is_then_killed(registry, etcd, processes, namespace, second)
+        first.withdraw()
+        stack.enter_context(register(registry, rank=0, world_size=2))
+        cleaning = stack.enter_context(registry.cleaning_watch("a", grace_s=0.3))
+        reader = threading.Thread(target=lambda: seen.extend(cleaning))
+        seen: list[Event | InstanceCleaned] = []
+        reader.start()
+        until(lambda: len(seen) == 2 and cleaning._grace.due is None)  # what it found degraded has been looked at
+        cleaning.stop()
+        reader.join(20)
+        assert not any(map(is_a(InstanceCleaned), seen))
+        assert [record.rank for record in registry.ranks("a")] == [0]
+
+
+def test_an_instance_that_was_never_complete_is_left_alone_by_a_watcher_that_finds_it_so(
+    registry: Registry, etcd: Etcd, watching: Callable[..., Collected]
+) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(register(registry, rank=0, world_size=2))
+        cleaning = stack.enter_context(registry.cleaning_watch("a", grace_s=0.1))
+        reader = threading.Thread(target=list, args=(cleaning,))
+        reader.start()
+        wait_for_leader(etcd)
+        until(lambda: bool(cleaning._grace._instances) and cleaning._grace.due is None)
+        cleaning.stop()
+        reader.join(20)
+        assert [record.rank for record in registry.ranks("a")] == [0]
+
+
 def test_elections_whose_names_begin_alike_do_not_wait_for_each_other(shared_etcd: LocalEtcd, namespace: str) -> None:
     with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as etcd, ExitStack() as stack:
-        elections = [stack.enter_context(Election(etcd, name)) for name in ("cleanup/a.draft", "cleanup/a", "cleanup-all")]
+        elections = [
+            stack.enter_context(Election(etcd.sibling(), name)) for name in ("cleanup/a.draft", "cleanup/a", "cleanup-all")
+        ]
         leaders = Follower(etcd, "/elections/", deadline=time.monotonic() + 10)
         assert any(len(etcd.snapshot("/elections/").items) == 3 for _ in leaders)
         assert all(election.leading for election in elections)
@@ -186,6 +261,7 @@ def test_hooks_get_each_event_and_a_failing_one_does_not_stop_the_watch(
             line_of(watch)
     for _ in range(2):
         line_of(watch)
+    until(lambda: seen.exists() and len(seen.read_text().splitlines()) == 8)  # else the signal would keep some from running
     watch.send_signal(signal.SIGTERM)
     _, err = watch.communicate(timeout=20)
     assert watch.returncode == 0

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.exits import Exit
-from registry import Registry
+from registry import RankState, RankUpdated, Registry
 from registry.config import EtcdConfig, parse_endpoints
 from registry.etcd import Etcd
 from registry.kv import Put
 from registry.local import LocalEtcd, free_port
-from tests.integration.conftest import ROOT, Processes, line_of
+from tests.feed import until
+from tests.integration.conftest import ROOT, Processes, events_until, line_of
 from tests.integration.ranks import register
 
 
@@ -140,6 +141,123 @@ def test_a_watch_prints_what_happens_until_it_is_stopped(engines: Engines, regis
     for watch, number in ((as_text, signal.SIGINT), (as_json, signal.SIGTERM)):
         watch.send_signal(number)
         assert watch.wait(10) == Exit.DONE
+
+
+def test_ranks_of_different_versions_are_shown_and_watched_as_what_they_are(engines: Engines, registry: Registry) -> None:
+    why = "versions differ: 0 (rank 0), 1 (rank 1); rank 1 updating"
+    with register(registry, rank=0, world_size=2), register(registry, rank=1, world_size=2, version=1) as second:
+        second.update(state=RankState.UPDATING)
+        shown = engines("show", "a")
+        assert (shown.returncode, shown.stderr) == (Exit.DONE, "")
+        assert shown.stdout.splitlines()[0].startswith("a: degraded, ")
+        assert shown.stdout.splitlines()[1] == f"not ready: {why}"
+        data = json.loads(engines("show", "a", "--json").stdout)
+        assert (data["state"], data["version"], data["missing"], data["problems"]) == ("degraded", None, [], why.split("; "))
+        assert [(rank["version"], rank["state"]) for rank in data["ranks"]] == [(0, "ready"), (1, "updating")]
+        watch = engines.start("watch", "a")
+        assert [line_of(watch).split("  ", 1)[1] for _ in range(3)][2] == f"a degraded: {why}\n"
+        second.update(version=0, state=RankState.READY)
+        assert [line_of(watch).split("  ", 1)[1] for _ in range(2)] == [
+            "a/1 updated: ready, version 0\n", "a ready: 2 ranks, 32 B, version 0\n",
+        ]  # fmt: skip
+
+
+def test_a_signal_stops_the_hooks_and_tells_how_many_were_not_run(engines: Engines, registry: Registry, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with register(registry):
+        watch = engines.start("watch", "a", "--exec", f"echo $ENGINES_EVENT $ENGINES_STATE >>{log}; exec sleep 1000")
+        assert [line_of(watch).split()[2] for _ in range(2)] == ["joined:", "ready:"]
+        until(lambda: log.exists() and bool(log.read_text()))
+        watch.send_signal(signal.SIGTERM)
+        _, err = watch.communicate(timeout=60)
+    assert watch.returncode == Exit.DONE
+    assert log.read_text() == "rank_joined ready\n"
+    assert "hooks that were not run: 1" in err
+
+
+def test_a_second_signal_ends_the_hook_that_runs_and_the_watch(engines: Engines, registry: Registry, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with register(registry):
+        watch = engines.start("watch", "a", "--exec", f"sleep 1000 & echo $! >>{log}; wait")
+        until(lambda: log.exists() and bool(log.read_text()))
+        watch.send_signal(signal.SIGINT)
+        watch.send_signal(signal.SIGTERM)
+        _, err = watch.communicate(timeout=60)
+    assert watch.returncode in (Exit.INTERRUPTED, Exit.DONE)  # done where the hook's end was all that it waited for
+    assert "Traceback" not in err
+    (started,) = log.read_text().split()
+    wait_for_end(int(started))
+
+
+def test_a_watch_that_cleans_ends_at_a_signal_although_etcd_hangs(processes: Processes, own_etcd: LocalEtcd) -> None:
+    watch = processes.engines("watch", "--cleanup", "--timeout", "100", ENGINES_ETCD=own_etcd.endpoint)
+    with Registry.connect(own_etcd.endpoint) as registry, register(registry):
+        assert line_of(watch)
+        own_etcd.pause()
+        try:
+            watch.send_signal(signal.SIGTERM)
+            _, err = watch.communicate(timeout=60)
+        finally:
+            own_etcd.resume()
+    assert (watch.returncode, err) == (Exit.DONE, "")
+
+
+def test_a_dry_run_of_a_cleanup_says_what_it_would_evict(engines: Engines, registry: Registry) -> None:
+    with register(registry, rank=0, world_size=2), register(registry, rank=1, world_size=2) as second:
+        watch = engines.start("watch", "a", "--cleanup", "--dry-run", "--grace", "0.2")
+        while not line_of(watch).split("  ", 1)[1].startswith("a ready"):
+            pass
+        second.withdraw()
+        said = [line_of(watch).split("  ", 1)[1] for _ in range(3)]
+        assert said[2] == "a cleaned up: would evict rank 0, as rank 1 did not come back\n"
+        watch.send_signal(signal.SIGTERM)
+        assert watch.communicate(timeout=60) == ("", "")
+        assert [record.rank for record in registry.ranks("a")] == [0]
+
+
+def test_three_watches_that_clean_evict_once(engines: Engines, registry: Registry) -> None:
+    with register(registry, rank=0, world_size=2), register(registry, rank=1, world_size=2) as second:
+        watches = [engines.start("watch", "a", "--cleanup", "--grace", "0.5", "--json") for _ in range(3)]
+        for watch in watches:
+            read_until(watch, "instance_ready")
+        second.withdraw()
+        seen = [read_until(watch, "instance_gone") for watch in watches]
+        for watch in watches:
+            watch.send_signal(signal.SIGTERM)
+            assert watch.communicate(timeout=60) == ("", "")
+    cleaned = [event for events in seen for event in events if event["event"] == "instance_cleaned"]
+    assert [(event["evicted"], event["lost"]["rank"]) for event in cleaned] == [([0], 1)]
+    for events in seen:
+        assert [event["reason"] for event in events if event["event"] == "rank_lost"] == ["withdrawn", "evicted"]
+
+
+def read_until(watch: subprocess.Popen[str], last: str) -> list[dict[str, Any]]:
+    """The events up to the first of that name."""
+    events: list[dict[str, Any]] = []
+    while not events or events[-1]["event"] != last:
+        events.append(json.loads(line_of(watch)))
+    return events
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_a_server_that_is_told_to_end_waits_for_its_readers_until_it_is_told_again(
+    engines: Engines, weights: Path, registry: Registry, hurried: bool
+) -> None:
+    server = engines.serve(weights, "--drain", "1000")
+    (record,) = registry.ranks("a")
+    ticket = registry.pull(record)
+    assert ticket is not None
+    with ticket, registry.watch("a") as watch:
+        server.send_signal(signal.SIGTERM)
+        events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.state is RankState.DRAINING)
+        assert server.poll() is None
+        if hurried:
+            server.send_signal(signal.SIGTERM)
+        else:
+            ticket.close()
+        out, _ = server.communicate(timeout=60)
+        assert (server.returncode, out) == (Exit.DONE, "withdrew a/0\n")
+        assert registry.instances() == ()
 
 
 def test_output_into_a_closed_pipe_ends_quietly(engines: Engines, registry: Registry) -> None:
@@ -412,7 +530,7 @@ def test_the_demo_leaves_no_process_and_no_file_behind(processes: Processes, tmp
     assert demo.returncode == (-number if number == signal.SIGKILL else 128 + number if number else 0), err
     assert started
     for pid in started:
-        _wait_for_end(pid)
+        wait_for_end(pid)
     if number == 0:
         assert lines[-1].startswith("7 tensors, ")
         assert lines[-1].endswith("all verified\n")
@@ -428,7 +546,7 @@ def test_the_demo_refuses_a_file_without_weights(processes: Processes, tmp_path:
     assert_one_line(result, Exit.FAILED, "holds no weights", "--weights FILE")
 
 
-def _wait_for_end(pid: int) -> None:
+def wait_for_end(pid: int) -> None:
     """Blocks until the process has ended, 30 s at most."""
     try:
         descriptor = os.pidfd_open(pid)

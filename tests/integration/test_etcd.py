@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import http.server
+import logging
 import os
 import shutil
 import socket
 import subprocess
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +28,7 @@ from registry.follow import Follower
 from registry.kv import Deletion, KeyValue, Put, absent, none_created_since, unchanged
 from registry.local import LocalEtcd, find_binary, free_port
 from tests.integration.conftest import Processes
+from tests.integration.faults import DEBIAN_ETCD, etcdctl
 
 
 def connect(endpoints: str, **options: object) -> Etcd:
@@ -47,6 +51,28 @@ def test_a_snapshot_of_more_keys_than_a_page_is_complete_and_of_one_revision(etc
     snapshot = etcd.snapshot("/many/")
     assert [item.key for item in snapshot.items] == [f"/many/{number:05}" for number in range(2_500)]
     assert snapshot.revision >= max(item.mod_revision for item in snapshot.items)
+
+
+def test_a_snapshot_begins_again_if_its_revision_is_compacted_between_two_pages(
+    own_etcd: LocalEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(connect(own_etcd.endpoint)) as etcd:
+        for start in range(0, 1_500, 100):
+            etcd.commit([], [Put(f"/many/{number:05}", b"v", 0) for number in range(start, start + 100)])
+        ask, asked = etcd._range, list[int]()
+
+        def compacting(request: Any) -> Any:
+            asked.append(request.revision)
+            page = ask(request)
+            if len(asked) == 1:
+                etcd.compact(put(etcd, "/many/00000"))
+            return page
+
+        monkeypatch.setattr(etcd, "_range", compacting)
+        snapshot = etcd.snapshot("/many/")
+        assert [bool(revision) for revision in asked] == [False, True, False, True]
+        assert len(snapshot.items) == 1_500
+        assert max(item.mod_revision for item in snapshot.items) == snapshot.items[0].mod_revision
 
 
 def test_a_namespace_hides_the_keys_of_others(etcd: Etcd, shared_etcd: LocalEtcd) -> None:
@@ -88,6 +114,40 @@ def test_the_keys_of_a_revoked_lease_are_gone_and_the_lease_is_not_found(etcd: E
 def test_a_request_that_is_too_large_is_refused_at_once(etcd: Etcd) -> None:
     with pytest.raises(EtcdRefused, match="too large"):
         put(etcd, "/k", os.urandom(2 << 20))
+
+
+@pytest.mark.parametrize("credentials", [{}, {"user": "root", "password": "secret"}], ids=["a call", "authentication"])
+def test_closing_ends_what_waits_for_an_etcd_that_hangs(own_etcd: LocalEtcd, credentials: dict[str, str]) -> None:
+    raised: list[EtcdError] = []
+
+    def call(etcd: Etcd) -> None:
+        try:
+            etcd.get("/k")
+        except EtcdError as exc:
+            raised.append(exc)
+
+    parent = connect(own_etcd.endpoint, timeout_s=100.0, **credentials)
+    callers = [threading.Thread(target=call, args=(etcd,)) for etcd in (parent, parent.sibling())]
+    own_etcd.pause()
+    try:
+        for caller in callers:
+            caller.start()
+        with closing(connect(own_etcd.endpoint, timeout_s=0.5)) as probe, pytest.raises(EtcdUnavailable):
+            probe.get("/k")  # when this has found out, the others have asked
+        parent.close()
+        for caller in callers:
+            caller.join(30)
+    finally:
+        own_etcd.resume()
+    assert [str(exc) for exc in raised] == ["the connection to etcd is closed"] * 2
+    with pytest.raises(EtcdError, match="closed"):
+        parent.sibling().get("/k")
+
+
+def test_a_sibling_can_be_closed_alone(etcd: Etcd) -> None:
+    with closing(etcd.sibling()) as sibling:
+        assert put(sibling, "/k")
+    assert etcd.get("/k")
 
 
 def test_a_closed_connection_says_so(etcd: Etcd) -> None:
@@ -196,6 +256,34 @@ def test_credentials_are_checked_and_explained(own_etcd: LocalEtcd, processes: P
             assert "guess" not in result.stderr
 
 
+@pytest.fixture(params=["embedded", "debian"])
+def jwt_etcd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalEtcd]:
+    """Checks users, with tokens that any change of users or roles makes too old."""
+    if request.param == "debian" and not DEBIAN_ETCD.exists():
+        pytest.skip(f"no etcd at {DEBIAN_ETCD}: the set-up could not unpack Debian's etcd-server")
+    (tmp_path / "secret").write_bytes(os.urandom(32))
+    token = f"jwt,sign-method=HS256,ttl=10m,priv-key={tmp_path / 'secret'}"
+    binary = str(DEBIAN_ETCD) if request.param == "debian" else None
+    with LocalEtcd(binary=binary, extra_args=["--auth-token", token]) as etcd:
+        for command in ("user add root:secret", "user grant-role root root", "auth enable"):
+            etcdctl(etcd.endpoint, *command.split())
+        yield etcd
+
+
+@pytest.mark.parametrize("asked_first", ["call", "watch"])
+def test_a_change_of_roles_costs_nobody_the_connection_for_good(jwt_etcd: LocalEtcd, asked_first: str) -> None:
+    with closing(connect(jwt_etcd.endpoint, user="root", password="secret")) as etcd:
+        revision = put(etcd, "/k")
+        etcdctl(jwt_etcd.endpoint, "--user", "root:secret", "role", "add", "another")
+        if asked_first == "watch":
+            with pytest.raises(EtcdUnavailable, match="token"):
+                next(iter(etcd.watch("/k", revision)))
+        else:
+            assert etcd.get("/k")
+            assert put(etcd, "/k")
+        assert next(iter(etcd.watch("/k", revision))).changes
+
+
 def test_credentials_for_an_etcd_without_authentication_are_told(shared_etcd: LocalEtcd) -> None:
     with pytest.raises(EtcdRefused, match="authentication turned off: leave out --user"):
         Registry.connect(shared_etcd.endpoint, user="root", password="secret")
@@ -223,10 +311,13 @@ def _leased(etcd: Etcd, key: str) -> int:
     return lease_id
 
 
-def test_following_ends_at_its_deadline(etcd: Etcd) -> None:
-    import time
-
-    assert len(list(Follower(etcd, "/f/", deadline=time.monotonic() + 0.3))) == 1
+def test_following_ends_at_its_deadline_and_leaves_the_connection_to_others(etcd: Etcd, caplog: pytest.LogCaptureFixture) -> None:
+    put(etcd, "/f/1")
+    connection = etcd._client
+    with caplog.at_level(logging.WARNING):
+        assert len(list(Follower(etcd, "/f/", deadline=time.monotonic() + 0.3))) == 1
+    assert etcd._client is connection
+    assert caplog.messages == []
 
 
 @pytest.fixture

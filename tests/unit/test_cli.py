@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import pytest
@@ -22,11 +22,13 @@ import cli.main
 import cli.options
 import loader.errors
 import registry.errors
+from cli.commands.register import _Endings
 from cli.exits import _CODES, Exit, code_of
 from cli.options import engine_log
 from cli.output import event_json, event_text, instance_json, instance_row, print_json, print_table, rank_json, size, tensors_json
 from cli.signals import Ended
 from cli.text import printable
+from loader import Publication
 from registry import (
     Event,
     InstanceDegraded,
@@ -115,9 +117,12 @@ def test_every_name_in_the_table_of_exit_codes_is_an_error_of_ours(name: str) ->
     ("code", "names"),
     [
         (Exit.USAGE, {"InvalidField"}),
-        (Exit.ETCD, {"EtcdError", "EtcdUnavailable", "EtcdRefused", "LeaseNotFound", "HistoryLost"}),
-        (Exit.INSTANCE, {"InstanceNotFound", "InstanceIncomplete", "SourceLost"}),
-        (Exit.WEIGHTS, {"WeightsMismatch", "TornRead"}),
+        (Exit.ETCD, {"EtcdError", "EtcdUnavailable", "EtcdRefused", "EtcdFull", "LeaseNotFound", "HistoryLost"}),
+        (
+            Exit.INSTANCE,
+            {"InstanceNotFound", "InstanceIncomplete", "SourceLost", "Stalled", "SourceUnreachable", "VersionUnavailable"},
+        ),
+        (Exit.WEIGHTS, {"WeightsMismatch", "TornRead", "DigestMismatch", "DigestsMissing"}),
     ],
 )
 def test_codes_above_one_are_given_to_the_errors_that_they_are_documented_for(code: Exit, names: set[str]) -> None:
@@ -197,9 +202,9 @@ def test_help_lists_every_command_and_every_exit_code(engines: Engines, flag: st
     assert all(f"{code.value} " in ran.out for code in Exit)
 
 
-@pytest.mark.parametrize("command", cli.main.COMMANDS)
+@pytest.mark.parametrize("command", [*(name for name in cli.main.COMMANDS if name != "bench"), "bench load", "bench registry"])
 def test_every_command_has_help_and_the_name_that_it_is_found_by(engines: Engines, command: str) -> None:
-    ran = engines(command, "--help")
+    ran = engines(*command.split(), "--help")
     assert ran.code == Exit.DONE
     assert ran.out.startswith(f"Usage: engines {command} ")
     assert "--debug" in ran.out
@@ -267,6 +272,20 @@ def test_a_file_that_is_there_is_not_overwritten_without_being_asked(engines: En
     assert (ran.code, asked) == (Exit.USAGE, [])
     assert "is there already: choose another --out, or --force" in ran.err
     assert engines("load", "qwen", "--rank", "0", "--out", str(tmp_path), "--force").code == Exit.ETCD
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError("the engine has a bug")])
+def test_draining_is_over_also_when_it_has_failed(monkeypatch: pytest.MonkeyPatch, failure: Exception | None) -> None:
+    monkeypatch.setattr("cli.commands.register.on_ending", lambda _: None)
+
+    class Leaving:
+        def drain(self, timeout_s: float) -> None:
+            if failure is not None:
+                raise failure
+
+    endings = _Endings(until_eof=False)
+    endings.drain(cast(Publication, Leaving()), 1.0)
+    assert endings._inbox.get(timeout=20) is failure or failure is None
 
 
 # -- how to reach etcd -----------------------------------------------------------------------------------------------------------

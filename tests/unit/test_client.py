@@ -21,9 +21,10 @@ from registry.errors import (
 )
 from registry.keys import manifest_part_key, record_key
 from registry.kv import Snapshot
-from registry.record import encode
-from tests.builders import OTHER_INCARNATION, a_manifest, a_record, an_entry
+from registry.record import _from_json, encode
+from tests.builders import OTHER_INCARNATION, a_manifest, a_record, an_entry, deleted, stored
 from tests.fake_etcd import FakeEtcd
+from tests.feed import Feed
 
 A, B = a_record(rank=0), a_record(rank=1)
 
@@ -92,7 +93,17 @@ def test_the_ranks_are_the_good_ones_with_a_warning_for_each_other(
     etcd.put(B.key, b"junk")
     with caplog.at_level(logging.WARNING):
         assert registry.ranks("qwen") == (A,)
-    assert [record.getMessage() for record in caplog.records if B.key in record.getMessage()]
+    assert len(caplog.messages) == 1
+    assert B.key in caplog.messages[0]
+
+
+def test_ranks_that_only_differ_are_all_listed_without_a_warning(
+    registry: Registry, etcd: FakeEtcd, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(etcd, A, replace(B, version=9, state=RankState.LOADING))
+    with caplog.at_level(logging.WARNING):
+        assert [record.version for record in registry.ranks("qwen")] == [3, 9]
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a b"])
@@ -154,6 +165,35 @@ def test_an_etcd_that_was_away_all_the_time_is_what_a_resolve_fails_with(
     monkeypatch.setattr(Backoff, "next_s", lambda _: 0.0)
     with pytest.raises(EtcdUnavailable):
         registry.resolve("qwen", timeout_s=0.01)
+
+
+def test_a_resolve_that_waits_reads_each_record_once(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [a_record(rank=rank, world_size=100) for rank in range(100)]
+    feed = Feed(stored(records[0]))
+    registry._etcd = feed
+    reads: list[object] = []
+    monkeypatch.setattr("registry.record._from_json", lambda *args: reads.append(args) or _from_json(*args))  # type: ignore[func-returns-value]
+    for number, each in enumerate(records[1:], 2):
+        feed.give(stored(each, number), stored(replace(each, instance="other"), number))
+    assert registry.resolve("qwen", timeout_s=60) == tuple(records)
+    assert len(reads) <= 2 * len(records)
+
+
+def test_a_resolve_of_several_instances_looks_at_those_alone(registry: Registry) -> None:
+    feed = Feed()
+    registry._etcd = feed
+    feed.give(stored(a_record(instance="other", world_size=1), 2))
+    feed.give(stored(a_record(instance="second", world_size=1), 3))
+    (found,) = registry.resolve(["first", "second"], timeout_s=60)
+    assert found.instance == "second"
+
+
+def test_what_changes_for_the_worse_while_a_resolve_waits_is_what_it_tells(registry: Registry) -> None:
+    feed = Feed(stored(A))
+    registry._etcd = feed
+    feed.give(stored(a_record(rank=1, state=RankState.LOADING), 2), stored(replace(A, ended="withdrawn"), 3), deleted(A, 4))
+    with pytest.raises(InstanceIncomplete, match="missing rank 0 of 2; rank 1 loading"):
+        registry.resolve("qwen", timeout_s=0.5)
 
 
 # -- manifests -------------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from typing import Any, NoReturn
 
 import grpc
 import pytest
+import tenacity
 from hypothesis import given
 from hypothesis import strategies as st
 
 from registry._etcd_errors import from_cancelled_watch
 from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from registry.errors import EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 from registry.etcd import Etcd, _prefix_end
 
 Status = grpc.StatusCode
@@ -65,7 +66,7 @@ class Unconnected(Etcd):
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("registry.etcd._BACK_OFF", tenacity.wait_none())
 
 
 def error_of(exc: Exception) -> EtcdError:
@@ -91,7 +92,7 @@ def test_no_status_of_grpc_gets_out_as_it_is(code: grpc.StatusCode, details: str
     [
         (Status.NOT_FOUND, "etcdserver: requested lease not found", LeaseNotFound, "requested lease not found"),
         (Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted", HistoryLost, "compacted"),
-        (Status.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded", EtcdRefused, "out of space"),
+        (Status.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded", EtcdFull, "out of space"),
         (Status.INVALID_ARGUMENT, "etcdserver: request is too large", EtcdRefused, "too large"),
         (Status.RESOURCE_EXHAUSTED, "trying to send message larger than max", EtcdRefused, "too large"),
         (Status.PERMISSION_DENIED, "etcdserver: permission denied", EtcdRefused, "grant the user's role"),
@@ -100,6 +101,7 @@ def test_no_status_of_grpc_gets_out_as_it_is(code: grpc.StatusCode, details: str
         (Status.FAILED_PRECONDITION, "etcdserver: authentication is not enabled", EtcdRefused, "leave out --user"),
         (Status.INVALID_ARGUMENT, "etcdserver: duplicate key given in txn request", EtcdRefused, "refuses the request: duplicate"),
         (Status.UNAUTHENTICATED, "etcdserver: invalid auth token", EtcdUnavailable, "token"),
+        (Status.INVALID_ARGUMENT, "etcdserver: revision of auth store is old", EtcdUnavailable, "token"),
         (Status.UNAVAILABLE, "failed to connect to all addresses; last error: Connection refused", EtcdUnavailable, "refused"),
         (Status.UNAVAILABLE, "etcdserver: no leader", EtcdUnavailable, "no leader"),
         (Status.DEADLINE_EXCEEDED, "Deadline Exceeded", EtcdUnavailable, "does not answer in time"),
@@ -136,9 +138,13 @@ def test_a_mistake_in_our_own_code_is_not_taken_for_an_error_of_etcd() -> None:
         Unconnected().call(lambda _: int("ours"))
 
 
-def test_a_cancelled_watch_is_refused_unless_only_its_token_is_too_old() -> None:
-    assert type(from_cancelled_watch("etcdserver: permission denied")) is EtcdRefused
-    assert type(from_cancelled_watch("etcdserver: invalid auth token")) is EtcdUnavailable
+@pytest.mark.parametrize("reason", ["invalid auth token", "revision of auth store is old", "permission denied"])
+def test_a_watch_that_is_denied_counts_as_one_with_an_old_token(reason: str) -> None:
+    assert type(from_cancelled_watch(f"etcdserver: {reason}")) is EtcdUnavailable
+
+
+def test_a_watch_that_is_cancelled_for_another_reason_is_refused() -> None:
+    assert type(from_cancelled_watch("etcdserver: something new")) is EtcdRefused
 
 
 # -- which endpoint --------------------------------------------------------------------------------------------------------------

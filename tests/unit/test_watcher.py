@@ -1,8 +1,10 @@
-"""From changes to events: what is a loss and what only a blip, and that nothing is told twice or forgotten."""
+"""From changes to events: what is a loss and what only a blip, that nothing is told twice or forgotten, and what that costs."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +28,9 @@ from registry.keys import parse_record_key, record_key
 from registry.kv import Change, Deletion, KeyValue
 from registry.record import decode
 from registry.resolver import assess
-from registry.watcher import EXPIRED, Tracker
+from registry.watcher import EXPIRED, Tracker, Watch
 from tests.builders import INCARNATION, OTHER_INCARNATION, a_record, deleted, garbage, snapshot, stored
+from tests.feed import Feed, until
 
 A = a_record(rank=0)
 B = a_record(rank=1)
@@ -239,7 +242,7 @@ def test_nothing_is_remembered_of_an_instance_that_is_gone(ending: tuple[Change,
     told = tracker.changes(ending, 1.0) + tracker.expire(9.0)
     assert of_instances(told)[-1] is InstanceGone
     held = [value for name, value in vars(tracker).items() if name != "_blip_s"]
-    assert held == [{}] * 4
+    assert held == [{}] * 3
     assert tracker.due is None
 
 
@@ -248,6 +251,105 @@ def test_a_loss_that_is_due_is_told_although_other_changes_keep_coming() -> None
     tracker.changes((deleted(A),), 10.0)
     events = tracker.changes((stored(a_record(rank=1, version=4)),), 20.0)
     assert RankLost(A, EXPIRED) in events
+
+
+def test_the_cost_of_a_change_does_not_grow_with_the_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    agreed = RankRecord.agreed
+    monkeypatch.setattr(RankRecord, "agreed", lambda self: looks.append(self.rank) or agreed(self))  # type: ignore[func-returns-value]
+    records = [a_record(rank=rank, world_size=200) for rank in range(200)]
+    tracker, told = Tracker(blip_s=1.0), list[Event]()
+    for record in records:
+        told += tracker.changes((stored(record),), 0.0)
+    for record in records:
+        told += tracker.changes((deleted(record),), 1.0)
+    told += tracker.expire(2.0)
+    assert of_instances(told) == [InstanceDegraded, InstanceReady, InstanceGone]
+    # One look to count each record in, one to count it out, and one at all for the status that comes with each event.
+    assert len(looks) <= 2 * len(records) + 2 * len(records)
+
+
+# -- a watch and its reader ------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Instead of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@contextmanager
+def watching(feed: Feed) -> Iterator[Watch]:
+    with Watch(feed, blip_s=1.0) as watch:
+        for _ in feed.items:
+            assert isinstance(watch.next(20), RankJoined)
+        assert isinstance(watch.next(20), InstanceReady)
+        yield watch
+
+
+def test_a_slow_consumer_does_not_take_a_blip_for_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed, clock = Feed(stored(A), stored(B)), Clock()
+    with watching(feed) as watch:
+        monkeypatch.setattr("registry.watcher.time", clock)
+        newer = a_record(rank=1, device="cuda:1")
+        feed.give(deleted(A), stored(newer, 3))
+        feed.give(stored(A, 4))
+        feed.wait_until_taken(2)
+        assert watch.next() == RankUpdated(newer, B)
+        clock.now += 60.0
+        assert watch.next(0.0) is None
+
+
+def test_what_etcd_holds_back_while_the_inbox_is_full_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("registry.watcher._MAX_QUEUED", 1)
+    feed, clock = Feed(stored(A), stored(B)), Clock()
+    with watching(feed) as watch:
+        monkeypatch.setattr("registry.watcher.time", clock)
+        updates = [a_record(rank=1, device=f"cuda:{number}") for number in range(3)]
+        feed.give(deleted(A), stored(updates[0], 3))
+        feed.give(stored(updates[1], 4))
+        feed.give(stored(A, 5), stored(updates[2], 6))
+        until(lambda: watch._full_since is not None)
+        clock.now += 60.0
+        assert [event.record for event in itertools.islice(watch, 3) if isinstance(event, RankUpdated)] == updates
+
+
+def test_a_key_that_stays_away_is_lost_although_the_consumer_was_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed, clock = Feed(stored(A), stored(B)), Clock()
+    with watching(feed) as watch:
+        monkeypatch.setattr("registry.watcher.time", clock)
+        feed.give(deleted(A))
+        feed.wait_until_taken(1)
+        clock.now += 60.0
+        assert watch.next(0.0) == RankLost(A, EXPIRED)
+
+
+def test_while_nobody_consumes_the_inbox_is_bounded_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("registry.watcher._MAX_QUEUED", 10)
+    feed = Feed(stored(A), stored(B))
+    with watching(feed) as watch:
+        updates = [a_record(rank=1, device=f"cuda:{number}") for number in range(100)]
+        for number, update in enumerate(updates):
+            feed.give(stored(update, number + 3))
+        until(lambda: watch._full_since is not None)
+        assert (watch._inbox.qsize(), feed.taken) == (10, 10)
+        assert [event.record for event in itertools.islice(watch, 100) if isinstance(event, RankUpdated)] == updates
+        assert (watch._inbox.qsize(), len(watch._events)) == (0, 0)
+
+
+def test_a_watch_whose_inbox_is_full_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("registry.watcher._MAX_QUEUED", 1)
+    feed = Feed(stored(A), stored(B))
+    with watching(feed) as watch:
+        feed.give(stored(A, 3))
+        feed.give(stored(A, 4))
+        until(lambda: watch._full_since is not None)
+    watch._thread.join(20)
+    assert not watch._thread.is_alive()
 
 
 # -- any sequence of changes -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""Watches over a real etcd: many ranks that change, and stopping while etcd hangs."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from contextlib import closing
+
+import pytest
+
+from registry import CleaningWatch, InstanceDegraded, InstanceReady, RankJoined, RankUpdated, Registry, Watch
+from registry.config import EtcdConfig, parse_endpoints
+from registry.errors import EtcdError
+from registry.etcd import Etcd
+from registry.local import LocalEtcd
+from tests.feed import until
+from tests.integration.ranks import put_ranks
+
+RANKS = 1_000
+
+
+def test_thousands_of_changes_reach_a_reader_that_comes_late_each_once_and_in_order(
+    shared_etcd: LocalEtcd, namespace: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.watcher._MAX_QUEUED", 10)
+    with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as raw:
+        put_ranks(raw, "a", RANKS)
+        with registry.watch("a") as watch:
+            assert [type(watch.next(60)) for _ in range(RANKS + 1)] == [RankJoined] * RANKS + [InstanceReady]
+            for version in (1, 2, 3):
+                put_ranks(raw, "a", RANKS, version=version, at_once=25)
+            until(lambda: watch._full_since is not None)
+            assert watch._inbox.qsize() == 10
+            events = list(itertools.islice(watch, 3 * RANKS + 6))
+    updates = [(event.record.version, event.record.rank) for event in events if isinstance(event, RankUpdated)]
+    assert updates == [(version, rank) for version in (1, 2, 3) for rank in range(RANKS)]
+    states = [type(event) for event in events if not isinstance(event, RankUpdated)]
+    assert states == [InstanceDegraded, InstanceReady] * 3
+
+
+@pytest.mark.parametrize("kind", ["watch", "cleaning watch", "callback"])
+def test_a_watch_stops_although_etcd_hangs(own_etcd: LocalEtcd, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    with Registry.connect(own_etcd.endpoint, timeout_s=100) as registry:
+        watch: Watch | CleaningWatch = registry.cleaning_watch(grace_s=1) if kind == "cleaning watch" else registry.watch()
+        before = set(threading.enumerate())
+        own_etcd.pause()
+        try:
+            with caplog.at_level(logging.WARNING), watch:
+                if isinstance(watch, Watch) and kind == "callback":
+                    watch.call(lambda _: None)
+                    reader = watch._caller
+                else:
+                    reader = threading.Thread(target=list, args=(watch,))
+                    reader.start()
+                watch.stop()
+            assert reader is not None
+            reader.join(30)
+            ours = [thread for thread in {*threading.enumerate(), *before} if thread.name.startswith(("registry", "election"))]
+            assert not [thread.name for thread in [reader, *ours] if thread.is_alive()]
+            assert caplog.messages == []
+        finally:
+            own_etcd.resume()
+
+
+def test_a_watch_ends_with_an_error_when_its_registry_is_closed(registry: Registry) -> None:
+    with registry.watch() as watch:
+        registry.close()
+        with pytest.raises(EtcdError, match="closed"):
+            watch.next(60)
