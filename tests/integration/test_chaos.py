@@ -12,7 +12,8 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -111,41 +112,41 @@ def descriptors() -> int:
 
 @pytest.mark.timeout(300)
 def test_every_load_ends_in_one_version_or_a_typed_error_and_leaves_nothing_behind(own_etcd: LocalEtcd, namespace: str) -> None:
-    etcd = own_etcd
-    processes = Processes({**os.environ, "ENGINES_ETCD": etcd.endpoint, "TEST_NAMESPACE": namespace})
+    processes = Processes({**os.environ, "ENGINES_ETCD": own_etcd.endpoint, "TEST_NAMESPACE": namespace})
     outcomes: Counter[str] = Counter()
     choose = random.Random(SEED)
+    some: list[Wanted] = [MODEL, ["a", "b"], ["c", "a", "b"], "a"]
+    before = threading.active_count(), descriptors()
     with (
-        Registry.connect(etcd.endpoint, namespace=namespace, timeout_s=5) as registry,
+        Registry.connect(own_etcd.endpoint, namespace=namespace, timeout_s=5) as registry,
         MooncakeEngine("127.0.0.1") as engine,
-        Monkey(processes, etcd, registry, SEED) as monkey,
     ):
-        before: tuple[int, int] | None = None
-        give_up = time.monotonic() + SECONDS
-        for number in range(LOADS):
-            if time.monotonic() > give_up:
-                break
-            some: list[Wanted] = [MODEL, ["a", "b"], ["c", "a", "b"], "a"]
-            wanted = choose.choice(some)
-            tensors = empty(NBYTES)
-            start = time.monotonic()
-            try:
-                report = load(registry, engine, wanted, rank=0, tensors=tensors, pace=PACE, timeout_s=1.0)
-            except (LoaderError, RegistryError) as exc:
-                outcomes[type(exc).__name__] += 1
-            else:
-                outcomes["loaded"] += 1
-                right = content(report.version, NBYTES)
-                assert all(torch.equal(tensors[name], right[name]) for name in right), report
-            assert time.monotonic() - start < 45, (number, wanted)
-            if before is None:
-                before = threading.active_count(), descriptors()
-        pulls = registry._etcd.snapshot("/pulls/")
-        assert monkey.done
-    print(f"seed {SEED}: {dict(outcomes)} under {dict(monkey.done)}")
+        with Monkey(processes, own_etcd, registry, SEED) as monkey:
+            give_up = time.monotonic() + SECONDS
+            while sum(outcomes.values()) < LOADS and time.monotonic() < give_up:
+                wanted = choose.choice(some)
+                tensors = empty(NBYTES)
+                try:
+                    with hang_guard(wanted):
+                        report = load(registry, engine, wanted, rank=0, tensors=tensors, pace=PACE, timeout_s=1.0)
+                except (LoaderError, RegistryError) as exc:
+                    outcomes[type(exc).__name__] += 1
+                else:
+                    outcomes["loaded"] += 1
+                    right = content(report.version, NBYTES)
+                    assert all(torch.equal(tensors[name], right[name]) for name in right), report
+        print(f"seed {SEED}: {dict(outcomes)} under {dict(monkey.done)}")
+        assert outcomes["loaded"] > 0
+        assert len(monkey.done) > 3
+        assert not list(engine._regions)
+        wait_until(lambda: not registry._etcd.snapshot("/pulls/").items, 40)  # those that could not be given back expire
     processes.end()
-    assert outcomes["loaded"] > 0
-    assert pulls.items == () or all(b"incarnation" in item.value for item in pulls.items)
-    assert before is not None
-    assert not list(engine._regions)
-    wait_until(lambda: threading.active_count() <= before[0] + 4, 70)
+    wait_until(lambda: threading.active_count() <= before[0] and descriptors() <= before[1], 20)
+
+
+@contextmanager
+def hang_guard(wanted: Wanted) -> Iterator[None]:
+    """Far longer than anything is waited for: an etcd that is away, a silent source, tries of a torn read."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < 45, wanted
