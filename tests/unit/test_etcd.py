@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from registry._etcd_errors import from_cancelled_watch
 from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from registry.errors import EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 from registry.etcd import Etcd, _prefix_end
 
 Status = grpc.StatusCode
@@ -91,7 +91,7 @@ def test_no_status_of_grpc_gets_out_as_it_is(code: grpc.StatusCode, details: str
     [
         (Status.NOT_FOUND, "etcdserver: requested lease not found", LeaseNotFound, "requested lease not found"),
         (Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted", HistoryLost, "compacted"),
-        (Status.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded", EtcdRefused, "out of space"),
+        (Status.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded", EtcdFull, "out of space"),
         (Status.INVALID_ARGUMENT, "etcdserver: request is too large", EtcdRefused, "too large"),
         (Status.RESOURCE_EXHAUSTED, "trying to send message larger than max", EtcdRefused, "too large"),
         (Status.PERMISSION_DENIED, "etcdserver: permission denied", EtcdRefused, "grant the user's role"),
