@@ -31,9 +31,9 @@ from registry.registration import DIED
 
 T = TypeVar("T")
 
-# A restarted etcd gives every lease its full time again, so a rank that died during an outage would stand for as long. Longer
-# outages than this end with the operator looking on; that lease is the bound then.
-_END_FOR_S = 3600.0
+# A restarted etcd gives every lease its full time again, so a rank that died during an outage would stand for as long. After a
+# longer outage than this that lease is the bound: keepers whose etcd is gone for good must end some time.
+_END_FOR_S = 300.0
 
 
 class _TellingEtcd(Etcd):
@@ -77,7 +77,7 @@ def _end(keeper: Keeper, frame: Frame | None, tell: Tell) -> None:
     """Tries until it is known that the keys are gone."""
     reason = frame.message["reason"] if frame else DIED
     give_up = time.monotonic() + _END_FOR_S
-    backoff = Backoff(0.05, 0.5)
+    backoff = Backoff(0.05, 1.0)
     first = True
     while True:
         problem: EtcdError | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 import time
 
@@ -17,6 +18,8 @@ from tests.integration.ranks import register
 def main(instance: str, rank: str, world_size: str, end: str = "return") -> None:
     if end == "in a group of its own":
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background has it ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     registry = Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
     registration = register(registry, instance, int(rank), int(world_size))
     if end == "with a forked child" and os.fork() == 0:  # it inherits the pipe to the keeper, and outlives the rank

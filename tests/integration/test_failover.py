@@ -98,7 +98,7 @@ def test_a_load_from_two_goes_on_with_the_other_when_one_is(sources: Sources, en
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
     assert report.version == 0
     assert sum(share.nbytes for share in report.shares) == NBYTES
-    assert [share.name for share in report.shares if share.error] == ["/engines/a/0"]
+    assert {share.name for share in report.shares if share.nbytes and not share.error} == {"/engines/b/0"}
 
 
 def test_a_load_by_model_reads_whoever_serves_it(sources: Sources, engine: MooncakeEngine) -> None:

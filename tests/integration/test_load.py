@@ -260,10 +260,10 @@ def test_another_process_at_the_address_of_the_source_is_not_taken_for_it(regist
 def test_a_source_that_dies_between_resolve_and_read_is_told_with_what_was_lost(registry: Registry, processes: Processes) -> None:
     process = processes.start("-m", "tests.integration.weights_process", "a", "0", "1", "0")
     assert line_of(process) == "published\n"
-    records = registry.resolve("a", 10)
+    ready = registry.ready("a", 10)
     process.kill()
     process.wait()
-    registry.resolve = lambda *_: records  # type: ignore[method-assign]
+    registry.ready = lambda *_: ready  # type: ignore[method-assign]
     with MooncakeEngine("127.0.0.1", protocol="tcp") as engine, pytest.raises(SourceLost, match="/engines/a/0") as lost:
         load(registry, engine, "a", rank=0, tensors=like(weights()), timeout_s=5)
     assert "load again" in str(lost.value)
