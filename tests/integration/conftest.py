@@ -22,8 +22,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_keeper_is_left() -> Iterator[None]:
-    """A keeper whose rank ended while its etcd was away for good goes on trying for minutes. Those that tests left are told by a mark
-    in their environment, which processes inherit."""
+    """A keeper whose rank ended while its etcd was away for good goes on trying for minutes.
+
+    Those that tests left are told by a mark in their environment, which processes inherit.
+    """
     mark = f"ENGINE_REGISTRY_TESTS={uuid.uuid4().hex}"
     name, _, value = mark.partition("=")
     os.environ[name] = value

@@ -161,7 +161,7 @@ def test_of_ranks_that_start_at_once_and_disagree_only_one_side_gets_in(registry
         ({"ttl_s": math.nan}, "ttl_s nan is not valid"),
         ({"ttl_s": math.inf}, "ttl_s inf is not valid"),
         ({"ttl_s": 86_401.0}, "to 86400 s"),
-        ({"topology": {"tp": (2, 2)}}, "topology 'tp': (2, 2) is not valid"),
+        ({"topology": {"tp": (2, 2)}}, "topology 'tp'"),
         ({"model": ModelIdentity("m", extra={"note": "x" * 5000})}, "more than 4096: shorten 'model'"),
     ],
 )
@@ -247,7 +247,7 @@ def test_a_keeper_is_a_new_program_in_a_session_of_its_own(registry: Registry) -
         keeper = registration.keeper_pid
         command = Path(f"/proc/{keeper}/cmdline").read_bytes().split(b"\0")
         assert command[1:3] == [b"-I", b"-c"]  # not a fork that goes on as the rank
-        assert b"from registry.keeper_main import run" in command[2]
+        assert b"from registry.keeper_main import run" in command[3]
         assert os.getsid(keeper) == keeper
         assert os.getpgid(keeper) == keeper
 
@@ -518,7 +518,7 @@ def test_damaged_and_newer_records_spoil_only_their_own_instance(registry: Regis
         raw.commit([], [Put(record_key("b", 1), value.value.replace(b'"rank":0', b'"rank":1'), 0)])
         with pytest.raises(SchemaUnsupported, match="reads up to 1: upgrade"):
             registry.resolve("b")
-        with pytest.raises(RankConflict, match="etcdctl del /.*/engines/b/2"):
+        with pytest.raises(RankConflict, match=r"etcdctl del /.*/engines/b/2"):
             register(registry, "b", 2, 3)
 
 

@@ -611,7 +611,7 @@ def test_a_rank_that_dies_in_an_outage_is_deleted_after_it_though_a_restarted_et
     assert (etcd.keys, etcd.leases) == ([], {})
 
 
-def test_an_end_that_etcd_does_not_hear_for_five_minutes_is_given_up(
+def test_an_end_that_etcd_does_not_hear_is_given_up_after_five_minutes(
     etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
 ) -> None:
     etcd.available = False
