@@ -232,7 +232,8 @@ class _Load:
             self.avoid.update(candidate.record.incarnation for candidate in candidates)
             raise
         for candidate, share in zip(candidates, transfer.shares, strict=True):
-            if share.nbytes and not candidate.is_registered():
+            # What one that was dropped on the way had brought, it brought while it was registered.
+            if share.nbytes and share.error is None and not candidate.is_registered():
                 self.avoid.add(candidate.record.incarnation)
                 raise SourceLost(f"{candidate.record.key} was withdrawn or evicted meanwhile")
 

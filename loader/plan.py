@@ -71,6 +71,8 @@ def plan(source: str, src: Manifest, dst: Manifest) -> tuple[ReadOp, ...]:
 
 def alternates(plans: Sequence[Sequence[ReadOp]]) -> tuple[Span, ...]:
     """The reads of several plans for one destination, cut where any of them is, so that each can come from any source."""
+    if len(plans) == 1:
+        return tuple(Span(op.dst_addr, op.nbytes, (op.src_addr,)) for op in plans[0])
     ends = [iter(plan) for plan in plans]
     heads = [next(ops, None) for ops in ends]
     spans: list[Span] = []

@@ -35,9 +35,9 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
             continue
         addr, nbytes = (tensor.data_ptr(), tensor.nbytes) if tensor.numel() else (0, 0)
         shape = tuple(tensor.shape)
-        shard = (shards or {}).get(name)
+        shard = shards.get(name) if shards else None
         box = shard or Shard(shape, (0,) * len(shape))
-        problem = _outside(shape, box)
+        problem = _outside(shape, box) if shard else ""
         if problem:
             problems.append(f"{name}: {problem}")
             continue
@@ -46,7 +46,8 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
         )
         if nbytes:
             storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = max(storages.get(storage.data_ptr(), 0), storage.nbytes())
+            base = storage.data_ptr()
+            storages[base] = max(storages.get(base, 0), storage.nbytes())
     problems += [f"{name}: has a shard, but is not among the tensors" for name in shards or () if name not in tensors]
     if problems:
         raise TensorsUnusable(

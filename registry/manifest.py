@@ -141,12 +141,14 @@ def _digest_table(value: Any) -> DigestTable | None:
 def _entry(name: Any, dtype: Any, shape: Any, addr: Any, nbytes: Any, box: Any) -> TensorEntry:
     if not isinstance(name, str) or not isinstance(dtype, str):
         raise ValueError("a tensor's name or dtype is not a string")
-    own = tuple(_natural(size) for size in shape)
-    whole, offsets = (own, (0,) * len(own)) if box is None else (tuple(map(_natural, side)) for side in box)
-    if not len(own) == len(whole) == len(offsets) or any(
-        offset + size > limit for offset, size, limit in zip(offsets, own, whole, strict=True)
-    ):
-        raise ValueError(f"tensor {name!r} has a box {offsets}+{own} that is not inside {whole}")
+    own = tuple([_natural(size) for size in shape])
+    whole, offsets = own, (0,) * len(own)
+    if box is not None:
+        whole, offsets = (tuple(map(_natural, side)) for side in box)
+        if not len(own) == len(whole) == len(offsets) or any(
+            offset + size > limit for offset, size, limit in zip(offsets, own, whole, strict=True)
+        ):
+            raise ValueError(f"tensor {name!r} has a box {offsets}+{own} that is not inside {whole}")
     if (prod(own) == 0) != (nbytes == 0):
         raise ValueError(f"tensor {name!r} of shape {own} cannot take {nbytes} bytes")
     return TensorEntry(name, dtype, own, _natural(addr), _natural(nbytes), whole, offsets, opaque=box is None)

@@ -570,3 +570,37 @@ def wait_for_end(pid: int) -> None:
     ended: list[Any] = poll.poll(30_000)
     os.close(descriptor)
     assert ended, f"process {pid} still runs: {Path(f'/proc/{pid}/cmdline').read_bytes()!r}"
+
+
+@pytest.mark.parametrize(
+    ("args", "figures"),
+    [
+        (
+            ("load", "--gib", "0.01", "--rounds", "1"),
+            {"ours_gb_per_s", "naive_gb_per_s", "socket_gb_per_s", "safetensors_gb_per_s"},
+        ),
+        (("registry", "--ranks", "16", "--kills", "1", "--leader-kills", "1"), {"register_16_ranks_s", "death_to_event_p99_ms"}),
+    ],
+)
+@pytest.mark.timeout(240)
+def test_the_benchmarks_run_and_give_their_figures_as_json(processes: Processes, args: tuple[str, ...], figures: set[str]) -> None:
+    bench = processes.engines("bench", *args, "--json")
+    out, err = bench.communicate(timeout=220)
+    assert bench.returncode == 0, err
+    assert figures <= json.loads(out)["results"].keys()
+
+
+def test_a_load_from_two_instances_is_verified_by_digests_and_says_what_came_from_whom(
+    processes: Processes, tmp_path: Path
+) -> None:
+    save_file({"w": torch.rand(4 << 20)}, tmp_path / "w.safetensors")
+    for name in ("a", "b"):
+        server = processes.engines(
+            "register", name, "--rank", "0", "--world-size", "1", "--weights", str(tmp_path / "w.safetensors"), "--model", "m"
+        )
+        assert line_of(server).startswith(f"registered {name}/0")
+    result = processes.run("load", "a", "b", "--rank", "0", "--verify", "--json")
+    report = json.loads(result.stdout)
+    assert {source["key"] for source in report["sources"]} == {"/engines/a/0", "/engines/b/0"}
+    assert sum(source["nbytes"] for source in report["sources"]) >= report["nbytes"] == 16 << 20
+    assert report["digest_s"] > 0
