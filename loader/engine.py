@@ -49,7 +49,10 @@ class Engine(Protocol):
         """
 
     def done(self, number: int) -> bool:
-        """Whether the read has brought all its bytes; ReadFailed if it never will. Either way the number is void afterwards."""
+        """Whether the read has brought all its bytes; ReadFailed if it never will.
+
+        After either answer the number is void, and asking again a KeyError.
+        """
 
     def abandon(self, session_id: str) -> None:
         """Ends every read from that peer that is not over, and a `connect` that hangs. When this returns none of them writes any

@@ -204,11 +204,11 @@ class _Reader:
         self._engine = engine  # None once closed
         self._connected = False
         self._batches: set[int] = set()  # of one read each, not over yet
-        self._starting = False  # stays True if an interrupt comes before the batch is known
+        self._unsure = False  # stays True if an interrupt comes before it is noted that a batch has begun, or is over
 
     @property
     def busy(self) -> bool:
-        return bool(self._batches) or self._starting or not self._connected
+        return bool(self._batches) or self._unsure or not self._connected
 
     def connect(self) -> bool:
         engine = self._engine  # not under the lock: this may last, and then nothing else is going on here
@@ -224,23 +224,26 @@ class _Reader:
         with self._lock:
             if self._engine is None or not self._connected:
                 return None
-            self._starting = True
+            self._unsure = True
             batch = int(self._engine.batch_transfer_async_read(self.session_id, [op.dst_addr], [op.src_addr], [op.nbytes]))
             if batch not in _NO_BATCH:
                 self._batches.add(batch)
-            self._starting = False
+            self._unsure = False
             return batch if batch in self._batches else None
 
     def arrived(self, batch: int) -> bool | None:
         """None: not yet."""
         with self._lock:
-            if self._engine is None:
+            if self._engine is None or batch not in self._batches:  # asking about one that is over ends the process
                 return False
-            status = self._engine.transfer_check_status(batch)
-            if status in (_PENDING, _TIMED_OUT):  # what has timed out may still write
-                return None
+            self._unsure = True
             self._batches.discard(batch)
-            return bool(status == _DONE)
+            status = self._engine.transfer_check_status(batch)
+            pending = status in (_PENDING, _TIMED_OUT)  # what has timed out may still write
+            if pending:
+                self._batches.add(batch)
+            self._unsure = False
+            return None if pending else bool(status == _DONE)
 
     def close(self) -> None:
         with self._lock:

@@ -127,22 +127,33 @@ class Transfer:
 
     def run(self) -> None:
         """Raises SourceLost, Stalled or TornRead where no source is left, and Cancelled."""
-        nap_s = _NAP_S[0]
+        in_order = False
         try:
-            while True:
-                if self._cancel.is_set():
-                    raise Cancelled("the load was cancelled")
-                moved = [self._drive(pipe, time.monotonic()) for pipe in list(self._active)]
-                self._see_off()
-                if self._finished():
-                    return
-                if not self._active:
-                    raise self._why_none_is_left()
-                nap_s = _NAP_S[0] if any(moved) else min(2 * nap_s, _NAP_S[1])
-                if not all(moved):
-                    time.sleep(nap_s)
+            self._read_all()
+            in_order = True
+        except LoaderError:
+            in_order = True
+            raise
         finally:
             self._settle()
+            if not in_order:  # an interrupt may have kept from us that a read has begun
+                for pipe in self._pipes:
+                    self._engine.abandon(pipe.source.session_id)
+
+    def _read_all(self) -> None:
+        nap_s = _NAP_S[0]
+        while True:
+            if self._cancel.is_set():
+                raise Cancelled("the load was cancelled")
+            moved = [self._drive(pipe, time.monotonic()) for pipe in list(self._active)]
+            self._see_off()
+            if self._finished():
+                return
+            if not self._active:
+                raise self._why_none_is_left()
+            nap_s = _NAP_S[0] if any(moved) else min(2 * nap_s, _NAP_S[1])
+            if not all(moved):
+                time.sleep(nap_s)
 
     def _finished(self) -> bool:
         """All has come, from sources that were afterwards still what they had been."""
@@ -305,7 +316,7 @@ class Transfer:
     def _is_over(self, number: int) -> bool:
         try:
             return self._engine.done(number)
-        except ReadFailed:
+        except (ReadFailed, KeyError):  # an interrupt may have kept from us that it was over before
             return True
 
     def _end_reads(self, pipe: _Pipe) -> None:
@@ -323,8 +334,6 @@ class Transfer:
         while self._leaving:
             self._see_off()
             time.sleep(_NAP_S[1])
-        for pipe in self._pipes:
-            self._engine.abandon(pipe.source.session_id)  # also of a read whose number an interrupt kept from us
 
     def _why_none_is_left(self) -> LoaderError:
         errors = [share.error for share in self.shares if share.error is not None]

@@ -385,5 +385,33 @@ def test_whatever_the_progress_callback_raises_leaves_nothing_in_flight(bench: B
     bench.assert_nothing_is_in_flight()
 
 
+def test_an_interrupt_just_when_a_read_is_over_leaves_nothing_in_flight(bench: Bench) -> None:
+    class Interrupting(InProcessEngine):
+        def done(self, number: int) -> bool:
+            if super().done(number):
+                raise KeyboardInterrupt
+            return False
+
+    bench.read_with(Interrupting())
+    bench.source(delay_s=0.005)
+    with pytest.raises(KeyboardInterrupt):
+        bench.transfer().run()
+    bench.reader.abandon = lambda session_id: None  # type: ignore[method-assign]
+    bench.assert_nothing_is_in_flight()
+
+
+def test_a_transfer_that_ends_in_order_leaves_the_reads_of_others_from_the_same_source_alone(bench: Bench) -> None:
+    class Sharing(InProcessEngine):
+        def abandon(self, session_id: str) -> None:
+            raise AssertionError("another load may be reading from it")
+
+    bench.read_with(Sharing())
+    bench.source()
+    bench.run(bench.transfer())
+    bench.sources[0].check = raiser(TornRead("changed"))
+    with pytest.raises(TornRead):
+        bench.transfer().run()
+
+
 def test_every_protocol_has_a_pace() -> None:
     assert all(pace_for(protocol).depth > 1 for protocol in ("tcp", "rdma", "nvlink_intra", "in_process", "another"))
