@@ -54,7 +54,9 @@ _unless_compacted_between_pages = tenacity.retry(
 class WatchStream:
     """Batches of changes, until `cancel` or its time is over (which end the iteration) or an EtcdError."""
 
-    def __init__(self, etcd: Etcd, client: Any, call: Any, requests: queue.SimpleQueue[Any]) -> None:
+    def __init__(self, etcd: Etcd, client: Any, call: Any, requests: queue.SimpleQueue[Any], timed: bool = False) -> None:
+        """`timed`: the call has a deadline."""
+        self._timed = timed
         self._etcd = etcd
         self._client = client
         self._call: Any = call  # None once it is cancelled
@@ -79,8 +81,8 @@ class WatchStream:
                     yield Batch(response.header.revision, ())
             raise EtcdUnavailable("etcd ended the watch")
         except (grpc.RpcError, EtcdError) as exc:
-            # A deadline is always the stream's own: no fault of the connection, which others use as well.
-            late = isinstance(exc, grpc.RpcError) and exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            # The stream's own deadline, which etcd may notice first and tell as UNKNOWN: no fault of a connection that others use.
+            late = self._timed and isinstance(exc, grpc.RpcError) and "deadline exceeded" in (exc.details() or "").lower()
             if not self._cancelled and not late:
                 error = self._etcd._failed(self._client, exc)
             exc.__traceback__ = None
@@ -235,7 +237,7 @@ class Etcd:
             return client, pb.WatchStub(client.channel).Watch(iter(requests.get, None), timeout_s, metadata=metadata)
 
         client, call = self._call(begin)
-        return WatchStream(self, client, call, requests)
+        return WatchStream(self, client, call, requests, timed=timeout_s is not None)
 
     def compact(self, revision: int) -> None:
         """Forgets the history before `revision`."""

@@ -197,15 +197,40 @@ def test_a_source_cut_off_by_the_network_is_given_up_in_bounded_time(
         cut.__exit__(None, None, None)
 
 
+def assert_all_is_given_back(sources: Sources, engine: MooncakeEngine, tensors: dict[str, torch.Tensor]) -> None:
+    for tensor in tensors.values():  # could not be, were they still registered as part of something
+        region = Region(tensor.untyped_storage().data_ptr() - 1, tensor.untyped_storage().nbytes() + 1)
+        engine.register(region)
+        engine.unregister(region)
+    assert sources.registry.pulls(sources.registry.ranks("a")[0]) == 0
+
+
+def test_ctrl_c_in_the_middle_gives_everything_back(sources: Sources, engine: MooncakeEngine) -> None:
+    sources.start("a")
+    tensors = empty(NBYTES)
+    with pytest.raises(KeyboardInterrupt):
+        load(
+            sources.registry,
+            engine,
+            "a",
+            rank=0,
+            tensors=tensors,
+            pace=PACE,
+            progress=at_half(lambda: signal.raise_signal(signal.SIGINT)),
+        )
+    assert_all_is_given_back(sources, engine, tensors)
+    for tensor in tensors.values():
+        tensor.fill_(77)
+    fresh = empty(NBYTES)
+    load(sources.registry, engine, "a", rank=0, tensors=fresh)
+    assert all(bool((tensor == 77).all()) for tensor in tensors.values())
+
+
 def test_a_load_cancelled_from_another_thread_gives_everything_back(sources: Sources, engine: MooncakeEngine) -> None:
     sources.start("a")
     tensors, cancel = empty(NBYTES), threading.Event()
     before = threading.active_count()
     with pytest.raises(Cancelled, match="was cancelled"):
         load(sources.registry, engine, "a", rank=0, tensors=tensors, pace=PACE, cancel=cancel, progress=at_half(cancel.set))
-    for tensor in tensors.values():  # could not be, were they still registered as part of something
-        region = Region(tensor.untyped_storage().data_ptr() - 1, tensor.untyped_storage().nbytes() + 1)
-        engine.register(region)
-        engine.unregister(region)
-    assert sources.registry.pulls(sources.registry.ranks("a")[0]) == 0
+    assert_all_is_given_back(sources, engine, tensors)
     wait_until(lambda: threading.active_count() <= before)

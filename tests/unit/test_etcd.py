@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import queue
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from registry._etcd_errors import from_cancelled_watch
 from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
-from registry.etcd import Etcd, _prefix_end
+from registry.etcd import Etcd, WatchStream, _prefix_end
 
 Status = grpc.StatusCode
 client_errors = import_module("etcd3.exceptions")  # importable since registry.etcd has been imported
@@ -210,3 +211,29 @@ def test_the_range_of_a_prefix_holds_the_keys_that_begin_with_it_and_no_other(pr
     for candidate in (key, prefix + key, *neighbours):
         in_range = prefix <= candidate and (end == b"\0" or candidate < end)
         assert in_range == candidate.startswith(prefix)
+
+
+class Ending:
+    """A watch's call that ends with an answer at once."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def __iter__(self) -> Ending:
+        return self
+
+    def __next__(self) -> object:
+        raise self._answer
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "answer", [Answer(Status.DEADLINE_EXCEEDED, "Deadline Exceeded"), Answer(Status.UNKNOWN, "context deadline exceeded")]
+)
+def test_a_watch_whose_time_is_over_just_ends_whoever_noticed_first(answer: Answer) -> None:
+    requests: queue.SimpleQueue[object] = queue.SimpleQueue()
+    assert list(WatchStream(Unconnected(), None, Ending(answer), requests, timed=True)) == []
+    with pytest.raises(EtcdUnavailable):
+        list(WatchStream(Unconnected(), None, Ending(answer), requests))
