@@ -298,20 +298,23 @@ _PROTOCOL_ENV: dict[str, dict[str, str]] = {
     "tcp": {"MC_FORCE_TCP": "1"},
     "nvlink_intra": {"MC_INTRANODE_NVLINK": "1"},
 }
+_ENVIRONMENT = threading.Lock()
 
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    """For one thread at a time: another that came in between would start under what this one has put back, and put back its."""
+    with _ENVIRONMENT:
+        before = {name: os.environ.get(name) for name in values}
+        os.environ.update(values)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def _import_mooncake() -> Any:

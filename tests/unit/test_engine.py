@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -214,6 +216,25 @@ def test_a_read_that_failed_is_told_and_one_that_timed_out_may_still_write(engin
     assert not engine.done(number)
     with pytest.raises(ReadFailed, match="cannot read from h:1"):
         engine.done(number)
+
+
+def test_first_contacts_made_at_once_each_start_under_the_right_environment_and_leave_it_as_it_was(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MC_FORCE_TCP", raising=False)
+    engine = MooncakeEngine("127.0.0.1")
+    seen: list[str | None] = []
+
+    def initialize(*args: str) -> int:
+        time.sleep(0.005)  # as long as others need to get here too
+        seen.append(os.environ.get("MC_FORCE_TCP"))
+        return 0
+
+    monkeypatch.setattr(library, "initialize", initialize)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(engine.connect, [f"h:{number}" for number in range(16)]))
+    assert seen == ["1"] * 16
+    assert "MC_FORCE_TCP" not in os.environ
 
 
 def test_nobody_at_the_address_is_told_by_the_first_contact(engine: MooncakeEngine) -> None:
