@@ -43,11 +43,6 @@ class Candidate:
             )
         return table.algorithm
 
-    @property
-    def states_boxes(self) -> bool:
-        """Every tensor says which box of the whole it is, so that equal manifests mean equal weights in whatever rank."""
-        return not any(entry.opaque for entry in self.manifest.tensors)
-
     def enter(self, undo: ExitStack) -> bool:
         """Says in etcd that we are reading, so that a rank that wants to leave waits for us, and listens for news of it.
 

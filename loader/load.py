@@ -175,7 +175,8 @@ class _Load:
             version=self.version,
             deadline=self.deadline,
             avoid=self.avoid,
-            at_most=self.max_sources,
+            # Only what says which box of the whole it is can be told to be the same in another rank.
+            replicas=not any(entry.opaque for entry in self.dst.tensors),
         )
 
     def _find_another(self) -> list[RankRecord]:
@@ -238,23 +239,25 @@ class _Load:
                 raise SourceLost(f"{candidate.record.key} was withdrawn or evicted meanwhile")
 
     def _compare(self, records: Sequence[RankRecord]) -> list[Candidate]:
-        """Those that fit the destination and, with digests, have them alike; raises why the first does not where none does."""
+        """The first that fit the destination and, with digests, have them alike; raises why not where none does."""
         candidates: list[Candidate] = []
         misfits: list[LoaderError] = []
-        algorithms: list[str] = []
+        algorithm = ""  # that of the first's digests, if they are wanted
         for record in records:
+            if len(candidates) == self.max_sources:
+                break
             try:
                 candidate = Candidate(self.registry, self.engine, record, self.dst, HeaderCell(self.device))
-                algorithm = candidate.algorithm if self.verify == "digest" else ""
+                theirs = candidate.algorithm if self.verify == "digest" else ""
             except (WeightsMismatch, SourceLost, DigestsMissing) as exc:
                 misfits.append(exc)
                 if isinstance(exc, SourceLost):
                     self.avoid.add(record.incarnation)
                 continue
-            holds_the_same = record.rank == self.rank or candidate.states_boxes
-            if holds_the_same and algorithm in (algorithms or [algorithm]):
+            if not candidates:
+                algorithm = theirs
+            if theirs == algorithm:
                 candidates.append(candidate)
-                algorithms.append(algorithm)
         if not candidates:
             raise misfits[0]
         for misfit in misfits:

@@ -23,16 +23,16 @@ def find_sources(
     version: int | None,
     deadline: float,
     avoid: Collection[str],
-    at_most: int,
+    replicas: bool,
 ) -> list[RankRecord]:
     """Ranks that hold, by their records, the same weights: those of `rank`, in one version. Waits until `deadline` for the first.
 
-    Its replicas in other instances and, along the axis dp, in its own: whether those hold the same boxes their manifests tell.
-    `avoid` holds incarnations. Raises what `Registry.ready` raises, InvalidField (no such rank), VersionUnavailable and
-    SourceUnreachable; returns nothing only where all are to be avoided.
+    It is that rank in each instance and, with `replicas`, those that differ from it along the axis dp: whether they hold the same
+    boxes their manifests tell. `avoid` holds incarnations. Raises what `Registry.ready` raises, InvalidField (no such rank),
+    VersionUnavailable and SourceUnreachable; returns nothing only where all are to be avoided.
     """
     ready = registry.ready(wanted, max(0.0, deadline - time.monotonic()))
-    found = [record for status in ready for record in _holders(status, rank)]
+    found = [record for status in ready for record in _holders(status, rank, replicas)]
     if not found:
         sizes = ", ".join(f"{status.instance!r} has the ranks 0 to {status.world_size - 1}" for status in ready)
         raise InvalidField(f"there is no rank {rank}: {sizes}", field="rank")
@@ -43,14 +43,14 @@ def find_sources(
         obstacles = "; ".join(f"{record.key} {_obstacle(engine, record)}" for record in found)
         raise SourceUnreachable(f"no source can be reached from here: {obstacles}", sources=[record.key for record in found])
     usable = [record for record in reachable if record.incarnation not in avoid]
-    return _best_first(registry, engine, usable)[:at_most]
+    return _best_first(registry, engine, usable)
 
 
-def _holders(status: InstanceStatus, rank: int) -> list[RankRecord]:
+def _holders(status: InstanceStatus, rank: int, replicas: bool) -> list[RankRecord]:
     if not 0 <= rank < len(status.records):
         return []
     own = status.records[rank]
-    return [own, *(other for other in status.records if other is not own and _replicas(own, other))]
+    return [own] if not replicas else [own, *(other for other in status.records if other is not own and _replicas(own, other))]
 
 
 def _replicas(one: RankRecord, other: RankRecord) -> bool:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from loader import InProcessEngine, Progress, Publication, Shard, load, load_instance, publish
-from loader.errors import DigestMismatch, DigestsMissing, TornRead, VersionUnavailable
+from loader.errors import DigestMismatch, DigestsMissing, SourceLost, TornRead, VersionUnavailable
 from registry import ModelIdentity, Registry
+from tests.engines import Interrupted
 from tests.integration.test_load import Tensors, assert_equal, like, weights
 
 
@@ -143,6 +144,40 @@ def test_a_replica_along_dp_is_read_from_only_if_the_manifests_say_that_it_holds
 
 def assert_equal_tensors(found: Tensors, wanted: Tensors) -> None:
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_however_many_replicas_along_dp_hold_something_else_the_rank_itself_is_read(
+    stack: ExitStack, registry: Registry, stated: bool
+) -> None:
+    for rank in range(6):
+        shards = {"experts": Shard((6 << 10,), (rank << 10,))} if stated else None
+        source = {"experts": torch.full((1 << 10,), float(rank))}
+        offer(stack, registry, source, rank=rank, world_size=6, topology={"dp": (rank, 6)}, shards=shards)
+    for rank in range(6):
+        shards = {"experts": Shard((6 << 10,), (rank << 10,))} if stated else None
+        destination = {"experts": torch.zeros(1 << 10)}
+        report = load(registry, InProcessEngine(), "a", rank=rank, tensors=destination, shards=shards, max_sources=1)
+        assert [share.name for share in report.shares] == [f"/engines/a/{rank}"]
+        assert bool((destination["experts"] == rank).all())
+
+
+def test_a_rank_lost_on_the_way_is_lost_though_it_has_replicas_along_dp_that_state_no_boxes(
+    stack: ExitStack, registry: Registry
+) -> None:
+    publications = [offer(stack, registry, weights(), rank=rank, world_size=2, topology={"dp": (rank, 2)}) for rank in range(2)]
+    engine = Interrupted(lambda: registry.evict(registry.ranks("a")[1]))
+    with pytest.raises(SourceLost, match="/engines/a/1"):
+        load(registry, engine, "a", rank=1, tensors=like(weights()))
+    assert publications[0].record.rank == 0
+
+
+def test_of_more_sources_than_are_wanted_only_so_many_are_read(stack: ExitStack, registry: Registry) -> None:
+    for instance in "abc":
+        offer(stack, registry, weights(), instance=instance)
+    stack.enter_context(registry.pull(registry.ranks("a")[0]) or ExitStack())
+    report = load(registry, InProcessEngine(), ["a", "b", "c"], rank=0, tensors=like(weights()), max_sources=2)
+    assert {share.name for share in report.shares} == {"/engines/b/0", "/engines/c/0"}  # a has a reader already
 
 
 def test_a_replica_along_dp_with_another_box_is_left_out(stack: ExitStack, registry: Registry) -> None:

@@ -38,7 +38,7 @@ def one(instance: str, **changes: Any) -> RankRecord:
 
 
 def find(registry: Ready, rank: int = 0, engine: InProcessEngine | None = None, **options: Any) -> list[str]:
-    defaults: dict[str, Any] = {"version": None, "deadline": time.monotonic(), "avoid": (), "at_most": 9}
+    defaults: dict[str, Any] = {"version": None, "deadline": time.monotonic(), "avoid": (), "replicas": True}
     found = find_sources(cast(Registry, registry), engine or InProcessEngine(), ["any"], rank, **{**defaults, **options})
     return [f"{record.instance}/{record.rank}" for record in found]
 
@@ -46,7 +46,6 @@ def find(registry: Ready, rank: int = 0, engine: InProcessEngine | None = None, 
 def test_the_one_with_the_fewest_readers_comes_first() -> None:
     registry = Ready([one("a")], [one("b")], [one("c")], pulls={"a": 2, "b": 0, "c": 1})
     assert find(registry) == ["b/0", "c/0", "a/0"]
-    assert find(registry, at_most=2) == ["b/0", "c/0"]
 
 
 def test_of_equally_busy_ones_this_host_comes_first_and_then_the_same_fabric() -> None:
@@ -113,5 +112,6 @@ def test_replicas_along_dp_in_the_same_instance_count_and_no_other_ranks() -> No
     ]
     assert sorted(find(Ready(ranks), rank=0)) == ["a/0", "a/2"]
     assert sorted(find(Ready(ranks), rank=3)) == ["a/1", "a/3"]
+    assert find(Ready(ranks), rank=3, replicas=False) == ["a/3"]
     pipeline = [one("a", rank=rank, world_size=2, topology={"pp": (rank, 2)}, incarnation=f"{rank:032}") for rank in range(2)]
     assert find(Ready(pipeline), rank=0) == ["a/0"]
