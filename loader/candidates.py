@@ -7,7 +7,7 @@ import threading
 from contextlib import ExitStack
 
 from loader.digests import ALGORITHMS
-from loader.engine import Engine
+from loader.engine import Engine, hold
 from loader.errors import DigestsMissing, LoaderError, SourceLost, TornRead
 from loader.plan import ReadOp, plan
 from loader.transfer import Source
@@ -48,8 +48,7 @@ class Candidate:
 
         False if its record is not any more what was resolved.
         """
-        self._engine.register(self._cell.region)
-        undo.callback(self._engine.unregister, self._cell.region)
+        hold(self._engine, undo, self._cell.region)
         try:
             ticket = self._registry.pull(self.record)
         except EtcdError as exc:
@@ -70,7 +69,7 @@ class Candidate:
     def is_registered(self) -> bool:
         """The registry's view after the read: an evicted source does not count, whatever its memory says."""
         try:
-            return self._now() is not None
+            return self._registry.current(self.record) is not None
         except EtcdError as exc:
             log.warning("not checked whether %s is still registered; its header says so: %s", self.record.key, exc)
             return True
@@ -79,7 +78,7 @@ class Candidate:
         try:
             return self._registry.manifest(self.record)
         except RecordDamaged as exc:
-            if self._now() is None:
+            if self._registry.current(self.record) is None:
                 raise SourceLost(f"{self.record.key} is not registered any more: load again", key=self.record.key) from exc
             raise
 
@@ -105,8 +104,3 @@ class Candidate:
             f"the weights of {self.record.key} changed while they were being read (version {self.record.version}, now {now})",
             key=self.record.key,
         )
-
-    def _now(self) -> RankRecord | None:
-        """The registration as it is now."""
-        records = self._registry.ranks(self.record.instance)
-        return next((now for now in records if now.incarnation == self.record.incarnation), None)

@@ -9,6 +9,7 @@ import bisect
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Protocol
 
 from loader.errors import EngineFailed
@@ -60,6 +61,13 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends the engine with all its registrations; any number of times."""
+
+
+def hold(engine: Engine, undo: ExitStack, *regions: Region) -> None:
+    """Registers them until `undo` is closed."""
+    for region in regions:
+        engine.register(region)
+        undo.callback(engine.unregister, region)
 
 
 def read(engine: Engine, session_id: str, op: ReadOp) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from loader.candidates import Candidate
 from loader.digests import DigestCell
-from loader.engine import Engine
+from loader.engine import Engine, hold
 from loader.errors import (
     Cancelled,
     DigestMismatch,
@@ -26,7 +26,7 @@ from loader.errors import (
     listed,
 )
 from loader.plan import Span, alternates, complete_tensors
-from loader.regions import Shard, describe
+from loader.regions import Shard, describe, device_of
 from loader.sources import find_sources
 from loader.transfer import OnProgress, Pace, Progress, Share, Transfer, pace_for
 from loader.verify import HeaderCell
@@ -102,9 +102,7 @@ def load(
     if max_sources < 1:
         raise InvalidField(f"max_sources {max_sources} is not valid: it is 1 or more", field="max_sources")
     with ExitStack() as undo:
-        for region in dst.regions:
-            engine.register(region)
-            undo.callback(engine.unregister, region)
+        hold(engine, undo, *dst.regions)
         return _Load(
             registry=registry,
             engine=engine,
@@ -112,7 +110,7 @@ def load(
             rank=rank,
             tensors=tensors,
             dst=dst,
-            device=next((tensor.device for tensor in tensors.values() if tensor.numel()), torch.device("cpu")),
+            device=device_of(tensors),
             deadline=time.monotonic() + timeout_s,
             verify=verify,
             version=version,
@@ -269,8 +267,7 @@ class _Load:
         if self.verify != "digest":
             return None
         cell = DigestCell(self.tensors, self.device, candidates[0].algorithm)
-        self.engine.register(cell.region)
-        undo.callback(self.engine.unregister, cell.region)
+        hold(self.engine, undo, cell.region)
         return cell
 
     def _compare_digests(self, cell: DigestCell, candidates: Sequence[Candidate]) -> None:

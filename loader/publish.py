@@ -16,9 +16,9 @@ from types import TracebackType
 import torch
 
 from loader.digests import DigestCell, algorithm_for
-from loader.engine import Engine
+from loader.engine import Engine, hold
 from loader.errors import LoaderError
-from loader.regions import Shard, describe
+from loader.regions import Shard, describe, device_of
 from loader.verify import Header, HeaderCell
 from registry import ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
 from registry.errors import RegistryError
@@ -151,15 +151,14 @@ def publish(
     Raises TensorsUnusable, EngineFailed, or what `Registry.register` raises; nothing stays registered then, here or in etcd.
     """
     manifest = describe(tensors, shards)
-    device = next((tensor.device for tensor in tensors.values() if tensor.numel()), torch.device("cpu"))
+    device = device_of(tensors)
     header = HeaderCell(device)
     table = DigestCell(tensors, device, algorithm_for(device)) if digests else None
     incarnation = new_incarnation()
     with ExitStack() as undo:
-        for region in (*manifest.regions, header.region, *([table.region] if table else [])):
-            engine.register(region)
-            undo.callback(engine.unregister, region)
+        hold(engine, undo, *manifest.regions, header.region)
         if table is not None:
+            hold(engine, undo, table.region)
             table.write(tensors)
             manifest = replace(manifest, digests=table.table)
         header.write(Header(incarnation, 2 * version))

@@ -57,6 +57,11 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
     return Manifest(tuple(entries), _disjoint(storages))
 
 
+def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device:
+    """Where the weights lie: the device of the first tensor that has bytes; the host's memory if none has."""
+    return next((tensor.device for tensor in tensors.values() if tensor.numel()), torch.device("cpu"))
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -20,7 +20,7 @@ from registry.etcd import Etcd
 from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, record_key
 from registry.manifest import Manifest
 from registry.pulls import PullTicket, count_pulls, take_ticket, wait_for_no_pulls
-from registry.record import ModelIdentity, RankRecord, RankState
+from registry.record import ModelIdentity, RankRecord, RankState, decode
 from registry.resolver import InstanceStatus
 from registry.roster import Roster, assess_all
 from registry.session import OnState, Registration
@@ -162,6 +162,16 @@ class Registry:
         for problem in roster.damaged.values():
             log.warning("%s: %s", instance, problem)
         return roster.status().records
+
+    def current(self, record: RankRecord) -> RankRecord | None:
+        """The registration that `record` was read from, as it is now; None where it has ended."""
+        found = self._etcd.get(record.key)
+        try:
+            now = decode(found.key, found.value, found.mod_revision) if found else None
+        except RecordDamaged as exc:
+            log.warning("%s", exc)
+            return None
+        return now if now and not now.ended and now.incarnation == record.incarnation else None
 
     def _roster(self, instance: str) -> Roster:
         roster = Roster(check_instance(instance))

@@ -86,6 +86,30 @@ def test_an_instance_whose_ranks_have_all_ended_is_not_listed(registry: Registry
     assert registry.ranks("qwen") == ()
 
 
+@pytest.mark.parametrize(
+    ("now", "found"),
+    [
+        (replace(A, version=9), True),
+        (replace(A, ended="withdrawn"), False),
+        (replace(A, incarnation=OTHER_INCARNATION), False),
+        (None, False),
+    ],
+)
+def test_a_registration_is_current_while_it_stands_in_whatever_version(
+    registry: Registry, etcd: FakeEtcd, now: RankRecord | None, found: bool
+) -> None:
+    if now is not None:
+        put(etcd, now)
+    current = registry.current(A)
+    assert (current is not None) == found
+    assert current is None or (current.incarnation, current.version) == (A.incarnation, 9)
+
+
+def test_a_registration_whose_record_is_damaged_is_not_current(registry: Registry, etcd: FakeEtcd) -> None:
+    etcd.put(A.key, b"junk")
+    assert registry.current(A) is None
+
+
 def test_the_ranks_are_the_good_ones_with_a_warning_for_each_other(
     registry: Registry, etcd: FakeEtcd, caplog: pytest.LogCaptureFixture
 ) -> None:
