@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from registry.kv import Batch, Change, KeyValue, Snapshot
@@ -68,12 +68,3 @@ class _Stream:
         with self._feed.changed:
             self._cancelled = True
             self._feed.changed.notify_all()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """For what tells nobody when it happens; 20 s at most."""
-    for _ in range(2_000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("it did not happen")

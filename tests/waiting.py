@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(reached: Callable[[], bool], timeout_s: float = 30.0) -> None:
+def wait_until(reached: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """For what tells nobody when it happens."""
     deadline = time.monotonic() + timeout_s
     while not reached():
         if time.monotonic() > deadline:

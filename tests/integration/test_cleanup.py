@@ -33,9 +33,9 @@ from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.local import LocalEtcd
 from tests.engines import Interrupted
-from tests.feed import until
 from tests.integration.conftest import Processes, line_of
 from tests.integration.ranks import register
+from tests.waiting import wait_until
 
 
 class Collected:
@@ -218,7 +218,7 @@ def test_what_a_watcher_noted_dooms_no_rank_of_a_later_launch(
         reader = threading.Thread(target=lambda: seen.extend(cleaning))
         seen: list[Event | InstanceCleaned] = []
         reader.start()
-        until(lambda: len(seen) == 2 and cleaning._grace.due is None)  # what it found degraded has been looked at
+        wait_until(lambda: len(seen) == 2 and cleaning._grace.due is None)  # what it found degraded has been looked at
         cleaning.stop()
         reader.join(20)
         assert not any(map(is_a(InstanceCleaned), seen))
@@ -234,7 +234,7 @@ def test_an_instance_that_was_never_complete_is_left_alone_by_a_watcher_that_fin
         reader = threading.Thread(target=list, args=(cleaning,))
         reader.start()
         wait_for_leader(etcd)
-        until(lambda: bool(cleaning._grace._instances) and cleaning._grace.due is None)
+        wait_until(lambda: bool(cleaning._grace._instances) and cleaning._grace.due is None)
         cleaning.stop()
         reader.join(20)
         assert [record.rank for record in registry.ranks("a")] == [0]
@@ -261,7 +261,7 @@ def test_hooks_get_each_event_and_a_failing_one_does_not_stop_the_watch(
             line_of(watch)
     for _ in range(2):
         line_of(watch)
-    until(lambda: seen.exists() and len(seen.read_text().splitlines()) == 8)  # else the signal would keep some from running
+    wait_until(lambda: seen.exists() and len(seen.read_text().splitlines()) == 8)  # else the signal would keep some from running
     watch.send_signal(signal.SIGTERM)
     _, err = watch.communicate(timeout=20)
     assert watch.returncode == 0

@@ -23,9 +23,9 @@ from registry.config import EtcdConfig, parse_endpoints
 from registry.etcd import Etcd
 from registry.kv import Put
 from registry.local import LocalEtcd, free_port
-from tests.feed import until
 from tests.integration.conftest import ROOT, Processes, events_until, line_of
 from tests.integration.ranks import register
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_a_signal_stops_the_hooks_and_tells_how_many_were_not_run(engines: Engin
     with register(registry):
         watch = engines.start("watch", "a", "--exec", f"echo $ENGINES_EVENT $ENGINES_STATE >>{log}; exec sleep 1000")
         assert [line_of(watch).split()[2] for _ in range(2)] == ["joined:", "ready:"]
-        until(lambda: log.exists() and bool(log.read_text()))
+        wait_until(lambda: log.exists() and bool(log.read_text()))
         watch.send_signal(signal.SIGTERM)
         _, err = watch.communicate(timeout=60)
     assert watch.returncode == Exit.DONE
@@ -179,7 +179,7 @@ def test_a_second_signal_ends_the_hook_that_runs_and_the_watch(engines: Engines,
     log = tmp_path / "log"
     with register(registry):
         watch = engines.start("watch", "a", "--exec", f"sleep 1000 & echo $! >>{log}; wait")
-        until(lambda: log.exists() and bool(log.read_text()))
+        wait_until(lambda: log.exists() and bool(log.read_text()))
         watch.send_signal(signal.SIGINT)
         watch.send_signal(signal.SIGTERM)
         _, err = watch.communicate(timeout=60)

@@ -143,6 +143,17 @@ def test_a_stopped_source_that_goes_on_in_time_is_read_to_the_end(sources: Sourc
     assert all(torch.equal(tensors[name], wanted) for name, wanted in content(0, NBYTES).items())
 
 
+def assert_nothing_comes_later(sources: Sources, engine: MooncakeEngine, tensors: dict[str, torch.Tensor]) -> None:
+    """Uses the memory for something else, and lets the source go on if it is stopped."""
+    for tensor in tensors.values():
+        tensor.fill_(77)
+    sources.signal(signal.SIGCONT)
+    fresh = empty(NBYTES)  # by when this has been read, the source has long sent what it had been asked for before
+    load(sources.registry, engine, "a", rank=0, tensors=fresh, timeout_s=30)
+    assert all(torch.equal(fresh[name], wanted) for name, wanted in content(0, NBYTES).items())
+    assert all(bool((tensor == 77).all()) for tensor in tensors.values())
+
+
 def test_nothing_of_an_abandoned_read_is_written_when_its_source_goes_on(sources: Sources, engine: MooncakeEngine) -> None:
     """The memory is the caller's again as soon as the load has ended, and is used for something else."""
     sources.start("a")
@@ -157,13 +168,7 @@ def test_nothing_of_an_abandoned_read_is_written_when_its_source_goes_on(sources
             pace=Pace(4 << 20, 8, stall_s=0.3, patience_s=0.3),
             progress=at_half(lambda: sources.signal(signal.SIGSTOP)),
         )
-    for tensor in tensors.values():
-        tensor.fill_(77)
-    sources.signal(signal.SIGCONT)
-    fresh = empty(NBYTES)  # by when this has been read, the source has long sent what it had been asked for before
-    load(sources.registry, engine, "a", rank=0, tensors=fresh, timeout_s=30)
-    assert all(torch.equal(fresh[name], wanted) for name, wanted in content(0, NBYTES).items())
-    assert all(bool((tensor == 77).all()) for tensor in tensors.values())
+    assert_nothing_comes_later(sources, engine, tensors)
 
 
 @contextmanager
@@ -219,11 +224,7 @@ def test_ctrl_c_in_the_middle_gives_everything_back(sources: Sources, engine: Mo
             progress=at_half(lambda: signal.raise_signal(signal.SIGINT)),
         )
     assert_all_is_given_back(sources, engine, tensors)
-    for tensor in tensors.values():
-        tensor.fill_(77)
-    fresh = empty(NBYTES)
-    load(sources.registry, engine, "a", rank=0, tensors=fresh)
-    assert all(bool((tensor == 77).all()) for tensor in tensors.values())
+    assert_nothing_comes_later(sources, engine, tensors)
 
 
 def test_a_load_cancelled_from_another_thread_gives_everything_back(sources: Sources, engine: MooncakeEngine) -> None:

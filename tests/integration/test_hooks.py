@@ -12,8 +12,8 @@ import pytest
 
 import cli.hooks
 from cli.hooks import Hooks
-from tests.feed import until
 from tests.integration.test_cli import wait_for_end
+from tests.waiting import wait_until
 
 
 def event(number: int) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def test_stopping_lets_the_hook_that_runs_finish_and_tells_how_many_do_not_run(
     ):
         for number in range(9):
             hooks.run(event(number))
-        until(lambda: lines(log) == ["began"])
+        wait_until(lambda: lines(log) == ["began"])
         hooks.stop()
         (tmp_path / "gate").write_text("go on\n")
     assert lines(log) == ["began", "ended"]
@@ -81,7 +81,7 @@ def test_stopping_ends_a_hook_that_does_not_end_by_itself(
     monkeypatch.setattr(cli.hooks, "_LAST_S", 0.2)
     with Hooks(f"echo $$ >>{log}; sleep 1000", 1000) as hooks:
         hooks.run(event(0))
-        until(lambda: bool(lines(log)))
+        wait_until(lambda: bool(lines(log)))
         hooks.stop()
     wait_for_end(int(lines(log)[0]))
     assert "not run" not in caplog.text
@@ -91,7 +91,7 @@ def test_killing_ends_the_hook_that_runs_at_once_and_begins_no_other(log: Path, 
     with Hooks(f"sleep 1000 & echo $! >>{log}; wait", 1000) as hooks:
         hooks.run(event(0))
         hooks.run(event(1))
-        until(lambda: bool(lines(log)))
+        wait_until(lambda: bool(lines(log)))
         hooks.kill()
     (started,) = map(int, lines(log))
     wait_for_end(started)
@@ -104,7 +104,7 @@ def test_an_event_that_waits_for_room_is_let_go_by_stopping(log: Path, monkeypat
         hooks.run(event(0))
         blocked = threading.Thread(target=hooks.run, args=(event(1),))
         blocked.start()
-        until(lambda: bool(lines(log)) and len(hooks._waiting) == 1)
+        wait_until(lambda: bool(lines(log)) and len(hooks._waiting) == 1)
         hooks.kill()
         blocked.join(20)
         assert not blocked.is_alive()

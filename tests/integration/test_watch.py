@@ -14,8 +14,8 @@ from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import EtcdError
 from registry.etcd import Etcd
 from registry.local import LocalEtcd
-from tests.feed import until
 from tests.integration.ranks import put_ranks
+from tests.waiting import wait_until
 
 RANKS = 1_000
 
@@ -30,7 +30,7 @@ def test_thousands_of_changes_reach_a_reader_that_comes_late_each_once_and_in_or
             assert [type(watch.next(60)) for _ in range(RANKS + 1)] == [RankJoined] * RANKS + [InstanceReady]
             for version in (1, 2, 3):
                 put_ranks(raw, "a", RANKS, version=version, at_once=25)
-            until(lambda: watch._full_since is not None)
+            wait_until(lambda: watch._full_since is not None)
             assert watch._inbox.qsize() == 10
             events = list(itertools.islice(watch, 3 * RANKS + 6))
     updates = [(event.record.version, event.record.rank) for event in events if isinstance(event, RankUpdated)]

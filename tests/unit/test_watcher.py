@@ -30,7 +30,8 @@ from registry.record import decode
 from registry.resolver import assess
 from registry.watcher import EXPIRED, Tracker, Watch
 from tests.builders import INCARNATION, OTHER_INCARNATION, a_record, deleted, garbage, snapshot, stored
-from tests.feed import Feed, until
+from tests.feed import Feed
+from tests.waiting import wait_until
 
 A = a_record(rank=0)
 B = a_record(rank=1)
@@ -313,7 +314,7 @@ def test_what_etcd_holds_back_while_the_inbox_is_full_is_not_late(monkeypatch: p
         feed.give(deleted(A), stored(updates[0], 3))
         feed.give(stored(updates[1], 4))
         feed.give(stored(A, 5), stored(updates[2], 6))
-        until(lambda: watch._full_since is not None)
+        wait_until(lambda: watch._full_since is not None)
         clock.now += 60.0
         assert [event.record for event in itertools.islice(watch, 3) if isinstance(event, RankUpdated)] == updates
 
@@ -335,7 +336,7 @@ def test_while_nobody_consumes_the_inbox_is_bounded_and_nothing_is_lost(monkeypa
         updates = [a_record(rank=1, device=f"cuda:{number}") for number in range(100)]
         for number, update in enumerate(updates):
             feed.give(stored(update, number + 3))
-        until(lambda: watch._full_since is not None)
+        wait_until(lambda: watch._full_since is not None)
         assert (watch._inbox.qsize(), feed.taken) == (10, 10)
         assert [event.record for event in itertools.islice(watch, 100) if isinstance(event, RankUpdated)] == updates
         assert (watch._inbox.qsize(), len(watch._events)) == (0, 0)
@@ -347,7 +348,7 @@ def test_a_watch_whose_inbox_is_full_stops(monkeypatch: pytest.MonkeyPatch) -> N
     with watching(feed) as watch:
         feed.give(stored(A, 3))
         feed.give(stored(A, 4))
-        until(lambda: watch._full_since is not None)
+        wait_until(lambda: watch._full_since is not None)
     watch._thread.join(20)
     assert not watch._thread.is_alive()
 
