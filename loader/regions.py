@@ -9,6 +9,7 @@ import torch
 
 from loader.errors import TensorsUnusable, listed
 from registry.manifest import Manifest, Region, TensorEntry
+from registry.text import is_unicode
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,7 @@ def dtype_named(name: str) -> torch.dtype:
 def _unusable_name(name: object) -> str:
     if not isinstance(name, str):
         return f"its name is a {type(name).__name__}, not a string"
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return "its name is not text: it has half of a surrogate pair"
-    return ""
+    return "" if is_unicode(name) else "its name is not text: it has half of a surrogate pair"
 
 
 def _unusable(tensor: object) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from registry.errors import InvalidField
+from registry.text import is_unicode
 
 MAX_TIMEOUT_S = 3600.0
 _ENDPOINT = re.compile(r"(?:https?://)?(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})/?")
@@ -46,7 +47,7 @@ class EtcdConfig:
         if not self.namespace.isprintable():
             raise InvalidField(f"namespace {self.namespace!r} is not valid: it is one line of printable text", field="namespace")
         for name, text in (("user", self.user), ("password", self.password)):
-            if text is not None and not _is_unicode(text):  # the text itself is not shown: it may be the password
+            if text is not None and not is_unicode(text):  # the text itself is not shown: it may be the password
                 raise InvalidField(f"the {name} for etcd is not valid: it is not UTF-8 text", field=name)
         if len({endpoint.tls for endpoint in self.endpoints}) > 1:
             raise InvalidField(
@@ -69,15 +70,6 @@ class EtcdConfig:
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> EtcdConfig:
         return cls(**{**data, "endpoints": tuple(Endpoint(**endpoint) for endpoint in data["endpoints"])})
-
-
-def _is_unicode(text: str) -> bool:
-    """False for what Python makes of arguments and variables that are no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def parse_endpoints(text: str | Sequence[str]) -> tuple[Endpoint, ...]:

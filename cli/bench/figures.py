@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 
 import click
 
+from cli.children import python
 from cli.output import print_json
 
 
@@ -36,9 +35,8 @@ def percentile(values: Sequence[float], percent: float) -> float:
 @contextmanager
 def another_process(module: str, function: str, *args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """One that runs `module.function(*args)` until the block ends (it sees the end of its standard input), and its first line."""
-    code = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import {function} as run; run(*sys.argv[2:])"
     process = subprocess.Popen(
-        [sys.executable, "-I", "-c", code, json.dumps([os.path.abspath(path) for path in sys.path]), *args],
+        python(f"from {module} import {function} as run; run(*sys.argv[1:])", *args),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -52,16 +50,9 @@ def another_process(module: str, function: str, *args: str) -> Iterator[tuple[su
         finally:
             if process.stdin is not None:
                 process.stdin.close()
-            if process.poll() is None and not _ends_soon(process):
-                process.kill()
-
-
-def _ends_soon(process: subprocess.Popen[str]) -> bool:
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
 
 
 def report(results: Mapping[str, float], as_json: bool) -> None:

@@ -8,7 +8,6 @@ processes of their own.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import statistics
@@ -27,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.bench.figures import another_process, median_s, seconds
+from cli.children import python
 from cli.commands.demo import find_checkpoint
 from loader import InProcessEngine, LoadReport, MooncakeEngine, Progress, load, publish
 from loader.digests import digests_of
@@ -70,13 +70,12 @@ def measure(gib: float, rounds: int, say: Callable[[str], None]) -> Results:
 
 
 def start_up(registry: Registry) -> Results:
-    def python(code: str) -> float:
-        return median_s(lambda: subprocess.run([sys.executable, "-I", "-c", code], check=True, stdout=subprocess.DEVNULL), 9)
+    def run(code: str) -> float:
+        return median_s(lambda: subprocess.run(python(code), check=True, stdout=subprocess.DEVNULL), 9)
 
-    path = f"import sys; sys.path[:] = {[os.path.abspath(path) for path in sys.path]!r}; "
     return {
-        "import_registry_s": python(path + "import registry") - python(path),
-        "engines_help_s": python(path + "sys.argv = ['engines', '--help']; from cli.main import main; main()"),
+        "import_registry_s": run("import registry") - run("pass"),
+        "engines_help_s": run("sys.argv = ['engines', '--help']; from cli.main import main; main()"),
         "register_2500_tensors_s": register(registry, 2_500),
     }
 

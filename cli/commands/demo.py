@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.children import python
 from cli.options import debug_option
 from cli.output import event_text, size
 from cli.signals import held_back, raised
@@ -34,10 +34,8 @@ if TYPE_CHECKING:
 _INSTANCE = "demo"
 _RANKS = 2
 _WAIT_S = 60.0
+_ENGINES = "from cli.main import main; main()"
 _END_S = 5.0  # how long a process may take to end once it is told to
-
-# `engines`, found where this process found it. -I keeps the working directory off the path: a cli.py of the user's would be run.
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from cli.main import main; main()"
 
 
 class DemoFailed(click.ClickException):
@@ -86,12 +84,11 @@ class _Engines:
 
     def __init__(self, endpoint: str) -> None:
         self._env = {**os.environ, "ENGINES_ETCD": endpoint}
-        self._command = [sys.executable, "-I", "-c", _BOOT, json.dumps([os.path.abspath(path) for path in sys.path])]
 
     @contextmanager
     def _running(self, *args: str, **pipes: int) -> Iterator[subprocess.Popen[str]]:
         """The process, which ends at the end of the block at the latest."""
-        with subprocess.Popen([*self._command, *args], env=self._env, text=True, **pipes) as process:  # type: ignore[call-overload]
+        with subprocess.Popen(python(_ENGINES, *args), env=self._env, text=True, **pipes) as process:  # type: ignore[call-overload]
             try:
                 yield process
             finally:
