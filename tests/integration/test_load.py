@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -17,6 +18,7 @@ from registry import ModelIdentity, RankState, Region, Registry
 from registry.errors import InstanceIncomplete, InstanceNotFound, InvalidField, RankConflict
 from tests.engines import Interrupted
 from tests.integration.conftest import Processes, line_of
+from tests.waiting import wait_until
 
 Tensors = dict[str, torch.Tensor]
 
@@ -213,6 +215,27 @@ def test_an_update_that_fails_leaves_the_weights_unloadable_until_one_succeeds(
         with publication.update():
             pass
         assert load(registry, new_engine(), "a", rank=0, tensors=destination).version == 1
+
+
+def test_an_update_that_ends_while_the_rank_drains_invites_no_new_readers(registry: Registry) -> None:
+    source = weights()
+    with offer(registry, InProcessEngine(), source) as publication, ThreadPoolExecutor(1) as pool:
+        ticket = registry.pull(registry.ranks("a")[0])
+        assert ticket is not None
+        with ticket:
+            with publication.update():
+                drained = pool.submit(publication.drain, 20.0)
+                wait_until(lambda: registry.ranks("a")[0].state is RankState.DRAINING)
+            assert (registry.ranks("a")[0].version, registry.ranks("a")[0].state) == (1, RankState.DRAINING)
+        assert drained.result(20)
+    assert registry.ranks("a") == ()
+
+
+def test_weights_that_nobody_reads_any_more_are_not_updated(registry: Registry) -> None:
+    with offer(registry, InProcessEngine(), weights()) as publication:
+        pass
+    with pytest.raises(LoaderError, match="is closed"), publication.update():
+        raise AssertionError("the block must not run")
 
 
 def test_an_update_during_the_read_is_noticed_and_the_read_repeated(registry: Registry) -> None:

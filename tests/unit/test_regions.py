@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -168,3 +169,9 @@ def test_every_dtype_of_this_torch_comes_back_from_its_name(dtype: torch.dtype) 
 def test_a_name_that_is_no_dtype_is_refused(name: str) -> None:
     with pytest.raises(TensorsUnusable, match=f"dtype '{name}' is unknown to torch"):
         dtype_named(name)
+
+
+@pytest.mark.parametrize(("name", "said"), [(1, "its name is a int, not a string"), ("w\udc80", "its name is not text")])
+def test_a_tensor_whose_name_no_manifest_can_hold_is_refused(name: Any, said: str) -> None:
+    with pytest.raises(TensorsUnusable, match=said):
+        describe({name: torch.zeros(1)})
