@@ -7,7 +7,7 @@ import threading
 from contextlib import ExitStack
 
 from loader.digests import ALGORITHMS
-from loader.engine import Engine, hold
+from loader.engine import Engine, lend
 from loader.errors import DigestsMissing, LoaderError, SourceLost, TornRead
 from loader.plan import ReadOp, plan
 from loader.transfer import Source
@@ -48,7 +48,7 @@ class Candidate:
 
         False if its record is not any more what was resolved.
         """
-        hold(self._engine, undo, self._cell.region)
+        lend(self._engine, undo, self._cell.region)
         try:
             ticket = self._registry.pull(self.record)
         except EtcdError as exc:

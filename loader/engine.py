@@ -32,10 +32,16 @@ class Engine(Protocol):
         """A label of who can reach this engine; equal labels can."""
 
     def register(self, region: Region) -> None:
-        """Opens the region to reads. A region inside one that is registered already shares it. EngineFailed if refused."""
+        """Opens the region to peers. A region inside one that is registered already shares it. EngineFailed if refused."""
 
     def unregister(self, region: Region) -> None:
-        """Takes back one `register` of the same region. Reads into it must have ended."""
+        """Takes back one `register` of the same region."""
+
+    def lend(self, region: Region) -> None:
+        """Lets `start` write into the region; peers see it only where the protocol cannot do without. Else as `register`."""
+
+    def take_back(self, region: Region) -> None:
+        """Ends one `lend` of the same region. Reads into it must have ended."""
 
     def connect(self, session_id: str) -> None:
         """Makes the first contact with a peer; at once where that has been made. ReadFailed if nobody answers there.
@@ -46,7 +52,7 @@ class Engine(Protocol):
     def start(self, session_id: str, op: ReadOp) -> int:
         """Begins a read from a connected peer and returns, at once, a number to ask `done` with. ReadFailed if not connected.
 
-        The destination must lie in a registered region, else EngineFailed.
+        The destination must lie in a lent region, else EngineFailed.
         """
 
     def done(self, number: int) -> bool:
@@ -63,11 +69,18 @@ class Engine(Protocol):
         """Ends the engine with all its registrations; any number of times."""
 
 
-def hold(engine: Engine, undo: ExitStack, *regions: Region) -> None:
+def offer(engine: Engine, undo: ExitStack, *regions: Region) -> None:
     """Registers them until `undo` is closed."""
     for region in regions:
         engine.register(region)
         undo.callback(engine.unregister, region)
+
+
+def lend(engine: Engine, undo: ExitStack, *regions: Region) -> None:
+    """Lends them until `undo` is closed."""
+    for region in regions:
+        engine.lend(region)
+        undo.callback(engine.take_back, region)
 
 
 def read(engine: Engine, session_id: str, op: ReadOp) -> None:
@@ -81,8 +94,8 @@ def read(engine: Engine, session_id: str, op: ReadOp) -> None:
 
 
 class RegionBook:
-    """Which local memory is registered, and how often: engines refuse to register a byte twice, but publishers and loaders in
-    one process may share tensors. Regions never overlap."""
+    """Which local memory is registered, or lent, and how often: engines refuse to register a byte twice, but publishers, or
+    loaders, in one process may share tensors. Regions never overlap."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -92,6 +105,9 @@ class RegionBook:
 
     def __iter__(self) -> Iterator[Region]:
         return iter(self._regions.values())
+
+    def __len__(self) -> int:
+        return len(self._regions)
 
     def clear(self) -> None:
         self._starts, self._regions, self._uses = [], {}, {}
@@ -130,4 +146,4 @@ class RegionBook:
 
     def check_destination(self, op: ReadOp) -> None:
         if self.holder_of(op.dst_addr, op.nbytes) is None:
-            raise EngineFailed(f"{op.nbytes} bytes at {op.dst_addr:#x} are not registered: register the destination first")
+            raise EngineFailed(f"{op.nbytes} bytes at {op.dst_addr:#x} are not lent to the engine: lend the destination first")

@@ -39,7 +39,8 @@ class InProcessEngine:
         """`delay_s`: how long a read of this engine's memory takes at least."""
         self._fabric = fabric
         self._delay_s = delay_s
-        self._regions = RegionBook()
+        self._served = RegionBook()
+        self._lent = RegionBook()
         self._session_id = f"in-process:{next(self._numbers)}"
         self._closed = False
         self._running = threading.Event()  # not paused
@@ -62,13 +63,22 @@ class InProcessEngine:
         return self._fabric
 
     def register(self, region: Region) -> None:
-        with self._regions.lock:
+        with self._served.lock:
             self._check_open()
-            self._regions.begin(region)
+            self._served.begin(region)
 
     def unregister(self, region: Region) -> None:
-        with self._regions.lock:
-            self._regions.end(region)
+        with self._served.lock:
+            self._served.end(region)
+
+    def lend(self, region: Region) -> None:
+        with self._lent.lock:
+            self._check_open()
+            self._lent.begin(region)
+
+    def take_back(self, region: Region) -> None:
+        with self._lent.lock:
+            self._lent.end(region)
 
     def connect(self, session_id: str) -> None:
         self._check_open()
@@ -80,8 +90,8 @@ class InProcessEngine:
 
     def start(self, session_id: str, op: ReadOp) -> int:
         self._check_open()
-        with self._regions.lock:
-            self._regions.check_destination(op)
+        with self._lent.lock:
+            self._lent.check_destination(op)
         peer = self._peer(session_id)
         with self._lock:
             if session_id not in self._connected:
@@ -114,8 +124,8 @@ class InProcessEngine:
         if not peer._running.is_set() or time.monotonic() < read.due:
             return
         op = read.op
-        with peer._regions.lock:
-            read.over, read.failed = True, peer._regions.holder_of(op.src_addr, op.nbytes) is None
+        with peer._served.lock:
+            read.over, read.failed = True, peer._served.holder_of(op.src_addr, op.nbytes) is None
             if not read.failed:
                 ctypes.memmove(op.dst_addr, op.src_addr, op.nbytes)
 
@@ -140,10 +150,11 @@ class InProcessEngine:
                         reader._carry_out(read)
 
     def close(self) -> None:
-        with self._regions.lock:
+        with self._served.lock, self._lent.lock:
             self._closed = True
             self._peers.pop(self._session_id, None)
-            self._regions.clear()
+            self._served.clear()
+            self._lent.clear()
 
     def _peer(self, session_id: str) -> InProcessEngine:
         peer = self._peers.get(session_id)

@@ -14,7 +14,7 @@ import torch
 
 from loader.candidates import Candidate
 from loader.digests import DigestCell
-from loader.engine import Engine, hold
+from loader.engine import Engine, lend
 from loader.errors import (
     Cancelled,
     DigestMismatch,
@@ -102,7 +102,7 @@ def load(
     if max_sources < 1:
         raise InvalidField(f"max_sources {max_sources} is not valid: it is 1 or more", field="max_sources")
     with ExitStack() as undo:
-        hold(engine, undo, *dst.regions)
+        lend(engine, undo, *dst.regions)
         return _Load(
             registry=registry,
             engine=engine,
@@ -267,7 +267,7 @@ class _Load:
         if self.verify != "digest":
             return None
         cell = DigestCell(self.tensors, self.device, candidates[0].algorithm)
-        hold(self.engine, undo, cell.region)
+        lend(self.engine, undo, cell.region)
         return cell
 
     def _compare_digests(self, cell: DigestCell, candidates: Sequence[Candidate]) -> None:

@@ -26,6 +26,7 @@ from loader.plan import ReadOp
 from registry.manifest import Region
 from registry.record import PROTOCOLS
 
+_MAX_REGIONS = 12_000  # what a peer is told of them must fit into 1 MB; each takes longer to register than the one before
 _MAX_READERS = 128  # peers whose readers are kept for the next load from them
 _NO_BATCH = (0, 2**64 - 1)  # what releases of Mooncake return where they refuse
 _DRAIN_S = 60.0
@@ -55,7 +56,9 @@ class MooncakeEngine:
         self._protocol = protocol
         self._device = device
         self._fabric = fabric
-        self._regions = RegionBook()
+        self._served = RegionBook()
+        # Over tcp an engine writes wherever it is told to, so peers need not be able to reach what is only read into.
+        self._lent = RegionBook() if protocol == "tcp" else self._served
         self._lock = threading.Lock()  # of what follows
         self._readers: dict[str, _Reader] = {}  # by session, the oldest first
         self._reads: dict[int, tuple[_Reader, int]] = {}  # by number: the reader and its batch
@@ -88,23 +91,44 @@ class MooncakeEngine:
         return self._fabric
 
     def register(self, region: Region) -> None:
-        with self._regions.lock:
+        with self._served.lock:
             engine = self._open()
-            if not self._regions.begin(region):
+            if not self._served.begin(region):
                 return
+            if len(self._served) > _MAX_REGIONS:
+                self._served.end(region)
+                raise EngineFailed(
+                    f"the memory lies in more than {_MAX_REGIONS} pieces, of which no peer could be told: put the tensors into "
+                    "fewer blocks, as views of one storage"
+                )
             code = engine.register_memory(region.addr, region.nbytes)
             if code != 0:
-                self._regions.end(region)
+                self._served.end(region)
                 raise EngineFailed(
                     f"the transfer engine cannot register {region.nbytes} bytes at {region.addr:#x} (code {code}): "
                     "check the limit on locked memory (ulimit -l)"
                 )
 
     def unregister(self, region: Region) -> None:
-        with self._regions.lock:
-            holder = self._regions.end(region)
+        with self._served.lock:
+            holder = self._served.end(region)
             if holder is not None and self._engine is not None:
                 self._engine.unregister_memory(holder.addr)
+
+    def lend(self, region: Region) -> None:
+        if self._lent is self._served:
+            return self.register(region)
+        with self._lent.lock:
+            self._open()
+            self._lent.begin(region)
+        return None
+
+    def take_back(self, region: Region) -> None:
+        if self._lent is self._served:
+            return self.unregister(region)
+        with self._lent.lock:
+            self._lent.end(region)
+        return None
 
     def connect(self, session_id: str) -> None:
         self._open()
@@ -121,9 +145,9 @@ class MooncakeEngine:
         self._forget_idle_readers()
 
     def start(self, session_id: str, op: ReadOp) -> int:
-        with self._regions.lock:
+        with self._lent.lock:
             self._open()
-            self._regions.check_destination(op)
+            self._lent.check_destination(op)
         with self._lock:
             reader = self._readers.get(session_id)
         batch = reader.start(op) if reader is not None else None
@@ -160,11 +184,12 @@ class MooncakeEngine:
             self._readers.clear()
         for reader in readers:
             reader.close()
-        with self._regions.lock:
+        with self._served.lock:
             engine, self._engine = self._engine, None
-            for region in self._regions if engine is not None else ():
+            for region in self._served if engine is not None else ():
                 engine.unregister_memory(region.addr)
-            self._regions.clear()
+            self._served.clear()
+            self._lent.clear()
 
     def _open(self) -> Any:
         if self._engine is None:

@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 
 from loader.digests import DigestCell, algorithm_for
-from loader.engine import Engine, hold
+from loader.engine import Engine, offer
 from loader.errors import LoaderError
 from loader.regions import Shard, describe, device_of
 from loader.verify import Header, HeaderCell
@@ -156,9 +156,9 @@ def publish(
     table = DigestCell(tensors, device, algorithm_for(device)) if digests else None
     incarnation = new_incarnation()
     with ExitStack() as undo:
-        hold(engine, undo, *manifest.regions, header.region)
+        offer(engine, undo, *manifest.regions, header.region)
         if table is not None:
-            hold(engine, undo, table.region)
+            offer(engine, undo, table.region)
             table.write(tensors)
             manifest = replace(manifest, digests=table.table)
         header.write(Header(incarnation, 2 * version))

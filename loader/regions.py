@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ import torch
 from loader.errors import TensorsUnusable, listed
 from registry.manifest import Manifest, Region, TensorEntry
 from registry.text import is_unicode
+
+_MANY_STORAGES = 1_000
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
     """
     problems = []
     entries = []
-    storages: dict[int, int] = {}
+    storages: dict[tuple[int, bool], int] = {}  # by address, and whether in the host's memory: how many bytes
     for name, tensor in tensors.items():
         problem = _unusable(tensor) or _unusable_name(name)
         if problem:
@@ -47,15 +50,15 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
         )
         if nbytes:
             storage = tensor.untyped_storage()
-            base = storage.data_ptr()
-            storages[base] = max(storages.get(base, 0), storage.nbytes())
+            key = storage.data_ptr(), tensor.device.type == "cpu"
+            storages[key] = max(storages.get(key, 0), storage.nbytes())
     problems += [f"{name}: has a shard, but is not among the tensors" for name in shards or () if name not in tensors]
     if problems:
         raise TensorsUnusable(
             f"{len(problems)} tensor{'s' if len(problems) > 1 else ''} cannot be used as is: {listed(problems)}",
             problems=problems,
         )
-    return Manifest(tuple(entries), _disjoint(storages))
+    return Manifest(tuple(entries), _regions(storages))
 
 
 def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device:
@@ -108,13 +111,25 @@ def _outside(shape: tuple[int, ...], box: Shard) -> str:
     return "" if fits else f"shard at {list(box.offsets)} of shape {list(shape)} does not fit into {list(box.global_shape)}"
 
 
-def _disjoint(storages: Mapping[int, int]) -> tuple[Region, ...]:
-    """Storages that overlap (made from the same foreign buffer) become one region: engines refuse to register a byte twice."""
+def _regions(storages: Mapping[tuple[int, bool], int]) -> tuple[Region, ...]:
+    """Storages that overlap (made from the same foreign buffer) become one region: engines refuse to register a byte twice.
+
+    So do neighbours in the host's memory where there are very many: engines that have to list them take ever longer, and in the end
+    refuse. They are neighbours if no whole page lies between them: all pages of the region are mapped as long as both of them live.
+    """
+    many = len(storages) > _MANY_STORAGES
     regions: list[Region] = []
-    for addr, nbytes in sorted(storages.items()):
-        if regions and addr < regions[-1].end:
-            last = regions[-1]
+    last_in_host = False
+    for (addr, in_host), nbytes in sorted(storages.items()):
+        last = regions[-1] if regions else Region(0, 0)
+        near = many and in_host and last_in_host and _page(addr) - _page(last.end - 1) <= 1
+        if addr < last.end or near:
             regions[-1] = Region(last.addr, max(last.end, addr + nbytes) - last.addr)
         else:
             regions.append(Region(addr, nbytes))
+        last_in_host = in_host
     return tuple(regions)
+
+
+def _page(addr: int) -> int:
+    return addr // mmap.PAGESIZE

@@ -99,7 +99,7 @@ class KeeperLink:
         """Lets go of the keeper: it ends by itself, when it has nothing left to delete."""
         with self._lock:
             if not self._over:
-                self._finish(RegistryError(f"the registration of {self.record.key} is closed"))
+                self._finish(self._closed())
             if self._keeper is not None:
                 self._dismiss(self._keeper)
         if self._listener.is_alive() and threading.current_thread() is not self._listener:
@@ -158,6 +158,9 @@ class KeeperLink:
         self._seq += 1
         self._pending[self._seq] = {**message, "seq": self._seq}, Future()
         return self._pending[self._seq]
+
+    def _closed(self) -> RegistryError:
+        return RegistryError(f"the registration of {self.record.key} is closed")
 
     def _finish(self, error: RegistryError) -> None:
         self._over = error
@@ -220,8 +223,10 @@ class KeeperLink:
     def _hear(self, message: dict[str, Any]) -> None:
         if "reply" in message:
             with self._lock:
-                _, reply = self._pending.pop(message["reply"], (None, None))
+                asked, reply = self._pending.pop(message["reply"], ({}, None))
                 self._opened = self._opened or not message.get("error")
+                if asked.get("op") == "end":  # it ends next, perhaps before the thread that asked it has gone on
+                    self._finish(self._closed())
             if reply is not None:
                 reply.set_result(message)
         elif message.get("state") == "LOST":

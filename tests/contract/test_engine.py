@@ -52,7 +52,7 @@ class Peers:
         for memory in (self.src, self._good_src):
             source.register(memory.region)
         for memory in (self.dst, self._good_dst):
-            reader.register(memory.region)
+            reader.lend(memory.region)
 
     def op(self, src_start: int, dst_start: int, nbytes: int) -> ReadOp:
         return ReadOp("a/0", self.src.region.addr + src_start, self.dst.region.addr + dst_start, nbytes)
@@ -93,7 +93,7 @@ class Peers:
             for memory in (self.src, self._good_src):
                 self.source.unregister(memory.region)
             for memory in (self.dst, self._good_dst):
-                self.reader.unregister(memory.region)
+                self.reader.take_back(memory.region)
 
 
 @pytest.fixture(scope="module", params=["in process", "mooncake over tcp"])
@@ -176,11 +176,11 @@ def test_many_small_reads_in_flight_at_once_each_bring_their_own(peers: Peers) -
 def test_one_read_may_span_many_mebibytes(peers: Peers) -> None:
     src, dst = Memory(os.urandom(1 << 10) * (9 << 10)), Memory(bytes(9 << 20))
     peers.source.register(src.region)
-    peers.reader.register(dst.region)
+    peers.reader.lend(dst.region)
     peers.read(ReadOp("a/0", src.region.addr + 1, dst.region.addr, (9 << 20) - 1))
     assert bytes(dst) == bytes(src)[1:] + b"\0"
     peers.source.unregister(src.region)
-    peers.reader.unregister(dst.region)
+    peers.reader.take_back(dst.region)
 
 
 def test_an_engine_is_read_from_and_reads_at_the_same_time(peers: Peers) -> None:
@@ -250,8 +250,8 @@ def test_a_session_that_does_not_exist_fails_and_leaves_good_ones_usable(peers: 
 
 
 @pytest.mark.parametrize(("start", "nbytes"), [(-64, 64), (-1, 64), (NBYTES - 63, 64), (NBYTES, 1)])
-def test_a_destination_that_is_not_registered_is_refused_before_a_byte_moves(peers: Peers, start: int, nbytes: int) -> None:
-    with pytest.raises(EngineFailed, match="are not registered: register the destination first"):
+def test_a_destination_that_is_not_lent_is_refused_before_a_byte_moves(peers: Peers, start: int, nbytes: int) -> None:
+    with pytest.raises(EngineFailed, match="are not lent to the engine: lend the destination first"):
         peers.read(peers.op(0, 0, 64), peers.op(0, start, nbytes))
     assert bytes(peers.dst) == bytes(NBYTES)
 
@@ -363,6 +363,51 @@ def test_taking_back_what_was_never_registered_is_no_error_and_harms_nothing(pee
     assert bytes(peers.dst) == bytes(peers.src)
 
 
+# -- lending ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_that_is_only_lent_cannot_be_read_by_peers(peers: Peers) -> None:
+    peers.source.unregister(peers.src.region)
+    peers.source.lend(peers.src.region)
+    peers.fail_to_read(peers.op(0, 0, 64))
+    peers.source.take_back(peers.src.region)
+
+
+def test_memory_that_is_only_registered_is_no_destination(peers: Peers) -> None:
+    peers.reader.take_back(peers.dst.region)
+    peers.reader.register(peers.dst.region)
+    with pytest.raises(EngineFailed, match="lend the destination first"):
+        peers.read(peers.op(0, 0, 64))
+    peers.reader.unregister(peers.dst.region)
+
+
+def test_memory_may_be_registered_and_lent_and_either_ends_alone(peers: Peers) -> None:
+    back = Peers(peers.reader, peers.source)
+    peers.reader.register(peers.dst.region)
+    peers.reader.take_back(peers.dst.region)
+    ctypes.memmove(peers.dst.region.addr, os.urandom(64), 64)
+    back.read(ReadOp("a/0", peers.dst.region.addr, back.dst.region.addr, 64))
+    assert bytes(back.dst)[:64] == bytes(peers.dst)[:64]
+    peers.reader.unregister(peers.dst.region)
+    back.part_ways()
+
+
+def test_a_region_lent_twice_is_a_destination_until_it_was_taken_back_twice(peers: Peers) -> None:
+    peers.reader.lend(peers.dst.region)
+    peers.reader.take_back(peers.dst.region)
+    peers.read_all()
+    peers.reader.take_back(peers.dst.region)
+    with pytest.raises(EngineFailed, match="lend the destination first"):
+        peers.read_all()
+
+
+def test_what_was_never_lent_can_be_taken_back_and_what_overlaps_in_part_cannot_be_lent(peers: Peers) -> None:
+    peers.reader.take_back(Memory(bytes(64)).region)
+    with pytest.raises(EngineFailed, match="overlap a region"):
+        peers.reader.lend(peers.dst.part(-4096, 8192))
+    peers.read_all()
+
+
 # -- closing ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -386,7 +431,10 @@ def test_closing_is_idempotent_and_use_afterwards_is_an_error(mortal: Peers, pee
         mortal.source.start(peers.session_id, ReadOp("a/0", peers.src.region.addr, mortal.src.region.addr, 64))
     with pytest.raises(EngineFailed, match="the transfer engine is closed"):
         mortal.source.register(mortal.src.region)
+    with pytest.raises(EngineFailed, match="the transfer engine is closed"):
+        mortal.source.lend(mortal.src.region)
     mortal.source.unregister(mortal.src.region)
+    mortal.source.take_back(mortal.src.region)
 
 
 def test_a_read_during_which_the_peer_closes_either_brings_all_bytes_or_fails(mortal: Peers) -> None:

@@ -149,7 +149,7 @@ def test_every_load_ends_in_one_version_or_a_typed_error_and_leaves_nothing_behi
         print(f"seed {SEED}: {dict(outcomes)} under {dict(monkey.done)}")
         assert outcomes["loaded"] > 0
         assert sum(monkey.done.values()) > 3
-        assert not list(engine._regions)
+        assert not [*engine._served, *engine._lent]
         wait_until(lambda: not registry._etcd.snapshot("/pulls/").items, 40)  # those that could not be given back expire
     processes.end()
     with suppress(TimeoutError):

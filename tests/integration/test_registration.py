@@ -340,6 +340,24 @@ def test_a_registration_that_is_interrupted_leaves_nothing_behind_also_while_a_f
         assert keys_once_empty(raw) == []
 
 
+def test_a_keeper_that_ends_after_a_withdrawal_is_not_missed_though_the_rank_has_not_gone_on_yet(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registration = register(registry)
+    link = registration._link
+    abandon = link.abandon
+
+    def late() -> None:
+        link._listener.join(20)
+        abandon()
+
+    monkeypatch.setattr(link, "abandon", late)
+    registration.withdraw()
+    assert registration.withdrawn
+    assert not link._listener.is_alive()
+    assert "starting another" not in caplog.text
+
+
 def test_a_copy_of_the_handle_in_a_forked_child_changes_and_withdraws_nothing(registry: Registry) -> None:
     with register(registry) as registration:
         pid = os.fork()

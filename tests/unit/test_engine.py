@@ -162,11 +162,31 @@ def test_memory_that_the_library_refuses_is_not_taken_for_registered(library: Li
     with pytest.raises(EngineFailed, match=r"cannot register 64 bytes at 0x1000 \(code -202\): check the limit on locked memory"):
         engine.register(region)
     library.code = 0
-    with pytest.raises(EngineFailed, match="not registered"):
-        engine.start("h:1", ReadOp("a/0", 0, 4096, 64))
     engine.register(region)
     assert library.registered == {4096: 64}
     engine.close()
+
+
+def test_only_other_protocols_than_tcp_have_the_library_register_what_is_lent(library: Library) -> None:
+    for protocol, wanted in (("tcp", {}), ("rdma", {4096: 64})):
+        with MooncakeEngine("127.0.0.1", protocol) as engine:
+            engine.lend(Region(4096, 64))
+            assert library.registered == wanted
+            engine.take_back(Region(4096, 64))
+            assert library.registered == {}
+
+
+def test_more_pieces_of_memory_than_peers_could_be_told_of_are_refused(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loader.mooncake_engine._MAX_REGIONS", 2)
+    with MooncakeEngine("127.0.0.1") as engine:
+        for addr in (4096, 8192):
+            engine.register(Region(addr, 64))
+        with pytest.raises(EngineFailed, match="more than 2 pieces, of which no peer could be told: put the tensors into fewer"):
+            engine.register(Region(0, 64))
+        engine.register(Region(4096, 32))
+        engine.unregister(Region(8192, 64))
+        engine.register(Region(0, 64))
+        assert library.registered == {0: 64, 4096: 64}
 
 
 def test_every_registering_with_a_closed_engine_is_an_error(library: Library) -> None:
@@ -190,7 +210,7 @@ OP = ReadOp("a/0", 0, 4096, 64)
 @pytest.fixture(params=["tcp", "rdma"])
 def engine(library: Library, request: pytest.FixtureRequest) -> MooncakeEngine:
     engine = MooncakeEngine("127.0.0.1", request.param)
-    engine.register(Region(4096, 64))
+    engine.lend(Region(4096, 64))
     return engine
 
 
@@ -262,7 +282,7 @@ def test_a_read_that_does_not_end_over_rdma_is_told_as_memory_that_must_not_be_u
 ) -> None:
     monkeypatch.setattr("loader.mooncake_engine._DRAIN_S", 0.0)
     engine = MooncakeEngine("127.0.0.1", "rdma")
-    engine.register(Region(4096, 64))
+    engine.lend(Region(4096, 64))
     library.answers = [0]
     engine.connect("h:1")
     engine.start("h:1", OP)
@@ -273,7 +293,7 @@ def test_a_read_that_does_not_end_over_rdma_is_told_as_memory_that_must_not_be_u
 def test_contacts_that_are_kept_have_a_limit_and_those_in_use_stay(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loader.mooncake_engine._MAX_READERS", 2)
     engine = MooncakeEngine("127.0.0.1")
-    engine.register(Region(4096, 64))
+    engine.lend(Region(4096, 64))
     engine.connect("h:1")
     number = engine.start("h:1", OP)
     for peer in range(2, 9):

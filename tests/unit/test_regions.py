@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import mmap
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +54,41 @@ def test_tied_tensors_keep_their_common_address() -> None:
     manifest = describe({"embed": weight, "head": weight, "again": weight.view(16)})
     assert {entry.addr for entry in manifest.tensors} == {weight.data_ptr()}
     assert manifest.regions == (storage_of(weight),)
+
+
+PAGE = mmap.PAGESIZE
+
+
+@pytest.mark.parametrize(
+    ("gap", "joined"),
+    [(0, True), (1, True), (PAGE - 1, True), (PAGE, True), (2 * PAGE - 2, True), (2 * PAGE - 1, False), (3 * PAGE, False)],
+)
+def test_of_very_many_storages_those_become_one_region_that_have_no_whole_page_between_them(
+    monkeypatch: pytest.MonkeyPatch, gap: int, joined: bool
+) -> None:
+    monkeypatch.setattr("loader.regions._MANY_STORAGES", 1)
+    with mmap.mmap(-1, 5 * PAGE) as memory:
+        buffer = memoryview(memory)
+        starts = (0, 1 + gap)  # one byte at the beginning of a page, one after the gap
+        tensors = {f"t{start}": torch.frombuffer(buffer[start : start + 1], dtype=torch.uint8) for start in starts}
+        base = tensors["t0"].data_ptr()
+        found = [(region.addr - base, region.nbytes) for region in describe(tensors).regions]
+        assert found == ([(0, gap + 2)] if joined else [(0, 1), (1 + gap, 1)])
+        monkeypatch.setattr("loader.regions._MANY_STORAGES", 2)
+        assert len(describe(tensors).regions) == 2
+        tensors.clear()
+        buffer.release()
+
+
+def test_a_hundred_thousand_small_tensors_are_few_regions_that_hold_them_all() -> None:
+    tensors = {f"t{number}": torch.zeros(64) for number in range(100_000)}
+    manifest = describe(tensors)
+    assert len(manifest.regions) < 1_000
+    starts = [region.addr for region in manifest.regions]
+    for entry in manifest.tensors:
+        region = manifest.regions[bisect.bisect_right(starts, entry.addr) - 1]
+        assert region.addr <= entry.addr
+        assert entry.addr + entry.nbytes <= region.end
 
 
 def test_tensors_without_bytes_have_no_address_and_need_no_region() -> None:
