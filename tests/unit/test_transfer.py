@@ -64,7 +64,7 @@ class Bench:
         self.reader = self._stack.enter_context(reader)
 
     def transfer(self, pace: Pace = PACE, on_progress: Callable[[Progress], None] | None = None, piece: int = NBYTES) -> Transfer:
-        self.reader.register(Region(ctypes.addressof(self.dst), NBYTES))
+        self.reader.lend(Region(ctypes.addressof(self.dst), NBYTES))
         spans = [
             Span(ctypes.addressof(self.dst) + at, piece, tuple(ctypes.addressof(block) + at for block in self.blocks))
             for at in range(0, NBYTES, piece)
