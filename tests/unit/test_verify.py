@@ -95,7 +95,7 @@ def source() -> Iterator[Source]:
 @pytest.fixture
 def reader(cell: HeaderCell) -> Iterator[InProcessEngine]:
     with InProcessEngine() as engine:
-        engine.register(cell.region)
+        engine.lend(cell.region)
         yield engine
 
 
