@@ -1,17 +1,24 @@
 """Copies the weights of running engines from memory to memory, found through `registry`."""
 
+from typing import TYPE_CHECKING, Any
+
 from loader.engine import Engine
 from loader.errors import LoaderError
 from loader.in_process import InProcessEngine
 from loader.load import LoadReport, load
 from loader.load_instance import load_instance
+from loader.module import load_module
 from loader.mooncake_engine import MooncakeEngine
-from loader.publish import Publication, publish
+from loader.publish import Publication, publish, publish_state_dict
 from loader.regions import Shard
 from loader.transfer import Pace, Progress
 
+if TYPE_CHECKING:
+    from loader.checkpoint import EngineReader
+
 __all__ = [
     "Engine",
+    "EngineReader",
     "InProcessEngine",
     "LoadReport",
     "LoaderError",
@@ -22,5 +29,16 @@ __all__ = [
     "Shard",
     "load",
     "load_instance",
+    "load_module",
     "publish",
+    "publish_state_dict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What takes half a second more to import, as it needs torch's distributed checkpoint."""
+    if name == "EngineReader":
+        from loader.checkpoint import EngineReader
+
+        return EngineReader
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""One rank that may be read from: what it holds, whether that fits, and whether it is still what it was resolved to be."""
+"""One rank that may be read from: what it holds, and whether it is still what it was resolved to be."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from contextlib import ExitStack
 from loader.digests import ALGORITHMS
 from loader.engine import Engine, lend
 from loader.errors import DigestsMissing, LoaderError, SourceLost, TornRead
-from loader.plan import ReadOp, plan
+from loader.manifests import fetch_manifest
+from loader.offers import Origin
 from loader.transfer import Source
 from loader.verify import HeaderCell, fetch_header
-from registry import Event, Manifest, RankJoined, RankLost, RankRecord, RankUpdated, Registry
-from registry.errors import EtcdError, RecordDamaged
+from registry import Event, RankJoined, RankLost, RankRecord, RankUpdated, Registry
+from registry.errors import EtcdError
 
 log = logging.getLogger(__name__)
 
@@ -21,16 +22,16 @@ log = logging.getLogger(__name__)
 class Candidate:
     """Holds nothing until `enter`. Its registry and engine are the loader's; `cell` is for its header."""
 
-    def __init__(self, registry: Registry, engine: Engine, record: RankRecord, dst: Manifest, cell: HeaderCell) -> None:
-        """Compares with the destination and plans: WeightsMismatch; SourceLost if it is gone already."""
+    def __init__(self, registry: Registry, engine: Engine, record: RankRecord, own: bool, cell: HeaderCell) -> None:
+        """`own`: it has the rank that is to be filled. SourceLost if it is gone already."""
         self._registry = registry
         self._engine = engine
         self._cell = cell
         self._reading = threading.Lock()
         self._bad_news: LoaderError | None = None
         self.record = record
-        self.manifest = self._fetch_manifest()
-        self.ops: tuple[ReadOp, ...] = plan(f"{record.instance}/{record.rank}", self.manifest, dst)
+        self.manifest = fetch_manifest(registry, record)
+        self.origin = Origin(f"{record.instance}/{record.rank}", self.manifest, own)
 
     @property
     def algorithm(self) -> str:
@@ -73,14 +74,6 @@ class Candidate:
         except EtcdError as exc:
             log.warning("not checked whether %s is still registered; its header says so: %s", self.record.key, exc)
             return True
-
-    def _fetch_manifest(self) -> Manifest:
-        try:
-            return self._registry.manifest(self.record)
-        except RecordDamaged as exc:
-            if self._registry.current(self.record) is None:
-                raise SourceLost(f"{self.record.key} is not registered any more: load again", key=self.record.key) from exc
-            raise
 
     def _check_header(self) -> None:
         self._engine.connect(self.record.session_id)

@@ -14,6 +14,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 import xxhash
@@ -23,6 +24,7 @@ from registry.manifest import DigestTable, Region
 NBYTES = 16
 _BLOCK_WORDS = 1 << 20  # 4 MiB, which on their way take five times as much
 Digest = Callable[[torch.Tensor], bytes]
+K = TypeVar("K")
 
 
 class DigestCell:
@@ -41,11 +43,6 @@ class DigestCell:
         if packed:
             self._bytes.copy_(torch.frombuffer(packed, dtype=torch.uint8))
 
-    def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """The tensors whose bytes are not those that the table is of, which has been read from a source."""
-        theirs, ours = self.read(), digests_of(tensors, self.table.algorithm)
-        return [name for name in tensors if ours[name] != theirs[name]]
-
     def read(self) -> dict[str, bytes]:
         packed = bytes(self._bytes.cpu().numpy())
         return {name: packed[at * NBYTES : (at + 1) * NBYTES] for at, name in enumerate(self._names)}
@@ -55,14 +52,15 @@ def algorithm_for(device: torch.device) -> str:
     return "xxh3_128" if device.type == "cpu" else "multilinear_64"
 
 
-def digests_of(tensors: Mapping[str, torch.Tensor], algorithm: str) -> dict[str, bytes]:
-    """Of the bytes of each, whatever its shape; KeyError for an algorithm that this version does not know."""
+def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, bytes]:
+    """Of the bytes of each, row by row, whatever its shape; KeyError for an algorithm that this version does not know."""
     digest = ALGORITHMS[algorithm]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # xxhash lets go of the GIL
         return dict(zip(tensors, pool.map(lambda tensor: digest(_as_bytes(tensor)), tensors.values()), strict=True))
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy where the tensor is not contiguous."""
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 

@@ -13,30 +13,26 @@ from typing import Literal
 import torch
 
 from loader.candidates import Candidate
-from loader.digests import DigestCell
+from loader.coverage import complete_tensors
+from loader.digest_check import DigestCheck
 from loader.engine import Engine, lend
-from loader.errors import (
-    Cancelled,
-    DigestMismatch,
-    DigestsMissing,
-    LoaderError,
-    SourceLost,
-    TornRead,
-    WeightsMismatch,
-    listed,
-)
-from loader.plan import Span, alternates, complete_tensors
-from loader.regions import Shard, describe, device_of
-from loader.sources import find_sources
+from loader.errors import Cancelled, LoaderError, SourceLost, TornRead
+from loader.plan import differences, plan
+from loader.reads import Span
+from loader.regions import Shard, describe, device_of, local_parts
+from loader.selection import Selection
+from loader.sources import Found, find_sources
+from loader.staging import Staging
 from loader.transfer import OnProgress, Pace, Progress, Share, Transfer, pace_for
 from loader.verify import HeaderCell
-from registry import Manifest, RankRecord, Registry
+from registry import Manifest, Registry
 from registry.backoff import Backoff
 from registry.errors import InvalidField, RegistryError
 from registry.waiting import Wanted
 
 log = logging.getLogger(__name__)
 Verify = Literal["header", "digest"]
+_STAGING_NBYTES = 48 << 20  # for what is not read straight to its place
 TRIES = 5  # of a read that is torn by an update of the source, with about a second of waiting between them in all
 
 
@@ -44,15 +40,17 @@ TRIES = 5  # of a read that is torn by an update of the source, with about a sec
 class LoadReport:
     """What a load did. `seconds` is all of it, `transfer_s` the reads with their checks, `digest_s` what digests took besides.
 
+    `nbytes` are those of the tensors; `read_nbytes` have been read for them, and may be more where that was quicker.
     `shares` has, for each source that was tried last, the bytes that came from it, and why it was dropped, if it was.
     """
 
     instance: str
-    rank: int
+    rank: int | None
     version: int
     protocol: str
     tensors: int
     nbytes: int
+    read_nbytes: int
     reads: int
     retries: int
     seconds: float
@@ -70,13 +68,14 @@ def load(
     engine: Engine,
     source: Wanted,
     *,
-    rank: int,
+    rank: int | None = None,
     tensors: Mapping[str, torch.Tensor],
     shards: Mapping[str, Shard] | None = None,
     timeout_s: float = 60.0,
     verify: Verify = "header",
     version: int | None = None,
     max_sources: int = 4,
+    partial: bool = False,
     pace: Pace | None = None,
     progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
@@ -84,20 +83,31 @@ def load(
     """Fills `tensors` in place with those of `rank` of the instance `source`, of several that are named, or of any that serves
     a ModelIdentity; from up to `max_sources` that have the same version of the same model, at once.
 
+    DTensors, and tensors that say in `shards` which box of the whole they are, may be filled from ranks of another layout, each
+    of which holds a part, if all are such. `rank` is then only a hint to who may hold the same, and may be None; and the source
+    may have more tensors, as it may with `partial`.
+
     Waits up to `timeout_s` for an instance to be ready; from then on it takes as long as bytes keep coming (see `Pace`). `cancel`,
     set from any thread, ends it with Cancelled. That all bytes are of one version of the source's weights is always checked; with
     `verify="digest"` the bytes of each tensor are, too. Raises WeightsMismatch and DigestsMissing before a byte has moved;
     SourceLost, Stalled, TornRead or Cancelled when the tensors may hold a part (`details["complete"]` names those that are whole);
     DigestMismatch; VersionUnavailable, SourceUnreachable; what `Registry.resolve` raises; TensorsUnusable.
     """
-    dst = describe(tensors, shards)
+    parts, shards = local_parts(tensors, shards)
+    dst = describe(parts, shards)
     if not source:
         raise InvalidField("no instance to load from", field="source")
     if verify not in ("header", "digest"):
         raise InvalidField(f"verify {verify!r} is not valid: say header or digest", field="verify")
     if not timeout_s >= 0:
         raise InvalidField(f"timeout_s {timeout_s} is not valid: it is 0 seconds or more", field="timeout_s")
-    if not isinstance(rank, int):
+    boxes = not any(entry.opaque for entry in dst.tensors)
+    if rank is None and not boxes:
+        first = next(entry.name for entry in dst.tensors if entry.opaque)
+        raise InvalidField(
+            f"{first} does not say which part of the whole it is: say in `shards`, or from which `rank`", field="rank"
+        )
+    if rank is not None and not isinstance(rank, int):
         raise InvalidField(f"rank {rank!r} is not valid: it is a whole number", field="rank")
     if max_sources < 1:
         raise InvalidField(f"max_sources {max_sources} is not valid: it is 1 or more", field="max_sources")
@@ -108,9 +118,11 @@ def load(
             engine=engine,
             wanted=source,
             rank=rank,
-            tensors=tensors,
+            tensors=parts,
             dst=dst,
-            device=device_of(tensors),
+            boxes=boxes,
+            partial=boxes or partial,
+            device=device_of(parts),
             deadline=time.monotonic() + timeout_s,
             verify=verify,
             version=version,
@@ -126,9 +138,11 @@ class _Load:
     registry: Registry
     engine: Engine
     wanted: Wanted
-    rank: int
+    rank: int | None
     tensors: Mapping[str, torch.Tensor]
     dst: Manifest
+    boxes: bool  # all of it says which part of the whole it is
+    partial: bool
     device: torch.device
     deadline: float
     verify: Verify
@@ -144,10 +158,10 @@ class _Load:
         start = time.monotonic()
         backoff = Backoff(0.03, 1.0)
         retries = 0
-        records = self._find()
+        found = self._find()
         while True:
             try:
-                return self._once(records, start, retries)
+                return self._once(found, start, retries)
             except TornRead as exc:
                 retries += 1
                 if retries == TRIES:
@@ -155,16 +169,16 @@ class _Load:
                 log.info("%s; reading again", exc)
                 if self.cancel.wait(backoff.next_s()):
                     raise Cancelled("the load was cancelled") from exc
-                records = self._find()
-                if not records:
+                found = self._find()
+                if not found:
                     raise
             except SourceLost as exc:
-                records = self._find_another()
-                if not records:
+                found = self._find_another()
+                if not found:
                     raise
                 log.warning("%s; going on with another source", exc)
 
-    def _find(self) -> list[RankRecord]:
+    def _find(self) -> Found:
         return find_sources(
             self.registry,
             self.engine,
@@ -173,38 +187,43 @@ class _Load:
             version=self.version,
             deadline=self.deadline,
             avoid=self.avoid,
-            # Only what says which box of the whole it is can be told to be the same in another rank.
-            replicas=not any(entry.opaque for entry in self.dst.tensors),
+            boxes=self.boxes,
         )
 
-    def _find_another(self) -> list[RankRecord]:
+    def _find_another(self) -> Found:
         """Whoever is there now: a load that has lost its sources does not wait for new ones."""
         self.deadline = time.monotonic()
         try:
             return self._find()
         except (RegistryError, LoaderError) as exc:
             log.info("no other source: %s", exc)
-            return []
+            return Found([], [])
 
-    def _once(self, records: Sequence[RankRecord], start: float, retries: int) -> LoadReport:
+    def _once(self, found: Found, start: float, retries: int) -> LoadReport:
         with ExitStack() as undo:
-            candidates = [candidate for candidate in self._compare(records) if candidate.enter(undo)]
-            if not candidates:
-                raise TornRead(f"the record of {records[0].key} changed before it was read: load again", key=records[0].key)
-            spans = alternates([candidate.ops for candidate in candidates])
-            table = self._digest_cell(candidates, undo)
-            also = [] if table is None else [_span_of_digests(table, candidates)]
+            candidates = self._choose(found, undo)
+            spans = plan([candidate.origin for candidate in candidates], self.dst, self.pace.costs, partial=self.partial)
+            check = DigestCheck(candidates, self.dst, self.tensors, self.device) if self.verify == "digest" else None
+            if check is not None:
+                check.lend(self.engine, undo)
+            reads = [*spans, *(check.spans if check is not None else ())]
             transfer = Transfer(
-                self.engine, [*spans, *also], [one.source() for one in candidates], self.pace, self.on_progress, self.cancel
+                self.engine,
+                reads,
+                [one.source() for one in candidates],
+                self.pace,
+                self.on_progress,
+                self.cancel,
+                self._stage(spans, undo),
             )
             transfer_start = time.monotonic()
             try:
                 self._run(transfer, candidates)
             except (SourceLost, TornRead, Cancelled) as exc:
-                raise self._with_what_came(exc, candidates, transfer.checked, spans) from exc
+                raise self._with_what_came(exc, candidates, transfer.checked, reads) from exc
             transfer_s = time.monotonic() - transfer_start
-            if table is not None:
-                self._compare_digests(table, candidates)
+            if check is not None:
+                check.compare(self.dst)
             digest_s = time.monotonic() - transfer_start - transfer_s
         share = max(transfer.shares, key=lambda share: share.nbytes)
         record = candidates[transfer.shares.index(share)].record
@@ -214,7 +233,8 @@ class _Load:
             version=record.version,
             protocol=record.protocol,
             tensors=len(self.dst.tensors),
-            nbytes=sum(span.nbytes for span in spans),
+            nbytes=sum(span.payload for span in spans),
+            read_nbytes=sum(span.nbytes for span in spans),
             reads=len(spans),
             retries=retries,
             seconds=time.monotonic() - start,
@@ -222,6 +242,37 @@ class _Load:
             digest_s=digest_s,
             shares=tuple(transfer.shares),
         )
+
+    def _choose(self, found: Found, undo: ExitStack) -> list[Candidate]:
+        """Those that are read from; TornRead if they are not any more what they were resolved to be."""
+        selection = Selection(
+            self.dst,
+            lambda record: Candidate(self.registry, self.engine, record, record.rank == self.rank, HeaderCell(self.device)),
+            digests=self.verify == "digest",
+            max_sources=self.max_sources,
+            partial=self.partial,
+            session_id=self.engine.session_id,
+        )
+        try:
+            chosen = selection.choose(found)
+        finally:
+            self.avoid.update(record.incarnation for record in selection.gone)
+        entered = [candidate for candidate in chosen if candidate.enter(undo)]
+        if len(entered) < len(chosen) and differences([one.origin for one in entered], self.dst, partial=self.partial):
+            gone = next(candidate.record.key for candidate in chosen if candidate not in entered)
+            raise TornRead(f"the record of {gone} changed before it was read: load again", key=gone)
+        return entered
+
+    def _stage(self, spans: Sequence[Span], undo: ExitStack) -> Staging | None:
+        """Buffers, if any of the reads needs one."""
+        staged = [span.nbytes for span in spans if span.lines]
+        if not staged:
+            return None
+        nbytes = max(staged)
+        count = min(len(staged), max(2, _STAGING_NBYTES // nbytes))
+        staging = Staging(self.tensors.values(), self.device, count, nbytes)
+        lend(self.engine, undo, staging.region)
+        return staging
 
     def _run(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
         """Remembers which sources were lost."""
@@ -236,57 +287,12 @@ class _Load:
                 self.avoid.add(candidate.record.incarnation)
                 raise SourceLost(f"{candidate.record.key} was withdrawn or evicted meanwhile")
 
-    def _compare(self, records: Sequence[RankRecord]) -> list[Candidate]:
-        """The first that fit the destination and, with digests, have them alike; raises why not where none does."""
-        candidates: list[Candidate] = []
-        misfits: list[LoaderError] = []
-        algorithm = ""  # that of the first's digests, if they are wanted
-        for record in records:
-            if len(candidates) == self.max_sources:
-                break
-            try:
-                candidate = Candidate(self.registry, self.engine, record, self.dst, HeaderCell(self.device))
-                theirs = candidate.algorithm if self.verify == "digest" else ""
-            except (WeightsMismatch, SourceLost, DigestsMissing) as exc:
-                misfits.append(exc)
-                if isinstance(exc, SourceLost):
-                    self.avoid.add(record.incarnation)
-                continue
-            if not candidates:
-                algorithm = theirs
-            if theirs == algorithm:
-                candidates.append(candidate)
-        if not candidates:
-            raise misfits[0]
-        for misfit in misfits:
-            log.info("not read from: %s", misfit)
-        return candidates
-
-    def _digest_cell(self, candidates: Sequence[Candidate], undo: ExitStack) -> DigestCell | None:
-        """Where the sources' digests are read to, if they are wanted."""
-        if self.verify != "digest":
-            return None
-        cell = DigestCell(self.tensors, self.device, candidates[0].algorithm)
-        lend(self.engine, undo, cell.region)
-        return cell
-
-    def _compare_digests(self, cell: DigestCell, candidates: Sequence[Candidate]) -> None:
-        wrong = cell.differing(self.tensors)
-        if wrong:
-            raise DigestMismatch(
-                f"{len(wrong)} of {len(self.tensors)} tensors are not what {_names(candidates)} published, though they were read "
-                f"whole: {listed(wrong)}: check both machines' memory, and whether somebody writes to the source's weights outside "
-                "of `update`",
-                tensors=wrong,
-                complete=[name for name in self.tensors if name not in set(wrong)],
-            )
-
     def _with_what_came(
         self, exc: LoaderError, candidates: Sequence[Candidate], checked: Sequence[Span], spans: Sequence[Span]
     ) -> LoaderError:
         """The error with what the caller may want to know: which sources, and which of the tensors are whole."""
         complete = complete_tensors(checked, self.dst.tensors) if checked else []
-        came, wanted = (sum(span.nbytes for span in some) for some in (checked, spans))
+        came, wanted = (sum(span.payload for span in some) for some in (checked, spans))
         held = f"{came} of {wanted} bytes have come, {len(complete)} of {len(self.dst.tensors)} tensors are whole"
         what = str(exc) if isinstance(exc, Cancelled) else f"{_names(candidates)} could not be read to the end ({exc})"
         return type(exc)(
@@ -299,12 +305,6 @@ class _Load:
 
 def _names(candidates: Sequence[Candidate]) -> str:
     return " and ".join(candidate.record.key for candidate in candidates)
-
-
-def _span_of_digests(cell: DigestCell, candidates: Sequence[Candidate]) -> Span:
-    """Read with the weights, so that the header vouches for them too."""
-    tables = [candidate.manifest.digests for candidate in candidates]
-    return Span(cell.region.addr, cell.region.nbytes, tuple(table.addr for table in tables if table is not None))
 
 
 def _ignore(_: Progress) -> None:

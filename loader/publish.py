@@ -12,13 +12,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from loader.digests import DigestCell, algorithm_for
 from loader.engine import Engine, offer
 from loader.errors import LoaderError
-from loader.regions import Shard, describe, device_of
+from loader.regions import Shard, describe, device_of, local_parts
+from loader.state_dict import encode_values, flatten, whole
 from loader.verify import Header, HeaderCell
 from registry import ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
 from registry.errors import RegistryError
@@ -141,25 +143,29 @@ def publish(
     generation: str | None = None,
     version: int = 0,
     digests: bool = False,
+    values: Mapping[str, Any] | None = None,
     ttl_s: float = 10.0,
     on_state: OnState | None = None,
 ) -> Publication:
     """Offers the tensors of this rank to loaders until the publication is closed or the process ends.
 
-    With `digests` loaders may verify every tensor; it costs a pass over all weights, now and with every update.
+    Which box of the whole each is, DTensors say themselves and `shards` says of others; the rest only loads into the same rank.
+    `values` are plain data, up to 1 MiB, for `EngineReader`. With `digests` loaders may verify every tensor; it costs a pass over
+    all weights, now and with every update.
 
     Raises TensorsUnusable, EngineFailed, or what `Registry.register` raises; nothing stays registered then, here or in etcd.
     """
-    manifest = describe(tensors, shards)
-    device = device_of(tensors)
+    parts, boxes = local_parts(tensors, shards)
+    manifest = replace(describe(parts, boxes), values=encode_values(values or {}))
+    device = device_of(parts)
     header = HeaderCell(device)
-    table = DigestCell(tensors, device, algorithm_for(device)) if digests else None
+    table = DigestCell(parts, device, algorithm_for(device)) if digests else None
     incarnation = new_incarnation()
     with ExitStack() as undo:
         offer(engine, undo, *manifest.regions, header.region)
         if table is not None:
             offer(engine, undo, table.region)
-            table.write(tensors)
+            table.write(parts)
             manifest = replace(manifest, digests=table.table)
         header.write(Header(incarnation, 2 * version))
         undo.callback(header.erase)
@@ -182,4 +188,15 @@ def publish(
             on_state=on_state,
         )
         undo.callback(registration.withdraw)
-        return Publication(registry, registration, header, table, dict(tensors), undo.pop_all())
+        return Publication(registry, registration, header, table, parts, undo.pop_all())
+
+
+def publish_state_dict(
+    registry: Registry, engine: Engine, state_dict: Mapping[str, Any], *, shards: Mapping[str, Shard] | None = None, **options: Any
+) -> Publication:
+    """`publish` for what torch's distributed checkpoint would save: nested, with DTensors, and with values that are no tensors.
+
+    Plain tensors without a shard stand for the whole, as they do there. `options` are those of `publish`.
+    """
+    tensors, values = flatten(state_dict)
+    return publish(registry, engine, tensors=tensors, shards={**whole(tensors), **(shards or {})}, values=values, **options)

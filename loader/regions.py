@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from loader.errors import TensorsUnusable, listed
+from loader.garbage import collector_paused
 from registry.manifest import Manifest, Region, TensorEntry
 from registry.text import is_unicode
 
@@ -23,6 +26,56 @@ class Shard:
     offsets: tuple[int, ...]
 
 
+def is_sharded(tensor: object) -> bool:
+    """It says itself which part of the whole it is: a DTensor."""
+    return hasattr(tensor, "__create_chunk_list__") and hasattr(tensor, "to_local")
+
+
+def local_parts(
+    tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Shard]]:
+    """What this process holds of each tensor, and which box of the whole that is, as far as it is known.
+
+    A DTensor on a device mesh that this process is not in is left out: it holds nothing of it. Raises TensorsUnusable for a DTensor
+    that is a partial sum, or whose part is no box, and for one that has a shard stated besides.
+    """
+    parts, boxes, problems = dict(tensors), dict(shards or {}), []
+    for name, tensor in tensors.items():
+        if not is_sharded(tensor):
+            continue
+        dtensor: Any = tensor
+        problem = _no_box(dtensor)
+        if not problem and name in boxes:
+            problem = "has a shard stated, but is a DTensor, which says itself which part it is"
+        if problem:
+            problems.append(f"{name}: {problem}")
+        elif dtensor.device_mesh.get_coordinate() is None:
+            del parts[name]
+        else:
+            parts[name] = dtensor.detach().to_local()
+            (chunk,) = dtensor.__create_chunk_list__()
+            boxes[name] = Shard(tuple(dtensor.shape), tuple(chunk.offsets))
+    _refuse(problems)
+    return parts, boxes
+
+
+def _no_box(dtensor: Any) -> str:
+    """Why this process's part of it is no box of the whole.
+
+    A dimension that is split several times is split from left to right, in ever smaller runs; a strided placement says that it
+    comes after so many later parts, as data parallelism does on top of tensor parallelism. With any other stride there are gaps.
+    """
+    if any(placement.is_partial() for placement in dtensor.placements):
+        return "is a partial sum over its device mesh: call .redistribute() first"
+    for axis, placement in enumerate(dtensor.placements):
+        stride = getattr(placement, "split_factor", 1)
+        sizes = list(zip(dtensor.placements, dtensor.device_mesh.shape, strict=True))[axis + 1 :]
+        if stride > 1 and stride != math.prod(size for later, size in sizes if later.is_shard(placement.dim)):
+            return f"is split with gaps ({placement}): call .redistribute() first"
+    return ""
+
+
+@collector_paused
 def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None) -> Manifest:
     """The tensors' entries, in their order, and the regions to register: each storage once, however many views it has.
 
@@ -53,11 +106,7 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
             key = storage.data_ptr(), tensor.device.type == "cpu"
             storages[key] = max(storages.get(key, 0), storage.nbytes())
     problems += [f"{name}: has a shard, but is not among the tensors" for name in shards or () if name not in tensors]
-    if problems:
-        raise TensorsUnusable(
-            f"{len(problems)} tensor{'s' if len(problems) > 1 else ''} cannot be used as is: {listed(problems)}",
-            problems=problems,
-        )
+    _refuse(problems)
     return Manifest(tuple(entries), _regions(storages))
 
 
@@ -76,6 +125,14 @@ def dtype_named(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise TensorsUnusable(f"dtype {name!r} is unknown to torch {torch.__version__}: upgrade torch", dtype=name)
     return dtype
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise TensorsUnusable(
+            f"{len(problems)} tensor{'s' if len(problems) > 1 else ''} cannot be used as is: {listed(problems)}",
+            problems=list(problems),
+        )
 
 
 def _unusable_name(name: object) -> str:

@@ -13,10 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from loader.boxes import Lines
 from loader.engine import Engine
 from loader.errors import Cancelled, LoaderError, ReadFailed, SourceLost, Stalled, TornRead
-from loader.plan import Span
+from loader.plan import ReadOp
+from loader.reads import Costs, Span
 
 log = logging.getLogger(__name__)
 
@@ -25,18 +28,24 @@ log = logging.getLogger(__name__)
 class Pace:
     """How much is in flight from one source, and how long a source may bring nothing.
 
-    `stall_s` is for a source that others can stand in for; the last one left gets `patience_s`, in several tries.
+    `stall_s` is for a source that others can stand in for; one that nobody can gets `patience_s`, in several tries. `costs` says
+    when it pays to read more than is wanted.
     """
 
     chunk_nbytes: int
     depth: int
     stall_s: float = 1.5
     patience_s: float = 10.0
+    costs: Costs = field(default_factory=Costs)
 
 
 # Over tcp Mooncake serves a peer's reads in four lanes, so that less than eight in flight leaves some idle. NVLink needs few
 # chunks, and long ones: each costs Python some 10 µs.
-_PACES = {"tcp": Pace(4 << 20, 8), "rdma": Pace(16 << 20, 8), "nvlink_intra": Pace(128 << 20, 4)}
+_PACES = {
+    "tcp": Pace(4 << 20, 8),
+    "rdma": Pace(16 << 20, 8),
+    "nvlink_intra": Pace(128 << 20, 4, costs=Costs(read_nbytes=3 << 20)),
+}
 _SMALL_NBYTES = 64 << 10  # reads so small that the time is in their number: more of them may be in flight
 _SMALL_DEPTH = 64
 _CHECK_S = 0.25  # how much reading is lost with a source that cannot be asked any more whether its weights had changed
@@ -51,7 +60,7 @@ def pace_for(protocol: str) -> Pace:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a load is, in bytes of weights. Goes back where a source is lost before what it brought could be checked."""
+    """How far a load is, in bytes that are read. Goes back where a source is lost before what it brought could be checked."""
 
     nbytes: int
     total_nbytes: int
@@ -71,6 +80,18 @@ class Source:
     lost: Callable[[], LoaderError | None] = lambda: None
 
 
+class Stage(Protocol):
+    """Buffers for what cannot be read straight to its place."""
+
+    def take(self) -> int | None:
+        """The address of one that is free, if any is."""
+
+    def give_back(self, addr: int) -> None: ...
+
+    def copy(self, addr: int, lines: Sequence[Lines]) -> None:
+        """From the buffer to where the lines say."""
+
+
 @dataclass
 class Share:
     """What one source has contributed; `error` is why it was dropped, if it was."""
@@ -81,6 +102,15 @@ class Share:
 
 
 @dataclass
+class _Flight:
+    """A read that is going on, `staged` into that buffer."""
+
+    chunk: Span
+    since: float
+    staged: int | None
+
+
+@dataclass
 class _Pipe:
     """One source while it is being read from."""
 
@@ -88,11 +118,13 @@ class _Pipe:
     source: Source
     share: Share
     window: int  # chunks that may be in flight
+    queues: list[deque[Span]]  # of what it holds: what the fewest others hold comes first
     open: bool = False  # a check has succeeded, and no read has failed since
     failure: ReadFailed | None = None  # of a read; seen to once nothing is in flight any more
     failures: int = 0  # since the last chunk that came
-    in_flight: dict[int, tuple[Span, float]] = field(default_factory=dict)  # by number of the read: what, and since when
+    in_flight: dict[int, _Flight] = field(default_factory=dict)  # by number of the read
     moved_at: float = 0.0  # when something last came, or began when nothing was in flight
+    silent_since: float | None = None  # the beginning of the stalls since the last chunk that came
     unchecked: list[Span] = field(default_factory=list)  # have come, but the weights may have changed before
     check: Future[None] | None = None
     check_began: float = 0.0
@@ -111,19 +143,34 @@ class Transfer:
         pace: Pace,
         on_progress: OnProgress,
         cancel: threading.Event | None = None,
+        stage: Stage | None = None,
     ) -> None:
+        """`stage` is needed for spans that are not read straight to their places."""
         self._engine = engine
         self._pace = pace
         self._on_progress = on_progress
         self._cancel = cancel or threading.Event()
-        self._queue = deque(chunk for span in spans for chunk in span.cut(pace.chunk_nbytes))
-        self._total_nbytes = self._left_nbytes = sum(chunk.nbytes for chunk in self._queue)
-        self._pipes = [_Pipe(number, source, Share(source.name), 2) for number, source in enumerate(sources)]
+        self._stage = stage
+        self._queues: dict[tuple[int, ...], deque[Span]] = {}  # by the numbers of the sources that hold what is in it
+        for span in spans:
+            if span.lines and stage is None:
+                raise ValueError("there are spans to be staged, and no buffers for them")
+            for chunk in span.cut(pace.chunk_nbytes):
+                self._queue_of(chunk).append(chunk)
+        self._left = {holders: len(queue) for holders, queue in self._queues.items()}  # chunks that are not checked yet
+        self._total_nbytes = self._left_nbytes = sum(chunk.nbytes for queue in self._queues.values() for chunk in queue)
+        self._pipes = [self._pipe(number, source) for number, source in enumerate(sources)]
         self.shares = [pipe.share for pipe in self._pipes]
         self._active = list(self._pipes)
         self._leaving: list[_Pipe] = []  # dropped, with something in flight
-        self._came_at = time.monotonic()  # anything, from anybody
         self.checked: list[Span] = []
+
+    def _pipe(self, number: int, source: Source) -> _Pipe:
+        holding = sorted((holders for holders in self._queues if number in holders), key=len)
+        return _Pipe(number, source, Share(source.name), 2, [self._queues[holders] for holders in holding])
+
+    def _queue_of(self, chunk: Span) -> deque[Span]:
+        return self._queues.setdefault(_holders(chunk), deque())
 
     def run(self) -> None:
         """Raises SourceLost, Stalled or TornRead where no source is left, and Cancelled."""
@@ -149,16 +196,20 @@ class Transfer:
             self._see_off()
             if self._finished():
                 return
-            if not self._active:
-                raise self._why_none_is_left()
+            if len(self._active) < len(self._pipes) and self._something_is_lost():
+                raise self._why()
             nap_s = _NAP_S[0] if any(moved) else min(2 * nap_s, _NAP_S[1])
             if not all(moved):
                 time.sleep(nap_s)
 
     def _finished(self) -> bool:
         """All has come, from sources that were afterwards still what they had been."""
-        busy = any(pipe.in_flight or pipe.unchecked or pipe.in_check for pipe in self._active)
-        return not (busy or self._queue or self._leaving) and any(pipe.open for pipe in self._active)
+        return not (any(self._left.values()) or self._leaving) and any(pipe.open for pipe in self._active)
+
+    def _something_is_lost(self) -> bool:
+        """Nobody is left to bring it."""
+        active = {pipe.number for pipe in self._active}
+        return not active or any(left and active.isdisjoint(holders) for holders, left in self._left.items())
 
     def _drive(self, pipe: _Pipe, now: float) -> bool:
         """One look at one source; whether anything has come of it."""
@@ -180,7 +231,7 @@ class Transfer:
         return came
 
     def _idle(self, pipe: _Pipe) -> bool:
-        return not self._queue and not pipe.in_flight
+        return not pipe.in_flight and not any(pipe.queues)
 
     # -- checks --------------------------------------------------------------------------------------------------------------
 
@@ -199,6 +250,8 @@ class Transfer:
         if error is None:
             pipe.open = True
             self.checked += pipe.in_check
+            for chunk in pipe.in_check:
+                self._left[_holders(chunk)] -= 1
             pipe.in_check = []
         elif isinstance(error, ReadFailed):
             self._read_failed(pipe, error)
@@ -210,44 +263,64 @@ class Transfer:
     # -- reads ---------------------------------------------------------------------------------------------------------------
 
     def _fill(self, pipe: _Pipe, now: float) -> None:
-        while self._queue:
-            chunk = self._queue[0]
-            limit = pipe.window if chunk.nbytes > _SMALL_NBYTES else _SMALL_DEPTH
-            if len(pipe.in_flight) >= limit:
-                return
-            try:
-                number = self._engine.start(pipe.source.session_id, chunk.read(pipe.source.name, pipe.number))
-            except ReadFailed as exc:
-                pipe.failure = exc
-                return
-            self._queue.popleft()
-            if not pipe.in_flight:
-                pipe.moved_at = now
-            pipe.in_flight[number] = chunk, now
+        for queue in pipe.queues:
+            while queue:
+                chunk = queue[0]
+                limit = pipe.window if chunk.nbytes > _SMALL_NBYTES else _SMALL_DEPTH
+                if len(pipe.in_flight) >= limit:
+                    return
+                staged = self._stage.take() if self._stage is not None and chunk.lines else None
+                if chunk.lines and staged is None:
+                    break  # until a buffer is free
+                src_addr = next(addr for number, addr in chunk.srcs if number == pipe.number)
+                read = ReadOp(pipe.source.name, src_addr, chunk.dst_addr if staged is None else staged, chunk.nbytes)
+                try:
+                    number = self._engine.start(pipe.source.session_id, read)
+                except ReadFailed as exc:
+                    self._free(staged)
+                    pipe.failure = exc
+                    return
+                queue.popleft()
+                if not pipe.in_flight:
+                    pipe.moved_at = now
+                pipe.in_flight[number] = _Flight(chunk, now, staged)
+
+    def _free(self, staged: int | None) -> None:
+        if staged is not None and self._stage is not None:
+            self._stage.give_back(staged)
 
     def _collect(self, pipe: _Pipe, now: float) -> bool:
         came = False
-        for number, (chunk, since) in list(pipe.in_flight.items()):
+        for number, flight in list(pipe.in_flight.items()):
             try:
                 if not self._engine.done(number):
                     continue
             except ReadFailed as exc:
                 pipe.failure = exc
-                del pipe.in_flight[number]
-                self._queue.appendleft(chunk)
+                self._again(pipe, number)
                 continue
             del pipe.in_flight[number]
+            chunk = flight.chunk
+            if flight.staged is not None and self._stage is not None:
+                self._stage.copy(flight.staged, chunk.lines)
+                self._stage.give_back(flight.staged)
             pipe.unchecked.append(chunk)
             pipe.share.nbytes += chunk.nbytes
             self._left_nbytes -= chunk.nbytes
-            pipe.moved_at = self._came_at = now
+            pipe.moved_at, pipe.silent_since = now, None
             pipe.failures = 0
-            slow = now - since > _SLOW_S
+            slow = now - flight.since > _SLOW_S
             pipe.window = max(1, pipe.window // 2) if slow else min(pipe.window + 1, self._pace.depth)
             came = True
         if came:
             self._tell()
         return came
+
+    def _again(self, pipe: _Pipe, number: int) -> None:
+        """What that read was to bring has to be read anew; the read is over."""
+        flight = pipe.in_flight.pop(number)
+        self._free(flight.staged)
+        self._queue_of(flight.chunk).appendleft(flight.chunk)
 
     def _tell(self) -> None:
         self._on_progress(Progress(self._total_nbytes - self._left_nbytes, self._total_nbytes))
@@ -255,24 +328,32 @@ class Transfer:
     # -- what goes wrong -----------------------------------------------------------------------------------------------------
 
     def _read_failed(self, pipe: _Pipe, error: ReadFailed) -> None:
-        """One read may fail for reasons of the way, so the last source left is asked again who it is."""
+        """One read may fail for reasons of the way, so a source that nobody can stand in for is asked again who it is."""
         pipe.failures += 1
-        if len(self._active) > 1 or pipe.failures > 1:
+        if self._can_be_replaced(pipe) or pipe.failures > 1:
             self._drop(pipe, SourceLost(str(error)))
         else:
             self._reopen(pipe)
 
     def _stalled(self, pipe: _Pipe, now: float) -> None:
         self._end_reads(pipe)
-        silent_s = now - self._came_at
-        if len(self._active) > 1 or silent_s > self._pace.patience_s:
+        if pipe.silent_since is None:
+            pipe.silent_since = now - self._pace.stall_s
+        silent_s = now - pipe.silent_since
+        if self._can_be_replaced(pipe) or silent_s > self._pace.patience_s:
             error = Stalled(
-                f"nothing has come from {pipe.source.session_id} for {max(silent_s, self._pace.stall_s):.1f} s: its process is "
+                f"nothing has come from {pipe.source.session_id} for {silent_s:.1f} s: its process is "
                 "stopped, or the network between is cut"
             )
             self._drop(pipe, error)
         else:
             self._reopen(pipe)
+
+    def _can_be_replaced(self, pipe: _Pipe) -> bool:
+        """Others are left for all that it may have to bring."""
+        others = {other.number for other in self._active if other is not pipe}
+        held = (holders for holders, left in self._left.items() if left and pipe.number in holders)
+        return bool(others) and not any(others.isdisjoint(holders) for holders in held)
 
     def _reopen(self, pipe: _Pipe) -> None:
         pipe.open, pipe.failure, pipe.check = False, None, None
@@ -289,7 +370,8 @@ class Transfer:
         pipe.share.error = error
         again = pipe.unchecked + pipe.in_check
         pipe.unchecked, pipe.in_check = [], []
-        self._queue.extendleft(again)
+        for chunk in again:
+            self._queue_of(chunk).appendleft(chunk)
         nbytes = sum(chunk.nbytes for chunk in again)
         pipe.share.nbytes -= nbytes
         self._left_nbytes += nbytes
@@ -302,10 +384,9 @@ class Transfer:
     def _see_off(self) -> None:
         """What a dropped source still has in flight ends by itself as a rule; what does not is ended. Then others may read it."""
         for pipe in list(self._leaving):
-            for number, (chunk, _) in list(pipe.in_flight.items()):
+            for number in list(pipe.in_flight):
                 if self._is_over(number):
-                    del pipe.in_flight[number]
-                    self._queue.appendleft(chunk)
+                    self._again(pipe, number)
             hangs = pipe.check is not None and not pipe.check.done()
             if not (pipe.in_flight or hangs):
                 self._leaving.remove(pipe)
@@ -321,10 +402,9 @@ class Transfer:
 
     def _end_reads(self, pipe: _Pipe) -> None:
         self._engine.abandon(pipe.source.session_id)
-        for number, (chunk, _) in pipe.in_flight.items():
+        for number in list(pipe.in_flight):
             self._is_over(number)  # it is: this is how the engine may forget the number
-            self._queue.appendleft(chunk)
-        pipe.in_flight.clear()
+            self._again(pipe, number)
 
     def _settle(self) -> None:
         """Before the caller has its memory back: waits a moment for what is in flight, and ends the rest."""
@@ -335,12 +415,16 @@ class Transfer:
             self._see_off()
             time.sleep(_NAP_S[1])
 
-    def _why_none_is_left(self) -> LoaderError:
+    def _why(self) -> LoaderError:
         errors = [share.error for share in self.shares if share.error is not None]
         if len(errors) == 1:
             return errors[0]
         kind = next((kind for kind in (TornRead, Stalled) if any(isinstance(error, kind) for error in errors)), SourceLost)
-        return kind("; ".join(f"{share.name}: {share.error}" for share in self.shares))
+        return kind("; ".join(f"{share.name}: {share.error}" for share in self.shares if share.error is not None))
+
+
+def _holders(chunk: Span) -> tuple[int, ...]:
+    return tuple([number for number, _ in chunk.srcs])
 
 
 def _in_background(work: Callable[[], None], name: str) -> Future[None]:

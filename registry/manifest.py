@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -66,6 +66,7 @@ class Manifest:
     tensors: tuple[TensorEntry, ...]
     regions: tuple[Region, ...]
     digests: DigestTable | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)  # JSON, by name: what a state dict holds besides tensors
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +86,7 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
         "box": [None if entry.opaque else [entry.global_shape, entry.offsets] for entry in tensors],
         "regions": [[region.addr, region.nbytes] for region in manifest.regions],
         "digests": manifest.digests and [manifest.digests.algorithm, manifest.digests.addr],
+        "values": manifest.values,
     }
     stored = zlib.compress(json.dumps(data, separators=(",", ":")).encode())
     parts = [stored[start : start + PART_NBYTES] for start in range(0, len(stored), PART_NBYTES)]
@@ -126,7 +128,10 @@ def _from_json(data: dict[str, Any]) -> Manifest:
     if len({entry.name for entry in tensors}) != len(tensors):
         raise ValueError("a tensor is named twice")
     regions = tuple(Region(_natural(addr), _natural(nbytes)) for addr, nbytes in data["regions"])
-    return Manifest(tensors, regions, _digest_table(data.get("digests")))
+    values = data.get("values", {})
+    if not isinstance(values, dict):
+        raise ValueError("its values are no object")
+    return Manifest(tensors, regions, _digest_table(data.get("digests")), values)
 
 
 def _digest_table(value: Any) -> DigestTable | None:

@@ -31,6 +31,7 @@ from cli.commands.demo import find_checkpoint
 from loader import InProcessEngine, LoadReport, MooncakeEngine, Progress, load, publish
 from loader.digests import digests_of
 from loader.files import allocate_like, read_weights
+from loader.offers import Origin
 from loader.plan import plan
 from loader.regions import describe
 from registry import Manifest, ModelIdentity, Region, Registry, TensorEntry
@@ -102,7 +103,7 @@ def plan_of_many(count: int) -> float:
         return Manifest(tuple(entries), (Region(base, count * step),))
 
     src, dst = manifest(1 << 20, 128), manifest(1 << 40, 192)
-    return median_s(lambda: plan("src/0", src, dst), 3)
+    return median_s(lambda: plan([Origin("src/0", src)], dst), 3)
 
 
 # -- sources ---------------------------------------------------------------------------------------------------------------------

@@ -140,11 +140,16 @@ def test_a_rank_of_another_box_of_the_same_shape_is_a_mismatch(registry: Registr
     left, right = Shard((8, 4), (0, 0)), Shard((8, 4), (4, 0))
     with offer(registry, new_engine(), {"w": half}, shards={"w": left}):
         destination = {"w": torch.zeros(4, 4)}
-        with pytest.raises(WeightsMismatch, match=r"box at \[0, 0\] of 8x4 in the source, box at \[4, 0\]"):
+        with pytest.raises(WeightsMismatch, match=r"no rank of the source holds the box at \[4, 0\]"):
             load(registry, new_engine(), "a", rank=0, tensors=destination, shards={"w": right})
         assert_untouched(destination)
         load(registry, new_engine(), "a", rank=0, tensors=destination, shards={"w": left})
         assert_equal(destination, {"w": half})
+
+
+def test_tensors_without_a_box_need_a_rank(registry: Registry, new_engine: Callable[[], Engine]) -> None:
+    with pytest.raises(InvalidField, match="w does not say which part of the whole it is: say in `shards`, or from which `rank`"):
+        load(registry, new_engine(), "a", tensors={"v": torch.zeros(1), "w": torch.zeros(1)}, shards={"v": Shard((1,), (0,))})
 
 
 def test_tensors_that_cannot_be_read_as_they_lie_are_all_named_and_nothing_is_registered(

@@ -73,27 +73,27 @@ def test_length_counts_even_where_only_zeros_follow(algorithm: str) -> None:
         torch.rand(3, requires_grad=True),
         torch.empty(0, 7),
         torch.arange(1000, dtype=torch.uint8)[3:],  # begins at an odd address
+        torch.rand(7, 9)[:, 2:5],  # in several runs
     ],
     ids=lambda tensor: f"{tensor.dtype} {list(tensor.shape)}",
 )
 def test_any_tensor_has_the_digest_of_its_bytes(algorithm: str, tensor: torch.Tensor) -> None:
-    flat = tensor.detach().clone().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().clone().contiguous().reshape(-1).view(torch.uint8)
     assert digest(tensor, algorithm) == digest(flat, algorithm)
 
 
-def test_a_table_is_read_as_it_was_written_and_names_what_differs(algorithm: str) -> None:
+def test_a_table_is_read_as_it_was_written_whatever_the_order_of_the_names(algorithm: str) -> None:
     tensors = {name: torch.rand(100) for name in ("b", "a", "c")}
     source, reader = DigestCell(tensors, CPU, algorithm), DigestCell(reversed(list(tensors)), CPU, algorithm)
     source.write(tensors)
     reader._bytes.copy_(source._bytes)
     assert reader.read() == digests_of(tensors, algorithm)
-    assert reader.differing(tensors) == []
     tensors["a"][7] += 1
-    assert reader.differing(tensors) == ["a"]
+    assert {name for name, ours in digests_of(tensors, algorithm).items() if ours != reader.read()[name]} == {"a"}
 
 
 def test_a_table_of_no_tensors_is_memory_all_the_same(algorithm: str) -> None:
     cell = DigestCell([], CPU, algorithm)
     cell.write({})
     assert cell.region.nbytes > 0
-    assert cell.differing({}) == []
+    assert cell.read() == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,20 +11,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loader.boxes import Box, Lines
+from loader.coverage import check_coverage, complete_tensors
 from loader.errors import WeightsMismatch
-from loader.plan import ReadOp, Span, alternates, check_coverage, coalesce, complete_tensors, differences, plan
+from loader.offers import Origin
+from loader.plan import differences, plan
+from loader.reads import Costs, Span
 from registry import Manifest, Region, TensorEntry
 from tests.builders import a_manifest, an_entry
+from tests.meshes import Resharding, Whole, carry_out, lines_one_by_one, memory_of, origins_of, reshardings, shards
 
 FLOAT = {"dtype": "float32", "shape": (2, 3), "global_shape": (2, 3), "offsets": (0, 0), "nbytes": 24}
+STRAIGHT = Costs(read_nbytes=0)  # nothing is staged
 
 
-def op(src_addr: int, dst_addr: int, nbytes: int) -> ReadOp:
-    return ReadOp("a/0", src_addr, dst_addr, nbytes)
+def origin(*entries: TensorEntry, regions: tuple[Region, ...] | None = None, name: str = "a/0", own: bool = True) -> Origin:
+    return Origin(name, Manifest((), ()) if not entries else a_manifest(*entries, regions=regions), own)
 
 
-def span(dst_addr: int, nbytes: int) -> Span:
-    return Span(dst_addr, nbytes, (0,))
+def span(src_addr: int, dst_addr: int, nbytes: int) -> Span:
+    return Span(dst_addr, nbytes, ((0, src_addr),))
 
 
 # -- differences -----------------------------------------------------------------------------------------------------------------
@@ -39,36 +46,46 @@ def span(dst_addr: int, nbytes: int) -> Span:
         (
             {**FLOAT, "opaque": False, "global_shape": (4, 3)},
             {**FLOAT, "opaque": False, "global_shape": (4, 3), "offsets": (2, 0)},
-            "w: box at [0, 0] of 4x3 in the source, box at [2, 0] of 4x3 here",
+            "w: no rank of the source holds the box at [2, 0] of shape 2x3",
         ),
         (
             {**FLOAT, "opaque": False, "global_shape": (4, 3)},
             {**FLOAT, "opaque": False},
-            "w: box at [0, 0] of 4x3 in the source, box at [0, 0] of 2x3 here",
+            "w: part of 4x3 in the source, of 2x3 here",
         ),
         (
             FLOAT,
             {**FLOAT, "opaque": False},
-            "w: no statement of what it is part of in the source, box at [0, 0] of 2x3 here",
+            "w: no statement of what it is part of in the source, box at [0, 0] of 2x3 here: "
+            "say `shards` on both sides, or on neither",
         ),
         ({"nbytes": 16, "shape": (8,)}, {"nbytes": 8, "shape": (8,)}, "w: 16 bytes in the source, 8 here"),
+        (
+            {**FLOAT, "opaque": False},
+            {**FLOAT, "opaque": False, "nbytes": 48},
+            "w: 24 bytes in the source, 48 here, though the dtype is the same",
+        ),
     ],
 )
 def test_tensors_of_one_name_that_are_not_alike_differ_in_one_line(src: dict[str, Any], dst: dict[str, Any], line: str) -> None:
-    assert differences([an_entry(**src)], [an_entry(**dst)]) == [line]
+    assert differences([origin(an_entry(**src))], a_manifest(an_entry(**dst))) == [line]
 
 
 def test_equal_tensors_do_not_differ_wherever_they_lie_and_in_whatever_order() -> None:
-    entries = [an_entry("a", addr=1), an_entry("b", addr=2), an_entry("empty", addr=0, nbytes=0)]
+    entries = [an_entry("a", addr=100), an_entry("b", addr=200), an_entry("empty", addr=0, nbytes=0)]
     moved = [replace(entry, addr=entry.addr + 1000) for entry in reversed(entries)]
-    assert differences(entries, moved) == []
+    assert differences([origin(*entries)], a_manifest(*moved)) == []
 
 
 def test_all_differences_come_in_one_error_before_there_is_a_plan() -> None:
-    src = a_manifest(an_entry("gone"), an_entry("both", dtype="float16"), an_entry("shape", shape=(4, 4)))
-    dst = a_manifest(an_entry("both", dtype="bfloat16"), an_entry("new"), an_entry("shape", shape=(2, 8)))
-    with pytest.raises(WeightsMismatch, match=r"the weights of a/0 do not match \(4 differences\), nothing was read: ") as caught:
-        plan("a/0", src, dst)
+    src = origin(
+        an_entry("gone"), an_entry("both", dtype="float16"), an_entry("shape", shape=(4, 4)), an_entry("a", 200), an_entry("b", 300)
+    )
+    dst = a_manifest(
+        an_entry("both", dtype="bfloat16"), an_entry("new"), an_entry("shape", shape=(2, 8)), an_entry("b", 500), an_entry("a", 500)
+    )
+    with pytest.raises(WeightsMismatch, match=r"the weights of a/0 do not match \(5 differences\), nothing was read: ") as caught:
+        plan([src], dst)
     assert caught.value.details == {
         "source": "a/0",
         "problems": [
@@ -76,16 +93,29 @@ def test_all_differences_come_in_one_error_before_there_is_a_plan() -> None:
             "both: dtype float16 in the source, bfloat16 here",
             "new: here, but not in the source",
             "shape: shape 4x4 in the source, 2x8 here",
+            "a: shares memory with b here, but not in the same way in the source",
         ],
     }
     assert all(problem in str(caught.value) for problem in caught.value.details["problems"])
 
 
 def test_a_long_list_of_differences_is_cut_in_the_message_and_whole_in_the_details() -> None:
-    src = a_manifest(*[an_entry(f"t{number}") for number in range(25)])
+    src = origin(*[an_entry(f"t{number}") for number in range(25)])
     with pytest.raises(WeightsMismatch, match=r"\(25 differences\).*and 15 more$") as caught:
-        plan("a/0", src, Manifest((), ()))
+        plan([src], Manifest((), ()))
     assert len(caught.value.details["problems"]) == 25
+
+
+def test_the_error_names_all_sources_once() -> None:
+    with pytest.raises(WeightsMismatch, match=r"the weights of a/0 and b/0 do not match \(1 difference\)"):
+        plan([origin(an_entry(), name=name) for name in ("a/0", "b/0", "a/0")], a_manifest(an_entry(dtype="int8")))
+
+
+def test_a_source_may_hold_more_where_only_a_part_is_wanted() -> None:
+    src, dst = origin(an_entry("a", 1000), an_entry("b", 2000)), a_manifest(an_entry("a", 5000))
+    assert differences([src], dst) == ["b: in the source, but not here"]
+    assert differences([src], dst, partial=True) == []
+    assert plan([src], dst, partial=True) == (span(1000, 5000, 16),)
 
 
 # -- plans -----------------------------------------------------------------------------------------------------------------------
@@ -93,9 +123,9 @@ def test_a_long_list_of_differences_is_cut_in_the_message_and_whole_in_the_detai
 
 def test_tensors_that_follow_each_other_on_both_sides_become_one_read() -> None:
     names = ("a", "b", "c")
-    src = a_manifest(*[an_entry(name, 1000 + 16 * at) for at, name in enumerate(names)], regions=(Region(1000, 48),))
+    src = origin(*[an_entry(name, 1000 + 16 * at) for at, name in enumerate(names)], regions=(Region(1000, 48),))
     dst = a_manifest(*[an_entry(name, 5000 + 16 * at) for at, name in enumerate(names)], regions=(Region(5000, 48),))
-    assert plan("a/0", src, dst) == (op(1000, 5000, 48),)
+    assert plan([src], dst) == (span(1000, 5000, 48),)
 
 
 @pytest.mark.parametrize("cut_side", ["src", "dst"])
@@ -108,45 +138,43 @@ def test_no_read_reaches_over_the_end_of_a_region_although_the_next_begins_there
         )
         for side, base in (("src", 1000), ("dst", 5000))
     }
-    assert plan("a/0", sides["src"], sides["dst"]) == (op(1000, 5000, 32), op(1032, 5032, 16))
-
-
-@pytest.mark.parametrize(
-    "second",
-    [
-        pytest.param(op(17, 116, 16), id="a gap in the source"),
-        pytest.param(op(16, 117, 16), id="a gap in the destination"),
-        pytest.param(op(0, 116, 16), id="the same source twice"),
-        pytest.param(ReadOp("b/0", 16, 116, 16), id="another source"),
-    ],
-)
-def test_reads_that_do_not_follow_each_other_stay_two(second: ReadOp) -> None:
-    first = op(0, 100, 16)
-    assert coalesce([first, second], [Region(0, 64)], [Region(100, 64)]) == [first, second]
-
-
-def test_reads_outside_of_all_regions_are_never_joined() -> None:
-    ops = [op(0, 100, 16), op(16, 116, 16)]
-    assert coalesce(ops, [], []) == coalesce(ops, [Region(0, 64)], []) == coalesce(ops, [], [Region(100, 64)]) == ops
+    assert plan([Origin("a/0", sides["src"])], sides["dst"], STRAIGHT) == (span(1000, 5000, 32), span(1032, 5032, 16))
 
 
 def test_tensors_tied_on_both_sides_are_read_once() -> None:
-    src = a_manifest(an_entry("embed", 1000), an_entry("head", 1000), regions=(Region(1000, 16),))
+    src = origin(an_entry("embed", 1000), an_entry("head", 1000), regions=(Region(1000, 16),))
     dst = a_manifest(an_entry("embed", 5000), an_entry("head", 5000), regions=(Region(5000, 16),))
-    assert plan("a/0", src, dst) == (op(1000, 5000, 16),)
+    assert plan([src], dst) == (span(1000, 5000, 16),)
+
+
+def test_tensors_tied_on_both_sides_are_read_once_although_they_are_put_together_from_parts() -> None:
+    halves = [
+        origin(*[a_box(name, 1000, Box((0, 3 * rank), (4, 3)), (4, 6)) for name in ("embed", "head")], own=False)
+        for rank in range(2)
+    ]
+    dst = a_manifest(*[a_box(name, 5000, Box((0, 0), (4, 6)), (4, 6)) for name in ("embed", "head")])
+    assert sum(some.payload for some in plan(halves, dst)) == 24
 
 
 def test_tensors_tied_in_the_source_only_are_read_twice() -> None:
-    src = a_manifest(an_entry("embed", 1000), an_entry("head", 1000), regions=(Region(1000, 16),))
+    src = origin(an_entry("embed", 1000), an_entry("head", 1000), regions=(Region(1000, 16),))
     dst = a_manifest(an_entry("embed", 5000), an_entry("head", 6000))
-    assert plan("a/0", src, dst) == (op(1000, 5000, 16), op(1000, 6000, 16))
+    assert plan([src], dst) == (span(1000, 5000, 16), span(1000, 6000, 16))
+
+
+def test_tensors_tied_here_come_from_those_sources_in_which_they_are() -> None:
+    tied = origin(an_entry("embed", 1000), an_entry("head", 1000), name="a/0")
+    not_tied = origin(an_entry("embed", 1000), an_entry("head", 2000), name="b/0")
+    dst = a_manifest(an_entry("embed", 5000), an_entry("head", 5000))
+    assert plan([not_tied, tied], dst) == (Span(5000, 16, ((1, 1000),)),)
+    assert differences([not_tied], dst) == ["head: shares memory with embed here, but not in the same way in the source"]
 
 
 def test_views_of_each_other_on_both_sides_are_read_once() -> None:
     fused = (an_entry("v", 1032, 16), an_entry("qkv", 1000, 48), an_entry("q", 1000, 16), an_entry("tail", 1040, 24))
     moved = tuple(replace(entry, addr=entry.addr + 4000) for entry in fused)
-    ops = plan("a/0", a_manifest(*fused, regions=(Region(1000, 64),)), a_manifest(*moved, regions=(Region(5000, 64),)))
-    assert ops == (op(1000, 5000, 64),)
+    spans = plan([origin(*fused, regions=(Region(1000, 64),))], a_manifest(*moved, regions=(Region(5000, 64),)))
+    assert spans == (span(1000, 5000, 64),)
 
 
 @pytest.mark.parametrize(
@@ -166,96 +194,19 @@ def test_tensors_that_share_memory_here_but_not_so_in_the_source_are_refused(
         for side in (src, dst)
     ]
     with pytest.raises(WeightsMismatch) as caught:
-        plan("a/0", *sides)
+        plan([Origin("a/0", sides[0])], sides[1])
     assert caught.value.details["problems"] == ["b: shares memory with a here, but not in the same way in the source"]
 
 
 def test_tensors_without_bytes_need_no_read() -> None:
     empty = an_entry("empty", addr=0, nbytes=0, shape=(0, 7))
-    assert plan("a/0", a_manifest(empty), a_manifest(empty)) == ()
+    assert plan([origin(empty)], a_manifest(empty)) == ()
     both = (an_entry("a", 1000), empty)
-    assert plan("a/0", a_manifest(*both), a_manifest(*both)) == (op(1000, 1000, 16),)
+    assert plan([origin(*both)], a_manifest(*both)) == (span(1000, 1000, 16),)
 
 
 def test_nothing_wanted_of_nothing_is_an_empty_plan() -> None:
-    assert plan("a/0", Manifest((), ()), Manifest((), ())) == ()
-
-
-# -- coverage --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "ops",
-    [
-        pytest.param([], id="nothing"),
-        pytest.param([op(0, 100, 8)], id="too short"),
-        pytest.param([op(0, 100, 17)], id="too long"),
-        pytest.param([op(0, 99, 16)], id="too early"),
-        pytest.param([op(0, 100, 16), op(0, 100, 16)], id="twice"),
-        pytest.param([op(0, 100, 10), op(10, 109, 7)], id="one byte twice"),
-        pytest.param([op(0, 100, 7), op(8, 108, 8)], id="a gap"),
-        pytest.param([op(0, 100, 16), op(0, 300, 1)], id="elsewhere as well"),
-    ],
-)
-def test_a_plan_that_does_not_write_every_byte_once_is_refused(ops: list[ReadOp]) -> None:
-    with pytest.raises(ValueError, match="the plan "):
-        check_coverage(ops, [an_entry(addr=100)])
-
-
-def test_a_tensor_may_be_written_in_pieces() -> None:
-    check_coverage([op(900, 100, 5), op(0, 105, 11)], [an_entry(addr=100)])
-
-
-def test_tensors_are_complete_when_all_their_bytes_are_written_in_whatever_pieces() -> None:
-    tensors = [an_entry("a", 100), an_entry("b", 116), an_entry("c", 200), an_entry("tied", 100), an_entry("none", 0, 0)]
-    assert complete_tensors([], tensors) == ["none"]
-    assert complete_tensors([span(100, 16)], tensors) == ["a", "tied", "none"]
-    assert complete_tensors([span(108, 24), span(100, 8)], tensors) == ["a", "b", "tied", "none"]
-    assert complete_tensors([span(100, 15), span(116, 100)], tensors) == ["b", "c", "none"]
-    assert complete_tensors([span(201, 15)], tensors) == ["none"]
-
-
-# -- several sources -------------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def plans_for_one_destination(draw: st.DrawFn) -> list[list[ReadOp]]:
-    """The same destination in pieces, which each source cuts further where it likes, and holds where it likes."""
-    ends = [0]
-    pieces = []
-    for _ in range(draw(st.integers(0, 5))):
-        start = ends[-1] + draw(st.integers(0, 3))
-        ends.append(start + draw(st.integers(1, 20)))
-        pieces.append((start, ends[-1]))
-    plans = []
-    for source in range(draw(st.integers(1, 4))):
-        ops = []
-        for start, end in pieces:
-            cuts = sorted(draw(st.sets(st.integers(start, end), max_size=4)) | {start, end})
-            for low, high in itertools.pairwise(cuts):
-                ops.append(ReadOp(f"s{source}", draw(st.integers(0, 1_000)), low, high - low))
-        plans.append(ops)
-    return plans
-
-
-@given(plans_for_one_destination())
-def test_spans_hold_the_plans_of_all_sources_cut_only_where_one_of_them_is(plans: list[list[ReadOp]]) -> None:
-    spans = alternates(plans)
-    assert {span.dst_addr for span in spans} == {op.dst_addr for ops in plans for op in ops}
-    for number, ops in enumerate(plans):
-        where = {at: op.src_addr + at - op.dst_addr for op in ops for at in range(op.dst_addr, op.dst_addr + op.nbytes)}
-        read = [span.read("s", number) for span in spans]
-        assert {at: op.src_addr + at - op.dst_addr for op in read for at in range(op.dst_addr, op.dst_addr + op.nbytes)} == where
-
-
-def test_the_plan_of_one_source_is_taken_as_it_is() -> None:
-    assert alternates([[op(1, 100, 8), op(50, 200, 4)]]) == (Span(100, 8, (1,)), Span(200, 4, (50,)))
-
-
-@pytest.mark.parametrize("other", [[], [op(0, 100, 7)], [op(0, 100, 9)], [op(0, 101, 8)], [op(0, 100, 8), op(0, 200, 1)]])
-def test_plans_that_fill_different_memory_are_no_alternates(other: list[ReadOp]) -> None:
-    with pytest.raises(ValueError, match="do not fill the same memory"):
-        alternates([[op(0, 100, 8)], other])
+    assert plan([origin()], Manifest((), ())) == ()
 
 
 # -- any layout ------------------------------------------------------------------------------------------------------------------
@@ -324,10 +275,11 @@ def inside_one(regions: tuple[Region, ...], addr: int, nbytes: int) -> bool:
 def test_carrying_out_the_plan_of_any_two_layouts_reproduces_every_tensor_and_touches_nothing_else(layout: Layout) -> None:
     end = max((region.end for region in layout.dst.regions), default=DST_BASE)
     memory, written = bytearray(end - DST_BASE), bytearray(end - DST_BASE)
-    for read in plan("a/0", layout.src, layout.dst):
-        assert inside_one(layout.src.regions, read.src_addr, read.nbytes)
+    for read in plan([Origin("a/0", layout.src)], layout.dst, STRAIGHT):
+        ((_, src_addr),) = read.srcs
+        assert inside_one(layout.src.regions, src_addr, read.nbytes)
         assert inside_one(layout.dst.regions, read.dst_addr, read.nbytes)
-        src, dst = read.src_addr - SRC_BASE, read.dst_addr - DST_BASE
+        src, dst = src_addr - SRC_BASE, read.dst_addr - DST_BASE
         memory[dst : dst + read.nbytes] = layout.memory[src : src + read.nbytes]
         for at in range(dst, dst + read.nbytes):
             written[at] += 1
@@ -341,26 +293,107 @@ def test_carrying_out_the_plan_of_any_two_layouts_reproduces_every_tensor_and_to
 
 
 @given(layouts())
-def test_reads_come_by_destination_and_no_two_could_be_one(layout: Layout) -> None:
-    ops = plan("a/0", layout.src, layout.dst)
-    for first, second in itertools.pairwise(ops):
+def test_straight_reads_come_by_destination_and_no_two_could_be_one(layout: Layout) -> None:
+    spans = plan([Origin("a/0", layout.src)], layout.dst, STRAIGHT)
+    for first, second in itertools.pairwise(spans):
         assert first.dst_addr + first.nbytes <= second.dst_addr
-        follows = (first.src_addr + first.nbytes, first.dst_addr + first.nbytes) == (second.src_addr, second.dst_addr)
+        ((_, first_src),), ((_, second_src),) = first.srcs, second.srcs
+        follows = (first_src + first.nbytes, first.dst_addr + first.nbytes) == (second_src, second.dst_addr)
         both = first.nbytes + second.nbytes
-        fits = inside_one(layout.src.regions, first.src_addr, both) and inside_one(layout.dst.regions, first.dst_addr, both)
+        fits = inside_one(layout.src.regions, first_src, both) and inside_one(layout.dst.regions, first.dst_addr, both)
         assert not (follows and fits)
 
 
-@given(layouts().filter(lambda layout: any(entry.nbytes for entry in layout.dst.tensors)), st.data())
-def test_any_plan_with_one_read_dropped_doubled_shifted_or_resized_fails_the_proof(layout: Layout, data: st.DataObject) -> None:
-    ops = list(plan("a/0", layout.src, layout.dst))
-    place = data.draw(st.integers(0, len(ops) - 1))
-    victim = ops[place]
+# -- any ranks -------------------------------------------------------------------------------------------------------------------
+
+
+def a_box(name: str, addr: int, box: Box, global_shape: tuple[int, ...]) -> TensorEntry:
+    return TensorEntry(name, "uint8", box.shape, addr, box.volume, global_shape, box.offsets, opaque=False)
+
+
+def plan_of(ranks: Resharding) -> tuple[Span, ...]:
+    return plan(origins_of(ranks.sources), ranks.dst.manifest, ranks.costs)
+
+
+def assert_filled(wholes: Sequence[Whole], ranks: Resharding, spans: Sequence[Span]) -> None:
+    content, times = carry_out(spans, ranks.sources, ranks.dst)
+    wanted = [0] * len(times)
+    for whole, entry in ((whole, entry) for whole in wholes for entry in ranks.dst.manifest.tensors if entry.name == whole.name):
+        at = entry.addr - ranks.dst.base
+        if entry.nbytes:
+            assert content[at : at + entry.nbytes] == whole.part(Box(entry.offsets, entry.shape))
+            wanted[at : at + entry.nbytes] = [1] * entry.nbytes
+    assert times == wanted
+
+
+@given(reshardings())
+def test_a_rank_of_any_mesh_is_filled_from_all_ranks_of_others_and_nothing_else_is_touched(ranks: Resharding) -> None:
+    spans = plan_of(ranks)
+    assert_filled(ranks.wholes, ranks, spans)
+    assert all(some.nbytes <= ranks.costs.staged_nbytes for some in spans if some.lines)
+    assert complete_tensors(spans, ranks.dst.manifest.tensors) == [entry.name for entry in ranks.dst.manifest.tensors]
+
+
+@pytest.mark.parametrize("itemsize", [1, 4])
+@pytest.mark.parametrize("axes", list(itertools.product([None, 0, 1, 2], repeat=2)))
+def test_straight_and_staged_reads_fill_the_same(axes: tuple[int | None, int | None], itemsize: int) -> None:
+    """Columns of three dimensions from rows, rows from columns, and so on: a rank of another mesh gets all that it wants."""
+    whole = Whole("w", (5, 6, 7), itemsize, bytes(at % 251 for at in range(5 * 6 * 7 * itemsize)))
+    src_axis, dst_axis = axes
+    sources = [
+        memory_of([(whole, box)], 1_000_000 * (rank + 1), [3], [False])
+        for rank, box in enumerate(shards(whole.shape, (2, 2), (src_axis, None)))
+    ]
+    dst = memory_of([(whole, shards(whole.shape, (3,), (dst_axis,))[1])], 9_000_000, [0], [False])
+    ways = {
+        name: plan_of(Resharding([whole], sources, dst, costs))
+        for name, costs in {
+            "straight": STRAIGHT,
+            "staged": Costs(read_nbytes=1_000_000, copied=0, staged_nbytes=1_000_000),
+            "in small buffers": Costs(read_nbytes=1_000_000, copied=0, staged_nbytes=40),
+        }.items()
+    }
+    for spans in ways.values():
+        assert_filled([whole], Resharding([whole], sources, dst, STRAIGHT), spans)
+        assert all(len(some.srcs) == (4 if src_axis is None else 2) for some in spans)
+    strided = dst_axis not in (None, 0) or src_axis not in (None, 0)
+    assert not any(some.lines for some in ways["straight"])
+    assert any(some.lines for some in ways["staged"]) == (strided and (src_axis != dst_axis or dst_axis != 0))
+    assert len(ways["staged"]) <= len(ways["in small buffers"]) <= len(ways["straight"])
+
+
+def replaced(some: Lines, data: st.DataObject) -> list[list[Lines]]:
+    """What a mistake would make of them: other distances here, runs of another length, or one run instead of another."""
+    runs = [Lines(src, dst, some.nbytes) for src, dst in lines_one_by_one(some)]
+    victim, instead = (data.draw(st.integers(0, len(runs) - 1)) for _ in range(2))
+    wrong = [[some._replace(dst=some.dst + 1)], [*runs[:victim], *runs[victim + 1 :]], [*runs, runs[victim]]]
+    if victim != instead:
+        wrong.append([*runs[:victim], runs[instead], *runs[victim + 1 :]])
+    if some.counts:
+        axis = data.draw(st.integers(0, len(some.counts) - 1))
+        steps = list(some.dst_steps)
+        steps[axis] += data.draw(st.sampled_from([-1, 1]))
+        wrong.append([some._replace(dst_steps=tuple(steps))])
+    return wrong
+
+
+@given(reshardings(), st.data())
+def test_any_plan_with_one_read_dropped_doubled_shifted_or_resized_fails_the_proof(ranks: Resharding, data: st.DataObject) -> None:
+    spans, tensors = list(plan_of(ranks)), ranks.dst.manifest.tensors
+    if not spans:
+        return
+    check_coverage(spans, tensors)
+    place = data.draw(st.integers(0, len(spans) - 1))
+    victim = spans[place]
     by = data.draw(st.integers(1, 50)) * data.draw(st.sampled_from([-1, 1]))
-    shifted = replace(victim, dst_addr=victim.dst_addr + by)
-    resized = replace(victim, nbytes=victim.nbytes + by if victim.nbytes + by > 0 else victim.nbytes + 1)
-    check_coverage(ops, layout.dst.tensors)
-    for instead in ([], [victim, victim], [shifted], [resized]):
-        wrong = sorted([*ops[:place], *instead, *ops[place + 1 :]], key=lambda op: op.dst_addr)
+    wrongs: list[list[Span]] = [[], [victim, victim]]
+    if victim.lines:
+        at = data.draw(st.integers(0, len(victim.lines) - 1))
+        some = victim.lines
+        wrongs += [[victim._replace(lines=(*some[:at], *others, *some[at + 1 :]))] for others in replaced(some[at], data)]
+    else:
+        wrongs.append([victim._replace(dst_addr=victim.dst_addr + by)])
+        wrongs.append([victim._replace(nbytes=victim.nbytes + by if victim.nbytes + by > 0 else victim.nbytes + 1)])
+    for instead in wrongs:
         with pytest.raises(ValueError, match="the plan "):
-            check_coverage(wrong, layout.dst.tensors)
+            check_coverage([*spans[:place], *instead, *spans[place + 1 :]], tensors)

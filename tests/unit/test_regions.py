@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import bisect
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from loader import Shard
 from loader.errors import TensorsUnusable
-from loader.regions import describe, dtype_name, dtype_named
+from loader.regions import describe, dtype_name, dtype_named, is_sharded, local_parts
 from registry import Region, TensorEntry
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
@@ -211,3 +217,102 @@ def test_a_name_that_is_no_dtype_is_refused(name: str) -> None:
 def test_a_tensor_whose_name_no_manifest_can_hold_is_refused(name: Any, said: str) -> None:
     with pytest.raises(TensorsUnusable, match=said):
         describe({name: torch.zeros(1)})
+
+
+# -- DTensors --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=range(4))
+def rank(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Of a job of four, in which nobody else takes part."""
+    number: int = request.param
+    dist.init_process_group("fake", rank=number, world_size=4, store=FakeStore())
+    yield number
+    dist.destroy_process_group()
+
+
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    return DeviceMesh("cpu", torch.arange(4).reshape(shape))
+
+
+def part_of(whole: torch.Tensor, mesh: DeviceMesh, *placements: Any) -> DTensor:
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "placements", "shape", "boxes"),
+    [
+        ((4,), [Split(0)], (8, 3), [((2, 3), (start, 0)) for start in (0, 2, 4, 6)]),
+        ((4,), [Split(1)], (3, 8), [((3, 2), (0, start)) for start in (0, 2, 4, 6)]),
+        ((4,), [Split(0)], (6, 3), [((2, 3), (0, 0)), ((2, 3), (2, 0)), ((2, 3), (4, 0)), ((0, 3), (6, 0))]),
+        ((4,), [Split(0)], (2,), [((1,), (0,)), ((1,), (1,)), ((0,), (2,)), ((0,), (2,))]),
+        ((4,), [Replicate()], (3, 2), [((3, 2), (0, 0))] * 4),
+        ((4,), [Replicate()], (), [((), ())] * 4),
+        ((2, 2), [Replicate(), Split(0)], (4, 2), [((2, 2), (0, 0)), ((2, 2), (2, 0))] * 2),
+        ((2, 2), [Split(0), Split(1)], (4, 6), [((2, 3), (0, 0)), ((2, 3), (0, 3)), ((2, 3), (2, 0)), ((2, 3), (2, 3))]),
+        ((2, 2), [Split(0), Split(0)], (8,), [((2,), (0,)), ((2,), (2,)), ((2,), (4,)), ((2,), (6,))]),
+        # Data parallelism divides what tensor parallelism has left: it comes first in the mesh, but splits last.
+        ((2, 2), [_StridedShard(0, split_factor=2), Split(0)], (8,), [((2,), (0,)), ((2,), (4,)), ((2,), (2,)), ((2,), (6,))]),
+    ],
+    ids=[
+        "rows", "columns", "uneven", "few rows", "replicated", "scalar", "replicated rows", "both ways", "twice", "dp over tp",
+    ],
+)  # fmt: skip
+def test_a_dtensor_says_which_box_it_is(
+    rank: int,
+    mesh: tuple[int, ...],
+    placements: list[Any],
+    shape: tuple[int, ...],
+    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]],
+) -> None:
+    local_shape, offsets = boxes[rank]
+    part = torch.rand(local_shape)
+    tensor = DTensor.from_local(part, mesh_of(mesh), placements, shape=torch.Size(shape), stride=torch.empty(shape).stride())
+    parts, found = local_parts({"w": tensor})
+    assert found == {"w": Shard(shape, offsets)}
+    assert (tuple(parts["w"].shape), parts["w"].data_ptr(), is_sharded(parts["w"])) == (local_shape, part.data_ptr(), False)
+
+
+def test_plain_tensors_keep_the_shards_that_are_stated(rank: int) -> None:
+    plain, stated = torch.rand(2), {"w": Shard((8,), (2 * rank,))}
+    tensors = {"w": plain, "v": plain, "d": part_of(torch.rand(4), mesh_of((4,)), Split(0))}
+    parts, found = local_parts(tensors, stated)
+    assert (parts["w"], parts["v"]) == (plain, plain)
+    assert found == {**stated, "d": Shard((4,), (rank,))}
+    assert stated == {"w": Shard((8,), (2 * rank,))}
+
+
+def test_a_parameter_that_is_a_dtensor_is_read_without_its_gradients(rank: int) -> None:
+    parameter = torch.nn.Parameter(part_of(torch.rand(8), mesh_of((4,)), Split(0)))
+    parts, _ = local_parts({"w": parameter})
+    assert not parts["w"].requires_grad
+    assert len(describe(parts).regions) == 1
+
+
+def test_a_dtensor_of_other_ranks_only_is_left_out(rank: int) -> None:
+    others = DeviceMesh("cpu", [1, 2])
+    parts, found = local_parts({"w": DTensor.from_local(torch.rand(2), others, [Split(0)])})
+    assert (list(parts), found) == ((["w"], {"w": Shard((4,), (2 * (rank - 1),))}) if rank in (1, 2) else ([], {}))
+
+
+@pytest.mark.parametrize(
+    ("placements", "said"),
+    [
+        ([Partial(), Replicate()], r"is a partial sum over its device mesh: call \.redistribute\(\) first"),
+        ([Split(0), Partial()], "is a partial sum"),
+        ([Split(0), _StridedShard(0, split_factor=2)], "is split with gaps"),
+        ([_StridedShard(0, split_factor=2), Replicate()], "is split with gaps"),
+        ([_StridedShard(0, split_factor=4), Split(0)], "is split with gaps"),
+        ([_StridedShard(0, split_factor=2), Split(1)], "is split with gaps"),
+    ],
+    ids=str,
+)
+def test_a_dtensor_whose_part_is_no_box_is_refused(rank: int, placements: list[Any], said: str) -> None:
+    tensor = DTensor.from_local(torch.rand(2, 2), mesh_of((2, 2)), placements)
+    with pytest.raises(TensorsUnusable, match=f"^1 tensor cannot be used as is: w: {said}"):
+        local_parts({"w": tensor})
+
+
+def test_a_dtensor_with_a_shard_stated_besides_is_refused(rank: int) -> None:
+    with pytest.raises(TensorsUnusable, match="w: has a shard stated, but is a DTensor, which says itself which part it is"):
+        local_parts({"w": part_of(torch.rand(4), mesh_of((4,)), Split(0))}, {"w": Shard((4,), (0,))})

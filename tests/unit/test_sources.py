@@ -38,9 +38,9 @@ def one(instance: str, **changes: Any) -> RankRecord:
 
 
 def find(registry: Ready, rank: int = 0, engine: InProcessEngine | None = None, **options: Any) -> list[str]:
-    defaults: dict[str, Any] = {"version": None, "deadline": time.monotonic(), "avoid": (), "replicas": True}
+    defaults: dict[str, Any] = {"version": None, "deadline": time.monotonic(), "avoid": (), "boxes": True}
     found = find_sources(cast(Registry, registry), engine or InProcessEngine(), ["any"], rank, **{**defaults, **options})
-    return [f"{record.instance}/{record.rank}" for record in found]
+    return [f"{record.instance}/{record.rank}" for record in found.alike]
 
 
 def test_the_one_with_the_fewest_readers_comes_first() -> None:
@@ -101,7 +101,7 @@ def test_those_to_avoid_are_left_out_even_if_none_is_left() -> None:
 
 def test_a_rank_that_no_instance_has_is_told_with_those_there_are() -> None:
     with pytest.raises(InvalidField, match="there is no rank 1: 'a' has the ranks 0 to 0"):
-        find(Ready([one("a")]), rank=1)
+        find(Ready([one("a")]), rank=1, boxes=False)
     assert find(Ready([one("a")], [one("b", rank=0, world_size=2), one("b", rank=1, world_size=2)]), rank=1) == ["b/1"]
 
 
@@ -112,6 +112,51 @@ def test_replicas_along_dp_in_the_same_instance_count_and_no_other_ranks() -> No
     ]
     assert sorted(find(Ready(ranks), rank=0)) == ["a/0", "a/2"]
     assert sorted(find(Ready(ranks), rank=3)) == ["a/1", "a/3"]
-    assert find(Ready(ranks), rank=3, replicas=False) == ["a/3"]
+    assert find(Ready(ranks), rank=3, boxes=False) == ["a/3"]
     pipeline = [one("a", rank=rank, world_size=2, topology={"pp": (rank, 2)}, incarnation=f"{rank:032}") for rank in range(2)]
     assert find(Ready(pipeline), rank=0) == ["a/0"]
+
+
+def shards_of(instance: str, *fabrics: str, **changes: Any) -> list[RankRecord]:
+    """All ranks of an instance, each on a fabric."""
+    return [
+        one(instance, rank=rank, world_size=len(fabrics), fabric=fabric, incarnation=f"{instance}{rank:031}", **changes)
+        for rank, fabric in enumerate(fabrics)
+    ]
+
+
+def instances(registry: Ready, rank: int | None = None, **options: Any) -> list[str]:
+    defaults: dict[str, Any] = {"version": None, "deadline": time.monotonic(), "avoid": (), "boxes": True}
+    engine = InProcessEngine(fabric="here")
+    found = find_sources(cast(Registry, registry), engine, ["any"], rank, **{**defaults, **options})
+    assert all(len(records) == records[0].world_size for records in found.instances)
+    return [records[0].instance for records in found.instances]
+
+
+def test_with_boxes_all_ranks_of_an_instance_together_are_a_source_the_best_first() -> None:
+    registry = Ready(shards_of("a", "", ""), shards_of("b", "here", ""), pulls={"a": 1})
+    assert instances(registry) == ["b", "a"]
+    assert instances(registry, rank=1) == ["b", "a"]
+    assert instances(registry, rank=9) == ["b", "a"]
+    assert instances(registry, rank=1, boxes=False) == []
+
+
+def test_an_instance_of_which_a_rank_is_out_of_reach_or_to_be_avoided_is_none() -> None:
+    registry = Ready(shards_of("a", "", "there"), shards_of("b", "", ""))
+    assert instances(registry) == ["b"]
+    assert instances(registry, avoid={registry._instances[1][0].incarnation}) == []
+
+
+def test_that_no_instance_can_be_reached_as_a_whole_is_told_with_the_ranks_that_are_in_the_way() -> None:
+    registry = Ready(shards_of("a", "", "there"))
+    with pytest.raises(SourceUnreachable) as caught:
+        instances(registry)
+    assert caught.value.details["sources"] == ["/engines/a/1"]
+    assert instances(registry, rank=0) == []  # there is one that may hold the same
+
+
+def test_a_rank_that_only_an_older_version_has_is_told_with_those_of_the_newest() -> None:
+    registry = Ready(shards_of("a", "", "", version=3), shards_of("b", "", version=4))
+    with pytest.raises(InvalidField, match="there is no rank 1: 'b' has the ranks 0 to 0"):
+        find(registry, rank=1, boxes=False)
+    assert find(registry, rank=1, boxes=False, version=3) == ["a/1"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -14,17 +14,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loader import InProcessEngine, Pace, Progress
+from loader.boxes import Lines
 from loader.errors import Cancelled, EngineFailed, LoaderError, ReadFailed, SourceLost, Stalled, TornRead
-from loader.plan import ReadOp, Span
+from loader.plan import ReadOp
+from loader.reads import Span
 from loader.transfer import Source, Transfer, pace_for
 from registry import Region
 from tests.engines import Interrupted
+from tests.meshes import lines_one_by_one
 from tests.waiting import wait_until
 
 NBYTES = 2 << 20
 CHUNK = 1 << 17
 PACE = Pace(CHUNK, 4, stall_s=0.1, patience_s=0.5)
 ALWAYS = b"\xaa" * NBYTES  # what every source holds
+PIECE, RUN = 1 << 15, 1 << 10  # of what is staged
+
+
+class Buffers:
+    """To stage in, for `lent` to the engine; they all have to be given back."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.memory = ctypes.create_string_buffer(count * PIECE)
+        self.free = [ctypes.addressof(self.memory) + at * PIECE for at in range(count)]
+        self.region = Region(ctypes.addressof(self.memory), count * PIECE)
+
+    def take(self) -> int | None:
+        return self.free.pop() if self.free else None
+
+    def give_back(self, addr: int) -> None:
+        assert addr not in self.free
+        self.free.append(addr)
+
+    def copy(self, addr: int, lines: Sequence[Lines]) -> None:
+        for some in lines:
+            for src, dst in lines_one_by_one(some):
+                ctypes.memmove(dst, addr + src, some.nbytes)
 
 
 class Bench:
@@ -66,10 +92,43 @@ class Bench:
     def transfer(self, pace: Pace = PACE, on_progress: Callable[[Progress], None] | None = None, piece: int = NBYTES) -> Transfer:
         self.reader.lend(Region(ctypes.addressof(self.dst), NBYTES))
         spans = [
-            Span(ctypes.addressof(self.dst) + at, piece, tuple(ctypes.addressof(block) + at for block in self.blocks))
+            Span(
+                ctypes.addressof(self.dst) + at,
+                piece,
+                tuple((number, ctypes.addressof(block) + at) for number, block in enumerate(self.blocks)),
+            )
             for at in range(0, NBYTES, piece)
         ]
         return Transfer(self.reader, spans, self.sources, pace, on_progress or self.progress.append, self.cancel)
+
+    def staging(self, buffers: Buffers, pace: Pace = PACE, holders: Callable[[int], Sequence[int]] | None = None) -> Transfer:
+        """In which every other piece is staged, and comes in another order of its runs. `holders` has who holds the piece that is
+        the `at`th, if not all do."""
+        self.reader.lend(Region(ctypes.addressof(self.dst), NBYTES))
+        self.reader.lend(buffers.region)
+        spans = []
+        for at in range(NBYTES // PIECE):
+            ahead = at * PIECE
+            some = range(len(self.blocks)) if holders is None else holders(at)
+            srcs = tuple((number, ctypes.addressof(self.blocks[number]) + ahead) for number in some)
+            addr = ctypes.addressof(self.dst) + ahead
+            half = PIECE // 2
+            even = Lines(0, addr, RUN, (half // RUN,), (2 * RUN,), (RUN,))
+            spans.append(Span(0, PIECE, srcs, (even, even.at(RUN, half))) if at % 2 else Span(addr, PIECE, srcs))
+        return Transfer(self.reader, spans, self.sources, pace, self.progress.append, self.cancel, buffers)
+
+    def run_staging(self, transfer: Transfer, buffers: Buffers) -> None:
+        """The sources hold `MIXED`."""
+        transfer.run()
+        assert self.dst.raw == SORTED
+        assert sum(share.nbytes for share in transfer.shares) == NBYTES
+        self.assert_nothing_is_staged(buffers)
+
+    def assert_nothing_is_staged(self, buffers: Buffers) -> None:
+        assert len(set(buffers.free)) == buffers.count
+        before = buffers.memory.raw
+        self.assert_nothing_is_in_flight()
+        assert buffers.memory.raw == before
 
     def run(self, transfer: Transfer) -> None:
         transfer.run()
@@ -85,6 +144,19 @@ class Bench:
             engine.resume()
         assert self.dst.raw == b"\7" * NBYTES
         assert not self.reader._reads
+
+
+def _sorted(content: bytes) -> bytes:
+    """As the lines of `Bench.staging` put it."""
+    pieces = []
+    for at in range(NBYTES // PIECE):
+        runs = [content[at * PIECE + ahead : at * PIECE + ahead + RUN] for ahead in range(0, PIECE, RUN)]
+        pieces += [*runs[::2], *runs[1::2]] if at % 2 else runs
+    return b"".join(pieces)
+
+
+MIXED = os.urandom(NBYTES)
+SORTED = _sorted(MIXED)
 
 
 @pytest.fixture
@@ -117,11 +189,11 @@ def test_small_pieces_come_as_well_as_long_ones(bench: Bench) -> None:
 
 @given(st.integers(1, 200), st.integers(1, 64))
 def test_a_span_is_cut_into_as_few_pieces_as_possible_that_hold_it_in_order(nbytes: int, most: int) -> None:
-    pieces = list(Span(1000, nbytes, (5000, 9000)).cut(most))
+    pieces = list(Span(1000, nbytes, ((0, 5000), (2, 9000))).cut(most))
     assert len(pieces) == -(-nbytes // most)
     at = 0
     for piece in pieces:
-        assert (piece.dst_addr, piece.src_addrs) == (1000 + at, (5000 + at, 9000 + at))
+        assert (piece.dst_addr, piece.srcs) == (1000 + at, ((0, 5000 + at), (2, 9000 + at)))
         assert 1 <= piece.nbytes <= most
         at += piece.nbytes
     assert at == nbytes
@@ -342,6 +414,220 @@ def test_when_none_is_left_the_error_tells_what_became_of_each(bench: Bench, err
         bench.transfer().run()
     assert type(caught.value) is kind
     assert all(f"source {number}: {error}" in str(caught.value) for number, error in enumerate(errors))
+
+
+# -- what only some of them hold -------------------------------------------------------------------------------------------------
+
+
+def halves(bench: Bench) -> list[Span]:
+    """Each of two sources holds one half of what is wanted."""
+    bench.reader.lend(Region(ctypes.addressof(bench.dst), NBYTES))
+    half = NBYTES // 2
+    addrs = [ctypes.addressof(block) for block in bench.blocks]
+    return [Span(ctypes.addressof(bench.dst) + half * at, half, ((at, addrs[at] + half * at),)) for at in range(2)]
+
+
+def test_each_part_comes_from_who_holds_it(bench: Bench) -> None:
+    bench.source(ALWAYS[: NBYTES // 2], delay_s=0.002)
+    bench.source(bytes(NBYTES // 2) + ALWAYS[NBYTES // 2 :])
+    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append)
+    bench.run(transfer)
+    assert [share.nbytes for share in transfer.shares] == [NBYTES // 2] * 2
+
+
+def test_what_others_hold_too_is_left_to_them_as_long_as_there_is_something_that_they_do_not(bench: Bench) -> None:
+    """Else what only one holds would be read last, by that one alone."""
+    reads: list[ReadOp] = []
+
+    class Recording(InProcessEngine):
+        def start(self, session_id: str, op: ReadOp) -> int:
+            if session_id == bench.sources[0].session_id:
+                reads.append(op)
+            return super().start(session_id, op)
+
+    bench.read_with(Recording())
+    for _ in range(2):
+        bench.source(MIXED, delay_s=0.001)
+    buffers = Buffers(99)
+    pieces = NBYTES // PIECE
+    bench.run_staging(bench.staging(buffers, holders=lambda at: [0] if at >= pieces // 2 else [0, 1]), buffers)
+    first = ctypes.addressof(bench.blocks[0]) + NBYTES // 2
+    assert all(op.src_addr >= first for op in reads[: pieces // 2])
+
+
+def test_the_loss_of_the_only_holder_of_a_part_ends_the_transfer_although_others_are_left(bench: Bench) -> None:
+    bench.source(delay_s=0.001)
+    bench.source(delay_s=0.001)
+    bench.read_with(Interrupted(bench.engines[1].close, at=3))
+    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append)
+    with pytest.raises(SourceLost, match="cannot read from"):
+        transfer.run()
+    assert transfer.shares[0].error is None
+    bench.assert_nothing_is_in_flight()
+
+
+def test_the_loss_of_a_source_all_of_whose_part_has_come_and_been_checked_is_none(bench: Bench) -> None:
+    news: list[LoaderError] = []
+    checks = 0
+
+    def check() -> None:
+        nonlocal checks
+        checks += 1
+
+    bench.source(check=check, lost=lambda: SourceLost("evicted") if news else None)
+    bench.source(delay_s=0.05)
+
+    class Evicting(InProcessEngine):
+        """Once nothing is left but what the other source holds."""
+
+        def done(self, number: int) -> bool:
+            if transfer is not None and not transfer._left[(0,)]:
+                news.append(SourceLost("evicted"))
+            return super().done(number)
+
+    transfer: Transfer | None = None
+    bench.read_with(Evicting())
+    transfer = Transfer(bench.reader, halves(bench), bench.sources, replace(PACE, stall_s=5), bench.progress.append)
+    bench.run(transfer)
+    assert checks >= 2
+    assert isinstance(transfer.shares[0].error, SourceLost)
+
+
+def test_the_only_holder_of_a_part_is_given_time_to_go_on_although_there_are_others(bench: Bench) -> None:
+    engine = bench.source()
+    bench.source()
+
+    def pause() -> None:
+        engine.pause()
+        threading.Timer(0.3, engine.resume).start()
+
+    bench.read_with(Interrupted(pause, at=3))
+    bench.run(Transfer(bench.reader, halves(bench), bench.sources, replace(PACE, patience_s=20), bench.progress.append))
+
+
+# -- by way of buffers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 99])
+@pytest.mark.parametrize("sources", [1, 3])
+def test_what_is_staged_comes_to_its_places_however_few_buffers_there_are(bench: Bench, count: int, sources: int) -> None:
+    for _ in range(sources):
+        bench.source(MIXED, delay_s=0.0005)
+    buffers = Buffers(count)
+    bench.run_staging(bench.staging(buffers), buffers)
+    assert bench.progress[-1] == Progress(NBYTES, NBYTES)
+
+
+def test_what_needs_no_buffer_is_read_while_there_is_none(bench: Bench) -> None:
+    reader = Counting()
+    bench.read_with(reader)
+    bench.source(MIXED, delay_s=0.002)
+    bench.source(MIXED, check=raiser(SourceLost("gone")))
+    buffers = Buffers(1)
+    # What is staged is held by the first only, so it comes first there.
+    bench.run_staging(bench.staging(buffers, holders=lambda at: [0] if at % 2 else [0, 1]), buffers)
+    assert reader.most > 2
+
+
+def test_without_buffers_what_has_to_be_staged_is_refused(bench: Bench) -> None:
+    bench.source()
+    span = Span(0, 16, ((0, 0),), (Lines(0, 0, 16),))
+    with pytest.raises(ValueError, match="no buffers"):
+        Transfer(bench.reader, [span], bench.sources, PACE, bench.progress.append)
+
+
+def test_what_was_on_its_way_into_a_buffer_when_its_source_ended_comes_from_another(bench: Bench) -> None:
+    for _ in range(2):
+        bench.source(MIXED, delay_s=0.001)
+    bench.read_with(Interrupted(bench.engines[0].close, at=5))
+    buffers = Buffers(4)
+    transfer = bench.staging(buffers)
+    bench.run_staging(transfer, buffers)
+    assert isinstance(transfer.shares[0].error, SourceLost)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_buffers_that_a_stopped_source_was_to_fill_are_free_for_another(bench: Bench, count: int) -> None:
+    """It would still write to them when it goes on: so its reads are ended before."""
+    stopped = bench.source(MIXED)
+    bench.source(MIXED)
+
+    def stop() -> None:
+        stopped.pause()
+        ctypes.memset(bench.blocks[0], 1, NBYTES)
+
+    bench.read_with(Interrupted(stop, at=1))
+    buffers = Buffers(count)
+    transfer = bench.staging(buffers)
+    bench.run_staging(transfer, buffers)
+    assert isinstance(transfer.shares[0].error, Stalled)
+
+
+def test_what_was_staged_of_weights_that_had_changed_is_written_over(bench: Bench) -> None:
+    answers = iter([None, TornRead("changed")])
+
+    def check() -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    bench.source(os.urandom(NBYTES), check=check)
+    bench.source(MIXED, delay_s=0.001)
+    buffers = Buffers(4)
+    transfer = bench.staging(buffers)
+    bench.run_staging(transfer, buffers)
+    assert transfer.shares[0].nbytes == 0
+
+
+def test_a_staged_read_that_fails_once_is_made_again(bench: Bench) -> None:
+    class Flaky(InProcessEngine):
+        failed = False
+
+        def done(self, number: int) -> bool:
+            staged = number in self._reads and buffers.region.addr <= self._reads[number].op.dst_addr < buffers.region.end
+            done = super().done(number)
+            if done and staged and not self.failed:
+                self.failed = True
+                raise ReadFailed("for once")
+            return done
+
+    bench.read_with(Flaky())
+    bench.source(MIXED)
+    buffers = Buffers(2)
+    bench.run_staging(bench.staging(buffers), buffers)
+
+
+def test_cancelling_gives_all_buffers_back_and_leaves_them_alone(bench: Bench) -> None:
+    bench.source(MIXED, delay_s=0.01)
+    bench.read_with(Interrupted(bench.cancel.set, at=6))
+    buffers = Buffers(3)
+    with pytest.raises(Cancelled):
+        bench.staging(buffers).run()
+    bench.assert_nothing_is_staged(buffers)
+
+
+def test_cancelling_gives_the_buffers_of_a_stopped_source_back_as_well(bench: Bench) -> None:
+    engine = bench.source(MIXED)
+
+    def stop() -> None:
+        engine.pause()
+        bench.cancel.set()
+
+    bench.read_with(Interrupted(stop, at=2))
+    buffers = Buffers(3)
+    with pytest.raises(Cancelled):
+        bench.staging(buffers, replace(PACE, stall_s=3600, patience_s=3600)).run()
+    bench.assert_nothing_is_staged(buffers)
+
+
+def test_copying_that_fails_ends_the_transfer_with_nothing_in_flight(bench: Bench) -> None:
+    class Broken(Buffers):
+        def copy(self, addr: int, lines: Sequence[Lines]) -> None:
+            raise ZeroDivisionError
+
+    bench.source(MIXED, delay_s=0.001)
+    with pytest.raises(ZeroDivisionError):
+        bench.staging(Broken(3)).run()
+    bench.assert_nothing_is_in_flight()
 
 
 # -- ending early ----------------------------------------------------------------------------------------------------------------

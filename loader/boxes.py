@@ -1,0 +1,154 @@
+"""Boxes of a tensor, and how the bytes of a box lie in the memory of two tensors that both hold it. Pure.
+
+A rank holds a box of the whole tensor: it begins at `offsets` and has `shape`, and lies in the rank's memory row by row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from math import prod
+from typing import NamedTuple
+
+
+class Box(NamedTuple):
+    """`offsets` and `shape` are of one length. A box of a tensor without dimensions holds its one element."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def volume(self) -> int:
+        return prod(self.shape)
+
+    def meet(self, other: Box) -> Box | None:
+        """What both hold; None if that is nothing."""
+        starts, shape = [], []
+        for start, size, other_start, other_size in zip(self.offsets, self.shape, other.offsets, other.shape, strict=True):
+            first = start if start > other_start else other_start  # as `max` and `min`, which take most of a plan's time
+            end, other_end = start + size, other_start + other_size
+            common = (end if end < other_end else other_end) - first
+            if common <= 0:
+                return None
+            starts.append(first)
+            shape.append(common)
+        return Box(tuple(starts), tuple(shape))
+
+    def minus(self, other: Box) -> list[Box]:
+        """What only this one holds, in boxes that do not overlap."""
+        common = self.meet(other)
+        if common is None:
+            return [self] if self.volume else []
+        rest = []
+        offsets, shape = list(self.offsets), list(self.shape)
+        for axis, (start, size) in enumerate(zip(common.offsets, common.shape, strict=True)):
+            before, after = start - offsets[axis], offsets[axis] + shape[axis] - (start + size)
+            for part_start, part_size in ((offsets[axis], before), (start + size, after)):
+                if part_size:
+                    rest.append(
+                        Box(
+                            (*offsets[:axis], part_start, *offsets[axis + 1 :]),
+                            (*shape[:axis], part_size, *shape[axis + 1 :]),
+                        )
+                    )
+            offsets[axis], shape[axis] = start, size
+        return rest
+
+    def holds(self, other: Box) -> bool:
+        return self.meet(other) == other
+
+
+def check_partition(whole: Box, parts: Iterable[Box]) -> None:
+    """ValueError unless the parts hold every element of the whole once, and no other."""
+    some = list(parts)
+    if any(not whole.holds(part) for part in some):
+        raise ValueError("a part lies outside the box")
+    if _overlap(some):
+        raise ValueError("two parts hold the same element")
+    if sum(part.volume for part in some) != whole.volume:
+        raise ValueError("the parts do not hold all of the box")
+
+
+def _overlap(parts: list[Box]) -> bool:
+    """Goes along the axis on which they begin at the most places, so that few have to be compared with each other."""
+    if len(parts) < 2 or not parts[0].shape:
+        return len(parts) > 1
+    axis = max(range(len(parts[0].shape)), key=lambda axis: len({part.offsets[axis] for part in parts}))
+    reaching: list[Box] = []
+    for part in sorted(parts, key=lambda part: part.offsets[axis]):
+        reaching = [other for other in reaching if other.offsets[axis] + other.shape[axis] > part.offsets[axis]]
+        if any(other.meet(part) is not None for other in reaching):
+            return True
+        reaching.append(part)
+    return False
+
+
+class Lines(NamedTuple):
+    """Runs of `nbytes` bytes at equal distances: `counts` of them along each axis, `src_steps` apart on one side and `dst_steps`
+    on the other, the first at `src` and `dst`. Without axes it is one run. Axes come with the longest steps first, and what is
+    within one step of an axis does not reach into the next."""
+
+    src: int
+    dst: int
+    nbytes: int
+    counts: tuple[int, ...] = ()
+    src_steps: tuple[int, ...] = ()
+    dst_steps: tuple[int, ...] = ()
+
+    @property
+    def payload(self) -> int:
+        return self.nbytes * prod(self.counts)
+
+    @property
+    def extent(self) -> int:
+        """From the first to the last byte on the source's side, with what lies between."""
+        return self.nbytes + sum([(count - 1) * step for count, step in zip(self.counts, self.src_steps, strict=True)])
+
+    def at(self, src: int, dst: int) -> Lines:
+        """The same further on."""
+        return Lines(self.src + src, self.dst + dst, self.nbytes, self.counts, self.src_steps, self.dst_steps)
+
+    def along(self, axes: int) -> Iterator[Lines]:
+        """Each on its own along that many of the first axes."""
+        if not axes:
+            yield self
+            return
+        rest = Lines(self.src, self.dst, self.nbytes, self.counts[axes:], self.src_steps[axes:], self.dst_steps[axes:])
+        for place in itertools.product(*map(range, self.counts[:axes])):
+            src = sum([index * step for index, step in zip(place, self.src_steps, strict=False)])
+            dst = sum([index * step for index, step in zip(place, self.dst_steps, strict=False)])
+            yield rest.at(src, dst)
+
+    def split(self, at_once: int) -> Iterator[Lines]:
+        """In order, parts with up to `at_once` along the first axis; what is left on its own there comes without the axis."""
+        if not self.counts or at_once >= self.counts[0]:
+            yield self
+            return
+        for start in range(0, self.counts[0], at_once):
+            counts = (min(at_once, self.counts[0] - start), *self.counts[1:])
+            part = self._replace(counts=counts).at(start * self.src_steps[0], start * self.dst_steps[0])
+            yield from (part.along(1) if counts[0] == 1 else [part])
+
+
+def lines(part: Box, src: Box, dst: Box, itemsize: int) -> Lines:
+    """Where the bytes of `part`, which both hold, lie in either's memory, from the beginning of the tensor there."""
+    src_step = dst_step = nbytes = itemsize
+    src_at = dst_at = 0
+    axes: list[tuple[int, int, int]] = []
+    for axis in reversed(range(len(part.shape))):
+        size = part.shape[axis]
+        src_at += (part.offsets[axis] - src.offsets[axis]) * src_step
+        dst_at += (part.offsets[axis] - dst.offsets[axis]) * dst_step
+        if not axes and nbytes == src_step == dst_step:  # all that lies within is whole on both sides
+            nbytes *= size
+        elif size > 1:
+            if axes and (axes[-1][0] * axes[-1][1], axes[-1][0] * axes[-1][2]) == (src_step, dst_step):
+                inner = axes.pop()
+                axes.append((inner[0] * size, inner[1], inner[2]))
+            else:
+                axes.append((size, src_step, dst_step))
+        src_step *= src.shape[axis]
+        dst_step *= dst.shape[axis]
+    axes.reverse()
+    counts, src_steps, dst_steps = (tuple(axis[side] for axis in axes) for side in range(3))
+    return Lines(src_at, dst_at, nbytes, counts, src_steps, dst_steps)

@@ -1,0 +1,96 @@
+"""State dicts as torch's distributed checkpoint has them: nested, with DTensors and with values that are no tensors.
+
+Values travel in the manifest as JSON, tagged where JSON has no such type. Never as pickles: whoever can write to etcd would decide
+what a loader executes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from loader.errors import TensorsUnusable, listed
+from loader.regions import Shard, is_sharded
+
+MAX_VALUES_NBYTES = 1 << 20
+_MAX_BITS = 4096  # Python refuses to read numbers of very many digits
+
+
+def flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Its tensors, and all else in it, by the names that a distributed checkpoint gives them: the path, joined by dots."""
+    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+
+    try:
+        flat, _ = flatten_state_dict(dict(state_dict))
+    except ValueError as exc:
+        raise TensorsUnusable(f"two entries of the state dict have the same name when paths are joined by dots: {exc}") from exc
+    tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
+    return tensors, {name: value for name, value in flat.items() if name not in tensors}
+
+
+def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shard]:
+    """Says of plain tensors that they are all of what they are part of, as a distributed checkpoint takes it."""
+    return {name: Shard(tuple(one.shape), (0,) * one.ndim) for name, one in tensors.items() if not is_sharded(one)}
+
+
+def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has it; TensorsUnusable names what cannot be encoded."""
+    encoded, problems = {}, []
+    for name, value in values.items():
+        try:
+            encoded[name] = _encode(value)
+        except (TypeError, RecursionError) as exc:
+            problems.append(f"{name}: {exc}")
+    if problems:
+        raise TensorsUnusable(
+            f"{len(problems)} values of the state dict are neither tensors nor plain data: {listed(problems)}", problems=problems
+        )
+    nbytes = len(json.dumps(encoded))
+    if nbytes > MAX_VALUES_NBYTES:
+        raise TensorsUnusable(
+            f"the values of the state dict that are no tensors take {nbytes} bytes, {MAX_VALUES_NBYTES} is the limit: make tensors "
+            "of the large ones"
+        )
+    return encoded
+
+
+def decode_value(encoded: Any) -> Any:
+    """ValueError where it was not made by `encode_values`."""
+    try:
+        return _decode(encoded)
+    except (TypeError, RecursionError) as exc:
+        raise ValueError(str(exc)) from exc
+
+
+def _decode(encoded: Any) -> Any:
+    if not isinstance(encoded, dict):
+        return encoded
+    ((tag, content),) = encoded.items()
+    if tag == "list":
+        return [_decode(one) for one in content]
+    if tag == "tuple":
+        return tuple([_decode(one) for one in content])
+    if tag == "dict":
+        return {_decode(key): _decode(value) for key, value in content}
+    if tag == "bytes":
+        return base64.b64decode(content, validate=True)
+    raise ValueError(f"a value has the unknown tag {tag!r}")
+
+
+def _encode(value: Any) -> Any:
+    kind = type(value)
+    if kind is int and value.bit_length() > _MAX_BITS:
+        raise TypeError(f"is an integer of {value.bit_length()} bits: {_MAX_BITS} is the limit")
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if kind in (list, tuple):
+        return {kind.__name__: [_encode(one) for one in value]}
+    if isinstance(value, Mapping):
+        return {"dict": [[_encode(key), _encode(content)] for key, content in value.items()]}
+    if kind is bytes:
+        return {"bytes": base64.b64encode(value).decode()}
+    raise TypeError(f"is a {kind.__module__}.{kind.__qualname__}: use numbers, strings, bytes, lists, tuples and dicts")
