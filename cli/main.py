@@ -25,7 +25,7 @@ COMMANDS = {
     "list": "All instances: state, ranks, model, version, size.",
     "show": "One instance: its ranks, and on request their tensors.",
     "watch": "Ranks and instances as they come and go.",
-    "load": "Copy a rank's weights from a running instance.",
+    "load": "Copy weights from a running instance: one rank's, or all as whole tensors.",
     "evict": "Take ranks out of the registry.",
     "etcd": "Run an etcd for trying things out.",
     "bench": "Measure this machine: loading, and the control plane.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,15 @@ class Seconds(click.FloatRange):
         if math.isnan(seconds):
             self.fail(f"{value!r} is not a number of seconds.", param, ctx)
         return seconds
+
+
+def nbytes_of(text: str) -> int:
+    """The type of an option: a number of bytes, one at least, as in 500MB or 1.5GiB."""
+    size = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([kmgt])(i)?)?b?", text.strip().lower())
+    nbytes = int(float(size[1]) * (1024 if size[3] else 1000) ** " kmgt".index(size[2] or " ")) if size else 0
+    if nbytes < 1:
+        raise click.BadParameter(f"{text!r} is not a size: use a number of bytes, or a unit as in 500MB, 5GB or 1.5GiB.")
+    return nbytes
 
 
 def rank_option(required: bool, help: str) -> Callable[[Command], Command]:

@@ -23,6 +23,7 @@ from registry import (
     RankLost,
     RankRecord,
     RankUpdated,
+    TensorEntry,
 )
 from registry.resolver import spans
 
@@ -192,16 +193,21 @@ def rank_row(record: RankRecord) -> list[str]:
 
 
 def tensor_rows(manifest: Manifest) -> list[list[str]]:
-    return [
-        [
-            entry.name,
-            entry.dtype,
-            str(list(entry.shape)),
-            size(entry.nbytes),
-            "-" if entry.opaque else f"{list(entry.offsets)} of {list(entry.global_shape)}",
-        ]
-        for entry in manifest.tensors
-    ]
+    return [[entry.name, entry.dtype, _shape(entry.shape), size(entry.nbytes), _box(entry)] for entry in manifest.tensors]
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) if shape else "scalar"
+
+
+def _box(entry: TensorEntry) -> str:
+    """Which part of the whole it is, along each dimension from where up to where."""
+    if entry.opaque:
+        return "-"
+    if entry.shape == entry.global_shape:
+        return "whole"
+    along = (f"{offset}:{offset + length}" for offset, length in zip(entry.offsets, entry.shape, strict=True))
+    return f"[{', '.join(along)}] of {_shape(entry.global_shape)}"
 
 
 __all__ = [

@@ -48,22 +48,34 @@ def on_ending(call: Callable[[], object]) -> None:
 
 
 @contextmanager
-def raised() -> Iterator[None]:
+def raised() -> Iterator[Callable[[], None]]:
     """Within the block SIGTERM and SIGHUP raise Ended, as SIGINT raises KeyboardInterrupt.
 
-    Only the first of them does, so that another does not cut short what is done to clean up.
+    Only the first of them does, so that another does not cut short what is done to clean up. An exception that comes while an
+    object is finalised is dropped, by Python or by gRPC: the function that the block gets raises it again, for work that takes long
+    to call now and then. So does the end of the block.
     """
-    before = {number: signal.getsignal(number) for number in _ending() if number is not signal.SIGINT}
+    before = {number: signal.getsignal(number) for number in _ending()}
+    if before[signal.SIGINT] is signal.SIG_IGN:  # a shell's background job
+        del before[signal.SIGINT]
+    came: list[BaseException] = []
 
     def end(number: int, frame: FrameType | None) -> None:
         for each in before:
-            signal.signal(each, lambda *_: None)
-        raise Ended(number)
+            if each != signal.SIGINT:
+                signal.signal(each, lambda *_: None)
+        came.append(KeyboardInterrupt() if number == signal.SIGINT else Ended(number))
+        raise came[-1]
+
+    def raise_again() -> None:
+        if came:
+            raise came[0]
 
     for number in before:
         signal.signal(number, end)
     try:
-        yield
+        yield raise_again
+        raise_again()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

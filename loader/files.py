@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from loader.errors import WeightsFileInvalid
-from loader.regions import dtype_named
+from loader.regions import Shard, dtype_named
+from loader.whole import INDEX, Whole, file_names, index_of, is_file_of_a_model
 from registry import Manifest
+from registry.errors import InvalidField
+
+_Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def find_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -53,22 +62,29 @@ def read_weights(paths: Sequence[str | Path]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def allocate(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Uninitialised tensors that lie one after another in a single block, in the order of `layout`.
+def allocate(layout: _Layout, device: str = "cpu", memory: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Uninitialised tensors that lie one after another in a single block, in the order of `layout`; in `memory`, where it is given.
 
     Two blocks of one layout have their tensors at the same distances, so a load between them needs few, long reads.
     """
-    places: dict[str, tuple[int, int]] = {}
-    end = 0
-    for name, (dtype, shape) in layout.items():
-        start = -(-end // dtype.itemsize) * dtype.itemsize  # no gaps but those that the dtypes need: gaps end a read
-        end = start + prod(shape) * dtype.itemsize
-        places[name] = (start, end)
-    block = torch.empty(end, dtype=torch.uint8, device=device)
+    block = torch.empty(extent(layout), dtype=torch.uint8, device=device) if memory is None else memory
     return {
         name: block[start:stop].view(dtype).view(shape)
-        for (name, (dtype, shape)), (start, stop) in zip(layout.items(), places.values(), strict=True)
+        for (name, (dtype, shape)), (start, stop) in zip(layout.items(), _places(layout), strict=True)
     }
+
+
+def extent(layout: _Layout) -> int:
+    """How many bytes `allocate` needs."""
+    return max((stop for _, stop in _places(layout)), default=0)
+
+
+def _places(layout: _Layout) -> Iterator[tuple[int, int]]:
+    end = 0
+    for dtype, shape in layout.values():
+        start = -(-end // dtype.itemsize) * dtype.itemsize  # no gaps but those that the dtypes need: gaps end a read
+        end = start + prod(shape) * dtype.itemsize
+        yield start, end
 
 
 def allocate_like(manifest: Manifest, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -77,18 +93,125 @@ def allocate_like(manifest: Manifest, device: str = "cpu") -> dict[str, torch.Te
     return allocate({entry.name: (dtype_named(entry.dtype), entry.shape) for entry in entries}, device)
 
 
+def shards_like(manifest: Manifest) -> dict[str, Shard]:
+    """Which part of the whole the rank's tensors are, where it says so."""
+    return {entry.name: Shard(entry.global_shape, entry.offsets) for entry in manifest.tensors if not entry.opaque}
+
+
 def write_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Writes one safetensors file, complete or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.touch()
-        mode = unfinished.stat().st_mode  # as the user's umask has it: safetensors makes files for the owner alone
-        save_file(dict(tensors), unfinished)
-        unfinished.chmod(mode)
-        os.replace(unfinished, path)
-    except (SafetensorError, OSError, RuntimeError, ValueError, LookupError) as exc:  # it has no one kind of its own
-        raise WeightsFileInvalid(f"cannot write {path}: {exc}", path=str(path)) from exc
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _save(tensors, unfinished)
+            os.replace(unfinished, path)
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError, ValueError, LookupError) as exc:  # safetensors has no one kind of its own
+        raise WeightsFileInvalid(f"cannot write {path}: {exc}", path=str(path)) from exc
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # as the user's umask has it: safetensors makes files for the owner alone
+    save_file(dict(tensors), path, metadata)
+    path.chmod(mode)
+
+
+class WholeFiles:
+    """The files of a whole model in a folder: one, or several with an index. A context manager, used once.
+
+    They are in the folder, in place of those of a model that was there, when the block has ended well: all of them. Until then
+    they are in a hidden folder within it, of which nothing stays when the block ends with an exception.
+    """
+
+    def __init__(self, folder: Path, *, force: bool = False) -> None:
+        """`force`: the files of another model may be there already. InvalidField if they are and may not."""
+        self._folder = folder
+        self._force = force
+        self._hidden = folder / ".model.partial"  # until it is made, when it gets a name that no other process has
+        self._made: list[Path] = []
+        self._names: list[str] = []  # the index last, where there is one
+        self._written = 0
+        self._former()
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self._folder / name for name in self._names]
+
+    def begin(self, files: Sequence[Sequence[Whole]]) -> None:
+        """From here on these are written, from the first on; what has been written before is forgotten."""
+        shutil.rmtree(self._hidden, ignore_errors=True)
+        self._names = file_names(len(files))
+        self._written = 0
+        with _writing(self._folder):
+            self._hidden.mkdir()
+            if len(files) > 1:
+                self._names.append(INDEX)
+                (self._hidden / INDEX).write_text(json.dumps(index_of(files), indent=2) + "\n")
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The next file. WeightsFileInvalid says why it cannot be written."""
+        name = self._names[self._written]
+        with _writing(self._folder / name):
+            _save(tensors, self._hidden / name, {"format": "pt"})  # transformers refuses files that do not say so
+        self._written += 1
+
+    def __enter__(self) -> WholeFiles:
+        """WeightsFileInvalid says why nothing can be written there."""
+        self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
+        try:
+            with _writing(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._hidden = Path(tempfile.mkdtemp(prefix=".model.", suffix=".partial", dir=self._folder))
+        except BaseException:
+            self._remove_made()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is None and self._names:
+                self._show()
+        finally:
+            shutil.rmtree(self._hidden, ignore_errors=True)
+            self._remove_made()
+
+    def _remove_made(self) -> None:
+        with contextlib.suppress(OSError):  # there is something in it
+            for path in self._made:
+                path.rmdir()
+
+    def _show(self) -> None:
+        """Moves the files to their places; back again if one cannot be."""
+        moves = [(path, self._hidden / f"former-{path.name}") for path in self._former()]
+        moves += [(self._hidden / path.name, path) for path in self.paths]
+        try:
+            for src, dst in moves:
+                with _writing(self._folder / src.name):
+                    os.replace(src, dst)
+        except BaseException:
+            for src, dst in reversed(moves):
+                if os.path.lexists(dst) and not os.path.lexists(src):
+                    os.replace(dst, src)
+            raise
+
+    def _former(self) -> list[Path]:
+        """What readers of a model would look for here, and may be replaced; the index first, as it goes first."""
+        with _writing(self._folder):
+            some = [path for path in self._folder.iterdir() if is_file_of_a_model(path.name)] if self._folder.is_dir() else []
+        former = sorted(some, key=lambda path: (path.name != INDEX, path))
+        if former and not self._force:
+            raise InvalidField(f"{former[0]} is there already: choose another --out, or --force", field="out")
+        folder = next((path for path in former if path.is_dir()), None)
+        if folder is not None:
+            raise InvalidField(f"{folder} is a folder, and would be replaced by a file: choose another --out", field="out")
+        return former

@@ -9,7 +9,7 @@ from cli.options import debug_option, engine_log, json_option
 
 @click.group("bench")
 def command() -> None:
-    """Measure this machine: loading, or the control plane, each beside baselines in the same run.
+    """Measure this machine: loading, also into other layouts, or the control plane, each beside baselines in the same run.
 
     Starts an etcd and processes of its own on 127.0.0.1.
     """
@@ -26,6 +26,19 @@ def load(gib: float, rounds: int, as_json: bool) -> None:
 
     with engine_log():
         figures.report(loading.measure(gib, rounds, _say), as_json)
+
+
+@command.command("reshard")
+@click.option("--gib", type=click.FloatRange(min=0.001), default=1.0, show_default=True, help="Size of the weights.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Of each measurement; the median counts.")
+@json_option
+@debug_option
+def reshard(gib: float, rounds: int, as_json: bool) -> None:
+    """Loading into another layout, and torch's distributed checkpoint. Takes minutes."""
+    from cli.bench import figures, resharding
+
+    with engine_log():
+        figures.report(resharding.measure(gib, rounds, _say), as_json)
 
 
 @command.command("registry")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,22 +14,28 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
-from cli.options import Seconds, engine_log, etcd_options, json_option, rank_option
+from cli.options import Seconds, engine_log, etcd_options, json_option, nbytes_of, rank_option
 from cli.output import print_json, size
-from cli.signals import held_back
+from cli.signals import held_back, raised
 from registry import Registry
 from registry.errors import InvalidField
 from registry.record import PROTOCOLS
 
 if TYPE_CHECKING:
-    from loader import Progress
+    from loader import LoadReport, Progress
 
 
 @click.command("load")
 @click.argument("instances", metavar="INSTANCE…", nargs=-1, required=True)
-@rank_option(required=True, help="Which rank's weights to copy.")
-@click.option("--out", type=click.Path(file_okay=False), help="Write them to DIR/rank-R.safetensors; without it, only copy.")
-@click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
+@rank_option(required=False, help="Which rank's weights to copy, as they are there.")
+@click.option("--full", is_flag=True, help="Copy the weights of all ranks, put together to whole tensors.")
+@click.option("--out", type=click.Path(file_okay=False),
+              help="Write them to DIR/rank-R.safetensors, or with --full to DIR/model.safetensors or its parts; without it, only "
+              "copy.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Overwrite what is there already.")
+@click.option("--max-shard-size", "max_file_nbytes", type=nbytes_of, metavar="SIZE",
+              help="With --full: size of a file, such as 500MB, above which there are several and an index; also how much memory "
+              "is taken. Default: 5GB.")  # fmt: skip
 @click.option("--wait", type=Seconds(), default=60.0, show_default=True, metavar="S",
               help="How long to wait for all ranks of the instance.")  # fmt: skip
 @click.option("--verify", is_flag=True, help="Compare every tensor with the digest that its source publishes.")
@@ -39,82 +46,167 @@ if TYPE_CHECKING:
 def command(
     connect: Callable[[], Registry],
     instances: tuple[str, ...],
-    rank: int,
+    rank: int | None,
+    full: bool,
     out: str | None,
     force: bool,
+    max_file_nbytes: int | None,
     wait: float,
     verify: bool,
     host: str | None,
     protocol: str,
     as_json: bool,
 ) -> None:
-    """Copy the weights of one rank of INSTANCE from its memory into this process, and into a safetensors file.
+    """Copy the weights of INSTANCE from its memory into this process, and into safetensors files: those of one rank as they are
+    there, or with --full those of all ranks as whole tensors, in files as Hugging Face has them.
 
     Of several instances all that are ready with the same version of the same model are read from at once; what one that is lost
     does not bring, the others do.
     """
-    path = Path(out) / f"rank-{rank}.safetensors" if out else None
-    if path is not None and path.exists() and not force:
-        raise InvalidField(f"{path} is there already: choose another --out, or --force", field="out")
-    with connect() as registry, engine_log():
-        records = registry.resolve(instances, wait)
-        if rank >= len(records):
-            raise InvalidField(
-                f"rank {rank} is not one of {records[0].instance!r}: its ranks are 0 to {len(records) - 1}", field="rank"
-            )
-        with held_back():
-            from loader import MooncakeEngine, load
-            from loader.files import allocate_like, write_weights
-
-        tensors = allocate_like(registry.manifest(records[rank]))
-        with (
-            MooncakeEngine(host or registry.local_address(), protocol) as engine,
-            _bar(f"{records[0].instance}/{rank}") as on_progress,
-        ):
-            report = load(
-                registry,
-                engine,
-                instances,
-                rank=rank,
-                tensors=tensors,
-                timeout_s=wait,
-                verify="digest" if verify else "header",
-                progress=on_progress,
-            )
-        if path is not None:
-            write_weights(tensors, path)
-    if as_json:
-        print_json(
-            {
-                "instance": report.instance,
-                "rank": report.rank,
-                "version": report.version,
-                "protocol": report.protocol,
-                "tensors": report.tensors,
-                "nbytes": report.nbytes,
-                "reads": report.reads,
-                "retries": report.retries,
-                "seconds": round(report.seconds, 6),
-                "transfer_s": round(report.transfer_s, 6),
-                "digest_s": round(report.digest_s, 6),
-                "sources": [
-                    {"key": share.name, "nbytes": share.nbytes, "lost": str(share.error) if share.error else None}
-                    for share in report.shares
-                ],
-                "file": str(path) if path else None,
-            }
+    if full and rank is not None:
+        raise InvalidField(
+            "--rank and --full exclude each other: --rank copies one rank, --full all as whole tensors", field="rank"
         )
+    if max_file_nbytes is not None and not full:
+        raise InvalidField("--max-shard-size goes with --full: one rank is one file", field="max_shard_size")
+    with raised() as raise_again:
+        loading = _Loading(connect, instances, Path(out) if out else None, force, wait, verify, host, protocol, raise_again)
+        if full:
+            report, paths = loading.full(max_file_nbytes)
+        elif rank is not None:
+            report, paths = loading.rank(rank)
+        else:
+            raise InvalidField("say what to copy: --rank R for one rank, or --full for all as whole tensors", field="rank")
+    if as_json:
+        print_json(_json(report, paths))
         return
+    name = report.instance if full else f"{report.instance}/{rank}"
     click.echo(
-        f"loaded {report.instance}/{rank} version {report.version}: {report.tensors:,} tensors, {size(report.nbytes)} in "
-        f"{report.seconds:.2f} s ({report.gb_per_s:.2f} GB/s over {report.protocol}){f' → {path}' if path else ''}"
+        f"loaded {name} version {report.version}: {report.tensors:,} tensors, {size(report.nbytes)} in "
+        f"{report.seconds:.2f} s ({report.gb_per_s:.2f} GB/s over {report.protocol}){_where(paths)}"
     )
 
 
+@dataclass
+class _Loading:
+    """What is loaded from where. What it writes it also returns, beside the report."""
+
+    connect: Callable[[], Registry]
+    instances: tuple[str, ...]
+    folder: Path | None
+    force: bool
+    wait_s: float
+    verify: bool
+    host: str | None
+    protocol: str
+    raise_again: Callable[[], None]  # a signal that was dropped
+
+    def rank(self, rank: int) -> tuple[LoadReport, list[Path]]:
+        path = self.folder / f"rank-{rank}.safetensors" if self.folder else None
+        if path is not None and path.exists() and not self.force:
+            raise InvalidField(f"{path} is there already: choose another --out, or --force", field="out")
+        with self.connect() as registry, engine_log():
+            records = registry.resolve(self.instances, self.wait_s)
+            if rank >= len(records):
+                raise InvalidField(
+                    f"rank {rank} is not one of {records[0].instance!r}: its ranks are 0 to {len(records) - 1}", field="rank"
+                )
+            with held_back():
+                from loader import MooncakeEngine, load
+                from loader.files import allocate_like, shards_like, write_weights
+
+            manifest = registry.manifest(records[rank])
+            tensors = allocate_like(manifest)
+            with (
+                MooncakeEngine(self.host or registry.local_address(), self.protocol) as engine,
+                _bar(f"{records[0].instance}/{rank}", self.raise_again) as on_progress,
+            ):
+                report = load(
+                    registry,
+                    engine,
+                    self.instances,
+                    rank=rank,
+                    tensors=tensors,
+                    shards=shards_like(manifest),
+                    timeout_s=self.wait_s,
+                    verify="digest" if self.verify else "header",
+                    progress=on_progress,
+                )
+            if path is not None:
+                write_weights(tensors, path)
+        return report, [path] if path is not None else []
+
+    def full(self, max_file_nbytes: int | None) -> tuple[LoadReport, list[Path]]:
+        files = None
+        if self.folder is not None:
+            with held_back():
+                from loader.files import WholeFiles
+
+            files = WholeFiles(self.folder, force=self.force)
+        with self.connect() as registry, engine_log():
+            name = registry.resolve(self.instances, self.wait_s)[0].instance
+            with held_back():
+                from loader import MooncakeEngine
+                from loader.full import load_full
+                from loader.whole import MAX_FILE_NBYTES
+
+            with (
+                MooncakeEngine(self.host or registry.local_address(), self.protocol) as engine,
+                files or nullcontext(),
+                _bar(name, self.raise_again) as on_progress,
+            ):
+                report = load_full(
+                    registry,
+                    engine,
+                    self.instances,
+                    files=files,
+                    max_file_nbytes=max_file_nbytes or MAX_FILE_NBYTES,
+                    timeout_s=self.wait_s,
+                    verify="digest" if self.verify else "header",
+                    progress=on_progress,
+                )
+        return report, files.paths if files is not None else []
+
+
+def _where(paths: Sequence[Path]) -> str:
+    if not paths:
+        return ""
+    return f" → {paths[-1]}{f' and the {len(paths) - 1} files that it names' if len(paths) > 1 else ''}"
+
+
+def _json(report: LoadReport, paths: Sequence[Path]) -> dict[str, object]:
+    return {
+        "instance": report.instance,
+        "rank": report.rank,
+        "version": report.version,
+        "protocol": report.protocol,
+        "tensors": report.tensors,
+        "nbytes": report.nbytes,
+        "read_nbytes": report.read_nbytes,
+        "reads": report.reads,
+        "retries": report.retries,
+        "seconds": round(report.seconds, 6),
+        "transfer_s": round(report.transfer_s, 6),
+        "digest_s": round(report.digest_s, 6),
+        "sources": [
+            {"key": share.name, "nbytes": share.nbytes, "lost": str(share.error) if share.error else None}
+            for share in report.shares
+        ],
+        "file": str(paths[0]) if len(paths) == 1 else None,
+        "files": list(map(str, paths)),
+    }
+
+
 @contextmanager
-def _bar(name: str) -> Iterator[Callable[[Progress], None]]:
+def _bar(name: str, also: Callable[[], None]) -> Iterator[Callable[[Progress], None]]:
+    """`also` is called with every progress."""
     console = Console(file=sys.stderr)
     columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(name, total=None)
-        yield lambda progress: bar.update(task, completed=progress.nbytes, total=progress.total_nbytes)
+
+        def on_progress(progress: Progress) -> None:
+            also()
+            bar.update(task, completed=progress.nbytes, total=progress.total_nbytes)
+
+        yield on_progress

@@ -8,12 +8,14 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from cli.options import Seconds, engine_log, etcd_options, instance_argument, rank_option
 from cli.output import size
+from cli.shards import boxes_of, parse_cut, read_boxes
 from cli.signals import held_back, on_ending
 from registry import ModelIdentity, RegistrationState, Registry
 from registry.errors import InvalidField
@@ -37,6 +39,16 @@ if TYPE_CHECKING:
 @click.option("--version", type=click.IntRange(min=0), default=0, show_default=True, help="Version of the weights.")
 @click.option("--generation", help="Id of this launch; ranks of different launches do not mix.")
 @click.option("--topology", multiple=True, metavar="AXIS=INDEX/SIZE", help="Place on a parallel axis, such as tp=0/2.")
+@click.option("--shard", "cuts", multiple=True, metavar="PATTERN:DIM[:AXIS]",
+              help="Tensors of these names, as in '*.q_proj.weight:0', are equal slices of whole ones along this dimension, cut "
+              "over this axis of --topology; without AXIS over tp, or over all ranks where there is no tp. All others are whole. "
+              "May be given several times.")  # fmt: skip
+@click.option("--shards", "boxes_path", type=click.Path(), metavar="FILE",
+              help="Which part of the whole each tensor is, where slices are uneven: JSON, "
+              '{"TENSOR": {"global_shape": [8, 16], "offsets": [4, 0]}}. All others are whole.')  # fmt: skip
+@click.option("--whole", is_flag=True,
+              help="Tensors that --shard and --shards do not name are whole. Without any of the three, all only load as this "
+              "rank.")  # fmt: skip
 @click.option("--ttl", type=Seconds(min=2), default=10.0, show_default=True, metavar="S",
               help="How long the rank stays listed after its whole host is lost.")  # fmt: skip
 @click.option(
@@ -62,6 +74,9 @@ def command(
     version: int,
     generation: str | None,
     topology: tuple[str, ...],
+    cuts: tuple[str, ...],
+    boxes_path: str | None,
+    whole: bool,
     ttl: float,
     drain: float,
     until_eof: bool,
@@ -74,12 +89,15 @@ def command(
     check_instance(instance)
     check_rank(rank, world_size)
     places = dict(map(_parse_place, topology))
+    slices = [parse_cut(text, places, rank, world_size) for text in cuts]
+    listed = read_boxes(Path(boxes_path)) if boxes_path is not None else {}
     with connect() as registry, engine_log():
         with held_back():
-            from loader import MooncakeEngine, publish
+            from loader import MooncakeEngine, Shard, publish
             from loader.files import read_weights
 
         tensors = read_weights(paths)
+        boxes = boxes_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, slices, listed, whole=whole)
         endings = _Endings(until_eof)
         with (
             MooncakeEngine(host or registry.local_address(), protocol) as engine,
@@ -90,6 +108,7 @@ def command(
                 rank=rank,
                 world_size=world_size,
                 tensors=tensors,
+                shards={name: Shard(*box) for name, box in boxes.items()},
                 model=ModelIdentity(model or instance, revision),
                 topology=places,
                 generation=generation,
@@ -156,4 +175,7 @@ def _parse_place(text: str) -> tuple[str, tuple[int, int]]:
     place = re.fullmatch(r"([^=]+)=([0-9]{1,9})/([0-9]{1,9})", text)
     if place is None:
         raise InvalidField(f"topology {text!r} is not valid: use AXIS=INDEX/SIZE, such as tp=0/2", field="topology")
-    return place[1], (int(place[2]), int(place[3]))
+    index, count = int(place[2]), int(place[3])
+    if index >= count:
+        raise InvalidField(f"topology {text!r} is not valid: INDEX is from 0 to SIZE - 1", field="topology")
+    return place[1], (index, count)

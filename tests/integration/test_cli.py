@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -604,3 +604,235 @@ def test_a_load_from_two_instances_is_verified_by_digests_and_says_what_came_fro
     assert {source["key"] for source in report["sources"]} == {"/engines/a/0", "/engines/b/0"}
     assert sum(source["nbytes"] for source in report["sources"]) >= report["nbytes"] == 16 << 20
     assert report["digest_s"] > 0
+
+
+# -- shards of ranks, and whole tensors made of them -----------------------------------------------------------------------------
+
+WHOLE = {
+    "l.0.q.weight": torch.arange(24 * 16, dtype=torch.float32).view(24, 16),  # by rows
+    "l.0.o.weight": torch.arange(16 * 24, dtype=torch.int16).view(16, 24),  # by columns
+    "l.0.norm": torch.arange(16).to(torch.bfloat16),  # on every rank
+    "scale": torch.tensor(2.5),
+}
+CUTS = ("--shard", "*.q.*:0", "--shard", "*.o.weight:-1")
+
+
+class Divided:
+    """Two ranks of `a` that hold WHOLE between them: rank 0 the rows and columns up to `at`, rank 1 the others."""
+
+    def __init__(self, engines: Engines, folder: Path, at: int = 12) -> None:
+        self._engines = engines
+        self._folder = folder
+        self.places = [slice(0, at), slice(at, 24)]
+
+    def weights(self, rank: int) -> Path:
+        part = dict(WHOLE)
+        part["l.0.q.weight"] = WHOLE["l.0.q.weight"][self.places[rank]].contiguous()
+        part["l.0.o.weight"] = WHOLE["l.0.o.weight"][:, self.places[rank]].contiguous()
+        path = self._folder / f"part-{rank}.safetensors"
+        save_file(part, path)
+        return path
+
+    def boxes(self, rank: int) -> Path:
+        """A file for `--shards`."""
+        at = self.places[rank].start
+        boxes = {
+            "l.0.q.weight": {"global_shape": [24, 16], "offsets": [at, 0]},
+            "l.0.o.weight": {"global_shape": [16, 24], "offsets": [0, at]},
+        }
+        path = self._folder / f"boxes-{rank}.json"
+        path.write_text(json.dumps(boxes))
+        return path
+
+    def serve(self, rank: int, *args: str) -> subprocess.Popen[str]:
+        weights = str(self.weights(rank))
+        server = self._engines.start(
+            "register", "a", "--rank", str(rank), "--world-size", "2", "--weights", weights, "--host", "127.0.0.1", *args
+        )
+        assert line_of(server).startswith(f"registered a/{rank} of 2: 4 tensors")
+        return server
+
+
+def contents(paths: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of every tensor in the files, as safetensors' own reader has them."""
+    found = {}
+    for path in paths:
+        for name, tensor in load_file(path).items():
+            found[name] = str(tensor.dtype), tuple(tensor.shape), bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+    return found
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    path = tmp_path / "whole.safetensors"
+    save_file(WHOLE, path)
+    return contents([path])
+
+
+def test_the_shards_of_two_ranks_are_loaded_as_whole_tensors_into_files_that_an_index_names(
+    engines: Engines, tmp_path: Path, whole: dict[str, Any]
+) -> None:
+    divided, out = Divided(engines, tmp_path), tmp_path / "out"
+    for rank in range(2):
+        divided.serve(rank, *CUTS, "--topology", f"tp={rank}/2")
+    shown = engines("show", "a", "--rank", "1", "--tensors").stdout
+    assert "[12:24, 0:16] of 24x16" in shown
+    assert "[0:16, 12:24] of 16x24" in shown
+    entries = json.loads(engines("show", "a", "--tensors", "--json").stdout)["ranks"][1]["entries"]
+    boxes = {entry["name"]: (entry["shape"], entry["global_shape"], entry["offsets"]) for entry in entries}
+    assert boxes["l.0.o.weight"] == ([16, 12], [16, 24], [0, 12])
+    assert boxes["l.0.norm"] == ([16], [16], [0])
+
+    options = ("load", "a", "--full", "--out", str(out), "--host", "127.0.0.1", "--verify")
+    report = json.loads(engines(*options, "--max-shard-size", "1KB", "--json").stdout)
+    assert (report["instance"], report["rank"], report["version"], report["tensors"]) == ("a", None, 0, 4)
+    assert report["nbytes"] == sum(tensor.nbytes for tensor in WHOLE.values())
+    assert {source["key"] for source in report["sources"]} == {"/engines/a/0", "/engines/a/1"}
+    assert report["file"] is None
+    *files, index = map(Path, report["files"])
+    assert index.name == "model.safetensors.index.json"
+    assert sorted(out.iterdir()) == sorted([*files, index])
+    assert len(files) > 1
+    assert contents(files) == whole
+    data = json.loads(index.read_text())
+    assert data["metadata"] == {"total_size": report["nbytes"]}
+    assert {name: list(contents([out / file])).count(name) for name, file in data["weight_map"].items()} == dict.fromkeys(WHOLE, 1)
+
+    assert_one_line(engines(*options), Exit.USAGE, f"{index} is there already", "--force")
+    again = engines(*options, "--force")
+    assert again.stdout.startswith("loaded a version 0: 4 tensors, 2.3 kB in ")
+    assert again.stdout.endswith(f" → {out / 'model.safetensors'}\n")
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+    assert contents(out.iterdir()) == whole
+
+
+def test_uneven_shards_are_told_in_a_file_and_loaded_whole_and_as_they_are(
+    engines: Engines, tmp_path: Path, whole: dict[str, Any]
+) -> None:
+    divided, out = Divided(engines, tmp_path, at=5), tmp_path / "out"
+    for rank in range(2):
+        divided.serve(rank, "--shards", str(divided.boxes(rank)))
+    assert engines("load", "a", "--full", "--out", str(out), "--host", "127.0.0.1").returncode == Exit.DONE
+    assert contents([out / "model.safetensors"]) == whole
+    report = json.loads(engines("load", "a", "--rank", "1", "--out", str(out), "--host", "127.0.0.1", "--json").stdout)
+    assert report["files"] == [report["file"]] == [str(out / "rank-1.safetensors")]
+    assert contents([out / "rank-1.safetensors"]) == contents([divided.weights(1)])
+
+
+def test_pipeline_stages_that_are_whole_are_loaded_together(engines: Engines, tmp_path: Path, whole: dict[str, Any]) -> None:
+    for rank, names in enumerate((("l.0.q.weight", "scale"), ("l.0.o.weight", "l.0.norm", "scale"))):
+        save_file({name: WHOLE[name] for name in names}, tmp_path / f"stage-{rank}.safetensors")
+        server = engines.start(
+            "register", "a", "--rank", str(rank), "--world-size", "2", "--weights", str(tmp_path / f"stage-{rank}.safetensors"),
+            "--whole", "--host", "127.0.0.1",
+        )  # fmt: skip
+        assert line_of(server).startswith("registered")
+    assert engines("load", "a", "--full", "--out", str(tmp_path / "out"), "--host", "127.0.0.1").returncode == Exit.DONE
+    assert contents((tmp_path / "out").iterdir()) == whole
+
+
+def test_one_rank_that_says_nothing_of_its_tensors_is_all_there_is(engines: Engines, weights: Path, tmp_path: Path) -> None:
+    engines.serve(weights)
+    loaded = engines("load", "a", "--full", "--out", str(tmp_path / "out"), "--host", "127.0.0.1", "--verify")
+    assert (loaded.returncode, loaded.stderr) == (Exit.DONE, "")
+    assert contents([tmp_path / "out" / "model.safetensors"]) == contents([weights])
+
+
+def test_several_ranks_that_say_nothing_of_their_tensors_are_refused_with_what_mends_it(engines: Engines, tmp_path: Path) -> None:
+    divided = Divided(engines, tmp_path)
+    for rank in range(2):
+        divided.serve(rank)
+    refused = engines("load", "a", "--full", "--out", str(tmp_path / "out"), "--host", "127.0.0.1")
+    assert_one_line(refused, Exit.WEIGHTS, "4 of 4 tensors of 'a'", "l.0.q.weight", "--shard", "--whole")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_that_leave_a_gap_are_refused_with_the_gap(engines: Engines, tmp_path: Path) -> None:
+    divided = Divided(engines, tmp_path)
+    for rank in range(2):
+        divided.serve(rank, *CUTS, "--topology", "tp=0/2")  # both say that they have the first half
+    refused = engines("load", "a", "--full", "--host", "127.0.0.1")
+    assert_one_line(refused, Exit.WEIGHTS, "l.0.q.weight: no rank has the part at [12, 0] of shape [12, 16], of [24, 16]")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--shard", "nothing*:0"), ["'nothing*:0' matches none of the 4 tensors"]),
+        (("--shard", "scale:0"), ["does not fit tensor 'scale'", "no dimensions"]),
+        (("--shard", "*.q.*:2"), ["does not fit tensor 'l.0.q.weight'", "DIM is from -2 to 1"]),
+        (("--shard", "*.q.*:0:ep", "--topology", "tp=0/2"), ["over the axis 'ep'", "--topology has tp"]),
+        (("--shards", "BOXES", "--shard", "*.q.*:0"), ["'l.0.q.weight' is in --shards and matches --shard '*.q.*:0'"]),
+        (("--shards", "WEIGHTS"), ["is not as {"]),
+        (("--shards", "nowhere"), ["nowhere cannot be read"]),
+    ],
+)
+def test_shards_that_do_not_fit_are_told_in_one_line_and_nothing_is_registered(
+    engines: Engines, registry: Registry, tmp_path: Path, args: tuple[str, ...], words: list[str]
+) -> None:
+    divided = Divided(engines, tmp_path)
+    places = {"WEIGHTS": divided.weights(0), "BOXES": divided.boxes(0)}
+    options = [str(places.get(arg, arg)) for arg in args]
+    result = engines("register", "a", "--rank", "0", "--world-size", "2", "--weights", str(places["WEIGHTS"]), *options)
+    assert_one_line(result, Exit.USAGE, *words)
+    assert registry.instances() == ()
+
+
+@pytest.fixture
+def long_load(engines: Engines, tmp_path: Path) -> Callable[[], tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+    """Starts a source and a load of very many files, and returns both when some of these are written."""
+
+    def start() -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+        save_file({f"t{number}": torch.rand(64) for number in range(2000)}, tmp_path / "many.safetensors")
+        server = engines.start(
+            "register",
+            "a",
+            "--rank",
+            "0",
+            "--world-size",
+            "1",
+            "--weights",
+            str(tmp_path / "many.safetensors"),
+            "--host",
+            "127.0.0.1",
+        )
+        line_of(server)
+        load = engines.start(
+            "load",
+            "a",
+            "--full",
+            "--out",
+            str(tmp_path / "new" / "out"),
+            "--max-shard-size",
+            "256",
+            "--host",
+            "127.0.0.1",
+            "--wait",
+            "0.5",
+        )
+        wait_until(lambda: len(list((tmp_path / "new").glob("out/.model.*/model-*"))) > 1)
+        return server, load
+
+    return start
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_load_of_whole_tensors_that_is_ended_by_a_signal_leaves_no_file(
+    long_load: Callable[[], tuple[subprocess.Popen[str], subprocess.Popen[str]]], tmp_path: Path, number: signal.Signals
+) -> None:
+    _, load = long_load()
+    load.send_signal(number)
+    out, err = load.communicate(timeout=60)
+    assert (load.returncode, out) == (128 + number, "")
+    assert err.strip() == ("engines: interrupted" if number is signal.SIGINT else f"engines: ended by {number.name}")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_load_of_whole_tensors_whose_source_is_killed_leaves_no_file(
+    long_load: Callable[[], tuple[subprocess.Popen[str], subprocess.Popen[str]]], tmp_path: Path
+) -> None:
+    server, load = long_load()
+    server.kill()
+    out, err = load.communicate(timeout=60)
+    assert_one_line(subprocess.CompletedProcess((), load.returncode, out, err), Exit.INSTANCE)
+    assert not (tmp_path / "new").exists()

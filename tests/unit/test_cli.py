@@ -24,8 +24,19 @@ import loader.errors
 import registry.errors
 from cli.commands.register import _Endings
 from cli.exits import _CODES, Exit, code_of
-from cli.options import engine_log
-from cli.output import event_json, event_text, instance_json, instance_row, print_json, print_table, rank_json, size, tensors_json
+from cli.options import engine_log, nbytes_of
+from cli.output import (
+    event_json,
+    event_text,
+    instance_json,
+    instance_row,
+    print_json,
+    print_table,
+    rank_json,
+    size,
+    tensor_rows,
+    tensors_json,
+)
 from cli.signals import Ended
 from cli.text import printable
 from loader import Publication
@@ -235,6 +246,10 @@ REGISTER = ("register", "qwen", "--rank", "0", "--world-size", "2", "--weights",
         ("show", "qwen", "--rank", "-1"),
         ("show", "qwen", "--rank", "first"),
         ("load", "qwen"),
+        ("load", "qwen", "--full", "--rank", "0"),
+        ("load", "qwen", "--rank", "0", "--max-shard-size", "5GB"),
+        ("load", "qwen", "--full", "--max-shard-size", "0"),
+        ("load", "qwen", "--full", "--max-shard-size", "5XB"),
         ("load", "qwen", "--rank", "0", "--wait", "-1"),
         ("load", "qwen", "--rank", "0", "--wait", "nan"),
         ("load", "qwen", "--rank", "0", "--protocol", "pigeon"),
@@ -251,6 +266,11 @@ REGISTER = ("register", "qwen", "--rank", "0", "--world-size", "2", "--weights",
         (*REGISTER, "--topology", "tp=a/2"),
         (*REGISTER, "--topology", "tp=²/3"),
         (*REGISTER, "--topology", "tp=0/٢"),
+        (*REGISTER, "--topology", "tp=2/2"),
+        (*REGISTER, "--shard", "w"),
+        (*REGISTER, "--shard", "w:0:ep"),
+        (*REGISTER, "--topology", "tp=0/2", "--shard", "w:0:ep"),
+        (*REGISTER, "--shards", "nowhere.json"),
         (*REGISTER, "--protocol", "pigeon"),
         (*REGISTER, "--drain", "nan"),
         ("etcd", "--port", "0"),
@@ -272,6 +292,28 @@ def test_a_file_that_is_there_is_not_overwritten_without_being_asked(engines: En
     assert (ran.code, asked) == (Exit.USAGE, [])
     assert "is there already: choose another --out, or --force" in ran.err
     assert engines("load", "qwen", "--rank", "0", "--out", str(tmp_path), "--force").code == Exit.ETCD
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00003.safetensors", "model.safetensors.index.json"])
+def test_a_model_that_is_there_is_not_overwritten_without_being_asked(engines: Engines, tmp_path: Path, name: str) -> None:
+    asked = engines.connecting(EtcdUnavailable("gone"))
+    (tmp_path / name).touch()
+    ran = engines("load", "qwen", "--full", "--out", str(tmp_path))
+    assert (ran.code, asked) == (Exit.USAGE, [])
+    assert ran.err == f"engines: error: {tmp_path / name} is there already: choose another --out, or --force\n"
+    assert engines("load", "qwen", "--full", "--out", str(tmp_path), "--force").code == Exit.ETCD
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "say what to copy: --rank R for one rank, or --full for all as whole tensors"),
+        (("--rank", "0", "--full"), "--rank and --full exclude each other: --rank copies one rank, --full all as whole tensors"),
+    ],
+)
+def test_a_load_is_of_one_rank_or_of_all(engines: Engines, args: tuple[str, ...], message: str) -> None:
+    ran = engines("load", "qwen", *args)
+    assert (ran.code, ran.err) == (Exit.USAGE, f"engines: error: {message}\n")
 
 
 @pytest.mark.parametrize("failure", [None, RuntimeError("the engine has a bug")])
@@ -420,6 +462,47 @@ def test_a_box_is_printed_only_where_the_tensor_states_one() -> None:
     )
     assert (opaque["global_shape"], opaque["offsets"]) == (None, None)
     assert (box["global_shape"], box["offsets"]) == ([8], [4])
+
+
+def test_a_box_is_shown_as_what_it_spans_of_the_whole() -> None:
+    manifest = a_manifest(
+        an_entry("opaque", nbytes=4),
+        an_entry("part", nbytes=32, shape=(4, 8), global_shape=(4, 16), offsets=(0, 8), opaque=False),
+        an_entry("all", nbytes=32, shape=(4, 8), global_shape=(4, 8), offsets=(0, 0), opaque=False),
+        an_entry("scalar", nbytes=1, shape=(), global_shape=(), offsets=(), opaque=False),
+        an_entry("silent scalar", nbytes=1, shape=(), global_shape=(), offsets=()),
+    )
+    assert [(row[0], row[2], row[4]) for row in tensor_rows(manifest)] == [
+        ("opaque", "4", "-"),
+        ("part", "4x8", "[0:4, 8:16] of 4x16"),
+        ("all", "4x8", "whole"),
+        ("scalar", "scalar", "whole"),
+        ("silent scalar", "scalar", "-"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("1", 1),
+        ("500MB", 500_000_000),
+        ("5GB", 5_000_000_000),
+        ("5 gb", 5_000_000_000),
+        ("2k", 2000),
+        ("1.5GiB", 3 << 29),
+        ("1KiB", 1024),
+        ("3TB", 3 * 10**12),
+        ("7B", 7),
+    ],
+)
+def test_sizes_are_read_with_their_units(text: str, nbytes: int) -> None:
+    assert nbytes_of(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "MB", "5XB", "5 G B", "0.1", "1e9", "inf", "\N{ARABIC-INDIC DIGIT FIVE}GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a size: use a number of bytes, or a unit as in 500MB"):
+        nbytes_of(text)
 
 
 @pytest.mark.parametrize(

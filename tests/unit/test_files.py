@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from loader import Shard
 from loader.errors import WeightsFileInvalid
-from loader.files import allocate, allocate_like, find_files, read_weights, write_weights
+from loader.files import WholeFiles, allocate, allocate_like, extent, find_files, read_weights, shards_like, write_weights
 from loader.regions import describe, dtype_name
+from loader.whole import Whole
+from registry.errors import InvalidField
 from tests.builders import a_manifest, an_entry
 
 # What safetensors can store of what torch has.
@@ -147,7 +152,7 @@ def test_a_write_that_fails_half_way_leaves_the_file_of_before_and_no_part(tmp_p
     path = tmp_path / "w.safetensors"
     write_weights({"w": torch.ones(3)}, path)
 
-    def fill_the_disk(_: object, unfinished: Path) -> None:
+    def fill_the_disk(_: object, unfinished: Path, metadata: object) -> None:
         unfinished.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -235,3 +240,191 @@ def test_tensors_that_are_tied_in_the_source_get_memory_of_their_own_and_can_be_
         tensor.copy_(weight)
     write_weights(tensors, tmp_path / "w.safetensors")
     assert same(read_weights([tmp_path]), {"embed": weight, "head": weight})
+
+
+def test_memory_that_is_there_is_used_again() -> None:
+    large, small = {"a": (torch.uint8, (3,)), "b": (torch.float32, (2,))}, {"c": (torch.int16, (2,))}
+    assert (extent(large), extent(small), extent({})) == (12, 4, 0)
+    memory = torch.empty(12, dtype=torch.uint8)
+    assert allocate(large, memory=memory)["a"].data_ptr() == allocate(small, memory=memory)["c"].data_ptr() == memory.data_ptr()
+    assert allocate({}, memory=memory) == {}
+
+
+def test_the_shards_of_a_manifest_are_those_of_the_tensors_that_state_one() -> None:
+    manifest = a_manifest(an_entry("opaque"), an_entry("box", nbytes=4, global_shape=(8,), offsets=(4,), opaque=False))
+    assert shards_like(manifest) == {"box": Shard((8,), (4,))}
+
+
+# -- the files of a whole model --------------------------------------------------------------------------------------------------
+
+INDEX = "model.safetensors.index.json"
+
+
+def write_model(
+    folder: Path, *files: Mapping[str, torch.Tensor], force: bool = False, then: Callable[[], object] = lambda: None
+) -> WholeFiles:
+    """`then`: what happens when all is written and nothing shows yet."""
+    with WholeFiles(folder, force=force) as out:
+        write_into(out, *files)
+        then()
+    return out
+
+
+def write_into(out: WholeFiles, *files: Mapping[str, torch.Tensor]) -> None:
+    out.begin(
+        [[Whole(name, "float32", tuple(one.shape), one.nbytes, opaque=False) for name, one in file.items()] for file in files]
+    )
+    for file in files:
+        out.write(file)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def two(value: float) -> list[dict[str, torch.Tensor]]:
+    return [{"b": torch.full((3,), value), "c": torch.full((1,), value)}, {"a": torch.full((2,), value)}]
+
+
+FILES = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+def test_a_model_in_one_file_needs_no_index(tmp_path: Path) -> None:
+    out = write_model(tmp_path / "new" / "out", {"w": torch.ones(3)})
+    assert out.paths == [tmp_path / "new" / "out" / "model.safetensors"]
+    assert names(tmp_path / "new" / "out") == ["model.safetensors"]
+    assert read_weights(out.paths)["w"].tolist() == [1.0] * 3
+
+
+def test_a_model_in_several_files_has_an_index_that_leads_a_reader_to_every_tensor(tmp_path: Path) -> None:
+    out = write_model(tmp_path, *two(1.0))
+    assert [path.name for path in out.paths] == [*FILES, INDEX]
+    assert names(tmp_path) == sorted([*FILES, INDEX])
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index == {"metadata": {"total_size": 24}, "weight_map": {"a": FILES[1], "b": FILES[0], "c": FILES[0]}}
+    for name in set(index["weight_map"].values()):  # as transformers reads it
+        with safe_open(tmp_path / name, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            assert set(file.keys()) == {tensor for tensor, place in index["weight_map"].items() if place == name}
+
+
+def test_files_have_the_permissions_that_the_users_umask_gives(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_model(tmp_path, *two(1.0))
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+def test_nothing_shows_before_the_end(tmp_path: Path) -> None:
+    seen: list[str] = []
+    write_model(tmp_path, *two(1.0), then=lambda: seen.extend(names(tmp_path)))
+    assert [name for name in seen if not name.startswith(".")] == []
+    assert names(tmp_path) == sorted([*FILES, INDEX])
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_what_fails_half_way_leaves_what_was_there_and_nothing_else(tmp_path: Path, failure: type[BaseException]) -> None:
+    def fail() -> None:
+        raise failure
+
+    for folder in (tmp_path / "new" / "out", tmp_path):
+        before = names(tmp_path)
+        with pytest.raises(failure):
+            write_model(folder, *two(2.0), force=True, then=fail)
+        assert names(tmp_path) == before
+        write_model(tmp_path, {"w": torch.ones(3)}, force=True)
+    assert names(tmp_path) == ["model.safetensors"]
+    assert read_weights([tmp_path])["w"].tolist() == [1.0] * 3
+
+
+def test_what_is_begun_again_forgets_what_was_written(tmp_path: Path) -> None:
+    with WholeFiles(tmp_path) as out:
+        write_into(out, *two(1.0))
+        write_into(out, {"w": torch.ones(3)})
+    assert names(tmp_path) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00009.safetensors", INDEX])
+def test_a_model_that_is_there_is_refused_before_anything_is_done(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(InvalidField, match=re.escape(f"{tmp_path / name} is there already: choose another --out, or --force")):
+        WholeFiles(tmp_path)
+    assert names(tmp_path) == [name]
+
+
+def test_a_model_that_comes_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(InvalidField, match="is there already"):
+        write_model(tmp_path, *two(1.0), then=lambda: (tmp_path / "model.safetensors").write_text("theirs"))
+    assert names(tmp_path) == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_text() == "theirs"
+
+
+def test_with_force_no_file_of_the_model_before_stays_and_other_files_do(tmp_path: Path) -> None:
+    others = ["config.json", "model.fp16.safetensors", "rank-0.safetensors"]
+    for name in others:
+        (tmp_path / name).touch()
+    write_model(tmp_path, *two(1.0))
+    write_model(tmp_path, {"w": torch.ones(3)}, force=True)
+    assert names(tmp_path) == sorted(["model.safetensors", *others])
+    write_model(tmp_path, *two(2.0), force=True)
+    assert names(tmp_path) == sorted([*FILES, INDEX, *others])
+    assert read_weights([tmp_path / name for name in FILES])["a"].tolist() == [2.0] * 2
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_move_that_fails_puts_all_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    write_model(tmp_path, *two(1.0))
+    moves = 0
+    move = os.replace
+
+    def fail_once(src: Path, dst: Path) -> None:
+        nonlocal moves
+        moves += 1
+        if moves == at + 1:
+            raise OSError(5, "Input/output error")
+        move(src, dst)
+
+    monkeypatch.setattr("loader.files.os.replace", fail_once)
+    with pytest.raises(WeightsFileInvalid, match=r"cannot write .*/model.*: \[Errno 5\]"):
+        write_model(tmp_path, *two(2.0), force=True)
+    assert names(tmp_path) == sorted([*FILES, INDEX])
+    assert read_weights([tmp_path / name for name in FILES])["a"].tolist() == [1.0] * 2
+
+
+def test_a_file_that_is_missing_at_the_end_shows_none(tmp_path: Path) -> None:
+    def remove_one() -> None:
+        (hidden,) = tmp_path.glob(".*")
+        (hidden / FILES[1]).unlink()
+
+    with pytest.raises(WeightsFileInvalid, match=f"cannot write .*{FILES[1]}: "):
+        write_model(tmp_path, *two(1.0), then=remove_one)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_of_a_files_name_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(InvalidField, match="is a folder, and would be replaced by a file"):
+        WholeFiles(tmp_path, force=True)
+
+
+def test_where_nothing_can_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightsFileInvalid, match=re.escape(f"cannot write {tmp_path / 'file' / 'out'}: ")):
+        WholeFiles(tmp_path / "file" / "out").__enter__()
+
+
+def test_a_folder_that_was_made_for_files_that_cannot_be_written_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("loader.files.tempfile.mkdtemp", refuse)
+    with pytest.raises(WeightsFileInvalid, match=r"cannot write .*Permission denied"):
+        WholeFiles(tmp_path / "new" / "out").__enter__()
+    assert names(tmp_path) == []
+
+
+def test_two_processes_may_write_into_one_folder_at_once_and_the_first_to_end_has_it(tmp_path: Path) -> None:
+    with pytest.raises(InvalidField, match="is there already"):
+        write_model(tmp_path, {"w": torch.ones(3)}, then=lambda: write_model(tmp_path, *two(1.0)))
+    assert names(tmp_path) == sorted([*FILES, INDEX])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -86,6 +87,39 @@ def test_the_first_signal_raises_and_those_that_follow_do_not_disturb(number: si
     assert caught.value.number == number
     assert str(caught.value) == f"ended by {number.name}"
     assert signal.getsignal(number) == before
+
+
+class Finalised:
+    """A signal comes while it is."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self._number = number
+
+    def __del__(self) -> None:
+        with contextlib.suppress(BaseException):  # as gRPC's channels do
+            signal.raise_signal(self._number)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Ended), (signal.SIGHUP, Ended)])
+def test_a_signal_whose_exception_is_dropped_is_raised_again(number: signal.Signals, kind: type[BaseException]) -> None:
+    done: list[str] = []
+
+    def work(raise_again: Callable[[], None]) -> None:
+        raise_again()
+        Finalised(number)
+        done.append("went on")
+        raise_again()
+        done.append("not this")
+
+    def work_to_the_end() -> None:
+        Finalised(number)
+        done.append("the end")
+
+    with pytest.raises(kind), raised() as raise_again:
+        work(raise_again)
+    with pytest.raises(kind), raised():
+        work_to_the_end()
+    assert done == ["went on", "the end"]
 
 
 def test_a_signal_that_is_held_back_takes_effect_at_the_end_even_if_the_block_fails() -> None:
