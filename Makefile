@@ -23,6 +23,7 @@ test: lint ## lint, then all tests
 bench: setup ## figures of the control plane and of loading (minutes)
 	$(BIN)/engines bench registry $(ARGS)
 	$(BIN)/engines bench load $(ARGS)
+	$(BIN)/engines bench reshard $(ARGS)
 
 lint: setup ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check
