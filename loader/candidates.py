@@ -6,13 +6,14 @@ import logging
 import threading
 from contextlib import ExitStack
 
+from loader.cuda import on_default_stream, to_register
 from loader.digests import ALGORITHMS
 from loader.engine import Engine, lend
 from loader.errors import DigestsMissing, LoaderError, SourceLost, TornRead
 from loader.manifests import fetch_manifest
 from loader.offers import Origin
 from loader.transfer import Source
-from loader.verify import HeaderCell, fetch_header
+from loader.verify import HeaderCell, fetch_header, peer_of_record
 from registry import Event, RankJoined, RankLost, RankRecord, RankUpdated, Registry
 from registry.errors import EtcdError
 
@@ -49,7 +50,7 @@ class Candidate:
 
         False if its record is not any more what was resolved.
         """
-        lend(self._engine, undo, self._cell.region)
+        lend(self._engine, undo, to_register(self._cell.region, self._cell.device.type))
         try:
             ticket = self._registry.pull(self.record)
         except EtcdError as exc:
@@ -65,7 +66,7 @@ class Candidate:
 
     def source(self) -> Source:
         """For a Transfer."""
-        return Source(self.record.key, self.record.session_id, self._check_header, lambda: self._bad_news)
+        return Source(self.record.key, peer_of_record(self.record), self._check_header, lambda: self._bad_news)
 
     def is_registered(self) -> bool:
         """The registry's view after the read: an evicted source does not count, whatever its memory says."""
@@ -76,9 +77,10 @@ class Candidate:
             return True
 
     def _check_header(self) -> None:
-        self._engine.connect(self.record.session_id)
-        with self._reading:  # a check that was given up as it hung may go on at the same time as the one after it
-            header = fetch_header(self._engine, self.record, self._cell)
+        with on_default_stream(self._cell.device):
+            self._engine.connect(peer_of_record(self.record))
+            with self._reading:  # a check that was given up as it hung may go on at the same time as the one after it
+                header = fetch_header(self._engine, self.record, self._cell)
         if header.updating or header.version != self.record.version:
             raise self._torn(f"{header.version}{', being changed' if header.updating else ''}")
 

@@ -11,6 +11,7 @@ import torch
 
 from loader.boxes import Box
 from loader.candidates import Candidate
+from loader.cuda import to_register
 from loader.digests import DigestCell, digests_of
 from loader.engine import Engine, lend
 from loader.errors import DigestMismatch, DigestsMissing, listed
@@ -29,6 +30,7 @@ class DigestCheck:
     ) -> None:
         """DigestsMissing where they do not prove all of a tensor."""
         self._tensors = tensors
+        self._device = device
         self._algorithm = candidates[0].algorithm
         self._sources = " and ".join(candidate.record.key for candidate in candidates)
         groups: defaultdict[tuple[TensorEntry, ...], list[int]] = defaultdict(list)  # sources whose tables say the same
@@ -50,7 +52,7 @@ class DigestCheck:
         self._check_that_all_is_proven(wanted)
 
     def lend(self, engine: Engine, undo: ExitStack) -> None:
-        lend(engine, undo, *(cell.region for cell in self._cells))
+        lend(engine, undo, *(to_register(cell.region, self._device.type) for cell in self._cells))
 
     def compare(self, dst: Manifest) -> None:
         """When all has been read: DigestMismatch names the tensors that are not what was published."""

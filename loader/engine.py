@@ -43,13 +43,13 @@ class Engine(Protocol):
     def take_back(self, region: Region) -> None:
         """Ends one `lend` of the same region. Reads into it must have ended."""
 
-    def connect(self, session_id: str) -> None:
-        """Makes the first contact with a peer; at once where that has been made. ReadFailed if nobody answers there.
+    def connect(self, peer: str) -> None:
+        """Makes the first contact with a peer, see `peer_of`; at once where that has been made. ReadFailed if nobody answers there.
 
         Lasts as long as the peer takes, a minute where its process is stopped: call it in a thread that may hang.
         """
 
-    def start(self, session_id: str, op: ReadOp) -> int:
+    def start(self, peer: str, op: ReadOp) -> int:
         """Begins a read from a connected peer and returns, at once, a number to ask `done` with. ReadFailed if not connected.
 
         The destination must lie in a lent region, else EngineFailed.
@@ -61,12 +61,22 @@ class Engine(Protocol):
         After either answer the number is void, and asking again a KeyError.
         """
 
-    def abandon(self, session_id: str) -> None:
+    def abandon(self, peer: str) -> None:
         """Ends every read from that peer that is not over, and a `connect` that hangs. When this returns none of them writes any
         more. Where there is nothing to end, the contact stays."""
 
     def close(self) -> None:
         """Ends the engine with all its registrations; any number of times."""
+
+
+def peer_of(session_id: str, incarnation: str) -> str:
+    """Whom to connect to: a process, as of one registration. What an engine learns of a peer, such as where its memory is mapped,
+    does not hold for what the same process registers later. A session id alone will do where nothing is registered later."""
+    return f"{session_id}@{incarnation}"
+
+
+def session_of(peer: str) -> str:
+    return peer.partition("@")[0]
 
 
 def offer(engine: Engine, undo: ExitStack, *regions: Region) -> None:
@@ -83,10 +93,10 @@ def lend(engine: Engine, undo: ExitStack, *regions: Region) -> None:
         undo.callback(engine.take_back, region)
 
 
-def read(engine: Engine, session_id: str, op: ReadOp) -> None:
+def read(engine: Engine, peer: str, op: ReadOp) -> None:
     """One small read, contact to end. Lasts until the peer answers, or until another thread abandons it."""
-    engine.connect(session_id)
-    number = engine.start(session_id, op)
+    engine.connect(peer)
+    number = engine.start(peer, op)
     nap_s = 20e-6
     while not engine.done(number):
         time.sleep(nap_s)

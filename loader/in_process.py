@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar
 
-from loader.engine import RegionBook
+from loader.engine import RegionBook, session_of
 from loader.errors import EngineFailed, ReadFailed
 from loader.plan import ReadOp
 from registry.manifest import Region
@@ -22,7 +22,7 @@ from registry.manifest import Region
 
 @dataclass
 class _Read:
-    session_id: str
+    peer: str
     op: ReadOp
     due: float
     over: bool = False
@@ -80,24 +80,24 @@ class InProcessEngine:
         with self._lent.lock:
             self._lent.end(region)
 
-    def connect(self, session_id: str) -> None:
+    def connect(self, peer: str) -> None:
         self._check_open()
-        peer = self._peer(session_id)
-        if session_id not in self._connected:
-            peer._running.wait()
+        engine = self._engine_of(peer)
+        if peer not in self._connected:
+            engine._running.wait()
             with self._lock:
-                self._connected.add(session_id)
+                self._connected.add(peer)
 
-    def start(self, session_id: str, op: ReadOp) -> int:
+    def start(self, peer: str, op: ReadOp) -> int:
         self._check_open()
         with self._lent.lock:
             self._lent.check_destination(op)
-        peer = self._peer(session_id)
+        engine = self._engine_of(peer)
         with self._lock:
-            if session_id not in self._connected:
-                raise ReadFailed(f"cannot read from {session_id}: it is not connected", session_id=session_id)
+            if peer not in self._connected:
+                raise ReadFailed(f"cannot read from {session_of(peer)}: it is not connected", session_id=session_of(peer))
             number = next(self._numbers)
-            self._reads[number] = _Read(session_id, op, time.monotonic() + peer._delay_s)
+            self._reads[number] = _Read(peer, op, time.monotonic() + engine._delay_s)
         return number
 
     def done(self, number: int) -> bool:
@@ -108,16 +108,17 @@ class InProcessEngine:
                 return False
             del self._reads[number]
         if read.failed:
+            session_id = session_of(read.peer)
             raise ReadFailed(
-                f"cannot read from {read.session_id}: it has ended or was abandoned, or {read.op.src_addr:#x} is not registered",
-                session_id=read.session_id,
+                f"cannot read from {session_id}: it has ended or was abandoned, or {read.op.src_addr:#x} is not registered",
+                session_id=session_id,
             )
         return True
 
     def _carry_out(self, read: _Read) -> None:
         if read.over:
             return
-        peer = self._peers.get(read.session_id)
+        peer = self._peers.get(session_of(read.peer))
         if peer is None or peer._closed:
             read.over = read.failed = True
             return
@@ -129,12 +130,12 @@ class InProcessEngine:
             if not read.failed:
                 ctypes.memmove(op.dst_addr, op.src_addr, op.nbytes)
 
-    def abandon(self, session_id: str) -> None:
+    def abandon(self, peer: str) -> None:
         with self._lock:
             for read in self._reads.values():
-                if read.session_id == session_id and not read.over:
+                if read.peer == peer and not read.over:
                     read.over = read.failed = True
-                    self._connected.discard(session_id)
+                    self._connected.discard(peer)
 
     def pause(self) -> None:
         """From now on this engine answers nobody, like a process that is stopped."""
@@ -146,7 +147,7 @@ class InProcessEngine:
         for reader in list(self._peers.values()):
             with reader._lock:
                 for read in reader._reads.values():
-                    if read.session_id == self._session_id:
+                    if session_of(read.peer) == self._session_id:
                         reader._carry_out(read)
 
     def close(self) -> None:
@@ -156,11 +157,12 @@ class InProcessEngine:
             self._served.clear()
             self._lent.clear()
 
-    def _peer(self, session_id: str) -> InProcessEngine:
-        peer = self._peers.get(session_id)
-        if peer is None or peer._closed:
+    def _engine_of(self, peer: str) -> InProcessEngine:
+        session_id = session_of(peer)
+        engine = self._peers.get(session_id)
+        if engine is None or engine._closed:
             raise ReadFailed(f"cannot read from {session_id}: no such engine", session_id=session_id)
-        return peer
+        return engine
 
     def _check_open(self) -> None:
         if self._closed:

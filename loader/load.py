@@ -14,12 +14,13 @@ import torch
 
 from loader.candidates import Candidate
 from loader.coverage import complete_tensors
+from loader.cuda import on_default_stream, to_register, wait_for
 from loader.digest_check import DigestCheck
 from loader.engine import Engine, lend
 from loader.errors import Cancelled, LoaderError, SourceLost, TornRead
 from loader.plan import differences, plan
 from loader.reads import Span
-from loader.regions import Shard, describe, device_of, local_parts
+from loader.regions import Shard, describe, devices_of, local_parts
 from loader.selection import Selection
 from loader.sources import Found, find_sources
 from loader.staging import Staging
@@ -111,8 +112,12 @@ def load(
         raise InvalidField(f"rank {rank!r} is not valid: it is a whole number", field="rank")
     if max_sources < 1:
         raise InvalidField(f"max_sources {max_sources} is not valid: it is 1 or more", field="max_sources")
+    devices = devices_of(parts)
     with ExitStack() as undo:
         lend(engine, undo, *dst.regions)
+        undo.enter_context(on_default_stream(devices[0]))
+        undo.callback(wait_for, devices)  # nothing is on its way to the tensors any more
+        wait_for(devices)  # nor anything that was begun before
         return _Load(
             registry=registry,
             engine=engine,
@@ -122,7 +127,7 @@ def load(
             dst=dst,
             boxes=boxes,
             partial=boxes or partial,
-            device=device_of(parts),
+            device=devices[0],
             deadline=time.monotonic() + timeout_s,
             verify=verify,
             version=version,
@@ -271,7 +276,7 @@ class _Load:
         nbytes = max(staged)
         count = min(len(staged), max(2, _STAGING_NBYTES // nbytes))
         staging = Staging(self.tensors.values(), self.device, count, nbytes)
-        lend(self.engine, undo, staging.region)
+        lend(self.engine, undo, to_register(staging.region, self.device.type))
         return staging
 
     def _run(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:

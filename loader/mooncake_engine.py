@@ -1,8 +1,9 @@
 """Mooncake's transfer engine behind `Engine`. The only place that imports mooncake.
 
-One Mooncake engine serves our memory to peers. Over tcp every peer that we read from gets one of its own besides, its reader: a
-read that hangs cannot be cancelled, but it ends with the engine that it was started on, and a peer that does not answer its first
-contact blocks the engine that it is made on for a minute. A reader costs 1 ms, two threads and five file descriptors.
+One Mooncake engine serves our memory to peers. But for RDMA every peer that we read from gets one of its own besides, its reader: a
+read that hangs cannot be cancelled, but it ends with the engine that it was started on; a peer that does not answer a first contact
+blocks the engine that makes it for a minute; and what has been learnt of a peer's memory is never learnt anew. A reader costs
+1 ms, two threads and five file descriptors.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from loader.engine import RegionBook
+from loader.cuda import on_device_of
+from loader.engine import RegionBook, session_of
 from loader.errors import EngineFailed, EngineUnavailable, ReadFailed
 from loader.plan import ReadOp
 from registry.manifest import Region
@@ -34,6 +36,7 @@ _PENDING, _DONE, _TIMED_OUT = 0, 1, -2
 _TIMEVAL = struct.Struct("ll")
 _LOOK_UP_US = 50_000
 _RDMA_DEVICES = Path("/sys/class/infiniband")
+_OWN_READERS = ("tcp", "nvlink_intra")  # over RDMA an engine is dear, and a read ends whatever its peer's process does
 
 
 class MooncakeEngine:
@@ -55,12 +58,12 @@ class MooncakeEngine:
         self._host = host
         self._protocol = protocol
         self._device = device
-        self._fabric = fabric
+        self._fabric = fabric or (_this_host() if protocol == "nvlink_intra" else "")
         self._served = RegionBook()
-        # Over tcp an engine writes wherever it is told to, so peers need not be able to reach what is only read into.
-        self._lent = RegionBook() if protocol == "tcp" else self._served
+        # But for RDMA an engine writes wherever it is told to, so peers need not be able to reach what is only read into.
+        self._lent = self._served if protocol == "rdma" else RegionBook()
         self._lock = threading.Lock()  # of what follows
-        self._readers: dict[str, _Reader] = {}  # by session, the oldest first
+        self._readers: dict[str, _Reader] = {}  # by peer, the oldest first
         self._reads: dict[int, tuple[_Reader, int]] = {}  # by number: the reader and its batch
         self._numbers = itertools.count(1)
         self._engine: Any = self._new_engine()
@@ -101,7 +104,8 @@ class MooncakeEngine:
                     f"the memory lies in more than {_MAX_REGIONS} pieces, of which no peer could be told: put the tensors into "
                     "fewer blocks, as views of one storage"
                 )
-            code = engine.register_memory(region.addr, region.nbytes)
+            with self._where(region):
+                code = engine.register_memory(region.addr, region.nbytes)
             if code != 0:
                 self._served.end(region)
                 raise EngineFailed(
@@ -113,7 +117,8 @@ class MooncakeEngine:
         with self._served.lock:
             holder = self._served.end(region)
             if holder is not None and self._engine is not None:
-                self._engine.unregister_memory(holder.addr)
+                with self._where(holder):
+                    self._engine.unregister_memory(holder.addr)
 
     def lend(self, region: Region) -> None:
         if self._lent is self._served:
@@ -130,29 +135,29 @@ class MooncakeEngine:
             self._lent.end(region)
         return None
 
-    def connect(self, session_id: str) -> None:
+    def connect(self, peer: str) -> None:
         self._open()
         with self._lock:
-            reader = self._readers.get(session_id)
+            reader = self._readers.get(peer)
         if reader is None:
-            own = self._protocol == "tcp"  # elsewhere an engine is dear, and a read ends whatever its peer's process does
-            made = _Reader(session_id, self._new_engine() if own else self._open(), own)
+            own = self._protocol in _OWN_READERS
+            made = _Reader(session_of(peer), self._new_engine() if own else self._open(), own)
             with self._lock:
-                reader = self._readers.setdefault(session_id, made)
+                reader = self._readers.setdefault(peer, made)
         if not reader.connect():
-            self.abandon(session_id)
-            raise self._failed(session_id)
+            self.abandon(peer)
+            raise self._failed(session_of(peer))
         self._forget_idle_readers()
 
-    def start(self, session_id: str, op: ReadOp) -> int:
+    def start(self, peer: str, op: ReadOp) -> int:
         with self._lent.lock:
             self._open()
             self._lent.check_destination(op)
         with self._lock:
-            reader = self._readers.get(session_id)
+            reader = self._readers.get(peer)
         batch = reader.start(op) if reader is not None else None
         if reader is None or batch is None:
-            raise self._failed(session_id)
+            raise self._failed(session_of(peer))
         with self._lock:
             number = next(self._numbers)
             self._reads[number] = reader, batch
@@ -170,12 +175,12 @@ class MooncakeEngine:
             raise self._failed(reader.session_id)
         return True
 
-    def abandon(self, session_id: str) -> None:
+    def abandon(self, peer: str) -> None:
         with self._lock:
-            reader = self._readers.get(session_id)
+            reader = self._readers.get(peer)
             if reader is None or not reader.busy:
                 return
-            del self._readers[session_id]
+            del self._readers[peer]
         reader.close()
 
     def close(self) -> None:
@@ -187,9 +192,13 @@ class MooncakeEngine:
         with self._served.lock:
             engine, self._engine = self._engine, None
             for region in self._served if engine is not None else ():
-                engine.unregister_memory(region.addr)
+                with self._where(region):
+                    engine.unregister_memory(region.addr)
             self._served.clear()
             self._lent.clear()
+
+    def _where(self, region: Region) -> AbstractContextManager[None]:
+        return on_device_of(region.addr) if self._protocol == "nvlink_intra" else nullcontext()
 
     def _open(self) -> Any:
         if self._engine is None:
@@ -199,9 +208,9 @@ class MooncakeEngine:
     def _forget_idle_readers(self) -> None:
         """The ones that have been there longest, if there are too many."""
         with self._lock:
-            idle = [session_id for session_id, reader in self._readers.items() if not reader.busy]
+            idle = [peer for peer, reader in self._readers.items() if not reader.busy]
             surplus = idle[: max(0, len(self._readers) - _MAX_READERS)]
-            dropped = [self._readers.pop(session_id) for session_id in surplus]
+            dropped = [self._readers.pop(peer) for peer in surplus]
         for reader in dropped:
             reader.close()
 
@@ -287,6 +296,11 @@ class _Reader:
                     "used again before this process ends"
                 )
             time.sleep(1e-3)
+
+
+def _this_host() -> str:
+    """Also where containers of one machine have names of their own, or machines the same."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _check_is_ours(host: str) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from loader.cuda import can_be_opened_by_others, to_register, wait_for
 from loader.digests import DigestCell, algorithm_for
 from loader.engine import Engine, offer
-from loader.errors import LoaderError
-from loader.regions import Shard, describe, device_of, local_parts
+from loader.errors import LoaderError, TensorsUnusable, listed
+from loader.regions import Shard, describe, devices_of, local_parts
 from loader.state_dict import encode_values, flatten, whole
 from loader.verify import Header, HeaderCell
 from registry import ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
@@ -80,6 +81,7 @@ class Publication:
             self._header.write(Header(before.incarnation, 2 * before.version + 1))
             self._tell(state=RankState.UPDATING)
             yield
+            wait_for(devices_of(self._tensors))
             if self._digests is not None:
                 self._digests.write(self._tensors)
             self._header.write(Header(before.incarnation, 2 * (before.version + 1)))
@@ -156,17 +158,20 @@ def publish(
     Raises TensorsUnusable, EngineFailed, or what `Registry.register` raises; nothing stays registered then, here or in etcd.
     """
     parts, boxes = local_parts(tensors, shards)
+    _check_can_be_served(engine, parts)
     manifest = replace(describe(parts, boxes), values=encode_values(values or {}))
-    device = device_of(parts)
+    devices = devices_of(parts)
+    device = devices[0]
     header = HeaderCell(device)
     table = DigestCell(parts, device, algorithm_for(device)) if digests else None
     incarnation = new_incarnation()
     with ExitStack() as undo:
-        offer(engine, undo, *manifest.regions, header.region)
+        offer(engine, undo, *manifest.regions, to_register(header.region, device.type))
         if table is not None:
-            offer(engine, undo, table.region)
+            offer(engine, undo, to_register(table.region, device.type))
             table.write(parts)
             manifest = replace(manifest, digests=table.table)
+        wait_for(devices)  # readers do not know of streams
         header.write(Header(incarnation, 2 * version))
         undo.callback(header.erase)
         registration = registry.register(
@@ -189,6 +194,22 @@ def publish(
         )
         undo.callback(registration.withdraw)
         return Publication(registry, registration, header, table, parts, undo.pop_all())
+
+
+def _check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> None:
+    if engine.protocol != "nvlink_intra":
+        return
+    closed = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.numel() and not (tensor.is_cuda and can_be_opened_by_others(tensor.untyped_storage().data_ptr()))
+    ]
+    if closed:
+        raise TensorsUnusable(
+            f"{len(closed)} tensors cannot be opened by other processes over NVLink, which takes memory of cudaMalloc, not the "
+            f"host's, nor expandable segments (PYTORCH_CUDA_ALLOC_CONF): {listed(closed)}: move them, or use rdma or tcp",
+            problems=closed,
+        )
 
 
 def publish_state_dict(

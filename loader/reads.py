@@ -21,9 +21,10 @@ Srcs = tuple[tuple[int, int], ...]  # (number of a source, address there), for e
 
 @dataclass(frozen=True)
 class Costs:
-    """What a read costs besides its bytes, and what copying a byte costs, both in bytes that could be read meanwhile."""
+    """What a read and a copy cost besides their bytes, and what copying a byte costs, all in bytes that could be read meanwhile."""
 
     read_nbytes: int = 96 << 10  # tcp on loopback: some 40 µs, at 2 to 3 GB/s
+    copy_nbytes: int = 0
     copied: float = 0.3
     staged_nbytes: int = 4 << 20  # the most that one read into a staging buffer brings
 
@@ -88,7 +89,7 @@ def gather(spans: Iterable[Span], src_regions: Sequence[Sequence[Region]], costs
     gathered: list[Span] = []
     groups: defaultdict[object, list[Span]] = defaultdict(list)
     for span in spans:
-        if span.nbytes * costs.copied >= costs.read_nbytes:
+        if _copying(span.nbytes, costs) >= costs.read_nbytes:
             gathered.append(span)
         else:
             first = span.srcs[0][1]  # together only if they lie in the same way at every source
@@ -99,8 +100,8 @@ def gather(spans: Iterable[Span], src_regions: Sequence[Sequence[Region]], costs
         end = limit = 0
         for span in group:
             start = span.srcs[0][1]
-            first = members[0].nbytes if len(members) == 1 else 0  # is copied only if it does not stay on its own
-            worth = start - end + costs.copied * (first + span.nbytes) < costs.read_nbytes
+            alone = _copying(members[0].nbytes, costs) if len(members) == 1 else 0.0  # is copied only if it does not stay alone
+            worth = start - end + alone + _copying(span.nbytes, costs) < costs.read_nbytes
             if members and start >= end and worth and start + span.nbytes <= limit:
                 members.append(span)
             else:
@@ -110,6 +111,10 @@ def gather(spans: Iterable[Span], src_regions: Sequence[Sequence[Region]], costs
             end = start + span.nbytes
         gathered += _as_one(members)
     return gathered
+
+
+def _copying(nbytes: int, costs: Costs) -> float:
+    return costs.copy_nbytes + costs.copied * nbytes
 
 
 def _as_one(members: Sequence[Span]) -> Sequence[Span]:
@@ -145,7 +150,7 @@ def _cheapest(some: Lines, costs: Costs) -> tuple[int, int]:
         reads = -(-count // at_once)
         nbytes = extent + (count - 1) * step - (reads - 1) * (step - extent)
         payload *= count
-        cost = times * (reads * costs.read_nbytes + nbytes + costs.copied * payload)
+        cost = times * (reads * (costs.read_nbytes + costs.copy_nbytes) + nbytes + costs.copied * payload)
         if cost < least:
             best, least = (axis, at_once), cost
         extent += (count - 1) * step

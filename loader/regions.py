@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from loader.cuda import to_register
 from loader.errors import TensorsUnusable, listed
 from loader.garbage import collector_paused
 from registry.manifest import Manifest, Region, TensorEntry
@@ -84,7 +85,7 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
     """
     problems = []
     entries = []
-    storages: dict[tuple[int, bool], int] = {}  # by address, and whether in the host's memory: how many bytes
+    storages: dict[tuple[int, str], int] = {}  # by address and type of device: how many bytes
     for name, tensor in tensors.items():
         problem = _unusable(tensor) or _unusable_name(name)
         if problem:
@@ -103,16 +104,16 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
         )
         if nbytes:
             storage = tensor.untyped_storage()
-            key = storage.data_ptr(), tensor.device.type == "cpu"
+            key = storage.data_ptr(), tensor.device.type
             storages[key] = max(storages.get(key, 0), storage.nbytes())
     problems += [f"{name}: has a shard, but is not among the tensors" for name in shards or () if name not in tensors]
     _refuse(problems)
     return Manifest(tuple(entries), _regions(storages))
 
 
-def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device:
-    """Where the weights lie: the device of the first tensor that has bytes; the host's memory if none has."""
-    return next((tensor.device for tensor in tensors.values() if tensor.numel()), torch.device("cpu"))
+def devices_of(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.device, ...]:
+    """Where the weights lie: that of the first tensor that has bytes first; the host's memory if none has."""
+    return tuple(dict.fromkeys(tensor.device for tensor in tensors.values() if tensor.numel())) or (torch.device("cpu"),)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -168,7 +169,7 @@ def _outside(shape: tuple[int, ...], box: Shard) -> str:
     return "" if fits else f"shard at {list(box.offsets)} of shape {list(shape)} does not fit into {list(box.global_shape)}"
 
 
-def _regions(storages: Mapping[tuple[int, bool], int]) -> tuple[Region, ...]:
+def _regions(storages: Mapping[tuple[int, str], int]) -> tuple[Region, ...]:
     """Storages that overlap (made from the same foreign buffer) become one region: engines refuse to register a byte twice.
 
     So do neighbours in the host's memory where there are very many: engines that have to list them take ever longer, and in the end
@@ -177,13 +178,17 @@ def _regions(storages: Mapping[tuple[int, bool], int]) -> tuple[Region, ...]:
     many = len(storages) > _MANY_STORAGES
     regions: list[Region] = []
     last_in_host = False
-    for (addr, in_host), nbytes in sorted(storages.items()):
+    for (start, device_type), nbytes in sorted(storages.items()):
         last = regions[-1] if regions else Region(0, 0)
-        near = many and in_host and last_in_host and _page(addr) - _page(last.end - 1) <= 1
-        if addr < last.end or near:
-            regions[-1] = Region(last.addr, max(last.end, addr + nbytes) - last.addr)
+        if start + nbytes <= last.end:
+            continue
+        region = to_register(Region(start, nbytes), device_type)
+        in_host = device_type == "cpu"
+        near = many and in_host and last_in_host and _page(region.addr) - _page(last.end - 1) <= 1
+        if region.addr < last.end or near:
+            regions[-1] = Region(last.addr, max(last.end, region.end) - last.addr)
         else:
-            regions.append(Region(addr, nbytes))
+            regions.append(region)
         last_in_host = in_host
     return tuple(regions)
 

@@ -98,7 +98,7 @@ def _obstacle(engine: Engine, record: RankRecord) -> str:
         return f"is served over {record.protocol}, this engine speaks {engine.protocol}"
     if record.fabric and engine.fabric and record.fabric != engine.fabric:
         return f"is on the fabric {record.fabric!r}, this engine on {engine.fabric!r}"
-    if record.protocol == "nvlink_intra" and record.host != socket.gethostname():
+    if record.protocol == "nvlink_intra" and not (record.fabric and engine.fabric) and record.host != socket.gethostname():
         return f"is on the host {record.host}, and {record.protocol} does not leave a host"
     return ""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from loader.boxes import Lines
-from loader.engine import Engine
+from loader.engine import Engine, session_of
 from loader.errors import Cancelled, LoaderError, ReadFailed, SourceLost, Stalled, TornRead
 from loader.plan import ReadOp
 from loader.reads import Costs, Span
@@ -40,11 +40,11 @@ class Pace:
 
 
 # Over tcp Mooncake serves a peer's reads in four lanes, so that less than eight in flight leaves some idle. NVLink needs few
-# chunks, and long ones: each costs Python some 10 µs.
+# chunks, and long ones: each costs Python some 10 µs, and so does each copy there.
 _PACES = {
     "tcp": Pace(4 << 20, 8),
     "rdma": Pace(16 << 20, 8),
-    "nvlink_intra": Pace(128 << 20, 4, costs=Costs(read_nbytes=3 << 20)),
+    "nvlink_intra": Pace(64 << 20, 32, costs=Costs(read_nbytes=3 << 20, copy_nbytes=3 << 20, copied=0.3, staged_nbytes=24 << 20)),
 }
 _SMALL_NBYTES = 64 << 10  # reads so small that the time is in their number: more of them may be in flight
 _SMALL_DEPTH = 64
@@ -71,11 +71,11 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass
 class Source:
-    """Who can be read from. `check` raises if it is not, or not any more, what it was resolved to be: SourceLost, TornRead,
-    ReadFailed. `lost` tells, without waiting, of news to the same effect from elsewhere."""
+    """Who can be read from; `peer` is what the engine calls it. `check` raises if it is not, or not any more, what it was resolved
+    to be: SourceLost, TornRead, ReadFailed. `lost` tells, without waiting, of news to the same effect from elsewhere."""
 
     name: str
-    session_id: str
+    peer: str
     check: Callable[[], None]
     lost: Callable[[], LoaderError | None] = lambda: None
 
@@ -185,7 +185,7 @@ class Transfer:
             self._settle()
             if not in_order:  # an interrupt may have kept from us that a read has begun
                 for pipe in self._pipes:
-                    self._engine.abandon(pipe.source.session_id)
+                    self._engine.abandon(pipe.source.peer)
 
     def _read_all(self) -> None:
         nap_s = _NAP_S[0]
@@ -275,7 +275,7 @@ class Transfer:
                 src_addr = next(addr for number, addr in chunk.srcs if number == pipe.number)
                 read = ReadOp(pipe.source.name, src_addr, chunk.dst_addr if staged is None else staged, chunk.nbytes)
                 try:
-                    number = self._engine.start(pipe.source.session_id, read)
+                    number = self._engine.start(pipe.source.peer, read)
                 except ReadFailed as exc:
                     self._free(staged)
                     pipe.failure = exc
@@ -342,7 +342,7 @@ class Transfer:
         silent_s = now - pipe.silent_since
         if self._can_be_replaced(pipe) or silent_s > self._pace.patience_s:
             error = Stalled(
-                f"nothing has come from {pipe.source.session_id} for {silent_s:.1f} s: its process is "
+                f"nothing has come from {session_of(pipe.source.peer)} for {silent_s:.1f} s: its process is "
                 "stopped, or the network between is cut"
             )
             self._drop(pipe, error)
@@ -401,7 +401,7 @@ class Transfer:
             return True
 
     def _end_reads(self, pipe: _Pipe) -> None:
-        self._engine.abandon(pipe.source.session_id)
+        self._engine.abandon(pipe.source.peer)
         for number in list(pipe.in_flight):
             self._is_over(number)  # it is: this is how the engine may forget the number
             self._again(pipe, number)

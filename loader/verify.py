@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from loader.engine import Engine, read
+from loader.cuda import wait_for
+from loader.engine import Engine, peer_of, read
 from loader.errors import SourceLost
 from loader.plan import ReadOp
 from registry import RankRecord, Region
@@ -44,6 +45,7 @@ class HeaderCell:
     """A header's place in memory: the source's own, or a reader's buffer for another's."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._bytes = torch.zeros(NBYTES, dtype=torch.uint8, device=device)
         self.region = Region(self._bytes.data_ptr(), NBYTES)
 
@@ -57,11 +59,9 @@ class HeaderCell:
         self._put(bytes(NBYTES))
 
     def _put(self, packed: bytes) -> None:
-        if self._bytes.is_cuda:
-            torch.cuda.synchronize(self._bytes.device)
+        wait_for([self.device])
         self._bytes.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
-        if self._bytes.is_cuda:
-            torch.cuda.synchronize(self._bytes.device)
+        wait_for([self.device])
 
     def read(self) -> Header | None:
         """None where the bytes are no header."""
@@ -69,10 +69,15 @@ class HeaderCell:
         return Header(incarnation.hex(), sequence) if magic == _MAGIC else None
 
 
+def peer_of_record(record: RankRecord) -> str:
+    return peer_of(record.session_id, record.incarnation)
+
+
 def fetch_header(engine: Engine, record: RankRecord, cell: HeaderCell) -> Header:
     """The source's header now, into the registered `cell`; SourceLost if what answers is not the process of the record."""
     cell.erase()
-    read(engine, record.session_id, ReadOp(record.key, record.header_addr, cell.region.addr, NBYTES))
+    wait_for([cell.device])  # what was read before has arrived when the header is read
+    read(engine, peer_of_record(record), ReadOp(record.key, record.header_addr, cell.region.addr, NBYTES))
     header = cell.read()
     if header is None or header.incarnation != record.incarnation:
         raise SourceLost(

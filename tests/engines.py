@@ -20,8 +20,8 @@ class Interrupted(InProcessEngine):
         self._bulk: set[int] = set()
         self._come = 0
 
-    def start(self, session_id: str, op: ReadOp) -> int:
-        number = super().start(session_id, op)
+    def start(self, peer: str, op: ReadOp) -> int:
+        number = super().start(peer, op)
         if op.nbytes != HEADER_NBYTES:
             self._bulk.add(number)
         return number

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from loader import Engine, InProcessEngine, MooncakeEngine
+from loader.engine import peer_of, read
 from loader.errors import EngineFailed, ReadFailed
 from loader.plan import ReadOp
 from registry import Region
@@ -252,7 +253,7 @@ def test_a_session_that_does_not_exist_fails_and_leaves_good_ones_usable(peers: 
 @pytest.mark.parametrize(("start", "nbytes"), [(-64, 64), (-1, 64), (NBYTES - 63, 64), (NBYTES, 1)])
 def test_a_destination_that_is_not_lent_is_refused_before_a_byte_moves(peers: Peers, start: int, nbytes: int) -> None:
     with pytest.raises(EngineFailed, match="are not lent to the engine: lend the destination first"):
-        peers.read(peers.op(0, 0, 64), peers.op(0, start, nbytes))
+        peers.read(peers.op(0, start, nbytes))
     assert bytes(peers.dst) == bytes(NBYTES)
 
 
@@ -286,6 +287,20 @@ def test_abandoning_a_peer_ends_what_is_in_flight_and_the_next_contact_works(pee
     ctypes.memset(peers.dst.region.addr, 0, NBYTES)
     peers.read_all()
     assert bytes(peers.dst) == bytes(peers.src)
+
+
+def test_each_registration_of_a_process_is_a_peer_of_its_own(peers: Peers) -> None:
+    first, second = peer_of(peers.session_id, "1" * 32), peer_of(peers.session_id, "2" * 32)
+    peers.reader.connect(first)
+    with pytest.raises(ReadFailed, match=f"cannot read from {peers.session_id}: "):
+        peers.reader.start(second, peers.op(0, 0, 64))
+    later = Memory(os.urandom(64))
+    peers.source.register(later.region)
+    peers.reader.connect(second)
+    read(peers.reader, second, ReadOp("a/1", later.region.addr, peers.dst.region.addr, 64))
+    read(peers.reader, first, peers.op(64, 64, 64))
+    assert bytes(peers.dst)[:128] == bytes(later) + bytes(peers.src)[64:128]
+    peers.source.unregister(later.region)
 
 
 def test_abandoning_when_nothing_is_in_flight_keeps_the_contact(peers: Peers) -> None:

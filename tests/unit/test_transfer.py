@@ -440,10 +440,10 @@ def test_what_others_hold_too_is_left_to_them_as_long_as_there_is_something_that
     reads: list[ReadOp] = []
 
     class Recording(InProcessEngine):
-        def start(self, session_id: str, op: ReadOp) -> int:
-            if session_id == bench.sources[0].session_id:
+        def start(self, peer: str, op: ReadOp) -> int:
+            if peer == bench.sources[0].peer:
                 reads.append(op)
-            return super().start(session_id, op)
+            return super().start(peer, op)
 
     bench.read_with(Recording())
     for _ in range(2):
@@ -682,7 +682,7 @@ def test_an_interrupt_just_when_a_read_is_over_leaves_nothing_in_flight(bench: B
     bench.source(delay_s=0.005)
     with pytest.raises(KeyboardInterrupt):
         bench.transfer().run()
-    bench.reader.abandon = lambda session_id: None  # type: ignore[method-assign]
+    bench.reader.abandon = lambda peer: None  # type: ignore[method-assign]
     bench.assert_nothing_is_in_flight()
 
 

@@ -1,0 +1,130 @@
+"""From GPU to GPU of one host, over NVLink: two processes, real transfer engine, real etcd."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+import torch
+
+from loader import MooncakeEngine, load, publish
+from loader.errors import TensorsUnusable, TornRead
+from loader.load import Verify
+from registry import Registry
+from registry.local import LocalEtcd
+from tests.gpu.nvlink_source import MODEL, Tensors, content, late_content
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
+
+
+class Source:
+    def __init__(self, endpoint: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.gpu.nvlink_source", endpoint], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def do(self, command: str) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{command}\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == f"{command}\n"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def etcd() -> Iterator[LocalEtcd]:
+    with LocalEtcd() as etcd:
+        yield etcd
+
+
+@pytest.fixture
+def registry(etcd: LocalEtcd) -> Iterator[Registry]:
+    with Registry.connect(etcd.endpoint) as registry:
+        yield registry
+
+
+@pytest.fixture
+def source(etcd: LocalEtcd) -> Iterator[Source]:
+    source = Source(etcd.endpoint)
+    yield source
+    source.kill()
+
+
+@pytest.fixture
+def engine() -> Iterator[MooncakeEngine]:
+    with MooncakeEngine("127.0.0.1", protocol="nvlink_intra") as engine:
+        yield engine
+
+
+def zeroed(tensors: Tensors, device: str | None = None) -> Tensors:
+    return {name: torch.zeros_like(tensor, device=device) for name, tensor in tensors.items()}
+
+
+def assert_equal(found: Tensors, wanted: Tensors) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name].cpu(), tensor.cpu()), name
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1", None, "cpu"])
+def test_weights_arrive_on_any_device_and_as_often_as_they_are_loaded(
+    registry: Registry, source: Source, engine: MooncakeEngine, device: str | None
+) -> None:
+    source.do("publish 1")
+    verify: Verify
+    for verify in ("header", "digest", "header"):
+        found = zeroed(content(1), device)
+        report = load(registry, engine, "a", rank=0, tensors=found, verify=verify)
+        assert_equal(found, content(1))
+        assert report.protocol == "nvlink_intra"
+
+
+def test_memory_that_a_process_publishes_later_is_not_taken_for_what_lay_there_before(
+    registry: Registry, source: Source, engine: MooncakeEngine
+) -> None:
+    for number in (1, 2, 3):
+        source.do(f"publish {number}")
+        found = zeroed(content(number), "cuda:1")
+        load(registry, engine, "a", rank=0, tensors=found)
+        assert_equal(found, content(number))
+        source.do(f"late {number}")
+        late = zeroed(late_content(number), "cuda:1")
+        load(registry, engine, "late", rank=0, tensors=late)
+        assert_equal(late, late_content(number))
+
+
+def test_weights_that_change_on_another_stream_are_loaded_in_one_version(
+    registry: Registry, source: Source, engine: MooncakeEngine
+) -> None:
+    source.do("publish 0")
+    ended = threading.Event()
+
+    def update() -> None:
+        for _ in range(50):
+            source.do("update")
+        ended.set()
+
+    updates = threading.Thread(target=update)
+    updates.start()
+    found = zeroed(content(0), "cuda:1")
+    versions: list[int] = []
+    while not ended.is_set() or not versions:
+        with suppress(TornRead):
+            versions.append(load(registry, engine, "a", rank=0, tensors=found).version)
+            assert_equal(found, {name: tensor + versions[-1] for name, tensor in content(0).items()})
+    updates.join()
+
+
+def test_memory_that_no_other_process_can_open_is_refused_by_name(registry: Registry, engine: MooncakeEngine) -> None:
+    tensors = {"here": torch.zeros(10, device="cuda:0"), "there": torch.zeros(10)}
+    with pytest.raises(TensorsUnusable, match=r"1 tensors cannot be opened by other processes over NVLink.*: there: "):
+        publish(registry, engine, instance="a", rank=0, world_size=1, tensors=tensors, model=MODEL)
+    assert registry.instances() == ()
