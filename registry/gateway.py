@@ -38,7 +38,7 @@ from registry.vigil import Vigil
 log = logging.getLogger(__name__)
 PORT = 6789  # of SGLang's own server
 _ETCD_S = 2.0  # what one call to etcd may take: who asks has more than one to wait for, and SGLang's clients wait for ever
-_THREADS = 8
+_THREADS = 4
 _BACKLOG = 512
 _PROBE_S = 1.0
 _GRACE_S = 2  # for requests that are being answered when it closes
@@ -85,14 +85,15 @@ class Gateway:
         self.host, self.port = self._socket.getsockname()[:2]
         config = registry.config
         self._etcd = Etcd(replace(config, timeout_s=min(config.timeout_s, _ETCD_S)))
-        self._calls = Calls(_THREADS, "gateway etcd")
+        self._reading = Calls(_THREADS, "gateway reads")
+        self._writing = Calls(_THREADS, "gateway writes")  # so that many who register keep nobody waiting who reads
         self._parsing = Calls(1, "gateway parsing")
         self._guard = Guard(limits or Limits())
         look = partial(probe, timeout_s=_PROBE_S)
         vigils = self._etcd.sibling()
         self._vigil = Vigil(vigils, Follower(vigils, ENGINES), look, probe_interval_s, probe_tolerance)
-        answers = Answers(self._etcd, self._calls, self._etcd.config.timeout_s)
-        seeds = Seeds(self._etcd, self._calls, ttl_s, look)
+        answers = Answers(self._etcd, self._reading, self._etcd.config.timeout_s)
+        seeds = Seeds(self._etcd, self._writing, ttl_s, look)
         app = Routes(served, answers, seeds, self._parsing, self._guard, token).app(self._lifespan)
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -131,7 +132,7 @@ class Gateway:
         self.stop()
         self._thread.join(_JOIN_S)
         self._etcd.close()
-        for calls in (self._calls, self._parsing):
+        for calls in (self._reading, self._writing, self._parsing):
             calls.close()
         self._socket.close()
 
