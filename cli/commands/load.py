@@ -17,8 +17,8 @@ from cli.options import Seconds, engine_log, etcd_options, json_option, rank_opt
 from cli.output import print_json, size
 from cli.signals import held_back
 from registry import Registry
-from registry.errors import InvalidField
-from registry.record import PROTOCOLS
+from registry.errors import InstanceIncomplete, InvalidField
+from registry.record import GATEWAY, PROTOCOLS
 
 if TYPE_CHECKING:
     from loader import Progress
@@ -61,6 +61,11 @@ def command(
         if rank >= len(records):
             raise InvalidField(
                 f"rank {rank} is not one of {records[0].instance!r}: its ranks are 0 to {len(records) - 1}", field="rank"
+            )
+        if records[rank].kept_by == GATEWAY:
+            raise InstanceIncomplete(
+                f"{records[rank].key} is an SGLang seed, which tells neither dtypes nor shapes and has no header to "
+                f"check reads by: load it with SGLang, through `engines gateway`"
             )
         with held_back():
             from loader import MooncakeEngine, load

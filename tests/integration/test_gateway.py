@@ -208,6 +208,16 @@ def test_a_rank_of_the_library_is_served_and_defended(registry: Registry, gatewa
     assert httpx.put(f"{gateway.url}{REGISTER}", json=says(session_of(listener))).text == "OK"
 
 
+def test_our_loader_refuses_a_seed_in_one_line(
+    processes: Processes, gateway: Gateway, namespace: str, listener: socket.socket
+) -> None:
+    httpx.put(f"{gateway.url}{REGISTER}", json=says(session_of(listener)))
+    result = processes.run("load", "q", "--rank", "0", "--namespace", namespace)
+    assert result.returncode == 4
+    assert len(result.stderr.splitlines()) == 1
+    assert "/engines/q/0 is an SGLang seed" in result.stderr
+
+
 def test_an_instance_of_seeds_is_ready_when_all_its_ranks_are_there(registry: Registry, gateway: Gateway) -> None:
     with ExitStack() as stack:
         for rank in range(3):
@@ -217,6 +227,26 @@ def test_an_instance_of_seeds_is_ready_when_all_its_ranks_are_there(registry: Re
         records = registry.resolve("llama", 10)
         assert [record.rank for record in records] == [0, 1, 2]
         assert asked(f"{gateway.url}/instances/llama", OLD_GET, rank=2).json()["rank"] == 2
+
+
+@pytest.mark.parametrize("source", ["seed", "library"])
+def test_sglangs_loader_reads_the_weights_of_seeds_and_of_library_ranks(
+    processes: Processes, registry: Registry, gateway: Gateway, source: str
+) -> None:
+    size = str(1 << 20)
+    if source == "seed":
+        process = processes.start("-m", "tests.integration.sglang_process", "seed", gateway.url, size)
+        assert line_of(process) == "200 OK\n"
+    else:
+        process = processes.start("-m", "tests.integration.source_process", "q", size)
+        assert line_of(process) == "version 0\n"
+    client = processes.start("-m", "tests.integration.sglang_process", "client", gateway.url, size)
+    assert line_of(client) == "equal\n"
+    with registry.watch("q") as watch:
+        process.kill()
+        _, err = process.communicate()
+        events_until(watch, lambda event: isinstance(event, RankLost) and event.reason == "process ended")
+    assert "Socket" not in err  # what a transfer engine says of connections that do not end in order
 
 
 # -- probes ----------------------------------------------------------------------------------------------------------------------
