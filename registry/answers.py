@@ -35,7 +35,7 @@ class _Rendered:
 
 
 class Answers:
-    """`timeout_s` bounds one answer."""
+    """`timeout_s` bounds a look at etcd."""
 
     def __init__(self, etcd: Etcd, calls: Calls, timeout_s: float, cache_nbytes: int = _CACHE_NBYTES) -> None:
         self._etcd = etcd
@@ -61,19 +61,18 @@ class Answers:
         self._looking[key] = self._waiting.pop(key)
         try:
             known = self._cache.get(key)
-            rendered = await self._calls.within(self._timeout_s, partial(self._fetch, key, known))
-            if rendered is not known:
-                self._remember(key, rendered)
-            else:
+            item = await self._calls.within(self._timeout_s, partial(self._etcd.get, key))
+            if known is not None and known.item == item:
                 self._cache.move_to_end(key)
+                return known.body
+            # What follows may take a large manifest its time: only its calls to etcd are bounded, by their own.
+            rendered = await self._calls(partial(self._render, key, item))
+            self._remember(key, rendered)
             return rendered.body
         finally:
             del self._looking[key]
 
-    def _fetch(self, key: str, known: _Rendered | None) -> _Rendered:
-        item = self._etcd.get(key)
-        if known is not None and known.item == item:
-            return known
+    def _render(self, key: str, item: KeyValue | None) -> _Rendered:
         if item is None:
             raise InstanceNotFound(f"{key} is not registered: see `engines list`")
         record = decode(item.key, item.value, item.mod_revision)
@@ -81,9 +80,10 @@ class Answers:
         try:
             return _Rendered(item, render(record, fetch_manifest(self._etcd, record)))
         except RecordDamaged:
-            if self._etcd.get(key) == item:
+            now = self._etcd.get(key)
+            if now == item:
                 raise
-            return self._fetch(key, None)  # it has registered again in between
+            return self._render(key, now)  # it has registered again in between
 
     def _remember(self, key: str, rendered: _Rendered) -> None:
         before = self._cache.pop(key, None)

@@ -1,12 +1,15 @@
 """What an HTTP client of the gateway may take: bytes, seconds, connections. A client that goes beyond is cut off, nobody else is.
 
 `Limits` are the numbers. `Guard` counts what is open and makes uvicorn's connections keep to their time, which by itself it does
-not before a request and while a response is not being read. `read_body` bounds what is sent, whatever its Content-Length says.
+not before a request and while a response is not being read. `body` bounds what is sent, whatever its Content-Length says.
 """
 
 from __future__ import annotations
 
 import asyncio
+import mmap
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect, Request
@@ -22,7 +25,7 @@ _SLICE_NBYTES = 256 << 10
 @dataclass(frozen=True)
 class Limits:
     body_nbytes: int = 64 << 20  # of one request
-    bodies_nbytes: int = 256 << 20  # of all that are being read
+    bodies_nbytes: int = 256 << 20  # of all that are being read or parsed
     tensors: int = MAX_TENSORS
     connections: int = 500
     head_s: float = 10.0  # from the connection, or the answer before, until a request has begun
@@ -59,7 +62,7 @@ class Guard:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._connections: dict[object, Connection] = {}  # by the client's address
-        self._reading_nbytes = 0
+        self._held_nbytes = 0
 
     def protocol(self) -> type[H11Protocol]:
         """For uvicorn, which makes one a connection."""
@@ -96,44 +99,68 @@ class Guard:
         for connection in list(self._connections.values()):
             connection.transport.abort()
 
-    async def read_body(self, request: Request) -> bytes:
-        """TooLarge, TooSlow, Busy, or ClientDisconnect."""
+    @asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[Body]:
+        """Counts as held until the end of the block. TooLarge, TooSlow, Busy, or ClientDisconnect."""
+        body = Body()
         try:
-            return await asyncio.wait_for(self._read(request), self.limits.body_s)
-        except asyncio.TimeoutError as exc:
-            raise TooSlow(f"the body has not come within {self.limits.body_s:g} s") from exc
-
-    async def _read(self, request: Request) -> bytes:
-        limit = self.limits.body_nbytes
-        length = request.headers.get("content-length", "")
-        error: Exception | None = TooLarge() if length.isdecimal() and int(length) > limit else None
-        chunks: list[bytes] = []
-        nbytes = held = 0
-        try:
-            async for chunk in request.stream():
-                nbytes += len(chunk)
-                if nbytes > limit and error is None:
-                    error = TooLarge()
-                if self._reading_nbytes + len(chunk) > self.limits.bodies_nbytes and error is None:
-                    error = Busy("too much is being sent at once: try again")
-                if error is not None:
-                    # Most clients read no answer before they have sent all: the rest is taken and thrown away, up to a point.
-                    chunks.clear()
-                    self._reading_nbytes -= held
-                    held = 0
-                    if nbytes > 4 * limit:
-                        break
-                else:
-                    chunks.append(chunk)
-                    self._reading_nbytes += len(chunk)
-                    held += len(chunk)
+            try:
+                await asyncio.wait_for(self._read(request, body), self.limits.body_s)
+            except asyncio.TimeoutError as exc:
+                raise TooSlow(f"the body has not come within {self.limits.body_s:g} s") from exc
+            yield body
         finally:
-            self._reading_nbytes -= held
-        if isinstance(error, TooLarge):
-            raise TooLarge(f"the body is larger than {limit} bytes")
+            self._held_nbytes -= body.nbytes
+            body.close()
+
+    async def _read(self, request: Request, body: Body) -> None:
+        limit = self.limits.body_nbytes
+        too_large = TooLarge(f"the body is larger than {limit} bytes")
+        length = request.headers.get("content-length", "")
+        error: Exception | None = too_large if length.isdecimal() and int(length[:20]) > limit else None
+        nbytes = 0
+        async for chunk in request.stream():
+            nbytes += len(chunk)
+            if error is None and nbytes > limit:
+                error = too_large
+            if error is None and self._held_nbytes + len(chunk) > self.limits.bodies_nbytes:
+                error = Busy("too much is being sent at once: try again")
+            if error is None:
+                body.add(chunk)
+                self._held_nbytes += len(chunk)
+                continue
+            # Most clients read no answer before they have sent all: the rest is taken and thrown away, up to a point.
+            self._held_nbytes -= body.nbytes
+            body.close()
+            if nbytes > 4 * limit:
+                break
         if error is not None:
             raise error
-        return b"".join(chunks)
+
+
+class Body:
+    """What a client has sent, in memory that is not the heap's: that would keep what many large ones took as they grew."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._memory: mmap.mmap | None = None
+
+    def add(self, chunk: bytes) -> None:
+        if self._memory is None:
+            self._memory = mmap.mmap(-1, _SLICE_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.nbytes += len(chunk)
+        if self.nbytes > len(self._memory):
+            self._memory.resize(max(2 * len(self._memory), self.nbytes))
+        self._memory.write(chunk)
+
+    def read(self) -> bytes:
+        """A copy. Nothing once it is closed."""
+        return self._memory[: self.nbytes] if self._memory is not None else b""
+
+    def close(self) -> None:
+        memory, self._memory, self.nbytes = self._memory, None, 0
+        if memory is not None:
+            memory.close()
 
 
 class Connection(H11Protocol):
@@ -164,4 +191,4 @@ class Connection(H11Protocol):
         self._timer = None if self._lost else self.loop.call_later(seconds, self.transport.abort)
 
 
-__all__ = ["Busy", "ClientDisconnect", "Guard", "Limits", "SlicedResponse", "TooLarge", "TooSlow"]
+__all__ = ["Body", "Busy", "ClientDisconnect", "Guard", "Limits", "SlicedResponse", "TooLarge", "TooSlow"]

@@ -31,7 +31,7 @@ from registry.errors import (
     RecordDamaged,
     RegistryError,
 )
-from registry.http_limits import Busy, ClientDisconnect, Guard, SlicedResponse, TooLarge, TooSlow
+from registry.http_limits import Body, Busy, ClientDisconnect, Guard, SlicedResponse, TooLarge, TooSlow
 from registry.keys import check_instance
 from registry.record import RankRecord
 from registry.seeds import Seeds, seed_record
@@ -85,21 +85,21 @@ class Routes:
 
     async def _register(self, request: Request) -> Response:
         name = self._instance(request)
-        body = await self._guard.read_body(request)
+        async with self._guard.body(request) as body:
 
-        async def register() -> None:
-            query_size = parse_world_size(request.query_params.get("world_size"))
-            record, parts = await self._parsing(lambda: self._parse(name, query_size, request.query_params.get("role"), body))
-            await self._seeds.register(record, parts)
+            async def register() -> None:
+                query_size = parse_world_size(request.query_params.get("world_size"))
+                record, parts = await self._parsing(lambda: self._parse(name, query_size, request.query_params.get("role"), body))
+                await self._seeds.register(record, parts)
 
-        try:
-            await asyncio.wait_for(register(), _REGISTER_S)
-        except asyncio.TimeoutError as exc:
-            raise EtcdUnavailable(f"the registration has not come about within {_REGISTER_S:g} s: etcd is slow or away") from exc
+            try:
+                await asyncio.wait_for(register(), _REGISTER_S)
+            except asyncio.TimeoutError as exc:
+                raise EtcdUnavailable(f"no registration within {_REGISTER_S:g} s: etcd is slow or away, or much is sent") from exc
         return PlainTextResponse("OK")
 
-    def _parse(self, name: str, query_size: int | None, role: str | None, body: bytes) -> tuple[RankRecord, list[bytes]]:
-        info = parse_registration(body, self._guard.limits.tensors)
+    def _parse(self, name: str, query_size: int | None, role: str | None, body: Body) -> tuple[RankRecord, list[bytes]]:
+        info = parse_registration(body.read(), self._guard.limits.tensors)
         own = name == self._served.instance
         world_size = query_size or info.world_size or (self._served.world_size if own else 1)
         model = self._served.model if own else name

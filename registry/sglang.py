@@ -67,6 +67,15 @@ def parse_registration(body: bytes, max_tensors: int = MAX_TENSORS) -> SeedInfo:
 
     Beside what seeds send it may be what SGLang's own server answers about a rank, so that one can be fed from the other.
     """
+    try:
+        return _parse(body, max_tensors)
+    except InvalidField as exc:
+        error = InvalidField(str(exc), **exc.details)
+    # A copy: the error itself holds on to whatever its traceback has seen, and so to all that was sent.
+    raise error
+
+
+def _parse(body: bytes, max_tensors: int) -> SeedInfo:
     _check_extent(body, max_tensors)
     try:
         data = json.loads(body)
@@ -186,4 +195,4 @@ def _short(value: Any) -> str:
     """For a message: whatever was sent, in a few characters."""
     if isinstance(value, int) and value.bit_length() > 128:
         return "a huge number"
-    return ascii(value if not isinstance(value, list | dict) else type(value).__name__)[:100]
+    return ascii(value[:100] if isinstance(value, str) else type(value).__name__ if isinstance(value, list | dict) else value)[:100]
