@@ -21,11 +21,12 @@ import pytest
 
 from registry import RankJoined, RankLost, Registry
 from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import GatewayFailed, InvalidField
+from registry.errors import EtcdRefused, GatewayFailed, InvalidField
 from registry.etcd import Etcd
+from registry.follow import Follower
 from registry.gateway import Gateway
 from registry.http_limits import Limits
-from registry.kv import Put
+from registry.kv import Batch, Put, Snapshot
 from registry.local import LocalEtcd, free_port
 from registry.probe import Answer, probe
 from tests.integration.conftest import Processes, events_until, line_of
@@ -451,6 +452,22 @@ def test_a_gateway_that_is_forgotten_warns(registry: Registry) -> None:
     with pytest.warns(ResourceWarning, match=f"gateway on port {gateway.port} was never closed"):
         gateway.__del__()
     gateway.close()
+
+
+def test_a_gateway_that_etcd_refuses_ends_with_the_reason(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(Follower):
+        def __iter__(self) -> Iterator[Snapshot | Batch]:
+            raise EtcdRefused("the user may not read /engines/")
+
+    monkeypatch.setattr("registry.gateway.Follower", Refused)
+    with Gateway(registry, "q", port=0) as gateway, pytest.raises(EtcdRefused, match="may not read"):
+        gateway.wait(20)
+
+
+def test_a_gateway_is_waited_for_until_somebody_stops_it(gateway: Gateway) -> None:
+    assert not gateway.wait(0.01)
+    gateway.stop()
+    assert gateway.wait(20)
 
 
 def test_a_port_in_use_an_address_of_another_machine_and_nonsense_are_refused(registry: Registry, gateway: Gateway) -> None:
