@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect, Request
@@ -113,11 +113,18 @@ class Guard:
             self._held_nbytes -= body.nbytes
             body.close()
 
-    async def _read(self, request: Request, body: Body) -> None:
+    async def discard_body(self, request: Request) -> None:
+        """Most clients read no answer before they have sent all: what is not wanted is taken and thrown away, up to a point."""
+        with suppress(asyncio.TimeoutError, Busy):
+            await asyncio.wait_for(self._read(request, Body(), Busy()), self.limits.body_s)
+
+    async def _read(self, request: Request, body: Body, error: Exception | None = None) -> None:
+        """`error` is raised at the end; then, or once the body is too large, it is only discarded."""
         limit = self.limits.body_nbytes
         too_large = TooLarge(f"the body is larger than {limit} bytes")
         length = request.headers.get("content-length", "")
-        error: Exception | None = too_large if length.isdecimal() and int(length[:20]) > limit else None
+        if error is None and length.isdecimal() and int(length[:20]) > limit:
+            error = too_large
         nbytes = 0
         async for chunk in request.stream():
             nbytes += len(chunk)
@@ -129,7 +136,6 @@ class Guard:
                 body.add(chunk)
                 self._held_nbytes += len(chunk)
                 continue
-            # Most clients read no answer before they have sent all: the rest is taken and thrown away, up to a point.
             self._held_nbytes -= body.nbytes
             body.close()
             if nbytes > 4 * limit:

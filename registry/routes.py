@@ -84,8 +84,8 @@ class Routes:
         ]
 
     async def _register(self, request: Request) -> Response:
-        name = self._instance(request)
         async with self._guard.body(request) as body:
+            name = self._instance(request)
 
             async def register() -> None:
                 query_size = parse_world_size(request.query_params.get("world_size"))
@@ -119,10 +119,10 @@ class Routes:
 
         async def told(request: Request) -> Response:
             try:
-                if not self._allowed(request):
-                    status, reason = 401, "give the gateway's token: Authorization: Bearer TOKEN"
-                else:
+                if self._allowed(request):
                     return await handler(request)
+                status, reason = 401, "give the gateway's token: Authorization: Bearer TOKEN"
+                await self._guard.discard_body(request)
             except ClientDisconnect:
                 status, reason = 400, "the client has gone"
             except Exception as exc:  # what is none of the errors that we know is logged as a bug

@@ -509,6 +509,7 @@ def test_the_token_comes_from_the_environment_and_shows_nowhere(
 ) -> None:
     process, url = gateway_process(ENGINES_GATEWAY_TOKEN="s3cret")
     assert asked(url).status_code == 401
+    assert httpx.put(f"{url}{REGISTER}", content=b" " * (10 << 20), timeout=20).status_code == 401
     assert httpx.get(f"{url}/health").status_code == 200
     assert httpx.get(f"{url}{GET}?rank=0", headers={"Authorization": "Bearer s3cret"}).status_code == 404
     assert b"s3cret" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
