@@ -28,5 +28,5 @@ class Calls:
         except asyncio.TimeoutError as exc:
             raise EtcdUnavailable(f"etcd has not answered within {timeout_s:g} s: try again") from exc
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, wait: bool = True) -> None:
+        self._pool.shutdown(wait=wait, cancel_futures=True)

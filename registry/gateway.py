@@ -29,10 +29,11 @@ from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.http_limits import Guard, Limits
 from registry.keys import ENGINES, check_instance, check_rank
+from registry.mirror import Mirror, check_url
 from registry.probe import probe
 from registry.record import ModelIdentity
-from registry.routes import Routes, Served
-from registry.seeds import Seeds
+from registry.routes import Routes
+from registry.seeds import Seeds, Served
 from registry.vigil import Vigil
 
 log = logging.getLogger(__name__)
@@ -61,11 +62,13 @@ class Gateway:
         probe_interval_s: float = 2.0,
         probe_tolerance: int = 3,
         token: str | None = None,
+        seed_url: str | None = None,
         limits: Limits | None = None,
     ) -> None:
         """`instance`, of `world_size` ranks, is what the paths without a name serve. `port` 0 takes a free one.
 
-        `ttl_s` is for how long the ranks of seeds stay while no gateway runs. Raises InvalidField, or GatewayFailed where the
+        `ttl_s` is for how long the ranks of seeds stay while no gateway runs. `seed_url` is a server of SGLang's whose ranks are to
+        be registered as those of `instance`. Raises InvalidField, or GatewayFailed where the
         port cannot be had.
         """
         check_instance(instance)
@@ -81,6 +84,8 @@ class Gateway:
             )
         if token is not None and (not token.isascii() or not token.isprintable() or not token or " " in token):
             raise InvalidField("the gateway's token is not valid: it is printable ASCII without spaces", field="token")
+        if seed_url is not None:
+            check_url(seed_url)
         self._socket = _listen(host, port)
         self.host, self.port = self._socket.getsockname()[:2]
         config = registry.config
@@ -94,6 +99,7 @@ class Gateway:
         self._vigil = Vigil(vigils, Follower(vigils, ENGINES), look, probe_interval_s, probe_tolerance)
         answers = Answers(self._etcd, self._reading, self._etcd.config.timeout_s)
         seeds = Seeds(self._etcd, self._writing, ttl_s, look)
+        self._mirror = Mirror(self._etcd, seeds, look, seed_url, served, probe_interval_s) if seed_url else None
         app = Routes(served, answers, seeds, self._parsing, self._guard, token).app(self._lifespan)
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -166,18 +172,23 @@ class Gateway:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        vigil = asyncio.create_task(self._vigil.run())
-        vigil.add_done_callback(self._on_vigil_end)
+        works: list[Vigil | Mirror] = [self._vigil, *([self._mirror] if self._mirror else [])]
+        tasks = [asyncio.create_task(work.run()) for work in works]
+        for task in tasks:
+            task.add_done_callback(self._on_end)
         try:
             yield
         finally:
-            vigil.cancel()
-            await asyncio.wait([vigil])
-            self._vigil.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            for work in works:
+                work.close()
 
-    def _on_vigil_end(self, vigil: asyncio.Task[None]) -> None:
-        if not vigil.cancelled():
-            self._failure = vigil.exception()
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """Of a task that should go on: the gateway ends with what ended it."""
+        if not task.cancelled():
+            self._failure = task.exception()
             self._server.should_exit = True
 
 

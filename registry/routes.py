@@ -10,7 +10,6 @@ import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -34,7 +33,7 @@ from registry.errors import (
 from registry.http_limits import Body, Busy, ClientDisconnect, Guard, SlicedResponse, TooLarge, TooSlow
 from registry.keys import check_instance
 from registry.record import RankRecord
-from registry.seeds import Seeds, seed_record
+from registry.seeds import Seeds, Served, seed_record
 from registry.sglang import instance_of_role, parse_rank, parse_registration, parse_world_size
 
 log = logging.getLogger(__name__)
@@ -42,15 +41,6 @@ _REGISTER_S = 4.5  # SGLang's seeds wait 5 s for the answer
 _CLOSES = {"Connection": "close"}  # what is left of the request's body would be taken for the next one
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-
-@dataclass(frozen=True)
-class Served:
-    """What the paths without a name serve."""
-
-    instance: str
-    model: str
-    world_size: int
 
 
 class Routes:

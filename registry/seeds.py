@@ -9,6 +9,7 @@ import logging
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from registry.calls import Calls
@@ -25,6 +26,15 @@ from registry.sglang import SeedInfo, parse_session
 
 log = logging.getLogger(__name__)
 _TRIES = 3  # while others change the rank
+
+
+@dataclass(frozen=True)
+class Served:
+    """The instance that the paths without a name serve."""
+
+    instance: str
+    model: str
+    world_size: int
 
 
 def seed_record(instance: str, info: SeedInfo, world_size: int, model: str) -> tuple[RankRecord, list[bytes]]:
@@ -66,13 +76,15 @@ class Seeds:
         self._ttl_s = ttl_s
         self._probe = probe
 
-    async def register(self, record: RankRecord, parts: Sequence[bytes]) -> None:
-        """Puts the record in place of a seed's before it, unless that one lives at another address.
+    async def register(self, record: RankRecord, parts: Sequence[bytes], may_replace: bool = True) -> None:
+        """Puts the record in place of a seed's before it, unless that one lives at another address or may not be replaced.
 
         Raises RankConflict, InstanceMismatch or an EtcdError.
         """
         for tries in range(1, _TRIES + 1):
             lease_id, holder = await self._calls(lambda: self._holder(record.key))
+            if holder is not None and not may_replace:
+                return
             if holder is not None and holder.session_id != record.session_id:
                 await self._check_gone(holder)
             replaces = holder.incarnation if holder else ""

@@ -30,6 +30,7 @@ from registry import Registry
               help="How often each seed is looked at.")  # fmt: skip
 @click.option("--probe-tolerance", type=click.IntRange(min=0), default=3, show_default=True, metavar="N",
               help="Looks in a row without any answer after which this gateway leaves a seed to others.")  # fmt: skip
+@click.option("--seed", metavar="URL", help="Register what this server of SGLang's knows of its ranks: http://HOST:PORT.")
 @click.option("--verbose", is_flag=True, help="A line on stderr for every registration and loss.")
 @etcd_options
 def command(
@@ -42,6 +43,7 @@ def command(
     ttl: float,
     probe_interval: float,
     probe_tolerance: int,
+    seed: str | None,
     verbose: bool,
 ) -> None:
     """Speak SGLang's HTTP interface over the registry, until Ctrl-C or SIGTERM, so that its seeds and clients work unchanged.
@@ -68,6 +70,7 @@ def command(
             probe_interval_s=probe_interval,
             probe_tolerance=probe_tolerance,
             token=gateway_token(),
+            seed_url=seed,
         ) as gateway,
     ):
         ending = threading.Event()

@@ -12,7 +12,8 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,98 @@ def test_sglangs_loader_reads_the_weights_of_seeds_and_of_library_ranks(
         _, err = process.communicate()
         events_until(watch, lambda event: isinstance(event, RankLost) and event.reason == "process ended")
     assert "Socket" not in err  # what a transfer engine says of connections that do not end in order
+
+
+# -- SGLang's own server ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def bootstrap_server(infos: dict[int, tuple[str, Any]], path: str) -> Iterator[str]:
+    """One that answers as SGLang's does: at node 0 of a seed, with whatever it has been told, dead or alive."""
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found, _, rank = self.path.partition("?rank=")
+            info = infos.get(int(rank)) if found == path else None
+            answer = {"rank": int(rank), "remote_instance_transfer_engine_info": list(info)} if info else {"detail": "none"}
+            body = json.dumps(answer).encode()
+            self.send_response(200 if info else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+WEIGHTS = {"w": [4096, 4, 2]}
+
+
+@pytest.mark.parametrize("path", [GET, OLD_GET])
+def test_what_sglangs_own_server_knows_is_registered_as_it_comes_and_while_it_lives(
+    registry: Registry, listener: socket.socket, path: str
+) -> None:
+    dead = f"127.0.0.1:{free_port()}"
+    infos: dict[int, tuple[str, Any]] = {1: (dead, WEIGHTS)}
+    with (
+        bootstrap_server(infos, path) as url,
+        Gateway(registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=url),
+        Gateway(registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=url) as gateway,
+        registry.watch("q") as watch,
+    ):
+        infos[0] = (session_of(listener), WEIGHTS)
+        joined = events_until(watch, lambda event: isinstance(event, RankJoined))[-1]
+        assert isinstance(joined, RankJoined)
+        assert (joined.record.rank, joined.record.world_size, joined.record.kept_by) == (0, 2, "gateway")
+        assert asked(gateway.url).json()["remote_instance_transfer_engine_info"] == list(infos[0])
+        with socket.create_server(("127.0.0.1", 0), backlog=128) as other:
+            infos[1] = (session_of(other), WEIGHTS)
+            events_until(watch, lambda event: isinstance(event, RankJoined) and event.record.rank == 1)
+        events_until(watch, lambda event: isinstance(event, RankLost) and event.record.rank == 1)
+        assert [record.incarnation for record in registry.ranks("q")] == [joined.record.incarnation]
+
+
+def test_a_mirrored_rank_that_is_evicted_stays_so_and_what_is_mirrored_twice_is_one_registration(
+    registry: Registry, listener: socket.socket
+) -> None:
+    infos: dict[int, tuple[str, Any]] = {0: (session_of(listener), WEIGHTS), 1: (session_of(listener), WEIGHTS)}
+    with (
+        bootstrap_server(infos, GET) as url,
+        Gateway(registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=url),
+        Gateway(registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=url),
+        registry.watch("q") as watch,
+    ):
+        first = registry.resolve("q", 20)
+        for rank in (0, 1):  # the gateways may still be writing, each the same
+            wait_until(lambda: any(registry.evict(record) for record in registry.ranks("q") if record.rank == rank))  # noqa: B023
+        infos[1] = (session_of(listener), {"v": [4096, 4, 2]})  # it has said something new
+        seen = events_until(watch, lambda event: isinstance(event, RankJoined) and event.record.incarnation != first[1].incarnation
+                            and event.record.rank == 1)  # fmt: skip
+        assert sorted(event.record.rank for event in seen if isinstance(event, RankJoined)) == [0, 1, 1]
+        assert [record.rank for record in registry.ranks("q")] == [1]
+
+
+def test_a_server_that_is_away_or_speaks_nonsense_harms_nobody(registry: Registry, listener: socket.socket) -> None:
+    for url in ("ftp://x", "x", "http://a b"):
+        with pytest.raises(InvalidField, match="seed URL"):
+            Gateway(registry, "q", port=0, seed_url=url)
+    infos: dict[int, tuple[str, Any]] = {0: ("nonsense", WEIGHTS), 1: (session_of(listener), WEIGHTS)}
+    away = f"http://127.0.0.1:{free_port()}"
+    with (
+        bootstrap_server(infos, GET) as url,
+        Gateway(registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=away),
+        Gateway(registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=url),
+    ):
+        wait_until(lambda: [record.rank for record in registry.ranks("q")] == [1])
 
 
 # -- probes ----------------------------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from registry.kv import Put
 from registry.probe import Answer
 from registry.record import GATEWAY, RankRecord, decode, encode
 from registry.registration import claim
-from registry.routes import Routes, Served
-from registry.seeds import Seeds
+from registry.routes import Routes
+from registry.seeds import Seeds, Served
 from tests.builders import a_manifest, a_record, an_entry
 from tests.fake_etcd import FakeEtcd
 
