@@ -20,8 +20,9 @@ demo: setup ## two ranks serve a real checkpoint, two others load it, one dies
 test: lint ## lint, then all tests
 	$(BIN)/pytest $(ARGS)
 
-bench: setup ## figures of the control plane and of loading (minutes)
+bench: setup ## figures of the control plane, the gateway and loading (minutes)
 	$(BIN)/engines bench registry $(ARGS)
+	$(BIN)/engines bench gateway $(ARGS)
 	$(BIN)/engines bench load $(ARGS)
 	$(BIN)/engines bench reshard $(ARGS)
 

@@ -27,11 +27,13 @@ COMMANDS = {
     "watch": "Ranks and instances as they come and go.",
     "load": "Copy weights from a running instance: one rank's, or all as whole tensors.",
     "evict": "Take ranks out of the registry.",
+    "gateway": "Speak SGLang's HTTP interface, for its seeds and clients.",
     "etcd": "Run an etcd for trying things out.",
     "bench": "Measure this machine: loading, and the control plane.",
     "demo": "Show it all on this machine: register, load, verify, lose a rank.",
 }
 _EXTRAS = ("torch", "safetensors", "numpy")  # what `register` and `load` need and a plain installation lacks
+_GATEWAY_EXTRAS = ("starlette", "uvicorn")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -64,6 +66,7 @@ def main() -> NoReturn:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC's C++ core logs, we report ourselves
     _open_closed_streams()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what its encoding lacks is no reason to fail
+    logging.addLevelName(logging.INFO, "info")
     logging.addLevelName(logging.WARNING, "warning")
     logging.addLevelName(logging.ERROR, "error")
     logging.basicConfig(format="engines: %(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
@@ -126,6 +129,8 @@ def _in_one_line(exc: Exception) -> str:
         return text
     if isinstance(exc, ModuleNotFoundError) and exc.name in _EXTRAS:
         return f"{exc.name} is not installed: pip install 'engine-registry[cpu]' (or [cuda12], [cuda13] on GPU machines)"
+    if isinstance(exc, ModuleNotFoundError) and exc.name in _GATEWAY_EXTRAS:
+        return f"{exc.name} is not installed: pip install 'engine-registry[gateway]'"
     if isinstance(exc, OSError) and exc.errno in _CANNOT_WRITE:
         return f"cannot write: {exc.strerror}: look where the output goes, and at the disk"
     return f"unexpected {type(exc).__name__}: {text} (--debug shows where; please report it)"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PASSWORD_VARIABLE = "ENGINES_ETCD_PASSWORD"  # noqa: S105  the variable's name, not a password
+TOKEN_VARIABLE = "ENGINES_GATEWAY_TOKEN"  # noqa: S105  as above
 
 _debug = False
 
@@ -120,6 +121,13 @@ def _password(user: str | None) -> str | None:
     if not sys.stdin.isatty():
         raise click.UsageError(f"--user needs a password: set {PASSWORD_VARIABLE}")
     return str(click.prompt(f"etcd password of {user}", hide_input=True, err=True))
+
+
+def gateway_token() -> str | None:
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token == "":
+        raise click.UsageError(f"{TOKEN_VARIABLE} is empty: give a token, or unset it")
+    return token
 
 
 @contextmanager

@@ -96,6 +96,7 @@ def rank_json(record: RankRecord) -> dict[str, Any]:
         "tensors": record.manifest.tensors,
         "nbytes": record.manifest.nbytes,
         "registered_at": record.registered_at,
+        "kept_by": record.kept_by,
         "incarnation": record.incarnation,
     }
 
@@ -153,7 +154,7 @@ def event_text(event: Event | InstanceCleaned) -> str:
     record = event.record
     name = f"{record.instance}/{record.rank}"
     if isinstance(event, RankLost):
-        return f"{name} lost: {event.reason} (host {record.host}, pid {record.pid})"
+        return f"{name} lost: {event.reason} ({record.process})"
     if isinstance(event, RankUpdated):
         return f"{name} updated: {record.state.value}, version {record.version}"
     return f"{name} joined: {record.state.value}, {size(record.manifest.nbytes)}, {record.session_id} {record.protocol}"
@@ -182,7 +183,7 @@ def rank_row(record: RankRecord) -> list[str]:
         str(record.rank),
         record.state.value,
         str(record.version),
-        f"{record.host}:{record.pid}",
+        f"{record.host}:{record.pid or '-'}",
         record.device,
         record.session_id,
         record.protocol,

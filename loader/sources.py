@@ -12,6 +12,7 @@ from loader.engine import Engine
 from loader.errors import SourceUnreachable, VersionUnavailable
 from registry import InstanceStatus, RankRecord, Registry
 from registry.errors import InvalidField
+from registry.record import GATEWAY
 from registry.waiting import Wanted
 
 
@@ -94,6 +95,8 @@ def _of_one_version(ready: Sequence[InstanceStatus], version: int | None) -> lis
 
 def _obstacle(engine: Engine, record: RankRecord) -> str:
     """Why its memory cannot be read from here, as far as labels tell."""
+    if record.kept_by == GATEWAY:
+        return "is an SGLang seed, which has no header to check reads by: load it with SGLang, through `engines gateway`"
     if record.protocol != engine.protocol:
         return f"is served over {record.protocol}, this engine speaks {engine.protocol}"
     if record.fabric and engine.fabric and record.fabric != engine.fabric:

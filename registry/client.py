@@ -75,6 +75,11 @@ class Registry:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def config(self) -> EtcdConfig:
+        """How etcd is reached; with the password."""
+        return self._config
+
     def local_address(self) -> str:
         """The address of this machine on the way to etcd: as a rule the one that other machines reach it by too."""
         return self._etcd.local_address()
@@ -135,7 +140,7 @@ class Registry:
             host=socket.gethostname(),
             pid=os.getpid(),
             device=device,
-            writer=_version(),
+            writer=package_version(),
         )
         return Registration(self._config, record, parts, ttl_s, on_state)
 
@@ -193,17 +198,7 @@ class Registry:
 
     def manifest(self, record: RankRecord) -> Manifest:
         """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
-        prefix = manifest_prefix(record.instance, record.rank, record.incarnation)
-        found = {item.key: item.value for item in self._etcd.snapshot(prefix).items}
-        if record.manifest.parts > manifests.MAX_PARTS:
-            raise RecordDamaged(f"the record at {record.key} claims a manifest of {record.manifest.parts} parts", key=record.key)
-        keys = [f"{prefix}{number}" for number in range(record.manifest.parts)]
-        if any(key not in found for key in keys):
-            raise RecordDamaged(
-                f"the manifest of {record.key} is not there (any more): the rank has gone or registered again",
-                key=record.key,
-            )
-        return manifests.decode(record.key, record.manifest, [found[key] for key in keys])
+        return fetch_manifest(self._etcd, record)
 
     def pull(self, record: RankRecord) -> PullTicket | None:
         """A ticket that says that we are reading from this rank; None where its record has changed since it was read."""
@@ -238,12 +233,27 @@ class Registry:
         return registration.evict(self._etcd, record)
 
 
+def fetch_manifest(etcd: Etcd, record: RankRecord) -> Manifest:
+    """As Registry.manifest."""
+    prefix = manifest_prefix(record.instance, record.rank, record.incarnation)
+    found = {item.key: item.value for item in etcd.snapshot(prefix).items}
+    if record.manifest.parts > manifests.MAX_PARTS:
+        raise RecordDamaged(f"the record at {record.key} claims a manifest of {record.manifest.parts} parts", key=record.key)
+    keys = [f"{prefix}{number}" for number in range(record.manifest.parts)]
+    if any(key not in found for key in keys):
+        raise RecordDamaged(
+            f"the manifest of {record.key} is not there (any more): the rank has gone or registered again",
+            key=record.key,
+        )
+    return manifests.decode(record.key, record.manifest, [found[key] for key in keys])
+
+
 def new_incarnation() -> str:
     """32 hexadecimal digits, never the same twice."""
     return uuid.uuid4().hex
 
 
-def _version() -> str:
+def package_version() -> str:
     from importlib import metadata  # costs each keeper process memory that it never needs
 
     try:

@@ -205,8 +205,8 @@ class Etcd:
         response = self._unary("Lease", "LeaseGrant", request)
         return int(response.ID)
 
-    def keep_alive(self, lease_id: int) -> None:
-        """Gives the lease its full time again; LeaseNotFound if it is gone."""
+    def keep_alive(self, lease_id: int) -> float:
+        """Gives the lease its full time again, which is returned in seconds; LeaseNotFound if it is gone."""
         request = pb.LeaseKeepAliveRequest(ID=lease_id)
         response = self._call(
             lambda client, timeout_s: next(
@@ -215,6 +215,7 @@ class Etcd:
         )
         if response.TTL <= 0:  # how etcd says that a lease is gone: not by an error
             raise LeaseNotFound(f"lease {lease_id:x} has expired or was revoked")
+        return float(response.TTL)
 
     def revoke(self, lease_id: int) -> None:
         """Ends the lease and deletes its keys. A lease that is gone already is no error."""

@@ -20,7 +20,11 @@ MAX_RECORD_NBYTES = 4096
 
 MAX_VERSION = 1 << 62  # the header holds twice the version in 64 bits
 PROTOCOLS = ("tcp", "rdma", "nvlink_intra")  # that the transfer engine can be told to use
-_TEXTS = ("incarnation", "session_id", "protocol", "registered_at", "generation", "fabric", "host", "device", "writer", "ended")
+_TEXTS = (
+    "incarnation", "session_id", "protocol", "registered_at", "generation", "fabric", "host", "device", "writer", "kept_by",
+    "ended",
+)  # fmt: skip
+GATEWAY = "gateway"  # in `kept_by`
 
 T = TypeVar("T")
 
@@ -121,6 +125,7 @@ class RankRecord:
     pid: int = 0
     device: str = ""
     writer: str = ""
+    kept_by: str = ""  # who renews its lease: empty, its own keeper; GATEWAY, every gateway, while its session answers
     ended: str = ""  # why the registration is over; the key follows at once
     mod_revision: int = field(default=0, compare=False)
 
@@ -141,7 +146,12 @@ class RankRecord:
 
     @property
     def holder(self) -> str:
-        return f"host {self.host or '?'}, pid {self.pid}, since {self.registered_at}"
+        return f"{self.process}, since {self.registered_at}"
+
+    @property
+    def process(self) -> str:
+        """Where it runs; of a seed that registered through a gateway the pid is not known."""
+        return f"host {self.host or '?'}, pid {self.pid}" if self.pid else f"host {self.host or '?'}"
 
     def agreed(self) -> dict[str, Any]:
         """The fields on which all ranks of one instance must agree."""
@@ -193,6 +203,8 @@ def encode(record: RankRecord) -> bytes:
         "registered_at": record.registered_at,
         "writer": record.writer,
     }
+    if record.kept_by:
+        data["kept_by"] = record.kept_by
     if record.ended:
         data["ended"] = record.ended
     value = json.dumps(data, separators=(",", ":")).encode()
@@ -260,6 +272,7 @@ def _from_json(data: dict[str, Any], mod_revision: int) -> RankRecord:
         pid=_get(data, "pid", int, 0),
         device=_get(data, "device", str, ""),
         writer=_get(data, "writer", str, ""),
+        kept_by=_get(data, "kept_by", str, ""),
         ended=_get(data, "ended", str, ""),
         mod_revision=mod_revision,
     )

@@ -1,4 +1,4 @@
-"""The guarded writes of a registration: claim a rank, amend its record, end it, evict it. Stateless; called by the keeper.
+"""The guarded writes of a registration: claim a rank, amend its record, end it, evict it. Stateless; keepers and gateways call it.
 
 Every write is a transaction that compares revisions, so that of two writers exactly one succeeds and the other learns who it was.
 That siblings agree is kept by induction: a rank is only written while one live sibling that it agrees with stands
@@ -50,27 +50,28 @@ _until_settled = tenacity.retry(
 )
 
 
-def claim(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int) -> int:
+def claim(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int, replaces: str = "") -> int:
     """Writes the manifest, then the record as the commit, all under the lease; returns the record's revision.
 
-    The key must be absent, ended, or hold this very incarnation. Raises RankConflict, InstanceMismatch or Evicted.
+    The key must be absent, ended, or hold this very incarnation or the one that it `replaces`. Raises RankConflict,
+    InstanceMismatch or Evicted.
     """
     *first, last = [Put(_part_key(record, number), part, lease_id) for number, part in enumerate(parts)]
     for put in first:
         etcd.commit([], [put])
     try:
-        return _claim(etcd, record, last, lease_id)
+        return _claim(etcd, record, last, lease_id, replaces)
     except _Raced as exc:
         raise EtcdUnavailable(f"cannot register {record.key}: too many others are registering at once: try again") from exc
 
 
 @_until_settled
-def _claim(etcd: Etcd, record: RankRecord, last_part: Put, lease_id: int) -> int:
+def _claim(etcd: Etcd, record: RankRecord, last_part: Put, lease_id: int, replaces: str) -> int:
     holder = etcd.get(record.key)
     mark = evicted_key(record.instance, record.rank, record.incarnation)
     if etcd.get(mark) is not None:
         raise Evicted(f"{record.key} was evicted", key=record.key)
-    guards = [_check_holder(etcd, record, holder), absent(mark), _check_siblings(etcd, record)]
+    guards = [_check_holder(etcd, record, holder, replaces), absent(mark), _check_siblings(etcd, record)]
     revision = etcd.commit(guards, [last_part, Put(record.key, encode(record), lease_id)])
     if not revision:
         raise _Raced(f"{record.key} or a sibling changed while it was being registered")
@@ -82,14 +83,14 @@ def how_to_delete(etcd: Etcd, key: str) -> str:
     return f"delete the key if no process owns it: etcdctl del {shlex.quote(etcd.config.namespace + key)}"
 
 
-def _check_holder(etcd: Etcd, record: RankRecord, holder: KeyValue | None) -> Guard:
+def _check_holder(etcd: Etcd, record: RankRecord, holder: KeyValue | None, replaces: str) -> Guard:
     if holder is None:
         return absent(record.key)
     try:
         found = decode(holder.key, holder.value)
     except RecordDamaged as exc:
         raise RankConflict(f"{exc}; {how_to_delete(etcd, record.key)}", key=record.key) from exc
-    if found.incarnation != record.incarnation and not found.ended:
+    if found.incarnation not in (record.incarnation, replaces) and not found.ended:
         raise RankConflict(
             f"rank {record.rank} of {record.instance!r} is already registered ({found.holder}): "
             f"stop that process, choose another rank, or run: engines evict {record.instance} --rank {record.rank}",

@@ -116,11 +116,12 @@ class FakeEtcd(Etcd):
         self._leases[lease_id] = ttl_s
         return lease_id
 
-    def keep_alive(self, lease_id: int) -> None:
+    def keep_alive(self, lease_id: int) -> float:
         self._check_available()
         if lease_id not in self._leases:
             raise LeaseNotFound(f"lease {lease_id} has expired")
         self.renewed.append(lease_id)
+        return self._leases[lease_id]
 
     def revoke(self, lease_id: int) -> None:
         self._check_available()

@@ -9,7 +9,7 @@ from cli.options import debug_option, engine_log, json_option
 
 @click.group("bench")
 def command() -> None:
-    """Measure this machine: loading, also into other layouts, or the control plane, each beside baselines in the same run.
+    """Measure this machine: loading, also into other layouts, the control plane, or the gateway, beside baselines in the same run.
 
     Starts an etcd and processes of its own on 127.0.0.1.
     """
@@ -56,6 +56,20 @@ def registry(ranks: str, kills: int, leader_kills: int, as_json: bool) -> None:
     except ValueError as exc:
         raise click.UsageError(f"--ranks {ranks!r} is not valid: give whole numbers, such as 64,1024") from exc
     figures.report(control_plane.measure(sizes, kills, leader_kills, _say), as_json)
+
+
+@command.command("gateway")
+@click.option("--clients", type=click.IntRange(min=2), default=32, show_default=True, help="That ask at once, in two processes.")
+@click.option("--requests", type=click.IntRange(min=10), default=10_000, show_default=True, help="Of each kind.")
+@click.option("--ranks", type=click.IntRange(min=1), default=2000, show_default=True, help="Seeds that the gateway keeps.")
+@json_option
+@debug_option
+def gateway(clients: int, requests: int, ranks: int, as_json: bool) -> None:
+    """SGLang's HTTP interface: answers, mixed requests, registrations, the cost of probing. Takes a minute or two."""
+    from cli.bench import figures
+    from cli.bench import gateway as gateways
+
+    figures.report(gateways.measure(clients, requests, ranks, _say), as_json)
 
 
 def _say(what: str) -> None:

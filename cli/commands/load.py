@@ -18,8 +18,8 @@ from cli.options import Seconds, engine_log, etcd_options, json_option, nbytes_o
 from cli.output import print_json, size
 from cli.signals import held_back, raised
 from registry import Registry
-from registry.errors import InvalidField
-from registry.record import PROTOCOLS
+from registry.errors import InstanceIncomplete, InvalidField
+from registry.record import GATEWAY, PROTOCOLS
 
 if TYPE_CHECKING:
     from loader import LoadReport, Progress
@@ -110,6 +110,11 @@ class _Loading:
             if rank >= len(records):
                 raise InvalidField(
                     f"rank {rank} is not one of {records[0].instance!r}: its ranks are 0 to {len(records) - 1}", field="rank"
+                )
+            if records[rank].kept_by == GATEWAY:
+                raise InstanceIncomplete(
+                    f"{records[rank].key} is an SGLang seed, which tells neither dtypes nor shapes and has no header to "
+                    "check reads by: load it with SGLang, through `engines gateway`"
                 )
             with held_back():
                 from loader import MooncakeEngine, load

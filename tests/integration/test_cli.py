@@ -580,6 +580,7 @@ def wait_for_end(pid: int) -> None:
             {"ours_gb_per_s", "naive_gb_per_s", "socket_gb_per_s", "safetensors_gb_per_s"},
         ),
         (("registry", "--ranks", "16", "--kills", "1", "--leader-kills", "1"), {"register_16_ranks_s", "death_to_event_p99_ms"}),
+        (("gateway", "--clients", "2", "--requests", "20", "--ranks", "3"), {"get_2_clients_p99_ms", "put_to_joined_p99_ms"}),
     ],
 )
 @pytest.mark.timeout(240)

@@ -213,7 +213,9 @@ def test_help_lists_every_command_and_every_exit_code(engines: Engines, flag: st
     assert all(f"{code.value} " in ran.out for code in Exit)
 
 
-@pytest.mark.parametrize("command", [*(name for name in cli.main.COMMANDS if name != "bench"), "bench load", "bench registry"])
+@pytest.mark.parametrize(
+    "command", [*(name for name in cli.main.COMMANDS if name != "bench"), "bench load", "bench registry", "bench gateway"]
+)
 def test_every_command_has_help_and_the_name_that_it_is_found_by(engines: Engines, command: str) -> None:
     ran = engines(*command.split(), "--help")
     assert ran.code == Exit.DONE
@@ -237,6 +239,11 @@ REGISTER = ("register", "qwen", "--rank", "0", "--world-size", "2", "--weights",
         ("nonsense",),
         ("--nonsense",),
         ("list", "surplus"),
+        ("gateway",),
+        ("gateway", "--instance", "q", "--port", "65536"),
+        ("gateway", "--instance", "q", "--ttl", "1"),
+        ("gateway", "--instance", "q", "--probe-interval", "0"),
+        ("gateway", "--instance", "q", "--world-size", "0"),
         ("list", "--timeout", "0"),
         ("list", "--timeout", "soon"),
         ("list", "--timeout", "inf"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from registry import ModelIdentity, RankRecord, RankState
 from registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
-from registry.record import MAX_RECORD_NBYTES, MAX_VERSION, ManifestRef, decode, encode
+from registry.record import GATEWAY, MAX_RECORD_NBYTES, MAX_VERSION, ManifestRef, decode, encode
 from tests.builders import a_record
 
 TEXT = st.text(max_size=20).filter(str.isprintable)
@@ -60,6 +60,7 @@ def records(draw: st.DrawFn) -> RankRecord:
         pid=draw(st.integers(0, 2**31)),
         device=draw(TEXT),
         writer=draw(TEXT),
+        kept_by=draw(TEXT),
         ended=draw(TEXT),
     )
 
@@ -117,6 +118,15 @@ def test_the_fields_that_may_be_left_out_have_defaults() -> None:
     assert decode(a_record().key, json.dumps(data).encode()) == wanted
 
 
+def test_who_keeps_a_lease_is_written_only_where_it_is_no_keeper_of_the_ranks_own() -> None:
+    assert "kept_by" not in as_json()
+    assert decode(a_record().key, encode(a_record(kept_by=GATEWAY))).kept_by == GATEWAY
+
+
+def test_a_holder_whose_pid_nobody_knows_is_named_without() -> None:
+    assert a_record(pid=0).holder == "host node-1, since 2026-01-02T03:04:05.678+00:00"
+
+
 def test_a_newer_schema_is_refused_by_its_number_whatever_else_the_record_holds() -> None:
     with pytest.raises(SchemaUnsupported, match="schema 7; this version reads up to 1") as caught:
         decode("/engines/qwen/0", b'{"schema": 7}')
@@ -156,6 +166,7 @@ STRINGS = [
     "host",
     "device",
     "writer",
+    "kept_by",
     "ended",
     "model.name",
     "model.revision",

@@ -89,6 +89,15 @@ def test_a_holder_that_has_ended_is_replaced(etcd: FakeEtcd) -> None:
     assert found(etcd) == OURS
 
 
+def test_the_one_registration_that_is_to_be_replaced_is_and_no_other(etcd: FakeEtcd) -> None:
+    put(etcd, a_record(incarnation=OTHER_INCARNATION))
+    claim(etcd, OURS, PARTS, etcd.grant(10), replaces=OTHER_INCARNATION)
+    assert found(etcd) == OURS
+    with pytest.raises(RankConflict):
+        claim(etcd, a_record(incarnation="a third"), PARTS, etcd.grant(10), replaces=OTHER_INCARNATION)
+    assert found(etcd) == OURS
+
+
 def test_the_same_incarnation_claims_its_key_again_under_another_lease(etcd: FakeEtcd) -> None:
     first = put(etcd, OURS)
     claim(etcd, replace(OURS, version=4), PARTS, etcd.grant(10))

@@ -1,0 +1,86 @@
+"""`engines gateway`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+
+import click
+
+from cli.exits import Exit
+from cli.options import Seconds, etcd_options, gateway_token
+from cli.signals import on_ending
+from registry import Registry
+
+
+@click.command("gateway")
+@click.option("--instance", required=True, metavar="NAME", help="Which instance the paths without a name serve.")
+@click.option("--world-size", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Its number of ranks, which SGLang's seeds do not tell.")  # fmt: skip
+@click.option("--model", help="Its model name. Default: the instance's name.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all interfaces.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=6789, show_default=True, help="Port to listen at; 0 takes a free one."
+)
+@click.option("--ttl", type=Seconds(min=2), default=60.0, show_default=True, metavar="S",
+              help="How long the ranks of seeds stay listed while no gateway runs.")  # fmt: skip
+@click.option("--probe-interval", type=Seconds(min_open=True), default=2.0, show_default=True, metavar="S",
+              help="How often each seed is looked at.")  # fmt: skip
+@click.option("--probe-tolerance", type=click.IntRange(min=0), default=3, show_default=True, metavar="N",
+              help="Looks in a row without any answer after which this gateway leaves a seed to others.")  # fmt: skip
+@click.option("--seed", metavar="URL", help="Register what this server of SGLang's knows of its ranks: http://HOST:PORT.")
+@click.option("--verbose", is_flag=True, help="A line on stderr for every registration and loss.")
+@etcd_options
+def command(
+    connect: Callable[[], Registry],
+    instance: str,
+    world_size: int,
+    model: str | None,
+    host: str,
+    port: int,
+    ttl: float,
+    probe_interval: float,
+    probe_tolerance: int,
+    seed: str | None,
+    verbose: bool,
+) -> None:
+    """Speak SGLang's HTTP interface over the registry, until Ctrl-C or SIGTERM, so that its seeds and clients work unchanged.
+
+    Any number of gateways serve the same ranks. A rank that registers here is kept while its transfer engine's port answers any
+    gateway, and ends when that refuses connections. Every path is there for every instance under /instances/NAME too.
+
+    With ENGINES_GATEWAY_TOKEN in the environment, requests need the header `Authorization: Bearer TOKEN`, except for /health.
+    """
+    from registry.gateway import Gateway  # it needs an extra
+
+    if verbose:
+        logging.getLogger("registry").setLevel(logging.INFO)
+    with (
+        connect() as registry,
+        Gateway(
+            registry,
+            instance,
+            world_size=world_size,
+            model=model,
+            host=host,
+            port=port,
+            ttl_s=ttl,
+            probe_interval_s=probe_interval,
+            probe_tolerance=probe_tolerance,
+            token=gateway_token(),
+            seed_url=seed,
+        ) as gateway,
+    ):
+        ending = threading.Event()
+
+        def end() -> None:
+            if ending.is_set():
+                os._exit(Exit.INTERRUPTED)
+            ending.set()
+            gateway.stop()
+
+        on_ending(end)
+        click.echo(f"gateway of {instance} is ready at {gateway.url}; Ctrl-C ends it")
+        gateway.wait()

@@ -1,0 +1,168 @@
+"""The gateway's HTTP routes: SGLang's requests in, records and answers out. Used by `registry.gateway`, in its event loop.
+
+Every failure is told as SGLang's servers tell theirs: `{"detail": …}` by the bootstrap routes, and by the two of the inference
+server, whose failures are all 400 there, `{"error": {"message": …}}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Lifespan
+
+from registry.answers import Answers
+from registry.calls import Calls
+from registry.errors import (
+    EtcdError,
+    EtcdUnavailable,
+    InstanceMismatch,
+    InstanceNotFound,
+    InvalidField,
+    RankConflict,
+    RecordDamaged,
+    RegistryError,
+)
+from registry.http_limits import Body, Busy, ClientDisconnect, Guard, SlicedResponse, TooLarge, TooSlow
+from registry.keys import check_instance
+from registry.record import RankRecord
+from registry.seeds import Seeds, Served, seed_record
+from registry.sglang import instance_of_role, parse_rank, parse_registration, parse_world_size
+
+log = logging.getLogger(__name__)
+_REGISTER_S = 4.5  # SGLang's seeds wait 5 s for the answer
+_CLOSES = {"Connection": "close"}  # what is left of the request's body would be taken for the next one
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Routes:
+    def __init__(self, served: Served, answers: Answers, seeds: Seeds, parsing: Calls, guard: Guard, token: str | None) -> None:
+        """`parsing` has one thread: how much memory the bodies of many take once they are parsed so has a bound."""
+        self._served = served
+        self._answers = answers
+        self._seeds = seeds
+        self._parsing = parsing
+        self._guard = guard
+        self._token = token.encode() if token is not None else None
+
+    def app(self, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
+        handlers: dict[Any, Any] = {404: _unknown_path, 405: _wrong_method}
+        app = Starlette(routes=self._routes(), exception_handlers=handlers, lifespan=lifespan)
+        app.router.redirect_slashes = False
+        return app
+
+    def _routes(self) -> list[Route]:
+        paths = {
+            "/register_transfer_engine_info": ("PUT", self._told(self._register)),
+            "/get_transfer_engine_info": ("GET", self._told(self._get)),
+            "/remote_instance_transfer_engine_info": ("GET", self._told(self._get, as_inference_server=True)),
+            "/get_remote_instance_transfer_engine_info": ("GET", self._told(self._get, as_inference_server=True)),
+            "/health": ("GET", _health),
+        }
+        return [
+            Route(prefix + path, handler, methods=[method])
+            for path, (method, handler) in paths.items()
+            for prefix in ("", "/instances/{instance}")
+        ]
+
+    async def _register(self, request: Request) -> Response:
+        async with self._guard.body(request) as body:
+            name = self._instance(request)
+
+            async def register() -> None:
+                query_size = parse_world_size(request.query_params.get("world_size"))
+                record, parts = await self._parsing(lambda: self._parse(name, query_size, request.query_params.get("role"), body))
+                await self._seeds.register(record, parts)
+
+            try:
+                await asyncio.wait_for(register(), _REGISTER_S)
+            except asyncio.TimeoutError as exc:
+                raise EtcdUnavailable(f"no registration within {_REGISTER_S:g} s: etcd is slow or away, or much is sent") from exc
+        return PlainTextResponse("OK")
+
+    def _parse(self, name: str, query_size: int | None, role: str | None, body: Body) -> tuple[RankRecord, list[bytes]]:
+        info = parse_registration(body.read(), self._guard.limits.tensors)
+        own = name == self._served.instance
+        world_size = query_size or info.world_size or (self._served.world_size if own else 1)
+        model = self._served.model if own else name
+        role = info.role or role or ""
+        return seed_record(instance_of_role(name, role), info, world_size, instance_of_role(model, role))
+
+    async def _get(self, request: Request) -> Response:
+        rank = parse_rank(request.query_params.get("rank"))
+        instance = check_instance(instance_of_role(self._instance(request), request.query_params.get("role", "")))
+        return SlicedResponse(await self._answers.of(instance, rank), media_type="application/json")
+
+    def _instance(self, request: Request) -> str:
+        return check_instance(request.path_params.get("instance", self._served.instance))
+
+    def _told(self, handler: Handler, as_inference_server: bool = False) -> Handler:
+        """Failures as answers."""
+
+        async def told(request: Request) -> Response:
+            try:
+                if self._allowed(request):
+                    return await handler(request)
+                status, reason = 401, "give the gateway's token: Authorization: Bearer TOKEN"
+                await self._guard.discard_body(request)
+            except ClientDisconnect:
+                status, reason = 400, "the client has gone"
+            except Exception as exc:  # what is none of the errors that we know is logged as a bug
+                status, reason = _status(exc), str(exc)
+                if status == 500:
+                    log.exception("%s %s failed; please report it", request.method, request.url.path)
+                    reason = f"unexpected {type(exc).__name__}: see the gateway's log"
+            if as_inference_server and status != 401:
+                status = 400
+            headers = _CLOSES if request.method == "PUT" else {}
+            if status == 401:
+                headers = {"WWW-Authenticate": "Bearer", **_CLOSES}
+            body = {"error": {"message": reason}} if as_inference_server else {"detail": reason}
+            return JSONResponse(body, status, headers)
+
+        return told
+
+    def _allowed(self, request: Request) -> bool:
+        if self._token is None:
+            return True
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._token)
+
+
+_STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (InvalidField, 400),
+    (InstanceNotFound, 404),
+    (RecordDamaged, 404),
+    (RankConflict, 409),
+    (InstanceMismatch, 409),
+    (EtcdError, 503),
+    (RegistryError, 503),
+    (TooLarge, 413),
+    (TooSlow, 408),
+    (Busy, 503),
+)
+
+
+def _status(exc: Exception) -> int:
+    return next((status for kind, status in _STATUS if isinstance(exc, kind)), 500)
+
+
+async def _health(request: Request) -> Response:
+    return PlainTextResponse("OK")
+
+
+async def _unknown_path(request: Request, exc: Exception) -> Response:
+    return JSONResponse({"detail": f"there is no {request.url.path} here: see the README's section SGLang"}, 404)
+
+
+async def _wrong_method(request: Request, exc: Exception) -> Response:
+    allowed = getattr(exc, "headers", None) or {}
+    return JSONResponse({"detail": f"{request.method} is not for {request.url.path}"}, 405, {**allowed, **_CLOSES})
