@@ -11,6 +11,7 @@ Lemire and Kaser, doi:10.1093/comjnl/bxt070), and the sums are hashed with xxh3_
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ import xxhash
 
 from registry.manifest import DigestTable, Region
 
+log = logging.getLogger(__name__)
 NBYTES = 16
 _BLOCK_WORDS = 1 << 20  # 4 MiB, which on their way take five times as much
 Digest = Callable[[torch.Tensor], bytes]
@@ -55,6 +57,11 @@ def algorithm_for(device: torch.device) -> str:
 def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, bytes]:
     """Of the bytes of each, row by row, whatever its shape; KeyError for an algorithm that this version does not know."""
     digest = ALGORITHMS[algorithm]
+    if digest is _multilinear_64:
+        quick = {name: tensor for name, tensor in tensors.items() if _fits_kernel(tensor)}
+        if quick and (found := _by_kernel(quick)):
+            rest = digests_of({name: tensor for name, tensor in tensors.items() if name not in quick}, algorithm)
+            return {name: found[name] if name in quick else rest[name] for name in tensors}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # xxhash lets go of the GIL
         return dict(zip(tensors, pool.map(lambda tensor: digest(_as_bytes(tensor)), tensors.values()), strict=True))
 
@@ -76,10 +83,40 @@ def _multilinear_64(flat: torch.Tensor) -> bytes:
         words = torch.zeros(-(-block.numel() // 4), dtype=torch.int32, device=flat.device)
         words.view(torch.uint8)[: block.numel()].copy_(block)  # aligned, and filled up with zeros
         sums.append((words.to(torch.int64) * _factors(flat.device)[: words.numel()]).sum())
-    hashed = xxhash.xxh3_128(flat.numel().to_bytes(8, "little"))
-    if sums:
-        hashed.update(torch.stack(sums).cpu().numpy().tobytes())
-    return hashed.digest()
+    return _of_sums(flat.numel(), torch.stack(sums).cpu().numpy().tobytes() if sums else b"")
+
+
+def _of_sums(nbytes: int, sums: bytes) -> bytes:
+    return xxhash.xxh3_128(nbytes.to_bytes(8, "little") + sums).digest()
+
+
+def _fits_kernel(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and tensor.is_contiguous() and tensor.data_ptr() % 4 == 0 and tensor.nbytes % 4 == 0
+
+
+def _by_kernel(tensors: Mapping[K, torch.Tensor]) -> dict[K, bytes]:
+    """Of contiguous tensors on GPUs, a launch for each GPU; nothing where the kernel cannot be had."""
+    try:
+        from loader.digest_kernel import sum_blocks
+
+        digests: dict[K, bytes] = {}
+        for device in dict.fromkeys(tensor.device for tensor in tensors.values()):
+            here = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
+            blocks = [block for tensor in here.values() for block in _blocks(tensor)]
+            sums = memoryview(sum_blocks(blocks, device) if blocks else b"")
+            for name, tensor in here.items():
+                nbytes = 8 * -(-tensor.nbytes // (4 * _BLOCK_WORDS))
+                digests[name], sums = _of_sums(tensor.nbytes, bytes(sums[:nbytes])), sums[nbytes:]
+    except Exception as exc:  # noqa: BLE001  Triton has no one kind of its own, and needs a compiler at run time
+        log.info("digests on the GPU take longer, as their kernel cannot be had: %s", exc)
+        return {}
+    return digests
+
+
+def _blocks(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """Addresses and words of its blocks."""
+    words = tensor.nbytes // 4
+    return [(tensor.data_ptr() + 4 * start, min(_BLOCK_WORDS, words - start)) for start in range(0, words, _BLOCK_WORDS)]
 
 
 @functools.cache
