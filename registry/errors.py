@@ -18,6 +18,7 @@ RegistryError
 │   ├── Evicted             somebody deleted it on purpose
 │   └── Superseded          a newer registration has taken its place
 ├── KeeperFailed            the process that holds the lease cannot be started
+├── MetricsUnavailable      metrics were asked for, and prometheus_client is not installed
 └── LocalEtcdFailed         the embedded etcd cannot be started
 """
 
@@ -102,6 +103,10 @@ class Superseded(RegistrationLost):
 
 
 class KeeperFailed(RegistryError):
+    pass
+
+
+class MetricsUnavailable(RegistryError):
     pass
 
 
