@@ -82,16 +82,24 @@ class Follower:
         if self._stream is not None:
             metrics.STREAM_LOSSES.inc()
         level = logging.DEBUG if self._away_since is not None else logging.WARNING
-        told = fields("watch_lost", prefix=self._prefix, error=error)
-        log.log(level, "%s; watching goes on as soon as it is back", error, extra=told)
+        log.log(
+            level,
+            "%s; watching goes on as soon as it is back",
+            error,
+            extra=fields("watch_lost", prefix=self._prefix, error=error),
+        )
         if self._away_since is None:
             self._away_since = time.monotonic()
 
     def _is_back(self) -> None:
         if self._away_since is not None:
             away_s = round(time.monotonic() - self._away_since, 3)
-            told = fields("watch_resumed", prefix=self._prefix, away_s=away_s)
-            log.info("etcd is back after %.3g s; watching %s goes on", away_s, self._prefix, extra=told)
+            log.info(
+                "etcd is back after %.3g s; watching %s goes on",
+                away_s,
+                self._prefix,
+                extra=fields("watch_resumed", prefix=self._prefix, away_s=away_s),
+            )
             self._away_since = None
 
     def _over(self) -> bool:
