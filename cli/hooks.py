@@ -12,6 +12,8 @@ from collections import deque
 from types import TracebackType
 from typing import Any
 
+from registry.logs import fields
+
 log = logging.getLogger(__name__)
 _MAX_WAITING = 10_000  # then whoever brings the next event waits
 _LAST_S = 5.0  # for the hook that runs when it is time to stop
@@ -69,7 +71,9 @@ class Hooks:
         """Tells how many hooks were not run."""
         with self._changed:
             if self._waiting:
-                log.warning("hooks that were not run: %d", len(self._waiting))
+                log.warning(
+                    "hooks that were not run: %d", len(self._waiting), extra=fields("hooks_not_run", count=len(self._waiting))
+                )
 
     def _work(self) -> None:
         while True:
@@ -83,7 +87,7 @@ class Hooks:
                 try:
                     hook = self._running = self._start(event)
                 except OSError as exc:
-                    log.error("%s could not be started: %s", what, exc)
+                    log.error("%s could not be started: %s", what, exc, extra=_told("hook_not_started", event))
                     continue
             self._wait(hook, event, what)
 
@@ -98,10 +102,16 @@ class Hooks:
         except subprocess.TimeoutExpired:
             os.killpg(hook.pid, signal.SIGKILL)
             hook.communicate()
-            log.error("%s was ended after %g s: %s", what, self._timeout_s, self._command)
+            log.error("%s was ended after %g s: %s", what, self._timeout_s, self._command, extra=_told("hook_timed_out", event))
         else:
             if hook.returncode:
-                log.error("%s failed with code %d: %s", what, hook.returncode, self._command)
+                log.error(
+                    "%s failed with code %d: %s",
+                    what,
+                    hook.returncode,
+                    self._command,
+                    extra=_told("hook_failed", event, code=hook.returncode),
+                )
 
     def __enter__(self) -> Hooks:
         self._thread.start()
@@ -114,3 +124,7 @@ class Hooks:
             self._changed.notify_all()
         self._thread.join()
         self.report()
+
+
+def _told(name: str, event: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    return fields(name, hook_event=event["event"], instance=event["instance"], rank=event.get("rank"), **facts)

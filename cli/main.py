@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import click
 
+from cli import logs
 from cli.exits import Exit, code_of
 from cli.options import debugging
 from cli.signals import Ended
@@ -34,6 +35,7 @@ COMMANDS = {
 }
 _EXTRAS = ("torch", "safetensors", "numpy")  # what `register` and `load` need and a plain installation lacks
 _GATEWAY_EXTRAS = ("starlette", "uvicorn")
+log = logging.getLogger(__name__)
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -66,10 +68,7 @@ def main() -> NoReturn:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC's C++ core logs, we report ourselves
     _open_closed_streams()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what its encoding lacks is no reason to fail
-    logging.addLevelName(logging.INFO, "info")
-    logging.addLevelName(logging.WARNING, "warning")
-    logging.addLevelName(logging.ERROR, "error")
-    logging.basicConfig(format="engines: %(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logs.begin()
     _leave(int(_run()))
 
 
@@ -98,29 +97,38 @@ def _run() -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else Exit.DONE
     except click.UsageError as exc:
-        with suppress(OSError):
-            exc.show()
+        if logs.as_json():
+            _complain("error", exc.format_message(), exc)
+        else:
+            with suppress(OSError):
+                exc.show()
         return Exit.USAGE
-    except (click.Abort, KeyboardInterrupt):
-        _complain("interrupted")
+    except (click.Abort, KeyboardInterrupt) as exc:
+        _complain("", "interrupted", exc)
         return Exit.INTERRUPTED
     except Ended as exc:
-        _complain(str(exc))
+        _complain("", str(exc), exc)
         return 128 + exc.number
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         return Exit.FAILED
     except SystemExit as exc:  # how click says the same
         return exc.code if isinstance(exc.code, int) else Exit.FAILED
     except Exception as exc:  # noqa: BLE001  the last stop: what is not one of our errors is reported as a bug
-        if debugging():
+        if debugging() and not logs.as_json():
             traceback.print_exc()
-        _complain(f"error: {_in_one_line(exc)}")
+        _complain("error", _in_one_line(exc), exc)
         return code_of(exc) or Exit.FAILED
 
 
-def _complain(text: str) -> None:
+def _complain(kind: str, text: str, exc: BaseException) -> None:
+    """How the command has ended, if not well: the last line that it says."""
+    if logs.as_json():
+        from registry.logs import fields
+
+        log.error("%s", text, exc_info=debugging(), extra=fields("command_failed", error=exc))
+        return
     with suppress(OSError):  # a terminal that has been closed
-        click.echo(f"engines: {printable(text)}", err=True)
+        click.echo(f"engines: {f'{kind}: ' if kind else ''}{printable(text)}", err=True)
 
 
 def _in_one_line(exc: Exception) -> str:

@@ -1,5 +1,6 @@
 """Copies the weights of running engines from memory to memory, found through `registry`."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from loader.engine import Engine
@@ -15,6 +16,8 @@ from loader.transfer import Pace, Progress
 
 if TYPE_CHECKING:
     from loader.checkpoint import EngineReader
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet until somebody listens
 
 __all__ = [
     "Engine",

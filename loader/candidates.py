@@ -16,6 +16,7 @@ from loader.transfer import Source
 from loader.verify import HeaderCell, fetch_header, peer_of_record
 from registry import Event, RankJoined, RankLost, RankRecord, RankUpdated, Registry
 from registry.errors import EtcdError
+from registry.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,12 @@ class Candidate:
         try:
             ticket = self._registry.pull(self.record)
         except EtcdError as exc:
-            log.warning("reading from %s without a ticket, so it may leave meanwhile: %s", self.record.key, exc)
+            log.warning(
+                "reading from %s without a ticket, so it may leave meanwhile: %s",
+                self.record.key,
+                exc,
+                extra=fields("no_ticket", key=self.record.key, error=exc),
+            )
         else:
             if ticket is None:
                 return False
@@ -63,6 +69,11 @@ class Candidate:
         undo.callback(watch.stop)
         watch.call(self._hear)
         return True
+
+    @property
+    def news(self) -> LoaderError | None:
+        """Why it should not be read from any more, as far as etcd has told."""
+        return self._bad_news
 
     def source(self) -> Source:
         """For a Transfer."""
@@ -73,7 +84,12 @@ class Candidate:
         try:
             return self._registry.current(self.record) is not None
         except EtcdError as exc:
-            log.warning("not checked whether %s is still registered; its header says so: %s", self.record.key, exc)
+            log.warning(
+                "not checked whether %s is still registered; its header says so: %s",
+                self.record.key,
+                exc,
+                extra=fields("source_unchecked", key=self.record.key, error=exc),
+            )
             return True
 
     def _check_header(self) -> None:
@@ -86,7 +102,7 @@ class Candidate:
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, RankLost) and event.record.incarnation == self.record.incarnation:
-            self._bad_news = SourceLost(f"{self.record.key} is not registered any more: {event.reason}")
+            self._bad_news = SourceLost(f"{self.record.key} is not registered any more: {event.reason}", reason=event.reason)
         elif isinstance(event, RankJoined | RankUpdated) and event.record.key == self.record.key:
             now = event.record
             if now.incarnation != self.record.incarnation:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from loader import metrics
 from loader.boxes import Box
 from loader.candidates import Candidate
 from loader.cuda import to_register
@@ -63,6 +64,7 @@ class DigestCheck:
         differing = {name for (name, box), cell in self._pieces.items() if ours[name, box] != theirs[cell][name]}
         wrong = [name for name in self._tensors if name in differing]
         if wrong:
+            metrics.DIGEST_MISMATCHES.inc(amount=len(wrong))
             raise DigestMismatch(
                 f"{len(wrong)} of {len(self._tensors)} tensors are not what {self._sources} published, though they were read "
                 f"whole: {listed(wrong)}: check both machines' memory, and whether somebody writes to the source's weights outside "

@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 import xxhash
 
+from registry.logs import fields
 from registry.manifest import DigestTable, Region
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def _by_kernel(tensors: Mapping[K, torch.Tensor]) -> dict[K, bytes]:
                 nbytes = 8 * -(-tensor.nbytes // (4 * _BLOCK_WORDS))
                 digests[name], sums = _of_sums(tensor.nbytes, bytes(sums[:nbytes])), sums[nbytes:]
     except Exception as exc:  # noqa: BLE001  Triton has no one kind of its own, and needs a compiler at run time
-        log.info("digests on the GPU take longer, as their kernel cannot be had: %s", exc)
+        log.info("digests on the GPU take longer, as their kernel cannot be had: %s", exc, extra=fields("no_kernel", error=exc))
         return {}
     return digests
 

@@ -20,6 +20,7 @@ from loader.sources import find_sources
 from loader.transfer import OnProgress, Progress, Share
 from loader.whole import MAX_FILE_NBYTES, Whole, into_files, whole_tensors
 from registry import RankRecord, Registry
+from registry.logs import fields
 from registry.waiting import Wanted
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class _Full:
             except VersionUnavailable as exc:
                 if not tries_left:
                     raise TornRead(f"the weights changed between one file and the next, in {TRIES} tries: {exc}") from exc
-                log.info("%s; loading all files again", exc)
+                log.info("%s; loading all files again", exc, extra=fields("full_retry", tries_left=tries_left))
             else:
                 break
         together = _together(reports)

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from loader import metrics
 from loader.candidates import Candidate
 from loader.coverage import complete_tensors
 from loader.cuda import on_default_stream, to_register, wait_for
@@ -29,6 +30,7 @@ from loader.verify import HeaderCell
 from registry import Manifest, Registry
 from registry.backoff import Backoff
 from registry.errors import InvalidField, RegistryError
+from registry.logs import fields
 from registry.waiting import Wanted
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,12 @@ class LoadReport:
     @property
     def gb_per_s(self) -> float:
         return self.nbytes / 1e9 / self.seconds if self.seconds else 0.0
+
+    def facts(self) -> dict[str, object]:
+        """For a log line."""
+        names = ("instance", "rank", "version", "protocol", "tensors", "nbytes", "retries")
+        sources = [share.name for share in self.shares if share.nbytes]
+        return {**{name: getattr(self, name) for name in names}, "seconds": round(self.seconds, 6), "sources": sources}
 
 
 def load(
@@ -157,8 +165,27 @@ class _Load:
     on_progress: OnProgress
     cancel: threading.Event
     avoid: set[str] = field(default_factory=set)  # incarnations that were lost
+    given_up: list[str] = field(default_factory=list)  # why sources were, since the load last went on without some
 
     def run(self) -> LoadReport:
+        """Counted, however it ends."""
+        try:
+            report = self._run_through()
+        except BaseException as exc:
+            metrics.LOADS.inc(metrics.outcome_of(exc))
+            raise
+        metrics.count_loaded(report)
+        log.info(
+            "loaded %d bytes of %s version %d in %.3f s",
+            report.nbytes,
+            report.instance,
+            report.version,
+            report.seconds,
+            extra=fields("loaded", **report.facts()),
+        )
+        return report
+
+    def _run_through(self) -> LoadReport:
         """A torn read is tried again, lost sources are done without, until there is none left."""
         start = time.monotonic()
         backoff = Backoff(0.03, 1.0)
@@ -171,17 +198,27 @@ class _Load:
                 retries += 1
                 if retries == TRIES:
                     raise
-                log.info("%s; reading again", exc)
+                log.info("%s; reading again", exc, extra=fields("torn_retry", retries=retries, **exc.details))
+                metrics.RETRIES.inc()
                 if self.cancel.wait(backoff.next_s()):
                     raise Cancelled("the load was cancelled") from exc
                 found = self._find()
                 if not found:
                     raise
+                self.given_up = [reason for reason in self.given_up if reason != "torn"]  # they are asked again
+                self._count_failovers()
             except SourceLost as exc:
                 found = self._find_another()
                 if not found:
                     raise
-                log.warning("%s; going on with another source", exc)
+                log.warning("%s; going on with another source", exc, extra=fields("failover", sources=exc.details.get("sources")))
+                self._count_failovers()
+
+    def _count_failovers(self) -> None:
+        """The load goes on, or has ended well."""
+        for reason in self.given_up:
+            metrics.FAILOVERS.inc(reason)
+        self.given_up.clear()
 
     def _find(self) -> Found:
         return find_sources(
@@ -201,7 +238,7 @@ class _Load:
         try:
             return self._find()
         except (RegistryError, LoaderError) as exc:
-            log.info("no other source: %s", exc)
+            log.info("no other source: %s", exc, extra=fields("no_other_source", error=exc))
             return Found([], [])
 
     def _once(self, found: Found, start: float, retries: int) -> LoadReport:
@@ -229,6 +266,7 @@ class _Load:
             transfer_s = time.monotonic() - transfer_start
             if check is not None:
                 check.compare(self.dst)
+            self._count_failovers()
             digest_s = time.monotonic() - transfer_start - transfer_s
         share = max(transfer.shares, key=lambda share: share.nbytes)
         record = candidates[transfer.shares.index(share)].record
@@ -286,10 +324,13 @@ class _Load:
         except SourceLost:
             self.avoid.update(candidate.record.incarnation for candidate in candidates)
             raise
+        finally:
+            self.given_up += [metrics.reason_of(share.error) for share in transfer.shares if share.error is not None]
         for candidate, share in zip(candidates, transfer.shares, strict=True):
             # What one that was dropped on the way had brought, it brought while it was registered.
             if share.nbytes and share.error is None and not candidate.is_registered():
                 self.avoid.add(candidate.record.incarnation)
+                self.given_up.append(metrics.reason_of(candidate.news) if candidate.news else "lost")
                 raise SourceLost(f"{candidate.record.key} was withdrawn or evicted meanwhile")
 
     def _with_what_came(

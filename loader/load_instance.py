@@ -15,6 +15,7 @@ from loader.regions import Shard
 from loader.transfer import OnProgress
 from registry import Registry
 from registry.errors import InvalidField
+from registry.logs import fields
 from registry.waiting import Wanted
 
 log = logging.getLogger(__name__)
@@ -61,5 +62,5 @@ def load_instance(
         except VersionUnavailable as exc:
             if not tries_left:
                 raise TornRead(f"the weights changed between one rank and the next, in {TRIES} tries: {exc}") from exc
-            log.info("%s; loading all ranks again", exc)
+            log.info("%s; loading all ranks again", exc, extra=fields("instance_retry", tries_left=tries_left))
     raise InvalidField("there are no ranks to load", field="tensors")

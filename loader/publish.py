@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from loader import metrics
 from loader.cuda import can_be_opened_by_others, to_register, wait_for
 from loader.digests import DigestCell, algorithm_for
 from loader.engine import Engine, offer
@@ -25,6 +26,8 @@ from loader.state_dict import encode_values, flatten, whole
 from loader.verify import Header, HeaderCell
 from registry import ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
 from registry.errors import RegistryError
+from registry.logs import fields
+from registry.metrics import enabled
 from registry.session import OnState
 
 log = logging.getLogger(__name__)
@@ -93,7 +96,12 @@ class Publication:
         try:
             self._registration.update(version=version, state=state)
         except RegistryError as exc:  # readers go by the header, so the weights are safe whatever the record says
-            log.warning("the record of %s could not be changed: %s", self.record.key, exc)
+            log.warning(
+                "the record of %s could not be changed: %s",
+                self.record.key,
+                exc,
+                extra=fields("record_not_changed", key=self.record.key, error=exc),
+            )
 
     def drain(self, timeout_s: float) -> bool:
         """Leaves without hurting anybody: no new load begins, the running ones may finish, then the publication closes.
@@ -108,9 +116,19 @@ class Publication:
             if self.state is RegistrationState.REGISTERED:
                 pulls = self._registry.wait_for_no_pulls(self.record.instance, self.record.rank, timeout_s)
         except RegistryError as exc:
-            log.warning("%s closes without waiting for its readers: %s", self.record.key, exc)
+            log.warning(
+                "%s closes without waiting for its readers: %s",
+                self.record.key,
+                exc,
+                extra=fields("drain_skipped", key=self.record.key, error=exc),
+            )
         if pulls:
-            log.warning("%s closes while %d loads still read from it", self.record.key, pulls)
+            log.warning(
+                "%s closes while %d loads still read from it",
+                self.record.key,
+                pulls,
+                extra=fields("drain_cut_short", key=self.record.key, pulls=pulls),
+            )
         self.close()
         return not pulls
 
@@ -193,6 +211,8 @@ def publish(
             on_state=on_state,
         )
         undo.callback(registration.withdraw)
+        if enabled():  # it costs a watch in etcd
+            undo.enter_context(registry.watch_pulls(registration.record, metrics.on_pull))
         return Publication(registry, registration, header, table, parts, undo.pop_all())
 
 

@@ -13,6 +13,7 @@ from loader.offers import needed
 from loader.plan import differences, refuse
 from loader.sources import Found, place_of
 from registry import Manifest, RankRecord
+from registry.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -88,5 +89,5 @@ def _those_or(candidates: list[Candidate], misfits: Sequence[LoaderError]) -> li
     if not candidates:
         raise misfits[0]
     for misfit in misfits:
-        log.info("not read from: %s", misfit)
+        log.info("not read from: %s", misfit, extra=fields("source_unfit", error=misfit))
     return candidates

@@ -15,11 +15,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from loader import metrics
 from loader.boxes import Lines
 from loader.engine import Engine, session_of
 from loader.errors import Cancelled, LoaderError, ReadFailed, SourceLost, Stalled, TornRead
 from loader.plan import ReadOp
 from loader.reads import Costs, Span
+from registry.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -290,7 +292,7 @@ class Transfer:
             self._stage.give_back(staged)
 
     def _collect(self, pipe: _Pipe, now: float) -> bool:
-        came = False
+        came = 0
         for number, flight in list(pipe.in_flight.items()):
             try:
                 if not self._engine.done(number):
@@ -311,10 +313,11 @@ class Transfer:
             pipe.failures = 0
             slow = now - flight.since > _SLOW_S
             pipe.window = max(1, pipe.window // 2) if slow else min(pipe.window + 1, self._pace.depth)
-            came = True
+            came += chunk.nbytes
         if came:
+            metrics.READ_NBYTES.inc(amount=came)
             self._tell()
-        return came
+        return came > 0
 
     def _again(self, pipe: _Pipe, number: int) -> None:
         """What that read was to bring has to be read anew; the read is over."""
@@ -376,7 +379,12 @@ class Transfer:
         pipe.share.nbytes -= nbytes
         self._left_nbytes += nbytes
         if self._active:
-            log.warning("%s is not read from any more: %s", pipe.source.name, error)
+            log.warning(
+                "%s is not read from any more: %s",
+                pipe.source.name,
+                error,
+                extra=fields("source_dropped", key=pipe.source.name, reason=metrics.reason_of(error)),
+            )
             self._tell()
 
     # -- nothing stays in flight -----------------------------------------------------------------------------------------------
@@ -402,6 +410,7 @@ class Transfer:
 
     def _end_reads(self, pipe: _Pipe) -> None:
         self._engine.abandon(pipe.source.peer)
+        metrics.ABANDONED_READS.inc(amount=len(pipe.in_flight))
         for number in list(pipe.in_flight):
             self._is_over(number)  # it is: this is how the engine may forget the number
             self._again(pipe, number)

@@ -1,5 +1,7 @@
 """engine-registry: which inference engines hold which weights, and where. Needs neither torch nor a transfer engine."""
 
+import logging
+
 from registry.cleanup import CleaningWatch, InstanceCleaned
 from registry.client import Registry, new_incarnation
 from registry.errors import RegistryError
@@ -17,6 +19,8 @@ from registry.watcher import (
     RankUpdated,
     Watch,
 )
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet until somebody listens
 
 __all__ = [
     "CleaningWatch",

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from registry.logs import fields
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -34,7 +36,7 @@ class Callback(Generic[T]):
         try:
             threading.Thread(target=self._tell, name=self._name, daemon=True).start()
         except RuntimeError as exc:
-            log.error("%s: %s is told later, or never: %s", self._name, what, exc)
+            log.error("%s: %s is told later, or never: %s", self._name, what, exc, extra=fields("callback_late", error=exc))
             with self._lock:
                 self._telling = False
 
@@ -48,4 +50,4 @@ class Callback(Generic[T]):
             try:
                 self._function(what)
             except BaseException:  # not even SystemExit ends what is still to be told
-                log.exception("%s failed", self._name)
+                log.exception("%s failed", self._name, extra=fields("callback_failed"))

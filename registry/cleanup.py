@@ -19,6 +19,7 @@ from registry.etcd import Etcd
 from registry.grace import Doomed, Grace
 from registry.keys import doomed_key, instance_prefix
 from registry.kv import Put
+from registry.logs import fields
 from registry.record import RankRecord
 from registry.registration import evict
 from registry.roster import assess_all
@@ -79,14 +80,19 @@ class CleaningWatch:
                 self._etcd.commit([], [Put(doomed_key(instance), note.encode(), lease_id)])
             except EtcdError as exc:
                 if not self._watch.stopped:
-                    log.warning("a watcher that starts from now on will not clean up %s: %s", instance, exc)
+                    log.warning(
+                        "a watcher that starts from now on will not clean up %s: %s",
+                        instance,
+                        exc,
+                        extra=fields("note_not_written", instance=instance, error=exc),
+                    )
 
     def _read_note(self, instance: str) -> Note | None:
         found = self._etcd.get(doomed_key(instance))
         try:
             return Note.decode(found.key, found.value) if found else None
         except RecordDamaged as exc:
-            log.warning("%s is not cleaned up: %s", instance, exc)
+            log.warning("%s is not cleaned up: %s", instance, exc, extra=fields("note_damaged", instance=instance))
             return None
 
     def _clean(self, doomed: Doomed) -> Iterator[InstanceCleaned]:
@@ -102,7 +108,12 @@ class CleaningWatch:
             self._grace.settle(doomed)
         except EtcdError as exc:  # it comes again
             if not self._watch.stopped:
-                log.warning("%s is not cleaned up yet: %s", doomed.instance, exc)
+                log.warning(
+                    "%s is not cleaned up yet: %s",
+                    doomed.instance,
+                    exc,
+                    extra=fields("cleanup_delayed", instance=doomed.instance, error=exc),
+                )
         if evicted and lost is not None:
             yield InstanceCleaned(doomed.instance, lost, tuple(evicted), self._dry_run)
 

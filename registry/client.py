@@ -18,8 +18,9 @@ from registry.election import Election
 from registry.errors import InvalidField, RecordDamaged
 from registry.etcd import Etcd
 from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, record_key
+from registry.logs import fields
 from registry.manifest import Manifest
-from registry.pulls import PullTicket, count_pulls, take_ticket, wait_for_no_pulls
+from registry.pulls import OnPull, PullTicket, PullWatch, count_pulls, take_ticket, wait_for_no_pulls
 from registry.record import ModelIdentity, RankRecord, RankState, decode
 from registry.resolver import InstanceStatus
 from registry.roster import Roster, assess_all
@@ -165,7 +166,7 @@ class Registry:
         """The instance's ranks that are registered now, by rank. A damaged record is left out, with a logged warning."""
         roster = self._roster(instance)
         for problem in roster.damaged.values():
-            log.warning("%s: %s", instance, problem)
+            log.warning("%s: %s", instance, problem, extra=fields("record_damaged", **problem.details))
         return roster.status().records
 
     def current(self, record: RankRecord) -> RankRecord | None:
@@ -174,7 +175,7 @@ class Registry:
         try:
             now = decode(found.key, found.value, found.mod_revision) if found else None
         except RecordDamaged as exc:
-            log.warning("%s", exc)
+            log.warning("%s", exc, extra=fields("record_damaged", **exc.details))
             return None
         return now if now and not now.ended and now.incarnation == record.incarnation else None
 
@@ -212,6 +213,10 @@ class Registry:
         """Blocks until nobody holds a ticket to read from the rank, or the time is over: how many still do."""
         return wait_for_no_pulls(self._etcd, instance, rank, timeout_s)
 
+    def watch_pulls(self, record: RankRecord, on_pull: OnPull) -> PullWatch:
+        """Tells of everybody who begins or ends to read from the registration, until it is closed."""
+        return PullWatch(self._etcd.sibling(), record, on_pull)
+
     def watch(self, instance: str | None = None, rank: int | None = None) -> Watch:
         """Events about one instance or all, beginning with what is there now. With `rank` only those about that rank."""
         return Watch(self._etcd.sibling(), check_instance(instance) if instance is not None else None, rank)
@@ -230,7 +235,10 @@ class Registry:
 
     def evict(self, record: RankRecord) -> bool:
         """Ends the registration that `record` was read from; False if it has changed or gone since (read it again)."""
-        return registration.evict(self._etcd, record)
+        evicted = registration.evict(self._etcd, record)
+        if evicted:
+            log.info("%s is evicted", record.key, extra=fields("evicted", instance=record.instance, rank=record.rank))
+        return evicted
 
 
 def fetch_manifest(etcd: Etcd, record: RankRecord) -> Manifest:

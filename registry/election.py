@@ -15,6 +15,7 @@ from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import election_key
 from registry.kv import Put, Snapshot, absent
+from registry.logs import fields
 
 log = logging.getLogger(__name__)
 _TTL_S = 5.0  # how long the others wait for a leader whose host has died
@@ -76,7 +77,9 @@ class Election:
                     self._etcd.revoke(lease_id)
                 backoff.reset()
             except EtcdError as exc:
-                log.info("campaigning for %s again soon: %s", self._key, exc)
+                log.info(
+                    "campaigning for %s again soon: %s", self._key, exc, extra=fields("election_retry", key=self._key, error=exc)
+                )
                 self._stopped.wait(backoff.next_s())
 
     def _wait_until_vacant(self) -> None:
@@ -97,13 +100,13 @@ class Election:
             try:
                 held = self._etcd.get(self._key)
                 if held is None or held.lease_id != lease_id:
-                    log.info("%s is not ours any more: campaigning again", self._key)
+                    log.info("%s is not ours any more: campaigning again", self._key, extra=fields("election_lost", key=self._key))
                     return
                 self._etcd.keep_alive(lease_id)
             except LeaseNotFound:
                 return
             except EtcdError as exc:
-                log.info("leading %s in doubt: %s", self._key, exc)
+                log.info("leading %s in doubt: %s", self._key, exc, extra=fields("election_doubt", key=self._key, error=exc))
                 if not self.leading:
                     return
             else:

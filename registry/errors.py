@@ -19,6 +19,7 @@ RegistryError
 │   └── Superseded          a newer registration has taken its place
 ├── KeeperFailed            the process that holds the lease cannot be started
 ├── GatewayFailed           the HTTP gateway cannot be started
+├── MetricsUnavailable      metrics were asked for, and prometheus_client is not installed
 └── LocalEtcdFailed         the embedded etcd cannot be started
 """
 
@@ -107,6 +108,10 @@ class KeeperFailed(RegistryError):
 
 
 class GatewayFailed(RegistryError):
+    pass
+
+
+class MetricsUnavailable(RegistryError):
     pass
 
 

@@ -22,6 +22,7 @@ import tenacity
 import registry._etcd3_compat  # noqa: F401  must come before etcd3
 
 import etcd3  # isort: skip
+from registry import metrics
 from registry._etcd_errors import from_cancelled_watch, translate
 from registry.config import EtcdConfig
 from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
@@ -289,7 +290,10 @@ class Etcd:
         except (grpc.RpcError, etcd3.Etcd3Exception, ValueError, OSError) as exc:
             if isinstance(exc, ValueError) and "invoke RPC" not in str(exc):
                 raise  # not gRPC's word for a channel that another thread has dropped meanwhile
-            raise self._failed(client, exc) from exc
+            error = self._failed(client, exc)
+            if not self._closed.is_set():  # else we have ended it ourselves
+                metrics.etcd_error(error)
+            raise error from exc
 
     def _failed(self, client: Any, exc: Exception) -> EtcdError:
         """The error to raise; a connection that may be at fault is not used again."""

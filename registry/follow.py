@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Iterator
 
+from registry import metrics
 from registry.backoff import Backoff
 from registry.errors import EtcdUnavailable, HistoryLost
 from registry.etcd import Etcd, WatchStream
 from registry.kv import Batch, KeyValue, Snapshot
+from registry.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class Follower:
         self._stream: WatchStream | None = None
         self._revision = 0
         self.last_error: EtcdUnavailable | None = None  # why there was no update lately
+        self._away_since: float | None = None  # when etcd was lost, if it is
         self._count = 0  # of keys at that revision
         self._newest: KeyValue | None = None  # of them, unless it was deleted
 
@@ -55,22 +58,49 @@ class Follower:
                     self._newest = max(snapshot.items, key=lambda item: item.mod_revision, default=None)
                     yield snapshot
                 self._check_history()
+                self._is_back()
                 for batch in self._open():
                     backoff.reset()
                     self._remember(batch)
                     if batch.changes:
                         yield batch
             except HistoryLost as exc:
-                log.info("%s: starting again from a snapshot", exc)
+                log.info("%s: starting again from a snapshot", exc, extra=fields("watch_resync", prefix=self._prefix))
+                metrics.RESYNCS.inc()
                 self._revision = 0
             except EtcdUnavailable as exc:
                 self.last_error = exc
                 if self._over():
                     return
-                log.warning("%s; watching goes on as soon as it is back", exc)
+                self._is_away(exc)
                 self._stopped.wait(backoff.next_s())
             finally:
                 self._close()
+
+    def _is_away(self, error: EtcdUnavailable) -> None:
+        """An outage is one warning, however often it is found to last."""
+        if self._stream is not None:
+            metrics.STREAM_LOSSES.inc()
+        level = logging.DEBUG if self._away_since is not None else logging.WARNING
+        log.log(
+            level,
+            "%s; watching goes on as soon as it is back",
+            error,
+            extra=fields("watch_lost", prefix=self._prefix, error=error),
+        )
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+
+    def _is_back(self) -> None:
+        if self._away_since is not None:
+            away_s = round(time.monotonic() - self._away_since, 3)
+            log.info(
+                "etcd is back after %.3g s; watching %s goes on",
+                away_s,
+                self._prefix,
+                extra=fields("watch_resumed", prefix=self._prefix, away_s=away_s),
+            )
+            self._away_since = None
 
     def _over(self) -> bool:
         return self._stopped.is_set() or (self._deadline is not None and time.monotonic() >= self._deadline)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from registry.etcd import Etcd
 from registry.frames import beat_s
 from registry.keys import evicted_key
 from registry.kv import KeyValue
+from registry.logs import fields
 from registry.record import RankRecord, decode, encode
 from registry.registration import amend, claim, end, remove
 
@@ -39,6 +41,8 @@ class Keeper:
         self._written = b""  # and its value
         self._stale = False  # the rank wants another record than the one in etcd
         self._suspended = False
+        self._renewed_in_s: float | None = None  # how long etcd took for it in the beat that is going on
+        self._claims_again = 0
 
     def register(self) -> None:
         """The first claim: raises what is wrong, and then leaves nothing in etcd."""
@@ -54,7 +58,9 @@ class Keeper:
         """Renews the lease and mends what is amiss; returns the seconds until the next beat. Raises RegistrationLost only.
 
         Tells the state every time: the rank hears that its keeper lives, and need not know what a keeper before this one told.
+        With it comes what the rank counts: how long the renewal took, and how often the record was put into etcd again.
         """
+        self._renewed_in_s = None
         try:
             if self._lease_id:
                 self._renew()
@@ -67,7 +73,7 @@ class Keeper:
             self._tell({"state": "SUSPENDED", "why": str(exc)})
             return self._backoff.next_s()
         self._suspended = False
-        self._tell({"state": "REGISTERED", "why": ""})
+        self._tell({"state": "REGISTERED", "why": "", "renewed_in_s": self._renewed_in_s, "claims_again": self._claims_again})
         self._backoff.reset()
         return beat_s(self._ttl_s)
 
@@ -93,11 +99,13 @@ class Keeper:
         # The key is read before the lease is renewed: a lease that lives afterwards lived then, in the same store, so a key that
         # was missing has not expired with it, nor with a store that was wiped in between: somebody deleted it.
         found = self._etcd.get(self._record.key)
+        start = time.monotonic()
         try:
             self._etcd.keep_alive(self._lease_id)
         except LeaseNotFound:
             self._lease_id = 0
             return
+        self._renewed_in_s = time.monotonic() - start
         if found is None:
             self._lose(self._evicted())
         elif (found.mod_revision, found.value) != (self._revision, self._written):
@@ -137,6 +145,7 @@ class Keeper:
                 self._claim(lease_id)
             else:
                 self.register()
+            self._claims_again += 1
         except EtcdError:
             raise
         except Evicted as exc:
@@ -163,4 +172,4 @@ class Keeper:
             if lease_id:
                 self._etcd.revoke(lease_id)
         except EtcdError as exc:
-            log.info("lease %x is left to expire: %s", lease_id, exc)
+            log.info("lease %x is left to expire: %s", lease_id, exc, extra=fields("lease_left", error=exc))

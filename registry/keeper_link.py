@@ -14,11 +14,13 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
+from registry import metrics
 from registry.backoff import Backoff
 from registry.config import EtcdConfig
 from registry.errors import KeeperFailed, RegistryError, from_wire
 from registry.frames import ANSWER_S, beat_s, encode_frame
 from registry.keeper_process import START_TIMEOUT_S, KeeperProcess
+from registry.logs import fields
 from registry.record import RankRecord, encode
 from registry.registration import DIED
 
@@ -40,6 +42,7 @@ class KeeperLink:
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[dict[str, Any], Future[dict[str, Any]]]] = {}  # by sequence number
         self._seq = 0
+        self._claims_again = 0  # that the keeper has told
         self._opened = False  # registered at least once
         self._over: RegistryError | None = None  # for whoever asks from then on; a keeper that ends then is not replaced
         self._woken = threading.Event()  # it is over
@@ -82,7 +85,9 @@ class KeeperLink:
         try:
             _raise_error(reply.result(self._config.timeout_s + ANSWER_S))
         except FutureTimeout:
-            log.warning("%s: etcd is slow, the change waits in the keeper", record.key)
+            log.warning(
+                "%s: etcd is slow, the change waits in the keeper", record.key, extra=fields("update_waits", key=record.key)
+            )
 
     def end(self, reason: str) -> None:
         """Returns when the registration is out of etcd; an error says why it is not yet. The keeper goes on trying then."""
@@ -182,7 +187,7 @@ class KeeperLink:
                     self._finish(error)
                 self._settle_updates()
             if not self._over:
-                log.warning("%s; starting another", error)
+                log.warning("%s; starting another", error, extra=fields("keeper_lost", key=self.record.key, hung=keeper.hung))
                 if keeper.hung:  # for longer, perhaps, than the lease lives; one that died is replaced before that
                     self._on_news("SUSPENDED", str(error), None)
             while not self._over and self._keeper is None:
@@ -193,6 +198,7 @@ class KeeperLink:
 
     def _attend(self, keeper: KeeperProcess, backoff: Backoff) -> None:
         """Hears the keeper until it has ended, and ends one that hangs."""
+        self._claims_again = 0
         while (frames := keeper.read()) is not None:
             for frame in frames:
                 backoff.reset()
@@ -217,6 +223,7 @@ class KeeperLink:
             return
         try:
             self._start({**self._opening(again=True), "seq": 0})
+            metrics.KEEPER_RESTARTS.inc()
         except (KeeperFailed, MemoryError) as exc:
             self._on_news("SUSPENDED", f"no keeper: {str(exc) or type(exc).__name__}", None)
 
@@ -235,7 +242,17 @@ class KeeperLink:
                 self._finish(lost)
             self._on_news("LOST", str(lost), lost)
         elif "state" in message:
+            self._count(message)
             self._on_news(message["state"], message["why"], None)
+
+    def _count(self, message: dict[str, Any]) -> None:
+        """Claims come as a sum, as a rank that is stopped does not get every message."""
+        if message.get("renewed_in_s") is not None:
+            metrics.KEEPALIVE.observe(message["renewed_in_s"])
+        claims = message.get("claims_again", self._claims_again)
+        if claims > self._claims_again:
+            metrics.REREGISTRATIONS.inc(amount=claims - self._claims_again)
+            self._claims_again = claims
 
 
 def _raise_error(answer: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from registry.calls import Calls
 from registry.errors import EtcdError, Evicted, InvalidField, RecordDamaged, RegistryError
 from registry.etcd import Etcd
 from registry.keys import instance_prefix
+from registry.logs import fields
 from registry.probe import Answer, Probe
 from registry.record import RankRecord, decode
 from registry.seeds import Seeds, Served, seed_record
@@ -60,7 +61,7 @@ class Mirror:
                 for rank in await self._calls(self._missing):
                     await self._mirror(rank)
             except EtcdError as exc:
-                log.info("%s is not mirrored now: %s", self._instance, exc)
+                log.info("%s is not mirrored now: %s", self._instance, exc, extra=fields("mirror_waits", error=exc))
             await asyncio.sleep(self._interval_s)
 
     def close(self) -> None:
@@ -89,13 +90,20 @@ class Mirror:
                 self._complaints.pop(rank, None)
         except Evicted:
             self._evicted.add(record.incarnation)
-            log.info("%s is not mirrored any more: it was evicted", record.key)
+            log.info("%s is not mirrored any more: it was evicted", record.key, extra=fields("mirror_evicted", key=record.key))
         except EtcdError as exc:
-            log.info("%s/%d is not mirrored now: %s", self._instance, rank, exc)
+            log.info("%s/%d is not mirrored now: %s", self._instance, rank, exc, extra=fields("mirror_waits", rank=rank, error=exc))
         except RegistryError as exc:
             if self._complaints.get(rank) != str(exc):
                 self._complaints[rank] = str(exc)
-                log.warning("%s/%d is not mirrored from %s: %s", self._instance, rank, self._url, exc)
+                log.warning(
+                    "%s/%d is not mirrored from %s: %s",
+                    self._instance,
+                    rank,
+                    self._url,
+                    exc,
+                    extra=fields("seed_not_mirrored", instance=self._instance, rank=rank, url=self._url, error=exc),
+                )
 
     def _record(self, rank: int, body: bytes) -> tuple[RankRecord, list[bytes]]:
         info = parse_registration(body)
@@ -116,6 +124,6 @@ def _ask(url: str, rank: int) -> bytes | None:
         except urllib.error.HTTPError as exc:
             exc.close()
         except (OSError, HTTPException) as exc:
-            log.info("%s: %s", url, exc)
+            log.info("%s: %s", url, exc, extra=fields("seed_server_away", url=url, error=exc))
             return None
     return None

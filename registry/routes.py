@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Lifespan
 
+from registry import metrics
 from registry.answers import Answers
 from registry.calls import Calls
 from registry.errors import (
@@ -32,6 +33,7 @@ from registry.errors import (
 )
 from registry.http_limits import Body, Busy, ClientDisconnect, Guard, SlicedResponse, TooLarge, TooSlow
 from registry.keys import check_instance
+from registry.logs import fields
 from registry.record import RankRecord
 from registry.seeds import Seeds, Served, seed_record
 from registry.sglang import instance_of_role, parse_rank, parse_registration, parse_world_size
@@ -71,7 +73,7 @@ class Routes:
             Route(prefix + path, handler, methods=[method])
             for path, (method, handler) in paths.items()
             for prefix in ("", "/instances/{instance}")
-        ]
+        ] + [Route("/metrics", self._told(self._metrics), methods=["GET"])]
 
     async def _register(self, request: Request) -> Response:
         async with self._guard.body(request) as body:
@@ -101,6 +103,12 @@ class Routes:
         instance = check_instance(instance_of_role(self._instance(request), request.query_params.get("role", "")))
         return SlicedResponse(await self._answers.of(instance, rank), media_type="application/json")
 
+    async def _metrics(self, request: Request) -> Response:
+        if not metrics.enabled():
+            return JSONResponse({"detail": "nothing is counted here: pip install 'engine-registry[metrics]'"}, 404)
+        body, media_type = await self._parsing(lambda: metrics.render(request.headers.get("accept", "")))
+        return Response(body, media_type=media_type)
+
     def _instance(self, request: Request) -> str:
         return check_instance(request.path_params.get("instance", self._served.instance))
 
@@ -118,7 +126,12 @@ class Routes:
             except Exception as exc:  # what is none of the errors that we know is logged as a bug
                 status, reason = _status(exc), str(exc)
                 if status == 500:
-                    log.exception("%s %s failed; please report it", request.method, request.url.path)
+                    log.exception(
+                        "%s %s failed; please report it",
+                        request.method,
+                        request.url.path,
+                        extra=fields("request_failed", method=request.method, path=request.url.path),
+                    )
                     reason = f"unexpected {type(exc).__name__}: see the gateway's log"
             if as_inference_server and status != 401:
                 status = 400

@@ -18,6 +18,7 @@ from registry.errors import EtcdError, InvalidField, RankConflict, RecordDamaged
 from registry.etcd import Etcd
 from registry.keys import check_instance
 from registry.kv import KeyValue
+from registry.logs import fields
 from registry.manifest import MAX_PARTS, encode
 from registry.probe import Answer, Probe, is_loopback
 from registry.record import GATEWAY, ModelIdentity, RankRecord, decode
@@ -96,7 +97,13 @@ class Seeds:
                 continue  # another registration came in between: look at that one
             if holder is not None:
                 await self._calls(lambda: self._revoke(lease_id))  # noqa: B023  as above
-            log.info("%s registered: %d tensors at %s", record.key, record.manifest.tensors, record.session_id)
+            log.info(
+                "%s registered: %d tensors at %s",
+                record.key,
+                record.manifest.tensors,
+                record.session_id,
+                extra=fields("seed_registered", key=record.key, session_id=record.session_id),
+            )
             return
 
     def _holder(self, key: str) -> tuple[int, RankRecord | None]:
@@ -132,4 +139,4 @@ class Seeds:
         try:
             self._etcd.revoke(lease_id)
         except EtcdError as exc:
-            log.info("lease %x is left to expire: %s", lease_id, exc)
+            log.info("lease %x is left to expire: %s", lease_id, exc, extra=fields("lease_left", error=exc))

@@ -14,11 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from types import TracebackType
+from typing import Any
 
+from registry import metrics
 from registry.callback import Callback
 from registry.config import EtcdConfig
 from registry.errors import RegistryError
 from registry.keeper_link import KeeperLink
+from registry.logs import fields
+from registry.meters import Held
 from registry.record import RankRecord, RankState
 from registry.registration import WITHDRAWN
 
@@ -59,6 +63,7 @@ class Registration:
         self._lost: RegistryError | None = None
         self._closing = True  # until it is open
         self._withdrawn = False
+        self._held: Held | None = None  # among the registrations that are counted
         # The link's thread must not keep a forgotten handle alive: it would hold the rank for ever.
         news = weakref.WeakMethod(self._hear)
 
@@ -69,6 +74,10 @@ class Registration:
 
         self._link = KeeperLink(config, record, parts, ttl_s, on_news)
         self._link.open()
+        with self._lock:  # the keeper may have told another state by now
+            self._held = metrics.REGISTRATIONS.hold(self._state.value)
+        metrics.REGISTRATION_CHANGES.inc(RegistrationState.REGISTERED.value)
+        log.info("%s is registered, its keeper is process %d", record.key, self.keeper_pid, extra=self._told("registered"))
         self._closing = False
 
     @property
@@ -125,7 +134,12 @@ class Registration:
                 self._link.end(WITHDRAWN)
                 self._withdrawn = True
         except RegistryError as exc:
-            log.warning("%s is not out of etcd yet; its keeper tries on, and its lease is the bound: %s", self.record.key, exc)
+            log.warning(
+                "%s is not out of etcd yet; its keeper tries on, and its lease is the bound: %s",
+                self.record.key,
+                exc,
+                extra=self._told("withdrawal_delayed", error=exc),
+            )
         finally:
             self._link.abandon()
             self._change_state(RegistrationState.CLOSED, "")
@@ -141,6 +155,8 @@ class Registration:
     def __del__(self) -> None:
         if not getattr(self, "_closing", True) and os.getpid() == self._owner_pid:
             self._link.forget()
+            if self._held is not None:
+                self._held.release()
             warnings.warn(f"registration of {self.record.key} was never withdrawn", ResourceWarning, source=self, stacklevel=2)
 
     def _hear(self, state: str, why: str, lost: RegistryError | None) -> None:
@@ -153,9 +169,21 @@ class Registration:
             if self._state is state or self._state is RegistrationState.CLOSED:
                 return
             self._state = state
+            metrics.REGISTRATION_CHANGES.inc(state.value)
+            if self._held is not None:
+                self._held.release() if state is RegistrationState.CLOSED else self._held.move(state.value)
             if self._on_state is not None:  # in here, so that they are told in this order
                 self._on_state.put((state, why))
         if state is RegistrationState.LOST:
-            log.log(logging.INFO if self._on_state else logging.ERROR, "%s is lost: %s", self.record.key, why)
-        elif state is not RegistrationState.CLOSED:
-            log.warning("%s is %s%s", self.record.key, state.value, f": {why}" if why else " again")
+            level = logging.INFO if self._on_state else logging.ERROR
+            log.log(level, "%s is lost: %s", self.record.key, why, extra=self._told("registration_lost", error=self._lost))
+        elif state is RegistrationState.SUSPENDED:
+            log.warning("%s is suspended: %s", self.record.key, why, extra=self._told("registration_suspended"))
+        elif state is RegistrationState.REGISTERED:
+            log.warning("%s is registered again", self.record.key, extra=self._told("registration_resumed"))
+        elif self._withdrawn:
+            log.info("%s is withdrawn", self.record.key, extra=self._told("withdrawn"))
+
+    def _told(self, event: str, **facts: object) -> dict[str, Any]:
+        record = self.record
+        return fields(event, instance=record.instance, rank=record.rank, **facts)

@@ -22,6 +22,7 @@ from registry.errors import EtcdError, LeaseNotFound, RecordDamaged
 from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.kv import Change, KeyValue, Snapshot
+from registry.logs import fields
 from registry.probe import Answer, Probe, is_loopback
 from registry.record import GATEWAY, RankRecord, decode
 from registry.registration import DIED, end
@@ -128,7 +129,12 @@ class Vigil:
                 return
             misses = 0 if answer is Answer.LISTENS else misses + 1
             if misses == self._tolerance + 1:
-                log.warning("%s: its seed at %s cannot be reached from here: its lease is left to other gateways", key, session_id)
+                log.warning(
+                    "%s: its seed at %s cannot be reached from here: its lease is left to other gateways",
+                    key,
+                    session_id,
+                    extra=fields("seed_unreachable", key=key, session_id=session_id),
+                )
             given_up = answer is Answer.REFUSES or misses > self._tolerance
             if not given_up and time.monotonic() >= renew_at:
                 renew_at = time.monotonic() + await self._renew(self._seeds[key])
@@ -139,9 +145,14 @@ class Vigil:
         try:
             return await self._calls(partial(self._etcd.keep_alive, seed.lease_id)) / 3
         except LeaseNotFound:
-            log.info("%s: its lease has expired", seed.record.key)
+            log.info("%s: its lease has expired", seed.record.key, extra=fields("seed_lease_expired", key=seed.record.key))
         except EtcdError as exc:
-            log.info("%s: its lease is not renewed: %s", seed.record.key, exc)
+            log.info(
+                "%s: its lease is not renewed: %s",
+                seed.record.key,
+                exc,
+                extra=fields("renewal_failed", key=seed.record.key, error=exc),
+            )
         return 0.0
 
     def _end(self, seed: _Seed) -> bool:
@@ -149,15 +160,19 @@ class Vigil:
         try:
             end(self._etcd, record, record.mod_revision, seed.lease_id, DIED)
         except EtcdError as exc:
-            log.info("%s has not ended yet: %s", record.key, exc)
+            log.info("%s has not ended yet: %s", record.key, exc, extra=fields("seed_end_waits", key=record.key, error=exc))
             return False
-        log.info("%s lost: nobody listens at %s any more", record.key, record.session_id)
+        log.info("%s lost: nobody listens at %s any more", record.key, record.session_id, extra=fields("seed_lost", key=record.key))
         return True
 
 
 def _report(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("a rank is not kept any more: %r; restart the gateway, and please report it", error)
+        log.error(
+            "a rank is not kept any more: %r; restart the gateway, and please report it",
+            error,
+            extra=fields("vigil_failed", error=error),
+        )
 
 
 def _seeds(changes: Sequence[Change]) -> dict[str, _Seed | None]:

@@ -20,6 +20,7 @@ from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import ENGINES, instance_prefix, parse_record_key
 from registry.kv import Batch, Change, KeyValue, Snapshot
+from registry.logs import fields
 from registry.record import RankRecord, decode
 from registry.resolver import InstanceState, InstanceStatus
 from registry.roster import Roster
@@ -277,9 +278,9 @@ class Watch:
                 try:
                     on_event(event)
                 except Exception:
-                    log.exception("the callback for %s failed", type(event).__name__)
+                    log.exception("the callback for %s failed", type(event).__name__, extra=fields("event_callback_failed"))
         except EtcdError as exc:
-            log.error("no more events: %s", exc)
+            log.error("no more events: %s", exc, extra=fields("watch_ended", error=exc))
 
     @property
     def stopped(self) -> bool:

@@ -8,6 +8,7 @@ import click
 
 from cli.commands.show import chosen
 from cli.exits import Exit
+from cli.logs import log_options
 from cli.options import etcd_options, instance_argument, rank_option
 from registry import Registry
 from registry.errors import RecordDamaged
@@ -16,6 +17,7 @@ from registry.errors import RecordDamaged
 @click.command("evict")
 @instance_argument
 @rank_option(required=False, help="This rank only; without it all ranks of the instance.")
+@log_options
 @etcd_options
 def command(connect: Callable[[], Registry], instance: str, rank: int | None) -> int:
     """Take an instance, or one rank, out of the registry.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import click
 
 from cli.exits import Exit
+from cli.logs import log_options
 from cli.options import Seconds, etcd_options, gateway_token
 from cli.signals import on_ending
-from registry import Registry
+from registry import Registry, metrics
+from registry.errors import MetricsUnavailable
+from registry.watch_metrics import WatchMetrics
 
 
 @click.command("gateway")
@@ -31,7 +34,7 @@ from registry import Registry
 @click.option("--probe-tolerance", type=click.IntRange(min=0), default=3, show_default=True, metavar="N",
               help="Looks in a row without any answer after which this gateway leaves a seed to others.")  # fmt: skip
 @click.option("--seed", metavar="URL", help="Register what this server of SGLang's knows of its ranks: http://HOST:PORT.")
-@click.option("--verbose", is_flag=True, help="A line on stderr for every registration and loss.")
+@log_options
 @etcd_options
 def command(
     connect: Callable[[], Registry],
@@ -44,7 +47,6 @@ def command(
     probe_interval: float,
     probe_tolerance: int,
     seed: str | None,
-    verbose: bool,
 ) -> None:
     """Speak SGLang's HTTP interface over the registry, until Ctrl-C or SIGTERM, so that its seeds and clients work unchanged.
 
@@ -55,10 +57,9 @@ def command(
     """
     from registry.gateway import Gateway  # it needs an extra
 
-    if verbose:
-        logging.getLogger("registry").setLevel(logging.INFO)
     with (
         connect() as registry,
+        _counted(registry),
         Gateway(
             registry,
             instance,
@@ -84,3 +85,19 @@ def command(
         on_ending(end)
         click.echo(f"gateway of {instance} is ready at {gateway.url}; Ctrl-C ends it")
         gateway.wait()
+
+
+@contextmanager
+def _counted(registry: Registry) -> Iterator[None]:
+    """For /metrics, where what counts is installed: ranks and losses, of all instances."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(metrics.counting())
+        except MetricsUnavailable:
+            yield
+            return
+        counted = WatchMetrics()
+        stack.callback(counted.close)
+        watch = stack.enter_context(registry.watch())
+        watch.call(counted.see)
+        yield

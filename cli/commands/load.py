@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
+from cli.logs import as_json, log_options
 from cli.options import Seconds, engine_log, etcd_options, json_option, nbytes_of, rank_option
 from cli.output import print_json, size
 from cli.signals import held_back, raised
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--host", help="Address of this machine. Default: the one that etcd sees.")
 @click.option("--protocol", type=click.Choice(PROTOCOLS), default="tcp", show_default=True, help="How to read.")
 @json_option
+@log_options
 @etcd_options
 def command(
     connect: Callable[[], Registry],
@@ -207,7 +209,7 @@ def _bar(name: str, also: Callable[[], None]) -> Iterator[Callable[[Progress], N
     """`also` is called with every progress."""
     console = Console(file=sys.stderr)
     columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal or as_json(), transient=True) as bar:
         task = bar.add_task(name, total=None)
 
         def on_progress(progress: Progress) -> None:

@@ -8,11 +8,14 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from cli.logs import log_options
+from cli.metrics import metrics_options
 from cli.options import Seconds, engine_log, etcd_options, instance_argument, rank_option
 from cli.output import size
 from cli.shards import boxes_of, parse_cut, read_boxes
@@ -60,9 +63,12 @@ if TYPE_CHECKING:
     help="How long to let running loads finish at the end; a second Ctrl-C or SIGTERM does not wait.",
 )
 @click.option("--until-eof", is_flag=True, help="Also end when standard input closes, as when a parent process dies.")
+@metrics_options
+@log_options
 @etcd_options
 def command(
     connect: Callable[[], Registry],
+    serve_metrics: Callable[[], AbstractContextManager[None]],
     instance: str,
     rank: int,
     world_size: int,
@@ -91,7 +97,7 @@ def command(
     places = dict(map(_parse_place, topology))
     slices = [parse_cut(text, places, rank, world_size) for text in cuts]
     listed = read_boxes(Path(boxes_path)) if boxes_path is not None else {}
-    with connect() as registry, engine_log():
+    with serve_metrics(), connect() as registry, engine_log():
         with held_back():
             from loader import MooncakeEngine, Shard, publish
             from loader.files import read_weights

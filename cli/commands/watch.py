@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from datetime import datetime
 
 import click
 
 from cli.exits import Exit
 from cli.hooks import Hooks
+from cli.logs import log_options
+from cli.metrics import metrics_options
 from cli.options import Seconds, etcd_options, json_option
 from cli.output import event_json, event_text, print_json
 from cli.signals import on_ending
 from registry import CleaningWatch, Registry, Watch
+from registry.watch_metrics import WatchMetrics
 
 
 @click.command("watch")
@@ -25,9 +28,12 @@ from registry import CleaningWatch, Registry, Watch
 @click.option("--grace", type=Seconds(), default=30.0, show_default=True, metavar="S", help="How long --cleanup waits.")
 @click.option("--dry-run", is_flag=True, help="With --cleanup: only tell what would be evicted.")
 @json_option
+@metrics_options
+@log_options
 @etcd_options
 def command(
     connect: Callable[[], Registry],
+    serve_metrics: Callable[[], AbstractContextManager[None]],
     instance: str | None,
     hook: str | None,
     exec_timeout: float,
@@ -45,6 +51,7 @@ def command(
     if dry_run and not cleanup:
         raise click.UsageError("--dry-run goes with --cleanup")
     with ExitStack() as stack:
+        stack.enter_context(serve_metrics())
         registry = stack.enter_context(connect())
         hooks = stack.enter_context(Hooks(hook, exec_timeout)) if hook else None
         watch: Watch | CleaningWatch = (
@@ -53,7 +60,9 @@ def command(
         stack.enter_context(watch)
         ending = _ending(watch, hooks)
         on_ending(lambda: next(ending))
+        counted = WatchMetrics()
         for event in watch:
+            counted.see(event)
             now = datetime.now().astimezone()
             data = {"at": now.isoformat(timespec="milliseconds"), **event_json(event)}
             if as_json:

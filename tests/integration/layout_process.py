@@ -29,6 +29,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from cli.options import engine_log
 from loader import EngineReader, LoadReport, MooncakeEngine, Shard, load, load_module, publish, publish_state_dict
 from loader.regions import is_sharded
 from registry import ModelIdentity, Registry
@@ -362,6 +363,7 @@ def main(side: str, rank: str, size: str, store: str) -> None:
         for shape in MESHES[side]
     }
     with (
+        engine_log(),
         Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]) as registry,
         MooncakeEngine("127.0.0.1") as engine,
         ExitStack() as stack,

@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from cli.options import engine_log
 from loader import MooncakeEngine, publish
 from registry import ModelIdentity, Registry
 
@@ -35,6 +36,7 @@ def empty(nbytes: int) -> dict[str, torch.Tensor]:
 def main(instance: str, nbytes: str, host: str = "127.0.0.1") -> None:
     tensors = content(0, int(nbytes))
     with (
+        engine_log(),  # what the tests show of a process that failed is what it has to say
         Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]) as registry,
         MooncakeEngine(host) as engine,
         publish(registry, engine, instance=instance, rank=0, world_size=1, tensors=tensors, model=MODEL, ttl_s=2) as publication,

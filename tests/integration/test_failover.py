@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,9 @@ class Sources:
 
     def signal(self, number: signal.Signals) -> None:
         self.started["a"].send_signal(number)
+        if number == signal.SIGSTOP:  # each thread stops when it next runs: on a busy machine the rest of a load is quicker
+            threads = Path(f"/proc/{self.started['a'].pid}/task")
+            wait_until(lambda: all(_state(thread) == "T" for thread in threads.iterdir()))
 
     def evict(self) -> None:
         self.registry.evict(self.registry.ranks("a")[0])
@@ -53,6 +57,11 @@ class Sources:
         stdin.write("\n")
         stdin.flush()
         assert line_of(process) == "version 1\n"
+
+
+def _state(thread: Path) -> str:
+    """As /proc has it; T is stopped."""
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 @pytest.fixture

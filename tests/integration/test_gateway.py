@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from registry import RankJoined, RankLost, Registry
 from registry.config import EtcdConfig, parse_endpoints
@@ -588,7 +589,7 @@ def test_the_command_tells_a_port_in_use_in_one_line_and_fails(processes: Proces
 def test_the_command_ends_in_order_on_a_signal(
     gateway_process: Callable[..., tuple[subprocess.Popen[str], str]], number: signal.Signals, seed: Callable[..., Seed]
 ) -> None:
-    process, url = gateway_process("--verbose")
+    process, url = gateway_process("--log-level", "info")
     seed(url)
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
@@ -609,6 +610,24 @@ def test_the_token_comes_from_the_environment_and_shows_nowhere(
     assert "s3cret" not in processes.run("gateway", "--help", ENGINES_GATEWAY_TOKEN="s3cret").stdout
     empty = processes.run("gateway", "--instance", "q", ENGINES_GATEWAY_TOKEN="")
     assert (empty.returncode, "ENGINES_GATEWAY_TOKEN is empty" in empty.stderr) == (2, True)
+
+
+def test_what_is_counted_is_served_by_the_command_and_by_who_counts(
+    gateway: Gateway, gateway_process: Callable[..., tuple[subprocess.Popen[str], str]], listener: socket.socket
+) -> None:
+    assert asked(gateway.url, "/metrics").status_code == 404
+    _, url = gateway_process()
+    assert httpx.put(f"{url}{REGISTER}", json=says(session_of(listener))).status_code == 200
+
+    def ranks_ready() -> float:
+        answer = httpx.get(f"{url}/metrics")
+        families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+        samples = families["engines_registry_ranks"].samples if "engines_registry_ranks" in families else []
+        return sum(sample.value for sample in samples if sample.labels == {"instance": "q", "state": "ready"})
+
+    wait_until(lambda: ranks_ready() == 1)
+    _, guarded = gateway_process(ENGINES_GATEWAY_TOKEN="s3cret")
+    assert httpx.get(f"{guarded}/metrics").status_code == 401
 
 
 def test_without_its_extra_the_command_says_what_to_install(processes: Processes, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from cli.options import engine_log
 from loader import MooncakeEngine, publish
 from registry import ModelIdentity, Registry
 from tests.integration.test_load import weights
@@ -12,15 +13,17 @@ from tests.integration.test_load import weights
 
 def main(instance: str, rank: str, world_size: str, seed: str) -> None:
     registry = Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
-    engine = MooncakeEngine("127.0.0.1", protocol="tcp")
-    with publish(
-        registry,
-        engine,
-        instance=instance,
-        rank=int(rank),
-        world_size=int(world_size),
-        tensors=weights(int(seed)),
-        model=ModelIdentity("m"),
+    with (
+        engine_log(),
+        publish(
+            registry,
+            MooncakeEngine("127.0.0.1", protocol="tcp"),
+            instance=instance,
+            rank=int(rank),
+            world_size=int(world_size),
+            tensors=weights(int(seed)),
+            model=ModelIdentity("m"),
+        ),
     ):
         print("published", flush=True)
         sys.stdin.read()

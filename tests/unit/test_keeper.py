@@ -129,7 +129,21 @@ def test_a_beat_renews_the_lease_and_the_next_is_due_in_a_third_of_its_time(etcd
     assert holding.beat() == TTL_S / 3
     assert etcd.renewed == list(etcd.leases)
     assert etcd.history == before
-    assert rank.heard == [{"state": REGISTERED, "why": ""}]
+    (told,) = rank.heard
+    assert (told["state"], told["why"], told["claims_again"]) == (REGISTERED, "", 0)
+    assert told["renewed_in_s"] >= 0
+
+
+def test_a_beat_tells_how_often_the_record_was_put_again_and_no_time_where_nothing_was_renewed(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
+    etcd.expire_all()
+    holding.beat()
+    holding.beat()
+    etcd.expire_all()
+    holding.beat()
+    assert [told["claims_again"] for told in rank.heard] == [1, 1, 2]
+    assert [told["renewed_in_s"] is None for told in rank.heard] == [True, False, True]
 
 
 def test_a_lease_that_was_lost_is_replaced_and_the_same_record_put_again(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
@@ -169,7 +183,8 @@ def test_a_keeper_that_takes_over_tells_that_the_rank_is_registered_though_it_wa
     etcd: FakeEtcd, rank: Rank, holding: Keeper
 ) -> None:
     a_keeper(etcd, rank).beat()
-    assert rank.heard == [{"state": REGISTERED, "why": ""}]
+    (told,) = rank.heard
+    assert (told["state"], told["why"], told["claims_again"]) == (REGISTERED, "", 1)
 
 
 def test_a_lease_of_a_day_is_still_looked_at_often_enough_to_notice_a_keeper_that_hangs(etcd: FakeEtcd, rank: Rank) -> None:
@@ -550,7 +565,8 @@ def test_an_update_during_an_outage_is_answered_without_asking_etcd_and_written_
             return super().get(block, timeout)
 
     serve(holding, Back(clock, Inbox.SILENCE, update(NEWER), Inbox.SILENCE, None), tell)
-    assert rank.heard[1:] == [{"reply": 1}, {"state": REGISTERED, "why": ""}]
+    reply, back = rank.heard[1:]
+    assert (reply, back["state"], back["why"]) == ({"reply": 1}, REGISTERED, "")
     assert rank.states == [SUSPENDED, REGISTERED]
     assert refused_when_told == [1]  # by the beat before
     written = [change.value for change in etcd.history if not isinstance(change, Deletion) and change.key == OURS.key]

@@ -1,0 +1,14 @@
+"""What log lines say to machines: an event whose name stays, and its facts, beside the sentence for people.
+
+They are in the record's attribute `fields`, a dictionary of JSON-able values with `event` first. docs/operations.md lists them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def fields(event: str, **facts: Any) -> dict[str, Any]:
+    """For `extra=` of a logging call. Errors are told by the name of their type: what they say is in the sentence."""
+    told = {name: type(fact).__name__ if isinstance(fact, BaseException) else fact for name, fact in facts.items()}
+    return {"fields": {"event": event, **told}}
