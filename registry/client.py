@@ -17,7 +17,7 @@ from registry.config import EtcdConfig, parse_endpoints
 from registry.election import Election
 from registry.errors import InvalidField, RecordDamaged
 from registry.etcd import Etcd
-from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, record_key
+from registry.keys import ENGINES, check_instance, instance_prefix, manifest_part_key, record_key
 from registry.manifest import Manifest
 from registry.pulls import PullTicket, count_pulls, take_ticket, wait_for_no_pulls
 from registry.record import ModelIdentity, RankRecord, RankState, decode
@@ -193,17 +193,17 @@ class Registry:
 
     def manifest(self, record: RankRecord) -> Manifest:
         """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
-        prefix = manifest_prefix(record.instance, record.rank, record.incarnation)
-        found = {item.key: item.value for item in self._etcd.snapshot(prefix).items}
         if record.manifest.parts > manifests.MAX_PARTS:
             raise RecordDamaged(f"the record at {record.key} claims a manifest of {record.manifest.parts} parts", key=record.key)
-        keys = [f"{prefix}{number}" for number in range(record.manifest.parts)]
-        if any(key not in found for key in keys):
-            raise RecordDamaged(
-                f"the manifest of {record.key} is not there (any more): the rank has gone or registered again",
-                key=record.key,
-            )
-        return manifests.decode(record.key, record.manifest, [found[key] for key in keys])
+        parts = []
+        for number in range(record.manifest.parts):  # one by one: what else may lie there is not even fetched
+            part = self._etcd.get(manifest_part_key(record.instance, record.rank, record.incarnation, number))
+            if part is None:
+                raise RecordDamaged(
+                    f"the manifest of {record.key} is not there (any more): the rank has gone or registered again", key=record.key
+                )
+            parts.append(part.value)
+        return manifests.decode(record.key, record.manifest, parts)
 
     def pull(self, record: RankRecord) -> PullTicket | None:
         """A ticket that says that we are reading from this rank; None where its record has changed since it was read."""
