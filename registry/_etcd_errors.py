@@ -90,7 +90,7 @@ def _of_size(where: str, code: Any, text: str) -> EtcdRefused | None:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "space exceeded" in text:
         return EtcdFull(f"{where} is out of space (NOSPACE): compact and defragment it, then disarm the alarm")
     if "Received message larger than max" in text:  # gRPC's word on our side; the server's begins small
-        return AnswerTooLarge(f"{where} answers more than one message may hold ({text.rpartition('larger than ')[2]})")
+        return AnswerTooLarge(f"{where} answers more than one message may hold{text.rpartition('larger than max')[2]}")
     if "too large" in text or "larger than max" in text:
         return EtcdRefused(f"{where} refuses the request: it is too large ({text}): see etcd's --max-request-bytes")
     return None

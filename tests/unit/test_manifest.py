@@ -236,9 +236,9 @@ def test_a_manifest_that_no_reader_would_take_is_not_written(wrong: Manifest) ->
 def test_a_manifest_that_would_be_too_large_to_read_is_not_written(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     ref, parts = encode(a_manifest())
     monkeypatch.setattr(manifest, limit, 10)
-    with pytest.raises(InvalidField, match="a manifest of 1 tensors cannot be published: it .* 10 are the limit|0 are the limit"):
+    with pytest.raises(InvalidField, match=r"a manifest of 1 tensors cannot be published: it .* are the limit"):
         encode(a_manifest())
-    with pytest.raises(RecordDamaged, match="unpacks to more than|it holds .* items, 10 are the limit"):
+    with pytest.raises(RecordDamaged, match=r"unpacks to more than|it holds .* items, 10 are the limit"):
         decode(OWNER, ref, parts)
 
 
