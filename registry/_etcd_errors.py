@@ -97,8 +97,9 @@ def _of_size(where: str, code: Any, text: str) -> EtcdRefused | None:
 
 
 def from_cancelled_watch(reason: str) -> EtcdError:
-    """A watch may be denied only because its token is old, so that is for the next call to find out: it gets a new one."""
-    if "auth token" in reason or _TOKEN_OLD in reason or "permission denied" in reason:
+    """A watch may be denied only because its token is old, or because it has none and authentication was turned on. That is for the
+    next call to find out: it gets a new one, or tells what is missing."""
+    if any(sign in reason for sign in ("auth token", _TOKEN_OLD, "permission denied", "user name is empty")):
         return EtcdUnavailable(f"etcd does not accept the authentication token for a watch: {reason}")
     return EtcdRefused(f"etcd refuses the watch: {reason or 'no reason given'}")
 

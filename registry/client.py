@@ -56,7 +56,9 @@ class Registry:
 
         Asks etcd for its version, so that EtcdUnavailable or EtcdRefused come here and not at the first use.
         """
-        config = EtcdConfig(parse_endpoints(endpoints), namespace, timeout_s, cacert, cert, key, user, password)
+        config = EtcdConfig(
+            parse_endpoints(endpoints), namespace, timeout_s, _absolute(cacert), _absolute(cert), _absolute(key), user, password
+        )
         registry = cls(config)
         try:
             registry._etcd.status()
@@ -241,6 +243,11 @@ class Registry:
 def new_incarnation() -> str:
     """32 hexadecimal digits, never the same twice."""
     return uuid.uuid4().hex
+
+
+def _absolute(path: str | None) -> str | None:
+    """These files are read anew for every connection, by keepers too, wherever this process has gone meanwhile."""
+    return path and os.path.abspath(path)
 
 
 def _version() -> str:

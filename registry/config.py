@@ -105,7 +105,8 @@ def _parse_endpoint(text: str) -> Endpoint:
     match = _ENDPOINT.fullmatch(text)
     if match is None or not 0 < int(match["port"]) < 65536:
         raise InvalidField(
-            f"etcd endpoint {text!r} is not valid: use HOST:PORT, for example 127.0.0.1:2379 or [::1]:2379", field="endpoints"
+            f"etcd endpoint {text!r} is not valid: use HOST:PORT, for example 127.0.0.1:2379, [::1]:2379 or https://etcd:2379",
+            field="endpoints",
         )
     host, port = match["v6"] or match["host"], match["port"]
     return Endpoint(host, int(port), tls=text.startswith("https://") if "://" in text else None)

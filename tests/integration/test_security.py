@@ -26,6 +26,7 @@ from registry.etcd import pb
 from registry.local import LocalEtcd, find_binary
 from tests.integration.authority import Authority, options, tls_etcd
 from tests.integration.conftest import ROOT, Processes, events_until, line_of
+from tests.integration.faults import DEBIAN_ETCD
 from tests.integration.ranks import register
 from tests.integration.test_cli import assert_one_line
 from tests.integration.test_faults import hold
@@ -226,6 +227,17 @@ def test_a_cleaner_evicts_what_a_lost_rank_leaves(secured: Secured) -> None:
             assert [record.rank for record in cleaned.evicted] == [0]  # type: ignore[union-attr]
 
 
+def test_a_watch_that_may_not_clean_says_so_and_watches(secured: Secured, engines: Engines) -> None:
+    watch = engines.start("watcher", "watch", "--cleanup", "--grace", "0")
+    assert watch.stderr is not None
+    told = watch.stderr.readline()
+    assert told.startswith("engines: warning: this process does not lead, and does nothing that only a leader does: ")
+    assert DENIED in told
+    with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a"):
+        assert "qwen-a/0 joined" in line_of(watch)
+    assert end(watch) == ""
+
+
 @pytest.mark.parametrize("by", ["drain", "eviction"])
 def test_a_rank_may_look_who_reads_from_it_and_whether_it_was_evicted(secured: Secured, by: str) -> None:
     with secured.connect("rank-qwen-a") as registry, secured.connect("loader") as loader, register(registry, "qwen-a"):
@@ -412,11 +424,21 @@ def test_a_password_in_an_argument_is_refused_and_not_repeated(processes: Proces
 # -- while processes run ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["embedded", "debian"])
+def binary(request: pytest.FixtureRequest) -> str:
+    if request.param == "embedded":
+        return find_binary()
+    if not DEBIAN_ETCD.exists():
+        pytest.skip(f"no etcd at {DEBIAN_ETCD}: the set-up could not unpack Debian's etcd-server")
+    return str(DEBIAN_ETCD)
+
+
 @pytest.fixture
-def users(own_etcd: LocalEtcd) -> LocalEtcd:
+def users(binary: str) -> Iterator[LocalEtcd]:
     """An etcd with users, in plain text, that a test may break."""
-    ctl(own_etcd, "user add root:secret", "user grant-role root root", "user add rank:secret", "user grant-role rank root")
-    return own_etcd
+    with LocalEtcd(binary=binary) as etcd:
+        ctl(etcd, "user add root:secret", "user grant-role root root", "user add rank:secret", "user grant-role rank root")
+        yield etcd
 
 
 def ctl(etcd: LocalEtcd, *commands: str) -> None:
@@ -466,7 +488,12 @@ def test_authentication_that_is_turned_on_is_told_to_who_has_no_user_and_unnotic
             assert "refuses the credentials" in states.why
             with pytest.raises(EtcdRefused, match=r"user name is empty.*check --user and the password"):
                 registry.instances()
-            events_until(watch, lambda event: isinstance(event, InstanceDegraded | RankLost))  # its stream is as good as before
+            why = ""
+            try:  # its stream is as good as before, unless etcd breaks it off, as 3.4 does
+                events_until(watch, lambda event: isinstance(event, InstanceDegraded | RankLost))
+            except EtcdRefused as exc:
+                why = str(exc)
+            assert not why or "check --user and the password" in why
             ctl(users, f"{AS_ROOT} auth disable")
             states.wait_for(RegistrationState.REGISTERED)
             assert [record.rank for record in registry.ranks("a")] == [0]
@@ -495,11 +522,11 @@ def test_authentication_that_is_turned_off_for_a_while_ends_nothing_that_runs(us
 
 
 @pytest.fixture
-def short_lived(tmp_path: Path) -> Iterator[LocalEtcd]:
+def short_lived(tmp_path: Path, binary: str) -> Iterator[LocalEtcd]:
     """Its tokens expire after a second, however much they are used."""
     (tmp_path / "secret").write_bytes(os.urandom(32))
     token = f"jwt,sign-method=HS256,ttl=1s,priv-key={tmp_path / 'secret'}"
-    with LocalEtcd(extra_args=["--auth-token", token]) as etcd:
+    with LocalEtcd(binary=binary, extra_args=["--auth-token", token]) as etcd:
         ctl(etcd, "user add root:secret", "user grant-role root root", "auth enable")
         yield etcd
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +23,7 @@ from tests.integration.authority import Authority, options, tls_etcd
 from tests.integration.conftest import Processes
 from tests.integration.ranks import register
 from tests.integration.test_cli import assert_one_line
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificates with openssl")
 
@@ -63,6 +67,23 @@ def test_a_rank_registers_and_is_listed_over_tls(
     with Registry.connect(scheme + etcd.endpoint, namespace=namespace, **client) as registry, register(registry):  # type: ignore[arg-type]
         listed = processes.run("list", "--json", "--namespace", namespace, *options(client), ENGINES_ETCD=scheme + etcd.endpoint)
         assert [status["state"] for status in json.loads(listed.stdout)["instances"]] == ["ready"], listed.stderr
+
+
+def test_files_that_are_named_from_here_are_found_from_elsewhere(
+    etcd: LocalEtcd, client: dict[str, str], namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read for every connection anew, by a keeper too that takes the place of another."""
+    monkeypatch.chdir(Path(client["cert"]).parent)
+    files: dict[str, Any] = {name: Path(path).name for name, path in client.items()}
+    with Registry.connect(etcd.endpoint, namespace=namespace, **files) as registry:
+        monkeypatch.chdir(tmp_path)
+        with register(registry) as registration:
+            first = registration.keeper_pid
+            os.kill(first, signal.SIGKILL)
+            wait_until(lambda: registration.keeper_pid not in (0, first))
+            registry._etcd._client.close()
+            registration.update(version=1)
+            wait_until(lambda: [record.version for record in registry.ranks("a")] == [1])
 
 
 def test_https_alone_trusts_the_authorities_of_the_system(

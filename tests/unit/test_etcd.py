@@ -147,7 +147,9 @@ def test_a_mistake_in_our_own_code_is_not_taken_for_an_error_of_etcd() -> None:
         Unconnected().call(lambda _: int("ours"))
 
 
-@pytest.mark.parametrize("reason", ["invalid auth token", "revision of auth store is old", "permission denied"])
+@pytest.mark.parametrize(
+    "reason", ["invalid auth token", "revision of auth store is old", "permission denied", "user name is empty"]
+)
 def test_a_watch_that_is_denied_counts_as_one_with_an_old_token(reason: str) -> None:
     assert type(from_cancelled_watch(f"etcdserver: {reason}")) is EtcdUnavailable
 
