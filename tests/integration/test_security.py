@@ -23,6 +23,7 @@ from cli.exits import Exit
 from registry import InstanceCleaned, InstanceDegraded, InstanceReady, RankLost, RankUpdated, RegistrationState, Registry
 from registry.errors import EtcdRefused, Evicted
 from registry.etcd import pb
+from registry.kv import Delete, Put
 from registry.local import LocalEtcd, find_binary
 from tests.integration.authority import Authority, options, tls_etcd
 from tests.integration.conftest import ROOT, Processes, events_until, line_of
@@ -225,6 +226,22 @@ def test_a_cleaner_evicts_what_a_lost_rank_leaves(secured: Secured) -> None:
             second.withdraw()
             cleaned = events_until(watch, lambda event: isinstance(event, InstanceCleaned))[-1]  # type: ignore[arg-type]
             assert [record.rank for record in cleaned.evicted] == [0]  # type: ignore[union-attr]
+
+
+def test_a_stranger_cannot_end_a_lease_and_hinders_nobody_by_sharing_it(secured: Secured) -> None:
+    with secured.connect("rank-qwen-a") as registry, secured.connect("loader") as loader:
+        with register(registry, "qwen-a", ttl_s=60.0) as registration:
+            found = registry._etcd.get(registration.record.key)
+            assert found is not None
+            with pytest.raises(EtcdRefused, match=DENIED):
+                loader._etcd.revoke(found.lease_id)
+            assert loader._etcd.commit([], [Put("/pulls/qwen-a/0/mine", b"", found.lease_id)])
+            with pytest.raises(EtcdRefused, match=DENIED):
+                registry._etcd.revoke(found.lease_id)
+        assert registration.withdrawn
+        for prefix in ("/engines/", "/manifests/"):
+            assert loader._etcd.snapshot(prefix).items == ()
+        loader._etcd.commit([], [Delete("/pulls/qwen-a/0/mine")])
 
 
 def test_a_watch_that_may_not_clean_says_so_and_watches(secured: Secured, engines: Engines) -> None:
