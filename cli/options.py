@@ -114,8 +114,11 @@ def _connect(etcd: dict[str, Any]) -> Registry:
 
 
 def _password(user: str | None, given: str | None) -> str | None:
+    from registry.config import check_user
+
     if user is None:
         return None
+    check_user(user)  # before it is shown in a prompt
     if given is not None:
         return given
     if not sys.stdin.isatty():

@@ -11,6 +11,7 @@ from registry.errors import InvalidField
 from registry.text import is_unicode
 
 MAX_TIMEOUT_S = 3600.0
+_WHERE = "the user goes into --user (user=), the password into ENGINES_ETCD_PASSWORD (password=)"
 _ENDPOINT = re.compile(r"(?:https?://)?(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})/?")
 
 
@@ -68,8 +69,7 @@ class EtcdConfig:
         for name, text in (("user", self.user), ("password", self.password)):
             if text is not None and not is_unicode(text):
                 raise InvalidField(f"the {name} for etcd is not valid: it is not UTF-8 text", field=name)
-        if self.user is not None and ":" in self.user:
-            raise InvalidField("the user for etcd is not valid: it is a name alone, the password is given elsewhere", field="user")
+        check_user(self.user)
         if (self.user is None) != (self.password is None):
             raise InvalidField("etcd authentication needs both a user and a password", field="user")
 
@@ -89,13 +89,19 @@ class EtcdConfig:
         return cls(**{**data, "endpoints": tuple(Endpoint(**endpoint) for endpoint in data["endpoints"])})
 
 
+def check_user(user: str | None) -> None:
+    """InvalidField where it comes with a password, as etcdctl takes it; shows neither."""
+    if user is not None and ":" in user:
+        raise InvalidField(f"the user for etcd is not valid: it is a name alone: {_WHERE}", field="user")
+
+
 def parse_endpoints(text: str | Sequence[str]) -> tuple[Endpoint, ...]:
     """`HOST:PORT[,HOST:PORT…]`, each with or without `http://` or, for TLS, `https://`; IPv6 addresses in brackets."""
     parts = text.split(",") if isinstance(text, str) else text
     whole = ",".join(parts)
     if "@" in whole:  # what stands before it may be a password, with commas
         raise InvalidField(
-            f"etcd endpoint '…{whole[whole.rindex('@') :]}' is not valid: the user and the password are given elsewhere",
+            f"etcd endpoint '…{whole[whole.rindex('@') :]}' is not valid: {_WHERE}",
             field="endpoints",
         )
     return tuple(_parse_endpoint(part.strip()) for part in parts if part.strip())

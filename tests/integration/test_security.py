@@ -432,10 +432,11 @@ def test_a_password_is_in_no_output_whatever_goes_wrong(
     ],
 )
 def test_a_password_in_an_argument_is_refused_and_not_repeated(processes: Processes, args: tuple[str, ...]) -> None:
-    result = processes.run("list", *args, ENGINES_ETCD_PASSWORD="p")
-    assert result.returncode == Exit.USAGE
-    assert "given elsewhere" in result.stderr.strip().splitlines()[-1]
-    assert "hunter2" not in result.stderr
+    for environment in ({"ENGINES_ETCD_PASSWORD": "p"}, {}):
+        result = processes.run("list", *args, **environment)
+        assert result.returncode == Exit.USAGE
+        assert "the password into ENGINES_ETCD_PASSWORD" in result.stderr.strip().splitlines()[-1]
+        assert "hunter2" not in result.stdout + result.stderr
 
 
 # -- while processes run ---------------------------------------------------------------------------------------------------------
