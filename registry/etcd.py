@@ -183,7 +183,7 @@ class Etcd:
             except AnswerTooLarge:  # none of ours are as large as that, but whoever may write may write anything
                 if limit == 1:
                     raise
-                limit //= 4
+                limit = max(1, limit // 4)
                 continue
             revision = revision or page.header.revision
             items.extend(_key_value(kv, strip) for kv in page.kvs)

@@ -20,8 +20,8 @@ from cli.exits import Exit
 from registry import InstanceReady, RankJoined, Registry
 from registry import manifest as manifests
 from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import HistoryLost, RecordDamaged
-from registry.etcd import Etcd
+from registry.errors import AnswerTooLarge, HistoryLost, RecordDamaged
+from registry.etcd import _CHANNEL_OPTIONS, Etcd
 from registry.keys import manifest_part_key
 from registry.kv import Put, Snapshot
 from registry.local import LocalEtcd
@@ -157,6 +157,22 @@ def test_more_than_one_answer_may_hold_is_fetched_in_smaller_pages(own_etcd: Loc
         assert len(raw.snapshot("/engines/").items) == 53
         listed = json.loads(processes.run("list", "--json", ENGINES_ETCD=own_etcd.endpoint).stdout)["instances"]
         assert [(status["instance"], status["state"]) for status in listed] == [("good", "ready"), ("junk", "degraded")]
+
+
+@pytest.mark.parametrize("fitting", [1, 0])
+def test_pages_become_as_small_as_one_key_and_no_smaller(etcd: Etcd, monkeypatch: pytest.MonkeyPatch, fitting: int) -> None:
+    """What one answer may hold is made small here, instead of the keys large."""
+    for number in range(5):
+        etcd.commit([], [Put(f"/large/{number}", bytes(100_000), 0)])
+    options = [option for option in _CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"]
+    options.append(("grpc.max_receive_message_length", 110_000 if fitting else 90_000))
+    monkeypatch.setattr("registry.etcd._CHANNEL_OPTIONS", tuple(options))
+    with closing(etcd.sibling()) as narrow:
+        if fitting:
+            assert len(narrow.snapshot("/large/").items) == 5
+        else:
+            with pytest.raises(AnswerTooLarge, match="answers more than one message may hold"):
+                narrow.snapshot("/large/")
 
 
 def test_a_watch_that_missed_more_than_one_answer_may_hold_begins_again_from_what_is_there(own_etcd: LocalEtcd) -> None:
