@@ -76,12 +76,13 @@ def etcd_options(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(**kwargs: Any) -> Any:
         etcd = {name: kwargs.pop(name) for name in ("etcd", "namespace", "cacert", "cert", "key", "user", "timeout")}
+        etcd["password"] = os.environ.pop(PASSWORD_VARIABLE, None)  # no process that we start inherits it
         return command(connect=functools.partial(_connect, etcd), **kwargs)
 
     options = [
         click.option(
             "--etcd", metavar="HOST:PORT[,…]", default="127.0.0.1:2379", envvar="ENGINES_ETCD", show_default=True,
-            show_envvar=True, help="Where etcd is; several endpoints of one cluster with commas.",
+            show_envvar=True, help="Where etcd is; several endpoints of one cluster with commas; https:// in front turns TLS on.",
         ),
         click.option("--namespace", default="", metavar="PREFIX", help="Put before every key in etcd."),
         click.option("--cacert", type=click.Path(), help="CA of etcd's certificate (turns TLS on)."),
@@ -109,15 +110,18 @@ def _connect(etcd: dict[str, Any]) -> Registry:
         cert=etcd["cert"],
         key=etcd["key"],
         user=etcd["user"],
-        password=_password(etcd["user"]),
+        password=_password(etcd["user"], etcd["password"]),
     )
 
 
-def _password(user: str | None) -> str | None:
+def _password(user: str | None, given: str | None) -> str | None:
+    from registry.config import check_user
+
     if user is None:
         return None
-    if PASSWORD_VARIABLE in os.environ:
-        return os.environ[PASSWORD_VARIABLE]
+    check_user(user)  # before it is shown in a prompt
+    if given is not None:
+        return given
     if not sys.stdin.isatty():
         raise click.UsageError(f"--user needs a password: set {PASSWORD_VARIABLE}")
     return str(click.prompt(f"etcd password of {user}", hide_input=True, err=True))

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from loader.errors import WeightsFileInvalid
+from loader.errors import LoaderError, WeightsFileInvalid, WeightsMismatch
 from loader.regions import Shard, dtype_named
 from loader.whole import INDEX, Whole, file_names, index_of, is_file_of_a_model
 from registry import Manifest
@@ -67,11 +67,19 @@ def allocate(layout: _Layout, device: str = "cpu", memory: torch.Tensor | None =
 
     Two blocks of one layout have their tensors at the same distances, so a load between them needs few, long reads.
     """
-    block = torch.empty(extent(layout), dtype=torch.uint8, device=device) if memory is None else memory
+    block = block_of(extent(layout), device) if memory is None else memory
     return {
         name: block[start:stop].view(dtype).view(shape)
         for (name, (dtype, shape)), (start, stop) in zip(layout.items(), _places(layout), strict=True)
     }
+
+
+def block_of(nbytes: int, device: str = "cpu") -> torch.Tensor:
+    """Uninitialised bytes; LoaderError where there are not as many."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except (RuntimeError, MemoryError, TypeError, ValueError, OverflowError) as exc:  # torch has no one kind for it
+        raise LoaderError(f"there is no memory for {nbytes} bytes of weights on {device}: nothing was read") from exc
 
 
 def extent(layout: _Layout) -> int:
@@ -88,9 +96,21 @@ def _places(layout: _Layout) -> Iterator[tuple[int, int]]:
 
 
 def allocate_like(manifest: Manifest, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Tensors to load a rank into that has this manifest, in the order in which they lie in its memory."""
+    """Tensors to load a rank into that has this manifest, in the order in which they lie in its memory.
+
+    WeightsMismatch where one does not have as many bytes as its shape takes: before there is memory for what it claims.
+    """
     entries = sorted(manifest.tensors, key=lambda entry: (entry.addr, entry.name))
-    return allocate({entry.name: (dtype_named(entry.dtype), entry.shape) for entry in entries}, device)
+    layout = {entry.name: (dtype_named(entry.dtype), entry.shape) for entry in entries}
+    for entry in entries:
+        nbytes = prod(entry.shape) * layout[entry.name][0].itemsize
+        if nbytes != entry.nbytes:
+            raise WeightsMismatch(
+                f"{entry.name}: the source has {entry.nbytes} bytes of it, its shape {list(entry.shape)} of {entry.dtype} takes "
+                f"{nbytes}: nothing was read",
+                problems=[entry.name],
+            )
+    return allocate(layout, device)
 
 
 def shards_like(manifest: Manifest) -> dict[str, Shard]:

@@ -12,7 +12,7 @@ import torch
 
 from loader.engine import Engine
 from loader.errors import LoaderError, TornRead, VersionUnavailable
-from loader.files import WholeFiles, allocate, extent
+from loader.files import WholeFiles, allocate, block_of, extent
 from loader.load import TRIES, LoadReport, Verify, load
 from loader.manifests import fetch_manifests
 from loader.regions import Shard, dtype_named
@@ -82,7 +82,7 @@ class _Full:
     def _once(self) -> list[LoadReport]:
         files = into_files(self._wholes(), self.max_file_nbytes)
         layouts = [{whole.name: (dtype_named(whole.dtype), whole.shape) for whole in file} for file in files]
-        memory = torch.empty(max(map(extent, layouts)), dtype=torch.uint8)
+        memory = block_of(max(map(extent, layouts)))
         if self.out is not None:
             self.out.begin(files)
         total_nbytes = sum(whole.nbytes for file in files for whole in file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import socket
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -11,9 +12,12 @@ from dataclasses import dataclass
 from loader.engine import Engine
 from loader.errors import SourceUnreachable, VersionUnavailable
 from registry import InstanceStatus, RankRecord, Registry
-from registry.errors import InvalidField
+from registry.errors import EtcdRefused, InvalidField
+from registry.logs import fields
 from registry.record import GATEWAY
 from registry.waiting import Wanted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,10 +116,18 @@ def _best_first(registry: Registry, engine: Engine, records: Iterable[RankRecord
 
     def order(record: RankRecord) -> tuple[int, bool, bool, bytes]:
         near = bool(record.fabric) and record.fabric == engine.fabric
-        return registry.pulls(record), record.host != here, not near, place_of(record, engine.session_id)
+        return _readers(registry, record), record.host != here, not near, place_of(record, engine.session_id)
 
     some = list(records)
     return sorted(some, key=order) if len(some) > 1 else some
+
+
+def _readers(registry: Registry, record: RankRecord) -> int:
+    try:
+        return registry.pulls(record)
+    except EtcdRefused as exc:  # who may not see the tickets may read all the same
+        log.info("not known how many read from %s: %s", record.key, exc, extra=fields("readers_unknown", key=record.key, error=exc))
+        return 0
 
 
 def place_of(record: RankRecord, session_id: str) -> bytes:

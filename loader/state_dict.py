@@ -15,6 +15,7 @@ import torch
 
 from loader.errors import TensorsUnusable, listed
 from loader.regions import Shard, is_sharded
+from registry.text import short
 
 MAX_VALUES_NBYTES = 1 << 20
 _MAX_BITS = 4096  # Python refuses to read numbers of very many digits
@@ -67,18 +68,28 @@ def decode_value(encoded: Any) -> Any:
 
 
 def _decode(encoded: Any) -> Any:
-    if not isinstance(encoded, dict):
+    if not isinstance(encoded, dict | list):
         return encoded
+    if isinstance(encoded, list) or len(encoded) != 1:
+        raise ValueError("a value is not tagged with its type")
     ((tag, content),) = encoded.items()
+    if tag == "bytes" and isinstance(content, str):
+        return base64.b64decode(content, validate=True)
+    if not isinstance(content, list):
+        raise ValueError(f"a value has an unknown tag, or is not of the type that it is tagged with: {short(tag)!r}")
     if tag == "list":
         return [_decode(one) for one in content]
     if tag == "tuple":
         return tuple([_decode(one) for one in content])
     if tag == "dict":
-        return {_decode(key): _decode(value) for key, value in content}
-    if tag == "bytes":
-        return base64.b64decode(content, validate=True)
-    raise ValueError(f"a value has the unknown tag {tag!r}")
+        return dict(map(_decode_item, content))
+    raise ValueError(f"a value has the unknown tag {short(tag)!r}")
+
+
+def _decode_item(item: Any) -> tuple[Any, Any]:
+    if not isinstance(item, list) or len(item) != 2:
+        raise ValueError("a dict holds something that is no pair")
+    return _decode(item[0]), _decode(item[1])
 
 
 def _encode(value: Any) -> Any:

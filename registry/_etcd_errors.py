@@ -6,10 +6,24 @@ from typing import Any
 
 import grpc
 
-from registry.errors import EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from registry.errors import AnswerTooLarge, EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 
+_TURNED_OFF = "authentication is not enabled"
 # Every change of users or roles makes a JWT too old for good: only a new one helps.
 _TOKEN_OLD = "revision of auth store is old"  # noqa: S105  what etcd says, not a token
+
+# What of gRPC's account of a TLS handshake that failed tells why, and what to do then. The first that is found.
+_TLS_FAULTS = {
+    "certificate has expired": "etcd's certificate, or the CA's in --cacert, has expired: renew it, or check this machine's clock",
+    "certificate is not yet valid": "etcd's certificate, or the CA's in --cacert, is not valid yet: check this machine's clock",
+    "Hostname Verification": "etcd's certificate is for other names than the one in --etcd: use one that it has, or issue it anew",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not one that the CA vouches for: check --cacert, and that this is your etcd",
+    "_ALERT_": "it wants a client certificate that it trusts and that has not expired: check --cert and --key",
+    "Failed to create security handshaker": "a file holds no certificate, or another one's key: check --cacert, --cert and --key",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS there: check --etcd, or leave out --cacert and https://",
+    "Handshake read failed": "it does not speak TLS there, or refuses us: check --etcd, --cacert, --cert and --key",
+    "handshake": "TLS does not come about: check --cacert, --cert and --key",
+}
 
 
 def translate(endpoints: str, exc: Exception) -> EtcdError:
@@ -20,9 +34,21 @@ def translate(endpoints: str, exc: Exception) -> EtcdError:
     if isinstance(exc, grpc.RpcError):
         code, text = exc.code(), (exc.details() or "").removeprefix("etcdserver: ")
         return _from_status(where, code, text)
-    if isinstance(exc, FileNotFoundError | PermissionError):
+    if isinstance(exc, FileNotFoundError | PermissionError | IsADirectoryError):
         return EtcdRefused(f"cannot read {exc.filename}: {exc.strerror}: check --cacert, --cert and --key")
     return EtcdUnavailable(f"{where} cannot be reached: {exc}: check the address and that etcd is running")
+
+
+def is_turned_off(exc: grpc.RpcError) -> bool:
+    """There is no authentication, so nobody gets a token."""
+    return _TURNED_OFF in (exc.details() or "")
+
+
+def wants_token(exc: Exception) -> bool:
+    """What etcd answers to who shows none."""
+    return isinstance(exc, grpc.RpcError) and (
+        exc.code() is grpc.StatusCode.PERMISSION_DENIED or "user name is empty" in (exc.details() or "")
+    )
 
 
 def _from_status(where: str, code: Any, text: str) -> EtcdError:
@@ -31,15 +57,15 @@ def _from_status(where: str, code: Any, text: str) -> EtcdError:
         return LeaseNotFound(f"{where}: {text}")
     if code is status.OUT_OF_RANGE:
         return HistoryLost(f"{where}: {text}")
-    if code is status.RESOURCE_EXHAUSTED and "space exceeded" in text:
-        return EtcdFull(f"{where} is out of space (NOSPACE): compact and defragment it, then disarm the alarm")
-    if "too large" in text or "larger than max" in text:
-        return EtcdRefused(f"{where} refuses the request: it is too large ({text}): see etcd's --max-request-bytes")
+    if (of_size := _of_size(where, code, text)) is not None:
+        return of_size
     if code is status.PERMISSION_DENIED:
-        return EtcdRefused(f"{where} denies permission: {text}: grant the user's role the keys under its namespace")
+        return EtcdRefused(
+            f"{where} denies permission: {text}: grant the user's role the keys that this needs, or check --user (docs/security.md)"
+        )
     if code is status.INVALID_ARGUMENT and ("authentication failed" in text or "user name" in text):
         return EtcdRefused(f"{where} refuses the credentials: {text}: check --user and the password")
-    if code is status.FAILED_PRECONDITION and "authentication is not enabled" in text:
+    if code is status.FAILED_PRECONDITION and _TURNED_OFF in text:
         return EtcdRefused(f"{where} has authentication turned off: leave out --user")
     if code is status.UNAUTHENTICATED or _TOKEN_OLD in text:
         return EtcdUnavailable(f"{where} does not accept the authentication token any more: {text}")
@@ -59,22 +85,38 @@ def _from_status(where: str, code: Any, text: str) -> EtcdError:
     return EtcdRefused(f"{where} refuses the request: {text}")
 
 
+def _of_size(where: str, code: Any, text: str) -> EtcdRefused | None:
+    """What there is too much of, if that is what etcd says."""
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "space exceeded" in text:
+        return EtcdFull(f"{where} is out of space (NOSPACE): compact and defragment it, then disarm the alarm")
+    if "Received message larger than max" in text:  # gRPC's word on our side; the server's begins small
+        return AnswerTooLarge(f"{where} answers more than one message may hold{text.rpartition('larger than max')[2]}")
+    if "too large" in text or "larger than max" in text:
+        return EtcdRefused(f"{where} refuses the request: it is too large ({text}): see etcd's --max-request-bytes")
+    return None
+
+
 def from_cancelled_watch(reason: str) -> EtcdError:
-    """A watch may be denied only because its token is old, so that is for the next call to find out: it gets a new one."""
-    if "auth token" in reason or _TOKEN_OLD in reason or "permission denied" in reason:
+    """A watch may be denied only because its token is old, or because it has none and authentication was turned on. That is for the
+    next call to find out: it gets a new one, or tells what is missing."""
+    if any(sign in reason for sign in ("auth token", _TOKEN_OLD, "permission denied", "user name is empty")):
         return EtcdUnavailable(f"etcd does not accept the authentication token for a watch: {reason}")
     return EtcdRefused(f"etcd refuses the watch: {reason or 'no reason given'}")
 
 
 def _advice(text: str) -> str:
-    if "handshake" in text.lower():
-        return "TLS does not come about: check --cacert, --cert and --key"
+    for sign, advice in _TLS_FAULTS.items():
+        if sign in text:
+            return advice
     if text.endswith("Socket closed"):
-        return "check the address, that etcd is running, and whether it speaks TLS (--cacert)"
+        return "check the address, that etcd is running, and whether it speaks TLS (--cacert, or https:// in --etcd)"
     return "check the address and that etcd is running"
 
 
 def _short(text: str) -> str:
     """gRPC's account of a failed connection, less the list of every address tried before."""
     text = text.rsplit("last error: ", 1)[-1].rsplit("Failed to connect to remote host: ", 1)[-1]
-    return text.removeprefix("UNAVAILABLE: ").strip() or "no connection"
+    text = text.removeprefix("UNAVAILABLE: ").removeprefix("UNKNOWN: ").strip()
+    if "SSL_ERROR_SSL: " in text:
+        text = "the TLS handshake failed: " + text.rpartition("OPENSSL_internal:")[2].removesuffix(": OK")
+    return text or "no connection"

@@ -17,7 +17,7 @@ from registry.config import EtcdConfig, parse_endpoints
 from registry.election import Election
 from registry.errors import InvalidField, RecordDamaged
 from registry.etcd import Etcd
-from registry.keys import ENGINES, check_instance, instance_prefix, manifest_prefix, record_key
+from registry.keys import ENGINES, check_instance, instance_prefix, manifest_part_key, record_key
 from registry.logs import fields
 from registry.manifest import Manifest
 from registry.pulls import OnPull, PullTicket, PullWatch, count_pulls, take_ticket, wait_for_no_pulls
@@ -57,7 +57,9 @@ class Registry:
 
         Asks etcd for its version, so that EtcdUnavailable or EtcdRefused come here and not at the first use.
         """
-        config = EtcdConfig(parse_endpoints(endpoints), namespace, timeout_s, cacert, cert, key, user, password)
+        config = EtcdConfig(
+            parse_endpoints(endpoints), namespace, timeout_s, _absolute(cacert), _absolute(cert), _absolute(key), user, password
+        )
         registry = cls(config)
         try:
             registry._etcd.status()
@@ -242,23 +244,28 @@ class Registry:
 
 
 def fetch_manifest(etcd: Etcd, record: RankRecord) -> Manifest:
-    """As Registry.manifest."""
-    prefix = manifest_prefix(record.instance, record.rank, record.incarnation)
-    found = {item.key: item.value for item in etcd.snapshot(prefix).items}
+    """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
     if record.manifest.parts > manifests.MAX_PARTS:
         raise RecordDamaged(f"the record at {record.key} claims a manifest of {record.manifest.parts} parts", key=record.key)
-    keys = [f"{prefix}{number}" for number in range(record.manifest.parts)]
-    if any(key not in found for key in keys):
-        raise RecordDamaged(
-            f"the manifest of {record.key} is not there (any more): the rank has gone or registered again",
-            key=record.key,
-        )
-    return manifests.decode(record.key, record.manifest, [found[key] for key in keys])
+    parts = []
+    for number in range(record.manifest.parts):  # one by one: what else may lie there is not even fetched
+        part = etcd.get(manifest_part_key(record.instance, record.rank, record.incarnation, number))
+        if part is None:
+            raise RecordDamaged(
+                f"the manifest of {record.key} is not there (any more): the rank has gone or registered again", key=record.key
+            )
+        parts.append(part.value)
+    return manifests.decode(record.key, record.manifest, parts)
 
 
 def new_incarnation() -> str:
     """32 hexadecimal digits, never the same twice."""
     return uuid.uuid4().hex
+
+
+def _absolute(path: str | None) -> str | None:
+    """These files are read anew for every connection, by keepers too, wherever this process has gone meanwhile."""
+    return path and os.path.abspath(path)
 
 
 def package_version() -> str:

@@ -10,7 +10,7 @@ import time
 from types import TracebackType
 
 from registry.backoff import Backoff
-from registry.errors import EtcdError, LeaseNotFound
+from registry.errors import EtcdError, EtcdRefused, LeaseNotFound
 from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import election_key
@@ -31,6 +31,7 @@ class Election:
         self._etcd = etcd
         self._key = election_key(name)
         self._leads_until = 0.0
+        self._refused = False  # and that was told
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._follower: Follower | None = None
@@ -71,16 +72,27 @@ class Election:
                 try:
                     who = f"{socket.gethostname()}:{os.getpid()}".encode()
                     if self._etcd.commit([absent(self._key)], [Put(self._key, who, lease_id)]):
+                        self._refused = False
                         self._lead(lease_id, granted_at)
                 finally:
                     self._leads_until = 0.0
                     self._etcd.revoke(lease_id)
                 backoff.reset()
             except EtcdError as exc:
-                log.info(
-                    "campaigning for %s again soon: %s", self._key, exc, extra=fields("election_retry", key=self._key, error=exc)
-                )
+                self._tell(exc)
                 self._stopped.wait(backoff.next_s())
+
+    def _tell(self, exc: EtcdError) -> None:
+        """An outage passes, and a refusal as a rule does not: then nobody would know why nothing is done. Told once."""
+        if isinstance(exc, EtcdRefused) and not self._refused and not self._stopped.is_set():
+            log.warning(
+                "this process does not lead, and does nothing that only a leader does: %s",
+                exc,
+                extra=fields("election_refused", key=self._key, error=exc),
+            )
+            self._refused = True
+        else:
+            log.info("campaigning for %s again soon: %s", self._key, exc, extra=fields("election_retry", key=self._key, error=exc))
 
     def _wait_until_vacant(self) -> None:
         follower = Follower(self._etcd, self._key)

@@ -4,7 +4,8 @@ RegistryError
 ├── EtcdError               etcd did not do what was asked
 │   ├── EtcdUnavailable     no endpoint answered in time, or what answers is not etcd
 │   ├── EtcdRefused         etcd answered no: credentials, permission, size
-│   │   └── EtcdFull        it has no space left (NOSPACE): reads, deletions and renewals pass, writes do not
+│   │   ├── EtcdFull        it has no space left (NOSPACE): reads, deletions and renewals pass, writes do not
+│   │   └── AnswerTooLarge  what it answers is more than one message may hold: ask for less at once
 │   ├── LeaseNotFound       the lease has expired or was revoked
 │   └── HistoryLost         the watch cannot go on from where it was: compacted, or another store
 ├── InvalidField            a name or number outside its range (also a ValueError)
@@ -52,6 +53,10 @@ class EtcdRefused(EtcdError):
 
 
 class EtcdFull(EtcdRefused):
+    pass
+
+
+class AnswerTooLarge(EtcdRefused):
     pass
 
 

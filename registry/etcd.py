@@ -8,6 +8,7 @@ renews an authentication token that etcd does not accept any more. `close`, from
 
 from __future__ import annotations
 
+import os
 import queue
 import socket
 import threading
@@ -23,9 +24,9 @@ import registry._etcd3_compat  # noqa: F401  must come before etcd3
 
 import etcd3  # isort: skip
 from registry import metrics
-from registry._etcd_errors import from_cancelled_watch, translate
+from registry._etcd_errors import from_cancelled_watch, is_turned_off, translate, wants_token
 from registry.config import EtcdConfig
-from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from registry.errors import AnswerTooLarge, EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 from registry.kv import Batch, Change, Delete, Deletion, Guard, KeyValue, Put, Snapshot
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # http_proxy is for the web; etcd is in the cluster, and one on this machine has no way back
 )
 _PAGE_KEYS = 1_000
+_NO_TOKEN = ()  # a connection's metadata while etcd has authentication turned off
 _DELETE_EVENT = 1  # mvccpb.Event.DELETE
 _BACK_OFF = tenacity.wait_exponential(multiplier=0.02, max=0.5) + tenacity.wait_random(0, 0.05)
 _unless_compacted_between_pages = tenacity.retry(
@@ -89,13 +91,15 @@ class WatchStream:
             exc.__traceback__ = None
         finally:
             self.cancel()
+        if isinstance(error, AnswerTooLarge):  # changes that come at once cannot be had in parts, what is there now can
+            raise HistoryLost(str(error))
         if error is not None:
             raise error
 
     def _change(self, event: Any) -> Change:
         strip = len(self._etcd.config.namespace)
         if event.type == _DELETE_EVENT:
-            return Deletion(event.kv.key.decode(errors="replace")[strip:], event.kv.mod_revision)
+            return Deletion(_text(event.kv.key)[strip:], event.kv.mod_revision)
         return _key_value(event.kv, strip)
 
     def cancel(self) -> None:
@@ -114,6 +118,7 @@ class Etcd:
         self.config = config
         self._lock = threading.Lock()
         self._authenticating = threading.Lock()
+        self._known_here = False  # etcd has taken our credentials once
         self._client: Any = None
         self._next_endpoint = 0
         self._closed = threading.Event()
@@ -122,6 +127,7 @@ class Etcd:
     def sibling(self) -> Etcd:
         """A connection of its own to the same etcd, for who must be able to end its calls alone. Closing this one closes it."""
         sibling = Etcd(self.config)
+        sibling._known_here = self._known_here
         with self._lock:
             self._siblings.add(sibling)
             if self._closed.is_set():
@@ -157,8 +163,8 @@ class Etcd:
         response = self._range(pb.RangeRequest(key=self._key(key), revision=revision))
         return _key_value(response.kvs[0], len(self.config.namespace)) if response.kvs else None
 
-    def count(self, prefix: str, revision: int) -> int:
-        """How many keys lay under the prefix at `revision`; HistoryLost where that is compacted or does not exist."""
+    def count(self, prefix: str, revision: int = 0) -> int:
+        """How many keys lie under the prefix, or lay at `revision`; HistoryLost where that is compacted or does not exist."""
         key = self._key(prefix)
         request = pb.RangeRequest(key=key, range_end=_prefix_end(key), revision=revision, count_only=True)
         return int(self._range(request).count)
@@ -171,9 +177,15 @@ class Etcd:
     def _snapshot(self, prefix: str) -> Snapshot:
         strip = len(self.config.namespace)
         items: list[KeyValue] = []
-        start, end, revision = self._key(prefix), _prefix_end(self._key(prefix)), 0
+        start, end, revision, limit = self._key(prefix), _prefix_end(self._key(prefix)), 0, _PAGE_KEYS
         while True:
-            page = self._range(pb.RangeRequest(key=start, range_end=end, limit=_PAGE_KEYS, revision=revision))
+            try:
+                page = self._range(pb.RangeRequest(key=start, range_end=end, limit=limit, revision=revision))
+            except AnswerTooLarge:  # none of ours are as large as that, but whoever may write may write anything
+                if limit == 1:
+                    raise
+                limit = max(1, limit // 4)
+                continue
             revision = revision or page.header.revision
             items.extend(_key_value(kv, strip) for kv in page.kvs)
             if not page.more:
@@ -298,6 +310,8 @@ class Etcd:
     def _failed(self, client: Any, exc: Exception) -> EtcdError:
         """The error to raise; a connection that may be at fault is not used again."""
         error = translate(str(self.config), exc)
+        if client is not None and client.metadata == _NO_TOKEN and wants_token(exc):
+            error = EtcdUnavailable(f"authentication is on again: {error}")
         if isinstance(error, EtcdUnavailable):
             self._drop(client)
         return error
@@ -326,10 +340,18 @@ class Etcd:
     def _authenticate(self, client: Any, timeout_s: float) -> None:
         """Gives the connection a token if it has none. The client library would ask for one before `close` knows the connection."""
         with self._authenticating:
-            if client.metadata is None:
-                request = pb.AuthenticateRequest(name=self.config.user, password=self.config.password)
+            if client.metadata is not None:
+                return
+            request = pb.AuthenticateRequest(name=self.config.user, password=self.config.password)
+            try:
                 token = pb.AuthStub(client.channel).Authenticate(request, timeout_s).token
+            except grpc.RpcError as exc:
+                if not (self._known_here and is_turned_off(exc)):
+                    raise
+                client.metadata = _NO_TOKEN  # who turns authentication off for a while does not mean to end what runs
+            else:
                 client.metadata = (("token", token),)
+                self._known_here = True
 
     def _drop(self, client: Any) -> None:
         """The next call gets a fresh connection, to the next endpoint. `client` None: connecting itself has failed."""
@@ -347,7 +369,7 @@ class Etcd:
     # -- ours to theirs and back ---------------------------------------------------------------------------------------------
 
     def _key(self, key: str) -> bytes:
-        return (self.config.namespace + key).encode()
+        return (self.config.namespace + key).encode(errors="surrogateescape")
 
     def _compare(self, guard: Guard) -> Any:
         key = self._key(guard.key)
@@ -375,20 +397,27 @@ def _share(share_s: float, deadline: float) -> float:
     return max(0.05, min(share_s, deadline - time.monotonic()))
 
 
+_CA_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem")
 _TARGETS = {"create_revision": pb.Compare.CREATE, "mod_revision": pb.Compare.MOD}
 
 
 def _system_ca() -> str:
     import ssl  # seldom needed, and big
 
-    path = ssl.get_default_verify_paths().cafile
-    if path is None:
+    paths = (ssl.get_default_verify_paths().cafile, *_CA_FILES)  # a Python from elsewhere may not know where this system has it
+    found = next((path for path in paths if path and os.path.isfile(path)), None)
+    if found is None:
         raise EtcdRefused("this system has no file of trusted certificates: give etcd's CA with --cacert")
-    return path
+    return found
+
+
+def _text(key: bytes) -> str:
+    """A key that is no text stays what it is: the same key again when it is encoded."""
+    return key.decode(errors="surrogateescape")
 
 
 def _key_value(kv: Any, strip: int) -> KeyValue:
-    return KeyValue(kv.key.decode(errors="replace")[strip:], kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+    return KeyValue(_text(kv.key)[strip:], kv.value, kv.create_revision, kv.mod_revision, kv.lease)
 
 
 def _prefix_end(prefix: bytes) -> bytes:

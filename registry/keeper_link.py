@@ -123,7 +123,7 @@ class KeeperLink:
         """Needs no lock while the process starts: until the end nobody else knows of it."""
         record = self.record
         frame = encode_frame(opening, (encode(record), *self._parts))
-        keeper = KeeperProcess(record.key)
+        keeper = KeeperProcess(record.key, self._config.password)
         keeper.write(frame, START_TIMEOUT_S)
         with self._lock:
             self._keeper = keeper

@@ -31,8 +31,8 @@ LOOK_S = 1.0
 class KeeperProcess:
     """`read` is for one thread; a caller that shares the rest between threads locks it."""
 
-    def __init__(self, key: str) -> None:
-        """KeeperFailed where no process can be started now."""
+    def __init__(self, key: str, secret: str | None = None) -> None:
+        """KeeperFailed where no process can be started now. It inherits no variable that holds `secret`: it comes by its pipe."""
         if not sys.executable:
             raise KeeperFailed("cannot start a keeper: sys.executable is empty, so there is no Python to run it with")
         self.heard = False  # it has said something
@@ -47,6 +47,7 @@ class KeeperProcess:
                     [sys.executable, "-I", "-c", _BOOT, "engine-registry-keeper", key],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints,
                     start_new_session=True, close_fds=True, bufsize=0,
+                    env={name: value for name, value in os.environ.items() if not secret or value != secret},
                 )  # fmt: skip
             except OSError as exc:
                 raise KeeperFailed(f"cannot start a keeper with {sys.executable}: {exc}") from exc

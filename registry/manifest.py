@@ -6,7 +6,9 @@ Stored as zlib-compressed JSON, in columns, cut into parts of at most 1 MiB so t
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,13 +16,20 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from registry.errors import RecordDamaged, SchemaUnsupported
+from registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from registry.record import ManifestRef
+from registry.text import is_unicode, short
 
 SCHEMA = 1
 PART_NBYTES = 1 << 20
 MAX_PARTS = 256
-MAX_UNPACKED_NBYTES = 512 << 20  # a manifest of a million tensors takes about 100 MB
+MAX_UNPACKED_NBYTES = 256 << 20  # a manifest of a million tensors takes about 100 MB
+# Commas and brackets, each of which may become an object of some 60 bytes (of four times that for a brace). A million tensors that
+# say which box they are have 14 million.
+MAX_UNPACKED_ITEMS = 20 << 20
+DIGEST_NBYTES = 16
+MAX_DIMENSIONS = 64  # as torch
+_END_OF_MEMORY = 1 << 63  # no process has more, and what reads counts with signs in places
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,11 @@ class Manifest:
 
 
 def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
-    """What the record says of the manifest, and the parts to store."""
+    """What the record says of the manifest, and the parts to store; InvalidField where no reader would take it."""
+    try:
+        _check_places(manifest)
+    except ValueError as exc:
+        raise InvalidField(f"the manifest is not valid: {exc}", field="manifest") from exc
     tensors = manifest.tensors
     data = {
         "schema": SCHEMA,
@@ -88,7 +101,10 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
         "digests": manifest.digests and [manifest.digests.algorithm, manifest.digests.addr],
         "values": manifest.values,
     }
-    stored = zlib.compress(json.dumps(data, separators=(",", ":")).encode())
+    raw = json.dumps(data, separators=(",", ":")).encode()
+    if problem := _too_much(raw):
+        raise InvalidField(f"a manifest of {len(tensors)} tensors cannot be published: {problem}", field="manifest")
+    stored = zlib.compress(raw)
     parts = [stored[start : start + PART_NBYTES] for start in range(0, len(stored), PART_NBYTES)]
     ref = ManifestRef(hashlib.sha256(stored).hexdigest(), len(parts), len(tensors), manifest.nbytes)
     return ref, parts
@@ -104,20 +120,56 @@ def decode(owner: str, ref: ManifestRef, parts: Sequence[bytes]) -> Manifest:
         raw = unpacker.decompress(stored, MAX_UNPACKED_NBYTES)
         if not unpacker.eof:
             raise ValueError(f"it unpacks to more than {MAX_UNPACKED_NBYTES >> 20} MiB or is cut short")
+        if problem := _too_much(raw):
+            raise ValueError(problem)
         data = json.loads(raw)
         if not isinstance(data, dict) or type(data.get("schema")) is not int:
             raise ValueError("it has no schema number")
         if data["schema"] > SCHEMA:
             raise SchemaUnsupported(
-                f"the manifest of {owner} has schema {data['schema']}; this version reads up to {SCHEMA}: upgrade engine-registry",
+                f"the manifest of {owner} has schema {short(data['schema'])}; this version reads up to {SCHEMA}: upgrade "
+                "engine-registry",
                 key=owner,
             )
         manifest = _from_json(data)
         if (len(manifest.tensors), manifest.nbytes) != (ref.tensors, ref.nbytes):
-            raise ValueError(f"it has {len(manifest.tensors)} tensors, its record says {ref.tensors}")
+            raise ValueError(
+                f"it has {len(manifest.tensors)} tensors of {manifest.nbytes} bytes, its record says {ref.tensors} of {ref.nbytes}"
+            )
+        _check_places(manifest)
         return manifest
-    except (zlib.error, ValueError, TypeError, KeyError, RecursionError) as exc:
-        raise RecordDamaged(f"the manifest of {owner} is damaged: {exc}", key=owner) from exc
+    except (zlib.error, ValueError, TypeError, KeyError, RecursionError, MemoryError) as exc:
+        raise RecordDamaged(f"the manifest of {owner} is damaged: {_told(exc)}", key=owner) from exc
+
+
+def _told(exc: Exception) -> str:
+    return short(exc) or type(exc).__name__
+
+
+def _too_much(raw: bytes) -> str:
+    """Looked at before it is parsed: Python's objects take twenty times the room of their JSON."""
+    if len(raw) > MAX_UNPACKED_NBYTES:
+        return f"it unpacks to {len(raw) >> 20} MiB, {MAX_UNPACKED_NBYTES >> 20} are the limit"
+    items = raw.count(b",") + raw.count(b"[") + 4 * raw.count(b"{")
+    return f"it holds {items} items, {MAX_UNPACKED_ITEMS} are the limit" if items > MAX_UNPACKED_ITEMS else ""
+
+
+def _check_places(manifest: Manifest) -> None:
+    """ValueError unless the regions lie apart, in memory, and each tensor in one of them. Tensors may share memory: tied weights
+    and views do."""
+    regions = sorted(manifest.regions, key=lambda region: region.addr)
+    if any(not region.nbytes or region.end > _END_OF_MEMORY for region in regions):
+        raise ValueError("a region is empty or reaches beyond what memory there is")
+    if any(one.end > next_one.addr for one, next_one in itertools.pairwise(regions)):
+        raise ValueError("two of its regions overlap")
+    starts = [region.addr for region in regions]
+    for entry in manifest.tensors:
+        place = bisect.bisect_right(starts, entry.addr) - 1
+        if entry.nbytes and (place < 0 or entry.addr + entry.nbytes > regions[place].end):
+            raise ValueError(f"tensor {short(entry.name)!r} lies outside its regions: {entry.nbytes} bytes at {entry.addr:#x}")
+    table = manifest.digests
+    if table is not None and table.addr + DIGEST_NBYTES * len(manifest.tensors) > _END_OF_MEMORY:
+        raise ValueError("the table of its digests reaches beyond what memory there is")
 
 
 def _from_json(data: dict[str, Any]) -> Manifest:
@@ -129,8 +181,8 @@ def _from_json(data: dict[str, Any]) -> Manifest:
         raise ValueError("a tensor is named twice")
     regions = tuple(Region(_natural(addr), _natural(nbytes)) for addr, nbytes in data["regions"])
     values = data.get("values", {})
-    if not isinstance(values, dict):
-        raise ValueError("its values are no object")
+    if not isinstance(values, dict) or not all(map(is_unicode, values)):
+        raise ValueError("its values are no object with names that are text")
     return Manifest(tensors, regions, _digest_table(data.get("digests")), values)
 
 
@@ -138,14 +190,18 @@ def _digest_table(value: Any) -> DigestTable | None:
     if value is None:
         return None
     algorithm, addr = value
-    if not isinstance(algorithm, str):
-        raise ValueError("the algorithm of its digests is not a string")
+    if not isinstance(algorithm, str) or not algorithm.isprintable():
+        raise ValueError("the algorithm of its digests is not a line of text")
     return DigestTable(algorithm, _natural(addr))
 
 
 def _entry(name: Any, dtype: Any, shape: Any, addr: Any, nbytes: Any, box: Any) -> TensorEntry:
     if not isinstance(name, str) or not isinstance(dtype, str):
         raise ValueError("a tensor's name or dtype is not a string")
+    if not is_unicode(name) or not dtype.isprintable():
+        raise ValueError(f"a tensor's name or dtype is not text: {short(name)!r}, {short(dtype)!r}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {short(name)!r} has {len(shape)} dimensions, {MAX_DIMENSIONS} are the limit")
     own = tuple([_natural(size) for size in shape])
     whole, offsets = own, (0,) * len(own)
     if box is not None:
@@ -153,13 +209,14 @@ def _entry(name: Any, dtype: Any, shape: Any, addr: Any, nbytes: Any, box: Any) 
         if not len(own) == len(whole) == len(offsets) or any(
             offset + size > limit for offset, size, limit in zip(offsets, own, whole, strict=True)
         ):
-            raise ValueError(f"tensor {name!r} has a box {offsets}+{own} that is not inside {whole}")
-    if (prod(own) == 0) != (nbytes == 0):
-        raise ValueError(f"tensor {name!r} of shape {own} cannot take {nbytes} bytes")
+            raise ValueError(f"tensor {short(name)!r} has a box {offsets}+{own} that is not inside {whole}")
+    volume = prod(own)
+    if (volume == 0) != (nbytes == 0) or max(volume, prod(whole)) >= _END_OF_MEMORY:
+        raise ValueError(f"tensor {short(name)!r} of shape {own}, of {whole}, cannot take {nbytes} bytes")
     return TensorEntry(name, dtype, own, _natural(addr), _natural(nbytes), whole, offsets, opaque=box is None)
 
 
 def _natural(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 64:
-        raise ValueError(f"{value!r} is not a natural number of 64 bits")
+        raise ValueError(f"{short(value)!r} is not a natural number of 64 bits")
     return value

@@ -150,7 +150,7 @@ def take_ticket(etcd: Etcd, record: RankRecord) -> PullTicket | None:
 
 
 def count_pulls(etcd: Etcd, instance: str, rank: int) -> int:
-    return len(etcd.snapshot(pulls_prefix(instance, rank)).items)
+    return etcd.count(pulls_prefix(instance, rank))
 
 
 def wait_for_no_pulls(etcd: Etcd, instance: str, rank: int, timeout_s: float) -> int:

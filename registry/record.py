@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from registry.keys import check_instance, check_rank, record_key
+from registry.text import short
 
 SCHEMA = 1
 MAX_RECORD_NBYTES = 4096
@@ -226,13 +227,13 @@ def decode(key: str, value: bytes, mod_revision: int = 0) -> RankRecord:
         schema = _get(data, "schema", int)
         if schema > SCHEMA:
             raise SchemaUnsupported(
-                f"the record at {key} has schema {schema}; this version reads up to {SCHEMA}: upgrade engine-registry",
+                f"the record at {key} has schema {short(schema)}; this version reads up to {SCHEMA}: upgrade engine-registry",
                 key=key,
                 schema=schema,
             )
         record = _from_json(data, mod_revision)
     except (ValueError, RecursionError) as exc:  # InvalidField and JSON errors are ValueErrors
-        raise RecordDamaged(f"the record at {key} is damaged: {exc}", key=key) from exc
+        raise RecordDamaged(f"the record at {key} is damaged: {short(exc)}", key=key) from exc
     if record.key != key:
         raise RecordDamaged(f"the record at {key} is damaged: it says that it belongs at {record.key}", key=key)
     return record
@@ -269,7 +270,7 @@ def _from_json(data: dict[str, Any], mod_revision: int) -> RankRecord:
         state=RankState(_get(data, "state", str)),
         fabric=_get(data, "fabric", str, ""),
         host=_get(data, "host", str, ""),
-        pid=_get(data, "pid", int, 0),
+        pid=_natural(data, "pid", 0),
         device=_get(data, "device", str, ""),
         writer=_get(data, "writer", str, ""),
         kept_by=_get(data, "kept_by", str, ""),
@@ -287,8 +288,8 @@ def _get(data: Any, name: str, kind: type[T], default: T | None = None) -> T:
     return value
 
 
-def _natural(data: Any, name: str) -> int:
-    value = _get(data, name, int)
+def _natural(data: Any, name: str, default: int | None = None) -> int:
+    value = _get(data, name, int, default)
     if not 0 <= value < 1 << 64:
         raise ValueError(f"{name!r} is out of range: {value}")
     return value

@@ -149,8 +149,11 @@ def end(etcd: Etcd, record: RankRecord, mod_revision: int, lease_id: int, reason
     The record is marked as ended first: watchers so know at once that this is no blip, and why it happened.
     """
     with contextlib.suppress(EtcdRefused):  # an etcd without space takes no mark, but lets go of leases
-        etcd.commit([unchanged(record.key, mod_revision)], [_ended(record, reason)])
-    etcd.revoke(lease_id)
+        mod_revision = etcd.commit([unchanged(record.key, mod_revision)], [_ended(record, reason)]) or mod_revision
+    try:
+        etcd.revoke(lease_id)
+    except EtcdRefused:  # somebody has hung a key on it that we may not write: that one stays until the lease expires
+        _delete(etcd, record, mod_revision)
 
 
 def remove(etcd: Etcd, record: RankRecord, reason: str) -> None:

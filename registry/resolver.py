@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from registry.record import ModelIdentity, RankRecord, RankState
+from registry.text import short
 
 
 class InstanceState(str, Enum):
@@ -64,7 +65,8 @@ def assess(instance: str, records: Iterable[RankRecord], damaged: Sequence[str] 
     for record in present[1:]:
         for field, value in record.agreed().items():
             if value != agreed[field]:
-                problems.append(f"rank {record.rank} has {field} {value!r}, rank {first.rank} has {agreed[field]!r}")
+                ours, theirs = short(repr(value)), short(repr(agreed[field]))
+                problems.append(f"rank {record.rank} has {field} {ours}, rank {first.rank} has {theirs}")
     problems.extend(_of_versions(present))
     problems.extend(_of_states(present))
     ranks = {record.rank for record in present}

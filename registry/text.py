@@ -10,3 +10,9 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def short(value: object, most: int = 200) -> str:
+    """As text of at most so many characters, for a message: what lies in etcd may be of any length."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"

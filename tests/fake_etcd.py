@@ -79,6 +79,9 @@ class FakeEtcd(Etcd):
             raise NotImplementedError("the fake keeps no history")
         return self._items.get(key)
 
+    def count(self, prefix: str, revision: int = 0) -> int:
+        return len(self.snapshot(prefix).items)
+
     def snapshot(self, prefix: str) -> Snapshot:
         self._check_available()
         return Snapshot(self._revision, tuple(self._items[key] for key in sorted(self._items) if key.startswith(prefix)))

@@ -33,7 +33,7 @@ class Feed(FakeEtcd):
     def snapshot(self, prefix: str) -> Snapshot:
         return Snapshot(1, self.items)
 
-    def count(self, prefix: str, revision: int) -> int:
+    def count(self, prefix: str, revision: int = 0) -> int:
         return len(self.items)
 
     def get(self, key: str, revision: int = 0) -> KeyValue | None:

@@ -14,7 +14,7 @@ from registry import manifest as manifests
 from registry.answers import Answers
 from registry.calls import Calls
 from registry.errors import EtcdUnavailable, InstanceNotFound
-from registry.kv import KeyValue, Snapshot
+from registry.kv import KeyValue
 from registry.record import RankRecord
 from registry.registration import claim
 from tests.builders import OTHER_INCARNATION, a_manifest, a_record
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class SlowEtcd(FakeEtcd):
-    """One that counts, and whose gets wait while `open` is cleared."""
+    """One that counts the records and manifests that are read, each of one part, and whose gets wait while `open` is cleared."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,14 +35,12 @@ class SlowEtcd(FakeEtcd):
         self.manifests = 0
 
     def get(self, key: str, revision: int = 0) -> KeyValue | None:
-        self.gets += 1
+        of_manifest = key.startswith("/manifests/")
+        self.manifests += of_manifest
+        self.gets += not of_manifest
         self.began.set()
         self.open.wait(10)
         return super().get(key, revision)
-
-    def snapshot(self, prefix: str) -> Snapshot:
-        self.manifests += prefix.startswith("/manifests/")
-        return super().snapshot(prefix)
 
 
 def publish(etcd: FakeEtcd, replaces: str = "", **fields: Any) -> RankRecord:

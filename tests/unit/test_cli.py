@@ -128,7 +128,10 @@ def test_every_name_in_the_table_of_exit_codes_is_an_error_of_ours(name: str) ->
     ("code", "names"),
     [
         (Exit.USAGE, {"InvalidField"}),
-        (Exit.ETCD, {"EtcdError", "EtcdUnavailable", "EtcdRefused", "EtcdFull", "LeaseNotFound", "HistoryLost"}),
+        (
+            Exit.ETCD,
+            {"EtcdError", "EtcdUnavailable", "EtcdRefused", "EtcdFull", "AnswerTooLarge", "LeaseNotFound", "HistoryLost"},
+        ),
         (
             Exit.INSTANCE,
             {"InstanceNotFound", "InstanceIncomplete", "SourceLost", "Stalled", "SourceUnreachable", "VersionUnavailable"},

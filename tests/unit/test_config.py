@@ -29,7 +29,7 @@ HERE = (Endpoint("127.0.0.1", 2379),)
     ],
 )
 def test_endpoints_are_host_and_port_in_every_usual_form(text: str | list[str], endpoints: list[tuple[str, int]]) -> None:
-    assert parse_endpoints(text) == tuple(Endpoint(host, port) for host, port in endpoints)
+    assert [(endpoint.host, endpoint.port) for endpoint in parse_endpoints(text)] == endpoints
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,27 @@ def test_an_address_that_is_none_is_refused_with_an_example(text: str) -> None:
     assert caught.value.details == {"field": "endpoints"}
 
 
-def test_https_is_remembered_and_does_not_mix_with_http() -> None:
+@pytest.mark.parametrize(
+    "text", ["root:hunter2@h:1", "https://root:hunter2@h:1", "https://root:hunter2,hunter2@h:1,g:2", ["root:hunter2", "@h:1"]]
+)
+def test_a_password_in_an_address_is_refused_and_not_shown(text: str | list[str]) -> None:
+    with pytest.raises(InvalidField, match=r"etcd endpoint '…@h:1.*' is not valid: the user goes into --user") as caught:
+        parse_endpoints(text)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_scheme_says_whether_tls_is_on_and_without_one_the_ca_does() -> None:
     assert parse_endpoints("https://h:2379,https://[::1]:1") == (Endpoint("h", 2379, tls=True), Endpoint("::1", 1, tls=True))
+    assert parse_endpoints("http://h:2379,g:1") == (Endpoint("h", 2379, tls=False), Endpoint("g", 1))
+    assert [EtcdConfig(parse_endpoints(text)).tls for text in ("https://h:1", "http://h:1", "h:1")] == [True, False, False]
+    assert EtcdConfig(HERE, cacert="ca").tls
+    assert EtcdConfig(parse_endpoints("https://h:1"), cert="c", key="k").tls
+
+
+@pytest.mark.parametrize("text", ["https://h:2379,g:2379", "https://h:2379,http://g:2379", "h:1,https://g:1"])
+def test_endpoints_with_and_without_tls_do_not_mix(text: str) -> None:
     with pytest.raises(InvalidField, match="some etcd endpoints are https:// and some are not"):
-        EtcdConfig(parse_endpoints("https://h:2379,g:2379"))
+        EtcdConfig(parse_endpoints(text))
 
 
 @pytest.mark.parametrize("endpoint", [Endpoint("h", 1), Endpoint("::1", 2379)])
@@ -95,6 +112,8 @@ def test_an_endpoint_prints_as_what_is_parsed_into_it(endpoint: Endpoint) -> Non
         ({"cacert": "ca", "cert": "c"}, "cert"),
         ({"cacert": "ca", "key": "k"}, "cert"),
         ({"cert": "c", "key": "k"}, "cacert"),
+        ({"endpoints": (Endpoint("h", 1, tls=False),), "cacert": "ca"}, "cacert"),
+        ({"user": "u:p", "password": "p"}, "user"),
         ({"user": "u"}, "user"),
         ({"password": "p"}, "user"),
     ],
@@ -116,4 +135,7 @@ def test_a_config_goes_through_a_pipe_and_comes_out_equal(fields: dict[str, Any]
 def test_the_password_is_in_no_printed_form() -> None:
     config = EtcdConfig(HERE, user="root", password="hunter2")
     assert "hunter2" not in f"{config!r} {config}"
+    with pytest.raises(InvalidField) as caught:
+        EtcdConfig(HERE, user="root:hunter2", password="hunter2")  # as etcdctl takes it
+    assert "hunter2" not in str(caught.value)
     assert config.to_wire()["password"] == "hunter2"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from registry._etcd_errors import from_cancelled_watch
 from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from registry.errors import AnswerTooLarge, EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 from registry.etcd import Etcd, WatchStream, _prefix_end
 
 Status = grpc.StatusCode
@@ -44,6 +44,7 @@ class Client:
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
         self.closed = False
+        self.metadata = None  # without a user there is no token
 
     def close(self) -> None:
         self.closed = True
@@ -96,6 +97,12 @@ def test_no_status_of_grpc_gets_out_as_it_is(code: grpc.StatusCode, details: str
         (Status.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded", EtcdFull, "out of space"),
         (Status.INVALID_ARGUMENT, "etcdserver: request is too large", EtcdRefused, "too large"),
         (Status.RESOURCE_EXHAUSTED, "trying to send message larger than max", EtcdRefused, "too large"),
+        (
+            Status.RESOURCE_EXHAUSTED,
+            "CLIENT: Received message larger than max (70000000 vs. 67108864)",
+            AnswerTooLarge,
+            "may hold (70000000 vs",
+        ),
         (Status.PERMISSION_DENIED, "etcdserver: permission denied", EtcdRefused, "grant the user's role"),
         (Status.INVALID_ARGUMENT, "etcdserver: authentication failed, invalid user ID or password", EtcdRefused, "credentials"),
         (Status.INVALID_ARGUMENT, "etcdserver: user name is empty", EtcdRefused, "credentials"),
@@ -127,6 +134,7 @@ def test_an_answer_of_etcd_is_told_as_what_it_means(code: grpc.StatusCode, detai
         (ValueError("Cannot invoke RPC: Channel closed!"), EtcdUnavailable),  # a stream
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "ca.pem"), EtcdRefused),
         (PermissionError(errno.EACCES, "Permission denied", "key.pem"), EtcdRefused),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "certs"), EtcdRefused),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value.__name__,
 )
@@ -139,7 +147,9 @@ def test_a_mistake_in_our_own_code_is_not_taken_for_an_error_of_etcd() -> None:
         Unconnected().call(lambda _: int("ours"))
 
 
-@pytest.mark.parametrize("reason", ["invalid auth token", "revision of auth store is old", "permission denied"])
+@pytest.mark.parametrize(
+    "reason", ["invalid auth token", "revision of auth store is old", "permission denied", "user name is empty"]
+)
 def test_a_watch_that_is_denied_counts_as_one_with_an_old_token(reason: str) -> None:
     assert type(from_cancelled_watch(f"etcdserver: {reason}")) is EtcdUnavailable
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry import Manifest, Region, TensorEntry, manifest
-from registry.errors import RecordDamaged, SchemaUnsupported
+from registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from registry.manifest import PART_NBYTES, decode, encode
 from registry.record import ManifestRef
 from tests.builders import a_manifest, an_entry
@@ -24,11 +24,26 @@ U64 = st.integers(0, 2**64 - 1)
 
 
 @st.composite
-def entries(draw: st.DrawFn) -> TensorEntry:
-    """Opaque or a box of something larger; scalars and tensors without bytes among them."""
+def regions(draw: st.DrawFn) -> list[Region]:
+    """Up to four, in memory and apart, in any order."""
+    some, end = [], 0
+    for gap, nbytes in draw(st.lists(st.tuples(st.integers(0, 2**60), st.integers(1, 2**60)), max_size=4)):
+        some.append(Region(end + gap, nbytes))
+        end = some[-1].end
+    return draw(st.permutations(some))
+
+
+@st.composite
+def entries(draw: st.DrawFn, places: list[Region]) -> TensorEntry:
+    """Opaque or a box of something larger; scalars and tensors without bytes among them. They may share memory."""
     shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
-    empty = 0 in shape
-    addr, nbytes = (0, 0) if empty else (draw(U64), draw(st.integers(1, 2**64 - 1)))
+    if not places and 0 not in shape:
+        shape = (*shape, 0)
+    addr = nbytes = 0
+    if 0 not in shape:
+        place = draw(st.sampled_from(places))
+        begin = draw(st.integers(0, place.nbytes - 1))
+        addr, nbytes = place.addr + begin, draw(st.integers(1, place.nbytes - begin))
     name, dtype, opaque = draw(st.text(max_size=20)), draw(st.sampled_from(["float32", "bfloat16"])), draw(st.booleans())
     if opaque:
         return TensorEntry(name, dtype, shape, addr, nbytes, shape, (0,) * len(shape))
@@ -37,17 +52,17 @@ def entries(draw: st.DrawFn) -> TensorEntry:
     return TensorEntry(name, dtype, shape, addr, nbytes, whole, offsets, opaque=False)
 
 
-MANIFESTS = st.builds(
-    Manifest,
-    st.lists(entries(), max_size=6, unique_by=lambda entry: entry.name).map(tuple),
-    st.lists(st.builds(Region, U64, U64), max_size=4).map(tuple),
-)
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    places = draw(regions())
+    some = draw(st.lists(entries(places), max_size=6, unique_by=lambda entry: entry.name))
+    return Manifest(tuple(some), tuple(places))
 
 
-def pack(data: Any) -> tuple[ManifestRef, list[bytes]]:
+def pack(data: Any, tensors: int = 0, nbytes: int = 0) -> tuple[ManifestRef, list[bytes]]:
     """Any JSON as a manifest whose digest is right."""
     stored = zlib.compress(data if isinstance(data, bytes) else json.dumps(data).encode())
-    return ManifestRef(hashlib.sha256(stored).hexdigest(), 1, 0, 0), [stored]
+    return ManifestRef(hashlib.sha256(stored).hexdigest(), 1, tensors, nbytes), [stored]
 
 
 def as_json(**changes: Any) -> dict[str, Any]:
@@ -63,10 +78,11 @@ def incompressible(nbytes: int) -> Manifest:
     """Names of hexadecimal digits, of which zlib saves no more than half."""
     count = nbytes // 100
     names = [hashlib.sha512(str(number).encode()).hexdigest() for number in range(count)]
-    return a_manifest(*[an_entry(name, addr=4096 + 16 * number) for number, name in enumerate(names)], regions=())
+    entries = [an_entry(name, addr=4096 + 16 * number) for number, name in enumerate(names)]
+    return a_manifest(*entries, regions=(Region(4096, 16 * count),))
 
 
-@given(MANIFESTS)
+@given(manifests())
 def test_what_is_encoded_decodes_to_an_equal_manifest(wanted: Manifest) -> None:
     ref, parts = encode(wanted)
     assert decode(OWNER, ref, parts) == wanted
@@ -162,6 +178,70 @@ def test_a_manifest_of_another_form_is_damage_that_names_its_owner(data: Any) ->
         decode(OWNER, *pack(data))
 
 
+TOP = 1 << 63
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"addr": [4095]}, "tensor 'w' lies outside its regions: 24 bytes at 0xfff"),
+        ({"addr": [4097]}, "lies outside its regions"),
+        ({"addr": [0]}, "lies outside its regions"),
+        ({"regions": []}, "lies outside its regions"),
+        ({"regions": [[4096, 23]]}, "lies outside its regions"),
+        ({"regions": [[4096, 12], [4108, 12]]}, "lies outside its regions"),
+        ({"regions": [[4096, 24], [4119, 8]]}, "two of its regions overlap"),
+        ({"regions": [[4096, 24], [4096, 24]]}, "two of its regions overlap"),
+        ({"regions": [[4096, 24], [0, TOP]]}, "two of its regions overlap"),
+        ({"regions": [[4096, 24], [9000, 0]]}, "a region is empty"),
+        ({"regions": [[4096, TOP]]}, "reaches beyond what memory there is"),
+        ({"regions": [[4096, 24], [TOP, 1]]}, "reaches beyond what memory there is"),
+        ({"nbytes": [TOP], "regions": [[0, TOP]]}, "tensors of"),
+        ({"shape": [[1 << 62, 2]], "box": [None]}, "cannot take 24 bytes"),
+        ({"box": [[[1 << 62, 6], [2, 3]]]}, "cannot take 24 bytes"),
+        ({"box": [[[(1 << 64) - 1, 6], [(1 << 64) - 1, 3]]]}, "is not inside"),
+        ({"shape": [[1] * 65], "box": [None]}, "has 65 dimensions, 64 are the limit"),
+        ({"name": ["half of \ud800"]}, "name or dtype is not text"),
+        ({"dtype": ["float\x1b[2J"]}, "name or dtype is not text"),
+        ({"digests": ["xxh3\n", 4096]}, "algorithm of its digests"),
+        ({"digests": ["xxh3", TOP - 8]}, "the table of its digests reaches beyond"),
+        ({"values": {"\ud800": 1}}, "names that are text"),
+        ({"values": [1]}, "its values are no object"),
+    ],
+)
+def test_places_that_no_memory_has_are_damage(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecordDamaged, match=f"the manifest of {OWNER} is damaged") as caught:
+        decode(OWNER, *pack(as_json(**changes), 1, 24))
+    assert said in str(caught.value)
+    assert decode(OWNER, *pack(as_json(), 1, 24)).nbytes == 24
+
+
+def test_tensors_may_share_memory() -> None:
+    """Tied weights do, and views of one storage."""
+    shared = a_manifest(an_entry("a"), an_entry("b"), an_entry("c", 4100, 12), an_entry("d", 4104, 20), regions=(Region(4096, 28),))
+    assert decode(OWNER, *encode(shared)) == shared
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [a_manifest(regions=()), a_manifest(regions=(Region(4096, 16), Region(4100, 16))), a_manifest(regions=(Region(0, TOP + 1),))],
+)
+def test_a_manifest_that_no_reader_would_take_is_not_written(wrong: Manifest) -> None:
+    with pytest.raises(InvalidField, match="the manifest is not valid: ") as caught:
+        encode(wrong)
+    assert caught.value.details == {"field": "manifest"}
+
+
+@pytest.mark.parametrize("limit", ["MAX_UNPACKED_NBYTES", "MAX_UNPACKED_ITEMS"])
+def test_a_manifest_that_would_be_too_large_to_read_is_not_written(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    ref, parts = encode(a_manifest())
+    monkeypatch.setattr(manifest, limit, 10)
+    with pytest.raises(InvalidField, match=r"a manifest of 1 tensors cannot be published: it .* are the limit"):
+        encode(a_manifest())
+    with pytest.raises(RecordDamaged, match=r"unpacks to more than|it holds .* items, 10 are the limit"):
+        decode(OWNER, ref, parts)
+
+
 def test_two_tensors_of_one_name_are_damage() -> None:
     with pytest.raises(RecordDamaged, match="a tensor is named twice"):
         decode(OWNER, *encode(a_manifest(an_entry(addr=4096), an_entry(addr=8192))))
@@ -184,7 +264,7 @@ JSON = st.recursive(
 def test_any_json_in_any_column_is_a_good_manifest_or_damage(column: str, value: Any) -> None:
     found = None
     with suppress(RecordDamaged):
-        found = decode(OWNER, *pack(as_json(**{column: value})))
+        found = decode(OWNER, *pack(as_json(**{column: value}), 1, 24))
     assert found is None or decode(OWNER, *encode(found)) == found
 
 

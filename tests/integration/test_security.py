@@ -1,0 +1,436 @@
+"""etcd with TLS, client certificates and users, whose roles are made by the commands of docs/security.md as they stand there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cli.exits import Exit
+from registry import InstanceCleaned, InstanceReady, RegistrationState, Registry
+from registry.errors import EtcdRefused, Evicted
+from registry.kv import Delete, Put
+from registry.local import LocalEtcd, find_binary
+from tests.integration.authority import Authority, options, tls_etcd
+from tests.integration.conftest import ROOT, Processes, events_until, line_of
+from tests.integration.ranks import register
+from tests.integration.test_cli import assert_one_line
+from tests.integration.test_faults import hold
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificates with openssl")
+
+PAGE = (ROOT / "docs" / "security.md").read_text()
+RECIPE = [block for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL) if "etcdctl" in block]
+PERMISSIONS = re.findall(r"etcdctl role grant-permission (\S+) (\S+) --prefix=true (\S+)", "".join(RECIPE))
+NAMESPACE = "/prod"
+DENIED = "denies permission: permission denied: grant the user's role"
+
+
+@dataclass
+class Secured:
+    """The etcd, and who may do what there."""
+
+    etcd: LocalEtcd
+    folder: Path
+    authority: Authority
+    client: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        return f"https://{self.etcd.endpoint}"
+
+    def password(self, user: str) -> str:
+        return (self.folder / f"{user}.password").read_text().strip()
+
+    def connect(self, user: str, **changes: Any) -> Registry:
+        files: dict[str, Any] = self.client
+        return Registry.connect(self.url, namespace=NAMESPACE, user=user, password=self.password(user), **{**files, **changes})
+
+    def options(self, user: str) -> list[str]:
+        return ["--namespace", NAMESPACE, "--user", user, *options(self.client)]
+
+    def sh(self, script: str, **env: str) -> str:
+        """As an administrator would run it: the options of etcdctl come from the environment."""
+        files = {f"ETCDCTL_{name.upper()}": path for name, path in self.client.items()}
+        path = f"{Path(find_binary()).parent}:{os.environ['PATH']}"
+        env = {"PATH": path, "ETCDCTL_API": "3", "ETCDCTL_ENDPOINTS": self.url, **files, **env}
+        run = subprocess.run(["bash", "-e", "-c", script], cwd=self.folder, env=env, capture_output=True, text=True, timeout=100)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    def etcdctl(self, command: str) -> str:
+        return self.sh(f"etcdctl {command}", ETCDCTL_USER="root", ETCDCTL_PASSWORD=self.password("root"))
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    folder = tmp_path_factory.mktemp("secured")
+    authority = Authority(folder, "ours")
+    etcd = tls_etcd(authority, authority.issue("server"))
+    try:
+        secured = Secured(etcd, folder, authority, authority.client("somebody"))
+        secured.sh("\n".join(RECIPE))
+        yield secured
+    finally:
+        etcd.__exit__(None, None, None)
+
+
+class Engines:
+    """The command line as one of the users, by whose password it is allowed in."""
+
+    def __init__(self, processes: Processes, secured: Secured) -> None:
+        self._processes = processes
+        self._secured = secured
+
+    def start(self, user: str, command: str, *args: str) -> subprocess.Popen[str]:
+        env = {"ENGINES_ETCD": self._secured.url, "ENGINES_ETCD_PASSWORD": self._secured.password(user)}
+        return self._processes.engines(command, *args, *self._secured.options(user), **env)
+
+    def __call__(self, user: str, command: str, *args: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(user, command, *args)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+    def serve(self, weights: Path, instance: str = "qwen-a", *args: str) -> subprocess.Popen[str]:
+        process = self.start("rank-qwen-a", "register", *serving(weights, instance), *args)
+        assert line_of(process).startswith(f"registered {instance}/0 of 1")
+        return process
+
+
+def serving(weights: Path, instance: str) -> list[str]:
+    return [instance, "--rank", "0", "--world-size", "1", "--weights", str(weights), "--host", "127.0.0.1", "--ttl", "2"]
+
+
+@pytest.fixture
+def engines(processes: Processes, secured: Secured) -> Engines:
+    return Engines(processes, secured)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.safetensors"
+    save_file({"w": torch.rand(100, 3)}, path)
+    return path
+
+
+def end(process: subprocess.Popen[str]) -> str:
+    """What it has said on standard error."""
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == Exit.DONE, err
+    return err
+
+
+# -- roles -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_registers_its_own_instance_and_is_refused_anothers(secured: Secured, engines: Engines, weights: Path) -> None:
+    with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a", world_size=2) as registration:
+        registration.update(version=1)
+        assert [record.version for record in registry.ranks("qwen-a")] == [1]
+        for other in ("qwen-ab", "qwen", "other"):
+            with pytest.raises(EtcdRefused, match=DENIED):
+                register(registry, other)
+    with secured.connect("watcher") as registry:
+        assert registry.instances() == ()
+    assert_one_line(engines("rank-qwen-a", "register", *serving(weights, "qwen-ab")), Exit.ETCD, DENIED)
+    assert_one_line(engines("rank-qwen-a", "list"), Exit.ETCD, DENIED)
+
+
+def test_a_loader_finds_and_loads_with_a_ticket_and_is_refused_to_write_a_record(
+    secured: Secured, engines: Engines, weights: Path, tmp_path: Path
+) -> None:
+    server = engines.serve(weights)
+    loaded = engines("loader", "load", "qwen-a", "--rank", "0", "--host", "127.0.0.1", "--out", str(tmp_path / "out"))
+    assert (loaded.returncode, loaded.stderr) == (Exit.DONE, "")  # without a ticket there would be a warning
+    assert torch.equal(load_file(tmp_path / "out" / "rank-0.safetensors")["w"], load_file(weights)["w"])
+    with secured.connect("loader") as registry, secured.connect("rank-qwen-a") as rank:
+        (record,) = registry.resolve("qwen-a")
+        ticket = registry.pull(record)
+        assert ticket is not None
+        with ticket:
+            assert rank.pulls(record) == 1
+        with pytest.raises(EtcdRefused, match=DENIED):
+            registry.evict(record)
+    assert_one_line(engines("loader", "register", *serving(weights, "qwen-c")), Exit.ETCD, DENIED)
+    assert_one_line(engines("loader", "register", *serving(weights, "qwen-a")), Exit.ETCD, DENIED)
+    assert end(server) == ""
+
+
+def test_a_loader_without_tickets_loads_from_several_with_a_warning(
+    secured: Secured, engines: Engines, weights: Path, tmp_path: Path
+) -> None:
+    """A watcher is one: it may read manifests. With several sources it would like to know how many read from each."""
+    server = engines.serve(weights)
+    secured.etcdctl("role grant-permission rank-qwen-a readwrite --prefix=true /prod/engines/qwen-twin/")
+    for permission, prefix in (("write", "manifests"), ("read", "pulls"), ("read", "evicted")):
+        secured.etcdctl(f"role grant-permission rank-qwen-a {permission} --prefix=true /prod/{prefix}/qwen-twin/")
+    twin = engines.serve(weights, "qwen-twin", "--model", "qwen-a")
+    loaded = engines("watcher", "load", "qwen-a", "qwen-twin", "--rank", "0", "--host", "127.0.0.1")
+    assert loaded.returncode == Exit.DONE, loaded.stderr
+    told = loaded.stderr.splitlines()
+    assert len(told) == 2
+    assert all("without a ticket, so it may leave meanwhile" in line and DENIED in line for line in told)
+    for each in (server, twin):
+        end(each)
+
+
+def test_a_watcher_looks_and_is_refused_to_evict(secured: Secured, engines: Engines, weights: Path) -> None:
+    server = engines.serve(weights)
+    assert json.loads(engines("watcher", "list", "--json").stdout)["instances"][0]["state"] == "ready"
+    assert "100x3" in engines("watcher", "show", "qwen-a", "--tensors").stdout
+    watch = engines.start("watcher", "watch", "--json")
+    assert json.loads(line_of(watch))["event"] == "rank_joined"
+    end(watch)
+    assert_one_line(engines("watcher", "evict", "qwen-a"), Exit.ETCD, DENIED)
+    assert_one_line(engines("loader", "evict", "qwen-a"), Exit.ETCD, DENIED)
+    end(server)
+
+
+def test_an_operator_evicts_and_the_rank_hears_of_it(secured: Secured, engines: Engines) -> None:
+    with secured.connect("rank-qwen-a") as registry, secured.connect("watcher") as watcher:
+        registration, states = hold(registry, instance="qwen-a")
+        with registration:
+            assert engines("operator", "evict", "qwen-a").returncode == Exit.DONE
+            states.wait_for(RegistrationState.LOST)
+            assert isinstance(registration.lost, Evicted)
+            assert watcher.instances() == ()
+
+
+def test_a_cleaner_evicts_what_a_lost_rank_leaves(secured: Secured) -> None:
+    with (
+        secured.connect("rank-qwen-a") as registry,
+        secured.connect("cleaner") as cleaner,
+        cleaner.cleaning_watch(grace_s=0.1) as watch,
+    ):
+        first, second = (hold(registry, instance="qwen-a", rank=rank, world_size=2)[0] for rank in range(2))
+        with first:
+            events_until(watch, lambda event: isinstance(event, InstanceReady))  # type: ignore[arg-type]
+            wait_until(lambda: watch._election.leading)
+            second.withdraw()
+            cleaned = events_until(watch, lambda event: isinstance(event, InstanceCleaned))[-1]  # type: ignore[arg-type]
+            assert [record.rank for record in cleaned.evicted] == [0]  # type: ignore[union-attr]
+
+
+def test_a_stranger_cannot_end_a_lease_and_hinders_nobody_by_sharing_it(secured: Secured) -> None:
+    with secured.connect("rank-qwen-a") as registry, secured.connect("loader") as loader:
+        with register(registry, "qwen-a", ttl_s=60.0) as registration:
+            found = registry._etcd.get(registration.record.key)
+            assert found is not None
+            with pytest.raises(EtcdRefused, match=DENIED):
+                loader._etcd.revoke(found.lease_id)
+            assert loader._etcd.commit([], [Put("/pulls/qwen-a/0/mine", b"", found.lease_id)])
+            with pytest.raises(EtcdRefused, match=DENIED):
+                registry._etcd.revoke(found.lease_id)
+        assert registration.withdrawn
+        for prefix in ("/engines/", "/manifests/"):
+            assert loader._etcd.snapshot(prefix).items == ()
+        loader._etcd.commit([], [Delete("/pulls/qwen-a/0/mine")])
+
+
+def test_a_watch_that_may_not_clean_says_so_and_watches(secured: Secured, engines: Engines) -> None:
+    watch = engines.start("watcher", "watch", "--cleanup", "--grace", "0")
+    assert watch.stderr is not None
+    told = watch.stderr.readline()
+    assert told.startswith("engines: warning: this process does not lead, and does nothing that only a leader does: ")
+    assert DENIED in told
+    with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a"):
+        assert "qwen-a/0 joined" in line_of(watch)
+    assert end(watch) == ""
+
+
+@pytest.mark.parametrize("by", ["drain", "eviction"])
+def test_a_rank_may_look_who_reads_from_it_and_whether_it_was_evicted(secured: Secured, by: str) -> None:
+    with secured.connect("rank-qwen-a") as registry, secured.connect("loader") as loader, register(registry, "qwen-a"):
+        (record,) = loader.resolve("qwen-a")
+        if by == "drain":
+            ticket = loader.pull(record)
+            assert ticket is not None
+            assert registry.wait_for_no_pulls("qwen-a", 0, timeout_s=0.1) == 1
+            ticket.close()
+            assert registry.wait_for_no_pulls("qwen-a", 0, timeout_s=20) == 0
+        else:
+            secured.etcdctl(f"put /prod/evicted/qwen-a/0/{'0' * 32} ''")
+            with pytest.raises(Evicted):
+                register(registry, "qwen-a", incarnation="0" * 32)
+
+
+def _as_rank(secured: Secured) -> None:
+    with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a") as registration:
+        registration.update(version=1)
+        registry.pulls(registration.record)
+
+
+def _as_loader(secured: Secured) -> None:
+    with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a"), secured.connect("loader") as loader:
+        (record,) = loader.resolve("qwen-a")
+        loader.manifest(record)
+        loader.pulls(record)
+        ticket = loader.pull(record)
+        assert ticket is not None
+        ticket.close()
+
+
+def _as_watcher(secured: Secured) -> None:
+    with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a"), secured.connect("watcher") as watcher:
+        watcher.instances()
+        watcher.manifest(watcher.ranks("qwen-a")[0])
+
+
+def _as_operator(secured: Secured) -> None:
+    with secured.connect("rank-qwen-a") as registry, secured.connect("operator") as operator:
+        registration, states = hold(registry, instance="qwen-a")
+        with registration:
+            assert operator.evict(operator.ranks("qwen-a")[0])
+            states.wait_for(RegistrationState.LOST)
+
+
+_JOBS: dict[str, Callable[[Secured], None]] = {
+    "rank-qwen-a": _as_rank,
+    "loader": _as_loader,
+    "watcher": _as_watcher,
+    "operator": _as_operator,
+}
+
+
+@pytest.mark.parametrize(("role", "permission", "prefix"), [some for some in PERMISSIONS if some[0] in _JOBS])
+def test_every_permission_of_the_page_is_needed(secured: Secured, role: str, permission: str, prefix: str) -> None:
+    """And no less of it: not even of reading and writing one alone. (What eviction writes it reads only if an answer was lost.)"""
+    _JOBS[role](secured)
+    lesser = ["read", "write"] if permission == "readwrite" and "/evicted/" not in prefix else [None]
+    try:
+        for less in lesser:
+            secured.etcdctl(f"role revoke-permission {role} --prefix=true {prefix}")
+            if less:
+                secured.etcdctl(f"role grant-permission {role} {less} --prefix=true {prefix}")
+            with pytest.raises(EtcdRefused, match=DENIED):
+                _JOBS[role](secured)
+    finally:
+        secured.etcdctl(f"role grant-permission {role} {permission} --prefix=true {prefix}")
+
+
+def test_a_certificate_of_a_users_name_is_as_good_as_its_password(secured: Secured, processes: Processes, weights: Path) -> None:
+    secured.etcdctl("user grant-role rank-qwen-b rank-qwen-a")
+    files: dict[str, Any] = secured.authority.client("rank-qwen-b")
+    with Registry.connect(secured.url, namespace=NAMESPACE, **files) as registry:
+        with register(registry, "qwen-a") as registration:
+            registration.update(version=1)
+            assert [record.version for record in registry.ranks("qwen-a")] == [1]
+        with pytest.raises(EtcdRefused, match=DENIED):
+            registry.instances()
+    args = ("--etcd", secured.url, "--namespace", NAMESPACE, *options(files))
+    assert_one_line(processes.run("register", *serving(weights, "other"), *args), Exit.ETCD, DENIED)
+
+
+def test_a_certificate_of_no_users_name_and_a_wrong_password_are_refused(secured: Secured, processes: Processes) -> None:
+    args = ("--etcd", secured.url, "--namespace", NAMESPACE, *options(secured.client))
+    assert_one_line(processes.run("list", *args), Exit.ETCD, DENIED, "check --user")
+    wrong = processes.run("list", *args, "--user", "watcher", ENGINES_ETCD_PASSWORD="guess-4711")
+    assert_one_line(wrong, Exit.ETCD, "refuses the credentials", "check --user and the password")
+    assert "guess-4711" not in wrong.stderr
+
+
+# -- passwords -------------------------------------------------------------------------------------------------------------------
+
+
+def seen_of(pid: int) -> str:
+    """What others may see of a process: its command line and what it was started with."""
+    return "".join((Path("/proc") / str(pid) / name).read_text(errors="replace") for name in ("cmdline", "environ"))
+
+
+@contextmanager
+def in_environment(name: str, value: str) -> Iterator[None]:
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_a_keeper_has_the_password_neither_on_its_command_line_nor_in_its_environment(
+    secured: Secured, engines: Engines, weights: Path
+) -> None:
+    secret = secured.password("rank-qwen-a")
+    with in_environment("MY_OWN_VARIABLE", secret), secured.connect("rank-qwen-a") as registry:
+        with register(registry, "qwen-a") as registration:
+            assert "engine-registry-keeper" in seen_of(registration.keeper_pid)
+            assert secret not in seen_of(registration.keeper_pid)
+            assert "PATH=" in seen_of(registration.keeper_pid)
+            assert secret not in repr(registry) + repr(registration.record) + repr(vars(registry)) + str(registry._config)
+    server = engines.serve(weights)
+    (keeper,) = [child for child in children_of(server.pid) if "engine-registry-keeper" in seen_of(child)]
+    assert secret not in seen_of(keeper)
+    assert "ENGINES_ETCD=" in seen_of(keeper)
+    assert "ENGINES_ETCD_PASSWORD" not in seen_of(keeper)
+    assert secret not in (Path("/proc") / str(server.pid) / "cmdline").read_text()
+    assert secret not in end(server)
+
+
+def test_a_hook_does_not_inherit_the_password_and_can_be_told_it_anew(secured: Secured, engines: Engines, tmp_path: Path) -> None:
+    script = f"tr '\\0' '\\n' </proc/self/environ >{tmp_path}/environ.new; mv {tmp_path}/environ.new {tmp_path}/environ"
+    watch = engines.start("watcher", "watch", "--exec", script)
+    with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a"):
+        line_of(watch)
+        wait_until((tmp_path / "environ").exists)
+    end(watch)
+    environ = (tmp_path / "environ").read_text()
+    assert "ENGINES_EVENT=" in environ
+    assert "ENGINES_ETCD=" in environ
+    assert "PASSWORD" not in environ
+    assert secured.password("watcher") not in environ
+
+
+@pytest.mark.parametrize("args", [("--debug",), ("--help",), ("--json",), ("--json", "--debug")])
+@pytest.mark.parametrize("user", ["watcher", "rank-qwen-a", "nobody"])
+def test_a_password_is_in_no_output_whatever_goes_wrong(
+    secured: Secured, processes: Processes, user: str, args: tuple[str, ...]
+) -> None:
+    secret = "hunter2-4711" if user == "nobody" else secured.password(user)
+    result = processes.run(
+        "list", *secured.options(user), *args, ENGINES_ETCD=secured.url, ENGINES_ETCD_PASSWORD=secret, GRPC_VERBOSITY="DEBUG"
+    )
+    assert result.returncode == (Exit.DONE if user == "watcher" or "--help" in args else Exit.ETCD)
+    assert secret not in result.stdout + result.stderr
+    assert ("Traceback" in result.stderr) == (result.returncode == Exit.ETCD and "--debug" in args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--user", "root:hunter2"),
+        ("--etcd", "https://root:hunter2@h:1"),
+        ("--etcd", "root:hunter2,@h:1"),
+        ("--debug", "--user", "r:hunter2"),
+    ],
+)
+def test_a_password_in_an_argument_is_refused_and_not_repeated(processes: Processes, args: tuple[str, ...]) -> None:
+    for environment in ({"ENGINES_ETCD_PASSWORD": "p"}, {}):
+        result = processes.run("list", *args, **environment)
+        assert result.returncode == Exit.USAGE
+        assert "the password into ENGINES_ETCD_PASSWORD" in result.stderr.strip().splitlines()[-1]
+        assert "hunter2" not in result.stdout + result.stderr
