@@ -112,7 +112,8 @@ def _collect_wheels(folder: Path, version: str, env: dict[str, str]) -> None:
 
 
 def _is_wanted(requirement: Requirement) -> bool:
-    return requirement.marker is None or requirement.marker.evaluate({"extra": "cpu"})
+    extras = ("cpu", "gateway", "metrics")  # those of the Dockerfile
+    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
 
 
 def _extras(requirement: Requirement) -> str:
