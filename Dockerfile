@@ -1,4 +1,4 @@
-# One image for every role: the command `engines`, with the CPU builds of torch and of the transfer engine.
+# One image for every role: the command `engines` with all its extras, and the CPU builds of torch and of the transfer engine.
 #
 #   docker build -t engine-registry .
 #   docker run --rm engine-registry list --etcd HOST:PORT
@@ -17,7 +17,11 @@ ARG PIP_TRUSTED_HOST
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_PROGRESS_BAR=off
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
-RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['cpu'], sep='\n')" > requirements.txt \
+RUN python -c "import tomllib; \
+project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+extras = project['optional-dependencies']; \
+chosen = [each for name in ('cpu', 'gateway', 'metrics') for each in extras.get(name, [])]; \
+print(*project['dependencies'], *chosen, sep='\n')" > requirements.txt \
     && pip install "$(grep -m1 '^pip==' constraints.txt)" \
     && python -m venv --without-pip /opt/engines \
     && pip --python /opt/engines/bin/python install --constraint constraints.txt --build-constraint constraints.txt --requirement requirements.txt

@@ -6,10 +6,10 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format lock clean
+.PHONY: help setup demo test test-compose bench lint format lock clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
 
 setup: ## make .venv ready (all other targets do it by themselves)
 	@scripts/setup.sh
@@ -19,6 +19,10 @@ demo: setup ## two ranks serve a real checkpoint, two others load it, one dies
 
 test: lint ## lint, then all tests
 	$(BIN)/pytest $(ARGS)
+
+test-compose: setup ## docker-compose.yml run for real (root or a docker daemon; minutes)
+	@scripts/compose_tools.sh
+	$(BIN)/pytest tests/compose -v -o faulthandler_timeout=1800 $(ARGS)
 
 bench: setup ## figures of the control plane, the gateway and loading (minutes)
 	$(BIN)/engines bench registry $(ARGS)
