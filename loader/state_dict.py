@@ -18,7 +18,7 @@ from loader.regions import Shard, is_sharded
 from registry.text import short
 
 MAX_VALUES_NBYTES = 1 << 20
-_TAGS: dict[str, type] = {"list": list, "tuple": list, "dict": list, "bytes": str}  # and the JSON type of what is tagged
+_TAGS = {"list": "list", "tuple": "list", "dict": "list", "bytes": "str"}  # and the JSON type of what is tagged
 _MAX_BITS = 4096  # Python refuses to read numbers of very many digits
 
 
@@ -76,7 +76,7 @@ def _decode(encoded: Any) -> Any:
     ((tag, content),) = encoded.items()
     if tag not in _TAGS:
         raise ValueError(f"a value has the unknown tag {short(tag)!r}")
-    if not isinstance(content, _TAGS[tag]):
+    if type(content).__name__ != _TAGS[tag]:
         raise ValueError(f"a value with the tag {tag!r} is a {type(content).__name__}")
     if tag == "list":
         return [_decode(one) for one in content]
