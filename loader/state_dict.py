@@ -18,6 +18,7 @@ from loader.regions import Shard, is_sharded
 from registry.text import short
 
 MAX_VALUES_NBYTES = 1 << 20
+_TAGS = {"list": "list", "tuple": "list", "dict": "list", "bytes": "str"}  # and the JSON type of what is tagged
 _MAX_BITS = 4096  # Python refuses to read numbers of very many digits
 
 
@@ -73,17 +74,17 @@ def _decode(encoded: Any) -> Any:
     if isinstance(encoded, list) or len(encoded) != 1:
         raise ValueError("a value is not tagged with its type")
     ((tag, content),) = encoded.items()
-    if tag == "bytes" and isinstance(content, str):
-        return base64.b64decode(content, validate=True)
-    if not isinstance(content, list):
-        raise ValueError(f"a value has an unknown tag, or is not of the type that it is tagged with: {short(tag)!r}")
+    if tag not in _TAGS:
+        raise ValueError(f"a value has the unknown tag {short(tag)!r}")
+    if type(content).__name__ != _TAGS[tag]:
+        raise ValueError(f"a value with the tag {tag!r} is a {type(content).__name__}")
     if tag == "list":
         return [_decode(one) for one in content]
     if tag == "tuple":
         return tuple([_decode(one) for one in content])
     if tag == "dict":
         return dict(map(_decode_item, content))
-    raise ValueError(f"a value has the unknown tag {short(tag)!r}")
+    return base64.b64decode(content, validate=True)
 
 
 def _decode_item(item: Any) -> tuple[Any, Any]:
