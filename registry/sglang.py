@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -147,12 +148,22 @@ def _world_size(value: Any) -> int:
 
 def _manifest(weights: dict[str, Any]) -> Manifest:
     tensors = tuple(_entry(name, place) for name, place in weights.items())
-    # Each tensor is registered memory for sure; of what lies between them nothing is known. Tied ones are one.
-    places = sorted({(entry.addr, entry.nbytes) for entry in tensors if entry.nbytes})
-    manifest = Manifest(tensors, tuple(Region(addr, nbytes) for addr, nbytes in places))
+    manifest = Manifest(tensors, _regions(tensors))
     if manifest.nbytes >= _MAX_ADDR:
         raise InvalidField(f"the tensors take {manifest.nbytes} bytes, which no memory has", field="weights_info_dict")
     return manifest
+
+
+def _regions(tensors: Iterable[TensorEntry]) -> tuple[Region, ...]:
+    """Each tensor is registered memory for sure; of what lies between them nothing is known. Those that share memory are one."""
+    regions: list[Region] = []
+    for addr, nbytes in sorted({(entry.addr, entry.nbytes) for entry in tensors if entry.nbytes}):
+        last = regions[-1] if regions else Region(0, 0)
+        if addr < last.end:
+            regions[-1] = Region(last.addr, max(last.end, addr + nbytes) - last.addr)
+        else:
+            regions.append(Region(addr, nbytes))
+    return tuple(regions)
 
 
 def _entry(name: str, place: Any) -> TensorEntry:

@@ -49,6 +49,13 @@ def test_what_a_seed_sends_becomes_a_manifest_that_claims_no_more_than_was_said(
     assert info.manifest.regions == (Region(4096, 2000),)
 
 
+def test_tensors_that_share_memory_in_part_lie_in_one_region() -> None:
+    views = {"a": [4096, 10, 4], "b": [4116, 10, 4], "c": [4156, 1, 4], "inside": [4100, 1, 4]}
+    info = parse_registration(sent(with_info(weights_info_dict=views)))
+    assert info.manifest.regions == (Region(4096, 60), Region(4156, 4))
+    encode(info.manifest)
+
+
 @pytest.mark.parametrize(("ranks", "wanted"), [({"rank": 0, "tp_rank": 5}, 0), ({"tp_rank": 5}, 5), ({"tp_rank": 0}, 0)])
 def test_rank_wins_over_tp_rank_and_both_may_be_zero(ranks: dict[str, int], wanted: int) -> None:
     data = body(**ranks)
