@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import socket
 import stat
 import struct
@@ -33,6 +34,8 @@ _DRAIN_S = 60.0
 _PENDING, _DONE, _TIMED_OUT = 0, 1, -2
 _TIMEVAL = struct.Struct("ll")
 _LOOK_UP_US = 50_000
+_TRANSPORT = re.compile(rb"N8mooncake\d+([A-Z][A-Za-z]*)TransportE")  # a class's name, as C++ keeps it for exceptions and casts
+_NO_WAYS = {"Multi"}  # it chooses among the others
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
@@ -287,6 +290,12 @@ class _Reader:
                     "used again before this process ends"
                 )
             time.sleep(1e-3)
+
+
+def built_transports() -> tuple[str, ...]:
+    """Ways of reading that the installed Mooncake was built with, as its classes are called. EngineUnavailable if there is none."""
+    library = Path(_import_mooncake().__file__)
+    return tuple(sorted({name.decode() for name in _TRANSPORT.findall(library.read_bytes())} - _NO_WAYS))
 
 
 def _check_is_ours(host: str) -> None:

@@ -61,6 +61,8 @@ class Proxy:
 
     def _serve(self, near: socket.socket) -> None:
         self._open.wait()
+        if self._closed:
+            return
         try:
             far = socket.create_connection(self._target)
         except OSError:
