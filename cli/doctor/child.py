@@ -46,7 +46,7 @@ class Probe:
         self._listener.start()
 
     def begin(self, host: str, protocol: str) -> None:
-        self._say({"host": host, "protocol": protocol})
+        self._say({"engine": {"host": host, "protocol": protocol}})
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -66,8 +66,8 @@ class Probe:
             stdin.flush()
 
     def read_ranks(self, records: Sequence[tuple[str, bytes]]) -> None:
-        """Has it read the headers of these records, given as key and stored value."""
-        self._say([f"{key} {value.decode()}" for key, value in records])
+        """Has it read the headers of these records, given as key and stored value, once it has an engine."""
+        self._say({"ranks": [f"{key} {value.decode()}" for key, value in records]})
 
     def fact(self, name: str, limit_s: float) -> Fact:
         """The first of that name; Late or Died where there will be none."""

@@ -44,14 +44,15 @@ def examine(asked: Asked) -> list[Finding]:
         undo.callback(probe.close)
         config = _config(asked)
         step_s = asked.limit_s or _STEP_S
+        here_s = max(_HERE_S, step_s)
         etcd = EtcdChecks(config, step_s) if config is not None else None
         if etcd is not None:
             undo.callback(etcd.close)
         return run_all(
             [
-                *_python_checks(),
+                *_python_checks(here_s),
                 *(etcd.checks() if etcd is not None else [Check("etcd.endpoint", _no_client, _HERE_S, _LATE)]),
-                *_machine_checks(asked, config),
+                *_machine_checks(asked, config, here_s),
                 *_engine_checks(asked, config, probe),
                 *([_peer_check(asked, etcd, probe, step_s)] if asked.peer else []),
             ]
@@ -74,29 +75,29 @@ def _no_client() -> Iterator[Finding]:
     raise Skip("the client of etcd cannot be imported: see python.etcd3")
 
 
-def _python_checks() -> list[Check]:
+def _python_checks(here_s: float) -> list[Check]:
     return [
-        Check("python.version", python.check_version, _HERE_S, _LATE),
-        Check("python.packages", python.check_packages, _HERE_S, _LATE),
-        Check("python.etcd3", python.check_etcd3, _HERE_S, _LATE),
+        Check("python.version", python.check_version, here_s, _LATE),
+        Check("python.packages", python.check_packages, here_s, _LATE),
+        Check("python.etcd3", python.check_etcd3, here_s, _LATE),
     ]
 
 
-def _machine_checks(asked: Asked, config: EtcdConfig | None) -> list[Check]:
+def _machine_checks(asked: Asked, config: EtcdConfig | None, here_s: float) -> list[Check]:
     rdma_wanted = asked.protocol == "rdma"
     etcd_here = config is not None and all_loopback(config)
     return [
-        Check("network.hostname", network.check_hostname, _HERE_S, "the name server does not answer: see /etc/resolv.conf"),
+        Check("network.hostname", network.check_hostname, here_s, "the name server does not answer: see /etc/resolv.conf"),
         Check(
             "network.address",
             lambda: network.check_address(_host(asked, config), asked.host is not None, etcd_here),
-            _HERE_S,
+            here_s,
             _LATE,
         ),
-        Check("network.files", network.check_files, _HERE_S, _LATE),
-        Check("rdma.devices", lambda: rdma.check_devices(rdma_wanted), _HERE_S, _LATE),
-        Check("rdma.memlock", lambda: rdma.check_memlock(rdma_wanted), _HERE_S, _LATE),
-        Check("rdma.libibverbs", rdma.check_libibverbs, _HERE_S, _LATE),
+        Check("network.files", network.check_files, here_s, _LATE),
+        Check("rdma.devices", lambda: rdma.check_devices(rdma_wanted), here_s, _LATE),
+        Check("rdma.memlock", lambda: rdma.check_memlock(rdma_wanted), here_s, _LATE),
+        Check("rdma.libibverbs", rdma.check_libibverbs, here_s, _LATE),
     ]
 
 

@@ -1,8 +1,8 @@
 """The part of `engines doctor` that needs torch and the transfer engine: in a process of its own, as native code may crash or hang.
 
-Started by `cli.doctor.child`. Reads lines of JSON from its standard input: where and how to try
-the engine, then which ranks to read from. Writes what it
-sees as lines of JSON: facts, no judgements. Ends with its input, so it does not outlive its parent. A thread for each rank.
+Started by `cli.doctor.child`. Reads lines of JSON from its standard input: where and how to try the engine, and which ranks to read
+from. Writes what it sees as lines of JSON: facts, no judgements. Ends with its input, so it does not outlive its parent. A thread
+for each rank.
 """
 
 from __future__ import annotations
@@ -32,22 +32,28 @@ def main() -> NoReturn:
         with _write_lock:
             out.write(json.dumps({"fact": fact, **fields}) + "\n")
 
-    orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    # In whichever order they come: different checks send them.
+    engines: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    ranks: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 
     def listen() -> None:
         for line in sys.stdin:
-            orders.put(json.loads(line))
+            order = json.loads(line)
+            if "engine" in order:
+                engines.put(order["engine"])
+            else:
+                ranks.put(order["ranks"])
         os._exit(0)  # whoever asked is gone
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
-    _look(orders.get, tell)
+    _look(engines.get, ranks.get, tell)
     listener.join()
     os._exit(0)
 
 
-def _look(order: Callable[[], Any], tell: Callable[..., None]) -> None:
-    """`order` waits for the next line: first where and how to try the engine, then which ranks to read from."""
+def _look(task: Callable[[], dict[str, str]], ranks: Callable[[], list[str]], tell: Callable[..., None]) -> None:
+    """`task` waits to be told where and how to try the engine, `ranks` for the next to read from."""
     try:
         import torch
 
@@ -62,15 +68,15 @@ def _look(order: Callable[[], Any], tell: Callable[..., None]) -> None:
     except Exception as exc:  # noqa: BLE001  as above
         tell("mooncake", error=_said(exc))
         return
-    task = order()
-    host, protocol = task["host"], task["protocol"]
+    told = task()
+    host, protocol = told["host"], told["protocol"]
     try:
         engine = MooncakeEngine(host, protocol)
     except Exception as exc:  # noqa: BLE001  told
         tell("engine", error=_said(exc))
         return
     tell("engine", error="")
-    threading.Thread(target=_read_ranks, args=(engine, order, tell), daemon=True).start()
+    threading.Thread(target=_read_ranks, args=(engine, ranks, tell), daemon=True).start()
     tell("loopback", **_loopback(engine, host, protocol))
 
 
@@ -117,11 +123,11 @@ def _loopback(engine: Any, host: str, protocol: str) -> dict[str, Any]:
         return {"error": _said(exc)}
 
 
-def _read_ranks(engine: Any, order: Callable[[], Any], tell: Callable[..., None]) -> None:
+def _read_ranks(engine: Any, ranks: Callable[[], list[str]], tell: Callable[..., None]) -> None:
     from registry.record import decode
 
     while True:
-        for line in order():
+        for line in ranks():
             key, _, value = line.partition(" ")
             record = decode(key, value.encode())
             threading.Thread(target=_read_header, args=(engine, record, tell), daemon=True).start()

@@ -17,12 +17,15 @@ from typing import Any
 
 import pytest
 
+from cli.doctor.child import Probe
 from cli.doctor.tls import client_certificate
 from cli.exits import Exit
 from registry import Registry
 from registry.config import EtcdConfig, parse_endpoints
 from registry.etcd import Etcd
 from registry.local import LocalCluster, LocalEtcd, free_port
+from registry.record import encode
+from tests.builders import a_record
 from tests.integration.conftest import ROOT, Processes, line_of
 from tests.integration.faults import DEBIAN_ETCD, Proxy, etcdctl, fill_until_no_space
 from tests.integration.ranks import register
@@ -74,8 +77,9 @@ class Seen:
 
 @pytest.fixture
 def doctor(processes: Processes) -> Any:
-    def run(endpoints: str, *args: str, **env: str) -> Seen:
-        return Seen(processes.run("doctor", "--json", *args, ENGINES_ETCD=endpoints, **env))
+    def run(endpoints: str, *args: str, limit_s: float = 20, **env: str) -> Seen:
+        """With time enough on a busy machine, unless something is to hang."""
+        return Seen(processes.run("doctor", "--json", "--timeout", str(limit_s), *args, ENGINES_ETCD=endpoints, **env))
 
     return run
 
@@ -165,14 +169,14 @@ def test_without_an_etcd_its_endpoint_fails_and_all_else_is_looked_at(doctor: An
 def test_an_etcd_that_hangs_is_told_from_one_that_is_away(doctor: Any, own_etcd: LocalEtcd) -> None:
     with closing(Proxy(own_etcd.endpoint)) as way:
         way.cut()
-        assert_only_the_endpoint_fails(doctor(way.endpoint), "takes connections but does not answer within", "iostat")
+        assert_only_the_endpoint_fails(doctor(way.endpoint, limit_s=2), "takes connections but does not answer within", "iostat")
 
 
 def test_an_etcd_that_is_stopped_is_told_too(doctor: Any, own_etcd: LocalEtcd) -> None:
     own_etcd.pause()
     try:
         assert_only_the_endpoint_fails(
-            doctor(own_etcd.endpoint, "--timeout", "0.5"), "takes connections but does not answer within", "iostat"
+            doctor(own_etcd.endpoint, limit_s=2), "takes connections but does not answer within", "iostat"
         )
     finally:
         own_etcd.resume()
@@ -205,7 +209,7 @@ def test_an_etcd_that_hangs_half_way_is_told(doctor: Any, own_etcd: LocalEtcd) -
             return False
 
     with closing(Stops(own_etcd.endpoint)) as way:
-        seen = doctor(way.endpoint)
+        seen = doctor(way.endpoint, limit_s=2)
     assert seen.failed
     assert seen.failed <= {"etcd.quorum", "etcd.lease", "etcd.alarms", "etcd.namespace"}, seen.checks
     assert seen.status("etcd.endpoint") == "ok"
@@ -230,7 +234,7 @@ def test_one_of_three_members_away_warns_and_two_fail(doctor: Any) -> None:
         assert seen.status("etcd.lease") == "ok"
 
         cluster.members[1].kill()
-        lost = doctor(cluster.endpoints)
+        lost = doctor(cluster.endpoints, limit_s=2)
         assert lost.failed == {"etcd.quorum"}, lost.checks
         assert "1 of 3 members answer, not m1, m2; there is no quorum" in lost["etcd.quorum"]["what"]
 
@@ -389,7 +393,7 @@ def test_a_rank_that_is_stopped_is_told_with_its_process(
 ) -> None:
     with served(processes) as rank:
         rank.send_signal(signal.SIGSTOP)
-        seen = doctor(shared_etcd.endpoint, "--namespace", namespace, "--peer", "a")
+        seen = doctor(shared_etcd.endpoint, "--namespace", namespace, "--peer", "a", limit_s=2)
         rank.send_signal(signal.SIGCONT)
     assert seen.failed == {"peer.rank"}, seen.checks
     assert "takes connections, but its memory is not read within 2.0 s" in seen["peer.rank"]["what"]
@@ -424,6 +428,14 @@ def test_a_rank_of_another_protocol_is_not_read(
         seen = doctor(shared_etcd.endpoint, "--namespace", namespace, "--peer", "b")
     assert not seen.failed
     assert "serves over rdma, not tcp" in seen["peer.rank"]["what"]
+
+
+def test_ranks_may_be_named_before_the_engine_that_is_to_read_them() -> None:
+    with closing(Probe(debug=False)) as probe:
+        probe.read_ranks([("/engines/a/0", encode(a_record(instance="a", session_id=f"127.0.0.1:{free_port()}")))])
+        probe.begin("127.0.0.1", "tcp")
+        assert probe.fact("loopback", 60)["equal"]
+        assert "cannot read from" in probe.fact("rank", 60)["error"]
 
 
 # -- installations ---------------------------------------------------------------------------------------------------------------
@@ -476,7 +488,7 @@ def ran(processes: Processes, *command: str) -> Seen:
 def test_without_torch_and_transfer_engine_it_works_and_says_what_to_install(
     processes: Processes, plain: Path, shared_etcd: LocalEtcd
 ) -> None:
-    command = (*in_path(plain), "doctor", "--json")
+    command = (*in_path(plain), "doctor", "--json", "--timeout", "20")
     seen = ran(processes, *command)
     assert not seen.failed, seen.checks
     assert (seen.status("engine.wheel"), seen.status("engine.torch"), seen.status("engine.import")) == ("warn", "warn", "skipped")
@@ -488,14 +500,14 @@ def test_without_torch_and_transfer_engine_it_works_and_says_what_to_install(
 
 def test_a_rank_is_at_least_dialled_where_there_is_no_transfer_engine(processes: Processes, plain: Path, namespace: str) -> None:
     with served(processes):
-        seen = ran(processes, *in_path(plain), "doctor", "--json", "--peer", "a", "--namespace", namespace)
+        seen = ran(processes, *in_path(plain), "doctor", "--json", "--timeout", "20", "--peer", "a", "--namespace", namespace)
     assert seen.status("peer.rank") == "skipped"
     assert "listens" in seen["peer.rank"]["what"]
     assert "its header was not read: No module named 'torch'" in seen["peer.rank"]["what"]
 
 
 def test_a_client_of_etcd_that_cannot_be_imported_is_a_finding_and_the_rest_is_looked_at(processes: Processes, plain: Path) -> None:
-    seen = ran(processes, *in_path(plain, "sys.modules['etcd3'] = None; "), "doctor", "--json")
+    seen = ran(processes, *in_path(plain, "sys.modules['etcd3'] = None; "), "doctor", "--json", "--timeout", "20")
     assert seen.failed == {"python.etcd3"}, seen.checks
     assert "etcd3 is not installed" in seen["python.etcd3"]["what"]
     assert seen["etcd.endpoint"]["what"] == "the client of etcd cannot be imported: see python.etcd3"

@@ -251,7 +251,7 @@ def test_a_fact_is_heard_from_the_probe(running: list[Probe], monkeypatch: pytes
     code = "print(json.dumps({'fact': 'said', 'line': json.loads(sys.stdin.readline())}), flush=True); sys.stdin.read()"
     probe = probe_that_runs(f"import json; {code}", running, monkeypatch)
     probe.begin("h", "tcp")
-    assert probe.fact("said", 20) == {"fact": "said", "line": {"host": "h", "protocol": "tcp"}}
+    assert probe.fact("said", 20) == {"fact": "said", "line": {"engine": {"host": "h", "protocol": "tcp"}}}
     with pytest.raises(Late):
         probe.fact("never", HANG_S)
     assert probe.facts("never", bool, HANG_S) == []
