@@ -28,6 +28,7 @@ COMMANDS = {
     "watch": "Ranks and instances as they come and go.",
     "load": "Copy weights from a running instance: one rank's, or all as whole tensors.",
     "evict": "Take ranks out of the registry.",
+    "doctor": "What keeps etcd, this machine or the ranks of an instance from working, and how to mend it.",
     "gateway": "Speak SGLang's HTTP interface, for its seeds and clients.",
     "etcd": "Run an etcd for trying things out.",
     "bench": "Measure this machine: loading, and the control plane.",

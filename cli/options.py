@@ -15,6 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from registry import Registry
+    from registry.config import EtcdConfig
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PASSWORD_VARIABLE = "ENGINES_ETCD_PASSWORD"  # noqa: S105  the variable's name, not a password
@@ -74,10 +75,20 @@ def etcd_options(command: Command) -> Command:
     """Adds the options that say how to reach etcd; the command gets `connect`, which makes a Registry of them."""
 
     @functools.wraps(command)
+    def wrapped(etcd: dict[str, Any], **kwargs: Any) -> Any:
+        return command(connect=functools.partial(_connect, etcd), **kwargs)
+
+    return etcd_settings(wrapped)  # type: ignore[return-value]
+
+
+def etcd_settings(command: Command) -> Command:
+    """The same options; the command gets them as `etcd`, for `config_of`."""
+
+    @functools.wraps(command)
     def wrapped(**kwargs: Any) -> Any:
         etcd = {name: kwargs.pop(name) for name in ("etcd", "namespace", "cacert", "cert", "key", "user", "timeout")}
         etcd["password"] = os.environ.pop(PASSWORD_VARIABLE, None)  # no process that we start inherits it
-        return command(connect=functools.partial(_connect, etcd), **kwargs)
+        return command(etcd=etcd, **kwargs)
 
     options = [
         click.option(
@@ -102,16 +113,26 @@ def etcd_options(command: Command) -> Command:
 def _connect(etcd: dict[str, Any]) -> Registry:
     from registry import Registry
 
-    return Registry.connect(
-        etcd["etcd"],
-        namespace=etcd["namespace"],
-        timeout_s=etcd["timeout"],
-        cacert=etcd["cacert"],
-        cert=etcd["cert"],
-        key=etcd["key"],
-        user=etcd["user"],
-        password=_password(etcd["user"], etcd["password"]),
-    )
+    return Registry.connect(etcd["etcd"], **_access(etcd))
+
+
+def config_of(etcd: dict[str, Any]) -> EtcdConfig:
+    """Asks for the password where one is needed. InvalidField where an option is not valid."""
+    from registry.config import EtcdConfig, parse_endpoints
+
+    return EtcdConfig(parse_endpoints(etcd["etcd"]), **_access(etcd))
+
+
+def _access(etcd: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "namespace": etcd["namespace"],
+        "timeout_s": etcd["timeout"],
+        "cacert": etcd["cacert"],
+        "cert": etcd["cert"],
+        "key": etcd["key"],
+        "user": etcd["user"],
+        "password": _password(etcd["user"], etcd["password"]),
+    }
 
 
 def _password(user: str | None, given: str | None) -> str | None:

@@ -1,15 +1,13 @@
-"""What the commands print: JSON objects that stay stable, tables for people, sizes with units."""
+"""What the commands print of instances, ranks, tensors and events: rows of tables, and JSON objects that stay stable."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-import click
-from rich.console import Console
-from rich.table import Table
-
+from cli.tables import print_json as print_json
+from cli.tables import print_table as print_table
+from cli.tables import size as size
 from cli.text import printable
 from registry import (
     Event,
@@ -26,29 +24,6 @@ from registry import (
     TensorEntry,
 )
 from registry.resolver import spans
-
-_WIDE = 100_000
-
-
-def print_json(data: Any) -> None:
-    """In ASCII: it means the same in every encoding, and holds nothing that a terminal would act on."""
-    click.echo(json.dumps(data, separators=(",", ":")))
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """As wide as it is: a terminal wraps it, a pipe gets one row a line, and nothing is ever cut."""
-    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*map(printable, row))
-    Console(width=_WIDE, markup=False, emoji=False, highlight=False).print(table, soft_wrap=True)
-
-
-def size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
 
 
 def instance_json(status: InstanceStatus) -> dict[str, Any]:

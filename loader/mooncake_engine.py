@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import socket
 import stat
 import struct
@@ -35,6 +36,8 @@ _DRAIN_S = 60.0
 _PENDING, _DONE, _TIMED_OUT = 0, 1, -2
 _TIMEVAL = struct.Struct("ll")
 _LOOK_UP_US = 50_000
+_TRANSPORT = re.compile(rb"N8mooncake\d+([A-Z][A-Za-z]*)TransportE")  # a class's name, as C++ keeps it for exceptions and casts
+_NO_WAYS = {"Multi"}  # it chooses among the others
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 _OWN_READERS = ("tcp", "nvlink_intra")  # over RDMA an engine is dear, and a read ends whatever its peer's process does
 
@@ -301,6 +304,12 @@ class _Reader:
 def _this_host() -> str:
     """Also where containers of one machine have names of their own, or machines the same."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def built_transports() -> tuple[str, ...]:
+    """Ways of reading that the installed Mooncake was built with, as its classes are called. EngineUnavailable if there is none."""
+    library = Path(_import_mooncake().__file__)
+    return tuple(sorted({name.decode() for name in _TRANSPORT.findall(library.read_bytes())} - _NO_WAYS))
 
 
 def _check_is_ours(host: str) -> None:

@@ -61,12 +61,13 @@ def _from_status(where: str, code: Any, text: str) -> EtcdError:
         return of_size
     if code is status.PERMISSION_DENIED:
         return EtcdRefused(
-            f"{where} denies permission: {text}: grant the user's role the keys that this needs, or check --user (docs/security.md)"
+            f"{where} denies permission: {text}: grant the user's role the keys it needs (docs/security.md), or check --user",
+            reason="denied",
         )
     if code is status.INVALID_ARGUMENT and ("authentication failed" in text or "user name" in text):
-        return EtcdRefused(f"{where} refuses the credentials: {text}: check --user and the password")
+        return EtcdRefused(f"{where} refuses the credentials: {text}: check --user and the password", reason="credentials")
     if code is status.FAILED_PRECONDITION and _TURNED_OFF in text:
-        return EtcdRefused(f"{where} has authentication turned off: leave out --user")
+        return EtcdRefused(f"{where} has authentication turned off: leave out --user", reason="auth_off")
     if code is status.UNAUTHENTICATED or _TOKEN_OLD in text:
         return EtcdUnavailable(f"{where} does not accept the authentication token any more: {text}")
     if code is status.UNIMPLEMENTED or "http" in text.lower():

@@ -28,6 +28,7 @@ from registry._etcd_errors import from_cancelled_watch, is_turned_off, translate
 from registry.config import EtcdConfig
 from registry.errors import AnswerTooLarge, EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 from registry.kv import Batch, Change, Delete, Deletion, Guard, KeyValue, Put, Snapshot
+from registry.maintenance import Alarm, Member, MemberStatus, Permission, User, numbers_in
 
 T = TypeVar("T")
 pb = etcd3.etcdrpc
@@ -258,6 +259,47 @@ class Etcd:
         request = pb.CompactionRequest(revision=revision, physical=True)
         self._unary("KV", "Compact", request)
 
+    # -- what an operator asks -----------------------------------------------------------------------------------------------
+
+    def member(self) -> MemberStatus:
+        """The member that answers first, as it sees itself. One look at every endpoint, as with `status`."""
+        attempts = tenacity.stop_after_attempt(len(self.config.endpoints) + 1)
+        response = self._unary("Maintenance", "Status", pb.StatusRequest(), attempts)
+        told = numbers_in(response.SerializeToString())  # etcd3's classes are older than some of the fields
+        return MemberStatus(
+            version=str(response.version),
+            member_id=int(response.header.member_id),
+            leader_id=int(response.leader),
+            raft_index=int(response.raftIndex),
+            db_nbytes=int(response.dbSize),
+            used_nbytes=told.get(_STATUS_USED),
+            quota_nbytes=told.get(_STATUS_QUOTA),
+            learner=bool(told.get(_STATUS_LEARNER)),
+        )
+
+    def members(self) -> tuple[Member, ...]:
+        """All members of the cluster, also those that are away."""
+        response = self._unary("Cluster", "MemberList", pb.MemberListRequest())
+        return tuple(Member(int(each.ID), str(each.name), tuple(map(str, each.clientURLs))) for each in response.members)
+
+    def alarms(self) -> tuple[Alarm, ...]:
+        response = self._unary("Maintenance", "Alarm", pb.AlarmRequest(action=pb.AlarmRequest.GET))
+        return tuple(Alarm(int(each.memberID), _ALARMS.get(each.alarm, f"number {each.alarm}")) for each in response.alarms)
+
+    def user(self, name: str) -> User:
+        """What that user may do. Every user may ask it of himself, root of all."""
+        roles = tuple(map(str, self._unary("Auth", "UserGet", pb.AuthUserGetRequest(name=name)).roles))
+        bounded = [role for role in roles if role != "root"]  # which may do all, and need not exist
+        granted = [p for role in bounded for p in self._unary("Auth", "RoleGet", pb.AuthRoleGetRequest(role=role)).perm]
+        return User(
+            name, roles, tuple(Permission(p.key, p.range_end, p.permType in _READS, p.permType in _WRITES) for p in granted)
+        )
+
+    def first_keys(self, limit: int) -> tuple[str, ...]:
+        """The first keys of the whole store, whatever namespace they are in."""
+        response = self._range(pb.RangeRequest(key=b"\0", range_end=b"\0", limit=limit, keys_only=True))
+        return tuple(kv.key.decode(errors="replace") for kv in response.kvs)
+
     def local_address(self) -> str:
         """Which of our addresses the way to etcd begins at. Nothing is sent: a datagram socket only looks up the route."""
         endpoint = self.config.endpoints[self._next_endpoint % len(self.config.endpoints)]
@@ -398,6 +440,9 @@ def _share(share_s: float, deadline: float) -> float:
 
 
 _CA_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem")
+_STATUS_USED, _STATUS_LEARNER, _STATUS_QUOTA = 9, 10, 12  # fields of etcd's StatusResponse
+_ALARMS = {1: "NOSPACE", 2: "CORRUPT"}
+_READS, _WRITES = (0, 2), (1, 2)  # authpb.Permission.Type: READ, WRITE, READWRITE
 _TARGETS = {"create_revision": pb.Compare.CREATE, "mod_revision": pb.Compare.MOD}
 
 

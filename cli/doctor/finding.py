@@ -1,0 +1,63 @@
+"""What a check has found. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+# Our errors say at their end what to do, after a colon.
+_ADVICE = re.compile(
+    r"(?P<what>.+): (?P<mend>(?:check|compact|give|grant|leave out|pip|apt-get|put|see|say|use|register) .+|upgrade.*)", re.DOTALL
+)
+
+
+class Status(str, Enum):
+    """What whoever reads the finding should do."""
+
+    OK = "ok"  # nothing
+    WARN = "warn"  # it works; look at it in daylight
+    FAIL = "fail"  # mend it: something does not work, or is about to stop
+    SKIPPED = "skipped"  # nothing was looked at; `what` says why
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`check` is stable, `what` says what was seen, `mend` what to do about it."""
+
+    check: str
+    status: Status
+    what: str
+    mend: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        return {"check": self.check, "status": self.status.value, "what": self.what, "mend": self.mend}
+
+
+def ok(check: str, what: str) -> Finding:
+    return Finding(check, Status.OK, what)
+
+
+def warn(check: str, what: str, mend: str) -> Finding:
+    return Finding(check, Status.WARN, what, mend)
+
+
+def fail(check: str, what: str, mend: str) -> Finding:
+    return Finding(check, Status.FAIL, what, mend)
+
+
+def skipped(check: str, what: str) -> Finding:
+    return Finding(check, Status.SKIPPED, what)
+
+
+def told(exc: BaseException) -> tuple[str, str]:
+    """What happened and what to do, of an error of ours."""
+    text = " ".join(str(exc).split()) or type(exc).__name__
+    found = _ADVICE.fullmatch(text)
+    return (found["what"], found["mend"]) if found else (text, "")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 0.01:
+        return f"{1000 * seconds:.1f} ms"
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
