@@ -64,9 +64,9 @@ class Project:
         """Without BuildKit the stages of a build stay as images without a name. A build that is all cache names them."""
         if self._docker.own:
             return  # its images go with it
-        plain = {**self._env, "DOCKER_BUILDKIT": "0"}
         for stage in ("wheel", "dependencies"):
-            run(["docker", "build", "--quiet", "--target", stage, "--tag", f"{self.name}:{stage}", "."], plain, _BUILD_S)
+            both = ["-f", "docker-compose.yml", "-f", "tests/compose/stages.yml"]
+            run([*self._command, *both, "build", "weights"], {**self._env, "ENGINES_STAGE": stage}, _BUILD_S)
 
     def _images(self) -> list[str]:
         return self._docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}", self.name).split()
