@@ -278,9 +278,10 @@ class Etcd:
         )
 
     def members(self) -> tuple[Member, ...]:
-        """All members of the cluster, also those that are away."""
+        """All members of the cluster, by name, also those that are away."""
         response = self._unary("Cluster", "MemberList", pb.MemberListRequest())
-        return tuple(Member(int(each.ID), str(each.name), tuple(map(str, each.clientURLs))) for each in response.members)
+        some = [Member(int(each.ID), str(each.name), tuple(map(str, each.clientURLs))) for each in response.members]
+        return tuple(sorted(some, key=lambda member: member.name))
 
     def alarms(self) -> tuple[Alarm, ...]:
         response = self._unary("Maintenance", "Alarm", pb.AlarmRequest(action=pb.AlarmRequest.GET))
