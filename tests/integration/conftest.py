@@ -10,12 +10,15 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from loader import Engine, InProcessEngine, MooncakeEngine
 from registry import Event, Registry, Watch
-from registry.local import LocalEtcd
+from registry.local import LocalEtcd, find_binary
+from tests.integration.faults import DEBIAN_ETCD
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,6 +63,29 @@ def namespace() -> str:
 def registry(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Registry]:
     with Registry.connect(shared_etcd.endpoint, namespace=namespace) as registry:
         yield registry
+
+
+@pytest.fixture(params=["embedded", "debian"])
+def binary(request: pytest.FixtureRequest) -> str:
+    """Of etcd, in each version that there is to test on."""
+    if request.param == "embedded":
+        return find_binary()
+    if not DEBIAN_ETCD.exists():
+        pytest.skip(f"no etcd at {DEBIAN_ETCD}: the set-up could not unpack Debian's etcd-server")
+    return str(DEBIAN_ETCD)
+
+
+@pytest.fixture(params=["in process", "mooncake"])
+def new_engine(request: pytest.FixtureRequest) -> Iterator[Callable[[], Engine]]:
+    """Makes engines that are closed in the end."""
+    with ExitStack() as stack:
+
+        def make() -> Engine:
+            if request.param == "in process":
+                return stack.enter_context(InProcessEngine())
+            return stack.enter_context(MooncakeEngine("127.0.0.1", protocol="tcp"))
+
+        yield make
 
 
 class Processes:

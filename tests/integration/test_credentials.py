@@ -16,18 +16,8 @@ from registry.errors import EtcdRefused
 from registry.etcd import pb
 from registry.local import LocalEtcd, find_binary
 from tests.integration.conftest import events_until
-from tests.integration.faults import DEBIAN_ETCD
 from tests.integration.test_faults import hold
 from tests.waiting import wait_until
-
-
-@pytest.fixture(params=["embedded", "debian"])
-def binary(request: pytest.FixtureRequest) -> str:
-    if request.param == "embedded":
-        return find_binary()
-    if not DEBIAN_ETCD.exists():
-        pytest.skip(f"no etcd at {DEBIAN_ETCD}: the set-up could not unpack Debian's etcd-server")
-    return str(DEBIAN_ETCD)
 
 
 @pytest.fixture

@@ -36,21 +36,12 @@ from registry.errors import EtcdFull, EtcdUnavailable, KeeperFailed, RankConflic
 from registry.etcd import Etcd
 from registry.frames import ANSWER_S
 from registry.kv import Put
-from registry.local import LocalCluster, LocalEtcd, find_binary
+from registry.local import LocalCluster, LocalEtcd
 from tests.integration.conftest import Processes, events_until, line_of
-from tests.integration.faults import DEBIAN_ETCD, DivisibleCluster, Proxy, etcdctl, fill_until_no_space
+from tests.integration.faults import DivisibleCluster, Proxy, etcdctl, fill_until_no_space
 from tests.integration.ranks import MANIFEST, register
 
 TTL_S = 2.0
-
-
-@pytest.fixture(params=["embedded", "debian"])
-def binary(request: pytest.FixtureRequest) -> str:
-    if request.param == "embedded":
-        return find_binary()
-    if not DEBIAN_ETCD.exists():
-        pytest.skip(f"no etcd at {DEBIAN_ETCD}: the set-up could not unpack Debian's etcd-server")
-    return str(DEBIAN_ETCD)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from loader import Engine, InProcessEngine, LoadReport, MooncakeEngine, Progress, Publication, Shard, load, publish
+from loader import Engine, InProcessEngine, LoadReport, Progress, Publication, Shard, load, publish
 from loader.errors import DigestMismatch, SourceUnreachable, TornRead, WeightsMismatch
 from loader.files import WholeFiles, read_weights
 from loader.full import load_full
@@ -39,18 +39,6 @@ def shards_of(tensors: Tensors, rank: int) -> tuple[Tensors, dict[str, Shard]]:
     offsets = {"column": (rows.start, 0), "row": (0, columns.start)}
     boxes = {name: Shard(tuple(one.shape), offsets.get(name, (0,) * one.ndim)) for name, one in tensors.items()}
     return parts, boxes
-
-
-@pytest.fixture(params=["in process", "mooncake"])
-def new_engine(request: pytest.FixtureRequest) -> Iterator[Callable[[], Engine]]:
-    with ExitStack() as stack:
-
-        def make() -> Engine:
-            if request.param == "in process":
-                return stack.enter_context(InProcessEngine())
-            return stack.enter_context(MooncakeEngine("127.0.0.1", protocol="tcp"))
-
-        yield make
 
 
 class Instance:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -58,18 +58,6 @@ def assert_equal(found: Tensors, wanted: Tensors) -> None:
 
 def assert_untouched(tensors: Tensors) -> None:
     assert all(not tensor.reshape(-1).view(torch.uint8).any() for tensor in tensors.values())
-
-
-@pytest.fixture(params=["in process", "mooncake"])
-def new_engine(request: pytest.FixtureRequest) -> Iterator[Callable[[], Engine]]:
-    with ExitStack() as stack:
-
-        def make() -> Engine:
-            if request.param == "in process":
-                return stack.enter_context(InProcessEngine())
-            return stack.enter_context(MooncakeEngine("127.0.0.1", protocol="tcp"))
-
-        yield make
 
 
 def offer(registry: Registry, engine: Engine, tensors: Tensors, **fields: object) -> Publication:
