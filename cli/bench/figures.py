@@ -32,11 +32,22 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
+def call(module: str, function: str, *args: str) -> list[str]:
+    """The command that runs `module.function(*args)`."""
+    return python(f"from {module} import {function} as run; run(*sys.argv[1:])", *args)
+
+
 @contextmanager
-def another_process(module: str, function: str, *args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """One that runs `module.function(*args)` until the block ends (it sees the end of its standard input), and its first line."""
+def another_process(
+    module: str, function: str, *args: str, within: Callable[..., list[str]] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """One that runs `module.function(*args)` until the block ends (it sees the end of its standard input), and its first line.
+
+    `within`: the `command` of a Host, to run it there.
+    """
+    command = call(module, function, *args)
     process = subprocess.Popen(
-        python(f"from {module} import {function} as run; run(*sys.argv[1:])", *args),
+        within(*command) if within is not None else command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

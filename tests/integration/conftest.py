@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.bench.hosts import Host
 from loader import Engine, InProcessEngine, MooncakeEngine
 from registry import Event, Registry, Watch
 from registry.local import LocalEtcd, find_binary
@@ -91,13 +92,21 @@ def new_engine(request: pytest.FixtureRequest) -> Iterator[Callable[[], Engine]]
 class Processes:
     """Starts programs of ours; whatever still runs at the end of the test is killed."""
 
-    def __init__(self, env: dict[str, str]) -> None:
+    def __init__(self, env: dict[str, str], host: Host | None = None) -> None:
         self._env = env
+        self._host = host
         self._started: list[subprocess.Popen[str]] = []
 
+    def on(self, host: Host) -> Processes:
+        """The same, for programs that run there."""
+        there = Processes(self._env, host)
+        there._started = self._started
+        return there
+
     def start(self, *args: str, cwd: Path = ROOT, **env: str) -> subprocess.Popen[str]:
+        command = [sys.executable, *args]
         process = subprocess.Popen(
-            [sys.executable, *args],
+            command if self._host is None else self._host.command(*command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

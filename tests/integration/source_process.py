@@ -1,4 +1,4 @@
-"""A rank whose weights can be told: `python -m tests.integration.source_process INSTANCE NBYTES [HOST]`.
+"""A rank whose weights can be told: `python -m tests.integration.source_process INSTANCE NBYTES [HOST [TTL_S]]`.
 
 Every source holds the same in the same version, see `content`. Each line on standard input makes it go on to the next version; it
 prints `version N` when it serves one. Ends with its input, or killed.
@@ -33,13 +33,15 @@ def empty(nbytes: int) -> dict[str, torch.Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in content(0, nbytes).items()}
 
 
-def main(instance: str, nbytes: str, host: str = "127.0.0.1") -> None:
+def main(instance: str, nbytes: str, host: str = "127.0.0.1", ttl_s: str = "2") -> None:
     tensors = content(0, int(nbytes))
     with (
         engine_log(),  # what the tests show of a process that failed is what it has to say
         Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]) as registry,
         MooncakeEngine(host) as engine,
-        publish(registry, engine, instance=instance, rank=0, world_size=1, tensors=tensors, model=MODEL, ttl_s=2) as publication,
+        publish(
+            registry, engine, instance=instance, rank=0, world_size=1, tensors=tensors, model=MODEL, ttl_s=float(ttl_s)
+        ) as publication,
     ):
         print("version 0", flush=True)
         for _ in sys.stdin:
