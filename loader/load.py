@@ -27,7 +27,7 @@ from loader.sources import Found, find_sources
 from loader.staging import Staging
 from loader.transfer import OnProgress, Pace, Progress, Share, Transfer, pace_for
 from loader.verify import HeaderCell
-from registry import Manifest, Registry
+from registry import Manifest, RankRecord, Registry
 from registry.backoff import Backoff
 from registry.errors import InvalidField, RegistryError
 from registry.logs import fields
@@ -164,6 +164,7 @@ class _Load:
     pace: Pace
     on_progress: OnProgress
     cancel: threading.Event
+    reader: RankRecord | None = None  # the rank that is filled, if it is registered
     avoid: set[str] = field(default_factory=set)  # incarnations that were lost
     given_up: list[str] = field(default_factory=list)  # why sources were, since the load last went on without some
 
@@ -254,7 +255,7 @@ class _Load:
                 reads,
                 [one.source() for one in candidates],
                 self.pace,
-                self.on_progress,
+                lambda progress: self._tell(progress, candidates),
                 self.cancel,
                 self._stage(spans, undo),
             )
@@ -286,11 +287,18 @@ class _Load:
             shares=tuple(transfer.shares),
         )
 
+    def _tell(self, progress: Progress, candidates: Sequence[Candidate]) -> None:
+        for candidate in candidates:
+            candidate.tell(progress)
+        self.on_progress(progress)
+
     def _choose(self, found: Found, undo: ExitStack) -> list[Candidate]:
         """Those that are read from; TornRead if they are not any more what they were resolved to be."""
         selection = Selection(
             self.dst,
-            lambda record: Candidate(self.registry, self.engine, record, record.rank == self.rank, HeaderCell(self.device)),
+            lambda record: Candidate(
+                self.registry, self.engine, record, record.rank == self.rank, HeaderCell(self.device), self.reader
+            ),
             digests=self.verify == "digest",
             max_sources=self.max_sources,
             partial=self.partial,
