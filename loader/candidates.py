@@ -15,11 +15,13 @@ from loader.engine import Engine, lend
 from loader.errors import DigestsMissing, LoaderError, SourceLost, TornRead
 from loader.manifests import fetch_manifest
 from loader.offers import Origin
-from loader.transfer import Source, Stock
+from loader.transfer import Progress, Source, Stock
 from loader.verify import HeaderCell, fetch_header, peer_of_record
 from registry import Event, RankJoined, RankLost, RankRecord, RankState, RankUpdated, Registry
 from registry.errors import EtcdError
 from registry.logs import fields
+from registry.pulls import PullTicket
+from registry.registration import EVICTED
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +29,21 @@ log = logging.getLogger(__name__)
 class Candidate:
     """Holds nothing until `enter`. Its registry and engine are the loader's."""
 
-    def __init__(self, registry: Registry, engine: Engine, record: RankRecord, own: bool, device: torch.device) -> None:
-        """`own`: it has the rank that is to be filled. `device`: where its header is read to. SourceLost if it is gone already."""
+    def __init__(
+        self,
+        registry: Registry,
+        engine: Engine,
+        record: RankRecord,
+        own: bool,
+        device: torch.device,
+        reader: RankRecord | None = None,
+    ) -> None:
+        """`own`: it has the rank that is to be filled. `device`: where its header is read to. `reader` is who fills it, if that is
+        registered. SourceLost if it is gone already."""
         self._registry = registry
         self._engine = engine
+        self._reader = reader
+        self._ticket: PullTicket | None = None
         self._reading = threading.Lock()
         self._bad_news: LoaderError | None = None
         self.record = record
@@ -62,7 +75,7 @@ class Candidate:
         """
         lend(self._engine, undo, to_register(self._cell.region, self._cell.device.type))
         try:
-            ticket = self._registry.pull(self.record)
+            ticket = self._registry.pull(self.record, self._reader)
         except EtcdError as exc:
             log.warning(
                 "reading from %s without a ticket, so it may leave meanwhile: %s",
@@ -73,16 +86,26 @@ class Candidate:
         else:
             if ticket is None:
                 return False
-            undo.enter_context(ticket)
+            self._ticket = undo.enter_context(ticket)
         watch = self._registry.watch(self.record.instance, self.record.rank)
         undo.callback(watch.stop)
         watch.call(self._hear)
         return True
 
+    def tell(self, progress: Progress) -> None:
+        """Says in etcd, now and then, how far the load is. Never waits."""
+        if self._ticket is not None:
+            self._ticket.tell(progress.nbytes, progress.total_nbytes)
+
     @property
     def news(self) -> LoaderError | None:
         """Why it should not be read from any more, as far as etcd has told."""
         return self._bad_news
+
+    @property
+    def evicted(self) -> bool:
+        """Somebody has said that it should not be read from; or, if there is no news, it may be so."""
+        return self._bad_news is None or self._bad_news.details.get("reason") == EVICTED
 
     def source(self) -> Source:
         """For a Transfer."""

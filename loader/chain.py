@@ -1,8 +1,9 @@
 """Whom to read from, where ranks that are loading themselves are sources too. Pure.
 
-Each rank that loads has a place in an order that all see alike, and reads only from ranks that are complete or come before it. Whoever
-joins goes through those before it in that order: for each that has not taken its ticket yet, it finds out whom that one will choose,
-as it would do itself. So of many that begin at the same time no two choose the same source because they did not know of each other.
+Each rank that loads has a place in an order that all see alike, and reads only from ranks that are complete or come before it.
+Whoever joins goes through those before it in that order: for each that has not taken its ticket yet, it finds out whom that one
+will choose, as it would do itself. So of many that begin at the same time no two choose the same source because they did not know
+of each other.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ def costs(
 ) -> dict[str, float]:
     """What it would cost to read from each of the records, ready or loading, by incarnation; lacks those that read from me.
 
-    The unit is the time that all weights take from a source that nobody else reads from: as many times that as there would be readers,
-    and `hop` for each rank that they have gone through before. `pulls` are all tickets of these ranks, `registered` the incarnations of
-    all ranks there are: a ticket whose reader is none of them any more does not count. `me` is my own incarnation.
+    The unit is the time that all weights take from a source that nobody else reads from: as many times that as there would be
+    readers, and `hop` for each rank that they have gone through before. `pulls` are all tickets of these ranks, `registered` the
+    incarnations of all ranks there are: a ticket whose reader is none of them any more does not count. `me` is my own incarnation.
     """
     by_incarnation = {record.incarnation: record for record in records}
     readers: defaultdict[str, int] = defaultdict(int)

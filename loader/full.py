@@ -13,9 +13,10 @@ import torch
 from loader.engine import Engine
 from loader.errors import LoaderError, TornRead, VersionUnavailable
 from loader.files import WholeFiles, allocate, block_of, extent
-from loader.load import TRIES, LoadReport, Verify, load
+from loader.load import TRIES, Verify, load
 from loader.manifests import fetch_manifests
 from loader.regions import Shard, dtype_named
+from loader.report import LoadReport
 from loader.sources import Search
 from loader.transfer import OnProgress, Progress, Share
 from loader.whole import MAX_FILE_NBYTES, Whole, into_files, whole_tensors

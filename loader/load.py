@@ -66,10 +66,11 @@ def load(
     of which holds a part, if all are such. `rank` is then only a hint to who may hold the same, and may be None; and the source
     may have more tensors, as it may with `partial`.
 
-    For a ModelIdentity and a `rank` that rank will do, of any instance of the model, whatever else of it there is; and so will one that
-    is still loading, for what it has by then, unless `pipelined` is False or digests are to be verified. With `publish`, which names
-    an instance (see Replica), the rank that is filled becomes such a source, and a complete one in the end: `report.publication`,
-    which the caller closes. So many that load at once, each from the one before it, take little longer than one.
+    For a ModelIdentity and a `rank` that rank will do, of any instance of the model, whatever else of it there is; and so will one
+    that is still loading, for what it has by then, unless `pipelined` is False or digests are to be verified. With `publish`, which
+    names an instance (see Replica), the rank that is filled becomes such a source, and a complete one in the end:
+    `report.publication`, which the caller closes. So many that load at once, each from the one before it, take little longer than
+    one.
 
     Waits up to `timeout_s` for an instance to be ready; from then on it takes as long as bytes keep coming (see `Pace`). `cancel`,
     set from any thread, ends it with Cancelled. That all bytes are of one version of the source's weights is always checked; with
@@ -130,7 +131,7 @@ def load(
             pace=pace,
             on_progress=progress or _ignore,
             cancel=cancel or threading.Event(),
-            replica=replica and Republication(registry, engine, replica, rank, parts, dst, pace.chunk_nbytes),
+            replica=Republication(registry, engine, replica, rank, parts, dst, pace.chunk_nbytes) if replica is not None else None,
         ).run()
 
 
@@ -236,7 +237,7 @@ class _Load:
             return self._find()
         except (RegistryError, LoaderError) as exc:
             log.info("no other source: %s", exc, extra=fields("no_other_source", error=exc))
-            return Found([], 0, [])
+            return Found([], [])
 
     def _once(self, found: Found, start: float, retries: int) -> LoadReport:
         arrivals = self.arrivals or Arrivals(self.dst)
@@ -253,7 +254,7 @@ class _Load:
                 [*missing, *(check.spans if check is not None else ())],
                 [one.source() for one in candidates],
                 self.pace,
-                lambda progress: self.on_progress(Progress(ahead + progress.nbytes, ahead + progress.total_nbytes)),
+                lambda progress: self._tell(progress, ahead, candidates),
                 self.cancel,
                 self._stage(missing, undo),
                 lambda checked: self._arrived(arrivals, checked, check),
@@ -293,12 +294,19 @@ class _Load:
         if self.replica is not None:
             self.replica.mark(arrivals)
 
+    def _tell(self, progress: Progress, ahead: int, candidates: Sequence[Candidate]) -> None:
+        of_all = Progress(ahead + progress.nbytes, ahead + progress.total_nbytes)
+        for candidate in candidates:
+            candidate.tell(of_all)
+        self.on_progress(of_all)
+
     def _choose(self, found: Found, undo: ExitStack) -> list[Candidate]:
         """Those that are read from; TornRead if they are not any more what they were resolved to be."""
         search = self.search
+        reader = self.replica.record if self.replica is not None else None
         selection = Selection(
             self.dst,
-            lambda record: Candidate(search.registry, search.engine, record, record.rank == search.rank, self.device),
+            lambda record: Candidate(search.registry, search.engine, record, record.rank == search.rank, self.device, reader),
             digests=self.verify == "digest",
             max_sources=found.at_once,
             partial=self.partial,
@@ -339,14 +347,16 @@ class _Load:
             if share.nbytes and share.error is None and not candidate.is_registered():
                 self.avoid.add(candidate.record.incarnation)
                 self.given_up.append(metrics.reason_of(candidate.news) if candidate.news else "lost")
-                if candidate.may_be_evicted:  # what it brought does not count
+                if candidate.evicted:  # what it brought does not count
                     self.arrivals = None
                 raise SourceLost(f"{candidate.record.key} was withdrawn or evicted meanwhile")
 
     def _with_what_came(self, exc: LoaderError, candidates: Sequence[Candidate], arrivals: Arrivals) -> LoaderError:
         """The error with what the caller may want to know: which sources, and which of the tensors are whole."""
         complete = arrivals.complete() if arrivals.nbytes else []
-        held = f"{arrivals.nbytes} of {self.dst.nbytes} bytes have come, {len(complete)} of {len(self.dst.tensors)} tensors are whole"
+        held = (
+            f"{arrivals.nbytes} of {self.dst.nbytes} bytes have come, {len(complete)} of {len(self.dst.tensors)} tensors are whole"
+        )
         what = str(exc) if isinstance(exc, Cancelled) else f"{_names(candidates)} could not be read to the end ({exc})"
         return type(exc)(
             f"{what}; {held if arrivals.nbytes else 'no tensor is usable'}: load again, or from another instance",

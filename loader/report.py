@@ -12,9 +12,9 @@ from loader.transfer import Share
 class LoadReport:
     """`seconds` is all of it, `transfer_s` the reads with their checks, `digest_s` what digests took besides.
 
-    `nbytes` are those of the tensors; `read_nbytes` have been read for them, and may be more where that was quicker. `shares` has, for
-    each source of this version, the bytes that came from it, and why it was dropped, if it was. `publication` is the loaded rank as a
-    source, if it was to be published: it is the caller's to close.
+    `nbytes` are those of the tensors; `read_nbytes` have been read for them, and may be more where that was quicker. `shares` has,
+    for each source of this version, the bytes that came from it, and why it was dropped, if it was. `publication` is the loaded
+    rank as a source, if it was to be published: it is the caller's to close.
     """
 
     instance: str

@@ -30,8 +30,8 @@ class Found:
     """
 
     alike: list[RankRecord]
-    at_once: int
     instances: list[tuple[RankRecord, ...]]
+    at_once: int = 1
 
     def __bool__(self) -> bool:
         return bool(self.alike or self.instances)
@@ -41,10 +41,10 @@ class Found:
 class Search:
     """What is looked for, however often.
 
-    With `boxes`, what is filled says which part of the whole it is: then ranks that differ from `rank` along the axis dp may hold the
-    same, all ranks together may have it, and there need not be such a rank. `by_rank`: of a model's instances the rank will do, whatever
-    else of them there is. `pipelined`: so will ranks that are loading themselves; to read from one costs, besides, `hop` times what a
-    load takes for each rank that its weights have gone through.
+    With `boxes`, what is filled says which part of the whole it is: then ranks that differ from `rank` along the axis dp may hold
+    the same, all ranks together may have it, and there need not be such a rank. `by_rank`: of a model's instances the rank will do,
+    whatever else of them there is. `pipelined`: so will ranks that are loading themselves; to read from one costs, besides, `hop`
+    times what a load takes for each rank that its weights have gone through.
     """
 
     registry: Registry
@@ -61,8 +61,9 @@ class Search:
     def find(self, deadline: float, avoid: Collection[str] = (), me: str = "") -> Found:
         """Ranks to read from, all of one version of one model. Waits until `deadline` for the first.
 
-        `avoid` holds incarnations, `me` is the one of the rank that is filled, if it is registered. Raises what `Registry.ready` raises,
-        InvalidField (no such rank), VersionUnavailable and SourceUnreachable; finds nothing only where all are to be avoided.
+        `avoid` holds incarnations, `me` is the one of the rank that is filled, if it is registered. Raises what `Registry.ready`
+        raises, InvalidField (no such rank), VersionUnavailable and SourceUnreachable; finds nothing only where all are to be
+        avoided.
         """
         found = self._look(max(0.0, deadline - time.monotonic()))
         every = {record.incarnation: record for status in found for record in status.records}
@@ -78,8 +79,9 @@ class Search:
         firsts = self._best_first([records[0] for records in whole])
         instances = sorted(whole, key=lambda records: firsts.index(records[0]))
         if any(record.state is RankState.LOADING for record in alike):
-            return Found(*self._in_chain(alike, every, me), instances)
-        return Found(self._best_first(alike), self.max_sources, instances)
+            some, at_once = self._in_chain(alike, every, me)
+            return Found(some, instances, at_once)
+        return Found(self._best_first(alike), instances, self.max_sources)
 
     def _look(self, timeout_s: float) -> Sequence[InstanceStatus]:
         if self.by_rank and isinstance(self.wanted, ModelIdentity) and self.rank is not None:
@@ -87,8 +89,8 @@ class Search:
         return self.registry.ready(self.wanted, timeout_s)
 
     def _of_one_version(self, found: Sequence[InstanceStatus]) -> tuple[list[InstanceStatus], list[RankRecord]]:
-        """The instances that are ready, and the ranks alike, of the newest version that such an instance has, or else such a rank, if
-        none is named."""
+        """The instances that are ready, and the ranks alike, of the newest version that such an instance has, or else such a rank,
+        if none is named."""
         ready = [status for status in found if status.state is InstanceState.READY]
         holders = [record for status in found for record in self._holders(status)]
         complete = [record for record in holders if record.state is RankState.READY]
@@ -128,7 +130,9 @@ class Search:
     def _in_chain(self, alike: Sequence[RankRecord], registered: Collection[str], me: str) -> tuple[list[RankRecord], int]:
         """The cheapest first; and those that are complete and have no reader, at once."""
         cost = costs(alike, self._pulls(), registered, self.hop, me)
-        some = sorted([record for record in alike if record.incarnation in cost], key=lambda r: (cost[r.incarnation], r.create_revision))
+        some = sorted(
+            [record for record in alike if record.incarnation in cost], key=lambda r: (cost[r.incarnation], r.create_revision)
+        )
         idle = sum(record.state is RankState.READY and cost[record.incarnation] == 1 for record in some)
         return some, min(max(idle, 1), self.max_sources)
 

@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 class Pace:
     """How much is in flight from one source, how often it is checked, and how long it may bring nothing.
 
-    `check_s` is how much reading is lost with a source that cannot be asked any more whether its weights had changed. `stall_s` is for a source that others can stand in for; one that nobody can gets `patience_s`, in several tries. `costs` says
-    when it pays to read more than is wanted; `hop_nbytes` is what could be read while a chunk's coming is told to the next in a chain.
+    `check_s` is how much reading is lost with a source that cannot be asked any more whether its weights had changed. `stall_s` is
+    for a source that others can stand in for; one that nobody can gets `patience_s`, in several tries. `costs` says when it pays to
+    read more than is wanted; `hop_nbytes` is what could be read while a chunk's coming is told to the next in a chain.
     """
 
     chunk_nbytes: int
@@ -175,8 +176,8 @@ class Transfer:
         stage: Stage | None = None,
         on_checked: Callable[[Sequence[Span]], None] = lambda _: None,
     ) -> None:
-        """`stage` is needed for spans that are not read straight to their places. `on_checked` is told what has come and is known to
-        be of the version that was resolved."""
+        """`stage` is needed for spans that are not read straight to their places. `on_checked` is told what has come and is known
+        to be of the version that was resolved."""
         self._engine = engine
         self._pace = pace
         self._on_progress = on_progress
@@ -332,7 +333,9 @@ class Transfer:
         if pipe.fed_at is None or pipe.in_flight or not self._waits_for_stock(pipe):
             pipe.fed_at = now
         elif now - pipe.fed_at > pipe.source.starve_s:
-            self._drop(pipe, Stalled(f"{pipe.source.name}, which is loading itself, has got nothing new for {now - pipe.fed_at:.1f} s"))
+            self._drop(
+                pipe, Stalled(f"{pipe.source.name}, which is loading itself, has got nothing new for {now - pipe.fed_at:.1f} s")
+            )
 
     # -- reads ---------------------------------------------------------------------------------------------------------------
 

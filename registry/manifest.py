@@ -77,7 +77,9 @@ class Manifest:
     regions: tuple[Region, ...]
     digests: DigestTable | None = None
     values: Mapping[str, Any] = field(default_factory=dict)  # JSON, by name: what a state dict holds besides tensors
-    block_nbytes: int = 0  # of the regions: each such block has a mark behind the header, which says whether it can be read; 0: none
+    block_nbytes: int = (
+        0  # of the regions: each such block has a mark behind the header, which says whether it can be read; 0: none
+    )
 
     @property
     def nbytes(self) -> int:
