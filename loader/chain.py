@@ -29,13 +29,12 @@ def costs(
     readers: defaultdict[str, int] = defaultdict(int)
     parents: defaultdict[str, set[str]] = defaultdict(set)
     for pull in pulls:
-        if pull.incarnation not in by_incarnation:
-            continue
         if pull.reader is None:
             readers[pull.incarnation] += 1
         elif pull.reader.incarnation in registered and pull.reader.incarnation != me:
             readers[pull.incarnation] += 1
             parents[pull.reader.incarnation].add(pull.incarnation)
+    behind_me = _behind(me, parents)
     depths: dict[str, int] = {}
     cheapest: list[tuple[float, int, str]] = []  # a heap
 
@@ -47,8 +46,8 @@ def costs(
         own = record.incarnation
         if record.state is not RankState.LOADING:
             depths[own] = 0
-        elif parents[own]:
-            depths[own] = 1 + max([depths.get(parent, 0) for parent in parents[own]])
+        elif known := parents[own] & by_incarnation.keys():
+            depths[own] = 1 + max([depths.get(parent, 0) for parent in known])
         elif cheapest:
             parent = heapq.heappop(cheapest)[2]
             depths[own] = 1 + depths[parent]
@@ -57,7 +56,6 @@ def costs(
         else:
             depths[own] = 1
         offer(own)
-    behind_me = _behind(me, parents)
     return {own: 1 + readers[own] + hop * depth for own, depth in depths.items() if own not in behind_me}
 
 
