@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 from loader.engine import Engine
 from loader.errors import LoaderError
 from loader.in_process import InProcessEngine
-from loader.load import LoadReport, load
+from loader.load import load
 from loader.load_instance import load_instance
 from loader.module import load_module
 from loader.mooncake_engine import MooncakeEngine
 from loader.publish import Publication, publish, publish_state_dict
 from loader.regions import Shard
+from loader.replica import Replica
+from loader.report import LoadReport
 from loader.transfer import Pace, Progress
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ __all__ = [
     "Pace",
     "Progress",
     "Publication",
+    "Replica",
     "Shard",
     "load",
     "load_instance",

@@ -55,6 +55,10 @@ class DigestCheck:
     def lend(self, engine: Engine, undo: ExitStack) -> None:
         lend(engine, undo, *(to_register(cell.region, self._device.type) for cell in self._cells))
 
+    def wants(self, span: Span) -> bool:
+        """It brings a table, rather than weights."""
+        return any(cell.region.addr <= span.dst_addr < cell.region.end for cell in self._cells)
+
     def compare(self, dst: Manifest) -> None:
         """When all has been read: DigestMismatch names the tensors that are not what was published."""
         offsets = {entry.name: entry.offsets for entry in dst.tensors}

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from loader import metrics
@@ -28,36 +28,49 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pace:
-    """How much is in flight from one source, and how long a source may bring nothing.
+    """How much is in flight from one source, how often it is checked, and how long it may bring nothing.
 
-    `stall_s` is for a source that others can stand in for; one that nobody can gets `patience_s`, in several tries. `costs` says
-    when it pays to read more than is wanted.
+    `check_s` is how much reading is lost with a source that cannot be asked any more whether its weights had changed. `stall_s` is
+    for a source that others can stand in for; one that nobody can gets `patience_s`, in several tries. `costs` says when it pays to
+    read more than is wanted; `hop_nbytes` is what could be read while a chunk's coming is told to the next in a chain.
     """
 
     chunk_nbytes: int
     depth: int
+    check_s: float = 0.25
     stall_s: float = 1.5
     patience_s: float = 10.0
     costs: Costs = field(default_factory=Costs)
+    hop_nbytes: int = 0
 
 
 # Over tcp Mooncake serves a peer's reads in four lanes, so that less than eight in flight leaves some idle. NVLink needs few
 # chunks, and long ones: each costs Python some 10 µs, and so does each copy there.
 _PACES = {
     "tcp": Pace(4 << 20, 8),
-    "rdma": Pace(16 << 20, 8),
-    "nvlink_intra": Pace(64 << 20, 32, costs=Costs(read_nbytes=3 << 20, copy_nbytes=3 << 20, copied=0.3, staged_nbytes=24 << 20)),
+    "rdma": Pace(16 << 20, 8, hop_nbytes=1 << 30),
+    "nvlink_intra": Pace(
+        64 << 20,
+        32,
+        costs=Costs(read_nbytes=3 << 20, copy_nbytes=3 << 20, copied=0.3, staged_nbytes=24 << 20),
+        hop_nbytes=8 << 30,
+    ),
 }
 _SMALL_NBYTES = 64 << 10  # reads so small that the time is in their number: more of them may be in flight
 _SMALL_DEPTH = 64
-_CHECK_S = 0.25  # how much reading is lost with a source that cannot be asked any more whether its weights had changed
 _SLOW_S = 0.4  # a chunk that took longer: have fewer of them in flight, so that none is long in coming
 _SETTLE_S = 0.25  # how long reads that nobody wants any more may take before their peer is dropped, which takes a second
 _NAP_S = (50e-6, 1e-3)
+_POLL_S = (5e-3, 50e-3)  # how often one that is loading itself is asked what it has, while it has nothing for us
 
 
 def pace_for(protocol: str) -> Pace:
     return _PACES.get(protocol, Pace(16 << 20, 4))
+
+
+def pace_in_chain(pace: Pace, nbytes: int) -> Pace:
+    """For a load of so many bytes that passes on what it has: sooner, and in chunks that are a small part of it."""
+    return replace(pace, chunk_nbytes=max(min(pace.chunk_nbytes, nbytes // 256), 256 << 10), check_s=0.02)
 
 
 @dataclass(frozen=True)
@@ -71,15 +84,26 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
+@dataclass(frozen=True)
+class Stock:
+    """What a source has that is loading itself, as of the last check: whether those bytes, and how much in all."""
+
+    has: Callable[[int, int], bool]  # address there, bytes
+    amount: Callable[[], int]
+
+
 @dataclass
 class Source:
     """Who can be read from; `peer` is what the engine calls it. `check` raises if it is not, or not any more, what it was resolved
-    to be: SourceLost, TornRead, ReadFailed. `lost` tells, without waiting, of news to the same effect from elsewhere."""
+    to be: SourceLost, TornRead, ReadFailed. `lost` tells, without waiting, of news to the same effect from elsewhere. Without a
+    stock it has everything; else it may have nothing new for `starve_s`."""
 
     name: str
     peer: str
     check: Callable[[], None]
     lost: Callable[[], LoaderError | None] = lambda: None
+    stock: Stock | None = None
+    starve_s: float = 3.0
 
 
 class Stage(Protocol):
@@ -131,11 +155,15 @@ class _Pipe:
     check: Future[None] | None = None
     check_began: float = 0.0
     in_check: list[Span] = field(default_factory=list)  # had come when the check began: as good as the check
+    amount: int = 0  # of its stock, at the last look
+    disordered: bool = False  # something that it has may have come behind something that it has not
+    poll_s: float = _POLL_S[0]
+    fed_at: float | None = None  # when there was last something to read, or something new
     leave_by: float = 0.0  # once it is dropped: when what is still in flight is ended
 
 
 class Transfer:
-    """One use: `run`. `checked` holds what has come and is known to be of the version that was resolved, also after an error."""
+    """One use: `run`."""
 
     def __init__(
         self,
@@ -146,8 +174,10 @@ class Transfer:
         on_progress: OnProgress,
         cancel: threading.Event | None = None,
         stage: Stage | None = None,
+        on_checked: Callable[[Sequence[Span]], None] = lambda _: None,
     ) -> None:
-        """`stage` is needed for spans that are not read straight to their places."""
+        """`stage` is needed for spans that are not read straight to their places. `on_checked` is told what has come and is known
+        to be of the version that was resolved."""
         self._engine = engine
         self._pace = pace
         self._on_progress = on_progress
@@ -165,7 +195,7 @@ class Transfer:
         self.shares = [pipe.share for pipe in self._pipes]
         self._active = list(self._pipes)
         self._leaving: list[_Pipe] = []  # dropped, with something in flight
-        self.checked: list[Span] = []
+        self._on_checked = on_checked
 
     def _pipe(self, number: int, source: Source) -> _Pipe:
         holding = sorted((holders for holders in self._queues if number in holders), key=len)
@@ -221,7 +251,7 @@ class Transfer:
             return True
         if pipe.check is not None:
             self._look_at_check(pipe, now)
-        elif not pipe.open or (pipe.unchecked and (now - pipe.check_began > _CHECK_S or self._idle(pipe))):
+        elif not pipe.open or self._check_is_due(pipe, now):
             self._begin_check(pipe, now)
         came = self._collect(pipe, now)
         if pipe.failure is not None and not pipe.in_flight:
@@ -230,10 +260,16 @@ class Transfer:
             self._stalled(pipe, now)
         elif pipe.open and pipe.failure is None and pipe in self._active:
             self._fill(pipe, now)
+            if pipe.source.stock is not None:
+                self._see_whether_it_starves(pipe, now)
         return came
 
-    def _idle(self, pipe: _Pipe) -> bool:
-        return not pipe.in_flight and not any(pipe.queues)
+    def _check_is_due(self, pipe: _Pipe, now: float) -> bool:
+        waited = now - pipe.check_began
+        if self._waits_for_stock(pipe) and waited > pipe.poll_s:
+            return True
+        idle = not pipe.in_flight and not self._next(pipe)
+        return bool(pipe.unchecked) and (waited > self._pace.check_s or idle)
 
     # -- checks --------------------------------------------------------------------------------------------------------------
 
@@ -251,10 +287,11 @@ class Transfer:
         pipe.check = None
         if error is None:
             pipe.open = True
-            self.checked += pipe.in_check
+            self._on_checked(pipe.in_check)
             for chunk in pipe.in_check:
                 self._left[_holders(chunk)] -= 1
             pipe.in_check = []
+            self._take_stock(pipe, now)
         elif isinstance(error, ReadFailed):
             self._read_failed(pipe, error)
         elif isinstance(error, LoaderError):
@@ -262,20 +299,59 @@ class Transfer:
         else:
             raise error
 
+    # -- sources that are loading themselves ---------------------------------------------------------------------------------
+
+    def _waits_for_stock(self, pipe: _Pipe) -> bool:
+        """There are chunks for it to bring that it does not have, and none that it has."""
+        return pipe.source.stock is not None and any(pipe.queues) and not self._next(pipe)
+
+    def _next(self, pipe: _Pipe) -> bool:
+        """There is a chunk that it can bring. Those that it has are in front of those that it has not."""
+        return any(queue and self._has(pipe, queue[0]) for queue in pipe.queues)
+
+    def _has(self, pipe: _Pipe, chunk: Span) -> bool:
+        return pipe.source.stock is None or pipe.source.stock.has(_src_addr(pipe, chunk), chunk.nbytes)
+
+    def _take_stock(self, pipe: _Pipe, now: float) -> None:
+        """After a check: what it has got meanwhile."""
+        if pipe.source.stock is None:
+            return
+        amount = pipe.source.stock.amount()
+        if amount != pipe.amount:
+            pipe.amount, pipe.poll_s, pipe.fed_at = amount, _POLL_S[0], now
+        elif not pipe.disordered:
+            pipe.poll_s = min(2 * pipe.poll_s, _POLL_S[1])
+            return
+        pipe.disordered = False
+        if not self._next(pipe):
+            for queue in pipe.queues:
+                chunks = sorted(queue, key=lambda chunk: not self._has(pipe, chunk))  # which keeps their order otherwise
+                queue.clear()
+                queue.extend(chunks)
+
+    def _see_whether_it_starves(self, pipe: _Pipe, now: float) -> None:
+        if pipe.fed_at is None or pipe.in_flight or not self._waits_for_stock(pipe):
+            pipe.fed_at = now
+        elif now - pipe.fed_at > pipe.source.starve_s:
+            self._drop(
+                pipe, Stalled(f"{pipe.source.name}, which is loading itself, has got nothing new for {now - pipe.fed_at:.1f} s")
+            )
+
     # -- reads ---------------------------------------------------------------------------------------------------------------
 
     def _fill(self, pipe: _Pipe, now: float) -> None:
         for queue in pipe.queues:
             while queue:
                 chunk = queue[0]
+                if not self._has(pipe, chunk):
+                    break
                 limit = pipe.window if chunk.nbytes > _SMALL_NBYTES else _SMALL_DEPTH
                 if len(pipe.in_flight) >= limit:
                     return
                 staged = self._stage.take() if self._stage is not None and chunk.lines else None
                 if chunk.lines and staged is None:
                     break  # until a buffer is free
-                src_addr = next(addr for number, addr in chunk.srcs if number == pipe.number)
-                read = ReadOp(pipe.source.name, src_addr, chunk.dst_addr if staged is None else staged, chunk.nbytes)
+                read = ReadOp(pipe.source.name, _src_addr(pipe, chunk), chunk.dst_addr if staged is None else staged, chunk.nbytes)
                 try:
                     number = self._engine.start(pipe.source.peer, read)
                 except ReadFailed as exc:
@@ -323,7 +399,13 @@ class Transfer:
         """What that read was to bring has to be read anew; the read is over."""
         flight = pipe.in_flight.pop(number)
         self._free(flight.staged)
-        self._queue_of(flight.chunk).appendleft(flight.chunk)
+        self._put_back([flight.chunk])
+
+    def _put_back(self, chunks: Iterable[Span]) -> None:
+        for chunk in chunks:
+            self._queue_of(chunk).appendleft(chunk)
+        for pipe in self._active:
+            pipe.disordered = True
 
     def _tell(self) -> None:
         self._on_progress(Progress(self._total_nbytes - self._left_nbytes, self._total_nbytes))
@@ -353,7 +435,9 @@ class Transfer:
             self._reopen(pipe)
 
     def _can_be_replaced(self, pipe: _Pipe) -> bool:
-        """Others are left for all that it may have to bring."""
+        """Others are left for all that it may have to bring; behind one that is loading itself there is one that is complete."""
+        if pipe.source.stock is not None:
+            return True
         others = {other.number for other in self._active if other is not pipe}
         held = (holders for holders, left in self._left.items() if left and pipe.number in holders)
         return bool(others) and not any(others.isdisjoint(holders) for holders in held)
@@ -373,8 +457,7 @@ class Transfer:
         pipe.share.error = error
         again = pipe.unchecked + pipe.in_check
         pipe.unchecked, pipe.in_check = [], []
-        for chunk in again:
-            self._queue_of(chunk).appendleft(chunk)
+        self._put_back(again)
         nbytes = sum(chunk.nbytes for chunk in again)
         pipe.share.nbytes -= nbytes
         self._left_nbytes += nbytes
@@ -434,6 +517,10 @@ class Transfer:
 
 def _holders(chunk: Span) -> tuple[int, ...]:
     return tuple([number for number, _ in chunk.srcs])
+
+
+def _src_addr(pipe: _Pipe, chunk: Span) -> int:
+    return next(addr for number, addr in chunk.srcs if number == pipe.number)
 
 
 def _in_background(work: Callable[[], None], name: str) -> Future[None]:

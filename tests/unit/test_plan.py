@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loader.arrivals import Arrivals
 from loader.boxes import Box, Lines
-from loader.coverage import check_coverage, complete_tensors
+from loader.coverage import check_coverage
 from loader.errors import WeightsMismatch
 from loader.offers import Origin
 from loader.plan import differences, plan
@@ -331,7 +332,10 @@ def test_a_rank_of_any_mesh_is_filled_from_all_ranks_of_others_and_nothing_else_
     spans = plan_of(ranks)
     assert_filled(ranks.wholes, ranks, spans)
     assert all(some.nbytes <= ranks.costs.staged_nbytes for some in spans if some.lines)
-    assert complete_tensors(spans, ranks.dst.manifest.tensors) == [entry.name for entry in ranks.dst.manifest.tensors]
+    arrivals = Arrivals(ranks.dst.manifest)
+    arrivals.add(spans)
+    assert arrivals.complete() == [entry.name for entry in ranks.dst.manifest.tensors]
+    assert arrivals.missing(spans) == []
 
 
 @pytest.mark.parametrize("itemsize", [1, 4])

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import pytest
 
 from loader import InProcessEngine
 from loader.errors import SourceUnreachable, VersionUnavailable
-from loader.sources import find_sources
+from loader.sources import Found, Search
 from registry import InstanceState, InstanceStatus, ModelIdentity, RankRecord, Registry
 from registry.errors import InvalidField
+from registry.waiting import Wanted
 from tests.builders import a_record
 
 
@@ -37,9 +38,21 @@ def one(instance: str, **changes: Any) -> RankRecord:
     return a_record(instance=instance, **{**defaults, **changes})
 
 
+def search(
+    registry: Ready,
+    rank: int | None,
+    engine: InProcessEngine,
+    boxes: bool = True,
+    wanted: Wanted = ("any",),
+    avoid: Collection[str] = (),
+    me: str = "",
+    **options: Any,
+) -> Found:
+    return Search(cast(Registry, registry), engine, wanted, rank, boxes, **options).find(time.monotonic(), avoid, me)
+
+
 def find(registry: Ready, rank: int = 0, engine: InProcessEngine | None = None, **options: Any) -> list[str]:
-    defaults: dict[str, Any] = {"version": None, "deadline": time.monotonic(), "avoid": (), "boxes": True}
-    found = find_sources(cast(Registry, registry), engine or InProcessEngine(), ["any"], rank, **{**defaults, **options})
+    found = search(registry, rank, engine or InProcessEngine(), **options)
     return [f"{record.instance}/{record.rank}" for record in found.alike]
 
 
@@ -126,9 +139,7 @@ def shards_of(instance: str, *fabrics: str, **changes: Any) -> list[RankRecord]:
 
 
 def instances(registry: Ready, rank: int | None = None, **options: Any) -> list[str]:
-    defaults: dict[str, Any] = {"version": None, "deadline": time.monotonic(), "avoid": (), "boxes": True}
-    engine = InProcessEngine(fabric="here")
-    found = find_sources(cast(Registry, registry), engine, ["any"], rank, **{**defaults, **options})
+    found = search(registry, rank, InProcessEngine(fabric="here"), **options)
     assert all(len(records) == records[0].world_size for records in found.instances)
     return [records[0].instance for records in found.instances]
 

@@ -64,6 +64,7 @@ class Bench:
         self.engines: list[InProcessEngine] = []
         self.sources: list[Source] = []
         self.progress: list[Progress] = []
+        self.checked: list[Span] = []
         self.cancel = threading.Event()
 
     def source(
@@ -99,7 +100,9 @@ class Bench:
             )
             for at in range(0, NBYTES, piece)
         ]
-        return Transfer(self.reader, spans, self.sources, pace, on_progress or self.progress.append, self.cancel)
+        return Transfer(
+            self.reader, spans, self.sources, pace, on_progress or self.progress.append, self.cancel, on_checked=self.checked.extend
+        )
 
     def staging(self, buffers: Buffers, pace: Pace = PACE, holders: Callable[[int], Sequence[int]] | None = None) -> Transfer:
         """In which every other piece is staged, and comes in another order of its runs. `holders` has who holds the piece that is
@@ -115,7 +118,7 @@ class Bench:
             half = PIECE // 2
             even = Lines(0, addr, RUN, (half // RUN,), (2 * RUN,), (RUN,))
             spans.append(Span(0, PIECE, srcs, (even, even.at(RUN, half))) if at % 2 else Span(addr, PIECE, srcs))
-        return Transfer(self.reader, spans, self.sources, pace, self.progress.append, self.cancel, buffers)
+        return Transfer(self.reader, spans, self.sources, pace, self.progress.append, self.cancel, buffers, self.checked.extend)
 
     def run_staging(self, transfer: Transfer, buffers: Buffers) -> None:
         """The sources hold `MIXED`."""
@@ -134,7 +137,7 @@ class Bench:
         transfer.run()
         assert self.dst.raw == ALWAYS
         assert sum(share.nbytes for share in transfer.shares) == NBYTES
-        assert sum(span.nbytes for span in transfer.checked) == NBYTES
+        assert sum(span.nbytes for span in self.checked) == NBYTES
         self.assert_nothing_is_in_flight()
 
     def assert_nothing_is_in_flight(self) -> None:
@@ -239,7 +242,7 @@ def test_weights_that_changed_after_they_were_read_are_torn(bench: Bench) -> Non
     transfer = bench.transfer()
     with pytest.raises(TornRead, match="changed"):
         transfer.run()
-    assert transfer.checked == []
+    assert bench.checked == []
     bench.assert_nothing_is_in_flight()
 
 
@@ -430,7 +433,7 @@ def halves(bench: Bench) -> list[Span]:
 def test_each_part_comes_from_who_holds_it(bench: Bench) -> None:
     bench.source(ALWAYS[: NBYTES // 2], delay_s=0.002)
     bench.source(bytes(NBYTES // 2) + ALWAYS[NBYTES // 2 :])
-    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append)
+    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append, on_checked=bench.checked.extend)
     bench.run(transfer)
     assert [share.nbytes for share in transfer.shares] == [NBYTES // 2] * 2
 
@@ -459,7 +462,7 @@ def test_the_loss_of_the_only_holder_of_a_part_ends_the_transfer_although_others
     bench.source(delay_s=0.001)
     bench.source(delay_s=0.001)
     bench.read_with(Interrupted(bench.engines[1].close, at=3))
-    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append)
+    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append, on_checked=bench.checked.extend)
     with pytest.raises(SourceLost, match="cannot read from"):
         transfer.run()
     assert transfer.shares[0].error is None
@@ -487,7 +490,9 @@ def test_the_loss_of_a_source_all_of_whose_part_has_come_and_been_checked_is_non
 
     transfer: Transfer | None = None
     bench.read_with(Evicting())
-    transfer = Transfer(bench.reader, halves(bench), bench.sources, replace(PACE, stall_s=5), bench.progress.append)
+    transfer = Transfer(
+        bench.reader, halves(bench), bench.sources, replace(PACE, stall_s=5), bench.progress.append, on_checked=bench.checked.extend
+    )
     bench.run(transfer)
     assert checks >= 2
     assert isinstance(transfer.shares[0].error, SourceLost)
@@ -502,7 +507,16 @@ def test_the_only_holder_of_a_part_is_given_time_to_go_on_although_there_are_oth
         threading.Timer(0.3, engine.resume).start()
 
     bench.read_with(Interrupted(pause, at=3))
-    bench.run(Transfer(bench.reader, halves(bench), bench.sources, replace(PACE, patience_s=20), bench.progress.append))
+    bench.run(
+        Transfer(
+            bench.reader,
+            halves(bench),
+            bench.sources,
+            replace(PACE, patience_s=20),
+            bench.progress.append,
+            on_checked=bench.checked.extend,
+        )
+    )
 
 
 # -- by way of buffers -----------------------------------------------------------------------------------------------------------
@@ -533,7 +547,7 @@ def test_without_buffers_what_has_to_be_staged_is_refused(bench: Bench) -> None:
     bench.source()
     span = Span(0, 16, ((0, 0),), (Lines(0, 0, 16),))
     with pytest.raises(ValueError, match="no buffers"):
-        Transfer(bench.reader, [span], bench.sources, PACE, bench.progress.append)
+        Transfer(bench.reader, [span], bench.sources, PACE, bench.progress.append, on_checked=bench.checked.extend)
 
 
 def test_what_was_on_its_way_into_a_buffer_when_its_source_ended_comes_from_another(bench: Bench) -> None:
