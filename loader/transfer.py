@@ -31,8 +31,9 @@ class Pace:
     """How much is in flight from one source, how often it is checked, and how long it may bring nothing.
 
     `check_s` is how much reading is lost with a source that cannot be asked any more whether its weights had changed. `stall_s` is
-    for a source that others can stand in for; one that nobody can gets `patience_s`, in several tries. `costs` says when it pays to
-    read more than is wanted; `hop_nbytes` is what could be read while a chunk's coming is told to the next in a chain.
+    for a source that others can stand in for; one that nobody can gets `patience_s`, in several tries; one that is loading itself
+    may have nothing new for `starve_s`. `costs` says when it pays to read more than is wanted; `hop_nbytes` is what could be read
+    while a chunk's coming is told to the next in a chain.
     """
 
     chunk_nbytes: int
@@ -40,6 +41,7 @@ class Pace:
     check_s: float = 0.25
     stall_s: float = 1.5
     patience_s: float = 10.0
+    starve_s: float = 3.0
     costs: Costs = field(default_factory=Costs)
     hop_nbytes: int = 0
 
@@ -96,14 +98,13 @@ class Stock:
 class Source:
     """Who can be read from; `peer` is what the engine calls it. `check` raises if it is not, or not any more, what it was resolved
     to be: SourceLost, TornRead, ReadFailed. `lost` tells, without waiting, of news to the same effect from elsewhere. Without a
-    stock it has everything; else it may have nothing new for `starve_s`."""
+    stock it has everything."""
 
     name: str
     peer: str
     check: Callable[[], None]
     lost: Callable[[], LoaderError | None] = lambda: None
     stock: Stock | None = None
-    starve_s: float = 3.0
 
 
 class Stage(Protocol):
@@ -306,8 +307,17 @@ class Transfer:
         return pipe.source.stock is not None and any(pipe.queues) and not self._next(pipe)
 
     def _next(self, pipe: _Pipe) -> bool:
-        """There is a chunk that it can bring. Those that it has are in front of those that it has not."""
-        return any(queue and self._has(pipe, queue[0]) for queue in pipe.queues)
+        """There is a chunk that it can bring, and it is the first of its queue."""
+        if any(queue and self._has(pipe, queue[0]) for queue in pipe.queues):
+            return True
+        if not pipe.disordered:
+            return False
+        pipe.disordered = False
+        for queue in pipe.queues:
+            chunks = sorted(queue, key=lambda chunk: not self._has(pipe, chunk))  # which keeps their order otherwise
+            queue.clear()
+            queue.extend(chunks)
+        return self._next(pipe)
 
     def _has(self, pipe: _Pipe, chunk: Span) -> bool:
         return pipe.source.stock is None or pipe.source.stock.has(_src_addr(pipe, chunk), chunk.nbytes)
@@ -317,22 +327,15 @@ class Transfer:
         if pipe.source.stock is None:
             return
         amount = pipe.source.stock.amount()
-        if amount != pipe.amount:
-            pipe.amount, pipe.poll_s, pipe.fed_at = amount, _POLL_S[0], now
-        elif not pipe.disordered:
+        if amount == pipe.amount:
             pipe.poll_s = min(2 * pipe.poll_s, _POLL_S[1])
-            return
-        pipe.disordered = False
-        if not self._next(pipe):
-            for queue in pipe.queues:
-                chunks = sorted(queue, key=lambda chunk: not self._has(pipe, chunk))  # which keeps their order otherwise
-                queue.clear()
-                queue.extend(chunks)
+        else:
+            pipe.amount, pipe.poll_s, pipe.fed_at, pipe.disordered = amount, _POLL_S[0], now, True
 
     def _see_whether_it_starves(self, pipe: _Pipe, now: float) -> None:
         if pipe.fed_at is None or pipe.in_flight or not self._waits_for_stock(pipe):
             pipe.fed_at = now
-        elif now - pipe.fed_at > pipe.source.starve_s:
+        elif now - pipe.fed_at > self._pace.starve_s:
             self._drop(
                 pipe, Stalled(f"{pipe.source.name}, which is loading itself, has got nothing new for {now - pipe.fed_at:.1f} s")
             )
