@@ -19,7 +19,7 @@ from loader.cuda import on_default_stream, to_register, wait_for
 from loader.digest_check import DigestCheck
 from loader.engine import Engine, lend
 from loader.errors import Cancelled, LoaderError, SourceLost, TornRead, WeightsMismatch
-from loader.plan import differences, plan
+from loader.plan import Planner
 from loader.reads import Span
 from loader.regions import Shard, describe, devices_of, local_parts
 from loader.replica import Replica, Republication, as_replica
@@ -124,7 +124,7 @@ def load(
             search=search,
             tensors=parts,
             dst=dst,
-            partial=boxes or partial,
+            planner=Planner(dst, pace.costs, boxes or partial),
             device=devices[0],
             deadline=time.monotonic() + timeout_s,
             verify=verify,
@@ -140,7 +140,7 @@ class _Load:
     search: Search
     tensors: Mapping[str, torch.Tensor]
     dst: Manifest
-    partial: bool
+    planner: Planner
     device: torch.device
     deadline: float
     verify: Verify
@@ -243,7 +243,7 @@ class _Load:
         arrivals = self.arrivals or Arrivals(self.dst)
         with ExitStack() as undo:
             candidates = self._choose(found, undo)
-            spans = plan([candidate.origin for candidate in candidates], self.dst, self.pace.costs, partial=self.partial)
+            spans = self.planner.plan([candidate.origin for candidate in candidates])
             missing = arrivals.missing(spans)
             check = DigestCheck(candidates, self.dst, self.tensors, self.device) if self.verify == "digest" else None
             if check is not None:
@@ -307,9 +307,9 @@ class _Load:
         selection = Selection(
             self.dst,
             lambda record: Candidate(search.registry, search.engine, record, record.rank == search.rank, self.device, reader),
+            self.planner,
             digests=self.verify == "digest",
             max_sources=found.at_once,
-            partial=self.partial,
             session_id=search.engine.session_id,
         )
         try:
@@ -317,7 +317,7 @@ class _Load:
         finally:
             self.avoid.update(record.incarnation for record in selection.gone)
         entered = [candidate for candidate in chosen if candidate.enter(undo)]
-        if len(entered) < len(chosen) and differences([one.origin for one in entered], self.dst, partial=self.partial):
+        if len(entered) < len(chosen) and self.planner.differences([one.origin for one in entered]):
             gone = next(candidate.record.key for candidate in chosen if candidate not in entered)
             raise TornRead(f"the record of {gone} changed before it was read: load again", key=gone)
         return entered
