@@ -18,7 +18,7 @@ _PARTS = 16  # of a block, each summed up by itself: a few tensors alone have to
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sum_blocks(addrs, counts, sums, TILE: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Each program adds a part of a block to its sum: `counts` words at `addrs`, each times its place's number of SplitMix64 from 0."""
+    """Each program adds a part of a block, `counts` words at `addrs`, to its sum: each times its place's number of SplitMix64."""
     block = tl.program_id(0)
     words = tl.load(addrs + block).to(tl.pointer_type(tl.int32))
     count = tl.load(counts + block)

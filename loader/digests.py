@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -27,7 +27,6 @@ from registry.manifest import DigestTable, Region
 log = logging.getLogger(__name__)
 NBYTES = 16
 _BLOCK_WORDS = 1 << 20  # 4 MiB, which on their way take five times as much
-_BLOCK_NBYTES = 4 * _BLOCK_WORDS
 _SHORT_NBYTES = 64 << 10
 Digest = Callable[[torch.Tensor], bytes]
 K = TypeVar("K")
@@ -67,11 +66,11 @@ def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, byt
             rest = digests_of({name: tensor for name, tensor in tensors.items() if name not in quick}, algorithm)
             return {name: found[name] if name in quick else rest[name] for name in tensors}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # xxhash lets go of the GIL
-        found = {  # a short one is done before another thread has begun
+        told: dict[K, bytes | Future[bytes]] = {  # a short one is done before another thread has begun
             name: digest(_as_bytes(tensor)) if tensor.nbytes < _SHORT_NBYTES else pool.submit(digest, _as_bytes(tensor))
             for name, tensor in tensors.items()
         }
-        return {name: one if isinstance(one, bytes) else one.result() for name, one in found.items()}
+        return {name: one if isinstance(one, bytes) else one.result() for name, one in told.items()}
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -84,9 +83,10 @@ def _xxh3_128(flat: torch.Tensor) -> bytes:
 
 
 def _multilinear_64(flat: torch.Tensor) -> bytes:
+    block_nbytes = 4 * _BLOCK_WORDS
     sums = []
-    for start in range(0, flat.numel(), _BLOCK_NBYTES):
-        block = flat[start : start + _BLOCK_NBYTES]
+    for start in range(0, flat.numel(), block_nbytes):
+        block = flat[start : start + block_nbytes]
         words = torch.zeros(-(-block.numel() // 4), dtype=torch.int32, device=flat.device)
         words.view(torch.uint8)[: block.numel()].copy_(block)  # aligned, and filled up with zeros
         sums.append((words.to(torch.int64) * _factors(flat.device)[: words.numel()]).sum())
@@ -106,16 +106,17 @@ def _by_kernel(tensors: Mapping[K, torch.Tensor]) -> dict[K, bytes]:
     try:
         from loader.digest_kernel import sum_blocks
 
+        block_nbytes = 4 * _BLOCK_WORDS
         digests: dict[K, bytes] = {}
         for device in dict.fromkeys(tensor.device for tensor in tensors.values()):
             here = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
             sizes = np.array([tensor.nbytes for tensor in here.values()], np.int64)
-            counts = -(-sizes // _BLOCK_NBYTES)
+            counts = -(-sizes // block_nbytes)
             firsts = np.cumsum(counts) - counts  # the number of each tensor's first block
             whose = np.repeat(np.arange(len(here)), counts)  # of each block: the number of its tensor
-            ahead = (np.arange(len(whose)) - firsts[whose]) * _BLOCK_NBYTES
+            ahead = (np.arange(len(whose)) - firsts[whose]) * block_nbytes
             starts = np.array([tensor.data_ptr() for tensor in here.values()], np.int64)
-            words = np.minimum(sizes[whose] - ahead, _BLOCK_NBYTES) // 4
+            words = np.minimum(sizes[whose] - ahead, block_nbytes) // 4
             sums = sum_blocks(starts[whose] + ahead, words, device) if len(whose) else b""
             for name, nbytes, first, count in zip(here, sizes.tolist(), firsts.tolist(), counts.tolist(), strict=True):
                 digests[name] = _of_sums(nbytes, sums[8 * first : 8 * (first + count)])
