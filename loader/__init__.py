@@ -10,11 +10,12 @@ from loader.load import load
 from loader.load_instance import load_instance
 from loader.module import load_module
 from loader.mooncake_engine import MooncakeEngine
+from loader.pace import Pace
 from loader.publish import Publication, publish, publish_state_dict
 from loader.regions import Shard
 from loader.replica import Replica
 from loader.report import LoadReport
-from loader.transfer import Pace, Progress
+from loader.transfer import Progress
 
 if TYPE_CHECKING:
     from loader.checkpoint import EngineReader

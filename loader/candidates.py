@@ -15,7 +15,8 @@ from loader.engine import Engine, lend
 from loader.errors import DigestsMissing, LoaderError, SourceLost, TornRead
 from loader.manifests import fetch_manifest
 from loader.offers import Origin
-from loader.transfer import Progress, Source, Stock
+from loader.pipe import Source, Stock
+from loader.transfer import Progress
 from loader.verify import HeaderCell, fetch_header, peer_of_record
 from registry import Event, RankJoined, RankLost, RankRecord, RankState, RankUpdated, Registry
 from registry.errors import EtcdError

@@ -19,6 +19,8 @@ from loader.cuda import on_default_stream, to_register, wait_for
 from loader.digest_check import DigestCheck
 from loader.engine import Engine, lend
 from loader.errors import Cancelled, LoaderError, SourceLost, TornRead, WeightsMismatch
+from loader.pace import Pace, pace_for, pace_in_chain
+from loader.pipe import Share
 from loader.plan import Planner
 from loader.reads import Span
 from loader.regions import Shard, describe, devices_of, local_parts
@@ -27,7 +29,7 @@ from loader.report import LoadReport
 from loader.selection import Selection
 from loader.sources import Found, Search
 from loader.staging import Staging
-from loader.transfer import OnProgress, Pace, Progress, Share, Transfer, pace_for, pace_in_chain
+from loader.transfer import OnProgress, Progress, Transfer
 from registry import Manifest, ModelIdentity, Registry
 from registry.backoff import Backoff
 from registry.errors import InvalidField, RegistryError

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from loader import InProcessEngine, Pace, Progress
 from loader.boxes import Lines
 from loader.errors import Cancelled, EngineFailed, LoaderError, ReadFailed, SourceLost, Stalled, TornRead
+from loader.pace import pace_for
+from loader.pipe import Source, Stock
 from loader.plan import ReadOp
 from loader.reads import Span
-from loader.transfer import Source, Stock, Transfer, pace_for
+from loader.transfer import Transfer
 from registry import Region
 from tests.engines import Interrupted
 from tests.meshes import lines_one_by_one
