@@ -110,7 +110,7 @@ class Candidate:
 
     def source(self) -> Source:
         """For a Transfer."""
-        stock = Stock(self._has, lambda: self._marks.count(1)) if self._blocks is not None else None
+        stock = Stock(self._has, lambda: self._marks.count(1) / max(len(self._marks), 1)) if self._blocks is not None else None
         return Source(self.record.key, peer_of_record(self.record), self._check_header, lambda: self._bad_news, stock)
 
     def _has(self, addr: int, nbytes: int) -> bool:

@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from loader.errors import LoaderError, ReadFailed
 from loader.reads import Span
 
+_SLOW_AFTER_S, _SLOW_FACTOR, _SLOW_GAIN = 2.0, 3.0, 0.2  # see `Pipe.is_slow`
 _POLL_S = (5e-3, 50e-3)  # how often one that is loading itself is asked what it has, while it has nothing for us
 
 
 @dataclass(frozen=True)
 class Stock:
-    """What a source has that is loading itself, as of the last check: whether those bytes, and how much in all."""
+    """What a source has that is loading itself, as of the last check: whether those bytes, and how much of all, from 0 to 1."""
 
     has: Callable[[int, int], bool]  # address there, bytes
-    amount: Callable[[], int]
+    amount: Callable[[], float]
 
 
 @dataclass
@@ -71,7 +72,8 @@ class Pipe:
     check: Future[None] | None = None
     check_began: float = 0.0
     in_check: list[Span] = field(default_factory=list)  # had come when the check began: as good as the check
-    amount: int = 0  # of its stock, at the last look
+    amount: float = 0.0  # of its stock, at the last look
+    at_first: tuple[float, float, float] | None = None  # when it was first looked at: the time, its amount, and ours
     disordered: bool = False  # something that it has may have come behind something that it has not
     poll_s: float = _POLL_S[0]
     fed_at: float | None = None  # when there was last something to read, or something new
@@ -109,6 +111,16 @@ class Pipe:
             self.poll_s = min(2 * self.poll_s, _POLL_S[1])
         else:
             self.amount, self.poll_s, self.fed_at, self.disordered = amount, _POLL_S[0], now, True
+
+    def is_slow(self, now: float, ours: float) -> bool:
+        """It gets far more than it brings: `ours` is how much of all we have, from 0 to 1."""
+        if self.source.stock is None:
+            return False
+        if self.at_first is None:
+            self.at_first = now, self.amount, ours
+        since, theirs_then, ours_then = self.at_first
+        gained = self.amount - theirs_then
+        return now - since > _SLOW_AFTER_S and gained > _SLOW_FACTOR * (ours - ours_then) + _SLOW_GAIN
 
     def starved_s(self, now: float) -> float:
         """For how long it has had nothing for us, and got nothing new."""

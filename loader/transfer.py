@@ -156,9 +156,18 @@ class Transfer:
             self._stalled(pipe, now)
         elif pipe.open and pipe.failure is None and pipe in self._active:
             self._fill(pipe, now)
-            if pipe.source.stock is not None and (starved_s := pipe.starved_s(now)) > self._pace.starve_s:
-                self._drop(pipe, Stalled(f"{pipe.source.name}, which is loading itself, has got nothing new for {starved_s:.1f} s"))
+            if pipe.source.stock is not None:
+                self._see_to_its_stock(pipe, now)
         return came
+
+    def _see_to_its_stock(self, pipe: Pipe, now: float) -> None:
+        """One that is loading itself is left where others would be quicker: somewhere there is a complete one."""
+        who = f"{pipe.source.name}, which is loading itself,"
+        ours = 1 - self._left_nbytes / max(self._total_nbytes, 1)
+        if (starved_s := pipe.starved_s(now)) > self._pace.starve_s:
+            self._drop(pipe, Stalled(f"{who} has got nothing new for {starved_s:.1f} s"))
+        elif pipe.open and pipe.is_slow(now, ours):
+            self._drop(pipe, Stalled(f"{who} has {pipe.amount:.0%} by now and brought us {ours:.0%}: the way from there is slow"))
 
     def _check_is_due(self, pipe: Pipe, now: float) -> bool:
         waited = now - pipe.check_began

@@ -739,7 +739,7 @@ class Shelf:
             self.checks += 1
             self._seen = set(self._has)
 
-        source.check, source.stock = look, Stock(self._holds, lambda: len(self._seen))
+        source.check, source.stock = look, Stock(self._holds, lambda: len(self._seen) / CHUNKS)
 
     def put(self, *chunks: int) -> None:
         self._has.update(chunks)
@@ -816,3 +816,22 @@ def test_what_comes_back_from_a_source_that_is_lost_is_found_behind_what_is_not_
             shelf.put(*range(CHUNKS))
 
     bench.run(bench.transfer(replace(PACE, starve_s=5), lose))
+
+
+def test_one_that_gets_much_more_than_it_brings_is_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loader.pipe._SLOW_AFTER_S", 0.1)
+    bench.source(delay_s=0.05)
+    shelf = Shelf(bench)
+    shelf.put(0)
+    filling = threading.Timer(0.05, lambda: shelf.put(*range(CHUNKS)))
+    filling.start()
+    with pytest.raises(Stalled, match=r"has 100% by now and brought us \d+%: the way from there is slow"):
+        bench.transfer(replace(PACE, depth=1, check_s=0.01)).run()
+    bench.assert_nothing_is_in_flight()
+
+
+def test_one_that_had_much_when_we_came_is_not_slow_for_that(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loader.pipe._SLOW_AFTER_S", 0.1)
+    bench.source(delay_s=0.02)
+    Shelf(bench).put(*range(CHUNKS))
+    bench.run(bench.transfer(replace(PACE, depth=1, check_s=0.01)))
