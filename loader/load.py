@@ -167,7 +167,7 @@ class _Load:
             if self.replica is not None:
                 self.replica.close()
             raise
-        metrics.count_loaded(report)
+        metrics.count_loaded(report.nbytes, report.seconds)
         log.info(
             "loaded %d bytes of %s version %d in %.3f s",
             report.nbytes,
