@@ -174,8 +174,8 @@ def test_a_loader_finds_and_loads_with_a_ticket_and_is_refused_to_write_a_record
 def test_a_loader_without_tickets_loads_from_several_with_a_warning(
     secured: Secured, engines: Engines, weights: Path, tmp_path: Path
 ) -> None:
-    """A watcher that may not see tickets is one: it may read manifests. With several sources it would like to know how many read from
-    each."""
+    """A watcher that may not see tickets is one: it may read manifests. With several sources it would like to know how many read
+    from each."""
     server = engines.serve(weights)
     secured.etcdctl("role revoke-permission watcher --prefix=true /prod/pulls/")
     secured.etcdctl("role grant-permission rank-qwen-a readwrite --prefix=true /prod/engines/qwen-twin/")
