@@ -36,7 +36,7 @@ from registry.resolver import InstanceStatus
 from registry.roster import Roster, assess_all
 from registry.session import OnState, Registration
 from registry.tickets import Pull
-from registry.waiting import Wanted, wait_until_ready
+from registry.waiting import Wanted, wait_for_rank, wait_until_ready
 from registry.watcher import Watch
 
 log = logging.getLogger(__name__)
@@ -209,6 +209,13 @@ class Registry:
     def ready(self, wanted: Wanted, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
         """All of the wanted instances that are ready, be they named or any that serve a model. Waits as `resolve` for the first."""
         return wait_until_ready(self._etcd, wanted, timeout_s)
+
+    def holders(self, model: ModelIdentity, rank: int, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
+        """Instances of the model that are ready, or of which this rank is there, ready or still loading, whatever else is missing.
+
+        Waits as `resolve` for the first that is ready, or whose rank is.
+        """
+        return wait_for_rank(self._etcd, model, rank, timeout_s)
 
     def manifest(self, record: RankRecord) -> Manifest:
         """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +13,12 @@ import pytest
 import torch
 
 from loader import MooncakeEngine, Pace, Progress, load
-from loader.load import _Load
 from registry import Pull, RankRecord, RankState, Registry
 from registry.kv import Put
+from registry.tickets import Reader
 from tests.integration.conftest import Processes, line_of
 from tests.integration.ranks import register
-from tests.integration.source_process import MODEL, content, empty
+from tests.integration.source_process import content, empty
 from tests.integration.test_cli import Engines
 from tests.integration.test_cli import engines as engines
 from tests.waiting import wait_until
@@ -31,8 +29,11 @@ HERE = f"{socket.gethostname()} pid {os.getpid()}"
 
 
 @contextmanager
-def half_way(registry: Registry, processes: Processes) -> Iterator[None]:
-    """A real load from a/0 that has come to its half, waits there as long as the block lasts, and then comes to its end."""
+def half_way(registry: Registry, processes: Processes, publish: str | None = None) -> Iterator[None]:
+    """A real load from a/0 that has come to its half, waits there as long as the block lasts, and then comes to its end.
+
+    With `publish` it is one into a rank of that instance.
+    """
     source = processes.start("-m", "tests.integration.source_process", "a", str(NBYTES))
     assert line_of(source) == "version 0\n"
     tensors, reached, go_on = empty(NBYTES), threading.Event(), threading.Event()
@@ -44,7 +45,11 @@ def half_way(registry: Registry, processes: Processes) -> Iterator[None]:
 
     def run() -> None:
         with MooncakeEngine("127.0.0.1") as engine:
-            load(registry, engine, "a", rank=0, tensors=tensors, pace=PACE, progress=wait_at_half)
+            report = load(
+                registry, engine, "a", rank=0, tensors=tensors, pace=PACE, progress=wait_at_half, publish=publish or False
+            )
+            if report.publication is not None:
+                report.publication.close()
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -89,28 +94,22 @@ def test_a_load_into_a_process_that_is_no_rank_is_seen_with_its_progress(
     assert "who reads" not in engines("show", "a").stdout
 
 
-def test_a_load_into_a_rank_that_is_registered_is_its_progress(
-    engines: Engines, registry: Registry, processes: Processes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with register(registry, "b", model=MODEL, state=RankState.LOADING) as ours:
-        record = the_rank(registry, "b")
-        monkeypatch.setattr(sys.modules["loader.load"], "_Load", functools.partial(_Load, reader=record))
-        with half_way(registry, processes):
-            pull = told(registry)
-            assert pull.reader is not None
-            assert pull.reader.incarnation == ours.record.incarnation
-            loading = f"loading {int(100 * (pull.fraction or 0))} %"
-            progress = {"nbytes": pull.nbytes, "total_nbytes": pull.total_nbytes}
-            assert f"b         {loading}" in engines("list").stdout
-            listed = json.loads(engines("list", "--json").stdout)["instances"]
-            assert [each["loading"] for each in listed] == [[], [{"rank": 0, "progress": progress}]]
-            for name in ("a", "b"):
-                assert engines("show", name).stdout.splitlines()[-2:] == ["a/0  ready", f"  b/0  {loading}"]
-            shown = json.loads(engines("show", "b", "--json").stdout)
-            (rank,) = shown["ranks"]
-            assert (rank["state"], rank["progress"], rank["readers"]) == ("loading", progress, [])
-            assert shown["pulls"] == rank["reads_from"]
-            assert [each["source"]["instance"] for each in shown["pulls"]] == ["a"]
+def test_a_load_into_a_rank_that_is_registered_is_its_progress(engines: Engines, registry: Registry, processes: Processes) -> None:
+    with half_way(registry, processes, publish="b"):
+        pull = told(registry)
+        assert pull.reader == Reader.of(the_rank(registry, "b"))
+        loading = f"loading {int(100 * (pull.fraction or 0))} %"
+        progress = {"nbytes": pull.nbytes, "total_nbytes": pull.total_nbytes}
+        assert f"b         {loading}" in engines("list").stdout
+        listed = json.loads(engines("list", "--json").stdout)["instances"]
+        assert [each["loading"] for each in listed] == [[], [{"rank": 0, "progress": progress}]]
+        for name in ("a", "b"):
+            assert engines("show", name).stdout.splitlines()[-2:] == ["a/0  ready", f"  b/0  {loading}"]
+        shown = json.loads(engines("show", "b", "--json").stdout)
+        (rank,) = shown["ranks"]
+        assert (rank["state"], rank["progress"], rank["readers"]) == ("loading", progress, [])
+        assert shown["pulls"] == rank["reads_from"]
+        assert [each["source"]["instance"] for each in shown["pulls"]] == ["a"]
 
 
 def test_a_chain_is_a_tree_and_with_a_rank_only_what_it_belongs_to(engines: Engines, registry: Registry) -> None:
