@@ -108,6 +108,18 @@ def test_an_outage_of_etcd_is_shown_and_survived(own_etcd: LocalEtcd) -> None:
         assert terminal.process.wait(20) == Exit.DONE
 
 
+def test_what_is_cleaned_up_stands_among_the_events(watching: Watching, registry: Registry) -> None:
+    with (
+        register(registry, rank=0, world_size=2),
+        register(registry, rank=1, world_size=2) as second,
+        watching("--cleanup", "--dry-run", "--grace", "0.2") as terminal,
+    ):
+        terminal.wait_for("a ", "ready 2/2")
+        second.withdraw()
+        terminal.wait_for("a cleaned up: would evict rank 0, as rank 1 did not come back")
+        assert terminal.line("a ").split() == ["a", "degraded", "1/2"]
+
+
 def test_it_fits_whatever_size_the_terminal_has_or_gets(watching: Watching, registry: Registry) -> None:
     put_ranks(registry._etcd, "big", 1_000, state=RankState.LOADING)
     with watching(columns=130, rows=30) as terminal:
