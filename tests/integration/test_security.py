@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.exits import Exit
-from registry import InstanceCleaned, InstanceReady, RankState, RegistrationState, Registry
+from loader import MooncakeEngine, publish
+from registry import InstanceCleaned, InstanceReady, ModelIdentity, RankState, RegistrationState, Registry
 from registry.errors import EtcdRefused, Evicted
 from registry.kv import Delete, Put
 from registry.local import LocalEtcd, find_binary
@@ -169,6 +170,26 @@ def test_a_loader_finds_and_loads_with_a_ticket_and_is_refused_to_write_a_record
     assert_one_line(engines("loader", "register", *serving(weights, "qwen-c")), Exit.ETCD, DENIED)
     assert_one_line(engines("loader", "register", *serving(weights, "qwen-a")), Exit.ETCD, DENIED)
     assert end(server) == ""
+
+
+def test_a_rank_that_loads_and_serves_has_both_roles(secured: Secured, engines: Engines) -> None:
+    tensors, model = {"w": torch.rand(100, 3)}, ModelIdentity("m")
+    load = ("load", "seed", "--rank", "0", "--serve", "qwen-a", "--host", "127.0.0.1")
+    with (
+        secured.connect("root") as registry,
+        MooncakeEngine("127.0.0.1") as engine,
+        publish(registry, engine, instance="seed", rank=0, world_size=1, tensors=tensors, model=model),
+    ):
+        assert_one_line(engines("rank-qwen-a", *load), Exit.ETCD, DENIED)
+        assert_one_line(engines("loader", *load), Exit.ETCD, DENIED)
+        secured.etcdctl("user grant-role rank-qwen-a loader")
+        try:
+            replica = engines.start("rank-qwen-a", *load)
+            assert line_of(replica).startswith("loaded seed/0")
+            assert line_of(replica).startswith("serving qwen-a/0")
+            assert end(replica) == ""
+        finally:
+            secured.etcdctl("user revoke-role rank-qwen-a loader")
 
 
 def test_a_loader_without_tickets_loads_from_several_with_a_warning(
