@@ -55,7 +55,7 @@ class PullTicket:
         while not self._closed.wait(max(0.0, min(_TELL_S, due - time.monotonic()))):
             try:
                 if time.monotonic() >= due:
-                    due += _TTL_S / 3
+                    due = time.monotonic() + _TTL_S / 3
                     self._etcd.keep_alive(self._lease_id)
                 self._write()
             except LeaseNotFound:
