@@ -322,8 +322,11 @@ class _Load:
             self.avoid.update(record.incarnation for record in selection.gone)
         entered = [candidate for candidate in chosen if candidate.enter(undo)]
         if len(entered) < len(chosen) and self.planner.differences([one.origin for one in entered]):
-            gone = next(candidate.record.key for candidate in chosen if candidate not in entered)
-            raise TornRead(f"the record of {gone} changed before it was read: load again", key=gone)
+            missed = next(candidate.record for candidate in chosen if candidate not in entered)
+            if search.registry.current(missed) is None:
+                self.avoid.add(missed.incarnation)
+                raise SourceLost(f"{missed.key} is not registered any more: load again", key=missed.key)
+            raise TornRead(f"the record of {missed.key} changed before it was read: load again", key=missed.key)
         return entered
 
     def _stage(self, spans: Sequence[Span], undo: ExitStack) -> Staging | None:
