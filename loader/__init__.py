@@ -3,6 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
+from loader.destination import Destination
 from loader.engine import Engine
 from loader.errors import LoaderError
 from loader.in_process import InProcessEngine
@@ -10,11 +11,12 @@ from loader.load import load
 from loader.load_instance import load_instance
 from loader.module import load_module
 from loader.mooncake_engine import MooncakeEngine
+from loader.pace import Pace
 from loader.publish import Publication, publish, publish_state_dict
 from loader.regions import Shard
 from loader.replica import Replica
 from loader.report import LoadReport
-from loader.transfer import Pace, Progress
+from loader.transfer import Progress
 
 if TYPE_CHECKING:
     from loader.checkpoint import EngineReader
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet until somebody listens
 
 __all__ = [
+    "Destination",
     "Engine",
     "EngineReader",
     "InProcessEngine",

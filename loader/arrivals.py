@@ -93,6 +93,7 @@ class Arrivals:
 
     def __init__(self, manifest: Manifest, block_nbytes: int | None = None) -> None:
         self._tensors = manifest.tensors
+        self._new: list[Span] = []  # that have not been looked at, as nobody has asked
         self._came = Runs()
         self._scattered: Counter[int] = Counter()  # by a tensor's address: bytes that came, but not in a row
         self._blocks = Blocks(manifest.regions if block_nbytes else (), block_nbytes or 1)
@@ -128,10 +129,17 @@ class Arrivals:
     @property
     def nbytes(self) -> int:
         """How many of the wanted have come."""
+        self._take_in()
         return sum(end - start for start, end in self._came) + sum(self._scattered.values())
 
     def add(self, spans: Iterable[Span]) -> None:
         """They have come, and are of that version. Each lies in the memory of the tensors."""
+        self._new += spans
+        if self._left:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        spans, self._new = self._new, []
         for span in spans:
             if not span.lines:
                 self._add_run(span.dst_addr, span.dst_addr + span.nbytes)
@@ -157,7 +165,10 @@ class Arrivals:
 
     def missing(self, spans: Sequence[Span]) -> list[Span]:
         """What of the spans has not come. Of a tensor that comes in other than whole runs, that is all of it or nothing."""
+        self._take_in()
         self._scattered.clear()
+        if not any(self._came):
+            return list(spans)
         rest = []
         for span in spans:
             if span.lines:
@@ -178,4 +189,5 @@ class Arrivals:
 
     def complete(self) -> list[str]:
         """Names of the tensors that are whole."""
+        self._take_in()
         return [entry.name for entry in self._tensors if not self._came.gaps(entry.addr, entry.addr + entry.nbytes)]

@@ -15,7 +15,8 @@ from loader.engine import Engine, lend
 from loader.errors import DigestsMissing, LoaderError, SourceLost, TornRead
 from loader.manifests import fetch_manifest
 from loader.offers import Origin
-from loader.transfer import Progress, Source, Stock
+from loader.pipe import Source, Stock
+from loader.transfer import Progress
 from loader.verify import HeaderCell, fetch_header, peer_of_record
 from registry import Event, RankJoined, RankLost, RankRecord, RankState, RankUpdated, Registry
 from registry.errors import EtcdError
@@ -109,7 +110,7 @@ class Candidate:
 
     def source(self) -> Source:
         """For a Transfer."""
-        stock = Stock(self._has, lambda: self._marks.count(1)) if self._blocks is not None else None
+        stock = Stock(self._has, lambda: self._marks.count(1) / max(len(self._marks), 1)) if self._blocks is not None else None
         return Source(self.record.key, peer_of_record(self.record), self._check_header, lambda: self._bad_news, stock)
 
     def _has(self, addr: int, nbytes: int) -> bool:

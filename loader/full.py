@@ -15,10 +15,11 @@ from loader.errors import LoaderError, TornRead, VersionUnavailable
 from loader.files import WholeFiles, allocate, block_of, extent
 from loader.load import TRIES, Verify, load
 from loader.manifests import fetch_manifests
+from loader.pipe import Share
 from loader.regions import Shard, dtype_named
 from loader.report import LoadReport
 from loader.sources import Search
-from loader.transfer import OnProgress, Progress, Share
+from loader.transfer import OnProgress, Progress
 from loader.whole import MAX_FILE_NBYTES, Whole, into_files, whole_tensors
 from registry import RankRecord, Registry
 from registry.logs import fields

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from loader.pipe import Share
 from loader.publish import Publication
-from loader.transfer import Share
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 
 import click
@@ -46,24 +46,45 @@ def another_process(
     `within`: the `command` of a Host, to run it there.
     """
     command = call(module, function, *args)
+    with _process(within(*command) if within is not None else command) as process:
+        yield process, _first_line(process, f"{module}.{function}")
+
+
+@contextmanager
+def several_processes(
+    module: str, function: str, calls: Sequence[Sequence[str]]
+) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
+    """Started at the same time, one for each list of arguments; the first lines of all of them have come."""
+    with ExitStack() as stack:
+        started = [stack.enter_context(_process(call(module, function, *args))) for args in calls]
+        yield [(process, _first_line(process, f"{module}.{function}")) for process in started]
+
+
+@contextmanager
+def _process(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        within(*command) if within is not None else command,
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     with process:
         try:
-            line = process.stdout.readline() if process.stdout else ""
-            if not line:
-                raise SystemExit(f"{module}.{function} did not start")
-            yield process, line.strip()
+            yield process
         finally:
             if process.stdin is not None:
-                process.stdin.close()
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             process.kill()
+
+
+def _first_line(process: subprocess.Popen[str], name: str) -> str:
+    line = process.stdout.readline() if process.stdout else ""
+    if not line:
+        raise click.ClickException(f"{name} did not come to its first line: --debug shows what it said")
+    return line.strip()
 
 
 def report(results: Mapping[str, float], as_json: bool) -> None:

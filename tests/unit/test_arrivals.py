@@ -65,8 +65,10 @@ def test_blocks_are_numbered_through_all_regions() -> None:
 
 @st.composite
 def loads(draw: st.DrawFn) -> tuple[Manifest, int, list[Span]]:
-    """Tensors with gaps between them in two regions, tied ones among them; the size of blocks; reads that fill them, in any order."""
-    entries, spans, regions = [], [], []
+    """Tensors with gaps between them in two regions, tied ones among them; the size of blocks; reads that fill them."""
+    entries: list[TensorEntry] = []
+    spans: list[Span] = []
+    regions: list[Region] = []
     at = 1000
     for _ in range(2):
         start = at

@@ -1,0 +1,96 @@
+"""How long one rank's weights take to N receivers, on paper. Pure; docs/fanout.md explains it, `engines bench fanout` prints it.
+
+All links have the same speed in either direction, independently of each other, and nothing but them takes time, except for `start_s`
+and `hop_s`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """`start_s`: from the beginning of a load until its first byte is asked for. `hop_s`: how much later a receiver has its last
+    chunk than the one it reads from, while that is still loading."""
+
+    nbytes_per_s: float
+    start_s: float = 0.0
+    hop_s: float = 0.0
+
+    def one(self, nbytes: float) -> float:
+        return self.start_s + nbytes / self.nbytes_per_s
+
+
+def all_from_one(fabric: Fabric, nbytes: float, receivers: int) -> float:
+    return fabric.start_s + receivers * nbytes / fabric.nbytes_per_s
+
+
+def complete_then_chain(fabric: Fabric, nbytes: float, receivers: int) -> float:
+    """Whoever has all serves one after another: in each round as many get it as have it."""
+    return math.ceil(math.log2(receivers + 1)) * fabric.one(nbytes)
+
+
+def pipelined_chain(fabric: Fabric, nbytes: float, receivers: int) -> float:
+    return pipelined_chains(fabric, nbytes, receivers, 1)
+
+
+def pipelined_chains(fabric: Fabric, nbytes: float, receivers: int, chains: int) -> float:
+    """Several that begin at the seed, which has to send all of them everything."""
+    return fabric.start_s + chains * nbytes / fabric.nbytes_per_s + (math.ceil(receivers / chains) - 1) * fabric.hop_s
+
+
+def pipelined_tree(fabric: Fabric, nbytes: float, receivers: int, degree: int) -> float:
+    """Everybody, the seed too, serves up to `degree` others: each of them gets that part of a link."""
+    depth, width, below = 0, 1, 0
+    while below < receivers:
+        depth, width = depth + 1, width * degree
+        below += width
+    return fabric.start_s + degree * nbytes / fabric.nbytes_per_s + (depth - 1) * fabric.hop_s
+
+
+def depths_of(parents: Sequence[int | None]) -> list[int]:
+    """How many links the weights go through to each receiver; `parents` has whom each reads from, None for the seed, and only such
+    as come before it."""
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(1 if parent is None else depths[parent] + 1)
+    return depths
+
+
+def pipelined(fabric: Fabric, nbytes: float, parents: Sequence[int | None]) -> float:
+    """In any tree, all begun at once: a receiver gets its share of the link of whom it reads from, and nothing sooner than that."""
+    readers = Counter(parents)
+    ended: list[float] = []
+    for parent in parents:
+        alone = fabric.start_s + readers[parent] * nbytes / fabric.nbytes_per_s
+        ended.append(alone if parent is None else max(alone, ended[parent] + fabric.hop_s))
+    return max(ended, default=0.0)
+
+
+def joined_one_by_one(receivers: int, hop: float) -> list[int | None]:
+    """The rule of `loader.chain` where each knows whom all before it read from: the least of readers + 1 + hop × depth, the earliest
+    of equal ones. `hop` is in loads of one receiver that has a source for itself."""
+    return joined_in_waves([1] * receivers, hop, blind=False)
+
+
+def joined_in_waves(waves: Sequence[int], hop: float, *, blind: bool) -> list[int | None]:
+    """The same where those of a wave do not see whom the others of their wave read from. `blind`: they choose by what they see; else
+    they work out what those before them will choose, as `loader.chain` does, which comes to the same as seeing it."""
+    parents: list[int | None] = []
+    readers: Counter[int | None] = Counter()
+    depths: dict[int | None, int] = {None: 0}
+    for size in waves:
+        seen = dict(readers) if blind else readers
+        places: list[int | None] = list(depths)
+        for number in range(len(parents), len(parents) + size):
+            parent = min(places, key=lambda place: (1 + seen.get(place, 0) + hop * depths[place], -1 if place is None else place))
+            parents.append(parent)
+            readers[parent] += 1
+            depths[number] = depths[parent] + 1
+            if not blind:
+                places.append(number)
+    return parents
