@@ -1,7 +1,7 @@
 """How long one rank's weights take to N receivers, on paper. Pure; docs/fanout.md explains it, `engines bench fanout` prints it.
 
-All links have the same speed in either direction, independently of each other, and nothing but them takes time, except for `start_s`
-and `hop_s`.
+All links have the same speed in either direction, independently of each other, and nothing but them takes time, except for
+`start_s` and `hop_s`.
 """
 
 from __future__ import annotations
@@ -71,26 +71,25 @@ def pipelined(fabric: Fabric, nbytes: float, parents: Sequence[int | None]) -> f
     return max(ended, default=0.0)
 
 
-def joined_one_by_one(receivers: int, hop: float) -> list[int | None]:
-    """The rule of `loader.chain` where each knows whom all before it read from: the least of readers + 1 + hop × depth, the earliest
-    of equal ones. `hop` is in loads of one receiver that has a source for itself."""
-    return joined_in_waves([1] * receivers, hop, blind=False)
+def joined(receivers: int, hop: float, unseen: int = 0) -> list[int | None]:
+    """Whom each reads from by the rule of `loader.chain`: the least of readers + 1 + hop × depth, the earliest of equal ones. `hop`
+    is in loads of one receiver that has a source for itself.
 
-
-def joined_in_waves(waves: Sequence[int], hop: float, *, blind: bool) -> list[int | None]:
-    """The same where those of a wave do not see whom the others of their wave read from. `blind`: they choose by what they see; else
-    they work out what those before them will choose, as `loader.chain` does, which comes to the same as seeing it."""
+    `loader.chain` works out what those will choose who have not told yet, so that many at once come to the same tree as one after
+    another. With `unseen` receivers do not: each knows nothing of that many before it.
+    """
     parents: list[int | None] = []
     readers: Counter[int | None] = Counter()
-    depths: dict[int | None, int] = {None: 0}
-    for size in waves:
-        seen = dict(readers) if blind else readers
-        places: list[int | None] = list(depths)
-        for number in range(len(parents), len(parents) + size):
-            parent = min(places, key=lambda place: (1 + seen.get(place, 0) + hop * depths[place], -1 if place is None else place))
-            parents.append(parent)
-            readers[parent] += 1
-            depths[number] = depths[parent] + 1
-            if not blind:
-                places.append(number)
+    depths: dict[int | None, int] = {}
+    seen: list[int | None] = [None]
+    told = 0
+    depths[None] = 0
+    for number in range(receivers):
+        while told < number - unseen:
+            readers[parents[told]] += 1
+            seen.append(told)
+            told += 1
+        parent = min(seen, key=lambda place: 1 + readers[place] + hop * depths[place])
+        parents.append(parent)
+        depths[number] = depths[parent] + 1
     return parents

@@ -87,11 +87,14 @@ def _first_line(process: subprocess.Popen[str], name: str) -> str:
     return line.strip()
 
 
+def machine() -> dict[str, object]:
+    versions = {name: metadata.version(name) for name in ("engine-registry", "etcd3", "grpcio", "protobuf")}
+    return {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version(), **versions}
+
+
 def report(results: Mapping[str, float], as_json: bool) -> None:
     if as_json:
-        versions = {name: metadata.version(name) for name in ("engine-registry", "etcd3", "grpcio", "protobuf")}
-        machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version(), **versions}
-        print_json({"machine": machine, "results": {name: round(value, 6) for name, value in results.items()}})
+        print_json({"machine": machine(), "results": {name: round(value, 6) for name, value in results.items()}})
         return
     for name, value in results.items():
         click.echo(f"{name:56} {value:12.4f}")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from cli.options import debug_option, engine_log, json_option
+from cli.signals import raised
+
+_MOST_RECEIVERS = 64
 
 
 @click.group("bench")
@@ -51,11 +56,7 @@ def registry(ranks: str, kills: int, leader_kills: int, as_json: bool) -> None:
     """The control plane: register, resolve, list, watch, deaths, outages. Takes minutes."""
     from cli.bench import control_plane, figures
 
-    try:
-        sizes = [int(size) for size in ranks.split(",")]
-    except ValueError as exc:
-        raise click.UsageError(f"--ranks {ranks!r} is not valid: give whole numbers, such as 64,1024") from exc
-    figures.report(control_plane.measure(sizes, kills, leader_kills, _say), as_json)
+    figures.report(control_plane.measure(_numbers("--ranks", ranks), kills, leader_kills, _say), as_json)
 
 
 @command.command("gateway")
@@ -103,6 +104,47 @@ def gpu(only: str, scale: float, rounds: int, profile: bool, as_json: bool) -> N
     devices = run.gpus()
     with engine_log():
         run.report(run.measure(devices, parts, scale, rounds, profile, _say), as_json, profile)
+
+
+@command.command("fanout")
+@click.option("--receivers", default="1,2,4,8", show_default=True, metavar="N[,N…]", help="How many load at once.")
+@click.option("--mib", type=click.IntRange(min=4), default=128, show_default=True, help="Size of the weights.")
+@click.option("--mbit", type=click.FloatRange(min=1), default=200, show_default=True, help="Speed of each link, in Mbit/s.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Of each measurement; the median counts.")
+@click.option(
+    "--kills", type=click.IntRange(min=0), default=1, show_default=True, help="Of a receiver, at each of 25, 50 and 75 %."
+)
+@click.option("--plot", type=click.Path(dir_okay=False, writable=True), metavar="FILE.svg", help="Draw the times, too.")
+@json_option
+@debug_option
+def fanout(receivers: str, mib: int, mbit: float, rounds: int, kills: int, plot: str | None, as_json: bool) -> None:
+    """One rank to several receivers on hosts of their own: from one source, from complete ones, in a chain. Takes minutes.
+
+    The hosts are network namespaces with links of limited speed: that needs root, and the programs ip and tc. Choose speed and size
+    so that the CPU, which the table tells, does not limit.
+    """
+    from cli.bench import fanout
+    from cli.bench.hosts import HostsUnavailable
+
+    sizes = _numbers("--receivers", receivers)
+    if not all(1 <= size <= _MOST_RECEIVERS for size in sizes):
+        raise click.UsageError(f"--receivers {receivers!r} is not valid: give numbers from 1 to {_MOST_RECEIVERS}")
+    nbytes = mib << 20
+    with raised():
+        try:
+            runs, killed = fanout.measure(sizes, nbytes, mbit, rounds, kills, _say)
+        except HostsUnavailable as exc:
+            raise click.ClickException(str(exc)) from exc
+    fanout.report(runs, killed, nbytes, mbit, as_json)
+    if plot is not None:
+        Path(plot).write_text(fanout.plot(runs, nbytes, mbit))
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as exc:
+        raise click.UsageError(f"{option} {text!r} is not valid: give whole numbers, such as 1,2,8") from exc
 
 
 def _say(what: str) -> None:
