@@ -24,7 +24,7 @@ import click
 
 from cli.bench.fanout_model import Fabric, all_from_one, complete_then_chain, pipelined_chain
 from cli.bench.fanout_plot import svg
-from cli.bench.fanout_rank import SEED
+from cli.bench.fanout_rank import SEED, chunk_nbytes
 from cli.bench.figures import another_process, call, machine
 from cli.bench.hosts import Host, Network, etcd_on
 from cli.output import print_json, print_table
@@ -32,7 +32,18 @@ from cli.output import print_json, print_table
 _RANK = "cli.bench.fanout_rank"
 _FRACTIONS = (0.25, 0.5, 0.75)
 _PAYLOAD = 1448 / 1514  # of what goes over a link: the rest are the headers of TCP, IP and Ethernet
-START_S, HOP_S = 0.05, 0.1  # of the model; docs/fanout.md says where they are from
+_START_S, _NOTICE_S = 0.05, 0.1  # of the model: the two that are not known beforehand; docs/fanout.md says where they are from
+
+
+@dataclass(frozen=True)
+class Setting:
+    nbytes: int  # of the weights
+    mbit: float  # of each link, in either direction
+    in_flight: int  # chunks that a receiver asks for at once
+
+    @property
+    def fabric(self) -> Fabric:
+        return Fabric(self.mbit * 1e6 / 8 * _PAYLOAD, _START_S, _NOTICE_S, self.in_flight * chunk_nbytes(self.nbytes))
 
 
 @dataclass(frozen=True)
@@ -53,10 +64,11 @@ class Run:
 class Receiver:
     """A host, and a process there that loads; another one if that has been killed."""
 
-    def __init__(self, host: Host, endpoint: str, nbytes: int) -> None:
+    def __init__(self, host: Host, endpoint: str, setting: Setting) -> None:
         self.name = host.name
         self._host = host
-        self._command = call(_RANK, "receive", endpoint, host.address, host.name, str(nbytes))
+        sizes = str(setting.nbytes), str(setting.in_flight)
+        self._command = call(_RANK, "receive", endpoint, host.address, host.name, *sizes)
         self._process: subprocess.Popen[str] | None = None
 
     def begin(self) -> None:
@@ -92,10 +104,16 @@ class Receiver:
             line = ""
         if not line:
             self._process = None
-            process.wait()
+            process.communicate()
             return None
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def close(self) -> None:
+        """However long it would go on loading."""
+        self._host.vanish()
+        if self._process is not None:
+            self._process.communicate()
 
 
 class Bench:
@@ -173,19 +191,21 @@ class _Cpu:
 
 
 @contextmanager
-def _bench(receivers: int, nbytes: int, mbit: float) -> Iterator[Bench]:
+def _bench(receivers: int, setting: Setting) -> Iterator[Bench]:
     with ThreadPoolExecutor(receivers) as pool, Network() as network, ExitStack() as stack:
         endpoint = stack.enter_context(etcd_on(network.host("control")))
-        seed = network.host("seed", mbit)
-        command = (endpoint, seed.address, str(nbytes))
+        seed = network.host("seed", setting.mbit)
+        command = (endpoint, seed.address, str(setting.nbytes))
         _, digest = stack.enter_context(another_process(_RANK, "seed", *command, within=seed.command))
-        hosts = [network.host(f"receiver-{number}", mbit) for number in range(receivers)]
-        stack.callback(lambda: [host.vanish() for host in hosts])  # however long they would go on loading
-        yield Bench(pool, seed, digest, [Receiver(host, endpoint, nbytes) for host in hosts], nbytes)
+        hosts = [network.host(f"receiver-{number}", setting.mbit) for number in range(receivers)]
+        loading = [Receiver(host, endpoint, setting) for host in hosts]
+        for receiver in loading:
+            stack.callback(receiver.close)
+        yield Bench(pool, seed, digest, loading, setting.nbytes)
 
 
 def measure(
-    sizes: Sequence[int], nbytes: int, mbit: float, rounds: int, kills: int, say: Callable[[str], None]
+    sizes: Sequence[int], setting: Setting, rounds: int, kills: int, say: Callable[[str], None]
 ) -> tuple[list[Run], list[Run]]:
     """Medians of the rounds; and every one of the loads in which a receiver was killed, `kills` at each of three moments.
 
@@ -193,7 +213,7 @@ def measure(
     """
     runs: list[Run] = []
     killed: list[Run] = []
-    with _bench(max(sizes), nbytes, mbit) as bench:
+    with _bench(max(sizes), setting) as bench:
         for number in sizes:
             for strategy in _STRATEGIES:
                 say(f"{strategy.replace('_', ' ')}, {number} receivers")
@@ -207,32 +227,30 @@ def measure(
 
 def _middle(runs: Sequence[Run]) -> Run:
     def median(name: str) -> float:
-        return statistics.median(getattr(run, name) for run in runs)
+        return float(statistics.median(getattr(run, name) for run in runs))
 
     exact = all(run.exact for run in runs)
     return Run(runs[0].strategy, runs[0].receivers, median("seconds"), median("seed_sent"), median("cpu"), exact)
 
 
-def on_paper(run: Run, nbytes: int, mbit: float) -> float:
+def on_paper(run: Run, setting: Setting) -> float:
     """Seconds that the model has for it."""
-    return _MODELS[run.strategy](Fabric(mbit * 1e6 / 8 * _PAYLOAD, START_S, HOP_S), nbytes, run.receivers)
+    return _MODELS[run.strategy](setting.fabric, setting.nbytes, run.receivers)
 
 
-def report(runs: Sequence[Run], killed: Sequence[Run], nbytes: int, mbit: float, as_json: bool) -> None:
-    rows = [asdict(run) | {"seconds_on_paper": on_paper(run, nbytes, mbit)} for run in runs]
-    undisturbed = runs[-1].seconds
+def report(runs: Sequence[Run], killed: Sequence[Run], setting: Setting, as_json: bool) -> None:
+    rows = [asdict(run) | {"seconds_on_paper": on_paper(run, setting)} for run in runs]
+    undisturbed = runs[-1].seconds  # the longest chain comes last
     losses = [asdict(run) | {"added_seconds": run.seconds - undisturbed} for run in killed]
     if as_json:
-        print_json(
-            {"machine": machine(), "nbytes": nbytes, "link_mbit": mbit, "results": _rounded(rows), "kills": _rounded(losses)}
-        )
+        print_json({"machine": machine(), "setting": asdict(setting), "results": _rounded(rows), "kills": _rounded(losses)})
         return
     ones = {run.strategy: run.seconds for run in runs if run.receivers == 1}
     print_table(
         ("STRATEGY", "RECEIVERS", "SECONDS", "ON PAPER", "× ONE", "SEED SENT", "CPU", "EXACT"),
         [
             (
-                run.strategy.replace("_", " "), str(run.receivers), f"{run.seconds:.2f}", f"{on_paper(run, nbytes, mbit):.2f}",
+                run.strategy.replace("_", " "), str(run.receivers), f"{run.seconds:.2f}", f"{on_paper(run, setting):.2f}",
                 f"{run.seconds / ones[run.strategy]:.2f}" if run.strategy in ones else "", f"{run.seed_sent:.2f} ×",
                 f"{run.cpu:.0%}", "yes" if run.exact else "NO",
             )
@@ -258,12 +276,12 @@ def _rounded(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()} for row in rows]
 
 
-def plot(runs: Sequence[Run], nbytes: int, mbit: float) -> str:
+def plot(runs: Sequence[Run], setting: Setting) -> str:
     """As SVG."""
     lines = {
         strategy.replace("_", " "): [
-            (run.receivers, run.seconds, on_paper(run, nbytes, mbit)) for run in runs if run.strategy == strategy
+            (run.receivers, run.seconds, on_paper(run, setting)) for run in runs if run.strategy == strategy
         ]
         for strategy in _STRATEGIES
     }
-    return svg(f"{nbytes / 1e6:.0f} MB to N receivers, links of {mbit:g} Mbit/s", lines)
+    return svg(f"{setting.nbytes / 1e6:.0f} MB to N receivers, links of {setting.mbit:g} Mbit/s", lines)

@@ -1,7 +1,7 @@
 """How long one rank's weights take to N receivers, on paper. Pure; docs/fanout.md explains it, `engines bench fanout` prints it.
 
 All links have the same speed in either direction, independently of each other, and nothing but them takes time, except for
-`start_s` and `hop_s`.
+`start_s` and `notice_s`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fabric:
-    """`start_s`: from the beginning of a load until its first byte is asked for. `hop_s`: how much later a receiver has its last
-    chunk than the one it reads from, while that is still loading."""
+    """`start_s`: from the beginning of a load until its first byte is asked for. `notice_s`: from when a receiver has a chunk until
+    the next one asks for it. `in_flight_nbytes`: as much as a receiver asks for at once."""
 
     nbytes_per_s: float
     start_s: float = 0.0
-    hop_s: float = 0.0
+    notice_s: float = 0.0
+    in_flight_nbytes: float = 0.0
+
+    @property
+    def hop_s(self) -> float:
+        """How much later than the one it reads from a receiver has its last chunk. What is asked for at once comes together, at the
+        end of the time that all of it takes: there, and then here."""
+        return self.notice_s + 2 * self.in_flight_nbytes / self.nbytes_per_s
 
     def one(self, nbytes: float) -> float:
         return self.start_s + nbytes / self.nbytes_per_s

@@ -23,12 +23,11 @@ from registry import ModelIdentity, Registry
 MODEL = ModelIdentity("fanout", "r1")
 SEED = "seed"
 _TENSORS = 64
-_DEPTH = 8
 
 
-def pace_of(nbytes: int) -> Pace:
-    """Chunks are as small a part of the weights in each strategy as they are in a chain."""
-    return Pace(max(nbytes // 256, 256 << 10), _DEPTH)
+def chunk_nbytes(nbytes: int) -> int:
+    """As small a part of the weights in each strategy as in a chain."""
+    return max(nbytes // 256, 256 << 10)
 
 
 def seed(endpoint: str, address: str, nbytes: str) -> None:
@@ -45,16 +44,17 @@ def seed(endpoint: str, address: str, nbytes: str) -> None:
         sys.stdin.read()
 
 
-def receive(endpoint: str, address: str, instance: str, nbytes: str) -> None:
+def receive(endpoint: str, address: str, instance: str, nbytes: str, in_flight: str) -> None:
     """Loads, one time after another. Of each it is told four things: to get ready, from whom, to tell its digest, to leave."""
     tensors = _room_for(int(nbytes))
+    pace = Pace(chunk_nbytes(int(nbytes)), int(in_flight))
     with engine_log():
         for _ in sys.stdin:
             with Registry.connect(endpoint) as registry, MooncakeEngine(address) as engine:
                 for tensor in tensors.values():
                     tensor.zero_()
                 _answer()
-                with _load(json.loads(sys.stdin.readline()), registry, engine, instance, tensors):
+                with _load(json.loads(sys.stdin.readline()), registry, engine, instance, tensors, pace):
                     sys.stdin.readline()
                     _answer(digest=_digest_of(tensors))
                     sys.stdin.readline()
@@ -62,10 +62,14 @@ def receive(endpoint: str, address: str, instance: str, nbytes: str) -> None:
 
 
 def _load(
-    order: Mapping[str, Any], registry: Registry, engine: MooncakeEngine, instance: str, tensors: dict[str, torch.Tensor]
+    order: Mapping[str, Any],
+    registry: Registry,
+    engine: MooncakeEngine,
+    instance: str,
+    tensors: dict[str, torch.Tensor],
+    pace: Pace,
 ) -> Publication:
     """From the instance that is named; or, where none is, from whoever serves the model, while others read what has come."""
-    pace = pace_of(sum(tensor.nbytes for tensor in tensors.values()))
     progress = _until(order["die_at"]) if order["die_at"] is not None else None
     if order["source"] is not None:
         load(registry, engine, order["source"], rank=0, tensors=tensors, pace=pace, progress=progress)

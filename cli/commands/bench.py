@@ -14,7 +14,8 @@ _MOST_RECEIVERS = 64
 
 @click.group("bench")
 def command() -> None:
-    """Measure this machine: loading, also into other layouts, the control plane, or the gateway, beside baselines in the same run.
+    """Measure this machine: loading, also into other layouts and to many at once, the control plane, or the gateway, beside
+    baselines in the same run.
 
     Starts an etcd and processes of its own on 127.0.0.1.
     """
@@ -111,13 +112,12 @@ def gpu(only: str, scale: float, rounds: int, profile: bool, as_json: bool) -> N
 @click.option("--mib", type=click.IntRange(min=4), default=128, show_default=True, help="Size of the weights.")
 @click.option("--mbit", type=click.FloatRange(min=1), default=200, show_default=True, help="Speed of each link, in Mbit/s.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Of each measurement; the median counts.")
-@click.option(
-    "--kills", type=click.IntRange(min=0), default=1, show_default=True, help="Of a receiver, at each of 25, 50 and 75 %."
-)
+@click.option("--in-flight", type=click.IntRange(min=1), default=8, show_default=True, help="Chunks that are asked for at once.")
+@click.option("--kills", type=click.IntRange(min=0), default=1, show_default=True, help="Of a receiver, at each of 25, 50, 75 %.")
 @click.option("--plot", type=click.Path(dir_okay=False, writable=True), metavar="FILE.svg", help="Draw the times, too.")
 @json_option
 @debug_option
-def fanout(receivers: str, mib: int, mbit: float, rounds: int, kills: int, plot: str | None, as_json: bool) -> None:
+def fanout(receivers: str, mib: int, mbit: float, rounds: int, in_flight: int, kills: int, plot: str | None, as_json: bool) -> None:
     """One rank to several receivers on hosts of their own: from one source, from complete ones, in a chain. Takes minutes.
 
     The hosts are network namespaces with links of limited speed: that needs root, and the programs ip and tc. Choose speed and size
@@ -126,18 +126,18 @@ def fanout(receivers: str, mib: int, mbit: float, rounds: int, kills: int, plot:
     from cli.bench import fanout
     from cli.bench.hosts import HostsUnavailable
 
-    sizes = _numbers("--receivers", receivers)
+    sizes = sorted(set(_numbers("--receivers", receivers)))
     if not all(1 <= size <= _MOST_RECEIVERS for size in sizes):
         raise click.UsageError(f"--receivers {receivers!r} is not valid: give numbers from 1 to {_MOST_RECEIVERS}")
-    nbytes = mib << 20
+    setting = fanout.Setting(mib << 20, mbit, in_flight)
     with raised():
         try:
-            runs, killed = fanout.measure(sizes, nbytes, mbit, rounds, kills, _say)
+            runs, killed = fanout.measure(sizes, setting, rounds, kills, _say)
         except HostsUnavailable as exc:
             raise click.ClickException(str(exc)) from exc
-    fanout.report(runs, killed, nbytes, mbit, as_json)
+    fanout.report(runs, killed, setting, as_json)
     if plot is not None:
-        Path(plot).write_text(fanout.plot(runs, nbytes, mbit))
+        Path(plot).write_text(fanout.plot(runs, setting))
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -24,7 +24,7 @@ from loader.chain import costs
 from registry import RankState
 from tests.builders import a_record
 
-FABRIC = Fabric(nbytes_per_s=100, start_s=1, hop_s=0.5)
+FABRIC = Fabric(nbytes_per_s=100, start_s=1, notice_s=0.3, in_flight_nbytes=10)  # a hop of half a second
 NBYTES = 1000  # ten seconds of a link
 
 
