@@ -89,7 +89,7 @@ def measure(
             src, dst = place(name, devices.sources[0]), place(name, devices.destinations[0])
             say(f"the set {name}")
             with another_process(loads.MODULE, "serve", local.endpoint, name, *src.args):
-                add(loads.cold(local.endpoint, src, dst, rounds // 2 + 1 if name == "mixed" else 1))
+                add(loads.cold_and_warm(local.endpoint, src, dst, rounds // 2 + 1 if name == "mixed" else 1, rounds))
                 rows, steps, lines = loads.in_this_process(registry, src, dst, rounds, profiled)
                 add(rows)
             results.steps |= {f"{name}, {verify}": took for verify, took in steps.items()}
