@@ -24,5 +24,5 @@ def test_every_part_is_measured_and_told_as_json(capsys: pytest.CaptureFixture[s
     unrun = [row for row in told["rows"] if "median_s" not in row]
     assert [row["note"] for row in unrun] == ["not run: 2 GPUs"] * 2
     assert told["steps_s"]["mixed, header"]["reads and checks"] > 0
-    assert len(told["goals"]) == 7
+    assert len(told["goals"]) == 8
     assert told["functions"]["mixed"]
