@@ -105,8 +105,7 @@ class Candidate:
         """Why it should not be read from any more, as far as etcd has told."""
         return self._bad_news
 
-    @property
-    def evicted(self) -> bool:
+    def was_evicted(self) -> bool:
         """Somebody has said that it should not be read from; or, if no news comes, it may be so."""
         self._told.wait(_NEWS_S)
         return self._bad_news is None or self._bad_news.details.get("reason") == EVICTED
