@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any
 from loader.engine import Engine
 from loader.errors import LoaderError
 from loader.in_process import InProcessEngine
-from loader.load import LoadReport, load
+from loader.load import load
 from loader.load_instance import load_instance
 from loader.module import load_module
 from loader.mooncake_engine import MooncakeEngine
+from loader.pace import Pace
 from loader.publish import Publication, publish, publish_state_dict
 from loader.regions import Shard
-from loader.transfer import Pace, Progress
+from loader.replica import Replica
+from loader.report import LoadReport
+from loader.transfer import Progress
 
 if TYPE_CHECKING:
     from loader.checkpoint import EngineReader
@@ -29,6 +32,7 @@ __all__ = [
     "Pace",
     "Progress",
     "Publication",
+    "Replica",
     "Shard",
     "load",
     "load_instance",

@@ -6,39 +6,62 @@ import logging
 import threading
 from contextlib import ExitStack
 
+import torch
+
+from loader.arrivals import Blocks
 from loader.cuda import on_default_stream, to_register
 from loader.digests import ALGORITHMS
 from loader.engine import Engine, lend
 from loader.errors import DigestsMissing, LoaderError, SourceLost, TornRead
 from loader.manifests import fetch_manifest
 from loader.offers import Origin
-from loader.transfer import Source
+from loader.pipe import Source, Stock
+from loader.transfer import Progress
 from loader.verify import HeaderCell, fetch_header, peer_of_record
-from registry import Event, RankJoined, RankLost, RankRecord, RankUpdated, Registry
+from registry import Event, RankJoined, RankLost, RankRecord, RankState, RankUpdated, Registry
 from registry.errors import EtcdError
 from registry.logs import fields
+from registry.pulls import PullTicket
+from registry.registration import EVICTED
 
 log = logging.getLogger(__name__)
 
 
 class Candidate:
-    """Holds nothing until `enter`. Its registry and engine are the loader's; `cell` is for its header."""
+    """Holds nothing until `enter`. Its registry and engine are the loader's."""
 
-    def __init__(self, registry: Registry, engine: Engine, record: RankRecord, own: bool, cell: HeaderCell) -> None:
-        """`own`: it has the rank that is to be filled. SourceLost if it is gone already."""
+    def __init__(
+        self,
+        registry: Registry,
+        engine: Engine,
+        record: RankRecord,
+        own: bool,
+        device: torch.device,
+        reader: RankRecord | None = None,
+    ) -> None:
+        """`own`: it has the rank that is to be filled. `device`: where its header is read to. `reader` is who fills it, if that is
+        registered. SourceLost if it is gone already."""
         self._registry = registry
         self._engine = engine
-        self._cell = cell
+        self._reader = reader
+        self._ticket: PullTicket | None = None
         self._reading = threading.Lock()
         self._bad_news: LoaderError | None = None
         self.record = record
         self.manifest = fetch_manifest(registry, record)
         self.origin = Origin(f"{record.instance}/{record.rank}", self.manifest, own)
+        self._blocks: Blocks | None = None
+        if record.state is RankState.LOADING:
+            if not self.manifest.block_nbytes:
+                raise SourceLost(f"{record.key} is still loading, and cannot be read from meanwhile", key=record.key)
+            self._blocks = Blocks(self.manifest.regions, self.manifest.block_nbytes)
+        self._marks = bytes(len(self._blocks or ()))
+        self._cell = HeaderCell(device, len(self._marks))
 
     @property
     def algorithm(self) -> str:
         """Of its digests; DigestsMissing where there are none that we could compare with."""
-        table = self.manifest.digests
+        table = self.manifest.digests if self._blocks is None else None
         if table is None or table.algorithm not in ALGORITHMS:
             why = "offers no digests" if table is None else f"has digests by {table.algorithm!r}, which this version cannot compute"
             raise DigestsMissing(
@@ -53,7 +76,7 @@ class Candidate:
         """
         lend(self._engine, undo, to_register(self._cell.region, self._cell.device.type))
         try:
-            ticket = self._registry.pull(self.record)
+            ticket = self._registry.pull(self.record, self._reader)
         except EtcdError as exc:
             log.warning(
                 "reading from %s without a ticket, so it may leave meanwhile: %s",
@@ -64,20 +87,37 @@ class Candidate:
         else:
             if ticket is None:
                 return False
-            undo.enter_context(ticket)
+            self._ticket = undo.enter_context(ticket)
         watch = self._registry.watch(self.record.instance, self.record.rank)
         undo.callback(watch.stop)
         watch.call(self._hear)
         return True
+
+    def tell(self, progress: Progress) -> None:
+        """Says in etcd, now and then, how far the load is. Never waits."""
+        if self._ticket is not None:
+            self._ticket.tell(progress.nbytes, progress.total_nbytes)
 
     @property
     def news(self) -> LoaderError | None:
         """Why it should not be read from any more, as far as etcd has told."""
         return self._bad_news
 
+    @property
+    def evicted(self) -> bool:
+        """Somebody has said that it should not be read from; or, if there is no news, it may be so."""
+        return self._bad_news is None or self._bad_news.details.get("reason") == EVICTED
+
     def source(self) -> Source:
         """For a Transfer."""
-        return Source(self.record.key, peer_of_record(self.record), self._check_header, lambda: self._bad_news)
+        stock = Stock(self._has, lambda: self._marks.count(1) / max(len(self._marks), 1)) if self._blocks is not None else None
+        return Source(self.record.key, peer_of_record(self.record), self._check_header, lambda: self._bad_news, stock)
+
+    def _has(self, addr: int, nbytes: int) -> bool:
+        if self._blocks is None:
+            return True
+        numbers = self._blocks.touched_by(addr, nbytes)
+        return self._marks.find(0, numbers.start, numbers.stop) < 0
 
     def is_registered(self) -> bool:
         """The registry's view after the read: an evicted source does not count, whatever its memory says."""
@@ -97,8 +137,10 @@ class Candidate:
             self._engine.connect(peer_of_record(self.record))
             with self._reading:  # a check that was given up as it hung may go on at the same time as the one after it
                 header = fetch_header(self._engine, self.record, self._cell)
+                marks = self._cell.read_marks()
         if header.updating or header.version != self.record.version:
             raise self._torn(f"{header.version}{', being changed' if header.updating else ''}")
+        self._marks = marks
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, RankLost) and event.record.incarnation == self.record.incarnation:

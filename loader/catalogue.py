@@ -13,7 +13,7 @@ import torch.distributed as dist
 from loader.engine import Engine
 from loader.errors import WeightsMismatch, listed
 from loader.manifests import fetch_manifests
-from loader.sources import find_sources
+from loader.sources import Search
 from registry import Registry, TensorEntry
 from registry.waiting import Wanted
 
@@ -52,7 +52,7 @@ def read_catalogue(registry: Registry, engine: Engine, source: Wanted, rank: int
     deadline = time.monotonic() + timeout_s
     own, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     like = own if rank is None else rank
-    found = find_sources(registry, engine, source, like, version=None, deadline=deadline, avoid=(), boxes=True)
+    found = Search(registry, engine, source, like, boxes=True).find(deadline)
     # Ranks that cannot be reached from here may do no harm: tensors without a box come from one rank.
     records = found.instances[0] if found.instances else registry.ranks(found.alike[0].instance)
     first = records[0]

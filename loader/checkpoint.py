@@ -31,11 +31,13 @@ from loader.boxes import Box
 from loader.catalogue import Catalogue, read_catalogue
 from loader.engine import Engine
 from loader.errors import LoaderError, TornRead, VersionUnavailable
-from loader.load import LoadReport, Verify, load
+from loader.load import Verify, load
 from loader.offers import entry_box
+from loader.pace import Pace
 from loader.regions import Shard, dtype_named
+from loader.report import LoadReport
 from loader.state_dict import decode_value
-from loader.transfer import OnProgress, Pace
+from loader.transfer import OnProgress
 from registry import Registry, TensorEntry
 from registry.errors import RecordDamaged, RegistryError
 from registry.waiting import Wanted

@@ -1,10 +1,8 @@
-"""The proof that a plan writes every byte that is wanted once, and what is whole when only a part of it has come. Pure."""
+"""The proof that a plan writes every byte that is wanted once. Pure."""
 
 from __future__ import annotations
 
-import bisect
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from loader.boxes import Lines
@@ -99,30 +97,6 @@ class _Powers:
             one = pow(self._X, step, self.MODULUS)
             self._sums[count, step] = (pow(one, count, self.MODULUS) - 1) * pow(one - 1, -1, self.MODULUS)
         return self._sums[count, step]
-
-
-def complete_tensors(done: Iterable[Span], tensors: Iterable[TensorEntry]) -> list[str]:
-    """The tensors all of whose bytes lie in the spans, of a plan, each of which is there once."""
-    some = list(tensors)
-    runs, scattered = _writes(done)
-    pieces = _merge(sorted(runs))
-    starts = [start for start, _ in pieces]
-    before = [0, *itertools.accumulate([end - start for start, end in pieces])]  # bytes in the pieces before each
-    addrs = sorted({entry.addr for entry in some if entry.nbytes})
-    written: Counter[int] = Counter()  # what is not in a row is of one tensor
-    for lines in scattered:
-        written[addrs[bisect.bisect_right(addrs, lines.dst) - 1]] += lines.payload
-
-    def in_pieces(addr: int) -> int:
-        """How many bytes before that address."""
-        place = bisect.bisect_right(starts, addr) - 1
-        return before[place] + min(addr, pieces[place][1]) - pieces[place][0] if place >= 0 else 0
-
-    return [
-        entry.name
-        for entry in some
-        if not entry.nbytes or in_pieces(entry.addr + entry.nbytes) - in_pieces(entry.addr) + written[entry.addr] == entry.nbytes
-    ]
 
 
 def _merge(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
 
@@ -34,14 +33,15 @@ class DigestCheck:
         self._device = device
         self._algorithm = candidates[0].algorithm
         self._sources = " and ".join(candidate.record.key for candidate in candidates)
-        groups: defaultdict[tuple[TensorEntry, ...], list[int]] = defaultdict(list)  # sources whose tables say the same
+        groups: defaultdict[object, list[int]] = defaultdict(list)  # sources whose tables say the same
         for number, candidate in enumerate(candidates):
-            groups[_content(candidate)].append(number)
+            groups[_content(candidate) if len(candidates) > 1 else None].append(number)
         wanted = {entry.name: entry for entry in dst.tensors if entry.nbytes}
         self._pieces: dict[_Piece, DigestCell] = {}  # who tells its digest
         self.spans: list[Span] = []
         self._cells: list[DigestCell] = []
-        for content, numbers in groups.items():
+        for numbers in groups.values():
+            content = candidates[numbers[0]].manifest.tensors
             pieces = [(offer.name, entry_box(offer)) for offer in content if _proves(offer, wanted.get(offer.name))]
             if not pieces:
                 continue
@@ -54,6 +54,10 @@ class DigestCheck:
 
     def lend(self, engine: Engine, undo: ExitStack) -> None:
         lend(engine, undo, *(to_register(cell.region, self._device.type) for cell in self._cells))
+
+    def wants(self, span: Span) -> bool:
+        """It brings a table, rather than weights."""
+        return any(cell.region.addr <= span.dst_addr < cell.region.end for cell in self._cells)
 
     def compare(self, dst: Manifest) -> None:
         """When all has been read: DigestMismatch names the tensors that are not what was published."""
@@ -76,7 +80,7 @@ class DigestCheck:
     def _check_that_all_is_proven(self, wanted: Mapping[str, TensorEntry]) -> None:
         missing = {name: [entry_box(entry)] for name, entry in wanted.items()}
         for name, box in self._pieces:
-            missing[name] = [rest for part in missing[name] for rest in part.minus(box)]
+            missing[name] = [rest for part in missing[name] if part != box for rest in part.minus(box)]
         unproven = [name for name, parts in missing.items() if parts]
         if unproven:
             raise DigestsMissing(
@@ -86,18 +90,25 @@ class DigestCheck:
             )
 
 
-def _content(candidate: Candidate) -> tuple[TensorEntry, ...]:
+def _content(candidate: Candidate) -> frozenset[object]:
     """What its table has digests of, wherever it lies."""
-    return tuple(sorted([replace(entry, addr=0) for entry in candidate.manifest.tensors], key=lambda entry: entry.name))
+    return frozenset(
+        (entry.name, entry.dtype, entry.shape, entry.nbytes, entry.global_shape, entry.offsets, entry.opaque)
+        for entry in candidate.manifest.tensors
+    )
 
 
 def _proves(offer: TensorEntry, entry: TensorEntry | None) -> bool:
     """It is a part of what is wanted, if that is."""
-    return entry is not None and of_one_tensor(offer, entry) and entry_box(entry).holds(entry_box(offer))
+    if entry is None or not of_one_tensor(offer, entry):
+        return False
+    return (offer.offsets, offer.shape) == (entry.offsets, entry.shape) or entry_box(entry).holds(entry_box(offer))
 
 
 def _part(tensor: torch.Tensor, offsets: tuple[int, ...], box: Box) -> torch.Tensor:
     """A view of the part that is that box of the whole."""
+    if tensor.shape == box.shape:
+        return tensor
     for axis, (whole, start, size) in enumerate(zip(offsets, box.offsets, box.shape, strict=True)):
         tensor = tensor.narrow(axis, start - whole, size)
     return tensor

@@ -14,9 +14,10 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
 import torch
 import xxhash
 
@@ -26,6 +27,7 @@ from registry.manifest import DigestTable, Region
 log = logging.getLogger(__name__)
 NBYTES = 16
 _BLOCK_WORDS = 1 << 20  # 4 MiB, which on their way take five times as much
+_SHORT_NBYTES = 64 << 10
 Digest = Callable[[torch.Tensor], bytes]
 K = TypeVar("K")
 
@@ -64,7 +66,11 @@ def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, byt
             rest = digests_of({name: tensor for name, tensor in tensors.items() if name not in quick}, algorithm)
             return {name: found[name] if name in quick else rest[name] for name in tensors}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # xxhash lets go of the GIL
-        return dict(zip(tensors, pool.map(lambda tensor: digest(_as_bytes(tensor)), tensors.values()), strict=True))
+        told: dict[K, bytes | Future[bytes]] = {  # a short one is done before another thread has begun
+            name: digest(_as_bytes(tensor)) if tensor.nbytes < _SHORT_NBYTES else pool.submit(digest, _as_bytes(tensor))
+            for name, tensor in tensors.items()
+        }
+        return {name: one if isinstance(one, bytes) else one.result() for name, one in told.items()}
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,24 +106,24 @@ def _by_kernel(tensors: Mapping[K, torch.Tensor]) -> dict[K, bytes]:
     try:
         from loader.digest_kernel import sum_blocks
 
+        block_nbytes = 4 * _BLOCK_WORDS
         digests: dict[K, bytes] = {}
         for device in dict.fromkeys(tensor.device for tensor in tensors.values()):
             here = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
-            blocks = [block for tensor in here.values() for block in _blocks(tensor)]
-            sums = memoryview(sum_blocks(blocks, device) if blocks else b"")
-            for name, tensor in here.items():
-                nbytes = 8 * -(-tensor.nbytes // (4 * _BLOCK_WORDS))
-                digests[name], sums = _of_sums(tensor.nbytes, bytes(sums[:nbytes])), sums[nbytes:]
+            sizes = np.array([tensor.nbytes for tensor in here.values()], np.int64)
+            counts = -(-sizes // block_nbytes)
+            firsts = np.cumsum(counts) - counts  # the number of each tensor's first block
+            whose = np.repeat(np.arange(len(here)), counts)  # of each block: the number of its tensor
+            ahead = (np.arange(len(whose)) - firsts[whose]) * block_nbytes
+            starts = np.array([tensor.data_ptr() for tensor in here.values()], np.int64)
+            words = np.minimum(sizes[whose] - ahead, block_nbytes) // 4
+            sums = sum_blocks(starts[whose] + ahead, words, device) if len(whose) else b""
+            for name, nbytes, first, count in zip(here, sizes.tolist(), firsts.tolist(), counts.tolist(), strict=True):
+                digests[name] = _of_sums(nbytes, sums[8 * first : 8 * (first + count)])
     except Exception as exc:  # noqa: BLE001  Triton has no one kind of its own, and needs a compiler at run time
         log.info("digests on the GPU take longer, as their kernel cannot be had: %s", exc, extra=fields("no_kernel", error=exc))
         return {}
     return digests
-
-
-def _blocks(tensor: torch.Tensor) -> list[tuple[int, int]]:
-    """Addresses and words of its blocks."""
-    words = tensor.nbytes // 4
-    return [(tensor.data_ptr() + 4 * start, min(_BLOCK_WORDS, words - start)) for start in range(0, words, _BLOCK_WORDS)]
 
 
 @functools.cache

@@ -13,11 +13,13 @@ import torch
 from loader.engine import Engine
 from loader.errors import LoaderError, TornRead, VersionUnavailable
 from loader.files import WholeFiles, allocate, block_of, extent
-from loader.load import TRIES, LoadReport, Verify, load
+from loader.load import TRIES, Verify, load
 from loader.manifests import fetch_manifests
+from loader.pipe import Share
 from loader.regions import Shard, dtype_named
-from loader.sources import find_sources
-from loader.transfer import OnProgress, Progress, Share
+from loader.report import LoadReport
+from loader.sources import Search
+from loader.transfer import OnProgress, Progress
 from loader.whole import MAX_FILE_NBYTES, Whole, into_files, whole_tensors
 from registry import RankRecord, Registry
 from registry.logs import fields
@@ -102,7 +104,7 @@ class _Full:
     def _wholes(self) -> list[Whole]:
         """Of the best instance that has whole tensors."""
         deadline = time.monotonic() + self.timeout_s
-        found = find_sources(self.registry, self.engine, self.wanted, None, version=None, deadline=deadline, avoid=(), boxes=True)
+        found = Search(self.registry, self.engine, self.wanted, None, boxes=True).find(deadline)
         misfits: list[LoaderError] = []
         for records in found.instances:
             try:

@@ -7,27 +7,30 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from loader import metrics
+from loader.arrivals import Arrivals
 from loader.candidates import Candidate
-from loader.coverage import complete_tensors
 from loader.cuda import on_default_stream, to_register, wait_for
 from loader.digest_check import DigestCheck
 from loader.engine import Engine, lend
-from loader.errors import Cancelled, LoaderError, SourceLost, TornRead
-from loader.plan import differences, plan
+from loader.errors import Cancelled, LoaderError, SourceLost, TornRead, WeightsMismatch
+from loader.pace import Pace, pace_for, pace_in_chain
+from loader.pipe import Share
+from loader.plan import Planner
 from loader.reads import Span
 from loader.regions import Shard, describe, devices_of, local_parts
+from loader.replica import Replica, Republication, as_replica
+from loader.report import LoadReport
 from loader.selection import Selection
-from loader.sources import Found, find_sources
+from loader.sources import Found, Search
 from loader.staging import Staging
-from loader.transfer import OnProgress, Pace, Progress, Share, Transfer, pace_for
-from loader.verify import HeaderCell
-from registry import Manifest, Registry
+from loader.transfer import OnProgress, Progress, Transfer
+from registry import Manifest, ModelIdentity, Registry
 from registry.backoff import Backoff
 from registry.errors import InvalidField, RegistryError
 from registry.logs import fields
@@ -37,39 +40,6 @@ log = logging.getLogger(__name__)
 Verify = Literal["header", "digest"]
 _STAGING_NBYTES = 48 << 20  # for what is not read straight to its place
 TRIES = 5  # of a read that is torn by an update of the source, with about a second of waiting between them in all
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a load did. `seconds` is all of it, `transfer_s` the reads with their checks, `digest_s` what digests took besides.
-
-    `nbytes` are those of the tensors; `read_nbytes` have been read for them, and may be more where that was quicker.
-    `shares` has, for each source that was tried last, the bytes that came from it, and why it was dropped, if it was.
-    """
-
-    instance: str
-    rank: int | None
-    version: int
-    protocol: str
-    tensors: int
-    nbytes: int
-    read_nbytes: int
-    reads: int
-    retries: int
-    seconds: float
-    transfer_s: float
-    digest_s: float
-    shares: tuple[Share, ...]
-
-    @property
-    def gb_per_s(self) -> float:
-        return self.nbytes / 1e9 / self.seconds if self.seconds else 0.0
-
-    def facts(self) -> dict[str, object]:
-        """For a log line."""
-        names = ("instance", "rank", "version", "protocol", "tensors", "nbytes", "retries")
-        sources = [share.name for share in self.shares if share.nbytes]
-        return {**{name: getattr(self, name) for name in names}, "seconds": round(self.seconds, 6), "sources": sources}
 
 
 def load(
@@ -85,6 +55,8 @@ def load(
     version: int | None = None,
     max_sources: int = 4,
     partial: bool = False,
+    publish: bool | str | Replica = False,
+    pipelined: bool = True,
     pace: Pace | None = None,
     progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
@@ -96,11 +68,18 @@ def load(
     of which holds a part, if all are such. `rank` is then only a hint to who may hold the same, and may be None; and the source
     may have more tensors, as it may with `partial`.
 
+    For a ModelIdentity and a `rank` that rank will do, of any instance of the model, whatever else of it there is; and so will one
+    that is still loading, for what it has by then, unless `pipelined` is False or digests are to be verified. With `publish`, which
+    names an instance (see Replica), the rank that is filled becomes such a source, and a complete one in the end:
+    `report.publication`, which the caller closes. So many that load at once, each from the one before it, take little longer than
+    one.
+
     Waits up to `timeout_s` for an instance to be ready; from then on it takes as long as bytes keep coming (see `Pace`). `cancel`,
     set from any thread, ends it with Cancelled. That all bytes are of one version of the source's weights is always checked; with
     `verify="digest"` the bytes of each tensor are, too. Raises WeightsMismatch and DigestsMissing before a byte has moved;
     SourceLost, Stalled, TornRead or Cancelled when the tensors may hold a part (`details["complete"]` names those that are whole);
-    DigestMismatch; VersionUnavailable, SourceUnreachable; what `Registry.resolve` raises; TensorsUnusable.
+    DigestMismatch; VersionUnavailable, SourceUnreachable; what `Registry.resolve` raises, and with `publish`, what `publish` does;
+    TensorsUnusable. Nothing stays published then.
     """
     parts, shards = local_parts(tensors, shards)
     dst = describe(parts, shards)
@@ -121,49 +100,59 @@ def load(
     if max_sources < 1:
         raise InvalidField(f"max_sources {max_sources} is not valid: it is 1 or more", field="max_sources")
     devices = devices_of(parts)
+    pace = pace or pace_for(engine.protocol)
+    replica = as_replica(publish, source)
+    if replica is not None:
+        pace = pace_in_chain(pace, dst.nbytes)
+    by_rank = isinstance(source, ModelIdentity) and rank is not None
+    search = Search(
+        registry,
+        engine,
+        source,
+        rank,
+        boxes,
+        version,
+        max_sources,
+        by_rank,
+        pipelined=by_rank and pipelined and verify == "header",
+        hop=max(8 * pace.chunk_nbytes, pace.hop_nbytes) / max(dst.nbytes, 1),
+    )
     with ExitStack() as undo:
         lend(engine, undo, *dst.regions)
         undo.enter_context(on_default_stream(devices[0]))
         undo.callback(wait_for, devices)  # nothing is on its way to the tensors any more
         wait_for(devices)  # nor anything that was begun before
         return _Load(
-            registry=registry,
-            engine=engine,
-            wanted=source,
-            rank=rank,
+            search=search,
             tensors=parts,
             dst=dst,
-            boxes=boxes,
-            partial=boxes or partial,
+            planner=Planner(dst, pace.costs, boxes or partial),
             device=devices[0],
             deadline=time.monotonic() + timeout_s,
             verify=verify,
-            version=version,
-            max_sources=max_sources,
-            pace=pace or pace_for(engine.protocol),
+            pace=pace,
             on_progress=progress or _ignore,
             cancel=cancel or threading.Event(),
+            replica=Republication(registry, engine, replica, rank, parts, dst, pace.chunk_nbytes) if replica is not None else None,
         ).run()
 
 
 @dataclass
 class _Load:
-    registry: Registry
-    engine: Engine
-    wanted: Wanted
-    rank: int | None
+    search: Search
     tensors: Mapping[str, torch.Tensor]
     dst: Manifest
-    boxes: bool  # all of it says which part of the whole it is
-    partial: bool
+    planner: Planner
     device: torch.device
     deadline: float
     verify: Verify
-    version: int | None
-    max_sources: int
     pace: Pace
     on_progress: OnProgress
     cancel: threading.Event
+    replica: Republication | None
+    arrivals: Arrivals | None = None  # of that version
+    version: int = 0
+    shares: list[Share] = field(default_factory=list)  # of sources that were read from before, of that version
     avoid: set[str] = field(default_factory=set)  # incarnations that were lost
     given_up: list[str] = field(default_factory=list)  # why sources were, since the load last went on without some
 
@@ -173,6 +162,8 @@ class _Load:
             report = self._run_through()
         except BaseException as exc:
             metrics.LOADS.inc(metrics.outcome_of(exc))
+            if self.replica is not None:
+                self.replica.close()
             raise
         metrics.count_loaded(report)
         log.info(
@@ -213,6 +204,11 @@ class _Load:
                     raise
                 log.warning("%s; going on with another source", exc, extra=fields("failover", sources=exc.details.get("sources")))
                 self._count_failovers()
+            except WeightsMismatch:
+                if found.instances or not (self.search.by_rank and self.search.boxes):
+                    raise
+                self.search = replace(self.search, by_rank=False, pipelined=False)  # all ranks together may have what one has not
+                found = self._find()
 
     def _count_failovers(self) -> None:
         """The load goes on, or has ended well."""
@@ -221,16 +217,20 @@ class _Load:
         self.given_up.clear()
 
     def _find(self) -> Found:
-        return find_sources(
-            self.registry,
-            self.engine,
-            self.wanted,
-            self.rank,
-            version=self.version,
-            deadline=self.deadline,
-            avoid=self.avoid,
-            boxes=self.boxes,
-        )
+        found = self._look()
+        first = next(iter(found.alike), None) or next((records[0] for records in found.instances), None)
+        if first is None or (self.arrivals is not None and self.version == first.version):
+            return found
+        self.version, self.shares = first.version, []
+        self.arrivals = Arrivals(self.dst, self.pace.chunk_nbytes if self.replica else None)
+        if self.replica is None:
+            return found
+        self.replica.begin(first)
+        return self._look()  # anew: now we have a place among those that are loading
+
+    def _look(self) -> Found:
+        own = self.replica.record if self.replica is not None else None
+        return self.search.find(self.deadline, self.avoid, own.incarnation if own is not None else "")
 
     def _find_another(self) -> Found:
         """Whoever is there now: a load that has lost its sources does not wait for new ones."""
@@ -242,27 +242,31 @@ class _Load:
             return Found([], [])
 
     def _once(self, found: Found, start: float, retries: int) -> LoadReport:
+        arrivals = self.arrivals or Arrivals(self.dst)
         with ExitStack() as undo:
             candidates = self._choose(found, undo)
-            spans = plan([candidate.origin for candidate in candidates], self.dst, self.pace.costs, partial=self.partial)
+            spans = self.planner.plan([candidate.origin for candidate in candidates])
+            missing = arrivals.missing(spans)
             check = DigestCheck(candidates, self.dst, self.tensors, self.device) if self.verify == "digest" else None
             if check is not None:
-                check.lend(self.engine, undo)
-            reads = [*spans, *(check.spans if check is not None else ())]
+                check.lend(self.search.engine, undo)
+            ahead = sum(span.nbytes for span in spans) - sum(span.nbytes for span in missing)
             transfer = Transfer(
-                self.engine,
-                reads,
+                self.search.engine,
+                [*missing, *(check.spans if check is not None else ())],
                 [one.source() for one in candidates],
                 self.pace,
-                self.on_progress,
+                lambda progress: self._tell(progress, ahead, candidates),
                 self.cancel,
-                self._stage(spans, undo),
+                self._stage(missing, undo),
+                lambda checked: self._arrived(arrivals, checked, check),
             )
             transfer_start = time.monotonic()
             try:
                 self._run(transfer, candidates)
             except (SourceLost, TornRead, Cancelled) as exc:
-                raise self._with_what_came(exc, candidates, transfer.checked, reads) from exc
+                self.shares += transfer.shares
+                raise self._with_what_came(exc, candidates, arrivals) from exc
             transfer_s = time.monotonic() - transfer_start
             if check is not None:
                 check.compare(self.dst)
@@ -272,7 +276,7 @@ class _Load:
         record = candidates[transfer.shares.index(share)].record
         return LoadReport(
             instance=record.instance,
-            rank=self.rank,
+            rank=self.search.rank,
             version=record.version,
             protocol=record.protocol,
             tensors=len(self.dst.tensors),
@@ -283,25 +287,39 @@ class _Load:
             seconds=time.monotonic() - start,
             transfer_s=transfer_s,
             digest_s=digest_s,
-            shares=tuple(transfer.shares),
+            shares=_summed([*self.shares, *transfer.shares]),
+            publication=self.replica.complete() if self.replica is not None else None,
         )
+
+    def _arrived(self, arrivals: Arrivals, checked: Sequence[Span], check: DigestCheck | None) -> None:
+        arrivals.add([span for span in checked if check is None or not check.wants(span)])
+        if self.replica is not None:
+            self.replica.mark(arrivals)
+
+    def _tell(self, progress: Progress, ahead: int, candidates: Sequence[Candidate]) -> None:
+        of_all = Progress(ahead + progress.nbytes, ahead + progress.total_nbytes)
+        for candidate in candidates:
+            candidate.tell(of_all)
+        self.on_progress(of_all)
 
     def _choose(self, found: Found, undo: ExitStack) -> list[Candidate]:
         """Those that are read from; TornRead if they are not any more what they were resolved to be."""
+        search = self.search
+        reader = self.replica.record if self.replica is not None else None
         selection = Selection(
             self.dst,
-            lambda record: Candidate(self.registry, self.engine, record, record.rank == self.rank, HeaderCell(self.device)),
+            lambda record: Candidate(search.registry, search.engine, record, record.rank == search.rank, self.device, reader),
+            self.planner,
             digests=self.verify == "digest",
-            max_sources=self.max_sources,
-            partial=self.partial,
-            session_id=self.engine.session_id,
+            max_sources=found.at_once,
+            session_id=search.engine.session_id,
         )
         try:
             chosen = selection.choose(found)
         finally:
             self.avoid.update(record.incarnation for record in selection.gone)
         entered = [candidate for candidate in chosen if candidate.enter(undo)]
-        if len(entered) < len(chosen) and differences([one.origin for one in entered], self.dst, partial=self.partial):
+        if len(entered) < len(chosen) and self.planner.differences([one.origin for one in entered]):
             gone = next(candidate.record.key for candidate in chosen if candidate not in entered)
             raise TornRead(f"the record of {gone} changed before it was read: load again", key=gone)
         return entered
@@ -314,7 +332,7 @@ class _Load:
         nbytes = max(staged)
         count = min(len(staged), max(2, _STAGING_NBYTES // nbytes))
         staging = Staging(self.tensors.values(), self.device, count, nbytes)
-        lend(self.engine, undo, to_register(staging.region, self.device.type))
+        lend(self.search.engine, undo, to_register(staging.region, self.device.type))
         return staging
 
     def _run(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
@@ -331,22 +349,32 @@ class _Load:
             if share.nbytes and share.error is None and not candidate.is_registered():
                 self.avoid.add(candidate.record.incarnation)
                 self.given_up.append(metrics.reason_of(candidate.news) if candidate.news else "lost")
+                if candidate.evicted:  # what it brought does not count
+                    self.arrivals = None
                 raise SourceLost(f"{candidate.record.key} was withdrawn or evicted meanwhile")
 
-    def _with_what_came(
-        self, exc: LoaderError, candidates: Sequence[Candidate], checked: Sequence[Span], spans: Sequence[Span]
-    ) -> LoaderError:
+    def _with_what_came(self, exc: LoaderError, candidates: Sequence[Candidate], arrivals: Arrivals) -> LoaderError:
         """The error with what the caller may want to know: which sources, and which of the tensors are whole."""
-        complete = complete_tensors(checked, self.dst.tensors) if checked else []
-        came, wanted = (sum(span.payload for span in some) for some in (checked, spans))
-        held = f"{came} of {wanted} bytes have come, {len(complete)} of {len(self.dst.tensors)} tensors are whole"
+        complete = arrivals.complete() if arrivals.nbytes else []
+        held = (
+            f"{arrivals.nbytes} of {self.dst.nbytes} bytes have come, {len(complete)} of {len(self.dst.tensors)} tensors are whole"
+        )
         what = str(exc) if isinstance(exc, Cancelled) else f"{_names(candidates)} could not be read to the end ({exc})"
         return type(exc)(
-            f"{what}; {held if came else 'no tensor is usable'}: load again, or from another instance",
+            f"{what}; {held if arrivals.nbytes else 'no tensor is usable'}: load again, or from another instance",
             key=candidates[0].record.key,
             sources=[candidate.record.key for candidate in candidates],
             complete=complete,
         )
+
+
+def _summed(shares: Sequence[Share]) -> tuple[Share, ...]:
+    """One for each source, with what it brought in all and why it was dropped in the end."""
+    summed: dict[str, Share] = {}
+    for share in shares:
+        before = summed.get(share.name, share)
+        summed[share.name] = share if before is share else replace(share, nbytes=before.nbytes + share.nbytes)
+    return tuple(summed.values())
 
 
 def _names(candidates: Sequence[Candidate]) -> str:

@@ -10,8 +10,9 @@ import torch
 
 from loader.engine import Engine
 from loader.errors import TornRead, VersionUnavailable
-from loader.load import TRIES, LoadReport, Verify, load
+from loader.load import TRIES, Verify, load
 from loader.regions import Shard
+from loader.report import LoadReport
 from loader.transfer import OnProgress
 from registry import Registry
 from registry.errors import InvalidField

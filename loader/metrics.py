@@ -10,7 +10,7 @@ from registry.meters import Counter, Gauge, Histogram
 from registry.registration import EVICTED
 
 if TYPE_CHECKING:
-    from loader.load import LoadReport
+    from loader.report import LoadReport
 
 # The first that an error is decides.
 _OUTCOMES: dict[str, tuple[type[BaseException], ...]] = {

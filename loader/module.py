@@ -12,8 +12,9 @@ from torch import nn
 from loader.catalogue import read_catalogue
 from loader.engine import Engine
 from loader.errors import TensorsUnusable, listed
-from loader.load import LoadReport, load
+from loader.load import load
 from loader.regions import Shard
+from loader.report import LoadReport
 from loader.state_dict import whole
 from registry import Registry
 from registry.waiting import Wanted

@@ -5,8 +5,10 @@ Adjectives name the side: `src_addr` lies in the memory of a rank read from, `ds
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from loader.coverage import check_coverage
 from loader.errors import WeightsMismatch, listed
@@ -29,28 +31,89 @@ class ReadOp:
 _COSTS = Costs()
 
 
-@collector_paused
 def plan(origins: Sequence[Origin], dst: Manifest, costs: Costs = _COSTS, *, partial: bool = False) -> tuple[Span, ...]:
     """What to read to fill every tensor of `dst`; `partial`: the origins may hold tensors that are not wanted.
 
     WeightsMismatch names every difference; it is raised before there is any plan.
     """
-    problems, filled, parts = _fill(origins, dst, partial)
-    refuse(" and ".join(dict.fromkeys(origin.name for origin in origins)), problems)
-    regions = [origin.manifest.regions for origin in origins]
-    spans = gather(coalesce([part for part in parts if not part.lines], regions, dst.regions), regions, costs)
-    spans += [span for part in parts if part.lines for span in cut_lines(part, costs)]
-    check_coverage(spans, filled)
-    return tuple(spans)
+    return Planner(dst, costs, partial).plan(origins)
 
 
 def differences(origins: Sequence[Origin], dst: Manifest, *, partial: bool = False) -> list[str]:
     """One line for every tensor that the origins lack or cannot fill, and, unless `partial`, that only they have."""
-    return _fill(origins, dst, partial)[0]
+    return Planner(dst, partial=partial).differences(origins)
 
 
-def _fill(origins: Sequence[Origin], dst: Manifest, partial: bool) -> tuple[list[str], list[TensorEntry], list[Span]]:
+class Planner:
+    """Of plans that fill `dst`. Those that were made last, by whichever planner, are kept, and so are not made again where the same
+    ranks are read again and again, into the same memory, as each version of what a trainer makes is."""
+
+    def __init__(self, dst: Manifest, costs: Costs = _COSTS, partial: bool = False) -> None:
+        self._dst = dst
+        self._costs = costs
+        self._partial = partial
+        self._origins: list[Origin] = []  # that were compared last
+        self._filling: _Filling | None = None  # and what came of it
+
+    @collector_paused
+    def differences(self, origins: Sequence[Origin]) -> list[str]:
+        return [] if self._kept(origins) is not None else self._fill(origins).problems
+
+    @collector_paused
+    def plan(self, origins: Sequence[Origin]) -> tuple[Span, ...]:
+        if (kept := self._kept(origins)) is not None:
+            return kept
+        filling = self._fill(origins)
+        refuse(" and ".join(dict.fromkeys(origin.name for origin in origins)), filling.problems)
+        regions = [origin.manifest.regions for origin in origins]
+        straight = [part for part in filling.parts if not part.lines]
+        spans = gather(coalesce(straight, regions, self._dst.regions), regions, self._costs)
+        spans += [span for part in filling.parts if part.lines for span in cut_lines(part, self._costs)]
+        check_coverage(spans, filling.tensors)
+        made = _Plan(list(origins), self._dst, self._costs, self._partial, tuple(spans))
+        _PLANS.append(made)
+        return made.spans
+
+    def _fill(self, origins: Sequence[Origin]) -> _Filling:
+        if self._filling is None or not _alike(self._origins, origins):
+            self._origins, self._filling = list(origins), _fill(origins, self._dst, self._partial)
+        return self._filling
+
+    def _kept(self, origins: Sequence[Origin]) -> tuple[Span, ...] | None:
+        for made in tuple(_PLANS):
+            same = (made.costs, made.partial) == (self._costs, self._partial)
+            if same and _alike(made.origins, origins) and made.dst == self._dst:
+                return made.spans
+        return None
+
+
+class _Filling(NamedTuple):
     """What is in the way; the tensors, those that share memory as one; and the parts that these are put together from."""
+
+    problems: list[str]
+    tensors: list[TensorEntry]
+    parts: list[Span]
+
+
+class _Plan(NamedTuple):
+    origins: list[Origin]
+    dst: Manifest
+    costs: Costs
+    partial: bool
+    spans: tuple[Span, ...]
+
+
+_PLANS: deque[_Plan] = deque(maxlen=2)  # of 100,000 tensors one takes 50 MB
+
+
+def _alike(some: Sequence[Origin], others: Sequence[Origin]) -> bool:
+    """Manifests are compared as objects: `manifests.py` keeps those that were fetched last."""
+    return len(some) == len(others) and all(
+        one.manifest is other.manifest and one.own == other.own for one, other in zip(some, others, strict=True)
+    )
+
+
+def _fill(origins: Sequence[Origin], dst: Manifest, partial: bool) -> _Filling:
     offers = Offers(origins)
     problems: dict[str, str] = {}
     filled: list[TensorEntry] = []
@@ -73,23 +136,23 @@ def _fill(origins: Sequence[Origin], dst: Manifest, partial: bool) -> tuple[list
         else:
             problems[entry.name] = f"shares memory with {last.name} here, but not in the same way in the source"
     told = [f"{entry.name}: {problems[entry.name]}" for entry in dst.tensors if entry.name in problems]
-    return ([] if partial else offers.unexpected(dst)) + told, filled, parts
+    return _Filling(([] if partial else offers.unexpected(dst)) + told, filled, parts)
 
 
 def _union(last: Sequence[Span], one: Sequence[Span]) -> list[Span]:
     """Both, from the sources in which they share memory in the same way as here; nothing if there are none."""
     first, second = last[0], one[0]
     if [part._replace(srcs=()) for part in last] == [part._replace(srcs=()) for part in one]:
-        both = [mine._replace(srcs=_alike(mine.srcs, other.srcs)) for mine, other in zip(last, one, strict=True)]
+        both = [mine._replace(srcs=_common(mine.srcs, other.srcs)) for mine, other in zip(last, one, strict=True)]
     elif len(last) == len(one) == 1 and not first.lines and not second.lines:  # views of one run of memory
         ahead = second.dst_addr - first.dst_addr
-        both = [Span(first.dst_addr, max(first.nbytes, ahead + second.nbytes), _alike(first.srcs, second.srcs, ahead))]
+        both = [Span(first.dst_addr, max(first.nbytes, ahead + second.nbytes), _common(first.srcs, second.srcs, ahead))]
     else:
         return []
     return both if all(part.srcs for part in both) else []
 
 
-def _alike(first: Srcs, second: Srcs, ahead: int = 0) -> Srcs:
+def _common(first: Srcs, second: Srcs, ahead: int = 0) -> Srcs:
     """The first ones, of sources that hold the second so far ahead of it."""
     others = set(second)
     return tuple([(number, addr) for number, addr in first if (number, addr + ahead) in others])

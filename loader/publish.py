@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from loader import metrics
+from loader.arrivals import Blocks
 from loader.cuda import can_be_opened_by_others, to_register, wait_for
 from loader.digests import DigestCell, algorithm_for
 from loader.engine import Engine, offer
@@ -24,7 +25,7 @@ from loader.errors import LoaderError, TensorsUnusable, listed
 from loader.regions import Shard, describe, devices_of, local_parts
 from loader.state_dict import encode_values, flatten, whole
 from loader.verify import Header, HeaderCell
-from registry import ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
+from registry import Manifest, ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
 from registry.errors import RegistryError
 from registry.logs import fields
 from registry.metrics import enabled
@@ -91,6 +92,17 @@ class Publication:
             self._tell(version=before.version + 1, state=self._state_between_updates)
         finally:
             self._updating.release()
+
+    def mark(self, marks: bytes) -> None:
+        """Which blocks can be read of weights that are still being loaded. They can be from now on."""
+        self._header.mark(marks)
+
+    def complete(self) -> None:
+        """The weights have been loaded: all of them can be read."""
+        if self._digests is not None:
+            wait_for(devices_of(self._tensors))
+            self._digests.write(self._tensors)
+        self._tell(state=self._state_between_updates)
 
     def _tell(self, *, version: int | None = None, state: RankState) -> None:
         try:
@@ -176,19 +188,59 @@ def publish(
     Raises TensorsUnusable, EngineFailed, or what `Registry.register` raises; nothing stays registered then, here or in etcd.
     """
     parts, boxes = local_parts(tensors, shards)
-    _check_can_be_served(engine, parts)
     manifest = replace(describe(parts, boxes), values=encode_values(values or {}))
-    devices = devices_of(parts)
+    return open_publication(
+        registry,
+        engine,
+        parts,
+        manifest,
+        instance=instance,
+        rank=rank,
+        world_size=world_size,
+        model=model,
+        topology=topology,
+        generation=generation,
+        version=version,
+        digests=digests,
+        ttl_s=ttl_s,
+        on_state=on_state,
+    )
+
+
+def open_publication(
+    registry: Registry,
+    engine: Engine,
+    tensors: Mapping[str, torch.Tensor],
+    manifest: Manifest,
+    *,
+    instance: str,
+    rank: int,
+    world_size: int,
+    model: ModelIdentity,
+    topology: Mapping[str, tuple[int, int]] | None,
+    generation: str | None,
+    version: int,
+    digests: bool,
+    ttl_s: float,
+    on_state: OnState | None,
+    state: RankState = RankState.READY,
+) -> Publication:
+    """As `publish`, of tensors that the manifest describes. With the state LOADING nothing can be read yet but what is marked, and
+    digests cannot before it is complete."""
+    _check_can_be_served(engine, tensors)
+    devices = devices_of(tensors)
     device = devices[0]
-    header = HeaderCell(device)
-    table = DigestCell(parts, device, algorithm_for(device)) if digests else None
+    marks = len(Blocks(manifest.regions, manifest.block_nbytes)) if manifest.block_nbytes else 0
+    header = HeaderCell(device, marks)
+    table = DigestCell(tensors, device, algorithm_for(device)) if digests else None
     incarnation = new_incarnation()
     with ExitStack() as undo:
         offer(engine, undo, *manifest.regions, to_register(header.region, device.type))
         if table is not None:
             offer(engine, undo, to_register(table.region, device.type))
-            table.write(parts)
             manifest = replace(manifest, digests=table.table)
+            if state is not RankState.LOADING:
+                table.write(tensors)
         wait_for(devices)  # readers do not know of streams
         header.write(Header(incarnation, 2 * version))
         undo.callback(header.erase)
@@ -206,6 +258,7 @@ def publish(
             generation=generation,
             topology=topology,
             version=version,
+            state=state,
             device=str(device),
             ttl_s=ttl_s,
             on_state=on_state,
@@ -213,7 +266,7 @@ def publish(
         undo.callback(registration.withdraw)
         if enabled():  # it costs a watch in etcd
             undo.enter_context(registry.watch_pulls(registration.record, metrics.on_pull))
-        return Publication(registry, registration, header, table, parts, undo.pop_all())
+        return Publication(registry, registration, header, table, tensors, undo.pop_all())
 
 
 def _check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 from collections.abc import Mapping, Sequence
@@ -94,14 +95,11 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
         addr, nbytes = (tensor.data_ptr(), tensor.nbytes) if tensor.numel() else (0, 0)
         shape = tuple(tensor.shape)
         shard = shards.get(name) if shards else None
-        box = shard or Shard(shape, (0,) * len(shape))
-        problem = _outside(shape, box) if shard else ""
-        if problem:
+        if shard is not None and (problem := _outside(shape, shard)):
             problems.append(f"{name}: {problem}")
             continue
-        entries.append(
-            TensorEntry(name, dtype_name(tensor.dtype), shape, addr, nbytes, box.global_shape, box.offsets, shard is None)
-        )
+        whole, offsets = (shard.global_shape, shard.offsets) if shard is not None else (shape, (0,) * len(shape))
+        entries.append(TensorEntry(name, dtype_name(tensor.dtype), shape, addr, nbytes, whole, offsets, shard is None))
         if nbytes:
             storage = tensor.untyped_storage()
             key = storage.data_ptr(), tensor.device.type
@@ -116,6 +114,7 @@ def devices_of(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.device, ...]:
     return tuple(dict.fromkeys(tensor.device for tensor in tensors.values() if tensor.numel())) or (torch.device("cpu"),)
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -176,21 +175,23 @@ def _regions(storages: Mapping[tuple[int, str], int]) -> tuple[Region, ...]:
     refuse. They are neighbours if no whole page lies between them: all pages of the region are mapped as long as both of them live.
     """
     many = len(storages) > _MANY_STORAGES
-    regions: list[Region] = []
-    last_in_host = False
+    regions: list[tuple[int, int]] = []  # from where to where
+    last_end, last_in_host = 0, False
     for (start, device_type), nbytes in sorted(storages.items()):
-        last = regions[-1] if regions else Region(0, 0)
-        if start + nbytes <= last.end:
+        end = start + nbytes
+        if end <= last_end:
             continue
-        region = to_register(Region(start, nbytes), device_type)
         in_host = device_type == "cpu"
-        near = many and in_host and last_in_host and _page(region.addr) - _page(last.end - 1) <= 1
-        if region.addr < last.end or near:
-            regions[-1] = Region(last.addr, max(last.end, region.end) - last.addr)
+        if not in_host:
+            region = to_register(Region(start, nbytes), device_type)
+            start, end = region.addr, region.end
+        near = many and in_host and last_in_host and _page(start) - _page(last_end - 1) <= 1
+        if start < last_end or near:
+            regions[-1] = regions[-1][0], max(last_end, end)
         else:
-            regions.append(region)
-        last_in_host = in_host
-    return tuple(regions)
+            regions.append((start, end))
+        last_end, last_in_host = regions[-1][1], in_host
+    return tuple(Region(start, end - start) for start, end in regions)
 
 
 def _page(addr: int) -> int:

@@ -10,7 +10,7 @@ from loader.errors import DigestsMissing, LoaderError, SourceLost, WeightsMismat
 from loader.garbage import collector_paused
 from loader.manifests import for_each
 from loader.offers import needed
-from loader.plan import differences, refuse
+from loader.plan import Planner, refuse
 from loader.sources import Found, place_of
 from registry import Manifest, RankRecord
 from registry.logs import fields
@@ -19,24 +19,24 @@ log = logging.getLogger(__name__)
 
 
 class Selection:
-    """`candidate_of` fetches a rank's manifest. `partial`: the source may hold more than is wanted."""
+    """`candidate_of` fetches a rank's manifest, `planner` compares it with what is wanted."""
 
     def __init__(
         self,
         dst: Manifest,
         candidate_of: Callable[[RankRecord], Candidate],
+        planner: Planner,
         *,
         digests: bool,
         max_sources: int,
-        partial: bool,
         session_id: str,
     ) -> None:
         """`session_id`: the loader's own."""
         self._dst = dst
         self._candidate_of = candidate_of
+        self._planner = planner
         self._digests = digests
         self._max_sources = max_sources
-        self._partial = partial
         self._session_id = session_id
         self.gone: list[RankRecord] = []
 
@@ -64,7 +64,7 @@ class Selection:
                 candidates = for_each(team, self._fetch)
                 origins = [candidate.origin for candidate in candidates]
                 name = origins[0].name if len(team) == 1 else team[0].instance
-                refuse(name, differences(origins, self._dst, partial=self._partial))
+                refuse(name, self._planner.differences(origins))
                 theirs = {candidate.algorithm for candidate in candidates} if self._digests else set()
                 if len(theirs) > 1:
                     kinds = " and ".join(sorted(theirs))

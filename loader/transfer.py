@@ -12,52 +12,27 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from loader import metrics
 from loader.boxes import Lines
 from loader.engine import Engine, session_of
 from loader.errors import Cancelled, LoaderError, ReadFailed, SourceLost, Stalled, TornRead
+from loader.pace import Pace
+from loader.pipe import Flight, Pipe, Share, Source
 from loader.plan import ReadOp
-from loader.reads import Costs, Span
+from loader.reads import Span
 from registry.logs import fields
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How much is in flight from one source, and how long a source may bring nothing.
-
-    `stall_s` is for a source that others can stand in for; one that nobody can gets `patience_s`, in several tries. `costs` says
-    when it pays to read more than is wanted.
-    """
-
-    chunk_nbytes: int
-    depth: int
-    stall_s: float = 1.5
-    patience_s: float = 10.0
-    costs: Costs = field(default_factory=Costs)
-
-
-# Over tcp Mooncake serves a peer's reads in four lanes, so that less than eight in flight leaves some idle. NVLink needs few
-# chunks, and long ones: each costs Python some 10 µs, and so does each copy there.
-_PACES = {
-    "tcp": Pace(4 << 20, 8),
-    "rdma": Pace(16 << 20, 8),
-    "nvlink_intra": Pace(64 << 20, 32, costs=Costs(read_nbytes=3 << 20, copy_nbytes=3 << 20, copied=0.3, staged_nbytes=24 << 20)),
-}
 _SMALL_NBYTES = 64 << 10  # reads so small that the time is in their number: more of them may be in flight
 _SMALL_DEPTH = 64
-_CHECK_S = 0.25  # how much reading is lost with a source that cannot be asked any more whether its weights had changed
 _SLOW_S = 0.4  # a chunk that took longer: have fewer of them in flight, so that none is long in coming
 _SETTLE_S = 0.25  # how long reads that nobody wants any more may take before their peer is dropped, which takes a second
 _NAP_S = (50e-6, 1e-3)
-
-
-def pace_for(protocol: str) -> Pace:
-    return _PACES.get(protocol, Pace(16 << 20, 4))
 
 
 @dataclass(frozen=True)
@@ -69,17 +44,6 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
-
-
-@dataclass
-class Source:
-    """Who can be read from; `peer` is what the engine calls it. `check` raises if it is not, or not any more, what it was resolved
-    to be: SourceLost, TornRead, ReadFailed. `lost` tells, without waiting, of news to the same effect from elsewhere."""
-
-    name: str
-    peer: str
-    check: Callable[[], None]
-    lost: Callable[[], LoaderError | None] = lambda: None
 
 
 class Stage(Protocol):
@@ -94,48 +58,8 @@ class Stage(Protocol):
         """From the buffer to where the lines say."""
 
 
-@dataclass
-class Share:
-    """What one source has contributed; `error` is why it was dropped, if it was."""
-
-    name: str
-    nbytes: int = 0
-    error: LoaderError | None = None
-
-
-@dataclass
-class _Flight:
-    """A read that is going on, `staged` into that buffer."""
-
-    chunk: Span
-    since: float
-    staged: int | None
-
-
-@dataclass
-class _Pipe:
-    """One source while it is being read from."""
-
-    number: int
-    source: Source
-    share: Share
-    window: int  # chunks that may be in flight
-    queues: list[deque[Span]]  # of what it holds: what the fewest others hold comes first
-    open: bool = False  # a check has succeeded, and no read has failed since
-    failure: ReadFailed | None = None  # of a read; seen to once nothing is in flight any more
-    failures: int = 0  # since the last chunk that came
-    in_flight: dict[int, _Flight] = field(default_factory=dict)  # by number of the read
-    moved_at: float = 0.0  # when something last came, or began when nothing was in flight
-    silent_since: float | None = None  # the beginning of the stalls since the last chunk that came
-    unchecked: list[Span] = field(default_factory=list)  # have come, but the weights may have changed before
-    check: Future[None] | None = None
-    check_began: float = 0.0
-    in_check: list[Span] = field(default_factory=list)  # had come when the check began: as good as the check
-    leave_by: float = 0.0  # once it is dropped: when what is still in flight is ended
-
-
 class Transfer:
-    """One use: `run`. `checked` holds what has come and is known to be of the version that was resolved, also after an error."""
+    """One use: `run`."""
 
     def __init__(
         self,
@@ -146,8 +70,10 @@ class Transfer:
         on_progress: OnProgress,
         cancel: threading.Event | None = None,
         stage: Stage | None = None,
+        on_checked: Callable[[Sequence[Span]], None] = lambda _: None,
     ) -> None:
-        """`stage` is needed for spans that are not read straight to their places."""
+        """`stage` is needed for spans that are not read straight to their places. `on_checked` is told what has come and is known
+        to be of the version that was resolved."""
         self._engine = engine
         self._pace = pace
         self._on_progress = on_progress
@@ -164,12 +90,12 @@ class Transfer:
         self._pipes = [self._pipe(number, source) for number, source in enumerate(sources)]
         self.shares = [pipe.share for pipe in self._pipes]
         self._active = list(self._pipes)
-        self._leaving: list[_Pipe] = []  # dropped, with something in flight
-        self.checked: list[Span] = []
+        self._leaving: list[Pipe] = []  # dropped, with something in flight
+        self._on_checked = on_checked
 
-    def _pipe(self, number: int, source: Source) -> _Pipe:
+    def _pipe(self, number: int, source: Source) -> Pipe:
         holding = sorted((holders for holders in self._queues if number in holders), key=len)
-        return _Pipe(number, source, Share(source.name), 2, [self._queues[holders] for holders in holding])
+        return Pipe(number, source, Share(source.name), 2, [self._queues[holders] for holders in holding])
 
     def _queue_of(self, chunk: Span) -> deque[Span]:
         return self._queues.setdefault(_holders(chunk), deque())
@@ -213,7 +139,7 @@ class Transfer:
         active = {pipe.number for pipe in self._active}
         return not active or any(left and active.isdisjoint(holders) for holders, left in self._left.items())
 
-    def _drive(self, pipe: _Pipe, now: float) -> bool:
+    def _drive(self, pipe: Pipe, now: float) -> bool:
         """One look at one source; whether anything has come of it."""
         error = pipe.source.lost()
         if error is not None:
@@ -221,7 +147,7 @@ class Transfer:
             return True
         if pipe.check is not None:
             self._look_at_check(pipe, now)
-        elif not pipe.open or (pipe.unchecked and (now - pipe.check_began > _CHECK_S or self._idle(pipe))):
+        elif not pipe.open or self._check_is_due(pipe, now):
             self._begin_check(pipe, now)
         came = self._collect(pipe, now)
         if pipe.failure is not None and not pipe.in_flight:
@@ -230,19 +156,34 @@ class Transfer:
             self._stalled(pipe, now)
         elif pipe.open and pipe.failure is None and pipe in self._active:
             self._fill(pipe, now)
+            if pipe.source.stock is not None:
+                self._see_to_its_stock(pipe, now)
         return came
 
-    def _idle(self, pipe: _Pipe) -> bool:
-        return not pipe.in_flight and not any(pipe.queues)
+    def _see_to_its_stock(self, pipe: Pipe, now: float) -> None:
+        """One that is loading itself is left where others would be quicker: somewhere there is a complete one."""
+        who = f"{pipe.source.name}, which is loading itself,"
+        ours = 1 - self._left_nbytes / max(self._total_nbytes, 1)
+        if (starved_s := pipe.starved_s(now)) > self._pace.starve_s:
+            self._drop(pipe, Stalled(f"{who} has got nothing new for {starved_s:.1f} s"))
+        elif pipe.open and pipe.is_slow(now, ours):
+            self._drop(pipe, Stalled(f"{who} has {pipe.amount:.0%} by now and brought us {ours:.0%}: the way from there is slow"))
+
+    def _check_is_due(self, pipe: Pipe, now: float) -> bool:
+        waited = now - pipe.check_began
+        if pipe.waits() and waited > pipe.poll_s:
+            return True
+        idle = not pipe.in_flight and not pipe.has_next()
+        return bool(pipe.unchecked) and (waited > self._pace.check_s or idle)
 
     # -- checks --------------------------------------------------------------------------------------------------------------
 
-    def _begin_check(self, pipe: _Pipe, now: float) -> None:
+    def _begin_check(self, pipe: Pipe, now: float) -> None:
         pipe.check_began = now
         pipe.in_check, pipe.unchecked = pipe.unchecked, []
         pipe.check = _in_background(pipe.source.check, f"check of {pipe.source.name}")
 
-    def _look_at_check(self, pipe: _Pipe, now: float) -> None:
+    def _look_at_check(self, pipe: Pipe, now: float) -> None:
         if pipe.check is None or not pipe.check.done():
             if now - pipe.check_began > self._pace.stall_s:
                 self._stalled(pipe, now)
@@ -251,10 +192,11 @@ class Transfer:
         pipe.check = None
         if error is None:
             pipe.open = True
-            self.checked += pipe.in_check
+            self._on_checked(pipe.in_check)
             for chunk in pipe.in_check:
                 self._left[_holders(chunk)] -= 1
             pipe.in_check = []
+            pipe.take_stock(now)
         elif isinstance(error, ReadFailed):
             self._read_failed(pipe, error)
         elif isinstance(error, LoaderError):
@@ -264,18 +206,19 @@ class Transfer:
 
     # -- reads ---------------------------------------------------------------------------------------------------------------
 
-    def _fill(self, pipe: _Pipe, now: float) -> None:
+    def _fill(self, pipe: Pipe, now: float) -> None:
         for queue in pipe.queues:
             while queue:
                 chunk = queue[0]
+                if not pipe.has(chunk):
+                    break
                 limit = pipe.window if chunk.nbytes > _SMALL_NBYTES else _SMALL_DEPTH
                 if len(pipe.in_flight) >= limit:
                     return
                 staged = self._stage.take() if self._stage is not None and chunk.lines else None
                 if chunk.lines and staged is None:
                     break  # until a buffer is free
-                src_addr = next(addr for number, addr in chunk.srcs if number == pipe.number)
-                read = ReadOp(pipe.source.name, src_addr, chunk.dst_addr if staged is None else staged, chunk.nbytes)
+                read = ReadOp(pipe.source.name, pipe.src_addr(chunk), chunk.dst_addr if staged is None else staged, chunk.nbytes)
                 try:
                     number = self._engine.start(pipe.source.peer, read)
                 except ReadFailed as exc:
@@ -285,13 +228,13 @@ class Transfer:
                 queue.popleft()
                 if not pipe.in_flight:
                     pipe.moved_at = now
-                pipe.in_flight[number] = _Flight(chunk, now, staged)
+                pipe.in_flight[number] = Flight(chunk, now, staged)
 
     def _free(self, staged: int | None) -> None:
         if staged is not None and self._stage is not None:
             self._stage.give_back(staged)
 
-    def _collect(self, pipe: _Pipe, now: float) -> bool:
+    def _collect(self, pipe: Pipe, now: float) -> bool:
         came = 0
         for number, flight in list(pipe.in_flight.items()):
             try:
@@ -319,18 +262,24 @@ class Transfer:
             self._tell()
         return came > 0
 
-    def _again(self, pipe: _Pipe, number: int) -> None:
+    def _again(self, pipe: Pipe, number: int) -> None:
         """What that read was to bring has to be read anew; the read is over."""
         flight = pipe.in_flight.pop(number)
         self._free(flight.staged)
-        self._queue_of(flight.chunk).appendleft(flight.chunk)
+        self._put_back([flight.chunk])
+
+    def _put_back(self, chunks: Iterable[Span]) -> None:
+        for chunk in chunks:
+            self._queue_of(chunk).appendleft(chunk)
+        for pipe in self._active:
+            pipe.disordered = True
 
     def _tell(self) -> None:
         self._on_progress(Progress(self._total_nbytes - self._left_nbytes, self._total_nbytes))
 
     # -- what goes wrong -----------------------------------------------------------------------------------------------------
 
-    def _read_failed(self, pipe: _Pipe, error: ReadFailed) -> None:
+    def _read_failed(self, pipe: Pipe, error: ReadFailed) -> None:
         """One read may fail for reasons of the way, so a source that nobody can stand in for is asked again who it is."""
         pipe.failures += 1
         if self._can_be_replaced(pipe) or pipe.failures > 1:
@@ -338,7 +287,7 @@ class Transfer:
         else:
             self._reopen(pipe)
 
-    def _stalled(self, pipe: _Pipe, now: float) -> None:
+    def _stalled(self, pipe: Pipe, now: float) -> None:
         self._end_reads(pipe)
         if pipe.silent_since is None:
             pipe.silent_since = now - self._pace.stall_s
@@ -352,18 +301,20 @@ class Transfer:
         else:
             self._reopen(pipe)
 
-    def _can_be_replaced(self, pipe: _Pipe) -> bool:
-        """Others are left for all that it may have to bring."""
+    def _can_be_replaced(self, pipe: Pipe) -> bool:
+        """Others are left for all that it may have to bring; behind one that is loading itself there is one that is complete."""
+        if pipe.source.stock is not None:
+            return True
         others = {other.number for other in self._active if other is not pipe}
         held = (holders for holders, left in self._left.items() if left and pipe.number in holders)
         return bool(others) and not any(others.isdisjoint(holders) for holders in held)
 
-    def _reopen(self, pipe: _Pipe) -> None:
+    def _reopen(self, pipe: Pipe) -> None:
         pipe.open, pipe.failure, pipe.check = False, None, None
         pipe.unchecked += pipe.in_check
         pipe.in_check = []
 
-    def _drop(self, pipe: _Pipe, error: LoaderError) -> None:
+    def _drop(self, pipe: Pipe, error: LoaderError) -> None:
         """Goes on without the source. What it brought and nobody has checked is read again, from others."""
         if pipe not in self._active:
             return
@@ -373,8 +324,7 @@ class Transfer:
         pipe.share.error = error
         again = pipe.unchecked + pipe.in_check
         pipe.unchecked, pipe.in_check = [], []
-        for chunk in again:
-            self._queue_of(chunk).appendleft(chunk)
+        self._put_back(again)
         nbytes = sum(chunk.nbytes for chunk in again)
         pipe.share.nbytes -= nbytes
         self._left_nbytes += nbytes
@@ -408,7 +358,7 @@ class Transfer:
         except (ReadFailed, KeyError):  # an interrupt may have kept from us that it was over before
             return True
 
-    def _end_reads(self, pipe: _Pipe) -> None:
+    def _end_reads(self, pipe: Pipe) -> None:
         self._engine.abandon(pipe.source.peer)
         metrics.ABANDONED_READS.inc(amount=len(pipe.in_flight))
         for number in list(pipe.in_flight):

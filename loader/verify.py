@@ -7,6 +7,9 @@
 
 A reader compares it before and after the bulk read: a port that another process has taken over, a restarted peer and weights that
 changed meanwhile all show, whatever etcd says at that time.
+
+Behind it, where the manifest says so, lie the marks of a rank that is a source while it loads: a byte for each block of its memory
+(`arrivals.Blocks`), 1 once the block is whole. They only ever change from 0 to 1 under one incarnation.
 """
 
 from __future__ import annotations
@@ -42,31 +45,39 @@ class Header:
 
 
 class HeaderCell:
-    """A header's place in memory: the source's own, or a reader's buffer for another's."""
+    """The place in memory of a header with so many marks: the source's own, or a reader's buffer for another's."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, marks: int = 0) -> None:
         self.device = device
-        self._bytes = torch.zeros(NBYTES, dtype=torch.uint8, device=device)
-        self.region = Region(self._bytes.data_ptr(), NBYTES)
+        self._bytes = torch.zeros(NBYTES + marks, dtype=torch.uint8, device=device)
+        self.region = Region(self._bytes.data_ptr(), NBYTES + marks)
 
     def write(self, header: Header) -> None:
         """Visible to peers when this returns, after all that the device was asked to do before."""
         packed = _FORMAT.pack(_MAGIC, bytes.fromhex(header.incarnation), header.sequence)
-        self._put(packed)
+        self._put(packed, 0)
 
     def erase(self) -> None:
         """From now on no reader takes this memory for a source's."""
-        self._put(bytes(NBYTES))
+        self._put(bytes(NBYTES), 0)
 
-    def _put(self, packed: bytes) -> None:
-        wait_for([self.device])
-        self._bytes.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
-        wait_for([self.device])
+    def mark(self, marks: bytes) -> None:
+        """As `write`: what they are the marks of can be seen before they can."""
+        self._put(marks, NBYTES)
+
+    def _put(self, packed: bytes, at: int) -> None:
+        if packed:
+            wait_for([self.device])
+            self._bytes[at : at + len(packed)].copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+            wait_for([self.device])
 
     def read(self) -> Header | None:
         """None where the bytes are no header."""
-        magic, incarnation, sequence = _FORMAT.unpack(bytes(self._bytes.tolist()))
+        magic, incarnation, sequence = _FORMAT.unpack(bytes(self._bytes[:NBYTES].tolist()))
         return Header(incarnation.hex(), sequence) if magic == _MAGIC else None
+
+    def read_marks(self) -> bytes:
+        return bytes(self._bytes[NBYTES:].cpu().numpy())
 
 
 def peer_of_record(record: RankRecord) -> str:
@@ -74,10 +85,13 @@ def peer_of_record(record: RankRecord) -> str:
 
 
 def fetch_header(engine: Engine, record: RankRecord, cell: HeaderCell) -> Header:
-    """The source's header now, into the registered `cell`; SourceLost if what answers is not the process of the record."""
+    """The source's header now, and as many of its marks, into the registered `cell`.
+
+    SourceLost if what answers is not the process of the record.
+    """
     cell.erase()
     wait_for([cell.device])  # what was read before has arrived when the header is read
-    read(engine, peer_of_record(record), ReadOp(record.key, record.header_addr, cell.region.addr, NBYTES))
+    read(engine, peer_of_record(record), ReadOp(record.key, record.header_addr, cell.region.addr, cell.region.nbytes))
     header = cell.read()
     if header is None or header.incarnation != record.incarnation:
         raise SourceLost(

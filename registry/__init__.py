@@ -9,6 +9,7 @@ from registry.manifest import Manifest, Region, TensorEntry
 from registry.record import ModelIdentity, RankRecord, RankState
 from registry.resolver import InstanceState, InstanceStatus
 from registry.session import Registration, RegistrationState
+from registry.tickets import Pull
 from registry.watcher import (
     Event,
     InstanceDegraded,
@@ -33,6 +34,7 @@ __all__ = [
     "InstanceStatus",
     "Manifest",
     "ModelIdentity",
+    "Pull",
     "RankJoined",
     "RankLost",
     "RankRecord",

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from registry.doom import Note
 from registry.election import Election
-from registry.errors import EtcdError, RecordDamaged
+from registry.errors import EtcdError, EtcdUnavailable, RecordDamaged
 from registry.etcd import Etcd
 from registry.grace import Doomed, Grace
 from registry.keys import doomed_key, instance_prefix
@@ -116,6 +116,11 @@ class CleaningWatch:
                 )
         if evicted and lost is not None:
             yield InstanceCleaned(doomed.instance, lost, tuple(evicted), self._dry_run)
+
+    @property
+    def away(self) -> EtcdUnavailable | None:
+        """Why there is no news: etcd cannot be reached. None while it can."""
+        return self._watch.away
 
     def stop(self) -> None:
         self._watch.stop()

@@ -20,12 +20,23 @@ from registry.etcd import Etcd
 from registry.keys import ENGINES, check_instance, instance_prefix, manifest_part_key, record_key
 from registry.logs import fields
 from registry.manifest import Manifest
-from registry.pulls import OnPull, PullTicket, PullWatch, count_pulls, take_ticket, wait_for_no_pulls
+from registry.pulls import (
+    AllPulls,
+    OnPull,
+    PullTicket,
+    PullWatch,
+    all_pulls,
+    count_pulls,
+    readers_of,
+    take_ticket,
+    wait_for_no_pulls,
+)
 from registry.record import ModelIdentity, RankRecord, RankState, decode
 from registry.resolver import InstanceStatus
 from registry.roster import Roster, assess_all
 from registry.session import OnState, Registration
-from registry.waiting import Wanted, wait_until_ready
+from registry.tickets import Pull
+from registry.waiting import Wanted, wait_for_rank, wait_until_ready
 from registry.watcher import Watch
 
 log = logging.getLogger(__name__)
@@ -199,17 +210,39 @@ class Registry:
         """All of the wanted instances that are ready, be they named or any that serve a model. Waits as `resolve` for the first."""
         return wait_until_ready(self._etcd, wanted, timeout_s)
 
+    def holders(self, model: ModelIdentity, rank: int, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
+        """Instances of the model that are ready, or of which this rank is there, ready or still loading, whatever else is missing.
+
+        Waits as `resolve` for the first that is ready, or whose rank is.
+        """
+        return wait_for_rank(self._etcd, model, rank, timeout_s)
+
     def manifest(self, record: RankRecord) -> Manifest:
         """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
         return fetch_manifest(self._etcd, record)
 
-    def pull(self, record: RankRecord) -> PullTicket | None:
-        """A ticket that says that we are reading from this rank; None where its record has changed since it was read."""
-        return take_ticket(self._etcd, record)
+    def pull(self, record: RankRecord, reader: RankRecord | None = None) -> PullTicket | None:
+        """A ticket that says that we are reading from this rank; None where its record has changed since it was read.
+
+        `reader` is the rank that we read for, if it is registered.
+        """
+        return take_ticket(self._etcd, record, reader)
 
     def pulls(self, record: RankRecord) -> int:
         """How many hold a ticket to read from the rank."""
         return count_pulls(self._etcd, record.instance, record.rank)
+
+    def readers(self, record: RankRecord) -> tuple[Pull, ...]:
+        """Who holds a ticket to read from this registration, and how far each is."""
+        return readers_of(self._etcd, record)
+
+    def all_pulls(self, instance: str | None = None) -> tuple[Pull, ...]:
+        """Who holds a ticket to read from any rank of the instance, or of all instances."""
+        return all_pulls(self._etcd, instance)
+
+    def follow_pulls(self) -> AllPulls:
+        """The same of all instances, kept up to date until it is closed."""
+        return AllPulls(self._etcd.sibling())
 
     def wait_for_no_pulls(self, instance: str, rank: int, timeout_s: float) -> int:
         """Blocks until nobody holds a ticket to read from the rank, or the time is over: how many still do."""

@@ -41,6 +41,11 @@ class Follower:
         self._count = 0  # of keys at that revision
         self._newest: KeyValue | None = None  # of them, unless it was deleted
 
+    @property
+    def away(self) -> EtcdUnavailable | None:
+        """Why what was told last may be old: etcd cannot be reached. None while it can."""
+        return self.last_error if self._away_since is not None else None
+
     def stop(self) -> None:
         with self._lock:
             self._stopped.set()

@@ -15,6 +15,7 @@ DOOMED = "/doomed/"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _RECORD_KEY = re.compile(ENGINES + r"([A-Za-z0-9._-]{1,128})/(0|[1-9][0-9]{0,6})")
+_PULL_KEY = re.compile(PULLS + r"([A-Za-z0-9._-]{1,128})/(0|[1-9][0-9]{0,6})/([A-Za-z0-9._-]{1,128})")
 MAX_RANKS = 100_000
 
 
@@ -71,6 +72,12 @@ def pulls_prefix(instance: str, rank: int) -> str:
 
 def pull_key(instance: str, rank: int, load_id: str) -> str:
     return f"{pulls_prefix(instance, rank)}{load_id}"
+
+
+def parse_pull_key(key: str) -> tuple[str, int, str] | None:
+    """(instance, rank, load id), or None where the key is not a ticket's."""
+    match = _PULL_KEY.fullmatch(key)
+    return (match[1], int(match[2]), match[3]) if match else None
 
 
 def election_key(name: str) -> str:

@@ -54,6 +54,10 @@ def absent(key: str) -> Guard:
     return Guard(key, "create_revision", "EQUAL", 0)
 
 
+def present(key: str) -> Guard:
+    return Guard(key, "create_revision", "GREATER", 0)
+
+
 def unchanged(key: str, mod_revision: int) -> Guard:
     return Guard(key, "mod_revision", "EQUAL", mod_revision)
 

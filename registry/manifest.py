@@ -29,6 +29,7 @@ MAX_UNPACKED_NBYTES = 256 << 20  # a manifest of a million tensors takes about 1
 MAX_UNPACKED_ITEMS = 20 << 20
 DIGEST_NBYTES = 16
 MAX_DIMENSIONS = 64  # as torch
+MAX_MARKS = 4 << 20  # that a reader makes room for; of blocks of 1 MiB that is 4 TiB
 _END_OF_MEMORY = 1 << 63  # no process has more, and what reads counts with signs in places
 
 
@@ -76,6 +77,9 @@ class Manifest:
     regions: tuple[Region, ...]
     digests: DigestTable | None = None
     values: Mapping[str, Any] = field(default_factory=dict)  # JSON, by name: what a state dict holds besides tensors
+    block_nbytes: int = (
+        0  # of the regions: each such block has a mark behind the header, which says whether it can be read; 0: none
+    )
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +105,8 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
         "digests": manifest.digests and [manifest.digests.algorithm, manifest.digests.addr],
         "values": manifest.values,
     }
+    if manifest.block_nbytes:
+        data["block_nbytes"] = manifest.block_nbytes
     raw = json.dumps(data, separators=(",", ":")).encode()
     if problem := _too_much(raw):
         raise InvalidField(f"a manifest of {len(tensors)} tensors cannot be published: {problem}", field="manifest")
@@ -167,6 +173,9 @@ def _check_places(manifest: Manifest) -> None:
         place = bisect.bisect_right(starts, entry.addr) - 1
         if entry.nbytes and (place < 0 or entry.addr + entry.nbytes > regions[place].end):
             raise ValueError(f"tensor {short(entry.name)!r} lies outside its regions: {entry.nbytes} bytes at {entry.addr:#x}")
+    marks = sum(-(-region.nbytes // manifest.block_nbytes) for region in regions) if manifest.block_nbytes else 0
+    if marks > MAX_MARKS:
+        raise ValueError(f"its blocks of {manifest.block_nbytes} bytes have {marks} marks, {MAX_MARKS} are the limit")
     table = manifest.digests
     if table is not None and table.addr + DIGEST_NBYTES * len(manifest.tensors) > _END_OF_MEMORY:
         raise ValueError("the table of its digests reaches beyond what memory there is")
@@ -183,7 +192,7 @@ def _from_json(data: dict[str, Any]) -> Manifest:
     values = data.get("values", {})
     if not isinstance(values, dict) or not all(map(is_unicode, values)):
         raise ValueError("its values are no object with names that are text")
-    return Manifest(tensors, regions, _digest_table(data.get("digests")), values)
+    return Manifest(tensors, regions, _digest_table(data.get("digests")), values, _natural(data.get("block_nbytes", 0)))
 
 
 def _digest_table(value: Any) -> DigestTable | None:

@@ -105,7 +105,8 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class RankRecord:
-    """One rank of one instance. `mod_revision` is etcd's and 0 until it has been read from there."""
+    """One rank of one instance. Both revisions are etcd's, and 0 until it has been read from there; `create_revision` orders
+    registrations by when they began, and grows only where one had to be put again as its lease was lost."""
 
     incarnation: str
     instance: str
@@ -129,6 +130,7 @@ class RankRecord:
     kept_by: str = ""  # who renews its lease: empty, its own keeper; GATEWAY, every gateway, while its session answers
     ended: str = ""  # why the registration is over; the key follows at once
     mod_revision: int = field(default=0, compare=False)
+    create_revision: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         check_instance(self.instance)
@@ -218,7 +220,7 @@ def encode(record: RankRecord) -> bytes:
     return value
 
 
-def decode(key: str, value: bytes, mod_revision: int = 0) -> RankRecord:
+def decode(key: str, value: bytes, mod_revision: int = 0, create_revision: int = 0) -> RankRecord:
     """The record stored under `key`; RecordDamaged or SchemaUnsupported say which key and why."""
     if len(value) > 4 * MAX_RECORD_NBYTES:
         raise RecordDamaged(f"the record at {key} is damaged: {len(value)} bytes is no record's size", key=key)
@@ -231,7 +233,7 @@ def decode(key: str, value: bytes, mod_revision: int = 0) -> RankRecord:
                 key=key,
                 schema=schema,
             )
-        record = _from_json(data, mod_revision)
+        record = _from_json(data, mod_revision, create_revision)
     except (ValueError, RecursionError) as exc:  # InvalidField and JSON errors are ValueErrors
         raise RecordDamaged(f"the record at {key} is damaged: {short(exc)}", key=key) from exc
     if record.key != key:
@@ -239,7 +241,7 @@ def decode(key: str, value: bytes, mod_revision: int = 0) -> RankRecord:
     return record
 
 
-def _from_json(data: dict[str, Any], mod_revision: int) -> RankRecord:
+def _from_json(data: dict[str, Any], mod_revision: int, create_revision: int) -> RankRecord:
     model = _get(data, "model", dict)
     manifest = _get(data, "manifest", dict)
     return RankRecord(
@@ -276,6 +278,7 @@ def _from_json(data: dict[str, Any], mod_revision: int) -> RankRecord:
         kept_by=_get(data, "kept_by", str, ""),
         ended=_get(data, "ended", str, ""),
         mod_revision=mod_revision,
+        create_revision=create_revision,
     )
 
 

@@ -57,7 +57,7 @@ class Roster:
         try:
             if place is None:
                 raise RecordDamaged(f"the key {change.key} is not /engines/<instance>/<rank>", key=change.key)
-            record = decode(change.key, change.value, change.mod_revision)
+            record = decode(change.key, change.value, change.mod_revision, change.create_revision)
         except RecordDamaged as exc:
             self.damage(change.key, exc)
         else:

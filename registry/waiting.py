@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from registry.errors import EtcdUnavailable, InstanceIncomplete, InstanceNotFound, InvalidField, RegistryError
 from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import ENGINES, check_instance, instance_prefix, parse_record_key
 from registry.kv import Snapshot
-from registry.record import ModelIdentity
+from registry.record import ModelIdentity, RankState
 from registry.resolver import InstanceState, InstanceStatus
 from registry.roster import Roster, instance_of
 
@@ -22,6 +22,35 @@ def wait_until_ready(etcd: Etcd, wanted: Wanted, timeout_s: float) -> tuple[Inst
 
     Raises InstanceNotFound, InstanceIncomplete, or RecordDamaged where that is what keeps an instance from being ready.
     """
+
+    def ready(rosters: Iterable[Roster]) -> list[Roster]:
+        return [roster for roster in rosters if roster.state is InstanceState.READY]
+
+    return _wait(etcd, wanted, timeout_s, ready)
+
+
+def wait_for_rank(etcd: Etcd, model: ModelIdentity, rank: int, timeout_s: float) -> tuple[InstanceStatus, ...]:
+    """The instances of the model that are ready, or have the rank, ready or still loading, whatever else of them there is.
+
+    Waits until the weights of that rank can be had somewhere; raises as `wait_until_ready`.
+    """
+
+    def holding(rosters: Iterable[Roster]) -> list[Roster]:
+        some = [(roster, _readable(roster, model, rank)) for roster in rosters]
+        good = any(roster.state is InstanceState.READY or state is RankState.READY for roster, state in some)
+        return [roster for roster, state in some if roster.state is InstanceState.READY or state is not None] if good else []
+
+    return _wait(etcd, model, timeout_s, holding)
+
+
+def _readable(roster: Roster, model: ModelIdentity, rank: int) -> RankState | None:
+    record = roster.records.get(rank)
+    return record.state if record and record.model == model and record.state in (RankState.READY, RankState.LOADING) else None
+
+
+def _wait(
+    etcd: Etcd, wanted: Wanted, timeout_s: float, good: Callable[[Iterable[Roster]], list[Roster]]
+) -> tuple[InstanceStatus, ...]:
     names = [] if isinstance(wanted, ModelIdentity) else _names(wanted)
     deadline = time.monotonic() + timeout_s
     prefix = instance_prefix(names[0]) if len(names) == 1 else ENGINES
@@ -37,9 +66,8 @@ def wait_until_ready(etcd: Etcd, wanted: Wanted, timeout_s: float) -> tuple[Inst
             if name in rosters:
                 rosters[name].see(change)
         some = rosters.values() if names else sorted(_serving(rosters, wanted), key=lambda roster: roster.instance)
-        ready = tuple(roster.status() for roster in some if roster.state is InstanceState.READY)
-        if ready:
-            return ready
+        if found := good(some):
+            return tuple(roster.status() for roster in found)
     if rosters is None:
         raise follower.last_error or EtcdUnavailable(f"etcd has not answered in {timeout_s:.3g} s")
     raise _why_none_is(list(rosters.values()) if names else _serving(rosters, wanted), wanted, timeout_s)

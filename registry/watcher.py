@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from registry.errors import EtcdError, RecordDamaged
+from registry.errors import EtcdError, EtcdUnavailable, RecordDamaged
 from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import ENGINES, instance_prefix, parse_record_key
@@ -285,6 +285,11 @@ class Watch:
     @property
     def stopped(self) -> bool:
         return self._stopped.is_set()
+
+    @property
+    def away(self) -> EtcdUnavailable | None:
+        """Why there is no news: etcd cannot be reached. None while it can."""
+        return self._follower.away
 
     def stop(self) -> None:
         self._stopped.set()

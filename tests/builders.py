@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from registry import Manifest, ModelIdentity, RankRecord, Region, TensorEntry
+from registry import Manifest, ModelIdentity, Pull, RankRecord, Region, TensorEntry, tickets
 from registry.keys import record_key
 from registry.kv import Deletion, KeyValue, Snapshot
 from registry.record import ManifestRef, encode
@@ -57,6 +57,16 @@ def a_manifest(*entries: TensorEntry, regions: tuple[Region, ...] | None = None)
 def stored(record: RankRecord, mod_revision: int = 1) -> KeyValue:
     """The record as etcd returns it."""
     return KeyValue(record.key, encode(record), mod_revision, mod_revision, 1)
+
+
+def a_pull(**changes: Any) -> Pull:
+    """From the record that `a_record` gives."""
+    return replace(Pull("qwen", 0, INCARNATION, "load-1", "node-2", 12, began_at="2026-01-02T03:04:06.000+00:00"), **changes)
+
+
+def ticket(pull: Pull, mod_revision: int = 1) -> KeyValue:
+    """The pull as etcd returns it."""
+    return KeyValue(pull.key, tickets.encode(pull), pull.create_revision, mod_revision, 1)
 
 
 def garbage(instance: str = "qwen", rank: int = 0, value: bytes = b"{") -> KeyValue:

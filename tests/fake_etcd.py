@@ -153,6 +153,8 @@ class FakeEtcd(Etcd):
             return all(value == guard.value for value in values)
         if guard.result == "LESS":
             return all(value < guard.value for value in values)
+        if guard.result == "GREATER":
+            return all(value > guard.value for value in values)
         raise NotImplementedError(guard.result)
 
     def _apply(self, writes: Sequence[Put | Delete]) -> None:

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 
 import click
@@ -35,6 +35,22 @@ def percentile(values: Sequence[float], percent: float) -> float:
 @contextmanager
 def another_process(module: str, function: str, *args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """One that runs `module.function(*args)` until the block ends (it sees the end of its standard input), and its first line."""
+    with several_processes(module, function, [args]) as (only,):
+        yield only
+
+
+@contextmanager
+def several_processes(
+    module: str, function: str, calls: Sequence[Sequence[str]]
+) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
+    """Started at the same time, one for each list of arguments; the first lines of all of them have come."""
+    with ExitStack() as stack:
+        started = [stack.enter_context(_process(module, function, args)) for args in calls]
+        yield [(process, _first_line(process, f"{module}.{function}")) for process in started]
+
+
+@contextmanager
+def _process(module: str, function: str, args: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         python(f"from {module} import {function} as run; run(*sys.argv[1:])", *args),
         stdin=subprocess.PIPE,
@@ -43,16 +59,21 @@ def another_process(module: str, function: str, *args: str) -> Iterator[tuple[su
     )
     with process:
         try:
-            line = process.stdout.readline() if process.stdout else ""
-            if not line:
-                raise SystemExit(f"{module}.{function} did not start")
-            yield process, line.strip()
+            yield process
         finally:
             if process.stdin is not None:
-                process.stdin.close()
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             process.kill()
+
+
+def _first_line(process: subprocess.Popen[str], name: str) -> str:
+    line = process.stdout.readline() if process.stdout else ""
+    if not line:
+        raise click.ClickException(f"{name} did not come to its first line: --debug shows what it said")
+    return line.strip()
 
 
 def report(results: Mapping[str, float], as_json: bool) -> None:

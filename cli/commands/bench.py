@@ -72,5 +72,38 @@ def gateway(clients: int, requests: int, ranks: int, as_json: bool) -> None:
     figures.report(gateways.measure(clients, requests, ranks, _say), as_json)
 
 
+@command.command("gpu")
+@click.option("--only", default="", metavar="PART[,…]", help="Of the parts that --help lists.")
+@click.option("--scale", type=click.FloatRange(0.0001, 1), default=1.0, show_default=True, help="How many of the tensors.")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Of each measurement; the median counts.")
+@click.option("--profile", is_flag=True, help="Show which steps and functions of load() take how long.")
+@json_option
+@debug_option
+def gpu(only: str, scale: float, rounds: int, profile: bool, as_json: bool) -> None:
+    """From GPU to GPU of one host: needs two, and NVLink or PCIe between them. Takes minutes.
+
+    \b
+    Parts: the sets of tensors
+      mixed          256 of 32 MiB and 2,000 of 8 KiB
+      large          256 of 32 MiB
+      llama-70b-tp8  what a rank of Llama 3 70B holds at tp=8, bf16
+      small          20,000 of 16 KiB
+    of which load() takes turns with torch's copies and naive calls of the transfer engine; and
+      nccl           send and receive, for each set
+      host           pinned memory and a safetensors file, for mixed
+      failover       two sources, one of which is killed
+      fan-out        several processes load from one
+      reshard        tp 2→1 and 1→2, by rows and by columns
+    """
+    from cli.bench.gpu import run
+
+    parts = {part for part in only.split(",") if part}
+    if parts - set(run.PARTS):
+        raise click.UsageError(f"--only {only!r} is not valid: it is some of {', '.join(run.PARTS)}")
+    devices = run.gpus()
+    with engine_log():
+        run.report(run.measure(devices, parts, scale, rounds, profile, _say), as_json, profile)
+
+
 def _say(what: str) -> None:
     click.echo(f"measuring: {what}", err=True)

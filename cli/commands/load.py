@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +17,11 @@ from rich.progress import Progress as Bar
 from cli.logs import as_json, log_options
 from cli.options import Seconds, engine_log, etcd_options, json_option, nbytes_of, rank_option
 from cli.output import print_json, size
+from cli.serving import Endings, drain_option
 from cli.signals import held_back, raised
 from registry import Registry
 from registry.errors import InstanceIncomplete, InvalidField
+from registry.keys import check_instance
 from registry.record import GATEWAY, PROTOCOLS
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
               "is taken. Default: 5GB.")  # fmt: skip
 @click.option("--wait", type=Seconds(), default=60.0, show_default=True, metavar="S",
               help="How long to wait for all ranks of the instance.")  # fmt: skip
+@click.option("--serve", "replica", metavar="NAME",
+              help="With --rank: serve the weights from here as well, as the same rank of an instance of this name, from the first "
+              "that have come on, until Ctrl-C or SIGTERM. Ranks that load so at the same time load from each other.")  # fmt: skip
+@drain_option
 @click.option("--verify", is_flag=True, help="Compare every tensor with the digest that its source publishes.")
 @click.option("--host", help="Address of this machine. Default: the one that etcd sees.")
 @click.option("--protocol", type=click.Choice(PROTOCOLS), default="tcp", show_default=True, help="How to read.")
@@ -54,6 +60,8 @@ def command(
     force: bool,
     max_file_nbytes: int | None,
     wait: float,
+    replica: str | None,
+    drain: float,
     verify: bool,
     host: str | None,
     protocol: str,
@@ -71,22 +79,37 @@ def command(
         )
     if max_file_nbytes is not None and not full:
         raise InvalidField("--max-shard-size goes with --full: one rank is one file", field="max_shard_size")
-    with raised() as raise_again:
-        loading = _Loading(connect, instances, Path(out) if out else None, force, wait, verify, host, protocol, raise_again)
-        if full:
-            report, paths = loading.full(max_file_nbytes)
-        elif rank is not None:
-            report, paths = loading.rank(rank)
+    if replica is not None:
+        check_instance(replica)
+    if replica is not None and full:
+        raise InvalidField("--serve goes with --rank: what is served is one rank as it is at its source", field="serve")
+    endings = Endings()
+    with ExitStack() as stack:
+        with raised() as raise_again:
+            loading = _Loading(
+                connect, instances, Path(out) if out else None, force, wait, verify, host, protocol, raise_again, stack
+            )
+            if full:
+                report, paths = loading.full(max_file_nbytes)
+            elif rank is not None:
+                report, paths = loading.rank(rank, replica, endings)
+            else:
+                raise InvalidField("say what to copy: --rank R for one rank, or --full for all as whole tensors", field="rank")
+        if as_json:
+            print_json(_json(report, paths))
         else:
-            raise InvalidField("say what to copy: --rank R for one rank, or --full for all as whole tensors", field="rank")
-    if as_json:
-        print_json(_json(report, paths))
-        return
-    name = report.instance if full else f"{report.instance}/{rank}"
-    click.echo(
-        f"loaded {name} version {report.version}: {report.tensors:,} tensors, {size(report.nbytes)} in "
-        f"{report.seconds:.2f} s ({report.gb_per_s:.2f} GB/s over {report.protocol}){_where(paths)}"
-    )
+            name = report.instance if full else f"{report.instance}/{rank}"
+            click.echo(
+                f"loaded {name} version {report.version}: {report.tensors:,} tensors, {size(report.nbytes)} in "
+                f"{report.seconds:.2f} s ({report.gb_per_s:.2f} GB/s over {report.protocol}){_where(paths)}"
+            )
+        if report.publication is not None:
+            endings.listen()
+            record = report.publication.record
+            click.echo(f"serving {record.instance}/{record.rank} at {record.session_id}; Ctrl-C withdraws", err=as_json)
+            endings.hold(report.publication, drain)
+            report.publication.close()
+            endings.tell(report.publication, err=as_json)
 
 
 @dataclass
@@ -102,45 +125,51 @@ class _Loading:
     host: str | None
     protocol: str
     raise_again: Callable[[], None]  # a signal that was dropped
+    stack: ExitStack  # of what is needed as long as the weights are served
 
-    def rank(self, rank: int) -> tuple[LoadReport, list[Path]]:
+    def rank(self, rank: int, replica: str | None, endings: Endings) -> tuple[LoadReport, list[Path]]:
+        """With `replica`, from whoever has these weights, and they are served under that name."""
         path = self.folder / f"rank-{rank}.safetensors" if self.folder else None
         if path is not None and path.exists() and not self.force:
             raise InvalidField(f"{path} is there already: choose another --out, or --force", field="out")
-        with self.connect() as registry, engine_log():
-            records = registry.resolve(self.instances, self.wait_s)
-            if rank >= len(records):
-                raise InvalidField(
-                    f"rank {rank} is not one of {records[0].instance!r}: its ranks are 0 to {len(records) - 1}", field="rank"
-                )
-            if records[rank].kept_by == GATEWAY:
-                raise InstanceIncomplete(
-                    f"{records[rank].key} is an SGLang seed, which tells neither dtypes nor shapes and has no header to "
-                    "check reads by: load it with SGLang, through `engines gateway`"
-                )
-            with held_back():
-                from loader import MooncakeEngine, load
-                from loader.files import allocate_like, shards_like, write_weights
+        registry = self.stack.enter_context(self.connect())
+        self.stack.enter_context(engine_log())
+        records = registry.resolve(self.instances, self.wait_s)
+        if rank >= len(records):
+            raise InvalidField(
+                f"rank {rank} is not one of {records[0].instance!r}: its ranks are 0 to {len(records) - 1}", field="rank"
+            )
+        record = records[rank]
+        if record.kept_by == GATEWAY:
+            raise InstanceIncomplete(
+                f"{record.key} is an SGLang seed, which tells neither dtypes nor shapes and has no header to "
+                "check reads by: load it with SGLang, through `engines gateway`"
+            )
+        with held_back():
+            from loader import MooncakeEngine, Replica, load
+            from loader.files import allocate_like, shards_like, write_weights
 
-            manifest = registry.manifest(records[rank])
-            tensors = allocate_like(manifest)
-            with (
-                MooncakeEngine(self.host or registry.local_address(), self.protocol) as engine,
-                _bar(f"{records[0].instance}/{rank}", self.raise_again) as on_progress,
-            ):
-                report = load(
-                    registry,
-                    engine,
-                    self.instances,
-                    rank=rank,
-                    tensors=tensors,
-                    shards=shards_like(manifest),
-                    timeout_s=self.wait_s,
-                    verify="digest" if self.verify else "header",
-                    progress=on_progress,
-                )
-            if path is not None:
-                write_weights(tensors, path)
+        manifest = registry.manifest(record)
+        tensors = allocate_like(manifest)
+        engine = self.stack.enter_context(MooncakeEngine(self.host or registry.local_address(), self.protocol))
+        with _bar(f"{record.instance}/{rank}", self.raise_again) as on_progress:
+            report = load(
+                registry,
+                engine,
+                self.instances if replica is None else record.model,
+                rank=rank,
+                tensors=tensors,
+                shards=shards_like(manifest),
+                timeout_s=self.wait_s,
+                verify="digest" if self.verify else "header",
+                version=None if replica is None else record.version,
+                publish=Replica(replica, digests=True, on_state=endings.on_state) if replica is not None else False,
+                progress=on_progress,
+            )
+        if report.publication is not None:
+            self.stack.enter_context(report.publication)
+        if path is not None:
+            write_weights(tensors, path)
         return report, [path] if path is not None else []
 
     def full(self, max_file_nbytes: int | None) -> tuple[LoadReport, list[Path]]:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import queue
 import re
-import sys
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -18,15 +13,13 @@ from cli.logs import log_options
 from cli.metrics import metrics_options
 from cli.options import Seconds, engine_log, etcd_options, instance_argument, rank_option
 from cli.output import size
+from cli.serving import Endings, drain_option
 from cli.shards import boxes_of, parse_cut, read_boxes
-from cli.signals import held_back, on_ending
-from registry import ModelIdentity, RegistrationState, Registry
+from cli.signals import held_back
+from registry import ModelIdentity, Registry
 from registry.errors import InvalidField
 from registry.keys import check_instance, check_rank
 from registry.record import PROTOCOLS
-
-if TYPE_CHECKING:
-    from loader import Publication
 
 
 @click.command("register")
@@ -54,14 +47,7 @@ if TYPE_CHECKING:
               "rank.")  # fmt: skip
 @click.option("--ttl", type=Seconds(min=2), default=10.0, show_default=True, metavar="S",
               help="How long the rank stays listed after its whole host is lost.")  # fmt: skip
-@click.option(
-    "--drain",
-    type=Seconds(),
-    default=25.0,
-    show_default=True,
-    metavar="S",
-    help="How long to let running loads finish at the end; a second Ctrl-C or SIGTERM does not wait.",
-)
+@drain_option
 @click.option("--until-eof", is_flag=True, help="Also end when standard input closes, as when a parent process dies.")
 @metrics_options
 @log_options
@@ -104,7 +90,8 @@ def command(
 
         tensors = read_weights(paths)
         boxes = boxes_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, slices, listed, whole=whole)
-        endings = _Endings(until_eof)
+        endings = Endings()
+        endings.listen(until_eof)
         with (
             MooncakeEngine(host or registry.local_address(), protocol) as engine,
             publish(
@@ -129,52 +116,8 @@ def command(
                 f"registered {instance}/{rank} of {world_size}: {record.manifest.tensors:,} tensors, "
                 f"{size(record.manifest.nbytes)}, at {record.session_id} ({record.protocol}); Ctrl-C withdraws"
             )
-            if endings.next() != _LOST:
-                endings.drain(publication, drain)
-                ending = endings.next()  # drained, or told to hurry
-                if isinstance(ending, Exception):
-                    raise ending
-            lost = publication.registration.lost
-        if lost is not None:
-            raise lost
-        if publication.registration.withdrawn:
-            click.echo(f"withdrew {instance}/{rank}")
-
-
-_LOST = "lost"
-
-
-class _Endings:
-    """The reasons to go on towards the end, as they come: a signal, the end of standard input, the registration's loss, drained,
-    or what went wrong with that."""
-
-    def __init__(self, until_eof: bool) -> None:
-        self._inbox: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
-        on_ending(lambda: self._inbox.put("signal"))
-        if until_eof:
-            threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        while os.read(sys.stdin.fileno(), 4096):
-            pass
-        self._inbox.put("end of input")
-
-    def on_state(self, state: RegistrationState, why: str) -> None:
-        if state is RegistrationState.LOST:
-            self._inbox.put(_LOST)
-
-    def drain(self, publication: Publication, timeout_s: float) -> None:
-        def drain() -> None:
-            try:
-                publication.drain(timeout_s)
-                self._inbox.put("drained")
-            except Exception as exc:  # noqa: BLE001  raised again by the thread that waits
-                self._inbox.put(exc)
-
-        threading.Thread(target=drain, daemon=True).start()
-
-    def next(self) -> str | Exception:
-        return self._inbox.get()
+            endings.hold(publication, drain)
+        endings.tell(publication)
 
 
 def _parse_place(text: str) -> tuple[str, tuple[int, int]]:

@@ -1,8 +1,9 @@
 """A rank on two GPUs: `python -m tests.gpu.nvlink_source ENDPOINT`.
 
 Does what each line on standard input says, then prints the line. `publish N`: leaves, frees its memory and publishes the content of
-number N. `late N`: publishes another instance besides, from memory that is new. `update`: adds one to every element, on a stream of
-its own. Ends with its input.
+number N. `copy N`: loads the content of number N, from whoever has it, and serves it as another instance, from then on. `late N`:
+publishes another instance besides, from memory that is new. `update`: adds one to every element, on a stream of its own. Ends with
+its input.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from contextlib import ExitStack
 
 import torch
 
-from loader import MooncakeEngine, publish
+from loader import MooncakeEngine, Replica, load, publish
 from registry import ModelIdentity, Registry
 
 Tensors = dict[str, torch.Tensor]
@@ -45,6 +46,11 @@ def main(endpoint: str) -> None:
                 publication = stack.enter_context(
                     publish(registry, engine, instance="a", rank=0, world_size=1, tensors=tensors, model=MODEL, digests=True)
                 )
+            elif command == "copy":
+                tensors.update({name: torch.zeros_like(tensor) for name, tensor in content(int(number)).items()})
+                report = load(registry, engine, MODEL, rank=0, tensors=tensors, publish=Replica("copy", digests=True))
+                if report.publication is not None:
+                    publication = stack.enter_context(report.publication)
             elif command == "late":
                 late = late_content(int(number))
                 stack.enter_context(publish(registry, engine, instance="late", rank=0, world_size=1, tensors=late, model=MODEL))

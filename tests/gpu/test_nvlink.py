@@ -123,6 +123,28 @@ def test_weights_that_change_on_another_stream_are_loaded_in_one_version(
     updates.join()
 
 
+def test_what_was_loaded_from_gpu_to_gpu_is_a_source_itself(
+    etcd: LocalEtcd, registry: Registry, source: Source, engine: MooncakeEngine
+) -> None:
+    source.do("publish 1")
+    replica = Source(etcd.endpoint)
+    try:
+        replica.do("copy 1")
+        source.kill()
+        verify: Verify
+        for verify in ("header", "digest"):
+            found = zeroed(content(1), "cuda:1")
+            report = load(registry, engine, "copy", rank=0, tensors=found, verify=verify)
+            assert_equal(found, content(1))
+            assert [share.name for share in report.shares] == ["/engines/copy/0"]
+        replica.do("update")
+        found = zeroed(content(1), "cuda:1")
+        assert load(registry, engine, "copy", rank=0, tensors=found).version == 1
+        assert_equal(found, {name: tensor + 1 for name, tensor in content(1).items()})
+    finally:
+        replica.kill()
+
+
 def test_memory_that_no_other_process_can_open_is_refused_by_name(registry: Registry, engine: MooncakeEngine) -> None:
     tensors = {"here": torch.zeros(10, device="cuda:0"), "there": torch.zeros(10)}
     with pytest.raises(TensorsUnusable, match=r"1 tensors cannot be opened by other processes over NVLink.*: there: "):

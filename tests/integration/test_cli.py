@@ -670,6 +670,48 @@ def whole(tmp_path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return contents([path])
 
 
+def test_a_load_that_serves_is_a_source_itself_until_it_is_told_to_end(engines: Engines, weights: Path, tmp_path: Path) -> None:
+    server = engines.serve(weights)
+    copy = engines.start("load", "a", "--rank", "0", "--serve", "copy", "--host", "127.0.0.1", "--out", str(tmp_path))
+    assert line_of(copy).startswith("loaded a/0 version 0: 3 tensors")
+    assert line_of(copy).startswith("serving copy/0 at 127.0.0.1:")
+    (listed,) = [one for one in json.loads(engines("list", "--json").stdout)["instances"] if one["instance"] == "copy"]
+    assert (listed["state"], listed["model"]["name"]) == ("ready", "a")
+    server.kill()
+    again = engines("load", "copy", "--rank", "0", "--verify", "--host", "127.0.0.1", "--out", str(tmp_path / "again"))
+    assert again.returncode == Exit.DONE, again.stderr
+    wanted = load_file(weights)
+    for path in (tmp_path, tmp_path / "again"):
+        found = load_file(path / "rank-0.safetensors")
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert_one_line(
+        engines("load", "copy", "--rank", "0", "--serve", "copy"), Exit.FAILED, "rank 0 of 'copy' is already registered"
+    )
+    copy.send_signal(signal.SIGTERM)
+    assert line_of(copy) == "withdrew copy/0\n"
+    assert copy.wait(20) == Exit.DONE
+    assert engines("list").stdout == "no instance is registered\n"
+
+
+def test_a_load_that_serves_ends_when_it_is_evicted(engines: Engines, weights: Path) -> None:
+    engines.serve(weights)
+    copy = engines.start("load", "a", "--rank", "0", "--serve", "copy", "--host", "127.0.0.1", "--json")
+    assert json.loads(line_of(copy))["nbytes"] > 0
+    wait_until(lambda: engines("evict", "copy").returncode == Exit.DONE)
+    out, err = copy.communicate(timeout=20)
+    assert (copy.returncode, out) == (Exit.FAILED, "")
+    assert "copy/0 was evicted" in err
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (["--full", "--serve", "b"], ["--serve goes with --rank"]),
+    (["--rank", "0", "--serve", "b c"], ["instance name 'b c' is not valid"]),
+])  # fmt: skip
+def test_a_load_that_cannot_serve_says_why(engines: Engines, args: list[str], words: list[str]) -> None:
+    assert_one_line(engines("load", "a", *args), Exit.USAGE, *words)
+
+
 def test_the_shards_of_two_ranks_are_loaded_as_whole_tensors_into_files_that_an_index_names(
     engines: Engines, tmp_path: Path, whole: dict[str, Any]
 ) -> None:

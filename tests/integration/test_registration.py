@@ -38,14 +38,24 @@ from registry import (
     keeper_link,
 )
 from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import Evicted, InstanceMismatch, InvalidField, RankConflict, RecordDamaged, SchemaUnsupported
+from registry.errors import (
+    Evicted,
+    InstanceIncomplete,
+    InstanceMismatch,
+    InstanceNotFound,
+    InvalidField,
+    RankConflict,
+    RecordDamaged,
+    SchemaUnsupported,
+)
 from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import record_key
 from registry.kv import Put
 from registry.local import LocalEtcd
 from tests.integration.conftest import ROOT, Processes, events_until, line_of
-from tests.integration.ranks import MANIFEST, register
+from tests.integration.ranks import MANIFEST, MODEL, register
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -75,6 +85,36 @@ def test_a_registered_rank_is_found_with_its_manifest_until_it_withdraws(registr
         assert all(item.lease_id for item in raw.snapshot("/").items)
     assert registration.state is RegistrationState.CLOSED
     assert keys(raw) == []
+
+
+def test_a_rank_of_a_model_is_found_in_whatever_instance_it_is_ready_or_still_loading(registry: Registry) -> None:
+    other = ModelIdentity("other")
+    with (
+        register(registry, "whole"),
+        register(registry, "part", 0, 2),
+        register(registry, "loads", 0, 2, state=RankState.LOADING),
+        register(registry, "changes", 0, 2, state=RankState.UPDATING),
+        register(registry, "elsewhere", 1, 2),
+        register(registry, "other", 0, 1, model=other),
+    ):
+        assert [status.instance for status in registry.holders(MODEL, 0)] == ["loads", "part", "whole"]
+        assert [status.instance for status in registry.holders(MODEL, 1)] == ["elsewhere", "whole"]
+        assert [status.instance for status in registry.holders(other, 0)] == ["other"]
+    with register(registry, "loads", state=RankState.LOADING) as loading:
+        with pytest.raises(InstanceIncomplete, match="instance 'loads' is not ready: rank 0 loading"):
+            registry.holders(MODEL, 0)
+        threading.Timer(0.1, lambda: loading.update(state=RankState.READY)).start()
+        (status,) = registry.holders(MODEL, 0, timeout_s=20)
+        assert status.records[0].state is RankState.READY
+    with pytest.raises(InstanceNotFound):
+        registry.holders(MODEL, 0)
+
+
+def test_ranks_are_in_the_order_in_which_they_were_registered_also_after_they_have_changed(registry: Registry) -> None:
+    with register(registry, "b") as first, register(registry, "a"):
+        first.update(version=7)
+        wait_until(lambda: registry.ranks("b")[0].version == 7)
+        assert registry.ranks("b")[0].create_revision < registry.ranks("a")[0].create_revision
 
 
 def test_updates_of_the_record_are_seen_in_order(registry: Registry) -> None:

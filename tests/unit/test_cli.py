@@ -22,7 +22,6 @@ import cli.main
 import cli.options
 import loader.errors
 import registry.errors
-from cli.commands.register import _Endings
 from cli.exits import _CODES, Exit, code_of
 from cli.options import engine_log, nbytes_of
 from cli.output import (
@@ -37,6 +36,7 @@ from cli.output import (
     tensor_rows,
     tensors_json,
 )
+from cli.serving import Endings
 from cli.signals import Ended
 from cli.text import printable
 from loader import Publication
@@ -327,16 +327,14 @@ def test_a_load_is_of_one_rank_or_of_all(engines: Engines, args: tuple[str, ...]
 
 
 @pytest.mark.parametrize("failure", [None, RuntimeError("the engine has a bug")])
-def test_draining_is_over_also_when_it_has_failed(monkeypatch: pytest.MonkeyPatch, failure: Exception | None) -> None:
-    monkeypatch.setattr("cli.commands.register.on_ending", lambda _: None)
-
+def test_draining_is_over_also_when_it_has_failed(failure: Exception | None) -> None:
     class Leaving:
         def drain(self, timeout_s: float) -> None:
             if failure is not None:
                 raise failure
 
-    endings = _Endings(until_eof=False)
-    endings.drain(cast(Publication, Leaving()), 1.0)
+    endings = Endings()
+    endings._drain(cast(Publication, Leaving()), 1.0)
     assert endings._inbox.get(timeout=20) is failure or failure is None
 
 

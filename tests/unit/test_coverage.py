@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loader.boxes import Lines
-from loader.coverage import check_coverage, complete_tensors
+from loader.coverage import check_coverage
 from loader.reads import Span
 from tests.builders import an_entry
 
@@ -63,21 +63,3 @@ def test_a_tensor_may_be_written_in_pieces(spans: list[Span]) -> None:
 def test_the_tensors_that_a_proof_is_of_must_not_overlap() -> None:
     with pytest.raises(ValueError, match="two tensors share memory"):
         check_coverage([span(0, 100, 24)], [an_entry("a", 100), an_entry("b", 108)])
-
-
-def test_tensors_are_complete_when_all_their_bytes_are_written_in_whatever_pieces() -> None:
-    tensors = [an_entry("a", 100), an_entry("b", 116), an_entry("c", 200), an_entry("tied", 100), an_entry("none", 0, 0)]
-    assert complete_tensors([], tensors) == ["none"]
-    assert complete_tensors([span(0, 100, 16)], tensors) == ["a", "tied", "none"]
-    assert complete_tensors([span(0, 108, 24), span(0, 100, 8)], tensors) == ["a", "b", "tied", "none"]
-    assert complete_tensors([span(0, 100, 15), span(0, 116, 100)], tensors) == ["b", "c", "none"]
-    assert complete_tensors([span(0, 201, 15)], tensors) == ["none"]
-
-
-def test_staged_runs_make_a_tensor_complete_as_well() -> None:
-    tensors = [an_entry("a", 100), an_entry("b", 116), an_entry("tied", 100)]
-    even, odd = (staged(Lines(0, addr, 2, (4,), (4,), (4,))) for addr in (100, 102))
-    assert complete_tensors([even], tensors) == []
-    assert complete_tensors([even, staged(Lines(0, 116, 16), Lines(0, 100, 1))], tensors) == ["b"]
-    assert complete_tensors([even, odd], tensors) == ["a", "tied"]
-    assert complete_tensors([even, *[span(0, addr, 2) for addr in (102, 106, 110, 114)]], tensors) == ["a", "tied"]

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 
 from cli.text import printable
 from loader.state_dict import decode_value, encode_values
-from registry import Manifest, RankRecord, Region, manifest
+from registry import Manifest, RankRecord, Region, manifest, tickets
 from registry.doom import Note
 from registry.errors import RecordDamaged
+from registry.kv import KeyValue
 from registry.record import ManifestRef, decode, encode
 from registry.roster import assess_all
-from tests.builders import a_manifest, a_record, an_entry, garbage
+from tests.builders import a_manifest, a_pull, a_record, an_entry, garbage, ticket
 
 ROOT = Path(__file__).parents[2]
 KEY = "/engines/qwen/0"
@@ -58,6 +59,7 @@ def a_large_manifest() -> Manifest:
 
 RECORD = encode(a_record()).decode()
 RAW_MANIFEST = zlib.decompress(b"".join(manifest.encode(a_large_manifest())[1])).decode()
+TICKET = tickets.encode(a_pull(reader=tickets.Reader("b", 1, "2" * 32), nbytes=5, total_nbytes=9)).decode()
 NOTE = Note(a_record(), frozenset({"0" * 32, "1" * 32})).encode().decode()
 
 
@@ -124,6 +126,17 @@ def test_a_changed_manifest_is_a_good_one_or_damage(raw: bytes, tensors: int) ->
 def test_a_changed_note_is_a_good_one_or_damage(value: bytes) -> None:
     found = good_or_damaged(lambda: Note.decode("/doomed/qwen", value))
     assert found is None or isinstance(found.lost, RankRecord)
+
+
+@EXAMPLES
+@given(mutations(TICKET))
+def test_a_changed_ticket_is_a_good_one_or_nothing(value: bytes) -> None:
+    found = tickets.decode(KeyValue("/pulls/qwen/0/x", value, 5, 6, 7))
+    if found is not None:
+        assert (found.instance, found.rank, found.load_id, found.create_revision) == ("qwen", 0, "x", 5)
+        assert all(text.isprintable() and len(text) <= 256 for text in (found.incarnation, found.host, found.began_at))
+        assert found.fraction is None or 0 <= found.fraction <= 1
+        assert tickets.decode(ticket(found)) == found
 
 
 JSON = st.recursive(

@@ -56,7 +56,7 @@ def entries(draw: st.DrawFn, places: list[Region]) -> TensorEntry:
 def manifests(draw: st.DrawFn) -> Manifest:
     places = draw(regions())
     some = draw(st.lists(entries(places), max_size=6, unique_by=lambda entry: entry.name))
-    return Manifest(tuple(some), tuple(places))
+    return Manifest(tuple(some), tuple(places), block_nbytes=draw(st.sampled_from([0, 1 << 50])))
 
 
 def pack(data: Any, tensors: int = 0, nbytes: int = 0) -> tuple[ManifestRef, list[bytes]]:
@@ -205,6 +205,8 @@ TOP = 1 << 63
         ({"dtype": ["float\x1b[2J"]}, "name or dtype is not text"),
         ({"digests": ["xxh3\n", 4096]}, "algorithm of its digests"),
         ({"digests": ["xxh3", TOP - 8]}, "the table of its digests reaches beyond"),
+        ({"block_nbytes": -1}, "is not a natural number"),
+        ({"block_nbytes": 1, "regions": [[4096, 24], [5000, 1 << 23]]}, "its blocks of 1 bytes have 8388632 marks"),
         ({"values": {"\ud800": 1}}, "names that are text"),
         ({"values": [1]}, "its values are no object"),
     ],

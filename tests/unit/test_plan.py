@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loader.arrivals import Arrivals
 from loader.boxes import Box, Lines
-from loader.coverage import check_coverage, complete_tensors
+from loader.coverage import check_coverage
 from loader.errors import WeightsMismatch
 from loader.offers import Origin
-from loader.plan import differences, plan
+from loader.plan import Planner, differences, plan
 from loader.reads import Costs, Span
 from registry import Manifest, Region, TensorEntry
 from tests.builders import a_manifest, an_entry
@@ -331,7 +332,10 @@ def test_a_rank_of_any_mesh_is_filled_from_all_ranks_of_others_and_nothing_else_
     spans = plan_of(ranks)
     assert_filled(ranks.wholes, ranks, spans)
     assert all(some.nbytes <= ranks.costs.staged_nbytes for some in spans if some.lines)
-    assert complete_tensors(spans, ranks.dst.manifest.tensors) == [entry.name for entry in ranks.dst.manifest.tensors]
+    arrivals = Arrivals(ranks.dst.manifest)
+    arrivals.add(spans)
+    assert arrivals.complete() == [entry.name for entry in ranks.dst.manifest.tensors]
+    assert arrivals.missing(spans) == []
 
 
 @pytest.mark.parametrize("itemsize", [1, 4])
@@ -397,3 +401,24 @@ def test_any_plan_with_one_read_dropped_doubled_shifted_or_resized_fails_the_pro
     for instead in wrongs:
         with pytest.raises(ValueError, match="the plan "):
             check_coverage([*spans[:place], *instead, *spans[place + 1 :]], tensors)
+
+
+# -- plans that are kept ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_made_once_for_the_same_ranks_and_the_same_memory_and_anew_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr("loader.plan.check_coverage", lambda *_: made.append(1))
+    src, moved = origin(an_entry(addr=1000)), origin(an_entry(addr=2000))
+    here, there = a_manifest(an_entry(addr=5000)), a_manifest(an_entry(addr=6000))
+    first = plan([src], here)
+    assert plan([src], a_manifest(an_entry(addr=5000))) is first
+    assert Planner(here).differences([src]) == []
+    assert len(made) == 1
+    assert {span.dst_addr for span in plan([src], there)} == {6000}
+    assert {span.srcs for span in plan([moved], here)} == {((0, 2000),)}
+    assert {span.srcs for span in plan([moved, src], here)} == {((0, 2000), (1, 1000))}
+    assert plan([src], here, partial=True) == plan([src], here, Costs(read_nbytes=1)) == plan([src], here)
+    assert len(made) == 7  # of those that are kept there are few
+    with pytest.raises(WeightsMismatch):
+        plan([replace(src, own=False)], here)

@@ -11,6 +11,7 @@ import pytest
 from loader.candidates import Candidate
 from loader.errors import DigestsMissing, SourceLost, WeightsMismatch
 from loader.offers import Origin
+from loader.plan import Planner
 from loader.selection import Selection
 from loader.sources import Found
 from registry import Manifest, RankRecord, TensorEntry
@@ -56,7 +57,7 @@ class Ranks:
         }
 
 
-def selection_of(teams: Sequence[Ranks], dst: TensorEntry = WHOLE, **options: Any) -> Selection:
+def selection_of(teams: Sequence[Ranks], wanted: Manifest, **options: Any) -> Selection:
     offerings: Mapping[str, Offering] = {key: one for team in teams for key, one in team.offerings.items()}
 
     def candidate_of(record: RankRecord) -> Candidate:
@@ -64,12 +65,12 @@ def selection_of(teams: Sequence[Ranks], dst: TensorEntry = WHOLE, **options: An
             raise SourceLost(f"{record.key} is gone")
         return cast(Candidate, offerings[record.key])
 
-    defaults: dict[str, Any] = {"digests": False, "max_sources": 2, "partial": True, "session_id": "x"}
-    return Selection(a_manifest(dst), candidate_of, **{**defaults, **options})
+    planner = Planner(wanted, partial=options.pop("partial", True))
+    return Selection(wanted, candidate_of, planner, **{"digests": False, "max_sources": 2, "session_id": "x", **options})
 
 
-def chosen(teams: Sequence[Ranks], alike: Sequence[RankRecord] = (), **options: Any) -> list[str]:
-    selection = selection_of(teams, **options)
+def chosen(teams: Sequence[Ranks], alike: Sequence[RankRecord] = (), dst: TensorEntry = WHOLE, **options: Any) -> list[str]:
+    selection = selection_of(teams, a_manifest(dst), **options)
     return [candidate.origin.name for candidate in selection.choose(Found(list(alike), [team.records for team in teams]))]
 
 
@@ -90,8 +91,7 @@ def test_one_in_which_memory_is_shared_otherwise_than_here_is_passed_over() -> N
     teams = [Ranks("a", WHOLE), Ranks("b", WHOLE)]
     for team, manifest in zip(teams, (apart, tied), strict=True):
         team.offerings[team.records[0].key].manifest = manifest
-    selection = selection_of(teams)
-    selection._dst = tied
+    selection = selection_of(teams, tied)
     found = selection.choose(Found([team.records[0] for team in teams], []))
     assert [candidate.origin.name for candidate in found] == ["b/0"]
 
@@ -111,7 +111,7 @@ def test_of_equal_ranks_loaders_choose_different_ones_and_no_more_than_are_wante
 
 def test_an_instance_of_which_a_rank_is_gone_gives_way_to_another_and_is_remembered() -> None:
     teams = [Ranks("a", half(0), half(1), gone=[1]), Ranks("b", half(0), half(1))]
-    selection = selection_of(teams)
+    selection = selection_of(teams, a_manifest(WHOLE))
     names = [candidate.origin.name for candidate in selection.choose(Found([], [team.records for team in teams]))]
     assert sorted(names) == ["b/0", "b/1"]
     assert [record.key for record in selection.gone] == [teams[0].records[1].key]
@@ -128,7 +128,7 @@ def test_why_the_first_does_not_fit_is_raised_where_none_does() -> None:
 def test_the_weights_of_one_rank_are_told_by_its_own_name() -> None:
     team = Ranks("a", half(0))
     with pytest.raises(WeightsMismatch, match="the weights of a/0 do not match"):
-        selection_of([team]).choose(Found([team.records[0]], []))
+        selection_of([team], a_manifest(WHOLE)).choose(Found([team.records[0]], []))
 
 
 def test_digests_of_all_that_are_chosen_are_of_one_kind() -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import pytest
 
 from loader import InProcessEngine
 from loader.errors import SourceUnreachable, VersionUnavailable
-from loader.sources import find_sources
-from registry import InstanceState, InstanceStatus, ModelIdentity, RankRecord, Registry
-from registry.errors import InvalidField
+from loader.sources import Found, Search
+from registry import InstanceState, InstanceStatus, ModelIdentity, Pull, RankRecord, RankState, Registry
+from registry.errors import EtcdRefused, InvalidField
+from registry.resolver import assess
+from registry.waiting import Wanted
 from tests.builders import a_record
 
 
@@ -37,9 +39,21 @@ def one(instance: str, **changes: Any) -> RankRecord:
     return a_record(instance=instance, **{**defaults, **changes})
 
 
+def search(
+    registry: Ready,
+    rank: int | None,
+    engine: InProcessEngine,
+    boxes: bool = True,
+    wanted: Wanted = ("any",),
+    avoid: Collection[str] = (),
+    me: str = "",
+    **options: Any,
+) -> Found:
+    return Search(cast(Registry, registry), engine, wanted, rank, boxes, **options).find(time.monotonic(), avoid, me)
+
+
 def find(registry: Ready, rank: int = 0, engine: InProcessEngine | None = None, **options: Any) -> list[str]:
-    defaults: dict[str, Any] = {"version": None, "deadline": time.monotonic(), "avoid": (), "boxes": True}
-    found = find_sources(cast(Registry, registry), engine or InProcessEngine(), ["any"], rank, **{**defaults, **options})
+    found = search(registry, rank, engine or InProcessEngine(), **options)
     return [f"{record.instance}/{record.rank}" for record in found.alike]
 
 
@@ -126,9 +140,7 @@ def shards_of(instance: str, *fabrics: str, **changes: Any) -> list[RankRecord]:
 
 
 def instances(registry: Ready, rank: int | None = None, **options: Any) -> list[str]:
-    defaults: dict[str, Any] = {"version": None, "deadline": time.monotonic(), "avoid": (), "boxes": True}
-    engine = InProcessEngine(fabric="here")
-    found = find_sources(cast(Registry, registry), engine, ["any"], rank, **{**defaults, **options})
+    found = search(registry, rank, InProcessEngine(fabric="here"), **options)
     assert all(len(records) == records[0].world_size for records in found.instances)
     return [records[0].instance for records in found.instances]
 
@@ -160,3 +172,70 @@ def test_a_rank_that_only_an_older_version_has_is_told_with_those_of_the_newest(
     with pytest.raises(InvalidField, match="there is no rank 1: 'b' has the ranks 0 to 0"):
         find(registry, rank=1, boxes=False)
     assert find(registry, rank=1, boxes=False, version=3) == ["a/1"]
+
+
+# -- rank by rank, and ranks that are loading ------------------------------------------------------------------------------------
+
+MODEL = one("a").model
+
+
+class Holders(Ready):
+    """A registry in which these ranks are there; those of an instance that is not complete too. `me` reads for one of them."""
+
+    def __init__(self, *records: RankRecord, pulls: Sequence[Pull] = (), refuse: bool = False) -> None:
+        super().__init__()
+        self._records = records
+        self._tickets = pulls
+        self._refuse = refuse
+
+    def holders(self, model: ModelIdentity, rank: int, timeout_s: float) -> list[InstanceStatus]:
+        return [assess(record.instance, [record]) for record in self._records]
+
+    def all_pulls(self) -> tuple[Pull, ...]:
+        if self._refuse:
+            raise EtcdRefused("permission denied")
+        return tuple(self._tickets)
+
+
+def loading(instance: str, order: int, **changes: Any) -> RankRecord:
+    return one(instance, state=RankState.LOADING, create_revision=order, **changes)
+
+
+def by_rank(*records: RankRecord, me: str = "", pulls: Sequence[Pull] = (), refuse: bool = False, **options: Any) -> list[str]:
+    given = {"by_rank": True, "pipelined": True, "hop": 0.01, "boxes": False, "wanted": MODEL, **options}
+    found = search(Holders(*records, pulls=pulls, refuse=refuse), 0, InProcessEngine(), me=me, **given)
+    return [*(record.instance for record in found.alike[: found.at_once]), *(["…"] if len(found.alike) > found.at_once else [])]
+
+
+def test_a_rank_will_do_whatever_else_of_its_instance_there_is() -> None:
+    assert by_rank(one("a", world_size=2)) == ["a"]
+    assert by_rank(one("a", world_size=2), one("b")) in (["a", "b"], ["b", "a"])
+
+
+def test_the_version_of_a_complete_instance_counts_for_more_than_a_newer_one_of_a_rank_alone() -> None:
+    assert by_rank(one("a", version=3), one("b", version=4, world_size=2)) == ["a"]
+    assert by_rank(one("a", version=3), one("b", version=4, world_size=2), version=4) == ["b"]
+    assert by_rank(one("b", version=4, world_size=2), one("c", version=3, world_size=2)) == ["b"]
+
+
+def test_one_that_is_loading_is_a_source_for_those_that_began_later_and_only_where_that_is_wanted() -> None:
+    root, first, second = one("root"), loading("a", 2), loading("b", 3)
+    assert by_rank(root, first, second) == ["b", "…"]
+    assert by_rank(root, first, second, me=second.incarnation) == ["a", "…"]
+    assert by_rank(root, first, second, me=first.incarnation) == ["root"]
+    assert by_rank(root, first, pipelined=False) == ["root"]
+    assert by_rank(root, loading("a", 2, version=7)) == ["root"]
+    assert by_rank(root, first, avoid=[first.incarnation]) == ["root"]
+
+
+def test_who_is_registered_no_more_reads_from_complete_ones_only() -> None:
+    assert by_rank(one("root"), loading("a", 2), me="lost" * 8) == ["root"]
+
+
+def test_of_complete_ones_those_without_a_reader_are_read_from_at_once_where_others_are_loading() -> None:
+    assert by_rank(one("x"), one("y"), one("z"), loading("a", 2, topology={"tp": (0, 1)})) in (["y", "z", "…"], ["x", "z", "…"])
+    assert by_rank(one("x"), one("y"), one("z"), loading("a", 2), max_sources=1)[1:] == ["…"]
+
+
+def test_who_may_not_see_the_tickets_reads_all_the_same() -> None:
+    assert by_rank(one("root"), loading("a", 2), refuse=True) == ["a", "…"]

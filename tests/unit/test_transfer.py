@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from loader import InProcessEngine, Pace, Progress
 from loader.boxes import Lines
 from loader.errors import Cancelled, EngineFailed, LoaderError, ReadFailed, SourceLost, Stalled, TornRead
+from loader.pace import pace_for
+from loader.pipe import Source, Stock
 from loader.plan import ReadOp
 from loader.reads import Span
-from loader.transfer import Source, Transfer, pace_for
+from loader.transfer import Transfer
 from registry import Region
 from tests.engines import Interrupted
 from tests.meshes import lines_one_by_one
@@ -26,7 +28,7 @@ from tests.waiting import wait_until
 
 NBYTES = 2 << 20
 CHUNK = 1 << 17
-PACE = Pace(CHUNK, 4, stall_s=0.1, patience_s=0.5)
+PACE = Pace(CHUNK, 4, stall_s=0.1, patience_s=0.5, starve_s=0.3)
 ALWAYS = b"\xaa" * NBYTES  # what every source holds
 PIECE, RUN = 1 << 15, 1 << 10  # of what is staged
 
@@ -64,6 +66,7 @@ class Bench:
         self.engines: list[InProcessEngine] = []
         self.sources: list[Source] = []
         self.progress: list[Progress] = []
+        self.checked: list[Span] = []
         self.cancel = threading.Event()
 
     def source(
@@ -99,7 +102,9 @@ class Bench:
             )
             for at in range(0, NBYTES, piece)
         ]
-        return Transfer(self.reader, spans, self.sources, pace, on_progress or self.progress.append, self.cancel)
+        return Transfer(
+            self.reader, spans, self.sources, pace, on_progress or self.progress.append, self.cancel, on_checked=self.checked.extend
+        )
 
     def staging(self, buffers: Buffers, pace: Pace = PACE, holders: Callable[[int], Sequence[int]] | None = None) -> Transfer:
         """In which every other piece is staged, and comes in another order of its runs. `holders` has who holds the piece that is
@@ -115,7 +120,7 @@ class Bench:
             half = PIECE // 2
             even = Lines(0, addr, RUN, (half // RUN,), (2 * RUN,), (RUN,))
             spans.append(Span(0, PIECE, srcs, (even, even.at(RUN, half))) if at % 2 else Span(addr, PIECE, srcs))
-        return Transfer(self.reader, spans, self.sources, pace, self.progress.append, self.cancel, buffers)
+        return Transfer(self.reader, spans, self.sources, pace, self.progress.append, self.cancel, buffers, self.checked.extend)
 
     def run_staging(self, transfer: Transfer, buffers: Buffers) -> None:
         """The sources hold `MIXED`."""
@@ -134,7 +139,7 @@ class Bench:
         transfer.run()
         assert self.dst.raw == ALWAYS
         assert sum(share.nbytes for share in transfer.shares) == NBYTES
-        assert sum(span.nbytes for span in transfer.checked) == NBYTES
+        assert sum(span.nbytes for span in self.checked) == NBYTES
         self.assert_nothing_is_in_flight()
 
     def assert_nothing_is_in_flight(self) -> None:
@@ -239,7 +244,7 @@ def test_weights_that_changed_after_they_were_read_are_torn(bench: Bench) -> Non
     transfer = bench.transfer()
     with pytest.raises(TornRead, match="changed"):
         transfer.run()
-    assert transfer.checked == []
+    assert bench.checked == []
     bench.assert_nothing_is_in_flight()
 
 
@@ -430,7 +435,7 @@ def halves(bench: Bench) -> list[Span]:
 def test_each_part_comes_from_who_holds_it(bench: Bench) -> None:
     bench.source(ALWAYS[: NBYTES // 2], delay_s=0.002)
     bench.source(bytes(NBYTES // 2) + ALWAYS[NBYTES // 2 :])
-    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append)
+    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append, on_checked=bench.checked.extend)
     bench.run(transfer)
     assert [share.nbytes for share in transfer.shares] == [NBYTES // 2] * 2
 
@@ -459,7 +464,7 @@ def test_the_loss_of_the_only_holder_of_a_part_ends_the_transfer_although_others
     bench.source(delay_s=0.001)
     bench.source(delay_s=0.001)
     bench.read_with(Interrupted(bench.engines[1].close, at=3))
-    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append)
+    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append, on_checked=bench.checked.extend)
     with pytest.raises(SourceLost, match="cannot read from"):
         transfer.run()
     assert transfer.shares[0].error is None
@@ -487,7 +492,9 @@ def test_the_loss_of_a_source_all_of_whose_part_has_come_and_been_checked_is_non
 
     transfer: Transfer | None = None
     bench.read_with(Evicting())
-    transfer = Transfer(bench.reader, halves(bench), bench.sources, replace(PACE, stall_s=5), bench.progress.append)
+    transfer = Transfer(
+        bench.reader, halves(bench), bench.sources, replace(PACE, stall_s=5), bench.progress.append, on_checked=bench.checked.extend
+    )
     bench.run(transfer)
     assert checks >= 2
     assert isinstance(transfer.shares[0].error, SourceLost)
@@ -502,7 +509,16 @@ def test_the_only_holder_of_a_part_is_given_time_to_go_on_although_there_are_oth
         threading.Timer(0.3, engine.resume).start()
 
     bench.read_with(Interrupted(pause, at=3))
-    bench.run(Transfer(bench.reader, halves(bench), bench.sources, replace(PACE, patience_s=20), bench.progress.append))
+    bench.run(
+        Transfer(
+            bench.reader,
+            halves(bench),
+            bench.sources,
+            replace(PACE, patience_s=20),
+            bench.progress.append,
+            on_checked=bench.checked.extend,
+        )
+    )
 
 
 # -- by way of buffers -----------------------------------------------------------------------------------------------------------
@@ -533,7 +549,7 @@ def test_without_buffers_what_has_to_be_staged_is_refused(bench: Bench) -> None:
     bench.source()
     span = Span(0, 16, ((0, 0),), (Lines(0, 0, 16),))
     with pytest.raises(ValueError, match="no buffers"):
-        Transfer(bench.reader, [span], bench.sources, PACE, bench.progress.append)
+        Transfer(bench.reader, [span], bench.sources, PACE, bench.progress.append, on_checked=bench.checked.extend)
 
 
 def test_what_was_on_its_way_into_a_buffer_when_its_source_ended_comes_from_another(bench: Bench) -> None:
@@ -701,3 +717,121 @@ def test_a_transfer_that_ends_in_order_leaves_the_reads_of_others_from_the_same_
 
 def test_every_protocol_has_a_pace() -> None:
     assert all(pace_for(protocol).depth > 1 for protocol in ("tcp", "rdma", "nvlink_intra", "in_process", "another"))
+
+
+# -- sources that are loading themselves -----------------------------------------------------------------------------------------
+
+
+class Shelf:
+    """What the source that is `number` in a bench has: nothing before it is told."""
+
+    def __init__(self, bench: Bench, number: int = 0) -> None:
+        self._bench = bench
+        self._number = number
+        self._has: set[int] = set()
+        self._seen: set[int] = set()  # at the last check
+        self.checks = 0
+        source = bench.sources[number]
+        check = source.check
+
+        def look() -> None:
+            check()
+            self.checks += 1
+            self._seen = set(self._has)
+
+        source.check, source.stock = look, Stock(self._holds, lambda: len(self._seen) / CHUNKS)
+
+    def put(self, *chunks: int) -> None:
+        self._has.update(chunks)
+
+    def _holds(self, addr: int, nbytes: int) -> bool:
+        at = addr - ctypes.addressof(self._bench.blocks[self._number])
+        return set(range(at // CHUNK, -(-(at + nbytes) // CHUNK))) <= self._seen
+
+
+CHUNKS = NBYTES // CHUNK
+
+
+@pytest.mark.parametrize("order", [range(CHUNKS), range(CHUNKS - 1, -1, -1)], ids=["from the front", "from the end"])
+def test_what_a_source_gets_is_read_when_it_has_it_and_no_sooner(bench: Bench, order: Sequence[int]) -> None:
+    bench.source()
+    shelf = Shelf(bench)
+    left = list(order)
+    came: list[int] = []
+
+    def put_next(progress: Progress) -> None:
+        came.append(progress.nbytes // CHUNK)
+        assert len(came) <= CHUNKS - len(left)
+        shelf.put(*[left.pop(0)] if left else [])
+
+    shelf.put(left.pop(0))
+    bench.run(bench.transfer(replace(PACE, depth=1), put_next))
+    assert came == list(range(1, CHUNKS + 1))
+    assert shelf.checks > 1
+
+
+@pytest.mark.parametrize("there", [[3, 5, 9], [0, 5, 9]])
+def test_a_source_that_gets_nothing_new_is_given_up_with_what_it_had(bench: Bench, there: list[int]) -> None:
+    bench.source()
+    Shelf(bench).put(*there)
+    with pytest.raises(Stalled, match=r"source 0, which is loading itself, has got nothing new for 0\.\d s"):
+        bench.transfer().run()
+    base = ctypes.addressof(bench.dst)
+    assert sorted((span.dst_addr - base) // CHUNK for span in bench.checked) == there
+    bench.assert_nothing_is_in_flight()
+
+
+def test_what_one_that_is_loading_lacks_a_complete_one_brings(bench: Bench) -> None:
+    bench.source()
+    bench.source()
+    Shelf(bench).put(*range(4))
+    transfer = bench.transfer()
+    bench.run(transfer)
+    assert 0 < transfer.shares[0].nbytes <= 4 * CHUNK
+
+
+def test_one_that_is_loading_is_not_waited_for_when_it_stops(bench: Bench) -> None:
+    """Others, that this transfer does not know, have what it has; so it is not given the time that the last one gets."""
+    engine = bench.source(delay_s=0.01)
+    Shelf(bench).put(*range(CHUNKS))
+    bench.read_with(Interrupted(engine.pause, at=3))
+    with pytest.raises(Stalled, match="nothing has come from in-process"):
+        bench.transfer(replace(PACE, patience_s=1e6)).run()
+    bench.assert_nothing_is_in_flight()
+
+
+def test_what_comes_back_from_a_source_that_is_lost_is_found_behind_what_is_not_there_yet(bench: Bench) -> None:
+    """The one that is left has only what the other had begun to read."""
+    first = bench.source(delay_s=0.05)
+    bench.source()
+    shelf = Shelf(bench, 1)
+    shelf.put(0, 1)
+    lost: list[LoaderError] = []
+    bench.sources[0].lost = lambda: lost[0] if lost else None
+
+    def lose(_: Progress) -> None:
+        if not lost:
+            first.pause()
+            lost.append(SourceLost("evicted"))
+            shelf.put(*range(CHUNKS))
+
+    bench.run(bench.transfer(replace(PACE, starve_s=5), lose))
+
+
+def test_one_that_gets_much_more_than_it_brings_is_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loader.pipe._SLOW_AFTER_S", 0.1)
+    bench.source(delay_s=0.05)
+    shelf = Shelf(bench)
+    shelf.put(0)
+    filling = threading.Timer(0.05, lambda: shelf.put(*range(CHUNKS)))
+    filling.start()
+    with pytest.raises(Stalled, match=r"has 100% by now and brought us \d+%: the way from there is slow"):
+        bench.transfer(replace(PACE, depth=1, check_s=0.01)).run()
+    bench.assert_nothing_is_in_flight()
+
+
+def test_one_that_had_much_when_we_came_is_not_slow_for_that(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loader.pipe._SLOW_AFTER_S", 0.1)
+    bench.source(delay_s=0.02)
+    Shelf(bench).put(*range(CHUNKS))
+    bench.run(bench.transfer(replace(PACE, depth=1, check_s=0.01)))

@@ -68,6 +68,17 @@ def test_a_later_writer_may_use_the_bytes_that_are_zero_now(cell: HeaderCell) ->
     assert cell.read() == Header(INCARNATION, 6)
 
 
+def test_marks_lie_behind_the_header_and_neither_disturbs_the_other() -> None:
+    cell = HeaderCell(torch.device("cpu"), marks=5)
+    assert cell.region.nbytes == NBYTES + 5
+    cell.write(Header(INCARNATION, 2))
+    cell.mark(b"\1\0\1\1\0")
+    assert memory(cell)[NBYTES:] == b"\1\0\1\1\0" == cell.read_marks()
+    assert cell.read() == Header(INCARNATION, 2)
+    cell.erase()
+    assert (cell.read(), cell.read_marks()) == (None, b"\1\0\1\1\0")
+
+
 # -- over an engine --------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,116 @@
+"""A rank that loads becomes a source itself: from its first chunks on, and for good once it is complete."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from loader.arrivals import Arrivals
+from loader.engine import Engine
+from loader.publish import Publication, open_publication
+from registry import Manifest, ModelIdentity, RankRecord, RankState, Registry
+from registry.errors import InvalidField
+from registry.session import OnState
+from registry.waiting import Wanted
+
+
+@dataclass(frozen=True)
+class Replica:
+    """As whom a rank that loads publishes itself. What is not said is as with its source."""
+
+    instance: str
+    rank: int | None = None  # the one that is loaded
+    world_size: int | None = None
+    topology: Mapping[str, tuple[int, int]] | None = None
+    generation: str | None = None
+    digests: bool = False
+    ttl_s: float = 10.0
+    on_state: OnState | None = None
+
+
+def as_replica(publish: bool | str | Replica, source: Wanted) -> Replica | None:
+    """`publish` may be the name of an instance; or True, for one whose name is that of the source with something added."""
+    if isinstance(publish, str):
+        return Replica(publish)
+    if isinstance(publish, bool):
+        name = source.name if isinstance(source, ModelIdentity) else source if isinstance(source, str) else source[0]
+        return Replica(f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)[:100]}.{uuid.uuid4().hex[:8]}") if publish else None
+    return publish
+
+
+class Republication:
+    """What the tensors of a load are as a source, beginning anew with each version that is loaded."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        engine: Engine,
+        replica: Replica,
+        rank: int | None,
+        tensors: Mapping[str, torch.Tensor],
+        manifest: Manifest,
+        block_nbytes: int,
+    ) -> None:
+        if replica.rank is None and rank is None:
+            raise InvalidField("which rank to publish as is not known: say it in the Replica", field="rank")
+        self._registry = registry
+        self._engine = engine
+        self._replica = replica
+        self._rank = replica.rank if replica.rank is not None else rank
+        self._tensors = tensors
+        self._manifest = replace(manifest, block_nbytes=block_nbytes)
+        self._marked = 0
+        self.publication: Publication | None = None
+
+    def begin(self, like: RankRecord) -> None:
+        """Registers as loading what that rank holds. Raises what `publish` does."""
+        self.close()
+        replica = self._replica
+        of_same_rank = like.rank == self._rank
+        if replica.world_size is None and not of_same_rank:
+            raise InvalidField(
+                f"of how many ranks rank {self._rank} is one is not known, as {like.key} is another: say world_size in the Replica",
+                field="world_size",
+            )
+        self.publication = open_publication(
+            self._registry,
+            self._engine,
+            self._tensors,
+            self._manifest,
+            instance=replica.instance,
+            rank=self._rank or 0,
+            world_size=replica.world_size or like.world_size,
+            model=like.model,
+            topology=like.topology if replica.topology is None and of_same_rank else replica.topology,
+            generation=replica.generation,
+            version=like.version,
+            digests=replica.digests,
+            ttl_s=replica.ttl_s,
+            on_state=replica.on_state,
+            state=RankState.LOADING,
+        )
+        self._marked = 0
+
+    @property
+    def record(self) -> RankRecord | None:
+        return self.publication.record if self.publication is not None else None
+
+    def mark(self, arrivals: Arrivals) -> None:
+        count = arrivals.blocks.count(1)
+        if self.publication is not None and count != self._marked:
+            self.publication.mark(bytes(arrivals.blocks))
+            self._marked = count
+
+    def complete(self) -> Publication | None:
+        if self.publication is not None:
+            self.publication.complete()
+        return self.publication
+
+    def close(self) -> None:
+        if self.publication is not None:
+            self.publication.close()
+            self.publication = None

@@ -1,0 +1,56 @@
+"""A rank that loads and serves at the same time: `python -m tests.integration.replica_process INSTANCE NBYTES PAUSE_S`.
+
+Waits for a line, then loads the model of `source_process`, waiting so long after everything that comes, and publishes itself.
+Prints `half` when half has come, and in the end `loaded VERSION equal|differs SOURCES`, or `failed` and the error. Then it serves.
+Ends with its input, or killed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import torch
+
+from cli.options import engine_log
+from loader import LoaderError, MooncakeEngine, Progress, load
+from registry import Registry, RegistryError
+from tests.integration.source_process import MODEL, content, empty
+
+
+def main(instance: str, size: str, pause: str) -> None:
+    nbytes, pause_s = int(size), float(pause)
+    tensors = empty(nbytes)
+    told = False
+
+    def on_progress(progress: Progress) -> None:
+        nonlocal told
+        time.sleep(pause_s)
+        if progress.nbytes >= progress.total_nbytes / 2 and not told:
+            told = True
+            print("half", flush=True)
+
+    with (
+        engine_log(),
+        Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]) as registry,
+        MooncakeEngine("127.0.0.1") as engine,
+    ):
+        print("up", flush=True)
+        sys.stdin.readline()
+        try:
+            report = load(registry, engine, MODEL, rank=0, tensors=tensors, publish=instance, progress=on_progress)
+        except (LoaderError, RegistryError) as exc:
+            print(f"failed {type(exc).__name__}: {exc}", flush=True)
+            return
+        wanted = content(report.version, nbytes)
+        equal = all(torch.equal(tensors[name], tensor) for name, tensor in wanted.items())
+        sources = ",".join(share.name for share in report.shares if share.nbytes)
+        print(f"loaded {report.version} {'equal' if equal else 'differs'} {sources}", flush=True)
+        sys.stdin.read()
+        if report.publication is not None:
+            report.publication.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
