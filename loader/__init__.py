@@ -15,6 +15,7 @@ from loader.publish import Publication, publish, publish_state_dict
 from loader.regions import Shard
 from loader.replica import Replica
 from loader.report import LoadReport
+from loader.seeding import Seeded, load_or_seed
 from loader.transfer import Progress
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ __all__ = [
     "Progress",
     "Publication",
     "Replica",
+    "Seeded",
     "Shard",
     "load",
     "load_instance",
     "load_module",
+    "load_or_seed",
     "publish",
     "publish_state_dict",
 ]

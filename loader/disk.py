@@ -195,23 +195,37 @@ def read_into(
     Raises WeightsFileInvalid and WeightsMismatch (every difference in one) before a byte is read; WeightsFileInvalid and Cancelled
     when the tensors may hold a part. Nothing is written to them any more then.
     """
-    start = time.monotonic()
     parts, boxes = local_parts(tensors, shards)
-    dst = describe(parts, boxes)
-    files = Files(files_of(paths, rank))
-    spans = files.plan(dst)
-    wait_for(devices_of(parts))
-    read_nbytes = _Reading(files, spans, parts, cancel or threading.Event()).run(progress)
-    wait_for(devices_of(parts))
-    report = DiskReport(len(files.paths), len(dst.tensors), dst.nbytes, read_nbytes, time.monotonic() - start)
-    log.info(
-        "read %d bytes of %s in %.3f s",
-        report.nbytes,
-        files.name,
-        report.seconds,
-        extra=fields("disk_read", files=report.files, nbytes=report.nbytes, seconds=round(report.seconds, 6)),
-    )
-    return report
+    return DiskRead(files_of(paths, rank), parts, describe(parts, boxes)).run(progress, cancel)
+
+
+class DiskRead:
+    """A read that is known to fit; one use: `run`."""
+
+    def __init__(self, paths: Sequence[Path], tensors: Mapping[str, torch.Tensor], dst: Manifest) -> None:
+        """`dst` describes the tensors. Raises WeightsFileInvalid and WeightsMismatch."""
+        self._tensors = tensors
+        self._dst = dst
+        self._files = Files(paths)
+        self._spans = self._files.plan(dst)
+
+    def run(self, progress: OnProgress | None = None, cancel: threading.Event | None = None) -> DiskReport:
+        """As `read_into`."""
+        start = time.monotonic()
+        devices = devices_of(self._tensors)
+        wait_for(devices)
+        read_nbytes = _Reading(self._files, self._spans, self._tensors, cancel or threading.Event()).run(progress)
+        wait_for(devices)
+        dst = self._dst
+        report = DiskReport(len(self._files.paths), len(dst.tensors), dst.nbytes, read_nbytes, time.monotonic() - start)
+        log.info(
+            "read %d bytes of %s in %.3f s",
+            report.nbytes,
+            self._files.name,
+            report.seconds,
+            extra=fields("disk_read", files=report.files, nbytes=report.nbytes, seconds=round(report.seconds, 6)),
+        )
+        return report
 
 
 class _Reading:

@@ -44,7 +44,7 @@ class Follower:
     @property
     def away(self) -> EtcdUnavailable | None:
         """Why what was told last may be old: etcd cannot be reached. None while it can."""
-        return self.last_error if self._away_since is not None else None
+        return self.last_error if self.away_since is not None else None
 
     def stop(self) -> None:
         with self._lock:
