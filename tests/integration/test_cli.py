@@ -101,6 +101,23 @@ def test_a_rank_served_from_a_file_is_listed_shown_loaded_and_withdrawn(engines:
     assert engines("list").stdout == "no instance is registered\n"
 
 
+def test_register_from_peers_copies_what_runs_and_else_reads_the_files(engines: Engines, weights: Path, tmp_path: Path) -> None:
+    def register_b(*args: str) -> list[str]:
+        return ["b", "--rank", "0", "--world-size", "1", "--weights", str(weights), "--host", "127.0.0.1", "--from-peers", *args]
+
+    first = engines.serve(weights, "--from-peers", "--model", "m")
+    second = engines.start("register", *register_b("--model", "m"))
+    assert line_of(second).endswith(" (tcp), copied from a/0; Ctrl-C withdraws\n")
+    loaded = engines("load", "b", "--rank", "0", "--host", "127.0.0.1", "--out", str(tmp_path / "out"), "--verify")
+    assert loaded.returncode == Exit.DONE, loaded.stderr
+    found, wanted = load_file(tmp_path / "out" / "rank-0.safetensors"), load_file(weights)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    for process in (first, second):
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=60)[1] == ""
+    assert_one_line(engines("register", *register_b()), Exit.USAGE, "add --model NAME")
+
+
 def test_ctrl_c_withdraws(engines: Engines, weights: Path, registry: Registry) -> None:
     server = engines.serve(weights)
     server.send_signal(signal.SIGINT)
