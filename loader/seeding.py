@@ -122,8 +122,9 @@ def load_or_seed(
 
     If a rank like it (of the same model, number, world size and topology) is ready somewhere, or, where all tensors say which part
     of the whole they are, any instance of the model, they come from there. Else one process reads them from `fallback`: files, or a
-    folder, of safetensors with whole tensors or with this rank's parts, which may hold more. `version` is that of the files. All
-    others that start with this rank of the model load from that process when it is complete, and from each other meanwhile.
+    folder, of safetensors with whole tensors or with this rank's parts, which may hold more. All others that start with this rank
+    of the model load from that process when it is complete, and from each other meanwhile. `version` is that of the files: they may
+    be older than what peers serve.
 
     Where peers cannot be loaded from, files are read instead, with a warning. Who waits reads on its own after `timeout_s`, or
     after 30 s without etcd: an engine that can start from its disk does.
@@ -190,15 +191,16 @@ class _Start:
         name = lock_name(self.model, self.rank, self.replica.world_size or 0, self.replica.topology or {})
         while True:
             self._check()
-            sources = self.peers.now()
-            if sources and time.monotonic() < self.began + self.timeout_s:
+            late = time.monotonic() >= self.began + self.timeout_s
+            sources = [] if late else self.peers.now()
+            if sources:
                 seeded = self._from_peers(sources)
                 if seeded is not None:
                     return seeded
                 continue
             with self.registry.election(name) as election:
                 alone = self._wait(election)
-                if election.leading and self.peers.now():  # complete just before the lead was free
+                if election.leading and not late and self.peers.now():  # complete just before the lead was free
                     continue
                 if election.leading or alone:
                     return self._from_disk(election, alone)
@@ -210,6 +212,12 @@ class _Start:
     def _wait(self, election: Election) -> str:
         """Until there is somebody to load from, or we lead; or says why it is done without."""
         until = self.began + self.timeout_s
+        log.info(
+            "%s/%d waits for somebody who has its weights, or for its turn to read files",
+            self.replica.instance,
+            self.rank,
+            extra=fields("seeding_waits", instance=self.replica.instance, rank=self.rank),
+        )
         with self.registry.watch() as watch:
             while not election.leading:
                 self._check()
