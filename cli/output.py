@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from cli.flows import Flows, Line, Progress, name_of, percent, progress_of, source_of
 from cli.tables import print_json as print_json
 from cli.tables import print_table as print_table
+from cli.tables import print_tree as print_tree
 from cli.tables import size as size
 from cli.text import printable
 from registry import (
@@ -17,13 +20,18 @@ from registry import (
     InstanceReady,
     InstanceStatus,
     Manifest,
+    Pull,
     RankJoined,
     RankLost,
     RankRecord,
+    RankState,
     RankUpdated,
     TensorEntry,
 )
 from registry.resolver import spans
+
+_MAX_NAMES = 4  # in one cell
+_MAX_DEPTH = 32  # of what a line of the tree is moved to the right
 
 
 def instance_json(status: InstanceStatus) -> dict[str, Any]:
@@ -91,6 +99,29 @@ def tensors_json(manifest: Manifest) -> list[dict[str, Any]]:
     ]
 
 
+def pull_json(pull: Pull) -> dict[str, Any]:
+    source = {"instance": pull.instance, "rank": pull.rank, "incarnation": pull.incarnation}
+    reader = pull.reader
+    return {
+        "source": source,
+        "reader": reader and {"instance": reader.instance, "rank": reader.rank, "incarnation": reader.incarnation},
+        "host": pull.host,
+        "pid": pull.pid,
+        "nbytes": pull.nbytes,
+        "total_nbytes": pull.total_nbytes,
+        "began_at": pull.began_at,
+    }
+
+
+def progress_json(progress: Progress | None) -> dict[str, int] | None:
+    return {"nbytes": progress.nbytes, "total_nbytes": progress.total_nbytes} if progress else None
+
+
+def loading_json(status: InstanceStatus, flows: Flows) -> list[dict[str, Any]]:
+    loading = (record for record in status.records if record.state is RankState.LOADING)
+    return [{"rank": record.rank, "progress": progress_json(flows.progress(record))} for record in loading]
+
+
 _RANK_EVENTS = {RankJoined: "rank_joined", RankUpdated: "rank_updated", RankLost: "rank_lost"}
 _INSTANCE_EVENTS = {
     InstanceReady: "instance_ready",
@@ -135,11 +166,57 @@ def event_text(event: Event | InstanceCleaned) -> str:
     return f"{name} joined: {record.state.value}, {size(record.manifest.nbytes)}, {record.session_id} {record.protocol}"
 
 
-def instance_row(status: InstanceStatus) -> list[str]:
+def instance_state(status: InstanceStatus, loaded: float | None) -> str:
+    """For people: an instance is loading while one of its ranks is. `loaded` is how much of it is there, if that is known."""
+    loading = any(record.state is RankState.LOADING for record in status.records)
+    return _loading(loaded) if loading else status.state.value
+
+
+def rank_state(record: RankRecord, progress: Progress | None) -> str:
+    return _loading(progress.fraction if progress else None) if record.state is RankState.LOADING else record.state.value
+
+
+def _loading(fraction: float | None) -> str:
+    return "loading" if fraction is None else f"loading {percent(fraction)}"
+
+
+def reads_from(pulls: Iterable[Pull]) -> str:
+    return some_of(dict.fromkeys(map(source_of, pulls)))
+
+
+def read_by(pulls: Iterable[Pull]) -> str:
+    """With how far each is."""
+    by_name: dict[str, list[Pull]] = {}
+    for pull in pulls:
+        by_name.setdefault(name_of(pull), []).append(pull)
+    progress = {name: progress_of(some) for name, some in by_name.items()}
+    return some_of([f"{name} {percent(each.fraction)}" if (each := progress[name]) else name for name in sorted(by_name)])
+
+
+def some_of(names: Collection[str]) -> str:
+    """The first few, and how many more there are."""
+    shown = ", ".join(itertools.islice(names, _MAX_NAMES))
+    return f"{shown} and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else shown or "-"
+
+
+def tree_rows(lines: Iterable[Line]) -> list[tuple[int, str]]:
+    """How far each is moved to the right, and what it says."""
+    return [(min(line.depth, _MAX_DEPTH), _tree_text(line)) for line in lines]
+
+
+def _tree_text(line: Line) -> str:
+    progress = percent(line.progress.fraction) if line.progress else ""
+    state = rank_state(line.record, line.progress) if line.record else progress
+    below = f"from {line.parent}" if line.depth > _MAX_DEPTH else ""
+    again = "(what reads from it stands elsewhere)" if line.again else ""
+    return "  ".join(filter(None, [line.name, state, below, again]))
+
+
+def instance_row(status: InstanceStatus, loaded: float | None = None) -> list[str]:
     version = "differs" if status.records and status.version is None else "-" if status.version is None else str(status.version)
     return [
         status.instance,
-        status.state.value,
+        instance_state(status, loaded),
         f"{len(status.records)}/{status.world_size or '?'}",
         str(status.model or "-"),
         version,
@@ -153,10 +230,13 @@ RANK_COLUMNS = ("RANK", "STATE", "VERSION", "PROCESS", "DEVICE", "SESSION", "PRO
 TENSOR_COLUMNS = ("TENSOR", "DTYPE", "SHAPE", "SIZE", "BOX")
 
 
-def rank_row(record: RankRecord) -> list[str]:
+FLOW_COLUMNS = ("READS FROM", "READ BY")
+
+
+def rank_row(record: RankRecord, progress: Progress | None = None) -> list[str]:
     return [
         str(record.rank),
-        record.state.value,
+        rank_state(record, progress),
         str(record.version),
         f"{record.host}:{record.pid or '-'}",
         record.device,
@@ -187,6 +267,7 @@ def _box(entry: TensorEntry) -> str:
 
 
 __all__ = [
+    "FLOW_COLUMNS",
     "INSTANCE_COLUMNS",
     "RANK_COLUMNS",
     "TENSOR_COLUMNS",
@@ -194,12 +275,22 @@ __all__ = [
     "event_text",
     "instance_json",
     "instance_row",
+    "instance_state",
+    "loading_json",
     "print_json",
     "print_table",
+    "print_tree",
+    "progress_json",
+    "pull_json",
     "rank_json",
     "rank_row",
+    "rank_state",
+    "read_by",
+    "reads_from",
     "size",
+    "some_of",
     "spans",
     "tensor_rows",
     "tensors_json",
+    "tree_rows",
 ]

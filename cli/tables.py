@@ -9,6 +9,8 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
 
 from cli.text import printable
 
@@ -37,6 +39,20 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, prose:
         with console.capture() as captured:
             console.print(table, soft_wrap=True)
         click.echo("\n".join(map(str.rstrip, captured.get().splitlines())))
+
+
+def print_tree(rows: Sequence[tuple[int, str]]) -> None:
+    """Each row with its depth, which the first one has 0 of: drawn on a terminal, elsewhere moved to the right."""
+    console = Console(width=_WIDE, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        click.echo("\n".join("  " * depth + printable(text) for depth, text in rows))
+        return
+    root = Tree("", hide_root=True)
+    path = [root]
+    for depth, text in rows:
+        del path[depth + 1 :]
+        path.append(path[-1].add(Text(printable(text))))
+    console.print(root, soft_wrap=True)
 
 
 def size(nbytes: float) -> str:

@@ -3,6 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
+from loader.destination import Destination
 from loader.engine import Engine
 from loader.errors import LoaderError
 from loader.in_process import InProcessEngine
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet until somebody listens
 
 __all__ = [
+    "Destination",
     "Engine",
     "EngineReader",
     "InProcessEngine",

@@ -16,6 +16,7 @@ from loader import metrics
 from loader.arrivals import Arrivals
 from loader.candidates import Candidate
 from loader.cuda import on_default_stream, to_register, wait_for
+from loader.destination import Destination
 from loader.digest_check import DigestCheck
 from loader.engine import Engine, lend
 from loader.errors import Cancelled, LoaderError, SourceLost, TornRead, WeightsMismatch
@@ -23,7 +24,7 @@ from loader.pace import Pace, pace_for, pace_in_chain
 from loader.pipe import Share
 from loader.plan import Planner
 from loader.reads import Span
-from loader.regions import Shard, describe, devices_of, local_parts
+from loader.regions import Shard
 from loader.replica import Replica, Republication, as_replica
 from loader.report import LoadReport
 from loader.selection import Selection
@@ -64,9 +65,9 @@ def load(
     """Fills `tensors` in place with those of `rank` of the instance `source`, of several that are named, or of any that serves
     a ModelIdentity; from up to `max_sources` that have the same version of the same model, at once.
 
-    DTensors, and tensors that say in `shards` which box of the whole they are, may be filled from ranks of another layout, each
-    of which holds a part, if all are such. `rank` is then only a hint to who may hold the same, and may be None; and the source
-    may have more tensors, as it may with `partial`.
+    DTensors, and tensors that say in `shards` which box of the whole they are, may be filled from ranks of another layout, each of
+    which holds a part, if all are such. `rank` is then only a hint to who may hold the same, and may be None; and the source may
+    have more tensors, as it may with `partial`. A Destination saves looking at the tensors where they are loaded again and again.
 
     For a ModelIdentity and a `rank` that rank will do, of any instance of the model, whatever else of it there is; and so will one
     that is still loading, for what it has by then, unless `pipelined` is False or digests are to be verified. With `publish`, which
@@ -81,8 +82,10 @@ def load(
     DigestMismatch; VersionUnavailable, SourceUnreachable; what `Registry.resolve` raises, and with `publish`, what `publish` does;
     TensorsUnusable. Nothing stays published then.
     """
-    parts, shards = local_parts(tensors, shards)
-    dst = describe(parts, shards)
+    if isinstance(tensors, Destination) and shards is not None:
+        raise InvalidField("a Destination says which boxes its tensors are: give no shards besides", field="shards")
+    destination = tensors if isinstance(tensors, Destination) else Destination(tensors, shards)
+    parts, dst, devices = destination.parts, destination.manifest, destination.devices
     if not source:
         raise InvalidField("no instance to load from", field="source")
     if verify not in ("header", "digest"):
@@ -99,7 +102,6 @@ def load(
         raise InvalidField(f"rank {rank!r} is not valid: it is a whole number", field="rank")
     if max_sources < 1:
         raise InvalidField(f"max_sources {max_sources} is not valid: it is 1 or more", field="max_sources")
-    devices = devices_of(parts)
     pace = pace or pace_for(engine.protocol)
     replica = as_replica(publish, source)
     if replica is not None:
@@ -165,7 +167,7 @@ class _Load:
             if self.replica is not None:
                 self.replica.close()
             raise
-        metrics.count_loaded(report)
+        metrics.count_loaded(report.nbytes, report.seconds)
         log.info(
             "loaded %d bytes of %s version %d in %.3f s",
             report.nbytes,
@@ -320,8 +322,11 @@ class _Load:
             self.avoid.update(record.incarnation for record in selection.gone)
         entered = [candidate for candidate in chosen if candidate.enter(undo)]
         if len(entered) < len(chosen) and self.planner.differences([one.origin for one in entered]):
-            gone = next(candidate.record.key for candidate in chosen if candidate not in entered)
-            raise TornRead(f"the record of {gone} changed before it was read: load again", key=gone)
+            missed = next(candidate.record for candidate in chosen if candidate not in entered)
+            if search.registry.current(missed) is None:
+                self.avoid.add(missed.incarnation)
+                raise SourceLost(f"{missed.key} is not registered any more: load again", key=missed.key)
+            raise TornRead(f"the record of {missed.key} changed before it was read: load again", key=missed.key)
         return entered
 
     def _stage(self, spans: Sequence[Span], undo: ExitStack) -> Staging | None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from loader import errors
 from registry.errors import InstanceIncomplete, InstanceNotFound
 from registry.meters import Counter, Gauge, Histogram
 from registry.registration import EVICTED
-
-if TYPE_CHECKING:
-    from loader.report import LoadReport
 
 # The first that an error is decides.
 _OUTCOMES: dict[str, tuple[type[BaseException], ...]] = {
@@ -71,11 +66,11 @@ def reason_of(error: errors.LoaderError) -> str:
     return "evicted" if error.details.get("reason") == EVICTED else "lost"
 
 
-def count_loaded(report: LoadReport) -> None:
+def count_loaded(nbytes: int, seconds: float) -> None:
     LOADS.inc("loaded")
-    LOADED_NBYTES.inc(amount=report.nbytes)
-    LOAD_S.observe(report.seconds)
-    LOAD_NBYTES_PER_S.observe(report.gb_per_s * 1e9)
+    LOADED_NBYTES.inc(amount=nbytes)
+    LOAD_S.observe(seconds)
+    LOAD_NBYTES_PER_S.observe(nbytes / seconds if seconds else 0.0)
 
 
 def on_pull(change: int) -> None:

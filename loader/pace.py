@@ -18,23 +18,27 @@ class Pace:
     """
 
     chunk_nbytes: int
-    depth: int
+    depth: int  # chunks in flight, at most
+    begin: int = 2  # and to begin with
     check_s: float = 0.25
     stall_s: float = 1.5
     patience_s: float = 10.0
     starve_s: float = 3.0
     costs: Costs = field(default_factory=Costs)
     hop_nbytes: int = 0
+    nap_s: tuple[float, float] = (50e-6, 1e-3)  # between two looks, while something comes, and while nothing does
 
 
 # Over tcp Mooncake serves a peer's reads in four lanes, so that less than eight in flight leaves some idle. NVLink needs few
-# chunks, and long ones: each costs Python some 10 µs, and so does each copy there.
+# chunks, and long ones: each costs Python some 10 µs, and so does each copy there; and nobody else on the way has to be spared.
 _PACES = {
     "tcp": Pace(4 << 20, 8),
     "rdma": Pace(16 << 20, 8, hop_nbytes=1 << 30),
     "nvlink_intra": Pace(
         64 << 20,
-        32,
+        128,
+        128,
+        nap_s=(20e-6, 100e-6),
         costs=Costs(read_nbytes=3 << 20, copy_nbytes=3 << 20, copied=0.3, staged_nbytes=24 << 20),
         hop_nbytes=8 << 30,
     ),
@@ -47,4 +51,5 @@ def pace_for(protocol: str) -> Pace:
 
 def pace_in_chain(pace: Pace, nbytes: int) -> Pace:
     """For a load of so many bytes that passes on what it has: sooner, and in chunks that are a small part of it."""
-    return replace(pace, chunk_nbytes=max(min(pace.chunk_nbytes, nbytes // 256), 256 << 10), check_s=0.02)
+    chunk_nbytes = max(min(pace.chunk_nbytes, nbytes // 256), 256 << 10)
+    return replace(pace, chunk_nbytes=chunk_nbytes, depth=min(pace.depth, 16), begin=2, check_s=0.02)

@@ -82,7 +82,7 @@ class Planner:
     def _kept(self, origins: Sequence[Origin]) -> tuple[Span, ...] | None:
         for made in tuple(_PLANS):
             same = (made.costs, made.partial) == (self._costs, self._partial)
-            if same and _alike(made.origins, origins) and made.dst == self._dst:
+            if same and _alike(made.origins, origins) and (made.dst is self._dst or made.dst == self._dst):
                 return made.spans
         return None
 

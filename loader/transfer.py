@@ -32,7 +32,6 @@ _SMALL_NBYTES = 64 << 10  # reads so small that the time is in their number: mor
 _SMALL_DEPTH = 64
 _SLOW_S = 0.4  # a chunk that took longer: have fewer of them in flight, so that none is long in coming
 _SETTLE_S = 0.25  # how long reads that nobody wants any more may take before their peer is dropped, which takes a second
-_NAP_S = (50e-6, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Transfer:
 
     def _pipe(self, number: int, source: Source) -> Pipe:
         holding = sorted((holders for holders in self._queues if number in holders), key=len)
-        return Pipe(number, source, Share(source.name), 2, [self._queues[holders] for holders in holding])
+        return Pipe(number, source, Share(source.name), self._pace.begin, [self._queues[holders] for holders in holding])
 
     def _queue_of(self, chunk: Span) -> deque[Span]:
         return self._queues.setdefault(_holders(chunk), deque())
@@ -116,7 +115,8 @@ class Transfer:
                     self._engine.abandon(pipe.source.peer)
 
     def _read_all(self) -> None:
-        nap_s = _NAP_S[0]
+        least_s, most_s = self._pace.nap_s
+        nap_s = least_s
         while True:
             if self._cancel.is_set():
                 raise Cancelled("the load was cancelled")
@@ -126,7 +126,7 @@ class Transfer:
                 return
             if len(self._active) < len(self._pipes) and self._something_is_lost():
                 raise self._why()
-            nap_s = _NAP_S[0] if any(moved) else min(2 * nap_s, _NAP_S[1])
+            nap_s = least_s if any(moved) else min(2 * nap_s, most_s)
             if not all(moved):
                 time.sleep(nap_s)
 
@@ -372,7 +372,7 @@ class Transfer:
             pipe.leave_by = time.monotonic() + _SETTLE_S
         while self._leaving:
             self._see_off()
-            time.sleep(_NAP_S[1])
+            time.sleep(self._pace.nap_s[1])
 
     def _why(self) -> LoaderError:
         errors = [share.error for share in self.shares if share.error is not None]

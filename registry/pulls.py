@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _JOIN_S = 2.0
 _TTL_S = 15.0  # how long a loader that died keeps a rank from leaving
 _TELL_S = 1.0  # how often at most a ticket says how far its load is
+_STEPS = 200  # and in how many steps: a load that takes an hour is told no more often
 
 
 class PullTicket:
@@ -55,7 +56,7 @@ class PullTicket:
         while not self._closed.wait(max(0.0, min(_TELL_S, due - time.monotonic()))):
             try:
                 if time.monotonic() >= due:
-                    due += _TTL_S / 3
+                    due = time.monotonic() + _TTL_S / 3
                     self._etcd.keep_alive(self._lease_id)
                 self._write()
             except LeaseNotFound:
@@ -75,6 +76,8 @@ class PullTicket:
         """A ticket that has gone, with its lease or without, stays away. What etcd refuses is not tried again."""
         written, (nbytes, total_nbytes) = self._written, self._told
         if written is None or (nbytes, total_nbytes) == (written.nbytes, written.total_nbytes):
+            return
+        if total_nbytes == written.total_nbytes and nbytes < total_nbytes and abs(nbytes - written.nbytes) * _STEPS < total_nbytes:
             return
         told = replace(written, nbytes=nbytes, total_nbytes=total_nbytes)
         try:

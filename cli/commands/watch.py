@@ -9,6 +9,7 @@ from datetime import datetime
 
 import click
 
+from cli import live
 from cli.exits import Exit
 from cli.hooks import Hooks
 from cli.logs import log_options
@@ -27,6 +28,7 @@ from registry.watch_metrics import WatchMetrics
 @click.option("--cleanup", is_flag=True, help="Evict what is left of an instance that lost a rank and stays degraded.")
 @click.option("--grace", type=Seconds(), default=30.0, show_default=True, metavar="S", help="How long --cleanup waits.")
 @click.option("--dry-run", is_flag=True, help="With --cleanup: only tell what would be evicted.")
+@click.option("--lines", is_flag=True, help="One line an event, also on a terminal; as in a pipe, or with --exec.")
 @json_option
 @metrics_options
 @log_options
@@ -40,10 +42,12 @@ def command(
     cleanup: bool,
     grace: float,
     dry_run: bool,
+    lines: bool,
     as_json: bool,
 ) -> None:
-    """Ranks and instances as they come and go, beginning with what is there now. Ends with Ctrl-C or SIGTERM, after the CMD that
-    runs then has ended or 5 s are over; a second signal does not wait.
+    """Ranks and instances as they come and go, beginning with what is there now. On a terminal it is a table, with who reads from
+    whom and how far each load is. Ends with Ctrl-C or SIGTERM, after the CMD that runs then has ended or 5 s are over; a second
+    signal does not wait.
 
     An etcd that is away is waited for; what changed meanwhile is shown when it is back. Any number of watches may run with
     --cleanup: one of them evicts.
@@ -58,14 +62,21 @@ def command(
             registry.cleaning_watch(instance, grace_s=grace, dry_run=dry_run) if cleanup else registry.watch(instance)
         )
         stack.enter_context(watch)
-        ending = _ending(watch, hooks)
+        screen = None
+        if not (lines or as_json or hooks) and live.fits():
+            screen = live.Screen(watch, stack.enter_context(registry.follow_pulls()), instance)
+        ending = _ending(watch, hooks, screen)
         on_ending(lambda: next(ending))
+        if screen:
+            stack.enter_context(screen)
         counted = WatchMetrics()
         for event in watch:
             counted.see(event)
             now = datetime.now().astimezone()
             data = {"at": now.isoformat(timespec="milliseconds"), **event_json(event)}
-            if as_json:
+            if screen:
+                screen.see(event, now)
+            elif as_json:
                 print_json(data)
             else:
                 click.echo(f"{now:%H:%M:%S}.{now.microsecond // 1000:03d}  {event_text(event)}")
@@ -73,7 +84,7 @@ def command(
                 hooks.run(data)
 
 
-def _ending(watch: Watch | CleaningWatch, hooks: Hooks | None) -> Iterator[None]:
+def _ending(watch: Watch | CleaningWatch, hooks: Hooks | None, screen: live.Screen | None) -> Iterator[None]:
     """What each signal does: the first one stops, the second one ends the process."""
     watch.stop()
     if hooks:
@@ -82,4 +93,6 @@ def _ending(watch: Watch | CleaningWatch, hooks: Hooks | None) -> Iterator[None]
     if hooks:
         hooks.kill()
         hooks.report()
+    if screen:
+        screen.restore()
     os._exit(Exit.INTERRUPTED)

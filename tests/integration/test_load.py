@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from loader import Engine, InProcessEngine, MooncakeEngine, Pace, Progress, Publication, Shard, load, publish
+from loader import Destination, Engine, InProcessEngine, MooncakeEngine, Pace, Progress, Publication, Shard, load, publish
 from loader.engine import read
 from loader.errors import EngineFailed, LoaderError, SourceLost, TensorsUnusable, TornRead, WeightsMismatch
 from loader.plan import ReadOp
@@ -73,6 +73,22 @@ def test_a_load_fills_every_tensor_byte_for_byte_and_reports_it(registry: Regist
     assert (report.instance, report.rank, report.version, report.tensors, report.retries) == ("a", 0, 4, 8, 0)
     assert report.nbytes == sum(tensor.nbytes for name, tensor in source.items() if name != "head")
     assert seen[-1] == Progress(report.nbytes, report.nbytes)
+
+
+def test_a_destination_is_filled_as_often_as_it_is_loaded_into(registry: Registry, new_engine: Callable[[], Engine]) -> None:
+    source, engine = weights(), new_engine()
+    destination = Destination(like(source))
+    assert list(destination) == list(source)
+    assert len(destination) == len(source)
+    with offer(registry, new_engine(), source) as publication:
+        for version in range(3):
+            load(registry, engine, "a", rank=0, tensors=destination)
+            assert_equal(dict(destination), source)
+            assert publication.record.version == version
+            with publication.update():
+                source["scale"].add_(1)
+        with pytest.raises(InvalidField, match="give no shards besides"):
+            load(registry, engine, "a", rank=0, tensors=destination, shards={})
 
 
 def test_two_ranks_are_resolved_together_and_each_loader_gets_its_own(registry: Registry, new_engine: Callable[[], Engine]) -> None:

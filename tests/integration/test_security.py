@@ -19,14 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.exits import Exit
+from loader import MooncakeEngine, publish
 from loader.seeding import lock_name
-from registry import InstanceCleaned, InstanceReady, ModelIdentity, RegistrationState, Registry
+from registry import InstanceCleaned, InstanceReady, ModelIdentity, RankState, RegistrationState, Registry
 from registry.errors import EtcdRefused, Evicted
 from registry.kv import Delete, Put
 from registry.local import LocalEtcd, find_binary
 from tests.integration.authority import Authority, options, tls_etcd
 from tests.integration.conftest import ROOT, Processes, events_until, line_of
 from tests.integration.ranks import register
+from tests.integration.terminal import on_terminal
 from tests.integration.test_cli import assert_one_line
 from tests.integration.test_faults import hold
 from tests.waiting import wait_until
@@ -171,16 +173,41 @@ def test_a_loader_finds_and_loads_with_a_ticket_and_is_refused_to_write_a_record
     assert end(server) == ""
 
 
+def test_a_rank_that_loads_and_serves_has_both_roles(secured: Secured, engines: Engines) -> None:
+    tensors, model = {"w": torch.rand(100, 3)}, ModelIdentity("m")
+    load = ("load", "seed", "--rank", "0", "--serve", "qwen-a", "--host", "127.0.0.1")
+    with (
+        secured.connect("root") as registry,
+        MooncakeEngine("127.0.0.1") as engine,
+        publish(registry, engine, instance="seed", rank=0, world_size=1, tensors=tensors, model=model),
+    ):
+        assert_one_line(engines("rank-qwen-a", *load), Exit.ETCD, DENIED)
+        assert_one_line(engines("loader", *load), Exit.ETCD, DENIED)
+        secured.etcdctl("user grant-role rank-qwen-a loader")
+        try:
+            replica = engines.start("rank-qwen-a", *load)
+            assert line_of(replica).startswith("loaded seed/0")
+            assert line_of(replica).startswith("serving qwen-a/0")
+            assert end(replica) == ""
+        finally:
+            secured.etcdctl("user revoke-role rank-qwen-a loader")
+
+
 def test_a_loader_without_tickets_loads_from_several_with_a_warning(
     secured: Secured, engines: Engines, weights: Path, tmp_path: Path
 ) -> None:
-    """A watcher is one: it may read manifests. With several sources it would like to know how many read from each."""
+    """A watcher that may not see tickets is one: it may read manifests. With several sources it would like to know how many read
+    from each."""
     server = engines.serve(weights)
+    secured.etcdctl("role revoke-permission watcher --prefix=true /prod/pulls/")
     secured.etcdctl("role grant-permission rank-qwen-a readwrite --prefix=true /prod/engines/qwen-twin/")
     for permission, prefix in (("write", "manifests"), ("read", "pulls"), ("read", "evicted")):
         secured.etcdctl(f"role grant-permission rank-qwen-a {permission} --prefix=true /prod/{prefix}/qwen-twin/")
     twin = engines.serve(weights, "qwen-twin", "--model", "qwen-a")
-    loaded = engines("watcher", "load", "qwen-a", "qwen-twin", "--rank", "0", "--host", "127.0.0.1")
+    try:
+        loaded = engines("watcher", "load", "qwen-a", "qwen-twin", "--rank", "0", "--host", "127.0.0.1")
+    finally:
+        secured.etcdctl("role grant-permission watcher read --prefix=true /prod/pulls/")
     assert loaded.returncode == Exit.DONE, loaded.stderr
     told = loaded.stderr.splitlines()
     assert len(told) == 2
@@ -219,6 +246,48 @@ def test_a_watcher_looks_and_is_refused_to_evict(secured: Secured, engines: Engi
     assert_one_line(engines("watcher", "evict", "qwen-a"), Exit.ETCD, DENIED)
     assert_one_line(engines("loader", "evict", "qwen-a"), Exit.ETCD, DENIED)
     end(server)
+
+
+def test_who_may_not_see_tickets_sees_the_rest(secured: Secured, engines: Engines) -> None:
+    with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a", state=RankState.LOADING):
+        assert "who reads" not in engines("watcher", "show", "qwen-a").stdout
+        listed = engines("operator", "list")
+        assert (listed.returncode, listed.stderr) == (Exit.DONE, "")
+        assert listed.stdout.splitlines()[1].split()[:2] == ["qwen-a", "loading"]
+        for user in ("operator", "rank-qwen-a"):
+            shown = engines(user, "show", "qwen-a")
+            assert (shown.returncode, shown.stderr) == (Exit.DONE, "")
+            assert DENIED in shown.stdout.splitlines()[-1]
+            assert shown.stdout.splitlines()[-1].startswith("who reads from whom is not known: ")
+        data = json.loads(engines("operator", "show", "qwen-a", "--json").stdout)
+        (rank,) = data["ranks"]
+        assert [data["pulls"], rank["progress"], rank["reads_from"], rank["readers"]] == [None] * 4
+
+
+def test_the_live_table_says_where_tickets_may_not_be_seen(secured: Secured) -> None:
+    env = {"ENGINES_ETCD": secured.url, "ENGINES_ETCD_PASSWORD": secured.password("operator")}
+    with (
+        secured.connect("rank-qwen-a") as registry,
+        register(registry, "qwen-a"),
+        on_terminal("watch", *secured.options("operator"), env=env) as terminal,
+    ):
+        terminal.wait_for("who reads from whom is not known: ", "denies permission")
+        terminal.wait_for("qwen-a", "ready")
+
+
+def test_a_loader_tells_its_progress_where_others_may_see_it(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("registry.pulls._TELL_S", 0.01)
+    with (
+        secured.connect("rank-qwen-a") as registry,
+        register(registry, "qwen-a"),
+        secured.connect("loader") as loader,
+        secured.connect("watcher") as watcher,
+    ):
+        ticket = loader.pull(loader.ranks("qwen-a")[0])
+        assert ticket is not None
+        with ticket:
+            ticket.tell(5, 10)
+            wait_until(lambda: [pull.fraction for pull in watcher.all_pulls()] == [0.5])
 
 
 def test_an_operator_evicts_and_the_rank_hears_of_it(secured: Secured, engines: Engines) -> None:
@@ -309,6 +378,7 @@ def _as_watcher(secured: Secured) -> None:
     with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a"), secured.connect("watcher") as watcher:
         watcher.instances()
         watcher.manifest(watcher.ranks("qwen-a")[0])
+        watcher.all_pulls()
 
 
 def _as_operator(secured: Secured) -> None:

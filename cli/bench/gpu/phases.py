@@ -17,8 +17,7 @@ from typing import Any
 REST = "the rest"
 # What is timed, as what, in the order in which it happens. A step that calls another is told without it.
 STEPS: tuple[tuple[str, str, str], ...] = (
-    ("describe tensors", "loader.load", "local_parts"),
-    ("describe tensors", "loader.load", "describe"),
+    ("describe tensors", "loader.load", "Destination.__init__"),
     ("lend memory", "loader.load", "lend"),
     ("wait for devices", "loader.load", "wait_for"),
     ("find sources", "loader.load", "Search.find"),

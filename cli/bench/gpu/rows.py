@@ -150,12 +150,14 @@ def goals(rows: Sequence[Row], group: str = "mixed") -> list[Goal]:
         Goal("load() to NCCL, tensor by tensor", 4, True, ratio(EACH_NCCL, WARM)),
         Goal("load(), cold to warm", 2, False, ratio(COLD, WARM)),
         Goal("load() to its reads", 1.5, False, ratio(WARM, READS)),
+        Goal("load() into a Destination to its reads", 1.5, False, ratio(AGAIN, READS)),
         Goal("what digests add to load()", 0.15, False, None if digest is None else digest - 1),
     ]
 
 
 COLD, WARM, READS = "load(), cold", "load(), warm", "load(), warm: its reads"
 COLD_READS = "load(), cold: its reads"
+AGAIN = "load(), warm, into a Destination"
 WITH_DIGESTS = "load(), warm, digests"
 EACH_COPY, FLAT_COPY = "torch copy, tensor by tensor", "torch copy, one block"
 EACH_CALL, ALL_CALL = "mooncake, a call a tensor", "mooncake, a call for 512"

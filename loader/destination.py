@@ -1,0 +1,32 @@
+"""Tensors that are filled, with what has to be known of their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from loader.regions import Shard, describe, devices_of, local_parts
+
+
+class Destination(Mapping[str, torch.Tensor]):
+    """For who loads into the same tensors again and again: `load` looks at them once, here, and not every time.
+
+    Holds on to the tensors, and so to their memory: what takes their place elsewhere, as `module.weight = …` does, is not filled.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None) -> None:
+        """`shards` as for `load`. Raises TensorsUnusable."""
+        self._tensors = dict(tensors)
+        self.parts, boxes = local_parts(self._tensors, shards)
+        self.manifest = describe(self.parts, boxes)
+        self.devices = devices_of(self.parts)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
