@@ -1,6 +1,6 @@
 """Fills tensors from safetensors files: several reads at once, straight into their memory, and no byte that is not wanted.
 
-To the planner the files are one source, whose addresses are places in them. Used by `loader.seeding`. Starts threads, which end
+To the planner the files are one source, whose addresses are places in them. Used by `loader.start`. Starts threads, which end
 with `read_into`.
 """
 

@@ -1,6 +1,6 @@
 """Who runs the same rank of the same model and may be loaded from, without those that this process has tried in vain.
 
-Used by `loader.seeding`. Starts no thread.
+Used by `loader.start`. Starts no thread.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.exits import Exit
-from loader.seeding import lock_name
+from loader.start import lock_name
 from registry import ModelIdentity, RankState, RankUpdated, Registry
 from registry.config import EtcdConfig, parse_endpoints
 from registry.etcd import Etcd

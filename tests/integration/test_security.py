@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from cli.exits import Exit
 from loader import MooncakeEngine, publish
-from loader.seeding import lock_name
+from loader.start import lock_name
 from registry import InstanceCleaned, InstanceReady, ModelIdentity, RankState, RegistrationState, Registry
 from registry.errors import EtcdRefused, Evicted
 from registry.kv import Delete, Put

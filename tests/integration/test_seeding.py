@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 import loader.disk
-import loader.seeding
+import loader.start
 from loader import Engine, InProcessEngine, MooncakeEngine, Seeded, Shard, load_or_seed, publish
 from loader.errors import Cancelled, WeightsFileInvalid, WeightsMismatch
-from loader.seeding import lock_name
+from loader.start import lock_name
 from registry import ModelIdentity, RankState, Registry
 from registry.election import Election
 from registry.errors import InvalidField, RankConflict
@@ -300,6 +300,15 @@ def test_ctrl_c_ends_a_wait(processes: Processes, registry: Registry, path: Path
         assert ready(registry) == []
 
 
+def test_who_does_not_want_to_wait_loads_from_peers_all_the_same(registry: Registry, path: Path) -> None:
+    with InProcessEngine() as first, InProcessEngine() as second:
+        with (
+            publish(registry, first, instance="runs", rank=0, world_size=1, tensors=content(), model=MODEL),
+            start(registry, second, path, timeout_s=0) as seeded,
+        ):
+            assert seeded.source == "peers"
+
+
 def test_who_has_waited_long_enough_reads_alone(registry: Registry, path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with somebody_reads(registry) as election, InProcessEngine() as engine, start(registry, engine, path, timeout_s=0.2) as seeded:
         assert seeded.source == "disk"
@@ -319,7 +328,7 @@ def connect(etcd: LocalEtcd) -> Registry:
 def test_without_etcd_the_disk_is_read_and_the_rank_is_not_published(
     own_etcd: LocalEtcd, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader.seeding, "WITHOUT_ETCD_S", 0.5)
+    monkeypatch.setattr(loader.start, "WITHOUT_ETCD_S", 0.5)
     tensors = zeros()
     with connect(own_etcd) as registry, InProcessEngine() as engine:
         own_etcd.kill()
