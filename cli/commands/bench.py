@@ -5,13 +5,14 @@ from __future__ import annotations
 import click
 
 from cli.options import debug_option, engine_log, json_option
+from cli.signals import raised
 
 
 @click.group("bench")
 def command() -> None:
-    """Measure this machine: loading, also into other layouts, the control plane, or the gateway, beside baselines in the same run.
+    """Measure this machine: loading, also into other layouts or between GPUs, the control plane, or the gateway.
 
-    Starts an etcd and processes of its own on 127.0.0.1.
+    Baselines are measured beside, in the same run. Starts an etcd and processes of its own on 127.0.0.1.
     """
 
 
@@ -101,8 +102,13 @@ def gpu(only: str, scale: float, rounds: int, profile: bool, as_json: bool) -> N
     if parts - set(run.PARTS):
         raise click.UsageError(f"--only {only!r} is not valid: it is some of {', '.join(run.PARTS)}")
     devices = run.gpus()
-    with engine_log():
-        run.report(run.measure(devices, parts, scale, rounds, profile, _say), as_json, profile)
+    results = run.Results()
+    with engine_log(), raised():
+        try:
+            run.measure(results, devices, parts, scale, rounds, profile, _say)
+        finally:  # minutes of a GPU's time are not lost with what failed after them
+            if results.rows:
+                run.report(results, as_json, profile)
 
 
 def _say(what: str) -> None:
