@@ -16,6 +16,8 @@ from loader.publish import Publication, publish, publish_state_dict
 from loader.regions import Shard
 from loader.replica import Replica
 from loader.report import LoadReport
+from loader.seeding import load_or_seed
+from loader.start import Seeded
 from loader.transfer import Progress
 
 if TYPE_CHECKING:
@@ -35,10 +37,12 @@ __all__ = [
     "Progress",
     "Publication",
     "Replica",
+    "Seeded",
     "Shard",
     "load",
     "load_instance",
     "load_module",
+    "load_or_seed",
     "publish",
     "publish_state_dict",
 ]

@@ -25,6 +25,7 @@ from registry.pulls import PullTicket
 from registry.registration import EVICTED
 
 log = logging.getLogger(__name__)
+_NEWS_S = 0.25  # how much later than etcd a watch may know
 
 
 class Candidate:
@@ -47,6 +48,7 @@ class Candidate:
         self._ticket: PullTicket | None = None
         self._reading = threading.Lock()
         self._bad_news: LoaderError | None = None
+        self._told = threading.Event()  # there is such news
         self.record = record
         self.manifest = fetch_manifest(registry, record)
         self.origin = Origin(f"{record.instance}/{record.rank}", self.manifest, own)
@@ -103,9 +105,9 @@ class Candidate:
         """Why it should not be read from any more, as far as etcd has told."""
         return self._bad_news
 
-    @property
-    def evicted(self) -> bool:
-        """Somebody has said that it should not be read from; or, if there is no news, it may be so."""
+    def was_evicted(self) -> bool:
+        """Somebody has said that it should not be read from; or, if no news comes, it may be so."""
+        self._told.wait(_NEWS_S)
         return self._bad_news is None or self._bad_news.details.get("reason") == EVICTED
 
     def source(self) -> Source:
@@ -143,6 +145,11 @@ class Candidate:
         self._marks = marks
 
     def _hear(self, event: Event) -> None:
+        self._judge(event)
+        if self._bad_news is not None:
+            self._told.set()
+
+    def _judge(self, event: Event) -> None:
         if isinstance(event, RankLost) and event.record.incarnation == self.record.incarnation:
             self._bad_news = SourceLost(f"{self.record.key} is not registered any more: {event.reason}", reason=event.reason)
         elif isinstance(event, RankJoined | RankUpdated) and event.record.key == self.record.key:

@@ -354,7 +354,7 @@ class _Load:
             if share.nbytes and share.error is None and not candidate.is_registered():
                 self.avoid.add(candidate.record.incarnation)
                 self.given_up.append(metrics.reason_of(candidate.news) if candidate.news else "lost")
-                if candidate.evicted:  # what it brought does not count
+                if candidate.was_evicted():  # what it brought does not count
                     self.arrivals = None
                 raise SourceLost(f"{candidate.record.key} was withdrawn or evicted meanwhile")
 

@@ -21,6 +21,12 @@ _CANCELLED = "cancelled"
 
 LOADS = Counter("engines_loader_loads", "Loads that have ended.", ["outcome"], ["loaded", _CANCELLED, *_OUTCOMES])
 LOADED_NBYTES = Counter("engines_loader_loaded_bytes", "Bytes of the tensors that were loaded, of loads that succeeded.")
+STARTS = Counter(
+    "engines_loader_starts",
+    "Weights that `load_or_seed` has brought: from where, and why from the disk.",
+    ["source"],
+    ["peers", "disk", "disk_after_peers", "disk_alone"],
+)
 READ_NBYTES = Counter("engines_loader_read_bytes", "Bytes that have come from sources, also those that were read again.")
 LOAD_S = Histogram(
     "engines_loader_load_seconds",

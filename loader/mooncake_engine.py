@@ -53,7 +53,7 @@ class MooncakeEngine:
         """`protocol`: tcp, rdma or nvlink_intra; `device`: RDMA device names, comma-separated, empty for all."""
         if protocol not in PROTOCOLS:
             raise EngineUnavailable(f"protocol {protocol!r} is unknown: use one of {', '.join(PROTOCOLS)}")
-        if protocol == "rdma" and not (_RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir())):
+        if protocol == "rdma" and not rdma_devices():
             raise EngineUnavailable(
                 f"no RDMA device is here ({_RDMA_DEVICES} has none), and Mooncake would fall back to tcp: say tcp"
             )
@@ -61,7 +61,7 @@ class MooncakeEngine:
         self._host = host
         self._protocol = protocol
         self._device = device
-        self._fabric = fabric or (_this_host() if protocol == "nvlink_intra" else "")
+        self._fabric = fabric or (this_host() if protocol == "nvlink_intra" else "")
         self._served = RegionBook()
         # But for RDMA an engine writes wherever it is told to, so peers need not be able to reach what is only read into.
         self._lent = self._served if protocol == "rdma" else RegionBook()
@@ -301,9 +301,13 @@ class _Reader:
             time.sleep(1e-3)
 
 
-def _this_host() -> str:
+def this_host() -> str:
     """Also where containers of one machine have names of their own, or machines the same."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def rdma_devices() -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in _RDMA_DEVICES.iterdir())) if _RDMA_DEVICES.is_dir() else ()
 
 
 def built_transports() -> tuple[str, ...]:

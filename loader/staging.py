@@ -16,8 +16,11 @@ from registry.manifest import Region
 class Staging:
     """`count` buffers of `nbytes` bytes on the device of the tensors that are filled. One thread uses it."""
 
-    def __init__(self, tensors: Iterable[torch.Tensor], device: torch.device, count: int, nbytes: int) -> None:
-        self._memory = torch.empty(count * nbytes, dtype=torch.uint8, device=device)
+    def __init__(
+        self, tensors: Iterable[torch.Tensor], device: torch.device, count: int, nbytes: int, pinned: bool = False
+    ) -> None:
+        """`pinned`: memory of the host's that CUDA copies from directly."""
+        self._memory = torch.empty(count * nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
         self._device = device
         self.region = Region(self._memory.data_ptr(), self._memory.nbytes)
         self._idle = [self.region.addr + number * nbytes for number in range(count)]

@@ -265,8 +265,12 @@ class Registry:
             raise InvalidField(f"grace_s {grace_s} is not valid: it is 0 seconds or more", field="grace_s")
         etcd = self._etcd.sibling()
         watch = Watch(etcd, check_instance(instance) if instance is not None else None)
-        election = Election(self._etcd.sibling(), f"cleanup/{instance}" if instance else "cleanup-all")
+        election = self.election(f"cleanup/{instance}" if instance else "cleanup-all")
         return CleaningWatch(etcd, watch, election, grace_s, dry_run)
+
+    def election(self, name: str) -> Election:
+        """Of all processes that campaign under this name one leads at a time. Campaigns from `start` (or the `with` block) on."""
+        return Election(self._etcd.sibling(), name)
 
     def evict(self, record: RankRecord) -> bool:
         """Ends the registration that `record` was read from; False if it has changed or gone since (read it again)."""

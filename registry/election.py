@@ -1,4 +1,7 @@
-"""Of all processes that campaign under one name, one leads at a time: who holds `/elections/<name>/leader` under its lease."""
+"""Of all processes that campaign under one name, one leads at a time: who holds `/elections/<name>/leader` under a lease.
+
+That is a lease of the election's own, or, once the leader is registered and says so, its registration's.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ import time
 from types import TracebackType
 
 from registry.backoff import Backoff
-from registry.errors import EtcdError, EtcdRefused, LeaseNotFound
+from registry.errors import EtcdError, EtcdRefused, LeaseNotFound, RecordDamaged
 from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import election_key
-from registry.kv import Put, Snapshot, absent
+from registry.kv import Delete, KeyValue, Put, Snapshot, absent, unchanged
 from registry.logs import fields
+from registry.record import RankRecord, decode
 
 log = logging.getLogger(__name__)
 _TTL_S = 5.0  # how long the others wait for a leader whose host has died
@@ -31,15 +35,44 @@ class Election:
         self._etcd = etcd
         self._key = election_key(name)
         self._leads_until = 0.0
-        self._refused = False  # and that was told
+        self.refusal: EtcdRefused | None = None  # why this process cannot lead
+        self._unreachable_since: float | None = None
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._follower: Follower | None = None
+        self._revision = 0  # of our key
+        self._kept = False  # by the lease of a registration
+        self._renewing = threading.Lock()  # held while it is looked at whose the key is, or changed
         self._thread = threading.Thread(target=self._campaign, name=f"election {name}", daemon=True)
 
     @property
     def leading(self) -> bool:
-        return time.monotonic() < self._leads_until
+        return self._kept or time.monotonic() < self._leads_until
+
+    @property
+    def unreachable_since(self) -> float | None:
+        """When etcd was lost, on the clock of time.monotonic; None while it can be reached, as far as is known."""
+        follower = self._follower
+        return follower.away_since if follower is not None and follower.away_since is not None else self._unreachable_since
+
+    def keep_with(self, record: RankRecord) -> bool:
+        """From now on we lead for as long as this registration of ours is held, or until `close`; False if we do not lead.
+
+        Its keeper renews the lease whatever our threads do, and ends it as soon as our process has ended.
+        """
+        with self._renewing:
+            found = self._etcd.get(record.key)
+            if found is None or not self.leading or not _is_of(found, record):
+                return False
+            guards = [unchanged(self._key, self._revision), unchanged(found.key, found.mod_revision)]
+            revision = self._etcd.commit(guards, [Put(self._key, _me(), found.lease_id)])
+            if not revision:
+                ours = self._etcd.get(self._key)  # a first try may have succeeded, whose answer was lost
+                revision = ours.mod_revision if ours is not None and ours.lease_id == found.lease_id else 0
+            if revision:
+                self._revision, self._kept = revision, True
+                self._stopped.set()
+            return bool(revision)
 
     def start(self) -> Election:
         self._thread.start()
@@ -51,10 +84,19 @@ class Election:
             self._stopped.set()
             if self._follower is not None:
                 self._follower.stop()
+        if self._kept:
+            self._let_go()
         for patience_s in (_GIVE_BACK_S, _JOIN_S):
             if self._thread.is_alive():
                 self._thread.join(timeout=patience_s)
             self._etcd.close()
+
+    def _let_go(self) -> None:
+        self._kept = False
+        try:
+            self._etcd.commit([unchanged(self._key, self._revision)], [Delete(self._key)])
+        except EtcdError as exc:
+            log.info("%s goes with the registration: %s", self._key, exc, extra=fields("election_left", key=self._key, error=exc))
 
     def __enter__(self) -> Election:
         return self.start()
@@ -70,9 +112,9 @@ class Election:
                 granted_at = time.monotonic()  # the lease may be older than the answer, never younger
                 lease_id = self._etcd.grant(_TTL_S)
                 try:
-                    who = f"{socket.gethostname()}:{os.getpid()}".encode()
-                    if self._etcd.commit([absent(self._key)], [Put(self._key, who, lease_id)]):
-                        self._refused = False
+                    self._revision = self._etcd.commit([absent(self._key)], [Put(self._key, _me(), lease_id)])
+                    self.refusal = self._unreachable_since = None
+                    if self._revision:
                         self._lead(lease_id, granted_at)
                 finally:
                     self._leads_until = 0.0
@@ -84,13 +126,15 @@ class Election:
 
     def _tell(self, exc: EtcdError) -> None:
         """An outage passes, and a refusal as a rule does not: then nobody would know why nothing is done. Told once."""
-        if isinstance(exc, EtcdRefused) and not self._refused and not self._stopped.is_set():
+        if self._unreachable_since is None:
+            self._unreachable_since = time.monotonic()
+        if isinstance(exc, EtcdRefused) and self.refusal is None and not self._stopped.is_set():
             log.warning(
                 "this process does not lead, and does nothing that only a leader does: %s",
                 exc,
                 extra=fields("election_refused", key=self._key, error=exc),
             )
-            self._refused = True
+            self.refusal = exc
         else:
             log.info("campaigning for %s again soon: %s", self._key, exc, extra=fields("election_retry", key=self._key, error=exc))
 
@@ -101,6 +145,7 @@ class Election:
             if self._stopped.is_set():
                 return
         for update in follower:
+            self._unreachable_since = None
             taken = update.items if isinstance(update, Snapshot) else self._etcd.get(self._key)
             if not taken:
                 follower.stop()
@@ -110,11 +155,16 @@ class Election:
         while not self._stopped.wait(_TTL_S / 3):
             renewed_at = time.monotonic()
             try:
-                held = self._etcd.get(self._key)
-                if held is None or held.lease_id != lease_id:
-                    log.info("%s is not ours any more: campaigning again", self._key, extra=fields("election_lost", key=self._key))
-                    return
-                self._etcd.keep_alive(lease_id)
+                with self._renewing:
+                    if self._kept:
+                        return
+                    held = self._etcd.get(self._key)
+                    if held is None or held.lease_id != lease_id:
+                        log.info(
+                            "%s is not ours any more: campaigning again", self._key, extra=fields("election_lost", key=self._key)
+                        )
+                        return
+                    self._etcd.keep_alive(lease_id)
             except LeaseNotFound:
                 return
             except EtcdError as exc:
@@ -123,3 +173,14 @@ class Election:
                     return
             else:
                 self._leads_until = renewed_at + _TTL_S
+
+
+def _is_of(item: KeyValue, record: RankRecord) -> bool:
+    try:
+        return decode(item.key, item.value).incarnation == record.incarnation
+    except RecordDamaged:
+        return False
+
+
+def _me() -> bytes:
+    return f"{socket.gethostname()}:{os.getpid()}".encode()

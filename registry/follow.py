@@ -37,14 +37,14 @@ class Follower:
         self._stream: WatchStream | None = None
         self._revision = 0
         self.last_error: EtcdUnavailable | None = None  # why there was no update lately
-        self._away_since: float | None = None  # when etcd was lost, if it is
+        self.away_since: float | None = None  # when etcd was lost, if it is
         self._count = 0  # of keys at that revision
         self._newest: KeyValue | None = None  # of them, unless it was deleted
 
     @property
     def away(self) -> EtcdUnavailable | None:
         """Why what was told last may be old: etcd cannot be reached. None while it can."""
-        return self.last_error if self._away_since is not None else None
+        return self.last_error if self.away_since is not None else None
 
     def stop(self) -> None:
         with self._lock:
@@ -86,26 +86,26 @@ class Follower:
         """An outage is one warning, however often it is found to last."""
         if self._stream is not None:
             metrics.STREAM_LOSSES.inc()
-        level = logging.DEBUG if self._away_since is not None else logging.WARNING
+        level = logging.DEBUG if self.away_since is not None else logging.WARNING
         log.log(
             level,
             "%s; watching goes on as soon as it is back",
             error,
             extra=fields("watch_lost", prefix=self._prefix, error=error),
         )
-        if self._away_since is None:
-            self._away_since = time.monotonic()
+        if self.away_since is None:
+            self.away_since = time.monotonic()
 
     def _is_back(self) -> None:
-        if self._away_since is not None:
-            away_s = round(time.monotonic() - self._away_since, 3)
+        if self.away_since is not None:
+            away_s = round(time.monotonic() - self.away_since, 3)
             log.info(
                 "etcd is back after %.3g s; watching %s goes on",
                 away_s,
                 self._prefix,
                 extra=fields("watch_resumed", prefix=self._prefix, away_s=away_s),
             )
-            self._away_since = None
+            self.away_since = None
 
     def _over(self) -> bool:
         return self._stopped.is_set() or (self._deadline is not None and time.monotonic() >= self._deadline)

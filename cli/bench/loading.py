@@ -188,7 +188,7 @@ def _against_naive(registry: Registry, rounds: int) -> Results:
             for start in range(0, len(reads), _NAIVE_BATCH):
                 dst, src, sizes = map(list, zip(*reads[start : start + _NAIVE_BATCH], strict=True))
                 if raw._engine.batch_transfer_sync_read(record.session_id, dst, src, sizes) != 0:
-                    raise SystemExit("the naive read failed")
+                    raise click.ClickException("the naive read failed")
 
         for number in range(rounds + 1):
             took = _timed(naive_read), _timed(lambda: reports.append(load(registry, engine, "src", rank=0, tensors=tensors)))

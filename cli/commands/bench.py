@@ -14,10 +14,9 @@ _MOST_RECEIVERS = 64
 
 @click.group("bench")
 def command() -> None:
-    """Measure this machine: loading, also into other layouts and to many at once, the control plane, or the gateway, beside
-    baselines in the same run.
+    """Measure this machine: loading, also into other layouts, between GPUs or to many at once, the control plane, or the gateway.
 
-    Starts an etcd and processes of its own on 127.0.0.1.
+    Baselines are measured beside, in the same run. Starts an etcd and processes of its own on 127.0.0.1.
     """
 
 
@@ -103,8 +102,13 @@ def gpu(only: str, scale: float, rounds: int, profile: bool, as_json: bool) -> N
     if parts - set(run.PARTS):
         raise click.UsageError(f"--only {only!r} is not valid: it is some of {', '.join(run.PARTS)}")
     devices = run.gpus()
-    with engine_log():
-        run.report(run.measure(devices, parts, scale, rounds, profile, _say), as_json, profile)
+    results = run.Results()
+    with engine_log(), raised():
+        try:
+            run.measure(results, devices, parts, scale, rounds, profile, _say)
+        finally:  # minutes of a GPU's time are not lost with what failed after them
+            if results.rows:
+                run.report(results, as_json, profile)
 
 
 @command.command("fanout")

@@ -19,13 +19,15 @@ from cli.options import Seconds, engine_log, etcd_options, json_option, nbytes_o
 from cli.output import print_json, size
 from cli.serving import Endings, drain_option
 from cli.signals import held_back, raised
-from registry import Registry
+from registry import RankRecord, Registry
 from registry.errors import InstanceIncomplete, InvalidField
 from registry.keys import check_instance
 from registry.record import GATEWAY, PROTOCOLS
 
 if TYPE_CHECKING:
     from loader import LoadReport, Progress
+
+AUTO = "auto"
 
 
 @click.command("load")
@@ -47,7 +49,8 @@ if TYPE_CHECKING:
 @drain_option
 @click.option("--verify", is_flag=True, help="Compare every tensor with the digest that its source publishes.")
 @click.option("--host", help="Address of this machine. Default: the one that etcd sees.")
-@click.option("--protocol", type=click.Choice(PROTOCOLS), default="tcp", show_default=True, help="How to read.")
+@click.option("--protocol", type=click.Choice((AUTO, *PROTOCOLS)), default=AUTO, show_default=True,
+              help="How to read; auto: the quickest way that the source is served over and this machine has.")  # fmt: skip
 @json_option
 @log_options
 @etcd_options
@@ -151,7 +154,7 @@ class _Loading:
 
         manifest = registry.manifest(record)
         tensors = allocate_like(manifest)
-        engine = self.stack.enter_context(MooncakeEngine(self.host or registry.local_address(), self.protocol))
+        engine = self.stack.enter_context(MooncakeEngine(self.host or registry.local_address(), self._protocol([record])))
         with _bar(f"{record.instance}/{rank}", self.raise_again) as on_progress:
             report = load(
                 registry,
@@ -180,14 +183,15 @@ class _Loading:
 
             files = WholeFiles(self.folder, force=self.force)
         with self.connect() as registry, engine_log():
-            name = registry.resolve(self.instances, self.wait_s)[0].instance
+            records = registry.resolve(self.instances, self.wait_s)
+            name = records[0].instance
             with held_back():
                 from loader import MooncakeEngine
                 from loader.full import load_full
                 from loader.whole import MAX_FILE_NBYTES
 
             with (
-                MooncakeEngine(self.host or registry.local_address(), self.protocol) as engine,
+                MooncakeEngine(self.host or registry.local_address(), self._protocol(records)) as engine,
                 files or nullcontext(),
                 _bar(name, self.raise_again) as on_progress,
             ):
@@ -202,6 +206,13 @@ class _Loading:
                     progress=on_progress,
                 )
         return report, files.paths if files is not None else []
+
+    def _protocol(self, records: Sequence[RankRecord]) -> str:
+        if self.protocol != AUTO:
+            return self.protocol
+        from loader.protocols import protocol_for
+
+        return protocol_for(records)
 
 
 def _where(paths: Sequence[Path]) -> str:

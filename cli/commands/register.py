@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,11 +16,14 @@ from cli.options import Seconds, engine_log, etcd_options, instance_argument, ra
 from cli.output import size
 from cli.serving import Endings, drain_option
 from cli.shards import boxes_of, parse_cut, read_boxes
-from cli.signals import held_back
+from cli.signals import held_back, raised
 from registry import ModelIdentity, Registry
 from registry.errors import InvalidField
-from registry.keys import check_instance, check_rank
+from registry.keys import ENGINES, check_instance, check_rank
 from registry.record import PROTOCOLS
+
+if TYPE_CHECKING:
+    from loader import Seeded
 
 
 @click.command("register")
@@ -28,6 +32,9 @@ from registry.record import PROTOCOLS
 @click.option("--world-size", type=click.IntRange(min=1), required=True, help="Ranks of the instance, over all parallel axes.")
 @click.option("--weights", "paths", type=click.Path(), multiple=True, required=True, metavar="FILE_OR_DIR",
               help="Safetensors file, or folder of them; may be given several times.")  # fmt: skip
+@click.option("--from-peers", is_flag=True,
+              help="If this rank of --model runs somewhere, copy its weights from there instead of reading the files; of many that "
+              "start at once, one reads them.")  # fmt: skip
 @click.option("--host", help="Address of this machine that loaders can reach. Default: the one that etcd sees.")
 @click.option("--protocol", type=click.Choice(PROTOCOLS), default="tcp", show_default=True, help="How loaders read.")
 @click.option("--model", help="Model name. Default: the instance's name.")
@@ -59,6 +66,7 @@ def command(
     rank: int,
     world_size: int,
     paths: tuple[str, ...],
+    from_peers: bool,
     host: str | None,
     protocol: str,
     model: str | None,
@@ -80,44 +88,65 @@ def command(
     """
     check_instance(instance)
     check_rank(rank, world_size)
+    if from_peers and model is None:
+        raise InvalidField("--from-peers needs --model, by which running ranks are found: add --model NAME", field="model")
     places = dict(map(_parse_place, topology))
     slices = [parse_cut(text, places, rank, world_size) for text in cuts]
     listed = read_boxes(Path(boxes_path)) if boxes_path is not None else {}
     with serve_metrics(), connect() as registry, engine_log():
         with held_back():
-            from loader import MooncakeEngine, Shard, publish
-            from loader.files import read_weights
+            from loader import MooncakeEngine, Shard, load_or_seed, publish
+            from loader.disk import Files
+            from loader.files import allocate, find_files, read_weights
+            from loader.regions import dtype_named
 
-        tensors = read_weights(paths)
+        files = find_files(paths)
+        if from_peers:
+            tensors = allocate({name: (dtype_named(dtype), shape) for name, (dtype, shape) in Files(files).layout().items()})
+        else:
+            tensors = read_weights(files)
         boxes = boxes_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, slices, listed, whole=whole)
+        identity = ModelIdentity(model or instance, revision)
         endings = Endings()
-        endings.listen(until_eof)
-        with (
-            MooncakeEngine(host or registry.local_address(), protocol) as engine,
-            publish(
-                registry,
-                engine,
-                instance=instance,
-                rank=rank,
-                world_size=world_size,
-                tensors=tensors,
-                shards={name: Shard(*box) for name, box in boxes.items()},
-                model=ModelIdentity(model or instance, revision),
-                topology=places,
-                generation=generation,
-                version=version,
-                digests=True,
-                ttl_s=ttl,
-                on_state=endings.on_state,
-            ) as publication,
-        ):
+        options: dict[str, Any] = {
+            "instance": instance,
+            "rank": rank,
+            "world_size": world_size,
+            "shards": {name: Shard(*box) for name, box in boxes.items()},
+            "topology": places,
+            "generation": generation,
+            "version": version,
+            "digests": True,
+            "ttl_s": ttl,
+            "on_state": endings.on_state,
+        }
+        with ExitStack() as stack:
+            engine = stack.enter_context(MooncakeEngine(host or registry.local_address(), protocol))
+            seeded = None
+            if from_peers:
+                with raised():
+                    seeded = stack.enter_context(load_or_seed(registry, engine, identity, tensors, fallback=files, **options))
+                if seeded.unpublished is not None:
+                    raise seeded.unpublished
+            endings.listen(until_eof)
+            publication = seeded.publication if seeded is not None else None
+            if publication is None:
+                publication = stack.enter_context(publish(registry, engine, tensors=tensors, model=identity, **options))
             record = publication.record
             click.echo(
                 f"registered {instance}/{rank} of {world_size}: {record.manifest.tensors:,} tensors, "
-                f"{size(record.manifest.nbytes)}, at {record.session_id} ({record.protocol}); Ctrl-C withdraws"
+                f"{size(record.manifest.nbytes)}, at {record.session_id} ({record.protocol}){_origin(seeded)}; Ctrl-C withdraws"
             )
             endings.hold(publication, drain)
         endings.tell(publication)
+
+
+def _origin(seeded: Seeded | None) -> str:
+    if seeded is None:
+        return ""
+    if seeded.report is None:
+        return ", read from the files"
+    return f", copied from {' and '.join(share.name.removeprefix(ENGINES) for share in seeded.report.shares if share.nbytes)}"
 
 
 def _parse_place(text: str) -> tuple[str, tuple[int, int]]:

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.exits import Exit
-from registry import RankState, RankUpdated, Registry
+from loader.start import lock_name
+from registry import ModelIdentity, RankState, RankUpdated, Registry
 from registry.config import EtcdConfig, parse_endpoints
 from registry.etcd import Etcd
 from registry.kv import Put
@@ -99,6 +100,38 @@ def test_a_rank_served_from_a_file_is_listed_shown_loaded_and_withdrawn(engines:
     out, err = server.communicate(timeout=20)
     assert (server.returncode, out, err) == (0, "withdrew a/0\n", "")
     assert engines("list").stdout == "no instance is registered\n"
+
+
+def test_register_from_peers_copies_what_runs_and_else_reads_the_files(engines: Engines, weights: Path, tmp_path: Path) -> None:
+    def register_b(*args: str) -> list[str]:
+        return ["b", "--rank", "0", "--world-size", "1", "--weights", str(weights), "--host", "127.0.0.1", "--from-peers", *args]
+
+    first = engines.serve(weights, "--from-peers", "--model", "m")
+    second = engines.start("register", *register_b("--model", "m"))
+    assert line_of(second).endswith(" (tcp), copied from a/0; Ctrl-C withdraws\n")
+    loaded = engines("load", "b", "--rank", "0", "--host", "127.0.0.1", "--out", str(tmp_path / "out"), "--verify")
+    assert loaded.returncode == Exit.DONE, loaded.stderr
+    found, wanted = load_file(tmp_path / "out" / "rank-0.safetensors"), load_file(weights)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    for process in (first, second):
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=60)[1] == ""
+    assert_one_line(engines("register", *register_b()), Exit.USAGE, "add --model NAME")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_register_from_peers_that_waits_ends_with_a_signal(
+    engines: Engines, registry: Registry, weights: Path, number: signal.Signals
+) -> None:
+    options = ("--rank", "0", "--world-size", "1", "--weights", str(weights), "--host", "127.0.0.1", "--log-level", "info")
+    with registry.election(lock_name(ModelIdentity("m"), 0, 1, {})) as election:
+        wait_until(lambda: election.leading)
+        process = engines.start("register", "b", *options, "--from-peers", "--model", "m")
+        assert process.stderr is not None
+        assert any("waits for somebody who has its weights" in line for line in process.stderr)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+        assert registry.ranks("b") == ()
 
 
 def test_ctrl_c_withdraws(engines: Engines, weights: Path, registry: Registry) -> None:

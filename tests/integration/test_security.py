@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from cli.exits import Exit
 from loader import MooncakeEngine, publish
+from loader.start import lock_name
 from registry import InstanceCleaned, InstanceReady, ModelIdentity, RankState, RegistrationState, Registry
 from registry.errors import EtcdRefused, Evicted
 from registry.kv import Delete, Put
@@ -215,6 +216,26 @@ def test_a_loader_without_tickets_loads_from_several_with_a_warning(
         end(each)
 
 
+@pytest.mark.parametrize("user", ["start-qwen-a", "rank-qwen-a"])
+def test_a_rank_that_starts_from_peers_takes_its_turn_if_it_may_and_else_reads_its_files(
+    secured: Secured, engines: Engines, weights: Path, user: str
+) -> None:
+    server = engines.start(user, "register", *serving(weights, "qwen-a"), "--from-peers", "--model", "qwen-a")
+    assert line_of(server).endswith("read from the files; Ctrl-C withdraws\n")
+    if user == "start-qwen-a":
+        server.kill()
+        with secured.connect("watcher") as registry:
+            wait_until(lambda: registry.ranks("qwen-a") == ())
+        assert server.stderr is not None
+        assert server.stderr.read() == ""
+        assert secured.etcdctl("get --prefix /prod/elections/seed/") == ""
+        return
+    server.send_signal(signal.SIGTERM)
+    _, err = server.communicate(timeout=60)
+    assert server.returncode == Exit.DONE
+    assert "is read from files, whoever else does so" in err
+
+
 def test_a_watcher_looks_and_is_refused_to_evict(secured: Secured, engines: Engines, weights: Path) -> None:
     server = engines.serve(weights)
     assert json.loads(engines("watcher", "list", "--json").stdout)["instances"][0]["state"] == "ready"
@@ -368,9 +389,18 @@ def _as_operator(secured: Secured) -> None:
             states.wait_for(RegistrationState.LOST)
 
 
+def _as_seeder(secured: Secured) -> None:
+    with secured.connect("start-qwen-a") as registry:
+        with registry.election(lock_name(ModelIdentity("qwen-a"), 0, 1, {})) as election:
+            wait_until(lambda: election.leading or election.refusal is not None)
+            if election.refusal is not None:
+                raise election.refusal
+
+
 _JOBS: dict[str, Callable[[Secured], None]] = {
     "rank-qwen-a": _as_rank,
     "loader": _as_loader,
+    "seeder": _as_seeder,
     "watcher": _as_watcher,
     "operator": _as_operator,
 }

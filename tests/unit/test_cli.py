@@ -217,7 +217,8 @@ def test_help_lists_every_command_and_every_exit_code(engines: Engines, flag: st
 
 
 @pytest.mark.parametrize(
-    "command", [*(name for name in cli.main.COMMANDS if name != "bench"), "bench load", "bench registry", "bench gateway"]
+    "command",
+    [*(name for name in cli.main.COMMANDS if name != "bench"), "bench load", "bench gpu", "bench registry", "bench gateway"],
 )
 def test_every_command_has_help_and_the_name_that_it_is_found_by(engines: Engines, command: str) -> None:
     ran = engines(*command.split(), "--help")

@@ -1,4 +1,4 @@
-"""A leader that is not one any more notices: without etcd."""
+"""A leader that is not one any more notices; one that is registered hands its lead to its keeper: without etcd."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import time
 import pytest
 
 from registry.election import Election
+from registry.errors import EtcdRefused, EtcdUnavailable
 from registry.keys import election_key
 from registry.kv import Put
+from registry.record import encode
+from tests.builders import a_record
 from tests.fake_etcd import FakeEtcd
 
 
@@ -30,3 +33,44 @@ def test_a_leader_whose_key_somebody_took_away_stops_leading(monkeypatch: pytest
         assert not leading.is_alive()
     finally:
         election.close()
+
+
+def test_a_lead_whose_handing_over_was_not_answered_is_kept_by_the_registration() -> None:
+    etcd, key = FakeEtcd(), election_key("x")
+    record = a_record()
+    own, kept_by = etcd.grant(60), etcd.grant(60)
+    etcd.commit([], [Put(record.key, encode(record), kept_by)])
+    election = Election(etcd, "x")
+    election._revision = etcd.commit([], [Put(key, b"us", own)])
+    election._leads_until = time.monotonic() + 60
+    etcd.retry_next_commit = True
+    assert election.keep_with(record)
+    assert etcd.lease_of(key) == kept_by
+    election.close()
+    assert etcd.keys == [record.key]
+    assert kept_by in etcd.leases
+
+
+def test_a_lead_is_not_handed_over_once_another_has_it() -> None:
+    etcd, key = FakeEtcd(), election_key("x")
+    record = a_record()
+    etcd.commit([], [Put(record.key, encode(record), etcd.grant(60))])
+    election = Election(etcd, "x")
+    election._revision = etcd.commit([], [Put(key, b"us", etcd.grant(60))])
+    election._leads_until = time.monotonic() + 60
+    etcd.put(key, b"them")
+    assert not election.keep_with(record)
+    election.close()
+    assert etcd.value(key) == b"them"
+
+
+def test_a_refusal_and_an_outage_can_be_told_apart() -> None:
+    election = Election(FakeEtcd(), "x")
+    assert (election.refusal, election.unreachable_since) == (None, None)
+    election._tell(EtcdUnavailable("away"))
+    since = election.unreachable_since
+    assert (since is None, election.refusal) == (False, None)
+    election._tell(EtcdRefused("no"))
+    assert isinstance(election.refusal, EtcdRefused)
+    assert election.unreachable_since == since
+    election.close()

@@ -26,6 +26,8 @@ from cli.bench.gpu.rows import (
     EACH_COPY,
     FLAT_COPY,
     READS,
+    TURN,
+    TURN_READS,
     WARM,
     WITH_DIGESTS,
     Row,
@@ -81,11 +83,11 @@ def serve(endpoint: str, instance: str, *place: str) -> None:
         sys.stdin.read()
 
 
-def load_first(endpoint: str, instance: str, *place: str) -> None:
-    """The first load of a process. Before it, the process has used its GPU, connected to etcd and started an engine."""
+def load_first(endpoint: str, instance: str, rounds: str, *place: str) -> None:
+    """The first load of a process, and those after it. Before it, it has used its GPU, connected to etcd and started an engine."""
     with _loader(endpoint, instance, *place) as (target, once):
-        took, report = target.time(COLD, once)
-    click.echo(json.dumps([took, report.transfer_s]))
+        took = [target.time(COLD, once) for _ in range(1 + int(rounds))]
+    click.echo(json.dumps([[seconds, report.transfer_s] for seconds, report in took]))
 
 
 def load_again(endpoint: str, instance: str, *place: str) -> None:
@@ -125,18 +127,19 @@ def use(device: str) -> None:
 # -- a set in this process -------------------------------------------------------------------------------------------------------
 
 
-def cold(endpoint: str, src: Place, dst: Place, processes: int) -> list[Row]:
-    whole, reads = [], []
+def cold_and_warm(endpoint: str, src: Place, dst: Place, processes: int, rounds: int) -> list[Row]:
+    """Of processes that do nothing but load: their first loads, and those after the first of the last process."""
+    runs: list[list[tuple[float, float]]] = []  # of a process: each load, and its reads
     for _ in range(processes):
-        with another_process(MODULE, "load_first", endpoint, src.tensor_set, *dst.args) as (_, line):
-            took, transfer_s = json.loads(line)
-        whole.append(took)
-        reads.append(transfer_s)
+        with another_process(MODULE, "load_first", endpoint, src.tensor_set, str(rounds), *dst.args) as (_, line):
+            runs.append(json.loads(line))
     nbytes = nbytes_of(dst.layout)
-    note = "first load of a process"
+    first, again = [run[0] for run in runs], runs[-1][1:]
     return [
-        Row(dst.tensor_set, COLD, nbytes, tuple(whole), note),
-        Row(dst.tensor_set, COLD_READS, nbytes, tuple(reads), note),
+        Row(dst.tensor_set, COLD, nbytes, tuple(took for took, _ in first), "first load of a process"),
+        Row(dst.tensor_set, COLD_READS, nbytes, tuple(reads for _, reads in first)),
+        Row(dst.tensor_set, WARM, nbytes, tuple(took for took, _ in again), "a process that only loads"),
+        Row(dst.tensor_set, READS, nbytes, tuple(reads for _, reads in again)),
     ]
 
 
@@ -165,7 +168,7 @@ def in_this_process(
 
         with rivals.copies(src, target) as copies, rivals.naive(registry, name, dst.protocol, target) as naive:
             actions: dict[str, Callable[[], float]] = {
-                WARM: lambda: ours(WARM, "header"),
+                TURN: lambda: ours(TURN, "header"),
                 AGAIN: lambda: target.time(AGAIN, again)[0],
                 WITH_DIGESTS: lambda: ours(WITH_DIGESTS, "digest"),
                 **copies,
@@ -176,9 +179,9 @@ def in_this_process(
         steps["header, into a Destination"] = _steps(target, again, "header")
         lines = functions_of([lambda: once("header")] * _PROFILED, 25) if profiled else []
     flat = min(target.nbytes, rivals.BLOCK_NBYTES)
-    rows = [Row(name, READS, target.nbytes, tuple(report.transfer_s for report in reports[1:]), f"{reports[-1].reads} reads")]
+    rows = [Row(name, TURN_READS, target.nbytes, tuple(report.transfer_s for report in reports[1:]), f"{reports[-1].reads} reads")]
     rows += [Row(name, what, flat if what == FLAT_COPY else target.nbytes, tuple(some)) for what, some in took.items()]
-    order = [WARM, AGAIN, READS, WITH_DIGESTS, EACH_CALL, ALL_CALL, EACH_COPY, FLAT_COPY]
+    order = [TURN, AGAIN, TURN_READS, WITH_DIGESTS, EACH_CALL, ALL_CALL, EACH_COPY, FLAT_COPY]
     return sorted(rows, key=lambda row: order.index(row.what)), steps, lines
 
 

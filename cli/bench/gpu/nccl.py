@@ -45,7 +45,7 @@ def exchange(rank: str, port: str, backend: str, rounds: str, tensor_set: str, s
     wanted = filled(layout, device)
     if rank == "0":
         click.echo("sends")  # before it waits for the other one
-    _join(rank, port, backend)
+    _join(rank, port, backend, device)
     if rank == "0":
         end: _End = _Sender(wanted, device)
     else:
@@ -58,9 +58,12 @@ def exchange(rank: str, port: str, backend: str, rounds: str, tensor_set: str, s
     sys.stdin.read()
 
 
-def _join(rank: str, port: str, backend: str) -> None:
+def _join(rank: str, port: str, backend: str, device: str) -> None:
     os.environ["NCCL_SOCKET_IFNAME"] = "lo"  # where the two find each other; what is sent goes from GPU to GPU
-    distributed.init_process_group(backend, init_method=f"tcp://{HOST}:{port}", rank=int(rank), world_size=2, timeout=_PATIENCE)
+    device_id = torch.device(device) if device.startswith("cuda") else None
+    distributed.init_process_group(
+        backend, init_method=f"tcp://{HOST}:{port}", rank=int(rank), world_size=2, timeout=_PATIENCE, device_id=device_id
+    )
 
 
 class _End:

@@ -142,23 +142,23 @@ def goals(rows: Sequence[Row], group: str = "mixed") -> list[Goal]:
     def ratio(over: str, under: str) -> float | None:
         return took[over] / took[under] if over in took and under in took else None
 
-    digest = ratio(WITH_DIGESTS, WARM)
+    digest = ratio(WITH_DIGESTS, TURN)
     return [
-        Goal("reads of load() to torch's copy, tensor by tensor", 0.9, True, ratio(EACH_COPY, READS)),
-        Goal("reads of load() to torch's copy of one block", 0.9, True, ratio(FLAT_COPY, READS)),
+        Goal("reads of load() to torch's copy, tensor by tensor", 0.9, True, ratio(EACH_COPY, TURN_READS)),
+        Goal("reads of load() to torch's copy of one block", 0.9, True, ratio(FLAT_COPY, TURN_READS)),
         Goal("reads of load() to NCCL, tensor by tensor", 4, True, ratio(EACH_NCCL, READS)),
         Goal("load() to NCCL, tensor by tensor", 4, True, ratio(EACH_NCCL, WARM)),
         Goal("load(), cold to warm", 2, False, ratio(COLD, WARM)),
         Goal("load() to its reads", 1.5, False, ratio(WARM, READS)),
-        Goal("load() into a Destination to its reads", 1.5, False, ratio(AGAIN, READS)),
+        Goal("load() into a Destination to its reads", 1.5, False, ratio(AGAIN, TURN_READS)),
         Goal("what digests add to load()", 0.15, False, None if digest is None else digest - 1),
     ]
 
 
-COLD, WARM, READS = "load(), cold", "load(), warm", "load(), warm: its reads"
-COLD_READS = "load(), cold: its reads"
-AGAIN = "load(), warm, into a Destination"
-WITH_DIGESTS = "load(), warm, digests"
+COLD, COLD_READS = "load(), cold", "load(), cold: its reads"
+WARM, READS = "load(), warm", "load(), warm: its reads"
+TURN, TURN_READS, WITH_DIGESTS = "load() in turns", "load() in turns: its reads", "load() in turns, digests"
+AGAIN = "load() in turns, into a Destination"
 EACH_COPY, FLAT_COPY = "torch copy, tensor by tensor", "torch copy, one block"
 EACH_CALL, ALL_CALL = "mooncake, a call a tensor", "mooncake, a call for 512"
 EACH_NCCL, ALL_NCCL = "NCCL, tensor by tensor", "NCCL, groups of 256"

@@ -32,6 +32,7 @@ from registry import Registry
 from registry.local import LocalEtcd
 
 PARTS = (*SETS, "nccl", "host", "failover", "fan-out", "reshard")
+_MANY = 10_000  # tensors, of which each look at all of them takes a second
 _HOST_SET = "mixed"  # the one that also comes from the host's memory and from a file
 
 
@@ -71,9 +72,9 @@ def gpus() -> Devices:
 
 
 def measure(
-    devices: Devices, only: Collection[str], scale: float, rounds: int, profiled: bool, say: Callable[[str], None]
-) -> Results:
-    results = Results()
+    results: Results, devices: Devices, only: Collection[str], scale: float, rounds: int, profiled: bool, say: Callable[[str], None]
+) -> None:
+    """Adds to the results as they come: what was measured before something failed is there."""
     parts = [part for part in PARTS if not only or part in only]
 
     def place(tensor_set: str, device: str) -> Place:
@@ -87,17 +88,18 @@ def measure(
     with LocalEtcd() as local, Registry.connect(local.endpoint) as registry:
         for name in (name for name in SETS if name in parts):
             src, dst = place(name, devices.sources[0]), place(name, devices.destinations[0])
+            some = rounds if len(src.layout) < _MANY else max(1, rounds // 2)
             say(f"the set {name}")
             with another_process(loads.MODULE, "serve", local.endpoint, name, *src.args):
-                add(loads.cold(local.endpoint, src, dst, rounds // 2 + 1 if name == "mixed" else 1))
-                rows, steps, lines = loads.in_this_process(registry, src, dst, rounds, profiled)
+                add(loads.cold_and_warm(local.endpoint, src, dst, rounds // 2 + 1 if name == "mixed" else 1, some))
+                rows, steps, lines = loads.in_this_process(registry, src, dst, some, profiled)
                 add(rows)
             results.steps |= {f"{name}, {verify}": took for verify, took in steps.items()}
             if lines:
                 results.functions[name] = lines
             _free()
             if "nccl" in parts:
-                add(nccl(src, dst, devices.backend, rounds))
+                add(nccl(src, dst, devices.backend, some))
             if "host" in parts and name == _HOST_SET:
                 add(rivals.from_host(dst, rounds))
                 _free()
@@ -118,7 +120,6 @@ def measure(
         why = f"not run: {devices.gpus} GPUs"
         missing = {"failover": "2 sources on 2 GPUs → 1 GPU", "fan-out": "1 source → 3 destinations on 3 GPUs"}
         results.rows += [Row(part, what, note=why) for part, what in missing.items() if part in parts]
-    return results
 
 
 def _free() -> None:
