@@ -43,10 +43,10 @@ def another_process(
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """One that runs `module.function(*args)` until the block ends (it sees the end of its standard input), and its first line.
 
-    `within`: the `command` of a Host, to run it there.
+    `within`: the `command` of a Host, to run it there, where Ctrl-C does not reach it.
     """
     command = call(module, function, *args)
-    with _process(within(*command) if within is not None else command) as process:
+    with _process(within(*command) if within is not None else command, start_new_session=within is not None) as process:
         yield process, _first_line(process, f"{module}.{function}")
 
 
@@ -61,12 +61,13 @@ def several_processes(
 
 
 @contextmanager
-def _process(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+def _process(command: Sequence[str], *, start_new_session: bool = False) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=start_new_session,
     )
     with process:
         try:
