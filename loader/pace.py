@@ -11,16 +11,19 @@ from loader.reads import Costs
 class Pace:
     """How much is in flight from one source, how often it is checked, and how long it may bring nothing.
 
-    `check_s` is how much reading is lost with a source that cannot be asked any more whether its weights had changed. `stall_s` is
-    for a source that others can stand in for; one that nobody can gets `patience_s`, in several tries; one that is loading itself
-    may have nothing new for `starve_s`. `costs` says when it pays to read more than is wanted; `hop_nbytes` is what could be read
-    while a chunk's coming is told to the next in a chain.
+    What takes longer than `slow_s` to come has too many beside it, and fewer are begun. `check_s` is how much reading is lost with
+    a source that cannot be asked any more whether its weights had changed. `stall_s` is for a source that others can stand in for;
+    one that nobody can gets `patience_s`, in several tries; one that is loading itself may have nothing new for `starve_s`. `costs`
+    says when it pays to read more than is wanted; `hop_nbytes` is what could be read while a chunk's coming is told to the next in
+    a chain.
     """
 
     chunk_nbytes: int
     depth: int  # chunks in flight, at most
-    begin: int = 2  # and to begin with
+    begin: int = 2  # to begin with
+    least: int = 1  # where they are slow
     check_s: float = 0.25
+    slow_s: float = 0.4
     stall_s: float = 1.5
     patience_s: float = 10.0
     starve_s: float = 3.0
@@ -33,7 +36,7 @@ class Pace:
 # chunks, and long ones: each costs Python some 10 µs, and so does each copy there; and nobody else on the way has to be spared.
 _PACES = {
     "tcp": Pace(4 << 20, 8),
-    "rdma": Pace(16 << 20, 8, hop_nbytes=1 << 30),
+    "rdma": Pace(16 << 20, 8, hop_nbytes=4 << 30),
     "nvlink_intra": Pace(
         64 << 20,
         128,
@@ -50,6 +53,7 @@ def pace_for(protocol: str) -> Pace:
 
 
 def pace_in_chain(pace: Pace, nbytes: int) -> Pace:
-    """For a load of so many bytes that passes on what it has: sooner, and in chunks that are a small part of it."""
+    """For a load of so many bytes that passes on what it has: sooner, in chunks that are a small part of it, and with little on its
+    way, as looks at the marks wait behind that."""
     chunk_nbytes = max(min(pace.chunk_nbytes, nbytes // 256), 256 << 10)
-    return replace(pace, chunk_nbytes=chunk_nbytes, depth=min(pace.depth, 16), begin=2, check_s=0.02)
+    return replace(pace, chunk_nbytes=chunk_nbytes, depth=min(pace.depth, 16), begin=2, least=2, check_s=0.02, slow_s=0.03)

@@ -79,7 +79,7 @@ class Search:
         firsts = self._best_first([records[0] for records in whole])
         instances = sorted(whole, key=lambda records: firsts.index(records[0]))
         if any(record.state is RankState.LOADING for record in alike):
-            some, at_once = self._in_chain(alike, every, me)
+            some, at_once = self._in_chain(alike, every.keys() - set(avoid), me)
             return Found(some, instances, at_once)
         return Found(self._best_first(alike), instances, self.max_sources)
 

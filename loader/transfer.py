@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 _SMALL_NBYTES = 64 << 10  # reads so small that the time is in their number: more of them may be in flight
 _SMALL_DEPTH = 64
-_SLOW_S = 0.4  # a chunk that took longer: have fewer of them in flight, so that none is long in coming
 _SETTLE_S = 0.25  # how long reads that nobody wants any more may take before their peer is dropped, which takes a second
 
 
@@ -254,8 +253,8 @@ class Transfer:
             self._left_nbytes -= chunk.nbytes
             pipe.moved_at, pipe.silent_since = now, None
             pipe.failures = 0
-            slow = now - flight.since > _SLOW_S
-            pipe.window = max(1, pipe.window // 2) if slow else min(pipe.window + 1, self._pace.depth)
+            slow = now - flight.since > self._pace.slow_s
+            pipe.window = max(self._pace.least, pipe.window // 2) if slow else min(pipe.window + 1, self._pace.depth)
             came += chunk.nbytes
         if came:
             metrics.READ_NBYTES.inc(amount=came)

@@ -32,6 +32,7 @@ from cli.output import print_json, print_table
 _RANK = "cli.bench.fanout_rank"
 _FRACTIONS = (0.25, 0.5, 0.75)
 _PAYLOAD = 1448 / 1514  # of what goes over a link: the rest are the headers of TCP, IP and Ethernet
+_IN_FLIGHT = 2  # chunks, in a chain over slow links: `loader.pace.pace_in_chain`
 _START_S, _NOTICE_S = 0.05, 0.1  # of the model: the two that are not known beforehand; docs/fanout.md says where they are from
 
 
@@ -39,11 +40,10 @@ _START_S, _NOTICE_S = 0.05, 0.1  # of the model: the two that are not known befo
 class Setting:
     nbytes: int  # of the weights
     mbit: float  # of each link, in either direction
-    in_flight: int  # chunks that a receiver asks for at once
 
     @property
     def fabric(self) -> Fabric:
-        return Fabric(self.mbit * 1e6 / 8 * _PAYLOAD, _START_S, _NOTICE_S, self.in_flight * chunk_nbytes(self.nbytes))
+        return Fabric(self.mbit * 1e6 / 8 * _PAYLOAD, _START_S, _NOTICE_S, _IN_FLIGHT * chunk_nbytes(self.nbytes))
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class Receiver:
     def __init__(self, host: Host, endpoint: str, setting: Setting) -> None:
         self.name = host.name
         self._host = host
-        sizes = str(setting.nbytes), str(setting.in_flight)
-        self._command = call(_RANK, "receive", endpoint, host.address, host.name, *sizes)
+        self._command = call(_RANK, "receive", endpoint, host.address, host.name, str(setting.nbytes))
         self._process: subprocess.Popen[str] | None = None
 
     def begin(self) -> None:

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ import torch
 
 from cli.options import engine_log
 from loader import MooncakeEngine, Pace, Progress, Publication, load, publish
+from loader.pace import pace_for
 from registry import ModelIdentity, Registry
 
 MODEL = ModelIdentity("fanout", "r1")
@@ -44,10 +46,10 @@ def seed(endpoint: str, address: str, nbytes: str) -> None:
         sys.stdin.read()
 
 
-def receive(endpoint: str, address: str, instance: str, nbytes: str, in_flight: str) -> None:
+def receive(endpoint: str, address: str, instance: str, nbytes: str) -> None:
     """Loads, one time after another. Of each it is told four things: to get ready, from whom, to tell its digest, to leave."""
     tensors = _room_for(int(nbytes))
-    pace = Pace(chunk_nbytes(int(nbytes)), int(in_flight))
+    pace = replace(pace_for("tcp"), chunk_nbytes=chunk_nbytes(int(nbytes)))
     with engine_log():
         for _ in sys.stdin:
             with Registry.connect(endpoint) as registry, MooncakeEngine(address) as engine:

@@ -15,8 +15,9 @@ from loader.sources import Found, Search
 from registry import InstanceState, InstanceStatus, ModelIdentity, Pull, RankRecord, RankState, Registry
 from registry.errors import EtcdRefused, InvalidField
 from registry.resolver import assess
+from registry.tickets import Reader
 from registry.waiting import Wanted
-from tests.builders import a_record
+from tests.builders import a_pull, a_record
 
 
 class Ready:
@@ -226,6 +227,16 @@ def test_one_that_is_loading_is_a_source_for_those_that_began_later_and_only_whe
     assert by_rank(root, first, pipelined=False) == ["root"]
     assert by_rank(root, loading("a", 2, version=7)) == ["root"]
     assert by_rank(root, first, avoid=[first.incarnation]) == ["root"]
+
+
+def test_one_that_is_to_be_avoided_does_not_count_as_a_reader_whatever_its_ticket_says() -> None:
+    root, first, second, mine = one("root"), loading("a", 2), loading("b", 3), loading("c", 4)
+    pulls = [
+        a_pull(incarnation=source.incarnation, reader=Reader.of(reader))
+        for source, reader in ((root, first), (first, second), (second, mine))
+    ]
+    assert by_rank(root, first, second, mine, me=mine.incarnation, pulls=pulls) == ["b", "…"]
+    assert by_rank(root, first, second, mine, me=mine.incarnation, pulls=pulls, avoid=[second.incarnation]) == ["a", "…"]
 
 
 def test_who_is_registered_no_more_reads_from_complete_ones_only() -> None:

@@ -334,12 +334,11 @@ def test_a_source_that_answers_checks_but_sends_nothing_is_given_up_too(bench: B
     assert not bench.reader._reads
 
 
-def test_a_slow_source_has_less_in_flight_but_is_not_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loader.transfer._SLOW_S", 0.01)
+def test_a_slow_source_has_less_in_flight_but_is_not_given_up(bench: Bench) -> None:
     reader = Counting()
     bench.read_with(reader)
     bench.source(delay_s=0.03)
-    bench.run(bench.transfer(replace(PACE, stall_s=5)))
+    bench.run(bench.transfer(replace(PACE, stall_s=5, slow_s=0.01)))
     assert reader.most == 2  # as at the beginning
 
 
