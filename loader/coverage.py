@@ -95,7 +95,8 @@ class _Powers:
         """Of `count` powers that are a step apart."""
         if (count, step) not in self._sums:
             one = pow(self._X, step, self.MODULUS)
-            self._sums[count, step] = (pow(one, count, self.MODULUS) - 1) * pow(one - 1, -1, self.MODULUS)
+            last = pow(one, count, self.MODULUS)
+            self._sums[count, step] = (last - 1) * pow(one - 1, -1, self.MODULUS) if step else count
         return self._sums[count, step]
 
 

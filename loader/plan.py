@@ -36,7 +36,7 @@ def plan(origins: Sequence[Origin], dst: Manifest, costs: Costs = _COSTS, *, par
 
     WeightsMismatch names every difference; it is raised before there is any plan.
     """
-    return Planner(dst, costs, partial).plan(origins)
+    return Planner(dst, costs, partial).make(origins)
 
 
 def differences(origins: Sequence[Origin], dst: Manifest, *, partial: bool = False) -> list[str]:
@@ -61,8 +61,15 @@ class Planner:
 
     @collector_paused
     def plan(self, origins: Sequence[Origin]) -> tuple[Span, ...]:
-        if (kept := self._kept(origins)) is not None:
-            return kept
+        """As `make`, unless it has been made."""
+        spans = self._kept(origins)
+        if spans is None:
+            spans = self.make(origins)
+            _PLANS.append(_Plan(list(origins), self._dst, self._costs, self._partial, spans))
+        return spans
+
+    @collector_paused
+    def make(self, origins: Sequence[Origin]) -> tuple[Span, ...]:
         filling = self._fill(origins)
         refuse(" and ".join(dict.fromkeys(origin.name for origin in origins)), filling.problems)
         regions = [origin.manifest.regions for origin in origins]
@@ -70,9 +77,7 @@ class Planner:
         spans = gather(coalesce(straight, regions, self._dst.regions), regions, self._costs)
         spans += [span for part in filling.parts if part.lines for span in cut_lines(part, self._costs)]
         check_coverage(spans, filling.tensors)
-        made = _Plan(list(origins), self._dst, self._costs, self._partial, tuple(spans))
-        _PLANS.append(made)
-        return made.spans
+        return tuple(spans)
 
     def _fill(self, origins: Sequence[Origin]) -> _Filling:
         if self._filling is None or not _alike(self._origins, origins):

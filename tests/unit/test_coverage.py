@@ -30,6 +30,7 @@ def staged(*lines: Lines, nbytes: int = 1 << 20) -> Span:
         pytest.param([span(0, 100, 7), span(8, 108, 8)], id="a gap"),
         pytest.param([span(0, 100, 16), span(0, 300, 1)], id="elsewhere as well"),
         pytest.param([staged(Lines(0, 100, 2, (4,), (4,), (4,)))], id="only every other run"),
+        pytest.param([staged(Lines(0, 100, 4, (4,), (4,), (0,)))], id="all runs to one place"),
         pytest.param([staged(*[Lines(0, 100, 2, (4,), (4,), (4,))] * 2)], id="the same runs twice, the others not"),
         pytest.param(
             [staged(Lines(0, 100, 2, (2, 2), (8, 4), (8, 4)), Lines(0, 102, 2, (2, 2), (8, 4), (4, 4)))],

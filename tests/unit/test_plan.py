@@ -411,14 +411,16 @@ def test_a_plan_is_made_once_for_the_same_ranks_and_the_same_memory_and_anew_for
     monkeypatch.setattr("loader.plan.check_coverage", lambda *_: made.append(1))
     src, moved = origin(an_entry(addr=1000)), origin(an_entry(addr=2000))
     here, there = a_manifest(an_entry(addr=5000)), a_manifest(an_entry(addr=6000))
-    first = plan([src], here)
-    assert plan([src], a_manifest(an_entry(addr=5000))) is first
+    first = Planner(here).plan([src])
+    assert Planner(a_manifest(an_entry(addr=5000))).plan([src]) is first
     assert Planner(here).differences([src]) == []
     assert len(made) == 1
-    assert {span.dst_addr for span in plan([src], there)} == {6000}
-    assert {span.srcs for span in plan([moved], here)} == {((0, 2000),)}
-    assert {span.srcs for span in plan([moved, src], here)} == {((0, 2000), (1, 1000))}
-    assert plan([src], here, partial=True) == plan([src], here, Costs(read_nbytes=1)) == plan([src], here)
+    assert {span.dst_addr for span in Planner(there).plan([src])} == {6000}
+    assert {span.srcs for span in Planner(here).plan([moved])} == {((0, 2000),)}
+    assert {span.srcs for span in Planner(here).plan([moved, src])} == {((0, 2000), (1, 1000))}
+    assert Planner(here, partial=True).plan([src]) == Planner(here, Costs(read_nbytes=1)).plan([src]) == Planner(here).plan([src])
     assert len(made) == 7  # of those that are kept there are few
+    assert plan([src], here) == first
+    assert len(made) == 8  # which keeps none
     with pytest.raises(WeightsMismatch):
-        plan([replace(src, own=False)], here)
+        Planner(here).plan([replace(src, own=False)])
