@@ -26,7 +26,7 @@ from rich.text import Text
 
 from cli.board import Board, Row
 from cli.flows import percent
-from cli.text import printable
+from cli.text import clock, printable
 from registry import Event, InstanceCleaned, Pull
 from registry.text import short
 
@@ -77,12 +77,12 @@ class Screen:
 
     def see(self, event: Event | InstanceCleaned, at: datetime) -> None:
         with self._lock:
-            self._board.see(event, _clock(at))
+            self._board.see(event, clock(at))
         self._wake.set()
 
     def note(self, text: str) -> None:
         with self._lock:
-            self._board.note(text, _clock(datetime.now().astimezone()))
+            self._board.note(text, clock(datetime.now().astimezone()))
         self._wake.set()
 
     def _draw(self) -> None:
@@ -113,7 +113,7 @@ class Screen:
         head = self._head()
         with self._lock:
             self._board.look(self._pulls.now(), time.monotonic())
-            head.insert(0, _cell(f"{_clock(datetime.now().astimezone())[:8]}  {self._board.summary()}", "bold"))
+            head.insert(0, _cell(f"{clock(datetime.now().astimezone())[:8]}  {self._board.summary()}", "bold"))
             news = list(self._board.news)[-min(_MAX_NEWS, max(1, height // 4)) :]
             rows = self._board.rows(max(1, height - len(head) - len(news) - 3))  # the table's heading, two empty lines
         body = [_table(rows, width)] if rows else [Text("no instance is registered")]
@@ -125,9 +125,7 @@ class Screen:
         self._away_since = (self._away_since or datetime.now().astimezone()) if away else None
         head = []
         if self._away_since is not None:
-            head.append(
-                _cell(f"etcd is away since {_clock(self._away_since)[:8]}, and this is how it was then: {away}", "bold red")
-            )
+            head.append(_cell(f"etcd is away since {clock(self._away_since)[:8]}, and this is how it was then: {away}", "bold red"))
         if unseen:
             head.append(_cell(f"who reads from whom is not known: {unseen}", "yellow"))
         return head
@@ -217,7 +215,3 @@ def _size() -> tuple[int, int]:
         if width and height:
             return width, height
     return 80, 24
-
-
-def _clock(at: datetime) -> str:
-    return f"{at:%H:%M:%S}.{at.microsecond // 1000:03d}"

@@ -135,6 +135,7 @@ def load(
             pace=pace,
             on_progress=progress or _ignore,
             cancel=cancel or threading.Event(),
+            arrivals=Arrivals(dst),
             replica=Republication(registry, engine, replica, rank, parts, dst, pace.chunk_nbytes) if replica is not None else None,
         ).run()
 
@@ -152,8 +153,8 @@ class _Load:
     on_progress: OnProgress
     cancel: threading.Event
     replica: Republication | None
-    arrivals: Arrivals | None = None  # of that version
-    version: int = 0
+    arrivals: Arrivals  # of that version
+    version: int | None = None  # that is being loaded
     shares: list[Share] = field(default_factory=list)  # of sources that were read from before, of that version
     avoid: set[str] = field(default_factory=set)  # incarnations that were lost
     given_up: list[str] = field(default_factory=list)  # why sources were, since the load last went on without some
@@ -221,7 +222,7 @@ class _Load:
     def _find(self) -> Found:
         found = self._look()
         first = next(iter(found.alike), None) or next((records[0] for records in found.instances), None)
-        if first is None or (self.arrivals is not None and self.version == first.version):
+        if first is None or self.version == first.version:
             return found
         self.version, self.shares = first.version, []
         self.arrivals = Arrivals(self.dst, self.pace.chunk_nbytes if self.replica else None)
@@ -244,7 +245,7 @@ class _Load:
             return Found([], [])
 
     def _once(self, found: Found, start: float, retries: int) -> LoadReport:
-        arrivals = self.arrivals or Arrivals(self.dst)
+        arrivals = self.arrivals
         with ExitStack() as undo:
             candidates = self._choose(found, undo)
             spans = self.planner.plan([candidate.origin for candidate in candidates])
@@ -355,7 +356,7 @@ class _Load:
                 self.avoid.add(candidate.record.incarnation)
                 self.given_up.append(metrics.reason_of(candidate.news) if candidate.news else "lost")
                 if candidate.was_evicted():  # what it brought does not count
-                    self.arrivals = None
+                    self.version = None
                 raise SourceLost(f"{candidate.record.key} was withdrawn or evicted meanwhile")
 
     def _with_what_came(self, exc: LoaderError, candidates: Sequence[Candidate], arrivals: Arrivals) -> LoaderError:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from loader import metrics
-from loader.arrivals import Blocks
 from loader.cuda import can_be_opened_by_others, to_register, wait_for
 from loader.digests import DigestCell, algorithm_for
 from loader.engine import Engine, offer
@@ -230,8 +229,7 @@ def open_publication(
     _check_can_be_served(engine, tensors)
     devices = devices_of(tensors)
     device = devices[0]
-    marks = len(Blocks(manifest.regions, manifest.block_nbytes)) if manifest.block_nbytes else 0
-    header = HeaderCell(device, marks)
+    header = HeaderCell(device, manifest.marks)
     table = DigestCell(tensors, device, algorithm_for(device)) if digests else None
     incarnation = new_incarnation()
     with ExitStack() as undo:

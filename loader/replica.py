@@ -6,6 +6,7 @@ import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -31,6 +32,12 @@ class Replica:
     ttl_s: float = 10.0
     on_state: OnState | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `publish` takes of it as it is, whatever the source."""
+        names = ("instance", "generation", "digests", "ttl_s", "on_state")
+        return {name: getattr(self, name) for name in names}
+
 
 def as_replica(publish: bool | str | Replica, source: Wanted) -> Replica | None:
     """`publish` may be the name of an instance; or True, for one whose name is that of the source with something added."""
@@ -55,12 +62,13 @@ class Republication:
         manifest: Manifest,
         block_nbytes: int,
     ) -> None:
-        if replica.rank is None and rank is None:
+        own = replica.rank if replica.rank is not None else rank
+        if own is None:
             raise InvalidField("which rank to publish as is not known: say it in the Replica", field="rank")
         self._registry = registry
         self._engine = engine
         self._replica = replica
-        self._rank = replica.rank if replica.rank is not None else rank
+        self._rank = own
         self._tensors = tensors
         self._manifest = replace(manifest, block_nbytes=block_nbytes)
         self._marked = 0
@@ -81,17 +89,13 @@ class Republication:
             self._engine,
             self._tensors,
             self._manifest,
-            instance=replica.instance,
-            rank=self._rank or 0,
+            rank=self._rank,
             world_size=replica.world_size or like.world_size,
             model=like.model,
             topology=like.topology if replica.topology is None and of_same_rank else replica.topology,
-            generation=replica.generation,
             version=like.version,
-            digests=replica.digests,
-            ttl_s=replica.ttl_s,
-            on_state=replica.on_state,
             state=RankState.LOADING,
+            **replica.options,
         )
         self._marked = 0
 

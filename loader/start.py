@@ -239,24 +239,19 @@ class Start:
 
     def _open(self, state: RankState) -> Publication | None:
         """None where etcd cannot be reached or refuses it: an engine can do its work all the same."""
-        replica = self.replica
         try:
             return open_publication(
                 self.registry,
                 self.engine,
                 self.destination.parts,
                 self.destination.manifest,
-                instance=replica.instance,
                 rank=self.rank,
-                world_size=replica.world_size or 0,
+                world_size=self.replica.world_size or 0,
                 model=self.model,
-                topology=replica.topology,
-                generation=replica.generation,
+                topology=self.replica.topology,
                 version=self.version,
-                digests=replica.digests,
-                ttl_s=replica.ttl_s,
-                on_state=replica.on_state,
                 state=state,
+                **self.replica.options,
             )
         except EtcdError as exc:
             self.unpublished = exc

@@ -26,8 +26,6 @@ from loader.reads import Span
 from registry.logs import fields
 
 log = logging.getLogger(__name__)
-
-
 _SMALL_NBYTES = 64 << 10  # reads so small that the time is in their number: more of them may be in flight
 _SMALL_DEPTH = 64
 _SETTLE_S = 0.25  # how long reads that nobody wants any more may take before their peer is dropped, which takes a second
@@ -172,8 +170,7 @@ class Transfer:
         waited = now - pipe.check_began
         if pipe.waits() and waited > pipe.poll_s:
             return True
-        idle = not pipe.in_flight and not pipe.has_next()
-        return bool(pipe.unchecked) and (waited > self._pace.check_s or idle)
+        return bool(pipe.unchecked) and (waited > self._pace.check_s or not (pipe.in_flight or pipe.has_next()))
 
     # -- checks --------------------------------------------------------------------------------------------------------------
 

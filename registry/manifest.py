@@ -77,13 +77,16 @@ class Manifest:
     regions: tuple[Region, ...]
     digests: DigestTable | None = None
     values: Mapping[str, Any] = field(default_factory=dict)  # JSON, by name: what a state dict holds besides tensors
-    block_nbytes: int = (
-        0  # of the regions: each such block has a mark behind the header, which says whether it can be read; 0: none
-    )
+    block_nbytes: int = 0  # each such block of the regions has a mark behind the header: whether it can be read; 0: none
 
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.tensors)
+
+    @property
+    def marks(self) -> int:
+        """How many there are: one for each block that is begun."""
+        return sum(-(-region.nbytes // self.block_nbytes) for region in self.regions) if self.block_nbytes else 0
 
 
 def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
@@ -173,9 +176,8 @@ def _check_places(manifest: Manifest) -> None:
         place = bisect.bisect_right(starts, entry.addr) - 1
         if entry.nbytes and (place < 0 or entry.addr + entry.nbytes > regions[place].end):
             raise ValueError(f"tensor {short(entry.name)!r} lies outside its regions: {entry.nbytes} bytes at {entry.addr:#x}")
-    marks = sum(-(-region.nbytes // manifest.block_nbytes) for region in regions) if manifest.block_nbytes else 0
-    if marks > MAX_MARKS:
-        raise ValueError(f"its blocks of {manifest.block_nbytes} bytes have {marks} marks, {MAX_MARKS} are the limit")
+    if manifest.marks > MAX_MARKS:
+        raise ValueError(f"its blocks of {manifest.block_nbytes} bytes have {manifest.marks} marks, {MAX_MARKS} are the limit")
     table = manifest.digests
     if table is not None and table.addr + DIGEST_NBYTES * len(manifest.tensors) > _END_OF_MEMORY:
         raise ValueError("the table of its digests reaches beyond what memory there is")

@@ -24,7 +24,7 @@ import click
 
 from cli.bench.fanout_model import Fabric, all_from_one, complete_then_chain, pipelined_chain
 from cli.bench.fanout_plot import svg
-from cli.bench.fanout_rank import SEED, chunk_nbytes
+from cli.bench.fanout_rank import SEED, chain_pace
 from cli.bench.figures import another_process, call, machine
 from cli.bench.hosts import Host, Network, etcd_on
 from cli.output import print_json, print_table
@@ -32,7 +32,6 @@ from cli.output import print_json, print_table
 _RANK = "cli.bench.fanout_rank"
 _FRACTIONS = (0.25, 0.5, 0.75)
 _PAYLOAD = 1448 / 1514  # of what goes over a link: the rest are the headers of TCP, IP and Ethernet
-_IN_FLIGHT = 2  # chunks, in a chain over slow links: `loader.pace.pace_in_chain`
 _START_S, _NOTICE_S = 0.05, 0.1  # of the model: the two that are not known beforehand; docs/fanout.md says where they are from
 
 
@@ -43,7 +42,8 @@ class Setting:
 
     @property
     def fabric(self) -> Fabric:
-        return Fabric(self.mbit * 1e6 / 8 * _PAYLOAD, _START_S, _NOTICE_S, _IN_FLIGHT * chunk_nbytes(self.nbytes))
+        pace = chain_pace(self.nbytes)
+        return Fabric(self.mbit * 1e6 / 8 * _PAYLOAD, _START_S, _NOTICE_S, pace.least * pace.chunk_nbytes)
 
 
 @dataclass(frozen=True)

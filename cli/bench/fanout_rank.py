@@ -19,7 +19,7 @@ import torch
 
 from cli.options import engine_log
 from loader import MooncakeEngine, Pace, Progress, Publication, load, publish
-from loader.pace import pace_for
+from loader.pace import pace_for, pace_in_chain
 from registry import ModelIdentity, Registry
 
 MODEL = ModelIdentity("fanout", "r1")
@@ -27,9 +27,9 @@ SEED = "seed"
 _TENSORS = 64
 
 
-def chunk_nbytes(nbytes: int) -> int:
-    """As small a part of the weights in each strategy as in a chain."""
-    return max(nbytes // 256, 256 << 10)
+def chain_pace(nbytes: int) -> Pace:
+    """What a load has that passes on what has come."""
+    return pace_in_chain(pace_for("tcp"), nbytes)
 
 
 def seed(endpoint: str, address: str, nbytes: str) -> None:
@@ -49,7 +49,7 @@ def seed(endpoint: str, address: str, nbytes: str) -> None:
 def receive(endpoint: str, address: str, instance: str, nbytes: str) -> None:
     """Loads, one time after another. Of each it is told four things: to get ready, from whom, to tell its digest, to leave."""
     tensors = _room_for(int(nbytes))
-    pace = replace(pace_for("tcp"), chunk_nbytes=chunk_nbytes(int(nbytes)))
+    pace = replace(pace_for("tcp"), chunk_nbytes=chain_pace(int(nbytes)).chunk_nbytes)  # as small a part in each strategy
     with engine_log():
         for _ in sys.stdin:
             with Registry.connect(endpoint) as registry, MooncakeEngine(address) as engine:

@@ -98,10 +98,6 @@ class Host:
         """By its link, headers of all layers included, since it was made."""
         return self._namespace.counters(_LINK)[8]
 
-    @property
-    def received_nbytes(self) -> int:
-        return self._namespace.counters(_LINK)[0]
-
     def _connect(self) -> None:
         self._switch.ip(
             f"link add name {self._port} type veth peer name {_LINK} netns {self._namespace.pid}\n"

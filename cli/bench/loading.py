@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.bench.figures import another_process, median_s, seconds
+from cli.bench.naive import naive_load
 from cli.children import python
 from cli.commands.demo import find_checkpoint
 from loader import InProcessEngine, LoadReport, MooncakeEngine, Progress, load, publish
@@ -33,13 +34,11 @@ from loader.digests import digests_of
 from loader.files import allocate_like, read_weights
 from loader.offers import Origin
 from loader.plan import plan
-from loader.regions import describe
 from registry import Manifest, ModelIdentity, Region, Registry, TensorEntry
 from registry.local import LocalEtcd
 
 MODEL = ModelIdentity("bench")
 HOST = "127.0.0.1"
-_NAIVE_BATCH = 512  # more at once makes Mooncake refuse the peer for good
 _SMALL, _SMALL_NBYTES = 20_000, 4096
 Results = dict[str, float]
 
@@ -170,28 +169,14 @@ def _destination(registry: Registry) -> dict[str, torch.Tensor]:
 
 def _against_naive(registry: Registry, rounds: int) -> Results:
     """Throughput and CPU of ours and of the naive way, taking turns."""
-    (record,) = registry.resolve("src", 60)
-    manifest = registry.manifest(record)
     tensors = _destination(registry)
-    here = describe(tensors)
-    addrs = {entry.name: entry.addr for entry in here.tensors}
-    reads = [(addrs[entry.name], entry.addr, entry.nbytes) for entry in manifest.tensors if entry.nbytes]
-    nbytes = sum(read[2] for read in reads)
     ours: list[tuple[float, float]] = []
     naive: list[tuple[float, float]] = []
     reports: list[LoadReport] = []
-    with MooncakeEngine(HOST) as engine, MooncakeEngine(HOST) as raw:
-        for region in here.regions:
-            raw.register(region)
-
-        def naive_read() -> None:
-            for start in range(0, len(reads), _NAIVE_BATCH):
-                dst, src, sizes = map(list, zip(*reads[start : start + _NAIVE_BATCH], strict=True))
-                if raw._engine.batch_transfer_sync_read(record.session_id, dst, src, sizes) != 0:
-                    raise click.ClickException("the naive read failed")
-
+    with MooncakeEngine(HOST) as engine, naive_load(registry, "src", tensors) as naive_way:
+        nbytes = naive_way.nbytes
         for number in range(rounds + 1):
-            took = _timed(naive_read), _timed(lambda: reports.append(load(registry, engine, "src", rank=0, tensors=tensors)))
+            took = _timed(naive_way.run), _timed(lambda: reports.append(load(registry, engine, "src", rank=0, tensors=tensors)))
             if number:  # the first round opens connections
                 naive.append(took[0])
                 ours.append(took[1])

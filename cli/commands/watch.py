@@ -17,6 +17,7 @@ from cli.metrics import metrics_options
 from cli.options import Seconds, etcd_options, json_option
 from cli.output import event_json, event_text, print_json
 from cli.signals import on_ending
+from cli.text import clock
 from registry import CleaningWatch, Registry, Watch
 from registry.watch_metrics import WatchMetrics
 
@@ -79,7 +80,7 @@ def command(
             elif as_json:
                 print_json(data)
             else:
-                click.echo(f"{now:%H:%M:%S}.{now.microsecond // 1000:03d}  {event_text(event)}")
+                click.echo(f"{clock(now)}  {event_text(event)}")
             if hooks:
                 hooks.run(data)
 

@@ -13,16 +13,22 @@ from tests.integration.conftest import Processes, line_of
 from tests.waiting import wait_until
 
 
-@pytest.fixture
-def chain(processes: Processes, registry: Registry) -> Iterator[list[subprocess.Popen[str]]]:
-    """Four replicas, which all wait for a line, and a source of 32 MiB."""
-    source = processes.start("-m", "tests.integration.source_process", "root", str(32 << 20))
+def started(processes: Processes, count: int, pause_s: float) -> tuple[subprocess.Popen[str], list[subprocess.Popen[str]]]:
+    """A source of 32 MiB, and replicas, which all wait for a line."""
+    nbytes = str(32 << 20)
+    source = processes.start("-m", "tests.integration.source_process", "root", nbytes)
     replicas = [
-        processes.start("-m", "tests.integration.replica_process", f"r{number}", str(32 << 20), "0.01") for number in range(4)
+        processes.start("-m", "tests.integration.replica_process", f"r{number}", nbytes, str(pause_s)) for number in range(count)
     ]
     assert line_of(source) == "version 0\n"
     for replica in replicas:
         assert line_of(replica) == "up\n"
+    return source, replicas
+
+
+@pytest.fixture
+def chain(processes: Processes, registry: Registry) -> Iterator[list[subprocess.Popen[str]]]:
+    _, replicas = started(processes, 4, 0.01)
     yield replicas
     for replica in replicas:
         replica.send_signal(signal.SIGCONT)
@@ -50,14 +56,10 @@ def test_whichever_member_of_a_chain_dies_all_others_finish(
 
 
 def test_a_herd_whose_source_ends_fails_in_time_and_says_so(processes: Processes, registry: Registry) -> None:
-    source = processes.start("-m", "tests.integration.source_process", "root", str(32 << 20))
-    replicas = [
-        processes.start("-m", "tests.integration.replica_process", f"r{number}", str(32 << 20), "0.02") for number in range(2)
-    ]
-    assert line_of(source) == "version 0\n"
-    for replica in replicas:
-        assert line_of(replica) == "up\n"
-        go(replica)
+    source, replicas = started(processes, 2, 0.02)
+    go(replicas[0])
+    wait_until(lambda: bool(registry.ranks("r0")))  # so that the other one reads from it
+    go(replicas[1])
     assert line_of(replicas[1]) == "half\n"
     source.kill()
     assert line_of(replicas[0]) == "half\n"

@@ -16,9 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from cli.bench.gpu.rows import ALL_CALL, EACH_CALL, EACH_COPY, FILE, FLAT_COPY, PINNED, Row, Target, in_turns
 from cli.bench.gpu.sets import Layout, allocate, filled
-from loader import MooncakeEngine
-from loader.errors import ReadFailed
-from loader.regions import describe
+from cli.bench.naive import naive_load
 from registry import Registry
 
 if TYPE_CHECKING:
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
 
 Action = Callable[[], float]
 BLOCK_NBYTES = 8 << 30
-_HOST = "127.0.0.1"
-_NAIVE_BATCH = 512  # more at once makes Mooncake refuse the peer for good
 
 
 # -- torch's copies --------------------------------------------------------------------------------------------------------------
@@ -57,23 +53,10 @@ def copies(src: Place, target: Target) -> Iterator[dict[str, Action]]:
 
 @contextmanager
 def naive(registry: Registry, instance: str, protocol: str, target: Target) -> Iterator[dict[str, Action]]:
-    (record,) = registry.resolve(instance, 60)
-    here = describe(target.tensors)
-    addrs = {entry.name: entry.addr for entry in here.tensors}
-    reads = [(addrs[entry.name], entry.addr, entry.nbytes) for entry in registry.manifest(record).tensors]
-    with MooncakeEngine(_HOST, protocol) as raw:
-        for region in here.regions:
-            raw.register(region)
-
-        def read(batch: int) -> None:
-            for start in range(0, len(reads), batch):
-                dst, src, sizes = map(list, zip(*reads[start : start + batch], strict=True))
-                if raw._engine.batch_transfer_sync_read(record.session_id, dst, src, sizes) != 0:
-                    raise ReadFailed(f"a naive read from {record.session_id} failed: nothing can be compared with")
-
+    with naive_load(registry, instance, target.tensors, protocol) as load:
         yield {
-            EACH_CALL: lambda: target.time(EACH_CALL, lambda: read(1))[0],
-            ALL_CALL: lambda: target.time(ALL_CALL, lambda: read(_NAIVE_BATCH))[0],
+            EACH_CALL: lambda: target.time(EACH_CALL, lambda: load.run(1))[0],
+            ALL_CALL: lambda: target.time(ALL_CALL, load.run)[0],
         }
 
 
