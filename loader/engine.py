@@ -61,9 +61,11 @@ class Engine(Protocol):
         After either answer the number is void, and asking again a KeyError.
         """
 
-    def abandon(self, peer: str) -> None:
-        """Ends every read from that peer that is not over, and a `connect` that hangs. When this returns none of them writes any
-        more. Where there is nothing to end, the contact stays."""
+    def abandon(self, peer: str) -> bool:
+        """Ends every read from that peer that is not over, and a `connect` that hangs. Never waits long.
+
+        True: none of them writes any more. False: some still may; ask again. Where there is nothing to end, the contact stays.
+        """
 
     def close(self) -> None:
         """Ends the engine with all its registrations; any number of times."""

@@ -10,6 +10,7 @@ LoaderError
 ├── SourceUnreachable    there are sources, but none that this engine can read: says why for each
 ├── VersionUnavailable   the version that was asked for is not served (any more)
 ├── SourceLost           every source went away before all was read and checked
+│   ├── SourceEvicted    somebody ended the source's registration: nothing that it brought counts
 │   └── Stalled          the last one is there, but nothing has come from it for too long
 ├── DigestMismatch       tensors are not what their source says they are
 ├── DigestsMissing       digests were asked for, but the source offers none
@@ -66,6 +67,10 @@ class VersionUnavailable(LoaderError):
 
 
 class SourceLost(LoaderError):
+    pass
+
+
+class SourceEvicted(SourceLost):
     pass
 
 

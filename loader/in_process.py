@@ -130,12 +130,13 @@ class InProcessEngine:
             if not read.failed:
                 ctypes.memmove(op.dst_addr, op.src_addr, op.nbytes)
 
-    def abandon(self, peer: str) -> None:
+    def abandon(self, peer: str) -> bool:
         with self._lock:
             for read in self._reads.values():
                 if read.peer == peer and not read.over:
                     read.over = read.failed = True
                     self._connected.discard(peer)
+        return True
 
     def pause(self) -> None:
         """From now on this engine answers nobody, like a process that is stopped."""

@@ -262,7 +262,7 @@ class _Load:
                 lambda progress: self._tell(progress, ahead, candidates),
                 self.cancel,
                 self._stage(missing, undo),
-                lambda checked: self._arrived(arrivals, checked, check),
+                lambda _, checked: self._arrived(arrivals, checked, check),
             )
             transfer_start = time.monotonic()
             try:

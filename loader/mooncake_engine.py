@@ -178,13 +178,14 @@ class MooncakeEngine:
             raise self._failed(reader.session_id)
         return True
 
-    def abandon(self, peer: str) -> None:
+    def abandon(self, peer: str) -> bool:
         with self._lock:
             reader = self._readers.get(peer)
             if reader is None or not reader.busy:
-                return
+                return True
             del self._readers[peer]
         reader.close()
+        return True
 
     def close(self) -> None:
         with self._lock:

@@ -78,6 +78,8 @@ class Pipe:
     poll_s: float = _POLL_S[0]
     fed_at: float | None = None  # when there was last something to read, or something new
     leave_by: float = 0.0  # once it is dropped: when what is still in flight is ended
+    drained_by: float = 0.0  # and when it must have ended
+    unsure: bool = False  # reads may be in flight that are not listed above
 
     def src_addr(self, chunk: Span) -> int:
         return next(addr for number, addr in chunk.srcs if number == self.number)

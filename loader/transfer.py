@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 from loader import metrics
 from loader.boxes import Lines
+from loader.clock import Clock, SystemClock
 from loader.engine import Engine, session_of
-from loader.errors import Cancelled, LoaderError, ReadFailed, SourceLost, Stalled, TornRead
+from loader.errors import Cancelled, EngineFailed, LoaderError, ReadFailed, SourceEvicted, SourceLost, Stalled, TornRead
 from loader.pace import Pace
 from loader.pipe import Flight, Pipe, Share, Source
 from loader.plan import ReadOp
@@ -29,6 +28,9 @@ log = logging.getLogger(__name__)
 _SMALL_NBYTES = 64 << 10  # reads so small that the time is in their number: more of them may be in flight
 _SMALL_DEPTH = 64
 _SETTLE_S = 0.25  # how long reads that nobody wants any more may take before their peer is dropped, which takes a second
+_ASK_AGAIN_S = 0.05  # between two tries to end reads that the engine cannot end at once
+_DRAIN_S = 60.0  # how long such reads may keep a load waiting for the memory that they write to
+_HAND_BACK_S = 5.0  # and how long they may keep the caller waiting once the load is over
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Stage(Protocol):
 
 
 class Transfer:
-    """One use: `run`."""
+    """One use: `run`, which is `step` and `nap` until all has come, and then `settle`."""
 
     def __init__(
         self,
@@ -66,11 +68,15 @@ class Transfer:
         on_progress: OnProgress,
         cancel: threading.Event | None = None,
         stage: Stage | None = None,
-        on_checked: Callable[[Sequence[Span]], None] = lambda _: None,
+        on_checked: Callable[[int, Sequence[Span]], None] = lambda number, spans: None,
+        clock: Clock | None = None,
     ) -> None:
-        """`stage` is needed for spans that are not read straight to their places. `on_checked` is told what has come and is known
-        to be of the version that was resolved."""
+        """`stage` is needed for spans that are not read straight to their places.
+
+        `on_checked` gets the number of a source, and spans that have come from it and hold the content that was resolved.
+        """
         self._engine = engine
+        self._clock = clock or SystemClock()
         self._pace = pace
         self._on_progress = on_progress
         self._cancel = cancel or threading.Event()
@@ -88,6 +94,9 @@ class Transfer:
         self._active = list(self._pipes)
         self._leaving: list[Pipe] = []  # dropped, with something in flight
         self._on_checked = on_checked
+        self._moved = 0  # sources that something has come of since the last nap
+        self._nap_s = pace.nap_s[0]
+        self._idle_s = 0.0  # in naps, so that a process that was stopped does not take that for its sources' silence
 
     def _pipe(self, number: int, source: Source) -> Pipe:
         holding = sorted((holders for holders in self._queues if number in holders), key=len)
@@ -97,35 +106,55 @@ class Transfer:
         return self._queues.setdefault(_holders(chunk), deque())
 
     def run(self) -> None:
-        """Raises SourceLost, Stalled or TornRead where no source is left, and Cancelled."""
-        in_order = False
+        """Raises SourceLost, SourceEvicted, Stalled or TornRead where no source is left, and Cancelled.
+
+        EngineFailed where reads can still write to the caller's memory, because the engine could not end them in time.
+        """
+        interrupted = True
         try:
-            self._read_all()
-            in_order = True
+            while not self.step():
+                self.nap()
+            interrupted = False
         except LoaderError:
-            in_order = True
+            interrupted = False
             raise
         finally:
-            self._settle()
-            if not in_order:  # an interrupt may have kept from us that a read has begun
-                for pipe in self._pipes:
-                    self._engine.abandon(pipe.source.peer)
+            self.settle(interrupted)
 
-    def _read_all(self) -> None:
+    def step(self) -> bool:
+        """One look at every source; whether all has come."""
+        if self._cancel.is_set():
+            raise Cancelled("the load was cancelled")
+        for pipe in list(self._active):
+            self._drive(pipe, self._clock.now())
+        self._see_off()
+        if self._finished():
+            return True
+        if len(self._active) < len(self._pipes) and self._something_is_lost():
+            raise self._why()
+        return False
+
+    def nap(self) -> None:
+        """A short one where something may have come; longer ones while nothing happens."""
         least_s, most_s = self._pace.nap_s
-        nap_s = least_s
-        while True:
-            if self._cancel.is_set():
-                raise Cancelled("the load was cancelled")
-            moved = [self._drive(pipe, time.monotonic()) for pipe in list(self._active)]
-            self._see_off()
-            if self._finished():
-                return
-            if len(self._active) < len(self._pipes) and self._something_is_lost():
-                raise self._why()
-            nap_s = least_s if any(moved) else min(2 * nap_s, most_s)
-            if not all(moved):
-                time.sleep(nap_s)
+        moved, self._moved = self._moved, 0
+        self._nap_s = least_s if moved else min(2 * self._nap_s, most_s)
+        self._idle_s = 0.0 if moved else self._idle_s + self._nap_s
+        if moved < len(self._active):
+            self._check_accounts()
+            self._clock.sleep(self._nap_s)
+
+    def _check_accounts(self) -> None:
+        """A transfer whose books do not balance would wait for ever: it raises instead."""
+        left = sum(self._left.values())
+        queued = sum(len(queue) for queue in self._queues.values())
+        found = queued + sum(len(pipe.in_flight) + len(pipe.unchecked) + len(pipe.in_check) for pipe in self._pipes)
+        if left != found:
+            raise LoaderError(f"a transfer expects {left} more chunks, and has a place for {found}: load again, and report this")
+        if self._idle_s > 3 * max(self._pace.patience_s, self._pace.stall_s, self._pace.starve_s, _DRAIN_S):
+            raise LoaderError(
+                f"nothing happens in a transfer that lacks {left} chunks, of which {queued} are queued: load again, and report this"
+            )
 
     def _finished(self) -> bool:
         """All has come, from sources that were afterwards still what they had been."""
@@ -136,26 +165,27 @@ class Transfer:
         active = {pipe.number for pipe in self._active}
         return not active or any(left and active.isdisjoint(holders) for holders, left in self._left.items())
 
-    def _drive(self, pipe: Pipe, now: float) -> bool:
-        """One look at one source; whether anything has come of it."""
+    def _drive(self, pipe: Pipe, now: float) -> None:
+        """One look at one source."""
         error = pipe.source.lost()
         if error is not None:
             self._drop(pipe, error)
-            return True
+            return
         if pipe.check is not None:
             self._look_at_check(pipe, now)
         elif not pipe.open or self._check_is_due(pipe, now):
             self._begin_check(pipe, now)
-        came = self._collect(pipe, now)
+        if pipe not in self._active:  # its check has failed: `_see_off` takes care of what it has in flight
+            return
+        self._collect(pipe, now)
         if pipe.failure is not None and not pipe.in_flight:
             self._read_failed(pipe, pipe.failure)
         elif pipe.in_flight and now - pipe.moved_at > self._pace.stall_s:
             self._stalled(pipe, now)
-        elif pipe.open and pipe.failure is None and pipe in self._active:
+        elif pipe.open and pipe.failure is None:
             self._fill(pipe, now)
             if pipe.source.stock is not None:
                 self._see_to_its_stock(pipe, now)
-        return came
 
     def _see_to_its_stock(self, pipe: Pipe, now: float) -> None:
         """One that is loading itself is left where others would be quicker: somewhere there is a complete one."""
@@ -177,7 +207,7 @@ class Transfer:
     def _begin_check(self, pipe: Pipe, now: float) -> None:
         pipe.check_began = now
         pipe.in_check, pipe.unchecked = pipe.unchecked, []
-        pipe.check = _in_background(pipe.source.check, f"check of {pipe.source.name}")
+        pipe.check = self._clock.start(pipe.source.check, f"check of {pipe.source.name}")
 
     def _look_at_check(self, pipe: Pipe, now: float) -> None:
         if pipe.check is None or not pipe.check.done():
@@ -186,9 +216,11 @@ class Transfer:
             return
         error = pipe.check.exception()
         pipe.check = None
+        self._idle_s = 0.0
         if error is None:
             pipe.open = True
-            self._on_checked(pipe.in_check)
+            if pipe.in_check:
+                self._on_checked(pipe.number, pipe.in_check)
             for chunk in pipe.in_check:
                 self._left[_holders(chunk)] -= 1
             pipe.in_check = []
@@ -230,7 +262,7 @@ class Transfer:
         if staged is not None and self._stage is not None:
             self._stage.give_back(staged)
 
-    def _collect(self, pipe: Pipe, now: float) -> bool:
+    def _collect(self, pipe: Pipe, now: float) -> None:
         came = 0
         for number, flight in list(pipe.in_flight.items()):
             try:
@@ -254,9 +286,9 @@ class Transfer:
             pipe.window = max(self._pace.least, pipe.window // 2) if slow else min(pipe.window + 1, self._pace.depth)
             came += chunk.nbytes
         if came:
+            self._moved += 1
             metrics.READ_NBYTES.inc(amount=came)
             self._tell()
-        return came > 0
 
     def _again(self, pipe: Pipe, number: int) -> None:
         """What that read was to bring has to be read anew; the read is over."""
@@ -285,6 +317,7 @@ class Transfer:
 
     def _stalled(self, pipe: Pipe, now: float) -> None:
         self._end_reads(pipe)
+        pipe.moved_at = now  # what the engine cannot end goes on, and is looked at again after another `stall_s`
         if pipe.silent_since is None:
             pipe.silent_since = now - self._pace.stall_s
         silent_s = now - pipe.silent_since
@@ -311,13 +344,16 @@ class Transfer:
         pipe.in_check = []
 
     def _drop(self, pipe: Pipe, error: LoaderError) -> None:
-        """Goes on without the source. What it brought and nobody has checked is read again, from others."""
-        if pipe not in self._active:
-            return
+        """Goes on without the source. What it brought and nobody has checked is read again, from others.
+
+        Nothing that an evicted source brought counts, and what was checked is in the caller's books: so that ends the transfer.
+        """
         self._active.remove(pipe)
-        self._leaving.append(pipe)
-        pipe.leave_by = time.monotonic() + _SETTLE_S
+        self._leave(pipe)
+        self._moved += 1
         pipe.share.error = error
+        if isinstance(error, SourceEvicted) and pipe.share.nbytes:
+            raise error
         again = pipe.unchecked + pipe.in_check
         pipe.unchecked, pipe.in_check = [], []
         self._put_back(again)
@@ -335,18 +371,32 @@ class Transfer:
 
     # -- nothing stays in flight -----------------------------------------------------------------------------------------------
 
+    def _leave(self, pipe: Pipe, settle_s: float = _SETTLE_S) -> None:
+        """Its reads may end by themselves for so long."""
+        self._leaving.append(pipe)
+        pipe.leave_by = self._clock.now() + settle_s
+        pipe.drained_by = pipe.leave_by + _DRAIN_S
+
     def _see_off(self) -> None:
-        """What a dropped source still has in flight ends by itself as a rule; what does not is ended. Then others may read it."""
+        """What a dropped source has in flight ends by itself as a rule; what does not is ended. Then others may read it."""
         for pipe in list(self._leaving):
-            for number in list(pipe.in_flight):
-                if self._is_over(number):
-                    self._again(pipe, number)
-            hangs = pipe.check is not None and not pipe.check.done()
-            if not (pipe.in_flight or hangs):
+            if self._has_left(pipe):
                 self._leaving.remove(pipe)
-            elif time.monotonic() > pipe.leave_by:
-                self._end_reads(pipe)
-                self._leaving.remove(pipe)
+            elif self._clock.now() > pipe.drained_by:
+                raise _not_ended([pipe])
+
+    def _has_left(self, pipe: Pipe) -> bool:
+        """Nothing of it writes to our memory any more."""
+        for number in list(pipe.in_flight):
+            if self._is_over(number):
+                self._again(pipe, number)
+        hangs = pipe.check is not None and not pipe.check.done()
+        if not (pipe.in_flight or hangs or pipe.unsure):
+            return True
+        if self._clock.now() <= pipe.leave_by:
+            return False
+        pipe.leave_by = self._clock.now() + _ASK_AGAIN_S
+        return self._end_reads(pipe)
 
     def _is_over(self, number: int) -> bool:
         try:
@@ -354,21 +404,45 @@ class Transfer:
         except (ReadFailed, KeyError):  # an interrupt may have kept from us that it was over before
             return True
 
-    def _end_reads(self, pipe: Pipe) -> None:
-        self._engine.abandon(pipe.source.peer)
+    def _end_reads(self, pipe: Pipe) -> bool:
+        """Whether they have all ended. Those that the engine cannot end at once go on, and what they bring stays theirs."""
+        if not self._engine.abandon(pipe.source.peer):
+            return False
         metrics.ABANDONED_READS.inc(amount=len(pipe.in_flight))
         for number in list(pipe.in_flight):
             self._is_over(number)  # it is: this is how the engine may forget the number
             self._again(pipe, number)
+        pipe.unsure = False
+        return True
 
-    def _settle(self) -> None:
-        """Before the caller has its memory back: waits a moment for what is in flight, and ends the rest."""
-        self._leaving = [pipe for pipe in self._pipes if pipe.in_flight or pipe.check is not None]
-        for pipe in self._leaving:
-            pipe.leave_by = time.monotonic() + _SETTLE_S
-        while self._leaving:
-            self._see_off()
-            time.sleep(self._pace.nap_s[1])
+    def settle(self, interrupted: bool) -> None:
+        """Before the caller has its memory back: waits a moment for what is in flight, and ends the rest, of every source.
+
+        Whatever is raised meanwhile, another interrupt included, is raised when that is done.
+        """
+        self._leaving = []
+        for pipe in self._pipes:
+            pipe.share.nbytes -= sum(chunk.nbytes for chunk in pipe.unchecked + pipe.in_check)  # nobody has checked it, nor will
+            pipe.unchecked, pipe.in_check = [], []
+            pipe.unsure = interrupted  # an interrupt may have kept from us that a read has begun
+            if interrupted or pipe.in_flight or pipe.check is not None:
+                self._leave(pipe, 0.0 if interrupted else _SETTLE_S)
+        give_up = self._clock.now() + _SETTLE_S + _HAND_BACK_S
+        raised: BaseException | None = None
+        while self._leaving and self._clock.now() <= give_up:
+            try:
+                for pipe in list(self._leaving):
+                    if self._has_left(pipe):
+                        self._leaving.remove(pipe)
+                if self._leaving:
+                    self._clock.sleep(self._pace.nap_s[1])
+            except BaseException as exc:  # noqa: BLE001  raised below
+                if raised is None or not isinstance(exc, Exception):
+                    raised = exc
+        if self._leaving:
+            raise _not_ended(self._leaving) from raised
+        if raised is not None:
+            raise raised
 
     def _why(self) -> LoaderError:
         errors = [share.error for share in self.shares if share.error is not None]
@@ -382,16 +456,9 @@ def _holders(chunk: Span) -> tuple[int, ...]:
     return tuple([number for number, _ in chunk.srcs])
 
 
-def _in_background(work: Callable[[], None], name: str) -> Future[None]:
-    """In a daemon thread: one that hangs must not keep the process from ending, as those of an executor do."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-            future.set_result(None)
-        except BaseException as exc:  # noqa: BLE001  handed on to who asks the future
-            future.set_exception(exc)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future
+def _not_ended(pipes: Sequence[Pipe]) -> EngineFailed:
+    return EngineFailed(
+        f"reads from {' and '.join(session_of(pipe.source.peer) for pipe in pipes)} have not ended: the memory that they write to "
+        "must not be used again before this process ends",
+        unsettled=[pipe.source.name for pipe in pipes],
+    )

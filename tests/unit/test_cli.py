@@ -134,7 +134,15 @@ def test_every_name_in_the_table_of_exit_codes_is_an_error_of_ours(name: str) ->
         ),
         (
             Exit.INSTANCE,
-            {"InstanceNotFound", "InstanceIncomplete", "SourceLost", "Stalled", "SourceUnreachable", "VersionUnavailable"},
+            {
+                "InstanceNotFound",
+                "InstanceIncomplete",
+                "SourceLost",
+                "SourceEvicted",
+                "Stalled",
+                "SourceUnreachable",
+                "VersionUnavailable",
+            },
         ),
         (Exit.WEIGHTS, {"WeightsMismatch", "TornRead", "DigestMismatch", "DigestsMissing"}),
     ],

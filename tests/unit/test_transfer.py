@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loader import InProcessEngine, Pace, Progress
 from loader.boxes import Lines
-from loader.errors import Cancelled, EngineFailed, LoaderError, ReadFailed, SourceLost, Stalled, TornRead
+from loader.errors import Cancelled, EngineFailed, LoaderError, ReadFailed, SourceEvicted, SourceLost, Stalled, TornRead
 from loader.pace import pace_for
 from loader.pipe import Source, Stock
 from loader.plan import ReadOp
@@ -89,6 +89,9 @@ class Bench:
         self.sources.append(Source(f"source {len(self.sources)}", engine.session_id, contact_and_check, lost))
         return engine
 
+    def see(self, _: int, spans: Sequence[Span]) -> None:
+        self.checked.extend(spans)
+
     def read_with(self, reader: InProcessEngine) -> None:
         self.reader = self._stack.enter_context(reader)
 
@@ -103,7 +106,7 @@ class Bench:
             for at in range(0, NBYTES, piece)
         ]
         return Transfer(
-            self.reader, spans, self.sources, pace, on_progress or self.progress.append, self.cancel, on_checked=self.checked.extend
+            self.reader, spans, self.sources, pace, on_progress or self.progress.append, self.cancel, on_checked=self.see
         )
 
     def staging(self, buffers: Buffers, pace: Pace = PACE, holders: Callable[[int], Sequence[int]] | None = None) -> Transfer:
@@ -120,7 +123,7 @@ class Bench:
             half = PIECE // 2
             even = Lines(0, addr, RUN, (half // RUN,), (2 * RUN,), (RUN,))
             spans.append(Span(0, PIECE, srcs, (even, even.at(RUN, half))) if at % 2 else Span(addr, PIECE, srcs))
-        return Transfer(self.reader, spans, self.sources, pace, self.progress.append, self.cancel, buffers, self.checked.extend)
+        return Transfer(self.reader, spans, self.sources, pace, self.progress.append, self.cancel, buffers, self.see)
 
     def run_staging(self, transfer: Transfer, buffers: Buffers) -> None:
         """The sources hold `MIXED`."""
@@ -420,6 +423,139 @@ def test_when_none_is_left_the_error_tells_what_became_of_each(bench: Bench, err
     assert all(f"source {number}: {error}" in str(caught.value) for number, error in enumerate(errors))
 
 
+def test_nothing_that_an_evicted_source_brought_counts_even_where_another_is_left(bench: Bench) -> None:
+    news: list[LoaderError] = []
+    bench.source(os.urandom(NBYTES), lost=lambda: news[0] if news else None)
+    bench.source(delay_s=0.01)
+
+    def evict(_: Progress) -> None:
+        if bench.checked and not news:
+            news.append(SourceEvicted("evicted"))
+
+    transfer = bench.transfer(replace(PACE, check_s=0.0), evict)
+    with pytest.raises(SourceEvicted):
+        transfer.run()
+    assert transfer.shares[0].error is news[0]
+    bench.assert_nothing_is_in_flight()
+
+
+def test_an_evicted_source_that_has_brought_nothing_is_done_without(bench: Bench) -> None:
+    bench.source(lost=lambda: SourceEvicted("evicted"))
+    bench.source()
+    bench.run(bench.transfer())
+
+
+class Stubborn(InProcessEngine):
+    """Is in contact with a stopped peer, and cannot end what it reads from there before it has been asked so often."""
+
+    def __init__(self, peer: str, refusals: int) -> None:
+        super().__init__()
+        self.peer = peer
+        self.refusals = refusals
+        self._connected.add(peer)
+
+    def connect(self, peer: str) -> None:
+        if peer != self.peer:
+            super().connect(peer)
+
+    def abandon(self, peer: str) -> bool:
+        if peer == self.peer and self.refusals:
+            self.refusals -= 1
+            return False
+        return super().abandon(peer)
+
+
+def test_reads_that_cannot_be_ended_do_not_keep_another_source_from_bringing_the_rest(bench: Bench) -> None:
+    stopped = bench.source()
+    bench.source()
+    stopped.pause()
+    reader = Stubborn(stopped.session_id, 5)
+    bench.read_with(reader)
+    transfer = bench.transfer()
+    bench.run(transfer)
+    assert isinstance(transfer.shares[0].error, Stalled)
+    assert reader.refusals == 0
+    before_the_end = [one.total_nbytes - one.nbytes for one in bench.progress[:-2]]
+    assert before_the_end[-1] == 2 * CHUNK  # all but what the stopped one had been asked for
+
+
+def test_memory_that_a_read_may_still_write_to_is_not_handed_back_silently(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loader.transfer._HAND_BACK_S", 0.1)
+    stopped = bench.source()
+    bench.source()
+    stopped.pause()
+    reader = Stubborn(stopped.session_id, 10**6)
+    bench.read_with(reader)
+    with pytest.raises(EngineFailed, match="must not be used again") as caught:
+        bench.transfer(on_progress=lambda _: bench.cancel.set()).run()
+    assert caught.value.details["unsettled"] == ["source 0"]
+    assert {read.peer for read in reader._reads.values()} == {stopped.session_id}  # the other source's have ended
+
+
+def test_an_engine_that_fails_to_end_reads_of_one_source_ends_those_of_the_others(bench: Bench) -> None:
+    bench.source(delay_s=0.01)
+    bench.source(delay_s=0.01)
+
+    class Broken(InProcessEngine):
+        broken = True
+
+        def abandon(self, peer: str) -> bool:
+            if peer == bench.sources[0].peer and self.broken:
+                Broken.broken = False
+                raise EngineFailed("for once")
+            return super().abandon(peer)
+
+    bench.read_with(Broken())
+
+    def interrupt(_: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(EngineFailed, match="for once"):
+        bench.transfer(on_progress=interrupt).run()
+    bench.assert_nothing_is_in_flight()
+
+
+def test_a_second_interrupt_does_not_leave_reads_in_flight(bench: Bench) -> None:
+    bench.source(delay_s=0.01)
+    left = [KeyboardInterrupt(), KeyboardInterrupt(), KeyboardInterrupt()]
+
+    class Interrupting(InProcessEngine):
+        def abandon(self, peer: str) -> bool:
+            if left:
+                raise left.pop()
+            return super().abandon(peer)
+
+    bench.read_with(Interrupting())
+
+    def interrupt(_: Progress) -> None:
+        raise left.pop()
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.transfer(on_progress=interrupt).run()
+    assert not left
+    bench.assert_nothing_is_in_flight()
+
+
+def test_a_check_that_fails_while_reads_have_come_does_not_lose_them(bench: Bench) -> None:
+    """They are neither the lost source's any more nor forgotten: else the transfer would wait for them for ever."""
+    for _ in range(2):
+        bench.source()
+    answers = iter([None, ReadFailed("once"), ReadFailed("twice")])
+
+    def check() -> None:
+        if (answer := next(answers, None)) is not None:
+            raise answer
+
+    contact = bench.sources[0].check
+
+    def contact_and_check() -> None:
+        contact()
+        check()
+
+    bench.sources[0].check = contact_and_check
+    bench.run(bench.transfer(replace(PACE, check_s=0.0)))
+
+
 # -- what only some of them hold -------------------------------------------------------------------------------------------------
 
 
@@ -434,7 +570,7 @@ def halves(bench: Bench) -> list[Span]:
 def test_each_part_comes_from_who_holds_it(bench: Bench) -> None:
     bench.source(ALWAYS[: NBYTES // 2], delay_s=0.002)
     bench.source(bytes(NBYTES // 2) + ALWAYS[NBYTES // 2 :])
-    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append, on_checked=bench.checked.extend)
+    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append, on_checked=bench.see)
     bench.run(transfer)
     assert [share.nbytes for share in transfer.shares] == [NBYTES // 2] * 2
 
@@ -463,7 +599,7 @@ def test_the_loss_of_the_only_holder_of_a_part_ends_the_transfer_although_others
     bench.source(delay_s=0.001)
     bench.source(delay_s=0.001)
     bench.read_with(Interrupted(bench.engines[1].close, at=3))
-    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append, on_checked=bench.checked.extend)
+    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append, on_checked=bench.see)
     with pytest.raises(SourceLost, match="cannot read from"):
         transfer.run()
     assert transfer.shares[0].error is None
@@ -492,7 +628,7 @@ def test_the_loss_of_a_source_all_of_whose_part_has_come_and_been_checked_is_non
     transfer: Transfer | None = None
     bench.read_with(Evicting())
     transfer = Transfer(
-        bench.reader, halves(bench), bench.sources, replace(PACE, stall_s=5), bench.progress.append, on_checked=bench.checked.extend
+        bench.reader, halves(bench), bench.sources, replace(PACE, stall_s=5), bench.progress.append, on_checked=bench.see
     )
     bench.run(transfer)
     assert checks >= 2
@@ -515,7 +651,7 @@ def test_the_only_holder_of_a_part_is_given_time_to_go_on_although_there_are_oth
             bench.sources,
             replace(PACE, patience_s=20),
             bench.progress.append,
-            on_checked=bench.checked.extend,
+            on_checked=bench.see,
         )
     )
 
@@ -548,7 +684,7 @@ def test_without_buffers_what_has_to_be_staged_is_refused(bench: Bench) -> None:
     bench.source()
     span = Span(0, 16, ((0, 0),), (Lines(0, 0, 16),))
     with pytest.raises(ValueError, match="no buffers"):
-        Transfer(bench.reader, [span], bench.sources, PACE, bench.progress.append, on_checked=bench.checked.extend)
+        Transfer(bench.reader, [span], bench.sources, PACE, bench.progress.append, on_checked=bench.see)
 
 
 def test_what_was_on_its_way_into_a_buffer_when_its_source_ended_comes_from_another(bench: Bench) -> None:
@@ -697,13 +833,13 @@ def test_an_interrupt_just_when_a_read_is_over_leaves_nothing_in_flight(bench: B
     bench.source(delay_s=0.005)
     with pytest.raises(KeyboardInterrupt):
         bench.transfer().run()
-    bench.reader.abandon = lambda peer: None  # type: ignore[method-assign]
+    bench.reader.abandon = lambda peer: True  # type: ignore[method-assign]
     bench.assert_nothing_is_in_flight()
 
 
 def test_a_transfer_that_ends_in_order_leaves_the_reads_of_others_from_the_same_source_alone(bench: Bench) -> None:
     class Sharing(InProcessEngine):
-        def abandon(self, session_id: str) -> None:
+        def abandon(self, session_id: str) -> bool:
             raise AssertionError("another load may be reading from it")
 
     bench.read_with(Sharing())
