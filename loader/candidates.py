@@ -12,7 +12,7 @@ from loader.arrivals import Blocks
 from loader.cuda import on_default_stream, to_register
 from loader.digests import ALGORITHMS
 from loader.engine import Engine, lend
-from loader.errors import DigestsMissing, LoaderError, SourceLost, TornRead
+from loader.errors import DigestsMissing, LoaderError, SourceEvicted, SourceLost, TornRead
 from loader.manifests import fetch_manifest
 from loader.offers import Origin
 from loader.pipe import Source, Stock
@@ -22,7 +22,7 @@ from registry import Event, RankJoined, RankLost, RankRecord, RankState, RankUpd
 from registry.errors import EtcdError
 from registry.logs import fields
 from registry.pulls import PullTicket
-from registry.registration import EVICTED
+from registry.registration import EVICTED, SOURCE_EVICTED
 
 log = logging.getLogger(__name__)
 _NEWS_S = 0.25  # how much later than etcd a watch may know
@@ -106,9 +106,9 @@ class Candidate:
         return self._bad_news
 
     def was_evicted(self) -> bool:
-        """Somebody has said that it should not be read from; or, if no news comes, it may be so."""
+        """Whether somebody has said that it should not be read from. Where no news comes of why it has gone, it may be so."""
         self._told.wait(_NEWS_S)
-        return self._bad_news is None or self._bad_news.details.get("reason") == EVICTED
+        return self._bad_news is None or isinstance(self._bad_news, SourceEvicted)
 
     def source(self) -> Source:
         """For a Transfer."""
@@ -140,8 +140,10 @@ class Candidate:
             with self._reading:  # a check that was given up as it hung may go on at the same time as the one after it
                 header = fetch_header(self._engine, self.record, self._cell)
                 marks = self._cell.read_marks()
-        if header.updating or header.version != self.record.version:
-            raise self._torn(f"{header.version}{', being changed' if header.updating else ''}")
+        if header.updating:
+            raise self._torn(f"version {header.version}, being changed")
+        if (header.version, header.content) != (self.record.version, self.record.content):
+            raise self._torn(f"version {header.version} with content {header.content[:8]}")
         self._marks = marks
 
     def _hear(self, event: Event) -> None:
@@ -151,16 +153,18 @@ class Candidate:
 
     def _judge(self, event: Event) -> None:
         if isinstance(event, RankLost) and event.record.incarnation == self.record.incarnation:
-            self._bad_news = SourceLost(f"{self.record.key} is not registered any more: {event.reason}", reason=event.reason)
+            kind = SourceEvicted if event.reason in (EVICTED, SOURCE_EVICTED) else SourceLost
+            self._bad_news = kind(f"{self.record.key} is not registered any more: {event.reason}", reason=event.reason)
         elif isinstance(event, RankJoined | RankUpdated) and event.record.key == self.record.key:
             now = event.record
             if now.incarnation != self.record.incarnation:
                 self._bad_news = SourceLost(f"{self.record.key} belongs to another process now")
-            elif now.version != self.record.version:
-                self._bad_news = self._torn(str(now.version))
+            elif (now.version, now.content) != (self.record.version, self.record.content):
+                self._bad_news = self._torn(f"version {now.version} with content {now.content[:8]}")
 
     def _torn(self, now: str) -> TornRead:
         return TornRead(
-            f"the weights of {self.record.key} changed while they were being read (version {self.record.version}, now {now})",
+            f"the weights of {self.record.key} changed while they were being read: version {self.record.version} with content "
+            f"{self.record.content[:8]} was to be read, now it has {now}",
             key=self.record.key,
         )

@@ -14,7 +14,7 @@ from loader.engine import Engine
 from loader.errors import WeightsMismatch, listed
 from loader.manifests import fetch_manifests
 from loader.sources import Search
-from registry import Registry, TensorEntry
+from registry import Manifest, Place, RankRecord, Registry, TensorEntry
 from registry.waiting import Wanted
 
 
@@ -25,6 +25,7 @@ class Catalogue:
     instance: str
     world_size: int
     version: int
+    contents: tuple[str, ...]  # by rank, see `load`
     rank: int | None
     tensors: Mapping[str, Sequence[TensorEntry]]
     values: Mapping[str, Any]
@@ -52,9 +53,7 @@ def read_catalogue(registry: Registry, engine: Engine, source: Wanted, rank: int
     deadline = time.monotonic() + timeout_s
     own, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     like = own if rank is None else rank
-    found = Search(registry, engine, source, like, boxes=True).find(deadline)
-    # Ranks that cannot be reached from here may do no harm: tensors without a box come from one rank.
-    records = found.instances[0] if found.instances else registry.ranks(found.alike[0].instance)
+    records = ranks_of_best(registry, engine, source, like, deadline)
     first = records[0]
     if rank is None and size == first.world_size:
         rank = own
@@ -65,4 +64,14 @@ def read_catalogue(registry: Registry, engine: Engine, source: Wanted, rank: int
         for entry in manifest.tensors:
             tensors[entry.name].append(entry)
         values = {**manifest.values, **values}
-    return Catalogue(first.instance, first.world_size, first.version, rank, dict(tensors), values)
+    contents = tuple(record.content for record in records)
+    return Catalogue(first.instance, first.world_size, first.version, contents, rank, dict(tensors), values)
+
+
+def ranks_of_best(registry: Registry, engine: Engine, source: Wanted, rank: int, deadline: float) -> Sequence[RankRecord]:
+    """All ranks of the instance that is best to read from, by rank. Waits until `deadline`; raises what `load` does.
+
+    Ranks that cannot be reached from here may do no harm, as long as `rank` can: tensors without a box come from one rank.
+    """
+    found = Search(registry, engine, source, Place(rank), Manifest((), ()), boxes=True).find(deadline)
+    return found.instances[0].teams[0] if found.instances else registry.ranks(found.alike[0].teams[0][0].instance)

@@ -37,10 +37,13 @@ from loader.pace import Pace
 from loader.regions import Shard, dtype_named
 from loader.report import LoadReport
 from loader.state_dict import decode_value
+from loader.together import load_together
 from loader.transfer import OnProgress
 from registry import Registry, TensorEntry
 from registry.errors import RecordDamaged, RegistryError
 from registry.waiting import Wanted
+
+_Wanted = tuple[int, tuple[str, ...]]  # a version, and the contents of its ranks
 
 
 @dataclass
@@ -133,11 +136,11 @@ class EngineReader(StorageReader):
     # -- one version for all processes -------------------------------------------------------------------------------------------
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return replace(plan, storage_data=self._known.version)
+        return replace(plan, storage_data=(self._known.version, self._known.contents))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """One that is alone may read whichever is the newest by then."""
-        newest = max(plan.storage_data for plan in plans) if len(plans) > 1 else None
+        """The contents of the newest version that any of them has seen. A process that is alone may read newer ones."""
+        newest: _Wanted | None = max(plan.storage_data for plan in plans) if len(plans) > 1 else None
         return [replace(plan, storage_data=newest) for plan in plans]
 
     @property
@@ -152,14 +155,15 @@ class EngineReader(StorageReader):
         """Done when it returns. Raises what `load` raises."""
         targets = self._targets(plan, planner)
         self._known.check_rank_known(one.name for one in targets)
-        version = plan.storage_data
-        for group in _once_each(targets):
-            version = self._load(group, version)
-            for one in group:
-                if one.buffer is not None:
-                    one.tensor.copy_(one.buffer)
-                for item, part in one.items:
-                    planner.commit_tensor(item, part)
+        if plan.storage_data is not None:
+            self._load_wanted(targets, plan.storage_data)
+        else:
+            self._load_newest(targets)
+        for one in targets:
+            if one.buffer is not None:
+                one.tensor.copy_(one.buffer)
+            for item, part in one.items:
+                planner.commit_tensor(item, part)
         for item in plan.items:
             if item.type is LoadItemType.BYTE_IO:
                 planner.load_bytes(item, self._saved(item.storage_index.fqn))
@@ -167,25 +171,41 @@ class EngineReader(StorageReader):
         done.set_result(None)
         return done
 
-    def _load(self, targets: Sequence[_Target], version: int | None) -> int:
-        """The version that was loaded: the one that is wanted, if one is."""
+    def _load_wanted(self, targets: Sequence[_Target], wanted: _Wanted) -> None:
         try:
-            report = load(
-                self._registry,
-                self._engine,
-                self._source,
-                rank=self._known.rank,
-                tensors={one.name: one.tensor if one.buffer is None else one.buffer for one in targets},
-                shards={one.name: one.shard for one in targets if one.shard is not None},
-                version=version,
-                timeout_s=self._timeout_s,
-                partial=True,
-                **self._options,
-            )
+            self._load_all(targets, wanted[1], self._timeout_s)
         except VersionUnavailable as exc:
             raise TornRead(f"the weights changed after this load had begun ({exc}): load again", **exc.details) from exc
-        self.reports.append(report)
-        return report.version
+
+    def _load_newest(self, targets: Sequence[_Target]) -> None:
+        """Where the source changes or goes meanwhile, all is loaded again, and its values are those of that time."""
+        tries = 0
+
+        def load_all(wait_s: float) -> None:
+            nonlocal tries
+            tries += 1
+            if tries > 1:
+                self._catalogue = read_catalogue(self._registry, self._engine, self._source, self._rank, wait_s)
+            self._load_all(targets, self._known.contents, wait_s)
+
+        load_together(load_all, self._timeout_s, "the metadata and the end of the load")
+
+    def _load_all(self, targets: Sequence[_Target], contents: Sequence[str], wait_s: float) -> None:
+        self.reports = [self._load(group, contents, wait_s) for group in _once_each(targets)]
+
+    def _load(self, targets: Sequence[_Target], contents: Sequence[str], wait_s: float) -> LoadReport:
+        return load(
+            self._registry,
+            self._engine,
+            self._source,
+            rank=self._known.rank,
+            tensors={one.name: one.tensor if one.buffer is None else one.buffer for one in targets},
+            shards={one.name: one.shard for one in targets if one.shard is not None},
+            contents=contents,
+            timeout_s=wait_s,
+            partial=True,
+            **self._options,
+        )
 
     def _saved(self, name: str) -> io.BytesIO:
         """What planners expect of a value: as torch saves it."""

@@ -1,4 +1,4 @@
-"""Tensors that are filled, with what has to be known of their memory."""
+"""Tensors that are filled or published, with what has to be known of their memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from loader.regions import Shard, describe, devices_of, local_parts
+from loader.errors import TensorsUnusable, listed
+from loader.memory import runs_of
+from loader.regions import Shard, describe, devices_of, local_parts, moved
 
 
 class Destination(Mapping[str, torch.Tensor]):
@@ -21,6 +23,14 @@ class Destination(Mapping[str, torch.Tensor]):
         self.parts, boxes = local_parts(self._tensors, shards)
         self.manifest = describe(self.parts, boxes)
         self.devices = devices_of(self.parts)
+        self.runs = runs_of(self.manifest.tensors)
+        # A tensor may be given other memory; what it had stays as long as peers may read it or reads may write to it.
+        self._storages = [part.untyped_storage() for part in self.parts.values()]
+
+    def check_in_place(self, what: str) -> None:
+        """TensorsUnusable names each tensor that is not where it was when this was made. `what` begins the message."""
+        if problems := moved(self._tensors, self.manifest):
+            raise TensorsUnusable(f"{what}: {listed(problems)}", problems=problems)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]

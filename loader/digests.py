@@ -41,12 +41,13 @@ class DigestCell:
         self.region = Region(self._bytes.data_ptr(), self._bytes.nbytes)
         self.table = DigestTable(algorithm, self.region.addr)
 
-    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """The digests of the tensors as they are now."""
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+        """The digests of the tensors as they are now, which are returned too."""
         digests = digests_of(tensors, self.table.algorithm)
         packed = bytearray(b"".join(digests[name] for name in self._names))
         if packed:
             self._bytes.copy_(torch.frombuffer(packed, dtype=torch.uint8))
+        return digests
 
     def read(self) -> dict[str, bytes]:
         packed = bytes(self._bytes.cpu().numpy())

@@ -5,6 +5,7 @@ LoaderError
 ├── EngineFailed         the transfer engine refused a local request, such as registering memory
 ├── ReadFailed           a peer's memory could not be read
 ├── TensorsUnusable      tensors that cannot be registered or filled as they are
+├── MemoryInUse          their memory is published, or another load fills it
 ├── WeightsFileInvalid   a file cannot be read as safetensors, or not be written
 ├── WeightsMismatch      source and destination differ in names, shapes, dtypes or boxes; nothing was read
 ├── SourceUnreachable    there are sources, but none that this engine can read: says why for each
@@ -47,6 +48,10 @@ class ReadFailed(LoaderError):
 
 
 class TensorsUnusable(LoaderError):
+    pass
+
+
+class MemoryInUse(LoaderError):
     pass
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -10,22 +9,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from loader.content import content_of_parts
 from loader.engine import Engine
-from loader.errors import LoaderError, TornRead, VersionUnavailable
+from loader.errors import LoaderError
 from loader.files import WholeFiles, allocate, block_of, extent
-from loader.load import TRIES, Verify, load
+from loader.load import Verify, load
 from loader.manifests import fetch_manifests
 from loader.pipe import Share
 from loader.regions import Shard, dtype_named
 from loader.report import LoadReport
 from loader.sources import Search
+from loader.together import load_together
 from loader.transfer import OnProgress, Progress
 from loader.whole import MAX_FILE_NBYTES, Whole, into_files, whole_tensors
-from registry import RankRecord, Registry
-from registry.logs import fields
+from registry import Manifest, RankRecord, Registry
 from registry.waiting import Wanted
-
-log = logging.getLogger(__name__)
 
 
 def load_full(
@@ -43,10 +41,10 @@ def load_full(
 ) -> LoadReport:
     """Reads all tensors of `source`, as in `load`, and writes them to `files`; without, it only reads them.
 
-    All are of one version, or it raises: where the source is updated in between, all are loaded again. Takes the memory of one
-    file, `max_file_nbytes` or the largest tensor. The report is of all files together; its `seconds` are without the writing.
-    Raises WeightsMismatch before a byte has moved, where ranks do not say which part of the whole their tensors are, or do not
-    have all of it; else what `load` raises, and WeightsFileInvalid.
+    All are of one content, or it raises: where the source is updated or started again in between, all are loaded again. Takes
+    the memory of one file, `max_file_nbytes` or the largest tensor. The report is of all files together; its `seconds` are without
+    the writing. Raises WeightsMismatch before a byte has moved, where ranks do not say which part of the whole their tensors are,
+    or do not have all of it; else what `load` raises, and WeightsFileInvalid.
     """
     full = _Full(registry, engine, source, files, max_file_nbytes, timeout_s, verify, max_sources, progress, cancel)
     return full.run()
@@ -68,21 +66,14 @@ class _Full:
 
     def run(self) -> LoadReport:
         start = time.monotonic()
-        for tries_left in reversed(range(TRIES)):
-            try:
-                reports = self._once()
-            except VersionUnavailable as exc:
-                if not tries_left:
-                    raise TornRead(f"the weights changed between one file and the next, in {TRIES} tries: {exc}") from exc
-                log.info("%s; loading all files again", exc, extra=fields("full_retry", tries_left=tries_left))
-            else:
-                break
+        reports, tries = load_together(self._once, self.timeout_s, "one file and the next")
         together = _together(reports)
         seconds = time.monotonic() - start - self.write_s
-        return replace(together, retries=together.retries + TRIES - 1 - tries_left, seconds=seconds)
+        return replace(together, retries=together.retries + tries, seconds=seconds)
 
-    def _once(self) -> list[LoadReport]:
-        files = into_files(self._wholes(), self.max_file_nbytes)
+    def _once(self, wait_s: float) -> list[LoadReport]:
+        contents, wholes = self._wholes(wait_s)
+        files = into_files(wholes, self.max_file_nbytes)
         layouts = [{whole.name: (dtype_named(whole.dtype), whole.shape) for whole in file} for file in files]
         memory = block_of(max(map(extent, layouts)))
         if self.out is not None:
@@ -93,7 +84,7 @@ class _Full:
         for file, layout in zip(files, layouts, strict=True):
             tensors = allocate(layout, memory=memory)
             on_progress = self._part_of_progress(done_nbytes, sum(whole.nbytes for whole in file), total_nbytes)
-            reports.append(self._load(file, tensors, reports[0].version if reports else None, on_progress))
+            reports.append(self._load(file, tensors, contents, wait_s, on_progress))
             done_nbytes += sum(whole.nbytes for whole in file)
             write_start = time.monotonic()
             if self.out is not None:
@@ -101,14 +92,14 @@ class _Full:
             self.write_s += time.monotonic() - write_start
         return reports
 
-    def _wholes(self) -> list[Whole]:
-        """Of the best instance that has whole tensors."""
-        deadline = time.monotonic() + self.timeout_s
-        found = Search(self.registry, self.engine, self.wanted, None, boxes=True).find(deadline)
+    def _wholes(self, wait_s: float) -> tuple[tuple[str, ...], list[Whole]]:
+        """Of the best instance that has whole tensors, with the contents of its ranks."""
+        deadline = time.monotonic() + wait_s
+        found = Search(self.registry, self.engine, self.wanted, None, Manifest((), ()), boxes=True).find(deadline)
         misfits: list[LoaderError] = []
-        for records in found.instances:
+        for records in [team for group in found.instances for team in group.teams]:
             try:
-                return self._wholes_of(records)
+                return tuple(record.content for record in records), self._wholes_of(records)
             except LoaderError as exc:
                 misfits.append(exc)
         raise misfits[0]
@@ -117,7 +108,12 @@ class _Full:
         return whole_tensors(records[0].instance, fetch_manifests(self.registry, records))
 
     def _load(
-        self, file: Sequence[Whole], tensors: dict[str, torch.Tensor], version: int | None, progress: OnProgress | None
+        self,
+        file: Sequence[Whole],
+        tensors: dict[str, torch.Tensor],
+        contents: Sequence[str],
+        wait_s: float,
+        progress: OnProgress | None,
     ) -> LoadReport:
         return load(
             self.registry,
@@ -126,9 +122,9 @@ class _Full:
             rank=0 if any(whole.opaque for whole in file) else None,  # there is no other
             tensors=tensors,
             shards={whole.name: Shard(whole.shape, (0,) * len(whole.shape)) for whole in file if not whole.opaque},
-            timeout_s=self.timeout_s,
+            timeout_s=wait_s,
             verify=self.verify,
-            version=version,
+            contents=contents,
             max_sources=self.max_sources,
             partial=True,
             progress=progress,
@@ -147,6 +143,7 @@ def _together(reports: Sequence[LoadReport]) -> LoadReport:
     return replace(
         reports[0],
         rank=None,
+        content=_content_of(reports),
         tensors=sum(report.tensors for report in reports),
         nbytes=sum(report.nbytes for report in reports),
         read_nbytes=sum(report.read_nbytes for report in reports),
@@ -156,6 +153,11 @@ def _together(reports: Sequence[LoadReport]) -> LoadReport:
         digest_s=sum(report.digest_s for report in reports),
         shares=_shares(share for report in reports for share in report.shares),
     )
+
+
+def _content_of(reports: Sequence[LoadReport]) -> str:
+    """Of all files together."""
+    return reports[0].content if len(reports) == 1 else content_of_parts([report.content for report in reports], Manifest((), ()))
 
 
 def _shares(some: Iterable[Share]) -> tuple[Share, ...]:

@@ -13,28 +13,30 @@ from typing import Literal
 import torch
 
 from loader import metrics
-from loader.arrivals import Arrivals
 from loader.candidates import Candidate
 from loader.cuda import on_default_stream, to_register, wait_for
 from loader.destination import Destination
 from loader.digest_check import DigestCheck
 from loader.engine import Engine, lend
-from loader.errors import Cancelled, LoaderError, SourceLost, TornRead, WeightsMismatch
+from loader.errors import Cancelled, LoaderError, SourceEvicted, SourceLost, TornRead, WeightsMismatch
+from loader.haul import Haul
+from loader.memory import USES
 from loader.pace import Pace, pace_for, pace_in_chain
 from loader.pipe import Share
 from loader.plan import Planner
 from loader.reads import Span
 from loader.regions import Shard
 from loader.replica import Replica, Republication, as_replica
-from loader.report import LoadReport
-from loader.selection import Selection
-from loader.sources import Found, Search
+from loader.report import LoadReport, summed
+from loader.selection import Choice, Selection
+from loader.sources import Search
 from loader.staging import Staging
 from loader.transfer import OnProgress, Progress, Transfer
-from registry import Manifest, ModelIdentity, Registry
+from registry import Manifest, ModelIdentity, Place, RankRecord, Registry
 from registry.backoff import Backoff
 from registry.errors import InvalidField, RegistryError
 from registry.logs import fields
+from registry.registration import SOURCE_EVICTED
 from registry.waiting import Wanted
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,9 @@ def load(
     timeout_s: float = 60.0,
     verify: Verify = "header",
     version: int | None = None,
+    contents: Sequence[str] | None = None,
+    world_size: int | None = None,
+    topology: Mapping[str, tuple[int, int]] | None = None,
     max_sources: int = 4,
     partial: bool = False,
     publish: bool | str | Replica = False,
@@ -63,7 +68,11 @@ def load(
     cancel: threading.Event | None = None,
 ) -> LoadReport:
     """Fills `tensors` in place with those of `rank` of the instance `source`, of several that are named, or of any that serves
-    a ModelIdentity; from up to `max_sources` that have the same version of the same model, at once.
+    a ModelIdentity; from up to `max_sources` that have the same content of the same model, at once.
+
+    Sources have the same content where digests prove it, or where one has loaded from the other. `contents` are those that the
+    ranks of the source have to have, by rank, as `InstanceStatus.contents` gives them: so several processes load the same weights.
+    `world_size` and `topology` say which place `rank` is, for tensors that do not say which part of the whole they are.
 
     DTensors, and tensors that say in `shards` which box of the whole they are, may be filled from ranks of another layout, each of
     which holds a part, if all are such. `rank` is then only a hint to who may hold the same, and may be None; and the source may
@@ -76,16 +85,17 @@ def load(
     one.
 
     Waits up to `timeout_s` for an instance to be ready; from then on it takes as long as bytes keep coming (see `Pace`). `cancel`,
-    set from any thread, ends it with Cancelled. That all bytes are of one version of the source's weights is always checked; with
-    `verify="digest"` the bytes of each tensor are, too. Raises WeightsMismatch and DigestsMissing before a byte has moved;
-    SourceLost, Stalled, TornRead or Cancelled when the tensors may hold a part (`details["complete"]` names those that are whole);
-    DigestMismatch; VersionUnavailable, SourceUnreachable; what `Registry.resolve` raises, and with `publish`, what `publish` does;
-    TensorsUnusable. Nothing stays published then.
+    set from any thread, ends it with Cancelled. That all bytes are of one content is always checked; with `verify="digest"` the
+    bytes of each tensor are, too. Nobody else may fill the tensors meanwhile, and published ones are filled only inside their
+    publication's `update()`: MemoryInUse. Raises WeightsMismatch and DigestsMissing before a byte has moved; SourceLost, Stalled,
+    TornRead or Cancelled when the tensors may hold a part (`details["complete"]` names those that are whole); DigestMismatch;
+    VersionUnavailable, SourceUnreachable; what `Registry.resolve` raises, and with `publish`, what `publish` does;
+    TensorsUnusable, also where a tensor was given other memory meanwhile. Nothing stays published then.
     """
     if isinstance(tensors, Destination) and shards is not None:
         raise InvalidField("a Destination says which boxes its tensors are: give no shards besides", field="shards")
     destination = tensors if isinstance(tensors, Destination) else Destination(tensors, shards)
-    parts, dst, devices = destination.parts, destination.manifest, destination.devices
+    dst, devices = destination.manifest, destination.devices
     if not source:
         raise InvalidField("no instance to load from", field="source")
     if verify not in ("header", "digest"):
@@ -111,53 +121,64 @@ def load(
         registry,
         engine,
         source,
-        rank,
+        Place(rank, world_size, topology or {}) if rank is not None else None,
+        dst,
         boxes,
         version,
+        contents,
         max_sources,
         by_rank,
         pipelined=by_rank and pipelined and verify == "header",
         hop=max(8 * pace.chunk_nbytes, pace.hop_nbytes) / max(dst.nbytes, 1),
     )
+    destination.check_in_place("tensors have other memory than when their Destination was made: make a new one")
     with ExitStack() as undo:
+        filling = undo.enter_context(USES.fill(f"a load of {_name_of(source)}", destination.runs))
         lend(engine, undo, *dst.regions)
         undo.enter_context(on_default_stream(devices[0]))
         undo.callback(wait_for, devices)  # nothing is on its way to the tensors any more
         wait_for(devices)  # nor anything that was begun before
+        own = (
+            Republication(registry, engine, replica, rank, destination, pace.chunk_nbytes, filling) if replica is not None else None
+        )
         return _Load(
             search=search,
-            tensors=parts,
-            dst=dst,
+            destination=destination,
             planner=Planner(dst, pace.costs, boxes or partial),
-            device=devices[0],
             deadline=time.monotonic() + timeout_s,
             verify=verify,
             pace=pace,
             on_progress=progress or _ignore,
             cancel=cancel or threading.Event(),
-            arrivals=Arrivals(dst),
-            replica=Republication(registry, engine, replica, rank, parts, dst, pace.chunk_nbytes) if replica is not None else None,
+            haul=Haul(dst),
+            replica=own,
         ).run()
 
 
 @dataclass
 class _Load:
     search: Search
-    tensors: Mapping[str, torch.Tensor]
-    dst: Manifest
+    destination: Destination
     planner: Planner
-    device: torch.device
     deadline: float
     verify: Verify
     pace: Pace
     on_progress: OnProgress
     cancel: threading.Event
     replica: Republication | None
-    arrivals: Arrivals  # of that version
-    version: int | None = None  # that is being loaded
-    shares: list[Share] = field(default_factory=list)  # of sources that were read from before, of that version
+    haul: Haul  # what has come of the content that is being loaded
+    content: str = ""
+    shares: list[Share] = field(default_factory=list)  # of sources that were read from before, of that content
     avoid: set[str] = field(default_factory=set)  # incarnations that were lost
     given_up: list[str] = field(default_factory=list)  # why sources were, since the load last went on without some
+
+    @property
+    def dst(self) -> Manifest:
+        return self.destination.manifest
+
+    @property
+    def device(self) -> torch.device:
+        return self.destination.devices[0]
 
     def run(self) -> LoadReport:
         """Counted, however it ends."""
@@ -184,10 +205,10 @@ class _Load:
         start = time.monotonic()
         backoff = Backoff(0.03, 1.0)
         retries = 0
-        found = self._find()
+        candidates = self._find(self.deadline)
         while True:
             try:
-                return self._once(found, start, retries)
+                return self._once(candidates, start, retries)
             except TornRead as exc:
                 retries += 1
                 if retries == TRIES:
@@ -196,22 +217,16 @@ class _Load:
                 metrics.RETRIES.inc()
                 if self.cancel.wait(backoff.next_s()):
                     raise Cancelled("the load was cancelled") from exc
-                found = self._find()
-                if not found:
+                candidates = self._find(self.deadline)
+                if not candidates:
                     raise
                 self.given_up = [reason for reason in self.given_up if reason != "torn"]  # they are asked again
-                self._count_failovers()
             except SourceLost as exc:
-                found = self._find_another()
-                if not found:
+                candidates = self._find_another()
+                if not candidates:
                     raise
                 log.warning("%s; going on with another source", exc, extra=fields("failover", sources=exc.details.get("sources")))
-                self._count_failovers()
-            except WeightsMismatch:
-                if found.instances or not (self.search.by_rank and self.search.boxes):
-                    raise
-                self.search = replace(self.search, by_rank=False, pipelined=False)  # all ranks together may have what one has not
-                found = self._find()
+            self._count_failovers()
 
     def _count_failovers(self) -> None:
         """The load goes on, or has ended well."""
@@ -219,68 +234,125 @@ class _Load:
             metrics.FAILOVERS.inc(reason)
         self.given_up.clear()
 
-    def _find(self) -> Found:
-        found = self._look()
-        first = next(iter(found.alike), None) or next((records[0] for records in found.instances), None)
-        if first is None or self.version == first.version:
-            return found
-        self.version, self.shares = first.version, []
-        self.arrivals = Arrivals(self.dst, self.pace.chunk_nbytes if self.replica else None)
-        if self.replica is None:
-            return found
-        self.replica.begin(first)
-        return self._look()  # anew: now we have a place among those that are loading
+    # -- sources -----------------------------------------------------------------------------------------------------------------
 
-    def _look(self) -> Found:
+    def _find(self, deadline: float) -> list[Candidate]:
+        """Sources of one content, the one that is being loaded if there are any of it; none where all are to be avoided."""
+        while True:
+            try:
+                choice = self._choose(deadline)
+            except SourceLost as exc:  # it went while its manifest was fetched, and is avoided from now on
+                log.info("%s", exc, extra=fields("source_gone", error=exc))
+                continue
+            if choice is None:
+                return []
+            if choice.content == self.content and (self.replica is None or self.replica.record is not None):
+                return choice.candidates
+            self._begin(choice)
+            if self.replica is None:
+                return choice.candidates
+            # Chosen anew: now we have a place among those that are loading.
+
+    def _choose(self, deadline: float) -> Choice | None:
         own = self.replica.record if self.replica is not None else None
-        return self.search.find(self.deadline, self.avoid, own.incarnation if own is not None else "")
-
-    def _find_another(self) -> Found:
-        """Whoever is there now: a load that has lost its sources does not wait for new ones."""
-        self.deadline = time.monotonic()
+        found = self.search.find(deadline, self.avoid, own.incarnation if own is not None else "", self.content)
+        if not found:
+            return None
+        search = self.search
+        selection = Selection(
+            self.dst,
+            lambda record: Candidate(search.registry, search.engine, record, record.rank == search.rank, self.device, own),
+            self.planner,
+            digests=self.verify == "digest",
+            max_sources=search.max_sources,
+            session_id=search.engine.session_id,
+        )
         try:
-            return self._find()
+            return selection.choose(found)
+        except WeightsMismatch:
+            if found.instances or not (search.by_rank and search.boxes):
+                raise
+            # All ranks of an instance together may have what one has not.
+            self.search = replace(search, by_rank=False, pipelined=False)
+            return self._choose(deadline)
+        finally:
+            self.avoid.update(record.incarnation for record in selection.gone)
+
+    def _begin(self, choice: Choice) -> None:
+        """What has come so far counts only if it is of this content. A replica begins anew in either case."""
+        if choice.content != self.content:
+            self.content, self.shares = choice.content, []
+            self.haul = Haul(self.dst, self.pace.chunk_nbytes if self.replica else None)
+        if self.replica is not None:
+            self.replica.begin(choice.candidates[0].record, choice.content)
+            self.replica.mark(self.haul.arrivals)
+
+    def _find_another(self) -> list[Candidate]:
+        """Whatever is there now: a load that has lost its sources does not wait for new ones.
+
+        But where one is being updated that is waited for, as it would have been at the beginning.
+        """
+        candidates = self._find_if_any(time.monotonic())
+        if candidates or not self._is_one_updated():
+            return candidates
+        return self._find_if_any(self.deadline)
+
+    def _find_if_any(self, deadline: float) -> list[Candidate]:
+        try:
+            return self._find(deadline)
         except (RegistryError, LoaderError) as exc:
             log.info("no other source: %s", exc, extra=fields("no_other_source", error=exc))
-            return Found([], [])
+            return []
 
-    def _once(self, found: Found, start: float, retries: int) -> LoadReport:
-        arrivals = self.arrivals
+    def _is_one_updated(self) -> bool:
+        try:
+            return self.search.is_being_updated(self.avoid)
+        except RegistryError as exc:
+            log.info("not known whether a source is being updated: %s", exc, extra=fields("updates_unknown", error=exc))
+            return False
+
+    # -- one try -----------------------------------------------------------------------------------------------------------------
+
+    def _once(self, candidates: Sequence[Candidate], start: float, retries: int) -> LoadReport:
+        arrivals = self.haul.arrivals
         with ExitStack() as undo:
-            candidates = self._choose(found, undo)
-            spans = self.planner.plan([candidate.origin for candidate in candidates])
+            entered = self._enter(candidates, undo)
+            spans = self.planner.plan([candidate.origin for candidate in entered])
             missing = arrivals.missing(spans)
-            check = DigestCheck(candidates, self.dst, self.tensors, self.device) if self.verify == "digest" else None
+            check = DigestCheck(entered, self.dst, self.destination.parts, self.device) if self.verify == "digest" else None
             if check is not None:
                 check.lend(self.search.engine, undo)
             ahead = sum(span.nbytes for span in spans) - sum(span.nbytes for span in missing)
             transfer = Transfer(
                 self.search.engine,
                 [*missing, *(check.spans if check is not None else ())],
-                [one.source() for one in candidates],
+                [one.source() for one in entered],
                 self.pace,
-                lambda progress: self._tell(progress, ahead, candidates),
+                lambda progress: self._tell(progress, ahead, entered),
                 self.cancel,
                 self._stage(missing, undo),
-                lambda _, checked: self._arrived(arrivals, checked, check),
+                lambda number, checked: self._arrived(entered[number].record, checked, check),
             )
             transfer_start = time.monotonic()
             try:
-                self._run(transfer, candidates)
+                self._run(transfer, entered)
             except (SourceLost, TornRead, Cancelled) as exc:
                 self.shares += transfer.shares
-                raise self._with_what_came(exc, candidates, arrivals) from exc
+                self._discard_evicted(transfer, entered)
+                raise self._with_what_came(exc, entered) from exc
             transfer_s = time.monotonic() - transfer_start
             if check is not None:
                 check.compare(self.dst)
+            self.destination.check_in_place("tensors were given other memory while they were being filled: load again")
             self._count_failovers()
             digest_s = time.monotonic() - transfer_start - transfer_s
         share = max(transfer.shares, key=lambda share: share.nbytes)
-        record = candidates[transfer.shares.index(share)].record
+        record = entered[transfer.shares.index(share)].record
         return LoadReport(
             instance=record.instance,
             rank=self.search.rank,
             version=record.version,
+            content=self.content,
             protocol=record.protocol,
             tensors=len(self.dst.tensors),
             nbytes=sum(span.payload for span in spans),
@@ -290,14 +362,14 @@ class _Load:
             seconds=time.monotonic() - start,
             transfer_s=transfer_s,
             digest_s=digest_s,
-            shares=_summed([*self.shares, *transfer.shares]),
+            shares=summed([*self.shares, *transfer.shares]),
             publication=self.replica.complete() if self.replica is not None else None,
         )
 
-    def _arrived(self, arrivals: Arrivals, checked: Sequence[Span], check: DigestCheck | None) -> None:
-        arrivals.add([span for span in checked if check is None or not check.wants(span)])
+    def _arrived(self, record: RankRecord, checked: Sequence[Span], check: DigestCheck | None) -> None:
+        self.haul.add(record, [span for span in checked if check is None or not check.wants(span)])
         if self.replica is not None:
-            self.replica.mark(arrivals)
+            self.replica.mark(self.haul.arrivals)
 
     def _tell(self, progress: Progress, ahead: int, candidates: Sequence[Candidate]) -> None:
         of_all = Progress(ahead + progress.nbytes, ahead + progress.total_nbytes)
@@ -305,26 +377,12 @@ class _Load:
             candidate.tell(of_all)
         self.on_progress(of_all)
 
-    def _choose(self, found: Found, undo: ExitStack) -> list[Candidate]:
-        """Those that are read from; TornRead if they are not any more what they were resolved to be."""
-        search = self.search
-        reader = self.replica.record if self.replica is not None else None
-        selection = Selection(
-            self.dst,
-            lambda record: Candidate(search.registry, search.engine, record, record.rank == search.rank, self.device, reader),
-            self.planner,
-            digests=self.verify == "digest",
-            max_sources=found.at_once,
-            session_id=search.engine.session_id,
-        )
-        try:
-            chosen = selection.choose(found)
-        finally:
-            self.avoid.update(record.incarnation for record in selection.gone)
-        entered = [candidate for candidate in chosen if candidate.enter(undo)]
-        if len(entered) < len(chosen) and self.planner.differences([one.origin for one in entered]):
-            missed = next(candidate.record for candidate in chosen if candidate not in entered)
-            if search.registry.current(missed) is None:
+    def _enter(self, candidates: Sequence[Candidate], undo: ExitStack) -> list[Candidate]:
+        """Those that can be read from; TornRead if they are not any more what they were resolved to be."""
+        entered = [candidate for candidate in candidates if candidate.enter(undo)]
+        if len(entered) < len(candidates) and self.planner.differences([one.origin for one in entered]):
+            missed = next(candidate.record for candidate in candidates if candidate not in entered)
+            if self.search.registry.current(missed) is None:
                 self.avoid.add(missed.incarnation)
                 raise SourceLost(f"{missed.key} is not registered any more: load again", key=missed.key)
             raise TornRead(f"the record of {missed.key} changed before it was read: load again", key=missed.key)
@@ -337,7 +395,7 @@ class _Load:
             return None
         nbytes = max(staged)
         count = min(len(staged), max(2, _STAGING_NBYTES // nbytes))
-        staging = Staging(self.tensors.values(), self.device, count, nbytes)
+        staging = Staging(self.destination.parts.values(), self.device, count, nbytes)
         lend(self.search.engine, undo, to_register(staging.region, self.device.type))
         return staging
 
@@ -345,22 +403,53 @@ class _Load:
         """Remembers which sources were lost."""
         try:
             transfer.run()
+            self._check_registered(transfer, candidates)
+        except SourceEvicted:
+            self.avoid.update(
+                candidate.record.incarnation
+                for candidate, share in zip(candidates, transfer.shares, strict=True)
+                if share.error is not None
+            )
+            raise
         except SourceLost:
             self.avoid.update(candidate.record.incarnation for candidate in candidates)
             raise
         finally:
             self.given_up += [metrics.reason_of(share.error) for share in transfer.shares if share.error is not None]
-        for candidate, share in zip(candidates, transfer.shares, strict=True):
-            # What one that was dropped on the way had brought, it brought while it was registered.
-            if share.nbytes and share.error is None and not candidate.is_registered():
-                self.avoid.add(candidate.record.incarnation)
-                self.given_up.append(metrics.reason_of(candidate.news) if candidate.news else "lost")
-                if candidate.was_evicted():  # what it brought does not count
-                    self.version = None
-                raise SourceLost(f"{candidate.record.key} was withdrawn or evicted meanwhile")
 
-    def _with_what_came(self, exc: LoaderError, candidates: Sequence[Candidate], arrivals: Arrivals) -> LoaderError:
+    def _check_registered(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
+        """SourceEvicted if one that has brought something was evicted by now, whatever its memory said.
+
+        One that was withdrawn, or whose process has ended, after it had been read and checked is as good as any.
+        """
+        for candidate, share in zip(candidates, transfer.shares, strict=True):
+            if share.nbytes and not candidate.is_registered() and candidate.was_evicted():
+                share.error = SourceEvicted(f"{candidate.record.key} was evicted meanwhile", key=candidate.record.key)
+        here = {candidate.record.incarnation for candidate in candidates}
+        self.haul.find_evicted(self.search.registry, here)
+        if gone := [share.error for share in transfer.shares if isinstance(share.error, SourceEvicted) and share.nbytes]:
+            raise gone[0]
+        if self.haul.evicted:
+            raise SourceEvicted(f"{self.haul.evicted[0].key} was evicted meanwhile", key=self.haul.evicted[0].key)
+
+    def _discard_evicted(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
+        """What an evicted source has brought is read again; and whoever has it from us must know."""
+        evicted = [*self.haul.evicted]
+        for candidate, share in zip(candidates, transfer.shares, strict=True):
+            if isinstance(share.error, SourceEvicted):
+                evicted.append(candidate.record)
+                share.nbytes = 0
+        if not self.haul.discard(evicted):
+            return
+        for share in self.shares:
+            if share.name in {record.key for record in evicted}:
+                share.nbytes = 0
+        if self.replica is not None:
+            self.replica.close(SOURCE_EVICTED)
+
+    def _with_what_came(self, exc: LoaderError, candidates: Sequence[Candidate]) -> LoaderError:
         """The error with what the caller may want to know: which sources, and which of the tensors are whole."""
+        arrivals = self.haul.arrivals
         complete = arrivals.complete() if arrivals.nbytes else []
         held = (
             f"{arrivals.nbytes} of {self.dst.nbytes} bytes have come, {len(complete)} of {len(self.dst.tensors)} tensors are whole"
@@ -374,17 +463,12 @@ class _Load:
         )
 
 
-def _summed(shares: Sequence[Share]) -> tuple[Share, ...]:
-    """One for each source, with what it brought in all and why it was dropped in the end."""
-    summed: dict[str, Share] = {}
-    for share in shares:
-        before = summed.get(share.name, share)
-        summed[share.name] = share if before is share else replace(share, nbytes=before.nbytes + share.nbytes)
-    return tuple(summed.values())
-
-
 def _names(candidates: Sequence[Candidate]) -> str:
     return " and ".join(candidate.record.key for candidate in candidates)
+
+
+def _name_of(source: Wanted) -> str:
+    return source if isinstance(source, str) else str(source) if isinstance(source, ModelIdentity) else " or ".join(source)
 
 
 def _ignore(_: Progress) -> None:

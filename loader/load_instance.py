@@ -1,25 +1,23 @@
-"""Several ranks into one process, all of one version."""
+"""Several ranks into one process, all of one launch and version."""
 
 from __future__ import annotations
 
-import logging
 import threading
+import time
 from collections.abc import Mapping
 
 import torch
 
+from loader.catalogue import ranks_of_best
 from loader.engine import Engine
-from loader.errors import TornRead, VersionUnavailable
-from loader.load import TRIES, Verify, load
+from loader.load import Verify, load
 from loader.regions import Shard
 from loader.report import LoadReport
+from loader.together import load_together
 from loader.transfer import OnProgress
 from registry import Registry
 from registry.errors import InvalidField
-from registry.logs import fields
 from registry.waiting import Wanted
-
-log = logging.getLogger(__name__)
 
 
 def load_instance(
@@ -35,33 +33,32 @@ def load_instance(
     progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> dict[int, LoadReport]:
-    """As `load`, for the tensors of several ranks, by rank, one after another: all of one version, or an error.
+    """As `load`, for the tensors of several ranks, by rank, one after another: all of one launch and version, or an error.
 
-    Where the source is updated in between all are loaded again.
+    Where the source is updated or started again in between all are loaded again.
     """
-    for tries_left in reversed(range(TRIES)):
-        reports: dict[int, LoadReport] = {}
-        version: int | None = None
-        try:
-            for rank, of_rank in tensors.items():
-                reports[rank] = load(
-                    registry,
-                    engine,
-                    source,
-                    rank=rank,
-                    tensors=of_rank,
-                    shards=(shards or {}).get(rank),
-                    timeout_s=timeout_s,
-                    verify=verify,
-                    version=version,
-                    max_sources=max_sources,
-                    progress=progress,
-                    cancel=cancel,
-                )
-                version = reports[rank].version
-            return reports
-        except VersionUnavailable as exc:
-            if not tries_left:
-                raise TornRead(f"the weights changed between one rank and the next, in {TRIES} tries: {exc}") from exc
-            log.info("%s; loading all ranks again", exc, extra=fields("instance_retry", tries_left=tries_left))
-    raise InvalidField("there are no ranks to load", field="tensors")
+    if not tensors:
+        raise InvalidField("there are no ranks to load", field="tensors")
+
+    def load_all(wait_s: float) -> dict[int, LoadReport]:
+        ranks = ranks_of_best(registry, engine, source, next(iter(tensors)), time.monotonic() + wait_s)
+        return {
+            rank: load(
+                registry,
+                engine,
+                source,
+                rank=rank,
+                tensors=of_rank,
+                shards=(shards or {}).get(rank),
+                timeout_s=wait_s,
+                verify=verify,
+                contents=[record.content for record in ranks],
+                max_sources=max_sources,
+                progress=progress,
+                cancel=cancel,
+            )
+            for rank, of_rank in tensors.items()
+        }
+
+    reports, _ = load_together(load_all, timeout_s, "one rank and the next")
+    return reports

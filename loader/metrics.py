@@ -5,7 +5,6 @@ from __future__ import annotations
 from loader import errors
 from registry.errors import InstanceIncomplete, InstanceNotFound
 from registry.meters import Counter, Gauge, Histogram
-from registry.registration import EVICTED
 
 # The first that an error is decides.
 _OUTCOMES: dict[str, tuple[type[BaseException], ...]] = {
@@ -63,7 +62,7 @@ def reason_of(error: errors.LoaderError) -> str:
         return "stalled"
     if isinstance(error, errors.TornRead):
         return "torn"
-    return "evicted" if error.details.get("reason") == EVICTED else "lost"
+    return "evicted" if isinstance(error, errors.SourceEvicted) else "lost"
 
 
 def count_loaded(nbytes: int, seconds: float) -> None:

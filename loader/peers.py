@@ -6,7 +6,7 @@ Used by `loader.start`. Starts no thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from registry import (
     Event,
@@ -14,6 +14,7 @@ from registry import (
     InstanceState,
     InstanceStatus,
     ModelIdentity,
+    Place,
     RankJoined,
     RankRecord,
     RankState,
@@ -32,15 +33,13 @@ class Peers:
         self,
         registry: Registry,
         model: ModelIdentity,
-        rank: int,
-        world_size: int,
-        topology: Mapping[str, tuple[int, int]],
+        place: Place,
         boxes: bool,
     ) -> None:
         """`boxes`: what is loaded says which part of the whole it is, so that an instance of any layout will do."""
         self._registry = registry
-        self._place = (model, rank, world_size)
-        self._topology = topology
+        self._model = model
+        self._place = place
         self._boxes = boxes
         self._failed: set[str] = set()  # incarnations
         self._passed_by: set[tuple[str, int]] = set()  # and revisions
@@ -50,7 +49,7 @@ class Peers:
         try:
             return [record for status in self._registry.instances() for record in self._of(status)]
         except EtcdError as exc:
-            log.info("not known who has %s: %s", self._place[0], exc, extra=fields("sources_unknown", error=exc))
+            log.info("not known who has %s: %s", self._model, exc, extra=fields("sources_unknown", error=exc))
             return []
 
     def tells(self, event: Event) -> bool:
@@ -68,12 +67,11 @@ class Peers:
         self._passed_by.update((record.incarnation, record.mod_revision) for record in records)
 
     def _of(self, status: InstanceStatus) -> list[RankRecord]:
-        whole = self._boxes and status.state is InstanceState.READY and status.model == self._place[0]
+        whole = self._boxes and status.state is InstanceState.READY and status.model == self._model
         return [record for record in status.records if (self._may_be_tried(record) if whole else self._is_like(record))]
 
     def _is_like(self, record: RankRecord) -> bool:
-        same_topology = not self._topology or not record.topology or self._topology == record.topology
-        is_same = (record.model, record.rank, record.world_size) == self._place and same_topology
+        is_same = record.model == self._model and self._place.fits(Place.of(record))
         return is_same and record.state is RankState.READY and self._may_be_tried(record)
 
     def _may_be_tried(self, record: RankRecord) -> bool:

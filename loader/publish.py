@@ -17,17 +17,22 @@ from typing import Any
 import torch
 
 from loader import metrics
+from loader.content import content_of
 from loader.cuda import can_be_opened_by_others, to_register, wait_for
+from loader.destination import Destination
 from loader.digests import DigestCell, algorithm_for
 from loader.engine import Engine, offer
 from loader.errors import LoaderError, TensorsUnusable, listed
-from loader.regions import Shard, describe, devices_of, local_parts
+from loader.memory import USES, Use
+from loader.regions import Shard
 from loader.state_dict import encode_values, flatten, whole
 from loader.verify import Header, HeaderCell
-from registry import Manifest, ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
+from registry import ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
 from registry.errors import RegistryError
 from registry.logs import fields
 from registry.metrics import enabled
+from registry.record import new_content
+from registry.registration import WITHDRAWN
 from registry.session import OnState
 
 log = logging.getLogger(__name__)
@@ -42,14 +47,16 @@ class Publication:
         registration: Registration,
         header: HeaderCell,
         digests: DigestCell | None,
-        tensors: Mapping[str, torch.Tensor],
+        weights: Destination,
+        use: Use,
         undo: ExitStack,
     ) -> None:
         self._registry = registry
         self._registration = registration
         self._header = header
         self._digests = digests
-        self._tensors = tensors
+        self._weights = weights
+        self._use = use
         self._undo = undo
         self._state_between_updates = RankState.READY
         self._updating = threading.Lock()
@@ -73,7 +80,10 @@ class Publication:
         """Change the weights in place inside this block. Readers that overlap with it notice; afterwards the version is one more.
 
         If the block raises, the weights are in doubt: they stay marked as being changed, and nobody loads them, until another
-        `update` has ended well. An etcd that is away does not disturb an update: the header tells readers.
+        `update` has ended well. So they do where a tensor was given other memory, as by `module.to(…)` or `weight.data = …`:
+        TensorsUnusable names it. An etcd that is away does not disturb an update: the header tells readers.
+
+        Raises MemoryInUse where another publication serves the same memory, or a load still fills it at the end.
         """
         if self._closed:
             raise LoaderError(f"{self.record.key} is closed: nobody reads it any more, so there is nothing to update")
@@ -81,14 +91,16 @@ class Publication:
             raise LoaderError(f"{self.record.key} is being updated already: end that update first")
         try:
             before = self.record
-            self._header.write(Header(before.incarnation, 2 * before.version + 1))
+            USES.change(self._use)
+            self._header.write(Header(before.incarnation, 2 * before.version + 1, before.content))
             self._tell(state=RankState.UPDATING)
             yield
-            wait_for(devices_of(self._tensors))
-            if self._digests is not None:
-                self._digests.write(self._tensors)
-            self._header.write(Header(before.incarnation, 2 * (before.version + 1)))
-            self._tell(version=before.version + 1, state=self._state_between_updates)
+            self._check_in_place()
+            wait_for(self._weights.devices)
+            USES.keep(self._use)
+            content = self._take_digests() or new_content()
+            self._header.write(Header(before.incarnation, 2 * (before.version + 1), content))
+            self._tell(version=before.version + 1, content=content, state=self._state_between_updates)
         finally:
             self._updating.release()
 
@@ -96,16 +108,35 @@ class Publication:
         """Which blocks can be read of weights that are still being loaded. They can be from now on."""
         self._header.mark(marks)
 
-    def complete(self) -> None:
-        """The weights have been loaded: all of them can be read."""
-        if self._digests is not None:
-            wait_for(devices_of(self._tensors))
-            self._digests.write(self._tensors)
-        self._tell(state=self._state_between_updates)
+    def complete(self, *, filled_by: Use, content: str | None = None) -> None:
+        """The weights have been loaded: all of them can be read.
 
-    def _tell(self, *, version: int | None = None, state: RankState) -> None:
+        `content` is the source's where it has stated one; else digests prove one, or it is new.
+        """
+        before = self.record
+        self._check_in_place()
+        wait_for(self._weights.devices)
+        proven = self._take_digests()
+        content = content or proven or before.content
+        USES.keep(self._use, filled_by)
+        self._header.write(Header(before.incarnation, 2 * before.version, content))
+        self._tell(content=content, state=self._state_between_updates)
+
+    def _take_digests(self) -> str:
+        """Computes them anew; the content that they prove, or nothing where there are none."""
+        if self._digests is None:
+            return ""
+        return content_of(self._weights.manifest, self._digests.write(self._weights.parts), self._digests.table.algorithm)
+
+    def _check_in_place(self) -> None:
+        self._weights.check_in_place(
+            f"tensors of {self.record.key} have other memory than the one that peers read, so the rank stays marked as being "
+            "changed: copy into them in place, or close the publication and publish again"
+        )
+
+    def _tell(self, *, version: int | None = None, content: str | None = None, state: RankState) -> None:
         try:
-            self._registration.update(version=version, state=state)
+            self._registration.update(version=version, content=content, state=state)
         except RegistryError as exc:  # readers go by the header, so the weights are safe whatever the record says
             log.warning(
                 "the record of %s could not be changed: %s",
@@ -143,10 +174,11 @@ class Publication:
         self.close()
         return not pulls
 
-    def close(self) -> None:
-        """Withdraws the rank, then gives its memory back; any number of times, from any thread."""
+    def close(self, reason: str = WITHDRAWN) -> None:
+        """Withdraws the rank, then gives its memory back; any number of times, from any thread. Watchers are given the reason."""
         self._closed = True
         with self._closing:
+            self._registration.withdraw(reason)
             self._undo.close()
 
     def __enter__(self) -> Publication:
@@ -186,13 +218,11 @@ def publish(
 
     Raises TensorsUnusable, EngineFailed, or what `Registry.register` raises; nothing stays registered then, here or in etcd.
     """
-    parts, boxes = local_parts(tensors, shards)
-    manifest = replace(describe(parts, boxes), values=encode_values(values or {}))
     return open_publication(
         registry,
         engine,
-        parts,
-        manifest,
+        tensors if isinstance(tensors, Destination) else Destination(tensors, shards),
+        values=encode_values(values or {}),
         instance=instance,
         rank=rank,
         world_size=world_size,
@@ -209,8 +239,7 @@ def publish(
 def open_publication(
     registry: Registry,
     engine: Engine,
-    tensors: Mapping[str, torch.Tensor],
-    manifest: Manifest,
+    weights: Destination,
     *,
     instance: str,
     rank: int,
@@ -222,25 +251,36 @@ def open_publication(
     digests: bool,
     ttl_s: float,
     on_state: OnState | None,
-    state: RankState = RankState.READY,
+    values: Mapping[str, Any] | None = None,
+    block_nbytes: int = 0,
+    content: str | None = None,
+    filled_by: Use | None = None,
 ) -> Publication:
-    """As `publish`, of tensors that the manifest describes. With the state LOADING nothing can be read yet but what is marked, and
-    digests cannot before it is complete."""
+    """As `publish`. With `filled_by`, the load that fills the weights, the rank is registered as loading.
+
+    Nothing of it can be read then but the blocks of `block_nbytes` that are marked, and no digests before it is complete. `content`
+    is the one that is being loaded, where its source has stated it.
+    """
+    tensors = weights.parts
     _check_can_be_served(engine, tensors)
-    devices = devices_of(tensors)
-    device = devices[0]
+    manifest = replace(weights.manifest, values=values or {}, block_nbytes=block_nbytes)
+    device = weights.devices[0]
     header = HeaderCell(device, manifest.marks)
     table = DigestCell(tensors, device, algorithm_for(device)) if digests else None
     incarnation = new_incarnation()
     with ExitStack() as undo:
+        use = USES.serve(f"{instance}/{rank}", weights.runs, filled_by)
+        undo.callback(USES.end, use)
         offer(engine, undo, *manifest.regions, to_register(header.region, device.type))
+        proven = None
         if table is not None:
             offer(engine, undo, to_register(table.region, device.type))
             manifest = replace(manifest, digests=table.table)
-            if state is not RankState.LOADING:
-                table.write(tensors)
-        wait_for(devices)  # readers do not know of streams
-        header.write(Header(incarnation, 2 * version))
+            if filled_by is None:
+                proven = content_of(manifest, table.write(tensors), table.table.algorithm)
+        wait_for(weights.devices)  # readers do not know of streams
+        content = content or proven or new_content()
+        header.write(Header(incarnation, 2 * version, content))
         undo.callback(header.erase)
         registration = registry.register(
             instance=instance,
@@ -256,7 +296,8 @@ def open_publication(
             generation=generation,
             topology=topology,
             version=version,
-            state=state,
+            content=content,
+            state=RankState.READY if filled_by is None else RankState.LOADING,
             device=str(device),
             ttl_s=ttl_s,
             on_state=on_state,
@@ -264,7 +305,7 @@ def open_publication(
         undo.callback(registration.withdraw)
         if enabled():  # it costs a watch in etcd
             undo.enter_context(registry.watch_pulls(registration.record, metrics.on_pull))
-        return Publication(registry, registration, header, table, tensors, undo.pop_all())
+        return Publication(registry, registration, header, table, weights, use, undo.pop_all())
 
 
 def _check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -196,3 +196,19 @@ def _regions(storages: Mapping[tuple[int, str], int]) -> tuple[Region, ...]:
 
 def _page(addr: int) -> int:
     return addr // mmap.PAGESIZE
+
+
+def moved(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[str]:
+    """One line for each tensor that is not any more what its entry says: of another address, size, dtype or shape."""
+    problems = []
+    for entry in manifest.tensors:
+        tensor: Any = tensors[entry.name]
+        if is_sharded(tensor):
+            tensor = tensor.to_local()
+        nbytes = tensor.nbytes if tensor.untyped_storage().nbytes() else 0
+        now = (tensor.data_ptr() if tensor.numel() else 0, nbytes, dtype_name(tensor.dtype), tuple(tensor.shape))
+        if now != (entry.addr, entry.nbytes, entry.dtype, entry.shape):
+            problems.append(
+                f"{entry.name}: is now {now[1]} bytes of {now[2]} at {now[0]:#x}, was {entry.nbytes} bytes at {entry.addr:#x}"
+            )
+    return problems

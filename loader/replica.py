@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from loader.arrivals import Arrivals
+from loader.destination import Destination
 from loader.engine import Engine
+from loader.memory import Use
 from loader.publish import Publication, open_publication
-from registry import Manifest, ModelIdentity, RankRecord, RankState, Registry
+from registry import ModelIdentity, RankRecord, Registry
 from registry.errors import InvalidField
+from registry.registration import WITHDRAWN
 from registry.session import OnState
 from registry.waiting import Wanted
 
@@ -50,7 +51,7 @@ def as_replica(publish: bool | str | Replica, source: Wanted) -> Replica | None:
 
 
 class Republication:
-    """What the tensors of a load are as a source, beginning anew with each version that is loaded."""
+    """What the tensors of a load are as a source, beginning anew with each content that is loaded."""
 
     def __init__(
         self,
@@ -58,10 +59,11 @@ class Republication:
         engine: Engine,
         replica: Replica,
         rank: int | None,
-        tensors: Mapping[str, torch.Tensor],
-        manifest: Manifest,
+        weights: Destination,
         block_nbytes: int,
+        filling: Use,
     ) -> None:
+        """`filling` is the load's use of the memory."""
         own = replica.rank if replica.rank is not None else rank
         if own is None:
             raise InvalidField("which rank to publish as is not known: say it in the Replica", field="rank")
@@ -69,14 +71,19 @@ class Republication:
         self._engine = engine
         self._replica = replica
         self._rank = own
-        self._tensors = tensors
-        self._manifest = replace(manifest, block_nbytes=block_nbytes)
+        self._weights = weights
+        self._block_nbytes = block_nbytes
+        self._filling = filling
+        self._content = ""  # that is being loaded
         self._marked = 0
         self.publication: Publication | None = None
 
-    def begin(self, like: RankRecord) -> None:
-        """Registers as loading what that rank holds. Raises what `publish` does."""
-        self.close()
+    def begin(self, like: RankRecord, content: str, reason: str = WITHDRAWN) -> None:
+        """Registers as loading the content, in the version of that rank. Raises what `publish` does.
+
+        `reason` is why a registration before this one ends.
+        """
+        self.close(reason)
         replica = self._replica
         of_same_rank = like.rank == self._rank
         if replica.world_size is None and not of_same_rank:
@@ -84,17 +91,19 @@ class Republication:
                 f"of how many ranks rank {self._rank} is one is not known, as {like.key} is another: say world_size in the Replica",
                 field="world_size",
             )
+        self._content = content
         self.publication = open_publication(
             self._registry,
             self._engine,
-            self._tensors,
-            self._manifest,
+            self._weights,
             rank=self._rank,
             world_size=replica.world_size or like.world_size,
             model=like.model,
             topology=like.topology if replica.topology is None and of_same_rank else replica.topology,
             version=like.version,
-            state=RankState.LOADING,
+            content=content,
+            block_nbytes=self._block_nbytes,
+            filled_by=self._filling,
             **replica.options,
         )
         self._marked = 0
@@ -111,10 +120,10 @@ class Republication:
 
     def complete(self) -> Publication | None:
         if self.publication is not None:
-            self.publication.complete()
+            self.publication.complete(filled_by=self._filling, content=self._content)
         return self.publication
 
-    def close(self) -> None:
+    def close(self, reason: str = WITHDRAWN) -> None:
         if self.publication is not None:
-            self.publication.close()
+            self.publication.close(reason)
             self.publication = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from loader.pipe import Share
 from loader.publish import Publication
@@ -12,14 +13,17 @@ from loader.publish import Publication
 class LoadReport:
     """`seconds` is all of it, `transfer_s` the reads with their checks, `digest_s` what digests took besides.
 
+    `content` is what the tensors hold now, as 32 hexadecimal digits: loads with equal contents have brought the same.
+
     `nbytes` are those of the tensors; `read_nbytes` have been read for them, and may be more where that was quicker. `shares` has,
-    for each source of this version, the bytes that came from it, and why it was dropped, if it was. `publication` is the loaded
+    for each source of this content, the bytes that came from it, and why it was dropped, if it was. `publication` is the loaded
     rank as a source, if it was to be published: it is the caller's to close.
     """
 
     instance: str
     rank: int | None
     version: int
+    content: str
     protocol: str
     tensors: int
     nbytes: int
@@ -38,6 +42,15 @@ class LoadReport:
 
     def facts(self) -> dict[str, object]:
         """For a log line."""
-        names = ("instance", "rank", "version", "protocol", "tensors", "nbytes", "retries")
+        names = ("instance", "rank", "version", "content", "protocol", "tensors", "nbytes", "retries")
         sources = [share.name for share in self.shares if share.nbytes]
         return {**{name: getattr(self, name) for name in names}, "seconds": round(self.seconds, 6), "sources": sources}
+
+
+def summed(shares: Sequence[Share]) -> tuple[Share, ...]:
+    """One for each source, with what it brought in all and why it was dropped in the end."""
+    by_name: dict[str, Share] = {}
+    for share in shares:
+        before = by_name.get(share.name, share)
+        by_name[share.name] = share if before is share else replace(share, nbytes=before.nbytes + share.nbytes)
+    return tuple(by_name.values())

@@ -23,7 +23,7 @@ from loader.regions import Shard
 from loader.replica import Replica
 from loader.start import Seeded, Start
 from loader.transfer import OnProgress
-from registry import ModelIdentity, Registry
+from registry import ModelIdentity, Place, Registry
 from registry.errors import InvalidField
 from registry.keys import check_instance, check_rank
 from registry.session import OnState
@@ -77,7 +77,7 @@ def load_or_seed(
     start = Start(
         registry=registry,
         engine=engine,
-        peers=Peers(registry, model, rank, world_size, topology or {}, boxes),
+        peers=Peers(registry, model, Place(rank, world_size, topology or {}), boxes),
         model=model,
         rank=rank,
         destination=destination,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from loader.candidates import Candidate
 from loader.errors import DigestsMissing, LoaderError, SourceLost, WeightsMismatch
@@ -11,11 +12,19 @@ from loader.garbage import collector_paused
 from loader.manifests import for_each
 from loader.offers import needed
 from loader.plan import Planner, refuse
-from loader.sources import Found, place_of
+from loader.sources import Found, Group, place_of
 from registry import Manifest, RankRecord
 from registry.logs import fields
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Sources that are to be read from, and the content that they all bring."""
+
+    content: str
+    candidates: list[Candidate]
 
 
 class Selection:
@@ -41,24 +50,30 @@ class Selection:
         self.gone: list[RankRecord] = []
 
     @collector_paused
-    def choose(self, found: Found) -> list[Candidate]:
-        """Raises why not where nobody has it: WeightsMismatch, DigestsMissing or SourceLost."""
-        misfits: list[LoaderError] = []
-        alike = self._fitting([[record] for record in found.alike], misfits)
-        if alike or not found.instances:
-            return _those_or(alike, misfits)
-        misfits.clear()
-        teams = [sorted(records, key=lambda record: place_of(record, self._session_id)) for records in found.instances]
-        parts = self._fitting(teams, misfits)
-        numbers = needed([candidate.origin for candidate in parts], self._dst, self._max_sources) if parts else []
-        return _those_or([parts[number] for number in numbers], misfits)
+    def choose(self, found: Found) -> Choice:
+        """From the first group that has all that is wanted.
 
-    def _fitting(self, teams: Sequence[Sequence[RankRecord]], misfits: list[LoaderError]) -> list[Candidate]:
+        Raises why not where none has: WeightsMismatch, DigestsMissing or SourceLost.
+        """
+        misfits: list[LoaderError] = []
+        for group in found.alike:
+            if fitting := self._fitting(group, group.teams, misfits):
+                return _told(Choice(group.content, fitting), misfits)
+        if found.instances:
+            misfits.clear()
+        for group in found.instances:
+            teams = [tuple(sorted(records, key=lambda record: place_of(record, self._session_id))) for records in group.teams]
+            if parts := self._fitting(group, teams, misfits):
+                numbers = needed([candidate.origin for candidate in parts], self._dst, self._max_sources)
+                return _told(Choice(group.content, [parts[number] for number in numbers]), misfits)
+        raise misfits[0]
+
+    def _fitting(self, group: Group, teams: Sequence[Sequence[RankRecord]], misfits: list[LoaderError]) -> list[Candidate]:
         """The first teams each of which has all that is wanted, and digests of one kind if they are. Says why others do not fit."""
         chosen: list[list[Candidate]] = []
         algorithm: set[str] = set()
         for team in teams:
-            if len(chosen) == self._max_sources:
+            if len(chosen) == min(group.at_once, self._max_sources):
                 break
             try:
                 candidates = for_each(team, self._fetch)
@@ -85,9 +100,7 @@ class Selection:
             raise
 
 
-def _those_or(candidates: list[Candidate], misfits: Sequence[LoaderError]) -> list[Candidate]:
-    if not candidates:
-        raise misfits[0]
+def _told(choice: Choice, misfits: Sequence[LoaderError]) -> Choice:
     for misfit in misfits:
         log.info("not read from: %s", misfit, extra=fields("source_unfit", error=misfit))
-    return candidates
+    return choice

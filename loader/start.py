@@ -26,16 +26,18 @@ from loader.errors import (
     EngineFailed,
     EngineUnavailable,
     LoaderError,
+    MemoryInUse,
     TensorsUnusable,
     WeightsMismatch,
 )
 from loader.load import load
+from loader.memory import USES, Use
 from loader.peers import Peers
 from loader.publish import Publication, open_publication
 from loader.replica import Replica
 from loader.report import LoadReport
 from loader.transfer import OnProgress
-from registry import ModelIdentity, RankRecord, RankState, Registry
+from registry import ModelIdentity, RankRecord, Registry
 from registry.election import Election
 from registry.errors import (
     EtcdError,
@@ -56,7 +58,8 @@ _LOOK_S = 0.05  # how soon one that waits notices that it leads, or was cancelle
 
 # What the disk would not mend: the caller's own tensors, engine or wishes, and a rank that somebody else has.
 _NOT_THE_PEERS = (
-    Cancelled, TensorsUnusable, EngineFailed, EngineUnavailable, InvalidField, RankConflict, InstanceMismatch, KeeperFailed,
+    Cancelled, TensorsUnusable, MemoryInUse, EngineFailed, EngineUnavailable, InvalidField, RankConflict, InstanceMismatch,
+    KeeperFailed,
 )  # fmt: skip
 
 
@@ -177,6 +180,8 @@ class Start:
                 self.engine,
                 self.model,
                 rank=self.rank,
+                world_size=self.replica.world_size,
+                topology=self.replica.topology,
                 tensors=self.destination,
                 timeout_s=0.0,  # they are there, or are not any more
                 progress=self.progress,
@@ -210,21 +215,24 @@ class Start:
         if alone:
             log.warning("%s is read from files, whoever else does so: %s", self.who, alone, extra=self._told("seeding_alone"))
         reading = DiskRead(files_of(self.fallback, self.rank), self.destination.parts, self.destination.manifest)
-        with ExitStack() as undo:
-            publication = self._open(RankState.LOADING)
+        publication = self._read(reading, election)
+        self._tell_disk(alone)
+        reason = "; ".join(filter(None, [self.reason, alone]))
+        seconds = time.monotonic() - self.began
+        return Seeded("disk", publication, None, reason, seconds, None if publication is not None else self.unpublished)
+
+    def _read(self, reading: DiskRead, election: Election) -> Publication | None:
+        """Registered as loading meanwhile; None where that is not possible, before or afterwards."""
+        with USES.fill(f"a read of files for {self.who}", self.destination.runs) as filling, ExitStack() as undo:
+            publication = self._open(filling)
             if publication is not None:
                 undo.callback(publication.close)
                 self._hold(election, publication.record)
             reading.run(self.progress, self.cancel)
             if publication is not None:
-                publication.complete()
-            else:
-                publication = self._open(RankState.READY)
+                publication.complete(filled_by=filling)
             undo.pop_all()
-        self._tell_disk(alone)
-        reason = "; ".join(filter(None, [self.reason, alone]))
-        seconds = time.monotonic() - self.began
-        return Seeded("disk", publication, None, reason, seconds, None if publication is not None else self.unpublished)
+        return publication if publication is not None else self._open(None)
 
     def _tell_disk(self, alone: str) -> None:
         metrics.STARTS.inc("disk_alone" if alone else "disk_after_peers" if self.reason else "disk")
@@ -237,20 +245,22 @@ class Start:
         except EtcdError as exc:
             log.info("the lead is kept by a lease of its own: %s", exc, extra=fields("lead_not_kept", error=exc))
 
-    def _open(self, state: RankState) -> Publication | None:
-        """None where etcd cannot be reached or refuses it: an engine can do its work all the same."""
+    def _open(self, filling: Use | None) -> Publication | None:
+        """As loading, if something still fills the tensors.
+
+        None where etcd cannot be reached or refuses it: an engine can do its work all the same.
+        """
         try:
             return open_publication(
                 self.registry,
                 self.engine,
-                self.destination.parts,
-                self.destination.manifest,
+                self.destination,
                 rank=self.rank,
                 world_size=self.replica.world_size or 0,
                 model=self.model,
                 topology=self.replica.topology,
                 version=self.version,
-                state=state,
+                filled_by=filling,
                 **self.replica.options,
             )
         except EtcdError as exc:
@@ -258,7 +268,7 @@ class Start:
             log.warning(
                 "%s is not published%s: %s",
                 self.who,
-                " yet" if state is RankState.LOADING else "",
+                " yet" if filling is not None else "",
                 exc,
                 extra=self._told("seed_unpublished", error=exc),
             )

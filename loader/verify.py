@@ -3,7 +3,8 @@
     offset 0   8 bytes  magic "ENGREG01"
     offset 8   16 bytes incarnation of the registration
     offset 24  u64      sequence, little-endian: twice the version; odd while the weights are being changed
-    offset 32  32 bytes zero
+    offset 32  16 bytes content: what the weights are; zero in headers of older releases, see `implied_content`
+    offset 48  16 bytes zero
 
 A reader compares it before and after the bulk read: a port that another process has taken over, a restarted peer and weights that
 changed meanwhile all show, whatever etcd says at that time.
@@ -24,9 +25,10 @@ from loader.engine import Engine, peer_of, read
 from loader.errors import SourceLost
 from loader.plan import ReadOp
 from registry import RankRecord, Region
+from registry.record import implied_content
 
 _MAGIC = b"ENGREG01"
-_FORMAT = struct.Struct("<8s16sQ32x")
+_FORMAT = struct.Struct("<8s16sQ16s16x")
 NBYTES = _FORMAT.size
 
 
@@ -34,6 +36,7 @@ NBYTES = _FORMAT.size
 class Header:
     incarnation: str
     sequence: int
+    content: str
 
     @property
     def version(self) -> int:
@@ -54,7 +57,8 @@ class HeaderCell:
 
     def write(self, header: Header) -> None:
         """Visible to peers when this returns, after all that the device was asked to do before."""
-        packed = _FORMAT.pack(_MAGIC, bytes.fromhex(header.incarnation), header.sequence)
+        incarnation, content = bytes.fromhex(header.incarnation), bytes.fromhex(header.content)
+        packed = _FORMAT.pack(_MAGIC, incarnation, header.sequence, content)
         self._put(packed, 0)
 
     def erase(self) -> None:
@@ -73,8 +77,11 @@ class HeaderCell:
 
     def read(self) -> Header | None:
         """None where the bytes are no header."""
-        magic, incarnation, sequence = _FORMAT.unpack(bytes(self._bytes[:NBYTES].tolist()))
-        return Header(incarnation.hex(), sequence) if magic == _MAGIC else None
+        magic, incarnation, sequence, content = _FORMAT.unpack(bytes(self._bytes[:NBYTES].tolist()))
+        if magic != _MAGIC:
+            return None
+        stated = content.hex() if any(content) else implied_content(incarnation.hex(), sequence // 2)
+        return Header(incarnation.hex(), sequence, stated)
 
     def read_marks(self) -> bytes:
         return bytes(self._bytes[NBYTES:].cpu().numpy())

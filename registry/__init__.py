@@ -6,6 +6,7 @@ from registry.cleanup import CleaningWatch, InstanceCleaned
 from registry.client import Registry, new_incarnation
 from registry.errors import RegistryError
 from registry.manifest import Manifest, Region, TensorEntry
+from registry.place import Place
 from registry.record import ModelIdentity, RankRecord, RankState
 from registry.resolver import InstanceState, InstanceStatus
 from registry.session import Registration, RegistrationState
@@ -34,6 +35,7 @@ __all__ = [
     "InstanceStatus",
     "Manifest",
     "ModelIdentity",
+    "Place",
     "Pull",
     "RankJoined",
     "RankLost",

@@ -17,9 +17,10 @@ from registry.config import EtcdConfig, parse_endpoints
 from registry.election import Election
 from registry.errors import InvalidField, RecordDamaged
 from registry.etcd import Etcd
-from registry.keys import ENGINES, check_instance, instance_prefix, manifest_part_key, record_key
+from registry.keys import ENGINES, check_instance, evicted_key, instance_prefix, manifest_part_key, record_key
 from registry.logs import fields
 from registry.manifest import Manifest
+from registry.place import Place
 from registry.pulls import (
     AllPulls,
     OnPull,
@@ -31,7 +32,7 @@ from registry.pulls import (
     take_ticket,
     wait_for_no_pulls,
 )
-from registry.record import ModelIdentity, RankRecord, RankState, decode
+from registry.record import ModelIdentity, RankRecord, RankState, check_content, decode, new_content
 from registry.resolver import InstanceStatus
 from registry.roster import Roster, assess_all
 from registry.session import OnState, Registration
@@ -113,13 +114,14 @@ class Registry:
         generation: str | None = None,
         topology: Mapping[str, tuple[int, int]] | None = None,
         version: int = 0,
+        content: str | None = None,
         state: RankState = RankState.READY,
         fabric: str = "",
         device: str = "cpu",
         ttl_s: float = 10.0,
         on_state: OnState | None = None,
     ) -> Registration:
-        """Claims the rank for this process and holds it.
+        """Claims the rank for this process and holds it. `content` says which weights it has; by default some that nobody else has.
 
         Raises InvalidField, RankConflict (another process has the rank), InstanceMismatch (it disagrees with its siblings) or an
         EtcdError; nothing is left in etcd then. `on_state` is called for every change of the state, in order, from another thread:
@@ -149,6 +151,7 @@ class Registry:
             generation=generation or "",
             topology=dict(topology or {}),
             version=version,
+            content=new_content() if content is None else check_content(content),
             state=state,
             fabric=fabric,
             host=socket.gethostname(),
@@ -210,12 +213,16 @@ class Registry:
         """All of the wanted instances that are ready, be they named or any that serve a model. Waits as `resolve` for the first."""
         return wait_until_ready(self._etcd, wanted, timeout_s)
 
-    def holders(self, model: ModelIdentity, rank: int, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
-        """Instances of the model that are ready, or of which this rank is there, ready or still loading, whatever else is missing.
+    def holders(self, model: ModelIdentity, place: Place, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
+        """Instances of the model that are ready, or whose rank at this place is there, ready or loading, whatever else is missing.
 
         Waits as `resolve` for the first that is ready, or whose rank is.
         """
-        return wait_for_rank(self._etcd, model, rank, timeout_s)
+        return wait_for_rank(self._etcd, model, place, timeout_s)
+
+    def was_evicted(self, record: RankRecord) -> bool:
+        """Whether somebody has evicted this registration within the last day."""
+        return self._etcd.get(evicted_key(record.instance, record.rank, record.incarnation)) is not None
 
     def manifest(self, record: RankRecord) -> Manifest:
         """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""

@@ -6,7 +6,10 @@ whatever may lie in etcd, a reader gets a good record or `RecordDamaged`.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -25,9 +28,27 @@ _TEXTS = (
     "incarnation", "session_id", "protocol", "registered_at", "generation", "fabric", "host", "device", "writer", "kept_by",
     "ended",
 )  # fmt: skip
+_CONTENT = re.compile(r"[0-9a-f]{32}")
 GATEWAY = "gateway"  # in `kept_by`
 
 T = TypeVar("T")
+
+
+def new_content() -> str:
+    """A content that no memory has had before: 128 random bits as 32 hexadecimal digits."""
+    return uuid.uuid4().hex
+
+
+def implied_content(incarnation: str, version: int) -> str:
+    """The content of a rank that states none, as ranks of older releases: each of its versions is like no other."""
+    return hashlib.blake2b(f"{incarnation} {version}".encode(), digest_size=16).hexdigest()
+
+
+def check_content(content: str) -> str:
+    """`content` itself, or InvalidField."""
+    if not isinstance(content, str) or not _CONTENT.fullmatch(content):
+        raise InvalidField(f"content {content!r} is not valid: it is 32 hexadecimal digits", field="content")
+    return content
 
 
 def _check_texts(texts: Mapping[str, object]) -> None:
@@ -105,8 +126,14 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class RankRecord:
-    """One rank of one instance. Both revisions are etcd's, and 0 until it has been read from there; `create_revision` orders
-    registrations by when they began, and grows only where one had to be put again as its lease was lost."""
+    """One rank of one instance.
+
+    `content` says which bytes the rank holds: two memories with equal contents hold the same. `version` is a number that people
+    give, and two launches may give the same one to different weights.
+
+    Both revisions are etcd's, and 0 until the record has been read from there. `create_revision` orders registrations by when they
+    began. It grows only where a record had to be put again because its lease was lost.
+    """
 
     incarnation: str
     instance: str
@@ -121,6 +148,7 @@ class RankRecord:
     generation: str = ""
     topology: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # axis -> (index, size)
     version: int = 0
+    content: str = ""  # empty: the one that `implied_content` gives
     state: RankState = RankState.READY
     fabric: str = ""
     host: str = ""
@@ -137,6 +165,8 @@ class RankRecord:
         check_rank(self.rank, self.world_size)
         if type(self.version) is not int or not 0 <= self.version < MAX_VERSION:
             raise InvalidField(f"version {self.version!r} is not valid: it is from 0 to {MAX_VERSION - 1}", field="version")
+        if self.content != "":
+            check_content(self.content)
         _check_texts({name: getattr(self, name) for name in _TEXTS})
         for name, kind in _KINDS.items():
             _check_kind(name, getattr(self, name), kind)
@@ -189,6 +219,7 @@ def encode(record: RankRecord) -> bytes:
             "extra": dict(model.extra),
         },
         "version": record.version,
+        "content": record.content,
         "state": record.state.value,
         "session_id": record.session_id,
         "protocol": record.protocol,
@@ -206,6 +237,8 @@ def encode(record: RankRecord) -> bytes:
         "registered_at": record.registered_at,
         "writer": record.writer,
     }
+    if not record.content:
+        del data["content"]
     if record.kept_by:
         data["kept_by"] = record.kept_by
     if record.ended:
@@ -244,8 +277,9 @@ def decode(key: str, value: bytes, mod_revision: int = 0, create_revision: int =
 def _from_json(data: dict[str, Any], mod_revision: int, create_revision: int) -> RankRecord:
     model = _get(data, "model", dict)
     manifest = _get(data, "manifest", dict)
+    incarnation, version = _get(data, "incarnation", str), _natural(data, "version")
     return RankRecord(
-        incarnation=_get(data, "incarnation", str),
+        incarnation=incarnation,
         instance=_get(data, "instance", str),
         rank=_get(data, "rank", int),
         world_size=_get(data, "world_size", int),
@@ -268,7 +302,8 @@ def _from_json(data: dict[str, Any], mod_revision: int, create_revision: int) ->
         registered_at=_get(data, "registered_at", str),
         generation=_get(data, "generation", str, ""),
         topology={axis: _place(axis, place) for axis, place in _get(data, "topology", dict, {}).items()},
-        version=_natural(data, "version"),
+        version=version,
+        content=_get(data, "content", str, "") or implied_content(incarnation, version),
         state=RankState(_get(data, "state", str)),
         fabric=_get(data, "fabric", str, ""),
         host=_get(data, "host", str, ""),

@@ -32,6 +32,8 @@ from registry.record import RankRecord, decode, encode
 WITHDRAWN = "withdrawn"
 DIED = "process ended"
 EVICTED = "evicted"
+# A rank that offered what an evicted source had brought. Whoever read from it has bytes that do not count either.
+SOURCE_EVICTED = "its source was evicted"
 
 # An evicted registration that cannot reach etcd must find this mark when it comes back; a day outlives any outage that matters.
 _EVICTED_TTL_S = 24 * 3600

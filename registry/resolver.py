@@ -41,6 +41,11 @@ class InstanceStatus:
         return versions.pop() if len(versions) == 1 else None
 
     @property
+    def contents(self) -> tuple[str, ...]:
+        """What each rank holds, by rank. Two instances with equal contents hold the same weights."""
+        return tuple(record.content for record in self.records)
+
+    @property
     def nbytes(self) -> int:
         return sum(record.manifest.nbytes for record in self.records)
 

@@ -104,7 +104,7 @@ class Registration:
         """0 while a keeper that has died is being replaced."""
         return self._link.pid
 
-    def update(self, *, version: int | None = None, state: RankState | None = None) -> None:
+    def update(self, *, version: int | None = None, content: str | None = None, state: RankState | None = None) -> None:
         """Changes the record. While etcd is away the change waits in the keeper: no error. RegistrationLost if it is over."""
         if os.getpid() != self._owner_pid:
             raise RegistryError(
@@ -117,12 +117,16 @@ class Registration:
         changed = replace(
             self.record,
             version=self.record.version if version is None else version,
+            content=self.record.content if content is None else content,
             state=self.record.state if state is None else state,
         )
         self._link.update(changed)
 
-    def withdraw(self) -> None:
-        """Takes the rank out of the registry; any number of times. If etcd is away the keeper goes on trying by itself."""
+    def withdraw(self, reason: str = WITHDRAWN) -> None:
+        """Takes the rank out of the registry; any number of times. If etcd is away the keeper goes on trying by itself.
+
+        `reason` is what watchers are given.
+        """
         if os.getpid() != self._owner_pid:
             return  # a forked child's copy of the handle: the registration is the parent's
         with self._lock:
@@ -131,7 +135,7 @@ class Registration:
             self._closing = True
         try:
             if self._lost is None:
-                self._link.end(WITHDRAWN)
+                self._link.end(reason)
                 self._withdrawn = True
         except RegistryError as exc:
             log.warning(

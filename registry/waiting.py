@@ -10,6 +10,7 @@ from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import ENGINES, check_instance, instance_prefix, parse_record_key
 from registry.kv import Snapshot
+from registry.place import Place
 from registry.record import ModelIdentity, RankState
 from registry.resolver import InstanceState, InstanceStatus
 from registry.roster import Roster, instance_of
@@ -29,23 +30,25 @@ def wait_until_ready(etcd: Etcd, wanted: Wanted, timeout_s: float) -> tuple[Inst
     return _wait(etcd, wanted, timeout_s, ready)
 
 
-def wait_for_rank(etcd: Etcd, model: ModelIdentity, rank: int, timeout_s: float) -> tuple[InstanceStatus, ...]:
-    """The instances of the model that are ready, or have the rank, ready or still loading, whatever else of them there is.
+def wait_for_rank(etcd: Etcd, model: ModelIdentity, place: Place, timeout_s: float) -> tuple[InstanceStatus, ...]:
+    """The instances of the model that are ready, or whose rank at this place is there, ready or loading, whatever else is missing.
 
     Waits until the weights of that rank can be had somewhere; raises as `wait_until_ready`.
     """
 
     def holding(rosters: Iterable[Roster]) -> list[Roster]:
-        some = [(roster, _readable(roster, model, rank)) for roster in rosters]
+        some = [(roster, _readable(roster, model, place)) for roster in rosters]
         good = any(roster.state is InstanceState.READY or state is RankState.READY for roster, state in some)
         return [roster for roster, state in some if roster.state is InstanceState.READY or state is not None] if good else []
 
     return _wait(etcd, model, timeout_s, holding)
 
 
-def _readable(roster: Roster, model: ModelIdentity, rank: int) -> RankState | None:
-    record = roster.records.get(rank)
-    return record.state if record and record.model == model and record.state in (RankState.READY, RankState.LOADING) else None
+def _readable(roster: Roster, model: ModelIdentity, place: Place) -> RankState | None:
+    record = roster.records.get(place.rank)
+    if record is None or record.model != model or not place.fits(Place.of(record)):
+        return None
+    return record.state if record.state in (RankState.READY, RankState.LOADING) else None
 
 
 def _wait(

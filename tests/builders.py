@@ -13,6 +13,9 @@ from registry.record import ManifestRef, encode
 # Which process and which launch: tests that need another one name it.
 INCARNATION = "0123456789abcdef0123456789abcdef"
 OTHER_INCARNATION = "fedcba9876543210fedcba9876543210"
+# What a rank holds, and something else.
+CONTENT = "c0" * 16
+OTHER_CONTENT = "0c" * 16
 
 _GOOD = RankRecord(
     incarnation=INCARNATION,
@@ -28,6 +31,7 @@ _GOOD = RankRecord(
     generation="launch-1",
     topology={"tp": (0, 2), "pp": (0, 1)},
     version=3,
+    content=CONTENT,
     fabric="rack-1",
     host="node-1",
     pid=4711,

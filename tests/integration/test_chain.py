@@ -28,9 +28,15 @@ SLOW = Pace(256 << 10, 1, starve_s=30.0)
 class Members:
     """Loads in threads of this process, each with an engine of its own; what they published is closed in the end."""
 
-    def __init__(self, registry: Registry, new_engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        new_engine: Callable[[], Engine],
+        new_tensors: Callable[[], dict[str, torch.Tensor]] = lambda: empty(NBYTES),
+    ) -> None:
         self.registry = registry
         self._new_engine = new_engine
+        self._new_tensors = new_tensors
         self._pool = ThreadPoolExecutor(16)
         self._cancel = threading.Event()
         self.gates: dict[str, Gate] = {}
@@ -41,7 +47,7 @@ class Members:
     def start(self, name: str, stop_at: float = 2.0, **options: Any) -> None:
         """Stops there, of 1, until it is let go."""
         gate = self.gates[name] = Gate(stop_at)
-        tensors = self.tensors[name] = empty(NBYTES)
+        tensors = self.tensors[name] = self._new_tensors()
         engine = self.engines[name] = self._new_engine()
         given = {"publish": name, "pace": SLOW, "rank": 0, "source": MODEL, "cancel": self._cancel, **options}
         source = given.pop("source")

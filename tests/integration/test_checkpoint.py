@@ -402,7 +402,7 @@ def test_in_a_job_a_load_that_an_update_overtakes_is_an_error_and_never_a_mix(
     found = {"w": torch.zeros(1000)}
     exc = why(found, OneOfTwo(registry, InProcessEngine(), "a", timeout_s=5), planner=Meanwhile(update))
     assert isinstance(exc, TornRead)
-    assert "changed after this load had begun (version 0 is not served: a has 1): load again" in str(exc)
+    assert "changed after this load had begun (the weights that were wanted are not served any more: a has been updated" in str(exc)
     assert not found["w"].any()
 
 

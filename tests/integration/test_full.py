@@ -205,10 +205,15 @@ def test_weights_that_change_in_every_try_are_an_error_and_no_file(registry: Reg
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("digests", [True, False])
 def test_where_one_instance_goes_between_two_files_another_goes_on(
-    registry: Registry, new_engine: Callable[[], Engine], tmp_path: Path
+    registry: Registry, new_engine: Callable[[], Engine], tmp_path: Path, digests: bool
 ) -> None:
-    with Instance(registry, new_engine, "a") as first, Instance(registry, new_engine, "b"):
+    """From where it is, if digests prove that it holds the same; else all comes from there."""
+    with (
+        Instance(registry, new_engine, "a", digests=digests) as first,
+        Instance(registry, new_engine, "b", digests=digests),
+    ):
         leave = At(SECOND_FILE, first.close)
         load_into(tmp_path, registry, new_engine(), ["a", "b"], progress=leave)
     assert leave.times == 1

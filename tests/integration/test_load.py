@@ -282,7 +282,7 @@ def test_another_process_at_the_address_of_the_source_is_not_taken_for_it(regist
     """As when a process dies, another gets its port, and etcd still has the old record."""
     engine = InProcessEngine()
     with offer(registry, engine, weights()) as publication:
-        publication._header.write(Header("0" * 32, 0))
+        publication._header.write(Header("0" * 32, 0, "0" * 32))
         destination = like(weights())
         with pytest.raises(SourceLost, match="not the process that registered"):
             load(registry, InProcessEngine(), "a", rank=0, tensors=destination)

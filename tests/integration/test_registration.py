@@ -25,6 +25,7 @@ from registry import (
     InstanceState,
     Manifest,
     ModelIdentity,
+    Place,
     RankJoined,
     RankLost,
     RankState,
@@ -97,17 +98,17 @@ def test_a_rank_of_a_model_is_found_in_whatever_instance_it_is_ready_or_still_lo
         register(registry, "elsewhere", 1, 2),
         register(registry, "other", 0, 1, model=other),
     ):
-        assert [status.instance for status in registry.holders(MODEL, 0)] == ["loads", "part", "whole"]
-        assert [status.instance for status in registry.holders(MODEL, 1)] == ["elsewhere", "whole"]
-        assert [status.instance for status in registry.holders(other, 0)] == ["other"]
+        assert [status.instance for status in registry.holders(MODEL, Place(0))] == ["loads", "part", "whole"]
+        assert [status.instance for status in registry.holders(MODEL, Place(1))] == ["elsewhere", "whole"]
+        assert [status.instance for status in registry.holders(other, Place(0))] == ["other"]
     with register(registry, "loads", state=RankState.LOADING) as loading:
         with pytest.raises(InstanceIncomplete, match="instance 'loads' is not ready: rank 0 loading"):
-            registry.holders(MODEL, 0)
+            registry.holders(MODEL, Place(0))
         threading.Timer(0.1, lambda: loading.update(state=RankState.READY)).start()
-        (status,) = registry.holders(MODEL, 0, timeout_s=20)
+        (status,) = registry.holders(MODEL, Place(0), timeout_s=20)
         assert status.records[0].state is RankState.READY
     with pytest.raises(InstanceNotFound):
-        registry.holders(MODEL, 0)
+        registry.holders(MODEL, Place(0))
 
 
 def test_ranks_are_in_the_order_in_which_they_were_registered_also_after_they_have_changed(registry: Registry) -> None:

@@ -13,6 +13,8 @@ from loader.errors import DigestMismatch, DigestsMissing, SourceLost, TornRead, 
 from registry import ModelIdentity, Registry
 from tests.engines import Interrupted
 from tests.integration.test_load import Tensors, assert_equal, like, weights
+from tests.launches import Origin as LaunchOrigin
+from tests.launches import origins, the_origin, words
 
 
 @pytest.fixture
@@ -62,13 +64,28 @@ def test_a_source_without_digests_is_refused_before_a_byte_moves_or_passed_over(
     assert [share.name for share in report.shares] == ["/engines/b/0"]
 
 
-def test_sources_of_one_name_and_version_that_hold_different_weights_are_found_out(stack: ExitStack, registry: Registry) -> None:
+@pytest.mark.parametrize("digests", [True, False])
+def test_sources_of_one_name_and_version_that_hold_different_weights_are_not_mixed(
+    stack: ExitStack, registry: Registry, digests: bool
+) -> None:
     """As after a checkpoint was replaced without a new revision."""
     for instance, value in (("a", 1.0), ("b", 2.0)):
-        offer(stack, registry, {f"t{n}": torch.full((1 << 20,), value) for n in range(40)}, instance=instance)
+        tensors = {f"t{n}": torch.full((1 << 20,), value) for n in range(40)}
+        offer(stack, registry, tensors, instance=instance, digests=digests)
     destination = {f"t{n}": torch.zeros(1 << 20) for n in range(40)}
-    with pytest.raises(DigestMismatch):
-        load(registry, InProcessEngine(), ["a", "b"], rank=0, tensors=destination, verify="digest")
+    report = load(registry, InProcessEngine(), ["a", "b"], rank=0, tensors=destination)
+    (share,) = report.shares
+    value = {"/engines/a/0": 1.0, "/engines/b/0": 2.0}[share.name]
+    assert all(bool((tensor == value).all()) for tensor in destination.values())
+
+
+def test_sources_whose_digests_prove_that_they_hold_the_same_are_read_from_at_once(stack: ExitStack, registry: Registry) -> None:
+    for instance in ("a", "b"):
+        offer(stack, registry, weights(), instance=instance, digests=True)
+    contents = {registry.resolve(instance)[0].content for instance in ("a", "b")}
+    report = load(registry, InProcessEngine(), ["a", "b"], rank=0, tensors=like(weights()))
+    assert contents == {report.content}
+    assert sorted(share.name for share in report.shares) == ["/engines/a/0", "/engines/b/0"]
 
 
 # -- versions --------------------------------------------------------------------------------------------------------------------
@@ -107,19 +124,55 @@ def test_ranks_loaded_together_are_of_one_version_though_the_source_goes_on_in_b
         assert_equal(found, source)
 
 
-def test_ranks_that_never_stay_at_one_version_are_an_error(stack: ExitStack, registry: Registry) -> None:
-    publications = [offer(stack, registry, weights(rank), rank=rank, world_size=2) for rank in range(2)]
+def test_ranks_that_never_stay_at_one_content_are_an_error(stack: ExitStack, registry: Registry) -> None:
+    sources = [weights(rank) for rank in range(2)]
+    publications = [offer(stack, registry, source, rank=rank, world_size=2) for rank, source in enumerate(sources)]
+
     ready = registry.ready
 
     def ready_after_an_update(*args: object) -> object:
         with ExitStack() as together:
             for publication in publications:
                 together.enter_context(publication.update())
+            for source in sources:
+                source["layer.0"].add_(1)
         return ready(*args)  # type: ignore[arg-type]
 
     registry.ready = ready_after_an_update  # type: ignore[method-assign, assignment]
     with pytest.raises(TornRead, match="between one rank and the next, in 5 tries"):
         load_instance(registry, InProcessEngine(), "a", tensors={rank: like(weights(rank)) for rank in range(2)})
+
+
+def test_an_instance_that_starts_again_between_two_ranks_gives_one_launch(stack: ExitStack, registry: Registry) -> None:
+    """Under the same version, with other weights."""
+
+    def launch(number: int) -> ExitStack:
+        running = ExitStack()
+        for rank in range(2):
+            tensors = {"w": words(LaunchOrigin(number, 0, rank), 1000)}
+            offer(running, registry, tensors, rank=rank, world_size=2, digests=False)
+        return running
+
+    running = [launch(1)]
+    ready, calls = registry.ready, 0
+
+    def ready_after_a_restart(*args: object) -> object:
+        """Asked once for the instance, and once for each rank."""
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            running.pop().close()
+            running.append(stack.enter_context(launch(2)))
+        return ready(*args)  # type: ignore[arg-type]
+
+    registry.ready = ready_after_a_restart  # type: ignore[method-assign, assignment]
+    found = {rank: {"w": torch.zeros(1000, dtype=torch.int64)} for rank in range(2)}
+    reports = load_instance(registry, InProcessEngine(), "a", tensors=found, timeout_s=5)
+    assert calls > 3
+    assert {rank: the_origin(origins(found[rank]["w"])) for rank in range(2)} == {
+        rank: LaunchOrigin(2, 0, rank) for rank in range(2)
+    }
+    assert [reports[rank].version for rank in range(2)] == [0, 0]
 
 
 # -- replicas within an instance -------------------------------------------------------------------------------------------------

@@ -397,7 +397,7 @@ def test_outcomes_are_those_that_are_documented(error: BaseException, outcome: s
     [
         (loader.errors.SourceLost("x"), "lost"),
         (loader.errors.SourceLost("x", reason="process ended"), "lost"),
-        (loader.errors.SourceLost("x", reason="evicted"), "evicted"),
+        (loader.errors.SourceEvicted("x"), "evicted"),
         (loader.errors.Stalled("x"), "stalled"),
         (loader.errors.TornRead("x"), "torn"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loader.peers import Peers
-from registry import InstanceReady, ModelIdentity, RankJoined, RankLost, RankRecord, RankState, RankUpdated
+from registry import InstanceReady, ModelIdentity, Place, RankJoined, RankLost, RankRecord, RankState, RankUpdated
 from registry.record import GATEWAY
 from registry.resolver import assess
 from tests.builders import a_record
@@ -16,7 +16,7 @@ MODEL = ModelIdentity("m", "r1")
 
 
 def peers(topology: dict[str, tuple[int, int]] | None = None, boxes: bool = False) -> Peers:
-    return Peers(None, MODEL, 1, 2, topology or {}, boxes)  # type: ignore[arg-type]
+    return Peers(None, MODEL, Place(1, 2, topology or {}), boxes)  # type: ignore[arg-type]
 
 
 def a_rank(**changes: Any) -> RankRecord:

@@ -54,6 +54,7 @@ def records(draw: st.DrawFn) -> RankRecord:
         generation=draw(TEXT),
         topology=draw(st.dictionaries(TEXT, places(), max_size=3)),
         version=draw(st.integers(0, MAX_VERSION - 1)),
+        content=draw(st.from_regex(r"[0-9a-f]{32}", fullmatch=True)),
         state=draw(st.sampled_from(RankState)),
         fabric=draw(TEXT),
         host=draw(TEXT),
@@ -343,3 +344,25 @@ def test_a_model_is_named_and_described_in_text(fields: dict[str, Any], field: s
     with pytest.raises(InvalidField) as caught:
         ModelIdentity(**{"name": "qwen", **fields})
     assert caught.value.details == {"field": field}
+
+
+def test_a_record_that_states_no_content_has_one_of_its_own_in_each_version_and_launch() -> None:
+    """As those of older releases, whose headers are read in the same way."""
+    found = {
+        decode("/engines/qwen/0", changed_all(content=..., version=version, incarnation=incarnation)).content
+        for version, incarnation in ((0, "a"), (1, "a"), (0, "b"), (0, "b"))
+    }
+    assert len(found) == 3
+    assert encode(a_record(content="")) == changed_all(content=...)
+
+
+def changed_all(**changes: Any) -> bytes:
+    data = as_json(**changes)
+    return json.dumps({name: value for name, value in data.items() if value is not ...}, separators=(",", ":")).encode()
+
+
+@pytest.mark.parametrize("content", ["c0", "C0" * 16, "g0" * 16, "c0" * 17, 7, None, ["c0"]])
+def test_a_content_that_is_not_32_hexadecimal_digits_is_damage(content: object) -> None:
+    assert read(changed("content", content)) is None
+    with pytest.raises(InvalidField, match="is not valid: it is 32 hexadecimal digits"):
+        a_record(content=content)

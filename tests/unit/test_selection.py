@@ -12,10 +12,10 @@ from loader.candidates import Candidate
 from loader.errors import DigestsMissing, SourceLost, WeightsMismatch
 from loader.offers import Origin
 from loader.plan import Planner
-from loader.selection import Selection
-from loader.sources import Found
+from loader.selection import Choice, Selection
+from loader.sources import Found, Group
 from registry import Manifest, RankRecord, TensorEntry
-from tests.builders import a_manifest, a_record, an_entry
+from tests.builders import CONTENT, OTHER_CONTENT, a_manifest, a_record, an_entry
 
 
 @dataclass
@@ -71,7 +71,17 @@ def selection_of(teams: Sequence[Ranks], wanted: Manifest, **options: Any) -> Se
 
 def chosen(teams: Sequence[Ranks], alike: Sequence[RankRecord] = (), dst: TensorEntry = WHOLE, **options: Any) -> list[str]:
     selection = selection_of(teams, a_manifest(dst), **options)
-    return [candidate.origin.name for candidate in selection.choose(Found(list(alike), [team.records for team in teams]))]
+    return names_of(selection.choose(found_of(teams, alike)))
+
+
+def found_of(teams: Sequence[Ranks], alike: Sequence[RankRecord] = ()) -> Found:
+    """All of one content."""
+    singles = [Group(CONTENT, [(record,) for record in alike], 9)] if alike else []
+    return Found(singles, [Group(CONTENT, [team.records for team in teams], 9)] if teams else [])
+
+
+def names_of(choice: Choice) -> list[str]:
+    return [candidate.origin.name for candidate in choice.candidates]
 
 
 def test_ranks_that_hold_the_same_are_chosen_the_first_ones_first() -> None:
@@ -79,6 +89,25 @@ def test_ranks_that_hold_the_same_are_chosen_the_first_ones_first() -> None:
     alike = [team.records[0] for team in teams]
     assert chosen(teams, alike) == ["a/0", "b/0"]
     assert chosen(teams, alike, max_sources=9) == ["a/0", "b/0", "c/0"]
+
+
+def test_sources_of_two_contents_are_never_chosen_together_and_a_group_that_does_not_fit_gives_way() -> None:
+    teams = [Ranks(name, WHOLE) for name in "abc"]
+    selection = selection_of(teams, a_manifest(WHOLE), max_sources=9)
+    first, second, third = (team.records[0] for team in teams)
+    alike = [Group(CONTENT, [(first,)], 9), Group(OTHER_CONTENT, [(second,), (third,)], 9)]
+    choice = selection.choose(Found(alike, []))
+    assert (choice.content, names_of(choice)) == (CONTENT, ["a/0"])
+    teams[0].offerings[first.key].manifest = a_manifest(an_entry("another"))
+    choice = selection.choose(Found(alike, []))
+    assert (choice.content, names_of(choice)) == (OTHER_CONTENT, ["b/0", "c/0"])
+
+
+def test_no_more_are_chosen_than_a_group_allows_at_once() -> None:
+    teams = [Ranks(name, WHOLE) for name in "abc"]
+    selection = selection_of(teams, a_manifest(WHOLE), max_sources=9)
+    found = Found([Group(CONTENT, [(team.records[0],) for team in teams], 2)], [])
+    assert names_of(selection.choose(found)) == ["a/0", "b/0"]
 
 
 def test_one_that_does_not_fit_is_passed_over() -> None:
@@ -92,8 +121,7 @@ def test_one_in_which_memory_is_shared_otherwise_than_here_is_passed_over() -> N
     for team, manifest in zip(teams, (apart, tied), strict=True):
         team.offerings[team.records[0].key].manifest = manifest
     selection = selection_of(teams, tied)
-    found = selection.choose(Found([team.records[0] for team in teams], []))
-    assert [candidate.origin.name for candidate in found] == ["b/0"]
+    assert names_of(selection.choose(found_of([], [team.records[0] for team in teams]))) == ["b/0"]
 
 
 def test_where_nobody_holds_the_same_all_that_hold_a_part_are_chosen() -> None:
@@ -112,8 +140,7 @@ def test_of_equal_ranks_loaders_choose_different_ones_and_no_more_than_are_wante
 def test_an_instance_of_which_a_rank_is_gone_gives_way_to_another_and_is_remembered() -> None:
     teams = [Ranks("a", half(0), half(1), gone=[1]), Ranks("b", half(0), half(1))]
     selection = selection_of(teams, a_manifest(WHOLE))
-    names = [candidate.origin.name for candidate in selection.choose(Found([], [team.records for team in teams]))]
-    assert sorted(names) == ["b/0", "b/1"]
+    assert sorted(names_of(selection.choose(found_of(teams)))) == ["b/0", "b/1"]
     assert [record.key for record in selection.gone] == [teams[0].records[1].key]
 
 
@@ -128,7 +155,7 @@ def test_why_the_first_does_not_fit_is_raised_where_none_does() -> None:
 def test_the_weights_of_one_rank_are_told_by_its_own_name() -> None:
     team = Ranks("a", half(0))
     with pytest.raises(WeightsMismatch, match="the weights of a/0 do not match"):
-        selection_of([team], a_manifest(WHOLE)).choose(Found([team.records[0]], []))
+        selection_of([team], a_manifest(WHOLE)).choose(found_of([], [team.records[0]]))
 
 
 def test_digests_of_all_that_are_chosen_are_of_one_kind() -> None:

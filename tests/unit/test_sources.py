@@ -11,8 +11,8 @@ import pytest
 
 from loader import InProcessEngine
 from loader.errors import SourceUnreachable, VersionUnavailable
-from loader.sources import Found, Search
-from registry import InstanceState, InstanceStatus, ModelIdentity, Pull, RankRecord, RankState, Registry
+from loader.sources import Found, Group, Search
+from registry import InstanceState, InstanceStatus, Manifest, ModelIdentity, Place, Pull, RankRecord, RankState, Registry
 from registry.errors import EtcdRefused, InvalidField
 from registry.resolver import assess
 from registry.tickets import Reader
@@ -50,12 +50,19 @@ def search(
     me: str = "",
     **options: Any,
 ) -> Found:
-    return Search(cast(Registry, registry), engine, wanted, rank, boxes, **options).find(time.monotonic(), avoid, me)
+    place = Place(rank) if rank is not None else None
+    found = Search(cast(Registry, registry), engine, wanted, place, Manifest((), ()), boxes, **options)
+    return found.find(time.monotonic(), avoid, me)
+
+
+def records_of(groups: Sequence[Group]) -> list[RankRecord]:
+    """The first of each team, group by group."""
+    return [team[0] for group in groups for team in group.teams]
 
 
 def find(registry: Ready, rank: int = 0, engine: InProcessEngine | None = None, **options: Any) -> list[str]:
     found = search(registry, rank, engine or InProcessEngine(), **options)
-    return [f"{record.instance}/{record.rank}" for record in found.alike]
+    return [f"{record.instance}/{record.rank}" for record in records_of(found.alike)]
 
 
 def test_the_one_with_the_fewest_readers_comes_first() -> None:
@@ -142,8 +149,8 @@ def shards_of(instance: str, *fabrics: str, **changes: Any) -> list[RankRecord]:
 
 def instances(registry: Ready, rank: int | None = None, **options: Any) -> list[str]:
     found = search(registry, rank, InProcessEngine(fabric="here"), **options)
-    assert all(len(records) == records[0].world_size for records in found.instances)
-    return [records[0].instance for records in found.instances]
+    assert all(len(team) == team[0].world_size for group in found.instances for team in group.teams)
+    return [record.instance for record in records_of(found.instances)]
 
 
 def test_with_boxes_all_ranks_of_an_instance_together_are_a_source_the_best_first() -> None:
@@ -189,7 +196,7 @@ class Holders(Ready):
         self._tickets = pulls
         self._refuse = refuse
 
-    def holders(self, model: ModelIdentity, rank: int, timeout_s: float) -> list[InstanceStatus]:
+    def holders(self, model: ModelIdentity, place: Place, timeout_s: float) -> list[InstanceStatus]:
         return [assess(record.instance, [record]) for record in self._records]
 
     def all_pulls(self) -> tuple[Pull, ...]:
@@ -205,12 +212,14 @@ def loading(instance: str, order: int, **changes: Any) -> RankRecord:
 def by_rank(*records: RankRecord, me: str = "", pulls: Sequence[Pull] = (), refuse: bool = False, **options: Any) -> list[str]:
     given = {"by_rank": True, "pipelined": True, "hop": 0.01, "boxes": False, "wanted": MODEL, **options}
     found = search(Holders(*records, pulls=pulls, refuse=refuse), 0, InProcessEngine(), me=me, **given)
-    return [*(record.instance for record in found.alike[: found.at_once]), *(["…"] if len(found.alike) > found.at_once else [])]
+    (group,) = found.alike
+    names = [record.instance for (record,) in group.teams]
+    return [*names[: group.at_once], *(["…"] if len(names) > group.at_once else [])]
 
 
 def test_a_rank_will_do_whatever_else_of_its_instance_there_is() -> None:
     assert by_rank(one("a", world_size=2)) == ["a"]
-    assert by_rank(one("a", world_size=2), one("b")) in (["a", "b"], ["b", "a"])
+    assert by_rank(one("a", world_size=2), one("b", world_size=2)) in (["a", "b"], ["b", "a"])
 
 
 def test_the_version_of_a_complete_instance_counts_for_more_than_a_newer_one_of_a_rank_alone() -> None:
@@ -244,9 +253,89 @@ def test_who_is_registered_no_more_reads_from_complete_ones_only() -> None:
 
 
 def test_of_complete_ones_those_without_a_reader_are_read_from_at_once_where_others_are_loading() -> None:
-    assert by_rank(one("x"), one("y"), one("z"), loading("a", 2, topology={"tp": (0, 1)})) in (["y", "z", "…"], ["x", "z", "…"])
+    assert by_rank(one("x"), one("y"), one("z"), loading("a", 2)) in (["y", "z", "…"], ["x", "z", "…"])
     assert by_rank(one("x"), one("y"), one("z"), loading("a", 2), max_sources=1)[1:] == ["…"]
 
 
 def test_who_may_not_see_the_tickets_reads_all_the_same() -> None:
     assert by_rank(one("root"), loading("a", 2), refuse=True) == ["a", "…"]
+
+
+# -- contents and places ---------------------------------------------------------------------------------------------------------
+
+A, B = "a" * 32, "b" * 32
+
+
+def groups(*records: RankRecord, content: str = "", **options: Any) -> dict[str, list[str]]:
+    registry = Holders(*records)
+    given = {"by_rank": True, "pipelined": True, "hop": 0.01, "boxes": False, "wanted": MODEL, **options}
+    place = given.pop("place", Place(0))
+    search = Search(cast(Registry, registry), InProcessEngine(), place=place, dst=Manifest((), ()), **given)
+    found = search.find(time.monotonic(), content=content)
+    return {group.content: sorted(record.instance for (record,) in group.teams) for group in found.alike}
+
+
+def test_ranks_of_one_version_whose_contents_differ_are_never_in_one_group() -> None:
+    records = one("a", content=A), one("b", content=B), one("c", content=A)
+    assert groups(*records) == {A: ["a", "c"], B: ["b"]}
+    loading_ones = loading("d", 2, content=A), loading("e", 3, content=B)
+    assert groups(*records, *loading_ones) == {A: ["a", "c", "d"], B: ["b", "e"]}
+
+
+@pytest.mark.parametrize("content", [A, B])
+def test_the_content_of_which_something_has_come_comes_first(content: str) -> None:
+    records = one("a", content=A), one("b", content=B)
+    assert next(iter(groups(*records, content=content))) == content
+    assert next(iter(groups(*records, loading("c", 2, content=A), content=content))) == content
+
+
+def test_one_that_is_loading_is_expected_to_choose_a_source_of_its_own_content() -> None:
+    """Else the one of another content would count as read by it, and another would be preferred."""
+    root_a, root_b = one("x", content=A), one("y", content=B)
+    found = groups(root_a, root_b, loading("c", 2, content=B))
+    assert found == {A: ["x"], B: ["c", "y"]}
+    assert next(iter(found)) == A  # whose only source has no reader
+
+
+def test_instances_are_one_group_where_all_their_ranks_agree_by_rank() -> None:
+    def instance(name: str, *contents: str) -> list[RankRecord]:
+        return [
+            one(name, rank=rank, world_size=2, content=content, incarnation=f"{name}{rank:031}")
+            for rank, content in enumerate(contents)
+        ]
+
+    registry = Ready(instance("a", A, B), instance("b", A, B), instance("c", B, A))
+    found = search(registry, None, InProcessEngine())
+    assert sorted(sorted(team[0].instance for team in group.teams) for group in found.instances) == [["a", "b"], ["c"]]
+    only = search(registry, None, InProcessEngine(), contents=[B, A])
+    assert [team[0].instance for group in only.instances for team in group.teams] == ["c"]
+    assert {group.content for group in only.instances} < {group.content for group in found.instances}
+
+
+def test_contents_that_nobody_has_any_more_are_not_available() -> None:
+    with pytest.raises(VersionUnavailable, match="not served any more: a has been updated or started again since"):
+        search(Ready([one("a", content=A)]), 0, InProcessEngine(), contents=[B])
+    with pytest.raises(VersionUnavailable):
+        groups(one("a", content=A), contents=[B])
+    assert groups(one("a", content=A), one("b", content=B), contents=[B]) == {B: ["b"]}
+
+
+EP = [one("a", topology={"ep": (0, 2)}), one("b", topology={"ep": (1, 2)})]
+
+
+def test_without_boxes_only_ranks_at_the_same_place_will_do() -> None:
+    for index, name in enumerate("ab"):
+        assert list(groups(*EP, place=Place(0, 1, {"ep": (index, 2)})).values()) == [[name]]
+    with pytest.raises(InvalidField, match=r"there is no rank 0 of 1, ep 2/4"):
+        groups(*EP, place=Place(0, 1, {"ep": (2, 4)}))
+    assert list(groups(one("a"), place=Place(0, 1, {"ep": (1, 2)})).values()) == [["a"]]  # which states none
+    with pytest.raises(InvalidField, match="there is no rank 0 of 2"):
+        groups(one("a"), place=Place(0, 2))
+
+
+def test_a_rank_that_may_be_several_is_refused_unless_the_place_or_boxes_say_which() -> None:
+    with pytest.raises(InvalidField, match=r"not clear: /engines/a/0 is rank 0 of 1, ep 0/2, /engines/b/0 is"):
+        groups(*EP)
+    assert list(groups(*EP, boxes=True).values()) == [["a", "b"]]
+    with pytest.raises(InvalidField, match="say world_size and topology"):
+        groups(one("a"), one("b", world_size=2))

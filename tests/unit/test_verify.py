@@ -13,7 +13,8 @@ from loader import InProcessEngine
 from loader.errors import ReadFailed, SourceLost
 from loader.verify import NBYTES, Header, HeaderCell, fetch_header
 from registry import RankRecord
-from tests.builders import INCARNATION, OTHER_INCARNATION, a_record
+from registry.record import implied_content
+from tests.builders import CONTENT, INCARNATION, OTHER_INCARNATION, a_record
 
 
 @pytest.fixture
@@ -29,28 +30,30 @@ def overwrite(cell: HeaderCell, value: bytes) -> None:
     ctypes.memmove(cell.region.addr, value, len(value))
 
 
-def test_a_header_is_64_bytes_of_magic_incarnation_and_little_endian_sequence(cell: HeaderCell) -> None:
+def test_a_header_is_64_bytes_of_magic_incarnation_little_endian_sequence_and_content(cell: HeaderCell) -> None:
     assert (NBYTES, cell.region.nbytes) == (64, 64)
-    cell.write(Header(INCARNATION, 0x0102030405060708))
-    assert memory(cell) == b"ENGREG01" + bytes.fromhex(INCARNATION) + bytes([8, 7, 6, 5, 4, 3, 2, 1]) + bytes(32)
+    cell.write(Header(INCARNATION, 0x0102030405060708, CONTENT))
+    assert memory(cell) == b"ENGREG01" + bytes.fromhex(INCARNATION) + bytes([8, 7, 6, 5, 4, 3, 2, 1]) + bytes.fromhex(
+        CONTENT
+    ) + bytes(16)
 
 
 @pytest.mark.parametrize("sequence", [0, 1, 2**64 - 1])
 def test_what_is_written_is_what_is_read(cell: HeaderCell, sequence: int) -> None:
-    header = Header(INCARNATION, sequence)
+    header = Header(INCARNATION, sequence, CONTENT)
     cell.write(header)
     assert cell.read() == header
 
 
 @pytest.mark.parametrize(("sequence", "version", "updating"), [(0, 0, False), (1, 0, True), (2, 1, False), (7, 3, True)])
 def test_the_sequence_is_twice_the_version_and_odd_during_an_update(sequence: int, version: int, updating: bool) -> None:
-    header = Header(INCARNATION, sequence)
+    header = Header(INCARNATION, sequence, CONTENT)
     assert (header.version, header.updating) == (version, updating)
 
 
 def test_fresh_and_erased_memory_is_no_header(cell: HeaderCell) -> None:
     assert cell.read() is None
-    cell.write(Header(INCARNATION, 2))
+    cell.write(Header(INCARNATION, 2, CONTENT))
     cell.erase()
     assert memory(cell) == bytes(64)
     assert cell.read() is None
@@ -58,23 +61,36 @@ def test_fresh_and_erased_memory_is_no_header(cell: HeaderCell) -> None:
 
 @pytest.mark.parametrize("magic", [b"ENGREG02", b"engreg01", b"\0ENGREG0", bytes(8)])
 def test_another_magic_is_no_header(cell: HeaderCell, magic: bytes) -> None:
-    cell.write(Header(INCARNATION, 2))
+    cell.write(Header(INCARNATION, 2, CONTENT))
     overwrite(cell, magic)
     assert cell.read() is None
 
 
 def test_a_later_writer_may_use_the_bytes_that_are_zero_now(cell: HeaderCell) -> None:
-    overwrite(cell, b"ENGREG01" + bytes.fromhex(INCARNATION) + struct.pack("<Q", 6) + b"\xff" * 32)
-    assert cell.read() == Header(INCARNATION, 6)
+    content = bytes.fromhex(CONTENT)
+    overwrite(cell, b"ENGREG01" + bytes.fromhex(INCARNATION) + struct.pack("<Q", 6) + content + b"\xff" * 16)
+    assert cell.read() == Header(INCARNATION, 6, CONTENT)
+
+
+def test_a_header_that_states_no_content_has_another_in_each_version_and_each_launch(cell: HeaderCell) -> None:
+    """As those of older releases, whose records are read in the same way."""
+    seen = set()
+    for incarnation, version in ((INCARNATION, 0), (INCARNATION, 1), (OTHER_INCARNATION, 0)):
+        overwrite(cell, b"ENGREG01" + bytes.fromhex(incarnation) + struct.pack("<Q", 2 * version) + bytes(32))
+        header = cell.read()
+        assert header is not None
+        assert header.content == implied_content(incarnation, version)
+        seen.add(header.content)
+    assert len(seen) == 3
 
 
 def test_marks_lie_behind_the_header_and_neither_disturbs_the_other() -> None:
     cell = HeaderCell(torch.device("cpu"), marks=5)
     assert cell.region.nbytes == NBYTES + 5
-    cell.write(Header(INCARNATION, 2))
+    cell.write(Header(INCARNATION, 2, CONTENT))
     cell.mark(b"\1\0\1\1\0")
     assert memory(cell)[NBYTES:] == b"\1\0\1\1\0" == cell.read_marks()
-    assert cell.read() == Header(INCARNATION, 2)
+    assert cell.read() == Header(INCARNATION, 2, CONTENT)
     cell.erase()
     assert (cell.read(), cell.read_marks()) == (None, b"\1\0\1\1\0")
 
@@ -89,7 +105,7 @@ class Source:
         self.engine = InProcessEngine()
         self.cell = HeaderCell(torch.device("cpu"))
         self.engine.register(self.cell.region)
-        self.cell.write(Header(INCARNATION, 6))
+        self.cell.write(Header(INCARNATION, 6, CONTENT))
 
     @property
     def record(self) -> RankRecord:
@@ -111,9 +127,9 @@ def reader(cell: HeaderCell) -> Iterator[InProcessEngine]:
 
 
 def test_the_header_of_a_live_source_is_fetched(source: Source, reader: InProcessEngine, cell: HeaderCell) -> None:
-    assert fetch_header(reader, source.record, cell) == Header(INCARNATION, 6)
-    source.cell.write(Header(INCARNATION, 7))
-    assert fetch_header(reader, source.record, cell) == Header(INCARNATION, 7)
+    assert fetch_header(reader, source.record, cell) == Header(INCARNATION, 6, CONTENT)
+    source.cell.write(Header(INCARNATION, 7, CONTENT))
+    assert fetch_header(reader, source.record, cell) == Header(INCARNATION, 7, CONTENT)
 
 
 @pytest.mark.parametrize("found", [bytes(64), b"\xff" * 64, b"ENGREG01" + bytes.fromhex(OTHER_INCARNATION) + bytes(40)])
