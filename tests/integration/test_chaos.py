@@ -1,6 +1,9 @@
-"""Hundreds of small loads while sources are killed, stopped, updated and evicted and etcd is restarted: seeded, bounded in time.
+"""Hundreds of small loads while sources and replicas are killed, stopped, updated, evicted and started again with other weights.
 
-Each load ends in the bytes of one version, or in an error of ours; none hangs, and nothing is left over.
+Seeded, and bounded in time. Each load ends in the words of one launch and version, or in an error of ours; none hangs, and nothing
+is left over. A long one, of 1,000 loads:
+
+    CHAOS_LOADS=1000 CHAOS_SECONDS=3000 pytest tests/integration/test_chaos.py -s -o faulthandler_timeout=0
 """
 
 from __future__ import annotations
@@ -9,32 +12,38 @@ import os
 import random
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from loader import LoaderError, MooncakeEngine, Pace, load
+from loader import LoaderError, MooncakeEngine, Pace, load, load_instance
+from loader.files import WholeFiles
+from loader.full import load_full
 from registry import Registry, RegistryError
 from registry.local import LocalEtcd
-from registry.waiting import Wanted
 from tests.integration.conftest import Processes, line_of
-from tests.integration.source_process import MODEL, content, empty
+from tests.integration.source_process import MODEL, empty
+from tests.launches import origins_of_bytes, the_origin
 from tests.waiting import wait_until
 
 NBYTES = 2 << 20
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 LOADS = int(os.environ.get("CHAOS_LOADS", "300"))
-SECONDS = 60.0
-PACE = Pace(64 << 10, 4, stall_s=0.3, patience_s=1.0)
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
+PACE = Pace(64 << 10, 4, stall_s=0.3, patience_s=1.0, starve_s=0.5, check_s=0.05)
+REPLICAS = {"r0": "0.02", "r1": "0.1"}  # and how long each waits after everything that comes, as over a slow link
 
 
 class Monkey:
-    """Three sources to which something happens every now and then; what has died is started again."""
+    """Three sources and two replicas, to which something happens every now and then; what has died is started again."""
 
     def __init__(self, processes: Processes, etcd: LocalEtcd, registry: Registry, seed: int) -> None:
         self._processes = processes
@@ -42,41 +51,75 @@ class Monkey:
         self._registry = registry
         self._random = random.Random(seed)
         self._sources: dict[str, subprocess.Popen[str]] = {}
+        self._replicas: dict[str, subprocess.Popen[str]] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.done: Counter[str] = Counter()
+        self.replicas: Counter[str] = Counter()  # how their loads have ended
+        self.mixes: list[str] = []  # what they said that had loaded a mix
 
     def __enter__(self) -> Monkey:
         for name in "abc":
             self._start(name)
+        for name in REPLICAS:
+            self._start_replica(name)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join(60)
-        for process in self._sources.values():
+        for process in [*self._sources.values(), *self._replicas.values()]:
             process.send_signal(signal.SIGCONT)
             process.kill()
             process.wait()
 
     def _start(self, name: str) -> None:
-        """Its rank may be taken until the lease of the one before has expired: then it ends, and is started again next time."""
-        self._sources[name] = self._processes.start("-m", "tests.integration.source_process", name, str(NBYTES))
+        """With the weights of one of two launches, both of version 0. Its rank may be taken until the lease of the one before has
+        expired: then it ends, and is started again next time."""
+        launch = self._random.choice("112")
+        self._sources[name] = self._processes.start(
+            "-m", "tests.integration.source_process", name, str(NBYTES), "127.0.0.1", "2", launch
+        )
         with suppress(AssertionError):
             line_of(self._sources[name])
 
+    def _start_replica(self, name: str) -> None:
+        process = self._processes.start("-m", "tests.integration.replica_process", name, str(NBYTES), REPLICAS[name])
+        self._replicas[name] = process
+        threading.Thread(target=self._follow, args=(process,), daemon=True).start()
+
+    def _follow(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(OSError):
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for line in process.stdout:
+            words = line.split()
+            if words[0] == "loaded":
+                self.replicas["loaded"] += 1
+                if words[2] != "equal":
+                    self.mixes.append(line)
+            elif words[0] == "failed":
+                self.replicas[words[1].rstrip(":")] += 1
+
     def _run(self) -> None:
-        faults = [self._kill, self._stop, self._update, self._update, self._evict, self._restart_etcd]
-        weights = [4, 4, 4, 4, 3, 1]
+        faults: list[Callable[[str], None]] = [
+            self._kill, self._stop, self._update, self._update_for_long, self._evict, self._replace_replica, self._restart_etcd,
+        ]  # fmt: skip
+        weights = [4, 4, 6, 3, 3, 4, 1]
         while not self._over.wait(self._random.uniform(0.0, 0.4)):
             for name, process in self._sources.items():
                 if process.poll() is not None:
                     self._start(name)
+            for name, process in self._replicas.items():
+                if process.poll() is not None:
+                    self._start_replica(name)
             fault = self._random.choices(faults, weights)[0]
             with suppress(RegistryError):
                 fault(self._random.choice("abc"))
-            self.done[fault.__name__] += 1
+            self.done[fault.__name__.strip("_")] += 1
 
     def _kill(self, name: str) -> None:
         self._sources[name].kill()
@@ -88,11 +131,23 @@ class Monkey:
         self._sources[name].send_signal(signal.SIGCONT)
 
     def _update(self, name: str) -> None:
+        self._say(name, "\n")
+
+    def _update_for_long(self, name: str) -> None:
+        """As a rule it ends; else the source is killed in the middle, and comes back under the same version."""
+        self._say(name, "begin\n")
+        self._over.wait(self._random.uniform(0.0, 1.5))
+        if self._random.random() < 0.4:
+            self._kill(name)
+        else:
+            self._say(name, "\n")
+
+    def _say(self, name: str, line: str) -> None:
         process = self._sources[name]
         if process.stdin is None or process.poll() is not None:
             return
         with suppress(OSError, AssertionError):
-            process.stdin.write("\n")
+            process.stdin.write(line)
             process.stdin.flush()
             line_of(process)
 
@@ -100,6 +155,11 @@ class Monkey:
         for record in self._registry.ranks(name):
             self._registry.evict(record)
         self._kill(name)
+
+    def _replace_replica(self, _: str) -> None:
+        process = self._replicas[self._random.choice(sorted(REPLICAS))]
+        process.kill()
+        process.wait()
 
     def _restart_etcd(self, _: str) -> None:
         self._etcd.kill()
@@ -119,12 +179,50 @@ def left_over(before: Counter[str]) -> list[str]:
     return sorted((held() - before).elements())
 
 
-@pytest.mark.timeout(300)
-def test_every_load_ends_in_one_version_or_a_typed_error_and_leaves_nothing_behind(own_etcd: LocalEtcd, namespace: str) -> None:
+class Loads:
+    """Loads of all kinds. Each gives the tensors, and the version that it says they have."""
+
+    def __init__(self, registry: Registry, engine: MooncakeEngine) -> None:
+        self._registry = registry
+        self._engine = engine
+        self.kinds: dict[str, Callable[[], tuple[dict[str, torch.Tensor], int]]] = {
+            "any": lambda: self._one(MODEL),
+            "published": lambda: self._one(MODEL, publish="here"),
+            "two": lambda: self._one(["a", "b"]),
+            "three": lambda: self._one(["c", "a", "b"]),
+            "named": lambda: self._one("a"),
+            "digests": lambda: self._one(["a", "b", "c"], verify="digest"),
+            "instance": self._instance,
+            "full": self._full,
+        }
+
+    def _one(self, wanted: object, **options: object) -> tuple[dict[str, torch.Tensor], int]:
+        tensors = empty(NBYTES)
+        report = load(self._registry, self._engine, wanted, rank=0, tensors=tensors, pace=PACE, timeout_s=1.0, **options)  # type: ignore[arg-type]
+        if report.publication is not None:
+            report.publication.close()
+        return tensors, report.version
+
+    def _instance(self) -> tuple[dict[str, torch.Tensor], int]:
+        tensors = empty(NBYTES)
+        return tensors, load_instance(self._registry, self._engine, MODEL, tensors={0: tensors}, timeout_s=1.0)[0].version
+
+    def _full(self) -> tuple[dict[str, torch.Tensor], int]:
+        """Of several files, each a load of its own."""
+        with tempfile.TemporaryDirectory() as name:
+            with WholeFiles(Path(name)) as files:
+                report = load_full(self._registry, self._engine, MODEL, files=files, max_file_nbytes=NBYTES // 3, timeout_s=1.0)
+            found = {key: tensor for path in Path(name).glob("*.safetensors") for key, tensor in load_file(path).items()}
+        return {key: found[key] for key in empty(NBYTES)}, report.version
+
+
+@pytest.mark.timeout(240 + SECONDS)
+def test_every_load_ends_in_one_launch_and_version_or_a_typed_error_and_leaves_nothing_behind(
+    own_etcd: LocalEtcd, namespace: str
+) -> None:
     processes = Processes({**os.environ, "ENGINES_ETCD": own_etcd.endpoint, "TEST_NAMESPACE": namespace})
     outcomes: Counter[str] = Counter()
     choose = random.Random(SEED)
-    some: list[Wanted] = [MODEL, ["a", "b"], ["c", "a", "b"], "a"]
     with MooncakeEngine("127.0.0.1"):
         pass  # what the library opens once a process, and keeps
     before = held()
@@ -132,22 +230,24 @@ def test_every_load_ends_in_one_version_or_a_typed_error_and_leaves_nothing_behi
         Registry.connect(own_etcd.endpoint, namespace=namespace, timeout_s=5) as registry,
         MooncakeEngine("127.0.0.1") as engine,
     ):
+        loads = Loads(registry, engine)
         with Monkey(processes, own_etcd, registry, SEED) as monkey:
             give_up = time.monotonic() + SECONDS
             while sum(outcomes.values()) < LOADS and time.monotonic() < give_up:
-                wanted = choose.choice(some)
-                tensors = empty(NBYTES)
+                kind = choose.choice(sorted(loads.kinds))
                 try:
-                    with hang_guard(wanted):
-                        report = load(registry, engine, wanted, rank=0, tensors=tensors, pace=PACE, timeout_s=1.0)
+                    with hang_guard(kind):
+                        tensors, version = loads.kinds[kind]()
                 except (LoaderError, RegistryError) as exc:
                     outcomes[type(exc).__name__] += 1
                 else:
-                    outcomes["loaded"] += 1
-                    right = content(report.version, NBYTES)
-                    assert all(torch.equal(tensors[name], right[name]) for name in right), report
-        print(f"seed {SEED}: {dict(outcomes)} under {dict(monkey.done)}")
-        assert outcomes["loaded"] > 0
+                    outcomes[f"loaded {kind}"] += 1
+                    assert the_origin(origins_of_bytes(tensors)).version == version, kind
+        print(f"seed {SEED}: {sum(outcomes.values())} loads {dict(outcomes)}")
+        print(f"replicas {dict(monkey.replicas)} under {dict(monkey.done)}")
+        assert monkey.mixes == []
+        assert monkey.replicas["loaded"] > 0
+        assert sum(count for kind, count in outcomes.items() if kind.startswith("loaded")) > 0
         assert sum(monkey.done.values()) > 3
         assert not [*engine._served, *engine._lent]
         wait_until(lambda: not registry._etcd.snapshot("/pulls/").items, 40)  # those that could not be given back expire
@@ -158,8 +258,8 @@ def test_every_load_ends_in_one_version_or_a_typed_error_and_leaves_nothing_behi
 
 
 @contextmanager
-def hang_guard(wanted: Wanted) -> Iterator[None]:
-    """Far longer than anything is waited for: an etcd that is away, a silent source, tries of a torn read."""
+def hang_guard(kind: str) -> Iterator[None]:
+    """Far longer than anything is waited for: an etcd that is away, a silent source, tries of a torn read of all files."""
     start = time.monotonic()
     yield
-    assert time.monotonic() - start < 45, wanted
+    assert time.monotonic() - start < 60, kind
