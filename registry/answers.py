@@ -17,7 +17,7 @@ from registry.errors import InstanceNotFound, RecordDamaged
 from registry.etcd import Etcd
 from registry.keys import record_key
 from registry.kv import KeyValue
-from registry.record import RankRecord, RankState, decode
+from registry.record import RankRecord, RankState, decode_item
 from registry.sglang import render
 
 _CACHE_NBYTES = 64 << 20
@@ -75,7 +75,7 @@ class Answers:
     def _render(self, key: str, item: KeyValue | None) -> _Rendered:
         if item is None:
             raise InstanceNotFound(f"{key} is not registered: see `engines list`")
-        record = decode(item.key, item.value, item.mod_revision)
+        record = decode_item(item)
         _check_readable(record)
         try:
             return _Rendered(item, render(record, fetch_manifest(self._etcd, record)))

@@ -32,7 +32,7 @@ from registry.pulls import (
     take_ticket,
     wait_for_no_pulls,
 )
-from registry.record import ModelIdentity, RankRecord, RankState, check_content, decode, new_content
+from registry.record import ModelIdentity, RankRecord, RankState, check_content, decode_item, new_content
 from registry.resolver import InstanceStatus
 from registry.roster import Roster, assess_all
 from registry.session import OnState, Registration
@@ -189,7 +189,7 @@ class Registry:
         """The registration that `record` was read from, as it is now; None where it has ended."""
         found = self._etcd.get(record.key)
         try:
-            now = decode(found.key, found.value, found.mod_revision) if found else None
+            now = decode_item(found) if found else None
         except RecordDamaged as exc:
             log.warning("%s", exc, extra=fields("record_damaged", **exc.details))
             return None

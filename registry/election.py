@@ -19,7 +19,7 @@ from registry.follow import Follower
 from registry.keys import election_key
 from registry.kv import Delete, KeyValue, Put, Snapshot, absent, unchanged
 from registry.logs import fields
-from registry.record import RankRecord, decode
+from registry.record import RankRecord, decode_item
 
 log = logging.getLogger(__name__)
 _TTL_S = 5.0  # how long the others wait for a leader whose host has died
@@ -177,7 +177,7 @@ class Election:
 
 def _is_of(item: KeyValue, record: RankRecord) -> bool:
     try:
-        return decode(item.key, item.value).incarnation == record.incarnation
+        return decode_item(item).incarnation == record.incarnation
     except RecordDamaged:
         return False
 

@@ -18,7 +18,7 @@ from registry.frames import beat_s
 from registry.keys import evicted_key
 from registry.kv import KeyValue
 from registry.logs import fields
-from registry.record import RankRecord, decode, encode
+from registry.record import RankRecord, decode_item, encode
 from registry.registration import amend, claim, end, remove
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class Keeper:
         """The key holds something else than we wrote, as far as we know."""
         key = self._record.key
         try:
-            found = decode(key, item.value, item.mod_revision)
+            found = decode_item(item)
         except RecordDamaged as exc:
             self._lose(Superseded(f"{exc}; the registration has ended", key=key))
         else:

@@ -22,7 +22,7 @@ from registry.etcd import Etcd
 from registry.keys import instance_prefix
 from registry.logs import fields
 from registry.probe import Answer, Probe
-from registry.record import RankRecord, decode
+from registry.record import RankRecord, decode_item
 from registry.seeds import Seeds, Served, seed_record
 from registry.sglang import parse_registration
 
@@ -71,7 +71,7 @@ class Mirror:
         held = set()
         for item in self._etcd.snapshot(instance_prefix(self._instance)).items:
             try:
-                record = decode(item.key, item.value)
+                record = decode_item(item)
             except RecordDamaged:
                 continue
             if not record.ended:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from registry.keys import check_instance, check_rank, record_key
+from registry.kv import KeyValue
 from registry.text import short
 
 SCHEMA = 1
@@ -272,6 +273,11 @@ def decode(key: str, value: bytes, mod_revision: int = 0, create_revision: int =
     if record.key != key:
         raise RecordDamaged(f"the record at {key} is damaged: it says that it belongs at {record.key}", key=key)
     return record
+
+
+def decode_item(item: KeyValue) -> RankRecord:
+    """`decode` of a key as etcd holds it, with both of its revisions."""
+    return decode(item.key, item.value, item.mod_revision, item.create_revision)
 
 
 def _from_json(data: dict[str, Any], mod_revision: int, create_revision: int) -> RankRecord:

@@ -27,7 +27,7 @@ from registry.errors import (
 from registry.etcd import Etcd
 from registry.keys import evicted_key, instance_prefix, manifest_part_key, manifest_prefix
 from registry.kv import Delete, Guard, KeyValue, Put, Snapshot, absent, none_created_since, unchanged
-from registry.record import RankRecord, decode, encode
+from registry.record import RankRecord, decode_item, encode
 
 WITHDRAWN = "withdrawn"
 DIED = "process ended"
@@ -89,7 +89,7 @@ def _check_holder(etcd: Etcd, record: RankRecord, holder: KeyValue | None, repla
     if holder is None:
         return absent(record.key)
     try:
-        found = decode(holder.key, holder.value)
+        found = decode_item(holder)
     except RecordDamaged as exc:
         raise RankConflict(f"{exc}; {how_to_delete(etcd, record.key)}", key=record.key) from exc
     if found.incarnation not in (record.incarnation, replaces) and not found.ended:
@@ -132,7 +132,7 @@ def _first_alive(seen: Snapshot, record: RankRecord) -> RankRecord | None:
     """The first record of another rank that can be read and has not ended."""
     for item in seen.items:
         try:
-            sibling = decode(item.key, item.value, item.mod_revision)
+            sibling = decode_item(item)
         except RecordDamaged:
             continue
         if sibling.rank != record.rank and not sibling.ended:
@@ -164,7 +164,7 @@ def remove(etcd: Etcd, record: RankRecord, reason: str) -> None:
     if found is None:
         return
     try:
-        ours = decode(found.key, found.value, found.mod_revision)
+        ours = decode_item(found)
     except RecordDamaged:
         return
     if ours.incarnation == record.incarnation:

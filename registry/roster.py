@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from registry.errors import RecordDamaged
 from registry.keys import ENGINES, parse_record_key
 from registry.kv import Change, Deletion, KeyValue
-from registry.record import RankRecord, RankState, decode
+from registry.record import RankRecord, RankState, decode_item
 from registry.resolver import InstanceState, InstanceStatus, assess
 
 
@@ -57,7 +57,7 @@ class Roster:
         try:
             if place is None:
                 raise RecordDamaged(f"the key {change.key} is not /engines/<instance>/<rank>", key=change.key)
-            record = decode(change.key, change.value, change.mod_revision, change.create_revision)
+            record = decode_item(change)
         except RecordDamaged as exc:
             self.damage(change.key, exc)
         else:

@@ -21,7 +21,7 @@ from registry.kv import KeyValue
 from registry.logs import fields
 from registry.manifest import MAX_PARTS, encode
 from registry.probe import Answer, Probe, is_loopback
-from registry.record import GATEWAY, ModelIdentity, RankRecord, decode
+from registry.record import GATEWAY, ModelIdentity, RankRecord, decode_item
 from registry.registration import claim
 from registry.sglang import SeedInfo, parse_session
 
@@ -111,7 +111,7 @@ class Seeds:
         found: KeyValue | None = self._etcd.get(key)
         if found is not None:
             with suppress(RecordDamaged):
-                record = decode(key, found.value, found.mod_revision)
+                record = decode_item(found)
                 if record.kept_by == GATEWAY and not record.ended:
                     return found.lease_id, record
         return 0, None

@@ -24,7 +24,7 @@ from registry.follow import Follower
 from registry.kv import Change, KeyValue, Snapshot
 from registry.logs import fields
 from registry.probe import Answer, Probe, is_loopback
-from registry.record import GATEWAY, RankRecord, decode
+from registry.record import GATEWAY, RankRecord, decode_item
 from registry.registration import DIED, end
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def _seed(change: Change) -> _Seed | None:
     if not isinstance(change, KeyValue):
         return None
     try:
-        record = decode(change.key, change.value, change.mod_revision)
+        record = decode_item(change)
     except RecordDamaged:
         return None
     if record.kept_by != GATEWAY or record.ended:

@@ -21,7 +21,7 @@ from registry.follow import Follower
 from registry.keys import ENGINES, instance_prefix, parse_record_key
 from registry.kv import Batch, Change, KeyValue, Snapshot
 from registry.logs import fields
-from registry.record import RankRecord, decode
+from registry.record import RankRecord, decode_item
 from registry.resolver import InstanceState, InstanceStatus
 from registry.roster import Roster
 
@@ -143,7 +143,7 @@ class Tracker:
             roster = self._rosters[instance] = Roster(instance)
         known = roster.records.get(rank)
         try:
-            record = decode(item.key, item.value, item.mod_revision)
+            record = decode_item(item)
         except RecordDamaged as exc:
             roster.damage(item.key, exc)
             return self._lose(roster, rank, "record damaged") if known else []

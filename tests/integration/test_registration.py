@@ -118,6 +118,29 @@ def test_ranks_are_in_the_order_in_which_they_were_registered_also_after_they_ha
         assert registry.ranks("b")[0].create_revision < registry.ranks("a")[0].create_revision
 
 
+def test_a_record_has_both_its_revisions_however_it_was_read(registry: Registry, raw: Etcd) -> None:
+    with registry.watch("a") as watch, register(registry) as registration:
+        registration.update(version=1)
+        last = events_until(watch, lambda event: isinstance(event, RankUpdated))[-1]
+        item = raw.get(registration.record.key)
+        assert isinstance(last, RankUpdated)
+        assert item is not None
+        current = registry.current(last.record)
+        assert current is not None
+        (listed,) = registry.ranks("a")
+        read = {
+            "watch": last.record,
+            "current": current,
+            "ranks": listed,
+            "resolve": registry.resolve("a")[0],
+            "instance": registry.instance("a").records[0],
+            "instances": registry.instances()[0].records[0],
+            "holders": registry.holders(MODEL, 0)[0].records[0],
+        }
+        revisions = {way: (each.create_revision, each.mod_revision) for way, each in read.items()}
+        assert revisions == dict.fromkeys(read, (item.create_revision, item.mod_revision))
+
+
 def test_updates_of_the_record_are_seen_in_order(registry: Registry) -> None:
     with registry.watch("a") as watch, register(registry) as registration:
         registration.update(state=RankState.UPDATING)
