@@ -8,6 +8,7 @@ import grpc
 
 from registry.errors import AnswerTooLarge, EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 
+_LEARNER = "not supported for learner"
 _TURNED_OFF = "authentication is not enabled"
 # Every change of users or roles makes a JWT too old for good: only a new one helps.
 _TOKEN_OLD = "revision of auth store is old"  # noqa: S105  what etcd says, not a token
@@ -70,6 +71,11 @@ def _from_status(where: str, code: Any, text: str) -> EtcdError:
         return EtcdRefused(f"{where} has authentication turned off: leave out --user", reason="auth_off")
     if code is status.UNAUTHENTICATED or _TOKEN_OLD in text:
         return EtcdUnavailable(f"{where} does not accept the authentication token any more: {text}")
+    if _LEARNER in text:
+        return EtcdUnavailable(
+            f"{where}: the member that was asked is a learner, which neither reads nor writes for clients: "
+            "name a voting member in --etcd, or promote the learner (etcdctl member promote)"
+        )
     if code is status.UNIMPLEMENTED or "http" in text.lower():
         return EtcdUnavailable(f"{where}: what answers there is not etcd 3 ({_short(text)}): check the address and port")
     if code is status.DEADLINE_EXCEEDED:

@@ -280,8 +280,7 @@ class Etcd:
     def members(self) -> tuple[Member, ...]:
         """All members of the cluster, by name, also those that are away."""
         response = self._unary("Cluster", "MemberList", pb.MemberListRequest())
-        some = [Member(int(each.ID), str(each.name), tuple(map(str, each.clientURLs))) for each in response.members]
-        return tuple(sorted(some, key=lambda member: member.name))
+        return tuple(sorted(map(_member, response.members), key=lambda member: member.name))
 
     def alarms(self) -> tuple[Alarm, ...]:
         response = self._unary("Maintenance", "Alarm", pb.AlarmRequest(action=pb.AlarmRequest.GET))
@@ -324,6 +323,7 @@ class Etcd:
     def _call(self, operation: Callable[[Any, float], T], stop: Any = None) -> T:
         deadline = time.monotonic() + self.config.timeout_s
         share_s = self.config.timeout_s / len(self.config.endpoints)
+        said: list[EtcdUnavailable] = []  # by etcd itself, in this call
         late = tenacity.stop_after_delay(self.config.timeout_s)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(EtcdUnavailable),
@@ -332,10 +332,10 @@ class Etcd:
             sleep=tenacity.sleep_using_event(self._closed),
             reraise=True,
         )
-        result: T = retrying(self._attempt, operation, deadline, share_s)
+        result: T = retrying(self._attempt, operation, deadline, share_s, said)
         return result
 
-    def _attempt(self, operation: Callable[[Any, float], T], deadline: float, share_s: float) -> T:
+    def _attempt(self, operation: Callable[[Any, float], T], deadline: float, share_s: float, said: list[EtcdUnavailable]) -> T:
         client = None
         try:
             client = self._connected()
@@ -345,7 +345,7 @@ class Etcd:
         except (grpc.RpcError, etcd3.Etcd3Exception, ValueError, OSError) as exc:
             if isinstance(exc, ValueError) and "invoke RPC" not in str(exc):
                 raise  # not gRPC's word for a channel that another thread has dropped meanwhile
-            error = self._failed(client, exc)
+            error = _most_telling(self._failed(client, exc), exc, said)
             if not self._closed.is_set():  # else we have ended it ourselves
                 metrics.etcd_error(error)
             raise error from exc
@@ -435,12 +435,22 @@ class Etcd:
         return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=key, range_end=end))
 
 
+def _most_telling(error: EtcdError, exc: Exception, said: list[EtcdUnavailable]) -> EtcdError:
+    """The last try of a call may be too short for any answer. What etcd said before tells more than that."""
+    if not (isinstance(exc, grpc.RpcError) and isinstance(error, EtcdUnavailable)):
+        return error
+    if (exc.details() or "").startswith("etcdserver: "):
+        said.append(error)
+    return said[-1] if said and exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED else error
+
+
 def _share(share_s: float, deadline: float) -> float:
     """How long one try may take."""
     return max(0.05, min(share_s, deadline - time.monotonic()))
 
 
 _CA_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem")
+_MEMBER_LEARNER = 5  # a field of etcd's Member
 _STATUS_USED, _STATUS_LEARNER, _STATUS_QUOTA = 9, 10, 12  # fields of etcd's StatusResponse
 _ALARMS = {1: "NOSPACE", 2: "CORRUPT"}
 _READS, _WRITES = (0, 2), (1, 2)  # authpb.Permission.Type: READ, WRITE, READWRITE
@@ -464,6 +474,11 @@ def _text(key: bytes) -> str:
 
 def _key_value(kv: Any, strip: int) -> KeyValue:
     return KeyValue(_text(kv.key)[strip:], kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+
+
+def _member(member: Any) -> Member:
+    learner = bool(numbers_in(member.SerializeToString()).get(_MEMBER_LEARNER))
+    return Member(int(member.ID), str(member.name), tuple(map(str, member.clientURLs)), learner)
 
 
 def _prefix_end(prefix: bytes) -> bytes:

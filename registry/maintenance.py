@@ -30,6 +30,7 @@ class Member:
     member_id: int
     name: str  # empty: it was added and has never started
     client_urls: tuple[str, ...]
+    learner: bool = False  # it has no vote, and answers its clients nothing but its status
 
 
 @dataclass(frozen=True)

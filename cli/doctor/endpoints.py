@@ -120,14 +120,23 @@ def judge_version(statuses: Sequence[MemberStatus]) -> Finding:
 def judge_quorum(members: Sequence[Member] | None, statuses: Sequence[MemberStatus], read_error: tuple[str, str]) -> Finding:
     """`members` None: this user may not ask. `read_error` is what a read that needs a quorum ended with, or empty."""
     name = "etcd.quorum"
-    alive = {status.member_id for status in statuses}
-    known = {member.member_id: member for member in members or ()}
+    voting = [status for status in statuses if not status.learner]
+    if statuses and not voting:
+        return fail(
+            name,
+            "only a learner answers, which neither reads nor writes for clients",
+            "name a voting member in --etcd, or promote the learner: etcdctl member promote",
+        )
+    alive = {status.member_id for status in voting}
+    known = {member.member_id: member for member in members or () if not member.learner}
     total = max(len(known), len(alive))
     away = [member.name or f"{member.member_id:x} (never started)" for number, member in known.items() if number not in alive]
     count = f"{len(alive)} of {total} members answer"
     if away:
         count += f", not {', '.join(away)}"
-    leaders = {status.leader_id for status in statuses} - {0}
+    if learners := _learners(members, statuses):
+        count += f"; besides {learners} without a vote"
+    leaders = {status.leader_id for status in voting} - {0}
     if read_error[0] and (not leaders or len(alive) <= total // 2):
         return fail(
             name,
@@ -150,7 +159,14 @@ def judge_quorum(members: Sequence[Member] | None, statuses: Sequence[MemberStat
             f"{count}; {loss}",
             "start the members that are away (or they are not reachable from here: etcdctl endpoint health --cluster)",
         )
-    return _judge_health(name, count, statuses, leaders)
+    return _judge_health(name, count, voting, leaders)
+
+
+def _learners(members: Sequence[Member] | None, statuses: Sequence[MemberStatus]) -> str:
+    """How many members are learners, in words; empty where none is."""
+    known = {member.member_id for member in members or () if member.learner}
+    known |= {status.member_id for status in statuses if status.learner}
+    return "" if not known else "a learner" if len(known) == 1 else f"{len(known)} learners"
 
 
 def _judge_health(name: str, count: str, statuses: Sequence[MemberStatus], leaders: set[int]) -> Finding:

@@ -73,12 +73,13 @@ class EtcdChecks:
         return at_once(lambda config: endpoints.look(config, self._limit_s), alone)
 
     def _connect(self) -> Etcd:
-        """To the endpoints that answer."""
+        """To the endpoints that answer; to a learner only where no voting member does."""
         from registry.etcd import Etcd
 
-        good = {facts.endpoint for facts in self._survey() if facts.status is not None}
-        if not good:
+        answering = {facts.endpoint: facts.status for facts in self._survey() if facts.status is not None}
+        if not answering:
             raise Skip("no endpoint of etcd answers")
+        good = {endpoint for endpoint, status in answering.items() if not status.learner} or set(answering)
         usable = tuple(endpoint for endpoint in self._config.endpoints if str(endpoint) in good)
         etcd = Etcd(replace(self._config, endpoints=usable, timeout_s=self._limit_s))
         self._opened.append(etcd)

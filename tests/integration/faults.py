@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -16,6 +16,7 @@ from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import EtcdError, EtcdUnavailable
 from registry.etcd import Etcd
 from registry.local import LocalEtcd, find_binary, free_port
+from tests.waiting import wait_until
 
 # Where the set-up unpacks Debian's etcd, so that there is a second version to test on (3.4.23 in Debian 12).
 DEBIAN_ETCD = Path(sys.prefix) / "debian-etcd" / "usr" / "bin" / "etcd"
@@ -159,6 +160,34 @@ class DivisibleCluster:
             member.__exit__(kind, exc, tb)
         for way in self._ways:
             way.close()
+
+
+@contextmanager
+def a_learner(of: LocalEtcd) -> Iterator[LocalEtcd]:
+    """A second member of this one's cluster, which has no vote."""
+    port = free_port()
+    etcdctl(of.endpoint, "member", "add", "learner", "--learner", "--peer-urls", f"http://127.0.0.1:{port}")
+    learner = LocalEtcd(
+        binary=of.binary,
+        name="learner",
+        peer_port=port,
+        initial_cluster=f"{of._initial_cluster},learner=http://127.0.0.1:{port}",
+        extra_args=["--initial-cluster-state", "existing"],
+    )
+    try:
+        learner.launch()
+        with closing(Etcd(EtcdConfig(parse_endpoints(learner.endpoint), timeout_s=20.0))) as etcd:
+            wait_until(lambda: _answers(etcd))
+        yield learner
+    finally:
+        learner.__exit__(None, None, None)
+
+
+def _answers(etcd: Etcd) -> bool:
+    try:
+        return bool(etcd.status())
+    except EtcdUnavailable:
+        return False
 
 
 def etcdctl(endpoint: str, *args: str) -> str:

@@ -28,7 +28,7 @@ from registry.record import encode
 from tests.builders import a_record
 from tests.integration.authority import Authority, options
 from tests.integration.conftest import ROOT, Processes, line_of
-from tests.integration.faults import DEBIAN_ETCD, Proxy, etcdctl, fill_until_no_space
+from tests.integration.faults import DEBIAN_ETCD, Proxy, a_learner, etcdctl, fill_until_no_space
 from tests.integration.ranks import register
 from tests.integration.test_tls import authority as authority
 from tests.integration.test_tls import client as client
@@ -117,6 +117,16 @@ def test_nothing_fails_where_all_is_well_and_nothing_stays(doctor: Any, own_etcd
     assert etcdctl(own_etcd.endpoint, "lease", "list").splitlines() == ["found 0 leases"]
     assert list(tmp_path.iterdir()) == []
     assert processes_marked("DOCTOR_TEST=sound") == []
+
+
+def test_a_learner_is_no_vote_and_alone_is_no_etcd(doctor: Any, own_etcd: LocalEtcd) -> None:
+    with a_learner(own_etcd) as learner:
+        both = doctor(f"{learner.endpoint},{own_etcd.endpoint}")
+        assert not both.failed, both.checks
+        assert "1 of 1 members answer; besides a learner without a vote; one leader" in both["etcd.quorum"]["what"]
+        alone = doctor(learner.endpoint)
+        assert alone.failed == {"etcd.quorum"}, alone.checks
+        assert "only a learner answers" in alone["etcd.quorum"]["what"]
 
 
 def test_the_table_has_a_line_for_each_finding_one_for_what_mends_it_and_a_summary(

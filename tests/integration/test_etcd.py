@@ -28,7 +28,7 @@ from registry.follow import Follower
 from registry.kv import Deletion, KeyValue, Put, absent, none_created_since, unchanged
 from registry.local import LocalEtcd, find_binary, free_port
 from tests.integration.conftest import Processes
-from tests.integration.faults import DEBIAN_ETCD, etcdctl
+from tests.integration.faults import DEBIAN_ETCD, a_learner, etcdctl
 
 
 def connect(endpoints: str, **options: object) -> Etcd:
@@ -216,6 +216,19 @@ def test_a_silent_first_endpoint_is_passed_over(shared_etcd: LocalEtcd) -> None:
         silent.listen()
         with closing(connect(f"127.0.0.1:{silent.getsockname()[1]},{shared_etcd.endpoint}", timeout_s=2.0)) as etcd:
             assert etcd.get("/nothing") is None
+
+
+def test_a_learner_as_the_only_endpoint_says_that_it_is_one(own_etcd: LocalEtcd) -> None:
+    with a_learner(own_etcd) as learner, closing(connect(learner.endpoint, timeout_s=1.0)) as etcd:
+        for call in (lambda: etcd.get("/k"), lambda: etcd.grant(5), lambda: put(etcd, "/k")):
+            with pytest.raises(EtcdUnavailable, match=r"is a learner.*name a voting member"):
+                call()
+
+
+def test_a_learner_is_passed_over_where_there_is_another_endpoint(own_etcd: LocalEtcd) -> None:
+    with a_learner(own_etcd) as learner, closing(connect(f"{learner.endpoint},{own_etcd.endpoint}")) as etcd:
+        assert put(etcd, "/k")
+        assert etcd.get("/k")
 
 
 def test_a_call_survives_a_restart_of_etcd(own_etcd: LocalEtcd) -> None:

@@ -24,6 +24,7 @@ from tests.fake_etcd import FakeEtcd
 LEADER = MemberStatus("3.6.6", 1, 1, 100, 1000)
 FOLLOWER = MemberStatus("3.6.6", 2, 1, 100, 1000)
 THIRD = MemberStatus("3.6.6", 3, 1, 100, 1000)
+LEARNER = MemberStatus("3.6.6", 4, 1, 100, 1000, learner=True)
 MEMBERS = [Member(number, f"m{number}", (f"http://h{number}:2379",)) for number in (1, 2, 3)]
 NO_ERROR = ("", "")
 
@@ -99,6 +100,28 @@ def test_versions_that_corrupt_data_warn_and_those_that_are_too_old_fail(version
         (MEMBERS, [LEADER, FOLLOWER, THIRD], NO_ERROR, Status.OK, "3 of 3 members answer; one leader"),
         (MEMBERS[:1], [LEADER], NO_ERROR, Status.OK, "1 of 1 members answer; one leader"),
         (MEMBERS[:2], [LEADER, FOLLOWER], NO_ERROR, Status.OK, "an even number"),
+        (
+            [*MEMBERS, replace(MEMBERS[0], member_id=4, name="l", learner=True)],
+            [LEADER, FOLLOWER, THIRD, LEARNER],
+            NO_ERROR,
+            Status.OK,
+            "3 of 3 members answer; besides a learner without a vote; one leader",
+        ),
+        (
+            [*MEMBERS[:1], replace(MEMBERS[0], member_id=4, name="l", learner=True)],
+            [LEADER],
+            NO_ERROR,
+            Status.OK,
+            "1 of 1 members answer; besides a learner without a vote; one leader",
+        ),
+        (
+            MEMBERS,
+            [LEADER, LEARNER],
+            ("no", ""),
+            Status.FAIL,
+            "1 of 3 members answer, not m2, m3; besides a learner without a vote; there is no quorum",
+        ),
+        (None, [LEARNER], ("it is a learner", ""), Status.FAIL, "only a learner answers"),
         (None, [LEADER], NO_ERROR, Status.OK, "1 of 1 members"),
         (MEMBERS, [LEADER, FOLLOWER], NO_ERROR, Status.WARN, "2 of 3 members answer, not m3; the loss of one more stops etcd"),
         ([*MEMBERS, Member(4, "", ())], [LEADER, FOLLOWER, THIRD], NO_ERROR, Status.WARN, "not 4 (never started)"),

@@ -112,6 +112,7 @@ def test_no_status_of_grpc_gets_out_as_it_is(code: grpc.StatusCode, details: str
         (Status.INVALID_ARGUMENT, "etcdserver: revision of auth store is old", EtcdUnavailable, "token"),
         (Status.UNAVAILABLE, "failed to connect to all addresses; last error: Connection refused", EtcdUnavailable, "refused"),
         (Status.UNAVAILABLE, "etcdserver: no leader", EtcdUnavailable, "no leader"),
+        (Status.UNAVAILABLE, "etcdserver: rpc not supported for learner", EtcdUnavailable, "is a learner"),
         (Status.DEADLINE_EXCEEDED, "Deadline Exceeded", EtcdUnavailable, "does not answer in time"),
         (Status.UNIMPLEMENTED, "unknown service etcdserverpb.KV", EtcdUnavailable, "is not etcd 3"),
         (Status.UNKNOWN, "Received http2 header with status: 404", EtcdUnavailable, "is not etcd 3"),
@@ -199,6 +200,24 @@ def test_a_call_that_is_refused_is_not_repeated_and_keeps_its_connection() -> No
         etcd.call(refuse)
     assert tried == ["a:1"]
     assert not etcd.clients[0].closed
+
+
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [
+        ("etcdserver: rpc not supported for learner", "is a learner"),
+        ("etcdserver: no leader", "no leader"),
+        ("failed to connect to all addresses", "does not answer in time"),
+    ],
+)
+def test_a_last_try_that_was_too_short_does_not_hide_what_etcd_said_before(first: str, told: str) -> None:
+    tries = iter([Answer(Status.UNAVAILABLE, first), Answer(Status.DEADLINE_EXCEEDED, "Deadline Exceeded")])
+
+    def fail(_: Client) -> NoReturn:
+        raise next(tries)
+
+    with pytest.raises(EtcdUnavailable, match=told):
+        Unconnected().call(fail, stop=tenacity.stop_after_attempt(2))
 
 
 def test_a_closed_connection_makes_no_call() -> None:
