@@ -17,7 +17,7 @@ from registry.errors import EtcdError, EtcdRefused, LeaseNotFound, RecordDamaged
 from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import election_key
-from registry.kv import Delete, KeyValue, Put, Snapshot, absent, unchanged
+from registry.kv import Delete, KeyValue, Put, Snapshot, absent, unchanged, written
 from registry.logs import fields
 from registry.record import RankRecord, decode_item
 
@@ -40,7 +40,7 @@ class Election:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._follower: Follower | None = None
-        self._revision = 0  # of our key
+        self._ours: KeyValue | None = None  # our key, as it was written last
         self._kept = False  # by the lease of a registration
         self._renewing = threading.Lock()  # held while it is looked at whose the key is, or changed
         self._thread = threading.Thread(target=self._campaign, name=f"election {name}", daemon=True)
@@ -62,15 +62,15 @@ class Election:
         """
         with self._renewing:
             found = self._etcd.get(record.key)
-            if found is None or not self.leading or not _is_of(found, record):
+            if found is None or self._ours is None or not self.leading or not _is_of(found, record):
                 return False
-            guards = [unchanged(self._key, self._revision), unchanged(found.key, found.mod_revision)]
-            revision = self._etcd.commit(guards, [Put(self._key, _me(), found.lease_id)])
+            put = Put(self._key, _me(), found.lease_id)
+            revision = self._etcd.commit([unchanged(self._ours), unchanged(found)], [put])
             if not revision:
                 ours = self._etcd.get(self._key)  # a first try may have succeeded, whose answer was lost
                 revision = ours.mod_revision if ours is not None and ours.lease_id == found.lease_id else 0
             if revision:
-                self._revision, self._kept = revision, True
+                self._ours, self._kept = written(put, revision, self._ours), True
                 self._stopped.set()
             return bool(revision)
 
@@ -94,7 +94,8 @@ class Election:
     def _let_go(self) -> None:
         self._kept = False
         try:
-            self._etcd.commit([unchanged(self._key, self._revision)], [Delete(self._key)])
+            if self._ours is not None:
+                self._etcd.commit([unchanged(self._ours)], [Delete(self._key)])
         except EtcdError as exc:
             log.info("%s goes with the registration: %s", self._key, exc, extra=fields("election_left", key=self._key, error=exc))
 
@@ -112,9 +113,11 @@ class Election:
                 granted_at = time.monotonic()  # the lease may be older than the answer, never younger
                 lease_id = self._etcd.grant(_TTL_S)
                 try:
-                    self._revision = self._etcd.commit([absent(self._key)], [Put(self._key, _me(), lease_id)])
+                    put = Put(self._key, _me(), lease_id)
+                    revision = self._etcd.commit([absent(self._key)], [put])
                     self.refusal = self._unreachable_since = None
-                    if self._revision:
+                    if revision:
+                        self._ours = written(put, revision)
                         self._lead(lease_id, granted_at)
                 finally:
                     self._leads_until = 0.0

@@ -36,9 +36,7 @@ class Keeper:
         self._ttl_s = ttl_s
         self._tell = tell
         self._backoff = Backoff(0.1, 0.5)
-        self._lease_id = 0  # none
-        self._revision = 0  # of the record as we wrote it last
-        self._written = b""  # and its value
+        self._held: KeyValue | None = None  # the record's key as we wrote it last, unless its lease is lost
         self._stale = False  # the rank wants another record than the one in etcd
         self._suspended = False
         self._renewed_in_s: float | None = None  # how long etcd took for it in the beat that is going on
@@ -52,7 +50,6 @@ class Keeper:
         except RegistryError:
             self._give_up(lease_id)
             raise
-        self._lease_id = lease_id
 
     def beat(self) -> float:
         """Renews the lease and mends what is amiss; returns the seconds until the next beat. Raises RegistrationLost only.
@@ -62,12 +59,12 @@ class Keeper:
         """
         self._renewed_in_s = None
         try:
-            if self._lease_id:
-                self._renew()
-            if not self._lease_id:
+            if self._held is not None:
+                self._renew(self._held)
+            if self._held is None:
                 self._claim_again()
-            if self._stale:
-                self._amend()
+            elif self._stale:
+                self._amend(self._held)
         except EtcdError as exc:
             self._suspended = True
             self._tell({"state": "SUSPENDED", "why": str(exc)})
@@ -88,28 +85,28 @@ class Keeper:
 
     def end(self, reason: str) -> None:
         """Deletes the registration; EtcdError if that must be tried again."""
-        if self._lease_id:
+        if self._held is not None:
             with contextlib.suppress(LeaseNotFound):
-                end(self._etcd, self._record, self._revision, self._lease_id, reason)
+                end(self._etcd, self._held, reason)
         else:  # a keeper before this one, or a write whose answer was lost, may have left it
             remove(self._etcd, self._record, reason)
-        self._lease_id = 0
+        self._held = None
 
-    def _renew(self) -> None:
+    def _renew(self, held: KeyValue) -> None:
         # The key is read before the lease is renewed: a lease that lives afterwards lived then, in the same store, so a key that
         # was missing has not expired with it, nor with a store that was wiped in between: somebody deleted it.
         found = self._etcd.get(self._record.key)
         start = time.monotonic()
         try:
-            self._etcd.keep_alive(self._lease_id)
+            self._etcd.keep_alive(held.lease_id)
         except LeaseNotFound:
-            self._lease_id = 0
+            self._held = None
             return
         self._renewed_in_s = time.monotonic() - start
         if found is None:
             self._lose(self._evicted())
-        elif (found.mod_revision, found.value) != (self._revision, self._written):
-            self._adopt_or_lose(found)
+        elif (found.mod_revision, found.value) != (held.mod_revision, held.value):
+            self._adopt_or_lose(found, held.lease_id)
 
     def _evicted(self) -> Evicted:
         key = self._record.key
@@ -117,7 +114,7 @@ class Keeper:
         how = "evicted" if self._etcd.get(mark) is not None else "deleted from etcd by somebody"
         return Evicted(f"{key} was {how}: the registration has ended; register again if that was not meant", key=key)
 
-    def _adopt_or_lose(self, item: KeyValue) -> None:
+    def _adopt_or_lose(self, item: KeyValue, lease_id: int) -> None:
         """The key holds something else than we wrote, as far as we know."""
         key = self._record.key
         try:
@@ -129,14 +126,14 @@ class Keeper:
                 self._lose(Superseded(f"{key} now belongs to another process ({found.holder})", key=key))
             if found.ended:
                 self._lose(self._evicted())
-            if item.value == encode(self._record) and item.lease_id == self._lease_id:
-                self._revision, self._written, self._stale = item.mod_revision, item.value, False  # the answer to a write was lost
+            if item.value == encode(self._record) and item.lease_id == lease_id:
+                self._held, self._stale = item, False  # the answer to a write was lost
             else:  # something old of ours, as after etcd was put back to a backup: its manifest may be under an old lease too
-                self._claim_again(self._lease_id)
+                self._claim_again(lease_id)
 
     def _claim(self, lease_id: int) -> None:
-        self._revision = claim(self._etcd, self._record, self._parts, lease_id)
-        self._written, self._stale = encode(self._record), False
+        self._held = claim(self._etcd, self._record, self._parts, lease_id)
+        self._stale = False
 
     def _claim_again(self, lease_id: int = 0) -> None:
         """With a lease that there is, or a new one. Another keeper of ours was here before, so a refusal is a loss."""
@@ -153,23 +150,23 @@ class Keeper:
         except RegistryError as exc:
             self._lose(Superseded(f"{self._record.key} cannot be registered again: {exc}", key=self._record.key))
 
-    def _amend(self) -> None:
-        revision = amend(self._etcd, self._record, self._revision, self._lease_id)
-        if not revision:
-            self._renew()  # raises if another process was faster; else the answer to a write of ours was lost
+    def _amend(self, held: KeyValue) -> None:
+        amended = amend(self._etcd, self._record, held)
+        if amended is None:
+            self._renew(held)  # raises if another process was faster; else the answer to a write of ours was lost
             if self._stale:
                 raise EtcdError(f"{self._record.key} changed while it was being updated")
             return
-        self._revision, self._written, self._stale = revision, encode(self._record), False
+        self._held, self._stale = amended, False
 
     def _lose(self, error: RegistrationLost) -> None:
-        self._give_up(self._lease_id)
-        self._lease_id = 0
+        if self._held is not None:
+            self._give_up(self._held.lease_id)
+        self._held = None
         raise error
 
     def _give_up(self, lease_id: int) -> None:
         try:
-            if lease_id:
-                self._etcd.revoke(lease_id)
+            self._etcd.revoke(lease_id)
         except EtcdError as exc:
             log.info("lease %x is left to expire: %s", lease_id, exc, extra=fields("lease_left", error=exc))

@@ -22,7 +22,7 @@ from registry.errors import EtcdError, EtcdUnavailable, LeaseNotFound
 from registry.etcd import Etcd
 from registry.follow import Follower
 from registry.keys import PULLS, check_instance, pulls_prefix
-from registry.kv import Change, KeyValue, Put, Snapshot, present, unchanged
+from registry.kv import Change, KeyValue, Put, Snapshot, at_revision, present
 from registry.logs import fields
 from registry.record import RankRecord
 from registry.tickets import Pull, Reader, decode, encode
@@ -231,7 +231,8 @@ def take_ticket(etcd: Etcd, record: RankRecord, reader: RankRecord | None = None
         began_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
     )
     lease_id = etcd.grant(_TTL_S)
-    if etcd.commit([unchanged(record.key, record.mod_revision)], [Put(pull.key, encode(pull), lease_id)]):
+    # A wiped store may hold another's record at that revision: then the header tells the reader.
+    if etcd.commit([at_revision(record.key, record.mod_revision)], [Put(pull.key, encode(pull), lease_id)]):
         return PullTicket(etcd, lease_id, pull)
     etcd.revoke(lease_id)
     return None

@@ -26,7 +26,7 @@ from registry.errors import (
 )
 from registry.etcd import Etcd
 from registry.keys import evicted_key, instance_prefix, manifest_part_key, manifest_prefix
-from registry.kv import Delete, Guard, KeyValue, Put, Snapshot, absent, none_created_since, unchanged
+from registry.kv import Delete, Guard, KeyValue, Put, Snapshot, absent, none_created_since, unchanged, written
 from registry.record import RankRecord, decode_item, encode
 
 WITHDRAWN = "withdrawn"
@@ -52,8 +52,8 @@ _until_settled = tenacity.retry(
 )
 
 
-def claim(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int, replaces: str = "") -> int:
-    """Writes the manifest, then the record as the commit, all under the lease; returns the record's revision.
+def claim(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int, replaces: str = "") -> KeyValue:
+    """Writes the manifest, then the record as the commit, all under the lease; returns the record's key as it is then.
 
     The key must be absent, ended, or hold this very incarnation or the one that it `replaces`. Raises RankConflict,
     InstanceMismatch or Evicted.
@@ -68,16 +68,17 @@ def claim(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int,
 
 
 @_until_settled
-def _claim(etcd: Etcd, record: RankRecord, last_part: Put, lease_id: int, replaces: str) -> int:
+def _claim(etcd: Etcd, record: RankRecord, last_part: Put, lease_id: int, replaces: str) -> KeyValue:
     holder = etcd.get(record.key)
     mark = evicted_key(record.instance, record.rank, record.incarnation)
     if etcd.get(mark) is not None:
         raise Evicted(f"{record.key} was evicted", key=record.key)
     guards = [_check_holder(etcd, record, holder, replaces), absent(mark), _check_siblings(etcd, record)]
-    revision = etcd.commit(guards, [last_part, Put(record.key, encode(record), lease_id)])
+    put = Put(record.key, encode(record), lease_id)
+    revision = etcd.commit(guards, [last_part, put])
     if not revision:
         raise _Raced(f"{record.key} or a sibling changed while it was being registered")
-    return revision
+    return written(put, revision, holder)
 
 
 def how_to_delete(etcd: Etcd, key: str) -> str:
@@ -102,18 +103,19 @@ def _check_holder(etcd: Etcd, record: RankRecord, holder: KeyValue | None, repla
             since=found.registered_at,
             incarnation=found.incarnation,
         )
-    return unchanged(record.key, holder.mod_revision)
+    return unchanged(holder)
 
 
 def _check_siblings(etcd: Etcd, record: RankRecord) -> Guard:
     prefix = instance_prefix(record.instance)
     seen = etcd.oldest(prefix, _SIBLINGS)
-    sibling = _first_alive(seen, record)
-    if sibling is None and len(seen.items) == _SIBLINGS:
+    found = _first_alive(seen, record)
+    if found is None and len(seen.items) == _SIBLINGS:
         seen = etcd.snapshot(prefix)
-        sibling = _first_alive(seen, record)
-    if sibling is None:
+        found = _first_alive(seen, record)
+    if found is None:
         return none_created_since(prefix, seen.revision)
+    sibling = decode_item(found)
     theirs = sibling.agreed()
     for field, ours in record.agreed().items():
         if ours != theirs[field]:
@@ -125,10 +127,10 @@ def _check_siblings(etcd: Etcd, record: RankRecord) -> Guard:
                 theirs=theirs[field],
                 sibling=sibling.rank,
             )
-    return unchanged(sibling.key, sibling.mod_revision)
+    return unchanged(found)
 
 
-def _first_alive(seen: Snapshot, record: RankRecord) -> RankRecord | None:
+def _first_alive(seen: Snapshot, record: RankRecord) -> KeyValue | None:
     """The first record of another rank that can be read and has not ended."""
     for item in seen.items:
         try:
@@ -136,26 +138,30 @@ def _first_alive(seen: Snapshot, record: RankRecord) -> RankRecord | None:
         except RecordDamaged:
             continue
         if sibling.rank != record.rank and not sibling.ended:
-            return sibling
+            return item
     return None
 
 
-def amend(etcd: Etcd, record: RankRecord, mod_revision: int, lease_id: int) -> int:
-    """Writes the changed record over the one at `mod_revision`: the new revision, or 0 where another was faster."""
-    return etcd.commit([unchanged(record.key, mod_revision)], [Put(record.key, encode(record), lease_id)])
+def amend(etcd: Etcd, record: RankRecord, held: KeyValue) -> KeyValue | None:
+    """Writes the changed record over `held`, under its lease: the key then, or None where another was faster."""
+    put = Put(record.key, encode(record), held.lease_id)
+    revision = etcd.commit([unchanged(held)], [put])
+    return written(put, revision, held) if revision else None
 
 
-def end(etcd: Etcd, record: RankRecord, mod_revision: int, lease_id: int, reason: str) -> None:
+def end(etcd: Etcd, held: KeyValue, reason: str) -> None:
     """Deletes all that the registration has in etcd. LeaseNotFound if the lease has expired, and its keys with it.
 
     The record is marked as ended first: watchers so know at once that this is no blip, and why it happened.
     """
+    lease_id, ended = held.lease_id, _ended(held, reason)
     with contextlib.suppress(EtcdRefused):  # an etcd without space takes no mark, but lets go of leases
-        mod_revision = etcd.commit([unchanged(record.key, mod_revision)], [_ended(record, reason)]) or mod_revision
+        revision = etcd.commit([unchanged(held)], [ended])
+        held = written(ended, revision, held) if revision else held
     try:
         etcd.revoke(lease_id)
     except EtcdRefused:  # somebody has hung a key on it that we may not write: that one stays until the lease expires
-        _delete(etcd, record, mod_revision)
+        _delete(etcd, held)
 
 
 def remove(etcd: Etcd, record: RankRecord, reason: str) -> None:
@@ -169,7 +175,7 @@ def remove(etcd: Etcd, record: RankRecord, reason: str) -> None:
         return
     if ours.incarnation == record.incarnation:
         try:
-            _mark_and_delete(etcd, ours, reason)
+            _mark_and_delete(etcd, found, reason)
         except EtcdFull:
             etcd.revoke(found.lease_id)
 
@@ -183,27 +189,38 @@ def evict(etcd: Etcd, record: RankRecord) -> bool:
     """
     if not record.mod_revision:
         raise ValueError("only a record that was read from etcd can be evicted")
+    found = etcd.get(record.key)
+    if found is None or not _is(found, record):
+        return False
     try:
         mark_lease = etcd.grant(_EVICTED_TTL_S)
     except EtcdFull:
-        return _delete(etcd, record, record.mod_revision)
+        return _delete(etcd, found)
     mark = Put(evicted_key(record.instance, record.rank, record.incarnation), b"", mark_lease)
-    if _mark_and_delete(etcd, record, EVICTED, mark):
+    if _mark_and_delete(etcd, found, EVICTED, mark):
         return True
     etcd.revoke(mark_lease)
     return False
 
 
-def _mark_and_delete(etcd: Etcd, record: RankRecord, reason: str, mark: Put | None = None) -> bool:
-    ended = _ended(record, reason)
+def _is(item: KeyValue, record: RankRecord) -> bool:
+    """Whether `record` was read from this. In a wiped store another's record may have come to the same revision."""
     try:
-        revision = etcd.commit([unchanged(record.key, record.mod_revision)], [ended, mark] if mark else [ended])
+        return item.mod_revision == record.mod_revision and decode_item(item).incarnation == record.incarnation
+    except RecordDamaged:
+        return False
+
+
+def _mark_and_delete(etcd: Etcd, held: KeyValue, reason: str, mark: Put | None = None) -> bool:
+    ended = _ended(held, reason)
+    try:
+        revision = etcd.commit([unchanged(held)], [ended, mark] if mark else [ended])
     except EtcdFull:
-        return _delete(etcd, record, record.mod_revision)
+        return _delete(etcd, held)
     revision = revision or _written(etcd, mark or ended)
     if not revision:
         return False
-    _delete(etcd, record, revision)
+    _delete(etcd, written(ended, revision, held))
     return True
 
 
@@ -217,13 +234,14 @@ def _written(etcd: Etcd, put: Put) -> int:
     return found.mod_revision if found is not None and ours else 0
 
 
-def _delete(etcd: Etcd, record: RankRecord, mod_revision: int) -> bool:
+def _delete(etcd: Etcd, held: KeyValue) -> bool:
+    record = decode_item(held)
     parts = manifest_prefix(record.instance, record.rank, record.incarnation)
-    return bool(etcd.commit([unchanged(record.key, mod_revision)], [Delete(record.key), Delete(parts, prefix=True)]))
+    return bool(etcd.commit([unchanged(held)], [Delete(held.key), Delete(parts, prefix=True)]))
 
 
-def _ended(record: RankRecord, reason: str) -> Put:
-    return Put(record.key, encode(replace(record, ended=reason)), None)
+def _ended(held: KeyValue, reason: str) -> Put:
+    return Put(held.key, encode(replace(decode_item(held), ended=reason)), None)
 
 
 def _part_key(record: RankRecord, number: int) -> str:

@@ -38,7 +38,11 @@ _JOIN_S = 2.0
 @dataclass(frozen=True)
 class _Seed:
     record: RankRecord
-    lease_id: int
+    item: KeyValue  # that it was read from
+
+    @property
+    def lease_id(self) -> int:
+        return self.item.lease_id
 
     @property
     def identity(self) -> tuple[str, int]:
@@ -158,7 +162,7 @@ class Vigil:
     def _end(self, seed: _Seed) -> bool:
         record = seed.record
         try:
-            end(self._etcd, record, record.mod_revision, seed.lease_id, DIED)
+            end(self._etcd, seed.item, DIED)
         except EtcdError as exc:
             log.info("%s has not ended yet: %s", record.key, exc, extra=fields("seed_end_waits", key=record.key, error=exc))
             return False
@@ -191,4 +195,4 @@ def _seed(change: Change) -> _Seed | None:
         return None
     if is_loopback(record.session_id) and record.host != socket.gethostname():
         return None  # that address means another process here
-    return _Seed(record, change.lease_id)
+    return _Seed(record, change)

@@ -30,6 +30,7 @@ from registry import manifest as manifests
 from registry import record as records
 from registry.config import EtcdConfig, parse_endpoints
 from registry.etcd import Etcd
+from registry.kv import KeyValue
 from registry.local import LocalEtcd
 from registry.record import ManifestRef, RankRecord
 from registry.registration import amend, claim
@@ -127,15 +128,14 @@ def store(ranks: int, manifest: Manifest) -> None:
             wire.wait_until_quiet(ranks)
             tell(f"\n{ranks:,} ranks of {ref.tensors:,} tensors: registered in {took_s:.1f} s, {database(server)}")
             tell(f"  a watcher received {wire.nbytes:,} B for {ranks:,} joins: {wire.nbytes / ranks:,.0f} B each")
-            renewals(etcd, server, [lease for lease, _, _ in written])
-            updates(etcd, server, [(lease, record) for lease, record, _ in written], [revision for *_, revision in written])
+            renewals(etcd, server, [held.lease_id for _, held in written])
+            updates(etcd, server, written)
             reading(server)
             tell(f"  etcd's memory: {memory(server.pid) / 1e6:,.0f} MB")
 
 
-def register(etcd: Etcd, record: RankRecord, parts: Sequence[bytes]) -> tuple[int, RankRecord, int]:
-    lease_id = etcd.grant(TTL_S)
-    return lease_id, record, claim(etcd, record, parts, lease_id)
+def register(etcd: Etcd, record: RankRecord, parts: Sequence[bytes]) -> tuple[RankRecord, KeyValue]:
+    return record, claim(etcd, record, parts, etcd.grant(TTL_S))
 
 
 def renewals(etcd: Etcd, server: LocalEtcd, leases: Sequence[int]) -> None:
@@ -154,14 +154,14 @@ def renewals(etcd: Etcd, server: LocalEtcd, leases: Sequence[int]) -> None:
     tell(f"  renewals: {RENEWALS / took_s:,.0f} a second from one client; etcd's CPU {each_s * 1e6:,.0f} µs each")
 
 
-def updates(etcd: Etcd, server: LocalEtcd, written: Sequence[tuple[int, RankRecord]], revisions: Sequence[int]) -> None:
+def updates(etcd: Etcd, server: LocalEtcd, written: Sequence[tuple[RankRecord, KeyValue]]) -> None:
     """Each rank changes its state once, as for one update of the weights: what history is left until compaction."""
 
-    def change(lease_id: int, record: RankRecord, revision: int) -> None:
-        amend(etcd, replace(record, state=RankState.UPDATING), revision, lease_id)
+    def change(record: RankRecord, held: KeyValue) -> None:
+        amend(etcd, replace(record, state=RankState.UPDATING), held)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(change, *zip(*written, strict=True), revisions))
+        list(pool.map(change, *zip(*written, strict=True)))
     tell(f"  after one more write of every record: {database(server)}")
 
 

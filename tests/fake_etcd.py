@@ -149,6 +149,8 @@ class FakeEtcd(Etcd):
         """As in etcd, an absent key has revision 0, and a guard on a prefix holds for each key that is there."""
         found = [self._items[key] for key in self._items if key == guard.key or (guard.prefix and key.startswith(guard.key))]
         values = [getattr(item, guard.target) for item in found] or [0]
+        if guard.content is not None and [item.value for item in found] != [guard.content]:
+            return False
         if guard.result == "EQUAL":
             return all(value == guard.value for value in values)
         if guard.result == "LESS":

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,21 @@ def test_a_namespace_hides_the_keys_of_others(etcd: Etcd, shared_etcd: LocalEtcd
 
 
 def test_guards_let_exactly_the_first_of_two_writers_through(etcd: Etcd) -> None:
-    revision = etcd.commit([absent("/k")], [Put("/k", b"1", 0)])
-    assert revision
+    assert etcd.commit([absent("/k")], [Put("/k", b"1", 0)])
     assert not etcd.commit([absent("/k")], [Put("/k", b"2", 0)])
-    assert etcd.commit([unchanged("/k", revision)], [Put("/k", b"3", 0)])
-    assert not etcd.commit([unchanged("/k", revision)], [Put("/k", b"4", 0)])
+    first = etcd.get("/k")
+    assert first is not None
+    assert etcd.commit([unchanged(first)], [Put("/k", b"3", 0)])
+    assert not etcd.commit([unchanged(first)], [Put("/k", b"4", 0)])
+
+
+def test_a_guard_on_what_a_key_held_wants_the_revision_and_the_value(etcd: Etcd) -> None:
+    put(etcd, "/k", b"1")
+    now = etcd.get("/k")
+    assert now is not None
+    for other in (replace(now, value=b"2"), replace(now, mod_revision=now.mod_revision - 1), replace(now, key="/none")):
+        assert not etcd.commit([unchanged(other)], [Put("/k", b"3", 0)])
+    assert etcd.commit([unchanged(now)], [Put("/k", b"3", 0)])
 
 
 def test_a_prefix_guard_sees_keys_created_later_but_not_those_changed(etcd: Etcd) -> None:

@@ -550,6 +550,20 @@ def test_an_eviction_of_a_record_that_has_changed_does_nothing(registry: Registr
         assert len(registry.ranks("a")) == 1
 
 
+def test_a_record_of_before_a_wipe_evicts_nobody_who_stands_at_its_revision_now(own_etcd: LocalEtcd) -> None:
+    with Registry.connect(own_etcd.endpoint, timeout_s=10) as registry:
+        with register(registry):
+            (old,) = registry.ranks("a")
+        own_etcd.kill()
+        own_etcd.wipe()
+        own_etcd.start()
+        with register(registry) as registration:
+            (now,) = registry.ranks("a")
+            assert (now.mod_revision, now.incarnation == old.incarnation) == (old.mod_revision, False)
+            assert not registry.evict(old)
+            assert registry.ranks("a") == (registration.record,)
+
+
 def test_a_new_generation_can_register_after_the_old_one_was_evicted(registry: Registry) -> None:
     old = register(registry, generation="one")
     assert registry.evict(registry.ranks("a")[0])

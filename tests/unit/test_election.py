@@ -41,7 +41,8 @@ def test_a_lead_whose_handing_over_was_not_answered_is_kept_by_the_registration(
     own, kept_by = etcd.grant(60), etcd.grant(60)
     etcd.commit([], [Put(record.key, encode(record), kept_by)])
     election = Election(etcd, "x")
-    election._revision = etcd.commit([], [Put(key, b"us", own)])
+    etcd.commit([], [Put(key, b"us", own)])
+    election._ours = etcd.get(key)
     election._leads_until = time.monotonic() + 60
     etcd.retry_next_commit = True
     assert election.keep_with(record)
@@ -56,10 +57,21 @@ def test_a_lead_is_not_handed_over_once_another_has_it() -> None:
     record = a_record()
     etcd.commit([], [Put(record.key, encode(record), etcd.grant(60))])
     election = Election(etcd, "x")
-    election._revision = etcd.commit([], [Put(key, b"us", etcd.grant(60))])
+    etcd.commit([], [Put(key, b"us", etcd.grant(60))])
+    election._ours = etcd.get(key)
     election._leads_until = time.monotonic() + 60
     etcd.put(key, b"them")
     assert not election.keep_with(record)
+    election.close()
+    assert etcd.value(key) == b"them"
+
+
+def test_a_lead_is_not_given_up_for_another_that_has_it_at_the_same_revision_of_a_wiped_store() -> None:
+    etcd, key = FakeEtcd(), election_key("x")
+    etcd.put(key, b"us")
+    election = Election(etcd, "x")
+    election._ours, election._kept = etcd.get(key), True
+    etcd.restore([Put(key, b"them", 0)], back_to_revision=1)
     election.close()
     assert etcd.value(key) == b"them"
 

@@ -11,9 +11,9 @@ import pytest
 from registry import RankLost, RankRecord
 from registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict
 from registry.keys import evicted_key, manifest_part_key, record_key
-from registry.kv import Put
-from registry.record import decode, encode
-from registry.registration import EVICTED, amend, claim, evict
+from registry.kv import KeyValue, Put
+from registry.record import decode_item, encode
+from registry.registration import EVICTED, amend, claim, end, evict
 from registry.watcher import Tracker
 from tests.builders import OTHER_INCARNATION, a_record
 from tests.fake_etcd import FakeEtcd
@@ -43,9 +43,13 @@ def put(etcd: FakeEtcd, record: RankRecord) -> int:
 
 
 def found(etcd: FakeEtcd, record: RankRecord = OURS) -> RankRecord:
-    item = etcd.get(record.key)
-    assert item is not None
-    return decode(item.key, item.value, item.mod_revision)
+    return decode_item(item(etcd, record))
+
+
+def item(etcd: FakeEtcd, record: RankRecord = OURS) -> KeyValue:
+    there = etcd.get(record.key)
+    assert there is not None
+    return there
 
 
 def part_keys(record: RankRecord = OURS) -> list[str]:
@@ -57,9 +61,9 @@ def part_keys(record: RankRecord = OURS) -> list[str]:
 
 def test_a_claim_writes_manifest_and_record_under_the_lease_and_the_record_last(etcd: FakeEtcd) -> None:
     lease_id = etcd.grant(10)
-    revision = claim(etcd, OURS, PARTS, lease_id)
+    claimed = claim(etcd, OURS, PARTS, lease_id)
     assert found(etcd) == OURS
-    assert found(etcd).mod_revision == revision
+    assert etcd.get(OURS.key) == claimed
     assert [change.key for change in etcd.history] == [*part_keys(), OURS.key]
     assert [etcd.value(key) for key in part_keys()] == PARTS
     etcd.revoke(lease_id)
@@ -249,8 +253,8 @@ def test_a_claim_whose_answer_is_lost_can_be_made_again(etcd: FakeEtcd) -> None:
 
 def test_a_claim_that_was_written_but_tried_again_is_made(etcd: FakeEtcd) -> None:
     etcd.retry_next_commit = True
-    revision = claim(etcd, OURS, PARTS[:1], etcd.grant(10))
-    assert (found(etcd), found(etcd).mod_revision) == (OURS, revision)
+    claimed = claim(etcd, OURS, PARTS[:1], etcd.grant(10))
+    assert (found(etcd), etcd.get(OURS.key)) == (OURS, claimed)
 
 
 # -- amend -----------------------------------------------------------------------------------------------------------------------
@@ -259,17 +263,66 @@ def test_a_claim_that_was_written_but_tried_again_is_made(etcd: FakeEtcd) -> Non
 def test_an_amended_record_replaces_the_one_that_was_read(etcd: FakeEtcd) -> None:
     lease_id = put(etcd, OURS)
     newer = replace(OURS, version=4)
-    revision = amend(etcd, newer, found(etcd).mod_revision, lease_id)
-    assert (found(etcd), found(etcd).mod_revision) == (newer, revision)
+    amended = amend(etcd, newer, item(etcd))
+    assert (found(etcd), item(etcd)) == (newer, amended)
+    assert etcd.lease_of(OURS.key) == lease_id
 
 
 def test_a_record_that_another_has_changed_is_not_amended(etcd: FakeEtcd) -> None:
-    lease_id = put(etcd, OURS)
-    before = found(etcd).mod_revision
+    put(etcd, OURS)
+    before = item(etcd)
     rival = replace(OURS, incarnation=OTHER_INCARNATION)
     put(etcd, rival)
-    assert amend(etcd, replace(OURS, version=4), before, lease_id) == 0
+    assert amend(etcd, replace(OURS, version=4), before) is None
     assert found(etcd) == rival
+
+
+# -- a store that was wiped ------------------------------------------------------------------------------------------------------
+
+
+RIVAL = replace(OURS, incarnation=OTHER_INCARNATION)
+
+
+def wiped(etcd: FakeEtcd, *records: RankRecord) -> KeyValue:
+    """OURS as it stood before, in a store that then held these instead, at the same revision."""
+    put(etcd, OURS)
+    before = item(etcd)
+    lease_id = etcd.grant(10)
+    puts = [Put(record.key, encode(record), lease_id) for record in records]
+    etcd.restore(puts, back_to_revision=before.mod_revision - 1)
+    assert {each.mod_revision for each in etcd.snapshot("/").items} == {before.mod_revision}
+    return before
+
+
+def test_in_a_wiped_store_no_other_incarnation_at_the_same_revision_is_evicted(etcd: FakeEtcd) -> None:
+    before = wiped(etcd, RIVAL)
+    assert not evict(etcd, decode_item(before))
+    assert (etcd.keys, found(etcd)) == ([RIVAL.key], RIVAL)
+
+
+def test_in_a_wiped_store_no_other_incarnation_at_the_same_revision_is_ended(etcd: FakeEtcd) -> None:
+    before = wiped(etcd, RIVAL)
+    end(etcd, before, "withdrawn")
+    assert found(etcd) == RIVAL
+
+
+def test_in_a_wiped_store_no_other_incarnation_at_the_same_revision_is_amended(etcd: FakeEtcd) -> None:
+    before = wiped(etcd, RIVAL)
+    assert amend(etcd, replace(OURS, version=4), before) is None
+    assert found(etcd) == RIVAL
+
+
+@pytest.mark.parametrize("place", ["holder", "sibling"])
+def test_a_claim_does_not_mistake_what_stands_in_a_store_wiped_meanwhile_for_what_it_looked_at(etcd: FakeEtcd, place: str) -> None:
+    """As where the store comes back between its look and its write, and knows the lease: restored from a backup."""
+    looked_at = replace(OURS, ended="withdrawn") if place == "holder" else SIBLING
+    stands = RIVAL if place == "holder" else replace(SIBLING, generation="launch-2")
+    put(etcd, looked_at)
+    revision, lease_id = item(etcd, looked_at).mod_revision, etcd.grant(10)
+    etcd.before_commit = lambda: etcd.restore([Put(stands.key, encode(stands), 0)], back_to_revision=revision - 1)
+    with pytest.raises(RankConflict if place == "holder" else InstanceMismatch):
+        claim(etcd, OURS, PARTS[:1], lease_id)
+    assert found(etcd, stands) == stands
 
 
 # -- evict -----------------------------------------------------------------------------------------------------------------------
