@@ -1,27 +1,29 @@
 """Evicts what a dead rank leaves useless: the other ranks of an instance that stays degraded for longer than a grace period.
 
 `CleaningWatch` is a Watch that carries out what `Grace` decides, if it leads: of several that run, one evicts. Every eviction is
-guarded by the record's revision, so it can only hit what was seen.
+guarded by the record, so it can only hit what was seen, and by the absence of a rank, so it spares an instance that is complete.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from types import TracebackType
 
+from registry import failpoints
 from registry.doom import Note
 from registry.election import Election
 from registry.errors import EtcdError, EtcdUnavailable, RecordDamaged
 from registry.etcd import Etcd
+from registry.eviction import AT_ONCE, evict_all
 from registry.grace import Doomed, Grace
-from registry.keys import doomed_key, instance_prefix
-from registry.kv import Put
+from registry.keys import doomed_key, instance_prefix, record_key
+from registry.kv import Guard, KeyValue, Put, absent, unchanged
 from registry.logs import fields
 from registry.record import RankRecord
-from registry.registration import evict
+from registry.resolver import InstanceStatus
 from registry.roster import assess_all
 from registry.watcher import Event, Watch
 
@@ -101,11 +103,10 @@ class CleaningWatch:
         try:
             if doomed.unseen and (note := self._read_note(doomed.instance)) is not None:
                 lost, incarnations = lost or note.lost, incarnations | note.incarnations
-            (status,) = assess_all(self._etcd.snapshot(instance_prefix(doomed.instance)).items) or (None,)
-            for record in status.records if status and status.missing else ():
-                if record.incarnation in incarnations and (self._dry_run or evict(self._etcd, record)):
-                    evicted.append(record)
-            self._grace.settle(doomed)
+            items = self._etcd.snapshot(instance_prefix(doomed.instance)).items
+            (status,) = assess_all(items) or (None,)
+            if status is None or self._evict(status, {item.key: item for item in items}, incarnations, evicted):
+                self._grace.settle(doomed)
         except EtcdError as exc:  # it comes again
             if not self._watch.stopped:
                 log.warning(
@@ -116,6 +117,20 @@ class CleaningWatch:
                 )
         if evicted and lost is not None:
             yield InstanceCleaned(doomed.instance, lost, tuple(evicted), self._dry_run)
+
+    def _evict(
+        self, status: InstanceStatus, items: Mapping[str, KeyValue], incarnations: Set[str], evicted: list[RankRecord]
+    ) -> bool:
+        """Fills `evicted`. False: the instance has changed since it was read, so look at it again before any more is evicted."""
+        meant = [record for record in status.records if record.incarnation in incarnations] if status.missing else []
+        for start in range(0, len(meant), AT_ONCE):
+            batch = meant[start : start + AT_ONCE]
+            if not self._dry_run:
+                failpoints.reach("cleanup.before_evict")
+                if not evict_all(self._etcd, [items[record.key] for record in batch], _still_missing(status, items)):
+                    return False
+            evicted += batch
+        return True
 
     @property
     def away(self) -> EtcdUnavailable | None:
@@ -134,3 +149,10 @@ class CleaningWatch:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._watch.__exit__(kind, exc, tb)
         self._election.close()
+
+
+def _still_missing(status: InstanceStatus, items: Mapping[str, KeyValue]) -> Guard:
+    """Holds as long as one of the missing ranks is: what a lost rank has left under its key counts as nothing."""
+    keys = [record_key(status.instance, rank) for rank in status.missing]
+    free = next((key for key in keys if key not in items), None)
+    return absent(free) if free is not None else unchanged(items[keys[0]])

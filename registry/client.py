@@ -17,6 +17,7 @@ from registry.config import EtcdConfig, parse_endpoints
 from registry.election import Election
 from registry.errors import InvalidField, RecordDamaged
 from registry.etcd import Etcd
+from registry.eviction import evict
 from registry.keys import ENGINES, check_instance, evicted_key, instance_prefix, manifest_part_key, record_key
 from registry.logs import fields
 from registry.manifest import Manifest
@@ -281,7 +282,7 @@ class Registry:
 
     def evict(self, record: RankRecord) -> bool:
         """Ends the registration that `record` was read from; False if it has changed or gone since (read it again)."""
-        evicted = registration.evict(self._etcd, record)
+        evicted = evict(self._etcd, record)
         if evicted:
             log.info("%s is evicted", record.key, extra=fields("evicted", instance=record.instance, rank=record.rank))
         return evicted

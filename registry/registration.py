@@ -1,4 +1,4 @@
-"""The guarded writes of a registration: claim a rank, amend its record, end it, evict it. Stateless; keepers and gateways call it.
+"""The guarded writes of a registration: claim a rank, amend its record, end it. Stateless; keepers and gateways call it.
 
 Every write is a transaction that compares revisions, so that of two writers exactly one succeeds and the other learns who it was.
 That siblings agree is kept by induction: a rank is only written while one live sibling that it agrees with stands
@@ -35,8 +35,6 @@ EVICTED = "evicted"
 # A rank that offered what an evicted source had brought. Whoever read from it has bytes that do not count either.
 SOURCE_EVICTED = "its source was evicted"
 
-# An evicted registration that cannot reach etcd must find this mark when it comes back; a day outlives any outage that matters.
-_EVICTED_TTL_S = 24 * 3600
 _SIBLINGS = 8  # looked at first; all only if none of these is alive
 
 
@@ -154,10 +152,10 @@ def end(etcd: Etcd, held: KeyValue, reason: str) -> None:
 
     The record is marked as ended first: watchers so know at once that this is no blip, and why it happened.
     """
-    lease_id, ended = held.lease_id, _ended(held, reason)
+    lease_id, put = held.lease_id, ended(held, reason)
     with contextlib.suppress(EtcdRefused):  # an etcd without space takes no mark, but lets go of leases
-        revision = etcd.commit([unchanged(held)], [ended])
-        held = written(ended, revision, held) if revision else held
+        revision = etcd.commit([unchanged(held)], [put])
+        held = written(put, revision, held) if revision else held
     try:
         etcd.revoke(lease_id)
     except EtcdRefused:  # somebody has hung a key on it that we may not write: that one stays until the lease expires
@@ -170,78 +168,44 @@ def remove(etcd: Etcd, record: RankRecord, reason: str) -> None:
     if found is None:
         return
     try:
-        ours = decode_item(found)
+        ours = decode_item(found).incarnation == record.incarnation
     except RecordDamaged:
         return
-    if ours.incarnation == record.incarnation:
-        try:
-            _mark_and_delete(etcd, found, reason)
-        except EtcdFull:
-            etcd.revoke(found.lease_id)
-
-
-def evict(etcd: Etcd, record: RankRecord) -> bool:
-    """Ends somebody else's registration, as it was when `record` was read; False if it has changed since.
-
-    An etcd without space takes no mark, so only the keys go. The lease is left to the keeper: a missing key under a lease that
-    lives is how it learns of the eviction. One that is cut off until the lease has expired, and back when there is space, does not.
-    Some versions of etcd (3.5.1, not 3.4.23) then refuse every transaction: that is EtcdFull, and nothing is done.
-    """
-    if not record.mod_revision:
-        raise ValueError("only a record that was read from etcd can be evicted")
-    found = etcd.get(record.key)
-    if found is None or not _is(found, record):
-        return False
+    if not ours:
+        return
+    put = ended(found, reason)
     try:
-        mark_lease = etcd.grant(_EVICTED_TTL_S)
+        revision = etcd.commit([unchanged(found)], [put]) or made_at(etcd, put)
+        if revision:
+            _delete(etcd, written(put, revision, found))
     except EtcdFull:
-        return _delete(etcd, found)
-    mark = Put(evicted_key(record.instance, record.rank, record.incarnation), b"", mark_lease)
-    if _mark_and_delete(etcd, found, EVICTED, mark):
-        return True
-    etcd.revoke(mark_lease)
-    return False
+        etcd.revoke(found.lease_id)
 
 
-def _is(item: KeyValue, record: RankRecord) -> bool:
-    """Whether `record` was read from this. In a wiped store another's record may have come to the same revision."""
-    try:
-        return item.mod_revision == record.mod_revision and decode_item(item).incarnation == record.incarnation
-    except RecordDamaged:
-        return False
+def ended(held: KeyValue, reason: str) -> Put:
+    """Says in the record that it has ended, and why."""
+    return Put(held.key, encode(replace(decode_item(held), ended=reason)), None)
 
 
-def _mark_and_delete(etcd: Etcd, held: KeyValue, reason: str, mark: Put | None = None) -> bool:
-    ended = _ended(held, reason)
-    try:
-        revision = etcd.commit([unchanged(held)], [ended, mark] if mark else [ended])
-    except EtcdFull:
-        return _delete(etcd, held)
-    revision = revision or _written(etcd, mark or ended)
-    if not revision:
-        return False
-    _delete(etcd, written(ended, revision, held))
-    return True
-
-
-def _written(etcd: Etcd, put: Put) -> int:
+def made_at(etcd: Etcd, put: Put) -> int:
     """The revision at which our own put was made, or 0: a guard also fails where a first try succeeded and its answer was lost.
 
-    The mark of an eviction is ours by its lease, and tells that also when the record has already gone.
+    A put is ours by its value, and by its lease where it gives one.
     """
     found = etcd.get(put.key)
     ours = found is not None and found.value == put.value and put.lease_id in (None, found.lease_id)
     return found.mod_revision if found is not None and ours else 0
 
 
-def _delete(etcd: Etcd, held: KeyValue) -> bool:
+def deletion(held: KeyValue) -> list[Delete]:
+    """Of the record and of its manifest."""
     record = decode_item(held)
     parts = manifest_prefix(record.instance, record.rank, record.incarnation)
-    return bool(etcd.commit([unchanged(held)], [Delete(held.key), Delete(parts, prefix=True)]))
+    return [Delete(held.key), Delete(parts, prefix=True)]
 
 
-def _ended(held: KeyValue, reason: str) -> Put:
-    return Put(held.key, encode(replace(decode_item(held), ended=reason)), None)
+def _delete(etcd: Etcd, held: KeyValue) -> None:
+    etcd.commit([unchanged(held)], deletion(held))
 
 
 def _part_key(record: RankRecord, number: int) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -25,16 +27,19 @@ from registry import (
     RankState,
     Registration,
     Registry,
+    failpoints,
 )
 from registry.config import EtcdConfig, parse_endpoints
 from registry.election import Election
 from registry.errors import InstanceIncomplete
 from registry.etcd import Etcd
 from registry.follow import Follower
+from registry.keys import record_key
+from registry.kv import Delete
 from registry.local import LocalEtcd
 from tests.engines import Interrupted
 from tests.integration.conftest import Processes, line_of
-from tests.integration.ranks import register
+from tests.integration.ranks import MODEL, put_ranks, register
 from tests.waiting import wait_until
 
 
@@ -238,6 +243,77 @@ def test_an_instance_that_was_never_complete_is_left_alone_by_a_watcher_that_fin
         cleaning.stop()
         reader.join(20)
         assert [record.rank for record in registry.ranks("a")] == [0]
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], object]], None]:
+    """Gives a point of the code an action."""
+    return lambda point, action: monkeypatch.setitem(failpoints.ACTIONS, point, action)
+
+
+def test_an_instance_that_becomes_complete_just_before_the_eviction_is_spared(
+    registry: Registry, watching: Callable[..., Collected], at: Callable[..., None]
+) -> None:
+    with ExitStack() as stack:
+        _, second = two_ranks(registry, stack)
+        back = threading.Event()
+
+        def come_back() -> None:
+            if not back.is_set():
+                stack.enter_context(register(registry, rank=1, world_size=2))
+                back.set()
+
+        at("cleanup.before_evict", come_back)
+        watcher = watching(grace_s=0.3)
+        watcher.wait_for(is_a(InstanceReady))
+        second.withdraw()
+        assert back.wait(20)
+        watcher.wait_for(lambda _: sum(map(is_a(InstanceReady), watcher.events)) == 2)
+        assert not any(map(is_a(InstanceCleaned), watcher.events))
+        assert [record.rank for record in registry.resolve("a")] == [0, 1]
+
+
+def a_large_instance_that_loses_its_last_rank(
+    registry: Registry, etcd: Etcd, stack: ExitStack, watching: Callable[..., Collected]
+) -> Collected:
+    put_ranks(etcd, "a", 100)
+    etcd.commit([], [Delete(record_key("a", 99))])
+    last = stack.enter_context(register(registry, rank=99, world_size=100, model=MODEL))
+    watcher = watching(grace_s=0.3)
+    watcher.wait_for(is_a(InstanceReady))
+    last.withdraw()
+    return watcher
+
+
+def test_a_large_instance_is_evicted_in_few_transactions_each_with_one_lease_for_its_marks(
+    registry: Registry, etcd: Etcd, watching: Callable[..., Collected]
+) -> None:
+    with ExitStack() as stack:
+        watcher = a_large_instance_that_loses_its_last_rank(registry, etcd, stack, watching)
+        cleaned = watcher.wait_for(is_a(InstanceCleaned))
+        assert isinstance(cleaned, InstanceCleaned)
+        assert [record.rank for record in cleaned.evicted] == list(range(99))
+        marks = etcd.snapshot("/evicted/").items
+        assert Counter(Counter(mark.mod_revision for mark in marks).values()) == {40: 2, 19: 1}
+        assert len({mark.lease_id for mark in marks}) == 3
+        assert registry.instances() == ()
+
+
+def test_an_eviction_stops_when_the_missing_rank_comes_back_half_way(
+    registry: Registry, etcd: Etcd, watching: Callable[..., Collected], at: Callable[..., None]
+) -> None:
+    with ExitStack() as stack:
+        batches = itertools.count()
+
+        def come_back_before_the_second_batch() -> None:
+            if next(batches) == 1:
+                stack.enter_context(register(registry, rank=99, world_size=100, model=MODEL))
+
+        at("cleanup.before_evict", come_back_before_the_second_batch)
+        watcher = a_large_instance_that_loses_its_last_rank(registry, etcd, stack, watching)
+        cleaned = watcher.wait_for(is_a(InstanceCleaned))
+        assert isinstance(cleaned, InstanceCleaned)
+        assert [record.rank for record in cleaned.evicted] == list(range(40))
 
 
 def test_elections_whose_names_begin_alike_do_not_wait_for_each_other(shared_etcd: LocalEtcd, namespace: str) -> None:

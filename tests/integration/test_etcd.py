@@ -21,13 +21,16 @@ from typing import Any
 import pytest
 
 from cli.exits import Exit
-from registry import Registry
+from registry import ModelIdentity, Registry
 from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 from registry.etcd import Etcd
+from registry.eviction import AT_ONCE, evict_all
 from registry.follow import Follower
 from registry.kv import Deletion, KeyValue, Put, absent, none_created_since, unchanged
 from registry.local import LocalEtcd, find_binary, free_port
+from registry.record import MAX_RECORD_NBYTES, encode
+from tests.builders import a_record
 from tests.integration.conftest import Processes
 from tests.integration.faults import DEBIAN_ETCD, a_learner, etcdctl
 
@@ -99,6 +102,20 @@ def test_a_guard_on_what_a_key_held_wants_the_revision_and_the_value(etcd: Etcd)
     for other in (replace(now, value=b"2"), replace(now, mod_revision=now.mod_revision - 1), replace(now, key="/none")):
         assert not etcd.commit([unchanged(other)], [Put("/k", b"3", 0)])
     assert etcd.commit([unchanged(now)], [Put("/k", b"3", 0)])
+
+
+def test_as_many_as_are_evicted_at_once_fit_into_a_transaction_even_with_the_largest_records(etcd: Etcd) -> None:
+    padding = {"x": "y" * (MAX_RECORD_NBYTES - 800)}
+    records = [
+        a_record(rank=rank, world_size=99, incarnation=f"{rank:032x}", model=ModelIdentity("m", extra=padding))
+        for rank in range(AT_ONCE)
+    ]
+    assert MAX_RECORD_NBYTES - 200 < len(encode(records[0])) <= MAX_RECORD_NBYTES
+    lease_id = etcd.grant(60)
+    etcd.commit([], [Put(record.key, encode(record), lease_id) for record in records])
+    assert evict_all(etcd, etcd.snapshot("/engines/").items, absent(a_record(rank=98, world_size=99).key))
+    assert len(etcd.snapshot("/evicted/").items) == AT_ONCE
+    assert etcd.snapshot("/engines/").items == ()
 
 
 def test_a_prefix_guard_sees_keys_created_later_but_not_those_changed(etcd: Etcd) -> None:

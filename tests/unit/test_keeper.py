@@ -13,13 +13,13 @@ import pytest
 
 from registry import RankJoined, RankLost, RankRecord, RankState, keeper_main
 from registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict, RegistryError, Superseded
+from registry.eviction import evict
 from registry.frames import Frame, read_frame
 from registry.keeper import Keeper
 from registry.keeper_main import record_from_wire, serve, teller
 from registry.keys import evicted_key
 from registry.kv import Deletion, Put
 from registry.record import decode, encode
-from registry.registration import evict
 from registry.watcher import Tracker
 from tests.builders import OTHER_INCARNATION, a_record
 from tests.fake_etcd import FakeEtcd

@@ -10,10 +10,11 @@ import pytest
 
 from registry import RankLost, RankRecord
 from registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict
+from registry.eviction import evict, evict_all
 from registry.keys import evicted_key, manifest_part_key, record_key
-from registry.kv import KeyValue, Put
+from registry.kv import KeyValue, Put, absent
 from registry.record import decode_item, encode
-from registry.registration import EVICTED, amend, claim, end, evict
+from registry.registration import EVICTED, amend, claim, end
 from registry.watcher import Tracker
 from tests.builders import OTHER_INCARNATION, a_record
 from tests.fake_etcd import FakeEtcd
@@ -420,10 +421,10 @@ def test_an_etcd_without_space_evicts_without_a_mark_and_leaves_the_lease_for_th
 
 
 def test_an_etcd_that_fills_up_during_an_eviction_still_deletes(etcd: FakeEtcd) -> None:
-    put(etcd, OURS)
+    lease_id = put(etcd, OURS)
     etcd.before_commit = lambda: setattr(etcd, "full", True)
     assert evict(etcd, found(etcd))
-    assert etcd.keys == []
+    assert (etcd.keys, list(etcd.leases)) == ([], [lease_id])
 
 
 def test_an_etcd_without_space_does_not_evict_what_has_changed_since_it_was_read(etcd: FakeEtcd) -> None:
@@ -438,6 +439,60 @@ def test_an_etcd_without_space_does_not_evict_what_has_changed_since_it_was_read
 def test_a_record_that_was_never_in_etcd_cannot_be_evicted(etcd: FakeEtcd) -> None:
     with pytest.raises(ValueError, match="only a record that was read from etcd"):
         evict(etcd, OURS)
+
+
+# -- evict several at once -------------------------------------------------------------------------------------------------------
+
+
+def a_launch(etcd: FakeEtcd, ranks: int) -> list[KeyValue]:
+    records = [a_record(rank=rank, world_size=99, incarnation=f"{rank:032x}") for rank in range(ranks)]
+    for record in records:
+        put(etcd, record)
+    return [item(etcd, record) for record in records]
+
+
+def test_several_are_evicted_in_one_transaction_with_their_marks_under_one_lease(etcd: FakeEtcd) -> None:
+    doomed = a_launch(etcd, 3)
+    before, leases = len(etcd.history), set(etcd.leases)
+    assert evict_all(etcd, doomed)
+    assert len({change.mod_revision for change in etcd.history[before:]}) == 2  # to end and mark them, to delete them
+    (mark_lease,) = set(etcd.leases) - leases
+    assert etcd.keys == sorted(evicted_key("qwen", rank, f"{rank:032x}") for rank in range(3))
+    assert {etcd.lease_of(key) for key in etcd.keys} == {mark_lease}
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("failing", ["one has changed", "a condition"])
+def test_of_several_none_is_evicted_where_one_has_changed_or_a_condition_fails(etcd: FakeEtcd, failing: str, full: bool) -> None:
+    doomed = a_launch(etcd, 3)
+    missing = a_record(rank=3, world_size=99)
+    put(etcd, missing if failing == "a condition" else replace(decode_item(doomed[1]), version=9))
+    keys, leases = etcd.keys, etcd.leases
+    etcd.full = full
+    assert not evict_all(etcd, doomed, absent(missing.key))
+    assert (etcd.keys, etcd.leases) == (keys, leases)
+    assert not any(decode_item(item(etcd, decode_item(each))).ended for each in doomed)
+
+
+def test_of_several_the_others_go_also_where_the_keeper_of_one_was_faster(etcd: FakeEtcd) -> None:
+    doomed = a_launch(etcd, 3)
+
+    def the_keeper_notices() -> None:
+        etcd.delete(doomed[1].key)
+
+    def marking() -> None:
+        etcd.before_commit = the_keeper_notices
+
+    etcd.before_commit = marking
+    assert evict_all(etcd, doomed)
+    assert etcd.keys == sorted(evicted_key("qwen", rank, f"{rank:032x}") for rank in range(3))
+
+
+def test_several_that_were_evicted_but_tried_again_are_finished(etcd: FakeEtcd) -> None:
+    doomed = a_launch(etcd, 3)
+    etcd.retry_next_commit = True
+    assert evict_all(etcd, doomed)
+    assert etcd.keys == sorted(evicted_key("qwen", rank, f"{rank:032x}") for rank in range(3))
 
 
 def void(_: object) -> None:
