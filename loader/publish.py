@@ -58,7 +58,6 @@ class Publication:
         self._weights = weights
         self._use = use
         self._undo = undo
-        self._state_between_updates = RankState.READY
         self._updating = threading.Lock()
         self._closing = threading.Lock()
         self._closed = False
@@ -100,7 +99,7 @@ class Publication:
             USES.keep(self._use)
             content = self._take_digests() or new_content()
             self._header.write(Header(before.incarnation, 2 * (before.version + 1), content))
-            self._tell(version=before.version + 1, content=content, state=self._state_between_updates)
+            self._tell(version=before.version + 1, content=content, state=RankState.READY)
         finally:
             self._updating.release()
 
@@ -120,7 +119,7 @@ class Publication:
         content = content or proven or before.content
         USES.keep(self._use, filled_by)
         self._header.write(Header(before.incarnation, 2 * before.version, content))
-        self._tell(content=content, state=self._state_between_updates)
+        self._tell(content=content, state=RankState.READY)
 
     def _take_digests(self) -> str:
         """Computes them anew; the content that they prove, or nothing where there are none."""
@@ -153,7 +152,6 @@ class Publication:
         """
         pulls = 0
         try:
-            self._state_between_updates = RankState.DRAINING  # an update that ends meanwhile must not invite readers again
             self._registration.update(state=RankState.DRAINING)
             if self.state is RegistrationState.REGISTERED:
                 pulls = self._registry.wait_for_no_pulls(self.record.instance, self.record.rank, timeout_s)
@@ -281,7 +279,7 @@ def open_publication(
         wait_for(weights.devices)  # readers do not know of streams
         content = content or proven or new_content()
         header.write(Header(incarnation, 2 * version, content))
-        undo.callback(header.erase)
+        undo.callback(header.retire)
         registration = registry.register(
             instance=instance,
             rank=rank,

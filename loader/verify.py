@@ -16,6 +16,7 @@ Behind it, where the manifest says so, lie the marks of a rank that is a source 
 from __future__ import annotations
 
 import struct
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -52,18 +53,28 @@ class HeaderCell:
 
     def __init__(self, device: torch.device, marks: int = 0) -> None:
         self.device = device
+        self._lock = threading.Lock()
+        self._retired = False
         self._bytes = torch.zeros(NBYTES + marks, dtype=torch.uint8, device=device)
         self.region = Region(self._bytes.data_ptr(), NBYTES + marks)
 
     def write(self, header: Header) -> None:
-        """Visible to peers when this returns, after all that the device was asked to do before."""
+        """Visible to peers when this returns, after all that the device was asked to do before. Not once it is retired."""
         incarnation, content = bytes.fromhex(header.incarnation), bytes.fromhex(header.content)
         packed = _FORMAT.pack(_MAGIC, incarnation, header.sequence, content)
-        self._put(packed, 0)
+        with self._lock:
+            if not self._retired:
+                self._put(packed, 0)
 
     def erase(self) -> None:
-        """From now on no reader takes this memory for a source's."""
+        """No reader takes this memory for a source's, until a header is written again."""
         self._put(bytes(NBYTES), 0)
+
+    def retire(self) -> None:
+        """Erases it for good: an update of the weights that ends later must not make them readable again."""
+        with self._lock:
+            self._retired = True
+            self.erase()
 
     def mark(self, marks: bytes) -> None:
         """As `write`: what they are the marks of can be seen before they can."""

@@ -74,10 +74,14 @@ class KeeperLink:
             self.abandon()
             raise
 
-    def update(self, record: RankRecord) -> None:
-        """Returns when the record is in etcd, or as soon as it has to wait: for etcd, or for the next keeper."""
-        value = encode(record)
+    def update(self, change: Callable[[RankRecord], RankRecord]) -> None:
+        """Returns when the changed record is in etcd, or as soon as it has to wait: for etcd, or for the next keeper.
+
+        One change after another: each is made of the record that the one before has left.
+        """
         with self._lock:
+            record = change(self.record)
+            value = encode(record)
             self.record = record
             if self._keeper is None and not self._over:
                 return

@@ -10,7 +10,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from types import TracebackType
@@ -105,7 +105,11 @@ class Registration:
         return self._link.pid
 
     def update(self, *, version: int | None = None, content: str | None = None, state: RankState | None = None) -> None:
-        """Changes the record. While etcd is away the change waits in the keeper: no error. RegistrationLost if it is over."""
+        """Changes the fields that are given, and no other; from any thread. RegistrationLost if the registration is over.
+
+        While etcd is away the change waits in the keeper: no error. A rank that drains stays so until it is gone, whatever
+        state is given, so that an update of the weights that ends meanwhile invites no new readers.
+        """
         if os.getpid() != self._owner_pid:
             raise RegistryError(
                 f"{self.record.key} is registered by process {self._owner_pid}, and this is a fork of it: update it there"
@@ -114,13 +118,9 @@ class Registration:
             raise self._lost
         if self._closing:
             raise RegistryError(f"the registration of {self.record.key} is closed")
-        changed = replace(
-            self.record,
-            version=self.record.version if version is None else version,
-            content=self.record.content if content is None else content,
-            state=self.record.state if state is None else state,
-        )
-        self._link.update(changed)
+        wanted = {"version": version, "content": content, "state": state}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        self._link.update(lambda record: _changed(record, given))
 
     def withdraw(self, reason: str = WITHDRAWN) -> None:
         """Takes the rank out of the registry; any number of times. If etcd is away the keeper goes on trying by itself.
@@ -191,3 +191,8 @@ class Registration:
     def _told(self, event: str, **facts: object) -> dict[str, Any]:
         record = self.record
         return fields(event, instance=record.instance, rank=record.rank, **facts)
+
+
+def _changed(record: RankRecord, fields: Mapping[str, Any]) -> RankRecord:
+    state = RankState.DRAINING if record.state is RankState.DRAINING else fields.get("state", record.state)
+    return replace(record, **{**fields, "state": state})

@@ -240,6 +240,16 @@ def test_an_update_that_ends_while_the_rank_drains_invites_no_new_readers(regist
     assert registry.ranks("a") == ()
 
 
+def test_a_publication_that_closes_during_an_update_stays_closed_when_the_update_ends(registry: Registry) -> None:
+    publication = offer(registry, InProcessEngine(), weights())
+    header = publication._header
+    with publication.update():
+        publication.close()
+        assert header.read() is None
+    assert header.read() is None
+    assert registry.ranks("a") == ()
+
+
 def test_weights_that_nobody_reads_any_more_are_not_updated(registry: Registry) -> None:
     with offer(registry, InProcessEngine(), weights()) as publication:
         pass

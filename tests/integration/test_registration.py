@@ -150,6 +150,16 @@ def test_updates_of_the_record_are_seen_in_order(registry: Registry) -> None:
     assert updates == [(RankState.UPDATING, 0), (RankState.READY, 1)]
 
 
+def test_a_rank_that_drains_stays_so_while_its_version_goes_on(registry: Registry) -> None:
+    with register(registry) as registration:
+        registration.update(state=RankState.UPDATING)
+        registration.update(state=RankState.DRAINING)
+        registration.update(version=1, state=RankState.READY)
+        (record,) = registry.ranks("a")
+        assert (record.version, record.state) == (1, RankState.DRAINING)
+        assert registration.record == record
+
+
 def test_a_callback_gets_the_events_also_after_it_has_failed(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
     seen: list[str] = []
     gone = threading.Event()

@@ -59,6 +59,13 @@ def test_fresh_and_erased_memory_is_no_header(cell: HeaderCell) -> None:
     assert cell.read() is None
 
 
+def test_a_header_that_is_retired_stays_erased_whatever_is_written(cell: HeaderCell) -> None:
+    cell.write(Header(INCARNATION, 1))
+    cell.retire()
+    cell.write(Header(INCARNATION, 2))
+    assert memory(cell) == bytes(64)
+
+
 @pytest.mark.parametrize("magic", [b"ENGREG02", b"engreg01", b"\0ENGREG0", bytes(8)])
 def test_another_magic_is_no_header(cell: HeaderCell, magic: bytes) -> None:
     cell.write(Header(INCARNATION, 2, CONTENT))
