@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 
+from registry.descriptors import explain, is_exhausted
 from registry.errors import AnswerTooLarge, EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 
 _LEARNER = "not supported for learner"
@@ -37,6 +38,8 @@ def translate(endpoints: str, exc: Exception) -> EtcdError:
         return _from_status(where, code, text)
     if isinstance(exc, FileNotFoundError | PermissionError | IsADirectoryError):
         return EtcdRefused(f"cannot read {exc.filename}: {exc.strerror}: check --cacert, --cert and --key")
+    if is_exhausted(exc):
+        return EtcdUnavailable(f"{where} cannot be reached: {explain(exc)}")
     return EtcdUnavailable(f"{where} cannot be reached: {exc}: check the address and that etcd is running")
 
 

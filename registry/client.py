@@ -18,6 +18,7 @@ from registry.election import Election
 from registry.errors import InvalidField, RecordDamaged
 from registry.etcd import Etcd
 from registry.eviction import evict
+from registry.keeper_process import check_can_start
 from registry.keys import ENGINES, check_instance, evicted_key, instance_prefix, manifest_part_key, record_key
 from registry.logs import fields
 from registry.manifest import Manifest
@@ -124,14 +125,17 @@ class Registry:
     ) -> Registration:
         """Claims the rank for this process and holds it. `content` says which weights it has; by default some that nobody else has.
 
-        Raises InvalidField, RankConflict (another process has the rank), InstanceMismatch (it disagrees with its siblings) or an
-        EtcdError; nothing is left in etcd then. `on_state` is called for every change of the state, in order, from another thread:
+        Raises InvalidField, RankConflict (another process has the rank), InstanceMismatch (it disagrees with its siblings),
+        KeeperFailed (no process or file descriptor is to be had) or an EtcdError; nothing is left in etcd then.
+
+        `on_state` is called for every change of the state, in order, from another thread:
         it may call the registration, and is told CLOSED perhaps after `withdraw` has returned.
         """
         if not MIN_TTL_S <= ttl_s <= MAX_TTL_S:
             raise InvalidField(
                 f"ttl_s {ttl_s} is not valid: it is from {MIN_TTL_S:g} s, etcd's shortest lease, to {MAX_TTL_S:g} s", field="ttl_s"
             )
+        check_can_start(f"{ENGINES}{instance}/{rank}")
         ref, parts = manifests.encode(manifest)
         if len(parts) > manifests.MAX_PARTS:
             raise InvalidField(

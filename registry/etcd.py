@@ -26,6 +26,7 @@ import etcd3  # isort: skip
 from registry import metrics
 from registry._etcd_errors import from_cancelled_watch, is_turned_off, translate, wants_token
 from registry.config import EtcdConfig
+from registry.descriptors import check_left, explain
 from registry.errors import AnswerTooLarge, EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 from registry.kv import Batch, Change, Delete, Deletion, Guard, KeyValue, Put, Snapshot
 from registry.maintenance import Alarm, Member, MemberStatus, Permission, User, numbers_in
@@ -46,6 +47,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.enable_http_proxy", 0),  # http_proxy is for the web; etcd is in the cluster, and one on this machine has no way back
 )
+_CONNECTION_DESCRIPTORS = 8  # that gRPC takes for the first one of a process
 _PAGE_KEYS = 1_000
 _NO_TOKEN = ()  # a connection's metadata while etcd has authentication turned off
 _DELETE_EVENT = 1  # mvccpb.Event.DELETE
@@ -313,7 +315,7 @@ class Etcd:
                 probe.connect(address)
                 return str(probe.getsockname()[0])
         except OSError as exc:
-            raise EtcdUnavailable(f"there is no way to etcd at {endpoint}: {exc}") from exc
+            raise EtcdUnavailable(f"there is no way to etcd at {endpoint}: {explain(exc)}") from exc
 
     # -- how a call is made --------------------------------------------------------------------------------------------------
 
@@ -372,6 +374,7 @@ class Etcd:
             return self._client
 
     def _new_client(self) -> Any:
+        check_left(_CONNECTION_DESCRIPTORS)
         config = self.config
         endpoint = config.endpoints[self._next_endpoint % len(config.endpoints)]
         return etcd3.client(

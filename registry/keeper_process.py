@@ -15,12 +15,14 @@ import sys
 import tempfile
 from typing import IO
 
+from registry.descriptors import check_left, explain
 from registry.errors import KeeperFailed
 from registry.frames import ANSWER_S, Frame, FrameBuffer
 
 # The module search path comes through the pipe, so that the keeper finds what the rank found, and `ps` shows what it is for.
 # Until then -I keeps the working directory off it: a file of the user's named json.py would be run.
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline()); from registry.keeper_main import run; run()"
+_DESCRIPTORS = 8  # that starting one takes, of which three stay
 START_TIMEOUT_S = 20.0  # a loaded machine may take long to start a process
 
 # Time without a sign of life is counted in looks. A rank that was itself stopped, or held the GIL, finds one look that took
@@ -28,13 +30,22 @@ START_TIMEOUT_S = 20.0  # a loaded machine may take long to start a process
 LOOK_S = 1.0
 
 
+def check_can_start(key: str) -> None:
+    """KeeperFailed where no keeper of this key can be started now, as far as can be known before."""
+    if not sys.executable:
+        raise KeeperFailed("cannot start a keeper: sys.executable is empty, so there is no Python to run it with")
+    try:
+        check_left(_DESCRIPTORS)
+    except OSError as exc:
+        raise KeeperFailed(f"cannot start a keeper of {key}: {explain(exc)}") from exc
+
+
 class KeeperProcess:
     """`read` is for one thread; a caller that shares the rest between threads locks it."""
 
     def __init__(self, key: str, secret: str | None = None) -> None:
         """KeeperFailed where no process can be started now. It inherits no variable that holds `secret`: it comes by its pipe."""
-        if not sys.executable:
-            raise KeeperFailed("cannot start a keeper: sys.executable is empty, so there is no Python to run it with")
+        check_can_start(key)
         self.heard = False  # it has said something
         self.silent_s = 0.0  # since then
         self.hung = False  # and was killed for it
@@ -42,7 +53,7 @@ class KeeperProcess:
         self._frames = FrameBuffer()
         with contextlib.ExitStack() as undo:
             try:
-                self._complaints: IO[bytes] = undo.enter_context(tempfile.TemporaryFile())
+                self._complaints = undo.enter_context(_scratch())
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-c", _BOOT, "engine-registry-keeper", key],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints,
@@ -50,7 +61,7 @@ class KeeperProcess:
                     env={name: value for name, value in os.environ.items() if not secret or value != secret},
                 )  # fmt: skip
             except OSError as exc:
-                raise KeeperFailed(f"cannot start a keeper with {sys.executable}: {exc}") from exc
+                raise KeeperFailed(f"cannot start a keeper of {key} with {sys.executable}: {explain(exc)}") from exc
             undo.pop_all()
         self._input, self._output = _pipe(self._process.stdin), _pipe(self._process.stdout)
         os.set_blocking(self._input.fileno(), False)
@@ -112,6 +123,13 @@ class KeeperProcess:
         complaint = lines[-1] if lines else "it said nothing"
         how = "did not answer and was killed" if self.hung else f"ended with code {code}"
         return KeeperFailed(f"the keeper of {self._key} (pid {self.pid}) {how}: {complaint}")
+
+
+def _scratch() -> IO[bytes]:
+    """What one process writes another can read. Memory where there is such a thing: a root may be read-only."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("complaints of a keeper"), "w+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:

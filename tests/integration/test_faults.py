@@ -9,6 +9,9 @@ import errno
 import os
 import re
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,9 +40,10 @@ from registry.etcd import Etcd
 from registry.frames import ANSWER_S
 from registry.kv import Put
 from registry.local import LocalCluster, LocalEtcd
-from tests.integration.conftest import Processes, events_until, line_of
+from tests.integration.conftest import ROOT, Processes, events_until, line_of
 from tests.integration.faults import DivisibleCluster, Proxy, etcdctl, fill_until_no_space
 from tests.integration.ranks import MANIFEST, register
+from tests.waiting import wait_until
 
 TTL_S = 2.0
 
@@ -296,7 +300,7 @@ def test_a_keeper_that_dies_while_etcd_is_away_leaves_its_successor_to_tell_that
             assert len(registry.resolve("a", 10)) == 1
 
 
-@pytest.mark.parametrize("call", ["tempfile.TemporaryFile", "subprocess.Popen"])
+@pytest.mark.parametrize("call", ["os.memfd_create", "subprocess.Popen"])
 def test_a_keeper_that_cannot_be_replaced_now_is_replaced_when_it_can(
     shared_etcd: LocalEtcd, namespace: str, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -311,7 +315,7 @@ def test_a_keeper_that_cannot_be_replaced_now_is_replaced_when_it_can(
                 os.kill(registration.keeper_pid, signal.SIGKILL)
                 states.wait_for(RegistrationState.SUSPENDED)
                 assert "no keeper: cannot start a keeper" in states.why
-                assert "Too many open files" in states.why
+                assert "no file descriptors are left" in states.why
                 registration.update(version=1)  # is for the next keeper to write
                 pause_for(TTL_S)
             states.wait_for(RegistrationState.REGISTERED)
@@ -321,12 +325,73 @@ def test_a_keeper_that_cannot_be_replaced_now_is_replaced_when_it_can(
 def test_a_first_keeper_that_cannot_be_started_is_an_error_that_says_so(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
-
-    monkeypatch.setattr("registry.keeper_process.tempfile.TemporaryFile", refuse)
-    with pytest.raises(KeeperFailed, match="No usable temporary directory"):
+    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with pytest.raises(KeeperFailed, match=r"cannot start a keeper of /engines/a/0 .*No such file or directory"):
         register(registry)
+
+
+@pytest.mark.parametrize("without", ["a folder that can be written", "memory files"])
+def test_a_keeper_needs_either_a_folder_that_can_be_written_or_memory_files(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, without: str
+) -> None:
+    if without == "memory files":
+        monkeypatch.delattr(os, "memfd_create")
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with register(registry) as registration:
+        os.kill(registration.keeper_pid, signal.SIGKILL)
+        registration.update(version=1)
+        wait_until(lambda: [record.version for record in registry.ranks("a")] == [1])
+
+
+FEW_DESCRIPTORS = """
+import os, resource, sys
+from registry import Registry, RegistryError
+from tests.integration.ranks import register
+
+def with_left(count, call):
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    fill = [os.open("/dev/null", os.O_RDONLY)]
+    while fill[-1] < highest:
+        fill.append(os.open("/dev/null", os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (fill[-1] + 1 + count, hard))
+    try:
+        call()
+        print(count, "done")
+    except RegistryError as exc:
+        print(count, type(exc).__name__, exc)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in fill:
+            os.close(descriptor)
+
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+connect = lambda: Registry.connect(sys.argv[1], namespace=sys.argv[2], timeout_s=0.5)
+if sys.argv[3] == "connect":
+    with_left(int(sys.argv[4]), lambda: connect().close())
+else:
+    with connect() as registry:
+        with_left(int(sys.argv[4]), lambda: register(registry).withdraw())
+"""
+
+
+@pytest.mark.parametrize("left", [0, 1, 3, 5, 7, 8, 40])
+@pytest.mark.parametrize(("call", "error"), [("connect", "EtcdUnavailable"), ("register", "KeeperFailed")])
+def test_a_process_without_descriptors_gets_an_error_that_says_so(
+    shared_etcd: LocalEtcd, namespace: str, call: str, error: str, left: int
+) -> None:
+    command = [sys.executable, "-c", FEW_DESCRIPTORS, shared_etcd.endpoint, namespace, call, str(left)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    count, _, said = ran.stdout.strip().partition(" ")
+    assert count == str(left)
+    if left >= 8:  # as many as it looks for
+        assert said == "done"
+    else:
+        assert said.startswith(f"{error} ")
+        assert "no file descriptors are left (limit " in said
+        assert "raise the limit (ulimit -n)" in said
 
 
 def test_a_keeper_that_hangs_is_replaced(registry: Registry) -> None:
