@@ -13,6 +13,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import weakref
 from typing import IO
 
 from registry.descriptors import check_left, explain
@@ -68,6 +69,7 @@ class KeeperProcess:
         self._writable, self._readable = select.poll(), select.poll()
         self._writable.register(self._input, select.POLLOUT)
         self._readable.register(self._output, select.POLLIN)
+        _started.add(self)
         self.write(json.dumps([os.path.abspath(path) for path in sys.path]).encode() + b"\n", START_TIMEOUT_S)
 
     @property
@@ -107,6 +109,13 @@ class KeeperProcess:
         with contextlib.suppress(OSError):
             self._input.close()
 
+    def close_in_child(self) -> None:
+        """Closes the copies that a forked child has got: else a keeper would not see the end of a rank that becomes another
+        program, as its pid stays and the child holds the pipe open."""
+        for each in (self._input, self._output, self._complaints):
+            with contextlib.suppress(OSError):
+                each.close()
+
     def kill_hung(self) -> None:
         self.hung = True
         self._process.kill()
@@ -123,6 +132,17 @@ class KeeperProcess:
         complaint = lines[-1] if lines else "it said nothing"
         how = "did not answer and was killed" if self.hung else f"ended with code {code}"
         return KeeperFailed(f"the keeper of {self._key} (pid {self.pid}) {how}: {complaint}")
+
+
+_started: weakref.WeakSet[KeeperProcess] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for keeper in list(_started):
+        keeper.close_in_child()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _scratch() -> IO[bytes]:

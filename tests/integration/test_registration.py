@@ -135,7 +135,7 @@ def test_a_record_has_both_its_revisions_however_it_was_read(registry: Registry,
             "resolve": registry.resolve("a")[0],
             "instance": registry.instance("a").records[0],
             "instances": registry.instances()[0].records[0],
-            "holders": registry.holders(MODEL, 0)[0].records[0],
+            "holders": registry.holders(MODEL, Place(0))[0].records[0],
         }
         revisions = {way: (each.create_revision, each.mod_revision) for way, each in read.items()}
         assert revisions == dict.fromkeys(read, (item.create_revision, item.mod_revision))
@@ -458,6 +458,39 @@ def test_a_copy_of_the_handle_in_a_forked_child_changes_and_withdraws_nothing(sh
     forking = [sys.executable, "-c", FORKS, shared_etcd.endpoint, namespace]
     done = subprocess.run(forking, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.splitlines() == ["0 [0]", "[2]"], done.stderr
+
+
+BECOMES_ANOTHER_PROGRAM = """
+import os, signal, sys, time
+from registry import Registry, RegistryError
+from tests.integration.ranks import register
+
+registry = Registry.connect(sys.argv[1], namespace=sys.argv[2])
+if len(sys.argv) == 3:
+    registration = register(registry)
+    child = os.fork()
+    if child == 0:
+        os.closerange(0, 3)
+        time.sleep(1000)
+    os.execv(sys.executable, [sys.executable, "-c", sys.orig_argv[2], *sys.argv[1:], str(os.getpid()), str(child)])
+try:
+    with registry.watch("a") as watch:
+        while registry.ranks("a") and watch.next(10):
+            pass
+    with register(registry) as registration:
+        print(str(registration.record.pid) == sys.argv[3], len(registry.resolve("a")))
+finally:
+    os.kill(int(sys.argv[4]), signal.SIGKILL)
+"""
+
+
+def test_a_rank_that_becomes_another_program_while_a_forked_child_lives_loses_its_registration(
+    shared_etcd: LocalEtcd, namespace: str
+) -> None:
+    environment = {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    command = [sys.executable, "-c", BECOMES_ANOTHER_PROGRAM, shared_etcd.endpoint, namespace]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == ["True 1"], done.stderr
 
 
 def test_the_callback_may_change_and_end_the_registration_that_it_is_told_about(own_etcd: LocalEtcd) -> None:

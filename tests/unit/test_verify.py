@@ -60,9 +60,9 @@ def test_fresh_and_erased_memory_is_no_header(cell: HeaderCell) -> None:
 
 
 def test_a_header_that_is_retired_stays_erased_whatever_is_written(cell: HeaderCell) -> None:
-    cell.write(Header(INCARNATION, 1))
+    cell.write(Header(INCARNATION, 1, CONTENT))
     cell.retire()
-    cell.write(Header(INCARNATION, 2))
+    cell.write(Header(INCARNATION, 2, CONTENT))
     assert memory(cell) == bytes(64)
 
 
