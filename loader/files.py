@@ -15,10 +15,13 @@ from types import TracebackType
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from loader.disk import DiskRead
 from loader.errors import LoaderError, WeightsFileInvalid, WeightsMismatch
-from loader.regions import Shard, dtype_named
+from loader.regions import Shard, describe, dtype_named
+from loader.stored import Files
+from loader.weights_folder import Paths, files_of
 from loader.whole import INDEX, Whole, file_names, index_of, is_file_of_a_model
 from registry import Manifest
 from registry.errors import InvalidField
@@ -26,39 +29,22 @@ from registry.errors import InvalidField
 _Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def find_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The safetensors files among `paths`; a folder stands for all that lie in it."""
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(path.glob("*.safetensors"))
-            if not inside:
-                raise WeightsFileInvalid(f"{path} holds no *.safetensors file: name the folder of the weights", path=str(path))
-            files += inside
-        elif path.exists():
-            files.append(path)
-        else:
-            raise WeightsFileInvalid(f"{path} does not exist: check --weights", path=str(path))
-    return files
+def read_weights(paths: Paths, rank: int | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of the files that `loader.weights_folder.files_of` finds, each file's in one block of memory.
+
+    WeightsFileInvalid says which file is at fault.
+    """
+    files = Files(files_of(paths, rank))
+    tensors = memory_for(files)
+    DiskRead(files, tensors, describe(tensors)).run()
+    return tensors
 
 
-def read_weights(paths: Sequence[str | Path]) -> dict[str, torch.Tensor]:
-    """All tensors of the files, each file's in one block of memory; WeightsFileInvalid says which file is at fault."""
+def memory_for(files: Files) -> dict[str, torch.Tensor]:
+    """Uninitialised tensors for all that the files hold, each file's in one block, in the order in which it lies there."""
     tensors: dict[str, torch.Tensor] = {}
-    origins: dict[str, Path] = {}
-    for path in find_files(paths):
-        try:
-            mapped = load_file(path)
-        except (SafetensorError, OSError, ValueError) as exc:
-            raise WeightsFileInvalid(f"{path} cannot be read as safetensors: {exc}", path=str(path)) from exc
-        twice = next((name for name in mapped if name in origins), None)
-        if twice is not None:
-            raise WeightsFileInvalid(f"tensor {twice!r} is in {origins[twice]} and in {path}: serve one of them", path=str(path))
-        copies = allocate({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in mapped.items()})
-        for name, tensor in mapped.items():
-            copies[name].copy_(tensor)
-        tensors.update(copies)
-        origins.update(dict.fromkeys(mapped, path))
+    for layout in files.layouts():
+        tensors |= allocate({name: (dtype_named(dtype), shape) for name, (dtype, shape) in layout.items()})
     return tensors
 
 

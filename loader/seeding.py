@@ -14,7 +14,6 @@ from collections.abc import Mapping
 import torch
 
 from loader.destination import Destination
-from loader.disk import Paths
 from loader.engine import Engine
 from loader.load import Verify
 from loader.pace import Pace
@@ -23,6 +22,7 @@ from loader.regions import Shard
 from loader.replica import Replica
 from loader.start import Seeded, Start
 from loader.transfer import OnProgress
+from loader.weights_folder import Paths
 from registry import ModelIdentity, Place, Registry
 from registry.errors import InvalidField
 from registry.keys import check_instance, check_rank
@@ -56,10 +56,10 @@ def load_or_seed(
     """Fills `tensors` in place with those of this rank of the model, and publishes them as `rank` of `instance`.
 
     If a rank like it (of the same model, number, world size and topology) is ready somewhere, or, where all tensors say which part
-    of the whole they are, any instance of the model, they come from there. Else one process reads them from `fallback`: files, or a
-    folder, of safetensors with whole tensors or with this rank's parts, which may hold more. All others that start with this rank
-    of the model load from that process when it is complete, and from each other meanwhile. `version` is that of the files: they may
-    be older than what peers serve.
+    of the whole they are, any instance of the model, they come from there. Else one process reads them from `fallback`:
+    safetensors files, an index or a folder of them (see `loader.weights_folder.files_of`), with whole tensors or with this rank's
+    parts, which may hold more. All others that start with this rank of the model load from that process when it is complete, and
+    from each other meanwhile. `version` is that of the files: they may be older than what peers serve.
 
     Where peers cannot be loaded from, files are read instead, with a warning. Who waits reads on its own after `timeout_s`, or
     after 30 s without etcd: an engine that can start from its disk does.

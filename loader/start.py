@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from loader import metrics
 from loader.destination import Destination
-from loader.disk import DiskRead, Paths, files_of
+from loader.disk import DiskRead
 from loader.engine import Engine
 from loader.errors import (
     Cancelled,
@@ -36,7 +36,9 @@ from loader.peers import Peers
 from loader.publish import Publication, open_publication
 from loader.replica import Replica
 from loader.report import LoadReport
+from loader.stored import Files
 from loader.transfer import OnProgress
+from loader.weights_folder import Paths, files_of
 from registry import ModelIdentity, RankRecord, Registry
 from registry.election import Election
 from registry.errors import (
@@ -214,7 +216,8 @@ class Start:
     def _from_disk(self, election: Election, alone: str) -> Seeded:
         if alone:
             log.warning("%s is read from files, whoever else does so: %s", self.who, alone, extra=self._told("seeding_alone"))
-        reading = DiskRead(files_of(self.fallback, self.rank), self.destination.parts, self.destination.manifest)
+        files = Files(files_of(self.fallback, self.rank))
+        reading = DiskRead(files, self.destination.parts, self.destination.manifest)
         publication = self._read(reading, election)
         self._tell_disk(alone)
         reason = "; ".join(filter(None, [self.reason, alone]))

@@ -18,6 +18,7 @@ from loader.offers import entry_box
 from registry.manifest import Manifest, TensorEntry
 
 MAX_FILE_NBYTES = 5 * 10**9
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _OURS = re.compile(r"model(-[0-9]{5,}-of-[0-9]{5,})?\.safetensors|" + re.escape(INDEX))
 
@@ -104,7 +105,7 @@ def into_files(wholes: Sequence[Whole], max_nbytes: int = MAX_FILE_NBYTES) -> li
 
 def file_names(count: int) -> list[str]:
     if count == 1:
-        return ["model.safetensors"]
+        return [SINGLE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @rank_option(required=True, help="World rank of this process, from 0.")
 @click.option("--world-size", type=click.IntRange(min=1), required=True, help="Ranks of the instance, over all parallel axes.")
 @click.option("--weights", "paths", type=click.Path(), multiple=True, required=True, metavar="FILE_OR_DIR",
-              help="Safetensors file, or folder of them; may be given several times.")  # fmt: skip
+              help="Safetensors file, index, or folder of them; may be given several times.")  # fmt: skip
 @click.option("--from-peers", is_flag=True,
               help="If this rank of --model runs somewhere, copy its weights from there instead of reading the files; of many that "
               "start at once, one reads them.")  # fmt: skip
@@ -96,15 +96,11 @@ def command(
     with serve_metrics(), connect() as registry, engine_log():
         with held_back():
             from loader import MooncakeEngine, Shard, load_or_seed, publish
-            from loader.disk import Files
-            from loader.files import allocate, find_files, read_weights
-            from loader.regions import dtype_named
+            from loader.files import memory_for, read_weights
+            from loader.stored import Files
+            from loader.weights_folder import files_of
 
-        files = find_files(paths)
-        if from_peers:
-            tensors = allocate({name: (dtype_named(dtype), shape) for name, (dtype, shape) in Files(files).layout().items()})
-        else:
-            tensors = read_weights(files)
+        tensors = memory_for(Files(files_of(paths, rank))) if from_peers else read_weights(paths, rank)
         boxes = boxes_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, slices, listed, whole=whole)
         identity = ModelIdentity(model or instance, revision)
         endings = Endings()
@@ -125,7 +121,7 @@ def command(
             seeded = None
             if from_peers:
                 with raised():
-                    seeded = stack.enter_context(load_or_seed(registry, engine, identity, tensors, fallback=files, **options))
+                    seeded = stack.enter_context(load_or_seed(registry, engine, identity, tensors, fallback=paths, **options))
                 if seeded.unpublished is not None:
                     raise seeded.unpublished
             endings.listen(until_eof)

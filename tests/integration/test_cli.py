@@ -119,6 +119,24 @@ def test_register_from_peers_copies_what_runs_and_else_reads_the_files(engines: 
     assert_one_line(engines("register", *register_b()), Exit.USAGE, "add --model NAME")
 
 
+@pytest.mark.parametrize("how", [(), ("--from-peers", "--model", "m")], ids=["plain", "from peers"])
+def test_a_folder_is_served_as_its_index_says(engines: Engines, tmp_path: Path, how: tuple[str, ...]) -> None:
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    (folder / "sub").mkdir(parents=True)
+    base = {name: torch.rand(5) for name in ("a", "b", "c")}
+    overlay, adapter = {"b": torch.rand(3)}, {"lora": torch.rand(2)}
+    save_file(base, folder / "base.safetensors")
+    save_file(overlay, folder / "sub" / "overlay.safetensors")
+    save_file(adapter, folder / "adapter_model.safetensors")
+    places = {**dict.fromkeys(base, "base.safetensors"), "b": "sub/overlay.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    engines.serve(folder, *how)
+    loaded = engines("load", "a", "--rank", "0", "--out", str(out), "--host", "127.0.0.1")
+    assert loaded.returncode == Exit.DONE, loaded.stderr
+    save_file({**base, **overlay}, tmp_path / "wanted.safetensors")
+    assert contents([out / "rank-0.safetensors"]) == contents([tmp_path / "wanted.safetensors"])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_register_from_peers_that_waits_ends_with_a_signal(
     engines: Engines, registry: Registry, weights: Path, number: signal.Signals
@@ -328,6 +346,8 @@ def test_without_etcd_every_command_says_where_it_looked(processes: Processes, a
         (("--rank", "0", "--world-size", "1", "--weights", "TEXT"), Exit.FAILED, ["cannot be read as safetensors"]),
         (("--rank", "0", "--world-size", "1", "--weights", "CUT"), Exit.FAILED, ["cannot be read as safetensors"]),
         (("--rank", "0", "--world-size", "1", "--weights", "EMPTY_DIR"), Exit.FAILED, ["holds no *.safetensors"]),
+        (("--rank", "0", "--world-size", "1", "--weights", "PART"), Exit.FAILED, ["gone.safetensors", "does not exist"]),
+        (("--rank", "0", "--world-size", "1", "--weights", "PART", "--from-peers", "--model", "m"), Exit.FAILED, ["gone"]),
         (("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--topology", "tp=1"), Exit.USAGE, ["AXIS=INDEX/SIZE"]),
         (("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--topology", "tp=²/3"), Exit.USAGE, ["tp=²/3"]),
         (("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--etcd", "here"), Exit.USAGE, ["use HOST:PORT"]),
@@ -339,7 +359,10 @@ def test_wrong_input_to_register_is_told_in_one_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("hello")
     (tmp_path / "cut").write_bytes(weights.read_bytes()[:-100])
-    places = {"TEXT": "text", "CUT": "cut", "EMPTY_DIR": "empty", "WEIGHTS": weights.name}
+    (tmp_path / "part").mkdir()
+    places_of = {"w": "gone.safetensors"}
+    (tmp_path / "part" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places_of}))
+    places = {"TEXT": "text", "CUT": "cut", "EMPTY_DIR": "empty", "WEIGHTS": weights.name, "PART": "part"}
     result = engines("register", "a", *(str(tmp_path / places[arg]) if arg in places else arg for arg in args))
     assert_one_line(result, code, *words)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 
 import loader.disk
 from loader import Progress, Shard
-from loader.disk import files_of, read_into
+from loader.disk import read_into
 from loader.errors import Cancelled, WeightsFileInvalid, WeightsMismatch
 from tests.unit.test_files import STORABLE, same
 
@@ -57,18 +56,6 @@ def test_every_dtype_and_shape_comes_as_it_was_stored(tmp_path: Path) -> None:
     assert same(found, stored)
     nbytes = sum(tensor.nbytes for tensor in stored.values())
     assert (report.files, report.tensors, report.nbytes, report.read_nbytes) == (1, len(stored), nbytes, nbytes)
-
-
-def test_several_files_with_an_index_make_one_model_and_others_in_the_folder_are_not_looked_at(tmp_path: Path) -> None:
-    first, second = {"a": random(7, 3), "b": random(5)}, {"c": random(11)}
-    save_file(first, tmp_path / "model-00001-of-00002.safetensors")
-    save_file(second, tmp_path / "model-00002-of-00002.safetensors")
-    (tmp_path / "consolidated.safetensors").write_bytes(b"something else")
-    places = dict.fromkeys(first, "model-00001-of-00002.safetensors") | dict.fromkeys(second, "model-00002-of-00002.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    found = zeros(first | second)
-    assert read_into(tmp_path, found).files == 2
-    assert same(found, first | second)
 
 
 def test_a_folder_that_engines_load_has_written_gives_each_rank_its_file(tmp_path: Path) -> None:
@@ -163,16 +150,6 @@ def test_a_damaged_file_is_named_before_a_byte_is_read(tmp_path: Path, counted: 
     with pytest.raises(WeightsFileInvalid, match=r"1\.safetensors"):
         read_into(paths, {"w0": torch.zeros(100), "w1": torch.zeros(100)})
     assert counted == []
-
-
-def test_a_folder_without_files_and_an_index_of_nothing_are_named(tmp_path: Path) -> None:
-    with pytest.raises(WeightsFileInvalid, match="holds no"):
-        files_of(tmp_path)
-    index = tmp_path / "model.safetensors.index.json"
-    for content in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"w": "gone.safetensors"}}', '{"weight_map": {"w": 3}}'):
-        index.write_text(content)
-        with pytest.raises(WeightsFileInvalid, match=r"index\.json|gone"):
-            files_of(tmp_path)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

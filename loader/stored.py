@@ -1,0 +1,147 @@
+"""What safetensors files hold, read from their headers, and where in the files it lies.
+
+To the planner the files are one source, whose addresses are places in them: `loader.disk` carries
+its plans out.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from loader.errors import WeightsFileInvalid, listed
+from loader.offers import Origin
+from loader.plan import plan
+from loader.reads import Costs, Span
+from loader.regions import Shard
+from loader.weights_folder import WeightsFile
+from registry import Manifest, Region, TensorEntry
+
+# https://github.com/huggingface/safetensors names them; torch's own names stand in manifests.
+_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64",
+    "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, at a place that counts through all files."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    place: int
+    nbytes: int
+
+
+class Files:
+    """What safetensors files hold. Their headers are read at once, all else when it is wanted."""
+
+    def __init__(self, files: Sequence[WeightsFile]) -> None:
+        """WeightsFileInvalid says which file is at fault."""
+        self.paths = [file.path for file in files]
+        self._starts: list[int] = []  # of each file's tensors, counted through all files
+        self._ahead: list[int] = []  # bytes of each file before its tensors
+        self._regions: list[Region] = []
+        self._stored: list[dict[str, Stored]] = []  # what comes from each file
+        origins: dict[str, Path] = {}
+        start = 0
+        for file in files:
+            ahead, header = _header_of(file.path)
+            _check_promises(file, header)
+            stored = {
+                name: Stored(_DTYPES.get(dtype, dtype.lower()), shape, start + begin, end - begin)
+                for name, (dtype, shape, begin, end) in header.items()
+                if file.gives(name)
+            }
+            for name in stored:
+                other = origins.setdefault(name, file.path)
+                if other != file.path:
+                    message = f"tensor {name!r} is in {other} and in {file.path}: name one of them"
+                    raise WeightsFileInvalid(message, path=str(file.path))
+            nbytes = max((end for _, _, _, end in header.values()), default=0)
+            self._starts.append(start)
+            self._ahead.append(ahead)
+            self._regions.append(Region(start, nbytes))
+            self._stored.append(stored)
+            start += nbytes + 1  # so that no read goes from one into the next
+
+    @property
+    def name(self) -> str:
+        """For a message."""
+        if len(self.paths) == 1:
+            return str(self.paths[0])
+        folders = sorted({str(path.parent) for path in self.paths})
+        return f"{len(self.paths)} files in {', '.join(folders)}"
+
+    def layouts(self) -> list[dict[str, tuple[str, tuple[int, ...]]]]:
+        """dtype and shape of each tensor, by file, in the order in which they lie there."""
+        layouts = []
+        for stored in self._stored:
+            by_place = sorted(stored.items(), key=lambda item: item[1].place)
+            layouts.append({name: (one.dtype, one.shape) for name, one in by_place})
+        return layouts
+
+    def place(self, addr: int) -> tuple[int, int]:
+        """The number of the file, and where in it."""
+        number = bisect.bisect_right(self._starts, addr) - 1
+        return number, self._ahead[number] + addr - self._starts[number]
+
+    def plan(self, dst: Manifest, costs: Costs) -> tuple[Span, ...]:
+        """What to read to fill all of `dst`, in the order in which it lies in the files. They may hold more.
+
+        A tensor in the files is the whole one, or just the part of it that is wanted. WeightsMismatch names every difference.
+        """
+        stored = {name: one for tensors in self._stored for name, one in tensors.items()}
+        held = {entry.addr for entry in dst.tensors if entry.name in stored and entry.nbytes}
+        # Of tensors that share their memory safetensors stores one.
+        wanted = replace(dst, tensors=tuple(e for e in dst.tensors if e.name in stored or e.addr not in held or not e.nbytes))
+        entries = [_entry(stored[entry.name], entry) for entry in wanted.tensors if entry.name in stored]
+        origin = Origin(self.name, Manifest(tuple(entries), tuple(self._regions)))
+        return tuple(sorted(plan([origin], wanted, costs, partial=True), key=lambda span: span.srcs[0][1]))
+
+
+def _entry(stored: Stored, wanted: TensorEntry) -> TensorEntry:
+    box = Shard(stored.shape, (0,) * len(stored.shape))
+    if stored.shape != wanted.global_shape and stored.shape == wanted.shape:
+        box = Shard(wanted.global_shape, wanted.offsets)
+    return TensorEntry(
+        wanted.name, stored.dtype, stored.shape, stored.place, stored.nbytes, box.global_shape, box.offsets, wanted.opaque
+    )
+
+
+def _check_promises(file: WeightsFile, header: Mapping[str, object]) -> None:
+    """WeightsFileInvalid where the file lacks what its index says that it holds."""
+    lacking = [name for name in file.promised if name not in header]
+    if file.index is not None and lacking:
+        count = f"{len(lacking)} tensor{'s' if len(lacking) > 1 else ''}"
+        names = listed([repr(name) for name in lacking])
+        raise WeightsFileInvalid(
+            f"{file.path} lacks {count} that {file.index.path.name} says it holds: {names}: download both again",
+            path=str(file.path),
+            tensors=lacking,
+        )
+
+
+def _header_of(path: Path) -> tuple[int, dict[str, tuple[str, tuple[int, ...], int, int]]]:
+    """How many bytes come before the tensors; and of each: dtype, shape, where it begins and ends behind those.
+
+    safetensors checks all of it against the file's length, but does not tell where tensors lie.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            nbytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(nbytes))
+        header.pop("__metadata__", None)
+        return 8 + nbytes, {name: (told["dtype"], tuple(told["shape"]), *told["data_offsets"]) for name, told in header.items()}
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
+        raise WeightsFileInvalid(f"{path} cannot be read as safetensors: {exc}", path=str(path)) from exc
