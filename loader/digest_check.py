@@ -17,6 +17,7 @@ from loader.engine import Engine, lend
 from loader.errors import DigestMismatch, DigestsMissing, listed
 from loader.offers import entry_box, of_one_tensor
 from loader.reads import Span
+from loader.tied import stand_ins
 from registry.manifest import Manifest, TensorEntry
 
 _Piece = tuple[str, Box]  # a tensor, and the part of it whose digest is known
@@ -36,7 +37,9 @@ class DigestCheck:
         groups: defaultdict[object, list[int]] = defaultdict(list)  # sources whose tables say the same
         for number, candidate in enumerate(candidates):
             groups[_content(candidate) if len(candidates) > 1 else None].append(number)
-        wanted = {entry.name: entry for entry in dst.tensors if entry.nbytes}
+        offered = {offer.name for candidate in candidates for offer in candidate.manifest.tensors}
+        self._tied = stand_ins(dst.tensors, offered)  # the digest of the other name proves them
+        wanted = {entry.name: entry for entry in dst.tensors if entry.nbytes and entry.name not in self._tied}
         self._pieces: dict[_Piece, DigestCell] = {}  # who tells its digest
         self.spans: list[Span] = []
         self._cells: list[DigestCell] = []
@@ -66,6 +69,7 @@ class DigestCheck:
         ours = digests_of(parts, self._algorithm)
         theirs = {cell: cell.read() for cell in self._cells}
         differing = {name for (name, box), cell in self._pieces.items() if ours[name, box] != theirs[cell][name]}
+        differing |= {name for name, other in self._tied.items() if other in differing}
         wrong = [name for name in self._tensors if name in differing]
         if wrong:
             metrics.DIGEST_MISMATCHES.inc(amount=len(wrong))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loader.catalogue import read_catalogue
+from loader.catalogue import Catalogue, read_catalogue
 from loader.engine import Engine
 from loader.errors import TensorsUnusable, listed
 from loader.load import load
@@ -61,7 +61,7 @@ def load_module(
         source,
         rank=catalogue.rank,
         tensors=tensors,
-        shards={**{name: box for name, box in plain.items() if catalogue.states_box_of(name)}, **(shards or {})},
+        shards={**_stated(plain, tensors, catalogue), **(shards or {})},
         timeout_s=max(0.0, timeout_s - (time.monotonic() - start)),
         **options,
     )
@@ -71,6 +71,12 @@ def load_module(
                 if tensor in made:
                     setattr(part, name, made[tensor])
     return report
+
+
+def _stated(boxes: Mapping[str, Shard], tensors: Mapping[str, torch.Tensor], catalogue: Catalogue) -> dict[str, Shard]:
+    """The boxes that the source states, of all names of a tensor alike: it may lack some of them."""
+    silent = {id(tensor) for name, tensor in tensors.items() if not catalogue.states_box_of(name)}
+    return {name: box for name, box in boxes.items() if id(tensors[name]) not in silent}
 
 
 def _check_all_can_be_filled(module: nn.Module, tensors: Mapping[str, object]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from loader.boxes import Box, Lines, check_partition, lines
 from loader.reads import Span, span_of
+from loader.tied import stand_ins
 from registry.manifest import Manifest, TensorEntry
 
 
@@ -54,9 +55,18 @@ class Offers:
         # The layers of a model are alike: where one is put together from, all are.
         self._cuts: dict[tuple[Box, tuple[Box, ...], int], tuple[list[tuple[Box, Lines]], Box | None]] = {}
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
     def unexpected(self, dst: Manifest) -> list[str]:
+        """One line for each tensor that is not wanted, by any of its names."""
         wanted = {entry.name for entry in dst.tensors}
-        return [f"{name}: in the source, but not here" for name in self._by_name if name not in wanted]
+        others = [name for name in self._by_name if name not in wanted]
+        strange: set[str] = set()
+        for origin in self._origins if others else ():
+            tied = stand_ins(origin.manifest.tensors, wanted)
+            strange |= {entry.name for entry in origin.manifest.tensors} - tied.keys()
+        return [f"{name}: in the source, but not here" for name in others if name in strange]
 
     def parts_of(self, entry: TensorEntry) -> tuple[list[Span], str]:
         """Where its bytes come from, one span for each box that holds a part of them; or why that cannot be told."""

@@ -15,6 +15,7 @@ from loader.errors import WeightsMismatch, listed
 from loader.garbage import collector_paused
 from loader.offers import Offers, Origin
 from loader.reads import Costs, Span, Srcs, coalesce, cut_lines, gather
+from loader.tied import stand_ins
 from registry.manifest import Manifest, TensorEntry
 
 
@@ -34,6 +35,7 @@ _COSTS = Costs()
 def plan(origins: Sequence[Origin], dst: Manifest, costs: Costs = _COSTS, *, partial: bool = False) -> tuple[Span, ...]:
     """What to read to fill every tensor of `dst`; `partial`: the origins may hold tensors that are not wanted.
 
+    Of tensors that are the same memory (see `loader.tied`) one name on both sides is enough.
     WeightsMismatch names every difference; it is raised before there is any plan.
     """
     return Planner(dst, costs, partial).make(origins)
@@ -124,7 +126,10 @@ def _fill(origins: Sequence[Origin], dst: Manifest, partial: bool) -> _Filling:
     filled: list[TensorEntry] = []
     parts: list[Span] = []
     begin = 0  # of the parts of the last one
+    tied = stand_ins(dst.tensors, offers)  # what fills the other name fills them
     for entry in sorted(dst.tensors, key=lambda entry: (entry.addr, -entry.nbytes)):
+        if entry.name in tied:
+            continue
         some, problem = offers.parts_of(entry)
         last = filled[-1] if filled else None
         if problem:

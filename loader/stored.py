@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -100,12 +100,10 @@ class Files:
         A tensor in the files is the whole one, or just the part of it that is wanted. WeightsMismatch names every difference.
         """
         stored = {name: one for tensors in self._stored for name, one in tensors.items()}
-        held = {entry.addr for entry in dst.tensors if entry.name in stored and entry.nbytes}
-        # Of tensors that share their memory safetensors stores one.
-        wanted = replace(dst, tensors=tuple(e for e in dst.tensors if e.name in stored or e.addr not in held or not e.nbytes))
-        entries = [_entry(stored[entry.name], entry) for entry in wanted.tensors if entry.name in stored]
+        entries = [_entry(stored[entry.name], entry) for entry in dst.tensors if entry.name in stored]
         origin = Origin(self.name, Manifest(tuple(entries), tuple(self._regions)))
-        return tuple(sorted(plan([origin], wanted, costs, partial=True), key=lambda span: span.srcs[0][1]))
+        spans = plan([origin], dst, costs, partial=True)
+        return tuple(sorted(spans, key=lambda span: span.srcs[0][1]))
 
 
 def _entry(stored: Stored, wanted: TensorEntry) -> TensorEntry:

@@ -119,7 +119,7 @@ def test_a_load_from_other_processes_over_the_network(registry: Registry, proces
 
 def test_all_differences_are_told_in_one_error_and_nothing_is_read(registry: Registry, new_engine: Callable[[], Engine]) -> None:
     destination = like(weights())
-    del destination["embed"]
+    del destination["bytes"]
     destination |= {
         "extra": torch.zeros(2),
         "layer.0": torch.zeros(16, 64),
@@ -129,7 +129,7 @@ def test_all_differences_are_told_in_one_error_and_nothing_is_read(registry: Reg
     with offer(registry, new_engine(), weights()), pytest.raises(WeightsMismatch) as refused:
         load(registry, new_engine(), "a", rank=0, tensors=destination)
     assert sorted(refused.value.details["problems"]) == [
-        "embed: in the source, but not here",
+        "bytes: in the source, but not here",
         "extra: here, but not in the source",
         "fp8: dtype float8_e4m3fn in the source, float8_e5m2 here",
         "head: dtype bfloat16 in the source, float16 here",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cli.commands.demo import find_checkpoint
-from loader import InProcessEngine, Publication, Shard, load_module, publish, publish_state_dict
+from loader import InProcessEngine, Publication, Shard, load, load_module, publish, publish_state_dict
 from loader.errors import SourceLost, TensorsUnusable, WeightsMismatch
 from registry import ModelIdentity, Registry
 from registry.errors import InstanceNotFound
@@ -93,6 +93,29 @@ def test_a_module_on_the_meta_device_gets_memory_and_keeps_its_ties(
     assert (model.decoder.weight.requires_grad, model.decoder.bias.requires_grad) == (True, False)
     assert model.decoder.bias.layout_of_the_engine == "blocked"  # type: ignore[attr-defined]
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize("stated", [True, False], ids=["whole", "no box stated"])
+@pytest.mark.parametrize("make", [served, without_memory], ids=["with memory", "on the meta device"])
+def test_a_source_may_lack_all_names_but_one_of_tied_weights(
+    registry: Registry, offer: Callable[..., Publication], stated: bool, make: Callable[[], MaskedLanguageModel]
+) -> None:
+    source, model = served(), make()
+    tensors = {**dict(source.named_parameters()), "steps": source.steps}
+    assert len(tensors) < len(source.state_dict())
+    offer(tensors, stated=stated, digests=True)
+    load_module(registry, InProcessEngine(), "a", model, verify="digest")
+    assert_same(model, source)
+
+
+def test_a_source_may_have_more_names_of_tied_weights_than_are_wanted(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
+    source, model = served(), served(2)
+    offer(source.state_dict(), stated=False, digests=True)
+    wanted = {**dict(model.named_parameters()), "steps": model.steps}
+    load(registry, InProcessEngine(), "a", rank=0, tensors=wanted, verify="digest")
+    assert_same(model, source)
 
 
 def test_a_real_checkpoint_that_two_pipeline_stages_serve_fills_a_model_built_from_its_config(

@@ -152,3 +152,14 @@ def test_the_memory_for_tables_is_lent_to_the_engine_as_long_as_it_is_needed() -
             assert engine.done(engine.start(peer.session_id, ReadOp("a", span.srcs[0][1], span.dst_addr, span.nbytes)))
         check.compare(dst)
         assert not len(engine._lent)
+
+
+def test_a_name_that_the_source_lacks_is_proven_by_another_of_the_same_memory() -> None:
+    weight = WHOLE.clone()
+    ours = {"embed": weight, "head": weight, "bias": BIAS.clone()}
+    source = offer({"head": WHOLE.clone(), "bias": BIAS.clone()})
+    compare([source], ours)
+    weight[0, 0] += 1
+    with pytest.raises(DigestMismatch, match="2 of 3 tensors are not what") as caught:
+        compare([source], ours)
+    assert caught.value.details == {"tensors": ["embed", "head"], "complete": ["bias"]}

@@ -100,6 +100,16 @@ def test_of_tensors_that_share_memory_the_file_need_hold_but_one(tmp_path: Path)
     assert same({"embed": tied}, {"embed": random(9, 4)})
 
 
+def test_a_tensor_that_only_begins_where_a_stored_one_does_is_missed(tmp_path: Path) -> None:
+    save_file({"q": random(4)}, tmp_path / "model.safetensors")
+    qkv = torch.zeros(12)
+    with pytest.raises(WeightsMismatch, match="qkv: here, but not in the source"):
+        read_into(tmp_path, {"q": qkv[:4], "qkv": qkv})
+    save_file({"qkv": random(12)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsMismatch, match="q: here, but not in the source"):
+        read_into(tmp_path, {"q": qkv[:4], "qkv": qkv})
+
+
 def test_views_of_one_memory_are_filled_at_once(tmp_path: Path, counted: list[int]) -> None:
     stored = {f"layer.{number}": random(100, seed=number) for number in range(10)}
     save_file(stored, tmp_path / "model.safetensors")

@@ -171,6 +171,44 @@ def test_tensors_tied_here_come_from_those_sources_in_which_they_are() -> None:
     assert differences([not_tied], dst) == ["head: shares memory with embed here, but not in the same way in the source"]
 
 
+def test_of_tensors_tied_here_the_source_need_have_but_one() -> None:
+    dst = a_manifest(an_entry("embed", 5000), an_entry("head", 5000))
+    for name in ("embed", "head"):
+        src = origin(an_entry(name, 1000))
+        assert differences([src], dst) == []
+        assert plan([src], dst) == (span(1000, 5000, 16),)
+    both = [origin(an_entry("embed", 1000), name="a/0"), origin(an_entry("embed", 2000), an_entry("head", 2000), name="b/0")]
+    assert plan(both, dst) == (Span(5000, 16, ((1, 2000),)),)
+
+
+def test_of_tensors_tied_in_the_source_one_need_be_wanted() -> None:
+    tied, dst = [an_entry("embed", 1000), an_entry("head", 1000)], a_manifest(an_entry("embed", 5000))
+    assert plan([origin(*tied)], dst) == (span(1000, 5000, 16),)
+    apart = [an_entry("embed", 1000), an_entry("head", 2000)]
+    assert differences([origin(*tied), origin(*apart)], dst) == ["head: in the source, but not here"]
+
+
+BOX: dict[str, Any] = {"shape": (16,), "global_shape": (32,), "offsets": (16,), "opaque": False}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(an_entry("head", 5000, 8), id="a view of a part"),
+        pytest.param(an_entry("head", 5000, dtype="int8"), id="another dtype"),
+        pytest.param(an_entry("head", 5000, shape=(4, 4), global_shape=(4, 4), offsets=(0, 0)), id="another shape"),
+        pytest.param(an_entry("head", 5000, **BOX), id="another box"),
+        pytest.param(an_entry("head", 5016), id="other memory"),
+        pytest.param(an_entry("head", 0, 0), id="no memory"),
+    ],
+)
+def test_what_is_not_exactly_the_same_memory_is_missed(other: TensorEntry) -> None:
+    src, dst = an_entry("embed", 1000), an_entry("embed", 5000)
+    assert differences([origin(src)], a_manifest(dst, other)) == ["head: here, but not in the source"]
+    there = replace(other, addr=other.addr - 4000 if other.nbytes else 0)
+    assert differences([origin(src, there)], a_manifest(dst)) == ["head: in the source, but not here"]
+
+
 def test_views_of_each_other_on_both_sides_are_read_once() -> None:
     fused = (an_entry("v", 1032, 16), an_entry("qkv", 1000, 48), an_entry("q", 1000, 16), an_entry("tail", 1040, 24))
     moved = tuple(replace(entry, addr=entry.addr + 4000) for entry in fused)
@@ -305,6 +343,28 @@ def test_straight_reads_come_by_destination_and_no_two_could_be_one(layout: Layo
         assert not (follows and fits)
 
 
+def with_more_names(manifest: Manifest, data: st.DataObject) -> Manifest:
+    """Some of its tensors have other names besides, before their own or after it."""
+    entries = list(manifest.tensors)
+    for entry in manifest.tensors:
+        for number in range(data.draw(st.integers(0, 2))):
+            place = data.draw(st.integers(0, len(entries)))
+            entries.insert(place, replace(entry, name=f"{entry.name} as {number}"))
+    return replace(manifest, tensors=tuple(entries))
+
+
+def of_bytes(manifest: Manifest) -> Manifest:
+    return replace(manifest, tensors=tuple(entry for entry in manifest.tensors if entry.nbytes))
+
+
+@given(layouts(), st.data())
+def test_more_names_of_the_same_memory_on_either_side_change_no_plan(layout: Layout, data: st.DataObject) -> None:
+    src, dst = of_bytes(layout.src), of_bytes(layout.dst)
+    wanted = plan([Origin("a/0", src)], dst, STRAIGHT)
+    assert plan([Origin("a/0", src)], with_more_names(dst, data), STRAIGHT) == wanted
+    assert plan([Origin("a/0", with_more_names(src, data))], dst, STRAIGHT) == wanted
+
+
 # -- any ranks -------------------------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +396,21 @@ def test_a_rank_of_any_mesh_is_filled_from_all_ranks_of_others_and_nothing_else_
     arrivals.add(spans)
     assert arrivals.complete() == [entry.name for entry in ranks.dst.manifest.tensors]
     assert arrivals.missing(spans) == []
+
+
+@given(reshardings(), st.data())
+def test_more_names_of_the_same_box_on_either_side_change_no_plan(ranks: Resharding, data: st.DataObject) -> None:
+    """A plan is proven to write each byte once before it is returned."""
+    sources, dst = [of_bytes(one.manifest) for one in ranks.sources], of_bytes(ranks.dst.manifest)
+
+    def plan_between(some: Sequence[Manifest], manifest: Manifest) -> tuple[Span, ...]:
+        origins = [Origin("a/0", one, own=False) for one in some]
+        return plan(origins, manifest, ranks.costs, partial=True)
+
+    wanted = plan_between(sources, dst)
+    assert_filled(ranks.wholes, replace(ranks, dst=replace(ranks.dst, manifest=dst)), wanted)
+    assert plan_between(sources, with_more_names(dst, data)) == wanted
+    assert plan_between([with_more_names(one, data) for one in sources], dst) == wanted
 
 
 @pytest.mark.parametrize("itemsize", [1, 4])

@@ -1,0 +1,32 @@
+"""Several names of one memory, as tied weights have. Pure.
+
+A module's `state_dict()` has all of them, its `named_parameters()` one. So the two sides of a load
+may differ in these names, and all memory of each still has its counterpart on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from dataclasses import replace
+
+from registry.manifest import TensorEntry
+
+
+def stand_ins(entries: Iterable[TensorEntry], names: Container[str]) -> dict[str, str]:
+    """Of one side's entries, those that the other side's `names` lack and can do without, each with
+    the name among these that exactly the same memory has as well.
+
+    The same in address, bytes, dtype, shape and box: a view of a part of it is another tensor.
+    """
+    entries = [entry for entry in entries if entry.nbytes]
+    lacking = [entry for entry in entries if entry.name not in names]
+    if not lacking:
+        return {}
+    known = {_memory(entry): entry.name for entry in entries if entry.name in names}
+    found = {entry.name: known.get(_memory(entry)) for entry in lacking}
+    return {name: other for name, other in found.items() if other is not None}
+
+
+def _memory(entry: TensorEntry) -> TensorEntry:
+    """Equal for all names of it."""
+    return replace(entry, name="")
