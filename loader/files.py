@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from loader.disk import DiskRead
-from loader.errors import LoaderError, WeightsFileInvalid, WeightsMismatch
+from loader.errors import LoaderError, WeightsFileInvalid, WeightsMismatch, listed
 from loader.regions import Shard, describe, dtype_named
 from loader.stored import Files
 from loader.weights_folder import Paths, files_of
@@ -41,9 +41,24 @@ def read_weights(paths: Paths, rank: int | None = None) -> dict[str, torch.Tenso
 
 
 def memory_for(files: Files) -> dict[str, torch.Tensor]:
-    """Uninitialised tensors for all that the files hold, each file's in one block, in the order in which it lies there."""
+    """Uninitialised tensors for all that the files hold, each file's in one block, in the order in which it lies there.
+
+    WeightsFileInvalid names the tensors for which torch has no dtype.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    for layout in files.layouts():
+    for path, layout in zip(files.paths, files.layouts(), strict=True):
+        unknown = [
+            f"{name}: {dtype} {list(shape)}"
+            for name, (dtype, shape) in layout.items()
+            if not isinstance(getattr(torch, dtype, None), torch.dtype)
+        ]
+        if unknown:
+            raise WeightsFileInvalid(
+                f"{path} cannot be read: torch {torch.__version__} has no dtype for {listed(unknown)}: "
+                "upgrade torch, or store such bytes as U8",
+                path=str(path),
+                tensors=unknown,
+            )
         tensors |= allocate({name: (dtype_named(dtype), shape) for name, (dtype, shape) in layout.items()})
     return tensors
 

@@ -7,28 +7,18 @@ its plans out.
 from __future__ import annotations
 
 import bisect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from loader.errors import WeightsFileInvalid, listed
 from loader.offers import Origin
 from loader.plan import plan
 from loader.reads import Costs, Span
 from loader.regions import Shard
+from loader.safetensors_format import read_header
 from loader.weights_folder import WeightsFile
 from registry import Manifest, Region, TensorEntry
-
-# https://github.com/huggingface/safetensors names them; torch's own names stand in manifests.
-_DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64",
-    "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,11 +44,11 @@ class Files:
         origins: dict[str, Path] = {}
         start = 0
         for file in files:
-            ahead, header = _header_of(file.path)
+            ahead, header = read_header(file.path)
             _check_promises(file, header)
             stored = {
-                name: Stored(_DTYPES.get(dtype, dtype.lower()), shape, start + begin, end - begin)
-                for name, (dtype, shape, begin, end) in header.items()
+                name: Stored(slot.dtype, slot.shape, start + slot.begin, slot.end - slot.begin)
+                for name, slot in header.items()
                 if file.gives(name)
             }
             for name in stored:
@@ -66,7 +56,7 @@ class Files:
                 if other != file.path:
                     message = f"tensor {name!r} is in {other} and in {file.path}: name one of them"
                     raise WeightsFileInvalid(message, path=str(file.path))
-            nbytes = max((end for _, _, _, end in header.values()), default=0)
+            nbytes = max((slot.end for slot in header.values()), default=0)
             self._starts.append(start)
             self._ahead.append(ahead)
             self._regions.append(Region(start, nbytes))
@@ -126,20 +116,3 @@ def _check_promises(file: WeightsFile, header: Mapping[str, object]) -> None:
             path=str(file.path),
             tensors=lacking,
         )
-
-
-def _header_of(path: Path) -> tuple[int, dict[str, tuple[str, tuple[int, ...], int, int]]]:
-    """How many bytes come before the tensors; and of each: dtype, shape, where it begins and ends behind those.
-
-    safetensors checks all of it against the file's length, but does not tell where tensors lie.
-    """
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-        with path.open("rb") as file:
-            nbytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(nbytes))
-        header.pop("__metadata__", None)
-        return 8 + nbytes, {name: (told["dtype"], tuple(told["shape"]), *told["data_offsets"]) for name, told in header.items()}
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
-        raise WeightsFileInvalid(f"{path} cannot be read as safetensors: {exc}", path=str(path)) from exc

@@ -119,22 +119,25 @@ def test_register_from_peers_copies_what_runs_and_else_reads_the_files(engines: 
     assert_one_line(engines("register", *register_b()), Exit.USAGE, "add --model NAME")
 
 
-@pytest.mark.parametrize("how", [(), ("--from-peers", "--model", "m")], ids=["plain", "from peers"])
+@pytest.mark.parametrize("how", [(), ("--from-peers",)], ids=["plain", "from peers"])
 def test_a_folder_is_served_as_its_index_says(engines: Engines, tmp_path: Path, how: tuple[str, ...]) -> None:
     folder, out = tmp_path / "folder", tmp_path / "out"
     (folder / "sub").mkdir(parents=True)
-    base = {name: torch.rand(5) for name in ("a", "b", "c")}
+    base = {"a": torch.rand(5), "b": torch.rand(5), "c": torch.arange(12).to(torch.uint8).view(torch.float4_e2m1fn_x2).view(2, 6)}
     overlay, adapter = {"b": torch.rand(3)}, {"lora": torch.rand(2)}
     save_file(base, folder / "base.safetensors")
     save_file(overlay, folder / "sub" / "overlay.safetensors")
     save_file(adapter, folder / "adapter_model.safetensors")
     places = {**dict.fromkeys(base, "base.safetensors"), "b": "sub/overlay.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    engines.serve(folder, *how)
-    loaded = engines("load", "a", "--rank", "0", "--out", str(out), "--host", "127.0.0.1")
-    assert loaded.returncode == Exit.DONE, loaded.stderr
+    engines.serve(folder, "--model", "m", *how)
+    options = ("--rank", "0", "--world-size", "1", "--weights", str(folder), "--host", "127.0.0.1", "--model", "m")
+    assert "copied from a/0" in line_of(engines.start("register", "b", *options, "--from-peers"))
     save_file({**base, **overlay}, tmp_path / "wanted.safetensors")
-    assert contents([out / "rank-0.safetensors"]) == contents([tmp_path / "wanted.safetensors"])
+    for name in ("a", "b"):
+        loaded = engines("load", name, "--rank", "0", "--out", str(out / name), "--host", "127.0.0.1")
+        assert loaded.returncode == Exit.DONE, loaded.stderr
+        assert contents([out / name / "rank-0.safetensors"]) == contents([tmp_path / "wanted.safetensors"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

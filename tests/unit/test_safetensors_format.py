@@ -1,0 +1,89 @@
+"""Headers of safetensors files, as torch has their tensors; dtypes that one of the two lacks."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loader import Shard
+from loader.disk import read_into
+from loader.errors import WeightsFileInvalid, WeightsMismatch
+from loader.files import read_weights, write_weights
+from loader.safetensors_format import read_header
+from tests.unit.test_files import content, same
+
+
+def write_raw(path: Path, header: object, data: bytes = b"") -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    return path
+
+
+def a_tensor(dtype: str, shape: list[int], nbytes: int, begin: int = 0) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + nbytes]}
+
+
+# -- numbers of four bits --------------------------------------------------------------------------
+
+
+def pairs(*shape: int) -> torch.Tensor:
+    nbytes = torch.Size(shape).numel()
+    return torch.arange(nbytes).to(torch.uint8).view(torch.float4_e2m1fn_x2).view(shape)
+
+
+def test_numbers_of_four_bits_have_the_same_shape_whoever_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    wanted = {"w": pairs(4, 16), "row": pairs(3), "empty": pairs(0, 5)}
+    save_file(wanted, path)
+    assert json.loads(path.read_bytes()[8:].split(b"}}")[0] + b"}}")["w"]["shape"] == [4, 32]
+    assert same(load_file(path), wanted)
+    assert same(read_weights(path), wanted)
+    _, header = read_header(path)
+    assert {name: slot.shape for name, slot in header.items()} == {
+        "w": (4, 16),
+        "row": (3,),
+        "empty": (0, 5),
+    }
+    found = {name: torch.empty_like(tensor) for name, tensor in wanted.items()}
+    read_into(path, found)
+    assert same(found, wanted)
+    write_weights(found, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_a_part_of_numbers_of_four_bits_is_cut_out_of_the_whole(tmp_path: Path) -> None:
+    whole = pairs(4, 16)
+    save_file({"w": whole}, tmp_path / "model.safetensors")
+    found = {"w": pairs(2, 8)}
+    read_into(tmp_path, found, shards={"w": Shard((4, 16), (2, 8))})
+    assert content(found["w"]) == bytes(whole.view(torch.uint8)[2:, 8:].flatten().tolist())
+
+
+# -- dtypes that torch lacks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "nbytes"),
+    [("F6_E2M3", [4], 3), ("F6_E3M2", [2, 4], 6), ("F4", [2, 3], 3), ("F4", [6, 1], 3)],
+)
+def test_a_dtype_that_torch_lacks_is_refused_with_the_name_of_the_tensor(
+    dtype: str, shape: list[int], nbytes: int, tmp_path: Path
+) -> None:
+    header = {"odd": a_tensor(dtype, shape, nbytes), "w": a_tensor("U8", [2], 2, nbytes)}
+    path = write_raw(tmp_path / "w.safetensors", header, bytes(range(nbytes + 2)))
+    told = f"has no dtype for odd: {dtype} {shape}: upgrade torch"
+    with pytest.raises(WeightsFileInvalid, match=re.escape(told)):
+        read_weights(path)
+    found = {"w": torch.zeros(2, dtype=torch.uint8)}
+    read_into(path, found)
+    assert found["w"].tolist() == [nbytes, nbytes + 1]
+    odd = {"odd": torch.zeros(nbytes, dtype=torch.uint8)}
+    with pytest.raises(WeightsMismatch, match=f"odd: dtype {dtype} in the source, uint8 here"):
+        read_into(path, odd)
