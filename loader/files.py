@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from loader.disk import DiskRead
 from loader.errors import LoaderError, WeightsFileInvalid, WeightsMismatch, listed
-from loader.regions import Shard, describe, dtype_named
+from loader.regions import Shard, describe, dtype_name, dtype_named
+from loader.safetensors_format import check_storable
 from loader.stored import Files
 from loader.weights_folder import Paths, files_of
 from loader.whole import INDEX, Whole, file_names, index_of, is_file_of_a_model
@@ -120,7 +121,8 @@ def shards_like(manifest: Manifest) -> dict[str, Shard]:
 
 
 def write_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Writes one safetensors file, complete or not at all."""
+    """Writes one safetensors file, complete or not at all. WeightsFileInvalid says why it cannot be written."""
+    check_storable(path, {name: (dtype_name(one.dtype), tuple(one.shape)) for name, one in tensors.items()})
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with _writing(path):
@@ -169,7 +171,12 @@ class WholeFiles:
         return [self._folder / name for name in self._names]
 
     def begin(self, files: Sequence[Sequence[Whole]]) -> None:
-        """From here on these are written, from the first on; what has been written before is forgotten."""
+        """From here on these are written, from the first on; what has been written before is forgotten.
+
+        WeightsFileInvalid where safetensors cannot hold them.
+        """
+        for name, wholes in zip(file_names(len(files)), files, strict=True):
+            check_storable(self._folder / name, {whole.name: (whole.dtype, whole.shape) for whole in wholes})
         shutil.rmtree(self._hidden, ignore_errors=True)
         self._names = file_names(len(files))
         self._written = 0

@@ -5,14 +5,19 @@ https://github.com/huggingface/safetensors defines it.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from loader.errors import WeightsFileInvalid
+from loader.errors import WeightsFileInvalid, listed
 
 _TORCH_NAMES = {
     "BOOL": "bool",
@@ -36,9 +41,21 @@ _TORCH_NAMES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 
+_PAIRS = "float4_e2m1fn_x2"
+_FORMAT_NAMES = {ours: name for name, ours in _TORCH_NAMES.items()} | {_PAIRS: "F4"}
+_METADATA = "__metadata__"
+_MAX_HEADER_NBYTES = 100_000_000
 
-# What safetensors raises, and what Python does where somebody made a header that only the former takes.
-_ERRORS = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+# What safetensors raises; and what Python does with a header that only safetensors takes.
+_ERRORS = (
+    SafetensorError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 
 
 class Slot(NamedTuple):
@@ -64,7 +81,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Slot]]:
         with path.open("rb") as file:
             nbytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(nbytes))
-        header.pop("__metadata__", None)
+        header.pop(_METADATA, None)
         return 8 + nbytes, {name: _slot(**entry) for name, entry in header.items()}
     except _ERRORS as exc:
         message = f"{path} cannot be read as safetensors: {exc}"
@@ -79,5 +96,49 @@ def _slot(dtype: str, shape: Sequence[int], data_offsets: Sequence[int], **_: ob
 def _as_torch(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     """The format counts numbers of four bits, torch pairs of them along the last dimension."""
     if dtype == "F4" and shape and shape[-1] % 2 == 0:
-        return "float4_e2m1fn_x2", (*shape[:-1], shape[-1] // 2)
+        return _PAIRS, (*shape[:-1], shape[-1] // 2)
     return _TORCH_NAMES.get(dtype, dtype), shape
+
+
+def check_storable(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """WeightsFileInvalid unless a safetensors file can hold such tensors, by name: dtype and shape.
+
+    For callers that have yet to read them: else only the write would fail, or not even that.
+    """
+    found = {name: _unstorable(name, dtype, shape) for name, (dtype, shape) in tensors.items()}
+    problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
+    if not problems and (nbytes := _header_nbytes(tensors)) > _MAX_HEADER_NBYTES:
+        limit = f"{_MAX_HEADER_NBYTES} is the limit"
+        problems = [f"the header would take {nbytes} bytes, {limit}: write several files"]
+    if problems:
+        message = f"cannot write {path}: safetensors cannot hold it: {listed(problems)}"
+        raise WeightsFileInvalid(message, path=str(path), problems=problems)
+
+
+def _unstorable(name: str, dtype: str, shape: tuple[int, ...]) -> str:
+    if name == _METADATA:
+        return "the format keeps this name for itself: publish the tensor under another one"
+    return _unwritable(dtype, (1,) * min(1, len(shape)))
+
+
+@functools.cache
+def _unwritable(dtype: str, shape: tuple[int, ...]) -> str:
+    """Why the safetensors that is installed cannot write such a tensor."""
+    if dtype not in _FORMAT_NAMES:
+        return f"the format has no dtype {dtype}"
+    try:
+        save({"w": torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")})
+    except (*_ERRORS, RuntimeError) as exc:
+        writer = f"safetensors {safetensors.__version__}"
+        return f"{writer} cannot write a {dtype} of shape {list(shape)}: {exc!r}"
+    return ""
+
+
+def _header_nbytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Nearly: some of the digits depend on the order of the tensors, which safetensors chooses."""
+    end = 0
+    header = {}
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + prod(shape) * getattr(torch, dtype).itemsize
+        header[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    return len(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode())

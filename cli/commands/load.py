@@ -151,8 +151,11 @@ class _Loading:
         with held_back():
             from loader import MooncakeEngine, Replica, load
             from loader.files import allocate_like, shards_like, write_weights
+            from loader.safetensors_format import check_storable
 
         manifest = registry.manifest(record)
+        if path is not None:
+            check_storable(path, {entry.name: (entry.dtype, entry.shape) for entry in manifest.tensors})
         tensors = allocate_like(manifest)
         engine = self.stack.enter_context(MooncakeEngine(self.host or registry.local_address(), self._protocol([record])))
         with _bar(f"{record.instance}/{rank}", self.raise_again) as on_progress:

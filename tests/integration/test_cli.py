@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.exits import Exit
+from loader import MooncakeEngine, publish
 from loader.start import lock_name
 from registry import ModelIdentity, RankState, RankUpdated, Registry
 from registry.config import EtcdConfig, parse_endpoints
@@ -838,6 +839,21 @@ def test_one_rank_that_says_nothing_of_its_tensors_is_all_there_is(engines: Engi
     loaded = engines("load", "a", "--full", "--out", str(tmp_path / "out"), "--host", "127.0.0.1", "--verify")
     assert (loaded.returncode, loaded.stderr) == (Exit.DONE, "")
     assert contents([tmp_path / "out" / "model.safetensors"]) == contents([weights])
+
+
+@pytest.mark.parametrize("which", [("--rank", "0"), ("--full",)], ids=["one rank", "all ranks"])
+def test_tensors_that_no_file_can_hold_are_refused_and_nothing_is_written(
+    engines: Engines, registry: Registry, tmp_path: Path, which: tuple[str, ...]
+) -> None:
+    tensors = {"__metadata__": torch.rand(3), "w": torch.rand(3)}
+    with (
+        MooncakeEngine("127.0.0.1") as engine,
+        publish(registry, engine, instance="a", rank=0, world_size=1, tensors=tensors, model=ModelIdentity("m")),
+    ):
+        refused = engines("load", "a", *which, "--out", str(tmp_path / "out"), "--host", "127.0.0.1")
+        assert_one_line(refused, Exit.FAILED, f"cannot write {tmp_path / 'out'}", "__metadata__: the format keeps this name")
+        assert list(tmp_path.iterdir()) == []
+        assert engines("load", "a", *which, "--host", "127.0.0.1").returncode == Exit.DONE
 
 
 def test_several_ranks_that_say_nothing_of_their_tensors_are_refused_with_what_mends_it(engines: Engines, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loader import Engine, InProcessEngine, LoadReport, Progress, Publication, Shard, load, publish
-from loader.errors import DigestMismatch, SourceUnreachable, TornRead, WeightsMismatch
+from loader.errors import DigestMismatch, SourceUnreachable, TornRead, WeightsFileInvalid, WeightsMismatch
 from loader.files import WholeFiles, read_weights
 from loader.full import load_full
 from loader.load import TRIES
@@ -150,6 +150,19 @@ def test_tensors_that_are_tied_in_the_source_are_written_one_by_one(registry: Re
     ):
         load_into(tmp_path, registry, InProcessEngine())
     assert_equal(read_weights([tmp_path]), tied)
+
+
+def test_tensors_that_no_file_can_hold_are_refused_before_a_byte_is_read(registry: Registry, tmp_path: Path) -> None:
+    read: list[Progress] = []
+    tensors = {"__metadata__": torch.rand(8), "w": torch.rand(8)}
+    with (
+        InProcessEngine() as engine,
+        publish(registry, engine, instance="a", rank=0, world_size=1, tensors=tensors, model=ModelIdentity("m")),
+        pytest.raises(WeightsFileInvalid, match=r"cannot write .*/model\.safetensors: .*: __metadata__: "),
+    ):
+        load_into(tmp_path / "new", registry, InProcessEngine(), progress=read.append)
+    assert read == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_only_rank_need_not_say_that_its_tensors_are_whole(

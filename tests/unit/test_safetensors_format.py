@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from loader import Shard
 from loader.disk import read_into
 from loader.errors import WeightsFileInvalid, WeightsMismatch
-from loader.files import read_weights, write_weights
-from loader.safetensors_format import read_header
-from tests.unit.test_files import content, same
+from loader.files import WholeFiles, allocate, read_weights, write_weights
+from loader.regions import dtype_name, dtype_named
+from loader.safetensors_format import check_storable, read_header
+from loader.whole import Whole
+from tests.unit.test_files import STORABLE, content, same
 
 
 def write_raw(path: Path, header: object, data: bytes = b"") -> Path:
@@ -87,3 +91,69 @@ def test_a_dtype_that_torch_lacks_is_refused_with_the_name_of_the_tensor(
     odd = {"odd": torch.zeros(nbytes, dtype=torch.uint8)}
     with pytest.raises(WeightsMismatch, match=f"odd: dtype {dtype} in the source, uint8 here"):
         read_into(path, odd)
+
+
+# -- what the format cannot hold --------------------------------------------------------------------
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "words"),
+    [
+        ("__metadata__", "float32", (2,), "__metadata__: the format keeps this name for itself"),
+        ("w", "complex128", (2,), "w: the format has no dtype complex128"),
+        ("w", "bits8", (2,), "w: the format has no dtype bits8"),
+        ("w", "float4_e2m1fn_x2", (), "cannot write a float4_e2m1fn_x2 of shape []"),
+    ],
+)
+def test_what_no_file_can_hold_is_refused(name: str, dtype: str, shape: tuple[int, ...], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(WeightsFileInvalid, match=re.escape(words)) as caught:
+        check_storable(path, {"other": ("uint8", (3,)), name: (dtype, shape)})
+    assert str(caught.value).startswith(f"cannot write {path}: ")
+
+
+def test_names_that_take_more_room_than_a_header_has_are_refused() -> None:
+    layout: Layout = {letter * 25_000_000: ("float32", (2,)) for letter in "abcd"}
+    with pytest.raises(WeightsFileInvalid) as caught:
+        check_storable(Path("w"), layout)
+    assert "the header would take 100000" in str(caught.value)
+    assert len(str(caught.value)) < 500
+    check_storable(Path("w"), dict(list(layout.items())[:3]))
+
+
+def test_nothing_is_written_where_a_tensor_has_the_name_of_the_metadata(tmp_path: Path) -> None:
+    tensors = {"__metadata__": torch.zeros(3), "w": torch.zeros(3)}
+    with pytest.raises(WeightsFileInvalid, match="__metadata__"):
+        write_weights(tensors, tmp_path / "new" / "w.safetensors")
+    wholes = [Whole(name, "float32", (3,), 12, opaque=False) for name in tensors]
+    with WholeFiles(tmp_path / "new") as files, pytest.raises(WeightsFileInvalid, match="__metad"):
+        files.begin([wholes[1:], wholes[:1]])
+    assert list(tmp_path.iterdir()) == []
+
+
+shapes = st.lists(st.integers(0, 3), max_size=4).map(tuple)
+dtypes = st.sampled_from([*map(dtype_name, STORABLE), "float4_e2m1fn_x2", "complex128", "uint4"])
+names = st.text(max_size=20) | st.just("__metadata__")
+
+
+@given(st.dictionaries(names, st.tuples(dtypes, shapes)))
+def test_what_is_not_refused_can_be_written_and_read_again(scratch: Path, layout: Layout) -> None:
+    try:
+        check_storable(scratch, layout)
+    except WeightsFileInvalid as exc:
+        strange = {"__metadata__", "complex128", "uint4", "float4_e2m1fn_x2"}
+        assert any(word in str(exc) for word in strange)  # noqa: PT017
+        return
+    tensors = allocate({name: (dtype_named(dtype), shape) for name, (dtype, shape) in layout.items()})
+    for tensor in tensors.values():
+        tensor.view(-1).view(torch.uint8).fill_(1)
+    write_weights(tensors, scratch)
+    assert same(read_weights(scratch), tensors)
+    assert same(load_file(scratch), tensors)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("format") / "w.safetensors"
