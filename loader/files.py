@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from loader.disk import DiskRead
-from loader.errors import LoaderError, WeightsFileInvalid, WeightsMismatch, listed
+from loader.errors import LoaderError, TensorsUnusable, WeightsFileInvalid, WeightsMismatch, listed
 from loader.regions import Shard, describe, dtype_name, dtype_named
 from loader.safetensors_format import check_storable
 from loader.stored import Files
@@ -67,13 +67,22 @@ def memory_for(files: Files) -> dict[str, torch.Tensor]:
 def allocate(layout: _Layout, device: str = "cpu", memory: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Uninitialised tensors that lie one after another in a single block, in the order of `layout`; in `memory`, where it is given.
 
-    Two blocks of one layout have their tensors at the same distances, so a load between them needs few, long reads.
+    Two blocks of one layout have their tensors at the same distances, so a load between them needs few, long reads. LoaderError
+    where there is no such memory, or no such tensor.
     """
     block = block_of(extent(layout), device) if memory is None else memory
     return {
-        name: block[start:stop].view(dtype).view(shape)
+        name: _view(name, block[start:stop], dtype, shape)
         for (name, (dtype, shape)), (start, stop) in zip(layout.items(), _places(layout), strict=True)
     }
+
+
+def _view(name: str, memory: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """TensorsUnusable where the shape has a size that torch cannot count to, which no bytes need where another is 0."""
+    try:
+        return memory.view(dtype).view(shape)
+    except (RuntimeError, TypeError, OverflowError) as exc:
+        raise TensorsUnusable(f"{name}: torch has no tensor of shape {list(shape)}: give it another") from exc
 
 
 def block_of(nbytes: int, device: str = "cpu") -> torch.Tensor:
@@ -139,7 +148,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, RuntimeError, ValueError, LookupError) as exc:  # safetensors has no one kind of its own
-        raise WeightsFileInvalid(f"cannot write {path}: {exc}", path=str(path)) from exc
+        reason = " ".join(str(exc).split())  # safetensors has some of several lines
+        raise WeightsFileInvalid(f"cannot write {path}: {reason}", path=str(path)) from exc
 
 
 def _save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

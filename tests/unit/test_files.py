@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from loader import Shard
-from loader.errors import WeightsFileInvalid
+from loader.errors import TensorsUnusable, WeightsFileInvalid
 from loader.files import WholeFiles, allocate, allocate_like, extent, read_weights, shards_like, write_weights
 from loader.regions import describe, dtype_name
 from loader.whole import Whole
@@ -166,8 +166,9 @@ TIED = torch.zeros(4)
 def test_tensors_that_the_format_cannot_hold_are_refused_as_a_file_that_cannot_be_written(
     tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    with pytest.raises(WeightsFileInvalid, match="cannot write"):
+    with pytest.raises(WeightsFileInvalid, match="cannot write") as caught:
         write_weights(tensors, tmp_path / "w.safetensors")
+    assert "\n" not in str(caught.value)
 
 
 # -- memory to load into ---------------------------------------------------------------------------------------------------------
@@ -206,6 +207,12 @@ def test_memory_like_a_manifest_has_its_tensors_in_the_order_of_the_sources_memo
         ("early", "float16", (3, 1)),
         ("late", "float32", (2,)),
     ]
+
+
+def test_a_shape_that_torch_cannot_have_is_refused_with_the_name_of_the_tensor() -> None:
+    huge = an_entry("w", addr=0, nbytes=0, shape=(0, 1 << 63))
+    with pytest.raises(TensorsUnusable, match=r"w: torch has no tensor of shape \[0, 9223372036854775808\]"):
+        allocate_like(a_manifest(huge))
 
 
 def test_tensors_that_are_tied_in_the_source_get_memory_of_their_own_and_can_be_written(tmp_path: Path) -> None:

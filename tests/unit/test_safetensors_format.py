@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from loader import Shard
 from loader.disk import read_into
-from loader.errors import WeightsFileInvalid, WeightsMismatch
+from loader.errors import TensorsUnusable, WeightsFileInvalid, WeightsMismatch
 from loader.files import WholeFiles, allocate, read_weights, write_weights
 from loader.regions import dtype_name, dtype_named
 from loader.safetensors_format import check_storable, read_header
@@ -91,6 +93,68 @@ def test_a_dtype_that_torch_lacks_is_refused_with_the_name_of_the_tensor(
     odd = {"odd": torch.zeros(nbytes, dtype=torch.uint8)}
     with pytest.raises(WeightsMismatch, match=f"odd: dtype {dtype} in the source, uint8 here"):
         read_into(path, odd)
+
+
+# -- headers that somebody made by hand -------------------------------------------------------------
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+sizes = st.integers(0, 3) | st.sampled_from([1 << 31, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+entries: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["U8", "F32", "BOOL", "F4", "F6_E2M3", "E8M0"]),
+        "shape": st.lists(sizes, max_size=5),
+        "data_offsets": st.tuples(st.integers(0, 12), st.integers(0, 12)),
+    },
+    optional={"more": junk},
+)
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> tuple[bytes, int]:
+    """As JSON, and how many bytes of data follow. Most have the right offsets."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name in draw(st.lists(st.text(max_size=3), max_size=3, unique=True)):
+        entry = draw(entries)
+        bits = {"F4": 4, "F6_E2M3": 6, "F32": 32}.get(entry["dtype"], 8) * prod(entry["shape"])
+        if draw(st.integers(0, 9)) and bits < 8000:
+            entry["data_offsets"] = (end, end := end + bits // 8)
+        if not draw(st.integers(0, 9)):
+            entry[draw(st.sampled_from(list(entry)))] = draw(junk)
+        header[name] = entry
+    if draw(st.booleans()):
+        header["__metadata__"] = draw(st.dictionaries(st.text(), st.text()) | junk)
+    if not draw(st.integers(0, 19)):
+        return json.dumps(draw(junk)).encode(), end
+    return json.dumps(header).encode() + b" " * draw(st.integers(0, 8)), end
+
+
+@given(headers())
+@example((json.dumps({"w": a_tensor("U8", [0, 1 << 63], 0)}).encode(), 0))
+@example((json.dumps({"__metadata__": a_tensor("U8", [4], 4)}).encode(), 4))
+@example((b'{"w": ["U8", [4], [0, 4]]}', 4))
+def test_any_header_gives_the_same_as_safetensors_or_one_error(scratch: Path, made: tuple[bytes, int]) -> None:
+    header, nbytes = made
+    write_raw(scratch, header, b"\1" * nbytes)
+    try:
+        found = read_weights(scratch)
+    except (WeightsFileInvalid, TensorsUnusable):
+        return
+    assert same(found, load_file(scratch))
+    again = {name: torch.empty_like(tensor) for name, tensor in found.items()}
+    read_into(scratch, again)
+    assert same(again, found)
+
+
+@given(st.binary(max_size=100), st.integers(0, 200))
+def test_any_bytes_that_are_no_safetensors_file_give_one_error(scratch: Path, data: bytes, length: int) -> None:
+    scratch.write_bytes(struct.pack("<Q", length) + data)
+    with contextlib.suppress(WeightsFileInvalid):
+        assert read_weights(scratch) == {}
 
 
 # -- what the format cannot hold --------------------------------------------------------------------
