@@ -164,8 +164,8 @@ def _too_much(raw: bytes) -> str:
 
 
 def _check_places(manifest: Manifest) -> None:
-    """ValueError unless the regions lie apart, in memory, and each tensor in one of them. Tensors may share memory: tied weights
-    and views do."""
+    """ValueError unless the regions lie apart, in memory, and each tensor in one of them; and unless memory could hold its whole.
+    Tensors may share memory: tied weights and views do."""
     regions = sorted(manifest.regions, key=lambda region: region.addr)
     if any(not region.nbytes or region.end > _END_OF_MEMORY for region in regions):
         raise ValueError("a region is empty or reaches beyond what memory there is")
@@ -173,6 +173,8 @@ def _check_places(manifest: Manifest) -> None:
         raise ValueError("two of its regions overlap")
     starts = [region.addr for region in regions]
     for entry in manifest.tensors:
+        if max(prod(entry.global_shape), *entry.global_shape, 0) >= _END_OF_MEMORY:
+            raise ValueError(f"tensor {short(entry.name)!r} is part of a whole of 2^63 or more")
         place = bisect.bisect_right(starts, entry.addr) - 1
         if entry.nbytes and (place < 0 or entry.addr + entry.nbytes > regions[place].end):
             raise ValueError(f"tensor {short(entry.name)!r} lies outside its regions: {entry.nbytes} bytes at {entry.addr:#x}")

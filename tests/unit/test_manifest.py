@@ -226,7 +226,14 @@ def test_tensors_may_share_memory() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [a_manifest(regions=()), a_manifest(regions=(Region(4096, 16), Region(4100, 16))), a_manifest(regions=(Region(0, TOP + 1),))],
+    [
+        a_manifest(regions=()),
+        a_manifest(regions=(Region(4096, 16), Region(4100, 16))),
+        a_manifest(regions=(Region(0, TOP + 1),)),
+        a_manifest(an_entry(global_shape=(1 << 70,), opaque=False)),
+        a_manifest(an_entry(nbytes=0, shape=(0, 1), global_shape=(0, 1 << 70), offsets=(0, 0), opaque=False)),
+        a_manifest(an_entry(shape=(4, 4), global_shape=(1 << 40, 1 << 40), offsets=(0, 0), opaque=False)),
+    ],
 )
 def test_a_manifest_that_no_reader_would_take_is_not_written(wrong: Manifest) -> None:
     with pytest.raises(InvalidField, match="the manifest is not valid: ") as caught:
