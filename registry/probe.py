@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from registry.errors import InvalidField
-from registry.sglang import parse_session
+from registry.hosts import parse_session
 
 
 class Answer(str, Enum):
@@ -34,15 +34,6 @@ async def probe(session_id: str, timeout_s: float = 1.0) -> Answer:
     except (OSError, UnicodeError, InvalidField, asyncio.TimeoutError):
         return Answer.SILENT
     return Answer.LISTENS
-
-
-def is_loopback(session_id: str) -> bool:
-    """Whether the address means another place on every machine."""
-    try:
-        host, _ = parse_session(session_id)
-        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # InvalidField too
-        return False
 
 
 async def _connect(host: str, port: int) -> None:

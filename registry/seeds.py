@@ -16,14 +16,15 @@ from registry.calls import Calls
 from registry.client import new_incarnation, package_version
 from registry.errors import EtcdError, InvalidField, RankConflict, RecordDamaged, RegistryError
 from registry.etcd import Etcd
+from registry.hosts import is_loopback, parse_session
 from registry.keys import check_instance
 from registry.kv import KeyValue
 from registry.logs import fields
 from registry.manifest import MAX_PARTS, encode
-from registry.probe import Answer, Probe, is_loopback
+from registry.probe import Answer, Probe
 from registry.record import GATEWAY, ModelIdentity, RankRecord, decode_item
 from registry.registration import claim
-from registry.sglang import SeedInfo, parse_session
+from registry.sglang import SeedInfo
 
 log = logging.getLogger(__name__)
 _TRIES = 3  # while others change the rank
@@ -61,7 +62,7 @@ def seed_record(instance: str, info: SeedInfo, world_size: int, model: str) -> t
         manifest=ref,
         header_addr=0,  # it has none
         registered_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-        host=socket.gethostname() if is_loopback(info.session_id) else host,
+        host=socket.gethostname() if is_loopback(host) else host,
         writer=package_version(),
         kept_by=GATEWAY,
     )

@@ -15,6 +15,7 @@ from math import prod
 from typing import Any
 
 from registry.errors import InvalidField
+from registry.hosts import parse_session, why_not_advertised
 from registry.keys import MAX_RANKS
 from registry.manifest import Manifest, Region, TensorEntry
 from registry.record import RankRecord
@@ -25,7 +26,6 @@ _ANSWER = "remote_instance_transfer_engine_info"
 _MAX_ADDR = 1 << 64
 _MAX_ELEMENT_NBYTES = 256  # the largest of torch's is 16
 _MAX_NAME = 4096
-_SESSION = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,64})\]|([A-Za-z0-9._-]{1,253})):([0-9]{1,5})")
 _TARGET = "target"  # the role of a model that is nobody's draft
 
 
@@ -38,16 +38,6 @@ class SeedInfo:
     manifest: Manifest
     world_size: int | None = None
     role: str = ""  # `draft` for a speculative draft model, which has a rank of the same number
-
-
-def parse_session(session_id: str) -> tuple[str, int]:
-    """Host and port; InvalidField where it is not `host:port`. IPv6 addresses are in brackets."""
-    match = _SESSION.fullmatch(session_id)
-    if match is None or not 0 < int(match[3]) < 65536:
-        raise InvalidField(
-            f"session_id {session_id[:300]!r} is not valid: it is host:port of the transfer engine", field="session_id"
-        )
-    return match[1] or match[2], int(match[3])
 
 
 def parse_rank(text: str | None) -> int:
@@ -89,7 +79,9 @@ def _parse(body: bytes, max_tensors: int) -> SeedInfo:
     session_id, weights = _engine_info(data)
     if not isinstance(session_id, str):
         raise InvalidField(f"session_id {_short(session_id)} is not valid: it is host:port", field="session_id")
-    parse_session(session_id)
+    host, _ = parse_session(session_id)
+    if problem := why_not_advertised(host):
+        raise InvalidField(f"session_id {session_id!r} is not valid: {problem}", field="session_id")
     _check_object(weights, "weights_info_dict")
     if len(weights) > max_tensors:
         raise InvalidField(f"{len(weights)} tensors are more than {max_tensors}", field="weights_info_dict")

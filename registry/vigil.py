@@ -21,9 +21,10 @@ from registry.calls import Calls
 from registry.errors import EtcdError, LeaseNotFound, RecordDamaged
 from registry.etcd import Etcd
 from registry.follow import Follower
+from registry.hosts import host_of, is_loopback
 from registry.kv import Change, KeyValue, Snapshot
 from registry.logs import fields
-from registry.probe import Answer, Probe, is_loopback
+from registry.probe import Answer, Probe
 from registry.record import GATEWAY, RankRecord, decode_item
 from registry.registration import DIED, end
 
@@ -193,6 +194,6 @@ def _seed(change: Change) -> _Seed | None:
         return None
     if record.kept_by != GATEWAY or record.ended:
         return None
-    if is_loopback(record.session_id) and record.host != socket.gethostname():
+    if is_loopback(host_of(record.session_id)) and record.host != socket.gethostname():
         return None  # that address means another process here
     return _Seed(record, change)

@@ -17,7 +17,6 @@ from registry.sglang import (
     instance_of_role,
     parse_rank,
     parse_registration,
-    parse_session,
     parse_world_size,
     render,
 )
@@ -94,6 +93,8 @@ def test_what_a_client_is_answered_can_be_sent_as_a_registration() -> None:
         (with_info(session_id="host"), "session_id 'host' is not valid"),
         (with_info(session_id="host:0"), "session_id 'host:0' is not valid"),
         (with_info(session_id="host:65536"), "session_id 'host:65536' is not valid"),
+        (with_info(session_id="0.0.0.0:1"), "session_id '0.0.0.0:1' is not valid: 0.0.0.0 stands for all addresses of a machine"),
+        (with_info(session_id="[ff02::1]:1"), "is not valid: ff02::1 is a multicast address"),
         (with_info(session_id="http://host:1"), "is not valid: it is host:port"),
         (with_info(session_id="host\n:1"), "is not valid: it is host:port"),
         (with_info(weights_info_dict=[]), "weights_info_dict is not valid: it is a JSON object"),
@@ -204,13 +205,6 @@ def test_a_world_size_of_a_query_may_be_left_out_but_not_be_wrong() -> None:
     for text in ("", "0", "-1", "x", "100001"):
         with pytest.raises(InvalidField, match="world_size"):
             parse_world_size(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"), [("a-b.c:1", ("a-b.c", 1)), ("[fe80::1]:65535", ("fe80::1", 65535)), ("10.0.0.1:080", ("10.0.0.1", 80))]
-)
-def test_a_session_is_a_host_and_a_port(text: str, wanted: tuple[str, int]) -> None:
-    assert parse_session(text) == wanted
 
 
 def test_a_draft_model_is_an_instance_of_its_own() -> None:
