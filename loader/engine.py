@@ -1,4 +1,4 @@
-"""What the loader needs of a transfer engine, whichever it is, and what all of them share.
+"""What the loader needs of a transfer engine, whichever it is.
 
 `loader.mooncake_engine` is the real one; `loader.in_process` serves tests and single-process uses; both pass `tests/contract`.
 """
@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import bisect
-import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Protocol
 
-from loader.errors import EngineFailed
+from loader.errors import TensorsUnusable, listed
 from loader.plan import ReadOp
-from registry.manifest import Region
+from loader.region_book import Tiles
+from registry.manifest import Manifest, Region
 
 
 class Engine(Protocol):
@@ -31,13 +31,17 @@ class Engine(Protocol):
     def fabric(self) -> str:
         """A label of who can reach this engine; equal labels can."""
 
-    def register(self, region: Region) -> None:
-        """Opens the region to peers. A region inside one that is registered already shares it. EngineFailed if refused."""
+    def register(self, region: Region) -> Tiles:
+        """Opens the region to peers; EngineFailed if refused.
+
+        Returns the tiles that make it up, in their order: what of it lies in regions that are
+        registered already shares those. A read stays inside one tile.
+        """
 
     def unregister(self, region: Region) -> None:
         """Takes back one `register` of the same region."""
 
-    def lend(self, region: Region) -> None:
+    def lend(self, region: Region) -> Tiles:
         """Lets `start` write into the region; peers see it only where the protocol cannot do without. Else as `register`."""
 
     def take_back(self, region: Region) -> None:
@@ -81,18 +85,45 @@ def session_of(peer: str) -> str:
     return peer.partition("@")[0]
 
 
-def offer(engine: Engine, undo: ExitStack, *regions: Region) -> None:
-    """Registers them until `undo` is closed."""
+def offer(engine: Engine, undo: ExitStack, *regions: Region) -> Tiles:
+    """Registers them until `undo` is closed; the tiles of all of them."""
+    tiles: list[Region] = []
     for region in regions:
-        engine.register(region)
+        tiles += engine.register(region)
         undo.callback(engine.unregister, region)
+    return tuple(tiles)
 
 
-def lend(engine: Engine, undo: ExitStack, *regions: Region) -> None:
-    """Lends them until `undo` is closed."""
+def lend(engine: Engine, undo: ExitStack, *regions: Region) -> Tiles:
+    """Lends them until `undo` is closed; the tiles of all of them."""
+    tiles: list[Region] = []
     for region in regions:
-        engine.lend(region)
+        tiles += engine.lend(region)
         undo.callback(engine.take_back, region)
+    return tuple(tiles)
+
+
+def tiled(manifest: Manifest, tiles: Tiles) -> Manifest:
+    """The manifest with these tiles of its regions as its regions; TensorsUnusable where one cuts a tensor.
+
+    That takes tensors that share a part of their bytes with others, which were registered without them.
+    """
+    if tiles == manifest.regions:
+        return manifest
+    tiles = tuple(sorted(tiles, key=lambda tile: tile.addr))
+    starts = [tile.addr for tile in tiles]
+    cut = [
+        entry.name
+        for entry in manifest.tensors
+        if entry.nbytes and entry.addr + entry.nbytes > tiles[bisect.bisect_right(starts, entry.addr) - 1].end
+    ]
+    if cut:
+        raise TensorsUnusable(
+            f"{len(cut)} tensors lie partly in memory that this process offers or fills already, as parts of other tensors: "
+            f"{listed(cut)}: publish or load tensors that share memory together",
+            problems=cut,
+        )
+    return replace(manifest, regions=tiles)
 
 
 def read(engine: Engine, peer: str, op: ReadOp) -> None:
@@ -103,59 +134,3 @@ def read(engine: Engine, peer: str, op: ReadOp) -> None:
     while not engine.done(number):
         time.sleep(nap_s)
         nap_s = min(1.5 * nap_s, 5e-3)
-
-
-class RegionBook:
-    """Which local memory is registered, or lent, and how often: engines refuse to register a byte twice, but publishers, or
-    loaders, in one process may share tensors. Regions never overlap."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._starts: list[int] = []  # sorted
-        self._regions: dict[int, Region] = {}  # by start: as registered with the engine
-        self._uses: dict[int, int] = {}  # by start: how many callers have it
-
-    def __iter__(self) -> Iterator[Region]:
-        return iter(self._regions.values())
-
-    def __len__(self) -> int:
-        return len(self._regions)
-
-    def clear(self) -> None:
-        self._starts, self._regions, self._uses = [], {}, {}
-
-    def holder_of(self, addr: int, nbytes: int) -> Region | None:
-        place = bisect.bisect_right(self._starts, addr) - 1
-        region = self._regions[self._starts[place]] if place >= 0 else None
-        return region if region is not None and addr + nbytes <= region.end else None
-
-    def begin(self, region: Region) -> bool:
-        """True if the engine has to register it; EngineFailed if it overlaps a registered one without lying inside."""
-        holder = self.holder_of(region.addr, region.nbytes)
-        if holder is not None:
-            self._uses[holder.addr] += 1
-            return False
-        place = bisect.bisect_left(self._starts, region.addr)
-        before = self._regions[self._starts[place - 1]].end if place else 0
-        after = self._starts[place] if place < len(self._starts) else region.end
-        if before > region.addr or after < region.end:
-            raise EngineFailed(f"{region.nbytes} bytes at {region.addr:#x} overlap a region that is registered already")
-        self._starts.insert(place, region.addr)
-        self._regions[region.addr], self._uses[region.addr] = region, 1
-        return True
-
-    def end(self, region: Region) -> Region | None:
-        """The region that the engine has to unregister, if any."""
-        holder = self.holder_of(region.addr, region.nbytes)
-        if holder is None:
-            return None
-        self._uses[holder.addr] -= 1
-        if self._uses[holder.addr]:
-            return None
-        del self._starts[bisect.bisect_left(self._starts, holder.addr)]
-        del self._regions[holder.addr], self._uses[holder.addr]
-        return holder
-
-    def check_destination(self, op: ReadOp) -> None:
-        if self.holder_of(op.dst_addr, op.nbytes) is None:
-            raise EngineFailed(f"{op.nbytes} bytes at {op.dst_addr:#x} are not lent to the engine: lend the destination first")

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar
 
-from loader.engine import RegionBook, session_of
+from loader.engine import session_of
 from loader.errors import EngineFailed, ReadFailed
 from loader.plan import ReadOp
+from loader.region_book import RegionBook, Tiles
 from registry.manifest import Region
 
 
@@ -62,19 +63,19 @@ class InProcessEngine:
     def fabric(self) -> str:
         return self._fabric
 
-    def register(self, region: Region) -> None:
+    def register(self, region: Region) -> Tiles:
         with self._served.lock:
             self._check_open()
-            self._served.begin(region)
+            return self._served.begin(region).tiles
 
     def unregister(self, region: Region) -> None:
         with self._served.lock:
             self._served.end(region)
 
-    def lend(self, region: Region) -> None:
+    def lend(self, region: Region) -> Tiles:
         with self._lent.lock:
             self._check_open()
-            self._lent.begin(region)
+            return self._lent.begin(region).tiles
 
     def take_back(self, region: Region) -> None:
         with self._lent.lock:

@@ -17,7 +17,7 @@ from loader.candidates import Candidate
 from loader.cuda import on_default_stream, to_register, wait_for
 from loader.destination import Destination
 from loader.digest_check import DigestCheck
-from loader.engine import Engine, lend
+from loader.engine import Engine, lend, tiled
 from loader.errors import Cancelled, LoaderError, SourceEvicted, SourceLost, TornRead, WeightsMismatch
 from loader.haul import Haul
 from loader.memory import USES
@@ -134,7 +134,7 @@ def load(
     destination.check_in_place("tensors have other memory than when their Destination was made: make a new one")
     with ExitStack() as undo:
         filling = undo.enter_context(USES.fill(f"a load of {_name_of(source)}", destination.runs))
-        lend(engine, undo, *dst.regions)
+        dst = tiled(dst, lend(engine, undo, *dst.regions))
         undo.enter_context(on_default_stream(devices[0]))
         undo.callback(wait_for, devices)  # nothing is on its way to the tensors any more
         wait_for(devices)  # nor anything that was begun before
@@ -144,6 +144,7 @@ def load(
         return _Load(
             search=search,
             destination=destination,
+            dst=dst,
             planner=Planner(dst, pace.costs, boxes or partial),
             deadline=time.monotonic() + timeout_s,
             verify=verify,
@@ -159,6 +160,7 @@ def load(
 class _Load:
     search: Search
     destination: Destination
+    dst: Manifest  # of the destination, with the tiles of its regions
     planner: Planner
     deadline: float
     verify: Verify
@@ -171,10 +173,6 @@ class _Load:
     shares: list[Share] = field(default_factory=list)  # of sources that were read from before, of that content
     avoid: set[str] = field(default_factory=set)  # incarnations that were lost
     given_up: list[str] = field(default_factory=list)  # why sources were, since the load last went on without some
-
-    @property
-    def dst(self) -> Manifest:
-        return self.destination.manifest
 
     @property
     def device(self) -> torch.device:
@@ -238,13 +236,17 @@ class _Load:
 
     def _find(self, deadline: float) -> list[Candidate]:
         """Sources of one content, the one that is being loaded if there are any of it; none where all are to be avoided."""
+        gone: SourceLost | None = None
         while True:
             try:
                 choice = self._choose(deadline)
             except SourceLost as exc:  # it went while its manifest was fetched, and is avoided from now on
                 log.info("%s", exc, extra=fields("source_gone", error=exc))
+                gone = exc
                 continue
             if choice is None:
+                if gone is not None:
+                    raise gone
                 return []
             if choice.content == self.content and (self.replica is None or self.replica.record is not None):
                 return choice.candidates
@@ -280,11 +282,15 @@ class _Load:
 
     def _begin(self, choice: Choice) -> None:
         """What has come so far counts only if it is of this content. A replica begins anew in either case."""
-        if choice.content != self.content:
-            self.content, self.shares = choice.content, []
-            self.haul = Haul(self.dst, self.pace.chunk_nbytes if self.replica else None)
+        dst = self.dst
         if self.replica is not None:
-            self.replica.begin(choice.candidates[0].record, choice.content)
+            # A read must not cross what the marks of our own memory are about: both go by the same regions.
+            dst = tiled(dst, self.replica.begin(choice.candidates[0].record, choice.content))
+        if choice.content != self.content or dst is not self.dst:
+            self.content, self.shares, self.dst = choice.content, [], dst
+            self.planner = self.planner.into(dst)
+            self.haul = Haul(dst, self.pace.chunk_nbytes if self.replica else None)
+        if self.replica is not None:
             self.replica.mark(self.haul.arrivals)
 
     def _find_another(self) -> list[Candidate]:

@@ -23,9 +23,10 @@ from types import TracebackType
 from typing import Any
 
 from loader.cuda import on_device_of
-from loader.engine import RegionBook, session_of
+from loader.engine import session_of
 from loader.errors import EngineFailed, EngineUnavailable, ReadFailed
 from loader.plan import ReadOp
+from loader.region_book import RegionBook, Tiles
 from registry.manifest import Region
 from registry.record import PROTOCOLS
 
@@ -96,40 +97,52 @@ class MooncakeEngine:
     def fabric(self) -> str:
         return self._fabric
 
-    def register(self, region: Region) -> None:
+    def register(self, region: Region) -> Tiles:
         with self._served.lock:
             engine = self._open()
-            if not self._served.begin(region):
-                return
-            if len(self._served) > _MAX_REGIONS:
+            tiles, new = self._served.begin(region)
+            registered: list[Region] = []
+            try:
+                if len(self._served) > _MAX_REGIONS:
+                    raise EngineFailed(
+                        f"the memory lies in more than {_MAX_REGIONS} pieces, of which no peer could be told: put the tensors into "
+                        "fewer blocks, as views of one storage"
+                    )
+                for one in new:
+                    self._register(engine, one)
+                    registered.append(one)
+            except EngineFailed:
                 self._served.end(region)
-                raise EngineFailed(
-                    f"the memory lies in more than {_MAX_REGIONS} pieces, of which no peer could be told: put the tensors into "
-                    "fewer blocks, as views of one storage"
-                )
-            with self._where(region):
-                code = engine.register_memory(region.addr, region.nbytes)
-            if code != 0:
-                self._served.end(region)
-                raise EngineFailed(
-                    f"the transfer engine cannot register {region.nbytes} bytes at {region.addr:#x} (code {code}): "
-                    "check the limit on locked memory (ulimit -l)"
-                )
+                for one in registered:
+                    self._unregister(engine, one)
+                raise
+            return tiles
+
+    def _register(self, engine: Any, region: Region) -> None:
+        with self._where(region):
+            code = engine.register_memory(region.addr, region.nbytes)
+        if code != 0:
+            raise EngineFailed(
+                f"the transfer engine cannot register {region.nbytes} bytes at {region.addr:#x} (code {code}): "
+                "check the limit on locked memory (ulimit -l)"
+            )
 
     def unregister(self, region: Region) -> None:
         with self._served.lock:
-            holder = self._served.end(region)
-            if holder is not None and self._engine is not None:
-                with self._where(holder):
-                    self._engine.unregister_memory(holder.addr)
+            for one in self._served.end(region):
+                if self._engine is not None:
+                    self._unregister(self._engine, one)
 
-    def lend(self, region: Region) -> None:
+    def _unregister(self, engine: Any, region: Region) -> None:
+        with self._where(region):
+            engine.unregister_memory(region.addr)
+
+    def lend(self, region: Region) -> Tiles:
         if self._lent is self._served:
             return self.register(region)
         with self._lent.lock:
             self._open()
-            self._lent.begin(region)
-        return None
+            return self._lent.begin(region).tiles
 
     def take_back(self, region: Region) -> None:
         if self._lent is self._served:

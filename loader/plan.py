@@ -57,6 +57,10 @@ class Planner:
         self._origins: list[Origin] = []  # that were compared last
         self._filling: _Filling | None = None  # and what came of it
 
+    def into(self, dst: Manifest) -> Planner:
+        """The same for `dst`, which differs in its regions only."""
+        return Planner(dst, self._costs, self._partial)
+
     @collector_paused
     def differences(self, origins: Sequence[Origin]) -> list[str]:
         return [] if self._kept(origins) is not None else self._fill(origins).problems

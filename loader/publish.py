@@ -21,9 +21,10 @@ from loader.content import content_of
 from loader.cuda import can_be_opened_by_others, to_register, wait_for
 from loader.destination import Destination
 from loader.digests import DigestCell, algorithm_for
-from loader.engine import Engine, offer
+from loader.engine import Engine, offer, tiled
 from loader.errors import LoaderError, TensorsUnusable, listed
 from loader.memory import USES, Use
+from loader.region_book import Tiles
 from loader.regions import Shard
 from loader.state_dict import encode_values, flatten, whole
 from loader.verify import Header, HeaderCell
@@ -48,9 +49,12 @@ class Publication:
         header: HeaderCell,
         digests: DigestCell | None,
         weights: Destination,
+        regions: Tiles,
         use: Use,
         undo: ExitStack,
     ) -> None:
+        """`regions`: those of its manifest."""
+        self.regions = regions
         self._registry = registry
         self._registration = registration
         self._header = header
@@ -263,13 +267,14 @@ def open_publication(
     _check_can_be_served(engine, tensors)
     manifest = replace(weights.manifest, values=values or {}, block_nbytes=block_nbytes)
     device = weights.devices[0]
-    header = HeaderCell(device, manifest.marks)
     table = DigestCell(tensors, device, algorithm_for(device)) if digests else None
     incarnation = new_incarnation()
     with ExitStack() as undo:
         use = USES.serve(f"{instance}/{rank}", weights.runs, filled_by)
         undo.callback(USES.end, use)
-        offer(engine, undo, *manifest.regions, to_register(header.region, device.type))
+        manifest = tiled(manifest, offer(engine, undo, *manifest.regions))
+        header = HeaderCell(device, manifest.marks)
+        offer(engine, undo, to_register(header.region, device.type))
         proven = None
         if table is not None:
             offer(engine, undo, to_register(table.region, device.type))
@@ -303,7 +308,7 @@ def open_publication(
         undo.callback(registration.withdraw)
         if enabled():  # it costs a watch in etcd
             undo.enter_context(registry.watch_pulls(registration.record, metrics.on_pull))
-        return Publication(registry, registration, header, table, weights, use, undo.pop_all())
+        return Publication(registry, registration, header, table, weights, manifest.regions, use, undo.pop_all())
 
 
 def _check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> None:

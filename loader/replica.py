@@ -13,6 +13,7 @@ from loader.destination import Destination
 from loader.engine import Engine
 from loader.memory import Use
 from loader.publish import Publication, open_publication
+from loader.region_book import Tiles
 from registry import ModelIdentity, RankRecord, Registry
 from registry.errors import InvalidField
 from registry.registration import WITHDRAWN
@@ -78,10 +79,10 @@ class Republication:
         self._marked = 0
         self.publication: Publication | None = None
 
-    def begin(self, like: RankRecord, content: str, reason: str = WITHDRAWN) -> None:
-        """Registers as loading the content, in the version of that rank. Raises what `publish` does.
+    def begin(self, like: RankRecord, content: str, reason: str = WITHDRAWN) -> Tiles:
+        """Registers as loading the content, in the version of that rank. Marks are of blocks of the regions that are returned.
 
-        `reason` is why a registration before this one ends.
+        `reason` is why a registration before this one ends. Raises what `publish` does.
         """
         self.close(reason)
         replica = self._replica
@@ -107,6 +108,7 @@ class Republication:
             **replica.options,
         )
         self._marked = 0
+        return self.publication.regions
 
     @property
     def record(self) -> RankRecord | None:

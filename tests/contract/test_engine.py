@@ -26,8 +26,8 @@ class Memory:
     """A block of our own memory, page-aligned as weights are."""
 
     def __init__(self, content: bytes) -> None:
-        self._buffer = ctypes.create_string_buffer(len(content) + 4096)
-        addr = -(-ctypes.addressof(self._buffer) // 4096) * 4096
+        self._buffer = ctypes.create_string_buffer(len(content) + 3 * 4096)  # with some around it that is nobody's
+        addr = -(-ctypes.addressof(self._buffer) // 4096) * 4096 + 4096
         ctypes.memmove(addr, content, len(content))
         self.region = Region(addr, len(content))
 
@@ -345,19 +345,33 @@ def test_a_region_inside_a_registered_one_shares_it_and_survives_the_end_of_the_
 
 
 @pytest.mark.parametrize(
-    ("start", "nbytes"),
-    [(-4096, 8192), (NBYTES - 1, 2), (-4096, NBYTES + 8192), (0, NBYTES + 1), (-1, NBYTES + 1)],
-    ids=["over the beginning", "over the end", "around it", "longer", "earlier"],
+    ("start", "nbytes", "tiles"),
+    [
+        (-4096, 8192, [(-4096, 4096), (0, 4096)]),
+        (NBYTES - 1, 2, [(NBYTES - 1, 1), (NBYTES, 1)]),
+        (-64, NBYTES + 128, [(-64, 64), (0, NBYTES), (NBYTES, 64)]),
+        (0, NBYTES, [(0, NBYTES)]),
+        (1024, 2048, [(1024, 2048)]),
+    ],
+    ids=["over the beginning", "over the end", "around it", "the same", "inside"],
 )
-def test_a_region_that_overlaps_a_registered_one_in_part_is_refused_and_nothing_changes(
-    peers: Peers, start: int, nbytes: int
+@pytest.mark.parametrize("first_back", ["the new one", "the old one"])
+def test_a_region_that_shares_bytes_with_a_registered_one_is_made_of_tiles_and_each_can_be_read(
+    peers: Peers, start: int, nbytes: int, tiles: list[tuple[int, int]], first_back: str
 ) -> None:
-    with pytest.raises(EngineFailed, match="overlap a region that is registered already"):
-        peers.source.register(peers.src.part(start, nbytes))
+    region = peers.src.part(start, nbytes)
+    assert peers.source.register(region) == tuple(peers.src.part(*tile) for tile in tiles)
     peers.read_all()
-    assert bytes(peers.dst) == bytes(peers.src)
-    peers.source.unregister(peers.src.region)
-    peers.fail_to_read(peers.op(0, 0, NBYTES))
+    if first_back == "the old one":
+        peers.source.unregister(peers.src.region)
+    for at, size in tiles:
+        peers.read(peers.op(at, 0, size))
+        assert bytes(peers.dst)[:size] == ctypes.string_at(peers.src.region.addr + at, size)
+    peers.source.unregister(region)
+    if first_back == "the old one":
+        peers.fail_to_read(peers.op(0, 0, 64))
+    else:
+        peers.read_all()
 
 
 def test_regions_that_touch_are_two_and_each_is_taken_back_alone(peers: Peers) -> None:
@@ -416,10 +430,19 @@ def test_a_region_lent_twice_is_a_destination_until_it_was_taken_back_twice(peer
         peers.read_all()
 
 
-def test_what_was_never_lent_can_be_taken_back_and_what_overlaps_in_part_cannot_be_lent(peers: Peers) -> None:
+def test_what_was_never_lent_can_be_taken_back(peers: Peers) -> None:
     peers.reader.take_back(Memory(bytes(64)).region)
-    with pytest.raises(EngineFailed, match="overlap a region"):
-        peers.reader.lend(peers.dst.part(-4096, 8192))
+    peers.read_all()
+
+
+def test_a_region_that_shares_bytes_with_a_lent_one_is_made_of_tiles(peers: Peers) -> None:
+    region = peers.dst.part(-64, 128)
+    assert peers.reader.lend(region) == (peers.dst.part(-64, 64), peers.dst.part(0, 64))
+    peers.read(peers.op(0, -64, 64))
+    assert bytes(ctypes.string_at(region.addr, 64)) == bytes(peers.src)[:64]
+    peers.reader.take_back(region)
+    with pytest.raises(EngineFailed, match="lend the destination first"):
+        peers.read(peers.op(0, -64, 64))
     peers.read_all()
 
 

@@ -17,6 +17,7 @@ from loader import MooncakeEngine
 from loader.errors import EngineFailed, EngineUnavailable, ReadFailed
 from loader.mooncake_engine import _what_to_install
 from loader.plan import ReadOp
+from loader.region_book import Tiles
 from registry import Region
 
 
@@ -316,22 +317,29 @@ def test_the_library_never_holds_a_byte_twice_and_holds_what_is_in_use(steps: li
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loader.mooncake_engine._import_mooncake", lambda: library)
         engine = MooncakeEngine("127.0.0.1")
-    held: list[Region] = []
+    held: list[tuple[Region, Tiles]] = []
     for registering, region in steps:
         if registering:
-            before = dict(library.registered)
-            try:
-                engine.register(region)
-            except EngineFailed:
-                assert library.registered == before
-                assert any(region.addr < addr + size and addr < region.end for addr, size in before.items())
-            else:
-                held.append(region)
+            held.append((region, engine.register(region)))
         elif held:
-            engine.unregister(held.pop(region.addr % len(held)))
-        for use in held:
-            assert any(addr <= use.addr and use.end <= addr + size for addr, size in library.registered.items())
-    for use in held:
-        engine.unregister(use)
+            engine.unregister(held.pop(region.addr % len(held))[0])
+        for _, tiles in held:
+            for tile in tiles:
+                assert any(addr <= tile.addr and tile.end <= addr + size for addr, size in library.registered.items())
+    for region, _ in held:
+        engine.unregister(region)
     assert library.registered == {}
     engine.close()
+
+
+def test_a_region_of_which_the_library_refuses_a_part_leaves_nothing_behind(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MooncakeEngine("127.0.0.1") as engine:
+        engine.register(Region(4096, 64))
+        register, before = library.register_memory, dict(library.registered)
+        monkeypatch.setattr(library, "register_memory", lambda addr, size: register(addr, size) if addr < 4096 else -1)
+        with pytest.raises(EngineFailed, match="cannot register 64 bytes at 0x1040"):
+            engine.register(Region(4032, 192))
+        assert library.registered == before
+        monkeypatch.undo()
