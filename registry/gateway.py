@@ -41,6 +41,7 @@ PORT = 6789  # of SGLang's own server
 _ETCD_S = 2.0  # what one call to etcd may take: who asks has more than one to wait for, and SGLang's clients wait for ever
 _THREADS = 4
 _BACKLOG = 512
+_ACCEPTS = 16  # at a time; then it reads them, before a head that has come counts as missing
 _PROBE_S = 1.0
 _GRACE_S = 2  # for requests that are being answered when it closes
 _JOIN_S = 10.0
@@ -101,11 +102,12 @@ class Gateway:
         seeds = Seeds(self._etcd, self._writing, ttl_s, look)
         self._mirror = Mirror(self._etcd, seeds, look, seed_url, served, probe_interval_s) if seed_url else None
         app = Routes(served, answers, seeds, self._parsing, self._guard, token).app(self._lifespan)
-        self._server = uvicorn.Server(
+        self._server = _Server(
             uvicorn.Config(
                 self._guard.watching(app), http=self._guard.protocol(), ws="none", lifespan="on", interface="asgi3",
                 log_config=None, log_level="critical", access_log=False, server_header=False, proxy_headers=False,
-                backlog=_BACKLOG, timeout_keep_alive=int(self._guard.limits.head_s), timeout_graceful_shutdown=_GRACE_S,
+                backlog=_ACCEPTS, timeout_keep_alive=int(self._guard.limits.head_s),
+                timeout_graceful_shutdown=_GRACE_S,
             )
         )  # fmt: skip
         self._failure: BaseException | None = None
@@ -190,6 +192,15 @@ class Gateway:
         if not task.cancelled():
             self._failure = task.exception()
             self._server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """Its `backlog` is how many connections it accepts at a time, not how many may wait for it."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or []:
+            each.listen(_BACKLOG)
 
 
 def _listen(host: str, port: int) -> socket.socket:

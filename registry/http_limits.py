@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from registry.places import Places, client_of
 from registry.sglang import MAX_TENSORS
 
 _SLICE_NBYTES = 256 << 10
@@ -27,7 +28,8 @@ class Limits:
     body_nbytes: int = 64 << 20  # of one request
     bodies_nbytes: int = 256 << 20  # of all that are being read or parsed
     tensors: int = MAX_TENSORS
-    connections: int = 500
+    connections: int = 500  # and some that only wait, or ask /health, when all of these are busy
+    connections_per_address: int = 250  # an IPv4 address, or a /64 of IPv6
     head_s: float = 10.0  # from the connection, or the answer before, until a request has begun
     body_s: float = 30.0
     request_s: float = 60.0  # in all, until its answer has been taken
@@ -61,7 +63,8 @@ class Guard:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._connections: dict[object, Connection] = {}  # by the client's address
+        self._connections: dict[object, Connection] = {}  # by the client's address and port
+        self._places = Places[Connection](limits.connections, limits.connections_per_address)
         self._held_nbytes = 0
 
     def protocol(self) -> type[H11Protocol]:
@@ -80,24 +83,44 @@ class Guard:
             try:
                 await app(scope, receive, send)
             finally:
-                connection.limit(self.limits.head_s)
+                self._wait(connection)
 
         return watched
 
-    def enter(self, connection: Connection) -> bool:
-        """False where there is no room for it."""
-        if len(self._connections) >= self.limits.connections:
-            return False
+    def enter(self, connection: Connection) -> None:
+        """Aborts another connection if there is no place for both."""
         self._connections[connection.client] = connection
-        return True
+        self._wait(connection)
+
+    async def begin(self, request: Request) -> None:
+        """The request keeps its connection's place until it is answered. Busy if it is put off."""
+        connection = self._connections.get(request.scope.get("client"))
+        if connection is not None and not self._places.begin(connection):
+            await self.discard_body(request)
+            raise Busy(
+                "too many requests of your address, or of all clients, are under way: try again; "
+                "if clients share an address, as behind a proxy, raise --connections-per-address "
+                "(Limits(connections_per_address=…))"
+            )
 
     def leave(self, connection: Connection) -> None:
+        self._places.leave(connection)
         if self._connections.get(connection.client) is connection:
             del self._connections[connection.client]
 
     def abort_all(self) -> None:
         for connection in list(self._connections.values()):
             connection.transport.abort()
+
+    def _wait(self, connection: Connection) -> None:
+        """Until its next request begins."""
+        if self._connections.get(connection.client) is not connection:
+            return  # it has been aborted
+        connection.limit(self.limits.head_s)
+        client = client_of(connection.client[0]) if connection.client else ""
+        for lost in self._places.wait(connection, client):
+            self.leave(lost)
+            lost.transport.abort()
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[Body]:
@@ -178,10 +201,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
-        if self.guard.enter(self):
-            self.limit(self.guard.limits.head_s)
-        else:
-            transport.abort()
+        self.guard.enter(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.guard.leave(self)

@@ -116,13 +116,19 @@ class Routes:
         """Failures as answers."""
 
         async def told(request: Request) -> Response:
+            headers = dict(_CLOSES) if request.method == "PUT" else {}
             try:
+                await self._guard.begin(request)
                 if self._allowed(request):
                     return await handler(request)
                 status, reason = 401, "give the gateway's token: Authorization: Bearer TOKEN"
+                headers = {"WWW-Authenticate": "Bearer", **_CLOSES}
                 await self._guard.discard_body(request)
             except ClientDisconnect:
                 status, reason = 400, "the client has gone"
+            except Busy as exc:
+                status, reason = 503, str(exc)
+                headers["Retry-After"] = "1"
             except Exception as exc:  # what is none of the errors that we know is logged as a bug
                 status, reason = _status(exc), str(exc)
                 if status == 500:
@@ -133,11 +139,7 @@ class Routes:
                         extra=fields("request_failed", method=request.method, path=request.url.path),
                     )
                     reason = f"unexpected {type(exc).__name__}: see the gateway's log"
-            if as_inference_server and status != 401:
-                status = 400
-            headers = _CLOSES if request.method == "PUT" else {}
-            if status == 401:
-                headers = {"WWW-Authenticate": "Bearer", **_CLOSES}
+                status = 400 if as_inference_server else status
             body = {"error": {"message": reason}} if as_inference_server else {"detail": reason}
             return JSONResponse(body, status, headers)
 
@@ -160,7 +162,6 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (RegistryError, 503),
     (TooLarge, 413),
     (TooSlow, 408),
-    (Busy, 503),
 )
 
 

@@ -33,6 +33,14 @@ from registry.watch_metrics import WatchMetrics
               help="How often each seed is looked at.")  # fmt: skip
 @click.option("--probe-tolerance", type=click.IntRange(min=0), default=3, show_default=True, metavar="N",
               help="Looks in a row without any answer after which this gateway leaves a seed to others.")  # fmt: skip
+@click.option(
+    "--connections-per-address",
+    type=click.IntRange(min=1),
+    default=250,
+    show_default=True,
+    metavar="N",
+    help="Connections, and so requests, that one client address may have at once.",
+)
 @click.option("--seed", metavar="URL", help="Register what this server of SGLang's knows of its ranks: http://HOST:PORT.")
 @log_options
 @etcd_options
@@ -46,6 +54,7 @@ def command(
     ttl: float,
     probe_interval: float,
     probe_tolerance: int,
+    connections_per_address: int,
     seed: str | None,
 ) -> None:
     """Speak SGLang's HTTP interface over the registry, until Ctrl-C or SIGTERM, so that its seeds and clients work unchanged.
@@ -56,6 +65,7 @@ def command(
     With ENGINES_GATEWAY_TOKEN in the environment, requests need the header `Authorization: Bearer TOKEN`, except for /health.
     """
     from registry.gateway import Gateway  # it needs an extra
+    from registry.http_limits import Limits
 
     with (
         connect() as registry,
@@ -72,6 +82,7 @@ def command(
             probe_tolerance=probe_tolerance,
             token=gateway_token(),
             seed_url=seed,
+            limits=Limits(connections_per_address=connections_per_address),
         ) as gateway,
     ):
         ending = threading.Event()

@@ -516,15 +516,6 @@ def state_of(gateway: Gateway, sock: socket.socket) -> str:
     return "gone"
 
 
-def test_more_connections_than_there_is_room_for_are_refused_until_there_is(registry: Registry) -> None:
-    with Gateway(registry, "q", port=0, limits=Limits(head_s=60, connections=20)) as gateway, ExitStack() as stack:
-        for _ in range(20):
-            stack.enter_context(connected(gateway, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")).recv(1)
-        assert rest_of(connected(gateway, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")) == b""
-        stack.close()
-        wait_until(lambda: rest_of(connected(gateway, b"GET /health HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.1 200"))
-
-
 # -- start and end ---------------------------------------------------------------------------------------------------------------
 
 
