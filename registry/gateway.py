@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from ipaddress import ip_address
 from types import TracebackType
 
 import uvicorn
@@ -63,14 +64,16 @@ class Gateway:
         probe_interval_s: float = 2.0,
         probe_tolerance: int = 3,
         token: str | None = None,
+        allow_anonymous: bool = False,
         seed_url: str | None = None,
         limits: Limits | None = None,
     ) -> None:
         """`instance`, of `world_size` ranks, is what the paths without a name serve. `port` 0 takes a free one.
 
-        `ttl_s` is for how long the ranks of seeds stay while no gateway runs. `seed_url` is a server of SGLang's whose ranks are to
-        be registered as those of `instance`. Raises InvalidField, or GatewayFailed where the
-        port cannot be had.
+        `ttl_s` is for how long the ranks of seeds stay while no gateway runs. `seed_url` is a server
+        of SGLang's whose ranks are to be registered as those of `instance`. Without a `token`,
+        clients may register only if `host` is a loopback address, or with `allow_anonymous`.
+        Raises InvalidField, or GatewayFailed where the port cannot be had.
         """
         check_instance(instance)
         check_rank(0, world_size)
@@ -101,7 +104,9 @@ class Gateway:
         answers = Answers(self._etcd, self._reading, self._etcd.config.timeout_s)
         seeds = Seeds(self._etcd, self._writing, ttl_s, look)
         self._mirror = Mirror(self._etcd, seeds, look, seed_url, served, probe_interval_s) if seed_url else None
-        app = Routes(served, answers, seeds, self._parsing, self._guard, token).app(self._lifespan)
+        registers = token is not None or allow_anonymous or ip_address(self.host).is_loopback
+        routes = Routes(served, answers, seeds, self._parsing, self._guard, token, registers)
+        app = routes.app(self._lifespan)
         self._server = _Server(
             uvicorn.Config(
                 self._guard.watching(app), http=self._guard.protocol(), ws="none", lifespan="on", interface="asgi3",

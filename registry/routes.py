@@ -41,19 +41,38 @@ from registry.sglang import instance_of_role, parse_rank, parse_registration, pa
 log = logging.getLogger(__name__)
 _REGISTER_S = 4.5  # SGLang's seeds wait 5 s for the answer
 _CLOSES = {"Connection": "close"}  # what is left of the request's body would be taken for the next one
+_NOBODY_REGISTERS = (
+    "clients may not register at this gateway, which has no token: start it with --seed, so that "
+    "it asks the seed's own server, or with a token in ENGINES_GATEWAY_TOKEN, or, in a network "
+    "that you trust, with --allow-anonymous (Gateway(allow_anonymous=True))"
+)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Routes:
-    def __init__(self, served: Served, answers: Answers, seeds: Seeds, parsing: Calls, guard: Guard, token: str | None) -> None:
-        """`parsing` has one thread: how much memory the bodies of many take once they are parsed so has a bound."""
+    def __init__(
+        self,
+        served: Served,
+        answers: Answers,
+        seeds: Seeds,
+        parsing: Calls,
+        guard: Guard,
+        token: str | None = None,
+        registers: bool = True,
+    ) -> None:
+        """`parsing` has one thread, which bounds the memory that parsed bodies take.
+
+        If not `registers`, registrations are refused unread. The answer to one, and later whether
+        its rank is still listed, says whether anything listens at an address of the client's choice.
+        """
         self._served = served
         self._answers = answers
         self._seeds = seeds
         self._parsing = parsing
         self._guard = guard
         self._token = token.encode() if token is not None else None
+        self._registers = registers
 
     def app(self, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
         handlers: dict[Any, Any] = {404: _unknown_path, 405: _wrong_method}
@@ -76,6 +95,9 @@ class Routes:
         ] + [Route("/metrics", self._told(self._metrics), methods=["GET"])]
 
     async def _register(self, request: Request) -> Response:
+        if not self._registers:
+            await self._guard.discard_body(request)
+            return JSONResponse({"detail": _NOBODY_REGISTERS}, 403, _CLOSES)
         async with self._guard.body(request) as body:
             name = self._instance(request)
 

@@ -41,6 +41,11 @@ from registry.watch_metrics import WatchMetrics
     metavar="N",
     help="Connections, and so requests, that one client address may have at once.",
 )
+@click.option(
+    "--allow-anonymous",
+    is_flag=True,
+    help="Without a token, let clients register over the network too, not only over loopback.",
+)
 @click.option("--seed", metavar="URL", help="Register what this server of SGLang's knows of its ranks: http://HOST:PORT.")
 @log_options
 @etcd_options
@@ -55,6 +60,7 @@ def command(
     probe_interval: float,
     probe_tolerance: int,
     connections_per_address: int,
+    allow_anonymous: bool,
     seed: str | None,
 ) -> None:
     """Speak SGLang's HTTP interface over the registry, until Ctrl-C or SIGTERM, so that its seeds and clients work unchanged.
@@ -63,6 +69,8 @@ def command(
     gateway, and ends when that refuses connections. Every path is there for every instance under /instances/NAME too.
 
     With ENGINES_GATEWAY_TOKEN in the environment, requests need the header `Authorization: Bearer TOKEN`, except for /health.
+    Without it, clients may register only if --host is a loopback address, or with
+    --allow-anonymous: a registration makes the gateway connect to any address that it names.
     """
     from registry.gateway import Gateway  # it needs an extra
     from registry.http_limits import Limits
@@ -81,6 +89,7 @@ def command(
             probe_interval_s=probe_interval,
             probe_tolerance=probe_tolerance,
             token=gateway_token(),
+            allow_anonymous=allow_anonymous,
             seed_url=seed,
             limits=Limits(connections_per_address=connections_per_address),
         ) as gateway,

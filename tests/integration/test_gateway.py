@@ -85,7 +85,7 @@ def gateway_process(processes: Processes, namespace: str) -> Callable[..., tuple
         options = ["--instance", "q", "--port", "0", "--probe-interval", "0.1", "--namespace", namespace, *args]
         process = processes.engines("gateway", *options, **env)
         line = line_of(process)
-        assert line.startswith("gateway of q is ready at http://127.0.0.1:")
+        assert line.startswith("gateway of q is ready at http://")
         return process, line.split()[6].rstrip(";")
 
     return start
@@ -362,6 +362,60 @@ def test_a_probe_tells_who_listens_who_refuses_and_who_is_silent(listener: socke
         assert asyncio.run(probe(session_of(full), 0.2)) is Answer.SILENT
     for nonsense in ("nonsense", "a..b:1", "no-such-host.invalid:1"):
         assert asyncio.run(probe(nonsense, 0.5)) is Answer.SILENT
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_client_from_the_network_learns_nothing_of_ports_that_it_names(
+    registry: Registry,
+    listener: socket.socket,
+    host: str,
+) -> None:
+    with Gateway(registry, "q", host=host, port=0, probe_interval_s=0.05) as gateway:
+        url = f"http://127.0.0.1:{gateway.port}"
+        answers = []
+        for rank, named in enumerate((session_of(listener), f"127.0.0.1:{free_port()}")):
+            for session_id in (named, "127.0.0.1:1"):  # whether the first can be replaced tells
+                body = says(session_id, rank, world_size=2)
+                answer = httpx.put(f"{url}{REGISTER}", json=body)
+                answers.append((answer.status_code, answer.text, asked(url, rank=rank).status_code))
+        assert set(answers) == {(403, answers[0][1], 404)}
+        for remedy in ("ENGINES_GATEWAY_TOKEN", "--allow-anonymous", "--seed"):
+            assert remedy in answers[0][1]
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+@pytest.mark.parametrize(
+    ("options", "headers"),
+    [
+        ({"host": "0.0.0.0", "allow_anonymous": True}, {}),
+        ({"host": "0.0.0.0", "token": "s3cret"}, {"Authorization": "Bearer s3cret"}),
+        ({"host": "localhost"}, {}),
+    ],
+)
+def test_a_client_registers_with_the_token_or_where_everybody_may_or_over_loopback(
+    registry: Registry,
+    listener: socket.socket,
+    options: dict[str, Any],
+    headers: dict[str, str],
+) -> None:
+    with Gateway(registry, "q", port=0, **options) as gateway:
+        url = f"http://127.0.0.1:{gateway.port}{REGISTER}"
+        assert httpx.put(url, json=says(session_of(listener)), headers=headers).text == "OK"
+
+
+def test_a_seeds_server_is_mirrored_where_clients_may_not_register(
+    registry: Registry,
+    listener: socket.socket,
+    gateway_process: Callable[..., tuple[subprocess.Popen[str], str]],
+) -> None:
+    infos: dict[int, tuple[str, Any]] = {0: (session_of(listener), WEIGHTS)}
+    with bootstrap_server(infos, GET) as server:
+        _, url = gateway_process("--host", "0.0.0.0", "--seed", server)
+        port = url.rpartition(":")[2]
+        wait_until(lambda: len(registry.ranks("q")) == 1)
+        assert asked(f"http://127.0.0.1:{port}").status_code == 200
 
 
 # -- etcd ------------------------------------------------------------------------------------------------------------------------
