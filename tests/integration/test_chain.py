@@ -230,6 +230,7 @@ def test_the_one_behind_a_rank_that_gives_up_goes_on_where_it_was(members: Membe
     cancel = threading.Event()
     members.start_stopped("a", 0.5, cancel=cancel)
     members.start("b")
+    wait_until(lambda: members.gates["b"].at > 0.1)  # so that the next one reads from it
     members.start("c")
     wait_until(lambda: members.gates["c"].at > 0.2)
     cancel.set()
