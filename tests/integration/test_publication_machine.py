@@ -1,0 +1,211 @@
+"""Publications that are updated, interrupted, drained, evicted, closed and read in any order: hypothesis steps through them.
+
+A reader looks after every step. It gets the words that the publication vouches for, in its version, or an error of ours; and what a
+publication leaves when it is closed is nothing, however it came to that.
+"""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from loader import InProcessEngine, LoaderError, Publication, load, publish
+from loader.errors import MemoryInUse, TensorsUnusable
+from loader.memory import USES
+from registry import ModelIdentity, Registry, RegistryError
+from registry.manifest import Region
+from tests.launches import Origin, origins, the_origin, words
+
+COUNT = 512
+MODEL = ModelIdentity("m")
+
+
+class Interrupting(InProcessEngine):
+    """Ctrl-C comes as often as is wanted when memory is given back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.interrupts = 0
+
+    def unregister(self, region: Region) -> None:
+        super().unregister(region)
+        if self.interrupts:
+            self.interrupts -= 1
+            raise KeyboardInterrupt
+
+
+class PublicationMachine(RuleBasedStateMachine):
+    registry: Registry  # set by the test
+    names = itertools.count()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.engine = Interrupting()
+        self.stack.callback(self.engine.close)
+        self.instance = f"i{next(self.names)}"
+        self.launch = 0
+        self.tensors = {"w": words(Origin(), COUNT)}
+        self.publication: Publication | None = None
+        self.open: list[Publication] = []  # that nobody has closed yet
+        self.vouched: Origin | None = None  # what a reader must get, if anything
+        self.listed = False  # in etcd
+
+    # -- what happens ----------------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.publication is None)
+    @rule(digests=st.booleans())
+    def publish(self, digests: bool) -> None:
+        self.launch += 1
+        self._write(Origin(self.launch, 0))
+        self.publication = publish(
+            self.registry,
+            self.engine,
+            instance=self.instance,
+            rank=0,
+            world_size=1,
+            tensors=self.tensors,
+            model=MODEL,
+            digests=digests,
+            ttl_s=2.0,
+        )
+        self.open.append(self.publication)
+        self.vouched, self.listed = Origin(self.launch, 0), True
+
+    @precondition(lambda self: self.publication is not None)
+    @rule()
+    def update(self) -> None:
+        publication = self._publication
+        origin = Origin(self.launch, publication.record.version + 1)
+        with publication.update():
+            self._write(origin)
+        self.vouched = origin
+
+    @precondition(lambda self: self.publication is not None)
+    @rule(kind=st.sampled_from([ZeroDivisionError, KeyboardInterrupt]))
+    def an_update_fails_half_way(self, kind: type[BaseException]) -> None:
+        with pytest.raises(kind), self._publication.update():  # noqa: PT012
+            self.tensors["w"][: COUNT // 2] = words(Origin(99), COUNT // 2)
+            raise kind
+        self.vouched = None
+
+    @precondition(lambda self: self.publication is not None)
+    @rule()
+    def an_update_moves_the_weights(self) -> None:
+        before = self.tensors["w"].data
+        with pytest.raises(TensorsUnusable), self._publication.update():
+            self.tensors["w"].data = before * 2
+        self.tensors["w"].data = before
+        self.vouched = None
+
+    @precondition(lambda self: self.publication is not None)
+    @rule()
+    def an_update_is_begun_twice(self) -> None:
+        publication, before = self._publication, self._publication.record.version
+        with publication.update():
+            with pytest.raises(LoaderError, match="being updated already"), publication.update():
+                pass
+            self._write(Origin(self.launch, before + 1))
+        self.vouched = Origin(self.launch, before + 1)
+
+    @precondition(lambda self: self.publication is not None)
+    @rule()
+    def it_is_closed_in_the_middle_of_an_update(self) -> None:
+        with self._publication.update():
+            self._write(Origin(99))
+            self._publication.close()
+        self._is_closed()
+
+    @precondition(lambda self: self.vouched is not None)
+    @rule()
+    def somebody_loads_into_it(self) -> None:
+        with pytest.raises(MemoryInUse):
+            load(self.registry, InProcessEngine(), self.instance, rank=0, tensors=self.tensors, timeout_s=0.0)
+
+    @precondition(lambda self: self.publication is not None and self.listed)
+    @rule()
+    def it_is_evicted(self) -> None:
+        (record,) = self.registry.ranks(self.instance)
+        assert self.registry.evict(record)
+        self.listed = False
+
+    @precondition(lambda self: self.publication is not None)
+    @rule()
+    def it_is_drained(self) -> None:
+        assert self._publication.drain(0.5)
+        self._is_closed()
+
+    @precondition(lambda self: self.publication is not None)
+    @rule(interrupts=st.integers(0, 3))
+    def it_is_closed(self, interrupts: int) -> None:
+        self.engine.interrupts = interrupts
+        for _ in range(4):
+            with suppress(KeyboardInterrupt):
+                self._publication.close()
+        self.engine.interrupts = 0
+        self._is_closed()
+
+    @precondition(lambda self: self.publication is None and self.open)
+    @rule()
+    def it_is_used_after_its_end(self) -> None:
+        closed = self.open[-1]
+        closed.close()
+        with pytest.raises(LoaderError, match="is closed"), closed.update():
+            pass
+
+    # -- what always holds ---------------------------------------------------------------------------------------------------------
+
+    @invariant()
+    def a_reader_gets_what_is_vouched_for_or_an_error(self) -> None:
+        found = {"w": torch.zeros(COUNT, dtype=torch.int64)}
+        try:
+            report = load(self.registry, InProcessEngine(), self.instance, rank=0, tensors=found, timeout_s=0.0)
+        except (LoaderError, RegistryError):
+            assert self.vouched is None or not self.listed
+        else:
+            assert the_origin(origins(found["w"])) == self.vouched
+            assert self.vouched is not None
+            assert report.version == self.vouched.version
+            assert report.content == self._publication.record.content
+
+    @invariant()
+    def what_is_closed_has_left_nothing(self) -> None:
+        if self.publication is None:
+            assert not list(self.engine._served)
+            assert self.registry.ranks(self.instance) == ()
+            with USES.fill("the test", [(self.tensors["w"].data_ptr(), self.tensors["w"].data_ptr() + 8)]):
+                pass
+            for closed in self.open:
+                assert closed._header.read() is None
+
+    def teardown(self) -> None:
+        if self.publication is not None:
+            self.publication.close()
+        self.stack.close()
+
+    @property
+    def _publication(self) -> Publication:
+        assert self.publication is not None
+        return self.publication
+
+    def _is_closed(self) -> None:
+        self.publication, self.vouched, self.listed = None, None, False
+
+    def _write(self, origin: Origin) -> None:
+        self.tensors["w"].copy_(words(origin, COUNT))
+
+
+@pytest.mark.timeout(300)
+def test_no_order_of_events_makes_a_publication_serve_a_wrong_byte_or_leave_anything(registry: Registry) -> None:
+    machine: Any = type("Machine", (PublicationMachine,), {"registry": registry})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)),
+    )
