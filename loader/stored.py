@@ -7,8 +7,8 @@ its plans out.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loader.errors import WeightsFileInvalid, listed
@@ -17,8 +17,11 @@ from loader.plan import plan
 from loader.reads import Costs, Span
 from loader.regions import Shard
 from loader.safetensors_format import read_header
+from loader.tied import tied_names
 from loader.weights_folder import WeightsFile
 from registry import Manifest, Region, TensorEntry
+
+_COMPARED_NBYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,40 @@ class Files:
         A tensor in the files is the whole one, or just the part of it that is wanted. WeightsMismatch names every difference.
         """
         stored = {name: one for tensors in self._stored for name, one in tensors.items()}
+        for name in list(self._copies(dst, stored)):
+            del stored[name]
         entries = [_entry(stored[entry.name], entry) for entry in dst.tensors if entry.name in stored]
         origin = Origin(self.name, Manifest(tuple(entries), tuple(self._regions)))
         spans = plan([origin], dst, costs, partial=True)
         return tuple(sorted(spans, key=lambda span: span.srcs[0][1]))
+
+    def _copies(self, dst: Manifest, stored: Mapping[str, Stored]) -> Iterator[str]:
+        """Of tensors that are tied in `dst` but stored one by one, all but the first, if their bytes are the same.
+
+        `engines load --out` stores them so. Others are left to the planner, which refuses them.
+        """
+        for names in tied_names(dst.tensors):
+            first, *others = [name for name in names if name in stored] or [""]
+            yield from (name for name in others if self._equal(stored[first], stored[name]))
+
+    def _equal(self, one: Stored, other: Stored) -> bool:
+        if replace(one, place=other.place) != other:
+            return False
+        for start in range(0, one.nbytes, _COMPARED_NBYTES):
+            nbytes = min(_COMPARED_NBYTES, one.nbytes - start)
+            if self._read(one.place + start, nbytes) != self._read(other.place + start, nbytes):
+                return False
+        return True
+
+    def _read(self, place: int, nbytes: int) -> bytes:
+        number, offset = self.place(place)
+        path = self.paths[number]
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                return file.read(nbytes)
+        except OSError as exc:
+            raise WeightsFileInvalid(f"{path} cannot be read: {exc.strerror}", path=str(path)) from exc
 
 
 def _entry(stored: Stored, wanted: TensorEntry) -> TensorEntry:

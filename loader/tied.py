@@ -6,7 +6,8 @@ may differ in these names, and all memory of each still has its counterpart on t
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 
 from registry.manifest import TensorEntry
@@ -25,6 +26,16 @@ def stand_ins(entries: Iterable[TensorEntry], names: Container[str]) -> dict[str
     known = {_memory(entry): entry.name for entry in entries if entry.name in names}
     found = {entry.name: known.get(_memory(entry)) for entry in lacking}
     return {name: other for name, other in found.items() if other is not None}
+
+
+def tied_names(entries: Sequence[TensorEntry]) -> list[list[str]]:
+    """The names of each memory that has several."""
+    at = Counter(entry.addr for entry in entries if entry.nbytes)
+    names: defaultdict[TensorEntry, list[str]] = defaultdict(list)
+    for entry in entries:
+        if entry.nbytes and at[entry.addr] > 1:
+            names[_memory(entry)].append(entry.name)
+    return [some for some in names.values() if len(some) > 1]
 
 
 def _memory(entry: TensorEntry) -> TensorEntry:

@@ -100,6 +100,21 @@ def test_of_tensors_that_share_memory_the_file_need_hold_but_one(tmp_path: Path)
     assert same({"embed": tied}, {"embed": random(9, 4)})
 
 
+def test_tensors_tied_here_may_be_stored_one_by_one_if_their_bytes_are_the_same(tmp_path: Path) -> None:
+    """As `engines load --out` stores those that are tied in its source."""
+    embed, tied = random(3000, 1000), torch.zeros(3000, 1000)
+    save_file({"embed": embed}, tmp_path / "1.safetensors")
+    save_file({"head": embed}, tmp_path / "2.safetensors")
+    read_into(tmp_path, {"head": tied, "embed": tied})
+    assert same({"embed": tied}, {"embed": embed})
+    other = embed.clone()
+    other.view(torch.uint8)[-1, -1] ^= 1
+    save_file({"head": other}, tmp_path / "2.safetensors")
+    told = "head: shares memory with embed here, but not in the same way in the source"
+    with pytest.raises(WeightsMismatch, match=told):
+        read_into(tmp_path, {"embed": tied, "head": tied})
+
+
 def test_a_tensor_that_only_begins_where_a_stored_one_does_is_missed(tmp_path: Path) -> None:
     save_file({"q": random(4)}, tmp_path / "model.safetensors")
     qkv = torch.zeros(12)
