@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from loader.errors import SourceUnreachable
-from loader.mooncake_engine import built_transports, rdma_devices, this_host
+from loader.mooncake_binding import built_transports
+from loader.mooncake_machine import rdma_devices, this_host
 from registry import RankRecord
 
 FALLBACK = ("nvlink_intra", "rdma", "tcp")  # the quickest first

@@ -37,7 +37,7 @@ class NaiveLoad:
         """With so many reads in a call."""
         for start in range(0, len(self._reads), at_once):
             dst, src, sizes = map(list, zip(*self._reads[start : start + at_once], strict=True))
-            if self._raw._engine.batch_transfer_sync_read(self._session_id, dst, src, sizes) != 0:
+            if self._raw._open()._engine.batch_transfer_sync_read(self._session_id, dst, src, sizes) != 0:
                 raise ReadFailed(f"a naive read from {self._session_id} failed: nothing can be compared with")
 
 

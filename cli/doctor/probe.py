@@ -62,8 +62,10 @@ def _look(task: Callable[[], dict[str, str]], ranks: Callable[[], list[str]], te
         tell("torch", error=_said(exc), missing=isinstance(exc, ModuleNotFoundError) and exc.name == "torch")
         return
     try:
-        from loader.mooncake_engine import MooncakeEngine, built_transports
+        from loader.mooncake_binding import built_transports, import_library
+        from loader.mooncake_engine import MooncakeEngine
 
+        import_library()
         tell("mooncake", error="", transports=built_transports())
     except Exception as exc:  # noqa: BLE001  as above
         tell("mooncake", error=_said(exc))

@@ -17,7 +17,7 @@ from cli.doctor.peer import judge_instance, judge_rank
 from cli.doctor.python import WHEELS, judge_etcd3, judge_packages, judge_version, judge_wheels
 from cli.doctor.rdma import Port, check_devices, judge_libibverbs, judge_memlock
 from cli.doctor.rdma import judge_devices as judge_rdma
-from loader.mooncake_engine import _what_to_install
+from loader.mooncake_binding import _what_to_install
 from registry.record import RankState
 from registry.resolver import assess
 from tests.builders import a_record

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loader import MooncakeEngine
 from loader.errors import EngineFailed, EngineUnavailable, ReadFailed
-from loader.mooncake_engine import _what_to_install
+from loader.mooncake_binding import _what_to_install
 from loader.plan import ReadOp
 from loader.region_book import Tiles
 from registry import Region
@@ -55,7 +55,7 @@ class Library:
         return 0
 
     def batch_transfer_async_read(self, session_id: str, dst: Sequence[int], src: Sequence[int], nbytes: Sequence[int]) -> int:
-        if session_id == "nobody:1":
+        if session_id == "127.0.0.99:1":
             return 0
         batch = 1 << 40 | len(self.batches)
         self.batches[batch] = list(self.answers)
@@ -72,13 +72,13 @@ class Library:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     library = Library()
-    monkeypatch.setattr("loader.mooncake_engine._import_mooncake", lambda: library)
+    monkeypatch.setattr("loader.mooncake_start.import_library", lambda: library)
     return library
 
 
 @pytest.fixture(autouse=True)
 def rdma_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr("loader.mooncake_engine._RDMA_DEVICES", tmp_path)
+    monkeypatch.setattr("loader.mooncake_machine._RDMA_DEVICES", tmp_path)
     (tmp_path / "mlx5_0").touch()
     return tmp_path / "mlx5_0"
 
@@ -206,6 +206,7 @@ def test_closing_takes_back_all_memory(library: Library) -> None:
 
 
 OP = ReadOp("a/0", 0, 4096, 64)
+PEER = "127.0.0.1:1"
 
 
 @pytest.fixture(params=["tcp", "rdma"])
@@ -216,15 +217,15 @@ def engine(library: Library, request: pytest.FixtureRequest) -> MooncakeEngine:
 
 
 def test_over_tcp_each_peer_has_an_engine_of_its_own_and_elsewhere_all_share_one(engine: MooncakeEngine, library: Library) -> None:
-    for session_id in ("h:1", "h:2", "h:1"):
+    for session_id in (PEER, "127.0.0.2:1", PEER):
         engine.connect(session_id)
     assert library.engines == (3 if engine.protocol == "tcp" else 1)
 
 
 def test_a_read_is_asked_about_until_it_is_over_and_never_again(engine: MooncakeEngine, library: Library) -> None:
     library.answers = [0, 0, 1]
-    engine.connect("h:1")
-    number = engine.start("h:1", OP)
+    engine.connect(PEER)
+    number = engine.start(PEER, OP)
     assert [engine.done(number) for _ in range(3)] == [False, False, True]
     with pytest.raises(KeyError):
         engine.done(number)
@@ -232,10 +233,10 @@ def test_a_read_is_asked_about_until_it_is_over_and_never_again(engine: Mooncake
 
 def test_a_read_that_failed_is_told_and_one_that_timed_out_may_still_write(engine: MooncakeEngine, library: Library) -> None:
     library.answers = [-2, -1]
-    engine.connect("h:1")
-    number = engine.start("h:1", OP)
+    engine.connect(PEER)
+    number = engine.start(PEER, OP)
     assert not engine.done(number)
-    with pytest.raises(ReadFailed, match="cannot read from h:1"):
+    with pytest.raises(ReadFailed, match=r"cannot read from 127\.0\.0\.1:1"):
         engine.done(number)
 
 
@@ -253,24 +254,24 @@ def test_first_contacts_made_at_once_each_start_under_the_right_environment_and_
 
     monkeypatch.setattr(library, "initialize", initialize)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(engine.connect, [f"h:{number}" for number in range(16)]))
+        list(pool.map(engine.connect, [f"127.0.0.{number}:1" for number in range(16)]))
     assert seen == ["1"] * 16
     assert "MC_FORCE_TCP" not in os.environ
 
 
 def test_nobody_at_the_address_is_told_by_the_first_contact(engine: MooncakeEngine) -> None:
-    with pytest.raises(ReadFailed, match="cannot read from nobody:1"):
-        engine.connect("nobody:1")
+    with pytest.raises(ReadFailed, match=r"cannot read from 127\.0\.0\.99:1"):
+        engine.connect("127.0.0.99:1")
     with pytest.raises(ReadFailed):
-        engine.start("nobody:1", OP)
+        engine.start("127.0.0.99:1", OP)
 
 
 def test_abandoned_reads_have_failed_and_over_rdma_they_have_ended(engine: MooncakeEngine, library: Library) -> None:
     library.answers = [0, 0, 0, 1]
-    engine.connect("h:1")
+    engine.connect(PEER)
     contact = set(library.batches)
-    numbers = [engine.start("h:1", OP) for _ in range(3)]
-    engine.abandon("h:1")
+    numbers = [engine.start(PEER, OP) for _ in range(3)]
+    engine.abandon(PEER)
     if engine.protocol == "rdma":
         assert set(library.batches) == contact
     for number in numbers:
@@ -281,30 +282,84 @@ def test_abandoned_reads_have_failed_and_over_rdma_they_have_ended(engine: Moonc
 def test_a_read_that_does_not_end_over_rdma_is_told_as_memory_that_must_not_be_used(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loader.mooncake_engine._DRAIN_S", 0.0)
+    monkeypatch.setattr("loader.mooncake_reader._DRAIN_S", 0.0)
     engine = MooncakeEngine("127.0.0.1", "rdma")
     engine.lend(Region(4096, 64))
     library.answers = [0]
-    engine.connect("h:1")
-    engine.start("h:1", OP)
+    engine.connect(PEER)
+    engine.start(PEER, OP)
     with pytest.raises(EngineFailed, match="must not be used again before this process ends"):
-        engine.abandon("h:1")
+        engine.abandon(PEER)
 
 
 def test_contacts_that_are_kept_have_a_limit_and_those_in_use_stay(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loader.mooncake_engine._MAX_READERS", 2)
     engine = MooncakeEngine("127.0.0.1")
     engine.lend(Region(4096, 64))
-    engine.connect("h:1")
-    number = engine.start("h:1", OP)
+    engine.connect(PEER)
+    number = engine.start(PEER, OP)
     for peer in range(2, 9):
-        engine.connect(f"h:{peer}")
+        engine.connect(f"127.0.0.{peer}:1")
     assert engine.done(number)
-    engine.start("h:1", OP)
-    engine.start("h:8", OP)
+    engine.start(PEER, OP)
+    engine.start("127.0.0.8:1", OP)
     with pytest.raises(ReadFailed):
-        engine.start("h:2", OP)
+        engine.start("127.0.0.2:1", OP)
     engine.close()
+
+
+# -- what the library raises -----------------------------------------------------------------------------------------------------
+
+RAISED = [RuntimeError("stackLimit"), TypeError("int"), ValueError("x"), OverflowError("int"), IndexError("x"), MemoryError()]
+
+
+def raises(library: Library, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(library, call, fail)
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("call", ["initialize", "get_rpc_port", "TransferEngine"])
+def test_an_engine_that_fails_to_start_is_unavailable(
+    library: Library, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+) -> None:
+    raises(library, monkeypatch, call, error)
+    with pytest.raises(EngineUnavailable, match=r"cannot start on '127\.0\.0\.1'") as failed:
+        MooncakeEngine("127.0.0.1")
+    assert str(error) in str(failed.value)
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+def test_what_the_library_raises_about_a_peer_is_a_read_that_failed(
+    engine: MooncakeEngine, library: Library, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    library.answers = [0]
+    engine.connect(PEER)
+    number = engine.start(PEER, OP)
+    for call in ("batch_transfer_async_read", "transfer_check_status"):
+        raises(library, monkeypatch, call, error)
+    for read in (lambda: engine.start(PEER, OP), lambda: engine.done(number), lambda: engine.connect("127.0.0.2:1")):
+        with pytest.raises(ReadFailed, match=r"cannot read from 127\.0\.0\.[12]:1: "):
+            read()
+    with pytest.raises(KeyError):
+        engine.done(number)
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+def test_what_the_library_raises_about_our_memory_is_a_failed_engine(
+    library: Library, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    with MooncakeEngine("127.0.0.1") as engine:
+        engine.register(Region(0, 64))
+        raises(library, monkeypatch, "register_memory", error)
+        raises(library, monkeypatch, "unregister_memory", error)
+        with pytest.raises(EngineFailed, match="cannot register 64 bytes at 0x1000"):
+            engine.register(Region(4096, 64))
+        with pytest.raises(EngineFailed, match="cannot take back 64 bytes at 0x0"):
+            engine.unregister(Region(0, 64))
+        monkeypatch.undo()
 
 
 REGIONS = st.builds(Region, st.integers(0, 12), st.integers(1, 12))
@@ -315,7 +370,7 @@ def test_the_library_never_holds_a_byte_twice_and_holds_what_is_in_use(steps: li
     """Steps register a region, or take back one that is registered; none but the library knows what that comes to."""
     library = Library()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loader.mooncake_engine._import_mooncake", lambda: library)
+        patch.setattr("loader.mooncake_start.import_library", lambda: library)
         engine = MooncakeEngine("127.0.0.1")
     held: list[tuple[Region, Tiles]] = []
     for registering, region in steps:

@@ -27,7 +27,7 @@ from cli.bench.gpu.rows import COLUMNS, Row, goals
 from cli.bench.gpu.sets import SETS
 from cli.output import print_json, print_table
 from loader.errors import EngineUnavailable
-from loader.mooncake_engine import built_transports
+from loader.mooncake_binding import built_transports
 from registry import Registry
 from registry.local import LocalEtcd
 

@@ -1,0 +1,200 @@
+"""Peers on the data plane that answer nonsense, half of it, or nothing: real engines, and servers that only look like one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from loader import MooncakeEngine, Pace, load, load_or_seed, publish
+from loader.engine import read
+from loader.errors import ReadFailed, SourceLost
+from loader.files import write_weights
+from loader.plan import ReadOp
+from registry import ModelIdentity, Region, Registry
+from tests.hostile_peer import Behaviour, HostilePeer, described, framed, says
+from tests.waiting import wait_until
+
+MODEL = ModelIdentity("m")
+Tensors = dict[str, torch.Tensor]
+
+# Answers to a first contact, each of which ends it.
+NONSENSE = {
+    "a list": says(framed(b"[]")),
+    "a number": says(framed(b"3")),
+    "null": says(framed(b"null")),
+    "an empty object": says(framed(b"{}")),
+    "a text for a port": says(described(tcp_data_port="x")),
+    "a huge port": says(described(tcp_data_port=1 << 70)),
+    "a port that is none": says(described(tcp_data_port=70_000)),
+    "a negative port": says(described(tcp_data_port=-1)),
+    "huge addresses": says(described(buffers=[{"addr": 1 << 80, "length": -5, "name": "x"}])),
+    "buffers in an object": says(described(buffers={"a": 1})),
+    "a list for a name": says(described(name=[])),
+    "protocols in a list": says(described(protocol=["tcp", "rdma"])),
+    "an unknown protocol": says(described(protocol="pigeon")),
+    "deep lists": says(framed(b"[" * 500_000)),
+    "deep objects": says(framed(b'{"a":' * 100_000)),
+    "no JSON": says(framed(b"\xff\x00\xfe")),
+    "another kind of message": says(framed(b"{}", kind=0)),
+    "an unknown kind of message": says(framed(b"{}", kind=77)),
+    "no length": says(framed(b"", length=0)),
+    "a huge length": says(framed(b"", length=1 << 60)),
+    "half an answer": says(described()[:40]),
+    "nothing": says(),
+    "a closed data port": says(described()),
+}
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[MooncakeEngine]:
+    with MooncakeEngine("127.0.0.1") as engine:
+        yield engine
+
+
+@pytest.fixture
+def cell(reader: MooncakeEngine) -> Iterator[Region]:
+    memory = torch.zeros(64, dtype=torch.uint8)
+    region = Region(memory.data_ptr(), 64)
+    reader.lend(region)
+    yield region
+    reader.take_back(region)
+
+
+class Impostor(MooncakeEngine):
+    """Publishes memory of its own as that of whoever answers at another address."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__("127.0.0.1")
+        self._session_id = session_id
+
+
+@pytest.mark.parametrize("behaviour", NONSENSE.values(), ids=NONSENSE.keys())
+def test_whatever_a_peer_answers_a_read_from_it_fails_and_others_can_be_read(
+    reader: MooncakeEngine, cell: Region, behaviour: Behaviour
+) -> None:
+    with HostilePeer(behaviour) as peer:
+        for _ in range(2):
+            with pytest.raises(ReadFailed, match=f"cannot read from {peer.session_id}") as failed:
+                read(reader, peer.session_id, ReadOp("a/0", 8192, cell.addr, cell.nbytes))
+            assert failed.value.details["session_id"] == peer.session_id
+    memory = torch.arange(64, dtype=torch.uint8)
+    with MooncakeEngine("127.0.0.1") as source:
+        source.register(Region(memory.data_ptr(), 64))
+        read(reader, source.session_id, ReadOp("a/0", memory.data_ptr(), cell.addr, 64))
+
+
+def test_a_contact_that_has_failed_leaves_no_engine_behind_whoever_keeps_the_error(reader: MooncakeEngine) -> None:
+    errors = []
+    with HostilePeer(says(framed(b"[]"))) as peer:
+        before = descriptors()
+        for _ in range(3):
+            with pytest.raises(ReadFailed) as failed:
+                reader.connect(peer.session_id)
+            errors.append(failed.value)
+        wait_until(lambda: descriptors() <= before + len(errors))  # those of the server
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+# -- loads -----------------------------------------------------------------------------------------------------------------------
+
+
+def weights() -> Tensors:
+    return {f"t{number}": torch.full((1 << 18,), number, dtype=torch.int32) for number in range(1, 9)}
+
+
+class Sources:
+    """Instances of one model, with the same weights."""
+
+    def __init__(self, registry: Registry, stack: ExitStack) -> None:
+        self._registry = registry
+        self._stack = stack
+
+    def healthy(self, instance: str) -> None:
+        self._publish(instance, MooncakeEngine("127.0.0.1"))
+
+    def hostile(self, instance: str, *behaviours: Behaviour) -> HostilePeer:
+        peer = self._stack.enter_context(HostilePeer(*behaviours))
+        self._publish(instance, Impostor(peer.session_id))
+        return peer
+
+    def _publish(self, instance: str, engine: MooncakeEngine) -> None:
+        self._stack.enter_context(engine)
+        self._stack.enter_context(
+            publish(
+                self._registry,
+                engine,
+                instance=instance,
+                rank=0,
+                world_size=1,
+                model=MODEL,
+                tensors=weights(),
+            )
+        )
+
+
+@pytest.fixture
+def sources(registry: Registry) -> Iterator[Sources]:
+    with ExitStack() as stack:
+        yield Sources(registry, stack)
+
+
+def assert_whole(tensors: Tensors) -> None:
+    for name, wanted in weights().items():
+        assert torch.equal(tensors[name], wanted), name
+
+
+PACE = Pace(256 << 10, 4, stall_s=0.3, patience_s=1.0)
+LOADS = {name: NONSENSE[name] for name in ("a list", "a text for a port", "a huge port", "deep objects", "no length", "nothing")}
+
+
+@pytest.mark.parametrize("behaviour", LOADS.values(), ids=LOADS.keys())
+def test_a_load_goes_on_without_a_source_that_answers_nonsense(
+    registry: Registry, sources: Sources, reader: MooncakeEngine, behaviour: Behaviour
+) -> None:
+    sources.healthy("good")
+    peer = sources.hostile("bad", behaviour)
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in weights().items()}
+    report = load(registry, reader, ["bad", "good"], rank=0, tensors=tensors, pace=PACE)
+    peer.wait_until_met()
+    assert_whole(tensors)
+    assert {share.name: share.nbytes for share in report.shares}["/engines/bad/0"] == 0
+
+
+@pytest.mark.parametrize("behaviour", LOADS.values(), ids=LOADS.keys())
+def test_a_load_from_nobody_but_a_source_that_answers_nonsense_says_who_cannot_be_read(
+    registry: Registry, sources: Sources, reader: MooncakeEngine, behaviour: Behaviour
+) -> None:
+    peer = sources.hostile("bad", behaviour)
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in weights().items()}
+    with pytest.raises(SourceLost, match=f"/engines/bad/0 .*cannot read from {peer.session_id}"):
+        load(registry, reader, "bad", rank=0, tensors=tensors, pace=PACE)
+    assert not any(tensor.any() for tensor in tensors.values())
+
+
+def test_a_start_reads_its_files_where_the_only_peer_answers_nonsense(
+    registry: Registry, sources: Sources, reader: MooncakeEngine, tmp_path: Path
+) -> None:
+    peer = sources.hostile("bad", says(framed(b"[]")))
+    write_weights(weights(), tmp_path / "model.safetensors")
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in weights().items()}
+    with load_or_seed(
+        registry,
+        reader,
+        MODEL,
+        tensors,
+        fallback=tmp_path,
+        instance="mine",
+        rank=0,
+        world_size=1,
+    ) as seeded:
+        assert_whole(tensors)
+    assert seeded.source == "disk"
+    assert f"cannot read from {peer.session_id}" in seeded.reason
