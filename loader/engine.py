@@ -45,7 +45,12 @@ class Engine(Protocol):
         """Lets `start` write into the region; peers see it only where the protocol cannot do without. Else as `register`."""
 
     def take_back(self, region: Region) -> None:
-        """Ends one `lend` of the same region. Reads into it must have ended."""
+        """Ends one `lend` of the same region. Reads into it must have ended.
+
+        EngineFailed where one that was abandoned may still write there: the region then stays lent,
+        and until that read has ended, memory that it may write to is neither lent nor registered
+        nor read into.
+        """
 
     def connect(self, peer: str) -> None:
         """Makes the first contact with a peer, see `peer_of`; at once where that has been made. ReadFailed if nobody answers there.
@@ -62,14 +67,22 @@ class Engine(Protocol):
     def done(self, number: int) -> bool:
         """Whether the read has brought all its bytes; ReadFailed if it never will.
 
+        A read that was abandoned is not done as long as it may still write, and then has failed.
         After either answer the number is void, and asking again a KeyError.
         """
 
-    def abandon(self, peer: str) -> bool:
-        """Ends every read from that peer that is not over, and a `connect` that hangs. Never waits long.
+    def abandon(self, peer: str) -> None:
+        """Gives up every read from that peer that is not over, and a `connect` that hangs. Never
+        waits for the peer, and raises nothing.
 
-        True: none of them writes any more. False: some still may; ask again. Where there is nothing to end, the contact stays.
+        Reads that the engine can end have ended when this returns, and write nothing any more. It
+        can end all of them if it has an engine for each peer, as over tcp. Over rdma they go on
+        until the peer has answered or is known to be gone: see `settled`. Where there is nothing to
+        give up, the contact stays.
         """
+
+    def settled(self, peer: str) -> bool:
+        """Whether no read from that peer that was abandoned may write any more. Never waits."""
 
     def close(self) -> None:
         """Ends the engine with all its registrations; any number of times."""

@@ -1,6 +1,7 @@
 """An engine that reads the memory of others of its class in the same process, with the same refusals as the real one.
 
-For tests and single-process uses. Its faults have names: `pause` and `resume` a peer, `delay_s` for every read.
+For tests and single-process uses. Its faults have names: `pause` and `resume` a peer, `delay_s` for every read, and reads that
+cannot be ended, as over rdma.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import ClassVar
 
 from loader.engine import session_of
 from loader.errors import EngineFailed, ReadFailed
+from loader.lingering import Lingering
 from loader.plan import ReadOp
 from loader.region_book import RegionBook, Tiles
 from registry.manifest import Region
@@ -28,6 +31,7 @@ class _Read:
     due: float
     over: bool = False
     failed: bool = False
+    given_up: bool = False
 
 
 class InProcessEngine:
@@ -36,12 +40,15 @@ class InProcessEngine:
     _peers: ClassVar[weakref.WeakValueDictionary[str, InProcessEngine]] = weakref.WeakValueDictionary()
     _numbers = itertools.count(1)
 
-    def __init__(self, fabric: str = "", delay_s: float = 0.0) -> None:
-        """`delay_s`: how long a read of this engine's memory takes at least."""
+    def __init__(self, fabric: str = "", delay_s: float = 0.0, can_end_reads: bool = True) -> None:
+        """`delay_s`: how long a read of this engine's memory takes at least. Unless this engine can
+        end its reads, those that are abandoned go on until their peer answers or ends."""
         self._fabric = fabric
         self._delay_s = delay_s
         self._served = RegionBook()
         self._lent = RegionBook()
+        self._can_end_reads = can_end_reads
+        self._lingering = Lingering()
         self._session_id = f"in-process:{next(self._numbers)}"
         self._closed = False
         self._running = threading.Event()  # not paused
@@ -66,6 +73,7 @@ class InProcessEngine:
     def register(self, region: Region) -> Tiles:
         with self._served.lock:
             self._check_open()
+            self._lingering.check(region.addr, region.nbytes)
             return self._served.begin(region).tiles
 
     def unregister(self, region: Region) -> None:
@@ -75,9 +83,11 @@ class InProcessEngine:
     def lend(self, region: Region) -> Tiles:
         with self._lent.lock:
             self._check_open()
+            self._lingering.check(region.addr, region.nbytes)
             return self._lent.begin(region).tiles
 
     def take_back(self, region: Region) -> None:
+        self._lingering.check(region.addr, region.nbytes)
         with self._lent.lock:
             self._lent.end(region)
 
@@ -93,6 +103,7 @@ class InProcessEngine:
         self._check_open()
         with self._lent.lock:
             self._lent.check_destination(op)
+        self._lingering.check(op.dst_addr, op.nbytes)
         engine = self._engine_of(peer)
         with self._lock:
             if peer not in self._connected:
@@ -108,7 +119,7 @@ class InProcessEngine:
             if not read.over:
                 return False
             del self._reads[number]
-        if read.failed:
+        if read.failed or read.given_up:
             session_id = session_of(read.peer)
             raise ReadFailed(
                 f"cannot read from {session_id}: it has ended or was abandoned, or {read.op.src_addr:#x} is not registered",
@@ -131,20 +142,30 @@ class InProcessEngine:
             if not read.failed:
                 ctypes.memmove(op.dst_addr, op.src_addr, op.nbytes)
 
-    def abandon(self, peer: str) -> bool:
+    def abandon(self, peer: str) -> None:
         with self._lock:
-            for read in self._reads.values():
-                if read.peer == peer and not read.over:
-                    read.over = read.failed = True
-                    self._connected.discard(peer)
-        return True
+            given_up = [read for read in self._reads.values() if read.peer == peer and not (read.over or read.given_up)]
+            for read in given_up:
+                read.given_up = True
+                read.over = self._can_end_reads
+                self._connected.discard(peer)
+        for read in given_up:
+            self._lingering.add(peer, read.op, partial(self._has_ended, read))
+
+    def settled(self, peer: str) -> bool:
+        return self._lingering.settled(peer)
+
+    def _has_ended(self, read: _Read) -> bool:
+        with self._lock:
+            self._carry_out(read)
+            return read.over
 
     def pause(self) -> None:
         """From now on this engine answers nobody, like a process that is stopped."""
         self._running.clear()
 
     def resume(self) -> None:
-        """Answers whatever has been asked meanwhile and was not abandoned, whether or not anybody still waits for it."""
+        """Answers whatever has been asked meanwhile and was not ended, whether or not anybody still waits for it."""
         self._running.set()
         for reader in list(self._peers.values()):
             with reader._lock:
@@ -158,6 +179,7 @@ class InProcessEngine:
             self._peers.pop(self._session_id, None)
             self._served.clear()
             self._lent.clear()
+            self._lingering.clear()
 
     def _engine_of(self, peer: str) -> InProcessEngine:
         session_id = session_of(peer)

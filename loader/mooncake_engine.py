@@ -1,9 +1,9 @@
 """Mooncake's transfer engine behind `Engine`: an engine of the library that serves our memory, and readers of peers.
 
-One engine of the library serves our memory to peers. But for RDMA every peer that we read from gets one of its own besides: a
-read that hangs cannot be cancelled, but it ends with the engine that it was started on; a peer that does not answer a first contact
-blocks the engine that makes it for a minute; and what has been learnt of a peer's memory is never learnt anew. Such an engine costs
-1 ms, two threads and five file descriptors.
+Over tcp and nvlink_intra every peer is read from by an engine for it alone: a read that hangs cannot be cancelled, but it ends with
+the engine that it was started on; a peer that does not answer a first contact blocks the engine that makes it; and what has been
+learnt of a peer's memory is never learnt anew. Such an engine costs 1 ms, two threads and five file descriptors. Over rdma it would
+have to register all memory that is read into once more, so there the engine that serves also reads.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import TracebackType
 from loader.cuda import on_device_of
 from loader.engine import session_of
 from loader.errors import EngineFailed, EngineUnavailable, ReadFailed
+from loader.lingering import Lingering
 from loader.mooncake_binding import Binding
 from loader.mooncake_machine import check_host, rdma_devices, this_host
 from loader.mooncake_reader import Reader
@@ -28,7 +29,7 @@ from registry.record import PROTOCOLS
 
 _MAX_REGIONS = 12_000  # what a peer is told of them must fit into 1 MB; each takes longer to register than the one before
 _MAX_READERS = 128  # peers whose readers are kept for the next load from them
-_OWN_READERS = ("tcp", "nvlink_intra")  # over RDMA an engine is dear, and a read ends whatever its peer's process does
+_SHARED = ("rdma",)  # protocols over which one engine reads from all peers
 
 
 class MooncakeEngine:
@@ -38,8 +39,20 @@ class MooncakeEngine:
     networks only. `host` is what peers connect to, so an address of this machine that they can reach.
     """
 
-    def __init__(self, host: str, protocol: str = "tcp", device: str = "", fabric: str = "") -> None:
-        """`protocol`: tcp, rdma or nvlink_intra; `device`: RDMA device names, comma-separated, empty for all."""
+    def __init__(
+        self,
+        host: str,
+        protocol: str = "tcp",
+        device: str = "",
+        fabric: str = "",
+        *,
+        shared: bool | None = None,
+    ) -> None:
+        """`protocol`: tcp, rdma or nvlink_intra; `device`: RDMA device names, comma-separated, empty for all.
+
+        `shared`, whether the engine that serves reads from all peers, is as the protocol needs it
+        unless a test says otherwise.
+        """
         if protocol not in PROTOCOLS:
             raise EngineUnavailable(f"protocol {protocol!r} is unknown: use one of {', '.join(PROTOCOLS)}")
         if protocol == "rdma" and not rdma_devices():
@@ -51,9 +64,11 @@ class MooncakeEngine:
         self._protocol = protocol
         self._device = device
         self._fabric = fabric or (this_host() if protocol == "nvlink_intra" else "")
+        self._shared = protocol in _SHARED if shared is None else shared
         self._served = RegionBook()
         # But for RDMA an engine writes wherever it is told to, so peers need not be able to reach what is only read into.
         self._lent = self._served if protocol == "rdma" else RegionBook()
+        self._lingering = Lingering()
         self._lock = threading.Lock()  # of what follows
         self._readers: dict[str, Reader] = {}  # by peer, the oldest first
         self._reads: dict[int, tuple[Reader, int]] = {}  # by number: the reader and its batch
@@ -79,6 +94,7 @@ class MooncakeEngine:
     def register(self, region: Region) -> Tiles:
         with self._served.lock:
             binding = self._open()
+            self._lingering.check(region.addr, region.nbytes)
             tiles, new = self._served.begin(region)
             registered: list[Region] = []
             try:
@@ -113,9 +129,11 @@ class MooncakeEngine:
             return self.register(region)
         with self._lent.lock:
             self._open()
+            self._lingering.check(region.addr, region.nbytes)
             return self._lent.begin(region).tiles
 
     def take_back(self, region: Region) -> None:
+        self._lingering.check(region.addr, region.nbytes)
         if self._lent is self._served:
             return self.unregister(region)
         with self._lent.lock:
@@ -127,14 +145,14 @@ class MooncakeEngine:
         with self._lock:
             reader = self._readers.get(peer)
         if reader is None:
-            own = self._protocol in _OWN_READERS
-            made = Reader(peer, self._protocol, self._new_engine() if own else self._open(), own)
+            binding = self._open() if self._shared else self._new_engine()
+            made = Reader(peer, self._protocol, binding, own=not self._shared)
             with self._lock:
                 reader = self._readers.setdefault(peer, made)
         try:
             reader.connect()
         except ReadFailed:
-            self.abandon(peer)
+            self._drop(peer, reader)
             raise
         self._forget_idle_readers()
 
@@ -142,6 +160,7 @@ class MooncakeEngine:
         with self._lent.lock:
             self._open()
             self._lent.check_destination(op)
+        self._lingering.check(op.dst_addr, op.nbytes)
         with self._lock:
             reader = self._readers.get(peer)
         if reader is None:
@@ -166,21 +185,27 @@ class MooncakeEngine:
             raise reader.failed()
         return arrived is True
 
-    def abandon(self, peer: str) -> bool:
+    def abandon(self, peer: str) -> None:
         with self._lock:
             reader = self._readers.get(peer)
-            if reader is None or not reader.busy:
-                return True
-            del self._readers[peer]
-        reader.close()
-        return True
+        if reader is not None and reader.busy:
+            self._drop(peer, reader)
+
+    def settled(self, peer: str) -> bool:
+        return self._lingering.settled(peer)
+
+    def _drop(self, peer: str, reader: Reader) -> None:
+        with self._lock:
+            if self._readers.get(peer) is reader:
+                del self._readers[peer]
+        for op, ended in reader.give_up():
+            self._lingering.add(peer, op, ended)
 
     def close(self) -> None:
         with self._lock:
-            readers = list(self._readers.values())
-            self._readers.clear()
-        for reader in readers:
-            reader.close()
+            readers = list(self._readers.items())
+        for peer, reader in readers:
+            self._drop(peer, reader)
         with self._served.lock:
             binding, self._binding = self._binding, None
             if binding is not None:
@@ -189,6 +214,7 @@ class MooncakeEngine:
                 binding.end()
             self._served.clear()
             self._lent.clear()
+            self._lingering.clear()
 
     def _where(self, region: Region) -> AbstractContextManager[None]:
         return on_device_of(region.addr) if self._protocol == "nvlink_intra" else nullcontext()
@@ -201,11 +227,10 @@ class MooncakeEngine:
     def _forget_idle_readers(self) -> None:
         """The ones that have been there longest, if there are too many."""
         with self._lock:
-            idle = [peer for peer, reader in self._readers.items() if not reader.busy]
+            idle = [(peer, reader) for peer, reader in self._readers.items() if not reader.busy]
             surplus = idle[: max(0, len(self._readers) - _MAX_READERS)]
-            dropped = [self._readers.pop(peer) for peer in surplus]
-        for reader in dropped:
-            reader.close()
+        for peer, reader in surplus:
+            self._drop(peer, reader)
 
     def __enter__(self) -> MooncakeEngine:
         return self

@@ -1,90 +1,102 @@
-"""Reads from one peer: by an engine for this peer alone, or by one that reads from all of them."""
+"""Reads from one peer: by an engine for this peer alone, or by one that reads from all of them.
+
+An engine of its own can be ended, and its reads end with it. A shared one cannot, so its reads go
+on after they are given up, until the peer answers or the way there is known to be cut.
+"""
 
 from __future__ import annotations
 
 import threading
-import time
+from collections.abc import Callable
 
 from loader.engine import session_of
 from loader.errors import EngineFailed, ReadFailed
 from loader.mooncake_binding import Binding
 from loader.plan import ReadOp
 
-_DRAIN_S = 60.0
+Ended = Callable[[], bool]
 
 
 class Reader:
-    """What reads from one peer, and can be made to stop. `own`: its engine is for this peer alone, and ends with it."""
+    """What reads from one peer. `own`: its engine is for this peer alone, and ends with it."""
 
     def __init__(self, peer: str, protocol: str, binding: Binding, own: bool) -> None:
         self.session_id = session_of(peer)
         self._protocol = protocol
         self._own = own
         self._lock = threading.Lock()  # held during calls, which are short once the peer is connected
-        self._binding: Binding | None = binding  # None once closed
+        self._binding = binding
         self._connected = False
-        self._batches: set[int] = set()  # of one read each, not over yet
-        self._unsure = False  # stays True if an interrupt comes before it is noted that a batch has begun, or is over
+        self._given_up = False
+        self._batches: dict[int, ReadOp] = {}  # of one read each, not over yet
+        # What a call is about that has not come back. It stays here if an interrupt came before it
+        # was noted that the read had begun or was over, or if the library failed: that may still write.
+        self._unsure: list[ReadOp] = []
 
     @property
     def busy(self) -> bool:
-        return bool(self._batches) or self._unsure or not self._connected
+        return bool(self._batches or self._unsure) or not self._connected
 
     def connect(self) -> None:
-        binding = self._binding  # not under the lock: this may last, and then nothing else is going on here
-        if not self._connected:
-            self._connected = binding is not None and binding.meet(self.session_id)
+        # Not under the lock: this may last, and then nothing else is going on here.
+        if not self._connected and not self._given_up:
+            self._connected = self._binding.meet(self.session_id)
         if not self._connected:
             raise self.failed()
 
     def begin(self, op: ReadOp) -> int:
         """The read's batch. ReadFailed where the peer is not connected."""
         with self._lock:
-            if self._binding is None or not self._connected:
+            if self._given_up or not self._connected:
                 raise self.failed()
-            self._unsure = True
+            self._unsure.append(op)
             batch = self._binding.begin(self.session_id, op)
             if batch is not None:
-                self._batches.add(batch)
-            self._unsure = False
+                self._batches[batch] = op
+            self._unsure.pop()
         if batch is None:
             raise self.failed()
         return batch
 
     def arrived(self, batch: int) -> bool | None:
-        """None: not yet."""
+        """Whether it has brought its bytes; None: not yet. Nothing of what was given up has."""
         with self._lock:
-            if self._binding is None or batch not in self._batches:  # asking about one that is over ends the process
+            if batch not in self._batches:
                 return False
-            self._unsure = True
-            self._batches.discard(batch)
-            arrived = self._binding.arrived(self.session_id, batch)
+            self._unsure.append(self._batches[batch])
+            del self._batches[batch]  # asking about one that is over ends the process
+            try:
+                arrived = self._binding.arrived(self.session_id, batch)
+            except ReadFailed:
+                self._batches[batch] = self._unsure.pop()
+                raise
             if arrived is None:
-                self._batches.add(batch)
-            self._unsure = False
-            return arrived
+                self._batches[batch] = self._unsure[-1]
+            self._unsure.pop()
+        return arrived if arrived is None else arrived and not self._given_up
 
-    def close(self) -> None:
+    def give_up(self) -> list[tuple[ReadOp, Ended]]:
+        """Nothing can be read any more. Returns what may still write, and how to ask whether it has ended."""
         with self._lock:
-            binding, self._binding = self._binding, None
-            if binding is None:
-                return
+            self._given_up = True
             if self._own:
                 # Destroys the engine, here and now: only a first contact that hangs, and has read nothing, may hold it.
-                binding.end()
-            else:
-                self._drain(binding)
+                self._binding.end()
+                self._batches.clear()
+                self._unsure.clear()
+            left: list[tuple[ReadOp, Ended]] = [(op, self._ended(batch)) for batch, op in self._batches.items()]
+            return left + [(op, lambda: False) for op in self._unsure]
 
-    def _drain(self, binding: Binding) -> None:
-        deadline = time.monotonic() + _DRAIN_S
-        while self._batches:
-            self._batches = {batch for batch in self._batches if binding.arrived(self.session_id, batch) is None}
-            if time.monotonic() > deadline:
-                raise EngineFailed(
-                    f"reads from {self.session_id} have not ended in {_DRAIN_S:.0f} s: the memory that they write to must not be "
-                    "used again before this process ends"
-                )
-            time.sleep(1e-3)
+    def _ended(self, batch: int) -> Ended:
+        def ended() -> bool:
+            try:
+                return self.arrived(batch) is not None
+            except ReadFailed:
+                return False
+            except EngineFailed:  # the engine has ended
+                return True
+
+        return ended
 
     def failed(self) -> ReadFailed:
         return ReadFailed(

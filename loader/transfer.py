@@ -405,8 +405,9 @@ class Transfer:
             return True
 
     def _end_reads(self, pipe: Pipe) -> bool:
-        """Whether they have all ended. Those that the engine cannot end at once go on, and what they bring stays theirs."""
-        if not self._engine.abandon(pipe.source.peer):
+        """Whether they have all ended. Those that the engine cannot end go on, and nobody else may write where they do."""
+        self._engine.abandon(pipe.source.peer)
+        if not self._engine.settled(pipe.source.peer):
             return False
         metrics.ABANDONED_READS.inc(amount=len(pipe.in_flight))
         for number in list(pipe.in_flight):

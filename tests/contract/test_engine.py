@@ -1,13 +1,21 @@
-"""What every engine does: the same suite for the real transfer engine over tcp and for the one within a process."""
+"""What every engine does: the same suite for the real transfer engine over tcp and for the one within a process.
+
+Each of them also as over rdma, where one engine reads from all peers and cannot end a read.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -97,14 +105,39 @@ class Peers:
                 self.reader.take_back(memory.region)
 
 
-@pytest.fixture(scope="module", params=["in process", "mooncake over tcp"])
-def new_engine(request: pytest.FixtureRequest) -> Iterator[NewEngine]:
+@dataclass(frozen=True)
+class Kind:
+    """`can_end_reads`: those that are abandoned have ended when `abandon` returns, though the peer does not answer."""
+
+    make: Callable[[], Engine]
+    can_end_reads: bool
+
+
+KINDS = {
+    "in process": Kind(InProcessEngine, True),
+    "in process, unable to end reads": Kind(partial(InProcessEngine, can_end_reads=False), False),
+    "mooncake over tcp": Kind(partial(MooncakeEngine, "127.0.0.1"), True),
+    "mooncake over tcp, one engine for all peers": Kind(partial(MooncakeEngine, "127.0.0.1", shared=True), False),
+}
+
+
+@pytest.fixture(scope="module", params=list(KINDS.values()), ids=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> Kind:
+    kind: Kind = request.param
+    return kind
+
+
+@pytest.fixture(scope="module")
+def new_engine(kind: Kind) -> Iterator[NewEngine]:
     """Makes engines that are closed in the end."""
     with ExitStack() as stack:
-        if request.param == "in process":
-            yield lambda: stack.enter_context(InProcessEngine())
-        else:
-            yield lambda: stack.enter_context(MooncakeEngine("127.0.0.1", protocol="tcp"))
+
+        def make() -> Engine:
+            engine = kind.make()
+            stack.callback(engine.close)
+            return engine
+
+        yield make
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +312,7 @@ def test_a_second_contact_changes_nothing(peers: Peers) -> None:
 def test_abandoning_a_peer_ends_what_is_in_flight_and_the_next_contact_works(peers: Peers) -> None:
     numbers = peers.start(*[peers.op(0, 0, NBYTES) for _ in range(8)])
     peers.reader.abandon(peers.session_id)
+    wait_until(lambda: peers.reader.settled(peers.session_id))
     for number in numbers:
         try:
             assert peers.reader.done(number)  # had come before
@@ -310,6 +344,7 @@ def test_abandoning_when_nothing_is_in_flight_keeps_the_contact(peers: Peers) ->
     peers.reader.abandon("127.0.0.1:1")
     peers.reader.start(peers.session_id, peers.op(0, 0, 64))
     peers.reader.abandon(peers.session_id)
+    wait_until(lambda: peers.reader.settled(peers.session_id))
 
 
 def test_abandoning_one_peer_leaves_reads_from_others_alone(mortal: Peers, peers: Peers) -> None:
@@ -318,6 +353,181 @@ def test_abandoning_one_peer_leaves_reads_from_others_alone(mortal: Peers, peers
     mortal.reader.abandon(mortal.session_id)
     peers.finish(numbers)
     assert bytes(peers.dst) == bytes(peers.src)
+
+
+# -- peers that stop -------------------------------------------------------------------------------------------------------------
+
+SOURCE = """
+import ctypes, os, sys
+from loader import MooncakeEngine
+from registry import Region
+content = bytes(range(256)) * int(sys.argv[1])
+memory = ctypes.create_string_buffer(content, len(content))
+region = Region(ctypes.addressof(memory), len(content))
+with MooncakeEngine("127.0.0.1") as engine:
+    engine.register(region)
+    print(engine.session_id, region.addr, flush=True)
+    sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True)
+class Stoppable:
+    """A peer of this reader that holds NBYTES of a known content, and can stop answering and go on."""
+
+    session_id: str
+    addr: int
+    stop: Callable[[], object]
+    go_on: Callable[[], object]
+    content = bytes(range(256)) * (NBYTES // 256)
+
+    def op(self, dst: Memory, nbytes: int = NBYTES) -> ReadOp:
+        return ReadOp("a/0", self.addr, dst.region.addr, nbytes)
+
+
+@contextmanager
+def stoppable_engine() -> Iterator[Stoppable]:
+    with InProcessEngine() as engine:
+        memory = Memory(Stoppable.content)
+        engine.register(memory.region)
+        yield Stoppable(engine.session_id, memory.region.addr, engine.pause, engine.resume)
+
+
+@contextmanager
+def stoppable_process() -> Iterator[Stoppable]:
+    command = [sys.executable, "-c", SOURCE, str(NBYTES // 256)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        session_id, addr = process.stdout.readline().split()
+        signals = partial(process.send_signal, signal.SIGSTOP), partial(process.send_signal, signal.SIGCONT)
+        try:
+            yield Stoppable(session_id, int(addr), *signals)
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def stoppable(peers: Peers) -> Iterator[Stoppable]:
+    with stoppable_engine() if isinstance(peers.reader, InProcessEngine) else stoppable_process() as source:
+        yield source
+
+
+def stop_with_reads_under_way(peers: Peers, stoppable: Stoppable, dst: Memory) -> list[int]:
+    """Their numbers."""
+    peers.reader.connect(stoppable.session_id)
+    stoppable.stop()
+    return [peers.reader.start(stoppable.session_id, stoppable.op(dst)) for _ in range(4)]
+
+
+def test_abandoned_reads_from_a_peer_that_has_stopped_write_nothing_once_they_are_settled(
+    kind: Kind, peers: Peers, stoppable: Stoppable
+) -> None:
+    dst = Memory(bytes(NBYTES))
+    peers.reader.lend(dst.region)
+    numbers = stop_with_reads_under_way(peers, stoppable, dst)
+    peers.reader.abandon(stoppable.session_id)
+    assert peers.reader.settled(stoppable.session_id) is kind.can_end_reads
+    if not kind.can_end_reads:
+        assert not any(peers.reader.done(number) for number in numbers)
+        stoppable.go_on()
+        wait_until(lambda: peers.reader.settled(stoppable.session_id))
+    for number in numbers:
+        with pytest.raises(ReadFailed, match=f"cannot read from {stoppable.session_id}"):
+            peers.reader.done(number)
+        with pytest.raises(KeyError):
+            peers.reader.done(number)
+    ctypes.memset(dst.region.addr, 77, NBYTES)
+    stoppable.go_on()
+    # By when this has been read, the peer has long sent what it had been asked for before.
+    read_again(peers, stoppable)
+    assert bytes(dst) == bytes([77]) * NBYTES
+    peers.reader.take_back(dst.region)
+
+
+def read_again(peers: Peers, stoppable: Stoppable) -> None:
+    fresh = Memory(bytes(NBYTES))
+    peers.reader.lend(fresh.region)
+    read(peers.reader, stoppable.session_id, stoppable.op(fresh))
+    assert bytes(fresh) == stoppable.content
+    peers.reader.take_back(fresh.region)
+
+
+def test_memory_that_an_abandoned_read_may_write_to_is_for_nobody_until_that_has_ended(
+    kind: Kind, peers: Peers, stoppable: Stoppable
+) -> None:
+    dst = Memory(bytes(NBYTES))
+    half, other = dst.part(0, NBYTES // 2), dst.part(NBYTES // 2 + 4096, 64)
+    peers.reader.lend(half)
+    peers.reader.connect(stoppable.session_id)
+    stoppable.stop()
+    peers.reader.start(stoppable.session_id, stoppable.op(dst, half.nbytes))
+    peers.reader.abandon(stoppable.session_id)
+    peers.reader.connect(peers.session_id)
+    read_into_it = ReadOp("a/0", peers.src.region.addr, half.addr, 64)
+    uses: list[Callable[[], object]] = [
+        lambda: peers.reader.lend(dst.part(half.nbytes - 1, 64)),
+        lambda: peers.reader.register(dst.region),
+        lambda: peers.reader.start(peers.session_id, read_into_it),
+        lambda: peers.reader.take_back(half),
+    ]
+    for use in uses:
+        with (
+            nullcontext()
+            if kind.can_end_reads
+            else pytest.raises(EngineFailed, match=f"a read from {stoppable.session_id} that was given up may still write")
+        ):
+            use()
+    peers.reader.lend(other)  # beside it
+    peers.read(ReadOp("a/0", peers.src.region.addr, other.addr, 64))
+    stoppable.go_on()
+    wait_until(lambda: peers.reader.settled(stoppable.session_id))
+    for region in (half, other, dst.part(half.nbytes - 1, 64)):
+        peers.reader.take_back(region)
+    peers.reader.unregister(dst.region)
+    with pytest.raises(EngineFailed, match="lend the destination first"):
+        peers.reader.start(peers.session_id, read_into_it)
+
+
+def test_a_peer_that_has_stopped_does_not_keep_others_from_being_read_or_abandoned(peers: Peers, stoppable: Stoppable) -> None:
+    dst = Memory(bytes(NBYTES))
+    peers.reader.lend(dst.region)
+    stop_with_reads_under_way(peers, stoppable, dst)
+    peers.read_all()
+    peers.reader.abandon(stoppable.session_id)
+    ctypes.memset(peers.dst.region.addr, 0, NBYTES)
+    peers.read_all()
+    assert bytes(peers.dst) == bytes(peers.src)
+    peers.start(peers.op(0, 0, 64))
+    peers.reader.abandon(peers.session_id)
+    wait_until(lambda: peers.reader.settled(peers.session_id))
+    stoppable.go_on()
+    wait_until(lambda: peers.reader.settled(stoppable.session_id))
+    peers.reader.take_back(dst.region)
+
+
+def test_a_peer_that_has_ended_settles_what_was_abandoned(peers: Peers, mortal: Peers) -> None:
+    mortal.start(*[mortal.op(0, 0, NBYTES) for _ in range(4)])
+    mortal.reader.abandon(mortal.session_id)
+    mortal.source.close()
+    wait_until(lambda: mortal.reader.settled(mortal.session_id))
+    peers.read_all()
+
+
+def test_closing_ends_what_was_abandoned_whether_the_peer_answers_or_not(
+    new_engine: NewEngine, peers: Peers, stoppable: Stoppable
+) -> None:
+    own = Peers(peers.source, new_engine())
+    dst = Memory(bytes(NBYTES))
+    own.reader.lend(dst.region)
+    stop_with_reads_under_way(own, stoppable, dst)
+    own.reader.abandon(stoppable.session_id)
+    own.reader.close()
+    own.part_ways()
+    assert own.reader.settled(stoppable.session_id)
+    ctypes.memset(dst.region.addr, 77, NBYTES)
+    stoppable.go_on()
+    read_again(peers, stoppable)
+    assert bytes(dst) == bytes([77]) * NBYTES
 
 
 # -- registering -----------------------------------------------------------------------------------------------------------------

@@ -212,10 +212,11 @@ def test_a_source_cut_off_by_the_network_is_given_up_in_bounded_time(
 
 
 def assert_all_is_given_back(sources: Sources, engine: MooncakeEngine, tensors: dict[str, torch.Tensor]) -> None:
-    for tensor in tensors.values():  # could not be, were they still registered as part of something
-        region = Region(tensor.untyped_storage().data_ptr() - 1, tensor.untyped_storage().nbytes() + 1)
-        engine.register(region)
+    for tensor in tensors.values():  # would be a tile of its own, were it still registered or lent
+        region = Region(tensor.untyped_storage().data_ptr() - 1, tensor.untyped_storage().nbytes() + 2)
+        assert engine.register(region) == engine.lend(region) == (region,)
         engine.unregister(region)
+        engine.take_back(region)
     assert sources.registry.pulls(sources.registry.ranks("a")[0]) == 0
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -266,30 +268,46 @@ def test_nobody_at_the_address_is_told_by_the_first_contact(engine: MooncakeEngi
         engine.start("127.0.0.99:1", OP)
 
 
-def test_abandoned_reads_have_failed_and_over_rdma_they_have_ended(engine: MooncakeEngine, library: Library) -> None:
-    library.answers = [0, 0, 0, 1]
+def test_abandoned_reads_end_with_their_engine_and_where_that_is_shared_when_the_library_says_so(
+    engine: MooncakeEngine, library: Library
+) -> None:
+    library.answers = [0, 0, -2, 1]
     engine.connect(PEER)
-    contact = set(library.batches)
     numbers = [engine.start(PEER, OP) for _ in range(3)]
     engine.abandon(PEER)
-    if engine.protocol == "rdma":
-        assert set(library.batches) == contact
+    assert engine.settled(PEER) is (engine.protocol == "tcp")
+    engine.connect(PEER)
+    while not engine.settled(PEER):
+        assert not engine.done(numbers[0])
+        with pytest.raises(EngineFailed, match=r"a read from 127\.0\.0\.1:1 that was given up may still write 64 bytes to 0x1000"):
+            engine.start(PEER, OP)
     for number in numbers:
         with pytest.raises(ReadFailed):
             engine.done(number)
+    assert not engine.done(engine.start(PEER, OP))
 
 
-def test_a_read_that_does_not_end_over_rdma_is_told_as_memory_that_must_not_be_used(
-    library: Library, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("call", ["batch_transfer_async_read", "transfer_check_status"])
+def test_a_read_of_which_an_interrupt_hid_whether_it_is_over_may_still_write(
+    engine: MooncakeEngine, library: Library, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    monkeypatch.setattr("loader.mooncake_reader._DRAIN_S", 0.0)
-    engine = MooncakeEngine("127.0.0.1", "rdma")
-    engine.lend(Region(4096, 64))
     library.answers = [0]
     engine.connect(PEER)
-    engine.start(PEER, OP)
-    with pytest.raises(EngineFailed, match="must not be used again before this process ends"):
-        engine.abandon(PEER)
+    hidden: Callable[[], object] = partial(engine.start, PEER, OP)
+    if call == "transfer_check_status":
+        hidden = partial(engine.done, engine.start(PEER, OP))
+    with monkeypatch.context() as patch:
+        patch.setattr(library, call, lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            hidden()
+    engine.abandon(PEER)
+    if engine.protocol == "tcp":
+        engine.take_back(Region(4096, 64))
+    else:
+        with pytest.raises(EngineFailed, match="may still write 64 bytes"):
+            engine.take_back(Region(4096, 64))
+    engine.close()
+    assert engine.settled(PEER)
 
 
 def test_contacts_that_are_kept_have_a_limit_and_those_in_use_stay(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:

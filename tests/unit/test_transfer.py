@@ -445,47 +445,32 @@ def test_an_evicted_source_that_has_brought_nothing_is_done_without(bench: Bench
     bench.run(bench.transfer())
 
 
-class Stubborn(InProcessEngine):
-    """Is in contact with a stopped peer, and cannot end what it reads from there before it has been asked so often."""
-
-    def __init__(self, peer: str, refusals: int) -> None:
-        super().__init__()
-        self.peer = peer
-        self.refusals = refusals
-        self._connected.add(peer)
-
-    def connect(self, peer: str) -> None:
-        if peer != self.peer:
-            super().connect(peer)
-
-    def abandon(self, peer: str) -> bool:
-        if peer == self.peer and self.refusals:
-            self.refusals -= 1
-            return False
-        return super().abandon(peer)
+def in_contact(bench: Bench) -> tuple[InProcessEngine, InProcessEngine]:
+    """A reader that cannot end reads, as over RDMA, in contact with a source that stops then; and another source."""
+    stopped = bench.source()
+    bench.source()
+    reader = InProcessEngine(can_end_reads=False)
+    bench.read_with(reader)
+    bench.sources[0].check()
+    stopped.pause()
+    return reader, stopped
 
 
 def test_reads_that_cannot_be_ended_do_not_keep_another_source_from_bringing_the_rest(bench: Bench) -> None:
-    stopped = bench.source()
-    bench.source()
-    stopped.pause()
-    reader = Stubborn(stopped.session_id, 5)
-    bench.read_with(reader)
-    transfer = bench.transfer()
+    reader, stopped = in_contact(bench)
+    going_on = threading.Timer(0.5, stopped.resume)
+    going_on.start()
+    transfer = bench.transfer(replace(PACE, patience_s=20))
     bench.run(transfer)
     assert isinstance(transfer.shares[0].error, Stalled)
-    assert reader.refusals == 0
+    assert reader.settled(stopped.session_id)
     before_the_end = [one.total_nbytes - one.nbytes for one in bench.progress[:-2]]
     assert before_the_end[-1] == 2 * CHUNK  # all but what the stopped one had been asked for
 
 
 def test_memory_that_a_read_may_still_write_to_is_not_handed_back_silently(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loader.transfer._HAND_BACK_S", 0.1)
-    stopped = bench.source()
-    bench.source()
-    stopped.pause()
-    reader = Stubborn(stopped.session_id, 10**6)
-    bench.read_with(reader)
+    reader, stopped = in_contact(bench)
     with pytest.raises(EngineFailed, match="must not be used again") as caught:
         bench.transfer(on_progress=lambda _: bench.cancel.set()).run()
     assert caught.value.details["unsettled"] == ["source 0"]
@@ -499,11 +484,11 @@ def test_an_engine_that_fails_to_end_reads_of_one_source_ends_those_of_the_other
     class Broken(InProcessEngine):
         broken = True
 
-        def abandon(self, peer: str) -> bool:
+        def abandon(self, peer: str) -> None:
             if peer == bench.sources[0].peer and self.broken:
                 Broken.broken = False
                 raise EngineFailed("for once")
-            return super().abandon(peer)
+            super().abandon(peer)
 
     bench.read_with(Broken())
 
@@ -520,10 +505,10 @@ def test_a_second_interrupt_does_not_leave_reads_in_flight(bench: Bench) -> None
     left = [KeyboardInterrupt(), KeyboardInterrupt(), KeyboardInterrupt()]
 
     class Interrupting(InProcessEngine):
-        def abandon(self, peer: str) -> bool:
+        def abandon(self, peer: str) -> None:
             if left:
                 raise left.pop()
-            return super().abandon(peer)
+            super().abandon(peer)
 
     bench.read_with(Interrupting())
 
@@ -833,13 +818,13 @@ def test_an_interrupt_just_when_a_read_is_over_leaves_nothing_in_flight(bench: B
     bench.source(delay_s=0.005)
     with pytest.raises(KeyboardInterrupt):
         bench.transfer().run()
-    bench.reader.abandon = lambda peer: True  # type: ignore[method-assign]
+    bench.reader.abandon = lambda peer: None  # type: ignore[method-assign]
     bench.assert_nothing_is_in_flight()
 
 
 def test_a_transfer_that_ends_in_order_leaves_the_reads_of_others_from_the_same_source_alone(bench: Bench) -> None:
     class Sharing(InProcessEngine):
-        def abandon(self, session_id: str) -> bool:
+        def abandon(self, session_id: str) -> None:
             raise AssertionError("another load may be reading from it")
 
     bench.read_with(Sharing())

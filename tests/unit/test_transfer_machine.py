@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -67,24 +68,20 @@ class ManualClock:
 
 
 class ManualEngine(InProcessEngine):
-    """Its reads come when they are let, or fail. Those from a stubborn peer cannot be ended."""
+    """Its reads come when they are let, or fail."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, can_end_reads: bool) -> None:
+        super().__init__(can_end_reads=can_end_reads)
         self.held: list[int] = []
-        self.stubborn: set[str] = set()
 
     def start(self, peer: str, op: ReadOp) -> int:
         number = super().start(peer, op)
         self.held.append(number)
         return number
 
-    def done(self, number: int) -> bool:
-        with self._lock:
-            read = self._reads[number]
-            if number in self.held and not read.over:
-                return False
-        return super().done(number)
+    def _carry_out(self, read: Any) -> None:
+        if not any(self._reads.get(number) is read for number in self.held):
+            super()._carry_out(read)
 
     def let_come(self, at: int) -> None:
         number = self.held.pop(at % len(self.held))
@@ -97,13 +94,6 @@ class ManualEngine(InProcessEngine):
         with self._lock:
             if number in self._reads:
                 self._reads[number].over = self._reads[number].failed = True
-
-    def abandon(self, peer: str) -> bool:
-        with self._lock:
-            pending = any(read.peer == peer and not read.over for read in self._reads.values())
-        if pending and peer in self.stubborn:
-            return False
-        return super().abandon(peer)
 
 
 class Served:
@@ -191,7 +181,6 @@ FAULTS: dict[str, Fault] = {
     "it dies": lambda machine, one, at: one.engine.close(),
     "it is withdrawn": the_registry_tells(SourceLost),
     "it is evicted": the_registry_tells(SourceEvicted),
-    "its reads cannot be ended": lambda machine, one, at: machine.reader.stubborn.add(one.engine.session_id),
 }
 
 
@@ -204,8 +193,7 @@ class TransferMachine(RuleBasedStateMachine):
         self.faults: list[str] = []
         self.stack = ExitStack()
         self.clock = ManualClock()
-        self.reader: ManualEngine = ManualEngine()
-        self.stack.callback(self.reader.close)
+        self.reader: ManualEngine = ManualEngine(can_end_reads=True)  # another one may follow
         self.ended: object = None  # True, or what was raised
         self.checked: list[tuple[int, Span]] = []
 
@@ -213,9 +201,12 @@ class TransferMachine(RuleBasedStateMachine):
         loading=st.lists(st.sampled_from([False, False, True]), min_size=1, max_size=3),
         holders=st.one_of(st.just([7] * CHUNKS), st.lists(st.integers(1, 7), min_size=CHUNKS, max_size=CHUNKS)),
         staged=st.sets(st.integers(0, CHUNKS - 1)),
+        can_end_reads=st.booleans(),
     )
-    def begin(self, loading: list[bool], holders: list[int], staged: set[int]) -> None:
+    def begin(self, loading: list[bool], holders: list[int], staged: set[int], can_end_reads: bool) -> None:
         """`holders` has for each chunk, bit by bit, which sources hold it; the first one holds what nobody would."""
+        self.reader = ManualEngine(can_end_reads)
+        self.stack.callback(self.reader.close)
         self.served = [Served(self, number, each) for number, each in enumerate(loading)]
         self.dst = ctypes.create_string_buffer(NBYTES)
         self.buffers = Buffers()
@@ -339,7 +330,7 @@ class TransferMachine(RuleBasedStateMachine):
         try:
             self.transfer.settle(interrupted=False)
         except EngineFailed:
-            assert self.reader.stubborn
+            assert not self.reader._can_end_reads
             return True
         return False
 
