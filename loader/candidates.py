@@ -76,7 +76,7 @@ class Candidate:
 
         False if its record is not any more what was resolved.
         """
-        lend(self._engine, undo, to_register(self._cell.region, self._cell.device.type))
+        lend(self._engine, undo, to_register(self._cell.region, self._cell.device.type), owner=self._cell)
         try:
             ticket = self._registry.pull(self.record, self._reader)
         except EtcdError as exc:

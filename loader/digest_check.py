@@ -56,7 +56,8 @@ class DigestCheck:
         self._check_that_all_is_proven(wanted)
 
     def lend(self, engine: Engine, undo: ExitStack) -> None:
-        lend(engine, undo, *(to_register(cell.region, self._device.type) for cell in self._cells))
+        for cell in self._cells:
+            lend(engine, undo, to_register(cell.region, self._device.type), owner=cell)
 
     def wants(self, span: Span) -> bool:
         """It brings a table, rather than weights."""

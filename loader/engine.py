@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Protocol
 
-from loader.errors import TensorsUnusable, listed
+from loader.errors import EngineFailed, TensorsUnusable, listed
 from loader.plan import ReadOp
 from loader.region_book import Tiles
 from registry.manifest import Manifest, Region
@@ -107,13 +107,28 @@ def offer(engine: Engine, undo: ExitStack, *regions: Region) -> Tiles:
     return tuple(tiles)
 
 
-def lend(engine: Engine, undo: ExitStack, *regions: Region) -> Tiles:
-    """Lends them until `undo` is closed; the tiles of all of them."""
+def lend(engine: Engine, undo: ExitStack, *regions: Region, owner: object) -> Tiles:
+    """Lends them until `undo` is closed; the tiles of all of them.
+
+    `owner` keeps their memory. Where reads that cannot be ended may still write to it, that is EngineFailed when `undo` is closed,
+    and the owner is kept for as long as the process lives: memory that was freed would be somebody else's by then.
+    """
     tiles: list[Region] = []
     for region in regions:
         tiles += engine.lend(region)
-        undo.callback(engine.take_back, region)
+        undo.callback(_take_back, engine, region, owner)
     return tuple(tiles)
+
+
+_STILL_WRITTEN: list[object] = []
+
+
+def _take_back(engine: Engine, region: Region, owner: object) -> None:
+    try:
+        engine.take_back(region)
+    except EngineFailed:
+        _STILL_WRITTEN.append(owner)
+        raise
 
 
 def tiled(manifest: Manifest, tiles: Tiles) -> Manifest:

@@ -134,7 +134,7 @@ def load(
     destination.check_in_place("tensors have other memory than when their Destination was made: make a new one")
     with ExitStack() as undo:
         filling = undo.enter_context(USES.fill(f"a load of {_name_of(source)}", destination.runs))
-        dst = tiled(dst, lend(engine, undo, *dst.regions))
+        dst = tiled(dst, lend(engine, undo, *dst.regions, owner=destination))
         undo.enter_context(on_default_stream(devices[0]))
         undo.callback(wait_for, devices)  # nothing is on its way to the tensors any more
         wait_for(devices)  # nor anything that was begun before
@@ -402,7 +402,7 @@ class _Load:
         nbytes = max(staged)
         count = min(len(staged), max(2, _STAGING_NBYTES // nbytes))
         staging = Staging(self.destination.parts.values(), self.device, count, nbytes)
-        lend(self.search.engine, undo, to_register(staging.region, self.device.type))
+        lend(self.search.engine, undo, to_register(staging.region, self.device.type), owner=staging)
         return staging
 
     def _run(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
