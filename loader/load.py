@@ -32,7 +32,7 @@ from loader.selection import Choice, Selection
 from loader.sources import Search
 from loader.staging import Staging
 from loader.transfer import OnProgress, Progress, Transfer
-from registry import Manifest, ModelIdentity, Place, RankRecord, Registry
+from registry import Manifest, ModelIdentity, Place, RankRecord, Registry, failpoints
 from registry.backoff import Backoff
 from registry.errors import InvalidField, RegistryError
 from registry.logs import fields
@@ -215,6 +215,7 @@ class _Load:
                 metrics.RETRIES.inc()
                 if self.cancel.wait(backoff.next_s()):
                     raise Cancelled("the load was cancelled") from exc
+                failpoints.reach("load.torn")
                 candidates = self._find(self.deadline)
                 if not candidates:
                     raise

@@ -6,15 +6,19 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from loader import InProcessEngine, MooncakeEngine, Pace, Progress, Publication, Replica, Shard, load, load_or_seed, publish
 from loader.errors import SourceEvicted, SourceLost
-from registry import ModelIdentity, RankState, Registry
+from loader.files import WholeFiles
+from loader.full import load_full
+from loader.verify import Header
+from registry import ModelIdentity, RankState, Registry, failpoints
 from registry.errors import InvalidField
 from tests.integration.conftest import Processes, line_of
 from tests.integration.source_process import empty
@@ -92,6 +96,93 @@ def test_a_source_that_starts_again_under_the_same_version_while_a_reader_waits_
         )
     assert the_origin(origins_of_bytes(tensors)) == Origin(launch=2)
     assert (report.version, report.retries > 0, started) == (0, True, ["version 0\n"])
+
+
+@pytest.mark.parametrize("kind", ["rank", "resharded"])
+def test_a_source_that_starts_again_between_a_torn_read_and_the_next_look_gives_one_launch(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    whole = words(A, COUNT).reshape(2, -1)
+
+    def launch(origin: Origin) -> tuple[ExitStack, list[Publication]]:
+        """All ranks of the instance; version 0 in each launch."""
+        content, stack = words(origin, COUNT).reshape(2, -1), ExitStack()
+        parts = [content] if kind == "rank" else [content[rank : rank + 1].clone() for rank in range(2)]
+        publications = [
+            stack.enter_context(
+                publish(
+                    registry,
+                    InProcessEngine(),
+                    instance="a",
+                    rank=rank,
+                    world_size=len(parts),
+                    tensors={"w": part},
+                    shards={"w": _whole() if kind == "rank" else _half(rank)},
+                    model=MODEL,
+                )
+            )
+            for rank, part in enumerate(parts)
+        ]
+        return stack, publications
+
+    running = [launch(A)]
+    torn: list[str] = []
+
+    def change() -> None:
+        for publication in running[0][1]:
+            publication._header.write(replace(_header_of(publication), sequence=1))  # as an update that begins
+
+    def start_again() -> None:
+        torn.append("yes")
+        if len(torn) == 1:
+            running.pop()[0].close()
+            running.append(launch(B))
+
+    monkeypatch.setitem(failpoints.ACTIONS, "load.torn", start_again)
+    found = {"w": torch.zeros_like(whole)}
+    report = load(
+        registry,
+        InProcessEngine(),
+        "a",
+        tensors=found,
+        shards={"w": _whole()},
+        pace=PACE,
+        progress=once_at(0.5, change),
+        timeout_s=20,
+    )
+    running[0][0].close()
+    assert torn
+    assert the_origin(origins(found["w"])) == B
+    assert report.version == 0
+
+
+def _header_of(publication: Publication) -> Header:
+    header = publication._header.read()
+    assert header is not None
+    return header
+
+
+def test_files_that_are_loaded_one_after_another_are_of_one_launch(registry: Registry, offer: Offer, tmp_path: Path) -> None:
+    """The source starts again, under the same version, when the first file is there."""
+    half = COUNT // 2
+
+    def halves(origin: Origin) -> dict[str, torch.Tensor]:
+        return {"t0": words(origin, half), "t1": words(origin, half, half)}
+
+    running = [offer("a", A, tensors=halves(A))]
+    times: list[int] = []
+
+    def start_again(progress: Progress) -> None:
+        if progress.nbytes > progress.total_nbytes // 2 and not times:
+            times.append(1)
+            running.pop().close()
+            running.append(offer("a", B, tensors=halves(B)))
+
+    with WholeFiles(tmp_path) as files:
+        load_full(registry, InProcessEngine(), "a", files=files, max_file_nbytes=8 * half, progress=start_again, timeout_s=20)
+    found = {name: tensor for path in sorted(tmp_path.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    assert times
+    assert the_origin(origins(torch.cat([found["t0"], found["t1"]]))) == B
 
 
 def test_a_load_that_goes_on_with_another_content_of_the_same_version_forgets_what_had_come(
