@@ -67,6 +67,7 @@ def rank_json(record: RankRecord) -> dict[str, Any]:
         "world_size": record.world_size,
         "state": record.state.value,
         "version": record.version,
+        "content": record.content,
         "generation": record.generation,
         "topology": {axis: list(place) for axis, place in record.topology.items()},
         "model": model_json(record),

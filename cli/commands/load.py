@@ -73,7 +73,7 @@ def command(
     """Copy the weights of INSTANCE from its memory into this process, and into safetensors files: those of one rank as they are
     there, or with --full those of all ranks as whole tensors, in files as Hugging Face has them.
 
-    Of several instances all that are ready with the same version of the same model are read from at once; what one that is lost
+    Of several instances all that are ready with the same content of the same model are read from at once; what one that is lost
     does not bring, the others do.
     """
     if full and rank is not None:
@@ -168,7 +168,9 @@ class _Loading:
                 shards=shards_like(manifest),
                 timeout_s=self.wait_s,
                 verify="digest" if self.verify else "header",
-                version=None if replica is None else record.version,
+                contents=None if replica is None else [one.content for one in records],
+                world_size=record.world_size,
+                topology=record.topology,
                 publish=Replica(replica, digests=True, on_state=endings.on_state) if replica is not None else False,
                 progress=on_progress,
             )
@@ -229,6 +231,7 @@ def _json(report: LoadReport, paths: Sequence[Path]) -> dict[str, object]:
         "instance": report.instance,
         "rank": report.rank,
         "version": report.version,
+        "content": report.content,
         "protocol": report.protocol,
         "tensors": report.tensors,
         "nbytes": report.nbytes,
