@@ -55,7 +55,8 @@ class Engine(Protocol):
     def connect(self, peer: str) -> None:
         """Makes the first contact with a peer, see `peer_of`; at once where that has been made. ReadFailed if nobody answers there.
 
-        Lasts as long as the peer takes, a minute where its process is stopped: call it in a thread that may hang.
+        Lasts as long as the peer takes, up to a minute, or until `abandon`: call it in a thread that
+        may hang. Nothing else of the engine waits for it meanwhile.
         """
 
     def start(self, peer: str, op: ReadOp) -> int:

@@ -11,6 +11,7 @@ import itertools
 import threading
 import time
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -22,6 +23,8 @@ from loader.lingering import Lingering
 from loader.plan import ReadOp
 from loader.region_book import RegionBook, Tiles
 from registry.manifest import Region
+
+_LOOK_S = 0.005  # how often a contact that hangs looks whether it is wanted
 
 
 @dataclass
@@ -55,6 +58,7 @@ class InProcessEngine:
         self._running.set()
         self._lock = threading.Lock()  # of what follows
         self._connected: set[str] = set()
+        self._abandoned: Counter[str] = Counter()  # how often each peer was
         self._reads: dict[int, _Read] = {}
         self._peers[self._session_id] = self
 
@@ -93,11 +97,16 @@ class InProcessEngine:
 
     def connect(self, peer: str) -> None:
         self._check_open()
-        engine = self._engine_of(peer)
-        if peer not in self._connected:
-            engine._running.wait()
+        before = self._abandoned[peer]
+        while peer not in self._connected:
+            running = self._engine_of(peer)._running.wait(_LOOK_S)
             with self._lock:
-                self._connected.add(peer)
+                if self._closed or self._abandoned[peer] != before:
+                    raise ReadFailed(
+                        f"cannot read from {session_of(peer)}: the contact was broken off", session_id=session_of(peer)
+                    )
+                if running:
+                    self._connected.add(peer)
 
     def start(self, peer: str, op: ReadOp) -> int:
         self._check_open()
@@ -144,6 +153,7 @@ class InProcessEngine:
 
     def abandon(self, peer: str) -> None:
         with self._lock:
+            self._abandoned[peer] += 1
             given_up = [read for read in self._reads.values() if read.peer == peer and not (read.over or read.given_up)]
             for read in given_up:
                 read.given_up = True

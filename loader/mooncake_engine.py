@@ -1,21 +1,25 @@
 """Mooncake's transfer engine behind `Engine`: an engine of the library that serves our memory, and readers of peers.
 
 Over tcp and nvlink_intra every peer is read from by an engine for it alone: a read that hangs cannot be cancelled, but it ends with
-the engine that it was started on; a peer that does not answer a first contact blocks the engine that makes it; and what has been
-learnt of a peer's memory is never learnt anew. Such an engine costs 1 ms, two threads and five file descriptors. Over rdma it would
-have to register all memory that is read into once more, so there the engine that serves also reads.
+the engine that it was started on; and what has been learnt of a peer's memory is never learnt anew. Such an engine costs 1 ms, two
+threads and five file descriptors. Over rdma it would have to register all memory that is read into once more, so there the engine
+that serves also reads. First contacts are made on engines of their own in any case. At exit all reading ends, as no thread may come
+back from the library while Python ends.
 """
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import threading
+import weakref
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
 
 from loader.cuda import on_device_of
 from loader.engine import session_of
-from loader.errors import EngineFailed, EngineUnavailable, ReadFailed
+from loader.errors import EngineFailed, EngineUnavailable, LoaderError, ReadFailed
 from loader.lingering import Lingering
 from loader.mooncake_binding import Binding
 from loader.mooncake_machine import check_host, rdma_devices, this_host
@@ -30,6 +34,7 @@ from registry.record import PROTOCOLS
 _MAX_REGIONS = 12_000  # what a peer is told of them must fit into 1 MB; each takes longer to register than the one before
 _MAX_READERS = 128  # peers whose readers are kept for the next load from them
 _SHARED = ("rdma",)  # protocols over which one engine reads from all peers
+_OPEN: weakref.WeakSet[MooncakeEngine] = weakref.WeakSet()
 
 
 class MooncakeEngine:
@@ -73,11 +78,10 @@ class MooncakeEngine:
         self._readers: dict[str, Reader] = {}  # by peer, the oldest first
         self._reads: dict[int, tuple[Reader, int]] = {}  # by number: the reader and its batch
         self._numbers = itertools.count(1)
-        self._binding: Binding | None = self._new_engine()
+        self._reading = True
+        self._binding: Binding | None = start(host, protocol, device)
         self._session_id = join(host, self._binding.port)
-
-    def _new_engine(self) -> Binding:
-        return start(self._host, self._protocol, self._device)
+        _OPEN.add(self)
 
     @property
     def session_id(self) -> str:
@@ -141,17 +145,18 @@ class MooncakeEngine:
         return None
 
     def connect(self, peer: str) -> None:
-        self._open()
+        shared = self._open() if self._shared else None
         with self._lock:
+            if not self._reading:
+                raise _closed()
             reader = self._readers.get(peer)
-        if reader is None:
-            binding = self._open() if self._shared else self._new_engine()
-            made = Reader(peer, self._protocol, binding, own=not self._shared)
-            with self._lock:
-                reader = self._readers.setdefault(peer, made)
+            if reader is None:
+                # An engine of its own, or for a first contact, which needs no more than tcp.
+                new = partial(start, self._host, "tcp" if self._shared else self._protocol, self._device)
+                reader = self._readers[peer] = Reader(peer, self._protocol, new, shared)
         try:
             reader.connect()
-        except ReadFailed:
+        except LoaderError:
             self._drop(peer, reader)
             raise
         self._forget_idle_readers()
@@ -201,11 +206,15 @@ class MooncakeEngine:
         for op, ended in reader.give_up():
             self._lingering.add(peer, op, ended)
 
-    def close(self) -> None:
+    def _stop_reading(self) -> None:
         with self._lock:
+            self._reading = False
             readers = list(self._readers.items())
         for peer, reader in readers:
             self._drop(peer, reader)
+
+    def close(self) -> None:
+        self._stop_reading()
         with self._served.lock:
             binding, self._binding = self._binding, None
             if binding is not None:
@@ -221,7 +230,7 @@ class MooncakeEngine:
 
     def _open(self) -> Binding:
         if self._binding is None:
-            raise EngineFailed("the transfer engine is closed")
+            raise _closed()
         return self._binding
 
     def _forget_idle_readers(self) -> None:
@@ -237,3 +246,13 @@ class MooncakeEngine:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _closed() -> EngineFailed:
+    return EngineFailed("the transfer engine is closed")
+
+
+@atexit.register
+def _stop_all_reading() -> None:
+    for engine in list(_OPEN):
+        engine._stop_reading()

@@ -31,3 +31,12 @@ def check_host(host: str) -> None:
         raise EngineUnavailable(
             f"{host!r} is no address of this machine ({exc.strerror or exc}): give one that peers can reach it by"
         ) from exc
+
+
+def addresses_of(host: str) -> list[str]:
+    """All addresses that a host leads to; none where it leads to none."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    return [str(info[4][0]) for info in found]

@@ -12,21 +12,24 @@ from collections.abc import Callable
 from loader.engine import session_of
 from loader.errors import EngineFailed, ReadFailed
 from loader.mooncake_binding import Binding
+from loader.mooncake_contact import Contact
 from loader.plan import ReadOp
 
+_AGAIN_S = 2.0  # for a second contact with a peer that has just answered the first
 Ended = Callable[[], bool]
 
 
 class Reader:
-    """What reads from one peer. `own`: its engine is for this peer alone, and ends with it."""
+    """`start` makes an engine of its own; `shared`, where there is one, is the engine that reads."""
 
-    def __init__(self, peer: str, protocol: str, binding: Binding, own: bool) -> None:
+    def __init__(self, peer: str, protocol: str, start: Callable[[], Binding], shared: Binding | None) -> None:
         self.session_id = session_of(peer)
         self._protocol = protocol
-        self._own = own
+        self._start = start
+        self._shared = shared
         self._lock = threading.Lock()  # held during calls, which are short once the peer is connected
-        self._binding = binding
-        self._connected = False
+        self._contact: Contact | None = None  # the last one, until it is over
+        self._binding: Binding | None = None  # once connected
         self._given_up = False
         self._batches: dict[int, ReadOp] = {}  # of one read each, not over yet
         # What a call is about that has not come back. It stays here if an interrupt came before it
@@ -35,19 +38,52 @@ class Reader:
 
     @property
     def busy(self) -> bool:
-        return bool(self._batches or self._unsure) or not self._connected
+        return bool(self._batches or self._unsure) or self._binding is None
 
     def connect(self) -> None:
-        # Not under the lock: this may last, and then nothing else is going on here.
-        if not self._connected and not self._given_up:
-            self._connected = self._binding.meet(self.session_id)
-        if not self._connected:
+        """Makes the first contact, or waits for the one that is being made; ReadFailed."""
+        with self._lock:
+            if self._binding is not None:
+                return
+            if self._given_up:
+                raise self.failed()
+            if self._contact is None:
+                self._contact = Contact(self.session_id, self._meet)
+            contact = self._contact
+        self._take(contact.result())
+
+    def _take(self, binding: Binding) -> None:
+        with self._lock:
+            if not self._given_up:
+                self._binding, self._contact = binding, None
+                return
+        if binding is not self._shared:
+            binding.end()
+        raise self.failed()
+
+    def _meet(self, contact: Contact) -> Binding:
+        """On an engine of its own, as a peer that does not answer holds up all that the engine does.
+
+        An engine that is shared meets the peer when that has just answered.
+        """
+        own = self._start()
+        met = False
+        try:
+            met = own.meet(self.session_id)
+            if met and self._shared is not None:
+                contact.allow(_AGAIN_S)
+                met = self._shared.meet(self.session_id)
+        finally:
+            if not met or self._shared is not None:
+                own.end()
+        if not met:
             raise self.failed()
+        return self._shared or own
 
     def begin(self, op: ReadOp) -> int:
         """The read's batch. ReadFailed where the peer is not connected."""
         with self._lock:
-            if self._given_up or not self._connected:
+            if self._binding is None or self._given_up:
                 raise self.failed()
             self._unsure.append(op)
             batch = self._binding.begin(self.session_id, op)
@@ -61,7 +97,7 @@ class Reader:
     def arrived(self, batch: int) -> bool | None:
         """Whether it has brought its bytes; None: not yet. Nothing of what was given up has."""
         with self._lock:
-            if batch not in self._batches:
+            if self._binding is None or batch not in self._batches:
                 return False
             self._unsure.append(self._batches[batch])
             del self._batches[batch]  # asking about one that is over ends the process
@@ -79,13 +115,21 @@ class Reader:
         """Nothing can be read any more. Returns what may still write, and how to ask whether it has ended."""
         with self._lock:
             self._given_up = True
-            if self._own:
-                # Destroys the engine, here and now: only a first contact that hangs, and has read nothing, may hold it.
-                self._binding.end()
+            contact, self._contact = self._contact, None
+            left: list[tuple[ReadOp, Ended]] = []
+            if self._shared is None:
+                # Destroys the engine, here and now: only a contact that hangs, and has read nothing, may hold it.
+                if self._binding is not None:
+                    self._binding.end()
+                self._binding = None
                 self._batches.clear()
                 self._unsure.clear()
-            left: list[tuple[ReadOp, Ended]] = [(op, self._ended(batch)) for batch, op in self._batches.items()]
-            return left + [(op, lambda: False) for op in self._unsure]
+            else:
+                left = [(op, self._ended(batch)) for batch, op in self._batches.items()]
+                left += [(op, lambda: False) for op in self._unsure]
+        if contact is not None:
+            contact.break_off()
+        return left
 
     def _ended(self, batch: int) -> Ended:
         def ended() -> bool:

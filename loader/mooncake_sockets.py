@@ -6,14 +6,18 @@ may change at any time, so each is looked at and used by way of a copy.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import stat
 import struct
-from collections.abc import Generator, Iterator
+import sys
+from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 
 _TIMEVAL = struct.Struct("ll")
+_TABLES = ("/proc/self/net/tcp", "/proc/self/net/tcp6")
 _INET = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -47,13 +51,48 @@ def look_up_every(seconds: float, listener: socket.socket) -> None:
         pass
 
 
-def _copies() -> Generator[socket.socket, None, None]:
-    """Of our sockets; each is closed when the next one is asked for."""
+def cut(addresses: Iterable[str], port: int) -> None:
+    """Shuts down every connection of this process to that port, those that are being made included.
+
+    Whoever waits there for an answer gets none, at once.
+    """
+    inodes = _inodes_of({_in_table(address, port) for address in addresses})
+    for found in _copies(inodes) if inodes else ():
+        with suppress(OSError):  # it is closed already
+            found.shutdown(socket.SHUT_RDWR)
+
+
+def _copies(inodes: Collection[int] | None = None) -> Generator[socket.socket, None, None]:
+    """Of our sockets, or of those with these inodes; each is closed when the next one is asked for."""
     for name in os.listdir("/proc/self/fd"):
         try:
-            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+            if not _is_wanted(os.fstat(int(name)), inodes):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as found:
-                yield found
+                if _is_wanted(os.fstat(found.fileno()), inodes):
+                    yield found
         except OSError:  # gone meanwhile
             continue
+
+
+def _is_wanted(status: os.stat_result, inodes: Collection[int] | None) -> bool:
+    return stat.S_ISSOCK(status.st_mode) and (inodes is None or status.st_ino in inodes)
+
+
+def _inodes_of(remote: Collection[str]) -> set[int]:
+    """Of the sockets that lead there, as the kernel lists them."""
+    inodes = set()
+    for table in _TABLES:
+        try:
+            rows = Path(table).read_text().splitlines()
+        except OSError:  # a kernel without IPv6 has one table only
+            continue
+        inodes |= {int(row[9]) for row in map(str.split, rows[1:]) if row[2] in remote}
+    return inodes
+
+
+def _in_table(address: str, port: int) -> str:
+    """As the kernel writes it: words of 32 bits in the order of the machine."""
+    packed = ipaddress.ip_address(address.partition("%")[0]).packed
+    words = [packed[at : at + 4] for at in range(0, len(packed), 4)]
+    return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words) + f":{port:04X}"

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -353,6 +354,7 @@ def test_abandoning_one_peer_leaves_reads_from_others_alone(mortal: Peers, peers
     mortal.reader.abandon(mortal.session_id)
     peers.finish(numbers)
     assert bytes(peers.dst) == bytes(peers.src)
+    wait_until(lambda: mortal.reader.settled(mortal.session_id))
 
 
 # -- peers that stop -------------------------------------------------------------------------------------------------------------
@@ -379,6 +381,7 @@ class Stoppable:
     addr: int
     stop: Callable[[], object]
     go_on: Callable[[], object]
+    is_contacted: Callable[[], bool]  # somebody waits for it to answer
     content = bytes(range(256)) * (NBYTES // 256)
 
     def op(self, dst: Memory, nbytes: int = NBYTES) -> ReadOp:
@@ -390,7 +393,7 @@ def stoppable_engine() -> Iterator[Stoppable]:
     with InProcessEngine() as engine:
         memory = Memory(Stoppable.content)
         engine.register(memory.region)
-        yield Stoppable(engine.session_id, memory.region.addr, engine.pause, engine.resume)
+        yield Stoppable(engine.session_id, memory.region.addr, engine.pause, engine.resume, lambda: True)
 
 
 @contextmanager
@@ -401,9 +404,16 @@ def stoppable_process() -> Iterator[Stoppable]:
         session_id, addr = process.stdout.readline().split()
         signals = partial(process.send_signal, signal.SIGSTOP), partial(process.send_signal, signal.SIGCONT)
         try:
-            yield Stoppable(session_id, int(addr), *signals)
+            yield Stoppable(session_id, int(addr), *signals, partial(has_connection_to, session_id))
         finally:
             process.kill()
+
+
+def has_connection_to(session_id: str) -> bool:
+    """As the kernel lists them; 01 is an established one."""
+    port = int(session_id.partition(":")[2])
+    rows = map(str.split, Path("/proc/self/net/tcp").read_text().splitlines())
+    return any(row[2].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
 
 
 @pytest.fixture
@@ -417,6 +427,40 @@ def stop_with_reads_under_way(peers: Peers, stoppable: Stoppable, dst: Memory) -
     peers.reader.connect(stoppable.session_id)
     stoppable.stop()
     return [peers.reader.start(stoppable.session_id, stoppable.op(dst)) for _ in range(4)]
+
+
+def test_a_first_contact_with_a_peer_that_has_stopped_holds_up_nothing_and_ends_when_it_is_abandoned(
+    peers: Peers, stoppable: Stoppable
+) -> None:
+    stoppable.stop()
+    with ThreadPoolExecutor(2) as pool:
+        contacts = [pool.submit(peers.reader.connect, stoppable.session_id) for _ in range(2)]
+        wait_until(stoppable.is_contacted)
+        peers.read_all()
+        stranger = Peers(peers.source, peers.reader)  # another first contact
+        stranger.reader.connect(f"{stranger.session_id}@again")
+        stranger.read_all()
+        stranger.part_ways()
+        assert not any(contact.done() for contact in contacts)
+        peers.reader.abandon(stoppable.session_id)
+        for contact in contacts:
+            with pytest.raises(ReadFailed, match=f"cannot read from {stoppable.session_id}: "):
+                contact.result(20)
+    stoppable.go_on()
+    read_again(peers, stoppable)
+
+
+def test_a_first_contact_that_hangs_ends_when_its_engine_is_closed(new_engine: NewEngine, stoppable: Stoppable) -> None:
+    reader = new_engine()
+    stoppable.stop()
+    with ThreadPoolExecutor(1) as pool:
+        contact = pool.submit(reader.connect, stoppable.session_id)
+        wait_until(stoppable.is_contacted)
+        reader.close()
+        with pytest.raises((ReadFailed, EngineFailed)):
+            contact.result(20)
+    with pytest.raises(EngineFailed, match="the transfer engine is closed"):
+        reader.connect(stoppable.session_id)
 
 
 def test_abandoned_reads_from_a_peer_that_has_stopped_write_nothing_once_they_are_settled(

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
+from cli.exits import Exit
 from loader import MooncakeEngine, Pace, load, load_or_seed, publish
 from loader.engine import read
 from loader.errors import ReadFailed, SourceLost
 from loader.files import write_weights
 from loader.plan import ReadOp
 from registry import ModelIdentity, Region, Registry
-from tests.hostile_peer import Behaviour, HostilePeer, described, framed, says
+from tests.hostile_peer import (
+    Behaviour,
+    HostilePeer,
+    described,
+    drips,
+    framed,
+    keeps_still,
+    says,
+    says_and_keeps_still,
+)
+from tests.integration.conftest import Processes
 from tests.waiting import wait_until
 
 MODEL = ModelIdentity("m")
@@ -103,6 +117,94 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+# -- peers that keep a contact waiting -------------------------------------------------------------------------------------------
+
+HANGING = {
+    "nothing": keeps_still,
+    "half a length": says_and_keeps_still(framed(b"")[:4]),
+    "half an answer": says_and_keeps_still(described()[:100]),
+    "a byte now and then": drips,
+}
+
+
+@pytest.fixture(params=[False, True], ids=["an engine for each peer", "one engine for all"])
+def any_reader(request: pytest.FixtureRequest) -> Iterator[MooncakeEngine]:
+    with MooncakeEngine("127.0.0.1", shared=request.param) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("behaviour", HANGING.values(), ids=HANGING.keys())
+def test_a_contact_that_hangs_ends_by_itself_in_time_and_leaves_no_thread(
+    any_reader: MooncakeEngine, monkeypatch: pytest.MonkeyPatch, behaviour: Behaviour
+) -> None:
+    monkeypatch.setattr("loader.mooncake_contact._LIMIT_S", 0.3)
+    with HostilePeer(behaviour) as peer:
+        with pytest.raises(ReadFailed, match=f"cannot read from {peer.session_id}: it does not answer"):
+            any_reader.connect(peer.session_id)
+        wait_until(lambda: not contacts())
+
+
+@pytest.mark.parametrize("behaviour", HANGING.values(), ids=HANGING.keys())
+def test_a_contact_that_hangs_ends_when_it_is_abandoned(any_reader: MooncakeEngine, behaviour: Behaviour) -> None:
+    with HostilePeer(behaviour) as peer, ThreadPoolExecutor(1) as pool:
+        contact = pool.submit(any_reader.connect, peer.session_id)
+        peer.wait_until_met()
+        any_reader.abandon(peer.session_id)
+        with pytest.raises(ReadFailed):
+            contact.result(20)
+        wait_until(lambda: not contacts())
+
+
+def test_a_contact_whose_connection_is_not_even_accepted_ends_when_it_is_abandoned(any_reader: MooncakeEngine) -> None:
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(2):  # as many as it lets wait
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        session_id = f"127.0.0.1:{full.getsockname()[1]}"
+        contact = stack.enter_context(ThreadPoolExecutor(1)).submit(any_reader.connect, session_id)
+        wait_until(lambda: connections_to(session_id).count("02") >= 2)  # SYN_SENT: that of the test, and ours
+        any_reader.abandon(session_id)
+        with pytest.raises(ReadFailed):
+            contact.result(20)
+        wait_until(lambda: not contacts())
+
+
+def test_a_peer_that_stops_after_its_first_answer_holds_up_others_for_a_moment_only(
+    cell: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one engine reads from all, that engine meets it after another has."""
+    monkeypatch.setattr("loader.mooncake_reader._AGAIN_S", 0.3)
+    memory = torch.arange(64, dtype=torch.uint8)
+    with (
+        MooncakeEngine("127.0.0.1") as source,
+        MooncakeEngine("127.0.0.1", shared=True) as reader,
+        HostilePeer(says(described()), keeps_still) as peer,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        source.register(Region(memory.data_ptr(), 64))
+        reader.lend(cell)
+        reader.connect(source.session_id)
+        contact = pool.submit(reader.connect, peer.session_id)
+        for _ in range(2):
+            peer.wait_until_met()
+        read(reader, source.session_id, ReadOp("a/0", memory.data_ptr(), cell.addr, 64))
+        with pytest.raises(ReadFailed, match=f"cannot read from {peer.session_id}"):
+            contact.result(20)
+
+
+def contacts() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("contact with")]
+
+
+def connections_to(session_id: str) -> list[str]:
+    """The states of this process's connections there, as the kernel writes them."""
+    port = int(session_id.partition(":")[2])
+    rows = map(str.split, Path("/proc/self/net/tcp").read_text().splitlines())
+    return [row[3] for row in rows if row[2].endswith(f":{port:04X}")]
+
+
 # -- loads -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -113,7 +215,8 @@ def weights() -> Tensors:
 class Sources:
     """Instances of one model, with the same weights."""
 
-    def __init__(self, registry: Registry, stack: ExitStack) -> None:
+    def __init__(self, registry: Registry, namespace: str, stack: ExitStack) -> None:
+        self.namespace = namespace
         self._registry = registry
         self._stack = stack
 
@@ -141,9 +244,9 @@ class Sources:
 
 
 @pytest.fixture
-def sources(registry: Registry) -> Iterator[Sources]:
+def sources(registry: Registry, namespace: str) -> Iterator[Sources]:
     with ExitStack() as stack:
-        yield Sources(registry, stack)
+        yield Sources(registry, namespace, stack)
 
 
 def assert_whole(tensors: Tensors) -> None:
@@ -151,8 +254,11 @@ def assert_whole(tensors: Tensors) -> None:
         assert torch.equal(tensors[name], wanted), name
 
 
-PACE = Pace(256 << 10, 4, stall_s=0.3, patience_s=1.0)
-LOADS = {name: NONSENSE[name] for name in ("a list", "a text for a port", "a huge port", "deep objects", "no length", "nothing")}
+PACE = Pace(256 << 10, 4, stall_s=1.0, patience_s=1.5)
+LOADS = {
+    **{name: NONSENSE[name] for name in ("a list", "a text for a port", "a huge port", "deep objects", "no length")},
+    **HANGING,
+}
 
 
 @pytest.mark.parametrize("behaviour", LOADS.values(), ids=LOADS.keys())
@@ -166,6 +272,7 @@ def test_a_load_goes_on_without_a_source_that_answers_nonsense(
     peer.wait_until_met()
     assert_whole(tensors)
     assert {share.name: share.nbytes for share in report.shares}["/engines/bad/0"] == 0
+    wait_until(lambda: not contacts())
 
 
 @pytest.mark.parametrize("behaviour", LOADS.values(), ids=LOADS.keys())
@@ -174,7 +281,7 @@ def test_a_load_from_nobody_but_a_source_that_answers_nonsense_says_who_cannot_b
 ) -> None:
     peer = sources.hostile("bad", behaviour)
     tensors = {name: torch.zeros_like(tensor) for name, tensor in weights().items()}
-    with pytest.raises(SourceLost, match=f"/engines/bad/0 .*cannot read from {peer.session_id}"):
+    with pytest.raises(SourceLost, match=f"/engines/bad/0 .*from {peer.session_id}"):
         load(registry, reader, "bad", rank=0, tensors=tensors, pace=PACE)
     assert not any(tensor.any() for tensor in tensors.values())
 
@@ -198,3 +305,46 @@ def test_a_start_reads_its_files_where_the_only_peer_answers_nonsense(
         assert_whole(tensors)
     assert seeded.source == "disk"
     assert f"cannot read from {peer.session_id}" in seeded.reason
+
+
+# -- the end of a process --------------------------------------------------------------------------------------------------------
+
+CONTACTS_AT_EXIT = """
+import sys, threading
+import torch  # so that the end of Python takes its time
+from loader import MooncakeEngine
+from loader.errors import LoaderError
+engine = MooncakeEngine("127.0.0.1")
+def connect(number):
+    try:
+        engine.connect(f"{sys.argv[1]}@{number}")
+    except LoaderError:
+        pass
+for number in range(30):
+    thread = threading.Thread(target=connect, args=(number,), daemon=True)
+    thread.start()
+    thread.join(0.02)
+    if sys.argv[2] == "abandons":
+        engine.abandon(f"{sys.argv[1]}@{number}")
+if sys.argv[2] == "closes":
+    engine.close()
+"""
+
+
+@pytest.mark.parametrize("manner", ["abandons", "closes", "leaves all as it is"])
+def test_a_process_ends_in_order_though_its_contacts_come_to_an_end_at_that_very_time(processes: Processes, manner: str) -> None:
+    """Each lasts for 0.4 s, and one is begun every 20 ms, so that there is always one that is just over."""
+    slow = framed(b" " * 200)
+    with HostilePeer(says(*(bytes([byte]) for byte in slow), pause_s=0.002)) as peer:
+        process = processes.start("-c", CONTACTS_AT_EXIT, peer.session_id, manner)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, "terminate called" in err) == (0, False)
+
+
+def test_the_command_fails_with_its_exit_code_where_the_only_source_keeps_it_waiting(
+    sources: Sources, processes: Processes
+) -> None:
+    peer = sources.hostile("bad", drips)
+    done = processes.run("load", "bad", "--rank", "0", "--host", "127.0.0.1", "--namespace", sources.namespace)
+    assert done.returncode == Exit.INSTANCE
+    assert f"nothing has come from {peer.session_id}" in done.stderr

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,10 +24,26 @@ from loader.region_book import Tiles
 from registry import Region
 
 
+class LibraryEngine:
+    """One engine of the library, of which a test sees what it is asked about peers; all else they have in common."""
+
+    def __init__(self, library: Library, number: int) -> None:
+        self._library = library
+        self._number = number
+
+    def batch_transfer_async_read(self, session_id: str, dst: Sequence[int], src: Sequence[int], nbytes: Sequence[int]) -> int:
+        self._library.asked.append((self._number, session_id, len(dst)))
+        return self._library.batch_transfer_async_read(session_id, dst, src, nbytes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+
 class Library:
     """mooncake's TransferEngine: registers, and refuses to register a byte twice."""
 
     def __init__(self) -> None:
+        self.asked: list[tuple[int, str, int]] = []  # by which engine, about whom, how many reads
         self.registered: dict[int, int] = {}
         self.initialized: tuple[str, ...] = ()
         self.environment: dict[str, str] = {}
@@ -35,9 +52,9 @@ class Library:
         self.batches: dict[int, list[int]] = {}  # what the next questions about each are answered
         self.answers = [1]
 
-    def TransferEngine(self) -> Library:
+    def TransferEngine(self) -> LibraryEngine:
         self.engines += 1
-        return self
+        return LibraryEngine(self, self.engines)
 
     def initialize(self, *args: str) -> int:
         self.initialized, self.environment = args, dict(os.environ)
@@ -218,10 +235,20 @@ def engine(library: Library, request: pytest.FixtureRequest) -> MooncakeEngine:
     return engine
 
 
-def test_over_tcp_each_peer_has_an_engine_of_its_own_and_elsewhere_all_share_one(engine: MooncakeEngine, library: Library) -> None:
-    for session_id in (PEER, "127.0.0.2:1", PEER):
+def test_over_tcp_each_peer_has_an_engine_of_its_own_and_over_rdma_one_reads_from_all(
+    engine: MooncakeEngine, library: Library
+) -> None:
+    """And over both the first contact with a peer is made on an engine of its own."""
+    other = "127.0.0.2:1"
+    for session_id in (PEER, other, PEER):
         engine.connect(session_id)
-    assert library.engines == (3 if engine.protocol == "tcp" else 1)
+        engine.start(session_id, OP)
+    if engine.protocol == "tcp":
+        wanted = [(2, PEER, 0), (2, PEER, 1), (3, other, 0), (3, other, 1), (2, PEER, 1)]
+    else:
+        wanted = [(2, PEER, 0), (1, PEER, 0), (1, PEER, 1), (3, other, 0), (1, other, 0), (1, other, 1), (1, PEER, 1)]
+        assert library.environment["MC_FORCE_TCP"] == "1"  # a first contact needs no more
+    assert library.asked == wanted
 
 
 def test_a_read_is_asked_about_until_it_is_over_and_never_again(engine: MooncakeEngine, library: Library) -> None:
