@@ -161,7 +161,8 @@ class EngineReader(StorageReader):
             self._load_newest(targets)
         for one in targets:
             if one.buffer is not None:
-                one.tensor.copy_(one.buffer)
+                with torch.inference_mode():  # it may have been made in this mode: torch refuses such writes outside of it
+                    one.tensor.copy_(one.buffer)
             for item, part in one.items:
                 planner.commit_tensor(item, part)
         for item in plan.items:

@@ -8,6 +8,7 @@ import torch
 
 from loader.errors import TensorsUnusable, listed
 from loader.memory import runs_of
+from loader.modes import plain_torch
 from loader.regions import Shard, describe, devices_of, local_parts, moved
 
 
@@ -17,6 +18,7 @@ class Destination(Mapping[str, torch.Tensor]):
     Holds on to the tensors, and so to their memory: what takes their place elsewhere, as `module.weight = …` does, is not filled.
     """
 
+    @plain_torch()
     def __init__(self, tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None) -> None:
         """`shards` as for `load`. Raises TensorsUnusable."""
         self._tensors = dict(tensors)
@@ -27,6 +29,7 @@ class Destination(Mapping[str, torch.Tensor]):
         # A tensor may be given other memory; what it had stays as long as peers may read it or reads may write to it.
         self._storages = [part.untyped_storage() for part in self.parts.values()]
 
+    @plain_torch()
     def check_in_place(self, what: str) -> None:
         """TensorsUnusable names each tensor that is not where it was when this was made. `what` begins the message."""
         if problems := moved(self._tensors, self.manifest):

@@ -15,6 +15,7 @@ from loader.cuda import to_register
 from loader.digests import DigestCell, digests_of
 from loader.engine import Engine, lend
 from loader.errors import DigestMismatch, DigestsMissing, listed
+from loader.modes import plain_torch
 from loader.offers import entry_box, of_one_tensor
 from loader.reads import Span
 from loader.tied import stand_ins
@@ -63,6 +64,7 @@ class DigestCheck:
         """It brings a table, rather than weights."""
         return any(cell.region.addr <= span.dst_addr < cell.region.end for cell in self._cells)
 
+    @plain_torch()
     def compare(self, dst: Manifest) -> None:
         """When all has been read: DigestMismatch names the tensors that are not what was published."""
         offsets = {entry.name: entry.offsets for entry in dst.tensors}

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import xxhash
 
+from loader.modes import plain_torch
 from registry.logs import fields
 from registry.manifest import DigestTable, Region
 
@@ -35,12 +36,14 @@ K = TypeVar("K")
 class DigestCell:
     """A table's place in memory: the source's own, or a reader's buffer for another's."""
 
+    @plain_torch()
     def __init__(self, names: Iterable[str], device: torch.device, algorithm: str) -> None:
         self._names = sorted(names)
         self._bytes = torch.zeros(max(1, len(self._names)) * NBYTES, dtype=torch.uint8, device=device)
         self.region = Region(self._bytes.data_ptr(), self._bytes.nbytes)
         self.table = DigestTable(algorithm, self.region.addr)
 
+    @plain_torch()
     def write(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
         """The digests of the tensors as they are now, which are returned too."""
         digests = digests_of(tensors, self.table.algorithm)
@@ -49,6 +52,7 @@ class DigestCell:
             self._bytes.copy_(torch.frombuffer(packed, dtype=torch.uint8))
         return digests
 
+    @plain_torch()
     def read(self) -> dict[str, bytes]:
         packed = bytes(self._bytes.cpu().numpy())
         return {name: packed[at * NBYTES : (at + 1) * NBYTES] for at, name in enumerate(self._names)}
@@ -58,6 +62,7 @@ def algorithm_for(device: torch.device) -> str:
     return "xxh3_128" if device.type == "cpu" else "multilinear_64"
 
 
+@plain_torch()
 def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, bytes]:
     """Of the bytes of each, row by row, whatever its shape; KeyError for an algorithm that this version does not know."""
     digest = ALGORITHMS[algorithm]
@@ -130,7 +135,7 @@ def _by_kernel(tensors: Mapping[K, torch.Tensor]) -> dict[K, bytes]:
 @functools.cache
 def _factors(device: torch.device) -> torch.Tensor:
     """The same on every machine: the first numbers of SplitMix64 from 0, in int64, whose products wrap around."""
-    numbers = torch.arange(1, _BLOCK_WORDS + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15)
+    numbers = torch.arange(1, _BLOCK_WORDS + 1, dtype=torch.int64, device="cpu") * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         numbers = (numbers ^ _shifted(numbers, shift)) * _signed(factor)
     return (numbers ^ _shifted(numbers, 31)).to(device)

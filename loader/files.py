@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from loader.disk import DiskRead
 from loader.errors import LoaderError, TensorsUnusable, WeightsFileInvalid, WeightsMismatch, listed
+from loader.modes import plain_torch
 from loader.regions import Shard, describe, dtype_name, dtype_named
 from loader.safetensors_format import check_storable
 from loader.stored import Files
@@ -64,6 +65,7 @@ def memory_for(files: Files) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@plain_torch()
 def allocate(layout: _Layout, device: str = "cpu", memory: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Uninitialised tensors that lie one after another in a single block, in the order of `layout`; in `memory`, where it is given.
 
@@ -85,6 +87,7 @@ def _view(name: str, memory: torch.Tensor, dtype: torch.dtype, shape: tuple[int,
         raise TensorsUnusable(f"{name}: torch has no tensor of shape {list(shape)}: give it another") from exc
 
 
+@plain_torch()
 def block_of(nbytes: int, device: str = "cpu") -> torch.Tensor:
     """Uninitialised bytes; LoaderError where there are not as many."""
     try:
@@ -152,6 +155,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise WeightsFileInvalid(f"cannot write {path}: {reason}", path=str(path)) from exc
 
 
+@plain_torch()
 def _save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     path.touch()
     mode = path.stat().st_mode  # as the user's umask has it: safetensors makes files for the owner alone

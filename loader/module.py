@@ -13,6 +13,7 @@ from loader.catalogue import Catalogue, read_catalogue
 from loader.engine import Engine
 from loader.errors import TensorsUnusable, listed
 from loader.load import load
+from loader.modes import plain_torch
 from loader.regions import Shard
 from loader.report import LoadReport
 from loader.state_dict import whole
@@ -37,9 +38,9 @@ def load_module(
     Where the source says of a tensor which box of the whole its ranks hold, a plain one here stands for the whole, unless it has a
     shard; else for what the same rank has: `rank`, by default that of this process in its job, if that has as many as the source.
 
-    What is on the meta device gets memory on `device` (by default that of its mesh, or torch's default device), and takes its place
-    in the module when all has been loaded; weights that are tied stay tied. Whatever fails before, the module stays as it was, but
-    for tensors that had memory: they may hold a part, as after a `load` that failed.
+    What is on the meta device gets memory on `device` (by default that of its mesh, or torch's default device, or the host's memory
+    where that is meta), and takes its place in the module when all has been loaded; weights that are tied stay tied. Whatever fails
+    before, the module stays as it was, but for tensors that had memory: they may hold a part, as after a `load` that failed.
 
     Raises what `load` raises, and TensorsUnusable where a buffer that no state dict has is on the meta device.
     """
@@ -103,14 +104,18 @@ def _check_all_can_be_filled(module: nn.Module, tensors: Mapping[str, object]) -
 def _with_memory(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
     """Like it, with whatever the memory holds."""
     where = device if device is not None else _default_device(tensor)
-    made = torch.empty_like(tensor.detach(), device=where)
-    if not isinstance(tensor, nn.Parameter):
-        return made
-    parameter = nn.Parameter(made, requires_grad=tensor.requires_grad)
-    vars(parameter).update(vars(tensor))  # engines hang loaders and layouts on their parameters
-    return parameter
+    with plain_torch():
+        made = torch.empty_like(tensor.detach(), device=where)
+        if not isinstance(tensor, nn.Parameter):
+            return made
+        parameter = nn.Parameter(made, requires_grad=tensor.requires_grad)
+        vars(parameter).update(vars(tensor))  # engines hang loaders and layouts on their parameters
+        return parameter
 
 
 def _default_device(tensor: Any) -> torch.device | str:
     mesh = getattr(tensor, "device_mesh", None)
-    return torch.get_default_device() if mesh is None else str(mesh.device_type)
+    if mesh is not None:
+        return str(mesh.device_type)
+    default = torch.get_default_device()
+    return torch.device("cpu") if default.type == "meta" else default

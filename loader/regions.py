@@ -14,6 +14,7 @@ import torch
 from loader.cuda import to_register
 from loader.errors import TensorsUnusable, listed
 from loader.garbage import collector_paused
+from loader.modes import plain_torch
 from registry.manifest import Manifest, Region, TensorEntry
 from registry.text import is_unicode
 
@@ -33,6 +34,7 @@ def is_sharded(tensor: object) -> bool:
     return hasattr(tensor, "__create_chunk_list__") and hasattr(tensor, "to_local")
 
 
+@plain_torch()
 def local_parts(
     tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Shard]]:
@@ -78,6 +80,7 @@ def _no_box(dtensor: Any) -> str:
 
 
 @collector_paused
+@plain_torch()
 def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None) -> Manifest:
     """The tensors' entries, in their order, and the regions to register: each storage once, however many views it has.
 

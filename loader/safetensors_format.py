@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from loader.errors import WeightsFileInvalid, listed
+from loader.modes import plain_torch
 
 _TORCH_NAMES = {
     "BOOL": "bool",
@@ -122,6 +123,7 @@ def _unstorable(name: str, dtype: str, shape: tuple[int, ...]) -> str:
 
 
 @functools.cache
+@plain_torch()
 def _unwritable(dtype: str, shape: tuple[int, ...]) -> str:
     """Why the safetensors that is installed cannot write such a tensor."""
     if dtype not in _FORMAT_NAMES:

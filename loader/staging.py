@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from loader.boxes import Lines
+from loader.modes import plain_torch
 from registry.manifest import Region
 
 
 class Staging:
     """`count` buffers of `nbytes` bytes on the device of the tensors that are filled. One thread uses it."""
 
+    @plain_torch()
     def __init__(
         self, tensors: Iterable[torch.Tensor], device: torch.device, count: int, nbytes: int, pinned: bool = False
     ) -> None:
@@ -41,6 +43,7 @@ class Staging:
     def give_back(self, addr: int) -> None:
         self._idle.append(addr)
 
+    @plain_torch()
     def copy(self, addr: int, lines: Sequence[Lines]) -> None:
         """From the buffer at `addr` to where the lines say. Done when this returns."""
         for some in lines:

@@ -24,6 +24,7 @@ import torch
 from loader.cuda import wait_for
 from loader.engine import Engine, peer_of, read
 from loader.errors import SourceLost
+from loader.modes import plain_torch
 from loader.plan import ReadOp
 from registry import RankRecord, Region
 from registry.record import implied_content
@@ -51,6 +52,7 @@ class Header:
 class HeaderCell:
     """The place in memory of a header with so many marks: the source's own, or a reader's buffer for another's."""
 
+    @plain_torch()
     def __init__(self, device: torch.device, marks: int = 0) -> None:
         self.device = device
         self._lock = threading.Lock()
@@ -80,12 +82,14 @@ class HeaderCell:
         """As `write`: what they are the marks of can be seen before they can."""
         self._put(marks, NBYTES)
 
+    @plain_torch()
     def _put(self, packed: bytes, at: int) -> None:
         if packed:
             wait_for([self.device])
             self._bytes[at : at + len(packed)].copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
             wait_for([self.device])
 
+    @plain_torch()
     def read(self) -> Header | None:
         """None where the bytes are no header."""
         magic, incarnation, sequence, content = _FORMAT.unpack(bytes(self._bytes[:NBYTES].tolist()))
@@ -94,6 +98,7 @@ class HeaderCell:
         stated = content.hex() if any(content) else implied_content(incarnation.hex(), sequence // 2)
         return Header(incarnation.hex(), sequence, stated)
 
+    @plain_torch()
     def read_marks(self) -> bytes:
         return bytes(self._bytes[NBYTES:].cpu().numpy())
 
