@@ -402,9 +402,14 @@ def stoppable_process() -> Iterator[Stoppable]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         session_id, addr = process.stdout.readline().split()
-        signals = partial(process.send_signal, signal.SIGSTOP), partial(process.send_signal, signal.SIGCONT)
+
+        def stop() -> None:
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # all of its threads have
+
+        go_on = partial(process.send_signal, signal.SIGCONT)
         try:
-            yield Stoppable(session_id, int(addr), *signals, partial(has_connection_to, session_id))
+            yield Stoppable(session_id, int(addr), stop, go_on, partial(has_connection_to, session_id))
         finally:
             process.kill()
 
