@@ -64,6 +64,7 @@ class Publication:
         self._undo = undo
         self._updating = threading.Lock()
         self._closing = threading.Lock()
+        self._leaving = False  # `close` has begun
         self._closed = False
 
     @property
@@ -88,7 +89,7 @@ class Publication:
 
         Raises MemoryInUse where another publication serves the same memory, or a load still fills it at the end.
         """
-        if self._closed:
+        if self._leaving:
             raise LoaderError(f"{self.record.key} is closed: nobody reads it any more, so there is nothing to update")
         if not self._updating.acquire(blocking=False):
             raise LoaderError(f"{self.record.key} is being updated already: end that update first")
@@ -177,11 +178,17 @@ class Publication:
         return not pulls
 
     def close(self, reason: str = WITHDRAWN) -> None:
-        """Withdraws the rank, then gives its memory back; any number of times, from any thread. Watchers are given the reason."""
-        self._closed = True
+        """Withdraws the rank, then gives its memory back; any number of times, from any thread. Watchers are given the reason.
+
+        If it is interrupted, calling it again does the rest.
+        """
+        self._leaving = True
         with self._closing:
+            # Both are undone below as well. But an interrupt may fall between taking a step off that list and doing it.
             self._registration.withdraw(reason)
+            self._header.retire()
             self._undo.close()
+            self._closed = True
 
     def __enter__(self) -> Publication:
         return self

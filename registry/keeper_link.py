@@ -33,12 +33,20 @@ OnNews = Callable[[str, str, RegistryError | None], None]
 class KeeperLink:
     """All calls may come from any thread. `record` is what the rank wants to be in etcd."""
 
-    def __init__(self, config: EtcdConfig, record: RankRecord, parts: Sequence[bytes], ttl_s: float, on_news: OnNews) -> None:
+    def __init__(
+        self,
+        config: EtcdConfig,
+        record: RankRecord,
+        parts: Sequence[bytes],
+        ttl_s: float,
+        news: Callable[[], OnNews | None],
+    ) -> None:
+        """`news` is a weak reference. When what it refers to is gone, nobody wants the registration any more, and it ends."""
         self.record = record
         self._config = config
         self._parts = tuple(parts)
         self._ttl_s = ttl_s
-        self._on_news = on_news
+        self._news = news
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[dict[str, Any], Future[dict[str, Any]]]] = {}  # by sequence number
         self._seq = 0
@@ -115,8 +123,17 @@ class KeeperLink:
             self._listener.join(timeout=1.0)
 
     def forget(self) -> None:
-        """`abandon`, soon, by the listening thread. Takes no lock: for a destructor, which may run where its thread holds one."""
+        """`abandon`, soon, by the listening thread. Takes no lock, and nothing can interrupt it half-way."""
         self._forgotten = True
+
+    @property
+    def _unwanted(self) -> bool:
+        return self._forgotten or self._news() is None
+
+    def _tell(self, state: str, why: str, lost: RegistryError | None) -> None:
+        on_news = self._news()
+        if on_news is not None:
+            on_news(state, why, lost)
 
     def _opening(self, again: bool) -> dict[str, Any]:
         """`again`: it takes over from a keeper that has died, and finds the registration in etcd or not."""
@@ -193,10 +210,10 @@ class KeeperLink:
             if not self._over:
                 log.warning("%s; starting another", error, extra=fields("keeper_lost", key=self.record.key, hung=keeper.hung))
                 if keeper.hung:  # for longer, perhaps, than the lease lives; one that died is replaced before that
-                    self._on_news("SUSPENDED", str(error), None)
+                    self._tell("SUSPENDED", str(error), None)
             while not self._over and self._keeper is None:
                 self._woken.wait(backoff.next_s())
-                if self._forgotten:
+                if self._unwanted:
                     self.abandon()
                 self._replace()
 
@@ -207,7 +224,7 @@ class KeeperLink:
             for frame in frames:
                 backoff.reset()
                 self._hear(frame.message)
-            if self._forgotten and not self._over:
+            if self._unwanted and not self._over:
                 self.abandon()
             with self._lock:  # what waits for a keeper that was dismissed waits for its end, which may take an outage of etcd
                 hung = not self._over and keeper.silent_s >= self._silence_s(keeper)
@@ -229,7 +246,7 @@ class KeeperLink:
             self._start({**self._opening(again=True), "seq": 0})
             metrics.KEEPER_RESTARTS.inc()
         except (KeeperFailed, MemoryError) as exc:
-            self._on_news("SUSPENDED", f"no keeper: {str(exc) or type(exc).__name__}", None)
+            self._tell("SUSPENDED", f"no keeper: {str(exc) or type(exc).__name__}", None)
 
     def _hear(self, message: dict[str, Any]) -> None:
         if "reply" in message:
@@ -244,10 +261,10 @@ class KeeperLink:
             lost = from_wire(message["error"])
             with self._lock:
                 self._finish(lost)
-            self._on_news("LOST", str(lost), lost)
+            self._tell("LOST", str(lost), lost)
         elif "state" in message:
             self._count(message)
-            self._on_news(message["state"], message["why"], None)
+            self._tell(message["state"], message["why"], None)
 
     def _count(self, message: dict[str, Any]) -> None:
         """Claims come as a sum, as a rank that is stopped does not get every message."""

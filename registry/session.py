@@ -1,6 +1,7 @@
 """The rank's handle on its registration: what state it is in, how to change it, how to leave.
 
-The work is done by a keeper process (`registry.keeper`) at the other end of a `KeeperLink`.
+The work is done by a keeper process (`registry.keeper`) at the other end of a `KeeperLink`. What the rank asks of it from the main
+thread is done in another, so that Ctrl-C interrupts the wait and leaves nothing half done.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from enum import Enum
 from types import TracebackType
 from typing import Any
 
-from registry import metrics
+from registry import failpoints, metrics
 from registry.callback import Callback
 from registry.config import EtcdConfig
 from registry.errors import RegistryError
@@ -25,6 +26,7 @@ from registry.logs import fields
 from registry.meters import Held
 from registry.record import RankRecord, RankState
 from registry.registration import WITHDRAWN
+from registry.uninterrupted import uninterrupted
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ class RegistrationState(str, Enum):
 class Registration:
     """A rank's place in the registry, held until `withdraw` (or the end of the `with` block), eviction, or the process's end."""
 
+    _held: Held | None = None  # among the registrations that are counted
+    _opened = False
+
     def __init__(
         self,
         config: EtcdConfig,
@@ -51,7 +56,10 @@ class Registration:
         ttl_s: float,
         on_state: OnState | None = None,
     ) -> None:
-        """Registers; raises RankConflict, InstanceMismatch, EtcdUnavailable, … and has then left nothing behind."""
+        """Registers; raises RankConflict, InstanceMismatch, EtcdUnavailable, … and has then left nothing behind.
+
+        If it is interrupted, the link's thread takes the rank out again.
+        """
         self._on_state = (
             Callback[tuple[RegistrationState, str]](lambda told: on_state(*told), f"the on_state callback of {record.key}")
             if on_state
@@ -61,24 +69,25 @@ class Registration:
         self._lock = threading.Lock()
         self._state = RegistrationState.REGISTERED
         self._lost: RegistryError | None = None
-        self._closing = True  # until it is open
+        self._leaving = threading.Lock()  # held by whoever withdraws
+        self._closing = False  # `withdraw` has begun
         self._withdrawn = False
-        self._held: Held | None = None  # among the registrations that are counted
-        # The link's thread must not keep a forgotten handle alive: it would hold the rank for ever.
-        news = weakref.WeakMethod(self._hear)
+        # The link must not keep a forgotten handle alive: it would hold the rank for ever.
+        self._link = KeeperLink(config, record, parts, ttl_s, weakref.WeakMethod(self._hear))
+        try:
+            uninterrupted(self._open, f"registers {record.key}")
+            self._opened = True
+        except BaseException:
+            self._link.forget()
+            raise
 
-        def on_news(state: str, why: str, lost: RegistryError | None) -> None:
-            hear = news()
-            if hear is not None:
-                hear(state, why, lost)
-
-        self._link = KeeperLink(config, record, parts, ttl_s, on_news)
+    def _open(self) -> None:
         self._link.open()
         with self._lock:  # the keeper may have told another state by now
             self._held = metrics.REGISTRATIONS.hold(self._state.value)
         metrics.REGISTRATION_CHANGES.inc(RegistrationState.REGISTERED.value)
-        log.info("%s is registered, its keeper is process %d", record.key, self.keeper_pid, extra=self._told("registered"))
-        self._closing = False
+        told = self._told("registered")
+        log.info("%s is registered, its keeper is process %d", self.record.key, self.keeper_pid, extra=told)
 
     @property
     def record(self) -> RankRecord:
@@ -120,35 +129,39 @@ class Registration:
             raise RegistryError(f"the registration of {self.record.key} is closed")
         wanted = {"version": version, "content": content, "state": state}
         given = {name: value for name, value in wanted.items() if value is not None}
-        self._link.update(lambda record: _changed(record, given))
+        uninterrupted(lambda: self._link.update(lambda record: _changed(record, given)), f"changes {self.record.key}")
 
     def withdraw(self, reason: str = WITHDRAWN) -> None:
         """Takes the rank out of the registry; any number of times. If etcd is away the keeper goes on trying by itself.
 
-        `reason` is what watchers are given.
+        `reason` is what watchers are given. If the call is interrupted, the withdrawal goes on, and calling it again waits for that.
         """
         if os.getpid() != self._owner_pid:
             return  # a forked child's copy of the handle: the registration is the parent's
-        with self._lock:
-            if self._closing:
-                return
-            self._closing = True
-        try:
-            if self._lost is None:
-                self._link.end(reason)
-                self._withdrawn = True
-        except RegistryError as exc:
-            log.warning(
-                "%s is not out of etcd yet; its keeper tries on, and its lease is the bound: %s",
-                self.record.key,
-                exc,
-                extra=self._told("withdrawal_delayed", error=exc),
-            )
-        finally:
-            self._link.abandon()
-            self._change_state(RegistrationState.CLOSED, "")
+        if self._state is not RegistrationState.CLOSED:
+            uninterrupted(lambda: self._leave(reason), f"withdraws {self.record.key}")
 
     close = withdraw
+
+    def _leave(self, reason: str) -> None:
+        with self._leaving:
+            if self._state is RegistrationState.CLOSED:
+                return
+            self._closing = True
+            try:
+                if self._lost is None:
+                    self._link.end(reason)
+                    self._withdrawn = True
+            except RegistryError as exc:
+                log.warning(
+                    "%s is not out of etcd yet; its keeper tries on, and its lease is the bound: %s",
+                    self.record.key,
+                    exc,
+                    extra=self._told("withdrawal_delayed", error=exc),
+                )
+            failpoints.reach("session.before_abandon")
+            self._link.abandon()
+            self._change_state(RegistrationState.CLOSED, "")
 
     def __enter__(self) -> Registration:
         return self
@@ -157,10 +170,11 @@ class Registration:
         self.withdraw()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closing", True) and os.getpid() == self._owner_pid:
-            self._link.forget()
-            if self._held is not None:
-                self._held.release()
+        if getattr(self, "_state", RegistrationState.CLOSED) is RegistrationState.CLOSED or os.getpid() != self._owner_pid:
+            return
+        if self._held is not None:
+            self._held.release()
+        if self._opened:
             warnings.warn(f"registration of {self.record.key} was never withdrawn", ResourceWarning, source=self, stacklevel=2)
 
     def _hear(self, state: str, why: str, lost: RegistryError | None) -> None:

@@ -138,6 +138,12 @@ class Processes:
             process.communicate()
 
 
+def keepers_of(pid: int) -> list[int]:
+    """Of the ranks of that process, whichever of its threads has started them."""
+    children = [child for each in Path(f"/proc/{pid}/task").glob("*/children") for child in each.read_text().split()]
+    return [int(child) for child in children if b"engine-registry-keeper" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
 def line_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = process.stdout.readline()

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +39,7 @@ from registry.etcd import Etcd
 from registry.frames import ANSWER_S
 from registry.kv import Put
 from registry.local import LocalCluster, LocalEtcd
-from tests.integration.conftest import ROOT, Processes, events_until, line_of
+from tests.integration.conftest import ROOT, Processes, events_until, keepers_of, line_of
 from tests.integration.faults import DivisibleCluster, Proxy, etcdctl, fill_until_no_space
 from tests.integration.ranks import MANIFEST, register
 from tests.waiting import wait_until
@@ -452,11 +451,6 @@ def test_a_keeper_is_not_taken_for_hung_by_a_rank_that_was_stopped_itself(regist
         process.stdin.flush()
         assert line_of(process) == f"withdraws {before}\n"
         assert losses(events_until(watch, lambda event: isinstance(event, RankLost))) == ["withdrawn"]
-
-
-def keepers_of(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if b"engine-registry-keeper" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_a_first_claim_over_a_slow_way_to_many_endpoints_has_the_time_that_the_user_gives_it(etcd: LocalEtcd) -> None:

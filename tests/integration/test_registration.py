@@ -54,7 +54,7 @@ from registry.follow import Follower
 from registry.keys import record_key
 from registry.kv import Put
 from registry.local import LocalEtcd
-from tests.integration.conftest import ROOT, Processes, events_until, line_of
+from tests.integration.conftest import ROOT, Processes, events_until, keepers_of, line_of
 from tests.integration.ranks import MANIFEST, MODEL, register
 from tests.waiting import wait_until
 
@@ -308,7 +308,8 @@ def test_a_signal_to_the_whole_process_group_of_a_rank_ends_it_and_its_keeper_ta
 def test_signals_to_a_keeper_are_for_its_rank_to_obey(registry: Registry, processes: Processes) -> None:
     process = processes.rank("a", 0, 1)
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        os.kill(_keeper_of(process), ignored)
+        (keeper,) = keepers_of(process.pid)
+        os.kill(keeper, ignored)
     with registry.watch("a") as watch:
         events_until(watch, lambda event: isinstance(event, InstanceReady))
         process.kill()
@@ -331,12 +332,6 @@ def test_a_keeper_imports_no_more_than_it_needs() -> None:
     assert "registry.keeper" in modules
     heavy = {"cli", "click", "loader", "mooncake", "numpy", "rich", "safetensors", "torch"}
     assert heavy.isdisjoint(name.partition(".")[0] for name in modules)
-
-
-def _keeper_of(process: subprocess.Popen[str]) -> int:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (keeper,) = [int(child) for child in children if b"engine-registry-keeper" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    return keeper
 
 
 def test_a_keeper_that_is_killed_is_replaced_and_nobody_sees_a_loss(registry: Registry) -> None:

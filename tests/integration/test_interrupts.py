@@ -1,0 +1,176 @@
+"""Ctrl-C at any moment, and more than once: what is left is nothing, or a handle that `close` still works on."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from registry import (
+    RankState,
+    Registration,
+    RegistrationState,
+    Registry,
+    failpoints,
+    keeper_link,
+    keeper_process,
+    session,
+    uninterrupted,
+)
+from registry.config import EtcdConfig, parse_endpoints
+from registry.etcd import Etcd
+from registry.local import LocalEtcd
+from tests.integration.conftest import Processes
+from tests.integration.interrupt_process import keepers
+from tests.integration.ranks import register
+from tests.waiting import wait_until
+
+TTL_S = 60.0  # a key that goes only with its lease is left for as long
+OURS = {module.__file__ for module in (session, keeper_link, uninterrupted)}
+
+
+@pytest.fixture
+def etcd(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Etcd]:
+    with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as etcd:
+        yield etcd
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["registration", "publication"])
+def test_a_rank_interrupted_at_random_moments_is_gone_once_it_is_closed(processes: Processes, kind: str) -> None:
+    process = processes.start("-m", "tests.integration.interrupt_process", kind, "0", "60")
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    lives = out.splitlines()
+    assert len(lives) == 60
+    assert [life for life in lives if not life.endswith(": []")] == []
+
+
+@contextmanager
+def interrupted_at(*lines: int) -> Iterator[list[str]]:
+    """Raises KeyboardInterrupt before the n-th line of ours that this thread runs, for each number given; yields where."""
+    wanted, hit, count = set(lines), list[str](), 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename not in OURS:
+            return None
+        if event == "line":
+            count += 1
+            if count in wanted:
+                hit.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield hit
+    finally:
+        sys.settrace(before)
+
+
+def at_every_line(call: Callable[[], object], gaps: Sequence[int]) -> Iterator[str]:
+    """Interrupts the call at its first line, its second, and so on, each time again a few lines later; until it has none left."""
+    for first in range(1, 1_000):
+        for gap in gaps:
+            with suppress(KeyboardInterrupt), interrupted_at(first, first + gap) as hit:
+                call()
+            if not hit:
+                return
+            yield ", ".join(hit)
+    raise AssertionError("the call has no end")
+
+
+def threads() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name.endswith("/engines/a/0")]
+
+
+def wait_until_gone(etcd: Etcd) -> None:
+    """All that works on a registration, and then what it has left."""
+    gc.collect()
+    wait_until(lambda: not threads() and not keepers("a"))
+    assert etcd.snapshot("/").items == ()
+
+
+@pytest.fixture
+def _short_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a handle that nobody has is missed soon."""
+    monkeypatch.setattr(keeper_process, "LOOK_S", 0.02)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("_short_looks")
+def test_a_register_that_is_interrupted_at_any_line_leaves_nothing(registry: Registry, etcd: Etcd) -> None:
+    made: list[Registration] = []
+    where = []
+    for hit in at_every_line(lambda: made.append(register(registry, ttl_s=TTL_S)), gaps=[0, 1]):
+        where.append(hit)
+        assert made == [], where
+        wait_until_gone(etcd)
+    made.pop().withdraw()
+    wait_until_gone(etcd)
+    assert {"__init__", "uninterrupted"} <= {line.partition(":")[0] for line in where}
+
+
+@pytest.mark.timeout(300)
+def test_a_close_that_is_interrupted_at_any_line_is_finished_by_the_next(registry: Registry, etcd: Etcd) -> None:
+    for first in itertools.count(1):
+        registration = register(registry, ttl_s=TTL_S)
+        where = []
+        for line in (first, 1, 2):
+            with suppress(KeyboardInterrupt), interrupted_at(line, line + 1) as hit:
+                registration.close()
+            where.append(hit)
+        registration.close()
+        assert registration.state is RegistrationState.CLOSED, where
+        assert registration.withdrawn, where
+        wait_until_gone(etcd)
+        if not where[0]:
+            break
+    assert first > 5
+
+
+def test_a_close_that_is_interrupted_half_way_is_not_done_until_the_next_has_waited_for_it(
+    registry: Registry, etcd: Etcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caught = threading.Event()
+
+    def press() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert caught.wait(20)
+
+    monkeypatch.setitem(failpoints.ACTIONS, "session.before_abandon", press)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        registration = register(registry, ttl_s=TTL_S)
+        with pytest.raises(KeyboardInterrupt):
+            registration.close()
+        half_way = registration.state
+    finally:
+        caught.set()
+        signal.signal(signal.SIGINT, before)
+    registration.close()
+    assert (half_way, registration.state) == (RegistrationState.REGISTERED, RegistrationState.CLOSED)
+    wait_until_gone(etcd)
+
+
+def test_a_change_that_is_interrupted_leaves_the_registration_in_order(registry: Registry) -> None:
+    with register(registry) as registration:
+        for version in itertools.count(1):
+            with suppress(KeyboardInterrupt), interrupted_at(version, version + 1) as hit:
+                registration.update(version=version)
+            registration.update(state=RankState.UPDATING)
+            assert registry.ranks("a") == (registration.record,)
+            if not hit:
+                break
+        assert registration.record.version == version > 5
