@@ -15,8 +15,8 @@ from loader.cuda import to_register
 from loader.errors import TensorsUnusable, listed
 from loader.garbage import collector_paused
 from loader.modes import plain_torch
+from loader.usable import unusable, unusable_name
 from registry.manifest import Manifest, Region, TensorEntry
-from registry.text import is_unicode
 
 _MANY_STORAGES = 1_000
 
@@ -91,7 +91,7 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
     entries = []
     storages: dict[tuple[int, str], int] = {}  # by address and type of device: how many bytes
     for name, tensor in tensors.items():
-        problem = _unusable(tensor) or _unusable_name(name)
+        problem = unusable_name(name) or unusable(tensor)
         if problem:
             problems.append(f"{name}: {problem}")
             continue
@@ -136,30 +136,6 @@ def _refuse(problems: Sequence[str]) -> None:
             f"{len(problems)} tensor{'s' if len(problems) > 1 else ''} cannot be used as is: {listed(problems)}",
             problems=list(problems),
         )
-
-
-def _unusable_name(name: object) -> str:
-    if not isinstance(name, str):
-        return f"its name is a {type(name).__name__}, not a string"
-    return "" if is_unicode(name) else "its name is not text: it has half of a surrogate pair"
-
-
-def _unusable(tensor: object) -> str:
-    if not isinstance(tensor, torch.Tensor):
-        return f"is a {type(tensor).__name__}, not a tensor"
-    if tensor.layout is not torch.strided:
-        return f"has layout {tensor.layout}: only dense (strided) tensors have memory that can be copied as it is"
-    if tensor.device.type == "meta":
-        return "is on the meta device and has no memory: allocate it first"
-    if not tensor.is_contiguous():
-        return f"is not contiguous (shape {list(tensor.shape)}, strides {list(tensor.stride())}): call .contiguous() first"
-    if tensor.is_quantized:
-        return "is a quantized tensor, whose scale lies outside its memory: publish .int_repr() and the scale"
-    if tensor.numel() and not tensor.untyped_storage().nbytes():
-        return "has no memory: its storage was freed"
-    if tensor.is_conj() or tensor.is_neg():
-        return "is a lazily conjugated or negated view: call .resolve_conj().resolve_neg() first"
-    return ""
 
 
 def _outside(shape: tuple[int, ...], box: Shard) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -128,43 +128,6 @@ def test_storages_that_overlap_in_a_foreign_buffer_become_one_region(
         assert [(region.addr - base, region.nbytes) for region in manifest.regions] == wanted
         tensors.clear()
         buffer.release()
-
-
-UNUSABLE: dict[str, tuple[Callable[[], object], str]] = {
-    "not contiguous": (lambda: torch.zeros(3, 4).t(), r"is not contiguous \(shape \[4, 3\], strides \[1, 4\]\): call .contiguous"),
-    "every other": (lambda: torch.zeros(8)[::2], "is not contiguous"),
-    "expanded": (lambda: torch.zeros(1).expand(3), "is not contiguous"),
-    "sparse": (lambda: torch.eye(3).to_sparse(), "has layout torch.sparse_coo"),
-    "meta": (lambda: torch.empty(3, device="meta"), "is on the meta device and has no memory"),
-    "conjugated": (lambda: torch.zeros(3, dtype=torch.complex64).conj(), "is a lazily conjugated or negated view"),
-    "negated": (lambda: torch._neg_view(torch.zeros(3)), "is a lazily conjugated or negated view"),
-    "an array": (lambda: [1.0, 2.0], "is a list, not a tensor"),
-    "nothing": (lambda: None, "is a NoneType, not a tensor"),
-}
-
-
-@pytest.mark.parametrize(("make", "said"), UNUSABLE.values(), ids=UNUSABLE)
-def test_what_is_no_plain_memory_is_refused_with_what_to_do(make: Callable[[], torch.Tensor], said: str) -> None:
-    with pytest.raises(TensorsUnusable, match=f"^1 tensor cannot be used as is: w: {said}"):
-        describe({"w": make()})
-
-
-def freed() -> torch.Tensor:
-    """As sharded data parallelism leaves the parameters that it has given away."""
-    tensor = torch.zeros(4)
-    tensor.untyped_storage().resize_(0)
-    return tensor
-
-
-def test_a_tensor_whose_storage_was_freed_is_refused() -> None:
-    with pytest.raises(TensorsUnusable):
-        describe({"w": freed()})
-
-
-@pytest.mark.filterwarnings("ignore")  # torch deprecates them
-def test_a_quantized_tensor_whose_scale_lies_elsewhere_is_refused() -> None:
-    with pytest.raises(TensorsUnusable):
-        describe({"w": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)})
 
 
 def test_all_that_cannot_be_used_is_told_at_once() -> None:
