@@ -184,9 +184,10 @@ class Publication:
         """
         self._leaving = True
         with self._closing:
-            # Both are undone below as well. But an interrupt may fall between taking a step off that list and doing it.
+            # These are undone below as well. But an interrupt may fall between taking a step off that list and doing it.
             self._registration.withdraw(reason)
             self._header.retire()
+            USES.end(self._use)
             self._undo.close()
             self._closed = True
 

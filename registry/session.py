@@ -134,7 +134,8 @@ class Registration:
     def withdraw(self, reason: str = WITHDRAWN) -> None:
         """Takes the rank out of the registry; any number of times. If etcd is away the keeper goes on trying by itself.
 
-        `reason` is what watchers are given. If the call is interrupted, the withdrawal goes on, and calling it again waits for that.
+        `reason` is what watchers are given. If the call is interrupted, the withdrawal goes on, and calling it again waits for
+        that.
         """
         if os.getpid() != self._owner_pid:
             return  # a forked child's copy of the handle: the registration is the parent's
