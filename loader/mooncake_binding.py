@@ -34,8 +34,10 @@ class Binding:
             code = self._engine.initialize(host, "P2PHANDSHAKE", protocol, device)
             self.port = int(self._engine.get_rpc_port()) if code == 0 else 0
         except _RAISED as exc:
+            self.end()
             raise EngineUnavailable(_said(exc)) from exc
         if code != 0:
+            self.end()
             raise EngineUnavailable(f"code {code}")
 
     def end(self) -> None:

@@ -64,7 +64,11 @@ def cut(addresses: Iterable[str], port: int) -> None:
 
 def _copies(inodes: Collection[int] | None = None) -> Generator[socket.socket, None, None]:
     """Of our sockets, or of those with these inodes; each is closed when the next one is asked for."""
-    for name in os.listdir("/proc/self/fd"):
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError:  # no descriptor is left for the list
+        return
+    for name in names:
         try:
             if not _is_wanted(os.fstat(int(name)), inodes):
                 continue

@@ -1,8 +1,10 @@
-"""Starts engines of the library, each under the environment that it needs."""
+"""Starts engines of the library, each under the environment that it needs, and finds out why one does not start."""
 
 from __future__ import annotations
 
 import os
+import resource
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,10 @@ _PROTOCOL_ENV: dict[str, dict[str, str]] = {
 }
 # An engine that ends waits for its listening thread to look up, and holds the GIL meanwhile.
 _LOOK_UP_S = 0.05
+_FILES = 12  # descriptors: as many as an engine takes when it starts, for its connections
+_PORTS = ("MC_MIN_RPC_PORT", "MC_MAX_RPC_PORT")
+_DEFAULT_PORTS = (15000, 17000)
+_FEW = 0.02  # of 500 ports that are tried at random, so many are hardly found
 _ENVIRONMENT = threading.Lock()
 
 
@@ -31,12 +37,55 @@ def start(host: str, protocol: str, device: str) -> Binding:
         except EngineUnavailable as exc:
             raise EngineUnavailable(
                 f"the transfer engine cannot start on {host!r} with protocol {protocol!r} and device "
-                f"{device!r} ({exc}): check the device, and MC_LOG_LEVEL=INFO for more"
+                f"{device!r} ({exc}): {_remedy()}"
             ) from exc
+    if problem := _no_files():  # it could take no connection
+        binding.end()
+        raise EngineUnavailable(f"the transfer engine cannot work on {host!r}: {problem}")
     with listening_at(binding.port) as listener:
         if listener is not None:  # else it ends later, that is all
             look_up_every(_LOOK_UP_S, listener)
     return binding
+
+
+def _remedy() -> str:
+    return _no_files() or _no_ports() or "check the device, and MC_LOG_LEVEL=INFO for more"
+
+
+def _no_files() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    try:
+        left = limit - len(os.listdir("/proc/self/fd"))
+    except OSError:
+        left = 0
+    if limit == resource.RLIM_INFINITY or left >= _FILES:
+        return ""
+    return f"this process may have {limit} files open and can open {left} more, {_FILES} at least are needed: raise ulimit -n"
+
+
+def _no_ports() -> str:
+    low, high = (_port(name, default) for name, default in zip(_PORTS, _DEFAULT_PORTS, strict=True))
+    free = sum(map(_is_free, range(low, high + 1)))
+    if free >= max(2, _FEW * (high - low + 1)):
+        return ""
+    return (
+        f"it takes two of the ports {low} to {high}, of which {free} are free (ss -ltn shows who has them): "
+        f"end what holds them, or set {' and '.join(_PORTS)} to others"
+    )
+
+
+def _port(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() and int(text) < 65536 else default
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 @contextmanager
