@@ -10,6 +10,7 @@ from loader.errors import TensorsUnusable, listed
 from loader.memory import runs_of
 from loader.modes import plain_torch
 from loader.regions import Shard, describe, devices_of, local_parts, moved
+from loader.writable import check_writable
 
 
 class Destination(Mapping[str, torch.Tensor]):
@@ -27,7 +28,14 @@ class Destination(Mapping[str, torch.Tensor]):
         self.devices = devices_of(self.parts)
         self.runs = runs_of(self.manifest.tensors)
         # A tensor may be given other memory; what it had stays as long as peers may read it or reads may write to it.
+        self._writable = False  # as far as it is known
         self._storages = [part.untyped_storage() for part in self.parts.values()]
+
+    def check_writable(self) -> None:
+        """TensorsUnusable names those whose memory is read-only. Looks at it once."""
+        if not self._writable:
+            check_writable(self.parts, self.manifest)
+            self._writable = True
 
     @plain_torch()
     def check_in_place(self, what: str) -> None:

@@ -28,6 +28,7 @@ from loader.staging import Staging
 from loader.stored import Files
 from loader.transfer import OnProgress, Progress
 from loader.weights_folder import Paths, files_of
+from loader.writable import check_writable
 from registry import Manifest
 from registry.logs import fields
 
@@ -72,7 +73,8 @@ class DiskRead:
     """A read that is known to fit; one use: `run`."""
 
     def __init__(self, files: Files, tensors: Mapping[str, torch.Tensor], dst: Manifest) -> None:
-        """`dst` describes the tensors. Raises WeightsMismatch."""
+        """`dst` describes the tensors. Raises WeightsMismatch, and TensorsUnusable for those in read-only memory."""
+        check_writable(tensors, dst)
         self._tensors = tensors
         self._dst = dst
         self._files = files

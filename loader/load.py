@@ -95,6 +95,7 @@ def load(
     if isinstance(tensors, Destination) and shards is not None:
         raise InvalidField("a Destination says which boxes its tensors are: give no shards besides", field="shards")
     destination = tensors if isinstance(tensors, Destination) else Destination(tensors, shards)
+    destination.check_writable()
     dst, devices = destination.manifest, destination.devices
     if not source:
         raise InvalidField("no instance to load from", field="source")
