@@ -15,6 +15,7 @@ from loader.errors import WeightsMismatch, listed
 from loader.manifests import fetch_manifests
 from loader.sources import Search
 from registry import Manifest, Place, RankRecord, Registry, TensorEntry
+from registry.numbers import seconds, whole_or_none
 from registry.waiting import Wanted
 
 
@@ -50,7 +51,7 @@ class Catalogue:
 def read_catalogue(registry: Registry, engine: Engine, source: Wanted, rank: int | None, timeout_s: float) -> Catalogue:
     """Waits until all ranks of the source are there. Without `rank` this process stands for its rank in its job, if that has as
     many as the source. Raises what `load` does before it compares."""
-    deadline = time.monotonic() + timeout_s
+    rank, deadline = whole_or_none("rank", rank), time.monotonic() + seconds("timeout_s", timeout_s)
     own, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     like = own if rank is None else rank
     records = ranks_of_best(registry, engine, source, like, deadline)

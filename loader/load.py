@@ -36,6 +36,7 @@ from registry import Manifest, ModelIdentity, Place, RankRecord, Registry, failp
 from registry.backoff import Backoff
 from registry.errors import InvalidField, RegistryError
 from registry.logs import fields
+from registry.numbers import seconds, whole, whole_or_none
 from registry.registration import SOURCE_EVICTED
 from registry.waiting import Wanted
 
@@ -92,6 +93,9 @@ def load(
     VersionUnavailable, SourceUnreachable; what `Registry.resolve` raises, and with `publish`, what `publish` does;
     TensorsUnusable, also where a tensor was given other memory meanwhile. Nothing stays published then.
     """
+    timeout_s, max_sources = seconds("timeout_s", timeout_s), whole("max_sources", max_sources, 1)
+    rank, version = whole_or_none("rank", rank), whole_or_none("version", version)
+    place = Place(rank, world_size, topology or {}) if rank is not None else None
     if isinstance(tensors, Destination) and shards is not None:
         raise InvalidField("a Destination says which boxes its tensors are: give no shards besides", field="shards")
     destination = tensors if isinstance(tensors, Destination) else Destination(tensors, shards)
@@ -101,18 +105,12 @@ def load(
         raise InvalidField("no instance to load from", field="source")
     if verify not in ("header", "digest"):
         raise InvalidField(f"verify {verify!r} is not valid: say header or digest", field="verify")
-    if not timeout_s >= 0:
-        raise InvalidField(f"timeout_s {timeout_s} is not valid: it is 0 seconds or more", field="timeout_s")
     boxes = not any(entry.opaque for entry in dst.tensors)
     if rank is None and not boxes:
         first = next(entry.name for entry in dst.tensors if entry.opaque)
         raise InvalidField(
             f"{first} does not say which part of the whole it is: say in `shards`, or from which `rank`", field="rank"
         )
-    if rank is not None and not isinstance(rank, int):
-        raise InvalidField(f"rank {rank!r} is not valid: it is a whole number", field="rank")
-    if max_sources < 1:
-        raise InvalidField(f"max_sources {max_sources} is not valid: it is 1 or more", field="max_sources")
     pace = pace or pace_for(engine.protocol)
     replica = as_replica(publish, source)
     if replica is not None:
@@ -122,7 +120,7 @@ def load(
         registry,
         engine,
         source,
-        Place(rank, world_size, topology or {}) if rank is not None else None,
+        place,
         dst,
         boxes,
         version,

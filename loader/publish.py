@@ -30,9 +30,11 @@ from loader.state_dict import encode_values, flatten, whole
 from loader.verify import Header, HeaderCell
 from registry import ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
 from registry.errors import RegistryError
+from registry.keys import check_rank
 from registry.logs import fields
 from registry.metrics import enabled
-from registry.record import new_content
+from registry.numbers import seconds
+from registry.record import check_topology, check_version, new_content
 from registry.registration import WITHDRAWN
 from registry.session import OnState
 
@@ -155,7 +157,7 @@ class Publication:
         Returns False if after `timeout_s` some loads were still running; they lose their source then. Closing is not held up by
         an etcd that is away.
         """
-        pulls = 0
+        pulls, timeout_s = 0, seconds("timeout_s", timeout_s)
         try:
             self._registration.update(state=RankState.DRAINING)
             if self.state is RegistrationState.REGISTERED:
@@ -228,6 +230,8 @@ def publish(
 
     Raises TensorsUnusable, EngineFailed, or what `Registry.register` raises; nothing stays registered then, here or in etcd.
     """
+    rank, world_size = check_rank(rank, world_size)
+    version, topology, ttl_s = check_version(version), check_topology(topology or {}), seconds("ttl_s", ttl_s)
     return open_publication(
         registry,
         engine,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,10 @@ from loader.errors import TensorsUnusable, listed
 from loader.garbage import collector_paused
 from loader.modes import plain_torch
 from loader.usable import unusable, unusable_name
+from registry.errors import InvalidField
 from registry.manifest import Manifest, Region, TensorEntry
+from registry.numbers import whole
+from registry.text import short
 
 _MANY_STORAGES = 1_000
 
@@ -27,6 +31,22 @@ class Shard:
 
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Takes any sequences of whole numbers. Raises TensorsUnusable."""
+        for field in ("global_shape", "offsets"):
+            object.__setattr__(self, field, _whole_numbers(field, getattr(self, field)))
+
+
+def _whole_numbers(field: str, values: Any) -> tuple[int, ...]:
+    try:
+        if isinstance(values, Set | Mapping):
+            raise TypeError("it has no order")
+        return tuple([whole(field, value, -sys.maxsize) for value in values])
+    except (TypeError, InvalidField) as exc:
+        raise TensorsUnusable(
+            f"{field} {short(repr(values))} of a shard is not valid: it has a whole number for each dimension", field=field
+        ) from exc
 
 
 def is_sharded(tensor: object) -> bool:

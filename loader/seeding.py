@@ -24,8 +24,9 @@ from loader.start import Seeded, Start
 from loader.transfer import OnProgress
 from loader.weights_folder import Paths
 from registry import ModelIdentity, Place, Registry
-from registry.errors import InvalidField
 from registry.keys import check_instance, check_rank
+from registry.numbers import seconds, whole
+from registry.record import check_version
 from registry.session import OnState
 
 
@@ -68,16 +69,17 @@ def load_or_seed(
     Cancelled; TensorsUnusable, EngineFailed, RankConflict and InstanceMismatch as `publish` does. Nothing stays published then.
     """
     check_instance(instance)
-    check_rank(rank, world_size)
-    if not timeout_s >= 0:
-        raise InvalidField(f"timeout_s {timeout_s} is not valid: it is 0 seconds or more", field="timeout_s")
+    rank, world_size = check_rank(rank, world_size)
+    timeout_s, ttl_s = seconds("timeout_s", timeout_s), seconds("ttl_s", ttl_s)
+    version, max_sources = check_version(version), whole("max_sources", max_sources, 1)
+    place = Place(rank, world_size, topology or {})
     destination = tensors if isinstance(tensors, Destination) else Destination(tensors, shards)
     boxes = not any(entry.opaque for entry in destination.manifest.tensors)
-    replica = Replica(instance, rank, world_size, dict(topology or {}), generation, digests, ttl_s, on_state)
+    replica = Replica(instance, rank, world_size, place.topology, generation, digests, ttl_s, on_state)
     start = Start(
         registry=registry,
         engine=engine,
-        peers=Peers(registry, model, Place(rank, world_size, topology or {}), boxes),
+        peers=Peers(registry, model, place, boxes),
         model=model,
         rank=rank,
         destination=destination,

@@ -10,6 +10,7 @@ from loader.errors import SourceLost, SourceUnreachable, TornRead, VersionUnavai
 from loader.load import TRIES
 from registry.errors import InstanceIncomplete, InstanceNotFound
 from registry.logs import fields
+from registry.numbers import seconds
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -21,6 +22,7 @@ def load_together(loads: Callable[[float], T], timeout_s: float, what: str) -> t
     `loads` takes how many seconds to wait for a source, and pins the contents that it finds. `what` says in between which of them
     the source may change. Raises TornRead where it changes in every try; SourceLost where it goes and no other is there.
     """
+    timeout_s = seconds("timeout_s", timeout_s)
     lost: SourceLost | None = None
     for tries in range(TRIES):
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from registry.errors import InvalidField
+from registry.numbers import whole
 
 ENGINES = "/engines/"
 MANIFESTS = "/manifests/"
@@ -28,20 +29,13 @@ def check_instance(name: str) -> str:
     return name
 
 
-def check_rank(rank: int, world_size: int) -> None:
-    if not _is_int(world_size) or not 1 <= world_size <= MAX_RANKS:
-        raise InvalidField(
-            f"world_size {world_size!r} is not valid: it is a whole number from 1 to {MAX_RANKS}", field="world_size"
-        )
-    if not _is_int(rank) or not 0 <= rank < world_size:
-        raise InvalidField(
-            f"rank {rank!r} is not valid: with world_size {world_size} it is a whole number from 0 to {world_size - 1}",
-            field="rank",
-        )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def check_rank(rank: object, world_size: object) -> tuple[int, int]:
+    """Both as Python's integers, or InvalidField."""
+    size = whole("world_size", world_size, 1, MAX_RANKS)
+    try:
+        return whole("rank", rank, 0, size - 1), size
+    except InvalidField as exc:
+        raise InvalidField(f"{exc}, as world_size is {size}", field="rank") from exc
 
 
 def instance_prefix(instance: str) -> str:

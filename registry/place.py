@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from registry.record import RankRecord
+from registry.numbers import whole, whole_or_none
+from registry.record import RankRecord, check_topology
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,12 @@ class Place:
     rank: int
     world_size: int | None = None
     topology: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises InvalidField."""
+        object.__setattr__(self, "rank", whole("rank", self.rank))
+        object.__setattr__(self, "world_size", whole_or_none("world_size", self.world_size, 1))
+        object.__setattr__(self, "topology", check_topology(self.topology))
 
     @classmethod
     def of(cls, record: RankRecord) -> Place:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from registry.keys import check_instance, check_rank, record_key
 from registry.kv import KeyValue
+from registry.numbers import whole
 from registry.text import short
 
 SCHEMA = 1
@@ -63,13 +64,31 @@ def _check_kind(field_name: str, value: object, kind: type) -> None:
         raise InvalidField(f"{field_name} {value!r} is not valid: it is of type {kind.__name__}", field=field_name)
 
 
-def _check_place(axis: Any, place: Any) -> None:
-    good = isinstance(axis, str) and axis.isprintable() and isinstance(place, tuple | list) and len(place) == 2
-    if not good or not all(type(number) is int for number in place) or not 0 <= place[0] < place[1]:
+def check_topology(topology: object) -> dict[str, tuple[int, int]]:
+    """With Python's integers, or InvalidField."""
+    _check_kind("topology", topology, Mapping)
+    return {axis: _checked_place(axis, place) for axis, place in topology.items()}  # type: ignore[attr-defined]
+
+
+def _checked_place(axis: Any, place: Any) -> tuple[int, int]:
+    try:
+        if not isinstance(axis, str) or not axis.isprintable():
+            raise ValueError("the axis is not one line of printable text")
+        if isinstance(place, Set | Mapping):
+            raise ValueError("it has no order")
+        index, size = place
+        size = whole("topology", size, 1)
+        return whole("topology", index, 0, size - 1), size
+    except (TypeError, ValueError) as exc:
         raise InvalidField(
             f"topology {axis!r}: {place!r} is not valid: an axis has (index, size), and the index is from 0 to size - 1",
             field="topology",
-        )
+        ) from exc
+
+
+def check_version(version: object) -> int:
+    """As Python's integer, or InvalidField."""
+    return whole("version", version, 0, MAX_VERSION - 1)
 
 
 class RankState(str, Enum):
@@ -119,7 +138,6 @@ _KINDS = {
     "model": ModelIdentity,
     "manifest": ManifestRef,
     "header_addr": int,
-    "topology": Mapping,
     "state": RankState,
     "pid": int,
 }
@@ -163,16 +181,20 @@ class RankRecord:
 
     def __post_init__(self) -> None:
         check_instance(self.instance)
-        check_rank(self.rank, self.world_size)
-        if type(self.version) is not int or not 0 <= self.version < MAX_VERSION:
-            raise InvalidField(f"version {self.version!r} is not valid: it is from 0 to {MAX_VERSION - 1}", field="version")
+        rank, world_size = check_rank(self.rank, self.world_size)
+        numbers = {
+            "rank": rank,
+            "world_size": world_size,
+            "version": check_version(self.version),
+            "topology": check_topology(self.topology),
+        }
+        for name, number in numbers.items():
+            object.__setattr__(self, name, number)  # the record is frozen for everybody else
         if self.content != "":
             check_content(self.content)
         _check_texts({name: getattr(self, name) for name in _TEXTS})
         for name, kind in _KINDS.items():
             _check_kind(name, getattr(self, name), kind)
-        for axis, place in self.topology.items():
-            _check_place(axis, place)
 
     @property
     def key(self) -> str:
