@@ -40,4 +40,5 @@ def _described(manifest: Manifest) -> Iterator[tuple[str, bytes]]:
     """Each tensor by its name, and what it is, wherever it lies."""
     for entry in sorted(manifest.tensors, key=lambda entry: entry.name):
         box = None if entry.opaque else [entry.global_shape, entry.offsets]
-        yield entry.name, json.dumps([entry.name, entry.dtype, entry.shape, entry.nbytes, box]).encode()
+        strides = [] if entry.strides is None else [entry.strides]
+        yield entry.name, json.dumps([entry.name, entry.dtype, entry.shape, entry.nbytes, box, *strides]).encode()

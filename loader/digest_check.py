@@ -100,7 +100,7 @@ class DigestCheck:
 def _content(candidate: Candidate) -> frozenset[object]:
     """What its table has digests of, wherever it lies."""
     return frozenset(
-        (entry.name, entry.dtype, entry.shape, entry.nbytes, entry.global_shape, entry.offsets, entry.opaque)
+        (entry.name, entry.dtype, entry.shape, entry.nbytes, entry.global_shape, entry.offsets, entry.opaque, entry.strides)
         for entry in candidate.manifest.tensors
     )
 

@@ -22,6 +22,7 @@ import torch
 import xxhash
 
 from loader.modes import plain_torch
+from loader.usable import is_dense
 from registry.logs import fields
 from registry.manifest import DigestTable, Region
 
@@ -64,7 +65,11 @@ def algorithm_for(device: torch.device) -> str:
 
 @plain_torch()
 def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, bytes]:
-    """Of the bytes of each, row by row, whatever its shape; KeyError for an algorithm that this version does not know."""
+    """Of the bytes of each as they lie in memory; row by row where they do not lie together, as those of a part of a tensor.
+
+    KeyError for an algorithm that this version does not know.
+    """
+    tensors = {name: one if one.is_contiguous() else _as_it_lies(one) for name, one in tensors.items()}
     digest = ALGORITHMS[algorithm]
     if digest is _multilinear_64:
         quick = {name: tensor for name, tensor in tensors.items() if _fits_kernel(tensor)}
@@ -77,6 +82,10 @@ def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, byt
             for name, tensor in tensors.items()
         }
         return {name: one if isinstance(one, bytes) else one.result() for name, one in told.items()}
+
+
+def _as_it_lies(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

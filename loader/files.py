@@ -124,7 +124,12 @@ def allocate_like(manifest: Manifest, device: str = "cpu") -> dict[str, torch.Te
                 f"{nbytes}: nothing was read",
                 problems=[entry.name],
             )
-    return allocate(layout, device)
+    strides = {entry.name: entry.strides for entry in entries if entry.strides is not None}
+    with plain_torch():
+        return {
+            name: tensor.as_strided(tensor.shape, strides[name]) if name in strides else tensor
+            for name, tensor in allocate(layout, device).items()
+        }
 
 
 def shards_like(manifest: Manifest) -> dict[str, Shard]:
@@ -159,7 +164,7 @@ def _writing(path: Path) -> Iterator[None]:
 def _save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     path.touch()
     mode = path.stat().st_mode  # as the user's umask has it: safetensors makes files for the owner alone
-    save_file(dict(tensors), path, metadata)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     path.chmod(mode)
 
 

@@ -92,7 +92,10 @@ class Offers:
         if wholes:
             found = ", ".join(map(_shape, sorted(wholes)))
             return [], f"part of {found} in the source, of {_shape(entry.global_shape)} here"
-        return self._meet(entry, offers)
+        in_rows = [(number, offer) for number, offer in offers if offer.strides is None]
+        if entry.strides is not None or not in_rows:
+            return [], _why_not_in_order(own[0] if own else offers[0][1], entry)
+        return self._meet(entry, in_rows)
 
     def _meet(self, entry: TensorEntry, offers: Sequence[tuple[int, TensorEntry]]) -> tuple[list[Span], str]:
         volume = entry_box(entry).volume
@@ -136,8 +139,13 @@ def _volume(entry: TensorEntry) -> int:
 
 
 def of_one_tensor(offer: TensorEntry, entry: TensorEntry) -> bool:
-    """They may be different boxes of it."""
-    return offer.dtype == entry.dtype and offer.opaque == entry.opaque and offer.global_shape == entry.global_shape
+    """They may be different boxes of it. Their elements lie in the same order."""
+    return (
+        offer.dtype == entry.dtype
+        and offer.opaque == entry.opaque
+        and offer.global_shape == entry.global_shape
+        and offer.strides == entry.strides
+    )
 
 
 def _same(offer: TensorEntry, entry: TensorEntry) -> bool:
@@ -158,7 +166,21 @@ def _why_not_as_is(offer: TensorEntry, entry: TensorEntry) -> str:
         return f"shape {_shape(offer.shape)} in the source, {_shape(entry.shape)} here"
     if offer.nbytes != entry.nbytes:
         return f"{offer.nbytes} bytes in the source, {entry.nbytes} here"
+    if offer.strides != entry.strides:
+        return _why_not_in_order(offer, entry)
     return "only other ranks have it, and it does not say what it is part of: publish and load it with `shards`"
+
+
+def _why_not_in_order(offer: TensorEntry, entry: TensorEntry) -> str:
+    """Why one of two that are not both contiguous does not fit."""
+    if offer.strides == entry.strides:
+        return f"strides {list(entry.strides or ())}: only contiguous tensors can be put together from parts"
+    here, there = _describe_order(entry), _describe_order(offer)
+    return f"{there} in the source, {here} here: give both sides the same strides, or call .contiguous() on both"
+
+
+def _describe_order(entry: TensorEntry) -> str:
+    return "contiguous" if entry.strides is None else f"strides {list(entry.strides)}"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -16,9 +16,9 @@ from loader.cuda import to_register
 from loader.errors import TensorsUnusable, listed
 from loader.garbage import collector_paused
 from loader.modes import plain_torch
-from loader.usable import unusable, unusable_name
+from loader.usable import is_dense, unusable, unusable_name
 from registry.errors import InvalidField
-from registry.manifest import Manifest, Region, TensorEntry
+from registry.manifest import Manifest, Region, TensorEntry, dense_strides
 from registry.numbers import whole
 from registry.text import short
 
@@ -104,7 +104,7 @@ def _no_box(dtensor: Any) -> str:
 def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None) -> Manifest:
     """The tensors' entries, in their order, and the regions to register: each storage once, however many views it has.
 
-    Raises TensorsUnusable with every tensor that is not plain contiguous memory. Tensors without bytes need no memory; tensors
+    Raises TensorsUnusable with every tensor that is not plain memory without gaps. Tensors without bytes need no memory; tensors
     that share memory (tied weights) keep their common address.
     """
     problems = []
@@ -122,7 +122,8 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
             problems.append(f"{name}: {problem}")
             continue
         whole, offsets = (shard.global_shape, shard.offsets) if shard is not None else (shape, (0,) * len(shape))
-        entries.append(TensorEntry(name, dtype_name(tensor.dtype), shape, addr, nbytes, whole, offsets, shard is None))
+        strides = _strides_of(tensor)
+        entries.append(TensorEntry(name, dtype_name(tensor.dtype), shape, addr, nbytes, whole, offsets, shard is None, strides))
         if nbytes:
             storage = tensor.untyped_storage()
             key = storage.data_ptr(), tensor.device.type
@@ -130,6 +131,11 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
     problems += [f"{name}: has a shard, but is not among the tensors" for name in shards or () if name not in tensors]
     _refuse(problems)
     return Manifest(tuple(entries), _regions(storages))
+
+
+def _strides_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """None for one that is contiguous."""
+    return None if tensor.is_contiguous() else dense_strides(tensor.shape, tensor.stride())
 
 
 def devices_of(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.device, ...]:
@@ -198,16 +204,40 @@ def _page(addr: int) -> int:
 
 
 def moved(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[str]:
-    """One line for each tensor that is not any more what its entry says: of another address, size, dtype or shape."""
+    """One line for each tensor that is not any more what its entry says: of another address, dtype, shape or strides.
+
+    A storage that was freed, or given another size, has another address.
+    """
     problems = []
     for entry in manifest.tensors:
         tensor: Any = tensors[entry.name]
-        if is_sharded(tensor):
+        if type(tensor) not in _PLAIN and is_sharded(tensor):
             tensor = tensor.to_local()
-        nbytes = tensor.nbytes if tensor.untyped_storage().nbytes() else 0
-        now = (tensor.data_ptr() if tensor.numel() else 0, nbytes, dtype_name(tensor.dtype), tuple(tensor.shape))
-        if now != (entry.addr, entry.nbytes, entry.dtype, entry.shape):
-            problems.append(
-                f"{entry.name}: is now {now[1]} bytes of {now[2]} at {now[0]:#x}, was {entry.nbytes} bytes at {entry.addr:#x}"
-            )
+        if (
+            (tensor.data_ptr() if entry.nbytes else 0) != entry.addr
+            or tensor.shape != entry.shape
+            or dtype_name(tensor.dtype) != entry.dtype
+            or (not tensor.is_contiguous() if entry.strides is None else not _has_strides(tensor, entry.strides))
+        ):
+            problems.append(f"{entry.name}: {_change(tensor, entry)}")
     return problems
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _has_strides(tensor: torch.Tensor, strides: tuple[int, ...]) -> bool:
+    return is_dense(tensor) and _strides_of(tensor) == strides
+
+
+def _change(tensor: torch.Tensor, entry: TensorEntry) -> str:
+    problem = unusable(tensor)
+    if problem:
+        return problem
+    addr = tensor.data_ptr() if tensor.numel() else 0
+    now = f"{tensor.nbytes} bytes of {dtype_name(tensor.dtype)} at {addr:#x}"
+    where = f"was {entry.nbytes} bytes at {entry.addr:#x}"
+    if (addr, tensor.nbytes) != (entry.addr, entry.nbytes):
+        return f"is now {now}, {where}"
+    strides = list(tensor.stride())
+    return f"is now {now} with shape {list(tensor.shape)} and strides {strides}, {where} with shape {list(entry.shape)}"

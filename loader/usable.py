@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import UninitializedBuffer, UninitializedParameter
 
+from registry.manifest import dense_strides
 from registry.text import is_unicode, short
 
 
@@ -60,11 +61,22 @@ def _without_memory(tensor: torch.Tensor) -> str:
 
 
 def _of_another_order(tensor: torch.Tensor) -> str:
-    if not tensor.is_contiguous():
+    if not is_dense(tensor):
         return f"is not contiguous (shape {list(tensor.shape)}, strides {list(tensor.stride())}): call .contiguous() first"
     if tensor.is_conj() or tensor.is_neg():
         return "is a lazily conjugated or negated view: call .resolve_conj().resolve_neg() first"
     return ""
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Contiguous, or so in another order of its dimensions."""
+    if tensor.is_contiguous():
+        return True
+    try:
+        dense_strides(tensor.shape, tensor.stride())
+    except ValueError:
+        return False
+    return True
 
 
 def _kind(tensor: Any) -> str:

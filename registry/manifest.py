@@ -20,7 +20,7 @@ from registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from registry.record import ManifestRef
 from registry.text import is_unicode, short
 
-SCHEMA = 1
+SCHEMA = 2  # 1 where no tensor has strides: what reads no more than that would take every tensor for contiguous
 PART_NBYTES = 1 << 20
 MAX_PARTS = 256
 MAX_UNPACKED_NBYTES = 256 << 20  # a manifest of a million tensors takes about 100 MB
@@ -49,6 +49,7 @@ class TensorEntry:
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
     opaque: bool = True
+    strides: tuple[int, ...] | None = None  # see `dense_strides`
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
         raise InvalidField(f"the manifest is not valid: {exc}", field="manifest") from exc
     tensors = manifest.tensors
     data = {
-        "schema": SCHEMA,
+        "schema": 1,
         "name": [entry.name for entry in tensors],
         "dtype": [entry.dtype for entry in tensors],
         "shape": [entry.shape for entry in tensors],
@@ -108,6 +109,8 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
         "digests": manifest.digests and [manifest.digests.algorithm, manifest.digests.addr],
         "values": manifest.values,
     }
+    if any(entry.strides for entry in tensors):
+        data |= {"schema": 2, "strides": [entry.strides for entry in tensors]}
     if manifest.block_nbytes:
         data["block_nbytes"] = manifest.block_nbytes
     raw = json.dumps(data, separators=(",", ":")).encode()
@@ -187,6 +190,7 @@ def _check_places(manifest: Manifest) -> None:
 
 def _from_json(data: dict[str, Any]) -> Manifest:
     columns = [data[name] for name in ("name", "dtype", "shape", "addr", "nbytes", "box")]
+    columns.append(_strides_column(data, len(columns[0])))
     if len({len(column) for column in columns}) != 1:
         raise ValueError("its columns differ in length")
     tensors = tuple(_entry(*row) for row in zip(*columns, strict=True))
@@ -199,6 +203,28 @@ def _from_json(data: dict[str, Any]) -> Manifest:
     return Manifest(tensors, regions, _digest_table(data.get("digests")), values, _natural(data.get("block_nbytes", 0)))
 
 
+def _strides_column(data: Mapping[str, Any], count: int) -> Any:
+    if (data["schema"] >= 2) != ("strides" in data):
+        raise ValueError(f"it has schema {data['schema']}, and strides or not: only schema 2 has them")
+    return data.get("strides", [None] * count)
+
+
+def dense_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """None where the elements lie row by row; else how many elements lie between neighbours in each dimension.
+
+    ValueError unless the dimensions, in some order, fill the memory without gaps. A dimension of size 1 has stride 1.
+    """
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1):
+        if stride != expected:
+            raise ValueError(f"strides {tuple(strides)} of shape {tuple(shape)} leave gaps or overlap")
+        expected *= size
+    some = [stride for size, stride in zip(shape, strides, strict=True) if size != 1]
+    if some == sorted(some, reverse=True):
+        return None
+    return tuple([1 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)])
+
+
 def _digest_table(value: Any) -> DigestTable | None:
     if value is None:
         return None
@@ -208,7 +234,7 @@ def _digest_table(value: Any) -> DigestTable | None:
     return DigestTable(algorithm, _natural(addr))
 
 
-def _entry(name: Any, dtype: Any, shape: Any, addr: Any, nbytes: Any, box: Any) -> TensorEntry:
+def _entry(name: Any, dtype: Any, shape: Any, addr: Any, nbytes: Any, box: Any, strides: Any) -> TensorEntry:
     if not isinstance(name, str) or not isinstance(dtype, str):
         raise ValueError("a tensor's name or dtype is not a string")
     if not is_unicode(name) or not dtype.isprintable():
@@ -226,7 +252,11 @@ def _entry(name: Any, dtype: Any, shape: Any, addr: Any, nbytes: Any, box: Any) 
     volume = prod(own)
     if (volume == 0) != (nbytes == 0) or max(volume, prod(whole)) >= _END_OF_MEMORY:
         raise ValueError(f"tensor {short(name)!r} of shape {own}, of {whole}, cannot take {nbytes} bytes")
-    return TensorEntry(name, dtype, own, _natural(addr), _natural(nbytes), whole, offsets, opaque=box is None)
+    if strides is not None:
+        strides = tuple(map(_natural, strides))
+        if dense_strides(own, strides) != strides or not volume:
+            raise ValueError(f"tensor {short(name)!r} of shape {own} cannot have strides {strides}")
+    return TensorEntry(name, dtype, own, _natural(addr), _natural(nbytes), whole, offsets, box is None, strides)
 
 
 def _natural(value: Any) -> int:

@@ -160,7 +160,6 @@ TIED = torch.zeros(4)
     [
         pytest.param({"w": torch.zeros(2, dtype=torch.complex128)}, id="a dtype that the format lacks"),
         pytest.param({"a": TIED, "b": TIED}, id="tied"),
-        pytest.param({"w": torch.zeros(3, 4).t()}, id="not contiguous"),
     ],
 )
 def test_tensors_that_the_format_cannot_hold_are_refused_as_a_file_that_cannot_be_written(

@@ -123,8 +123,8 @@ def test_a_manifest_that_unpacks_without_end_is_not_unpacked_whole(monkeypatch: 
 
 
 def test_a_newer_schema_is_refused_by_its_number() -> None:
-    with pytest.raises(SchemaUnsupported, match="schema 2; this version reads up to 1"):
-        decode(OWNER, *pack({"schema": 2}))
+    with pytest.raises(SchemaUnsupported, match="schema 3; this version reads up to 2"):
+        decode(OWNER, *pack({"schema": 3}))
 
 
 @pytest.mark.parametrize(
