@@ -86,8 +86,7 @@ class Registration:
         with self._lock:  # the keeper may have told another state by now
             self._held = metrics.REGISTRATIONS.hold(self._state.value)
         metrics.REGISTRATION_CHANGES.inc(RegistrationState.REGISTERED.value)
-        told = self._told("registered")
-        log.info("%s is registered, its keeper is process %d", self.record.key, self.keeper_pid, extra=told)
+        log.info("%s is registered, its keeper is process %d", self.record.key, self.keeper_pid, extra=self._told("registered"))
 
     @property
     def record(self) -> RankRecord:
