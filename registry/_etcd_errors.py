@@ -9,6 +9,7 @@ import grpc
 from registry.descriptors import explain, is_exhausted
 from registry.errors import AnswerTooLarge, EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
 
+_NO_THREAD = "can't start new thread"
 _LEARNER = "not supported for learner"
 _TURNED_OFF = "authentication is not enabled"
 # Every change of users or roles makes a JWT too old for good: only a new one helps.
@@ -38,9 +39,16 @@ def translate(endpoints: str, exc: Exception) -> EtcdError:
         return _from_status(where, code, text)
     if isinstance(exc, FileNotFoundError | PermissionError | IsADirectoryError):
         return EtcdRefused(f"cannot read {exc.filename}: {exc.strerror}: check --cacert, --cert and --key")
+    if isinstance(exc, RuntimeError) and _NO_THREAD in str(exc):
+        return EtcdUnavailable(f"{where} cannot be reached: no thread is left: end some, or raise the limit (ulimit -u)")
     if is_exhausted(exc):
         return EtcdUnavailable(f"{where} cannot be reached: {explain(exc)}")
     return EtcdUnavailable(f"{where} cannot be reached: {exc}: check the address and that etcd is running")
+
+
+def is_of_grpc(exc: ValueError | RuntimeError) -> bool:
+    """Its word for a channel that another thread has dropped meanwhile, or for a thread that it cannot start; not a mistake."""
+    return any(sign in str(exc) for sign in ("invoke RPC", _NO_THREAD))
 
 
 def is_turned_off(exc: grpc.RpcError) -> bool:

@@ -167,7 +167,7 @@ class Election:
                             "%s is not ours any more: campaigning again", self._key, extra=fields("election_lost", key=self._key)
                         )
                         return
-                    self._etcd.keep_alive(lease_id)
+                    lives_s = self._etcd.keep_alive(lease_id)
             except LeaseNotFound:
                 return
             except EtcdError as exc:
@@ -175,7 +175,7 @@ class Election:
                 if not self.leading:
                     return
             else:
-                self._leads_until = renewed_at + _TTL_S
+                self._leads_until = renewed_at + min(_TTL_S, lives_s)
 
 
 def _is_of(item: KeyValue, record: RankRecord) -> bool:

@@ -1,6 +1,7 @@
 """The only door to etcd: every call has a deadline, works through all endpoints, and fails with an error of ours.
 
-Used by everything else in `registry`, from any thread. Starts no thread of its own; gRPC keeps some per connection.
+Used by everything else in `registry`, from any thread. Starts one thread for each connection that renews leases; gRPC keeps some
+per connection.
 All calls may be repeated safely (writes are guarded by revisions), so a call that fails in transit is tried again on a fresh
 connection to the next endpoint until its deadline: this is what gets a client off a dead, cut off or quorumless member, and what
 renews an authentication token that etcd does not accept any more. `close`, from any thread, ends the calls that are under way.
@@ -24,7 +25,8 @@ import registry._etcd3_compat  # noqa: F401  must come before etcd3
 
 import etcd3  # isort: skip
 from registry import metrics
-from registry._etcd_errors import from_cancelled_watch, is_turned_off, translate, wants_token
+from registry._etcd_errors import from_cancelled_watch, is_of_grpc, is_turned_off, translate, wants_token
+from registry._lease_stream import LeaseStream
 from registry.config import EtcdConfig
 from registry.descriptors import check_left, explain
 from registry.errors import AnswerTooLarge, EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
@@ -123,6 +125,7 @@ class Etcd:
         self._authenticating = threading.Lock()
         self._known_here = False  # etcd has taken our credentials once
         self._client: Any = None
+        self._renewals: tuple[Any, LeaseStream | None] = None, None  # the stream of renewals, and its connection
         self._next_endpoint = 0
         self._closed = threading.Event()
         self._siblings: weakref.WeakSet[Etcd] = weakref.WeakSet()
@@ -142,6 +145,7 @@ class Etcd:
         with self._lock:
             self._closed.set()
             client, self._client = self._client, None
+            self._renewals = None, None
             siblings = list(self._siblings)
         if client is not None:
             client.close()
@@ -226,16 +230,14 @@ class Etcd:
         return int(response.ID)
 
     def keep_alive(self, lease_id: int) -> float:
-        """Gives the lease its full time again, which is returned in seconds; LeaseNotFound if it is gone."""
-        request = pb.LeaseKeepAliveRequest(ID=lease_id)
-        response = self._call(
-            lambda client, timeout_s: next(
-                iter(pb.LeaseStub(client.channel).LeaseKeepAlive(iter([request]), timeout_s, metadata=client.metadata))
-            )
-        )
-        if response.TTL <= 0:  # how etcd says that a lease is gone: not by an error
+        """Gives the lease its full time again; for how many seconds it now lives at least. LeaseNotFound if it is gone.
+
+        All leases are renewed by one stream that stays open, so from any number of threads at once.
+        """
+        ttl_s = self._call(lambda client, timeout_s: self._lease_stream(client).renew(lease_id, timeout_s))
+        if ttl_s <= 0:  # how etcd says that a lease is gone: not by an error
             raise LeaseNotFound(f"lease {lease_id:x} has expired or was revoked")
-        return float(response.TTL)
+        return float(ttl_s)
 
     def revoke(self, lease_id: int) -> None:
         """Ends the lease and deletes its keys. A lease that is gone already is no error."""
@@ -348,13 +350,22 @@ class Etcd:
             if self.config.user is not None:
                 self._authenticate(client, _share(share_s, deadline))
             return operation(client, _share(share_s, deadline))
-        except (grpc.RpcError, etcd3.Etcd3Exception, ValueError, OSError) as exc:
-            if isinstance(exc, ValueError) and "invoke RPC" not in str(exc):
-                raise  # not gRPC's word for a channel that another thread has dropped meanwhile
+        except (grpc.RpcError, etcd3.Etcd3Exception, ValueError, OSError, RuntimeError) as exc:
+            if isinstance(exc, ValueError | RuntimeError) and not is_of_grpc(exc):
+                raise
             error = _most_telling(self._failed(client, exc), exc, said)
             if not self._closed.is_set():  # else we have ended it ourselves
                 metrics.etcd_error(error)
             raise error from exc
+
+    def _lease_stream(self, client: Any) -> LeaseStream:
+        """The connection's. That of a connection that was dropped has ended with it."""
+        with self._lock:
+            owner, stream = self._renewals
+            if stream is None or stream.over or owner is not client:
+                stream = LeaseStream(pb.LeaseStub(client.channel), client.metadata or ())
+                self._renewals = client, stream
+            return stream
 
     def _failed(self, client: Any, exc: Exception) -> EtcdError:
         """The error to raise; a connection that may be at fault is not used again."""
@@ -409,6 +420,7 @@ class Etcd:
             if client is not self._client:
                 return  # another thread has dropped it already
             self._client = None
+            self._renewals = None, None
             self._next_endpoint += 1
         if client is not None:
             client.close()

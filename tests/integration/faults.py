@@ -183,6 +183,21 @@ def a_learner(of: LocalEtcd) -> Iterator[LocalEtcd]:
         learner.__exit__(None, None, None)
 
 
+@contextmanager
+def a_grpc_proxy(to: LocalEtcd) -> Iterator[str]:
+    """etcd's own proxy, of the same version; yields its endpoint."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    command = [to.binary, "grpc-proxy", "start", f"--endpoints={to.endpoint}", f"--listen-addr={endpoint}"]
+    proxy = subprocess.Popen([*command, f"--advertise-client-url={endpoint}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with closing(Etcd(EtcdConfig(parse_endpoints(endpoint), timeout_s=20.0))) as etcd:
+            wait_until(lambda: _answers(etcd))
+        yield endpoint
+    finally:
+        proxy.kill()
+        proxy.wait()
+
+
 def _answers(etcd: Etcd) -> bool:
     try:
         return bool(etcd.status())
