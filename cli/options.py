@@ -67,6 +67,19 @@ def nbytes_of(text: str) -> int:
     return nbytes
 
 
+def host_option(help: str) -> Callable[[Command], Command]:
+    """Where peers find this machine."""
+    return click.option("--host", callback=_own_host, help=f"{help} Default: the one that etcd sees.")
+
+
+def _own_host(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    from registry.hosts import why_not_advertised
+
+    if problem := why_not_advertised(value.strip("[]")) if value is not None else "":
+        raise click.BadParameter(f"{problem}: give an address of this machine that peers can reach.")
+    return value
+
+
 def rank_option(required: bool, help: str) -> Callable[[Command], Command]:
     return click.option("--rank", type=click.IntRange(min=0), required=required, help=help)
 

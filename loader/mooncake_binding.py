@@ -130,7 +130,7 @@ def _said(exc: Exception) -> str:
 def import_library() -> Any:
     try:
         import mooncake.engine
-    except ImportError as exc:
+    except (ImportError, OSError) as exc:
         raise EngineUnavailable(_what_to_install(str(exc))) from exc
     return mooncake.engine
 
@@ -144,4 +144,5 @@ def _what_to_install(complaint: str) -> str:
         )
     if "No module named" in complaint:
         return "the transfer engine is not installed: pip install 'engine-registry[cpu]' (or [cuda12], [cuda13] on GPU machines)"
-    return f"the transfer engine cannot be imported: {complaint}"
+    advice = ": raise ulimit -n" if "Too many open files" in complaint else ""
+    return f"the transfer engine cannot be imported: {complaint}{advice}"

@@ -31,10 +31,11 @@ _UNDER_WAY: set[Contact] = set()
 
 
 class Contact:
-    """Runs `make`, which meets the peer and returns the engine that can then read from it."""
+    """Runs `make`, which meets the peer, by addresses of that family, and returns the engine that can then read from it."""
 
-    def __init__(self, session_id: str, make: Callable[[Contact], Binding]) -> None:
+    def __init__(self, session_id: str, family: str, make: Callable[[Contact], Binding]) -> None:
         self._session_id = session_id
+        self._family = family
         self._make = make
         self._made: Future[Binding] = Future()
         self._addresses: list[str] = []
@@ -88,9 +89,9 @@ class Contact:
             host, self._port = parse_session(self._session_id)
         except InvalidField as exc:
             raise self._failed("that is no host:port") from exc
-        self._addresses = addresses_of(host)
+        self._addresses = addresses_of(host, self._family)
         if not self._addresses:
-            raise self._failed(f"{host} leads to no address")
+            raise self._failed(f"{host} has no address of {self._family}, which this engine speaks")
         if self._broken_off:
             raise self._failed("the contact was broken off")
         return self._make(self)

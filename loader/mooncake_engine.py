@@ -41,7 +41,8 @@ class MooncakeEngine:
     """Mooncake's transfer engine with peer-to-peer handshake: no metadata server.
 
     It listens on all interfaces, and every peer that reaches it may read AND WRITE registered memory: use it on trusted
-    networks only. `host` is what peers connect to, so an address of this machine that they can reach.
+    networks only. `host` is what peers connect to, so an address of this machine that they can reach. Engines speak IPv4 or IPv6,
+    as the host of the first of a process does, and read from peers of the same family only.
     """
 
     def __init__(
@@ -64,8 +65,8 @@ class MooncakeEngine:
             raise EngineUnavailable(
                 "no RDMA device is here (/sys/class/infiniband has none), and Mooncake would fall back to tcp: say tcp"
             )
-        check_host(host)
-        self._host = host
+        self._host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        self._family = check_host(self._host)
         self._protocol = protocol
         self._device = device
         self._fabric = fabric or (this_host() if protocol == "nvlink_intra" else "")
@@ -79,8 +80,8 @@ class MooncakeEngine:
         self._reads: dict[int, tuple[Reader, int]] = {}  # by number: the reader and its batch
         self._numbers = itertools.count(1)
         self._reading = True
-        self._binding: Binding | None = start(host, protocol, device)
-        self._session_id = join(host, self._binding.port)
+        self._binding: Binding | None = start(self._host, self._family, protocol, device)
+        self._session_id = join(self._host, self._binding.port)
         _OPEN.add(self)
 
     @property
@@ -152,8 +153,8 @@ class MooncakeEngine:
             reader = self._readers.get(peer)
             if reader is None:
                 # An engine of its own, or for a first contact, which needs no more than tcp.
-                new = partial(start, self._host, "tcp" if self._shared else self._protocol, self._device)
-                reader = self._readers[peer] = Reader(peer, self._protocol, new, shared)
+                new = partial(start, self._host, self._family, "tcp" if self._shared else self._protocol, self._device)
+                reader = self._readers[peer] = Reader(peer, self._protocol, self._family, new, shared)
         try:
             reader.connect()
         except LoaderError:

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 from loader.errors import EngineUnavailable
+from registry.hosts import why_not_advertised
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
@@ -21,22 +22,40 @@ def rdma_devices() -> tuple[str, ...]:
     return tuple(sorted(path.name for path in _RDMA_DEVICES.iterdir()))
 
 
-def check_host(host: str) -> None:
-    """Mooncake takes any host, and peers then look for us at an address that leads elsewhere or nowhere: EngineUnavailable."""
-    try:
-        family, kind, number, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, number) as probe:
-            probe.bind(address)
-    except OSError as exc:
-        raise EngineUnavailable(
-            f"{host!r} is no address of this machine ({exc.strerror or exc}): give one that peers can reach it by"
-        ) from exc
+def check_host(host: str) -> str:
+    """The family, IPv4 or IPv6, of the address that peers find this machine by.
 
-
-def addresses_of(host: str) -> list[str]:
-    """All addresses that a host leads to; none where it leads to none."""
+    Mooncake takes any host, and peers then look for us at an address that leads elsewhere or
+    nowhere: EngineUnavailable says why. A name that has addresses of both families is one of IPv4.
+    """
+    if problem := why_not_advertised(host):
+        raise _refused(problem)
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        family, kind, number, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        if problem := why_not_advertised(str(address[0])):
+            raise _refused(problem)
+        with socket.socket(family, kind, number) as probe:
+            probe.bind(address)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address[0], 1, *address[2:]))  # sends nothing
+    except PermissionError as exc:
+        raise _refused(f"{host} is the broadcast address of a network") from exc
+    except (OSError, UnicodeError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise _refused(f"{host!r} is no address of this machine ({reason})") from exc
+    return "IPv6" if family == socket.AF_INET6 else "IPv4"
+
+
+def addresses_of(host: str, family: str) -> list[str]:
+    """The addresses of that family that a host leads to; none where it leads to none."""
+    wanted = socket.AF_INET6 if family == "IPv6" else socket.AF_INET
+    try:
+        found = socket.getaddrinfo(host, 0, wanted, socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return []
     return [str(info[4][0]) for info in found]
+
+
+def _refused(problem: str) -> EngineUnavailable:
+    return EngineUnavailable(f"{problem}: give an address of this machine that peers can reach")

@@ -22,9 +22,10 @@ Ended = Callable[[], bool]
 class Reader:
     """`start` makes an engine of its own; `shared`, where there is one, is the engine that reads."""
 
-    def __init__(self, peer: str, protocol: str, start: Callable[[], Binding], shared: Binding | None) -> None:
+    def __init__(self, peer: str, protocol: str, family: str, start: Callable[[], Binding], shared: Binding | None) -> None:
         self.session_id = session_of(peer)
         self._protocol = protocol
+        self._family = family
         self._start = start
         self._shared = shared
         self._lock = threading.Lock()  # held during calls, which are short once the peer is connected
@@ -48,7 +49,7 @@ class Reader:
             if self._given_up:
                 raise self.failed()
             if self._contact is None:
-                self._contact = Contact(self.session_id, self._meet)
+                self._contact = Contact(self.session_id, self._family, self._meet)
             contact = self._contact
         self._take(contact.result())
 

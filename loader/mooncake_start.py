@@ -27,11 +27,16 @@ _FEW = 0.02  # of 500 ports that are tried at random, so many are hardly found
 _ENVIRONMENT = threading.Lock()
 
 
-def start(host: str, protocol: str, device: str) -> Binding:
-    """An engine that peers find at `host`; EngineUnavailable says why there is none."""
-    env = {"MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR")}
-    with _environment({**env, **_PROTOCOL_ENV.get(protocol, {})}):
-        library = import_library()  # reads some of its settings once, here
+def load_library(family: str) -> None:
+    """Imports it for engines of that family; EngineUnavailable. It reads some of its settings once, when it is imported."""
+    with _environment(_settings(family)):
+        import_library()
+
+
+def start(host: str, family: str, protocol: str, device: str) -> Binding:
+    """An engine that peers find at `host`, an address of that family; EngineUnavailable says why there is none."""
+    with _environment({**_settings(family), **_PROTOCOL_ENV.get(protocol, {})}):
+        library = import_library()
         try:
             binding = Binding(library, host, protocol, device)
         except EngineUnavailable as exc:
@@ -44,8 +49,29 @@ def start(host: str, protocol: str, device: str) -> Binding:
         raise EngineUnavailable(f"the transfer engine cannot work on {host!r}: {problem}")
     with listening_at(binding.port) as listener:
         if listener is not None:  # else it ends later, that is all
+            if problem := _why_not(family, listener):
+                binding.end()
+                raise EngineUnavailable(f"{host!r} is an address of {family}, but {problem}")
             look_up_every(_LOOK_UP_S, listener)
     return binding
+
+
+def _settings(family: str) -> dict[str, str | None]:
+    return {
+        "MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR"),
+        "MC_USE_IPV6": "1" if family == "IPv6" else None,
+    }
+
+
+def _why_not(family: str, listener: socket.socket) -> str:
+    """Engines of one family do not read from those of the other, and a process has engines of one family."""
+    speaks = "IPv6" if listener.family == socket.AF_INET6 else "IPv4"
+    if speaks == family:
+        return ""
+    return (
+        f"the transfer engine of this process was loaded to speak {speaks}: give it an address of {speaks}, or do this in a "
+        "process of its own"
+    )
 
 
 def _remedy() -> str:

@@ -15,6 +15,7 @@ from loader.engine import Engine
 from loader.errors import SourceUnreachable, VersionUnavailable
 from registry import InstanceState, InstanceStatus, Manifest, ModelIdentity, Place, RankRecord, RankState, Registry
 from registry.errors import EtcdRefused, InvalidField
+from registry.hosts import family_of, host_of
 from registry.logs import fields
 from registry.record import GATEWAY
 from registry.tickets import Pull
@@ -263,6 +264,9 @@ def _obstacle(engine: Engine, record: RankRecord) -> str:
         return "is an SGLang seed, which has no header to check reads by: load it with SGLang, through `engines gateway`"
     if record.protocol != engine.protocol:
         return f"is served over {record.protocol}, this engine speaks {engine.protocol}"
+    ours, theirs = (family_of(host_of(session_id)) for session_id in (engine.session_id, record.session_id))
+    if ours and theirs and ours != theirs:
+        return f"is served over {theirs}, this engine speaks {ours}: give it an address of {theirs} (--host)"
     if record.fabric and engine.fabric and record.fabric != engine.fabric:
         return f"is on the fabric {record.fabric!r}, this engine on {engine.fabric!r}"
     if record.protocol == "nvlink_intra" and not (record.fabric and engine.fabric) and record.host != socket.gethostname():

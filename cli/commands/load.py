@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, Transf
 from rich.progress import Progress as Bar
 
 from cli.logs import as_json, log_options
-from cli.options import Seconds, engine_log, etcd_options, json_option, nbytes_of, rank_option
+from cli.options import Seconds, engine_log, etcd_options, host_option, json_option, nbytes_of, rank_option
 from cli.output import print_json, size
 from cli.serving import Endings, drain_option
 from cli.signals import held_back, raised
@@ -48,7 +48,7 @@ AUTO = "auto"
               "that have come on, until Ctrl-C or SIGTERM. Ranks that load so at the same time load from each other.")  # fmt: skip
 @drain_option
 @click.option("--verify", is_flag=True, help="Compare every tensor with the digest that its source publishes.")
-@click.option("--host", help="Address of this machine. Default: the one that etcd sees.")
+@host_option("Address of this machine.")
 @click.option("--protocol", type=click.Choice((AUTO, *PROTOCOLS)), default=AUTO, show_default=True,
               help="How to read; auto: the quickest way that the source is served over and this machine has.")  # fmt: skip
 @json_option

@@ -12,7 +12,7 @@ import click
 
 from cli.logs import log_options
 from cli.metrics import metrics_options
-from cli.options import Seconds, engine_log, etcd_options, instance_argument, rank_option
+from cli.options import Seconds, engine_log, etcd_options, host_option, instance_argument, rank_option
 from cli.output import size
 from cli.serving import Endings, drain_option
 from cli.shards import boxes_of, parse_cut, read_boxes
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--from-peers", is_flag=True,
               help="If this rank of --model runs somewhere, copy its weights from there instead of reading the files; of many that "
               "start at once, one reads them.")  # fmt: skip
-@click.option("--host", help="Address of this machine that loaders can reach. Default: the one that etcd sees.")
+@host_option("Address of this machine that loaders can reach.")
 @click.option("--protocol", type=click.Choice(PROTOCOLS), default="tcp", show_default=True, help="How loaders read.")
 @click.option("--model", help="Model name. Default: the instance's name.")
 @click.option("--revision", default="", help="Model revision.")

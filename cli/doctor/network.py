@@ -44,14 +44,24 @@ def judge_hostname(name: str, addresses: Sequence[str], error: str = "") -> Find
 
 def check_address(address: str, given: bool, etcd_here: bool) -> Iterator[Finding]:
     """The one that a rank would register, `given` with --host or not, and whether a port there can be reached from here."""
+    address = address.strip("[]")
     error = _bind(address)
-    yield judge_address(address, given, etcd_here, error)
+    yield judge_address(address, given, etcd_here, error, _why_not_advertised(address))
     if not error:
         yield _port(address)
 
 
 def check_files() -> Iterator[Finding]:
     yield judge_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _why_not_advertised(address: str) -> str:
+    """Why it would lead nobody to us, as far as it shows itself; empty where nothing speaks against it."""
+    try:
+        from registry.hosts import why_not_advertised
+    except ImportError:  # python.etcd3 says so
+        return ""
+    return why_not_advertised(address)
 
 
 def _bind(address: str) -> str:
@@ -65,8 +75,11 @@ def _bind(address: str) -> str:
     return ""
 
 
-def judge_address(address: str, given: bool, etcd_here: bool, error: str) -> Finding:
+def judge_address(address: str, given: bool, etcd_here: bool, error: str, problem: str = "") -> Finding:
+    """`error` is why we cannot listen there, `problem` why nobody would find us by it."""
     check = "network.address"
+    if problem:
+        return fail(check, problem, "give one of this machine with --host that peers can reach: ip -brief address")
     if error:
         return fail(
             check,
@@ -100,7 +113,7 @@ def _port(address: str) -> Finding:
             f"no port can be opened at {address}: {exc.strerror or exc}",
             "look at ip_local_port_range and at limits of this container",
         )
-    return judge_port(f"{address}:{port}", dialled.trouble, dialled.seconds)
+    return judge_port(f"[{address}]:{port}" if ":" in address else f"{address}:{port}", dialled.trouble, dialled.seconds)
 
 
 def judge_port(where: str, trouble: Trouble | None, seconds: float) -> Finding:

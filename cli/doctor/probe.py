@@ -61,17 +61,19 @@ def _look(task: Callable[[], dict[str, str]], ranks: Callable[[], list[str]], te
     except Exception as exc:  # noqa: BLE001  a broken installation raises anything
         tell("torch", error=_said(exc), missing=isinstance(exc, ModuleNotFoundError) and exc.name == "torch")
         return
+    told = task()
+    host, protocol = told["host"], told["protocol"]
     try:
-        from loader.mooncake_binding import built_transports, import_library
+        from loader.mooncake_binding import built_transports
         from loader.mooncake_engine import MooncakeEngine
+        from loader.mooncake_start import load_library
+        from registry.hosts import family_of
 
-        import_library()
+        load_library(family_of(host.strip("[]")))
         tell("mooncake", error="", transports=built_transports())
     except Exception as exc:  # noqa: BLE001  as above
         tell("mooncake", error=_said(exc))
         return
-    told = task()
-    host, protocol = told["host"], told["protocol"]
     try:
         engine = MooncakeEngine(host, protocol)
     except Exception as exc:  # noqa: BLE001  told

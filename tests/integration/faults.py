@@ -15,6 +15,7 @@ from types import TracebackType
 from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import EtcdError, EtcdUnavailable
 from registry.etcd import Etcd
+from registry.hosts import join
 from registry.local import LocalEtcd, find_binary, free_port
 from tests.waiting import wait_until
 
@@ -28,7 +29,7 @@ class Proxy:
     `delay_s` is what each way takes, as over a long distance.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, at: str = "127.0.0.1") -> None:
         host, _, port = target.rpartition(":")
         self.delay_s = 0.0
         self._target = (host, int(port))
@@ -36,8 +37,8 @@ class Proxy:
         self._open.set()
         self._closed = False
         self._sockets: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((at, 0), family=socket.AF_INET6 if ":" in at else socket.AF_INET)
+        self.endpoint = join(at, self._listener.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:

@@ -21,17 +21,18 @@ limit = int(sys.argv[1])
 if limit:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 try:
-    with MooncakeEngine("127.0.0.1") as engine:
-        print("started")
+    for host in sys.argv[2:]:
+        with MooncakeEngine(host):
+            print("started")
 except EngineUnavailable as exc:
     print(exc)
 """
 
 
-def start(limit: int = 0, **env: str) -> str:
-    """What the process prints."""
+def start(*hosts: str, limit: int = 0, **env: str) -> str:
+    """What a process prints that starts an engine at each."""
     done = subprocess.run(
-        [sys.executable, "-c", START, str(limit)],
+        [sys.executable, "-c", START, str(limit), *(hosts or ("127.0.0.1",))],
         cwd=ROOT,
         env={**os.environ, **env},
         capture_output=True,
@@ -45,8 +46,8 @@ def start(limit: int = 0, **env: str) -> str:
 
 @pytest.mark.parametrize("limit", [8, 12, 14, 20, 40])
 def test_an_engine_without_descriptors_is_unavailable_and_says_how_to_mend_it(limit: int) -> None:
-    said = start(limit)
-    assert said == "started" or (f"this process may have {limit} files open" in said and "raise ulimit -n" in said)
+    said = start(limit=limit)
+    assert said == "started" or "raise ulimit -n" in said
     assert (said == "started") is (limit == 40)
 
 
@@ -77,3 +78,21 @@ def test_an_engine_has_ports_of_the_range_that_is_set() -> None:
     with ports_taken(40) as low:
         pass
     assert start(MC_MIN_RPC_PORT=str(low), MC_MAX_RPC_PORT=str(low + 39)) == "started"
+
+
+@pytest.mark.parametrize(("first", "other"), [("127.0.0.1", "::1"), ("::1", "127.0.0.1")])
+def test_a_process_has_engines_of_one_family(first: str, other: str) -> None:
+    families = {"127.0.0.1": "IPv4", "::1": "IPv6"}
+    started, refused = start(first, other).splitlines()
+    assert started == "started"
+    assert f"{other!r} is an address of {families[other]}, but the transfer engine of this process" in refused
+    assert f"was loaded to speak {families[first]}" in refused
+
+
+def test_a_library_that_others_have_loaded_keeps_the_family_that_it_has() -> None:
+    """As an inference engine may have that has a transfer engine of its own."""
+    loads_it_first = START.replace("limit =", "import mooncake.engine; limit =")
+    done = subprocess.run(
+        [sys.executable, "-c", loads_it_first, "0", "::1"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "was loaded to speak IPv4" in done.stdout

@@ -127,6 +127,21 @@ def test_a_port_can_be_opened_here_and_not_at_an_address_of_another_machine() ->
     ]
 
 
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "[::]", "255.255.255.255", "224.0.0.1", "ff02::1"])
+def test_an_address_that_leads_nobody_to_this_machine_fails(address: str) -> None:
+    address_of, *_ = check_address(address, True, False)
+    assert (address_of.check, address_of.status) == ("network.address", Status.FAIL)
+    assert "--host" in address_of.mend
+
+
+@pytest.mark.parametrize("address", ["::1", "[::1]"])
+def test_an_address_of_ipv6_is_tried_like_any_other(address: str) -> None:
+    assert [(finding.check, finding.status) for finding in check_address(address, False, True)] == [
+        ("network.address", Status.OK),
+        ("network.ports", Status.OK),
+    ]
+
+
 def test_a_port_that_cannot_be_reached_is_put_down_to_a_firewall() -> None:
     assert judge_port("h:1", None, 0.001).status is Status.OK
     assert "iptables" in judge_port("h:1", Trouble.SILENT, 1.5).mend

@@ -136,10 +136,40 @@ def test_an_engine_that_does_not_start_is_unavailable_and_says_what_to_check(lib
         MooncakeEngine("127.0.0.1")
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a" * 64 + ".b", "", "fe80::1"])
 def test_a_host_that_is_not_this_machine_is_refused(library: Library, host: str) -> None:
-    with pytest.raises(EngineUnavailable, match="is no address of this machine"):
+    with pytest.raises(EngineUnavailable, match=r"is no address of this machine .*: give an address of"):
         MooncakeEngine(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["0.0.0.0", "0", "::", "[::]", "255.255.255.255", "127.255.255.255", "224.0.0.1", "ff02::1", "fe80::1%lo"],
+)
+def test_a_host_that_leads_nobody_to_this_machine_is_refused(library: Library, host: str) -> None:
+    with pytest.raises(EngineUnavailable, match="give an address of this machine that peers can reach"):
+        MooncakeEngine(host)
+    assert library.engines == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "session_id", "given", "setting"),
+    [
+        ("127.0.0.1", "127.0.0.1:15000", "127.0.0.1", None),
+        ("localhost", "localhost:15000", "localhost", None),
+        ("::1", "[::1]:15000", "::1", "1"),
+        ("[::1]", "[::1]:15000", "::1", "1"),
+    ],
+)
+def test_the_family_of_the_host_is_told_through_the_environment(
+    library: Library, monkeypatch: pytest.MonkeyPatch, host: str, session_id: str, given: str, setting: str | None
+) -> None:
+    monkeypatch.setenv("MC_USE_IPV6", "yes")
+    with MooncakeEngine(host) as engine:
+        assert engine.session_id == session_id
+    assert library.initialized[0] == given
+    assert library.environment.get("MC_USE_IPV6") == setting
+    assert os.environ["MC_USE_IPV6"] == "yes"
 
 
 def test_rdma_without_a_device_is_refused_instead_of_becoming_tcp(library: Library, rdma_device: Path) -> None:
@@ -170,6 +200,7 @@ def test_a_library_that_cannot_be_imported_is_unavailable(monkeypatch: pytest.Mo
         ),
         ("libcuda.so.1: cannot open shared object file: No such file or directory", "pip install 'engine-registry[cpu]' instead"),
         ("undefined symbol: xyz", "undefined symbol: xyz"),
+        ("[Errno 24] Too many open files: '/x'", "raise ulimit -n"),
     ],
 )
 def test_what_is_missing_is_told_with_the_package_that_has_it(complaint: str, advice: str) -> None:

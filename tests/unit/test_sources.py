@@ -107,6 +107,31 @@ def test_what_cannot_be_reached_is_never_chosen_and_all_of_it_is_told() -> None:
     assert "/engines/b/0 is on the fabric 'island', this engine on 'mainland'" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "obstacle"),
+    [
+        ("10.0.0.1:1", "[fd00::2]:1", "is served over IPv6, this engine speaks IPv4: give it an address of IPv6 (--host)"),
+        ("[::1]:1", "127.0.0.1:1", "is served over IPv4, this engine speaks IPv6: give it an address of IPv4 (--host)"),
+        ("10.0.0.1:1", "10.0.0.2:1", ""),
+        ("[fd00::1]:1", "[fd00::2]:1", ""),
+        ("10.0.0.1:1", "node-7:1", ""),
+        ("node-1:1", "[::1]:1", ""),
+    ],
+)
+def test_engines_of_one_family_do_not_read_from_those_of_the_other(ours: str, theirs: str, obstacle: str) -> None:
+    class Tcp(InProcessEngine):
+        protocol = "tcp"
+        session_id = ours
+
+    registry = Ready([one("a", protocol="tcp", session_id=theirs)])
+    if not obstacle:
+        assert find(registry, engine=Tcp()) == ["a/0"]
+        return
+    with pytest.raises(SourceUnreachable) as caught:
+        find(registry, engine=Tcp())
+    assert f"/engines/a/0 {obstacle}" in str(caught.value)
+
+
 def test_nvlink_within_a_host_is_out_of_reach_from_another() -> None:
     class Nvlink(InProcessEngine):
         protocol = "nvlink_intra"
