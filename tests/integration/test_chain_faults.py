@@ -56,7 +56,7 @@ def test_whichever_member_of_a_chain_dies_all_others_finish(
 
 
 def test_a_herd_whose_source_ends_fails_in_time_and_says_so(processes: Processes, registry: Registry) -> None:
-    source, replicas = started(processes, 2, 0.02)
+    source, replicas = started(processes, 2, 0.05)
     go(replicas[0])
     wait_until(lambda: bool(registry.ranks("r0")))  # so that the other one reads from it
     go(replicas[1])
