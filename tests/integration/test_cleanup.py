@@ -323,7 +323,7 @@ def test_elections_whose_names_begin_alike_do_not_wait_for_each_other(shared_etc
         ]
         leaders = Follower(etcd, "/elections/", deadline=time.monotonic() + 10)
         assert any(len(etcd.snapshot("/elections/").items) == 3 for _ in leaders)
-        assert all(election.leading for election in elections)
+        wait_until(lambda: all(election.leading for election in elections))
 
 
 def test_hooks_get_each_event_and_a_failing_one_does_not_stop_the_watch(
