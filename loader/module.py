@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from loader.catalogue import Catalogue, read_catalogue
 from loader.engine import Engine
@@ -18,6 +19,7 @@ from loader.regions import Shard
 from loader.report import LoadReport
 from loader.state_dict import whole
 from registry import Registry
+from registry.text import short
 from registry.waiting import Wanted
 
 
@@ -49,9 +51,9 @@ def load_module(
     _check_all_can_be_filled(module, tensors)
     made: dict[torch.Tensor, torch.Tensor] = {}  # by what they replace
     for name, tensor in tensors.items():
-        if tensor.is_meta:
+        if tensor.is_meta and not is_lazy(tensor):
             if tensor not in made:
-                made[tensor] = _with_memory(tensor, device)
+                made[tensor] = _with_memory(name, tensor, device)
             tensors[name] = made[tensor]
     catalogue = read_catalogue(registry, engine, source, rank, timeout_s)
     plain = {name: box for name, box in whole(tensors).items() if name not in (shards or {})}
@@ -101,11 +103,19 @@ def _check_all_can_be_filled(module: nn.Module, tensors: Mapping[str, object]) -
         )
 
 
-def _with_memory(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+def _with_memory(name: str, tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
     """Like it, with whatever the memory holds."""
     where = device if device is not None else _default_device(tensor)
     with plain_torch():
-        made = torch.empty_like(tensor.detach(), device=where)
+        try:
+            made = torch.empty_like(tensor.detach(), device=where)
+        except Exception as exc:
+            said = short(" ".join(str(exc).split()))
+            raise TensorsUnusable(
+                f"{name} is on the meta device, and memory for a {type(tensor).__name__} on {where} "
+                f"cannot be had ({said}): give it memory before the load, or name another `device`",
+                problems=[name],
+            ) from exc
         if not isinstance(tensor, nn.Parameter):
             return made
         parameter = nn.Parameter(made, requires_grad=tensor.requires_grad)

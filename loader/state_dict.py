@@ -15,6 +15,7 @@ import torch
 
 from loader.errors import TensorsUnusable, listed
 from loader.regions import Shard, is_sharded
+from loader.usable import unusable
 from registry.text import short
 
 MAX_VALUES_NBYTES = 1 << 20
@@ -35,8 +36,15 @@ def flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dic
 
 
 def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shard]:
-    """Says of plain tensors that they are all of what they are part of, as a distributed checkpoint takes it."""
-    return {name: Shard(tuple(one.shape), (0,) * one.ndim) for name, one in tensors.items() if not is_sharded(one)}
+    """The boxes of plain tensors, each of which is a whole, as a distributed checkpoint takes it.
+
+    Tensors that cannot be used get none: they may have no shape, and `describe` refuses them.
+    """
+    return {
+        name: Shard(tuple(tensor.shape), (0,) * tensor.ndim)
+        for name, tensor in tensors.items()
+        if not is_sharded(tensor) and not unusable(tensor)
+    }
 
 
 def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:

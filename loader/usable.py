@@ -22,7 +22,7 @@ def unusable(tensor: object) -> str:
     if not isinstance(tensor, torch.Tensor):
         return f"is a {type(tensor).__name__}, not a tensor"
     try:
-        return _of_another_kind(tensor) or _without_memory(tensor) or _of_another_order(tensor)
+        return _of_another_kind(tensor) or _without_memory(tensor) or _of_another_order(tensor) or _outside_storage(tensor)
     except Exception as exc:  # noqa: BLE001
         reason = short(" ".join(str(exc).split()))
         return f"is a {_kind(tensor)} that torch cannot look at ({reason}): {_REMEDY}"
@@ -37,7 +37,10 @@ def _of_another_kind(tensor: torch.Tensor) -> str:
     if tensor.is_nested:
         return "is a nested tensor, which is several in one: give the tensors of .unbind(), each under a name"
     if tensor.layout is not torch.strided:
-        return f"has layout {tensor.layout}: only dense (strided) tensors have memory that can be copied as it is"
+        return (
+            f"has layout {tensor.layout}: only dense (strided) tensors have memory that can be copied as it is: call .to_dense() "
+            "first, or give the tensors that it is made of"
+        )
     if tensor.device.type == "meta":
         return "is on the meta device and has no memory: allocate it first"
     if tensor.is_quantized:
@@ -57,7 +60,18 @@ def _without_memory(tensor: torch.Tensor) -> str:
         there = storage.data_ptr() != 0
     except (RuntimeError, NotImplementedError):
         there = False
-    return "" if there else f"is a {_kind(tensor)} without memory of its own: {_REMEDY}"
+    return "" if there else f"is a {_kind(tensor)} without memory of its own: {_remedy_for(tensor)}"
+
+
+def _remedy_for(tensor: Any) -> str:
+    if _kind(tensor) == "FakeTensor":
+        return "make it outside of FakeTensorMode"
+    if _kind(tensor) in ("Tensor", "Parameter", "FunctionalTensor"):
+        return "give one from outside of what torch traces"
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return _REMEDY
+    names, _ = tensor.__tensor_flatten__()
+    return f"{_REMEDY} ({', '.join(map(str, names))})"
 
 
 def _of_another_order(tensor: torch.Tensor) -> str:
@@ -66,6 +80,15 @@ def _of_another_order(tensor: torch.Tensor) -> str:
     if tensor.is_conj() or tensor.is_neg():
         return "is a lazily conjugated or negated view: call .resolve_conj().resolve_neg() first"
     return ""
+
+
+def _outside_storage(tensor: torch.Tensor) -> str:
+    """Of a dense tensor."""
+    if not tensor.numel():
+        return ""
+    nbytes = tensor.untyped_storage().nbytes()
+    end = tensor.storage_offset() * tensor.itemsize + tensor.nbytes
+    return "" if end <= nbytes else f"reaches to byte {end} of a storage that has {nbytes}: it was resized"
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -252,6 +252,22 @@ def test_entries_that_are_not_the_modules_own_are_refused(
         load_module(registry, InProcessEngine(), "a", make())
 
 
+def test_a_parameter_without_a_shape_is_refused(registry: Registry, offer: Callable[..., Publication]) -> None:
+    offer(nn.Linear(2, 2).state_dict())
+    for device in ("cpu", "meta"):
+        with pytest.raises(TensorsUnusable, match="weight: is not initialized"):
+            load_module(registry, InProcessEngine(), "a", nn.LazyLinear(2, device=device), rank=0)
+
+
+def test_a_parameter_that_gets_no_memory_is_refused(registry: Registry, offer: Callable[..., Publication]) -> None:
+    offer(nn.Linear(2, 2).state_dict())
+    model = nn.Linear(2, 2, device="meta")
+    said = "^weight is on the meta device, and memory for a Parameter on nowhere cannot be had"
+    with pytest.raises(TensorsUnusable, match=said):
+        load_module(registry, InProcessEngine(), "a", model, device="nowhere")
+    assert model.weight.is_meta
+
+
 def test_a_model_of_another_shape_stays_without_memory(registry: Registry, offer: Callable[..., Publication]) -> None:
     offer(served().state_dict())
     model = without_memory(Config(vocabulary=61, positions=16, hidden=24, heads=4, inner=40, layers=3))
