@@ -66,6 +66,7 @@ def local_parts(
     parts, boxes, problems = dict(tensors), dict(shards or {}), []
     for name, tensor in tensors.items():
         if not is_sharded(tensor):
+            parts[name] = _arrived(tensor)
             continue
         dtensor: Any = tensor
         problem = _no_box(dtensor)
@@ -76,11 +77,16 @@ def local_parts(
         elif dtensor.device_mesh.get_coordinate() is None:
             del parts[name]
         else:
-            parts[name] = dtensor.detach().to_local()
+            parts[name] = _arrived(dtensor.detach().to_local())
             (chunk,) = dtensor.__create_chunk_list__()
             boxes[name] = Shard(tuple(dtensor.shape), tuple(chunk.offsets))
     _refuse(problems)
     return parts, boxes
+
+
+def _arrived(tensor: Any) -> Any:
+    """The tensor that a collective fills, once it is filled: an AsyncCollectiveTensor wraps it."""
+    return tensor.wait() if hasattr(tensor, "trigger_wait") else tensor
 
 
 def _no_box(dtensor: Any) -> str:
@@ -211,8 +217,8 @@ def moved(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[str]:
     problems = []
     for entry in manifest.tensors:
         tensor: Any = tensors[entry.name]
-        if type(tensor) not in _PLAIN and is_sharded(tensor):
-            tensor = tensor.to_local()
+        if type(tensor) not in _PLAIN:
+            tensor = _arrived(tensor.to_local() if is_sharded(tensor) else tensor)
         if (
             (tensor.data_ptr() if entry.nbytes else 0) != entry.addr
             or tensor.shape != entry.shape

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.distributed._functional_collectives import all_gather_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Split
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 from loader import Destination
 from loader.errors import TensorsUnusable
-from loader.regions import describe
+from loader.regions import describe, local_parts, moved
 from loader.state_dict import whole
 
 INSIDE = "give the plain tensors that it is made of"
@@ -154,3 +160,29 @@ def test_a_lazily_copied_tensor_gets_its_memory_before_it_is_described() -> None
     copied = torch._lazy_clone(base)
     (entry,) = Destination({"w": copied}).manifest.tensors
     assert entry.addr == copied.data_ptr() != base.data_ptr()
+
+
+# -- results of collectives ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+    yield DeviceMesh("cpu", [0])
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch is about to rename the collective
+@pytest.mark.parametrize("in_dtensor", [False, True], ids=["alone", "in a DTensor"])
+def test_what_a_collective_still_fills_is_waited_for_and_used(mesh: DeviceMesh, in_dtensor: bool) -> None:
+    values = torch.arange(6.0).reshape(2, 3)
+    result: Any = all_gather_tensor(values, 0, mesh)
+    assert type(result).__name__ == "AsyncCollectiveTensor"
+    tensor = DTensor.from_local(result, mesh, [Split(0)]) if in_dtensor else result
+    parts, boxes = local_parts({"w": tensor})
+    assert torch.equal(parts["w"], values)
+    (entry,) = describe(parts, boxes).tensors
+    assert (entry.addr, entry.shape) == (result.elem.data_ptr(), (2, 3))
+    assert entry.opaque is not in_dtensor
+    assert moved({"w": tensor}, describe(parts, boxes)) == []
