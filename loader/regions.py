@@ -219,14 +219,22 @@ def moved(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[str]:
         tensor: Any = tensors[entry.name]
         if type(tensor) not in _PLAIN:
             tensor = _arrived(tensor.to_local() if is_sharded(tensor) else tensor)
-        if (
-            (tensor.data_ptr() if entry.nbytes else 0) != entry.addr
-            or tensor.shape != entry.shape
-            or dtype_name(tensor.dtype) != entry.dtype
-            or (not tensor.is_contiguous() if entry.strides is None else not _has_strides(tensor, entry.strides))
-        ):
+        try:
+            same = _is_as_described(tensor, entry)
+        except Exception:  # noqa: BLE001  it may be anything by now, and raise whatever it likes
+            same = False
+        if not same:
             problems.append(f"{entry.name}: {_change(tensor, entry)}")
     return problems
+
+
+def _is_as_described(tensor: torch.Tensor, entry: TensorEntry) -> bool:
+    return (
+        (tensor.data_ptr() if entry.nbytes else 0) == entry.addr
+        and tensor.shape == entry.shape
+        and dtype_name(tensor.dtype) == entry.dtype
+        and (tensor.is_contiguous() if entry.strides is None else _has_strides(tensor, entry.strides))
+    )
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
