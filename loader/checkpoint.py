@@ -32,13 +32,15 @@ from loader.catalogue import Catalogue, read_catalogue
 from loader.engine import Engine
 from loader.errors import LoaderError, TornRead, VersionUnavailable
 from loader.load import Verify, load
+from loader.modes import plain_torch
 from loader.offers import entry_box
 from loader.pace import Pace
-from loader.regions import Shard, dtype_named
+from loader.regions import Shard, dtype_named, strides_of
 from loader.report import LoadReport
 from loader.state_dict import decode_value
 from loader.together import load_together
 from loader.transfer import OnProgress
+from loader.usable import is_dense
 from registry import Registry, TensorEntry
 from registry.errors import RecordDamaged, RegistryError
 from registry.waiting import Wanted
@@ -272,8 +274,18 @@ def _target(
     name: str, tensor: torch.Tensor, entry: TensorEntry, offsets: tuple[int, ...], items: list[tuple[ReadItem, torch.Tensor]]
 ) -> _Target:
     shard = None if entry.opaque else Shard(entry.global_shape, offsets or (0,) * tensor.ndim)
-    buffer = None if tensor.is_contiguous() else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return _Target(name, tensor, shard, items, buffer)
+    return _Target(name, tensor, shard, items, _buffer_for(tensor, entry))
+
+
+@plain_torch()
+def _buffer_for(tensor: torch.Tensor, entry: TensorEntry) -> torch.Tensor | None:
+    """Memory in which the tensor lies as at its source; None where it lies so itself."""
+    strides = entry.strides if entry.shape == tuple(tensor.shape) else None
+    if is_dense(tensor) and strides_of(tensor) == strides:
+        return None
+    if strides is None:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
 
 
 def _once_each(targets: Sequence[_Target]) -> list[list[_Target]]:

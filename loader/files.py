@@ -28,6 +28,7 @@ from loader.whole import INDEX, Whole, file_names, index_of, is_file_of_a_model
 from registry import Manifest
 from registry.errors import InvalidField
 
+Strides = tuple[int, ...] | None  # as in TensorEntry
 _Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -124,12 +125,16 @@ def allocate_like(manifest: Manifest, device: str = "cpu") -> dict[str, torch.Te
                 f"{nbytes}: nothing was read",
                 problems=[entry.name],
             )
-    strides = {entry.name: entry.strides for entry in entries if entry.strides is not None}
-    with plain_torch():
-        return {
-            name: tensor.as_strided(tensor.shape, strides[name]) if name in strides else tensor
-            for name, tensor in allocate(layout, device).items()
-        }
+    return with_strides(allocate(layout, device), {entry.name: entry.strides for entry in entries})
+
+
+@plain_torch()
+def with_strides(tensors: Mapping[str, torch.Tensor], strides: Mapping[str, Strides]) -> dict[str, torch.Tensor]:
+    """The same memory, in which those tensors that have strides lie as these say."""
+    return {
+        name: tensor if (some := strides[name]) is None else tensor.as_strided(tensor.shape, some)
+        for name, tensor in tensors.items()
+    }
 
 
 def shards_like(manifest: Manifest) -> dict[str, Shard]:

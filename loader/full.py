@@ -12,7 +12,7 @@ import torch
 from loader.content import content_of_parts
 from loader.engine import Engine
 from loader.errors import LoaderError
-from loader.files import WholeFiles, allocate, block_of, extent
+from loader.files import WholeFiles, allocate, block_of, extent, with_strides
 from loader.load import Verify, load
 from loader.manifests import fetch_manifests
 from loader.pipe import Share
@@ -82,7 +82,7 @@ class _Full:
         reports: list[LoadReport] = []
         done_nbytes = 0
         for file, layout in zip(files, layouts, strict=True):
-            tensors = allocate(layout, memory=memory)
+            tensors = with_strides(allocate(layout, memory=memory), {whole.name: whole.strides for whole in file})
             on_progress = self._part_of_progress(done_nbytes, sum(whole.nbytes for whole in file), total_nbytes)
             reports.append(self._load(file, tensors, contents, wait_s, on_progress))
             done_nbytes += sum(whole.nbytes for whole in file)

@@ -128,7 +128,7 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
             problems.append(f"{name}: {problem}")
             continue
         whole, offsets = (shard.global_shape, shard.offsets) if shard is not None else (shape, (0,) * len(shape))
-        strides = _strides_of(tensor)
+        strides = strides_of(tensor)
         entries.append(TensorEntry(name, dtype_name(tensor.dtype), shape, addr, nbytes, whole, offsets, shard is None, strides))
         if nbytes:
             storage = tensor.untyped_storage()
@@ -139,7 +139,7 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
     return Manifest(tuple(entries), _regions(storages))
 
 
-def _strides_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+def strides_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """None for one that is contiguous."""
     return None if tensor.is_contiguous() else dense_strides(tensor.shape, tensor.stride())
 
@@ -241,7 +241,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _has_strides(tensor: torch.Tensor, strides: tuple[int, ...]) -> bool:
-    return is_dense(tensor) and _strides_of(tensor) == strides
+    return is_dense(tensor) and strides_of(tensor) == strides
 
 
 def _change(tensor: torch.Tensor, entry: TensorEntry) -> str:

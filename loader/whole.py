@@ -25,13 +25,17 @@ _OURS = re.compile(r"model(-[0-9]{5,}-of-[0-9]{5,})?\.safetensors|" + re.escape(
 
 @dataclass(frozen=True)
 class Whole:
-    """`opaque`: its rank does not say that it is the whole, but there is no other rank."""
+    """`opaque`: its rank does not say that it is the whole, but there is no other rank.
+
+    `strides` are those of every rank's tensor, if each of them is the whole.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     opaque: bool
+    strides: tuple[int, ...] | None = None
 
 
 def whole_tensors(instance: str, manifests: Sequence[Manifest]) -> list[Whole]:
@@ -87,7 +91,9 @@ def _gap(shards: Sequence[tuple[int, TensorEntry]]) -> str:
 def _whole(name: str, shards: Sequence[tuple[int, TensorEntry]]) -> Whole:
     _, first = shards[0]
     itemsize = max((entry.nbytes // prod(entry.shape) for _, entry in shards if entry.nbytes), default=0)
-    return Whole(name, first.dtype, first.global_shape, prod(first.global_shape) * itemsize, first.opaque)
+    nbytes = prod(first.global_shape) * itemsize
+    alike = all((entry.shape, entry.strides) == (first.global_shape, first.strides) for _, entry in shards)
+    return Whole(name, first.dtype, first.global_shape, nbytes, first.opaque, first.strides if alike else None)
 
 
 def into_files(wholes: Sequence[Whole], max_nbytes: int = MAX_FILE_NBYTES) -> list[list[Whole]]:

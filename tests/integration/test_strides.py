@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from loader import Destination, InProcessEngine, Publication, Shard, load, publish
+from loader import Destination, EngineReader, InProcessEngine, Publication, Shard, load, publish
 from loader.content import content_of
 from loader.digests import digests_of
 from loader.errors import TensorsUnusable, WeightsMismatch
-from loader.files import allocate_like, write_weights
+from loader.files import WholeFiles, allocate_like, write_weights
+from loader.full import load_full
 from loader.regions import describe
 from registry import ModelIdentity, Registry
 from registry.errors import RecordDamaged
@@ -103,6 +105,27 @@ def test_a_file_has_its_values_row_by_row(tmp_path: Path) -> None:
     found = load_file(tmp_path / "w.safetensors")["w"]
     assert found.is_contiguous()
     assert found.equal(values())
+
+
+def test_a_whole_model_is_written_row_by_row(registry: Registry, offer: Offer, tmp_path: Path) -> None:
+    offer(turned(values()))
+    with WholeFiles(tmp_path) as files:
+        load_full(registry, InProcessEngine(), "a", files=files)
+    found = load_file(tmp_path / "model.safetensors")["w"]
+    assert found.is_contiguous()
+    assert found.equal(values())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch warns outside of a job
+@pytest.mark.parametrize("there", [values(), turned(values())], ids=["row by row", "with strides"])
+@pytest.mark.parametrize("here", [(4, 1), (1, 6), (16, 2)], ids=str)
+def test_a_distributed_checkpoint_is_read_into_any_strides(
+    registry: Registry, offer: Offer, here: tuple[int, int], there: torch.Tensor
+) -> None:
+    offer(there.clone(), shards=WHOLE)
+    found = {"w": torch.zeros(100).as_strided((6, 4), here)}
+    dcp_load(found, storage_reader=EngineReader(registry, InProcessEngine(), "a"), no_dist=True)
+    assert torch.equal(found["w"], there)
 
 
 def test_the_digest_is_of_the_bytes_as_they_lie() -> None:
