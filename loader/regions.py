@@ -16,7 +16,7 @@ from loader.cuda import to_register
 from loader.errors import TensorsUnusable, listed
 from loader.garbage import collector_paused
 from loader.modes import plain_torch
-from loader.usable import is_dense, unusable, unusable_name
+from loader.usable import unusable, unusable_name
 from registry.errors import InvalidField
 from registry.manifest import Manifest, Region, TensorEntry, dense_strides
 from registry.numbers import whole
@@ -241,7 +241,9 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _has_strides(tensor: torch.Tensor, strides: tuple[int, ...]) -> bool:
-    return is_dense(tensor) and strides_of(tensor) == strides
+    """Of a tensor of the same shape: `strides` are dense, and so are equal ones."""
+    sides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple([1 if size == 1 else stride for size, stride in sides]) == strides
 
 
 def _change(tensor: torch.Tensor, entry: TensorEntry) -> str:
