@@ -18,7 +18,7 @@ from concurrent.futures import TimeoutError as NotYet
 from loader.errors import EngineFailed, ReadFailed
 from loader.mooncake_binding import Binding
 from loader.mooncake_machine import addresses_of
-from loader.mooncake_sockets import cut
+from loader.mooncake_sockets import Way, cut
 from registry.errors import InvalidField
 from registry.hosts import parse_session
 
@@ -38,8 +38,7 @@ class Contact:
         self._family = family
         self._make = make
         self._made: Future[Binding] = Future()
-        self._addresses: list[str] = []
-        self._port = 0
+        self.way: Way = ([], 0)  # the peer's addresses and its port, once they are known
         self._until = time.monotonic() + _LIMIT_S
         self._broken_off = False
         _UNDER_WAY.add(self)
@@ -73,7 +72,7 @@ class Contact:
         self._broken_off = True
         until = time.monotonic() + for_s
         while not self._made.done() and time.monotonic() < until:
-            cut(self._addresses, self._port)
+            cut(*self.way)
             time.sleep(_NAP_S)
 
     def _run(self) -> None:
@@ -86,11 +85,11 @@ class Contact:
 
     def _meet(self) -> Binding:
         try:
-            host, self._port = parse_session(self._session_id)
+            host, port = parse_session(self._session_id)
         except InvalidField as exc:
             raise self._failed("that is no host:port") from exc
-        self._addresses = addresses_of(host, self._family)
-        if not self._addresses:
+        self.way = addresses_of(host, self._family), port
+        if not self.way[0]:
             raise self._failed(f"{host} has no address of {self._family}, which this engine speaks")
         if self._broken_off:
             raise self._failed("the contact was broken off")

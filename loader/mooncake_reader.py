@@ -13,6 +13,7 @@ from loader.engine import session_of
 from loader.errors import EngineFailed, ReadFailed
 from loader.mooncake_binding import Binding
 from loader.mooncake_contact import Contact
+from loader.mooncake_sockets import Way, cut
 from loader.plan import ReadOp
 
 _AGAIN_S = 2.0  # for a second contact with a peer that has just answered the first
@@ -29,8 +30,9 @@ class Reader:
         self._start = start
         self._shared = shared
         self._lock = threading.Lock()  # held during calls, which are short once the peer is connected
-        self._contact: Contact | None = None  # the last one, until it is over
+        self._contact: Contact | None = None  # that is under way
         self._binding: Binding | None = None  # once connected
+        self._way: Way = ([], 0)  # then
         self._given_up = False
         self._batches: dict[int, ReadOp] = {}  # of one read each, not over yet
         # What a call is about that has not come back. It stays here if an interrupt came before it
@@ -51,12 +53,12 @@ class Reader:
             if self._contact is None:
                 self._contact = Contact(self.session_id, self._family, self._meet)
             contact = self._contact
-        self._take(contact.result())
+        self._take(contact.result(), contact.way)
 
-    def _take(self, binding: Binding) -> None:
+    def _take(self, binding: Binding, way: Way) -> None:
         with self._lock:
             if not self._given_up:
-                self._binding, self._contact = binding, None
+                self._binding, self._way, self._contact = binding, way, None
                 return
         if binding is not self._shared:
             binding.end()
@@ -130,6 +132,8 @@ class Reader:
                 left += [(op, lambda: False) for op in self._unsure]
         if contact is not None:
             contact.break_off()
+        elif self._shared is not None:
+            cut(*self._way)  # over rdma the first read is another handshake, which holds up others as well
         return left
 
     def _ended(self, batch: int) -> Ended:

@@ -12,10 +12,11 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Collection, Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+Way = tuple[Sequence[str], int]  # to a peer: its addresses, and its port
 _TIMEVAL = struct.Struct("ll")
 _TABLES = ("/proc/self/net/tcp", "/proc/self/net/tcp6")
 _INET = (socket.AF_INET, socket.AF_INET6)
@@ -51,7 +52,7 @@ def look_up_every(seconds: float, listener: socket.socket) -> None:
         pass
 
 
-def cut(addresses: Iterable[str], port: int) -> None:
+def cut(addresses: Sequence[str], port: int) -> None:
     """Shuts down every connection of this process to that port, those that are being made included.
 
     Whoever waits there for an answer gets none, at once.

@@ -99,7 +99,8 @@ class HostilePeer:
 
     def _answer(self, connection: socket.socket, behave: Behaviour) -> None:
         with suppress(OSError), connection:
-            connection.recv(1 << 16)
+            (length,) = struct.unpack("<Q", connection.recv(8, socket.MSG_WAITALL).ljust(8, b"\0"))
+            connection.recv(length, socket.MSG_WAITALL)
             self._met.release()
             behave(connection)
 

@@ -37,13 +37,9 @@ def check_peer(etcd: Etcd, probe: Probe, instance: str, rank: int | None, protoc
     if not records:
         return
     readable = [record for record in records if record.protocol == protocol and record.header_addr]
-    # Elsewhere than over tcp one engine reads from all, and one that nobody answers would hold it up.
-    first = readable if protocol == "tcp" else []
-    probe.read_ranks([(record.key, encode(record)) for record in first])
+    probe.read_ranks([(record.key, encode(record)) for record in readable])
     lines = _dial_all(records, limit_s)
-    then = [record for record in readable if record not in first and _listens(lines[record.key])]
-    probe.read_ranks([(record.key, encode(record)) for record in then])
-    headers, engine_error = _headers(probe, {record.key for record in (*first, *then) if _listens(lines[record.key])}, limit_s)
+    headers, engine_error = _headers(probe, {record.key for record in readable if _listens(lines[record.key])}, limit_s)
     for record in records:
         yield judge_rank(record, protocol, socket.gethostname(), lines[record.key], headers.get(record.key), engine_error, limit_s)
 
