@@ -1,12 +1,12 @@
 # Every target does the set-up that it needs. Variables:
 #   PYTHON=/path/to/python   the interpreter for .venv (3.10 to 3.13; default: python3)
-#   ARGS='-k name -x'        passed on to pytest, or to `engines demo`, or to the resolver of `make lock`
+#   ARGS='-k name -x'        passed on to pytest, to `engines demo`, to the resolver of `make lock`, …
 
 BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compose bench lint format lock clean
+.PHONY: help setup demo test test-compose mutate bench lint format lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -23,6 +23,9 @@ test: lint ## lint, then all tests
 test-compose: setup ## docker-compose.yml run for real (root or a docker daemon; minutes)
 	@scripts/compose_tools.sh
 	$(BIN)/pytest tests/compose -v -o faulthandler_timeout=1800 $(ARGS)
+
+mutate: setup ## change modules and see whether tests notice: ARGS='FILE.py -t TESTFILE' (by hand)
+	$(BIN)/python -m scripts.mutate $(ARGS)
 
 bench: setup ## figures of the control plane, the gateway and loading (minutes)
 	$(BIN)/engines bench registry $(ARGS)

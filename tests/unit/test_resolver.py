@@ -74,6 +74,12 @@ def test_every_problem_is_listed_not_only_the_first() -> None:
     )
 
 
+def test_one_rank_of_many_tells_the_model_and_the_size_of_its_instance() -> None:
+    status = assess("qwen", [a_record(rank=2, world_size=4)])
+    found = (status.instance, status.world_size, status.model, status.version)
+    assert found == ("qwen", 4, MODEL, 3)
+
+
 def test_ranks_in_one_state_are_told_together() -> None:
     records = [a_record(rank=rank, world_size=4, state=RankState.LOADING if rank else RankState.READY) for rank in range(4)]
     assert assess("qwen", records).problems == ("rank 1-3 loading",)
@@ -95,6 +101,7 @@ def test_ranks_that_have_ended_do_not_count() -> None:
 
 def test_an_instance_without_ranks_is_gone_and_knows_nothing_of_itself() -> None:
     status = assess("qwen", [])
+    assert status.instance == "qwen"
     assert (status.state, status.world_size, status.model, status.version, status.nbytes) == (InstanceState.GONE, 0, None, None, 0)
     assert status.summary == ""
 

@@ -47,7 +47,8 @@ CHANGES = st.one_of(
 @given(st.lists(CHANGES, max_size=30))
 def test_after_any_changes_a_roster_says_what_assess_says_of_the_records(changes: list[KeyValue | Deletion]) -> None:
     roster, items = Roster("qwen"), dict[str, KeyValue]()
-    for change in changes:
+    complete = [stored(a_record(rank=rank, world_size=3)) for rank in range(3)]
+    for change in [*complete, *changes]:
         roster.see(change)
         items.pop(change.key, None)
         if isinstance(change, KeyValue):
@@ -56,6 +57,20 @@ def test_after_any_changes_a_roster_says_what_assess_says_of_the_records(changes
         wanted = assess("qwen", records, damaged)
         assert (roster.state, roster.status()) == (wanted.state, wanted)
         assert list(assess_all(items.values())) == ([wanted] if wanted.state is not InstanceState.GONE else [])
+
+
+def test_an_instance_is_ready_whenever_all_its_ranks_are_alike() -> None:
+    roster = Roster("qwen")
+    ready, degraded = InstanceState.READY, InstanceState.DEGRADED
+    states = []
+    for rank, version in ((0, 3), (1, 3), (1, 4), (1, 3), (1, 4), (0, 4)):
+        roster.put(a_record(rank=rank, version=version))
+        states.append(roster.state)
+    assert states == [degraded, ready, degraded, ready, degraded, ready]
+    for rank in (0, 1):
+        roster.remove(rank)
+        states.append(roster.state)
+    assert states[-2:] == [degraded, InstanceState.GONE]
 
 
 def read(items: dict[str, KeyValue]) -> tuple[list[RankRecord], list[str]]:
