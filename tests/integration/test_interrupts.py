@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from types import FrameType
@@ -36,6 +37,9 @@ from tests.waiting import wait_until
 
 TTL_S = 60.0  # a key that goes only with its lease is left for as long
 OURS = {module.__file__ for module in (session, keeper_link, uninterrupted)}
+
+# Of its own: a keeper that an earlier test left, whose etcd is gone, goes on for minutes.
+INSTANCE = f"interrupted-{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture
@@ -92,13 +96,13 @@ def at_every_line(call: Callable[[], object], gaps: Sequence[int]) -> Iterator[s
 
 
 def threads() -> list[str]:
-    return [each.name for each in threading.enumerate() if each.name.endswith("/engines/a/0")]
+    return [each.name for each in threading.enumerate() if each.name.endswith(f"/engines/{INSTANCE}/0")]
 
 
 def wait_until_gone(etcd: Etcd) -> None:
     """All that works on a registration, and then what it has left."""
     gc.collect()
-    wait_until(lambda: not threads() and not keepers("a"))
+    wait_until(lambda: not threads() and not keepers(INSTANCE))
     assert etcd.snapshot("/").items == ()
 
 
@@ -113,7 +117,7 @@ def _short_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_register_that_is_interrupted_at_any_line_leaves_nothing(registry: Registry, etcd: Etcd) -> None:
     made: list[Registration] = []
     where = []
-    for hit in at_every_line(lambda: made.append(register(registry, ttl_s=TTL_S)), gaps=[0, 1]):
+    for hit in at_every_line(lambda: made.append(register(registry, INSTANCE, ttl_s=TTL_S)), gaps=[0, 1]):
         where.append(hit)
         assert made == [], where
         wait_until_gone(etcd)
@@ -125,7 +129,7 @@ def test_a_register_that_is_interrupted_at_any_line_leaves_nothing(registry: Reg
 @pytest.mark.timeout(300)
 def test_a_close_that_is_interrupted_at_any_line_is_finished_by_the_next(registry: Registry, etcd: Etcd) -> None:
     for first in itertools.count(1):
-        registration = register(registry, ttl_s=TTL_S)
+        registration = register(registry, INSTANCE, ttl_s=TTL_S)
         where = []
         for line in (first, 1, 2):
             with suppress(KeyboardInterrupt), interrupted_at(line, line + 1) as hit:
@@ -152,7 +156,7 @@ def test_a_close_that_is_interrupted_half_way_is_not_done_until_the_next_has_wai
     monkeypatch.setitem(failpoints.ACTIONS, "session.before_abandon", press)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        registration = register(registry, ttl_s=TTL_S)
+        registration = register(registry, INSTANCE, ttl_s=TTL_S)
         with pytest.raises(KeyboardInterrupt):
             registration.close()
         half_way = registration.state
@@ -165,12 +169,12 @@ def test_a_close_that_is_interrupted_half_way_is_not_done_until_the_next_has_wai
 
 
 def test_a_change_that_is_interrupted_leaves_the_registration_in_order(registry: Registry) -> None:
-    with register(registry) as registration:
+    with register(registry, INSTANCE) as registration:
         for version in itertools.count(1):
             with suppress(KeyboardInterrupt), interrupted_at(version, version + 1) as hit:
                 registration.update(version=version)
             registration.update(state=RankState.UPDATING)
-            assert registry.ranks("a") == (registration.record,)
+            assert registry.ranks(INSTANCE) == (registration.record,)
             if not hit:
                 break
         assert registration.record.version == version > 5
