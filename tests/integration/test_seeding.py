@@ -113,6 +113,7 @@ def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
 # -- one reads -------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(300)
 def test_a_herd_of_32_processes_reads_the_disk_once(processes: Processes, registry: Registry, path: Path) -> None:
     outcomes = Herd(processes, path, *(f"herd-{number}" for number in range(32))).outcomes()
     assert sorted(one["read"] for one in outcomes) == [0] * 31 + [NBYTES]
