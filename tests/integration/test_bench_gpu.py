@@ -12,6 +12,7 @@ from cli.bench.gpu.rows import EACH_NCCL, FILE, TURN, WARM
 CPUS = run.Devices(("cpu", "cpu"), ("cpu", "cpu"), protocol="tcp", backend="gloo", gpus=2)
 
 
+@pytest.mark.timeout(300)
 def test_every_part_is_measured_and_told_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     parts = [part for part in run.PARTS if part not in ("large", "llama-70b-tp8", "small")]
     results = run.Results()

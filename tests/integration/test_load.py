@@ -159,8 +159,8 @@ def test_tensors_without_a_box_need_a_rank(registry: Registry, new_engine: Calla
 def test_tensors_that_cannot_be_read_as_they_lie_are_all_named_and_nothing_is_registered(
     registry: Registry, new_engine: Callable[[], Engine]
 ) -> None:
-    tensors = {"good": torch.zeros(4), "turned": torch.rand(4, 8).t(), "meta": torch.empty(2, device="meta")}
-    with pytest.raises(TensorsUnusable, match=r"turned: is not contiguous.*call \.contiguous.*meta: is on the meta device"):
+    tensors = {"good": torch.zeros(4), "part": torch.rand(4, 8)[:, :3], "meta": torch.empty(2, device="meta")}
+    with pytest.raises(TensorsUnusable, match=r"part: .*call \.contiguous.*meta: is on the meta device"):
         offer(registry, new_engine(), tensors)
     assert registry.instances() == ()
 

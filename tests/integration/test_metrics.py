@@ -137,7 +137,7 @@ def test_a_rank_serves_its_registration_and_who_has_read_from_it(processes: Proc
     out, err = server.communicate(timeout=20)
     assert (server.returncode, out) == (Exit.DONE, "withdrew a/0\n")
     told = [json.loads(line) for line in err.splitlines()]
-    assert [each["fields"]["event"] for each in told] == ["registered", "withdrawn"]
+    assert [each["fields"]["event"] for each in told] == ["disk_read", "registered", "withdrawn"]
     assert told[0]["fields"] == {"event": "registered", "instance": "a", "rank": 0}
 
 
@@ -330,7 +330,7 @@ def test_loads_that_fail_before_a_byte_or_by_digest_count_by_their_outcome(
         with pytest.raises(DigestMismatch):
             load(registry, engine, "a", rank=0, tensors={name: torch.zeros_like(t) for name, t in weights.items()}, verify="digest")
         with pytest.raises(Exception, match="is not registered"):
-            load(registry, engine, "nobody", rank=0, tensors=weights, timeout_s=0)
+            load(registry, engine, "nobody", rank=0, tensors={"w": torch.zeros(3)}, timeout_s=0)
         wait_until(lambda: (shown("loader_pulls_served_total"), shown("loader_pulls")) == (1, 0))
     assert shown.nonzero("loader_loads_total") == {"mismatch": 1, "digest_mismatch": 1, "no_source": 1}
     assert shown("loader_digest_mismatches_total") == 1
