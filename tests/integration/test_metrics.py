@@ -138,7 +138,7 @@ def test_a_rank_serves_its_registration_and_who_has_read_from_it(processes: Proc
     assert (server.returncode, out) == (Exit.DONE, "withdrew a/0\n")
     told = [json.loads(line) for line in err.splitlines()]
     assert [each["fields"]["event"] for each in told] == ["disk_read", "registered", "withdrawn"]
-    assert told[0]["fields"] == {"event": "registered", "instance": "a", "rank": 0}
+    assert told[1]["fields"] == {"event": "registered", "instance": "a", "rank": 0}
 
 
 @pytest.mark.parametrize("command", ["watch", "register"])
