@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,6 +45,13 @@ def on_device_of(addr: int) -> Iterator[None]:
     """The thread's current device is the one that holds the address: who asks the driver about memory has to be there."""
     with torch.cuda.device(_attribute(_DEVICE_ORDINAL, addr)):
         yield
+
+
+def device_here() -> AbstractContextManager[Any]:
+    """For another thread, which begins on the first device: this thread's current one."""
+    if not torch.cuda.is_initialized():
+        return nullcontext()
+    return torch.cuda.device(torch.cuda.current_device())
 
 
 def _attribute(attribute: int, addr: int) -> int:

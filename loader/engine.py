@@ -55,8 +55,8 @@ class Engine(Protocol):
     def connect(self, peer: str) -> None:
         """Makes the first contact with a peer, see `peer_of`; at once where that has been made. ReadFailed if nobody answers there.
 
-        Lasts as long as the peer takes, up to a minute, or until `abandon`: call it in a thread that
-        may hang. Nothing else of the engine waits for it meanwhile.
+        Lasts as long as the peer takes, up to a minute, or until `abandon`: call it in a thread
+        that may hang. Nothing else of the engine waits for it meanwhile.
         """
 
     def start(self, peer: str, op: ReadOp) -> int:
@@ -133,9 +133,9 @@ def _take_back(engine: Engine, region: Region, owner: object) -> None:
 
 
 def tiled(manifest: Manifest, tiles: Tiles) -> Manifest:
-    """The manifest with these tiles of its regions as its regions; TensorsUnusable where one cuts a tensor.
+    """The manifest with these tiles as its regions; TensorsUnusable where one cuts a tensor.
 
-    That takes tensors that share a part of their bytes with others, which were registered without them.
+    That takes tensors that share a part of their bytes with others that are registered already.
     """
     if tiles == manifest.regions:
         return manifest
@@ -148,8 +148,8 @@ def tiled(manifest: Manifest, tiles: Tiles) -> Manifest:
     ]
     if cut:
         raise TensorsUnusable(
-            f"{len(cut)} tensors lie partly in memory that this process offers or fills already, as parts of other tensors: "
-            f"{listed(cut)}: publish or load tensors that share memory together",
+            f"{len(cut)} tensors lie partly in memory that this process offers or fills already, "
+            f"as parts of other tensors: {listed(cut)}: publish or load tensors that share memory together",
             problems=cut,
         )
     return replace(manifest, regions=tiles)

@@ -1,7 +1,7 @@
 """An engine that reads the memory of others of its class in the same process, with the same refusals as the real one.
 
-For tests and single-process uses. Its faults have names: `pause` and `resume` a peer, `delay_s` for every read, and reads that
-cannot be ended, as over rdma.
+For tests and single-process uses. Its faults have names: `pause` and `resume` a peer, `delay_s` for
+every read, and reads that cannot be ended, as over rdma.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class InProcessEngine:
         self._running.clear()
 
     def resume(self) -> None:
-        """Answers whatever has been asked meanwhile and was not ended, whether or not anybody still waits for it."""
+        """Answers all that was asked meanwhile and has not ended, whether or not anybody waits."""
         self._running.set()
         for reader in list(self._peers.values()):
             with reader._lock:

@@ -26,7 +26,7 @@ class Lingering:
         self._reads: list[_Read] = []
 
     def add(self, peer: str, op: ReadOp, ended: Callable[[], bool]) -> None:
-        """`ended` says, at once, whether it cannot write any more; it is not asked again once it has said so."""
+        """`ended` says, at once, whether the read cannot write any more. It is asked until then."""
         with self._lock:
             self._reads.append(_Read(peer, op, ended))
 
@@ -39,8 +39,9 @@ class Lingering:
             start = read.op.dst_addr
             if start < addr + nbytes and addr < start + read.op.nbytes:
                 raise EngineFailed(
-                    f"a read from {session_of(read.peer)} that was given up may still write {read.op.nbytes} bytes to "
-                    f"{start:#x}: use that memory again when the peer has answered or ended, or close this engine first"
+                    f"a read from {session_of(read.peer)} that was given up may still write "
+                    f"{read.op.nbytes} bytes to {start:#x}: use that memory again when the peer has answered "
+                    "or ended, or close this engine first"
                 )
 
     def _left(self) -> list[_Read]:

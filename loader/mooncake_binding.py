@@ -41,14 +41,14 @@ class Binding:
             raise EngineUnavailable(f"code {code}")
 
     def end(self) -> None:
-        """Destroys the engine, and with it all its reads, here and now, unless another thread is in a call to it."""
+        """Destroys the engine and all its reads, unless another thread is in a call to it."""
         self._engine = _Ended()
 
     def meet(self, session_id: str) -> bool:
         """Makes the first contact with a peer; False where nobody answers.
 
         Lasts as long as the peer takes, minutes where it sends a byte now and then; meanwhile no
-        other call about a peer comes back. An empty batch opens the peer's segment and reads nothing.
+        other call about a peer comes back. An empty batch opens the peer's segment and no more.
         """
         try:
             return self._engine.batch_transfer_async_read(session_id, [], [], []) not in _NO_BATCH
@@ -67,7 +67,10 @@ class Binding:
         return batch if batch not in _NO_BATCH else None
 
     def arrived(self, session_id: str, batch: int) -> bool | None:
-        """None: not yet, and what has timed out may still write. Else it is over, and asking again ends the process."""
+        """Whether it has brought its bytes; None: not yet, and what has timed out may still write.
+
+        Any other answer is the last: asking again ends the process.
+        """
         try:
             status = self._engine.transfer_check_status(batch)
         except _RAISED as exc:
@@ -87,7 +90,7 @@ class Binding:
             self._engine.unregister_memory(region.addr)
         except _RAISED as exc:
             raise EngineFailed(
-                f"the transfer engine cannot take back {region.nbytes} bytes at {region.addr:#x} ({_said(exc)})"
+                f"the transfer engine cannot unregister {region.nbytes} bytes at {region.addr:#x} ({_said(exc)}): close it"
             ) from exc
 
 

@@ -1,4 +1,4 @@
-"""A first contact with a peer: in a thread of its own, within a bound, and one that can be broken off.
+"""A first contact with a peer: in a thread of its own, bounded, and one that can be broken off.
 
 The library waits for a peer for minutes, and longer if that sends a byte now and then. Only its
 sockets are in our hands, so they are shut down under it. A thread that came back from the library
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 
+from loader.cuda import device_here
 from loader.errors import EngineFailed, ReadFailed
 from loader.mooncake_binding import Binding
 from loader.mooncake_machine import addresses_of
@@ -31,12 +32,16 @@ _UNDER_WAY: set[Contact] = set()
 
 
 class Contact:
-    """Runs `make`, which meets the peer, by addresses of that family, and returns the engine that can then read from it."""
+    """Runs `make`, which meets the peer and returns the engine that can then read from it.
+
+    The peer is reached by addresses of `family`.
+    """
 
     def __init__(self, session_id: str, family: str, make: Callable[[Contact], Binding]) -> None:
         self._session_id = session_id
         self._family = family
         self._make = make
+        self._device = device_here()
         self._made: Future[Binding] = Future()
         self.way: Way = ([], 0)  # the peer's addresses and its port, once they are known
         self._until = time.monotonic() + _LIMIT_S
@@ -47,16 +52,14 @@ class Contact:
             thread.start()
         except RuntimeError as exc:
             _UNDER_WAY.discard(self)
-            raise EngineFailed(
-                f"no thread can be started for a contact with {session_id} ({exc}): raise the limit with ulimit -u"
-            ) from exc
+            raise EngineFailed(f"no thread can be started for a contact with {session_id} ({exc}): raise ulimit -u") from exc
 
     def allow(self, seconds: float) -> None:
         """What follows may take so long."""
         self._until = time.monotonic() + seconds
 
     def result(self) -> Binding:
-        """Waits for it; ReadFailed where the peer does not answer in time or the contact was broken off."""
+        """Waits for it; ReadFailed if the peer does not answer in time, or it was broken off."""
         while True:
             try:
                 return self._made.result(_LOOK_S)
@@ -77,7 +80,9 @@ class Contact:
 
     def _run(self) -> None:
         try:
-            self._made.set_result(self._meet())
+            with self._device:
+                made = self._meet()
+            self._made.set_result(made)
         except BaseException as exc:  # noqa: BLE001  handed on to whoever asks for the result
             self._made.set_exception(exc)
         finally:

@@ -1,10 +1,11 @@
-"""Mooncake's transfer engine behind `Engine`: an engine of the library that serves our memory, and readers of peers.
+"""Mooncake behind `Engine`: an engine of the library that serves our memory, and readers of peers.
 
-Over tcp and nvlink_intra every peer is read from by an engine for it alone: a read that hangs cannot be cancelled, but it ends with
-the engine that it was started on; and what has been learnt of a peer's memory is never learnt anew. Such an engine costs 1 ms, two
-threads and five file descriptors. Over rdma it would have to register all memory that is read into once more, so there the engine
-that serves also reads. First contacts are made on engines of their own in any case. At exit all reading ends, as no thread may come
-back from the library while Python ends.
+Over tcp and nvlink_intra every peer is read from by an engine for it alone: a read that hangs
+cannot be cancelled, but it ends with the engine that it was started on; and what has been learnt of
+a peer's memory is never learnt anew. Such an engine costs 1 ms, two threads and five file
+descriptors. Over rdma it would have to register all memory that is read into once more, so there
+the engine that serves also reads. First contacts are made on engines of their own in any case. At
+exit all reading ends, as no thread may come back from the library while Python ends.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import atexit
 import itertools
 import threading
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from types import TracebackType
 
@@ -40,9 +41,10 @@ _OPEN: weakref.WeakSet[MooncakeEngine] = weakref.WeakSet()
 class MooncakeEngine:
     """Mooncake's transfer engine with peer-to-peer handshake: no metadata server.
 
-    It listens on all interfaces, and every peer that reaches it may read AND WRITE registered memory: use it on trusted
-    networks only. `host` is what peers connect to, so an address of this machine that they can reach. Engines speak IPv4 or IPv6,
-    as the host of the first of a process does, and read from peers of the same family only.
+    It listens on all interfaces, and every peer that reaches it may read AND WRITE registered
+    memory: use it on trusted networks only. `host` is what peers connect to, so an address of this
+    machine that they can reach. All engines of a process speak IPv4, or all speak IPv6, as their
+    hosts do; they read from peers that speak the same.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class MooncakeEngine:
         *,
         shared: bool | None = None,
     ) -> None:
-        """`protocol`: tcp, rdma or nvlink_intra; `device`: RDMA device names, comma-separated, empty for all.
+        """`protocol`: tcp, rdma or nvlink_intra. `device`: names of RDMA devices, or empty for all.
 
         `shared`, whether the engine that serves reads from all peers, is as the protocol needs it
         unless a test says otherwise.
@@ -112,7 +114,7 @@ class MooncakeEngine:
                     with self._where(one):
                         binding.register(one)
                     registered.append(one)
-            except EngineFailed:
+            except BaseException:
                 self._served.end(region)
                 for one in registered:
                     self._forget(binding, one)
@@ -220,7 +222,8 @@ class MooncakeEngine:
             binding, self._binding = self._binding, None
             if binding is not None:
                 for region in self._served:
-                    self._forget(binding, region)
+                    with suppress(EngineFailed):  # it ends with the engine
+                        self._forget(binding, region)
                 binding.end()
             self._served.clear()
             self._lent.clear()

@@ -1,4 +1,4 @@
-"""This machine, as far as reading from others and being read depends on it: its addresses, RDMA devices, and who it is."""
+"""This machine as its peers see it: its addresses, its RDMA devices, who it is."""
 
 from __future__ import annotations
 

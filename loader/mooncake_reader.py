@@ -21,7 +21,7 @@ Ended = Callable[[], bool]
 
 
 class Reader:
-    """`start` makes an engine of its own; `shared`, where there is one, is the engine that reads."""
+    """`start` makes an engine of its own; `shared`, where there is one, is what reads."""
 
     def __init__(self, peer: str, protocol: str, family: str, start: Callable[[], Binding], shared: Binding | None) -> None:
         self.session_id = session_of(peer)
@@ -29,14 +29,14 @@ class Reader:
         self._family = family
         self._start = start
         self._shared = shared
-        self._lock = threading.Lock()  # held during calls, which are short once the peer is connected
+        self._lock = threading.Lock()  # held during calls, which are short for a peer that was met
         self._contact: Contact | None = None  # that is under way
         self._binding: Binding | None = None  # once connected
         self._way: Way = ([], 0)  # then
         self._given_up = False
         self._batches: dict[int, ReadOp] = {}  # of one read each, not over yet
-        # What a call is about that has not come back. It stays here if an interrupt came before it
-        # was noted that the read had begun or was over, or if the library failed: that may still write.
+        # Of a call that has not come back. It stays here if an interrupt came before it was noted
+        # that the read had begun or was over, or if the library failed: that may still write.
         self._unsure: list[ReadOp] = []
 
     @property
@@ -65,7 +65,7 @@ class Reader:
         raise self.failed()
 
     def _meet(self, contact: Contact) -> Binding:
-        """On an engine of its own, as a peer that does not answer holds up all that the engine does.
+        """On an engine of its own, as a peer that does not answer holds up all of an engine.
 
         An engine that is shared meets the peer when that has just answered.
         """
@@ -115,13 +115,13 @@ class Reader:
         return arrived if arrived is None else arrived and not self._given_up
 
     def give_up(self) -> list[tuple[ReadOp, Ended]]:
-        """Nothing can be read any more. Returns what may still write, and how to ask whether it has ended."""
+        """Nothing is read any more. Returns what may still write, each with a way to ask."""
         with self._lock:
             self._given_up = True
             contact, self._contact = self._contact, None
             left: list[tuple[ReadOp, Ended]] = []
             if self._shared is None:
-                # Destroys the engine, here and now: only a contact that hangs, and has read nothing, may hold it.
+                # Here and now: only a contact that hangs, and has read nothing, may hold it.
                 if self._binding is not None:
                     self._binding.end()
                 self._binding = None
@@ -133,7 +133,7 @@ class Reader:
         if contact is not None:
             contact.break_off()
         elif self._shared is not None:
-            cut(*self._way)  # over rdma the first read is another handshake, which holds up others as well
+            cut(*self._way)  # over rdma the first read is a handshake that holds up others too
         return left
 
     def _ended(self, batch: int) -> Ended:

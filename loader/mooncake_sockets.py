@@ -64,7 +64,7 @@ def cut(addresses: Sequence[str], port: int) -> None:
 
 
 def _copies(inodes: Collection[int] | None = None) -> Generator[socket.socket, None, None]:
-    """Of our sockets, or of those with these inodes; each is closed when the next one is asked for."""
+    """Of our sockets, or of those with these inodes. Each is closed when the next is asked for."""
     try:
         names = os.listdir("/proc/self/fd")
     except OSError:  # no descriptor is left for the list

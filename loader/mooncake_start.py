@@ -1,4 +1,4 @@
-"""Starts engines of the library, each under the environment that it needs, and finds out why one does not start."""
+"""Starts engines of the library under the environment that each needs, or says why one does not."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ _ENVIRONMENT = threading.Lock()
 
 
 def load_library(family: str) -> None:
-    """Imports it for engines of that family; EngineUnavailable. It reads some of its settings once, when it is imported."""
+    """Imports it for engines of that family; EngineUnavailable.
+
+    It reads some of its settings once, when it is imported.
+    """
     with _environment(_settings(family)):
         import_library()
 
 
 def start(host: str, family: str, protocol: str, device: str) -> Binding:
-    """An engine that peers find at `host`, an address of that family; EngineUnavailable says why there is none."""
+    """An engine that peers find at `host`, of that family; EngineUnavailable says why not."""
     with _environment({**_settings(family), **_PROTOCOL_ENV.get(protocol, {})}):
         library = import_library()
         try:
@@ -64,13 +67,13 @@ def _settings(family: str) -> dict[str, str | None]:
 
 
 def _why_not(family: str, listener: socket.socket) -> str:
-    """Engines of one family do not read from those of the other, and a process has engines of one family."""
+    """A process has engines of one family, and those do not read from engines of the other."""
     speaks = "IPv6" if listener.family == socket.AF_INET6 else "IPv4"
     if speaks == family:
         return ""
     return (
-        f"the transfer engine of this process was loaded to speak {speaks}: give it an address of {speaks}, or do this in a "
-        "process of its own"
+        f"the transfer engine of this process was loaded to speak {speaks}: "
+        f"give it an address of {speaks}, or do this in a process of its own"
     )
 
 
@@ -95,8 +98,8 @@ def _no_ports() -> str:
     if free >= max(2, _FEW * (high - low + 1)):
         return ""
     return (
-        f"it takes two of the ports {low} to {high}, of which {free} are free (ss -ltn shows who has them): "
-        f"end what holds them, or set {' and '.join(_PORTS)} to others"
+        f"it takes two of the ports {low} to {high}, of which {free} are free: "
+        f"end what holds them (ss -ltnp), or set {' and '.join(_PORTS)} to others"
     )
 
 
@@ -116,8 +119,8 @@ def _is_free(port: int) -> bool:
 
 @contextmanager
 def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
-    """None: not set. For one thread at a time: another that came in between would start under what this one has put back, and put
-    back its."""
+    """None: not set. For one thread at a time: another that came in between would start under what
+    this one has put back, and put back its."""
     with _ENVIRONMENT:
         before = {name: os.environ.get(name) for name in values}
         _set(values)

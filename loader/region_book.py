@@ -29,8 +29,8 @@ class RegionBook:
     def __init__(self) -> None:
         self.lock = threading.Lock()  # of the engine, held during calls
         self._starts: list[int] = []  # sorted
-        self._regions: dict[int, Region] = {}  # by start: as registered with the engine; they never overlap
-        self._uses: dict[int, int] = {}  # by start: how many regions of callers lie in it, wholly or in part
+        self._regions: dict[int, Region] = {}  # by start: registered ones, which never overlap
+        self._uses: dict[int, int] = {}  # by start: how many regions of callers share bytes with it
         self._begun: Counter[Region] = Counter()  # by callers
 
     def __iter__(self) -> Iterator[Region]:
@@ -72,7 +72,7 @@ class RegionBook:
         return Begun(tuple(tiles), tuple(new))
 
     def end(self, region: Region) -> Tiles:
-        """Ends one `begin` of the same region. The registered regions that the engine has to unregister."""
+        """Ends one `begin` of the same region; what the engine has to unregister."""
         if not self._begun[region]:
             return ()
         self._begun[region] -= 1

@@ -1,4 +1,4 @@
-"""Hosts and ports as records and people write them: `host:port`, with IPv6 addresses in brackets. Pure."""
+"""Hosts and ports as records and people write them: `host:port`, `[address of IPv6]:port`. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def join(host: str, port: int) -> str:
 
 
 def parse_session(session_id: str) -> tuple[str, int]:
-    """Host and port of a transfer engine; InvalidField where it is not `host:port`. IPv6 addresses are in brackets."""
+    """Host and port of a transfer engine; InvalidField where it is not `host:port`.
+
+    Addresses of IPv6 are in brackets.
+    """
     match = _SESSION.fullmatch(session_id)
     if match is None or not 0 < int(match[3]) < 65536:
         raise InvalidField(
@@ -48,7 +51,7 @@ def family_of(host: str) -> str:
 
 
 def why_not_advertised(host: str) -> str:
-    """Why no peer can find this machine by that host, as far as the host itself shows; empty where nothing speaks against it."""
+    """Why no peer can find a machine by that host, as far as the host itself shows; or empty."""
     if "%" in host:
         return f"{host} names a network interface of this machine, which means nothing to others"
     address = _address(host)
@@ -64,7 +67,7 @@ def why_not_advertised(host: str) -> str:
 
 
 def _address(host: str) -> IPv4Address | IPv6Address | None:
-    """None where it is a name. `0`, `127.1` and the like are addresses to the system, and so they are here."""
+    """None where it is a name. `0` and `127.1` are addresses, as they are to the system."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:

@@ -56,7 +56,7 @@ def check_files() -> Iterator[Finding]:
 
 
 def _why_not_advertised(address: str) -> str:
-    """Why it would lead nobody to us, as far as it shows itself; empty where nothing speaks against it."""
+    """Why nobody would find us by it, as far as it shows itself; empty where it may do."""
     try:
         from registry.hosts import why_not_advertised
     except ImportError:  # python.etcd3 says so

@@ -176,6 +176,7 @@ def test_a_peer_that_stops_after_its_first_answer_holds_up_others_for_a_moment_o
 ) -> None:
     """Where one engine reads from all, that engine meets it after another has."""
     monkeypatch.setattr("loader.mooncake_reader._AGAIN_S", 0.3)
+    monkeypatch.setattr("loader.mooncake_contact._LIMIT_S", 3600.0)
     memory = torch.arange(64, dtype=torch.uint8)
     with (
         MooncakeEngine("127.0.0.1") as source,
@@ -358,6 +359,42 @@ def test_a_process_ends_in_order_though_its_contacts_come_to_an_end_at_that_very
     with HostilePeer(says(*(bytes([byte]) for byte in slow), pause_s=0.002)) as peer:
         process = processes.start("-c", CONTACTS_AT_EXIT, peer.session_id, manner)
         _, err = process.communicate(timeout=60)
+    assert (process.returncode, "terminate called" in err) == (0, False)
+
+
+READS_AT_EXIT = """
+import ctypes, threading
+import torch  # so that the end of Python takes its time
+from loader import MooncakeEngine
+from loader.errors import LoaderError
+from loader.plan import ReadOp
+from registry import Region
+memory = [ctypes.create_string_buffer(4096) for _ in range(2)]
+src, dst = [Region(ctypes.addressof(block), 4096) for block in memory]
+source, reader = MooncakeEngine("127.0.0.1"), MooncakeEngine("127.0.0.1")
+source.register(src)
+reader.lend(dst)
+reader.connect(source.session_id)
+under_way = threading.Semaphore(0)
+def read_on():
+    try:
+        while True:
+            number = reader.start(source.session_id, ReadOp("a/0", src.addr, dst.addr, 4096))
+            while not reader.done(number):
+                under_way.release()
+    except LoaderError:
+        pass
+for _ in range(8):
+    threading.Thread(target=read_on, daemon=True).start()
+for _ in range(1000):
+    under_way.acquire()
+"""
+
+
+@pytest.mark.parametrize("time", range(3))
+def test_a_process_ends_in_order_though_threads_are_in_the_middle_of_reads(processes: Processes, time: int) -> None:
+    process = processes.start("-c", READS_AT_EXIT)
+    _, err = process.communicate(timeout=60)
     assert (process.returncode, "terminate called" in err) == (0, False)
 
 

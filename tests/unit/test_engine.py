@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -368,6 +369,20 @@ def test_a_read_of_which_an_interrupt_hid_whether_it_is_over_may_still_write(
     assert engine.settled(PEER)
 
 
+def test_a_contact_for_which_there_is_no_thread_fails_and_is_forgotten(
+    engine: MooncakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(EngineFailed, match=r"no thread can be started for a contact with .*: raise ulimit -u"):
+            engine.connect(PEER)
+    engine.connect(PEER)
+    engine.start(PEER, OP)
+
+
 def test_contacts_that_are_kept_have_a_limit_and_those_in_use_stay(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loader.mooncake_engine._MAX_READERS", 2)
     engine = MooncakeEngine("127.0.0.1")
@@ -433,7 +448,7 @@ def test_what_the_library_raises_about_our_memory_is_a_failed_engine(
         raises(library, monkeypatch, "unregister_memory", error)
         with pytest.raises(EngineFailed, match="cannot register 64 bytes at 0x1000"):
             engine.register(Region(4096, 64))
-        with pytest.raises(EngineFailed, match="cannot take back 64 bytes at 0x0"):
+        with pytest.raises(EngineFailed, match="cannot unregister 64 bytes at 0x0"):
             engine.unregister(Region(0, 64))
         monkeypatch.undo()
 

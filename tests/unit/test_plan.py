@@ -142,6 +142,15 @@ def test_no_read_reaches_over_the_end_of_a_region_although_the_next_begins_there
     assert plan([Origin("a/0", sides["src"])], sides["dst"], STRAIGHT) == (span(1000, 5000, 32), span(1032, 5032, 16))
 
 
+def test_a_planner_goes_by_the_regions_that_it_is_given_for_the_same_tensors() -> None:
+    here = a_manifest(an_entry("a", 0, 8), an_entry("b", 8, 8), regions=(Region(0, 16),))
+    there = origin(an_entry("a", 100, 8), an_entry("b", 108, 8), regions=(Region(100, 16),))
+    planner = Planner(here, STRAIGHT)
+    assert planner.make([there]) == (span(100, 0, 16),)
+    tiles = replace(here, regions=(Region(0, 8), Region(8, 8)))
+    assert planner.into(tiles).make([there]) == (span(100, 0, 8), span(108, 8, 8))
+
+
 def test_tensors_tied_on_both_sides_are_read_once() -> None:
     src = origin(an_entry("embed", 1000), an_entry("head", 1000), regions=(Region(1000, 16),))
     dst = a_manifest(an_entry("embed", 5000), an_entry("head", 5000), regions=(Region(5000, 16),))
