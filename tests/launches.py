@@ -33,10 +33,13 @@ def words(origin: Origin, count: int, first: int = 0) -> torch.Tensor:
     return torch.arange(first, first + count, dtype=torch.int64) + (origin._tag << _PLACE_BITS)
 
 
-def origins(found: torch.Tensor, first: int = 0) -> Counter[Origin | None]:
-    """How many words of the int64 tensor are whose. Those that are not in their places are nobody's: None."""
+def origins(found: torch.Tensor, places: torch.Tensor | None = None) -> Counter[Origin | None]:
+    """How many words of the int64 tensor are whose. Those that are not in their places are nobody's: None.
+
+    `places` are where in the whole the words belong; without it they are the whole.
+    """
     flat = found.reshape(-1)
-    places = torch.arange(first, first + flat.numel(), dtype=torch.int64)
+    places = torch.arange(flat.numel()) if places is None else places.reshape(-1)
     tags = torch.where((flat & ((1 << _PLACE_BITS) - 1)) == places, flat >> _PLACE_BITS, -1)
     values, counts = torch.unique(tags, return_counts=True)
     return Counter({_origin(int(tag)): int(count) for tag, count in zip(values, counts, strict=True)})

@@ -24,14 +24,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loader import LoaderError, MooncakeEngine, Pace, load, load_instance
+from loader import LoaderError, MooncakeEngine, Pace, Shard, load, load_instance
 from loader.files import WholeFiles
 from loader.full import load_full
 from registry import Registry, RegistryError
 from registry.local import LocalEtcd
+from tests.integration import shards_process
 from tests.integration.conftest import Processes, line_of
 from tests.integration.source_process import MODEL, empty
-from tests.launches import origins_of_bytes, the_origin
+from tests.launches import Origin, origins, origins_of_bytes, the_origin
 from tests.waiting import wait_until
 
 NBYTES = 2 << 20
@@ -39,11 +40,13 @@ SEED = int(os.environ.get("CHAOS_SEED", "1"))
 LOADS = int(os.environ.get("CHAOS_LOADS", "300"))
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
 PACE = Pace(64 << 10, 4, stall_s=0.3, patience_s=1.0, starve_s=0.5, check_s=0.05)
+SHARDED = "s"  # an instance whose two ranks hold rows, all in one process
 REPLICAS = {"r0": "0.02", "r1": "0.1"}  # and how long each waits after everything that comes, as over a slow link
 
 
 class Monkey:
-    """Three sources and two replicas, to which something happens every now and then; what has died is started again."""
+    """Three sources, an instance of two ranks and two replicas. Something happens to one of them every now and then; what has died
+    is started again."""
 
     def __init__(self, processes: Processes, etcd: LocalEtcd, registry: Registry, seed: int) -> None:
         self._processes = processes
@@ -59,7 +62,7 @@ class Monkey:
         self.mixes: list[str] = []  # what they said that had loaded a mix
 
     def __enter__(self) -> Monkey:
-        for name in "abc":
+        for name in ["a", "b", "c", SHARDED]:
             self._start(name)
         for name in REPLICAS:
             self._start_replica(name)
@@ -78,9 +81,8 @@ class Monkey:
         """With the weights of one of two launches, both of version 0. Its rank may be taken until the lease of the one before has
         expired: then it ends, and is started again next time."""
         launch = self._random.choice("112")
-        self._sources[name] = self._processes.start(
-            "-m", "tests.integration.source_process", name, str(NBYTES), "127.0.0.1", "2", launch
-        )
+        program = "tests.integration.shards_process" if name == SHARDED else "tests.integration.source_process"
+        self._sources[name] = self._processes.start("-m", program, name, str(NBYTES), "127.0.0.1", "2", launch)
         with suppress(AssertionError):
             line_of(self._sources[name])
 
@@ -118,7 +120,7 @@ class Monkey:
                     self._start_replica(name)
             fault = self._random.choices(faults, weights)[0]
             with suppress(RegistryError):
-                fault(self._random.choice("abc"))
+                fault(self._random.choice(list(self._sources)))
             self.done[fault.__name__.strip("_")] += 1
 
     def _kill(self, name: str) -> None:
@@ -179,13 +181,21 @@ def left_over(before: Counter[str]) -> list[str]:
     return sorted((held() - before).elements())
 
 
+def open_sockets() -> list[str]:
+    """This process's lines of the kernel's tables: kind, addresses, state, inode."""
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    inodes = {link[len("socket:[") : -1] for link in links if link.startswith("socket:")}
+    tables = {kind: Path("/proc/self/net", kind).read_text().splitlines() for kind in ("tcp", "tcp6", "unix", "netlink", "udp")}
+    return [f"{kind} {line}" for kind, lines in tables.items() for line in lines if inodes & set(line.split())]
+
+
 class Loads:
-    """Loads of all kinds. Each gives the tensors, and the version that it says they have."""
+    """Loads of all kinds. Each gives whose its words are, and the version that it says they have."""
 
     def __init__(self, registry: Registry, engine: MooncakeEngine) -> None:
         self._registry = registry
         self._engine = engine
-        self.kinds: dict[str, Callable[[], tuple[dict[str, torch.Tensor], int]]] = {
+        self.kinds: dict[str, Callable[[], tuple[Origin, int]]] = {
             "any": lambda: self._one(MODEL),
             "published": lambda: self._one(MODEL, publish="here"),
             "two": lambda: self._one(["a", "b"]),
@@ -194,26 +204,37 @@ class Loads:
             "digests": lambda: self._one(["a", "b", "c"], verify="digest"),
             "instance": self._instance,
             "full": self._full,
+            "reshard": self._reshard,
         }
 
-    def _one(self, wanted: object, **options: object) -> tuple[dict[str, torch.Tensor], int]:
+    def _one(self, wanted: object, **options: object) -> tuple[Origin, int]:
         tensors = empty(NBYTES)
         report = load(self._registry, self._engine, wanted, rank=0, tensors=tensors, pace=PACE, timeout_s=1.0, **options)  # type: ignore[arg-type]
         if report.publication is not None:
             report.publication.close()
-        return tensors, report.version
+        return the_origin(origins_of_bytes(tensors)), report.version
 
-    def _instance(self) -> tuple[dict[str, torch.Tensor], int]:
+    def _instance(self) -> tuple[Origin, int]:
         tensors = empty(NBYTES)
-        return tensors, load_instance(self._registry, self._engine, MODEL, tensors={0: tensors}, timeout_s=1.0)[0].version
+        reports = load_instance(self._registry, self._engine, MODEL, tensors={0: tensors}, timeout_s=1.0)
+        return the_origin(origins_of_bytes(tensors)), reports[0].version
 
-    def _full(self) -> tuple[dict[str, torch.Tensor], int]:
+    def _full(self) -> tuple[Origin, int]:
         """Of several files, each a load of its own."""
         with tempfile.TemporaryDirectory() as name:
             with WholeFiles(Path(name)) as files:
                 report = load_full(self._registry, self._engine, MODEL, files=files, max_file_nbytes=NBYTES // 3, timeout_s=1.0)
             found = {key: tensor for path in Path(name).glob("*.safetensors") for key, tensor in load_file(path).items()}
-        return {key: found[key] for key in empty(NBYTES)}, report.version
+        return the_origin(origins_of_bytes({key: found[key] for key in empty(NBYTES)})), report.version
+
+    def _reshard(self) -> tuple[Origin, int]:
+        """Half the columns of rows that two ranks hold, so each of them gives a half of every byte."""
+        rows, columns = shards_process.shape_of(NBYTES)
+        half = torch.zeros(rows, columns // 2, dtype=torch.int64)
+        tensors, shards = {shards_process.NAME: half}, {shards_process.NAME: Shard((rows, columns), (0, columns // 2))}
+        report = load(self._registry, self._engine, SHARDED, tensors=tensors, shards=shards, pace=PACE, timeout_s=1.0)
+        places = torch.arange(rows * columns).view(rows, columns)[:, columns // 2 :]
+        return the_origin(origins(half, places)), report.version
 
 
 @pytest.mark.timeout(240 + SECONDS)
@@ -237,12 +258,12 @@ def test_every_load_ends_in_one_launch_and_version_or_a_typed_error_and_leaves_n
                 kind = choose.choice(sorted(loads.kinds))
                 try:
                     with hang_guard(kind):
-                        tensors, version = loads.kinds[kind]()
+                        origin, version = loads.kinds[kind]()
                 except (LoaderError, RegistryError) as exc:
                     outcomes[type(exc).__name__] += 1
                 else:
                     outcomes[f"loaded {kind}"] += 1
-                    assert the_origin(origins_of_bytes(tensors)).version == version, kind
+                    assert origin.version == version, kind
         print(f"seed {SEED}: {sum(outcomes.values())} loads {dict(outcomes)}")
         print(f"replicas {dict(monkey.replicas)} under {dict(monkey.done)}")
         assert monkey.mixes == []
@@ -254,7 +275,7 @@ def test_every_load_ends_in_one_launch_and_version_or_a_typed_error_and_leaves_n
     processes.end()
     with suppress(TimeoutError):
         wait_until(lambda: not left_over(before), 20)
-    assert left_over(before) == []
+    assert left_over(before) == [], open_sockets()
 
 
 @contextmanager
