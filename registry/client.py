@@ -22,6 +22,7 @@ from registry.keeper_process import check_can_start
 from registry.keys import ENGINES, check_instance, evicted_key, instance_prefix, manifest_part_key, record_key
 from registry.logs import fields
 from registry.manifest import Manifest
+from registry.numbers import seconds, whole
 from registry.place import Place
 from registry.pulls import (
     AllPulls,
@@ -131,10 +132,7 @@ class Registry:
         `on_state` is called for every change of the state, in order, from another thread:
         it may call the registration, and is told CLOSED perhaps after `withdraw` has returned.
         """
-        if not MIN_TTL_S <= ttl_s <= MAX_TTL_S:
-            raise InvalidField(
-                f"ttl_s {ttl_s} is not valid: it is from {MIN_TTL_S:g} s, etcd's shortest lease, to {MAX_TTL_S:g} s", field="ttl_s"
-            )
+        ttl_s = seconds("ttl_s", ttl_s, MIN_TTL_S, MAX_TTL_S)
         check_can_start(f"{ENGINES}{instance}/{rank}")
         ref, parts = manifests.encode(manifest)
         if len(parts) > manifests.MAX_PARTS:
@@ -212,18 +210,18 @@ class Registry:
         Waits for that, watching, for up to `timeout_s`. Raises InstanceNotFound, InstanceIncomplete (with what is missing), or
         RecordDamaged.
         """
-        return wait_until_ready(self._etcd, instance, timeout_s)[0].records
+        return wait_until_ready(self._etcd, instance, seconds("timeout_s", timeout_s))[0].records
 
     def ready(self, wanted: Wanted, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
         """All of the wanted instances that are ready, be they named or any that serve a model. Waits as `resolve` for the first."""
-        return wait_until_ready(self._etcd, wanted, timeout_s)
+        return wait_until_ready(self._etcd, wanted, seconds("timeout_s", timeout_s))
 
     def holders(self, model: ModelIdentity, place: Place, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
         """Instances of the model that are ready, or whose rank at this place is there, ready or loading, whatever else is missing.
 
         Waits as `resolve` for the first that is ready, or whose rank is.
         """
-        return wait_for_rank(self._etcd, model, place, timeout_s)
+        return wait_for_rank(self._etcd, model, place, seconds("timeout_s", timeout_s))
 
     def was_evicted(self, record: RankRecord) -> bool:
         """Whether somebody has evicted this registration within the last day."""
@@ -258,7 +256,8 @@ class Registry:
 
     def wait_for_no_pulls(self, instance: str, rank: int, timeout_s: float) -> int:
         """Blocks until nobody holds a ticket to read from the rank, or the time is over: how many still do."""
-        return wait_for_no_pulls(self._etcd, instance, rank, timeout_s)
+        place = check_instance(instance), whole("rank", rank)
+        return wait_for_no_pulls(self._etcd, *place, seconds("timeout_s", timeout_s))
 
     def watch_pulls(self, record: RankRecord, on_pull: OnPull) -> PullWatch:
         """Tells of everybody who begins or ends to read from the registration, until it is closed."""
@@ -273,8 +272,7 @@ class Registry:
 
         Of all that run over the same instances, one evicts. With `dry_run` each only tells what it would do.
         """
-        if not grace_s >= 0:
-            raise InvalidField(f"grace_s {grace_s} is not valid: it is 0 seconds or more", field="grace_s")
+        grace_s = seconds("grace_s", grace_s)
         etcd = self._etcd.sibling()
         watch = Watch(etcd, check_instance(instance) if instance is not None else None)
         election = self.election(f"cleanup/{instance}" if instance else "cleanup-all")

@@ -31,6 +31,7 @@ from registry.follow import Follower
 from registry.http_limits import Guard, Limits
 from registry.keys import ENGINES, check_instance, check_rank
 from registry.mirror import Mirror, check_url
+from registry.numbers import seconds
 from registry.probe import probe
 from registry.record import ModelIdentity
 from registry.routes import Routes
@@ -78,8 +79,7 @@ class Gateway:
         check_instance(instance)
         check_rank(0, world_size)
         served = Served(instance, ModelIdentity(model or instance).name, world_size)
-        if not MIN_TTL_S <= ttl_s <= MAX_TTL_S:
-            raise InvalidField(f"ttl_s {ttl_s} is not valid: it is from {MIN_TTL_S:g} s to {MAX_TTL_S:g} s", field="ttl_s")
+        ttl_s = seconds("ttl_s", ttl_s, MIN_TTL_S, MAX_TTL_S)
         if not 0 < probe_interval_s <= ttl_s / 3 or probe_tolerance < 0:
             raise InvalidField(
                 f"probe interval {probe_interval_s:g} s, tolerance {probe_tolerance} are not valid: the interval is more than 0 "

@@ -233,7 +233,7 @@ def test_of_ranks_that_start_at_once_and_disagree_only_one_side_gets_in(registry
         ({"ttl_s": 0.5}, "ttl_s 0.5 is not valid"),
         ({"ttl_s": math.nan}, "ttl_s nan is not valid"),
         ({"ttl_s": math.inf}, "ttl_s inf is not valid"),
-        ({"ttl_s": 86_401.0}, "to 86400 s"),
+        ({"ttl_s": 86_401.0}, "from 2 to 86400"),
         ({"topology": {"tp": (2, 2)}}, "topology 'tp'"),
         ({"model": ModelIdentity("m", extra={"note": "x" * 5000})}, "more than 4096: shorten 'model'"),
     ],

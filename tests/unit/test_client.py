@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from registry import InstanceState, Manifest, ModelIdentity, RankRecord, RankState, Registry, client, manifest
+from registry import InstanceState, Manifest, ModelIdentity, Place, RankRecord, RankState, Registry, client, manifest
 from registry.backoff import Backoff
 from registry.config import EtcdConfig, parse_endpoints
 from registry.errors import (
@@ -331,6 +333,25 @@ def test_what_cannot_be_registered_is_refused_by_its_field(
         register(registry, **changes)
     assert caught.value.details["field"] == field
     assert registered == []
+
+
+@pytest.mark.parametrize("time_s", [math.nan, -1.0, math.inf, "10", None, True])
+def test_a_time_that_is_none_is_refused_by_its_field(registry: Registry, time_s: Any) -> None:
+    calls: dict[str, list[Callable[[], object]]] = {
+        "ttl_s": [lambda: register(registry, ttl_s=time_s)],
+        "grace_s": [lambda: registry.cleaning_watch(grace_s=time_s)],
+        "timeout_s": [
+            lambda: registry.resolve("a", time_s),
+            lambda: registry.ready("a", time_s),
+            lambda: registry.holders(ModelIdentity("m"), Place(0), time_s),
+            lambda: registry.wait_for_no_pulls("a", 0, time_s),
+        ],
+    }
+    for field, of_field in calls.items():
+        for call in of_field:
+            with pytest.raises(InvalidField, match=f"{field} .* is not valid") as caught:
+                call()
+            assert caught.value.details["field"] == field
 
 
 def test_a_manifest_of_too_many_parts_is_refused(
