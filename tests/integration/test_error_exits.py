@@ -1,0 +1,28 @@
+"""However an error of ours ends a program, the process ends as Python ends it: in time, with status 1, and with a traceback."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.integration.conftest import Processes, line_of
+from tests.integration.error_process import ERRORS, NBYTES, SOURCE
+
+NATIVE = ("E", "W")  # the lines that Mooncake logs begin with these and a date
+UNDER_WAY = ["a source is killed", "a source is stopped", "a source drips", "interrupted", "weights that change"]
+
+
+@pytest.mark.parametrize(("name", "ending"), [*((name, "leaving") for name in ERRORS), *((name, "closing") for name in UNDER_WAY)])
+def test_a_process_that_an_error_ends_has_the_exit_status_of_python_and_says_which(
+    processes: Processes, name: str, ending: str
+) -> None:
+    source = processes.start("-m", "tests.integration.source_process", SOURCE, str(NBYTES))
+    assert line_of(source) == "version 0\n"
+    ignoring = ["-W", "ignore::ResourceWarning"]
+    process = processes.start(*ignoring, "-m", "tests.integration.error_process", name, ending, str(source.pid))
+    _, err = process.communicate(timeout=60)
+    error, _ = ERRORS[name]
+    assert process.returncode == (-signal.SIGINT if error == "KeyboardInterrupt" else 1), err
+    said = [line for line in err.splitlines() if not line.startswith(NATIVE)]
+    assert said[-1].partition(":")[0].endswith(error), err
