@@ -109,6 +109,8 @@ def _of_expression(node: ast.expr) -> Iterator[Change]:
             yield _put(node, "other constant", ast.Constant(value + 1))
         case ast.BinOp(left, op, right) if type(op) in COMPUTED:
             yield _put(node, "other operator", ast.BinOp(left, COMPUTED[type(op)], right))
+        case ast.Call(ast.Name("min" | "max")):
+            pass  # the order of their arguments makes no difference
         case ast.Call(function, [first, second, *rest], keywords):
             if ast.Starred not in (type(first), type(second)):
                 swapped = ast.Call(function, [second, first, *rest], keywords)

@@ -2,7 +2,8 @@
 
 Faults have names: `available` False refuses every call, `full` what takes space, `expire` ends a lease, `delete` removes a key as
 an operator would, `lose_next_answer` carries the next transaction out without saying so, `retry_next_commit` carries it out and
-then tries it again, as the adapter does where an answer was lost, `before_commit` runs between a reader's look and its write.
+then tries it again, as the adapter does where an answer was lost, `before_commit` runs between a reader's look and its write,
+`refuse_to_revoke` is what etcd does where a key that we may not write hangs on the lease.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class FakeEtcd(Etcd):
         self.full = False
         self.lose_next_answer = False
         self.retry_next_commit = False
+        self.refuse_to_revoke = False
         self.refused = 0  # calls
         self.renewed: list[int] = []
         self.history: list[Change] = []  # all that a watcher would have seen
@@ -128,6 +130,8 @@ class FakeEtcd(Etcd):
 
     def revoke(self, lease_id: int) -> None:
         self._check_available()
+        if self.refuse_to_revoke:
+            raise EtcdRefused("permission denied")
         if lease_id in self._leases:
             self.expire(lease_id)
 

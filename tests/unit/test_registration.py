@@ -14,7 +14,7 @@ from registry.eviction import evict, evict_all
 from registry.keys import evicted_key, manifest_part_key, record_key
 from registry.kv import KeyValue, Put, absent
 from registry.record import decode_item, encode
-from registry.registration import EVICTED, amend, claim, end
+from registry.registration import EVICTED, amend, claim, end, remove
 from registry.watcher import Tracker
 from tests.builders import OTHER_INCARNATION, a_record
 from tests.fake_etcd import FakeEtcd
@@ -293,6 +293,39 @@ def wiped(etcd: FakeEtcd, *records: RankRecord) -> KeyValue:
     etcd.restore(puts, back_to_revision=before.mod_revision - 1)
     assert {each.mod_revision for each in etcd.snapshot("/").items} == {before.mod_revision}
     return before
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_registration_whose_lease_may_not_be_revoked_deletes_its_keys(etcd: FakeEtcd, full: bool) -> None:
+    held = claim(etcd, OURS, PARTS, etcd.grant(10))
+    etcd.refuse_to_revoke, etcd.full = True, full
+    end(etcd, held, "done")
+    assert etcd.keys == []
+
+
+def test_a_registration_that_ends_says_why_before_its_keys_go(etcd: FakeEtcd) -> None:
+    end(etcd, claim(etcd, OURS, PARTS, etcd.grant(10)), "done")
+    last = next(change for change in reversed(etcd.history) if isinstance(change, KeyValue))
+    assert decode_item(last).ended == "done"
+    assert (etcd.keys, etcd.leases) == ([], {})
+
+
+def test_what_stands_under_the_key_of_a_registration_is_removed_if_it_is_its_own(etcd: FakeEtcd) -> None:
+    claim(etcd, OURS, PARTS, etcd.grant(10))
+    remove(etcd, OURS, "done")
+    assert etcd.keys == []
+
+
+@pytest.mark.parametrize("value", [None, b"damaged", encode(a_record(incarnation=OTHER_INCARNATION))])
+def test_nothing_else_is_removed(etcd: FakeEtcd, value: bytes | None) -> None:
+    if value is not None:
+        etcd.put(OURS.key, value)
+    before = list(etcd.history)
+    remove(etcd, OURS, "done")
+    assert etcd.history == before
 
 
 def test_in_a_wiped_store_no_other_incarnation_at_the_same_revision_is_evicted(etcd: FakeEtcd) -> None:
