@@ -17,8 +17,9 @@ setup: ## make .venv ready (all other targets do it by themselves)
 demo: setup ## two ranks serve a real checkpoint, two others load it, one dies
 	@$(BIN)/engines demo $(ARGS)
 
-test: lint ## lint, then all tests
-	$(BIN)/pytest $(ARGS)
+test: lint ## lint, then all tests; prints how much of the packages they have run
+	$(BIN)/pytest --cov --cov-report= $(ARGS)
+	@$(BIN)/python -m scripts.coverage_by_package
 
 test-compose: setup ## docker-compose.yml run for real (root or a docker daemon; minutes)
 	@scripts/compose_tools.sh
@@ -47,5 +48,5 @@ lock: ## resolve constraints.txt anew from pyproject.toml
 	@scripts/setup.sh lock $(ARGS)
 
 clean: ## remove .venv and what tools and builds left
-	rm -rf .venv .venv.lock build dist .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv.lock build dist .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find registry loader cli tests -name __pycache__ -prune -exec rm -rf {} +
