@@ -29,10 +29,10 @@ mutate: setup ## change modules and see whether tests notice: ARGS='FILE.py -t T
 	$(BIN)/python -m scripts.mutate $(ARGS)
 
 bench: setup ## figures of the control plane, the gateway and loading (minutes)
-	$(BIN)/engines bench registry $(ARGS)
-	$(BIN)/engines bench gateway $(ARGS)
-	$(BIN)/engines bench load $(ARGS)
-	$(BIN)/engines bench reshard $(ARGS)
+	$(BIN)/python -m benchmarks.registry $(ARGS)
+	$(BIN)/python -m benchmarks.gateway $(ARGS)
+	$(BIN)/python -m benchmarks.load $(ARGS)
+	$(BIN)/python -m benchmarks.reshard $(ARGS)
 
 lint: setup ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check
@@ -49,4 +49,4 @@ lock: ## resolve constraints.txt anew from pyproject.toml
 
 clean: ## remove .venv and what tools and builds left
 	rm -rf .venv .venv.lock build dist .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find registry loader cli tests -name __pycache__ -prune -exec rm -rf {} +
+	find registry loader cli benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

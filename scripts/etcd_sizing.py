@@ -25,15 +25,15 @@ from math import prod
 from pathlib import Path
 from subprocess import run
 
-from registry import Manifest, ModelIdentity, RankState, Region, Registry, TensorEntry
-from registry import manifest as manifests
-from registry import record as records
-from registry.config import EtcdConfig, parse_endpoints
-from registry.etcd import Etcd
-from registry.kv import KeyValue
-from registry.local import LocalEtcd
-from registry.record import ManifestRef, RankRecord
-from registry.registration import amend, claim
+from engine_registry import Manifest, ModelIdentity, RankState, Region, Registry, TensorEntry
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.registration.writes import amend, claim
+from engine_registry.schema import manifest as manifests
+from engine_registry.schema import record as records
+from engine_registry.schema.keyvalue import KeyValue
+from engine_registry.schema.record import ManifestRef, RankRecord
 
 THREADS = 8
 TP = 8

@@ -1,6 +1,6 @@
 """Changes modules a little, one change at a time, and lists the changes that no test notices.
 
-python -m scripts.mutate registry/roster.py -t tests/unit/test_roster.py [-t …] [-j 2]
+python -m scripts.mutate registry/engine_registry/schema/roster.py -t TEST.py [-t …] [-j 2]
 
 Run by hand: each change (a swapped comparison, a deleted statement) takes one run of the tests
 given with -t. Each of the -j workers has a copy of the working tree in a temporary folder, which is
@@ -28,6 +28,7 @@ from pathlib import Path
 from scripts.mutations import Mutant, mutants
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("registry", "loader", "cli")  # folders that packages are imported from
 # In the environment of all that is started here, by which it is found and ended.
 MARK, SESSION = "MUTATE_RUN", uuid.uuid4().hex
 
@@ -63,7 +64,7 @@ class Tree:
         process = subprocess.Popen(
             [*command, "--hypothesis-seed=0", *self._tests],
             cwd=self._folder,
-            env={**os.environ, MARK: mark},
+            env={**os.environ, MARK: mark, "PYTHONPATH": os.pathsep.join(str(self._folder / each) for each in PACKAGES)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

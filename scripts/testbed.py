@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from loader.files import read_weights, write_weights
+from engine_loader.files.weights import read_weights, write_weights
 
 RANKS = 2
 LAYERS = 8  # a rank

@@ -12,7 +12,7 @@ import pytest
 from tests.compose.daemon import Docker, DockerMissing, a_docker
 from tests.compose.project import ETCD, Project, composes
 from tests.compose.stand_ins import base_images
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 _COMPOSES = composes()
 

@@ -13,7 +13,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.waiting import wait_until
+from tests.support.checkout import ROOT
+from tests.support.waiting import wait_until
 
 # It ends if these tests are killed.
 _IN_A_NAMESPACE = ["setpriv", "--pdeathsig", "TERM", "unshare", "--net", "sh", "-c"]
@@ -64,9 +65,6 @@ def run(command: list[str], env: dict[str, str], timeout_s: float, stdin: int | 
         said = f"{done.stdout[-2000:]}\n{(done.stderr or '')[-4000:]}"
         raise CommandFailed(f"{' '.join(command)} ended with {done.returncode}:\n{said}")
     return done.stdout
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @contextlib.contextmanager

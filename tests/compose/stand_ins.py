@@ -18,8 +18,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from registry.local import find_binary
-from tests.compose.daemon import INSTALL, ROOT, Docker, DockerMissing, run
+from engine_registry.etcd.local import find_binary
+from tests.compose.daemon import INSTALL, Docker, DockerMissing, run
+from tests.support.checkout import ROOT
 
 _PULL_S = 300
 _DEBOOTSTRAP_S = 600

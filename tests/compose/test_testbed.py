@@ -10,7 +10,7 @@ import pytest
 
 from tests.compose.daemon import CommandFailed
 from tests.compose.project import ETCD, LEASE_S, Project
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 # The first test of each kind of compose builds the images.
 pytestmark = pytest.mark.timeout(1800)

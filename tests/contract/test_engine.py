@@ -20,12 +20,12 @@ from pathlib import Path
 
 import pytest
 
-from loader import Engine, InProcessEngine, MooncakeEngine
-from loader.engine import peer_of, read
-from loader.errors import EngineFailed, ReadFailed
-from loader.plan import ReadOp
-from registry import Region
-from tests.waiting import wait_until
+from engine_loader import Engine, InProcessEngine, MooncakeEngine
+from engine_loader.engines.base import peer_of, read
+from engine_loader.errors import EngineFailed, ReadFailed
+from engine_loader.planning.plan import ReadOp
+from engine_registry import Region
+from tests.support.waiting import wait_until
 
 NBYTES = 1 << 16
 NewEngine = Callable[[], Engine]
@@ -361,8 +361,8 @@ def test_abandoning_one_peer_leaves_reads_from_others_alone(mortal: Peers, peers
 
 SOURCE = """
 import ctypes, os, sys
-from loader import MooncakeEngine
-from registry import Region
+from engine_loader import MooncakeEngine
+from engine_registry import Region
 content = bytes(range(256)) * int(sys.argv[1])
 memory = ctypes.create_string_buffer(content, len(content))
 region = Region(ctypes.addressof(memory), len(content))

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 
 import torch
 
-from loader import MooncakeEngine, Replica, load, publish
-from registry import ModelIdentity, Registry
+from engine_loader import MooncakeEngine, Replica, load, publish
+from engine_registry import ModelIdentity, Registry
 
 Tensors = dict[str, torch.Tensor]
 MODEL = ModelIdentity("on GPUs")

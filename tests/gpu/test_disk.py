@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loader import Shard
-from loader.disk import read_into
+from engine_loader import Shard
+from engine_loader.files.disk import read_into
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -11,11 +11,11 @@ from contextlib import suppress
 import pytest
 import torch
 
-from loader import MooncakeEngine, load, publish
-from loader.errors import TensorsUnusable, TornRead
-from loader.load import Verify
-from registry import Registry
-from registry.local import LocalEtcd
+from engine_loader import MooncakeEngine, load, publish
+from engine_loader.errors import TensorsUnusable, TornRead
+from engine_loader.loading.load import Verify
+from engine_registry import Registry
+from engine_registry.etcd.local import LocalEtcd
 from tests.gpu.nvlink_source import MODEL, Tensors, content, late_content
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from cli.bench.hosts import Host
-from loader import Engine, InProcessEngine, MooncakeEngine
-from registry import Event, Registry, Watch
-from registry.local import LocalEtcd, find_binary
-from tests.integration.faults import DEBIAN_ETCD
-
-ROOT = Path(__file__).parents[2]
+from benchmarks.hosts import Host
+from engine_loader import Engine, InProcessEngine, MooncakeEngine
+from engine_registry import Event, Registry, Watch
+from engine_registry.etcd.local import LocalEtcd, find_binary
+from tests.support.checkout import ROOT
+from tests.support.faults import DEBIAN_ETCD
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -118,7 +117,7 @@ class Processes:
         return process
 
     def engines(self, *args: str, **env: str) -> subprocess.Popen[str]:
-        return self.start("-m", "cli", *args, cwd=ROOT, **env)
+        return self.start("-m", "engine_cli", *args, cwd=ROOT, **env)
 
     def run(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
         """`engines ARGS` to its end."""
@@ -127,8 +126,8 @@ class Processes:
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
     def rank(self, instance: str, rank: int, world_size: int, *args: str) -> subprocess.Popen[str]:
-        """A process that registers and then does what `args` say (see rank_process.py); returns when it is registered."""
-        process = self.start("-m", "tests.integration.rank_process", instance, str(rank), str(world_size), *args)
+        """A process that registers and then does what `args` say (see `processes.rank`); returns when it is registered."""
+        process = self.start("-m", "tests.support.processes.rank", instance, str(rank), str(world_size), *args)
         assert line_of(process).startswith("registered")
         return process
 

@@ -1,4 +1,4 @@
-"""`engines bench fanout`, small: it runs to the end, every byte is right, and what it prints can be read."""
+"""`python -m benchmarks.fanout`, small: it runs to the end, every byte is right, and what it prints can be read."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from cli.bench import hosts
-from cli.commands.bench import command
-from cli.exits import Exit
+from benchmarks import hosts
+from benchmarks.fanout.__main__ import command
+from engine_cli.exits import Exit
 from tests.integration.conftest import Processes
 from tests.integration.test_hosts import needs_hosts
 
@@ -19,7 +19,7 @@ from tests.integration.test_hosts import needs_hosts
 def test_a_small_run_has_every_strategy_all_of_it_exact(processes: Processes, tmp_path: Path) -> None:
     plot = tmp_path / "plot.svg"
     args = "--receivers", "1,2", "--mib", "8", "--mbit", "200", "--json", "--plot", str(plot)
-    bench = processes.engines("bench", "fanout", *args)
+    bench = processes.start("-m", "benchmarks.fanout", *args)
     out, err = bench.communicate(timeout=110)
     assert bench.returncode == Exit.DONE, err
     told = json.loads(out)
@@ -34,11 +34,11 @@ def test_a_small_run_has_every_strategy_all_of_it_exact(processes: Processes, tm
 
 def test_where_there_can_be_no_hosts_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "missing", lambda: "only root may make hosts")
-    result = CliRunner().invoke(command, ["fanout"])
+    result = CliRunner().invoke(command, [])
     assert (result.exit_code, result.output.splitlines()[-1]) == (Exit.FAILED, "Error: only root may make hosts")
 
 
 @pytest.mark.parametrize("receivers", ["0", "65", "two", ""])
 def test_numbers_of_receivers_that_make_no_sense_are_refused(receivers: str) -> None:
-    result = CliRunner().invoke(command, ["fanout", "--receivers", receivers])
+    result = CliRunner().invoke(command, ["--receivers", receivers])
     assert result.exit_code == Exit.USAGE

@@ -1,4 +1,4 @@
-"""`engines bench gpu` on CPUs, over tcp: all of it but the GPUs, with real processes."""
+"""`python -m benchmarks.gpu` on CPUs, over tcp: all of it but the GPUs, with real processes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from cli.bench.gpu import run
-from cli.bench.gpu.rows import EACH_NCCL, FILE, TURN, WARM
+from benchmarks.gpu import run
+from benchmarks.gpu.rows import EACH_NCCL, FILE, TURN, WARM
 
 CPUS = run.Devices(("cpu", "cpu"), ("cpu", "cpu"), protocol="tcp", backend="gloo", gpus=2)
 

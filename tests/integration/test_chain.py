@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from loader import Engine, InProcessEngine, LoadReport, Pace, Progress, Publication, Replica, Shard, load, publish
-from loader.errors import Cancelled
-from registry import ModelIdentity, RankState, Registry
-from registry.errors import InvalidField, RankConflict
-from tests.integration.source_process import MODEL, content, empty
-from tests.waiting import wait_until
+from engine_loader import Engine, InProcessEngine, LoadReport, Pace, Progress, Publication, Replica, Shard, load, publish
+from engine_loader.errors import Cancelled
+from engine_registry import ModelIdentity, RankState, Registry
+from engine_registry.errors import InvalidField, RankConflict
+from tests.support.processes.source import MODEL, content, empty
+from tests.support.waiting import wait_until
 
 NBYTES = 16 << 20  # 64 chunks
 SLOW = Pace(256 << 10, 1, starve_s=30.0)

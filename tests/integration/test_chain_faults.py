@@ -8,17 +8,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from registry import Registry
+from engine_registry import Registry
 from tests.integration.conftest import Processes, line_of
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def started(processes: Processes, count: int, pause_s: float) -> tuple[subprocess.Popen[str], list[subprocess.Popen[str]]]:
     """A source of 32 MiB, and replicas, which all wait for a line."""
     nbytes = str(32 << 20)
-    source = processes.start("-m", "tests.integration.source_process", "root", nbytes)
+    source = processes.start("-m", "tests.support.processes.source", "root", nbytes)
     replicas = [
-        processes.start("-m", "tests.integration.replica_process", f"r{number}", nbytes, str(pause_s)) for number in range(count)
+        processes.start("-m", "tests.support.processes.replica", f"r{number}", nbytes, str(pause_s)) for number in range(count)
     ]
     assert line_of(source) == "version 0\n"
     for replica in replicas:

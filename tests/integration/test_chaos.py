@@ -24,16 +24,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loader import LoaderError, MooncakeEngine, Pace, Shard, load, load_instance
-from loader.files import WholeFiles
-from loader.full import load_full
-from registry import Registry, RegistryError
-from registry.local import LocalEtcd
-from tests.integration import shards_process
+from engine_loader import LoaderError, MooncakeEngine, Pace, Shard, load, load_instance
+from engine_loader.files.weights import WholeFiles
+from engine_loader.loading.full import load_full
+from engine_registry import Registry, RegistryError
+from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes, line_of
-from tests.integration.source_process import MODEL, empty
-from tests.launches import Origin, origins, origins_of_bytes, the_origin
-from tests.waiting import wait_until
+from tests.support.launches import Origin, origins, origins_of_bytes, the_origin
+from tests.support.processes import shards as shards_process
+from tests.support.processes.source import MODEL, empty
+from tests.support.waiting import wait_until
 
 NBYTES = 2 << 20
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
@@ -81,13 +81,13 @@ class Monkey:
         """With the weights of one of two launches, both of version 0. Its rank may be taken until the lease of the one before has
         expired: then it ends, and is started again next time."""
         launch = self._random.choice("112")
-        program = "tests.integration.shards_process" if name == SHARDED else "tests.integration.source_process"
+        program = "tests.support.processes.shards" if name == SHARDED else "tests.support.processes.source"
         self._sources[name] = self._processes.start("-m", program, name, str(NBYTES), "127.0.0.1", "2", launch)
         with suppress(AssertionError):
             line_of(self._sources[name])
 
     def _start_replica(self, name: str) -> None:
-        process = self._processes.start("-m", "tests.integration.replica_process", name, str(NBYTES), REPLICAS[name])
+        process = self._processes.start("-m", "tests.support.processes.replica", name, str(NBYTES), REPLICAS[name])
         self._replicas[name] = process
         threading.Thread(target=self._follow, args=(process,), daemon=True).start()
 

@@ -23,16 +23,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from loader import EngineReader, InProcessEngine, MooncakeEngine, Publication, Shard, publish, publish_state_dict
-from loader import errors as loader_errors
-from loader.errors import DigestMismatch, LoaderError, SourceLost, SourceUnreachable, TornRead, WeightsMismatch
-from registry import Manifest, ModelIdentity, RankRecord, Registry
-from registry import errors as registry_errors
-from registry.errors import InstanceIncomplete, InstanceNotFound
-from tests.engines import Interrupted
+from engine_loader import EngineReader, InProcessEngine, MooncakeEngine, Publication, Shard, publish, publish_state_dict
+from engine_loader import errors as loader_errors
+from engine_loader.errors import DigestMismatch, LoaderError, SourceLost, SourceUnreachable, TornRead, WeightsMismatch
+from engine_registry import Manifest, ModelIdentity, RankRecord, Registry
+from engine_registry import errors as registry_errors
+from engine_registry.errors import InstanceIncomplete, InstanceNotFound
 from tests.integration.conftest import Processes
-from tests.integration.source_process import content, empty
 from tests.integration.test_failover import NBYTES, PACE, Sources, at_half
+from tests.support.engines import Interrupted
+from tests.support.processes.source import content, empty
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch warns whoever loads without a job
 

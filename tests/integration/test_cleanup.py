@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loader import InProcessEngine, load, publish
-from loader.errors import SourceLost
-from registry import (
+from engine_loader import InProcessEngine, load, publish
+from engine_loader.errors import SourceLost
+from engine_registry import (
     CleaningWatch,
     Event,
     InstanceCleaned,
@@ -29,18 +29,18 @@ from registry import (
     Registry,
     failpoints,
 )
-from registry.config import EtcdConfig, parse_endpoints
-from registry.election import Election
-from registry.errors import InstanceIncomplete
-from registry.etcd import Etcd
-from registry.follow import Follower
-from registry.keys import record_key
-from registry.kv import Delete
-from registry.local import LocalEtcd
-from tests.engines import Interrupted
+from engine_registry.errors import InstanceIncomplete
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.follow import Follower
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.schema.keys import record_key
+from engine_registry.schema.keyvalue import Delete
+from engine_registry.watching.election import Election
 from tests.integration.conftest import Processes, line_of
-from tests.integration.ranks import MODEL, put_ranks, register
-from tests.waiting import wait_until
+from tests.support.engines import Interrupted
+from tests.support.ranks import MODEL, put_ranks, register
+from tests.support.waiting import wait_until
 
 
 class Collected:

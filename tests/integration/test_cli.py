@@ -17,17 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli.exits import Exit
-from loader import MooncakeEngine, publish
-from loader.start import lock_name
-from registry import ModelIdentity, RankState, RankUpdated, Registry
-from registry.config import EtcdConfig, parse_endpoints
-from registry.etcd import Etcd
-from registry.kv import Put
-from registry.local import LocalEtcd, free_port
-from tests.integration.conftest import ROOT, Processes, events_until, line_of
-from tests.integration.ranks import register
-from tests.waiting import wait_until
+from engine_cli.exits import Exit
+from engine_loader import MooncakeEngine, publish
+from engine_loader.starting.start import lock_name
+from engine_registry import ModelIdentity, RankState, RankUpdated, Registry
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.local import LocalEtcd, free_port
+from engine_registry.schema.keyvalue import Put
+from tests.integration.conftest import Processes, events_until, line_of
+from tests.support.checkout import PACKAGES, ROOT
+from tests.support.ranks import register
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -446,7 +447,7 @@ def test_a_key_that_cannot_be_read_is_named_by_evict_and_show_and_left(
 
 def _in_shell(command: str, shared_etcd: LocalEtcd, **env: str) -> subprocess.CompletedProcess[str]:
     """With `engines` in it, which stands for the real one."""
-    script = f'engines() {{ "{sys.executable}" -m cli "$@"; }}; {command}'
+    script = f'engines() {{ "{sys.executable}" -m engine_cli "$@"; }}; {command}'
     env = {**os.environ, "ENGINES_ETCD": shared_etcd.endpoint, **env}
     return subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT, env=env)
 
@@ -517,7 +518,7 @@ raise ImportError("not the real one")
 @pytest.mark.parametrize("command", ["register", "demo"])
 def test_ctrl_c_during_the_import_of_torch_is_not_lost(processes: Processes, weights: Path, tmp_path: Path, command: str) -> None:
     (tmp_path / "torch.py").write_text(_TORCH_THAT_SWALLOWS)
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    path = os.pathsep.join([str(tmp_path), *PACKAGES])
     rank = ("a", "--rank", "0", "--world-size", "1") if command == "register" else ()
     process = processes.engines(command, *rank, "--weights", str(weights), PYTHONPATH=path)
     while line_of(process) != "importing\n":
@@ -575,11 +576,17 @@ def test_the_demo_leaves_no_process_and_no_file_behind(processes: Processes, tmp
     scratch, here, script = tmp_path / "scratch", tmp_path / "here", tmp_path / "bin" / "engines"
     for folder in (scratch, here, script.parent):
         folder.mkdir()
-    for name in ("cli", "json", "registry"):
+    for name in ("engine_cli", "json", "engine_registry"):
         (here / f"{name}.py").write_text(_TRAP)
-    script.write_text("from cli.main import main; main()")
+    script.write_text("from engine_cli.main import main; main()")
     demo = processes.start(
-        str(script), "demo", "--weights", str(tmp_path / "model.safetensors"), cwd=here, TMPDIR=str(scratch), PYTHONPATH=str(ROOT)
+        str(script),
+        "demo",
+        "--weights",
+        str(tmp_path / "model.safetensors"),
+        cwd=here,
+        TMPDIR=str(scratch),
+        PYTHONPATH=os.pathsep.join(PACKAGES),
     )
     started: set[int] = set()
     lines: list[str] = []
@@ -645,7 +652,7 @@ def wait_for_end(pid: int) -> None:
 )
 @pytest.mark.timeout(240)
 def test_the_benchmarks_run_and_give_their_figures_as_json(processes: Processes, args: tuple[str, ...], figures: set[str]) -> None:
-    bench = processes.engines("bench", *args, "--json")
+    bench = processes.start("-m", f"benchmarks.{args[0]}", *args[1:], "--json")
     out, err = bench.communicate(timeout=220)
     assert bench.returncode == 0, err
     assert figures <= json.loads(out)["results"].keys()

@@ -13,18 +13,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loader import InProcessEngine, MooncakeEngine, Pace, Progress, Publication, Replica, Shard, load, load_or_seed, publish
-from loader.errors import SourceEvicted, SourceLost
-from loader.files import WholeFiles
-from loader.full import load_full
-from loader.verify import Header
-from registry import ModelIdentity, RankState, Registry, failpoints
-from registry.errors import InvalidField
+from engine_loader import (
+    InProcessEngine,
+    MooncakeEngine,
+    Pace,
+    Progress,
+    Publication,
+    Replica,
+    Shard,
+    load,
+    load_or_seed,
+    publish,
+)
+from engine_loader.errors import SourceEvicted, SourceLost
+from engine_loader.files.weights import WholeFiles
+from engine_loader.loading.full import load_full
+from engine_loader.publishing.header import Header
+from engine_registry import ModelIdentity, RankState, Registry, failpoints
+from engine_registry.errors import InvalidField
 from tests.integration.conftest import Processes, line_of
-from tests.integration.source_process import empty
 from tests.integration.test_chain import Members
-from tests.launches import Origin, origins, origins_of_bytes, the_origin, words
-from tests.waiting import wait_until
+from tests.support.launches import Origin, origins, origins_of_bytes, the_origin, words
+from tests.support.processes.source import empty
+from tests.support.waiting import wait_until
 
 COUNT = 1 << 19  # words: 4 MiB
 PACE = Pace(64 << 10, 2, check_s=0.01)
@@ -68,7 +79,7 @@ def test_a_source_that_starts_again_under_the_same_version_while_a_reader_waits_
 ) -> None:
     """It begins an update, whose end the reader waits for. Then it is killed, and comes back with another checkpoint."""
     nbytes = 32 << 20
-    source = processes.start("-m", "tests.integration.source_process", "a", str(nbytes), "127.0.0.1", "2", "1")
+    source = processes.start("-m", "tests.support.processes.source", "a", str(nbytes), "127.0.0.1", "2", "1")
     assert line_of(source) == "version 0\n"
     tensors = empty(nbytes)
 
@@ -85,7 +96,7 @@ def test_a_source_that_starts_again_under_the_same_version_while_a_reader_waits_
         wait_until(lambda: not registry.pulls(record))  # the reader has found that out
         source.kill()
         source.wait()
-        again = processes.start("-m", "tests.integration.source_process", "a", str(nbytes), "127.0.0.1", "2", "2")
+        again = processes.start("-m", "tests.support.processes.source", "a", str(nbytes), "127.0.0.1", "2", "2")
         started.append(line_of(again))
 
     started: list[str] = []

@@ -11,13 +11,13 @@ from typing import Any
 import grpc
 import pytest
 
-from registry import InstanceCleaned, InstanceDegraded, InstanceReady, RankLost, RankUpdated, RegistrationState, Registry
-from registry.errors import EtcdRefused
-from registry.etcd import pb
-from registry.local import LocalEtcd, find_binary
+from engine_registry import InstanceCleaned, InstanceDegraded, InstanceReady, RankLost, RankUpdated, RegistrationState, Registry
+from engine_registry.errors import EtcdRefused
+from engine_registry.etcd.client import pb
+from engine_registry.etcd.local import LocalEtcd, find_binary
 from tests.integration.conftest import events_until
 from tests.integration.test_faults import hold
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ class Token:
 def test_a_watch_a_keeper_and_a_ticket_outlive_their_tokens(
     short_lived: LocalEtcd, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("registry.pulls._TTL_S", 2.0)
+    monkeypatch.setattr("engine_registry.pulls._TTL_S", 2.0)
     with Registry.connect(short_lived.endpoint, **ROOT_USER) as registry, registry.watch() as watch:
         registration, states = hold(registry)
         with registration:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from registry import Registry
-from registry.errors import EtcdUnavailable
-from registry.local import find_binary, free_port
-from tests.integration.conftest import ROOT, Processes, line_of
-from tests.integration.ranks import register
-from tests.waiting import wait_until
+from engine_registry import Registry
+from engine_registry.errors import EtcdUnavailable
+from engine_registry.etcd.local import find_binary, free_port
+from tests.integration.conftest import Processes, line_of
+from tests.support.checkout import ROOT
+from tests.support.ranks import register
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificates with openssl")
 

@@ -17,24 +17,25 @@ from typing import Any
 
 import pytest
 
-from cli.doctor.child import Probe
-from cli.doctor.tls import client_certificate
-from cli.exits import Exit
-from registry import Registry
-from registry.config import EtcdConfig, parse_endpoints
-from registry.etcd import Etcd
-from registry.local import LocalCluster, LocalEtcd, free_port
-from registry.record import encode
-from tests.builders import a_record
-from tests.integration.authority import Authority, options
-from tests.integration.conftest import ROOT, Processes, line_of
-from tests.integration.faults import DEBIAN_ETCD, Proxy, a_learner, etcdctl, fill_until_no_space
-from tests.integration.ranks import register
+from engine_cli.doctor.child import Probe
+from engine_cli.doctor.tls import client_certificate
+from engine_cli.exits import Exit
+from engine_registry import Registry
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.local import LocalCluster, LocalEtcd, free_port
+from engine_registry.schema.record import encode
+from tests.integration.conftest import Processes, line_of
 from tests.integration.test_tls import authority as authority
 from tests.integration.test_tls import client as client
 from tests.integration.test_tls import etcd as tls_etcd  # noqa: F401  fixtures
 from tests.integration.test_tls import folder as folder
-from tests.waiting import wait_until
+from tests.support.authority import Authority, options
+from tests.support.builders import a_record
+from tests.support.checkout import PACKAGES, ROOT
+from tests.support.faults import DEBIAN_ETCD, Proxy, a_learner, etcdctl, fill_until_no_space
+from tests.support.ranks import register
+from tests.support.waiting import wait_until
 
 ETCD_CHECKS = (
     "endpoint", "version", "quorum", "alarms", "database", "tls", "auth", "permissions", "lease", "latency", "namespace",
@@ -381,7 +382,7 @@ def test_an_expired_client_certificate_is_told(folder: Path) -> None:
 
 @contextmanager
 def served(processes: Processes, instance: str = "a") -> Iterator[subprocess.Popen[str]]:
-    process = processes.start("-m", "tests.integration.source_process", instance, "1000000")
+    process = processes.start("-m", "tests.support.processes.source", instance, "1000000")
     assert line_of(process) == "version 0\n"
     yield process
 
@@ -485,7 +486,7 @@ def in_path(folder: Path, code: str = "") -> list[str]:
     return [
         "-S",
         "-c",
-        f"import sys; sys.path[:] = {[*standard, str(ROOT), str(folder)]!r}; {code}from cli.main import main; main()",
+        f"import sys; sys.path[:] = {[*standard, *PACKAGES, str(folder)]!r}; {code}from engine_cli.main import main; main()",
     ]
 
 

@@ -11,12 +11,12 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from tests.integration.conftest import ROOT
+from tests.support.checkout import ROOT
 
 START = """
 import resource, sys
-from loader import MooncakeEngine
-from loader.errors import EngineUnavailable
+from engine_loader import MooncakeEngine
+from engine_loader.errors import EngineUnavailable
 limit = int(sys.argv[1])
 if limit:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

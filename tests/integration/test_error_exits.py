@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from tests.integration.conftest import Processes, line_of
-from tests.integration.error_process import ERRORS, NBYTES, SOURCE
+from tests.support.processes.error import ERRORS, NBYTES, SOURCE
 
 NATIVE = ("E", "W")  # the lines that Mooncake logs begin with these and a date
 UNDER_WAY = ["a source is killed", "a source is stopped", "a source drips", "interrupted", "weights that change"]
@@ -17,10 +17,10 @@ UNDER_WAY = ["a source is killed", "a source is stopped", "a source drips", "int
 def test_a_process_that_an_error_ends_has_the_exit_status_of_python_and_says_which(
     processes: Processes, name: str, ending: str
 ) -> None:
-    source = processes.start("-m", "tests.integration.source_process", SOURCE, str(NBYTES))
+    source = processes.start("-m", "tests.support.processes.source", SOURCE, str(NBYTES))
     assert line_of(source) == "version 0\n"
     ignoring = ["-W", "ignore::ResourceWarning"]
-    process = processes.start(*ignoring, "-m", "tests.integration.error_process", name, ending, str(source.pid))
+    process = processes.start(*ignoring, "-m", "tests.support.processes.error", name, ending, str(source.pid))
     _, err = process.communicate(timeout=60)
     error, _ = ERRORS[name]
     assert process.returncode == (-signal.SIGINT if error == "KeyboardInterrupt" else 1), err

@@ -20,19 +20,19 @@ from typing import Any
 
 import pytest
 
-from cli.exits import Exit
-from registry import ModelIdentity, Registry
-from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
-from registry.etcd import Etcd
-from registry.eviction import AT_ONCE, evict_all
-from registry.follow import Follower
-from registry.kv import Deletion, KeyValue, Put, absent, none_created_since, unchanged
-from registry.local import LocalEtcd, find_binary, free_port
-from registry.record import MAX_RECORD_NBYTES, encode
-from tests.builders import a_record
+from engine_cli.exits import Exit
+from engine_registry import ModelIdentity, Registry
+from engine_registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.follow import Follower
+from engine_registry.etcd.local import LocalEtcd, find_binary, free_port
+from engine_registry.registration.eviction import AT_ONCE, evict_all
+from engine_registry.schema.keyvalue import Deletion, KeyValue, Put, absent, none_created_since, unchanged
+from engine_registry.schema.record import MAX_RECORD_NBYTES, encode
 from tests.integration.conftest import Processes
-from tests.integration.faults import DEBIAN_ETCD, a_learner, etcdctl
+from tests.support.builders import a_record
+from tests.support.faults import DEBIAN_ETCD, a_learner, etcdctl
 
 
 def connect(endpoints: str, **options: object) -> Etcd:

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from loader import MooncakeEngine, Pace, Progress, load
-from loader.errors import Cancelled, SourceLost, Stalled
-from registry import Region, Registry
+from engine_loader import MooncakeEngine, Pace, Progress, load
+from engine_loader.errors import Cancelled, SourceLost, Stalled
+from engine_registry import Region, Registry
 from tests.integration.conftest import Processes, line_of
-from tests.integration.source_process import MODEL, content, empty
-from tests.waiting import wait_until
+from tests.support.processes.source import MODEL, content, empty
+from tests.support.waiting import wait_until
 
 NBYTES = 32 << 20
 PACE = Pace(256 << 10, 2, stall_s=0.5, patience_s=3.0)  # so that there is a middle
@@ -38,7 +38,7 @@ class Sources:
     def start(self, *names: str) -> None:
         for name in names:
             host = f"127.0.0.{10 + len(self.started)}"
-            self.started[name] = self._processes.start("-m", "tests.integration.source_process", name, str(NBYTES), host)
+            self.started[name] = self._processes.start("-m", "tests.support.processes.source", name, str(NBYTES), host)
         for name in names:
             assert line_of(self.started[name]) == "version 0\n"
 

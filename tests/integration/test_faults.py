@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from registry import (
+from engine_registry import (
     Event,
     InstanceReady,
     ModelIdentity,
@@ -33,16 +33,17 @@ from registry import (
     Registry,
     Watch,
 )
-from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import EtcdFull, EtcdUnavailable, KeeperFailed, RankConflict, Superseded
-from registry.etcd import Etcd
-from registry.frames import ANSWER_S
-from registry.kv import Put
-from registry.local import LocalCluster, LocalEtcd
-from tests.integration.conftest import ROOT, Processes, events_until, keepers_of, line_of
-from tests.integration.faults import DivisibleCluster, Proxy, etcdctl, fill_until_no_space
-from tests.integration.ranks import MANIFEST, register
-from tests.waiting import wait_until
+from engine_registry.errors import EtcdFull, EtcdUnavailable, KeeperFailed, RankConflict, Superseded
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.local import LocalCluster, LocalEtcd
+from engine_registry.registration.keeper.protocol import ANSWER_S
+from engine_registry.schema.keyvalue import Put
+from tests.integration.conftest import Processes, events_until, keepers_of, line_of
+from tests.support.checkout import ROOT
+from tests.support.faults import DivisibleCluster, Proxy, etcdctl, fill_until_no_space
+from tests.support.ranks import MANIFEST, register
+from tests.support.waiting import wait_until
 
 TTL_S = 2.0
 
@@ -310,7 +311,7 @@ def test_a_keeper_that_cannot_be_replaced_now_is_replaced_when_it_can(
         registration, states = hold(registry)
         with registration:
             with monkeypatch.context() as exhausted:
-                exhausted.setattr(f"registry.keeper_process.{call}", refuse)
+                exhausted.setattr(f"engine_registry.registration.keeper.process.{call}", refuse)
                 os.kill(registration.keeper_pid, signal.SIGKILL)
                 states.wait_for(RegistrationState.SUSPENDED)
                 assert "no keeper: cannot start a keeper" in states.why
@@ -346,8 +347,8 @@ def test_a_keeper_needs_either_a_folder_that_can_be_written_or_memory_files(
 
 FEW_DESCRIPTORS = """
 import os, resource, sys
-from registry import Registry, RegistryError
-from tests.integration.ranks import register
+from engine_registry import Registry, RegistryError
+from tests.support.ranks import register
 
 def with_left(count, call):
     highest = max(map(int, os.listdir("/proc/self/fd")))
@@ -465,9 +466,7 @@ def test_a_first_claim_over_a_slow_way_to_many_endpoints_has_the_time_that_the_u
 
 
 def test_a_rank_that_dies_in_an_outage_longer_than_its_lease_is_gone_soon_after_it(etcd: LocalEtcd, processes: Processes) -> None:
-    process = processes.start(
-        "-m", "tests.integration.rank_process", "a", "0", "1", ENGINES_ETCD=etcd.endpoint, TEST_NAMESPACE="/n"
-    )
+    process = processes.start("-m", "tests.support.processes.rank", "a", "0", "1", ENGINES_ETCD=etcd.endpoint, TEST_NAMESPACE="/n")
     line_of(process)
     with Registry.connect(etcd.endpoint, namespace="/n", timeout_s=20) as registry, registry.watch("a") as watch:
         events_until(watch, lambda event: isinstance(event, InstanceReady))
@@ -582,10 +581,10 @@ def claim_many(raw: Etcd, instances: int, ranks: int) -> int:
     """Ranks that no process stands behind, all under one lease, which is returned."""
     from dataclasses import replace
 
-    from registry import manifest
-    from registry.kv import Put
-    from registry.record import RankRecord, encode
-    from tests.integration.ranks import MODEL
+    from engine_registry.schema import manifest
+    from engine_registry.schema.keyvalue import Put
+    from engine_registry.schema.record import RankRecord, encode
+    from tests.support.ranks import MODEL
 
     ref, _ = manifest.encode(MANIFEST)
     lease_id = raw.grant(60)

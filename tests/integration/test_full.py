@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from loader import Engine, InProcessEngine, LoadReport, Progress, Publication, Shard, load, publish
-from loader.errors import DigestMismatch, SourceUnreachable, TornRead, WeightsFileInvalid, WeightsMismatch
-from loader.files import WholeFiles, read_weights
-from loader.full import load_full
-from loader.load import TRIES
-from registry import ModelIdentity, Registry
-from registry.errors import InstanceIncomplete
+from engine_loader import Engine, InProcessEngine, LoadReport, Progress, Publication, Shard, load, publish
+from engine_loader.errors import DigestMismatch, SourceUnreachable, TornRead, WeightsFileInvalid, WeightsMismatch
+from engine_loader.files.weights import WholeFiles, read_weights
+from engine_loader.loading.full import load_full
+from engine_loader.loading.load import TRIES
+from engine_registry import ModelIdentity, Registry
+from engine_registry.errors import InstanceIncomplete
 
 Tensors = dict[str, torch.Tensor]
 
@@ -135,7 +135,7 @@ def test_the_memory_of_one_file_is_all_that_is_taken(registry: Registry, tmp_pat
         storages.update((one.untyped_storage().data_ptr(), one.untyped_storage().nbytes()) for one in tensors.values())
         return load(*args, tensors=tensors, **options)
 
-    monkeypatch.setattr("loader.full.load", watched)
+    monkeypatch.setattr("engine_loader.loading.full.load", watched)
     with Instance(registry, InProcessEngine):
         load_into(tmp_path, registry, InProcessEngine())
     assert [nbytes for _, nbytes in storages] == [4096]

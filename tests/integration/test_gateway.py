@@ -21,20 +21,20 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from registry import RankJoined, RankLost, Registry
-from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import EtcdRefused, GatewayFailed, InvalidField
-from registry.etcd import Etcd
-from registry.follow import Follower
-from registry.gateway import Gateway
-from registry.http_limits import Limits
-from registry.kv import Batch, Put, Snapshot
-from registry.local import LocalEtcd, free_port
-from registry.probe import Answer, probe
+from engine_registry import RankJoined, RankLost, Registry
+from engine_registry.errors import EtcdRefused, GatewayFailed, InvalidField
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.follow import Follower
+from engine_registry.etcd.local import LocalEtcd, free_port
+from engine_registry.gateway.limits import Limits
+from engine_registry.gateway.probe import Answer, probe
+from engine_registry.gateway.server import Gateway
+from engine_registry.schema.keyvalue import Batch, Put, Snapshot
 from tests.integration.conftest import Processes, events_until, line_of
-from tests.integration.faults import Proxy
-from tests.integration.ranks import register
-from tests.waiting import wait_until
+from tests.support.faults import Proxy
+from tests.support.ranks import register
+from tests.support.waiting import wait_until
 
 GET, OLD_GET = "/get_transfer_engine_info", "/get_remote_instance_transfer_engine_info"
 REGISTER = "/register_transfer_engine_info"
@@ -74,7 +74,7 @@ class Seed:
 @pytest.fixture
 def seed(processes: Processes) -> Callable[..., Seed]:
     def start(url: str, rank: int = 0, tensors: int = 2, port: int = 0) -> Seed:
-        return Seed(processes.start("-m", "tests.integration.seed_process", url, str(rank), str(tensors), str(port)))
+        return Seed(processes.start("-m", "tests.support.processes.seed", url, str(rank), str(tensors), str(port)))
 
     return start
 
@@ -238,12 +238,12 @@ def test_sglangs_loader_reads_the_weights_of_seeds_and_of_library_ranks(
 ) -> None:
     size = str(1 << 20)
     if source == "seed":
-        process = processes.start("-m", "tests.integration.sglang_process", "seed", gateway.url, size)
+        process = processes.start("-m", "tests.support.processes.sglang", "seed", gateway.url, size)
         assert line_of(process) == "200 OK\n"
     else:
-        process = processes.start("-m", "tests.integration.source_process", "q", size)
+        process = processes.start("-m", "tests.support.processes.source", "q", size)
         assert line_of(process) == "version 0\n"
-    client = processes.start("-m", "tests.integration.sglang_process", "client", gateway.url, size)
+    client = processes.start("-m", "tests.support.processes.sglang", "client", gateway.url, size)
     assert line_of(client) == "equal\n"
     with registry.watch("q") as watch:
         process.kill()
@@ -598,7 +598,7 @@ def test_a_gateway_that_etcd_refuses_ends_with_the_reason(registry: Registry, mo
         def __iter__(self) -> Iterator[Snapshot | Batch]:
             raise EtcdRefused("the user may not read /engines/")
 
-    monkeypatch.setattr("registry.gateway.Follower", Refused)
+    monkeypatch.setattr("engine_registry.gateway.server.Follower", Refused)
     with Gateway(registry, "q", port=0) as gateway, pytest.raises(EtcdRefused, match="may not read"):
         gateway.wait(20)
 

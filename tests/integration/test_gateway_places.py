@@ -11,11 +11,11 @@ from contextlib import ExitStack, contextmanager, suppress
 import httpx
 import pytest
 
-from registry import Registry
-from registry.gateway import Gateway
-from registry.http_limits import Limits
+from engine_registry import Registry
+from engine_registry.gateway.limits import Limits
+from engine_registry.gateway.server import Gateway
 from tests.integration.conftest import Processes, line_of
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 BAD, GOOD = "127.0.0.2", "127.0.0.3"
 HALF_A_HEAD = b"GET /health HTTP/1.1\r\nHost: x\r\n"

@@ -17,17 +17,17 @@ from contextlib import ExitStack, closing, suppress
 
 import pytest
 
-from registry import Registration, RegistrationState, Registry
-from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import EtcdError, InstanceMismatch, RankConflict, RegistrationLost
-from registry.etcd import Etcd
-from registry.follow import Follower
-from registry.keys import record_key
-from registry.kv import Change, Put, Snapshot
-from registry.local import LocalEtcd
-from tests.history import evictions, faults
-from tests.integration.ranks import register
-from tests.waiting import wait_until
+from engine_registry import Registration, RegistrationState, Registry
+from engine_registry.errors import EtcdError, InstanceMismatch, RankConflict, RegistrationLost
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.follow import Follower
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.schema.keys import record_key
+from engine_registry.schema.keyvalue import Change, Put, Snapshot
+from tests.support.history import evictions, faults
+from tests.support.ranks import register
+from tests.support.waiting import wait_until
 
 RANKS = 2
 CONTENDERS = 2  # for each

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-import cli.hooks
-from cli.hooks import Hooks
+import engine_cli.runtime.hooks
+from engine_cli.runtime.hooks import Hooks
 from tests.integration.test_cli import wait_for_end
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 
 def event(number: int) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_each_of_more_events_than_may_wait_gets_its_hook_in_order(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.hooks, "_MAX_WAITING", 5)
+    monkeypatch.setattr(engine_cli.runtime.hooks, "_MAX_WAITING", 5)
     with Hooks(f"echo $ENGINES_RANK >>{log}", 60) as hooks:
         for number in range(50):
             hooks.run(event(number))
@@ -78,7 +78,7 @@ def test_stopping_lets_the_hook_that_runs_finish_and_tells_how_many_do_not_run(
 def test_stopping_ends_a_hook_that_does_not_end_by_itself(
     log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cli.hooks, "_LAST_S", 0.2)
+    monkeypatch.setattr(engine_cli.runtime.hooks, "_LAST_S", 0.2)
     with Hooks(f"echo $$ >>{log}; sleep 1000", 1000) as hooks:
         hooks.run(event(0))
         wait_until(lambda: bool(lines(log)))
@@ -99,7 +99,7 @@ def test_killing_ends_the_hook_that_runs_at_once_and_begins_no_other(log: Path, 
 
 
 def test_an_event_that_waits_for_room_is_let_go_by_stopping(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.hooks, "_MAX_WAITING", 0)
+    monkeypatch.setattr(engine_cli.runtime.hooks, "_MAX_WAITING", 0)
     with Hooks(f"echo $$ >>{log}; sleep 1000", 1000) as hooks:
         hooks.run(event(0))
         blocked = threading.Thread(target=hooks.run, args=(event(1),))

@@ -16,19 +16,19 @@ from typing import Any
 
 import pytest
 
-from cli.exits import Exit
-from registry import InstanceReady, RankJoined, Registry
-from registry import manifest as manifests
-from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import AnswerTooLarge, HistoryLost, RecordDamaged
-from registry.etcd import _CHANNEL_OPTIONS, Etcd
-from registry.keys import manifest_part_key
-from registry.kv import Put, Snapshot
-from registry.local import LocalEtcd
-from registry.record import ManifestRef, RankRecord, encode
+from engine_cli.exits import Exit
+from engine_registry import InstanceReady, RankJoined, Registry
+from engine_registry.errors import AnswerTooLarge, HistoryLost, RecordDamaged
+from engine_registry.etcd.client import _CHANNEL_OPTIONS, Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.schema import manifest as manifests
+from engine_registry.schema.keys import manifest_part_key
+from engine_registry.schema.keyvalue import Put, Snapshot
+from engine_registry.schema.record import ManifestRef, RankRecord, encode
 from tests.integration.conftest import Processes, events_until, line_of
-from tests.integration.ranks import MANIFEST, MODEL, put_ranks, register
 from tests.integration.test_cli import Engines, assert_one_line, engines  # noqa: F401  a fixture
+from tests.support.ranks import MANIFEST, MODEL, put_ranks, register
 
 _NASTY_KEYS = [
     "/engines/", "/engines//0", "/engines/a", "/engines/a/", "/engines/a/01", "/engines/a/-1", "/engines/a/0/0",
@@ -166,7 +166,7 @@ def test_pages_become_as_small_as_one_key_and_no_smaller(etcd: Etcd, monkeypatch
         etcd.commit([], [Put(f"/large/{number}", bytes(100_000), 0)])
     options = [option for option in _CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"]
     options.append(("grpc.max_receive_message_length", 110_000 if fitting else 90_000))
-    monkeypatch.setattr("registry.etcd._CHANNEL_OPTIONS", tuple(options))
+    monkeypatch.setattr("engine_registry.etcd.client._CHANNEL_OPTIONS", tuple(options))
     with closing(etcd.sibling()) as narrow:
         if fitting:
             assert len(narrow.snapshot("/large/").items) == 5

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli.exits import Exit
-from loader import MooncakeEngine, Pace, load, load_or_seed, publish
-from loader.engine import read
-from loader.errors import ReadFailed, SourceLost
-from loader.files import write_weights
-from loader.plan import ReadOp
-from registry import ModelIdentity, Region, Registry
-from tests.hostile_peer import (
+from engine_cli.exits import Exit
+from engine_loader import MooncakeEngine, Pace, load, load_or_seed, publish
+from engine_loader.engines.base import read
+from engine_loader.errors import ReadFailed, SourceLost
+from engine_loader.files.weights import write_weights
+from engine_loader.planning.plan import ReadOp
+from engine_registry import ModelIdentity, Region, Registry
+from tests.integration.conftest import Processes
+from tests.support.hostile_peer import (
     Behaviour,
     HostilePeer,
     described,
@@ -30,8 +31,7 @@ from tests.hostile_peer import (
     says,
     says_and_keeps_still,
 )
-from tests.integration.conftest import Processes
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 MODEL = ModelIdentity("m")
 Tensors = dict[str, torch.Tensor]
@@ -137,7 +137,7 @@ def any_reader(request: pytest.FixtureRequest) -> Iterator[MooncakeEngine]:
 def test_a_contact_that_hangs_ends_by_itself_in_time_and_leaves_no_thread(
     any_reader: MooncakeEngine, monkeypatch: pytest.MonkeyPatch, behaviour: Behaviour
 ) -> None:
-    monkeypatch.setattr("loader.mooncake_contact._LIMIT_S", 0.3)
+    monkeypatch.setattr("engine_loader.engines.mooncake.contact._LIMIT_S", 0.3)
     with HostilePeer(behaviour) as peer:
         with pytest.raises(ReadFailed, match=f"cannot read from {peer.session_id}: it does not answer"):
             any_reader.connect(peer.session_id)
@@ -175,8 +175,8 @@ def test_a_peer_that_stops_after_its_first_answer_holds_up_others_for_a_moment_o
     cell: Region, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where one engine reads from all, that engine meets it after another has."""
-    monkeypatch.setattr("loader.mooncake_reader._AGAIN_S", 0.3)
-    monkeypatch.setattr("loader.mooncake_contact._LIMIT_S", 3600.0)
+    monkeypatch.setattr("engine_loader.engines.mooncake.reader._AGAIN_S", 0.3)
+    monkeypatch.setattr("engine_loader.engines.mooncake.contact._LIMIT_S", 3600.0)
     memory = torch.arange(64, dtype=torch.uint8)
     with (
         MooncakeEngine("127.0.0.1") as source,
@@ -333,8 +333,8 @@ def test_a_start_reads_its_files_where_the_only_peer_answers_nonsense(
 CONTACTS_AT_EXIT = """
 import sys, threading
 import torch  # so that the end of Python takes its time
-from loader import MooncakeEngine
-from loader.errors import LoaderError
+from engine_loader import MooncakeEngine
+from engine_loader.errors import LoaderError
 engine = MooncakeEngine("127.0.0.1")
 def connect(number):
     try:
@@ -365,10 +365,10 @@ def test_a_process_ends_in_order_though_its_contacts_come_to_an_end_at_that_very
 READS_AT_EXIT = """
 import ctypes, threading
 import torch  # so that the end of Python takes its time
-from loader import MooncakeEngine
-from loader.errors import LoaderError
-from loader.plan import ReadOp
-from registry import Region
+from engine_loader import MooncakeEngine
+from engine_loader.errors import LoaderError
+from engine_loader.planning.plan import ReadOp
+from engine_registry import Region
 memory = [ctypes.create_string_buffer(4096) for _ in range(2)]
 src, dst = [Region(ctypes.addressof(block), 4096) for block in memory]
 source, reader = MooncakeEngine("127.0.0.1"), MooncakeEngine("127.0.0.1")

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from cli.bench.hosts import Host, HostsUnavailable, Network, etcd_on, missing
-from registry.watcher import EXPIRED
-from tests.integration.conftest import ROOT, Processes, line_of
-from tests.waiting import wait_until
+from benchmarks.hosts import Host, HostsUnavailable, Network, etcd_on, missing
+from engine_registry.watching.watch import EXPIRED
+from tests.integration.conftest import Processes, line_of
+from tests.support.checkout import ROOT
+from tests.support.waiting import wait_until
 
 NBYTES = 32 << 20
 UNAVAILABLE = missing()
@@ -43,14 +44,14 @@ class Cluster:
     def source(self, instance: str, mbit: float, ttl_s: float = 2) -> Host:
         """The host of an instance that is ready."""
         host = self.network.host(instance, mbit)
-        args = "-m", "tests.integration.source_process", instance, str(NBYTES), host.address, str(ttl_s)
+        args = "-m", "tests.support.processes.source", instance, str(NBYTES), host.address, str(ttl_s)
         assert line_of(self._processes.on(host).start(*args, cwd=ROOT, **self._env)) == "version 0\n"
         return host
 
     def load(self, *instances: str, patience_s: float = 20) -> subprocess.Popen[str]:
         """On another host; half of it has come."""
         host = self.network.host("loader", 1000)
-        args = "-m", "tests.integration.load_process", host.address, str(NBYTES), str(patience_s), *instances
+        args = "-m", "tests.support.processes.load", host.address, str(NBYTES), str(patience_s), *instances
         process = self._processes.on(host).start(*args, cwd=ROOT, **self._env)
         assert line_of(process) == "half\n"
         return process
@@ -139,7 +140,7 @@ def test_a_host_that_vanishes_is_a_lease_that_ends(cluster: Cluster) -> None:
 
 
 MAKES_A_HOST = """
-from cli.bench.hosts import Network
+from benchmarks.hosts import Network
 with Network() as network:
     host = network.host("h")
     inside = host.popen(["sleep", "600"])

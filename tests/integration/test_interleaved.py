@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from loader import Engine, Pace, Progress, Publication, Replica, load, publish
-from loader.errors import SourceLost
-from loader.reads import Costs
-from registry import ModelIdentity, Registry
-from registry.errors import InstanceNotFound
+from engine_loader import Engine, Pace, Progress, Publication, Replica, load, publish
+from engine_loader.errors import SourceLost
+from engine_loader.planning.reads import Costs
+from engine_registry import ModelIdentity, Registry
+from engine_registry.errors import InstanceNotFound
 
 COUNT = 1_200  # so many that neighbours become one region
 LENGTH = 96

@@ -16,27 +16,19 @@ from typing import Any
 
 import pytest
 
-from registry import (
-    RankState,
-    Registration,
-    RegistrationState,
-    Registry,
-    failpoints,
-    keeper_link,
-    keeper_process,
-    session,
-    uninterrupted,
-)
-from registry.config import EtcdConfig, parse_endpoints
-from registry.etcd import Etcd
-from registry.local import LocalEtcd
+from engine_registry import RankState, Registration, RegistrationState, Registry, failpoints
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.registration import handle, uninterrupted
+from engine_registry.registration.keeper import link, process
 from tests.integration.conftest import Processes
-from tests.integration.interrupt_process import keepers
-from tests.integration.ranks import register
-from tests.waiting import wait_until
+from tests.support.processes.interrupt import keepers
+from tests.support.ranks import register
+from tests.support.waiting import wait_until
 
 TTL_S = 60.0  # a key that goes only with its lease is left for as long
-OURS = {module.__file__ for module in (session, keeper_link, uninterrupted)}
+OURS = {module.__file__ for module in (handle, link, uninterrupted)}
 
 # Of its own: a keeper that an earlier test left, whose etcd is gone, goes on for minutes.
 INSTANCE = f"interrupted-{uuid.uuid4().hex[:8]}"
@@ -51,7 +43,7 @@ def etcd(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Etcd]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["registration", "publication"])
 def test_a_rank_interrupted_at_random_moments_is_gone_once_it_is_closed(processes: Processes, kind: str) -> None:
-    process = processes.start("-m", "tests.integration.interrupt_process", kind, "0", "60")
+    process = processes.start("-m", "tests.support.processes.interrupt", kind, "0", "60")
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     lives = out.splitlines()
@@ -109,7 +101,7 @@ def wait_until_gone(etcd: Etcd) -> None:
 @pytest.fixture
 def _short_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a handle that nobody has is missed soon."""
-    monkeypatch.setattr(keeper_process, "LOOK_S", 0.02)
+    monkeypatch.setattr(process, "LOOK_S", 0.02)
 
 
 @pytest.mark.timeout(300)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli.exits import Exit
-from loader.files import read_weights, write_weights
-from registry.hosts import family_of, host_of
-from registry.local import LocalEtcd
+from engine_cli.exits import Exit
+from engine_loader.files.weights import read_weights, write_weights
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.schema.address import family_of, host_of
 from tests.integration.conftest import Processes, line_of
-from tests.integration.faults import Proxy
+from tests.support.faults import Proxy
 
 WEIGHTS = {f"t{number}": torch.full((1 << 18,), number, dtype=torch.int32) for number in range(1, 5)}
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from loader.reads import Costs
-from registry.local import LocalEtcd
+from engine_loader.planning.reads import Costs
+from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes, line_of
-from tests.integration.layout_process import LAYOUTS
+from tests.support.processes.layout import LAYOUTS
 
 SOURCES, DESTINATIONS = 4, 3
 CUTS_COLUMNS = {"tp-2-to-tp-3", "fsdp-4-to-tp-2", "fsdp-2-tp-2-to-tp-2", "pp-2-to-tp-2"}
@@ -46,7 +46,7 @@ def destinations(shared_etcd: LocalEtcd, tmp_path_factory: pytest.TempPathFactor
     try:
         sources, destinations = (
             [
-                started.start("-m", "tests.integration.layout_process", side, str(rank), str(size), str(stores / side))
+                started.start("-m", "tests.support.processes.layout", side, str(rank), str(size), str(stores / side))
                 for rank in range(size)
             ]
             for side, size in (("source", SOURCES), ("destination", DESTINATIONS))

@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from cli.exits import Exit
-from registry import RankRecord, RankState, Registry
-from registry.local import LocalEtcd
+from engine_cli.exits import Exit
+from engine_registry import RankRecord, RankState, Registry
+from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes, line_of
-from tests.integration.ranks import put_ranks, register
-from tests.integration.terminal import CURSOR, FIRST_SCREEN, NO_CURSOR, OTHER_SCREEN, Terminal, on_terminal
-from tests.waiting import wait_until
+from tests.support.ranks import put_ranks, register
+from tests.support.terminal import CURSOR, FIRST_SCREEN, NO_CURSOR, OTHER_SCREEN, Terminal, on_terminal
+from tests.support.waiting import wait_until
 
 Watching = Callable[..., AbstractContextManager[Terminal]]
 

@@ -9,16 +9,16 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from loader import Destination, Engine, InProcessEngine, MooncakeEngine, Pace, Progress, Publication, Shard, load, publish
-from loader.engine import read
-from loader.errors import LoaderError, SourceLost, TensorsUnusable, TornRead, WeightsMismatch
-from loader.plan import ReadOp
-from loader.verify import Header
-from registry import ModelIdentity, RankState, Region, Registry
-from registry.errors import InstanceIncomplete, InstanceNotFound, InvalidField, RankConflict
-from tests.engines import Interrupted
+from engine_loader import Destination, Engine, InProcessEngine, MooncakeEngine, Pace, Progress, Publication, Shard, load, publish
+from engine_loader.engines.base import read
+from engine_loader.errors import LoaderError, SourceLost, TensorsUnusable, TornRead, WeightsMismatch
+from engine_loader.planning.plan import ReadOp
+from engine_loader.publishing.header import Header
+from engine_registry import ModelIdentity, RankState, Region, Registry
+from engine_registry.errors import InstanceIncomplete, InstanceNotFound, InvalidField, RankConflict
 from tests.integration.conftest import Processes, line_of
-from tests.waiting import wait_until
+from tests.support.engines import Interrupted
+from tests.support.waiting import wait_until
 
 Tensors = dict[str, torch.Tensor]
 
@@ -108,7 +108,7 @@ def test_two_ranks_are_resolved_together_and_each_loader_gets_its_own(registry: 
 
 def test_a_load_from_other_processes_over_the_network(registry: Registry, processes: Processes) -> None:
     for rank in range(2):
-        process = processes.start("-m", "tests.integration.weights_process", "a", str(rank), "2", str(rank + 10))
+        process = processes.start("-m", "tests.support.processes.weights", "a", str(rank), "2", str(rank + 10))
         assert line_of(process) == "published\n"
     for rank in range(2):
         destination = like(weights())
@@ -298,7 +298,7 @@ def test_another_process_at_the_address_of_the_source_is_not_taken_for_it(regist
 
 
 def test_a_source_that_dies_between_resolve_and_read_is_told_with_what_was_lost(registry: Registry, processes: Processes) -> None:
-    process = processes.start("-m", "tests.integration.weights_process", "a", "0", "1", "0")
+    process = processes.start("-m", "tests.support.processes.weights", "a", "0", "1", "0")
     assert line_of(process) == "published\n"
     ready = registry.ready("a", 10)
     process.kill()

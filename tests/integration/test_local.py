@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cli.exits import Exit
-from registry.errors import LocalEtcdFailed
-from registry.local import LocalEtcd, free_port
+from engine_cli.exits import Exit
+from engine_registry.errors import LocalEtcdFailed
+from engine_registry.etcd.local import LocalEtcd, free_port
 from tests.integration.conftest import Processes, line_of
 
 
@@ -68,10 +68,10 @@ def test_a_start_that_fails_leaves_no_process_and_no_folder(stuck: str, tmp_path
 
 
 _STUCK = """
-import sys, cli.main, registry.local
+import sys, engine_cli.main, engine_registry.etcd.local
 program = sys.argv.pop(1)
-registry.local.find_binary = lambda: program
-cli.main.main()
+engine_registry.etcd.local.find_binary = lambda: program
+engine_cli.main.main()
 """
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loader import Destination, InProcessEngine, Pace, Progress, Publication, load, load_or_seed, publish
-from loader.errors import MemoryInUse, TensorsUnusable
-from registry import ModelIdentity, RankState, Registry
-from registry.errors import InstanceIncomplete
-from tests.launches import Origin, origins, the_origin, words
+from engine_loader import Destination, InProcessEngine, Pace, Progress, Publication, load, load_or_seed, publish
+from engine_loader.errors import MemoryInUse, TensorsUnusable
+from engine_registry import ModelIdentity, RankState, Registry
+from engine_registry.errors import InstanceIncomplete
+from tests.support.launches import Origin, origins, the_origin, words
 
 COUNT = 1 << 17
 MODEL = ModelIdentity("m")

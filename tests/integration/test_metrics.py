@@ -18,18 +18,19 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save_file
 
-from cli.exits import Exit
-from loader import MooncakeEngine, load, publish
-from loader.errors import DigestMismatch, SourceLost, WeightsMismatch
-from registry import ModelIdentity, RankLost, RegistrationState, Registry, metrics
-from registry.local import LocalEtcd, free_port
+from engine_cli.exits import Exit
+from engine_loader import MooncakeEngine, load, publish
+from engine_loader.errors import DigestMismatch, SourceLost, WeightsMismatch
+from engine_registry import ModelIdentity, RankLost, RegistrationState, Registry
+from engine_registry.etcd.local import LocalEtcd, free_port
+from engine_registry.telemetry import metrics
 from tests.integration.conftest import Processes, events_until, line_of
-from tests.integration.ranks import register
-from tests.integration.source_process import empty
 from tests.integration.test_failover import FAULTS, NBYTES, PACE, Sources, at_half
 from tests.integration.test_failover import engine as engine
 from tests.integration.test_failover import sources as sources
-from tests.waiting import wait_until
+from tests.support.processes.source import empty
+from tests.support.ranks import register
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -185,7 +186,7 @@ class Hidden:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Hidden())
-from cli.main import main
+from engine_cli.main import main
 main()
 """
 
@@ -347,7 +348,7 @@ def test_a_load_logs_json_on_stderr_and_its_report_on_stdout(processes: Processe
     assert ran.returncode == Exit.DONE
     report, (told,) = json.loads(ran.stdout), map(json.loads, ran.stderr.splitlines())
     assert set(told) == {"time", "level", "logger", "message", "fields"}
-    assert (told["level"], told["logger"], told["fields"]["event"]) == ("info", "loader.load", "loaded")
+    assert (told["level"], told["logger"], told["fields"]["event"]) == ("info", "engine_loader.loading.load", "loaded")
     assert told["fields"]["nbytes"] == report["nbytes"]
     assert told["fields"]["sources"] == ["/engines/a/0"]
 
@@ -411,9 +412,9 @@ def test_no_password_is_in_any_log(own_etcd: LocalEtcd, processes: Processes) ->
 
 
 def test_what_a_process_of_these_tests_says_when_it_fails_is_free_of_the_transfer_engines_log(processes: Processes) -> None:
-    source = processes.start("-m", "tests.integration.source_process", "a", "1000", ENGINES_ETCD="127.0.0.1:1")
+    source = processes.start("-m", "tests.support.processes.source", "a", "1000", ENGINES_ETCD="127.0.0.1:1")
     _, err = source.communicate(timeout=60)
-    assert err.splitlines()[-1].startswith("registry.errors.EtcdUnavailable: ")
-    good = processes.start("-m", "tests.integration.source_process", "a", "100000")
+    assert err.splitlines()[-1].startswith("engine_registry.errors.EtcdUnavailable: ")
+    good = processes.start("-m", "tests.support.processes.source", "a", "100000")
     assert line_of(good) == "version 0\n"
     assert good.communicate(timeout=60) == ("", "")  # ends with its input

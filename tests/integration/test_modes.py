@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from loader import InProcessEngine, Publication, Shard, load, load_module, load_or_seed, publish
-from loader.disk import read_into
-from loader.files import read_weights
-from registry import ModelIdentity, Registry
+from engine_loader import InProcessEngine, Publication, Shard, load, load_module, load_or_seed, publish
+from engine_loader.files.disk import read_into
+from engine_loader.files.weights import read_weights
+from engine_registry import ModelIdentity, Registry
 
 MODEL = ModelIdentity("m")
 Mode = Callable[[], AbstractContextManager[Any]]

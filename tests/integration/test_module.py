@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from cli.commands.demo import find_checkpoint
-from loader import InProcessEngine, Publication, Shard, load, load_module, publish, publish_state_dict
-from loader.errors import SourceLost, TensorsUnusable, WeightsMismatch
-from registry import ModelIdentity, Registry
-from registry.errors import InstanceNotFound
-from tests.engines import Interrupted
-from tests.integration.bert import Bert, Config, MaskedLanguageModel
+from engine_cli.commands.demo import find_checkpoint
+from engine_loader import InProcessEngine, Publication, Shard, load, load_module, publish, publish_state_dict
+from engine_loader.errors import SourceLost, TensorsUnusable, WeightsMismatch
+from engine_registry import ModelIdentity, Registry
+from engine_registry.errors import InstanceNotFound
+from tests.support.bert import Bert, Config, MaskedLanguageModel
+from tests.support.engines import Interrupted
 
 TINY = Config(vocabulary=60, positions=16, hidden=24, heads=4, inner=40, layers=2)
 IDS = torch.tensor([[3, 1, 4, 1, 5]])

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from loader import InProcessEngine, LoaderError, Publication, load, publish
-from loader.errors import MemoryInUse, TensorsUnusable
-from loader.memory import USES
-from registry import ModelIdentity, Registry, RegistryError
-from registry.manifest import Region
-from tests.launches import Origin, origins, the_origin, words
+from engine_loader import InProcessEngine, LoaderError, Publication, load, publish
+from engine_loader.errors import MemoryInUse, TensorsUnusable
+from engine_loader.tensors.uses import USES
+from engine_registry import ModelIdentity, Registry, RegistryError
+from engine_registry.schema.manifest import Region
+from tests.support.launches import Origin, origins, the_origin, words
 
 COUNT = 512
 MODEL = ModelIdentity("m")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from registry import (
+from engine_registry import (
     Event,
     InstanceGone,
     InstanceReady,
@@ -36,10 +36,8 @@ from registry import (
     Registry,
     TensorEntry,
     Watch,
-    keeper_link,
 )
-from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import (
+from engine_registry.errors import (
     Evicted,
     InstanceIncomplete,
     InstanceMismatch,
@@ -49,14 +47,17 @@ from registry.errors import (
     RecordDamaged,
     SchemaUnsupported,
 )
-from registry.etcd import Etcd
-from registry.follow import Follower
-from registry.keys import record_key
-from registry.kv import Put
-from registry.local import LocalEtcd
-from tests.integration.conftest import ROOT, Processes, events_until, keepers_of, line_of
-from tests.integration.ranks import MANIFEST, MODEL, register
-from tests.waiting import wait_until
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.follow import Follower
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.registration.keeper import link
+from engine_registry.schema.keys import record_key
+from engine_registry.schema.keyvalue import Put
+from tests.integration.conftest import Processes, events_until, keepers_of, line_of
+from tests.support.checkout import ROOT
+from tests.support.ranks import MANIFEST, MODEL, register
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -321,16 +322,16 @@ def test_a_keeper_is_a_new_program_in_a_session_of_its_own(registry: Registry) -
         keeper = registration.keeper_pid
         command = Path(f"/proc/{keeper}/cmdline").read_bytes().split(b"\0")
         assert command[1:3] == [b"-I", b"-c"]  # not a fork that goes on as the rank
-        assert b"from registry.keeper_main import run" in command[3]
+        assert b"from engine_registry.registration.keeper.main import run" in command[3]
         assert os.getsid(keeper) == keeper
         assert os.getpgid(keeper) == keeper
 
 
 def test_a_keeper_imports_no_more_than_it_needs() -> None:
-    program = "import sys, registry.keeper_main; print(*sys.modules)"
+    program = "import sys, engine_registry.registration.keeper.main; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT).stdout.split()
-    assert "registry.keeper" in modules
-    heavy = {"cli", "click", "loader", "mooncake", "numpy", "rich", "safetensors", "torch"}
+    assert "engine_registry.registration.keeper.holder" in modules
+    heavy = {"engine_cli", "click", "engine_loader", "mooncake", "numpy", "rich", "safetensors", "torch"}
     assert heavy.isdisjoint(name.partition(".")[0] for name in modules)
 
 
@@ -402,7 +403,7 @@ def test_a_registration_that_is_interrupted_leaves_nothing_behind_also_while_a_c
             children.enter_context(a_child())
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(keeper_link, "_raise_error", interrupted)
+        monkeypatch.setattr(link, "_raise_error", interrupted)
         with pytest.raises(KeyboardInterrupt):
             register(registry)
         assert keys_once_empty(raw) == []
@@ -428,8 +429,8 @@ def test_a_keeper_that_ends_after_a_withdrawal_is_not_missed_though_the_rank_has
 
 FORKS = """
 import os, sys
-from registry import Registry, RegistryError
-from tests.integration.ranks import register
+from engine_registry import Registry, RegistryError
+from tests.support.ranks import register
 
 with Registry.connect(sys.argv[1], namespace=sys.argv[2]) as registry, register(registry) as registration:
     pid = os.fork()
@@ -457,8 +458,8 @@ def test_a_copy_of_the_handle_in_a_forked_child_changes_and_withdraws_nothing(sh
 
 BECOMES_ANOTHER_PROGRAM = """
 import os, signal, sys, time
-from registry import Registry, RegistryError
-from tests.integration.ranks import register
+from engine_registry import Registry, RegistryError
+from tests.support.ranks import register
 
 registry = Registry.connect(sys.argv[1], namespace=sys.argv[2])
 if len(sys.argv) == 3:

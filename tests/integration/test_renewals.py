@@ -15,15 +15,15 @@ from contextlib import closing
 
 import pytest
 
-from registry import RankLost, RegistrationState, Registry
-from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import EtcdError, EtcdUnavailable, LeaseNotFound
-from registry.etcd import Etcd
-from registry.local import LocalCluster, LocalEtcd
-from tests.integration.conftest import ROOT
-from tests.integration.faults import a_grpc_proxy
-from tests.integration.ranks import register
-from tests.waiting import wait_until
+from engine_registry import RankLost, RegistrationState, Registry
+from engine_registry.errors import EtcdError, EtcdUnavailable, LeaseNotFound
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.local import LocalCluster, LocalEtcd
+from tests.support.checkout import ROOT
+from tests.support.faults import a_grpc_proxy
+from tests.support.ranks import register
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_behind_a_grpc_proxy_leases_that_are_gone_are_told(own_etcd: LocalEtcd) 
 def test_behind_a_grpc_proxy_a_leader_leads_and_a_ticket_stays_for_longer_than_their_leases(
     own_etcd: LocalEtcd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.pulls._TTL_S", 3.0)
+    monkeypatch.setattr("engine_registry.pulls._TTL_S", 3.0)
     with (
         a_grpc_proxy(own_etcd) as proxy,
         Registry.connect(proxy) as registry,
@@ -213,8 +213,8 @@ def test_a_connection_that_is_over_leaves_no_call_of_renewals_for_the_interprete
 
 NEVER_CLOSES = """
 import sys
-from registry.config import EtcdConfig, parse_endpoints
-from registry.etcd import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.client import Etcd
 etcd = Etcd(EtcdConfig(parse_endpoints(sys.argv[1])))
 print(etcd.keep_alive(etcd.grant(60)))
 """

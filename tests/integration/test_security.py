@@ -18,20 +18,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli.exits import Exit
-from loader import MooncakeEngine, publish
-from loader.start import lock_name
-from registry import InstanceCleaned, InstanceReady, ModelIdentity, RankState, RegistrationState, Registry
-from registry.errors import EtcdRefused, Evicted
-from registry.kv import Delete, Put
-from registry.local import LocalEtcd, find_binary
-from tests.integration.authority import Authority, options, tls_etcd
-from tests.integration.conftest import ROOT, Processes, events_until, line_of
-from tests.integration.ranks import register
-from tests.integration.terminal import on_terminal
+from engine_cli.exits import Exit
+from engine_loader import MooncakeEngine, publish
+from engine_loader.starting.start import lock_name
+from engine_registry import InstanceCleaned, InstanceReady, ModelIdentity, RankState, RegistrationState, Registry
+from engine_registry.errors import EtcdRefused, Evicted
+from engine_registry.etcd.local import LocalEtcd, find_binary
+from engine_registry.schema.keyvalue import Delete, Put
+from tests.integration.conftest import Processes, events_until, line_of
 from tests.integration.test_cli import assert_one_line
 from tests.integration.test_faults import hold
-from tests.waiting import wait_until
+from tests.support.authority import Authority, options, tls_etcd
+from tests.support.checkout import ROOT
+from tests.support.ranks import register
+from tests.support.terminal import on_terminal
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificates with openssl")
 
@@ -276,7 +277,7 @@ def test_the_live_table_says_where_tickets_may_not_be_seen(secured: Secured) -> 
 
 
 def test_a_loader_tells_its_progress_where_others_may_see_it(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.pulls._TELL_S", 0.01)
+    monkeypatch.setattr("engine_registry.pulls._TELL_S", 0.01)
     with (
         secured.connect("rank-qwen-a") as registry,
         register(registry, "qwen-a"),

@@ -17,22 +17,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import loader.disk
-import loader.start
-from loader import Engine, InProcessEngine, MooncakeEngine, Seeded, Shard, load_or_seed, publish
-from loader.errors import Cancelled, WeightsFileInvalid, WeightsMismatch
-from loader.start import lock_name
-from registry import ModelIdentity, RankState, Registry
-from registry.election import Election
-from registry.errors import InvalidField, RankConflict
-from registry.keys import ELECTIONS, election_key
-from registry.kv import Put
-from registry.local import LocalEtcd
-from tests.engines import Interrupted
+import engine_loader.files.disk
+import engine_loader.starting.start
+from engine_loader import Engine, InProcessEngine, MooncakeEngine, Seeded, Shard, load_or_seed, publish
+from engine_loader.errors import Cancelled, WeightsFileInvalid, WeightsMismatch
+from engine_loader.starting.start import lock_name
+from engine_registry import ModelIdentity, RankState, Registry
+from engine_registry.errors import InvalidField, RankConflict
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.schema.keys import ELECTIONS, election_key
+from engine_registry.schema.keyvalue import Put
+from engine_registry.watching.election import Election
 from tests.integration.conftest import Processes, line_of
-from tests.integration.ranks import register
-from tests.integration.start_process import MODEL, content
-from tests.waiting import wait_until
+from tests.support.engines import Interrupted
+from tests.support.processes.start import MODEL, content
+from tests.support.ranks import register
+from tests.support.waiting import wait_until
 
 NBYTES = 4 << 20
 KEY = election_key(lock_name(MODEL, 0, 1, {}))
@@ -81,7 +81,7 @@ class Herd:
     """Processes that start together."""
 
     def __init__(self, processes: Processes, path: Path, *names: str, how: str = "") -> None:
-        self.processes = [processes.start("-m", "tests.integration.start_process", name, str(path), how) for name in names]
+        self.processes = [processes.start("-m", "tests.support.processes.start", name, str(path), how) for name in names]
         for process in self.processes:
             assert line_of(process) == "starts\n"
         for process in self.processes:
@@ -247,7 +247,7 @@ def test_peers_out_of_reach_are_replaced_by_the_disk(registry: Registry, path: P
 def test_those_whose_peers_fail_still_read_the_disk_one_after_another(
     registry: Registry, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read, led = loader.disk.DiskRead.run, []
+    read, led = engine_loader.files.disk.DiskRead.run, []
     with InProcessEngine() as first, InProcessEngine() as second, ThreadPoolExecutor() as pool:
         with publish(registry, first, instance="odd", rank=0, world_size=1, tensors={"t0": torch.zeros(3)}, model=MODEL):
             with somebody_reads(registry) as election:
@@ -256,7 +256,7 @@ def test_those_whose_peers_fail_still_read_the_disk_one_after_another(
                     led.append(election.leading)
                     return read(*args)
 
-                monkeypatch.setattr(loader.disk.DiskRead, "run", seen)
+                monkeypatch.setattr(engine_loader.files.disk.DiskRead, "run", seen)
                 waiting = pool.submit(start, registry, second, path)
                 wait_until(lambda: bool(events(caplog, "peers_failed")))
             with waiting.result(60) as seeded:
@@ -329,7 +329,7 @@ def connect(etcd: LocalEtcd) -> Registry:
 def test_without_etcd_the_disk_is_read_and_the_rank_is_not_published(
     own_etcd: LocalEtcd, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader.start, "WITHOUT_ETCD_S", 0.5)
+    monkeypatch.setattr(engine_loader.starting.start, "WITHOUT_ETCD_S", 0.5)
     tensors = zeros()
     with connect(own_etcd) as registry, InProcessEngine() as engine:
         own_etcd.kill()
@@ -342,7 +342,7 @@ def test_without_etcd_the_disk_is_read_and_the_rank_is_not_published(
 
 def test_an_etcd_that_goes_away_and_comes_back_while_one_reads_costs_no_second_read(own_etcd: LocalEtcd, path: Path) -> None:
     reading, go_on, reads = threading.Event(), threading.Event(), []
-    read = loader.disk.DiskRead.run
+    read = engine_loader.files.disk.DiskRead.run
 
     def slowly(*args: Any) -> object:
         reads.append(args)
@@ -351,7 +351,7 @@ def test_an_etcd_that_goes_away_and_comes_back_while_one_reads_costs_no_second_r
         return read(*args)
 
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        patch.setattr(loader.disk.DiskRead, "run", slowly)
+        patch.setattr(engine_loader.files.disk.DiskRead, "run", slowly)
         registry = stack.enter_context(connect(own_etcd))
         engines = [stack.enter_context(InProcessEngine()) for _ in range(2)]
         pool = stack.enter_context(ThreadPoolExecutor())

@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from loader import Destination, EngineReader, InProcessEngine, Publication, Shard, load, publish
-from loader.content import content_of
-from loader.digests import digests_of
-from loader.errors import TensorsUnusable, WeightsMismatch
-from loader.files import WholeFiles, allocate_like, write_weights
-from loader.full import load_full
-from loader.regions import describe
-from registry import ModelIdentity, Registry
-from registry.errors import RecordDamaged
-from registry.manifest import decode, dense_strides, encode
+from engine_loader import Destination, EngineReader, InProcessEngine, Publication, Shard, load, publish
+from engine_loader.digests.table import digests_of
+from engine_loader.errors import TensorsUnusable, WeightsMismatch
+from engine_loader.files.weights import WholeFiles, allocate_like, write_weights
+from engine_loader.loading.full import load_full
+from engine_loader.planning.content import content_of
+from engine_loader.tensors.regions import describe
+from engine_registry import ModelIdentity, Registry
+from engine_registry.errors import RecordDamaged
+from engine_registry.schema.manifest import decode, dense_strides, encode
 
 Offer = Callable[..., Publication]
 WHOLE = {"w": Shard((6, 4), (0, 0))}

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from cli.exits import Exit
-from registry import Registry
-from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import EtcdUnavailable
-from registry.etcd import Etcd
-from registry.local import LocalEtcd
-from tests.integration.authority import Authority, options, tls_etcd
+from engine_cli.exits import Exit
+from engine_registry import Registry
+from engine_registry.errors import EtcdUnavailable
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes
-from tests.integration.ranks import register
 from tests.integration.test_cli import assert_one_line
-from tests.waiting import wait_until
+from tests.support.authority import Authority, options, tls_etcd
+from tests.support.ranks import register
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificates with openssl")
 

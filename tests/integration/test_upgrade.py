@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from registry import InstanceReady, InstanceState, RankJoined, RankLost, Registry
-from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import RankConflict, SchemaUnsupported
-from registry.etcd import Etcd
-from registry.keys import record_key
-from registry.kv import Put
-from registry.local import LocalEtcd
+from engine_registry import InstanceReady, InstanceState, RankJoined, RankLost, Registry
+from engine_registry.errors import RankConflict, SchemaUnsupported
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.schema.keys import record_key
+from engine_registry.schema.keyvalue import Put
 from tests.integration.conftest import events_until
-from tests.integration.ranks import register
+from tests.support.ranks import register
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from loader import InProcessEngine, Progress, Publication, Shard, load, load_instance, publish
-from loader.errors import DigestMismatch, DigestsMissing, SourceLost, TornRead, VersionUnavailable
-from registry import ModelIdentity, Registry
-from tests.engines import Interrupted
+from engine_loader import InProcessEngine, Progress, Publication, Shard, load, load_instance, publish
+from engine_loader.errors import DigestMismatch, DigestsMissing, SourceLost, TornRead, VersionUnavailable
+from engine_registry import ModelIdentity, Registry
 from tests.integration.test_load import Tensors, assert_equal, like, weights
-from tests.launches import Origin as LaunchOrigin
-from tests.launches import origins, the_origin, words
+from tests.support.engines import Interrupted
+from tests.support.launches import Origin as LaunchOrigin
+from tests.support.launches import origins, the_origin, words
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from contextlib import closing
 
 import pytest
 
-from registry import CleaningWatch, InstanceDegraded, InstanceReady, RankJoined, RankUpdated, Registry, Watch
-from registry.config import EtcdConfig, parse_endpoints
-from registry.errors import EtcdError
-from registry.etcd import Etcd
-from registry.local import LocalEtcd
-from tests.integration.ranks import put_ranks
-from tests.waiting import wait_until
+from engine_registry import CleaningWatch, InstanceDegraded, InstanceReady, RankJoined, RankUpdated, Registry, Watch
+from engine_registry.errors import EtcdError
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.local import LocalEtcd
+from tests.support.ranks import put_ranks
+from tests.support.waiting import wait_until
 
 RANKS = 1_000
 
@@ -23,7 +23,7 @@ RANKS = 1_000
 def test_thousands_of_changes_reach_a_reader_that_comes_late_each_once_and_in_order(
     shared_etcd: LocalEtcd, namespace: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.watcher._MAX_QUEUED", 10)
+    monkeypatch.setattr("engine_registry.watching.watch._MAX_QUEUED", 10)
     with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as raw:
         put_ranks(raw, "a", RANKS)
         with registry.watch("a") as watch:

@@ -12,16 +12,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from loader import MooncakeEngine, Pace, Progress, load
-from registry import Pull, RankRecord, RankState, Registry
-from registry.kv import Put
-from registry.tickets import Reader
+from engine_loader import MooncakeEngine, Pace, Progress, load
+from engine_registry import Pull, RankRecord, RankState, Registry
+from engine_registry.schema.keyvalue import Put
+from engine_registry.schema.pull_ticket import Reader
 from tests.integration.conftest import Processes, line_of
-from tests.integration.ranks import register
-from tests.integration.source_process import content, empty
 from tests.integration.test_cli import Engines
 from tests.integration.test_cli import engines as engines
-from tests.waiting import wait_until
+from tests.support.processes.source import content, empty
+from tests.support.ranks import register
+from tests.support.waiting import wait_until
 
 NBYTES = 8 << 20
 PACE = Pace(64 << 10, 2)
@@ -34,7 +34,7 @@ def half_way(registry: Registry, processes: Processes, publish: str | None = Non
 
     With `publish` it is one into a rank of that instance.
     """
-    source = processes.start("-m", "tests.integration.source_process", "a", str(NBYTES))
+    source = processes.start("-m", "tests.support.processes.source", "a", str(NBYTES))
     assert line_of(source) == "version 0\n"
     tensors, reached, go_on = empty(NBYTES), threading.Event(), threading.Event()
 
@@ -155,7 +155,7 @@ def test_tickets_that_lie_and_nonsense_are_shown_as_what_they_say_or_not_at_all(
 
 
 def test_an_expired_ticket_does_not_come_back_with_what_it_is_told(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.pulls._TELL_S", 0.01)
+    monkeypatch.setattr("engine_registry.pulls._TELL_S", 0.01)
     with register(registry, "a"):
         ticket = registry.pull(the_rank(registry, "a"))
         assert ticket is not None

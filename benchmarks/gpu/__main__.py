@@ -1,0 +1,52 @@
+"""`python -m benchmarks.gpu`."""
+
+from __future__ import annotations
+
+import click
+
+from benchmarks import figures
+from benchmarks.gpu import run
+from engine_cli.main import main
+from engine_cli.options import debug_option, engine_log, json_option
+from engine_cli.signals import raised
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--only", default="", metavar="PART[,…]", help="Of the parts that --help lists.")
+@click.option("--scale", type=click.FloatRange(0.0001, 1), default=1.0, show_default=True, help="How many of the tensors.")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Of each measurement; the median counts.")
+@click.option("--profile", is_flag=True, help="Show which steps and functions of load() take how long.")
+@json_option
+@debug_option
+def command(only: str, scale: float, rounds: int, profile: bool, as_json: bool) -> None:
+    """From GPU to GPU of one host: needs two, and NVLink or PCIe between them. Takes minutes.
+
+    \b
+    Parts: the sets of tensors
+      mixed          256 of 32 MiB and 2,000 of 8 KiB
+      large          256 of 32 MiB
+      llama-70b-tp8  what a rank of Llama 3 70B holds at tp=8, bf16
+      small          20,000 of 16 KiB
+    of which load() takes turns with torch's copies and naive calls of the transfer engine; and
+      nccl           send and receive, for each set
+      host           pinned memory and a safetensors file, for mixed
+      failover       two sources, one of which is killed
+      fan-out        several processes load from one
+      reshard        tp 2→1 and 1→2, by rows and by columns
+    """
+
+    parts = {part for part in only.split(",") if part}
+    if parts - set(run.PARTS):
+        raise click.UsageError(f"--only {only!r} is not valid: it is some of {', '.join(run.PARTS)}")
+    devices = run.gpus()
+    results = run.Results()
+    with engine_log(), raised():
+        try:
+            run.measure(results, devices, parts, scale, rounds, profile, figures.say)
+        finally:  # minutes of a GPU's time are not lost with what failed after them
+            if results.rows:
+                run.report(results, as_json, profile)
+
+
+if __name__ == "__main__":
+    main(command, "benchmarks.gpu")

@@ -1,1 +1,0 @@
-"""One module a command; `cli.main` imports a module when its command is asked for."""

@@ -1,0 +1,37 @@
+"""`engines evict`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from engine_cli.commands.show import chosen
+from engine_cli.exits import Exit
+from engine_cli.logs import log_options
+from engine_cli.options import etcd_options, instance_argument, rank_option
+from engine_registry import Registry
+from engine_registry.errors import RecordDamaged
+
+
+@click.command("evict")
+@instance_argument
+@rank_option(required=False, help="This rank only; without it all ranks of the instance.")
+@log_options
+@etcd_options
+def command(connect: Callable[[], Registry], instance: str, rank: int | None) -> int:
+    """Take an instance, or one rank, out of the registry.
+
+    The processes go on, but are told that they are evicted, and do not come back by themselves. A rank that changes at the very
+    moment is left alone, and the exit code is 1. So is a key that holds no record that can be read: nobody knows whose it is.
+    """
+    with connect() as registry:
+        damaged = registry.damaged(instance, rank)
+        records = [] if damaged and rank is not None else chosen(registry.instance(instance), rank)
+        evicted = [registry.evict(record) for record in records]
+    for record, done in zip(records, evicted, strict=True):
+        name = f"{record.instance}/{record.rank}"
+        click.echo(f"evicted {name} ({record.holder})" if done else f"{name} has changed meanwhile and was left: try again")
+    if damaged:
+        raise RecordDamaged("; ".join(map(str, damaged)))
+    return Exit.DONE if all(evicted) else Exit.FAILED

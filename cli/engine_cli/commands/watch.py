@@ -1,0 +1,99 @@
+"""`engines watch`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from datetime import datetime
+
+import click
+
+from engine_cli.exits import Exit
+from engine_cli.logs import log_options
+from engine_cli.options import Seconds, etcd_options, json_option
+from engine_cli.render import live
+from engine_cli.render.output import event_json, event_text, print_json
+from engine_cli.render.printable import clock
+from engine_cli.runtime.hooks import Hooks
+from engine_cli.runtime.metrics import metrics_options
+from engine_cli.signals import on_ending
+from engine_registry import CleaningWatch, Registry, Watch
+from engine_registry.watching.metrics import WatchMetrics
+
+
+@click.command("watch")
+@click.argument("instance", required=False)
+@click.option("--exec", "hook", metavar="CMD", help="Run CMD with sh for every event: JSON on stdin, ENGINES_… in its environment.")
+@click.option("--exec-timeout", type=Seconds(), default=60.0, show_default=True, metavar="S", help="End a CMD after this.")
+@click.option("--cleanup", is_flag=True, help="Evict what is left of an instance that lost a rank and stays degraded.")
+@click.option("--grace", type=Seconds(), default=30.0, show_default=True, metavar="S", help="How long --cleanup waits.")
+@click.option("--dry-run", is_flag=True, help="With --cleanup: only tell what would be evicted.")
+@click.option("--lines", is_flag=True, help="One line an event, also on a terminal; as in a pipe, or with --exec.")
+@json_option
+@metrics_options
+@log_options
+@etcd_options
+def command(
+    connect: Callable[[], Registry],
+    serve_metrics: Callable[[], AbstractContextManager[None]],
+    instance: str | None,
+    hook: str | None,
+    exec_timeout: float,
+    cleanup: bool,
+    grace: float,
+    dry_run: bool,
+    lines: bool,
+    as_json: bool,
+) -> None:
+    """Ranks and instances as they come and go, beginning with what is there now. On a terminal it is a table, with who reads from
+    whom and how far each load is. Ends with Ctrl-C or SIGTERM, after the CMD that runs then has ended or 5 s are over; a second
+    signal does not wait.
+
+    An etcd that is away is waited for; what changed meanwhile is shown when it is back. Any number of watches may run with
+    --cleanup: one of them evicts.
+    """
+    if dry_run and not cleanup:
+        raise click.UsageError("--dry-run goes with --cleanup")
+    with ExitStack() as stack:
+        stack.enter_context(serve_metrics())
+        registry = stack.enter_context(connect())
+        hooks = stack.enter_context(Hooks(hook, exec_timeout)) if hook else None
+        watch: Watch | CleaningWatch = (
+            registry.cleaning_watch(instance, grace_s=grace, dry_run=dry_run) if cleanup else registry.watch(instance)
+        )
+        stack.enter_context(watch)
+        screen = None
+        if not (lines or as_json or hooks) and live.fits():
+            screen = live.Screen(watch, stack.enter_context(registry.follow_pulls()), instance)
+        ending = _ending(watch, hooks, screen)
+        on_ending(lambda: next(ending))
+        if screen:
+            stack.enter_context(screen)
+        counted = WatchMetrics()
+        for event in watch:
+            counted.see(event)
+            now = datetime.now().astimezone()
+            data = {"at": now.isoformat(timespec="milliseconds"), **event_json(event)}
+            if screen:
+                screen.see(event, now)
+            elif as_json:
+                print_json(data)
+            else:
+                click.echo(f"{clock(now)}  {event_text(event)}")
+            if hooks:
+                hooks.run(data)
+
+
+def _ending(watch: Watch | CleaningWatch, hooks: Hooks | None, screen: live.Screen | None) -> Iterator[None]:
+    """What each signal does: the first one stops, the second one ends the process."""
+    watch.stop()
+    if hooks:
+        hooks.stop()
+    yield
+    if hooks:
+        hooks.kill()
+        hooks.report()
+    if screen:
+        screen.restore()
+    os._exit(Exit.INTERRUPTED)

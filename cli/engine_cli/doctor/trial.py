@@ -1,0 +1,170 @@
+"""The part of `engines doctor` that needs torch and the transfer engine: in a process of its own, as native code may crash or hang.
+
+Started by `doctor.child`. Reads lines of JSON from its standard input: where and how to try the engine, and which ranks to read
+from. Writes what it sees as lines of JSON: facts, no judgements. Ends with its input, so it does not outlive its parent. A thread
+for each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+_LOOPBACK_NBYTES = 64 << 20
+_OP_NBYTES = 16 << 20
+_LOOKS = 3
+_write_lock = threading.Lock()
+
+
+def main() -> NoReturn:
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    if "--debug" not in sys.argv:  # what native code prints
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.dup2(2, 1)  # nothing may come between our lines
+
+    def tell(fact: str, **fields: Any) -> None:
+        with _write_lock:
+            out.write(json.dumps({"fact": fact, **fields}) + "\n")
+
+    # In whichever order they come: different checks send them.
+    engines: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    ranks: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            order = json.loads(line)
+            if "engine" in order:
+                engines.put(order["engine"])
+            else:
+                ranks.put(order["ranks"])
+        os._exit(0)  # whoever asked is gone
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    _look(engines.get, ranks.get, tell)
+    listener.join()
+    os._exit(0)
+
+
+def _look(task: Callable[[], dict[str, str]], ranks: Callable[[], list[str]], tell: Callable[..., None]) -> None:
+    """`task` waits to be told where and how to try the engine, `ranks` for the next to read from."""
+    try:
+        import torch
+
+        tell("torch", error="", **_torch_facts(torch))
+    except Exception as exc:  # noqa: BLE001  a broken installation raises anything
+        tell("torch", error=_said(exc), missing=isinstance(exc, ModuleNotFoundError) and exc.name == "torch")
+        return
+    told = task()
+    host, protocol = told["host"], told["protocol"]
+    try:
+        from engine_loader.engines.mooncake.binding import built_transports
+        from engine_loader.engines.mooncake.engine import MooncakeEngine
+        from engine_loader.engines.mooncake.start import load_library
+        from engine_registry.schema.address import family_of
+
+        load_library(family_of(host.strip("[]")))
+        tell("mooncake", error="", transports=built_transports())
+    except Exception as exc:  # noqa: BLE001  as above
+        tell("mooncake", error=_said(exc))
+        return
+    try:
+        engine = MooncakeEngine(host, protocol)
+    except Exception as exc:  # noqa: BLE001  told
+        tell("engine", error=_said(exc))
+        return
+    tell("engine", error="")
+    threading.Thread(target=_read_ranks, args=(engine, ranks, tell), daemon=True).start()
+    tell("loopback", **_loopback(engine, host, protocol))
+
+
+def _torch_facts(torch: Any) -> dict[str, Any]:
+    built = torch.version.cuda or torch.version.hip or ""
+    count = torch.cuda.device_count() if built else 0
+    return {
+        "version": torch.__version__,
+        "built_for": built,
+        "devices": [torch.cuda.get_device_name(number) for number in range(count)],
+        "no_access": [(a, b) for a in range(count) for b in range(count) if a != b and not torch.cuda.can_device_access_peer(a, b)],
+    }
+
+
+def _loopback(engine: Any, host: str, protocol: str) -> dict[str, Any]:
+    """Reads memory of one engine with another, through the network stack, and compares it."""
+    import torch
+
+    from engine_loader import MooncakeEngine
+    from engine_loader.planning.plan import ReadOp
+    from engine_registry import Region
+
+    if protocol == "nvlink_intra":
+        return {"error": "", "skipped": "memory of one's own process cannot be read over nvlink_intra"}
+    try:
+        with MooncakeEngine(host, protocol) as source:
+            src = torch.randint(0, 256, (_LOOPBACK_NBYTES,), dtype=torch.uint8)
+            dst = torch.zeros_like(src)
+            source.register(Region(src.data_ptr(), src.nbytes))
+            engine.lend(lent := Region(dst.data_ptr(), dst.nbytes))
+            engine.connect(source.session_id)
+            began = time.monotonic()
+            reads = [
+                engine.start(source.session_id, ReadOp("loopback", src.data_ptr() + at, dst.data_ptr() + at, _OP_NBYTES))
+                for at in range(0, _LOOPBACK_NBYTES, _OP_NBYTES)
+            ]
+            for read in reads:
+                while not engine.done(read):
+                    time.sleep(1e-4)
+            seconds = time.monotonic() - began
+            engine.take_back(lent)
+            return {"error": "", "nbytes": src.nbytes, "seconds": seconds, "equal": bool(torch.equal(src, dst))}
+    except Exception as exc:  # noqa: BLE001  told
+        return {"error": _said(exc)}
+
+
+def _read_ranks(engine: Any, ranks: Callable[[], list[str]], tell: Callable[..., None]) -> None:
+    from engine_registry.schema.record import decode
+
+    while True:
+        for line in ranks():
+            key, _, value = line.partition(" ")
+            record = decode(key, value.encode())
+            threading.Thread(target=_read_header, args=(engine, record, tell), daemon=True).start()
+
+
+def _read_header(engine: Any, record: Any, tell: Callable[..., None]) -> None:
+    import torch
+
+    from engine_loader.publishing.header import HeaderCell, fetch_header
+
+    try:
+        cell = HeaderCell(torch.device("cuda" if engine.protocol == "nvlink_intra" else "cpu"))
+        engine.lend(cell.region)
+        began = time.monotonic()
+        engine.connect(record.session_id)
+        contact_s = time.monotonic() - began
+        seconds = []
+        for _ in range(_LOOKS):
+            began = time.monotonic()
+            header = fetch_header(engine, record, cell)
+            seconds.append(time.monotonic() - began)
+        tell(
+            "rank",
+            key=record.key,
+            error="",
+            contact_s=contact_s,
+            read_s=min(seconds),
+            version=header.version,
+            updating=header.updating,
+        )
+    except Exception as exc:  # noqa: BLE001  told
+        tell("rank", key=record.key, error=_said(exc), lost=type(exc).__name__ == "SourceLost")
+
+
+def _said(exc: Exception) -> str:
+    return " ".join(str(exc).split()) or type(exc).__name__

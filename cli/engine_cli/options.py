@@ -1,0 +1,202 @@
+"""Options that commands share, and what is made of them. The only place that reads the environment."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from engine_registry import Registry
+    from engine_registry.etcd.config import EtcdConfig
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+PASSWORD_VARIABLE = "ENGINES_ETCD_PASSWORD"  # noqa: S105  the variable's name, not a password
+TOKEN_VARIABLE = "ENGINES_GATEWAY_TOKEN"  # noqa: S105  as above
+
+_debug = False
+
+
+def debugging() -> bool:
+    return _debug
+
+
+def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    global _debug
+    _debug = _debug or value
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_debug,
+    help="Show tracebacks and the transfer engine's log.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON: one object, or one line an event.")
+instance_argument = click.argument("instance")
+_MAX_SECONDS = 365 * 24 * 3600  # more is a slip, and some of what measures time overflows
+
+
+class Seconds(click.FloatRange):
+    """A finite number of seconds."""
+
+    def __init__(self, min: float = 0, min_open: bool = False) -> None:
+        super().__init__(min=min, min_open=min_open, max=_MAX_SECONDS)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return seconds
+
+
+def nbytes_of(text: str) -> int:
+    """The type of an option: a number of bytes, one at least, as in 500MB or 1.5GiB."""
+    size = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([kmgt])(i)?)?b?", text.strip().lower())
+    nbytes = int(float(size[1]) * (1024 if size[3] else 1000) ** " kmgt".index(size[2] or " ")) if size else 0
+    if nbytes < 1:
+        raise click.BadParameter(f"{text!r} is not a size: use a number of bytes, or a unit as in 500MB, 5GB or 1.5GiB.")
+    return nbytes
+
+
+def host_option(help: str) -> Callable[[Command], Command]:
+    """Where peers find this machine."""
+    return click.option("--host", callback=_own_host, help=f"{help} Default: the one that etcd sees.")
+
+
+def _own_host(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    from engine_registry.schema.address import why_not_advertised
+
+    if problem := why_not_advertised(value.strip("[]")) if value is not None else "":
+        raise click.BadParameter(f"{problem}: give an address of this machine that peers can reach.")
+    return value
+
+
+def rank_option(required: bool, help: str) -> Callable[[Command], Command]:
+    return click.option("--rank", type=click.IntRange(min=0), required=required, help=help)
+
+
+def etcd_options(command: Command) -> Command:
+    """Adds the options that say how to reach etcd; the command gets `connect`, which makes a Registry of them."""
+
+    @functools.wraps(command)
+    def wrapped(etcd: dict[str, Any], **kwargs: Any) -> Any:
+        return command(connect=functools.partial(_connect, etcd), **kwargs)
+
+    return etcd_settings(wrapped)  # type: ignore[return-value]
+
+
+def etcd_settings(command: Command) -> Command:
+    """The same options; the command gets them as `etcd`, for `config_of`."""
+
+    @functools.wraps(command)
+    def wrapped(**kwargs: Any) -> Any:
+        etcd = {name: kwargs.pop(name) for name in ("etcd", "namespace", "cacert", "cert", "key", "user", "timeout")}
+        etcd["password"] = os.environ.pop(PASSWORD_VARIABLE, None)  # no process that we start inherits it
+        return command(etcd=etcd, **kwargs)
+
+    options = [
+        click.option(
+            "--etcd", metavar="HOST:PORT[,…]", default="127.0.0.1:2379", envvar="ENGINES_ETCD", show_default=True,
+            show_envvar=True, help="Where etcd is; several endpoints of one cluster with commas; https:// in front turns TLS on.",
+        ),
+        click.option("--namespace", default="", metavar="PREFIX", help="Put before every key in etcd."),
+        click.option("--cacert", type=click.Path(), help="CA of etcd's certificate (turns TLS on)."),
+        click.option("--cert", type=click.Path(), help="Client certificate."),
+        click.option("--key", type=click.Path(), help="Key of the client certificate."),
+        click.option("--user", help=f"etcd user; the password comes from {PASSWORD_VARIABLE} or a prompt."),
+        click.option("--timeout", type=Seconds(min_open=True), default=5.0, show_default=True,
+                     metavar="S", help="Seconds that one call to etcd may take."),
+        debug_option,
+    ]  # fmt: skip
+    decorated: Any = wrapped
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
+
+
+def _connect(etcd: dict[str, Any]) -> Registry:
+    from engine_registry import Registry
+
+    return Registry.connect(etcd["etcd"], **_access(etcd))
+
+
+def config_of(etcd: dict[str, Any]) -> EtcdConfig:
+    """Asks for the password where one is needed. InvalidField where an option is not valid."""
+    from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+
+    return EtcdConfig(parse_endpoints(etcd["etcd"]), **_access(etcd))
+
+
+def _access(etcd: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "namespace": etcd["namespace"],
+        "timeout_s": etcd["timeout"],
+        "cacert": etcd["cacert"],
+        "cert": etcd["cert"],
+        "key": etcd["key"],
+        "user": etcd["user"],
+        "password": _password(etcd["user"], etcd["password"]),
+    }
+
+
+def _password(user: str | None, given: str | None) -> str | None:
+    from engine_registry.etcd.config import check_user
+
+    if user is None:
+        return None
+    check_user(user)  # before it is shown in a prompt
+    if given is not None:
+        return given
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"--user needs a password: set {PASSWORD_VARIABLE}")
+    return str(click.prompt(f"etcd password of {user}", hide_input=True, err=True))
+
+
+def gateway_token() -> str | None:
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token == "":
+        raise click.UsageError(f"{TOKEN_VARIABLE} is empty: give a token, or unset it")
+    return token
+
+
+@contextmanager
+def engine_log() -> Iterator[None]:
+    """Keeps what the transfer engine's C++ code writes to stderr off the user's terminal, unless --debug is given.
+
+    Our own messages go on: `sys.stderr` is moved to a copy of the descriptor.
+    """
+    if debugging():
+        yield
+        return
+    sys.stderr.flush()
+    ours = sys.stderr
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere, os.fdopen(kept, "w", buffering=1, closefd=False) as copy:
+        os.dup2(nowhere.fileno(), 2)
+        _redirect_logging(ours, copy)
+        sys.stderr = copy
+        try:
+            yield
+        finally:
+            copy.flush()
+            sys.stderr = ours
+            _redirect_logging(copy, ours)
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _redirect_logging(old: Any, new: Any) -> None:
+    import logging
+
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+            handler.setStream(new)

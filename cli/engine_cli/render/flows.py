@@ -1,0 +1,156 @@
+"""Who reads from whom, of records and pull tickets: how far each rank is that loads, and the tree. Pure.
+
+Anybody may have written a ticket. Whatever they say of each other, the tree ends, and has as many lines as there are pairs of one
+who reads and one who is read from, and those who are read from by nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from engine_registry import InstanceStatus, ModelIdentity, Pull, RankRecord, RankState
+
+
+@dataclass(frozen=True)
+class Progress:
+    """In bytes; never more than all."""
+
+    nbytes: int
+    total_nbytes: int
+
+    @property
+    def fraction(self) -> float:
+        return self.nbytes / self.total_nbytes
+
+
+@dataclass(frozen=True)
+class Line:
+    """One of the tree. `again`: what is below it stands elsewhere. `parent` is who it reads from here, if anybody."""
+
+    depth: int
+    name: str
+    parent: str
+    record: RankRecord | None
+    progress: Progress | None
+    again: bool = False
+
+
+class Flows:
+    """Of all records that may be seen; who is not among them is known by what its ticket says."""
+
+    def __init__(self, records: Iterable[RankRecord], pulls: Iterable[Pull]) -> None:
+        self.pulls = tuple(pulls)
+        self._records = {record.incarnation: record for record in records}
+        self._by_source: dict[str, list[Pull]] = {}
+        self.by_reader: dict[str, list[Pull]] = {}
+        for pull in self.pulls:
+            self._by_source.setdefault(pull.incarnation, []).append(pull)
+            self.by_reader.setdefault(reader_of(pull), []).append(pull)
+
+    def readers(self, record: RankRecord) -> Sequence[Pull]:
+        """What is read from the registration."""
+        return self._by_source.get(record.incarnation, ())
+
+    def reads(self, record: RankRecord) -> Sequence[Pull]:
+        """What the rank reads itself."""
+        return self.by_reader.get(record.incarnation, ())
+
+    def progress(self, record: RankRecord) -> Progress | None:
+        """How far the rank's load is; None where it has none, or has not said."""
+        return progress_of(self.reads(record))
+
+    def strangers(self) -> dict[str, Sequence[Pull]]:
+        """What those read that are no rank that is known, by name."""
+        return {name_of(pulls[0]): pulls for reader, pulls in self.by_reader.items() if reader not in self._records}
+
+    def loaded(self, status: InstanceStatus) -> float | None:
+        """Which part of its ranks' weights is there; None unless one of them loads and has said how far it is."""
+        told = {record.rank: self.progress(record) for record in status.records if record.state is RankState.LOADING}
+        if not any(told.values()) or not status.nbytes:
+            return None
+        whole_nbytes = sum(record.manifest.nbytes for record in status.records if record.rank not in told)
+        parts = (record.manifest.nbytes * part.fraction for record in status.records if (part := told.get(record.rank)) is not None)
+        return (whole_nbytes + sum(parts)) / status.nbytes
+
+    def of_model(self, model: ModelIdentity) -> Flows:
+        """What is read from, or by, the ranks that serve it."""
+        ours = {incarnation for incarnation, record in self._records.items() if record.model == model}
+        some = (pull for pull in self.pulls if pull.incarnation in ours or reader_of(pull) in ours)
+        return Flows((self._records[incarnation] for incarnation in self._records), some)
+
+    def tree(self) -> list[Line]:
+        """Who is read from, and below it those who read. Complete ranks come first; who reads from several stands below each."""
+        children: dict[str, dict[str, None]] = {}
+        below: set[str] = set()
+        for pull in self.pulls:
+            children.setdefault(pull.incarnation, {})[reader_of(pull)] = None
+            below.add(reader_of(pull))
+        order = sorted(children.keys() | below, key=self._place)
+        lines: list[Line] = []
+        drawn: set[str] = set()
+        for root in [*(node for node in order if node not in below), *order]:  # the latter for those who read in a circle
+            waiting = [(root, "", 0)] if root not in drawn else []
+            while waiting:
+                node, parent, depth = waiting.pop()
+                name, lower = self._name(node), children.get(node, {})
+                again = node in drawn and bool(lower)
+                lines.append(Line(depth, name, parent, self._records.get(node), progress_of(self.by_reader.get(node, ())), again))
+                if node not in drawn:
+                    drawn.add(node)
+                    waiting += [(each, name, depth + 1) for each in sorted(lower, key=self._place, reverse=True)]
+        return lines
+
+    def trees_with(self, records: Iterable[RankRecord]) -> list[Line]:
+        """Of the tree, what hangs together with one of them."""
+        wanted = {record.incarnation for record in records}
+        trees: list[list[Line]] = []
+        for line in self.tree():
+            if line.depth == 0:
+                trees.append([])
+            trees[-1].append(line)
+        return [line for tree in trees if any(line.record and line.record.incarnation in wanted for line in tree) for line in tree]
+
+    def _name(self, node: str) -> str:
+        record = self._records.get(node)
+        if record is not None:
+            return f"{record.instance}/{record.rank}"
+        read = self.by_reader.get(node)
+        return name_of(read[0]) if read else source_of(self._by_source[node][0])
+
+    def _place(self, node: str) -> tuple[bool, bool, str, int, str]:
+        """Complete ranks, ranks that load, all others; each by name."""
+        record = self._records.get(node)
+        if record is None:
+            return True, True, self._name(node), 0, node
+        return False, record.state is RankState.LOADING, record.instance, record.rank, node
+
+
+def reader_of(pull: Pull) -> str:
+    """Who reads: a registration, or a process that is none, which never has the name of one."""
+    return pull.reader.incarnation if pull.reader is not None else f"{pull.host} {pull.pid}\n"
+
+
+def name_of(pull: Pull) -> str:
+    """Of who reads, for people."""
+    if pull.reader is not None:
+        return f"{pull.reader.instance}/{pull.reader.rank}"
+    return f"{pull.host or '?'} pid {pull.pid or '?'}"
+
+
+def source_of(pull: Pull) -> str:
+    return f"{pull.instance}/{pull.rank}"
+
+
+def progress_of(pulls: Sequence[Pull]) -> Progress | None:
+    """Of one who reads: what its newest ticket says that says anything."""
+    told = [pull for pull in pulls if pull.total_nbytes]
+    if not told:
+        return None
+    newest = max(told, key=lambda pull: (pull.create_revision, pull.nbytes))
+    return Progress(min(newest.nbytes, newest.total_nbytes), newest.total_nbytes)
+
+
+def percent(fraction: float) -> str:
+    """Rounded down: 100 % is all of it."""
+    return f"{int(100 * fraction + 1e-6)} %"

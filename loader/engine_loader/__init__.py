@@ -1,0 +1,99 @@
+"""Copies the weights of running engines from memory to memory, found through `engine_registry`.
+
+A public name is imported from its module when it is first used: so this package is imported at once, and its errors without torch.
+"""
+
+import logging
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine_loader.engines.base import Engine as Engine
+    from engine_loader.engines.in_process import InProcessEngine as InProcessEngine
+    from engine_loader.engines.mooncake.engine import MooncakeEngine as MooncakeEngine
+    from engine_loader.errors import Cancelled as Cancelled
+    from engine_loader.errors import DigestMismatch as DigestMismatch
+    from engine_loader.errors import DigestsMissing as DigestsMissing
+    from engine_loader.errors import EngineFailed as EngineFailed
+    from engine_loader.errors import EngineUnavailable as EngineUnavailable
+    from engine_loader.errors import LoaderError as LoaderError
+    from engine_loader.errors import MemoryInUse as MemoryInUse
+    from engine_loader.errors import ReadFailed as ReadFailed
+    from engine_loader.errors import SourceEvicted as SourceEvicted
+    from engine_loader.errors import SourceLost as SourceLost
+    from engine_loader.errors import SourceUnreachable as SourceUnreachable
+    from engine_loader.errors import Stalled as Stalled
+    from engine_loader.errors import TensorsUnusable as TensorsUnusable
+    from engine_loader.errors import TornRead as TornRead
+    from engine_loader.errors import VersionUnavailable as VersionUnavailable
+    from engine_loader.errors import WeightsFileInvalid as WeightsFileInvalid
+    from engine_loader.errors import WeightsMismatch as WeightsMismatch
+    from engine_loader.loading.checkpoint import EngineReader as EngineReader
+    from engine_loader.loading.instance import load_instance as load_instance
+    from engine_loader.loading.load import load as load
+    from engine_loader.loading.module import load_module as load_module
+    from engine_loader.loading.report import LoadReport as LoadReport
+    from engine_loader.publishing.publish import Publication as Publication
+    from engine_loader.publishing.publish import publish as publish
+    from engine_loader.publishing.publish import publish_state_dict as publish_state_dict
+    from engine_loader.publishing.replica import Replica as Replica
+    from engine_loader.starting.load_or_seed import load_or_seed as load_or_seed
+    from engine_loader.starting.start import Seeded as Seeded
+    from engine_loader.tensors.destination import Destination as Destination
+    from engine_loader.tensors.regions import Shard as Shard
+    from engine_loader.transfer.pace import Pace as Pace
+    from engine_loader.transfer.scheduler import Progress as Progress
+
+_MODULE_OF = {
+    "Cancelled": "errors",
+    "Destination": "tensors.destination",
+    "DigestMismatch": "errors",
+    "DigestsMissing": "errors",
+    "Engine": "engines.base",
+    "EngineFailed": "errors",
+    "EngineReader": "loading.checkpoint",
+    "EngineUnavailable": "errors",
+    "InProcessEngine": "engines.in_process",
+    "LoadReport": "loading.report",
+    "LoaderError": "errors",
+    "MemoryInUse": "errors",
+    "MooncakeEngine": "engines.mooncake.engine",
+    "Pace": "transfer.pace",
+    "Progress": "transfer.scheduler",
+    "Publication": "publishing.publish",
+    "ReadFailed": "errors",
+    "Replica": "publishing.replica",
+    "Seeded": "starting.start",
+    "Shard": "tensors.regions",
+    "SourceEvicted": "errors",
+    "SourceLost": "errors",
+    "SourceUnreachable": "errors",
+    "Stalled": "errors",
+    "TensorsUnusable": "errors",
+    "TornRead": "errors",
+    "VersionUnavailable": "errors",
+    "WeightsFileInvalid": "errors",
+    "WeightsMismatch": "errors",
+    "load": "loading.load",
+    "load_instance": "loading.instance",
+    "load_module": "loading.module",
+    "load_or_seed": "starting.load_or_seed",
+    "publish": "publishing.publish",
+    "publish_state_dict": "publishing.publish",
+}
+
+__all__ = [*_MODULE_OF]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet until somebody listens
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

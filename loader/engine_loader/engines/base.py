@@ -1,0 +1,165 @@
+"""What the loader needs of a transfer engine, whichever it is.
+
+`engines.mooncake.engine` is the real one; `engines.in_process` serves tests and single-process uses; both pass `tests/contract`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Protocol
+
+from engine_loader.engines.region_book import Tiles
+from engine_loader.errors import EngineFailed, TensorsUnusable, listed
+from engine_loader.planning.plan import ReadOp
+from engine_registry.schema.manifest import Manifest, Region
+
+
+class Engine(Protocol):
+    """Registers local memory so that peers can read it, and reads theirs. Calls may come from several threads."""
+
+    @property
+    def session_id(self) -> str:
+        """Where peers find this engine."""
+
+    @property
+    def protocol(self) -> str: ...
+
+    @property
+    def fabric(self) -> str:
+        """A label of who can reach this engine; equal labels can."""
+
+    def register(self, region: Region) -> Tiles:
+        """Opens the region to peers; EngineFailed if refused.
+
+        Returns the tiles that make it up, in their order: what of it lies in regions that are
+        registered already shares those. A read stays inside one tile.
+        """
+
+    def unregister(self, region: Region) -> None:
+        """Takes back one `register` of the same region."""
+
+    def lend(self, region: Region) -> Tiles:
+        """Lets `start` write into the region; peers see it only where the protocol cannot do without. Else as `register`."""
+
+    def take_back(self, region: Region) -> None:
+        """Ends one `lend` of the same region. Reads into it must have ended.
+
+        EngineFailed where one that was abandoned may still write there: the region then stays lent,
+        and until that read has ended, memory that it may write to is neither lent nor registered
+        nor read into.
+        """
+
+    def connect(self, peer: str) -> None:
+        """Makes the first contact with a peer, see `peer_of`; at once where that has been made. ReadFailed if nobody answers there.
+
+        Lasts as long as the peer takes, up to a minute, or until `abandon`: call it in a thread
+        that may hang. Nothing else of the engine waits for it meanwhile.
+        """
+
+    def start(self, peer: str, op: ReadOp) -> int:
+        """Begins a read from a connected peer and returns, at once, a number to ask `done` with. ReadFailed if not connected.
+
+        The destination must lie in a lent region, else EngineFailed.
+        """
+
+    def done(self, number: int) -> bool:
+        """Whether the read has brought all its bytes; ReadFailed if it never will.
+
+        A read that was abandoned is not done as long as it may still write, and then has failed.
+        After either answer the number is void, and asking again a KeyError.
+        """
+
+    def abandon(self, peer: str) -> None:
+        """Gives up every read from that peer that is not over, and a `connect` that hangs. Never
+        waits for the peer, and raises nothing.
+
+        Reads that the engine can end have ended when this returns, and write nothing any more. It
+        can end all of them if it has an engine for each peer, as over tcp. Over rdma they go on
+        until the peer has answered or is known to be gone: see `settled`. Where there is nothing to
+        give up, the contact stays.
+        """
+
+    def settled(self, peer: str) -> bool:
+        """Whether no read from that peer that was abandoned may write any more. Never waits."""
+
+    def close(self) -> None:
+        """Ends the engine with all its registrations; any number of times."""
+
+
+def peer_of(session_id: str, incarnation: str) -> str:
+    """Whom to connect to: a process, as of one registration. What an engine learns of a peer, such as where its memory is mapped,
+    does not hold for what the same process registers later. A session id alone will do where nothing is registered later."""
+    return f"{session_id}@{incarnation}"
+
+
+def session_of(peer: str) -> str:
+    return peer.partition("@")[0]
+
+
+def offer(engine: Engine, undo: ExitStack, *regions: Region) -> Tiles:
+    """Registers them until `undo` is closed; the tiles of all of them."""
+    tiles: list[Region] = []
+    for region in regions:
+        tiles += engine.register(region)
+        undo.callback(engine.unregister, region)
+    return tuple(tiles)
+
+
+def lend(engine: Engine, undo: ExitStack, *regions: Region, owner: object) -> Tiles:
+    """Lends them until `undo` is closed; the tiles of all of them.
+
+    `owner` keeps their memory. Where reads that cannot be ended may still write to it, that is EngineFailed when `undo` is closed,
+    and the owner is kept for as long as the process lives: memory that was freed would be somebody else's by then.
+    """
+    tiles: list[Region] = []
+    for region in regions:
+        tiles += engine.lend(region)
+        undo.callback(_take_back, engine, region, owner)
+    return tuple(tiles)
+
+
+_STILL_WRITTEN: list[object] = []
+
+
+def _take_back(engine: Engine, region: Region, owner: object) -> None:
+    try:
+        engine.take_back(region)
+    except EngineFailed:
+        _STILL_WRITTEN.append(owner)
+        raise
+
+
+def tiled(manifest: Manifest, tiles: Tiles) -> Manifest:
+    """The manifest with these tiles as its regions; TensorsUnusable where one cuts a tensor.
+
+    That takes tensors that share a part of their bytes with others that are registered already.
+    """
+    if tiles == manifest.regions:
+        return manifest
+    tiles = tuple(sorted(tiles, key=lambda tile: tile.addr))
+    starts = [tile.addr for tile in tiles]
+    cut = [
+        entry.name
+        for entry in manifest.tensors
+        if entry.nbytes and entry.addr + entry.nbytes > tiles[bisect.bisect_right(starts, entry.addr) - 1].end
+    ]
+    if cut:
+        raise TensorsUnusable(
+            f"{len(cut)} tensors lie partly in memory that this process offers or fills already, "
+            f"as parts of other tensors: {listed(cut)}: publish or load tensors that share memory together",
+            problems=cut,
+        )
+    return replace(manifest, regions=tiles)
+
+
+def read(engine: Engine, peer: str, op: ReadOp) -> None:
+    """One small read, contact to end. Lasts until the peer answers, or until another thread abandons it."""
+    engine.connect(peer)
+    number = engine.start(peer, op)
+    nap_s = 20e-6
+    while not engine.done(number):
+        time.sleep(nap_s)
+        nap_s = min(1.5 * nap_s, 5e-3)

@@ -1,0 +1,41 @@
+"""How to read: of the ways that this machine has, the quickest that the sources are served over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine_loader.engines.mooncake.binding import built_transports
+from engine_loader.engines.mooncake.machine import rdma_devices, this_host
+from engine_loader.errors import SourceUnreachable
+from engine_registry import RankRecord
+
+FALLBACK = ("nvlink_intra", "rdma", "tcp")  # the quickest first
+
+
+def usable_protocols() -> tuple[str, ...]:
+    """That this machine and the installed transfer engine have, in that order."""
+    transports = built_transports()
+    here = {
+        "nvlink_intra": torch.cuda.is_available() and "IntraNodeNvlink" in transports,
+        "rdma": bool(rdma_devices()) and "Rdma" in transports,
+        "tcp": "Tcp" in transports,
+    }
+    return tuple(protocol for protocol in FALLBACK if here[protocol])
+
+
+def protocol_for(records: Sequence[RankRecord]) -> str:
+    """The first that one of these ranks can be read over from here; SourceUnreachable if there is none."""
+    usable = usable_protocols()
+    for protocol in usable:
+        served = [record for record in records if record.protocol == protocol]
+        if protocol == "nvlink_intra":
+            served = [record for record in served if record.fabric in ("", this_host())]
+        if served:
+            return protocol
+    told = "; ".join(f"{record.key} is served over {record.protocol}" for record in records)
+    raise SourceUnreachable(
+        f"no source can be reached from here: {told}; this machine has {', '.join(usable) or 'no way to read'}",
+        sources=[record.key for record in records],
+    )

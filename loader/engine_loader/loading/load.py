@@ -1,0 +1,481 @@
+"""Fills tensors with the weights of running ranks: find sources, compare, plan, read, check, report."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from engine_loader import metrics
+from engine_loader.engines.base import Engine, lend, tiled
+from engine_loader.errors import Cancelled, LoaderError, SourceEvicted, SourceLost, TornRead, WeightsMismatch
+from engine_loader.loading.report import LoadReport, summed
+from engine_loader.planning.plan import Planner
+from engine_loader.planning.reads import Span
+from engine_loader.publishing.replica import Replica, Republication, as_replica
+from engine_loader.sources.digest_check import DigestCheck
+from engine_loader.sources.search import Search
+from engine_loader.sources.selection import Choice, Selection
+from engine_loader.sources.source import Candidate
+from engine_loader.tensors.cuda import on_default_stream, to_register, wait_for
+from engine_loader.tensors.destination import Destination
+from engine_loader.tensors.regions import Shard
+from engine_loader.tensors.uses import USES
+from engine_loader.transfer.pace import Pace, pace_for, pace_in_chain
+from engine_loader.transfer.pipe import Share
+from engine_loader.transfer.received import Haul
+from engine_loader.transfer.scheduler import OnProgress, Progress, Transfer
+from engine_loader.transfer.staging import Staging
+from engine_registry import Manifest, ModelIdentity, Place, RankRecord, Registry, failpoints
+from engine_registry.errors import InvalidField, RegistryError
+from engine_registry.etcd.backoff import Backoff
+from engine_registry.registration.writes import SOURCE_EVICTED
+from engine_registry.schema.numbers import seconds, whole, whole_or_none
+from engine_registry.telemetry.logs import fields
+from engine_registry.watching.waiting import Wanted
+
+log = logging.getLogger(__name__)
+Verify = Literal["header", "digest"]
+_STAGING_NBYTES = 48 << 20  # for what is not read straight to its place
+TRIES = 5  # of a read that is torn by an update of the source, with about a second of waiting between them in all
+
+
+def load(
+    registry: Registry,
+    engine: Engine,
+    source: Wanted,
+    *,
+    rank: int | None = None,
+    tensors: Mapping[str, torch.Tensor],
+    shards: Mapping[str, Shard] | None = None,
+    timeout_s: float = 60.0,
+    verify: Verify = "header",
+    version: int | None = None,
+    contents: Sequence[str] | None = None,
+    world_size: int | None = None,
+    topology: Mapping[str, tuple[int, int]] | None = None,
+    max_sources: int = 4,
+    partial: bool = False,
+    publish: bool | str | Replica = False,
+    pipelined: bool = True,
+    pace: Pace | None = None,
+    progress: OnProgress | None = None,
+    cancel: threading.Event | None = None,
+) -> LoadReport:
+    """Fills `tensors` in place with those of `rank` of the instance `source`, of several that are named, or of any that serves
+    a ModelIdentity; from up to `max_sources` that have the same content of the same model, at once.
+
+    Sources have the same content where digests prove it, or where one has loaded from the other. `contents` are those that the
+    ranks of the source have to have, by rank, as `InstanceStatus.contents` gives them: so several processes load the same weights.
+    `world_size` and `topology` say which place `rank` is, for tensors that do not say which part of the whole they are.
+
+    DTensors, and tensors that say in `shards` which box of the whole they are, may be filled from ranks of another layout, each of
+    which holds a part, if all are such. `rank` is then only a hint to who may hold the same, and may be None; and the source may
+    have more tensors, as it may with `partial`. A Destination saves looking at the tensors where they are loaded again and again.
+
+    For a ModelIdentity and a `rank` that rank will do, of any instance of the model, whatever else of it there is; and so will one
+    that is still loading, for what it has by then, unless `pipelined` is False or digests are to be verified. With `publish`, which
+    names an instance (see Replica), the rank that is filled becomes such a source, and a complete one in the end:
+    `report.publication`, which the caller closes. So many that load at once, each from the one before it, take little longer than
+    one.
+
+    Waits up to `timeout_s` for an instance to be ready; from then on it takes as long as bytes keep coming (see `Pace`). `cancel`,
+    set from any thread, ends it with Cancelled. That all bytes are of one content is always checked; with `verify="digest"` the
+    bytes of each tensor are, too. Nobody else may fill the tensors meanwhile, and published ones are filled only inside their
+    publication's `update()`: MemoryInUse. Raises WeightsMismatch and DigestsMissing before a byte has moved; SourceLost, Stalled,
+    TornRead or Cancelled when the tensors may hold a part (`details["complete"]` names those that are whole); DigestMismatch;
+    VersionUnavailable, SourceUnreachable; what `Registry.resolve` raises, and with `publish`, what `publish` does;
+    TensorsUnusable, also where a tensor was given other memory meanwhile. Nothing stays published then.
+    """
+    timeout_s, max_sources = seconds("timeout_s", timeout_s), whole("max_sources", max_sources, 1)
+    rank, version = whole_or_none("rank", rank), whole_or_none("version", version)
+    place = Place(rank, world_size, topology or {}) if rank is not None else None
+    if isinstance(tensors, Destination) and shards is not None:
+        raise InvalidField("a Destination says which boxes its tensors are: give no shards besides", field="shards")
+    destination = tensors if isinstance(tensors, Destination) else Destination(tensors, shards)
+    destination.check_writable()
+    dst, devices = destination.manifest, destination.devices
+    if not source:
+        raise InvalidField("no instance to load from", field="source")
+    if verify not in ("header", "digest"):
+        raise InvalidField(f"verify {verify!r} is not valid: say header or digest", field="verify")
+    boxes = not any(entry.opaque for entry in dst.tensors)
+    if rank is None and not boxes:
+        first = next(entry.name for entry in dst.tensors if entry.opaque)
+        raise InvalidField(
+            f"{first} does not say which part of the whole it is: say in `shards`, or from which `rank`", field="rank"
+        )
+    pace = pace or pace_for(engine.protocol)
+    replica = as_replica(publish, source)
+    if replica is not None:
+        pace = pace_in_chain(pace, dst.nbytes)
+    by_rank = isinstance(source, ModelIdentity) and rank is not None
+    search = Search(
+        registry,
+        engine,
+        source,
+        place,
+        dst,
+        boxes,
+        version,
+        contents,
+        max_sources,
+        by_rank,
+        pipelined=by_rank and pipelined and verify == "header",
+        hop=max(8 * pace.chunk_nbytes, pace.hop_nbytes) / max(dst.nbytes, 1),
+    )
+    destination.check_in_place("tensors have other memory than when their Destination was made: make a new one")
+    with ExitStack() as undo:
+        filling = undo.enter_context(USES.fill(f"a load of {_name_of(source)}", destination.runs))
+        dst = tiled(dst, lend(engine, undo, *dst.regions, owner=destination))
+        undo.enter_context(on_default_stream(devices[0]))
+        undo.callback(wait_for, devices)  # nothing is on its way to the tensors any more
+        wait_for(devices)  # nor anything that was begun before
+        own = (
+            Republication(registry, engine, replica, rank, destination, pace.chunk_nbytes, filling) if replica is not None else None
+        )
+        return _Load(
+            search=search,
+            destination=destination,
+            dst=dst,
+            planner=Planner(dst, pace.costs, boxes or partial),
+            deadline=time.monotonic() + timeout_s,
+            verify=verify,
+            pace=pace,
+            on_progress=progress or _ignore,
+            cancel=cancel or threading.Event(),
+            haul=Haul(dst),
+            replica=own,
+        ).run()
+
+
+@dataclass
+class _Load:
+    search: Search
+    destination: Destination
+    dst: Manifest  # of the destination, with the tiles of its regions
+    planner: Planner
+    deadline: float
+    verify: Verify
+    pace: Pace
+    on_progress: OnProgress
+    cancel: threading.Event
+    replica: Republication | None
+    haul: Haul  # what has come of the content that is being loaded
+    content: str = ""
+    shares: list[Share] = field(default_factory=list)  # of sources that were read from before, of that content
+    avoid: set[str] = field(default_factory=set)  # incarnations that were lost
+    given_up: list[str] = field(default_factory=list)  # why sources were, since the load last went on without some
+
+    @property
+    def device(self) -> torch.device:
+        return self.destination.devices[0]
+
+    def run(self) -> LoadReport:
+        """Counted, however it ends."""
+        try:
+            report = self._run_through()
+        except BaseException as exc:
+            metrics.LOADS.inc(metrics.outcome_of(exc))
+            if self.replica is not None:
+                self.replica.close()
+            raise
+        metrics.count_loaded(report.nbytes, report.seconds)
+        log.info(
+            "loaded %d bytes of %s version %d in %.3f s",
+            report.nbytes,
+            report.instance,
+            report.version,
+            report.seconds,
+            extra=fields("loaded", **report.facts()),
+        )
+        return report
+
+    def _run_through(self) -> LoadReport:
+        """A torn read is tried again, lost sources are done without, until there is none left."""
+        start = time.monotonic()
+        backoff = Backoff(0.03, 1.0)
+        retries = 0
+        candidates = self._find(self.deadline)
+        while True:
+            try:
+                return self._once(candidates, start, retries)
+            except TornRead as exc:
+                retries += 1
+                if retries == TRIES:
+                    raise
+                log.info("%s; reading again", exc, extra=fields("torn_retry", retries=retries, **exc.details))
+                metrics.RETRIES.inc()
+                if self.cancel.wait(backoff.next_s()):
+                    raise Cancelled("the load was cancelled") from exc
+                failpoints.reach("load.torn")
+                candidates = self._find(self.deadline)
+                if not candidates:
+                    raise
+                self.given_up = [reason for reason in self.given_up if reason != "torn"]  # they are asked again
+            except SourceLost as exc:
+                candidates = self._find_another()
+                if not candidates:
+                    raise
+                log.warning("%s; going on with another source", exc, extra=fields("failover", sources=exc.details.get("sources")))
+            self._count_failovers()
+
+    def _count_failovers(self) -> None:
+        """The load goes on, or has ended well."""
+        for reason in self.given_up:
+            metrics.FAILOVERS.inc(reason)
+        self.given_up.clear()
+
+    # -- sources -----------------------------------------------------------------------------------------------------------------
+
+    def _find(self, deadline: float) -> list[Candidate]:
+        """Sources of one content, the one that is being loaded if there are any of it; none where all are to be avoided."""
+        gone: SourceLost | None = None
+        while True:
+            try:
+                choice = self._choose(deadline)
+            except SourceLost as exc:  # it went while its manifest was fetched, and is avoided from now on
+                log.info("%s", exc, extra=fields("source_gone", error=exc))
+                gone = exc
+                continue
+            if choice is None:
+                if gone is not None:
+                    raise gone
+                return []
+            if choice.content == self.content and (self.replica is None or self.replica.record is not None):
+                return choice.candidates
+            self._begin(choice)
+            if self.replica is None:
+                return choice.candidates
+            # Chosen anew: now we have a place among those that are loading.
+
+    def _choose(self, deadline: float) -> Choice | None:
+        own = self.replica.record if self.replica is not None else None
+        found = self.search.find(deadline, self.avoid, own.incarnation if own is not None else "", self.content)
+        if not found:
+            return None
+        search = self.search
+        selection = Selection(
+            self.dst,
+            lambda record: Candidate(search.registry, search.engine, record, record.rank == search.rank, self.device, own),
+            self.planner,
+            digests=self.verify == "digest",
+            max_sources=search.max_sources,
+            session_id=search.engine.session_id,
+        )
+        try:
+            return selection.choose(found)
+        except WeightsMismatch:
+            if found.instances or not (search.by_rank and search.boxes):
+                raise
+            # All ranks of an instance together may have what one has not.
+            self.search = replace(search, by_rank=False, pipelined=False)
+            return self._choose(deadline)
+        finally:
+            self.avoid.update(record.incarnation for record in selection.gone)
+
+    def _begin(self, choice: Choice) -> None:
+        """What has come so far counts only if it is of this content. A replica begins anew in either case."""
+        dst = self.dst
+        if self.replica is not None:
+            # A read must not cross what the marks of our own memory are about: both go by the same regions.
+            dst = tiled(dst, self.replica.begin(choice.candidates[0].record, choice.content))
+        if choice.content != self.content or dst is not self.dst:
+            self.content, self.shares, self.dst = choice.content, [], dst
+            self.planner = self.planner.into(dst)
+            self.haul = Haul(dst, self.pace.chunk_nbytes if self.replica else None)
+        if self.replica is not None:
+            self.replica.mark(self.haul.arrivals)
+
+    def _find_another(self) -> list[Candidate]:
+        """Whatever is there now: a load that has lost its sources does not wait for new ones.
+
+        But where one is being updated that is waited for, as it would have been at the beginning.
+        """
+        candidates = self._find_if_any(time.monotonic())
+        if candidates or not self._is_one_updated():
+            return candidates
+        return self._find_if_any(self.deadline)
+
+    def _find_if_any(self, deadline: float) -> list[Candidate]:
+        try:
+            return self._find(deadline)
+        except (RegistryError, LoaderError) as exc:
+            log.info("no other source: %s", exc, extra=fields("no_other_source", error=exc))
+            return []
+
+    def _is_one_updated(self) -> bool:
+        try:
+            return self.search.is_being_updated(self.avoid)
+        except RegistryError as exc:
+            log.info("not known whether a source is being updated: %s", exc, extra=fields("updates_unknown", error=exc))
+            return False
+
+    # -- one try -----------------------------------------------------------------------------------------------------------------
+
+    def _once(self, candidates: Sequence[Candidate], start: float, retries: int) -> LoadReport:
+        arrivals = self.haul.arrivals
+        with ExitStack() as undo:
+            entered = self._enter(candidates, undo)
+            spans = self.planner.plan([candidate.origin for candidate in entered])
+            missing = arrivals.missing(spans)
+            check = DigestCheck(entered, self.dst, self.destination.parts, self.device) if self.verify == "digest" else None
+            if check is not None:
+                check.lend(self.search.engine, undo)
+            ahead = sum(span.nbytes for span in spans) - sum(span.nbytes for span in missing)
+            transfer = Transfer(
+                self.search.engine,
+                [*missing, *(check.spans if check is not None else ())],
+                [one.source() for one in entered],
+                self.pace,
+                lambda progress: self._tell(progress, ahead, entered),
+                self.cancel,
+                self._stage(missing, undo),
+                lambda number, checked: self._arrived(entered[number].record, checked, check),
+            )
+            transfer_start = time.monotonic()
+            try:
+                self._run(transfer, entered)
+            except (SourceLost, TornRead, Cancelled) as exc:
+                self.shares += transfer.shares
+                self._discard_evicted(transfer, entered)
+                raise self._with_what_came(exc, entered) from exc
+            transfer_s = time.monotonic() - transfer_start
+            if check is not None:
+                check.compare(self.dst)
+            self.destination.check_in_place("tensors were given other memory while they were being filled: load again")
+            self._count_failovers()
+            digest_s = time.monotonic() - transfer_start - transfer_s
+        share = max(transfer.shares, key=lambda share: share.nbytes)
+        record = entered[transfer.shares.index(share)].record
+        return LoadReport(
+            instance=record.instance,
+            rank=self.search.rank,
+            version=record.version,
+            content=self.content,
+            protocol=record.protocol,
+            tensors=len(self.dst.tensors),
+            nbytes=sum(span.payload for span in spans),
+            read_nbytes=sum(span.nbytes for span in spans),
+            reads=len(spans),
+            retries=retries,
+            seconds=time.monotonic() - start,
+            transfer_s=transfer_s,
+            digest_s=digest_s,
+            shares=summed([*self.shares, *transfer.shares]),
+            publication=self.replica.complete() if self.replica is not None else None,
+        )
+
+    def _arrived(self, record: RankRecord, checked: Sequence[Span], check: DigestCheck | None) -> None:
+        self.haul.add(record, [span for span in checked if check is None or not check.wants(span)])
+        if self.replica is not None:
+            self.replica.mark(self.haul.arrivals)
+
+    def _tell(self, progress: Progress, ahead: int, candidates: Sequence[Candidate]) -> None:
+        of_all = Progress(ahead + progress.nbytes, ahead + progress.total_nbytes)
+        for candidate in candidates:
+            candidate.tell(of_all)
+        self.on_progress(of_all)
+
+    def _enter(self, candidates: Sequence[Candidate], undo: ExitStack) -> list[Candidate]:
+        """Those that can be read from; TornRead if they are not any more what they were resolved to be."""
+        entered = [candidate for candidate in candidates if candidate.enter(undo)]
+        if len(entered) < len(candidates) and self.planner.differences([one.origin for one in entered]):
+            missed = next(candidate.record for candidate in candidates if candidate not in entered)
+            if self.search.registry.current(missed) is None:
+                self.avoid.add(missed.incarnation)
+                raise SourceLost(f"{missed.key} is not registered any more: load again", key=missed.key)
+            raise TornRead(f"the record of {missed.key} changed before it was read: load again", key=missed.key)
+        return entered
+
+    def _stage(self, spans: Sequence[Span], undo: ExitStack) -> Staging | None:
+        """Buffers, if any of the reads needs one."""
+        staged = [span.nbytes for span in spans if span.lines]
+        if not staged:
+            return None
+        nbytes = max(staged)
+        count = min(len(staged), max(2, _STAGING_NBYTES // nbytes))
+        staging = Staging(self.destination.parts.values(), self.device, count, nbytes)
+        lend(self.search.engine, undo, to_register(staging.region, self.device.type), owner=staging)
+        return staging
+
+    def _run(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
+        """Remembers which sources were lost."""
+        try:
+            transfer.run()
+            self._check_registered(transfer, candidates)
+        except SourceEvicted:
+            self.avoid.update(
+                candidate.record.incarnation
+                for candidate, share in zip(candidates, transfer.shares, strict=True)
+                if share.error is not None
+            )
+            raise
+        except SourceLost:
+            self.avoid.update(candidate.record.incarnation for candidate in candidates)
+            raise
+        finally:
+            self.given_up += [metrics.reason_of(share.error) for share in transfer.shares if share.error is not None]
+
+    def _check_registered(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
+        """SourceEvicted if one that has brought something was evicted by now, whatever its memory said.
+
+        One that was withdrawn, or whose process has ended, after it had been read and checked is as good as any.
+        """
+        for candidate, share in zip(candidates, transfer.shares, strict=True):
+            if share.nbytes and not candidate.is_registered() and candidate.was_evicted():
+                share.error = SourceEvicted(f"{candidate.record.key} was evicted meanwhile", key=candidate.record.key)
+        here = {candidate.record.incarnation for candidate in candidates}
+        self.haul.find_evicted(self.search.registry, here)
+        if gone := [share.error for share in transfer.shares if isinstance(share.error, SourceEvicted) and share.nbytes]:
+            raise gone[0]
+        if self.haul.evicted:
+            raise SourceEvicted(f"{self.haul.evicted[0].key} was evicted meanwhile", key=self.haul.evicted[0].key)
+
+    def _discard_evicted(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
+        """What an evicted source has brought is read again; and whoever has it from us must know."""
+        evicted = [*self.haul.evicted]
+        for candidate, share in zip(candidates, transfer.shares, strict=True):
+            if isinstance(share.error, SourceEvicted):
+                evicted.append(candidate.record)
+                share.nbytes = 0
+        if not self.haul.discard(evicted):
+            return
+        for share in self.shares:
+            if share.name in {record.key for record in evicted}:
+                share.nbytes = 0
+        if self.replica is not None:
+            self.replica.close(SOURCE_EVICTED)
+
+    def _with_what_came(self, exc: LoaderError, candidates: Sequence[Candidate]) -> LoaderError:
+        """The error with what the caller may want to know: which sources, and which of the tensors are whole."""
+        arrivals = self.haul.arrivals
+        complete = arrivals.complete() if arrivals.nbytes else []
+        held = (
+            f"{arrivals.nbytes} of {self.dst.nbytes} bytes have come, {len(complete)} of {len(self.dst.tensors)} tensors are whole"
+        )
+        what = str(exc) if isinstance(exc, Cancelled) else f"{_names(candidates)} could not be read to the end ({exc})"
+        return type(exc)(
+            f"{what}; {held if arrivals.nbytes else 'no tensor is usable'}: load again, or from another instance",
+            key=candidates[0].record.key,
+            sources=[candidate.record.key for candidate in candidates],
+            complete=complete,
+        )
+
+
+def _names(candidates: Sequence[Candidate]) -> str:
+    return " and ".join(candidate.record.key for candidate in candidates)
+
+
+def _name_of(source: Wanted) -> str:
+    return source if isinstance(source, str) else str(source) if isinstance(source, ModelIdentity) else " or ".join(source)
+
+
+def _ignore(_: Progress) -> None:
+    pass

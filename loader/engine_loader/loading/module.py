@@ -1,0 +1,131 @@
+"""`load_module`: a torch module is filled with the weights of a running instance, also one that has no memory yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from engine_loader.engines.base import Engine
+from engine_loader.errors import TensorsUnusable, listed
+from engine_loader.loading.load import load
+from engine_loader.loading.report import LoadReport
+from engine_loader.sources.catalogue import Catalogue, read_catalogue
+from engine_loader.tensors.modes import plain_torch
+from engine_loader.tensors.regions import Shard
+from engine_loader.tensors.state_dict import whole
+from engine_registry import Registry
+from engine_registry.schema.printable import short
+from engine_registry.watching.waiting import Wanted
+
+
+def load_module(
+    registry: Registry,
+    engine: Engine,
+    source: Wanted,
+    module: nn.Module,
+    *,
+    rank: int | None = None,
+    device: torch.device | str | None = None,
+    shards: Mapping[str, Shard] | None = None,
+    timeout_s: float = 60.0,
+    **options: Any,
+) -> LoadReport:
+    """Fills what `module.state_dict()` has: parameters and persistent buffers. `options` are those of `load`.
+
+    Where the source says of a tensor which box of the whole its ranks hold, a plain one here stands for the whole, unless it has a
+    shard; else for what the same rank has: `rank`, by default that of this process in its job, if that has as many as the source.
+
+    What is on the meta device gets memory on `device` (by default that of its mesh, or torch's default device, or the host's memory
+    where that is meta), and takes its place in the module when all has been loaded; weights that are tied stay tied. Whatever fails
+    before, the module stays as it was, but for tensors that had memory: they may hold a part, as after a `load` that failed.
+
+    Raises what `load` raises, and TensorsUnusable where a buffer that no state dict has is on the meta device.
+    """
+    start = time.monotonic()
+    tensors: dict[str, torch.Tensor] = dict(module.state_dict(keep_vars=True))
+    _check_all_can_be_filled(module, tensors)
+    made: dict[torch.Tensor, torch.Tensor] = {}  # by what they replace
+    for name, tensor in tensors.items():
+        if tensor.is_meta and not is_lazy(tensor):
+            if tensor not in made:
+                made[tensor] = _with_memory(name, tensor, device)
+            tensors[name] = made[tensor]
+    catalogue = read_catalogue(registry, engine, source, rank, timeout_s)
+    plain = {name: box for name, box in whole(tensors).items() if name not in (shards or {})}
+    catalogue.check_rank_known(plain)
+    report = load(
+        registry,
+        engine,
+        source,
+        rank=catalogue.rank,
+        tensors=tensors,
+        shards={**_stated(plain, tensors, catalogue), **(shards or {})},
+        timeout_s=max(0.0, timeout_s - (time.monotonic() - start)),
+        **options,
+    )
+    for part in module.modules():
+        for kind in (part.named_parameters, part.named_buffers):
+            for name, tensor in list(kind(recurse=False, remove_duplicate=False)):
+                if tensor in made:
+                    setattr(part, name, made[tensor])
+    return report
+
+
+def _stated(boxes: Mapping[str, Shard], tensors: Mapping[str, torch.Tensor], catalogue: Catalogue) -> dict[str, Shard]:
+    """The boxes that the source states, of all names of a tensor alike: it may lack some of them."""
+    silent = {id(tensor) for name, tensor in tensors.items() if not catalogue.states_box_of(name)}
+    return {name: box for name, box in boxes.items() if id(tensors[name]) not in silent}
+
+
+def _check_all_can_be_filled(module: nn.Module, tensors: Mapping[str, object]) -> None:
+    """TensorsUnusable names what would be left without a value, or be filled where the module does not see it."""
+    own = {id(tensor): (name, tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    in_state_dict = set(map(id, tensors.values()))
+    left_out = [name for number, (name, tensor) in own.items() if tensor.is_meta and number not in in_state_dict]
+    if left_out:
+        raise TensorsUnusable(
+            f"{len(left_out)} tensors of the module are on the meta device and not in its state dict, so no source has them: "
+            f"{listed(left_out)}: give them their values first (build the module with only its parameters on the meta device, or "
+            "call to_empty and the model's own initialisation before the load)",
+            problems=left_out,
+        )
+    foreign = [name for name, tensor in tensors.items() if id(tensor) not in own]
+    if foreign:
+        raise TensorsUnusable(
+            f"{len(foreign)} entries of the module's state dict are no parameters or buffers of it, but made by a hook: "
+            f"{listed(foreign)}: fill them with `load` or EngineReader, and then call load_state_dict",
+            problems=foreign,
+        )
+
+
+def _with_memory(name: str, tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    """Like it, with whatever the memory holds."""
+    where = device if device is not None else _default_device(tensor)
+    with plain_torch():
+        try:
+            made = torch.empty_like(tensor.detach(), device=where)
+        except Exception as exc:
+            said = short(" ".join(str(exc).split()))
+            raise TensorsUnusable(
+                f"{name} is on the meta device, and memory for a {type(tensor).__name__} on {where} "
+                f"cannot be had ({said}): give it memory before the load, or name another `device`",
+                problems=[name],
+            ) from exc
+        if not isinstance(tensor, nn.Parameter):
+            return made
+        parameter = nn.Parameter(made, requires_grad=tensor.requires_grad)
+        vars(parameter).update(vars(tensor))  # engines hang loaders and layouts on their parameters
+        return parameter
+
+
+def _default_device(tensor: Any) -> torch.device | str:
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is not None:
+        return str(mesh.device_type)
+    default = torch.get_default_device()
+    return torch.device("cpu") if default.type == "meta" else default

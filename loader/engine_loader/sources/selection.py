@@ -1,0 +1,106 @@
+"""From the ranks that were found, those that are read from: ranks that hold the same, or all that hold a part of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from engine_loader.collector import collector_paused
+from engine_loader.errors import DigestsMissing, LoaderError, SourceLost, WeightsMismatch
+from engine_loader.planning.matching import needed
+from engine_loader.planning.plan import Planner, refuse
+from engine_loader.sources.manifests import for_each
+from engine_loader.sources.search import Found, Group, place_of
+from engine_loader.sources.source import Candidate
+from engine_registry import Manifest, RankRecord
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Sources that are to be read from, and the content that they all bring."""
+
+    content: str
+    candidates: list[Candidate]
+
+
+class Selection:
+    """`candidate_of` fetches a rank's manifest, `planner` compares it with what is wanted."""
+
+    def __init__(
+        self,
+        dst: Manifest,
+        candidate_of: Callable[[RankRecord], Candidate],
+        planner: Planner,
+        *,
+        digests: bool,
+        max_sources: int,
+        session_id: str,
+    ) -> None:
+        """`session_id`: the loader's own."""
+        self._dst = dst
+        self._candidate_of = candidate_of
+        self._planner = planner
+        self._digests = digests
+        self._max_sources = max_sources
+        self._session_id = session_id
+        self.gone: list[RankRecord] = []
+
+    @collector_paused
+    def choose(self, found: Found) -> Choice:
+        """From the first group that has all that is wanted.
+
+        Raises why not where none has: WeightsMismatch, DigestsMissing or SourceLost.
+        """
+        misfits: list[LoaderError] = []
+        for group in found.alike:
+            if fitting := self._fitting(group, group.teams, misfits):
+                return _told(Choice(group.content, fitting), misfits)
+        if found.instances:
+            misfits.clear()
+        for group in found.instances:
+            teams = [tuple(sorted(records, key=lambda record: place_of(record, self._session_id))) for records in group.teams]
+            if parts := self._fitting(group, teams, misfits):
+                numbers = needed([candidate.origin for candidate in parts], self._dst, self._max_sources)
+                return _told(Choice(group.content, [parts[number] for number in numbers]), misfits)
+        raise misfits[0]
+
+    def _fitting(self, group: Group, teams: Sequence[Sequence[RankRecord]], misfits: list[LoaderError]) -> list[Candidate]:
+        """The first teams each of which has all that is wanted, and digests of one kind if they are. Says why others do not fit."""
+        chosen: list[list[Candidate]] = []
+        algorithm: set[str] = set()
+        for team in teams:
+            if len(chosen) == min(group.at_once, self._max_sources):
+                break
+            try:
+                candidates = for_each(team, self._fetch)
+                origins = [candidate.origin for candidate in candidates]
+                name = origins[0].name if len(team) == 1 else team[0].instance
+                refuse(name, self._planner.differences(origins))
+                theirs = {candidate.algorithm for candidate in candidates} if self._digests else set()
+                if len(theirs) > 1:
+                    kinds = " and ".join(sorted(theirs))
+                    raise DigestsMissing(f'the ranks of {name} have digests of different kinds, {kinds}: load with verify="header"')
+            except (WeightsMismatch, SourceLost, DigestsMissing) as exc:
+                misfits.append(exc)
+                continue
+            algorithm = algorithm or theirs
+            if theirs == algorithm:
+                chosen.append(candidates)
+        return [candidate for team in chosen for candidate in team]
+
+    def _fetch(self, record: RankRecord) -> Candidate:
+        try:
+            return self._candidate_of(record)
+        except SourceLost:
+            self.gone.append(record)
+            raise
+
+
+def _told(choice: Choice, misfits: Sequence[LoaderError]) -> Choice:
+    for misfit in misfits:
+        log.info("not read from: %s", misfit, extra=fields("source_unfit", error=misfit))
+    return choice

@@ -1,0 +1,170 @@
+"""One rank that may be read from: what it holds, and whether it is still what it was resolved to be."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import ExitStack
+
+import torch
+
+from engine_loader.digests.table import ALGORITHMS
+from engine_loader.engines.base import Engine, lend
+from engine_loader.errors import DigestsMissing, LoaderError, SourceEvicted, SourceLost, TornRead
+from engine_loader.planning.arrivals import Blocks
+from engine_loader.planning.matching import Origin
+from engine_loader.publishing.header import HeaderCell, fetch_header, peer_of_record
+from engine_loader.sources.manifests import fetch_manifest
+from engine_loader.tensors.cuda import on_default_stream, to_register
+from engine_loader.transfer.pipe import Source, Stock
+from engine_loader.transfer.scheduler import Progress
+from engine_registry import Event, RankJoined, RankLost, RankRecord, RankState, RankUpdated, Registry
+from engine_registry.errors import EtcdError
+from engine_registry.pulls import PullTicket
+from engine_registry.registration.writes import EVICTED, SOURCE_EVICTED
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
+_NEWS_S = 0.25  # how much later than etcd a watch may know
+
+
+class Candidate:
+    """Holds nothing until `enter`. Its registry and engine are the loader's."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        engine: Engine,
+        record: RankRecord,
+        own: bool,
+        device: torch.device,
+        reader: RankRecord | None = None,
+    ) -> None:
+        """`own`: it has the rank that is to be filled. `device`: where its header is read to. `reader` is who fills it, if that is
+        registered. SourceLost if it is gone already."""
+        self._registry = registry
+        self._engine = engine
+        self._reader = reader
+        self._ticket: PullTicket | None = None
+        self._reading = threading.Lock()
+        self._bad_news: LoaderError | None = None
+        self._told = threading.Event()  # there is such news
+        self.record = record
+        self.manifest = fetch_manifest(registry, record)
+        self.origin = Origin(f"{record.instance}/{record.rank}", self.manifest, own)
+        self._blocks: Blocks | None = None
+        if record.state is RankState.LOADING:
+            if not self.manifest.block_nbytes:
+                raise SourceLost(f"{record.key} is still loading, and cannot be read from meanwhile", key=record.key)
+            self._blocks = Blocks(self.manifest.regions, self.manifest.block_nbytes)
+        self._marks = bytes(len(self._blocks or ()))
+        self._cell = HeaderCell(device, len(self._marks))
+
+    @property
+    def algorithm(self) -> str:
+        """Of its digests; DigestsMissing where there are none that we could compare with."""
+        table = self.manifest.digests if self._blocks is None else None
+        if table is None or table.algorithm not in ALGORITHMS:
+            why = "offers no digests" if table is None else f"has digests by {table.algorithm!r}, which this version cannot compute"
+            raise DigestsMissing(
+                f'{self.record.key} {why}: publish its weights with digests=True, or load with verify="header"', key=self.record.key
+            )
+        return table.algorithm
+
+    def enter(self, undo: ExitStack) -> bool:
+        """Says in etcd that we are reading, so that a rank that wants to leave waits for us, and listens for news of it.
+
+        False if its record is not any more what was resolved.
+        """
+        lend(self._engine, undo, to_register(self._cell.region, self._cell.device.type), owner=self._cell)
+        try:
+            ticket = self._registry.pull(self.record, self._reader)
+        except EtcdError as exc:
+            log.warning(
+                "reading from %s without a ticket, so it may leave meanwhile: %s",
+                self.record.key,
+                exc,
+                extra=fields("no_ticket", key=self.record.key, error=exc),
+            )
+        else:
+            if ticket is None:
+                return False
+            self._ticket = undo.enter_context(ticket)
+        watch = self._registry.watch(self.record.instance, self.record.rank)
+        undo.callback(watch.stop)
+        watch.call(self._hear)
+        return True
+
+    def tell(self, progress: Progress) -> None:
+        """Says in etcd, now and then, how far the load is. Never waits."""
+        if self._ticket is not None:
+            self._ticket.tell(progress.nbytes, progress.total_nbytes)
+
+    @property
+    def news(self) -> LoaderError | None:
+        """Why it should not be read from any more, as far as etcd has told."""
+        return self._bad_news
+
+    def was_evicted(self) -> bool:
+        """Whether somebody has said that it should not be read from. Where no news comes of why it has gone, it may be so."""
+        self._told.wait(_NEWS_S)
+        return self._bad_news is None or isinstance(self._bad_news, SourceEvicted)
+
+    def source(self) -> Source:
+        """For a Transfer."""
+        stock = Stock(self._has, lambda: self._marks.count(1) / max(len(self._marks), 1)) if self._blocks is not None else None
+        return Source(self.record.key, peer_of_record(self.record), self._check_header, lambda: self._bad_news, stock)
+
+    def _has(self, addr: int, nbytes: int) -> bool:
+        if self._blocks is None:
+            return True
+        numbers = self._blocks.touched_by(addr, nbytes)
+        return self._marks.find(0, numbers.start, numbers.stop) < 0
+
+    def is_registered(self) -> bool:
+        """The registry's view after the read: an evicted source does not count, whatever its memory says."""
+        try:
+            return self._registry.current(self.record) is not None
+        except EtcdError as exc:
+            log.warning(
+                "not checked whether %s is still registered; its header says so: %s",
+                self.record.key,
+                exc,
+                extra=fields("source_unchecked", key=self.record.key, error=exc),
+            )
+            return True
+
+    def _check_header(self) -> None:
+        with on_default_stream(self._cell.device):
+            self._engine.connect(peer_of_record(self.record))
+            with self._reading:  # a check that was given up as it hung may go on at the same time as the one after it
+                header = fetch_header(self._engine, self.record, self._cell)
+                marks = self._cell.read_marks()
+        if header.updating:
+            raise self._torn(f"version {header.version}, being changed")
+        if (header.version, header.content) != (self.record.version, self.record.content):
+            raise self._torn(f"version {header.version} with content {header.content[:8]}")
+        self._marks = marks
+
+    def _hear(self, event: Event) -> None:
+        self._judge(event)
+        if self._bad_news is not None:
+            self._told.set()
+
+    def _judge(self, event: Event) -> None:
+        if isinstance(event, RankLost) and event.record.incarnation == self.record.incarnation:
+            kind = SourceEvicted if event.reason in (EVICTED, SOURCE_EVICTED) else SourceLost
+            self._bad_news = kind(f"{self.record.key} is not registered any more: {event.reason}", reason=event.reason)
+        elif isinstance(event, RankJoined | RankUpdated) and event.record.key == self.record.key:
+            now = event.record
+            if now.incarnation != self.record.incarnation:
+                self._bad_news = SourceLost(f"{self.record.key} belongs to another process now")
+            elif (now.version, now.content) != (self.record.version, self.record.content):
+                self._bad_news = self._torn(f"version {now.version} with content {now.content[:8]}")
+
+    def _torn(self, now: str) -> TornRead:
+        return TornRead(
+            f"the weights of {self.record.key} changed while they were being read: version {self.record.version} with content "
+            f"{self.record.content[:8]} was to be read, now it has {now}",
+            key=self.record.key,
+        )

@@ -1,0 +1,79 @@
+"""Who runs the same rank of the same model and may be loaded from, without those that this process has tried in vain.
+
+Used by `starting.start`. Starts no thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from engine_registry import (
+    Event,
+    InstanceReady,
+    InstanceState,
+    InstanceStatus,
+    ModelIdentity,
+    Place,
+    RankJoined,
+    RankRecord,
+    RankState,
+    RankUpdated,
+    Registry,
+)
+from engine_registry.errors import EtcdError
+from engine_registry.schema.record import GATEWAY
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
+
+
+class Peers:
+    def __init__(
+        self,
+        registry: Registry,
+        model: ModelIdentity,
+        place: Place,
+        boxes: bool,
+    ) -> None:
+        """`boxes`: what is loaded says which part of the whole it is, so that an instance of any layout will do."""
+        self._registry = registry
+        self._model = model
+        self._place = place
+        self._boxes = boxes
+        self._failed: set[str] = set()  # incarnations
+        self._passed_by: set[tuple[str, int]] = set()  # and revisions
+
+    def now(self) -> list[RankRecord]:
+        """As etcd has them; none where it cannot be asked."""
+        try:
+            return [record for status in self._registry.instances() for record in self._of(status)]
+        except EtcdError as exc:
+            log.info("not known who has %s: %s", self._model, exc, extra=fields("sources_unknown", error=exc))
+            return []
+
+    def tells(self, event: Event) -> bool:
+        """There is one now."""
+        if isinstance(event, RankJoined | RankUpdated):
+            return self._is_like(event.record)
+        return isinstance(event, InstanceReady) and bool(self._of(event.status))
+
+    def give_up(self, records: Iterable[RankRecord]) -> None:
+        """They could not be loaded from."""
+        self._failed.update(record.incarnation for record in records)
+
+    def pass_by(self, records: Iterable[RankRecord]) -> None:
+        """They are not any more what they were: something else has to be heard of them first."""
+        self._passed_by.update((record.incarnation, record.mod_revision) for record in records)
+
+    def _of(self, status: InstanceStatus) -> list[RankRecord]:
+        whole = self._boxes and status.state is InstanceState.READY and status.model == self._model
+        return [record for record in status.records if (self._may_be_tried(record) if whole else self._is_like(record))]
+
+    def _is_like(self, record: RankRecord) -> bool:
+        is_same = record.model == self._model and self._place.fits(Place.of(record))
+        return is_same and record.state is RankState.READY and self._may_be_tried(record)
+
+    def _may_be_tried(self, record: RankRecord) -> bool:
+        passed_by = (record.incarnation, record.mod_revision) in self._passed_by
+        return record.incarnation not in self._failed and not passed_by and record.kept_by != GATEWAY

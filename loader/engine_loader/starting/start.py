@@ -1,0 +1,278 @@
+"""One start of a rank: its weights from peers, or from files when it is its turn, or alone. Used by `load_or_seed`.
+
+Starts the threads of an election and a watch while it waits, and those of `files.disk` while it reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+from engine_loader import metrics
+from engine_loader.engines.base import Engine
+from engine_loader.errors import (
+    Cancelled,
+    DigestMismatch,
+    EngineFailed,
+    EngineUnavailable,
+    LoaderError,
+    MemoryInUse,
+    TensorsUnusable,
+    WeightsMismatch,
+)
+from engine_loader.files.disk import DiskRead
+from engine_loader.files.folder import Paths, files_of
+from engine_loader.files.stored import Files
+from engine_loader.loading.load import load
+from engine_loader.loading.report import LoadReport
+from engine_loader.publishing.publish import Publication, open_publication
+from engine_loader.publishing.replica import Replica
+from engine_loader.starting.peers import Peers
+from engine_loader.tensors.destination import Destination
+from engine_loader.tensors.uses import USES, Use
+from engine_loader.transfer.scheduler import OnProgress
+from engine_registry import ModelIdentity, RankRecord, Registry
+from engine_registry.errors import (
+    EtcdError,
+    EtcdUnavailable,
+    InstanceIncomplete,
+    InstanceMismatch,
+    InstanceNotFound,
+    InvalidField,
+    KeeperFailed,
+    RankConflict,
+    RegistryError,
+)
+from engine_registry.telemetry.logs import fields
+from engine_registry.watching.election import Election
+
+log = logging.getLogger(__name__)
+WITHOUT_ETCD_S = 30.0  # nobody knows then who reads: longer than a restart or a new leader of etcd takes
+_LOOK_S = 0.05  # how soon one that waits notices that it leads, or was cancelled; etcd is not asked for it
+
+# What the disk would not mend: the caller's own tensors, engine or wishes, and a rank that somebody else has.
+_NOT_THE_PEERS = (
+    Cancelled, TensorsUnusable, MemoryInUse, EngineFailed, EngineUnavailable, InvalidField, RankConflict, InstanceMismatch,
+    KeeperFailed,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """Where the weights have come from; a context manager that closes the publication.
+
+    `report` is of the load from peers. `reason` says why the disk was read though there were peers, or without a turn; else it is
+    empty. `publication` is None only where etcd could not be reached, or has refused it: `unpublished` says why.
+    """
+
+    source: Literal["peers", "disk"]
+    publication: Publication | None
+    report: LoadReport | None
+    reason: str
+    seconds: float
+    unpublished: EtcdError | None = None
+
+    def close(self) -> None:
+        """Withdraws the rank; any number of times."""
+        if self.publication is not None:
+            self.publication.close()
+
+    def __enter__(self) -> Seeded:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def lock_name(model: ModelIdentity, rank: int, world_size: int, topology: Mapping[str, tuple[int, int]]) -> str:
+    """The election of all that start with this rank of the model."""
+    told = [model.name, model.revision, model.dtype, model.quantization, dict(model.extra), rank, world_size, dict(topology)]
+    return f"seed/{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]}"
+
+
+@dataclass
+class Start:
+    registry: Registry
+    engine: Engine
+    peers: Peers
+    model: ModelIdentity
+    rank: int
+    destination: Destination
+    replica: Replica
+    fallback: Paths
+    version: int
+    options: Mapping[str, Any]  # of `load`
+    progress: OnProgress | None
+    cancel: threading.Event
+    began: float
+    timeout_s: float
+    reason: str = ""  # why peers could not be loaded from
+    unpublished: EtcdError | None = None
+
+    def run(self) -> Seeded:
+        name = lock_name(self.model, self.rank, self.replica.world_size or 0, self.replica.topology or {})
+        late = False  # peers that are there at the beginning are always asked
+        while True:
+            self._check()
+            sources = [] if late else self.peers.now()
+            if sources:
+                seeded = self._from_peers(sources)
+                if seeded is not None:
+                    return seeded
+                late = self._is_late()
+                continue
+            with self.registry.election(name) as election:
+                alone = self._wait(election)
+                late = self._is_late()
+                if election.leading and not late and self.peers.now():  # complete just before the lead was free
+                    continue
+                if election.leading or alone:
+                    return self._from_disk(election, alone)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() >= self.began + self.timeout_s
+
+    def _check(self) -> None:
+        if self.cancel.is_set():
+            raise Cancelled(f"the start of {self.who} was cancelled: no tensor is usable")
+
+    @property
+    def who(self) -> str:
+        return f"{self.replica.instance}/{self.rank}"
+
+    def _told(self, event: str, **facts: object) -> dict[str, Any]:
+        return fields(event, instance=self.replica.instance, rank=self.rank, **facts)
+
+    def _wait(self, election: Election) -> str:
+        """Until there is somebody to load from, or we lead; or says why it is done without."""
+        log.info(
+            "%s waits for somebody who has its weights, or for its turn to read files", self.who, extra=self._told("seeding_waits")
+        )
+        with self.registry.watch() as watch:
+            while not election.leading:
+                self._check()
+                now, lost = time.monotonic(), election.unreachable_since
+                if election.refusal is not None:
+                    return f"etcd does not let it wait for its turn: {election.refusal}"
+                if self._is_late():
+                    return f"nobody had the weights within {self.timeout_s:.3g} s"
+                if lost is not None and now - lost >= WITHOUT_ETCD_S:
+                    return f"etcd could not be reached for {now - lost:.3g} s"
+                try:
+                    event = watch.next(_LOOK_S)
+                except EtcdError as exc:
+                    return f"etcd does not tell who has the weights: {exc}"
+                if event is not None and self.peers.tells(event):
+                    return ""
+        return ""
+
+    def _from_peers(self, sources: Sequence[RankRecord]) -> Seeded | None:
+        """None where that does not work, or not now."""
+        try:
+            report = load(
+                self.registry,
+                self.engine,
+                self.model,
+                rank=self.rank,
+                world_size=self.replica.world_size,
+                topology=self.replica.topology,
+                tensors=self.destination,
+                timeout_s=0.0,  # they are there, or are not any more
+                progress=self.progress,
+                cancel=self.cancel,
+                publish=self.replica,
+                **self.options,
+            )
+        except _NOT_THE_PEERS:
+            raise
+        except (InstanceNotFound, InstanceIncomplete, EtcdUnavailable) as exc:
+            log.info("not loaded from peers: %s", exc, extra=fields("peers_gone", error=exc))
+            if not isinstance(exc, EtcdUnavailable):
+                self.peers.pass_by(sources)
+            return None
+        except (LoaderError, RegistryError) as exc:
+            self.peers.give_up(sources)
+            self.reason = f"{type(exc).__name__}: {exc}"
+            log.log(
+                logging.ERROR if isinstance(exc, WeightsMismatch | DigestMismatch) else logging.WARNING,
+                "%s cannot be loaded from running ranks of %s, so its weights will come from others or from files: %s",
+                self.who,
+                self.model,
+                exc,
+                extra=self._told("peers_failed", error=exc),
+            )
+            return None
+        metrics.STARTS.inc("peers")
+        return Seeded("peers", report.publication, report, "", time.monotonic() - self.began)
+
+    def _from_disk(self, election: Election, alone: str) -> Seeded:
+        if alone:
+            log.warning("%s is read from files, whoever else does so: %s", self.who, alone, extra=self._told("seeding_alone"))
+        files = Files(files_of(self.fallback, self.rank))
+        reading = DiskRead(files, self.destination.parts, self.destination.manifest)
+        publication = self._read(reading, election)
+        self._tell_disk(alone)
+        reason = "; ".join(filter(None, [self.reason, alone]))
+        seconds = time.monotonic() - self.began
+        return Seeded("disk", publication, None, reason, seconds, None if publication is not None else self.unpublished)
+
+    def _read(self, reading: DiskRead, election: Election) -> Publication | None:
+        """Registered as loading meanwhile; None where that is not possible, before or afterwards."""
+        with USES.fill(f"a read of files for {self.who}", self.destination.runs) as filling, ExitStack() as undo:
+            publication = self._open(filling)
+            if publication is not None:
+                undo.callback(publication.close)
+                self._hold(election, publication.record)
+            reading.run(self.progress, self.cancel)
+            if publication is not None:
+                publication.complete(filled_by=filling)
+            undo.pop_all()
+        return publication if publication is not None else self._open(None)
+
+    def _tell_disk(self, alone: str) -> None:
+        metrics.STARTS.inc("disk_alone" if alone else "disk_after_peers" if self.reason else "disk")
+        log.info("%s has its weights from files", self.who, extra=self._told("seeded"))
+
+    def _hold(self, election: Election, record: RankRecord) -> None:
+        """The keeper's lease outlives a process that holds the GIL, and no other."""
+        try:
+            election.keep_with(record)
+        except EtcdError as exc:
+            log.info("the lead is kept by a lease of its own: %s", exc, extra=fields("lead_not_kept", error=exc))
+
+    def _open(self, filling: Use | None) -> Publication | None:
+        """As loading, if something still fills the tensors.
+
+        None where etcd cannot be reached or refuses it: an engine can do its work all the same.
+        """
+        try:
+            return open_publication(
+                self.registry,
+                self.engine,
+                self.destination,
+                rank=self.rank,
+                world_size=self.replica.world_size or 0,
+                model=self.model,
+                topology=self.replica.topology,
+                version=self.version,
+                filled_by=filling,
+                **self.replica.options,
+            )
+        except EtcdError as exc:
+            self.unpublished = exc
+            log.warning(
+                "%s is not published%s: %s",
+                self.who,
+                " yet" if filling is not None else "",
+                exc,
+                extra=self._told("seed_unpublished", error=exc),
+            )
+            return None

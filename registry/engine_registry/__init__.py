@@ -1,0 +1,129 @@
+"""engine-registry: which inference engines hold which weights, and where. Needs neither torch nor a transfer engine.
+
+A public name is imported from its module when it is first used: so this package is imported at once, and its errors without torch.
+"""
+
+import logging
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine_registry.client import Registry as Registry
+    from engine_registry.client import new_incarnation as new_incarnation
+    from engine_registry.errors import AnswerTooLarge as AnswerTooLarge
+    from engine_registry.errors import EtcdError as EtcdError
+    from engine_registry.errors import EtcdFull as EtcdFull
+    from engine_registry.errors import EtcdRefused as EtcdRefused
+    from engine_registry.errors import EtcdUnavailable as EtcdUnavailable
+    from engine_registry.errors import Evicted as Evicted
+    from engine_registry.errors import GatewayFailed as GatewayFailed
+    from engine_registry.errors import HistoryLost as HistoryLost
+    from engine_registry.errors import InstanceIncomplete as InstanceIncomplete
+    from engine_registry.errors import InstanceMismatch as InstanceMismatch
+    from engine_registry.errors import InstanceNotFound as InstanceNotFound
+    from engine_registry.errors import InvalidField as InvalidField
+    from engine_registry.errors import KeeperFailed as KeeperFailed
+    from engine_registry.errors import LeaseNotFound as LeaseNotFound
+    from engine_registry.errors import LocalEtcdFailed as LocalEtcdFailed
+    from engine_registry.errors import MetricsUnavailable as MetricsUnavailable
+    from engine_registry.errors import RankConflict as RankConflict
+    from engine_registry.errors import RecordDamaged as RecordDamaged
+    from engine_registry.errors import RegistrationLost as RegistrationLost
+    from engine_registry.errors import RegistryError as RegistryError
+    from engine_registry.errors import SchemaUnsupported as SchemaUnsupported
+    from engine_registry.errors import Superseded as Superseded
+    from engine_registry.pulls import AllPulls as AllPulls
+    from engine_registry.pulls import PullTicket as PullTicket
+    from engine_registry.pulls import PullWatch as PullWatch
+    from engine_registry.registration.handle import Registration as Registration
+    from engine_registry.registration.handle import RegistrationState as RegistrationState
+    from engine_registry.schema.manifest import Manifest as Manifest
+    from engine_registry.schema.manifest import Region as Region
+    from engine_registry.schema.manifest import TensorEntry as TensorEntry
+    from engine_registry.schema.place import Place as Place
+    from engine_registry.schema.pull_ticket import Pull as Pull
+    from engine_registry.schema.record import ModelIdentity as ModelIdentity
+    from engine_registry.schema.record import RankRecord as RankRecord
+    from engine_registry.schema.record import RankState as RankState
+    from engine_registry.schema.status import InstanceState as InstanceState
+    from engine_registry.schema.status import InstanceStatus as InstanceStatus
+    from engine_registry.watching.cleanup import CleaningWatch as CleaningWatch
+    from engine_registry.watching.cleanup import InstanceCleaned as InstanceCleaned
+    from engine_registry.watching.election import Election as Election
+    from engine_registry.watching.watch import Event as Event
+    from engine_registry.watching.watch import InstanceDegraded as InstanceDegraded
+    from engine_registry.watching.watch import InstanceGone as InstanceGone
+    from engine_registry.watching.watch import InstanceReady as InstanceReady
+    from engine_registry.watching.watch import RankJoined as RankJoined
+    from engine_registry.watching.watch import RankLost as RankLost
+    from engine_registry.watching.watch import RankUpdated as RankUpdated
+    from engine_registry.watching.watch import Watch as Watch
+
+_MODULE_OF = {
+    "AllPulls": "pulls",
+    "AnswerTooLarge": "errors",
+    "CleaningWatch": "watching.cleanup",
+    "Election": "watching.election",
+    "EtcdError": "errors",
+    "EtcdFull": "errors",
+    "EtcdRefused": "errors",
+    "EtcdUnavailable": "errors",
+    "Event": "watching.watch",
+    "Evicted": "errors",
+    "GatewayFailed": "errors",
+    "HistoryLost": "errors",
+    "InstanceCleaned": "watching.cleanup",
+    "InstanceDegraded": "watching.watch",
+    "InstanceGone": "watching.watch",
+    "InstanceIncomplete": "errors",
+    "InstanceMismatch": "errors",
+    "InstanceNotFound": "errors",
+    "InstanceReady": "watching.watch",
+    "InstanceState": "schema.status",
+    "InstanceStatus": "schema.status",
+    "InvalidField": "errors",
+    "KeeperFailed": "errors",
+    "LeaseNotFound": "errors",
+    "LocalEtcdFailed": "errors",
+    "Manifest": "schema.manifest",
+    "MetricsUnavailable": "errors",
+    "ModelIdentity": "schema.record",
+    "Place": "schema.place",
+    "Pull": "schema.pull_ticket",
+    "PullTicket": "pulls",
+    "PullWatch": "pulls",
+    "RankConflict": "errors",
+    "RankJoined": "watching.watch",
+    "RankLost": "watching.watch",
+    "RankRecord": "schema.record",
+    "RankState": "schema.record",
+    "RankUpdated": "watching.watch",
+    "RecordDamaged": "errors",
+    "Region": "schema.manifest",
+    "Registration": "registration.handle",
+    "RegistrationLost": "errors",
+    "RegistrationState": "registration.handle",
+    "Registry": "client",
+    "RegistryError": "errors",
+    "SchemaUnsupported": "errors",
+    "Superseded": "errors",
+    "TensorEntry": "schema.manifest",
+    "Watch": "watching.watch",
+    "new_incarnation": "client",
+}
+
+__all__ = [*_MODULE_OF]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet until somebody listens
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -1,0 +1,324 @@
+"""`Registry`: the front door. Safe to share between threads; not to be carried over a fork."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from types import TracebackType
+
+from engine_registry.errors import InvalidField, RecordDamaged
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.pulls import (
+    AllPulls,
+    OnPull,
+    PullTicket,
+    PullWatch,
+    all_pulls,
+    count_pulls,
+    readers_of,
+    take_ticket,
+    wait_for_no_pulls,
+)
+from engine_registry.registration import writes
+from engine_registry.registration.eviction import evict
+from engine_registry.registration.handle import OnState, Registration
+from engine_registry.registration.keeper.process import check_can_start
+from engine_registry.schema import manifest as manifests
+from engine_registry.schema.keys import ENGINES, check_instance, evicted_key, instance_prefix, manifest_part_key, record_key
+from engine_registry.schema.manifest import Manifest
+from engine_registry.schema.numbers import seconds, whole
+from engine_registry.schema.place import Place
+from engine_registry.schema.pull_ticket import Pull
+from engine_registry.schema.record import ModelIdentity, RankRecord, RankState, check_content, decode_item, new_content
+from engine_registry.schema.roster import Roster, assess_all
+from engine_registry.schema.status import InstanceStatus
+from engine_registry.telemetry.logs import fields
+from engine_registry.watching.cleanup import CleaningWatch
+from engine_registry.watching.election import Election
+from engine_registry.watching.waiting import Wanted, wait_for_rank, wait_until_ready
+from engine_registry.watching.watch import Watch
+
+log = logging.getLogger(__name__)
+MIN_TTL_S = 2.0  # etcd grants no shorter lease
+MAX_TTL_S = 86_400.0  # for how long a rank whose host has died may stay listed; etcd itself would grant 285 years
+
+
+class Registry:
+    """Register ranks, find the ranks of others, watch them come and go."""
+
+    def __init__(self, config: EtcdConfig) -> None:
+        self._config = config
+        self._etcd = Etcd(config)
+
+    @classmethod
+    def connect(
+        cls,
+        endpoints: str | Sequence[str] = "127.0.0.1:2379",
+        *,
+        namespace: str = "",
+        timeout_s: float = 5.0,
+        cacert: str | None = None,
+        cert: str | None = None,
+        key: str | None = None,
+        user: str | None = None,
+        password: str | None = None,
+    ) -> Registry:
+        """A registry over the etcd at `endpoints` (`HOST:PORT[,HOST:PORT…]`).
+
+        Asks etcd for its version, so that EtcdUnavailable or EtcdRefused come here and not at the first use.
+        """
+        config = EtcdConfig(
+            parse_endpoints(endpoints), namespace, timeout_s, _absolute(cacert), _absolute(cert), _absolute(key), user, password
+        )
+        registry = cls(config)
+        try:
+            registry._etcd.status()
+        except BaseException:
+            registry.close()
+            raise
+        return registry
+
+    def close(self) -> None:
+        """Ends the connection. Registrations live on: each has a keeper with a connection of its own."""
+        self._etcd.close()
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def config(self) -> EtcdConfig:
+        """How etcd is reached; with the password."""
+        return self._config
+
+    def local_address(self) -> str:
+        """The address of this machine on the way to etcd: as a rule the one that other machines reach it by too."""
+        return self._etcd.local_address()
+
+    def register(
+        self,
+        *,
+        instance: str,
+        rank: int,
+        world_size: int,
+        model: ModelIdentity,
+        manifest: Manifest,
+        session_id: str,
+        protocol: str,
+        header_addr: int,
+        incarnation: str | None = None,
+        generation: str | None = None,
+        topology: Mapping[str, tuple[int, int]] | None = None,
+        version: int = 0,
+        content: str | None = None,
+        state: RankState = RankState.READY,
+        fabric: str = "",
+        device: str = "cpu",
+        ttl_s: float = 10.0,
+        on_state: OnState | None = None,
+    ) -> Registration:
+        """Claims the rank for this process and holds it. `content` says which weights it has; by default some that nobody else has.
+
+        Raises InvalidField, RankConflict (another process has the rank), InstanceMismatch (it disagrees with its siblings),
+        KeeperFailed (no process or file descriptor is to be had) or an EtcdError; nothing is left in etcd then.
+
+        `on_state` is called for every change of the state, in order, from another thread:
+        it may call the registration, and is told CLOSED perhaps after `withdraw` has returned.
+        """
+        ttl_s = seconds("ttl_s", ttl_s, MIN_TTL_S, MAX_TTL_S)
+        check_can_start(f"{ENGINES}{instance}/{rank}")
+        ref, parts = manifests.encode(manifest)
+        if len(parts) > manifests.MAX_PARTS:
+            raise InvalidField(
+                f"the manifest of {len(manifest.tensors)} tensors takes {len(parts)} MiB, more than {manifests.MAX_PARTS}",
+                field="manifest",
+            )
+        record = RankRecord(
+            incarnation=incarnation or new_incarnation(),
+            instance=instance,
+            rank=rank,
+            world_size=world_size,
+            model=model,
+            session_id=session_id,
+            protocol=protocol,
+            manifest=ref,
+            header_addr=header_addr,
+            registered_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            generation=generation or "",
+            topology=dict(topology or {}),
+            version=version,
+            content=new_content() if content is None else check_content(content),
+            state=state,
+            fabric=fabric,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=device,
+            writer=package_version(),
+        )
+        return Registration(self._config, record, parts, ttl_s, on_state)
+
+    def instances(self) -> tuple[InstanceStatus, ...]:
+        """All instances by name. What cannot be read is among their problems, never an error."""
+        return assess_all(self._etcd.snapshot(ENGINES).items)
+
+    def instance(self, name: str) -> InstanceStatus:
+        """One instance as it is now; state GONE where nothing is registered."""
+        return self._roster(name).status()
+
+    def damaged(self, instance: str, rank: int | None = None) -> tuple[RecordDamaged, ...]:
+        """What is wrong with each of the instance's keys, or with the rank's, that hold no good record, and how to delete it."""
+        damaged = self._roster(instance).damaged.items()
+        return tuple(
+            RecordDamaged(f"{error}; {writes.how_to_delete(self._etcd, key)}", key=key)
+            for key, error in damaged
+            if rank is None or key == record_key(instance, rank)
+        )
+
+    def ranks(self, instance: str) -> tuple[RankRecord, ...]:
+        """The instance's ranks that are registered now, by rank. A damaged record is left out, with a logged warning."""
+        roster = self._roster(instance)
+        for problem in roster.damaged.values():
+            log.warning("%s: %s", instance, problem, extra=fields("record_damaged", **problem.details))
+        return roster.status().records
+
+    def current(self, record: RankRecord) -> RankRecord | None:
+        """The registration that `record` was read from, as it is now; None where it has ended."""
+        found = self._etcd.get(record.key)
+        try:
+            now = decode_item(found) if found else None
+        except RecordDamaged as exc:
+            log.warning("%s", exc, extra=fields("record_damaged", **exc.details))
+            return None
+        return now if now and not now.ended and now.incarnation == record.incarnation else None
+
+    def _roster(self, instance: str) -> Roster:
+        roster = Roster(check_instance(instance))
+        for item in self._etcd.snapshot(instance_prefix(instance)).items:
+            roster.see(item)
+        return roster
+
+    def resolve(self, instance: str | Sequence[str], timeout_s: float = 0.0) -> tuple[RankRecord, ...]:
+        """All ranks of an instance that is complete and consistent; of several, of the first in the list that is.
+
+        Waits for that, watching, for up to `timeout_s`. Raises InstanceNotFound, InstanceIncomplete (with what is missing), or
+        RecordDamaged.
+        """
+        return wait_until_ready(self._etcd, instance, seconds("timeout_s", timeout_s))[0].records
+
+    def ready(self, wanted: Wanted, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
+        """All of the wanted instances that are ready, be they named or any that serve a model. Waits as `resolve` for the first."""
+        return wait_until_ready(self._etcd, wanted, seconds("timeout_s", timeout_s))
+
+    def holders(self, model: ModelIdentity, place: Place, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
+        """Instances of the model that are ready, or whose rank at this place is there, ready or loading, whatever else is missing.
+
+        Waits as `resolve` for the first that is ready, or whose rank is.
+        """
+        return wait_for_rank(self._etcd, model, place, seconds("timeout_s", timeout_s))
+
+    def was_evicted(self, record: RankRecord) -> bool:
+        """Whether somebody has evicted this registration within the last day."""
+        return self._etcd.get(evicted_key(record.instance, record.rank, record.incarnation)) is not None
+
+    def manifest(self, record: RankRecord) -> Manifest:
+        """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
+        return fetch_manifest(self._etcd, record)
+
+    def pull(self, record: RankRecord, reader: RankRecord | None = None) -> PullTicket | None:
+        """A ticket that says that we are reading from this rank; None where its record has changed since it was read.
+
+        `reader` is the rank that we read for, if it is registered.
+        """
+        return take_ticket(self._etcd, record, reader)
+
+    def pulls(self, record: RankRecord) -> int:
+        """How many hold a ticket to read from the rank."""
+        return count_pulls(self._etcd, record.instance, record.rank)
+
+    def readers(self, record: RankRecord) -> tuple[Pull, ...]:
+        """Who holds a ticket to read from this registration, and how far each is."""
+        return readers_of(self._etcd, record)
+
+    def all_pulls(self, instance: str | None = None) -> tuple[Pull, ...]:
+        """Who holds a ticket to read from any rank of the instance, or of all instances."""
+        return all_pulls(self._etcd, instance)
+
+    def follow_pulls(self) -> AllPulls:
+        """The same of all instances, kept up to date until it is closed."""
+        return AllPulls(self._etcd.sibling())
+
+    def wait_for_no_pulls(self, instance: str, rank: int, timeout_s: float) -> int:
+        """Blocks until nobody holds a ticket to read from the rank, or the time is over: how many still do."""
+        place = check_instance(instance), whole("rank", rank)
+        return wait_for_no_pulls(self._etcd, *place, seconds("timeout_s", timeout_s))
+
+    def watch_pulls(self, record: RankRecord, on_pull: OnPull) -> PullWatch:
+        """Tells of everybody who begins or ends to read from the registration, until it is closed."""
+        return PullWatch(self._etcd.sibling(), record, on_pull)
+
+    def watch(self, instance: str | None = None, rank: int | None = None) -> Watch:
+        """Events about one instance or all, beginning with what is there now. With `rank` only those about that rank."""
+        return Watch(self._etcd.sibling(), check_instance(instance) if instance is not None else None, rank)
+
+    def cleaning_watch(self, instance: str | None = None, *, grace_s: float, dry_run: bool = False) -> CleaningWatch:
+        """A watch that evicts what is left of an instance that lost a rank and is still degraded after `grace_s` seconds.
+
+        Of all that run over the same instances, one evicts. With `dry_run` each only tells what it would do.
+        """
+        grace_s = seconds("grace_s", grace_s)
+        etcd = self._etcd.sibling()
+        watch = Watch(etcd, check_instance(instance) if instance is not None else None)
+        election = self.election(f"cleanup/{instance}" if instance else "cleanup-all")
+        return CleaningWatch(etcd, watch, election, grace_s, dry_run)
+
+    def election(self, name: str) -> Election:
+        """Of all processes that campaign under this name one leads at a time. Campaigns from `start` (or the `with` block) on."""
+        return Election(self._etcd.sibling(), name)
+
+    def evict(self, record: RankRecord) -> bool:
+        """Ends the registration that `record` was read from; False if it has changed or gone since (read it again)."""
+        evicted = evict(self._etcd, record)
+        if evicted:
+            log.info("%s is evicted", record.key, extra=fields("evicted", instance=record.instance, rank=record.rank))
+        return evicted
+
+
+def fetch_manifest(etcd: Etcd, record: RankRecord) -> Manifest:
+    """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
+    if record.manifest.parts > manifests.MAX_PARTS:
+        raise RecordDamaged(f"the record at {record.key} claims a manifest of {record.manifest.parts} parts", key=record.key)
+    parts = []
+    for number in range(record.manifest.parts):  # one by one: what else may lie there is not even fetched
+        part = etcd.get(manifest_part_key(record.instance, record.rank, record.incarnation, number))
+        if part is None:
+            raise RecordDamaged(
+                f"the manifest of {record.key} is not there (any more): the rank has gone or registered again", key=record.key
+            )
+        parts.append(part.value)
+    return manifests.decode(record.key, record.manifest, parts)
+
+
+def new_incarnation() -> str:
+    """32 hexadecimal digits, never the same twice."""
+    return uuid.uuid4().hex
+
+
+def _absolute(path: str | None) -> str | None:
+    """These files are read anew for every connection, by keepers too, wherever this process has gone meanwhile."""
+    return path and os.path.abspath(path)
+
+
+def package_version() -> str:
+    from importlib import metadata  # costs each keeper process memory that it never needs
+
+    try:
+        return metadata.version("engine-registry")
+    except metadata.PackageNotFoundError:
+        return ""

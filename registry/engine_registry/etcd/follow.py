@@ -1,0 +1,148 @@
+"""A prefix's content, then every change to it, for ever: what watchers and waiting resolvers are built on.
+
+Runs in the caller's thread; `stop` may be called from any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+
+from engine_registry.errors import EtcdUnavailable, HistoryLost
+from engine_registry.etcd.backoff import Backoff
+from engine_registry.etcd.client import Etcd, WatchStream
+from engine_registry.schema.keyvalue import Batch, KeyValue, Snapshot
+from engine_registry.telemetry import metrics
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
+
+
+class Follower:
+    """Iterate: a Snapshot first, then Batches with no gap and no repetition.
+
+    A lost stream is resumed from the revision after the last one seen. Where that history is gone (compacted, or etcd came back
+    with another store) a new Snapshot follows instead, and the reader has to work out the difference.
+    """
+
+    def __init__(self, etcd: Etcd, prefix: str, deadline: float | None = None) -> None:
+        """`deadline`, on the clock of time.monotonic, ends the iteration."""
+        self._etcd = etcd
+        self._prefix = prefix
+        self._deadline = deadline
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._stream: WatchStream | None = None
+        self._revision = 0
+        self.last_error: EtcdUnavailable | None = None  # why there was no update lately
+        self.away_since: float | None = None  # when etcd was lost, if it is
+        self._count = 0  # of keys at that revision
+        self._newest: KeyValue | None = None  # of them, unless it was deleted
+
+    @property
+    def away(self) -> EtcdUnavailable | None:
+        """Why what was told last may be old: etcd cannot be reached. None while it can."""
+        return self.last_error if self.away_since is not None else None
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped.set()
+            stream = self._stream
+        if stream is not None:
+            stream.cancel()
+
+    def __iter__(self) -> Iterator[Snapshot | Batch]:
+        backoff = Backoff()
+        while not self._over():
+            try:
+                if not self._revision:
+                    snapshot = self._etcd.snapshot(self._prefix)
+                    self._revision, self._count = snapshot.revision, len(snapshot.items)
+                    self._newest = max(snapshot.items, key=lambda item: item.mod_revision, default=None)
+                    yield snapshot
+                self._check_history()
+                self._is_back()
+                for batch in self._open():
+                    backoff.reset()
+                    self._remember(batch)
+                    if batch.changes:
+                        yield batch
+            except HistoryLost as exc:
+                log.info("%s: starting again from a snapshot", exc, extra=fields("watch_resync", prefix=self._prefix))
+                metrics.RESYNCS.inc()
+                self._revision = 0
+            except EtcdUnavailable as exc:
+                self.last_error = exc
+                if self._over():
+                    return
+                self._is_away(exc)
+                self._stopped.wait(backoff.next_s())
+            finally:
+                self._close()
+
+    def _is_away(self, error: EtcdUnavailable) -> None:
+        """An outage is one warning, however often it is found to last."""
+        if self._stream is not None:
+            metrics.STREAM_LOSSES.inc()
+        level = logging.DEBUG if self.away_since is not None else logging.WARNING
+        log.log(
+            level,
+            "%s; watching goes on as soon as it is back",
+            error,
+            extra=fields("watch_lost", prefix=self._prefix, error=error),
+        )
+        if self.away_since is None:
+            self.away_since = time.monotonic()
+
+    def _is_back(self) -> None:
+        if self.away_since is not None:
+            away_s = round(time.monotonic() - self.away_since, 3)
+            log.info(
+                "etcd is back after %.3g s; watching %s goes on",
+                away_s,
+                self._prefix,
+                extra=fields("watch_resumed", prefix=self._prefix, away_s=away_s),
+            )
+            self.away_since = None
+
+    def _over(self) -> bool:
+        return self._stopped.is_set() or (self._deadline is not None and time.monotonic() >= self._deadline)
+
+    def _remember(self, batch: Batch) -> None:
+        self._revision = batch.revision
+        for change in batch.changes:
+            if isinstance(change, KeyValue):
+                self._count += change.create_revision == change.mod_revision
+                self._newest = change
+            else:
+                self._count -= 1
+                if self._newest is not None and self._newest.key == change.key:
+                    self._newest = None
+
+    def _check_history(self) -> None:
+        """HistoryLost unless this is still the store that we know: a wiped one may have grown past our revision since.
+
+        What it says of our last revision must agree with what we saw then: how many keys there were, and the newest of them.
+        """
+        newest = self._newest
+        if self._etcd.count(self._prefix, self._revision) != self._count or (
+            newest is not None and self._etcd.get(newest.key, self._revision) != newest
+        ):
+            raise HistoryLost("etcd came back with another store")
+
+    def _open(self) -> WatchStream:
+        remaining = None if self._deadline is None else max(0.01, self._deadline - time.monotonic())
+        stream = self._etcd.watch(self._prefix, self._revision + 1, remaining)
+        with self._lock:
+            self._stream = stream
+            if self._stopped.is_set():
+                stream.cancel()
+        return stream
+
+    def _close(self) -> None:
+        with self._lock:
+            stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.cancel()

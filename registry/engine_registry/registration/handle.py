@@ -1,0 +1,213 @@
+"""The rank's handle on its registration: what state it is in, how to change it, how to leave.
+
+The work is done by a keeper process (`keeper.holder`) at the other end of a `KeeperLink`. What the rank asks of it from the main
+thread is done in another, so that Ctrl-C interrupts the wait and leaves nothing half done.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
+from types import TracebackType
+from typing import Any
+
+from engine_registry import failpoints
+from engine_registry.errors import RegistryError
+from engine_registry.etcd.config import EtcdConfig
+from engine_registry.registration.callback import Callback
+from engine_registry.registration.keeper.link import KeeperLink
+from engine_registry.registration.uninterrupted import uninterrupted
+from engine_registry.registration.writes import WITHDRAWN
+from engine_registry.schema.record import RankRecord, RankState
+from engine_registry.telemetry import metrics
+from engine_registry.telemetry.logs import fields
+from engine_registry.telemetry.meters import Held
+
+log = logging.getLogger(__name__)
+
+OnState = Callable[["RegistrationState", str], None]
+
+
+class RegistrationState(str, Enum):
+    """What the rank has to do."""
+
+    REGISTERED = "registered"  # nothing
+    SUSPENDED = "suspended"  # nothing: etcd cannot be reached or there is no keeper, reads still work, and it is tried on
+    LOST = "lost"  # stop advertising: the registration was evicted or superseded and does not come back
+    CLOSED = "closed"  # nothing: withdrawn by the rank itself
+
+
+class Registration:
+    """A rank's place in the registry, held until `withdraw` (or the end of the `with` block), eviction, or the process's end."""
+
+    _held: Held | None = None  # among the registrations that are counted
+    _opened = False
+
+    def __init__(
+        self,
+        config: EtcdConfig,
+        record: RankRecord,
+        parts: Sequence[bytes],
+        ttl_s: float,
+        on_state: OnState | None = None,
+    ) -> None:
+        """Registers; raises RankConflict, InstanceMismatch, EtcdUnavailable, … and has then left nothing behind.
+
+        If it is interrupted, the link's thread takes the rank out again.
+        """
+        self._on_state = (
+            Callback[tuple[RegistrationState, str]](lambda told: on_state(*told), f"the on_state callback of {record.key}")
+            if on_state
+            else None
+        )
+        self._owner_pid = os.getpid()
+        self._lock = threading.Lock()
+        self._state = RegistrationState.REGISTERED
+        self._lost: RegistryError | None = None
+        self._leaving = threading.Lock()  # held by whoever withdraws
+        self._closing = False  # `withdraw` has begun
+        self._withdrawn = False
+        # The link must not keep a forgotten handle alive: it would hold the rank for ever.
+        self._link = KeeperLink(config, record, parts, ttl_s, weakref.WeakMethod(self._hear))
+        try:
+            uninterrupted(self._open, f"registers {record.key}")
+            self._opened = True
+        except BaseException:
+            self._link.forget()
+            raise
+
+    def _open(self) -> None:
+        self._link.open()
+        with self._lock:  # the keeper may have told another state by now
+            self._held = metrics.REGISTRATIONS.hold(self._state.value)
+        metrics.REGISTRATION_CHANGES.inc(RegistrationState.REGISTERED.value)
+        log.info("%s is registered, its keeper is process %d", self.record.key, self.keeper_pid, extra=self._told("registered"))
+
+    @property
+    def record(self) -> RankRecord:
+        """As the rank wants it; etcd has it too unless the state is SUSPENDED."""
+        return self._link.record
+
+    @property
+    def state(self) -> RegistrationState:
+        return self._state
+
+    @property
+    def lost(self) -> RegistryError | None:
+        """Why the registration has ended without the rank's doing, or None."""
+        return self._lost
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether etcd has confirmed that the rank is out; False too while its keeper still tries that after `withdraw`."""
+        return self._withdrawn
+
+    @property
+    def keeper_pid(self) -> int:
+        """0 while a keeper that has died is being replaced."""
+        return self._link.pid
+
+    def update(self, *, version: int | None = None, content: str | None = None, state: RankState | None = None) -> None:
+        """Changes the fields that are given, and no other; from any thread. RegistrationLost if the registration is over.
+
+        While etcd is away the change waits in the keeper: no error. A rank that drains stays so until it is gone, whatever
+        state is given, so that an update of the weights that ends meanwhile invites no new readers.
+        """
+        if os.getpid() != self._owner_pid:
+            raise RegistryError(
+                f"{self.record.key} is registered by process {self._owner_pid}, and this is a fork of it: update it there"
+            )
+        if self._lost is not None:
+            raise self._lost
+        if self._closing:
+            raise RegistryError(f"the registration of {self.record.key} is closed")
+        wanted = {"version": version, "content": content, "state": state}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        uninterrupted(lambda: self._link.update(lambda record: _changed(record, given)), f"changes {self.record.key}")
+
+    def withdraw(self, reason: str = WITHDRAWN) -> None:
+        """Takes the rank out of the registry; any number of times. If etcd is away the keeper goes on trying by itself.
+
+        `reason` is what watchers are given. If the call is interrupted, the withdrawal goes on, and calling it again waits for
+        that.
+        """
+        if os.getpid() != self._owner_pid:
+            return  # a forked child's copy of the handle: the registration is the parent's
+        if self._state is not RegistrationState.CLOSED:
+            uninterrupted(lambda: self._leave(reason), f"withdraws {self.record.key}")
+
+    close = withdraw
+
+    def _leave(self, reason: str) -> None:
+        with self._leaving:
+            if self._state is RegistrationState.CLOSED:
+                return
+            self._closing = True
+            try:
+                if self._lost is None:
+                    self._link.end(reason)
+                    self._withdrawn = True
+            except RegistryError as exc:
+                log.warning(
+                    "%s is not out of etcd yet; its keeper tries on, and its lease is the bound: %s",
+                    self.record.key,
+                    exc,
+                    extra=self._told("withdrawal_delayed", error=exc),
+                )
+            failpoints.reach("session.before_abandon")
+            self._link.abandon()
+            self._change_state(RegistrationState.CLOSED, "")
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.withdraw()
+
+    def __del__(self) -> None:
+        if getattr(self, "_state", RegistrationState.CLOSED) is RegistrationState.CLOSED or os.getpid() != self._owner_pid:
+            return
+        if self._held is not None:
+            self._held.release()
+        if self._opened:
+            warnings.warn(f"registration of {self.record.key} was never withdrawn", ResourceWarning, source=self, stacklevel=2)
+
+    def _hear(self, state: str, why: str, lost: RegistryError | None) -> None:
+        if lost is not None:
+            self._lost = lost
+        self._change_state(RegistrationState[state], why)
+
+    def _change_state(self, state: RegistrationState, why: str) -> None:
+        with self._lock:
+            if self._state is state or self._state is RegistrationState.CLOSED:
+                return
+            self._state = state
+            metrics.REGISTRATION_CHANGES.inc(state.value)
+            if self._held is not None:
+                self._held.release() if state is RegistrationState.CLOSED else self._held.move(state.value)
+            if self._on_state is not None:  # in here, so that they are told in this order
+                self._on_state.put((state, why))
+        if state is RegistrationState.LOST:
+            level = logging.INFO if self._on_state else logging.ERROR
+            log.log(level, "%s is lost: %s", self.record.key, why, extra=self._told("registration_lost", error=self._lost))
+        elif state is RegistrationState.SUSPENDED:
+            log.warning("%s is suspended: %s", self.record.key, why, extra=self._told("registration_suspended"))
+        elif state is RegistrationState.REGISTERED:
+            log.warning("%s is registered again", self.record.key, extra=self._told("registration_resumed"))
+        elif self._withdrawn:
+            log.info("%s is withdrawn", self.record.key, extra=self._told("withdrawn"))
+
+    def _told(self, event: str, **facts: object) -> dict[str, Any]:
+        record = self.record
+        return fields(event, instance=record.instance, rank=record.rank, **facts)
+
+
+def _changed(record: RankRecord, fields: Mapping[str, Any]) -> RankRecord:
+    state = RankState.DRAINING if record.state is RankState.DRAINING else fields.get("state", record.state)
+    return replace(record, **{**fields, "state": state})

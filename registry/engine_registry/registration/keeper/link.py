@@ -1,0 +1,281 @@
+"""The rank's line to its keeper: asks it, hears from it, and puts another in its place when it dies or hangs.
+
+Used by the handle only. Starts one thread, which listens to the keeper. Nothing here needs the GIL in time: the keeper goes
+on without the rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any
+
+from engine_registry.errors import KeeperFailed, RegistryError, from_wire
+from engine_registry.etcd.backoff import Backoff
+from engine_registry.etcd.config import EtcdConfig
+from engine_registry.registration.keeper.process import START_TIMEOUT_S, KeeperProcess
+from engine_registry.registration.keeper.protocol import ANSWER_S, beat_s, encode_frame
+from engine_registry.registration.writes import DIED
+from engine_registry.schema.record import RankRecord, encode
+from engine_registry.telemetry import metrics
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
+
+# What is to be known of the registration: a state's name, why, and the error where the registration is lost.
+OnNews = Callable[[str, str, RegistryError | None], None]
+
+
+class KeeperLink:
+    """All calls may come from any thread. `record` is what the rank wants to be in etcd."""
+
+    def __init__(
+        self,
+        config: EtcdConfig,
+        record: RankRecord,
+        parts: Sequence[bytes],
+        ttl_s: float,
+        news: Callable[[], OnNews | None],
+    ) -> None:
+        """`news` is a weak reference. When what it refers to is gone, nobody wants the registration any more, and it ends."""
+        self.record = record
+        self._config = config
+        self._parts = tuple(parts)
+        self._ttl_s = ttl_s
+        self._news = news
+        self._lock = threading.Lock()
+        self._pending: dict[int, tuple[dict[str, Any], Future[dict[str, Any]]]] = {}  # by sequence number
+        self._seq = 0
+        self._claims_again = 0  # that the keeper has told
+        self._opened = False  # registered at least once
+        self._over: RegistryError | None = None  # for whoever asks from then on; a keeper that ends then is not replaced
+        self._woken = threading.Event()  # it is over
+        self._forgotten = False
+        self._keeper: KeeperProcess | None = None  # None while the next one is not there yet
+        self._listener = threading.Thread(target=self._listen, name=f"keeper of {record.key}", daemon=True)
+
+    @property
+    def pid(self) -> int:
+        """Of the keeper process; 0 while there is none."""
+        keeper = self._keeper
+        return keeper.pid if keeper else 0
+
+    def open(self) -> None:
+        """Starts the keeper and registers; raises what is wrong, and has then left nothing behind.
+
+        Takes as long as etcd does, with the deadline that the configuration gives each call; a keeper that hangs is an error.
+        """
+        with self._lock:
+            opening, reply = self._expect(self._opening(again=False))
+        try:
+            self._start(opening)
+            try:
+                self._listener.start()
+            except RuntimeError as exc:
+                raise KeeperFailed(f"cannot listen to a keeper: {exc}") from exc
+            _raise_error(reply.result())
+        except BaseException:
+            self.abandon()
+            raise
+
+    def update(self, change: Callable[[RankRecord], RankRecord]) -> None:
+        """Returns when the changed record is in etcd, or as soon as it has to wait: for etcd, or for the next keeper.
+
+        One change after another: each is made of the record that the one before has left.
+        """
+        with self._lock:
+            record = change(self.record)
+            value = encode(record)
+            self.record = record
+            if self._keeper is None and not self._over:
+                return
+            reply = self._ask({"op": "update", "key": record.key}, (value,))
+        try:
+            _raise_error(reply.result(self._config.timeout_s + ANSWER_S))
+        except FutureTimeout:
+            log.warning(
+                "%s: etcd is slow, the change waits in the keeper", record.key, extra=fields("update_waits", key=record.key)
+            )
+
+    def end(self, reason: str) -> None:
+        """Returns when the registration is out of etcd; an error says why it is not yet. The keeper goes on trying then."""
+        with self._lock:
+            reply = self._ask({"op": "end", "reason": reason})
+        try:
+            _raise_error(reply.result(self._config.timeout_s + ANSWER_S))
+        except FutureTimeout:
+            raise KeeperFailed("its keeper does not answer") from None
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Lets go of the keeper: it ends by itself, when it has nothing left to delete."""
+        with self._lock:
+            if not self._over:
+                self._finish(self._closed())
+            if self._keeper is not None:
+                self._dismiss(self._keeper)
+        if self._listener.is_alive() and threading.current_thread() is not self._listener:
+            self._listener.join(timeout=1.0)
+
+    def forget(self) -> None:
+        """`abandon`, soon, by the listening thread. Takes no lock, and nothing can interrupt it half-way."""
+        self._forgotten = True
+
+    @property
+    def _unwanted(self) -> bool:
+        return self._forgotten or self._news() is None
+
+    def _tell(self, state: str, why: str, lost: RegistryError | None) -> None:
+        on_news = self._news()
+        if on_news is not None:
+            on_news(state, why, lost)
+
+    def _opening(self, again: bool) -> dict[str, Any]:
+        """`again`: it takes over from a keeper that has died, and finds the registration in etcd or not."""
+        wire = self._config.to_wire()
+        return {"rank_pid": os.getpid(), "etcd": wire, "key": self.record.key, "ttl_s": self._ttl_s, "again": again}
+
+    def _start(self, opening: dict[str, Any]) -> None:
+        """Needs no lock while the process starts: until the end nobody else knows of it."""
+        record = self.record
+        frame = encode_frame(opening, (encode(record), *self._parts))
+        keeper = KeeperProcess(record.key, self._config.password)
+        keeper.write(frame, START_TIMEOUT_S)
+        with self._lock:
+            self._keeper = keeper
+            for message, _ in self._pending.values():
+                if message.get("op") == "end":
+                    keeper.write(encode_frame(message))
+            if self.record is not record:
+                self._ask({"op": "update", "key": record.key}, (encode(self.record),))
+            if self._over:
+                self._dismiss(keeper)
+
+    def _silence_s(self, keeper: KeeperProcess) -> float:
+        """How long a keeper that lives may say nothing. In the first claim a call takes as long as the user lets it."""
+        if not self._opened:
+            return START_TIMEOUT_S + 3 * self._config.timeout_s
+        if not keeper.heard:
+            return START_TIMEOUT_S
+        return ANSWER_S if self._pending else beat_s(self._ttl_s) + ANSWER_S
+
+    def _dismiss(self, keeper: KeeperProcess) -> None:
+        """As if the rank had ended. That is said, because a forked child may hold the pipe open."""
+        keeper.write(encode_frame({"op": "end", "reason": DIED, "seq": 0}))
+        keeper.close_input()
+
+    def _ask(self, message: dict[str, Any], payloads: Sequence[bytes] = ()) -> Future[dict[str, Any]]:
+        waiting = bool(self._pending)
+        message, reply = self._expect(message)
+        if self._over:
+            self._finish(self._over)
+        elif self._keeper is not None:
+            if not waiting:
+                self._keeper.silent_s = 0.0  # it had nothing to say until now
+            self._keeper.write(encode_frame(message, payloads))
+        return reply
+
+    def _expect(self, message: dict[str, Any]) -> tuple[dict[str, Any], Future[dict[str, Any]]]:
+        self._seq += 1
+        self._pending[self._seq] = {**message, "seq": self._seq}, Future()
+        return self._pending[self._seq]
+
+    def _closed(self) -> RegistryError:
+        return RegistryError(f"the registration of {self.record.key} is closed")
+
+    def _finish(self, error: RegistryError) -> None:
+        self._over = error
+        self._woken.set()
+        for _, reply in self._pending.values():
+            reply.set_result({"error": error.to_wire()})
+        self._pending.clear()
+
+    # -- the listening thread ------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        backoff = Backoff(0.1, 5.0)
+        while (keeper := self._keeper) is not None:
+            self._attend(keeper, backoff)
+            with self._lock:
+                self._keeper = None
+                error = keeper.reap()
+                if not self._opened and not self._over:
+                    self._finish(error)
+                self._settle_updates()
+            if not self._over:
+                log.warning("%s; starting another", error, extra=fields("keeper_lost", key=self.record.key, hung=keeper.hung))
+                if keeper.hung:  # for longer, perhaps, than the lease lives; one that died is replaced before that
+                    self._tell("SUSPENDED", str(error), None)
+            while not self._over and self._keeper is None:
+                self._woken.wait(backoff.next_s())
+                if self._unwanted:
+                    self.abandon()
+                self._replace()
+
+    def _attend(self, keeper: KeeperProcess, backoff: Backoff) -> None:
+        """Hears the keeper until it has ended, and ends one that hangs."""
+        self._claims_again = 0
+        while (frames := keeper.read()) is not None:
+            for frame in frames:
+                backoff.reset()
+                self._hear(frame.message)
+            if self._unwanted and not self._over:
+                self.abandon()
+            with self._lock:  # what waits for a keeper that was dismissed waits for its end, which may take an outage of etcd
+                hung = not self._over and keeper.silent_s >= self._silence_s(keeper)
+            if hung:
+                keeper.kill_hung()
+
+    def _settle_updates(self) -> None:
+        """What an update wanted is given to the next keeper anyway, which need not be waited for; an end is asked again."""
+        for seq, (message, reply) in list(self._pending.items()):
+            if message.get("op") != "end":
+                del self._pending[seq]
+                reply.set_result({})
+
+    def _replace(self) -> None:
+        """Starts another keeper, unless there is no memory, process or file descriptor to be had now."""
+        if self._over:
+            return
+        try:
+            self._start({**self._opening(again=True), "seq": 0})
+            metrics.KEEPER_RESTARTS.inc()
+        except (KeeperFailed, MemoryError) as exc:
+            self._tell("SUSPENDED", f"no keeper: {str(exc) or type(exc).__name__}", None)
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        if "reply" in message:
+            with self._lock:
+                asked, reply = self._pending.pop(message["reply"], ({}, None))
+                self._opened = self._opened or not message.get("error")
+                if asked.get("op") == "end":  # it ends next, perhaps before the thread that asked it has gone on
+                    self._finish(self._closed())
+            if reply is not None:
+                reply.set_result(message)
+        elif message.get("state") == "LOST":
+            lost = from_wire(message["error"])
+            with self._lock:
+                self._finish(lost)
+            self._tell("LOST", str(lost), lost)
+        elif "state" in message:
+            self._count(message)
+            self._tell(message["state"], message["why"], None)
+
+    def _count(self, message: dict[str, Any]) -> None:
+        """Claims come as a sum, as a rank that is stopped does not get every message."""
+        if message.get("renewed_in_s") is not None:
+            metrics.KEEPALIVE.observe(message["renewed_in_s"])
+        claims = message.get("claims_again", self._claims_again)
+        if claims > self._claims_again:
+            metrics.REREGISTRATIONS.inc(amount=claims - self._claims_again)
+            self._claims_again = claims
+
+
+def _raise_error(answer: dict[str, Any]) -> None:
+    if answer.get("error"):
+        raise from_wire(answer["error"])

@@ -1,0 +1,182 @@
+"""The process beside a rank that owns its lease: started by `registration.keeper.process`, one a registration.
+
+A process of its own keeps the lease while the rank holds the GIL for minutes, and outlives the rank by the milliseconds that it
+takes to delete the rank's keys. Its threads: one that reads the rank's messages (the pipe's end means that the rank has died),
+one that waits on the rank's process (a forked child may hold the pipe open), and the main one, which alone talks to etcd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from typing import IO, Any, TypeVar
+
+from engine_registry.errors import EtcdError, EtcdUnavailable, RegistrationLost, RegistryError
+from engine_registry.etcd.backoff import Backoff
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig
+from engine_registry.registration.keeper.holder import Keeper, Tell
+from engine_registry.registration.keeper.protocol import CALL_TIMEOUT_S, Frame, encode_frame, read_frame
+from engine_registry.registration.writes import DIED
+from engine_registry.schema.record import RankRecord, decode
+
+T = TypeVar("T")
+
+# A restarted etcd gives every lease its full time again, so a rank that died during an outage would stand for as long. After a
+# longer outage than this that lease is the bound: keepers whose etcd is gone for good must end some time.
+_END_FOR_S = 300.0
+
+
+class _TellingEtcd(Etcd):
+    """Tells before every call that the keeper lives: the time of one call is bounded, that of many in sequence is not."""
+
+    def __init__(self, config: EtcdConfig, tell: Tell) -> None:
+        super().__init__(config)
+        self._tell = tell
+
+    def _call(self, operation: Callable[[Any, float], T], stop: Any = None) -> T:
+        self._tell({"alive": True})
+        return super()._call(operation, stop)
+
+
+def serve(keeper: Keeper, inbox: queue.Queue[Frame | None], tell: Tell) -> None:
+    """Obeys the rank until it withdraws, dies (None in the inbox) or loses the registration."""
+    due = time.monotonic()
+    while True:
+        try:
+            frame = inbox.get(timeout=max(0.0, due - time.monotonic()))
+        except queue.Empty:
+            frame = Frame({"op": "beat"})
+        op = frame.message["op"] if frame else "died"
+        try:
+            if op == "beat":
+                due = time.monotonic() + keeper.beat()
+            elif op == "update" and frame:
+                keeper.change(record_from_wire(frame))
+                if not keeper.suspended:  # else the rank need not wait: the beat that finds etcd back writes it
+                    due = time.monotonic() + keeper.beat()
+                tell({"reply": frame.message["seq"]})
+            else:
+                _end(keeper, frame, tell)
+                return
+        except RegistrationLost as exc:
+            tell({"state": "LOST", "error": exc.to_wire()})
+            return
+
+
+def _end(keeper: Keeper, frame: Frame | None, tell: Tell) -> None:
+    """Tries until it is known that the keys are gone."""
+    reason = frame.message["reason"] if frame else DIED
+    give_up = time.monotonic() + _END_FOR_S
+    backoff = Backoff(0.05, 1.0)
+    first = True
+    while True:
+        problem: EtcdError | None = None
+        if first and frame and keeper.suspended:
+            problem = EtcdUnavailable("etcd cannot be reached now")
+        else:
+            try:
+                keeper.end(reason)
+            except EtcdError as exc:
+                problem = exc
+        if first and frame:  # the rank need not wait for an etcd that is away
+            tell({"reply": frame.message["seq"], "error": problem.to_wire() if problem else None})
+        if problem is None or time.monotonic() > give_up:
+            return
+        first = False
+        time.sleep(backoff.next_s())
+
+
+def record_from_wire(frame: Frame) -> RankRecord:
+    value = frame.payloads[0]
+    return decode(frame.message["key"], value)
+
+
+def main() -> None:
+    """Speaks frames over standard input and output. The first frame says what to register and how to reach etcd."""
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)  # the rank decides when it ends; its end is what ends the keeper
+    pipe, tell = sys.stdin.buffer, teller(sys.stdout.fileno())
+    opening = read_frame(pipe)
+    if opening is None:
+        return
+    message = opening.message
+    inbox: queue.Queue[Frame | None] = queue.Queue()
+    threading.Thread(target=_read, args=(pipe, inbox), daemon=True).start()
+    threading.Thread(target=_await_death, args=(message["rank_pid"], inbox), daemon=True).start()
+    config = EtcdConfig.from_wire(message["etcd"])
+    etcd = _TellingEtcd(config, tell)
+    keeper = Keeper(etcd, record_from_wire(opening), opening.payloads[1:], message["ttl_s"], tell)
+    try:
+        if not message["again"]:  # a keeper that takes over from a dead one registers with its first beat instead
+            keeper.register()
+        tell({"reply": message["seq"]})
+    except RegistryError as exc:
+        tell({"reply": message["seq"], "error": exc.to_wire()})
+        return
+    # The rank waited for its first claim for as long as it wants calls to take. From now on its death must be noticed soon.
+    etcd.config = replace(config, timeout_s=min(config.timeout_s, CALL_TIMEOUT_S))
+    serve(keeper, inbox, tell)
+
+
+def teller(pipe: int) -> Tell:
+    """Writes to the rank without ever waiting for it: one that is stopped reads nothing, and keeps its lease all the same.
+
+    What does not fit is dropped. States are told again, and replies are not waited for without end. Only a loss has to arrive, and
+    then there is nothing left to renew.
+    """
+    room = select.poll()
+    room.register(pipe, select.POLLOUT)
+
+    def tell(message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the rank is gone; the reader notices
+            if message.get("state") == "LOST" or room.poll(0):
+                os.write(pipe, encode_frame(message))
+
+    return tell
+
+
+def run() -> None:
+    """`main` as a process: ends at once, without waiting for the thread that still reads standard input."""
+    code = 1
+    try:
+        main()
+        code = 0
+    except Exception:  # noqa: BLE001  the last stop of the process: the rank reads the end of what is printed
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _read(pipe: IO[bytes], inbox: queue.Queue[Frame | None]) -> None:
+    try:
+        while (frame := read_frame(pipe)) is not None:
+            inbox.put(frame)
+    finally:
+        inbox.put(None)
+
+
+def _await_death(pid: int, inbox: queue.Queue[Frame | None]) -> None:
+    if not hasattr(os, "pidfd_open"):
+        return  # the pipe alone has to tell
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        if os.getppid() != pid:
+            inbox.put(None)
+        return
+    if os.getppid() == pid:
+        poll = select.poll()
+        poll.register(process, select.POLLIN)
+        poll.poll()
+    inbox.put(None)

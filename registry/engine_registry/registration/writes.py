@@ -1,0 +1,212 @@
+"""The guarded writes of a registration: claim a rank, amend its record, end it. Stateless; keepers and gateways call it.
+
+Every write is a transaction that compares revisions, so that of two writers exactly one succeeds and the other learns who it was.
+That siblings agree is kept by induction: a rank is only written while one live sibling that it agrees with stands
+unchanged, or while there is none; so all that are alive agree with each other, and one comparison is enough however many there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+
+import tenacity
+
+from engine_registry.errors import (
+    EtcdFull,
+    EtcdRefused,
+    EtcdUnavailable,
+    Evicted,
+    InstanceMismatch,
+    RankConflict,
+    RecordDamaged,
+    RegistryError,
+)
+from engine_registry.etcd.client import Etcd
+from engine_registry.schema.keys import evicted_key, instance_prefix, manifest_part_key, manifest_prefix
+from engine_registry.schema.keyvalue import Delete, Guard, KeyValue, Put, Snapshot, absent, none_created_since, unchanged, written
+from engine_registry.schema.record import RankRecord, decode_item, encode
+
+WITHDRAWN = "withdrawn"
+DIED = "process ended"
+EVICTED = "evicted"
+# A rank that offered what an evicted source had brought. Whoever read from it has bytes that do not count either.
+SOURCE_EVICTED = "its source was evicted"
+
+_SIBLINGS = 8  # looked at first; all only if none of these is alive
+
+
+class _Raced(RegistryError):
+    """Another writer came between reading and writing."""
+
+
+_until_settled = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(_Raced),
+    stop=tenacity.stop_after_attempt(50),
+    wait=tenacity.wait_random_exponential(multiplier=0.005, max=0.2),
+    reraise=True,
+)
+
+
+def claim(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int, replaces: str = "") -> KeyValue:
+    """Writes the manifest, then the record as the commit, all under the lease; returns the record's key as it is then.
+
+    The key must be absent, ended, or hold this very incarnation or the one that it `replaces`. Raises RankConflict,
+    InstanceMismatch or Evicted.
+    """
+    *first, last = [Put(_part_key(record, number), part, lease_id) for number, part in enumerate(parts)]
+    for put in first:
+        etcd.commit([], [put])
+    try:
+        return _claim(etcd, record, last, lease_id, replaces)
+    except _Raced as exc:
+        raise EtcdUnavailable(f"cannot register {record.key}: too many others are registering at once: try again") from exc
+
+
+@_until_settled
+def _claim(etcd: Etcd, record: RankRecord, last_part: Put, lease_id: int, replaces: str) -> KeyValue:
+    holder = etcd.get(record.key)
+    mark = evicted_key(record.instance, record.rank, record.incarnation)
+    if etcd.get(mark) is not None:
+        raise Evicted(f"{record.key} was evicted", key=record.key)
+    guards = [_check_holder(etcd, record, holder, replaces), absent(mark), _check_siblings(etcd, record)]
+    put = Put(record.key, encode(record), lease_id)
+    revision = etcd.commit(guards, [last_part, put])
+    if not revision:
+        raise _Raced(f"{record.key} or a sibling changed while it was being registered")
+    return written(put, revision, holder)
+
+
+def how_to_delete(etcd: Etcd, key: str) -> str:
+    """What an operator can do about a key that nobody of ours can read."""
+    return f"delete the key if no process owns it: etcdctl del {shlex.quote(etcd.config.namespace + key)}"
+
+
+def _check_holder(etcd: Etcd, record: RankRecord, holder: KeyValue | None, replaces: str) -> Guard:
+    if holder is None:
+        return absent(record.key)
+    try:
+        found = decode_item(holder)
+    except RecordDamaged as exc:
+        raise RankConflict(f"{exc}; {how_to_delete(etcd, record.key)}", key=record.key) from exc
+    if found.incarnation not in (record.incarnation, replaces) and not found.ended:
+        raise RankConflict(
+            f"rank {record.rank} of {record.instance!r} is already registered ({found.holder}): "
+            f"stop that process, choose another rank, or run: engines evict {record.instance} --rank {record.rank}",
+            key=record.key,
+            host=found.host,
+            pid=found.pid,
+            since=found.registered_at,
+            incarnation=found.incarnation,
+        )
+    return unchanged(holder)
+
+
+def _check_siblings(etcd: Etcd, record: RankRecord) -> Guard:
+    prefix = instance_prefix(record.instance)
+    seen = etcd.oldest(prefix, _SIBLINGS)
+    found = _first_alive(seen, record)
+    if found is None and len(seen.items) == _SIBLINGS:
+        seen = etcd.snapshot(prefix)
+        found = _first_alive(seen, record)
+    if found is None:
+        return none_created_since(prefix, seen.revision)
+    sibling = decode_item(found)
+    theirs = sibling.agreed()
+    for field, ours in record.agreed().items():
+        if ours != theirs[field]:
+            raise InstanceMismatch(
+                f"rank {record.rank} of {record.instance!r} has {field} {ours!r}, but rank {sibling.rank} is registered "
+                f"with {theirs[field]!r} ({sibling.holder}): all ranks of an instance must agree",
+                field=field,
+                ours=ours,
+                theirs=theirs[field],
+                sibling=sibling.rank,
+            )
+    return unchanged(found)
+
+
+def _first_alive(seen: Snapshot, record: RankRecord) -> KeyValue | None:
+    """The first record of another rank that can be read and has not ended."""
+    for item in seen.items:
+        try:
+            sibling = decode_item(item)
+        except RecordDamaged:
+            continue
+        if sibling.rank != record.rank and not sibling.ended:
+            return item
+    return None
+
+
+def amend(etcd: Etcd, record: RankRecord, held: KeyValue) -> KeyValue | None:
+    """Writes the changed record over `held`, under its lease: the key then, or None where another was faster."""
+    put = Put(record.key, encode(record), held.lease_id)
+    revision = etcd.commit([unchanged(held)], [put])
+    return written(put, revision, held) if revision else None
+
+
+def end(etcd: Etcd, held: KeyValue, reason: str) -> None:
+    """Deletes all that the registration has in etcd. LeaseNotFound if the lease has expired, and its keys with it.
+
+    The record is marked as ended first: watchers so know at once that this is no blip, and why it happened.
+    """
+    lease_id, put = held.lease_id, ended(held, reason)
+    with contextlib.suppress(EtcdRefused):  # an etcd without space takes no mark, but lets go of leases
+        revision = etcd.commit([unchanged(held)], [put])
+        held = written(put, revision, held) if revision else held
+    try:
+        etcd.revoke(lease_id)
+    except EtcdRefused:  # somebody has hung a key on it that we may not write: that one stays until the lease expires
+        _delete(etcd, held)
+
+
+def remove(etcd: Etcd, record: RankRecord, reason: str) -> None:
+    """As `end`, for who does not know the lease: whatever stands under the record's key, if it is of this registration."""
+    found = etcd.get(record.key)
+    if found is None:
+        return
+    try:
+        ours = decode_item(found).incarnation == record.incarnation
+    except RecordDamaged:
+        return
+    if not ours:
+        return
+    put = ended(found, reason)
+    try:
+        revision = etcd.commit([unchanged(found)], [put]) or made_at(etcd, put)
+        if revision:
+            _delete(etcd, written(put, revision, found))
+    except EtcdFull:
+        etcd.revoke(found.lease_id)
+
+
+def ended(held: KeyValue, reason: str) -> Put:
+    """Says in the record that it has ended, and why."""
+    return Put(held.key, encode(replace(decode_item(held), ended=reason)), None)
+
+
+def made_at(etcd: Etcd, put: Put) -> int:
+    """The revision at which our own put was made, or 0: a guard also fails where a first try succeeded and its answer was lost.
+
+    A put is ours by its value, and by its lease where it gives one.
+    """
+    found = etcd.get(put.key)
+    ours = found is not None and found.value == put.value and put.lease_id in (None, found.lease_id)
+    return found.mod_revision if found is not None and ours else 0
+
+
+def deletion(held: KeyValue) -> list[Delete]:
+    """Of the record and of its manifest."""
+    record = decode_item(held)
+    parts = manifest_prefix(record.instance, record.rank, record.incarnation)
+    return [Delete(held.key), Delete(parts, prefix=True)]
+
+
+def _delete(etcd: Etcd, held: KeyValue) -> None:
+    etcd.commit([unchanged(held)], deletion(held))
+
+
+def _part_key(record: RankRecord, number: int) -> str:
+    return manifest_part_key(record.instance, record.rank, record.incarnation, number)

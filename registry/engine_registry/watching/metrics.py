@@ -1,0 +1,72 @@
+"""What one watch sees, as metrics: how many ranks each instance has in which state, and why ranks were lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from engine_registry.schema.record import RankState
+from engine_registry.telemetry import metrics
+from engine_registry.watching.cleanup import InstanceCleaned
+from engine_registry.watching.watch import Event, InstanceDegraded, InstanceGone, InstanceReady, RankJoined, RankLost, RankUpdated
+
+
+class WatchMetrics:
+    """Show it every event of a watch, from its first on, after `metrics.enable`. For one watch of a process: two that see the same
+    instance would count its losses twice. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[str, Counter[RankState]] = {}
+        self._ready: dict[str, bool] = {}
+        self._tell_instances()
+
+    def see(self, event: Event | InstanceCleaned) -> None:
+        if isinstance(event, InstanceCleaned):
+            if not event.dry_run:
+                metrics.INSTANCES_CLEANED.inc()
+        elif isinstance(event, InstanceReady | InstanceDegraded | InstanceGone):
+            self._see_instance(event)
+        else:
+            self._see_rank(event)
+
+    def _see_rank(self, event: RankJoined | RankUpdated | RankLost) -> None:
+        record = event.record
+        states = self._ranks.setdefault(record.instance, Counter())
+        if isinstance(event, RankLost):
+            states[record.state] -= 1
+            metrics.RANKS_LOST.inc(metrics.LOSSES.get(event.reason, metrics.OTHER))
+        else:
+            states[record.state] += 1
+            metrics.RANKS_EXPECTED.set(record.world_size, record.instance)
+        if isinstance(event, RankUpdated):
+            states[event.previous.state] -= 1
+        for state in RankState:
+            metrics.RANKS.set(states[state], record.instance, state.value)
+
+    def _see_instance(self, event: InstanceReady | InstanceDegraded | InstanceGone) -> None:
+        instance = event.status.instance
+        if isinstance(event, InstanceGone):
+            self._forget(instance)
+        else:
+            self._ready[instance] = isinstance(event, InstanceReady)
+            metrics.INSTANCE_READY.set(self._ready[instance], instance)
+        self._tell_instances()
+
+    def _forget(self, instance: str) -> None:
+        """Names of instances come and go: what is gone leaves no series behind."""
+        if self._ready.pop(instance, None) is not None:
+            metrics.INSTANCE_READY.remove(instance)
+        if self._ranks.pop(instance, None) is not None:
+            metrics.RANKS_EXPECTED.remove(instance)
+            for state in RankState:
+                metrics.RANKS.remove(instance, state.value)
+
+    def _tell_instances(self) -> None:
+        ready = sum(self._ready.values())
+        metrics.INSTANCES.set(ready, "ready")
+        metrics.INSTANCES.set(len(self._ready) - ready, "degraded")
+
+    def close(self) -> None:
+        """For a watch that ends while the process goes on: nobody is left to say how things are."""
+        for instance in {*self._ready, *self._ranks}:
+            self._forget(instance)
+        self._tell_instances()

@@ -1,0 +1,107 @@
+"""Waits, watching, until an instance is ready, and tells what is missing if none is in time. Runs in the caller's thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from engine_registry.errors import EtcdUnavailable, InstanceIncomplete, InstanceNotFound, InvalidField, RegistryError
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.follow import Follower
+from engine_registry.schema.keys import ENGINES, check_instance, instance_prefix, parse_record_key
+from engine_registry.schema.keyvalue import Snapshot
+from engine_registry.schema.place import Place
+from engine_registry.schema.record import ModelIdentity, RankState
+from engine_registry.schema.roster import Roster, instance_of
+from engine_registry.schema.status import InstanceState, InstanceStatus
+
+Wanted = str | Sequence[str] | ModelIdentity  # an instance, any of several, or any that serves the model
+
+
+def wait_until_ready(etcd: Etcd, wanted: Wanted, timeout_s: float) -> tuple[InstanceStatus, ...]:
+    """Those of the wanted that are ready as soon as one is, in the order of their names in `wanted`; by name for a model.
+
+    Raises InstanceNotFound, InstanceIncomplete, or RecordDamaged where that is what keeps an instance from being ready.
+    """
+
+    def ready(rosters: Iterable[Roster]) -> list[Roster]:
+        return [roster for roster in rosters if roster.state is InstanceState.READY]
+
+    return _wait(etcd, wanted, timeout_s, ready)
+
+
+def wait_for_rank(etcd: Etcd, model: ModelIdentity, place: Place, timeout_s: float) -> tuple[InstanceStatus, ...]:
+    """The instances of the model that are ready, or whose rank at this place is there, ready or loading, whatever else is missing.
+
+    Waits until the weights of that rank can be had somewhere; raises as `wait_until_ready`.
+    """
+
+    def holding(rosters: Iterable[Roster]) -> list[Roster]:
+        some = [(roster, _readable(roster, model, place)) for roster in rosters]
+        good = any(roster.state is InstanceState.READY or state is RankState.READY for roster, state in some)
+        return [roster for roster, state in some if roster.state is InstanceState.READY or state is not None] if good else []
+
+    return _wait(etcd, model, timeout_s, holding)
+
+
+def _readable(roster: Roster, model: ModelIdentity, place: Place) -> RankState | None:
+    record = roster.records.get(place.rank)
+    if record is None or record.model != model or not place.fits(Place.of(record)):
+        return None
+    return record.state if record.state in (RankState.READY, RankState.LOADING) else None
+
+
+def _wait(
+    etcd: Etcd, wanted: Wanted, timeout_s: float, good: Callable[[Iterable[Roster]], list[Roster]]
+) -> tuple[InstanceStatus, ...]:
+    names = [] if isinstance(wanted, ModelIdentity) else _names(wanted)
+    deadline = time.monotonic() + timeout_s
+    prefix = instance_prefix(names[0]) if len(names) == 1 else ENGINES
+    rosters: dict[str, Roster] | None = None
+    follower = Follower(etcd, prefix, deadline)
+    for update in follower if timeout_s > 0 else [etcd.snapshot(prefix)]:
+        if rosters is None or isinstance(update, Snapshot):
+            rosters = {name: Roster(name) for name in names}
+        for change in update.items if isinstance(update, Snapshot) else update.changes:
+            name = instance_of(change.key)
+            if name not in rosters and not names:
+                rosters[name] = Roster(name)
+            if name in rosters:
+                rosters[name].see(change)
+        some = rosters.values() if names else sorted(_serving(rosters, wanted), key=lambda roster: roster.instance)
+        if found := good(some):
+            return tuple(roster.status() for roster in found)
+    if rosters is None:
+        raise follower.last_error or EtcdUnavailable(f"etcd has not answered in {timeout_s:.3g} s")
+    raise _why_none_is(list(rosters.values()) if names else _serving(rosters, wanted), wanted, timeout_s)
+
+
+def _names(wanted: str | Sequence[str]) -> list[str]:
+    names = [check_instance(name) for name in ([wanted] if isinstance(wanted, str) else wanted)]
+    if not names:
+        raise InvalidField("no instance is named", field="instance")
+    return list(dict.fromkeys(names))
+
+
+def _serving(rosters: dict[str, Roster], wanted: Wanted) -> list[Roster]:
+    return [roster for roster in rosters.values() if any(record.model == wanted for record in roster.records.values())]
+
+
+def _why_none_is(rosters: Sequence[Roster], wanted: Wanted, timeout_s: float) -> RegistryError:
+    for roster in rosters:
+        for key, error in roster.damaged.items():
+            if parse_record_key(key) is not None:
+                return error
+    waited = f" after {timeout_s:.3g} s" if timeout_s > 0 else ""
+    names = [roster.instance for roster in rosters]
+    found = [roster.status() for roster in rosters if roster.state is not InstanceState.GONE]
+    if not found:
+        who = f"no instance of {wanted}" if isinstance(wanted, ModelIdentity) else f"instance {' or '.join(map(repr, names))}"
+        isnt = "is registered" if isinstance(wanted, ModelIdentity) else "is not registered"
+        return InstanceNotFound(f"{who} {isnt}{waited}: start its ranks, or see `engines list`", instances=names)
+    return InstanceIncomplete(
+        "; ".join(f"instance {status.instance!r} is not ready{waited}: {status.summary}" for status in found),
+        instances=names,
+        missing={status.instance: list(status.missing) for status in found},
+        problems={status.instance: list(status.problems) for status in found},
+    )

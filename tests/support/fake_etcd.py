@@ -1,0 +1,178 @@
+"""An etcd in memory for what registrations need of one: revisions, guarded transactions, leases. No threads, no clock.
+
+Faults have names: `available` False refuses every call, `full` what takes space, `expire` ends a lease, `delete` removes a key as
+an operator would, `lose_next_answer` carries the next transaction out without saying so, `retry_next_commit` carries it out and
+then tries it again, as the adapter does where an answer was lost, `before_commit` runs between a reader's look and its write,
+`refuse_to_revoke` is what etcd does where a key that we may not write hangs on the lease.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from engine_registry.errors import EtcdFull, EtcdRefused, EtcdUnavailable, LeaseNotFound
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.schema.keyvalue import Change, Delete, Deletion, Guard, KeyValue, Put, Snapshot
+
+
+class FakeEtcd(Etcd):
+    def __init__(self) -> None:
+        super().__init__(EtcdConfig(parse_endpoints("fake:1")))
+        self.available = True
+        self.before_commit: Callable[[], None] | None = None
+        self.full = False
+        self.lose_next_answer = False
+        self.retry_next_commit = False
+        self.refuse_to_revoke = False
+        self.refused = 0  # calls
+        self.renewed: list[int] = []
+        self.history: list[Change] = []  # all that a watcher would have seen
+        self._revision = 1
+        self._items: dict[str, KeyValue] = {}
+        self._leases: dict[int, float] = {}
+        self._lease_ids = itertools.count(100)
+
+    # -- what a test looks at and breaks -------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> list[str]:
+        return sorted(self._items)
+
+    @property
+    def leases(self) -> dict[int, float]:
+        """The time to live, in seconds, of each lease that lives."""
+        return dict(self._leases)
+
+    def value(self, key: str) -> bytes:
+        return self._items[key].value
+
+    def expire(self, lease_id: int) -> None:
+        del self._leases[lease_id]
+        self._apply([Delete(key) for key, item in self._items.items() if item.lease_id == lease_id])
+
+    def expire_all(self) -> None:
+        for lease_id in list(self._leases):
+            self.expire(lease_id)
+
+    def delete(self, key: str) -> None:
+        self._apply([Delete(key)])
+
+    def put(self, key: str, value: bytes) -> None:
+        self._apply([Put(key, value, 0)])
+
+    def restore(self, writes: Sequence[Put], back_to_revision: int) -> None:
+        """From a backup that has no key but what `writes` puts, at a revision of its own."""
+        self._items.clear()
+        self._revision = back_to_revision
+        self._apply(writes)
+
+    def lease_of(self, key: str) -> int:
+        return self._items[key].lease_id
+
+    # -- etcd ----------------------------------------------------------------------------------------------------------------
+
+    def get(self, key: str, revision: int = 0) -> KeyValue | None:
+        self._check_available()
+        if revision:
+            raise NotImplementedError("the fake keeps no history")
+        return self._items.get(key)
+
+    def count(self, prefix: str, revision: int = 0) -> int:
+        return len(self.snapshot(prefix).items)
+
+    def snapshot(self, prefix: str) -> Snapshot:
+        self._check_available()
+        return Snapshot(self._revision, tuple(self._items[key] for key in sorted(self._items) if key.startswith(prefix)))
+
+    def oldest(self, prefix: str, limit: int) -> Snapshot:
+        everything = self.snapshot(prefix)
+        return replace(everything, items=tuple(sorted(everything.items, key=lambda item: item.create_revision)[:limit]))
+
+    def commit(self, guards: Sequence[Guard], writes: Sequence[Put | Delete]) -> int:
+        self._check_available()
+        hook, self.before_commit = self.before_commit, None
+        if hook is not None:
+            hook()
+        if self.full and any(isinstance(write, Put) for write in writes):
+            raise EtcdFull("etcd has no space")
+        if not all(map(self._holds, guards)):
+            return 0
+        for write in writes:
+            if isinstance(write, Put):
+                self._check_put(write)
+        self._apply(writes)
+        if self.retry_next_commit:
+            self.retry_next_commit = False
+            return self.commit(guards, writes)
+        if self.lose_next_answer:
+            self.lose_next_answer = False
+            raise EtcdUnavailable("the answer was lost")
+        return self._revision
+
+    def grant(self, ttl_s: float) -> int:
+        self._check_available()
+        if self.full:
+            raise EtcdFull("etcd has no space")
+        lease_id = next(self._lease_ids)
+        self._leases[lease_id] = ttl_s
+        return lease_id
+
+    def keep_alive(self, lease_id: int) -> float:
+        self._check_available()
+        if lease_id not in self._leases:
+            raise LeaseNotFound(f"lease {lease_id} has expired")
+        self.renewed.append(lease_id)
+        return self._leases[lease_id]
+
+    def revoke(self, lease_id: int) -> None:
+        self._check_available()
+        if self.refuse_to_revoke:
+            raise EtcdRefused("permission denied")
+        if lease_id in self._leases:
+            self.expire(lease_id)
+
+    def _connected(self) -> Any:
+        raise NotImplementedError("the fake has no connection: give it the method that was called")
+
+    def _check_available(self) -> None:
+        if not self.available:
+            self.refused += 1
+            raise EtcdUnavailable("etcd is away")
+
+    def _check_put(self, write: Put) -> None:
+        if write.lease_id is None and write.key not in self._items:
+            raise EtcdRefused("the lease of a key that does not exist cannot be kept")
+        if write.lease_id and write.lease_id not in self._leases:
+            raise LeaseNotFound(f"lease {write.lease_id} has expired")
+
+    def _holds(self, guard: Guard) -> bool:
+        """As in etcd, an absent key has revision 0, and a guard on a prefix holds for each key that is there."""
+        found = [self._items[key] for key in self._items if key == guard.key or (guard.prefix and key.startswith(guard.key))]
+        values = [getattr(item, guard.target) for item in found] or [0]
+        if guard.content is not None and [item.value for item in found] != [guard.content]:
+            return False
+        if guard.result == "EQUAL":
+            return all(value == guard.value for value in values)
+        if guard.result == "LESS":
+            return all(value < guard.value for value in values)
+        if guard.result == "GREATER":
+            return all(value > guard.value for value in values)
+        raise NotImplementedError(guard.result)
+
+    def _apply(self, writes: Sequence[Put | Delete]) -> None:
+        self._revision += 1
+        for write in writes:
+            if isinstance(write, Delete):
+                for key in [key for key in self._items if key == write.key or (write.prefix and key.startswith(write.key))]:
+                    del self._items[key]
+                    self.history.append(Deletion(key, self._revision))
+                continue
+            before = self._items.get(write.key)
+            created = before.create_revision if before else self._revision
+            lease_id = before.lease_id if before and write.lease_id is None else write.lease_id or 0
+            self._items[write.key] = KeyValue(write.key, write.value, created, self._revision, lease_id)
+            self.history.append(self._items[write.key])

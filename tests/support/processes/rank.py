@@ -1,0 +1,44 @@
+"""A rank as a process of its own: `python -m tests.support.processes.rank INSTANCE RANK WORLD_SIZE [HOW IT ENDS]`.
+
+Registers, prints `registered KEEPER_PID`, waits for a line on standard input, and ends in the way that it was told.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+
+from engine_registry import Registry
+from tests.support.ranks import register
+
+
+def main(instance: str, rank: str, world_size: str, end: str = "return") -> None:
+    if end == "in a group of its own":
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background has it ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    registry = Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
+    registration = register(registry, instance, int(rank), int(world_size))
+    if end == "with a forked child" and os.fork() == 0:  # it inherits the pipe to the keeper, and outlives the rank
+        os.closerange(0, 3)
+        time.sleep(10)
+        os._exit(0)
+    print("registered", registration.keeper_pid, flush=True)
+    sys.stdin.readline()
+    if end == "exception":
+        raise RuntimeError("the engine has a bug")
+    if end == "os._exit":
+        os._exit(3)
+    if end == "out of memory":
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 20, 1 << 20))
+        bytes(1 << 30)
+    if end == "withdraw":
+        print("withdraws", registration.keeper_pid, flush=True)
+        registration.withdraw()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,141 @@
+"""What `benchmarks.gpu` does without a GPU: its sets, its rule that no time is told of wrong bytes, its steps, its end."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks.gpu import run
+from benchmarks.gpu.__main__ import command
+from benchmarks.gpu.phases import REST, Phases, missing_steps
+from benchmarks.gpu.rows import COLD, EACH_NCCL, READS, WARM, Row, Target, goals, in_turns
+from benchmarks.gpu.sets import SETS, filled, nbytes_of
+from engine_cli.exits import Exit, code_of
+from engine_loader.errors import DigestMismatch, EngineUnavailable
+
+LAYOUT = {"a": (torch.uint8, (13,)), "b": (torch.bfloat16, (4, 3)), "c": (torch.uint8, (13,))}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "gigabytes"),
+    [("mixed", 2_256, 8.606), ("large", 256, 8.590), ("llama-70b-tp8", 723, 17.641), ("small", 20_000, 0.328)],
+)
+def test_the_sets_are_as_large_as_what_they_stand_for(name: str, tensors: int, gigabytes: float) -> None:
+    layout = SETS[name](1.0)
+    assert len(layout) == tensors
+    assert nbytes_of(layout) / 1e9 == pytest.approx(gigabytes, abs=0.001)
+
+
+def test_the_weights_of_a_rank_of_a_70b_model_are_whole_where_they_are_no_matrices() -> None:
+    layout = SETS["llama-70b-tp8"](1.0)
+    assert layout["model.layers.79.input_layernorm.weight"][1] == (8192,)
+    assert layout["model.layers.79.mlp.down_proj.weight"][1] == (8192, 3584)
+    assert layout["model.layers.0.self_attn.k_proj.weight"][1] == (128, 8192)
+
+
+def test_every_process_makes_the_same_content_and_no_two_tensors_are_alike() -> None:
+    once, again = filled(LAYOUT, "cpu"), filled(LAYOUT, "cpu")
+    assert all(torch.equal(once[name].view(torch.uint8), again[name].view(torch.uint8)) for name in LAYOUT)
+    assert not torch.equal(once["a"], once["c"])
+
+
+def test_a_time_is_told_only_where_every_byte_is_as_it_should_be() -> None:
+    wanted = filled(LAYOUT, "cpu")
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
+    target = Target(tensors, wanted)
+
+    def fill(without: str = "") -> int:
+        for name, tensor in tensors.items():
+            if name != without:
+                tensor.copy_(wanted[name])
+        return 7
+
+    seconds, result = target.time("whole", fill)
+    assert seconds >= 0
+    assert result == 7
+    with pytest.raises(DigestMismatch, match=r"^half: 1 of 3 tensors are not what the source holds.*: b$") as caught:
+        target.time("half", lambda: fill(without="b"))  # where what was there before would have been right
+    assert code_of(caught.value) == Exit.WEIGHTS
+    with pytest.raises(DigestMismatch, match="2 of 3"):
+        target.time_new("new", lambda: {"a": wanted["a"], "b": wanted["b"] + 1})
+
+
+def test_what_is_compared_takes_turns_and_the_first_round_does_not_count() -> None:
+    order: list[str] = []
+
+    def action(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    took = in_turns({name: lambda name=name: action(name) for name in "abc"}, 2)  # type: ignore[misc]
+    assert "".join(order) == "abcbcacab"
+    assert took == {"a": [6.0, 8.0], "b": [4.0, 9.0], "c": [5.0, 7.0]}
+
+
+def test_goals_are_met_missed_or_not_run() -> None:
+    rows = [
+        Row("mixed", WARM, 10**9, (0.2, 0.1, 0.3)),
+        Row("mixed", READS, 10**9, (0.1,)),
+        Row("mixed", COLD, 10**9, (0.3,)),
+        Row("mixed", EACH_NCCL, note="not run"),
+    ]
+    verdicts = {goal.what: (goal.value and round(goal.value, 6), goal.verdict) for goal in goals(rows)}
+    assert verdicts["load(), cold to warm"] == (1.5, "met")
+    assert verdicts["load() to its reads"] == (2.0, "missed")
+    assert verdicts["load() to NCCL, tensor by tensor"] == (None, "not run")
+
+
+def test_a_row_has_median_and_extremes_and_one_that_was_not_run_says_why() -> None:
+    row = Row("mixed", WARM, 10**9, (0.2, 0.1, 0.4))
+    assert row.median_s == 0.2
+    assert {"median_s": 0.2, "min_s": 0.1, "max_s": 0.4, "gb_per_s": 5.0}.items() <= row.as_json().items()
+    assert row.cells()[2:5] == ["200.00", "100.00", "400.00"]
+    missing = Row("failover", "2 sources", note="not run: 2 GPUs")
+    assert "median_s" not in missing.as_json()
+    assert missing.cells()[-1] == "not run: 2 GPUs"
+
+
+def test_every_step_of_a_load_that_is_timed_is_still_there() -> None:
+    assert missing_steps() == []
+
+
+def test_a_step_is_told_without_the_steps_within_it() -> None:
+    found = Phases()
+    inner = found.timed("plan", lambda: time.sleep(0.02))
+    outer = found.timed("choose sources", lambda: [inner(), inner()])
+    found.call(outer)
+    assert found.calls[0]["plan"] > 0.03
+    assert found.calls[0]["choose sources"] < found.calls[0]["plan"]
+    assert found.medians().keys() == {"plan", "choose sources", REST}
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_without_two_gpus_it_ends_with_one_line_that_says_so(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    ran = CliRunner().invoke(command, [])
+    assert isinstance(ran.exception, EngineUnavailable)
+    assert str(ran.exception).startswith(f"this measures from GPU to GPU, and {count} CUDA GPUs can be used here: ")
+    assert "\n" not in str(ran.exception)
+    assert code_of(ran.exception) == Exit.FAILED
+
+
+def test_what_was_measured_before_something_failed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(results: run.Results, *_: object) -> None:
+        results.rows.append(Row("mixed", WARM, 10**9, (0.2,)))
+        raise DigestMismatch("wrong bytes")
+
+    monkeypatch.setattr(run, "gpus", lambda: run.Devices(("cpu",), ("cpu",)))
+    monkeypatch.setattr(run, "measure", measure)
+    ran = CliRunner().invoke(command, ["--json"])
+    assert [row["median_s"] for row in json.loads(ran.stdout)["rows"]] == [0.2]
+    assert isinstance(ran.exception, DigestMismatch)
+
+
+def test_a_part_that_there_is_not_is_wrong_usage() -> None:
+    ran = CliRunner().invoke(command, ["--only", "mixed,everything"])
+    assert ran.exit_code == Exit.USAGE
+    assert all(part in ran.output for part in run.PARTS)

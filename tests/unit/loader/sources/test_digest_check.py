@@ -1,0 +1,165 @@
+"""Digests of sources in whatever layout beside ours: what differs is named, what nothing proves is told before it is read."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import cast
+
+import pytest
+import torch
+
+from engine_loader import InProcessEngine
+from engine_loader.digests.table import ALGORITHMS, DigestCell
+from engine_loader.errors import DigestMismatch, DigestsMissing
+from engine_loader.planning.plan import ReadOp
+from engine_loader.sources.digest_check import DigestCheck
+from engine_loader.sources.source import Candidate
+from engine_loader.tensors.regions import Shard, describe
+from engine_registry import Manifest, RankRecord
+from tests.support.builders import a_record
+
+CPU = torch.device("cpu")
+WHOLE = torch.arange(48, dtype=torch.float32).view(6, 8)
+BIAS = torch.arange(8, dtype=torch.int16)
+
+
+@dataclass
+class Offering:
+    """A rank of a source with a table of digests."""
+
+    record: RankRecord
+    manifest: Manifest
+    algorithm: str
+    table: DigestCell
+
+
+def offer(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None, algorithm: str = "xxh3_128") -> Offering:
+    table = DigestCell(tensors, CPU, algorithm)
+    table.write(tensors)
+    return Offering(a_record(), replace(describe(tensors, shards), digests=table.table), algorithm, table)
+
+
+def rows(*places: tuple[int, int]) -> list[Offering]:
+    """Ranks each of which has such rows of `WHOLE` as "w"; from where to where."""
+    return [offer({"w": WHOLE[start:end]}, {"w": Shard((6, 8), (start, 0))}) for start, end in places]
+
+
+def check_of(
+    sources: Sequence[Offering], tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None
+) -> tuple[DigestCheck, Manifest]:
+    dst = describe(tensors, shards)
+    return DigestCheck(cast(Sequence[Candidate], sources), dst, tensors, CPU), dst
+
+
+def compare(
+    sources: Sequence[Offering], tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None, number: int = 0
+) -> None:
+    """With the tables read: where several sources have the same, from the one that comes as that in the list."""
+    check, dst = check_of(sources, tensors, shards)
+    for span in check.spans:
+        _, addr = span.srcs[number % len(span.srcs)]
+        ctypes.memmove(span.dst_addr, addr, span.nbytes)
+    check.compare(dst)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_tensors_that_differ_are_named_with_those_that_do_not(algorithm: str) -> None:
+    ours = {"b": WHOLE.clone(), "a": BIAS.clone(), "c": torch.empty(0), "d": torch.tensor(2.5)}
+    source = offer({name: ours[name].clone() for name in sorted(ours, reverse=True)}, algorithm=algorithm)
+    compare([source], ours)
+    ours["a"][3] += 1
+    ours["d"] += 1
+    with pytest.raises(DigestMismatch, match=r"2 of 4 tensors are not what /engines/qwen/0 published.*a; d") as caught:
+        compare([source], ours)
+    assert caught.value.details == {"tensors": ["a", "d"], "complete": ["b", "c"]}
+
+
+def test_sources_that_have_the_same_have_one_table_that_any_of_them_may_bring() -> None:
+    sources = [offer({"w": WHOLE, "bias": BIAS}), offer({"bias": BIAS, "w": WHOLE})]
+    check, _ = check_of(sources, {"w": WHOLE})
+    ((span),) = check.spans
+    assert span.srcs == ((0, sources[0].table.region.addr), (1, sources[1].table.region.addr))
+    for number in range(2):
+        compare(sources, {"w": WHOLE, "bias": BIAS}, number=number)
+
+
+def test_a_tensor_that_is_put_together_is_compared_part_by_part() -> None:
+    ours = {"w": WHOLE[1:5].clone()}
+    shards = {"w": Shard((6, 8), (1, 0))}
+    sources = rows((1, 2), (2, 4), (4, 5), (0, 6))
+    compare(sources, ours, shards)
+    ours["w"][2, 7] += 1
+    with pytest.raises(DigestMismatch, match="1 of 1 tensors"):
+        compare(sources, ours, shards)
+
+
+def test_parts_that_are_columns_are_compared_although_they_do_not_lie_in_one_run_here() -> None:
+    sources = [offer({"w": WHOLE[:, start : start + 4].contiguous()}, {"w": Shard((6, 8), (0, start))}) for start in (0, 4)]
+    ours = {"w": WHOLE.clone()}
+    whole = {"w": Shard((6, 8), (0, 0))}
+    compare(sources, ours, whole)
+    ours["w"][5, 3] += 1
+    with pytest.raises(DigestMismatch):
+        compare(sources, ours, whole)
+
+
+@pytest.mark.parametrize("places", [[(0, 6)], [(0, 3), (3, 6)], [(1, 4)]])
+def test_where_only_a_part_of_what_a_source_holds_is_wanted_nothing_proves_it(places: list[tuple[int, int]]) -> None:
+    with pytest.raises(DigestsMissing, match=r'1 of 2 tensors take only a part.*: w: load with verify="header"') as caught:
+        check_of(
+            [*rows(*places), offer({"bias": BIAS}, {"bias": Shard((8,), (0,))})],
+            {"w": WHOLE[1:5], "bias": BIAS},
+            {"w": Shard((6, 8), (1, 0)), "bias": Shard((8,), (0,))},
+        )
+    assert caught.value.details == {"tensors": ["w"]}
+
+
+def test_a_tensor_of_the_same_name_that_is_another_one_proves_nothing() -> None:
+    """So it does where another rank has one of the same name for itself, or of another dtype."""
+    boxed = {"w": Shard((8,), (0,))}
+    strangers = [
+        offer({"w": BIAS + 1}),
+        offer({"w": (BIAS + 1).float()}, boxed),
+        offer({"w": BIAS.view(4, 2)}, {"w": Shard((4, 2), (0, 0))}),
+    ]
+    for sources in ([offer({"w": BIAS}, boxed), *strangers], [*strangers, offer({"w": BIAS}, boxed)]):
+        for number in range(len(sources)):
+            compare(sources, {"w": BIAS}, boxed, number=number)
+    with pytest.raises(DigestsMissing):
+        check_of(strangers, {"w": BIAS}, boxed)
+
+
+def test_tables_of_what_is_not_wanted_are_not_read() -> None:
+    check, dst = check_of([offer({"w": WHOLE}), offer({"other": BIAS})], {"w": WHOLE})
+    assert [span.srcs[0][0] for span in check.spans] == [0]
+    check, dst = check_of([offer({"w": WHOLE})], {})
+    assert check.spans == []
+    check.compare(dst)
+
+
+def test_the_memory_for_tables_is_lent_to_the_engine_as_long_as_it_is_needed() -> None:
+    with InProcessEngine() as peer, InProcessEngine() as engine:
+        source = offer({"w": WHOLE})
+        peer.register(source.table.region)
+        check, dst = check_of([source], {"w": WHOLE})
+        engine.connect(peer.session_id)
+        with ExitStack() as undo:
+            check.lend(engine, undo)
+            (span,) = check.spans
+            assert engine.done(engine.start(peer.session_id, ReadOp("a", span.srcs[0][1], span.dst_addr, span.nbytes)))
+        check.compare(dst)
+        assert not len(engine._lent)
+
+
+def test_a_name_that_the_source_lacks_is_proven_by_another_of_the_same_memory() -> None:
+    weight = WHOLE.clone()
+    ours = {"embed": weight, "head": weight, "bias": BIAS.clone()}
+    source = offer({"head": WHOLE.clone(), "bias": BIAS.clone()})
+    compare([source], ours)
+    weight[0, 0] += 1
+    with pytest.raises(DigestMismatch, match="2 of 3 tensors are not what") as caught:
+        compare([source], ours)
+    assert caught.value.details == {"tensors": ["embed", "head"], "complete": ["bias"]}

@@ -1,0 +1,66 @@
+"""Which of the ranks that run may be loaded from, as far as their records tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine_loader.starting.peers import Peers
+from engine_registry import InstanceReady, ModelIdentity, Place, RankJoined, RankLost, RankRecord, RankState, RankUpdated
+from engine_registry.schema.record import GATEWAY
+from engine_registry.schema.status import assess
+from tests.support.builders import a_record
+
+MODEL = ModelIdentity("m", "r1")
+
+
+def peers(topology: dict[str, tuple[int, int]] | None = None, boxes: bool = False) -> Peers:
+    return Peers(None, MODEL, Place(1, 2, topology or {}), boxes)  # type: ignore[arg-type]
+
+
+def a_rank(**changes: Any) -> RankRecord:
+    return a_record(**{"model": MODEL, "rank": 1, "world_size": 2, "topology": {"tp": (1, 2)}, "mod_revision": 7, **changes})
+
+
+@pytest.mark.parametrize("topology", [None, {"tp": (1, 2)}])
+def test_a_ready_rank_of_the_same_place_is_one(topology: dict[str, tuple[int, int]] | None) -> None:
+    assert peers(topology).tells(RankJoined(a_rank()))
+    assert peers(topology).tells(RankUpdated(a_rank(), a_rank(state=RankState.LOADING)))
+    assert peers(topology).tells(RankJoined(a_rank(topology={})))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": ModelIdentity("m", "r2")},
+        {"rank": 0},
+        {"world_size": 4},
+        {"topology": {"tp": (0, 2)}},
+        {"state": RankState.LOADING},
+        {"state": RankState.UPDATING},
+        {"state": RankState.DRAINING},
+        {"kept_by": GATEWAY},
+    ],
+)
+def test_others_are_not(changes: dict[str, Any]) -> None:
+    assert not peers({"tp": (1, 2)}).tells(RankJoined(a_rank(**changes)))
+    assert not peers().tells(RankLost(a_rank(), "withdrawn"))
+
+
+def test_one_that_failed_is_not_asked_again_and_one_that_was_passed_by_is_once_it_changes() -> None:
+    some = peers()
+    some.pass_by([a_rank()])
+    assert not some.tells(RankJoined(a_rank()))
+    assert some.tells(RankUpdated(a_rank(mod_revision=8), a_rank()))
+    some.give_up([a_rank()])
+    assert not some.tells(RankUpdated(a_rank(mod_revision=8), a_rank()))
+    assert some.tells(RankJoined(a_rank(incarnation="f" * 32)))
+
+
+def test_an_instance_of_another_layout_is_one_for_boxes_only() -> None:
+    status = assess("a", [a_rank(rank=0, world_size=1, topology={})])
+    assert peers(boxes=True).tells(InstanceReady(status))
+    assert not peers().tells(InstanceReady(status))
+    half = assess("a", [a_rank(rank=0, world_size=4, topology={})])
+    assert not peers(boxes=True).tells(InstanceReady(half))

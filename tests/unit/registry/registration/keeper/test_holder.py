@@ -1,0 +1,654 @@
+"""The keeper: it holds a registration through expiry and outage, and never against somebody who ended it on purpose."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine_registry import RankJoined, RankLost, RankRecord, RankState
+from engine_registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict, RegistryError, Superseded
+from engine_registry.registration.eviction import evict
+from engine_registry.registration.keeper import main
+from engine_registry.registration.keeper.holder import Keeper
+from engine_registry.registration.keeper.main import record_from_wire, serve, teller
+from engine_registry.registration.keeper.protocol import Frame, read_frame
+from engine_registry.schema.keys import evicted_key
+from engine_registry.schema.keyvalue import Deletion, Put
+from engine_registry.schema.record import decode, encode
+from engine_registry.watching.watch import Tracker
+from tests.support.builders import OTHER_INCARNATION, a_record
+from tests.support.fake_etcd import FakeEtcd
+
+TTL_S = 9.0
+PARTS = [b"part 0", b"part 1"]
+OURS = a_record()
+RIVAL = a_record(incarnation=OTHER_INCARNATION)
+NEWER = replace(OURS, version=4, state=RankState.UPDATING)
+SUSPENDED, REGISTERED = "SUSPENDED", "REGISTERED"
+
+
+class Rank:
+    """What the rank's end of the pipe has heard."""
+
+    def __init__(self) -> None:
+        self.heard: list[dict[str, Any]] = []
+
+    def tell(self, message: dict[str, Any]) -> None:
+        self.heard.append(message)
+
+    @property
+    def states(self) -> list[str]:
+        """As they changed: every beat tells one."""
+        told = [message["state"] for message in self.heard if "state" in message]
+        return [state for before, state in zip([REGISTERED, *told], told, strict=False) if state != before]
+
+
+@pytest.fixture
+def etcd() -> FakeEtcd:
+    return FakeEtcd()
+
+
+@pytest.fixture
+def rank() -> Rank:
+    return Rank()
+
+
+def a_keeper(etcd: FakeEtcd, rank: Rank, record: RankRecord = OURS) -> Keeper:
+    return Keeper(etcd, record, PARTS, TTL_S, rank.tell)
+
+
+@pytest.fixture
+def holding(etcd: FakeEtcd, rank: Rank) -> Keeper:
+    """A keeper that has registered OURS."""
+    keeper = a_keeper(etcd, rank)
+    keeper.register()
+    return keeper
+
+
+def found(etcd: FakeEtcd) -> RankRecord | None:
+    item = etcd.get(OURS.key)
+    return decode(item.key, item.value, item.mod_revision) if item else None
+
+
+def registered(etcd: FakeEtcd, record: RankRecord) -> Keeper:
+    """Another rank's keeper, which has registered its record."""
+    other = a_keeper(etcd, Rank(), record)
+    other.register()
+    return other
+
+
+# -- registering -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_registration_lies_under_one_lease_of_the_time_that_was_asked_for(etcd: FakeEtcd, holding: Keeper) -> None:
+    assert found(etcd) == OURS
+    assert list(etcd.leases.values()) == [TTL_S]
+    etcd.expire_all()
+    assert etcd.keys == []
+
+
+@pytest.mark.parametrize(
+    ("there", "error"),
+    [(RIVAL, RankConflict), (replace(RIVAL, rank=1, generation="launch-0"), InstanceMismatch)],
+    ids=["conflict", "mismatch"],
+)
+def test_a_registration_that_is_refused_leaves_nothing_behind(
+    etcd: FakeEtcd, rank: Rank, there: RankRecord, error: type[RegistryError]
+) -> None:
+    registered(etcd, there)
+    keys, leases = etcd.keys, etcd.leases
+    with pytest.raises(error):
+        a_keeper(etcd, rank).register()
+    assert (etcd.keys, etcd.leases) == (keys, leases)
+    assert rank.heard == []
+
+
+def test_a_registration_whose_answer_is_lost_is_an_error_and_leaves_nothing_behind(etcd: FakeEtcd, rank: Rank) -> None:
+    etcd.lose_next_answer = True
+    with pytest.raises(EtcdUnavailable):
+        a_keeper(etcd, rank).register()
+    assert (etcd.keys, etcd.leases) == ([], {})
+
+
+def test_a_registration_without_etcd_is_an_error(etcd: FakeEtcd, rank: Rank) -> None:
+    etcd.available = False
+    with pytest.raises(EtcdUnavailable):
+        a_keeper(etcd, rank).register()
+
+
+# -- holding ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_beat_renews_the_lease_and_the_next_is_due_in_a_third_of_its_time(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+    before = list(etcd.history)
+    assert holding.beat() == TTL_S / 3
+    assert etcd.renewed == list(etcd.leases)
+    assert etcd.history == before
+    (told,) = rank.heard
+    assert (told["state"], told["why"], told["claims_again"]) == (REGISTERED, "", 0)
+    assert told["renewed_in_s"] >= 0
+
+
+def test_a_beat_tells_how_often_the_record_was_put_again_and_no_time_where_nothing_was_renewed(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
+    etcd.expire_all()
+    holding.beat()
+    holding.beat()
+    etcd.expire_all()
+    holding.beat()
+    assert [told["claims_again"] for told in rank.heard] == [1, 1, 2]
+    assert [told["renewed_in_s"] is None for told in rank.heard] == [True, False, True]
+
+
+def test_a_lease_that_was_lost_is_replaced_and_the_same_record_put_again(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+    (first,) = etcd.leases
+    etcd.expire_all()
+    assert holding.beat() == TTL_S / 3
+    assert found(etcd) == OURS
+    (second,) = etcd.leases
+    assert second != first
+    holding.beat()
+    assert etcd.renewed == [second]
+    assert rank.states == []
+
+
+def test_an_outage_is_told_once_when_it_begins_and_once_when_it_ends(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+    etcd.available = False
+    waits_s = [holding.beat() for _ in range(20)]
+    assert (rank.states, holding.suspended) == ([SUSPENDED], True)
+    assert "etcd is away" in rank.heard[0]["why"]
+    assert max(waits_s) <= 0.6 < TTL_S / 3  # capped, so that a return is noticed soon
+    etcd.available = True
+    assert [holding.beat() for _ in range(3)] == [TTL_S / 3] * 3
+    assert (rank.states, holding.suspended) == ([SUSPENDED, REGISTERED], False)
+    assert found(etcd) == OURS
+
+
+def test_every_beat_tells_the_state_so_that_the_rank_hears_that_its_keeper_lives(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
+    for available in (True, True, False, False, True):
+        etcd.available = available
+        holding.beat()
+    assert [message["state"] for message in rank.heard] == [REGISTERED, REGISTERED, SUSPENDED, SUSPENDED, REGISTERED]
+
+
+def test_a_keeper_that_takes_over_tells_that_the_rank_is_registered_though_it_was_never_suspended(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
+    a_keeper(etcd, rank).beat()
+    (told,) = rank.heard
+    assert (told["state"], told["why"], told["claims_again"]) == (REGISTERED, "", 1)
+
+
+def test_a_lease_of_a_day_is_still_looked_at_often_enough_to_notice_a_keeper_that_hangs(etcd: FakeEtcd, rank: Rank) -> None:
+    keeper = Keeper(etcd, OURS, PARTS, 86_400.0, rank.tell)
+    keeper.register()
+    assert keeper.beat() == 20.0
+
+
+def test_a_second_outage_is_told_as_well(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+    for available in (False, True, False, True):
+        etcd.available = available
+        holding.beat()
+    assert rank.states == [SUSPENDED, REGISTERED] * 2
+
+
+def test_a_lease_that_expires_during_an_outage_is_replaced_after_it(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+    etcd.available = False
+    holding.beat()
+    etcd.expire_all()
+    etcd.available = True
+    holding.beat()
+    assert found(etcd) == OURS
+    assert len(etcd.leases) == 1
+    assert rank.states == [SUSPENDED, REGISTERED]
+
+
+def test_a_keeper_that_takes_over_registers_with_its_first_beat(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+    successor = a_keeper(etcd, rank)
+    (first,) = etcd.leases
+    successor.beat()
+    etcd.expire(first)
+    successor.beat()
+    assert found(etcd) == OURS
+    assert rank.states == []
+
+
+# -- changing --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_record_is_written_by_the_next_beat_and_only_once(etcd: FakeEtcd, holding: Keeper) -> None:
+    holding.change(NEWER)
+    holding.beat()
+    assert found(etcd) == NEWER
+    before = list(etcd.history)
+    holding.beat()
+    assert etcd.history == before
+
+
+@pytest.mark.parametrize("expired", [False, True])
+def test_a_change_during_an_outage_is_written_after_it(etcd: FakeEtcd, rank: Rank, holding: Keeper, expired: bool) -> None:
+    etcd.available = False
+    holding.change(replace(OURS, version=3))
+    holding.beat()
+    holding.change(NEWER)
+    holding.beat()
+    if expired:
+        etcd.expire_all()
+    etcd.available = True
+    assert found(etcd) == (None if expired else OURS)
+    before = len(etcd.history)
+    holding.beat()
+    assert found(etcd) == NEWER
+    assert [change.key for change in etcd.history[before:]].count(OURS.key) == 1
+    assert rank.states == [SUSPENDED, REGISTERED]
+
+
+def test_a_change_whose_answer_was_lost_is_recognised_as_our_own(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+    etcd.lose_next_answer = True
+    holding.change(NEWER)
+    holding.beat()
+    assert rank.states == [SUSPENDED]
+    holding.beat()
+    assert found(etcd) == NEWER
+    assert rank.states == [SUSPENDED, REGISTERED]
+
+
+@pytest.mark.parametrize("at_the_same_revision", [False, True])
+def test_something_old_of_ours_is_written_over_with_manifest_and_lease_as_after_a_restored_backup(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, at_the_same_revision: bool
+) -> None:
+    (lease_id,) = etcd.leases
+    holding.change(NEWER)
+    holding.beat()
+    etcd.restore([Put(OURS.key, encode(OURS), etcd.grant(TTL_S))], back_to_revision=3 if at_the_same_revision else 1)
+    holding.beat()
+    assert found(etcd) == NEWER
+    assert {etcd.lease_of(key) for key in etcd.keys} == {lease_id}
+    assert [value for value in map(etcd.value, etcd.keys) if value in PARTS] == PARTS
+    before = list(etcd.history)
+    holding.beat()
+    assert etcd.history == before
+    assert rank.states == []
+
+
+def test_a_change_that_was_written_but_tried_again_is_recognised_as_our_own(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+    etcd.retry_next_commit = True
+    before = len(etcd.history)
+    holding.change(NEWER)
+    holding.beat()
+    assert found(etcd) == NEWER
+    assert len(etcd.history) == before + 1
+    assert rank.states == []
+
+
+def test_a_lease_lost_between_renewing_and_writing_is_mended_by_the_beat_after(etcd: FakeEtcd, holding: Keeper) -> None:
+    etcd.before_commit = etcd.expire_all
+    holding.change(NEWER)
+    holding.beat()
+    holding.beat()
+    assert found(etcd) == NEWER
+
+
+# -- losing ----------------------------------------------------------------------------------------------------------------------
+
+
+def ending_by_eviction(etcd: FakeEtcd) -> None:
+    record = found(etcd)
+    assert record is not None
+    assert evict(etcd, record)
+
+
+def ending_by_a_deleted_key(etcd: FakeEtcd) -> None:
+    etcd.delete(OURS.key)
+
+
+def ending_by_a_mark(etcd: FakeEtcd) -> None:
+    """The first half of an eviction whose second half never came."""
+    etcd.put(OURS.key, encode(replace(OURS, ended="evicted")))
+
+
+@pytest.mark.parametrize("ending", [ending_by_eviction, ending_by_a_deleted_key, ending_by_a_mark])
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("away", [False, True])
+def test_a_registration_ended_by_somebody_is_evicted_and_never_put_back(
+    etcd: FakeEtcd, holding: Keeper, ending: Callable[[FakeEtcd], None], changed: bool, away: bool
+) -> None:
+    if away:
+        etcd.available = False
+        holding.beat()
+        etcd.available = True
+    (lease_id,) = etcd.leases
+    ending(etcd)
+    if changed:
+        holding.change(NEWER)
+    with pytest.raises(Evicted, match=OURS.key):
+        holding.beat()
+    now = found(etcd)
+    assert now is None or now.ended
+    assert lease_id not in etcd.leases
+
+
+def test_an_eviction_during_an_outage_that_outlasts_the_lease_is_still_found(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+    etcd.available = False
+    holding.beat()
+    etcd.available = True
+    (lease_id,) = etcd.leases
+    ending_by_eviction(etcd)
+    etcd.expire(lease_id)
+    with pytest.raises(Evicted):
+        holding.beat()
+    assert etcd.keys == [evicted_key("qwen", 0, OURS.incarnation)]
+    assert len(etcd.leases) == 1  # the mark's
+    assert rank.states == [SUSPENDED]
+
+
+def test_an_eviction_between_renewing_and_writing_is_noticed(etcd: FakeEtcd, holding: Keeper) -> None:
+    etcd.before_commit = lambda: ending_by_eviction(etcd)
+    holding.change(NEWER)
+    with pytest.raises(Evicted):
+        holding.beat()
+    assert found(etcd) is None
+
+
+def test_a_rank_that_another_process_has_taken_meanwhile_is_superseded_and_left_alone(etcd: FakeEtcd, holding: Keeper) -> None:
+    etcd.expire_all()
+    registered(etcd, RIVAL)
+    leases = etcd.leases
+    with pytest.raises(Superseded, match="already registered"):
+        holding.beat()
+    assert found(etcd) == RIVAL
+    assert etcd.leases == leases
+
+
+@pytest.mark.parametrize("value", [encode(RIVAL), b"junk"], ids=["another process", "junk"])
+def test_a_key_that_was_overwritten_is_superseded_and_left_alone(etcd: FakeEtcd, holding: Keeper, value: bytes) -> None:
+    etcd.put(OURS.key, value)
+    with pytest.raises(Superseded):
+        holding.beat()
+    assert etcd.value(OURS.key) == value
+    assert etcd.leases == {}
+
+
+def test_siblings_of_a_new_launch_supersede_a_rank_that_comes_back(etcd: FakeEtcd, holding: Keeper) -> None:
+    etcd.expire_all()
+    sibling = replace(RIVAL, rank=1, generation="launch-2")
+    registered(etcd, sibling)
+    with pytest.raises(Superseded, match="generation"):
+        holding.beat()
+    assert found(etcd) is None
+
+
+# -- ending ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_end_is_marked_before_the_keys_go_so_that_watchers_know_why(etcd: FakeEtcd, holding: Keeper) -> None:
+    tracker = Tracker()
+    tracker.snapshot(etcd.snapshot("/engines/"), 0.0)
+    before = len(etcd.history)
+    holding.end("withdrawn")
+    assert (etcd.keys, etcd.leases) == ([], {})
+    marked, *rest = etcd.history[before:]
+    assert RankLost(OURS, "withdrawn") in tracker.changes((marked,), 0.0)
+    assert {type(change) for change in rest} == {Deletion}
+    assert tracker.changes(tuple(rest), 0.0) == []
+
+
+def test_an_end_comes_only_once(etcd: FakeEtcd, holding: Keeper) -> None:
+    holding.end("withdrawn")
+    registered(etcd, RIVAL)
+    holding.end("withdrawn")
+    assert found(etcd) == RIVAL
+
+
+def test_an_end_that_etcd_did_not_hear_can_be_tried_again(etcd: FakeEtcd, holding: Keeper) -> None:
+    etcd.available = False
+    with pytest.raises(EtcdUnavailable):
+        holding.end("withdrawn")
+    etcd.available = True
+    holding.end("withdrawn")
+    assert (etcd.keys, etcd.leases) == ([], {})
+
+
+@pytest.mark.parametrize("lost", ["answer", "lease"])
+def test_an_end_that_was_half_done_is_finished(etcd: FakeEtcd, holding: Keeper, lost: str) -> None:
+    if lost == "answer":
+        etcd.lose_next_answer = True
+        with pytest.raises(EtcdUnavailable):
+            holding.end("withdrawn")
+    else:
+        etcd.before_commit = etcd.expire_all
+    holding.end("withdrawn")
+    assert (etcd.keys, etcd.leases) == ([], {})
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["lease known", "lease of a keeper before"])
+def test_an_etcd_without_space_loses_the_rank_all_the_same(etcd: FakeEtcd, rank: Rank, holding: Keeper, known: bool) -> None:
+    etcd.full = True
+    (holding if known else a_keeper(etcd, rank)).end("process ended")
+    assert etcd.keys == []
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["lease known", "lease of a keeper before"])
+def test_an_end_that_was_marked_but_tried_again_is_finished(etcd: FakeEtcd, rank: Rank, holding: Keeper, known: bool) -> None:
+    etcd.retry_next_commit = True
+    (holding if known else a_keeper(etcd, rank)).end("withdrawn")
+    assert etcd.keys == []
+
+
+def test_the_end_of_a_registration_whose_key_another_has_taken_leaves_that_one_alone(etcd: FakeEtcd, holding: Keeper) -> None:
+    etcd.expire_all()
+    registered(etcd, RIVAL)
+    holding.end("withdrawn")
+    assert found(etcd) == RIVAL
+
+
+def test_a_whole_life_is_seen_by_a_watcher_as_one_join_and_one_loss(etcd: FakeEtcd, rank: Rank) -> None:
+    keeper = a_keeper(etcd, rank)
+    keeper.register()
+    keeper.beat()
+    etcd.expire_all()
+    keeper.beat()
+    keeper.end("process ended")
+    events = Tracker().changes(tuple(etcd.history), 0.0)
+    assert [event for event in events if isinstance(event, RankJoined | RankLost)] == [
+        RankJoined(OURS),
+        RankLost(OURS, "process ended"),
+    ]
+
+
+# -- serving the rank ------------------------------------------------------------------------------------------------------------
+
+
+class Inbox(queue.Queue[Frame | None]):
+    """What the rank sends; SILENCE stands for as much time as the keeper is ready to wait."""
+
+    SILENCE = Frame({"op": "silence"})
+
+    def __init__(self, clock: Clock, *frames: Frame | None) -> None:
+        super().__init__()
+        self._clock = clock
+        self._frames = list(frames)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Frame | None:
+        frame = self._frames.pop(0)
+        if frame is not self.SILENCE:
+            return frame
+        assert timeout is not None
+        self._clock.now += timeout
+        raise queue.Empty
+
+    @property
+    def unread(self) -> int:
+        return len(self._frames)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.at: Callable[[], None] = lambda: None  # what happens whenever somebody sleeps
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.at()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(main, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
+    return clock
+
+
+def update(record: RankRecord, seq: int = 1) -> Frame:
+    return Frame({"op": "update", "key": record.key, "seq": seq}, (encode(record),))
+
+
+def end(seq: int = 2) -> Frame:
+    return Frame({"op": "end", "reason": "withdrawn", "seq": seq})
+
+
+def test_a_silent_rank_is_kept_by_beats_at_a_third_of_the_lease(etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock) -> None:
+    start = clock.now
+    serve(holding, Inbox(clock, *[Inbox.SILENCE] * 4, None), rank.tell)
+    assert len(etcd.renewed) == 4
+    assert clock.now == start + 3 * TTL_S / 3
+
+
+@pytest.mark.parametrize(
+    ("last", "reason", "replies"), [(end(), "withdrawn", [{"reply": 2, "error": None}]), (None, "process ended", [])]
+)
+def test_a_rank_that_withdraws_or_dies_is_deleted_with_the_reason(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock, last: Frame | None, reason: str, replies: list[Any]
+) -> None:
+    serve(holding, Inbox(clock, last), rank.tell)
+    assert (etcd.keys, etcd.leases) == ([], {})
+    values = [change.value for change in etcd.history if not isinstance(change, Deletion) and change.key == OURS.key]
+    assert decode(OURS.key, values[-1]).ended == reason
+    assert rank.heard == replies
+
+
+def test_an_update_is_answered_after_it_is_written(etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock) -> None:
+    versions: list[Any] = []
+
+    def tell(message: dict[str, Any]) -> None:
+        now = found(etcd)
+        versions.append((message.get("reply"), now and now.version))
+
+    serve(holding, Inbox(clock, update(NEWER, seq=7), end()), tell)
+    assert versions[0] == (7, NEWER.version)
+
+
+def test_an_update_during_an_outage_is_answered_without_asking_etcd_and_written_after_it(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    etcd.available = False
+    refused_when_told: list[int] = []
+
+    def tell(message: dict[str, Any]) -> None:
+        rank.tell(message)
+        refused_when_told.append(etcd.refused)
+
+    class Back(Inbox):
+        def get(self, block: bool = True, timeout: float | None = None) -> Frame | None:
+            etcd.available = self.unread <= 2
+            return super().get(block, timeout)
+
+    serve(holding, Back(clock, Inbox.SILENCE, update(NEWER), Inbox.SILENCE, None), tell)
+    reply, back = rank.heard[1:]
+    assert (reply, back["state"], back["why"]) == ({"reply": 1}, REGISTERED, "")
+    assert rank.states == [SUSPENDED, REGISTERED]
+    assert refused_when_told == [1]  # by the beat before
+    written = [change.value for change in etcd.history if not isinstance(change, Deletion) and change.key == OURS.key]
+    assert [decode(OURS.key, value).version for value in written] == [OURS.version, NEWER.version, NEWER.version]
+
+
+@pytest.mark.parametrize("frames", [[Inbox.SILENCE], [update(NEWER)]], ids=["beat", "update"])
+def test_a_registration_that_is_lost_is_told_with_its_error_and_served_no_more(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock, frames: list[Frame]
+) -> None:
+    ending_by_eviction(etcd)
+    inbox = Inbox(clock, *frames, Inbox.SILENCE)
+    serve(holding, inbox, rank.tell)
+    assert inbox.unread == 1
+    (told,) = rank.heard
+    assert (told["state"], told["error"]["type"]) == ("LOST", "Evicted")
+
+
+def test_a_withdrawal_during_an_outage_is_answered_with_the_problem_and_tried_until_it_is_done(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    etcd.available = False
+    start = clock.now
+
+    def after_2_s() -> None:
+        etcd.available = clock.now > start + 2
+
+    clock.at = after_2_s
+    serve(holding, Inbox(clock, end()), rank.tell)
+    (answer,) = rank.heard
+    assert (answer["reply"], answer["error"]["type"]) == (2, "EtcdUnavailable")
+    assert (etcd.keys, etcd.leases) == ([], {})
+    assert clock.now < start + 3
+
+
+def test_a_withdrawal_during_an_outage_that_is_known_is_answered_without_asking_etcd(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    etcd.available = False
+    holding.beat()
+    refused_when_told: list[int] = []
+    serve(holding, Inbox(clock, end()), lambda message: refused_when_told.append(etcd.refused))
+    assert refused_when_told == [1]  # by the beat before
+    assert etcd.refused > 1
+
+
+def test_a_rank_that_dies_in_an_outage_is_deleted_after_it_though_a_restarted_etcd_renews_its_lease(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    etcd.available = False
+    start = clock.now
+
+    def after_an_outage() -> None:
+        etcd.available = clock.now > start + 10 * TTL_S
+
+    clock.at = after_an_outage
+    serve(holding, Inbox(clock, None), rank.tell)
+    assert (etcd.keys, etcd.leases) == ([], {})
+
+
+def test_an_end_that_etcd_does_not_hear_is_given_up_after_five_minutes(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    etcd.available = False
+    start = clock.now
+    serve(holding, Inbox(clock, None), rank.tell)
+    assert start + 300 < clock.now < start + 302
+    assert rank.heard == []
+
+
+def test_a_rank_that_reads_nothing_does_not_stop_its_keeper_and_hears_whole_messages_later() -> None:
+    read, write = os.pipe()
+    tell = teller(write)
+    for _ in range(5_000):
+        tell({"state": SUSPENDED, "why": "etcd is away"})
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        heard = list(iter(lambda: read_frame(pipe), None))
+    assert len(heard) > 100
+    assert {frame.message["why"] for frame in heard} == {"etcd is away"}
+
+
+def test_a_record_comes_over_the_pipe_as_it_is_stored() -> None:
+    assert record_from_wire(update(NEWER)) == NEWER

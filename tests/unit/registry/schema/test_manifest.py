@@ -1,0 +1,292 @@
+"""The manifest: written, cut into parts, checked and read again; whatever is wrong with it shows as damage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_registry import Manifest, Region, TensorEntry
+from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
+from engine_registry.schema import manifest
+from engine_registry.schema.manifest import PART_NBYTES, decode, encode
+from engine_registry.schema.record import ManifestRef
+from tests.support.builders import a_manifest, an_entry
+
+OWNER = "/engines/qwen/0"
+U64 = st.integers(0, 2**64 - 1)
+
+
+@st.composite
+def regions(draw: st.DrawFn) -> list[Region]:
+    """Up to four, in memory and apart, in any order."""
+    some, end = [], 0
+    for gap, nbytes in draw(st.lists(st.tuples(st.integers(0, 2**60), st.integers(1, 2**60)), max_size=4)):
+        some.append(Region(end + gap, nbytes))
+        end = some[-1].end
+    return draw(st.permutations(some))
+
+
+@st.composite
+def entries(draw: st.DrawFn, places: list[Region]) -> TensorEntry:
+    """Opaque or a box of something larger; scalars and tensors without bytes among them. They may share memory."""
+    shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
+    if not places and 0 not in shape:
+        shape = (*shape, 0)
+    addr = nbytes = 0
+    if 0 not in shape:
+        place = draw(st.sampled_from(places))
+        begin = draw(st.integers(0, place.nbytes - 1))
+        addr, nbytes = place.addr + begin, draw(st.integers(1, place.nbytes - begin))
+    name, dtype, opaque = draw(st.text(max_size=20)), draw(st.sampled_from(["float32", "bfloat16"])), draw(st.booleans())
+    if opaque:
+        return TensorEntry(name, dtype, shape, addr, nbytes, shape, (0,) * len(shape))
+    offsets = tuple(draw(st.integers(0, 9)) for _ in shape)
+    whole = tuple(size + offset + draw(st.integers(0, 9)) for size, offset in zip(shape, offsets, strict=True))
+    return TensorEntry(name, dtype, shape, addr, nbytes, whole, offsets, opaque=False)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    places = draw(regions())
+    some = draw(st.lists(entries(places), max_size=6, unique_by=lambda entry: entry.name))
+    return Manifest(tuple(some), tuple(places), block_nbytes=draw(st.sampled_from([0, 1 << 50])))
+
+
+def pack(data: Any, tensors: int = 0, nbytes: int = 0) -> tuple[ManifestRef, list[bytes]]:
+    """Any JSON as a manifest whose digest is right."""
+    stored = zlib.compress(data if isinstance(data, bytes) else json.dumps(data).encode())
+    return ManifestRef(hashlib.sha256(stored).hexdigest(), 1, tensors, nbytes), [stored]
+
+
+def as_json(**changes: Any) -> dict[str, Any]:
+    """A manifest of one tensor, 2x3 of float32 in a whole of 4x6."""
+    _, parts = encode(
+        a_manifest(an_entry(dtype="float32", shape=(2, 3), global_shape=(4, 6), offsets=(2, 3), nbytes=24, opaque=False))
+    )
+    data: dict[str, Any] = json.loads(zlib.decompress(b"".join(parts)))
+    return {**data, **changes}
+
+
+def incompressible(nbytes: int) -> Manifest:
+    """Names of hexadecimal digits, of which zlib saves no more than half."""
+    count = nbytes // 100
+    names = [hashlib.sha512(str(number).encode()).hexdigest() for number in range(count)]
+    entries = [an_entry(name, addr=4096 + 16 * number) for number, name in enumerate(names)]
+    return a_manifest(*entries, regions=(Region(4096, 16 * count),))
+
+
+@given(manifests())
+def test_what_is_encoded_decodes_to_an_equal_manifest(wanted: Manifest) -> None:
+    ref, parts = encode(wanted)
+    assert decode(OWNER, ref, parts) == wanted
+    assert (ref.parts, ref.tensors, ref.nbytes) == (len(parts), len(wanted.tensors), wanted.nbytes)
+
+
+def test_a_manifest_beyond_etcds_request_limit_is_cut_into_parts_of_at_most_1_mib() -> None:
+    wanted = incompressible(4 << 20)
+    ref, parts = encode(wanted)
+    assert len(parts) == ref.parts > 2
+    assert {len(part) for part in parts[:-1]} == {PART_NBYTES}
+    assert 0 < len(parts[-1]) <= PART_NBYTES
+    assert decode(OWNER, ref, parts) == wanted
+
+
+@given(st.integers(0, 10_000), st.integers(1, 255))
+def test_a_flipped_byte_anywhere_is_damage(place: int, flip: int) -> None:
+    ref, (part,) = encode(a_manifest())
+    flipped = bytearray(part)
+    flipped[place % len(part)] ^= flip
+    with pytest.raises(RecordDamaged, match=f"the manifest of {OWNER} does not match the digest"):
+        decode(OWNER, ref, [bytes(flipped)])
+
+
+def test_a_part_that_is_missing_doubled_or_out_of_order_is_damage() -> None:
+    ref, parts = encode(incompressible(2 << 20))
+    for wrong in (parts[:-1], parts[1:], [parts[0], *parts], parts[::-1], []):
+        with pytest.raises(RecordDamaged, match="does not match the digest"):
+            decode(OWNER, ref, wrong)
+
+
+def test_a_manifest_that_unpacks_without_end_is_not_unpacked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "MAX_UNPACKED_NBYTES", 1 << 20)
+    ref, parts = pack(b" " * (64 << 20) + json.dumps(as_json()).encode())
+    assert len(parts[0]) < 1 << 17
+    with pytest.raises(RecordDamaged, match="unpacks to more than 1 MiB or is cut short"):
+        decode(OWNER, ref, parts)
+
+
+def test_a_newer_schema_is_refused_by_its_number() -> None:
+    with pytest.raises(SchemaUnsupported, match="schema 3; this version reads up to 2"):
+        decode(OWNER, *pack({"schema": 3}))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[" * 100_000,
+        [],
+        None,
+        {},
+        {"schema": 1},
+        {"schema": "1"},
+        {"schema": True},
+        *[{name: value for name, value in as_json().items() if name != gone} for gone in as_json()],
+        as_json(name=["w", "v"]),
+        as_json(name=[]),
+        as_json(name=7),
+        as_json(name=[None]),
+        as_json(dtype=[32]),
+        as_json(shape=[[2, -3]]),
+        as_json(shape=[[2, 3.0]]),
+        as_json(shape=[[2]]),
+        as_json(shape=[6]),
+        as_json(shape=[None]),
+        as_json(addr=[-1]),
+        as_json(addr=[1 << 64]),
+        as_json(addr=["4096"]),
+        as_json(addr=[True]),
+        as_json(nbytes=[0]),
+        as_json(nbytes=[-24]),
+        as_json(nbytes=[24.5]),
+        as_json(shape=[[0, 3]]),
+        as_json(box=[[[4, 6], [3, 3]]]),
+        as_json(box=[[[4, 6], [2, -1]]]),
+        as_json(box=[[[4, 6], [2]]]),
+        as_json(box=[[[4], [2]]]),
+        as_json(box=[[[4, 6]]]),
+        as_json(box=[[[4, 6], [2, 3], [0, 0]]]),
+        as_json(box=[7]),
+        as_json(regions=None),
+        as_json(regions=[[1]]),
+        as_json(regions=[[1, 2, 3]]),
+        as_json(regions=[[1, -2]]),
+        as_json(regions=[1]),
+    ],
+)
+def test_a_manifest_of_another_form_is_damage_that_names_its_owner(data: Any) -> None:
+    with pytest.raises(RecordDamaged, match=f"the manifest of {OWNER} is damaged"):
+        decode(OWNER, *pack(data))
+
+
+TOP = 1 << 63
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"addr": [4095]}, "tensor 'w' lies outside its regions: 24 bytes at 0xfff"),
+        ({"addr": [4097]}, "lies outside its regions"),
+        ({"addr": [0]}, "lies outside its regions"),
+        ({"regions": []}, "lies outside its regions"),
+        ({"regions": [[4096, 23]]}, "lies outside its regions"),
+        ({"regions": [[4096, 12], [4108, 12]]}, "lies outside its regions"),
+        ({"regions": [[4096, 24], [4119, 8]]}, "two of its regions overlap"),
+        ({"regions": [[4096, 24], [4096, 24]]}, "two of its regions overlap"),
+        ({"regions": [[4096, 24], [0, TOP]]}, "two of its regions overlap"),
+        ({"regions": [[4096, 24], [9000, 0]]}, "a region is empty"),
+        ({"regions": [[4096, TOP]]}, "reaches beyond what memory there is"),
+        ({"regions": [[4096, 24], [TOP, 1]]}, "reaches beyond what memory there is"),
+        ({"nbytes": [TOP], "regions": [[0, TOP]]}, "tensors of"),
+        ({"shape": [[1 << 62, 2]], "box": [None]}, "cannot take 24 bytes"),
+        ({"box": [[[1 << 62, 6], [2, 3]]]}, "cannot take 24 bytes"),
+        ({"box": [[[(1 << 64) - 1, 6], [(1 << 64) - 1, 3]]]}, "is not inside"),
+        ({"shape": [[1] * 65], "box": [None]}, "has 65 dimensions, 64 are the limit"),
+        ({"name": ["half of \ud800"]}, "name or dtype is not text"),
+        ({"dtype": ["float\x1b[2J"]}, "name or dtype is not text"),
+        ({"digests": ["xxh3\n", 4096]}, "algorithm of its digests"),
+        ({"digests": ["xxh3", TOP - 8]}, "the table of its digests reaches beyond"),
+        ({"block_nbytes": -1}, "is not a natural number"),
+        ({"block_nbytes": 1, "regions": [[4096, 24], [5000, 1 << 23]]}, "its blocks of 1 bytes have 8388632 marks"),
+        ({"values": {"\ud800": 1}}, "names that are text"),
+        ({"values": [1]}, "its values are no object"),
+    ],
+)
+def test_places_that_no_memory_has_are_damage(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecordDamaged, match=f"the manifest of {OWNER} is damaged") as caught:
+        decode(OWNER, *pack(as_json(**changes), 1, 24))
+    assert said in str(caught.value)
+    assert decode(OWNER, *pack(as_json(), 1, 24)).nbytes == 24
+
+
+def test_tensors_may_share_memory() -> None:
+    """Tied weights do, and views of one storage."""
+    shared = a_manifest(an_entry("a"), an_entry("b"), an_entry("c", 4100, 12), an_entry("d", 4104, 20), regions=(Region(4096, 28),))
+    assert decode(OWNER, *encode(shared)) == shared
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        a_manifest(regions=()),
+        a_manifest(regions=(Region(4096, 16), Region(4100, 16))),
+        a_manifest(regions=(Region(0, TOP + 1),)),
+        a_manifest(an_entry(global_shape=(1 << 70,), opaque=False)),
+        a_manifest(an_entry(nbytes=0, shape=(0, 1), global_shape=(0, 1 << 70), offsets=(0, 0), opaque=False)),
+        a_manifest(an_entry(shape=(4, 4), global_shape=(1 << 40, 1 << 40), offsets=(0, 0), opaque=False)),
+    ],
+)
+def test_a_manifest_that_no_reader_would_take_is_not_written(wrong: Manifest) -> None:
+    with pytest.raises(InvalidField, match="the manifest is not valid: ") as caught:
+        encode(wrong)
+    assert caught.value.details == {"field": "manifest"}
+
+
+@pytest.mark.parametrize("limit", ["MAX_UNPACKED_NBYTES", "MAX_UNPACKED_ITEMS"])
+def test_a_manifest_that_would_be_too_large_to_read_is_not_written(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    ref, parts = encode(a_manifest())
+    monkeypatch.setattr(manifest, limit, 10)
+    with pytest.raises(InvalidField, match=r"a manifest of 1 tensors cannot be published: it .* are the limit"):
+        encode(a_manifest())
+    with pytest.raises(RecordDamaged, match=r"unpacks to more than|it holds .* items, 10 are the limit"):
+        decode(OWNER, ref, parts)
+
+
+def test_two_tensors_of_one_name_are_damage() -> None:
+    with pytest.raises(RecordDamaged, match="a tensor is named twice"):
+        decode(OWNER, *encode(a_manifest(an_entry(addr=4096), an_entry(addr=8192))))
+
+
+def test_bytes_that_are_not_compressed_are_damage() -> None:
+    stored = b"not zlib"
+    with pytest.raises(RecordDamaged, match="is damaged"):
+        decode(OWNER, ManifestRef(hashlib.sha256(stored).hexdigest(), 1, 0, 0), [stored])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(sorted(as_json())), JSON)
+def test_any_json_in_any_column_is_a_good_manifest_or_damage(column: str, value: Any) -> None:
+    found = None
+    with suppress(RecordDamaged):
+        found = decode(OWNER, *pack(as_json(**{column: value}), 1, 24))
+    assert found is None or decode(OWNER, *encode(found)) == found
+
+
+@given(st.binary(max_size=100), st.binary(max_size=100))
+def test_arbitrary_bytes_are_damage_stored_or_unpacked(stored: bytes, unpacked: bytes) -> None:
+    digest = hashlib.sha256(stored).hexdigest()
+    for ref, parts in ((ManifestRef(digest, 1, 0, 0), [stored]), pack(unpacked)):
+        with pytest.raises(RecordDamaged, match=OWNER):
+            decode(OWNER, ref, parts)
+
+
+def test_the_digest_is_checked_before_anything_is_unpacked() -> None:
+    ref, parts = pack({"schema": 99})
+    with pytest.raises(RecordDamaged, match="does not match the digest"):
+        decode(OWNER, replace(ref, digest="0" * 64), parts)

@@ -1,0 +1,109 @@
+"""What is known of one instance, counted: it always says what `assess` says of all records at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_registry import InstanceState, RankRecord, RankState
+from engine_registry.errors import RecordDamaged, SchemaUnsupported
+from engine_registry.schema.keys import record_key
+from engine_registry.schema.keyvalue import Deletion, KeyValue
+from engine_registry.schema.record import decode
+from engine_registry.schema.roster import Roster, assess_all
+from engine_registry.schema.status import assess
+from tests.support.builders import OTHER_INCARNATION, a_record, garbage, stored
+
+MODEL = a_record().model
+RANKS = st.integers(0, 2)
+# Few values of each field, so that records often agree, and world sizes down to 3, so that instances are often complete.
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "world_size": st.sampled_from([3, 4]),
+        "generation": st.sampled_from(["launch-1", "launch-2"]),
+        "model": st.sampled_from([MODEL, replace(MODEL, revision="r2"), replace(MODEL, extra={"layers": "28", "b": ""})]),
+        "topology": st.sampled_from([{"tp": (0, 2)}, {"tp": (1, 2)}, {"tp": (1, 4)}, {}]),
+        "version": st.sampled_from([3, 4]),
+        "state": st.sampled_from(RankState),
+        "incarnation": st.just(OTHER_INCARNATION),
+        "ended": st.sampled_from(["", "withdrawn"]),
+    },
+)
+CHANGES = st.one_of(
+    st.builds(lambda rank, fields: stored(a_record(rank=rank, **{"world_size": 3, **fields})), RANKS, FIELDS),
+    st.builds(lambda rank: stored(a_record(rank=rank, world_size=3)), RANKS),
+    st.builds(lambda rank: garbage(rank=rank), RANKS),
+    st.builds(lambda rank: Deletion(record_key("qwen", rank), 1), RANKS),
+    st.just(KeyValue("/engines/qwen/readme", b"hello", 1, 1, 0)),
+    st.just(Deletion("/engines/qwen/readme", 1)),
+)
+
+
+@given(st.lists(CHANGES, max_size=30))
+def test_after_any_changes_a_roster_says_what_assess_says_of_the_records(changes: list[KeyValue | Deletion]) -> None:
+    roster, items = Roster("qwen"), dict[str, KeyValue]()
+    complete = [stored(a_record(rank=rank, world_size=3)) for rank in range(3)]
+    for change in [*complete, *changes]:
+        roster.see(change)
+        items.pop(change.key, None)
+        if isinstance(change, KeyValue):
+            items[change.key] = change
+        records, damaged = read(items)
+        wanted = assess("qwen", records, damaged)
+        assert (roster.state, roster.status()) == (wanted.state, wanted)
+        assert list(assess_all(items.values())) == ([wanted] if wanted.state is not InstanceState.GONE else [])
+
+
+def test_an_instance_is_ready_whenever_all_its_ranks_are_alike() -> None:
+    roster = Roster("qwen")
+    ready, degraded = InstanceState.READY, InstanceState.DEGRADED
+    states = []
+    for rank, version in ((0, 3), (1, 3), (1, 4), (1, 3), (1, 4), (0, 4)):
+        roster.put(a_record(rank=rank, version=version))
+        states.append(roster.state)
+    assert states == [degraded, ready, degraded, ready, degraded, ready]
+    for rank in (0, 1):
+        roster.remove(rank)
+        states.append(roster.state)
+    assert states[-2:] == [degraded, InstanceState.GONE]
+
+
+def read(items: dict[str, KeyValue]) -> tuple[list[RankRecord], list[str]]:
+    records, damaged = [], []
+    for key, item in items.items():
+        try:
+            if key.endswith("readme"):
+                raise RecordDamaged(f"the key {key} is not /engines/<instance>/<rank>")
+            records.append(decode(key, item.value))
+        except RecordDamaged as exc:
+            damaged.append(str(exc))
+    return records, damaged
+
+
+def test_a_change_of_one_rank_looks_at_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    roster = Roster("qwen")
+    for rank in range(50):
+        roster.see(stored(a_record(rank=rank, world_size=50)))
+    looked_at: list[int] = []
+    agreed = RankRecord.agreed
+    monkeypatch.setattr(RankRecord, "agreed", lambda self: looked_at.append(self.rank) or agreed(self))  # type: ignore[func-returns-value]
+    for change in (stored(a_record(rank=7, world_size=50, version=4)), garbage(rank=7), Deletion(record_key("qwen", 7), 1)):
+        roster.see(change)
+        assert roster.state is InstanceState.DEGRADED
+    assert set(looked_at) == {7}
+
+
+@pytest.mark.parametrize(("value", "kind"), [(b"{", RecordDamaged), (b'{"schema":2}', SchemaUnsupported)])
+def test_what_is_wrong_with_a_key_is_kept_without_what_its_traceback_holds(value: bytes, kind: type[RecordDamaged]) -> None:
+    roster = Roster("qwen")
+    roster.see(garbage(value=value))
+    (error,) = roster.damaged.values()
+    held: tuple[Any, ...] = (error.__traceback__, error.__cause__, error.__context__)
+    assert type(error) is kind
+    assert error.details["key"] == record_key("qwen", 0)
+    assert held == (None, None, None)

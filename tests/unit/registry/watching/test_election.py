@@ -1,0 +1,88 @@
+"""A leader that is not one any more notices; one that is registered hands its lead to its keeper: without etcd."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from engine_registry.errors import EtcdRefused, EtcdUnavailable
+from engine_registry.schema.keys import election_key
+from engine_registry.schema.keyvalue import Put
+from engine_registry.schema.record import encode
+from engine_registry.watching.election import Election
+from tests.support.builders import a_record
+from tests.support.fake_etcd import FakeEtcd
+
+
+@pytest.mark.parametrize("by_another", [False, True])
+def test_a_leader_whose_key_somebody_took_away_stops_leading(monkeypatch: pytest.MonkeyPatch, by_another: bool) -> None:
+    monkeypatch.setattr("engine_registry.watching.election._TTL_S", 0.03)
+    etcd, key = FakeEtcd(), election_key("x")
+    lease_id = etcd.grant(60)
+    etcd.commit([], [Put(key, b"us", lease_id)])
+    election = Election(etcd, "x")
+    leading = threading.Thread(target=election._lead, args=(lease_id, time.monotonic()), daemon=True)
+    leading.start()
+    try:
+        etcd.delete(key)
+        if by_another:
+            etcd.commit([], [Put(key, b"them", etcd.grant(60))])
+        leading.join(20)
+        assert not leading.is_alive()
+    finally:
+        election.close()
+
+
+def test_a_lead_whose_handing_over_was_not_answered_is_kept_by_the_registration() -> None:
+    etcd, key = FakeEtcd(), election_key("x")
+    record = a_record()
+    own, kept_by = etcd.grant(60), etcd.grant(60)
+    etcd.commit([], [Put(record.key, encode(record), kept_by)])
+    election = Election(etcd, "x")
+    etcd.commit([], [Put(key, b"us", own)])
+    election._ours = etcd.get(key)
+    election._leads_until = time.monotonic() + 60
+    etcd.retry_next_commit = True
+    assert election.keep_with(record)
+    assert etcd.lease_of(key) == kept_by
+    election.close()
+    assert etcd.keys == [record.key]
+    assert kept_by in etcd.leases
+
+
+def test_a_lead_is_not_handed_over_once_another_has_it() -> None:
+    etcd, key = FakeEtcd(), election_key("x")
+    record = a_record()
+    etcd.commit([], [Put(record.key, encode(record), etcd.grant(60))])
+    election = Election(etcd, "x")
+    etcd.commit([], [Put(key, b"us", etcd.grant(60))])
+    election._ours = etcd.get(key)
+    election._leads_until = time.monotonic() + 60
+    etcd.put(key, b"them")
+    assert not election.keep_with(record)
+    election.close()
+    assert etcd.value(key) == b"them"
+
+
+def test_a_lead_is_not_given_up_for_another_that_has_it_at_the_same_revision_of_a_wiped_store() -> None:
+    etcd, key = FakeEtcd(), election_key("x")
+    etcd.put(key, b"us")
+    election = Election(etcd, "x")
+    election._ours, election._kept = etcd.get(key), True
+    etcd.restore([Put(key, b"them", 0)], back_to_revision=1)
+    election.close()
+    assert etcd.value(key) == b"them"
+
+
+def test_a_refusal_and_an_outage_can_be_told_apart() -> None:
+    election = Election(FakeEtcd(), "x")
+    assert (election.refusal, election.unreachable_since) == (None, None)
+    election._tell(EtcdUnavailable("away"))
+    since = election.unreachable_since
+    assert (since is None, election.refusal) == (False, None)
+    election._tell(EtcdRefused("no"))
+    assert isinstance(election.refusal, EtcdRefused)
+    assert election.unreachable_since == since
+    election.close()
