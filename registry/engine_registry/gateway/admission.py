@@ -38,11 +38,8 @@ class Places(Generic[T]):
         self.leave(connection)
         self._waiting[connection] = client
         own = [each for each, owner in self._waiting.items() if owner == client]
-        lost = _beyond(self._each, own, self._requests_of(client))
-        lost += _beyond(self._total, list(self._waiting), len(self._busy))
-        for each in lost:
-            self.leave(each)
-        return lost
+        lost = self._put_out(_beyond(self._each, own, self._requests_of(client)))
+        return lost + self._put_out(_beyond(self._total, list(self._waiting), len(self._busy)))
 
     def begin(self, connection: T) -> bool:
         """Its request has come. False if that must be put off; the connection then waits on."""
@@ -55,6 +52,11 @@ class Places(Generic[T]):
     def leave(self, connection: T) -> None:
         self._waiting.pop(connection, None)
         self._busy.pop(connection, None)
+
+    def _put_out(self, connections: list[T]) -> list[T]:
+        for connection in connections:
+            self.leave(connection)
+        return connections
 
     def _requests_of(self, client: str) -> int:
         return sum(owner == client for owner in self._busy.values())

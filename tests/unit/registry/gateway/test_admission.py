@@ -37,6 +37,11 @@ def test_of_too_many_in_all_the_one_that_has_waited_longest_loses_its_place() ->
     assert [places.wait(number, str(number)) for number in range(5)] == [[], [], [], [0], [1]]
 
 
+def test_a_connection_that_is_beyond_both_limits_loses_its_place_once() -> None:
+    places = Places[int](1, 1)
+    assert [places.wait(number, "client") for number in range(2)] == [[], [0]]
+
+
 def test_requests_keep_their_places_and_an_eighth_is_left_for_those_that_wait() -> None:
     places = Places[int](100, 16)
     assert [places.wait(number, "client") for number in range(16)] == [[]] * 16
