@@ -17,12 +17,11 @@ class Exit(IntEnum):
 
 # By name, so that the command line need not import torch to know the loader's errors. A base class stands for those below it.
 _CODES = {
-    "engine_registry.errors.RegistryError": Exit.FAILED,
+    "engine_registry.errors.EngineRegistryError": Exit.FAILED,
     "engine_registry.errors.InvalidField": Exit.USAGE,
     "engine_registry.errors.EtcdError": Exit.ETCD,
     "engine_registry.errors.InstanceNotFound": Exit.INSTANCE,
     "engine_registry.errors.InstanceIncomplete": Exit.INSTANCE,
-    "engine_loader.errors.LoaderError": Exit.FAILED,
     "engine_loader.errors.SourceLost": Exit.INSTANCE,
     "engine_loader.errors.SourceUnreachable": Exit.INSTANCE,
     "engine_loader.errors.VersionUnavailable": Exit.INSTANCE,

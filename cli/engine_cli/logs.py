@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from engine_cli.render.printable import printable
+from engine_cli.wording import in_options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -31,7 +32,7 @@ class _Sentence(logging.Formatter):
     """What others have written into etcd may be part of it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
+        return printable(in_options(super().formatMessage(record)))
 
 
 class _Json(logging.Formatter):

@@ -1,4 +1,4 @@
-"""Every error that `loader` raises on purpose, beside those of `registry`.
+"""Every error that `engine_loader` raises on purpose, beside those of `engine_registry`.
 
 LoaderError
 ├── EngineUnavailable    the transfer engine cannot be imported or started: says what to install
@@ -22,17 +22,14 @@ LoaderError
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from engine_registry.errors import EngineRegistryError
 
 _LISTED = 10
 
 
-class LoaderError(Exception):
-    """What happened, to which tensor or peer, and what to do; `details` holds the same as JSON-able values."""
-
-    def __init__(self, message: str, **details: Any) -> None:
-        super().__init__(message)
-        self.details = details
+class LoaderError(EngineRegistryError):
+    """An error of `engine_loader`."""
 
 
 class EngineUnavailable(LoaderError):

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from engine_registry.client import Registry as Registry
     from engine_registry.client import new_incarnation as new_incarnation
     from engine_registry.errors import AnswerTooLarge as AnswerTooLarge
+    from engine_registry.errors import EngineRegistryError as EngineRegistryError
     from engine_registry.errors import EtcdError as EtcdError
     from engine_registry.errors import EtcdFull as EtcdFull
     from engine_registry.errors import EtcdRefused as EtcdRefused
@@ -64,6 +65,7 @@ _MODULE_OF = {
     "AnswerTooLarge": "errors",
     "CleaningWatch": "watching.cleanup",
     "Election": "watching.election",
+    "EngineRegistryError": "errors",
     "EtcdError": "errors",
     "EtcdFull": "errors",
     "EtcdRefused": "errors",
@@ -116,14 +118,14 @@ __all__ = [*_MODULE_OF]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet until somebody listens
 
+if not TYPE_CHECKING:  # to a type checker the names above are all that there are
 
-def __getattr__(name: str) -> Any:
-    module = _MODULE_OF.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
-    return found
+    def __getattr__(name: str) -> Any:
+        module = _MODULE_OF.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+        return found
 
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_MODULE_OF})

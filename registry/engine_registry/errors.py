@@ -1,6 +1,7 @@
-"""Every error that `registry` raises on purpose; callers catch these and nothing else.
+"""Every error that `engine_registry` raises on purpose; callers catch these and nothing else.
 
-RegistryError
+EngineRegistryError         of this package and of `engine_loader`
+RegistryError               of this package
 ├── EtcdError               etcd did not do what was asked
 │   ├── EtcdUnavailable     no endpoint answered in time, or what answers is not etcd
 │   ├── EtcdRefused         etcd answered no: credentials, permission, size
@@ -29,15 +30,30 @@ from __future__ import annotations
 from typing import Any
 
 
-class RegistryError(Exception):
-    """What happened, to which key, and what to do; `details` holds the same as JSON-able values."""
+class EngineRegistryError(Exception):
+    """The base of every error that the packages raise on purpose.
 
-    def __init__(self, message: str, **details: Any) -> None:
-        super().__init__(message)
+    Attributes:
+        what: what happened, and to which key, tensor or peer.
+        remedy: what to do about it, in terms of the library, if there is something to say. Names of parameters and calls
+            stand in backticks, so that a command line can put its own in their place.
+        details: the facts as values that JSON can hold.
+
+    Its text is `what: remedy`.
+    """
+
+    def __init__(self, what: str, remedy: str = "", **details: Any) -> None:
+        super().__init__(f"{what}: {remedy}" if remedy else what)
+        self.what = what
+        self.remedy = remedy
         self.details = details
 
+
+class RegistryError(EngineRegistryError):
+    """An error of `engine_registry`."""
+
     def to_wire(self) -> dict[str, Any]:
-        return {"type": type(self).__name__, "message": str(self), "details": self.details}
+        return {"type": type(self).__name__, "what": self.what, "remedy": self.remedy, "details": self.details}
 
 
 class EtcdError(RegistryError):
@@ -128,4 +144,4 @@ def from_wire(data: dict[str, Any]) -> RegistryError:
     """The error that another process of ours sent with `to_wire`."""
     found = globals().get(str(data.get("type")))
     kind = found if isinstance(found, type) and issubclass(found, RegistryError) else RegistryError
-    return kind(str(data.get("message")), **data.get("details", {}))
+    return kind(str(data.get("what")), str(data.get("remedy", "")), **data.get("details", {}))

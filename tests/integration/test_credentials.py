@@ -49,7 +49,7 @@ def test_a_changed_password_suspends_the_rank_with_a_clear_line_until_it_holds_a
             _change_password(users, "changed")
             states.wait_for(RegistrationState.SUSPENDED)
             assert "refuses the credentials" in states.why
-            assert "check --user and the password" in states.why
+            assert "check `user` and the password" in states.why
             assert "secret" not in states.why
             with pytest.raises(EtcdRefused, match="refuses the credentials"):
                 registry.instances()
@@ -73,14 +73,14 @@ def test_authentication_that_is_turned_on_is_told_to_who_has_no_user_and_unnotic
             ctl(users, "auth enable")
             states.wait_for(RegistrationState.SUSPENDED)
             assert "refuses the credentials" in states.why
-            with pytest.raises(EtcdRefused, match=r"user name is empty.*check --user and the password"):
+            with pytest.raises(EtcdRefused, match=r"user name is empty.*check `user` and the password"):
                 registry.instances()
             why = ""
             try:  # its stream is as good as before, unless etcd breaks it off, as 3.4 does
                 events_until(watch, lambda event: isinstance(event, InstanceDegraded | RankLost))
             except EtcdRefused as exc:
                 why = str(exc)
-            assert not why or "check --user and the password" in why
+            assert not why or "check `user` and the password" in why
             ctl(users, f"{AS_ROOT} auth disable")
             states.wait_for(RegistrationState.REGISTERED)
             assert [record.rank for record in registry.ranks("a")] == [0]
@@ -102,7 +102,7 @@ def test_authentication_that_is_turned_off_for_a_while_ends_nothing_that_runs(us
                 events += events_until(watch, lambda event: isinstance(event, RankUpdated))
                 assert [record.version for record in registry.ranks("a")] == [2 * number + 1]
                 if not number:
-                    with pytest.raises(EtcdRefused, match="authentication turned off: leave out --user"):
+                    with pytest.raises(EtcdRefused, match="authentication turned off: leave out `user`"):
                         Registry.connect(users.endpoint, **RANK)
             assert states.seen[-1:] in ([], [RegistrationState.REGISTERED])
     assert [event for event in events if isinstance(event, RankLost)] == []

@@ -110,7 +110,7 @@ def test_etcd_knows_every_setting_of_the_manifest(member: Member) -> None:
 
 
 def test_it_refuses_who_shows_no_certificate(member: Member) -> None:
-    with pytest.raises(EtcdUnavailable, match=r"wants a client certificate.*check --cert and --key"):
+    with pytest.raises(EtcdUnavailable, match=r"wants a client certificate.*check `cert` and `key`"):
         Registry.connect(member.endpoint, cacert=str(member.folder / "ca.crt"), timeout_s=1).close()
 
 

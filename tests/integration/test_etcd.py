@@ -281,7 +281,7 @@ def test_credentials_are_checked_and_explained(own_etcd: LocalEtcd, processes: P
         subprocess.run([ctl, "--endpoints", own_etcd.endpoint, *command.split()], check=True, capture_output=True)
     with closing(connect(own_etcd.endpoint, user="root", password="secret")) as etcd:
         assert put(etcd, "/k")
-    with pytest.raises(EtcdRefused, match=r"refuses the credentials.*check --user") as wrong:
+    with pytest.raises(EtcdRefused, match=r"refuses the credentials.*check `user`") as wrong:
         Registry.connect(own_etcd.endpoint, user="root", password="guess")
     assert "guess" not in str(wrong.value)
     with Registry.connect(own_etcd.endpoint) as nobody, pytest.raises(EtcdRefused, match="credentials"):
@@ -326,7 +326,7 @@ def test_a_change_of_roles_costs_nobody_the_connection_for_good(jwt_etcd: LocalE
 
 
 def test_credentials_for_an_etcd_without_authentication_are_told(shared_etcd: LocalEtcd) -> None:
-    with pytest.raises(EtcdRefused, match="authentication turned off: leave out --user"):
+    with pytest.raises(EtcdRefused, match="authentication turned off: leave out `user`"):
         Registry.connect(shared_etcd.endpoint, user="root", password="secret")
 
 

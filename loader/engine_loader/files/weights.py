@@ -262,8 +262,8 @@ class WholeFiles:
             some = [path for path in self._folder.iterdir() if is_file_of_a_model(path.name)] if self._folder.is_dir() else []
         former = sorted(some, key=lambda path: (path.name != INDEX, path))
         if former and not self._force:
-            raise InvalidField(f"{former[0]} is there already: choose another --out, or --force", field="out")
+            raise InvalidField(f"{former[0]} is there already", "choose another `out`, or `force`", field="out")
         folder = next((path for path in former if path.is_dir()), None)
         if folder is not None:
-            raise InvalidField(f"{folder} is a folder, and would be replaced by a file: choose another --out", field="out")
+            raise InvalidField(f"{folder} is a folder, and would be replaced by a file", "choose another `out`", field="out")
         return former

@@ -51,8 +51,8 @@ def whole_tensors(instance: str, manifests: Sequence[Manifest]) -> list[Whole]:
     if silent and len(manifests) > 1:
         raise WeightsMismatch(
             f"{len(silent)} of {len(held)} tensors of {instance!r} do not say which part of the whole they are, and it has "
-            f"{len(manifests)} ranks: {listed(silent)}: register all of its ranks with --shard, --shards or --whole (`shards` of "
-            "`publish`), or load one rank at a time",
+            f"{len(manifests)} ranks: {listed(silent)}",
+            "publish all of its ranks with `shards`, or load one rank at a time",
             tensors=silent,
         )
     problems = [f"{name}: {problem}" for name, shards in held.items() if (problem := _disagreement(shards) or _gap(shards))]

@@ -261,12 +261,12 @@ def _replicas(one: RankRecord, other: RankRecord) -> bool:
 def _obstacle(engine: Engine, record: RankRecord) -> str:
     """Why its memory cannot be read from here, as far as labels tell."""
     if record.kept_by == GATEWAY:
-        return "is an SGLang seed, which has no header to check reads by: load it with SGLang, through `engines gateway`"
+        return "is an SGLang seed, which has no header to check reads by: load it with SGLang, through a gateway"
     if record.protocol != engine.protocol:
         return f"is served over {record.protocol}, this engine speaks {engine.protocol}"
     ours, theirs = (family_of(host_of(session_id)) for session_id in (engine.session_id, record.session_id))
     if ours and theirs and ours != theirs:
-        return f"is served over {theirs}, this engine speaks {ours}: give it an address of {theirs} (--host)"
+        return f"is served over {theirs}, this engine speaks {ours}: give it a `host` of {theirs}"
     if record.fabric and engine.fabric and record.fabric != engine.fabric:
         return f"is on the fabric {record.fabric!r}, this engine on {engine.fabric!r}"
     if record.protocol == "nvlink_intra" and not (record.fabric and engine.fabric) and record.host != socket.gethostname():

@@ -484,7 +484,7 @@ def _system_ca() -> str:
     paths = (ssl.get_default_verify_paths().cafile, *_CA_FILES)  # a Python from elsewhere may not know where this system has it
     found = next((path for path in paths if path and os.path.isfile(path)), None)
     if found is None:
-        raise EtcdRefused("this system has no file of trusted certificates: give etcd's CA with --cacert")
+        raise EtcdRefused("this system has no file of trusted certificates", "give etcd's CA as `cacert`")
     return found
 
 

@@ -11,7 +11,7 @@ from engine_registry.errors import InvalidField
 from engine_registry.schema.printable import is_unicode
 
 MAX_TIMEOUT_S = 3600.0
-_WHERE = "the user goes into --user (user=), the password into ENGINES_ETCD_PASSWORD (password=)"
+_WHERE = "the user goes into `user`, the password into `password`"
 _ENDPOINT = re.compile(r"(?:https?://)?(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})/?")
 
 
@@ -92,7 +92,7 @@ class EtcdConfig:
 def check_user(user: str | None) -> None:
     """InvalidField where it comes with a password, as etcdctl takes it; shows neither."""
     if user is not None and ":" in user:
-        raise InvalidField(f"the user for etcd is not valid: it is a name alone: {_WHERE}", field="user")
+        raise InvalidField("the user for etcd is not valid: it is a name alone", _WHERE, field="user")
 
 
 def parse_endpoints(text: str | Sequence[str]) -> tuple[Endpoint, ...]:
@@ -101,7 +101,8 @@ def parse_endpoints(text: str | Sequence[str]) -> tuple[Endpoint, ...]:
     whole = ",".join(parts)
     if "@" in whole:  # what stands before it may be a password, with commas
         raise InvalidField(
-            f"etcd endpoint '…{whole[whole.rindex('@') :]}' is not valid: {_WHERE}",
+            f"etcd endpoint '…{whole[whole.rindex('@') :]}' is not valid",
+            _WHERE,
             field="endpoints",
         )
     return tuple(_parse_endpoint(part.strip()) for part in parts if part.strip())

@@ -17,15 +17,15 @@ _TOKEN_OLD = "revision of auth store is old"  # noqa: S105  what etcd says, not 
 
 # What of gRPC's account of a TLS handshake that failed tells why, and what to do then. The first that is found.
 _TLS_FAULTS = {
-    "certificate has expired": "etcd's certificate, or the CA's in --cacert, has expired: renew it, or check this machine's clock",
-    "certificate is not yet valid": "etcd's certificate, or the CA's in --cacert, is not valid yet: check this machine's clock",
-    "Hostname Verification": "etcd's certificate is for other names than the one in --etcd: use one that it has, or issue it anew",
-    "CERTIFICATE_VERIFY_FAILED": "its certificate is not one that the CA vouches for: check --cacert, and that this is your etcd",
-    "_ALERT_": "it wants a client certificate that it trusts and that has not expired: check --cert and --key",
-    "Failed to create security handshaker": "a file holds no certificate, or another one's key: check --cacert, --cert and --key",
-    "WRONG_VERSION_NUMBER": "it does not speak TLS there: check --etcd, or leave out --cacert and https://",
-    "Handshake read failed": "it does not speak TLS there, or refuses us: check --etcd, --cacert, --cert and --key",
-    "handshake": "TLS does not come about: check --cacert, --cert and --key",
+    "certificate has expired": "etcd's certificate, or the CA's in `cacert`, has expired: renew it, or check this machine's clock",
+    "certificate is not yet valid": "etcd's certificate, or the CA's in `cacert`, is not valid yet: check this machine's clock",
+    "Hostname Verification": "etcd's certificate is for other names than the one in `endpoints`: use one that it has",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not one that the CA vouches for: check `cacert`, and that this is your etcd",
+    "_ALERT_": "it wants a client certificate that it trusts and that has not expired: check `cert` and `key`",
+    "Failed to create security handshaker": "a file holds no certificate, or another one's key: check `cacert`, `cert` and `key`",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS there: check `endpoints`, or leave out `cacert` and https://",
+    "Handshake read failed": "it does not speak TLS there, or refuses us: check `endpoints`, `cacert`, `cert` and `key`",
+    "handshake": "TLS does not come about: check `cacert`, `cert` and `key`",
 }
 
 
@@ -38,12 +38,12 @@ def translate(endpoints: str, exc: Exception) -> EtcdError:
         code, text = exc.code(), (exc.details() or "").removeprefix("etcdserver: ")
         return _from_status(where, code, text)
     if isinstance(exc, FileNotFoundError | PermissionError | IsADirectoryError):
-        return EtcdRefused(f"cannot read {exc.filename}: {exc.strerror}: check --cacert, --cert and --key")
+        return EtcdRefused(f"cannot read {exc.filename}: {exc.strerror}", "check `cacert`, `cert` and `key`")
     if isinstance(exc, RuntimeError) and _NO_THREAD in str(exc):
-        return EtcdUnavailable(f"{where} cannot be reached: no thread is left: end some, or raise the limit (ulimit -u)")
+        return EtcdUnavailable(f"{where} cannot be reached: no thread is left", "end some, or raise the limit (ulimit -u)")
     if is_exhausted(exc):
         return EtcdUnavailable(f"{where} cannot be reached: {explain(exc)}")
-    return EtcdUnavailable(f"{where} cannot be reached: {exc}: check the address and that etcd is running")
+    return EtcdUnavailable(f"{where} cannot be reached: {exc}", "check the address and that etcd is running")
 
 
 def is_of_grpc(exc: ValueError | RuntimeError) -> bool:
@@ -73,24 +73,25 @@ def _from_status(where: str, code: Any, text: str) -> EtcdError:
         return of_size
     if code is status.PERMISSION_DENIED:
         return EtcdRefused(
-            f"{where} denies permission: {text}: grant the user's role the keys it needs (docs/security.md), or check --user",
+            f"{where} denies permission: {text}",
+            "grant the user's role the keys it needs (docs/security.md), or check `user`",
             reason="denied",
         )
     if code is status.INVALID_ARGUMENT and ("authentication failed" in text or "user name" in text):
-        return EtcdRefused(f"{where} refuses the credentials: {text}: check --user and the password", reason="credentials")
+        return EtcdRefused(f"{where} refuses the credentials: {text}", "check `user` and the password", reason="credentials")
     if code is status.FAILED_PRECONDITION and _TURNED_OFF in text:
-        return EtcdRefused(f"{where} has authentication turned off: leave out --user", reason="auth_off")
+        return EtcdRefused(f"{where} has authentication turned off", "leave out `user`", reason="auth_off")
     if code is status.UNAUTHENTICATED or _TOKEN_OLD in text:
         return EtcdUnavailable(f"{where} does not accept the authentication token any more: {text}")
     if _LEARNER in text:
         return EtcdUnavailable(
-            f"{where}: the member that was asked is a learner, which neither reads nor writes for clients: "
-            "name a voting member in --etcd, or promote the learner (etcdctl member promote)"
+            f"{where}: the member that was asked is a learner, which neither reads nor writes for clients",
+            "name a voting member in `endpoints`, or promote the learner (etcdctl member promote)",
         )
     if code is status.UNIMPLEMENTED or "http" in text.lower():
-        return EtcdUnavailable(f"{where}: what answers there is not etcd 3 ({_short(text)}): check the address and port")
+        return EtcdUnavailable(f"{where}: what answers there is not etcd 3 ({_short(text)})", "check the address and port")
     if code is status.DEADLINE_EXCEEDED:
-        return EtcdUnavailable(f"{where} does not answer in time: check the address, the network and that etcd has a quorum")
+        return EtcdUnavailable(f"{where} does not answer in time", "check the address, the network and that etcd has a quorum")
     if code in (
         status.UNAVAILABLE,
         status.CANCELLED,
@@ -99,18 +100,18 @@ def _from_status(where: str, code: Any, text: str) -> EtcdError:
         status.ABORTED,
         status.UNKNOWN,
     ):
-        return EtcdUnavailable(f"{where} cannot be reached: {_short(text)}: {_advice(text)}")
+        return EtcdUnavailable(f"{where} cannot be reached: {_short(text)}", _advice(text))
     return EtcdRefused(f"{where} refuses the request: {text}")
 
 
 def _of_size(where: str, code: Any, text: str) -> EtcdRefused | None:
     """What there is too much of, if that is what etcd says."""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "space exceeded" in text:
-        return EtcdFull(f"{where} is out of space (NOSPACE): compact and defragment it, then disarm the alarm")
+        return EtcdFull(f"{where} is out of space (NOSPACE)", "compact and defragment it, then disarm the alarm")
     if "Received message larger than max" in text:  # gRPC's word on our side; the server's begins small
         return AnswerTooLarge(f"{where} answers more than one message may hold{text.rpartition('larger than max')[2]}")
     if "too large" in text or "larger than max" in text:
-        return EtcdRefused(f"{where} refuses the request: it is too large ({text}): see etcd's --max-request-bytes")
+        return EtcdRefused(f"{where} refuses the request: it is too large ({text})", "see etcd's --max-request-bytes")
     return None
 
 
@@ -127,7 +128,7 @@ def _advice(text: str) -> str:
         if sign in text:
             return advice
     if text.endswith("Socket closed"):
-        return "check the address, that etcd is running, and whether it speaks TLS (--cacert, or https:// in --etcd)"
+        return "check the address, that etcd is running, and whether it speaks TLS (`cacert`, or https:// in `endpoints`)"
     return "check the address and that etcd is running"
 
 

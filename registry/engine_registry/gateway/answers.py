@@ -74,7 +74,7 @@ class Answers:
 
     def _render(self, key: str, item: KeyValue | None) -> _Rendered:
         if item is None:
-            raise InstanceNotFound(f"{key} is not registered: see `engines list`")
+            raise InstanceNotFound(f"{key} is not registered", "see `Registry.instances()`")
         record = decode_item(item)
         _check_readable(record)
         try:

@@ -43,8 +43,8 @@ def seed_record(instance: str, info: SeedInfo, world_size: int, model: str) -> t
     """The record and the manifest's parts for what a seed has said; InvalidField."""
     if info.rank >= world_size:
         raise InvalidField(
-            f"rank {info.rank} is not below the world size {world_size} of {instance!r}: say how many ranks it has, with "
-            f"?world_size=N, or world_size in the body, or `engines gateway --world-size N` for its own instance",
+            f"rank {info.rank} is not below the world size {world_size} of {instance!r}",
+            "say how many ranks it has: ?world_size=N, world_size in the body, or `world_size` of the gateway for its own instance",
             field="world_size",
         )
     ref, parts = encode(info.manifest)
@@ -121,8 +121,10 @@ class Seeds:
         if await self._probe(holder.session_id) is Answer.LISTENS:
             raise RankConflict(
                 f"rank {holder.rank} of {holder.instance!r} is already registered (a seed at {holder.session_id} that answers, "
-                f"since {holder.registered_at}): stop it, choose another rank, or run: "
-                f"engines evict {holder.instance} --rank {holder.rank}",
+                f"since {holder.registered_at})",
+                "stop it, choose another rank, or end its registration with `Registry.evict`",
+                instance=holder.instance,
+                rank=holder.rank,
                 key=holder.key,
                 incarnation=holder.incarnation,
             )

@@ -99,8 +99,7 @@ class Guard:
             await self.discard_body(request)
             raise Busy(
                 "too many requests of your address, or of all clients, are under way: try again; "
-                "if clients share an address, as behind a proxy, raise --connections-per-address "
-                "(Limits(connections_per_address=…))"
+                "if clients share an address, as behind a proxy, raise `connections_per_address` of the gateway"
             )
 
     def leave(self, connection: Connection) -> None:

@@ -42,9 +42,8 @@ log = logging.getLogger(__name__)
 _REGISTER_S = 4.5  # SGLang's seeds wait 5 s for the answer
 _CLOSES = {"Connection": "close"}  # what is left of the request's body would be taken for the next one
 _NOBODY_REGISTERS = (
-    "clients may not register at this gateway, which has no token: start it with --seed, so that "
-    "it asks the seed's own server, or with a token in ENGINES_GATEWAY_TOKEN, or, in a network "
-    "that you trust, with --allow-anonymous (Gateway(allow_anonymous=True))"
+    "clients may not register at this gateway, which has no token: start it with a `seed_url`, so that "
+    "it asks the seed's own server, or with a `token`, or, in a network that you trust, with `allow_anonymous`"
 )
 
 Handler = Callable[[Request], Awaitable[Response]]

@@ -220,17 +220,16 @@ def _listen(host: str, port: int) -> socket.socket:
             sock.close()
             raise
     except (OSError, UnicodeError, OverflowError) as exc:
-        raise GatewayFailed(_why_not(host, port, exc)) from exc
+        raise GatewayFailed(*_why_not(host, port, exc)) from exc
     return sock
 
 
-def _why_not(host: str, port: int, exc: Exception) -> str:
+def _why_not(host: str, port: int, exc: Exception) -> tuple[str, str]:
+    """What has happened, and what to do."""
     number = exc.errno if isinstance(exc, OSError) and not isinstance(exc, socket.gaierror) else 0
     if number == errno.EADDRINUSE:
-        return (
-            f"port {port} on {host} is in use, perhaps by SGLang itself, which has the same default: choose another with --port "
-            f"(Gateway(port=…)), or end what listens there"
-        )
+        what = f"port {port} on {host} is in use, perhaps by SGLang itself, which has the same default"
+        return what, "choose another `port`, or end what listens there"
     if number == errno.EACCES:
-        return f"port {port} is only for root: choose one above 1023 with --port (Gateway(port=…))"
-    return f"cannot listen at {host!r}, port {port}: {exc}: give an address of this machine with --host"
+        return f"port {port} is only for root", "choose a `port` above 1023"
+    return f"cannot listen at {host!r}, port {port}: {exc}", "give an address of this machine as `host`"

@@ -93,8 +93,10 @@ def _check_holder(etcd: Etcd, record: RankRecord, holder: KeyValue | None, repla
         raise RankConflict(f"{exc}; {how_to_delete(etcd, record.key)}", key=record.key) from exc
     if found.incarnation not in (record.incarnation, replaces) and not found.ended:
         raise RankConflict(
-            f"rank {record.rank} of {record.instance!r} is already registered ({found.holder}): "
-            f"stop that process, choose another rank, or run: engines evict {record.instance} --rank {record.rank}",
+            f"rank {record.rank} of {record.instance!r} is already registered ({found.holder})",
+            "stop that process, choose another rank, or end its registration with `Registry.evict`",
+            instance=record.instance,
+            rank=record.rank,
             key=record.key,
             host=found.host,
             pid=found.pid,

@@ -44,7 +44,7 @@ class Roster:
 
     def damage(self, key: str, error: RecordDamaged) -> None:
         """The key holds no good record. A copy is kept: the error itself holds on to whatever its traceback has seen."""
-        self.damaged[key] = type(error)(str(error), **error.details)
+        self.damaged[key] = type(error)(error.what, error.remedy, **error.details)
 
     def see(self, change: Change) -> None:
         """Takes in a change of one of the instance's keys, for who needs to know only what is there afterwards."""

@@ -98,7 +98,7 @@ def _why_none_is(rosters: Sequence[Roster], wanted: Wanted, timeout_s: float) ->
     if not found:
         who = f"no instance of {wanted}" if isinstance(wanted, ModelIdentity) else f"instance {' or '.join(map(repr, names))}"
         isnt = "is registered" if isinstance(wanted, ModelIdentity) else "is not registered"
-        return InstanceNotFound(f"{who} {isnt}{waited}: start its ranks, or see `engines list`", instances=names)
+        return InstanceNotFound(f"{who} {isnt}{waited}", "start its ranks, or see `Registry.instances()`", instances=names)
     return InstanceIncomplete(
         "; ".join(f"instance {status.instance!r} is not ready{waited}: {status.summary}" for status in found),
         instances=names,

@@ -327,7 +327,7 @@ def test_what_is_begun_again_forgets_what_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00009.safetensors", INDEX])
 def test_a_model_that_is_there_is_refused_before_anything_is_done(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(InvalidField, match=re.escape(f"{tmp_path / name} is there already: choose another --out, or --force")):
+    with pytest.raises(InvalidField, match=re.escape(f"{tmp_path / name} is there already: choose another `out`, or `force`")):
         WholeFiles(tmp_path)
     assert names(tmp_path) == [name]
 

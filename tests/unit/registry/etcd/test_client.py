@@ -106,7 +106,7 @@ def test_no_status_of_grpc_gets_out_as_it_is(code: grpc.StatusCode, details: str
         (Status.PERMISSION_DENIED, "etcdserver: permission denied", EtcdRefused, "grant the user's role"),
         (Status.INVALID_ARGUMENT, "etcdserver: authentication failed, invalid user ID or password", EtcdRefused, "credentials"),
         (Status.INVALID_ARGUMENT, "etcdserver: user name is empty", EtcdRefused, "credentials"),
-        (Status.FAILED_PRECONDITION, "etcdserver: authentication is not enabled", EtcdRefused, "leave out --user"),
+        (Status.FAILED_PRECONDITION, "etcdserver: authentication is not enabled", EtcdRefused, "leave out `user`"),
         (Status.INVALID_ARGUMENT, "etcdserver: duplicate key given in txn request", EtcdRefused, "refuses the request: duplicate"),
         (Status.UNAUTHENTICATED, "etcdserver: invalid auth token", EtcdUnavailable, "token"),
         (Status.INVALID_ARGUMENT, "etcdserver: revision of auth store is old", EtcdUnavailable, "token"),

@@ -72,7 +72,7 @@ def test_an_address_that_is_none_is_refused_with_an_example(text: str) -> None:
     "text", ["root:hunter2@h:1", "https://root:hunter2@h:1", "https://root:hunter2,hunter2@h:1,g:2", ["root:hunter2", "@h:1"]]
 )
 def test_a_password_in_an_address_is_refused_and_not_shown(text: str | list[str]) -> None:
-    with pytest.raises(InvalidField, match=r"etcd endpoint '…@h:1.*' is not valid: the user goes into --user") as caught:
+    with pytest.raises(InvalidField, match=r"etcd endpoint '…@h:1.*' is not valid: the user goes into `user`") as caught:
         parse_endpoints(text)
     assert "hunter2" not in str(caught.value)
 

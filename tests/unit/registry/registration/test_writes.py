@@ -75,7 +75,8 @@ def test_a_rank_that_is_held_is_a_conflict_that_names_the_holder(etcd: FakeEtcd)
     holder = a_record(incarnation=OTHER_INCARNATION, host="node-9", pid=99)
     put(etcd, holder)
     with pytest.raises(
-        RankConflict, match=r"already registered \(host node-9, pid 99, since 2026-01-02.*engines evict qwen"
+        RankConflict,
+        match=r"already registered \(host node-9, pid 99, since 2026-01-02.*end its registration with `Registry.evict`",
     ) as caught:
         claim(etcd, OURS, PARTS, etcd.grant(10))
     assert caught.value.details == {
@@ -84,6 +85,8 @@ def test_a_rank_that_is_held_is_a_conflict_that_names_the_holder(etcd: FakeEtcd)
         "pid": 99,
         "since": holder.registered_at,
         "incarnation": OTHER_INCARNATION,
+        "instance": "qwen",
+        "rank": 0,
     }
     assert found(etcd) == holder
 

@@ -1,0 +1,40 @@
+"""What errors of the library say, in terms of the command line: options in place of parameters, commands in place of calls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_WORDS = {
+    "allow_anonymous": "--allow-anonymous",
+    "cacert": "--cacert",
+    "cert": "--cert",
+    "connections_per_address": "--connections-per-address",
+    "endpoints": "--etcd",
+    "force": "--force",
+    "host": "--host",
+    "key": "--key",
+    "out": "--out",
+    "password": "ENGINES_ETCD_PASSWORD",
+    "port": "--port",
+    "seed_url": "--seed",
+    "shards": "--shard, --shards or --whole",
+    "token": "a token in ENGINES_GATEWAY_TOKEN",
+    "user": "--user",
+    "world_size": "--world-size",
+    "Registry.evict": "`engines evict`",
+    "Registry.instances()": "`engines list`",
+}
+_QUOTED = re.compile(r"`([A-Za-z_.()]+)`")
+
+
+def in_options(text: str, details: Mapping[str, Any] | None = None) -> str:
+    """The text with our options and commands for the parameters and calls that stand in it in backticks.
+
+    `details` are those of the error that says it: a command is then told with its arguments.
+    """
+    words = dict(_WORDS)
+    if details and "instance" in details and "rank" in details:
+        words["Registry.evict"] = f"`engines evict {details['instance']} --rank {details['rank']}`"
+    return _QUOTED.sub(lambda found: words.get(found[1], found[0]), text)

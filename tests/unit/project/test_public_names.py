@@ -1,0 +1,58 @@
+"""The public names of the packages: what a type checker sees is what there is, and importing a package is quick."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import engine_loader
+import engine_registry
+
+PACKAGES = [engine_registry, engine_loader]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_a_type_checker_sees_the_names_that_there_are_and_where(package: object) -> None:
+    path = inspect.getfile(package)  # type: ignore[arg-type]
+    imports = [node for node in ast.walk(ast.parse(Path(path).read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+    name = package.__name__  # type: ignore[attr-defined]
+    seen = {alias.name: str(node.module) for node in imports for alias in node.names if str(node.module).startswith(name)}
+    assert seen == {public: f"{name}.{module}" for public, module in package._MODULE_OF.items()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_every_public_name_can_be_had_from_the_package(package: object) -> None:
+    for public in package._MODULE_OF:  # type: ignore[attr-defined]
+        assert getattr(package, public) is not None
+        assert public in dir(package)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        package.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_every_error_is_public(package: object) -> None:
+    errors = importlib.import_module(f"{package.__name__}.errors")  # type: ignore[attr-defined]
+    own = {name for name, kind in vars(errors).items() if inspect.isclass(kind) and kind.__module__ == errors.__name__}
+    assert {name for name in own if issubclass(getattr(errors, name), Exception)} <= set(package._MODULE_OF)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("first", ["engine_loader.loading.load", "engine_loader.publishing.publish", "engine_loader"])
+def test_a_function_is_had_whatever_was_imported_before(first: str) -> None:
+    """A module that is imported becomes an attribute of its package, in place of a function of its name."""
+    code = f"import {first}; from engine_loader import load, publish; assert callable(load); assert callable(publish)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_the_packages_and_their_errors_brings_neither_torch_nor_grpc() -> None:
+    code = (
+        "import sys, engine_registry, engine_loader; from engine_loader import TornRead; from engine_registry import EtcdError; "
+        "print(*sys.modules)"
+    )
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert {"torch", "grpc", "etcd3", "mooncake", "numpy", "prometheus_client"} & set(modules) == set()
