@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,15 @@ def test_a_start_that_fails_leaves_no_process_and_no_folder(stuck: str, tmp_path
         pytest.fail("it has started")
     assert (etcd.running, etcd.pid) == (False, 0)
     assert not Path(etcd.data_dir).exists()
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_to_others() -> None:
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = [free_port() for _ in range(20)]
+    assert all(20_000 <= port < given for port in ports)
+    for port in ports:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", port))
 
 
 _STUCK = """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import random
 import shutil
 import signal
 import socket
@@ -25,6 +26,8 @@ from engine_registry.errors import EtcdUnavailable, LocalEtcdFailed
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+
+_FIRST_PORT = 20_000  # above those of well-known servers and of transfer engines
 
 # The holder tells etcd's pid, so that etcd alone can be paused or killed, and ends when etcd does. The reader sees the end of
 # standard input when our process is gone.
@@ -59,9 +62,26 @@ def find_binary() -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket() as probe:
+    """A port that nobody listens on, for a server that is started next.
+
+    It is none that the kernel gives by itself, for a connection or to a server that asks for any: those are taken again at once.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    ports = range(_FIRST_PORT, _first_given_port())
+    for port in random.sample(ports, min(100, len(ports))):
+        with socket.socket(family) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    with socket.socket(family) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def _first_given_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return _FIRST_PORT
 
 
 class LocalEtcd:
