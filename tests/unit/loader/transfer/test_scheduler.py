@@ -18,6 +18,7 @@ from engine_loader.errors import Cancelled, EngineFailed, LoaderError, ReadFaile
 from engine_loader.planning.boxes import Lines
 from engine_loader.planning.plan import ReadOp
 from engine_loader.planning.reads import Span
+from engine_loader.transfer.clock import Clock, SystemClock
 from engine_loader.transfer.pace import pace_for
 from engine_loader.transfer.pipe import Source, Stock
 from engine_loader.transfer.scheduler import Transfer
@@ -95,7 +96,13 @@ class Bench:
     def read_with(self, reader: InProcessEngine) -> None:
         self.reader = self._stack.enter_context(reader)
 
-    def transfer(self, pace: Pace = PACE, on_progress: Callable[[Progress], None] | None = None, piece: int = NBYTES) -> Transfer:
+    def transfer(
+        self,
+        pace: Pace = PACE,
+        on_progress: Callable[[Progress], None] | None = None,
+        piece: int = NBYTES,
+        clock: Clock | None = None,
+    ) -> Transfer:
         self.reader.lend(Region(ctypes.addressof(self.dst), NBYTES))
         spans = [
             Span(
@@ -106,7 +113,14 @@ class Bench:
             for at in range(0, NBYTES, piece)
         ]
         return Transfer(
-            self.reader, spans, self.sources, pace, on_progress or self.progress.append, self.cancel, on_checked=self.see
+            self.reader,
+            spans,
+            self.sources,
+            pace,
+            on_progress or self.progress.append,
+            self.cancel,
+            on_checked=self.see,
+            clock=clock,
         )
 
     def staging(self, buffers: Buffers, pace: Pace = PACE, holders: Callable[[int], Sequence[int]] | None = None) -> Transfer:
@@ -955,3 +969,37 @@ def test_one_that_had_much_when_we_came_is_not_slow_for_that(bench: Bench, monke
     bench.source(delay_s=0.02)
     Shelf(bench).put(*range(CHUNKS))
     bench.run(bench.transfer(replace(PACE, depth=1, check_s=0.01)))
+
+
+# -- what never happens ----------------------------------------------------------------------------------------------------------
+
+
+class StandingClock(SystemClock):
+    """Its time stands still for as long as a transfer sleeps `stands_s`, so no source is late. Sleeping takes no time."""
+
+    def __init__(self, stands_s: float) -> None:
+        self._stands_s = stands_s
+        self._slept_s = 0.0
+
+    def now(self) -> float:
+        return max(0.0, self._slept_s - self._stands_s)
+
+    def sleep(self, seconds: float) -> None:
+        self._slept_s += seconds
+
+
+def test_a_transfer_that_has_lost_a_chunk_raises_instead_of_waiting_for_it(bench: Bench) -> None:
+    bench.source(delay_s=0.01)
+    transfer = bench.transfer()
+    transfer.step()
+    next(queue for queue in transfer._queues.values() if queue).pop()
+    with pytest.raises(LoaderError, match="expects 1[0-9] more chunks, and has a place for 1[0-9]"):
+        transfer.run()
+    bench.assert_nothing_is_in_flight()
+
+
+def test_a_transfer_in_which_nothing_happens_ends_although_nobody_is_late(bench: Bench) -> None:
+    bench.source(delay_s=1000.0)
+    transfer = bench.transfer(clock=StandingClock(stands_s=200.0))
+    with pytest.raises(LoaderError, match="nothing happens in a transfer that lacks 16 chunks, of which 14 are queued"):
+        transfer.run()
