@@ -91,6 +91,20 @@ def test_a_destination_is_filled_as_often_as_it_is_loaded_into(registry: Registr
             load(registry, engine, "a", rank=0, tensors=destination, shards={})
 
 
+def test_a_publication_says_which_version_and_content_it_serves(registry: Registry, new_engine: Callable[[], Engine]) -> None:
+    source = weights()
+    with offer(registry, new_engine(), source, version=4) as publication:
+        first = publication.content
+        report = load(registry, new_engine(), "a", rank=0, tensors=like(source))
+        assert (publication.version, publication.content) == (4, report.content)
+        assert repr(publication) == f"<Publication /engines/a/0: ready, version 4, content {first[:8]}…>"
+        with publication.update():
+            source["scale"].add_(1)
+        assert publication.version == 5
+        assert publication.content != first
+    assert repr(publication).startswith("<Publication /engines/a/0: closed, version 5")
+
+
 def test_two_ranks_are_resolved_together_and_each_loader_gets_its_own(registry: Registry, new_engine: Callable[[], Engine]) -> None:
     sources = [weights(1), weights(2)]
     with ExitStack() as stack:

@@ -81,6 +81,20 @@ class Publication:
     def registration(self) -> Registration:
         return self._registration
 
+    @property
+    def version(self) -> int:
+        """Of the weights as they were last registered: that of `publish`, and one more after each `update`."""
+        return self.record.version
+
+    @property
+    def content(self) -> str:
+        """What the weights are, as 32 hexadecimal digits: publications and loads with equal contents have the same bytes."""
+        return self.record.content
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self.record.state.value
+        return f"<Publication {self.record.key}: {state}, version {self.version}, content {self.content[:8]}…>"
+
     @contextmanager
     def update(self) -> Iterator[None]:
         """Change the weights in place inside this block. Readers that overlap with it notice; afterwards the version is one more.

@@ -45,7 +45,7 @@ class InstanceCleaned:
 class CleaningWatch:
     """Iterate as over a Watch; in between comes an InstanceCleaned for every instance that this process has cleaned up."""
 
-    def __init__(self, etcd: Etcd, watch: Watch, election: Election, grace_s: float, dry_run: bool = False) -> None:
+    def __init__(self, etcd: Etcd, watch: Watch, election: Election, grace_s: float, dry_run: bool) -> None:
         """`etcd` is the watch's: its calls end when the watch stops."""
         self._etcd = etcd
         self._watch = watch
