@@ -17,7 +17,7 @@ _WORLD = "all ranks"  # what is cut over the ranks themselves is cut over this
 _SAMPLE = '{"TENSOR": {"global_shape": [8, 16], "offsets": [4, 0]}}'
 
 
-class Box(NamedTuple):
+class Placement(NamedTuple):
     """The whole tensor's shape, and where the rank's part of it begins."""
 
     global_shape: tuple[int, ...]
@@ -53,7 +53,7 @@ def parse_cut(text: str, places: Places, rank: int, world_size: int) -> Cut:
     return Cut(parts[1], int(parts[2]), axis, index, count, text)
 
 
-def read_boxes(path: Path) -> dict[str, Box]:
+def read_boxes(path: Path) -> dict[str, Placement]:
     """What a file of `--shards` says."""
     try:
         data = json.loads(path.read_bytes(), object_pairs_hook=_each_once)
@@ -74,18 +74,18 @@ def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _box(name: str, value: Any) -> Box:
+def _box(name: str, value: Any) -> Placement:
     if not isinstance(value, dict) or value.keys() != {"global_shape", "offsets"}:
         raise ValueError(f"{name!r} does not have the fields global_shape and offsets, and no others")
     for field, numbers in value.items():
         if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(f"{field} of {name!r} is no list of natural numbers")
-    return Box(tuple(value["global_shape"]), tuple(value["offsets"]))
+    return Placement(tuple(value["global_shape"]), tuple(value["offsets"]))
 
 
 def boxes_of(
-    shapes: Mapping[str, tuple[int, ...]], cuts: Sequence[Cut], listed: Mapping[str, Box], *, whole: bool
-) -> dict[str, Box]:
+    shapes: Mapping[str, tuple[int, ...]], cuts: Sequence[Cut], listed: Mapping[str, Placement], *, whole: bool
+) -> dict[str, Placement]:
     """The box of each tensor that has one. The tensors that nothing is said of are whole, if `whole` or if anything is said of any.
 
     InvalidField says which option does not fit the tensors.
@@ -106,7 +106,7 @@ def boxes_of(
             raise InvalidField(f"tensor {name!r} is in --shards and matches --shard {some[0].text!r}: say it once", field="shards")
         boxes[name] = _sliced(name, shapes[name], some)
     if whole or cuts or listed:
-        boxes = {name: Box(shape, (0,) * len(shape)) for name, shape in shapes.items()} | boxes
+        boxes = {name: Placement(shape, (0,) * len(shape)) for name, shape in shapes.items()} | boxes
     return boxes
 
 
@@ -115,7 +115,7 @@ def _for_example(shapes: Mapping[str, object]) -> str:
     return f" (the first is {first!r})" if first is not None else ""
 
 
-def _sliced(name: str, shape: tuple[int, ...], cuts: Sequence[Cut]) -> Box:
+def _sliced(name: str, shape: tuple[int, ...], cuts: Sequence[Cut]) -> Placement:
     whole, offsets = list(shape), [0] * len(shape)
     seen: dict[int | str, Cut] = {}
     for cut in cuts:
@@ -132,10 +132,10 @@ def _sliced(name: str, shape: tuple[int, ...], cuts: Sequence[Cut]) -> Box:
                     field="shard",
                 )
         whole[dim], offsets[dim] = shape[dim] * cut.count, shape[dim] * cut.index
-    return Box(tuple(whole), tuple(offsets))
+    return Placement(tuple(whole), tuple(offsets))
 
 
-def _checked(name: str, box: Box, shapes: Mapping[str, tuple[int, ...]]) -> Box:
+def _checked(name: str, box: Placement, shapes: Mapping[str, tuple[int, ...]]) -> Placement:
     if name not in shapes:
         raise InvalidField(f"--shards has the tensor {name!r}, which --weights lacks: correct the name", field="shards")
     shape = shapes[name]

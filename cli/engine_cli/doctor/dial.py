@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import time
 from dataclasses import dataclass
@@ -60,14 +59,6 @@ def _addresses(host: str, port: int, limit_s: float) -> list[Any]:
         return list(within(limit_s, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
     except UnicodeError as exc:
         raise OSError(str(exc)) from exc
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the address means another machine on every machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def host_and_port(session_id: str) -> tuple[str, int] | None:

@@ -8,8 +8,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from engine_cli.doctor.dial import Dialled, Trouble, dial, is_loopback
+from engine_cli.doctor.dial import Dialled, Trouble, dial
 from engine_cli.doctor.finding import Finding, Status, duration, fail, ok, told, warn
+from engine_registry.schema.address import is_loopback
 
 if TYPE_CHECKING:
     from engine_registry.etcd.admin import Member, MemberStatus

@@ -7,8 +7,9 @@ import resource
 import socket
 from collections.abc import Iterator, Sequence
 
-from engine_cli.doctor.dial import Trouble, dial, is_loopback
+from engine_cli.doctor.dial import Trouble, dial
 from engine_cli.doctor.finding import Finding, Status, duration, fail, ok, warn
+from engine_registry.schema.address import is_loopback
 
 _FEW_FILES = 1024  # a loader has five for each peer, and more
 _LIMIT_S = 1.5

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 from engine_cli.doctor.child import Died, Fact, Late, Probe
-from engine_cli.doctor.dial import Dialled, Trouble, dial, host_and_port, is_loopback
+from engine_cli.doctor.dial import Dialled, Trouble, dial, host_and_port
 from engine_cli.doctor.engine import IMPORT_S
 from engine_cli.doctor.finding import Finding, Status, duration, fail, ok, skipped, warn
 from engine_cli.doctor.runner import at_once
+from engine_registry.schema.address import is_loopback
 
 if TYPE_CHECKING:
     from engine_registry.etcd.client import Etcd

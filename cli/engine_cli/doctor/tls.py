@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine_cli.doctor.dial import is_loopback
 from engine_cli.doctor.finding import Finding, fail, ok, warn
+from engine_registry.schema.address import is_loopback
 
 if TYPE_CHECKING:
     from engine_registry.etcd.config import Endpoint, EtcdConfig

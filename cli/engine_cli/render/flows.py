@@ -13,7 +13,7 @@ from engine_registry import InstanceStatus, ModelIdentity, Pull, RankRecord, Ran
 
 
 @dataclass(frozen=True)
-class Progress:
+class Arrived:
     """In bytes; never more than all."""
 
     nbytes: int
@@ -32,7 +32,7 @@ class Line:
     name: str
     parent: str
     record: RankRecord | None
-    progress: Progress | None
+    progress: Arrived | None
     again: bool = False
 
 
@@ -56,7 +56,7 @@ class Flows:
         """What the rank reads itself."""
         return self.by_reader.get(record.incarnation, ())
 
-    def progress(self, record: RankRecord) -> Progress | None:
+    def progress(self, record: RankRecord) -> Arrived | None:
         """How far the rank's load is; None where it has none, or has not said."""
         return progress_of(self.reads(record))
 
@@ -142,13 +142,13 @@ def source_of(pull: Pull) -> str:
     return f"{pull.instance}/{pull.rank}"
 
 
-def progress_of(pulls: Sequence[Pull]) -> Progress | None:
+def progress_of(pulls: Sequence[Pull]) -> Arrived | None:
     """Of one who reads: what its newest ticket says that says anything."""
     told = [pull for pull in pulls if pull.total_nbytes]
     if not told:
         return None
     newest = max(told, key=lambda pull: (pull.create_revision, pull.nbytes))
-    return Progress(min(newest.nbytes, newest.total_nbytes), newest.total_nbytes)
+    return Arrived(min(newest.nbytes, newest.total_nbytes), newest.total_nbytes)
 
 
 def percent(fraction: float) -> str:

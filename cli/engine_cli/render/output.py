@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from engine_cli.render.flows import Flows, Line, Progress, name_of, percent, progress_of, source_of
+from engine_cli.render.flows import Arrived, Flows, Line, name_of, percent, progress_of, source_of
 from engine_cli.render.printable import printable
 from engine_cli.render.tables import print_json as print_json
 from engine_cli.render.tables import print_table as print_table
@@ -114,7 +114,7 @@ def pull_json(pull: Pull) -> dict[str, Any]:
     }
 
 
-def progress_json(progress: Progress | None) -> dict[str, int] | None:
+def progress_json(progress: Arrived | None) -> dict[str, int] | None:
     return {"nbytes": progress.nbytes, "total_nbytes": progress.total_nbytes} if progress else None
 
 
@@ -173,7 +173,7 @@ def instance_state(status: InstanceStatus, loaded: float | None) -> str:
     return _loading(loaded) if loading else status.state.value
 
 
-def rank_state(record: RankRecord, progress: Progress | None) -> str:
+def rank_state(record: RankRecord, progress: Arrived | None) -> str:
     return _loading(progress.fraction if progress else None) if record.state is RankState.LOADING else record.state.value
 
 
@@ -234,7 +234,7 @@ TENSOR_COLUMNS = ("TENSOR", "DTYPE", "SHAPE", "SIZE", "BOX")
 FLOW_COLUMNS = ("READS FROM", "READ BY")
 
 
-def rank_row(record: RankRecord, progress: Progress | None = None) -> list[str]:
+def rank_row(record: RankRecord, progress: Arrived | None = None) -> list[str]:
     return [
         str(record.rank),
         rank_state(record, progress),

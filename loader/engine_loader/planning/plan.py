@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from engine_loader.collector import collector_paused
 from engine_loader.errors import WeightsMismatch, listed
 from engine_loader.planning.coverage import check_coverage
 from engine_loader.planning.matching import Offers, Origin
 from engine_loader.planning.reads import Costs, Span, Srcs, coalesce, cut_lines, gather
 from engine_loader.planning.tied import stand_ins
+from engine_registry.collector import collector_paused
 from engine_registry.schema.manifest import Manifest, TensorEntry
 
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engine_loader.collector import collector_paused
 from engine_loader.errors import DigestsMissing, LoaderError, SourceLost, WeightsMismatch
 from engine_loader.planning.matching import needed
 from engine_loader.planning.plan import Planner, refuse
@@ -49,7 +48,6 @@ class Selection:
         self._session_id = session_id
         self.gone: list[RankRecord] = []
 
-    @collector_paused
     def choose(self, found: Found) -> Choice:
         """From the first group that has all that is wanted.
 

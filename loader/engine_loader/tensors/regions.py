@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from engine_loader.collector import collector_paused
 from engine_loader.errors import TensorsUnusable, listed
 from engine_loader.tensors.cuda import to_register
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.usable import unusable, unusable_name
+from engine_registry.collector import collector_paused
 from engine_registry.errors import InvalidField
 from engine_registry.schema.manifest import Manifest, Region, TensorEntry, dense_strides
 from engine_registry.schema.numbers import whole

@@ -262,11 +262,6 @@ class Etcd:
         client, call = self._call(begin)
         return WatchStream(self, client, call, requests, timed=timeout_s is not None)
 
-    def compact(self, revision: int) -> None:
-        """Forgets the history before `revision`."""
-        request = pb.CompactionRequest(revision=revision, physical=True)
-        self._unary("KV", "Compact", request)
-
     # -- what an operator asks -----------------------------------------------------------------------------------------------
 
     def member(self) -> MemberStatus:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from engine_registry.collector import collector_paused
 from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from engine_registry.schema.printable import is_unicode, short
 from engine_registry.schema.record import ManifestRef
@@ -122,6 +123,7 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
     return ref, parts
 
 
+@collector_paused
 def decode(owner: str, ref: ManifestRef, parts: Sequence[bytes]) -> Manifest:
     """The manifest of the rank whose record is at `owner`; RecordDamaged says what is wrong with it."""
     stored = b"".join(parts)

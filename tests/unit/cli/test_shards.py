@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from engine_cli.shards import Box, boxes_of, parse_cut, read_boxes
+from engine_cli.shards import Placement, boxes_of, parse_cut, read_boxes
 from engine_registry.errors import InvalidField
 
 SHAPES = {"a.q": (4, 6), "a.o": (4, 6), "norm": (6,), "scale": ()}
-WHOLE = {"a.q": Box((4, 6), (0, 0)), "a.o": Box((4, 6), (0, 0)), "norm": Box((6,), (0,)), "scale": Box((), ())}
+WHOLE = {
+    "a.q": Placement((4, 6), (0, 0)),
+    "a.o": Placement((4, 6), (0, 0)),
+    "norm": Placement((6,), (0,)),
+    "scale": Placement((), ()),
+}
 
 
 def boxes(
-    *cuts: str, places: dict[str, tuple[int, int]] | None = None, listed: dict[str, Box] | None = None, whole: bool = False
-) -> dict[str, Box]:
+    *cuts: str, places: dict[str, tuple[int, int]] | None = None, listed: dict[str, Placement] | None = None, whole: bool = False
+) -> dict[str, Placement]:
     """On rank 1 of 3."""
     return boxes_of(SHAPES, [parse_cut(text, places or {}, 1, 3) for text in cuts], listed or {}, whole=whole)
 
@@ -32,20 +37,20 @@ def test_whole_tensors_are_their_own_boxes() -> None:
 
 
 def test_without_a_topology_a_slice_is_that_of_the_rank() -> None:
-    assert boxes("a.q:0") == {**WHOLE, "a.q": Box((12, 6), (4, 0))}
+    assert boxes("a.q:0") == {**WHOLE, "a.q": Placement((12, 6), (4, 0))}
 
 
 def test_with_tensor_parallelism_a_slice_is_that_of_the_place_there() -> None:
-    assert boxes("a.q:0", places={"tp": (1, 2), "pp": (0, 3)})["a.q"] == Box((8, 6), (4, 0))
-    assert boxes("a.q:0", places={"pp": (0, 3)})["a.q"] == Box((12, 6), (4, 0))
+    assert boxes("a.q:0", places={"tp": (1, 2), "pp": (0, 3)})["a.q"] == Placement((8, 6), (4, 0))
+    assert boxes("a.q:0", places={"pp": (0, 3)})["a.q"] == Placement((12, 6), (4, 0))
 
 
 def test_a_slice_may_be_over_another_axis() -> None:
-    assert boxes("a.q:0:ep", places={"tp": (1, 2), "ep": (3, 4)})["a.q"] == Box((16, 6), (12, 0))
+    assert boxes("a.q:0:ep", places={"tp": (1, 2), "ep": (3, 4)})["a.q"] == Placement((16, 6), (12, 0))
 
 
 def test_a_pattern_matches_several_tensors_and_a_dimension_counts_from_the_end_too() -> None:
-    assert boxes("a.*:-1") == {**WHOLE, "a.q": Box((4, 18), (0, 6)), "a.o": Box((4, 18), (0, 6))}
+    assert boxes("a.*:-1") == {**WHOLE, "a.q": Placement((4, 18), (0, 6)), "a.o": Placement((4, 18), (0, 6))}
 
 
 def test_patterns_heed_case_and_may_hold_colons_and_classes() -> None:
@@ -56,7 +61,7 @@ def test_patterns_heed_case_and_may_hold_colons_and_classes() -> None:
 
 
 def test_a_tensor_may_be_cut_along_two_dimensions_over_two_axes() -> None:
-    assert boxes("a.q:0:ep", "*.q:1", places={"tp": (1, 2), "ep": (3, 4)})["a.q"] == Box((16, 12), (12, 6))
+    assert boxes("a.q:0:ep", "*.q:1", places={"tp": (1, 2), "ep": (3, 4)})["a.q"] == Placement((16, 12), (12, 6))
 
 
 def test_the_same_twice_is_once() -> None:
@@ -99,16 +104,16 @@ def test_a_pattern_for_a_rank_without_tensors_is_refused() -> None:
 # -- boxes from a file -----------------------------------------------------------------------------------------------------------
 
 
-def listed(tmp_path: Path, text: str) -> dict[str, Box]:
+def listed(tmp_path: Path, text: str) -> dict[str, Placement]:
     (tmp_path / "boxes.json").write_text(text)
     return read_boxes(tmp_path / "boxes.json")
 
 
 def test_a_file_gives_the_boxes_of_some_tensors_and_the_others_are_whole(tmp_path: Path) -> None:
     found = listed(tmp_path, '{"a.q": {"global_shape": [11, 6], "offsets": [7, 0]}, "scale": {"global_shape": [], "offsets": []}}')
-    assert found == {"a.q": Box((11, 6), (7, 0)), "scale": Box((), ())}
-    assert boxes(listed=found) == {**WHOLE, "a.q": Box((11, 6), (7, 0))}
-    assert boxes("a.o:1", listed=found) == {**WHOLE, "a.q": Box((11, 6), (7, 0)), "a.o": Box((4, 18), (0, 6))}
+    assert found == {"a.q": Placement((11, 6), (7, 0)), "scale": Placement((), ())}
+    assert boxes(listed=found) == {**WHOLE, "a.q": Placement((11, 6), (7, 0))}
+    assert boxes("a.o:1", listed=found) == {**WHOLE, "a.q": Placement((11, 6), (7, 0)), "a.o": Placement((4, 18), (0, 6))}
 
 
 @pytest.mark.parametrize(
@@ -144,17 +149,17 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "box", "message"),
     [
-        ("b", Box((1,), (0,)), "--shards has the tensor 'b', which --weights lacks"),
-        ("a.q", Box((4, 6), (1, 0)), r"tensor 'a\.q' at \[1, 0\] of \[4, 6\]: its shape \[4, 6\] does not fit in there"),
-        ("a.q", Box((24,), (0,)), "does not fit in there"),
-        ("a.q", Box((4, 6), (0,)), "does not fit in there"),
+        ("b", Placement((1,), (0,)), "--shards has the tensor 'b', which --weights lacks"),
+        ("a.q", Placement((4, 6), (1, 0)), r"tensor 'a\.q' at \[1, 0\] of \[4, 6\]: its shape \[4, 6\] does not fit in there"),
+        ("a.q", Placement((24,), (0,)), "does not fit in there"),
+        ("a.q", Placement((4, 6), (0,)), "does not fit in there"),
     ],
 )
-def test_boxes_that_do_not_fit_the_tensors_are_refused(name: str, box: Box, message: str) -> None:
+def test_boxes_that_do_not_fit_the_tensors_are_refused(name: str, box: Placement, message: str) -> None:
     with pytest.raises(InvalidField, match=message):
         boxes(listed={name: box})
 
 
 def test_a_tensor_is_named_by_one_option_only() -> None:
     with pytest.raises(InvalidField, match=r"tensor 'a\.q' is in --shards and matches --shard 'a\.\*:0': say it once"):
-        boxes("a.*:0", listed={"a.q": Box((8, 6), (0, 0))})
+        boxes("a.*:0", listed={"a.q": Placement((8, 6), (0, 0))})

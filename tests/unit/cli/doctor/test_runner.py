@@ -13,13 +13,14 @@ import pytest
 from engine_cli.commands.doctor import PROTOCOLS, summary
 from engine_cli.doctor import child
 from engine_cli.doctor.child import Died, Late, Probe
-from engine_cli.doctor.dial import Trouble, dial, host_and_port, is_loopback
+from engine_cli.doctor.dial import Trouble, dial, host_and_port
 from engine_cli.doctor.finding import Finding, Status, duration, fail, ok, told, warn
 from engine_cli.doctor.runner import Check, Once, Skip, at_once, run_all, within
 from engine_cli.render.tables import print_table
 from engine_cli.runtime.children import python
 from engine_registry.errors import EtcdFull, EtcdRefused
 from engine_registry.schema import record
+from engine_registry.schema.address import is_loopback
 from tests.support.waiting import wait_until
 
 HANG_S = 0.05

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_cli.render.flows import Flows, Line, Progress, percent
+from engine_cli.render.flows import Arrived, Flows, Line, percent
 from engine_cli.render.output import (
     instance_row,
     instance_state,
@@ -61,7 +61,7 @@ def drawn(flows: Flows | list[Line]) -> list[str]:
 
 def test_a_rank_is_as_far_as_its_ticket_says() -> None:
     flows = Flows([A, B, C], [pull("a/0", "b/0", 63)])
-    assert flows.progress(B) == Progress(63, 100)
+    assert flows.progress(B) == Arrived(63, 100)
     assert [flows.progress(other) for other in (A, C)] == [None, None]
     assert [each.load_id for each in flows.readers(A)] == [each.load_id for each in flows.reads(B)] == ["b.0-0"]
     assert (flows.readers(B), flows.reads(A)) == ((), ())
@@ -70,12 +70,12 @@ def test_a_rank_is_as_far_as_its_ticket_says() -> None:
 def test_of_several_tickets_the_newest_counts_that_says_anything() -> None:
     """The last try of a load, and not what one before has left."""
     pulls = [pull("a/0", "b/0", 90, revision=3), pull("c/0", "b/0", 20, revision=5), pull("d/0", "b/0", 0, of=0, revision=8)]
-    assert Flows([B], pulls).progress(B) == Progress(20, 100)
+    assert Flows([B], pulls).progress(B) == Arrived(20, 100)
     assert Flows([B], pulls[2:]).progress(B) is None
 
 
 def test_nobody_is_further_than_complete() -> None:
-    assert Flows([B], [pull("a/0", "b/0", 500)]).progress(B) == Progress(100, 100)
+    assert Flows([B], [pull("a/0", "b/0", 500)]).progress(B) == Arrived(100, 100)
     assert [percent(fraction) for fraction in (0, 0.29, 0.999, 1)] == ["0 %", "29 %", "99 %", "100 %"]
 
 
@@ -97,7 +97,7 @@ def test_an_instance_is_loaded_by_what_its_ranks_have_of_their_weights() -> None
 def test_without_a_ticket_it_is_not_known_how_much_is_loaded() -> None:
     nothing = Flows([A, B], [])
     assert instance_state(assess("b", [B]), nothing.loaded(assess("b", [B]))) == "loading"
-    assert (rank_state(B, None), rank_state(A, Progress(1, 2))) == ("loading", "ready")
+    assert (rank_state(B, None), rank_state(A, Arrived(1, 2))) == ("loading", "ready")
     assert instance_state(assess("a", [A]), nothing.loaded(assess("a", [A]))) == "degraded"
     empty = rank("b/0", loading=True, manifest=ManifestRef("x", 1, 0, 0))
     assert Flows([empty], [pull("a/0", "b/0", 1)]).loaded(assess("b", [empty])) is None

@@ -993,7 +993,7 @@ def test_a_transfer_that_has_lost_a_chunk_raises_instead_of_waiting_for_it(bench
     transfer = bench.transfer()
     transfer.step()
     next(queue for queue in transfer._queues.values() if queue).pop()
-    with pytest.raises(LoaderError, match="expects 1[0-9] more chunks, and has a place for 1[0-9]"):
+    with pytest.raises(LoaderError, match=r"expects 1[0-9] more chunks, and has a place for 1[0-9]"):
         transfer.run()
     bench.assert_nothing_is_in_flight()
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine_loader.collector import collector_paused
+from engine_registry.collector import collector_paused
 
 
 @pytest.fixture(autouse=True)
