@@ -1,0 +1,37 @@
+"""What users install: the three packages, and nothing of the checkout beside them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkout import ROOT
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_a_wheel_holds_the_three_packages_and_every_module_of_them(wheel: zipfile.ZipFile) -> None:
+    tops = Counter(Path(name).parts[0] for name in wheel.namelist() if ".dist-info/" not in name)
+    assert set(tops) == {"engine_cli", "engine_loader", "engine_registry"}
+    for package, folder in (("engine_registry", "registry"), ("engine_loader", "loader"), ("engine_cli", "cli")):
+        here = {str(path.relative_to(ROOT / folder)) for path in (ROOT / folder / package).rglob("*.py")}
+        assert here == {name for name in wheel.namelist() if name.startswith(f"{package}/") and name.endswith(".py")}
+        assert f"{package}/py.typed" in wheel.namelist()
+
+
+def test_a_wheel_has_one_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
+    (info,) = {Path(name).parts[0] for name in wheel.namelist() if ".dist-info/" in name}
+    assert wheel.read(f"{info}/entry_points.txt").decode().strip() == "[console_scripts]\nengines = engine_cli.main:main"
+    assert f"{info}/licenses/LICENSE" in wheel.namelist()
