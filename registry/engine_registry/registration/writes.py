@@ -34,6 +34,7 @@ DIED = "process ended"
 EVICTED = "evicted"
 # A rank that offered what an evicted source had brought. Whoever read from it has bytes that do not count either.
 SOURCE_EVICTED = "its source was evicted"
+ENDINGS = (WITHDRAWN, DIED, EVICTED, SOURCE_EVICTED)  # all that a record's `ended` can say
 
 _SIBLINGS = 8  # looked at first; all only if none of these is alive
 

@@ -22,12 +22,13 @@ LOSSES = {  # by the reason that RankLost gives
     "withdrawn": "withdrawn",
     "process ended": "process_ended",
     "evicted": "evicted",
+    "its source was evicted": "source_evicted",
     "lease expired or key deleted": "lease_expired",
     "replaced by another process": "replaced",
     "record damaged": "damaged",
 }
 
-# -- as a watch sees it: see registry.watch_metrics ------------------------------------------------------------------------------
+# -- as a watch sees it: see watching.metrics ------------------------------------------------------------------------------
 
 RANKS = Gauge("engines_registry_ranks", "Ranks that are registered.", ["instance", "state"])
 RANKS_EXPECTED = Gauge("engines_registry_ranks_expected", "Ranks that the instance has when it is complete.", ["instance"])

@@ -48,7 +48,8 @@ class RankUpdated:
 
 @dataclass(frozen=True)
 class RankLost:
-    """`record` is the last one; `reason` is why: withdrawn, process ended, evicted, lease expired or key deleted, replaced."""
+    """`record` is the last one. `reason` is why: withdrawn, process ended, evicted, its source was evicted, lease expired or key
+    deleted, replaced by another process, record damaged."""
 
     record: RankRecord
     reason: str

@@ -33,6 +33,7 @@ from engine_registry import (
 )
 from engine_registry.pulls import PullWatch
 from engine_registry.registration.keeper.link import KeeperLink
+from engine_registry.registration.writes import ENDINGS
 from engine_registry.schema.keys import pull_key
 from engine_registry.schema.keyvalue import Deletion, KeyValue
 from engine_registry.telemetry import meters, metrics
@@ -247,6 +248,10 @@ def test_a_loss_counts_once_by_its_reason_and_in_the_state_that_the_rank_had(cou
     lost = {reason: count for (reason,), count in series(counted, "engines_registry_ranks_lost_total").items() if count}
     assert lost == {"process_ended": 1, "other": 1}
     assert set(series(counted, "engines_registry_ranks").values()) == {0}
+
+
+def test_every_way_in_which_a_registration_ends_is_counted_by_its_name() -> None:
+    assert set(ENDINGS) <= set(metrics.LOSSES)
 
 
 @pytest.mark.parametrize("reason", metrics.LOSSES)
