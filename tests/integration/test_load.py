@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ import torch
 
 from engine_loader import Destination, Engine, InProcessEngine, MooncakeEngine, Pace, Progress, Publication, Shard, load, publish
 from engine_loader.engines.base import read
-from engine_loader.errors import LoaderError, SourceLost, TensorsUnusable, TornRead, WeightsMismatch
+from engine_loader.errors import Cancelled, LoaderError, SourceLost, TensorsUnusable, TornRead, WeightsMismatch
 from engine_loader.planning.plan import ReadOp
 from engine_loader.publishing.header import Header
 from engine_registry import ModelIdentity, RankState, Region, Registry
@@ -89,6 +90,16 @@ def test_a_destination_is_filled_as_often_as_it_is_loaded_into(registry: Registr
                 source["scale"].add_(1)
         with pytest.raises(InvalidField, match="give no shards besides"):
             load(registry, engine, "a", rank=0, tensors=destination, shards={})
+
+
+def test_a_load_that_is_cancelled_before_it_reads_says_that_nothing_is_complete(
+    registry: Registry, new_engine: Callable[[], Engine]
+) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    with offer(registry, new_engine(), weights()), pytest.raises(Cancelled) as cancelled:
+        load(registry, new_engine(), "a", rank=0, tensors=like(weights()), cancel=cancel)
+    assert cancelled.value.details["complete"] == []
 
 
 def test_a_publication_says_which_version_and_content_it_serves(registry: Registry, new_engine: Callable[[], Engine]) -> None:

@@ -183,6 +183,8 @@ class _Load:
             report = self._run_through()
         except BaseException as exc:
             metrics.LOADS.inc(metrics.outcome_of(exc))
+            if isinstance(exc, SourceLost | TornRead | Cancelled):
+                exc.details.setdefault("complete", [])
             if self.replica is not None:
                 self.replica.close()
             raise
@@ -462,7 +464,8 @@ class _Load:
         )
         what = str(exc) if isinstance(exc, Cancelled) else f"{_names(candidates)} could not be read to the end ({exc})"
         return type(exc)(
-            f"{what}; {held if arrivals.nbytes else 'no tensor is usable'}: load again, or from another instance",
+            f"{what}; {held if arrivals.nbytes else 'no tensor is usable'}",
+            "load again, or from another instance",
             key=candidates[0].record.key,
             sources=[candidate.record.key for candidate in candidates],
             complete=complete,
