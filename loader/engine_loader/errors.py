@@ -33,67 +33,67 @@ class LoaderError(EngineRegistryError):
 
 
 class EngineUnavailable(LoaderError):
-    pass
+    """The transfer engine cannot be imported or started: says what to install."""
 
 
 class EngineFailed(LoaderError):
-    pass
+    """The transfer engine refused a local request, such as registering memory."""
 
 
 class ReadFailed(LoaderError):
-    pass
+    """A peer's memory could not be read."""
 
 
 class TensorsUnusable(LoaderError):
-    pass
+    """Tensors that cannot be registered or filled as they are."""
 
 
 class MemoryInUse(LoaderError):
-    pass
+    """Their memory is published, or another load fills it."""
 
 
 class WeightsFileInvalid(LoaderError):
-    pass
+    """A file cannot be read as safetensors, or not be written."""
 
 
 class WeightsMismatch(LoaderError):
-    pass
+    """Source and destination differ in names, shapes, dtypes or boxes; nothing was read."""
 
 
 class SourceUnreachable(LoaderError):
-    pass
+    """There are sources, but none that this engine can read: says why for each."""
 
 
 class VersionUnavailable(LoaderError):
-    pass
+    """The version that was asked for is not served (any more)."""
 
 
 class SourceLost(LoaderError):
-    pass
+    """Every source went away before all was read and checked."""
 
 
 class SourceEvicted(SourceLost):
-    pass
+    """Somebody ended the source's registration: nothing that it brought counts."""
 
 
 class Stalled(SourceLost):
-    pass
+    """The last one is there, but nothing has come from it for too long."""
 
 
 class DigestMismatch(LoaderError):
-    pass
+    """Tensors are not what their source says they are."""
 
 
 class DigestsMissing(LoaderError):
-    pass
+    """Digests were asked for, but the source offers none."""
 
 
 class TornRead(LoaderError):
-    pass
+    """The source's weights changed while they were read, in every try."""
 
 
 class Cancelled(LoaderError):
-    pass
+    """The caller wanted it no longer."""
 
 
 def listed(problems: Sequence[str]) -> str:

@@ -53,91 +53,92 @@ class RegistryError(EngineRegistryError):
     """An error of `engine_registry`."""
 
     def to_wire(self) -> dict[str, Any]:
+        """For another process of ours, which reads it with `from_wire`."""
         return {"type": type(self).__name__, "what": self.what, "remedy": self.remedy, "details": self.details}
 
 
 class EtcdError(RegistryError):
-    pass
+    """Etcd did not do what was asked."""
 
 
 class EtcdUnavailable(EtcdError):
-    pass
+    """No endpoint answered in time, or what answers is not etcd."""
 
 
 class EtcdRefused(EtcdError):
-    pass
+    """Etcd answered no: credentials, permission, size."""
 
 
 class EtcdFull(EtcdRefused):
-    pass
+    """It has no space left (NOSPACE): reads, deletions and renewals pass, writes do not."""
 
 
 class AnswerTooLarge(EtcdRefused):
-    pass
+    """What it answers is more than one message may hold: ask for less at once."""
 
 
 class LeaseNotFound(EtcdError):
-    pass
+    """The lease has expired or was revoked."""
 
 
 class HistoryLost(EtcdError):
-    pass
+    """The watch cannot go on from where it was: compacted, or another store."""
 
 
 class InvalidField(RegistryError, ValueError):
-    pass
+    """A name or number outside its range (also a ValueError)."""
 
 
 class RecordDamaged(RegistryError):
-    pass
+    """What is stored under a key cannot be read."""
 
 
 class SchemaUnsupported(RecordDamaged):
-    pass
+    """It was written by a newer version."""
 
 
 class RankConflict(RegistryError):
-    pass
+    """Another process holds this rank."""
 
 
 class InstanceMismatch(RegistryError):
-    pass
+    """The rank disagrees with its siblings."""
 
 
 class InstanceNotFound(RegistryError):
-    pass
+    """No rank of the instance is registered."""
 
 
 class InstanceIncomplete(RegistryError):
-    pass
+    """Some ranks are missing or not consistent."""
 
 
 class RegistrationLost(RegistryError):
-    pass
+    """The registration has ended and will not come back."""
 
 
 class Evicted(RegistrationLost):
-    pass
+    """Somebody deleted it on purpose."""
 
 
 class Superseded(RegistrationLost):
-    pass
+    """A newer registration has taken its place."""
 
 
 class KeeperFailed(RegistryError):
-    pass
+    """The process that holds the lease cannot be started."""
 
 
 class GatewayFailed(RegistryError):
-    pass
+    """The HTTP gateway cannot be started."""
 
 
 class MetricsUnavailable(RegistryError):
-    pass
+    """Metrics were asked for, and prometheus_client is not installed."""
 
 
 class LocalEtcdFailed(RegistryError):
-    pass
+    """The embedded etcd cannot be started."""
 
 
 def from_wire(data: dict[str, Any]) -> RegistryError:

@@ -25,7 +25,8 @@ class Engine(Protocol):
         """Where peers find this engine."""
 
     @property
-    def protocol(self) -> str: ...
+    def protocol(self) -> str:
+        """How this engine reads: tcp, rdma, nvlink_intra, or a name of its own."""
 
     @property
     def fabric(self) -> str:

@@ -17,7 +17,7 @@ from functools import partial
 from types import TracebackType
 from typing import ClassVar
 
-from engine_loader.engines.base import session_of
+from engine_loader.engines.base import Engine, session_of
 from engine_loader.engines.lingering import Lingering
 from engine_loader.engines.region_book import RegionBook, Tiles
 from engine_loader.errors import EngineFailed, ReadFailed
@@ -37,7 +37,7 @@ class _Read:
     given_up: bool = False
 
 
-class InProcessEngine:
+class InProcessEngine(Engine):
     """A read is carried out when `done` asks for it, or when its peer is resumed: until then it is in flight."""
 
     _peers: ClassVar[weakref.WeakValueDictionary[str, InProcessEngine]] = weakref.WeakValueDictionary()

@@ -138,6 +138,7 @@ class EngineReader(StorageReader):
     # -- one version for all processes -------------------------------------------------------------------------------------------
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Puts into the plan which version and contents this process has found, so that all of a job load the same."""
         return replace(plan, storage_data=(self._known.version, self._known.contents))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:

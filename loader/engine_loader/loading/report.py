@@ -38,6 +38,7 @@ class LoadReport:
 
     @property
     def gb_per_s(self) -> float:
+        """Bytes of the tensors in 10^9 for each second of the whole load."""
         return self.nbytes / 1e9 / self.seconds if self.seconds else 0.0
 
     def facts(self) -> dict[str, object]:

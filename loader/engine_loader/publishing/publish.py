@@ -71,14 +71,17 @@ class Publication:
 
     @property
     def record(self) -> RankRecord:
+        """The record as the rank wants it in etcd."""
         return self._registration.record
 
     @property
     def state(self) -> RegistrationState:
+        """Whether the rank is registered, and what the caller must do."""
         return self._registration.state
 
     @property
     def registration(self) -> Registration:
+        """The handle on the registration, with the reason of a loss."""
         return self._registration
 
     @property

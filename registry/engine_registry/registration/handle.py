@@ -96,6 +96,7 @@ class Registration:
 
     @property
     def state(self) -> RegistrationState:
+        """What the rank must do now; see the members."""
         return self._state
 
     @property

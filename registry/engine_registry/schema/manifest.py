@@ -62,6 +62,7 @@ class Region:
 
     @property
     def end(self) -> int:
+        """The address behind the last byte."""
         return self.addr + self.nbytes
 
 
@@ -75,6 +76,8 @@ class DigestTable:
 
 @dataclass(frozen=True)
 class Manifest:
+    """The tensors of a rank, and the regions of memory that peers may read."""
+
     tensors: tuple[TensorEntry, ...]
     regions: tuple[Region, ...]
     digests: DigestTable | None = None
@@ -83,6 +86,7 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all tensors; tied tensors count for each name."""
         return sum(entry.nbytes for entry in self.tensors)
 
     @property

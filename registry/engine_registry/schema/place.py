@@ -29,6 +29,7 @@ class Place:
 
     @classmethod
     def of(cls, record: RankRecord) -> Place:
+        """The place of a registered rank."""
         return cls(record.rank, record.world_size, record.topology)
 
     def fits(self, other: Place) -> bool:

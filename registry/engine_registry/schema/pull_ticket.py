@@ -56,6 +56,7 @@ class Pull:
 
     @property
     def key(self) -> str:
+        """Where the ticket lies in etcd, without the namespace."""
         return pull_key(self.instance, self.rank, self.load_id)
 
     @property

@@ -198,10 +198,12 @@ class RankRecord:
 
     @property
     def key(self) -> str:
+        """Where the record lies in etcd, without the namespace."""
         return record_key(self.instance, self.rank)
 
     @property
     def holder(self) -> str:
+        """The process that registered, and since when, for a message."""
         return f"{self.process}, since {self.registered_at}"
 
     @property

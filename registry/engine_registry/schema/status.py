@@ -20,6 +20,8 @@ class InstanceState(str, Enum):
 
 @dataclass(frozen=True)
 class InstanceStatus:
+    """An instance as its records describe it. `missing` ranks and `problems` say why it is not ready."""
+
     instance: str
     state: InstanceState
     records: tuple[RankRecord, ...] = ()  # by rank
@@ -28,10 +30,12 @@ class InstanceStatus:
 
     @property
     def world_size(self) -> int:
+        """How many ranks the instance has when it is complete; 0 where none is registered."""
         return self.records[0].world_size if self.records else 0
 
     @property
     def model(self) -> ModelIdentity | None:
+        """Which weights the instance serves; None where no rank is registered."""
         return self.records[0].model if self.records else None
 
     @property
@@ -47,6 +51,7 @@ class InstanceStatus:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of the weights of all registered ranks."""
         return sum(record.manifest.nbytes for record in self.records)
 
     @property

@@ -138,6 +138,7 @@ class CleaningWatch:
         return self._watch.away
 
     def stop(self) -> None:
+        """Ends the iteration. May be called from any thread, and again."""
         self._watch.stop()
 
     def __enter__(self) -> CleaningWatch:

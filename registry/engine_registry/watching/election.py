@@ -47,6 +47,7 @@ class Election:
 
     @property
     def leading(self) -> bool:
+        """Whether this process leads now, by its own clock; never for longer than its lease lives."""
         return self._kept or time.monotonic() < self._leads_until
 
     @property
@@ -75,6 +76,7 @@ class Election:
             return bool(revision)
 
     def start(self) -> Election:
+        """Begins to campaign, in a thread. Returns the election itself."""
         self._thread.start()
         return self
 

@@ -37,11 +37,15 @@ _JOIN_S = 2.0  # for a callback that is still running; nothing else takes long
 
 @dataclass(frozen=True)
 class RankJoined:
+    """A rank has registered, or was there when the watch began."""
+
     record: RankRecord
 
 
 @dataclass(frozen=True)
 class RankUpdated:
+    """The record of a rank has changed: its state, its version, or what it holds."""
+
     record: RankRecord
     previous: RankRecord
 
@@ -57,16 +61,22 @@ class RankLost:
 
 @dataclass(frozen=True)
 class InstanceReady:
+    """All ranks of the instance are registered, agree, and can be read."""
+
     status: InstanceStatus
 
 
 @dataclass(frozen=True)
 class InstanceDegraded:
+    """Ranks of the instance are missing, disagree, or cannot be read now: `status` says which."""
+
     status: InstanceStatus
 
 
 @dataclass(frozen=True)
 class InstanceGone:
+    """The last rank of the instance has left."""
+
     status: InstanceStatus
 
 
@@ -285,6 +295,7 @@ class Watch:
 
     @property
     def stopped(self) -> bool:
+        """Whether `stop` was called, by anybody."""
         return self._stopped.is_set()
 
     @property
@@ -293,6 +304,7 @@ class Watch:
         return self._follower.away
 
     def stop(self) -> None:
+        """Ends the iteration, a `next` that waits, and the callbacks. May be called from any thread, and again."""
         self._stopped.set()
         self._follower.stop()
         self._etcd.close()

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,26 @@ def test_importing_the_packages_and_their_errors_brings_neither_torch_nor_grpc()
     )
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert {"torch", "grpc", "etcd3", "mooncake", "numpy", "prometheus_client"} & set(modules) == set()
+
+
+def undocumented(package: object) -> Iterator[str]:
+    """Public classes and functions, and their public methods and properties, without a docstring of their own or of a base."""
+    for public in package._MODULE_OF:  # type: ignore[attr-defined]
+        found = getattr(package, public)
+        if not (inspect.isclass(found) or inspect.isfunction(found)):
+            continue
+        if not found.__doc__ or found.__doc__.startswith(f"{public}("):  # what a dataclass writes by itself
+            yield public
+        if not inspect.isclass(found):
+            continue
+        for name in vars(found):
+            member = getattr(found, name)
+            if not name.startswith("_") and (callable(member) or isinstance(member, property)) and not inspect.getdoc(member):
+                inherited = [getattr(base, name, None) for base in found.__mro__[1:]]
+                if not any(inspect.getdoc(each) for each in inherited if each is not None):
+                    yield f"{public}.{name}"
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_every_public_name_has_a_docstring(package: object) -> None:
+    assert list(undocumented(package)) == []

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from types import TracebackType
 
-from engine_loader.engines.base import session_of
+from engine_loader.engines.base import Engine, session_of
 from engine_loader.engines.lingering import Lingering
 from engine_loader.engines.mooncake.binding import Binding
 from engine_loader.engines.mooncake.machine import check_host, rdma_devices, this_host
@@ -38,7 +38,7 @@ _SHARED = ("rdma",)  # protocols over which one engine reads from all peers
 _OPEN: weakref.WeakSet[MooncakeEngine] = weakref.WeakSet()
 
 
-class MooncakeEngine:
+class MooncakeEngine(Engine):
     """Mooncake's transfer engine with peer-to-peer handshake: no metadata server.
 
     It listens on all interfaces, and every peer that reaches it may read AND WRITE registered
