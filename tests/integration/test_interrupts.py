@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import signal
+import subprocess
 import sys
 import threading
 import uuid
@@ -43,8 +44,14 @@ def etcd(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Etcd]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["registration", "publication"])
 def test_a_rank_interrupted_at_random_moments_is_gone_once_it_is_closed(processes: Processes, kind: str) -> None:
-    process = processes.start("-m", "tests.support.processes.interrupt", kind, "0", "60")
-    out, err = process.communicate(timeout=280)
+    # Without coverage: an interrupt inside of its own code would leave its locks held.
+    program = ["-X", "faulthandler", "-m", "tests.support.processes.interrupt", kind, "0", "60"]
+    process = processes.start(*program, COVERAGE_PROCESS_CONFIG="")
+    try:
+        out, err = process.communicate(timeout=250)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # says where every thread is
+        pytest.fail(process.communicate()[1])
     assert process.returncode == 0, err
     lives = out.splitlines()
     assert len(lives) == 60
