@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import random
+import select
 import signal
 import sys
 import threading
@@ -29,12 +30,15 @@ GONE_S = 20.0  # less than the lease, so that a key which goes only with its lea
 
 
 def interrupted(call: Callable[[], object], waits_s: Sequence[float]) -> bool:
-    """Makes the call, and sends SIGINT after each wait for as long as the call takes."""
-    over = threading.Event()
+    """Makes the call, and sends SIGINT after each wait for as long as the call takes.
+
+    A byte in a pipe says that it is over: an Event that is interrupted while it is set keeps its lock for ever.
+    """
+    heard, over = os.pipe()
 
     def send() -> None:
         for wait_s in waits_s:
-            if over.wait(wait_s):
+            if select.select([heard], [], [], wait_s)[0]:
                 return
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -45,16 +49,19 @@ def interrupted(call: Callable[[], object], waits_s: Sequence[float]) -> bool:
             sender.start()
             call()
         finally:
-            over.set()
+            os.write(over, b".")
     except KeyboardInterrupt:
         was = True
     while True:
         try:
-            over.set()
+            os.write(over, b".")
             sender.join()
-            return was
+            break
         except KeyboardInterrupt:
             was = True
+    os.close(heard)
+    os.close(over)
+    return was
 
 
 class Life:
