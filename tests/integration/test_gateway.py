@@ -379,7 +379,7 @@ def test_a_client_from_the_network_learns_nothing_of_ports_that_it_names(
                 answer = httpx.put(f"{url}{REGISTER}", json=body)
                 answers.append((answer.status_code, answer.text, asked(url, rank=rank).status_code))
         assert set(answers) == {(403, answers[0][1], 404)}
-        for remedy in ("ENGINES_GATEWAY_TOKEN", "--allow-anonymous", "--seed"):
+        for remedy in ("`token`", "`allow_anonymous`", "`seed_url`"):
             assert remedy in answers[0][1]
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):

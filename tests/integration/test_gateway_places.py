@@ -110,6 +110,7 @@ def test_when_all_places_are_taken_the_connection_that_has_waited_longest_makes_
             return stack.enter_context(connected(gateway.port, f"127.0.0.{number}", sent))
 
         answered, *heads = [connect(number, HALF_A_HEAD) for number in range(10, 30)]
+        wait_until(lambda: len(gateway._guard._connections) == 20)  # all are taken in, and wait in this order
         answered.sendall(b"\r\n")
         assert answer(answered).startswith(b"HTTP/1.1 200")  # it waits again, since now
         newest = connect(30, HALF_A_HEAD)
@@ -133,7 +134,7 @@ def test_where_requests_hold_all_places_more_are_put_off_and_health_is_answered(
         for path in (GET, "/get_remote_instance_transfer_engine_info?rank=0"):
             put_off = ask(gateway.port, path, clients[0])
             assert (put_off.status_code, put_off.headers["Retry-After"]) == (503, "1")
-            assert "--connections-per-address" in put_off.text
+            assert "`connections_per_address`" in put_off.text
         assert ask(gateway.port, GET, GOOD).status_code == (404 if len(clients) == 1 else 503)
         for client in (clients[0], GOOD):
             assert ask(gateway.port, "/health", client).status_code == 200

@@ -91,7 +91,7 @@ def test_a_reader_of_the_other_family_is_told_why_it_cannot_read_and_how_it_can(
     served, speaks = family_of(host_of(session_id)), family_of(ours)
     code, said = ranks.load("--host", ours)
     assert code == Exit.INSTANCE
-    assert f"/engines/a/0 is served over {served}, this engine speaks {speaks}: give it an address of {served} (--host)" in said
+    assert f"/engines/a/0 is served over {served}, this engine speaks {speaks}: give it a --host of {served}" in said
     assert ranks.load("--host", theirs) == (0, "")
 
 

@@ -38,7 +38,7 @@ class Terminal:
         """`engines ARGS`, with this as its controlling terminal."""
         self.process = subprocess.Popen(
             [sys.executable, "-c", "import os; os.setsid(); os.close(os.open(os.ttyname(0), os.O_RDWR)); "
-             "import sys; os.execv(sys.executable, [sys.executable, '-m', 'cli', *sys.argv[1:]])", *args],
+             "import sys; os.execv(sys.executable, [sys.executable, '-m', 'engine_cli', *sys.argv[1:]])", *args],
             cwd=ROOT, stdin=self._theirs, stdout=self._theirs, stderr=self._theirs, env={**os.environ, "TERM": "xterm", **env},
         )  # fmt: skip
         os.close(self._theirs)
