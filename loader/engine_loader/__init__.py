@@ -4,8 +4,9 @@ A public name is imported from its module when it is first used: so this package
 """
 
 import logging
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from engine_registry.lazy import lazily
 
 if TYPE_CHECKING:
     from engine_loader.engines.base import Engine as Engine
@@ -87,13 +88,4 @@ __all__ = [*_MODULE_OF]
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet until somebody listens
 
 if not TYPE_CHECKING:  # to a type checker the names above are all that there are
-
-    def __getattr__(name: str) -> Any:
-        module = _MODULE_OF.get(name)
-        if module is None:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
-        return found
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *_MODULE_OF})
+    __getattr__, __dir__ = lazily(__name__, _MODULE_OF)
