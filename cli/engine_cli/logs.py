@@ -19,11 +19,8 @@ from engine_cli.wording import in_options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-_LOGGERS = (
-    "engine_registry",
-    "engine_loader",
-    "engine_cli",
-)  # of other packages nothing below a warning: nobody knows what they would print
+# Of other packages nothing below a warning is logged: nobody knows what they would print.
+_LOGGERS = ("engine_registry", "engine_loader", "engine_cli")
 
 _json = False
 

@@ -19,7 +19,7 @@ from engine_cli.exits import Exit, code_of
 from engine_cli.options import debugging
 from engine_cli.render.printable import printable
 from engine_cli.signals import Ended
-from engine_cli.wording import in_options
+from engine_cli.wording import said
 
 # In the order of `engines --help`. A command's module is imported only when it is asked for, so that help is quick.
 COMMANDS = {
@@ -134,7 +134,7 @@ def _complain(kind: str, text: str, exc: BaseException) -> None:
 
 
 def _in_one_line(exc: Exception) -> str:
-    text = in_options(" ".join(str(exc).split()), getattr(exc, "details", None))
+    text = said(exc)
     if code_of(exc) is not None or isinstance(exc, click.ClickException):
         return text
     if isinstance(exc, ModuleNotFoundError) and exc.name in _EXTRAS:

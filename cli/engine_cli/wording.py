@@ -34,7 +34,15 @@ def in_options(text: str, details: Mapping[str, Any] | None = None) -> str:
 
     `details` are those of the error that says it: a command is then told with its arguments.
     """
-    words = dict(_WORDS)
-    if details and "instance" in details and "rank" in details:
-        words["Registry.evict"] = f"`engines evict {details['instance']} --rank {details['rank']}`"
-    return _QUOTED.sub(lambda found: words.get(found[1], found[0]), text)
+
+    def word(found: re.Match[str]) -> str:
+        if found[1] == "Registry.evict" and details and "instance" in details and "rank" in details:
+            return f"`engines evict {details['instance']} --rank {details['rank']}`"
+        return _WORDS.get(found[1], found[0])
+
+    return _QUOTED.sub(word, text)
+
+
+def said(exc: BaseException) -> str:
+    """The text of any error, in one line, and so."""
+    return in_options(" ".join(str(exc).split()), getattr(exc, "details", None))

@@ -260,6 +260,7 @@ def test_who_may_not_see_tickets_sees_the_rest(secured: Secured, engines: Engine
             assert (shown.returncode, shown.stderr) == (Exit.DONE, "")
             assert DENIED in shown.stdout.splitlines()[-1]
             assert shown.stdout.splitlines()[-1].startswith("who reads from whom is not known: ")
+            assert shown.stdout.splitlines()[-1].endswith("or check --user")
         data = json.loads(engines("operator", "show", "qwen-a", "--json").stdout)
         (rank,) = data["ranks"]
         assert [data["pulls"], rank["progress"], rank["reads_from"], rank["readers"]] == [None] * 4

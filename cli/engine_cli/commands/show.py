@@ -32,6 +32,7 @@ from engine_cli.render.output import (
     tree_rows,
 )
 from engine_cli.render.printable import printable
+from engine_cli.wording import said
 from engine_registry import InstanceState, InstanceStatus, RankRecord, Registry
 from engine_registry.errors import EtcdRefused, InstanceIncomplete, InstanceNotFound
 
@@ -85,7 +86,7 @@ def _flows(registry: Registry, status: InstanceStatus) -> tuple[Flows, str]:
     try:
         pulls = registry.all_pulls()
     except EtcdRefused as exc:
-        return Flows(status.records, ()), str(exc)
+        return Flows(status.records, ()), said(exc)
     records = status.records
     if pulls:
         with suppress(EtcdRefused):  # a rank's own user may not see other instances

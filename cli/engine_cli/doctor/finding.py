@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from engine_cli.wording import in_options
+from engine_cli.wording import said
 
 # Our errors say at their end what to do, after a colon.
 _ADVICE = re.compile(
@@ -54,7 +54,7 @@ def skipped(check: str, what: str) -> Finding:
 
 def told(exc: BaseException) -> tuple[str, str]:
     """What happened and what to do, of an error of ours."""
-    text = in_options(" ".join(str(exc).split())) or type(exc).__name__
+    text = said(exc) or type(exc).__name__
     found = _ADVICE.fullmatch(text)
     return (found["what"], found["mend"]) if found else (text, "")
 

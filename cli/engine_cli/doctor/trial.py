@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from engine_cli.wording import in_options
+from engine_cli.wording import said
 
 _LOOPBACK_NBYTES = 64 << 20
 _OP_NBYTES = 16 << 20
@@ -169,4 +169,4 @@ def _read_header(engine: Any, record: Any, tell: Callable[..., None]) -> None:
 
 
 def _said(exc: Exception) -> str:
-    return in_options(" ".join(str(exc).split())) or type(exc).__name__
+    return said(exc) or type(exc).__name__

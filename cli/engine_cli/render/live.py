@@ -27,6 +27,7 @@ from rich.text import Text
 from engine_cli.render.board import Board, Row
 from engine_cli.render.flows import percent
 from engine_cli.render.printable import clock, printable
+from engine_cli.wording import in_options, said
 from engine_registry import Event, InstanceCleaned, Pull
 from engine_registry.schema.printable import short
 
@@ -124,10 +125,12 @@ class Screen:
         away, unseen = self._watch.away, self._pulls.unseen
         self._away_since = (self._away_since or datetime.now().astimezone()) if away else None
         head = []
-        if self._away_since is not None:
-            head.append(_cell(f"etcd is away since {clock(self._away_since)[:8]}, and this is how it was then: {away}", "bold red"))
+        if away and self._away_since is not None:
+            head.append(
+                _cell(f"etcd is away since {clock(self._away_since)[:8]}, and this is how it was then: {said(away)}", "bold red")
+            )
         if unseen:
-            head.append(_cell(f"who reads from whom is not known: {unseen}", "yellow"))
+            head.append(_cell(f"who reads from whom is not known: {in_options(unseen)}", "yellow"))
         return head
 
     def restore(self) -> None:

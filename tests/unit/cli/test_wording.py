@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from engine_cli.wording import _WORDS, in_options
+from engine_cli.wording import _WORDS, in_options, said
 from engine_loader.publishing.publish import publish
-from engine_registry import Registry
+from engine_registry import RankConflict, Registry
 from engine_registry.gateway.limits import Limits
 from engine_registry.gateway.server import Gateway
 from tests.support.checkout import ROOT
@@ -58,3 +58,9 @@ def test_what_is_put_in_its_place_is_a_parameter_or_a_call_of_the_library() -> N
 )
 def test_parameters_and_calls_become_options_and_commands(text: str, details: dict[str, object], told: str) -> None:
     assert in_options(text, details) == told
+
+
+def test_an_error_is_told_in_one_line_with_the_arguments_that_it_knows() -> None:
+    error = RankConflict("rank 3 is\ntaken", "end it with `Registry.evict`", instance="a", rank=3)
+    assert said(error) == "rank 3 is taken: end it with `engines evict a --rank 3`"
+    assert said(OSError("no `host`")) == "no --host"
