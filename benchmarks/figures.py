@@ -13,6 +13,7 @@ from importlib import metadata
 
 import click
 
+from engine_cli.options import debug_option, json_option
 from engine_cli.render.output import print_json
 from engine_cli.runtime.children import python
 
@@ -38,6 +39,17 @@ def numbers(option: str, text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError as exc:
         raise click.UsageError(f"{option} {text!r} is not valid: give whole numbers, such as 1,2,8") from exc
+
+
+def program(command: Callable[..., None]) -> click.Command:
+    """What every benchmark is: a command with `--json` and `--debug` behind its own options."""
+    made = click.command("command", context_settings={"help_option_names": ["-h", "--help"]})(command)
+    return debug_option(json_option(made))
+
+
+rounds_option = click.option(
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Of each measurement; the median counts."
+)
 
 
 def say(what: str) -> None:

@@ -25,7 +25,6 @@ from benchmarks import figures
 from benchmarks.figures import another_process, percentile
 from benchmarks.registry import THREADS, a_manifest, a_record
 from engine_cli.main import main
-from engine_cli.options import debug_option, json_option
 from engine_registry import RankJoined, Registry, new_incarnation
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
@@ -266,12 +265,10 @@ def measure(number: int, requests: int, ranks: int, say: Callable[[str], None]) 
     return results
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@figures.program
 @click.option("--clients", type=click.IntRange(min=2), default=32, show_default=True, help="That ask at once, in two processes.")
 @click.option("--requests", type=click.IntRange(min=10), default=10_000, show_default=True, help="Of each kind.")
 @click.option("--ranks", type=click.IntRange(min=1), default=2000, show_default=True, help="Seeds that the gateway keeps.")
-@json_option
-@debug_option
 def command(clients: int, requests: int, ranks: int, as_json: bool) -> None:
     """SGLang's HTTP interface: answers, mixed requests, registrations, the cost of probing. Takes a minute or two."""
     figures.report(measure(clients, requests, ranks, figures.say), as_json)

@@ -30,7 +30,7 @@ from benchmarks.figures import another_process, median_s, seconds
 from benchmarks.naive import naive_load
 from engine_cli.commands.demo import find_checkpoint
 from engine_cli.main import main
-from engine_cli.options import debug_option, engine_log, json_option
+from engine_cli.options import engine_log
 from engine_cli.runtime.children import python
 from engine_loader import InProcessEngine, LoadReport, MooncakeEngine, Progress, load, publish
 from engine_loader.digests.table import digests_of
@@ -77,7 +77,7 @@ def start_up(registry: Registry) -> Results:
         return median_s(lambda: subprocess.run(python(code), check=True, stdout=subprocess.DEVNULL), 9)
 
     return {
-        "import_registry_s": run("import engine_registry") - run("pass"),
+        "import_registry_s": run("from engine_registry import Registry") - run("pass"),
         "engines_help_s": run("sys.argv = ['engines', '--help']; from engine_cli.main import main; main()"),
         "register_2500_tensors_s": register(registry, 2_500),
     }
@@ -294,11 +294,9 @@ def _prefixed(prefix: str, results: Results) -> Results:
     return {f"{prefix}_{name}": value for name, value in results.items()}
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@figures.program
 @click.option("--gib", type=click.FloatRange(min=0.001), default=2.0, show_default=True, help="Size of the rank that is loaded.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Of each measurement; the median counts.")
-@json_option
-@debug_option
+@figures.rounds_option
 def command(gib: float, rounds: int, as_json: bool) -> None:
     """Loading over tcp: one source and two, long and short tensors, faults. Takes minutes."""
     with engine_log():

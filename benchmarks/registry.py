@@ -24,7 +24,6 @@ import click
 from benchmarks import figures
 from benchmarks.figures import another_process, median_s, percentile, seconds
 from engine_cli.main import main
-from engine_cli.options import debug_option, json_option
 from engine_registry import (
     InstanceReady,
     Manifest,
@@ -293,12 +292,10 @@ def measure(sizes: Sequence[int], kills: int, leader_kills: int, say: Callable[[
     return results
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@figures.program
 @click.option("--ranks", default="64,1024,10000", show_default=True, metavar="N[,N…]", help="How many simulated ranks.")
 @click.option("--kills", type=click.IntRange(min=1), default=100, show_default=True, help="Of processes of ranks.")
 @click.option("--leader-kills", type=click.IntRange(min=1), default=20, show_default=True, help="Of the leader of three etcds.")
-@json_option
-@debug_option
 def command(ranks: str, kills: int, leader_kills: int, as_json: bool) -> None:
     """The control plane: register, resolve, list, watch, deaths, outages. Takes minutes."""
     figures.report(measure(figures.numbers("--ranks", ranks), kills, leader_kills, figures.say), as_json)

@@ -26,7 +26,7 @@ from benchmarks import figures
 from benchmarks.figures import another_process, median_s
 from benchmarks.load import HOST, MODEL, Results
 from engine_cli.main import main
-from engine_cli.options import debug_option, engine_log, json_option
+from engine_cli.options import engine_log
 from engine_loader import EngineReader, LoadReport, MooncakeEngine, Shard, load, publish, publish_state_dict
 from engine_loader.planning.matching import Origin
 from engine_loader.planning.plan import plan
@@ -195,11 +195,9 @@ def _plan_of(origins: Sequence[Origin], dst: Manifest) -> Callable[[], object]:
     return lambda: plan(origins, dst, partial=True)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@figures.program
 @click.option("--gib", type=click.FloatRange(min=0.001), default=1.0, show_default=True, help="Size of the weights.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Of each measurement; the median counts.")
-@json_option
-@debug_option
+@figures.rounds_option
 def command(gib: float, rounds: int, as_json: bool) -> None:
     """Loading into another layout, and torch's distributed checkpoint. Takes minutes."""
     with engine_log():

@@ -10,21 +10,18 @@ from benchmarks import figures
 from benchmarks.fanout import run
 from benchmarks.hosts import HostsUnavailable
 from engine_cli.main import main
-from engine_cli.options import debug_option, json_option
 from engine_cli.signals import raised
 
 _MOST_RECEIVERS = 64
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@figures.program
 @click.option("--receivers", default="1,2,4,8", show_default=True, metavar="N[,N…]", help="How many load at once.")
 @click.option("--mib", type=click.IntRange(min=4), default=128, show_default=True, help="Size of the weights.")
 @click.option("--mbit", type=click.FloatRange(min=1), default=200, show_default=True, help="Speed of each link, in Mbit/s.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Of each measurement; the median counts.")
 @click.option("--kills", type=click.IntRange(min=0), default=1, show_default=True, help="Of a receiver, at each of 25, 50, 75 %.")
 @click.option("--plot", type=click.Path(dir_okay=False, writable=True), metavar="FILE.svg", help="Draw the times, too.")
-@json_option
-@debug_option
 def command(receivers: str, mib: int, mbit: float, rounds: int, kills: int, plot: str | None, as_json: bool) -> None:
     """One rank to several receivers on hosts of their own: from one source, from complete ones, in a chain. Takes minutes.
 

@@ -1,4 +1,4 @@
-"""The processes of `benchmarks.fanout`: the seed, and receivers, each on a host of its own. They are told what to do in lines of
+"""The processes of `benchmarks.fanout`: the seed, and receivers, each on a separate host. They take orders in lines of
 JSON on standard input, and answer each with one.
 """
 

@@ -1,5 +1,4 @@
-"""One rank's weights to several receivers at once, each on a host of its own behind a link of limited
-speed.
+"""One rank's weights to several receivers at once, each on a separate host behind a link of limited speed.
 
 Three ways in the same run: all read from the seed; a receiver serves others as soon as it is complete; a receiver serves others
 what it has by then. Then receivers of the third way are killed in the middle. Everybody's bytes are compared with the seed's.

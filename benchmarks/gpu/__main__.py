@@ -7,17 +7,15 @@ import click
 from benchmarks import figures
 from benchmarks.gpu import run
 from engine_cli.main import main
-from engine_cli.options import debug_option, engine_log, json_option
+from engine_cli.options import engine_log
 from engine_cli.signals import raised
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@figures.program
 @click.option("--only", default="", metavar="PART[,…]", help="Of the parts that --help lists.")
 @click.option("--scale", type=click.FloatRange(0.0001, 1), default=1.0, show_default=True, help="How many of the tensors.")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Of each measurement; the median counts.")
 @click.option("--profile", is_flag=True, help="Show which steps and functions of load() take how long.")
-@json_option
-@debug_option
 def command(only: str, scale: float, rounds: int, profile: bool, as_json: bool) -> None:
     """From GPU to GPU of one host: needs two, and NVLink or PCIe between them. Takes minutes.
 

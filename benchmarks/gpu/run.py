@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: what is measured, on which GPUs, and how it is told.
+"""`python -m benchmarks.gpu`: the measurements, their GPUs, and the report.
 
 Sources and first loads are processes of their own, with an etcd of their own. Every time is of bytes that were all looked at where
 they arrived; every figure is a median of several, after a round that opens connections and does not count.
