@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,18 +16,15 @@ from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes, line_of
 from tests.support.checkout import ROOT
 
+Start = Callable[..., "subprocess.Popen[str]"]
+
 
 @pytest.fixture
-def examples(own_etcd: LocalEtcd) -> Iterator[Processes]:
+def start(own_etcd: LocalEtcd) -> Iterator[Start]:
     """They use no namespace, so they have an etcd to themselves."""
     started = Processes(dict(os.environ))
-    started.etcd = own_etcd.endpoint  # type: ignore[attr-defined]
-    yield started
+    yield lambda name, *args: started.start(str(ROOT / "examples" / name), "--etcd", own_etcd.endpoint, *args)
     started.end()
-
-
-def start(examples: Processes, name: str, *args: str) -> subprocess.Popen[str]:
-    return examples.start(str(ROOT / "examples" / name), "--etcd", examples.etcd, *args)  # type: ignore[attr-defined]
 
 
 def ended(process: subprocess.Popen[str]) -> str:
@@ -36,19 +33,19 @@ def ended(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def test_a_module_is_served_and_loaded_and_its_server_leaves_in_order(examples: Processes) -> None:
-    server = start(examples, "serve_module.py")
+def test_a_module_is_served_and_loaded_and_its_server_leaves_in_order(start: Start) -> None:
+    server = start("serve_module.py")
     said = line_of(server)
     assert said.startswith("serving /engines/demo/0, content ")
-    loaded = ended(start(examples, "load_module.py"))
+    loaded = ended(start("load_module.py"))
     assert loaded.split()[-1] == said.split()[-1]
     server.send_signal(signal.SIGINT)
     ended(server)
 
 
-def test_of_two_that_start_cold_the_second_copies_from_the_first(examples: Processes, tmp_path: Path) -> None:
+def test_of_two_that_start_cold_the_second_copies_from_the_first(start: Start, tmp_path: Path) -> None:
     save_file({"w": torch.randn(1000)}, tmp_path / "w.safetensors")
-    first, second = (start(examples, "cold_start.py", "--instance", name, str(tmp_path / "w.safetensors")) for name in "ab")
+    first, second = (start("cold_start.py", "--instance", name, str(tmp_path / "w.safetensors")) for name in "ab")
     said = sorted(line_of(process).partition(";")[0] for process in (first, second))
     reader = next(line.split()[0] for line in said if line.endswith("w.safetensors"))
     other = {"a": "b", "b": "a"}[reader]
@@ -60,9 +57,9 @@ def test_of_two_that_start_cold_the_second_copies_from_the_first(examples: Proce
         ended(process)
 
 
-def test_a_server_follows_a_trainer_to_its_last_version(examples: Processes) -> None:
-    trainer = start(examples, "train.py", "--steps", "2", "--pause", "4")
-    server = start(examples, "follow.py")
+def test_a_server_follows_a_trainer_to_its_last_version(start: Start) -> None:
+    trainer = start("train.py", "--steps", "2", "--pause", "4")
+    server = start("follow.py")
     trained = ended(trainer).splitlines()
     loaded = [line for line in ended(server).splitlines() if line.startswith("loaded")]
     assert loaded[-1] == f"loaded {trained[-1]}"

@@ -24,6 +24,7 @@ from tests.integration.conftest import Processes
 from tests.support.hostile_peer import (
     Behaviour,
     HostilePeer,
+    Impostor,
     described,
     drips,
     framed,
@@ -77,14 +78,6 @@ def cell(reader: MooncakeEngine) -> Iterator[Region]:
     reader.lend(region)
     yield region
     reader.take_back(region)
-
-
-class Impostor(MooncakeEngine):
-    """Publishes memory of its own as that of whoever answers at another address."""
-
-    def __init__(self, session_id: str) -> None:
-        super().__init__("127.0.0.1")
-        self._session_id = session_id
 
 
 @pytest.mark.parametrize("behaviour", NONSENSE.values(), ids=NONSENSE.keys())

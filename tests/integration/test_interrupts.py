@@ -44,7 +44,7 @@ def etcd(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Etcd]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["registration", "publication"])
 def test_a_rank_interrupted_at_random_moments_is_gone_once_it_is_closed(processes: Processes, kind: str) -> None:
-    # Without coverage: an interrupt inside of its own code would leave its locks held.
+    # Without coverage: an interrupt inside of coverage would leave its locks held.
     program = ["-X", "faulthandler", "-m", "tests.support.processes.interrupt", kind, "0", "60"]
     process = processes.start(*program, COVERAGE_PROCESS_CONFIG="")
     try:

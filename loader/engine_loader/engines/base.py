@@ -26,7 +26,7 @@ class Engine(Protocol):
 
     @property
     def protocol(self) -> str:
-        """How this engine reads: tcp, rdma, nvlink_intra, or a name of its own."""
+        """How this engine reads: tcp, rdma, nvlink_intra, or another name."""
 
     @property
     def fabric(self) -> str:

@@ -20,7 +20,7 @@ import torch
 from engine_loader import MooncakeEngine, Pace, Progress, Publication, load, publish
 from engine_registry import ModelIdentity, Registry
 from engine_registry.etcd.local import LocalEtcd
-from tests.support.hostile_peer import HostilePeer, drips
+from tests.support.hostile_peer import HostilePeer, Impostor, drips
 from tests.support.processes.source import empty
 from tests.support.waiting import wait_until
 
@@ -28,14 +28,6 @@ NBYTES = 8 << 20
 SOURCE = "source"  # a `source` in another process
 PACE = Pace(256 << 10, 2, stall_s=0.3, patience_s=1.0)
 Tensors = dict[str, torch.Tensor]
-
-
-class Impostor(MooncakeEngine):
-    """Publishes memory of its own as that of whoever answers at another address."""
-
-    def __init__(self, session_id: str) -> None:
-        super().__init__("127.0.0.1")
-        self._session_id = session_id
 
 
 @dataclass
