@@ -176,7 +176,7 @@ class Registry:
         """What is wrong with each of the instance's keys, or with the rank's, that hold no good record, and how to delete it."""
         damaged = self._roster(instance).damaged.items()
         return tuple(
-            RecordDamaged(f"{error}; {writes.how_to_delete(self._etcd, key)}", key=key)
+            RecordDamaged(error.what, writes.how_to_delete(self._etcd, key, error), key=key)
             for key, error in damaged
             if rank is None or key == record_key(instance, rank)
         )

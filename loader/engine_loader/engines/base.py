@@ -150,7 +150,8 @@ def tiled(manifest: Manifest, tiles: Tiles) -> Manifest:
     if cut:
         raise TensorsUnusable(
             f"{len(cut)} tensors lie partly in memory that this process offers or fills already, "
-            f"as parts of other tensors: {listed(cut)}: publish or load tensors that share memory together",
+            f"as parts of other tensors: {listed(cut)}",
+            "publish or load tensors that share memory together",
             problems=cut,
         )
     return replace(manifest, regions=tiles)

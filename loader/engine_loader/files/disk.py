@@ -184,6 +184,6 @@ class _Reading:
                 raise WeightsFileInvalid(f"{path} cannot be read: {exc.strerror}", path=str(path)) from exc
             if not nbytes:
                 raise WeightsFileInvalid(
-                    f"{path} has become shorter while it was read: write files anew, not in place", path=str(path)
+                    f"{path} has become shorter while it was read", "write files anew, not in place", path=str(path)
                 )
             came += nbytes

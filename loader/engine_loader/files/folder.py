@@ -68,7 +68,7 @@ def files_of(paths: Paths, rank: int | None = None) -> list[WeightsFile]:
     """
     some = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     if not some:
-        raise WeightsFileInvalid("no path of weights is given: name a file or a folder")
+        raise WeightsFileInvalid("no path of weights is given", "name a file or a folder")
     files: dict[Path, WeightsFile] = {}
     for path in some:
         for file in _files_at(path, rank):
@@ -96,7 +96,7 @@ def _files_at(path: Path, rank: int | None) -> list[WeightsFile]:
     else:
         files = [WeightsFile(file) for file in weights]
     if not files:
-        raise _invalid(path, f"{path} holds no *{_SUFFIX} file: name the folder of the weights")
+        raise _invalid(path, f"{path} holds no *{_SUFFIX} file", "name the folder of the weights")
     _report_unread(path, weights, files)
     return files
 
@@ -106,7 +106,7 @@ def _one_of(folder: Path, indices: Sequence[Path]) -> Path:
         return folder / INDEX
     if len(indices) > 1:
         names = listed([index.name for index in indices])
-        raise _invalid(folder, f"{folder} has several indices: name one of them instead: {names}")
+        raise _invalid(folder, f"{folder} has several indices", f"name one of them instead: {names}")
     return indices[0]
 
 
@@ -175,26 +175,28 @@ def _check(path: Path, index: Index | None) -> None:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             kind = "folder" if stat.S_ISDIR(mode) else "device or a pipe"
-            raise _invalid(path, f"{what} is a {kind}, not a file: put the safetensors file there")
+            raise _invalid(path, f"{what} is a {kind}, not a file", "put the safetensors file there")
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
     except FileNotFoundError as exc:
-        raise _invalid(path, f"{what} {_absent(path, index)}") from exc
+        why, remedy = _absent(path, index)
+        raise _invalid(path, f"{what} {why}", remedy) from exc
     except OSError as exc:
         raise _invalid(path, f"{what} cannot be read: {exc.strerror}") from exc
     except ValueError as exc:
         raise _invalid(path, f"{what!r} is no path: {exc}") from exc
     if start == _LFS_POINTER:
-        raise _invalid(path, f"{what} is a git-lfs pointer: run `git lfs pull` in its folder")
+        raise _invalid(path, f"{what} is a git-lfs pointer", "run `git lfs pull` in its folder")
 
 
-def _absent(path: Path, index: Index | None) -> str:
+def _absent(path: Path, index: Index | None) -> tuple[str, str]:
+    """What is wrong, and what to do."""
     if path.is_symlink():
-        return f"is a link to {os.readlink(path)}, which does not exist: download the file again"
+        return f"is a link to {os.readlink(path)}, which does not exist", "download the file again"
     if index is not None:
-        return "does not exist: download it, or name the files that are there one by one"
-    return "does not exist: name a safetensors file, or a folder of them"
+        return "does not exist", "download it, or name the files that are there one by one"
+    return "does not exist", "name a safetensors file, or a folder of them"
 
 
-def _invalid(path: Path, message: str) -> WeightsFileInvalid:
-    return WeightsFileInvalid(message, path=str(path))
+def _invalid(path: Path, what: str, remedy: str = "") -> WeightsFileInvalid:
+    return WeightsFileInvalid(what, remedy, path=str(path))

@@ -108,12 +108,12 @@ def check_storable(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]
     """
     found = {name: _unstorable(name, dtype, shape) for name, (dtype, shape) in tensors.items()}
     problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
-    if not problems and (nbytes := _header_nbytes(tensors)) > _MAX_HEADER_NBYTES:
-        limit = f"{_MAX_HEADER_NBYTES} is the limit"
-        problems = [f"the header would take {nbytes} bytes, {limit}: write several files"]
+    what = f"cannot write {path}: safetensors cannot hold it"
     if problems:
-        message = f"cannot write {path}: safetensors cannot hold it: {listed(problems)}"
-        raise WeightsFileInvalid(message, path=str(path), problems=problems)
+        raise WeightsFileInvalid(f"{what}: {listed(problems)}", path=str(path), problems=problems)
+    if (nbytes := _header_nbytes(tensors)) > _MAX_HEADER_NBYTES:
+        problem, remedy = f"the header would take {nbytes} bytes, {_MAX_HEADER_NBYTES} is the limit", "write several files"
+        raise WeightsFileInvalid(f"{what}: {problem}", remedy, path=str(path), problems=[f"{problem}: {remedy}"])
 
 
 def _unstorable(name: str, dtype: str, shape: tuple[int, ...]) -> str:

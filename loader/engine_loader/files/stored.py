@@ -57,8 +57,8 @@ class Files:
             for name in stored:
                 other = origins.setdefault(name, file.path)
                 if other != file.path:
-                    message = f"tensor {name!r} is in {other} and in {file.path}: name one of them"
-                    raise WeightsFileInvalid(message, path=str(file.path))
+                    what = f"tensor {name!r} is in {other} and in {file.path}"
+                    raise WeightsFileInvalid(what, "name one of them", path=str(file.path))
             nbytes = max((slot.end for slot in header.values()), default=0)
             self._starts.append(start)
             self._ahead.append(ahead)
@@ -145,7 +145,8 @@ def _check_promises(file: WeightsFile, header: Mapping[str, object]) -> None:
         count = f"{len(lacking)} tensor{'s' if len(lacking) > 1 else ''}"
         names = listed([repr(name) for name in lacking])
         raise WeightsFileInvalid(
-            f"{file.path} lacks {count} that {file.index.path.name} says it holds: {names}: download both again",
+            f"{file.path} lacks {count} that {file.index.path.name} says it holds: {names}",
+            "download both again",
             path=str(file.path),
             tensors=lacking,
         )

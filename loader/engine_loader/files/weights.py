@@ -57,7 +57,7 @@ def memory_for(files: Files) -> dict[str, torch.Tensor]:
         ]
         if unknown:
             raise WeightsFileInvalid(
-                f"{path} cannot be read: torch {torch.__version__} has no dtype for {listed(unknown)}: "
+                f"{path} cannot be read: torch {torch.__version__} has no dtype for {listed(unknown)}",
                 "upgrade torch, or store such bytes as U8",
                 path=str(path),
                 tensors=unknown,
@@ -85,7 +85,7 @@ def _view(name: str, memory: torch.Tensor, dtype: torch.dtype, shape: tuple[int,
     try:
         return memory.view(dtype).view(shape)
     except (RuntimeError, TypeError, OverflowError) as exc:
-        raise TensorsUnusable(f"{name}: torch has no tensor of shape {list(shape)}: give it another") from exc
+        raise TensorsUnusable(f"{name}: torch has no tensor of shape {list(shape)}", "give it another") from exc
 
 
 @plain_torch()

@@ -29,7 +29,9 @@ def load_together(loads: Callable[[float], T], timeout_s: float, what: str) -> t
             return loads(timeout_s if lost is None else 0.0), tries
         except VersionUnavailable as exc:
             if tries + 1 == TRIES:
-                raise TornRead(f"the weights changed between {what}, in {TRIES} tries: {exc}", complete=[]) from exc
+                raise TornRead(
+                    f"the weights changed between {what}, in {TRIES} tries: {exc.what}", exc.remedy, complete=[]
+                ) from exc
             log.info("%s; loading all again", exc, extra=fields("together_retry", tries=tries + 1, error=exc))
             lost = None
         except SourceLost as exc:

@@ -58,8 +58,8 @@ def whole_tensors(instance: str, manifests: Sequence[Manifest]) -> list[Whole]:
     problems = [f"{name}: {problem}" for name, shards in held.items() if (problem := _disagreement(shards) or _gap(shards))]
     if problems:
         raise WeightsMismatch(
-            f"the ranks of {instance!r} do not make whole tensors, nothing was read: {listed(problems)}: register them with the "
-            "right shards",
+            f"the ranks of {instance!r} do not make whole tensors, nothing was read: {listed(problems)}",
+            "register them with the right shards",
             problems=problems,
         )
     return [_whole(name, shards) for name, shards in held.items()]

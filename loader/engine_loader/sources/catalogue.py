@@ -41,8 +41,8 @@ class Catalogue:
         if opaque and self.rank is None:
             raise WeightsMismatch(
                 f"{len(opaque)} tensors of {self.instance} do not say which part of the whole they are, so they only load into the "
-                f"same rank, and this is not a job of {self.world_size} ranks as the source is: say `rank`, or publish them with "
-                f"`shards` or publish_state_dict: {listed(opaque)}",
+                f"same rank, and this is not a job of {self.world_size} ranks as the source is",
+                f"say `rank`, or publish them with `shards` or publish_state_dict: {listed(opaque)}",
                 source=self.instance,
                 problems=opaque,
             )

@@ -78,8 +78,8 @@ class DigestCheck:
             metrics.DIGEST_MISMATCHES.inc(amount=len(wrong))
             raise DigestMismatch(
                 f"{len(wrong)} of {len(self._tensors)} tensors are not what {self._sources} published, though they were read "
-                f"whole: {listed(wrong)}: check both machines' memory, and whether somebody writes to the source's weights outside "
-                "of `update`",
+                f"whole: {listed(wrong)}",
+                "check both machines' memory, and whether somebody writes to the source's weights outside of `update`",
                 tensors=wrong,
                 complete=[name for name in self._tensors if name not in differing],
             )
@@ -92,7 +92,8 @@ class DigestCheck:
         if unproven:
             raise DigestsMissing(
                 f"{len(unproven)} of {len(wanted)} tensors take only a part of what a rank of the source holds, and digests are of "
-                f'all of that: {listed(unproven)}: load with verify="header", or the same layout',
+                f"all of that: {listed(unproven)}",
+                'load with verify="header", or the same layout',
                 tensors=unproven,
             )
 

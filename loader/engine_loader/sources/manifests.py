@@ -55,7 +55,7 @@ def _fetch(registry: Registry, record: RankRecord) -> Manifest:
         return registry.manifest(record)
     except RecordDamaged as exc:
         if registry.current(record) is None:
-            raise SourceLost(f"{record.key} is not registered any more: load again", key=record.key) from exc
+            raise SourceLost(f"{record.key} is not registered any more", "load again", key=record.key) from exc
         raise
 
 

@@ -125,7 +125,8 @@ class Search:
         if other is not None:
             raise InvalidField(
                 f"which rank is meant is not clear: {alike[0].key} is {places[0]}, {alike[places.index(other)].key} is {other}, "
-                "and their tensors do not say which part of the whole they are: say world_size and topology",
+                "and their tensors do not say which part of the whole they are",
+                "say world_size and topology",
                 field="topology",
             )
 

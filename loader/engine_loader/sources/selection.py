@@ -81,7 +81,9 @@ class Selection:
                 theirs = {candidate.algorithm for candidate in candidates} if self._digests else set()
                 if len(theirs) > 1:
                     kinds = " and ".join(sorted(theirs))
-                    raise DigestsMissing(f'the ranks of {name} have digests of different kinds, {kinds}: load with verify="header"')
+                    raise DigestsMissing(
+                        f"the ranks of {name} have digests of different kinds, {kinds}", 'load with verify="header"'
+                    )
             except (WeightsMismatch, SourceLost, DigestsMissing) as exc:
                 misfits.append(exc)
                 continue

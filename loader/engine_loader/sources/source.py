@@ -67,7 +67,9 @@ class Candidate:
         if table is None or table.algorithm not in ALGORITHMS:
             why = "offers no digests" if table is None else f"has digests by {table.algorithm!r}, which this version cannot compute"
             raise DigestsMissing(
-                f'{self.record.key} {why}: publish its weights with digests=True, or load with verify="header"', key=self.record.key
+                f"{self.record.key} {why}",
+                'publish its weights with digests=True, or load with verify="header"',
+                key=self.record.key,
             )
         return table.algorithm
 

@@ -158,7 +158,7 @@ def dtype_named(name: str) -> torch.dtype:
     """TensorsUnusable where this torch has no dtype of that name."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise TensorsUnusable(f"dtype {name!r} is unknown to torch {torch.__version__}: upgrade torch", dtype=name)
+        raise TensorsUnusable(f"dtype {name!r} is unknown to torch {torch.__version__}", "upgrade torch", dtype=name)
     return dtype
 
 

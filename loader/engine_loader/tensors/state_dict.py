@@ -62,8 +62,8 @@ def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:
     nbytes = len(json.dumps(encoded))
     if nbytes > MAX_VALUES_NBYTES:
         raise TensorsUnusable(
-            f"the values of the state dict that are no tensors take {nbytes} bytes, {MAX_VALUES_NBYTES} is the limit: make tensors "
-            "of the large ones"
+            f"the values of the state dict that are no tensors take {nbytes} bytes, {MAX_VALUES_NBYTES} is the limit",
+            "make tensors of the large ones",
         )
     return encoded
 

@@ -67,12 +67,12 @@ class _Uses:
             for other in self._beside(use):
                 if not other.served:
                     raise MemoryInUse(
-                        f"{owner} cannot fill memory that {other.owner} fills: wait for its end, or load into other tensors"
+                        f"{owner} cannot fill memory that {other.owner} fills", "wait for its end, or load into other tensors"
                     )
                 if not other.changing:
                     raise MemoryInUse(
-                        f"{owner} cannot fill memory that is published as {other.owner}: load inside that publication's update(), "
-                        "or into other tensors"
+                        f"{owner} cannot fill memory that is published as {other.owner}",
+                        "load inside that publication's update(), or into other tensors",
                     )
             self._uses.add(use)
         try:
@@ -86,9 +86,9 @@ class _Uses:
         with self._lock:
             for other in self._beside(use):
                 if not other.served and other is not filled_by:
-                    raise MemoryInUse(f"{owner} cannot be published: {other.owner} fills its memory: wait for its end")
+                    raise MemoryInUse(f"{owner} cannot be published: {other.owner} fills its memory", "wait for its end")
                 if other.served and other.changing:
-                    raise MemoryInUse(f"{owner} cannot be published: {other.owner} is changing the same memory: wait for its end")
+                    raise MemoryInUse(f"{owner} cannot be published: {other.owner} is changing the same memory", "wait for its end")
             self._uses.add(use)
         return use
 
@@ -98,8 +98,8 @@ class _Uses:
             for other in self._beside(use):
                 if other.served:
                     raise MemoryInUse(
-                        f"{use.owner} cannot be updated: {other.owner} publishes the same memory, and its readers would not "
-                        "notice: close that publication first"
+                        f"{use.owner} cannot be updated: {other.owner} publishes the same memory, and its readers would not notice",
+                        "close that publication first",
                     )
             use.changing = True
 
@@ -108,7 +108,7 @@ class _Uses:
         with self._lock:
             for other in self._beside(use):
                 if not other.served and other is not filled_by:
-                    raise MemoryInUse(f"{use.owner} is not complete: {other.owner} still fills its memory: wait for its end")
+                    raise MemoryInUse(f"{use.owner} is not complete: {other.owner} still fills its memory", "wait for its end")
             use.changing = False
 
     def end(self, use: Use) -> None:

@@ -46,7 +46,7 @@ def check_writable(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> N
     if problems:
         count = f"{len(problems)} tensor{'s' if len(problems) > 1 else ''}"
         raise TensorsUnusable(
-            f"{count} cannot be filled: {listed(problems)}: load into a copy, such as .clone()", problems=problems
+            f"{count} cannot be filled: {listed(problems)}", "load into a copy, such as .clone()", problems=problems
         )
 
 

@@ -150,10 +150,11 @@ class Transfer:
         queued = sum(len(queue) for queue in self._queues.values())
         found = queued + sum(len(pipe.in_flight) + len(pipe.unchecked) + len(pipe.in_check) for pipe in self._pipes)
         if left != found:
-            raise LoaderError(f"a transfer expects {left} more chunks, and has a place for {found}: load again, and report this")
+            raise LoaderError(f"a transfer expects {left} more chunks, and has a place for {found}", "load again, and report this")
         if self._idle_s > 3 * max(self._pace.patience_s, self._pace.stall_s, self._pace.starve_s, _DRAIN_S):
             raise LoaderError(
-                f"nothing happens in a transfer that lacks {left} chunks, of which {queued} are queued: load again, and report this"
+                f"nothing happens in a transfer that lacks {left} chunks, of which {queued} are queued",
+                "load again, and report this",
             )
 
     def _finished(self) -> bool:
@@ -311,7 +312,7 @@ class Transfer:
         """One read may fail for reasons of the way, so a source that nobody can stand in for is asked again who it is."""
         pipe.failures += 1
         if self._can_be_replaced(pipe) or pipe.failures > 1:
-            self._drop(pipe, SourceLost(str(error)))
+            self._drop(pipe, SourceLost(error.what, error.remedy))
         else:
             self._reopen(pipe)
 
@@ -459,7 +460,7 @@ def _holders(chunk: Span) -> tuple[int, ...]:
 
 def _not_ended(pipes: Sequence[Pipe]) -> EngineFailed:
     return EngineFailed(
-        f"reads from {' and '.join(session_of(pipe.source.peer) for pipe in pipes)} have not ended: the memory that they write to "
-        "must not be used again before this process ends",
+        f"reads from {' and '.join(session_of(pipe.source.peer) for pipe in pipes)} have not ended",
+        "the memory that they write to must not be used again before this process ends",
         unsettled=[pipe.source.name for pipe in pipes],
     )

@@ -97,7 +97,7 @@ class WatchStream:
         finally:
             self.cancel()
         if isinstance(error, AnswerTooLarge):  # changes that come at once cannot be had in parts, what is there now can
-            raise HistoryLost(str(error))
+            raise HistoryLost(error.what, error.remedy)
         if error is not None:
             raise error
 
@@ -312,7 +312,8 @@ class Etcd:
                 probe.connect(address)
                 return str(probe.getsockname()[0])
         except OSError as exc:
-            raise EtcdUnavailable(f"there is no way to etcd at {endpoint}: {explain(exc)}") from exc
+            why, remedy = explain(exc)
+            raise EtcdUnavailable(f"there is no way to etcd at {endpoint}: {why}", remedy) from exc
 
     # -- how a call is made --------------------------------------------------------------------------------------------------
 
@@ -366,7 +367,7 @@ class Etcd:
         """The error to raise; a connection that may be at fault is not used again."""
         error = translate(str(self.config), exc)
         if client is not None and client.metadata == _NO_TOKEN and wants_token(exc):
-            error = EtcdUnavailable(f"authentication is on again: {error}")
+            error = EtcdUnavailable(f"authentication is on again: {error.what}", error.remedy)
         if isinstance(error, EtcdUnavailable):
             self._drop(client)
         return error

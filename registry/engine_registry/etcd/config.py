@@ -42,7 +42,7 @@ class EtcdConfig:
 
     def __post_init__(self) -> None:
         if not self.endpoints:
-            raise InvalidField("no etcd endpoint given: use HOST:PORT", field="endpoints")
+            raise InvalidField("no etcd endpoint given", "use HOST:PORT", field="endpoints")
         if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise InvalidField(
                 f"timeout {self.timeout_s} is not valid: it is more than 0 and at most {MAX_TIMEOUT_S:g} seconds", field="timeout_s"
@@ -58,11 +58,11 @@ class EtcdConfig:
                 "some etcd endpoints are https:// and some are not: all members speak one of them", field="endpoints"
             )
         if bool(self.cert) != bool(self.key):
-            raise InvalidField("a client certificate needs both its file and its key's: give cert and key", field="cert")
+            raise InvalidField("a client certificate needs both its file and its key's", "give cert and key", field="cert")
         if self.cert and not self.tls:
-            raise InvalidField("a client certificate goes with TLS: give the server's CA as cacert, or https://", field="cacert")
+            raise InvalidField("a client certificate goes with TLS", "give the server's CA as cacert, or https://", field="cacert")
         if self.tls and any(endpoint.tls is False for endpoint in self.endpoints):
-            raise InvalidField("an etcd endpoint is http://, without TLS, but cacert turns it on: use https://", field="cacert")
+            raise InvalidField("an etcd endpoint is http://, without TLS, but cacert turns it on", "use https://", field="cacert")
 
     def _check_credentials(self) -> None:
         """Never shows what was given: it may be the password."""
@@ -112,7 +112,8 @@ def _parse_endpoint(text: str) -> Endpoint:
     match = _ENDPOINT.fullmatch(text)
     if match is None or not 0 < int(match["port"]) < 65536:
         raise InvalidField(
-            f"etcd endpoint {text!r} is not valid: use HOST:PORT, for example 127.0.0.1:2379, [::1]:2379 or https://etcd:2379",
+            f"etcd endpoint {text!r} is not valid",
+            "use HOST:PORT, for example 127.0.0.1:2379, [::1]:2379 or https://etcd:2379",
             field="endpoints",
         )
     host, port = match["v6"] or match["host"], match["port"]

@@ -28,9 +28,9 @@ def is_exhausted(error: Exception) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
-def explain(error: OSError) -> str:
-    """The error in words. Where it is for want of descriptors, what to do as well."""
+def explain(error: OSError) -> tuple[str, str]:
+    """The error in words; and what to do, where it is for want of descriptors."""
     if not is_exhausted(error):
-        return str(error)
+        return str(error), ""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return f"no file descriptors are left (limit {limit}): close some, or raise the limit (ulimit -n)"
+    return f"no file descriptors are left (limit {limit})", "close some, or raise the limit (ulimit -n)"

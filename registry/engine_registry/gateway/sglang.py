@@ -44,7 +44,7 @@ def parse_rank(text: str | None) -> int:
     """Of a query; InvalidField where it is missing, negative or no number."""
     if text is None or not re.fullmatch(r"[0-9]{1,9}", text):
         found = "is missing" if text is None else f"{text[:20]!r} is not valid"
-        raise InvalidField(f"rank {found}: give ?rank=N with a whole number from 0", field="rank")
+        raise InvalidField(f"rank {found}", "give ?rank=N with a whole number from 0", field="rank")
     return int(text)
 
 
@@ -61,7 +61,7 @@ def parse_registration(body: bytes, max_tensors: int = MAX_TENSORS) -> SeedInfo:
     try:
         return _parse(body, max_tensors)
     except InvalidField as exc:
-        error = InvalidField(str(exc), **exc.details)
+        error = InvalidField(exc.what, exc.remedy, **exc.details)
     # A copy: the error itself holds on to whatever its traceback has seen, and so to all that was sent.
     raise error
 

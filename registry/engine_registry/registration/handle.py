@@ -122,7 +122,7 @@ class Registration:
         """
         if os.getpid() != self._owner_pid:
             raise RegistryError(
-                f"{self.record.key} is registered by process {self._owner_pid}, and this is a fork of it: update it there"
+                f"{self.record.key} is registered by process {self._owner_pid}, and this is a fork of it", "update it there"
             )
         if self._lost is not None:
             raise self._lost

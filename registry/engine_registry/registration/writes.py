@@ -63,7 +63,7 @@ def claim(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int,
     try:
         return _claim(etcd, record, last, lease_id, replaces)
     except _Raced as exc:
-        raise EtcdUnavailable(f"cannot register {record.key}: too many others are registering at once: try again") from exc
+        raise EtcdUnavailable(f"cannot register {record.key}: too many others are registering at once", "try again") from exc
 
 
 @_until_settled
@@ -80,9 +80,10 @@ def _claim(etcd: Etcd, record: RankRecord, last_part: Put, lease_id: int, replac
     return written(put, revision, holder)
 
 
-def how_to_delete(etcd: Etcd, key: str) -> str:
-    """What an operator can do about a key that nobody of ours can read."""
-    return f"delete the key if no process owns it: etcdctl del {shlex.quote(etcd.config.namespace + key)}"
+def how_to_delete(etcd: Etcd, key: str, error: RecordDamaged) -> str:
+    """What an operator can do about a key that nobody of ours can read, beside what the error advises."""
+    how = f"delete the key if no process owns it: etcdctl del {shlex.quote(etcd.config.namespace + key)}"
+    return f"{error.remedy}; {how}" if error.remedy else how
 
 
 def _check_holder(etcd: Etcd, record: RankRecord, holder: KeyValue | None, replaces: str) -> Guard:
@@ -91,7 +92,7 @@ def _check_holder(etcd: Etcd, record: RankRecord, holder: KeyValue | None, repla
     try:
         found = decode_item(holder)
     except RecordDamaged as exc:
-        raise RankConflict(f"{exc}; {how_to_delete(etcd, record.key)}", key=record.key) from exc
+        raise RankConflict(exc.what, how_to_delete(etcd, record.key, exc), key=record.key) from exc
     if found.incarnation not in (record.incarnation, replaces) and not found.ended:
         raise RankConflict(
             f"rank {record.rank} of {record.instance!r} is already registered ({found.holder})",

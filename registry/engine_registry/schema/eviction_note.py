@@ -33,7 +33,8 @@ class Note:
             data = json.loads(value)
             if data["schema"] > SCHEMA:
                 raise SchemaUnsupported(
-                    f"the note at {key} has schema {data['schema']}; this version reads up to {SCHEMA}: upgrade engine-registry",
+                    f"the note at {key} has schema {data['schema']}; this version reads up to {SCHEMA}",
+                    "upgrade engine-registry",
                     key=key,
                     schema=data["schema"],
                 )

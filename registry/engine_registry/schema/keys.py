@@ -24,7 +24,7 @@ def check_instance(name: str) -> str:
     """`name` itself, or InvalidField."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidField(
-            f"instance name {name!r} is not valid: use 1 to 128 of the characters A-Z a-z 0-9 . _ -", field="instance"
+            f"instance name {name!r} is not valid", "use 1 to 128 of the characters A-Z a-z 0-9 . _ -", field="instance"
         )
     return name
 
@@ -35,7 +35,7 @@ def check_rank(rank: object, world_size: object) -> tuple[int, int]:
     try:
         return whole("rank", rank, 0, size - 1), size
     except InvalidField as exc:
-        raise InvalidField(f"{exc}, as world_size is {size}", field="rank") from exc
+        raise InvalidField(f"{exc.what}, as world_size is {size}", field="rank") from exc
 
 
 def instance_prefix(instance: str) -> str:

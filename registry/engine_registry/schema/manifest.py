@@ -132,7 +132,9 @@ def decode(owner: str, ref: ManifestRef, parts: Sequence[bytes]) -> Manifest:
     """The manifest of the rank whose record is at `owner`; RecordDamaged says what is wrong with it."""
     stored = b"".join(parts)
     if hashlib.sha256(stored).hexdigest() != ref.digest:
-        raise RecordDamaged(f"the manifest of {owner} does not match the digest in its record: register the rank again", key=owner)
+        raise RecordDamaged(
+            f"the manifest of {owner} does not match the digest in its record", "register the rank again", key=owner
+        )
     try:
         unpacker = zlib.decompressobj()
         raw = unpacker.decompress(stored, MAX_UNPACKED_NBYTES)
@@ -145,8 +147,8 @@ def decode(owner: str, ref: ManifestRef, parts: Sequence[bytes]) -> Manifest:
             raise ValueError("it has no schema number")
         if data["schema"] > SCHEMA:
             raise SchemaUnsupported(
-                f"the manifest of {owner} has schema {short(data['schema'])}; this version reads up to {SCHEMA}: upgrade "
-                "engine-registry",
+                f"the manifest of {owner} has schema {short(data['schema'])}; this version reads up to {SCHEMA}",
+                "upgrade engine-registry",
                 key=owner,
             )
         manifest = _from_json(data)

@@ -272,7 +272,8 @@ def encode(record: RankRecord) -> bytes:
     if len(value) > MAX_RECORD_NBYTES and not record.ended:
         largest = max(data, key=lambda name: len(json.dumps(data[name])))
         raise InvalidField(
-            f"the record of {record.key} takes {len(value)} bytes, more than {MAX_RECORD_NBYTES}: shorten {largest!r}",
+            f"the record of {record.key} takes {len(value)} bytes, more than {MAX_RECORD_NBYTES}",
+            f"shorten {largest!r}",
             field=largest,
         )
     return value
@@ -287,7 +288,8 @@ def decode(key: str, value: bytes, mod_revision: int = 0, create_revision: int =
         schema = _get(data, "schema", int)
         if schema > SCHEMA:
             raise SchemaUnsupported(
-                f"the record at {key} has schema {short(schema)}; this version reads up to {SCHEMA}: upgrade engine-registry",
+                f"the record at {key} has schema {short(schema)}; this version reads up to {SCHEMA}",
+                "upgrade engine-registry",
                 key=key,
                 schema=schema,
             )

@@ -196,5 +196,5 @@ def _or_default(collectors: CollectorRegistry | None) -> CollectorRegistry:
     try:
         import prometheus_client
     except ModuleNotFoundError as exc:
-        raise MetricsUnavailable("metrics need prometheus_client: pip install 'engine-registry[metrics]'") from exc
+        raise MetricsUnavailable("metrics need prometheus_client", "pip install 'engine-registry[metrics]'") from exc
     return collectors if collectors is not None else prometheus_client.REGISTRY

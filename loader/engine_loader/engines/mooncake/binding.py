@@ -90,7 +90,7 @@ class Binding:
             self._engine.unregister_memory(region.addr)
         except _RAISED as exc:
             raise EngineFailed(
-                f"the transfer engine cannot unregister {region.nbytes} bytes at {region.addr:#x} ({_said(exc)}): close it"
+                f"the transfer engine cannot unregister {region.nbytes} bytes at {region.addr:#x} ({_said(exc)})", "close it"
             ) from exc
 
 
@@ -110,7 +110,7 @@ def built_transports() -> tuple[str, ...]:
     places = parent.submodule_search_locations if parent is not None else None
     engine = PathFinder.find_spec("mooncake.engine", places) if places else None
     if engine is None or engine.origin is None:
-        raise EngineUnavailable(_what_to_install("No module named 'mooncake.engine'"))
+        raise EngineUnavailable(*_what_to_install("No module named 'mooncake.engine'"))
     names = {name.decode() for name in _TRANSPORT.findall(Path(engine.origin).read_bytes())}
     return tuple(sorted(names - _NO_WAYS))
 
@@ -121,8 +121,8 @@ def _failed(session_id: str, exc: Exception) -> ReadFailed:
 
 def _refused(region: Region, why: str) -> EngineFailed:
     return EngineFailed(
-        f"the transfer engine cannot register {region.nbytes} bytes at {region.addr:#x} ({why}): "
-        "check the limit on locked memory (ulimit -l)"
+        f"the transfer engine cannot register {region.nbytes} bytes at {region.addr:#x} ({why})",
+        "check the limit on locked memory (ulimit -l)",
     )
 
 
@@ -134,18 +134,20 @@ def import_library() -> Any:
     try:
         import mooncake.engine
     except (ImportError, OSError) as exc:
-        raise EngineUnavailable(_what_to_install(str(exc))) from exc
+        raise EngineUnavailable(*_what_to_install(str(exc))) from exc
     return mooncake.engine
 
 
-def _what_to_install(complaint: str) -> str:
+def _what_to_install(complaint: str) -> tuple[str, str]:
+    """What is missing, and what to do."""
     if "libibverbs" in complaint:
-        return "the transfer engine needs the system's libibverbs.so.1: apt-get install libibverbs1 (rdma-core on other systems)"
+        what = "the transfer engine needs the system's libibverbs.so.1"
+        return what, "apt-get install libibverbs1 (rdma-core on other systems)"
     if "libcudart" in complaint or "libcuda" in complaint:
-        return (
-            f"this transfer engine is built for CUDA, which is not here ({complaint}): pip install 'engine-registry[cpu]' instead"
-        )
+        what = f"this transfer engine is built for CUDA, which is not here ({complaint})"
+        return what, "pip install 'engine-registry[cpu]' instead"
     if "No module named" in complaint:
-        return "the transfer engine is not installed: pip install 'engine-registry[cpu]' (or [cuda12], [cuda13] on GPU machines)"
-    advice = ": raise ulimit -n" if "Too many open files" in complaint else ""
-    return f"the transfer engine cannot be imported: {complaint}{advice}"
+        what = "the transfer engine is not installed"
+        return what, "pip install 'engine-registry[cpu]' (or [cuda12], [cuda13] on GPU machines)"
+    remedy = "raise ulimit -n" if "Too many open files" in complaint else ""
+    return f"the transfer engine cannot be imported: {complaint}", remedy

@@ -52,7 +52,7 @@ class Contact:
             thread.start()
         except RuntimeError as exc:
             _UNDER_WAY.discard(self)
-            raise EngineFailed(f"no thread can be started for a contact with {session_id} ({exc}): raise ulimit -u") from exc
+            raise EngineFailed(f"no thread can be started for a contact with {session_id} ({exc})", "raise ulimit -u") from exc
 
     def allow(self, seconds: float) -> None:
         """What follows may take so long."""

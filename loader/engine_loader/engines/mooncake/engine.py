@@ -62,10 +62,10 @@ class MooncakeEngine(Engine):
         unless a test says otherwise.
         """
         if protocol not in PROTOCOLS:
-            raise EngineUnavailable(f"protocol {protocol!r} is unknown: use one of {', '.join(PROTOCOLS)}")
+            raise EngineUnavailable(f"protocol {protocol!r} is unknown", f"use one of {', '.join(PROTOCOLS)}")
         if protocol == "rdma" and not rdma_devices():
             raise EngineUnavailable(
-                "no RDMA device is here (/sys/class/infiniband has none), and Mooncake would fall back to tcp: say tcp"
+                "no RDMA device is here (/sys/class/infiniband has none), and Mooncake would fall back to tcp", "say tcp"
             )
         self._host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         self._family = check_host(self._host)
@@ -107,8 +107,8 @@ class MooncakeEngine(Engine):
             try:
                 if len(self._served) > _MAX_REGIONS:
                     raise EngineFailed(
-                        f"the memory lies in more than {_MAX_REGIONS} pieces, of which no peer could be told: put the tensors into "
-                        "fewer blocks, as views of one storage"
+                        f"the memory lies in more than {_MAX_REGIONS} pieces, of which no peer could be told",
+                        "put the tensors into fewer blocks, as views of one storage",
                     )
                 for one in new:
                     with self._where(one):

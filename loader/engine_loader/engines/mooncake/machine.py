@@ -58,4 +58,4 @@ def addresses_of(host: str, family: str) -> list[str]:
 
 
 def _refused(problem: str) -> EngineUnavailable:
-    return EngineUnavailable(f"{problem}: give an address of this machine that peers can reach")
+    return EngineUnavailable(problem, "give an address of this machine that peers can reach")

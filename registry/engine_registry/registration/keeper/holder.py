@@ -112,7 +112,7 @@ class Keeper:
         key = self._record.key
         mark = evicted_key(self._record.instance, self._record.rank, self._record.incarnation)
         how = "evicted" if self._etcd.get(mark) is not None else "deleted from etcd by somebody"
-        return Evicted(f"{key} was {how}: the registration has ended; register again if that was not meant", key=key)
+        return Evicted(f"{key} was {how}", "the registration has ended; register again if that was not meant", key=key)
 
     def _adopt_or_lose(self, item: KeyValue, lease_id: int) -> None:
         """The key holds something else than we wrote, as far as we know."""
@@ -148,7 +148,8 @@ class Keeper:
         except Evicted as exc:
             self._lose(exc)
         except RegistryError as exc:
-            self._lose(Superseded(f"{self._record.key} cannot be registered again: {exc}", key=self._record.key))
+            key = self._record.key
+            self._lose(Superseded(f"{key} cannot be registered again: {exc.what}", exc.remedy, key=key))
 
     def _amend(self, held: KeyValue) -> None:
         amended = amend(self._etcd, self._record, held)

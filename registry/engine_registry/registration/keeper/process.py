@@ -41,7 +41,8 @@ def check_can_start(key: str) -> None:
     try:
         check_left(_DESCRIPTORS)
     except OSError as exc:
-        raise KeeperFailed(f"cannot start a keeper of {key}: {explain(exc)}") from exc
+        why, remedy = explain(exc)
+        raise KeeperFailed(f"cannot start a keeper of {key}: {why}", remedy) from exc
 
 
 class KeeperProcess:
@@ -65,7 +66,8 @@ class KeeperProcess:
                     env={name: value for name, value in os.environ.items() if not secret or value != secret},
                 )  # fmt: skip
             except OSError as exc:
-                raise KeeperFailed(f"cannot start a keeper of {key} with {sys.executable}: {explain(exc)}") from exc
+                why, remedy = explain(exc)
+                raise KeeperFailed(f"cannot start a keeper of {key} with {sys.executable}: {why}", remedy) from exc
             undo.pop_all()
         self._input, self._output = _pipe(self._process.stdin), _pipe(self._process.stdout)
         os.set_blocking(self._input.fileno(), False)

@@ -18,6 +18,7 @@ from engine_cli.doctor.python import WHEELS, judge_etcd3, judge_packages, judge_
 from engine_cli.doctor.rdma import Port, check_devices, judge_libibverbs, judge_memlock
 from engine_cli.doctor.rdma import judge_devices as judge_rdma
 from engine_loader.engines.mooncake.binding import _what_to_install
+from engine_loader.errors import EngineUnavailable
 from engine_registry.schema.record import RankState
 from engine_registry.schema.status import assess
 from tests.support.builders import a_record
@@ -245,7 +246,7 @@ def test_gpus_fail_only_if_nvlink_is_wanted(fact: dict[str, Any], driver: bool, 
     ],
 )
 def test_a_transfer_engine_that_cannot_be_imported_says_what_to_install(complaint: str, mend: str) -> None:
-    finding = judge_mooncake({"error": _what_to_install(complaint)}, "tcp", wanted=True)
+    finding = judge_mooncake({"error": str(EngineUnavailable(*_what_to_install(complaint)))}, "tcp", wanted=True)
     assert finding.status is Status.FAIL
     assert finding.mend.startswith(mend)
 

@@ -205,7 +205,7 @@ def test_a_library_that_cannot_be_imported_is_unavailable(monkeypatch: pytest.Mo
     ],
 )
 def test_what_is_missing_is_told_with_the_package_that_has_it(complaint: str, advice: str) -> None:
-    assert advice in _what_to_install(complaint)
+    assert advice in str(EngineUnavailable(*_what_to_install(complaint)))
 
 
 def test_memory_that_the_library_refuses_is_not_taken_for_registered(library: Library) -> None:
