@@ -1,4 +1,6 @@
-"""What the benchmarks share: timing, percentiles, processes to measure against, and how results are printed."""
+"""What the benchmarks share: timing, percentiles, processes to measure against, and how results are
+printed.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +40,25 @@ def numbers(option: str, text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError as exc:
-        raise click.UsageError(f"{option} {text!r} is not valid: give whole numbers, such as 1,2,8") from exc
+        raise click.UsageError(
+            f"{option} {text!r} is not valid: give whole numbers, such as 1,2,8"
+        ) from exc
 
 
 def program(command: Callable[..., None]) -> click.Command:
     """What every benchmark is: a command with `--json` and `--debug` behind its own options."""
-    made = click.command("command", context_settings={"help_option_names": ["-h", "--help"]})(command)
+    made = click.command("command", context_settings={"help_option_names": ["-h", "--help"]})(
+        command
+    )
     return debug_option(json_option(made))
 
 
 rounds_option = click.option(
-    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Of each measurement; the median counts."
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Of each measurement; the median counts.",
 )
 
 
@@ -65,12 +75,15 @@ def call(module: str, function: str, *args: str) -> list[str]:
 def another_process(
     module: str, function: str, *args: str, within: Callable[..., list[str]] | None = None
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """One that runs `module.function(*args)` until the block ends (it sees the end of its standard input), and its first line.
+    """One that runs `module.function(*args)` until the block ends (it sees the end of its standard
+    input), and its first line.
 
     `within`: the `command` of a Host, to run it there, where Ctrl-C does not reach it.
     """
     command = call(module, function, *args)
-    with _process(within(*command) if within is not None else command, start_new_session=within is not None) as process:
+    with _process(
+        within(*command) if within is not None else command, start_new_session=within is not None
+    ) as process:
         yield process, _first_line(process, f"{module}.{function}")
 
 
@@ -78,14 +91,18 @@ def another_process(
 def several_processes(
     module: str, function: str, calls: Sequence[Sequence[str]]
 ) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
-    """Started at the same time, one for each list of arguments; the first lines of all of them have come."""
+    """Started at the same time, one for each list of arguments; the first lines of all of them have
+    come.
+    """
     with ExitStack() as stack:
         started = [stack.enter_context(_process(call(module, function, *args))) for args in calls]
         yield [(process, _first_line(process, f"{module}.{function}")) for process in started]
 
 
 @contextmanager
-def _process(command: Sequence[str], *, start_new_session: bool = False) -> Iterator[subprocess.Popen[str]]:
+def _process(
+    command: Sequence[str], *, start_new_session: bool = False
+) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -108,18 +125,32 @@ def _process(command: Sequence[str], *, start_new_session: bool = False) -> Iter
 def _first_line(process: subprocess.Popen[str], name: str) -> str:
     line = process.stdout.readline() if process.stdout else ""
     if not line:
-        raise click.ClickException(f"{name} did not come to its first line: --debug shows what it said")
+        raise click.ClickException(
+            f"{name} did not come to its first line: --debug shows what it said"
+        )
     return line.strip()
 
 
 def machine() -> dict[str, object]:
-    versions = {name: metadata.version(name) for name in ("engine-registry", "etcd3", "grpcio", "protobuf")}
-    return {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version(), **versions}
+    versions = {
+        name: metadata.version(name) for name in ("engine-registry", "etcd3", "grpcio", "protobuf")
+    }
+    return {
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def report(results: Mapping[str, float], as_json: bool) -> None:
     if as_json:
-        print_json({"machine": machine(), "results": {name: round(value, 6) for name, value in results.items()}})
+        print_json(
+            {
+                "machine": machine(),
+                "results": {name: round(value, 6) for name, value in results.items()},
+            }
+        )
         return
     for name, value in results.items():
         click.echo(f"{name:56} {value:12.4f}")

@@ -1,6 +1,8 @@
-"""Figures of the HTTP gateway, in one run on one machine, clients and gateway in processes of their own.
+"""Figures of the HTTP gateway, in one run on one machine, clients and gateway in processes of their
+own.
 
-Beside it, the way of SGLang's bootstrap server: one process with a dict behind HTTP, which renders every answer anew.
+Beside it, the way of SGLang's bootstrap server: one process with a dict behind HTTP, which renders
+every answer anew.
 """
 
 from __future__ import annotations
@@ -38,20 +40,35 @@ TENSORS = 2_500
 _HERE = "benchmarks.gateway"
 _PROCESSES = 2
 _REGISTER = "/register_transfer_engine_info"
-_GET, _OLD_GET = "/get_transfer_engine_info?rank=", "/get_remote_instance_transfer_engine_info?rank="
+_GET, _OLD_GET = (
+    "/get_transfer_engine_info?rank=",
+    "/get_remote_instance_transfer_engine_info?rank=",
+)
 _CPU_S = 10.0  # for how long the CPU of probing is measured
 
 
 def seed_says(session_id: str, rank: int, tensors: int) -> bytes:
-    weights = {f"model.layers.{n // 9}.w{n % 9}.weight": [0x7F00_0000_0000 + n * 65536, 32768, 2] for n in range(tensors)}
-    return json.dumps({"tp_rank": rank, "transfer_engine_info": {"session_id": session_id, "weights_info_dict": weights}}).encode()
+    weights = {
+        f"model.layers.{n // 9}.w{n % 9}.weight": [0x7F00_0000_0000 + n * 65536, 32768, 2]
+        for n in range(tensors)
+    }
+    return json.dumps(
+        {
+            "tp_rank": rank,
+            "transfer_engine_info": {"session_id": session_id, "weights_info_dict": weights},
+        }
+    ).encode()
 
 
-# -- in processes of their own ---------------------------------------------------------------------------------------------------
+# -- in processes of their own
+# --------------------------------------------------------------------------------------------------
 
 
 def a_gateway(endpoint: str) -> None:
-    with Registry.connect(endpoint) as registry, Gateway(registry, "bench", world_size=10_000, port=0) as gateway:
+    with (
+        Registry.connect(endpoint) as registry,
+        Gateway(registry, "bench", world_size=10_000, port=0) as gateway,
+    ):
         click.echo(gateway.port)
         sys.stdin.read()
 
@@ -64,7 +81,9 @@ def a_bootstrap_server() -> None:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            body = json.dumps({"rank": 0, "remote_instance_transfer_engine_info": list(info)}).encode()
+            body = json.dumps(
+                {"rank": 0, "remote_instance_transfer_engine_info": list(info)}
+            ).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -79,8 +98,12 @@ def a_bootstrap_server() -> None:
         sys.stdin.read()
 
 
-def clients(port: str, threads: str, each: str, kind: str, session_id: str = "", first_rank: str = "0") -> None:
-    """`threads` clients that ask `each` times; prints a line when they begin and, at the end, their seconds and failures."""
+def clients(
+    port: str, threads: str, each: str, kind: str, session_id: str = "", first_rank: str = "0"
+) -> None:
+    """`threads` clients that ask `each` times; prints a line when they begin and, at the end, their
+    seconds and failures.
+    """
     ask = _mixed if kind == "mixed" else _get
     ready = threading.Barrier(int(threads) + 1)
 
@@ -102,7 +125,14 @@ def clients(port: str, threads: str, each: str, kind: str, session_id: str = "",
         sys.stdin.readline()
         ready.wait()
         done = [result.result() for result in results]
-    click.echo(json.dumps({"took": [s for took, _ in done for s in took], "failures": sum(failures for _, failures in done)}))
+    click.echo(
+        json.dumps(
+            {
+                "took": [s for took, _ in done for s in took],
+                "failures": sum(failures for _, failures in done),
+            }
+        )
+    )
     sys.stdin.read()
 
 
@@ -113,7 +143,9 @@ def _get(connection: HTTPConnection, n: int, session_id: str, rank: int) -> bool
 
 
 def _mixed(connection: HTTPConnection, n: int, session_id: str, rank: int) -> bool:
-    """Of ten requests: six for the large rank by both paths, one for a rank that there is not, one health, two registrations."""
+    """Of ten requests: six for the large rank by both paths, one for a rank that there is not, one
+    health, two registrations.
+    """
     method, path, body, wanted = {
         2: ("GET", f"{_GET}9999", None, 404),
         4: ("GET", "/health", None, 200),
@@ -126,17 +158,27 @@ def _mixed(connection: HTTPConnection, n: int, session_id: str, rank: int) -> bo
     return answer.status == wanted
 
 
-# -- measuring -------------------------------------------------------------------------------------------------------------------
+# -- measuring
+# --------------------------------------------------------------------------------------------------
 
 
-def ask(port: str, number: int, each: int, kind: str, session_id: str = "") -> tuple[list[float], int, float]:
-    """Seconds of each request, failures, and seconds of all, of `number` clients in some processes."""
+def ask(
+    port: str, number: int, each: int, kind: str, session_id: str = ""
+) -> tuple[list[float], int, float]:
+    """Seconds of each request, failures, and seconds of all, of `number` clients in processes."""
     threads = number // _PROCESSES
     with ExitStack() as stack:
         processes = [
             stack.enter_context(
                 another_process(
-                    _HERE, "clients", port, str(threads), str(each), kind, session_id, str(1 + which * threads)
+                    _HERE,
+                    "clients",
+                    port,
+                    str(threads),
+                    str(each),
+                    kind,
+                    session_id,
+                    str(1 + which * threads),
                 )  # rank 0 is the large one
             )[0]
             for which in range(_PROCESSES)
@@ -149,7 +191,11 @@ def ask(port: str, number: int, each: int, kind: str, session_id: str = "") -> t
         lines = [process.stdout.readline() if process.stdout else "" for process in processes]
         seconds = time.perf_counter() - start
     results = [json.loads(line) for line in lines]
-    return [s for result in results for s in result["took"]], sum(result["failures"] for result in results), seconds
+    return (
+        [s for result in results for s in result["took"]],
+        sum(result["failures"] for result in results),
+        seconds,
+    )
 
 
 def put(port: str, body: bytes) -> float:
@@ -192,10 +238,17 @@ def joins(registry: Registry, port: str, session_id: str, tensors: int, rounds: 
 def cpu_of_probing(etcd: Etcd, pid: int, session_id: str, ranks: int) -> float:
     """The share of a core that a gateway takes to keep `ranks` seeds."""
     ref, parts = manifests.encode(a_manifest(1))
-    record = replace(a_record("many", 0, ranks, ref), session_id=session_id, kept_by=GATEWAY, host=socket.gethostname())
+    record = replace(
+        a_record("many", 0, ranks, ref),
+        session_id=session_id,
+        kept_by=GATEWAY,
+        host=socket.gethostname(),
+    )
 
     def register(rank: int) -> None:
-        claim(etcd, replace(record, rank=rank, incarnation=new_incarnation()), parts, etcd.grant(60))
+        claim(
+            etcd, replace(record, rank=rank, incarnation=new_incarnation()), parts, etcd.grant(60)
+        )
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(register, range(ranks)))
@@ -236,7 +289,11 @@ def _latencies(results: dict[str, float], name: str, took: Sequence[float]) -> N
 def measure(number: int, requests: int, ranks: int, say: Callable[[str], None]) -> dict[str, float]:
     results: dict[str, float] = {}
     each = -(-requests // number)
-    with LocalEtcd() as local, Registry.connect(local.endpoint, timeout_s=30) as registry, _listening() as session_id:
+    with (
+        LocalEtcd() as local,
+        Registry.connect(local.endpoint, timeout_s=30) as registry,
+        _listening() as session_id,
+    ):
         with another_process(_HERE, "a_gateway", local.endpoint) as (process, port):
             say(f"{number} clients that ask for a rank of {TENSORS:,} tensors")
             put(port, seed_says(session_id, 0, TENSORS))
@@ -253,10 +310,16 @@ def measure(number: int, requests: int, ranks: int, say: Callable[[str], None]) 
             results["mixed_requests_per_s"] = len(took) / seconds
             say("registrations until a watcher sees them")
             _latencies(results, "put_to_joined", joins(registry, port, session_id, 50, 100))
-            _latencies(results, f"put_{TENSORS}_tensors_to_joined", joins(registry, port, session_id, TENSORS, 30))
+            _latencies(
+                results,
+                f"put_{TENSORS}_tensors_to_joined",
+                joins(registry, port, session_id, TENSORS, 30),
+            )
             say(f"the CPU of keeping {ranks} seeds")
             with closing(Etcd(EtcdConfig(parse_endpoints(local.endpoint), timeout_s=30))) as etcd:
-                results[f"gateway_cpu_keeping_{ranks}_seeds"] = cpu_of_probing(etcd, process.pid, session_id, ranks)
+                results[f"gateway_cpu_keeping_{ranks}_seeds"] = cpu_of_probing(
+                    etcd, process.pid, session_id, ranks
+                )
     say("the same questions to a server with a dict")
     with another_process(_HERE, "a_bootstrap_server") as (_, port):
         took, _, seconds = ask(port, number, each, "get")
@@ -266,11 +329,32 @@ def measure(number: int, requests: int, ranks: int, say: Callable[[str], None]) 
 
 
 @figures.program
-@click.option("--clients", type=click.IntRange(min=2), default=32, show_default=True, help="That ask at once, in two processes.")
-@click.option("--requests", type=click.IntRange(min=10), default=10_000, show_default=True, help="Of each kind.")
-@click.option("--ranks", type=click.IntRange(min=1), default=2000, show_default=True, help="Seeds that the gateway keeps.")
+@click.option(
+    "--clients",
+    type=click.IntRange(min=2),
+    default=32,
+    show_default=True,
+    help="That ask at once, in two processes.",
+)
+@click.option(
+    "--requests",
+    type=click.IntRange(min=10),
+    default=10_000,
+    show_default=True,
+    help="Of each kind.",
+)
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    default=2000,
+    show_default=True,
+    help="Seeds that the gateway keeps.",
+)
 def command(clients: int, requests: int, ranks: int, as_json: bool) -> None:
-    """SGLang's HTTP interface: answers, mixed requests, registrations, the cost of probing. Takes a minute or two."""
+    """SGLang's HTTP interface: answers, mixed requests, registrations, the cost of probing.
+
+    Takes a minute or two.
+    """
     figures.report(measure(clients, requests, ranks, figures.say), as_json)
 
 

@@ -1,8 +1,10 @@
-"""Several hosts on one machine: network namespaces behind links of limited speed, for `python -m benchmarks.fanout` and for tests.
+"""Several hosts on one machine: network namespaces behind links of limited speed, for `python -m
+benchmarks.fanout` and for tests.
 
-A host is a shell that holds a namespace, of the network and of the host's name. Nothing has a name or an address outside of these
-namespaces, so the kernel takes it all away when their last process ends; and the shell ends the processes of its host, itself last,
-when its standard input closes, however we end.
+A host is a shell that holds a namespace, of the network and of the host's name. Nothing has a name
+or an address outside of these namespaces, so the kernel takes it all away when their last process
+ends; and the shell ends the processes of its host, itself last, when its standard input closes,
+however we end.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class HostsUnavailable(Exception):
 
 
 class Host:
-    """One host of a `Network`: a name, an address, a link, and the processes that are started in it."""
+    """One host of a `Network`: a name, an address, a link, and the processes that are started in
+    it.
+    """
 
     def __init__(self, name: str, address: str, switch: _Namespace, port: str) -> None:
         self.name = name
@@ -68,7 +72,10 @@ class Host:
         return self._namespace.command(*argv)
 
     def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        """`options` are Popen's. Out of reach of the terminal's Ctrl-C: who made the host ends what is in it."""
+        """`options` are Popen's.
+
+        Out of reach of the terminal's Ctrl-C: who made the host ends what is in it.
+        """
         return subprocess.Popen(self.command(*argv), text=True, start_new_session=True, **options)
 
     def run(self, argv: Sequence[str], timeout_s: float = 60.0) -> str:
@@ -82,7 +89,9 @@ class Host:
             namespace.tc(f"qdisc replace dev {device} root tbf rate {rate}")
 
     def cut(self) -> None:
-        """What it sends and what is sent to it is lost from now on, and nobody is told: a cable pulled behind the next switch."""
+        """What it sends and what is sent to it is lost from now on, and nobody is told: a cable
+        pulled behind the next switch.
+        """
         self._switch.ip(f"link set {self._port} nomaster")
 
     def mend(self) -> None:
@@ -110,7 +119,9 @@ class Host:
 
 
 class Network:
-    """A switch, and the hosts that are connected to it; all of it goes at the end of the block, with every process in it."""
+    """A switch, and the hosts that are connected to it; all of it goes at the end of the block,
+    with every process in it.
+    """
 
     def __init__(self) -> None:
         self._undo = ExitStack()
@@ -140,14 +151,19 @@ class Network:
             host.limit(mbit)
         return host
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self._undo.close()
 
 
 @contextmanager
 def etcd_on(host: Host) -> Iterator[str]:
     """An etcd that runs there: its endpoint."""
-    with another_process(__name__, "serve_etcd", host.address, within=host.command) as (_, endpoint):
+    with another_process(__name__, "serve_etcd", host.address, within=host.command) as (
+        _,
+        endpoint,
+    ):
         yield endpoint
 
 
@@ -158,22 +174,38 @@ def serve_etcd(address: str) -> None:
 
 
 def missing() -> str | None:
-    """What is not there that a network takes; None where nothing is. Tries it, in a namespace that is gone at once."""
-    absent = [f"{program} ({package})" for program, package in _PROGRAMS.items() if shutil.which(program) is None]
+    """What is not there that a network takes; None where nothing is.
+
+    Tries it, in a namespace that is gone at once.
+    """
+    absent = [
+        f"{program} ({package})"
+        for program, package in _PROGRAMS.items()
+        if shutil.which(program) is None
+    ]
     if absent:
         return f"hosts on one machine need the program {', '.join(absent)}: install it"
     if os.geteuid() != 0:
-        return "hosts on one machine are network namespaces, which only root may make: run it as root"
+        return (
+            "hosts on one machine are network namespaces, which only root may make: run it as root"
+        )
     attempt = (
-        "ip link add name switch0 type bridge && ip link add name port0 type veth peer name port1 && "
+        "ip link add name switch0 type bridge && ip link add name port0 type veth peer name "
+        "port1 && "
         f"tc qdisc add dev port0 root tbf rate 1mbit burst {_BURST_NBYTES} latency 1ms"
     )
     done = subprocess.run(
-        ["unshare", "--net", "--uts", "sh", "-c", attempt], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        ["unshare", "--net", "--uts", "sh", "-c", attempt],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        return f"network namespaces, veth, bridge and tbf are not all to be had here ({said}): use another machine, or its host"
+        return (
+            f"network namespaces, veth, bridge and tbf are not all to be had here ({said}): use "
+            "another machine, or its host"
+        )
     return None
 
 
@@ -183,18 +215,30 @@ class _Namespace:
     def __init__(self, name: str) -> None:
         self._holder = subprocess.Popen(
             ["unshare", "--net", "--uts", "sh", "-c", _HOLD, "host", name],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
         self.pid = self._holder.pid
         try:
             if _stream(self._holder.stdout).readline() != "ready\n":
-                raise HostsUnavailable(f"no namespace for the host {name}: look whether `unshare --net --uts true` works")
+                raise HostsUnavailable(
+                    f"no namespace for the host {name}: look whether `unshare --net --uts "
+                    "true` works"
+                )
         except BaseException:
             self.close()
             raise
 
     def command(self, *argv: str) -> list[str]:
-        return ["nsenter", f"--net=/proc/{self.pid}/ns/net", f"--uts=/proc/{self.pid}/ns/uts", *argv]
+        return [
+            "nsenter",
+            f"--net=/proc/{self.pid}/ns/net",
+            f"--uts=/proc/{self.pid}/ns/uts",
+            *argv,
+        ]
 
     def ip(self, lines: str) -> None:
         _run(self.command("ip", "-batch", "-"), lines)
@@ -203,9 +247,16 @@ class _Namespace:
         _run(self.command("tc", "-batch", "-"), lines)
 
     def counters(self, device: str) -> list[int]:
-        """As /proc/net/dev has them: eight of what came, bytes first, and then eight of what went."""
-        lines = (line.partition(":") for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines())
-        return next([int(number) for number in numbers.split()] for name, _, numbers in lines if name.strip() == device)
+        """As /proc/net/dev has them: eight of what came, bytes first, then eight of what went."""
+        lines = (
+            line.partition(":")
+            for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines()
+        )
+        return next(
+            [int(number) for number in numbers.split()]
+            for name, _, numbers in lines
+            if name.strip() == device
+        )
 
     def kill_all(self) -> None:
         """But for the one that holds it."""

@@ -1,9 +1,11 @@
-"""Start-up, publishing and loading over tcp on this machine, medians of several rounds, baselines in turns.
+"""Start-up, publishing and loading over tcp on this machine, medians of several rounds, baselines
+in turns.
 
-*naive* is what SGLang does: one `batch_transfer_sync_read` of all tensors, with no check of anything, between the same buffers, its
-addresses known. Ours is the whole `load`: resolve, manifest, plan, reads, checks; `our_reads_to_naive` compares the reads alone.
-*socket* is one stream through a plain socket into the same memory, *safetensors* a file that lies in the page cache. Sources are
-processes of their own.
+*naive* is what SGLang does: one `batch_transfer_sync_read` of all tensors, with no check of
+anything, between the same buffers, its addresses known. Ours is the whole `load`: resolve,
+manifest, plan, reads, checks; `our_reads_to_naive` compares the reads alone.
+*socket* is one stream through a plain socket into the same memory, *safetensors* a file that lies
+in the page cache. Sources are processes of their own.
 """
 
 from __future__ import annotations
@@ -69,29 +71,46 @@ def measure(gib: float, rounds: int, say: Callable[[str], None]) -> Results:
     return results
 
 
-# -- start-up --------------------------------------------------------------------------------------------------------------------
+# -- start-up
+# --------------------------------------------------------------------------------------------------
 
 
 def start_up(registry: Registry) -> Results:
     def run(code: str) -> float:
-        return median_s(lambda: subprocess.run(python(code), check=True, stdout=subprocess.DEVNULL), 9)
+        return median_s(
+            lambda: subprocess.run(python(code), check=True, stdout=subprocess.DEVNULL), 9
+        )
 
     return {
         "import_registry_s": run("from engine_registry import Registry") - run("pass"),
-        "engines_help_s": run("sys.argv = ['engines', '--help']; from engine_cli.main import main; main()"),
+        "engines_help_s": run(
+            "sys.argv = ['engines', '--help']; from engine_cli.main import main; main()"
+        ),
         "register_2500_tensors_s": register(registry, 2_500),
     }
 
 
 def register(registry: Registry, count: int) -> float:
-    """From `publish` to the record in etcd: keeper process started, a storage registered for each tensor."""
+    """From `publish` to the record in etcd: keeper process started, a storage registered for each
+    tensor.
+    """
     tensors = {f"layer.{number}.weight": torch.zeros(1024) for number in range(count)}
 
     def once() -> float:
         with ExitStack() as stack:
             engine = stack.enter_context(InProcessEngine())
             start = time.perf_counter()
-            stack.enter_context(publish(registry, engine, instance="r", rank=0, world_size=1, tensors=tensors, model=MODEL))
+            stack.enter_context(
+                publish(
+                    registry,
+                    engine,
+                    instance="r",
+                    rank=0,
+                    world_size=1,
+                    tensors=tensors,
+                    model=MODEL,
+                )
+            )
             return time.perf_counter() - start
 
     return statistics.median(once() for _ in range(5))
@@ -101,19 +120,26 @@ def plan_of_many(count: int) -> float:
     """Of tensors that do not follow each other, so that every one is a read of its own."""
 
     def manifest(base: int, step: int) -> Manifest:
-        entries = [TensorEntry(f"t{n}", "uint8", (64,), base + n * step, 64, (64,), (0,)) for n in range(count)]
+        entries = [
+            TensorEntry(f"t{n}", "uint8", (64,), base + n * step, 64, (64,), (0,))
+            for n in range(count)
+        ]
         return Manifest(tuple(entries), (Region(base, count * step),))
 
     src, dst = manifest(1 << 20, 128), manifest(1 << 40, 192)
     return median_s(lambda: plan([Origin("src/0", src)], dst), 3)
 
 
-# -- sources ---------------------------------------------------------------------------------------------------------------------
+# -- sources
+# --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _source(local: LocalEtcd, instance: str, *what: str) -> Any:
-    with another_process("benchmarks.load", "serve", local.endpoint, instance, *what) as (process, _):
+    with another_process("benchmarks.load", "serve", local.endpoint, instance, *what) as (
+        process,
+        _,
+    ):
         yield process
 
 
@@ -122,7 +148,16 @@ def serve(endpoint: str, instance: str, what: str, *sizes: str) -> None:
     with (
         Registry.connect(endpoint) as registry,
         MooncakeEngine(HOST) as engine,
-        publish(registry, engine, instance=instance, rank=0, world_size=1, tensors=tensors, model=MODEL, digests=True),
+        publish(
+            registry,
+            engine,
+            instance=instance,
+            rank=0,
+            world_size=1,
+            tensors=tensors,
+            model=MODEL,
+            digests=True,
+        ),
     ):
         click.echo("published")
         sys.stdin.read()
@@ -132,7 +167,10 @@ def _weights(what: str, nbytes: int = 0, count: int = 0) -> dict[str, torch.Tens
     if what == "checkpoint":
         return read_weights([find_checkpoint()])
     if what == "blocks":
-        return {f"t{number}": torch.randint(0, 255, (nbytes // count,), dtype=torch.uint8) for number in range(count)}
+        return {
+            f"t{number}": torch.randint(0, 255, (nbytes // count,), dtype=torch.uint8)
+            for number in range(count)
+        }
     return _small(what)
 
 
@@ -140,10 +178,14 @@ def _small(layout: str) -> dict[str, torch.Tensor]:
     """Views of one block, side by side or with gaps between them."""
     step = _SMALL_NBYTES * (1 if layout == "adjacent" else 2)
     block = torch.randint(0, 255, (_SMALL * step,), dtype=torch.uint8)
-    return {f"t{number}": block[number * step : number * step + _SMALL_NBYTES] for number in range(_SMALL)}
+    return {
+        f"t{number}": block[number * step : number * step + _SMALL_NBYTES]
+        for number in range(_SMALL)
+    }
 
 
-# -- one source ------------------------------------------------------------------------------------------------------------------
+# -- one source
+# --------------------------------------------------------------------------------------------------
 
 
 def one_source(registry: Registry, rounds: int) -> Results:
@@ -154,11 +196,18 @@ def one_source(registry: Registry, rounds: int) -> Results:
         before = _peak_rss(reset=True)
         reports = [load(registry, engine, "src", rank=0, tensors=tensors) for _ in range(rounds)]
         results["peak_extra_mib"] = (_peak_rss() - before) / (1 << 20)
-        results["overhead_share"] = statistics.median((one.seconds - one.transfer_s) / one.seconds for one in reports)
-        verified = [load(registry, engine, "src", rank=0, tensors=tensors, verify="digest") for _ in range(rounds)]
+        results["overhead_share"] = statistics.median(
+            (one.seconds - one.transfer_s) / one.seconds for one in reports
+        )
+        verified = [
+            load(registry, engine, "src", rank=0, tensors=tensors, verify="digest")
+            for _ in range(rounds)
+        ]
         results["digest_share"] = statistics.median(one.digest_s / one.seconds for one in verified)
         nbytes = verified[0].nbytes
-    results["digest_gb_per_s"] = nbytes / 1e9 / median_s(lambda: digests_of(tensors, "xxh3_128"), rounds)
+    results["digest_gb_per_s"] = (
+        nbytes / 1e9 / median_s(lambda: digests_of(tensors, "xxh3_128"), rounds)
+    )
     return results
 
 
@@ -167,7 +216,11 @@ def _destination(registry: Registry) -> dict[str, torch.Tensor]:
     (record,) = registry.resolve("src", 60)
     manifest = registry.manifest(record)
     tensors = allocate_like(manifest)
-    return tensors if len(manifest.regions) == 1 else {name: tensor.clone() for name, tensor in tensors.items()}
+    return (
+        tensors
+        if len(manifest.regions) == 1
+        else {name: tensor.clone() for name, tensor in tensors.items()}
+    )
 
 
 def _against_naive(registry: Registry, rounds: int) -> Results:
@@ -179,17 +232,30 @@ def _against_naive(registry: Registry, rounds: int) -> Results:
     with MooncakeEngine(HOST) as engine, naive_load(registry, "src", tensors) as naive_way:
         nbytes = naive_way.nbytes
         for number in range(rounds + 1):
-            took = _timed(naive_way.run), _timed(lambda: reports.append(load(registry, engine, "src", rank=0, tensors=tensors)))
+            took = (
+                _timed(naive_way.run),
+                _timed(
+                    lambda: reports.append(load(registry, engine, "src", rank=0, tensors=tensors))
+                ),
+            )
             if number:  # the first round opens connections
                 naive.append(took[0])
                 ours.append(took[1])
-    fastest = {name: statistics.median(one[0] for one in some) for name, some in (("ours", ours), ("naive", naive))}
-    cpu = {name: statistics.median(one[1] for one in some) for name, some in (("ours", ours), ("naive", naive))}
+    fastest = {
+        name: statistics.median(one[0] for one in some)
+        for name, some in (("ours", ours), ("naive", naive))
+    }
+    cpu = {
+        name: statistics.median(one[1] for one in some)
+        for name, some in (("ours", ours), ("naive", naive))
+    }
     return {
         "ours_gb_per_s": nbytes / 1e9 / fastest["ours"],
         "naive_gb_per_s": nbytes / 1e9 / fastest["naive"],
         "ours_to_naive": statistics.median(n[0] / o[0] for o, n in zip(ours, naive, strict=True)),
-        "our_reads_to_naive": statistics.median(n[0] / o.transfer_s for o, n in zip(reports[1:], naive, strict=True)),
+        "our_reads_to_naive": statistics.median(
+            n[0] / o.transfer_s for o, n in zip(reports[1:], naive, strict=True)
+        ),
         "ours_cpu_s_per_gb": cpu["ours"] / (nbytes / 1e9),
         "naive_cpu_s_per_gb": cpu["naive"] / (nbytes / 1e9),
     }
@@ -209,11 +275,14 @@ def _peak_rss(reset: bool = False) -> int:
     return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
 
 
-# -- two sources -----------------------------------------------------------------------------------------------------------------
+# -- two sources
+# --------------------------------------------------------------------------------------------------
 
 
 def failover(local: LocalEtcd, registry: Registry, nbytes: int, rounds: int) -> Results:
-    """What the loss of one of two sources at half adds to a load from both, and what a lone one that stops costs."""
+    """What the loss of one of two sources at half adds to a load from both, and what a lone one
+    that stops costs.
+    """
     results: Results = {}
     tensors = {f"t{number}": torch.zeros(nbytes // 500, dtype=torch.uint8) for number in range(500)}
     undisturbed: list[float] = []
@@ -226,26 +295,37 @@ def failover(local: LocalEtcd, registry: Registry, nbytes: int, rounds: int) -> 
                 _source(local, "a", "blocks", str(nbytes), "500") as victim,
             ):
                 load(registry, engine, ["a", "b"], rank=0, tensors=tensors)
-                undisturbed.append(load(registry, engine, ["a", "b"], rank=0, tensors=tensors).seconds)
+                undisturbed.append(
+                    load(registry, engine, ["a", "b"], rank=0, tensors=tensors).seconds
+                )
 
                 def at_half(progress: Progress, victim: Any = victim, number: int = number) -> None:
                     if progress.nbytes * 2 >= progress.total_nbytes:
                         victim.send_signal(number)
 
                 try:
-                    disturbed.append(load(registry, engine, ["a", "b"], rank=0, tensors=tensors, progress=at_half).seconds)
+                    disturbed.append(
+                        load(
+                            registry, engine, ["a", "b"], rank=0, tensors=tensors, progress=at_half
+                        ).seconds
+                    )
                 finally:
                     victim.kill()
-        results[f"two_sources_{fault}_one_at_half_adds_s"] = statistics.median(disturbed) - statistics.median(undisturbed)
+        results[f"two_sources_{fault}_one_at_half_adds_s"] = statistics.median(
+            disturbed
+        ) - statistics.median(undisturbed)
     results["two_sources_gb_per_s"] = nbytes / 1e9 / statistics.median(undisturbed)
     return results
 
 
-# -- other ways ------------------------------------------------------------------------------------------------------------------
+# -- other ways
+# --------------------------------------------------------------------------------------------------
 
 
 def other_ways(nbytes: int, rounds: int) -> Results:
-    """The same bytes through a socket, and from a file in the page cache into memory that is there already."""
+    """The same bytes through a socket, and from a file in the page cache into memory that is there
+    already.
+    """
     destination = torch.zeros(nbytes, dtype=torch.uint8)
     with another_process("benchmarks.load", "send", str(nbytes)) as (_, port):
         stream = median_s(lambda: _receive(int(port), destination), rounds)
@@ -295,7 +375,13 @@ def _prefixed(prefix: str, results: Results) -> Results:
 
 
 @figures.program
-@click.option("--gib", type=click.FloatRange(min=0.001), default=2.0, show_default=True, help="Size of the rank that is loaded.")
+@click.option(
+    "--gib",
+    type=click.FloatRange(min=0.001),
+    default=2.0,
+    show_default=True,
+    help="Size of the rank that is loaded.",
+)
 @figures.rounds_option
 def command(gib: float, rounds: int, as_json: bool) -> None:
     """Loading over tcp: one source and two, long and short tensors, faults. Takes minutes."""

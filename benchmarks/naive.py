@@ -1,4 +1,6 @@
-"""The naive way to load, for comparison: every address known beforehand, all tensors in a few calls, nothing checked."""
+"""The naive way to load, for comparison: every address known beforehand, all tensors in a few
+calls, nothing checked.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,23 @@ HOST = "127.0.0.1"
 class NaiveLoad:
     """Of the instance's only rank, into tensors that are registered with an engine of its own."""
 
-    def __init__(self, raw: MooncakeEngine, registry: Registry, instance: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        raw: MooncakeEngine,
+        registry: Registry,
+        instance: str,
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
         (record,) = registry.resolve(instance, 60)
         here = describe(tensors)
         addrs = {entry.name: entry.addr for entry in here.tensors}
         self._raw = raw
         self._session_id = record.session_id
-        self._reads = [(addrs[each.name], each.addr, each.nbytes) for each in registry.manifest(record).tensors if each.nbytes]
+        self._reads = [
+            (addrs[each.name], each.addr, each.nbytes)
+            for each in registry.manifest(record).tensors
+            if each.nbytes
+        ]
         for region in here.regions:
             raw.register(region)
 
@@ -37,8 +49,15 @@ class NaiveLoad:
         """With so many reads in a call."""
         for start in range(0, len(self._reads), at_once):
             dst, src, sizes = map(list, zip(*self._reads[start : start + at_once], strict=True))
-            if self._raw._open()._engine.batch_transfer_sync_read(self._session_id, dst, src, sizes) != 0:
-                raise ReadFailed(f"a naive read from {self._session_id} failed: nothing can be compared with")
+            if (
+                self._raw._open()._engine.batch_transfer_sync_read(
+                    self._session_id, dst, src, sizes
+                )
+                != 0
+            ):
+                raise ReadFailed(
+                    f"a naive read from {self._session_id} failed: nothing can be compared with"
+                )
 
 
 @contextmanager

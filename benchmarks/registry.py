@@ -1,7 +1,8 @@
 """`python -m benchmarks.registry`: figures of the control plane, in one run on one machine.
 
-Simulated ranks are registrations without a process of their own (one lease each); the deaths are real processes with real keepers
-that are really killed. Beside it, the way of SGLang's bootstrap server: one process with a dict behind HTTP, one GET a rank.
+Simulated ranks are registrations without a process of their own (one lease each); the deaths are
+real processes with real keepers that are really killed. Beside it, the way of SGLang's bootstrap
+server: one process with a dict behind HTTP, one GET a rank.
 """
 
 from __future__ import annotations
@@ -50,7 +51,15 @@ THREADS = 8
 
 def a_manifest(tensors: int) -> Manifest:
     entries = [
-        TensorEntry(f"model.layers.{n // 9}.w{n % 9}", "bfloat16", (512, 64), 4096 + n * 65536, 65536, (512, 64), (0, 0))
+        TensorEntry(
+            f"model.layers.{n // 9}.w{n % 9}",
+            "bfloat16",
+            (512, 64),
+            4096 + n * 65536,
+            65536,
+            (512, 64),
+            (0, 0),
+        )
         for n in range(tensors)
     ]
     return Manifest(tuple(entries), (Region(4096, tensors * 65536),))
@@ -58,16 +67,31 @@ def a_manifest(tensors: int) -> Manifest:
 
 def a_record(instance: str, rank: int, world_size: int, ref: ManifestRef) -> RankRecord:
     return RankRecord(
-        incarnation=f"{rank:032x}", instance=instance, rank=rank, world_size=world_size, model=MODEL,
-        session_id=f"10.0.{rank // 250}.{rank % 250}:15000", protocol="rdma", manifest=ref, header_addr=4096,
-        registered_at="2026-01-01T00:00:00.000+00:00", topology={"tp": (rank % 8, 8)}, host=f"node-{rank // 8}", pid=4000,
-    )  # fmt: skip
+        incarnation=f"{rank:032x}",
+        instance=instance,
+        rank=rank,
+        world_size=world_size,
+        model=MODEL,
+        session_id=f"10.0.{rank // 250}.{rank % 250}:15000",
+        protocol="rdma",
+        manifest=ref,
+        header_addr=4096,
+        registered_at="2026-01-01T00:00:00.000+00:00",
+        topology={"tp": (rank % 8, 8)},
+        host=f"node-{rank // 8}",
+        pid=4000,
+    )
 
 
 def simulated(etcd: Etcd, ranks: int, results: dict[str, float]) -> list[int]:
-    """Registers `ranks` ranks as instances of at most 1,024, a lease each, from a few threads; returns the leases."""
+    """Registers `ranks` ranks as instances of at most 1,024, a lease each, from a few threads;
+    returns the leases.
+    """
     ref, parts = manifests.encode(a_manifest(100))
-    places = [(f"i{rank // 1024:02}", rank % 1024, min(1024, ranks - rank // 1024 * 1024)) for rank in range(ranks)]
+    places = [
+        (f"i{rank // 1024:02}", rank % 1024, min(1024, ranks - rank // 1024 * 1024))
+        for rank in range(ranks)
+    ]
 
     def register(place: tuple[str, int, int]) -> int:
         lease_id = etcd.grant(3600)
@@ -90,7 +114,9 @@ def reads(registry: Registry, ranks: int, results: dict[str, float]) -> None:
     results[f"list_{ranks}_ranks_s"] = median_s(registry.instances, 5)
 
 
-def fan_out(endpoint: str, registry: Registry, watchers: int, ranks: int, results: dict[str, float]) -> None:
+def fan_out(
+    endpoint: str, registry: Registry, watchers: int, ranks: int, results: dict[str, float]
+) -> None:
     """`ranks` ranks join at once: until each of the watchers has seen them all."""
     with ExitStack() as stack:
         watches = [stack.enter_context(registry.watch("fan")) for _ in range(watchers)]
@@ -112,40 +138,70 @@ def fan_out(endpoint: str, registry: Registry, watchers: int, ranks: int, result
         ready.wait()
         start = time.perf_counter()
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda rank: claim(etcd, a_record("fan", rank, ranks, ref), parts, lease_id), range(ranks)))
+            list(
+                pool.map(
+                    lambda rank: claim(etcd, a_record("fan", rank, ranks, ref), parts, lease_id),
+                    range(ranks),
+                )
+            )
         written = time.perf_counter()
         for thread in threads:
             thread.join()
-        results[f"watch_{watchers}_watchers_{ranks}_ranks_behind_writer_s"] = time.perf_counter() - written
+        results[f"watch_{watchers}_watchers_{ranks}_ranks_behind_writer_s"] = (
+            time.perf_counter() - written
+        )
         results[f"watch_{watchers}_watchers_{ranks}_ranks_writing_s"] = written - start
         etcd.revoke(lease_id)
 
 
 def hold(
-    registry: Registry, instance: str, rank: int, world_size: int, ttl_s: float = 10.0, on_state: OnState | None = None
+    registry: Registry,
+    instance: str,
+    rank: int,
+    world_size: int,
+    ttl_s: float = 10.0,
+    on_state: OnState | None = None,
 ) -> Registration:
     return registry.register(
-        instance=instance, rank=rank, world_size=world_size, model=MODEL, manifest=a_manifest(100), session_id="h:1",
-        protocol="tcp", header_addr=0, ttl_s=ttl_s, on_state=on_state,
-    )  # fmt: skip
+        instance=instance,
+        rank=rank,
+        world_size=world_size,
+        model=MODEL,
+        manifest=a_manifest(100),
+        session_id="h:1",
+        protocol="tcp",
+        header_addr=0,
+        ttl_s=ttl_s,
+        on_state=on_state,
+    )
 
 
 def a_rank(endpoint: str, rank: str) -> None:
-    with Registry.connect(endpoint) as registry, hold(registry, "mortal", int(rank), 1000) as registration:
+    with (
+        Registry.connect(endpoint) as registry,
+        hold(registry, "mortal", int(rank), 1000) as registration,
+    ):
         click.echo(registration.keeper_pid)
         sys.stdin.read()
 
 
 def deaths(endpoint: str, registry: Registry, kills: int, results: dict[str, float]) -> None:
-    """SIGKILL of a rank's process to `RankLost` at a watcher in another one, ranks one after another."""
+    """SIGKILL of a rank's process to `RankLost` at a watcher in another one, ranks one after
+    another.
+    """
     late: list[float] = []
     rss: list[int] = []
     with registry.watch("mortal") as watch:
         for rank in range(kills):
-            with another_process("benchmarks.registry", "a_rank", endpoint, str(rank)) as (process, keeper):
+            with another_process("benchmarks.registry", "a_rank", endpoint, str(rank)) as (
+                process,
+                keeper,
+            ):
                 _until(watch, RankJoined)
                 with open(f"/proc/{keeper}/status") as status:
-                    rss.append(next(int(line.split()[1]) for line in status if line.startswith("VmRSS")))
+                    rss.append(
+                        next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+                    )
                 start = time.perf_counter()
                 os.kill(process.pid, signal.SIGKILL)
                 _until(watch, RankLost)
@@ -163,9 +219,15 @@ def _until(watch: object, kind: type) -> None:
 
 
 def outages(results: dict[str, float]) -> None:
-    """Etcd killed for longer than the lease: how long after it answers again the rank is held; a watcher's CPU meanwhile."""
+    """Etcd killed for longer than the lease: how long after it answers again the rank is held; a
+    watcher's CPU meanwhile.
+    """
     took: list[float] = []
-    with LocalEtcd() as etcd, Registry.connect(etcd.endpoint, timeout_s=30) as registry, registry.watch() as watch:
+    with (
+        LocalEtcd() as etcd,
+        Registry.connect(etcd.endpoint, timeout_s=30) as registry,
+        registry.watch() as watch,
+    ):
         thread = threading.Thread(target=lambda: list(watch))
         thread.start()
         reached = {state: threading.Event() for state in RegistrationState}
@@ -181,7 +243,9 @@ def outages(results: dict[str, float]) -> None:
                 cpu, start = time.process_time(), time.perf_counter()
                 reached[RegistrationState.SUSPENDED].wait()
                 time.sleep(3)
-                results["watcher_cpu_while_etcd_is_away"] = (time.process_time() - cpu) / (time.perf_counter() - start)
+                results["watcher_cpu_while_etcd_is_away"] = (time.process_time() - cpu) / (
+                    time.perf_counter() - start
+                )
                 if number % 2:
                     etcd.wipe()
                 etcd.start()
@@ -195,10 +259,16 @@ def outages(results: dict[str, float]) -> None:
 
 
 def lose_leaders(kills: int, results: dict[str, float]) -> None:
-    """The leader of three members killed again and again: losses that a watcher sees, and how long nothing can be written."""
+    """The leader of three members killed again and again: losses that a watcher sees, and how long
+    nothing can be written.
+    """
     took: list[float] = []
     losses = 0
-    with LocalCluster() as cluster, Registry.connect(cluster.endpoints, timeout_s=30) as registry, ExitStack() as stack:
+    with (
+        LocalCluster() as cluster,
+        Registry.connect(cluster.endpoints, timeout_s=30) as registry,
+        ExitStack() as stack,
+    ):
         watch = stack.enter_context(registry.watch("k"))
         held = [stack.enter_context(hold(registry, "k", rank, 6, 5.0)) for rank in range(6)]
         _until(watch, InstanceReady)
@@ -219,14 +289,18 @@ def lose_leaders(kills: int, results: dict[str, float]) -> None:
 
 
 def bootstrap_server(ranks: int, results: dict[str, float]) -> None:
-    """SGLang's way, as the design page describes it: a loader asks one server for one rank after another, over HTTP."""
+    """SGLang's way, as the design page describes it: a loader asks one server for one rank after
+    another, over HTTP.
+    """
     weights = {f"model.layers.{n // 9}.w{n % 9}": [4096 + n * 65536, 32768, 2] for n in range(100)}
     infos = {rank: ["10.0.0.1:15000", weights] for rank in range(ranks)}
 
     class Server(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             rank = int(self.path.rpartition("=")[2])
-            body = json.dumps({"rank": rank, "remote_instance_transfer_engine_info": infos[rank]}).encode()
+            body = json.dumps(
+                {"rank": rank, "remote_instance_transfer_engine_info": infos[rank]}
+            ).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -266,7 +340,9 @@ def resolve_with_manifests(registry: Registry, ranks: int, results: dict[str, fl
     results[f"resolve_{ranks}_ranks_and_their_manifests_s"] = median_s(all_of_them, 3)
 
 
-def measure(sizes: Sequence[int], kills: int, leader_kills: int, say: Callable[[str], None]) -> dict[str, float]:
+def measure(
+    sizes: Sequence[int], kills: int, leader_kills: int, say: Callable[[str], None]
+) -> dict[str, float]:
     results: dict[str, float] = {}
     for ranks in sizes:
         say(f"{ranks} simulated ranks")
@@ -293,12 +369,32 @@ def measure(sizes: Sequence[int], kills: int, leader_kills: int, say: Callable[[
 
 
 @figures.program
-@click.option("--ranks", default="64,1024,10000", show_default=True, metavar="N[,N…]", help="How many simulated ranks.")
-@click.option("--kills", type=click.IntRange(min=1), default=100, show_default=True, help="Of processes of ranks.")
-@click.option("--leader-kills", type=click.IntRange(min=1), default=20, show_default=True, help="Of the leader of three etcds.")
+@click.option(
+    "--ranks",
+    default="64,1024,10000",
+    show_default=True,
+    metavar="N[,N…]",
+    help="How many simulated ranks.",
+)
+@click.option(
+    "--kills",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Of processes of ranks.",
+)
+@click.option(
+    "--leader-kills",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="Of the leader of three etcds.",
+)
 def command(ranks: str, kills: int, leader_kills: int, as_json: bool) -> None:
     """The control plane: register, resolve, list, watch, deaths, outages. Takes minutes."""
-    figures.report(measure(figures.numbers("--ranks", ranks), kills, leader_kills, figures.say), as_json)
+    figures.report(
+        measure(figures.numbers("--ranks", ranks), kills, leader_kills, figures.say), as_json
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""`python -m benchmarks.reshard`: loading into another layout over tcp on this machine, medians of several rounds that take turns.
+"""`python -m benchmarks.reshard`: loading into another layout over tcp on this machine, medians of
+several rounds that take turns.
 
-The weights are matrices. *contiguous* is the baseline: the upper half of each, which lies in one run at the source. What the others
-fill lies in short runs there or here. *dcp* is `torch.distributed.checkpoint.load` of one state: through `EngineReader`, and from
-files of its own that lie in the page cache. Sources are processes of their own.
+The weights are matrices. *contiguous* is the baseline: the upper half of each, which lies in one
+run at the source. What the others fill lies in short runs there or here. *dcp* is
+`torch.distributed.checkpoint.load` of one state: through `EngineReader`, and from files of its own
+that lie in the page cache. Sources are processes of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +29,15 @@ from benchmarks.figures import another_process, median_s
 from benchmarks.load import HOST, MODEL, Results
 from engine_cli.main import main
 from engine_cli.options import engine_log
-from engine_loader import EngineReader, LoadReport, MooncakeEngine, Shard, load, publish, publish_state_dict
+from engine_loader import (
+    EngineReader,
+    LoadReport,
+    MooncakeEngine,
+    Shard,
+    load,
+    publish,
+    publish_state_dict,
+)
 from engine_loader.planning.matching import Origin
 from engine_loader.planning.plan import plan
 from engine_registry import Manifest, Region, Registry, TensorEntry
@@ -78,7 +88,8 @@ def measure(gib: float, rounds: int, say: Callable[[str], None]) -> Results:
     return results
 
 
-# -- parts of matrices -----------------------------------------------------------------------------------------------------------
+# -- parts of matrices
+# --------------------------------------------------------------------------------------------------
 
 
 def parts(local: LocalEtcd, registry: Registry, count: int, rounds: int) -> Results:
@@ -100,10 +111,13 @@ def parts(local: LocalEtcd, registry: Registry, count: int, rounds: int) -> Resu
     results: Results = {}
     for name, reports in took.items():
         results[f"{name}_gb_per_s"] = statistics.median(one.gb_per_s for one in reports)
-        results[f"{name}_read_to_needed"] = statistics.median(one.read_nbytes / one.nbytes for one in reports)
+        results[f"{name}_read_to_needed"] = statistics.median(
+            one.read_nbytes / one.nbytes for one in reports
+        )
         if name != "contiguous":
             results[f"{name}_to_contiguous"] = statistics.median(
-                one.gb_per_s / base.gb_per_s for one, base in zip(reports, took["contiguous"], strict=True)
+                one.gb_per_s / base.gb_per_s
+                for one, base in zip(reports, took["contiguous"], strict=True)
             )
     return results
 
@@ -112,10 +126,14 @@ def _instance_of(cuts: Sequence[Cut]) -> str:
     return f"{cuts[0].of}-{cuts[0].dim}"
 
 
-def _serve_all(stack: ExitStack, local: LocalEtcd, instance: str, cuts: Sequence[Cut], count: int) -> None:
+def _serve_all(
+    stack: ExitStack, local: LocalEtcd, instance: str, cuts: Sequence[Cut], count: int
+) -> None:
     for cut in cuts:
         numbers = map(str, (cut.dim, cut.index, cut.of, count))
-        stack.enter_context(another_process("benchmarks.reshard", "serve", local.endpoint, instance, *numbers))
+        stack.enter_context(
+            another_process("benchmarks.reshard", "serve", local.endpoint, instance, *numbers)
+        )
 
 
 def serve(endpoint: str, instance: str, *numbers: str) -> None:
@@ -124,16 +142,28 @@ def serve(endpoint: str, instance: str, *numbers: str) -> None:
     with (
         Registry.connect(endpoint) as registry,
         MooncakeEngine(HOST) as engine,
-        publish(registry, engine, instance=instance, rank=index, world_size=of, tensors=tensors, shards=shards, model=MODEL),
+        publish(
+            registry,
+            engine,
+            instance=instance,
+            rank=index,
+            world_size=of,
+            tensors=tensors,
+            shards=shards,
+            model=MODEL,
+        ),
     ):
         click.echo("published")
         sys.stdin.read()
 
 
-# -- torch's distributed checkpoint ----------------------------------------------------------------------------------------------
+# -- torch's distributed checkpoint
+# ----------------------------------------------------------------------------------------------
 
 
-def distributed_checkpoint(local: LocalEtcd, registry: Registry, count: int, rounds: int) -> Results:
+def distributed_checkpoint(
+    local: LocalEtcd, registry: Registry, count: int, rounds: int
+) -> Results:
     state = _state(count)
     nbytes = sum(tensor.nbytes for tensor in state["model"].values())
     with (
@@ -153,8 +183,13 @@ def distributed_checkpoint(local: LocalEtcd, registry: Registry, count: int, rou
                 load_checkpoint(state, storage_reader=reader(), no_dist=True)
                 if number:
                     took[name].append(time.perf_counter() - start)
-    results = {f"dcp_{name}_gb_per_s": nbytes / 1e9 / statistics.median(some) for name, some in took.items()}
-    results["dcp_engine_to_files"] = statistics.median(f / e for e, f in zip(took["engine"], took["files"], strict=True))
+    results = {
+        f"dcp_{name}_gb_per_s": nbytes / 1e9 / statistics.median(some)
+        for name, some in took.items()
+    }
+    results["dcp_engine_to_files"] = statistics.median(
+        f / e for e, f in zip(took["engine"], took["files"], strict=True)
+    )
     return results
 
 
@@ -162,7 +197,15 @@ def serve_state(endpoint: str, instance: str, count: str) -> None:
     with (
         Registry.connect(endpoint) as registry,
         MooncakeEngine(HOST) as engine,
-        publish_state_dict(registry, engine, _state(int(count)), instance=instance, rank=0, world_size=1, model=MODEL),
+        publish_state_dict(
+            registry,
+            engine,
+            _state(int(count)),
+            instance=instance,
+            rank=0,
+            world_size=1,
+            model=MODEL,
+        ),
     ):
         click.echo("published")
         sys.stdin.read()
@@ -172,20 +215,32 @@ def _state(count: int) -> dict[str, Any]:
     return {"model": WHOLE.tensors(count)[0], "step": 7}
 
 
-# -- planning --------------------------------------------------------------------------------------------------------------------
+# -- planning
+# --------------------------------------------------------------------------------------------------
 
 
 def _mixture_of_experts() -> tuple[list[Origin], Manifest]:
-    """61 layers of 328 experts with three weights each, by experts on 8 ranks; half of the columns of each is wanted."""
-    names = [f"{layer}.{expert}.{weight}" for layer in range(61) for expert in range(328) for weight in ("gate", "up", "down")]
+    """61 layers of 328 experts with three weights each, by experts on 8 ranks; half of the columns
+    of each is wanted.
+    """
+    names = [
+        f"{layer}.{expert}.{weight}"
+        for layer in range(61)
+        for expert in range(328)
+        for weight in ("gate", "up", "down")
+    ]
     ranks = [_manifest(names[rank::8], (64, 128), rank + 1) for rank in range(8)]
-    return [Origin(f"moe/{rank}", manifest, own=False) for rank, manifest in enumerate(ranks)], _manifest(names, (64, 64), 100)
+    return [
+        Origin(f"moe/{rank}", manifest, own=False) for rank, manifest in enumerate(ranks)
+    ], _manifest(names, (64, 64), 100)
 
 
 def _manifest(names: Sequence[str], shape: tuple[int, int], number: int) -> Manifest:
     base, nbytes = number << 40, shape[0] * shape[1]
     entries = [
-        TensorEntry(name, "uint8", shape, base + at * nbytes, nbytes, (64, 128), (0, 0), opaque=False)
+        TensorEntry(
+            name, "uint8", shape, base + at * nbytes, nbytes, (64, 128), (0, 0), opaque=False
+        )
         for at, name in enumerate(names)
     ]
     return Manifest(tuple(entries), (Region(base, nbytes * len(names)),))
@@ -196,7 +251,13 @@ def _plan_of(origins: Sequence[Origin], dst: Manifest) -> Callable[[], object]:
 
 
 @figures.program
-@click.option("--gib", type=click.FloatRange(min=0.001), default=1.0, show_default=True, help="Size of the weights.")
+@click.option(
+    "--gib",
+    type=click.FloatRange(min=0.001),
+    default=1.0,
+    show_default=True,
+    help="Size of the weights.",
+)
 @figures.rounds_option
 def command(gib: float, rounds: int, as_json: bool) -> None:
     """Loading into another layout, and torch's distributed checkpoint. Takes minutes."""

@@ -1,4 +1,4 @@
-"""One of many processes that start together: the first reads the file, and the others copy from it."""
+"""One of many processes that start together: the first reads the file, the others copy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def main() -> None:
     parser.add_argument("weights", help="a safetensors file")
     parser.add_argument("--etcd", default="127.0.0.1:2379")
     parser.add_argument("--instance", required=True, help="another name for each process")
-    parser.add_argument("--host", default="127.0.0.1", help="the address of this machine that loaders connect to")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address of this machine that loaders connect to"
+    )
     options = parser.parse_args()
     with safe_open(options.weights, framework="pt") as file:
         tensors = {name: torch.empty_like(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  it is no mapping

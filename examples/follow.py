@@ -26,11 +26,17 @@ def main() -> None:
             if isinstance(event, InstanceGone):
                 return
             status = registry.instance("trainer")
-            if status.state is not InstanceState.READY or status.version is None or status.version <= loaded:
+            if (
+                status.state is not InstanceState.READY
+                or status.version is None
+                or status.version <= loaded
+            ):
                 continue
             try:
                 report = load_module(registry, engine, "trainer", server, timeout_s=5.0)
-            except EngineRegistryError as exc:  # the trainer was quicker, or left: the next event says
+            except (
+                EngineRegistryError
+            ) as exc:  # the trainer was quicker, or left: the next event says
                 print(f"not loaded: {exc}", flush=True)
                 continue
             loaded = report.version

@@ -16,7 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--etcd", default="127.0.0.1:2379")
     parser.add_argument("--instance", default="demo")
-    parser.add_argument("--host", default="127.0.0.1", help="the address of this machine that loaders connect to")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address of this machine that loaders connect to"
+    )
     options = parser.parse_args()
     torch.manual_seed(1)
     module = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))

@@ -15,7 +15,9 @@ from engine_registry import ModelIdentity, Registry
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--etcd", default="127.0.0.1:2379")
-    parser.add_argument("--host", default="127.0.0.1", help="the address of this machine that loaders connect to")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address of this machine that loaders connect to"
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between two steps")
     options = parser.parse_args()

@@ -1,4 +1,6 @@
-"""Prints how much of each package the tests have run, from the data of the last run with --cov: lines and branches."""
+"""Prints how much of each package the tests have run, from the data of the last run with --cov:
+lines and branches.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
-"""What ranks cost in etcd, measured with the embedded one: the figures of docs/deployment.md, "Sizing etcd".
+"""What ranks cost in etcd, measured with the embedded one: the figures of docs/deployment.md,
+"Sizing etcd".
 
 python scripts/etcd_sizing.py sizes             records and manifests: bytes as stored
-python scripts/etcd_sizing.py store N [N …]     registers N ranks of a dense model: time, database, renewals, a watcher's bytes
-python scripts/etcd_sizing.py store-moe N       the same for ranks of 60,000 tensors
+python scripts/etcd_sizing.py store N [N …]     registers N ranks of a dense model: time, database,
+renewals, a watcher's bytes python scripts/etcd_sizing.py store-moe N       the same for ranks of
+60,000 tensors
 
-Each rank has a lease of its own, as in life, but no process: one client writes them all, and is the slower side.
+Each rank has a lease of its own, as in life, but no process: one client writes them all, and is the
+slower side.
 """
 
 from __future__ import annotations
@@ -47,10 +50,16 @@ def dense_rank() -> Manifest:
     """One of 8 ranks of a model of 70 billion parameters: 80 layers, bfloat16."""
     hidden, ffn, kv = 8192, 28672, 1024
     layer = {
-        "self_attn.q_proj": ((hidden, hidden), 0), "self_attn.k_proj": ((kv, hidden), 0), "self_attn.v_proj": ((kv, hidden), 0),
-        "self_attn.o_proj": ((hidden, hidden), 1), "mlp.gate_proj": ((ffn, hidden), 0), "mlp.up_proj": ((ffn, hidden), 0),
-        "mlp.down_proj": ((hidden, ffn), 1), "input_layernorm": ((hidden,), None), "post_attention_layernorm": ((hidden,), None),
-    }  # fmt: skip
+        "self_attn.q_proj": ((hidden, hidden), 0),
+        "self_attn.k_proj": ((kv, hidden), 0),
+        "self_attn.v_proj": ((kv, hidden), 0),
+        "self_attn.o_proj": ((hidden, hidden), 1),
+        "mlp.gate_proj": ((ffn, hidden), 0),
+        "mlp.up_proj": ((ffn, hidden), 0),
+        "mlp.down_proj": ((hidden, ffn), 1),
+        "input_layernorm": ((hidden,), None),
+        "post_attention_layernorm": ((hidden,), None),
+    }
     tensors: dict[str, tuple[tuple[int, ...], int | None]] = {
         "model.embed_tokens.weight": ((128256, hidden), 0),
         "model.norm.weight": ((hidden,), None),
@@ -62,7 +71,7 @@ def dense_rank() -> Manifest:
 
 
 def moe_rank() -> Manifest:
-    """A rank that holds every expert of 62 layers as tensors of their own, quantised: some 60,000."""
+    """A rank that holds every expert of 62 layers as a quantised tensor each: some 60,000."""
     tensors: dict[str, tuple[tuple[int, ...], int | None]] = {}
     for layer in range(62):
         for expert in range(160):
@@ -75,7 +84,9 @@ def moe_rank() -> Manifest:
 
 
 def _laid_out(tensors: dict[str, tuple[tuple[int, ...], int | None]]) -> Manifest:
-    """In an order of chance, which compresses worst; aligned to 512 bytes, large ones to 2 MiB; a region for each GiB."""
+    """In an order of chance, which compresses worst; aligned to 512 bytes, large ones to 2 MiB; a
+    region for each GiB.
+    """
     addr = start = 0x7F3A_4000_0000
     entries = []
     names = sorted(tensors)
@@ -85,7 +96,9 @@ def _laid_out(tensors: dict[str, tuple[tuple[int, ...], int | None]]) -> Manifes
         shape = tuple(size // TP if axis == dim else size for axis, size in enumerate(whole))
         offsets = tuple(3 * size if axis == dim else 0 for axis, size in enumerate(shape))
         nbytes = 2 * prod(shape)
-        entries.append(TensorEntry(name, "bfloat16", shape, addr, nbytes, whole, offsets, opaque=False))
+        entries.append(
+            TensorEntry(name, "bfloat16", shape, addr, nbytes, whole, offsets, opaque=False)
+        )
         align = 2 << 20 if nbytes > 1 << 20 else 512
         addr += -(-nbytes // align) * align
     regions = [Region(at, min(1 << 30, addr - at)) for at in range(start, addr, 1 << 30)]
@@ -97,14 +110,30 @@ def a_record(rank: int, ranks: int, ref: ManifestRef) -> RankRecord:
     number, place = divmod(rank, INSTANCE_RANKS)
     node, gpu = divmod(rank, TP)
     return RankRecord(
-        incarnation=f"{rank:032x}", generation="a1b2c3d4e5f64718", instance=f"llama-3-70b-prod-{number:03}", rank=place,
+        incarnation=f"{rank:032x}",
+        generation="a1b2c3d4e5f64718",
+        instance=f"llama-3-70b-prod-{number:03}",
+        rank=place,
         world_size=min(INSTANCE_RANKS, ranks - number * INSTANCE_RANKS),
         topology={"tp": (gpu, TP), "pp": (0, 1), "dp": (node, 1 << 20)},
-        model=ModelIdentity("meta-llama/Llama-3.1-70B-Instruct", "1605565b47bb9346c5515c34102e054115b4f98b", "bfloat16", "none"),
-        session_id=f"10.{rank >> 16}.{rank >> 8 & 255}.{rank & 255}:15000", protocol="rdma", fabric="rail-3", device=f"cuda:{gpu}",
-        manifest=ref, header_addr=0x7F3A_4000_0000, registered_at="2026-01-01T00:00:00.000+00:00", version=12, writer="0.1.0",
-        host=f"gpu-node-{node:05}", pid=41_000 + gpu,
-    )  # fmt: skip
+        model=ModelIdentity(
+            "meta-llama/Llama-3.1-70B-Instruct",
+            "1605565b47bb9346c5515c34102e054115b4f98b",
+            "bfloat16",
+            "none",
+        ),
+        session_id=f"10.{rank >> 16}.{rank >> 8 & 255}.{rank & 255}:15000",
+        protocol="rdma",
+        fabric="rail-3",
+        device=f"cuda:{gpu}",
+        manifest=ref,
+        header_addr=0x7F3A_4000_0000,
+        registered_at="2026-01-01T00:00:00.000+00:00",
+        version=12,
+        writer="0.1.0",
+        host=f"gpu-node-{node:05}",
+        pid=41_000 + gpu,
+    )
 
 
 def sizes() -> None:
@@ -112,22 +141,38 @@ def sizes() -> None:
         ref, parts = manifests.encode(manifest)
         record = a_record(1234, 10_000, ref)
         tell(
-            f"{title}: {ref.tensors:,} tensors; record {len(records.encode(record)):,} B under a key of {len(record.key)} B; "
+            f"{title}: {ref.tensors:,} tensors; record {len(records.encode(record)):,} B "
+            f"under a key of {len(record.key)} B; "
             f"manifest {sum(map(len, parts)):,} B in {len(parts)} part(s)"
         )
 
 
 def store(ranks: int, manifest: Manifest) -> None:
     ref, parts = manifests.encode(manifest)
-    with LocalEtcd(extra_args=[f"--quota-backend-bytes={QUOTA_NBYTES}", "--snapshot-count=10000"]) as server:
-        with closing(Etcd(EtcdConfig(parse_endpoints(server.endpoint), timeout_s=30.0))) as etcd, counted_watch(server) as wire:
+    with LocalEtcd(
+        extra_args=[f"--quota-backend-bytes={QUOTA_NBYTES}", "--snapshot-count=10000"]
+    ) as server:
+        with (
+            closing(Etcd(EtcdConfig(parse_endpoints(server.endpoint), timeout_s=30.0))) as etcd,
+            counted_watch(server) as wire,
+        ):
             start = time.perf_counter()
             with ThreadPoolExecutor(THREADS) as pool:
-                written = list(pool.map(lambda rank: register(etcd, a_record(rank, ranks, ref), parts), range(ranks)))
+                written = list(
+                    pool.map(
+                        lambda rank: register(etcd, a_record(rank, ranks, ref), parts), range(ranks)
+                    )
+                )
             took_s = time.perf_counter() - start
             wire.wait_until_quiet(ranks)
-            tell(f"\n{ranks:,} ranks of {ref.tensors:,} tensors: registered in {took_s:.1f} s, {database(server)}")
-            tell(f"  a watcher received {wire.nbytes:,} B for {ranks:,} joins: {wire.nbytes / ranks:,.0f} B each")
+            tell(
+                f"\n{ranks:,} ranks of {ref.tensors:,} tensors: registered in {took_s:.1f} "
+                f"s, {database(server)}"
+            )
+            tell(
+                f"  a watcher received {wire.nbytes:,} B for {ranks:,} joins: "
+                f"{wire.nbytes / ranks:,.0f} B each"
+            )
             renewals(etcd, server, [held.lease_id for _, held in written])
             updates(etcd, server, written)
             reading(server)
@@ -151,11 +196,16 @@ def renewals(etcd: Etcd, server: LocalEtcd, leases: Sequence[int]) -> None:
         list(pool.map(renew, chosen))
     took_s = time.perf_counter() - start
     each_s = (cpu_s(server.pid) - before) / RENEWALS
-    tell(f"  renewals: {RENEWALS / took_s:,.0f} a second from one client; etcd's CPU {each_s * 1e6:,.0f} µs each")
+    tell(
+        f"  renewals: {RENEWALS / took_s:,.0f} a second from one client; etcd's CPU "
+        f"{each_s * 1e6:,.0f} µs each"
+    )
 
 
 def updates(etcd: Etcd, server: LocalEtcd, written: Sequence[tuple[RankRecord, KeyValue]]) -> None:
-    """Each rank changes its state once, as for one update of the weights: what history is left until compaction."""
+    """Each rank changes its state once, as for one update of the weights: what history is left
+    until compaction.
+    """
 
     def change(record: RankRecord, held: KeyValue) -> None:
         amend(etcd, replace(record, state=RankState.UPDATING), held)
@@ -174,10 +224,21 @@ def reading(server: LocalEtcd) -> None:
 
 def database(server: LocalEtcd) -> str:
     etcdctl = Path(server.binary).with_name("etcdctl")
-    command = [str(etcdctl), f"--endpoints={server.endpoint}", "endpoint", "status", "--write-out=json"]
-    (status,) = json.loads(run(command, capture_output=True, check=True, env={"ETCDCTL_API": "3"}).stdout)
+    command = [
+        str(etcdctl),
+        f"--endpoints={server.endpoint}",
+        "endpoint",
+        "status",
+        "--write-out=json",
+    ]
+    (status,) = json.loads(
+        run(command, capture_output=True, check=True, env={"ETCDCTL_API": "3"}).stdout
+    )
     found = status["Status"]
-    return f"database {found['dbSize'] / 1e6:,.1f} MB, of which in use {found['dbSizeInUse'] / 1e6:,.1f} MB"
+    return (
+        f"database {found['dbSize'] / 1e6:,.1f} MB, of which in use "
+        f"{found['dbSizeInUse'] / 1e6:,.1f} MB"
+    )
 
 
 def cpu_s(pid: int) -> float:
@@ -232,7 +293,11 @@ class Wire:
 @contextlib.contextmanager
 def counted_watch(server: LocalEtcd) -> Iterator[Wire]:
     """One watcher of all instances, as `engines watch` is one."""
-    with closing(Wire(server)) as wire, Registry.connect(wire.endpoint) as registry, registry.watch() as watch:
+    with (
+        closing(Wire(server)) as wire,
+        Registry.connect(wire.endpoint) as registry,
+        registry.watch() as watch,
+    ):
 
         def read() -> None:
             for event in watch:

@@ -64,7 +64,11 @@ class Tree:
         process = subprocess.Popen(
             [*command, "--hypothesis-seed=0", *self._tests],
             cwd=self._folder,
-            env={**os.environ, MARK: mark, "PYTHONPATH": os.pathsep.join(str(self._folder / each) for each in PACKAGES)},
+            env={
+                **os.environ,
+                MARK: mark,
+                "PYTHONPATH": os.pathsep.join(str(self._folder / each) for each in PACKAGES),
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

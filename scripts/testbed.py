@@ -1,7 +1,9 @@
-"""The checkpoint of docker-compose.yml: made before the seeds start, and compared with what the loader got.
+"""The checkpoint of docker-compose.yml: made before the seeds start, and compared with what the
+loader got.
 
-python testbed.py make FOLDER             one safetensors file a rank, the same bytes every time; files that are there stay
-python testbed.py check FOLDER FOLDER     exit code 0 if both hold the same tensors, byte for byte
+python testbed.py make FOLDER             one safetensors file a rank, the same bytes every time;
+files that are there stay python testbed.py check FOLDER FOLDER     exit code 0 if both hold the
+same tensors, byte for byte
 """
 
 from __future__ import annotations
@@ -32,10 +34,16 @@ def stage(rank: int) -> dict[str, torch.Tensor]:
     layers = range(rank * LAYERS, (rank + 1) * LAYERS)
     shapes = {"embed_tokens.weight" if rank == 0 else "lm_head.weight": (VOCABULARY, WIDTH)}
     for layer in layers:
-        shapes |= {f"layers.{layer}.self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"}
-        shapes |= {f"layers.{layer}.mlp.{name}_proj.weight": (HIDDEN, WIDTH) for name in ("gate", "up")}
+        shapes |= {
+            f"layers.{layer}.self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"
+        }
+        shapes |= {
+            f"layers.{layer}.mlp.{name}_proj.weight": (HIDDEN, WIDTH) for name in ("gate", "up")
+        }
         shapes |= {f"layers.{layer}.mlp.down_proj.weight": (WIDTH, HIDDEN)}
-    weights = {name: torch.randn(shape, generator=random).bfloat16() for name, shape in shapes.items()}
+    weights = {
+        name: torch.randn(shape, generator=random).bfloat16() for name, shape in shapes.items()
+    }
     norms = {f"layers.{layer}.norm.weight": torch.rand(WIDTH, generator=random) for layer in layers}
     return weights | norms
 
@@ -50,7 +58,10 @@ def check(folder: Path, other: Path) -> None:
             theirs = found[tensor]
             if ours.dtype != theirs.dtype or not torch.equal(raw(ours), raw(theirs)):
                 raise SystemExit(f"{name}: {tensor} differs")
-        say(f"{name}: {len(wanted)} tensors, {sum(tensor.nbytes for tensor in wanted.values()):,} bytes, verified")
+        say(
+            f"{name}: {len(wanted)} tensors, "
+            f"{sum(tensor.nbytes for tensor in wanted.values()):,} bytes, verified"
+        )
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:

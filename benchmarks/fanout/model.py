@@ -1,7 +1,7 @@
 """How long one rank's weights take to N receivers, on paper. Pure; docs/fanout.md explains it.
 
-All links have the same speed in either direction, independently of each other, and nothing but them takes time, except for
-`start_s` and `notice_s`.
+All links have the same speed in either direction, independently of each other, and nothing but them
+takes time, except for `start_s` and `notice_s`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fabric:
-    """`start_s`: from the beginning of a load until its first byte is asked for. `notice_s`: from when a receiver has a chunk until
-    the next one asks for it. `in_flight_nbytes`: as much as a receiver asks for at once."""
+    """`start_s`: from the beginning of a load until its first byte is asked for. `notice_s`: from
+    when a receiver has a chunk until the next one asks for it. `in_flight_nbytes`: as much as a
+    receiver asks for at once.
+    """
 
     nbytes_per_s: float
     start_s: float = 0.0
@@ -24,8 +26,10 @@ class Fabric:
 
     @property
     def hop_s(self) -> float:
-        """How much later than the one it reads from a receiver has its last chunk. What is asked for at once comes together, at the
-        end of the time that all of it takes: there, and then here."""
+        """How much later than the one it reads from a receiver has its last chunk. What is asked
+        for at once comes together, at the end of the time that all of it takes: there, and then
+        here.
+        """
         return self.notice_s + 2 * self.in_flight_nbytes / self.nbytes_per_s
 
     def one(self, nbytes: float) -> float:
@@ -47,11 +51,15 @@ def pipelined_chain(fabric: Fabric, nbytes: float, receivers: int) -> float:
 
 def pipelined_chains(fabric: Fabric, nbytes: float, receivers: int, chains: int) -> float:
     """Several that begin at the seed, which has to send all of them everything."""
-    return fabric.start_s + chains * nbytes / fabric.nbytes_per_s + (math.ceil(receivers / chains) - 1) * fabric.hop_s
+    return (
+        fabric.start_s
+        + chains * nbytes / fabric.nbytes_per_s
+        + (math.ceil(receivers / chains) - 1) * fabric.hop_s
+    )
 
 
 def pipelined_tree(fabric: Fabric, nbytes: float, receivers: int, degree: int) -> float:
-    """Everybody, the seed too, serves up to `degree` others: each of them gets that part of a link."""
+    """Everybody, also the seed, serves up to `degree` others: each gets that part of a link."""
     depth, width, below = 0, 1, 0
     while below < receivers:
         depth, width = depth + 1, width * degree
@@ -60,8 +68,9 @@ def pipelined_tree(fabric: Fabric, nbytes: float, receivers: int, degree: int) -
 
 
 def depths_of(parents: Sequence[int | None]) -> list[int]:
-    """How many links the weights go through to each receiver; `parents` has whom each reads from, None for the seed, and only such
-    as come before it."""
+    """How many links the weights go through to each receiver; `parents` has whom each reads from,
+    None for the seed, and only such as come before it.
+    """
     depths: list[int] = []
     for parent in parents:
         depths.append(1 if parent is None else depths[parent] + 1)
@@ -69,7 +78,9 @@ def depths_of(parents: Sequence[int | None]) -> list[int]:
 
 
 def pipelined(fabric: Fabric, nbytes: float, parents: Sequence[int | None]) -> float:
-    """In any tree, all begun at once: a receiver gets its share of the link of whom it reads from, and nothing sooner than that."""
+    """In any tree, all begun at once: a receiver gets its share of the link of whom it reads from,
+    and nothing sooner than that.
+    """
     readers = Counter(parents)
     ended: list[float] = []
     for parent in parents:
@@ -79,12 +90,14 @@ def pipelined(fabric: Fabric, nbytes: float, parents: Sequence[int | None]) -> f
 
 
 def joined(receivers: int, hop: float, unseen: int = 0) -> list[int | None]:
-    """Whom each reads from by the rule of `sources.chain`: the least of readers + 1 + hop × depth, the earliest of equal ones.
+    """Whom each reads from by the rule of `sources.chain`: the least of readers + 1 + hop × depth,
+    the earliest of equal ones.
 
     `hop` is in loads of one receiver that has a source for itself.
 
-    `sources.chain` works out what those will choose who have not told yet, so that many at once come to the same tree as one after
-    another. With `unseen` receivers do not: each knows nothing of that many before it.
+    `sources.chain` works out what those will choose who have not told yet, so that many at once
+    come to the same tree as one after another. With `unseen` receivers do not: each knows nothing
+    of that many before it.
     """
     parents: list[int | None] = []
     readers: Counter[int | None] = Counter()

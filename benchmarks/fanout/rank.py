@@ -1,5 +1,5 @@
-"""The processes of `benchmarks.fanout`: the seed, and receivers, each on a separate host. They take orders in lines of
-JSON on standard input, and answer each with one.
+"""The processes of `benchmarks.fanout`: the seed, and receivers, each on a separate host. They take
+orders in lines of JSON on standard input, and answer each with one.
 """
 
 from __future__ import annotations
@@ -35,28 +35,40 @@ def chain_pace(nbytes: int) -> Pace:
 def seed(endpoint: str, address: str, nbytes: str) -> None:
     """Says the digest of its weights, and serves them until its input ends."""
     generator = torch.Generator().manual_seed(7)
-    tensors = {name: tensor.random_(0, 256, generator=generator) for name, tensor in _room_for(int(nbytes)).items()}
+    tensors = {
+        name: tensor.random_(0, 256, generator=generator)
+        for name, tensor in _room_for(int(nbytes)).items()
+    }
     with (
         engine_log(),
         Registry.connect(endpoint) as registry,
         MooncakeEngine(address) as engine,
-        publish(registry, engine, instance=SEED, rank=0, world_size=1, tensors=tensors, model=MODEL),
+        publish(
+            registry, engine, instance=SEED, rank=0, world_size=1, tensors=tensors, model=MODEL
+        ),
     ):
         click.echo(_digest_of(tensors))
         sys.stdin.read()
 
 
 def receive(endpoint: str, address: str, instance: str, nbytes: str) -> None:
-    """Loads, one time after another. Of each it is told four things: to get ready, from whom, to tell its digest, to leave."""
+    """Loads, one time after another.
+
+    Of each it is told four things: to get ready, from whom, to tell its digest, to leave.
+    """
     tensors = _room_for(int(nbytes))
-    pace = replace(pace_for("tcp"), chunk_nbytes=chain_pace(int(nbytes)).chunk_nbytes)  # as small a part in each strategy
+    pace = replace(
+        pace_for("tcp"), chunk_nbytes=chain_pace(int(nbytes)).chunk_nbytes
+    )  # as small a part in each strategy
     with engine_log():
         for _ in sys.stdin:
             with Registry.connect(endpoint) as registry, MooncakeEngine(address) as engine:
                 for tensor in tensors.values():
                     tensor.zero_()
                 _answer()
-                with _load(json.loads(sys.stdin.readline()), registry, engine, instance, tensors, pace):
+                with _load(
+                    json.loads(sys.stdin.readline()), registry, engine, instance, tensors, pace
+                ):
                     sys.stdin.readline()
                     _answer(digest=_digest_of(tensors))
                     sys.stdin.readline()
@@ -71,14 +83,29 @@ def _load(
     tensors: dict[str, torch.Tensor],
     pace: Pace,
 ) -> Publication:
-    """From the instance that is named; or, where none is, from whoever serves the model, while others read what has come."""
+    """From the instance that is named; or, where none is, from whoever serves the model, while
+    others read what has come.
+    """
     progress = _until(order["die_at"]) if order["die_at"] is not None else None
     if order["source"] is not None:
-        load(registry, engine, order["source"], rank=0, tensors=tensors, pace=pace, progress=progress)
+        load(
+            registry, engine, order["source"], rank=0, tensors=tensors, pace=pace, progress=progress
+        )
         ended = time.monotonic()
-        publication = publish(registry, engine, instance=instance, rank=0, world_size=1, tensors=tensors, model=MODEL)
+        publication = publish(
+            registry, engine, instance=instance, rank=0, world_size=1, tensors=tensors, model=MODEL
+        )
     else:
-        report = load(registry, engine, MODEL, rank=0, tensors=tensors, pace=pace, progress=progress, publish=instance)
+        report = load(
+            registry,
+            engine,
+            MODEL,
+            rank=0,
+            tensors=tensors,
+            pace=pace,
+            progress=progress,
+            publish=instance,
+        )
         ended = time.monotonic()
         if report.publication is None:
             raise click.ClickException("a load that was to publish has not")
@@ -102,7 +129,10 @@ def _answer(**what: object) -> None:
 
 
 def _room_for(nbytes: int) -> dict[str, torch.Tensor]:
-    return {f"t{number}": torch.zeros(nbytes // _TENSORS, dtype=torch.uint8) for number in range(_TENSORS)}
+    return {
+        f"t{number}": torch.zeros(nbytes // _TENSORS, dtype=torch.uint8)
+        for number in range(_TENSORS)
+    }
 
 
 def _digest_of(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -1,7 +1,9 @@
-"""One rank's weights to several receivers at once, each on a separate host behind a link of limited speed.
+"""One rank's weights to several receivers at once, each on a separate host behind a link of limited
+speed.
 
-Three ways in the same run: all read from the seed; a receiver serves others as soon as it is complete; a receiver serves others
-what it has by then. Then receivers of the third way are killed in the middle. Everybody's bytes are compared with the seed's.
+Three ways in the same run: all read from the seed; a receiver serves others as soon as it is
+complete; a receiver serves others what it has by then. Then receivers of the third way are killed
+in the middle. Everybody's bytes are compared with the seed's.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from engine_cli.render.output import print_json, print_table
 _RANK = "benchmarks.fanout.rank"
 _FRACTIONS = (0.25, 0.5, 0.75)
 _PAYLOAD = 1448 / 1514  # of what goes over a link: the rest are the headers of TCP, IP and Ethernet
-_START_S, _NOTICE_S = 0.05, 0.1  # of the model: the two that are not known beforehand; docs/fanout.md says where they are from
+_START_S, _NOTICE_S = (
+    0.05,
+    0.1,
+)  # of the model: the two that are not known beforehand; docs/fanout.md says where they are from
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,17 @@ class Setting:
     @property
     def fabric(self) -> Fabric:
         pace = chain_pace(self.nbytes)
-        return Fabric(self.mbit * 1e6 / 8 * _PAYLOAD, _START_S, _NOTICE_S, pace.least * pace.chunk_nbytes)
+        return Fabric(
+            self.mbit * 1e6 / 8 * _PAYLOAD, _START_S, _NOTICE_S, pace.least * pace.chunk_nbytes
+        )
 
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds until the last receiver has its weights; what the seed has sent meanwhile, in multiples of the weights; how much of
-    the machine's CPU was in use, by whomever. `killed_at`: one receiver was killed when that share of its weights had come, and
-    does not count."""
+    """Seconds until the last receiver has its weights; what the seed has sent meanwhile, in
+    multiples of the weights; how much of the machine's CPU was in use, by whomever. `killed_at`:
+    one receiver was killed when that share of its weights had come, and does not count.
+    """
 
     strategy: str
     receivers: int
@@ -66,17 +74,23 @@ class Receiver:
     def __init__(self, host: Host, endpoint: str, setting: Setting) -> None:
         self.name = host.name
         self._host = host
-        self._command = call(_RANK, "receive", endpoint, host.address, host.name, str(setting.nbytes))
+        self._command = call(
+            _RANK, "receive", endpoint, host.address, host.name, str(setting.nbytes)
+        )
         self._process: subprocess.Popen[str] | None = None
 
     def begin(self) -> None:
         if self._process is None:
-            self._process = self._host.popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._process = self._host.popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
         if self._ask() is None:
             raise click.ClickException(f"{self.name} did not start")
 
     def load(self, source: str | None, die_at: float | None = None) -> float | None:
-        """From the instance named, or else in the chain: when it had all, or None where it was to die."""
+        """From the instance named, or else in the chain: when it had all, or None where it was to
+        die.
+        """
         answer = self._ask(source=source, die_at=die_at)
         if answer is None and die_at is None:
             raise click.ClickException(f"{self.name} has ended in the middle of a load")
@@ -117,7 +131,14 @@ class Receiver:
 class Bench:
     """The seed, and as many receivers as are wanted at most."""
 
-    def __init__(self, pool: ThreadPoolExecutor, seed: Host, digest: str, receivers: Sequence[Receiver], nbytes: int) -> None:
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        seed: Host,
+        digest: str,
+        receivers: Sequence[Receiver],
+        nbytes: int,
+    ) -> None:
         self._pool = pool
         self._seed = seed
         self._digest = digest
@@ -134,10 +155,16 @@ class Bench:
             ended = _STRATEGIES[strategy](self, receivers)
         busy = cpu.share()
         sent = self._seed.sent_nbytes - sent
-        digests = [digest for digest in self._each(receivers, Receiver.digest) if digest is not None]
+        digests = [
+            digest for digest in self._each(receivers, Receiver.digest) if digest is not None
+        ]
         self._each(receivers, Receiver.end)
-        exact = set(digests) == {self._digest} and len(digests) == len(ended) == number - (killed_at is not None)
-        return Run(strategy, number, max(ended) - start, sent / self._nbytes, busy, exact, killed_at)
+        exact = set(digests) == {self._digest} and len(digests) == len(ended) == number - (
+            killed_at is not None
+        )
+        return Run(
+            strategy, number, max(ended) - start, sent / self._nbytes, busy, exact, killed_at
+        )
 
     def _each(self, receivers: Sequence[Receiver], action: Callable[[Receiver], Any]) -> list[Any]:
         return list(self._pool.map(action, receivers))
@@ -159,8 +186,12 @@ class Bench:
                 idle += [source, receiver.name]
         return ended
 
-    def _in_chain(self, receivers: Sequence[Receiver], victim: Receiver | None = None, at: float | None = None) -> list[float]:
-        ended = self._each(receivers, lambda receiver: receiver.load(None, at if receiver is victim else None))
+    def _in_chain(
+        self, receivers: Sequence[Receiver], victim: Receiver | None = None, at: float | None = None
+    ) -> list[float]:
+        ended = self._each(
+            receivers, lambda receiver: receiver.load(None, at if receiver is victim else None)
+        )
         return [when for when in ended if when is not None]
 
 
@@ -169,7 +200,11 @@ _STRATEGIES: dict[str, Callable[[Bench, Sequence[Receiver]], list[float]]] = {
     "complete_then_chain": Bench._complete_then_chain,
     "pipelined_chain": Bench._in_chain,
 }
-_MODELS = {"all_from_one": all_from_one, "complete_then_chain": complete_then_chain, "pipelined_chain": pipelined_chain}
+_MODELS = {
+    "all_from_one": all_from_one,
+    "complete_then_chain": complete_then_chain,
+    "pipelined_chain": pipelined_chain,
+}
 
 
 class _Cpu:
@@ -180,7 +215,9 @@ class _Cpu:
 
     @staticmethod
     def _now() -> tuple[int, int]:
-        times = [int(number) for number in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        times = [
+            int(number) for number in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        ]
         return sum(times), times[3] + times[4]
 
     def share(self) -> float:
@@ -194,7 +231,9 @@ def _bench(receivers: int, setting: Setting) -> Iterator[Bench]:
         endpoint = stack.enter_context(etcd_on(network.host("control")))
         seed = network.host("seed", setting.mbit)
         command = (endpoint, seed.address, str(setting.nbytes))
-        _, digest = stack.enter_context(another_process(_RANK, "seed", *command, within=seed.command))
+        _, digest = stack.enter_context(
+            another_process(_RANK, "seed", *command, within=seed.command)
+        )
         hosts = [network.host(f"receiver-{number}", setting.mbit) for number in range(receivers)]
         loading = [Receiver(host, endpoint, setting) for host in hosts]
         for receiver in loading:
@@ -205,7 +244,8 @@ def _bench(receivers: int, setting: Setting) -> Iterator[Bench]:
 def measure(
     sizes: Sequence[int], setting: Setting, rounds: int, kills: int, say: Callable[[str], None]
 ) -> tuple[list[Run], list[Run]]:
-    """Medians of the rounds; and every one of the loads in which a receiver was killed, `kills` at each of three moments.
+    """Medians of the rounds; and every one of the loads in which a receiver was killed, `kills` at
+    each of three moments.
 
     HostsUnavailable where no hosts can be made.
     """
@@ -228,7 +268,14 @@ def _middle(runs: Sequence[Run]) -> Run:
         return float(statistics.median(getattr(run, name) for run in runs))
 
     exact = all(run.exact for run in runs)
-    return Run(runs[0].strategy, runs[0].receivers, median("seconds"), median("seed_sent"), median("cpu"), exact)
+    return Run(
+        runs[0].strategy,
+        runs[0].receivers,
+        median("seconds"),
+        median("seed_sent"),
+        median("cpu"),
+        exact,
+    )
 
 
 def on_paper(run: Run, setting: Setting) -> float:
@@ -241,20 +288,32 @@ def report(runs: Sequence[Run], killed: Sequence[Run], setting: Setting, as_json
     undisturbed = runs[-1].seconds  # the longest chain comes last
     losses = [asdict(run) | {"added_seconds": run.seconds - undisturbed} for run in killed]
     if as_json:
-        print_json({"machine": machine(), "setting": asdict(setting), "results": _rounded(rows), "kills": _rounded(losses)})
+        print_json(
+            {
+                "machine": machine(),
+                "setting": asdict(setting),
+                "results": _rounded(rows),
+                "kills": _rounded(losses),
+            }
+        )
         return
     ones = {run.strategy: run.seconds for run in runs if run.receivers == 1}
     print_table(
         ("STRATEGY", "RECEIVERS", "SECONDS", "ON PAPER", "× ONE", "SEED SENT", "CPU", "EXACT"),
         [
             (
-                run.strategy.replace("_", " "), str(run.receivers), f"{run.seconds:.2f}", f"{on_paper(run, setting):.2f}",
-                f"{run.seconds / ones[run.strategy]:.2f}" if run.strategy in ones else "", f"{run.seed_sent:.2f} ×",
-                f"{run.cpu:.0%}", "yes" if run.exact else "NO",
+                run.strategy.replace("_", " "),
+                str(run.receivers),
+                f"{run.seconds:.2f}",
+                f"{on_paper(run, setting):.2f}",
+                f"{run.seconds / ones[run.strategy]:.2f}" if run.strategy in ones else "",
+                f"{run.seed_sent:.2f} ×",
+                f"{run.cpu:.0%}",
+                "yes" if run.exact else "NO",
             )
             for run in runs
         ],
-    )  # fmt: skip
+    )
     if not killed:
         return
     click.echo()
@@ -262,24 +321,37 @@ def report(runs: Sequence[Run], killed: Sequence[Run], setting: Setting, as_json
         ("ONE KILLED AT", "SECONDS", "ADDED", "SEED SENT", "EXACT"),
         [
             (
-                f"{run.killed_at:.0%}", f"{run.seconds:.2f}", f"{run.seconds - undisturbed:+.2f}", f"{run.seed_sent:.2f} ×",
+                f"{run.killed_at:.0%}",
+                f"{run.seconds:.2f}",
+                f"{run.seconds - undisturbed:+.2f}",
+                f"{run.seed_sent:.2f} ×",
                 "yes" if run.exact else "NO",
             )
             for run in killed
         ],
-    )  # fmt: skip
+    )
 
 
 def _rounded(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()} for row in rows]
+    return [
+        {
+            name: round(value, 6) if isinstance(value, float) else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
 
 
 def plot(runs: Sequence[Run], setting: Setting) -> str:
     """As SVG."""
     lines = {
         strategy.replace("_", " "): [
-            (run.receivers, run.seconds, on_paper(run, setting)) for run in runs if run.strategy == strategy
+            (run.receivers, run.seconds, on_paper(run, setting))
+            for run in runs
+            if run.strategy == strategy
         ]
         for strategy in _STRATEGIES
     }
-    return svg(f"{setting.nbytes / 1e6:.0f} MB to N receivers, links of {setting.mbit:g} Mbit/s", lines)
+    return svg(
+        f"{setting.nbytes / 1e6:.0f} MB to N receivers, links of {setting.mbit:g} Mbit/s", lines
+    )

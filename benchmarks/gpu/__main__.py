@@ -13,9 +13,23 @@ from engine_cli.signals import raised
 
 @figures.program
 @click.option("--only", default="", metavar="PART[,…]", help="Of the parts that --help lists.")
-@click.option("--scale", type=click.FloatRange(0.0001, 1), default=1.0, show_default=True, help="How many of the tensors.")
-@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Of each measurement; the median counts.")
-@click.option("--profile", is_flag=True, help="Show which steps and functions of load() take how long.")
+@click.option(
+    "--scale",
+    type=click.FloatRange(0.0001, 1),
+    default=1.0,
+    show_default=True,
+    help="How many of the tensors.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=7,
+    show_default=True,
+    help="Of each measurement; the median counts.",
+)
+@click.option(
+    "--profile", is_flag=True, help="Show which steps and functions of load() take how long."
+)
 def command(only: str, scale: float, rounds: int, profile: bool, as_json: bool) -> None:
     """From GPU to GPU of one host: needs two, and NVLink or PCIe between them. Takes minutes.
 
@@ -35,7 +49,9 @@ def command(only: str, scale: float, rounds: int, profile: bool, as_json: bool) 
 
     parts = {part for part in only.split(",") if part}
     if parts - set(run.PARTS):
-        raise click.UsageError(f"--only {only!r} is not valid: it is some of {', '.join(run.PARTS)}")
+        raise click.UsageError(
+            f"--only {only!r} is not valid: it is some of {', '.join(run.PARTS)}"
+        )
     devices = run.gpus()
     results = run.Results()
     with engine_log(), raised():

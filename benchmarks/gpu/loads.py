@@ -1,5 +1,6 @@
-"""Whole loads: what a source process, and a process that loads for the first time, do; and the rounds of this process, in which
-`load()` takes turns with what moves the same bytes. Time is taken by `Target` alone.
+"""Whole loads: what a source process, and a process that loads for the first time, do; and the
+rounds of this process, in which `load()` takes turns with what moves the same bytes. Time is taken
+by `Target` alone.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Place:
         return cls(tensor_set, float(scale), device, protocol)
 
 
-# -- other processes -------------------------------------------------------------------------------------------------------------
+# -- other processes
+# --------------------------------------------------------------------------------------------------
 
 
 def serve(endpoint: str, instance: str, *place: str) -> None:
@@ -77,21 +79,35 @@ def serve(endpoint: str, instance: str, *place: str) -> None:
     with (
         Registry.connect(endpoint) as registry,
         MooncakeEngine(HOST, here.protocol) as engine,
-        publish(registry, engine, instance=instance, rank=0, world_size=1, tensors=tensors, model=MODEL, digests=True),
+        publish(
+            registry,
+            engine,
+            instance=instance,
+            rank=0,
+            world_size=1,
+            tensors=tensors,
+            model=MODEL,
+            digests=True,
+        ),
     ):
         click.echo("published")
         sys.stdin.read()
 
 
 def load_first(endpoint: str, instance: str, rounds: str, *place: str) -> None:
-    """The first load of a process, and those after it. Before it, it has used its GPU, connected to etcd and started an engine."""
+    """The first load of a process, and those after it.
+
+    Before it, it has used its GPU, connected to etcd and started an engine.
+    """
     with _loader(endpoint, instance, *place) as (target, once):
         took = [target.time(COLD, once) for _ in range(1 + int(rounds))]
     click.echo(json.dumps([[seconds, report.transfer_s] for seconds, report in took]))
 
 
 def load_again(endpoint: str, instance: str, *place: str) -> None:
-    """A load for each line on standard input, and when it began and ended, after one that does not count."""
+    """A load for each line on standard input, and when it began and ended, after one that does not
+    count.
+    """
     with _loader(endpoint, instance, *place) as (target, once):
         target.time("load() in one of several processes", once)
         click.echo("ready")
@@ -110,7 +126,9 @@ def _clocked(once: Callable[[], object]) -> Callable[[], tuple[float, float]]:
 
 
 @contextmanager
-def _loader(endpoint: str, instance: str, *place: str) -> Iterator[tuple[Target, Callable[[], LoadReport]]]:
+def _loader(
+    endpoint: str, instance: str, *place: str
+) -> Iterator[tuple[Target, Callable[[], LoadReport]]]:
     here = Place.of(*place)
     use(here.device)
     target = Target(allocate(here.layout, here.device), filled(here.layout, here.device))
@@ -124,21 +142,38 @@ def use(device: str) -> None:
         torch.cuda.set_device(device)
 
 
-# -- a set in this process -------------------------------------------------------------------------------------------------------
+# -- a set in this process
+# --------------------------------------------------------------------------------------------------
 
 
 def cold_and_warm(endpoint: str, src: Place, dst: Place, processes: int, rounds: int) -> list[Row]:
-    """Of processes that do nothing but load: their first loads, and those after the first of the last process."""
+    """Of processes that do nothing but load: their first loads, and those after the first of the
+    last process.
+    """
     runs: list[list[tuple[float, float]]] = []  # of a process: each load, and its reads
     for _ in range(processes):
-        with another_process(MODULE, "load_first", endpoint, src.tensor_set, str(rounds), *dst.args) as (_, line):
+        with another_process(
+            MODULE, "load_first", endpoint, src.tensor_set, str(rounds), *dst.args
+        ) as (_, line):
             runs.append(json.loads(line))
     nbytes = nbytes_of(dst.layout)
     first, again = [run[0] for run in runs], runs[-1][1:]
     return [
-        Row(dst.tensor_set, COLD, nbytes, tuple(took for took, _ in first), "first load of a process"),
+        Row(
+            dst.tensor_set,
+            COLD,
+            nbytes,
+            tuple(took for took, _ in first),
+            "first load of a process",
+        ),
         Row(dst.tensor_set, COLD_READS, nbytes, tuple(reads for _, reads in first)),
-        Row(dst.tensor_set, WARM, nbytes, tuple(took for took, _ in again), "a process that only loads"),
+        Row(
+            dst.tensor_set,
+            WARM,
+            nbytes,
+            tuple(took for took, _ in again),
+            "a process that only loads",
+        ),
         Row(dst.tensor_set, READS, nbytes, tuple(reads for _, reads in again)),
     ]
 
@@ -146,7 +181,9 @@ def cold_and_warm(endpoint: str, src: Place, dst: Place, processes: int, rounds:
 def in_this_process(
     registry: Registry, src: Place, dst: Place, rounds: int, profiled: bool
 ) -> tuple[list[Row], dict[str, dict[str, float]], list[str]]:
-    """Rows; the steps of a load, without digests and with; and, if it is wanted, which functions took the time."""
+    """Rows; the steps of a load, without digests and with; and, if it is wanted, which functions
+    took the time.
+    """
     use(dst.device)
     name = dst.tensor_set
     target = Target(allocate(dst.layout, dst.device), filled(dst.layout, dst.device), [src.device])
@@ -166,7 +203,10 @@ def in_this_process(
                 reports.append(report)
             return took
 
-        with rivals.copies(src, target) as copies, rivals.naive(registry, name, dst.protocol, target) as naive:
+        with (
+            rivals.copies(src, target) as copies,
+            rivals.naive(registry, name, dst.protocol, target) as naive,
+        ):
             actions: dict[str, Callable[[], float]] = {
                 TURN: lambda: ours(TURN, "header"),
                 AGAIN: lambda: target.time(AGAIN, again)[0],
@@ -179,13 +219,26 @@ def in_this_process(
         steps["header, into a Destination"] = _steps(target, again, "header")
         lines = functions_of([lambda: once("header")] * _PROFILED, 25) if profiled else []
     flat = min(target.nbytes, rivals.BLOCK_NBYTES)
-    rows = [Row(name, TURN_READS, target.nbytes, tuple(report.transfer_s for report in reports[1:]), f"{reports[-1].reads} reads")]
-    rows += [Row(name, what, flat if what == FLAT_COPY else target.nbytes, tuple(some)) for what, some in took.items()]
+    rows = [
+        Row(
+            name,
+            TURN_READS,
+            target.nbytes,
+            tuple(report.transfer_s for report in reports[1:]),
+            f"{reports[-1].reads} reads",
+        )
+    ]
+    rows += [
+        Row(name, what, flat if what == FLAT_COPY else target.nbytes, tuple(some))
+        for what, some in took.items()
+    ]
     order = [TURN, AGAIN, TURN_READS, WITH_DIGESTS, EACH_CALL, ALL_CALL, EACH_COPY, FLAT_COPY]
     return sorted(rows, key=lambda row: order.index(row.what)), steps, lines
 
 
-def _steps(target: Target, once: Callable[[Verify], LoadReport], verify: Verify) -> dict[str, float]:
+def _steps(
+    target: Target, once: Callable[[Verify], LoadReport], verify: Verify
+) -> dict[str, float]:
     with phases() as found:
 
         def in_steps() -> None:

@@ -1,4 +1,6 @@
-"""NCCL's send and receive of the same tensors, in two processes of torch.distributed; on CPUs, for tests, those of Gloo."""
+"""NCCL's send and receive of the same tensors, in two processes of torch.distributed; on CPUs, for
+tests, those of Gloo.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def nccl(src: Place, dst: Place, backend: str, rounds: int) -> list[Row]:
     return [Row(name, what, nbytes, tuple(some)) for what, some in json.loads(line).items()]
 
 
-def exchange(rank: str, port: str, backend: str, rounds: str, tensor_set: str, scale: str, device: str) -> None:
+def exchange(
+    rank: str, port: str, backend: str, rounds: str, tensor_set: str, scale: str, device: str
+) -> None:
     """Rank 0 sends, rank 1 receives and tells the times."""
     use(device)
     layout = SETS[tensor_set](float(scale))
@@ -51,7 +55,9 @@ def exchange(rank: str, port: str, backend: str, rounds: str, tensor_set: str, s
     else:
         end = _Receiver(wanted, allocate(layout, device), device)
     moves = {EACH_NCCL: end.each, ALL_NCCL: end.grouped}
-    took = in_turns({what: partial(end.run, what, move) for what, move in moves.items()}, int(rounds))
+    took = in_turns(
+        {what: partial(end.run, what, move) for what, move in moves.items()}, int(rounds)
+    )
     distributed.destroy_process_group()  # at the same time as the other one, for whom it may wait
     if rank == "1":
         click.echo(json.dumps(took))
@@ -59,10 +65,17 @@ def exchange(rank: str, port: str, backend: str, rounds: str, tensor_set: str, s
 
 
 def _join(rank: str, port: str, backend: str, device: str) -> None:
-    os.environ["NCCL_SOCKET_IFNAME"] = "lo"  # where the two find each other; what is sent goes from GPU to GPU
+    os.environ["NCCL_SOCKET_IFNAME"] = (
+        "lo"  # where the two find each other; what is sent goes from GPU to GPU
+    )
     device_id = torch.device(device) if device.startswith("cuda") else None
     distributed.init_process_group(
-        backend, init_method=f"tcp://{HOST}:{port}", rank=int(rank), world_size=2, timeout=_PATIENCE, device_id=device_id
+        backend,
+        init_method=f"tcp://{HOST}:{port}",
+        rank=int(rank),
+        world_size=2,
+        timeout=_PATIENCE,
+        device_id=device_id,
     )
 
 
@@ -82,7 +95,10 @@ class _End:
     def grouped(self) -> None:
         move, peer = (distributed.isend, 1) if self._sends else (distributed.irecv, 0)
         for start in range(0, len(self._tensors), _GROUP):
-            some = [distributed.P2POp(move, tensor, peer) for tensor in self._tensors[start : start + _GROUP]]
+            some = [
+                distributed.P2POp(move, tensor, peer)
+                for tensor in self._tensors[start : start + _GROUP]
+            ]
             for work in distributed.batch_isend_irecv(some):
                 work.wait()
 
@@ -102,7 +118,9 @@ class _Sender(_End):
 
 
 class _Receiver(_End):
-    def __init__(self, wanted: dict[str, torch.Tensor], into: dict[str, torch.Tensor], device: str) -> None:
+    def __init__(
+        self, wanted: dict[str, torch.Tensor], into: dict[str, torch.Tensor], device: str
+    ) -> None:
         super().__init__(into, device, sends=False)
         self._target = Target(into, wanted)
 

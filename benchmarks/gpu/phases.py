@@ -1,4 +1,6 @@
-"""Where the time of `load()` goes: its steps, timed from outside, and the functions that take most of it."""
+"""Where the time of `load()` goes: its steps, timed from outside, and the functions that take most
+of it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 REST = "the rest"
-# What is timed, as what, in the order in which it happens. A step that calls another is told without it.
+# What is timed, as what, in the order in which it happens. A step that calls another is told
+# without it.
 STEPS: tuple[tuple[str, str, str], ...] = (
     ("describe tensors", "engine_loader.loading.load", "Destination.__init__"),
     ("lend memory", "engine_loader.loading.load", "lend"),
@@ -55,7 +58,9 @@ class Phases:
 
     def medians(self) -> dict[str, float]:
         """Of the steps that took any time."""
-        found = {name: statistics.median(call[name] for call in self.calls) for name in self.calls[0]}
+        found = {
+            name: statistics.median(call[name] for call in self.calls) for name in self.calls[0]
+        }
         return {name: seconds for name, seconds in found.items() if seconds}
 
     def timed(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,7 +83,10 @@ class Phases:
 
 @contextmanager
 def phases() -> Iterator[Phases]:
-    """Times the steps of every `load()` in this process until the block ends. A step that is not there any more is left out."""
+    """Times the steps of every `load()` in this process until the block ends.
+
+    A step that is not there any more is left out.
+    """
     found = Phases()
     with ExitStack() as undo:
         for name, module, path in STEPS:
@@ -102,7 +110,9 @@ def _find(module: str, path: str) -> tuple[Any, str, Any]:
 
 
 def functions_of(actions: Sequence[Callable[[], Any]], count: int) -> list[str]:
-    """The functions that took most time of their own, as lines; profiling makes short functions look longer than they are."""
+    """The functions that took most time of their own, as lines; profiling makes short functions
+    look longer than they are.
+    """
     profile = cProfile.Profile()
     profile.enable()
     for action in actions:

@@ -1,6 +1,8 @@
-"""What else moves the same bytes to a GPU: torch's copies, naive calls of the transfer engine, the host's memory, files.
+"""What else moves the same bytes to a GPU: torch's copies, naive calls of the transfer engine, the
+host's memory, files.
 
-Everything here knows its addresses and sizes beforehand, and asks nobody whether the bytes are of one version.
+Everything here knows its addresses and sizes beforehand, and asks nobody whether the bytes are of
+one version.
 """
 
 from __future__ import annotations
@@ -14,7 +16,17 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.gpu.rows import ALL_CALL, EACH_CALL, EACH_COPY, FILE, FLAT_COPY, PINNED, Row, Target, in_turns
+from benchmarks.gpu.rows import (
+    ALL_CALL,
+    EACH_CALL,
+    EACH_COPY,
+    FILE,
+    FLAT_COPY,
+    PINNED,
+    Row,
+    Target,
+    in_turns,
+)
 from benchmarks.gpu.sets import Layout, allocate, filled
 from benchmarks.naive import naive_load
 from engine_registry import Registry
@@ -26,7 +38,8 @@ Action = Callable[[], float]
 BLOCK_NBYTES = 8 << 30
 
 
-# -- torch's copies --------------------------------------------------------------------------------------------------------------
+# -- torch's copies
+# --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -44,15 +57,20 @@ def copies(src: Place, target: Target) -> Iterator[dict[str, Action]]:
 
     yield {
         EACH_COPY: lambda: target.time(EACH_COPY, each)[0],
-        FLAT_COPY: lambda: whole.time(FLAT_COPY, lambda: whole.tensors["block"].copy_(there, non_blocking=True))[0],
+        FLAT_COPY: lambda: whole.time(
+            FLAT_COPY, lambda: whole.tensors["block"].copy_(there, non_blocking=True)
+        )[0],
     }
 
 
-# -- naive calls of the transfer engine ------------------------------------------------------------------------------------------
+# -- naive calls of the transfer engine
+# ------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def naive(registry: Registry, instance: str, protocol: str, target: Target) -> Iterator[dict[str, Action]]:
+def naive(
+    registry: Registry, instance: str, protocol: str, target: Target
+) -> Iterator[dict[str, Action]]:
     with naive_load(registry, instance, target.tensors, protocol) as load:
         yield {
             EACH_CALL: lambda: target.time(EACH_CALL, lambda: load.run(1))[0],
@@ -60,11 +78,14 @@ def naive(registry: Registry, instance: str, protocol: str, target: Target) -> I
         }
 
 
-# -- the host --------------------------------------------------------------------------------------------------------------------
+# -- the host
+# --------------------------------------------------------------------------------------------------
 
 
 def from_host(dst: Place, rounds: int) -> list[Row]:
-    """From pinned memory, and from a file that has just been written, so that it lies in the page cache."""
+    """From pinned memory, and from a file that has just been written, so that it lies in the page
+    cache.
+    """
     wanted = filled(dst.layout, dst.device)
     target = Target(allocate(dst.layout, dst.device), wanted)
     host = allocate(dst.layout, "cpu", pinned=dst.device.startswith("cuda"))
@@ -84,4 +105,7 @@ def from_host(dst: Place, rounds: int) -> list[Row]:
         }
         took = in_turns(actions, rounds)
     notes = {PINNED: "", FILE: "load_file(device=…), the file in the page cache"}
-    return [Row(dst.tensor_set, what, target.nbytes, tuple(some), notes[what]) for what, some in took.items()]
+    return [
+        Row(dst.tensor_set, what, target.nbytes, tuple(some), notes[what])
+        for what, some in took.items()
+    ]

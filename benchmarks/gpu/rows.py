@@ -1,4 +1,7 @@
-"""What is reported: rows of times. A time comes out of `Target.time` alone, which looks at every byte first."""
+"""What is reported: rows of times.
+
+A time comes out of `Target.time` alone, which looks at every byte first.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ _POISON = 0xA5
 
 @dataclass(frozen=True)
 class Row:
-    """`samples_s`: in the order in which they were taken; none where it was not run, and `note` says why."""
+    """`samples_s`: in the order in which they were taken; none where it was not run, and `note`
+    says why.
+    """
 
     group: str
     what: str
@@ -37,7 +42,12 @@ class Row:
         return self.nbytes / 1e9 / self.median_s
 
     def as_json(self) -> dict[str, Any]:
-        told: dict[str, Any] = {"group": self.group, "what": self.what, "nbytes": self.nbytes, "note": self.note}
+        told: dict[str, Any] = {
+            "group": self.group,
+            "what": self.what,
+            "nbytes": self.nbytes,
+            "note": self.note,
+        }
         if self.samples_s:
             told |= {"median_s": round(self.median_s, 6), "min_s": round(min(self.samples_s), 6)}
             told |= {"max_s": round(max(self.samples_s), 6), "gb_per_s": round(self.gb_per_s, 3)}
@@ -47,7 +57,9 @@ class Row:
     def cells(self) -> list[str]:
         if not self.samples_s:
             return [self.group, self.what, "", "", "", "", "", self.note]
-        times = [f"{1e3 * one:.2f}" for one in (self.median_s, min(self.samples_s), max(self.samples_s))]
+        times = [
+            f"{1e3 * one:.2f}" for one in (self.median_s, min(self.samples_s), max(self.samples_s))
+        ]
         speed = f"{self.gb_per_s:.1f}" if self.nbytes else ""
         return [self.group, self.what, *times, speed, str(len(self.samples_s)), self.note]
 
@@ -56,20 +68,27 @@ COLUMNS = ("SET", "WHAT", "MEDIAN ms", "MIN ms", "MAX ms", "GB/s", "RUNS", "NOTE
 
 
 class Target:
-    """Tensors to be filled, and what they hold then, on the same device. `others`: devices that take part."""
+    """Tensors to be filled, and what they hold then, on the same device.
+
+    `others`: devices that take part.
+    """
 
     def __init__(self, tensors: Tensors, wanted: Tensors, others: Iterable[str] = ()) -> None:
         self.tensors = tensors
         self._flat = flat_bytes(tensors)
         self._wanted = flat_bytes(wanted)
-        self._devices = [*{tensor.device for tensor in tensors.values()}, *map(torch.device, others)]
+        self._devices = [
+            *{tensor.device for tensor in tensors.values()},
+            *map(torch.device, others),
+        ]
 
     @property
     def nbytes(self) -> int:
         return sum(flat.numel() for flat in self._wanted.values())
 
     def time(self, what: str, fill: Callable[[], T]) -> tuple[float, T]:
-        """How long it takes until the bytes are there, for the device too, and what `fill` returns. Poisons them before.
+        """How long it takes until the bytes are there, for the device too, and what `fill` returns.
+        Poisons them before.
 
         DigestMismatch if one byte is not as it should be.
         """
@@ -81,7 +100,9 @@ class Target:
         """Of what brings tensors of its own."""
         return self._timed(what, make, flat_bytes)[0]
 
-    def _timed(self, what: str, fill: Callable[[], T], found: Callable[[T], Tensors]) -> tuple[float, T]:
+    def _timed(
+        self, what: str, fill: Callable[[], T], found: Callable[[T], Tensors]
+    ) -> tuple[float, T]:
         wait_for(self._devices)
         start = time.perf_counter()
         result = fill()
@@ -91,17 +112,25 @@ class Target:
         return took, result
 
     def _check(self, what: str, found: Tensors) -> None:
-        wrong = [name for name, wanted in self._wanted.items() if name not in found or not torch.equal(found[name], wanted)]
+        wrong = [
+            name
+            for name, wanted in self._wanted.items()
+            if name not in found or not torch.equal(found[name], wanted)
+        ]
         if wrong:
             raise DigestMismatch(
-                f"{what}: {len(wrong)} of {len(self._wanted)} tensors are not what the source holds, so its time means nothing: "
+                f"{what}: {len(wrong)} of {len(self._wanted)} tensors are not what the "
+                "source holds, so its time means nothing: "
                 f"{listed(wrong)}",
                 tensors=wrong,
             )
 
 
 def in_turns(actions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Each once a round, in another order every round. One round before, which opens connections, does not count."""
+    """Each once a round, in another order every round.
+
+    One round before, which opens connections, does not count.
+    """
     names = list(actions)
     took: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
@@ -124,11 +153,21 @@ class Goal:
     def verdict(self) -> str:
         if self.value is None:
             return "not run"
-        return "met" if (self.value >= self.limit if self.at_least else self.value <= self.limit) else "missed"
+        return (
+            "met"
+            if (self.value >= self.limit if self.at_least else self.value <= self.limit)
+            else "missed"
+        )
 
     def as_json(self) -> dict[str, Any]:
         value = None if self.value is None else round(self.value, 3)
-        return {"what": self.what, "limit": self.limit, "at_least": self.at_least, "value": value, "verdict": self.verdict}
+        return {
+            "what": self.what,
+            "limit": self.limit,
+            "at_least": self.at_least,
+            "value": value,
+            "verdict": self.verdict,
+        }
 
     def cells(self) -> list[str]:
         value = "" if self.value is None else f"{self.value:.2f}"
@@ -144,8 +183,15 @@ def goals(rows: Sequence[Row], group: str = "mixed") -> list[Goal]:
 
     digest = ratio(WITH_DIGESTS, TURN)
     return [
-        Goal("reads of load() to torch's copy, tensor by tensor", 0.9, True, ratio(EACH_COPY, TURN_READS)),
-        Goal("reads of load() to torch's copy of one block", 0.9, True, ratio(FLAT_COPY, TURN_READS)),
+        Goal(
+            "reads of load() to torch's copy, tensor by tensor",
+            0.9,
+            True,
+            ratio(EACH_COPY, TURN_READS),
+        ),
+        Goal(
+            "reads of load() to torch's copy of one block", 0.9, True, ratio(FLAT_COPY, TURN_READS)
+        ),
         Goal("reads of load() to NCCL, tensor by tensor", 4, True, ratio(EACH_NCCL, READS)),
         Goal("load() to NCCL, tensor by tensor", 4, True, ratio(EACH_NCCL, WARM)),
         Goal("load(), cold to warm", 2, False, ratio(COLD, WARM)),
@@ -157,7 +203,11 @@ def goals(rows: Sequence[Row], group: str = "mixed") -> list[Goal]:
 
 COLD, COLD_READS = "load(), cold", "load(), cold: its reads"
 WARM, READS = "load(), warm", "load(), warm: its reads"
-TURN, TURN_READS, WITH_DIGESTS = "load() in turns", "load() in turns: its reads", "load() in turns, digests"
+TURN, TURN_READS, WITH_DIGESTS = (
+    "load() in turns",
+    "load() in turns: its reads",
+    "load() in turns, digests",
+)
 AGAIN = "load() in turns, into a Destination"
 EACH_COPY, FLAT_COPY = "torch copy, tensor by tensor", "torch copy, one block"
 EACH_CALL, ALL_CALL = "mooncake, a call a tensor", "mooncake, a call for 512"

@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu`: the measurements, their GPUs, and the report.
 
-Sources and first loads are processes of their own, with an etcd of their own. Every time is of bytes that were all looked at where
-they arrived; every figure is a median of several, after a round that opens connections and does not count.
+Sources and first loads are processes of their own, with an etcd of their own. Every time is of
+bytes that were all looked at where they arrived; every figure is a median of several, after a round
+that opens connections and does not count.
 """
 
 from __future__ import annotations
@@ -59,20 +60,33 @@ def gpus() -> Devices:
     count = torch.cuda.device_count()
     if count < 2:
         raise EngineUnavailable(
-            f"this measures from GPU to GPU, and {count} CUDA GPUs can be used here: run it on a host with two "
+            f"this measures from GPU to GPU, and {count} CUDA GPUs can be used here: run it "
+            "on a host with two "
             "(`python -m benchmarks.load` needs none)"
         )
     if not torch.cuda.can_device_access_peer(1, 0):
-        raise EngineUnavailable("GPU 1 cannot read the memory of GPU 0: see nvidia-smi topo -p2p r, and `engines doctor`")
+        raise EngineUnavailable(
+            "GPU 1 cannot read the memory of GPU 0: see nvidia-smi topo -p2p r, and `engines "
+            "doctor`"
+        )
     if "IntraNodeNvlink" not in built_transports():
-        raise EngineUnavailable("this transfer engine has no nvlink_intra: install 'engine-registry[cuda12]' or [cuda13]")
+        raise EngineUnavailable(
+            "this transfer engine has no nvlink_intra: install 'engine-registry[cuda12]' or "
+            "[cuda13]"
+        )
     if count < 4:
         return Devices(("cuda:0", "cuda:0"), ("cuda:1", "cuda:1"), gpus=count)
     return Devices(("cuda:0", "cuda:2"), ("cuda:1", "cuda:2", "cuda:3"), gpus=count)
 
 
 def measure(
-    results: Results, devices: Devices, only: Collection[str], scale: float, rounds: int, profiled: bool, say: Callable[[str], None]
+    results: Results,
+    devices: Devices,
+    only: Collection[str],
+    scale: float,
+    rounds: int,
+    profiled: bool,
+    say: Callable[[str], None],
 ) -> None:
     """Adds to the results as they come: what was measured before something failed is there."""
     parts = [part for part in PARTS if not only or part in only]
@@ -91,7 +105,11 @@ def measure(
             some = rounds if len(src.layout) < _MANY else max(1, rounds // 2)
             say(f"the set {name}")
             with another_process(loads.MODULE, "serve", local.endpoint, name, *src.args):
-                add(loads.cold_and_warm(local.endpoint, src, dst, rounds // 2 + 1 if name == "mixed" else 1, some))
+                add(
+                    loads.cold_and_warm(
+                        local.endpoint, src, dst, rounds // 2 + 1 if name == "mixed" else 1, some
+                    )
+                )
                 rows, steps, lines = loads.in_this_process(registry, src, dst, some, profiled)
                 add(rows)
             results.steps |= {f"{name}, {verify}": took for verify, took in steps.items()}
@@ -111,15 +129,27 @@ def measure(
             _free()
         if "fan-out" in parts:
             say("several destinations")
-            add(scenarios.fan_out(local.endpoint, src, [place("mixed", one) for one in devices.destinations], rounds))
+            add(
+                scenarios.fan_out(
+                    local.endpoint,
+                    src,
+                    [place("mixed", one) for one in devices.destinations],
+                    rounds,
+                )
+            )
         if "reshard" in parts:
             say("other layouts")
             add(scenarios.reshard(local.endpoint, registry, src, dst, rounds))
             _free()
     if 0 < devices.gpus < 4:
         why = f"not run: {devices.gpus} GPUs"
-        missing = {"failover": "2 sources on 2 GPUs → 1 GPU", "fan-out": "1 source → 3 destinations on 3 GPUs"}
-        results.rows += [Row(part, what, note=why) for part, what in missing.items() if part in parts]
+        missing = {
+            "failover": "2 sources on 2 GPUs → 1 GPU",
+            "fan-out": "1 source → 3 destinations on 3 GPUs",
+        }
+        results.rows += [
+            Row(part, what, note=why) for part, what in missing.items() if part in parts
+        ]
 
 
 def _free() -> None:
@@ -128,15 +158,25 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-# -- told ------------------------------------------------------------------------------------------------------------------------
+# -- told
+# --------------------------------------------------------------------------------------------------
 
 
 def report(results: Results, as_json: bool, profiled: bool) -> None:
     wanted = goals(results.rows)
     if as_json:
-        steps = {name: {step: round(took, 6) for step, took in some.items()} for name, some in results.steps.items()}
-        told = {"machine": machine(), "rows": [row.as_json() for row in results.rows], "steps_s": steps}
-        print_json({**told, "goals": [goal.as_json() for goal in wanted], "functions": results.functions})
+        steps = {
+            name: {step: round(took, 6) for step, took in some.items()}
+            for name, some in results.steps.items()
+        }
+        told = {
+            "machine": machine(),
+            "rows": [row.as_json() for row in results.rows],
+            "steps_s": steps,
+        }
+        print_json(
+            {**told, "goals": [goal.as_json() for goal in wanted], "functions": results.functions}
+        )
         return
     for name, value in machine().items():
         click.echo(f"{name}: {value}")
@@ -162,11 +202,17 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "nvlink": _nvlink() if cuda else "",
-        "driver": _ask("--query-gpu=driver_version", "--format=csv,noheader", "--id=0") if cuda else "",
+        "driver": _ask("--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        if cuda
+        else "",
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else "",
-        "mooncake": _version("mooncake-transfer-engine-cuda13", "mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda"),
+        "mooncake": _version(
+            "mooncake-transfer-engine-cuda13",
+            "mooncake-transfer-engine",
+            "mooncake-transfer-engine-non-cuda",
+        ),
         "engine-registry": _version("engine-registry"),
     }
 
@@ -179,7 +225,9 @@ def _nvlink() -> str:
 
 def _ask(*args: str) -> str:
     try:
-        return subprocess.run(["nvidia-smi", *args], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(
+            ["nvidia-smi", *args], capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -1,4 +1,6 @@
-"""Loads that take more than two processes: a source that is killed, several sources, several destinations, other layouts."""
+"""Loads that take more than two processes: a source that is killed, several sources, several
+destinations, other layouts.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -26,11 +29,16 @@ _SIDES = (8192, 4096)  # of a matrix of 16-bit numbers: 64 MiB
 _MATRICES = 64
 
 
-# -- a source that is killed -----------------------------------------------------------------------------------------------------
+# -- a source that is killed
+# --------------------------------------------------------------------------------------------------
 
 
-def failover(endpoint: str, registry: Registry, sources: list[Place], dst: Place, rounds: int) -> list[Row]:
-    """Two sources; then one is killed when the first bytes have come, and loads follow each other until it is gone."""
+def failover(
+    endpoint: str, registry: Registry, sources: list[Place], dst: Place, rounds: int
+) -> list[Row]:
+    """Two sources; then one is killed when the first bytes have come, and loads follow each other
+    until it is gone.
+    """
     use(dst.device)
     target = Target(allocate(dst.layout, dst.device), filled(dst.layout, dst.device))
     both: list[tuple[float, LoadReport]] = []
@@ -38,12 +46,26 @@ def failover(endpoint: str, registry: Registry, sources: list[Place], dst: Place
     longest: list[float] = []
     dropped = 0
     for _ in range(rounds):
-        calls = [(endpoint, name, *place.args) for name, place in zip(("a", "b"), sources, strict=True)]
-        with several_processes(MODULE, "serve", calls) as ((victim, _), _), MooncakeEngine(HOST, dst.protocol) as engine:
+        calls = [
+            (endpoint, name, *place.args) for name, place in zip(("a", "b"), sources, strict=True)
+        ]
+        with (
+            several_processes(MODULE, "serve", calls) as ((victim, _), _),
+            MooncakeEngine(HOST, dst.protocol) as engine,
+        ):
 
-            def once(progress: Any = None, engine: MooncakeEngine = engine) -> tuple[float, LoadReport]:
+            def once(
+                progress: Any = None, engine: MooncakeEngine = engine
+            ) -> tuple[float, LoadReport]:
                 def fill() -> LoadReport:
-                    return load(registry, engine, ["a", "b"], rank=0, tensors=target.tensors, progress=progress)
+                    return load(
+                        registry,
+                        engine,
+                        ["a", "b"],
+                        rank=0,
+                        tensors=target.tensors,
+                        progress=progress,
+                    )
 
                 return target.time("load() from two sources", fill)
 
@@ -70,7 +92,13 @@ def failover(endpoint: str, registry: Registry, sources: list[Place], dst: Place
     return [
         Row(group, "2 sources", nbytes, tuple(took for took, _ in both), where),
         Row(group, "2 sources: its reads", nbytes, tuple(report.transfer_s for _, report in both)),
-        Row(group, "one SIGKILLed at the first bytes", nbytes, tuple(killed), "every byte as it should be"),
+        Row(
+            group,
+            "one SIGKILLed at the first bytes",
+            nbytes,
+            tuple(killed),
+            "every byte as it should be",
+        ),
         Row(
             group,
             "longest load until it is gone from etcd",
@@ -85,11 +113,14 @@ def _dropped(report: LoadReport) -> int:
     return sum(share.error is not None for share in report.shares)
 
 
-# -- several destinations --------------------------------------------------------------------------------------------------------
+# -- several destinations
+# --------------------------------------------------------------------------------------------------
 
 
 def fan_out(endpoint: str, src: Place, destinations: list[Place], rounds: int) -> list[Row]:
-    """All load at the same time from one source: from the first one's beginning to the last one's end."""
+    """All load at the same time from one source: from the first one's beginning to the last one's
+    end.
+    """
     took: list[float] = []
     with several_processes(MODULE, "serve", [(endpoint, "one", *src.args)]):
         calls = [(endpoint, "one", *place.args) for place in destinations]
@@ -101,7 +132,15 @@ def fan_out(endpoint: str, src: Place, destinations: list[Place], rounds: int) -
                 took.append(max(ended for _, ended in clocks) - min(began for began, _ in clocks))
     nbytes = len(destinations) * nbytes_of(src.layout)
     where = f"{src.device} → {', '.join(place.device for place in destinations)}"
-    return [Row("fan-out", f"1 source, {len(destinations)} destinations", nbytes, tuple(took), f"{where}; GB/s of all together")]
+    return [
+        Row(
+            "fan-out",
+            f"1 source, {len(destinations)} destinations",
+            nbytes,
+            tuple(took),
+            f"{where}; GB/s of all together",
+        )
+    ]
 
 
 def _say(process: subprocess.Popen[str], what: str) -> None:
@@ -117,7 +156,8 @@ def _hear(process: subprocess.Popen[str]) -> str:
     return line
 
 
-# -- other layouts ---------------------------------------------------------------------------------------------------------------
+# -- other layouts
+# --------------------------------------------------------------------------------------------------
 
 
 def _cut(whole: Tensors, dim: int, index: int, of: int) -> tuple[Tensors, dict[str, Shard]]:
@@ -125,8 +165,13 @@ def _cut(whole: Tensors, dim: int, index: int, of: int) -> tuple[Tensors, dict[s
     parts, shards = {}, {}
     for name, tensor in whole.items():
         size = tensor.shape[dim] // of
-        parts[name] = tensor.narrow(dim, index * size, size).clone(memory_format=torch.contiguous_format)
-        shards[name] = Shard(tuple(tensor.shape), tuple(index * size if axis == dim else 0 for axis in range(tensor.dim())))
+        parts[name] = tensor.narrow(dim, index * size, size).clone(
+            memory_format=torch.contiguous_format
+        )
+        shards[name] = Shard(
+            tuple(tensor.shape),
+            tuple(index * size if axis == dim else 0 for axis in range(tensor.dim())),
+        )
     return parts, shards
 
 
@@ -135,7 +180,9 @@ def _matrices(scale: float) -> Layout:
     return dict.fromkeys(names, (torch.bfloat16, _SIDES))
 
 
-def serve_part(endpoint: str, instance: str, device: str, protocol: str, scale: str, *cut: str) -> None:
+def serve_part(
+    endpoint: str, instance: str, device: str, protocol: str, scale: str, *cut: str
+) -> None:
     use(device)
     dim, index, of = map(int, cut)
     whole = filled(_matrices(float(scale)), device)
@@ -144,33 +191,62 @@ def serve_part(endpoint: str, instance: str, device: str, protocol: str, scale: 
     with (
         Registry.connect(endpoint) as registry,
         MooncakeEngine(HOST, protocol) as engine,
-        publish(registry, engine, instance=instance, rank=index, world_size=of, tensors=parts, shards=shards, model=MODEL),
+        publish(
+            registry,
+            engine,
+            instance=instance,
+            rank=index,
+            world_size=of,
+            tensors=parts,
+            shards=shards,
+            model=MODEL,
+        ),
     ):
         click.echo("published")
         sys.stdin.read()
 
 
 def reshard(endpoint: str, registry: Registry, src: Place, dst: Place, rounds: int) -> list[Row]:
-    """Matrices that are whole, cut by rows and cut by columns; into whole ones and into the second half."""
+    """Matrices that are whole, cut by rows and cut by columns; into whole ones and into the second
+    half.
+    """
     use(dst.device)
     whole = filled(_matrices(dst.scale), dst.device)
     ways = {"whole": (0, 1), "rows": (0, 2), "columns": (1, 2)}
     common = (src.device, src.protocol, str(src.scale))
     cuts = [(name, dim, index, of) for name, (dim, of) in ways.items() for index in range(of)]
-    calls = [(endpoint, name, *common, str(dim), str(index), str(of)) for name, dim, index, of in cuts]
+    calls = [
+        (endpoint, name, *common, str(dim), str(index), str(of)) for name, dim, index, of in cuts
+    ]
     rows: list[Row] = []
-    with several_processes("benchmarks.gpu.scenarios", "serve_part", calls), MooncakeEngine(HOST, dst.protocol) as engine:
+    with (
+        several_processes("benchmarks.gpu.scenarios", "serve_part", calls),
+        MooncakeEngine(HOST, dst.protocol) as engine,
+    ):
 
         def case(what: str, source: str, dim: int, index: int, of: int) -> None:
             wanted, shards = _cut(whole, dim, index, of)
-            target = Target({name: torch.empty_like(tensor) for name, tensor in wanted.items()}, wanted)
-            fill: Callable[[], LoadReport] = lambda: load(registry, engine, source, tensors=target.tensors, shards=shards)  # noqa: E731
+            target = Target(
+                {name: torch.empty_like(tensor) for name, tensor in wanted.items()}, wanted
+            )
+            fill: Callable[[], LoadReport] = partial(
+                load, registry, engine, source, tensors=target.tensors, shards=shards
+            )
             target.time(what, fill)  # opens connections
             took = [target.time(what, fill) for _ in range(rounds)]
             last = took[-1][1]
             note = f"{last.reads} reads of {last.read_nbytes / last.nbytes:.2f} times the bytes"
-            rows.append(Row("reshard", what, target.nbytes, tuple(seconds for seconds, _ in took), note))
-            rows.append(Row("reshard", f"{what}: its reads", target.nbytes, tuple(report.transfer_s for _, report in took)))
+            rows.append(
+                Row("reshard", what, target.nbytes, tuple(seconds for seconds, _ in took), note)
+            )
+            rows.append(
+                Row(
+                    "reshard",
+                    f"{what}: its reads",
+                    target.nbytes,
+                    tuple(report.transfer_s for _, report in took),
+                )
+            )
 
         case("same layout", "whole", 0, 0, 1)
         case("tp 2→1, rows", "rows", 0, 0, 1)

@@ -1,4 +1,6 @@
-"""The sets of tensors that are moved, and what is in them: the same on every device, so each process can make it by itself."""
+"""The sets of tensors that are moved, and what is in them: the same on every device, so each
+process can make it by itself.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,23 @@ def large(scale: float) -> Layout:
 
 def mixed(scale: float) -> Layout:
     """The large ones and 2,000 of 8 KiB."""
-    return large(scale) | {f"little.{number}": (torch.uint8, (8 << 10,)) for number in range(_count(2_000, scale))}
+    return large(scale) | {
+        f"little.{number}": (torch.uint8, (8 << 10,)) for number in range(_count(2_000, scale))
+    }
 
 
 def small(scale: float) -> Layout:
     """20,000 tensors of 16 KiB."""
-    return {f"small.{number}": (torch.uint8, (16 << 10,)) for number in range(_count(20_000, scale))}
+    return {
+        f"small.{number}": (torch.uint8, (16 << 10,)) for number in range(_count(20_000, scale))
+    }
 
 
 def llama_70b_rank(scale: float) -> Layout:
-    """What rank 0 of tp=8 holds of Llama 3 70B in bf16: slices of the matrices, norms whole. `scale` makes the layers fewer."""
+    """What rank 0 of tp=8 holds of Llama 3 70B in bf16: slices of the matrices, norms whole.
+
+    `scale` makes the layers fewer.
+    """
     hidden, slice_of_ffn, slice_of_vocab = 8192, 28672 // 8, 128256 // 8
     query, key = 64 // 8 * 128, 8 // 8 * 128
     layer = {
@@ -45,9 +54,19 @@ def llama_70b_rank(scale: float) -> Layout:
         "mlp.up_proj": (slice_of_ffn, hidden),
         "mlp.down_proj": (hidden, slice_of_ffn),
     }
-    ends = {"embed_tokens": (slice_of_vocab, hidden), "norm": (hidden,), "lm_head": (slice_of_vocab, hidden)}
-    layers = {f"layers.{number}.{name}": shape for number in range(_count(80, scale)) for name, shape in layer.items()}
-    return {f"model.{name}.weight": (torch.bfloat16, shape) for name, shape in (layers | ends).items()}
+    ends = {
+        "embed_tokens": (slice_of_vocab, hidden),
+        "norm": (hidden,),
+        "lm_head": (slice_of_vocab, hidden),
+    }
+    layers = {
+        f"layers.{number}.{name}": shape
+        for number in range(_count(80, scale))
+        for name, shape in layer.items()
+    }
+    return {
+        f"model.{name}.weight": (torch.bfloat16, shape) for name, shape in (layers | ends).items()
+    }
 
 
 SETS: dict[str, Callable[[float], Layout]] = {
@@ -68,12 +87,19 @@ def nbytes_of(layout: Layout) -> int:
 
 def allocate(layout: Layout, device: str, *, pinned: bool = False) -> Tensors:
     """Each in a storage of its own, as an engine's weights are."""
-    return {name: torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned) for name, (dtype, shape) in layout.items()}
+    return {
+        name: torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+        for name, (dtype, shape) in layout.items()
+    }
 
 
 def filled(layout: Layout, device: str) -> Tensors:
-    """With numbers that follow from the tensor's name and the place in it, so that no two tensors and no two places are alike."""
-    tensors = allocate(layout, device)  # before the temporary ones, which would share segments of torch's allocator with them
+    """With numbers that follow from the tensor's name and the place in it, so that no two tensors
+    and no two places are alike.
+    """
+    tensors = allocate(
+        layout, device
+    )  # before the temporary ones, which would share segments of torch's allocator with them
     for name, flat in flat_bytes(tensors).items():
         words = torch.arange(flat.numel() // 4, dtype=torch.int64, device=device)
         words.mul_(_MIX).add_(zlib.crc32(name.encode()) * _SALT).bitwise_right_shift_(7)

@@ -15,7 +15,8 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-# By name, so that the command line need not import torch to know the loader's errors. A base class stands for those below it.
+# By name, so that the command line need not import torch to know the loader's errors. A base class
+# stands for those below it.
 _CODES = {
     "engine_registry.errors.EngineRegistryError": Exit.FAILED,
     "engine_registry.errors.InvalidField": Exit.USAGE,

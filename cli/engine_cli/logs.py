@@ -1,4 +1,5 @@
-"""What the commands log: one sentence a line for people, or with --log-json one JSON object a line for machines; on stderr.
+"""What the commands log: one sentence a line for people, or with --log-json one JSON object a line
+for machines; on stderr.
 
 The libraries log and decide nothing. Who runs `engines` decides here what is shown and how.
 """
@@ -18,7 +19,12 @@ from engine_cli.render.printable import printable
 from engine_cli.wording import in_options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
 # Of other packages nothing below a warning is logged: nobody knows what they would print.
 _LOGGERS = ("engine_registry", "engine_loader", "engine_cli")
 
@@ -37,7 +43,9 @@ class _Json(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         data: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(
+                timespec="milliseconds"
+            ),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -81,11 +89,25 @@ def _set_json(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 def log_options(command: Command) -> Command:
     """For commands that run for long."""
     options = [
-        click.option("--log-level", type=click.Choice(list(_LEVELS)), default="warning", show_default=True, expose_value=False,
-                     is_eager=True, callback=_set_level, help="What is logged on stderr."),
-        click.option("--log-json", is_flag=True, expose_value=False, is_eager=True, callback=_set_json,
-                     help="Log JSON, one object a line: time, level, logger, message, fields."),
-    ]  # fmt: skip
+        click.option(
+            "--log-level",
+            type=click.Choice(list(_LEVELS)),
+            default="warning",
+            show_default=True,
+            expose_value=False,
+            is_eager=True,
+            callback=_set_level,
+            help="What is logged on stderr.",
+        ),
+        click.option(
+            "--log-json",
+            is_flag=True,
+            expose_value=False,
+            is_eager=True,
+            callback=_set_json,
+            help="Log JSON, one object a line: time, level, logger, message, fields.",
+        ),
+    ]
     for option in reversed(options):
         command = option(command)
     return command

@@ -1,4 +1,6 @@
-"""The entry point: finds the command, and turns every error into one line on stderr and a documented exit code."""
+"""The entry point: finds the command, and turns every error into one line on stderr and a
+documented exit code.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from engine_cli.render.printable import printable
 from engine_cli.signals import Ended
 from engine_cli.wording import said
 
-# In the order of `engines --help`. A command's module is imported only when it is asked for, so that help is quick.
+# In the order of `engines --help`. A command's module is imported only when it is asked for, so
+# that help is quick.
 COMMANDS = {
     "register": "Serve safetensors files from memory as one rank of an instance.",
     "list": "All instances: state, ranks, model, version, size.",
@@ -29,12 +32,19 @@ COMMANDS = {
     "watch": "Ranks and instances as they come and go.",
     "load": "Copy weights from a running instance: one rank's, or all as whole tensors.",
     "evict": "Take ranks out of the registry.",
-    "doctor": "What keeps etcd, this machine or the ranks of an instance from working, and how to mend it.",
+    "doctor": (
+        "What keeps etcd, this machine or the ranks of an instance from working, and how to mend "
+        "it."
+    ),
     "gateway": "Speak SGLang's HTTP interface, for its seeds and clients.",
     "etcd": "Run an etcd for trying things out.",
     "demo": "Show it all on this machine: register, load, verify, lose a rank.",
 }
-_EXTRAS = ("torch", "safetensors", "numpy")  # what `register` and `load` need and a plain installation lacks
+_EXTRAS = (
+    "torch",
+    "safetensors",
+    "numpy",
+)  # what `register` and `load` need and a plain installation lacks
 _GATEWAY_EXTRAS = ("starlette", "uvicorn")
 log = logging.getLogger(__name__)
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -55,19 +65,26 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="engine-registry", prog_name="engines")
 def engines() -> None:
-    """Find the ranks of running inference engines in etcd, and copy their weights from memory to memory.
+    """Find the ranks of running inference engines in etcd, and copy their weights from memory to
+    memory.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 etcd unreachable or refusing, 4 instance or rank missing, incomplete or
-    lost, 5 weights do not match or failed verification, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 etcd unreachable or refusing, 4 instance or rank
+    missing, incomplete or lost, 5 weights do not match or failed verification, 130 interrupted.
     """
 
 
 def main(command: click.Command = engines, name: str = "engines") -> NoReturn:
-    """Runs the command, with the arguments of this process, and ends the process with its exit code."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC's C++ core logs, we report ourselves
+    """Runs the command, with the arguments of this process, and ends the process with its exit
+    code.
+    """
+    os.environ.setdefault(
+        "GRPC_VERBOSITY", "NONE"
+    )  # what gRPC's C++ core logs, we report ourselves
     _open_closed_streams()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what its encoding lacks is no reason to fail
     logs.begin()
@@ -75,7 +92,10 @@ def main(command: click.Command = engines, name: str = "engines") -> NoReturn:
 
 
 def _open_closed_streams() -> None:
-    """Standard streams that the caller has closed lead nowhere. Else the next file or socket would get their descriptors."""
+    """Standard streams that the caller has closed lead nowhere.
+
+    Else the next file or socket would get their descriptors.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: the closed one
@@ -84,8 +104,9 @@ def _open_closed_streams() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process, but not the interpreter: that stops gRPC's and torch's threads where they are, and may then wait for ever
-    for a lock that one of them holds."""
+    """Ends the process, but not the interpreter: that stops gRPC's and torch's threads where they
+    are, and may then wait for ever for a lock that one of them holds.
+    """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
@@ -138,7 +159,10 @@ def _in_one_line(exc: Exception) -> str:
     if code_of(exc) is not None or isinstance(exc, click.ClickException):
         return text
     if isinstance(exc, ModuleNotFoundError) and exc.name in _EXTRAS:
-        return f"{exc.name} is not installed: pip install 'engine-registry[cpu]' (or [cuda12], [cuda13] on GPU machines)"
+        return (
+            f"{exc.name} is not installed: pip install 'engine-registry[cpu]' (or [cuda12], "
+            "[cuda13] on GPU machines)"
+        )
     if isinstance(exc, ModuleNotFoundError) and exc.name in _GATEWAY_EXTRAS:
         return f"{exc.name} is not installed: pip install 'engine-registry[gateway]'"
     if isinstance(exc, OSError) and exc.errno in _CANNOT_WRITE:

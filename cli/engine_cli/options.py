@@ -1,4 +1,7 @@
-"""Options that commands share, and what is made of them. The only place that reads the environment."""
+"""Options that commands share, and what is made of them.
+
+The only place that reads the environment.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ debug_option = click.option(
     callback=_set_debug,
     help="Show tracebacks and the transfer engine's log.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON: one object, or one line an event.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON: one object, or one line an event."
+)
 instance_argument = click.argument("instance")
 _MAX_SECONDS = 365 * 24 * 3600  # more is a slip, and some of what measures time overflows
 
@@ -60,23 +65,35 @@ class Seconds(click.FloatRange):
 
 def nbytes_of(text: str) -> int:
     """The type of an option: a number of bytes, one at least, as in 500MB or 1.5GiB."""
-    size = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([kmgt])(i)?)?b?", text.strip().lower())
-    nbytes = int(float(size[1]) * (1024 if size[3] else 1000) ** " kmgt".index(size[2] or " ")) if size else 0
+    size = re.fullmatch(
+        r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([kmgt])(i)?)?b?", text.strip().lower()
+    )
+    nbytes = (
+        int(float(size[1]) * (1024 if size[3] else 1000) ** " kmgt".index(size[2] or " "))
+        if size
+        else 0
+    )
     if nbytes < 1:
-        raise click.BadParameter(f"{text!r} is not a size: use a number of bytes, or a unit as in 500MB, 5GB or 1.5GiB.")
+        raise click.BadParameter(
+            f"{text!r} is not a size: use a number of bytes, or a unit as in 500MB, 5GB or 1.5GiB."
+        )
     return nbytes
 
 
 def host_option(help: str) -> Callable[[Command], Command]:
     """Where peers find this machine."""
-    return click.option("--host", callback=_own_host, help=f"{help} Default: the one that etcd sees.")
+    return click.option(
+        "--host", callback=_own_host, help=f"{help} Default: the one that etcd sees."
+    )
 
 
 def _own_host(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     from engine_registry.schema.address import why_not_advertised
 
     if problem := why_not_advertised(value.strip("[]")) if value is not None else "":
-        raise click.BadParameter(f"{problem}: give an address of this machine that peers can reach.")
+        raise click.BadParameter(
+            f"{problem}: give an address of this machine that peers can reach."
+        )
     return value
 
 
@@ -85,7 +102,9 @@ def rank_option(required: bool, help: str) -> Callable[[Command], Command]:
 
 
 def etcd_options(command: Command) -> Command:
-    """Adds the options that say how to reach etcd; the command gets `connect`, which makes a Registry of them."""
+    """Adds the options that say how to reach etcd; the command gets `connect`, which makes a
+    Registry of them.
+    """
 
     @functools.wraps(command)
     def wrapped(etcd: dict[str, Any], **kwargs: Any) -> Any:
@@ -99,24 +118,49 @@ def etcd_settings(command: Command) -> Command:
 
     @functools.wraps(command)
     def wrapped(**kwargs: Any) -> Any:
-        etcd = {name: kwargs.pop(name) for name in ("etcd", "namespace", "cacert", "cert", "key", "user", "timeout")}
-        etcd["password"] = os.environ.pop(PASSWORD_VARIABLE, None)  # no process that we start inherits it
+        etcd = {
+            name: kwargs.pop(name)
+            for name in ("etcd", "namespace", "cacert", "cert", "key", "user", "timeout")
+        }
+        etcd["password"] = os.environ.pop(
+            PASSWORD_VARIABLE, None
+        )  # no process that we start inherits it
         return command(etcd=etcd, **kwargs)
 
     options = [
         click.option(
-            "--etcd", metavar="HOST:PORT[,…]", default="127.0.0.1:2379", envvar="ENGINES_ETCD", show_default=True,
-            show_envvar=True, help="Where etcd is; several endpoints of one cluster with commas; https:// in front turns TLS on.",
+            "--etcd",
+            metavar="HOST:PORT[,…]",
+            default="127.0.0.1:2379",
+            envvar="ENGINES_ETCD",
+            show_default=True,
+            show_envvar=True,
+            help=(
+                "Where etcd is; several endpoints of one cluster with commas; https:// in front "
+                "turns TLS on."
+            ),
         ),
-        click.option("--namespace", default="", metavar="PREFIX", help="Put before every key in etcd."),
-        click.option("--cacert", type=click.Path(), help="CA of etcd's certificate (turns TLS on)."),
+        click.option(
+            "--namespace", default="", metavar="PREFIX", help=("Put before every key in etcd.")
+        ),
+        click.option(
+            "--cacert", type=click.Path(), help=("CA of etcd's certificate (turns TLS on).")
+        ),
         click.option("--cert", type=click.Path(), help="Client certificate."),
         click.option("--key", type=click.Path(), help="Key of the client certificate."),
-        click.option("--user", help=f"etcd user; the password comes from {PASSWORD_VARIABLE} or a prompt."),
-        click.option("--timeout", type=Seconds(min_open=True), default=5.0, show_default=True,
-                     metavar="S", help="Seconds that one call to etcd may take."),
+        click.option(
+            "--user", help=(f"etcd user; the password comes from {PASSWORD_VARIABLE} or a prompt.")
+        ),
+        click.option(
+            "--timeout",
+            type=Seconds(min_open=True),
+            default=5.0,
+            show_default=True,
+            metavar="S",
+            help="Seconds that one call to etcd may take.",
+        ),
         debug_option,
-    ]  # fmt: skip
+    ]
     decorated: Any = wrapped
     for option in reversed(options):
         decorated = option(decorated)
@@ -170,7 +214,8 @@ def gateway_token() -> str | None:
 
 @contextmanager
 def engine_log() -> Iterator[None]:
-    """Keeps what the transfer engine's C++ code writes to stderr off the user's terminal, unless --debug is given.
+    """Keeps what the transfer engine's C++ code writes to stderr off the user's terminal, unless
+    --debug is given.
 
     Our own messages go on: `sys.stderr` is moved to a copy of the descriptor.
     """

@@ -1,4 +1,5 @@
-"""The signals that end a command: Ctrl-C (SIGINT), SIGTERM, and SIGHUP, which a closed terminal sends.
+"""The signals that end a command: Ctrl-C (SIGINT), SIGTERM, and SIGHUP, which a closed terminal
+sends.
 
 Used by commands that leave something behind if they just stop. `on_ending` starts one thread.
 """
@@ -14,7 +15,10 @@ from types import FrameType
 
 
 class Ended(BaseException):
-    """A signal has asked the process to end. The exit code is 128 + `number`, as if it had done so at once."""
+    """A signal has asked the process to end.
+
+    The exit code is 128 + `number`, as if it had done so at once.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -30,9 +34,10 @@ def _ending() -> list[signal.Signals]:
 def on_ending(call: Callable[[], object]) -> None:
     """From now on calls this for each of the signals.
 
-    From a thread, woken through a pipe. Python runs a handler in the main thread, between two instructions: it would wait for ever
-    for a lock that it interrupts the holder of, and it does not run at all while the main thread waits for something and another
-    thread has got the signal, or it came just before the wait.
+    From a thread, woken through a pipe. Python runs a handler in the main thread, between two
+    instructions: it would wait for ever for a lock that it interrupts the holder of, and it does
+    not run at all while the main thread waits for something and another thread has got the signal,
+    or it came just before the wait.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -44,16 +49,19 @@ def on_ending(call: Callable[[], object]) -> None:
     threading.Thread(target=listen, name="signals", daemon=True).start()
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in _ending():
-        signal.signal(number, lambda *_: None)  # one of Python's own: the default ones do not write to the pipe
+        signal.signal(
+            number, lambda *_: None
+        )  # one of Python's own: the default ones do not write to the pipe
 
 
 @contextmanager
 def raised() -> Iterator[Callable[[], None]]:
     """Within the block SIGTERM and SIGHUP raise Ended, as SIGINT raises KeyboardInterrupt.
 
-    Only the first of them does, so that another does not cut short what is done to clean up. An exception that comes while an
-    object is finalised is dropped, by Python or by gRPC: the function that the block gets raises it again, for work that takes long
-    to call now and then. So does the end of the block.
+    Only the first of them does, so that another does not cut short what is done to clean up. An
+    exception that comes while an object is finalised is dropped, by Python or by gRPC: the function
+    that the block gets raises it again, for work that takes long to call now and then. So does the
+    end of the block.
     """
     before = {number: signal.getsignal(number) for number in _ending()}
     if before[signal.SIGINT] is signal.SIG_IGN:  # a shell's background job
@@ -88,7 +96,9 @@ def held_back() -> Iterator[None]:
     For the import of torch, which swallows exceptions in places, KeyboardInterrupt too.
     """
     seen: list[int] = []
-    before = {number: handler for number in _ending() if callable(handler := signal.getsignal(number))}
+    before = {
+        number: handler for number in _ending() if callable(handler := signal.getsignal(number))
+    }
     for number in before:
         signal.signal(number, lambda number, _: seen.append(number))
     try:

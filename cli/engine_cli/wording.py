@@ -1,4 +1,6 @@
-"""What errors of the library say, in terms of the command line: options in place of parameters, commands in place of calls."""
+"""What errors of the library say, in terms of the command line: options in place of parameters,
+commands in place of calls.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ _QUOTED = re.compile(r"`([A-Za-z_.()]+)`")
 
 
 def in_options(text: str, details: Mapping[str, Any] | None = None) -> str:
-    """The text with our options and commands for the parameters and calls that stand in it in backticks.
+    """The text with our options and commands for the parameters and calls that stand in it in
+    backticks.
 
     `details` are those of the error that says it: a command is then told with its arguments.
     """

@@ -1,6 +1,7 @@
 """Copies the weights of running engines from memory to memory, found through `engine_registry`.
 
-A public name is imported from its module when it is first used: so this package is imported at once, and its errors without torch.
+A public name is imported from its module when it is first used: so this package is imported at
+once, and its errors without torch.
 """
 
 import logging

@@ -1,4 +1,7 @@
-"""What this package counts: `engine_registry.telemetry.metrics.enable` begins it. docs/operations.md says what each means."""
+"""What this package counts:
+
+`engine_registry.telemetry.metrics.enable` begins it. docs/operations.md says what each means.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,12 @@ from engine_registry.telemetry.meters import Counter, Gauge, Histogram
 
 # The first that an error is decides.
 _OUTCOMES: dict[str, tuple[type[BaseException], ...]] = {
-    "no_source": (InstanceNotFound, InstanceIncomplete, errors.SourceUnreachable, errors.VersionUnavailable),
+    "no_source": (
+        InstanceNotFound,
+        InstanceIncomplete,
+        errors.SourceUnreachable,
+        errors.VersionUnavailable,
+    ),
     "mismatch": (errors.WeightsMismatch, errors.DigestsMissing),
     "stalled": (errors.Stalled,),
     "lost": (errors.SourceLost,),
@@ -18,15 +26,25 @@ _OUTCOMES: dict[str, tuple[type[BaseException], ...]] = {
 }
 _CANCELLED = "cancelled"
 
-LOADS = Counter("engines_loader_loads", "Loads that have ended.", ["outcome"], ["loaded", _CANCELLED, *_OUTCOMES])
-LOADED_NBYTES = Counter("engines_loader_loaded_bytes", "Bytes of the tensors that were loaded, of loads that succeeded.")
+LOADS = Counter(
+    "engines_loader_loads",
+    "Loads that have ended.",
+    ["outcome"],
+    ["loaded", _CANCELLED, *_OUTCOMES],
+)
+LOADED_NBYTES = Counter(
+    "engines_loader_loaded_bytes", "Bytes of the tensors that were loaded, of loads that succeeded."
+)
 STARTS = Counter(
     "engines_loader_starts",
     "Weights that `load_or_seed` has brought: from where, and why from the disk.",
     ["source"],
     ["peers", "disk", "disk_after_peers", "disk_alone"],
 )
-READ_NBYTES = Counter("engines_loader_read_bytes", "Bytes that have come from sources, also those that were read again.")
+READ_NBYTES = Counter(
+    "engines_loader_read_bytes",
+    "Bytes that have come from sources, also those that were read again.",
+)
 LOAD_S = Histogram(
     "engines_loader_load_seconds",
     "How long loads took that succeeded.",
@@ -37,21 +55,32 @@ LOAD_NBYTES_PER_S = Histogram(
     "Bytes of the tensors by seconds, of loads that succeeded.",
     buckets=[1e7, 3e7, 1e8, 3e8, 1e9, 2e9, 4e9, 8e9, 16e9, 32e9, 64e9, 128e9, 256e9, 512e9],
 )
-RETRIES = Counter("engines_loader_torn_retries", "Loads that began again, as the weights had changed while they were read.")
+RETRIES = Counter(
+    "engines_loader_torn_retries",
+    "Loads that began again, as the weights had changed while they were read.",
+)
 FAILOVERS = Counter(
     "engines_loader_failovers",
     "Sources that were given up by loads that went on with others.",
     ["reason"],
     ["lost", "stalled", "torn", "evicted"],
 )
-ABANDONED_READS = Counter("engines_loader_abandoned_reads", "Reads in flight that were ended, as nothing came of them.")
-DIGEST_MISMATCHES = Counter("engines_loader_digest_mismatches", "Tensors that were not what their source had published.")
-PULLS_SERVED = Counter("engines_loader_pulls_served", "Loads that have begun to read from ranks of this process.")
+ABANDONED_READS = Counter(
+    "engines_loader_abandoned_reads", "Reads in flight that were ended, as nothing came of them."
+)
+DIGEST_MISMATCHES = Counter(
+    "engines_loader_digest_mismatches", "Tensors that were not what their source had published."
+)
+PULLS_SERVED = Counter(
+    "engines_loader_pulls_served", "Loads that have begun to read from ranks of this process."
+)
 PULLS = Gauge("engines_loader_pulls", "Loads that are reading from ranks of this process.")
 
 
 def outcome_of(error: BaseException) -> str:
-    if isinstance(error, errors.Cancelled) or not isinstance(error, Exception):  # Ctrl-C is no failure either
+    if isinstance(error, errors.Cancelled) or not isinstance(
+        error, Exception
+    ):  # Ctrl-C is no failure either
         return _CANCELLED
     return next(outcome for outcome, kinds in _OUTCOMES.items() if isinstance(error, kinds))
 

@@ -1,6 +1,8 @@
-"""engine-registry: which inference engines hold which weights, and where. Needs neither torch nor a transfer engine.
+"""engine-registry: which inference engines hold which weights, and where. Needs neither torch nor a
+transfer engine.
 
-A public name is imported from its module when it is first used: so this package is imported at once, and its errors without torch.
+A public name is imported from its module when it is first used: so this package is imported at
+once, and its errors without torch.
 """
 
 import logging

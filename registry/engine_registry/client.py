@@ -29,12 +29,26 @@ from engine_registry.registration.eviction import evict
 from engine_registry.registration.handle import OnState, Registration
 from engine_registry.registration.keeper.process import check_can_start
 from engine_registry.schema import manifest as manifests
-from engine_registry.schema.keys import ENGINES, check_instance, evicted_key, instance_prefix, manifest_part_key, record_key
+from engine_registry.schema.keys import (
+    ENGINES,
+    check_instance,
+    evicted_key,
+    instance_prefix,
+    manifest_part_key,
+    record_key,
+)
 from engine_registry.schema.manifest import Manifest
 from engine_registry.schema.numbers import seconds, whole
 from engine_registry.schema.place import Place
 from engine_registry.schema.pull_ticket import Pull
-from engine_registry.schema.record import ModelIdentity, RankRecord, RankState, check_content, decode_item, new_content
+from engine_registry.schema.record import (
+    ModelIdentity,
+    RankRecord,
+    RankState,
+    check_content,
+    decode_item,
+    new_content,
+)
 from engine_registry.schema.roster import Roster, assess_all
 from engine_registry.schema.status import InstanceStatus
 from engine_registry.telemetry.logs import fields
@@ -45,7 +59,8 @@ from engine_registry.watching.watch import Watch
 
 log = logging.getLogger(__name__)
 MIN_TTL_S = 2.0  # etcd grants no shorter lease
-MAX_TTL_S = 86_400.0  # for how long a rank whose host has died may stay listed; etcd itself would grant 285 years
+# for how long a rank whose host has died may stay listed; etcd itself would grant 285 years
+MAX_TTL_S = 86_400.0
 
 
 class Registry:
@@ -70,10 +85,18 @@ class Registry:
     ) -> Registry:
         """A registry over the etcd at `endpoints` (`HOST:PORT[,HOST:PORT…]`).
 
-        Asks etcd for its version, so that EtcdUnavailable or EtcdRefused come here and not at the first use.
+        Asks etcd for its version, so that EtcdUnavailable or EtcdRefused come here and not at the
+        first use.
         """
         config = EtcdConfig(
-            parse_endpoints(endpoints), namespace, timeout_s, _absolute(cacert), _absolute(cert), _absolute(key), user, password
+            parse_endpoints(endpoints),
+            namespace,
+            timeout_s,
+            _absolute(cacert),
+            _absolute(cert),
+            _absolute(key),
+            user,
+            password,
         )
         registry = cls(config)
         try:
@@ -84,13 +107,18 @@ class Registry:
         return registry
 
     def close(self) -> None:
-        """Ends the connection. Registrations live on: each has a keeper with a connection of its own."""
+        """Ends the connection.
+
+        Registrations live on: each has a keeper with a connection of its own.
+        """
         self._etcd.close()
 
     def __enter__(self) -> Registry:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -99,7 +127,9 @@ class Registry:
         return self._config
 
     def local_address(self) -> str:
-        """The address of this machine on the way to etcd: as a rule the one that other machines reach it by too."""
+        """The address of this machine on the way to etcd: as a rule the one that other machines
+        reach it by too.
+        """
         return self._etcd.local_address()
 
     def register(
@@ -124,10 +154,12 @@ class Registry:
         ttl_s: float = 10.0,
         on_state: OnState | None = None,
     ) -> Registration:
-        """Claims the rank for this process and holds it. `content` says which weights it has; by default some that nobody else has.
+        """Claims the rank for this process and holds it. `content` says which weights it has; by
+        default some that nobody else has.
 
-        Raises InvalidField, RankConflict (another process has the rank), InstanceMismatch (it disagrees with its siblings),
-        KeeperFailed (no process or file descriptor is to be had) or an EtcdError; nothing is left in etcd then.
+        Raises InvalidField, RankConflict (another process has the rank), InstanceMismatch (it
+        disagrees with its siblings), KeeperFailed (no process or file descriptor is to be had) or
+        an EtcdError; nothing is left in etcd then.
 
         `on_state` is called for every change of the state, in order, from another thread:
         it may call the registration, and is told CLOSED perhaps after `withdraw` has returned.
@@ -137,7 +169,8 @@ class Registry:
         ref, parts = manifests.encode(manifest)
         if len(parts) > manifests.MAX_PARTS:
             raise InvalidField(
-                f"the manifest of {len(manifest.tensors)} tensors takes {len(parts)} MiB, more than {manifests.MAX_PARTS}",
+                f"the manifest of {len(manifest.tensors)} tensors takes {len(parts)} MiB, "
+                f"more than {manifests.MAX_PARTS}",
                 field="manifest",
             )
         record = RankRecord(
@@ -173,7 +206,9 @@ class Registry:
         return self._roster(name).status()
 
     def damaged(self, instance: str, rank: int | None = None) -> tuple[RecordDamaged, ...]:
-        """What is wrong with each of the instance's keys, or with the rank's, that hold no good record, and how to delete it."""
+        """What is wrong with each of the instance's keys, or with the rank's, that hold no good
+        record, and how to delete it.
+        """
         damaged = self._roster(instance).damaged.items()
         return tuple(
             RecordDamaged(error.what, writes.how_to_delete(self._etcd, key, error), key=key)
@@ -182,10 +217,15 @@ class Registry:
         )
 
     def ranks(self, instance: str) -> tuple[RankRecord, ...]:
-        """The instance's ranks that are registered now, by rank. A damaged record is left out, with a logged warning."""
+        """The instance's ranks that are registered now, by rank.
+
+        A damaged record is left out, with a logged warning.
+        """
         roster = self._roster(instance)
         for problem in roster.damaged.values():
-            log.warning("%s: %s", instance, problem, extra=fields("record_damaged", **problem.details))
+            log.warning(
+                "%s: %s", instance, problem, extra=fields("record_damaged", **problem.details)
+            )
         return roster.status().records
 
     def current(self, record: RankRecord) -> RankRecord | None:
@@ -204,20 +244,29 @@ class Registry:
             roster.see(item)
         return roster
 
-    def resolve(self, instance: str | Sequence[str], timeout_s: float = 0.0) -> tuple[RankRecord, ...]:
-        """All ranks of an instance that is complete and consistent; of several, of the first in the list that is.
+    def resolve(
+        self, instance: str | Sequence[str], timeout_s: float = 0.0
+    ) -> tuple[RankRecord, ...]:
+        """All ranks of an instance that is complete and consistent; of several, of the first in the
+        list that is.
 
-        Waits for that, watching, for up to `timeout_s`. Raises InstanceNotFound, InstanceIncomplete (with what is missing), or
-        RecordDamaged.
+        Waits for that, watching, for up to `timeout_s`. Raises InstanceNotFound, InstanceIncomplete
+        (with what is missing), or RecordDamaged.
         """
         return wait_until_ready(self._etcd, instance, seconds("timeout_s", timeout_s))[0].records
 
     def ready(self, wanted: Wanted, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
-        """All of the wanted instances that are ready, be they named or any that serve a model. Waits as `resolve` for the first."""
+        """All of the wanted instances that are ready, be they named or any that serve a model.
+
+        Waits as `resolve` for the first.
+        """
         return wait_until_ready(self._etcd, wanted, seconds("timeout_s", timeout_s))
 
-    def holders(self, model: ModelIdentity, place: Place, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
-        """Instances of the model that are ready, or whose rank at this place is there, ready or loading, whatever else is missing.
+    def holders(
+        self, model: ModelIdentity, place: Place, timeout_s: float = 0.0
+    ) -> tuple[InstanceStatus, ...]:
+        """Instances of the model that are ready, or whose rank at this place is there, ready or
+        loading, whatever else is missing.
 
         Waits as `resolve` for the first that is ready, or whose rank is.
         """
@@ -225,14 +274,20 @@ class Registry:
 
     def was_evicted(self, record: RankRecord) -> bool:
         """Whether somebody has evicted this registration within the last day."""
-        return self._etcd.get(evicted_key(record.instance, record.rank, record.incarnation)) is not None
+        return (
+            self._etcd.get(evicted_key(record.instance, record.rank, record.incarnation))
+            is not None
+        )
 
     def manifest(self, record: RankRecord) -> Manifest:
-        """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
+        """The manifest that belongs to the record; RecordDamaged where it is gone or not the one
+        that the record means.
+        """
         return fetch_manifest(self._etcd, record)
 
     def pull(self, record: RankRecord, reader: RankRecord | None = None) -> PullTicket | None:
-        """A ticket that says that we are reading from this rank; None where its record has changed since it was read.
+        """A ticket that says that we are reading from this rank; None where its record has changed
+        since it was read.
 
         `reader` is the rank that we read for, if it is registered.
         """
@@ -255,22 +310,33 @@ class Registry:
         return AllPulls(self._etcd.sibling())
 
     def wait_for_no_pulls(self, instance: str, rank: int, timeout_s: float) -> int:
-        """Blocks until nobody holds a ticket to read from the rank, or the time is over: how many still do."""
+        """Blocks until nobody holds a ticket to read from the rank, or the time is over: how many
+        still do.
+        """
         place = check_instance(instance), whole("rank", rank)
         return wait_for_no_pulls(self._etcd, *place, seconds("timeout_s", timeout_s))
 
     def watch_pulls(self, record: RankRecord, on_pull: OnPull) -> PullWatch:
-        """Tells of everybody who begins or ends to read from the registration, until it is closed."""
+        """Reports each reader that begins or ends to read from the registration, until closed."""
         return PullWatch(self._etcd.sibling(), record, on_pull)
 
     def watch(self, instance: str | None = None, rank: int | None = None) -> Watch:
-        """Events about one instance or all, beginning with what is there now. With `rank` only those about that rank."""
-        return Watch(self._etcd.sibling(), check_instance(instance) if instance is not None else None, rank)
+        """Events about one instance or all, beginning with what is there now.
 
-    def cleaning_watch(self, instance: str | None = None, *, grace_s: float, dry_run: bool = False) -> CleaningWatch:
-        """A watch that evicts what is left of an instance that lost a rank and is still degraded after `grace_s` seconds.
+        With `rank` only those about that rank.
+        """
+        return Watch(
+            self._etcd.sibling(), check_instance(instance) if instance is not None else None, rank
+        )
 
-        Of all that run over the same instances, one evicts. With `dry_run` each only tells what it would do.
+    def cleaning_watch(
+        self, instance: str | None = None, *, grace_s: float, dry_run: bool = False
+    ) -> CleaningWatch:
+        """A watch that evicts what is left of an instance that lost a rank and is still degraded
+        after `grace_s` seconds.
+
+        Of all that run over the same instances, one evicts. With `dry_run` each only tells what it
+        would do.
         """
         grace_s = seconds("grace_s", grace_s)
         etcd = self._etcd.sibling()
@@ -279,27 +345,45 @@ class Registry:
         return CleaningWatch(etcd, watch, election, grace_s, dry_run)
 
     def election(self, name: str) -> Election:
-        """Of all processes that campaign under this name one leads at a time. Campaigns from `start` (or the `with` block) on."""
+        """Of all processes that campaign under this name one leads at a time.
+
+        Campaigns from `start` (or the `with` block) on.
+        """
         return Election(self._etcd.sibling(), name)
 
     def evict(self, record: RankRecord) -> bool:
-        """Ends the registration that `record` was read from; False if it has changed or gone since (read it again)."""
+        """Ends the registration that `record` was read from; False if it has changed or gone since
+        (read it again).
+        """
         evicted = evict(self._etcd, record)
         if evicted:
-            log.info("%s is evicted", record.key, extra=fields("evicted", instance=record.instance, rank=record.rank))
+            log.info(
+                "%s is evicted",
+                record.key,
+                extra=fields("evicted", instance=record.instance, rank=record.rank),
+            )
         return evicted
 
 
 def fetch_manifest(etcd: Etcd, record: RankRecord) -> Manifest:
-    """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that the record means."""
+    """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that
+    the record means.
+    """
     if record.manifest.parts > manifests.MAX_PARTS:
-        raise RecordDamaged(f"the record at {record.key} claims a manifest of {record.manifest.parts} parts", key=record.key)
+        raise RecordDamaged(
+            f"the record at {record.key} claims a manifest of {record.manifest.parts} parts",
+            key=record.key,
+        )
     parts = []
-    for number in range(record.manifest.parts):  # one by one: what else may lie there is not even fetched
+    for number in range(
+        record.manifest.parts
+    ):  # one by one: what else may lie there is not even fetched
         part = etcd.get(manifest_part_key(record.instance, record.rank, record.incarnation, number))
         if part is None:
             raise RecordDamaged(
-                f"the manifest of {record.key} is not there (any more): the rank has gone or registered again", key=record.key
+                f"the manifest of {record.key} is not there (any more): the rank has gone or "
+                "registered again",
+                key=record.key,
             )
         parts.append(part.value)
     return manifests.decode(record.key, record.manifest, parts)
@@ -311,7 +395,9 @@ def new_incarnation() -> str:
 
 
 def _absolute(path: str | None) -> str | None:
-    """These files are read anew for every connection, by keepers too, wherever this process has gone meanwhile."""
+    """These files are read anew for every connection, by keepers too, wherever this process has
+    gone meanwhile.
+    """
     return path and os.path.abspath(path)
 
 

@@ -1,5 +1,7 @@
-"""Work that makes very many small objects, all of which stay, without Python's collector, which would look for garbage among them,
-and among all else in the process, again and again: with torch imported, a tenth of a second each time."""
+"""Work that makes very many small objects, all of which stay, without Python's collector, which
+would look for garbage among them, and among all else in the process, again and again: with torch
+imported, a tenth of a second each time.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ T = TypeVar("T")
 
 
 def collector_paused(work: Callable[P, T]) -> Callable[P, T]:
-    """For the length of a call. Calls may be nested, or overlap in several threads: who found it running sets it going again."""
+    """For the length of a call.
+
+    Calls may be nested, or overlap in several threads: who found it running sets it going again.
+    """
 
     @functools.wraps(work)
     def paused(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -5,24 +5,20 @@ RegistryError               of this package
 ├── EtcdError               etcd did not do what was asked
 │   ├── EtcdUnavailable     no endpoint answered in time, or what answers is not etcd
 │   ├── EtcdRefused         etcd answered no: credentials, permission, size
-│   │   ├── EtcdFull        it has no space left (NOSPACE): reads, deletions and renewals pass, writes do not
-│   │   └── AnswerTooLarge  what it answers is more than one message may hold: ask for less at once
-│   ├── LeaseNotFound       the lease has expired or was revoked
-│   └── HistoryLost         the watch cannot go on from where it was: compacted, or another store
-├── InvalidField            a name or number outside its range (also a ValueError)
-├── RecordDamaged           what is stored under a key cannot be read
-│   └── SchemaUnsupported   it was written by a newer version
-├── RankConflict            another process holds this rank
-├── InstanceMismatch        the rank disagrees with its siblings
-├── InstanceNotFound        no rank of the instance is registered
-├── InstanceIncomplete      some ranks are missing or not consistent
-├── RegistrationLost        the registration has ended and will not come back
-│   ├── Evicted             somebody deleted it on purpose
-│   └── Superseded          a newer registration has taken its place
-├── KeeperFailed            the process that holds the lease cannot be started
-├── GatewayFailed           the HTTP gateway cannot be started
-├── MetricsUnavailable      metrics were asked for, and prometheus_client is not installed
-└── LocalEtcdFailed         the embedded etcd cannot be started
+│   │   ├── EtcdFull        it has no space left (NOSPACE): reads, deletions and renewals pass,
+writes do not │   │   └── AnswerTooLarge  what it answers is more than one message may hold: ask for
+less at once │   ├── LeaseNotFound       the lease has expired or was revoked │   └── HistoryLost
+the watch cannot go on from where it was: compacted, or another store ├── InvalidField            a
+name or number outside its range (also a ValueError) ├── RecordDamaged           what is stored
+under a key cannot be read │   └── SchemaUnsupported   it was written by a newer version ├──
+RankConflict            another process holds this rank ├── InstanceMismatch        the rank
+disagrees with its siblings ├── InstanceNotFound        no rank of the instance is registered ├──
+InstanceIncomplete      some ranks are missing or not consistent ├── RegistrationLost        the
+registration has ended and will not come back │   ├── Evicted             somebody deleted it on
+purpose │   └── Superseded          a newer registration has taken its place ├── KeeperFailed
+the process that holds the lease cannot be started ├── GatewayFailed           the HTTP gateway
+cannot be started ├── MetricsUnavailable      metrics were asked for, and prometheus_client is not
+installed └── LocalEtcdFailed         the embedded etcd cannot be started
 """
 
 from __future__ import annotations
@@ -35,8 +31,9 @@ class EngineRegistryError(Exception):
 
     Attributes:
         what: what happened, and to which key, tensor or peer.
-        remedy: what to do about it, in terms of the library, if there is something to say. Names of parameters and calls
-            stand in backticks, so that a command line can put its own in their place.
+        remedy: what to do about it, in terms of the library, if there is something to say. Names of
+            parameters and calls stand in backticks, so that a command line can put its own in their
+            place.
         details: the facts as values that JSON can hold.
 
     Its text is `what: remedy`.
@@ -54,7 +51,12 @@ class RegistryError(EngineRegistryError):
 
     def to_wire(self) -> dict[str, Any]:
         """For another process of ours, which reads it with `from_wire`."""
-        return {"type": type(self).__name__, "what": self.what, "remedy": self.remedy, "details": self.details}
+        return {
+            "type": type(self).__name__,
+            "what": self.what,
+            "remedy": self.remedy,
+            "details": self.details,
+        }
 
 
 class EtcdError(RegistryError):

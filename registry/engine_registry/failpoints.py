@@ -1,4 +1,5 @@
-"""Named points of the code at which a test lets something happen: another rank comes, a key changes, Ctrl-C is pressed.
+"""Named points of the code at which a test lets something happen: another rank comes, a key
+changes, Ctrl-C is pressed.
 
 Nothing happens at a point that no test has given an action. Pure.
 """

@@ -1,4 +1,6 @@
-"""Public names of a package that are imported from their modules when they are first used (PEP 562)."""
+"""Public names of a package that are imported from their modules when they are first used (PEP
+562).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,13 @@ from importlib import import_module
 from typing import Any
 
 
-def lazily(package: str, module_of: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of the package. `module_of` has the module inside it that defines each public name."""
+def lazily(
+    package: str, module_of: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """The `__getattr__` and `__dir__` of the package.
+
+    `module_of` has the module inside it that defines each public name.
+    """
     names = vars(sys.modules[package])
 
     def get(name: str) -> Any:

@@ -1,8 +1,9 @@
-"""Pull tickets: who is reading from a rank. `/pulls/<instance>/<rank>/<load-id>`, under the loader's lease.
+"""Pull tickets: who is reading from a rank. `/pulls/<instance>/<rank>/<load-id>`, under the
+loader's lease.
 
-A loader holds one while it reads, and writes into it how far it is; a rank that wants to leave waits until there are none. A
-ticket is only issued while the record stands as the loader knows it, so a rank that has begun to leave sees every ticket there will
-ever be.
+A loader holds one while it reads, and writes into it how far it is; a rank that wants to leave
+waits until there are none. A ticket is only issued while the record stands as the loader knows it,
+so a rank that has begun to leave sees every ticket there will ever be.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ _STEPS = 200  # and in how many steps: a load that takes an hour is told no more
 
 
 class PullTicket:
-    """Held from `take_ticket` to `close`. Starts one thread, which renews its lease and writes what it is told."""
+    """Held from `take_ticket` to `close`.
+
+    Starts one thread, which renews its lease and writes what it is told.
+    """
 
     def __init__(self, etcd: Etcd, lease_id: int, pull: Pull) -> None:
         self._etcd = etcd
@@ -48,7 +52,10 @@ class PullTicket:
         self._thread.start()
 
     def tell(self, nbytes: int, total_nbytes: int) -> None:
-        """How far the load is, for those who look on. Never waits: what is told in quick succession is written once."""
+        """How far the load is, for those who look on.
+
+        Never waits: what is told in quick succession is written once.
+        """
         self._told = (nbytes, total_nbytes)
 
     def _keep(self) -> None:
@@ -69,23 +76,40 @@ class PullTicket:
                 return
             except EtcdError as exc:
                 log.info(
-                    "the ticket %s is not renewed: %s", self._key, exc, extra=fields("ticket_not_renewed", key=self._key, error=exc)
+                    "the ticket %s is not renewed: %s",
+                    self._key,
+                    exc,
+                    extra=fields("ticket_not_renewed", key=self._key, error=exc),
                 )
 
     def _write(self) -> None:
-        """A ticket that has gone, with its lease or without, stays away. What etcd refuses is not tried again."""
+        """A ticket that has gone, with its lease or without, stays away.
+
+        What etcd refuses is not tried again.
+        """
         written, (nbytes, total_nbytes) = self._written, self._told
         if written is None or (nbytes, total_nbytes) == (written.nbytes, written.total_nbytes):
             return
-        if total_nbytes == written.total_nbytes and nbytes < total_nbytes and abs(nbytes - written.nbytes) * _STEPS < total_nbytes:
+        if (
+            total_nbytes == written.total_nbytes
+            and nbytes < total_nbytes
+            and abs(nbytes - written.nbytes) * _STEPS < total_nbytes
+        ):
             return
         told = replace(written, nbytes=nbytes, total_nbytes=total_nbytes)
         try:
-            there = self._etcd.commit([present(self._key)], [Put(self._key, encode(told), self._lease_id)])
+            there = self._etcd.commit(
+                [present(self._key)], [Put(self._key, encode(told), self._lease_id)]
+            )
         except (LeaseNotFound, EtcdUnavailable):
             raise
         except EtcdError as exc:
-            log.info("the ticket %s tells no progress: %s", self._key, exc, extra=fields("ticket_untold", key=self._key, error=exc))
+            log.info(
+                "the ticket %s tells no progress: %s",
+                self._key,
+                exc,
+                extra=fields("ticket_untold", key=self._key, error=exc),
+            )
             self._written = None
         else:
             self._written = told if there else None
@@ -98,12 +122,19 @@ class PullTicket:
         try:
             self._etcd.revoke(self._lease_id)
         except EtcdError as exc:
-            log.info("the ticket %s is left to expire: %s", self._key, exc, extra=fields("ticket_left", key=self._key, error=exc))
+            log.info(
+                "the ticket %s is left to expire: %s",
+                self._key,
+                exc,
+                extra=fields("ticket_left", key=self._key, error=exc),
+            )
 
     def __enter__(self) -> PullTicket:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -111,7 +142,10 @@ OnPull = Callable[[int], object]  # +1: somebody begins to read, -1: somebody ha
 
 
 class PullWatch:
-    """Tells who reads from one registration, as far as tickets say. Starts one thread, which goes on through outages of etcd."""
+    """Tells who reads from one registration, as far as tickets say.
+
+    Starts one thread, which goes on through outages of etcd.
+    """
 
     def __init__(self, etcd: Etcd, record: RankRecord, on_pull: OnPull) -> None:
         """`etcd` is for this alone, which closes it at the end."""
@@ -120,7 +154,9 @@ class PullWatch:
         self._on_pull = on_pull
         self._held: set[str] = set()  # keys of tickets that are out now
         self._follower = Follower(etcd, pulls_prefix(record.instance, record.rank))
-        self._thread = threading.Thread(target=self._watch, name=f"pulls of {record.key}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch, name=f"pulls of {record.key}", daemon=True
+        )
         self._thread.start()
 
     def _watch(self) -> None:
@@ -132,7 +168,12 @@ class PullWatch:
                 for change in update.items if isinstance(update, Snapshot) else update.changes:
                     self._see(change)
         except EtcdError as exc:  # no permission, or closed
-            log.info("nobody is counted who reads from %s: %s", self._record.key, exc, extra=fields("pulls_unseen", error=exc))
+            log.info(
+                "nobody is counted who reads from %s: %s",
+                self._record.key,
+                exc,
+                extra=fields("pulls_unseen", error=exc),
+            )
         for key in set(self._held):
             self._end(key)
 
@@ -158,7 +199,9 @@ class PullWatch:
     def __enter__(self) -> PullWatch:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -169,7 +212,10 @@ def _is_for(ticket: KeyValue, record: RankRecord) -> bool:
 
 
 class AllPulls:
-    """Who reads from whom, kept up to date. Starts one thread, which goes on through outages of etcd."""
+    """Who reads from whom, kept up to date.
+
+    Starts one thread, which goes on through outages of etcd.
+    """
 
     def __init__(self, etcd: Etcd) -> None:
         """`etcd` is for this alone, which closes it at the end."""
@@ -195,7 +241,9 @@ class AllPulls:
                     for change in update.items if isinstance(update, Snapshot) else update.changes:
                         self._see(change)
         except EtcdError as exc:
-            log.info("not known who reads from whom: %s", exc, extra=fields("pulls_unseen", error=exc))
+            log.info(
+                "not known who reads from whom: %s", exc, extra=fields("pulls_unseen", error=exc)
+            )
             self.unseen = str(exc)
 
     def _see(self, change: Change) -> None:
@@ -214,17 +262,24 @@ class AllPulls:
     def __enter__(self) -> AllPulls:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
-def take_ticket(etcd: Etcd, record: RankRecord, reader: RankRecord | None = None) -> PullTicket | None:
-    """A ticket to read from the rank, or None where its record is not any more what it was when `record` was read."""
+def take_ticket(
+    etcd: Etcd, record: RankRecord, reader: RankRecord | None = None
+) -> PullTicket | None:
+    """A ticket to read from the rank, or None where its record is not any more what it was when
+    `record` was read.
+    """
     pull = Pull(
         record.instance,
         record.rank,
         record.incarnation,
-        uuid.uuid4().hex,  # nobody else has it: a guard on the key would only make a lost answer look like a refusal
+        # nobody else has it: a guard on the key would only make a lost answer look like a refusal
+        uuid.uuid4().hex,
         host=socket.gethostname(),
         pid=os.getpid(),
         reader=Reader.of(reader) if reader is not None else None,
@@ -232,7 +287,9 @@ def take_ticket(etcd: Etcd, record: RankRecord, reader: RankRecord | None = None
     )
     lease_id = etcd.grant(_TTL_S)
     # A wiped store may hold another's record at that revision: then the header tells the reader.
-    if etcd.commit([at_revision(record.key, record.mod_revision)], [Put(pull.key, encode(pull), lease_id)]):
+    if etcd.commit(
+        [at_revision(record.key, record.mod_revision)], [Put(pull.key, encode(pull), lease_id)]
+    ):
         return PullTicket(etcd, lease_id, pull)
     etcd.revoke(lease_id)
     return None
@@ -246,7 +303,9 @@ def readers_of(etcd: Etcd, record: RankRecord) -> tuple[Pull, ...]:
 
 def all_pulls(etcd: Etcd, instance: str | None = None) -> tuple[Pull, ...]:
     """Who reads from whom, or from the instance."""
-    return _decoded(etcd.snapshot(PULLS if instance is None else f"{PULLS}{check_instance(instance)}/").items)
+    return _decoded(
+        etcd.snapshot(PULLS if instance is None else f"{PULLS}{check_instance(instance)}/").items
+    )
 
 
 def _decoded(items: Iterable[KeyValue]) -> tuple[Pull, ...]:

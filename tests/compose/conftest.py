@@ -1,4 +1,6 @@
-"""One daemon and its base images for the whole run; one project for each kind of compose, mended after every test."""
+"""One daemon and its base images for the whole run; one project for each kind of compose, mended
+after every test.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ def docker(say: Callable[[str], None]) -> Iterator[Docker]:
     with tempfile.TemporaryDirectory(prefix="engines-docker-") as folder:
         try:
             with a_docker(Path(folder)) as docker:
-                say("\nthe docker daemon: one of our own, for these tests" if docker.own else "\nthe docker daemon that runs here")
+                say(
+                    "\nthe docker daemon: one of our own, for these tests"
+                    if docker.own
+                    else "\nthe docker daemon that runs here"
+                )
                 with base_images(docker, say):
                     yield docker
         except DockerMissing as exc:
@@ -42,9 +48,14 @@ def docker(say: Callable[[str], None]) -> Iterator[Docker]:
 
 
 @pytest.fixture(scope="session", params=_COMPOSES or [None])
-def shared_project(request: pytest.FixtureRequest, docker: Docker, say: Callable[[str], None]) -> Iterator[Project]:
+def shared_project(
+    request: pytest.FixtureRequest, docker: Docker, say: Callable[[str], None]
+) -> Iterator[Project]:
     if request.param is None:
-        pytest.skip("there is neither `docker compose` nor `docker-compose`: `make test-compose` installs them")
+        pytest.skip(
+            "there is neither `docker compose` nor `docker-compose`: `make test-compose` "
+            "installs them"
+        )
     project = Project(docker, _COMPOSES[request.param])
     say(f"compose {project.compose('version', '--short').strip()}, project {project.name}")
     try:

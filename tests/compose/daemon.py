@@ -1,7 +1,8 @@
-"""A Docker daemon to test on: the one that runs here, or else one of our own that ends with the tests.
+"""A Docker daemon to test on: the one that runs here, or else one of our own that ends with the
+tests.
 
-Our own keeps its data in a temporary folder and runs in a network namespace: it leaves no bridge, no firewall rule and no image
-behind. From there it reaches no image registry.
+Our own keeps its data in a temporary folder and runs in a network namespace: it leaves no bridge,
+no firewall rule and no image behind. From there it reaches no image registry.
 """
 
 from __future__ import annotations
@@ -49,7 +50,14 @@ class CommandFailed(AssertionError):
     pass
 
 
-def run(command: list[str], env: dict[str, str], timeout_s: float, stdin: int | None = None, *, both: bool = False) -> str:
+def run(
+    command: list[str],
+    env: dict[str, str],
+    timeout_s: float,
+    stdin: int | None = None,
+    *,
+    both: bool = False,
+) -> str:
     """What it prints, to standard output or to `both`; it has to succeed."""
     done = subprocess.run(
         command,
@@ -80,7 +88,9 @@ def a_docker(folder: Path) -> Iterator[Docker]:
         raise DockerMissing("no docker daemon answers, and only root can start one")
     for program in ("dockerd", "unshare", "setpriv", "ip"):
         if shutil.which(program) is None:
-            raise DockerMissing(f"no docker daemon answers, and there is no {program} to start one: {INSTALL}")
+            raise DockerMissing(
+                f"no docker daemon answers, and there is no {program} to start one: {INSTALL}"
+            )
     with _own_daemon(folder) as docker:
         yield docker
 
@@ -92,9 +102,13 @@ def _own_daemon(folder: Path) -> Iterator[Docker]:
     places = {"data-root": "data", "exec-root": "exec", "pidfile": "pid"}
     options = [f"--{option}={folder / name}" for option, name in places.items()]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen([*_IN_A_NAMESPACE, *_DOCKERD, *options, f"--host={socket}"], stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [*_IN_A_NAMESPACE, *_DOCKERD, *options, f"--host={socket}"], stdout=log, stderr=log
+        )
     try:
-        wait_until(lambda: process.poll() is not None or docker.can("info", timeout_s=20), timeout_s=60)
+        wait_until(
+            lambda: process.poll() is not None or docker.can("info", timeout_s=20), timeout_s=60
+        )
         if process.returncode is not None:
             said = (folder / "log").read_text()[-2000:]
             raise DockerMissing(f"dockerd cannot run here: {said}")

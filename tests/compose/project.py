@@ -1,4 +1,6 @@
-"""docker-compose.yml as one project under a name of its own, and the sentences in which the tests speak of it."""
+"""docker-compose.yml as one project under a name of its own, and the sentences in which the tests
+speak of it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ from typing import Any, NamedTuple
 from tests.compose.daemon import Docker, run
 
 # Where `make test-compose` unpacks a compose v2 where the machine's own is 1.29.
-UNPACKED_V2 = Path(sys.prefix) / "compose-v2" / "usr" / "libexec" / "docker" / "cli-plugins" / "docker-compose"
+UNPACKED_V2 = (
+    Path(sys.prefix)
+    / "compose-v2"
+    / "usr"
+    / "libexec"
+    / "docker"
+    / "cli-plugins"
+    / "docker-compose"
+)
 ETCD = ("etcd-0", "etcd-1", "etcd-2")
 LEASE_S = 10.0
 _BUILD_S = 900
@@ -61,21 +71,33 @@ class Project:
             self._docker("image", "rm", image)
 
     def _name_the_stages(self) -> None:
-        """Without BuildKit the stages of a build stay as images without a name. A build that is all cache names them."""
+        """Without BuildKit the stages of a build stay as images without a name.
+
+        A build that is all cache names them.
+        """
         if self._docker.own:
             return  # its images go with it
         for stage in ("wheel", "dependencies"):
             both = ["-f", "docker-compose.yml", "-f", "tests/compose/stages.yml"]
-            run([*self._command, *both, "build", "weights"], {**self._env, "ENGINES_STAGE": stage}, _BUILD_S)
+            run(
+                [*self._command, *both, "build", "weights"],
+                {**self._env, "ENGINES_STAGE": stage},
+                _BUILD_S,
+            )
 
     def _images(self) -> list[str]:
-        return self._docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}", self.name).split()
+        return self._docker(
+            "image", "ls", "--format", "{{.Repository}}:{{.Tag}}", self.name
+        ).split()
 
     def leftovers(self) -> list[str]:
         """What docker still has of this project."""
         ours = ("--filter", f"label=com.docker.compose.project={self.name}", "--quiet")
         kinds = (("ps", "--all", *ours), ("network", "ls", *ours), ("volume", "ls", *ours))
-        return [*(found for kind in kinds for found in self._docker(*kind).split()), *self._images()]
+        return [
+            *(found for kind in kinds for found in self._docker(*kind).split()),
+            *self._images(),
+        ]
 
     def container(self, service: str) -> str:
         return self.compose("ps", "-aq", service).strip()
@@ -97,7 +119,9 @@ class Project:
         self._docker("network", "disconnect", self._network, self.container(service))
 
     def connect(self, service: str) -> None:
-        self._docker("network", "connect", "--alias", service, self._network, self.container(service))
+        self._docker(
+            "network", "connect", "--alias", service, self._network, self.container(service)
+        )
 
     @property
     def _network(self) -> str:
@@ -107,7 +131,9 @@ class Project:
         return self._network in self._inspect(service)["NetworkSettings"]["Networks"]
 
     def address_of(self, service: str) -> str:
-        return str(self._inspect(service)["NetworkSettings"]["Networks"][self._network]["IPAddress"])
+        return str(
+            self._inspect(service)["NetworkSettings"]["Networks"][self._network]["IPAddress"]
+        )
 
     def is_running(self, service: str) -> bool:
         return bool(self._inspect(service)["State"]["Running"])
@@ -133,15 +159,24 @@ class Project:
         return next((each["state"] for each in instances if each["instance"] == "testbed"), "gone")
 
     def ranks(self) -> dict[int, dict[str, Any]]:
-        return {rank["rank"]: rank for rank in json.loads(self.engines("show", "testbed", "--json"))["ranks"]}
+        return {
+            rank["rank"]: rank
+            for rank in json.loads(self.engines("show", "testbed", "--json"))["ranks"]
+        }
 
     def etcdctl(self, member: str, *args: str) -> str:
         return self.compose("exec", "-T", member, "/usr/local/bin/etcdctl", *args)
 
     def leader(self) -> str:
         """The service that is etcd's leader."""
-        status = json.loads(self.etcdctl(ETCD[0], "endpoint", "status", "--cluster", "--write-out", "json"))
-        (endpoint,) = (each["Endpoint"] for each in status if each["Status"]["leader"] == each["Status"]["header"]["member_id"])
+        status = json.loads(
+            self.etcdctl(ETCD[0], "endpoint", "status", "--cluster", "--write-out", "json")
+        )
+        (endpoint,) = (
+            each["Endpoint"]
+            for each in status
+            if each["Status"]["leader"] == each["Status"]["header"]["member_id"]
+        )
         found = re.search(r"etcd-\d", endpoint)
         assert found is not None, endpoint
         return found[0]
@@ -162,16 +197,32 @@ class Watcher:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._seen: list[str] = []
         self._process = subprocess.Popen(
-            ["docker", "logs", "--follow", "--timestamps", "--since", f"{time.time():.6f}", container],
-            env=docker.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            [
+                "docker",
+                "logs",
+                "--follow",
+                "--timestamps",
+                "--since",
+                f"{time.time():.6f}",
+                container,
+            ],
+            env=docker.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def __enter__(self) -> Watcher:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._process.kill()
         self._process.wait()
         self._reader.join()
@@ -195,7 +246,9 @@ class Watcher:
             if text in line:
                 at, _, said = line.partition(" ")
                 return Said(_seconds(at), said.rstrip())
-        raise AssertionError(f"the watcher did not say {text!r} within {within_s} s, but:\n{''.join(self._seen)}")
+        raise AssertionError(
+            f"the watcher did not say {text!r} within {within_s} s, but:\n{''.join(self._seen)}"
+        )
 
 
 def _seconds(stamp: str) -> float:

@@ -1,7 +1,9 @@
-"""The images that docker-compose.yml and the Dockerfile begin with: those that the daemon has or can pull, or else stand-ins.
+"""The images that docker-compose.yml and the Dockerfile begin with: those that the daemon has or
+can pull, or else stand-ins.
 
-A stand-in has the name of the real image and takes its place on a machine that reaches no image registry. What it cannot show is
-what depends on the real image: that etcd is 3.6, and that pip and apt find everything on their own.
+A stand-in has the name of the real image and takes its place on a machine that reaches no image
+registry. What it cannot show is what depends on the real image: that etcd is 3.6, and that pip and
+apt find everything on their own.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from tests.support.checkout import ROOT
 
 _PULL_S = 300
 _DEBOOTSTRAP_S = 600
-# The Debian packages that the Dockerfile asks for, so that its `apt-get install` finds them without a network.
+# The Debian packages that the Dockerfile asks for, so that its `apt-get install` finds them without
+# a network.
 _PACKAGES = "ca-certificates,libcurl4,libibverbs1,libnuma1,python3,python3-pip,python3-venv"
 
 
@@ -41,7 +44,10 @@ def base_images(docker: Docker, say: Callable[[str], None]) -> Iterator[None]:
             if not docker.own and docker.can("pull", "--quiet", name, timeout_s=_PULL_S):
                 say(f"{name}: pulled")
             else:
-                say(f"{name}: no registry can be reached; a STAND-IN made here of {make(docker, name)}")
+                say(
+                    f"{name}: no registry can be reached; a STAND-IN made here of "
+                    f"{make(docker, name)}"
+                )
         yield
     finally:
         for name in made:
@@ -62,18 +68,33 @@ def _etcd(docker: Docker, name: str) -> str:
 
 
 def _python(docker: Docker, name: str) -> str:
-    """Debian as debootstrap makes it, with its own Python, and all wheels that the Dockerfile wants."""
+    """Debian as debootstrap makes it, with its own Python, and all wheels that the Dockerfile
+    wants.
+    """
     if shutil.which("debootstrap") is None:
-        raise DockerMissing(f"{name} cannot be pulled, and there is no debootstrap to make a stand-in: {INSTALL}")
+        raise DockerMissing(
+            f"{name} cannot be pulled, and there is no debootstrap to make a stand-in: {INSTALL}"
+        )
     mirror, suite = _debian()
     with _root_filesystem() as root:
         run(
-            ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", suite, str(root), mirror],
+            [
+                "debootstrap",
+                "--variant=minbase",
+                f"--include={_PACKAGES}",
+                suite,
+                str(root),
+                mirror,
+            ],
             docker.env,
             _DEBOOTSTRAP_S,
         )
-        (root / "etc" / "apt" / "sources.list").unlink()  # without a network there is nothing to update from
-        for mark in root.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):  # the real image's pip installs where it is told to
+        (
+            root / "etc" / "apt" / "sources.list"
+        ).unlink()  # without a network there is nothing to update from
+        for mark in root.glob(
+            "usr/lib/python3*/EXTERNALLY-MANAGED"
+        ):  # the real image's pip installs where it is told to
             mark.unlink()
         (root / "usr" / "bin" / "python").symlink_to("python3")
         version = Path((root / "usr" / "bin" / "python3").readlink()).name.removeprefix("python")
@@ -86,22 +107,32 @@ def _python(docker: Docker, name: str) -> str:
 def _debian() -> tuple[str, str]:
     """Where this machine's apt has its packages from, and which Debian that is."""
     if shutil.which("apt-get") is None:
-        raise DockerMissing("no image registry can be reached, and only Debian's apt gives a stand-in for the base image")
+        raise DockerMissing(
+            "no image registry can be reached, and only Debian's apt gives a stand-in for "
+            "the base image"
+        )
     os_release = Path("/etc/os-release").read_text()
     found = re.search(r"^VERSION_CODENAME=(\w+)$", os_release, re.MULTILINE)
     suite = found[1] if found else ""
     form = "$(REPO_URI) $(CODENAME) $(ORIGIN) $(COMPONENT)"
-    targets = subprocess.run(["apt-get", "indextargets", "--format", form], capture_output=True, text=True, check=True).stdout
+    targets = subprocess.run(
+        ["apt-get", "indextargets", "--format", form], capture_output=True, text=True, check=True
+    ).stdout
     for line in targets.splitlines():
         mirror, *rest = line.split()
         if rest == [suite, "Debian", "main"]:
             return mirror, suite
-    raise DockerMissing("no image registry can be reached, and apt knows no Debian to make a stand-in for the base image from")
+    raise DockerMissing(
+        "no image registry can be reached, and apt knows no Debian to make a stand-in for "
+        "the base image from"
+    )
 
 
 def _collect_wheels(folder: Path, version: str, env: dict[str, str]) -> None:
     """What the Dockerfile's pip will ask for, for that Python, which need not be ours."""
-    ours = [each for each in map(Requirement, requires("engine-registry") or ()) if _is_wanted(each)]
+    ours = [
+        each for each in map(Requirement, requires("engine-registry") or ()) if _is_wanted(each)
+    ]
     wanted = [*(f"{each.name}{_extras(each)}{each.specifier}" for each in ours), "hatchling", "pip"]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     pins = ["--constraint", str(ROOT / "constraints.txt")]
@@ -114,7 +145,9 @@ def _collect_wheels(folder: Path, version: str, env: dict[str, str]) -> None:
 
 def _is_wanted(requirement: Requirement) -> bool:
     extras = ("cpu", "gateway", "metrics")  # those of the Dockerfile
-    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
+    return requirement.marker is None or any(
+        requirement.marker.evaluate({"extra": extra}) for extra in extras
+    )
 
 
 def _extras(requirement: Requirement) -> str:

@@ -1,4 +1,4 @@
-"""docker-compose.yml run for real: eight containers, some of which are stopped, killed and cut off."""
+"""docker-compose.yml run for real: eight containers, some stopped, killed and cut off."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from tests.support.waiting import wait_until
 # The first test of each kind of compose builds the images.
 pytestmark = pytest.mark.timeout(1800)
 
-# A lease that expired is gone half a second later, and in doubt for a second. The rest is for a busy machine.
+# A lease that expired is gone half a second later, and in doubt for a second. The rest is for a
+# busy machine.
 SEEN_S = LEASE_S + 0.5 + 1.0
 BUSY_S = 10.0
 
 
 def test_three_members_form_one_healthy_cluster(project: Project) -> None:
-    health = json.loads(project.etcdctl("etcd-0", "endpoint", "health", "--cluster", "--write-out", "json"))
+    health = json.loads(
+        project.etcdctl("etcd-0", "endpoint", "health", "--cluster", "--write-out", "json")
+    )
     assert [each["health"] for each in health] == [True, True, True]
-    members = json.loads(project.etcdctl("etcd-2", "member", "list", "--write-out", "json"))["members"]
+    members = json.loads(project.etcdctl("etcd-2", "member", "list", "--write-out", "json"))[
+        "members"
+    ]
     assert sorted(each["name"] for each in members) == list(ETCD)
 
 
@@ -40,7 +45,9 @@ def test_the_loader_ends_with_0_once_it_has_compared_every_byte(project: Project
     assert project.exit_code_of("loader") == 0
     held = {rank: each["nbytes"] for rank, each in project.ranks().items()}
     for rank, nbytes in held.items():
-        assert f"rank-{rank}.safetensors: 65 tensors, {nbytes:,} bytes, verified" in project.log_of("loader")
+        assert f"rank-{rank}.safetensors: 65 tensors, {nbytes:,} bytes, verified" in project.log_of(
+            "loader"
+        )
 
 
 def test_a_stopped_seed_drains_withdraws_and_ends_with_0(project: Project) -> None:
@@ -53,16 +60,23 @@ def test_a_stopped_seed_drains_withdraws_and_ends_with_0(project: Project) -> No
         watcher.says("testbed ready: 2 ranks")
 
 
-def test_a_killed_seed_is_lost_when_its_lease_expires(project: Project, say: Callable[[str], None]) -> None:
+def test_a_killed_seed_is_lost_when_its_lease_expires(
+    project: Project, say: Callable[[str], None]
+) -> None:
     with project.watching() as watcher:
         killed = time.time()
         project.kill("seed-1")
         lost = watcher.says("testbed/1 lost: lease expired", within_s=SEEN_S + BUSY_S)
         watcher.says("testbed degraded: missing rank 1 of 2")
-        say(f"the watcher told the killed seed's loss after {lost.at - killed:.1f} s, TTL {LEASE_S:.0f} s")
+        say(
+            f"the watcher told the killed seed's loss after {lost.at - killed:.1f} s, TTL "
+            f"{LEASE_S:.0f} s"
+        )
 
 
-def test_a_seed_that_comes_back_before_its_lease_has_expired_is_refused_until_then(project: Project) -> None:
+def test_a_seed_that_comes_back_before_its_lease_has_expired_is_refused_until_then(
+    project: Project,
+) -> None:
     former = project.ranks()[1]["incarnation"]
     with project.watching() as watcher:
         project.kill("seed-1")
@@ -82,7 +96,9 @@ def test_an_evicted_seed_comes_back_as_a_new_registration(project: Project) -> N
     assert project.ranks()[0] == former[0]
 
 
-def test_without_its_leader_etcd_loses_nothing_and_takes_new_registrations(project: Project) -> None:
+def test_without_its_leader_etcd_loses_nothing_and_takes_new_registrations(
+    project: Project,
+) -> None:
     former = project.ranks()
     leader = project.leader()
     with project.watching() as watcher:
@@ -103,13 +119,17 @@ def test_without_its_leader_etcd_loses_nothing_and_takes_new_registrations(proje
 
 def _all_healthy(project: Project) -> bool:
     try:
-        health = json.loads(project.etcdctl("etcd-0", "endpoint", "health", "--cluster", "--write-out", "json"))
+        health = json.loads(
+            project.etcdctl("etcd-0", "endpoint", "health", "--cluster", "--write-out", "json")
+        )
     except CommandFailed:  # that is how it says that one is not
         return False
     return [each["health"] for each in health] == [True, True, True]
 
 
-def test_a_seed_that_was_cut_off_for_longer_than_its_lease_comes_back_as_the_same_registration(project: Project) -> None:
+def test_a_seed_that_was_cut_off_for_longer_than_its_lease_comes_back_as_the_same_registration(
+    project: Project,
+) -> None:
     former = project.ranks()[1]
     with project.watching() as watcher:
         project.cut_off("seed-1")

@@ -1,4 +1,5 @@
-"""What every engine does: the same suite for the real transfer engine over tcp and for the one within a process.
+"""What every engine does: the same suite for the real transfer engine over tcp and for the one
+within a process.
 
 Each of them also as over rdma, where one engine reads from all peers and cannot end a read.
 """
@@ -35,7 +36,9 @@ class Memory:
     """A block of our own memory, page-aligned as weights are."""
 
     def __init__(self, content: bytes) -> None:
-        self._buffer = ctypes.create_string_buffer(len(content) + 3 * 4096)  # with some around it that is nobody's
+        self._buffer = ctypes.create_string_buffer(
+            len(content) + 3 * 4096
+        )  # with some around it that is nobody's
         addr = -(-ctypes.addressof(self._buffer) // 4096) * 4096 + 4096
         ctypes.memmove(addr, content, len(content))
         self.region = Region(addr, len(content))
@@ -48,10 +51,12 @@ class Memory:
 
 
 class Peers:
-    """A source and a reader, each with a registered block, and a second one by which a test knows that the peer is well.
+    """A source and a reader, each with a registered block, and a second one by which a test knows
+    that the peer is well.
 
-    After every fourth read that fails, mooncake lets the next read from that peer fail as well, whatever it asks for. So a read
-    that must succeed has a second try here, and one that must fail is made when the peer has just been read.
+    After every fourth read that fails, mooncake lets the next read from that peer fail as well,
+    whatever it asks for. So a read that must succeed has a second try here, and one that must fail
+    is made when the peer has just been read.
     """
 
     def __init__(self, source: Engine, reader: Engine) -> None:
@@ -65,7 +70,9 @@ class Peers:
             reader.lend(memory.region)
 
     def op(self, src_start: int, dst_start: int, nbytes: int) -> ReadOp:
-        return ReadOp("a/0", self.src.region.addr + src_start, self.dst.region.addr + dst_start, nbytes)
+        return ReadOp(
+            "a/0", self.src.region.addr + src_start, self.dst.region.addr + dst_start, nbytes
+        )
 
     def start(self, *ops: ReadOp) -> list[int]:
         self.reader.connect(self.session_id)
@@ -108,7 +115,9 @@ class Peers:
 
 @dataclass(frozen=True)
 class Kind:
-    """`can_end_reads`: those that are abandoned have ended when `abandon` returns, though the peer does not answer."""
+    """`can_end_reads`: those that are abandoned have ended when `abandon` returns, though the peer
+    does not answer.
+    """
 
     make: Callable[[], Engine]
     can_end_reads: bool
@@ -118,7 +127,9 @@ KINDS = {
     "in process": Kind(InProcessEngine, True),
     "in process, unable to end reads": Kind(partial(InProcessEngine, can_end_reads=False), False),
     "mooncake over tcp": Kind(partial(MooncakeEngine, "127.0.0.1"), True),
-    "mooncake over tcp, one engine for all peers": Kind(partial(MooncakeEngine, "127.0.0.1", shared=True), False),
+    "mooncake over tcp, one engine for all peers": Kind(
+        partial(MooncakeEngine, "127.0.0.1", shared=True), False
+    ),
 }
 
 
@@ -161,10 +172,13 @@ def mortal(new_engine: NewEngine, peers: Peers) -> Iterator[Peers]:
     mortal.part_ways()
 
 
-# -- who it is -------------------------------------------------------------------------------------------------------------------
+# -- who it is
+# --------------------------------------------------------------------------------------------------
 
 
-def test_each_engine_has_a_session_of_its_own_and_says_its_protocol(two_engines: tuple[Engine, Engine]) -> None:
+def test_each_engine_has_a_session_of_its_own_and_says_its_protocol(
+    two_engines: tuple[Engine, Engine],
+) -> None:
     first, second = two_engines
     assert first.session_id
     assert first.session_id != second.session_id
@@ -172,7 +186,8 @@ def test_each_engine_has_a_session_of_its_own_and_says_its_protocol(two_engines:
     assert first.fabric == ""
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------------------
+# -- reading
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_read_brings_the_bytes_as_they_are(peers: Peers) -> None:
@@ -234,7 +249,8 @@ def test_an_engine_reads_its_own_memory_like_that_of_others(peers: Peers) -> Non
     own.part_ways()
 
 
-# -- reads that fail -------------------------------------------------------------------------------------------------------------
+# -- reads that fail
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,7 +259,10 @@ def test_an_engine_reads_its_own_memory_like_that_of_others(peers: Peers) -> Non
         pytest.param(lambda peers: peers.op(NBYTES, 0, 64), id="behind the region"),
         pytest.param(lambda peers: peers.op(NBYTES - 32, 0, 64), id="over its end"),
         pytest.param(lambda peers: peers.op(-64, 0, 64), id="before it"),
-        pytest.param(lambda peers: ReadOp("a/0", Memory(bytes(64)).region.addr, peers.dst.region.addr, 64), id="elsewhere"),
+        pytest.param(
+            lambda peers: ReadOp("a/0", Memory(bytes(64)).region.addr, peers.dst.region.addr, 64),
+            id="elsewhere",
+        ),
         pytest.param(lambda peers: ReadOp("a/0", 0, peers.dst.region.addr, 64), id="nowhere"),
     ],
 )
@@ -256,7 +275,9 @@ def test_a_source_address_that_is_not_offered_fails_and_a_good_read_works_afterw
 
 
 def test_a_bad_read_fails_among_good_ones(peers: Peers) -> None:
-    failed = peers.fail_to_read(peers.op(0, 0, 64), peers.op(NBYTES, 64, 64), peers.op(128, 128, 64))
+    failed = peers.fail_to_read(
+        peers.op(0, 0, 64), peers.op(NBYTES, 64, 64), peers.op(128, 128, 64)
+    )
     assert failed.details == {"session_id": peers.session_id}
 
 
@@ -277,7 +298,9 @@ def test_memory_that_was_taken_back_cannot_be_read_until_it_is_offered_again(pee
 
 
 @pytest.mark.parametrize("session_id", ["127.0.0.1:1", "nonsense", "", "no-such-host.invalid:1"])
-def test_a_session_that_does_not_exist_fails_and_leaves_good_ones_usable(peers: Peers, session_id: str) -> None:
+def test_a_session_that_does_not_exist_fails_and_leaves_good_ones_usable(
+    peers: Peers, session_id: str
+) -> None:
     with pytest.raises(ReadFailed):
         peers.reader.connect(session_id)
     peers.read_all()
@@ -285,16 +308,23 @@ def test_a_session_that_does_not_exist_fails_and_leaves_good_ones_usable(peers: 
 
 
 @pytest.mark.parametrize(("start", "nbytes"), [(-64, 64), (-1, 64), (NBYTES - 63, 64), (NBYTES, 1)])
-def test_a_destination_that_is_not_lent_is_refused_before_a_byte_moves(peers: Peers, start: int, nbytes: int) -> None:
-    with pytest.raises(EngineFailed, match="are not lent to the engine: lend the destination first"):
+def test_a_destination_that_is_not_lent_is_refused_before_a_byte_moves(
+    peers: Peers, start: int, nbytes: int
+) -> None:
+    with pytest.raises(
+        EngineFailed, match="are not lent to the engine: lend the destination first"
+    ):
         peers.read(peers.op(0, start, nbytes))
     assert bytes(peers.dst) == bytes(NBYTES)
 
 
-# -- reads in flight --------------------------------------------------------------------------------------------------------------
+# -- reads in flight
+# --------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_started_from_a_peer_that_was_never_contacted(new_engine: NewEngine, peers: Peers) -> None:
+def test_nothing_is_started_from_a_peer_that_was_never_contacted(
+    new_engine: NewEngine, peers: Peers
+) -> None:
     stranger = Peers(peers.source, new_engine())
     with pytest.raises(ReadFailed):
         stranger.reader.start(stranger.session_id, stranger.op(0, 0, 64))
@@ -357,7 +387,8 @@ def test_abandoning_one_peer_leaves_reads_from_others_alone(mortal: Peers, peers
     wait_until(lambda: mortal.reader.settled(mortal.session_id))
 
 
-# -- peers that stop -------------------------------------------------------------------------------------------------------------
+# -- peers that stop
+# --------------------------------------------------------------------------------------------------
 
 SOURCE = """
 import ctypes, os, sys
@@ -375,7 +406,7 @@ with MooncakeEngine("127.0.0.1") as engine:
 
 @dataclass(frozen=True)
 class Stoppable:
-    """A peer of this reader that holds NBYTES of a known content, and can stop answering and go on."""
+    """A peer of this reader that holds NBYTES of a known content, and can stop and go on."""
 
     session_id: str
     addr: int
@@ -393,13 +424,17 @@ def stoppable_engine() -> Iterator[Stoppable]:
     with InProcessEngine() as engine:
         memory = Memory(Stoppable.content)
         engine.register(memory.region)
-        yield Stoppable(engine.session_id, memory.region.addr, engine.pause, engine.resume, lambda: True)
+        yield Stoppable(
+            engine.session_id, memory.region.addr, engine.pause, engine.resume, lambda: True
+        )
 
 
 @contextmanager
 def stoppable_process() -> Iterator[Stoppable]:
     command = [sys.executable, "-c", SOURCE, str(NBYTES // 256)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         assert process.stdout is not None
         session_id, addr = process.stdout.readline().split()
 
@@ -409,7 +444,9 @@ def stoppable_process() -> Iterator[Stoppable]:
 
         go_on = partial(process.send_signal, signal.SIGCONT)
         try:
-            yield Stoppable(session_id, int(addr), stop, go_on, partial(has_connection_to, session_id))
+            yield Stoppable(
+                session_id, int(addr), stop, go_on, partial(has_connection_to, session_id)
+            )
         finally:
             process.kill()
 
@@ -423,7 +460,11 @@ def has_connection_to(session_id: str) -> bool:
 
 @pytest.fixture
 def stoppable(peers: Peers) -> Iterator[Stoppable]:
-    with stoppable_engine() if isinstance(peers.reader, InProcessEngine) else stoppable_process() as source:
+    with (
+        stoppable_engine()
+        if isinstance(peers.reader, InProcessEngine)
+        else stoppable_process() as source
+    ):
         yield source
 
 
@@ -434,7 +475,7 @@ def stop_with_reads_under_way(peers: Peers, stoppable: Stoppable, dst: Memory) -
     return [peers.reader.start(stoppable.session_id, stoppable.op(dst)) for _ in range(4)]
 
 
-def test_a_first_contact_with_a_peer_that_has_stopped_holds_up_nothing_and_ends_when_it_is_abandoned(
+def test_a_first_contact_with_a_stopped_peer_holds_up_nothing_and_ends_when_it_is_abandoned(
     peers: Peers, stoppable: Stoppable
 ) -> None:
     stoppable.stop()
@@ -455,7 +496,9 @@ def test_a_first_contact_with_a_peer_that_has_stopped_holds_up_nothing_and_ends_
     read_again(peers, stoppable)
 
 
-def test_a_first_contact_that_hangs_ends_when_its_engine_is_closed(new_engine: NewEngine, stoppable: Stoppable) -> None:
+def test_a_first_contact_that_hangs_ends_when_its_engine_is_closed(
+    new_engine: NewEngine, stoppable: Stoppable
+) -> None:
     reader = new_engine()
     stoppable.stop()
     with ThreadPoolExecutor(1) as pool:
@@ -526,7 +569,10 @@ def test_memory_that_an_abandoned_read_may_write_to_is_for_nobody_until_that_has
         with (
             nullcontext()
             if kind.can_end_reads
-            else pytest.raises(EngineFailed, match=f"a read from {stoppable.session_id} that was given up may still write")
+            else pytest.raises(
+                EngineFailed,
+                match=f"a read from {stoppable.session_id} that was given up may still write",
+            )
         ):
             use()
     peers.reader.lend(other)  # beside it
@@ -540,7 +586,9 @@ def test_memory_that_an_abandoned_read_may_write_to_is_for_nobody_until_that_has
         peers.reader.start(peers.session_id, read_into_it)
 
 
-def test_a_peer_that_has_stopped_does_not_keep_others_from_being_read_or_abandoned(peers: Peers, stoppable: Stoppable) -> None:
+def test_a_peer_that_has_stopped_does_not_keep_others_from_being_read_or_abandoned(
+    peers: Peers, stoppable: Stoppable
+) -> None:
     dst = Memory(bytes(NBYTES))
     peers.reader.lend(dst.region)
     stop_with_reads_under_way(peers, stoppable, dst)
@@ -582,7 +630,8 @@ def test_closing_ends_what_was_abandoned_whether_the_peer_answers_or_not(
     assert bytes(dst) == bytes([77]) * NBYTES
 
 
-# -- registering -----------------------------------------------------------------------------------------------------------------
+# -- registering
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_region_registered_twice_is_offered_until_it_was_taken_back_twice(peers: Peers) -> None:
@@ -595,10 +644,14 @@ def test_a_region_registered_twice_is_offered_until_it_was_taken_back_twice(peer
 
 
 @pytest.mark.parametrize("first_back", ["inner", "outer"])
-def test_a_region_inside_a_registered_one_shares_it_and_survives_the_end_of_the_other(peers: Peers, first_back: str) -> None:
+def test_a_region_inside_a_registered_one_shares_it_and_survives_the_end_of_the_other(
+    peers: Peers, first_back: str
+) -> None:
     inner = peers.src.part(1024, 2048)
     peers.source.register(inner)
-    first, second = (inner, peers.src.region) if first_back == "inner" else (peers.src.region, inner)
+    first, second = (
+        (inner, peers.src.region) if first_back == "inner" else (peers.src.region, inner)
+    )
     peers.source.unregister(first)
     peers.read(peers.op(1024, 1024, 2048))
     assert bytes(peers.dst)[1024:3072] == bytes(peers.src)[1024:3072]
@@ -654,7 +707,8 @@ def test_taking_back_what_was_never_registered_is_no_error_and_harms_nothing(pee
     assert bytes(peers.dst) == bytes(peers.src)
 
 
-# -- lending ---------------------------------------------------------------------------------------------------------------------
+# -- lending
+# --------------------------------------------------------------------------------------------------
 
 
 def test_memory_that_is_only_lent_cannot_be_read_by_peers(peers: Peers) -> None:
@@ -708,10 +762,13 @@ def test_a_region_that_shares_bytes_with_a_lent_one_is_made_of_tiles(peers: Peer
     peers.read_all()
 
 
-# -- closing ---------------------------------------------------------------------------------------------------------------------
+# -- closing
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_closed_peer_cannot_be_read_but_others_can_and_may_have_its_memory(mortal: Peers, peers: Peers) -> None:
+def test_a_closed_peer_cannot_be_read_but_others_can_and_may_have_its_memory(
+    mortal: Peers, peers: Peers
+) -> None:
     mortal.read_all()
     mortal.source.close()
     with pytest.raises(ReadFailed, match=f"cannot read from {mortal.session_id}"):
@@ -728,7 +785,9 @@ def test_closing_is_idempotent_and_use_afterwards_is_an_error(mortal: Peers, pee
     with pytest.raises(EngineFailed, match="the transfer engine is closed"):
         mortal.source.connect(peers.session_id)
     with pytest.raises(EngineFailed, match="the transfer engine is closed"):
-        mortal.source.start(peers.session_id, ReadOp("a/0", peers.src.region.addr, mortal.src.region.addr, 64))
+        mortal.source.start(
+            peers.session_id, ReadOp("a/0", peers.src.region.addr, mortal.src.region.addr, 64)
+        )
     with pytest.raises(EngineFailed, match="the transfer engine is closed"):
         mortal.source.register(mortal.src.region)
     with pytest.raises(EngineFailed, match="the transfer engine is closed"):
@@ -737,7 +796,9 @@ def test_closing_is_idempotent_and_use_afterwards_is_an_error(mortal: Peers, pee
     mortal.source.take_back(mortal.src.region)
 
 
-def test_a_read_during_which_the_peer_closes_either_brings_all_bytes_or_fails(mortal: Peers) -> None:
+def test_a_read_during_which_the_peer_closes_either_brings_all_bytes_or_fails(
+    mortal: Peers,
+) -> None:
     begun = threading.Event()
 
     def read_until_it_fails() -> int:
@@ -757,7 +818,8 @@ def test_a_read_during_which_the_peer_closes_either_brings_all_bytes_or_fails(mo
         assert reading.result() > 0
 
 
-# -- threads ---------------------------------------------------------------------------------------------------------------------
+# -- threads
+# --------------------------------------------------------------------------------------------------
 
 
 def test_several_threads_read_at_once_each_its_own_part(peers: Peers) -> None:
@@ -765,14 +827,18 @@ def test_several_threads_read_at_once_each_its_own_part(peers: Peers) -> None:
 
     def read(part: int) -> None:
         for _ in range(20):
-            peers.read(*[peers.op(part * size + at, part * size + at, 256) for at in range(0, size, 256)])
+            peers.read(
+                *[peers.op(part * size + at, part * size + at, 256) for at in range(0, size, 256)]
+            )
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(read, range(8)))
     assert bytes(peers.dst) == bytes(peers.src)
 
 
-def test_threads_that_register_and_read_do_not_disturb_each_other(two_engines: tuple[Engine, Engine]) -> None:
+def test_threads_that_register_and_read_do_not_disturb_each_other(
+    two_engines: tuple[Engine, Engine],
+) -> None:
     def work(_: int) -> bool:
         peers = Peers(*two_engines)
         peers.read_all()

@@ -1,9 +1,10 @@
 """A rank on two GPUs: `python -m tests.gpu.nvlink_source ENDPOINT`.
 
-Does what each line on standard input says, then prints the line. `publish N`: leaves, frees its memory and publishes the content of
-number N. `copy N`: loads the content of number N, from whoever has it, and serves it as another instance, from then on. `late N`:
-publishes another instance besides, from memory that is new. `update`: adds one to every element, on a stream of its own. Ends with
-its input.
+Does what each line on standard input says, then prints the line. `publish N`: leaves, frees its
+memory and publishes the content of number N. `copy N`: loads the content of number N, from whoever
+has it, and serves it as another instance, from then on. `late N`: publishes another instance
+besides, from memory that is new. `update`: adds one to every element, on a stream of its own. Ends
+with its input.
 """
 
 from __future__ import annotations
@@ -21,20 +22,33 @@ MODEL = ModelIdentity("on GPUs")
 
 
 def content(number: int, device: str | None = None) -> Tensors:
-    """Short tensors that share segments of torch's allocator, on both GPUs in turns unless one is named, and a long one."""
+    """Short tensors that share segments of torch's allocator, on both GPUs in turns unless one is
+    named, and a long one.
+    """
     tensors = {
-        f"t{place}": torch.full((1000 + place,), 100.0 * number + place, device=device or f"cuda:{place % 2}")
+        f"t{place}": torch.full(
+            (1000 + place,), 100.0 * number + place, device=device or f"cuda:{place % 2}"
+        )
         for place in range(20)
     }
-    return {**tensors, "long": torch.full((40 << 20,), number, dtype=torch.uint8, device=device or "cuda:0")}
+    return {
+        **tensors,
+        "long": torch.full((40 << 20,), number, dtype=torch.uint8, device=device or "cuda:0"),
+    }
 
 
 def late_content(number: int, device: str = "cuda:0") -> Tensors:
-    return {f"late{place}": torch.full((999,), float(number + place), device=device) for place in range(3)}
+    return {
+        f"late{place}": torch.full((999,), float(number + place), device=device)
+        for place in range(3)
+    }
 
 
 def main(endpoint: str) -> None:
-    with Registry.connect(endpoint) as registry, MooncakeEngine("127.0.0.1", protocol="nvlink_intra") as engine:
+    with (
+        Registry.connect(endpoint) as registry,
+        MooncakeEngine("127.0.0.1", protocol="nvlink_intra") as engine,
+    ):
         stack, tensors, publication = ExitStack(), Tensors(), None
         for line in sys.stdin:
             command, _, number = line.strip().partition(" ")
@@ -44,16 +58,47 @@ def main(endpoint: str) -> None:
                 torch.cuda.empty_cache()
                 tensors.update(content(int(number)))
                 publication = stack.enter_context(
-                    publish(registry, engine, instance="a", rank=0, world_size=1, tensors=tensors, model=MODEL, digests=True)
+                    publish(
+                        registry,
+                        engine,
+                        instance="a",
+                        rank=0,
+                        world_size=1,
+                        tensors=tensors,
+                        model=MODEL,
+                        digests=True,
+                    )
                 )
             elif command == "copy":
-                tensors.update({name: torch.zeros_like(tensor) for name, tensor in content(int(number)).items()})
-                report = load(registry, engine, MODEL, rank=0, tensors=tensors, publish=Replica("copy", digests=True))
+                tensors.update(
+                    {
+                        name: torch.zeros_like(tensor)
+                        for name, tensor in content(int(number)).items()
+                    }
+                )
+                report = load(
+                    registry,
+                    engine,
+                    MODEL,
+                    rank=0,
+                    tensors=tensors,
+                    publish=Replica("copy", digests=True),
+                )
                 if report.publication is not None:
                     publication = stack.enter_context(report.publication)
             elif command == "late":
                 late = late_content(int(number))
-                stack.enter_context(publish(registry, engine, instance="late", rank=0, world_size=1, tensors=late, model=MODEL))
+                stack.enter_context(
+                    publish(
+                        registry,
+                        engine,
+                        instance="late",
+                        rank=0,
+                        world_size=1,
+                        tensors=late,
+                        model=MODEL,
+                    )
+                )
             elif command == "update" and publication is not None:
                 with publication.update(), torch.cuda.stream(torch.cuda.Stream("cuda:0")):
                     for tensor in tensors.values():

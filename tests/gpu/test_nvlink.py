@@ -18,13 +18,19 @@ from engine_registry import Registry
 from engine_registry.etcd.local import LocalEtcd
 from tests.gpu.nvlink_source import MODEL, Tensors, content, late_content
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
 
 
 class Source:
     def __init__(self, endpoint: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.gpu.nvlink_source", endpoint], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "tests.gpu.nvlink_source", endpoint],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def do(self, command: str) -> None:
@@ -119,7 +125,9 @@ def test_weights_that_change_on_another_stream_are_loaded_in_one_version(
     while not ended.is_set() or not versions:
         with suppress(TornRead):
             versions.append(load(registry, engine, "a", rank=0, tensors=found).version)
-            assert_equal(found, {name: tensor + versions[-1] for name, tensor in content(0).items()})
+            assert_equal(
+                found, {name: tensor + versions[-1] for name, tensor in content(0).items()}
+            )
     updates.join()
 
 
@@ -145,8 +153,13 @@ def test_what_was_loaded_from_gpu_to_gpu_is_a_source_itself(
         replica.kill()
 
 
-def test_memory_that_no_other_process_can_open_is_refused_by_name(registry: Registry, engine: MooncakeEngine) -> None:
+def test_memory_that_no_other_process_can_open_is_refused_by_name(
+    registry: Registry, engine: MooncakeEngine
+) -> None:
     tensors = {"here": torch.zeros(10, device="cuda:0"), "there": torch.zeros(10)}
-    with pytest.raises(TensorsUnusable, match=r"1 tensors cannot be opened by other processes over NVLink.*: there: "):
+    with pytest.raises(
+        TensorsUnusable,
+        match=r"1 tensors cannot be opened by other processes over NVLink.*: there: ",
+    ):
         publish(registry, engine, instance="a", rank=0, world_size=1, tensors=tensors, model=MODEL)
     assert registry.instances() == ()

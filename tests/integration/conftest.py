@@ -1,4 +1,6 @@
-"""A real etcd for the whole run, a fresh namespace for each test, and real processes that end with their test."""
+"""A real etcd for the whole run, a fresh namespace for each test, and real processes that end with
+their test.
+"""
 
 from __future__ import annotations
 
@@ -126,8 +128,12 @@ class Processes:
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
     def rank(self, instance: str, rank: int, world_size: int, *args: str) -> subprocess.Popen[str]:
-        """A process that registers and then does what `args` say (see `processes.rank`); returns when it is registered."""
-        process = self.start("-m", "tests.support.processes.rank", instance, str(rank), str(world_size), *args)
+        """A process that registers and then does what `args` say (see `processes.rank`); returns
+        when it is registered.
+        """
+        process = self.start(
+            "-m", "tests.support.processes.rank", instance, str(rank), str(world_size), *args
+        )
         assert line_of(process).startswith("registered")
         return process
 
@@ -139,26 +145,40 @@ class Processes:
 
 def keepers_of(pid: int) -> list[int]:
     """Of the ranks of that process, whichever of its threads has started them."""
-    children = [child for each in Path(f"/proc/{pid}/task").glob("*/children") for child in each.read_text().split()]
-    return [int(child) for child in children if b"engine-registry-keeper" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    children = [
+        child
+        for each in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in each.read_text().split()
+    ]
+    return [
+        int(child)
+        for child in children
+        if b"engine-registry-keeper" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 def line_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise AssertionError(f"the process ended with {process.wait()}: {process.stderr and process.stderr.read()}")
+        raise AssertionError(
+            f"the process ended with {process.wait()}: {process.stderr and process.stderr.read()}"
+        )
     return line
 
 
 @pytest.fixture
 def processes(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Processes]:
-    started = Processes({**os.environ, "ENGINES_ETCD": shared_etcd.endpoint, "TEST_NAMESPACE": namespace})
+    started = Processes(
+        {**os.environ, "ENGINES_ETCD": shared_etcd.endpoint, "TEST_NAMESPACE": namespace}
+    )
     yield started
     started.end()
 
 
-def events_until(watch: Watch, last: Callable[[Event], bool], timeout_s: float = 20.0) -> list[Event]:
+def events_until(
+    watch: Watch, last: Callable[[Event], bool], timeout_s: float = 20.0
+) -> list[Event]:
     """The events up to the one for which `last` holds."""
     seen: list[Event] = []
     limit = threading.Timer(timeout_s, watch.stop)

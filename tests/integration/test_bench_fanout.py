@@ -1,4 +1,6 @@
-"""`python -m benchmarks.fanout`, small: it runs to the end, every byte is right, and what it prints can be read."""
+"""`python -m benchmarks.fanout`, small: it runs to the end, every byte is right, and what it prints
+can be read.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from tests.integration.test_hosts import needs_hosts
 
 
 @needs_hosts
-def test_a_small_run_has_every_strategy_all_of_it_exact(processes: Processes, tmp_path: Path) -> None:
+def test_a_small_run_has_every_strategy_all_of_it_exact(
+    processes: Processes, tmp_path: Path
+) -> None:
     plot = tmp_path / "plot.svg"
     args = "--receivers", "1,2", "--mib", "8", "--mbit", "200", "--json", "--plot", str(plot)
     bench = processes.start("-m", "benchmarks.fanout", *args)
@@ -24,7 +28,9 @@ def test_a_small_run_has_every_strategy_all_of_it_exact(processes: Processes, tm
     assert bench.returncode == Exit.DONE, err
     told = json.loads(out)
     strategies = ("all_from_one", "complete_then_chain", "pipelined_chain")
-    assert [(run["strategy"], run["receivers"]) for run in told["results"]] == [(s, n) for n in (1, 2) for s in strategies]
+    assert [(run["strategy"], run["receivers"]) for run in told["results"]] == [
+        (s, n) for n in (1, 2) for s in strategies
+    ]
     assert [run["killed_at"] for run in told["kills"]] == [0.25, 0.5, 0.75]
     assert all(run["exact"] for run in [*told["results"], *told["kills"]])
     assert all(run["seed_sent"] >= 1 for run in told["results"])
@@ -35,7 +41,10 @@ def test_a_small_run_has_every_strategy_all_of_it_exact(processes: Processes, tm
 def test_where_there_can_be_no_hosts_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "missing", lambda: "only root may make hosts")
     result = CliRunner().invoke(command, [])
-    assert (result.exit_code, result.output.splitlines()[-1]) == (Exit.FAILED, "Error: only root may make hosts")
+    assert (result.exit_code, result.output.splitlines()[-1]) == (
+        Exit.FAILED,
+        "Error: only root may make hosts",
+    )
 
 
 @pytest.mark.parametrize("receivers", ["0", "65", "two", ""])

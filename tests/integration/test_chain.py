@@ -1,4 +1,6 @@
-"""Ranks that load from each other while they load: who reads from whom, and what becomes of the others when one gives up."""
+"""Ranks that load from each other while they load: who reads from whom, and what becomes of the
+others when one gives up.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,18 @@ from typing import Any
 import pytest
 import torch
 
-from engine_loader import Engine, InProcessEngine, LoadReport, Pace, Progress, Publication, Replica, Shard, load, publish
+from engine_loader import (
+    Engine,
+    InProcessEngine,
+    LoadReport,
+    Pace,
+    Progress,
+    Publication,
+    Replica,
+    Shard,
+    load,
+    publish,
+)
 from engine_loader.errors import Cancelled
 from engine_registry import ModelIdentity, RankState, Registry
 from engine_registry.errors import InvalidField, RankConflict
@@ -26,7 +39,9 @@ SLOW = Pace(256 << 10, 1, starve_s=30.0)
 
 
 class Members:
-    """Loads in threads of this process, each with an engine of its own; what they published is closed in the end."""
+    """Loads in threads of this process, each with an engine of its own; what they published is
+    closed in the end.
+    """
 
     def __init__(
         self,
@@ -49,7 +64,14 @@ class Members:
         gate = self.gates[name] = Gate(stop_at)
         tensors = self.tensors[name] = self._new_tensors()
         engine = self.engines[name] = self._new_engine()
-        given = {"publish": name, "pace": SLOW, "rank": 0, "source": MODEL, "cancel": self._cancel, **options}
+        given = {
+            "publish": name,
+            "pace": SLOW,
+            "rank": 0,
+            "source": MODEL,
+            "cancel": self._cancel,
+            **options,
+        }
         source = given.pop("source")
         self.loads[name] = self._pool.submit(
             load,
@@ -73,7 +95,11 @@ class Members:
         return report
 
     def sources(self, name: str) -> dict[str, int]:
-        return {share.name.split("/")[2]: share.nbytes for share in self.report(name).shares if share.nbytes}
+        return {
+            share.name.split("/")[2]: share.nbytes
+            for share in self.report(name).shares
+            if share.nbytes
+        }
 
     def end(self) -> None:
         self._cancel.set()
@@ -114,14 +140,25 @@ def members(registry: Registry, new_engine: Callable[[], Engine]) -> Iterator[Me
 @pytest.fixture
 def seed(registry: Registry, new_engine: Callable[[], Engine]) -> Iterator[dict[str, torch.Tensor]]:
     tensors = content(0, NBYTES)
-    with publish(registry, new_engine(), instance="seed", rank=0, world_size=1, tensors=tensors, model=MODEL, ttl_s=2):
+    with publish(
+        registry,
+        new_engine(),
+        instance="seed",
+        rank=0,
+        world_size=1,
+        tensors=tensors,
+        model=MODEL,
+        ttl_s=2,
+    ):
         yield tensors
 
 
 pytestmark = pytest.mark.usefixtures("seed")
 
 
-def test_ranks_that_load_at_once_read_from_each_other_and_the_source_is_read_once(members: Members) -> None:
+def test_ranks_that_load_at_once_read_from_each_other_and_the_source_is_read_once(
+    members: Members,
+) -> None:
     names = [f"m{number}" for number in range(6)]
     members.start_stopped(names[0], 0.5)
     for name in names[1:]:
@@ -139,7 +176,9 @@ def test_ranks_that_load_at_once_read_from_each_other_and_the_source_is_read_onc
         assert record.state is RankState.READY
 
 
-def test_from_one_that_is_loading_comes_what_it_has_and_the_rest_when_it_has_it(members: Members) -> None:
+def test_from_one_that_is_loading_comes_what_it_has_and_the_rest_when_it_has_it(
+    members: Members,
+) -> None:
     members.start_stopped("a", 0.5)
     members.start("b")
     wait_until(lambda: members.gates["b"].at > 0.2)
@@ -160,8 +199,12 @@ def test_a_load_that_publishes_nothing_reads_from_one_that_is_loading_too(member
     assert [status.instance for status in members.registry.instances()] == ["a", "seed"]
 
 
-@pytest.mark.parametrize("options", [{"pipelined": False}, {"source": "seed"}, {"source": ["seed"]}])
-def test_only_complete_ranks_are_read_from_where_that_is_wanted(members: Members, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"pipelined": False}, {"source": "seed"}, {"source": ["seed"]}]
+)
+def test_only_complete_ranks_are_read_from_where_that_is_wanted(
+    members: Members, options: dict[str, Any]
+) -> None:
     members.start_stopped("a", 0.5)
     members.start("b", **options)
     assert members.sources("b") == {"seed": NBYTES}
@@ -172,7 +215,14 @@ def test_digests_are_not_compared_with_those_of_one_that_is_loading(
 ) -> None:
     model = ModelIdentity("with digests")
     with publish(
-        registry, new_engine(), instance="root", rank=0, world_size=1, tensors=content(0, NBYTES), model=model, digests=True
+        registry,
+        new_engine(),
+        instance="root",
+        rank=0,
+        world_size=1,
+        tensors=content(0, NBYTES),
+        model=model,
+        digests=True,
     ):
         members.start_stopped("a", 0.5, source=model, publish=Replica("a", digests=True))
         members.start("b", source=model, verify="digest")
@@ -183,19 +233,28 @@ def test_digests_are_not_compared_with_those_of_one_that_is_loading(
     assert members.sources("c").keys() == {"a"}  # b has none
 
 
-def test_one_that_has_loaded_is_a_source_like_any_other_until_it_is_closed(members: Members) -> None:
+def test_one_that_has_loaded_is_a_source_like_any_other_until_it_is_closed(
+    members: Members,
+) -> None:
     members.start("a", publish=Replica("copy", generation="g", on_state=None))
     publication = members.report("a").publication
     assert publication is not None
     (record,) = members.registry.resolve("copy")
-    assert (record.model, record.world_size, record.version, record.generation) == (MODEL, 1, 0, "g")
+    assert (record.model, record.world_size, record.version, record.generation) == (
+        MODEL,
+        1,
+        0,
+        "g",
+    )
     members.start("b", source="copy", publish=False)
     assert members.sources("b") == {"copy": NBYTES}
     publication.close()
     assert members.registry.ranks("copy") == ()
 
 
-def test_weights_that_are_updated_after_they_were_loaded_are_loaded_in_the_new_version(members: Members) -> None:
+def test_weights_that_are_updated_after_they_were_loaded_are_loaded_in_the_new_version(
+    members: Members,
+) -> None:
     members.start("a")
     publication = members.report("a").publication
     assert publication is not None
@@ -253,10 +312,19 @@ def test_a_rank_that_stops_answering_is_done_without(registry: Registry) -> None
     with ExitStack() as stack:
         members = Members(registry, lambda: stack.enter_context(InProcessEngine()))
         stack.callback(members.end)
-        # the seed of this module's fixture is of another kind of engine for every other run, so there is one here
+        # the seed of this module's fixture is of another kind of engine for every other run, so
+        # there is one here
         tensors, model = content(0, NBYTES), ModelIdentity("stops")
         stack.enter_context(
-            publish(registry, members._new_engine(), instance="root", rank=0, world_size=1, tensors=tensors, model=model)
+            publish(
+                registry,
+                members._new_engine(),
+                instance="root",
+                rank=0,
+                world_size=1,
+                tensors=tensors,
+                model=model,
+            )
         )
         members.start_stopped("a", 0.5, source=model)
         members.start_stopped("b", 0.25, source=model)
@@ -272,7 +340,9 @@ def test_all_have_one_version_each_when_the_source_is_updated_meanwhile(
     registry: Registry, members: Members, new_engine: Callable[[], Engine]
 ) -> None:
     tensors, model = content(0, NBYTES), ModelIdentity("updated")
-    with publish(registry, new_engine(), instance="root", rank=0, world_size=1, tensors=tensors, model=model) as root:
+    with publish(
+        registry, new_engine(), instance="root", rank=0, world_size=1, tensors=tensors, model=model
+    ) as root:
         members.start_stopped("a", 0.5, source=model)
         members.start("b", source=model)
         wait_until(lambda: members.gates["b"].at > 0.2)
@@ -288,7 +358,9 @@ def test_all_have_one_version_each_when_the_source_is_updated_meanwhile(
 def test_a_rank_of_another_layout_becomes_a_source_of_its_own_layout(
     registry: Registry, members: Members, new_engine: Callable[[], Engine]
 ) -> None:
-    """Two ranks hold a half each; one that wants all of it is filled from both, as rank 0 of 1, and marks what it has."""
+    """Two ranks hold a half each; one that wants all of it is filled from both, as rank 0 of 1, and
+    marks what it has.
+    """
     model = ModelIdentity("halves")
     whole = torch.arange(1 << 20, dtype=torch.int32).reshape(1024, 1024)
     with ExitStack() as stack:
@@ -308,7 +380,10 @@ def test_a_rank_of_another_layout_becomes_a_source_of_its_own_layout(
                 )
             )
         found = torch.zeros_like(whole)
-        options: dict[str, Any] = {"tensors": {"w": found}, "shards": {"w": Shard((1024, 1024), (0, 0))}}
+        options: dict[str, Any] = {
+            "tensors": {"w": found},
+            "shards": {"w": Shard((1024, 1024), (0, 0))},
+        }
         with pytest.raises(InvalidField, match="which rank to publish as is not known"):
             load(registry, new_engine(), model, publish="whole", **options)
         replica = Replica("whole", rank=0, world_size=1)

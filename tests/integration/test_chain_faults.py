@@ -1,4 +1,6 @@
-"""Members of a chain that are killed or stopped while they load from each other: real processes, real transfer engine."""
+"""Members of a chain that are killed or stopped while they load from each other: real processes,
+real transfer engine.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ from tests.integration.conftest import Processes, line_of
 from tests.support.waiting import wait_until
 
 
-def started(processes: Processes, count: int, pause_s: float) -> tuple[subprocess.Popen[str], list[subprocess.Popen[str]]]:
+def started(
+    processes: Processes, count: int, pause_s: float
+) -> tuple[subprocess.Popen[str], list[subprocess.Popen[str]]]:
     """A source of 32 MiB, and replicas, which all wait for a line."""
     nbytes = str(32 << 20)
     source = processes.start("-m", "tests.support.processes.source", "root", nbytes)
     replicas = [
-        processes.start("-m", "tests.support.processes.replica", f"r{number}", nbytes, str(pause_s)) for number in range(count)
+        processes.start("-m", "tests.support.processes.replica", f"r{number}", nbytes, str(pause_s))
+        for number in range(count)
     ]
     assert line_of(source) == "version 0\n"
     for replica in replicas:
@@ -55,7 +60,9 @@ def test_whichever_member_of_a_chain_dies_all_others_finish(
             assert line_of(replica).startswith("loaded 0 equal ")
 
 
-def test_a_herd_whose_source_ends_fails_in_time_and_says_so(processes: Processes, registry: Registry) -> None:
+def test_a_herd_whose_source_ends_fails_in_time_and_says_so(
+    processes: Processes, registry: Registry
+) -> None:
     source, replicas = started(processes, 2, 0.05)
     go(replicas[0])
     wait_until(lambda: bool(registry.ranks("r0")))  # so that the other one reads from it

@@ -1,9 +1,11 @@
-"""Hundreds of small loads while sources and replicas are killed, stopped, updated, evicted and started again with other weights.
+"""Hundreds of small loads while sources and replicas are killed, stopped, updated, evicted and
+started again with other weights.
 
-Seeded, and bounded in time. Each load ends in the words of one launch and version, or in an error of ours; none hangs, and nothing
-is left over. A long one, of 1,000 loads:
+Seeded, and bounded in time. Each load ends in the words of one launch and version, or in an error
+of ours; none hangs, and nothing is left over. A long one, of 1,000 loads:
 
-    CHAOS_LOADS=1000 CHAOS_SECONDS=3000 pytest tests/integration/test_chaos.py -s -o faulthandler_timeout=0
+    CHAOS_LOADS=1000 CHAOS_SECONDS=3000 pytest tests/integration/test_chaos.py -s -o
+    faulthandler_timeout=0
 """
 
 from __future__ import annotations
@@ -41,14 +43,20 @@ LOADS = int(os.environ.get("CHAOS_LOADS", "300"))
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
 PACE = Pace(64 << 10, 4, stall_s=0.3, patience_s=1.0, starve_s=0.5, check_s=0.05)
 SHARDED = "s"  # an instance whose two ranks hold rows, all in one process
-REPLICAS = {"r0": "0.02", "r1": "0.1"}  # and how long each waits after everything that comes, as over a slow link
+REPLICAS = {
+    "r0": "0.02",
+    "r1": "0.1",
+}  # and how long each waits after everything that comes, as over a slow link
 
 
 class Monkey:
-    """Three sources, an instance of two ranks and two replicas. Something happens to one of them every now and then; what has died
-    is started again."""
+    """Three sources, an instance of two ranks and two replicas. Something happens to one of them
+    every now and then; what has died is started again.
+    """
 
-    def __init__(self, processes: Processes, etcd: LocalEtcd, registry: Registry, seed: int) -> None:
+    def __init__(
+        self, processes: Processes, etcd: LocalEtcd, registry: Registry, seed: int
+    ) -> None:
         self._processes = processes
         self._etcd = etcd
         self._registry = registry
@@ -78,16 +86,25 @@ class Monkey:
             process.wait()
 
     def _start(self, name: str) -> None:
-        """With the weights of one of two launches, both of version 0. Its rank may be taken until the lease of the one before has
-        expired: then it ends, and is started again next time."""
+        """With the weights of one of two launches, both of version 0. Its rank may be taken until
+        the lease of the one before has expired: then it ends, and is started again next time.
+        """
         launch = self._random.choice("112")
-        program = "tests.support.processes.shards" if name == SHARDED else "tests.support.processes.source"
-        self._sources[name] = self._processes.start("-m", program, name, str(NBYTES), "127.0.0.1", "2", launch)
+        program = (
+            "tests.support.processes.shards"
+            if name == SHARDED
+            else "tests.support.processes.source"
+        )
+        self._sources[name] = self._processes.start(
+            "-m", program, name, str(NBYTES), "127.0.0.1", "2", launch
+        )
         with suppress(AssertionError):
             line_of(self._sources[name])
 
     def _start_replica(self, name: str) -> None:
-        process = self._processes.start("-m", "tests.support.processes.replica", name, str(NBYTES), REPLICAS[name])
+        process = self._processes.start(
+            "-m", "tests.support.processes.replica", name, str(NBYTES), REPLICAS[name]
+        )
         self._replicas[name] = process
         threading.Thread(target=self._follow, args=(process,), daemon=True).start()
 
@@ -108,8 +125,14 @@ class Monkey:
 
     def _run(self) -> None:
         faults: list[Callable[[str], None]] = [
-            self._kill, self._stop, self._update, self._update_for_long, self._evict, self._replace_replica, self._restart_etcd,
-        ]  # fmt: skip
+            self._kill,
+            self._stop,
+            self._update,
+            self._update_for_long,
+            self._evict,
+            self._replace_replica,
+            self._restart_etcd,
+        ]
         weights = [4, 4, 6, 3, 3, 4, 1]
         while not self._over.wait(self._random.uniform(0.0, 0.4)):
             for name, process in self._sources.items():
@@ -136,7 +159,9 @@ class Monkey:
         self._say(name, "\n")
 
     def _update_for_long(self, name: str) -> None:
-        """As a rule it ends; else the source is killed in the middle, and comes back under the same version."""
+        """As a rule it ends; else the source is killed in the middle, and comes back under the same
+        version.
+        """
         self._say(name, "begin\n")
         self._over.wait(self._random.uniform(0.0, 1.5))
         if self._random.random() < 0.4:
@@ -169,7 +194,9 @@ class Monkey:
 
 
 def held() -> Counter[str]:
-    """This process's threads, and what its descriptors lead to, without the numbers that tell one from another."""
+    """This process's threads, and what its descriptors lead to, without the numbers that tell one
+    from another.
+    """
     names = [f"thread {thread.name}" for thread in threading.enumerate()]
     for name in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):
@@ -185,12 +212,23 @@ def open_sockets() -> list[str]:
     """This process's lines of the kernel's tables: kind, addresses, state, inode."""
     links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     inodes = {link[len("socket:[") : -1] for link in links if link.startswith("socket:")}
-    tables = {kind: Path("/proc/self/net", kind).read_text().splitlines() for kind in ("tcp", "tcp6", "unix", "netlink", "udp")}
-    return [f"{kind} {line}" for kind, lines in tables.items() for line in lines if inodes & set(line.split())]
+    tables = {
+        kind: Path("/proc/self/net", kind).read_text().splitlines()
+        for kind in ("tcp", "tcp6", "unix", "netlink", "udp")
+    }
+    return [
+        f"{kind} {line}"
+        for kind, lines in tables.items()
+        for line in lines
+        if inodes & set(line.split())
+    ]
 
 
 class Loads:
-    """Loads of all kinds. Each gives whose its words are, and the version that it says they have."""
+    """Loads of all kinds.
+
+    Each gives whose its words are, and the version that it says they have.
+    """
 
     def __init__(self, registry: Registry, engine: MooncakeEngine) -> None:
         self._registry = registry
@@ -209,30 +247,65 @@ class Loads:
 
     def _one(self, wanted: object, **options: object) -> tuple[Origin, int]:
         tensors = empty(NBYTES)
-        report = load(self._registry, self._engine, wanted, rank=0, tensors=tensors, pace=PACE, timeout_s=1.0, **options)  # type: ignore[arg-type]
+        report = load(
+            self._registry,
+            self._engine,
+            wanted,  # type: ignore[arg-type]
+            rank=0,
+            tensors=tensors,
+            pace=PACE,
+            timeout_s=1.0,
+            **options,  # type: ignore[arg-type]
+        )
         if report.publication is not None:
             report.publication.close()
         return the_origin(origins_of_bytes(tensors)), report.version
 
     def _instance(self) -> tuple[Origin, int]:
         tensors = empty(NBYTES)
-        reports = load_instance(self._registry, self._engine, MODEL, tensors={0: tensors}, timeout_s=1.0)
+        reports = load_instance(
+            self._registry, self._engine, MODEL, tensors={0: tensors}, timeout_s=1.0
+        )
         return the_origin(origins_of_bytes(tensors)), reports[0].version
 
     def _full(self) -> tuple[Origin, int]:
         """Of several files, each a load of its own."""
         with tempfile.TemporaryDirectory() as name:
             with WholeFiles(Path(name)) as files:
-                report = load_full(self._registry, self._engine, MODEL, files=files, max_file_nbytes=NBYTES // 3, timeout_s=1.0)
-            found = {key: tensor for path in Path(name).glob("*.safetensors") for key, tensor in load_file(path).items()}
-        return the_origin(origins_of_bytes({key: found[key] for key in empty(NBYTES)})), report.version
+                report = load_full(
+                    self._registry,
+                    self._engine,
+                    MODEL,
+                    files=files,
+                    max_file_nbytes=NBYTES // 3,
+                    timeout_s=1.0,
+                )
+            found = {
+                key: tensor
+                for path in Path(name).glob("*.safetensors")
+                for key, tensor in load_file(path).items()
+            }
+        return the_origin(
+            origins_of_bytes({key: found[key] for key in empty(NBYTES)})
+        ), report.version
 
     def _reshard(self) -> tuple[Origin, int]:
-        """Half the columns of rows that two ranks hold, so each of them gives a half of every byte."""
+        """Half the columns of rows that two ranks hold, so each of them gives half of them."""
         rows, columns = shards_process.shape_of(NBYTES)
         half = torch.zeros(rows, columns // 2, dtype=torch.int64)
-        tensors, shards = {shards_process.NAME: half}, {shards_process.NAME: Shard((rows, columns), (0, columns // 2))}
-        report = load(self._registry, self._engine, SHARDED, tensors=tensors, shards=shards, pace=PACE, timeout_s=1.0)
+        tensors, shards = (
+            {shards_process.NAME: half},
+            {shards_process.NAME: Shard((rows, columns), (0, columns // 2))},
+        )
+        report = load(
+            self._registry,
+            self._engine,
+            SHARDED,
+            tensors=tensors,
+            shards=shards,
+            pace=PACE,
+            timeout_s=1.0,
+        )
         places = torch.arange(rows * columns).view(rows, columns)[:, columns // 2 :]
         return the_origin(origins(half, places)), report.version
 
@@ -241,7 +314,9 @@ class Loads:
 def test_every_load_ends_in_one_launch_and_version_or_a_typed_error_and_leaves_nothing_behind(
     own_etcd: LocalEtcd, namespace: str
 ) -> None:
-    processes = Processes({**os.environ, "ENGINES_ETCD": own_etcd.endpoint, "TEST_NAMESPACE": namespace})
+    processes = Processes(
+        {**os.environ, "ENGINES_ETCD": own_etcd.endpoint, "TEST_NAMESPACE": namespace}
+    )
     outcomes: Counter[str] = Counter()
     choose = random.Random(SEED)
     with MooncakeEngine("127.0.0.1"):
@@ -271,7 +346,9 @@ def test_every_load_ends_in_one_launch_and_version_or_a_typed_error_and_leaves_n
         assert sum(count for kind, count in outcomes.items() if kind.startswith("loaded")) > 0
         assert sum(monkey.done.values()) > 3
         assert not [*engine._served, *engine._lent]
-        wait_until(lambda: not registry._etcd.snapshot("/pulls/").items, 40)  # those that could not be given back expire
+        wait_until(
+            lambda: not registry._etcd.snapshot("/pulls/").items, 40
+        )  # those that could not be given back expire
     processes.end()
     with suppress(TimeoutError):
         wait_until(lambda: not left_over(before), 20)
@@ -280,7 +357,9 @@ def test_every_load_ends_in_one_launch_and_version_or_a_typed_error_and_leaves_n
 
 @contextmanager
 def hang_guard(kind: str) -> Iterator[None]:
-    """Far longer than anything is waited for: an etcd that is away, a silent source, tries of a torn read of all files."""
+    """Far longer than anything is waited for: an etcd that is away, a silent source, tries of a
+    torn read of all files.
+    """
     start = time.monotonic()
     yield
     assert time.monotonic() - start < 60, kind

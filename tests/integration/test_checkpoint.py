@@ -1,4 +1,6 @@
-"""`EngineReader` in one process: running ranks as a checkpoint of torch's, and what a user sees where they are none."""
+"""`EngineReader` in one process: running ranks as a checkpoint of torch's, and what a user sees
+where they are none.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,24 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from engine_loader import EngineReader, InProcessEngine, MooncakeEngine, Publication, Shard, publish, publish_state_dict
+from engine_loader import (
+    EngineReader,
+    InProcessEngine,
+    MooncakeEngine,
+    Publication,
+    Shard,
+    publish,
+    publish_state_dict,
+)
 from engine_loader import errors as loader_errors
-from engine_loader.errors import DigestMismatch, LoaderError, SourceLost, SourceUnreachable, TornRead, WeightsMismatch
+from engine_loader.errors import (
+    DigestMismatch,
+    LoaderError,
+    SourceLost,
+    SourceUnreachable,
+    TornRead,
+    WeightsMismatch,
+)
 from engine_registry import Manifest, ModelIdentity, RankRecord, Registry
 from engine_registry import errors as registry_errors
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound
@@ -34,7 +51,9 @@ from tests.integration.test_failover import NBYTES, PACE, Sources, at_half
 from tests.support.engines import Interrupted
 from tests.support.processes.source import content, empty
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch warns whoever loads without a job
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled"
+)  # torch warns whoever loads without a job
 
 StateDict = dict[str, Any]
 
@@ -51,8 +70,16 @@ def offer(stack: ExitStack, registry: Registry) -> Callable[..., Publication]:
 
     def offer(state_dict: StateDict, **options: Any) -> Publication:
         engine = stack.enter_context(InProcessEngine())
-        defaults: StateDict = {"instance": "a", "rank": 0, "world_size": 1, "model": ModelIdentity("m"), "ttl_s": 3.0}
-        return stack.enter_context(publish_state_dict(registry, engine, state_dict, **{**defaults, **options}))
+        defaults: StateDict = {
+            "instance": "a",
+            "rank": 0,
+            "world_size": 1,
+            "model": ModelIdentity("m"),
+            "ttl_s": 3.0,
+        }
+        return stack.enter_context(
+            publish_state_dict(registry, engine, state_dict, **{**defaults, **options})
+        )
 
     return offer
 
@@ -71,14 +98,26 @@ def why(state_dict: StateDict, reader: EngineReader, **options: Any) -> Exceptio
     return exc
 
 
-# -- what comes ------------------------------------------------------------------------------------------------------------------
+# -- what comes
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_nested_state_dict_comes_back_with_all_its_values(registry: Registry, offer: Callable[..., Publication]) -> None:
+def test_a_nested_state_dict_comes_back_with_all_its_values(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
     values = {
-        "step": 7, "lr": 1e-3, "name": "a ✓", "betas": (0.9, 0.999), "raw": b"\x00\xff", "none": None, "flags": [True, [1, ""]],
-    }  # fmt: skip
-    weights: StateDict = {"w": torch.rand(4, 3), "blocks": [{"b": torch.rand(2)}, {"b": torch.rand(5)}]}
+        "step": 7,
+        "lr": 1e-3,
+        "name": "a ✓",
+        "betas": (0.9, 0.999),
+        "raw": b"\x00\xff",
+        "none": None,
+        "flags": [True, [1, ""]],
+    }
+    weights: StateDict = {
+        "w": torch.rand(4, 3),
+        "blocks": [{"b": torch.rand(2)}, {"b": torch.rand(5)}],
+    }
     offer({"model": weights, "train": values, "scale": torch.tensor(2.5)})
     found: StateDict = {
         "model": {"w": torch.zeros(4, 3), "blocks": [{"b": torch.zeros(2)}, {"b": torch.zeros(5)}]},
@@ -92,13 +131,25 @@ def test_a_nested_state_dict_comes_back_with_all_its_values(registry: Registry, 
     assert found["scale"] == 2.5
 
 
-def test_parts_on_several_ranks_are_put_together_in_one_read(registry: Registry, offer: Callable[..., Publication]) -> None:
+def test_parts_on_several_ranks_are_put_together_in_one_read(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
     whole, columns = torch.rand(7, 4), torch.rand(6, 5)
     for rank, (low, high) in enumerate(((0, 3), (3, 7))):
         tensors = {"w": whole[low:high].clone(), "c": columns[:, 2 * rank : 2 + 3 * rank].clone()}
         shards = {"w": Shard((7, 4), (low, 0)), "c": Shard((6, 5), (0, 2 * rank))}
-        offer({**tensors, f"only.{rank}": torch.full((2,), rank)}, rank=rank, world_size=2, shards=shards)
-    found = {"w": torch.zeros(7, 4), "c": torch.zeros(6, 5), "only.0": torch.zeros(2).long(), "only.1": torch.zeros(2).long()}
+        offer(
+            {**tensors, f"only.{rank}": torch.full((2,), rank)},
+            rank=rank,
+            world_size=2,
+            shards=shards,
+        )
+    found = {
+        "w": torch.zeros(7, 4),
+        "c": torch.zeros(6, 5),
+        "only.0": torch.zeros(2).long(),
+        "only.1": torch.zeros(2).long(),
+    }
     reader = reader_of(registry)
     dcp_load(found, storage_reader=reader, no_dist=True)
     assert torch.equal(found["w"], whole)
@@ -108,7 +159,9 @@ def test_parts_on_several_ranks_are_put_together_in_one_read(registry: Registry,
     assert (report.tensors, report.nbytes) == (4, sum(tensor.nbytes for tensor in found.values()))
 
 
-def test_only_the_keys_that_are_wanted_are_read(registry: Registry, offer: Callable[..., Publication]) -> None:
+def test_only_the_keys_that_are_wanted_are_read(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
     offer({"model": {"a": torch.ones(1000), "b": torch.ones(10)}, "step": 3})
     reader = reader_of(registry)
     found = {"model": {"b": torch.zeros(10)}}
@@ -117,14 +170,23 @@ def test_only_the_keys_that_are_wanted_are_read(registry: Registry, offer: Calla
     assert [report.read_nbytes for report in reader.reports] == [40]
 
 
-def test_a_partial_load_leaves_alone_what_the_source_lacks(registry: Registry, offer: Callable[..., Publication]) -> None:
+def test_a_partial_load_leaves_alone_what_the_source_lacks(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
     offer({"a": torch.ones(3)})
     found = {"a": torch.zeros(3), "head": torch.full((2,), 5.0), "epoch": 9}
-    dcp_load(found, storage_reader=reader_of(registry), no_dist=True, planner=DefaultLoadPlanner(allow_partial_load=True))
+    dcp_load(
+        found,
+        storage_reader=reader_of(registry),
+        no_dist=True,
+        planner=DefaultLoadPlanner(allow_partial_load=True),
+    )
     assert (found["a"].tolist(), found["head"].tolist(), found["epoch"]) == ([1, 1, 1], [5, 5], 9)  # type: ignore[attr-defined]
 
 
-def test_values_alone_are_read_from_etcd_without_a_transfer(registry: Registry, offer: Callable[..., Publication]) -> None:
+def test_values_alone_are_read_from_etcd_without_a_transfer(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
     offer({"step": 3, "w": torch.ones(3)})
     found, reader = {"step": 0}, reader_of(registry)
     dcp_load(found, storage_reader=reader, no_dist=True)
@@ -142,7 +204,9 @@ def test_a_tensor_that_does_not_lie_in_one_run_is_filled_by_way_of_a_buffer(
 
 
 class InAnotherDtype(DefaultLoadPlanner):
-    """Has the reader fill tensors of its own, part by part, and puts them into the caller's when they have come."""
+    """Has the reader fill tensors of its own, part by part, and puts them into the caller's when
+    they have come.
+    """
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         tensor: torch.Tensor = super().resolve_tensor(read_item)
@@ -157,14 +221,21 @@ def test_a_planner_that_puts_other_tensors_in_place_gets_those_filled(
 ) -> None:
     whole = torch.rand(7, 4)
     for rank, (low, high) in enumerate(((0, 3), (3, 7))):
-        offer({"w": whole[low:high].clone()}, rank=rank, world_size=2, shards={"w": Shard((7, 4), (low, 0))})
+        offer(
+            {"w": whole[low:high].clone()},
+            rank=rank,
+            world_size=2,
+            shards={"w": Shard((7, 4), (low, 0))},
+        )
     found, reader = {"w": torch.zeros(7, 4, dtype=torch.float64)}, reader_of(registry)
     dcp_load(found, storage_reader=reader, no_dist=True, planner=InAnotherDtype())
     assert torch.equal(found["w"], whole.double())
     assert {report.version for report in reader.reports} == {0}
 
 
-def test_a_checkpoint_id_is_the_name_of_another_instance(registry: Registry, offer: Callable[..., Publication]) -> None:
+def test_a_checkpoint_id_is_the_name_of_another_instance(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
     for value, instance in enumerate(("a", "b")):
         offer({"w": torch.full((3,), value)}, instance=instance)
     found = {"w": torch.zeros(3, dtype=torch.int64)}
@@ -188,22 +259,37 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch uses what it deprecates
-def test_model_and_optimizer_go_on_where_those_of_the_source_are(registry: Registry, offer: Callable[..., Publication]) -> None:
+def test_model_and_optimizer_go_on_where_those_of_the_source_are(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
     model, optimizer = trained()
-    offer({"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer), "epoch": 2})
+    offer(
+        {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+            "epoch": 2,
+        }
+    )
     ours = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5))
     our_optimizer = torch.optim.AdamW(ours.parameters(), lr=0.5)
-    found: StateDict = {"model": get_model_state_dict(ours), "optimizer": get_optimizer_state_dict(ours, our_optimizer), "epoch": 0}
+    found: StateDict = {
+        "model": get_model_state_dict(ours),
+        "optimizer": get_optimizer_state_dict(ours, our_optimizer),
+        "epoch": 0,
+    }
     dcp_load(found, storage_reader=reader_of(registry), no_dist=True)
     set_model_state_dict(ours, found["model"])
     set_optimizer_state_dict(ours, our_optimizer, found["optimizer"])
     assert (our_optimizer.param_groups[0]["lr"], found["epoch"]) == (0.125, 2)
     for one, other in ((model, optimizer), (ours, our_optimizer)):
         step(one, other)
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), model.parameters(), strict=True)
+    )
 
 
-# -- tensors without a box -------------------------------------------------------------------------------------------------------
+# -- tensors without a box
+# --------------------------------------------------------------------------------------------------
 
 
 def opaque(stack: ExitStack, registry: Registry, world_size: int) -> None:
@@ -211,31 +297,55 @@ def opaque(stack: ExitStack, registry: Registry, world_size: int) -> None:
         engine = stack.enter_context(InProcessEngine())
         stack.enter_context(
             publish(
-                registry, engine, instance="a", rank=rank, world_size=world_size, model=ModelIdentity("m"),
+                registry,
+                engine,
+                instance="a",
+                rank=rank,
+                world_size=world_size,
+                model=ModelIdentity("m"),
                 tensors={"w": torch.full((3 + rank,), float(rank))},
             )
-        )  # fmt: skip
+        )
 
 
-def test_a_tensor_without_a_box_comes_from_the_rank_that_is_named(registry: Registry, stack: ExitStack) -> None:
+def test_a_tensor_without_a_box_comes_from_the_rank_that_is_named(
+    registry: Registry, stack: ExitStack
+) -> None:
     opaque(stack, registry, 2)
     found = {"w": torch.zeros(4)}
     dcp_load(found, storage_reader=reader_of(registry, rank=1), no_dist=True)
     assert found["w"].tolist() == [1, 1, 1, 1]
 
 
-def test_for_a_tensor_without_a_box_no_other_rank_has_to_be_in_reach(registry: Registry, stack: ExitStack) -> None:
-    island, mainland, here = (stack.enter_context(InProcessEngine(fabric=name)) for name in ("island", "mainland", "mainland"))
+def test_for_a_tensor_without_a_box_no_other_rank_has_to_be_in_reach(
+    registry: Registry, stack: ExitStack
+) -> None:
+    island, mainland, here = (
+        stack.enter_context(InProcessEngine(fabric=name))
+        for name in ("island", "mainland", "mainland")
+    )
     for rank, engine in enumerate((island, mainland)):
         stack.enter_context(
-            publish(registry, engine, instance="a", rank=rank, world_size=2, model=ModelIdentity("m"), tensors={"w": torch.ones(3)})
+            publish(
+                registry,
+                engine,
+                instance="a",
+                rank=rank,
+                world_size=2,
+                model=ModelIdentity("m"),
+                tensors={"w": torch.ones(3)},
+            )
         )
     found = {"w": torch.zeros(3)}
-    dcp_load(found, storage_reader=EngineReader(registry, here, "a", rank=1, timeout_s=5), no_dist=True)
+    dcp_load(
+        found, storage_reader=EngineReader(registry, here, "a", rank=1, timeout_s=5), no_dist=True
+    )
     assert found["w"].all()
 
 
-def test_a_tensor_without_a_box_is_not_guessed_where_the_job_is_of_another_size(registry: Registry, stack: ExitStack) -> None:
+def test_a_tensor_without_a_box_is_not_guessed_where_the_job_is_of_another_size(
+    registry: Registry, stack: ExitStack
+) -> None:
     opaque(stack, registry, 2)
     exc = why({"w": torch.zeros(3)}, reader_of(registry))
     assert isinstance(exc, WeightsMismatch)
@@ -243,7 +353,8 @@ def test_a_tensor_without_a_box_is_not_guessed_where_the_job_is_of_another_size(
     assert "say `rank`" in str(exc)
 
 
-# -- what a user sees ------------------------------------------------------------------------------------------------------------
+# -- what a user sees
+# --------------------------------------------------------------------------------------------------
 
 
 def test_an_instance_that_is_not_there_is_the_error_and_nothing_else_is_logged(
@@ -253,10 +364,14 @@ def test_an_instance_that_is_not_there_is_the_error_and_nothing_else_is_logged(
         exc = why({"w": torch.zeros(3)}, reader_of(registry, timeout_s=0.1))
     assert isinstance(exc, InstanceNotFound)
     assert "a" in str(exc)
-    assert not [record for record in caplog.records if not record.name.startswith("c10d-NullHandler")]
+    assert not [
+        record for record in caplog.records if not record.name.startswith("c10d-NullHandler")
+    ]
 
 
-def test_metadata_that_could_not_be_read_are_an_error_where_they_are_looked_at(registry: Registry) -> None:
+def test_metadata_that_could_not_be_read_are_an_error_where_they_are_looked_at(
+    registry: Registry,
+) -> None:
     metadata = reader_of(registry, timeout_s=0.1).read_metadata()
     with pytest.raises(InstanceNotFound):
         print(metadata.state_dict_metadata)
@@ -274,7 +389,9 @@ def test_a_missing_rank_is_named(registry: Registry, offer: Callable[..., Public
     assert "missing rank 1 of 2" in str(exc)
 
 
-def test_an_instance_that_cannot_be_reached_says_why(registry: Registry, offer: Callable[..., Publication]) -> None:
+def test_an_instance_that_cannot_be_reached_says_why(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
     offer({"w": torch.ones(3)})
     with MooncakeEngine("127.0.0.1") as engine:
         exc = why({"w": torch.zeros(3)}, EngineReader(registry, engine, "a", timeout_s=5))
@@ -302,7 +419,10 @@ def test_a_rank_that_leaves_before_its_manifest_is_read_is_told_as_lost(
     ("found", "said"),
     [
         ({"v": torch.zeros(3)}, "Missing key in checkpoint state_dict: v"),
-        ({"w": torch.zeros(4)}, r"Size mismatch between saved torch.Size([3]) and current: torch.Size([4]) for w"),
+        (
+            {"w": torch.zeros(4)},
+            r"Size mismatch between saved torch.Size([3]) and current: torch.Size([4]) for w",
+        ),
         ({"w": torch.zeros(3).half()}, "w: dtype float32 in the source, float16 here"),
         ({"w": 3}, "Invalid checkpoint metadata for w"),
     ],
@@ -336,23 +456,34 @@ def test_a_value_that_this_version_cannot_read_is_named(
     reader = reader_of(registry)
     manifest = registry.manifest
     newer = {"when": {"date": "today"}}
-    monkeypatch.setattr(registry, "manifest", lambda record: replace(manifest(record), values=newer))
-    assert "the value 'when' of a cannot be read: a value has the unknown tag 'date'" in str(why({"when": 0}, reader))
+    monkeypatch.setattr(
+        registry, "manifest", lambda record: replace(manifest(record), values=newer)
+    )
+    assert "the value 'when' of a cannot be read: a value has the unknown tag 'date'" in str(
+        why({"when": 0}, reader)
+    )
 
 
 def errors_of(module: Any, base: type[Exception]) -> list[type[Exception]]:
-    return [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, base)]
+    return [
+        kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, base)
+    ]
 
 
 @pytest.mark.parametrize(
-    "kind", [*errors_of(loader_errors, LoaderError), *errors_of(registry_errors, registry_errors.RegistryError)]
+    "kind",
+    [
+        *errors_of(loader_errors, LoaderError),
+        *errors_of(registry_errors, registry_errors.RegistryError),
+    ],
 )
 def test_every_error_can_be_sent_to_the_other_processes_of_the_job(kind: Any) -> None:
     sent = pickle.loads(pickle.dumps(kind("what happened", key="k")))  # noqa: S301  (as torch sends them)
     assert (type(sent), str(sent), sent.details) == (kind, "what happened", {"key": "k"})
 
 
-# -- while it reads --------------------------------------------------------------------------------------------------------------
+# -- while it reads
+# --------------------------------------------------------------------------------------------------
 
 
 class Meanwhile(DefaultLoadPlanner):
@@ -400,18 +531,29 @@ def test_in_a_job_a_load_that_an_update_overtakes_is_an_error_and_never_a_mix(
             pass
 
     found = {"w": torch.zeros(1000)}
-    exc = why(found, OneOfTwo(registry, InProcessEngine(), "a", timeout_s=5), planner=Meanwhile(update))
+    exc = why(
+        found, OneOfTwo(registry, InProcessEngine(), "a", timeout_s=5), planner=Meanwhile(update)
+    )
     assert isinstance(exc, TornRead)
-    assert "changed after this load had begun (the weights that were wanted are not served any more: a has been updated" in str(exc)
+    assert (
+        "changed after this load had begun (the weights that were wanted are not served any "
+        "more: a has been updated" in str(exc)
+    )
     assert not found["w"].any()
 
 
-def test_the_processes_of_a_job_read_the_newest_version_that_any_has_seen(registry: Registry) -> None:
-    plans = reader_of(registry).prepare_global_plan([LoadPlan([], storage_data=version) for version in (3, 5, 4)])
+def test_the_processes_of_a_job_read_the_newest_version_that_any_has_seen(
+    registry: Registry,
+) -> None:
+    plans = reader_of(registry).prepare_global_plan(
+        [LoadPlan([], storage_data=version) for version in (3, 5, 4)]
+    )
     assert [plan.storage_data for plan in plans] == [5, 5, 5]
 
 
-def test_digests_are_compared_if_wanted(registry: Registry, offer: Callable[..., Publication]) -> None:
+def test_digests_are_compared_if_wanted(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
     weights = {"w": torch.ones(8), "v": torch.ones(8)}
     offer(weights, digests=True)
     found = {"w": torch.zeros(8), "v": torch.zeros(8)}
@@ -426,23 +568,37 @@ def test_a_source_that_withdraws_in_the_middle_is_done_without(
     registry: Registry, offer: Callable[..., Publication], stack: ExitStack
 ) -> None:
     wanted = {f"t{number}": torch.rand(1 << 20) for number in range(8)}
-    publications = [offer({name: one.clone() for name, one in wanted.items()}, instance=name) for name in ("a", "b")]
+    publications = [
+        offer({name: one.clone() for name, one in wanted.items()}, instance=name)
+        for name in ("a", "b")
+    ]
     engine = stack.enter_context(Interrupted(publications[0].close, at=2))
     found = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
     reader = EngineReader(registry, engine, ["a", "b"], timeout_s=5)
     dcp_load(found, storage_reader=reader, no_dist=True)
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
-    assert {share.name for share in reader.reports[0].shares if share.nbytes and not share.error} == {"/engines/b/0"}
+    assert {
+        share.name for share in reader.reports[0].shares if share.nbytes and not share.error
+    } == {"/engines/b/0"}
 
 
-def test_a_source_process_that_is_killed_in_the_middle_is_done_without(registry: Registry, processes: Processes) -> None:
+def test_a_source_process_that_is_killed_in_the_middle_is_done_without(
+    registry: Registry, processes: Processes
+) -> None:
     sources = Sources(registry, processes)
     sources.start("a", "b")
     found = empty(NBYTES)
     with MooncakeEngine("127.0.0.1") as engine:
         reader = EngineReader(
-            registry, engine, ["a", "b"], rank=0, pace=PACE, progress=at_half(lambda: sources.signal(signal.SIGKILL))
+            registry,
+            engine,
+            ["a", "b"],
+            rank=0,
+            pace=PACE,
+            progress=at_half(lambda: sources.signal(signal.SIGKILL)),
         )
         dcp_load(found, storage_reader=reader, no_dist=True)
     assert all(torch.equal(found[name], tensor) for name, tensor in content(0, NBYTES).items())
-    assert {share.name for share in reader.reports[0].shares if share.nbytes and not share.error} == {"/engines/b/0"}
+    assert {
+        share.name for share in reader.reports[0].shares if share.nbytes and not share.error
+    } == {"/engines/b/0"}

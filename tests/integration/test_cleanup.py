@@ -1,4 +1,6 @@
-"""What happens after a loss: eviction by one of several watchers, hooks, and ranks that leave without hurting their readers."""
+"""What happens after a loss: eviction by one of several watchers, hooks, and ranks that leave
+without hurting their readers.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ from tests.support.waiting import wait_until
 
 
 class Collected:
-    """Events of a cleaning watch, gathered by a thread; `wait_for` blocks until one of them is what the test waits for."""
+    """Events of a cleaning watch, gathered by a thread; `wait_for` blocks until one of them is what
+    the test waits for.
+    """
 
     def __init__(self, watch: CleaningWatch) -> None:
         self.events: list[Event | InstanceCleaned] = []
@@ -58,9 +62,13 @@ class Collected:
                 self.events.append(event)
                 self._changed.notify_all()
 
-    def wait_for(self, wanted: Callable[[Event | InstanceCleaned], bool], timeout_s: float = 20.0) -> Event | InstanceCleaned:
+    def wait_for(
+        self, wanted: Callable[[Event | InstanceCleaned], bool], timeout_s: float = 20.0
+    ) -> Event | InstanceCleaned:
         with self._changed:
-            assert self._changed.wait_for(lambda: any(map(wanted, self.events)), timeout_s), self.events
+            assert self._changed.wait_for(lambda: any(map(wanted, self.events)), timeout_s), (
+                self.events
+            )
             return next(filter(wanted, self.events))
 
     def join(self) -> None:
@@ -72,7 +80,9 @@ def watching(registry: Registry) -> Iterator[Callable[..., Collected]]:
     with ExitStack() as stack:
 
         def watch(grace_s: float, dry_run: bool = False) -> Collected:
-            cleaning = stack.enter_context(registry.cleaning_watch("a", grace_s=grace_s, dry_run=dry_run))
+            cleaning = stack.enter_context(
+                registry.cleaning_watch("a", grace_s=grace_s, dry_run=dry_run)
+            )
             collected = Collected(cleaning)
             stack.callback(collected.join)
             stack.callback(cleaning.stop)
@@ -82,7 +92,9 @@ def watching(registry: Registry) -> Iterator[Callable[..., Collected]]:
 
 
 def two_ranks(registry: Registry, stack: ExitStack) -> tuple[Registration, Registration]:
-    first, second = (stack.enter_context(register(registry, rank=rank, world_size=2)) for rank in range(2))
+    first, second = (
+        stack.enter_context(register(registry, rank=rank, world_size=2)) for rank in range(2)
+    )
     return first, second
 
 
@@ -90,7 +102,9 @@ def is_a(kind: type) -> Callable[[object], bool]:
     return lambda event: isinstance(event, kind)
 
 
-def test_what_a_lost_rank_leaves_is_evicted_once_by_three_watchers(registry: Registry, watching: Callable[..., Collected]) -> None:
+def test_what_a_lost_rank_leaves_is_evicted_once_by_three_watchers(
+    registry: Registry, watching: Callable[..., Collected]
+) -> None:
     with ExitStack() as stack:
         first, second = two_ranks(registry, stack)
         watchers = [watching(grace_s=0.3) for _ in range(3)]
@@ -98,14 +112,25 @@ def test_what_a_lost_rank_leaves_is_evicted_once_by_three_watchers(registry: Reg
             watcher.wait_for(is_a(InstanceReady))
         second.withdraw()
         for watcher in watchers:
-            watcher.wait_for(lambda event: isinstance(event, RankLost) and event.reason == "evicted")
-        cleaned = [event for watcher in watchers for event in watcher.events if isinstance(event, InstanceCleaned)]
-        assert [(event.lost.rank, [record.rank for record in event.evicted]) for event in cleaned] == [(1, [0])]
+            watcher.wait_for(
+                lambda event: isinstance(event, RankLost) and event.reason == "evicted"
+            )
+        cleaned = [
+            event
+            for watcher in watchers
+            for event in watcher.events
+            if isinstance(event, InstanceCleaned)
+        ]
+        assert [
+            (event.lost.rank, [record.rank for record in event.evicted]) for event in cleaned
+        ] == [(1, [0])]
         assert registry.instances() == ()
         assert first.record.rank == 0
 
 
-def test_a_dry_run_tells_and_evicts_nothing(registry: Registry, watching: Callable[..., Collected]) -> None:
+def test_a_dry_run_tells_and_evicts_nothing(
+    registry: Registry, watching: Callable[..., Collected]
+) -> None:
     with ExitStack() as stack:
         _, second = two_ranks(registry, stack)
         watcher = watching(grace_s=0.2, dry_run=True)
@@ -158,12 +183,18 @@ def test_ranks_of_a_new_launch_are_not_taken_for_what_the_old_one_left(
         assert not [event for event in watcher.events if isinstance(event, InstanceCleaned)]
 
 
-def test_the_next_watcher_evicts_when_the_leading_one_is_killed(registry: Registry, processes: Processes, namespace: str) -> None:
-    leader = processes.engines("watch", "a", "--namespace", namespace, "--cleanup", "--grace", "1", "--json")
+def test_the_next_watcher_evicts_when_the_leading_one_is_killed(
+    registry: Registry, processes: Processes, namespace: str
+) -> None:
+    leader = processes.engines(
+        "watch", "a", "--namespace", namespace, "--cleanup", "--grace", "1", "--json"
+    )
     with ExitStack() as stack:
         _, second = two_ranks(registry, stack)
         assert json.loads(line_of(leader))["event"] == "rank_joined"
-        follower = processes.engines("watch", "a", "--namespace", namespace, "--cleanup", "--grace", "1", "--json")
+        follower = processes.engines(
+            "watch", "a", "--namespace", namespace, "--cleanup", "--grace", "1", "--json"
+        )
         assert json.loads(line_of(follower))["event"] == "rank_joined"
         leader.kill()
         leader.wait()
@@ -187,7 +218,9 @@ def etcd(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Etcd]:
 def lose_a_rank_while_one_watches_that_is_then_killed(
     registry: Registry, etcd: Etcd, processes: Processes, namespace: str, lost: Registration
 ) -> None:
-    watch = processes.engines("watch", "a", "--namespace", namespace, "--cleanup", "--grace", "600", "--json")
+    watch = processes.engines(
+        "watch", "a", "--namespace", namespace, "--cleanup", "--grace", "600", "--json"
+    )
     while json.loads(line_of(watch))["event"] != "instance_ready":
         pass
     wait_for_leader(etcd)
@@ -199,14 +232,23 @@ def lose_a_rank_while_one_watches_that_is_then_killed(
 
 
 def test_a_watcher_that_starts_later_cleans_up_after_a_loss_that_another_saw(
-    registry: Registry, etcd: Etcd, processes: Processes, namespace: str, watching: Callable[..., Collected]
+    registry: Registry,
+    etcd: Etcd,
+    processes: Processes,
+    namespace: str,
+    watching: Callable[..., Collected],
 ) -> None:
     with ExitStack() as stack:
         first, second = two_ranks(registry, stack)
-        lose_a_rank_while_one_watches_that_is_then_killed(registry, etcd, processes, namespace, second)
+        lose_a_rank_while_one_watches_that_is_then_killed(
+            registry, etcd, processes, namespace, second
+        )
         cleaned = watching(grace_s=0.3).wait_for(is_a(InstanceCleaned))
         assert isinstance(cleaned, InstanceCleaned)
-        assert (cleaned.lost.incarnation, [record.rank for record in cleaned.evicted]) == (second.record.incarnation, [0])
+        assert (cleaned.lost.incarnation, [record.rank for record in cleaned.evicted]) == (
+            second.record.incarnation,
+            [0],
+        )
         assert registry.instances() == ()
         assert first.record.rank == 0
 
@@ -216,14 +258,18 @@ def test_what_a_watcher_noted_dooms_no_rank_of_a_later_launch(
 ) -> None:
     with ExitStack() as stack:
         first, second = two_ranks(registry, stack)
-        lose_a_rank_while_one_watches_that_is_then_killed(registry, etcd, processes, namespace, second)
+        lose_a_rank_while_one_watches_that_is_then_killed(
+            registry, etcd, processes, namespace, second
+        )
         first.withdraw()
         stack.enter_context(register(registry, rank=0, world_size=2))
         cleaning = stack.enter_context(registry.cleaning_watch("a", grace_s=0.3))
         reader = threading.Thread(target=lambda: seen.extend(cleaning))
         seen: list[Event | InstanceCleaned] = []
         reader.start()
-        wait_until(lambda: len(seen) == 2 and cleaning._grace.due is None)  # what it found degraded has been looked at
+        wait_until(
+            lambda: len(seen) == 2 and cleaning._grace.due is None
+        )  # what it found degraded has been looked at
         cleaning.stop()
         reader.join(20)
         assert not any(map(is_a(InstanceCleaned), seen))
@@ -316,10 +362,16 @@ def test_an_eviction_stops_when_the_missing_rank_comes_back_half_way(
         assert [record.rank for record in cleaned.evicted] == list(range(40))
 
 
-def test_elections_whose_names_begin_alike_do_not_wait_for_each_other(shared_etcd: LocalEtcd, namespace: str) -> None:
-    with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as etcd, ExitStack() as stack:
+def test_elections_whose_names_begin_alike_do_not_wait_for_each_other(
+    shared_etcd: LocalEtcd, namespace: str
+) -> None:
+    with (
+        closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as etcd,
+        ExitStack() as stack,
+    ):
         elections = [
-            stack.enter_context(Election(etcd.sibling(), name)) for name in ("cleanup/a.draft", "cleanup/a", "cleanup-all")
+            stack.enter_context(Election(etcd.sibling(), name))
+            for name in ("cleanup/a.draft", "cleanup/a", "cleanup-all")
         ]
         leaders = Follower(etcd, "/elections/", deadline=time.monotonic() + 10)
         assert any(len(etcd.snapshot("/elections/").items) == 3 for _ in leaders)
@@ -330,14 +382,19 @@ def test_hooks_get_each_event_and_a_failing_one_does_not_stop_the_watch(
     registry: Registry, processes: Processes, namespace: str, tmp_path: Path
 ) -> None:
     seen = tmp_path / "seen"
-    hook = f'echo "$ENGINES_EVENT $ENGINES_INSTANCE $ENGINES_RANK $ENGINES_REASON" >>{seen}; cat >>{seen}; echo >>{seen}; exit 3'
+    hook = (
+        f'echo "$ENGINES_EVENT $ENGINES_INSTANCE $ENGINES_RANK $ENGINES_REASON" >>{seen}; cat '
+        f">>{seen}; echo >>{seen}; exit 3"
+    )
     watch = processes.engines("watch", "--namespace", namespace, "--exec", hook)
     with register(registry):
         for _ in range(2):
             line_of(watch)
     for _ in range(2):
         line_of(watch)
-    wait_until(lambda: seen.exists() and len(seen.read_text().splitlines()) == 8)  # else the signal would keep some from running
+    wait_until(
+        lambda: seen.exists() and len(seen.read_text().splitlines()) == 8
+    )  # else the signal would keep some from running
     watch.send_signal(signal.SIGTERM)
     _, err = watch.communicate(timeout=20)
     assert watch.returncode == 0
@@ -346,14 +403,29 @@ def test_hooks_get_each_event_and_a_failing_one_does_not_stop_the_watch(
     assert lines[::2] == [
         "rank_joined a 0 ", "instance_ready a  ", "rank_lost a 0 withdrawn", "instance_gone a  ",
     ]  # fmt: skip
-    assert [json.loads(line)["event"] for line in lines[1::2]] == ["rank_joined", "instance_ready", "rank_lost", "instance_gone"]
+    assert [json.loads(line)["event"] for line in lines[1::2]] == [
+        "rank_joined",
+        "instance_ready",
+        "rank_lost",
+        "instance_gone",
+    ]
 
 
 @pytest.mark.parametrize("patient", [True, False])
-def test_a_draining_rank_waits_for_its_reader_but_not_for_ever(registry: Registry, patient: bool) -> None:
+def test_a_draining_rank_waits_for_its_reader_but_not_for_ever(
+    registry: Registry, patient: bool
+) -> None:
     source = {"w": torch.rand(1024)}
     target = {"w": torch.zeros(1024)}
-    publication = publish(registry, InProcessEngine(), instance="a", rank=0, world_size=1, tensors=source, model=ModelIdentity("m"))
+    publication = publish(
+        registry,
+        InProcessEngine(),
+        instance="a",
+        rank=0,
+        world_size=1,
+        tensors=source,
+        model=ModelIdentity("m"),
+    )
     reading, go_on = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -373,14 +445,23 @@ def test_a_draining_rank_waits_for_its_reader_but_not_for_ever(registry: Registr
     reader.start()
     assert reading.wait(20)
     drained: list[bool] = []
-    drainer = threading.Thread(target=lambda: drained.append(publication.drain(20.0 if patient else 0.2)))
+    drainer = threading.Thread(
+        target=lambda: drained.append(publication.drain(20.0 if patient else 0.2))
+    )
     with registry.watch("a") as watch:
         drainer.start()
         while registry.ranks("a") and registry.ranks("a")[0].state is not RankState.DRAINING:
             watch.next(0.05)
         if patient:
             with pytest.raises(InstanceIncomplete, match="rank 0 draining"):
-                load(registry, InProcessEngine(), "a", rank=0, tensors={"w": torch.zeros(1024)}, timeout_s=0.0)
+                load(
+                    registry,
+                    InProcessEngine(),
+                    "a",
+                    rank=0,
+                    tensors={"w": torch.zeros(1024)},
+                    timeout_s=0.0,
+                )
             assert drainer.is_alive()
         else:
             drainer.join(20)

@@ -1,4 +1,6 @@
-"""The command line as users and scripts meet it: real processes, their output, exit codes and signals."""
+"""The command line as users and scripts meet it: real processes, their output, exit codes and
+signals.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,17 @@ class Engines:
 
     def serve(self, path: Path, *args: str) -> subprocess.Popen[str]:
         process = self.start(
-            "register", "a", "--rank", "0", "--world-size", "1", "--weights", str(path), "--host", "127.0.0.1", *args
+            "register",
+            "a",
+            "--rank",
+            "0",
+            "--world-size",
+            "1",
+            "--weights",
+            str(path),
+            "--host",
+            "127.0.0.1",
+            *args,
         )
         assert line_of(process).startswith("registered a/0 of 1: 3 tensors")
         return process
@@ -58,7 +70,11 @@ class Engines:
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     path = tmp_path / "weights.safetensors"
-    tensors = {"w": torch.rand(100, 3), "b": torch.arange(7, dtype=torch.int16), "s": torch.tensor(1.5).to(torch.bfloat16)}
+    tensors = {
+        "w": torch.rand(100, 3),
+        "b": torch.arange(7, dtype=torch.int16),
+        "s": torch.tensor(1.5).to(torch.bfloat16),
+    }
     save_file(tensors, path)
     return path
 
@@ -73,30 +89,51 @@ def assert_one_line(result: subprocess.CompletedProcess[str], code: Exit, *words
         assert word in lines[0]
 
 
-def test_a_rank_served_from_a_file_is_listed_shown_loaded_and_withdrawn(engines: Engines, weights: Path, tmp_path: Path) -> None:
-    server = engines.serve(weights, "--model", "tiny", "--revision", "r1", "--topology", "tp=0/1", "--version", "3")
+def test_a_rank_served_from_a_file_is_listed_shown_loaded_and_withdrawn(
+    engines: Engines, weights: Path, tmp_path: Path
+) -> None:
+    server = engines.serve(
+        weights, "--model", "tiny", "--revision", "r1", "--topology", "tp=0/1", "--version", "3"
+    )
 
     listed = engines("list")
     assert listed.stdout.splitlines()[1].split()[:5] == ["a", "ready", "1/1", "tiny@r1", "3"]
     (instance,) = json.loads(engines("list", "--json").stdout)["instances"]
-    assert (instance["instance"], instance["state"], instance["missing"], instance["version"]) == ("a", "ready", [], 3)
+    assert (instance["instance"], instance["state"], instance["missing"], instance["version"]) == (
+        "a",
+        "ready",
+        [],
+        3,
+    )
 
     shown = json.loads(engines("show", "a", "--tensors", "--json").stdout)
     (rank,) = shown["ranks"]
     assert (rank["pid"], rank["topology"], rank["tensors"]) == (server.pid, {"tp": [0, 1]}, 3)
     assert {entry["name"]: (entry["dtype"], entry["shape"]) for entry in rank["entries"]} == {
-        "w": ("float32", [100, 3]), "b": ("int16", [7]), "s": ("bfloat16", []),
-    }  # fmt: skip
+        "w": ("float32", [100, 3]),
+        "b": ("int16", [7]),
+        "s": ("bfloat16", []),
+    }
     assert "bfloat16" in engines("show", "a", "--tensors").stdout
 
-    loaded = engines("load", "a", "--rank", "0", "--out", str(tmp_path / "out"), "--host", "127.0.0.1", "--json")
+    loaded = engines(
+        "load", "a", "--rank", "0", "--out", str(tmp_path / "out"), "--host", "127.0.0.1", "--json"
+    )
     report = json.loads(loaded.stdout)
     assert (report["version"], report["tensors"], report["protocol"]) == (3, 3, "tcp")
     assert loaded.stderr == ""
     original, copy = load_file(weights), load_file(tmp_path / "out" / "rank-0.safetensors")
     assert original.keys() == copy.keys()
-    assert all(torch.equal(original[name], copy[name]) and original[name].dtype == copy[name].dtype for name in original)
-    assert_one_line(engines("load", "a", "--rank", "0", "--out", str(tmp_path / "out")), Exit.USAGE, "there already", "--force")
+    assert all(
+        torch.equal(original[name], copy[name]) and original[name].dtype == copy[name].dtype
+        for name in original
+    )
+    assert_one_line(
+        engines("load", "a", "--rank", "0", "--out", str(tmp_path / "out")),
+        Exit.USAGE,
+        "there already",
+        "--force",
+    )
 
     server.send_signal(signal.SIGTERM)
     out, err = server.communicate(timeout=20)
@@ -104,14 +141,38 @@ def test_a_rank_served_from_a_file_is_listed_shown_loaded_and_withdrawn(engines:
     assert engines("list").stdout == "no instance is registered\n"
 
 
-def test_register_from_peers_copies_what_runs_and_else_reads_the_files(engines: Engines, weights: Path, tmp_path: Path) -> None:
+def test_register_from_peers_copies_what_runs_and_else_reads_the_files(
+    engines: Engines, weights: Path, tmp_path: Path
+) -> None:
     def register_b(*args: str) -> list[str]:
-        return ["b", "--rank", "0", "--world-size", "1", "--weights", str(weights), "--host", "127.0.0.1", "--from-peers", *args]
+        return [
+            "b",
+            "--rank",
+            "0",
+            "--world-size",
+            "1",
+            "--weights",
+            str(weights),
+            "--host",
+            "127.0.0.1",
+            "--from-peers",
+            *args,
+        ]
 
     first = engines.serve(weights, "--from-peers", "--model", "m")
     second = engines.start("register", *register_b("--model", "m"))
     assert line_of(second).endswith(" (tcp), copied from a/0; Ctrl-C withdraws\n")
-    loaded = engines("load", "b", "--rank", "0", "--host", "127.0.0.1", "--out", str(tmp_path / "out"), "--verify")
+    loaded = engines(
+        "load",
+        "b",
+        "--rank",
+        "0",
+        "--host",
+        "127.0.0.1",
+        "--out",
+        str(tmp_path / "out"),
+        "--verify",
+    )
     assert loaded.returncode == Exit.DONE, loaded.stderr
     found, wanted = load_file(tmp_path / "out" / "rank-0.safetensors"), load_file(weights)
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
@@ -122,10 +183,16 @@ def test_register_from_peers_copies_what_runs_and_else_reads_the_files(engines: 
 
 
 @pytest.mark.parametrize("how", [(), ("--from-peers",)], ids=["plain", "from peers"])
-def test_a_folder_is_served_as_its_index_says(engines: Engines, tmp_path: Path, how: tuple[str, ...]) -> None:
+def test_a_folder_is_served_as_its_index_says(
+    engines: Engines, tmp_path: Path, how: tuple[str, ...]
+) -> None:
     folder, out = tmp_path / "folder", tmp_path / "out"
     (folder / "sub").mkdir(parents=True)
-    base = {"a": torch.rand(5), "b": torch.rand(5), "c": torch.arange(12).to(torch.uint8).view(torch.float4_e2m1fn_x2).view(2, 6)}
+    base = {
+        "a": torch.rand(5),
+        "b": torch.rand(5),
+        "c": torch.arange(12).to(torch.uint8).view(torch.float4_e2m1fn_x2).view(2, 6),
+    }
     overlay, adapter = {"b": torch.rand(3)}, {"lora": torch.rand(2)}
     save_file(base, folder / "base.safetensors")
     save_file(overlay, folder / "sub" / "overlay.safetensors")
@@ -133,20 +200,46 @@ def test_a_folder_is_served_as_its_index_says(engines: Engines, tmp_path: Path, 
     places = {**dict.fromkeys(base, "base.safetensors"), "b": "sub/overlay.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     engines.serve(folder, "--model", "m", *how)
-    options = ("--rank", "0", "--world-size", "1", "--weights", str(folder), "--host", "127.0.0.1", "--model", "m")
+    options = (
+        "--rank",
+        "0",
+        "--world-size",
+        "1",
+        "--weights",
+        str(folder),
+        "--host",
+        "127.0.0.1",
+        "--model",
+        "m",
+    )
     assert "copied from a/0" in line_of(engines.start("register", "b", *options, "--from-peers"))
     save_file({**base, **overlay}, tmp_path / "wanted.safetensors")
     for name in ("a", "b"):
-        loaded = engines("load", name, "--rank", "0", "--out", str(out / name), "--host", "127.0.0.1")
+        loaded = engines(
+            "load", name, "--rank", "0", "--out", str(out / name), "--host", "127.0.0.1"
+        )
         assert loaded.returncode == Exit.DONE, loaded.stderr
-        assert contents([out / name / "rank-0.safetensors"]) == contents([tmp_path / "wanted.safetensors"])
+        assert contents([out / name / "rank-0.safetensors"]) == contents(
+            [tmp_path / "wanted.safetensors"]
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_register_from_peers_that_waits_ends_with_a_signal(
     engines: Engines, registry: Registry, weights: Path, number: signal.Signals
 ) -> None:
-    options = ("--rank", "0", "--world-size", "1", "--weights", str(weights), "--host", "127.0.0.1", "--log-level", "info")
+    options = (
+        "--rank",
+        "0",
+        "--world-size",
+        "1",
+        "--weights",
+        str(weights),
+        "--host",
+        "127.0.0.1",
+        "--log-level",
+        "info",
+    )
     with registry.election(lock_name(ModelIdentity("m"), 0, 1, {})) as election:
         wait_until(lambda: election.leading)
         process = engines.start("register", "b", *options, "--from-peers", "--model", "m")
@@ -171,7 +264,9 @@ def test_a_server_with_until_eof_ends_with_its_parent(engines: Engines, weights:
     assert (server.returncode, out) == (0, "withdrew a/0\n")
 
 
-def test_eviction_ends_the_server_with_an_error_that_says_so(engines: Engines, weights: Path) -> None:
+def test_eviction_ends_the_server_with_an_error_that_says_so(
+    engines: Engines, weights: Path
+) -> None:
     server = engines.serve(weights, "--ttl", "2")
     evicted = engines("evict", "a")
     assert (evicted.returncode, evicted.stdout.startswith("evicted a/0 (host")) == (0, True)
@@ -181,7 +276,9 @@ def test_eviction_ends_the_server_with_an_error_that_says_so(engines: Engines, w
     assert_one_line(engines("evict", "a"), Exit.INSTANCE, "'a' is not registered")
 
 
-def test_a_watch_prints_what_happens_until_it_is_stopped(engines: Engines, registry: Registry) -> None:
+def test_a_watch_prints_what_happens_until_it_is_stopped(
+    engines: Engines, registry: Registry
+) -> None:
     as_text, as_json = engines.start("watch", "a"), engines.start("watch", "--json")
     with register(registry):
         texts = [line_of(as_text), line_of(as_text)]
@@ -189,39 +286,65 @@ def test_a_watch_prints_what_happens_until_it_is_stopped(engines: Engines, regis
     texts += [line_of(as_text), line_of(as_text)]
     events += [json.loads(line_of(as_json)) for _ in range(2)]
     assert [line.split("  ", 1)[1].split()[:2] for line in texts] == [
-        ["a/0", "joined:"], ["a", "ready:"], ["a/0", "lost:"], ["a", "gone"],
-    ]  # fmt: skip
+        ["a/0", "joined:"],
+        ["a", "ready:"],
+        ["a/0", "lost:"],
+        ["a", "gone"],
+    ]
     assert "lost: withdrawn (host" in texts[2]
-    assert [event["event"] for event in events] == ["rank_joined", "instance_ready", "rank_lost", "instance_gone"]
+    assert [event["event"] for event in events] == [
+        "rank_joined",
+        "instance_ready",
+        "rank_lost",
+        "instance_gone",
+    ]
     assert (events[2]["reason"], events[2]["pid"]) == ("withdrawn", os.getpid())
     for watch, number in ((as_text, signal.SIGINT), (as_json, signal.SIGTERM)):
         watch.send_signal(number)
         assert watch.wait(10) == Exit.DONE
 
 
-def test_ranks_of_different_versions_are_shown_and_watched_as_what_they_are(engines: Engines, registry: Registry) -> None:
+def test_ranks_of_different_versions_are_shown_and_watched_as_what_they_are(
+    engines: Engines, registry: Registry
+) -> None:
     why = "versions differ: 0 (rank 0), 1 (rank 1); rank 1 updating"
-    with register(registry, rank=0, world_size=2), register(registry, rank=1, world_size=2, version=1) as second:
+    with (
+        register(registry, rank=0, world_size=2),
+        register(registry, rank=1, world_size=2, version=1) as second,
+    ):
         second.update(state=RankState.UPDATING)
         shown = engines("show", "a")
         assert (shown.returncode, shown.stderr) == (Exit.DONE, "")
         assert shown.stdout.splitlines()[0].startswith("a: degraded, ")
         assert shown.stdout.splitlines()[1] == f"not ready: {why}"
         data = json.loads(engines("show", "a", "--json").stdout)
-        assert (data["state"], data["version"], data["missing"], data["problems"]) == ("degraded", None, [], why.split("; "))
-        assert [(rank["version"], rank["state"]) for rank in data["ranks"]] == [(0, "ready"), (1, "updating")]
+        assert (data["state"], data["version"], data["missing"], data["problems"]) == (
+            "degraded",
+            None,
+            [],
+            why.split("; "),
+        )
+        assert [(rank["version"], rank["state"]) for rank in data["ranks"]] == [
+            (0, "ready"),
+            (1, "updating"),
+        ]
         watch = engines.start("watch", "a")
         assert [line_of(watch).split("  ", 1)[1] for _ in range(3)][2] == f"a degraded: {why}\n"
         second.update(version=0, state=RankState.READY)
         assert [line_of(watch).split("  ", 1)[1] for _ in range(2)] == [
-            "a/1 updated: ready, version 0\n", "a ready: 2 ranks, 32 B, version 0\n",
-        ]  # fmt: skip
+            "a/1 updated: ready, version 0\n",
+            "a ready: 2 ranks, 32 B, version 0\n",
+        ]
 
 
-def test_a_signal_stops_the_hooks_and_tells_how_many_were_not_run(engines: Engines, registry: Registry, tmp_path: Path) -> None:
+def test_a_signal_stops_the_hooks_and_tells_how_many_were_not_run(
+    engines: Engines, registry: Registry, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     with register(registry):
-        watch = engines.start("watch", "a", "--exec", f"echo $ENGINES_EVENT $ENGINES_STATE >>{log}; exec sleep 1000")
+        watch = engines.start(
+            "watch", "a", "--exec", f"echo $ENGINES_EVENT $ENGINES_STATE >>{log}; exec sleep 1000"
+        )
         assert [line_of(watch).split()[2] for _ in range(2)] == ["joined:", "ready:"]
         wait_until(lambda: log.exists() and bool(log.read_text()))
         watch.send_signal(signal.SIGTERM)
@@ -231,7 +354,9 @@ def test_a_signal_stops_the_hooks_and_tells_how_many_were_not_run(engines: Engin
     assert "hooks that were not run: 1" in err
 
 
-def test_a_second_signal_ends_the_hook_that_runs_and_the_watch(engines: Engines, registry: Registry, tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_hook_that_runs_and_the_watch(
+    engines: Engines, registry: Registry, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     with register(registry):
         watch = engines.start("watch", "a", "--exec", f"sleep 1000 & echo $! >>{log}; wait")
@@ -239,14 +364,21 @@ def test_a_second_signal_ends_the_hook_that_runs_and_the_watch(engines: Engines,
         watch.send_signal(signal.SIGINT)
         watch.send_signal(signal.SIGTERM)
         _, err = watch.communicate(timeout=60)
-    assert watch.returncode in (Exit.INTERRUPTED, Exit.DONE)  # done where the hook's end was all that it waited for
+    assert watch.returncode in (
+        Exit.INTERRUPTED,
+        Exit.DONE,
+    )  # done where the hook's end was all that it waited for
     assert "Traceback" not in err
     (started,) = log.read_text().split()
     wait_for_end(int(started))
 
 
-def test_a_watch_that_cleans_ends_at_a_signal_although_etcd_hangs(processes: Processes, own_etcd: LocalEtcd) -> None:
-    watch = processes.engines("watch", "--cleanup", "--timeout", "100", ENGINES_ETCD=own_etcd.endpoint)
+def test_a_watch_that_cleans_ends_at_a_signal_although_etcd_hangs(
+    processes: Processes, own_etcd: LocalEtcd
+) -> None:
+    watch = processes.engines(
+        "watch", "--cleanup", "--timeout", "100", ENGINES_ETCD=own_etcd.endpoint
+    )
     with Registry.connect(own_etcd.endpoint) as registry, register(registry):
         assert line_of(watch)
         own_etcd.pause()
@@ -258,8 +390,13 @@ def test_a_watch_that_cleans_ends_at_a_signal_although_etcd_hangs(processes: Pro
     assert (watch.returncode, err) == (Exit.DONE, "")
 
 
-def test_a_dry_run_of_a_cleanup_says_what_it_would_evict(engines: Engines, registry: Registry) -> None:
-    with register(registry, rank=0, world_size=2), register(registry, rank=1, world_size=2) as second:
+def test_a_dry_run_of_a_cleanup_says_what_it_would_evict(
+    engines: Engines, registry: Registry
+) -> None:
+    with (
+        register(registry, rank=0, world_size=2),
+        register(registry, rank=1, world_size=2) as second,
+    ):
         watch = engines.start("watch", "a", "--cleanup", "--dry-run", "--grace", "0.2")
         while not line_of(watch).split("  ", 1)[1].startswith("a ready"):
             pass
@@ -272,8 +409,13 @@ def test_a_dry_run_of_a_cleanup_says_what_it_would_evict(engines: Engines, regis
 
 
 def test_three_watches_that_clean_evict_once(engines: Engines, registry: Registry) -> None:
-    with register(registry, rank=0, world_size=2), register(registry, rank=1, world_size=2) as second:
-        watches = [engines.start("watch", "a", "--cleanup", "--grace", "0.5", "--json") for _ in range(3)]
+    with (
+        register(registry, rank=0, world_size=2),
+        register(registry, rank=1, world_size=2) as second,
+    ):
+        watches = [
+            engines.start("watch", "a", "--cleanup", "--grace", "0.5", "--json") for _ in range(3)
+        ]
         for watch in watches:
             read_until(watch, "instance_ready")
         second.withdraw()
@@ -284,7 +426,10 @@ def test_three_watches_that_clean_evict_once(engines: Engines, registry: Registr
     cleaned = [event for events in seen for event in events if event["event"] == "instance_cleaned"]
     assert [(event["evicted"], event["lost"]["rank"]) for event in cleaned] == [([0], 1)]
     for events in seen:
-        assert [event["reason"] for event in events if event["event"] == "rank_lost"] == ["withdrawn", "evicted"]
+        assert [event["reason"] for event in events if event["event"] == "rank_lost"] == [
+            "withdrawn",
+            "evicted",
+        ]
 
 
 def read_until(watch: subprocess.Popen[str], last: str) -> list[dict[str, Any]]:
@@ -305,7 +450,12 @@ def test_a_server_that_is_told_to_end_waits_for_its_readers_until_it_is_told_aga
     assert ticket is not None
     with ticket, registry.watch("a") as watch:
         server.send_signal(signal.SIGTERM)
-        events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.state is RankState.DRAINING)
+        events_until(
+            watch,
+            lambda event: (
+                isinstance(event, RankUpdated) and event.record.state is RankState.DRAINING
+            ),
+        )
         assert server.poll() is None
         if hurried:
             server.send_signal(signal.SIGTERM)
@@ -337,43 +487,116 @@ def test_output_into_a_closed_pipe_ends_quietly(engines: Engines, registry: Regi
         ("register", "a", "--rank", "0", "--world-size", "1", "--weights", "x"),
     ],
 )
-def test_without_etcd_every_command_says_where_it_looked(processes: Processes, args: tuple[str, ...]) -> None:
+def test_without_etcd_every_command_says_where_it_looked(
+    processes: Processes, args: tuple[str, ...]
+) -> None:
     port = free_port()
     result = processes.run(*args, ENGINES_ETCD=f"127.0.0.1:{port}")
-    assert_one_line(result, Exit.ETCD, f"etcd at 127.0.0.1:{port} cannot be reached", "check the address")
+    assert_one_line(
+        result, Exit.ETCD, f"etcd at 127.0.0.1:{port} cannot be reached", "check the address"
+    )
 
 
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (("--rank", "2", "--world-size", "2", "--weights", "x"), Exit.USAGE, ["rank 2", "from 0 to 1"]),
-        (("--rank", "0", "--world-size", "1", "--weights", "nowhere"), Exit.FAILED, ["nowhere does not exist"]),
-        (("--rank", "0", "--world-size", "1", "--weights", "TEXT"), Exit.FAILED, ["cannot be read as safetensors"]),
-        (("--rank", "0", "--world-size", "1", "--weights", "CUT"), Exit.FAILED, ["cannot be read as safetensors"]),
-        (("--rank", "0", "--world-size", "1", "--weights", "EMPTY_DIR"), Exit.FAILED, ["holds no *.safetensors"]),
-        (("--rank", "0", "--world-size", "1", "--weights", "PART"), Exit.FAILED, ["gone.safetensors", "does not exist"]),
-        (("--rank", "0", "--world-size", "1", "--weights", "PART", "--from-peers", "--model", "m"), Exit.FAILED, ["gone"]),
-        (("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--topology", "tp=1"), Exit.USAGE, ["AXIS=INDEX/SIZE"]),
-        (("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--topology", "tp=²/3"), Exit.USAGE, ["tp=²/3"]),
-        (("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--etcd", "here"), Exit.USAGE, ["use HOST:PORT"]),
+        (
+            ("--rank", "2", "--world-size", "2", "--weights", "x"),
+            Exit.USAGE,
+            ["rank 2", "from 0 to 1"],
+        ),
+        (
+            ("--rank", "0", "--world-size", "1", "--weights", "nowhere"),
+            Exit.FAILED,
+            ["nowhere does not exist"],
+        ),
+        (
+            ("--rank", "0", "--world-size", "1", "--weights", "TEXT"),
+            Exit.FAILED,
+            ["cannot be read as safetensors"],
+        ),
+        (
+            ("--rank", "0", "--world-size", "1", "--weights", "CUT"),
+            Exit.FAILED,
+            ["cannot be read as safetensors"],
+        ),
+        (
+            ("--rank", "0", "--world-size", "1", "--weights", "EMPTY_DIR"),
+            Exit.FAILED,
+            ["holds no *.safetensors"],
+        ),
+        (
+            ("--rank", "0", "--world-size", "1", "--weights", "PART"),
+            Exit.FAILED,
+            ["gone.safetensors", "does not exist"],
+        ),
+        (
+            (
+                "--rank",
+                "0",
+                "--world-size",
+                "1",
+                "--weights",
+                "PART",
+                "--from-peers",
+                "--model",
+                "m",
+            ),
+            Exit.FAILED,
+            ["gone"],
+        ),
+        (
+            ("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--topology", "tp=1"),
+            Exit.USAGE,
+            ["AXIS=INDEX/SIZE"],
+        ),
+        (
+            ("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--topology", "tp=²/3"),
+            Exit.USAGE,
+            ["tp=²/3"],
+        ),
+        (
+            ("--rank", "0", "--world-size", "1", "--weights", "WEIGHTS", "--etcd", "here"),
+            Exit.USAGE,
+            ["use HOST:PORT"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_input_to_register_is_told_in_one_line(
-    engines: Engines, weights: Path, tmp_path: Path, args: tuple[str, ...], code: Exit, words: list[str]
+    engines: Engines,
+    weights: Path,
+    tmp_path: Path,
+    args: tuple[str, ...],
+    code: Exit,
+    words: list[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("hello")
     (tmp_path / "cut").write_bytes(weights.read_bytes()[:-100])
     (tmp_path / "part").mkdir()
     places_of = {"w": "gone.safetensors"}
-    (tmp_path / "part" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places_of}))
-    places = {"TEXT": "text", "CUT": "cut", "EMPTY_DIR": "empty", "WEIGHTS": weights.name, "PART": "part"}
-    result = engines("register", "a", *(str(tmp_path / places[arg]) if arg in places else arg for arg in args))
+    (tmp_path / "part" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": places_of})
+    )
+    places = {
+        "TEXT": "text",
+        "CUT": "cut",
+        "EMPTY_DIR": "empty",
+        "WEIGHTS": weights.name,
+        "PART": "part",
+    }
+    result = engines(
+        "register", "a", *(str(tmp_path / places[arg]) if arg in places else arg for arg in args)
+    )
     assert_one_line(result, code, *words)
 
 
-@pytest.mark.parametrize("args", [(), ("--rank", "0"), ("--rank", "x", "--world-size", "1", "--weights", "x")])
-def test_missing_and_malformed_options_are_usage_errors(engines: Engines, args: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "args", [(), ("--rank", "0"), ("--rank", "x", "--world-size", "1", "--weights", "x")]
+)
+def test_missing_and_malformed_options_are_usage_errors(
+    engines: Engines, args: tuple[str, ...]
+) -> None:
     result = engines("register", "a", *args)
     assert result.returncode == Exit.USAGE
     assert result.stderr.startswith("Usage: engines register")
@@ -382,20 +605,47 @@ def test_missing_and_malformed_options_are_usage_errors(engines: Engines, args: 
 def test_a_taken_rank_and_a_wrong_world_size_are_refused_with_their_holder(
     engines: Engines, weights: Path, registry: Registry
 ) -> None:
-    options = ("--weights", str(weights), "--host", "127.0.0.1", "--model", "tiny", "--revision", "r1")
+    options = (
+        "--weights",
+        str(weights),
+        "--host",
+        "127.0.0.1",
+        "--model",
+        "tiny",
+        "--revision",
+        "r1",
+    )
     with register(registry, world_size=2):
         taken = engines("register", "a", "--rank", "0", "--world-size", "2", *options)
-        assert_one_line(taken, Exit.FAILED, "already registered", f"pid {os.getpid()}", "engines evict a --rank 0")
+        assert_one_line(
+            taken,
+            Exit.FAILED,
+            "already registered",
+            f"pid {os.getpid()}",
+            "engines evict a --rank 0",
+        )
         other = engines("register", "a", "--rank", "1", "--world-size", "4", *options)
         assert_one_line(other, Exit.FAILED, "world_size 4", "registered with 2")
 
 
-def test_an_instance_that_is_missing_or_incomplete_has_its_exit_code(engines: Engines, registry: Registry) -> None:
+def test_an_instance_that_is_missing_or_incomplete_has_its_exit_code(
+    engines: Engines, registry: Registry
+) -> None:
     assert_one_line(engines("show", "a"), Exit.INSTANCE, "'a' is not registered")
-    assert_one_line(engines("load", "a", "--rank", "0", "--wait", "0.1"), Exit.INSTANCE, "'a' is not registered after 0.1 s")
+    assert_one_line(
+        engines("load", "a", "--rank", "0", "--wait", "0.1"),
+        Exit.INSTANCE,
+        "'a' is not registered after 0.1 s",
+    )
     with register(registry, world_size=3):
-        assert_one_line(engines("load", "a", "--rank", "0", "--wait", "0.1"), Exit.INSTANCE, "missing ranks 1-2 of 3")
-        assert_one_line(engines("show", "a", "--rank", "1"), Exit.INSTANCE, "rank 1 of 'a' is not registered")
+        assert_one_line(
+            engines("load", "a", "--rank", "0", "--wait", "0.1"),
+            Exit.INSTANCE,
+            "missing ranks 1-2 of 3",
+        )
+        assert_one_line(
+            engines("show", "a", "--rank", "1"), Exit.INSTANCE, "rank 1 of 'a' is not registered"
+        )
         assert "missing ranks 1-2 of 3" in engines("list").stdout
     with register(registry):
         assert_one_line(engines("load", "a", "--rank", "1"), Exit.USAGE, "its ranks are 0 to 0")
@@ -419,7 +669,9 @@ def test_a_damaged_record_is_shown_by_list_and_an_error_for_load(
     listed = engines("list")
     assert listed.returncode == Exit.DONE
     assert "the record at /engines/b/0 is damaged: 'schema' is missing" in listed.stdout
-    assert_one_line(engines("load", "b", "--rank", "0", "--wait", "0"), Exit.FAILED, "/engines/b/0 is damaged")
+    assert_one_line(
+        engines("load", "b", "--rank", "0", "--wait", "0"), Exit.FAILED, "/engines/b/0 is damaged"
+    )
 
 
 def test_a_key_that_cannot_be_read_is_named_by_evict_and_show_and_left(
@@ -430,18 +682,36 @@ def test_a_key_that_cannot_be_read_is_named_by_evict_and_show_and_left(
     damaged = f"etcdctl del {namespace}/engines/a/1"
     newer = f"etcdctl del {namespace}/engines/a/2"
     shown = engines("show", "a")
-    assert (shown.returncode, shown.stdout.splitlines()[0]) == (Exit.DONE, "a: degraded, 0 B, model -")
-    assert_one_line(engines("evict", "a"), Exit.FAILED, "/engines/a/1 is damaged", damaged, "has schema 7", "upgrade", newer)
+    assert (shown.returncode, shown.stdout.splitlines()[0]) == (
+        Exit.DONE,
+        "a: degraded, 0 B, model -",
+    )
+    assert_one_line(
+        engines("evict", "a"),
+        Exit.FAILED,
+        "/engines/a/1 is damaged",
+        damaged,
+        "has schema 7",
+        "upgrade",
+        newer,
+    )
     assert_one_line(engines("evict", "a", "--rank", "2"), Exit.FAILED, "has schema 7", newer)
-    assert_one_line(engines("show", "a", "--rank", "1"), Exit.FAILED, "/engines/a/1 is damaged", damaged)
-    assert_one_line(engines("evict", "a", "--rank", "3"), Exit.INSTANCE, "rank 3 of 'a' is not registered")
+    assert_one_line(
+        engines("show", "a", "--rank", "1"), Exit.FAILED, "/engines/a/1 is damaged", damaged
+    )
+    assert_one_line(
+        engines("evict", "a", "--rank", "3"), Exit.INSTANCE, "rank 3 of 'a' is not registered"
+    )
     with register(registry, world_size=3):
         assert engines("evict", "a", "--rank", "0").returncode == Exit.DONE
     with register(registry, world_size=3):
         evicted = engines("evict", "a")
         assert evicted.stdout.startswith("evicted a/0 (host")
         assert_one_line(evicted, Exit.FAILED, damaged, newer)
-    assert [item.key for item in etcd.snapshot("/engines/").items] == ["/engines/a/1", "/engines/a/2"]
+    assert [item.key for item in etcd.snapshot("/engines/").items] == [
+        "/engines/a/1",
+        "/engines/a/2",
+    ]
     etcd.close()
 
 
@@ -449,21 +719,43 @@ def _in_shell(command: str, shared_etcd: LocalEtcd, **env: str) -> subprocess.Co
     """With `engines` in it, which stands for the real one."""
     script = f'engines() {{ "{sys.executable}" -m engine_cli "$@"; }}; {command}'
     env = {**os.environ, "ENGINES_ETCD": shared_etcd.endpoint, **env}
-    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT, env=env)
+    return subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT, env=env
+    )
 
 
 @pytest.mark.parametrize(
     ("command", "code", "out", "err"),
     [
-        ("engines list >/dev/full", Exit.FAILED, "", "engines: error: cannot write: No space left on device: "),
-        ("engines list --json >/dev/full", Exit.FAILED, "", "engines: error: cannot write: No space left on device: "),
-        ("engines --help >/dev/full", Exit.FAILED, "", "engines: error: cannot write: No space left on device: "),
+        (
+            "engines list >/dev/full",
+            Exit.FAILED,
+            "",
+            "engines: error: cannot write: No space left on device: ",
+        ),
+        (
+            "engines list --json >/dev/full",
+            Exit.FAILED,
+            "",
+            "engines: error: cannot write: No space left on device: ",
+        ),
+        (
+            "engines --help >/dev/full",
+            Exit.FAILED,
+            "",
+            "engines: error: cannot write: No space left on device: ",
+        ),
         ("engines show a 2>/dev/full", Exit.INSTANCE, "", ""),
         ("engines show 2>/dev/full", Exit.USAGE, "", ""),
         ("engines list >&-", Exit.DONE, "", ""),
         ("engines list 2>&-", Exit.DONE, "no instance is registered\n", ""),
         ("engines list <&- >&- 2>&-", Exit.DONE, "", ""),
-        ("engines list --namespace $'\\xff'", Exit.USAGE, "", "engines: error: namespace '\\udcff' is not valid"),
+        (
+            "engines list --namespace $'\\xff'",
+            Exit.USAGE,
+            "",
+            "engines: error: namespace '\\udcff' is not valid",
+        ),
         ("engines list --timeout inf", Exit.USAGE, "", "Usage: engines list"),
     ],
 )
@@ -477,7 +769,9 @@ def test_standard_streams_and_arguments_of_any_kind_end_in_a_line_and_a_code(
     assert bool(result.stderr) == bool(err)
 
 
-def test_what_the_terminals_encoding_lacks_is_shown_as_an_escape(engines: Engines, weights: Path, tmp_path: Path) -> None:
+def test_what_the_terminals_encoding_lacks_is_shown_as_an_escape(
+    engines: Engines, weights: Path, tmp_path: Path
+) -> None:
     engines.serve(weights)
     options = ("load", "a", "--rank", "0", "--host", "127.0.0.1", "--out", str(tmp_path / "out"))
     loaded = engines(*options, PYTHONIOENCODING="latin-1:strict")
@@ -488,7 +782,10 @@ def test_what_the_terminals_encoding_lacks_is_shown_as_an_escape(engines: Engine
 def test_a_server_without_standard_streams_serves_and_ends(
     shared_etcd: LocalEtcd, registry: Registry, namespace: str, weights: Path
 ) -> None:
-    args = f"register a --rank 0 --world-size 1 --weights {weights} --host 127.0.0.1 --namespace {namespace} --until-eof"
+    args = (
+        f"register a --rank 0 --world-size 1 --weights {weights} --host 127.0.0.1 --namespace "
+        f"{namespace} --until-eof"
+    )
     assert _in_shell(f"engines {args} <&- >&- 2>&-", shared_etcd).returncode == Exit.DONE
     assert registry.instances() == ()
 
@@ -516,7 +813,9 @@ raise ImportError("not the real one")
 
 
 @pytest.mark.parametrize("command", ["register", "demo"])
-def test_ctrl_c_during_the_import_of_torch_is_not_lost(processes: Processes, weights: Path, tmp_path: Path, command: str) -> None:
+def test_ctrl_c_during_the_import_of_torch_is_not_lost(
+    processes: Processes, weights: Path, tmp_path: Path, command: str
+) -> None:
     (tmp_path / "torch.py").write_text(_TORCH_THAT_SWALLOWS)
     path = os.pathsep.join([str(tmp_path), *PACKAGES])
     rank = ("a", "--rank", "0", "--world-size", "1") if command == "register" else ()
@@ -568,10 +867,16 @@ def _descendants(pid: int) -> Iterator[int]:
 _TRAP = "raise SystemExit('the user has a file of this name')"
 
 
-@pytest.mark.parametrize("number", [0, signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_demo_leaves_no_process_and_no_file_behind(processes: Processes, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    "number", [0, signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+)
+def test_the_demo_leaves_no_process_and_no_file_behind(
+    processes: Processes, tmp_path: Path, number: int
+) -> None:
     """To its end, or to a signal half-way."""
-    weights = {f"layer.{number}.w": torch.rand(64, 64) for number in range(6)} | {"embed": torch.rand(10, 64)}
+    weights = {f"layer.{number}.w": torch.rand(64, 64) for number in range(6)} | {
+        "embed": torch.rand(10, 64)
+    }
     save_file(weights, tmp_path / "model.safetensors")
     scratch, here, script = tmp_path / "scratch", tmp_path / "here", tmp_path / "bin" / "engines"
     for folder in (scratch, here, script.parent):
@@ -598,11 +903,15 @@ def test_the_demo_leaves_no_process_and_no_file_behind(processes: Processes, tmp
             demo.send_signal(number)
             break
     _, err = demo.communicate(timeout=60)
-    assert demo.returncode == (-number if number == signal.SIGKILL else 128 + number if number else 0), err
+    assert demo.returncode == (
+        -number if number == signal.SIGKILL else 128 + number if number else 0
+    ), err
     assert started
     for pid in sorted(started, key=_is_keeper):
         if number == signal.SIGKILL and _is_keeper(pid):
-            os.kill(pid, signal.SIGKILL)  # its etcd was killed along: to it an outage like any other, which it would wait out
+            os.kill(
+                pid, signal.SIGKILL
+            )  # its etcd was killed along: to it an outage like any other, which it would wait out
         wait_for_end(pid)
     if number == 0:
         assert lines[-1].startswith("7 tensors, ")
@@ -613,7 +922,9 @@ def test_the_demo_leaves_no_process_and_no_file_behind(processes: Processes, tmp
 
 
 @pytest.mark.parametrize("tensors", [{}, {"nothing": torch.zeros(0), "none": torch.zeros(3, 0)}])
-def test_the_demo_refuses_a_file_without_weights(processes: Processes, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_the_demo_refuses_a_file_without_weights(
+    processes: Processes, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     result = processes.run("demo", "--weights", str(tmp_path / "model.safetensors"))
     assert_one_line(result, Exit.FAILED, "holds no weights", "--weights FILE")
@@ -646,12 +957,20 @@ def wait_for_end(pid: int) -> None:
             ("load", "--gib", "0.01", "--rounds", "1"),
             {"ours_gb_per_s", "naive_gb_per_s", "socket_gb_per_s", "safetensors_gb_per_s"},
         ),
-        (("registry", "--ranks", "16", "--kills", "1", "--leader-kills", "1"), {"register_16_ranks_s", "death_to_event_p99_ms"}),
-        (("gateway", "--clients", "2", "--requests", "20", "--ranks", "3"), {"get_2_clients_p99_ms", "put_to_joined_p99_ms"}),
+        (
+            ("registry", "--ranks", "16", "--kills", "1", "--leader-kills", "1"),
+            {"register_16_ranks_s", "death_to_event_p99_ms"},
+        ),
+        (
+            ("gateway", "--clients", "2", "--requests", "20", "--ranks", "3"),
+            {"get_2_clients_p99_ms", "put_to_joined_p99_ms"},
+        ),
     ],
 )
 @pytest.mark.timeout(240)
-def test_the_benchmarks_run_and_give_their_figures_as_json(processes: Processes, args: tuple[str, ...], figures: set[str]) -> None:
+def test_the_benchmarks_run_and_give_their_figures_as_json(
+    processes: Processes, args: tuple[str, ...], figures: set[str]
+) -> None:
     bench = processes.start("-m", f"benchmarks.{args[0]}", *args[1:], "--json")
     out, err = bench.communicate(timeout=220)
     assert bench.returncode == 0, err
@@ -664,7 +983,16 @@ def test_a_load_from_two_instances_is_verified_by_digests_and_says_what_came_fro
     save_file({"w": torch.rand(4 << 20)}, tmp_path / "w.safetensors")
     for name in ("a", "b"):
         server = processes.engines(
-            "register", name, "--rank", "0", "--world-size", "1", "--weights", str(tmp_path / "w.safetensors"), "--model", "m"
+            "register",
+            name,
+            "--rank",
+            "0",
+            "--world-size",
+            "1",
+            "--weights",
+            str(tmp_path / "w.safetensors"),
+            "--model",
+            "m",
         )
         assert line_of(server).startswith(f"registered {name}/0")
     result = processes.run("load", "a", "b", "--rank", "0", "--verify", "--json")
@@ -674,7 +1002,8 @@ def test_a_load_from_two_instances_is_verified_by_digests_and_says_what_came_fro
     assert report["digest_s"] > 0
 
 
-# -- shards of ranks, and whole tensors made of them -----------------------------------------------------------------------------
+# -- shards of ranks, and whole tensors made of them
+# -----------------------------------------------------------------------------
 
 WHOLE = {
     "l.0.q.weight": torch.arange(24 * 16, dtype=torch.float32).view(24, 16),  # by rows
@@ -686,7 +1015,9 @@ CUTS = ("--shard", "*.q.*:0", "--shard", "*.o.weight:-1")
 
 
 class Divided:
-    """Two ranks of `a` that hold WHOLE between them: rank 0 the rows and columns up to `at`, rank 1 the others."""
+    """Two ranks of `a` that hold WHOLE between them: rank 0 the rows and columns up to `at`, rank 1
+    the others.
+    """
 
     def __init__(self, engines: Engines, folder: Path, at: int = 12) -> None:
         self._engines = engines
@@ -715,7 +1046,17 @@ class Divided:
     def serve(self, rank: int, *args: str) -> subprocess.Popen[str]:
         weights = str(self.weights(rank))
         server = self._engines.start(
-            "register", "a", "--rank", str(rank), "--world-size", "2", "--weights", weights, "--host", "127.0.0.1", *args
+            "register",
+            "a",
+            "--rank",
+            str(rank),
+            "--world-size",
+            "2",
+            "--weights",
+            weights,
+            "--host",
+            "127.0.0.1",
+            *args,
         )
         assert line_of(server).startswith(f"registered a/{rank} of 2: 4 tensors")
         return server
@@ -726,7 +1067,11 @@ def contents(paths: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...], byt
     found = {}
     for path in paths:
         for name, tensor in load_file(path).items():
-            found[name] = str(tensor.dtype), tuple(tensor.shape), bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+            found[name] = (
+                str(tensor.dtype),
+                tuple(tensor.shape),
+                bytes(tensor.reshape(-1).view(torch.uint8).tolist()),
+            )
     return found
 
 
@@ -737,15 +1082,33 @@ def whole(tmp_path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return contents([path])
 
 
-def test_a_load_that_serves_is_a_source_itself_until_it_is_told_to_end(engines: Engines, weights: Path, tmp_path: Path) -> None:
+def test_a_load_that_serves_is_a_source_itself_until_it_is_told_to_end(
+    engines: Engines, weights: Path, tmp_path: Path
+) -> None:
     server = engines.serve(weights)
-    copy = engines.start("load", "a", "--rank", "0", "--serve", "copy", "--host", "127.0.0.1", "--out", str(tmp_path))
+    copy = engines.start(
+        "load", "a", "--rank", "0", "--serve", "copy", "--host", "127.0.0.1", "--out", str(tmp_path)
+    )
     assert line_of(copy).startswith("loaded a/0 version 0: 3 tensors")
     assert line_of(copy).startswith("serving copy/0 at 127.0.0.1:")
-    (listed,) = [one for one in json.loads(engines("list", "--json").stdout)["instances"] if one["instance"] == "copy"]
+    (listed,) = [
+        one
+        for one in json.loads(engines("list", "--json").stdout)["instances"]
+        if one["instance"] == "copy"
+    ]
     assert (listed["state"], listed["model"]["name"]) == ("ready", "a")
     server.kill()
-    again = engines("load", "copy", "--rank", "0", "--verify", "--host", "127.0.0.1", "--out", str(tmp_path / "again"))
+    again = engines(
+        "load",
+        "copy",
+        "--rank",
+        "0",
+        "--verify",
+        "--host",
+        "127.0.0.1",
+        "--out",
+        str(tmp_path / "again"),
+    )
     assert again.returncode == Exit.DONE, again.stderr
     wanted = load_file(weights)
     for path in (tmp_path, tmp_path / "again"):
@@ -753,7 +1116,9 @@ def test_a_load_that_serves_is_a_source_itself_until_it_is_told_to_end(engines: 
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert_one_line(
-        engines("load", "copy", "--rank", "0", "--serve", "copy"), Exit.FAILED, "rank 0 of 'copy' is already registered"
+        engines("load", "copy", "--rank", "0", "--serve", "copy"),
+        Exit.FAILED,
+        "rank 0 of 'copy' is already registered",
     )
     copy.send_signal(signal.SIGTERM)
     assert line_of(copy) == "withdrew copy/0\n"
@@ -763,7 +1128,9 @@ def test_a_load_that_serves_is_a_source_itself_until_it_is_told_to_end(engines: 
 
 def test_a_load_that_serves_ends_when_it_is_evicted(engines: Engines, weights: Path) -> None:
     engines.serve(weights)
-    copy = engines.start("load", "a", "--rank", "0", "--serve", "copy", "--host", "127.0.0.1", "--json")
+    copy = engines.start(
+        "load", "a", "--rank", "0", "--serve", "copy", "--host", "127.0.0.1", "--json"
+    )
     assert json.loads(line_of(copy))["nbytes"] > 0
     wait_until(lambda: engines("evict", "copy").returncode == Exit.DONE)
     out, err = copy.communicate(timeout=20)
@@ -771,11 +1138,16 @@ def test_a_load_that_serves_ends_when_it_is_evicted(engines: Engines, weights: P
     assert "copy/0 was evicted" in err
 
 
-@pytest.mark.parametrize(("args", "words"), [
-    (["--full", "--serve", "b"], ["--serve goes with --rank"]),
-    (["--rank", "0", "--serve", "b c"], ["instance name 'b c' is not valid"]),
-])  # fmt: skip
-def test_a_load_that_cannot_serve_says_why(engines: Engines, args: list[str], words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--full", "--serve", "b"], ["--serve goes with --rank"]),
+        (["--rank", "0", "--serve", "b c"], ["instance name 'b c' is not valid"]),
+    ],
+)
+def test_a_load_that_cannot_serve_says_why(
+    engines: Engines, args: list[str], words: list[str]
+) -> None:
     assert_one_line(engines("load", "a", *args), Exit.USAGE, *words)
 
 
@@ -789,13 +1161,21 @@ def test_the_shards_of_two_ranks_are_loaded_as_whole_tensors_into_files_that_an_
     assert "[12:24, 0:16] of 24x16" in shown
     assert "[0:16, 12:24] of 16x24" in shown
     entries = json.loads(engines("show", "a", "--tensors", "--json").stdout)["ranks"][1]["entries"]
-    boxes = {entry["name"]: (entry["shape"], entry["global_shape"], entry["offsets"]) for entry in entries}
+    boxes = {
+        entry["name"]: (entry["shape"], entry["global_shape"], entry["offsets"])
+        for entry in entries
+    }
     assert boxes["l.0.o.weight"] == ([16, 12], [16, 24], [0, 12])
     assert boxes["l.0.norm"] == ([16], [16], [0])
 
     options = ("load", "a", "--full", "--out", str(out), "--host", "127.0.0.1", "--verify")
     report = json.loads(engines(*options, "--max-shard-size", "1KB", "--json").stdout)
-    assert (report["instance"], report["rank"], report["version"], report["tensors"]) == ("a", None, 0, 4)
+    assert (report["instance"], report["rank"], report["version"], report["tensors"]) == (
+        "a",
+        None,
+        0,
+        4,
+    )
     assert report["nbytes"] == sum(tensor.nbytes for tensor in WHOLE.values())
     assert {source["key"] for source in report["sources"]} == {"/engines/a/0", "/engines/a/1"}
     assert report["file"] is None
@@ -806,7 +1186,9 @@ def test_the_shards_of_two_ranks_are_loaded_as_whole_tensors_into_files_that_an_
     assert contents(files) == whole
     data = json.loads(index.read_text())
     assert data["metadata"] == {"total_size": report["nbytes"]}
-    assert {name: list(contents([out / file])).count(name) for name, file in data["weight_map"].items()} == dict.fromkeys(WHOLE, 1)
+    assert {
+        name: list(contents([out / file])).count(name) for name, file in data["weight_map"].items()
+    } == dict.fromkeys(WHOLE, 1)
 
     assert_one_line(engines(*options), Exit.USAGE, f"{index} is there already", "--force")
     again = engines(*options, "--force")
@@ -822,28 +1204,57 @@ def test_uneven_shards_are_told_in_a_file_and_loaded_whole_and_as_they_are(
     divided, out = Divided(engines, tmp_path, at=5), tmp_path / "out"
     for rank in range(2):
         divided.serve(rank, "--shards", str(divided.boxes(rank)))
-    assert engines("load", "a", "--full", "--out", str(out), "--host", "127.0.0.1").returncode == Exit.DONE
+    assert (
+        engines("load", "a", "--full", "--out", str(out), "--host", "127.0.0.1").returncode
+        == Exit.DONE
+    )
     assert contents([out / "model.safetensors"]) == whole
-    report = json.loads(engines("load", "a", "--rank", "1", "--out", str(out), "--host", "127.0.0.1", "--json").stdout)
+    report = json.loads(
+        engines(
+            "load", "a", "--rank", "1", "--out", str(out), "--host", "127.0.0.1", "--json"
+        ).stdout
+    )
     assert report["files"] == [report["file"]] == [str(out / "rank-1.safetensors")]
     assert contents([out / "rank-1.safetensors"]) == contents([divided.weights(1)])
 
 
-def test_pipeline_stages_that_are_whole_are_loaded_together(engines: Engines, tmp_path: Path, whole: dict[str, Any]) -> None:
-    for rank, names in enumerate((("l.0.q.weight", "scale"), ("l.0.o.weight", "l.0.norm", "scale"))):
+def test_pipeline_stages_that_are_whole_are_loaded_together(
+    engines: Engines, tmp_path: Path, whole: dict[str, Any]
+) -> None:
+    for rank, names in enumerate(
+        (("l.0.q.weight", "scale"), ("l.0.o.weight", "l.0.norm", "scale"))
+    ):
         save_file({name: WHOLE[name] for name in names}, tmp_path / f"stage-{rank}.safetensors")
         server = engines.start(
-            "register", "a", "--rank", str(rank), "--world-size", "2", "--weights", str(tmp_path / f"stage-{rank}.safetensors"),
-            "--whole", "--host", "127.0.0.1",
-        )  # fmt: skip
+            "register",
+            "a",
+            "--rank",
+            str(rank),
+            "--world-size",
+            "2",
+            "--weights",
+            str(tmp_path / f"stage-{rank}.safetensors"),
+            "--whole",
+            "--host",
+            "127.0.0.1",
+        )
         assert line_of(server).startswith("registered")
-    assert engines("load", "a", "--full", "--out", str(tmp_path / "out"), "--host", "127.0.0.1").returncode == Exit.DONE
+    assert (
+        engines(
+            "load", "a", "--full", "--out", str(tmp_path / "out"), "--host", "127.0.0.1"
+        ).returncode
+        == Exit.DONE
+    )
     assert contents((tmp_path / "out").iterdir()) == whole
 
 
-def test_one_rank_that_says_nothing_of_its_tensors_is_all_there_is(engines: Engines, weights: Path, tmp_path: Path) -> None:
+def test_one_rank_that_says_nothing_of_its_tensors_is_all_there_is(
+    engines: Engines, weights: Path, tmp_path: Path
+) -> None:
     engines.serve(weights)
-    loaded = engines("load", "a", "--full", "--out", str(tmp_path / "out"), "--host", "127.0.0.1", "--verify")
+    loaded = engines(
+        "load", "a", "--full", "--out", str(tmp_path / "out"), "--host", "127.0.0.1", "--verify"
+    )
     assert (loaded.returncode, loaded.stderr) == (Exit.DONE, "")
     assert contents([tmp_path / "out" / "model.safetensors"]) == contents([weights])
 
@@ -855,20 +1266,39 @@ def test_tensors_that_no_file_can_hold_are_refused_and_nothing_is_written(
     tensors = {"__metadata__": torch.rand(3), "w": torch.rand(3)}
     with (
         MooncakeEngine("127.0.0.1") as engine,
-        publish(registry, engine, instance="a", rank=0, world_size=1, tensors=tensors, model=ModelIdentity("m")),
+        publish(
+            registry,
+            engine,
+            instance="a",
+            rank=0,
+            world_size=1,
+            tensors=tensors,
+            model=ModelIdentity("m"),
+        ),
     ):
-        refused = engines("load", "a", *which, "--out", str(tmp_path / "out"), "--host", "127.0.0.1")
-        assert_one_line(refused, Exit.FAILED, f"cannot write {tmp_path / 'out'}", "__metadata__: the format keeps this name")
+        refused = engines(
+            "load", "a", *which, "--out", str(tmp_path / "out"), "--host", "127.0.0.1"
+        )
+        assert_one_line(
+            refused,
+            Exit.FAILED,
+            f"cannot write {tmp_path / 'out'}",
+            "__metadata__: the format keeps this name",
+        )
         assert list(tmp_path.iterdir()) == []
         assert engines("load", "a", *which, "--host", "127.0.0.1").returncode == Exit.DONE
 
 
-def test_several_ranks_that_say_nothing_of_their_tensors_are_refused_with_what_mends_it(engines: Engines, tmp_path: Path) -> None:
+def test_several_ranks_that_say_nothing_of_their_tensors_are_refused_with_what_mends_it(
+    engines: Engines, tmp_path: Path
+) -> None:
     divided = Divided(engines, tmp_path)
     for rank in range(2):
         divided.serve(rank)
     refused = engines("load", "a", "--full", "--out", str(tmp_path / "out"), "--host", "127.0.0.1")
-    assert_one_line(refused, Exit.WEIGHTS, "4 of 4 tensors of 'a'", "l.0.q.weight", "--shard", "--whole")
+    assert_one_line(
+        refused, Exit.WEIGHTS, "4 of 4 tensors of 'a'", "l.0.q.weight", "--shard", "--whole"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -877,7 +1307,11 @@ def test_shards_that_leave_a_gap_are_refused_with_the_gap(engines: Engines, tmp_
     for rank in range(2):
         divided.serve(rank, *CUTS, "--topology", "tp=0/2")  # both say that they have the first half
     refused = engines("load", "a", "--full", "--host", "127.0.0.1")
-    assert_one_line(refused, Exit.WEIGHTS, "l.0.q.weight: no rank has the part at [12, 0] of shape [12, 16], of [24, 16]")
+    assert_one_line(
+        refused,
+        Exit.WEIGHTS,
+        "l.0.q.weight: no rank has the part at [12, 0] of shape [12, 16], of [24, 16]",
+    )
 
 
 @pytest.mark.parametrize(
@@ -886,8 +1320,14 @@ def test_shards_that_leave_a_gap_are_refused_with_the_gap(engines: Engines, tmp_
         (("--shard", "nothing*:0"), ["'nothing*:0' matches none of the 4 tensors"]),
         (("--shard", "scale:0"), ["does not fit tensor 'scale'", "no dimensions"]),
         (("--shard", "*.q.*:2"), ["does not fit tensor 'l.0.q.weight'", "DIM is from -2 to 1"]),
-        (("--shard", "*.q.*:0:ep", "--topology", "tp=0/2"), ["over the axis 'ep'", "--topology has tp"]),
-        (("--shards", "BOXES", "--shard", "*.q.*:0"), ["'l.0.q.weight' is in --shards and matches --shard '*.q.*:0'"]),
+        (
+            ("--shard", "*.q.*:0:ep", "--topology", "tp=0/2"),
+            ["over the axis 'ep'", "--topology has tp"],
+        ),
+        (
+            ("--shards", "BOXES", "--shard", "*.q.*:0"),
+            ["'l.0.q.weight' is in --shards and matches --shard '*.q.*:0'"],
+        ),
         (("--shards", "WEIGHTS"), ["is not as {"]),
         (("--shards", "nowhere"), ["nowhere cannot be read"]),
     ],
@@ -898,17 +1338,33 @@ def test_shards_that_do_not_fit_are_told_in_one_line_and_nothing_is_registered(
     divided = Divided(engines, tmp_path)
     places = {"WEIGHTS": divided.weights(0), "BOXES": divided.boxes(0)}
     options = [str(places.get(arg, arg)) for arg in args]
-    result = engines("register", "a", "--rank", "0", "--world-size", "2", "--weights", str(places["WEIGHTS"]), *options)
+    result = engines(
+        "register",
+        "a",
+        "--rank",
+        "0",
+        "--world-size",
+        "2",
+        "--weights",
+        str(places["WEIGHTS"]),
+        *options,
+    )
     assert_one_line(result, Exit.USAGE, *words)
     assert registry.instances() == ()
 
 
 @pytest.fixture
-def long_load(engines: Engines, tmp_path: Path) -> Callable[[], tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
-    """Starts a source and a load of very many files, and returns both when some of these are written."""
+def long_load(
+    engines: Engines, tmp_path: Path
+) -> Callable[[], tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+    """Starts a source and a load of very many files, and returns both when some of these are
+    written.
+    """
 
     def start() -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
-        save_file({f"t{number}": torch.rand(64) for number in range(2000)}, tmp_path / "many.safetensors")
+        save_file(
+            {f"t{number}": torch.rand(64) for number in range(2000)}, tmp_path / "many.safetensors"
+        )
         server = engines.start(
             "register",
             "a",
@@ -943,13 +1399,17 @@ def long_load(engines: Engines, tmp_path: Path) -> Callable[[], tuple[subprocess
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_load_of_whole_tensors_that_is_ended_by_a_signal_leaves_no_file(
-    long_load: Callable[[], tuple[subprocess.Popen[str], subprocess.Popen[str]]], tmp_path: Path, number: signal.Signals
+    long_load: Callable[[], tuple[subprocess.Popen[str], subprocess.Popen[str]]],
+    tmp_path: Path,
+    number: signal.Signals,
 ) -> None:
     _, load = long_load()
     load.send_signal(number)
     out, err = load.communicate(timeout=60)
     assert (load.returncode, out) == (128 + number, "")
-    assert err.strip() == ("engines: interrupted" if number is signal.SIGINT else f"engines: ended by {number.name}")
+    assert err.strip() == (
+        "engines: interrupted" if number is signal.SIGINT else f"engines: ended by {number.name}"
+    )
     assert not (tmp_path / "new").exists()
 
 

@@ -1,4 +1,6 @@
-"""One content or none: sources that start again under the same version, are evicted, or hold something else of the same name."""
+"""One content or none: sources that start again under the same version, are evicted, or hold
+something else of the same name.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,17 @@ def offer(registry: Registry) -> Iterator[Offer]:
     with ExitStack() as stack:
 
         def offer(instance: str, origin: Origin, **options: Any) -> Publication:
-            given = {"rank": 0, "world_size": 1, "model": MODEL, "tensors": {"w": words(origin, COUNT)}, "ttl_s": 2.0, **options}
-            return stack.enter_context(publish(registry, InProcessEngine(), instance=instance, **given))
+            given = {
+                "rank": 0,
+                "world_size": 1,
+                "model": MODEL,
+                "tensors": {"w": words(origin, COUNT)},
+                "ttl_s": 2.0,
+                **options,
+            }
+            return stack.enter_context(
+                publish(registry, InProcessEngine(), instance=instance, **given)
+            )
 
         yield offer
 
@@ -77,9 +88,14 @@ def once_at(part: float, action: Callable[[], object]) -> Callable[[Progress], N
 def test_a_source_that_starts_again_under_the_same_version_while_a_reader_waits_gives_one_launch(
     registry: Registry, processes: Processes
 ) -> None:
-    """It begins an update, whose end the reader waits for. Then it is killed, and comes back with another checkpoint."""
+    """It begins an update, whose end the reader waits for.
+
+    Then it is killed, and comes back with another checkpoint.
+    """
     nbytes = 32 << 20
-    source = processes.start("-m", "tests.support.processes.source", "a", str(nbytes), "127.0.0.1", "2", "1")
+    source = processes.start(
+        "-m", "tests.support.processes.source", "a", str(nbytes), "127.0.0.1", "2", "1"
+    )
     assert line_of(source) == "version 0\n"
     tensors = empty(nbytes)
 
@@ -96,14 +112,23 @@ def test_a_source_that_starts_again_under_the_same_version_while_a_reader_waits_
         wait_until(lambda: not registry.pulls(record))  # the reader has found that out
         source.kill()
         source.wait()
-        again = processes.start("-m", "tests.support.processes.source", "a", str(nbytes), "127.0.0.1", "2", "2")
+        again = processes.start(
+            "-m", "tests.support.processes.source", "a", str(nbytes), "127.0.0.1", "2", "2"
+        )
         started.append(line_of(again))
 
     started: list[str] = []
     with MooncakeEngine("127.0.0.1") as engine:
         progress = once_at(0.5, begin_an_update)
         report = load(
-            registry, engine, "a", rank=0, tensors=tensors, pace=Pace(256 << 10, 2, check_s=0.01), progress=progress, timeout_s=40
+            registry,
+            engine,
+            "a",
+            rank=0,
+            tensors=tensors,
+            pace=Pace(256 << 10, 2, check_s=0.01),
+            progress=progress,
+            timeout_s=40,
         )
     assert the_origin(origins_of_bytes(tensors)) == Origin(launch=2)
     assert (report.version, report.retries > 0, started) == (0, True, ["version 0\n"])
@@ -118,7 +143,9 @@ def test_a_source_that_starts_again_between_a_torn_read_and_the_next_look_gives_
     def launch(origin: Origin) -> tuple[ExitStack, list[Publication]]:
         """All ranks of the instance; version 0 in each launch."""
         content, stack = words(origin, COUNT).reshape(2, -1), ExitStack()
-        parts = [content] if kind == "rank" else [content[rank : rank + 1].clone() for rank in range(2)]
+        parts = (
+            [content] if kind == "rank" else [content[rank : rank + 1].clone() for rank in range(2)]
+        )
         publications = [
             stack.enter_context(
                 publish(
@@ -141,7 +168,9 @@ def test_a_source_that_starts_again_between_a_torn_read_and_the_next_look_gives_
 
     def change() -> None:
         for publication in running[0][1]:
-            publication._header.write(replace(_header_of(publication), sequence=1))  # as an update that begins
+            publication._header.write(
+                replace(_header_of(publication), sequence=1)
+            )  # as an update that begins
 
     def start_again() -> None:
         torn.append("yes")
@@ -173,7 +202,9 @@ def _header_of(publication: Publication) -> Header:
     return header
 
 
-def test_files_that_are_loaded_one_after_another_are_of_one_launch(registry: Registry, offer: Offer, tmp_path: Path) -> None:
+def test_files_that_are_loaded_one_after_another_are_of_one_launch(
+    registry: Registry, offer: Offer, tmp_path: Path
+) -> None:
     """The source starts again, under the same version, when the first file is there."""
     half = COUNT // 2
 
@@ -190,8 +221,20 @@ def test_files_that_are_loaded_one_after_another_are_of_one_launch(registry: Reg
             running.append(offer("a", B, tensors=halves(B)))
 
     with WholeFiles(tmp_path) as files:
-        load_full(registry, InProcessEngine(), "a", files=files, max_file_nbytes=8 * half, progress=start_again, timeout_s=20)
-    found = {name: tensor for path in sorted(tmp_path.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+        load_full(
+            registry,
+            InProcessEngine(),
+            "a",
+            files=files,
+            max_file_nbytes=8 * half,
+            progress=start_again,
+            timeout_s=20,
+        )
+    found = {
+        name: tensor
+        for path in sorted(tmp_path.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
     assert times
     assert the_origin(origins(torch.cat([found["t0"], found["t1"]]))) == B
 
@@ -209,13 +252,23 @@ def test_a_load_that_goes_on_with_another_content_of_the_same_version_forgets_wh
 
     tensors = into()
     progress = once_at(0.5, close_the_one_that_is_read)
-    report = load(registry, InProcessEngine(), ["a", "b"], rank=0, tensors=tensors, pace=PACE, progress=progress)
+    report = load(
+        registry,
+        InProcessEngine(),
+        ["a", "b"],
+        rank=0,
+        tensors=tensors,
+        pace=PACE,
+        progress=progress,
+    )
     assert the_origin(origins(tensors["w"])) == {"a": A, "b": B}[left[0]]
     assert report.content == publications[left[0]].record.content
     assert [share.name for share in report.shares] == [f"/engines/{left[0]}/0"]
 
 
-def test_each_publication_and_each_update_has_a_content_of_its_own_unless_digests_prove_the_same(offer: Offer) -> None:
+def test_each_publication_and_each_update_has_a_content_of_its_own_unless_digests_prove_the_same(
+    offer: Offer,
+) -> None:
     contents = [offer(f"a{number}", A).record.content for number in range(2)]
     publication = offer("b", A)
     contents.append(publication.record.content)
@@ -232,10 +285,14 @@ def test_each_publication_and_each_update_has_a_content_of_its_own_unless_digest
     assert len(set(contents)) == len(contents) == 6
 
 
-def test_a_rank_that_has_loaded_holds_what_its_source_held(registry: Registry, offer: Offer) -> None:
+def test_a_rank_that_has_loaded_holds_what_its_source_held(
+    registry: Registry, offer: Offer
+) -> None:
     source = offer("a", A)
     with InProcessEngine() as engine:
-        report = load(registry, engine, "a", rank=0, tensors=into(), publish=Replica("copy", digests=True))
+        report = load(
+            registry, engine, "a", rank=0, tensors=into(), publish=Replica("copy", digests=True)
+        )
         assert report.publication is not None
         with report.publication as publication:
             assert report.content == source.record.content == publication.record.content
@@ -244,10 +301,19 @@ def test_a_rank_that_has_loaded_holds_what_its_source_held(registry: Registry, o
             assert len(again.shares) == 2
 
 
-def test_loads_that_put_the_same_instance_together_in_one_layout_have_one_content(registry: Registry, offer: Offer) -> None:
+def test_loads_that_put_the_same_instance_together_in_one_layout_have_one_content(
+    registry: Registry, offer: Offer
+) -> None:
     whole = words(A, COUNT).reshape(2, -1)
     for rank in range(2):
-        offer("a", A, rank=rank, world_size=2, tensors={"w": whole[rank : rank + 1].clone()}, shards={"w": _half(rank)})
+        offer(
+            "a",
+            A,
+            rank=rank,
+            world_size=2,
+            tensors={"w": whole[rank : rank + 1].clone()},
+            shards={"w": _half(rank)},
+        )
 
     def load_whole() -> str:
         found = {"w": torch.zeros_like(whole)}
@@ -279,7 +345,9 @@ def spoilt(offer: Offer, instance: str) -> Publication:
     return publication
 
 
-def test_nothing_of_a_source_that_was_evicted_half_way_is_left(registry: Registry, offer: Offer) -> None:
+def test_nothing_of_a_source_that_was_evicted_half_way_is_left(
+    registry: Registry, offer: Offer
+) -> None:
     bad = spoilt(offer, "bad")
     offer("good", A, digests=True)
     tensors = into()
@@ -293,7 +361,10 @@ def test_nothing_of_a_source_that_was_evicted_half_way_is_left(registry: Registr
         progress=once_at(0.5, lambda: registry.evict(registry.ranks("bad")[0])),
     )
     assert the_origin(origins(tensors["w"])) == A
-    assert {share.name: share.nbytes for share in report.shares} == {"/engines/bad/0": 0, "/engines/good/0": 8 * COUNT}
+    assert {share.name: share.nbytes for share in report.shares} == {
+        "/engines/bad/0": 0,
+        "/engines/good/0": 8 * COUNT,
+    }
     wait_until(lambda: bad.state.value == "lost")
 
 
@@ -324,13 +395,23 @@ def test_nothing_of_a_source_is_left_that_was_lost_first_and_evicted_before_the_
         last(now)
 
     pace = Pace(64 << 10, 2, check_s=0.01, stall_s=0.1)
-    load(registry, InProcessEngine(), ["bad", "good"], rank=0, tensors=tensors, pace=pace, progress=progress)
+    load(
+        registry,
+        InProcessEngine(),
+        ["bad", "good"],
+        rank=0,
+        tensors=tensors,
+        pace=pace,
+        progress=progress,
+    )
     assert engine is not None
     assert good.record.content
     assert the_origin(origins(tensors["w"])) == A
 
 
-def test_the_only_source_that_is_evicted_leaves_no_tensor_that_counts(registry: Registry, offer: Offer) -> None:
+def test_the_only_source_that_is_evicted_leaves_no_tensor_that_counts(
+    registry: Registry, offer: Offer
+) -> None:
     offer("a", A)
     evict = once_at(1.0, lambda: registry.evict(registry.ranks("a")[0]))
     with pytest.raises(SourceEvicted, match="no tensor is usable") as caught:
@@ -338,7 +419,9 @@ def test_the_only_source_that_is_evicted_leaves_no_tensor_that_counts(registry: 
     assert caught.value.details["complete"] == []
 
 
-def test_a_source_that_leaves_in_order_once_all_has_come_is_as_good_as_any(registry: Registry, offer: Offer) -> None:
+def test_a_source_that_leaves_in_order_once_all_has_come_is_as_good_as_any(
+    registry: Registry, offer: Offer
+) -> None:
     publication = offer("a", A)
     tensors = into()
 
@@ -356,7 +439,9 @@ def test_a_source_that_leaves_in_order_once_all_has_come_is_as_good_as_any(regis
 def test_what_a_replica_had_from_an_evicted_source_does_not_count_for_those_behind_it_either(
     registry: Registry, offer: Offer
 ) -> None:
-    """A reads from the bad one, B from A; once it is evicted both read from the good one, which comes when it is needed."""
+    """A reads from the bad one, B from A; once it is evicted both read from the good one, which
+    comes when it is needed.
+    """
     spoilt(offer, "bad")
     members = Members(registry, InProcessEngine, into)
     try:
@@ -369,7 +454,9 @@ def test_what_a_replica_had_from_an_evicted_source_does_not_count_for_those_behi
         for name in ("first", "second"):
             report = members.loads[name].result(30)
             assert the_origin(origins(members.tensors[name]["w"])) == A
-            assert all(share.name != "/engines/bad/0" or not share.nbytes for share in report.shares)
+            assert all(
+                share.name != "/engines/bad/0" or not share.nbytes for share in report.shares
+            )
     finally:
         members.end()
 
@@ -389,21 +476,40 @@ def test_a_rank_gets_the_weights_of_its_own_place_on_every_axis(
         options: dict[str, Any] = {"rank": 0, "world_size": 1, "topology": {"ep": (index, 2)}}
         with (
             InProcessEngine() as engine,
-            load_or_seed(registry, engine, MODEL, tensors, instance="me", fallback=tmp_path, timeout_s=5, **options) as seeded,
+            load_or_seed(
+                registry,
+                engine,
+                MODEL,
+                tensors,
+                instance="me",
+                fallback=tmp_path,
+                timeout_s=5,
+                **options,
+            ) as seeded,
         ):
             assert seeded.source == "peers"
             assert the_origin(origins(tensors["w"])) == (A, B)[index]
             load(registry, InProcessEngine(), MODEL, tensors=into(), **options)
 
 
-def test_files_are_read_where_only_other_places_are_served(registry: Registry, offer: Offer, tmp_path: Any) -> None:
+def test_files_are_read_where_only_other_places_are_served(
+    registry: Registry, offer: Offer, tmp_path: Any
+) -> None:
     offer("ep0", A, topology={"ep": (0, 2)})
     save_file({"w": words(B, COUNT)}, tmp_path / "model.safetensors")
     tensors = into()
     with (
         InProcessEngine() as engine,
         load_or_seed(
-            registry, engine, MODEL, tensors, rank=0, world_size=1, topology={"ep": (1, 2)}, instance="me", fallback=tmp_path
+            registry,
+            engine,
+            MODEL,
+            tensors,
+            rank=0,
+            world_size=1,
+            topology={"ep": (1, 2)},
+            instance="me",
+            fallback=tmp_path,
         ) as seeded,
     ):
         assert seeded.source == "disk"
@@ -415,30 +521,51 @@ def test_files_are_read_where_only_other_places_are_served(registry: Registry, o
 # -- an update that lasts --------------------------------------------------------------------------
 
 
-def test_ranks_behind_a_source_that_is_being_updated_wait_for_it_as_they_would_have_at_the_beginning(registry: Registry) -> None:
+def test_ranks_behind_a_source_that_is_being_updated_wait_for_it_as_at_the_beginning(
+    registry: Registry,
+) -> None:
     tensors = {"w": words(A, COUNT)}
     with ExitStack() as stack:
         root = stack.enter_context(
-            publish(registry, InProcessEngine(), instance="root", rank=0, world_size=1, tensors=tensors, model=MODEL, digests=True)
+            publish(
+                registry,
+                InProcessEngine(),
+                instance="root",
+                rank=0,
+                world_size=1,
+                tensors=tensors,
+                model=MODEL,
+                digests=True,
+            )
         )
         members = Members(registry, InProcessEngine, into)
         stack.callback(members.end)
         names = [f"m{number}" for number in range(4)]
-        options: dict[str, Any] = {"source": MODEL, "pace": replace(PACE, starve_s=0.3), "timeout_s": 60}
+        options: dict[str, Any] = {
+            "source": MODEL,
+            "pace": replace(PACE, starve_s=0.3),
+            "timeout_s": 60,
+        }
         for number, name in enumerate(names):  # each of which reads from the one before it
             members.start_stopped(name, 0.5 - number / 10, **options)
         with root.update():
             tensors["w"].copy_(words(Origin(1, 1), COUNT))
             for name in names:
                 members.gates[name].open.set()
-            wait_until(lambda: not registry.all_pulls())  # all of them have lost what they read from
-            assert not any(load.done() for load in members.loads.values())  # and nobody has given up
+            wait_until(
+                lambda: not registry.all_pulls()
+            )  # all of them have lost what they read from
+            assert not any(
+                load.done() for load in members.loads.values()
+            )  # and nobody has given up
         for name in names:
             assert members.loads[name].result(60).version == 1
             assert the_origin(origins(members.tensors[name]["w"])) == Origin(1, 1)
 
 
-def test_a_load_that_has_lost_all_its_sources_does_not_wait_for_new_ones(registry: Registry, offer: Offer) -> None:
+def test_a_load_that_has_lost_all_its_sources_does_not_wait_for_new_ones(
+    registry: Registry, offer: Offer
+) -> None:
     publication = offer("a", A)
     with pytest.raises(SourceLost):
         load(

@@ -1,4 +1,6 @@
-"""Tokens that expire, passwords that change, and authentication that is turned on or off, while a rank is held and watched."""
+"""Tokens that expire, passwords that change, and authentication that is turned on or off, while a
+rank is held and watched.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from typing import Any
 import grpc
 import pytest
 
-from engine_registry import InstanceCleaned, InstanceDegraded, InstanceReady, RankLost, RankUpdated, RegistrationState, Registry
+from engine_registry import (
+    InstanceCleaned,
+    InstanceDegraded,
+    InstanceReady,
+    RankLost,
+    RankUpdated,
+    RegistrationState,
+    Registry,
+)
 from engine_registry.errors import EtcdRefused
 from engine_registry.etcd.client import pb
 from engine_registry.etcd.local import LocalEtcd, find_binary
@@ -24,14 +34,24 @@ from tests.support.waiting import wait_until
 def users(binary: str) -> Iterator[LocalEtcd]:
     """An etcd with users, in plain text, that a test may break."""
     with LocalEtcd(binary=binary) as etcd:
-        ctl(etcd, "user add root:secret", "user grant-role root root", "user add rank:secret", "user grant-role rank root")
+        ctl(
+            etcd,
+            "user add root:secret",
+            "user grant-role root root",
+            "user add rank:secret",
+            "user grant-role rank root",
+        )
         yield etcd
 
 
 def ctl(etcd: LocalEtcd, *commands: str) -> None:
     program = Path(find_binary()).with_name("etcdctl")
     for command in commands:
-        run = subprocess.run([program, "--endpoints", etcd.endpoint, *command.split()], capture_output=True, text=True)
+        run = subprocess.run(
+            [program, "--endpoints", etcd.endpoint, *command.split()],
+            capture_output=True,
+            text=True,
+        )
         assert run.returncode == 0, run.stderr
 
 
@@ -40,9 +60,14 @@ RANK: dict[str, Any] = {"user": "rank", "password": "secret"}
 ROOT_USER: dict[str, Any] = {"user": "root", "password": "secret"}
 
 
-def test_a_changed_password_suspends_the_rank_with_a_clear_line_until_it_holds_again(users: LocalEtcd) -> None:
+def test_a_changed_password_suspends_the_rank_with_a_clear_line_until_it_holds_again(
+    users: LocalEtcd,
+) -> None:
     ctl(users, "auth enable")
-    with Registry.connect(users.endpoint, **RANK) as registry, Registry.connect(users.endpoint, **ROOT_USER) as other:
+    with (
+        Registry.connect(users.endpoint, **RANK) as registry,
+        Registry.connect(users.endpoint, **ROOT_USER) as other,
+    ):
         registration, states = hold(registry)
         with registration, other.watch() as watch:
             events_until(watch, lambda event: isinstance(event, InstanceReady))
@@ -61,11 +86,22 @@ def test_a_changed_password_suspends_the_rank_with_a_clear_line_until_it_holds_a
 
 def _change_password(etcd: LocalEtcd, password: str) -> None:
     program = Path(find_binary()).with_name("etcdctl")
-    command = [str(program), "--endpoints", etcd.endpoint, *AS_ROOT.split(), "user", "passwd", "rank", "--interactive=false"]
+    command = [
+        str(program),
+        "--endpoints",
+        etcd.endpoint,
+        *AS_ROOT.split(),
+        "user",
+        "passwd",
+        "rank",
+        "--interactive=false",
+    ]
     subprocess.run(command, input=f"{password}\n", check=True, capture_output=True, text=True)
 
 
-def test_authentication_that_is_turned_on_is_told_to_who_has_no_user_and_unnoticed_by_who_is_not_asked(users: LocalEtcd) -> None:
+def test_authentication_that_is_turned_on_is_an_error_only_for_a_client_without_a_user(
+    users: LocalEtcd,
+) -> None:
     with Registry.connect(users.endpoint) as registry:
         registration, states = hold(registry)
         with registration, registry.watch() as watch:
@@ -73,7 +109,9 @@ def test_authentication_that_is_turned_on_is_told_to_who_has_no_user_and_unnotic
             ctl(users, "auth enable")
             states.wait_for(RegistrationState.SUSPENDED)
             assert "refuses the credentials" in states.why
-            with pytest.raises(EtcdRefused, match=r"user name is empty.*check `user` and the password"):
+            with pytest.raises(
+                EtcdRefused, match=r"user name is empty.*check `user` and the password"
+            ):
                 registry.instances()
             why = ""
             try:  # its stream is as good as before, unless etcd breaks it off, as 3.4 does
@@ -87,9 +125,14 @@ def test_authentication_that_is_turned_on_is_told_to_who_has_no_user_and_unnotic
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_authentication_that_is_turned_off_for_a_while_ends_nothing_that_runs(users: LocalEtcd, restart: bool) -> None:
+def test_authentication_that_is_turned_off_for_a_while_ends_nothing_that_runs(
+    users: LocalEtcd, restart: bool
+) -> None:
     ctl(users, "auth enable")
-    with Registry.connect(users.endpoint, timeout_s=20, **RANK) as registry, registry.watch() as watch:
+    with (
+        Registry.connect(users.endpoint, timeout_s=20, **RANK) as registry,
+        registry.watch() as watch,
+    ):
         registration, states = hold(registry)
         with registration:
             events = events_until(watch, lambda event: isinstance(event, InstanceReady))
@@ -102,7 +145,9 @@ def test_authentication_that_is_turned_off_for_a_while_ends_nothing_that_runs(us
                 events += events_until(watch, lambda event: isinstance(event, RankUpdated))
                 assert [record.version for record in registry.ranks("a")] == [2 * number + 1]
                 if not number:
-                    with pytest.raises(EtcdRefused, match="authentication turned off: leave out `user`"):
+                    with pytest.raises(
+                        EtcdRefused, match="authentication turned off: leave out `user`"
+                    ):
                         Registry.connect(users.endpoint, **RANK)
             assert states.seen[-1:] in ([], [RegistrationState.REGISTERED])
     assert [event for event in events if isinstance(event, RankLost)] == []
@@ -129,7 +174,9 @@ class Token:
     def has_expired(self) -> bool:
         """Asked with this very token, which the connection would give up for another."""
         try:
-            pb.KVStub(self._client.channel).Range(pb.RangeRequest(key=b"k"), 5, metadata=self._client.metadata)
+            pb.KVStub(self._client.channel).Range(
+                pb.RangeRequest(key=b"k"), 5, metadata=self._client.metadata
+            )
         except grpc.RpcError as exc:
             self._registry.close()
             return "invalid auth token" in str(exc)
@@ -159,7 +206,10 @@ def test_a_watch_a_keeper_and_a_ticket_outlive_their_tokens(
 
 
 def test_a_watch_that_cleans_outlives_its_token_and_still_leads(short_lived: LocalEtcd) -> None:
-    with Registry.connect(short_lived.endpoint, **ROOT_USER) as registry, registry.cleaning_watch(grace_s=0.1) as watch:
+    with (
+        Registry.connect(short_lived.endpoint, **ROOT_USER) as registry,
+        registry.cleaning_watch(grace_s=0.1) as watch,
+    ):
         first, second = (hold(registry, rank=rank, world_size=2)[0] for rank in range(2))
         with first:
             events_until(watch, lambda event: isinstance(event, InstanceReady))  # type: ignore[arg-type]

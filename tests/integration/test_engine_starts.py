@@ -1,4 +1,6 @@
-"""Whether a transfer engine starts, and why not: real ones, each in a process of its own, as it reads its settings once."""
+"""Whether a transfer engine starts, and why not: real ones, each in a process of its own, as it
+reads its settings once.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,10 @@ def test_a_process_has_engines_of_one_family(first: str, other: str) -> None:
     families = {"127.0.0.1": "IPv4", "::1": "IPv6"}
     started, refused = start(first, other).splitlines()
     assert started == "started"
-    assert f"{other!r} is an address of {families[other]}, but the transfer engine of this process" in refused
+    assert (
+        f"{other!r} is an address of {families[other]}, but the transfer engine of this process"
+        in refused
+    )
     assert f"was loaded to speak {families[first]}" in refused
 
 
@@ -93,6 +98,11 @@ def test_a_library_that_others_have_loaded_keeps_the_family_that_it_has() -> Non
     """As an inference engine may have that has a transfer engine of its own."""
     loads_it_first = START.replace("limit =", "import mooncake.engine; limit =")
     done = subprocess.run(
-        [sys.executable, "-c", loads_it_first, "0", "::1"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", loads_it_first, "0", "::1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert "was loaded to speak IPv4" in done.stdout

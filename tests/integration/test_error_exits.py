@@ -1,4 +1,6 @@
-"""However an error of ours ends a program, the process ends as Python ends it: in time, with status 1, and with a traceback."""
+"""However an error of ours ends a program, the process ends as Python ends it: in time, with status
+1, and with a traceback.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,28 @@ from tests.integration.conftest import Processes, line_of
 from tests.support.processes.error import ERRORS, NBYTES, SOURCE
 
 NATIVE = ("E", "W")  # the lines that Mooncake logs begin with these and a date
-UNDER_WAY = ["a source is killed", "a source is stopped", "a source drips", "interrupted", "weights that change"]
+UNDER_WAY = [
+    "a source is killed",
+    "a source is stopped",
+    "a source drips",
+    "interrupted",
+    "weights that change",
+]
 
 
-@pytest.mark.parametrize(("name", "ending"), [*((name, "leaving") for name in ERRORS), *((name, "closing") for name in UNDER_WAY)])
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [*((name, "leaving") for name in ERRORS), *((name, "closing") for name in UNDER_WAY)],
+)
 def test_a_process_that_an_error_ends_has_the_exit_status_of_python_and_says_which(
     processes: Processes, name: str, ending: str
 ) -> None:
     source = processes.start("-m", "tests.support.processes.source", SOURCE, str(NBYTES))
     assert line_of(source) == "version 0\n"
     ignoring = ["-W", "ignore::ResourceWarning"]
-    process = processes.start(*ignoring, "-m", "tests.support.processes.error", name, ending, str(source.pid))
+    process = processes.start(
+        *ignoring, "-m", "tests.support.processes.error", name, ending, str(source.pid)
+    )
     _, err = process.communicate(timeout=60)
     error, _ = ERRORS[name]
     assert process.returncode == (-signal.SIGINT if error == "KeyboardInterrupt" else 1), err

@@ -22,13 +22,26 @@ import pytest
 
 from engine_cli.exits import Exit
 from engine_registry import ModelIdentity, Registry
-from engine_registry.errors import EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from engine_registry.errors import (
+    EtcdError,
+    EtcdRefused,
+    EtcdUnavailable,
+    HistoryLost,
+    LeaseNotFound,
+)
 from engine_registry.etcd.client import Etcd, pb
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.follow import Follower
 from engine_registry.etcd.local import LocalEtcd, find_binary, free_port
 from engine_registry.registration.eviction import AT_ONCE, evict_all
-from engine_registry.schema.keyvalue import Deletion, KeyValue, Put, absent, none_created_since, unchanged
+from engine_registry.schema.keyvalue import (
+    Deletion,
+    KeyValue,
+    Put,
+    absent,
+    none_created_since,
+    unchanged,
+)
 from engine_registry.schema.record import MAX_RECORD_NBYTES, encode
 from tests.integration.conftest import Processes
 from tests.support.builders import a_record
@@ -56,9 +69,13 @@ def compact(etcd: Etcd, revision: int) -> None:
 
 def test_a_snapshot_of_more_keys_than_a_page_is_complete_and_of_one_revision(etcd: Etcd) -> None:
     for start in range(0, 2_500, 100):
-        etcd.commit([], [Put(f"/many/{number:05}", b"v", 0) for number in range(start, start + 100)])
+        etcd.commit(
+            [], [Put(f"/many/{number:05}", b"v", 0) for number in range(start, start + 100)]
+        )
     snapshot = etcd.snapshot("/many/")
-    assert [item.key for item in snapshot.items] == [f"/many/{number:05}" for number in range(2_500)]
+    assert [item.key for item in snapshot.items] == [
+        f"/many/{number:05}" for number in range(2_500)
+    ]
     assert snapshot.revision >= max(item.mod_revision for item in snapshot.items)
 
 
@@ -67,7 +84,9 @@ def test_a_snapshot_begins_again_if_its_revision_is_compacted_between_two_pages(
 ) -> None:
     with closing(connect(own_etcd.endpoint)) as etcd:
         for start in range(0, 1_500, 100):
-            etcd.commit([], [Put(f"/many/{number:05}", b"v", 0) for number in range(start, start + 100)])
+            etcd.commit(
+                [], [Put(f"/many/{number:05}", b"v", 0) for number in range(start, start + 100)]
+            )
         ask, asked = etcd._range, list[int]()
 
         def compacting(request: Any) -> Any:
@@ -104,21 +123,34 @@ def test_a_guard_on_what_a_key_held_wants_the_revision_and_the_value(etcd: Etcd)
     put(etcd, "/k", b"1")
     now = etcd.get("/k")
     assert now is not None
-    for other in (replace(now, value=b"2"), replace(now, mod_revision=now.mod_revision - 1), replace(now, key="/none")):
+    for other in (
+        replace(now, value=b"2"),
+        replace(now, mod_revision=now.mod_revision - 1),
+        replace(now, key="/none"),
+    ):
         assert not etcd.commit([unchanged(other)], [Put("/k", b"3", 0)])
     assert etcd.commit([unchanged(now)], [Put("/k", b"3", 0)])
 
 
-def test_as_many_as_are_evicted_at_once_fit_into_a_transaction_even_with_the_largest_records(etcd: Etcd) -> None:
+def test_as_many_as_are_evicted_at_once_fit_into_a_transaction_even_with_the_largest_records(
+    etcd: Etcd,
+) -> None:
     padding = {"x": "y" * (MAX_RECORD_NBYTES - 800)}
     records = [
-        a_record(rank=rank, world_size=99, incarnation=f"{rank:032x}", model=ModelIdentity("m", extra=padding))
+        a_record(
+            rank=rank,
+            world_size=99,
+            incarnation=f"{rank:032x}",
+            model=ModelIdentity("m", extra=padding),
+        )
         for rank in range(AT_ONCE)
     ]
     assert MAX_RECORD_NBYTES - 200 < len(encode(records[0])) <= MAX_RECORD_NBYTES
     lease_id = etcd.grant(60)
     etcd.commit([], [Put(record.key, encode(record), lease_id) for record in records])
-    assert evict_all(etcd, etcd.snapshot("/engines/").items, absent(a_record(rank=98, world_size=99).key))
+    assert evict_all(
+        etcd, etcd.snapshot("/engines/").items, absent(a_record(rank=98, world_size=99).key)
+    )
     assert len(etcd.snapshot("/evicted/").items) == AT_ONCE
     assert etcd.snapshot("/engines/").items == ()
 
@@ -149,8 +181,12 @@ def test_a_request_that_is_too_large_is_refused_at_once(etcd: Etcd) -> None:
         put(etcd, "/k", os.urandom(2 << 20))
 
 
-@pytest.mark.parametrize("credentials", [{}, {"user": "root", "password": "secret"}], ids=["a call", "authentication"])
-def test_closing_ends_what_waits_for_an_etcd_that_hangs(own_etcd: LocalEtcd, credentials: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "credentials", [{}, {"user": "root", "password": "secret"}], ids=["a call", "authentication"]
+)
+def test_closing_ends_what_waits_for_an_etcd_that_hangs(
+    own_etcd: LocalEtcd, credentials: dict[str, str]
+) -> None:
     raised: list[EtcdError] = []
 
     def call(etcd: Etcd) -> None:
@@ -165,7 +201,10 @@ def test_closing_ends_what_waits_for_an_etcd_that_hangs(own_etcd: LocalEtcd, cre
     try:
         for caller in callers:
             caller.start()
-        with closing(connect(own_etcd.endpoint, timeout_s=0.5)) as probe, pytest.raises(EtcdUnavailable):
+        with (
+            closing(connect(own_etcd.endpoint, timeout_s=0.5)) as probe,
+            pytest.raises(EtcdUnavailable),
+        ):
             probe.get("/k")  # when this has found out, the others have asked
         parent.close()
         for caller in callers:
@@ -190,7 +229,9 @@ def test_a_closed_connection_says_so(etcd: Etcd) -> None:
 
 
 @pytest.mark.parametrize("call", ["get", "keep_alive", "watch"])
-def test_a_connection_that_another_thread_closes_meanwhile_is_replaced(etcd: Etcd, call: str) -> None:
+def test_a_connection_that_another_thread_closes_meanwhile_is_replaced(
+    etcd: Etcd, call: str
+) -> None:
     revision = put(etcd, "/k", lease_id=(lease_id := etcd.grant(5)))
     etcd._client.close()
     if call == "get":
@@ -204,7 +245,9 @@ def test_a_connection_that_another_thread_closes_meanwhile_is_replaced(etcd: Etc
 
 
 def test_nothing_at_the_address_is_told_at_once_with_the_address() -> None:
-    with pytest.raises(EtcdUnavailable, match=r"127\.0\.0\.1:1 cannot be reached.*check the address"):
+    with pytest.raises(
+        EtcdUnavailable, match=r"127\.0\.0\.1:1 cannot be reached.*check the address"
+    ):
         Registry.connect("127.0.0.1:1")
 
 
@@ -247,7 +290,9 @@ def test_a_silent_first_endpoint_is_passed_over(shared_etcd: LocalEtcd) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        with closing(connect(f"127.0.0.1:{silent.getsockname()[1]},{shared_etcd.endpoint}", timeout_s=2.0)) as etcd:
+        with closing(
+            connect(f"127.0.0.1:{silent.getsockname()[1]},{shared_etcd.endpoint}", timeout_s=2.0)
+        ) as etcd:
             assert etcd.get("/nothing") is None
 
 
@@ -259,7 +304,10 @@ def test_a_learner_as_the_only_endpoint_says_that_it_is_one(own_etcd: LocalEtcd)
 
 
 def test_a_learner_is_passed_over_where_there_is_another_endpoint(own_etcd: LocalEtcd) -> None:
-    with a_learner(own_etcd) as learner, closing(connect(f"{learner.endpoint},{own_etcd.endpoint}")) as etcd:
+    with (
+        a_learner(own_etcd) as learner,
+        closing(connect(f"{learner.endpoint},{own_etcd.endpoint}")) as etcd,
+    ):
         assert put(etcd, "/k")
         assert etcd.get("/k")
 
@@ -283,16 +331,25 @@ def test_credentials_are_checked_and_explained(own_etcd: LocalEtcd, processes: P
     ctl = str(etcdctl) if etcdctl.exists() else shutil.which("etcdctl")
     assert ctl, "etcdctl is needed to turn authentication on"
     for command in ("user add root:secret", "user grant-role root root", "auth enable"):
-        subprocess.run([ctl, "--endpoints", own_etcd.endpoint, *command.split()], check=True, capture_output=True)
+        subprocess.run(
+            [ctl, "--endpoints", own_etcd.endpoint, *command.split()],
+            check=True,
+            capture_output=True,
+        )
     with closing(connect(own_etcd.endpoint, user="root", password="secret")) as etcd:
         assert put(etcd, "/k")
     with pytest.raises(EtcdRefused, match=r"refuses the credentials.*check `user`") as wrong:
         Registry.connect(own_etcd.endpoint, user="root", password="guess")
     assert "guess" not in str(wrong.value)
-    with Registry.connect(own_etcd.endpoint) as nobody, pytest.raises(EtcdRefused, match="credentials"):
+    with (
+        Registry.connect(own_etcd.endpoint) as nobody,
+        pytest.raises(EtcdRefused, match="credentials"),
+    ):
         nobody.instances()
     for args, password in ((("--user", "root"), "guess"), ((), ""), (("--user", "root"), "secret")):
-        result = processes.run("list", *args, ENGINES_ETCD=own_etcd.endpoint, ENGINES_ETCD_PASSWORD=password)
+        result = processes.run(
+            "list", *args, ENGINES_ETCD=own_etcd.endpoint, ENGINES_ETCD_PASSWORD=password
+        )
         if password == "secret":
             assert (result.returncode, result.stdout) == (Exit.DONE, "no instance is registered\n")
         else:
@@ -317,7 +374,9 @@ def jwt_etcd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalEt
 
 
 @pytest.mark.parametrize("asked_first", ["call", "watch"])
-def test_a_change_of_roles_costs_nobody_the_connection_for_good(jwt_etcd: LocalEtcd, asked_first: str) -> None:
+def test_a_change_of_roles_costs_nobody_the_connection_for_good(
+    jwt_etcd: LocalEtcd, asked_first: str
+) -> None:
     with closing(connect(jwt_etcd.endpoint, user="root", password="secret")) as etcd:
         revision = put(etcd, "/k")
         etcdctl(jwt_etcd.endpoint, "--user", "root:secret", "role", "add", "another")
@@ -357,7 +416,9 @@ def _leased(etcd: Etcd, key: str) -> int:
     return lease_id
 
 
-def test_following_ends_at_its_deadline_and_leaves_the_connection_to_others(etcd: Etcd, caplog: pytest.LogCaptureFixture) -> None:
+def test_following_ends_at_its_deadline_and_leaves_the_connection_to_others(
+    etcd: Etcd, caplog: pytest.LogCaptureFixture
+) -> None:
     put(etcd, "/f/1")
     connection = etcd._client
     with caplog.at_level(logging.WARNING):
@@ -376,7 +437,9 @@ def _no_collector() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_no_collector")
 @pytest.mark.parametrize("how", ["cancelled", "given up", "lost"])
-def test_a_watch_that_is_over_leaves_no_call_for_the_interpreters_end(own_etcd: LocalEtcd, how: str) -> None:
+def test_a_watch_that_is_over_leaves_no_call_for_the_interpreters_end(
+    own_etcd: LocalEtcd, how: str
+) -> None:
     with closing(connect(own_etcd.endpoint)) as etcd:
         stream = etcd.watch("/w/", 1)
         call = weakref.ref(stream._call)
@@ -397,9 +460,18 @@ def test_a_watch_that_is_over_leaves_no_call_for_the_interpreters_end(own_etcd: 
         assert list(stream) == []
 
 
-def test_a_proxy_for_the_web_is_not_asked_for_etcd(shared_etcd: LocalEtcd, processes: Processes) -> None:
+def test_a_proxy_for_the_web_is_not_asked_for_etcd(
+    shared_etcd: LocalEtcd, processes: Processes
+) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
-    result = processes.run("list", http_proxy=nowhere, https_proxy=nowhere, grpc_proxy=nowhere, no_proxy="", NO_PROXY="")
+    result = processes.run(
+        "list",
+        http_proxy=nowhere,
+        https_proxy=nowhere,
+        grpc_proxy=nowhere,
+        no_proxy="",
+        NO_PROXY="",
+    )
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -414,7 +486,10 @@ def test_history_that_was_compacted_is_told(own_etcd: LocalEtcd) -> None:
 
 
 def test_following_goes_on_across_a_restart_without_a_gap(own_etcd: LocalEtcd) -> None:
-    with closing(connect(own_etcd.endpoint, timeout_s=10.0)) as etcd, closing(connect(own_etcd.endpoint, timeout_s=10.0)) as writer:
+    with (
+        closing(connect(own_etcd.endpoint, timeout_s=10.0)) as etcd,
+        closing(connect(own_etcd.endpoint, timeout_s=10.0)) as writer,
+    ):
         updates = iter(Follower(etcd, "/f/"))
         next(updates)
         put(writer, "/f/before")
@@ -425,8 +500,13 @@ def test_following_goes_on_across_a_restart_without_a_gap(own_etcd: LocalEtcd) -
         assert [change.key for change in getattr(next(updates), "changes", ())] == ["/f/after"]
 
 
-def test_following_a_wiped_etcd_begins_again_even_if_it_has_grown_past_the_old_revision(own_etcd: LocalEtcd) -> None:
-    with closing(connect(own_etcd.endpoint, timeout_s=10.0)) as etcd, closing(connect(own_etcd.endpoint, timeout_s=10.0)) as writer:
+def test_following_a_wiped_etcd_begins_again_even_if_it_has_grown_past_the_old_revision(
+    own_etcd: LocalEtcd,
+) -> None:
+    with (
+        closing(connect(own_etcd.endpoint, timeout_s=10.0)) as etcd,
+        closing(connect(own_etcd.endpoint, timeout_s=10.0)) as writer,
+    ):
         put(writer, "/f/old")
         updates = iter(Follower(etcd, "/f/"))
         next(updates)
@@ -436,4 +516,6 @@ def test_following_a_wiped_etcd_begins_again_even_if_it_has_grown_past_the_old_r
         for number in range(20):
             put(writer, f"/f/new{number}")
         again = next(updates)
-        assert {item.key for item in getattr(again, "items", ())} == {f"/f/new{number}" for number in range(20)}
+        assert {item.key for item in getattr(again, "items", ())} == {
+            f"/f/new{number}" for number in range(20)
+        }

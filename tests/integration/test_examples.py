@@ -23,7 +23,9 @@ Start = Callable[..., "subprocess.Popen[str]"]
 def start(own_etcd: LocalEtcd) -> Iterator[Start]:
     """They use no namespace, so they have an etcd to themselves."""
     started = Processes(dict(os.environ))
-    yield lambda name, *args: started.start(str(ROOT / "examples" / name), "--etcd", own_etcd.endpoint, *args)
+    yield lambda name, *args: started.start(
+        str(ROOT / "examples" / name), "--etcd", own_etcd.endpoint, *args
+    )
     started.end()
 
 
@@ -43,9 +45,13 @@ def test_a_module_is_served_and_loaded_and_its_server_leaves_in_order(start: Sta
     ended(server)
 
 
-def test_of_two_that_start_cold_the_second_copies_from_the_first(start: Start, tmp_path: Path) -> None:
+def test_of_two_that_start_cold_the_second_copies_from_the_first(
+    start: Start, tmp_path: Path
+) -> None:
     save_file({"w": torch.randn(1000)}, tmp_path / "w.safetensors")
-    first, second = (start("cold_start.py", "--instance", name, str(tmp_path / "w.safetensors")) for name in "ab")
+    first, second = (
+        start("cold_start.py", "--instance", name, str(tmp_path / "w.safetensors")) for name in "ab"
+    )
     said = sorted(line_of(process).partition(";")[0] for process in (first, second))
     reader = next(line.split()[0] for line in said if line.endswith("w.safetensors"))
     other = {"a": "b", "b": "a"}[reader]

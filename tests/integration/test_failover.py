@@ -1,4 +1,6 @@
-"""Sources that are killed, stopped, cut off, evicted or changed in the middle of a load: real processes, real transfer engine."""
+"""Sources that are killed, stopped, cut off, evicted or changed in the middle of a load: real
+processes, real transfer engine.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,17 @@ class Sources:
     def start(self, *names: str) -> None:
         for name in names:
             host = f"127.0.0.{10 + len(self.started)}"
-            self.started[name] = self._processes.start("-m", "tests.support.processes.source", name, str(NBYTES), host)
+            self.started[name] = self._processes.start(
+                "-m", "tests.support.processes.source", name, str(NBYTES), host
+            )
         for name in names:
             assert line_of(self.started[name]) == "version 0\n"
 
     def signal(self, number: signal.Signals) -> None:
         self.started["a"].send_signal(number)
-        if number == signal.SIGSTOP:  # each thread stops when it next runs: on a busy machine the rest of a load is quicker
+        if (
+            number == signal.SIGSTOP
+        ):  # each thread stops when it next runs: on a busy machine the rest of a load is quicker
             threads = Path(f"/proc/{self.started['a'].pid}/task")
             wait_until(lambda: all(_state(thread) == "T" for thread in threads.iterdir()))
 
@@ -98,48 +104,81 @@ FAULTS: dict[str, Fault] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_load_from_two_goes_on_with_the_other_when_one_is(sources: Sources, engine: MooncakeEngine, fault: str) -> None:
+def test_a_load_from_two_goes_on_with_the_other_when_one_is(
+    sources: Sources, engine: MooncakeEngine, fault: str
+) -> None:
     sources.start("a", "b")
     tensors = empty(NBYTES)
     happen = at_half(lambda: FAULTS[fault](sources))
-    report = load(sources.registry, engine, ["a", "b"], rank=0, tensors=tensors, pace=PACE, progress=happen)
+    report = load(
+        sources.registry, engine, ["a", "b"], rank=0, tensors=tensors, pace=PACE, progress=happen
+    )
     wanted = content(report.version, NBYTES)
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
     assert report.version == 0
     assert sum(share.nbytes for share in report.shares) == NBYTES
-    assert {share.name for share in report.shares if share.nbytes and not share.error} == {"/engines/b/0"}
+    assert {share.name for share in report.shares if share.nbytes and not share.error} == {
+        "/engines/b/0"
+    }
 
 
 def test_a_load_by_model_reads_whoever_serves_it(sources: Sources, engine: MooncakeEngine) -> None:
     sources.start("a", "b")
     tensors = empty(NBYTES)
     report = load(sources.registry, engine, MODEL, rank=0, tensors=tensors, pace=PACE)
-    assert {share.name for share in report.shares if share.nbytes} == {"/engines/a/0", "/engines/b/0"}
+    assert {share.name for share in report.shares if share.nbytes} == {
+        "/engines/a/0",
+        "/engines/b/0",
+    }
     assert all(torch.equal(tensors[name], wanted) for name, wanted in content(0, NBYTES).items())
 
 
-def test_the_only_source_changed_meanwhile_is_read_again_in_its_new_version(sources: Sources, engine: MooncakeEngine) -> None:
+def test_the_only_source_changed_meanwhile_is_read_again_in_its_new_version(
+    sources: Sources, engine: MooncakeEngine
+) -> None:
     sources.start("a")
     tensors = empty(NBYTES)
-    report = load(sources.registry, engine, "a", rank=0, tensors=tensors, pace=PACE, progress=at_half(sources.update))
+    report = load(
+        sources.registry,
+        engine,
+        "a",
+        rank=0,
+        tensors=tensors,
+        pace=PACE,
+        progress=at_half(sources.update),
+    )
     assert (report.version, report.retries > 0) == (1, True)
     assert all(torch.equal(tensors[name], wanted) for name, wanted in content(1, NBYTES).items())
 
 
-@pytest.mark.parametrize(("fault", "kind"), [("killed", SourceLost), ("stopped", Stalled), ("evicted", SourceLost)])
+@pytest.mark.parametrize(
+    ("fault", "kind"), [("killed", SourceLost), ("stopped", Stalled), ("evicted", SourceLost)]
+)
 def test_the_only_source_lost_meanwhile_is_an_error_that_says_what_came(
     sources: Sources, engine: MooncakeEngine, fault: str, kind: type[SourceLost]
 ) -> None:
     sources.start("a")
     tensors = empty(NBYTES)
-    with pytest.raises(SourceLost, match=r"/engines/a/0 could not be read to the end.*load again") as lost:
-        load(sources.registry, engine, "a", rank=0, tensors=tensors, pace=PACE, progress=at_half(lambda: FAULTS[fault](sources)))
+    with pytest.raises(
+        SourceLost, match=r"/engines/a/0 could not be read to the end.*load again"
+    ) as lost:
+        load(
+            sources.registry,
+            engine,
+            "a",
+            rank=0,
+            tensors=tensors,
+            pace=PACE,
+            progress=at_half(lambda: FAULTS[fault](sources)),
+        )
     assert isinstance(lost.value, kind) or "lease expired" in str(lost.value)
     wanted = content(0, NBYTES)
     assert all(torch.equal(tensors[name], wanted[name]) for name in lost.value.details["complete"])
 
 
-def test_a_stopped_source_that_goes_on_in_time_is_read_to_the_end(sources: Sources, engine: MooncakeEngine) -> None:
+def test_a_stopped_source_that_goes_on_in_time_is_read_to_the_end(
+    sources: Sources, engine: MooncakeEngine
+) -> None:
     sources.start("a")
 
     def stop_for_a_while() -> None:
@@ -147,24 +186,40 @@ def test_a_stopped_source_that_goes_on_in_time_is_read_to_the_end(sources: Sourc
         threading.Timer(1.0, lambda: sources.signal(signal.SIGCONT)).start()
 
     tensors = empty(NBYTES)
-    report = load(sources.registry, engine, "a", rank=0, tensors=tensors, pace=PACE, progress=at_half(stop_for_a_while))
+    report = load(
+        sources.registry,
+        engine,
+        "a",
+        rank=0,
+        tensors=tensors,
+        pace=PACE,
+        progress=at_half(stop_for_a_while),
+    )
     assert report.version == 0
     assert all(torch.equal(tensors[name], wanted) for name, wanted in content(0, NBYTES).items())
 
 
-def assert_nothing_comes_later(sources: Sources, engine: MooncakeEngine, tensors: dict[str, torch.Tensor]) -> None:
+def assert_nothing_comes_later(
+    sources: Sources, engine: MooncakeEngine, tensors: dict[str, torch.Tensor]
+) -> None:
     """Uses the memory for something else, and lets the source go on if it is stopped."""
     for tensor in tensors.values():
         tensor.fill_(77)
     sources.signal(signal.SIGCONT)
-    fresh = empty(NBYTES)  # by when this has been read, the source has long sent what it had been asked for before
+    fresh = empty(
+        NBYTES
+    )  # by when this has been read, the source has long sent what it had been asked for before
     load(sources.registry, engine, "a", rank=0, tensors=fresh, timeout_s=30)
     assert all(torch.equal(fresh[name], wanted) for name, wanted in content(0, NBYTES).items())
     assert all(bool((tensor == 77).all()) for tensor in tensors.values())
 
 
-def test_nothing_of_an_abandoned_read_is_written_when_its_source_goes_on(sources: Sources, engine: MooncakeEngine) -> None:
-    """The memory is the caller's again as soon as the load has ended, and is used for something else."""
+def test_nothing_of_an_abandoned_read_is_written_when_its_source_goes_on(
+    sources: Sources, engine: MooncakeEngine
+) -> None:
+    """The memory is the caller's again as soon as the load has ended, and is used for something
+    else.
+    """
     sources.start("a")
     tensors = empty(NBYTES)
     with pytest.raises(SourceLost):
@@ -190,7 +245,10 @@ def dropped_packets(host: str) -> Iterator[None]:
         subprocess.run(["ip", "route", "del", "blackhole", host, "table", "local"], check=True)
 
 
-@pytest.mark.skipif(shutil.which("ip") is None or os.geteuid() != 0, reason="drops packets by a route, as root with iproute2")
+@pytest.mark.skipif(
+    shutil.which("ip") is None or os.geteuid() != 0,
+    reason="drops packets by a route, as root with iproute2",
+)
 @pytest.mark.parametrize("others", [(), ("b",)])
 def test_a_source_cut_off_by_the_network_is_given_up_in_bounded_time(
     sources: Sources, engine: MooncakeEngine, others: tuple[str, ...]
@@ -201,26 +259,52 @@ def test_a_source_cut_off_by_the_network_is_given_up_in_bounded_time(
     try:
         happen = at_half(cut.__enter__)
         if others:
-            report = load(sources.registry, engine, ["a", "b"], rank=0, tensors=tensors, pace=PACE, progress=happen)
+            report = load(
+                sources.registry,
+                engine,
+                ["a", "b"],
+                rank=0,
+                tensors=tensors,
+                pace=PACE,
+                progress=happen,
+            )
             assert [share.name for share in report.shares if share.error] == ["/engines/a/0"]
-            assert all(torch.equal(tensors[name], wanted) for name, wanted in content(0, NBYTES).items())
+            assert all(
+                torch.equal(tensors[name], wanted) for name, wanted in content(0, NBYTES).items()
+            )
         else:
-            with pytest.raises(SourceLost):  # Stalled, or told at once that there is no route any more
-                load(sources.registry, engine, "a", rank=0, tensors=tensors, pace=PACE, progress=happen)
+            with pytest.raises(
+                SourceLost
+            ):  # Stalled, or told at once that there is no route any more
+                load(
+                    sources.registry,
+                    engine,
+                    "a",
+                    rank=0,
+                    tensors=tensors,
+                    pace=PACE,
+                    progress=happen,
+                )
     finally:
         cut.__exit__(None, None, None)
 
 
-def assert_all_is_given_back(sources: Sources, engine: MooncakeEngine, tensors: dict[str, torch.Tensor]) -> None:
+def assert_all_is_given_back(
+    sources: Sources, engine: MooncakeEngine, tensors: dict[str, torch.Tensor]
+) -> None:
     for tensor in tensors.values():  # would be a tile of its own, were it still registered or lent
-        region = Region(tensor.untyped_storage().data_ptr() - 1, tensor.untyped_storage().nbytes() + 2)
+        region = Region(
+            tensor.untyped_storage().data_ptr() - 1, tensor.untyped_storage().nbytes() + 2
+        )
         assert engine.register(region) == engine.lend(region) == (region,)
         engine.unregister(region)
         engine.take_back(region)
     assert sources.registry.pulls(sources.registry.ranks("a")[0]) == 0
 
 
-def test_ctrl_c_in_the_middle_gives_everything_back(sources: Sources, engine: MooncakeEngine) -> None:
+def test_ctrl_c_in_the_middle_gives_everything_back(
+    sources: Sources, engine: MooncakeEngine
+) -> None:
     sources.start("a")
     tensors = empty(NBYTES)
     with pytest.raises(KeyboardInterrupt):
@@ -237,11 +321,22 @@ def test_ctrl_c_in_the_middle_gives_everything_back(sources: Sources, engine: Mo
     assert_nothing_comes_later(sources, engine, tensors)
 
 
-def test_a_load_cancelled_from_another_thread_gives_everything_back(sources: Sources, engine: MooncakeEngine) -> None:
+def test_a_load_cancelled_from_another_thread_gives_everything_back(
+    sources: Sources, engine: MooncakeEngine
+) -> None:
     sources.start("a")
     tensors, cancel = empty(NBYTES), threading.Event()
     before = threading.active_count()
     with pytest.raises(Cancelled, match="was cancelled"):
-        load(sources.registry, engine, "a", rank=0, tensors=tensors, pace=PACE, cancel=cancel, progress=at_half(cancel.set))
+        load(
+            sources.registry,
+            engine,
+            "a",
+            rank=0,
+            tensors=tensors,
+            pace=PACE,
+            cancel=cancel,
+            progress=at_half(cancel.set),
+        )
     assert_all_is_given_back(sources, engine, tensors)
     wait_until(lambda: threading.active_count() <= before)

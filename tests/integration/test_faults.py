@@ -1,4 +1,5 @@
-"""What may befall etcd, a keeper or the way between them, and what a registration and a watcher make of it.
+"""What may befall etcd, a keeper or the way between them, and what a registration and a watcher
+make of it.
 
 Every registration here is a real keeper process; leases are as short as etcd grants them (2 s).
 """
@@ -70,7 +71,9 @@ class States:
 
     def wait_for(self, state: RegistrationState, timeout_s: float = 30.0) -> None:
         with self._changed:
-            reached = self._changed.wait_for(lambda: bool(self.seen) and self.seen[-1] is state, timeout_s)
+            reached = self._changed.wait_for(
+                lambda: bool(self.seen) and self.seen[-1] is state, timeout_s
+            )
         assert reached, self.seen
 
 
@@ -80,7 +83,10 @@ def hold(registry: Registry, **fields: Any) -> tuple[Registration, States]:
 
 
 def joined_again(registration: Registration) -> Callable[[Event], bool]:
-    return lambda event: isinstance(event, RankJoined) and event.record.incarnation == registration.record.incarnation
+    return lambda event: (
+        isinstance(event, RankJoined)
+        and event.record.incarnation == registration.record.incarnation
+    )
 
 
 def pause_for(seconds: float) -> None:
@@ -115,7 +121,9 @@ def test_an_etcd_that_is_away_for_longer_than_the_lease_costs_nothing(etcd: Loca
             assert states.seen == [RegistrationState.SUSPENDED, RegistrationState.REGISTERED]
 
 
-def test_an_etcd_that_stalls_for_longer_than_the_lease_has_the_rank_back_afterwards(etcd: LocalEtcd) -> None:
+def test_an_etcd_that_stalls_for_longer_than_the_lease_has_the_rank_back_afterwards(
+    etcd: LocalEtcd,
+) -> None:
     with Registry.connect(etcd.endpoint, timeout_s=20) as registry, registry.watch() as watch:
         registration, _ = hold(registry)
         with registration:
@@ -123,12 +131,17 @@ def test_an_etcd_that_stalls_for_longer_than_the_lease_has_the_rank_back_afterwa
             etcd.pause()
             pause_for(2 * TTL_S)
             etcd.resume()
-            events = events_up_to_now(watch)  # the lease may expire only now, and the rank be away for a moment
+            events = events_up_to_now(
+                watch
+            )  # the lease may expire only now, and the rank be away for a moment
             (record,) = registry.resolve("a", 10)
             assert record.incarnation == registration.record.incarnation
             assert registry.manifest(record) == MANIFEST
-        # Whether the lease outlived the stall is etcd's affair; a loss that was seen must have been followed by a return.
-        assert len(losses(events)) == len([event for event in events if isinstance(event, RankJoined)])
+        # Whether the lease outlived the stall is etcd's affair; a loss that was seen must have been
+        # followed by a return.
+        assert len(losses(events)) == len(
+            [event for event in events if isinstance(event, RankJoined)]
+        )
 
 
 def test_the_loss_of_the_data_of_etcd_is_a_blip_for_no_rank_of_many(etcd: LocalEtcd) -> None:
@@ -145,7 +158,10 @@ def test_the_loss_of_the_data_of_etcd_is_a_blip_for_no_rank_of_many(etcd: LocalE
 
 
 def test_killing_the_leader_of_a_cluster_loses_no_registration(binary: str) -> None:
-    with LocalCluster(binary) as cluster, Registry.connect(cluster.endpoints, timeout_s=20) as registry:
+    with (
+        LocalCluster(binary) as cluster,
+        Registry.connect(cluster.endpoints, timeout_s=20) as registry,
+    ):
         with registry.watch() as watch, ExitStack() as stack:
             for rank in range(4):
                 stack.enter_context(hold(registry, rank=rank, world_size=4)[0])
@@ -162,7 +178,10 @@ def test_killing_the_leader_of_a_cluster_loses_no_registration(binary: str) -> N
 
 
 def test_a_cluster_without_a_quorum_suspends_and_has_everything_back_with_it(binary: str) -> None:
-    with LocalCluster(binary) as cluster, Registry.connect(cluster.endpoints, timeout_s=20) as registry:
+    with (
+        LocalCluster(binary) as cluster,
+        Registry.connect(cluster.endpoints, timeout_s=20) as registry,
+    ):
         registration, states = hold(registry)
         with registration, registry.watch() as watch:
             events_until(watch, lambda event: isinstance(event, InstanceReady))
@@ -175,21 +194,37 @@ def test_a_cluster_without_a_quorum_suspends_and_has_everything_back_with_it(bin
             states.wait_for(RegistrationState.REGISTERED)
             registration.update(version=1)
             assert [record.version for record in registry.resolve("a", 10)] == [1]
-            events = events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1)
+            events = events_until(
+                watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1
+            )
             assert losses(events) == []
 
 
-def test_a_keeper_whose_member_is_cut_off_from_the_others_goes_to_one_that_is_not(binary: str) -> None:
-    with DivisibleCluster(binary) as cluster, Registry.connect(cluster.endpoints, timeout_s=20) as registry:
+def test_a_keeper_whose_member_is_cut_off_from_the_others_goes_to_one_that_is_not(
+    binary: str,
+) -> None:
+    with (
+        DivisibleCluster(binary) as cluster,
+        Registry.connect(cluster.endpoints, timeout_s=20) as registry,
+    ):
         registration, _ = hold(registry)  # a keeper begins with the first endpoint
-        with registration, Registry.connect(cluster.members[1].endpoint) as outside, outside.watch() as watch:
+        with (
+            registration,
+            Registry.connect(cluster.members[1].endpoint) as outside,
+            outside.watch() as watch,
+        ):
             events_until(watch, lambda event: isinstance(event, InstanceReady))
             cluster.cut_off_the_first()
-            with pytest.raises(EtcdUnavailable), closing(raw_at(cluster.members[0].endpoint, timeout_s=1)) as alone:
+            with (
+                pytest.raises(EtcdUnavailable),
+                closing(raw_at(cluster.members[0].endpoint, timeout_s=1)) as alone,
+            ):
                 alone.get("/")
             pause_for(2 * TTL_S)
             registration.update(version=1)
-            events = events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1)
+            events = events_until(
+                watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1
+            )
             assert losses(events) == []
             assert [record.version for record in registry.resolve("a", 10)] == [1]
 
@@ -198,8 +233,14 @@ def raw_at(endpoints: str, timeout_s: float = 5.0) -> Etcd:
     return Etcd(EtcdConfig(parse_endpoints(endpoints), timeout_s=timeout_s))
 
 
-def test_a_keeper_in_a_black_hole_loses_the_rank_by_its_lease_and_brings_it_back(etcd: LocalEtcd) -> None:
-    with closing(Proxy(etcd.endpoint)) as proxy, Registry.connect(etcd.endpoint) as outside, outside.watch() as watch:
+def test_a_keeper_in_a_black_hole_loses_the_rank_by_its_lease_and_brings_it_back(
+    etcd: LocalEtcd,
+) -> None:
+    with (
+        closing(Proxy(etcd.endpoint)) as proxy,
+        Registry.connect(etcd.endpoint) as outside,
+        outside.watch() as watch,
+    ):
         with Registry.connect(proxy.endpoint) as registry:
             registration, states = hold(registry)
         with registration:
@@ -214,8 +255,14 @@ def test_a_keeper_in_a_black_hole_loses_the_rank_by_its_lease_and_brings_it_back
             assert outside.manifest(outside.ranks("a")[0]) == MANIFEST
 
 
-def test_a_watcher_in_a_black_hole_tells_afterwards_what_it_missed_even_if_that_was_compacted(etcd: LocalEtcd) -> None:
-    with closing(Proxy(etcd.endpoint)) as proxy, Registry.connect(etcd.endpoint) as outside, ExitStack() as stack:
+def test_a_watcher_in_a_black_hole_tells_afterwards_what_it_missed_even_if_that_was_compacted(
+    etcd: LocalEtcd,
+) -> None:
+    with (
+        closing(Proxy(etcd.endpoint)) as proxy,
+        Registry.connect(etcd.endpoint) as outside,
+        ExitStack() as stack,
+    ):
         kept, _ = hold(outside, rank=0, world_size=2)
         gone, _ = hold(outside, rank=1, world_size=2)
         stack.enter_context(kept)
@@ -230,7 +277,9 @@ def test_a_watcher_in_a_black_hole_tells_afterwards_what_it_missed_even_if_that_
             events = events_until(watch, lambda event: isinstance(event, RankJoined), timeout_s=40)
     assert losses(events) == ["replaced by another process"]
     assert [event.record.version for event in events if isinstance(event, RankUpdated)] == [5]
-    assert [event.record.incarnation for event in events if isinstance(event, RankJoined)] == [new.record.incarnation]
+    assert [event.record.incarnation for event in events if isinstance(event, RankJoined)] == [
+        new.record.incarnation
+    ]
 
 
 def etcdctl_revision(endpoint: str) -> str:
@@ -250,7 +299,9 @@ def without_space(binary: str) -> Iterator[tuple[Registry, Etcd]]:
         yield registry, raw
 
 
-def test_an_etcd_without_space_keeps_the_rank_and_takes_its_update_when_it_has_space_again(binary: str) -> None:
+def test_an_etcd_without_space_keeps_the_rank_and_takes_its_update_when_it_has_space_again(
+    binary: str,
+) -> None:
     with (
         LocalEtcd(binary=binary, extra_args=["--quota-backend-bytes", str(8 << 20)]) as etcd,
         Registry.connect(etcd.endpoint) as registry,
@@ -275,7 +326,10 @@ def test_an_authentication_token_that_etcd_has_forgotten_is_renewed(etcd: LocalE
     for command in ("user add root:secret", "user grant-role root root", "auth enable"):
         etcdctl(etcd.endpoint, *command.split())
     credentials = {"user": "root", "password": "secret"}
-    with Registry.connect(etcd.endpoint, timeout_s=20, **credentials) as registry, registry.watch() as watch:
+    with (
+        Registry.connect(etcd.endpoint, timeout_s=20, **credentials) as registry,
+        registry.watch() as watch,
+    ):
         registration, states = hold(registry)
         with registration:
             events_until(watch, lambda event: isinstance(event, InstanceReady))
@@ -288,7 +342,9 @@ def test_an_authentication_token_that_etcd_has_forgotten_is_renewed(etcd: LocalE
             assert states.seen[-1:] in ([], [RegistrationState.REGISTERED])
 
 
-def test_a_keeper_that_dies_while_etcd_is_away_leaves_its_successor_to_tell_that_etcd_is_back(etcd: LocalEtcd) -> None:
+def test_a_keeper_that_dies_while_etcd_is_away_leaves_its_successor_to_tell_that_etcd_is_back(
+    etcd: LocalEtcd,
+) -> None:
     with Registry.connect(etcd.endpoint, timeout_s=20) as registry:
         registration, states = hold(registry)
         with registration:
@@ -327,7 +383,9 @@ def test_a_first_keeper_that_cannot_be_started_is_an_error_that_says_so(
 ) -> None:
     monkeypatch.delattr(os, "memfd_create")
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
-    with pytest.raises(KeeperFailed, match=r"cannot start a keeper of /engines/a/0 .*No such file or directory"):
+    with pytest.raises(
+        KeeperFailed, match=r"cannot start a keeper of /engines/a/0 .*No such file or directory"
+    ):
         register(registry)
 
 
@@ -377,11 +435,21 @@ else:
 
 
 @pytest.mark.parametrize("left", [0, 1, 3, 5, 7, 8, 40])
-@pytest.mark.parametrize(("call", "error"), [("connect", "EtcdUnavailable"), ("register", "KeeperFailed")])
+@pytest.mark.parametrize(
+    ("call", "error"), [("connect", "EtcdUnavailable"), ("register", "KeeperFailed")]
+)
 def test_a_process_without_descriptors_gets_an_error_that_says_so(
     shared_etcd: LocalEtcd, namespace: str, call: str, error: str, left: int
 ) -> None:
-    command = [sys.executable, "-c", FEW_DESCRIPTORS, shared_etcd.endpoint, namespace, call, str(left)]
+    command = [
+        sys.executable,
+        "-c",
+        FEW_DESCRIPTORS,
+        shared_etcd.endpoint,
+        namespace,
+        call,
+        str(left),
+    ]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr
     count, _, said = ran.stdout.strip().partition(" ")
@@ -406,11 +474,15 @@ def test_a_keeper_that_hangs_is_replaced(registry: Registry) -> None:
         assert registry.resolve("a", 10)[0].incarnation == registration.record.incarnation
 
 
-def test_no_caller_waits_without_end_for_a_keeper_that_hangs_with_its_pipe_full(registry: Registry) -> None:
+def test_no_caller_waits_without_end_for_a_keeper_that_hangs_with_its_pipe_full(
+    registry: Registry,
+) -> None:
     registration, states = hold(registry, model=ModelIdentity("tiny", extra={"note": "x" * 3000}))
     with registration, ThreadPoolExecutor(64) as callers:
         os.kill(registration.keeper_pid, signal.SIGSTOP)
-        for call in [callers.submit(registration.update, version=version) for version in range(1, 65)]:  # 200 KB
+        for call in [
+            callers.submit(registration.update, version=version) for version in range(1, 65)
+        ]:  # 200 KB
             call.result(60)
         registration.update(version=65)
         states.wait_for(RegistrationState.REGISTERED)
@@ -424,7 +496,9 @@ def test_a_withdrawal_is_carried_out_though_the_keeper_hangs(registry: Registry)
         os.kill(registration.keeper_pid, signal.SIGSTOP)
         registration.withdraw()
         assert registration.withdrawn
-        assert losses(events_until(watch, lambda event: isinstance(event, RankLost))) == ["withdrawn"]
+        assert losses(events_until(watch, lambda event: isinstance(event, RankLost))) == [
+            "withdrawn"
+        ]
 
 
 def test_a_keeper_is_not_taken_for_hung_while_etcd_is_silent(etcd: LocalEtcd) -> None:
@@ -440,7 +514,9 @@ def test_a_keeper_is_not_taken_for_hung_while_etcd_is_silent(etcd: LocalEtcd) ->
             assert registration.keeper_pid == first
 
 
-def test_a_keeper_is_not_taken_for_hung_by_a_rank_that_was_stopped_itself(registry: Registry, processes: Processes) -> None:
+def test_a_keeper_is_not_taken_for_hung_by_a_rank_that_was_stopped_itself(
+    registry: Registry, processes: Processes
+) -> None:
     with registry.watch("a") as watch:
         process = processes.rank("a", 0, 1, "withdraw")
         (before,) = keepers_of(process.pid)
@@ -451,42 +527,74 @@ def test_a_keeper_is_not_taken_for_hung_by_a_rank_that_was_stopped_itself(regist
         process.stdin.write("\n")
         process.stdin.flush()
         assert line_of(process) == f"withdraws {before}\n"
-        assert losses(events_until(watch, lambda event: isinstance(event, RankLost))) == ["withdrawn"]
+        assert losses(events_until(watch, lambda event: isinstance(event, RankLost))) == [
+            "withdrawn"
+        ]
 
 
-def test_a_first_claim_over_a_slow_way_to_many_endpoints_has_the_time_that_the_user_gives_it(etcd: LocalEtcd) -> None:
+def test_a_first_claim_over_a_slow_way_to_many_endpoints_has_the_time_that_the_user_gives_it(
+    etcd: LocalEtcd,
+) -> None:
     with ExitStack() as stack:
         ways = [stack.enter_context(closing(Proxy(etcd.endpoint))) for _ in range(4)]
         for way in ways:
-            way.delay_s = 0.3  # each way: more than the keeper's own 2 s leave each of four endpoints
-        with Registry.connect(",".join(way.endpoint for way in ways), timeout_s=40) as registry, hold(registry, ttl_s=60.0)[0]:
+            way.delay_s = (
+                0.3  # each way: more than the keeper's own 2 s leave each of four endpoints
+            )
+        with (
+            Registry.connect(",".join(way.endpoint for way in ways), timeout_s=40) as registry,
+            hold(registry, ttl_s=60.0)[0],
+        ):
             assert len(registry.ranks("a")) == 1
             for way in ways:
                 way.delay_s = 0.0
 
 
-def test_a_rank_that_dies_in_an_outage_longer_than_its_lease_is_gone_soon_after_it(etcd: LocalEtcd, processes: Processes) -> None:
-    process = processes.start("-m", "tests.support.processes.rank", "a", "0", "1", ENGINES_ETCD=etcd.endpoint, TEST_NAMESPACE="/n")
+def test_a_rank_that_dies_in_an_outage_longer_than_its_lease_is_gone_soon_after_it(
+    etcd: LocalEtcd, processes: Processes
+) -> None:
+    process = processes.start(
+        "-m",
+        "tests.support.processes.rank",
+        "a",
+        "0",
+        "1",
+        ENGINES_ETCD=etcd.endpoint,
+        TEST_NAMESPACE="/n",
+    )
     line_of(process)
-    with Registry.connect(etcd.endpoint, namespace="/n", timeout_s=20) as registry, registry.watch("a") as watch:
+    with (
+        Registry.connect(etcd.endpoint, namespace="/n", timeout_s=20) as registry,
+        registry.watch("a") as watch,
+    ):
         events_until(watch, lambda event: isinstance(event, InstanceReady))
         etcd.kill()
         process.kill()
         pause_for(3.0 + 1.0)  # the rank's time to live, and more
         etcd.start()
-        assert losses(events_until(watch, lambda event: isinstance(event, RankLost))) == ["process ended"]
+        assert losses(events_until(watch, lambda event: isinstance(event, RankLost))) == [
+            "process ended"
+        ]
 
 
-def test_a_rank_that_etcd_remembers_otherwise_after_a_restored_backup_writes_itself_again(etcd: LocalEtcd) -> None:
+def test_a_rank_that_etcd_remembers_otherwise_after_a_restored_backup_writes_itself_again(
+    etcd: LocalEtcd,
+) -> None:
     with Registry.connect(etcd.endpoint) as registry, closing(raw_at(etcd.endpoint)) as raw:
         registration, _ = hold(registry)
         with registration, registry.watch() as watch:
             old = raw.get(registration.record.key)
             assert old is not None
             registration.update(version=1)
-            raw.commit([], [Put(old.key, old.value, old.lease_id)])  # as the key would be after the restoration
-            seen = events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 0)
-            seen += events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1)
+            raw.commit(
+                [], [Put(old.key, old.value, old.lease_id)]
+            )  # as the key would be after the restoration
+            seen = events_until(
+                watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 0
+            )
+            seen += events_until(
+                watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1
+            )
             assert losses(seen) == []
 
 
@@ -523,7 +631,9 @@ def test_an_etcd_without_space_that_takes_no_transaction_at_all_evicts_nobody(bi
             assert len(registry.ranks("a")) == 1
 
 
-def test_a_keeper_that_wakes_up_after_another_took_the_rank_leaves_it_alone(etcd: LocalEtcd) -> None:
+def test_a_keeper_that_wakes_up_after_another_took_the_rank_leaves_it_alone(
+    etcd: LocalEtcd,
+) -> None:
     with Registry.connect(etcd.endpoint) as registry, registry.watch() as watch:
         old, states = hold(registry)
         events_until(watch, lambda event: isinstance(event, InstanceReady))
@@ -533,15 +643,23 @@ def test_a_keeper_that_wakes_up_after_another_took_the_rank_leaves_it_alone(etcd
             os.kill(old.keeper_pid, signal.SIGCONT)
             states.wait_for(RegistrationState.LOST)
             assert isinstance(old.lost, Superseded)
-            assert [record.incarnation for record in registry.ranks("a")] == [new.record.incarnation]
+            assert [record.incarnation for record in registry.ranks("a")] == [
+                new.record.incarnation
+            ]
             old.withdraw()
-            assert [record.incarnation for record in registry.ranks("a")] == [new.record.incarnation]
+            assert [record.incarnation for record in registry.ranks("a")] == [
+                new.record.incarnation
+            ]
 
 
-def test_a_rank_whose_host_is_dead_is_refused_to_others_until_its_lease_is_over(etcd: LocalEtcd) -> None:
+def test_a_rank_whose_host_is_dead_is_refused_to_others_until_its_lease_is_over(
+    etcd: LocalEtcd,
+) -> None:
     with Registry.connect(etcd.endpoint) as registry, registry.watch() as watch:
         old, states = hold(registry)
-        os.kill(old.keeper_pid, signal.SIGSTOP)  # as if host and keeper were gone: nobody revokes the lease
+        os.kill(
+            old.keeper_pid, signal.SIGSTOP
+        )  # as if host and keeper were gone: nobody revokes the lease
         with pytest.raises(RankConflict):
             hold(registry)
         events_until(watch, lambda event: isinstance(event, RankLost))
@@ -551,20 +669,27 @@ def test_a_rank_whose_host_is_dead_is_refused_to_others_until_its_lease_is_over(
         old.withdraw()
 
 
-def test_a_rank_that_holds_the_gil_for_three_times_the_lease_stays_registered(etcd: LocalEtcd) -> None:
+def test_a_rank_that_holds_the_gil_for_three_times_the_lease_stays_registered(
+    etcd: LocalEtcd,
+) -> None:
     with Registry.connect(etcd.endpoint) as registry, registry.watch() as watch:
         registration, states = hold(registry)
         with registration:
             events_until(watch, lambda event: isinstance(event, InstanceReady))
             start = time.monotonic()
             while time.monotonic() - start < 3 * TTL_S:
-                re.match(r"(a+)+$", "a" * 25 + "b")  # backtracks in C for a second without letting go of the GIL
+                re.match(
+                    r"(a+)+$", "a" * 25 + "b"
+                )  # backtracks in C for a second without letting go of the GIL
             assert losses(events_up_to_now(watch)) == []
             assert states.seen == []
 
 
 def test_thousands_of_ranks_are_each_told_once_and_in_order(etcd: LocalEtcd) -> None:
-    with Registry.connect(etcd.endpoint) as registry, closing(Etcd(EtcdConfig(parse_endpoints(etcd.endpoint)))) as raw:
+    with (
+        Registry.connect(etcd.endpoint) as registry,
+        closing(Etcd(EtcdConfig(parse_endpoints(etcd.endpoint)))) as raw,
+    ):
         with registry.watch() as watch:
             lease_id = claim_many(raw, instances=4, ranks=500)
             events = list(_next_of(watch, 2_000, RankJoined))
@@ -572,7 +697,9 @@ def test_thousands_of_ranks_are_each_told_once_and_in_order(etcd: LocalEtcd) -> 
                 (f"i{instance}", rank) for instance in range(4) for rank in range(500)
             }
             for instance in range(4):
-                assert [event.record.rank for event in events if event.record.instance == f"i{instance}"] == list(range(500))
+                assert [
+                    event.record.rank for event in events if event.record.instance == f"i{instance}"
+                ] == list(range(500))
             raw.revoke(lease_id)
             assert len({event.record.key for event in _next_of(watch, 2_000, RankLost)}) == 2_000
 
@@ -589,13 +716,23 @@ def claim_many(raw: Etcd, instances: int, ranks: int) -> int:
     ref, _ = manifest.encode(MANIFEST)
     lease_id = raw.grant(60)
     record = RankRecord(
-        incarnation="0" * 32, instance="i0", rank=0, world_size=ranks, model=MODEL, session_id="h:1", protocol="tcp",
-        manifest=ref, header_addr=0, registered_at="2026-01-01T00:00:00+00:00",
-    )  # fmt: skip
+        incarnation="0" * 32,
+        instance="i0",
+        rank=0,
+        world_size=ranks,
+        model=MODEL,
+        session_id="h:1",
+        protocol="tcp",
+        manifest=ref,
+        header_addr=0,
+        registered_at="2026-01-01T00:00:00+00:00",
+    )
     for instance in range(instances):
         records = [replace(record, instance=f"i{instance}", rank=rank) for rank in range(ranks)]
         for start in range(0, ranks, 100):
-            raw.commit([], [Put(each.key, encode(each), lease_id) for each in records[start : start + 100]])
+            raw.commit(
+                [], [Put(each.key, encode(each), lease_id) for each in records[start : start + 100]]
+            )
     return lease_id
 
 

@@ -1,4 +1,6 @@
-"""Gateways as SGLang meets them: real HTTP and etcd, seeds and gateways as processes that get killed, clients that misbehave."""
+"""Gateways as SGLang meets them: real HTTP and etcd, seeds and gateways as processes that get
+killed, clients that misbehave.
+"""
 
 from __future__ import annotations
 
@@ -74,15 +76,31 @@ class Seed:
 @pytest.fixture
 def seed(processes: Processes) -> Callable[..., Seed]:
     def start(url: str, rank: int = 0, tensors: int = 2, port: int = 0) -> Seed:
-        return Seed(processes.start("-m", "tests.support.processes.seed", url, str(rank), str(tensors), str(port)))
+        return Seed(
+            processes.start(
+                "-m", "tests.support.processes.seed", url, str(rank), str(tensors), str(port)
+            )
+        )
 
     return start
 
 
 @pytest.fixture
-def gateway_process(processes: Processes, namespace: str) -> Callable[..., tuple[subprocess.Popen[str], str]]:
+def gateway_process(
+    processes: Processes, namespace: str
+) -> Callable[..., tuple[subprocess.Popen[str], str]]:
     def start(*args: str, **env: str) -> tuple[subprocess.Popen[str], str]:
-        options = ["--instance", "q", "--port", "0", "--probe-interval", "0.1", "--namespace", namespace, *args]
+        options = [
+            "--instance",
+            "q",
+            "--port",
+            "0",
+            "--probe-interval",
+            "0.1",
+            "--namespace",
+            namespace,
+            *args,
+        ]
         process = processes.engines("gateway", *options, **env)
         line = line_of(process)
         assert line.startswith("gateway of q is ready at http://")
@@ -104,7 +122,8 @@ def asked(url: str, path: str = GET, **params: Any) -> httpx.Response:
     return httpx.get(f"{url}{path}", params={"rank": 0, **params}, timeout=20, verify=NO_TLS)
 
 
-# -- a seed's life ---------------------------------------------------------------------------------------------------------------
+# -- a seed's life
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_seed_that_is_killed_is_lost_to_every_watcher_and_no_longer_served(
@@ -116,7 +135,10 @@ def test_a_seed_that_is_killed_is_lost_to_every_watcher_and_no_longer_served(
         joined = events_until(watch, lambda event: isinstance(event, RankJoined))[-1]
         assert isinstance(joined, RankJoined)
         assert joined.record.session_id == one.session_id
-        assert [entry.name for entry in registry.manifest(joined.record).tensors] == ["layers.0.weight", "layers.1.weight"]
+        assert [entry.name for entry in registry.manifest(joined.record).tensors] == [
+            "layers.0.weight",
+            "layers.1.weight",
+        ]
         told = asked(gateway.url).json()
         assert told["remote_instance_transfer_engine_info"][0] == one.session_id
         one.kill()
@@ -138,33 +160,48 @@ def test_a_rank_outlives_the_gateway_that_took_it_for_as_long_as_another_runs(
     _, second_url = gateway_process("--ttl", "2")
     one = seed(first_url)
     key = registry.ranks("q")[0].key
-    with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as etcd, registry.watch("q") as watch:
+    with (
+        closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as etcd,
+        registry.watch("q") as watch,
+    ):
         found = etcd.get(key)
         assert found is not None
         first.kill()
         first.wait()
-        # A lease that begins now, longer than the seed's, and is not renewed: when it has ended, the seed's would have too.
+        # A lease that begins now, longer than the seed's, and is not renewed: when it has ended,
+        # the seed's would have too.
         etcd.commit([], [Put("/marker", b"", etcd.grant(4.0))])
         wait_until(lambda: etcd.get("/marker") is None)
         assert etcd.get(key) == found
         assert asked(second_url).json()["remote_instance_transfer_engine_info"][0] == one.session_id
         one.kill()
         events = events_until(watch, lambda event: isinstance(event, RankLost))
-        assert [type(event) for event in events if not isinstance(event, RankJoined)][-1] is RankLost
+        assert [type(event) for event in events if not isinstance(event, RankJoined)][
+            -1
+        ] is RankLost
 
 
-def test_a_rank_stays_when_all_gateways_are_restarted_within_its_ttl(registry: Registry, listener: socket.socket) -> None:
+def test_a_rank_stays_when_all_gateways_are_restarted_within_its_ttl(
+    registry: Registry, listener: socket.socket
+) -> None:
     with Gateway(registry, "q", port=0) as gateway:
         assert httpx.put(f"{gateway.url}{REGISTER}", json=says(session_of(listener))).text == "OK"
         before = registry.ranks("q")
     assert registry.ranks("q") == before
-    with Gateway(registry, "q", port=0, probe_interval_s=0.1) as gateway, registry.watch("q") as watch:
+    with (
+        Gateway(registry, "q", port=0, probe_interval_s=0.1) as gateway,
+        registry.watch("q") as watch,
+    ):
         assert asked(gateway.url).status_code == 200
         listener.close()
-        events_until(watch, lambda event: isinstance(event, RankLost) and event.reason == "process ended")
+        events_until(
+            watch, lambda event: isinstance(event, RankLost) and event.reason == "process ended"
+        )
 
 
-def test_a_rank_whose_gateways_are_all_gone_expires(registry: Registry, listener: socket.socket) -> None:
+def test_a_rank_whose_gateways_are_all_gone_expires(
+    registry: Registry, listener: socket.socket
+) -> None:
     with Gateway(registry, "q", port=0, ttl_s=2, probe_interval_s=0.1) as gateway:
         assert httpx.put(f"{gateway.url}{REGISTER}", json=says(session_of(listener))).text == "OK"
     with registry.watch("q") as watch:
@@ -187,7 +224,9 @@ def test_a_seed_registers_again_and_its_successor_takes_the_rank_at_once(
     assert seed(gateway.url).answer == "200 OK"
 
 
-def test_an_evicted_seed_may_register_again(registry: Registry, gateway: Gateway, seed: Callable[..., Seed]) -> None:
+def test_an_evicted_seed_may_register_again(
+    registry: Registry, gateway: Gateway, seed: Callable[..., Seed]
+) -> None:
     one = seed(gateway.url)
     assert registry.evict(registry.ranks("q")[0])
     assert asked(gateway.url).status_code == 404
@@ -195,10 +234,13 @@ def test_an_evicted_seed_may_register_again(registry: Registry, gateway: Gateway
     assert asked(gateway.url).status_code == 200
 
 
-# -- side by side with the library -----------------------------------------------------------------------------------------------
+# -- side by side with the library
+# -----------------------------------------------------------------------------------------------
 
 
-def test_a_rank_of_the_library_is_served_and_defended(registry: Registry, gateway: Gateway, listener: socket.socket) -> None:
+def test_a_rank_of_the_library_is_served_and_defended(
+    registry: Registry, gateway: Gateway, listener: socket.socket
+) -> None:
     with register(registry, "q"):
         assert asked(gateway.url).json() == {
             "rank": 0,
@@ -221,7 +263,9 @@ def test_our_loader_refuses_a_seed_in_one_line(
     assert "/engines/q/0 is an SGLang seed" in result.stderr
 
 
-def test_an_instance_of_seeds_is_ready_when_all_its_ranks_are_there(registry: Registry, gateway: Gateway) -> None:
+def test_an_instance_of_seeds_is_ready_when_all_its_ranks_are_there(
+    registry: Registry, gateway: Gateway
+) -> None:
     with ExitStack() as stack:
         for rank in range(3):
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -248,22 +292,33 @@ def test_sglangs_loader_reads_the_weights_of_seeds_and_of_library_ranks(
     with registry.watch("q") as watch:
         process.kill()
         _, err = process.communicate()
-        events_until(watch, lambda event: isinstance(event, RankLost) and event.reason == "process ended")
-    assert "Socket" not in err  # what a transfer engine says of connections that do not end in order
+        events_until(
+            watch, lambda event: isinstance(event, RankLost) and event.reason == "process ended"
+        )
+    assert (
+        "Socket" not in err
+    )  # what a transfer engine says of connections that do not end in order
 
 
-# -- SGLang's own server ---------------------------------------------------------------------------------------------------------
+# -- SGLang's own server
+# --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def bootstrap_server(infos: dict[int, tuple[str, Any]], path: str) -> Iterator[str]:
-    """One that answers as SGLang's does: at node 0 of a seed, with whatever it has been told, dead or alive."""
+    """One that answers as SGLang's does: at node 0 of a seed, with whatever it has been told, dead
+    or alive.
+    """
 
     class Server(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             found, _, rank = self.path.partition("?rank=")
             info = infos.get(int(rank)) if found == path else None
-            answer = {"rank": int(rank), "remote_instance_transfer_engine_info": list(info)} if info else {"detail": "none"}
+            answer = (
+                {"rank": int(rank), "remote_instance_transfer_engine_info": list(info)}
+                if info
+                else {"detail": "none"}
+            )
             body = json.dumps(answer).encode()
             self.send_response(200 if info else 404)
             self.send_header("Content-Length", str(len(body)))
@@ -295,17 +350,25 @@ def test_what_sglangs_own_server_knows_is_registered_as_it_comes_and_while_it_li
     with (
         bootstrap_server(infos, path) as url,
         Gateway(registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=url),
-        Gateway(registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=url) as gateway,
+        Gateway(
+            registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=url
+        ) as gateway,
         registry.watch("q") as watch,
     ):
         infos[0] = (session_of(listener), WEIGHTS)
         joined = events_until(watch, lambda event: isinstance(event, RankJoined))[-1]
         assert isinstance(joined, RankJoined)
-        assert (joined.record.rank, joined.record.world_size, joined.record.kept_by) == (0, 2, "gateway")
+        assert (joined.record.rank, joined.record.world_size, joined.record.kept_by) == (
+            0,
+            2,
+            "gateway",
+        )
         assert asked(gateway.url).json()["remote_instance_transfer_engine_info"] == list(infos[0])
         with socket.create_server(("127.0.0.1", 0), backlog=128) as other:
             infos[1] = (session_of(other), WEIGHTS)
-            events_until(watch, lambda event: isinstance(event, RankJoined) and event.record.rank == 1)
+            events_until(
+                watch, lambda event: isinstance(event, RankJoined) and event.record.rank == 1
+            )
         events_until(watch, lambda event: isinstance(event, RankLost) and event.record.rank == 1)
         assert [record.incarnation for record in registry.ranks("q")] == [joined.record.incarnation]
 
@@ -313,7 +376,10 @@ def test_what_sglangs_own_server_knows_is_registered_as_it_comes_and_while_it_li
 def test_a_mirrored_rank_that_is_evicted_stays_so_and_what_is_mirrored_twice_is_one_registration(
     registry: Registry, listener: socket.socket
 ) -> None:
-    infos: dict[int, tuple[str, Any]] = {0: (session_of(listener), WEIGHTS), 1: (session_of(listener), WEIGHTS)}
+    infos: dict[int, tuple[str, Any]] = {
+        0: (session_of(listener), WEIGHTS),
+        1: (session_of(listener), WEIGHTS),
+    }
     with (
         bootstrap_server(infos, GET) as url,
         Gateway(registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=url),
@@ -322,19 +388,40 @@ def test_a_mirrored_rank_that_is_evicted_stays_so_and_what_is_mirrored_twice_is_
     ):
         first = registry.resolve("q", 20)
         for rank in (0, 1):  # the gateways may still be writing, each the same
-            wait_until(lambda: any(registry.evict(record) for record in registry.ranks("q") if record.rank == rank))  # noqa: B023
+            wait_until(
+                lambda: any(
+                    registry.evict(record)
+                    for record in registry.ranks("q")
+                    if record.rank == rank  # noqa: B023
+                )
+            )
         infos[1] = (session_of(listener), {"v": [4096, 4, 2]})  # it has said something new
-        seen = events_until(watch, lambda event: isinstance(event, RankJoined) and event.record.incarnation != first[1].incarnation
-                            and event.record.rank == 1)  # fmt: skip
-        assert sorted(event.record.rank for event in seen if isinstance(event, RankJoined)) == [0, 1, 1]
+        seen = events_until(
+            watch,
+            lambda event: (
+                isinstance(event, RankJoined)
+                and event.record.incarnation != first[1].incarnation
+                and event.record.rank == 1
+            ),
+        )
+        assert sorted(event.record.rank for event in seen if isinstance(event, RankJoined)) == [
+            0,
+            1,
+            1,
+        ]
         assert [record.rank for record in registry.ranks("q")] == [1]
 
 
-def test_a_server_that_is_away_or_speaks_nonsense_harms_nobody(registry: Registry, listener: socket.socket) -> None:
+def test_a_server_that_is_away_or_speaks_nonsense_harms_nobody(
+    registry: Registry, listener: socket.socket
+) -> None:
     for url in ("ftp://x", "x", "http://a b"):
         with pytest.raises(InvalidField, match="seed URL"):
             Gateway(registry, "q", port=0, seed_url=url)
-    infos: dict[int, tuple[str, Any]] = {0: ("nonsense", WEIGHTS), 1: (session_of(listener), WEIGHTS)}
+    infos: dict[int, tuple[str, Any]] = {
+        0: ("nonsense", WEIGHTS),
+        1: (session_of(listener), WEIGHTS),
+    }
     away = f"http://127.0.0.1:{free_port()}"
     with (
         bootstrap_server(infos, GET) as url,
@@ -344,7 +431,8 @@ def test_a_server_that_is_away_or_speaks_nonsense_harms_nobody(registry: Registr
         wait_until(lambda: [record.rank for record in registry.ranks("q")] == [1])
 
 
-# -- probes ----------------------------------------------------------------------------------------------------------------------
+# -- probes
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_probe_tells_who_listens_who_refuses_and_who_is_silent(listener: socket.socket) -> None:
@@ -418,7 +506,8 @@ def test_a_seeds_server_is_mirrored_where_clients_may_not_register(
         assert asked(f"http://127.0.0.1:{port}").status_code == 200
 
 
-# -- etcd ------------------------------------------------------------------------------------------------------------------------
+# -- etcd
+# --------------------------------------------------------------------------------------------------
 
 
 def test_an_etcd_that_goes_away_is_told_at_once_and_ranks_are_there_when_it_is_back(
@@ -432,7 +521,9 @@ def test_an_etcd_that_goes_away_is_told_at_once_and_ranks_are_there_when_it_is_b
         own_etcd.kill()
         assert asked(gateway.url).status_code == 503
         assert asked(gateway.url, OLD_GET).status_code == 400
-        refused = httpx.put(f"{gateway.url}{REGISTER}", json=says(session_of(listener)), timeout=5)  # as long as a seed waits
+        refused = httpx.put(
+            f"{gateway.url}{REGISTER}", json=says(session_of(listener)), timeout=5
+        )  # as long as a seed waits
         assert refused.status_code == 503
         assert "etcd" in refused.json()["detail"]
         assert httpx.get(f"{gateway.url}/health").text == "OK"
@@ -440,23 +531,34 @@ def test_an_etcd_that_goes_away_is_told_at_once_and_ranks_are_there_when_it_is_b
         assert asked(gateway.url).status_code == 200
         with registry.watch("q") as watch:
             listener.close()
-            events_until(watch, lambda event: isinstance(event, RankLost) and event.reason == "process ended", 40)
+            events_until(
+                watch,
+                lambda event: isinstance(event, RankLost) and event.reason == "process ended",
+                40,
+            )
 
 
-def test_an_etcd_that_hangs_keeps_neither_clients_waiting_nor_the_end(own_etcd: LocalEtcd, listener: socket.socket) -> None:
+def test_an_etcd_that_hangs_keeps_neither_clients_waiting_nor_the_end(
+    own_etcd: LocalEtcd, listener: socket.socket
+) -> None:
     with closing(Proxy(own_etcd.endpoint)) as way, Registry.connect(way.endpoint) as registry:
         with Gateway(registry, "q", port=0) as gateway:
-            assert httpx.put(f"{gateway.url}{REGISTER}", json=says(session_of(listener))).text == "OK"
+            assert (
+                httpx.put(f"{gateway.url}{REGISTER}", json=says(session_of(listener))).text == "OK"
+            )
             way.cut()
             with ThreadPoolExecutor(50) as pool:
                 answers = list(pool.map(lambda _: asked(gateway.url), range(50)))
             assert {answer.status_code for answer in answers} == {503}
-            refused = httpx.put(f"{gateway.url}{REGISTER}", json=says(session_of(listener)), timeout=5)
+            refused = httpx.put(
+                f"{gateway.url}{REGISTER}", json=says(session_of(listener)), timeout=5
+            )
             assert refused.status_code == 503
             assert httpx.get(f"{gateway.url}/health").text == "OK"
 
 
-# -- clients that misbehave ------------------------------------------------------------------------------------------------------
+# -- clients that misbehave
+# --------------------------------------------------------------------------------------------------
 
 
 def rss_nbytes(pid: int) -> int:
@@ -476,14 +578,18 @@ def test_200_clients_at_once_are_all_answered(gateway: Gateway, seed: Callable[.
         assert set(pool.map(ask, range(200))) == {200}
 
 
-def test_bodies_of_200_mb_are_refused_and_not_kept(gateway_process: Callable[..., tuple[subprocess.Popen[str], str]]) -> None:
+def test_bodies_of_200_mb_are_refused_and_not_kept(
+    gateway_process: Callable[..., tuple[subprocess.Popen[str], str]],
+) -> None:
     process, url = gateway_process()
     before = rss_nbytes(process.pid)
     block = b" " * (1 << 20)
     told = {"Content-Length": str(200 << 20)}
 
     def send(headers: dict[str, str]) -> httpx.Response:
-        return httpx.put(f"{url}{REGISTER}", content=(block for _ in range(200)), headers=headers, timeout=100)
+        return httpx.put(
+            f"{url}{REGISTER}", content=(block for _ in range(200)), headers=headers, timeout=100
+        )
 
     with ThreadPoolExecutor(4) as pool:  # with and without its length
         answers = list(pool.map(send, [told, {}, told, {}]))
@@ -494,7 +600,9 @@ def test_bodies_of_200_mb_are_refused_and_not_kept(gateway_process: Callable[...
 
 @pytest.fixture
 def impatient(registry: Registry) -> Iterator[Gateway]:
-    with Gateway(registry, "q", port=0, limits=Limits(head_s=0.5, body_s=0.5, request_s=1.5, connections=20)) as gateway:
+    with Gateway(
+        registry, "q", port=0, limits=Limits(head_s=0.5, body_s=0.5, request_s=1.5, connections=20)
+    ) as gateway:
         yield gateway
 
 
@@ -520,9 +628,21 @@ def rest_of(sock: socket.socket) -> bytes:
         (b"GET /health HT", b""),
         (b"GET /health HTTP/1.1\r\nHost: x\r\nX-", b""),
         (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /he", b"HTTP/1.1 200 OK"),
-        (b"PUT /register_transfer_engine_info HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{", b"HTTP/1.1 408 "),
-        (b"PUT /register_transfer_engine_info HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{", b"HTTP/1.1 408 "),
-        (b"PUT /register_transfer_engine_info HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n{{{{{", b"HTTP/1.1 400 "),
+        (
+            b"PUT /register_transfer_engine_info HTTP/1.1\r\nHost: x\r\nContent-Length: "
+            b"100\r\n\r\n{",
+            b"HTTP/1.1 408 ",
+        ),
+        (
+            b"PUT /register_transfer_engine_info HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: "
+            b"chunked\r\n\r\n5\r\n{",
+            b"HTTP/1.1 408 ",
+        ),
+        (
+            b"PUT /register_transfer_engine_info HTTP/1.1\r\nHost: x\r\nContent-Length: "
+            b"1\r\n\r\n{{{{{",
+            b"HTTP/1.1 400 ",
+        ),
         (b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 70_000, b"HTTP/1.1 400 "),
         (b"\x16\x03\x01\x02\x00\x01\x00", b"HTTP/1.1 400 "),
     ],
@@ -535,7 +655,10 @@ def test_a_client_that_stops_half_way_or_speaks_nonsense_is_answered_if_it_can_b
 
 
 def test_a_client_that_sends_a_byte_now_and_then_is_cut_off_too(impatient: Gateway) -> None:
-    with connected(impatient, b"PUT /register_transfer_engine_info HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n") as sock:
+    with connected(
+        impatient,
+        b"PUT /register_transfer_engine_info HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n",
+    ) as sock:
         sock.settimeout(0.05)
 
         def cut_off() -> bool:
@@ -550,12 +673,21 @@ def test_a_client_that_sends_a_byte_now_and_then_is_cut_off_too(impatient: Gatew
         wait_until(cut_off)
 
 
-def test_a_client_that_does_not_take_its_answer_is_cut_off(impatient: Gateway, listener: socket.socket) -> None:
+def test_a_client_that_does_not_take_its_answer_is_cut_off(
+    impatient: Gateway, listener: socket.socket
+) -> None:
     weights = {f"layers.{n}.{'x' * 2000}": [4096, 4, 2] for n in range(10_000)}
     info = {"session_id": session_of(listener), "weights_info_dict": weights}
-    assert httpx.put(f"{impatient.url}{REGISTER}", json={"rank": 0, "transfer_engine_info": info}, timeout=20).text == "OK"
+    assert (
+        httpx.put(
+            f"{impatient.url}{REGISTER}", json={"rank": 0, "transfer_engine_info": info}, timeout=20
+        ).text
+        == "OK"
+    )
     size = len(asked(impatient.url).content)
-    with connected(impatient, b"GET /get_transfer_engine_info?rank=0 HTTP/1.1\r\nHost: x\r\n\r\n") as sock:
+    with connected(
+        impatient, b"GET /get_transfer_engine_info?rank=0 HTTP/1.1\r\nHost: x\r\n\r\n"
+    ) as sock:
         wait_until(lambda: state_of(impatient, sock) == "gone")
         assert len(rest_of(sock)) < size
 
@@ -565,12 +697,17 @@ def state_of(gateway: Gateway, sock: socket.socket) -> str:
     mine = sock.getsockname()[1]
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         _, local, remote, state, *_ = line.split()
-        if int(local.split(":")[1], 16) == gateway.port and int(remote.split(":")[1], 16) == mine and state == "01":
+        if (
+            int(local.split(":")[1], 16) == gateway.port
+            and int(remote.split(":")[1], 16) == mine
+            and state == "01"
+        ):
             return "open"
     return "gone"
 
 
-# -- start and end ---------------------------------------------------------------------------------------------------------------
+# -- start and end
+# --------------------------------------------------------------------------------------------------
 
 
 def test_closing_frees_the_port_and_ends_all_threads(registry: Registry) -> None:
@@ -593,13 +730,18 @@ def test_a_gateway_that_is_forgotten_warns(registry: Registry) -> None:
     gateway.close()
 
 
-def test_a_gateway_that_etcd_refuses_ends_with_the_reason(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gateway_that_etcd_refuses_ends_with_the_reason(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Refused(Follower):
         def __iter__(self) -> Iterator[Snapshot | Batch]:
             raise EtcdRefused("the user may not read /engines/")
 
     monkeypatch.setattr("engine_registry.gateway.server.Follower", Refused)
-    with Gateway(registry, "q", port=0) as gateway, pytest.raises(EtcdRefused, match="may not read"):
+    with (
+        Gateway(registry, "q", port=0) as gateway,
+        pytest.raises(EtcdRefused, match="may not read"),
+    ):
         gateway.wait(20)
 
 
@@ -609,20 +751,31 @@ def test_a_gateway_is_waited_for_until_somebody_stops_it(gateway: Gateway) -> No
     assert gateway.wait(20)
 
 
-def test_a_port_in_use_an_address_of_another_machine_and_nonsense_are_refused(registry: Registry, gateway: Gateway) -> None:
+def test_a_port_in_use_an_address_of_another_machine_and_nonsense_are_refused(
+    registry: Registry, gateway: Gateway
+) -> None:
     with pytest.raises(GatewayFailed, match=f"port {gateway.port} on 127.0.0.1 is in use.*`port`"):
         Gateway(registry, "q", port=gateway.port)
     with pytest.raises(GatewayFailed, match=r"cannot listen at '192\.0\.2\.1'.*`host`"):
         Gateway(registry, "q", host="192.0.2.1", port=0)
     for options in (
-        {"instance": "a/b"}, {"world_size": 0}, {"ttl_s": 1}, {"probe_interval_s": 0}, {"probe_interval_s": 30},
-        {"probe_tolerance": -1}, {"token": ""}, {"token": "two words"}, {"model": "\n"},
-    ):  # fmt: skip
+        {"instance": "a/b"},
+        {"world_size": 0},
+        {"ttl_s": 1},
+        {"probe_interval_s": 0},
+        {"probe_interval_s": 30},
+        {"probe_tolerance": -1},
+        {"token": ""},
+        {"token": "two words"},
+        {"model": "\n"},
+    ):
         with pytest.raises(InvalidField):
             Gateway(registry, **{"instance": "q", "port": 0, **options})  # type: ignore[arg-type]
 
 
-def test_the_command_tells_a_port_in_use_in_one_line_and_fails(processes: Processes, gateway: Gateway) -> None:
+def test_the_command_tells_a_port_in_use_in_one_line_and_fails(
+    processes: Processes, gateway: Gateway
+) -> None:
     result = processes.run("gateway", "--instance", "q", "--port", str(gateway.port))
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
@@ -632,14 +785,18 @@ def test_the_command_tells_a_port_in_use_in_one_line_and_fails(processes: Proces
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_ends_in_order_on_a_signal(
-    gateway_process: Callable[..., tuple[subprocess.Popen[str], str]], number: signal.Signals, seed: Callable[..., Seed]
+    gateway_process: Callable[..., tuple[subprocess.Popen[str], str]],
+    number: signal.Signals,
+    seed: Callable[..., Seed],
 ) -> None:
     process, url = gateway_process("--log-level", "info")
     seed(url)
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0, err
-    assert [line for line in err.splitlines() if "/engines/q/0 registered: 2 tensors" in line] == err.splitlines()
+    assert [
+        line for line in err.splitlines() if "/engines/q/0 registered: 2 tensors" in line
+    ] == err.splitlines()
 
 
 def test_the_token_comes_from_the_environment_and_shows_nowhere(
@@ -650,7 +807,10 @@ def test_the_token_comes_from_the_environment_and_shows_nowhere(
     assert asked(url).status_code == 401
     assert httpx.put(f"{url}{REGISTER}", content=b" " * (10 << 20), timeout=20).status_code == 401
     assert httpx.get(f"{url}/health").status_code == 200
-    assert httpx.get(f"{url}{GET}?rank=0", headers={"Authorization": "Bearer s3cret"}).status_code == 404
+    assert (
+        httpx.get(f"{url}{GET}?rank=0", headers={"Authorization": "Bearer s3cret"}).status_code
+        == 404
+    )
     assert b"s3cret" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
     assert "s3cret" not in processes.run("gateway", "--help", ENGINES_GATEWAY_TOKEN="s3cret").stdout
     empty = processes.run("gateway", "--instance", "q", ENGINES_GATEWAY_TOKEN="")
@@ -658,7 +818,9 @@ def test_the_token_comes_from_the_environment_and_shows_nowhere(
 
 
 def test_what_is_counted_is_served_by_the_command_and_by_who_counts(
-    gateway: Gateway, gateway_process: Callable[..., tuple[subprocess.Popen[str], str]], listener: socket.socket
+    gateway: Gateway,
+    gateway_process: Callable[..., tuple[subprocess.Popen[str], str]],
+    listener: socket.socket,
 ) -> None:
     assert asked(gateway.url, "/metrics").status_code == 404
     _, url = gateway_process()
@@ -667,22 +829,42 @@ def test_what_is_counted_is_served_by_the_command_and_by_who_counts(
     def ranks_ready() -> float:
         answer = httpx.get(f"{url}/metrics")
         families = {family.name: family for family in text_string_to_metric_families(answer.text)}
-        samples = families["engines_registry_ranks"].samples if "engines_registry_ranks" in families else []
-        return sum(sample.value for sample in samples if sample.labels == {"instance": "q", "state": "ready"})
+        samples = (
+            families["engines_registry_ranks"].samples
+            if "engines_registry_ranks" in families
+            else []
+        )
+        return sum(
+            sample.value
+            for sample in samples
+            if sample.labels == {"instance": "q", "state": "ready"}
+        )
 
     wait_until(lambda: ranks_ready() == 1)
     _, guarded = gateway_process(ENGINES_GATEWAY_TOKEN="s3cret")
     assert httpx.get(f"{guarded}/metrics").status_code == 401
 
 
-def test_without_its_extra_the_command_says_what_to_install(processes: Processes, tmp_path: Path) -> None:
+def test_without_its_extra_the_command_says_what_to_install(
+    processes: Processes, tmp_path: Path
+) -> None:
     (tmp_path / "starlette.py").write_text("raise ModuleNotFoundError(name='starlette')")
-    result = processes.run("gateway", "--instance", "q", PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    result = processes.run(
+        "gateway",
+        "--instance",
+        "q",
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    )
     assert result.returncode == 1
-    assert result.stderr.strip() == "engines: error: starlette is not installed: pip install 'engine-registry[gateway]'"
+    assert (
+        result.stderr.strip()
+        == "engines: error: starlette is not installed: pip install 'engine-registry[gateway]'"
+    )
 
 
-def test_what_the_gateway_answers_is_what_its_json_says(gateway: Gateway, listener: socket.socket) -> None:
+def test_what_the_gateway_answers_is_what_its_json_says(
+    gateway: Gateway, listener: socket.socket
+) -> None:
     httpx.put(f"{gateway.url}{REGISTER}", json=says(session_of(listener)))
     answer = asked(gateway.url)
     assert answer.headers["content-type"] == "application/json"

@@ -1,7 +1,9 @@
-"""Ranks that several processes want, beside evictions, lost leases, dead and stopped keepers and restarts of etcd.
+"""Ranks that several processes want, beside evictions, lost leases, dead and stopped keepers and
+restarts of etcd.
 
-Every registration has a real keeper. What etcd tells of each key is recorded from the first revision on and checked afterwards: no
-two incarnations hold one rank, nobody takes it from a holder that has not ended, and who was evicted stays away.
+Every registration has a real keeper. What etcd tells of each key is recorded from the first
+revision on and checked afterwards: no two incarnations hold one rank, nobody takes it from a holder
+that has not ended, and who was evicted stays away.
 """
 
 from __future__ import annotations
@@ -57,9 +59,13 @@ class Recorder:
 
 
 class Contender:
-    """Registers for one rank again and again, changes the record, and leaves, or waits until it is made to."""
+    """Registers for one rank again and again, changes the record, and leaves, or waits until it is
+    made to.
+    """
 
-    def __init__(self, registry: Registry, rank: int, chance: random.Random, over: threading.Event) -> None:
+    def __init__(
+        self, registry: Registry, rank: int, chance: random.Random, over: threading.Event
+    ) -> None:
         self._registry = registry
         self._rank = rank
         self._chance = chance
@@ -67,10 +73,13 @@ class Contender:
         self.handles: list[Registration] = []
 
     def run(self) -> None:
-        # Some rests are longer than a keeper takes to find out that it was evicted, so that it could take the rank back.
+        # Some rests are longer than a keeper takes to find out that it was evicted, so that it
+        # could take the rank back.
         while not self._over.wait(self._chance.choice([0.05, 3.0])):
             try:
-                registration = register(self._registry, rank=self._rank, world_size=RANKS, ttl_s=TTL_S)
+                registration = register(
+                    self._registry, rank=self._rank, world_size=RANKS, ttl_s=TTL_S
+                )
             except (RankConflict, InstanceMismatch, EtcdError):
                 continue
             self.handles.append(registration)
@@ -91,7 +100,9 @@ class Contender:
 class Nemesis:
     """Does one thing after the other to ranks, keepers, leases and etcd."""
 
-    def __init__(self, etcd: Etcd, server: LocalEtcd, registry: Registry, chance: random.Random) -> None:
+    def __init__(
+        self, etcd: Etcd, server: LocalEtcd, registry: Registry, chance: random.Random
+    ) -> None:
         self._etcd = etcd
         self._server = server
         self._registry = registry
@@ -100,7 +111,15 @@ class Nemesis:
         self.done: list[str] = []
 
     def act(self, keepers: list[int]) -> None:
-        deeds = [self.evict, self.evict, self.end_lease, self.kill, self.stop, self.go_on, self.restart]
+        deeds = [
+            self.evict,
+            self.evict,
+            self.end_lease,
+            self.kill,
+            self.stop,
+            self.go_on,
+            self.restart,
+        ]
         deed = self._chance.choice(deeds)
         with suppress(EtcdError, OSError, IndexError):  # nobody is there, or is any more
             deed(keepers)
@@ -144,7 +163,9 @@ def test_no_two_hold_one_rank_and_who_was_evicted_stays_away(server: LocalEtcd, 
     chance = random.Random(seed)
     over = threading.Event()
     with ExitStack() as stack:
-        etcd = stack.enter_context(closing(Etcd(EtcdConfig(parse_endpoints(server.endpoint), timeout_s=20.0))))
+        etcd = stack.enter_context(
+            closing(Etcd(EtcdConfig(parse_endpoints(server.endpoint), timeout_s=20.0)))
+        )
         recorder = Recorder(etcd.sibling())
         stack.callback(recorder.stop)
         registry = stack.enter_context(Registry.connect(server.endpoint, timeout_s=2.0))
@@ -178,12 +199,19 @@ def test_no_two_hold_one_rank_and_who_was_evicted_stays_away(server: LocalEtcd, 
         assert faults(recorder.changes, record_key("a", rank)) == [], nemesis.done
     assert len(handles()) > RANKS  # some have followed others
     for handle in handles():
-        if handle.record.incarnation in evictions(recorder.changes, handle.record.key) and not handle.withdrawn:
+        if (
+            handle.record.incarnation in evictions(recorder.changes, handle.record.key)
+            and not handle.withdrawn
+        ):
             assert isinstance(handle.lost, RegistrationLost), nemesis.done
 
 
 def settled(registry: Registry, handles: list[Registration]) -> bool:
-    """Whether those who believe that they hold a rank are those who do, each in the version that it wants."""
+    """Whether those who believe that they hold a rank are those who do, each in the version that it
+    wants.
+    """
     believe = [handle.record for handle in handles if handle.state is RegistrationState.REGISTERED]
     undecided = any(handle.state is RegistrationState.SUSPENDED for handle in handles)
-    return not undecided and tuple(sorted(believe, key=lambda record: record.rank)) == registry.ranks("a")
+    return not undecided and tuple(
+        sorted(believe, key=lambda record: record.rank)
+    ) == registry.ranks("a")

@@ -1,4 +1,6 @@
-"""The command that is run for every event: real processes, that fail, hang, start others and are told to stop."""
+"""The command that is run for every event: real processes, that fail, hang, start others and are
+told to stop.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from tests.support.waiting import wait_until
 
 
 def event(number: int) -> dict[str, Any]:
-    return {"event": "rank_lost", "instance": "a", "rank": number, "state": "draining", "reason": "withdrawn"}
+    return {
+        "event": "rank_lost",
+        "instance": "a",
+        "rank": number,
+        "state": "draining",
+        "reason": "withdrawn",
+    }
 
 
 def lines(path: Path) -> list[str]:
@@ -29,7 +37,9 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "log"
 
 
-def test_each_of_more_events_than_may_wait_gets_its_hook_in_order(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_of_more_events_than_may_wait_gets_its_hook_in_order(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engine_cli.runtime.hooks, "_MAX_WAITING", 5)
     with Hooks(f"echo $ENGINES_RANK >>{log}", 60) as hooks:
         for number in range(50):
@@ -39,7 +49,11 @@ def test_each_of_more_events_than_may_wait_gets_its_hook_in_order(log: Path, mon
 
 
 def test_a_hook_has_the_event_in_its_environment(log: Path) -> None:
-    with Hooks(f'echo "$ENGINES_EVENT $ENGINES_INSTANCE $ENGINES_RANK $ENGINES_STATE $ENGINES_REASON" >>{log}', 60) as hooks:
+    with Hooks(
+        'echo "$ENGINES_EVENT $ENGINES_INSTANCE $ENGINES_RANK $ENGINES_STATE '
+        f'$ENGINES_REASON" >>{log}',
+        60,
+    ) as hooks:
         hooks.run(event(3))
         hooks.run({"event": "instance_gone", "instance": "a", "state": "gone"})
     assert lines(log) == ["rank_lost a 3 draining withdrawn", "instance_gone a  gone "]
@@ -48,7 +62,9 @@ def test_a_hook_has_the_event_in_its_environment(log: Path) -> None:
 def test_a_hook_that_takes_too_long_is_ended_with_all_that_it_started_and_the_next_one_runs(
     log: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Hooks(f"echo $$ >>{log}; [ $ENGINES_RANK = 1 ] || {{ sleep 1000 & echo $! >>{log}; wait; }}", 0.5) as hooks:
+    with Hooks(
+        f"echo $$ >>{log}; [ $ENGINES_RANK = 1 ] || {{ sleep 1000 & echo $! >>{log}; wait; }}", 0.5
+    ) as hooks:
         hooks.run(event(0))
         hooks.run(event(1))
     shell, started, second = map(int, lines(log))
@@ -87,7 +103,9 @@ def test_stopping_ends_a_hook_that_does_not_end_by_itself(
     assert "not run" not in caplog.text
 
 
-def test_killing_ends_the_hook_that_runs_at_once_and_begins_no_other(log: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_killing_ends_the_hook_that_runs_at_once_and_begins_no_other(
+    log: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with Hooks(f"sleep 1000 & echo $! >>{log}; wait", 1000) as hooks:
         hooks.run(event(0))
         hooks.run(event(1))
@@ -98,7 +116,9 @@ def test_killing_ends_the_hook_that_runs_at_once_and_begins_no_other(log: Path, 
     assert caplog.messages[-1] == "hooks that were not run: 1"
 
 
-def test_an_event_that_waits_for_room_is_let_go_by_stopping(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_that_waits_for_room_is_let_go_by_stopping(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engine_cli.runtime.hooks, "_MAX_WAITING", 0)
     with Hooks(f"echo $$ >>{log}; sleep 1000", 1000) as hooks:
         hooks.run(event(0))
@@ -110,7 +130,9 @@ def test_an_event_that_waits_for_room_is_let_go_by_stopping(log: Path, monkeypat
         assert not blocked.is_alive()
 
 
-def test_a_hook_that_cannot_be_started_is_told_and_the_next_one_runs(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hook_that_cannot_be_started_is_told_and_the_next_one_runs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with Hooks("true", 60) as hooks:
         hooks.run({**event(0), "reason": "x" * 1_000_000})  # more than an environment holds
         hooks.run(event(1))

@@ -1,4 +1,6 @@
-"""Keys that somebody wrote on purpose into a real etcd: what lists, watches and loads make of them, and that nothing moves."""
+"""Keys that somebody wrote on purpose into a real etcd: what lists, watches and loads make of them,
+and that nothing moves.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,39 @@ from tests.integration.test_cli import Engines, assert_one_line, engines  # noqa
 from tests.support.ranks import MANIFEST, MODEL, put_ranks, register
 
 _NASTY_KEYS = [
-    "/engines/", "/engines//0", "/engines/a", "/engines/a/", "/engines/a/01", "/engines/a/-1", "/engines/a/0/0",
-    "/engines/a/99999999", "/engines/a\nb/0", "/engines/a\x1b[2Jb/0", "/engines/a/\x1b]0;title\x07", "/engines/\u202eevil/0",
-    "/engines/$(reboot)/0", "/engines/'; etcdctl del --prefix ''/0", "/engines/\udcff\udcfe/0", "/engines/a/\udcff",
+    "/engines/",
+    "/engines//0",
+    "/engines/a",
+    "/engines/a/",
+    "/engines/a/01",
+    "/engines/a/-1",
+    "/engines/a/0/0",
+    "/engines/a/99999999",
+    "/engines/a\nb/0",
+    "/engines/a\x1b[2Jb/0",
+    "/engines/a/\x1b]0;title\x07",
+    "/engines/\u202eevil/0",
+    "/engines/$(reboot)/0",
+    "/engines/'; etcdctl del --prefix ''/0",
+    "/engines/\udcff\udcfe/0",
+    "/engines/a/\udcff",
     "/engines/" + "x" * 2_000 + "/0",
-]  # fmt: skip
+]
 _NASTY_VALUES = [
-    b"", b"\0", b"\xff" * 100, b"null", b"[]", b"{}", b"[" * 10_000, b'{"schema":' + b"9" * 4_000 + b"}", b'{"schema":9}',
-    b"x" * 1_000_000, b'{"schema":1,"incarnation":"\\u001b[2J\\ud800"}', b'{"schema":NaN}', b'{"schema":1,"schema":2}',
-]  # fmt: skip
+    b"",
+    b"\0",
+    b"\xff" * 100,
+    b"null",
+    b"[]",
+    b"{}",
+    b"[" * 10_000,
+    b'{"schema":' + b"9" * 4_000 + b"}",
+    b'{"schema":9}',
+    b"x" * 1_000_000,
+    b'{"schema":1,"incarnation":"\\u001b[2J\\ud800"}',
+    b'{"schema":NaN}',
+    b'{"schema":1,"schema":2}',
+]
 
 
 @pytest.fixture
@@ -60,9 +86,17 @@ def put_nasty_keys(etcd: Etcd) -> int:
 
 def a_record(**changes: Any) -> RankRecord:
     record = RankRecord(
-        incarnation="0" * 32, instance="h", rank=0, world_size=1, model=MODEL, session_id="127.0.0.1:1", protocol="tcp",
-        manifest=manifests.encode(MANIFEST)[0], header_addr=8192, registered_at="2026-01-01T00:00:00+00:00",
-    )  # fmt: skip
+        incarnation="0" * 32,
+        instance="h",
+        rank=0,
+        world_size=1,
+        model=MODEL,
+        session_id="127.0.0.1:1",
+        protocol="tcp",
+        manifest=manifests.encode(MANIFEST)[0],
+        header_addr=8192,
+        registered_at="2026-01-01T00:00:00+00:00",
+    )
     return replace(record, **changes)
 
 
@@ -73,7 +107,11 @@ def assert_harmless(text: str) -> None:
     assert "unexpected" not in text
 
 
-def test_lists_show_what_is_good_and_name_what_is_not(engines: Engines, registry: Registry, etcd: Etcd) -> None:  # noqa: F811
+def test_lists_show_what_is_good_and_name_what_is_not(
+    engines: Engines,  # noqa: F811
+    registry: Registry,
+    etcd: Etcd,
+) -> None:
     put_nasty_keys(etcd)
     with register(registry, "good"):
         listed = engines("list")
@@ -98,7 +136,11 @@ def test_lists_show_what_is_good_and_name_what_is_not(engines: Engines, registry
             assert len(evicted.stderr.splitlines()) == 1
 
 
-def test_a_watch_goes_on_whatever_is_written(engines: Engines, registry: Registry, etcd: Etcd) -> None:  # noqa: F811
+def test_a_watch_goes_on_whatever_is_written(
+    engines: Engines,  # noqa: F811
+    registry: Registry,
+    etcd: Etcd,
+) -> None:
     put_nasty_keys(etcd)
     watch = engines.start("watch")
     first = line_of(watch)  # whatever could be told of that; it follows from here on
@@ -151,20 +193,31 @@ def crowded(etcd: LocalEtcd) -> Iterator[Etcd]:
         yield raw
 
 
-def test_more_than_one_answer_may_hold_is_fetched_in_smaller_pages(own_etcd: LocalEtcd, processes: Processes) -> None:
+def test_more_than_one_answer_may_hold_is_fetched_in_smaller_pages(
+    own_etcd: LocalEtcd, processes: Processes
+) -> None:
     with crowded(own_etcd) as raw:
         put_ranks(raw, "good", 3)
         assert len(raw.snapshot("/engines/").items) == 53
-        listed = json.loads(processes.run("list", "--json", ENGINES_ETCD=own_etcd.endpoint).stdout)["instances"]
-        assert [(status["instance"], status["state"]) for status in listed] == [("good", "ready"), ("junk", "degraded")]
+        listed = json.loads(processes.run("list", "--json", ENGINES_ETCD=own_etcd.endpoint).stdout)[
+            "instances"
+        ]
+        assert [(status["instance"], status["state"]) for status in listed] == [
+            ("good", "ready"),
+            ("junk", "degraded"),
+        ]
 
 
 @pytest.mark.parametrize("fitting", [1, 0])
-def test_pages_become_as_small_as_one_key_and_no_smaller(etcd: Etcd, monkeypatch: pytest.MonkeyPatch, fitting: int) -> None:
+def test_pages_become_as_small_as_one_key_and_no_smaller(
+    etcd: Etcd, monkeypatch: pytest.MonkeyPatch, fitting: int
+) -> None:
     """What one answer may hold is made small here, instead of the keys large."""
     for number in range(5):
         etcd.commit([], [Put(f"/large/{number}", bytes(100_000), 0)])
-    options = [option for option in _CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"]
+    options = [
+        option for option in _CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"
+    ]
     options.append(("grpc.max_receive_message_length", 110_000 if fitting else 90_000))
     monkeypatch.setattr("engine_registry.etcd.client._CHANNEL_OPTIONS", tuple(options))
     with closing(etcd.sibling()) as narrow:
@@ -175,7 +228,9 @@ def test_pages_become_as_small_as_one_key_and_no_smaller(etcd: Etcd, monkeypatch
                 narrow.snapshot("/large/")
 
 
-def test_a_watch_that_missed_more_than_one_answer_may_hold_begins_again_from_what_is_there(own_etcd: LocalEtcd) -> None:
+def test_a_watch_that_missed_more_than_one_answer_may_hold_begins_again_from_what_is_there(
+    own_etcd: LocalEtcd,
+) -> None:
     with Registry.connect(own_etcd.endpoint, timeout_s=20) as registry, registry.watch() as watch:
         with register(registry, "first"):
             events_until(watch, lambda event: isinstance(event, InstanceReady))
@@ -184,8 +239,18 @@ def test_a_watch_that_missed_more_than_one_answer_may_hold_begins_again_from_wha
                 with pytest.raises(HistoryLost, match="answers more than one message may hold"):
                     list(stream)
                 with register(registry, "second"), registry.watch() as late:
-                    events_until(late, lambda event: isinstance(event, RankJoined) and event.record.instance == "second")
-                    events_until(watch, lambda event: isinstance(event, RankJoined) and event.record.instance == "second")
+                    events_until(
+                        late,
+                        lambda event: (
+                            isinstance(event, RankJoined) and event.record.instance == "second"
+                        ),
+                    )
+                    events_until(
+                        watch,
+                        lambda event: (
+                            isinstance(event, RankJoined) and event.record.instance == "second"
+                        ),
+                    )
 
 
 def test_junk_beside_the_parts_of_a_manifest_is_not_fetched(
@@ -194,7 +259,16 @@ def test_junk_beside_the_parts_of_a_manifest_is_not_fetched(
     with register(registry, "h") as registration:
         record = registration.record
         for number in range(1, 20):
-            etcd.commit([], [Put(manifest_part_key("h", 0, record.incarnation, number), os.urandom(1_000_000), 0)])
+            etcd.commit(
+                [],
+                [
+                    Put(
+                        manifest_part_key("h", 0, record.incarnation, number),
+                        os.urandom(1_000_000),
+                        0,
+                    )
+                ],
+            )
         asked: list[bytes] = []
         ask = Etcd._range
 
@@ -207,12 +281,21 @@ def test_junk_beside_the_parts_of_a_manifest_is_not_fetched(
         assert len(asked) == 1
 
 
-# -- loads -----------------------------------------------------------------------------------------------------------------------
+# -- loads
+# --------------------------------------------------------------------------------------------------
 
 _GOOD = {
-    "schema": 1, "name": ["w"], "dtype": ["float32"], "shape": [[4]], "addr": [4096], "nbytes": [16], "box": [None],
-    "regions": [[4096, 16]], "digests": None, "values": {},
-}  # fmt: skip
+    "schema": 1,
+    "name": ["w"],
+    "dtype": ["float32"],
+    "shape": [[4]],
+    "addr": [4096],
+    "nbytes": [16],
+    "box": [None],
+    "regions": [[4096, 16]],
+    "digests": None,
+    "values": {},
+}
 _TOP = 1 << 63
 
 
@@ -224,12 +307,22 @@ def peer() -> Iterator[socket.socket]:
         yield listener
 
 
-def put_hostile(etcd: Etcd, peer: socket.socket, columns: dict[str, Any], nbytes: int) -> RankRecord:
-    """A rank without a process, whose manifest has these columns; all digests and sums are right."""
+def put_hostile(
+    etcd: Etcd, peer: socket.socket, columns: dict[str, Any], nbytes: int
+) -> RankRecord:
+    """A rank without a process, whose manifest has these columns; all digests are right."""
     stored = zlib.compress(json.dumps({**_GOOD, **columns}).encode())
-    ref = ManifestRef(hashlib.sha256(stored).hexdigest(), 1, len(columns.get("name", ["w"])), nbytes)
+    ref = ManifestRef(
+        hashlib.sha256(stored).hexdigest(), 1, len(columns.get("name", ["w"])), nbytes
+    )
     record = a_record(manifest=ref, session_id=f"127.0.0.1:{peer.getsockname()[1]}")
-    etcd.commit([], [Put(manifest_part_key("h", 0, record.incarnation, 0), stored, 0), Put(record.key, encode(record), 0)])
+    etcd.commit(
+        [],
+        [
+            Put(manifest_part_key("h", 0, record.incarnation, 0), stored, 0),
+            Put(record.key, encode(record), 0),
+        ],
+    )
     return record
 
 
@@ -249,16 +342,37 @@ _TWO = {"name": ["w", "v"], "dtype": ["float32"] * 2, "box": [None] * 2}
     [
         ({"addr": [4100]}, 16, Exit.FAILED, "tensor 'w' lies outside its regions"),
         ({"regions": []}, 16, Exit.FAILED, "tensor 'w' lies outside its regions"),
-        ({"shape": [[_TOP // 4]], "nbytes": [_TOP], "regions": [[0, _TOP]]}, _TOP, Exit.FAILED, "lies outside its regions"),
+        (
+            {"shape": [[_TOP // 4]], "nbytes": [_TOP], "regions": [[0, _TOP]]},
+            _TOP,
+            Exit.FAILED,
+            "lies outside its regions",
+        ),
         ({"regions": [[4096, 16], [4100, 16]]}, 16, Exit.FAILED, "two of its regions overlap"),
-        ({"regions": [[4096, 2 * _TOP - 1]]}, 16, Exit.FAILED, "reaches beyond what memory there is"),
-        ({"shape": [[1 << 50]], "nbytes": [1 << 52], "regions": [[4096, 1 << 52]]}, 1 << 52, Exit.FAILED, "there is no memory for"),
+        (
+            {"regions": [[4096, 2 * _TOP - 1]]},
+            16,
+            Exit.FAILED,
+            "reaches beyond what memory there is",
+        ),
+        (
+            {"shape": [[1 << 50]], "nbytes": [1 << 52], "regions": [[4096, 1 << 52]]},
+            1 << 52,
+            Exit.FAILED,
+            "there is no memory for",
+        ),
         ({"shape": [[1 << 40]]}, 16, Exit.WEIGHTS, "the source has 16 bytes of it"),
         ({"dtype": ["float999"]}, 16, Exit.FAILED, "dtype 'float999' is unknown"),
         ({"dtype": ["__loader__"]}, 16, Exit.FAILED, "dtype '__loader__' is unknown"),
         ({"name": ["\ud800"]}, 16, Exit.FAILED, "name or dtype is not text"),
         (
-            {**_TWO, "shape": [[1 << 40]] * 2, "addr": [4096] * 2, "nbytes": [1 << 42] * 2, "regions": [[4096, 1 << 42]]},
+            {
+                **_TWO,
+                "shape": [[1 << 40]] * 2,
+                "addr": [4096] * 2,
+                "nbytes": [1 << 42] * 2,
+                "regions": [[4096, 1 << 42]],
+            },
             1 << 43,
             Exit.FAILED,
             "there is no memory for",
@@ -278,7 +392,9 @@ def test_a_load_of_what_no_memory_has_is_refused_before_anybody_is_asked(
 ) -> None:
     put_hostile(etcd, peer, columns, nbytes)
     result = engines("load", "h", *args, "--wait", "0", "--host", "127.0.0.1", "--json")
-    if args == ("--full",) and code is Exit.WEIGHTS:  # a whole is what its parts say together, and then no memory is as large
+    if (
+        args == ("--full",) and code is Exit.WEIGHTS
+    ):  # a whole is what its parts say together, and then no memory is as large
         code, said = Exit.FAILED, "there is no memory for"
     assert_one_line(result, code, said)
     assert_harmless(result.stderr)
@@ -286,11 +402,18 @@ def test_a_load_of_what_no_memory_has_is_refused_before_anybody_is_asked(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_manifest_of_another_is_not_taken_for_this_ranks(registry: Registry, etcd: Etcd, rank: int) -> None:
-    """Its digest is in the record: whoever can write manifests only cannot change what is loaded."""
+def test_a_manifest_of_another_is_not_taken_for_this_ranks(
+    registry: Registry, etcd: Etcd, rank: int
+) -> None:
+    """Its digest is in the record: a writer of manifests only cannot change what is loaded."""
     with register(registry, "h", rank, 2) as registration:
         key = manifest_part_key("h", rank, registration.record.incarnation, 0)
-        other = replace(MANIFEST, tensors=(replace(MANIFEST.tensors[0], addr=4100, nbytes=4, shape=(1,), global_shape=(1,)),))
+        other = replace(
+            MANIFEST,
+            tensors=(
+                replace(MANIFEST.tensors[0], addr=4100, nbytes=4, shape=(1,), global_shape=(1,)),
+            ),
+        )
         etcd.commit([], [Put(key, manifests.encode(other)[1][0], None)])
         with pytest.raises(RecordDamaged, match="does not match the digest in its record"):
             registry.manifest(registration.record)
@@ -306,7 +429,14 @@ def test_a_manifest_of_another_is_not_taken_for_this_ranks(registry: Registry, e
         (17).to_bytes(8, "little") + b'{"name":[[[[[[[[[',
         b"HTTP/1.1 400\r\n\r\n",
     ],
-    ids=["nothing", "noise", "a length without an end", "a terabyte", "half of JSON", "a web server"],
+    ids=[
+        "nothing",
+        "noise",
+        "a length without an end",
+        "a terabyte",
+        "half of JSON",
+        "a web server",
+    ],
 )
 def test_a_peer_that_answers_with_nonsense_is_a_lost_source(
     engines: Engines,  # noqa: F811

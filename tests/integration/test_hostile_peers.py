@@ -1,4 +1,6 @@
-"""Peers on the data plane that answer nonsense, half of it, or nothing: real engines, and servers that only look like one."""
+"""Peers on the data plane that answer nonsense, half of it, or nothing: real engines, and servers
+that only look like one.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ def test_whatever_a_peer_answers_a_read_from_it_fails_and_others_can_be_read(
         read(reader, source.session_id, ReadOp("a/0", memory.data_ptr(), cell.addr, 64))
 
 
-def test_a_contact_that_has_failed_leaves_no_engine_behind_whoever_keeps_the_error(reader: MooncakeEngine) -> None:
+def test_a_contact_that_has_failed_leaves_no_engine_behind_whoever_keeps_the_error(
+    reader: MooncakeEngine,
+) -> None:
     errors = []
     with HostilePeer(says(framed(b"[]"))) as peer:
         before = descriptors()
@@ -110,7 +114,8 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-# -- peers that keep a contact waiting -------------------------------------------------------------------------------------------
+# -- peers that keep a contact waiting
+# -------------------------------------------------------------------------------------------
 
 HANGING = {
     "nothing": keeps_still,
@@ -132,13 +137,17 @@ def test_a_contact_that_hangs_ends_by_itself_in_time_and_leaves_no_thread(
 ) -> None:
     monkeypatch.setattr("engine_loader.engines.mooncake.contact._LIMIT_S", 0.3)
     with HostilePeer(behaviour) as peer:
-        with pytest.raises(ReadFailed, match=f"cannot read from {peer.session_id}: it does not answer"):
+        with pytest.raises(
+            ReadFailed, match=f"cannot read from {peer.session_id}: it does not answer"
+        ):
             any_reader.connect(peer.session_id)
         wait_until(lambda: not contacts())
 
 
 @pytest.mark.parametrize("behaviour", HANGING.values(), ids=HANGING.keys())
-def test_a_contact_that_hangs_ends_when_it_is_abandoned(any_reader: MooncakeEngine, behaviour: Behaviour) -> None:
+def test_a_contact_that_hangs_ends_when_it_is_abandoned(
+    any_reader: MooncakeEngine, behaviour: Behaviour
+) -> None:
     with HostilePeer(behaviour) as peer, ThreadPoolExecutor(1) as pool:
         contact = pool.submit(any_reader.connect, peer.session_id)
         peer.wait_until_met()
@@ -148,7 +157,9 @@ def test_a_contact_that_hangs_ends_when_it_is_abandoned(any_reader: MooncakeEngi
         wait_until(lambda: not contacts())
 
 
-def test_a_contact_whose_connection_is_not_even_accepted_ends_when_it_is_abandoned(any_reader: MooncakeEngine) -> None:
+def test_a_contact_whose_connection_is_not_even_accepted_ends_when_it_is_abandoned(
+    any_reader: MooncakeEngine,
+) -> None:
     with ExitStack() as stack:
         full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(2):  # as many as it lets wait
@@ -157,7 +168,9 @@ def test_a_contact_whose_connection_is_not_even_accepted_ends_when_it_is_abandon
             waiting.connect_ex(full.getsockname())
         session_id = f"127.0.0.1:{full.getsockname()[1]}"
         contact = stack.enter_context(ThreadPoolExecutor(1)).submit(any_reader.connect, session_id)
-        wait_until(lambda: connections_to(session_id).count("02") >= 2)  # SYN_SENT: that of the test, and ours
+        wait_until(
+            lambda: connections_to(session_id).count("02") >= 2
+        )  # SYN_SENT: that of the test, and ours
         any_reader.abandon(session_id)
         with pytest.raises(ReadFailed):
             contact.result(20)
@@ -188,8 +201,12 @@ def test_a_peer_that_stops_after_its_first_answer_holds_up_others_for_a_moment_o
             contact.result(20)
 
 
-def test_giving_up_a_peer_cuts_a_handshake_that_a_shared_engine_still_has_open_with_it(cell: Region) -> None:
-    """As over rdma, where the first read is one: here it is a connection of the test's own that waits for an answer."""
+def test_giving_up_a_peer_cuts_a_handshake_that_a_shared_engine_still_has_open_with_it(
+    cell: Region,
+) -> None:
+    """As over rdma, where the first read is one: here it is a connection of the test's own that
+    waits for an answer.
+    """
     with (
         HostilePeer(says(described()), says(described()), keeps_still) as peer,
         MooncakeEngine("127.0.0.1", shared=True) as reader,
@@ -208,7 +225,9 @@ def test_giving_up_a_peer_cuts_a_handshake_that_a_shared_engine_still_has_open_w
 
 
 def contacts() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("contact with")]
+    return [
+        thread.name for thread in threading.enumerate() if thread.name.startswith("contact with")
+    ]
 
 
 def connections_to(session_id: str) -> list[str]:
@@ -218,11 +237,14 @@ def connections_to(session_id: str) -> list[str]:
     return [row[3] for row in rows if row[2].endswith(f":{port:04X}")]
 
 
-# -- loads -----------------------------------------------------------------------------------------------------------------------
+# -- loads
+# --------------------------------------------------------------------------------------------------
 
 
 def weights() -> Tensors:
-    return {f"t{number}": torch.full((1 << 18,), number, dtype=torch.int32) for number in range(1, 9)}
+    return {
+        f"t{number}": torch.full((1 << 18,), number, dtype=torch.int32) for number in range(1, 9)
+    }
 
 
 class Sources:
@@ -270,7 +292,10 @@ def assert_whole(tensors: Tensors) -> None:
 
 PACE = Pace(256 << 10, 4, stall_s=1.0, patience_s=1.5)
 LOADS = {
-    **{name: NONSENSE[name] for name in ("a list", "a text for a port", "a huge port", "deep objects", "no length")},
+    **{
+        name: NONSENSE[name]
+        for name in ("a list", "a text for a port", "a huge port", "deep objects", "no length")
+    },
     **HANGING,
 }
 
@@ -321,7 +346,8 @@ def test_a_start_reads_its_files_where_the_only_peer_answers_nonsense(
     assert f"cannot read from {peer.session_id}" in seeded.reason
 
 
-# -- the end of a process --------------------------------------------------------------------------------------------------------
+# -- the end of a process
+# --------------------------------------------------------------------------------------------------
 
 CONTACTS_AT_EXIT = """
 import sys, threading
@@ -346,8 +372,12 @@ if sys.argv[2] == "closes":
 
 
 @pytest.mark.parametrize("manner", ["abandons", "closes", "leaves all as it is"])
-def test_a_process_ends_in_order_though_its_contacts_come_to_an_end_at_that_very_time(processes: Processes, manner: str) -> None:
-    """Each lasts for 0.4 s, and one is begun every 20 ms, so that there is always one that is just over."""
+def test_a_process_ends_in_order_though_its_contacts_come_to_an_end_at_that_very_time(
+    processes: Processes, manner: str
+) -> None:
+    """Each lasts for 0.4 s, and one is begun every 20 ms, so that there is always one that is just
+    over.
+    """
     slow = framed(b" " * 200)
     with HostilePeer(says(*(bytes([byte]) for byte in slow), pause_s=0.002)) as peer:
         process = processes.start("-c", CONTACTS_AT_EXIT, peer.session_id, manner)
@@ -385,7 +415,9 @@ for _ in range(1000):
 
 
 @pytest.mark.parametrize("time", range(3))
-def test_a_process_ends_in_order_though_threads_are_in_the_middle_of_reads(processes: Processes, time: int) -> None:
+def test_a_process_ends_in_order_though_threads_are_in_the_middle_of_reads(
+    processes: Processes, time: int
+) -> None:
     process = processes.start("-c", READS_AT_EXIT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, "terminate called" in err) == (0, False)
@@ -395,6 +427,8 @@ def test_the_command_fails_with_its_exit_code_where_the_only_source_keeps_it_wai
     sources: Sources, processes: Processes
 ) -> None:
     peer = sources.hostile("bad", drips)
-    done = processes.run("load", "bad", "--rank", "0", "--host", "127.0.0.1", "--namespace", sources.namespace)
+    done = processes.run(
+        "load", "bad", "--rank", "0", "--host", "127.0.0.1", "--namespace", sources.namespace
+    )
     assert done.returncode == Exit.INSTANCE
     assert f"nothing has come from {peer.session_id}" in done.stderr

@@ -1,4 +1,6 @@
-"""Ranks on hosts of their own, with links that are slow, cut and mended: namespaces, the real transfer engine, a real etcd."""
+"""Ranks on hosts of their own, with links that are slow, cut and mended: namespaces, the real
+transfer engine, a real etcd.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +46,30 @@ class Cluster:
     def source(self, instance: str, mbit: float, ttl_s: float = 2) -> Host:
         """The host of an instance that is ready."""
         host = self.network.host(instance, mbit)
-        args = "-m", "tests.support.processes.source", instance, str(NBYTES), host.address, str(ttl_s)
-        assert line_of(self._processes.on(host).start(*args, cwd=ROOT, **self._env)) == "version 0\n"
+        args = (
+            "-m",
+            "tests.support.processes.source",
+            instance,
+            str(NBYTES),
+            host.address,
+            str(ttl_s),
+        )
+        assert (
+            line_of(self._processes.on(host).start(*args, cwd=ROOT, **self._env)) == "version 0\n"
+        )
         return host
 
     def load(self, *instances: str, patience_s: float = 20) -> subprocess.Popen[str]:
         """On another host; half of it has come."""
         host = self.network.host("loader", 1000)
-        args = "-m", "tests.support.processes.load", host.address, str(NBYTES), str(patience_s), *instances
+        args = (
+            "-m",
+            "tests.support.processes.load",
+            host.address,
+            str(NBYTES),
+            str(patience_s),
+            *instances,
+        )
         process = self._processes.on(host).start(*args, cwd=ROOT, **self._env)
         assert line_of(process) == "half\n"
         return process
@@ -79,7 +97,11 @@ def cluster(processes: Processes) -> Iterator[Cluster]:
 def test_weights_go_from_host_to_host_once(cluster: Cluster) -> None:
     source = cluster.source("a", 400)
     before = source.sent_nbytes
-    assert outcome_of(cluster.load("a")) == {"nbytes": {"/engines/a/0": NBYTES}, "lost": [], "exact": True}
+    assert outcome_of(cluster.load("a")) == {
+        "nbytes": {"/engines/a/0": NBYTES},
+        "lost": [],
+        "exact": True,
+    }
     assert NBYTES <= source.sent_nbytes - before < 1.1 * NBYTES
 
 
@@ -94,7 +116,9 @@ def test_a_host_that_is_cut_off_in_the_middle_is_done_without(cluster: Cluster) 
 
 
 @needs_hosts
-def test_the_only_source_cut_off_is_a_stall_that_is_told_before_its_lease_ends(cluster: Cluster) -> None:
+def test_the_only_source_cut_off_is_a_stall_that_is_told_before_its_lease_ends(
+    cluster: Cluster,
+) -> None:
     host = cluster.source("a", 200, ttl_s=60)
     load = cluster.load("a", patience_s=1)
     host.cut()
@@ -151,7 +175,9 @@ with Network() as network:
 
 @needs_hosts
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_nothing_is_left_of_hosts_whose_maker_is_gone(processes: Processes, number: signal.Signals) -> None:
+def test_nothing_is_left_of_hosts_whose_maker_is_gone(
+    processes: Processes, number: signal.Signals
+) -> None:
     maker = processes.start("-c", MAKES_A_HOST.format(then="inside.wait()"))
     namespace = int(line_of(maker))
     maker.send_signal(number)
@@ -192,10 +218,17 @@ def test_hosts_have_names_addresses_and_links_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("lacking", "told"),
-    [("programs", r"need the program ip \(iproute2\), .*: install it"), ("root", "only root may make: run it as root")],
+    [
+        ("programs", r"need the program ip \(iproute2\), .*: install it"),
+        ("root", "only root may make: run it as root"),
+    ],
 )
-def test_what_is_missing_for_hosts_is_told(monkeypatch: pytest.MonkeyPatch, lacking: str, told: str) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None if lacking == "programs" else f"/bin/{name}")
+def test_what_is_missing_for_hosts_is_told(
+    monkeypatch: pytest.MonkeyPatch, lacking: str, told: str
+) -> None:
+    monkeypatch.setattr(
+        shutil, "which", lambda name: None if lacking == "programs" else f"/bin/{name}"
+    )
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(HostsUnavailable, match=told):
         Network().__enter__()

@@ -1,4 +1,6 @@
-"""Two sets of very many small tensors, whose memory lies in turn, in one process: a model and its draft, or two versions."""
+"""Two sets of very many small tensors, whose memory lies in turn, in one process: a model and its
+draft, or two versions.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def in_turn(*fills: int, count: int = COUNT, length: int = LENGTH) -> list[Tensors]:
-    """A set of so many tensors for each number, which is written to all of them; each has a storage of its own."""
+    """A set of so many tensors for each number, which is written to all of them; each has a storage
+    of its own.
+    """
     memory = np.zeros((count, len(fills), length), dtype=np.int32)
     sets: list[Tensors] = []
     for place, fill in enumerate(fills):
@@ -47,11 +51,17 @@ def assert_holds(tensors: Tensors, fill: int) -> None:
         assert tensor.eq(fill * 1_000_000 + number).all(), number
 
 
-def offer(registry: Registry, engine: Engine, model: ModelIdentity, tensors: Tensors) -> Publication:
-    return publish(registry, engine, instance=model.name, rank=0, world_size=1, model=model, tensors=tensors)
+def offer(
+    registry: Registry, engine: Engine, model: ModelIdentity, tensors: Tensors
+) -> Publication:
+    return publish(
+        registry, engine, instance=model.name, rank=0, world_size=1, model=model, tensors=tensors
+    )
 
 
-def test_a_model_and_its_draft_are_published_loaded_and_updated_side_by_side(registry: Registry, new_engine: NewEngine) -> None:
+def test_a_model_and_its_draft_are_published_loaded_and_updated_side_by_side(
+    registry: Registry, new_engine: NewEngine
+) -> None:
     (model, draft), (model_here, draft_here) = in_turn(1, 2), in_turn(0, 0)
     engine, reader = new_engine(), new_engine()
     with offer(registry, engine, DRAFT, draft) as of_draft:
@@ -120,9 +130,13 @@ def test_a_rank_that_serves_the_draft_is_a_source_of_the_model_while_it_loads_th
         ThreadPoolExecutor(2) as pool,
     ):
         fill = partial(load, registry, source=MODEL, rank=0, pace=pace)
-        first = pool.submit(fill, engine=engine, tensors=here, publish=Replica("first"), progress=stop_at_half)
+        first = pool.submit(
+            fill, engine=engine, tensors=here, publish=Replica("first"), progress=stop_at_half
+        )
         assert first_has_half.wait(30)
-        second = pool.submit(fill, engine=new_engine(), tensors=there, publish=Replica("second"), progress=look)
+        second = pool.submit(
+            fill, engine=new_engine(), tensors=there, publish=Replica("second"), progress=look
+        )
         publications = [one.result(60).publication for one in (first, second)]
     shares = {share.name: share.nbytes for share in second.result().shares}
     assert shares["/engines/first/0"] > 0

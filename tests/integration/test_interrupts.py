@@ -1,4 +1,6 @@
-"""Ctrl-C at any moment, and more than once: what is left is nothing, or a handle that `close` still works on."""
+"""Ctrl-C at any moment, and more than once: what is left is nothing, or a handle that `close` still
+works on.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def etcd(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Etcd]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["registration", "publication"])
-def test_a_rank_interrupted_at_random_moments_is_gone_once_it_is_closed(processes: Processes, kind: str) -> None:
+def test_a_rank_interrupted_at_random_moments_is_gone_once_it_is_closed(
+    processes: Processes, kind: str
+) -> None:
     # Without coverage: an interrupt inside of coverage would leave its locks held.
     program = ["-X", "faulthandler", "-m", "tests.support.processes.interrupt", kind, "0", "60"]
     process = processes.start(*program, COVERAGE_PROCESS_CONFIG="")
@@ -60,7 +64,9 @@ def test_a_rank_interrupted_at_random_moments_is_gone_once_it_is_closed(processe
 
 @contextmanager
 def interrupted_at(*lines: int) -> Iterator[list[str]]:
-    """Raises KeyboardInterrupt before the n-th line of ours that this thread runs, for each number given; yields where."""
+    """Raises KeyboardInterrupt before the n-th line of ours that this thread runs, for each number
+    given; yields where.
+    """
     wanted, hit, count = set(lines), list[str](), 0
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
@@ -83,7 +89,9 @@ def interrupted_at(*lines: int) -> Iterator[list[str]]:
 
 
 def at_every_line(call: Callable[[], object], gaps: Sequence[int]) -> Iterator[str]:
-    """Interrupts the call at its first line, its second, and so on, each time again a few lines later; until it has none left."""
+    """Interrupts the call at its first line, its second, and so on, each time again a few lines
+    later; until it has none left.
+    """
     for first in range(1, 1_000):
         for gap in gaps:
             with suppress(KeyboardInterrupt), interrupted_at(first, first + gap) as hit:
@@ -95,7 +103,9 @@ def at_every_line(call: Callable[[], object], gaps: Sequence[int]) -> Iterator[s
 
 
 def threads() -> list[str]:
-    return [each.name for each in threading.enumerate() if each.name.endswith(f"/engines/{INSTANCE}/0")]
+    return [
+        each.name for each in threading.enumerate() if each.name.endswith(f"/engines/{INSTANCE}/0")
+    ]
 
 
 def wait_until_gone(etcd: Etcd) -> None:
@@ -113,10 +123,14 @@ def _short_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("_short_looks")
-def test_a_register_that_is_interrupted_at_any_line_leaves_nothing(registry: Registry, etcd: Etcd) -> None:
+def test_a_register_that_is_interrupted_at_any_line_leaves_nothing(
+    registry: Registry, etcd: Etcd
+) -> None:
     made: list[Registration] = []
     where = []
-    for hit in at_every_line(lambda: made.append(register(registry, INSTANCE, ttl_s=TTL_S)), gaps=[0, 1]):
+    for hit in at_every_line(
+        lambda: made.append(register(registry, INSTANCE, ttl_s=TTL_S)), gaps=[0, 1]
+    ):
         where.append(hit)
         assert made == [], where
         wait_until_gone(etcd)
@@ -126,7 +140,9 @@ def test_a_register_that_is_interrupted_at_any_line_leaves_nothing(registry: Reg
 
 
 @pytest.mark.timeout(300)
-def test_a_close_that_is_interrupted_at_any_line_is_finished_by_the_next(registry: Registry, etcd: Etcd) -> None:
+def test_a_close_that_is_interrupted_at_any_line_is_finished_by_the_next(
+    registry: Registry, etcd: Etcd
+) -> None:
     for first in itertools.count(1):
         registration = register(registry, INSTANCE, ttl_s=TTL_S)
         where = []
@@ -163,7 +179,10 @@ def test_a_close_that_is_interrupted_half_way_is_not_done_until_the_next_has_wai
         caught.set()
         signal.signal(signal.SIGINT, before)
     registration.close()
-    assert (half_way, registration.state) == (RegistrationState.REGISTERED, RegistrationState.CLOSED)
+    assert (half_way, registration.state) == (
+        RegistrationState.REGISTERED,
+        RegistrationState.CLOSED,
+    )
     wait_until_gone(etcd)
 
 

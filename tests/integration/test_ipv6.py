@@ -1,4 +1,6 @@
-"""Ranks at addresses of IPv6: registered, listed, examined and loaded, with a real etcd that is reached over IPv6 as well."""
+"""Ranks at addresses of IPv6: registered, listed, examined and loaded, with a real etcd that is
+reached over IPv6 as well.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from engine_registry.schema.address import family_of, host_of
 from tests.integration.conftest import Processes, line_of
 from tests.support.faults import Proxy
 
-WEIGHTS = {f"t{number}": torch.full((1 << 18,), number, dtype=torch.int32) for number in range(1, 5)}
+WEIGHTS = {
+    f"t{number}": torch.full((1 << 18,), number, dtype=torch.int32) for number in range(1, 5)
+}
 
 
 def _no_ipv6() -> str:
@@ -43,7 +47,16 @@ class Ranks:
         """Returns where it is read from."""
         weights = str(self._folder / "weights.safetensors")
         process = self._processes.engines(
-            "register", "a", "--rank", "0", "--world-size", "1", "--weights", weights, *options, *self._etcd
+            "register",
+            "a",
+            "--rank",
+            "0",
+            "--world-size",
+            "1",
+            "--weights",
+            weights,
+            *options,
+            *self._etcd,
         )
         found = re.search(r" at (\S+) \(tcp\)", line_of(process))
         assert found is not None
@@ -52,7 +65,9 @@ class Ranks:
     def load(self, *options: str) -> tuple[int, str]:
         """The exit code and what is complained about."""
         out = str(self._folder / "out")
-        done = self._processes.run("load", "a", "--rank", "0", "--out", out, "--force", *options, *self._etcd)
+        done = self._processes.run(
+            "load", "a", "--rank", "0", "--out", out, "--force", *options, *self._etcd
+        )
         return done.returncode, done.stderr
 
     def loaded(self) -> dict[str, torch.Tensor]:
@@ -84,26 +99,37 @@ def test_a_rank_is_at_an_address_of_the_family_by_which_it_reaches_etcd_and_is_l
     proxy.close()
 
 
-@pytest.mark.parametrize("hosts", [("::1", "127.0.0.1"), ("[::1]", "127.0.0.1"), ("127.0.0.1", "::1")])
-def test_a_reader_of_the_other_family_is_told_why_it_cannot_read_and_how_it_can(ranks: Ranks, hosts: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "hosts", [("::1", "127.0.0.1"), ("[::1]", "127.0.0.1"), ("127.0.0.1", "::1")]
+)
+def test_a_reader_of_the_other_family_is_told_why_it_cannot_read_and_how_it_can(
+    ranks: Ranks, hosts: tuple[str, str]
+) -> None:
     theirs, ours = hosts
     session_id = ranks.register("--host", theirs)
     served, speaks = family_of(host_of(session_id)), family_of(ours)
     code, said = ranks.load("--host", ours)
     assert code == Exit.INSTANCE
-    assert f"/engines/a/0 is served over {served}, this engine speaks {speaks}: give it a --host of {served}" in said
+    assert (
+        f"/engines/a/0 is served over {served}, this engine speaks {speaks}: give it a "
+        f"--host of {served}" in said
+    )
     assert ranks.load("--host", theirs) == (0, "")
 
 
 def test_the_doctor_reads_a_rank_at_an_address_of_ipv6(ranks: Ranks) -> None:
     session_id = ranks.register("--host", "::1")
     said = ranks.run("doctor", "--peer", "a", "--host", "::1")
-    assert re.search(rf"a/0 at {re.escape(session_id)}: header read in .*it is who its record says", said)
+    assert re.search(
+        rf"a/0 at {re.escape(session_id)}: header read in .*it is who its record says", said
+    )
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "255.255.255.255", "224.0.0.1", "ff02::1"])
 @pytest.mark.parametrize("command", ["register", "load"])
-def test_commands_refuse_a_host_that_leads_nobody_to_this_machine(processes: Processes, command: str, host: str) -> None:
+def test_commands_refuse_a_host_that_leads_nobody_to_this_machine(
+    processes: Processes, command: str, host: str
+) -> None:
     given = {"register": ("--world-size", "1", "--weights", "nowhere")}.get(command, ())
     done = processes.run(command, "a", "--rank", "0", "--host", host, *given)
     assert done.returncode == Exit.USAGE

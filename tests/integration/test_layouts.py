@@ -1,4 +1,6 @@
-"""Any layout into any other: two jobs of real processes, real transfer engine, compared byte by byte with the whole tensors."""
+"""Any layout into any other: two jobs of real processes, real transfer engine, compared byte by
+byte with the whole tensors.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Destinations:
 
 
 @pytest.fixture(scope="module")
-def destinations(shared_etcd: LocalEtcd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Destinations]:
+def destinations(
+    shared_etcd: LocalEtcd, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Destinations]:
     """Starting them takes longer than all that they do."""
     stores = tmp_path_factory.mktemp("stores")
     env = {"ENGINES_ETCD": shared_etcd.endpoint, "TEST_NAMESPACE": f"/{uuid.uuid4().hex[:8]}"}
@@ -46,7 +50,14 @@ def destinations(shared_etcd: LocalEtcd, tmp_path_factory: pytest.TempPathFactor
     try:
         sources, destinations = (
             [
-                started.start("-m", "tests.support.processes.layout", side, str(rank), str(size), str(stores / side))
+                started.start(
+                    "-m",
+                    "tests.support.processes.layout",
+                    side,
+                    str(rank),
+                    str(size),
+                    str(stores / side),
+                )
                 for rank in range(size)
             ]
             for side, size in (("source", SOURCES), ("destination", DESTINATIONS))
@@ -59,20 +70,27 @@ def destinations(shared_etcd: LocalEtcd, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_byte_of_every_rank_is_that_of_the_whole_and_little_else_is_read(destinations: Destinations, layout: str) -> None:
+def test_every_byte_of_every_rank_is_that_of_the_whole_and_little_else_is_read(
+    destinations: Destinations, layout: str
+) -> None:
     answers = destinations.all_do(layout)
     assert len(answers) == LAYOUTS[layout][3]
     for answer in answers:
         assert answer["different"] == []
         assert answer["nbytes"] == answer["needed"]
-        # A cut through the columns that a rank holds costs the gaps between them. So do small tensors that happen to lie close.
+        # A cut through the columns that a rank holds costs the gaps between them. So do small
+        # tensors that happen to lie close.
         gaps = answer["tensors"] * Costs().read_nbytes
-        assert answer["read_nbytes"] <= answer["needed"] * (2 if layout in CUTS_COLUMNS else 1) + gaps
+        assert (
+            answer["read_nbytes"] <= answer["needed"] * (2 if layout in CUTS_COLUMNS else 1) + gaps
+        )
         assert answer.get("runs", True)
         assert answer.get("step", 5) == 5
 
 
-def test_in_a_job_all_fail_where_the_source_changes_between_planning_and_reading(destinations: Destinations) -> None:
+def test_in_a_job_all_fail_where_the_source_changes_between_planning_and_reading(
+    destinations: Destinations,
+) -> None:
     for answer in destinations.all_do("updated meanwhile"):
         assert list(answer["failures"]) == ["0", "1", "2"]
         for told in answer["failures"].values():
@@ -83,4 +101,6 @@ def test_in_a_job_all_fail_where_the_source_changes_between_planning_and_reading
 def test_in_a_job_all_are_told_that_there_is_no_such_instance(destinations: Destinations) -> None:
     for answer in destinations.all_do("nobody"):
         assert list(answer["failures"]) == ["0", "1", "2"]
-        assert answer["failures"]["2"].startswith("InstanceNotFound: instance 'nobody' is not registered")
+        assert answer["failures"]["2"].startswith(
+            "InstanceNotFound: instance 'nobody' is not registered"
+        )

@@ -1,4 +1,6 @@
-"""`engines watch` on a terminal: a table that is kept up to date, and the terminal as it was when it ends."""
+"""`engines watch` on a terminal: a table that is kept up to date, and the terminal as it was when
+it ends.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from engine_registry import RankRecord, RankState, Registry
 from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes, line_of
 from tests.support.ranks import put_ranks, register
-from tests.support.terminal import CURSOR, FIRST_SCREEN, NO_CURSOR, OTHER_SCREEN, Terminal, on_terminal
+from tests.support.terminal import (
+    CURSOR,
+    FIRST_SCREEN,
+    NO_CURSOR,
+    OTHER_SCREEN,
+    Terminal,
+    on_terminal,
+)
 from tests.support.waiting import wait_until
 
 Watching = Callable[..., AbstractContextManager[Terminal]]
@@ -27,7 +36,14 @@ def watching(shared_etcd: LocalEtcd, namespace: str) -> Watching:
     """`engines watch` with some options, on a terminal."""
 
     def start(*args: str, **size: int) -> AbstractContextManager[Terminal]:
-        return on_terminal("watch", "--namespace", namespace, *args, env={"ENGINES_ETCD": shared_etcd.endpoint}, **size)
+        return on_terminal(
+            "watch",
+            "--namespace",
+            namespace,
+            *args,
+            env={"ENGINES_ETCD": shared_etcd.endpoint},
+            **size,
+        )
 
     return start
 
@@ -38,7 +54,11 @@ def the_rank(registry: Registry, instance: str) -> RankRecord:
 
 
 def test_loads_are_seen_as_they_begin_go_on_and_end(watching: Watching, registry: Registry) -> None:
-    with register(registry), register(registry, "b", state=RankState.LOADING) as loading, watching() as terminal:
+    with (
+        register(registry),
+        register(registry, "b", state=RankState.LOADING) as loading,
+        watching() as terminal,
+    ):
         terminal.wait_for("2 instances, 2 ranks: 1 loading, 1 ready")
         assert terminal.line("b").split()[:2] == ["b", "loading"]
         ticket = registry.pull(the_rank(registry, "a"), the_rank(registry, "b"))
@@ -59,7 +79,9 @@ def test_loads_are_seen_as_they_begin_go_on_and_end(watching: Watching, registry
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_in_order_and_the_last_table_stays(watching: Watching, registry: Registry, number: signal.Signals) -> None:
+def test_a_signal_ends_it_in_order_and_the_last_table_stays(
+    watching: Watching, registry: Registry, number: signal.Signals
+) -> None:
     with register(registry), watching() as terminal:
         terminal.wait_for("a/0 joined")
         terminal.process.send_signal(number)
@@ -72,14 +94,19 @@ def test_a_signal_ends_it_in_order_and_the_last_table_stays(watching: Watching, 
         assert "Traceback" not in after
 
 
-def test_a_second_signal_does_not_wait_for_a_terminal_that_takes_nothing(watching: Watching, registry: Registry) -> None:
+def test_a_second_signal_does_not_wait_for_a_terminal_that_takes_nothing(
+    watching: Watching, registry: Registry
+) -> None:
     with register(registry), watching() as terminal:
         terminal.wait_for("a/0 joined")
         terminal.reads.clear()
         put_ranks(registry._etcd, "big", 100)  # so that there is more to draw than fits between
         for _ in range(2):
             terminal.process.send_signal(signal.SIGINT)
-        assert terminal.process.wait(20) in (Exit.INTERRUPTED, Exit.DONE)  # done where the terminal had taken all of it before
+        assert terminal.process.wait(20) in (
+            Exit.INTERRUPTED,
+            Exit.DONE,
+        )  # done where the terminal had taken all of it before
 
 
 def test_a_closed_terminal_ends_it(watching: Watching, registry: Registry) -> None:
@@ -120,7 +147,9 @@ def test_what_is_cleaned_up_stands_among_the_events(watching: Watching, registry
         assert terminal.line("a ").split() == ["a", "degraded", "1/2"]
 
 
-def test_it_fits_whatever_size_the_terminal_has_or_gets(watching: Watching, registry: Registry) -> None:
+def test_it_fits_whatever_size_the_terminal_has_or_gets(
+    watching: Watching, registry: Registry
+) -> None:
     put_ranks(registry._etcd, "big", 1_000, state=RankState.LOADING)
     with watching(columns=130, rows=30) as terminal:
         terminal.wait_for("1 instance, 1,000 ranks: 1,000 loading")
@@ -133,7 +162,9 @@ def test_it_fits_whatever_size_the_terminal_has_or_gets(watching: Watching, regi
         assert terminal.line("big/0").split() == ["big/0", "loading"]
 
 
-def test_it_costs_etcd_two_watches_and_no_question_however_often_it_draws(own_etcd: LocalEtcd) -> None:
+def test_it_costs_etcd_two_watches_and_no_question_however_often_it_draws(
+    own_etcd: LocalEtcd,
+) -> None:
     def metric(name: str) -> float:
         with urllib.request.urlopen(f"http://{own_etcd.endpoint}/metrics") as answer:
             found = re.search(rf"^{re.escape(name)} (\S+)$", answer.read().decode(), re.MULTILINE)
@@ -153,7 +184,9 @@ def test_it_costs_etcd_two_watches_and_no_question_however_often_it_draws(own_et
 
 
 @pytest.mark.parametrize("args", [("--lines",), ("--json",), ("--exec", "true")])
-def test_lines_are_to_be_had_on_a_terminal_too(watching: Watching, registry: Registry, args: tuple[str, ...]) -> None:
+def test_lines_are_to_be_had_on_a_terminal_too(
+    watching: Watching, registry: Registry, args: tuple[str, ...]
+) -> None:
     with register(registry), watching(*args) as terminal:
         wait_until(lambda: len(terminal.said.splitlines()) >= 2)
         first = terminal.said.splitlines()[0]
@@ -164,14 +197,18 @@ def test_lines_are_to_be_had_on_a_terminal_too(watching: Watching, registry: Reg
         assert "\x1b" not in terminal.said
 
 
-def test_a_terminal_that_cannot_move_its_cursor_gets_lines(shared_etcd: LocalEtcd, namespace: str, registry: Registry) -> None:
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(
+    shared_etcd: LocalEtcd, namespace: str, registry: Registry
+) -> None:
     env = {"ENGINES_ETCD": shared_etcd.endpoint, "TERM": "dumb"}
     with register(registry), on_terminal("watch", "--namespace", namespace, env=env) as terminal:
         wait_until(lambda: "a ready: 1 ranks" in terminal.said)
         assert "\x1b" not in terminal.said
 
 
-def test_a_pipe_gets_lines_whatever_colours_are_asked_for(processes: Processes, namespace: str, registry: Registry) -> None:
+def test_a_pipe_gets_lines_whatever_colours_are_asked_for(
+    processes: Processes, namespace: str, registry: Registry
+) -> None:
     with register(registry):
         watch = processes.engines("watch", "--namespace", namespace, FORCE_COLOR="1")
         assert line_of(watch).split("  ", 1)[1].startswith("a/0 joined: ready")

@@ -1,4 +1,6 @@
-"""Weights are published and loaded: real etcd, real transfer engine, sources that change, die and are replaced meanwhile."""
+"""Weights are published and loaded: real etcd, real transfer engine, sources that change, die and
+are replaced meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,27 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from engine_loader import Destination, Engine, InProcessEngine, MooncakeEngine, Pace, Progress, Publication, Shard, load, publish
+from engine_loader import (
+    Destination,
+    Engine,
+    InProcessEngine,
+    MooncakeEngine,
+    Pace,
+    Progress,
+    Publication,
+    Shard,
+    load,
+    publish,
+)
 from engine_loader.engines.base import read
-from engine_loader.errors import Cancelled, LoaderError, SourceLost, TensorsUnusable, TornRead, WeightsMismatch
+from engine_loader.errors import (
+    Cancelled,
+    LoaderError,
+    SourceLost,
+    TensorsUnusable,
+    TornRead,
+    WeightsMismatch,
+)
 from engine_loader.planning.plan import ReadOp
 from engine_loader.publishing.header import Header
 from engine_registry import ModelIdentity, RankState, Region, Registry
@@ -45,7 +65,9 @@ def like(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Zeroed tensors of the same names, shapes, dtypes and ties."""
     made: dict[int, torch.Tensor] = {}
     return {
-        name: made.setdefault(tensor.data_ptr(), torch.zeros_like(tensor)) if tensor.numel() else torch.zeros_like(tensor)
+        name: made.setdefault(tensor.data_ptr(), torch.zeros_like(tensor))
+        if tensor.numel()
+        else torch.zeros_like(tensor)
         for name, tensor in tensors.items()
     }
 
@@ -62,21 +84,40 @@ def assert_untouched(tensors: Tensors) -> None:
 
 
 def offer(registry: Registry, engine: Engine, tensors: Tensors, **fields: object) -> Publication:
-    options = {"instance": "a", "rank": 0, "world_size": 1, "model": ModelIdentity("m"), "ttl_s": 3.0, **fields}
+    options = {
+        "instance": "a",
+        "rank": 0,
+        "world_size": 1,
+        "model": ModelIdentity("m"),
+        "ttl_s": 3.0,
+        **fields,
+    }
     return publish(registry, engine, tensors=tensors, **options)  # type: ignore[arg-type]
 
 
-def test_a_load_fills_every_tensor_byte_for_byte_and_reports_it(registry: Registry, new_engine: Callable[[], Engine]) -> None:
+def test_a_load_fills_every_tensor_byte_for_byte_and_reports_it(
+    registry: Registry, new_engine: Callable[[], Engine]
+) -> None:
     source, destination, seen = weights(), like(weights()), list[Progress]()
     with offer(registry, new_engine(), source, version=4):
-        report = load(registry, new_engine(), "a", rank=0, tensors=destination, progress=seen.append)
+        report = load(
+            registry, new_engine(), "a", rank=0, tensors=destination, progress=seen.append
+        )
     assert_equal(destination, source)
-    assert (report.instance, report.rank, report.version, report.tensors, report.retries) == ("a", 0, 4, 8, 0)
+    assert (report.instance, report.rank, report.version, report.tensors, report.retries) == (
+        "a",
+        0,
+        4,
+        8,
+        0,
+    )
     assert report.nbytes == sum(tensor.nbytes for name, tensor in source.items() if name != "head")
     assert seen[-1] == Progress(report.nbytes, report.nbytes)
 
 
-def test_a_destination_is_filled_as_often_as_it_is_loaded_into(registry: Registry, new_engine: Callable[[], Engine]) -> None:
+def test_a_destination_is_filled_as_often_as_it_is_loaded_into(
+    registry: Registry, new_engine: Callable[[], Engine]
+) -> None:
     source, engine = weights(), new_engine()
     destination = Destination(like(source))
     assert list(destination) == list(source)
@@ -102,13 +143,18 @@ def test_a_load_that_is_cancelled_before_it_reads_says_that_nothing_is_complete(
     assert cancelled.value.details["complete"] == []
 
 
-def test_a_publication_says_which_version_and_content_it_serves(registry: Registry, new_engine: Callable[[], Engine]) -> None:
+def test_a_publication_says_which_version_and_content_it_serves(
+    registry: Registry, new_engine: Callable[[], Engine]
+) -> None:
     source = weights()
     with offer(registry, new_engine(), source, version=4) as publication:
         first = publication.content
         report = load(registry, new_engine(), "a", rank=0, tensors=like(source))
         assert (publication.version, publication.content) == (4, report.content)
-        assert repr(publication) == f"<Publication /engines/a/0: ready, version 4, content {first[:8]}…>"
+        assert (
+            repr(publication)
+            == f"<Publication /engines/a/0: ready, version 4, content {first[:8]}…>"
+        )
         with publication.update():
             source["scale"].add_(1)
         assert publication.version == 5
@@ -116,7 +162,9 @@ def test_a_publication_says_which_version_and_content_it_serves(registry: Regist
     assert repr(publication).startswith("<Publication /engines/a/0: closed, version 5")
 
 
-def test_two_ranks_are_resolved_together_and_each_loader_gets_its_own(registry: Registry, new_engine: Callable[[], Engine]) -> None:
+def test_two_ranks_are_resolved_together_and_each_loader_gets_its_own(
+    registry: Registry, new_engine: Callable[[], Engine]
+) -> None:
     sources = [weights(1), weights(2)]
     with ExitStack() as stack:
         stack.enter_context(offer(registry, new_engine(), sources[0], rank=0, world_size=2))
@@ -131,9 +179,13 @@ def test_two_ranks_are_resolved_together_and_each_loader_gets_its_own(registry: 
             load(registry, new_engine(), "a", rank=2, tensors=like(sources[0]))
 
 
-def test_a_load_from_other_processes_over_the_network(registry: Registry, processes: Processes) -> None:
+def test_a_load_from_other_processes_over_the_network(
+    registry: Registry, processes: Processes
+) -> None:
     for rank in range(2):
-        process = processes.start("-m", "tests.support.processes.weights", "a", str(rank), "2", str(rank + 10))
+        process = processes.start(
+            "-m", "tests.support.processes.weights", "a", str(rank), "2", str(rank + 10)
+        )
         assert line_of(process) == "published\n"
     for rank in range(2):
         destination = like(weights())
@@ -142,7 +194,9 @@ def test_a_load_from_other_processes_over_the_network(registry: Registry, proces
         assert_equal(destination, weights(rank + 10))
 
 
-def test_all_differences_are_told_in_one_error_and_nothing_is_read(registry: Registry, new_engine: Callable[[], Engine]) -> None:
+def test_all_differences_are_told_in_one_error_and_nothing_is_read(
+    registry: Registry, new_engine: Callable[[], Engine]
+) -> None:
     destination = like(weights())
     del destination["bytes"]
     destination |= {
@@ -164,33 +218,56 @@ def test_all_differences_are_told_in_one_error_and_nothing_is_read(registry: Reg
     assert_untouched(destination)
 
 
-def test_a_rank_of_another_box_of_the_same_shape_is_a_mismatch(registry: Registry, new_engine: Callable[[], Engine]) -> None:
+def test_a_rank_of_another_box_of_the_same_shape_is_a_mismatch(
+    registry: Registry, new_engine: Callable[[], Engine]
+) -> None:
     half = torch.rand(4, 4)
     left, right = Shard((8, 4), (0, 0)), Shard((8, 4), (4, 0))
     with offer(registry, new_engine(), {"w": half}, shards={"w": left}):
         destination = {"w": torch.zeros(4, 4)}
-        with pytest.raises(WeightsMismatch, match=r"no rank of the source holds the box at \[4, 0\]"):
+        with pytest.raises(
+            WeightsMismatch, match=r"no rank of the source holds the box at \[4, 0\]"
+        ):
             load(registry, new_engine(), "a", rank=0, tensors=destination, shards={"w": right})
         assert_untouched(destination)
         load(registry, new_engine(), "a", rank=0, tensors=destination, shards={"w": left})
         assert_equal(destination, {"w": half})
 
 
-def test_tensors_without_a_box_need_a_rank(registry: Registry, new_engine: Callable[[], Engine]) -> None:
-    with pytest.raises(InvalidField, match="w does not say which part of the whole it is: say in `shards`, or from which `rank`"):
-        load(registry, new_engine(), "a", tensors={"v": torch.zeros(1), "w": torch.zeros(1)}, shards={"v": Shard((1,), (0,))})
+def test_tensors_without_a_box_need_a_rank(
+    registry: Registry, new_engine: Callable[[], Engine]
+) -> None:
+    with pytest.raises(
+        InvalidField,
+        match="w does not say which part of the whole it is: say in `shards`, or from which `rank`",
+    ):
+        load(
+            registry,
+            new_engine(),
+            "a",
+            tensors={"v": torch.zeros(1), "w": torch.zeros(1)},
+            shards={"v": Shard((1,), (0,))},
+        )
 
 
 def test_tensors_that_cannot_be_read_as_they_lie_are_all_named_and_nothing_is_registered(
     registry: Registry, new_engine: Callable[[], Engine]
 ) -> None:
-    tensors = {"good": torch.zeros(4), "part": torch.rand(4, 8)[:, :3], "meta": torch.empty(2, device="meta")}
-    with pytest.raises(TensorsUnusable, match=r"part: .*call \.contiguous.*meta: is on the meta device"):
+    tensors = {
+        "good": torch.zeros(4),
+        "part": torch.rand(4, 8)[:, :3],
+        "meta": torch.empty(2, device="meta"),
+    }
+    with pytest.raises(
+        TensorsUnusable, match=r"part: .*call \.contiguous.*meta: is on the meta device"
+    ):
         offer(registry, new_engine(), tensors)
     assert registry.instances() == ()
 
 
-def test_memory_is_given_back_when_registering_fails(registry: Registry, new_engine: Callable[[], Engine]) -> None:
+def test_memory_is_given_back_when_registering_fails(
+    registry: Registry, new_engine: Callable[[], Engine]
+) -> None:
     engine, source = new_engine(), weights()
     with offer(registry, engine, source), pytest.raises(RankConflict):
         offer(registry, engine, weights(1))
@@ -199,7 +276,9 @@ def test_memory_is_given_back_when_registering_fails(registry: Registry, new_eng
     _assert_all_regions_are_free(engine, source)
 
 
-def test_after_closing_nobody_can_read_the_memory(registry: Registry, new_engine: Callable[[], Engine]) -> None:
+def test_after_closing_nobody_can_read_the_memory(
+    registry: Registry, new_engine: Callable[[], Engine]
+) -> None:
     engine, reader, source = new_engine(), new_engine(), weights()
     with offer(registry, engine, source):
         pass
@@ -207,7 +286,11 @@ def test_after_closing_nobody_can_read_the_memory(registry: Registry, new_engine
     target = torch.zeros(64, dtype=torch.uint8)
     reader.register(Region(target.data_ptr(), 64))
     with pytest.raises(LoaderError):
-        read(reader, engine.session_id, ReadOp("a", source["embed"].data_ptr(), target.data_ptr(), 64))
+        read(
+            reader,
+            engine.session_id,
+            ReadOp("a", source["embed"].data_ptr(), target.data_ptr(), 64),
+        )
     with pytest.raises(InstanceNotFound):
         load(registry, reader, "a", rank=0, tensors=like(source), timeout_s=0.0)
 
@@ -249,7 +332,9 @@ def test_an_update_that_fails_leaves_the_weights_unloadable_until_one_succeeds(
         assert load(registry, new_engine(), "a", rank=0, tensors=destination).version == 1
 
 
-def test_an_update_that_ends_while_the_rank_drains_invites_no_new_readers(registry: Registry) -> None:
+def test_an_update_that_ends_while_the_rank_drains_invites_no_new_readers(
+    registry: Registry,
+) -> None:
     source = weights()
     with offer(registry, InProcessEngine(), source) as publication, ThreadPoolExecutor(1) as pool:
         ticket = registry.pull(registry.ranks("a")[0])
@@ -258,12 +343,17 @@ def test_an_update_that_ends_while_the_rank_drains_invites_no_new_readers(regist
             with publication.update():
                 drained = pool.submit(publication.drain, 20.0)
                 wait_until(lambda: registry.ranks("a")[0].state is RankState.DRAINING)
-            assert (registry.ranks("a")[0].version, registry.ranks("a")[0].state) == (1, RankState.DRAINING)
+            assert (registry.ranks("a")[0].version, registry.ranks("a")[0].state) == (
+                1,
+                RankState.DRAINING,
+            )
         assert drained.result(20)
     assert registry.ranks("a") == ()
 
 
-def test_a_publication_that_closes_during_an_update_stays_closed_when_the_update_ends(registry: Registry) -> None:
+def test_a_publication_that_closes_during_an_update_stays_closed_when_the_update_ends(
+    registry: Registry,
+) -> None:
     publication = offer(registry, InProcessEngine(), weights())
     header = publication._header
     with publication.update():
@@ -311,7 +401,9 @@ def test_a_source_evicted_during_the_read_does_not_count_as_loaded(registry: Reg
             load(registry, engine, "a", rank=0, tensors=like(weights()))
 
 
-def test_another_process_at_the_address_of_the_source_is_not_taken_for_it(registry: Registry) -> None:
+def test_another_process_at_the_address_of_the_source_is_not_taken_for_it(
+    registry: Registry,
+) -> None:
     """As when a process dies, another gets its port, and etcd still has the old record."""
     engine = InProcessEngine()
     with offer(registry, engine, weights()) as publication:
@@ -322,14 +414,19 @@ def test_another_process_at_the_address_of_the_source_is_not_taken_for_it(regist
         assert_untouched(destination)
 
 
-def test_a_source_that_dies_between_resolve_and_read_is_told_with_what_was_lost(registry: Registry, processes: Processes) -> None:
+def test_a_source_that_dies_between_resolve_and_read_is_told_with_what_was_lost(
+    registry: Registry, processes: Processes
+) -> None:
     process = processes.start("-m", "tests.support.processes.weights", "a", "0", "1", "0")
     assert line_of(process) == "published\n"
     ready = registry.ready("a", 10)
     process.kill()
     process.wait()
     registry.ready = lambda *_: ready  # type: ignore[method-assign]
-    with MooncakeEngine("127.0.0.1", protocol="tcp") as engine, pytest.raises(SourceLost, match="/engines/a/0") as lost:
+    with (
+        MooncakeEngine("127.0.0.1", protocol="tcp") as engine,
+        pytest.raises(SourceLost, match="/engines/a/0") as lost,
+    ):
         load(registry, engine, "a", rank=0, tensors=like(weights()), timeout_s=5)
     assert "load again" in str(lost.value)
 
@@ -338,7 +435,10 @@ def test_the_next_instance_is_used_when_the_first_is_lost(registry: Registry) ->
     source, destination = weights(5), like(weights())
     with pytest.raises(InstanceNotFound, match="'a' or 'b' is not registered"):
         load(registry, InProcessEngine(), ["a", "b"], rank=0, tensors=destination, timeout_s=0.0)
-    with offer(registry, InProcessEngine(), weights(4), instance="a"), offer(registry, InProcessEngine(), source, instance="b"):
+    with (
+        offer(registry, InProcessEngine(), weights(4), instance="a"),
+        offer(registry, InProcessEngine(), source, instance="b"),
+    ):
         engine = Interrupted(lambda: registry.evict(registry.ranks("a")[0]))
         report = load(registry, engine, ["a", "b"], rank=0, tensors=destination)
     assert report.instance == "b"
@@ -346,21 +446,35 @@ def test_the_next_instance_is_used_when_the_first_is_lost(registry: Registry) ->
 
 
 def test_a_lost_source_tells_which_tensors_are_whole(registry: Registry) -> None:
-    source = {f"t{number}": torch.full((8 << 20,), number, dtype=torch.float32) for number in range(4)}
+    source = {
+        f"t{number}": torch.full((8 << 20,), number, dtype=torch.float32) for number in range(4)
+    }
     publication = offer(registry, InProcessEngine(delay_s=0.05), source)
 
     destination = {name: torch.zeros_like(tensor) for name, tensor in source.items()}
     with pytest.raises(SourceLost, match=r"[123] of 4 tensors are whole") as lost:
-        load(registry, Interrupted(publication.close, at=28), "a", rank=0, tensors=destination, pace=Pace(4 << 20, 2))
+        load(
+            registry,
+            Interrupted(publication.close, at=28),
+            "a",
+            rank=0,
+            tensors=destination,
+            pace=Pace(4 << 20, 2),
+        )
     complete = lost.value.details["complete"]
     assert 1 <= len(complete) < 4
-    assert_equal({name: destination[name] for name in complete}, {name: source[name] for name in complete})
+    assert_equal(
+        {name: destination[name] for name in complete}, {name: source[name] for name in complete}
+    )
 
 
 def test_loading_into_tensors_that_are_published_from_the_same_engine(registry: Registry) -> None:
     """As a replica does that serves others and takes an update from its peer."""
     engine, ours = InProcessEngine(), weights(1)
-    with offer(registry, InProcessEngine(), weights(2), instance="peer"), offer(registry, engine, ours, instance="ours") as mine:
+    with (
+        offer(registry, InProcessEngine(), weights(2), instance="peer"),
+        offer(registry, engine, ours, instance="ours") as mine,
+    ):
         with mine.update():
             load(registry, engine, "peer", rank=0, tensors=ours)
         fresh = like(weights())

@@ -18,7 +18,10 @@ from tests.integration.conftest import Processes, line_of
 def test_a_folder_in_use_is_told_at_once_and_its_log_is_left_alone(tmp_path: Path) -> None:
     with LocalEtcd(data_dir=str(tmp_path)) as etcd:
         etcd.log_path.write_text("what the first one said\n")
-        with pytest.raises(LocalEtcdFailed, match=f"cannot use the folder {tmp_path}: another etcd has its data there"):
+        with pytest.raises(
+            LocalEtcdFailed,
+            match=f"cannot use the folder {tmp_path}: another etcd has its data there",
+        ):
             LocalEtcd(data_dir=str(tmp_path)).start()
         assert etcd.log_path.read_text().startswith("what the first one said\n")
     with LocalEtcd(data_dir=str(tmp_path)):
@@ -32,7 +35,9 @@ def test_an_etcd_that_was_killed_has_its_folder_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["/proc/nowhere", "FILE/below"])
-def test_a_folder_that_cannot_be_made_is_told_in_one_line(processes: Processes, tmp_path: Path, folder: str) -> None:
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(
+    processes: Processes, tmp_path: Path, folder: str
+) -> None:
     (tmp_path / "file").touch()
     folder = folder.replace("FILE", str(tmp_path / "file"))
     result = processes.run("etcd", "--port", str(free_port()), "--data-dir", folder)
@@ -41,7 +46,9 @@ def test_a_folder_that_cannot_be_made_is_told_in_one_line(processes: Processes, 
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_variables_for_another_etcd_do_not_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_for_another_etcd_do_not_reach_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ETCD_CLIENT_CERT_AUTH", "true")
     monkeypatch.setenv("ETCD_LOG", "nonsense")
     with LocalEtcd(data_dir=str(tmp_path)) as etcd:
@@ -58,10 +65,14 @@ def stuck(tmp_path: Path) -> str:
     return str(program)
 
 
-def test_a_start_that_fails_leaves_no_process_and_no_folder(stuck: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_fails_leaves_no_process_and_no_folder(
+    stuck: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     etcd = LocalEtcd(binary=stuck)
-    monkeypatch.setattr(etcd, "_wait_until_healthy", lambda timeout_s: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(
+        etcd, "_wait_until_healthy", lambda timeout_s: os.kill(os.getpid(), signal.SIGINT)
+    )
     with pytest.raises(KeyboardInterrupt), etcd:
         pytest.fail("it has started")
     assert (etcd.running, etcd.pid) == (False, 0)
@@ -86,7 +97,9 @@ engine_cli.main.main()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_an_etcd_that_is_still_starting(processes: Processes, stuck: str, tmp_path: Path, number: int) -> None:
+def test_a_signal_ends_an_etcd_that_is_still_starting(
+    processes: Processes, stuck: str, tmp_path: Path, number: int
+) -> None:
     port = free_port()
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -100,7 +113,9 @@ def test_a_signal_ends_an_etcd_that_is_still_starting(processes: Processes, stuc
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_running_etcd_with_its_data(processes: Processes, tmp_path: Path, number: int) -> None:
+def test_a_signal_ends_a_running_etcd_with_its_data(
+    processes: Processes, tmp_path: Path, number: int
+) -> None:
     server = processes.engines("etcd", "--port", str(free_port()), TMPDIR=str(tmp_path))
     assert line_of(server).startswith("etcd is ready")
     assert list(tmp_path.iterdir())

@@ -1,4 +1,6 @@
-"""Metrics and logs of real ranks, watches and loads: what a scrape gets, and that faults count once."""
+"""Metrics and logs of real ranks, watches and loads: what a scrape gets, and that faults count
+once.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,15 @@ class Shown:
 
     def nonzero(self, name: str) -> dict[str, float]:
         """By the value of the only label."""
-        samples = [sample for family in self._collectors.collect() for sample in family.samples if sample.name == f"engines_{name}"]
-        return {next(iter(sample.labels.values())): sample.value for sample in samples if sample.value}
+        samples = [
+            sample
+            for family in self._collectors.collect()
+            for sample in family.samples
+            if sample.name == f"engines_{name}"
+        ]
+        return {
+            next(iter(sample.labels.values())): sample.value for sample in samples if sample.value
+        }
 
 
 @pytest.fixture
@@ -75,8 +84,14 @@ class Scraped:
         with urllib.request.urlopen(self._url, timeout=20) as answer:  # noqa: S310  on 127.0.0.1
             assert answer.headers["Content-Type"].startswith("text/plain")
             text = answer.read().decode()
-        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        found = [each.value for each in samples if each.name == f"engines_{name}" and each.labels == labels]
+        samples = [
+            sample for family in text_string_to_metric_families(text) for sample in family.samples
+        ]
+        found = [
+            each.value
+            for each in samples
+            if each.name == f"engines_{name}" and each.labels == labels
+        ]
         assert len(found) <= 1
         return found[0] if found else None
 
@@ -91,7 +106,8 @@ def weights(tmp_path: Path) -> Path:
     return path
 
 
-# -- over HTTP -------------------------------------------------------------------------------------------------------------------
+# -- over HTTP
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_watch_serves_what_it_sees_and_a_killed_rank_counts_once_by_its_reason(
@@ -101,7 +117,11 @@ def test_a_watch_serves_what_it_sees_and_a_killed_rank_counts_once_by_its_reason
     scraped = Scraped(watch)
     ranks = [processes.rank("a", rank, 2) for rank in range(2)]
     wait_until(lambda: scraped("registry_instance_ready", instance="a") == 1)
-    assert scraped("registry_ranks", instance="a", state="ready") == scraped("registry_ranks_expected", instance="a") == 2
+    assert (
+        scraped("registry_ranks", instance="a", state="ready")
+        == scraped("registry_ranks_expected", instance="a")
+        == 2
+    )
     assert scraped("registry_instances", state="ready") == 1
     ranks[1].kill()
     wait_until(lambda: scraped("registry_instance_ready", instance="a") == 0)
@@ -109,20 +129,30 @@ def test_a_watch_serves_what_it_sees_and_a_killed_rank_counts_once_by_its_reason
     assert scraped("registry_ranks", instance="a", state="ready") == 1
     registry.evict(registry.ranks("a")[0])
     wait_until(lambda: scraped("registry_instance_ready", instance="a") is None)
-    reasons = {reason: scraped("registry_ranks_lost_total", reason=reason) for reason in metrics.RANKS_LOST.values}
-    assert {reason: count for reason, count in reasons.items() if count} == {"process_ended": 1, "evicted": 1}
+    reasons = {
+        reason: scraped("registry_ranks_lost_total", reason=reason)
+        for reason in metrics.RANKS_LOST.values
+    }
+    assert {reason: count for reason, count in reasons.items() if count} == {
+        "process_ended": 1,
+        "evicted": 1,
+    }
     assert scraped("registry_ranks", instance="a", state="ready") is None
 
     watch.send_signal(signal.SIGTERM)
     out, err = watch.communicate(timeout=20)
     assert (watch.returncode, err) == (Exit.DONE, "")
-    events = [json.loads(line)["event"] for line in out.splitlines()]  # stdout has events, and nothing but events
+    events = [
+        json.loads(line)["event"] for line in out.splitlines()
+    ]  # stdout has events, and nothing but events
     assert events.count("rank_lost") == 2
     with socket.create_server(("127.0.0.1", scraped.port)):  # the port is free again
         pass
 
 
-def test_a_rank_serves_its_registration_and_who_has_read_from_it(processes: Processes, namespace: str, weights: Path) -> None:
+def test_a_rank_serves_its_registration_and_who_has_read_from_it(
+    processes: Processes, namespace: str, weights: Path
+) -> None:
     options = ("--namespace", namespace, "--host", "127.0.0.1")
     args = ("--rank", "0", "--world-size", "1", "--weights", str(weights), *options, "--ttl", "2")
     server = processes.engines("register", "a", *args, *SERVED)
@@ -143,13 +173,22 @@ def test_a_rank_serves_its_registration_and_who_has_read_from_it(processes: Proc
 
 
 @pytest.mark.parametrize("command", ["watch", "register"])
-def test_a_port_that_is_in_use_is_one_line_that_says_what_to_do(processes: Processes, command: str, weights: Path) -> None:
-    args = ("a", "--rank", "0", "--world-size", "1", "--weights", str(weights)) if command == "register" else ()
+def test_a_port_that_is_in_use_is_one_line_that_says_what_to_do(
+    processes: Processes, command: str, weights: Path
+) -> None:
+    args = (
+        ("a", "--rank", "0", "--world-size", "1", "--weights", str(weights))
+        if command == "register"
+        else ()
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ran = processes.run(command, *args, "--metrics-port", str(port))
     assert (ran.returncode, ran.stdout) == (Exit.FAILED, "")
-    assert ran.stderr == f"engines: error: port {port} on 127.0.0.1 is in use: choose another --metrics-port\n"
+    assert (
+        ran.stderr
+        == f"engines: error: port {port} on 127.0.0.1 is in use: choose another --metrics-port\n"
+    )
 
 
 def test_a_host_that_is_not_ours_or_without_a_port_is_refused(processes: Processes) -> None:
@@ -161,14 +200,18 @@ def test_a_host_that_is_not_ours_or_without_a_port_is_refused(processes: Process
     assert "--metrics-host goes with --metrics-port" in ran.stderr
 
 
-def test_clients_that_say_nothing_or_hang_up_keep_nobody_from_scraping(processes: Processes, namespace: str) -> None:
+def test_clients_that_say_nothing_or_hang_up_keep_nobody_from_scraping(
+    processes: Processes, namespace: str
+) -> None:
     watch = processes.engines("watch", "--namespace", namespace, *SERVED)
     scraped = Scraped(watch)
     idle = [socket.create_connection(("127.0.0.1", scraped.port)) for _ in range(20)]
     for number in range(20):
         with socket.create_connection(("127.0.0.1", scraped.port)) as rude:
             rude.sendall(b"GET /metrics HTTP/1.1\r\n\r\n" if number % 2 else b"nonsense\0\r\n")
-            rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closes with a reset
+            rude.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
+            )  # closes with a reset
     assert scraped("registry_instances", state="ready") == 0
     watch.send_signal(signal.SIGTERM)
     _, err = watch.communicate(timeout=20)
@@ -195,7 +238,17 @@ def test_without_prometheus_client_all_works_but_metrics_which_say_what_to_insta
     processes: Processes, namespace: str, weights: Path
 ) -> None:
     options = ("--namespace", namespace, "--host", "127.0.0.1")
-    args = ("register", "a", "--rank", "0", "--world-size", "1", "--weights", str(weights), *options)
+    args = (
+        "register",
+        "a",
+        "--rank",
+        "0",
+        "--world-size",
+        "1",
+        "--weights",
+        str(weights),
+        *options,
+    )
     server = processes.start("-c", _HIDDEN, *args)
     assert line_of(server).startswith("registered")
     loader = processes.start("-c", _HIDDEN, "load", "a", "--rank", "0", *options)
@@ -207,13 +260,17 @@ def test_without_prometheus_client_all_works_but_metrics_which_say_what_to_insta
         refused = processes.start("-c", _HIDDEN, *command, "--metrics-port", "0")
         out, err = refused.communicate(timeout=60)
         assert (refused.returncode, out) == (Exit.FAILED, "")
-        assert err == "engines: error: metrics need prometheus_client: pip install 'engine-registry[metrics]'\n"
+        assert err == (
+            "engines: error: metrics need prometheus_client: pip install "
+            "'engine-registry[metrics]'\n"
+        )
 
 
-# -- faults of etcd and of keepers -----------------------------------------------------------------------------------------------
+# -- faults of etcd and of keepers
+# -----------------------------------------------------------------------------------------------
 
 
-def test_an_etcd_that_comes_back_without_its_data_counts_as_one_suspension_one_registration_and_one_resync(
+def test_an_etcd_that_comes_back_empty_counts_one_suspension_one_registration_and_one_resync(
     own_etcd: LocalEtcd, counted: CollectorRegistry, shown: Shown
 ) -> None:
     states: list[RegistrationState] = []
@@ -236,26 +293,41 @@ def test_an_etcd_that_comes_back_without_its_data_counts_as_one_suspension_one_r
         renewals = shown("registry_keepalive_seconds_count") or 0
         wait_until(lambda: (shown("registry_keepalive_seconds_count") or 0) > renewals)
     assert shown.nonzero("registry_registrations") == {}
-    assert shown.nonzero("registry_registration_changes_total") == {"registered": 2, "suspended": 1, "closed": 1}
-    for name, count in {"reregistrations": 1, "watch_resyncs": 1, "watch_stream_losses": 1, "keeper_restarts": 0}.items():
+    assert shown.nonzero("registry_registration_changes_total") == {
+        "registered": 2,
+        "suspended": 1,
+        "closed": 1,
+    }
+    for name, count in {
+        "reregistrations": 1,
+        "watch_resyncs": 1,
+        "watch_stream_losses": 1,
+        "keeper_restarts": 0,
+    }.items():
         assert shown(f"registry_{name}_total") == count
 
 
-def test_a_keeper_that_is_killed_counts_as_replaced_and_its_record_as_put_again(registry: Registry, shown: Shown) -> None:
+def test_a_keeper_that_is_killed_counts_as_replaced_and_its_record_as_put_again(
+    registry: Registry, shown: Shown
+) -> None:
     with register(registry) as registration:
         os.kill(registration.keeper_pid, signal.SIGKILL)
         wait_until(lambda: shown("registry_reregistrations_total") == 1)
         assert shown("registry_keeper_restarts_total") == 1
 
 
-def test_an_evicted_rank_counts_as_lost_until_it_is_closed(registry: Registry, shown: Shown) -> None:
+def test_an_evicted_rank_counts_as_lost_until_it_is_closed(
+    registry: Registry, shown: Shown
+) -> None:
     with register(registry):
         registry.evict(registry.ranks("a")[0])
         wait_until(lambda: shown.nonzero("registry_registrations") == {"lost": 1})
     assert shown.nonzero("registry_registrations") == {}
 
 
-def test_a_registration_that_is_refused_counts_for_nothing(registry: Registry, shown: Shown) -> None:
+def test_a_registration_that_is_refused_counts_for_nothing(
+    registry: Registry, shown: Shown
+) -> None:
     with register(registry):
         with pytest.raises(Exception, match="already registered"):
             register(registry)
@@ -263,17 +335,23 @@ def test_a_registration_that_is_refused_counts_for_nothing(registry: Registry, s
         assert shown("registry_etcd_call_errors_total", error="refused") == 0
 
 
-def test_closing_in_order_is_no_error_of_etcd(registry: Registry, shared_etcd: LocalEtcd, shown: Shown) -> None:
+def test_closing_in_order_is_no_error_of_etcd(
+    registry: Registry, shared_etcd: LocalEtcd, shown: Shown
+) -> None:
     with registry.watch() as watch:
         register(registry).withdraw()
         events_until(watch, lambda event: isinstance(event, RankLost))
     with Registry.connect(shared_etcd.endpoint):
         pass
     assert shown.nonzero("registry_etcd_call_errors_total") == {}
-    assert (shown("registry_watch_stream_losses_total"), shown("registry_watch_resyncs_total")) == (0, 0)
+    assert (shown("registry_watch_stream_losses_total"), shown("registry_watch_resyncs_total")) == (
+        0,
+        0,
+    )
 
 
-# -- loads -----------------------------------------------------------------------------------------------------------------------
+# -- loads
+# --------------------------------------------------------------------------------------------------
 
 REASONS = {"killed": "lost", "stopped": "stalled", "evicted": "evicted", "changed": "torn"}
 
@@ -284,8 +362,19 @@ def test_a_source_given_up_counts_as_one_failover_by_its_reason(
 ) -> None:
     sources.start("a", "b")
     happen = at_half(lambda: FAULTS[fault](sources))
-    report = load(sources.registry, engine, ["a", "b"], rank=0, tensors=empty(NBYTES), pace=PACE, progress=happen)
-    assert shown.nonzero("loader_failovers_total") in ({REASONS[fault]: 1}, {"lost": 1})  # a read may fail before etcd tells why
+    report = load(
+        sources.registry,
+        engine,
+        ["a", "b"],
+        rank=0,
+        tensors=empty(NBYTES),
+        pace=PACE,
+        progress=happen,
+    )
+    assert shown.nonzero("loader_failovers_total") in (
+        {REASONS[fault]: 1},
+        {"lost": 1},
+    )  # a read may fail before etcd tells why
     assert shown.nonzero("loader_loads_total") == {"loaded": 1}
     assert shown("loader_loaded_bytes_total") == NBYTES
     assert (shown("loader_read_bytes_total") or 0) >= NBYTES
@@ -299,7 +388,15 @@ def test_a_load_that_reads_again_after_an_update_counts_a_retry_and_no_failover(
     sources: Sources, engine: MooncakeEngine, shown: Shown
 ) -> None:
     sources.start("a")
-    report = load(sources.registry, engine, "a", rank=0, tensors=empty(NBYTES), pace=PACE, progress=at_half(sources.update))
+    report = load(
+        sources.registry,
+        engine,
+        "a",
+        rank=0,
+        tensors=empty(NBYTES),
+        pace=PACE,
+        progress=at_half(sources.update),
+    )
     assert shown("loader_torn_retries_total") == report.retries > 0
     assert shown.nonzero("loader_failovers_total") == {}
     assert shown.nonzero("loader_loads_total") == {"loaded": 1}
@@ -323,37 +420,70 @@ def test_loads_that_fail_before_a_byte_or_by_digest_count_by_their_outcome(
     registry: Registry, engine: MooncakeEngine, shown: Shown
 ) -> None:
     weights = {"w": torch.arange(1000, dtype=torch.float32), "v": torch.zeros(10)}
-    options = {"instance": "a", "rank": 0, "world_size": 1, "model": ModelIdentity("m"), "digests": True}
-    with MooncakeEngine("127.0.0.1") as source, publish(registry, source, tensors=weights, **options):  # type: ignore[arg-type]
+    options = {
+        "instance": "a",
+        "rank": 0,
+        "world_size": 1,
+        "model": ModelIdentity("m"),
+        "digests": True,
+    }
+    with (
+        MooncakeEngine("127.0.0.1") as source,
+        publish(registry, source, tensors=weights, **options),  # type: ignore[arg-type]
+    ):
         with pytest.raises(WeightsMismatch):
             load(registry, engine, "a", rank=0, tensors={"other": torch.zeros(3)})
         weights["w"][7] = -1.0  # outside of `update`
         with pytest.raises(DigestMismatch):
-            load(registry, engine, "a", rank=0, tensors={name: torch.zeros_like(t) for name, t in weights.items()}, verify="digest")
+            load(
+                registry,
+                engine,
+                "a",
+                rank=0,
+                tensors={name: torch.zeros_like(t) for name, t in weights.items()},
+                verify="digest",
+            )
         with pytest.raises(Exception, match="is not registered"):
             load(registry, engine, "nobody", rank=0, tensors={"w": torch.zeros(3)}, timeout_s=0)
         wait_until(lambda: (shown("loader_pulls_served_total"), shown("loader_pulls")) == (1, 0))
-    assert shown.nonzero("loader_loads_total") == {"mismatch": 1, "digest_mismatch": 1, "no_source": 1}
+    assert shown.nonzero("loader_loads_total") == {
+        "mismatch": 1,
+        "digest_mismatch": 1,
+        "no_source": 1,
+    }
     assert shown("loader_digest_mismatches_total") == 1
 
 
-# -- logs of the commands --------------------------------------------------------------------------------------------------------
+# -- logs of the commands
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_load_logs_json_on_stderr_and_its_report_on_stdout(processes: Processes, namespace: str, weights: Path) -> None:
+def test_a_load_logs_json_on_stderr_and_its_report_on_stdout(
+    processes: Processes, namespace: str, weights: Path
+) -> None:
     options = ("--namespace", namespace, "--host", "127.0.0.1")
-    server = processes.engines("register", "a", "--rank", "0", "--world-size", "1", "--weights", str(weights), *options)
+    server = processes.engines(
+        "register", "a", "--rank", "0", "--world-size", "1", "--weights", str(weights), *options
+    )
     line_of(server)
-    ran = processes.run("load", "a", "--rank", "0", *options, "--json", "--log-json", "--log-level", "info")
+    ran = processes.run(
+        "load", "a", "--rank", "0", *options, "--json", "--log-json", "--log-level", "info"
+    )
     assert ran.returncode == Exit.DONE
     report, (told,) = json.loads(ran.stdout), map(json.loads, ran.stderr.splitlines())
     assert set(told) == {"time", "level", "logger", "message", "fields"}
-    assert (told["level"], told["logger"], told["fields"]["event"]) == ("info", "engine_loader.loading.load", "loaded")
+    assert (told["level"], told["logger"], told["fields"]["event"]) == (
+        "info",
+        "engine_loader.loading.load",
+        "loaded",
+    )
     assert told["fields"]["nbytes"] == report["nbytes"]
     assert told["fields"]["sources"] == ["/engines/a/0"]
 
 
-def test_the_error_that_ends_a_command_is_json_where_logs_are(processes: Processes, namespace: str) -> None:
+def test_the_error_that_ends_a_command_is_json_where_logs_are(
+    processes: Processes, namespace: str
+) -> None:
     for args, code, kind in (
         (("evict", "nobody"), Exit.INSTANCE, "InstanceNotFound"),
         (("load", "nobody", "--rank", "0", "--wait", "0"), Exit.INSTANCE, "InstanceNotFound"),
@@ -361,11 +491,16 @@ def test_the_error_that_ends_a_command_is_json_where_logs_are(processes: Process
     ):
         ran = processes.run(*args, "--namespace", namespace, "--log-json", "--debug")
         (told,) = map(json.loads, ran.stderr.splitlines())
-        assert (ran.returncode, told["fields"]) == (code, {"event": "command_failed", "error": kind})
+        assert (ran.returncode, told["fields"]) == (
+            code,
+            {"event": "command_failed", "error": kind},
+        )
         assert kind in told["exception"]
 
 
-def test_the_transfer_engines_log_shows_with_debug_and_only_then(processes: Processes, namespace: str, weights: Path) -> None:
+def test_the_transfer_engines_log_shows_with_debug_and_only_then(
+    processes: Processes, namespace: str, weights: Path
+) -> None:
     noisy = {"MC_LOG_LEVEL": "INFO"}
     engine_line = re.compile(r"^[IWE]\d{4} .*\.(cpp|h):\d+\] ", re.MULTILINE)
     args = ("a", "--rank", "0", "--namespace", namespace, "--host", "127.0.0.1")
@@ -382,7 +517,9 @@ def test_the_transfer_engines_log_shows_with_debug_and_only_then(processes: Proc
             assert debug or text == ""
 
 
-def test_an_outage_of_etcd_is_one_warning_and_its_end_one_line(own_etcd: LocalEtcd, processes: Processes) -> None:
+def test_an_outage_of_etcd_is_one_warning_and_its_end_one_line(
+    own_etcd: LocalEtcd, processes: Processes
+) -> None:
     watch = processes.engines("watch", "--etcd", own_etcd.endpoint, "--timeout", "0.2", *SERVED)
     scraped = Scraped(watch)
     with Registry.connect(own_etcd.endpoint) as registry, register(registry):
@@ -392,15 +529,32 @@ def test_an_outage_of_etcd_is_one_warning_and_its_end_one_line(own_etcd: LocalEt
     lost = json.loads(watch.stderr.readline())
     assert (lost["level"], lost["fields"]["event"]) == ("warning", "watch_lost")
     before = scraped("registry_etcd_call_errors_total", error="unavailable") or 0
-    wait_until(lambda: (scraped("registry_etcd_call_errors_total", error="unavailable") or 0) > before + 5)
+    wait_until(
+        lambda: (scraped("registry_etcd_call_errors_total", error="unavailable") or 0) > before + 5
+    )
     own_etcd.start()
     resumed = json.loads(watch.stderr.readline())
-    assert (resumed["level"], resumed["fields"]["event"], resumed["fields"]["away_s"] > 0) == ("info", "watch_resumed", True)
+    assert (resumed["level"], resumed["fields"]["event"], resumed["fields"]["away_s"] > 0) == (
+        "info",
+        "watch_resumed",
+        True,
+    )
 
 
 def test_no_password_is_in_any_log(own_etcd: LocalEtcd, processes: Processes) -> None:
     secret = "hunter2-and-more"
-    args = ("--etcd", own_etcd.endpoint, "--user", "u", "--timeout", "1", "--log-level", "debug", "--debug", "--log-json")
+    args = (
+        "--etcd",
+        own_etcd.endpoint,
+        "--user",
+        "u",
+        "--timeout",
+        "1",
+        "--log-level",
+        "debug",
+        "--debug",
+        "--log-json",
+    )
     refused = processes.run("watch", *args, ENGINES_ETCD_PASSWORD=secret)
     assert refused.returncode == Exit.ETCD
     own_etcd.kill()
@@ -411,8 +565,12 @@ def test_no_password_is_in_any_log(own_etcd: LocalEtcd, processes: Processes) ->
         assert secret not in ran.stdout + ran.stderr
 
 
-def test_what_a_process_of_these_tests_says_when_it_fails_is_free_of_the_transfer_engines_log(processes: Processes) -> None:
-    source = processes.start("-m", "tests.support.processes.source", "a", "1000", ENGINES_ETCD="127.0.0.1:1")
+def test_what_a_process_of_these_tests_says_when_it_fails_is_free_of_the_transfer_engines_log(
+    processes: Processes,
+) -> None:
+    source = processes.start(
+        "-m", "tests.support.processes.source", "a", "1000", ENGINES_ETCD="127.0.0.1:1"
+    )
     _, err = source.communicate(timeout=60)
     assert err.splitlines()[-1].startswith("engine_registry.errors.EtcdUnavailable: ")
     good = processes.start("-m", "tests.support.processes.source", "a", "100000")

@@ -14,7 +14,15 @@ from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine_loader import InProcessEngine, Publication, Shard, load, load_module, load_or_seed, publish
+from engine_loader import (
+    InProcessEngine,
+    Publication,
+    Shard,
+    load,
+    load_module,
+    load_or_seed,
+    publish,
+)
 from engine_loader.files.disk import read_into
 from engine_loader.files.weights import read_weights
 from engine_registry import ModelIdentity, Registry
@@ -82,14 +90,31 @@ def stack() -> Iterator[ExitStack]:
 @pytest.fixture
 def offer(registry: Registry, stack: ExitStack) -> Callable[..., Publication]:
     def offer(tensors: dict[str, torch.Tensor], **options: Any) -> Publication:
-        given = {"instance": "a", "rank": 0, "world_size": 1, "model": MODEL, "ttl_s": 3.0, "digests": True, **options}
+        given = {
+            "instance": "a",
+            "rank": 0,
+            "world_size": 1,
+            "model": MODEL,
+            "ttl_s": 3.0,
+            "digests": True,
+            **options,
+        }
         return stack.enter_context(publish(registry, InProcessEngine(), tensors=tensors, **given))
 
     return offer
 
 
 def load_a(registry: Registry, tensors: dict[str, torch.Tensor], **options: Any) -> None:
-    load(registry, InProcessEngine(), "a", rank=0, tensors=tensors, timeout_s=2.0, verify="digest", **options)
+    load(
+        registry,
+        InProcessEngine(),
+        "a",
+        rank=0,
+        tensors=tensors,
+        timeout_s=2.0,
+        verify="digest",
+        **options,
+    )
 
 
 @every_mode
@@ -130,7 +155,9 @@ def test_published_in_one_mode_weights_are_updated_and_closed_in_the_other(
 
 
 @every_mode
-def test_parts_are_put_together_in_any_mode(registry: Registry, offer: Callable[..., Publication], mode: Mode) -> None:
+def test_parts_are_put_together_in_any_mode(
+    registry: Registry, offer: Callable[..., Publication], mode: Mode
+) -> None:
     whole = values(1, 6, 8)
     for rank in range(2):
         part = whole[:, 4 * rank : 4 * rank + 4].contiguous()
@@ -182,7 +209,14 @@ def test_the_first_reads_files_and_the_second_reads_from_it_in_any_mode(
     with mode():
         for instance, tensors in (("a", first), ("b", second)):
             weights_of = load_or_seed(
-                registry, InProcessEngine(), MODEL, tensors=tensors, fallback=tmp_path, instance=instance, rank=0, world_size=1
+                registry,
+                InProcessEngine(),
+                MODEL,
+                tensors=tensors,
+                fallback=tmp_path,
+                instance=instance,
+                rank=0,
+                world_size=1,
             )
             stack.enter_context(weights_of)
     assert same(first, served)

@@ -1,7 +1,9 @@
-"""Publications that are updated, interrupted, drained, evicted, closed and read in any order: hypothesis steps through them.
+"""Publications that are updated, interrupted, drained, evicted, closed and read in any order:
+hypothesis steps through them.
 
-A reader looks after every step. It gets the words that the publication vouches for, in its version, or an error of ours; and what a
-publication leaves when it is closed is nothing, however it came to that.
+A reader looks after every step. It gets the words that the publication vouches for, in its version,
+or an error of ours; and what a publication leaves when it is closed is nothing, however it came to
+that.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from engine_loader import InProcessEngine, LoaderError, Publication, load, publish
 from engine_loader.errors import MemoryInUse, TensorsUnusable
@@ -58,7 +66,8 @@ class PublicationMachine(RuleBasedStateMachine):
         self.vouched: Origin | None = None  # what a reader must get, if anything
         self.listed = False  # in etcd
 
-    # -- what happens ----------------------------------------------------------------------------------------------------------
+    # -- what happens
+    # ----------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.publication is None)
     @rule(digests=st.booleans())
@@ -127,7 +136,14 @@ class PublicationMachine(RuleBasedStateMachine):
     @rule()
     def somebody_loads_into_it(self) -> None:
         with pytest.raises(MemoryInUse):
-            load(self.registry, InProcessEngine(), self.instance, rank=0, tensors=self.tensors, timeout_s=0.0)
+            load(
+                self.registry,
+                InProcessEngine(),
+                self.instance,
+                rank=0,
+                tensors=self.tensors,
+                timeout_s=0.0,
+            )
 
     @precondition(lambda self: self.publication is not None and self.listed)
     @rule()
@@ -160,13 +176,21 @@ class PublicationMachine(RuleBasedStateMachine):
         with pytest.raises(LoaderError, match="is closed"), closed.update():
             pass
 
-    # -- what always holds ---------------------------------------------------------------------------------------------------------
+    # -- what always holds
+    # ----------------------------------------------------------------------------------------------
 
     @invariant()
     def a_reader_gets_what_is_vouched_for_or_an_error(self) -> None:
         found = {"w": torch.zeros(COUNT, dtype=torch.int64)}
         try:
-            report = load(self.registry, InProcessEngine(), self.instance, rank=0, tensors=found, timeout_s=0.0)
+            report = load(
+                self.registry,
+                InProcessEngine(),
+                self.instance,
+                rank=0,
+                tensors=found,
+                timeout_s=0.0,
+            )
         except (LoaderError, RegistryError):
             assert self.vouched is None or not self.listed
         else:
@@ -180,7 +204,9 @@ class PublicationMachine(RuleBasedStateMachine):
         if self.publication is None:
             assert not list(self.engine._served)
             assert self.registry.ranks(self.instance) == ()
-            with USES.fill("the test", [(self.tensors["w"].data_ptr(), self.tensors["w"].data_ptr() + 8)]):
+            with USES.fill(
+                "the test", [(self.tensors["w"].data_ptr(), self.tensors["w"].data_ptr() + 8)]
+            ):
                 pass
             for closed in self.open:
                 assert closed._header.read() is None
@@ -203,9 +229,16 @@ class PublicationMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(300)
-def test_no_order_of_events_makes_a_publication_serve_a_wrong_byte_or_leave_anything(registry: Registry) -> None:
+def test_no_order_of_events_makes_a_publication_serve_a_wrong_byte_or_leave_anything(
+    registry: Registry,
+) -> None:
     machine: Any = type("Machine", (PublicationMachine,), {"registry": registry})
     run_state_machine_as_test(
         machine,
-        settings=settings(max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)),
+        settings=settings(
+            max_examples=25,
+            stateful_step_count=15,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
     )

@@ -71,14 +71,19 @@ def keys(raw: Etcd) -> list[str]:
 
 
 def keys_once_empty(raw: Etcd) -> list[str]:
-    """The keys after everything has been deleted, or what is left for good. Whether it was a lease's end, a loss's reason says."""
+    """The keys after everything has been deleted, or what is left for good.
+
+    Whether it was a lease's end, a loss's reason says.
+    """
     for _ in Follower(raw, "/", deadline=time.monotonic() + 20.0):
         if not keys(raw):
             break
     return keys(raw)
 
 
-def test_a_registered_rank_is_found_with_its_manifest_until_it_withdraws(registry: Registry, raw: Etcd) -> None:
+def test_a_registered_rank_is_found_with_its_manifest_until_it_withdraws(
+    registry: Registry, raw: Etcd
+) -> None:
     with register(registry, topology={"tp": (0, 1)}, version=7) as registration:
         (record,) = registry.ranks("a")
         assert record == registration.record
@@ -89,7 +94,9 @@ def test_a_registered_rank_is_found_with_its_manifest_until_it_withdraws(registr
     assert keys(raw) == []
 
 
-def test_a_rank_of_a_model_is_found_in_whatever_instance_it_is_ready_or_still_loading(registry: Registry) -> None:
+def test_a_rank_of_a_model_is_found_in_whatever_instance_it_is_ready_or_still_loading(
+    registry: Registry,
+) -> None:
     other = ModelIdentity("other")
     with (
         register(registry, "whole"),
@@ -99,11 +106,20 @@ def test_a_rank_of_a_model_is_found_in_whatever_instance_it_is_ready_or_still_lo
         register(registry, "elsewhere", 1, 2),
         register(registry, "other", 0, 1, model=other),
     ):
-        assert [status.instance for status in registry.holders(MODEL, Place(0))] == ["loads", "part", "whole"]
-        assert [status.instance for status in registry.holders(MODEL, Place(1))] == ["elsewhere", "whole"]
+        assert [status.instance for status in registry.holders(MODEL, Place(0))] == [
+            "loads",
+            "part",
+            "whole",
+        ]
+        assert [status.instance for status in registry.holders(MODEL, Place(1))] == [
+            "elsewhere",
+            "whole",
+        ]
         assert [status.instance for status in registry.holders(other, Place(0))] == ["other"]
     with register(registry, "loads", state=RankState.LOADING) as loading:
-        with pytest.raises(InstanceIncomplete, match="instance 'loads' is not ready: rank 0 loading"):
+        with pytest.raises(
+            InstanceIncomplete, match="instance 'loads' is not ready: rank 0 loading"
+        ):
             registry.holders(MODEL, Place(0))
         threading.Timer(0.1, lambda: loading.update(state=RankState.READY)).start()
         (status,) = registry.holders(MODEL, Place(0), timeout_s=20)
@@ -112,7 +128,9 @@ def test_a_rank_of_a_model_is_found_in_whatever_instance_it_is_ready_or_still_lo
         registry.holders(MODEL, Place(0))
 
 
-def test_ranks_are_in_the_order_in_which_they_were_registered_also_after_they_have_changed(registry: Registry) -> None:
+def test_ranks_are_in_the_order_in_which_they_were_registered_also_after_they_have_changed(
+    registry: Registry,
+) -> None:
     with register(registry, "b") as first, register(registry, "a"):
         first.update(version=7)
         wait_until(lambda: registry.ranks("b")[0].version == 7)
@@ -146,8 +164,14 @@ def test_updates_of_the_record_are_seen_in_order(registry: Registry) -> None:
     with registry.watch("a") as watch, register(registry) as registration:
         registration.update(state=RankState.UPDATING)
         registration.update(version=1, state=RankState.READY)
-        events = events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1)
-    updates = [(event.record.state, event.record.version) for event in events if isinstance(event, RankUpdated)]
+        events = events_until(
+            watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1
+        )
+    updates = [
+        (event.record.state, event.record.version)
+        for event in events
+        if isinstance(event, RankUpdated)
+    ]
     assert updates == [(RankState.UPDATING, 0), (RankState.READY, 1)]
 
 
@@ -161,7 +185,9 @@ def test_a_rank_that_drains_stays_so_while_its_version_goes_on(registry: Registr
         assert registration.record == record
 
 
-def test_a_callback_gets_the_events_also_after_it_has_failed(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_callback_gets_the_events_also_after_it_has_failed(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
     seen: list[str] = []
     gone = threading.Event()
 
@@ -182,7 +208,9 @@ def test_a_callback_gets_the_events_also_after_it_has_failed(registry: Registry,
 def test_a_rank_that_is_taken_is_refused_with_its_holder(registry: Registry, raw: Etcd) -> None:
     with register(registry):
         before = keys(raw)
-        with pytest.raises(RankConflict, match=rf"already registered \(host .*, pid {os.getpid()}, since 20"):
+        with pytest.raises(
+            RankConflict, match=rf"already registered \(host .*, pid {os.getpid()}, since 20"
+        ):
             register(registry)
         assert keys(raw) == before
 
@@ -217,7 +245,11 @@ def test_of_ranks_that_start_at_once_and_disagree_only_one_side_gets_in(registry
 
     with ThreadPoolExecutor(12) as pool, ExitStack() as stack:
         results = list(pool.map(attempt, range(12)))
-        registered = [stack.enter_context(result) for result in results if not isinstance(result, InstanceMismatch)]
+        registered = [
+            stack.enter_context(result)
+            for result in results
+            if not isinstance(result, InstanceMismatch)
+        ]
         sizes = {registration.record.world_size for registration in registered}
         assert len(sizes) == 1
         assert len(registered) == 6
@@ -236,7 +268,10 @@ def test_of_ranks_that_start_at_once_and_disagree_only_one_side_gets_in(registry
         ({"ttl_s": math.inf}, "ttl_s inf is not valid"),
         ({"ttl_s": 86_401.0}, "from 2 to 86400"),
         ({"topology": {"tp": (2, 2)}}, "topology 'tp'"),
-        ({"model": ModelIdentity("m", extra={"note": "x" * 5000})}, "more than 4096: shorten 'model'"),
+        (
+            {"model": ModelIdentity("m", extra={"note": "x" * 5000})},
+            "more than 4096: shorten 'model'",
+        ),
     ],
 )
 def test_what_is_out_of_range_is_refused_before_anything_is_written(
@@ -247,9 +282,14 @@ def test_what_is_out_of_range_is_refused_before_anything_is_written(
     assert keys(raw) == []
 
 
-def test_a_manifest_larger_than_one_request_is_stored_in_parts_and_read_back(registry: Registry, raw: Etcd) -> None:
+def test_a_manifest_larger_than_one_request_is_stored_in_parts_and_read_back(
+    registry: Registry, raw: Etcd
+) -> None:
     names = [f"{os.urandom(24).hex()}.{number}" for number in range(80_000)]
-    tensors = tuple(TensorEntry(name, "bfloat16", (8,), 64 * i, 16, (8,), (0,)) for i, name in enumerate(names, 1))
+    tensors = tuple(
+        TensorEntry(name, "bfloat16", (8,), 64 * i, 16, (8,), (0,))
+        for i, name in enumerate(names, 1)
+    )
     manifest = Manifest(tensors, (Region(0, 64 * 80_001),))
     with register(registry, manifest=manifest) as registration:
         assert registration.record.manifest.parts > 2
@@ -267,12 +307,18 @@ def test_a_manifest_larger_than_one_request_is_stored_in_parts_and_read_back(reg
         ("return", signal.SIGTERM, "process ended"),
         ("return", signal.SIGKILL, "process ended"),
         ("with a forked child", signal.SIGKILL, "process ended"),
-        # A limit of its address space, as memory for the kernel's own OOM killer cannot be had here: that sends SIGKILL, as above.
+        # A limit of its address space, as memory for the kernel's own OOM killer cannot be had
+        # here: that sends SIGKILL, as above.
         ("out of memory", None, "process ended"),
     ],
 )
 def test_however_a_rank_ends_its_keys_are_gone_at_once_and_the_reason_is_told(
-    registry: Registry, raw: Etcd, processes: Processes, end: str, signal_number: int | None, reason: str
+    registry: Registry,
+    raw: Etcd,
+    processes: Processes,
+    end: str,
+    signal_number: int | None,
+    reason: str,
 ) -> None:
     with registry.watch("a") as watch:
         process = processes.rank("a", 0, 1, end)
@@ -306,7 +352,9 @@ def test_a_signal_to_the_whole_process_group_of_a_rank_ends_it_and_its_keeper_ta
     assert keys_once_empty(raw) == []
 
 
-def test_signals_to_a_keeper_are_for_its_rank_to_obey(registry: Registry, processes: Processes) -> None:
+def test_signals_to_a_keeper_are_for_its_rank_to_obey(
+    registry: Registry, processes: Processes
+) -> None:
     process = processes.rank("a", 0, 1)
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         (keeper,) = keepers_of(process.pid)
@@ -329,9 +377,20 @@ def test_a_keeper_is_a_new_program_in_a_session_of_its_own(registry: Registry) -
 
 def test_a_keeper_imports_no_more_than_it_needs() -> None:
     program = "import sys, engine_registry.registration.keeper.main; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT).stdout.split()
+    modules = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT
+    ).stdout.split()
     assert "engine_registry.registration.keeper.holder" in modules
-    heavy = {"engine_cli", "click", "engine_loader", "mooncake", "numpy", "rich", "safetensors", "torch"}
+    heavy = {
+        "engine_cli",
+        "click",
+        "engine_loader",
+        "mooncake",
+        "numpy",
+        "rich",
+        "safetensors",
+        "torch",
+    }
     assert heavy.isdisjoint(name.partition(".")[0] for name in modules)
 
 
@@ -340,7 +399,8 @@ def test_a_keeper_that_is_killed_is_replaced_and_nobody_sees_a_loss(registry: Re
         events_until(watch, lambda event: isinstance(event, InstanceReady))
         first = registration.keeper_pid
         os.kill(first, signal.SIGKILL)
-        # The new keeper puts the record under a lease of its own: seen as a change of the key, but of no field.
+        # The new keeper puts the record under a lease of its own: seen as a change of the key, but
+        # of no field.
         registration.update(version=1)
         events = events_until(watch, lambda event: isinstance(event, RankUpdated))
         assert registration.keeper_pid != first
@@ -348,14 +408,18 @@ def test_a_keeper_that_is_killed_is_replaced_and_nobody_sees_a_loss(registry: Re
     assert not [event for event in events if isinstance(event, RankLost)]
 
 
-def test_updates_and_withdrawal_work_while_the_keeper_is_dead(registry: Registry, raw: Etcd) -> None:
+def test_updates_and_withdrawal_work_while_the_keeper_is_dead(
+    registry: Registry, raw: Etcd
+) -> None:
     with registry.watch("a") as watch:
         registration = register(registry)
         for version in range(1, 4):
             events_until(watch, lambda event: isinstance(event, (InstanceReady, RankUpdated)))
             os.kill(registration.keeper_pid, signal.SIGKILL)
             registration.update(version=version)
-        events_until(watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 3)
+        events_until(
+            watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 3
+        )
         os.kill(registration.keeper_pid, signal.SIGKILL)
         registration.withdraw()
         assert registration.withdrawn
@@ -374,7 +438,9 @@ def test_a_registration_that_is_forgotten_warns_and_ends(registry: Registry) -> 
 
 @contextmanager
 def a_child() -> Iterator[None]:
-    """It has all that our process has open, the pipe to a keeper too, as a fork of it would, for as long as the block takes."""
+    """It has all that our process has open, the pipe to a keeper too, as a fork of it would, for as
+    long as the block takes.
+    """
     ours = [int(name) for name in os.listdir("/proc/self/fd")]
     still_open = [fd for fd in ours if fd > 2 and os.path.exists(f"/proc/self/fd/{fd}")]
     child = subprocess.Popen(["sleep", "1000"], pass_fds=still_open)
@@ -432,7 +498,10 @@ import os, sys
 from engine_registry import Registry, RegistryError
 from tests.support.ranks import register
 
-with Registry.connect(sys.argv[1], namespace=sys.argv[2]) as registry, register(registry) as registration:
+with (
+    Registry.connect(sys.argv[1], namespace=sys.argv[2]) as registry,
+    register(registry) as registration,
+):
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -442,17 +511,23 @@ with Registry.connect(sys.argv[1], namespace=sys.argv[2]) as registry, register(
             code = 0 if "this is a fork of it" in str(exc) else 2
         registration.withdraw()
         os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), [record.version for record in registry.ranks("a")])
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(status, [record.version for record in registry.ranks("a")])
     registration.update(version=2)
     print([record.version for record in registry.ranks("a")])
 """
 
 
-def test_a_copy_of_the_handle_in_a_forked_child_changes_and_withdraws_nothing(shared_etcd: LocalEtcd, namespace: str) -> None:
-    # gRPC's own handling of a fork, which now and then crashes the process, would help a child that uses gRPC.
+def test_a_copy_of_the_handle_in_a_forked_child_changes_and_withdraws_nothing(
+    shared_etcd: LocalEtcd, namespace: str
+) -> None:
+    # gRPC's own handling of a fork, which now and then crashes the process, would help a child that
+    # uses gRPC.
     environment = {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"}
     forking = [sys.executable, "-c", FORKS, shared_etcd.endpoint, namespace]
-    done = subprocess.run(forking, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        forking, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stdout.splitlines() == ["0 [0]", "[2]"], done.stderr
 
 
@@ -468,7 +543,8 @@ if len(sys.argv) == 3:
     if child == 0:
         os.closerange(0, 3)
         time.sleep(1000)
-    os.execv(sys.executable, [sys.executable, "-c", sys.orig_argv[2], *sys.argv[1:], str(os.getpid()), str(child)])
+    pids = [str(os.getpid()), str(child)]
+    os.execv(sys.executable, [sys.executable, "-c", sys.orig_argv[2], *sys.argv[1:], *pids])
 try:
     with registry.watch("a") as watch:
         while registry.ranks("a") and watch.next(10):
@@ -485,11 +561,15 @@ def test_a_rank_that_becomes_another_program_while_a_forked_child_lives_loses_it
 ) -> None:
     environment = {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"}
     command = [sys.executable, "-c", BECOMES_ANOTHER_PROGRAM, shared_etcd.endpoint, namespace]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stdout.splitlines() == ["True 1"], done.stderr
 
 
-def test_the_callback_may_change_and_end_the_registration_that_it_is_told_about(own_etcd: LocalEtcd) -> None:
+def test_the_callback_may_change_and_end_the_registration_that_it_is_told_about(
+    own_etcd: LocalEtcd,
+) -> None:
     told: queue.SimpleQueue[RegistrationState] = queue.SimpleQueue()
     handle: list[Registration] = []
 
@@ -508,7 +588,10 @@ def test_the_callback_may_change_and_end_the_registration_that_it_is_told_about(
         assert told.get(timeout=20) is RegistrationState.SUSPENDED
         own_etcd.start()
         events = events_until(watch, lambda event: isinstance(event, RankLost))
-        assert [told.get(timeout=20) for _ in range(2)] == [RegistrationState.REGISTERED, RegistrationState.CLOSED]
+        assert [told.get(timeout=20) for _ in range(2)] == [
+            RegistrationState.REGISTERED,
+            RegistrationState.CLOSED,
+        ]
     assert [event.record.version for event in events if isinstance(event, RankUpdated)][-1] == 2
     assert isinstance(events[-1], RankLost)
     assert events[-1].reason == "withdrawn"
@@ -552,7 +635,10 @@ def test_a_callback_that_wants_to_exit_is_logged_and_the_registration_goes_on(
 
 def test_an_evicted_rank_is_told_and_stays_away(registry: Registry, raw: Etcd) -> None:
     lost = threading.Event()
-    registration = register(registry, on_state=lambda state, why: lost.set() if state is RegistrationState.LOST else None)
+    registration = register(
+        registry,
+        on_state=lambda state, why: lost.set() if state is RegistrationState.LOST else None,
+    )
     with registry.watch("a") as watch:
         events_until(watch, lambda event: isinstance(event, InstanceReady))
         assert registry.evict(registry.ranks("a")[0])
@@ -568,12 +654,16 @@ def test_an_evicted_rank_is_told_and_stays_away(registry: Registry, raw: Etcd) -
     registration.withdraw()
 
 
-def test_a_rank_that_was_evicted_while_its_keeper_was_cut_off_does_not_come_back(registry: Registry, raw: Etcd) -> None:
+def test_a_rank_that_was_evicted_while_its_keeper_was_cut_off_does_not_come_back(
+    registry: Registry, raw: Etcd
+) -> None:
     registration = register(registry)
     os.kill(registration.keeper_pid, signal.SIGSTOP)
     (lease_id,) = {item.lease_id for item in raw.snapshot("/").items}
     assert registry.evict(registry.ranks("a")[0])
-    raw.revoke(lease_id)  # as when it expires: a keeper cannot tell this from an expiry that nobody wanted
+    raw.revoke(
+        lease_id
+    )  # as when it expires: a keeper cannot tell this from an expiry that nobody wanted
     os.kill(registration.keeper_pid, signal.SIGCONT)
     with pytest.raises(Evicted):
         registration.update(version=1)
@@ -589,7 +679,9 @@ def test_an_eviction_of_a_record_that_has_changed_does_nothing(registry: Registr
         assert len(registry.ranks("a")) == 1
 
 
-def test_a_record_of_before_a_wipe_evicts_nobody_who_stands_at_its_revision_now(own_etcd: LocalEtcd) -> None:
+def test_a_record_of_before_a_wipe_evicts_nobody_who_stands_at_its_revision_now(
+    own_etcd: LocalEtcd,
+) -> None:
     with Registry.connect(own_etcd.endpoint, timeout_s=10) as registry:
         with register(registry):
             (old,) = registry.ranks("a")
@@ -598,7 +690,10 @@ def test_a_record_of_before_a_wipe_evicts_nobody_who_stands_at_its_revision_now(
         own_etcd.start()
         with register(registry) as registration:
             (now,) = registry.ranks("a")
-            assert (now.mod_revision, now.incarnation == old.incarnation) == (old.mod_revision, False)
+            assert (now.mod_revision, now.incarnation == old.incarnation) == (
+                old.mod_revision,
+                False,
+            )
             assert not registry.evict(old)
             assert registry.ranks("a") == (registration.record,)
 
@@ -635,8 +730,13 @@ def test_a_registration_survives_a_restart_of_etcd(own_etcd: LocalEtcd) -> None:
         assert not [event for event in events if isinstance(event, RankLost)]
 
 
-def test_a_registration_comes_back_with_its_manifest_after_etcd_lost_its_data(own_etcd: LocalEtcd) -> None:
-    with Registry.connect(own_etcd.endpoint, timeout_s=10) as registry, register(registry) as registration:
+def test_a_registration_comes_back_with_its_manifest_after_etcd_lost_its_data(
+    own_etcd: LocalEtcd,
+) -> None:
+    with (
+        Registry.connect(own_etcd.endpoint, timeout_s=10) as registry,
+        register(registry) as registration,
+    ):
         incarnation = registration.record.incarnation
         own_etcd.kill()
         own_etcd.wipe()
@@ -646,12 +746,16 @@ def test_a_registration_comes_back_with_its_manifest_after_etcd_lost_its_data(ow
         assert registry.manifest(record) == MANIFEST
 
 
-def test_damaged_and_newer_records_spoil_only_their_own_instance(registry: Registry, raw: Etcd) -> None:
+def test_damaged_and_newer_records_spoil_only_their_own_instance(
+    registry: Registry, raw: Etcd
+) -> None:
     with register(registry), register(registry, "b", 0, 3) as sound:
         value = raw.get(record_key("b", 0))
         assert value is not None
         raw.commit([], [Put(record_key("b", 1), b"\xff not json", 0)])
-        raw.commit([], [Put(record_key("b", 2), value.value.replace(b'"schema":1', b'"schema":99'), 0)])
+        raw.commit(
+            [], [Put(record_key("b", 2), value.value.replace(b'"schema":1', b'"schema":99'), 0)]
+        )
         good, bad = registry.instances()
         assert good.state is InstanceState.READY
         assert bad.state is InstanceState.DEGRADED
@@ -667,7 +771,9 @@ def test_damaged_and_newer_records_spoil_only_their_own_instance(registry: Regis
             register(registry, "b", 2, 3)
 
 
-def test_a_rank_lost_and_replaced_while_nobody_could_watch_is_reported_afterwards(own_etcd: LocalEtcd) -> None:
+def test_a_rank_lost_and_replaced_while_nobody_could_watch_is_reported_afterwards(
+    own_etcd: LocalEtcd,
+) -> None:
     with Registry.connect(own_etcd.endpoint, timeout_s=10) as registry, registry.watch() as watch:
         first = register(registry)
         events_until(watch, lambda event: isinstance(event, InstanceReady))

@@ -1,4 +1,6 @@
-"""Renewals of leases over a real etcd: one stream for all of a connection, also behind etcd's grpc-proxy."""
+"""Renewals of leases over a real etcd: one stream for all of a connection, also behind etcd's
+grpc-proxy.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,16 @@ def connect(endpoints: str, timeout_s: float = 10.0) -> Etcd:
 
 
 def counted(etcd: LocalEtcd, what: str) -> int:
-    """Of renewals, since etcd was started: streams that were `started`, requests that were `msg_received`."""
+    """Of renewals, since etcd was started: streams that were `started`, requests that were
+    `msg_received`.
+    """
     with urllib.request.urlopen(f"http://{etcd.endpoint}/metrics") as answer:
         lines = answer.read().decode().splitlines()
-    ours = [line for line in lines if line.startswith(f"grpc_server_{what}_total") and 'grpc_method="LeaseKeepAlive"' in line]
+    ours = [
+        line
+        for line in lines
+        if line.startswith(f"grpc_server_{what}_total") and 'grpc_method="LeaseKeepAlive"' in line
+    ]
     return sum(int(float(line.split()[-1])) for line in ours)
 
 
@@ -51,7 +59,10 @@ def renewing_threads() -> list[threading.Thread]:
 def test_all_leases_of_a_connection_are_renewed_by_one_stream(own_etcd: LocalEtcd) -> None:
     with closing(connect(own_etcd.endpoint)) as etcd, ThreadPoolExecutor(8) as pool:
         leases = [etcd.grant(10 + number) for number in range(30)]
-        assert list(pool.map(etcd.keep_alive, leases * 10)) == [10.0 + number for number in range(30)] * 10
+        assert (
+            list(pool.map(etcd.keep_alive, leases * 10))
+            == [10.0 + number for number in range(30)] * 10
+        )
         etcd.revoke(leases[0])
         with pytest.raises(LeaseNotFound, match="has expired or was revoked"):
             etcd.keep_alive(leases[0])
@@ -78,7 +89,9 @@ def test_behind_a_grpc_proxy_a_registration_lives_on_and_is_changed_at_any_time(
         Registry.connect(own_etcd.endpoint) as direct,
         Registry.connect(proxy) as registry,
         direct.watch("a") as watch,
-        register(registry, ttl_s=ttl_s, on_state=lambda state, why: told.append(state)) as registration,
+        register(
+            registry, ttl_s=ttl_s, on_state=lambda state, why: told.append(state)
+        ) as registration,
     ):
         (first,) = direct.ranks("a")
         version = 0
@@ -135,13 +148,18 @@ def test_renewals_go_on_after_etcd_was_away(own_etcd: LocalEtcd) -> None:
             etcd.keep_alive(lease_id)
         finally:
             starter.join()
-        wait_until(lambda: etcd.keep_alive(lease_id) == 60.0)  # less where the lease was only looked at
+        wait_until(
+            lambda: etcd.keep_alive(lease_id) == 60.0
+        )  # less where the lease was only looked at
         assert counted(own_etcd, "started") == 1  # since it was started again
         wait_until(lambda: len(renewing_threads()) == 1)
 
 
 def test_renewals_go_on_at_another_member_when_theirs_is_killed(binary: str) -> None:
-    with LocalCluster(binary) as cluster, closing(connect(cluster.endpoints, timeout_s=20.0)) as etcd:
+    with (
+        LocalCluster(binary) as cluster,
+        closing(connect(cluster.endpoints, timeout_s=20.0)) as etcd,
+    ):
         lease_id = etcd.grant(60)
         etcd.keep_alive(lease_id)
         cluster.members[0].kill()
@@ -149,14 +167,18 @@ def test_renewals_go_on_at_another_member_when_theirs_is_killed(binary: str) -> 
         assert sum(counted(member, "started") for member in cluster.members[1:]) >= 1
 
 
-def test_a_renewal_that_etcd_does_not_answer_fails_in_time_and_on_a_new_stream_the_next_succeeds(own_etcd: LocalEtcd) -> None:
+def test_a_renewal_that_etcd_does_not_answer_fails_in_time_and_on_a_new_stream_the_next_succeeds(
+    own_etcd: LocalEtcd,
+) -> None:
     with closing(connect(own_etcd.endpoint, timeout_s=1.0)) as etcd:
         lease_id = etcd.grant(60)
         etcd.keep_alive(lease_id)
         own_etcd.pause()
         try:
             with pytest.raises(EtcdUnavailable, match="does not answer in time"):
-                list(iter(lambda: etcd.keep_alive(lease_id), None))  # it may answer while it is being stopped
+                list(
+                    iter(lambda: etcd.keep_alive(lease_id), None)
+                )  # it may answer while it is being stopped
         finally:
             own_etcd.resume()
         wait_until(lambda: etcd.keep_alive(lease_id) == 60.0)
@@ -170,7 +192,10 @@ def test_closing_ends_a_renewal_that_waits_and_leaves_no_thread(own_etcd: LocalE
     try:
         with ThreadPoolExecutor(1) as pool:
             renewal = pool.submit(etcd.keep_alive, lease_id)
-            with closing(connect(own_etcd.endpoint, timeout_s=0.5)) as probe, pytest.raises(EtcdUnavailable):
+            with (
+                closing(connect(own_etcd.endpoint, timeout_s=0.5)) as probe,
+                pytest.raises(EtcdUnavailable),
+            ):
                 probe.get("/k")  # when this has found out, the other has asked
             etcd.close()
             error = renewal.exception(30)
@@ -191,7 +216,9 @@ def _no_collector() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_no_collector")
 @pytest.mark.parametrize("how", ["closed", "forgotten", "lost"])
-def test_a_connection_that_is_over_leaves_no_call_of_renewals_for_the_interpreters_end(own_etcd: LocalEtcd, how: str) -> None:
+def test_a_connection_that_is_over_leaves_no_call_of_renewals_for_the_interpreters_end(
+    own_etcd: LocalEtcd, how: str
+) -> None:
     etcd = connect(own_etcd.endpoint, timeout_s=0.5)
     etcd.keep_alive(lease_id := etcd.grant(60))
     _, stream = etcd._renewals
@@ -223,5 +250,7 @@ print(etcd.keep_alive(etcd.grant(60)))
 def test_a_process_that_never_closes_its_connection_ends_all_the_same(own_etcd: LocalEtcd) -> None:
     for _ in range(5):
         command = [sys.executable, "-W", "error", "-c", NEVER_CLOSES, own_etcd.endpoint]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        )
         assert (done.returncode, done.stdout, done.stderr) == (0, "60.0\n", "")

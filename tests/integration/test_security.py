@@ -1,4 +1,6 @@
-"""etcd with TLS, client certificates and users, whose roles are made by the commands of docs/security.md as they stand there."""
+"""etcd with TLS, client certificates and users, whose roles are made by the commands of
+docs/security.md as they stand there.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,14 @@ from safetensors.torch import load_file, save_file
 from engine_cli.exits import Exit
 from engine_loader import MooncakeEngine, publish
 from engine_loader.starting.start import lock_name
-from engine_registry import InstanceCleaned, InstanceReady, ModelIdentity, RankState, RegistrationState, Registry
+from engine_registry import (
+    InstanceCleaned,
+    InstanceReady,
+    ModelIdentity,
+    RankState,
+    RegistrationState,
+    Registry,
+)
 from engine_registry.errors import EtcdRefused, Evicted
 from engine_registry.etcd.local import LocalEtcd, find_binary
 from engine_registry.schema.keyvalue import Delete, Put
@@ -34,11 +43,19 @@ from tests.support.ranks import register
 from tests.support.terminal import on_terminal
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificates with openssl")
+pytestmark = pytest.mark.skipif(
+    shutil.which("openssl") is None, reason="makes its certificates with openssl"
+)
 
 PAGE = (ROOT / "docs" / "security.md").read_text()
-RECIPE = [block for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL) if "etcdctl" in block]
-PERMISSIONS = re.findall(r"etcdctl role grant-permission (\S+) (\S+) --prefix=true (\S+)", "".join(RECIPE))
+RECIPE = [
+    block
+    for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    if "etcdctl" in block
+]
+PERMISSIONS = re.findall(
+    r"etcdctl role grant-permission (\S+) (\S+) --prefix=true (\S+)", "".join(RECIPE)
+)
 NAMESPACE = "/prod"
 DENIED = "denies permission: permission denied: grant the user's role"
 
@@ -61,7 +78,13 @@ class Secured:
 
     def connect(self, user: str, **changes: Any) -> Registry:
         files: dict[str, Any] = self.client
-        return Registry.connect(self.url, namespace=NAMESPACE, user=user, password=self.password(user), **{**files, **changes})
+        return Registry.connect(
+            self.url,
+            namespace=NAMESPACE,
+            user=user,
+            password=self.password(user),
+            **{**files, **changes},
+        )
 
     def options(self, user: str) -> list[str]:
         return ["--namespace", NAMESPACE, "--user", user, *options(self.client)]
@@ -71,12 +94,21 @@ class Secured:
         files = {f"ETCDCTL_{name.upper()}": path for name, path in self.client.items()}
         path = f"{Path(find_binary()).parent}:{os.environ['PATH']}"
         env = {"PATH": path, "ETCDCTL_API": "3", "ETCDCTL_ENDPOINTS": self.url, **files, **env}
-        run = subprocess.run(["bash", "-e", "-c", script], cwd=self.folder, env=env, capture_output=True, text=True, timeout=100)
+        run = subprocess.run(
+            ["bash", "-e", "-c", script],
+            cwd=self.folder,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
         assert run.returncode == 0, run.stderr
         return run.stdout
 
     def etcdctl(self, command: str) -> str:
-        return self.sh(f"etcdctl {command}", ETCDCTL_USER="root", ETCDCTL_PASSWORD=self.password("root"))
+        return self.sh(
+            f"etcdctl {command}", ETCDCTL_USER="root", ETCDCTL_PASSWORD=self.password("root")
+        )
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +132,10 @@ class Engines:
         self._secured = secured
 
     def start(self, user: str, command: str, *args: str) -> subprocess.Popen[str]:
-        env = {"ENGINES_ETCD": self._secured.url, "ENGINES_ETCD_PASSWORD": self._secured.password(user)}
+        env = {
+            "ENGINES_ETCD": self._secured.url,
+            "ENGINES_ETCD_PASSWORD": self._secured.password(user),
+        }
         return self._processes.engines(command, *args, *self._secured.options(user), **env)
 
     def __call__(self, user: str, command: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -115,7 +150,19 @@ class Engines:
 
 
 def serving(weights: Path, instance: str) -> list[str]:
-    return [instance, "--rank", "0", "--world-size", "1", "--weights", str(weights), "--host", "127.0.0.1", "--ttl", "2"]
+    return [
+        instance,
+        "--rank",
+        "0",
+        "--world-size",
+        "1",
+        "--weights",
+        str(weights),
+        "--host",
+        "127.0.0.1",
+        "--ttl",
+        "2",
+    ]
 
 
 @pytest.fixture
@@ -138,11 +185,17 @@ def end(process: subprocess.Popen[str]) -> str:
     return err
 
 
-# -- roles -----------------------------------------------------------------------------------------------------------------------
+# -- roles
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_rank_registers_its_own_instance_and_is_refused_anothers(secured: Secured, engines: Engines, weights: Path) -> None:
-    with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a", world_size=2) as registration:
+def test_a_rank_registers_its_own_instance_and_is_refused_anothers(
+    secured: Secured, engines: Engines, weights: Path
+) -> None:
+    with (
+        secured.connect("rank-qwen-a") as registry,
+        register(registry, "qwen-a", world_size=2) as registration,
+    ):
         registration.update(version=1)
         assert [record.version for record in registry.ranks("qwen-a")] == [1]
         for other in ("qwen-ab", "qwen", "other"):
@@ -150,7 +203,9 @@ def test_a_rank_registers_its_own_instance_and_is_refused_anothers(secured: Secu
                 register(registry, other)
     with secured.connect("watcher") as registry:
         assert registry.instances() == ()
-    assert_one_line(engines("rank-qwen-a", "register", *serving(weights, "qwen-ab")), Exit.ETCD, DENIED)
+    assert_one_line(
+        engines("rank-qwen-a", "register", *serving(weights, "qwen-ab")), Exit.ETCD, DENIED
+    )
     assert_one_line(engines("rank-qwen-a", "list"), Exit.ETCD, DENIED)
 
 
@@ -158,9 +213,24 @@ def test_a_loader_finds_and_loads_with_a_ticket_and_is_refused_to_write_a_record
     secured: Secured, engines: Engines, weights: Path, tmp_path: Path
 ) -> None:
     server = engines.serve(weights)
-    loaded = engines("loader", "load", "qwen-a", "--rank", "0", "--host", "127.0.0.1", "--out", str(tmp_path / "out"))
-    assert (loaded.returncode, loaded.stderr) == (Exit.DONE, "")  # without a ticket there would be a warning
-    assert torch.equal(load_file(tmp_path / "out" / "rank-0.safetensors")["w"], load_file(weights)["w"])
+    loaded = engines(
+        "loader",
+        "load",
+        "qwen-a",
+        "--rank",
+        "0",
+        "--host",
+        "127.0.0.1",
+        "--out",
+        str(tmp_path / "out"),
+    )
+    assert (loaded.returncode, loaded.stderr) == (
+        Exit.DONE,
+        "",
+    )  # without a ticket there would be a warning
+    assert torch.equal(
+        load_file(tmp_path / "out" / "rank-0.safetensors")["w"], load_file(weights)["w"]
+    )
     with secured.connect("loader") as registry, secured.connect("rank-qwen-a") as rank:
         (record,) = registry.resolve("qwen-a")
         ticket = registry.pull(record)
@@ -180,7 +250,9 @@ def test_a_rank_that_loads_and_serves_has_both_roles(secured: Secured, engines: 
     with (
         secured.connect("root") as registry,
         MooncakeEngine("127.0.0.1") as engine,
-        publish(registry, engine, instance="seed", rank=0, world_size=1, tensors=tensors, model=model),
+        publish(
+            registry, engine, instance="seed", rank=0, world_size=1, tensors=tensors, model=model
+        ),
     ):
         assert_one_line(engines("rank-qwen-a", *load), Exit.ETCD, DENIED)
         assert_one_line(engines("loader", *load), Exit.ETCD, DENIED)
@@ -197,22 +269,32 @@ def test_a_rank_that_loads_and_serves_has_both_roles(secured: Secured, engines: 
 def test_a_loader_without_tickets_loads_from_several_with_a_warning(
     secured: Secured, engines: Engines, weights: Path, tmp_path: Path
 ) -> None:
-    """A watcher that may not see tickets is one: it may read manifests. With several sources it would like to know how many read
-    from each."""
+    """A watcher that may not see tickets is one: it may read manifests. With several sources it
+    would like to know how many read from each.
+    """
     server = engines.serve(weights)
     secured.etcdctl("role revoke-permission watcher --prefix=true /prod/pulls/")
-    secured.etcdctl("role grant-permission rank-qwen-a readwrite --prefix=true /prod/engines/qwen-twin/")
+    secured.etcdctl(
+        "role grant-permission rank-qwen-a readwrite --prefix=true /prod/engines/qwen-twin/"
+    )
     for permission, prefix in (("write", "manifests"), ("read", "pulls"), ("read", "evicted")):
-        secured.etcdctl(f"role grant-permission rank-qwen-a {permission} --prefix=true /prod/{prefix}/qwen-twin/")
+        secured.etcdctl(
+            f"role grant-permission rank-qwen-a {permission} --prefix=true "
+            f"/prod/{prefix}/qwen-twin/"
+        )
     twin = engines.serve(weights, "qwen-twin", "--model", "qwen-a")
     try:
-        loaded = engines("watcher", "load", "qwen-a", "qwen-twin", "--rank", "0", "--host", "127.0.0.1")
+        loaded = engines(
+            "watcher", "load", "qwen-a", "qwen-twin", "--rank", "0", "--host", "127.0.0.1"
+        )
     finally:
         secured.etcdctl("role grant-permission watcher read --prefix=true /prod/pulls/")
     assert loaded.returncode == Exit.DONE, loaded.stderr
     told = loaded.stderr.splitlines()
     assert len(told) == 2
-    assert all("without a ticket, so it may leave meanwhile" in line and DENIED in line for line in told)
+    assert all(
+        "without a ticket, so it may leave meanwhile" in line and DENIED in line for line in told
+    )
     for each in (server, twin):
         end(each)
 
@@ -221,7 +303,9 @@ def test_a_loader_without_tickets_loads_from_several_with_a_warning(
 def test_a_rank_that_starts_from_peers_takes_its_turn_if_it_may_and_else_reads_its_files(
     secured: Secured, engines: Engines, weights: Path, user: str
 ) -> None:
-    server = engines.start(user, "register", *serving(weights, "qwen-a"), "--from-peers", "--model", "qwen-a")
+    server = engines.start(
+        user, "register", *serving(weights, "qwen-a"), "--from-peers", "--model", "qwen-a"
+    )
     assert line_of(server).endswith("read from the files; Ctrl-C withdraws\n")
     if user == "start-qwen-a":
         server.kill()
@@ -237,9 +321,13 @@ def test_a_rank_that_starts_from_peers_takes_its_turn_if_it_may_and_else_reads_i
     assert "is read from files, whoever else does so" in err
 
 
-def test_a_watcher_looks_and_is_refused_to_evict(secured: Secured, engines: Engines, weights: Path) -> None:
+def test_a_watcher_looks_and_is_refused_to_evict(
+    secured: Secured, engines: Engines, weights: Path
+) -> None:
     server = engines.serve(weights)
-    assert json.loads(engines("watcher", "list", "--json").stdout)["instances"][0]["state"] == "ready"
+    assert (
+        json.loads(engines("watcher", "list", "--json").stdout)["instances"][0]["state"] == "ready"
+    )
     assert "100x3" in engines("watcher", "show", "qwen-a", "--tensors").stdout
     watch = engines.start("watcher", "watch", "--json")
     assert json.loads(line_of(watch))["event"] == "rank_joined"
@@ -250,7 +338,10 @@ def test_a_watcher_looks_and_is_refused_to_evict(secured: Secured, engines: Engi
 
 
 def test_who_may_not_see_tickets_sees_the_rest(secured: Secured, engines: Engines) -> None:
-    with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a", state=RankState.LOADING):
+    with (
+        secured.connect("rank-qwen-a") as registry,
+        register(registry, "qwen-a", state=RankState.LOADING),
+    ):
         assert "who reads" not in engines("watcher", "show", "qwen-a").stdout
         listed = engines("operator", "list")
         assert (listed.returncode, listed.stderr) == (Exit.DONE, "")
@@ -277,7 +368,9 @@ def test_the_live_table_says_where_tickets_may_not_be_seen(secured: Secured) -> 
         terminal.wait_for("qwen-a", "ready")
 
 
-def test_a_loader_tells_its_progress_where_others_may_see_it(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loader_tells_its_progress_where_others_may_see_it(
+    secured: Secured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("engine_registry.pulls._TELL_S", 0.01)
     with (
         secured.connect("rank-qwen-a") as registry,
@@ -308,7 +401,9 @@ def test_a_cleaner_evicts_what_a_lost_rank_leaves(secured: Secured) -> None:
         secured.connect("cleaner") as cleaner,
         cleaner.cleaning_watch(grace_s=0.1) as watch,
     ):
-        first, second = (hold(registry, instance="qwen-a", rank=rank, world_size=2)[0] for rank in range(2))
+        first, second = (
+            hold(registry, instance="qwen-a", rank=rank, world_size=2)[0] for rank in range(2)
+        )
         with first:
             events_until(watch, lambda event: isinstance(event, InstanceReady))  # type: ignore[arg-type]
             wait_until(lambda: watch._election.leading)
@@ -337,7 +432,9 @@ def test_a_watch_that_may_not_clean_says_so_and_watches(secured: Secured, engine
     watch = engines.start("watcher", "watch", "--cleanup", "--grace", "0")
     assert watch.stderr is not None
     told = watch.stderr.readline()
-    assert told.startswith("engines: warning: this process does not lead, and does nothing that only a leader does: ")
+    assert told.startswith(
+        "engines: warning: this process does not lead, and does nothing that only a leader does: "
+    )
     assert DENIED in told
     with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a"):
         assert "qwen-a/0 joined" in line_of(watch)
@@ -345,8 +442,14 @@ def test_a_watch_that_may_not_clean_says_so_and_watches(secured: Secured, engine
 
 
 @pytest.mark.parametrize("by", ["drain", "eviction"])
-def test_a_rank_may_look_who_reads_from_it_and_whether_it_was_evicted(secured: Secured, by: str) -> None:
-    with secured.connect("rank-qwen-a") as registry, secured.connect("loader") as loader, register(registry, "qwen-a"):
+def test_a_rank_may_look_who_reads_from_it_and_whether_it_was_evicted(
+    secured: Secured, by: str
+) -> None:
+    with (
+        secured.connect("rank-qwen-a") as registry,
+        secured.connect("loader") as loader,
+        register(registry, "qwen-a"),
+    ):
         (record,) = loader.resolve("qwen-a")
         if by == "drain":
             ticket = loader.pull(record)
@@ -367,7 +470,11 @@ def _as_rank(secured: Secured) -> None:
 
 
 def _as_loader(secured: Secured) -> None:
-    with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a"), secured.connect("loader") as loader:
+    with (
+        secured.connect("rank-qwen-a") as registry,
+        register(registry, "qwen-a"),
+        secured.connect("loader") as loader,
+    ):
         (record,) = loader.resolve("qwen-a")
         loader.manifest(record)
         loader.pulls(record)
@@ -378,7 +485,11 @@ def _as_loader(secured: Secured) -> None:
 
 
 def _as_watcher(secured: Secured) -> None:
-    with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a"), secured.connect("watcher") as watcher:
+    with (
+        secured.connect("rank-qwen-a") as registry,
+        register(registry, "qwen-a"),
+        secured.connect("watcher") as watcher,
+    ):
         watcher.instances()
         watcher.manifest(watcher.ranks("qwen-a")[0])
         watcher.all_pulls()
@@ -409,11 +520,20 @@ _JOBS: dict[str, Callable[[Secured], None]] = {
 }
 
 
-@pytest.mark.parametrize(("role", "permission", "prefix"), [some for some in PERMISSIONS if some[0] in _JOBS])
-def test_every_permission_of_the_page_is_needed(secured: Secured, role: str, permission: str, prefix: str) -> None:
-    """And no less of it: not even of reading and writing one alone. (What eviction writes it reads only if an answer was lost.)"""
+@pytest.mark.parametrize(
+    ("role", "permission", "prefix"), [some for some in PERMISSIONS if some[0] in _JOBS]
+)
+def test_every_permission_of_the_page_is_needed(
+    secured: Secured, role: str, permission: str, prefix: str
+) -> None:
+    """And no less of it: not even of reading and writing one alone.
+
+    (What eviction writes it reads only if an answer was lost.)
+    """
     _JOBS[role](secured)
-    lesser = ["read", "write"] if permission == "readwrite" and "/evicted/" not in prefix else [None]
+    lesser = (
+        ["read", "write"] if permission == "readwrite" and "/evicted/" not in prefix else [None]
+    )
     try:
         for less in lesser:
             secured.etcdctl(f"role revoke-permission {role} --prefix=true {prefix}")
@@ -425,7 +545,9 @@ def test_every_permission_of_the_page_is_needed(secured: Secured, role: str, per
         secured.etcdctl(f"role grant-permission {role} {permission} --prefix=true {prefix}")
 
 
-def test_a_certificate_of_a_users_name_is_as_good_as_its_password(secured: Secured, processes: Processes, weights: Path) -> None:
+def test_a_certificate_of_a_users_name_is_as_good_as_its_password(
+    secured: Secured, processes: Processes, weights: Path
+) -> None:
     secured.etcdctl("user grant-role rank-qwen-b rank-qwen-a")
     files: dict[str, Any] = secured.authority.client("rank-qwen-b")
     with Registry.connect(secured.url, namespace=NAMESPACE, **files) as registry:
@@ -438,7 +560,9 @@ def test_a_certificate_of_a_users_name_is_as_good_as_its_password(secured: Secur
     assert_one_line(processes.run("register", *serving(weights, "other"), *args), Exit.ETCD, DENIED)
 
 
-def test_a_certificate_of_no_users_name_and_a_wrong_password_are_refused(secured: Secured, processes: Processes) -> None:
+def test_a_certificate_of_no_users_name_and_a_wrong_password_are_refused(
+    secured: Secured, processes: Processes
+) -> None:
     args = ("--etcd", secured.url, "--namespace", NAMESPACE, *options(secured.client))
     assert_one_line(processes.run("list", *args), Exit.ETCD, DENIED, "check --user")
     wrong = processes.run("list", *args, "--user", "watcher", ENGINES_ETCD_PASSWORD="guess-4711")
@@ -446,12 +570,16 @@ def test_a_certificate_of_no_users_name_and_a_wrong_password_are_refused(secured
     assert "guess-4711" not in wrong.stderr
 
 
-# -- passwords -------------------------------------------------------------------------------------------------------------------
+# -- passwords
+# --------------------------------------------------------------------------------------------------
 
 
 def seen_of(pid: int) -> str:
     """What others may see of a process: its command line and what it was started with."""
-    return "".join((Path("/proc") / str(pid) / name).read_text(errors="replace") for name in ("cmdline", "environ"))
+    return "".join(
+        (Path("/proc") / str(pid) / name).read_text(errors="replace")
+        for name in ("cmdline", "environ")
+    )
 
 
 @contextmanager
@@ -484,9 +612,13 @@ def test_a_keeper_has_the_password_neither_on_its_command_line_nor_in_its_enviro
             assert "engine-registry-keeper" in seen_of(registration.keeper_pid)
             assert secret not in seen_of(registration.keeper_pid)
             assert "PATH=" in seen_of(registration.keeper_pid)
-            assert secret not in repr(registry) + repr(registration.record) + repr(vars(registry)) + str(registry._config)
+            assert secret not in repr(registry) + repr(registration.record) + repr(
+                vars(registry)
+            ) + str(registry._config)
     server = engines.serve(weights)
-    (keeper,) = [child for child in children_of(server.pid) if "engine-registry-keeper" in seen_of(child)]
+    (keeper,) = [
+        child for child in children_of(server.pid) if "engine-registry-keeper" in seen_of(child)
+    ]
     assert secret not in seen_of(keeper)
     assert "ENGINES_ETCD=" in seen_of(keeper)
     assert "ENGINES_ETCD_PASSWORD" not in seen_of(keeper)
@@ -494,8 +626,13 @@ def test_a_keeper_has_the_password_neither_on_its_command_line_nor_in_its_enviro
     assert secret not in end(server)
 
 
-def test_a_hook_does_not_inherit_the_password_and_can_be_told_it_anew(secured: Secured, engines: Engines, tmp_path: Path) -> None:
-    script = f"tr '\\0' '\\n' </proc/self/environ >{tmp_path}/environ.new; mv {tmp_path}/environ.new {tmp_path}/environ"
+def test_a_hook_does_not_inherit_the_password_and_can_be_told_it_anew(
+    secured: Secured, engines: Engines, tmp_path: Path
+) -> None:
+    script = (
+        f"tr '\\0' '\\n' </proc/self/environ >{tmp_path}/environ.new; mv {tmp_path}/environ.new "
+        f"{tmp_path}/environ"
+    )
     watch = engines.start("watcher", "watch", "--exec", script)
     with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a"):
         line_of(watch)
@@ -515,7 +652,12 @@ def test_a_password_is_in_no_output_whatever_goes_wrong(
 ) -> None:
     secret = "hunter2-4711" if user == "nobody" else secured.password(user)
     result = processes.run(
-        "list", *secured.options(user), *args, ENGINES_ETCD=secured.url, ENGINES_ETCD_PASSWORD=secret, GRPC_VERBOSITY="DEBUG"
+        "list",
+        *secured.options(user),
+        *args,
+        ENGINES_ETCD=secured.url,
+        ENGINES_ETCD_PASSWORD=secret,
+        GRPC_VERBOSITY="DEBUG",
     )
     assert result.returncode == (Exit.DONE if user == "watcher" or "--help" in args else Exit.ETCD)
     assert secret not in result.stdout + result.stderr
@@ -531,7 +673,9 @@ def test_a_password_is_in_no_output_whatever_goes_wrong(
         ("--debug", "--user", "r:hunter2"),
     ],
 )
-def test_a_password_in_an_argument_is_refused_and_not_repeated(processes: Processes, args: tuple[str, ...]) -> None:
+def test_a_password_in_an_argument_is_refused_and_not_repeated(
+    processes: Processes, args: tuple[str, ...]
+) -> None:
     for environment in ({"ENGINES_ETCD_PASSWORD": "p"}, {}):
         result = processes.run("list", *args, **environment)
         assert result.returncode == Exit.USAGE

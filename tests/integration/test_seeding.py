@@ -1,4 +1,6 @@
-"""Ranks that start together, from files that one of them reads; holders, peers and etcd that go away meanwhile."""
+"""Ranks that start together, from files that one of them reads; holders, peers and etcd that go
+away meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ from safetensors.torch import save_file
 
 import engine_loader.files.disk
 import engine_loader.starting.start
-from engine_loader import Engine, InProcessEngine, MooncakeEngine, Seeded, Shard, load_or_seed, publish
+from engine_loader import (
+    Engine,
+    InProcessEngine,
+    MooncakeEngine,
+    Seeded,
+    Shard,
+    load_or_seed,
+    publish,
+)
 from engine_loader.errors import Cancelled, WeightsFileInvalid, WeightsMismatch
 from engine_loader.starting.start import lock_name
 from engine_registry import ModelIdentity, RankState, Registry
@@ -57,17 +67,35 @@ def start(
     tensors: Mapping[str, torch.Tensor] | None = None,
     **options: Any,
 ) -> Seeded:
-    arguments: dict[str, Any] = {"rank": 0, "world_size": 1, "instance": instance, "fallback": path, "timeout_s": 60, **options}
-    return load_or_seed(registry, engine, MODEL, zeros() if tensors is None else tensors, **arguments)
+    arguments: dict[str, Any] = {
+        "rank": 0,
+        "world_size": 1,
+        "instance": instance,
+        "fallback": path,
+        "timeout_s": 60,
+        **options,
+    }
+    return load_or_seed(
+        registry, engine, MODEL, zeros() if tensors is None else tensors, **arguments
+    )
 
 
 def ready(registry: Registry) -> list[str]:
-    return [one.instance for status in registry.instances() for one in status.records if one.state is RankState.READY]
+    return [
+        one.instance
+        for status in registry.instances()
+        for one in status.records
+        if one.state is RankState.READY
+    ]
 
 
 def events(caplog: pytest.LogCaptureFixture, event: str) -> list[str]:
     """The levels at which it was logged."""
-    return [record.levelname for record in caplog.records if getattr(record, "fields", {}).get("event") == event]
+    return [
+        record.levelname
+        for record in caplog.records
+        if getattr(record, "fields", {}).get("event") == event
+    ]
 
 
 @contextmanager
@@ -81,7 +109,10 @@ class Herd:
     """Processes that start together."""
 
     def __init__(self, processes: Processes, path: Path, *names: str, how: str = "") -> None:
-        self.processes = [processes.start("-m", "tests.support.processes.start", name, str(path), how) for name in names]
+        self.processes = [
+            processes.start("-m", "tests.support.processes.start", name, str(path), how)
+            for name in names
+        ]
         for process in self.processes:
             assert line_of(process) == "starts\n"
         for process in self.processes:
@@ -110,11 +141,14 @@ def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
     return told
 
 
-# -- one reads -------------------------------------------------------------------------------------------------------------------
+# -- one reads
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(300)
-def test_a_herd_of_32_processes_reads_the_disk_once(processes: Processes, registry: Registry, path: Path) -> None:
+def test_a_herd_of_32_processes_reads_the_disk_once(
+    processes: Processes, registry: Registry, path: Path
+) -> None:
     outcomes = Herd(processes, path, *(f"herd-{number}" for number in range(32))).outcomes()
     assert sorted(one["read"] for one in outcomes) == [0] * 31 + [NBYTES]
     assert sorted(one["source"] for one in outcomes) == ["disk"] + ["peers"] * 31
@@ -123,7 +157,9 @@ def test_a_herd_of_32_processes_reads_the_disk_once(processes: Processes, regist
     assert registry._etcd.snapshot(ELECTIONS).items == ()
 
 
-def test_when_the_one_that_reads_is_killed_another_takes_over(processes: Processes, registry: Registry, path: Path) -> None:
+def test_when_the_one_that_reads_is_killed_another_takes_over(
+    processes: Processes, registry: Registry, path: Path
+) -> None:
     first = held(processes, path)
     found, record = registry._etcd.get(KEY), registry._etcd.get("/engines/first/0")
     assert found is not None
@@ -137,11 +173,16 @@ def test_when_the_one_that_reads_is_killed_another_takes_over(processes: Process
     assert sorted(ready(registry)) == ["next-0", "next-1", "next-2"]
 
 
-def test_those_that_wait_load_as_soon_as_it_is_complete(processes: Processes, registry: Registry, path: Path) -> None:
+def test_those_that_wait_load_as_soon_as_it_is_complete(
+    processes: Processes, registry: Registry, path: Path
+) -> None:
     first = held(processes, path)
     with ThreadPoolExecutor() as pool, ExitStack() as stack:
         engines = [stack.enter_context(MooncakeEngine("127.0.0.1")) for _ in range(4)]
-        waiting = [pool.submit(start, registry, engine, path, f"later-{number}") for number, engine in enumerate(engines)]
+        waiting = [
+            pool.submit(start, registry, engine, path, f"later-{number}")
+            for number, engine in enumerate(engines)
+        ]
         go_on(first)
         assert outcome(first)["source"] == "disk"
         for future in waiting:
@@ -154,7 +195,9 @@ def test_those_that_wait_load_as_soon_as_it_is_complete(processes: Processes, re
             assert seeded.publication.record.state is RankState.READY
 
 
-def test_one_that_fails_to_read_lets_the_next_try(registry: Registry, path: Path, tmp_path: Path) -> None:
+def test_one_that_fails_to_read_lets_the_next_try(
+    registry: Registry, path: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(path.read_bytes()[:-1])
     with InProcessEngine() as engine:
@@ -172,31 +215,66 @@ def test_another_rank_or_revision_waits_for_nobody(registry: Registry, path: Pat
         with start(registry, engine, path, rank=1, world_size=2) as seeded:
             assert (seeded.source, seeded.reason) == ("disk", "")
         assert (
-            lock_name(MODEL, 0, 1, {}) != lock_name(ModelIdentity("herd", "r2"), 0, 1, {}) != lock_name(MODEL, 0, 1, {"tp": (0, 1)})
+            lock_name(MODEL, 0, 1, {})
+            != lock_name(ModelIdentity("herd", "r2"), 0, 1, {})
+            != lock_name(MODEL, 0, 1, {"tp": (0, 1)})
         )
 
 
-# -- from peers --------------------------------------------------------------------------------------------------------------------
+# -- from peers
+# --------------------------------------------------------------------------------------------------
 
 
-def test_where_a_rank_like_it_runs_nothing_is_read_from_disk(registry: Registry, path: Path) -> None:
+def test_where_a_rank_like_it_runs_nothing_is_read_from_disk(
+    registry: Registry, path: Path
+) -> None:
     """Whether or not the rest of its instance is there."""
     with InProcessEngine() as first, InProcessEngine() as second:
         with (
-            publish(registry, first, instance="part", rank=1, world_size=2, tensors=content(), model=MODEL),
+            publish(
+                registry,
+                first,
+                instance="part",
+                rank=1,
+                world_size=2,
+                tensors=content(),
+                model=MODEL,
+            ),
             start(registry, second, path / "is not there", rank=1, world_size=2) as seeded,
         ):
             assert seeded.source == "peers"
         assert ready(registry) == []
 
 
-def test_tensors_that_say_which_part_they_are_come_from_ranks_of_another_layout(registry: Registry, path: Path) -> None:
+def test_tensors_that_say_which_part_they_are_come_from_ranks_of_another_layout(
+    registry: Registry, path: Path
+) -> None:
     whole, half = content()["t0"], torch.zeros(NBYTES // 16, dtype=torch.uint8)
-    all_of_it, second_half = ({"t0": Shard(tuple(whole.shape), (offset,))} for offset in (0, NBYTES // 16))
+    all_of_it, second_half = (
+        {"t0": Shard(tuple(whole.shape), (offset,))} for offset in (0, NBYTES // 16)
+    )
     with InProcessEngine() as first, InProcessEngine() as second:
         with (
-            publish(registry, first, instance="one", rank=0, world_size=1, tensors={"t0": whole}, shards=all_of_it, model=MODEL),
-            start(registry, second, path, "two", {"t0": half}, rank=1, world_size=2, shards=second_half) as seeded,
+            publish(
+                registry,
+                first,
+                instance="one",
+                rank=0,
+                world_size=1,
+                tensors={"t0": whole},
+                shards=all_of_it,
+                model=MODEL,
+            ),
+            start(
+                registry,
+                second,
+                path,
+                "two",
+                {"t0": half},
+                rank=1,
+                world_size=2,
+                shards=second_half,
+            ) as seeded,
         ):
             assert (seeded.source, seeded.reason) == ("peers", "")
             assert torch.equal(half, whole[NBYTES // 16 :])
@@ -207,7 +285,9 @@ def test_peers_that_fail_in_the_middle_are_replaced_by_the_disk_and_it_is_told(
 ) -> None:
     tensors = zeros()
     with InProcessEngine() as engine:
-        source = publish(registry, engine, instance="dies", rank=0, world_size=1, tensors=content(), model=MODEL)
+        source = publish(
+            registry, engine, instance="dies", rank=0, world_size=1, tensors=content(), model=MODEL
+        )
         with (
             Interrupted(source.close) as second,
             caplog.at_level(logging.WARNING),
@@ -226,7 +306,15 @@ def test_peers_with_other_tensors_are_an_error_in_the_log_and_the_disk_is_read(
 ) -> None:
     with InProcessEngine() as first, InProcessEngine() as second, caplog.at_level(logging.WARNING):
         with (
-            publish(registry, first, instance="odd", rank=0, world_size=1, tensors={"t0": torch.zeros(3)}, model=MODEL),
+            publish(
+                registry,
+                first,
+                instance="odd",
+                rank=0,
+                world_size=1,
+                tensors={"t0": torch.zeros(3)},
+                model=MODEL,
+            ),
             start(registry, second, path) as seeded,
         ):
             assert seeded.source == "disk"
@@ -237,7 +325,15 @@ def test_peers_with_other_tensors_are_an_error_in_the_log_and_the_disk_is_read(
 def test_peers_out_of_reach_are_replaced_by_the_disk(registry: Registry, path: Path) -> None:
     with InProcessEngine("here") as first, InProcessEngine("there") as second:
         with (
-            publish(registry, first, instance="far", rank=0, world_size=1, tensors=content(), model=MODEL),
+            publish(
+                registry,
+                first,
+                instance="far",
+                rank=0,
+                world_size=1,
+                tensors=content(),
+                model=MODEL,
+            ),
             start(registry, second, path) as seeded,
         ):
             assert seeded.source == "disk"
@@ -245,11 +341,22 @@ def test_peers_out_of_reach_are_replaced_by_the_disk(registry: Registry, path: P
 
 
 def test_those_whose_peers_fail_still_read_the_disk_one_after_another(
-    registry: Registry, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    registry: Registry,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     read, led = engine_loader.files.disk.DiskRead.run, []
     with InProcessEngine() as first, InProcessEngine() as second, ThreadPoolExecutor() as pool:
-        with publish(registry, first, instance="odd", rank=0, world_size=1, tensors={"t0": torch.zeros(3)}, model=MODEL):
+        with publish(
+            registry,
+            first,
+            instance="odd",
+            rank=0,
+            world_size=1,
+            tensors={"t0": torch.zeros(3)},
+            model=MODEL,
+        ):
             with somebody_reads(registry) as election:
 
                 def seen(*args: Any) -> object:
@@ -264,7 +371,9 @@ def test_those_whose_peers_fail_still_read_the_disk_one_after_another(
     assert led == [False]
 
 
-def test_a_rank_that_somebody_has_is_refused_before_anything_is_read(registry: Registry, path: Path) -> None:
+def test_a_rank_that_somebody_has_is_refused_before_anything_is_read(
+    registry: Registry, path: Path
+) -> None:
     with InProcessEngine() as engine, register(registry, "a"):
         tensors = zeros()
         with pytest.raises(RankConflict):
@@ -280,7 +389,8 @@ def test_what_cannot_be_is_refused(registry: Registry, path: Path) -> None:
                 start(registry, engine, path, **wrong)
 
 
-# -- waiting ends ------------------------------------------------------------------------------------------------------------------
+# -- waiting ends
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_wait_can_be_cancelled(registry: Registry, path: Path) -> None:
@@ -301,17 +411,33 @@ def test_ctrl_c_ends_a_wait(processes: Processes, registry: Registry, path: Path
         assert ready(registry) == []
 
 
-def test_who_does_not_want_to_wait_loads_from_peers_all_the_same(registry: Registry, path: Path) -> None:
+def test_who_does_not_want_to_wait_loads_from_peers_all_the_same(
+    registry: Registry, path: Path
+) -> None:
     with InProcessEngine() as first, InProcessEngine() as second:
         with (
-            publish(registry, first, instance="runs", rank=0, world_size=1, tensors=content(), model=MODEL),
+            publish(
+                registry,
+                first,
+                instance="runs",
+                rank=0,
+                world_size=1,
+                tensors=content(),
+                model=MODEL,
+            ),
             start(registry, second, path, timeout_s=0) as seeded,
         ):
             assert seeded.source == "peers"
 
 
-def test_who_has_waited_long_enough_reads_alone(registry: Registry, path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with somebody_reads(registry) as election, InProcessEngine() as engine, start(registry, engine, path, timeout_s=0.2) as seeded:
+def test_who_has_waited_long_enough_reads_alone(
+    registry: Registry, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        somebody_reads(registry) as election,
+        InProcessEngine() as engine,
+        start(registry, engine, path, timeout_s=0.2) as seeded,
+    ):
         assert seeded.source == "disk"
         assert seeded.reason == "nobody had the weights within 0.2 s"
         assert ready(registry) == ["a"]
@@ -319,7 +445,8 @@ def test_who_has_waited_long_enough_reads_alone(registry: Registry, path: Path, 
     assert events(caplog, "seeding_alone") == ["WARNING"]
 
 
-# -- etcd goes away ----------------------------------------------------------------------------------------------------------------
+# -- etcd goes away
+# --------------------------------------------------------------------------------------------------
 
 
 def connect(etcd: LocalEtcd) -> Registry:
@@ -340,7 +467,9 @@ def test_without_etcd_the_disk_is_read_and_the_rank_is_not_published(
             assert all(torch.equal(tensors[name], tensor) for name, tensor in content().items())
 
 
-def test_an_etcd_that_goes_away_and_comes_back_while_one_reads_costs_no_second_read(own_etcd: LocalEtcd, path: Path) -> None:
+def test_an_etcd_that_goes_away_and_comes_back_while_one_reads_costs_no_second_read(
+    own_etcd: LocalEtcd, path: Path
+) -> None:
     reading, go_on, reads = threading.Event(), threading.Event(), []
     read = engine_loader.files.disk.DiskRead.run
 
@@ -366,11 +495,18 @@ def test_an_etcd_that_goes_away_and_comes_back_while_one_reads_costs_no_second_r
         assert len(reads) == 1
 
 
-# -- the lead ----------------------------------------------------------------------------------------------------------------------
+# -- the lead
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_lead_that_a_registration_keeps_ends_with_it_and_not_it_with_the_lead(registry: Registry) -> None:
-    with registry.election("x") as first, registry.election("x") as second, register(registry, "a") as registration:
+def test_a_lead_that_a_registration_keeps_ends_with_it_and_not_it_with_the_lead(
+    registry: Registry,
+) -> None:
+    with (
+        registry.election("x") as first,
+        registry.election("x") as second,
+        register(registry, "a") as registration,
+    ):
         leader, other = (first, second) if _first_to_lead(first, second) else (second, first)
         assert leader.keep_with(registration.record)
         wait_until(lambda: not leader._thread.is_alive())

@@ -1,4 +1,6 @@
-"""Tensors that fill their memory in another order than row by row load where both sides have the same order."""
+"""Tensors that fill their memory in another order than row by row load where both sides have the
+same order.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from engine_loader import Destination, EngineReader, InProcessEngine, Publication, Shard, load, publish
+from engine_loader import (
+    Destination,
+    EngineReader,
+    InProcessEngine,
+    Publication,
+    Shard,
+    load,
+    publish,
+)
 from engine_loader.digests.table import digests_of
 from engine_loader.errors import TensorsUnusable, WeightsMismatch
 from engine_loader.files.weights import WholeFiles, allocate_like, write_weights
@@ -45,14 +55,32 @@ def offer(registry: Registry) -> Iterator[Offer]:
     with ExitStack() as stack:
 
         def offer(tensor: torch.Tensor, rank: int = 0, **options: Any) -> Publication:
-            given = {"instance": "a", "world_size": 1, "model": ModelIdentity("m"), "ttl_s": 3.0, "digests": True, **options}
-            return stack.enter_context(publish(registry, InProcessEngine(), tensors={"w": tensor}, rank=rank, **given))
+            given = {
+                "instance": "a",
+                "world_size": 1,
+                "model": ModelIdentity("m"),
+                "ttl_s": 3.0,
+                "digests": True,
+                **options,
+            }
+            return stack.enter_context(
+                publish(registry, InProcessEngine(), tensors={"w": tensor}, rank=rank, **given)
+            )
 
         yield offer
 
 
 def load_a(registry: Registry, tensor: torch.Tensor, **options: Any) -> None:
-    load(registry, InProcessEngine(), "a", rank=0, tensors={"w": tensor}, timeout_s=2.0, verify="digest", **options)
+    load(
+        registry,
+        InProcessEngine(),
+        "a",
+        rank=0,
+        tensors={"w": tensor},
+        timeout_s=2.0,
+        verify="digest",
+        **options,
+    )
 
 
 @pytest.mark.parametrize("shards", [None, WHOLE], ids=["opaque", "with a shard"])
@@ -75,7 +103,12 @@ def test_a_turned_tensor_is_loaded_into_one_that_is_turned_alike(
     ids=["here in rows", "there in rows"],
 )
 def test_another_order_is_refused_before_a_byte_moves(
-    registry: Registry, offer: Offer, there: torch.Tensor, here: torch.Tensor, said: str, shards: dict[str, Shard] | None
+    registry: Registry,
+    offer: Offer,
+    there: torch.Tensor,
+    here: torch.Tensor,
+    said: str,
+    shards: dict[str, Shard] | None,
 ) -> None:
     offer(there.clone(), shards=shards)
     with pytest.raises(WeightsMismatch, match=f"w: {said}: give both sides the same strides"):
@@ -87,7 +120,9 @@ def test_turned_tensors_are_not_put_together_from_parts(registry: Registry, offe
     for rank in range(2):
         part = turned(values()[:, 2 * rank : 2 * rank + 2])
         offer(part, rank, world_size=2, shards={"w": Shard((6, 4), (0, 2 * rank))})
-    with pytest.raises(WeightsMismatch, match="only contiguous tensors can be put together from parts"):
+    with pytest.raises(
+        WeightsMismatch, match="only contiguous tensors can be put together from parts"
+    ):
         load_a(registry, turned(torch.zeros(6, 4)), shards=WHOLE)
 
 
@@ -107,7 +142,9 @@ def test_a_file_has_its_values_row_by_row(tmp_path: Path) -> None:
     assert found.equal(values())
 
 
-def test_a_whole_model_is_written_row_by_row(registry: Registry, offer: Offer, tmp_path: Path) -> None:
+def test_a_whole_model_is_written_row_by_row(
+    registry: Registry, offer: Offer, tmp_path: Path
+) -> None:
     offer(turned(values()))
     with WholeFiles(tmp_path) as files:
         load_full(registry, InProcessEngine(), "a", files=files)
@@ -130,14 +167,19 @@ def test_a_distributed_checkpoint_is_read_into_any_strides(
 
 def test_the_digest_is_of_the_bytes_as_they_lie() -> None:
     for algorithm in ("xxh3_128", "multilinear_64"):
-        found = digests_of({"turned": turned(values()), "as it lies": values().t().contiguous()}, algorithm)
+        found = digests_of(
+            {"turned": turned(values()), "as it lies": values().t().contiguous()}, algorithm
+        )
         assert found["turned"] == found["as it lies"]
         assert found["turned"] != digests_of({"w": values()}, algorithm)["w"]
 
 
 def test_another_order_is_another_content() -> None:
     digests = {"w": bytes(16)}
-    contents = {content_of(describe({"w": some}), digests, "xxh3_128") for some in (values(), turned(values()))}
+    contents = {
+        content_of(describe({"w": some}), digests, "xxh3_128")
+        for some in (values(), turned(values()))
+    }
     assert len(contents) == 2
 
 
@@ -146,7 +188,10 @@ def test_an_update_that_turns_a_tensor_in_its_memory_is_noticed() -> None:
     destination = Destination({"w": tensor})
     destination.check_in_place("nothing has changed")
     tensor.t_()
-    with pytest.raises(TensorsUnusable, match=r"w: is now 64 bytes .* with shape \[4, 4\] and strides \[1, 4\], was 64 bytes"):
+    with pytest.raises(
+        TensorsUnusable,
+        match=r"w: is now 64 bytes .* with shape \[4, 4\] and strides \[1, 4\], was 64 bytes",
+    ):
         destination.check_in_place("turned")
     tensor.t_()
     destination.check_in_place("turned back")
@@ -155,7 +200,8 @@ def test_an_update_that_turns_a_tensor_in_its_memory_is_noticed() -> None:
         destination.check_in_place("freed")
 
 
-# -- the manifest ------------------------------------------------------------------------------------
+# -- the manifest
+# ------------------------------------------------------------------------------------
 
 
 def test_only_manifests_with_strides_have_a_newer_schema_and_they_come_back() -> None:
@@ -173,10 +219,19 @@ def data_of(parts: list[bytes]) -> dict[str, Any]:
 
 
 BAD: list[dict[str, Any]] = [
-    {"strides": [[6, 1]]}, {"strides": [[4, 1]]}, {"strides": [[1, 7]]}, {"strides": [[1]]}, {"strides": [[1, -6]]},
-    {"strides": [[1, 6.0]]}, {"strides": ["16"]}, {"strides": [5]}, {"strides": []}, {"strides": None}, {"schema": 1},
+    {"strides": [[6, 1]]},
+    {"strides": [[4, 1]]},
+    {"strides": [[1, 7]]},
+    {"strides": [[1]]},
+    {"strides": [[1, -6]]},
+    {"strides": [[1, 6.0]]},
+    {"strides": ["16"]},
+    {"strides": [5]},
+    {"strides": []},
+    {"strides": None},
+    {"schema": 1},
     {"strides": [[True, 6]]},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("change", BAD, ids=str)
@@ -205,7 +260,10 @@ def test_a_dimension_of_size_one_has_any_stride(
     assert dense_strides(shape, strides) == dense
 
 
-@pytest.mark.parametrize(("shape", "strides"), [((6, 4), (8, 1)), ((3, 3), (1, 1)), ((3,), (0,)), ((3,), (2,)), ((2, 2), (1, 3))])
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((6, 4), (8, 1)), ((3, 3), (1, 1)), ((3,), (0,)), ((3,), (2,)), ((2, 2), (1, 3))],
+)
 def test_gaps_and_overlaps_are_no_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="leave gaps or overlap"):
         dense_strides(shape, strides)

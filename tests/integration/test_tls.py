@@ -1,4 +1,6 @@
-"""etcd behind TLS, with a certificate of an authority of one's own: library, keeper and command line; and all that may be wrong."""
+"""etcd behind TLS, with a certificate of an authority of one's own: library, keeper and command
+line; and all that may be wrong.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from tests.support.authority import Authority, options, tls_etcd
 from tests.support.ranks import register
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificates with openssl")
+pytestmark = pytest.mark.skipif(
+    shutil.which("openssl") is None, reason="makes its certificates with openssl"
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,9 @@ def etcd(authority: Authority, client: dict[str, str]) -> Iterator[LocalEtcd]:
     """One that speaks TLS only, and only with clients that the authority knows."""
     etcd = tls_etcd(authority, authority.issue("server"))
     try:
-        with closing(Etcd(EtcdConfig(parse_endpoints(etcd.endpoint), timeout_s=20.0, **client))) as patient:
+        with closing(
+            Etcd(EtcdConfig(parse_endpoints(etcd.endpoint), timeout_s=20.0, **client))
+        ) as patient:
             patient.get("/health")
         yield etcd
     finally:
@@ -64,13 +70,29 @@ def etcd(authority: Authority, client: dict[str, str]) -> Iterator[LocalEtcd]:
 def test_a_rank_registers_and_is_listed_over_tls(
     etcd: LocalEtcd, client: dict[str, str], processes: Processes, namespace: str, scheme: str
 ) -> None:
-    with Registry.connect(scheme + etcd.endpoint, namespace=namespace, **client) as registry, register(registry):  # type: ignore[arg-type]
-        listed = processes.run("list", "--json", "--namespace", namespace, *options(client), ENGINES_ETCD=scheme + etcd.endpoint)
-        assert [status["state"] for status in json.loads(listed.stdout)["instances"]] == ["ready"], listed.stderr
+    with (
+        Registry.connect(scheme + etcd.endpoint, namespace=namespace, **client) as registry,  # type: ignore[arg-type]
+        register(registry),
+    ):
+        listed = processes.run(
+            "list",
+            "--json",
+            "--namespace",
+            namespace,
+            *options(client),
+            ENGINES_ETCD=scheme + etcd.endpoint,
+        )
+        assert [status["state"] for status in json.loads(listed.stdout)["instances"]] == [
+            "ready"
+        ], listed.stderr
 
 
 def test_files_that_are_named_from_here_are_found_from_elsewhere(
-    etcd: LocalEtcd, client: dict[str, str], namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    etcd: LocalEtcd,
+    client: dict[str, str],
+    namespace: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They are read for every connection anew, by a keeper too that takes the place of another."""
     monkeypatch.chdir(Path(client["cert"]).parent)
@@ -87,19 +109,27 @@ def test_files_that_are_named_from_here_are_found_from_elsewhere(
 
 
 def test_https_alone_trusts_the_authorities_of_the_system(
-    etcd: LocalEtcd, authority: Authority, client: dict[str, str], processes: Processes, namespace: str
+    etcd: LocalEtcd,
+    authority: Authority,
+    client: dict[str, str],
+    processes: Processes,
+    namespace: str,
 ) -> None:
     """Which SSL_CERT_FILE names, as for all that uses OpenSSL. The keeper finds them too."""
     url = f"https://{etcd.endpoint}"
     certificate = options({name: client[name] for name in ("cert", "key")})
     args = ("--namespace", namespace, *certificate)
     listed = processes.run("list", *args, ENGINES_ETCD=url, SSL_CERT_FILE=authority.cert)
-    assert (listed.returncode, listed.stdout) == (Exit.DONE, "no instance is registered\n"), listed.stderr
+    assert (listed.returncode, listed.stdout) == (Exit.DONE, "no instance is registered\n"), (
+        listed.stderr
+    )
     unknown = processes.run("list", *args, "--etcd", url)
     assert_one_line(unknown, Exit.ETCD, "unable to get local issuer certificate", "check --cacert")
 
 
-def test_a_scheme_that_contradicts_the_options_is_told_before_etcd_is_asked(processes: Processes, client: dict[str, str]) -> None:
+def test_a_scheme_that_contradicts_the_options_is_told_before_etcd_is_asked(
+    processes: Processes, client: dict[str, str]
+) -> None:
     mixed = processes.run("list", "--etcd", "https://h:1,http://g:1")
     assert_one_line(mixed, Exit.USAGE, "some etcd endpoints are https:// and some are not")
     plain = processes.run("list", "--etcd", "http://h:1", *options(client))
@@ -109,11 +139,15 @@ def test_a_scheme_that_contradicts_the_options_is_told_before_etcd_is_asked(proc
 def test_a_server_that_the_authority_does_not_vouch_for_is_refused(
     etcd: LocalEtcd, stranger: Authority, client: dict[str, str], processes: Processes
 ) -> None:
-    result = processes.run("list", *options({**client, "cacert": stranger.cert}), ENGINES_ETCD=etcd.endpoint)
+    result = processes.run(
+        "list", *options({**client, "cacert": stranger.cert}), ENGINES_ETCD=etcd.endpoint
+    )
     assert_one_line(result, Exit.ETCD, "CERTIFICATE_VERIFY_FAILED", "check --cacert")
 
 
-def test_a_client_without_a_certificate_is_refused(etcd: LocalEtcd, client: dict[str, str], processes: Processes) -> None:
+def test_a_client_without_a_certificate_is_refused(
+    etcd: LocalEtcd, client: dict[str, str], processes: Processes
+) -> None:
     with pytest.raises(EtcdUnavailable, match="it wants a client certificate"):
         Registry.connect(etcd.endpoint, cacert=client["cacert"])
     result = processes.run("list", "--cacert", client["cacert"], ENGINES_ETCD=etcd.endpoint)
@@ -124,35 +158,59 @@ def test_a_client_without_a_certificate_is_refused(etcd: LocalEtcd, client: dict
 def test_a_client_certificate_that_etcd_does_not_take_is_told(
     etcd: LocalEtcd, authority: Authority, stranger: Authority, processes: Processes, fault: str
 ) -> None:
-    files = authority.client("late", expired=True) if fault == "expired" else stranger.client("client")
-    result = processes.run("list", *options({**files, "cacert": authority.cert}), ENGINES_ETCD=etcd.endpoint)
-    assert_one_line(result, Exit.ETCD, "it wants a client certificate that it trusts and that has not expired", "--cert and --key")
+    files = (
+        authority.client("late", expired=True) if fault == "expired" else stranger.client("client")
+    )
+    result = processes.run(
+        "list", *options({**files, "cacert": authority.cert}), ENGINES_ETCD=etcd.endpoint
+    )
+    assert_one_line(
+        result,
+        Exit.ETCD,
+        "it wants a client certificate that it trusts and that has not expired",
+        "--cert and --key",
+    )
 
 
-def test_a_certificate_of_etcd_that_has_expired_is_told(authority: Authority, client: dict[str, str], processes: Processes) -> None:
+def test_a_certificate_of_etcd_that_has_expired_is_told(
+    authority: Authority, client: dict[str, str], processes: Processes
+) -> None:
     etcd = tls_etcd(authority, authority.issue("old-server", expired=True))
     try:
         result = processes.run("list", *options(client), ENGINES_ETCD=etcd.endpoint)
     finally:
         etcd.__exit__(None, None, None)
-    assert_one_line(result, Exit.ETCD, "etcd's certificate, or the CA's in --cacert, has expired", "check this machine's clock")
+    assert_one_line(
+        result,
+        Exit.ETCD,
+        "etcd's certificate, or the CA's in --cacert, has expired",
+        "check this machine's clock",
+    )
 
 
-def test_a_certificate_of_etcd_for_another_host_is_told(authority: Authority, client: dict[str, str], processes: Processes) -> None:
+def test_a_certificate_of_etcd_for_another_host_is_told(
+    authority: Authority, client: dict[str, str], processes: Processes
+) -> None:
     etcd = tls_etcd(authority, authority.issue("elsewhere", san="DNS:etcd.example"))
     try:
         result = processes.run("list", *options(client), ENGINES_ETCD=etcd.endpoint)
     finally:
         etcd.__exit__(None, None, None)
-    assert_one_line(result, Exit.ETCD, "etcd's certificate is for other names than the one in --etcd")
+    assert_one_line(
+        result, Exit.ETCD, "etcd's certificate is for other names than the one in --etcd"
+    )
 
 
-def test_plaintext_to_an_etcd_that_speaks_tls_says_so(etcd: LocalEtcd, processes: Processes) -> None:
+def test_plaintext_to_an_etcd_that_speaks_tls_says_so(
+    etcd: LocalEtcd, processes: Processes
+) -> None:
     for url in (etcd.endpoint, f"http://{etcd.endpoint}"):
         assert_one_line(processes.run("list", ENGINES_ETCD=url), Exit.ETCD, "--cacert", "https://")
 
 
-def test_tls_to_an_etcd_that_speaks_plaintext_says_so(shared_etcd: LocalEtcd, authority: Authority, processes: Processes) -> None:
+def test_tls_to_an_etcd_that_speaks_plaintext_says_so(
+    shared_etcd: LocalEtcd, authority: Authority, processes: Processes
+) -> None:
     result = processes.run("list", "--cacert", authority.cert, ENGINES_ETCD=shared_etcd.endpoint)
     assert_one_line(result, Exit.ETCD, "it does not speak TLS there", "check --etcd")
 
@@ -160,19 +218,28 @@ def test_tls_to_an_etcd_that_speaks_plaintext_says_so(shared_etcd: LocalEtcd, au
 @pytest.mark.parametrize("option", ["cacert", "cert", "key"])
 @pytest.mark.parametrize("content", ["nothing", "text", "a folder"])
 def test_a_file_that_is_no_certificate_is_told_with_the_option(
-    etcd: LocalEtcd, client: dict[str, str], processes: Processes, tmp_path: Path, option: str, content: str
+    etcd: LocalEtcd,
+    client: dict[str, str],
+    processes: Processes,
+    tmp_path: Path,
+    option: str,
+    content: str,
 ) -> None:
     path = tmp_path / "wrong.crt"
     if content == "text":
         path.write_text("no certificate")
     elif content == "a folder":
         path.mkdir()
-    result = processes.run("list", *options({**client, option: str(path)}), ENGINES_ETCD=etcd.endpoint)
+    result = processes.run(
+        "list", *options({**client, option: str(path)}), ENGINES_ETCD=etcd.endpoint
+    )
     assert_one_line(result, Exit.ETCD, f"--{option}")
 
 
 def test_a_key_of_another_certificate_is_told(
     etcd: LocalEtcd, client: dict[str, str], stranger: Authority, processes: Processes
 ) -> None:
-    result = processes.run("list", *options({**client, "key": stranger.issue("other")[1]}), ENGINES_ETCD=etcd.endpoint)
+    result = processes.run(
+        "list", *options({**client, "key": stranger.issue("other")[1]}), ENGINES_ETCD=etcd.endpoint
+    )
     assert_one_line(result, Exit.ETCD, "another one's key: check --cacert, --cert and --key")

@@ -1,4 +1,6 @@
-"""Versions side by side, as during an upgrade or after a rollback: what this one does with records of later and earlier ones."""
+"""Versions side by side, as during an upgrade or after a rollback: what this one does with records
+of later and earlier ones.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from tests.support.ranks import register
 
 @pytest.fixture
 def raw(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Etcd]:
-    with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace=namespace))) as etcd:
+    with closing(
+        Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace=namespace))
+    ) as etcd:
         yield etcd
 
 
@@ -31,11 +35,20 @@ def rewrite(raw: Etcd, rank: int, **changes: Any) -> None:
     found = raw.get(record_key("a", 0))
     assert found is not None
     raw.commit(
-        [], [Put(record_key("a", rank), json.dumps({**json.loads(found.value), "rank": rank, **changes}).encode(), found.lease_id)]
+        [],
+        [
+            Put(
+                record_key("a", rank),
+                json.dumps({**json.loads(found.value), "rank": rank, **changes}).encode(),
+                found.lease_id,
+            )
+        ],
     )
 
 
-def test_a_rank_of_a_later_version_with_the_same_schema_is_read_as_any_other(registry: Registry, raw: Etcd) -> None:
+def test_a_rank_of_a_later_version_with_the_same_schema_is_read_as_any_other(
+    registry: Registry, raw: Etcd
+) -> None:
     with register(registry, "a", 0, 2) as ours, registry.watch("a") as watch:
         rewrite(raw, 1, writer="9.9.9", colour="blue", incarnation="f" * 32)
         events_until(watch, lambda event: isinstance(event, InstanceReady))
@@ -49,7 +62,9 @@ def test_a_rank_of_an_earlier_version_without_the_fields_that_came_later_is_read
         found = raw.get(record_key("a", 0))
         assert found is not None
         bare = {
-            name: value for name, value in json.loads(found.value).items() if name not in ("fabric", "device", "writer", "ended")
+            name: value
+            for name, value in json.loads(found.value).items()
+            if name not in ("fabric", "device", "writer", "ended")
         }
         value = json.dumps({**bare, "rank": 1, "incarnation": "f" * 32}).encode()
         raw.commit([], [Put(record_key("a", 1), value, found.lease_id)])
@@ -57,30 +72,46 @@ def test_a_rank_of_an_earlier_version_without_the_fields_that_came_later_is_read
         assert registry.resolve("a")[1].fabric == ""
 
 
-def test_a_rank_of_a_newer_schema_is_named_and_the_others_are_served_on(registry: Registry, raw: Etcd) -> None:
+def test_a_rank_of_a_newer_schema_is_named_and_the_others_are_served_on(
+    registry: Registry, raw: Etcd
+) -> None:
     with register(registry, "a", 0, 2), registry.watch() as watch:
         rewrite(raw, 1, schema=99)
         with register(registry, "b", 0, 1):
-            events_until(watch, lambda event: isinstance(event, InstanceReady) and event.status.instance == "b")
+            events_until(
+                watch,
+                lambda event: isinstance(event, InstanceReady) and event.status.instance == "b",
+            )
             first, second = registry.instances()
             assert first.state is InstanceState.DEGRADED
-            assert "/engines/a/1 has schema 99; this version reads up to 1: upgrade" in first.problems[0]
+            assert (
+                "/engines/a/1 has schema 99; this version reads up to 1: upgrade"
+                in first.problems[0]
+            )
             assert second.state is InstanceState.READY
             with pytest.raises(SchemaUnsupported, match="reads up to 1: upgrade"):
                 registry.resolve("a")
 
 
-def test_a_rank_that_is_rolled_back_is_refused_while_its_newer_self_is_registered(registry: Registry, raw: Etcd) -> None:
+def test_a_rank_that_is_rolled_back_is_refused_while_its_newer_self_is_registered(
+    registry: Registry, raw: Etcd
+) -> None:
     with register(registry, "a", 0, 2):
         rewrite(raw, 1, schema=99)
         with pytest.raises(RankConflict, match="has schema 99"):
             register(registry, "a", 1, 2)
-    with register(registry, "a", 1, 2) as ours:  # the newer one has ended, here with the lease that it shares
+    with register(
+        registry, "a", 1, 2
+    ) as ours:  # the newer one has ended, here with the lease that it shares
         assert registry.ranks("a") == (ours.record,)
 
 
-def test_a_cleaning_watch_leaves_ranks_of_a_newer_schema_alone(registry: Registry, raw: Etcd) -> None:
-    """Upgrading ranks before watchers: the loss of an old rank dooms the other old ones, never the new."""
+def test_a_cleaning_watch_leaves_ranks_of_a_newer_schema_alone(
+    registry: Registry, raw: Etcd
+) -> None:
+    """Upgrading ranks before watchers: the loss of an old rank dooms the other old ones, never the
+    new.
+    """
     with register(registry, "a", 0, 3), registry.cleaning_watch("a", grace_s=0.5) as watch:
         leaves = register(registry, "a", 1, 3)
         rewrite(raw, 2, schema=99)

@@ -1,4 +1,6 @@
-"""Never a wrong byte: digests, one version across ranks, and replicas that are only used where they hold the same."""
+"""Never a wrong byte: digests, one version across ranks, and replicas that are only used where they
+hold the same.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,22 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from engine_loader import InProcessEngine, Progress, Publication, Shard, load, load_instance, publish
-from engine_loader.errors import DigestMismatch, DigestsMissing, SourceLost, TornRead, VersionUnavailable
+from engine_loader import (
+    InProcessEngine,
+    Progress,
+    Publication,
+    Shard,
+    load,
+    load_instance,
+    publish,
+)
+from engine_loader.errors import (
+    DigestMismatch,
+    DigestsMissing,
+    SourceLost,
+    TornRead,
+    VersionUnavailable,
+)
 from engine_registry import ModelIdentity, Registry
 from tests.integration.test_load import Tensors, assert_equal, like, weights
 from tests.support.engines import Interrupted
@@ -24,43 +40,66 @@ def stack() -> Iterator[ExitStack]:
 
 
 def offer(stack: ExitStack, registry: Registry, tensors: Tensors, **fields: object) -> Publication:
-    defaults: dict[str, object] = {"instance": "a", "rank": 0, "world_size": 1, "model": ModelIdentity("m"), "digests": True}
+    defaults: dict[str, object] = {
+        "instance": "a",
+        "rank": 0,
+        "world_size": 1,
+        "model": ModelIdentity("m"),
+        "digests": True,
+    }
     engine = stack.enter_context(InProcessEngine())
     return stack.enter_context(publish(registry, engine, tensors=tensors, **{**defaults, **fields}))  # type: ignore[arg-type]
 
 
-# -- digests ---------------------------------------------------------------------------------------------------------------------
+# -- digests
+# --------------------------------------------------------------------------------------------------
 
 
-def test_digests_of_all_tensors_are_compared_also_after_an_update(stack: ExitStack, registry: Registry) -> None:
+def test_digests_of_all_tensors_are_compared_also_after_an_update(
+    stack: ExitStack, registry: Registry
+) -> None:
     source, destination = weights(), like(weights())
     publication = offer(stack, registry, source)
     load(registry, InProcessEngine(), "a", rank=0, tensors=destination, verify="digest")
     with publication.update():
         source["layer.0"].mul_(2)
     report = load(registry, InProcessEngine(), "a", rank=0, tensors=destination, verify="digest")
-    assert (report.version, report.nbytes) == (1, load(registry, InProcessEngine(), "a", rank=0, tensors=destination).nbytes)
+    assert (report.version, report.nbytes) == (
+        1,
+        load(registry, InProcessEngine(), "a", rank=0, tensors=destination).nbytes,
+    )
     assert_equal(destination, source)
 
 
-def test_one_flipped_bit_is_found_and_the_tensor_named(stack: ExitStack, registry: Registry) -> None:
+def test_one_flipped_bit_is_found_and_the_tensor_named(
+    stack: ExitStack, registry: Registry
+) -> None:
     source, destination = weights(), like(weights())
     offer(stack, registry, source)
     source["layer.1"].view(torch.uint8).flatten()[1234] ^= 4
-    with pytest.raises(DigestMismatch, match=r"1 of 8 tensors are not what /engines/a/0 published.*layer\.1") as caught:
+    with pytest.raises(
+        DigestMismatch, match=r"1 of 8 tensors are not what /engines/a/0 published.*layer\.1"
+    ) as caught:
         load(registry, InProcessEngine(), "a", rank=0, tensors=destination, verify="digest")
     assert caught.value.details["tensors"] == ["layer.1"]
     assert sorted(caught.value.details["complete"]) == sorted(set(source) - {"layer.1"})
 
 
-def test_a_source_without_digests_is_refused_before_a_byte_moves_or_passed_over(stack: ExitStack, registry: Registry) -> None:
+def test_a_source_without_digests_is_refused_before_a_byte_moves_or_passed_over(
+    stack: ExitStack, registry: Registry
+) -> None:
     offer(stack, registry, weights(), digests=False)
     destination = like(weights())
-    with pytest.raises(DigestsMissing, match="/engines/a/0 offers no digests: publish its weights with digests=True"):
+    with pytest.raises(
+        DigestsMissing,
+        match="/engines/a/0 offers no digests: publish its weights with digests=True",
+    ):
         load(registry, InProcessEngine(), "a", rank=0, tensors=destination, verify="digest")
     assert not destination["layer.0"].any()
     offer(stack, registry, weights(), instance="b")
-    report = load(registry, InProcessEngine(), ["a", "b"], rank=0, tensors=destination, verify="digest")
+    report = load(
+        registry, InProcessEngine(), ["a", "b"], rank=0, tensors=destination, verify="digest"
+    )
     assert [share.name for share in report.shares] == ["/engines/b/0"]
 
 
@@ -79,7 +118,9 @@ def test_sources_of_one_name_and_version_that_hold_different_weights_are_not_mix
     assert all(bool((tensor == value).all()) for tensor in destination.values())
 
 
-def test_sources_whose_digests_prove_that_they_hold_the_same_are_read_from_at_once(stack: ExitStack, registry: Registry) -> None:
+def test_sources_whose_digests_prove_that_they_hold_the_same_are_read_from_at_once(
+    stack: ExitStack, registry: Registry
+) -> None:
     for instance in ("a", "b"):
         offer(stack, registry, weights(), instance=instance, digests=True)
     contents = {registry.resolve(instance)[0].content for instance in ("a", "b")}
@@ -88,12 +129,18 @@ def test_sources_whose_digests_prove_that_they_hold_the_same_are_read_from_at_on
     assert sorted(share.name for share in report.shares) == ["/engines/a/0", "/engines/b/0"]
 
 
-# -- versions --------------------------------------------------------------------------------------------------------------------
+# -- versions
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_version_that_is_asked_for_is_loaded_or_refused(stack: ExitStack, registry: Registry) -> None:
+def test_a_version_that_is_asked_for_is_loaded_or_refused(
+    stack: ExitStack, registry: Registry
+) -> None:
     publication = offer(stack, registry, weights(), version=7)
-    assert load(registry, InProcessEngine(), "a", rank=0, tensors=like(weights()), version=7).version == 7
+    assert (
+        load(registry, InProcessEngine(), "a", rank=0, tensors=like(weights()), version=7).version
+        == 7
+    )
     with publication.update():
         pass
     with pytest.raises(VersionUnavailable, match="version 7 is not served: a has 8"):
@@ -104,7 +151,10 @@ def test_ranks_loaded_together_are_of_one_version_though_the_source_goes_on_in_b
     stack: ExitStack, registry: Registry
 ) -> None:
     sources = [weights(rank) for rank in range(2)]
-    publications = [offer(stack, registry, source, rank=rank, world_size=2) for rank, source in enumerate(sources)]
+    publications = [
+        offer(stack, registry, source, rank=rank, world_size=2)
+        for rank, source in enumerate(sources)
+    ]
     updates = [1]
 
     def go_on(_: Progress) -> None:
@@ -117,16 +167,25 @@ def test_ranks_loaded_together_are_of_one_version_though_the_source_goes_on_in_b
 
     wanted = [like(source) for source in sources]
     reports = load_instance(
-        registry, InProcessEngine(), "a", tensors=dict(enumerate(wanted)), progress=lambda progress: go_on(progress)
+        registry,
+        InProcessEngine(),
+        "a",
+        tensors=dict(enumerate(wanted)),
+        progress=lambda progress: go_on(progress),
     )
     assert [reports[rank].version for rank in range(2)] == [1, 1]
     for found, source in zip(wanted, sources, strict=True):
         assert_equal(found, source)
 
 
-def test_ranks_that_never_stay_at_one_content_are_an_error(stack: ExitStack, registry: Registry) -> None:
+def test_ranks_that_never_stay_at_one_content_are_an_error(
+    stack: ExitStack, registry: Registry
+) -> None:
     sources = [weights(rank) for rank in range(2)]
-    publications = [offer(stack, registry, source, rank=rank, world_size=2) for rank, source in enumerate(sources)]
+    publications = [
+        offer(stack, registry, source, rank=rank, world_size=2)
+        for rank, source in enumerate(sources)
+    ]
 
     ready = registry.ready
 
@@ -140,10 +199,17 @@ def test_ranks_that_never_stay_at_one_content_are_an_error(stack: ExitStack, reg
 
     registry.ready = ready_after_an_update  # type: ignore[method-assign, assignment]
     with pytest.raises(TornRead, match="between one rank and the next, in 5 tries"):
-        load_instance(registry, InProcessEngine(), "a", tensors={rank: like(weights(rank)) for rank in range(2)})
+        load_instance(
+            registry,
+            InProcessEngine(),
+            "a",
+            tensors={rank: like(weights(rank)) for rank in range(2)},
+        )
 
 
-def test_an_instance_that_starts_again_between_two_ranks_gives_one_launch(stack: ExitStack, registry: Registry) -> None:
+def test_an_instance_that_starts_again_between_two_ranks_gives_one_launch(
+    stack: ExitStack, registry: Registry
+) -> None:
     """Under the same version, with other weights."""
 
     def launch(number: int) -> ExitStack:
@@ -175,7 +241,8 @@ def test_an_instance_that_starts_again_between_two_ranks_gives_one_launch(stack:
     assert [reports[rank].version for rank in range(2)] == [0, 0]
 
 
-# -- replicas within an instance -------------------------------------------------------------------------------------------------
+# -- replicas within an instance
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stated", [True, False])
@@ -186,7 +253,15 @@ def test_a_replica_along_dp_is_read_from_only_if_the_manifests_say_that_it_holds
     shards = {name: Shard((2 << 20,), (0,)) for name in tensors} if stated else None
     for rank in range(2):
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        offer(stack, registry, copies, rank=rank, world_size=2, topology={"dp": (rank, 2)}, shards=shards)
+        offer(
+            stack,
+            registry,
+            copies,
+            rank=rank,
+            world_size=2,
+            topology={"dp": (rank, 2)},
+            shards=shards,
+        )
     destination = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     report = load(registry, InProcessEngine(), "a", rank=1, tensors=destination, shards=shards)
     assert {share.name for share in report.shares if share.nbytes} == (
@@ -206,11 +281,27 @@ def test_however_many_replicas_along_dp_hold_something_else_the_rank_itself_is_r
     for rank in range(6):
         shards = {"experts": Shard((6 << 10,), (rank << 10,))} if stated else None
         source = {"experts": torch.full((1 << 10,), float(rank))}
-        offer(stack, registry, source, rank=rank, world_size=6, topology={"dp": (rank, 6)}, shards=shards)
+        offer(
+            stack,
+            registry,
+            source,
+            rank=rank,
+            world_size=6,
+            topology={"dp": (rank, 6)},
+            shards=shards,
+        )
     for rank in range(6):
         shards = {"experts": Shard((6 << 10,), (rank << 10,))} if stated else None
         destination = {"experts": torch.zeros(1 << 10)}
-        report = load(registry, InProcessEngine(), "a", rank=rank, tensors=destination, shards=shards, max_sources=1)
+        report = load(
+            registry,
+            InProcessEngine(),
+            "a",
+            rank=rank,
+            tensors=destination,
+            shards=shards,
+            max_sources=1,
+        )
         assert [share.name for share in report.shares] == [f"/engines/a/{rank}"]
         assert bool((destination["experts"] == rank).all())
 
@@ -218,28 +309,55 @@ def test_however_many_replicas_along_dp_hold_something_else_the_rank_itself_is_r
 def test_a_rank_lost_on_the_way_is_lost_though_it_has_replicas_along_dp_that_state_no_boxes(
     stack: ExitStack, registry: Registry
 ) -> None:
-    publications = [offer(stack, registry, weights(), rank=rank, world_size=2, topology={"dp": (rank, 2)}) for rank in range(2)]
+    publications = [
+        offer(stack, registry, weights(), rank=rank, world_size=2, topology={"dp": (rank, 2)})
+        for rank in range(2)
+    ]
     engine = Interrupted(lambda: registry.evict(registry.ranks("a")[1]))
     with pytest.raises(SourceLost, match="/engines/a/1"):
         load(registry, engine, "a", rank=1, tensors=like(weights()))
     assert publications[0].record.rank == 0
 
 
-def test_of_more_sources_than_are_wanted_only_so_many_are_read(stack: ExitStack, registry: Registry) -> None:
+def test_of_more_sources_than_are_wanted_only_so_many_are_read(
+    stack: ExitStack, registry: Registry
+) -> None:
     for instance in "abc":
         offer(stack, registry, weights(), instance=instance)
     stack.enter_context(registry.pull(registry.ranks("a")[0]) or ExitStack())
-    report = load(registry, InProcessEngine(), ["a", "b", "c"], rank=0, tensors=like(weights()), max_sources=2)
-    assert {share.name for share in report.shares} == {"/engines/b/0", "/engines/c/0"}  # a has a reader already
+    report = load(
+        registry, InProcessEngine(), ["a", "b", "c"], rank=0, tensors=like(weights()), max_sources=2
+    )
+    assert {share.name for share in report.shares} == {
+        "/engines/b/0",
+        "/engines/c/0",
+    }  # a has a reader already
 
 
-def test_a_replica_along_dp_with_another_box_is_left_out(stack: ExitStack, registry: Registry) -> None:
+def test_a_replica_along_dp_with_another_box_is_left_out(
+    stack: ExitStack, registry: Registry
+) -> None:
     """Expert parallelism spread over dp: equal shapes, different experts."""
     for rank in range(2):
         shards = {"experts": Shard((2 << 20,), (rank << 20,))}
         source = {"experts": torch.full((1 << 20,), float(rank))}
-        offer(stack, registry, source, rank=rank, world_size=2, topology={"dp": (rank, 2)}, shards=shards)
+        offer(
+            stack,
+            registry,
+            source,
+            rank=rank,
+            world_size=2,
+            topology={"dp": (rank, 2)},
+            shards=shards,
+        )
     destination = {"experts": torch.zeros(1 << 20)}
-    report = load(registry, InProcessEngine(), "a", rank=1, tensors=destination, shards={"experts": Shard((2 << 20,), (1 << 20,))})
+    report = load(
+        registry,
+        InProcessEngine(),
+        "a",
+        rank=1,
+        tensors=destination,
+        shards={"experts": Shard((2 << 20,), (1 << 20,))},
+    )
     assert [share.name for share in report.shares] == ["/engines/a/1"]
     assert bool((destination["experts"] == 1).all())

@@ -9,7 +9,15 @@ from contextlib import closing
 
 import pytest
 
-from engine_registry import CleaningWatch, InstanceDegraded, InstanceReady, RankJoined, RankUpdated, Registry, Watch
+from engine_registry import (
+    CleaningWatch,
+    InstanceDegraded,
+    InstanceReady,
+    RankJoined,
+    RankUpdated,
+    Registry,
+    Watch,
+)
 from engine_registry.errors import EtcdError
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
@@ -27,22 +35,32 @@ def test_thousands_of_changes_reach_a_reader_that_comes_late_each_once_and_in_or
     with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as raw:
         put_ranks(raw, "a", RANKS)
         with registry.watch("a") as watch:
-            assert [type(watch.next(60)) for _ in range(RANKS + 1)] == [RankJoined] * RANKS + [InstanceReady]
+            assert [type(watch.next(60)) for _ in range(RANKS + 1)] == [RankJoined] * RANKS + [
+                InstanceReady
+            ]
             for version in (1, 2, 3):
                 put_ranks(raw, "a", RANKS, version=version, at_once=25)
             wait_until(lambda: watch._full_since is not None)
             assert watch._inbox.qsize() == 10
             events = list(itertools.islice(watch, 3 * RANKS + 6))
-    updates = [(event.record.version, event.record.rank) for event in events if isinstance(event, RankUpdated)]
+    updates = [
+        (event.record.version, event.record.rank)
+        for event in events
+        if isinstance(event, RankUpdated)
+    ]
     assert updates == [(version, rank) for version in (1, 2, 3) for rank in range(RANKS)]
     states = [type(event) for event in events if not isinstance(event, RankUpdated)]
     assert states == [InstanceDegraded, InstanceReady] * 3
 
 
 @pytest.mark.parametrize("kind", ["watch", "cleaning watch", "callback"])
-def test_a_watch_stops_although_etcd_hangs(own_etcd: LocalEtcd, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_watch_stops_although_etcd_hangs(
+    own_etcd: LocalEtcd, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with Registry.connect(own_etcd.endpoint, timeout_s=100) as registry:
-        watch: Watch | CleaningWatch = registry.cleaning_watch(grace_s=1) if kind == "cleaning watch" else registry.watch()
+        watch: Watch | CleaningWatch = (
+            registry.cleaning_watch(grace_s=1) if kind == "cleaning watch" else registry.watch()
+        )
         before = set(threading.enumerate())
         own_etcd.pause()
         try:
@@ -56,7 +74,11 @@ def test_a_watch_stops_although_etcd_hangs(own_etcd: LocalEtcd, kind: str, caplo
                 watch.stop()
             assert reader is not None
             reader.join(30)
-            ours = [thread for thread in {*threading.enumerate(), *before} if thread.name.startswith(("registry", "election"))]
+            ours = [
+                thread
+                for thread in {*threading.enumerate(), *before}
+                if thread.name.startswith(("registry", "election"))
+            ]
             assert not [thread.name for thread in [reader, *ours] if thread.is_alive()]
             assert caplog.messages == []
         finally:

@@ -1,4 +1,6 @@
-"""Who reads from whom, as `engines list` and `show` tell it: of loads that are going on, and of those who may not see tickets."""
+"""Who reads from whom, as `engines list` and `show` tell it: of loads that are going on, and of
+those who may not see tickets.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,11 @@ HERE = f"{socket.gethostname()} pid {os.getpid()}"
 
 
 @contextmanager
-def half_way(registry: Registry, processes: Processes, publish: str | None = None) -> Iterator[None]:
-    """A real load from a/0 that has come to its half, waits there as long as the block lasts, and then comes to its end.
+def half_way(
+    registry: Registry, processes: Processes, publish: str | None = None
+) -> Iterator[None]:
+    """A real load from a/0 that has come to its half, waits there as long as the block lasts, and
+    then comes to its end.
 
     With `publish` it is one into a rank of that instance.
     """
@@ -46,7 +51,14 @@ def half_way(registry: Registry, processes: Processes, publish: str | None = Non
     def run() -> None:
         with MooncakeEngine("127.0.0.1") as engine:
             report = load(
-                registry, engine, "a", rank=0, tensors=tensors, pace=PACE, progress=wait_at_half, publish=publish or False
+                registry,
+                engine,
+                "a",
+                rank=0,
+                tensors=tensors,
+                pace=PACE,
+                progress=wait_at_half,
+                publish=publish or False,
             )
             if report.publication is not None:
                 report.publication.close()
@@ -89,12 +101,18 @@ def test_a_load_into_a_process_that_is_no_rank_is_seen_with_its_progress(
         (rank,) = json.loads(engines("show", "a", "--json").stdout)["ranks"]
         assert (rank["progress"], rank["reads_from"]) == (None, [])
         (reader,) = rank["readers"]
-        assert (reader["reader"], reader["host"], reader["pid"]) == (None, socket.gethostname(), os.getpid())
+        assert (reader["reader"], reader["host"], reader["pid"]) == (
+            None,
+            socket.gethostname(),
+            os.getpid(),
+        )
         assert (reader["nbytes"], reader["total_nbytes"]) == (pull.nbytes, pull.total_nbytes)
     assert "who reads" not in engines("show", "a").stdout
 
 
-def test_a_load_into_a_rank_that_is_registered_is_its_progress(engines: Engines, registry: Registry, processes: Processes) -> None:
+def test_a_load_into_a_rank_that_is_registered_is_its_progress(
+    engines: Engines, registry: Registry, processes: Processes
+) -> None:
     with half_way(registry, processes, publish="b"):
         pull = told(registry)
         assert pull.reader == Reader.of(the_rank(registry, "b"))
@@ -104,7 +122,10 @@ def test_a_load_into_a_rank_that_is_registered_is_its_progress(engines: Engines,
         listed = json.loads(engines("list", "--json").stdout)["instances"]
         assert [each["loading"] for each in listed] == [[], [{"rank": 0, "progress": progress}]]
         for name in ("a", "b"):
-            assert engines("show", name).stdout.splitlines()[-2:] == ["a/0  ready", f"  b/0  {loading}"]
+            assert engines("show", name).stdout.splitlines()[-2:] == [
+                "a/0  ready",
+                f"  b/0  {loading}",
+            ]
         shown = json.loads(engines("show", "b", "--json").stdout)
         (rank,) = shown["ranks"]
         assert (rank["state"], rank["progress"], rank["readers"]) == ("loading", progress, [])
@@ -112,7 +133,9 @@ def test_a_load_into_a_rank_that_is_registered_is_its_progress(engines: Engines,
         assert [each["source"]["instance"] for each in shown["pulls"]] == ["a"]
 
 
-def test_a_chain_is_a_tree_and_with_a_rank_only_what_it_belongs_to(engines: Engines, registry: Registry) -> None:
+def test_a_chain_is_a_tree_and_with_a_rank_only_what_it_belongs_to(
+    engines: Engines, registry: Registry
+) -> None:
     with (
         register(registry, "a", rank=0, world_size=2),
         register(registry, "a", rank=1, world_size=2),
@@ -124,22 +147,44 @@ def test_a_chain_is_a_tree_and_with_a_rank_only_what_it_belongs_to(engines: Engi
         tickets = [registry.pull(first, b), registry.pull(b, c), registry.pull(second)]
         tree = ["a/0  ready", "  b/0  loading", "    c/0  loading"]
         rest = ["a/1  ready", f"  {HERE}"]
-        assert engines("show", "b").stdout.splitlines()[-6:] == ["who reads from whom:", *tree, *rest]
-        assert engines("show", "a", "--rank", "0").stdout.splitlines()[-4:] == ["who reads from whom:", *tree]
-        assert engines("show", "a", "--rank", "1").stdout.splitlines()[-3:] == ["who reads from whom:", *rest]
+        assert engines("show", "b").stdout.splitlines()[-6:] == [
+            "who reads from whom:",
+            *tree,
+            *rest,
+        ]
+        assert engines("show", "a", "--rank", "0").stdout.splitlines()[-4:] == [
+            "who reads from whom:",
+            *tree,
+        ]
+        assert engines("show", "a", "--rank", "1").stdout.splitlines()[-3:] == [
+            "who reads from whom:",
+            *rest,
+        ]
         for ticket in tickets:
             assert ticket is not None
             ticket.close()
 
 
-def test_tickets_that_lie_and_nonsense_are_shown_as_what_they_say_or_not_at_all(engines: Engines, registry: Registry) -> None:
+def test_tickets_that_lie_and_nonsense_are_shown_as_what_they_say_or_not_at_all(
+    engines: Engines, registry: Registry
+) -> None:
     with register(registry, "a"):
         record = the_rank(registry, "a")
         ours = {"instance": "a", "rank": 0, "incarnation": record.incarnation}
         etcd = registry._etcd
         lease_id = etcd.grant(60)
         for name, value in (
-            ("circle", json.dumps({"incarnation": record.incarnation, "reader": ours, "nbytes": 9, "total_nbytes": 1}).encode()),
+            (
+                "circle",
+                json.dumps(
+                    {
+                        "incarnation": record.incarnation,
+                        "reader": ours,
+                        "nbytes": 9,
+                        "total_nbytes": 1,
+                    }
+                ).encode(),
+            ),
             ("escape", json.dumps({"incarnation": record.incarnation, "host": "\x1b[2J"}).encode()),
             ("deep", b"[" * 3_000),
             ("long", b"[" + b"1," * 300_000 + b"1]"),
@@ -148,13 +193,18 @@ def test_tickets_that_lie_and_nonsense_are_shown_as_what_they_say_or_not_at_all(
         shown = engines("show", "a")
         assert (shown.returncode, shown.stderr) == (0, "")
         assert shown.stdout.splitlines()[-3:] == [
-            "who reads from whom:", "a/0  ready", "  a/0  ready  (what reads from it stands elsewhere)",
+            "who reads from whom:", "a/0  ready", (
+                "  a/0  ready  (what reads from it stands "
+                "elsewhere)"
+            ),
         ]  # fmt: skip
         assert len(json.loads(engines("show", "a", "--json").stdout)["pulls"]) == 1
         etcd.revoke(lease_id)
 
 
-def test_an_expired_ticket_does_not_come_back_with_what_it_is_told(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expired_ticket_does_not_come_back_with_what_it_is_told(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("engine_registry.pulls._TELL_S", 0.01)
     with register(registry, "a"):
         ticket = registry.pull(the_rank(registry, "a"))

@@ -1,4 +1,6 @@
-"""A BERT encoder of the usual module names, so that real checkpoints of it load: what `load_module` is tried on."""
+"""A BERT encoder of the usual module names, so that real checkpoints of it load: what `load_module`
+is tried on.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +36,28 @@ class Embeddings(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         places = self.position_embeddings(self.position_ids[: ids.shape[-1]])
-        normed: torch.Tensor = self.LayerNorm(self.word_embeddings(ids) + places + self.token_type_embeddings.weight[0])
+        normed: torch.Tensor = self.LayerNorm(
+            self.word_embeddings(ids) + places + self.token_type_embeddings.weight[0]
+        )
         return normed
 
 
 class SelfAttention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.query, self.key, self.value = (nn.Linear(config.hidden, config.hidden) for _ in range(3))
+        self.query, self.key, self.value = (
+            nn.Linear(config.hidden, config.hidden) for _ in range(3)
+        )
         self.heads = config.heads
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = (
-            each(x).unflatten(-1, (self.heads, -1)).transpose(-3, -2) for each in (self.query, self.key, self.value)
+            each(x).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+            for each in (self.query, self.key, self.value)
         )
-        return functional.scaled_dot_product_attention(query, key, value).transpose(-3, -2).flatten(-2)
+        return (
+            functional.scaled_dot_product_attention(query, key, value).transpose(-3, -2).flatten(-2)
+        )
 
 
 class Output(nn.Module):
@@ -65,7 +74,9 @@ class Output(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": Output(config.hidden, config)})
+        self.attention = nn.ModuleDict(
+            {"self": SelfAttention(config), "output": Output(config.hidden, config)}
+        )
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden, config.inner)})
         self.output = Output(config.inner, config)
 
@@ -80,7 +91,9 @@ class Bert(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.layers))})
+        self.encoder = nn.ModuleDict(
+            {"layer": nn.ModuleList(Layer(config) for _ in range(config.layers))}
+        )
         self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden, config.hidden)})
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

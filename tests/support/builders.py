@@ -1,4 +1,6 @@
-"""Good values that tests vary: each builder gives a valid one, and takes the fields that the test is about."""
+"""Good values that tests vary: each builder gives a valid one, and takes the fields that the test
+is about.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,12 @@ def stored(record: RankRecord, mod_revision: int = 1) -> KeyValue:
 
 def a_pull(**changes: Any) -> Pull:
     """From the record that `a_record` gives."""
-    return replace(Pull("qwen", 0, INCARNATION, "load-1", "node-2", 12, began_at="2026-01-02T03:04:06.000+00:00"), **changes)
+    return replace(
+        Pull(
+            "qwen", 0, INCARNATION, "load-1", "node-2", 12, began_at="2026-01-02T03:04:06.000+00:00"
+        ),
+        **changes,
+    )
 
 
 def ticket(pull: Pull, mod_revision: int = 1) -> KeyValue:

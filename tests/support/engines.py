@@ -10,7 +10,9 @@ from engine_loader.publishing.header import NBYTES as HEADER_NBYTES
 
 
 class Interrupted(InProcessEngine):
-    """Runs `action` when the read of weights (not of a header) that is the `at`th has come, or with `always` every one."""
+    """Runs `action` when the read of weights (not of a header) that is the `at`th has come, or with
+    `always` every one.
+    """
 
     def __init__(self, action: Callable[[], object], at: int = 1, always: bool = False) -> None:
         super().__init__()

@@ -1,8 +1,10 @@
-"""An etcd in memory for what registrations need of one: revisions, guarded transactions, leases. No threads, no clock.
+"""An etcd in memory for what registrations need of one: revisions, guarded transactions, leases. No
+threads, no clock.
 
-Faults have names: `available` False refuses every call, `full` what takes space, `expire` ends a lease, `delete` removes a key as
-an operator would, `lose_next_answer` carries the next transaction out without saying so, `retry_next_commit` carries it out and
-then tries it again, as the adapter does where an answer was lost, `before_commit` runs between a reader's look and its write,
+Faults have names: `available` False refuses every call, `full` what takes space, `expire` ends a
+lease, `delete` removes a key as an operator would, `lose_next_answer` carries the next transaction
+out without saying so, `retry_next_commit` carries it out and then tries it again, as the adapter
+does where an answer was lost, `before_commit` runs between a reader's look and its write,
 `refuse_to_revoke` is what etcd does where a key that we may not write hangs on the lease.
 """
 
@@ -36,7 +38,8 @@ class FakeEtcd(Etcd):
         self._leases: dict[int, float] = {}
         self._lease_ids = itertools.count(100)
 
-    # -- what a test looks at and breaks -------------------------------------------------------------------------------------
+    # -- what a test looks at and breaks
+    # -------------------------------------------------------------------------------------
 
     @property
     def keys(self) -> list[str]:
@@ -73,7 +76,8 @@ class FakeEtcd(Etcd):
     def lease_of(self, key: str) -> int:
         return self._items[key].lease_id
 
-    # -- etcd ----------------------------------------------------------------------------------------------------------------
+    # -- etcd
+    # ----------------------------------------------------------------------------------------------
 
     def get(self, key: str, revision: int = 0) -> KeyValue | None:
         self._check_available()
@@ -86,11 +90,17 @@ class FakeEtcd(Etcd):
 
     def snapshot(self, prefix: str) -> Snapshot:
         self._check_available()
-        return Snapshot(self._revision, tuple(self._items[key] for key in sorted(self._items) if key.startswith(prefix)))
+        return Snapshot(
+            self._revision,
+            tuple(self._items[key] for key in sorted(self._items) if key.startswith(prefix)),
+        )
 
     def oldest(self, prefix: str, limit: int) -> Snapshot:
         everything = self.snapshot(prefix)
-        return replace(everything, items=tuple(sorted(everything.items, key=lambda item: item.create_revision)[:limit]))
+        return replace(
+            everything,
+            items=tuple(sorted(everything.items, key=lambda item: item.create_revision)[:limit]),
+        )
 
     def commit(self, guards: Sequence[Guard], writes: Sequence[Put | Delete]) -> int:
         self._check_available()
@@ -150,8 +160,14 @@ class FakeEtcd(Etcd):
             raise LeaseNotFound(f"lease {write.lease_id} has expired")
 
     def _holds(self, guard: Guard) -> bool:
-        """As in etcd, an absent key has revision 0, and a guard on a prefix holds for each key that is there."""
-        found = [self._items[key] for key in self._items if key == guard.key or (guard.prefix and key.startswith(guard.key))]
+        """As in etcd, an absent key has revision 0, and a guard on a prefix holds for each key that
+        is there.
+        """
+        found = [
+            self._items[key]
+            for key in self._items
+            if key == guard.key or (guard.prefix and key.startswith(guard.key))
+        ]
         values = [getattr(item, guard.target) for item in found] or [0]
         if guard.content is not None and [item.value for item in found] != [guard.content]:
             return False
@@ -167,12 +183,18 @@ class FakeEtcd(Etcd):
         self._revision += 1
         for write in writes:
             if isinstance(write, Delete):
-                for key in [key for key in self._items if key == write.key or (write.prefix and key.startswith(write.key))]:
+                for key in [
+                    key
+                    for key in self._items
+                    if key == write.key or (write.prefix and key.startswith(write.key))
+                ]:
                     del self._items[key]
                     self.history.append(Deletion(key, self._revision))
                 continue
             before = self._items.get(write.key)
             created = before.create_revision if before else self._revision
             lease_id = before.lease_id if before and write.lease_id is None else write.lease_id or 0
-            self._items[write.key] = KeyValue(write.key, write.value, created, self._revision, lease_id)
+            self._items[write.key] = KeyValue(
+                write.key, write.value, created, self._revision, lease_id
+            )
             self.history.append(self._items[write.key])

@@ -1,4 +1,6 @@
-"""Faults with names: a way to etcd that can be cut without anybody being told, an etcd without space, a second version of it."""
+"""Faults with names: a way to etcd that can be cut without anybody being told, an etcd without
+space, a second version of it.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,14 @@ from engine_registry.schema.address import join
 from engine_registry.schema.keyvalue import Put
 from tests.support.waiting import wait_until
 
-# Where the set-up unpacks Debian's etcd, so that there is a second version to test on (3.4.23 in Debian 12).
+# Where the set-up unpacks Debian's etcd, so that there is a second version to test on (3.4.23 in
+# Debian 12).
 DEBIAN_ETCD = Path(sys.prefix) / "debian-etcd" / "usr" / "bin" / "etcd"
 
 
 class Proxy:
-    """A way to `target` that forwards, or as a black hole keeps its connections open and passes nothing on.
+    """A way to `target` that forwards, or as a black hole keeps its connections open and passes
+    nothing on.
 
     `delay_s` is what each way takes, as over a long distance.
     """
@@ -38,7 +42,9 @@ class Proxy:
         self._open.set()
         self._closed = False
         self._sockets: list[socket.socket] = []
-        self._listener = socket.create_server((at, 0), family=socket.AF_INET6 if ":" in at else socket.AF_INET)
+        self._listener = socket.create_server(
+            (at, 0), family=socket.AF_INET6 if ":" in at else socket.AF_INET
+        )
         self.endpoint = join(at, self._listener.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -46,7 +52,9 @@ class Proxy:
         self._open.clear()
 
     def mend(self) -> None:
-        """What was sent into the black hole is lost, as over a network: its connections break when they are used again."""
+        """What was sent into the black hole is lost, as over a network: its connections break when
+        they are used again.
+        """
         self.break_connections()
         self._open.set()
 
@@ -100,7 +108,9 @@ class Proxy:
 
 
 class _PeerProxy(Proxy):
-    """The way to a member for the others of its cluster; `outcast` is the id of one that may not pass."""
+    """The way to a member for the others of its cluster; `outcast` is the id of one that may not
+    pass.
+    """
 
     outcast = b""
 
@@ -109,19 +119,26 @@ class _PeerProxy(Proxy):
 
 
 class DivisibleCluster:
-    """Three members, of which the first can be cut off from the others while clients still reach all of them."""
+    """Three members, of which the first can be cut off from the others while clients still reach
+    all of them.
+    """
 
     def __init__(self, binary: str) -> None:
         ports = [free_port() for _ in range(3)]
         self._ways = [_PeerProxy(f"127.0.0.1:{port}") for port in ports]
-        initial = ",".join(f"m{number}=http://{way.endpoint}" for number, way in enumerate(self._ways))
+        initial = ",".join(
+            f"m{number}=http://{way.endpoint}" for number, way in enumerate(self._ways)
+        )
         self.members = [
             LocalEtcd(
                 binary=binary,
                 name=f"m{number}",
                 peer_port=int(way.endpoint.rpartition(":")[2]),
                 initial_cluster=initial,
-                extra_args=["--listen-peer-urls", f"http://127.0.0.1:{port}"],  # the last of two such options holds
+                extra_args=[
+                    "--listen-peer-urls",
+                    f"http://127.0.0.1:{port}",
+                ],  # the last of two such options holds
             )
             for number, (way, port) in enumerate(zip(self._ways, ports, strict=True))
         ]
@@ -133,13 +150,17 @@ class DivisibleCluster:
     def cut_off_the_first(self) -> None:
         """Returns when it knows that it has no leader."""
         listed = etcdctl(self.members[0].endpoint, "member", "list").splitlines()
-        outcast = next(line.split(", ")[0] for line in listed if line.split(", ")[2] == "m0").encode()
+        outcast = next(
+            line.split(", ")[0] for line in listed if line.split(", ")[2] == "m0"
+        ).encode()
         self._ways[0].cut()
         for way in self._ways[1:]:
             way.outcast = outcast
         for way in self._ways:
             way.break_connections()
-        with closing(Etcd(EtcdConfig(parse_endpoints(self.members[0].endpoint), timeout_s=1.0))) as etcd:
+        with closing(
+            Etcd(EtcdConfig(parse_endpoints(self.members[0].endpoint), timeout_s=1.0))
+        ) as etcd:
             while True:
                 try:
                     etcd.get("/health")
@@ -157,7 +178,9 @@ class DivisibleCluster:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         for member in self.members:
             member.__exit__(kind, exc, tb)
         for way in self._ways:
@@ -168,7 +191,15 @@ class DivisibleCluster:
 def a_learner(of: LocalEtcd) -> Iterator[LocalEtcd]:
     """A second member of this one's cluster, which has no vote."""
     port = free_port()
-    etcdctl(of.endpoint, "member", "add", "learner", "--learner", "--peer-urls", f"http://127.0.0.1:{port}")
+    etcdctl(
+        of.endpoint,
+        "member",
+        "add",
+        "learner",
+        "--learner",
+        "--peer-urls",
+        f"http://127.0.0.1:{port}",
+    )
     learner = LocalEtcd(
         binary=of.binary,
         name="learner",
@@ -189,8 +220,18 @@ def a_learner(of: LocalEtcd) -> Iterator[LocalEtcd]:
 def a_grpc_proxy(to: LocalEtcd) -> Iterator[str]:
     """etcd's own proxy, of the same version; yields its endpoint."""
     endpoint = f"127.0.0.1:{free_port()}"
-    command = [to.binary, "grpc-proxy", "start", f"--endpoints={to.endpoint}", f"--listen-addr={endpoint}"]
-    proxy = subprocess.Popen([*command, f"--advertise-client-url={endpoint}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        to.binary,
+        "grpc-proxy",
+        "start",
+        f"--endpoints={to.endpoint}",
+        f"--listen-addr={endpoint}",
+    ]
+    proxy = subprocess.Popen(
+        [*command, f"--advertise-client-url={endpoint}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         with closing(Etcd(EtcdConfig(parse_endpoints(endpoint), timeout_s=20.0))) as etcd:
             wait_until(lambda: _answers(etcd))
@@ -211,7 +252,9 @@ def etcdctl(endpoint: str, *args: str) -> str:
     """Runs etcdctl of the embedded etcd's version."""
     program = Path(find_binary()).with_name("etcdctl")
     command: Sequence[str] = [str(program), "--endpoints", endpoint, *args]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env={"ETCDCTL_API": "3"}).stdout
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env={"ETCDCTL_API": "3"}
+    ).stdout
 
 
 def fill_until_no_space(etcd: Etcd) -> None:

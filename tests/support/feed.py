@@ -61,7 +61,9 @@ class _Stream:
     def _at(self, number: int) -> Batch | None:
         given = self._feed.given
         with self._feed.changed:
-            more = self._feed.changed.wait_for(lambda: self._cancelled or len(given) > number, self._timeout_s)
+            more = self._feed.changed.wait_for(
+                lambda: self._cancelled or len(given) > number, self._timeout_s
+            )
             return given[number] if more and not self._cancelled else None
 
     def cancel(self) -> None:

@@ -1,6 +1,8 @@
-"""Checks the history of one rank's key, as etcd tells it: who held the rank when, and whether anybody held it who must not have.
+"""Checks the history of one rank's key, as etcd tells it: who held the rank when, and whether
+anybody held it who must not have.
 
-A history is what a watcher of the records and of the marks of evictions has seen, in the order of revisions. Pure.
+A history is what a watcher of the records and of the marks of evictions has seen, in the order of
+revisions. Pure.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ EVICTED = "/evicted/"
 
 @dataclass(frozen=True)
 class Step:
-    """What stood under the key from a revision on: somebody's live record, a record that says that it has ended, or nothing."""
+    """What stood under the key from a revision on: somebody's live record, a record that says that
+    it has ended, or nothing.
+    """
 
     revision: int
     holder: str = ""  # the incarnation
@@ -41,7 +45,11 @@ def evictions(changes: Iterable[Change], key: str) -> dict[str, int]:
     """The revision at which each incarnation was evicted."""
     instance, rank = parse_record_key(key) or ("", 0)
     prefix = f"{EVICTED}{instance}/{rank}/"
-    puts = [change for change in changes if isinstance(change, KeyValue) and change.key.startswith(prefix)]
+    puts = [
+        change
+        for change in changes
+        if isinstance(change, KeyValue) and change.key.startswith(prefix)
+    ]
     return {put.key.removeprefix(prefix): put.mod_revision for put in puts}
 
 
@@ -60,10 +68,15 @@ def faults(changes: Iterable[Change], key: str) -> list[str]:
             continue
         if step.holder != holder:
             if not over:
-                told.append(f"{step.revision}: {step.holder} took the rank from {holder}, which had not ended")
+                told.append(
+                    f"{step.revision}: {step.holder} took the rank from {holder}, which had "
+                    "not ended"
+                )
             before.add(holder)
             if step.holder in before:
-                told.append(f"{step.revision}: {step.holder} is back after another has held the rank")
+                told.append(
+                    f"{step.revision}: {step.holder} is back after another has held the rank"
+                )
         if step.revision > evicted.get(step.holder, step.revision):
             told.append(f"{step.revision}: {step.holder} is back after it was evicted")
         holder, over = step.holder, False

@@ -1,7 +1,9 @@
-"""What may answer at the address of a transfer engine: a server that speaks Mooncake's handshake, or nearly.
+"""What may answer at the address of a transfer engine: a server that speaks Mooncake's handshake,
+or nearly.
 
 A reader sends its own description and expects the peer's: eight bytes with the length of what
-follows, little-endian, a byte with the kind of the message, and JSON. Then the peer closes the connection.
+follows, little-endian, a byte with the kind of the message, and JSON. Then the peer closes the
+connection.
 """
 
 from __future__ import annotations
@@ -103,9 +105,13 @@ class HostilePeer:
         with suppress(OSError):
             while True:
                 connection, _ = self._server.accept()
-                behave = self._behaviours.pop(0) if len(self._behaviours) > 1 else self._behaviours[0]
+                behave = (
+                    self._behaviours.pop(0) if len(self._behaviours) > 1 else self._behaviours[0]
+                )
                 self._connections.append(connection)
-                threading.Thread(target=self._answer, args=(connection, behave), daemon=True).start()
+                threading.Thread(
+                    target=self._answer, args=(connection, behave), daemon=True
+                ).start()
 
     def _answer(self, connection: socket.socket, behave: Behaviour) -> None:
         with suppress(OSError), connection:
@@ -123,5 +129,7 @@ class HostilePeer:
     def __enter__(self) -> HostilePeer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()

@@ -1,6 +1,8 @@
-"""Weights that say where they come from: every 8-byte word names a launch, a version, a rank and its place.
+"""Weights that say where they come from: every 8-byte word names a launch, a version, a rank and
+its place.
 
-So a mix of two launches, versions or ranks cannot pass for one of them, however little of either it has.
+So a mix of two launches, versions or ranks cannot pass for one of them, however little of either it
+has.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ class Origin:
 
     @property
     def _tag(self) -> int:
-        return (self.launch << (_VERSION_BITS + _RANK_BITS)) | (self.version << _RANK_BITS) | self.rank
+        return (
+            (self.launch << (_VERSION_BITS + _RANK_BITS)) | (self.version << _RANK_BITS) | self.rank
+        )
 
 
 def words(origin: Origin, count: int, first: int = 0) -> torch.Tensor:
@@ -34,7 +38,8 @@ def words(origin: Origin, count: int, first: int = 0) -> torch.Tensor:
 
 
 def origins(found: torch.Tensor, places: torch.Tensor | None = None) -> Counter[Origin | None]:
-    """How many words of the int64 tensor are whose. Those that are not in their places are nobody's: None.
+    """How many words of the int64 tensor are whose. Those that are not in their places are
+    nobody's: None.
 
     `places` are where in the whole the words belong; without it they are the whole.
     """
@@ -42,14 +47,18 @@ def origins(found: torch.Tensor, places: torch.Tensor | None = None) -> Counter[
     places = torch.arange(flat.numel()) if places is None else places.reshape(-1)
     tags = torch.where((flat & ((1 << _PLACE_BITS) - 1)) == places, flat >> _PLACE_BITS, -1)
     values, counts = torch.unique(tags, return_counts=True)
-    return Counter({_origin(int(tag)): int(count) for tag, count in zip(values, counts, strict=True)})
+    return Counter(
+        {_origin(int(tag)): int(count) for tag, count in zip(values, counts, strict=True)}
+    )
 
 
 def _origin(tag: int) -> Origin | None:
     if tag < 0:
         return None
     return Origin(
-        tag >> (_VERSION_BITS + _RANK_BITS), (tag >> _RANK_BITS) & ((1 << _VERSION_BITS) - 1), tag & ((1 << _RANK_BITS) - 1)
+        tag >> (_VERSION_BITS + _RANK_BITS),
+        (tag >> _RANK_BITS) & ((1 << _VERSION_BITS) - 1),
+        tag & ((1 << _RANK_BITS) - 1),
     )
 
 

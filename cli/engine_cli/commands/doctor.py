@@ -16,14 +16,26 @@ from engine_cli.render.printable import printable
 from engine_cli.render.tables import print_json, print_table
 from engine_cli.signals import raised
 
-PROTOCOLS = ("tcp", "rdma", "nvlink_intra")  # registry's, which must not be imported here: that it can be is looked at
+PROTOCOLS = (
+    "tcp",
+    "rdma",
+    "nvlink_intra",
+)  # registry's, which must not be imported here: that it can be is looked at
 
 
 @click.command("doctor")
-@click.option("--peer", metavar="INSTANCE", help="Also look at every rank of this instance, and read from it.")
+@click.option(
+    "--peer", metavar="INSTANCE", help="Also look at every rank of this instance, and read from it."
+)
 @rank_option(required=False, help="With --peer: this rank only.")
 @click.option("--host", help="Address of this machine. Default: the one that etcd sees.")
-@click.option("--protocol", type=click.Choice(PROTOCOLS), default="tcp", show_default=True, help="How to read.")
+@click.option(
+    "--protocol",
+    type=click.Choice(PROTOCOLS),
+    default="tcp",
+    show_default=True,
+    help="How to read.",
+)
 @json_option
 @etcd_settings
 @click.pass_context
@@ -36,17 +48,23 @@ def command(
     protocol: str,
     as_json: bool,
 ) -> int:
-    """Look for what would keep ranks from being registered, found or read here: etcd, this machine, the transfer engine, and with
+    """Look for what would keep ranks from being registered, found or read here: etcd, this machine,
+    the transfer engine, and with
     --peer the ranks of an instance.
 
-    Each finding is ok, warn, fail or skipped; under a warning or failure stands what mends it. The exit code is 1 if anything
-    failed. All checks run at the same time and for a limited time, whatever hangs. Nothing is left in etcd.
+    Each finding is ok, warn, fail or skipped; under a warning or failure stands what mends it. The
+    exit code is 1 if anything failed. All checks run at the same time and for a limited time,
+    whatever hangs. Nothing is left in etcd.
     """
     from engine_cli.doctor.examination import Asked, examine
 
     if rank is not None and peer is None:
         raise click.UsageError("--rank goes with --peer: it is that instance's rank")
-    given = {name for name in ("timeout", "protocol") if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    given = {
+        name
+        for name in ("timeout", "protocol")
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
     asked = Asked(
         etcd=etcd,
         limit_s=etcd["timeout"] if "timeout" in given else None,
@@ -64,7 +82,11 @@ def command(
     if as_json:
         print_json({"ok": not failed, "checks": [finding.to_json() for finding in findings]})
     else:
-        print_table(("STATUS", "CHECK", "WHAT"), [row for finding in findings for row in _rows(finding)], prose=True)
+        print_table(
+            ("STATUS", "CHECK", "WHAT"),
+            [row for finding in findings for row in _rows(finding)],
+            prose=True,
+        )
         click.echo(printable(summary(findings)))
     return Exit.FAILED if failed else Exit.DONE
 
@@ -78,7 +100,9 @@ def summary(findings: Sequence[Finding]) -> str:
     """Which checks are to be looked at, the worst first."""
     parts = []
     for status, word in ((Status.FAIL, "failed"), (Status.WARN, "to look at")):
-        checks = list(dict.fromkeys(finding.check for finding in findings if finding.status is status))
+        checks = list(
+            dict.fromkeys(finding.check for finding in findings if finding.status is status)
+        )
         if checks:
             parts.append(f"{word}: {', '.join(checks)}")
     return "; ".join(parts) if parts else "all is well"

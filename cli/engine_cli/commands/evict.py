@@ -22,8 +22,9 @@ from engine_registry.errors import RecordDamaged
 def command(connect: Callable[[], Registry], instance: str, rank: int | None) -> int:
     """Take an instance, or one rank, out of the registry.
 
-    The processes go on, but are told that they are evicted, and do not come back by themselves. A rank that changes at the very
-    moment is left alone, and the exit code is 1. So is a key that holds no record that can be read: nobody knows whose it is.
+    The processes go on, but are told that they are evicted, and do not come back by themselves. A
+    rank that changes at the very moment is left alone, and the exit code is 1. So is a key that
+    holds no record that can be read: nobody knows whose it is.
     """
     with connect() as registry:
         damaged = registry.damaged(instance, rank)
@@ -31,7 +32,11 @@ def command(connect: Callable[[], Registry], instance: str, rank: int | None) ->
         evicted = [registry.evict(record) for record in records]
     for record, done in zip(records, evicted, strict=True):
         name = f"{record.instance}/{record.rank}"
-        click.echo(f"evicted {name} ({record.holder})" if done else f"{name} has changed meanwhile and was left: try again")
+        click.echo(
+            f"evicted {name} ({record.holder})"
+            if done
+            else f"{name} has changed meanwhile and was left: try again"
+        )
     if damaged:
         raise RecordDamaged("; ".join(map(str, damaged)))
     return Exit.DONE if all(evicted) else Exit.FAILED

@@ -20,20 +20,57 @@ from engine_registry.watching.metrics import WatchMetrics
 
 
 @click.command("gateway")
-@click.option("--instance", required=True, metavar="NAME", help="Which instance the paths without a name serve.")
-@click.option("--world-size", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Its number of ranks, which SGLang's seeds do not tell.")  # fmt: skip
-@click.option("--model", help="Its model name. Default: the instance's name.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all interfaces.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=6789, show_default=True, help="Port to listen at; 0 takes a free one."
+    "--instance",
+    required=True,
+    metavar="NAME",
+    help="Which instance the paths without a name serve.",
 )
-@click.option("--ttl", type=Seconds(min=2), default=60.0, show_default=True, metavar="S",
-              help="How long the ranks of seeds stay listed while no gateway runs.")  # fmt: skip
-@click.option("--probe-interval", type=Seconds(min_open=True), default=2.0, show_default=True, metavar="S",
-              help="How often each seed is looked at.")  # fmt: skip
-@click.option("--probe-tolerance", type=click.IntRange(min=0), default=3, show_default=True, metavar="N",
-              help="Looks in a row without any answer after which this gateway leaves a seed to others.")  # fmt: skip
+@click.option(
+    "--world-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Its number of ranks, which SGLang's seeds do not tell.",
+)
+@click.option("--model", help="Its model name. Default: the instance's name.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen at; 0.0.0.0 for all interfaces.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=6789,
+    show_default=True,
+    help="Port to listen at; 0 takes a free one.",
+)
+@click.option(
+    "--ttl",
+    type=Seconds(min=2),
+    default=60.0,
+    show_default=True,
+    metavar="S",
+    help="How long the ranks of seeds stay listed while no gateway runs.",
+)
+@click.option(
+    "--probe-interval",
+    type=Seconds(min_open=True),
+    default=2.0,
+    show_default=True,
+    metavar="S",
+    help="How often each seed is looked at.",
+)
+@click.option(
+    "--probe-tolerance",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help=("Looks in a row without any answer after which this gateway leaves a seed to others."),
+)
 @click.option(
     "--connections-per-address",
     type=click.IntRange(min=1),
@@ -47,7 +84,11 @@ from engine_registry.watching.metrics import WatchMetrics
     is_flag=True,
     help="Without a token, let clients register over the network too, not only over loopback.",
 )
-@click.option("--seed", metavar="URL", help="Register what this server of SGLang's knows of its ranks: http://HOST:PORT.")
+@click.option(
+    "--seed",
+    metavar="URL",
+    help="Register what this server of SGLang's knows of its ranks: http://HOST:PORT.",
+)
 @log_options
 @etcd_options
 def command(
@@ -64,13 +105,16 @@ def command(
     allow_anonymous: bool,
     seed: str | None,
 ) -> None:
-    """Speak SGLang's HTTP interface over the registry, until Ctrl-C or SIGTERM, so that its seeds and clients work unchanged.
+    """Speak SGLang's HTTP interface over the registry, until Ctrl-C or SIGTERM, so that its seeds
+    and clients work unchanged.
 
-    Any number of gateways serve the same ranks. A rank that registers here is kept while its transfer engine's port answers any
-    gateway, and ends when that refuses connections. Every path is there for every instance under /instances/NAME too.
+    Any number of gateways serve the same ranks. A rank that registers here is kept while its
+    transfer engine's port answers any gateway, and ends when that refuses connections. Every path
+    is there for every instance under /instances/NAME too.
 
-    With ENGINES_GATEWAY_TOKEN in the environment, requests need the header `Authorization: Bearer TOKEN`, except for /health.
-    Without it, clients may register only if --host is a loopback address, or with
+    With ENGINES_GATEWAY_TOKEN in the environment, requests need the header `Authorization: Bearer
+    TOKEN`, except for /health. Without it, clients may register only if --host is a loopback
+    address, or with
     --allow-anonymous: a registration makes the gateway connect to any address that it names.
     """
     from engine_registry.gateway.limits import Limits

@@ -8,7 +8,14 @@ import click
 
 from engine_cli.options import etcd_options, json_option
 from engine_cli.render.flows import Flows
-from engine_cli.render.output import INSTANCE_COLUMNS, instance_json, instance_row, loading_json, print_json, print_table
+from engine_cli.render.output import (
+    INSTANCE_COLUMNS,
+    instance_json,
+    instance_row,
+    loading_json,
+    print_json,
+    print_table,
+)
 from engine_registry import InstanceStatus, RankState, Registry
 from engine_registry.errors import EtcdRefused
 
@@ -17,20 +24,34 @@ from engine_registry.errors import EtcdRefused
 @json_option
 @etcd_options
 def command(connect: Callable[[], Registry], as_json: bool) -> None:
-    """All instances: state, ranks present of expected, model, version, size, and why one is not ready."""
+    """All instances: state, ranks present of expected, model, version, size, and why one is not
+    ready.
+    """
     with connect() as registry:
         statuses = registry.instances()
         flows = _flows(registry, statuses)
     if as_json:
-        print_json({"instances": [{**instance_json(status), "loading": loading_json(status, flows)} for status in statuses]})
+        print_json(
+            {
+                "instances": [
+                    {**instance_json(status), "loading": loading_json(status, flows)}
+                    for status in statuses
+                ]
+            }
+        )
     elif statuses:
-        print_table(INSTANCE_COLUMNS, [instance_row(status, flows.loaded(status)) for status in statuses])
+        print_table(
+            INSTANCE_COLUMNS, [instance_row(status, flows.loaded(status)) for status in statuses]
+        )
     else:
         click.echo("no instance is registered")
 
 
 def _flows(registry: Registry, statuses: tuple[InstanceStatus, ...]) -> Flows:
-    """Asks for tickets only where there is a rank whose progress they tell. Who may not see them sees the rest."""
+    """Asks for tickets only where there is a rank whose progress they tell.
+
+    Who may not see them sees the rest.
+    """
     records = [record for status in statuses for record in status.records]
     loading = any(record.state is RankState.LOADING for record in records)
     try:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine_cli.logs import log_options
-from engine_cli.options import Seconds, engine_log, etcd_options, host_option, instance_argument, rank_option
+from engine_cli.options import (
+    Seconds,
+    engine_log,
+    etcd_options,
+    host_option,
+    instance_argument,
+    rank_option,
+)
 from engine_cli.render.output import size
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option
@@ -29,33 +36,89 @@ if TYPE_CHECKING:
 @click.command("register")
 @instance_argument
 @rank_option(required=True, help="World rank of this process, from 0.")
-@click.option("--world-size", type=click.IntRange(min=1), required=True, help="Ranks of the instance, over all parallel axes.")
-@click.option("--weights", "paths", type=click.Path(), multiple=True, required=True, metavar="FILE_OR_DIR",
-              help="Safetensors file, index, or folder of them; may be given several times.")  # fmt: skip
-@click.option("--from-peers", is_flag=True,
-              help="If this rank of --model runs somewhere, copy its weights from there instead of reading the files; of many that "
-              "start at once, one reads them.")  # fmt: skip
+@click.option(
+    "--world-size",
+    type=click.IntRange(min=1),
+    required=True,
+    help="Ranks of the instance, over all parallel axes.",
+)
+@click.option(
+    "--weights",
+    "paths",
+    type=click.Path(),
+    multiple=True,
+    required=True,
+    metavar="FILE_OR_DIR",
+    help="Safetensors file, index, or folder of them; may be given several times.",
+)
+@click.option(
+    "--from-peers",
+    is_flag=True,
+    help="If this rank of --model runs somewhere, copy its weights from there instead of "
+    "reading the files; of many that start at once, one reads them.",
+)
 @host_option("Address of this machine that loaders can reach.")
-@click.option("--protocol", type=click.Choice(PROTOCOLS), default="tcp", show_default=True, help="How loaders read.")
+@click.option(
+    "--protocol",
+    type=click.Choice(PROTOCOLS),
+    default="tcp",
+    show_default=True,
+    help="How loaders read.",
+)
 @click.option("--model", help="Model name. Default: the instance's name.")
 @click.option("--revision", default="", help="Model revision.")
-@click.option("--version", type=click.IntRange(min=0), default=0, show_default=True, help="Version of the weights.")
+@click.option(
+    "--version",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Version of the weights.",
+)
 @click.option("--generation", help="Id of this launch; ranks of different launches do not mix.")
-@click.option("--topology", multiple=True, metavar="AXIS=INDEX/SIZE", help="Place on a parallel axis, such as tp=0/2.")
-@click.option("--shard", "cuts", multiple=True, metavar="PATTERN:DIM[:AXIS]",
-              help="Tensors of these names, as in '*.q_proj.weight:0', are equal slices of whole ones along this dimension, cut "
-              "over this axis of --topology; without AXIS over tp, or over all ranks where there is no tp. All others are whole. "
-              "May be given several times.")  # fmt: skip
-@click.option("--shards", "boxes_path", type=click.Path(), metavar="FILE",
-              help="Which part of the whole each tensor is, where slices are uneven: JSON, "
-              '{"TENSOR": {"global_shape": [8, 16], "offsets": [4, 0]}}. All others are whole.')  # fmt: skip
-@click.option("--whole", is_flag=True,
-              help="Tensors that --shard and --shards do not name are whole. Without any of the three, all only load as this "
-              "rank.")  # fmt: skip
-@click.option("--ttl", type=Seconds(min=2), default=10.0, show_default=True, metavar="S",
-              help="How long the rank stays listed after its whole host is lost.")  # fmt: skip
+@click.option(
+    "--topology",
+    multiple=True,
+    metavar="AXIS=INDEX/SIZE",
+    help="Place on a parallel axis, such as tp=0/2.",
+)
+@click.option(
+    "--shard",
+    "cuts",
+    multiple=True,
+    metavar="PATTERN:DIM[:AXIS]",
+    help="Tensors of these names, as in '*.q_proj.weight:0', are equal slices of whole "
+    "ones along this dimension, cut over this axis of --topology; without AXIS over "
+    "tp, or over all ranks where there is no tp. All others are whole. May be given "
+    "several times.",
+)
+@click.option(
+    "--shards",
+    "boxes_path",
+    type=click.Path(),
+    metavar="FILE",
+    help="Which part of the whole each tensor is, where slices are uneven: JSON, "
+    '{"TENSOR": {"global_shape": [8, 16], "offsets": [4, 0]}}. All others are whole.',
+)
+@click.option(
+    "--whole",
+    is_flag=True,
+    help="Tensors that --shard and --shards do not name are whole. Without any of the "
+    "three, all only load as this rank.",
+)
+@click.option(
+    "--ttl",
+    type=Seconds(min=2),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="How long the rank stays listed after its whole host is lost.",
+)
 @drain_option
-@click.option("--until-eof", is_flag=True, help="Also end when standard input closes, as when a parent process dies.")
+@click.option(
+    "--until-eof",
+    is_flag=True,
+    help="Also end when standard input closes, as when a parent process dies.",
+)
 @metrics_options
 @log_options
 @etcd_options
@@ -81,15 +144,19 @@ def command(
     drain: float,
     until_eof: bool,
 ) -> None:
-    """Serve safetensors files from memory as one rank of INSTANCE, until Ctrl-C or SIGTERM; then drain and withdraw.
+    """Serve safetensors files from memory as one rank of INSTANCE, until Ctrl-C or SIGTERM; then
+    drain and withdraw.
 
-    The transfer engine listens on all interfaces, and lets every peer that reaches it read and write the weights: use it on
-    trusted networks only.
+    The transfer engine listens on all interfaces, and lets every peer that reaches it read and
+    write the weights: use it on trusted networks only.
     """
     check_instance(instance)
     check_rank(rank, world_size)
     if from_peers and model is None:
-        raise InvalidField("--from-peers needs --model, by which running ranks are found: add --model NAME", field="model")
+        raise InvalidField(
+            "--from-peers needs --model, by which running ranks are found: add --model NAME",
+            field="model",
+        )
     places = dict(map(_parse_place, topology))
     slices = [parse_cut(text, places, rank, world_size) for text in cuts]
     listed = read_boxes(Path(boxes_path)) if boxes_path is not None else {}
@@ -100,8 +167,15 @@ def command(
             from engine_loader.files.stored import Files
             from engine_loader.files.weights import memory_for, read_weights
 
-        tensors = memory_for(Files(files_of(paths, rank))) if from_peers else read_weights(paths, rank)
-        boxes = boxes_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, slices, listed, whole=whole)
+        tensors = (
+            memory_for(Files(files_of(paths, rank))) if from_peers else read_weights(paths, rank)
+        )
+        boxes = boxes_of(
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+            slices,
+            listed,
+            whole=whole,
+        )
         identity = ModelIdentity(model or instance, revision)
         endings = Endings()
         options: dict[str, Any] = {
@@ -121,17 +195,23 @@ def command(
             seeded = None
             if from_peers:
                 with raised():
-                    seeded = stack.enter_context(load_or_seed(registry, engine, identity, tensors, fallback=paths, **options))
+                    seeded = stack.enter_context(
+                        load_or_seed(registry, engine, identity, tensors, fallback=paths, **options)
+                    )
                 if seeded.unpublished is not None:
                     raise seeded.unpublished
             endings.listen(until_eof)
             publication = seeded.publication if seeded is not None else None
             if publication is None:
-                publication = stack.enter_context(publish(registry, engine, tensors=tensors, model=identity, **options))
+                publication = stack.enter_context(
+                    publish(registry, engine, tensors=tensors, model=identity, **options)
+                )
             record = publication.record
             click.echo(
-                f"registered {instance}/{rank} of {world_size}: {record.manifest.tensors:,} tensors, "
-                f"{size(record.manifest.nbytes)}, at {record.session_id} ({record.protocol}){_origin(seeded)}; Ctrl-C withdraws"
+                f"registered {instance}/{rank} of {world_size}: {record.manifest.tensors:,} "
+                "tensors, "
+                f"{size(record.manifest.nbytes)}, at {record.session_id} "
+                f"({record.protocol}){_origin(seeded)}; Ctrl-C withdraws"
             )
             endings.hold(publication, drain)
         endings.tell(publication)
@@ -142,14 +222,19 @@ def _origin(seeded: Seeded | None) -> str:
         return ""
     if seeded.report is None:
         return ", read from the files"
-    return f", copied from {' and '.join(share.name.removeprefix(ENGINES) for share in seeded.report.shares if share.nbytes)}"
+    sources = [share.name.removeprefix(ENGINES) for share in seeded.report.shares if share.nbytes]
+    return f", copied from {' and '.join(sources)}"
 
 
 def _parse_place(text: str) -> tuple[str, tuple[int, int]]:
     place = re.fullmatch(r"([^=]+)=([0-9]{1,9})/([0-9]{1,9})", text)
     if place is None:
-        raise InvalidField(f"topology {text!r} is not valid: use AXIS=INDEX/SIZE, such as tp=0/2", field="topology")
+        raise InvalidField(
+            f"topology {text!r} is not valid: use AXIS=INDEX/SIZE, such as tp=0/2", field="topology"
+        )
     index, count = int(place[2]), int(place[3])
     if index >= count:
-        raise InvalidField(f"topology {text!r} is not valid: INDEX is from 0 to SIZE - 1", field="topology")
+        raise InvalidField(
+            f"topology {text!r} is not valid: INDEX is from 0 to SIZE - 1", field="topology"
+        )
     return place[1], (index, count)

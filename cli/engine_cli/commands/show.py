@@ -43,9 +43,15 @@ from engine_registry.errors import EtcdRefused, InstanceIncomplete, InstanceNotF
 @click.option("--tensors", "with_tensors", is_flag=True, help="Every tensor of every rank shown.")
 @json_option
 @etcd_options
-def command(connect: Callable[[], Registry], instance: str, rank: int | None, with_tensors: bool, as_json: bool) -> None:
-    """One instance: its state, its ranks and where they are, whom they read from and who reads from them, and the same of all
-    instances of its model as a tree.
+def command(
+    connect: Callable[[], Registry],
+    instance: str,
+    rank: int | None,
+    with_tensors: bool,
+    as_json: bool,
+) -> None:
+    """One instance: its state, its ranks and where they are, whom they read from and who reads from
+    them, and the same of all instances of its model as a tree.
     """
     with connect() as registry:
         for damage in registry.damaged(instance, rank) if rank is not None else ():
@@ -58,14 +64,27 @@ def command(connect: Callable[[], Registry], instance: str, rank: int | None, wi
     if as_json:
         known = None if unseen else flows
         ranks = [
-            {**_rank_json(record, known), **({"entries": tensors_json(manifest)} if manifest else {})} for record, manifest in shown
+            {
+                **_rank_json(record, known),
+                **({"entries": tensors_json(manifest)} if manifest else {}),
+            }
+            for record, manifest in shown
         ]
         pulls = [pull_json(pull) for pull in flows.pulls]
         loading = loading_json(status, flows)
-        print_json({**instance_json(status), "loading": loading, "pulls": None if unseen else pulls, "ranks": ranks})
+        print_json(
+            {
+                **instance_json(status),
+                "loading": loading,
+                "pulls": None if unseen else pulls,
+                "ranks": ranks,
+            }
+        )
         return
     state = instance_state(status, flows.loaded(status))
-    click.echo(f"{instance}: {state}, {size(status.nbytes)}, model {printable(str(status.model or '-'))}")
+    click.echo(
+        f"{instance}: {state}, {size(status.nbytes)}, model {printable(str(status.model or '-'))}"
+    )
     if status.summary:
         click.echo(f"not ready: {printable(status.summary)}")
     _print_ranks(records, flows)
@@ -111,14 +130,21 @@ def _print_ranks(records: Sequence[RankRecord], flows: Flows) -> None:
         print_table(RANK_COLUMNS, rows)
         return
     more = [[reads_from(flows.reads(record)), read_by(flows.readers(record))] for record in records]
-    print_table((*RANK_COLUMNS, *FLOW_COLUMNS), [[*row, *two] for row, two in zip(rows, more, strict=True)])
+    print_table(
+        (*RANK_COLUMNS, *FLOW_COLUMNS), [[*row, *two] for row, two in zip(rows, more, strict=True)]
+    )
 
 
 def chosen(status: InstanceStatus, rank: int | None) -> list[RankRecord]:
     """The records of the rank, or of all; raises what is missing."""
     if status.state is InstanceState.GONE:
-        raise InstanceNotFound(f"instance {status.instance!r} is not registered: see `engines list`")
+        raise InstanceNotFound(
+            f"instance {status.instance!r} is not registered: see `engines list`"
+        )
     records = [record for record in status.records if rank is None or record.rank == rank]
     if rank is not None and not records:
-        raise InstanceIncomplete(f"rank {rank} of {status.instance!r} is not registered: see `engines show {status.instance}`")
+        raise InstanceIncomplete(
+            f"rank {rank} of {status.instance!r} is not registered: see `engines show "
+            f"{status.instance}`"
+        )
     return records

@@ -24,12 +24,39 @@ from engine_registry.watching.metrics import WatchMetrics
 
 @click.command("watch")
 @click.argument("instance", required=False)
-@click.option("--exec", "hook", metavar="CMD", help="Run CMD with sh for every event: JSON on stdin, ENGINES_… in its environment.")
-@click.option("--exec-timeout", type=Seconds(), default=60.0, show_default=True, metavar="S", help="End a CMD after this.")
-@click.option("--cleanup", is_flag=True, help="Evict what is left of an instance that lost a rank and stays degraded.")
-@click.option("--grace", type=Seconds(), default=30.0, show_default=True, metavar="S", help="How long --cleanup waits.")
+@click.option(
+    "--exec",
+    "hook",
+    metavar="CMD",
+    help="Run CMD with sh for every event: JSON on stdin, ENGINES_… in its environment.",
+)
+@click.option(
+    "--exec-timeout",
+    type=Seconds(),
+    default=60.0,
+    show_default=True,
+    metavar="S",
+    help="End a CMD after this.",
+)
+@click.option(
+    "--cleanup",
+    is_flag=True,
+    help="Evict what is left of an instance that lost a rank and stays degraded.",
+)
+@click.option(
+    "--grace",
+    type=Seconds(),
+    default=30.0,
+    show_default=True,
+    metavar="S",
+    help="How long --cleanup waits.",
+)
 @click.option("--dry-run", is_flag=True, help="With --cleanup: only tell what would be evicted.")
-@click.option("--lines", is_flag=True, help="One line an event, also on a terminal; as in a pipe, or with --exec.")
+@click.option(
+    "--lines",
+    is_flag=True,
+    help="One line an event, also on a terminal; as in a pipe, or with --exec.",
+)
 @json_option
 @metrics_options
 @log_options
@@ -46,11 +73,12 @@ def command(
     lines: bool,
     as_json: bool,
 ) -> None:
-    """Ranks and instances as they come and go, beginning with what is there now. On a terminal it is a table, with who reads from
-    whom and how far each load is. Ends with Ctrl-C or SIGTERM, after the CMD that runs then has ended or 5 s are over; a second
-    signal does not wait.
+    """Ranks and instances as they come and go, beginning with what is there now. On a terminal it
+    is a table, with who reads from whom and how far each load is. Ends with Ctrl-C or SIGTERM,
+    after the CMD that runs then has ended or 5 s are over; a second signal does not wait.
 
-    An etcd that is away is waited for; what changed meanwhile is shown when it is back. Any number of watches may run with
+    An etcd that is away is waited for; what changed meanwhile is shown when it is back. Any number
+    of watches may run with
     --cleanup: one of them evicts.
     """
     if dry_run and not cleanup:
@@ -60,7 +88,9 @@ def command(
         registry = stack.enter_context(connect())
         hooks = stack.enter_context(Hooks(hook, exec_timeout)) if hook else None
         watch: Watch | CleaningWatch = (
-            registry.cleaning_watch(instance, grace_s=grace, dry_run=dry_run) if cleanup else registry.watch(instance)
+            registry.cleaning_watch(instance, grace_s=grace, dry_run=dry_run)
+            if cleanup
+            else registry.watch(instance)
         )
         stack.enter_context(watch)
         screen = None
@@ -85,7 +115,9 @@ def command(
                 hooks.run(data)
 
 
-def _ending(watch: Watch | CleaningWatch, hooks: Hooks | None, screen: live.Screen | None) -> Iterator[None]:
+def _ending(
+    watch: Watch | CleaningWatch, hooks: Hooks | None, screen: live.Screen | None
+) -> Iterator[None]:
     """What each signal does: the first one stops, the second one ends the process."""
     watch.stop()
     if hooks:

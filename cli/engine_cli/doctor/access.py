@@ -23,19 +23,24 @@ JOBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def judge_login(name_given: str | None, error: EtcdError | None, loopback: bool, by_certificate: bool) -> Finding:
+def judge_login(
+    name_given: str | None, error: EtcdError | None, loopback: bool, by_certificate: bool
+) -> Finding:
     """`error` is what a first read ended with."""
     name = "etcd.auth"
     reason = error.details.get("reason") if error is not None else None
     if reason == "credentials" and name_given is None:
         return fail(
-            name, "etcd has authentication on, and no user was given", "give --user, and the password in ENGINES_ETCD_PASSWORD"
+            name,
+            "etcd has authentication on, and no user was given",
+            "give --user, and the password in ENGINES_ETCD_PASSWORD",
         )
     if reason == "credentials":
         return fail(
             name,
             f"etcd refuses the user {name_given!r} or the password",
-            "check --user and ENGINES_ETCD_PASSWORD; as root: etcdctl user get NAME, etcdctl user passwd NAME",
+            "check --user and ENGINES_ETCD_PASSWORD; as root: etcdctl user get NAME, etcdctl "
+            "user passwd NAME",
         )
     if reason == "auth_off":
         return fail(
@@ -46,7 +51,10 @@ def judge_login(name_given: str | None, error: EtcdError | None, loopback: bool,
     if name_given is not None:
         return ok(name, f"logged in as {name_given!r}")
     if reason == "denied" or by_certificate:
-        return ok(name, "no user given; etcd takes who we are from the client certificate, if it asks at all")
+        return ok(
+            name,
+            "no user given; etcd takes who we are from the client certificate, if it asks at all",
+        )
     if loopback:
         return ok(name, "off, and etcd is on this machine")
     return warn(
@@ -60,9 +68,15 @@ def judge_permissions(user: User, namespace: str) -> Finding:
     name = "etcd.permissions"
     who = f"{user.name!r} (roles: {', '.join(user.roles) or 'none'})"
     if "root" in user.roles:
-        return warn(name, f"{who} may do everything", "give engines a user of its own that may do only what it needs")
+        return warn(
+            name,
+            f"{who} may do everything",
+            "give engines a user of its own that may do only what it needs",
+        )
     jobs = [
-        f"{job}{extent}" for job, (reads, writes) in JOBS.items() if (extent := _extent(user, namespace, reads, writes)) is not None
+        f"{job}{extent}"
+        for job, (reads, writes) in JOBS.items()
+        if (extent := _extent(user, namespace, reads, writes)) is not None
     ]
     prefixes = sorted({prefix for reads, writes in JOBS.values() for prefix in (*reads, *writes)})
     told = "; ".join(
@@ -74,12 +88,20 @@ def judge_permissions(user: User, namespace: str) -> Finding:
         if places
     )
     if not _places(user, namespace, ["/engines/"], False):
-        what = f"{who} may not read {namespace}/engines/, which every command needs" + (f": {told}" if told else "")
-        return fail(name, what, f"etcdctl role grant-permission ROLE read --prefix=true {namespace}/engines/")
+        what = f"{who} may not read {namespace}/engines/, which every command needs" + (
+            f": {told}" if told else ""
+        )
+        return fail(
+            name,
+            what,
+            f"etcdctl role grant-permission ROLE read --prefix=true {namespace}/engines/",
+        )
     return ok(name, f"{who} may {', '.join(jobs) or 'do no job'}: {told}")
 
 
-def _extent(user: User, namespace: str, reads: tuple[str, ...], writes: tuple[str, ...]) -> str | None:
+def _extent(
+    user: User, namespace: str, reads: tuple[str, ...], writes: tuple[str, ...]
+) -> str | None:
     """Empty where the user may do all of a job, None where nothing of it."""
     from engine_registry.etcd.admin import Reach
 
@@ -96,8 +118,14 @@ def _extent(user: User, namespace: str, reads: tuple[str, ...], writes: tuple[st
 def _places(user: User, namespace: str, prefixes: list[str], write: bool) -> list[str]:
     from engine_registry.etcd.admin import Reach
 
-    reaches = [(prefix, user.reach(*_range(namespace + prefix), write=write)) for prefix in prefixes]
-    return [prefix if reach is Reach.ALL else f"parts of {prefix}" for prefix, reach in reaches if reach is not Reach.NONE]
+    reaches = [
+        (prefix, user.reach(*_range(namespace + prefix), write=write)) for prefix in prefixes
+    ]
+    return [
+        prefix if reach is Reach.ALL else f"parts of {prefix}"
+        for prefix, reach in reaches
+        if reach is not Reach.NONE
+    ]
 
 
 def _range(prefix: str) -> tuple[bytes, bytes]:

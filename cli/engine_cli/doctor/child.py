@@ -1,6 +1,8 @@
-"""The probe process as `engines doctor` handles it: started, told what to look at, listened to, killed when it is not needed.
+"""The probe process as `engines doctor` handles it: started, told what to look at, listened to,
+killed when it is not needed.
 
-One process and one thread that reads what it tells. It dies with us, as it ends with its standard input.
+One process and one thread that reads what it tells. It dies with us, as it ends with its standard
+input.
 """
 
 from __future__ import annotations
@@ -30,14 +32,17 @@ class Late(Exception):
 class Probe:
     def __init__(self, debug: bool) -> None:
         """It imports torch meanwhile; `begin` says what to try then."""
-        command = python("from engine_cli.doctor.trial import main; main()", *(["--debug"] if debug else []))
+        command = python(
+            "from engine_cli.doctor.trial import main; main()", *(["--debug"] if debug else [])
+        )
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if debug else subprocess.DEVNULL,
             text=True,
-            start_new_session=True,  # so that a kill reaches whatever it has started, and Ctrl-C does not
+            # so that a kill reaches whatever it has started, and Ctrl-C does not
+            start_new_session=True,
         )
         self._facts: list[Fact] = []
         self._news = threading.Condition()
@@ -60,13 +65,17 @@ class Probe:
             self._news.notify_all()
 
     def _say(self, data: object) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it has ended, which the next question finds
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # it has ended, which the next question finds
             stdin = _stream(self._process.stdin)
             stdin.write(json.dumps(data) + "\n")
             stdin.flush()
 
     def read_ranks(self, records: Sequence[tuple[str, bytes]]) -> None:
-        """Has it read the headers of these records, given as key and stored value, once it has an engine."""
+        """Has it read the headers of these records, given as key and stored value, once it has an
+        engine.
+        """
         self._say({"ranks": [f"{key} {value.decode()}" for key, value in records]})
 
     def fact(self, name: str, limit_s: float) -> Fact:
@@ -77,7 +86,9 @@ class Probe:
         return found[0]
 
     def facts(self, name: str, enough: Callable[[list[Fact]], bool], limit_s: float) -> list[Fact]:
-        """Those of that name that there are when they are enough, the time is over or the process has ended."""
+        """Those of that name that there are when they are enough, the time is over or the process
+        has ended.
+        """
 
         def found() -> list[Fact]:
             return [fact for fact in self._facts if fact["fact"] == name]
@@ -95,7 +106,9 @@ class Probe:
             code = self._process.wait(1)
         except subprocess.TimeoutExpired:
             return "closed its output"
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return (
+            f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        )
 
     def close(self) -> None:
         """Kills it, with whatever it has started; any number of times."""

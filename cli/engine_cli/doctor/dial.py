@@ -1,4 +1,7 @@
-"""Whether something listens at an address, and if not, in which way not. Each says something else about what to mend."""
+"""Whether something listens at an address, and if not, in which way not.
+
+Each says something else about what to mend.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ def dial(host: str, port: int, limit_s: float) -> Dialled:
                 sock.settimeout(left_s)
                 sock.connect(address)
                 if sock.getsockname() == sock.getpeername():
-                    raise ConnectionRefusedError  # a free port of our own, at which the connection has met itself
+                    # a free port of our own, at which the connection has met itself
+                    raise ConnectionRefusedError
                 return Dialled(time.monotonic() - began)
         except ConnectionRefusedError:
             trouble, detail = Trouble.REFUSED, str(address[0])
@@ -56,7 +60,9 @@ def dial(host: str, port: int, limit_s: float) -> Dialled:
 def _addresses(host: str, port: int, limit_s: float) -> list[Any]:
     """getaddrinfo itself may take half a minute where no name server answers."""
     try:
-        return list(within(limit_s, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+        return list(
+            within(limit_s, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        )
     except UnicodeError as exc:
         raise OSError(str(exc)) from exc
 

@@ -1,6 +1,8 @@
-"""All checks of etcd, in two steps: every endpoint by itself, and then, with those that answer, what they do together.
+"""All checks of etcd, in two steps: every endpoint by itself, and then, with those that answer,
+what they do together.
 
-The second step waits for the first, and is skipped where nothing answers. `close` ends whatever still hangs.
+The second step waits for the first, and is skipped where nothing answers. `close` ends whatever
+still hangs.
 """
 
 from __future__ import annotations
@@ -42,7 +44,13 @@ class EtcdChecks:
         self._etcd = Once(self._connect)
         self._login = Once(self._log_in)
         self._trip = Once(lambda: store.round_trip(self.ready()))
-        self._client = Once(lambda: tls.client_certificate(config.cert, config.key) if config.cert and config.key else None)
+        self._client = Once(
+            lambda: (
+                tls.client_certificate(config.cert, config.key)
+                if config.cert and config.key
+                else None
+            )
+        )
 
     def checks(self) -> list[Check]:
         steps: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
@@ -58,28 +66,38 @@ class EtcdChecks:
             ("etcd.latency", self._latency),
             ("etcd.namespace", self._namespace),
         ]
-        # A little more than both steps take, so that a call's own deadline comes first: it says more.
+        # A little more than both steps take, so that a call's own deadline comes first: it says
+        # more.
         limit_s = 2 * self._limit_s + 0.4
-        return [Check(name, run, limit_s, _LATE, tidies=name == "etcd.lease") for name, run in steps]
+        return [
+            Check(name, run, limit_s, _LATE, tidies=name == "etcd.lease") for name, run in steps
+        ]
 
     def close(self) -> None:
         for etcd in self._opened:
             etcd.close()
 
-    # -- shared ----------------------------------------------------------------------------------------------------------------
+    # -- shared
+    # ----------------------------------------------------------------------------------------------
 
     def _look(self) -> list[EndpointFacts]:
-        alone = [replace(self._config, endpoints=(endpoint,)) for endpoint in self._config.endpoints]
+        alone = [
+            replace(self._config, endpoints=(endpoint,)) for endpoint in self._config.endpoints
+        ]
         return at_once(lambda config: endpoints.look(config, self._limit_s), alone)
 
     def _connect(self) -> Etcd:
         """To the endpoints that answer; to a learner only where no voting member does."""
         from engine_registry.etcd.client import Etcd
 
-        answering = {facts.endpoint: facts.status for facts in self._survey() if facts.status is not None}
+        answering = {
+            facts.endpoint: facts.status for facts in self._survey() if facts.status is not None
+        }
         if not answering:
             raise Skip("no endpoint of etcd answers")
-        good = {endpoint for endpoint, status in answering.items() if not status.learner} or set(answering)
+        good = {endpoint for endpoint, status in answering.items() if not status.learner} or set(
+            answering
+        )
         usable = tuple(endpoint for endpoint in self._config.endpoints if str(endpoint) in good)
         etcd = Etcd(replace(self._config, endpoints=usable, timeout_s=self._limit_s))
         self._opened.append(etcd)
@@ -99,33 +117,53 @@ class EtcdChecks:
         etcd, login = self._etcd(), self._login()
         if login.error is not None and not login.denied:
             reason = login.error.details.get("reason")
-            raise Skip("etcd does not let us in: see etcd.auth" if reason else "etcd answers no reads: see etcd.quorum")
+            raise Skip(
+                "etcd does not let us in: see etcd.auth"
+                if reason
+                else "etcd answers no reads: see etcd.quorum"
+            )
         return etcd
 
-    # -- checks ----------------------------------------------------------------------------------------------------------------
+    # -- checks
+    # ----------------------------------------------------------------------------------------------
 
     def _endpoints(self) -> Iterator[Finding]:
         yield from endpoints.judge_endpoints(self._survey())
 
     def _version(self) -> Iterator[Finding]:
         self._etcd()
-        yield endpoints.judge_version([facts.status for facts in self._survey() if facts.status is not None])
+        yield endpoints.judge_version(
+            [facts.status for facts in self._survey() if facts.status is not None]
+        )
 
     def _quorum(self) -> Iterator[Finding]:
         from engine_registry.errors import EtcdError
 
         etcd = self._etcd()
-        statuses = {facts.status.member_id: facts.status for facts in self._survey() if facts.status is not None}
+        statuses = {
+            facts.status.member_id: facts.status
+            for facts in self._survey()
+            if facts.status is not None
+        }
         members = None
         with suppress(EtcdError):  # some releases let only root ask
             members = etcd.members()
-        unseen = [url for member in members or () if member.member_id not in statuses for url in member.client_urls[:1]]
+        unseen = [
+            url
+            for member in members or ()
+            if member.member_id not in statuses
+            for url in member.client_urls[:1]
+        ]
         for facts in at_once(self._look_at, unseen):
             if facts is not None and facts.status is not None:
                 statuses[facts.status.member_id] = facts.status
         error = self._login().error
         unread = error is not None and not error.details.get("reason")
-        yield endpoints.judge_quorum(members, list(statuses.values()), told(error) if error is not None and unread else ("", ""))
+        yield endpoints.judge_quorum(
+            members,
+            list(statuses.values()),
+            told(error) if error is not None and unread else ("", ""),
+        )
 
     def _look_at(self, url: str) -> EndpointFacts | None:
         """At a member that was not named, where it says that its clients find it."""
@@ -133,7 +171,9 @@ class EtcdChecks:
         from engine_registry.etcd.config import parse_endpoints
 
         try:
-            return endpoints.look(replace(self._config, endpoints=parse_endpoints(url)), self._limit_s / 2)
+            return endpoints.look(
+                replace(self._config, endpoints=parse_endpoints(url)), self._limit_s / 2
+            )
         except InvalidField:  # a unix socket
             return None
 
@@ -143,7 +183,9 @@ class EtcdChecks:
         try:
             yield from store.judge_alarms(self.ready().alarms())
         except EtcdRefused as exc:
-            raise Skip(f"this user may not ask for alarms ({exc.details.get('reason') or exc})") from exc
+            raise Skip(
+                f"this user may not ask for alarms ({exc.details.get('reason') or exc})"
+            ) from exc
 
     def _database(self) -> Iterator[Finding]:
         self._etcd()
@@ -151,7 +193,9 @@ class EtcdChecks:
         statuses = [facts.status for facts in answered if facts.status is not None]
         quota = next((status.quota_nbytes for status in statuses if status.quota_nbytes), None)
         if quota is None:
-            endpoint = next(each for each in self._config.endpoints if str(each) == answered[0].endpoint)
+            endpoint = next(
+                each for each in self._config.endpoints if str(each) == answered[0].endpoint
+            )
             quota = store.quota_of(self._config, endpoint, self._limit_s / 2)
         yield store.judge_database(statuses, quota)
 
@@ -166,7 +210,9 @@ class EtcdChecks:
             raise Skip("nothing listens at any endpoint of etcd")
         shown = at_once(lambda each: tls.server_certificate(config, each, self._limit_s), looked_at)
         ours = self._client()
-        yield from tls.judge_certificates([*shown, *([ours] if ours is not None else [])], time.time())
+        yield from tls.judge_certificates(
+            [*shown, *([ours] if ours is not None else [])], time.time()
+        )
 
     def _auth(self) -> Iterator[Finding]:
         self._etcd()
@@ -174,7 +220,9 @@ class EtcdChecks:
         if login.error is not None and not login.error.details.get("reason"):
             raise Skip("etcd answers no reads: see etcd.quorum")
         config = self._config
-        yield access.judge_login(config.user, login.error, all_loopback(config), by_certificate=config.cert is not None)
+        yield access.judge_login(
+            config.user, login.error, all_loopback(config), by_certificate=config.cert is not None
+        )
 
     def _permissions(self) -> Iterator[Finding]:
         from engine_registry.errors import EtcdError

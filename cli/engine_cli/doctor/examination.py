@@ -1,4 +1,6 @@
-"""All checks of `engines doctor` put together and run: which there are, what they share, and that nothing of them stays."""
+"""All checks of `engines doctor` put together and run: which there are, what they share, and that
+nothing of them stays.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ _LATE = "this machine is overloaded, or its name server does not answer"
 
 @dataclass(frozen=True)
 class Asked:
-    """The options. `limit_s` None: of our choice; `transfers`: the user wants to register or load here."""
+    """The options.
+
+    `limit_s` None: of our choice; `transfers`: the user wants to register or load here.
+    """
 
     etcd: dict[str, Any]
     limit_s: float | None
@@ -51,7 +56,11 @@ def examine(asked: Asked) -> list[Finding]:
         return run_all(
             [
                 *_python_checks(here_s),
-                *(etcd.checks() if etcd is not None else [Check("etcd.endpoint", _no_client, _HERE_S, _LATE)]),
+                *(
+                    etcd.checks()
+                    if etcd is not None
+                    else [Check("etcd.endpoint", _no_client, _HERE_S, _LATE)]
+                ),
                 *_machine_checks(asked, config, here_s),
                 *_engine_checks(asked, config, probe),
                 *([_peer_check(asked, etcd, probe, step_s)] if asked.peer else []),
@@ -87,7 +96,12 @@ def _machine_checks(asked: Asked, config: EtcdConfig | None, here_s: float) -> l
     rdma_wanted = asked.protocol == "rdma"
     etcd_here = config is not None and all_loopback(config)
     return [
-        Check("network.hostname", network.check_hostname, here_s, "the name server does not answer: see /etc/resolv.conf"),
+        Check(
+            "network.hostname",
+            network.check_hostname,
+            here_s,
+            "the name server does not answer: see /etc/resolv.conf",
+        ),
         Check(
             "network.address",
             lambda: network.check_address(_host(asked, config), asked.host is not None, etcd_here),
@@ -114,7 +128,12 @@ def _engine_checks(asked: Asked, config: EtcdConfig | None, probe: Probe) -> lis
 
     return [
         Check("engine.wheel", lambda: python.check_wheels(asked.transfers), _HERE_S, _LATE),
-        Check("engine.torch", lambda: engine.check_torch(probe, asked.protocol, asked.transfers), limit_s, _LATE),
+        Check(
+            "engine.torch",
+            lambda: engine.check_torch(probe, asked.protocol, asked.transfers),
+            limit_s,
+            _LATE,
+        ),
         Check("engine.import", check_engine, limit_s, _LATE),
     ]
 
@@ -123,9 +142,16 @@ def _peer_check(asked: Asked, etcd: EtcdChecks | None, probe: Probe, step_s: flo
     def check() -> Iterator[Finding]:
         if etcd is None or asked.peer is None:
             raise Skip("the client of etcd cannot be imported: see python.etcd3")
-        yield from peer.check_peer(etcd.ready(), probe, asked.peer, asked.rank, asked.protocol, step_s)
+        yield from peer.check_peer(
+            etcd.ready(), probe, asked.peer, asked.rank, asked.protocol, step_s
+        )
 
-    return Check("peer.registered", check, engine.IMPORT_S + 4 * step_s, "etcd or a rank stopped answering meanwhile: run it again")
+    return Check(
+        "peer.registered",
+        check,
+        engine.IMPORT_S + 4 * step_s,
+        "etcd or a rank stopped answering meanwhile: run it again",
+    )
 
 
 def _host(asked: Asked, config: EtcdConfig | None) -> str:
@@ -140,4 +166,6 @@ def _host(asked: Asked, config: EtcdConfig | None) -> str:
     try:
         return within(_STEP_S, Etcd(config).local_address)
     except (EtcdError, TimeoutError) as exc:
-        raise Skip("the way to etcd would tell, and there is none: see etcd.endpoint, or give --host") from exc
+        raise Skip(
+            "the way to etcd would tell, and there is none: see etcd.endpoint, or give --host"
+        ) from exc

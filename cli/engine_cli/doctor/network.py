@@ -1,4 +1,6 @@
-"""This machine as its peers see it: its name, the address that a rank would register, ports, file descriptors."""
+"""This machine as its peers see it: its name, the address that a rank would register, ports, file
+descriptors.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _LIMIT_S = 1.5
 def check_hostname() -> Iterator[Finding]:
     name = socket.gethostname()
     try:
-        addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
+        addresses = sorted(
+            {str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+        )
     except OSError as exc:
         yield judge_hostname(name, [], exc.strerror or str(exc))
         return
@@ -37,14 +41,18 @@ def judge_hostname(name: str, addresses: Sequence[str], error: str = "") -> Find
         why = ", as Debian's installer sets it up" if "127.0.1.1" in addresses else ""
         return warn(
             check,
-            f"the name of this machine, {name}, leads to {', '.join(addresses)}{why}: others would reach themselves",
-            "put the address of a network card beside it in /etc/hosts; do not give the name as --host",
+            f"the name of this machine, {name}, leads to {', '.join(addresses)}{why}: others "
+            "would reach themselves",
+            "put the address of a network card beside it in /etc/hosts; do not give the name "
+            "as --host",
         )
     return ok(check, f"{name} leads to {', '.join(addresses)}")
 
 
 def check_address(address: str, given: bool, etcd_here: bool) -> Iterator[Finding]:
-    """The one that a rank would register, `given` with --host or not, and whether a port there can be reached from here."""
+    """The one that a rank would register, `given` with --host or not, and whether a port there can
+    be reached from here.
+    """
     address = address.strip("[]")
     error = _bind(address)
     yield judge_address(address, given, etcd_here, error, _why_not_advertised(address))
@@ -76,11 +84,17 @@ def _bind(address: str) -> str:
     return ""
 
 
-def judge_address(address: str, given: bool, etcd_here: bool, error: str, problem: str = "") -> Finding:
+def judge_address(
+    address: str, given: bool, etcd_here: bool, error: str, problem: str = ""
+) -> Finding:
     """`error` is why we cannot listen there, `problem` why nobody would find us by it."""
     check = "network.address"
     if problem:
-        return fail(check, problem, "give one of this machine with --host that peers can reach: ip -brief address")
+        return fail(
+            check,
+            problem,
+            "give one of this machine with --host that peers can reach: ip -brief address",
+        )
     if error:
         return fail(
             check,
@@ -88,18 +102,32 @@ def judge_address(address: str, given: bool, etcd_here: bool, error: str, proble
             "give one with --host that peers can reach: ip -brief address",
         )
     if not given and etcd_here and is_loopback(address):
-        return ok(check, f"{address}, as etcd is at a loopback address: only this machine can read there; for others give --host")
+        return ok(
+            check,
+            f"{address}, as etcd is at a loopback address: only this machine can read there; "
+            "for others give --host",
+        )
     if is_loopback(address):
-        return warn(check, f"{address} is reached from this machine only", "for others give another --host: ip -brief address")
+        return warn(
+            check,
+            f"{address} is reached from this machine only",
+            "for others give another --host: ip -brief address",
+        )
     try:
         link_local = ipaddress.ip_address(address).is_link_local
     except ValueError:
         link_local = False
     if link_local:
         return warn(
-            check, f"{address} is link-local: it does not leave its network segment", "give another --host: ip -brief address"
+            check,
+            f"{address} is link-local: it does not leave its network segment",
+            "give another --host: ip -brief address",
         )
-    return ok(check, f"{address}, where peers would find us" + ("" if given else " (the way to etcd begins there)"))
+    return ok(
+        check,
+        f"{address}, where peers would find us"
+        + ("" if given else " (the way to etcd begins there)"),
+    )
 
 
 def _port(address: str) -> Finding:
@@ -114,7 +142,11 @@ def _port(address: str) -> Finding:
             f"no port can be opened at {address}: {exc.strerror or exc}",
             "look at ip_local_port_range and at limits of this container",
         )
-    return judge_port(f"[{address}]:{port}" if ":" in address else f"{address}:{port}", dialled.trouble, dialled.seconds)
+    return judge_port(
+        f"[{address}]:{port}" if ":" in address else f"{address}:{port}",
+        dialled.trouble,
+        dialled.seconds,
+    )
 
 
 def judge_port(where: str, trouble: Trouble | None, seconds: float) -> Finding:
@@ -124,12 +156,23 @@ def judge_port(where: str, trouble: Trouble | None, seconds: float) -> Finding:
     return fail(
         check,
         f"a port was opened at {where}, but a connection from here ends with: {trouble.value}",
-        "a firewall of this machine is in the way: iptables -S INPUT, nft list ruleset. Peers need all unprivileged ports",
+        "a firewall of this machine is in the way: iptables -S INPUT, nft list ruleset. "
+        "Peers need all unprivileged ports",
     )
 
 
 def judge_files(limit: int) -> Finding:
     check = "network.files"
     if limit != resource.RLIM_INFINITY and limit < _FEW_FILES:
-        return Finding(check, Status.WARN, f"at most {limit} open files", "ulimit -n 65536: a loader has some five for each peer")
-    return ok(check, "open files are not limited" if limit == resource.RLIM_INFINITY else f"at most {limit:,} open files")
+        return Finding(
+            check,
+            Status.WARN,
+            f"at most {limit} open files",
+            "ulimit -n 65536: a loader has some five for each peer",
+        )
+    return ok(
+        check,
+        "open files are not limited"
+        if limit == resource.RLIM_INFINITY
+        else f"at most {limit:,} open files",
+    )

@@ -1,4 +1,4 @@
-"""The interpreter and its packages: the right versions, and etcd3 importable beside this protobuf."""
+"""The interpreter and its packages: the right versions, and etcd3 beside this protobuf."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from importlib import metadata
 from engine_cli.doctor.finding import Finding, Status, fail, ok
 
 _OLDEST, _TOO_NEW = (3, 10), (3, 14)
-_REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*(?P<op>>=|==)\s*(?P<version>[0-9.]+)")
+_REQUIREMENT = re.compile(
+    r"(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*(?P<op>>=|==)\s*(?P<version>[0-9.]+)"
+)
 WHEELS = {
     "mooncake-transfer-engine-non-cuda": "cpu",
     "mooncake-transfer-engine": "cuda12",
@@ -44,28 +46,45 @@ def check_wheels(wanted: bool) -> Iterator[Finding]:
 
 def _installed() -> dict[str, str]:
     """Versions by name."""
-    return {each.metadata["Name"].lower(): each.version for each in metadata.distributions() if each.metadata["Name"]}
+    return {
+        each.metadata["Name"].lower(): each.version
+        for each in metadata.distributions()
+        if each.metadata["Name"]
+    }
 
 
 def judge_packages(required: Sequence[str], installed: Mapping[str, str]) -> Finding:
-    """`required` as in the distribution's metadata. Packages of extras count where they are installed."""
+    """`required` as in the distribution's metadata.
+
+    Packages of extras count where they are installed.
+    """
     name, wrong, seen = "python.packages", list[str](), list[str]()
     for line in required:
         text, _, marker = line.partition(";")
         found = _REQUIREMENT.match(text)
         package = found["name"].lower() if found else ""
         version = installed.get(package)
-        if found is None or (version is None and "extra" in marker) or "'dev'" in marker or '"dev"' in marker:
+        if (
+            found is None
+            or (version is None and "extra" in marker)
+            or "'dev'" in marker
+            or '"dev"' in marker
+        ):
             continue
         if version is None:
             wrong.append(f"{package} is missing")
         elif not _meets(version, found["op"], found["version"]):
-            wrong.append(f"{package} {version} is installed, {found['op']}{found['version'].rstrip('.')} is needed")
+            wrong.append(
+                f"{package} {version} is installed, "
+                f"{found['op']}{found['version'].rstrip('.')} is needed"
+            )
         else:
             seen.append(package)
     if wrong:
         return fail(
-            name, "; ".join(sorted(set(wrong))), "pip install --upgrade engine-registry, or a virtual environment of its own"
+            name,
+            "; ".join(sorted(set(wrong))),
+            "pip install --upgrade engine-registry, or a virtual environment of its own",
         )
     return ok(
         name,
@@ -90,11 +109,15 @@ def judge_wheels(wheels: Sequence[str], wanted: bool) -> Finding:
     if len(wheels) > 1:
         return fail(
             name,
-            f"{len(wheels)} transfer engines are installed, and each overwrites the others' module: {', '.join(wheels)}",
+            f"{len(wheels)} transfer engines are installed, and each overwrites the others' "
+            f"module: {', '.join(wheels)}",
             f"pip uninstall -y {' '.join(wheels)}, then {INSTALL}",
         )
     if not wheels:
-        what = "no transfer engine is installed: list, show, watch and evict work, register and load do not"
+        what = (
+            "no transfer engine is installed: list, show, watch and evict work, register and "
+            "load do not"
+        )
         return Finding(name, Status.FAIL if wanted else Status.WARN, what, INSTALL)
     return ok(name, f"{wheels[0]} {_version(wheels[0])}, extra [{WHEELS[wheels[0]]}]")
 
@@ -117,11 +140,15 @@ def check_etcd3() -> Iterator[Finding]:
 
 def judge_etcd3(error: Exception | None, etcd3: str, protobuf: str, grpcio: str) -> Finding:
     name = "python.etcd3"
-    versions = f"etcd3 {etcd3 or 'missing'}, protobuf {protobuf or 'missing'}, grpcio {grpcio or 'missing'}"
+    versions = (
+        f"etcd3 {etcd3 or 'missing'}, protobuf {protobuf or 'missing'}, grpcio "
+        f"{grpcio or 'missing'}"
+    )
     if error is not None:
         return fail(
             name,
-            f"the client of etcd cannot be imported with {versions}: {type(error).__name__}: {' '.join(str(error).split())}",
+            f"the client of etcd cannot be imported with {versions}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}",
             "pip install --force-reinstall 'etcd3==0.12.*' 'protobuf>=3.20.3' 'grpcio>=1.66.2'",
         )
     return ok(name, f"{versions} work together")

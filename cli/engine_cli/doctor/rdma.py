@@ -1,4 +1,6 @@
-"""RDMA as the kernel shows it: devices and the state of their ports, locked memory, the library, the device files."""
+"""RDMA as the kernel shows it: devices and the state of their ports, locked memory, the library,
+the device files.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,13 @@ class Port:
     rate: str
 
 
-def check_devices(wanted: bool, devices: Path = _DEVICES, nodes: Path = _NODES) -> Iterator[Finding]:
+def check_devices(
+    wanted: bool, devices: Path = _DEVICES, nodes: Path = _NODES
+) -> Iterator[Finding]:
     names = sorted(path.name for path in devices.iterdir()) if devices.is_dir() else []
-    ports = [_port(name, path) for name in names for path in sorted((devices / name / "ports").glob("*"))]
+    ports = [
+        _port(name, path) for name in names for path in sorted((devices / name / "ports").glob("*"))
+    ]
     verbs = sorted(nodes.glob("uverbs*")) if nodes.is_dir() else []
     usable = any(os.access(node, os.R_OK | os.W_OK) for node in verbs)
     yield judge_devices(ports, usable, wanted)
@@ -54,7 +60,8 @@ def judge_devices(ports: Sequence[Port], usable: bool, wanted: bool) -> Finding:
             return fail(
                 name,
                 "no RDMA device is here, and Mooncake would fall back to tcp",
-                "say --protocol tcp; or load the driver (rdma link; in a container: --device /dev/infiniband)",
+                "say --protocol tcp; or load the driver (rdma link; in a container: --device "
+                "/dev/infiniband)",
             )
         return skipped(name, "no RDMA device is here; not needed over tcp")
     active = [port for port in ports if port.state == "ACTIVE"]
@@ -63,7 +70,10 @@ def judge_devices(ports: Sequence[Port], usable: bool, wanted: bool) -> Finding:
     bad = Status.FAIL if wanted else Status.WARN
     if not active:
         return Finding(
-            name, bad, f"no port is active: {', '.join(down)}", "look at cable, switch and subnet manager: ibstat, or ip link"
+            name,
+            bad,
+            f"no port is active: {', '.join(down)}",
+            "look at cable, switch and subnet manager: ibstat, or ip link",
         )
     if not usable:
         return Finding(
@@ -73,7 +83,11 @@ def judge_devices(ports: Sequence[Port], usable: bool, wanted: bool) -> Finding:
             "run as a user who may; in a container: --device /dev/infiniband",
         )
     if down:
-        return warn(name, f"{told}; down: {', '.join(down)}", "if those are not meant to be down, look at cable and switch: ibstat")
+        return warn(
+            name,
+            f"{told}; down: {', '.join(down)}",
+            "if those are not meant to be down, look at cable and switch: ibstat",
+        )
     return ok(name, told)
 
 
@@ -88,7 +102,10 @@ def judge_memlock(limit: int, wanted: bool) -> Finding:
     what = f"locked memory is limited to {size(limit)}"
     if not wanted:
         return ok(name, f"{what}; tcp locks none")
-    mend = "ulimit -l unlimited (limits.conf: memlock; systemd: LimitMEMLOCK=infinity; docker: --ulimit memlock=-1)"
+    mend = (
+        "ulimit -l unlimited (limits.conf: memlock; systemd: LimitMEMLOCK=infinity; docker: "
+        "--ulimit memlock=-1)"
+    )
     if limit < _LITTLE_NBYTES:
         return fail(name, f"{what}: no weights can be registered for RDMA", mend)
     return warn(name, f"{what}: weights that are larger cannot be registered for RDMA", mend)
@@ -108,7 +125,8 @@ def judge_libibverbs(error: str) -> Finding:
     if error:
         return fail(
             name,
-            f"libibverbs.so.1 cannot be loaded ({error}); the transfer engine needs it, over tcp too",
+            f"libibverbs.so.1 cannot be loaded ({error}); the transfer engine needs it, over "
+            "tcp too",
             "apt-get install libibverbs1 (rdma-core on other systems)",
         )
     return ok(name, "libibverbs.so.1 can be loaded")

@@ -1,6 +1,8 @@
-"""Runs checks at the same time, each in a thread of its own and for a limited time. Used by `engines doctor`.
+"""Runs checks at the same time, each in a thread of its own and for a limited time. Used by
+`engines doctor`.
 
-A check that raises is a finding, and so is one that takes too long: its thread is a daemon, and is left behind.
+A check that raises is a finding, and so is one that takes too long: its thread is a daemon, and is
+left behind.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """`name` is the finding's if the check yields none itself; `late` says what to do if it takes longer than `limit_s`."""
+    """`name` is the finding's if the check yields none itself; `late` says what to do if it takes
+    longer than `limit_s`.
+    """
 
     name: str
     run: Callable[[], Iterable[Finding]]
     limit_s: float
     late: str
-    tidies: bool = False  # it must not be left half-way: waited for, briefly, if everything is interrupted
+    tidies: bool = (
+        False  # it must not be left half-way: waited for, briefly, if everything is interrupted
+    )
 
 
 @dataclass
@@ -39,7 +45,9 @@ class _Run:
     findings: list[Finding] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.thread = threading.Thread(target=self._run, name=f"doctor {self.check.name}", daemon=True)
+        self.thread = threading.Thread(
+            target=self._run, name=f"doctor {self.check.name}", daemon=True
+        )
 
     def _run(self) -> None:
         try:
@@ -47,17 +55,25 @@ class _Run:
                 self.findings.append(finding)
         except Skip as exc:
             self.findings.append(skipped(self.check.name, str(exc)))
-        except Exception as exc:  # noqa: BLE001  whatever happens to a check is a finding
+        except Exception as exc:  # noqa: BLE001  it is raised by the caller's thread
             what, mend = told(exc)
             if not _is_ours(exc):
-                what, mend = f"unexpected {type(exc).__name__}: {what}", "please report it, with this line"
+                what, mend = (
+                    f"unexpected {type(exc).__name__}: {what}",
+                    "please report it, with this line",
+                )
             self.findings.append(fail(self.check.name, what, mend or "see the other findings"))
 
     def result(self) -> list[Finding]:
         seen = list(self.findings)  # of a thread that still runs, what it has found so far
         if not self.thread.is_alive():
             return list(self.findings)
-        return [*seen, fail(self.check.name, f"no answer within {duration(self.check.limit_s)}", self.check.late)]
+        return [
+            *seen,
+            fail(
+                self.check.name, f"no answer within {duration(self.check.limit_s)}", self.check.late
+            ),
+        ]
 
 
 def run_all(checks: Sequence[Check]) -> list[Finding]:
@@ -78,7 +94,10 @@ def run_all(checks: Sequence[Check]) -> list[Finding]:
 
 
 def at_once(call: Callable[[A], T], items: Sequence[A]) -> list[T]:
-    """`map` in threads, all at the same time. If some raise, the first of these errors is raised at the end."""
+    """`map` in threads, all at the same time.
+
+    If some raise, the first of these errors is raised at the end.
+    """
     results: dict[int, T] = {}
     errors: dict[int, Exception] = {}
 
@@ -88,7 +107,9 @@ def at_once(call: Callable[[A], T], items: Sequence[A]) -> list[T]:
         except Exception as exc:  # noqa: BLE001  it is raised by the caller's thread
             errors[number] = exc
 
-    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(items))]
+    threads = [
+        threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(items))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -99,7 +120,10 @@ def at_once(call: Callable[[A], T], items: Sequence[A]) -> list[T]:
 
 
 def within(limit_s: float, call: Callable[[], T]) -> T:
-    """For a call that has no limit of its own, such as a look-up of a name: TimeoutError when the time is over."""
+    """For a call that has no limit of its own, such as a look-up of a name:
+
+    TimeoutError when the time is over.
+    """
     results: list[T] = []
     errors: list[Exception] = [TimeoutError(f"no answer within {duration(limit_s)}")]
 
@@ -118,7 +142,10 @@ def within(limit_s: float, call: Callable[[], T]) -> T:
 
 
 class Once(Generic[T]):
-    """A value that several checks need: the first that asks gets it, the others wait for it. An error is everybody's."""
+    """A value that several checks need: the first that asks gets it, the others wait for it.
+
+    An error is everybody's.
+    """
 
     def __init__(self, get: Callable[[], T]) -> None:
         self._get = get
@@ -140,4 +167,7 @@ class Once(Generic[T]):
 
 
 def _is_ours(exc: BaseException) -> bool:
-    return any(kind.__module__ in ("engine_registry.errors", "engine_loader.errors") for kind in type(exc).__mro__)
+    return any(
+        kind.__module__ in ("engine_registry.errors", "engine_loader.errors")
+        for kind in type(exc).__mro__
+    )

@@ -1,4 +1,6 @@
-"""What etcd is for: a lease with a key of our own from grant to revoke, how long each step takes, and how much room is left."""
+"""What etcd is for: a lease with a key of our own from grant to revoke, how long each step takes,
+and how much room is left.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,10 @@ class RoundTrip:
 
 
 def round_trip(etcd: Etcd) -> RoundTrip:
-    """Leaves nothing, whatever happens: the lease is revoked, or ends by itself. No clock but etcd's is asked."""
+    """Leaves nothing, whatever happens: the lease is revoked, or ends by itself.
+
+    No clock but etcd's is asked.
+    """
     from engine_registry.errors import EtcdRefused
 
     trip = RoundTrip()
@@ -85,7 +90,9 @@ def _use(etcd: Etcd, key: str, lease_id: int, trip: RoundTrip) -> None:
     from engine_registry.schema.keyvalue import Put
 
     found = etcd.get(key)
-    trip.kept = found is not None and found.value == b"engines doctor" and found.lease_id == lease_id
+    trip.kept = (
+        found is not None and found.value == b"engines doctor" and found.lease_id == lease_id
+    )
     etcd.keep_alive(lease_id)
     trip.put_s += _timed(lambda: etcd.commit([], [Put(key, b"", lease_id)]))
     revision = etcd.commit([], [Put(key, b"", lease_id)])
@@ -116,7 +123,11 @@ def _timed(call: Callable[[], object]) -> list[float]:
 def judge_lease(trip: RoundTrip) -> Finding:
     name = "etcd.lease"
     if not trip.place:
-        return ok(name, f"granted and revoked; no key was put, as this user may not write {' or '.join(_PLACES)}")
+        return ok(
+            name,
+            "granted and revoked; no key was put, as this user may not write "
+            f"{' or '.join(_PLACES)}",
+        )
     if not trip.kept:
         return fail(
             name,
@@ -124,8 +135,14 @@ def judge_lease(trip: RoundTrip) -> Finding:
             "is there a proxy with a cache before etcd? Point --etcd at etcd itself",
         )
     if not trip.gone:
-        return fail(name, "revoking a lease has not deleted its key", "look at etcd's log: dead ranks would stay listed")
-    return ok(name, f"grant, put, read, renew and revoke work (under {trip.place}; nothing is left)")
+        return fail(
+            name,
+            "revoking a lease has not deleted its key",
+            "look at etcd's log: dead ranks would stay listed",
+        )
+    return ok(
+        name, f"grant, put, read, renew and revoke work (under {trip.place}; nothing is left)"
+    )
 
 
 def judge_latency(trip: RoundTrip) -> Finding:
@@ -139,8 +156,15 @@ def judge_latency(trip: RoundTrip) -> Finding:
         f"; slowest put {duration(max(trip.put_s))})" if trip.put_s else "; no key was put)"
     )
     slow = max(medians.values())
-    why = "etcd is far away" if medians["get"] > _SLOW_S / 2 else "its disk is slow to sync, or it is busy"
-    mend = f"{why}: look at etcd_disk_wal_fsync_duration_seconds and the network between here and there"
+    why = (
+        "etcd is far away"
+        if medians["get"] > _SLOW_S / 2
+        else "its disk is slow to sync, or it is busy"
+    )
+    mend = (
+        f"{why}: look at etcd_disk_wal_fsync_duration_seconds and the network between here and "
+        "there"
+    )
     if slow > _TOO_SLOW_S:
         return fail(name, f"{what}: leases will expire, as renewals come too late", mend)
     return warn(name, what, mend) if slow > _SLOW_S else ok(name, what)
@@ -152,7 +176,9 @@ def quota_of(config: EtcdConfig, endpoint: Endpoint, limit_s: float) -> int | No
     if config.cacert or endpoint.tls:
         context = ssl.create_default_context(cafile=config.cacert)
         load_pair(context, config.cert, config.key)
-        connection = http.client.HTTPSConnection(endpoint.host, endpoint.port, timeout=limit_s, context=context)
+        connection = http.client.HTTPSConnection(
+            endpoint.host, endpoint.port, timeout=limit_s, context=context
+        )
     with closing(connection):
         try:
             connection.request("GET", "/metrics")
@@ -173,7 +199,10 @@ def judge_database(statuses: Sequence[MemberStatus], quota_nbytes: int | None) -
         what += " if etcd has its default quota, which it does not tell"
     if largest.used_nbytes is not None:
         what += f"; {size(largest.used_nbytes)} in use"
-    mend = "etcdctl compact REVISION, then etcdctl defrag --cluster; or a larger --quota-backend-bytes; --auto-compaction-retention"
+    mend = (
+        "etcdctl compact REVISION, then etcdctl defrag --cluster; or a larger "
+        "--quota-backend-bytes; --auto-compaction-retention"
+    )
     if share >= 0.95:
         return fail(name, what, mend)
     return warn(name, what, mend) if share >= 0.8 else ok(name, what)
@@ -195,13 +224,15 @@ def _judge_alarm(name: str, kind: str, members: list[str]) -> Finding:
         return fail(
             name,
             f"{where}: etcd takes no writes, so no rank can register",
-            "etcdctl compact REVISION (from etcdctl endpoint status -w json), etcdctl defrag --cluster, etcdctl alarm disarm",
+            "etcdctl compact REVISION (from etcdctl endpoint status -w json), etcdctl defrag "
+            "--cluster, etcdctl alarm disarm",
         )
     if kind == "CORRUPT":
         return fail(
             name,
             f"{where}: its data differ from the others'",
-            "etcdctl member remove it, delete its data folder, and add it again as a new member; or restore a snapshot",
+            "etcdctl member remove it, delete its data folder, and add it again as a new "
+            "member; or restore a snapshot",
         )
     return fail(name, where, "see etcd's documents on alarms")
 
@@ -222,18 +253,25 @@ def check_namespace(etcd: Etcd) -> Iterator[Finding]:
     yield judge_namespace(etcd.config.namespace, statuses, keys)
 
 
-def judge_namespace(namespace: str, statuses: Sequence[InstanceStatus], keys: Sequence[str]) -> Finding:
+def judge_namespace(
+    namespace: str, statuses: Sequence[InstanceStatus], keys: Sequence[str]
+) -> Finding:
     """`keys` are the first of the whole store, where nothing lies in the namespace."""
     name, where = "etcd.namespace", f"{namespace}/engines/"
     if statuses:
         ready = sum(status.state.value == "ready" for status in statuses)
         return ok(name, f"{_count(len(statuses), 'instance')} under {where}, {ready} ready")
-    others = sorted({key.partition("/engines/")[0] for key in keys if "/engines/" in key} - {namespace})
+    others = sorted(
+        {key.partition("/engines/")[0] for key in keys if "/engines/" in key} - {namespace}
+    )
     if others:
         return warn(
             name,
-            f"no instance under {where}, but there are some under {', '.join(f'{other}/engines/' for other in others[:3])}",
-            f"give --namespace {others[0]!r}, if that is the one" if others[0] else "leave out --namespace, if that is the one",
+            f"no instance under {where}, but there are some under "
+            f"{', '.join(f'{other}/engines/' for other in others[:3])}",
+            f"give --namespace {others[0]!r}, if that is the one"
+            if others[0]
+            else "leave out --namespace, if that is the one",
         )
     return ok(name, f"no instance under {where}")
 

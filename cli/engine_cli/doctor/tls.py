@@ -1,4 +1,7 @@
-"""Certificates: etcd's as it shows it, and the client's as it lies in its file. Private keys are never shown."""
+"""Certificates: etcd's as it shows it, and the client's as it lies in its file.
+
+Private keys are never shown.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,9 @@ def server_certificate(config: EtcdConfig, endpoint: Endpoint, limit_s: float) -
 
 
 def client_certificate(cert: str, key: str) -> Certificate:
-    """Of a file that only a handshake reads: one in memory, in which both sides have this certificate and trust it."""
+    """Of a file that only a handshake reads: one in memory, in which both sides have this
+    certificate and trust it.
+    """
     whose = f"ours in {cert}"
     try:
         server_side = _context(ssl.PROTOCOL_TLS_SERVER, cert, key)
@@ -75,14 +80,19 @@ def _context(protocol: Any, cert: str, key: str) -> ssl.SSLContext:
 
 
 def load_pair(context: ssl.SSLContext, cert: str | None, key: str | None) -> None:
-    """A client certificate, if there is one. A key with a passphrase is refused, as by gRPC: OpenSSL would ask for it here."""
+    """A client certificate, if there is one.
+
+    A key with a passphrase is refused, as by gRPC: OpenSSL would ask for it here.
+    """
     if cert is not None:
         context.load_cert_chain(cert, key, password="")
 
 
 def _described(whose: str, certificate: Any) -> Certificate:
     names = dict(pair for part in certificate["subject"] for pair in part)
-    return Certificate(whose, str(names.get("commonName", "")), ssl.cert_time_to_seconds(certificate["notAfter"]))
+    return Certificate(
+        whose, str(names.get("commonName", "")), ssl.cert_time_to_seconds(certificate["notAfter"])
+    )
 
 
 def _reason(exc: Exception) -> str:
@@ -93,22 +103,35 @@ def _reason(exc: Exception) -> str:
     return str(exc.strerror or exc) if isinstance(exc, OSError) else str(exc)
 
 
-def judge_certificates(certificates: Sequence[Certificate], now: float | None = None) -> list[Finding]:
+def judge_certificates(
+    certificates: Sequence[Certificate], now: float | None = None
+) -> list[Finding]:
     return [_judge(each, time.time() if now is None else now) for each in certificates]
 
 
 def _judge(certificate: Certificate, now: float) -> Finding:
     name, whose = "etcd.tls", certificate.whose
     ours = whose.startswith("ours")
-    renew = "renew it: " + ("--cert and --key" if ours else "etcd reads its new files by itself, when a connection is made")
+    renew = "renew it: " + (
+        "--cert and --key"
+        if ours
+        else "etcd reads its new files by itself, when a connection is made"
+    )
     if "expired" in certificate.error:
         return fail(name, f"the certificate {whose} has expired", renew)
     if certificate.error:
-        mend = "check --cert and --key" if ours else "check --cacert, and that the certificate names this host or address"
+        mend = (
+            "check --cert and --key"
+            if ours
+            else "check --cacert, and that the certificate names this host or address"
+        )
         return fail(name, f"the certificate {whose} is not accepted: {certificate.error}", mend)
     left_s = certificate.expires_at - now
     days = int(left_s // _DAY_S)
-    what = f"the certificate {whose} ({certificate.name or 'without a name'}) is good for {days} more day{'' if days == 1 else 's'}"
+    what = (
+        f"the certificate {whose} ({certificate.name or 'without a name'}) is good for {days} "
+        f"more day{'' if days == 1 else 's'}"
+    )
     if left_s <= 0:
         return fail(name, f"the certificate {whose} has expired", renew)
     return warn(name, what, renew) if left_s < _SOON_S else ok(name, what)

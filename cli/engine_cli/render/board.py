@@ -1,4 +1,6 @@
-"""What the live table of `engines watch` shows: from events and pull tickets to rows, as many as there is room for. Pure."""
+"""What the live table of `engines watch` shows: from events and pull tickets to rows, as many as
+there is room for. Pure.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ class _Candidate:
     row: Row
 
 
-# A rank that loads and says how far it is comes before one that does not, so that what happens is what is seen.
+# A rank that loads and says how far it is comes before one that does not, so that what happens is
+# what is seen.
 _BUSY_INSTANCE, _LOADING, _LOAD, _INSTANCE, _BUSY_RANK, _RANK = range(6)
 
 
@@ -66,7 +69,9 @@ class Speeds:
             progress = progress_of(pulls)
             seen = before.get(reader) or deque()
             if progress and (not seen or progress.nbytes != seen[-1][1]):
-                if seen and progress.nbytes < seen[-1][1]:  # a source was lost, or this is the next load
+                if (
+                    seen and progress.nbytes < seen[-1][1]
+                ):  # a source was lost, or this is the next load
                     seen.clear()
                 seen.append((now, progress.nbytes))
             while len(seen) > 2 and now - seen[0][0] > _WINDOW_S:
@@ -121,16 +126,23 @@ class Board:
         self._now = now
 
     def _is_ours(self, pull: Pull) -> bool:
-        return self._instance is None or self._instance in (pull.instance, pull.reader and pull.reader.instance)
+        return self._instance is None or self._instance in (
+            pull.instance,
+            pull.reader and pull.reader.instance,
+        )
 
     def summary(self) -> str:
         records = [record for ranks in self._records.values() for record in ranks.values()]
         states = Counter(record.state for record in records)
         told = ", ".join(f"{states[state]:,} {state.value}" for state in RankState if states[state])
-        parts = [f"{_count(len(self._instances), 'instance')}, {_count(len(records), 'rank')}{f': {told}' if told else ''}"]
+        parts = [
+            f"{_count(len(self._instances), 'instance')}, "
+            f"{_count(len(records), 'rank')}{f': {told}' if told else ''}"
+        ]
         if self.flows.by_reader:
             speed = self._speeds.total(self._now)
-            parts.append(f"{_count(len(self.flows.by_reader), 'load')}{f' at {size(speed)}/s' if speed else ''}")
+            loads = _count(len(self.flows.by_reader), "load")
+            parts.append(f"{loads} at {size(speed)}/s" if speed else loads)
         return "; ".join(parts)
 
     @property
@@ -138,13 +150,21 @@ class Board:
         return sorted(self._told.keys() | {name for name, ranks in self._records.items() if ranks})
 
     def rows(self, room: int) -> list[Row]:
-        """At most so many. Ranks at rest are left out unless all have room; of all else the last row says how many there are."""
-        found = [each for name in self._instances for each in self._of_instance(name)] + self._of_strangers()
+        """At most so many.
+
+        Ranks at rest are left out unless all have room; of all else the last row says how many
+        there are.
+        """
+        found = [
+            each for name in self._instances for each in self._of_instance(name)
+        ] + self._of_strangers()
         if len(found) > room:
             found = [each for each in found if each.importance != _RANK]
         if len(found) <= room:
             return [each.row for each in found]
-        kept = sorted(range(len(found)), key=lambda number: found[number].importance)[: max(0, room - 1)]
+        kept = sorted(range(len(found)), key=lambda number: found[number].importance)[
+            : max(0, room - 1)
+        ]
         left_out = [found[number].row for number in sorted(set(range(len(found))) - set(kept))]
         return [*(found[number].row for number in sorted(kept)), _rest(left_out)][:room]
 
@@ -167,7 +187,9 @@ class Board:
         row = Row(
             name,
             f"{state} {len(records)}/{records[0].world_size if records else '?'}",
-            self.flows.loaded(InstanceStatus(name, told.state, tuple(records))) if told and loads else None,
+            self.flows.loaded(InstanceStatus(name, told.state, tuple(records)))
+            if told and loads
+            else None,
             some_of(sorted({pull.instance for pull in reads})) if reads else "",
             f"{size(speed)}/s" if speed else "",
             _count(len(readers), "load") if readers else "",
@@ -180,12 +202,21 @@ class Board:
         busy = reads or readers or record.state is not RankState.READY
         importance = _LOADING if loads and reads else _BUSY_RANK if busy else _RANK
         row = self._reading(name, record.state.value, reads, bar=loads)
-        return importance, Row(row.name, row.state, row.fraction, row.reads_from, row.speed, read_by(readers) if readers else "")
+        return importance, Row(
+            row.name,
+            row.state,
+            row.fraction,
+            row.reads_from,
+            row.speed,
+            read_by(readers) if readers else "",
+        )
 
     def _of_strangers(self) -> list[_Candidate]:
         """Loads into processes that are no rank, or one of an instance that is not watched."""
         some = sorted(self.flows.strangers().items())
-        return [_Candidate(_LOAD, self._reading(name, "load", pulls, bar=True)) for name, pulls in some]
+        return [
+            _Candidate(_LOAD, self._reading(name, "load", pulls, bar=True)) for name, pulls in some
+        ]
 
     def _reading(self, name: str, state: str, pulls: Sequence[Pull], bar: bool) -> Row:
         if not pulls:
@@ -203,7 +234,10 @@ class Board:
 
 def _rest(rows: Sequence[Row]) -> Row:
     states = Counter(row.state.partition(" ")[0] for row in rows)
-    return Row(f"… and {len(rows):,} more", ", ".join(f"{count:,} {state}" for state, count in sorted(states.items())))
+    return Row(
+        f"… and {len(rows):,} more",
+        ", ".join(f"{count:,} {state}" for state, count in sorted(states.items())),
+    )
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,7 +1,9 @@
-"""Who reads from whom, of records and pull tickets: how far each rank is that loads, and the tree. Pure.
+"""Who reads from whom, of records and pull tickets: how far each rank is that loads, and the tree.
+Pure.
 
-Anybody may have written a ticket. Whatever they say of each other, the tree ends, and has as many lines as there are pairs of one
-who reads and one who is read from, and those who are read from by nobody.
+Anybody may have written a ticket. Whatever they say of each other, the tree ends, and has as many
+lines as there are pairs of one who reads and one who is read from, and those who are read from by
+nobody.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ class Arrived:
 
 @dataclass(frozen=True)
 class Line:
-    """One of the tree. `again`: what is below it stands elsewhere. `parent` is who it reads from here, if anybody."""
+    """One of the tree.
+
+    `again`: what is below it stands elsewhere. `parent` is who it reads from here, if anybody.
+    """
 
     depth: int
     name: str
@@ -62,25 +67,46 @@ class Flows:
 
     def strangers(self) -> dict[str, Sequence[Pull]]:
         """What those read that are no rank that is known, by name."""
-        return {name_of(pulls[0]): pulls for reader, pulls in self.by_reader.items() if reader not in self._records}
+        return {
+            name_of(pulls[0]): pulls
+            for reader, pulls in self.by_reader.items()
+            if reader not in self._records
+        }
 
     def loaded(self, status: InstanceStatus) -> float | None:
-        """Which part of its ranks' weights is there; None unless one of them loads and has said how far it is."""
-        told = {record.rank: self.progress(record) for record in status.records if record.state is RankState.LOADING}
+        """Which part of its ranks' weights is there; None unless one of them loads and has said how
+        far it is.
+        """
+        told = {
+            record.rank: self.progress(record)
+            for record in status.records
+            if record.state is RankState.LOADING
+        }
         if not any(told.values()) or not status.nbytes:
             return None
-        whole_nbytes = sum(record.manifest.nbytes for record in status.records if record.rank not in told)
-        parts = (record.manifest.nbytes * part.fraction for record in status.records if (part := told.get(record.rank)) is not None)
+        whole_nbytes = sum(
+            record.manifest.nbytes for record in status.records if record.rank not in told
+        )
+        parts = (
+            record.manifest.nbytes * part.fraction
+            for record in status.records
+            if (part := told.get(record.rank)) is not None
+        )
         return (whole_nbytes + sum(parts)) / status.nbytes
 
     def of_model(self, model: ModelIdentity) -> Flows:
         """What is read from, or by, the ranks that serve it."""
-        ours = {incarnation for incarnation, record in self._records.items() if record.model == model}
+        ours = {
+            incarnation for incarnation, record in self._records.items() if record.model == model
+        }
         some = (pull for pull in self.pulls if pull.incarnation in ours or reader_of(pull) in ours)
         return Flows((self._records[incarnation] for incarnation in self._records), some)
 
     def tree(self) -> list[Line]:
-        """Who is read from, and below it those who read. Complete ranks come first; who reads from several stands below each."""
+        """Who is read from, and below it those who read.
+
+        Complete ranks come first; who reads from several stands below each.
+        """
         children: dict[str, dict[str, None]] = {}
         below: set[str] = set()
         for pull in self.pulls:
@@ -89,16 +115,31 @@ class Flows:
         order = sorted(children.keys() | below, key=self._place)
         lines: list[Line] = []
         drawn: set[str] = set()
-        for root in [*(node for node in order if node not in below), *order]:  # the latter for those who read in a circle
+        for root in [
+            *(node for node in order if node not in below),
+            *order,
+        ]:  # the latter for those who read in a circle
             waiting = [(root, "", 0)] if root not in drawn else []
             while waiting:
                 node, parent, depth = waiting.pop()
                 name, lower = self._name(node), children.get(node, {})
                 again = node in drawn and bool(lower)
-                lines.append(Line(depth, name, parent, self._records.get(node), progress_of(self.by_reader.get(node, ())), again))
+                lines.append(
+                    Line(
+                        depth,
+                        name,
+                        parent,
+                        self._records.get(node),
+                        progress_of(self.by_reader.get(node, ())),
+                        again,
+                    )
+                )
                 if node not in drawn:
                     drawn.add(node)
-                    waiting += [(each, name, depth + 1) for each in sorted(lower, key=self._place, reverse=True)]
+                    waiting += [
+                        (each, name, depth + 1)
+                        for each in sorted(lower, key=self._place, reverse=True)
+                    ]
         return lines
 
     def trees_with(self, records: Iterable[RankRecord]) -> list[Line]:
@@ -109,7 +150,12 @@ class Flows:
             if line.depth == 0:
                 trees.append([])
             trees[-1].append(line)
-        return [line for tree in trees if any(line.record and line.record.incarnation in wanted for line in tree) for line in tree]
+        return [
+            line
+            for tree in trees
+            if any(line.record and line.record.incarnation in wanted for line in tree)
+            for line in tree
+        ]
 
     def _name(self, node: str) -> str:
         record = self._records.get(node)

@@ -1,7 +1,7 @@
 """The live table of `engines watch` on a terminal. `board.py` says what is in it.
 
-One thread draws, on the terminal's other screen, so that it may be resized and what was there before comes back. A terminal that
-takes nothing holds up that thread and nobody else.
+One thread draws, on the terminal's other screen, so that it may be resized and what was there
+before comes back. A terminal that takes nothing holds up that thread and nobody else.
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ _JOIN_S = 2.0
 _MAX_NEWS = 8
 _MIN_BAR, _MAX_BAR = 12, 24
 _LEAVE = b"\x1b[?1049l\x1b[?25h"  # back to the first screen, with a cursor
-_STYLES = {"ready": "green", "loading": "cyan", "load": "cyan", "updating": "yellow", "draining": "yellow", "degraded": "red"}
+_STYLES = {
+    "ready": "green",
+    "loading": "cyan",
+    "load": "cyan",
+    "updating": "yellow",
+    "draining": "yellow",
+    "degraded": "red",
+}
 
 
 class Pulls(Protocol):
@@ -56,7 +63,9 @@ class Watched(Protocol):
 
 def fits() -> bool:
     """Whether there is a terminal that can show it."""
-    return sys.stdout.isatty() and not Console(file=sys.stdout, force_terminal=True).is_dumb_terminal
+    return (
+        sys.stdout.isatty() and not Console(file=sys.stdout, force_terminal=True).is_dumb_terminal
+    )
 
 
 class Screen:
@@ -71,8 +80,16 @@ class Screen:
         self._ended = False
         self._wake = threading.Event()
         self._failure: BaseException | None = None
-        self._console = Console(file=sys.stdout, force_terminal=True, markup=False, emoji=False, highlight=False)
-        self._live = Live(console=self._console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        self._console = Console(
+            file=sys.stdout, force_terminal=True, markup=False, emoji=False, highlight=False
+        )
+        self._live = Live(
+            console=self._console,
+            screen=True,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         self._logs = _Logs(self.note)
         self._thread = threading.Thread(target=self._draw, name="screen", daemon=True)
 
@@ -95,7 +112,9 @@ class Screen:
                     self._rest(time.monotonic() - start)
             self._console.print(self._frame())  # stays
         except BaseException as exc:  # noqa: BLE001  raised again by the thread that the watch belongs to
-            if not isinstance(exc, OSError) or exc.errno != errno.EIO:  # that is a terminal which is gone: as if told to end
+            if (
+                not isinstance(exc, OSError) or exc.errno != errno.EIO
+            ):  # that is a terminal which is gone: as if told to end
                 self._failure = exc
             self._watch.stop()
 
@@ -114,9 +133,14 @@ class Screen:
         head = self._head()
         with self._lock:
             self._board.look(self._pulls.now(), time.monotonic())
-            head.insert(0, _cell(f"{clock(datetime.now().astimezone())[:8]}  {self._board.summary()}", "bold"))
+            head.insert(
+                0,
+                _cell(f"{clock(datetime.now().astimezone())[:8]}  {self._board.summary()}", "bold"),
+            )
             news = list(self._board.news)[-min(_MAX_NEWS, max(1, height // 4)) :]
-            rows = self._board.rows(max(1, height - len(head) - len(news) - 3))  # the table's heading, two empty lines
+            rows = self._board.rows(
+                max(1, height - len(head) - len(news) - 3)
+            )  # the table's heading, two empty lines
         body = [_table(rows, width)] if rows else [Text("no instance is registered")]
         return Group(*head, Text(""), *body, Text(""), *map(_cell, news))
 
@@ -127,16 +151,25 @@ class Screen:
         head = []
         if away and self._away_since is not None:
             head.append(
-                _cell(f"etcd is away since {clock(self._away_since)[:8]}, and this is how it was then: {said(away)}", "bold red")
+                _cell(
+                    f"etcd is away since {clock(self._away_since)[:8]}, and this is how it "
+                    f"was then: {said(away)}",
+                    "bold red",
+                )
             )
         if unseen:
             head.append(_cell(f"who reads from whom is not known: {in_options(unseen)}", "yellow"))
         return head
 
     def restore(self) -> None:
-        """For a process that ends without leaving: the terminal as it was. Waits for nothing, whatever the terminal does."""
+        """For a process that ends without leaving: the terminal as it was.
+
+        Waits for nothing, whatever the terminal does.
+        """
         with suppress(OSError):
-            terminal = os.open(os.ttyname(sys.stdout.fileno()), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            terminal = os.open(
+                os.ttyname(sys.stdout.fileno()), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
+            )
             os.write(terminal, _LEAVE)
 
     def __enter__(self) -> Screen:
@@ -144,7 +177,9 @@ class Screen:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self._ended = True
         self._wake.set()
         self._thread.join(timeout=_JOIN_S)
@@ -168,7 +203,11 @@ class _Logs(logging.Handler):
 
     def take(self) -> None:
         root = logging.getLogger()
-        self._taken = [each for each in root.handlers if isinstance(each, logging.StreamHandler) and each.stream.isatty()]
+        self._taken = [
+            each
+            for each in root.handlers
+            if isinstance(each, logging.StreamHandler) and each.stream.isatty()
+        ]
         for handler in self._taken:
             root.removeHandler(handler)
         if self._taken:
@@ -183,14 +222,25 @@ class _Logs(logging.Handler):
 
 
 def _table(rows: list[Row], width: int) -> Table:
-    """Each row is one line. Where they are too long, whom it reads from and who reads from it are cut first."""
+    """Each row is one line.
+
+    Where they are too long, whom it reads from and who reads from it are cut first.
+    """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("INSTANCE", "STATE", "PROGRESS", "READS FROM", "SPEED", "READ BY"):
-        table.add_column(Text(heading, "dim", no_wrap=True, overflow="ellipsis"), no_wrap=not heading.startswith("READ"))
+        table.add_column(
+            Text(heading, "dim", no_wrap=True, overflow="ellipsis"),
+            no_wrap=not heading.startswith("READ"),
+        )
     for row in rows:
         style = _STYLES.get(row.state.partition(" ")[0], "")
         rest = (_cell(row.reads_from), _cell(row.speed), _cell(row.read_by))
-        table.add_row(_cell(short(row.name, width // 3)), _cell(row.state, style), _bar(row.fraction, width // 6), *rest)
+        table.add_row(
+            _cell(short(row.name, width // 3)),
+            _cell(row.state, style),
+            _bar(row.fraction, width // 6),
+            *rest,
+        )
     return table
 
 

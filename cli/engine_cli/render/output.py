@@ -1,4 +1,6 @@
-"""What the commands print of instances, ranks, tensors and events: rows of tables, and JSON objects that stay stable."""
+"""What the commands print of instances, ranks, tensors and events: rows of tables, and JSON objects
+that stay stable.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,8 @@ def pull_json(pull: Pull) -> dict[str, Any]:
     reader = pull.reader
     return {
         "source": source,
-        "reader": reader and {"instance": reader.instance, "rank": reader.rank, "incarnation": reader.incarnation},
+        "reader": reader
+        and {"instance": reader.instance, "rank": reader.rank, "incarnation": reader.incarnation},
         "host": pull.host,
         "pid": pull.pid,
         "nbytes": pull.nbytes,
@@ -120,7 +123,10 @@ def progress_json(progress: Arrived | None) -> dict[str, int] | None:
 
 def loading_json(status: InstanceStatus, flows: Flows) -> list[dict[str, Any]]:
     loading = (record for record in status.records if record.state is RankState.LOADING)
-    return [{"rank": record.rank, "progress": progress_json(flows.progress(record))} for record in loading]
+    return [
+        {"rank": record.rank, "progress": progress_json(flows.progress(record))}
+        for record in loading
+    ]
 
 
 _RANK_EVENTS = {RankJoined: "rank_joined", RankUpdated: "rank_updated", RankLost: "rank_lost"}
@@ -150,10 +156,16 @@ def event_text(event: Event | InstanceCleaned) -> str:
     if isinstance(event, InstanceCleaned):
         done = "would evict" if event.dry_run else "evicted"
         ranks = spans([record.rank for record in event.evicted])
-        return f"{event.instance} cleaned up: {done} rank {ranks}, as rank {event.lost.rank} did not come back"
+        return (
+            f"{event.instance} cleaned up: {done} rank {ranks}, as rank {event.lost.rank} did "
+            "not come back"
+        )
     if isinstance(event, InstanceReady):
         status = event.status
-        return f"{status.instance} ready: {status.world_size} ranks, {size(status.nbytes)}, version {status.version}"
+        return (
+            f"{status.instance} ready: {status.world_size} ranks, {size(status.nbytes)}, version "
+            f"{status.version}"
+        )
     if isinstance(event, InstanceDegraded):
         return f"{event.status.instance} degraded: {printable(event.status.summary)}"
     if isinstance(event, InstanceGone):
@@ -164,17 +176,27 @@ def event_text(event: Event | InstanceCleaned) -> str:
         return f"{name} lost: {event.reason} ({record.process})"
     if isinstance(event, RankUpdated):
         return f"{name} updated: {record.state.value}, version {record.version}"
-    return f"{name} joined: {record.state.value}, {size(record.manifest.nbytes)}, {record.session_id} {record.protocol}"
+    return (
+        f"{name} joined: {record.state.value}, {size(record.manifest.nbytes)}, "
+        f"{record.session_id} {record.protocol}"
+    )
 
 
 def instance_state(status: InstanceStatus, loaded: float | None) -> str:
-    """For people: an instance is loading while one of its ranks is. `loaded` is how much of it is there, if that is known."""
+    """For people: an instance is loading while one of its ranks is.
+
+    `loaded` is how much of it is there, if that is known.
+    """
     loading = any(record.state is RankState.LOADING for record in status.records)
     return _loading(loaded) if loading else status.state.value
 
 
 def rank_state(record: RankRecord, progress: Arrived | None) -> str:
-    return _loading(progress.fraction if progress else None) if record.state is RankState.LOADING else record.state.value
+    return (
+        _loading(progress.fraction if progress else None)
+        if record.state is RankState.LOADING
+        else record.state.value
+    )
 
 
 def _loading(fraction: float | None) -> str:
@@ -191,13 +213,20 @@ def read_by(pulls: Iterable[Pull]) -> str:
     for pull in pulls:
         by_name.setdefault(name_of(pull), []).append(pull)
     progress = {name: progress_of(some) for name, some in by_name.items()}
-    return some_of([f"{name} {percent(each.fraction)}" if (each := progress[name]) else name for name in sorted(by_name)])
+    return some_of(
+        [
+            f"{name} {percent(each.fraction)}" if (each := progress[name]) else name
+            for name in sorted(by_name)
+        ]
+    )
 
 
 def some_of(names: Collection[str]) -> str:
     """The first few, and how many more there are."""
     shown = ", ".join(itertools.islice(names, _MAX_NAMES))
-    return f"{shown} and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else shown or "-"
+    return (
+        f"{shown} and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else shown or "-"
+    )
 
 
 def tree_rows(lines: Iterable[Line]) -> list[tuple[int, str]]:
@@ -214,7 +243,13 @@ def _tree_text(line: Line) -> str:
 
 
 def instance_row(status: InstanceStatus, loaded: float | None = None) -> list[str]:
-    version = "differs" if status.records and status.version is None else "-" if status.version is None else str(status.version)
+    version = (
+        "differs"
+        if status.records and status.version is None
+        else "-"
+        if status.version is None
+        else str(status.version)
+    )
     return [
         status.instance,
         instance_state(status, loaded),
@@ -227,7 +262,18 @@ def instance_row(status: InstanceStatus, loaded: float | None = None) -> list[st
 
 
 INSTANCE_COLUMNS = ("INSTANCE", "STATE", "RANKS", "MODEL", "VERSION", "SIZE", "WHY NOT READY")
-RANK_COLUMNS = ("RANK", "STATE", "VERSION", "PROCESS", "DEVICE", "SESSION", "PROTOCOL", "TENSORS", "SIZE", "SINCE")
+RANK_COLUMNS = (
+    "RANK",
+    "STATE",
+    "VERSION",
+    "PROCESS",
+    "DEVICE",
+    "SESSION",
+    "PROTOCOL",
+    "TENSORS",
+    "SIZE",
+    "SINCE",
+)
 TENSOR_COLUMNS = ("TENSOR", "DTYPE", "SHAPE", "SIZE", "BOX")
 
 
@@ -250,7 +296,10 @@ def rank_row(record: RankRecord, progress: Arrived | None = None) -> list[str]:
 
 
 def tensor_rows(manifest: Manifest) -> list[list[str]]:
-    return [[entry.name, entry.dtype, _shape(entry.shape), size(entry.nbytes), _box(entry)] for entry in manifest.tensors]
+    return [
+        [entry.name, entry.dtype, _shape(entry.shape), size(entry.nbytes), _box(entry)]
+        for entry in manifest.tensors
+    ]
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -263,7 +312,10 @@ def _box(entry: TensorEntry) -> str:
         return "-"
     if entry.shape == entry.global_shape:
         return "whole"
-    along = (f"{offset}:{offset + length}" for offset, length in zip(entry.offsets, entry.shape, strict=True))
+    along = (
+        f"{offset}:{offset + length}"
+        for offset, length in zip(entry.offsets, entry.shape, strict=True)
+    )
     return f"[{', '.join(along)}] of {_shape(entry.global_shape)}"
 
 

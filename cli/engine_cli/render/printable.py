@@ -6,8 +6,14 @@ from datetime import datetime
 
 
 def printable(text: str) -> str:
-    """One line without control characters, which could move the cursor or worse: each is shown as its escape."""
-    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    """One line without control characters, which could move the cursor or worse: each is shown as
+    its escape.
+    """
+    return (
+        text
+        if text.isprintable()
+        else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    )
 
 
 def clock(at: datetime) -> str:

@@ -1,4 +1,7 @@
-"""How the commands print: JSON, tables for people, sizes with units. Needs no `registry`, and works where that does not."""
+"""How the commands print:
+
+JSON, tables for people, sizes with units. Needs no `registry`, and works where that does not.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,19 @@ _WIDE = 100_000
 
 
 def print_json(data: Any) -> None:
-    """In ASCII: it means the same in every encoding, and holds nothing that a terminal would act on."""
+    """In ASCII: it means the same in every encoding, and holds nothing that a terminal would act
+    on.
+    """
     click.echo(json.dumps(data, separators=(",", ":")))
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, prose: bool = False) -> None:
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, prose: bool = False
+) -> None:
     """As wide as it is: a terminal wraps it, a pipe gets one row a line, and nothing is ever cut.
 
-    With `prose` the last column holds sentences: on a terminal they are wrapped within it, and elsewhere not padded.
+    With `prose` the last column holds sentences: on a terminal they are wrapped within it, and
+    elsewhere not padded.
     """
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
@@ -42,7 +50,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, prose:
 
 
 def print_tree(rows: Sequence[tuple[int, str]]) -> None:
-    """Each row with its depth, which the first one has 0 of: drawn on a terminal, elsewhere moved to the right."""
+    """Each row with its depth, which the first one has 0 of: drawn on a terminal, elsewhere moved
+    to the right.
+    """
     console = Console(width=_WIDE, markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         click.echo("\n".join("  " * depth + printable(text) for depth, text in rows))

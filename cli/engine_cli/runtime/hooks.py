@@ -1,4 +1,6 @@
-"""Runs the user's command for every event, one after another in a thread of its own, so that a hook seldom holds up the watch."""
+"""Runs the user's command for every event, one after another in a thread of its own, so that a hook
+seldom holds up the watch.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,11 @@ _VARIABLES = {
 
 
 class Hooks:
-    """`sh -c COMMAND`, with the event as JSON on standard input and in ENGINES_EVENT, _INSTANCE, _RANK, _REASON and _STATE.
+    """`sh -c COMMAND`, with the event as JSON on standard input and in ENGINES_EVENT, _INSTANCE,
+    _RANK, _REASON and _STATE.
 
-    A hook that fails or takes longer than `timeout_s` is reported, and the next one runs. Each has a process group of its own, so
-    that all of it can be ended, and Ctrl-C does not reach it.
+    A hook that fails or takes longer than `timeout_s` is reported, and the next one runs. Each has
+    a process group of its own, so that all of it can be ended, and Ctrl-C does not reach it.
     """
 
     def __init__(self, command: str, timeout_s: float) -> None:
@@ -72,7 +75,9 @@ class Hooks:
         with self._changed:
             if self._waiting:
                 log.warning(
-                    "hooks that were not run: %d", len(self._waiting), extra=fields("hooks_not_run", count=len(self._waiting))
+                    "hooks that were not run: %d",
+                    len(self._waiting),
+                    extra=fields("hooks_not_run", count=len(self._waiting)),
                 )
 
     def _work(self) -> None:
@@ -87,14 +92,21 @@ class Hooks:
                 try:
                     hook = self._running = self._start(event)
                 except OSError as exc:
-                    log.error("%s could not be started: %s", what, exc, extra=_told("hook_not_started", event))
+                    log.error(
+                        "%s could not be started: %s",
+                        what,
+                        exc,
+                        extra=_told("hook_not_started", event),
+                    )
                     continue
             self._wait(hook, event, what)
 
     def _start(self, event: dict[str, Any]) -> subprocess.Popen[str]:
         env = {**os.environ, **{name: str(event.get(key, "")) for name, key in _VARIABLES.items()}}
         command = ["/bin/sh", "-c", self._command]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=env, start_new_session=True)
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, text=True, env=env, start_new_session=True
+        )
 
     def _wait(self, hook: subprocess.Popen[str], event: dict[str, Any], what: str) -> None:
         try:
@@ -102,7 +114,13 @@ class Hooks:
         except subprocess.TimeoutExpired:
             os.killpg(hook.pid, signal.SIGKILL)
             hook.communicate()
-            log.error("%s was ended after %g s: %s", what, self._timeout_s, self._command, extra=_told("hook_timed_out", event))
+            log.error(
+                "%s was ended after %g s: %s",
+                what,
+                self._timeout_s,
+                self._command,
+                extra=_told("hook_timed_out", event),
+            )
         else:
             if hook.returncode:
                 log.error(
@@ -117,7 +135,9 @@ class Hooks:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         """Lets the hooks that wait finish, unless they were stopped."""
         with self._changed:
             self._complete = True
@@ -127,4 +147,6 @@ class Hooks:
 
 
 def _told(name: str, event: dict[str, Any], **facts: Any) -> dict[str, Any]:
-    return fields(name, hook_event=event["event"], instance=event["instance"], rank=event.get("rank"), **facts)
+    return fields(
+        name, hook_event=event["event"], instance=event["instance"], rank=event.get("rank"), **facts
+    )

@@ -1,4 +1,7 @@
-"""Serves metrics over HTTP for `--metrics-port`. Starts a thread, and one for each scrape that is going on."""
+"""Serves metrics over HTTP for `--metrics-port`.
+
+Starts a thread, and one for each scrape that is going on.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ class _Server(ThreadingMixIn, WSGIServer):
     def server_bind(self) -> None:
         """Without the look-up of our own name, which may take long."""
         super(WSGIServer, self).server_bind()
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.server_name, self.server_port = (
+            str(self.server_address[0]),
+            int(self.server_address[1]),
+        )
         self.setup_environ()
 
 
@@ -45,17 +51,26 @@ class _Handler(WSGIRequestHandler):
 
 @contextmanager
 def served(port: int, host: str) -> Iterator[None]:
-    """Counts, and serves what is counted, within the block. MetricsUnavailable where prometheus_client is not installed."""
+    """Counts, and serves what is counted, within the block.
+
+    MetricsUnavailable where prometheus_client is not installed.
+    """
     with metrics.counting():
         from prometheus_client import make_wsgi_app
 
         server = _listening(host, port)
         server.set_app(make_wsgi_app())
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="metrics", daemon=True)
+        thread = threading.Thread(
+            target=server.serve_forever, args=(0.05,), name="metrics", daemon=True
+        )
         thread.start()
         where = f"[{host}]" if ":" in host else host
         url = f"http://{where}:{server.server_port}/metrics"
-        log.info("metrics are at %s", url, extra=fields("metrics_served", url=url, port=server.server_port))
+        log.info(
+            "metrics are at %s",
+            url,
+            extra=fields("metrics_served", url=url, port=server.server_port),
+        )
         try:
             yield
         finally:
@@ -71,9 +86,12 @@ def _listening(host: str, port: int) -> _Server:
         server: _Server = kind(address[:2], _Handler)
     except OSError as exc:
         if exc.errno == errno.EADDRINUSE:
-            raise click.ClickException(f"port {port} on {host} is in use: choose another --metrics-port") from exc
+            raise click.ClickException(
+                f"port {port} on {host} is in use: choose another --metrics-port"
+            ) from exc
         raise click.ClickException(
-            f"metrics cannot be served on {host}, port {port}: {exc.strerror or exc}: check --metrics-host and --metrics-port"
+            f"metrics cannot be served on {host}, port {port}: {exc.strerror or exc}: check "
+            "--metrics-host and --metrics-port"
         ) from exc
     return server
 
@@ -87,9 +105,16 @@ def metrics_options(command: Callable[..., Any]) -> Callable[..., Any]:
             raise click.UsageError("--metrics-host goes with --metrics-port")
         if metrics_port is None:
             return command(serve_metrics=nullcontext, **kwargs)
-        return command(serve_metrics=functools.partial(served, metrics_port, metrics_host or _HOST), **kwargs)
+        return command(
+            serve_metrics=functools.partial(served, metrics_port, metrics_host or _HOST), **kwargs
+        )
 
     port = click.option("--metrics-port", type=click.IntRange(0, 65535), metavar="PORT",
-                        help="Serve metrics for Prometheus here, under /metrics. 0: a free one, which is logged.")  # fmt: skip
-    host = click.option("--metrics-host", metavar="HOST", help=f"Address to serve metrics on.  [default: {_HOST}]")
+                        help=(
+                            "Serve metrics for Prometheus here, under /metrics. 0: a free one, "
+                            "which is logged."
+                        ))  # fmt: skip
+    host = click.option(
+        "--metrics-host", metavar="HOST", help=f"Address to serve metrics on.  [default: {_HOST}]"
+    )
     return port(host(wrapped))

@@ -1,4 +1,6 @@
-"""A rank that serves until it is told to end, and how it leaves: what `register` and `load --serve` share."""
+"""A rank that serves until it is told to end, and how it leaves: what `register` and `load --serve`
+share.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,18 @@ drain_option = click.option(
     default=25.0,
     show_default=True,
     metavar="S",
-    help="How long to let running loads finish at the end; a second Ctrl-C or SIGTERM does not wait.",
+    help=(
+        "How long to let running loads finish at the end; a second Ctrl-C or SIGTERM does not wait."
+    ),
 )
 
 _LOST = "lost"
 
 
 class Endings:
-    """The reasons to go on towards the end, as they come: a signal, the end of standard input, the registration's loss, drained,
-    or what went wrong with that."""
+    """The reasons to go on towards the end, as they come: a signal, the end of standard input, the
+    registration's loss, drained, or what went wrong with that.
+    """
 
     def __init__(self) -> None:
         self._inbox: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
@@ -62,7 +67,9 @@ class Endings:
         threading.Thread(target=drain, daemon=True).start()
 
     def hold(self, publication: Publication, drain_s: float) -> None:
-        """Until there is a reason to end; then drains, unless the registration is lost, or a second signal comes."""
+        """Until there is a reason to end; then drains, unless the registration is lost, or a second
+        signal comes.
+        """
         if self._inbox.get() == _LOST:
             return
         self._drain(publication, drain_s)

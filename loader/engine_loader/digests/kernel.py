@@ -1,4 +1,5 @@
-"""The sums of `multilinear_64` for all tensors on a GPU in one launch, by Triton. Called by `digests.table`, which defines them.
+"""The sums of `multilinear_64` for all tensors on a GPU in one launch, by Triton. Called by
+`digests.table`, which defines them.
 
 Where Triton or the compiler that it needs is missing, `digests.table` does without.
 """
@@ -13,12 +14,16 @@ import triton.language as tl
 
 Numbers = npt.NDArray[np.int64]
 _TILE = 1024
-_PARTS = 16  # of a block, each summed up by itself: a few tensors alone have to keep all of a GPU busy
+_PARTS = (
+    16  # of a block, each summed up by itself: a few tensors alone have to keep all of a GPU busy
+)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sum_blocks(addrs, counts, sums, TILE: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Each program adds a part of a block, `counts` words at `addrs`, to its sum: each times its place's number of SplitMix64."""
+    """Each program adds a part of a block, `counts` words at `addrs`, to its sum: each times its
+    place's number of SplitMix64.
+    """
     block = tl.program_id(0)
     words = tl.load(addrs + block).to(tl.pointer_type(tl.int32))
     count = tl.load(counts + block)
@@ -39,7 +44,9 @@ def _sum_blocks(addrs, counts, sums, TILE: tl.constexpr, PARTS: tl.constexpr):  
 
 
 def sum_blocks(addrs: Numbers, counts: Numbers, device: torch.device) -> bytes:
-    """Of blocks of device memory, at these addresses and of so many words of 32 bits: the sums, as 64-bit words in a row."""
+    """Of blocks of device memory, at these addresses and of so many words of 32 bits: the sums, as
+    64-bit words in a row.
+    """
     where, words = torch.from_numpy(np.stack([addrs, counts])).to(device)
     sums = torch.zeros_like(where)
     with torch.cuda.device(device):

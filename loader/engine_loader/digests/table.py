@@ -1,11 +1,13 @@
-"""Digests of tensors' bytes, computed where the tensors lie, and the table in registered memory in which a source offers them.
+"""Digests of tensors' bytes, computed where the tensors lie, and the table in registered memory in
+which a source offers them.
 
-The table holds 16 bytes a tensor, in the order of the names. It is read over the transfer engine together with the weights, so the
-header proves of both that they are of one version.
+The table holds 16 bytes a tensor, in the order of the names. It is read over the transfer engine
+together with the weights, so the header proves of both that they are of one version.
 
-`xxh3_128` is for tensors in the host's memory. `multilinear_64` is for those of an accelerator, which has no such hash: the bytes,
-as 32-bit words, are multiplied with fixed random 64-bit numbers and summed up block by block modulo 2^64 (multilinear hashing,
-Lemire and Kaser, doi:10.1093/comjnl/bxt070), and the sums are hashed with xxh3_128. Any machine can compute either.
+`xxh3_128` is for tensors in the host's memory. `multilinear_64` is for those of an accelerator,
+which has no such hash: the bytes, as 32-bit words, are multiplied with fixed random 64-bit numbers
+and summed up block by block modulo 2^64 (multilinear hashing, Lemire and Kaser,
+doi:10.1093/comjnl/bxt070), and the sums are hashed with xxh3_128. Any machine can compute either.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class DigestCell:
     @plain_torch()
     def __init__(self, names: Iterable[str], device: torch.device, algorithm: str) -> None:
         self._names = sorted(names)
-        self._bytes = torch.zeros(max(1, len(self._names)) * NBYTES, dtype=torch.uint8, device=device)
+        self._bytes = torch.zeros(
+            max(1, len(self._names)) * NBYTES, dtype=torch.uint8, device=device
+        )
         self.region = Region(self._bytes.data_ptr(), self._bytes.nbytes)
         self.table = DigestTable(algorithm, self.region.addr)
 
@@ -56,7 +60,9 @@ class DigestCell:
     @plain_torch()
     def read(self) -> dict[str, bytes]:
         packed = bytes(self._bytes.cpu().numpy())
-        return {name: packed[at * NBYTES : (at + 1) * NBYTES] for at, name in enumerate(self._names)}
+        return {
+            name: packed[at * NBYTES : (at + 1) * NBYTES] for at, name in enumerate(self._names)
+        }
 
 
 def algorithm_for(device: torch.device) -> str:
@@ -65,20 +71,29 @@ def algorithm_for(device: torch.device) -> str:
 
 @plain_torch()
 def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, bytes]:
-    """Of the bytes of each as they lie in memory; row by row where they do not lie together, as those of a part of a tensor.
+    """Of the bytes of each as they lie in memory; row by row where they do not lie together, as
+    those of a part of a tensor.
 
     KeyError for an algorithm that this version does not know.
     """
-    tensors = {name: one if one.is_contiguous() else _as_it_lies(one) for name, one in tensors.items()}
+    tensors = {
+        name: one if one.is_contiguous() else _as_it_lies(one) for name, one in tensors.items()
+    }
     digest = ALGORITHMS[algorithm]
     if digest is _multilinear_64:
         quick = {name: tensor for name, tensor in tensors.items() if _fits_kernel(tensor)}
         if quick and (found := _by_kernel(quick)):
-            rest = digests_of({name: tensor for name, tensor in tensors.items() if name not in quick}, algorithm)
+            rest = digests_of(
+                {name: tensor for name, tensor in tensors.items() if name not in quick}, algorithm
+            )
             return {name: found[name] if name in quick else rest[name] for name in tensors}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # xxhash lets go of the GIL
-        told: dict[K, bytes | Future[bytes]] = {  # a short one is done before another thread has begun
-            name: digest(_as_bytes(tensor)) if tensor.nbytes < _SHORT_NBYTES else pool.submit(digest, _as_bytes(tensor))
+        told: dict[
+            K, bytes | Future[bytes]
+        ] = {  # a short one is done before another thread has begun
+            name: digest(_as_bytes(tensor))
+            if tensor.nbytes < _SHORT_NBYTES
+            else pool.submit(digest, _as_bytes(tensor))
             for name, tensor in tensors.items()
         }
         return {name: one if isinstance(one, bytes) else one.result() for name, one in told.items()}
@@ -113,11 +128,16 @@ def _of_sums(nbytes: int, sums: bytes) -> bytes:
 
 
 def _fits_kernel(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and tensor.is_contiguous() and tensor.data_ptr() % 4 == 0 and tensor.nbytes % 4 == 0
+    return (
+        tensor.is_cuda
+        and tensor.is_contiguous()
+        and tensor.data_ptr() % 4 == 0
+        and tensor.nbytes % 4 == 0
+    )
 
 
 def _by_kernel(tensors: Mapping[K, torch.Tensor]) -> dict[K, bytes]:
-    """Of contiguous tensors on GPUs, a launch for each GPU; nothing where the kernel cannot be had."""
+    """Of contiguous tensors on GPUs, a launch for each GPU; nothing where there is no kernel."""
     try:
         from engine_loader.digests.kernel import sum_blocks
 
@@ -128,23 +148,35 @@ def _by_kernel(tensors: Mapping[K, torch.Tensor]) -> dict[K, bytes]:
             sizes = np.array([tensor.nbytes for tensor in here.values()], np.int64)
             counts = -(-sizes // block_nbytes)
             firsts = np.cumsum(counts) - counts  # the number of each tensor's first block
-            whose = np.repeat(np.arange(len(here)), counts)  # of each block: the number of its tensor
+            whose = np.repeat(
+                np.arange(len(here)), counts
+            )  # of each block: the number of its tensor
             ahead = (np.arange(len(whose)) - firsts[whose]) * block_nbytes
             starts = np.array([tensor.data_ptr() for tensor in here.values()], np.int64)
             words = np.minimum(sizes[whose] - ahead, block_nbytes) // 4
             sums = sum_blocks(starts[whose] + ahead, words, device) if len(whose) else b""
-            for name, nbytes, first, count in zip(here, sizes.tolist(), firsts.tolist(), counts.tolist(), strict=True):
+            for name, nbytes, first, count in zip(
+                here, sizes.tolist(), firsts.tolist(), counts.tolist(), strict=True
+            ):
                 digests[name] = _of_sums(nbytes, sums[8 * first : 8 * (first + count)])
     except Exception as exc:  # noqa: BLE001  Triton has no one kind of its own, and needs a compiler at run time
-        log.info("digests on the GPU take longer, as their kernel cannot be had: %s", exc, extra=fields("no_kernel", error=exc))
+        log.info(
+            "digests on the GPU take longer, as their kernel cannot be had: %s",
+            exc,
+            extra=fields("no_kernel", error=exc),
+        )
         return {}
     return digests
 
 
 @functools.cache
 def _factors(device: torch.device) -> torch.Tensor:
-    """The same on every machine: the first numbers of SplitMix64 from 0, in int64, whose products wrap around."""
-    numbers = torch.arange(1, _BLOCK_WORDS + 1, dtype=torch.int64, device="cpu") * _signed(0x9E3779B97F4A7C15)
+    """The same on every machine: the first numbers of SplitMix64 from 0, in int64, whose products
+    wrap around.
+    """
+    numbers = torch.arange(1, _BLOCK_WORDS + 1, dtype=torch.int64, device="cpu") * _signed(
+        0x9E3779B97F4A7C15
+    )
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         numbers = (numbers ^ _shifted(numbers, shift)) * _signed(factor)
     return (numbers ^ _shifted(numbers, 31)).to(device)

@@ -1,6 +1,7 @@
 """What the loader needs of a transfer engine, whichever it is.
 
-`engines.mooncake.engine` is the real one; `engines.in_process` serves tests and single-process uses; both pass `tests/contract`.
+`engines.mooncake.engine` is the real one; `engines.in_process` serves tests and single-process
+uses; both pass `tests/contract`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from engine_registry.schema.manifest import Manifest, Region
 
 
 class Engine(Protocol):
-    """Registers local memory so that peers can read it, and reads theirs. Calls may come from several threads."""
+    """Registers local memory so that peers can read it, and reads theirs.
+
+    Calls may come from several threads.
+    """
 
     @property
     def session_id(self) -> str:
@@ -43,7 +47,9 @@ class Engine(Protocol):
         """Takes back one `register` of the same region."""
 
     def lend(self, region: Region) -> Tiles:
-        """Lets `start` write into the region; peers see it only where the protocol cannot do without. Else as `register`."""
+        """Lets `start` write into the region; peers see it only where the protocol cannot do
+        without. Else as `register`.
+        """
 
     def take_back(self, region: Region) -> None:
         """Ends one `lend` of the same region. Reads into it must have ended.
@@ -54,14 +60,16 @@ class Engine(Protocol):
         """
 
     def connect(self, peer: str) -> None:
-        """Makes the first contact with a peer, see `peer_of`; at once where that has been made. ReadFailed if nobody answers there.
+        """Makes the first contact with a peer, see `peer_of`; at once where that has been made.
+        ReadFailed if nobody answers there.
 
         Lasts as long as the peer takes, up to a minute, or until `abandon`: call it in a thread
         that may hang. Nothing else of the engine waits for it meanwhile.
         """
 
     def start(self, peer: str, op: ReadOp) -> int:
-        """Begins a read from a connected peer and returns, at once, a number to ask `done` with. ReadFailed if not connected.
+        """Begins a read from a connected peer and returns, at once, a number to ask `done` with.
+        ReadFailed if not connected.
 
         The destination must lie in a lent region, else EngineFailed.
         """
@@ -91,8 +99,10 @@ class Engine(Protocol):
 
 
 def peer_of(session_id: str, incarnation: str) -> str:
-    """Whom to connect to: a process, as of one registration. What an engine learns of a peer, such as where its memory is mapped,
-    does not hold for what the same process registers later. A session id alone will do where nothing is registered later."""
+    """Whom to connect to: a process, as of one registration. What an engine learns of a peer, such
+    as where its memory is mapped, does not hold for what the same process registers later. A
+    session id alone will do where nothing is registered later.
+    """
     return f"{session_id}@{incarnation}"
 
 
@@ -112,8 +122,9 @@ def offer(engine: Engine, undo: ExitStack, *regions: Region) -> Tiles:
 def lend(engine: Engine, undo: ExitStack, *regions: Region, owner: object) -> Tiles:
     """Lends them until `undo` is closed; the tiles of all of them.
 
-    `owner` keeps their memory. Where reads that cannot be ended may still write to it, that is EngineFailed when `undo` is closed,
-    and the owner is kept for as long as the process lives: memory that was freed would be somebody else's by then.
+    `owner` keeps their memory. Where reads that cannot be ended may still write to it, that is
+    EngineFailed when `undo` is closed, and the owner is kept for as long as the process lives:
+    memory that was freed would be somebody else's by then.
     """
     tiles: list[Region] = []
     for region in regions:
@@ -145,7 +156,8 @@ def tiled(manifest: Manifest, tiles: Tiles) -> Manifest:
     cut = [
         entry.name
         for entry in manifest.tensors
-        if entry.nbytes and entry.addr + entry.nbytes > tiles[bisect.bisect_right(starts, entry.addr) - 1].end
+        if entry.nbytes
+        and entry.addr + entry.nbytes > tiles[bisect.bisect_right(starts, entry.addr) - 1].end
     ]
     if cut:
         raise TensorsUnusable(
@@ -158,7 +170,10 @@ def tiled(manifest: Manifest, tiles: Tiles) -> Manifest:
 
 
 def read(engine: Engine, peer: str, op: ReadOp) -> None:
-    """One small read, contact to end. Lasts until the peer answers, or until another thread abandons it."""
+    """One small read, contact to end.
+
+    Lasts until the peer answers, or until another thread abandons it.
+    """
     engine.connect(peer)
     number = engine.start(peer, op)
     nap_s = 20e-6

@@ -1,4 +1,5 @@
-"""An engine that reads the memory of others of its class in the same process, with the same refusals as the real one.
+"""An engine that reads the memory of others of its class in the same process, with the same
+refusals as the real one.
 
 For tests and single-process uses. Its faults have names: `pause` and `resume` a peer, `delay_s` for
 every read, and reads that cannot be ended, as over rdma.
@@ -38,9 +39,13 @@ class _Read:
 
 
 class InProcessEngine(Engine):
-    """A read is carried out when `done` asks for it, or when its peer is resumed: until then it is in flight."""
+    """A read is carried out when `done` asks for it, or when its peer is resumed: until then it is
+    in flight.
+    """
 
-    _peers: ClassVar[weakref.WeakValueDictionary[str, InProcessEngine]] = weakref.WeakValueDictionary()
+    _peers: ClassVar[weakref.WeakValueDictionary[str, InProcessEngine]] = (
+        weakref.WeakValueDictionary()
+    )
     _numbers = itertools.count(1)
 
     def __init__(self, fabric: str = "", delay_s: float = 0.0, can_end_reads: bool = True) -> None:
@@ -103,7 +108,8 @@ class InProcessEngine(Engine):
             with self._lock:
                 if self._closed or self._abandoned[peer] != before:
                     raise ReadFailed(
-                        f"cannot read from {session_of(peer)}: the contact was broken off", session_id=session_of(peer)
+                        f"cannot read from {session_of(peer)}: the contact was broken off",
+                        session_id=session_of(peer),
                     )
                 if running:
                     self._connected.add(peer)
@@ -116,7 +122,10 @@ class InProcessEngine(Engine):
         engine = self._engine_of(peer)
         with self._lock:
             if peer not in self._connected:
-                raise ReadFailed(f"cannot read from {session_of(peer)}: it is not connected", session_id=session_of(peer))
+                raise ReadFailed(
+                    f"cannot read from {session_of(peer)}: it is not connected",
+                    session_id=session_of(peer),
+                )
             number = next(self._numbers)
             self._reads[number] = _Read(peer, op, time.monotonic() + engine._delay_s)
         return number
@@ -131,7 +140,8 @@ class InProcessEngine(Engine):
         if read.failed or read.given_up:
             session_id = session_of(read.peer)
             raise ReadFailed(
-                f"cannot read from {session_id}: it has ended or was abandoned, or {read.op.src_addr:#x} is not registered",
+                f"cannot read from {session_id}: it has ended or was abandoned, or "
+                f"{read.op.src_addr:#x} is not registered",
                 session_id=session_id,
             )
         return True
@@ -154,7 +164,11 @@ class InProcessEngine(Engine):
     def abandon(self, peer: str) -> None:
         with self._lock:
             self._abandoned[peer] += 1
-            given_up = [read for read in self._reads.values() if read.peer == peer and not (read.over or read.given_up)]
+            given_up = [
+                read
+                for read in self._reads.values()
+                if read.peer == peer and not (read.over or read.given_up)
+            ]
             for read in given_up:
                 read.given_up = True
                 read.over = self._can_end_reads
@@ -195,7 +209,9 @@ class InProcessEngine(Engine):
         session_id = session_of(peer)
         engine = self._peers.get(session_id)
         if engine is None or engine._closed:
-            raise ReadFailed(f"cannot read from {session_id}: no such engine", session_id=session_id)
+            raise ReadFailed(
+                f"cannot read from {session_id}: no such engine", session_id=session_id
+            )
         return engine
 
     def _check_open(self) -> None:
@@ -205,5 +221,7 @@ class InProcessEngine(Engine):
     def __enter__(self) -> InProcessEngine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()

@@ -39,8 +39,10 @@ class Lingering:
             start = read.op.dst_addr
             if start < addr + nbytes and addr < start + read.op.nbytes:
                 raise EngineFailed(
-                    f"a read from {session_of(read.peer)} that was given up may still write {read.op.nbytes} bytes to {start:#x}",
-                    "use that memory again when the peer has answered or ended, or close this engine first",
+                    f"a read from {session_of(read.peer)} that was given up may still write "
+                    f"{read.op.nbytes} bytes to {start:#x}",
+                    "use that memory again when the peer has answered or ended, or close "
+                    "this engine first",
                 )
 
     def _left(self) -> list[_Read]:

@@ -26,7 +26,9 @@ def usable_protocols() -> tuple[str, ...]:
 
 
 def protocol_for(records: Sequence[RankRecord]) -> str:
-    """The first that one of these ranks can be read over from here; SourceUnreachable if there is none."""
+    """The first that one of these ranks can be read over from here; SourceUnreachable if there is
+    none.
+    """
     usable = usable_protocols()
     for protocol in usable:
         served = [record for record in records if record.protocol == protocol]
@@ -36,6 +38,7 @@ def protocol_for(records: Sequence[RankRecord]) -> str:
             return protocol
     told = "; ".join(f"{record.key} is served over {record.protocol}" for record in records)
     raise SourceUnreachable(
-        f"no source can be reached from here: {told}; this machine has {', '.join(usable) or 'no way to read'}",
+        f"no source can be reached from here: {told}; this machine has "
+        f"{', '.join(usable) or 'no way to read'}",
         sources=[record.key for record in records],
     )

@@ -50,7 +50,10 @@ class RegionBook:
 
     def check_destination(self, op: ReadOp) -> None:
         if self.holder_of(op.dst_addr, op.nbytes) is None:
-            raise EngineFailed(f"{op.nbytes} bytes at {op.dst_addr:#x} are not lent to the engine", "lend the destination first")
+            raise EngineFailed(
+                f"{op.nbytes} bytes at {op.dst_addr:#x} are not lent to the engine",
+                "lend the destination first",
+            )
 
     def begin(self, region: Region) -> Begun:
         tiles, new = [], []

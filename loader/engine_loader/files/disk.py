@@ -1,6 +1,8 @@
-"""Fills tensors from safetensors files: several reads at once, straight into their memory, and no byte that is not wanted.
+"""Fills tensors from safetensors files: several reads at once, straight into their memory, and no
+byte that is not wanted.
 
-Used by `starting.start` and `files.weights`. Starts threads, which end with `read_into` and `DiskRead.run`.
+Used by `starting.start` and `files.weights`. Starts threads, which end with `read_into` and
+`DiskRead.run`.
 """
 
 from __future__ import annotations
@@ -34,9 +36,13 @@ from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
 
-_THREADS = 16  # they wait for the disk, not for a core: an array of disks, or a server far away, wants to be asked much at once
+# they wait for the disk, not for a core: an array of disks, or a server far away, wants to be asked
+# much at once
+_THREADS = 16
 _CHUNK_NBYTES = 8 << 20
-_COSTS = Costs(read_nbytes=128 << 10, copied=0.3, staged_nbytes=_CHUNK_NBYTES)  # systems read ahead by as much anyway
+_COSTS = Costs(
+    read_nbytes=128 << 10, copied=0.3, staged_nbytes=_CHUNK_NBYTES
+)  # systems read ahead by as much anyway
 _LOOK_S = 0.1  # how soon a cancelled read notices
 
 
@@ -58,11 +64,12 @@ def read_into(
     progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> DiskReport:
-    """Fills the tensors from the files, each with all of it or, where `shards` (or a DTensor) says so, with its part.
+    """Fills the tensors from the files, each with all of it or, where `shards` (or a DTensor) says
+    so, with its part.
 
-    `paths` and `rank` mean the files that `files.folder.files_of` finds. Raises WeightsFileInvalid and WeightsMismatch
-    (every difference in one) before a byte is read; WeightsFileInvalid and Cancelled when the tensors may hold a part. Nothing is
-    written to them any more then.
+    `paths` and `rank` mean the files that `files.folder.files_of` finds. Raises WeightsFileInvalid
+    and WeightsMismatch (every difference in one) before a byte is read; WeightsFileInvalid and
+    Cancelled when the tensors may hold a part. Nothing is written to them any more then.
     """
     parts, boxes = local_parts(tensors, shards)
     files = Files(files_of(paths, rank))
@@ -73,28 +80,46 @@ class DiskRead:
     """A read that is known to fit; one use: `run`."""
 
     def __init__(self, files: Files, tensors: Mapping[str, torch.Tensor], dst: Manifest) -> None:
-        """`dst` describes the tensors. Raises WeightsMismatch, and TensorsUnusable for those in read-only memory."""
+        """`dst` describes the tensors.
+
+        Raises WeightsMismatch, and TensorsUnusable for those in read-only memory.
+        """
         check_writable(tensors, dst)
         self._tensors = tensors
         self._dst = dst
         self._files = files
         self._spans = files.plan(dst, _COSTS)
 
-    def run(self, progress: OnProgress | None = None, cancel: threading.Event | None = None) -> DiskReport:
+    def run(
+        self, progress: OnProgress | None = None, cancel: threading.Event | None = None
+    ) -> DiskReport:
         """As `read_into`."""
         start = time.monotonic()
         devices = devices_of(self._tensors)
         wait_for(devices)
-        read_nbytes = _Reading(self._files, self._spans, self._tensors, cancel or threading.Event()).run(progress)
+        read_nbytes = _Reading(
+            self._files, self._spans, self._tensors, cancel or threading.Event()
+        ).run(progress)
         wait_for(devices)
         dst = self._dst
-        report = DiskReport(len(self._files.paths), len(dst.tensors), dst.nbytes, read_nbytes, time.monotonic() - start)
+        report = DiskReport(
+            len(self._files.paths),
+            len(dst.tensors),
+            dst.nbytes,
+            read_nbytes,
+            time.monotonic() - start,
+        )
         log.info(
             "read %d bytes of %s in %.3f s",
             report.nbytes,
             self._files.name,
             report.seconds,
-            extra=fields("disk_read", files=report.files, nbytes=report.nbytes, seconds=round(report.seconds, 6)),
+            extra=fields(
+                "disk_read",
+                files=report.files,
+                nbytes=report.nbytes,
+                seconds=round(report.seconds, 6),
+            ),
         )
         return report
 
@@ -102,7 +127,13 @@ class DiskRead:
 class _Reading:
     """One use: `run`."""
 
-    def __init__(self, files: Files, spans: Sequence[Span], tensors: Mapping[str, torch.Tensor], cancel: threading.Event) -> None:
+    def __init__(
+        self,
+        files: Files,
+        spans: Sequence[Span],
+        tensors: Mapping[str, torch.Tensor],
+        cancel: threading.Event,
+    ) -> None:
         self._files = files
         self._tensors = tensors
         self._cancel = cancel
@@ -110,7 +141,9 @@ class _Reading:
         self._todo = deque(chunk for span in spans for chunk in span.cut(_CHUNK_NBYTES))
         self._total = sum(chunk.nbytes for chunk in self._todo)
         self._stop = threading.Event()
-        self._news: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()  # bytes that came; None: a thread has ended
+        self._news: queue.SimpleQueue[int | BaseException | None] = (
+            queue.SimpleQueue()
+        )  # bytes that came; None: a thread has ended
         self._descriptors: list[int] = []
 
     def run(self, on_progress: OnProgress | None) -> int:
@@ -129,14 +162,18 @@ class _Reading:
             try:
                 self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             except OSError as exc:
-                raise WeightsFileInvalid(f"{path} cannot be opened: {exc.strerror}", path=str(path)) from exc
+                raise WeightsFileInvalid(
+                    f"{path} cannot be opened: {exc.strerror}", path=str(path)
+                ) from exc
             undo.callback(os.close, self._descriptors[-1])
 
     def _follow(self, threads: int, on_progress: OnProgress | None) -> int:
         came = 0
         while threads:
             if self._cancel.is_set():
-                raise Cancelled(f"the read of {self._files.name} was cancelled: the tensors hold a part")
+                raise Cancelled(
+                    f"the read of {self._files.name} was cancelled: the tensors hold a part"
+                )
             try:
                 news = self._news.get(timeout=_LOOK_S)
             except queue.Empty:
@@ -162,9 +199,18 @@ class _Reading:
                 if self._in_host and not chunk.lines:
                     self._read(chunk, chunk.dst_addr)
                 else:
-                    staging = staging or Staging(self._tensors.values(), torch.device("cpu"), 1, _CHUNK_NBYTES, not self._in_host)
+                    staging = staging or Staging(
+                        self._tensors.values(),
+                        torch.device("cpu"),
+                        1,
+                        _CHUNK_NBYTES,
+                        not self._in_host,
+                    )
                     self._read(chunk, staging.region.addr)
-                    staging.copy(staging.region.addr, chunk.lines or (Lines(0, chunk.dst_addr, chunk.nbytes),))
+                    staging.copy(
+                        staging.region.addr,
+                        chunk.lines or (Lines(0, chunk.dst_addr, chunk.nbytes),),
+                    )
                 self._news.put(chunk.nbytes)
             self._news.put(None)
         except BaseException as exc:  # noqa: BLE001  raised again by the thread that waits
@@ -181,9 +227,13 @@ class _Reading:
             try:
                 nbytes = os.preadv(self._descriptors[number], [memory[came:]], offset + came)
             except OSError as exc:
-                raise WeightsFileInvalid(f"{path} cannot be read: {exc.strerror}", path=str(path)) from exc
+                raise WeightsFileInvalid(
+                    f"{path} cannot be read: {exc.strerror}", path=str(path)
+                ) from exc
             if not nbytes:
                 raise WeightsFileInvalid(
-                    f"{path} has become shorter while it was read", "write files anew, not in place", path=str(path)
+                    f"{path} has become shorter while it was read",
+                    "write files anew, not in place",
+                    path=str(path),
                 )
             came += nbytes

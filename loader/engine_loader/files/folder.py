@@ -106,7 +106,9 @@ def _one_of(folder: Path, indices: Sequence[Path]) -> Path:
         return folder / INDEX
     if len(indices) > 1:
         names = listed([index.name for index in indices])
-        raise _invalid(folder, f"{folder} has several indices", f"name one of them instead: {names}")
+        raise _invalid(
+            folder, f"{folder} has several indices", f"name one of them instead: {names}"
+        )
     return indices[0]
 
 
@@ -175,7 +177,9 @@ def _check(path: Path, index: Index | None) -> None:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             kind = "folder" if stat.S_ISDIR(mode) else "device or a pipe"
-            raise _invalid(path, f"{what} is a {kind}, not a file", "put the safetensors file there")
+            raise _invalid(
+                path, f"{what} is a {kind}, not a file", "put the safetensors file there"
+            )
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
     except FileNotFoundError as exc:

@@ -112,8 +112,13 @@ def check_storable(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]
     if problems:
         raise WeightsFileInvalid(f"{what}: {listed(problems)}", path=str(path), problems=problems)
     if (nbytes := _header_nbytes(tensors)) > _MAX_HEADER_NBYTES:
-        problem, remedy = f"the header would take {nbytes} bytes, {_MAX_HEADER_NBYTES} is the limit", "write several files"
-        raise WeightsFileInvalid(f"{what}: {problem}", remedy, path=str(path), problems=[f"{problem}: {remedy}"])
+        problem, remedy = (
+            f"the header would take {nbytes} bytes, {_MAX_HEADER_NBYTES} is the limit",
+            "write several files",
+        )
+        raise WeightsFileInvalid(
+            f"{what}: {problem}", remedy, path=str(path), problems=[f"{problem}: {remedy}"]
+        )
 
 
 def _unstorable(name: str, dtype: str, shape: tuple[int, ...]) -> str:

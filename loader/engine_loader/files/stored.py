@@ -88,20 +88,25 @@ class Files:
         return number, self._ahead[number] + addr - self._starts[number]
 
     def plan(self, dst: Manifest, costs: Costs) -> tuple[Span, ...]:
-        """What to read to fill all of `dst`, in the order in which it lies in the files. They may hold more.
+        """What to read to fill all of `dst`, in the order in which it lies in the files. They may
+        hold more.
 
-        A tensor in the files is the whole one, or just the part of it that is wanted. WeightsMismatch names every difference.
+        A tensor in the files is the whole one, or just the part of it that is wanted.
+        WeightsMismatch names every difference.
         """
         stored = {name: one for tensors in self._stored for name, one in tensors.items()}
         for name in list(self._copies(dst, stored)):
             del stored[name]
-        entries = [_entry(stored[entry.name], entry) for entry in dst.tensors if entry.name in stored]
+        entries = [
+            _entry(stored[entry.name], entry) for entry in dst.tensors if entry.name in stored
+        ]
         origin = Origin(self.name, Manifest(tuple(entries), tuple(self._regions)))
         spans = plan([origin], dst, costs, partial=True)
         return tuple(sorted(spans, key=lambda span: span.srcs[0][1]))
 
     def _copies(self, dst: Manifest, stored: Mapping[str, Stored]) -> Iterator[str]:
-        """Of tensors that are tied in `dst` but stored one by one, all but the first, if their bytes are the same.
+        """Of tensors that are tied in `dst` but stored one by one, all but the first, if their
+        bytes are the same.
 
         `engines load --out` stores them so. Others are left to the planner, which refuses them.
         """
@@ -126,7 +131,9 @@ class Files:
                 file.seek(offset)
                 return file.read(nbytes)
         except OSError as exc:
-            raise WeightsFileInvalid(f"{path} cannot be read: {exc.strerror}", path=str(path)) from exc
+            raise WeightsFileInvalid(
+                f"{path} cannot be read: {exc.strerror}", path=str(path)
+            ) from exc
 
 
 def _entry(stored: Stored, wanted: TensorEntry) -> TensorEntry:
@@ -134,7 +141,14 @@ def _entry(stored: Stored, wanted: TensorEntry) -> TensorEntry:
     if stored.shape != wanted.global_shape and stored.shape == wanted.shape:
         box = Shard(wanted.global_shape, wanted.offsets)
     return TensorEntry(
-        wanted.name, stored.dtype, stored.shape, stored.place, stored.nbytes, box.global_shape, box.offsets, wanted.opaque
+        wanted.name,
+        stored.dtype,
+        stored.shape,
+        stored.place,
+        stored.nbytes,
+        box.global_shape,
+        box.offsets,
+        wanted.opaque,
     )
 
 

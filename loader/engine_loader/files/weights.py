@@ -1,4 +1,6 @@
-"""Safetensors files as sources and results: read into memory that registers as one region a file, and written from tensors."""
+"""Safetensors files as sources and results: read into memory that registers as one region a file,
+and written from tensors.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from engine_loader.errors import LoaderError, TensorsUnusable, WeightsFileInvalid, WeightsMismatch, listed
+from engine_loader.errors import (
+    LoaderError,
+    TensorsUnusable,
+    WeightsFileInvalid,
+    WeightsMismatch,
+    listed,
+)
 from engine_loader.files.disk import DiskRead
 from engine_loader.files.folder import Paths, files_of
 from engine_loader.files.format import check_storable
@@ -33,7 +41,8 @@ _Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def read_weights(paths: Paths, rank: int | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of the files that `files.folder.files_of` finds, each file's in one block of memory.
+    """All tensors of the files that `files.folder.files_of` finds, each file's in one block of
+    memory.
 
     WeightsFileInvalid says which file is at fault.
     """
@@ -44,7 +53,8 @@ def read_weights(paths: Paths, rank: int | None = None) -> dict[str, torch.Tenso
 
 
 def memory_for(files: Files) -> dict[str, torch.Tensor]:
-    """Uninitialised tensors for all that the files hold, each file's in one block, in the order in which it lies there.
+    """Uninitialised tensors for all that the files hold, each file's in one block, in the order in
+    which it lies there.
 
     WeightsFileInvalid names the tensors for which torch has no dtype.
     """
@@ -57,35 +67,49 @@ def memory_for(files: Files) -> dict[str, torch.Tensor]:
         ]
         if unknown:
             raise WeightsFileInvalid(
-                f"{path} cannot be read: torch {torch.__version__} has no dtype for {listed(unknown)}",
+                f"{path} cannot be read: torch {torch.__version__} has no dtype for "
+                f"{listed(unknown)}",
                 "upgrade torch, or store such bytes as U8",
                 path=str(path),
                 tensors=unknown,
             )
-        tensors |= allocate({name: (dtype_named(dtype), shape) for name, (dtype, shape) in layout.items()})
+        tensors |= allocate(
+            {name: (dtype_named(dtype), shape) for name, (dtype, shape) in layout.items()}
+        )
     return tensors
 
 
 @plain_torch()
-def allocate(layout: _Layout, device: str = "cpu", memory: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """Uninitialised tensors that lie one after another in a single block, in the order of `layout`; in `memory`, where it is given.
+def allocate(
+    layout: _Layout, device: str = "cpu", memory: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Uninitialised tensors that lie one after another in a single block, in the order of `layout`;
+    in `memory`, where it is given.
 
-    Two blocks of one layout have their tensors at the same distances, so a load between them needs few, long reads. LoaderError
-    where there is no such memory, or no such tensor.
+    Two blocks of one layout have their tensors at the same distances, so a load between them needs
+    few, long reads. LoaderError where there is no such memory, or no such tensor.
     """
     block = block_of(extent(layout), device) if memory is None else memory
     return {
         name: _view(name, block[start:stop], dtype, shape)
-        for (name, (dtype, shape)), (start, stop) in zip(layout.items(), _places(layout), strict=True)
+        for (name, (dtype, shape)), (start, stop) in zip(
+            layout.items(), _places(layout), strict=True
+        )
     }
 
 
-def _view(name: str, memory: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """TensorsUnusable where the shape has a size that torch cannot count to, which no bytes need where another is 0."""
+def _view(
+    name: str, memory: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """TensorsUnusable where the shape has a size that torch cannot count to, which no bytes need
+    where another is 0.
+    """
     try:
         return memory.view(dtype).view(shape)
     except (RuntimeError, TypeError, OverflowError) as exc:
-        raise TensorsUnusable(f"{name}: torch has no tensor of shape {list(shape)}", "give it another") from exc
+        raise TensorsUnusable(
+            f"{name}: torch has no tensor of shape {list(shape)}", "give it another"
+        ) from exc
 
 
 @plain_torch()
@@ -93,8 +117,16 @@ def block_of(nbytes: int, device: str = "cpu") -> torch.Tensor:
     """Uninitialised bytes; LoaderError where there are not as many."""
     try:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    except (RuntimeError, MemoryError, TypeError, ValueError, OverflowError) as exc:  # torch has no one kind for it
-        raise LoaderError(f"there is no memory for {nbytes} bytes of weights on {device}: nothing was read") from exc
+    except (
+        RuntimeError,
+        MemoryError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as exc:  # torch has no one kind for it
+        raise LoaderError(
+            f"there is no memory for {nbytes} bytes of weights on {device}: nothing was read"
+        ) from exc
 
 
 def extent(layout: _Layout) -> int:
@@ -105,15 +137,19 @@ def extent(layout: _Layout) -> int:
 def _places(layout: _Layout) -> Iterator[tuple[int, int]]:
     end = 0
     for dtype, shape in layout.values():
-        start = -(-end // dtype.itemsize) * dtype.itemsize  # no gaps but those that the dtypes need: gaps end a read
+        start = (
+            -(-end // dtype.itemsize) * dtype.itemsize
+        )  # no gaps but those that the dtypes need: gaps end a read
         end = start + prod(shape) * dtype.itemsize
         yield start, end
 
 
 def allocate_like(manifest: Manifest, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Tensors to load a rank into that has this manifest, in the order in which they lie in its memory.
+    """Tensors to load a rank into that has this manifest, in the order in which they lie in its
+    memory.
 
-    WeightsMismatch where one does not have as many bytes as its shape takes: before there is memory for what it claims.
+    WeightsMismatch where one does not have as many bytes as its shape takes: before there is memory
+    for what it claims.
     """
     entries = sorted(manifest.tensors, key=lambda entry: (entry.addr, entry.name))
     layout = {entry.name: (dtype_named(entry.dtype), entry.shape) for entry in entries}
@@ -121,7 +157,8 @@ def allocate_like(manifest: Manifest, device: str = "cpu") -> dict[str, torch.Te
         nbytes = prod(entry.shape) * layout[entry.name][0].itemsize
         if nbytes != entry.nbytes:
             raise WeightsMismatch(
-                f"{entry.name}: the source has {entry.nbytes} bytes of it, its shape {list(entry.shape)} of {entry.dtype} takes "
+                f"{entry.name}: the source has {entry.nbytes} bytes of it, its shape "
+                f"{list(entry.shape)} of {entry.dtype} takes "
                 f"{nbytes}: nothing was read",
                 problems=[entry.name],
             )
@@ -129,7 +166,9 @@ def allocate_like(manifest: Manifest, device: str = "cpu") -> dict[str, torch.Te
 
 
 @plain_torch()
-def with_strides(tensors: Mapping[str, torch.Tensor], strides: Mapping[str, Strides]) -> dict[str, torch.Tensor]:
+def with_strides(
+    tensors: Mapping[str, torch.Tensor], strides: Mapping[str, Strides]
+) -> dict[str, torch.Tensor]:
     """The same memory, in which those tensors that have strides lie as these say."""
     return {
         name: tensor if (some := strides[name]) is None else tensor.as_strided(tensor.shape, some)
@@ -139,12 +178,21 @@ def with_strides(tensors: Mapping[str, torch.Tensor], strides: Mapping[str, Stri
 
 def shards_like(manifest: Manifest) -> dict[str, Shard]:
     """Which part of the whole the rank's tensors are, where it says so."""
-    return {entry.name: Shard(entry.global_shape, entry.offsets) for entry in manifest.tensors if not entry.opaque}
+    return {
+        entry.name: Shard(entry.global_shape, entry.offsets)
+        for entry in manifest.tensors
+        if not entry.opaque
+    }
 
 
 def write_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Writes one safetensors file, complete or not at all. WeightsFileInvalid says why it cannot be written."""
-    check_storable(path, {name: (dtype_name(one.dtype), tuple(one.shape)) for name, one in tensors.items()})
+    """Writes one safetensors file, complete or not at all.
+
+    WeightsFileInvalid says why it cannot be written.
+    """
+    check_storable(
+        path, {name: (dtype_name(one.dtype), tuple(one.shape)) for name, one in tensors.items()}
+    )
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with _writing(path):
@@ -160,31 +208,48 @@ def write_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, RuntimeError, ValueError, LookupError) as exc:  # safetensors has no one kind of its own
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+    ) as exc:  # safetensors has no one kind of its own
         reason = " ".join(str(exc).split())  # safetensors has some of several lines
         raise WeightsFileInvalid(f"cannot write {path}: {reason}", path=str(path)) from exc
 
 
 @plain_torch()
-def _save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def _save(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     path.touch()
-    mode = path.stat().st_mode  # as the user's umask has it: safetensors makes files for the owner alone
+    mode = (
+        path.stat().st_mode
+    )  # as the user's umask has it: safetensors makes files for the owner alone
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     path.chmod(mode)
 
 
 class WholeFiles:
-    """The files of a whole model in a folder: one, or several with an index. A context manager, used once.
+    """The files of a whole model in a folder: one, or several with an index. A context manager,
+    used once.
 
-    They are in the folder, in place of those of a model that was there, when the block has ended well: all of them. Until then
-    they are in a hidden folder within it, of which nothing stays when the block ends with an exception.
+    They are in the folder, in place of those of a model that was there, when the block has ended
+    well: all of them. Until then they are in a hidden folder within it, of which nothing stays when
+    the block ends with an exception.
     """
 
     def __init__(self, folder: Path, *, force: bool = False) -> None:
-        """`force`: the files of another model may be there already. InvalidField if they are and may not."""
+        """`force`: the files of another model may be there already.
+
+        InvalidField if they are and may not.
+        """
         self._folder = folder
         self._force = force
-        self._hidden = folder / ".model.partial"  # until it is made, when it gets a name that no other process has
+        self._hidden = (
+            folder / ".model.partial"
+        )  # until it is made, when it gets a name that no other process has
         self._made: list[Path] = []
         self._names: list[str] = []  # the index last, where there is one
         self._written = 0
@@ -195,12 +260,15 @@ class WholeFiles:
         return [self._folder / name for name in self._names]
 
     def begin(self, files: Sequence[Sequence[Whole]]) -> None:
-        """From here on these are written, from the first on; what has been written before is forgotten.
+        """From here on these are written, from the first on; what has been written before is
+        forgotten.
 
         WeightsFileInvalid where safetensors cannot hold them.
         """
         for name, wholes in zip(file_names(len(files)), files, strict=True):
-            check_storable(self._folder / name, {whole.name: (whole.dtype, whole.shape) for whole in wholes})
+            check_storable(
+                self._folder / name, {whole.name: (whole.dtype, whole.shape) for whole in wholes}
+            )
         shutil.rmtree(self._hidden, ignore_errors=True)
         self._names = file_names(len(files))
         self._written = 0
@@ -214,7 +282,9 @@ class WholeFiles:
         """The next file. WeightsFileInvalid says why it cannot be written."""
         name = self._names[self._written]
         with _writing(self._folder / name):
-            _save(tensors, self._hidden / name, {"format": "pt"})  # transformers refuses files that do not say so
+            _save(
+                tensors, self._hidden / name, {"format": "pt"}
+            )  # transformers refuses files that do not say so
         self._written += 1
 
     def __enter__(self) -> WholeFiles:
@@ -223,13 +293,17 @@ class WholeFiles:
         try:
             with _writing(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
-                self._hidden = Path(tempfile.mkdtemp(prefix=".model.", suffix=".partial", dir=self._folder))
+                self._hidden = Path(
+                    tempfile.mkdtemp(prefix=".model.", suffix=".partial", dir=self._folder)
+                )
         except BaseException:
             self._remove_made()
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         try:
             if kind is None and self._names:
                 self._show()
@@ -257,13 +331,25 @@ class WholeFiles:
             raise
 
     def _former(self) -> list[Path]:
-        """What readers of a model would look for here, and may be replaced; the index first, as it goes first."""
+        """What readers of a model would look for here, and may be replaced; the index first, as it
+        goes first.
+        """
         with _writing(self._folder):
-            some = [path for path in self._folder.iterdir() if is_file_of_a_model(path.name)] if self._folder.is_dir() else []
+            some = (
+                [path for path in self._folder.iterdir() if is_file_of_a_model(path.name)]
+                if self._folder.is_dir()
+                else []
+            )
         former = sorted(some, key=lambda path: (path.name != INDEX, path))
         if former and not self._force:
-            raise InvalidField(f"{former[0]} is there already", "choose another `out`, or `force`", field="out")
+            raise InvalidField(
+                f"{former[0]} is there already", "choose another `out`, or `force`", field="out"
+            )
         folder = next((path for path in former if path.is_dir()), None)
         if folder is not None:
-            raise InvalidField(f"{folder} is a folder, and would be replaced by a file", "choose another `out`", field="out")
+            raise InvalidField(
+                f"{folder} is a folder, and would be replaced by a file",
+                "choose another `out`",
+                field="out",
+            )
         return former

@@ -1,7 +1,9 @@
-"""`EngineReader`: running ranks as a checkpoint that `torch.distributed.checkpoint.load` reads, into any layout.
+"""`EngineReader`: running ranks as a checkpoint that `torch.distributed.checkpoint.load` reads,
+into any layout.
 
-What there is comes from the manifests in etcd, the bytes come through `load`, with its failover and its checks. Used by every
-process of the job that loads; each reads what it needs, all in the newest version that any of them has seen.
+What there is comes from the manifests in etcd, the bytes come through `load`, with its failover and
+its checks. Used by every process of the job that loads; each reads what it needs, all in the newest
+version that any of them has seen.
 """
 
 from __future__ import annotations
@@ -50,7 +52,10 @@ _Wanted = tuple[int, tuple[str, ...]]  # a version, and the contents of its rank
 
 @dataclass
 class _Target:
-    """One tensor that is filled, by way of `buffer` if there is one. `items` are what the planner calls its parts."""
+    """One tensor that is filled, by way of `buffer` if there is one.
+
+    `items` are what the planner calls its parts.
+    """
 
     name: str
     tensor: torch.Tensor
@@ -60,8 +65,9 @@ class _Target:
 
 
 class _Unknown(Metadata):
-    """Stands for metadata that could not be read. Torch would log an error of `read_metadata` with its traceback as if nothing had
-    happened, and raise another one without its type."""
+    """Stands for metadata that could not be read. Torch would log an error of `read_metadata` with
+    its traceback as if nothing had happened, and raise another one without its type.
+    """
 
     def __init__(self, why: Exception) -> None:
         self._why = why
@@ -74,11 +80,13 @@ class _Unknown(Metadata):
 class EngineReader(StorageReader):
     """`dcp.load(state_dict, storage_reader=EngineReader(registry, engine, "qwen-a"))`.
 
-    `source` is as in `load`. Tensors without a box, see `publish`, are taken from the source's rank `rank`: by default that of this
-    process in its job, if that has as many as the source. `reports` has what the loads did.
+    `source` is as in `load`. Tensors without a box, see `publish`, are taken from the source's rank
+    `rank`: by default that of this process in its job, if that has as many as the source. `reports`
+    has what the loads did.
 
-    What `load` raises arrives, by rank, in the `failures` of torch's CheckpointException. All processes load the same version, or
-    all fail: where the source is updated meanwhile, one that is alone loads the newer version, and several get TornRead.
+    What `load` raises arrives, by rank, in the `failures` of torch's CheckpointException. All
+    processes load the same version, or all fail: where the source is updated meanwhile, one that is
+    alone loads the newer version, and several get TornRead.
     """
 
     def __init__(
@@ -101,12 +109,17 @@ class EngineReader(StorageReader):
         self._rank = rank
         self._timeout_s = timeout_s
         self._options: dict[str, Any] = {
-            "verify": verify, "max_sources": max_sources, "pace": pace, "progress": progress, "cancel": cancel,
-        }  # fmt: skip
+            "verify": verify,
+            "max_sources": max_sources,
+            "pace": pace,
+            "progress": progress,
+            "cancel": cancel,
+        }
         self._catalogue: Catalogue | None = None
         self.reports: list[LoadReport] = []
 
-    # -- what there is -----------------------------------------------------------------------------------------------------------
+    # -- what there is
+    # ----------------------------------------------------------------------------------------------
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """A checkpoint id is the name of an instance, to be read instead of the one before."""
@@ -120,12 +133,25 @@ class EngineReader(StorageReader):
         """False: torch cannot make a reader from the name of an instance alone."""
         return False
 
-    def read_metadata(self) -> Metadata:  # without keywords: there is no metadata of single ranks that could be asked for instead
-        """Waits until all ranks are there. Why there is no metadata is raised when it is looked at."""
+    def read_metadata(
+        self,
+    ) -> (
+        Metadata
+    ):  # without keywords: there is no metadata of single ranks that could be asked for instead
+        """Waits until all ranks are there.
+
+        Why there is no metadata is raised when it is looked at.
+        """
         try:
-            catalogue = read_catalogue(self._registry, self._engine, self._source, self._rank, self._timeout_s)
-            described: dict[str, STORAGE_TYPES] = {name: BytesStorageMetadata() for name in catalogue.values}
-            described.update({name: _metadata_of(entries) for name, entries in catalogue.tensors.items()})
+            catalogue = read_catalogue(
+                self._registry, self._engine, self._source, self._rank, self._timeout_s
+            )
+            described: dict[str, STORAGE_TYPES] = {
+                name: BytesStorageMetadata() for name in catalogue.values
+            }
+            described.update(
+                {name: _metadata_of(entries) for name, entries in catalogue.tensors.items()}
+            )
         except (RegistryError, LoaderError) as exc:
             return _Unknown(exc)
         self._catalogue = catalogue
@@ -135,24 +161,36 @@ class EngineReader(StorageReader):
         """Raises why there is no metadata."""
         metadata.state_dict_metadata  # noqa: B018  (a property, see _Unknown)
 
-    # -- one version for all processes -------------------------------------------------------------------------------------------
+    # -- one version for all processes
+    # -------------------------------------------------------------------------------------------
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Puts into the plan which version and contents this process has found, so that all of a job load the same."""
+        """Puts into the plan which version and contents this process has found, so that all of a
+        job load the same.
+        """
         return replace(plan, storage_data=(self._known.version, self._known.contents))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """The contents of the newest version that any of them has seen. A process that is alone may read newer ones."""
-        newest: _Wanted | None = max(plan.storage_data for plan in plans) if len(plans) > 1 else None
+        """The contents of the newest version that any of them has seen.
+
+        A process that is alone may read newer ones.
+        """
+        newest: _Wanted | None = (
+            max(plan.storage_data for plan in plans) if len(plans) > 1 else None
+        )
         return [replace(plan, storage_data=newest) for plan in plans]
 
     @property
     def _known(self) -> Catalogue:
         if self._catalogue is None:
-            raise LoaderError("the metadata have not been read: give the reader to torch.distributed.checkpoint.load")
+            raise LoaderError(
+                "the metadata have not been read: give the reader to "
+                "torch.distributed.checkpoint.load"
+            )
         return self._catalogue
 
-    # -- reading -----------------------------------------------------------------------------------------------------------------
+    # -- reading
+    # ----------------------------------------------------------------------------------------------
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Done when it returns. Raises what `load` raises."""
@@ -164,7 +202,9 @@ class EngineReader(StorageReader):
             self._load_newest(targets)
         for one in targets:
             if one.buffer is not None:
-                with torch.inference_mode():  # it may have been made in this mode: torch refuses such writes outside of it
+                with (
+                    torch.inference_mode()
+                ):  # it may have been made in this mode: torch refuses such writes outside of it
                     one.tensor.copy_(one.buffer)
             for item, part in one.items:
                 planner.commit_tensor(item, part)
@@ -179,17 +219,23 @@ class EngineReader(StorageReader):
         try:
             self._load_all(targets, wanted[1], self._timeout_s)
         except VersionUnavailable as exc:
-            raise TornRead(f"the weights changed after this load had begun ({exc}): load again", **exc.details) from exc
+            raise TornRead(
+                f"the weights changed after this load had begun ({exc}): load again", **exc.details
+            ) from exc
 
     def _load_newest(self, targets: Sequence[_Target]) -> None:
-        """Where the source changes or goes meanwhile, all is loaded again, and its values are those of that time."""
+        """Where the source changes or goes meanwhile, all is loaded again, and its values are those
+        of that time.
+        """
         tries = 0
 
         def load_all(wait_s: float) -> None:
             nonlocal tries
             tries += 1
             if tries > 1:
-                self._catalogue = read_catalogue(self._registry, self._engine, self._source, self._rank, wait_s)
+                self._catalogue = read_catalogue(
+                    self._registry, self._engine, self._source, self._rank, wait_s
+                )
             self._load_all(targets, self._known.contents, wait_s)
 
         load_together(load_all, self._timeout_s, "the metadata and the end of the load")
@@ -197,7 +243,9 @@ class EngineReader(StorageReader):
     def _load_all(self, targets: Sequence[_Target], contents: Sequence[str], wait_s: float) -> None:
         self.reports = [self._load(group, contents, wait_s) for group in _once_each(targets)]
 
-    def _load(self, targets: Sequence[_Target], contents: Sequence[str], wait_s: float) -> LoadReport:
+    def _load(
+        self, targets: Sequence[_Target], contents: Sequence[str], wait_s: float
+    ) -> LoadReport:
         return load(
             self._registry,
             self._engine,
@@ -216,15 +264,21 @@ class EngineReader(StorageReader):
         try:
             value = decode_value(self._known.values[name])
         except ValueError as exc:
-            raise RecordDamaged(f"the value {name!r} of {self._known.instance} cannot be read: {exc}", name=name) from exc
+            raise RecordDamaged(
+                f"the value {name!r} of {self._known.instance} cannot be read: {exc}", name=name
+            ) from exc
         stream = io.BytesIO()
         torch.save(value, stream)
         stream.seek(0)
         return stream
 
     def _targets(self, plan: LoadPlan, planner: LoadPlanner) -> list[_Target]:
-        """The local tensors whose parts the plan names; where the planner has put something else in their place, those."""
-        parts: defaultdict[tuple[str, tuple[int, ...]], list[tuple[ReadItem, torch.Tensor]]] = defaultdict(list)
+        """The local tensors whose parts the plan names; where the planner has put something else in
+        their place, those.
+        """
+        parts: defaultdict[tuple[str, tuple[int, ...]], list[tuple[ReadItem, torch.Tensor]]] = (
+            defaultdict(list)
+        )
         for item in plan.items:
             if item.type is LoadItemType.TENSOR:
                 where = item.dest_index.fqn, tuple(item.dest_index.offset or ())
@@ -237,26 +291,36 @@ class EngineReader(StorageReader):
                 targets.append(_target(name, local, entry, offsets, items))
                 continue
             for item, part in items:
-                at = tuple(start + ahead for start, ahead in zip(offsets, item.dest_offsets, strict=True))
+                at = tuple(
+                    start + ahead for start, ahead in zip(offsets, item.dest_offsets, strict=True)
+                )
                 targets.append(_target(name, part, entry, at, [(item, part)]))
         return targets
 
 
 def _metadata_of(entries: Sequence[TensorEntry]) -> TensorStorageMetadata:
-    """Tensors without a box are what they are on the first rank that has them. What no rank holds is listed as if one did: planners
-    would leave it out without a word, `load` says that it is missing."""
+    """Tensors without a box are what they are on the first rank that has them. What no rank holds
+    is listed as if one did: planners would leave it out without a word, `load` says that it is
+    missing.
+    """
     first = entries[0]
     some = [first] if first.opaque else [entry for entry in entries if not entry.opaque]
-    boxes = dict.fromkeys(entry_box(entry) for entry in some if entry.global_shape == first.global_shape)
+    boxes = dict.fromkeys(
+        entry_box(entry) for entry in some if entry.global_shape == first.global_shape
+    )
     missing = [Box((0,) * len(first.global_shape), first.global_shape)]
     for box in boxes:
         missing = [rest for part in missing for rest in part.minus(box)]
     boxes.update(dict.fromkeys(missing))
     chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.shape)) for box in boxes]
-    return TensorStorageMetadata(TensorProperties(dtype=dtype_named(first.dtype)), torch.Size(first.global_shape), chunks)
+    return TensorStorageMetadata(
+        TensorProperties(dtype=dtype_named(first.dtype)), torch.Size(first.global_shape), chunks
+    )
 
 
-def _local_tensor(planner: LoadPlanner, items: Sequence[tuple[ReadItem, torch.Tensor]]) -> torch.Tensor | None:
+def _local_tensor(
+    planner: LoadPlanner, items: Sequence[tuple[ReadItem, torch.Tensor]]
+) -> torch.Tensor | None:
     """The tensor that all of the items are parts of, and nothing else; None if there is none."""
     look_up = getattr(planner, "lookup_tensor", None)
     if look_up is None:
@@ -266,13 +330,21 @@ def _local_tensor(planner: LoadPlanner, items: Sequence[tuple[ReadItem, torch.Te
         expected = local
         for axis, (start, size) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
             expected = expected.narrow(axis, start, size)
-        if (part.data_ptr(), part.shape, part.stride()) != (expected.data_ptr(), expected.shape, expected.stride()):
+        if (part.data_ptr(), part.shape, part.stride()) != (
+            expected.data_ptr(),
+            expected.shape,
+            expected.stride(),
+        ):
             return None
     return local if sum(part.numel() for _, part in items) >= local.numel() else None
 
 
 def _target(
-    name: str, tensor: torch.Tensor, entry: TensorEntry, offsets: tuple[int, ...], items: list[tuple[ReadItem, torch.Tensor]]
+    name: str,
+    tensor: torch.Tensor,
+    entry: TensorEntry,
+    offsets: tuple[int, ...],
+    items: list[tuple[ReadItem, torch.Tensor]],
 ) -> _Target:
     shard = None if entry.opaque else Shard(entry.global_shape, offsets or (0,) * tensor.ndim)
     return _Target(name, tensor, shard, items, _buffer_for(tensor, entry))
@@ -290,7 +362,9 @@ def _buffer_for(tensor: torch.Tensor, entry: TensorEntry) -> torch.Tensor | None
 
 
 def _once_each(targets: Sequence[_Target]) -> list[list[_Target]]:
-    """In groups in which no name comes twice; those without a box in groups of their own, as they come from one rank only."""
+    """In groups in which no name comes twice; those without a box in groups of their own, as they
+    come from one rank only.
+    """
     groups: dict[tuple[bool, int], list[_Target]] = {}
     seen: defaultdict[str, int] = defaultdict(int)
     for one in targets:

@@ -1,4 +1,6 @@
-"""All tensors of an instance, whole, put together from the shards of its ranks: one output file's worth of memory at a time."""
+"""All tensors of an instance, whole, put together from the shards of its ranks: one output file's
+worth of memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +41,27 @@ def load_full(
     progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> LoadReport:
-    """Reads all tensors of `source`, as in `load`, and writes them to `files`; without, it only reads them.
+    """Reads all tensors of `source`, as in `load`, and writes them to `files`; without, it only
+    reads them.
 
-    All are of one content, or it raises: where the source is updated or started again in between, all are loaded again. Takes
-    the memory of one file, `max_file_nbytes` or the largest tensor. The report is of all files together; its `seconds` are without
-    the writing. Raises WeightsMismatch before a byte has moved, where ranks do not say which part of the whole their tensors are,
-    or do not have all of it; else what `load` raises, and WeightsFileInvalid.
+    All are of one content, or it raises: where the source is updated or started again in between,
+    all are loaded again. Takes the memory of one file, `max_file_nbytes` or the largest tensor. The
+    report is of all files together; its `seconds` are without the writing. Raises WeightsMismatch
+    before a byte has moved, where ranks do not say which part of the whole their tensors are, or do
+    not have all of it; else what `load` raises, and WeightsFileInvalid.
     """
-    full = _Full(registry, engine, source, files, max_file_nbytes, timeout_s, verify, max_sources, progress, cancel)
+    full = _Full(
+        registry,
+        engine,
+        source,
+        files,
+        max_file_nbytes,
+        timeout_s,
+        verify,
+        max_sources,
+        progress,
+        cancel,
+    )
     return full.run()
 
 
@@ -74,7 +89,10 @@ class _Full:
     def _once(self, wait_s: float) -> list[LoadReport]:
         contents, wholes = self._wholes(wait_s)
         files = into_files(wholes, self.max_file_nbytes)
-        layouts = [{whole.name: (dtype_named(whole.dtype), whole.shape) for whole in file} for file in files]
+        layouts = [
+            {whole.name: (dtype_named(whole.dtype), whole.shape) for whole in file}
+            for file in files
+        ]
         memory = block_of(max(map(extent, layouts)))
         if self.out is not None:
             self.out.begin(files)
@@ -82,8 +100,12 @@ class _Full:
         reports: list[LoadReport] = []
         done_nbytes = 0
         for file, layout in zip(files, layouts, strict=True):
-            tensors = with_strides(allocate(layout, memory=memory), {whole.name: whole.strides for whole in file})
-            on_progress = self._part_of_progress(done_nbytes, sum(whole.nbytes for whole in file), total_nbytes)
+            tensors = with_strides(
+                allocate(layout, memory=memory), {whole.name: whole.strides for whole in file}
+            )
+            on_progress = self._part_of_progress(
+                done_nbytes, sum(whole.nbytes for whole in file), total_nbytes
+            )
             reports.append(self._load(file, tensors, contents, wait_s, on_progress))
             done_nbytes += sum(whole.nbytes for whole in file)
             write_start = time.monotonic()
@@ -95,7 +117,9 @@ class _Full:
     def _wholes(self, wait_s: float) -> tuple[tuple[str, ...], list[Whole]]:
         """Of the best instance that has whole tensors, with the contents of its ranks."""
         deadline = time.monotonic() + wait_s
-        found = Search(self.registry, self.engine, self.wanted, None, Manifest((), ()), boxes=True).find(deadline)
+        found = Search(
+            self.registry, self.engine, self.wanted, None, Manifest((), ()), boxes=True
+        ).find(deadline)
         misfits: list[LoaderError] = []
         for records in [team for group in found.instances for team in group.teams]:
             try:
@@ -121,7 +145,11 @@ class _Full:
             self.wanted,
             rank=0 if any(whole.opaque for whole in file) else None,  # there is no other
             tensors=tensors,
-            shards={whole.name: Shard(whole.shape, (0,) * len(whole.shape)) for whole in file if not whole.opaque},
+            shards={
+                whole.name: Shard(whole.shape, (0,) * len(whole.shape))
+                for whole in file
+                if not whole.opaque
+            },
             timeout_s=wait_s,
             verify=self.verify,
             contents=contents,
@@ -131,12 +159,16 @@ class _Full:
             cancel=self.cancel,
         )
 
-    def _part_of_progress(self, done_nbytes: int, nbytes: int, total_nbytes: int) -> OnProgress | None:
+    def _part_of_progress(
+        self, done_nbytes: int, nbytes: int, total_nbytes: int
+    ) -> OnProgress | None:
         """A load counts what it reads, which may be more than the tensors have."""
         tell = self.progress
         if tell is None:
             return None
-        return lambda part: tell(Progress(done_nbytes + nbytes * part.nbytes // max(1, part.total_nbytes), total_nbytes))
+        return lambda part: tell(
+            Progress(done_nbytes + nbytes * part.nbytes // max(1, part.total_nbytes), total_nbytes)
+        )
 
 
 def _together(reports: Sequence[LoadReport]) -> LoadReport:
@@ -157,7 +189,11 @@ def _together(reports: Sequence[LoadReport]) -> LoadReport:
 
 def _content_of(reports: Sequence[LoadReport]) -> str:
     """Of all files together."""
-    return reports[0].content if len(reports) == 1 else content_of_parts([report.content for report in reports], Manifest((), ()))
+    return (
+        reports[0].content
+        if len(reports) == 1
+        else content_of_parts([report.content for report in reports], Manifest((), ()))
+    )
 
 
 def _shares(some: Iterable[Share]) -> tuple[Share, ...]:
@@ -165,5 +201,7 @@ def _shares(some: Iterable[Share]) -> tuple[Share, ...]:
     by_name: dict[str, Share] = {}
     for share in some:
         before = by_name.get(share.name, Share(share.name))
-        by_name[share.name] = Share(share.name, before.nbytes + share.nbytes, share.error or before.error)
+        by_name[share.name] = Share(
+            share.name, before.nbytes + share.nbytes, share.error or before.error
+        )
     return tuple(by_name.values())

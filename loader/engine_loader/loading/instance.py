@@ -33,7 +33,8 @@ def load_instance(
     progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> dict[int, LoadReport]:
-    """As `load`, for the tensors of several ranks, by rank, one after another: all of one launch and version, or an error.
+    """As `load`, for the tensors of several ranks, by rank, one after another: all of one launch
+    and version, or an error.
 
     Where the source is updated or started again in between all are loaded again.
     """
@@ -41,7 +42,9 @@ def load_instance(
         raise InvalidField("there are no ranks to load", field="tensors")
 
     def load_all(wait_s: float) -> dict[int, LoadReport]:
-        ranks = ranks_of_best(registry, engine, source, next(iter(tensors)), time.monotonic() + wait_s)
+        ranks = ranks_of_best(
+            registry, engine, source, next(iter(tensors)), time.monotonic() + wait_s
+        )
         return {
             rank: load(
                 registry,

@@ -1,4 +1,6 @@
-"""Fills tensors with the weights of running ranks: find sources, compare, plan, read, check, report."""
+"""Fills tensors with the weights of running ranks: find sources, compare, plan, read, check,
+report.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ import torch
 
 from engine_loader import metrics
 from engine_loader.engines.base import Engine, lend, tiled
-from engine_loader.errors import Cancelled, LoaderError, SourceEvicted, SourceLost, TornRead, WeightsMismatch
+from engine_loader.errors import (
+    Cancelled,
+    LoaderError,
+    SourceEvicted,
+    SourceLost,
+    TornRead,
+    WeightsMismatch,
+)
 from engine_loader.loading.report import LoadReport, summed
 from engine_loader.planning.plan import Planner
 from engine_loader.planning.reads import Span
@@ -43,7 +52,9 @@ from engine_registry.watching.waiting import Wanted
 log = logging.getLogger(__name__)
 Verify = Literal["header", "digest"]
 _STAGING_NBYTES = 48 << 20  # for what is not read straight to its place
-TRIES = 5  # of a read that is torn by an update of the source, with about a second of waiting between them in all
+# of a read that is torn by an update of the source, with about a second of waiting between them in
+# all
+TRIES = 5
 
 
 def load(
@@ -68,36 +79,46 @@ def load(
     progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> LoadReport:
-    """Fills `tensors` in place with those of `rank` of the instance `source`, of several that are named, or of any that serves
-    a ModelIdentity; from up to `max_sources` that have the same content of the same model, at once.
+    """Fills `tensors` in place with those of `rank` of the instance `source`, of several that are
+    named, or of any that serves a ModelIdentity; from up to `max_sources` that have the same
+    content of the same model, at once.
 
-    Sources have the same content where digests prove it, or where one has loaded from the other. `contents` are those that the
-    ranks of the source have to have, by rank, as `InstanceStatus.contents` gives them: so several processes load the same weights.
-    `world_size` and `topology` say which place `rank` is, for tensors that do not say which part of the whole they are.
+    Sources have the same content where digests prove it, or where one has loaded from the other.
+    `contents` are those that the ranks of the source have to have, by rank, as
+    `InstanceStatus.contents` gives them: so several processes load the same weights. `world_size`
+    and `topology` say which place `rank` is, for tensors that do not say which part of the whole
+    they are.
 
-    DTensors, and tensors that say in `shards` which box of the whole they are, may be filled from ranks of another layout, each of
-    which holds a part, if all are such. `rank` is then only a hint to who may hold the same, and may be None; and the source may
-    have more tensors, as it may with `partial`. A Destination saves looking at the tensors where they are loaded again and again.
+    DTensors, and tensors that say in `shards` which box of the whole they are, may be filled from
+    ranks of another layout, each of which holds a part, if all are such. `rank` is then only a hint
+    to who may hold the same, and may be None; and the source may have more tensors, as it may with
+    `partial`. A Destination saves looking at the tensors where they are loaded again and again.
 
-    For a ModelIdentity and a `rank` that rank will do, of any instance of the model, whatever else of it there is; and so will one
-    that is still loading, for what it has by then, unless `pipelined` is False or digests are to be verified. With `publish`, which
-    names an instance (see Replica), the rank that is filled becomes such a source, and a complete one in the end:
-    `report.publication`, which the caller closes. So many that load at once, each from the one before it, take little longer than
-    one.
+    For a ModelIdentity and a `rank` that rank will do, of any instance of the model, whatever else
+    of it there is; and so will one that is still loading, for what it has by then, unless
+    `pipelined` is False or digests are to be verified. With `publish`, which names an instance (see
+    Replica), the rank that is filled becomes such a source, and a complete one in the end:
+    `report.publication`, which the caller closes. So many that load at once, each from the one
+    before it, take little longer than one.
 
-    Waits up to `timeout_s` for an instance to be ready; from then on it takes as long as bytes keep coming (see `Pace`). `cancel`,
-    set from any thread, ends it with Cancelled. That all bytes are of one content is always checked; with `verify="digest"` the
-    bytes of each tensor are, too. Nobody else may fill the tensors meanwhile, and published ones are filled only inside their
-    publication's `update()`: MemoryInUse. Raises WeightsMismatch and DigestsMissing before a byte has moved; SourceLost, Stalled,
-    TornRead or Cancelled when the tensors may hold a part (`details["complete"]` names those that are whole); DigestMismatch;
-    VersionUnavailable, SourceUnreachable; what `Registry.resolve` raises, and with `publish`, what `publish` does;
-    TensorsUnusable, also where a tensor was given other memory meanwhile. Nothing stays published then.
+    Waits up to `timeout_s` for an instance to be ready; from then on it takes as long as bytes keep
+    coming (see `Pace`). `cancel`, set from any thread, ends it with Cancelled. That all bytes are
+    of one content is always checked; with `verify="digest"` the bytes of each tensor are, too.
+    Nobody else may fill the tensors meanwhile, and published ones are filled only inside their
+    publication's `update()`: MemoryInUse. Raises WeightsMismatch and DigestsMissing before a byte
+    has moved; SourceLost, Stalled, TornRead or Cancelled when the tensors may hold a part
+    (`details["complete"]` names those that are whole); DigestMismatch; VersionUnavailable,
+    SourceUnreachable; what `Registry.resolve` raises, and with `publish`, what `publish` does;
+    TensorsUnusable, also where a tensor was given other memory meanwhile. Nothing stays published
+    then.
     """
     timeout_s, max_sources = seconds("timeout_s", timeout_s), whole("max_sources", max_sources, 1)
     rank, version = whole_or_none("rank", rank), whole_or_none("version", version)
     place = Place(rank, world_size, topology or {}) if rank is not None else None
     if isinstance(tensors, Destination) and shards is not None:
-        raise InvalidField("a Destination says which boxes its tensors are: give no shards besides", field="shards")
+        raise InvalidField(
+            "a Destination says which boxes its tensors are: give no shards besides", field="shards"
+        )
     destination = tensors if isinstance(tensors, Destination) else Destination(tensors, shards)
     destination.check_writable()
     dst, devices = destination.manifest, destination.devices
@@ -109,7 +130,9 @@ def load(
     if rank is None and not boxes:
         first = next(entry.name for entry in dst.tensors if entry.opaque)
         raise InvalidField(
-            f"{first} does not say which part of the whole it is: say in `shards`, or from which `rank`", field="rank"
+            f"{first} does not say which part of the whole it is: say in `shards`, or from "
+            "which `rank`",
+            field="rank",
         )
     pace = pace or pace_for(engine.protocol)
     replica = as_replica(publish, source)
@@ -130,7 +153,9 @@ def load(
         pipelined=by_rank and pipelined and verify == "header",
         hop=max(8 * pace.chunk_nbytes, pace.hop_nbytes) / max(dst.nbytes, 1),
     )
-    destination.check_in_place("tensors have other memory than when their Destination was made: make a new one")
+    destination.check_in_place(
+        "tensors have other memory than when their Destination was made: make a new one"
+    )
     with ExitStack() as undo:
         filling = undo.enter_context(USES.fill(f"a load of {_name_of(source)}", destination.runs))
         dst = tiled(dst, lend(engine, undo, *dst.regions, owner=destination))
@@ -138,7 +163,9 @@ def load(
         undo.callback(wait_for, devices)  # nothing is on its way to the tensors any more
         wait_for(devices)  # nor anything that was begun before
         own = (
-            Republication(registry, engine, replica, rank, destination, pace.chunk_nbytes, filling) if replica is not None else None
+            Republication(registry, engine, replica, rank, destination, pace.chunk_nbytes, filling)
+            if replica is not None
+            else None
         )
         return _Load(
             search=search,
@@ -169,9 +196,13 @@ class _Load:
     replica: Republication | None
     haul: Haul  # what has come of the content that is being loaded
     content: str = ""
-    shares: list[Share] = field(default_factory=list)  # of sources that were read from before, of that content
+    shares: list[Share] = field(
+        default_factory=list
+    )  # of sources that were read from before, of that content
     avoid: set[str] = field(default_factory=set)  # incarnations that were lost
-    given_up: list[str] = field(default_factory=list)  # why sources were, since the load last went on without some
+    given_up: list[str] = field(
+        default_factory=list
+    )  # why sources were, since the load last went on without some
 
     @property
     def device(self) -> torch.device:
@@ -212,7 +243,11 @@ class _Load:
                 retries += 1
                 if retries == TRIES:
                     raise
-                log.info("%s; reading again", exc, extra=fields("torn_retry", retries=retries, **exc.details))
+                log.info(
+                    "%s; reading again",
+                    exc,
+                    extra=fields("torn_retry", retries=retries, **exc.details),
+                )
                 metrics.RETRIES.inc()
                 if self.cancel.wait(backoff.next_s()):
                     raise Cancelled("the load was cancelled") from exc
@@ -220,12 +255,18 @@ class _Load:
                 candidates = self._find(self.deadline)
                 if not candidates:
                     raise
-                self.given_up = [reason for reason in self.given_up if reason != "torn"]  # they are asked again
+                self.given_up = [
+                    reason for reason in self.given_up if reason != "torn"
+                ]  # they are asked again
             except SourceLost as exc:
                 candidates = self._find_another()
                 if not candidates:
                     raise
-                log.warning("%s; going on with another source", exc, extra=fields("failover", sources=exc.details.get("sources")))
+                log.warning(
+                    "%s; going on with another source",
+                    exc,
+                    extra=fields("failover", sources=exc.details.get("sources")),
+                )
             self._count_failovers()
 
     def _count_failovers(self) -> None:
@@ -234,15 +275,20 @@ class _Load:
             metrics.FAILOVERS.inc(reason)
         self.given_up.clear()
 
-    # -- sources -----------------------------------------------------------------------------------------------------------------
+    # -- sources
+    # ----------------------------------------------------------------------------------------------
 
     def _find(self, deadline: float) -> list[Candidate]:
-        """Sources of one content, the one that is being loaded if there are any of it; none where all are to be avoided."""
+        """Sources of one content, the one that is being loaded if there are any of it; none where
+        all are to be avoided.
+        """
         gone: SourceLost | None = None
         while True:
             try:
                 choice = self._choose(deadline)
-            except SourceLost as exc:  # it went while its manifest was fetched, and is avoided from now on
+            except (
+                SourceLost
+            ) as exc:  # it went while its manifest was fetched, and is avoided from now on
                 log.info("%s", exc, extra=fields("source_gone", error=exc))
                 gone = exc
                 continue
@@ -250,7 +296,9 @@ class _Load:
                 if gone is not None:
                     raise gone
                 return []
-            if choice.content == self.content and (self.replica is None or self.replica.record is not None):
+            if choice.content == self.content and (
+                self.replica is None or self.replica.record is not None
+            ):
                 return choice.candidates
             self._begin(choice)
             if self.replica is None:
@@ -259,13 +307,17 @@ class _Load:
 
     def _choose(self, deadline: float) -> Choice | None:
         own = self.replica.record if self.replica is not None else None
-        found = self.search.find(deadline, self.avoid, own.incarnation if own is not None else "", self.content)
+        found = self.search.find(
+            deadline, self.avoid, own.incarnation if own is not None else "", self.content
+        )
         if not found:
             return None
         search = self.search
         selection = Selection(
             self.dst,
-            lambda record: Candidate(search.registry, search.engine, record, record.rank == search.rank, self.device, own),
+            lambda record: Candidate(
+                search.registry, search.engine, record, record.rank == search.rank, self.device, own
+            ),
             self.planner,
             digests=self.verify == "digest",
             max_sources=search.max_sources,
@@ -283,10 +335,14 @@ class _Load:
             self.avoid.update(record.incarnation for record in selection.gone)
 
     def _begin(self, choice: Choice) -> None:
-        """What has come so far counts only if it is of this content. A replica begins anew in either case."""
+        """What has come so far counts only if it is of this content.
+
+        A replica begins anew in either case.
+        """
         dst = self.dst
         if self.replica is not None:
-            # A read must not cross what the marks of our own memory are about: both go by the same regions.
+            # A read must not cross what the marks of our own memory are about: both go by the same
+            # regions.
             dst = tiled(dst, self.replica.begin(choice.candidates[0].record, choice.content))
         if choice.content != self.content or dst is not self.dst:
             self.content, self.shares, self.dst = choice.content, [], dst
@@ -316,10 +372,15 @@ class _Load:
         try:
             return self.search.is_being_updated(self.avoid)
         except RegistryError as exc:
-            log.info("not known whether a source is being updated: %s", exc, extra=fields("updates_unknown", error=exc))
+            log.info(
+                "not known whether a source is being updated: %s",
+                exc,
+                extra=fields("updates_unknown", error=exc),
+            )
             return False
 
-    # -- one try -----------------------------------------------------------------------------------------------------------------
+    # -- one try
+    # ----------------------------------------------------------------------------------------------
 
     def _once(self, candidates: Sequence[Candidate], start: float, retries: int) -> LoadReport:
         arrivals = self.haul.arrivals
@@ -327,7 +388,11 @@ class _Load:
             entered = self._enter(candidates, undo)
             spans = self.planner.plan([candidate.origin for candidate in entered])
             missing = arrivals.missing(spans)
-            check = DigestCheck(entered, self.dst, self.destination.parts, self.device) if self.verify == "digest" else None
+            check = (
+                DigestCheck(entered, self.dst, self.destination.parts, self.device)
+                if self.verify == "digest"
+                else None
+            )
             if check is not None:
                 check.lend(self.search.engine, undo)
             ahead = sum(span.nbytes for span in spans) - sum(span.nbytes for span in missing)
@@ -351,7 +416,9 @@ class _Load:
             transfer_s = time.monotonic() - transfer_start
             if check is not None:
                 check.compare(self.dst)
-            self.destination.check_in_place("tensors were given other memory while they were being filled: load again")
+            self.destination.check_in_place(
+                "tensors were given other memory while they were being filled: load again"
+            )
             self._count_failovers()
             digest_s = time.monotonic() - transfer_start - transfer_s
         share = max(transfer.shares, key=lambda share: share.nbytes)
@@ -374,7 +441,9 @@ class _Load:
             publication=self.replica.complete() if self.replica is not None else None,
         )
 
-    def _arrived(self, record: RankRecord, checked: Sequence[Span], check: DigestCheck | None) -> None:
+    def _arrived(
+        self, record: RankRecord, checked: Sequence[Span], check: DigestCheck | None
+    ) -> None:
         self.haul.add(record, [span for span in checked if check is None or not check.wants(span)])
         if self.replica is not None:
             self.replica.mark(self.haul.arrivals)
@@ -386,14 +455,22 @@ class _Load:
         self.on_progress(of_all)
 
     def _enter(self, candidates: Sequence[Candidate], undo: ExitStack) -> list[Candidate]:
-        """Those that can be read from; TornRead if they are not any more what they were resolved to be."""
+        """Those that can be read from; TornRead if they are not any more what they were resolved to
+        be.
+        """
         entered = [candidate for candidate in candidates if candidate.enter(undo)]
-        if len(entered) < len(candidates) and self.planner.differences([one.origin for one in entered]):
+        if len(entered) < len(candidates) and self.planner.differences(
+            [one.origin for one in entered]
+        ):
             missed = next(candidate.record for candidate in candidates if candidate not in entered)
             if self.search.registry.current(missed) is None:
                 self.avoid.add(missed.incarnation)
-                raise SourceLost(f"{missed.key} is not registered any more: load again", key=missed.key)
-            raise TornRead(f"the record of {missed.key} changed before it was read: load again", key=missed.key)
+                raise SourceLost(
+                    f"{missed.key} is not registered any more: load again", key=missed.key
+                )
+            raise TornRead(
+                f"the record of {missed.key} changed before it was read: load again", key=missed.key
+            )
         return entered
 
     def _stage(self, spans: Sequence[Span], undo: ExitStack) -> Staging | None:
@@ -423,25 +500,39 @@ class _Load:
             self.avoid.update(candidate.record.incarnation for candidate in candidates)
             raise
         finally:
-            self.given_up += [metrics.reason_of(share.error) for share in transfer.shares if share.error is not None]
+            self.given_up += [
+                metrics.reason_of(share.error)
+                for share in transfer.shares
+                if share.error is not None
+            ]
 
     def _check_registered(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
-        """SourceEvicted if one that has brought something was evicted by now, whatever its memory said.
+        """SourceEvicted if one that has brought something was evicted by now, whatever its memory
+        said.
 
-        One that was withdrawn, or whose process has ended, after it had been read and checked is as good as any.
+        One that was withdrawn, or whose process has ended, after it had been read and checked is as
+        good as any.
         """
         for candidate, share in zip(candidates, transfer.shares, strict=True):
             if share.nbytes and not candidate.is_registered() and candidate.was_evicted():
-                share.error = SourceEvicted(f"{candidate.record.key} was evicted meanwhile", key=candidate.record.key)
+                share.error = SourceEvicted(
+                    f"{candidate.record.key} was evicted meanwhile", key=candidate.record.key
+                )
         here = {candidate.record.incarnation for candidate in candidates}
         self.haul.find_evicted(self.search.registry, here)
-        if gone := [share.error for share in transfer.shares if isinstance(share.error, SourceEvicted) and share.nbytes]:
+        if gone := [
+            share.error
+            for share in transfer.shares
+            if isinstance(share.error, SourceEvicted) and share.nbytes
+        ]:
             raise gone[0]
         if self.haul.evicted:
-            raise SourceEvicted(f"{self.haul.evicted[0].key} was evicted meanwhile", key=self.haul.evicted[0].key)
+            raise SourceEvicted(
+                f"{self.haul.evicted[0].key} was evicted meanwhile", key=self.haul.evicted[0].key
+            )
 
     def _discard_evicted(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
-        """What an evicted source has brought is read again; and whoever has it from us must know."""
+        """What an evicted source has brought is read again, and our own readers must know."""
         evicted = [*self.haul.evicted]
         for candidate, share in zip(candidates, transfer.shares, strict=True):
             if isinstance(share.error, SourceEvicted):
@@ -456,13 +547,20 @@ class _Load:
             self.replica.close(SOURCE_EVICTED)
 
     def _with_what_came(self, exc: LoaderError, candidates: Sequence[Candidate]) -> LoaderError:
-        """The error with what the caller may want to know: which sources, and which of the tensors are whole."""
+        """The error with what the caller may want to know: which sources, and which of the tensors
+        are whole.
+        """
         arrivals = self.haul.arrivals
         complete = arrivals.complete() if arrivals.nbytes else []
         held = (
-            f"{arrivals.nbytes} of {self.dst.nbytes} bytes have come, {len(complete)} of {len(self.dst.tensors)} tensors are whole"
+            f"{arrivals.nbytes} of {self.dst.nbytes} bytes have come, {len(complete)} of "
+            f"{len(self.dst.tensors)} tensors are whole"
         )
-        what = str(exc) if isinstance(exc, Cancelled) else f"{_names(candidates)} could not be read to the end ({exc})"
+        what = (
+            str(exc)
+            if isinstance(exc, Cancelled)
+            else f"{_names(candidates)} could not be read to the end ({exc})"
+        )
         return type(exc)(
             f"{what}; {held if arrivals.nbytes else 'no tensor is usable'}",
             "load again, or from another instance",
@@ -477,7 +575,13 @@ def _names(candidates: Sequence[Candidate]) -> str:
 
 
 def _name_of(source: Wanted) -> str:
-    return source if isinstance(source, str) else str(source) if isinstance(source, ModelIdentity) else " or ".join(source)
+    return (
+        source
+        if isinstance(source, str)
+        else str(source)
+        if isinstance(source, ModelIdentity)
+        else " or ".join(source)
+    )
 
 
 def _ignore(_: Progress) -> None:

@@ -1,4 +1,6 @@
-"""`load_module`: a torch module is filled with the weights of a running instance, also one that has no memory yet."""
+"""`load_module`: a torch module is filled with the weights of a running instance, also one that has
+no memory yet.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +37,20 @@ def load_module(
     timeout_s: float = 60.0,
     **options: Any,
 ) -> LoadReport:
-    """Fills what `module.state_dict()` has: parameters and persistent buffers. `options` are those of `load`.
+    """Fills what `module.state_dict()` has: parameters and persistent buffers. `options` are those
+    of `load`.
 
-    Where the source says of a tensor which box of the whole its ranks hold, a plain one here stands for the whole, unless it has a
-    shard; else for what the same rank has: `rank`, by default that of this process in its job, if that has as many as the source.
+    Where the source says of a tensor which box of the whole its ranks hold, a plain one here stands
+    for the whole, unless it has a shard; else for what the same rank has: `rank`, by default that
+    of this process in its job, if that has as many as the source.
 
-    What is on the meta device gets memory on `device` (by default that of its mesh, or torch's default device, or the host's memory
-    where that is meta), and takes its place in the module when all has been loaded; weights that are tied stay tied. Whatever fails
-    before, the module stays as it was, but for tensors that had memory: they may hold a part, as after a `load` that failed.
+    What is on the meta device gets memory on `device` (by default that of its mesh, or torch's
+    default device, or the host's memory where that is meta), and takes its place in the module when
+    all has been loaded; weights that are tied stay tied. Whatever fails before, the module stays as
+    it was, but for tensors that had memory: they may hold a part, as after a `load` that failed.
 
-    Raises what `load` raises, and TensorsUnusable where a buffer that no state dict has is on the meta device.
+    Raises what `load` raises, and TensorsUnusable where a buffer that no state dict has is on the
+    meta device.
     """
     start = time.monotonic()
     tensors: dict[str, torch.Tensor] = dict(module.state_dict(keep_vars=True))
@@ -76,34 +82,51 @@ def load_module(
     return report
 
 
-def _stated(boxes: Mapping[str, Shard], tensors: Mapping[str, torch.Tensor], catalogue: Catalogue) -> dict[str, Shard]:
-    """The boxes that the source states, of all names of a tensor alike: it may lack some of them."""
+def _stated(
+    boxes: Mapping[str, Shard], tensors: Mapping[str, torch.Tensor], catalogue: Catalogue
+) -> dict[str, Shard]:
+    """The boxes that the source states, for all names of a tensor: it may lack some of them."""
     silent = {id(tensor) for name, tensor in tensors.items() if not catalogue.states_box_of(name)}
     return {name: box for name, box in boxes.items() if id(tensors[name]) not in silent}
 
 
 def _check_all_can_be_filled(module: nn.Module, tensors: Mapping[str, object]) -> None:
-    """TensorsUnusable names what would be left without a value, or be filled where the module does not see it."""
-    own = {id(tensor): (name, tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    """TensorsUnusable names what would be left without a value, or be filled where the module does
+    not see it.
+    """
+    own = {
+        id(tensor): (name, tensor)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }
     in_state_dict = set(map(id, tensors.values()))
-    left_out = [name for number, (name, tensor) in own.items() if tensor.is_meta and number not in in_state_dict]
+    left_out = [
+        name
+        for number, (name, tensor) in own.items()
+        if tensor.is_meta and number not in in_state_dict
+    ]
     if left_out:
         raise TensorsUnusable(
-            f"{len(left_out)} tensors of the module are on the meta device and not in its state dict, so no source has them: "
-            f"{listed(left_out)}: give them their values first (build the module with only its parameters on the meta device, or "
+            f"{len(left_out)} tensors of the module are on the meta device and not in its "
+            "state dict, so no source has them: "
+            f"{listed(left_out)}: give them their values first (build the module with only "
+            "its parameters on the meta device, or "
             "call to_empty and the model's own initialisation before the load)",
             problems=left_out,
         )
     foreign = [name for name, tensor in tensors.items() if id(tensor) not in own]
     if foreign:
         raise TensorsUnusable(
-            f"{len(foreign)} entries of the module's state dict are no parameters or buffers of it, but made by a hook: "
-            f"{listed(foreign)}: fill them with `load` or EngineReader, and then call load_state_dict",
+            f"{len(foreign)} entries of the module's state dict are no parameters or buffers "
+            "of it, but made by a hook: "
+            f"{listed(foreign)}: fill them with `load` or EngineReader, and then call "
+            "load_state_dict",
             problems=foreign,
         )
 
 
-def _with_memory(name: str, tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+def _with_memory(
+    name: str, tensor: torch.Tensor, device: torch.device | str | None
+) -> torch.Tensor:
     """Like it, with whatever the memory holds."""
     where = device if device is not None else _default_device(tensor)
     with plain_torch():
@@ -112,7 +135,8 @@ def _with_memory(name: str, tensor: torch.Tensor, device: torch.device | str | N
         except Exception as exc:
             said = short(" ".join(str(exc).split()))
             raise TensorsUnusable(
-                f"{name} is on the meta device, and memory for a {type(tensor).__name__} on {where} "
+                f"{name} is on the meta device, and memory for a {type(tensor).__name__} on "
+                f"{where} "
                 f"cannot be had ({said}): give it memory before the load, or name another `device`",
                 problems=[name],
             ) from exc

@@ -11,13 +11,16 @@ from engine_loader.transfer.pipe import Share
 
 @dataclass(frozen=True)
 class LoadReport:
-    """`seconds` is all of it, `transfer_s` the reads with their checks, `digest_s` what digests took besides.
+    """`seconds` is all of it, `transfer_s` the reads with their checks, `digest_s` what digests
+    took besides.
 
-    `content` is what the tensors hold now, as 32 hexadecimal digits: loads with equal contents have brought the same.
+    `content` is what the tensors hold now, as 32 hexadecimal digits: loads with equal contents have
+    brought the same.
 
-    `nbytes` are those of the tensors; `read_nbytes` have been read for them, and may be more where that was quicker. `shares` has,
-    for each source of this content, the bytes that came from it, and why it was dropped, if it was. `publication` is the loaded
-    rank as a source, if it was to be published: it is the caller's to close.
+    `nbytes` are those of the tensors; `read_nbytes` have been read for them, and may be more where
+    that was quicker. `shares` has, for each source of this content, the bytes that came from it,
+    and why it was dropped, if it was. `publication` is the loaded rank as a source, if it was to be
+    published: it is the caller's to close.
     """
 
     instance: str
@@ -43,9 +46,22 @@ class LoadReport:
 
     def facts(self) -> dict[str, object]:
         """For a log line."""
-        names = ("instance", "rank", "version", "content", "protocol", "tensors", "nbytes", "retries")
+        names = (
+            "instance",
+            "rank",
+            "version",
+            "content",
+            "protocol",
+            "tensors",
+            "nbytes",
+            "retries",
+        )
         sources = [share.name for share in self.shares if share.nbytes]
-        return {**{name: getattr(self, name) for name in names}, "seconds": round(self.seconds, 6), "sources": sources}
+        return {
+            **{name: getattr(self, name) for name in names},
+            "seconds": round(self.seconds, 6),
+            "sources": sources,
+        }
 
 
 def summed(shares: Sequence[Share]) -> tuple[Share, ...]:
@@ -53,5 +69,7 @@ def summed(shares: Sequence[Share]) -> tuple[Share, ...]:
     by_name: dict[str, Share] = {}
     for share in shares:
         before = by_name.get(share.name, share)
-        by_name[share.name] = share if before is share else replace(share, nbytes=before.nbytes + share.nbytes)
+        by_name[share.name] = (
+            share if before is share else replace(share, nbytes=before.nbytes + share.nbytes)
+        )
     return tuple(by_name.values())

@@ -1,4 +1,6 @@
-"""Several loads that have to bring one content together: all of them are made again where the source changes or goes in between."""
+"""Several loads that have to bring one content together: all of them are made again where the
+source changes or goes in between.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ T = TypeVar("T")
 def load_together(loads: Callable[[float], T], timeout_s: float, what: str) -> tuple[T, int]:
     """What `loads` returns, which makes all of them, and how often they were made in vain.
 
-    `loads` takes how many seconds to wait for a source, and pins the contents that it finds. `what` says in between which of them
-    the source may change. Raises TornRead where it changes in every try; SourceLost where it goes and no other is there.
+    `loads` takes how many seconds to wait for a source, and pins the contents that it finds. `what`
+    says in between which of them the source may change. Raises TornRead where it changes in every
+    try; SourceLost where it goes and no other is there.
     """
     timeout_s = seconds("timeout_s", timeout_s)
     lost: SourceLost | None = None
@@ -30,15 +33,23 @@ def load_together(loads: Callable[[float], T], timeout_s: float, what: str) -> t
         except VersionUnavailable as exc:
             if tries + 1 == TRIES:
                 raise TornRead(
-                    f"the weights changed between {what}, in {TRIES} tries: {exc.what}", exc.remedy, complete=[]
+                    f"the weights changed between {what}, in {TRIES} tries: {exc.what}",
+                    exc.remedy,
+                    complete=[],
                 ) from exc
-            log.info("%s; loading all again", exc, extra=fields("together_retry", tries=tries + 1, error=exc))
+            log.info(
+                "%s; loading all again",
+                exc,
+                extra=fields("together_retry", tries=tries + 1, error=exc),
+            )
             lost = None
         except SourceLost as exc:
             if tries + 1 == TRIES:
                 raise
             log.info(
-                "%s; loading all again from another source, if one is there", exc, extra=fields("together_failover", error=exc)
+                "%s; loading all again from another source, if one is there",
+                exc,
+                extra=fields("together_failover", error=exc),
             )
             lost = exc
         except (InstanceNotFound, InstanceIncomplete, SourceUnreachable):

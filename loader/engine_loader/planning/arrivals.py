@@ -1,4 +1,6 @@
-"""What of the wanted bytes has come, and which blocks of our memory are whole, so that others may read them from here. Pure."""
+"""What of the wanted bytes has come, and which blocks of our memory are whole, so that others may
+read them from here. Pure.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from engine_registry.schema.manifest import Manifest, Region
 
 
 class Blocks:
-    """The regions of a rank's memory cut into blocks, which are numbered through all of them in their order."""
+    """The regions of a rank's memory cut into blocks, which are numbered through all of them in
+    their order.
+    """
 
     def __init__(self, regions: Iterable[Region], nbytes: int) -> None:
         self._nbytes = nbytes
@@ -35,7 +39,9 @@ class Blocks:
         if place < 0 or addr + nbytes > self._regions[place].end:
             raise ValueError(f"{nbytes} bytes at {addr:#x} lie in no region")
         ahead, first = addr - self._starts[place], self._firsts[place]
-        return range(first + ahead // self._nbytes, first + (ahead + max(nbytes, 1) - 1) // self._nbytes + 1)
+        return range(
+            first + ahead // self._nbytes, first + (ahead + max(nbytes, 1) - 1) // self._nbytes + 1
+        )
 
     def pieces(self, addr: int, nbytes: int) -> Iterator[tuple[int, int]]:
         """Of bytes in one region: the number of each block, and how many of them lie in it."""
@@ -88,14 +94,17 @@ class Runs:
 class Arrivals:
     """For the tensors of a manifest, of one version of the weights.
 
-    With `block_nbytes`, `blocks` has 1 for each block of the memory all of whose wanted bytes have come, and 0 for the others.
+    With `block_nbytes`, `blocks` has 1 for each block of the memory all of whose wanted bytes have
+    come, and 0 for the others.
     """
 
     def __init__(self, manifest: Manifest, block_nbytes: int | None = None) -> None:
         self._tensors = manifest.tensors
         self._new: list[Span] = []  # that have not been looked at, as nobody has asked
         self._came = Runs()
-        self._scattered: Counter[int] = Counter()  # by a tensor's address: bytes that came, but not in a row
+        self._scattered: Counter[int] = (
+            Counter()
+        )  # by a tensor's address: bytes that came, but not in a row
         self._blocks = Blocks(manifest.regions if block_nbytes else (), block_nbytes or 1)
         self._left = [0] * len(self._blocks)  # bytes, of each block
         if block_nbytes:
@@ -164,7 +173,10 @@ class Arrivals:
         return self._addrs[bisect.bisect_right(self._addrs, addr) - 1]
 
     def missing(self, spans: Sequence[Span]) -> list[Span]:
-        """What of the spans has not come. Of a tensor that comes in other than whole runs, that is all of it or nothing."""
+        """What of the spans has not come.
+
+        Of a tensor that comes in other than whole runs, that is all of it or nothing.
+        """
         self._take_in()
         self._scattered.clear()
         if not any(self._came):
@@ -177,7 +189,9 @@ class Arrivals:
                     rest.append(span._replace(lines=lines))
             else:
                 for start, end in self._came.gaps(span.dst_addr, span.dst_addr + span.nbytes):
-                    srcs = tuple([(number, addr + start - span.dst_addr) for number, addr in span.srcs])
+                    srcs = tuple(
+                        [(number, addr + start - span.dst_addr) for number, addr in span.srcs]
+                    )
                     rest.append(Span(start, end - start, srcs))
         return rest
 
@@ -190,4 +204,8 @@ class Arrivals:
     def complete(self) -> list[str]:
         """Names of the tensors that are whole."""
         self._take_in()
-        return [entry.name for entry in self._tensors if not self._came.gaps(entry.addr, entry.addr + entry.nbytes)]
+        return [
+            entry.name
+            for entry in self._tensors
+            if not self._came.gaps(entry.addr, entry.addr + entry.nbytes)
+        ]

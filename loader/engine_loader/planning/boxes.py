@@ -1,6 +1,8 @@
-"""Boxes of a tensor, and how the bytes of a box lie in the memory of two tensors that both hold it. Pure.
+"""Boxes of a tensor, and how the bytes of a box lie in the memory of two tensors that both hold it.
+Pure.
 
-A rank holds a box of the whole tensor: it begins at `offsets` and has `shape`, and lies in the rank's memory row by row.
+A rank holds a box of the whole tensor: it begins at `offsets` and has `shape`, and lies in the
+rank's memory row by row.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from typing import NamedTuple
 
 
 class Box(NamedTuple):
-    """`offsets` and `shape` are of one length. A box of a tensor without dimensions holds its one element."""
+    """`offsets` and `shape` are of one length.
+
+    A box of a tensor without dimensions holds its one element.
+    """
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
@@ -24,8 +29,12 @@ class Box(NamedTuple):
     def meet(self, other: Box) -> Box | None:
         """What both hold; None if that is nothing."""
         starts, shape = [], []
-        for start, size, other_start, other_size in zip(self.offsets, self.shape, other.offsets, other.shape, strict=True):
-            first = start if start > other_start else other_start  # as `max` and `min`, which take most of a plan's time
+        for start, size, other_start, other_size in zip(
+            self.offsets, self.shape, other.offsets, other.shape, strict=True
+        ):
+            first = (
+                start if start > other_start else other_start
+            )  # as `max` and `min`, which take most of a plan's time
             end, other_end = start + size, other_start + other_size
             common = (end if end < other_end else other_end) - first
             if common <= 0:
@@ -70,13 +79,21 @@ def check_partition(whole: Box, parts: Iterable[Box]) -> None:
 
 
 def _overlap(parts: list[Box]) -> bool:
-    """Goes along the axis on which they begin at the most places, so that few have to be compared with each other."""
+    """Goes along the axis on which they begin at the most places, so that few have to be compared
+    with each other.
+    """
     if len(parts) < 2 or not parts[0].shape:
         return len(parts) > 1
-    axis = max(range(len(parts[0].shape)), key=lambda axis: len({part.offsets[axis] for part in parts}))
+    axis = max(
+        range(len(parts[0].shape)), key=lambda axis: len({part.offsets[axis] for part in parts})
+    )
     reaching: list[Box] = []
     for part in sorted(parts, key=lambda part: part.offsets[axis]):
-        reaching = [other for other in reaching if other.offsets[axis] + other.shape[axis] > part.offsets[axis]]
+        reaching = [
+            other
+            for other in reaching
+            if other.offsets[axis] + other.shape[axis] > part.offsets[axis]
+        ]
         if any(other.meet(part) is not None for other in reaching):
             return True
         reaching.append(part)
@@ -84,9 +101,11 @@ def _overlap(parts: list[Box]) -> bool:
 
 
 class Lines(NamedTuple):
-    """Runs of `nbytes` bytes at equal distances: `counts` of them along each axis, `src_steps` apart on one side and `dst_steps`
-    on the other, the first at `src` and `dst`. Without axes it is one run. Axes come with the longest steps first, and what is
-    within one step of an axis does not reach into the next."""
+    """Runs of `nbytes` bytes at equal distances: `counts` of them along each axis, `src_steps`
+    apart on one side and `dst_steps` on the other, the first at `src` and `dst`. Without axes it is
+    one run. Axes come with the longest steps first, and what is within one step of an axis does not
+    reach into the next.
+    """
 
     src: int
     dst: int
@@ -102,36 +121,53 @@ class Lines(NamedTuple):
     @property
     def extent(self) -> int:
         """From the first to the last byte on the source's side, with what lies between."""
-        return self.nbytes + sum([(count - 1) * step for count, step in zip(self.counts, self.src_steps, strict=True)])
+        return self.nbytes + sum(
+            [(count - 1) * step for count, step in zip(self.counts, self.src_steps, strict=True)]
+        )
 
     def at(self, src: int, dst: int) -> Lines:
         """The same further on."""
-        return Lines(self.src + src, self.dst + dst, self.nbytes, self.counts, self.src_steps, self.dst_steps)
+        return Lines(
+            self.src + src, self.dst + dst, self.nbytes, self.counts, self.src_steps, self.dst_steps
+        )
 
     def along(self, axes: int) -> Iterator[Lines]:
         """Each on its own along that many of the first axes."""
         if not axes:
             yield self
             return
-        rest = Lines(self.src, self.dst, self.nbytes, self.counts[axes:], self.src_steps[axes:], self.dst_steps[axes:])
+        rest = Lines(
+            self.src,
+            self.dst,
+            self.nbytes,
+            self.counts[axes:],
+            self.src_steps[axes:],
+            self.dst_steps[axes:],
+        )
         for place in itertools.product(*map(range, self.counts[:axes])):
             src = sum([index * step for index, step in zip(place, self.src_steps, strict=False)])
             dst = sum([index * step for index, step in zip(place, self.dst_steps, strict=False)])
             yield rest.at(src, dst)
 
     def split(self, at_once: int) -> Iterator[Lines]:
-        """In order, parts with up to `at_once` along the first axis; what is left on its own there comes without the axis."""
+        """In order, parts with up to `at_once` along the first axis; what is left on its own there
+        comes without the axis.
+        """
         if not self.counts or at_once >= self.counts[0]:
             yield self
             return
         for start in range(0, self.counts[0], at_once):
             counts = (min(at_once, self.counts[0] - start), *self.counts[1:])
-            part = self._replace(counts=counts).at(start * self.src_steps[0], start * self.dst_steps[0])
+            part = self._replace(counts=counts).at(
+                start * self.src_steps[0], start * self.dst_steps[0]
+            )
             yield from (part.along(1) if counts[0] == 1 else [part])
 
 
 def lines(part: Box, src: Box, dst: Box, itemsize: int) -> Lines:
-    """Where the bytes of `part`, which both hold, lie in either's memory, from the beginning of the tensor there."""
+    """Where the bytes of `part`, which both hold, lie in either's memory, from the beginning of the
+    tensor there.
+    """
     src_step = dst_step = nbytes = itemsize
     src_at = dst_at = 0
     axes: list[tuple[int, int, int]] = []
@@ -139,10 +175,15 @@ def lines(part: Box, src: Box, dst: Box, itemsize: int) -> Lines:
         size = part.shape[axis]
         src_at += (part.offsets[axis] - src.offsets[axis]) * src_step
         dst_at += (part.offsets[axis] - dst.offsets[axis]) * dst_step
-        if not axes and nbytes == src_step == dst_step:  # all that lies within is whole on both sides
+        if (
+            not axes and nbytes == src_step == dst_step
+        ):  # all that lies within is whole on both sides
             nbytes *= size
         elif size > 1:
-            if axes and (axes[-1][0] * axes[-1][1], axes[-1][0] * axes[-1][2]) == (src_step, dst_step):
+            if axes and (axes[-1][0] * axes[-1][1], axes[-1][0] * axes[-1][2]) == (
+                src_step,
+                dst_step,
+            ):
                 inner = axes.pop()
                 axes.append((inner[0] * size, inner[1], inner[2]))
             else:

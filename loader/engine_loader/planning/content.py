@@ -1,4 +1,5 @@
-"""Contents that follow from what is known: from digests, or from the contents of the ranks that are read from. Pure.
+"""Contents that follow from what is known: from digests, or from the contents of the ranks that are
+read from. Pure.
 
 Equal contents mean that tensors of one name, and one box of the whole, have the same bytes.
 """
@@ -13,10 +14,11 @@ from engine_registry.schema.manifest import Manifest
 
 
 def content_of(manifest: Manifest, digests: Mapping[str, bytes], algorithm: str) -> str:
-    """128 bits as 32 hexadecimal digits: of all that the manifest says of the tensors but where they lie, and of their digests.
+    """128 bits as 32 hexadecimal digits: of all that the manifest says of the tensors but where
+    they lie, and of their digests.
 
-    `digests` has the digest of each tensor by its name, by that algorithm. Ranks on a GPU and on the host have different
-    algorithms, and so different contents.
+    `digests` has the digest of each tensor by its name, by that algorithm. Ranks on a GPU and on
+    the host have different algorithms, and so different contents.
     """
     root = hashlib.blake2b(algorithm.encode(), digest_size=16)
     for name, described in _described(manifest):
@@ -26,7 +28,8 @@ def content_of(manifest: Manifest, digests: Mapping[str, bytes], algorithm: str)
 
 
 def content_of_parts(contents: Sequence[str], dst: Manifest) -> str:
-    """The content of tensors that are put together from all ranks of an instance, which have these contents, by rank.
+    """The content of tensors that are put together from all ranks of an instance, which have these
+    contents, by rank.
 
     Every load of the same instance into the same layout has the same one.
     """
@@ -41,4 +44,9 @@ def _described(manifest: Manifest) -> Iterator[tuple[str, bytes]]:
     for entry in sorted(manifest.tensors, key=lambda entry: entry.name):
         box = None if entry.opaque else [entry.global_shape, entry.offsets]
         strides = [] if entry.strides is None else [entry.strides]
-        yield entry.name, json.dumps([entry.name, entry.dtype, entry.shape, entry.nbytes, box, *strides]).encode()
+        yield (
+            entry.name,
+            json.dumps(
+                [entry.name, entry.dtype, entry.shape, entry.nbytes, box, *strides]
+            ).encode(),
+        )

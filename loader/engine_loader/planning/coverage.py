@@ -11,7 +11,9 @@ from engine_registry.schema.manifest import TensorEntry
 
 
 def check_coverage(spans: Sequence[Span], tensors: Iterable[TensorEntry]) -> None:
-    """Proves that the spans write every byte of the tensors, which do not overlap, once, and no other; ValueError else."""
+    """Proves that the spans write every byte of the tensors, which do not overlap, once, and no
+    other; ValueError else.
+    """
     wanted = sorted([(entry.addr, entry.addr + entry.nbytes) for entry in tensors if entry.nbytes])
     if any(last[1] > one[0] for last, one in itertools.pairwise(wanted)):
         raise ValueError("two tensors share memory")
@@ -43,8 +45,13 @@ def _writes(spans: Iterable[Span]) -> tuple[list[tuple[int, int]], list[Lines]]:
     return runs, scattered
 
 
-def _without(wanted: Sequence[tuple[int, int]], runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What the runs leave of the pieces of memory; both are sorted. ValueError where they overlap, or reach beyond the pieces."""
+def _without(
+    wanted: Sequence[tuple[int, int]], runs: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """What the runs leave of the pieces of memory; both are sorted.
+
+    ValueError where they overlap, or reach beyond the pieces.
+    """
     gaps = []
     left = iter(runs)
     run = next(left, None)
@@ -52,7 +59,11 @@ def _without(wanted: Sequence[tuple[int, int]], runs: Sequence[tuple[int, int]])
         at = start
         while run is not None and run[0] < end:
             if run[0] < at:
-                raise ValueError("the plan writes a byte twice" if at > start else "the plan writes beside the tensors")
+                raise ValueError(
+                    "the plan writes a byte twice"
+                    if at > start
+                    else "the plan writes beside the tensors"
+                )
             if run[1] > end:
                 raise ValueError("the plan writes beside the tensors")
             if run[0] > at:
@@ -67,10 +78,12 @@ def _without(wanted: Sequence[tuple[int, int]], runs: Sequence[tuple[int, int]])
 
 
 class _Powers:
-    """Tells sets of bytes, in which some may be several times, from each other, without going from byte to byte.
+    """Tells sets of bytes, in which some may be several times, from each other, without going from
+    byte to byte.
 
-    A set is the polynomial with one x^n for each byte at n, times x - 1, taken at one x modulo a prime. Two that differ have the
-    same value at no more of the 2^127 places than their degree: with addresses up to 2^47, one chance in 2^80 to miss it.
+    A set is the polynomial with one x^n for each byte at n, times x - 1, taken at one x modulo a
+    prime. Two that differ have the same value at no more of the 2^127 places than their degree:
+    with addresses up to 2^47, one chance in 2^80 to miss it.
     """
 
     MODULUS = (1 << 127) - 1

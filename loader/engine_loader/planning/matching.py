@@ -17,7 +17,10 @@ from engine_registry.schema.manifest import Manifest, TensorEntry
 
 @dataclass(frozen=True)
 class Origin:
-    """A rank that may be read from. `own`: it has the rank that is being filled, so tensors without a box are the same there."""
+    """A rank that may be read from.
+
+    `own`: it has the rank that is being filled, so tensors without a box are the same there.
+    """
 
     name: str
     manifest: Manifest
@@ -25,7 +28,9 @@ class Origin:
 
 
 def needed(origins: Sequence[Origin], dst: Manifest, most: int) -> list[int]:
-    """Numbers of origins, the first ones first, that together hold all that is wanted, and each box of it up to `most` times."""
+    """Numbers of origins, the first ones first, that together hold all that is wanted, and each box
+    of it up to `most` times.
+    """
     wanted = {entry.name: entry for entry in dst.tensors if entry.nbytes}
     held: Counter[tuple[str, Box]] = Counter()
     some = []
@@ -35,7 +40,9 @@ def needed(origins: Sequence[Origin], dst: Manifest, most: int) -> list[int]:
             for offer in origin.manifest.tensors
             if (entry := wanted.get(offer.name)) is not None
             and of_one_tensor(offer, entry)
-            and (origin.own if entry.opaque else entry_box(entry).meet(entry_box(offer)) is not None)
+            and (
+                origin.own if entry.opaque else entry_box(entry).meet(entry_box(offer)) is not None
+            )
         ]
         if any(held[box] < most for box in has):
             some.append(number)
@@ -53,7 +60,9 @@ class Offers:
             for entry in origin.manifest.tensors:
                 self._by_name[entry.name].append((number, entry))
         # The layers of a model are alike: where one is put together from, all are.
-        self._cuts: dict[tuple[Box, tuple[Box, ...], int], tuple[list[tuple[Box, Lines]], Box | None]] = {}
+        self._cuts: dict[
+            tuple[Box, tuple[Box, ...], int], tuple[list[tuple[Box, Lines]], Box | None]
+        ] = {}
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -69,11 +78,17 @@ class Offers:
         return [f"{name}: in the source, but not here" for name in others if name in strange]
 
     def parts_of(self, entry: TensorEntry) -> tuple[list[Span], str]:
-        """Where its bytes come from, one span for each box that holds a part of them; or why that cannot be told."""
+        """Where its bytes come from, one span for each box that holds a part of them; or why that
+        cannot be told.
+        """
         offers = self._by_name.get(entry.name)
         if not offers:
             return [], "here, but not in the source"
-        same = [(number, offer.addr) for number, offer in offers if _same(offer, entry) and self._comparable(number, entry)]
+        same = [
+            (number, offer.addr)
+            for number, offer in offers
+            if _same(offer, entry) and self._comparable(number, entry)
+        ]
         if same:
             return ([Span(entry.addr, entry.nbytes, tuple(same))] if entry.nbytes else []), ""
         return self._parts_of_boxes(entry, offers)
@@ -81,7 +96,9 @@ class Offers:
     def _comparable(self, number: int, entry: TensorEntry) -> bool:
         return not entry.opaque or self._origins[number].own
 
-    def _parts_of_boxes(self, entry: TensorEntry, offers: Sequence[tuple[int, TensorEntry]]) -> tuple[list[Span], str]:
+    def _parts_of_boxes(
+        self, entry: TensorEntry, offers: Sequence[tuple[int, TensorEntry]]
+    ) -> tuple[list[Span], str]:
         own = [offer for number, offer in offers if self._origins[number].own]
         dtypes = {offer.dtype for _, offer in offers} - {entry.dtype}
         if dtypes:
@@ -97,12 +114,20 @@ class Offers:
             return [], _why_not_in_order(own[0] if own else offers[0][1], entry)
         return self._meet(entry, in_rows)
 
-    def _meet(self, entry: TensorEntry, offers: Sequence[tuple[int, TensorEntry]]) -> tuple[list[Span], str]:
+    def _meet(
+        self, entry: TensorEntry, offers: Sequence[tuple[int, TensorEntry]]
+    ) -> tuple[list[Span], str]:
         volume = entry_box(entry).volume
         if not volume:
             return [], ""
-        if entry.nbytes % volume or any(offer.nbytes != _volume(offer) * (entry.nbytes // volume) for _, offer in offers):
-            return [], f"{offers[0][1].nbytes} bytes in the source, {entry.nbytes} here, though the dtype is the same"
+        if entry.nbytes % volume or any(
+            offer.nbytes != _volume(offer) * (entry.nbytes // volume) for _, offer in offers
+        ):
+            return (
+                [],
+                f"{offers[0][1].nbytes} bytes in the source, {entry.nbytes} here, though the "
+                "dtype is the same",
+            )
         holders: defaultdict[Box, list[tuple[int, int]]] = defaultdict(list)
         for number, offer in offers:
             holders[entry_box(offer)].append((number, offer.addr))
@@ -111,12 +136,20 @@ class Offers:
             self._cuts[question] = _cut(*question)
         cut, missing = self._cuts[question]
         if missing is not None:
-            return [], f"no rank of the source holds the box at {list(missing.offsets)} of shape {_shape(missing.shape)}"
+            return (
+                [],
+                f"no rank of the source holds the box at {list(missing.offsets)} of shape "
+                f"{_shape(missing.shape)}",
+            )
         return [span_of(tuple(holders[box]), some.at(0, entry.addr)) for box, some in cut], ""
 
 
-def _cut(wanted: Box, held: Sequence[Box], itemsize: int) -> tuple[list[tuple[Box, Lines]], Box | None]:
-    """What to take from which of the boxes, as much as possible from one, and a part of `wanted` that none holds, if any."""
+def _cut(
+    wanted: Box, held: Sequence[Box], itemsize: int
+) -> tuple[list[tuple[Box, Lines]], Box | None]:
+    """What to take from which of the boxes, as much as possible from one, and a part of `wanted`
+    that none holds, if any.
+    """
     overlaps = {box: common for box in held if (common := wanted.meet(box)) is not None}
     missing, used, cut = [wanted], [], []
     for box in sorted(overlaps, key=lambda box: (-overlaps[box].volume, box.offsets)):
@@ -161,22 +194,34 @@ def _same(offer: TensorEntry, entry: TensorEntry) -> bool:
 def _why_not_as_is(offer: TensorEntry, entry: TensorEntry) -> str:
     """Why one without a statement of what it is part of does not fit."""
     if offer.opaque != entry.opaque:
-        return f"{_describe_box(offer)} in the source, {_describe_box(entry)} here: say `shards` on both sides, or on neither"
+        return (
+            f"{_describe_box(offer)} in the source, {_describe_box(entry)} here: say `shards` on "
+            "both sides, or on neither"
+        )
     if offer.shape != entry.shape:
         return f"shape {_shape(offer.shape)} in the source, {_shape(entry.shape)} here"
     if offer.nbytes != entry.nbytes:
         return f"{offer.nbytes} bytes in the source, {entry.nbytes} here"
     if offer.strides != entry.strides:
         return _why_not_in_order(offer, entry)
-    return "only other ranks have it, and it does not say what it is part of: publish and load it with `shards`"
+    return (
+        "only other ranks have it, and it does not say what it is part of: publish and load it "
+        "with `shards`"
+    )
 
 
 def _why_not_in_order(offer: TensorEntry, entry: TensorEntry) -> str:
     """Why one of two that are not both contiguous does not fit."""
     if offer.strides == entry.strides:
-        return f"strides {list(entry.strides or ())}: only contiguous tensors can be put together from parts"
+        return (
+            f"strides {list(entry.strides or ())}: only contiguous tensors can be put together "
+            "from parts"
+        )
     here, there = _describe_order(entry), _describe_order(offer)
-    return f"{there} in the source, {here} here: give both sides the same strides, or call .contiguous() on both"
+    return (
+        f"{there} in the source, {here} here: give both sides the same strides, or call "
+        ".contiguous() on both"
+    )
 
 
 def _describe_order(entry: TensorEntry) -> str:

@@ -1,6 +1,7 @@
 """From manifests to the reads that fill one of them from the others. Pure: no torch, no network.
 
-Adjectives name the side: `src_addr` lies in the memory of a rank read from, `dst_addr` in that of the process being filled.
+Adjectives name the side: `src_addr` lies in the memory of a rank read from, `dst_addr` in that of
+the process being filled.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from engine_registry.schema.manifest import Manifest, TensorEntry
 
 @dataclass(frozen=True)
 class ReadOp:
-    """Copy `nbytes` bytes from the source's `src_addr` to our `dst_addr`. Stays inside one registered region on either side."""
+    """Copy `nbytes` bytes from the source's `src_addr` to our `dst_addr`.
+
+    Stays inside one registered region on either side.
+    """
 
     source: str
     src_addr: int
@@ -32,8 +36,11 @@ class ReadOp:
 _COSTS = Costs()
 
 
-def plan(origins: Sequence[Origin], dst: Manifest, costs: Costs = _COSTS, *, partial: bool = False) -> tuple[Span, ...]:
-    """What to read to fill every tensor of `dst`; `partial`: the origins may hold tensors that are not wanted.
+def plan(
+    origins: Sequence[Origin], dst: Manifest, costs: Costs = _COSTS, *, partial: bool = False
+) -> tuple[Span, ...]:
+    """What to read to fill every tensor of `dst`; `partial`: the origins may hold tensors that are
+    not wanted.
 
     Of tensors that are the same memory (see `planning.tied`) one name on both sides is enough.
     WeightsMismatch names every difference; it is raised before there is any plan.
@@ -42,13 +49,17 @@ def plan(origins: Sequence[Origin], dst: Manifest, costs: Costs = _COSTS, *, par
 
 
 def differences(origins: Sequence[Origin], dst: Manifest, *, partial: bool = False) -> list[str]:
-    """One line for every tensor that the origins lack or cannot fill, and, unless `partial`, that only they have."""
+    """One line for every tensor that the origins lack or cannot fill, and, unless `partial`, that
+    only they have.
+    """
     return Planner(dst, partial=partial).differences(origins)
 
 
 class Planner:
-    """Of plans that fill `dst`. Those that were made last, by whichever planner, are kept, and so are not made again where the same
-    ranks are read again and again, into the same memory, as each version of what a trainer makes is."""
+    """Of plans that fill `dst`. Those that were made last, by whichever planner, are kept, and so
+    are not made again where the same ranks are read again and again, into the same memory, as each
+    version of what a trainer makes is.
+    """
 
     def __init__(self, dst: Manifest, costs: Costs = _COSTS, partial: bool = False) -> None:
         self._dst = dst
@@ -81,7 +92,9 @@ class Planner:
         regions = [origin.manifest.regions for origin in origins]
         straight = [part for part in filling.parts if not part.lines]
         spans = gather(coalesce(straight, regions, self._dst.regions), regions, self._costs)
-        spans += [span for part in filling.parts if part.lines for span in cut_lines(part, self._costs)]
+        spans += [
+            span for part in filling.parts if part.lines for span in cut_lines(part, self._costs)
+        ]
         check_coverage(spans, filling.tensors)
         return tuple(spans)
 
@@ -93,13 +106,19 @@ class Planner:
     def _kept(self, origins: Sequence[Origin]) -> tuple[Span, ...] | None:
         for made in tuple(_PLANS):
             same = (made.costs, made.partial) == (self._costs, self._partial)
-            if same and _alike(made.origins, origins) and (made.dst is self._dst or made.dst == self._dst):
+            if (
+                same
+                and _alike(made.origins, origins)
+                and (made.dst is self._dst or made.dst == self._dst)
+            ):
                 return made.spans
         return None
 
 
 class _Filling(NamedTuple):
-    """What is in the way; the tensors, those that share memory as one; and the parts that these are put together from."""
+    """What is in the way; the tensors, those that share memory as one; and the parts that these are
+    put together from.
+    """
 
     problems: list[str]
     tensors: list[TensorEntry]
@@ -120,7 +139,8 @@ _PLANS: deque[_Plan] = deque(maxlen=2)  # of 100,000 tensors one takes 50 MB
 def _alike(some: Sequence[Origin], others: Sequence[Origin]) -> bool:
     """Manifests are compared as objects: `manifests.py` keeps those that were fetched last."""
     return len(some) == len(others) and all(
-        one.manifest is other.manifest and one.own == other.own for one, other in zip(some, others, strict=True)
+        one.manifest is other.manifest and one.own == other.own
+        for one, other in zip(some, others, strict=True)
     )
 
 
@@ -145,22 +165,41 @@ def _fill(origins: Sequence[Origin], dst: Manifest, partial: bool) -> _Filling:
             filled.append(entry)
             parts += some
         elif both := _union(parts[begin:], some):
-            filled[-1] = replace(last, nbytes=max(last.nbytes, entry.addr + entry.nbytes - last.addr))
+            filled[-1] = replace(
+                last, nbytes=max(last.nbytes, entry.addr + entry.nbytes - last.addr)
+            )
             parts[begin:] = both
         else:
-            problems[entry.name] = f"shares memory with {last.name} here, but not in the same way in the source"
-    told = [f"{entry.name}: {problems[entry.name]}" for entry in dst.tensors if entry.name in problems]
+            problems[entry.name] = (
+                f"shares memory with {last.name} here, but not in the same way in the source"
+            )
+    told = [
+        f"{entry.name}: {problems[entry.name]}" for entry in dst.tensors if entry.name in problems
+    ]
     return _Filling(([] if partial else offers.unexpected(dst)) + told, filled, parts)
 
 
 def _union(last: Sequence[Span], one: Sequence[Span]) -> list[Span]:
-    """Both, from the sources in which they share memory in the same way as here; nothing if there are none."""
+    """Both, from the sources in which they share memory in the same way as here; nothing if there
+    are none.
+    """
     first, second = last[0], one[0]
     if [part._replace(srcs=()) for part in last] == [part._replace(srcs=()) for part in one]:
-        both = [mine._replace(srcs=_common(mine.srcs, other.srcs)) for mine, other in zip(last, one, strict=True)]
-    elif len(last) == len(one) == 1 and not first.lines and not second.lines:  # views of one run of memory
+        both = [
+            mine._replace(srcs=_common(mine.srcs, other.srcs))
+            for mine, other in zip(last, one, strict=True)
+        ]
+    elif (
+        len(last) == len(one) == 1 and not first.lines and not second.lines
+    ):  # views of one run of memory
         ahead = second.dst_addr - first.dst_addr
-        both = [Span(first.dst_addr, max(first.nbytes, ahead + second.nbytes), _common(first.srcs, second.srcs, ahead))]
+        both = [
+            Span(
+                first.dst_addr,
+                max(first.nbytes, ahead + second.nbytes),
+                _common(first.srcs, second.srcs, ahead),
+            )
+        ]
     else:
         return []
     return both if all(part.srcs for part in both) else []

@@ -1,7 +1,8 @@
 """Spans of memory that are read at once, and how to make few, long ones of many. Pure.
 
-What lies in one run on both sides is read straight to its place, together with its neighbours. What lies in many short runs is read
-into a staging buffer, with what lies between the runs, and copied from there, where that costs less: see `Costs`.
+What lies in one run on both sides is read straight to its place, together with its neighbours. What
+lies in many short runs is read into a staging buffer, with what lies between the runs, and copied
+from there, where that costs less: see `Costs`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from typing import NamedTuple
 from engine_loader.planning.boxes import Lines
 from engine_registry.schema.manifest import Region
 
-Srcs = tuple[tuple[int, int], ...]  # (number of a source, address there), for each that holds the same bytes
+Srcs = tuple[
+    tuple[int, int], ...
+]  # (number of a source, address there), for each that holds the same bytes
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a read and a copy cost besides their bytes, and what copying a byte costs, all in bytes that could be read meanwhile."""
+    """What a read and a copy cost besides their bytes, and what copying a byte costs, all in bytes
+    that could be read meanwhile.
+    """
 
     read_nbytes: int = 96 << 10  # tcp on loopback: some 40 µs, at 2 to 3 GB/s
     copy_nbytes: int = 0
@@ -30,8 +35,10 @@ class Costs:
 
 
 class Span(NamedTuple):
-    """`nbytes` bytes in a row, for each source that holds them: where. They go to our `dst_addr`; or, with `lines`, to a staging
-    buffer, and from there (`src` counts from its beginning) to our memory (`dst` is an address)."""
+    """`nbytes` bytes in a row, for each source that holds them: where. They go to our `dst_addr`;
+    or, with `lines`, to a staging buffer, and from there (`src` counts from its beginning) to our
+    memory (`dst` is an address).
+    """
 
     dst_addr: int
     nbytes: int
@@ -49,11 +56,18 @@ class Span(NamedTuple):
             return
         for start in range(0, self.nbytes, max_nbytes):
             nbytes = min(max_nbytes, self.nbytes - start)
-            yield Span(self.dst_addr + start, nbytes, tuple([(number, addr + start) for number, addr in self.srcs]))
+            yield Span(
+                self.dst_addr + start,
+                nbytes,
+                tuple([(number, addr + start) for number, addr in self.srcs]),
+            )
 
 
 def span_of(srcs: Srcs, some: Lines) -> Span:
-    """One that brings all of the lines. `some.src` counts from the addresses of `srcs`, `some.dst` is an address."""
+    """One that brings all of the lines.
+
+    `some.src` counts from the addresses of `srcs`, `some.dst` is an address.
+    """
     if some.counts:
         return Span(0, some.extent, _further(srcs, some.src), (some._replace(src=0),))
     return Span(some.dst, some.nbytes, _further(srcs, some.src))
@@ -63,8 +77,12 @@ def _further(srcs: Srcs, by: int) -> Srcs:
     return tuple([(number, addr + by) for number, addr in srcs]) if by else srcs
 
 
-def coalesce(spans: Iterable[Span], src_regions: Sequence[Sequence[Region]], dst_regions: Sequence[Region]) -> list[Span]:
-    """Joins spans without lines that follow each other here and at every source, as far as the registered regions reach."""
+def coalesce(
+    spans: Iterable[Span], src_regions: Sequence[Sequence[Region]], dst_regions: Sequence[Region]
+) -> list[Span]:
+    """Joins spans without lines that follow each other here and at every source, as far as the
+    registered regions reach.
+    """
     src_tables, dst_table = _tables(src_regions), _RegionTable(dst_regions)
     joined: list[Span] = []
     room = 0  # how far the last one may grow
@@ -83,8 +101,12 @@ def coalesce(spans: Iterable[Span], src_regions: Sequence[Sequence[Region]], dst
     return joined
 
 
-def gather(spans: Iterable[Span], src_regions: Sequence[Sequence[Region]], costs: Costs) -> list[Span]:
-    """Short spans that lie near each other at their sources, though not here, become one read into a staging buffer."""
+def gather(
+    spans: Iterable[Span], src_regions: Sequence[Sequence[Region]], costs: Costs
+) -> list[Span]:
+    """Short spans that lie near each other at their sources, though not here, become one read into
+    a staging buffer.
+    """
     src_tables = _tables(src_regions)
     gathered: list[Span] = []
     groups: defaultdict[object, list[Span]] = defaultdict(list)
@@ -100,7 +122,9 @@ def gather(spans: Iterable[Span], src_regions: Sequence[Sequence[Region]], costs
         end = limit = 0
         for span in group:
             start = span.srcs[0][1]
-            alone = _copying(members[0].nbytes, costs) if len(members) == 1 else 0.0  # is copied only if it does not stay alone
+            alone = (
+                _copying(members[0].nbytes, costs) if len(members) == 1 else 0.0
+            )  # is copied only if it does not stay alone
             worth = start - end + alone + _copying(span.nbytes, costs) < costs.read_nbytes
             if members and start >= end and worth and start + span.nbytes <= limit:
                 members.append(span)
@@ -127,7 +151,9 @@ def _as_one(members: Sequence[Span]) -> Sequence[Span]:
 
 
 def cut_lines(span: Span, costs: Costs) -> Iterator[Span]:
-    """The cheapest way to read runs at equal distances: along some axes one by one, and the rest into a staging buffer."""
+    """The cheapest way to read runs at equal distances: along some axes one by one, and the rest
+    into a staging buffer.
+    """
     for lines in span.lines:
         one_by_one, at_once = _cheapest(lines, costs)
         for some in lines.along(one_by_one):
@@ -136,7 +162,9 @@ def cut_lines(span: Span, costs: Costs) -> Iterator[Span]:
 
 
 def _cheapest(some: Lines, costs: Costs) -> tuple[int, int]:
-    """Along how many of the first axes to read one by one, and how much along the next one to read at once."""
+    """Along how many of the first axes to read one by one, and how much along the next one to read
+    at once.
+    """
     times = prod(some.counts)
     best = len(some.counts), 1
     least: float = times * (costs.read_nbytes + some.nbytes)
@@ -150,7 +178,9 @@ def _cheapest(some: Lines, costs: Costs) -> tuple[int, int]:
         reads = -(-count // at_once)
         nbytes = extent + (count - 1) * step - (reads - 1) * (step - extent)
         payload *= count
-        cost = times * (reads * (costs.read_nbytes + costs.copy_nbytes) + nbytes + costs.copied * payload)
+        cost = times * (
+            reads * (costs.read_nbytes + costs.copy_nbytes) + nbytes + costs.copied * payload
+        )
         if cost < least:
             best, least = (axis, at_once), cost
         extent += (count - 1) * step
@@ -172,6 +202,8 @@ class _RegionTable:
         self._starts = [region.addr for region in self._regions]
 
     def room_at(self, addr: int) -> int:
-        """How many bytes there are from `addr` to the end of the region that holds it; 0 where there is none."""
+        """How many bytes there are from `addr` to the end of the region that holds it; 0 where
+        there is none.
+        """
         place = bisect.bisect_right(self._starts, addr) - 1
         return max(0, self._regions[place].end - addr) if place >= 0 else 0

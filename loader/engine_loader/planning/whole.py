@@ -1,4 +1,5 @@
-"""The whole tensors that the ranks of an instance hold together, and which of them go into which file. Pure.
+"""The whole tensors that the ranks of an instance hold together, and which of them go into which
+file. Pure.
 
 Files are named as Hugging Face names them, so that what reads its checkpoints reads these.
 """
@@ -39,9 +40,11 @@ class Whole:
 
 
 def whole_tensors(instance: str, manifests: Sequence[Manifest]) -> list[Whole]:
-    """Of all ranks, by rank: what they are shards of, in the order in which it lies in their memory.
+    """Of all ranks, by rank: what they are shards of, in the order in which it lies in their
+    memory.
 
-    WeightsMismatch names the tensors of which that cannot be told, or of which no rank has some part.
+    WeightsMismatch names the tensors of which that cannot be told, or of which no rank has some
+    part.
     """
     held: defaultdict[str, list[tuple[int, TensorEntry]]] = defaultdict(list)
     for rank, manifest in enumerate(manifests):
@@ -50,15 +53,21 @@ def whole_tensors(instance: str, manifests: Sequence[Manifest]) -> list[Whole]:
     silent = [name for name, shards in held.items() if any(entry.opaque for _, entry in shards)]
     if silent and len(manifests) > 1:
         raise WeightsMismatch(
-            f"{len(silent)} of {len(held)} tensors of {instance!r} do not say which part of the whole they are, and it has "
+            f"{len(silent)} of {len(held)} tensors of {instance!r} do not say which part of "
+            "the whole they are, and it has "
             f"{len(manifests)} ranks: {listed(silent)}",
             "publish all of its ranks with `shards`, or load one rank at a time",
             tensors=silent,
         )
-    problems = [f"{name}: {problem}" for name, shards in held.items() if (problem := _disagreement(shards) or _gap(shards))]
+    problems = [
+        f"{name}: {problem}"
+        for name, shards in held.items()
+        if (problem := _disagreement(shards) or _gap(shards))
+    ]
     if problems:
         raise WeightsMismatch(
-            f"the ranks of {instance!r} do not make whole tensors, nothing was read: {listed(problems)}",
+            f"the ranks of {instance!r} do not make whole tensors, nothing was read: "
+            f"{listed(problems)}",
             "register them with the right shards",
             problems=problems,
         )
@@ -85,19 +94,36 @@ def _gap(shards: Sequence[tuple[int, TensorEntry]]) -> str:
         missing = [rest for part in missing for rest in part.minus(box)]
     if not missing:
         return ""
-    return f"no rank has the part at {list(missing[0].offsets)} of shape {list(missing[0].shape)}, of {list(whole.shape)}"
+    return (
+        f"no rank has the part at {list(missing[0].offsets)} of shape {list(missing[0].shape)}, "
+        f"of {list(whole.shape)}"
+    )
 
 
 def _whole(name: str, shards: Sequence[tuple[int, TensorEntry]]) -> Whole:
     _, first = shards[0]
-    itemsize = max((entry.nbytes // prod(entry.shape) for _, entry in shards if entry.nbytes), default=0)
+    itemsize = max(
+        (entry.nbytes // prod(entry.shape) for _, entry in shards if entry.nbytes), default=0
+    )
     nbytes = prod(first.global_shape) * itemsize
-    alike = all((entry.shape, entry.strides) == (first.global_shape, first.strides) for _, entry in shards)
-    return Whole(name, first.dtype, first.global_shape, nbytes, first.opaque, first.strides if alike else None)
+    alike = all(
+        (entry.shape, entry.strides) == (first.global_shape, first.strides) for _, entry in shards
+    )
+    return Whole(
+        name,
+        first.dtype,
+        first.global_shape,
+        nbytes,
+        first.opaque,
+        first.strides if alike else None,
+    )
 
 
 def into_files(wholes: Sequence[Whole], max_nbytes: int = MAX_FILE_NBYTES) -> list[list[Whole]]:
-    """In order, one file at least. Only one that holds a single tensor may be larger than `max_nbytes`."""
+    """In order, one file at least.
+
+    Only one that holds a single tensor may be larger than `max_nbytes`.
+    """
     files: list[list[Whole]] = [[]]
     room = max_nbytes
     for whole in wholes:
@@ -116,13 +142,19 @@ def file_names(count: int) -> list[str]:
 
 
 def is_file_of_a_model(name: str) -> bool:
-    """It is one of those that readers of a whole model look for: of any number of files, or their index."""
+    """It is one of those that readers of a whole model look for: of any number of files, or their
+    index.
+    """
     return _OURS.fullmatch(name) is not None
 
 
 def index_of(files: Sequence[Sequence[Whole]]) -> dict[str, Any]:
     """What the index of several files says: which tensor is in which."""
-    places = {whole.name: name for name, file in zip(file_names(len(files)), files, strict=True) for whole in file}
+    places = {
+        whole.name: name
+        for name, file in zip(file_names(len(files)), files, strict=True)
+        for whole in file
+    }
     return {
         "metadata": {"total_size": sum(whole.nbytes for file in files for whole in file)},
         "weight_map": dict(sorted(places.items())),

@@ -1,16 +1,18 @@
-"""The header: 64 bytes in registered memory beside the weights, by which a reader knows over the data plane whom it reads from.
+"""The header: 64 bytes in registered memory beside the weights, by which a reader knows over the
+data plane whom it reads from.
 
     offset 0   8 bytes  magic "ENGREG01"
     offset 8   16 bytes incarnation of the registration
-    offset 24  u64      sequence, little-endian: twice the version; odd while the weights are being changed
-    offset 32  16 bytes content: what the weights are; zero in headers of older releases, see `implied_content`
-    offset 48  16 bytes zero
+    offset 24  u64      sequence, little-endian: twice the version; odd while the weights are being
+    changed offset 32  16 bytes content: what the weights are; zero in headers of older releases,
+    see `implied_content` offset 48  16 bytes zero
 
-A reader compares it before and after the bulk read: a port that another process has taken over, a restarted peer and weights that
-changed meanwhile all show, whatever etcd says at that time.
+A reader compares it before and after the bulk read: a port that another process has taken over, a
+restarted peer and weights that changed meanwhile all show, whatever etcd says at that time.
 
-Behind it, where the manifest says so, lie the marks of a rank that is a source while it loads: a byte for each block of its memory
-(`arrivals.Blocks`), 1 once the block is whole. They only ever change from 0 to 1 under one incarnation.
+Behind it, where the manifest says so, lie the marks of a rank that is a source while it loads: a
+byte for each block of its memory (`arrivals.Blocks`), 1 once the block is whole. They only ever
+change from 0 to 1 under one incarnation.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Header:
 
 
 class HeaderCell:
-    """The place in memory of a header with so many marks: the source's own, or a reader's buffer for another's."""
+    """The place in memory of a header with so many marks: the source's own, or a reader's buffer
+    for another's.
+    """
 
     @plain_torch()
     def __init__(self, device: torch.device, marks: int = 0) -> None:
@@ -61,7 +65,10 @@ class HeaderCell:
         self.region = Region(self._bytes.data_ptr(), NBYTES + marks)
 
     def write(self, header: Header) -> None:
-        """Visible to peers when this returns, after all that the device was asked to do before. Not once it is retired."""
+        """Visible to peers when this returns, after all that the device was asked to do before.
+
+        Not once it is retired.
+        """
         incarnation, content = bytes.fromhex(header.incarnation), bytes.fromhex(header.content)
         packed = _FORMAT.pack(_MAGIC, incarnation, header.sequence, content)
         with self._lock:
@@ -73,7 +80,9 @@ class HeaderCell:
         self._put(bytes(NBYTES), 0)
 
     def retire(self) -> None:
-        """Erases it for good: an update of the weights that ends later must not make them readable again."""
+        """Erases it for good: an update of the weights that ends later must not make them readable
+        again.
+        """
         with self._lock:
             self._retired = True
             self.erase()
@@ -86,7 +95,9 @@ class HeaderCell:
     def _put(self, packed: bytes, at: int) -> None:
         if packed:
             wait_for([self.device])
-            self._bytes[at : at + len(packed)].copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+            self._bytes[at : at + len(packed)].copy_(
+                torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+            )
             wait_for([self.device])
 
     @plain_torch()
@@ -95,7 +106,9 @@ class HeaderCell:
         magic, incarnation, sequence, content = _FORMAT.unpack(bytes(self._bytes[:NBYTES].tolist()))
         if magic != _MAGIC:
             return None
-        stated = content.hex() if any(content) else implied_content(incarnation.hex(), sequence // 2)
+        stated = (
+            content.hex() if any(content) else implied_content(incarnation.hex(), sequence // 2)
+        )
         return Header(incarnation.hex(), sequence, stated)
 
     @plain_torch()
@@ -114,11 +127,16 @@ def fetch_header(engine: Engine, record: RankRecord, cell: HeaderCell) -> Header
     """
     cell.erase()
     wait_for([cell.device])  # what was read before has arrived when the header is read
-    read(engine, peer_of_record(record), ReadOp(record.key, record.header_addr, cell.region.addr, cell.region.nbytes))
+    read(
+        engine,
+        peer_of_record(record),
+        ReadOp(record.key, record.header_addr, cell.region.addr, cell.region.nbytes),
+    )
     header = cell.read()
     if header is None or header.incarnation != record.incarnation:
         raise SourceLost(
-            f"what answers at {record.session_id} is not the process that registered {record.key}: it has ended, and its address "
+            f"what answers at {record.session_id} is not the process that registered "
+            f"{record.key}: it has ended, and its address "
             "was taken over",
             key=record.key,
         )

@@ -1,6 +1,8 @@
-"""Makes a rank's weights readable: registers their memory, writes the header, and only then the record.
+"""Makes a rank's weights readable: registers their memory, writes the header, and only then the
+record.
 
-Leaving goes the other way round: out of the registry first, then the header is erased, then the memory is given back.
+Leaving goes the other way round: out of the registry first, then the header is erased, then the
+memory is given back.
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.regions import Shard
 from engine_loader.tensors.state_dict import encode_values, flatten, whole
 from engine_loader.tensors.uses import USES, Use
-from engine_registry import ModelIdentity, RankRecord, RankState, Registration, RegistrationState, Registry, new_incarnation
+from engine_registry import (
+    ModelIdentity,
+    RankRecord,
+    RankState,
+    Registration,
+    RegistrationState,
+    Registry,
+    new_incarnation,
+)
 from engine_registry.errors import RegistryError
 from engine_registry.registration.handle import OnState
 from engine_registry.registration.writes import WITHDRAWN
@@ -42,7 +52,10 @@ log = logging.getLogger(__name__)
 
 
 class Publication:
-    """A rank's weights while peers may read them. Holds the tensors, so their memory stays as long as it is offered."""
+    """A rank's weights while peers may read them.
+
+    Holds the tensors, so their memory stays as long as it is offered.
+    """
 
     def __init__(
         self,
@@ -86,30 +99,43 @@ class Publication:
 
     @property
     def version(self) -> int:
-        """Of the weights as they were last registered: that of `publish`, and one more after each `update`."""
+        """Of the weights as they were last registered: that of `publish`, and one more after each
+        `update`.
+        """
         return self.record.version
 
     @property
     def content(self) -> str:
-        """What the weights are, as 32 hexadecimal digits: publications and loads with equal contents have the same bytes."""
+        """What the weights are, as 32 hexadecimal digits: publications and loads with equal
+        contents have the same bytes.
+        """
         return self.record.content
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else self.record.state.value
-        return f"<Publication {self.record.key}: {state}, version {self.version}, content {self.content[:8]}…>"
+        return (
+            f"<Publication {self.record.key}: {state}, version {self.version}, content "
+            f"{self.content[:8]}…>"
+        )
 
     @contextmanager
     def update(self) -> Iterator[None]:
-        """Change the weights in place inside this block. Readers that overlap with it notice; afterwards the version is one more.
+        """Change the weights in place inside this block. Readers that overlap with it notice;
+        afterwards the version is one more.
 
-        If the block raises, the weights are in doubt: they stay marked as being changed, and nobody loads them, until another
-        `update` has ended well. So they do where a tensor was given other memory, as by `module.to(…)` or `weight.data = …`:
-        TensorsUnusable names it. An etcd that is away does not disturb an update: the header tells readers.
+        If the block raises, the weights are in doubt: they stay marked as being changed, and nobody
+        loads them, until another `update` has ended well. So they do where a tensor was given other
+        memory, as by `module.to(…)` or `weight.data = …`: TensorsUnusable names it. An etcd that is
+        away does not disturb an update: the header tells readers.
 
-        Raises MemoryInUse where another publication serves the same memory, or a load still fills it at the end.
+        Raises MemoryInUse where another publication serves the same memory, or a load still fills
+        it at the end.
         """
         if self._leaving:
-            raise LoaderError(f"{self.record.key} is closed: nobody reads it any more, so there is nothing to update")
+            raise LoaderError(
+                f"{self.record.key} is closed: nobody reads it any more, so there is nothing "
+                "to update"
+            )
         if not self._updating.acquire(blocking=False):
             raise LoaderError(f"{self.record.key} is being updated already: end that update first")
         try:
@@ -128,7 +154,10 @@ class Publication:
             self._updating.release()
 
     def mark(self, marks: bytes) -> None:
-        """Which blocks can be read of weights that are still being loaded. They can be from now on."""
+        """Which blocks can be read of weights that are still being loaded.
+
+        They can be from now on.
+        """
         self._header.mark(marks)
 
     def complete(self, *, filled_by: Use, content: str | None = None) -> None:
@@ -149,18 +178,27 @@ class Publication:
         """Computes them anew; the content that they prove, or nothing where there are none."""
         if self._digests is None:
             return ""
-        return content_of(self._weights.manifest, self._digests.write(self._weights.parts), self._digests.table.algorithm)
+        return content_of(
+            self._weights.manifest,
+            self._digests.write(self._weights.parts),
+            self._digests.table.algorithm,
+        )
 
     def _check_in_place(self) -> None:
         self._weights.check_in_place(
-            f"tensors of {self.record.key} have other memory than the one that peers read, so the rank stays marked as being "
+            f"tensors of {self.record.key} have other memory than the one that peers read, "
+            "so the rank stays marked as being "
             "changed: copy into them in place, or close the publication and publish again"
         )
 
-    def _tell(self, *, version: int | None = None, content: str | None = None, state: RankState) -> None:
+    def _tell(
+        self, *, version: int | None = None, content: str | None = None, state: RankState
+    ) -> None:
         try:
             self._registration.update(version=version, content=content, state=state)
-        except RegistryError as exc:  # readers go by the header, so the weights are safe whatever the record says
+        except (
+            RegistryError
+        ) as exc:  # readers go by the header, so the weights are safe whatever the record says
             log.warning(
                 "the record of %s could not be changed: %s",
                 self.record.key,
@@ -169,16 +207,19 @@ class Publication:
             )
 
     def drain(self, timeout_s: float) -> bool:
-        """Leaves without hurting anybody: no new load begins, the running ones may finish, then the publication closes.
+        """Leaves without hurting anybody: no new load begins, the running ones may finish, then the
+        publication closes.
 
-        Returns False if after `timeout_s` some loads were still running; they lose their source then. Closing is not held up by
-        an etcd that is away.
+        Returns False if after `timeout_s` some loads were still running; they lose their source
+        then. Closing is not held up by an etcd that is away.
         """
         pulls, timeout_s = 0, seconds("timeout_s", timeout_s)
         try:
             self._registration.update(state=RankState.DRAINING)
             if self.state is RegistrationState.REGISTERED:
-                pulls = self._registry.wait_for_no_pulls(self.record.instance, self.record.rank, timeout_s)
+                pulls = self._registry.wait_for_no_pulls(
+                    self.record.instance, self.record.rank, timeout_s
+                )
         except RegistryError as exc:
             log.warning(
                 "%s closes without waiting for its readers: %s",
@@ -197,13 +238,15 @@ class Publication:
         return not pulls
 
     def close(self, reason: str = WITHDRAWN) -> None:
-        """Withdraws the rank, then gives its memory back; any number of times, from any thread. Watchers are given the reason.
+        """Withdraws the rank, then gives its memory back; any number of times, from any thread.
+        Watchers are given the reason.
 
         If it is interrupted, calling it again does the rest.
         """
         self._leaving = True
         with self._closing:
-            # These are undone below as well. But an interrupt may fall between taking a step off that list and doing it.
+            # These are undone below as well. But an interrupt may fall between taking a step off
+            # that list and doing it.
             self._registration.withdraw(reason)
             self._header.retire()
             USES.end(self._use)
@@ -213,12 +256,19 @@ class Publication:
     def __enter__(self) -> Publication:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
-            warnings.warn(f"publication of {self.record.key} was never closed", ResourceWarning, source=self, stacklevel=2)
+            warnings.warn(
+                f"publication of {self.record.key} was never closed",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
 
 
 def publish(
@@ -239,16 +289,23 @@ def publish(
     ttl_s: float = 10.0,
     on_state: OnState | None = None,
 ) -> Publication:
-    """Offers the tensors of this rank to loaders until the publication is closed or the process ends.
+    """Offers the tensors of this rank to loaders until the publication is closed or the process
+    ends.
 
-    Which box of the whole each is, DTensors say themselves and `shards` says of others; the rest only loads into the same rank.
-    `values` are plain data, up to 1 MiB, for `EngineReader`. With `digests` loaders may verify every tensor; it costs a pass over
-    all weights, now and with every update.
+    Which box of the whole each is, DTensors say themselves and `shards` says of others; the rest
+    only loads into the same rank. `values` are plain data, up to 1 MiB, for `EngineReader`. With
+    `digests` loaders may verify every tensor; it costs a pass over all weights, now and with every
+    update.
 
-    Raises TensorsUnusable, EngineFailed, or what `Registry.register` raises; nothing stays registered then, here or in etcd.
+    Raises TensorsUnusable, EngineFailed, or what `Registry.register` raises; nothing stays
+    registered then, here or in etcd.
     """
     rank, world_size = check_rank(rank, world_size)
-    version, topology, ttl_s = check_version(version), check_topology(topology or {}), seconds("ttl_s", ttl_s)
+    version, topology, ttl_s = (
+        check_version(version),
+        check_topology(topology or {}),
+        seconds("ttl_s", ttl_s),
+    )
     return open_publication(
         registry,
         engine,
@@ -287,10 +344,12 @@ def open_publication(
     content: str | None = None,
     filled_by: Use | None = None,
 ) -> Publication:
-    """As `publish`. With `filled_by`, the load that fills the weights, the rank is registered as loading.
+    """As `publish`. With `filled_by`, the load that fills the weights, the rank is registered as
+    loading.
 
-    Nothing of it can be read then but the blocks of `block_nbytes` that are marked, and no digests before it is complete. `content`
-    is the one that is being loaded, where its source has stated it.
+    Nothing of it can be read then but the blocks of `block_nbytes` that are marked, and no digests
+    before it is complete. `content` is the one that is being loaded, where its source has stated
+    it.
     """
     tensors = weights.parts
     _check_can_be_served(engine, tensors)
@@ -337,7 +396,9 @@ def open_publication(
         undo.callback(registration.withdraw)
         if enabled():  # it costs a watch in etcd
             undo.enter_context(registry.watch_pulls(registration.record, metrics.on_pull))
-        return Publication(registry, registration, header, table, weights, manifest.regions, use, undo.pop_all())
+        return Publication(
+            registry, registration, header, table, weights, manifest.regions, use, undo.pop_all()
+        )
 
 
 def _check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -346,22 +407,39 @@ def _check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) ->
     closed = [
         name
         for name, tensor in tensors.items()
-        if tensor.numel() and not (tensor.is_cuda and can_be_opened_by_others(tensor.untyped_storage().data_ptr()))
+        if tensor.numel()
+        and not (tensor.is_cuda and can_be_opened_by_others(tensor.untyped_storage().data_ptr()))
     ]
     if closed:
         raise TensorsUnusable(
-            f"{len(closed)} tensors cannot be opened by other processes over NVLink, which takes memory of cudaMalloc, not the "
-            f"host's, nor expandable segments (PYTORCH_CUDA_ALLOC_CONF): {listed(closed)}: move them, or use rdma or tcp",
+            f"{len(closed)} tensors cannot be opened by other processes over NVLink, which "
+            "takes memory of cudaMalloc, not the "
+            f"host's, nor expandable segments (PYTORCH_CUDA_ALLOC_CONF): {listed(closed)}: "
+            "move them, or use rdma or tcp",
             problems=closed,
         )
 
 
 def publish_state_dict(
-    registry: Registry, engine: Engine, state_dict: Mapping[str, Any], *, shards: Mapping[str, Shard] | None = None, **options: Any
+    registry: Registry,
+    engine: Engine,
+    state_dict: Mapping[str, Any],
+    *,
+    shards: Mapping[str, Shard] | None = None,
+    **options: Any,
 ) -> Publication:
-    """`publish` for what torch's distributed checkpoint would save: nested, with DTensors, and with values that are no tensors.
+    """`publish` for what torch's distributed checkpoint would save: nested, with DTensors, and with
+    values that are no tensors.
 
-    Plain tensors without a shard stand for the whole, as they do there. `options` are those of `publish`.
+    Plain tensors without a shard stand for the whole, as they do there. `options` are those of
+    `publish`.
     """
     tensors, values = flatten(state_dict)
-    return publish(registry, engine, tensors=tensors, shards={**whole(tensors), **(shards or {})}, values=values, **options)
+    return publish(
+        registry,
+        engine,
+        tensors=tensors,
+        shards={**whole(tensors), **(shards or {})},
+        values=values,
+        **options,
+    )

@@ -1,4 +1,6 @@
-"""A rank that loads becomes a source itself: from its first chunks on, and for good once it is complete."""
+"""A rank that loads becomes a source itself: from its first chunks on, and for good once it is
+complete.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +44,29 @@ class Replica:
 
 
 def as_replica(publish: bool | str | Replica, source: Wanted) -> Replica | None:
-    """`publish` may be the name of an instance; or True, for one whose name is that of the source with something added."""
+    """`publish` may be the name of an instance; or True, for one whose name is that of the source
+    with something added.
+    """
     if isinstance(publish, str):
         return Replica(publish)
     if isinstance(publish, bool):
-        name = source.name if isinstance(source, ModelIdentity) else source if isinstance(source, str) else source[0]
-        return Replica(f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)[:100]}.{uuid.uuid4().hex[:8]}") if publish else None
+        name = (
+            source.name
+            if isinstance(source, ModelIdentity)
+            else source
+            if isinstance(source, str)
+            else source[0]
+        )
+        return (
+            Replica(f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)[:100]}.{uuid.uuid4().hex[:8]}")
+            if publish
+            else None
+        )
     return publish
 
 
 class Republication:
-    """What the tensors of a load are as a source, beginning anew with each content that is loaded."""
+    """The tensors of a load as a source, beginning anew with each content that is loaded."""
 
     def __init__(
         self,
@@ -67,7 +81,9 @@ class Republication:
         """`filling` is the load's use of the memory."""
         own = replica.rank if replica.rank is not None else rank
         if own is None:
-            raise InvalidField("which rank to publish as is not known: say it in the Replica", field="rank")
+            raise InvalidField(
+                "which rank to publish as is not known: say it in the Replica", field="rank"
+            )
         self._registry = registry
         self._engine = engine
         self._replica = replica
@@ -80,7 +96,8 @@ class Republication:
         self.publication: Publication | None = None
 
     def begin(self, like: RankRecord, content: str, reason: str = WITHDRAWN) -> Tiles:
-        """Registers as loading the content, in the version of that rank. Marks are of blocks of the regions that are returned.
+        """Registers as loading the content, in the version of that rank. Marks are of blocks of the
+        regions that are returned.
 
         `reason` is why a registration before this one ends. Raises what `publish` does.
         """
@@ -89,7 +106,8 @@ class Republication:
         of_same_rank = like.rank == self._rank
         if replica.world_size is None and not of_same_rank:
             raise InvalidField(
-                f"of how many ranks rank {self._rank} is one is not known, as {like.key} is another: say world_size in the Replica",
+                f"of how many ranks rank {self._rank} is one is not known, as {like.key} is "
+                "another: say world_size in the Replica",
                 field="world_size",
             )
         self._content = content
@@ -100,7 +118,9 @@ class Republication:
             rank=self._rank,
             world_size=replica.world_size or like.world_size,
             model=like.model,
-            topology=like.topology if replica.topology is None and of_same_rank else replica.topology,
+            topology=like.topology
+            if replica.topology is None and of_same_rank
+            else replica.topology,
             version=like.version,
             content=content,
             block_nbytes=self._block_nbytes,

@@ -1,4 +1,6 @@
-"""What the ranks of a source hold, as their manifests in etcd say: for loads that go by what the source states of each tensor."""
+"""What the ranks of a source hold, as their manifests in etcd say: for loads that go by what the
+source states of each tensor.
+"""
 
 from __future__ import annotations
 
@@ -32,27 +34,41 @@ class Catalogue:
     values: Mapping[str, Any]
 
     def states_box_of(self, name: str) -> bool:
-        """Whether the ranks that have it say which part of the whole that is. True where nobody has it."""
+        """Whether the ranks that have it say which part of the whole that is.
+
+        True where nobody has it.
+        """
         return not any(entry.opaque for entry in self.tensors.get(name, ())[:1])
 
     def check_rank_known(self, names: Iterable[str]) -> None:
-        """WeightsMismatch if any of these is without a box, so that only the same rank has it, and we do not know which that is."""
+        """WeightsMismatch if any of these is without a box, so that only the same rank has it, and
+        we do not know which that is.
+        """
         opaque = [name for name in names if not self.states_box_of(name)]
         if opaque and self.rank is None:
             raise WeightsMismatch(
-                f"{len(opaque)} tensors of {self.instance} do not say which part of the whole they are, so they only load into the "
+                f"{len(opaque)} tensors of {self.instance} do not say which part of the "
+                "whole they are, so they only load into the "
                 f"same rank, and this is not a job of {self.world_size} ranks as the source is",
-                f"say `rank`, or publish them with `shards` or publish_state_dict: {listed(opaque)}",
+                "say `rank`, or publish them with `shards` or publish_state_dict: "
+                f"{listed(opaque)}",
                 source=self.instance,
                 problems=opaque,
             )
 
 
-def read_catalogue(registry: Registry, engine: Engine, source: Wanted, rank: int | None, timeout_s: float) -> Catalogue:
-    """Waits until all ranks of the source are there. Without `rank` this process stands for its rank in its job, if that has as
-    many as the source. Raises what `load` does before it compares."""
+def read_catalogue(
+    registry: Registry, engine: Engine, source: Wanted, rank: int | None, timeout_s: float
+) -> Catalogue:
+    """Waits until all ranks of the source are there. Without `rank` this process stands for its
+    rank in its job, if that has as many as the source. Raises what `load` does before it compares.
+    """
     rank, deadline = whole_or_none("rank", rank), time.monotonic() + seconds("timeout_s", timeout_s)
-    own, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    own, size = (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
     like = own if rank is None else rank
     records = ranks_of_best(registry, engine, source, like, deadline)
     first = records[0]
@@ -66,13 +82,25 @@ def read_catalogue(registry: Registry, engine: Engine, source: Wanted, rank: int
             tensors[entry.name].append(entry)
         values = {**manifest.values, **values}
     contents = tuple(record.content for record in records)
-    return Catalogue(first.instance, first.world_size, first.version, contents, rank, dict(tensors), values)
+    return Catalogue(
+        first.instance, first.world_size, first.version, contents, rank, dict(tensors), values
+    )
 
 
-def ranks_of_best(registry: Registry, engine: Engine, source: Wanted, rank: int, deadline: float) -> Sequence[RankRecord]:
-    """All ranks of the instance that is best to read from, by rank. Waits until `deadline`; raises what `load` does.
+def ranks_of_best(
+    registry: Registry, engine: Engine, source: Wanted, rank: int, deadline: float
+) -> Sequence[RankRecord]:
+    """All ranks of the instance that is best to read from, by rank. Waits until `deadline`; raises
+    what `load` does.
 
-    Ranks that cannot be reached from here may do no harm, as long as `rank` can: tensors without a box come from one rank.
+    Ranks that cannot be reached from here may do no harm, as long as `rank` can: tensors without a
+    box come from one rank.
     """
-    found = Search(registry, engine, source, Place(rank), Manifest((), ()), boxes=True).find(deadline)
-    return found.instances[0].teams[0] if found.instances else registry.ranks(found.alike[0].teams[0][0].instance)
+    found = Search(registry, engine, source, Place(rank), Manifest((), ()), boxes=True).find(
+        deadline
+    )
+    return (
+        found.instances[0].teams[0]
+        if found.instances
+        else registry.ranks(found.alike[0].teams[0][0].instance)
+    )

@@ -1,9 +1,10 @@
 """Whom to read from, where ranks that are loading themselves are sources too. Pure.
 
-Each rank that loads has a place in an order that all see alike, and reads only from ranks that are complete or come before it.
-Whoever joins goes through those before it in that order: for each that has not taken its ticket yet, it finds out whom that one
-will choose, as it would do itself. So of many that begin at the same time no two choose the same source because they did not know
-of each other.
+Each rank that loads has a place in an order that all see alike, and reads only from ranks that are
+complete or come before it. Whoever joins goes through those before it in that order: for each that
+has not taken its ticket yet, it finds out whom that one will choose, as it would do itself. So of
+many that begin at the same time no two choose the same source because they did not know of each
+other.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ from engine_registry.schema.record import RankRecord, RankState
 
 
 def costs(
-    records: Sequence[RankRecord], pulls: Iterable[Pull], registered: Collection[str], hop: float, me: str = ""
+    records: Sequence[RankRecord],
+    pulls: Iterable[Pull],
+    registered: Collection[str],
+    hop: float,
+    me: str = "",
 ) -> dict[str, float]:
-    """What it would cost to read from each of the records, ready or loading, by incarnation; lacks those that read from me.
+    """What it would cost to read from each of the records, ready or loading, by incarnation; lacks
+    those that read from me.
 
-    The unit is the time that all weights take from a source that nobody else reads from: as many times that as there would be
-    readers, and `hop` for each rank that they have gone through before. `pulls` are all tickets of these ranks, `registered` the
-    incarnations of all ranks there are: a ticket whose reader is none of them any more does not count. `me` is my own incarnation.
+    The unit is the time that all weights take from a source that nobody else reads from: as many
+    times that as there would be readers, and `hop` for each rank that they have gone through
+    before. `pulls` are all tickets of these ranks, `registered` the incarnations of all ranks there
+    are: a ticket whose reader is none of them any more does not count. `me` is my own incarnation.
     """
     by_incarnation = {record.incarnation: record for record in records}
     readers: defaultdict[str, int] = defaultdict(int)
@@ -42,7 +49,9 @@ def costs(
         cost = 1 + readers[incarnation] + hop * depths[incarnation]
         heapq.heappush(cheapest, (cost, by_incarnation[incarnation].create_revision, incarnation))
 
-    for record in sorted(records, key=lambda record: (record.state is RankState.LOADING, record.create_revision)):
+    for record in sorted(
+        records, key=lambda record: (record.state is RankState.LOADING, record.create_revision)
+    ):
         own = record.incarnation
         if record.state is not RankState.LOADING:
             depths[own] = 0
@@ -56,7 +65,9 @@ def costs(
         else:
             depths[own] = 1
         offer(own)
-    return {own: 1 + readers[own] + hop * depth for own, depth in depths.items() if own not in behind_me}
+    return {
+        own: 1 + readers[own] + hop * depth for own, depth in depths.items() if own not in behind_me
+    }
 
 
 def _behind(me: str, parents: Mapping[str, Collection[str]]) -> set[str]:

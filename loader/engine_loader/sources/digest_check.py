@@ -1,4 +1,6 @@
-"""Whether what was read is what the sources say that it is: tables of digests, read with the weights, beside our own digests."""
+"""Whether what was read is what the sources say that it is: tables of digests, read with the
+weights, beside our own digests.
+"""
 
 from __future__ import annotations
 
@@ -25,34 +27,55 @@ _Piece = tuple[str, Box]  # a tensor, and the part of it whose digest is known
 
 
 class DigestCheck:
-    """A source has digests of what it holds. So where a tensor is put together from parts, those parts have to be whole there."""
+    """A source has digests of what it holds.
+
+    So where a tensor is put together from parts, those parts have to be whole there.
+    """
 
     def __init__(
-        self, candidates: Sequence[Candidate], dst: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device
+        self,
+        candidates: Sequence[Candidate],
+        dst: Manifest,
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device,
     ) -> None:
         """DigestsMissing where they do not prove all of a tensor."""
         self._tensors = tensors
         self._device = device
         self._algorithm = candidates[0].algorithm
         self._sources = " and ".join(candidate.record.key for candidate in candidates)
-        groups: defaultdict[object, list[int]] = defaultdict(list)  # sources whose tables say the same
+        groups: defaultdict[object, list[int]] = defaultdict(
+            list
+        )  # sources whose tables say the same
         for number, candidate in enumerate(candidates):
             groups[_content(candidate) if len(candidates) > 1 else None].append(number)
         offered = {offer.name for candidate in candidates for offer in candidate.manifest.tensors}
         self._tied = stand_ins(dst.tensors, offered)  # the digest of the other name proves them
-        wanted = {entry.name: entry for entry in dst.tensors if entry.nbytes and entry.name not in self._tied}
+        wanted = {
+            entry.name: entry
+            for entry in dst.tensors
+            if entry.nbytes and entry.name not in self._tied
+        }
         self._pieces: dict[_Piece, DigestCell] = {}  # who tells its digest
         self.spans: list[Span] = []
         self._cells: list[DigestCell] = []
         for numbers in groups.values():
             content = candidates[numbers[0]].manifest.tensors
-            pieces = [(offer.name, entry_box(offer)) for offer in content if _proves(offer, wanted.get(offer.name))]
+            pieces = [
+                (offer.name, entry_box(offer))
+                for offer in content
+                if _proves(offer, wanted.get(offer.name))
+            ]
             if not pieces:
                 continue
             cell = DigestCell([offer.name for offer in content], device, self._algorithm)
             self._cells.append(cell)
             self._pieces.update(dict.fromkeys(pieces, cell))
-            srcs = [(number, table.addr) for number in numbers if (table := candidates[number].manifest.digests) is not None]
+            srcs = [
+                (number, table.addr)
+                for number in numbers
+                if (table := candidates[number].manifest.digests) is not None
+            ]
             self.spans.append(Span(cell.region.addr, cell.region.nbytes, tuple(srcs)))
         self._check_that_all_is_proven(wanted)
 
@@ -66,20 +89,32 @@ class DigestCheck:
 
     @plain_torch()
     def compare(self, dst: Manifest) -> None:
-        """When all has been read: DigestMismatch names the tensors that are not what was published."""
+        """When all has been read:
+
+        DigestMismatch names the tensors that are not what was published.
+        """
         offsets = {entry.name: entry.offsets for entry in dst.tensors}
-        parts = {(name, box): _part(self._tensors[name], offsets[name], box) for name, box in self._pieces}
+        parts = {
+            (name, box): _part(self._tensors[name], offsets[name], box)
+            for name, box in self._pieces
+        }
         ours = digests_of(parts, self._algorithm)
         theirs = {cell: cell.read() for cell in self._cells}
-        differing = {name for (name, box), cell in self._pieces.items() if ours[name, box] != theirs[cell][name]}
+        differing = {
+            name
+            for (name, box), cell in self._pieces.items()
+            if ours[name, box] != theirs[cell][name]
+        }
         differing |= {name for name, other in self._tied.items() if other in differing}
         wrong = [name for name in self._tensors if name in differing]
         if wrong:
             metrics.DIGEST_MISMATCHES.inc(amount=len(wrong))
             raise DigestMismatch(
-                f"{len(wrong)} of {len(self._tensors)} tensors are not what {self._sources} published, though they were read "
+                f"{len(wrong)} of {len(self._tensors)} tensors are not what {self._sources} "
+                "published, though they were read "
                 f"whole: {listed(wrong)}",
-                "check both machines' memory, and whether somebody writes to the source's weights outside of `update`",
+                "check both machines' memory, and whether somebody writes to the source's "
+                "weights outside of `update`",
                 tensors=wrong,
                 complete=[name for name in self._tensors if name not in differing],
             )
@@ -87,11 +122,14 @@ class DigestCheck:
     def _check_that_all_is_proven(self, wanted: Mapping[str, TensorEntry]) -> None:
         missing = {name: [entry_box(entry)] for name, entry in wanted.items()}
         for name, box in self._pieces:
-            missing[name] = [rest for part in missing[name] if part != box for rest in part.minus(box)]
+            missing[name] = [
+                rest for part in missing[name] if part != box for rest in part.minus(box)
+            ]
         unproven = [name for name, parts in missing.items() if parts]
         if unproven:
             raise DigestsMissing(
-                f"{len(unproven)} of {len(wanted)} tensors take only a part of what a rank of the source holds, and digests are of "
+                f"{len(unproven)} of {len(wanted)} tensors take only a part of what a rank "
+                "of the source holds, and digests are of "
                 f"all of that: {listed(unproven)}",
                 'load with verify="header", or the same layout',
                 tensors=unproven,
@@ -101,7 +139,16 @@ class DigestCheck:
 def _content(candidate: Candidate) -> frozenset[object]:
     """What its table has digests of, wherever it lies."""
     return frozenset(
-        (entry.name, entry.dtype, entry.shape, entry.nbytes, entry.global_shape, entry.offsets, entry.opaque, entry.strides)
+        (
+            entry.name,
+            entry.dtype,
+            entry.shape,
+            entry.nbytes,
+            entry.global_shape,
+            entry.offsets,
+            entry.opaque,
+            entry.strides,
+        )
         for entry in candidate.manifest.tensors
     )
 
@@ -110,7 +157,9 @@ def _proves(offer: TensorEntry, entry: TensorEntry | None) -> bool:
     """It is a part of what is wanted, if that is."""
     if entry is None or not of_one_tensor(offer, entry):
         return False
-    return (offer.offsets, offer.shape) == (entry.offsets, entry.shape) or entry_box(entry).holds(entry_box(offer))
+    return (offer.offsets, offer.shape) == (entry.offsets, entry.shape) or entry_box(entry).holds(
+        entry_box(offer)
+    )
 
 
 def _part(tensor: torch.Tensor, offsets: tuple[int, ...], box: Box) -> torch.Tensor:

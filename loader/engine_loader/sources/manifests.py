@@ -18,11 +18,15 @@ T = TypeVar("T")
 
 
 class _Kept:
-    """The manifests that were fetched last, by the reference in their records, which has their digest: equal ones are equal."""
+    """The manifests that were fetched last, by the reference in their records, which has their
+    digest: equal ones are equal.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._manifests: dict[ManifestRef, Manifest] = {}  # the one that was asked for last is the last
+        self._manifests: dict[
+            ManifestRef, Manifest
+        ] = {}  # the one that was asked for last is the last
 
     def get(self, ref: ManifestRef) -> Manifest | None:
         with self._lock:
@@ -55,7 +59,9 @@ def _fetch(registry: Registry, record: RankRecord) -> Manifest:
         return registry.manifest(record)
     except RecordDamaged as exc:
         if registry.current(record) is None:
-            raise SourceLost(f"{record.key} is not registered any more", "load again", key=record.key) from exc
+            raise SourceLost(
+                f"{record.key} is not registered any more", "load again", key=record.key
+            ) from exc
         raise
 
 

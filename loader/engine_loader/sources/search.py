@@ -1,4 +1,6 @@
-"""Whom to read from: of the ranks that have what is wanted, those that can be reached, the best first."""
+"""Whom to read from: of the ranks that have what is wanted, those that can be reached, the best
+first.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ from engine_loader.engines.base import Engine
 from engine_loader.errors import SourceUnreachable, VersionUnavailable
 from engine_loader.planning.content import content_of_parts
 from engine_loader.sources.chain import costs
-from engine_registry import InstanceState, InstanceStatus, Manifest, ModelIdentity, Place, RankRecord, RankState, Registry
+from engine_registry import (
+    InstanceState,
+    InstanceStatus,
+    Manifest,
+    ModelIdentity,
+    Place,
+    RankRecord,
+    RankState,
+    Registry,
+)
 from engine_registry.errors import EtcdRefused, InvalidField
 from engine_registry.schema.address import family_of, host_of
 from engine_registry.schema.pull_ticket import Pull
@@ -26,9 +37,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Group:
-    """Sources of one content, the best first: single ranks that hold what the rank to be filled holds, or all ranks of instances.
+    """Sources of one content, the best first: single ranks that hold what the rank to be filled
+    holds, or all ranks of instances.
 
-    No more than `at_once` of them should be read from at the same time. `content` is what the tensors will hold in the end.
+    No more than `at_once` of them should be read from at the same time. `content` is what the
+    tensors will hold in the end.
     """
 
     content: str
@@ -51,11 +64,12 @@ class Found:
 class Search:
     """What is looked for, however often.
 
-    With `boxes`, what is filled says which part of the whole it is: then ranks that differ from `place` along the axis dp may hold
-    the same, all ranks together may have it, and there need not be such a rank. Without, only ranks at the place will do.
-    `contents` are those that the ranks of the source have to have, by rank. `by_rank`: of a model's instances the rank will do,
-    whatever else of them there is. `pipelined`: so will ranks that are loading themselves; to read from one costs, besides, `hop`
-    times what a load takes for each rank that its weights have gone through.
+    With `boxes`, what is filled says which part of the whole it is: then ranks that differ from
+    `place` along the axis dp may hold the same, all ranks together may have it, and there need not
+    be such a rank. Without, only ranks at the place will do. `contents` are those that the ranks of
+    the source have to have, by rank. `by_rank`: of a model's instances the rank will do, whatever
+    else of them there is. `pipelined`: so will ranks that are loading themselves; to read from one
+    costs, besides, `hop` times what a load takes for each rank that its weights have gone through.
     """
 
     registry: Registry
@@ -75,12 +89,16 @@ class Search:
     def rank(self) -> int | None:
         return self.place.rank if self.place is not None else None
 
-    def find(self, deadline: float, avoid: Collection[str] = (), me: str = "", content: str = "") -> Found:
-        """Ranks to read from, all of one version of one model, in groups of one content. Waits until `deadline` for the first.
+    def find(
+        self, deadline: float, avoid: Collection[str] = (), me: str = "", content: str = ""
+    ) -> Found:
+        """Ranks to read from, all of one version of one model, in groups of one content. Waits
+        until `deadline` for the first.
 
-        `avoid` holds incarnations, `me` is the one of the rank that is filled, if it is registered. A group of `content`, some of
-        which has come, is the best. Raises what `Registry.ready` raises, InvalidField (no such rank, or which one is meant is not
-        clear), VersionUnavailable and SourceUnreachable; finds nothing only where all are to be avoided.
+        `avoid` holds incarnations, `me` is the one of the rank that is filled, if it is registered.
+        A group of `content`, some of which has come, is the best. Raises what `Registry.ready`
+        raises, InvalidField (no such rank, or which one is meant is not clear), VersionUnavailable
+        and SourceUnreachable; finds nothing only where all are to be avoided.
         """
         found = self._look(max(0.0, deadline - time.monotonic()))
         every = {record.incarnation: record for status in found for record in status.records}
@@ -90,13 +108,18 @@ class Search:
         whole = [status.records for status in ready if self.boxes]
         alike = _before(every.get(me), alike) if me else alike
         usable = self._reachable(whole, alike) - set(avoid)
-        whole = [records for records in whole if all(record.incarnation in usable for record in records)]
+        whole = [
+            records for records in whole if all(record.incarnation in usable for record in records)
+        ]
         alike = [record for record in alike if record.incarnation in usable]
         instances = self._groups_of_instances(whole)
         if any(record.state is RankState.LOADING for record in alike):
             singles = self._groups_in_chain(alike, every.keys() - set(avoid), me)
         else:
-            singles = _grouped([((record,), record.content) for record in self._best_first(alike)], self.max_sources)
+            singles = _grouped(
+                [((record,), record.content) for record in self._best_first(alike)],
+                self.max_sources,
+            )
         for groups in (singles, instances):
             groups.sort(key=lambda group: group.content != content)
         return Found(singles, instances)
@@ -118,24 +141,34 @@ class Search:
     def _check_place(self, ready: Sequence[InstanceStatus], alike: Sequence[RankRecord]) -> None:
         """InvalidField unless there is such a rank, and the same one is meant wherever there is."""
         if not alike:
-            sizes = ", ".join(f"{status.instance!r} has the ranks 0 to {status.world_size - 1}" for status in ready)
+            sizes = ", ".join(
+                f"{status.instance!r} has the ranks 0 to {status.world_size - 1}"
+                for status in ready
+            )
             raise InvalidField(f"there is no {self.place}: {sizes}", field="rank")
         places = [Place.of(record) for record in alike]
         other = next((place for place in places if not place.fits(places[0])), None)
         if other is not None:
             raise InvalidField(
-                f"which rank is meant is not clear: {alike[0].key} is {places[0]}, {alike[places.index(other)].key} is {other}, "
+                f"which rank is meant is not clear: {alike[0].key} is {places[0]}, "
+                f"{alike[places.index(other)].key} is {other}, "
                 "and their tensors do not say which part of the whole they are",
                 "say world_size and topology",
                 field="topology",
             )
 
     def _groups_of_instances(self, whole: Sequence[tuple[RankRecord, ...]]) -> list[Group]:
-        firsts = {record.incarnation: at for at, record in enumerate(self._best_first([records[0] for records in whole]))}
+        firsts = {
+            record.incarnation: at
+            for at, record in enumerate(self._best_first([records[0] for records in whole]))
+        }
         ordered = sorted(whole, key=lambda records: firsts[records[0].incarnation])
         contents = [tuple([record.content for record in records]) for records in ordered]
         derived = {some: content_of_parts(some, self.dst) for some in set(contents)}
-        return _grouped([(records, derived[some]) for records, some in zip(ordered, contents, strict=True)], self.max_sources)
+        return _grouped(
+            [(records, derived[some]) for records, some in zip(ordered, contents, strict=True)],
+            self.max_sources,
+        )
 
     def _look(self, timeout_s: float) -> Sequence[InstanceStatus]:
         if self.by_rank and isinstance(self.wanted, ModelIdentity) and self.place is not None:
@@ -143,25 +176,38 @@ class Search:
             return self.registry.holders(self.wanted, anywhere, timeout_s)
         return self.registry.ready(self.wanted, timeout_s)
 
-    def _of_one_version(self, found: Sequence[InstanceStatus]) -> tuple[list[InstanceStatus], list[RankRecord]]:
-        """The instances that are ready, and the ranks alike, of the newest version that such an instance has, or else such a rank,
-        if none is named."""
-        ready = [status for status in found if status.state is InstanceState.READY and self._has_contents(status)]
+    def _of_one_version(
+        self, found: Sequence[InstanceStatus]
+    ) -> tuple[list[InstanceStatus], list[RankRecord]]:
+        """The instances that are ready, and the ranks alike, of the newest version that such an
+        instance has, or else such a rank, if none is named.
+        """
+        ready = [
+            status
+            for status in found
+            if status.state is InstanceState.READY and self._has_contents(status)
+        ]
         holders = [record for status in found for record in self._holders(status)]
         if self.contents is not None and not (ready or holders):
             raise VersionUnavailable(
-                f"the weights that were wanted are not served any more: {', '.join(sorted(status.instance for status in found))} "
+                "the weights that were wanted are not served any more: "
+                f"{', '.join(sorted(status.instance for status in found))} "
                 "has been updated or started again since",
                 version=self.version,
                 served=sorted({record.version for status in found for record in status.records}),
             )
         complete = [record for record in holders if record.state is RankState.READY]
         firsts = [status.records[0] for status in ready]
-        version = max([record.version for record in firsts or complete], default=0) if self.version is None else self.version
+        version = (
+            max([record.version for record in firsts or complete], default=0)
+            if self.version is None
+            else self.version
+        )
         served = sorted({record.version for record in [*firsts, *complete]})
         if version not in served:
             raise VersionUnavailable(
-                f"version {version} is not served: {', '.join(sorted(status.instance for status in found))} "
+                f"version {version} is not served: "
+                f"{', '.join(sorted(status.instance for status in found))} "
                 f"has {', '.join(map(str, served))}",
                 version=version,
                 served=served,
@@ -178,24 +224,40 @@ class Search:
         own = next((record for record in status.records if record.rank == self.rank), None)
         if own is None or self.place is None or not (self.boxes or self.place.fits(Place.of(own))):
             return []
-        others = [other for other in status.records if self.boxes and other is not own and _replicas(own, other)]
+        others = [
+            other
+            for other in status.records
+            if self.boxes and other is not own and _replicas(own, other)
+        ]
         states = (RankState.READY, RankState.LOADING) if self.pipelined else (RankState.READY,)
         if self.contents is not None:
             wanted = self.contents[own.rank] if own.rank < len(self.contents) else ""
-            return [record for record in [own, *others] if record.state in states and record.content == wanted]
+            return [
+                record
+                for record in [own, *others]
+                if record.state in states and record.content == wanted
+            ]
         return [record for record in [own, *others] if record.state in states]
 
-    def _reachable(self, whole: Sequence[Sequence[RankRecord]], alike: Sequence[RankRecord]) -> set[str]:
+    def _reachable(
+        self, whole: Sequence[Sequence[RankRecord]], alike: Sequence[RankRecord]
+    ) -> set[str]:
         """Incarnations; SourceUnreachable where nobody can be read from."""
         every = [*(record for records in whole for record in records), *alike]
-        obstacles = {record.key: obstacle for record in every if (obstacle := _obstacle(self.engine, record))}
+        obstacles = {
+            record.key: obstacle for record in every if (obstacle := _obstacle(self.engine, record))
+        }
         teams = [*((record,) for record in alike), *whole]
         if obstacles and all(any(record.key in obstacles for record in team) for team in teams):
             told = "; ".join(f"{key} {obstacle}" for key, obstacle in obstacles.items())
-            raise SourceUnreachable(f"no source can be reached from here: {told}", sources=list(obstacles))
+            raise SourceUnreachable(
+                f"no source can be reached from here: {told}", sources=list(obstacles)
+            )
         return {record.incarnation for record in every if record.key not in obstacles}
 
-    def _groups_in_chain(self, alike: Sequence[RankRecord], registered: Collection[str], me: str) -> list[Group]:
+    def _groups_in_chain(
+        self, alike: Sequence[RankRecord], registered: Collection[str], me: str
+    ) -> list[Group]:
         """The cheapest first. Of each group those that are complete and have no reader, at once."""
         pulls = self._pulls()
         priced: list[tuple[float, int, Group]] = []
@@ -203,21 +265,34 @@ class Search:
             same = [record for record in alike if record.content == content]
             cost = costs(same, pulls, registered, self.hop, me)
             some = sorted(
-                [record for record in same if record.incarnation in cost], key=lambda r: (cost[r.incarnation], r.create_revision)
+                [record for record in same if record.incarnation in cost],
+                key=lambda r: (cost[r.incarnation], r.create_revision),
             )
             if some:
-                idle = sum(record.state is RankState.READY and cost[record.incarnation] == 1 for record in some)
-                group = Group(content, [(record,) for record in some], min(max(idle, 1), self.max_sources))
+                idle = sum(
+                    record.state is RankState.READY and cost[record.incarnation] == 1
+                    for record in some
+                )
+                group = Group(
+                    content, [(record,) for record in some], min(max(idle, 1), self.max_sources)
+                )
                 priced.append((cost[some[0].incarnation], some[0].create_revision, group))
         return [group for _, _, group in sorted(priced, key=lambda one: one[:2])]
 
     def _best_first(self, records: Sequence[RankRecord]) -> list[RankRecord]:
-        """Fewest readers first, then the nearest; loaders that see equal ones do not all choose the same."""
+        """Fewest readers first, then the nearest; loaders that see equal ones do not all choose the
+        same.
+        """
         here = socket.gethostname()
 
         def order(record: RankRecord) -> tuple[int, bool, bool, bytes]:
             near = bool(record.fabric) and record.fabric == self.engine.fabric
-            return self._readers(record), record.host != here, not near, place_of(record, self.engine.session_id)
+            return (
+                self._readers(record),
+                record.host != here,
+                not near,
+                place_of(record, self.engine.session_id),
+            )
 
         return sorted(records, key=order) if len(records) > 1 else list(records)
 
@@ -245,36 +320,59 @@ def _grouped(teams: Sequence[tuple[tuple[RankRecord, ...], str]], at_once: int) 
 
 
 def _tickets_unseen(exc: EtcdRefused) -> None:
-    log.info("not known how many read from each source: %s", exc, extra=fields("readers_unknown", error=exc))
+    log.info(
+        "not known how many read from each source: %s",
+        exc,
+        extra=fields("readers_unknown", error=exc),
+    )
 
 
 def _before(mine: RankRecord | None, alike: Sequence[RankRecord]) -> list[RankRecord]:
-    """Those that are complete or began to load before me: so nobody reads, by way of whomever, from itself."""
+    """Those that are complete or began to load before me: so nobody reads, by way of whomever, from
+    itself.
+    """
     limit = mine.create_revision if mine is not None else 0
-    return [record for record in alike if record.state is not RankState.LOADING or record.create_revision < limit]
+    return [
+        record
+        for record in alike
+        if record.state is not RankState.LOADING or record.create_revision < limit
+    ]
 
 
 def _replicas(one: RankRecord, other: RankRecord) -> bool:
     """They differ in their place along dp and nowhere else."""
-    return "dp" in one.topology and all(place == other.topology.get(axis) for axis, place in one.topology.items() if axis != "dp")
+    return "dp" in one.topology and all(
+        place == other.topology.get(axis) for axis, place in one.topology.items() if axis != "dp"
+    )
 
 
 def _obstacle(engine: Engine, record: RankRecord) -> str:
     """Why its memory cannot be read from here, as far as labels tell."""
     if record.kept_by == GATEWAY:
-        return "is an SGLang seed, which has no header to check reads by: load it with SGLang, through a gateway"
+        return (
+            "is an SGLang seed, which has no header to check reads by: load it with SGLang, "
+            "through a gateway"
+        )
     if record.protocol != engine.protocol:
         return f"is served over {record.protocol}, this engine speaks {engine.protocol}"
-    ours, theirs = (family_of(host_of(session_id)) for session_id in (engine.session_id, record.session_id))
+    ours, theirs = (
+        family_of(host_of(session_id)) for session_id in (engine.session_id, record.session_id)
+    )
     if ours and theirs and ours != theirs:
         return f"is served over {theirs}, this engine speaks {ours}: give it a `host` of {theirs}"
     if record.fabric and engine.fabric and record.fabric != engine.fabric:
         return f"is on the fabric {record.fabric!r}, this engine on {engine.fabric!r}"
-    if record.protocol == "nvlink_intra" and not (record.fabric and engine.fabric) and record.host != socket.gethostname():
+    if (
+        record.protocol == "nvlink_intra"
+        and not (record.fabric and engine.fabric)
+        and record.host != socket.gethostname()
+    ):
         return f"is on the host {record.host}, and {record.protocol} does not leave a host"
     return ""
 
 
 def place_of(record: RankRecord, session_id: str) -> bytes:
-    """Orders equal ranks, for each loader, by its session, in another way: so they do not all read from the same."""
+    """Orders equal ranks, for each loader, by its session, in another way: so they do not all read
+    from the same.
+    """
     return hashlib.blake2b(f"{session_id} {record.incarnation}".encode(), digest_size=8).digest()

@@ -1,4 +1,6 @@
-"""From the ranks that were found, those that are read from: ranks that hold the same, or all that hold a part of it."""
+"""From the ranks that were found, those that are read from: ranks that hold the same, or all that
+hold a part of it.
+"""
 
 from __future__ import annotations
 
@@ -60,14 +62,23 @@ class Selection:
         if found.instances:
             misfits.clear()
         for group in found.instances:
-            teams = [tuple(sorted(records, key=lambda record: place_of(record, self._session_id))) for records in group.teams]
+            teams = [
+                tuple(sorted(records, key=lambda record: place_of(record, self._session_id)))
+                for records in group.teams
+            ]
             if parts := self._fitting(group, teams, misfits):
-                numbers = needed([candidate.origin for candidate in parts], self._dst, self._max_sources)
+                numbers = needed(
+                    [candidate.origin for candidate in parts], self._dst, self._max_sources
+                )
                 return _told(Choice(group.content, [parts[number] for number in numbers]), misfits)
         raise misfits[0]
 
-    def _fitting(self, group: Group, teams: Sequence[Sequence[RankRecord]], misfits: list[LoaderError]) -> list[Candidate]:
-        """The first teams each of which has all that is wanted, and digests of one kind if they are. Says why others do not fit."""
+    def _fitting(
+        self, group: Group, teams: Sequence[Sequence[RankRecord]], misfits: list[LoaderError]
+    ) -> list[Candidate]:
+        """The first teams each of which has all that is wanted, and digests of one kind if they
+        are. Says why others do not fit.
+        """
         chosen: list[list[Candidate]] = []
         algorithm: set[str] = set()
         for team in teams:
@@ -78,11 +89,14 @@ class Selection:
                 origins = [candidate.origin for candidate in candidates]
                 name = origins[0].name if len(team) == 1 else team[0].instance
                 refuse(name, self._planner.differences(origins))
-                theirs = {candidate.algorithm for candidate in candidates} if self._digests else set()
+                theirs = (
+                    {candidate.algorithm for candidate in candidates} if self._digests else set()
+                )
                 if len(theirs) > 1:
                     kinds = " and ".join(sorted(theirs))
                     raise DigestsMissing(
-                        f"the ranks of {name} have digests of different kinds, {kinds}", 'load with verify="header"'
+                        f"the ranks of {name} have digests of different kinds, {kinds}",
+                        'load with verify="header"',
                     )
             except (WeightsMismatch, SourceLost, DigestsMissing) as exc:
                 misfits.append(exc)

@@ -1,4 +1,6 @@
-"""One rank that may be read from: what it holds, and whether it is still what it was resolved to be."""
+"""One rank that may be read from: what it holds, and whether it is still what it was resolved to
+be.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,15 @@ from engine_loader.sources.manifests import fetch_manifest
 from engine_loader.tensors.cuda import on_default_stream, to_register
 from engine_loader.transfer.pipe import Source, Stock
 from engine_loader.transfer.scheduler import Progress
-from engine_registry import Event, RankJoined, RankLost, RankRecord, RankState, RankUpdated, Registry
+from engine_registry import (
+    Event,
+    RankJoined,
+    RankLost,
+    RankRecord,
+    RankState,
+    RankUpdated,
+    Registry,
+)
 from engine_registry.errors import EtcdError
 from engine_registry.pulls import PullTicket
 from engine_registry.registration.writes import EVICTED, SOURCE_EVICTED
@@ -40,8 +50,9 @@ class Candidate:
         device: torch.device,
         reader: RankRecord | None = None,
     ) -> None:
-        """`own`: it has the rank that is to be filled. `device`: where its header is read to. `reader` is who fills it, if that is
-        registered. SourceLost if it is gone already."""
+        """`own`: it has the rank that is to be filled. `device`: where its header is read to.
+        `reader` is who fills it, if that is registered. SourceLost if it is gone already.
+        """
         self._registry = registry
         self._engine = engine
         self._reader = reader
@@ -55,7 +66,10 @@ class Candidate:
         self._blocks: Blocks | None = None
         if record.state is RankState.LOADING:
             if not self.manifest.block_nbytes:
-                raise SourceLost(f"{record.key} is still loading, and cannot be read from meanwhile", key=record.key)
+                raise SourceLost(
+                    f"{record.key} is still loading, and cannot be read from meanwhile",
+                    key=record.key,
+                )
             self._blocks = Blocks(self.manifest.regions, self.manifest.block_nbytes)
         self._marks = bytes(len(self._blocks or ()))
         self._cell = HeaderCell(device, len(self._marks))
@@ -65,7 +79,11 @@ class Candidate:
         """Of its digests; DigestsMissing where there are none that we could compare with."""
         table = self.manifest.digests if self._blocks is None else None
         if table is None or table.algorithm not in ALGORITHMS:
-            why = "offers no digests" if table is None else f"has digests by {table.algorithm!r}, which this version cannot compute"
+            why = (
+                "offers no digests"
+                if table is None
+                else f"has digests by {table.algorithm!r}, which this version cannot compute"
+            )
             raise DigestsMissing(
                 f"{self.record.key} {why}",
                 'publish its weights with digests=True, or load with verify="header"',
@@ -74,11 +92,17 @@ class Candidate:
         return table.algorithm
 
     def enter(self, undo: ExitStack) -> bool:
-        """Says in etcd that we are reading, so that a rank that wants to leave waits for us, and listens for news of it.
+        """Says in etcd that we are reading, so that a rank that wants to leave waits for us, and
+        listens for news of it.
 
         False if its record is not any more what was resolved.
         """
-        lend(self._engine, undo, to_register(self._cell.region, self._cell.device.type), owner=self._cell)
+        lend(
+            self._engine,
+            undo,
+            to_register(self._cell.region, self._cell.device.type),
+            owner=self._cell,
+        )
         try:
             ticket = self._registry.pull(self.record, self._reader)
         except EtcdError as exc:
@@ -108,14 +132,27 @@ class Candidate:
         return self._bad_news
 
     def was_evicted(self) -> bool:
-        """Whether somebody has said that it should not be read from. Where no news comes of why it has gone, it may be so."""
+        """Whether somebody has said that it should not be read from.
+
+        Where no news comes of why it has gone, it may be so.
+        """
         self._told.wait(_NEWS_S)
         return self._bad_news is None or isinstance(self._bad_news, SourceEvicted)
 
     def source(self) -> Source:
         """For a Transfer."""
-        stock = Stock(self._has, lambda: self._marks.count(1) / max(len(self._marks), 1)) if self._blocks is not None else None
-        return Source(self.record.key, peer_of_record(self.record), self._check_header, lambda: self._bad_news, stock)
+        stock = (
+            Stock(self._has, lambda: self._marks.count(1) / max(len(self._marks), 1))
+            if self._blocks is not None
+            else None
+        )
+        return Source(
+            self.record.key,
+            peer_of_record(self.record),
+            self._check_header,
+            lambda: self._bad_news,
+            stock,
+        )
 
     def _has(self, addr: int, nbytes: int) -> bool:
         if self._blocks is None:
@@ -124,7 +161,9 @@ class Candidate:
         return self._marks.find(0, numbers.start, numbers.stop) < 0
 
     def is_registered(self) -> bool:
-        """The registry's view after the read: an evicted source does not count, whatever its memory says."""
+        """The registry's view after the read: an evicted source does not count, whatever its memory
+        says.
+        """
         try:
             return self._registry.current(self.record) is not None
         except EtcdError as exc:
@@ -139,7 +178,8 @@ class Candidate:
     def _check_header(self) -> None:
         with on_default_stream(self._cell.device):
             self._engine.connect(peer_of_record(self.record))
-            with self._reading:  # a check that was given up as it hung may go on at the same time as the one after it
+            # a check that was given up as it hung may go on at the same time as the one after it
+            with self._reading:
                 header = fetch_header(self._engine, self.record, self._cell)
                 marks = self._cell.read_marks()
         if header.updating:
@@ -156,7 +196,9 @@ class Candidate:
     def _judge(self, event: Event) -> None:
         if isinstance(event, RankLost) and event.record.incarnation == self.record.incarnation:
             kind = SourceEvicted if event.reason in (EVICTED, SOURCE_EVICTED) else SourceLost
-            self._bad_news = kind(f"{self.record.key} is not registered any more: {event.reason}", reason=event.reason)
+            self._bad_news = kind(
+                f"{self.record.key} is not registered any more: {event.reason}", reason=event.reason
+            )
         elif isinstance(event, RankJoined | RankUpdated) and event.record.key == self.record.key:
             now = event.record
             if now.incarnation != self.record.incarnation:
@@ -166,7 +208,8 @@ class Candidate:
 
     def _torn(self, now: str) -> TornRead:
         return TornRead(
-            f"the weights of {self.record.key} changed while they were being read: version {self.record.version} with content "
+            f"the weights of {self.record.key} changed while they were being read: version "
+            f"{self.record.version} with content "
             f"{self.record.content[:8]} was to be read, now it has {now}",
             key=self.record.key,
         )

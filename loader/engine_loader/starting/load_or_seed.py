@@ -1,8 +1,10 @@
-"""Weights for a rank that starts: from running ranks of its model if there are any, else from files, which one of many reads.
+"""Weights for a rank that starts: from running ranks of its model if there are any, else from
+files, which one of many reads.
 
-Of all processes that start with the same rank of the same model one reads the disk at a time: who leads their election in etcd. It
-is registered as loading meanwhile, and its registration's keeper holds the lead, which so ends as soon as the process does. The
-others follow etcd, and load from it as soon as it is complete, or lead next. `starting.start` does it.
+Of all processes that start with the same rank of the same model one reads the disk at a time: who
+leads their election in etcd. It is registered as loading meanwhile, and its registration's keeper
+holds the lead, which so ends as soon as the process does. The others follow etcd, and load from it
+as soon as it is complete, or lead next. `starting.start` does it.
 """
 
 from __future__ import annotations
@@ -54,19 +56,24 @@ def load_or_seed(
     progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> Seeded:
-    """Fills `tensors` in place with those of this rank of the model, and publishes them as `rank` of `instance`.
+    """Fills `tensors` in place with those of this rank of the model, and publishes them as `rank`
+    of `instance`.
 
-    If a rank like it (of the same model, number, world size and topology) is ready somewhere, or, where all tensors say which part
-    of the whole they are, any instance of the model, they come from there. Else one process reads them from `fallback`:
-    safetensors files, an index or a folder of them (see `files.folder.files_of`), with whole tensors or with this rank's
-    parts, which may hold more. All others that start with this rank of the model load from that process when it is complete, and
-    from each other meanwhile. `version` is that of the files: they may be older than what peers serve.
+    If a rank like it (of the same model, number, world size and topology) is ready somewhere, or,
+    where all tensors say which part of the whole they are, any instance of the model, they come
+    from there. Else one process reads them from `fallback`: safetensors files, an index or a folder
+    of them (see `files.folder.files_of`), with whole tensors or with this rank's parts, which may
+    hold more. All others that start with this rank of the model load from that process when it is
+    complete, and from each other meanwhile. `version` is that of the files: they may be older than
+    what peers serve.
 
-    Where peers cannot be loaded from, files are read instead, with a warning. Who waits reads on its own after `timeout_s`, or
-    after 30 s without etcd: an engine that can start from its disk does.
+    Where peers cannot be loaded from, files are read instead, with a warning. Who waits reads on
+    its own after `timeout_s`, or after 30 s without etcd: an engine that can start from its disk
+    does.
 
-    The caller closes what is returned. Raises WeightsFileInvalid and WeightsMismatch, of the files, where nobody has the weights;
-    Cancelled; TensorsUnusable, EngineFailed, RankConflict and InstanceMismatch as `publish` does. Nothing stays published then.
+    The caller closes what is returned. Raises WeightsFileInvalid and WeightsMismatch, of the files,
+    where nobody has the weights; Cancelled; TensorsUnusable, EngineFailed, RankConflict and
+    InstanceMismatch as `publish` does. Nothing stays published then.
     """
     check_instance(instance)
     rank, world_size = check_rank(rank, world_size)
@@ -75,7 +82,9 @@ def load_or_seed(
     place = Place(rank, world_size, topology or {})
     destination = tensors if isinstance(tensors, Destination) else Destination(tensors, shards)
     boxes = not any(entry.opaque for entry in destination.manifest.tensors)
-    replica = Replica(instance, rank, world_size, place.topology, generation, digests, ttl_s, on_state)
+    replica = Replica(
+        instance, rank, world_size, place.topology, generation, digests, ttl_s, on_state
+    )
     start = Start(
         registry=registry,
         engine=engine,

@@ -1,4 +1,5 @@
-"""Who runs the same rank of the same model and may be loaded from, without those that this process has tried in vain.
+"""Who runs the same rank of the same model and may be loaded from, without those that this process
+has tried in vain.
 
 Used by `starting.start`. Starts no thread.
 """
@@ -36,7 +37,9 @@ class Peers:
         place: Place,
         boxes: bool,
     ) -> None:
-        """`boxes`: what is loaded says which part of the whole it is, so that an instance of any layout will do."""
+        """`boxes`: what is loaded says which part of the whole it is, so that an instance of any
+        layout will do.
+        """
         self._registry = registry
         self._model = model
         self._place = place
@@ -49,7 +52,12 @@ class Peers:
         try:
             return [record for status in self._registry.instances() for record in self._of(status)]
         except EtcdError as exc:
-            log.info("not known who has %s: %s", self._model, exc, extra=fields("sources_unknown", error=exc))
+            log.info(
+                "not known who has %s: %s",
+                self._model,
+                exc,
+                extra=fields("sources_unknown", error=exc),
+            )
             return []
 
     def tells(self, event: Event) -> bool:
@@ -68,7 +76,11 @@ class Peers:
 
     def _of(self, status: InstanceStatus) -> list[RankRecord]:
         whole = self._boxes and status.state is InstanceState.READY and status.model == self._model
-        return [record for record in status.records if (self._may_be_tried(record) if whole else self._is_like(record))]
+        return [
+            record
+            for record in status.records
+            if (self._may_be_tried(record) if whole else self._is_like(record))
+        ]
 
     def _is_like(self, record: RankRecord) -> bool:
         is_same = record.model == self._model and self._place.fits(Place.of(record))
@@ -76,4 +88,6 @@ class Peers:
 
     def _may_be_tried(self, record: RankRecord) -> bool:
         passed_by = (record.incarnation, record.mod_revision) in self._passed_by
-        return record.incarnation not in self._failed and not passed_by and record.kept_by != GATEWAY
+        return (
+            record.incarnation not in self._failed and not passed_by and record.kept_by != GATEWAY
+        )

@@ -1,6 +1,8 @@
-"""One start of a rank: its weights from peers, or from files when it is its turn, or alone. Used by `load_or_seed`.
+"""One start of a rank: its weights from peers, or from files when it is its turn, or alone. Used by
+`load_or_seed`.
 
-Starts the threads of an election and a watch while it waits, and those of `files.disk` while it reads.
+Starts the threads of an election and a watch while it waits, and those of `files.disk` while it
+reads.
 """
 
 from __future__ import annotations
@@ -55,22 +57,34 @@ from engine_registry.telemetry.logs import fields
 from engine_registry.watching.election import Election
 
 log = logging.getLogger(__name__)
-WITHOUT_ETCD_S = 30.0  # nobody knows then who reads: longer than a restart or a new leader of etcd takes
-_LOOK_S = 0.05  # how soon one that waits notices that it leads, or was cancelled; etcd is not asked for it
+WITHOUT_ETCD_S = (
+    30.0  # nobody knows then who reads: longer than a restart or a new leader of etcd takes
+)
+# how soon one that waits notices that it leads, or was cancelled; etcd is not asked for it
+_LOOK_S = 0.05
 
-# What the disk would not mend: the caller's own tensors, engine or wishes, and a rank that somebody else has.
+# What the disk would not mend: the caller's own tensors, engine or wishes, and a rank that somebody
+# else has.
 _NOT_THE_PEERS = (
-    Cancelled, TensorsUnusable, MemoryInUse, EngineFailed, EngineUnavailable, InvalidField, RankConflict, InstanceMismatch,
+    Cancelled,
+    TensorsUnusable,
+    MemoryInUse,
+    EngineFailed,
+    EngineUnavailable,
+    InvalidField,
+    RankConflict,
+    InstanceMismatch,
     KeeperFailed,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
 class Seeded:
     """Where the weights have come from; a context manager that closes the publication.
 
-    `report` is of the load from peers. `reason` says why the disk was read though there were peers, or without a turn; else it is
-    empty. `publication` is None only where etcd could not be reached, or has refused it: `unpublished` says why.
+    `report` is of the load from peers. `reason` says why the disk was read though there were peers,
+    or without a turn; else it is empty. `publication` is None only where etcd could not be reached,
+    or has refused it: `unpublished` says why.
     """
 
     source: Literal["peers", "disk"]
@@ -88,13 +102,26 @@ class Seeded:
     def __enter__(self) -> Seeded:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
-def lock_name(model: ModelIdentity, rank: int, world_size: int, topology: Mapping[str, tuple[int, int]]) -> str:
+def lock_name(
+    model: ModelIdentity, rank: int, world_size: int, topology: Mapping[str, tuple[int, int]]
+) -> str:
     """The election of all that start with this rank of the model."""
-    told = [model.name, model.revision, model.dtype, model.quantization, dict(model.extra), rank, world_size, dict(topology)]
+    told = [
+        model.name,
+        model.revision,
+        model.dtype,
+        model.quantization,
+        dict(model.extra),
+        rank,
+        world_size,
+        dict(topology),
+    ]
     return f"seed/{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]}"
 
 
@@ -118,7 +145,9 @@ class Start:
     unpublished: EtcdError | None = None
 
     def run(self) -> Seeded:
-        name = lock_name(self.model, self.rank, self.replica.world_size or 0, self.replica.topology or {})
+        name = lock_name(
+            self.model, self.rank, self.replica.world_size or 0, self.replica.topology or {}
+        )
         late = False  # peers that are there at the beginning are always asked
         while True:
             self._check()
@@ -132,7 +161,9 @@ class Start:
             with self.registry.election(name) as election:
                 alone = self._wait(election)
                 late = self._is_late()
-                if election.leading and not late and self.peers.now():  # complete just before the lead was free
+                if (
+                    election.leading and not late and self.peers.now()
+                ):  # complete just before the lead was free
                     continue
                 if election.leading or alone:
                     return self._from_disk(election, alone)
@@ -154,7 +185,9 @@ class Start:
     def _wait(self, election: Election) -> str:
         """Until there is somebody to load from, or we lead; or says why it is done without."""
         log.info(
-            "%s waits for somebody who has its weights, or for its turn to read files", self.who, extra=self._told("seeding_waits")
+            "%s waits for somebody who has its weights, or for its turn to read files",
+            self.who,
+            extra=self._told("seeding_waits"),
         )
         with self.registry.watch() as watch:
             while not election.leading:
@@ -202,8 +235,11 @@ class Start:
             self.peers.give_up(sources)
             self.reason = f"{type(exc).__name__}: {exc}"
             log.log(
-                logging.ERROR if isinstance(exc, WeightsMismatch | DigestMismatch) else logging.WARNING,
-                "%s cannot be loaded from running ranks of %s, so its weights will come from others or from files: %s",
+                logging.ERROR
+                if isinstance(exc, WeightsMismatch | DigestMismatch)
+                else logging.WARNING,
+                "%s cannot be loaded from running ranks of %s, so its weights will come from "
+                "others or from files: %s",
                 self.who,
                 self.model,
                 exc,
@@ -215,18 +251,33 @@ class Start:
 
     def _from_disk(self, election: Election, alone: str) -> Seeded:
         if alone:
-            log.warning("%s is read from files, whoever else does so: %s", self.who, alone, extra=self._told("seeding_alone"))
+            log.warning(
+                "%s is read from files, whoever else does so: %s",
+                self.who,
+                alone,
+                extra=self._told("seeding_alone"),
+            )
         files = Files(files_of(self.fallback, self.rank))
         reading = DiskRead(files, self.destination.parts, self.destination.manifest)
         publication = self._read(reading, election)
         self._tell_disk(alone)
         reason = "; ".join(filter(None, [self.reason, alone]))
         seconds = time.monotonic() - self.began
-        return Seeded("disk", publication, None, reason, seconds, None if publication is not None else self.unpublished)
+        return Seeded(
+            "disk",
+            publication,
+            None,
+            reason,
+            seconds,
+            None if publication is not None else self.unpublished,
+        )
 
     def _read(self, reading: DiskRead, election: Election) -> Publication | None:
-        """Registered as loading meanwhile; None where that is not possible, before or afterwards."""
-        with USES.fill(f"a read of files for {self.who}", self.destination.runs) as filling, ExitStack() as undo:
+        """Registered as loading meanwhile; None where that is not possible, before or after."""
+        with (
+            USES.fill(f"a read of files for {self.who}", self.destination.runs) as filling,
+            ExitStack() as undo,
+        ):
             publication = self._open(filling)
             if publication is not None:
                 undo.callback(publication.close)
@@ -246,7 +297,11 @@ class Start:
         try:
             election.keep_with(record)
         except EtcdError as exc:
-            log.info("the lead is kept by a lease of its own: %s", exc, extra=fields("lead_not_kept", error=exc))
+            log.info(
+                "the lead is kept by a lease of its own: %s",
+                exc,
+                extra=fields("lead_not_kept", error=exc),
+            )
 
     def _open(self, filling: Use | None) -> Publication | None:
         """As loading, if something still fills the tensors.

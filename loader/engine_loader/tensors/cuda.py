@@ -1,4 +1,5 @@
-"""What CUDA adds: memory as the driver allocated it, and work that goes on after a call has returned.
+"""What CUDA adds: memory as the driver allocated it, and work that goes on after a call has
+returned.
 
 Where there is no CUDA nothing of it does anything.
 """
@@ -16,16 +17,24 @@ import torch
 from engine_loader.errors import EngineFailed
 from engine_registry.schema.manifest import Region
 
-_DEVICE_ORDINAL, _IS_LEGACY_CUDA_IPC_CAPABLE, _RANGE_START_ADDR, _RANGE_SIZE = 9, 10, 11, 12  # of enum CUpointer_attribute
+_DEVICE_ORDINAL, _IS_LEGACY_CUDA_IPC_CAPABLE, _RANGE_START_ADDR, _RANGE_SIZE = (
+    9,
+    10,
+    11,
+    12,
+)  # of enum CUpointer_attribute
 
 
 def allocation_at(addr: int) -> Region:
-    """The allocation of the driver's that an address of device memory lies in: of torch's allocator, one of its segments."""
+    """The allocation of the driver's that an address of device memory lies in: of torch's
+    allocator, one of its segments.
+    """
     return Region(_attribute(_RANGE_START_ADDR, addr), _attribute(_RANGE_SIZE, addr))
 
 
 def to_register(region: Region, device_type: str) -> Region:
-    """Of device memory the whole allocation: Mooncake, and CUDA's way to share memory between processes, know nothing smaller.
+    """Of device memory the whole allocation: Mooncake, and CUDA's way to share memory between
+    processes, know nothing smaller.
 
     What is not in one allocation, as expandable segments may have it, stays as it is.
     """
@@ -36,13 +45,17 @@ def to_register(region: Region, device_type: str) -> Region:
 
 
 def can_be_opened_by_others(addr: int) -> bool:
-    """By other processes of the host: memory of cudaMalloc, not of expandable segments or memory pools."""
+    """By other processes of the host: memory of cudaMalloc, not of expandable segments or memory
+    pools.
+    """
     return bool(_attribute(_IS_LEGACY_CUDA_IPC_CAPABLE, addr))
 
 
 @contextmanager
 def on_device_of(addr: int) -> Iterator[None]:
-    """The thread's current device is the one that holds the address: who asks the driver about memory has to be there."""
+    """The thread's current device is the one that holds the address: who asks the driver about
+    memory has to be there.
+    """
     with torch.cuda.device(_attribute(_DEVICE_ORDINAL, addr)):
         yield
 
@@ -59,7 +72,9 @@ def _attribute(attribute: int, addr: int) -> int:
     value = ctypes.c_uint64()  # as wide as the widest of them; the driver writes the lower bytes
     code = _driver().cuPointerGetAttribute(ctypes.byref(value), attribute, ctypes.c_uint64(addr))
     if code != 0:
-        raise EngineFailed(f"CUDA does not know the memory at {addr:#x} (error {code} for attribute {attribute})")
+        raise EngineFailed(
+            f"CUDA does not know the memory at {addr:#x} (error {code} for attribute {attribute})"
+        )
     return value.value
 
 
@@ -77,8 +92,9 @@ def wait_for(devices: Iterable[torch.device]) -> None:
 
 @contextmanager
 def on_default_stream(device: torch.device) -> Iterator[None]:
-    """Copies between devices that are begun in here, by anybody's code in this thread, follow each other, as they are all on one
-    stream; and the thread does not take up memory on other devices."""
+    """Copies between devices that are begun in here, by anybody's code in this thread, follow each
+    other, as they are all on one stream; and the thread does not take up memory on other devices.
+    """
     if device.type != "cuda":
         yield
         return

@@ -14,20 +14,25 @@ from engine_loader.tensors.writable import check_writable
 
 
 class Destination(Mapping[str, torch.Tensor]):
-    """For who loads into the same tensors again and again: `load` looks at them once, here, and not every time.
+    """For who loads into the same tensors again and again: `load` looks at them once, here, and not
+    every time.
 
-    Holds on to the tensors, and so to their memory: what takes their place elsewhere, as `module.weight = …` does, is not filled.
+    Holds on to the tensors, and so to their memory: what takes their place elsewhere, as
+    `module.weight = …` does, is not filled.
     """
 
     @plain_torch()
-    def __init__(self, tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None
+    ) -> None:
         """`shards` as for `load`. Raises TensorsUnusable."""
         self._tensors = dict(tensors)
         self.parts, boxes = local_parts(self._tensors, shards)
         self.manifest = describe(self.parts, boxes)
         self.devices = devices_of(self.parts)
         self.runs = runs_of(self.manifest.tensors)
-        # A tensor may be given other memory; what it had stays as long as peers may read it or reads may write to it.
+        # A tensor may be given other memory; what it had stays as long as peers may read it or
+        # reads may write to it.
         self._writable = False  # as far as it is known
         self._storages = [part.untyped_storage() for part in self.parts.values()]
 
@@ -39,7 +44,10 @@ class Destination(Mapping[str, torch.Tensor]):
 
     @plain_torch()
     def check_in_place(self, what: str) -> None:
-        """TensorsUnusable names each tensor that is not where it was when this was made. `what` begins the message."""
+        """TensorsUnusable names each tensor that is not where it was when this was made.
+
+        `what` begins the message.
+        """
         if problems := moved(self._tensors, self.manifest):
             raise TensorsUnusable(f"{what}: {listed(problems)}", problems=problems)
 

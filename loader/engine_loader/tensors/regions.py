@@ -1,4 +1,6 @@
-"""Torch tensors as memory: what a transfer engine has to register, and what the manifest says of each tensor."""
+"""Torch tensors as memory: what a transfer engine has to register, and what the manifest says of
+each tensor.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _MANY_STORAGES = 1_000
 
 @dataclass(frozen=True)
 class Shard:
-    """Which box of the whole tensor a rank's tensor is: it begins at `offsets` and has the tensor's own shape."""
+    """Which box of the whole tensor a rank's tensor is: it begins at `offsets` and has the tensor's
+    own shape.
+    """
 
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -45,7 +49,9 @@ def _whole_numbers(field: str, values: Any) -> tuple[int, ...]:
         return tuple([whole(field, value, -sys.maxsize) for value in values])
     except (TypeError, InvalidField) as exc:
         raise TensorsUnusable(
-            f"{field} {short(repr(values))} of a shard is not valid: it has a whole number for each dimension", field=field
+            f"{field} {short(repr(values))} of a shard is not valid: it has a whole number "
+            "for each dimension",
+            field=field,
         ) from exc
 
 
@@ -58,10 +64,12 @@ def is_sharded(tensor: object) -> bool:
 def local_parts(
     tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Shard]]:
-    """What this process holds of each tensor, and which box of the whole that is, as far as it is known.
+    """What this process holds of each tensor, and which box of the whole that is, as far as it is
+    known.
 
-    A DTensor on a device mesh that this process is not in is left out: it holds nothing of it. Raises TensorsUnusable for a DTensor
-    that is a partial sum, or whose part is no box, and for one that has a shard stated besides.
+    A DTensor on a device mesh that this process is not in is left out: it holds nothing of it.
+    Raises TensorsUnusable for a DTensor that is a partial sum, or whose part is no box, and for one
+    that has a shard stated besides.
     """
     parts, boxes, problems = dict(tensors), dict(shards or {}), []
     for name, tensor in tensors.items():
@@ -92,26 +100,32 @@ def _arrived(tensor: Any) -> Any:
 def _no_box(dtensor: Any) -> str:
     """Why this process's part of it is no box of the whole.
 
-    A dimension that is split several times is split from left to right, in ever smaller runs; a strided placement says that it
-    comes after so many later parts, as data parallelism does on top of tensor parallelism. With any other stride there are gaps.
+    A dimension that is split several times is split from left to right, in ever smaller runs; a
+    strided placement says that it comes after so many later parts, as data parallelism does on top
+    of tensor parallelism. With any other stride there are gaps.
     """
     if any(placement.is_partial() for placement in dtensor.placements):
         return "is a partial sum over its device mesh: call .redistribute() first"
     for axis, placement in enumerate(dtensor.placements):
         stride = getattr(placement, "split_factor", 1)
         sizes = list(zip(dtensor.placements, dtensor.device_mesh.shape, strict=True))[axis + 1 :]
-        if stride > 1 and stride != math.prod(size for later, size in sizes if later.is_shard(placement.dim)):
+        if stride > 1 and stride != math.prod(
+            size for later, size in sizes if later.is_shard(placement.dim)
+        ):
             return f"is split with gaps ({placement}): call .redistribute() first"
     return ""
 
 
 @collector_paused
 @plain_torch()
-def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None) -> Manifest:
-    """The tensors' entries, in their order, and the regions to register: each storage once, however many views it has.
+def describe(
+    tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None
+) -> Manifest:
+    """The tensors' entries, in their order, and the regions to register: each storage once, however
+    many views it has.
 
-    Raises TensorsUnusable with every tensor that is not plain memory without gaps. Tensors without bytes need no memory; tensors
-    that share memory (tied weights) keep their common address.
+    Raises TensorsUnusable with every tensor that is not plain memory without gaps. Tensors without
+    bytes need no memory; tensors that share memory (tied weights) keep their common address.
     """
     problems = []
     entries = []
@@ -127,14 +141,32 @@ def describe(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | 
         if shard is not None and (problem := _outside(shape, shard)):
             problems.append(f"{name}: {problem}")
             continue
-        whole, offsets = (shard.global_shape, shard.offsets) if shard is not None else (shape, (0,) * len(shape))
+        whole, offsets = (
+            (shard.global_shape, shard.offsets) if shard is not None else (shape, (0,) * len(shape))
+        )
         strides = strides_of(tensor)
-        entries.append(TensorEntry(name, dtype_name(tensor.dtype), shape, addr, nbytes, whole, offsets, shard is None, strides))
+        entries.append(
+            TensorEntry(
+                name,
+                dtype_name(tensor.dtype),
+                shape,
+                addr,
+                nbytes,
+                whole,
+                offsets,
+                shard is None,
+                strides,
+            )
+        )
         if nbytes:
             storage = tensor.untyped_storage()
             key = storage.data_ptr(), tensor.device.type
             storages[key] = max(storages.get(key, 0), storage.nbytes())
-    problems += [f"{name}: has a shard, but is not among the tensors" for name in shards or () if name not in tensors]
+    problems += [
+        f"{name}: has a shard, but is not among the tensors"
+        for name in shards or ()
+        if name not in tensors
+    ]
     _refuse(problems)
     return Manifest(tuple(entries), _regions(storages))
 
@@ -145,8 +177,12 @@ def strides_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
 
 
 def devices_of(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.device, ...]:
-    """Where the weights lie: that of the first tensor that has bytes first; the host's memory if none has."""
-    return tuple(dict.fromkeys(tensor.device for tensor in tensors.values() if tensor.numel())) or (torch.device("cpu"),)
+    """Where the weights lie: that of the first tensor that has bytes first; the host's memory if
+    none has.
+    """
+    return tuple(dict.fromkeys(tensor.device for tensor in tensors.values() if tensor.numel())) or (
+        torch.device("cpu"),
+    )
 
 
 @functools.cache
@@ -158,14 +194,17 @@ def dtype_named(name: str) -> torch.dtype:
     """TensorsUnusable where this torch has no dtype of that name."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise TensorsUnusable(f"dtype {name!r} is unknown to torch {torch.__version__}", "upgrade torch", dtype=name)
+        raise TensorsUnusable(
+            f"dtype {name!r} is unknown to torch {torch.__version__}", "upgrade torch", dtype=name
+        )
     return dtype
 
 
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
         raise TensorsUnusable(
-            f"{len(problems)} tensor{'s' if len(problems) > 1 else ''} cannot be used as is: {listed(problems)}",
+            f"{len(problems)} tensor{'s' if len(problems) > 1 else ''} cannot be used as is: "
+            f"{listed(problems)}",
             problems=list(problems),
         )
 
@@ -174,16 +213,26 @@ def _outside(shape: tuple[int, ...], box: Shard) -> str:
     if not len(shape) == len(box.global_shape) == len(box.offsets):
         return f"shard {box} does not have the {len(shape)} dimensions of the tensor"
     fits = all(
-        offset >= 0 and offset + size <= whole for size, whole, offset in zip(shape, box.global_shape, box.offsets, strict=True)
+        offset >= 0 and offset + size <= whole
+        for size, whole, offset in zip(shape, box.global_shape, box.offsets, strict=True)
     )
-    return "" if fits else f"shard at {list(box.offsets)} of shape {list(shape)} does not fit into {list(box.global_shape)}"
+    return (
+        ""
+        if fits
+        else (
+            f"shard at {list(box.offsets)} of shape {list(shape)} does not fit into "
+            f"{list(box.global_shape)}"
+        )
+    )
 
 
 def _regions(storages: Mapping[tuple[int, str], int]) -> tuple[Region, ...]:
-    """Storages that overlap (made from the same foreign buffer) become one region: engines refuse to register a byte twice.
+    """Storages that overlap (made from the same foreign buffer) become one region: engines refuse
+    to register a byte twice.
 
-    So do neighbours in the host's memory where there are very many: engines that have to list them take ever longer, and in the end
-    refuse. They are neighbours if no whole page lies between them: all pages of the region are mapped as long as both of them live.
+    So do neighbours in the host's memory where there are very many: engines that have to list them
+    take ever longer, and in the end refuse. They are neighbours if no whole page lies between them:
+    all pages of the region are mapped as long as both of them live.
     """
     many = len(storages) > _MANY_STORAGES
     regions: list[tuple[int, int]] = []  # from where to where
@@ -210,7 +259,8 @@ def _page(addr: int) -> int:
 
 
 def moved(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[str]:
-    """One line for each tensor that is not any more what its entry says: of another address, dtype, shape or strides.
+    """One line for each tensor that is not any more what its entry says: of another address, dtype,
+    shape or strides.
 
     A storage that was freed, or given another size, has another address.
     """
@@ -233,7 +283,9 @@ def _is_as_described(tensor: torch.Tensor, entry: TensorEntry) -> bool:
         (tensor.data_ptr() if entry.nbytes else 0) == entry.addr
         and tensor.shape == entry.shape
         and dtype_name(tensor.dtype) == entry.dtype
-        and (tensor.is_contiguous() if entry.strides is None else _has_strides(tensor, entry.strides))
+        and (
+            tensor.is_contiguous() if entry.strides is None else _has_strides(tensor, entry.strides)
+        )
     )
 
 
@@ -256,4 +308,7 @@ def _change(tensor: torch.Tensor, entry: TensorEntry) -> str:
     if (addr, tensor.nbytes) != (entry.addr, entry.nbytes):
         return f"is now {now}, {where}"
     strides = list(tensor.stride())
-    return f"is now {now} with shape {list(tensor.shape)} and strides {strides}, {where} with shape {list(entry.shape)}"
+    return (
+        f"is now {now} with shape {list(tensor.shape)} and strides {strides}, {where} with shape "
+        f"{list(entry.shape)}"
+    )

@@ -1,7 +1,8 @@
-"""State dicts as torch's distributed checkpoint has them: nested, with DTensors and with values that are no tensors.
+"""State dicts as torch's distributed checkpoint has them: nested, with DTensors and with values
+that are no tensors.
 
-Values travel in the manifest as JSON, tagged where JSON has no such type. Never as pickles: whoever can write to etcd would decide
-what a loader executes.
+Values travel in the manifest as JSON, tagged where JSON has no such type. Never as pickles: whoever
+can write to etcd would decide what a loader executes.
 """
 
 from __future__ import annotations
@@ -19,18 +20,27 @@ from engine_loader.tensors.usable import unusable
 from engine_registry.schema.printable import short
 
 MAX_VALUES_NBYTES = 1 << 20
-_TAGS = {"list": "list", "tuple": "list", "dict": "list", "bytes": "str"}  # and the JSON type of what is tagged
+_TAGS = {
+    "list": "list",
+    "tuple": "list",
+    "dict": "list",
+    "bytes": "str",
+}  # and the JSON type of what is tagged
 _MAX_BITS = 4096  # Python refuses to read numbers of very many digits
 
 
 def flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Its tensors, and all else in it, by the names that a distributed checkpoint gives them: the path, joined by dots."""
+    """Its tensors, and all else in it, by the names that a distributed checkpoint gives them: the
+    path, joined by dots.
+    """
     from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
     try:
         flat, _ = flatten_state_dict(dict(state_dict))
     except ValueError as exc:
-        raise TensorsUnusable(f"two entries of the state dict have the same name when paths are joined by dots: {exc}") from exc
+        raise TensorsUnusable(
+            f"two entries of the state dict have the same name when paths are joined by dots: {exc}"
+        ) from exc
     tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
     return tensors, {name: value for name, value in flat.items() if name not in tensors}
 
@@ -57,12 +67,15 @@ def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:
             problems.append(f"{name}: {exc}")
     if problems:
         raise TensorsUnusable(
-            f"{len(problems)} values of the state dict are neither tensors nor plain data: {listed(problems)}", problems=problems
+            f"{len(problems)} values of the state dict are neither tensors nor plain data: "
+            f"{listed(problems)}",
+            problems=problems,
         )
     nbytes = len(json.dumps(encoded))
     if nbytes > MAX_VALUES_NBYTES:
         raise TensorsUnusable(
-            f"the values of the state dict that are no tensors take {nbytes} bytes, {MAX_VALUES_NBYTES} is the limit",
+            f"the values of the state dict that are no tensors take {nbytes} bytes, "
+            f"{MAX_VALUES_NBYTES} is the limit",
             "make tensors of the large ones",
         )
     return encoded
@@ -113,4 +126,7 @@ def _encode(value: Any) -> Any:
         return {"dict": [[_encode(key), _encode(content)] for key, content in value.items()]}
     if kind is bytes:
         return {"bytes": base64.b64encode(value).decode()}
-    raise TypeError(f"is a {kind.__module__}.{kind.__qualname__}: use numbers, strings, bytes, lists, tuples and dicts")
+    raise TypeError(
+        f"is a {kind.__module__}.{kind.__qualname__}: use numbers, strings, bytes, lists, "
+        "tuples and dicts"
+    )

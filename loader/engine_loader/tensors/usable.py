@@ -22,7 +22,12 @@ def unusable(tensor: object) -> str:
     if not isinstance(tensor, torch.Tensor):
         return f"is a {type(tensor).__name__}, not a tensor"
     try:
-        return _of_another_kind(tensor) or _without_memory(tensor) or _of_another_order(tensor) or _outside_storage(tensor)
+        return (
+            _of_another_kind(tensor)
+            or _without_memory(tensor)
+            or _of_another_order(tensor)
+            or _outside_storage(tensor)
+        )
     except Exception as exc:  # noqa: BLE001
         reason = short(" ".join(str(exc).split()))
         return f"is a {_kind(tensor)} that torch cannot look at ({reason}): {_REMEDY}"
@@ -33,20 +38,33 @@ _REMEDY = "give the plain tensors that it is made of, each under a name"
 
 def _of_another_kind(tensor: torch.Tensor) -> str:
     if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-        return "is not initialized and has no shape yet: run its module once, or call .materialize(shape) first"
+        return (
+            "is not initialized and has no shape yet: run its module once, or call "
+            ".materialize(shape) first"
+        )
     if tensor.is_nested:
-        return "is a nested tensor, which is several in one: give the tensors of .unbind(), each under a name"
+        return (
+            "is a nested tensor, which is several in one: give the tensors of .unbind(), each "
+            "under a name"
+        )
     if tensor.layout is not torch.strided:
         return (
-            f"has layout {tensor.layout}: only dense (strided) tensors have memory that can be copied as it is: call .to_dense() "
+            f"has layout {tensor.layout}: only dense (strided) tensors have memory that can "
+            "be copied as it is: call .to_dense() "
             "first, or give the tensors that it is made of"
         )
     if tensor.device.type == "meta":
         return "is on the meta device and has no memory: allocate it first"
     if tensor.is_quantized:
-        return "is a quantized tensor, whose scale lies outside its memory: give .int_repr() and the scale"
+        return (
+            "is a quantized tensor, whose scale lies outside its memory: give .int_repr() and "
+            "the scale"
+        )
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return "belongs to a function that torch.func transforms (vmap, grad): give the tensor from outside of it"
+        return (
+            "belongs to a function that torch.func transforms (vmap, grad): give the tensor from "
+            "outside of it"
+        )
     return ""
 
 
@@ -76,7 +94,10 @@ def _remedy_for(tensor: Any) -> str:
 
 def _of_another_order(tensor: torch.Tensor) -> str:
     if not is_dense(tensor):
-        return f"is not contiguous (shape {list(tensor.shape)}, strides {list(tensor.stride())}): call .contiguous() first"
+        return (
+            f"is not contiguous (shape {list(tensor.shape)}, strides {list(tensor.stride())}): "
+            "call .contiguous() first"
+        )
     if tensor.is_conj() or tensor.is_neg():
         return "is a lazily conjugated or negated view: call .resolve_conj().resolve_neg() first"
     return ""
@@ -88,7 +109,11 @@ def _outside_storage(tensor: torch.Tensor) -> str:
         return ""
     nbytes = tensor.untyped_storage().nbytes()
     end = tensor.storage_offset() * tensor.itemsize + tensor.nbytes
-    return "" if end <= nbytes else f"reaches to byte {end} of a storage that has {nbytes}: it was resized"
+    return (
+        ""
+        if end <= nbytes
+        else f"reaches to byte {end} of a storage that has {nbytes}: it was resized"
+    )
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

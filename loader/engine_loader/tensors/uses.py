@@ -1,7 +1,8 @@
 """Which memory of this process is published and which is being filled, whatever engine serves it.
 
-A load has the memory that it fills for itself. Published memory is filled only while its publication says that it changes: in
-`update()`, or while the publication is still loading. Used by `publish`, `load` and reads of files. Starts no thread.
+A load has the memory that it fills for itself. Published memory is filled only while its
+publication says that it changes: in `update()`, or while the publication is still loading. Used by
+`publish`, `load` and reads of files. Starts no thread.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Runs = Sequence[tuple[int, int]]  # from where to where, in order; they neither 
 def runs_of(entries: Iterable[TensorEntry]) -> Runs:
     """The memory of tensors. What lies beside them in the same allocation is not theirs."""
     runs: list[tuple[int, int]] = []
-    for start, end in sorted({(entry.addr, entry.addr + entry.nbytes) for entry in entries if entry.nbytes}):
+    for start, end in sorted(
+        {(entry.addr, entry.addr + entry.nbytes) for entry in entries if entry.nbytes}
+    ):
         if runs and start <= runs[-1][1]:
             runs[-1] = runs[-1][0], max(runs[-1][1], end)
         else:
@@ -33,7 +36,10 @@ class Use:
     """Memory that a publication serves (`served`) or that a load fills."""
 
     def __init__(self, owner: str, runs: Runs, served: bool, changing: bool = False) -> None:
-        """`owner` names it in messages. `changing`: a publication does not vouch for the bytes now."""
+        """`owner` names it in messages.
+
+        `changing`: a publication does not vouch for the bytes now.
+        """
         self.owner = owner
         self.served = served
         self.changing = changing
@@ -52,7 +58,8 @@ class Use:
 class _Uses:
     """All uses in this process. Every method either takes effect as a whole or raises MemoryInUse.
 
-    A use ends with the object that stands for it: memory of a publication that was forgotten may be another tensor's by now.
+    A use ends with the object that stands for it: memory of a publication that was forgotten may be
+    another tensor's by now.
     """
 
     def __init__(self) -> None:
@@ -67,7 +74,8 @@ class _Uses:
             for other in self._beside(use):
                 if not other.served:
                     raise MemoryInUse(
-                        f"{owner} cannot fill memory that {other.owner} fills", "wait for its end, or load into other tensors"
+                        f"{owner} cannot fill memory that {other.owner} fills",
+                        "wait for its end, or load into other tensors",
                     )
                 if not other.changing:
                     raise MemoryInUse(
@@ -81,14 +89,23 @@ class _Uses:
             self.end(use)
 
     def serve(self, owner: str, runs: Runs, filled_by: Use | None = None) -> Use:
-        """Memory that is published until `end`. With `filled_by`, which is the load that fills it, it is still changing."""
+        """Memory that is published until `end`.
+
+        With `filled_by`, which is the load that fills it, it is still changing.
+        """
         use = Use(owner, runs, served=True, changing=filled_by is not None)
         with self._lock:
             for other in self._beside(use):
                 if not other.served and other is not filled_by:
-                    raise MemoryInUse(f"{owner} cannot be published: {other.owner} fills its memory", "wait for its end")
+                    raise MemoryInUse(
+                        f"{owner} cannot be published: {other.owner} fills its memory",
+                        "wait for its end",
+                    )
                 if other.served and other.changing:
-                    raise MemoryInUse(f"{owner} cannot be published: {other.owner} is changing the same memory", "wait for its end")
+                    raise MemoryInUse(
+                        f"{owner} cannot be published: {other.owner} is changing the same memory",
+                        "wait for its end",
+                    )
             self._uses.add(use)
         return use
 
@@ -98,17 +115,24 @@ class _Uses:
             for other in self._beside(use):
                 if other.served:
                     raise MemoryInUse(
-                        f"{use.owner} cannot be updated: {other.owner} publishes the same memory, and its readers would not notice",
+                        f"{use.owner} cannot be updated: {other.owner} publishes the same "
+                        "memory, and its readers would not notice",
                         "close that publication first",
                     )
             use.changing = True
 
     def keep(self, use: Use, filled_by: Use | None = None) -> None:
-        """It has been filled: its publication vouches for the bytes again. `filled_by` is a load that has just done that."""
+        """It has been filled: its publication vouches for the bytes again.
+
+        `filled_by` is a load that has just done that.
+        """
         with self._lock:
             for other in self._beside(use):
                 if not other.served and other is not filled_by:
-                    raise MemoryInUse(f"{use.owner} is not complete: {other.owner} still fills its memory", "wait for its end")
+                    raise MemoryInUse(
+                        f"{use.owner} is not complete: {other.owner} still fills its memory",
+                        "wait for its end",
+                    )
             use.changing = False
 
     def end(self, use: Use) -> None:

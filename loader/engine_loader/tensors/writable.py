@@ -2,9 +2,10 @@
 
 Used before a load or a read of files begins. Only the host's memory is looked at.
 
-The kernel knows read-only mappings. Memory of a `bytes` object can be written to, but Python relies on it that nobody does; it
-is found where a tensor's storage begins with the object, as `torch.frombuffer` makes it. Memory that another object owns, or
-`bytes` from somewhere behind their beginning, cannot be told from a buffer that may be filled.
+The kernel knows read-only mappings. Memory of a `bytes` object can be written to, but Python relies
+on it that nobody does; it is found where a tensor's storage begins with the object, as
+`torch.frombuffer` makes it. Memory that another object owns, or `bytes` from somewhere behind their
+beginning, cannot be told from a buffer that may be filled.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from engine_loader.tensors.modes import plain_torch
 from engine_registry.schema.manifest import Manifest
 
 _MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (..)", re.MULTILINE)
-_Mappings = Sequence[tuple[int, int, bytes]]  # from where to where, and whether it can be read and written: rw, r-, --
-_BYTES_HEADER = bytes.__basicsize__ - 1  # in front of the content: a count of references, the type, the size, a hash
+_Mappings = Sequence[
+    tuple[int, int, bytes]
+]  # from where to where, and whether it can be read and written: rw, r-, --
+_BYTES_HEADER = (
+    bytes.__basicsize__ - 1
+)  # in front of the content: a count of references, the type, the size, a hash
 _IS_CPYTHON = sys.implementation.name == "cpython" and _BYTES_HEADER == 32
 
 
@@ -40,13 +45,19 @@ def check_writable(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> N
             continue
         first = bisect.bisect_right(ends, entry.addr)
         if _is_read_only(mappings, first, entry.addr, entry.addr + entry.nbytes):
-            problems.append(f"{entry.name}: its memory is read-only (a mapping without the right to write)")
+            problems.append(
+                f"{entry.name}: its memory is read-only (a mapping without the right to write)"
+            )
         elif _is_of_bytes(tensor.untyped_storage(), mappings, first):
-            problems.append(f"{entry.name}: its memory is that of a bytes object, which nobody may change")
+            problems.append(
+                f"{entry.name}: its memory is that of a bytes object, which nobody may change"
+            )
     if problems:
         count = f"{len(problems)} tensor{'s' if len(problems) > 1 else ''}"
         raise TensorsUnusable(
-            f"{count} cannot be filled: {listed(problems)}", "load into a copy, such as .clone()", problems=problems
+            f"{count} cannot be filled: {listed(problems)}",
+            "load into a copy, such as .clone()",
+            problems=problems,
         )
 
 

@@ -1,4 +1,6 @@
-"""Time and background work of a transfer, as a seam: tests step through a transfer with a clock that they move themselves."""
+"""Time and background work of a transfer, as a seam: tests step through a transfer with a clock
+that they move themselves.
+"""
 
 from __future__ import annotations
 

@@ -9,13 +9,15 @@ from engine_loader.planning.reads import Costs
 
 @dataclass(frozen=True)
 class Pace:
-    """How much is in flight from one source, how often it is checked, and how long it may bring nothing.
+    """How much is in flight from one source, how often it is checked, and how long it may bring
+    nothing.
 
-    What takes longer than `slow_s` to come has too many beside it, and fewer are begun. `check_s` is how much reading is lost with
-    a source that cannot be asked any more whether its weights had changed. `stall_s` is for a source that others can stand in for;
-    one that nobody can gets `patience_s`, in several tries; one that is loading itself may have nothing new for `starve_s`. `costs`
-    says when it pays to read more than is wanted; `hop_nbytes` is what could be read while a chunk's coming is told to the next in
-    a chain.
+    What takes longer than `slow_s` to come has too many beside it, and fewer are begun. `check_s`
+    is how much reading is lost with a source that cannot be asked any more whether its weights had
+    changed. `stall_s` is for a source that others can stand in for; one that nobody can gets
+    `patience_s`, in several tries; one that is loading itself may have nothing new for `starve_s`.
+    `costs` says when it pays to read more than is wanted; `hop_nbytes` is what could be read while
+    a chunk's coming is told to the next in a chain.
     """
 
     chunk_nbytes: int
@@ -29,11 +31,15 @@ class Pace:
     starve_s: float = 3.0
     costs: Costs = field(default_factory=Costs)
     hop_nbytes: int = 0
-    nap_s: tuple[float, float] = (50e-6, 1e-3)  # between two looks, while something comes, and while nothing does
+    nap_s: tuple[float, float] = (
+        50e-6,
+        1e-3,
+    )  # between two looks, while something comes, and while nothing does
 
 
-# Over tcp Mooncake serves a peer's reads in four lanes, so that less than eight in flight leaves some idle. NVLink needs few
-# chunks, and long ones: each costs Python some 10 µs, and so does each copy there; and nobody else on the way has to be spared.
+# Over tcp Mooncake serves a peer's reads in four lanes, so that less than eight in flight leaves
+# some idle. NVLink needs few chunks, and long ones: each costs Python some 10 µs, and so does each
+# copy there; and nobody else on the way has to be spared.
 _PACES = {
     "tcp": Pace(4 << 20, 8),
     "rdma": Pace(16 << 20, 8, hop_nbytes=4 << 30),
@@ -53,7 +59,16 @@ def pace_for(protocol: str) -> Pace:
 
 
 def pace_in_chain(pace: Pace, nbytes: int) -> Pace:
-    """For a load of so many bytes that passes on what it has: sooner, in chunks that are a small part of it, and with little on its
-    way, as looks at the marks wait behind that."""
+    """For a load of so many bytes that passes on what it has: sooner, in chunks that are a small
+    part of it, and with little on its way, as looks at the marks wait behind that.
+    """
     chunk_nbytes = max(min(pace.chunk_nbytes, nbytes // 256), 256 << 10)
-    return replace(pace, chunk_nbytes=chunk_nbytes, depth=min(pace.depth, 16), begin=2, least=2, check_s=0.02, slow_s=0.03)
+    return replace(
+        pace,
+        chunk_nbytes=chunk_nbytes,
+        depth=min(pace.depth, 16),
+        begin=2,
+        least=2,
+        check_s=0.02,
+        slow_s=0.03,
+    )

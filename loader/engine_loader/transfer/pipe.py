@@ -1,4 +1,6 @@
-"""A source while it is being read from: what it is to bring, what of that it has, and what is on its way."""
+"""A source while it is being read from: what it is to bring, what of that it has, and what is on
+its way.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,17 @@ from engine_loader.errors import LoaderError, ReadFailed
 from engine_loader.planning.reads import Span
 
 _SLOW_AFTER_S, _SLOW_FACTOR, _SLOW_GAIN = 2.0, 3.0, 0.2  # see `Pipe.is_slow`
-_POLL_S = (5e-3, 50e-3)  # how often one that is loading itself is asked what it has, while it has nothing for us
+_POLL_S = (
+    5e-3,
+    50e-3,
+)  # how often one that is loading itself is asked what it has, while it has nothing for us
 
 
 @dataclass(frozen=True)
 class Stock:
-    """What a source has that is loading itself, as of the last check: whether those bytes, and how much of all, from 0 to 1."""
+    """What a source has that is loading itself, as of the last check: whether those bytes, and how
+    much of all, from 0 to 1.
+    """
 
     has: Callable[[int, int], bool]  # address there, bytes
     amount: Callable[[], float]
@@ -24,9 +31,10 @@ class Stock:
 
 @dataclass
 class Source:
-    """Who can be read from; `peer` is what the engine calls it. `check` raises if it is not, or not any more, what it was resolved
-    to be: SourceLost, TornRead, ReadFailed. `lost` tells, without waiting, of news to the same effect from elsewhere. Without a
-    stock it has everything."""
+    """Who can be read from; `peer` is what the engine calls it. `check` raises if it is not, or not
+    any more, what it was resolved to be: SourceLost, TornRead, ReadFailed. `lost` tells, without
+    waiting, of news to the same effect from elsewhere. Without a stock it has everything.
+    """
 
     name: str
     peer: str
@@ -68,12 +76,18 @@ class Pipe:
     in_flight: dict[int, Flight] = field(default_factory=dict)  # by number of the read
     moved_at: float = 0.0  # when something last came, or began when nothing was in flight
     silent_since: float | None = None  # the beginning of the stalls since the last chunk that came
-    unchecked: list[Span] = field(default_factory=list)  # have come, but the weights may have changed before
+    unchecked: list[Span] = field(
+        default_factory=list
+    )  # have come, but the weights may have changed before
     check: Future[None] | None = None
     check_began: float = 0.0
-    in_check: list[Span] = field(default_factory=list)  # had come when the check began: as good as the check
+    in_check: list[Span] = field(
+        default_factory=list
+    )  # had come when the check began: as good as the check
     amount: float = 0.0  # of its stock, at the last look
-    at_first: tuple[float, float, float] | None = None  # when it was first looked at: the time, its amount, and ours
+    at_first: tuple[float, float, float] | None = (
+        None  # when it was first looked at: the time, its amount, and ours
+    )
     disordered: bool = False  # something that it has may have come behind something that it has not
     poll_s: float = _POLL_S[0]
     fed_at: float | None = None  # when there was last something to read, or something new
@@ -85,7 +99,9 @@ class Pipe:
         return next(addr for number, addr in chunk.srcs if number == self.number)
 
     def has(self, chunk: Span) -> bool:
-        return self.source.stock is None or self.source.stock.has(self.src_addr(chunk), chunk.nbytes)
+        return self.source.stock is None or self.source.stock.has(
+            self.src_addr(chunk), chunk.nbytes
+        )
 
     def has_next(self) -> bool:
         """There is a chunk that it can bring, and it is the first of its queue."""
@@ -95,7 +111,9 @@ class Pipe:
             return False
         self.disordered = False
         for queue in self.queues:
-            chunks = sorted(queue, key=lambda chunk: not self.has(chunk))  # which keeps their order otherwise
+            chunks = sorted(
+                queue, key=lambda chunk: not self.has(chunk)
+            )  # which keeps their order otherwise
             queue.clear()
             queue.extend(chunks)
         return self.has_next()
@@ -122,7 +140,9 @@ class Pipe:
             self.at_first = now, self.amount, ours
         since, theirs_then, ours_then = self.at_first
         gained = self.amount - theirs_then
-        return now - since > _SLOW_AFTER_S and gained > _SLOW_FACTOR * (ours - ours_then) + _SLOW_GAIN
+        return (
+            now - since > _SLOW_AFTER_S and gained > _SLOW_FACTOR * (ours - ours_then) + _SLOW_GAIN
+        )
 
     def starved_s(self, now: float) -> float:
         """For how long it has had nothing for us, and got nothing new."""

@@ -1,4 +1,6 @@
-"""What a load has got of one content, and from which ranks: so that what an evicted rank has brought can be told from the rest."""
+"""What a load has got of one content, and from which ranks: so that what an evicted rank has
+brought can be told from the rest.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +18,37 @@ log = logging.getLogger(__name__)
 
 
 class Haul:
-    """`arrivals` has all of it; `evicted` the ranks that are known not to count any more, see `find_evicted`."""
+    """`arrivals` has all of it; `evicted` the ranks that are known not to count any more, see
+    `find_evicted`.
+    """
 
     def __init__(self, dst: Manifest, block_nbytes: int | None = None) -> None:
         """`dst` and `block_nbytes` as for Arrivals."""
         self._dst = dst
         self._block_nbytes = block_nbytes
-        self._records: dict[str, RankRecord] = {}  # by incarnation: ranks that have brought something
-        self._spans: defaultdict[str, list[Span]] = defaultdict(list)  # by incarnation: what each has brought
+        self._records: dict[
+            str, RankRecord
+        ] = {}  # by incarnation: ranks that have brought something
+        self._spans: defaultdict[str, list[Span]] = defaultdict(
+            list
+        )  # by incarnation: what each has brought
         self.arrivals = Arrivals(dst, block_nbytes)
         self.evicted: list[RankRecord] = []
 
     def add(self, record: RankRecord, spans: Sequence[Span]) -> None:
-        """They have come from the rank, and are of the content. Each lies in the memory of the tensors."""
+        """They have come from the rank, and are of the content.
+
+        Each lies in the memory of the tensors.
+        """
         if spans:
             self._records[record.incarnation] = record
             self._spans[record.incarnation] += spans
             self.arrivals.add(spans)
 
     def find_evicted(self, registry: Registry, here: Collection[str]) -> None:
-        """Looks in etcd for ranks that have brought something and were evicted since, but for those with incarnations in `here`."""
+        """Looks in etcd for ranks that have brought something and were evicted since, but for those
+        with incarnations in `here`.
+        """
         for incarnation, record in self._records.items():
             if incarnation in here:
                 continue
@@ -52,7 +65,9 @@ class Haul:
 
     def discard(self, records: Sequence[RankRecord]) -> bool:
         """Forgets all that these have brought; whether that was anything."""
-        found = [record for record in records if self._spans.pop(record.incarnation, None) is not None]
+        found = [
+            record for record in records if self._spans.pop(record.incarnation, None) is not None
+        ]
         for record in found:
             del self._records[record.incarnation]
         self.evicted.clear()

@@ -1,4 +1,6 @@
-"""Buffers for bytes that do not lie here as they lie at the source, and the copying from there to their places."""
+"""Buffers for bytes that do not lie here as they lie at the source, and the copying from there to
+their places.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +17,40 @@ from engine_registry.schema.manifest import Region
 
 
 class Staging:
-    """`count` buffers of `nbytes` bytes on the device of the tensors that are filled. One thread uses it."""
+    """`count` buffers of `nbytes` bytes on the device of the tensors that are filled.
+
+    One thread uses it.
+    """
 
     @plain_torch()
     def __init__(
-        self, tensors: Iterable[torch.Tensor], device: torch.device, count: int, nbytes: int, pinned: bool = False
+        self,
+        tensors: Iterable[torch.Tensor],
+        device: torch.device,
+        count: int,
+        nbytes: int,
+        pinned: bool = False,
     ) -> None:
         """`pinned`: memory of the host's that CUDA copies from directly."""
-        self._memory = torch.empty(count * nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self._memory = torch.empty(
+            count * nbytes, dtype=torch.uint8, device=device, pin_memory=pinned
+        )
         self._device = device
         self.region = Region(self._memory.data_ptr(), self._memory.nbytes)
         self._idle = [self.region.addr + number * nbytes for number in range(count)]
-        found = {(one.data_ptr(), one.nbytes()): one for one in [tensor.untyped_storage() for tensor in tensors if tensor.numel()]}
+        found = {
+            (one.data_ptr(), one.nbytes()): one
+            for one in [tensor.untyped_storage() for tensor in tensors if tensor.numel()]
+        }
         self._starts: list[int] = []
-        self._storages: list[torch.UntypedStorage] = []  # the one that reaches furthest, of those that begin there or before
+        self._storages: list[
+            torch.UntypedStorage
+        ] = []  # the one that reaches furthest, of those that begin there or before
         end = 0
         for start, nbytes in sorted(found):
-            if start + nbytes > end:  # else it lies inside another, as those may that are made of foreign memory
+            if (
+                start + nbytes > end
+            ):  # else it lies inside another, as those may that are made of foreign memory
                 end = start + nbytes
                 self._starts.append(start)
                 self._storages.append(found[start, nbytes])
@@ -54,16 +73,26 @@ class Staging:
                 ctypes.memmove(some.dst, addr + some.src, some.nbytes)
                 continue
             shape = *some.counts, some.nbytes
-            src = torch.as_strided(self._memory, shape, (*some.src_steps, 1), addr - self.region.addr + some.src)
-            dst = torch.as_strided(_flat(storage), shape, (*some.dst_steps, 1), some.dst - self._starts[place])
+            src = torch.as_strided(
+                self._memory, shape, (*some.src_steps, 1), addr - self.region.addr + some.src
+            )
+            dst = torch.as_strided(
+                _flat(storage), shape, (*some.dst_steps, 1), some.dst - self._starts[place]
+            )
             if in_host:
-                np.copyto(dst.numpy(), src.numpy())  # torch's threads would spin afterwards, on the cores that the reads need
+                np.copyto(
+                    dst.numpy(), src.numpy()
+                )  # torch's threads would spin afterwards, on the cores that the reads need
             else:
                 dst.copy_(src)
         if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # the buffer is read into again next
+            torch.cuda.current_stream(
+                self._device
+            ).synchronize()  # the buffer is read into again next
 
 
 def _flat(storage: torch.UntypedStorage) -> torch.Tensor:
     """All bytes of a storage."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(
+        storage, 0, (storage.nbytes(),), (1,)
+    )

@@ -1,4 +1,7 @@
-"""What an operator asks of etcd: its members, alarms, sizes, and what a user may do. Read by `engines doctor`. Pure."""
+"""What an operator asks of etcd: its members, alarms, sizes, and what a user may do.
+
+Read by `engines doctor`. Pure.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from enum import Enum
 
 @dataclass(frozen=True)
 class MemberStatus:
-    """One member as it sees itself. What a release does not tell is None: sizes before 3.4, the quota before 3.6."""
+    """One member as it sees itself.
+
+    What a release does not tell is None: sizes before 3.4, the quota before 3.6.
+    """
 
     version: str
     member_id: int
@@ -49,7 +55,10 @@ class Reach(str, Enum):
 
 @dataclass(frozen=True)
 class Permission:
-    """Keys from `start` up to, and without, `end`. `end` empty: that one key; a zero byte: to the end of all keys."""
+    """Keys from `start` up to, and without, `end`.
+
+    `end` empty: that one key; a zero byte: to the end of all keys.
+    """
 
     start: bytes
     end: bytes
@@ -67,7 +76,9 @@ class User:
         """Of the keys from `start` up to `end`, which it may write, or else read."""
         if "root" in self.roles:
             return Reach.ALL
-        spans = sorted((p.start, _end(p)) for p in self.permissions if (p.write if write else p.read))
+        spans = sorted(
+            (p.start, _end(p)) for p in self.permissions if (p.write if write else p.read)
+        )
         touched, covered = False, start
         for low, high in spans:
             touched = touched or (_below(low, end) and _below(start, high))
@@ -88,7 +99,9 @@ def _below(key: bytes, end: bytes) -> bool:
 
 
 def numbers_in(message: bytes) -> dict[int, int]:
-    """The whole numbers of an encoded protobuf message by their field: also those that its class here is too old to know."""
+    """The whole numbers of an encoded protobuf message by their field: also those that its class
+    here is too old to know.
+    """
     found: dict[int, int] = {}
     at = 0
     while at < len(message):
@@ -128,4 +141,6 @@ def version_of(text: str) -> tuple[int, ...]:
 
 def behind(statuses: Sequence[MemberStatus]) -> int:
     """By how many entries of the log the last member is behind the first."""
-    return max((status.raft_index for status in statuses), default=0) - min((s.raft_index for s in statuses), default=0)
+    return max((status.raft_index for status in statuses), default=0) - min(
+        (s.raft_index for s in statuses), default=0
+    )

@@ -1,10 +1,12 @@
-"""The only door to etcd: every call has a deadline, works through all endpoints, and fails with an error of ours.
+"""The only door to etcd: every call has a deadline, works through all endpoints, and fails with an
+error of ours.
 
-Used by everything else in `registry`, from any thread. Starts one thread for each connection that renews leases; gRPC keeps some
-per connection.
-All calls may be repeated safely (writes are guarded by revisions), so a call that fails in transit is tried again on a fresh
-connection to the next endpoint until its deadline: this is what gets a client off a dead, cut off or quorumless member, and what
-renews an authentication token that etcd does not accept any more. `close`, from any thread, ends the calls that are under way.
+Used by everything else in `registry`, from any thread. Starts one thread for each connection that
+renews leases; gRPC keeps some per connection. All calls may be repeated safely (writes are guarded
+by revisions), so a call that fails in transit is tried again on a fresh connection to the next
+endpoint until its deadline: this is what gets a client off a dead, cut off or quorumless member,
+and what renews an authentication token that etcd does not accept any more. `close`, from any
+thread, ends the calls that are under way.
 """
 
 from __future__ import annotations
@@ -24,20 +26,43 @@ import tenacity
 import engine_registry.etcd.stubs  # noqa: F401  must come before etcd3
 
 import etcd3  # isort: skip
-from engine_registry.errors import AnswerTooLarge, EtcdError, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from engine_registry.errors import (
+    AnswerTooLarge,
+    EtcdError,
+    EtcdRefused,
+    EtcdUnavailable,
+    HistoryLost,
+    LeaseNotFound,
+)
 from engine_registry.etcd.admin import Alarm, Member, MemberStatus, Permission, User, numbers_in
 from engine_registry.etcd.config import EtcdConfig
 from engine_registry.etcd.descriptors import check_left, explain
-from engine_registry.etcd.errors import from_cancelled_watch, is_of_grpc, is_turned_off, translate, wants_token
+from engine_registry.etcd.errors import (
+    from_cancelled_watch,
+    is_of_grpc,
+    is_turned_off,
+    translate,
+    wants_token,
+)
 from engine_registry.etcd.lease_stream import LeaseStream
-from engine_registry.schema.keyvalue import Batch, Change, Delete, Deletion, Guard, KeyValue, Put, Snapshot
+from engine_registry.schema.keyvalue import (
+    Batch,
+    Change,
+    Delete,
+    Deletion,
+    Guard,
+    KeyValue,
+    Put,
+    Snapshot,
+)
 from engine_registry.telemetry import metrics
 
 T = TypeVar("T")
 pb = etcd3.etcdrpc
 
-# Values that survived cut, stalled and restarted servers. Without http2.ping_timeout_ms a silent peer may never be noticed. etcd
-# answers pings that come faster than every 5 s, or while no call is open, with GOAWAY.
+# Values that survived cut, stalled and restarted servers. Without http2.ping_timeout_ms a silent
+# peer may never be noticed. etcd answers pings that come faster than every 5 s, or while no call is
+# open, with GOAWAY.
 _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 3_000),
@@ -47,7 +72,10 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.enable_http_proxy", 0),  # http_proxy is for the web; etcd is in the cluster, and one on this machine has no way back
+    (
+        "grpc.enable_http_proxy",
+        0,
+    ),  # http_proxy is for the web; etcd is in the cluster, and one on this machine has no way back
 )
 _CONNECTION_DESCRIPTORS = 8  # that gRPC takes for the first one of a process
 _PAGE_KEYS = 1_000
@@ -55,14 +83,25 @@ _NO_TOKEN = ()  # a connection's metadata while etcd has authentication turned o
 _DELETE_EVENT = 1  # mvccpb.Event.DELETE
 _BACK_OFF = tenacity.wait_exponential(multiplier=0.02, max=0.5) + tenacity.wait_random(0, 0.05)
 _unless_compacted_between_pages = tenacity.retry(
-    retry=tenacity.retry_if_exception_type(HistoryLost), stop=tenacity.stop_after_attempt(10), reraise=True
+    retry=tenacity.retry_if_exception_type(HistoryLost),
+    stop=tenacity.stop_after_attempt(10),
+    reraise=True,
 )
 
 
 class WatchStream:
-    """Batches of changes, until `cancel` or its time is over (which end the iteration) or an EtcdError."""
+    """Batches of changes, until `cancel` or its time is over (which end the iteration) or an
+    EtcdError.
+    """
 
-    def __init__(self, etcd: Etcd, client: Any, call: Any, requests: queue.SimpleQueue[Any], timed: bool = False) -> None:
+    def __init__(
+        self,
+        etcd: Etcd,
+        client: Any,
+        call: Any,
+        requests: queue.SimpleQueue[Any],
+        timed: bool = False,
+    ) -> None:
         """`timed`: the call has a deadline."""
         self._timed = timed
         self._etcd = etcd
@@ -72,14 +111,17 @@ class WatchStream:
         self._cancelled = False
 
     def __iter__(self) -> Iterator[Batch]:
-        # What gRPC raises is the call itself. With its traceback, or as the cause of an error that somebody keeps, it would be
-        # part of a cycle and so be collected late; at the interpreter's end its __del__ may wait for a lock that one of gRPC's
-        # threads holds, stopped for good. So it is let go of here, and the error is raised where it is not being handled.
+        # What gRPC raises is the call itself. With its traceback, or as the cause of an error that
+        # somebody keeps, it would be part of a cycle and so be collected late; at the interpreter's
+        # end its __del__ may wait for a lock that one of gRPC's threads holds, stopped for good. So
+        # it is let go of here, and the error is raised where it is not being handled.
         error: EtcdError | None = None
         try:
             for response in self._call or ():
                 if response.compact_revision:
-                    raise HistoryLost(f"etcd has compacted its history up to revision {response.compact_revision}")
+                    raise HistoryLost(
+                        f"etcd has compacted its history up to revision {response.compact_revision}"
+                    )
                 if response.canceled:
                     raise from_cancelled_watch(response.cancel_reason)
                 if response.events:
@@ -89,14 +131,21 @@ class WatchStream:
                     yield Batch(response.header.revision, ())
             raise EtcdUnavailable("etcd ended the watch")
         except (grpc.RpcError, EtcdError) as exc:
-            # The stream's own deadline, which etcd may notice first and tell as UNKNOWN: no fault of a connection that others use.
-            late = self._timed and isinstance(exc, grpc.RpcError) and "deadline exceeded" in (exc.details() or "").lower()
+            # The stream's own deadline, which etcd may notice first and tell as UNKNOWN: no fault
+            # of a connection that others use.
+            late = (
+                self._timed
+                and isinstance(exc, grpc.RpcError)
+                and "deadline exceeded" in (exc.details() or "").lower()
+            )
             if not self._cancelled and not late:
                 error = self._etcd._failed(self._client, exc)
             exc.__traceback__ = None
         finally:
             self.cancel()
-        if isinstance(error, AnswerTooLarge):  # changes that come at once cannot be had in parts, what is there now can
+        if isinstance(
+            error, AnswerTooLarge
+        ):  # changes that come at once cannot be had in parts, what is there now can
             raise HistoryLost(error.what, error.remedy)
         if error is not None:
             raise error
@@ -125,13 +174,19 @@ class Etcd:
         self._authenticating = threading.Lock()
         self._known_here = False  # etcd has taken our credentials once
         self._client: Any = None
-        self._renewals: tuple[Any, LeaseStream | None] = None, None  # the stream of renewals, and its connection
+        self._renewals: tuple[Any, LeaseStream | None] = (
+            None,
+            None,
+        )  # the stream of renewals, and its connection
         self._next_endpoint = 0
         self._closed = threading.Event()
         self._siblings: weakref.WeakSet[Etcd] = weakref.WeakSet()
 
     def sibling(self) -> Etcd:
-        """A connection of its own to the same etcd, for who must be able to end its calls alone. Closing this one closes it."""
+        """A connection of its own to the same etcd, for who must be able to end its calls alone.
+
+        Closing this one closes it.
+        """
         sibling = Etcd(self.config)
         sibling._known_here = self._known_here
         with self._lock:
@@ -141,7 +196,10 @@ class Etcd:
         return sibling
 
     def close(self) -> None:
-        """From any thread, any number of times. Calls and streams that are under way end at once, with an EtcdError."""
+        """From any thread, any number of times.
+
+        Calls and streams that are under way end at once, with an EtcdError.
+        """
         with self._lock:
             self._closed.set()
             client, self._client = self._client, None
@@ -152,10 +210,14 @@ class Etcd:
         for sibling in siblings:
             sibling.close()
 
-    # -- calls ---------------------------------------------------------------------------------------------------------------
+    # -- calls
+    # ----------------------------------------------------------------------------------------------
 
     def status(self) -> str:
-        """The server's version. One look at every endpoint, so that a wrong address is told at once."""
+        """The server's version.
+
+        One look at every endpoint, so that a wrong address is told at once.
+        """
         attempts = tenacity.stop_after_attempt(len(self.config.endpoints) + 1)
         response = self._unary("Maintenance", "Status", pb.StatusRequest(), attempts)
         return str(response.version)
@@ -166,14 +228,20 @@ class Etcd:
         return bool(response.leader and response.leader == response.header.member_id)
 
     def get(self, key: str, revision: int = 0) -> KeyValue | None:
-        """The key now, or as it was at `revision`; HistoryLost where that is compacted or does not exist."""
+        """The key now, or as it was at `revision`; HistoryLost where that is compacted or does not
+        exist.
+        """
         response = self._range(pb.RangeRequest(key=self._key(key), revision=revision))
         return _key_value(response.kvs[0], len(self.config.namespace)) if response.kvs else None
 
     def count(self, prefix: str, revision: int = 0) -> int:
-        """How many keys lie under the prefix, or lay at `revision`; HistoryLost where that is compacted or does not exist."""
+        """How many keys lie under the prefix, or lay at `revision`; HistoryLost where that is
+        compacted or does not exist.
+        """
         key = self._key(prefix)
-        request = pb.RangeRequest(key=key, range_end=_prefix_end(key), revision=revision, count_only=True)
+        request = pb.RangeRequest(
+            key=key, range_end=_prefix_end(key), revision=revision, count_only=True
+        )
         return int(self._range(request).count)
 
     def snapshot(self, prefix: str) -> Snapshot:
@@ -184,11 +252,20 @@ class Etcd:
     def _snapshot(self, prefix: str) -> Snapshot:
         strip = len(self.config.namespace)
         items: list[KeyValue] = []
-        start, end, revision, limit = self._key(prefix), _prefix_end(self._key(prefix)), 0, _PAGE_KEYS
+        start, end, revision, limit = (
+            self._key(prefix),
+            _prefix_end(self._key(prefix)),
+            0,
+            _PAGE_KEYS,
+        )
         while True:
             try:
-                page = self._range(pb.RangeRequest(key=start, range_end=end, limit=limit, revision=revision))
-            except AnswerTooLarge:  # none of ours are as large as that, but whoever may write may write anything
+                page = self._range(
+                    pb.RangeRequest(key=start, range_end=end, limit=limit, revision=revision)
+                )
+            except (
+                AnswerTooLarge
+            ):  # none of ours are as large as that, but whoever may write may write anything
                 if limit == 1:
                     raise
                 limit = max(1, limit // 4)
@@ -211,7 +288,9 @@ class Etcd:
             )
         )
         strip = len(self.config.namespace)
-        return Snapshot(response.header.revision, tuple(_key_value(kv, strip) for kv in response.kvs))
+        return Snapshot(
+            response.header.revision, tuple(_key_value(kv, strip) for kv in response.kvs)
+        )
 
     def commit(self, guards: Sequence[Guard], writes: Sequence[Put | Delete]) -> int:
         """All writes at once if all guards hold: the new revision, else 0.
@@ -230,11 +309,14 @@ class Etcd:
         return int(response.ID)
 
     def keep_alive(self, lease_id: int) -> float:
-        """Gives the lease its full time again; for how many seconds it now lives at least. LeaseNotFound if it is gone.
+        """Gives the lease its full time again; for how many seconds it now lives at least.
+        LeaseNotFound if it is gone.
 
         All leases are renewed by one stream that stays open, so from any number of threads at once.
         """
-        ttl_s = self._call(lambda client, timeout_s: self._lease_stream(client).renew(lease_id, timeout_s))
+        ttl_s = self._call(
+            lambda client, timeout_s: self._lease_stream(client).renew(lease_id, timeout_s)
+        )
         if ttl_s <= 0:  # how etcd says that a lease is gone: not by an error
             raise LeaseNotFound(f"lease {lease_id:x} has expired or was revoked")
         return float(ttl_s)
@@ -247,28 +329,41 @@ class Etcd:
         except LeaseNotFound:
             return
 
-    def watch(self, prefix: str, start_revision: int, timeout_s: float | None = None) -> WatchStream:
+    def watch(
+        self, prefix: str, start_revision: int, timeout_s: float | None = None
+    ) -> WatchStream:
         """Changes under the prefix from `start_revision` on, for at most `timeout_s`."""
         key = self._key(prefix)
-        create = pb.WatchCreateRequest(key=key, range_end=_prefix_end(key), start_revision=start_revision, progress_notify=True)
+        create = pb.WatchCreateRequest(
+            key=key, range_end=_prefix_end(key), start_revision=start_revision, progress_notify=True
+        )
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         requests.put(pb.WatchRequest(create_request=create))
 
         def begin(client: Any, _: float) -> tuple[Any, Any]:
-            # "hasleader" ends the watch when the member loses its quorum; else it would stay silent.
+            # "hasleader" ends the watch when the member loses its quorum; else it would stay
+            # silent.
             metadata = (*(client.metadata or ()), ("hasleader", "true"))
-            return client, pb.WatchStub(client.channel).Watch(iter(requests.get, None), timeout_s, metadata=metadata)
+            return client, pb.WatchStub(client.channel).Watch(
+                iter(requests.get, None), timeout_s, metadata=metadata
+            )
 
         client, call = self._call(begin)
         return WatchStream(self, client, call, requests, timed=timeout_s is not None)
 
-    # -- what an operator asks -----------------------------------------------------------------------------------------------
+    # -- what an operator asks
+    # ----------------------------------------------------------------------------------------------
 
     def member(self) -> MemberStatus:
-        """The member that answers first, as it sees itself. One look at every endpoint, as with `status`."""
+        """The member that answers first, as it sees itself.
+
+        One look at every endpoint, as with `status`.
+        """
         attempts = tenacity.stop_after_attempt(len(self.config.endpoints) + 1)
         response = self._unary("Maintenance", "Status", pb.StatusRequest(), attempts)
-        told = numbers_in(response.SerializeToString())  # etcd3's classes are older than some of the fields
+        told = numbers_in(
+            response.SerializeToString()
+        )  # etcd3's classes are older than some of the fields
         return MemberStatus(
             version=str(response.version),
             member_id=int(response.header.member_id),
@@ -287,27 +382,48 @@ class Etcd:
 
     def alarms(self) -> tuple[Alarm, ...]:
         response = self._unary("Maintenance", "Alarm", pb.AlarmRequest(action=pb.AlarmRequest.GET))
-        return tuple(Alarm(int(each.memberID), _ALARMS.get(each.alarm, f"number {each.alarm}")) for each in response.alarms)
+        return tuple(
+            Alarm(int(each.memberID), _ALARMS.get(each.alarm, f"number {each.alarm}"))
+            for each in response.alarms
+        )
 
     def user(self, name: str) -> User:
         """What that user may do. Every user may ask it of himself, root of all."""
-        roles = tuple(map(str, self._unary("Auth", "UserGet", pb.AuthUserGetRequest(name=name)).roles))
+        roles = tuple(
+            map(str, self._unary("Auth", "UserGet", pb.AuthUserGetRequest(name=name)).roles)
+        )
         bounded = [role for role in roles if role != "root"]  # which may do all, and need not exist
-        granted = [p for role in bounded for p in self._unary("Auth", "RoleGet", pb.AuthRoleGetRequest(role=role)).perm]
+        granted = [
+            p
+            for role in bounded
+            for p in self._unary("Auth", "RoleGet", pb.AuthRoleGetRequest(role=role)).perm
+        ]
         return User(
-            name, roles, tuple(Permission(p.key, p.range_end, p.permType in _READS, p.permType in _WRITES) for p in granted)
+            name,
+            roles,
+            tuple(
+                Permission(p.key, p.range_end, p.permType in _READS, p.permType in _WRITES)
+                for p in granted
+            ),
         )
 
     def first_keys(self, limit: int) -> tuple[str, ...]:
         """The first keys of the whole store, whatever namespace they are in."""
-        response = self._range(pb.RangeRequest(key=b"\0", range_end=b"\0", limit=limit, keys_only=True))
+        response = self._range(
+            pb.RangeRequest(key=b"\0", range_end=b"\0", limit=limit, keys_only=True)
+        )
         return tuple(kv.key.decode(errors="replace") for kv in response.kvs)
 
     def local_address(self) -> str:
-        """Which of our addresses the way to etcd begins at. Nothing is sent: a datagram socket only looks up the route."""
+        """Which of our addresses the way to etcd begins at.
+
+        Nothing is sent: a datagram socket only looks up the route.
+        """
         endpoint = self.config.endpoints[self._next_endpoint % len(self.config.endpoints)]
         try:
-            family, kind, _, _, address = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_DGRAM)[0]
+            family, kind, _, _, address = socket.getaddrinfo(
+                endpoint.host, endpoint.port, type=socket.SOCK_DGRAM
+            )[0]
             with socket.socket(family, kind) as probe:
                 probe.connect(address)
                 return str(probe.getsockname()[0])
@@ -315,7 +431,8 @@ class Etcd:
             why, remedy = explain(exc)
             raise EtcdUnavailable(f"there is no way to etcd at {endpoint}: {why}", remedy) from exc
 
-    # -- how a call is made --------------------------------------------------------------------------------------------------
+    # -- how a call is made
+    # ----------------------------------------------------------------------------------------------
 
     def _unary(self, service: str, method: str, request: Any, stop: Any = None) -> Any:
         def operation(client: Any, timeout_s: float) -> Any:
@@ -339,7 +456,13 @@ class Etcd:
         result: T = retrying(self._attempt, operation, deadline, share_s, said)
         return result
 
-    def _attempt(self, operation: Callable[[Any, float], T], deadline: float, share_s: float, said: list[EtcdUnavailable]) -> T:
+    def _attempt(
+        self,
+        operation: Callable[[Any, float], T],
+        deadline: float,
+        share_s: float,
+        said: list[EtcdUnavailable],
+    ) -> T:
         client = None
         try:
             client = self._connected()
@@ -395,7 +518,10 @@ class Etcd:
         )
 
     def _authenticate(self, client: Any, timeout_s: float) -> None:
-        """Gives the connection a token if it has none. The client library would ask for one before `close` knows the connection."""
+        """Gives the connection a token if it has none.
+
+        The client library would ask for one before `close` knows the connection.
+        """
         with self._authenticating:
             if client.metadata is not None:
                 return
@@ -405,13 +531,17 @@ class Etcd:
             except grpc.RpcError as exc:
                 if not (self._known_here and is_turned_off(exc)):
                     raise
-                client.metadata = _NO_TOKEN  # who turns authentication off for a while does not mean to end what runs
+                # who turns authentication off for a while does not mean to end what runs
+                client.metadata = _NO_TOKEN
             else:
                 client.metadata = (("token", token),)
                 self._known_here = True
 
     def _drop(self, client: Any) -> None:
-        """The next call gets a fresh connection, to the next endpoint. `client` None: connecting itself has failed."""
+        """The next call gets a fresh connection, to the next endpoint.
+
+        `client` None: connecting itself has failed.
+        """
         with self._lock:
             if client is not self._client:
                 return  # another thread has dropped it already
@@ -424,7 +554,8 @@ class Etcd:
     def _range(self, request: Any) -> Any:
         return self._unary("KV", "Range", request)
 
-    # -- ours to theirs and back ---------------------------------------------------------------------------------------------
+    # -- ours to theirs and back
+    # ---------------------------------------------------------------------------------------------
 
     def _key(self, key: str) -> bytes:
         return (self.config.namespace + key).encode(errors="surrogateescape")
@@ -441,19 +572,28 @@ class Etcd:
             compare.range_end = _prefix_end(key)
         yield compare
         if guard.content is not None:
-            yield pb.Compare(key=key, target=pb.Compare.VALUE, result=pb.Compare.EQUAL, value=guard.content)
+            yield pb.Compare(
+                key=key, target=pb.Compare.VALUE, result=pb.Compare.EQUAL, value=guard.content
+            )
 
     def _op(self, write: Put | Delete) -> Any:
         key = self._key(write.key)
         if isinstance(write, Put):
             keep = write.lease_id is None
-            return pb.RequestOp(request_put=pb.PutRequest(key=key, value=write.value, lease=write.lease_id or 0, ignore_lease=keep))
+            return pb.RequestOp(
+                request_put=pb.PutRequest(
+                    key=key, value=write.value, lease=write.lease_id or 0, ignore_lease=keep
+                )
+            )
         end = _prefix_end(key) if write.prefix else b""
         return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=key, range_end=end))
 
 
 def _most_telling(error: EtcdError, exc: Exception, said: list[EtcdUnavailable]) -> EtcdError:
-    """The last try of a call may be too short for any answer. What etcd said before tells more than that."""
+    """The last try of a call may be too short for any answer.
+
+    What etcd said before tells more than that.
+    """
     if not (isinstance(exc, grpc.RpcError) and isinstance(error, EtcdUnavailable)):
         return error
     if (exc.details() or "").startswith("etcdserver: "):
@@ -466,7 +606,11 @@ def _share(share_s: float, deadline: float) -> float:
     return max(0.05, min(share_s, deadline - time.monotonic()))
 
 
-_CA_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem")
+_CA_FILES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+)
 _MEMBER_LEARNER = 5  # a field of etcd's Member
 _STATUS_USED, _STATUS_LEARNER, _STATUS_QUOTA = 9, 10, 12  # fields of etcd's StatusResponse
 _ALARMS = {1: "NOSPACE", 2: "CORRUPT"}
@@ -477,10 +621,15 @@ _TARGETS = {"create_revision": pb.Compare.CREATE, "mod_revision": pb.Compare.MOD
 def _system_ca() -> str:
     import ssl  # seldom needed, and big
 
-    paths = (ssl.get_default_verify_paths().cafile, *_CA_FILES)  # a Python from elsewhere may not know where this system has it
+    paths = (
+        ssl.get_default_verify_paths().cafile,
+        *_CA_FILES,
+    )  # a Python from elsewhere may not know where this system has it
     found = next((path for path in paths if path and os.path.isfile(path)), None)
     if found is None:
-        raise EtcdRefused("this system has no file of trusted certificates", "give etcd's CA as `cacert`")
+        raise EtcdRefused(
+            "this system has no file of trusted certificates", "give etcd's CA as `cacert`"
+        )
     return found
 
 
@@ -499,7 +648,7 @@ def _member(member: Any) -> Member:
 
 
 def _prefix_end(prefix: bytes) -> bytes:
-    """The first key after all that begin with the prefix; etcd takes a zero byte as `to the end`."""
+    """The first key after all with the prefix; etcd takes a zero byte as `to the end`."""
     end = bytearray(prefix)
     while end and end[-1] == 255:
         end.pop()

@@ -1,4 +1,7 @@
-"""How to reach etcd: endpoints, credentials, deadlines. Pure; only the command line reads the environment."""
+"""How to reach etcd: endpoints, credentials, deadlines.
+
+Pure; only the command line reads the environment.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from engine_registry.schema.printable import is_unicode
 
 MAX_TIMEOUT_S = 3600.0
 _WHERE = "the user goes into `user`, the password into `password`"
-_ENDPOINT = re.compile(r"(?:https?://)?(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})/?")
+_ENDPOINT = re.compile(
+    r"(?:https?://)?(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})/?"
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,10 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class EtcdConfig:
-    """`timeout_s` bounds one call, with its retries at all endpoints. `namespace` is put before every key."""
+    """`timeout_s` bounds one call, with its retries at all endpoints.
+
+    `namespace` is put before every key.
+    """
 
     endpoints: tuple[Endpoint, ...]
     namespace: str = ""
@@ -45,30 +53,50 @@ class EtcdConfig:
             raise InvalidField("no etcd endpoint given", "use HOST:PORT", field="endpoints")
         if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise InvalidField(
-                f"timeout {self.timeout_s} is not valid: it is more than 0 and at most {MAX_TIMEOUT_S:g} seconds", field="timeout_s"
+                f"timeout {self.timeout_s} is not valid: it is more than 0 and at most "
+                f"{MAX_TIMEOUT_S:g} seconds",
+                field="timeout_s",
             )
         if not self.namespace.isprintable():
-            raise InvalidField(f"namespace {self.namespace!r} is not valid: it is one line of printable text", field="namespace")
+            raise InvalidField(
+                f"namespace {self.namespace!r} is not valid: it is one line of printable text",
+                field="namespace",
+            )
         self._check_tls()
         self._check_credentials()
 
     def _check_tls(self) -> None:
         if len({bool(endpoint.tls) for endpoint in self.endpoints}) > 1:
             raise InvalidField(
-                "some etcd endpoints are https:// and some are not: all members speak one of them", field="endpoints"
+                "some etcd endpoints are https:// and some are not: all members speak one of them",
+                field="endpoints",
             )
         if bool(self.cert) != bool(self.key):
-            raise InvalidField("a client certificate needs both its file and its key's", "give cert and key", field="cert")
+            raise InvalidField(
+                "a client certificate needs both its file and its key's",
+                "give cert and key",
+                field="cert",
+            )
         if self.cert and not self.tls:
-            raise InvalidField("a client certificate goes with TLS", "give the server's CA as cacert, or https://", field="cacert")
+            raise InvalidField(
+                "a client certificate goes with TLS",
+                "give the server's CA as cacert, or https://",
+                field="cacert",
+            )
         if self.tls and any(endpoint.tls is False for endpoint in self.endpoints):
-            raise InvalidField("an etcd endpoint is http://, without TLS, but cacert turns it on", "use https://", field="cacert")
+            raise InvalidField(
+                "an etcd endpoint is http://, without TLS, but cacert turns it on",
+                "use https://",
+                field="cacert",
+            )
 
     def _check_credentials(self) -> None:
         """Never shows what was given: it may be the password."""
         for name, text in (("user", self.user), ("password", self.password)):
             if text is not None and not is_unicode(text):
-                raise InvalidField(f"the {name} for etcd is not valid: it is not UTF-8 text", field=name)
+                raise InvalidField(
+                    f"the {name} for etcd is not valid: it is not UTF-8 text", field=name
+                )
         check_user(self.user)
         if (self.user is None) != (self.password is None):
             raise InvalidField("etcd authentication needs both a user and a password", field="user")
@@ -86,17 +114,23 @@ class EtcdConfig:
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> EtcdConfig:
-        return cls(**{**data, "endpoints": tuple(Endpoint(**endpoint) for endpoint in data["endpoints"])})
+        return cls(
+            **{**data, "endpoints": tuple(Endpoint(**endpoint) for endpoint in data["endpoints"])}
+        )
 
 
 def check_user(user: str | None) -> None:
     """InvalidField where it comes with a password, as etcdctl takes it; shows neither."""
     if user is not None and ":" in user:
-        raise InvalidField("the user for etcd is not valid: it is a name alone", _WHERE, field="user")
+        raise InvalidField(
+            "the user for etcd is not valid: it is a name alone", _WHERE, field="user"
+        )
 
 
 def parse_endpoints(text: str | Sequence[str]) -> tuple[Endpoint, ...]:
-    """`HOST:PORT[,HOST:PORT…]`, each with or without `http://` or, for TLS, `https://`; IPv6 addresses in brackets."""
+    """`HOST:PORT[,HOST:PORT…]`, each with or without `http://` or, for TLS, `https://`; IPv6
+    addresses in brackets.
+    """
     parts = text.split(",") if isinstance(text, str) else text
     whole = ",".join(parts)
     if "@" in whole:  # what stands before it may be a password, with commas

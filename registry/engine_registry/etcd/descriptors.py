@@ -1,4 +1,5 @@
-"""File descriptors: whether as many are left as a step takes, asked before a library finds out in its own way.
+"""File descriptors: whether as many are left as a step takes, asked before a library finds out in
+its own way.
 
 gRPC aborts the process where its first connection gets none, and Python imports nothing then.
 """
@@ -33,4 +34,7 @@ def explain(error: OSError) -> tuple[str, str]:
     if not is_exhausted(error):
         return str(error), ""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return f"no file descriptors are left (limit {limit})", "close some, or raise the limit (ulimit -n)"
+    return (
+        f"no file descriptors are left (limit {limit})",
+        "close some, or raise the limit (ulimit -n)",
+    )

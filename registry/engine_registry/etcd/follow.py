@@ -1,4 +1,5 @@
-"""A prefix's content, then every change to it, for ever: what watchers and waiting resolvers are built on.
+"""A prefix's content, then every change to it, for ever: what watchers and waiting resolvers are
+built on.
 
 Runs in the caller's thread; `stop` may be called from any other.
 """
@@ -23,8 +24,9 @@ log = logging.getLogger(__name__)
 class Follower:
     """Iterate: a Snapshot first, then Batches with no gap and no repetition.
 
-    A lost stream is resumed from the revision after the last one seen. Where that history is gone (compacted, or etcd came back
-    with another store) a new Snapshot follows instead, and the reader has to work out the difference.
+    A lost stream is resumed from the revision after the last one seen. Where that history is gone
+    (compacted, or etcd came back with another store) a new Snapshot follows instead, and the reader
+    has to work out the difference.
     """
 
     def __init__(self, etcd: Etcd, prefix: str, deadline: float | None = None) -> None:
@@ -60,7 +62,9 @@ class Follower:
                 if not self._revision:
                     snapshot = self._etcd.snapshot(self._prefix)
                     self._revision, self._count = snapshot.revision, len(snapshot.items)
-                    self._newest = max(snapshot.items, key=lambda item: item.mod_revision, default=None)
+                    self._newest = max(
+                        snapshot.items, key=lambda item: item.mod_revision, default=None
+                    )
                     yield snapshot
                 self._check_history()
                 self._is_back()
@@ -70,7 +74,11 @@ class Follower:
                     if batch.changes:
                         yield batch
             except HistoryLost as exc:
-                log.info("%s: starting again from a snapshot", exc, extra=fields("watch_resync", prefix=self._prefix))
+                log.info(
+                    "%s: starting again from a snapshot",
+                    exc,
+                    extra=fields("watch_resync", prefix=self._prefix),
+                )
                 metrics.RESYNCS.inc()
                 self._revision = 0
             except EtcdUnavailable as exc:
@@ -108,7 +116,9 @@ class Follower:
             self.away_since = None
 
     def _over(self) -> bool:
-        return self._stopped.is_set() or (self._deadline is not None and time.monotonic() >= self._deadline)
+        return self._stopped.is_set() or (
+            self._deadline is not None and time.monotonic() >= self._deadline
+        )
 
     def _remember(self, batch: Batch) -> None:
         self._revision = batch.revision
@@ -122,9 +132,11 @@ class Follower:
                     self._newest = None
 
     def _check_history(self) -> None:
-        """HistoryLost unless this is still the store that we know: a wiped one may have grown past our revision since.
+        """HistoryLost unless this is still the store that we know: a wiped one may have grown past
+        our revision since.
 
-        What it says of our last revision must agree with what we saw then: how many keys there were, and the newest of them.
+        What it says of our last revision must agree with what we saw then: how many keys there
+        were, and the newest of them.
         """
         newest = self._newest
         if self._etcd.count(self._prefix, self._revision) != self._count or (

@@ -1,7 +1,8 @@
 """All renewals of leases over one connection to etcd: one LeaseKeepAlive call that stays open.
 
-Used by `etcd.client` only. Starts one thread, which takes in the answers and ends with the call. A call for each renewal would
-cost etcd several times as much, and its grpc-proxy cancels a renewal whose call is half-closed before it has answered.
+Used by `etcd.client` only. Starts one thread, which takes in the answers and ends with the call. A
+call for each renewal would cost etcd several times as much, and its grpc-proxy cancels a renewal
+whose call is half-closed before it has answered.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _PATIENCE_S = 0.5  # for a renewal, until the lease is looked at
 
 
 class StreamEnded(grpc.RpcError):
-    """How a call ended, without the call: gRPC raises the call itself, which must not outlive it."""
+    """How a call ended, without the call: gRPC raises the call itself, which must not live on."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(details)
@@ -49,20 +50,27 @@ class _Renewal:
         self._answer.put(answer)
 
     def wait(self, timeout_s: float) -> int | None:
-        """The lease's time to live, 0 or less if it is gone; None if there is no answer yet. Raises StreamEnded."""
+        """The lease's time to live, 0 or less if it is gone; None if there is no answer yet.
+
+        Raises StreamEnded.
+        """
         try:
             answer = self._answer.get(timeout=max(0.0, timeout_s))
         except queue.Empty:
             return None
         if isinstance(answer, StreamEnded):
-            raise StreamEnded(answer.code(), answer.details())  # another one for each of several threads
+            raise StreamEnded(
+                answer.code(), answer.details()
+            )  # another one for each of several threads
         return answer
 
 
 class _Asked:
-    """What has not been answered, by lease, in the order in which it was asked: etcd answers every request once.
+    """What has not been answered, by lease, in the order in which it was asked: etcd answers every
+    request once.
 
-    It alone holds the call, and only while that lives: a call that has ended must not hang on an error that somebody keeps.
+    It alone holds the call, and only while that lives: a call that has ended must not hang on an
+    error that somebody keeps.
     """
 
     def __init__(self, call: Any) -> None:
@@ -99,18 +107,29 @@ class _Asked:
 
 
 class LeaseStream:
-    """`renew` from any thread. Over when its connection is closed, or etcd ends the call; then another one is needed."""
+    """`renew` from any thread.
+
+    Over when its connection is closed, or etcd ends the call; then another one is needed.
+    """
 
     def __init__(self, stub: Any, metadata: Sequence[tuple[str, str]]) -> None:
         """RuntimeError if there is no thread to be had."""
         self._stub = stub
         self._metadata = metadata
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # As with a watch: when the member loses its quorum the call ends, else it would stay silent.
-        self._asked = _Asked(stub.LeaseKeepAlive(iter(self._requests.get, None), metadata=(*metadata, ("hasleader", "true"))))
-        # The thread keeps neither this nor the connection alive: a connection that is forgotten leaves no thread.
+        # As with a watch: when the member loses its quorum the call ends, else it would stay
+        # silent.
+        self._asked = _Asked(
+            stub.LeaseKeepAlive(
+                iter(self._requests.get, None), metadata=(*metadata, ("hasleader", "true"))
+            )
+        )
+        # The thread keeps neither this nor the connection alive: a connection that is forgotten
+        # leaves no thread.
         arguments = (self._requests, self._asked)
-        thread = threading.Thread(target=_take_in, args=arguments, name="etcd renewals", daemon=True)
+        thread = threading.Thread(
+            target=_take_in, args=arguments, name="etcd renewals", daemon=True
+        )
         try:
             thread.start()
         except RuntimeError:
@@ -122,10 +141,12 @@ class LeaseStream:
         return self._asked.ended is not None
 
     def renew(self, lease_id: int, timeout_s: float) -> int:
-        """For how many seconds the lease lives now at least, 0 or less if it is gone. Raises grpc.RpcError.
+        """For how many seconds the lease lives now at least, 0 or less if it is gone. Raises
+        grpc.RpcError.
 
-        A grpc-proxy renews by its own clock, each third of the lease's time, and answers only then. So where no answer comes
-        soon, the lease is looked at: one that has most of its time left is being renewed.
+        A grpc-proxy renews by its own clock, each third of the lease's time, and answers only then.
+        So where no answer comes soon, the lease is looked at: one that has most of its time left is
+        being renewed.
         """
         deadline = time.monotonic() + timeout_s
         renewal = self._asked.add(lease_id)
@@ -140,15 +161,23 @@ class LeaseStream:
         return ttl_s
 
     def _time_left(self, lease_id: int, timeout_s: float) -> int | None:
-        """How long the lease lives, less than 0 if it is gone; None if it has not been renewed lately, or we may not look."""
+        """How long the lease lives, less than 0 if it is gone; None if it has not been renewed
+        lately, or we may not look.
+        """
         try:
-            found = self._stub.LeaseTimeToLive(pb.LeaseTimeToLiveRequest(ID=lease_id), timeout_s, metadata=self._metadata)
+            found = self._stub.LeaseTimeToLive(
+                pb.LeaseTimeToLiveRequest(ID=lease_id), timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as exc:
-            if exc.code() is grpc.StatusCode.PERMISSION_DENIED:  # to read a key that hangs on the lease
+            if (
+                exc.code() is grpc.StatusCode.PERMISSION_DENIED
+            ):  # to read a key that hangs on the lease
                 return None
             raise
         renewed_lately = found.grantedTTL <= 2 * found.TTL
-        return int(found.TTL) if renewed_lately or found.TTL < 0 else None  # 0 is less than a second
+        return (
+            int(found.TTL) if renewed_lately or found.TTL < 0 else None
+        )  # 0 is less than a second
 
     def end(self) -> None:
         """From any thread, any number of times."""
@@ -158,7 +187,8 @@ class LeaseStream:
             call.cancel()
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # At the interpreter's end all threads are stopped, also one of gRPC's that holds a lock of the call.
+        # At the interpreter's end all threads are stopped, also one of gRPC's that holds a lock of
+        # the call.
         if not is_finalizing() and hasattr(self, "_asked"):
             self.end()
 
@@ -169,8 +199,9 @@ def _take_in(requests: queue.SimpleQueue[Any], asked: _Asked) -> None:
         for response in asked.call or ():
             asked.answer(response.ID, response.TTL)
     except grpc.RpcError as exc:
-        # This is the call. With its traceback it would be part of a cycle and so be collected late; at the interpreter's end its
-        # __del__ may wait for a lock that one of gRPC's threads holds, stopped for good.
+        # This is the call. With its traceback it would be part of a cycle and so be collected late;
+        # at the interpreter's end its __del__ may wait for a lock that one of gRPC's threads holds,
+        # stopped for good.
         ended = StreamEnded(exc.code(), exc.details() or "")
         exc.__traceback__ = None
     asked.end(ended)

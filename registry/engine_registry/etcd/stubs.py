@@ -1,8 +1,10 @@
-"""Makes stock etcd3 0.12 importable under protobuf 4 and later. Imported by `etcd.client` only, before etcd3.
+"""Makes stock etcd3 0.12 importable under protobuf 4 and later. Imported by `etcd.client` only,
+before etcd3.
 
-etcd3 ships message classes generated for protobuf 3, which newer protobuf refuses to load; inference engines need newer
-protobuf. The descriptors inside those generated files are still good, so the message classes are built from them again, in a
-descriptor pool of their own: another package's `rpc.proto` can neither clash with them nor be broken by them.
+etcd3 ships message classes generated for protobuf 3, which newer protobuf refuses to load;
+inference engines need newer protobuf. The descriptors inside those generated files are still good,
+so the message classes are built from them again, in a descriptor pool of their own: another
+package's `rpc.proto` can neither clash with them nor be broken by them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.internal import enum_type_wrapper
 
 _PACKAGE = "etcd3.etcdrpc"
-_DESCRIPTOR = re.compile(r"""(?:serialized_pb=|AddSerializedFile\()(?:_b\()?(b?'(?:[^'\\]|\\.)*')""")
+_DESCRIPTOR = re.compile(
+    r"""(?:serialized_pb=|AddSerializedFile\()(?:_b\()?(b?'(?:[^'\\]|\\.)*')"""
+)
 _PROTOS = ("kv", "auth", "rpc")  # in the order in which they depend on each other
 
 
@@ -47,11 +51,15 @@ def install() -> None:
             del sys.modules[name]
         raise
     for source in (modules[f"{_PACKAGE}.rpc_pb2"], stubs):
-        vars(package).update({name: value for name, value in vars(source).items() if not name.startswith("_")})
+        vars(package).update(
+            {name: value for name, value in vars(source).items() if not name.startswith("_")}
+        )
 
 
 def _message_module(pool: Any, folder: Path, proto: str) -> types.ModuleType:
-    described = descriptor_pb2.FileDescriptorProto.FromString(_serialized_descriptor(folder / f"{proto}_pb2.py"))
+    described = descriptor_pb2.FileDescriptorProto.FromString(
+        _serialized_descriptor(folder / f"{proto}_pb2.py")
+    )
     if hasattr(pool, "AddSerializedFile"):
         pool.AddSerializedFile(described.SerializeToString())
     else:
@@ -60,7 +68,9 @@ def _message_module(pool: Any, folder: Path, proto: str) -> types.ModuleType:
     module = types.ModuleType(f"{_PACKAGE}.{proto}_pb2")
     vars(module)["DESCRIPTOR"] = file
     factory: Any = message_factory
-    message_class = getattr(factory, "GetMessageClass", None) or factory.MessageFactory(pool).GetPrototype
+    message_class = (
+        getattr(factory, "GetMessageClass", None) or factory.MessageFactory(pool).GetPrototype
+    )
     for name, descriptor in file.message_types_by_name.items():
         setattr(module, name, message_class(descriptor))
     for name, descriptor in file.enum_types_by_name.items():
@@ -71,13 +81,17 @@ def _message_module(pool: Any, folder: Path, proto: str) -> types.ModuleType:
 
 
 def _serialized_descriptor(path: Path) -> bytes:
-    """The bytes that the generated file hands to protobuf, taken from its source without running it.
+    """The bytes that the generated file hands to protobuf, taken from its source without running
+    it.
 
-    Parsing the whole file would be simpler, but costs every process that imports etcd3 25 ms and 12 MB.
+    Parsing the whole file would be simpler, but costs every process that imports etcd3 25 ms and 12
+    MB.
     """
     literal = _DESCRIPTOR.search(path.read_text("utf-8"))
     if literal is None:
-        raise ImportError(f"{path} holds no serialized descriptor: this etcd3 is not one of the 0.12 releases")
+        raise ImportError(
+            f"{path} holds no serialized descriptor: this etcd3 is not one of the 0.12 releases"
+        )
     value = ast.literal_eval(literal[1])
     return value.encode("latin1") if isinstance(value, str) else bytes(value)
 

@@ -1,7 +1,9 @@
-"""What a gateway answers to who wants to read from a rank: looked up in etcd for every question, rendered once a revision.
+"""What a gateway answers to who wants to read from a rank: looked up in etcd for every question,
+rendered once a revision.
 
-Runs in the gateway's event loop. Questions for one rank that wait at the same time share one look at etcd that begins after all of
-them have come: so an answer is never older than its question, and a hundred loaders that start together cost etcd little.
+Runs in the gateway's event loop. Questions for one rank that wait at the same time share one look
+at etcd that begins after all of them have come: so an answer is never older than its question, and
+a hundred loaders that start together cost etcd little.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class _Rendered:
 class Answers:
     """`timeout_s` bounds a look at etcd."""
 
-    def __init__(self, etcd: Etcd, calls: Calls, timeout_s: float, cache_nbytes: int = _CACHE_NBYTES) -> None:
+    def __init__(
+        self, etcd: Etcd, calls: Calls, timeout_s: float, cache_nbytes: int = _CACHE_NBYTES
+    ) -> None:
         self._etcd = etcd
         self._calls = calls
         self._timeout_s = timeout_s
@@ -47,12 +51,17 @@ class Answers:
         self._waiting: dict[str, asyncio.Task[bytes]] = {}  # for the look before to end
 
     async def of(self, instance: str, rank: int) -> bytes:
-        """JSON in SGLang's form. InstanceNotFound where there is no such rank to read from now; an EtcdError."""
+        """JSON in SGLang's form.
+
+        InstanceNotFound where there is no such rank to read from now; an EtcdError.
+        """
         key = record_key(instance, rank)
         task = self._waiting.get(key)
         if task is None:
             task = self._waiting[key] = asyncio.create_task(self._look(key, self._looking.get(key)))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # when nobody waits for it any more
+            task.add_done_callback(
+                lambda done: done.cancelled() or done.exception()
+            )  # when nobody waits for it any more
         return await asyncio.shield(task)  # who goes away must not take the others' answer along
 
     async def _look(self, key: str, before: asyncio.Task[bytes] | None) -> bytes:
@@ -65,7 +74,8 @@ class Answers:
             if known is not None and known.item == item:
                 self._cache.move_to_end(key)
                 return known.body
-            # What follows may take a large manifest its time: only its calls to etcd are bounded, by their own.
+            # What follows may take a large manifest its time: only its calls to etcd are bounded,
+            # by their own.
             rendered = await self._calls(partial(self._render, key, item))
             self._remember(key, rendered)
             return rendered.body
@@ -100,4 +110,6 @@ def _check_readable(record: RankRecord) -> None:
     if record.ended:
         raise InstanceNotFound(f"{record.key} has ended: {record.ended}")
     if record.state is not RankState.READY:
-        raise InstanceNotFound(f"{record.key} is {record.state.value}: {_WHY_NOT[record.state]}; try again")
+        raise InstanceNotFound(
+            f"{record.key} is {record.state.value}: {_WHY_NOT[record.state]}; try again"
+        )

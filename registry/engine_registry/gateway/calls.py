@@ -1,4 +1,6 @@
-"""Blocking calls of etcd made from an event loop: each in one of a few threads, with a time by which there is an answer."""
+"""Blocking calls of etcd made from an event loop: each in one of a few threads, with a time by
+which there is an answer.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ T = TypeVar("T")
 
 
 class Calls:
-    """Starts up to `threads` threads. `close` waits for the calls that are under way: end those first, with `Etcd.close`."""
+    """Starts up to `threads` threads.
+
+    `close` waits for the calls that are under way: end those first, with `Etcd.close`.
+    """
 
     def __init__(self, threads: int, name: str) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
@@ -26,7 +31,9 @@ class Calls:
         try:
             return await asyncio.wait_for(self(call), timeout_s)
         except asyncio.TimeoutError as exc:
-            raise EtcdUnavailable(f"etcd has not answered within {timeout_s:g} s", "try again") from exc
+            raise EtcdUnavailable(
+                f"etcd has not answered within {timeout_s:g} s", "try again"
+            ) from exc
 
     def close(self, wait: bool = True) -> None:
         self._pool.shutdown(wait=wait, cancel_futures=True)

@@ -1,6 +1,8 @@
-"""Ranks that register through a gateway: their records, and the claim of a rank for a seed. Runs in the gateway's event loop.
+"""Ranks that register through a gateway: their records, and the claim of a rank for a seed. Runs in
+the gateway's event loop.
 
-Such a record is like any other, but `kept_by` says that no process of ours stands beside the rank: gateways keep up its lease.
+Such a record is like any other, but `kept_by` says that no process of ours stands beside the rank:
+gateways keep up its lease.
 """
 
 from __future__ import annotations
@@ -13,7 +15,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from engine_registry.client import new_incarnation, package_version
-from engine_registry.errors import EtcdError, InvalidField, RankConflict, RecordDamaged, RegistryError
+from engine_registry.errors import (
+    EtcdError,
+    InvalidField,
+    RankConflict,
+    RecordDamaged,
+    RegistryError,
+)
 from engine_registry.etcd.client import Etcd
 from engine_registry.gateway.calls import Calls
 from engine_registry.gateway.probe import Answer, Probe
@@ -39,17 +47,22 @@ class Served:
     world_size: int
 
 
-def seed_record(instance: str, info: SeedInfo, world_size: int, model: str) -> tuple[RankRecord, list[bytes]]:
+def seed_record(
+    instance: str, info: SeedInfo, world_size: int, model: str
+) -> tuple[RankRecord, list[bytes]]:
     """The record and the manifest's parts for what a seed has said; InvalidField."""
     if info.rank >= world_size:
         raise InvalidField(
             f"rank {info.rank} is not below the world size {world_size} of {instance!r}",
-            "say how many ranks it has: ?world_size=N, world_size in the body, or `world_size` of the gateway for its own instance",
+            "say how many ranks it has: ?world_size=N, world_size in the body, or "
+            "`world_size` of the gateway for its own instance",
             field="world_size",
         )
     ref, parts = encode(info.manifest)
     if len(parts) > MAX_PARTS:
-        raise InvalidField(f"the manifest takes {len(parts)} MiB, more than {MAX_PARTS}", field="weights_info_dict")
+        raise InvalidField(
+            f"the manifest takes {len(parts)} MiB, more than {MAX_PARTS}", field="weights_info_dict"
+        )
     host, _ = parse_session(info.session_id)
     record = RankRecord(
         incarnation=new_incarnation(),
@@ -78,8 +91,11 @@ class Seeds:
         self._ttl_s = ttl_s
         self._probe = probe
 
-    async def register(self, record: RankRecord, parts: Sequence[bytes], may_replace: bool = True) -> None:
-        """Puts the record in place of a seed's before it, unless that one lives at another address or may not be replaced.
+    async def register(
+        self, record: RankRecord, parts: Sequence[bytes], may_replace: bool = True
+    ) -> None:
+        """Puts the record in place of a seed's before it, unless that one lives at another address
+        or may not be replaced.
 
         Raises RankConflict, InstanceMismatch or an EtcdError.
         """
@@ -108,7 +124,10 @@ class Seeds:
             return
 
     def _holder(self, key: str) -> tuple[int, RankRecord | None]:
-        """The seed that has the rank, and its lease. Who else has it is for the claim to find out."""
+        """The seed that has the rank, and its lease.
+
+        Who else has it is for the claim to find out.
+        """
         found: KeyValue | None = self._etcd.get(key)
         if found is not None:
             with suppress(RecordDamaged):
@@ -120,7 +139,8 @@ class Seeds:
     async def _check_gone(self, holder: RankRecord) -> None:
         if await self._probe(holder.session_id) is Answer.LISTENS:
             raise RankConflict(
-                f"rank {holder.rank} of {holder.instance!r} is already registered (a seed at {holder.session_id} that answers, "
+                f"rank {holder.rank} of {holder.instance!r} is already registered (a seed at "
+                f"{holder.session_id} that answers, "
                 f"since {holder.registered_at})",
                 "stop it, choose another rank, or end its registration with `Registry.evict`",
                 instance=holder.instance,
@@ -142,4 +162,9 @@ class Seeds:
         try:
             self._etcd.revoke(lease_id)
         except EtcdError as exc:
-            log.info("lease %x is left to expire: %s", lease_id, exc, extra=fields("lease_left", error=exc))
+            log.info(
+                "lease %x is left to expire: %s",
+                lease_id,
+                exc,
+                extra=fields("lease_left", error=exc),
+            )

@@ -1,7 +1,9 @@
-"""What an HTTP client of the gateway may take: bytes, seconds, connections. A client that goes beyond is cut off, nobody else is.
+"""What an HTTP client of the gateway may take: bytes, seconds, connections. A client that goes
+beyond is cut off, nobody else is.
 
-`Limits` are the numbers. `Guard` counts what is open and makes uvicorn's connections keep to their time, which by itself it does
-not before a request and while a response is not being read. `body` bounds what is sent, whatever its Content-Length says.
+`Limits` are the numbers. `Guard` counts what is open and makes uvicorn's connections keep to their
+time, which by itself it does not before a request and while a response is not being read. `body`
+bounds what is sent, whatever its Content-Length says.
 """
 
 from __future__ import annotations
@@ -48,10 +50,14 @@ class Busy(Exception):
 
 
 class SlicedResponse(Response):
-    """A body is handed on as its client takes it: what many slow ones have not taken yet would fill the memory."""
+    """A body is handed on as its client takes it: what many slow ones have not taken yet would fill
+    the memory.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
         for start in range(0, len(self.body), _SLICE_NBYTES):
             part = self.body[start : start + _SLICE_NBYTES]
             await send({"type": "http.response.body", "body": part, "more_body": True})
@@ -75,7 +81,9 @@ class Guard:
         """The app, each request of which counts against its connection's time."""
 
         async def watched(scope: Scope, receive: Receive, send: Send) -> None:
-            connection = self._connections.get(scope.get("client")) if scope["type"] == "http" else None
+            connection = (
+                self._connections.get(scope.get("client")) if scope["type"] == "http" else None
+            )
             if connection is None:
                 await app(scope, receive, send)
                 return
@@ -99,7 +107,8 @@ class Guard:
             await self.discard_body(request)
             raise Busy(
                 "too many requests of your address, or of all clients, are under way: try again; "
-                "if clients share an address, as behind a proxy, raise `connections_per_address` of the gateway"
+                "if clients share an address, as behind a proxy, raise "
+                "`connections_per_address` of the gateway"
             )
 
     def leave(self, connection: Connection) -> None:
@@ -123,7 +132,10 @@ class Guard:
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[Body]:
-        """Counts as held until the end of the block. TooLarge, TooSlow, Busy, or ClientDisconnect."""
+        """Counts as held until the end of the block.
+
+        TooLarge, TooSlow, Busy, or ClientDisconnect.
+        """
         body = Body()
         try:
             try:
@@ -136,12 +148,14 @@ class Guard:
             body.close()
 
     async def discard_body(self, request: Request) -> None:
-        """Most clients read no answer before they have sent all: what is not wanted is taken and thrown away, up to a point."""
+        """Most clients read no answer before they have sent all: what is not wanted is taken and
+        thrown away, up to a point.
+        """
         with suppress(asyncio.TimeoutError, Busy):
             await asyncio.wait_for(self._read(request, Body(), Busy()), self.limits.body_s)
 
     async def _read(self, request: Request, body: Body, error: Exception | None = None) -> None:
-        """`error` is raised at the end; then, or once the body is too large, it is only discarded."""
+        """`error` is raised at the end; then, or once the body is too large, it is discarded."""
         limit = self.limits.body_nbytes
         too_large = TooLarge(f"the body is larger than {limit} bytes")
         length = request.headers.get("content-length", "")
@@ -167,7 +181,9 @@ class Guard:
 
 
 class Body:
-    """What a client has sent, in memory that is not the heap's: that would keep what many large ones took as they grew."""
+    """What a client has sent, in memory that is not the heap's: that would keep what many large
+    ones took as they grew.
+    """
 
     def __init__(self) -> None:
         self.nbytes = 0
@@ -216,4 +232,13 @@ class Connection(H11Protocol):
         self._timer = None if self._lost else self.loop.call_later(seconds, self.transport.abort)
 
 
-__all__ = ["Body", "Busy", "ClientDisconnect", "Guard", "Limits", "SlicedResponse", "TooLarge", "TooSlow"]
+__all__ = [
+    "Body",
+    "Busy",
+    "ClientDisconnect",
+    "Guard",
+    "Limits",
+    "SlicedResponse",
+    "TooLarge",
+    "TooSlow",
+]

@@ -1,8 +1,10 @@
-"""Registers what the ranks of a seed have told SGLang's own server. Run by a gateway on request, in its event loop.
+"""Registers what the ranks of a seed have told SGLang's own server. Run by a gateway on request, in
+its event loop.
 
-The ranks of a seed register at their node 0, where SGLang runs a server of its own at that port: they do not reach a gateway by
-themselves. Only ranks that are not registered are asked about. A mirrored rank's incarnation follows from what the seed has said:
-so gateways that mirror one server do not replace each other's registrations, and what was evicted stays so.
+The ranks of a seed register at their node 0, where SGLang runs a server of its own at that port:
+they do not reach a gateway by themselves. Only ranks that are not registered are asked about. A
+mirrored rank's incarnation follows from what the seed has said: so gateways that mirror one server
+do not replace each other's registrations, and what was evicted stays so.
 """
 
 from __future__ import annotations
@@ -29,20 +31,31 @@ from engine_registry.telemetry.logs import fields
 log = logging.getLogger(__name__)
 _TIMEOUT_S = 3.0
 _MAX_NBYTES = 64 << 20
-_PATHS = ("/get_transfer_engine_info", "/get_remote_instance_transfer_engine_info")  # of its bootstrap and its inference server
+_PATHS = (
+    "/get_transfer_engine_info",
+    "/get_remote_instance_transfer_engine_info",
+)  # of its bootstrap and its inference server
 # A proxy of the environment is for the web; the seed is in the cluster.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def check_url(url: str) -> None:
     if not url.startswith(("http://", "https://")) or not url.isprintable() or " " in url:
-        raise InvalidField(f"seed URL {url!r} is not valid: it is http://HOST:PORT of a server of SGLang's", field="seed_url")
+        raise InvalidField(
+            f"seed URL {url!r} is not valid: it is http://HOST:PORT of a server of SGLang's",
+            field="seed_url",
+        )
 
 
 class Mirror:
-    """`run` it as a task until it is cancelled, then `close`. `etcd` and `probe` are as for the vigil."""
+    """`run` it as a task until it is cancelled, then `close`.
 
-    def __init__(self, etcd: Etcd, seeds: Seeds, probe: Probe, url: str, served: Served, interval_s: float) -> None:
+    `etcd` and `probe` are as for the vigil.
+    """
+
+    def __init__(
+        self, etcd: Etcd, seeds: Seeds, probe: Probe, url: str, served: Served, interval_s: float
+    ) -> None:
         self._etcd = etcd
         self._seeds = seeds
         self._probe = probe
@@ -61,7 +74,12 @@ class Mirror:
                 for rank in await self._calls(self._missing):
                     await self._mirror(rank)
             except EtcdError as exc:
-                log.info("%s is not mirrored now: %s", self._instance, exc, extra=fields("mirror_waits", error=exc))
+                log.info(
+                    "%s is not mirrored now: %s",
+                    self._instance,
+                    exc,
+                    extra=fields("mirror_waits", error=exc),
+                )
             await asyncio.sleep(self._interval_s)
 
     def close(self) -> None:
@@ -85,14 +103,26 @@ class Mirror:
                 return
             record, parts = await self._calls(partial(self._record, rank, body))
             known = record.incarnation in self._evicted
-            if not known and await self._probe(record.session_id) is Answer.LISTENS:  # its server remembers the dead as well
+            if (
+                not known and await self._probe(record.session_id) is Answer.LISTENS
+            ):  # its server remembers the dead as well
                 await self._seeds.register(record, parts, may_replace=False)
                 self._complaints.pop(rank, None)
         except Evicted:
             self._evicted.add(record.incarnation)
-            log.info("%s is not mirrored any more: it was evicted", record.key, extra=fields("mirror_evicted", key=record.key))
+            log.info(
+                "%s is not mirrored any more: it was evicted",
+                record.key,
+                extra=fields("mirror_evicted", key=record.key),
+            )
         except EtcdError as exc:
-            log.info("%s/%d is not mirrored now: %s", self._instance, rank, exc, extra=fields("mirror_waits", rank=rank, error=exc))
+            log.info(
+                "%s/%d is not mirrored now: %s",
+                self._instance,
+                rank,
+                exc,
+                extra=fields("mirror_waits", rank=rank, error=exc),
+            )
         except RegistryError as exc:
             if self._complaints.get(rank) != str(exc):
                 self._complaints[rank] = str(exc)
@@ -102,16 +132,28 @@ class Mirror:
                     rank,
                     self._url,
                     exc,
-                    extra=fields("seed_not_mirrored", instance=self._instance, rank=rank, url=self._url, error=exc),
+                    extra=fields(
+                        "seed_not_mirrored",
+                        instance=self._instance,
+                        rank=rank,
+                        url=self._url,
+                        error=exc,
+                    ),
                 )
 
     def _record(self, rank: int, body: bytes) -> tuple[RankRecord, list[bytes]]:
         info = parse_registration(body)
         if info.rank != rank:
-            raise InvalidField(f"asked for rank {rank}, it answers with rank {info.rank}", field="rank")
-        record, parts = seed_record(self._instance, info, self._served.world_size, self._served.model)
+            raise InvalidField(
+                f"asked for rank {rank}, it answers with rank {info.rank}", field="rank"
+            )
+        record, parts = seed_record(
+            self._instance, info, self._served.world_size, self._served.model
+        )
         said = f"{record.key} {record.world_size} {record.session_id} {record.manifest.digest}"
-        return replace(record, incarnation=hashlib.blake2b(said.encode(), digest_size=16).hexdigest()), parts
+        return replace(
+            record, incarnation=hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        ), parts
 
 
 def _ask(url: str, rank: int) -> bytes | None:

@@ -1,4 +1,7 @@
-"""Whether something listens at an address: one TCP connection, made and closed. For the event loop, thousands at a time."""
+"""Whether something listens at an address: one TCP connection, made and closed.
+
+For the event loop, thousands at a time.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ Probe = Callable[[str], Awaitable[Answer]]
 
 
 async def probe(session_id: str, timeout_s: float = 1.0) -> Answer:
-    """A connection to `host:port`. Closed in order: a transfer engine logs an error when one is reset."""
+    """A connection to `host:port`.
+
+    Closed in order: a transfer engine logs an error when one is reset.
+    """
     try:
         host, port = parse_session(session_id)
         await asyncio.wait_for(_connect(host, port), timeout_s)
@@ -46,7 +52,8 @@ async def _connect(host: str, port: int) -> None:
                 await loop.sock_connect(sock, address)
                 if sock.getsockname() != sock.getpeername():
                     return
-                # A free port of our own that was given to this very connection, which then met itself.
+                # A free port of our own that was given to this very connection, which then met
+                # itself.
                 error = error or ConnectionRefusedError()
             except ConnectionRefusedError as exc:
                 error = error or exc

@@ -1,8 +1,10 @@
-"""The vigil over ranks that registered through a gateway: while a rank's seed listens, its lease is renewed; then the rank ends.
+"""The vigil over ranks that registered through a gateway: while a rank's seed listens, its lease is
+renewed; then the rank ends.
 
-Run by every gateway, for all such ranks, whichever gateway wrote them. A task a rank in the gateway's event loop; one thread
-follows etcd, a few make calls to it. Gateways need not agree: any of them ends a rank whose seed refuses connections, and one that
-merely cannot reach a seed leaves its lease to the others.
+Run by every gateway, for all such ranks, whichever gateway wrote them. A task a rank in the
+gateway's event loop; one thread follows etcd, a few make calls to it. Gateways need not agree: any
+of them ends a rank whose seed refuses connections, and one that merely cannot reach a seed leaves
+its lease to the others.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from engine_registry.telemetry.logs import fields
 log = logging.getLogger(__name__)
 _AT_ONCE = 256  # probes
 _THREADS = 4
-_AGAIN_S = 0.2  # between two refusals: a port that is being listened on anew is not free for so long
+_AGAIN_S = (
+    0.2  # between two refusals: a port that is being listened on anew is not free for so long
+)
 _RARELY = 5  # intervals between probes of a seed that cannot be reached from here
 _JOIN_S = 2.0
 
@@ -53,8 +57,12 @@ class _Seed:
 class Vigil:
     """`run` it as a task until it is cancelled, then `close`."""
 
-    def __init__(self, etcd: Etcd, follower: Follower, probe: Probe, interval_s: float, tolerance: int) -> None:
-        """`etcd` is for the vigil and its follower alone, which closes it: so that no call is waited for."""
+    def __init__(
+        self, etcd: Etcd, follower: Follower, probe: Probe, interval_s: float, tolerance: int
+    ) -> None:
+        """`etcd` is for the vigil and its follower alone, which closes it: so that no call is
+        waited for.
+        """
         self._etcd = etcd
         self._probe = probe
         self._interval_s = interval_s
@@ -75,7 +83,9 @@ class Vigil:
             try:
                 for update in self._follower:
                     changes = update.items if isinstance(update, Snapshot) else update.changes
-                    loop.call_soon_threadsafe(inbox.put_nowait, (isinstance(update, Snapshot), _seeds(changes)))
+                    loop.call_soon_threadsafe(
+                        inbox.put_nowait, (isinstance(update, Snapshot), _seeds(changes))
+                    )
             except EtcdError as exc:
                 loop.call_soon_threadsafe(inbox.put_nowait, exc)
 
@@ -100,7 +110,9 @@ class Vigil:
         if self._thread is not None:
             self._thread.join(_JOIN_S)
 
-    def _take_in(self, everything: bool, seeds: dict[str, _Seed | None], places: asyncio.Semaphore) -> None:
+    def _take_in(
+        self, everything: bool, seeds: dict[str, _Seed | None], places: asyncio.Semaphore
+    ) -> None:
         for key in list(self._seeds.keys() - seeds.keys()) if everything else []:
             self._forget(key)
         for key, seed in seeds.items():
@@ -135,7 +147,8 @@ class Vigil:
             misses = 0 if answer is Answer.LISTENS else misses + 1
             if misses == self._tolerance + 1:
                 log.warning(
-                    "%s: its seed at %s cannot be reached from here: its lease is left to other gateways",
+                    "%s: its seed at %s cannot be reached from here: its lease is left to "
+                    "other gateways",
                     key,
                     session_id,
                     extra=fields("seed_unreachable", key=key, session_id=session_id),
@@ -143,14 +156,22 @@ class Vigil:
             given_up = answer is Answer.REFUSES or misses > self._tolerance
             if not given_up and time.monotonic() >= renew_at:
                 renew_at = time.monotonic() + await self._renew(self._seeds[key])
-            await asyncio.sleep(self._interval_s * (_RARELY if misses > self._tolerance else 1) * random.uniform(0.9, 1.1))  # noqa: S311
+            await asyncio.sleep(
+                self._interval_s
+                * (_RARELY if misses > self._tolerance else 1)
+                * random.uniform(0.9, 1.1)  # noqa: S311
+            )
 
     async def _renew(self, seed: _Seed) -> float:
         """In how many seconds it is to be done again."""
         try:
             return await self._calls(partial(self._etcd.keep_alive, seed.lease_id)) / 3
         except LeaseNotFound:
-            log.info("%s: its lease has expired", seed.record.key, extra=fields("seed_lease_expired", key=seed.record.key))
+            log.info(
+                "%s: its lease has expired",
+                seed.record.key,
+                extra=fields("seed_lease_expired", key=seed.record.key),
+            )
         except EtcdError as exc:
             log.info(
                 "%s: its lease is not renewed: %s",
@@ -165,9 +186,19 @@ class Vigil:
         try:
             end(self._etcd, seed.item, DIED)
         except EtcdError as exc:
-            log.info("%s has not ended yet: %s", record.key, exc, extra=fields("seed_end_waits", key=record.key, error=exc))
+            log.info(
+                "%s has not ended yet: %s",
+                record.key,
+                exc,
+                extra=fields("seed_end_waits", key=record.key, error=exc),
+            )
             return False
-        log.info("%s lost: nobody listens at %s any more", record.key, record.session_id, extra=fields("seed_lost", key=record.key))
+        log.info(
+            "%s lost: nobody listens at %s any more",
+            record.key,
+            record.session_id,
+            extra=fields("seed_lost", key=record.key),
+        )
         return True
 
 

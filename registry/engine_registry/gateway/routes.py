@@ -1,7 +1,8 @@
-"""The gateway's HTTP routes: SGLang's requests in, records and answers out. Used by `gateway.server`, in its event loop.
+"""The gateway's HTTP routes: SGLang's requests in, records and answers out. Used by
+`gateway.server`, in its event loop.
 
-Every failure is told as SGLang's servers tell theirs: `{"detail": …}` by the bootstrap routes, and by the two of the inference
-server, whose failures are all 400 there, `{"error": {"message": …}}`.
+Every failure is told as SGLang's servers tell theirs: `{"detail": …}` by the bootstrap routes, and
+by the two of the inference server, whose failures are all 400 there, `{"error": {"message": …}}`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,21 @@ from engine_registry.errors import (
 from engine_registry.gateway.answers import Answers
 from engine_registry.gateway.calls import Calls
 from engine_registry.gateway.claims import Seeds, Served, seed_record
-from engine_registry.gateway.limits import Body, Busy, ClientDisconnect, Guard, SlicedResponse, TooLarge, TooSlow
-from engine_registry.gateway.sglang import instance_of_role, parse_rank, parse_registration, parse_world_size
+from engine_registry.gateway.limits import (
+    Body,
+    Busy,
+    ClientDisconnect,
+    Guard,
+    SlicedResponse,
+    TooLarge,
+    TooSlow,
+)
+from engine_registry.gateway.sglang import (
+    instance_of_role,
+    parse_rank,
+    parse_registration,
+    parse_world_size,
+)
 from engine_registry.schema.keys import check_instance
 from engine_registry.schema.record import RankRecord
 from engine_registry.telemetry import metrics
@@ -40,10 +54,14 @@ from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
 _REGISTER_S = 4.5  # SGLang's seeds wait 5 s for the answer
-_CLOSES = {"Connection": "close"}  # what is left of the request's body would be taken for the next one
+_CLOSES = {
+    "Connection": "close"
+}  # what is left of the request's body would be taken for the next one
 _NOBODY_REGISTERS = (
-    "clients may not register at this gateway, which has no token: start it with a `seed_url`, so that "
-    "it asks the seed's own server, or with a `token`, or, in a network that you trust, with `allow_anonymous`"
+    "clients may not register at this gateway, which has no token: start it with a "
+    "`seed_url`, so that "
+    "it asks the seed's own server, or with a `token`, or, in a network that you trust, with "
+    "`allow_anonymous`"
 )
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -63,7 +81,8 @@ class Routes:
         """`parsing` has one thread, which bounds the memory that parsed bodies take.
 
         If not `registers`, registrations are refused unread. The answer to one, and later whether
-        its rank is still listed, says whether anything listens at an address of the client's choice.
+        its rank is still listed, says whether anything listens at an address of the client's
+        choice.
         """
         self._served = served
         self._answers = answers
@@ -83,8 +102,14 @@ class Routes:
         paths = {
             "/register_transfer_engine_info": ("PUT", self._told(self._register)),
             "/get_transfer_engine_info": ("GET", self._told(self._get)),
-            "/remote_instance_transfer_engine_info": ("GET", self._told(self._get, as_inference_server=True)),
-            "/get_remote_instance_transfer_engine_info": ("GET", self._told(self._get, as_inference_server=True)),
+            "/remote_instance_transfer_engine_info": (
+                "GET",
+                self._told(self._get, as_inference_server=True),
+            ),
+            "/get_remote_instance_transfer_engine_info": (
+                "GET",
+                self._told(self._get, as_inference_server=True),
+            ),
             "/health": ("GET", _health),
         }
         return [
@@ -102,32 +127,47 @@ class Routes:
 
             async def register() -> None:
                 query_size = parse_world_size(request.query_params.get("world_size"))
-                record, parts = await self._parsing(lambda: self._parse(name, query_size, request.query_params.get("role"), body))
+                record, parts = await self._parsing(
+                    lambda: self._parse(name, query_size, request.query_params.get("role"), body)
+                )
                 await self._seeds.register(record, parts)
 
             try:
                 await asyncio.wait_for(register(), _REGISTER_S)
             except asyncio.TimeoutError as exc:
-                raise EtcdUnavailable(f"no registration within {_REGISTER_S:g} s: etcd is slow or away, or much is sent") from exc
+                raise EtcdUnavailable(
+                    f"no registration within {_REGISTER_S:g} s: etcd is slow or away, or "
+                    "much is sent"
+                ) from exc
         return PlainTextResponse("OK")
 
-    def _parse(self, name: str, query_size: int | None, role: str | None, body: Body) -> tuple[RankRecord, list[bytes]]:
+    def _parse(
+        self, name: str, query_size: int | None, role: str | None, body: Body
+    ) -> tuple[RankRecord, list[bytes]]:
         info = parse_registration(body.read(), self._guard.limits.tensors)
         own = name == self._served.instance
         world_size = query_size or info.world_size or (self._served.world_size if own else 1)
         model = self._served.model if own else name
         role = info.role or role or ""
-        return seed_record(instance_of_role(name, role), info, world_size, instance_of_role(model, role))
+        return seed_record(
+            instance_of_role(name, role), info, world_size, instance_of_role(model, role)
+        )
 
     async def _get(self, request: Request) -> Response:
         rank = parse_rank(request.query_params.get("rank"))
-        instance = check_instance(instance_of_role(self._instance(request), request.query_params.get("role", "")))
+        instance = check_instance(
+            instance_of_role(self._instance(request), request.query_params.get("role", ""))
+        )
         return SlicedResponse(await self._answers.of(instance, rank), media_type="application/json")
 
     async def _metrics(self, request: Request) -> Response:
         if not metrics.enabled():
-            return JSONResponse({"detail": "nothing is counted here: pip install 'engine-registry[metrics]'"}, 404)
-        body, media_type = await self._parsing(lambda: metrics.render(request.headers.get("accept", "")))
+            return JSONResponse(
+                {"detail": "nothing is counted here: pip install 'engine-registry[metrics]'"}, 404
+            )
+        body, media_type = await self._parsing(
+            lambda: metrics.render(request.headers.get("accept", ""))
+        )
         return Response(body, media_type=media_type)
 
     def _instance(self, request: Request) -> str:
@@ -157,7 +197,9 @@ class Routes:
                         "%s %s failed; please report it",
                         request.method,
                         request.url.path,
-                        extra=fields("request_failed", method=request.method, path=request.url.path),
+                        extra=fields(
+                            "request_failed", method=request.method, path=request.url.path
+                        ),
                     )
                     reason = f"unexpected {type(exc).__name__}: see the gateway's log"
                 status = 400 if as_inference_server else status
@@ -170,7 +212,9 @@ class Routes:
         if self._token is None:
             return True
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._token)
+        return scheme.lower() == "bearer" and hmac.compare_digest(
+            given.strip().encode(), self._token
+        )
 
 
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
@@ -195,9 +239,18 @@ async def _health(request: Request) -> Response:
 
 
 async def _unknown_path(request: Request, exc: Exception) -> Response:
-    return JSONResponse({"detail": f"there is no {request.url.path} here: docs/how-to/sglang-gateway.md has the paths"}, 404)
+    return JSONResponse(
+        {
+            "detail": (
+                f"there is no {request.url.path} here: docs/how-to/sglang-gateway.md has the paths"
+            )
+        },
+        404,
+    )
 
 
 async def _wrong_method(request: Request, exc: Exception) -> Response:
     allowed = getattr(exc, "headers", None) or {}
-    return JSONResponse({"detail": f"{request.method} is not for {request.url.path}"}, 405, {**allowed, **_CLOSES})
+    return JSONResponse(
+        {"detail": f"{request.method} is not for {request.url.path}"}, 405, {**allowed, **_CLOSES}
+    )

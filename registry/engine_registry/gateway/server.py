@@ -1,7 +1,9 @@
-"""SGLang's HTTP interface over the registry: what `engines gateway` runs. Any number of them serve the same ranks.
+"""SGLang's HTTP interface over the registry: what `engines gateway` runs. Any number of them serve
+the same ranks.
 
-It has no state of its own: ranks and manifests are in etcd, and which of them are for gateways to keep. Starts one thread with an
-event loop, in which uvicorn answers and the vigil over seeds runs, one that follows etcd, and some for calls to etcd.
+It has no state of its own: ranks and manifests are in etcd, and which of them are for gateways to
+keep. Starts one thread with an event loop, in which uvicorn answers and the vigil over seeds runs,
+one that follows etcd, and some for calls to etcd.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ from engine_registry.schema.record import ModelIdentity
 
 log = logging.getLogger(__name__)
 PORT = 6789  # of SGLang's own server
-_ETCD_S = 2.0  # what one call to etcd may take: who asks has more than one to wait for, and SGLang's clients wait for ever
+# what one call to etcd may take: who asks has more than one to wait for, and SGLang's clients wait
+# for ever
+_ETCD_S = 2.0
 _THREADS = 4
 _BACKLOG = 512
 _ACCEPTS = 16  # at a time; then it reads them, before a head that has come counts as missing
@@ -69,12 +73,13 @@ class Gateway:
         seed_url: str | None = None,
         limits: Limits | None = None,
     ) -> None:
-        """`instance`, of `world_size` ranks, is what the paths without a name serve. `port` 0 takes a free one.
+        """`instance`, of `world_size` ranks, is what the paths without a name serve. `port` 0 takes
+        a free one.
 
-        `ttl_s` is for how long the ranks of seeds stay while no gateway runs. `seed_url` is a server
-        of SGLang's whose ranks are to be registered as those of `instance`. Without a `token`,
-        clients may register only if `host` is a loopback address, or with `allow_anonymous`.
-        Raises InvalidField, or GatewayFailed where the port cannot be had.
+        `ttl_s` is for how long the ranks of seeds stay while no gateway runs. `seed_url` is a
+        server of SGLang's whose ranks are to be registered as those of `instance`. Without a
+        `token`, clients may register only if `host` is a loopback address, or with
+        `allow_anonymous`. Raises InvalidField, or GatewayFailed where the port cannot be had.
         """
         check_instance(instance)
         check_rank(0, world_size)
@@ -82,12 +87,18 @@ class Gateway:
         ttl_s = seconds("ttl_s", ttl_s, MIN_TTL_S, MAX_TTL_S)
         if not 0 < probe_interval_s <= ttl_s / 3 or probe_tolerance < 0:
             raise InvalidField(
-                f"probe interval {probe_interval_s:g} s, tolerance {probe_tolerance} are not valid: the interval is more than 0 "
+                f"probe interval {probe_interval_s:g} s, tolerance {probe_tolerance} are not "
+                "valid: the interval is more than 0 "
                 f"and at most a third of the TTL ({ttl_s / 3:g} s), the tolerance 0 or more",
                 field="probe_interval_s",
             )
-        if token is not None and (not token.isascii() or not token.isprintable() or not token or " " in token):
-            raise InvalidField("the gateway's token is not valid: it is printable ASCII without spaces", field="token")
+        if token is not None and (
+            not token.isascii() or not token.isprintable() or not token or " " in token
+        ):
+            raise InvalidField(
+                "the gateway's token is not valid: it is printable ASCII without spaces",
+                field="token",
+            )
         if seed_url is not None:
             check_url(seed_url)
         self._socket = _listen(host, port)
@@ -95,26 +106,43 @@ class Gateway:
         config = registry.config
         self._etcd = Etcd(replace(config, timeout_s=min(config.timeout_s, _ETCD_S)))
         self._reading = Calls(_THREADS, "gateway reads")
-        self._writing = Calls(_THREADS, "gateway writes")  # so that many who register keep nobody waiting who reads
+        self._writing = Calls(
+            _THREADS, "gateway writes"
+        )  # so that many who register keep nobody waiting who reads
         self._parsing = Calls(1, "gateway parsing")
         self._guard = Guard(limits or Limits())
         look = partial(probe, timeout_s=_PROBE_S)
         vigils = self._etcd.sibling()
-        self._vigil = Vigil(vigils, Follower(vigils, ENGINES), look, probe_interval_s, probe_tolerance)
+        self._vigil = Vigil(
+            vigils, Follower(vigils, ENGINES), look, probe_interval_s, probe_tolerance
+        )
         answers = Answers(self._etcd, self._reading, self._etcd.config.timeout_s)
         seeds = Seeds(self._etcd, self._writing, ttl_s, look)
-        self._mirror = Mirror(self._etcd, seeds, look, seed_url, served, probe_interval_s) if seed_url else None
+        self._mirror = (
+            Mirror(self._etcd, seeds, look, seed_url, served, probe_interval_s)
+            if seed_url
+            else None
+        )
         registers = token is not None or allow_anonymous or ip_address(self.host).is_loopback
         routes = Routes(served, answers, seeds, self._parsing, self._guard, token, registers)
         app = routes.app(self._lifespan)
         self._server = _Server(
             uvicorn.Config(
-                self._guard.watching(app), http=self._guard.protocol(), ws="none", lifespan="on", interface="asgi3",
-                log_config=None, log_level="critical", access_log=False, server_header=False, proxy_headers=False,
-                backlog=_ACCEPTS, timeout_keep_alive=int(self._guard.limits.head_s),
+                self._guard.watching(app),
+                http=self._guard.protocol(),
+                ws="none",
+                lifespan="on",
+                interface="asgi3",
+                log_config=None,
+                log_level="critical",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                backlog=_ACCEPTS,
+                timeout_keep_alive=int(self._guard.limits.head_s),
                 timeout_graceful_shutdown=_GRACE_S,
             )
-        )  # fmt: skip
+        )
         self._failure: BaseException | None = None
         self._ended = threading.Event()
         self._closed = False
@@ -123,10 +151,16 @@ class Gateway:
 
     @property
     def url(self) -> str:
-        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+        return (
+            f"http://[{self.host}]:{self.port}"
+            if ":" in self.host
+            else f"http://{self.host}:{self.port}"
+        )
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Until it has ended by `close`, or by itself, which raises why; False where the time is over first."""
+        """Until it has ended by `close`, or by itself, which raises why; False where the time is
+        over first.
+        """
         if not self._ended.wait(timeout_s):
             return False
         if self._failure is not None:
@@ -138,7 +172,10 @@ class Gateway:
         self._server.should_exit = True
 
     def close(self) -> None:
-        """Any number of times. Answers what it is being asked, for up to 2 s; ranks of seeds stay until their TTL is over."""
+        """Any number of times.
+
+        Answers what it is being asked, for up to 2 s; ranks of seeds stay until their TTL is over.
+        """
         if self._closed:
             return
         self._closed = True
@@ -152,12 +189,19 @@ class Gateway:
     def __enter__(self) -> Gateway:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
-            warnings.warn(f"gateway on port {self.port} was never closed", ResourceWarning, source=self, stacklevel=2)
+            warnings.warn(
+                f"gateway on port {self.port} was never closed",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
 
     def _run(self) -> None:
         loop = asyncio.new_event_loop()
@@ -210,7 +254,9 @@ class _Server(uvicorn.Server):
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         sock = socket.socket(family, kind, number)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -228,8 +274,13 @@ def _why_not(host: str, port: int, exc: Exception) -> tuple[str, str]:
     """What has happened, and what to do."""
     number = exc.errno if isinstance(exc, OSError) and not isinstance(exc, socket.gaierror) else 0
     if number == errno.EADDRINUSE:
-        what = f"port {port} on {host} is in use, perhaps by SGLang itself, which has the same default"
+        what = (
+            f"port {port} on {host} is in use, perhaps by SGLang itself, which has the same default"
+        )
         return what, "choose another `port`, or end what listens there"
     if number == errno.EACCES:
         return f"port {port} is only for root", "choose a `port` above 1023"
-    return f"cannot listen at {host!r}, port {port}: {exc}", "give an address of this machine as `host`"
+    return (
+        f"cannot listen at {host!r}, port {port}: {exc}",
+        "give an address of this machine as `host`",
+    )

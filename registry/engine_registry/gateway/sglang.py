@@ -1,8 +1,10 @@
-"""SGLang's words for a rank: what its seeds send and what its clients read, as manifests of ours. Pure; used by the gateway.
+"""SGLang's words for a rank: what its seeds send and what its clients read, as manifests of ours.
+Pure; used by the gateway.
 
-A seed tells the session of its transfer engine and, for each tensor, its address, how many elements it has and how many bytes one
-takes. It does not tell dtypes, shapes, the protocol, or how many ranks there are. The source of the format is SGLang itself:
-`EngineInfoBootstrapServer`, and `get_remote_instance_transfer_engine_info_per_rank` of its loader.
+A seed tells the session of its transfer engine and, for each tensor, its address, how many elements
+it has and how many bytes one takes. It does not tell dtypes, shapes, the protocol, or how many
+ranks there are. The source of the format is SGLang itself: `EngineInfoBootstrapServer`, and
+`get_remote_instance_transfer_engine_info_per_rank` of its loader.
 """
 
 from __future__ import annotations
@@ -50,19 +52,25 @@ def parse_rank(text: str | None) -> int:
 
 def parse_world_size(text: str | None) -> int | None:
     """Of a query, where there is one."""
-    return None if text is None else _world_size(int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text[:20])
+    return (
+        None
+        if text is None
+        else _world_size(int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text[:20])
+    )
 
 
 def parse_registration(body: bytes, max_tensors: int = MAX_TENSORS) -> SeedInfo:
     """The body of a PUT; InvalidField says what is wrong with it.
 
-    Beside what seeds send it may be what SGLang's own server answers about a rank, so that one can be fed from the other.
+    Beside what seeds send it may be what SGLang's own server answers about a rank, so that one can
+    be fed from the other.
     """
     try:
         return _parse(body, max_tensors)
     except InvalidField as exc:
         error = InvalidField(exc.what, exc.remedy, **exc.details)
-    # A copy: the error itself holds on to whatever its traceback has seen, and so to all that was sent.
+    # A copy: the error itself holds on to whatever its traceback has seen, and so to all that was
+    # sent.
     raise error
 
 
@@ -75,16 +83,23 @@ def _parse(body: bytes, max_tensors: int) -> SeedInfo:
     _check_object(data, "the body")
     rank = data["rank"] if "rank" in data else data.get("tp_rank")
     if type(rank) is not int or not 0 <= rank < MAX_RANKS:
-        raise InvalidField(f"rank {_short(rank)} is not valid: it is a whole number from 0 to {MAX_RANKS - 1}", field="rank")
+        raise InvalidField(
+            f"rank {_short(rank)} is not valid: it is a whole number from 0 to {MAX_RANKS - 1}",
+            field="rank",
+        )
     session_id, weights = _engine_info(data)
     if not isinstance(session_id, str):
-        raise InvalidField(f"session_id {_short(session_id)} is not valid: it is host:port", field="session_id")
+        raise InvalidField(
+            f"session_id {_short(session_id)} is not valid: it is host:port", field="session_id"
+        )
     host, _ = parse_session(session_id)
     if problem := why_not_advertised(host):
         raise InvalidField(f"session_id {session_id!r} is not valid: {problem}", field="session_id")
     _check_object(weights, "weights_info_dict")
     if len(weights) > max_tensors:
-        raise InvalidField(f"{len(weights)} tensors are more than {max_tensors}", field="weights_info_dict")
+        raise InvalidField(
+            f"{len(weights)} tensors are more than {max_tensors}", field="weights_info_dict"
+        )
     role = data.get("role", "")
     if not isinstance(role, str):
         raise InvalidField(f"role {_short(role)} is not valid: it is a string", field="role")
@@ -103,15 +118,25 @@ def instance_of_role(instance: str, role: str) -> str:
 
 
 def render(record: RankRecord, manifest: Manifest) -> bytes:
-    """What SGLang's server answers about a rank: JSON. Clients unpack exactly a session and a table."""
+    """What SGLang's server answers about a rank:
+
+    JSON. Clients unpack exactly a session and a table.
+    """
     weights = {entry.name: [entry.addr, *_elements(entry)] for entry in manifest.tensors}
-    return json.dumps({"rank": record.rank, _ANSWER: [record.session_id, weights]}, separators=(",", ":")).encode()
+    return json.dumps(
+        {"rank": record.rank, _ANSWER: [record.session_id, weights]}, separators=(",", ":")
+    ).encode()
 
 
 def _check_extent(body: bytes, max_tensors: int) -> None:
     """Before it is parsed: Python's objects take many times the room of their JSON."""
-    if body.count(b"[") + body.count(b"{") > max_tensors + 1000 or body.count(b",") > 4 * max_tensors + 1000:
-        raise InvalidField(f"the body holds more than {max_tensors} tensors, or something else", field="body")
+    if (
+        body.count(b"[") + body.count(b"{") > max_tensors + 1000
+        or body.count(b",") > 4 * max_tensors + 1000
+    ):
+        raise InvalidField(
+            f"the body holds more than {max_tensors} tensors, or something else", field="body"
+        )
 
 
 def _check_object(value: Any, what: str) -> None:
@@ -123,7 +148,9 @@ def _engine_info(data: dict[str, Any]) -> tuple[Any, Any]:
     if _ANSWER in data and "transfer_engine_info" not in data:
         answer = data[_ANSWER]
         if not isinstance(answer, list) or len(answer) < 2:
-            raise InvalidField(f"{_ANSWER} is not valid: it is [session_id, weights_info_dict]", field=_ANSWER)
+            raise InvalidField(
+                f"{_ANSWER} is not valid: it is [session_id, weights_info_dict]", field=_ANSWER
+            )
         return answer[0], answer[1]
     info = data.get("transfer_engine_info")
     _check_object(info, "transfer_engine_info")
@@ -133,7 +160,8 @@ def _engine_info(data: dict[str, Any]) -> tuple[Any, Any]:
 def _world_size(value: Any) -> int:
     if type(value) is not int or not 1 <= value <= MAX_RANKS:
         raise InvalidField(
-            f"world_size {_short(value)} is not valid: it is a whole number from 1 to {MAX_RANKS}", field="world_size"
+            f"world_size {_short(value)} is not valid: it is a whole number from 1 to {MAX_RANKS}",
+            field="world_size",
         )
     return value
 
@@ -142,12 +170,18 @@ def _manifest(weights: dict[str, Any]) -> Manifest:
     tensors = tuple(_entry(name, place) for name, place in weights.items())
     manifest = Manifest(tensors, _regions(tensors))
     if manifest.nbytes >= _MAX_ADDR:
-        raise InvalidField(f"the tensors take {manifest.nbytes} bytes, which no memory has", field="weights_info_dict")
+        raise InvalidField(
+            f"the tensors take {manifest.nbytes} bytes, which no memory has",
+            field="weights_info_dict",
+        )
     return manifest
 
 
 def _regions(tensors: Iterable[TensorEntry]) -> tuple[Region, ...]:
-    """Each tensor is registered memory for sure; of what lies between them nothing is known. Those that share memory are one."""
+    """Each tensor is registered memory for sure; of what lies between them nothing is known.
+
+    Those that share memory are one.
+    """
     regions: list[Region] = []
     for addr, nbytes in sorted({(entry.addr, entry.nbytes) for entry in tensors if entry.nbytes}):
         last = regions[-1] if regions else Region(0, 0)
@@ -160,17 +194,30 @@ def _regions(tensors: Iterable[TensorEntry]) -> tuple[Region, ...]:
 
 def _entry(name: str, place: Any) -> TensorEntry:
     if not 0 < len(name) <= _MAX_NAME or not is_unicode(name):
-        raise InvalidField(f"tensor name {_short(name)} is not valid: it is text of 1 to {_MAX_NAME} characters", field="name")
-    if not isinstance(place, list) or len(place) != 3 or not all(type(number) is int for number in place):
         raise InvalidField(
-            f"tensor {_short(name)} is not valid: it is [address, number of elements, bytes of one], three whole numbers",
+            f"tensor name {_short(name)} is not valid: it is text of 1 to {_MAX_NAME} characters",
+            field="name",
+        )
+    if (
+        not isinstance(place, list)
+        or len(place) != 3
+        or not all(type(number) is int for number in place)
+    ):
+        raise InvalidField(
+            f"tensor {_short(name)} is not valid: it is [address, number of elements, bytes "
+            "of one], three whole numbers",
             field="weights_info_dict",
         )
     addr, numel, itemsize = place
     nbytes = numel * itemsize
-    if numel < 0 or not 1 <= itemsize <= _MAX_ELEMENT_NBYTES or not bool(nbytes) <= addr <= _MAX_ADDR - nbytes:
+    if (
+        numel < 0
+        or not 1 <= itemsize <= _MAX_ELEMENT_NBYTES
+        or not bool(nbytes) <= addr <= _MAX_ADDR - nbytes
+    ):
         raise InvalidField(
-            f"tensor {_short(name)} is not valid: {_short(numel)} elements of {_short(itemsize)} bytes at {_short(addr)} "
+            f"tensor {_short(name)} is not valid: {_short(numel)} elements of "
+            f"{_short(itemsize)} bytes at {_short(addr)} "
             f"are in no memory of 64 bits (an element takes 1 to {_MAX_ELEMENT_NBYTES})",
             field="weights_info_dict",
         )
@@ -187,7 +234,9 @@ def _elements(entry: TensorEntry) -> tuple[int, int]:
 
 
 def _itemsize(dtype: str) -> int:
-    """By its name, where there are no elements to tell: torch's names hold the bits, ours of seeds the bytes."""
+    """By its name, where there are no elements to tell: torch's names hold the bits, ours of seeds
+    the bytes.
+    """
     number = re.search(r"[0-9]{1,4}", dtype)
     if number is None:  # bool
         return 1
@@ -198,4 +247,10 @@ def _short(value: Any) -> str:
     """For a message: whatever was sent, in a few characters."""
     if isinstance(value, int) and value.bit_length() > 128:
         return "a huge number"
-    return ascii(value[:100] if isinstance(value, str) else type(value).__name__ if isinstance(value, list | dict) else value)[:100]
+    return ascii(
+        value[:100]
+        if isinstance(value, str)
+        else type(value).__name__
+        if isinstance(value, list | dict)
+        else value
+    )[:100]

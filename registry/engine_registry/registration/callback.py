@@ -1,4 +1,7 @@
-"""A user's function that is told things, in order, without anybody waiting for it. Used by `registration.handle`."""
+"""A user's function that is told things, in order, without anybody waiting for it.
+
+Used by `registration.handle`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ T = TypeVar("T")
 class Callback(Generic[T]):
     """Starts a thread when there is something to tell, which ends when there is no more.
 
-    One that waited for more would keep alive whatever the function refers to, such as a handle that its user has forgotten.
+    One that waited for more would keep alive whatever the function refers to, such as a handle that
+    its user has forgotten.
     """
 
     def __init__(self, function: Callable[[T], object], name: str) -> None:
@@ -36,7 +40,13 @@ class Callback(Generic[T]):
         try:
             threading.Thread(target=self._tell, name=self._name, daemon=True).start()
         except RuntimeError as exc:
-            log.error("%s: %s is told later, or never: %s", self._name, what, exc, extra=fields("callback_late", error=exc))
+            log.error(
+                "%s: %s is told later, or never: %s",
+                self._name,
+                what,
+                exc,
+                extra=fields("callback_late", error=exc),
+            )
             with self._lock:
                 self._telling = False
 

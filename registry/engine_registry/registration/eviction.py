@@ -1,7 +1,9 @@
-"""Ends the registrations of others as they were when they were read: one, or several in one transaction. Stateless.
+"""Ends the registrations of others as they were when they were read: one, or several in one
+transaction. Stateless.
 
-Operators call it through `Registry.evict`, and cleanup does. Each eviction leaves a mark under `/evicted/` for a day, by which a
-keeper that was cut off from etcd learns that its registration must not come back.
+Operators call it through `Registry.evict`, and cleanup does. Each eviction leaves a mark under
+`/evicted/` for a day, by which a keeper that was cut off from etcd learns that its registration
+must not come back.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ def evict(etcd: Etcd, record: RankRecord) -> bool:
 
 
 def evict_all(etcd: Etcd, doomed: Sequence[KeyValue], *conditions: Guard) -> bool:
-    """Ends them all, or none where one has changed since it was read, or a condition does not hold. At most `AT_ONCE`.
+    """Ends them all, or none where one has changed since it was read, or a condition does not hold.
+    At most `AT_ONCE`.
 
-    An etcd without space takes no mark, so only the keys go. The lease is left to the keeper: a missing key under a lease that
-    lives is how it learns of the eviction. A keeper that is cut off until the lease has expired does not learn of it.
-    Some versions of etcd (3.5.1, not 3.4.23) then refuse every transaction: that is EtcdFull, and nothing is done.
+    An etcd without space takes no mark, so only the keys go. The lease is left to the keeper: a
+    missing key under a lease that lives is how it learns of the eviction. A keeper that is cut off
+    until the lease has expired does not learn of it. Some versions of etcd (3.5.1, not 3.4.23) then
+    refuse every transaction: that is EtcdFull, and nothing is done.
     """
     guards = [*map(unchanged, doomed), *conditions]
     mark_lease = 0
@@ -55,19 +59,31 @@ def evict_all(etcd: Etcd, doomed: Sequence[KeyValue], *conditions: Guard) -> boo
 
 
 def _is(item: KeyValue, record: RankRecord) -> bool:
-    """Whether `record` was read from this. In a wiped store another's record may have come to the same revision."""
+    """Whether `record` was read from this.
+
+    In a wiped store another's record may have come to the same revision.
+    """
     try:
-        return item.mod_revision == record.mod_revision and decode_item(item).incarnation == record.incarnation
+        return (
+            item.mod_revision == record.mod_revision
+            and decode_item(item).incarnation == record.incarnation
+        )
     except RecordDamaged:
         return False
 
 
-def _mark(etcd: Etcd, doomed: Sequence[KeyValue], guards: Sequence[Guard], lease_id: int) -> list[KeyValue]:
+def _mark(
+    etcd: Etcd, doomed: Sequence[KeyValue], guards: Sequence[Guard], lease_id: int
+) -> list[KeyValue]:
     """The keys as they are once they say that they have ended; none where a guard does not hold."""
     puts = [ended(item, EVICTED) for item in doomed]
     marks = [Put(_mark_key(item), b"", lease_id) for item in doomed]
     revision = etcd.commit(guards, [*puts, *marks]) or made_at(etcd, marks[0])
-    return [written(put, revision, item) for put, item in zip(puts, doomed, strict=True)] if revision else []
+    return (
+        [written(put, revision, item) for put, item in zip(puts, doomed, strict=True)]
+        if revision
+        else []
+    )
 
 
 def _mark_key(item: KeyValue) -> str:

@@ -1,7 +1,8 @@
 """The rank's handle on its registration: what state it is in, how to change it, how to leave.
 
-The work is done by a keeper process (`keeper.holder`) at the other end of a `KeeperLink`. What the rank asks of it from the main
-thread is done in another, so that Ctrl-C interrupts the wait and leaves nothing half done.
+The work is done by a keeper process (`keeper.holder`) at the other end of a `KeeperLink`. What the
+rank asks of it from the main thread is done in another, so that Ctrl-C interrupts the wait and
+leaves nothing half done.
 """
 
 from __future__ import annotations
@@ -38,13 +39,17 @@ class RegistrationState(str, Enum):
     """What the rank has to do."""
 
     REGISTERED = "registered"  # nothing
-    SUSPENDED = "suspended"  # nothing: etcd cannot be reached or there is no keeper, reads still work, and it is tried on
-    LOST = "lost"  # stop advertising: the registration was evicted or superseded and does not come back
+    # nothing: etcd cannot be reached or there is no keeper, reads still work, and it is tried on
+    SUSPENDED = "suspended"
+    # stop advertising: the registration was evicted or superseded and does not come back
+    LOST = "lost"
     CLOSED = "closed"  # nothing: withdrawn by the rank itself
 
 
 class Registration:
-    """A rank's place in the registry, held until `withdraw` (or the end of the `with` block), eviction, or the process's end."""
+    """A rank's place in the registry, held until `withdraw` (or the end of the `with` block),
+    eviction, or the process's end.
+    """
 
     _held: Held | None = None  # among the registrations that are counted
     _opened = False
@@ -57,12 +62,15 @@ class Registration:
         ttl_s: float,
         on_state: OnState | None = None,
     ) -> None:
-        """Registers; raises RankConflict, InstanceMismatch, EtcdUnavailable, … and has then left nothing behind.
+        """Registers; raises RankConflict, InstanceMismatch, EtcdUnavailable, … and has then left
+        nothing behind.
 
         If it is interrupted, the link's thread takes the rank out again.
         """
         self._on_state = (
-            Callback[tuple[RegistrationState, str]](lambda told: on_state(*told), f"the on_state callback of {record.key}")
+            Callback[tuple[RegistrationState, str]](
+                lambda told: on_state(*told), f"the on_state callback of {record.key}"
+            )
             if on_state
             else None
         )
@@ -87,7 +95,12 @@ class Registration:
         with self._lock:  # the keeper may have told another state by now
             self._held = metrics.REGISTRATIONS.hold(self._state.value)
         metrics.REGISTRATION_CHANGES.inc(RegistrationState.REGISTERED.value)
-        log.info("%s is registered, its keeper is process %d", self.record.key, self.keeper_pid, extra=self._told("registered"))
+        log.info(
+            "%s is registered, its keeper is process %d",
+            self.record.key,
+            self.keeper_pid,
+            extra=self._told("registered"),
+        )
 
     @property
     def record(self) -> RankRecord:
@@ -106,7 +119,9 @@ class Registration:
 
     @property
     def withdrawn(self) -> bool:
-        """Whether etcd has confirmed that the rank is out; False too while its keeper still tries that after `withdraw`."""
+        """Whether etcd has confirmed that the rank is out; False too while its keeper still tries
+        that after `withdraw`.
+        """
         return self._withdrawn
 
     @property
@@ -114,15 +129,25 @@ class Registration:
         """0 while a keeper that has died is being replaced."""
         return self._link.pid
 
-    def update(self, *, version: int | None = None, content: str | None = None, state: RankState | None = None) -> None:
-        """Changes the fields that are given, and no other; from any thread. RegistrationLost if the registration is over.
+    def update(
+        self,
+        *,
+        version: int | None = None,
+        content: str | None = None,
+        state: RankState | None = None,
+    ) -> None:
+        """Changes the fields that are given, and no other; from any thread. RegistrationLost if the
+        registration is over.
 
-        While etcd is away the change waits in the keeper: no error. A rank that drains stays so until it is gone, whatever
-        state is given, so that an update of the weights that ends meanwhile invites no new readers.
+        While etcd is away the change waits in the keeper: no error. A rank that drains stays so
+        until it is gone, whatever state is given, so that an update of the weights that ends
+        meanwhile invites no new readers.
         """
         if os.getpid() != self._owner_pid:
             raise RegistryError(
-                f"{self.record.key} is registered by process {self._owner_pid}, and this is a fork of it", "update it there"
+                f"{self.record.key} is registered by process {self._owner_pid}, and this is "
+                "a fork of it",
+                "update it there",
             )
         if self._lost is not None:
             raise self._lost
@@ -130,13 +155,17 @@ class Registration:
             raise RegistryError(f"the registration of {self.record.key} is closed")
         wanted = {"version": version, "content": content, "state": state}
         given = {name: value for name, value in wanted.items() if value is not None}
-        uninterrupted(lambda: self._link.update(lambda record: _changed(record, given)), f"changes {self.record.key}")
+        uninterrupted(
+            lambda: self._link.update(lambda record: _changed(record, given)),
+            f"changes {self.record.key}",
+        )
 
     def withdraw(self, reason: str = WITHDRAWN) -> None:
-        """Takes the rank out of the registry; any number of times. If etcd is away the keeper goes on trying by itself.
+        """Takes the rank out of the registry; any number of times. If etcd is away the keeper goes
+        on trying by itself.
 
-        `reason` is what watchers are given. If the call is interrupted, the withdrawal goes on, and calling it again waits for
-        that.
+        `reason` is what watchers are given. If the call is interrupted, the withdrawal goes on, and
+        calling it again waits for that.
         """
         if os.getpid() != self._owner_pid:
             return  # a forked child's copy of the handle: the registration is the parent's
@@ -156,7 +185,8 @@ class Registration:
                     self._withdrawn = True
             except RegistryError as exc:
                 log.warning(
-                    "%s is not out of etcd yet; its keeper tries on, and its lease is the bound: %s",
+                    "%s is not out of etcd yet; its keeper tries on, and its lease is the "
+                    "bound: %s",
                     self.record.key,
                     exc,
                     extra=self._told("withdrawal_delayed", error=exc),
@@ -168,16 +198,26 @@ class Registration:
     def __enter__(self) -> Registration:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.withdraw()
 
     def __del__(self) -> None:
-        if getattr(self, "_state", RegistrationState.CLOSED) is RegistrationState.CLOSED or os.getpid() != self._owner_pid:
+        if (
+            getattr(self, "_state", RegistrationState.CLOSED) is RegistrationState.CLOSED
+            or os.getpid() != self._owner_pid
+        ):
             return
         if self._held is not None:
             self._held.release()
         if self._opened:
-            warnings.warn(f"registration of {self.record.key} was never withdrawn", ResourceWarning, source=self, stacklevel=2)
+            warnings.warn(
+                f"registration of {self.record.key} was never withdrawn",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
 
     def _hear(self, state: str, why: str, lost: RegistryError | None) -> None:
         if lost is not None:
@@ -191,16 +231,31 @@ class Registration:
             self._state = state
             metrics.REGISTRATION_CHANGES.inc(state.value)
             if self._held is not None:
-                self._held.release() if state is RegistrationState.CLOSED else self._held.move(state.value)
+                self._held.release() if state is RegistrationState.CLOSED else self._held.move(
+                    state.value
+                )
             if self._on_state is not None:  # in here, so that they are told in this order
                 self._on_state.put((state, why))
         if state is RegistrationState.LOST:
             level = logging.INFO if self._on_state else logging.ERROR
-            log.log(level, "%s is lost: %s", self.record.key, why, extra=self._told("registration_lost", error=self._lost))
+            log.log(
+                level,
+                "%s is lost: %s",
+                self.record.key,
+                why,
+                extra=self._told("registration_lost", error=self._lost),
+            )
         elif state is RegistrationState.SUSPENDED:
-            log.warning("%s is suspended: %s", self.record.key, why, extra=self._told("registration_suspended"))
+            log.warning(
+                "%s is suspended: %s",
+                self.record.key,
+                why,
+                extra=self._told("registration_suspended"),
+            )
         elif state is RegistrationState.REGISTERED:
-            log.warning("%s is registered again", self.record.key, extra=self._told("registration_resumed"))
+            log.warning(
+                "%s is registered again", self.record.key, extra=self._told("registration_resumed")
+            )
         elif self._withdrawn:
             log.info("%s is withdrawn", self.record.key, extra=self._told("withdrawn"))
 
@@ -210,5 +265,9 @@ class Registration:
 
 
 def _changed(record: RankRecord, fields: Mapping[str, Any]) -> RankRecord:
-    state = RankState.DRAINING if record.state is RankState.DRAINING else fields.get("state", record.state)
+    state = (
+        RankState.DRAINING
+        if record.state is RankState.DRAINING
+        else fields.get("state", record.state)
+    )
     return replace(record, **{**fields, "state": state})

@@ -1,7 +1,9 @@
-"""Work that Ctrl-C does not interrupt: it interrupts the wait for it. Used by `registration.handle`.
+"""Work that Ctrl-C does not interrupt: it interrupts the wait for it. Used by
+`registration.handle`.
 
-Python raises KeyboardInterrupt between any two steps of the main thread, also while the one before is being dealt with, and in
-no other thread. So what must not stop half-way is done in a thread of its own, which this starts.
+Python raises KeyboardInterrupt between any two steps of the main thread, also while the one before
+is being dealt with, and in no other thread. So what must not stop half-way is done in a thread of
+its own, which this starts.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ T = TypeVar("T")
 
 
 def uninterrupted(work: Callable[[], T], name: str) -> T:
-    """What the work returns or raises. Where the wait for it is interrupted, the work goes on; it may never have begun."""
+    """What the work returns or raises.
+
+    Where the wait for it is interrupted, the work goes on; it may never have begun.
+    """
     if threading.current_thread() is not threading.main_thread():
         return work()
     outcome: queue.SimpleQueue[tuple[list[T], BaseException | None]] = queue.SimpleQueue()

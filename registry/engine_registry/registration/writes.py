@@ -1,8 +1,10 @@
-"""The guarded writes of a registration: claim a rank, amend its record, end it. Stateless; keepers and gateways call it.
+"""The guarded writes of a registration: claim a rank, amend its record, end it. Stateless; keepers
+and gateways call it.
 
-Every write is a transaction that compares revisions, so that of two writers exactly one succeeds and the other learns who it was.
-That siblings agree is kept by induction: a rank is only written while one live sibling that it agrees with stands
-unchanged, or while there is none; so all that are alive agree with each other, and one comparison is enough however many there are.
+Every write is a transaction that compares revisions, so that of two writers exactly one succeeds
+and the other learns who it was. That siblings agree is kept by induction: a rank is only written
+while one live sibling that it agrees with stands unchanged, or while there is none; so all that are
+alive agree with each other, and one comparison is enough however many there are.
 """
 
 from __future__ import annotations
@@ -25,14 +27,30 @@ from engine_registry.errors import (
     RegistryError,
 )
 from engine_registry.etcd.client import Etcd
-from engine_registry.schema.keys import evicted_key, instance_prefix, manifest_part_key, manifest_prefix
-from engine_registry.schema.keyvalue import Delete, Guard, KeyValue, Put, Snapshot, absent, none_created_since, unchanged, written
+from engine_registry.schema.keys import (
+    evicted_key,
+    instance_prefix,
+    manifest_part_key,
+    manifest_prefix,
+)
+from engine_registry.schema.keyvalue import (
+    Delete,
+    Guard,
+    KeyValue,
+    Put,
+    Snapshot,
+    absent,
+    none_created_since,
+    unchanged,
+    written,
+)
 from engine_registry.schema.record import RankRecord, decode_item, encode
 
 WITHDRAWN = "withdrawn"
 DIED = "process ended"
 EVICTED = "evicted"
-# A rank that offered what an evicted source had brought. Whoever read from it has bytes that do not count either.
+# A rank that offered what an evicted source had brought. Whoever read from it has bytes that do not
+# count either.
 SOURCE_EVICTED = "its source was evicted"
 ENDINGS = (WITHDRAWN, DIED, EVICTED, SOURCE_EVICTED)  # all that a record's `ended` can say
 
@@ -51,28 +69,41 @@ _until_settled = tenacity.retry(
 )
 
 
-def claim(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int, replaces: str = "") -> KeyValue:
-    """Writes the manifest, then the record as the commit, all under the lease; returns the record's key as it is then.
+def claim(
+    etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int, replaces: str = ""
+) -> KeyValue:
+    """Writes the manifest, then the record as the commit, all under the lease; returns the record's
+    key as it is then.
 
-    The key must be absent, ended, or hold this very incarnation or the one that it `replaces`. Raises RankConflict,
-    InstanceMismatch or Evicted.
+    The key must be absent, ended, or hold this very incarnation or the one that it `replaces`.
+    Raises RankConflict, InstanceMismatch or Evicted.
     """
-    *first, last = [Put(_part_key(record, number), part, lease_id) for number, part in enumerate(parts)]
+    *first, last = [
+        Put(_part_key(record, number), part, lease_id) for number, part in enumerate(parts)
+    ]
     for put in first:
         etcd.commit([], [put])
     try:
         return _claim(etcd, record, last, lease_id, replaces)
     except _Raced as exc:
-        raise EtcdUnavailable(f"cannot register {record.key}: too many others are registering at once", "try again") from exc
+        raise EtcdUnavailable(
+            f"cannot register {record.key}: too many others are registering at once", "try again"
+        ) from exc
 
 
 @_until_settled
-def _claim(etcd: Etcd, record: RankRecord, last_part: Put, lease_id: int, replaces: str) -> KeyValue:
+def _claim(
+    etcd: Etcd, record: RankRecord, last_part: Put, lease_id: int, replaces: str
+) -> KeyValue:
     holder = etcd.get(record.key)
     mark = evicted_key(record.instance, record.rank, record.incarnation)
     if etcd.get(mark) is not None:
         raise Evicted(f"{record.key} was evicted", key=record.key)
-    guards = [_check_holder(etcd, record, holder, replaces), absent(mark), _check_siblings(etcd, record)]
+    guards = [
+        _check_holder(etcd, record, holder, replaces),
+        absent(mark),
+        _check_siblings(etcd, record),
+    ]
     put = Put(record.key, encode(record), lease_id)
     revision = etcd.commit(guards, [last_part, put])
     if not revision:
@@ -81,8 +112,13 @@ def _claim(etcd: Etcd, record: RankRecord, last_part: Put, lease_id: int, replac
 
 
 def how_to_delete(etcd: Etcd, key: str, error: RecordDamaged) -> str:
-    """What an operator can do about a key that nobody of ours can read, beside what the error advises."""
-    how = f"delete the key if no process owns it: etcdctl del {shlex.quote(etcd.config.namespace + key)}"
+    """What an operator can do about a key that nobody of ours can read, beside what the error
+    advises.
+    """
+    how = (
+        "delete the key if no process owns it: etcdctl del "
+        f"{shlex.quote(etcd.config.namespace + key)}"
+    )
     return f"{error.remedy}; {how}" if error.remedy else how
 
 
@@ -122,7 +158,8 @@ def _check_siblings(etcd: Etcd, record: RankRecord) -> Guard:
     for field, ours in record.agreed().items():
         if ours != theirs[field]:
             raise InstanceMismatch(
-                f"rank {record.rank} of {record.instance!r} has {field} {ours!r}, but rank {sibling.rank} is registered "
+                f"rank {record.rank} of {record.instance!r} has {field} {ours!r}, but rank "
+                f"{sibling.rank} is registered "
                 f"with {theirs[field]!r} ({sibling.holder}): all ranks of an instance must agree",
                 field=field,
                 ours=ours,
@@ -145,29 +182,38 @@ def _first_alive(seen: Snapshot, record: RankRecord) -> KeyValue | None:
 
 
 def amend(etcd: Etcd, record: RankRecord, held: KeyValue) -> KeyValue | None:
-    """Writes the changed record over `held`, under its lease: the key then, or None where another was faster."""
+    """Writes the changed record over `held`, under its lease: the key then, or None where another
+    was faster.
+    """
     put = Put(record.key, encode(record), held.lease_id)
     revision = etcd.commit([unchanged(held)], [put])
     return written(put, revision, held) if revision else None
 
 
 def end(etcd: Etcd, held: KeyValue, reason: str) -> None:
-    """Deletes all that the registration has in etcd. LeaseNotFound if the lease has expired, and its keys with it.
+    """Deletes all that the registration has in etcd. LeaseNotFound if the lease has expired, and
+    its keys with it.
 
-    The record is marked as ended first: watchers so know at once that this is no blip, and why it happened.
+    The record is marked as ended first: watchers so know at once that this is no blip, and why it
+    happened.
     """
     lease_id, put = held.lease_id, ended(held, reason)
-    with contextlib.suppress(EtcdRefused):  # an etcd without space takes no mark, but lets go of leases
+    with contextlib.suppress(
+        EtcdRefused
+    ):  # an etcd without space takes no mark, but lets go of leases
         revision = etcd.commit([unchanged(held)], [put])
         held = written(put, revision, held) if revision else held
     try:
         etcd.revoke(lease_id)
-    except EtcdRefused:  # somebody has hung a key on it that we may not write: that one stays until the lease expires
+    except EtcdRefused:
+        # Another's key hangs on the lease: we may not write it, and it goes when the lease expires.
         _delete(etcd, held)
 
 
 def remove(etcd: Etcd, record: RankRecord, reason: str) -> None:
-    """As `end`, for who does not know the lease: whatever stands under the record's key, if it is of this registration."""
+    """As `end`, for who does not know the lease: whatever stands under the record's key, if it is
+    of this registration.
+    """
     found = etcd.get(record.key)
     if found is None:
         return
@@ -192,7 +238,8 @@ def ended(held: KeyValue, reason: str) -> Put:
 
 
 def made_at(etcd: Etcd, put: Put) -> int:
-    """The revision at which our own put was made, or 0: a guard also fails where a first try succeeded and its answer was lost.
+    """The revision at which our own put was made, or 0: a guard also fails where a first try
+    succeeded and its answer was lost.
 
     A put is ours by its value, and by its lease where it gives one.
     """

@@ -25,7 +25,8 @@ def parse_session(session_id: str) -> tuple[str, int]:
     match = _SESSION.fullmatch(session_id)
     if match is None or not 0 < int(match[3]) < 65536:
         raise InvalidField(
-            f"session_id {session_id[:300]!r} is not valid: it is host:port of the transfer engine", field="session_id"
+            f"session_id {session_id[:300]!r} is not valid: it is host:port of the transfer engine",
+            field="session_id",
         )
     return match[1] or match[2], int(match[3])
 

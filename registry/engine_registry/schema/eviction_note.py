@@ -1,7 +1,9 @@
-"""The note that a cleaning watcher leaves in etcd when an instance has lost a rank, so that the one after it knows what to evict.
+"""The note that a cleaning watcher leaves in etcd when an instance has lost a rank, so that the one
+after it knows what to evict.
 
-`/doomed/<instance>`, JSON, under a lease that outlives the grace period. It names registrations, so a later launch is never meant;
-whether the instance is still incomplete is for its reader to see. Pure.
+`/doomed/<instance>`, JSON, under a lease that outlives the grace period. It names registrations, so
+a later launch is never meant; whether the instance is still incomplete is for its reader to see.
+Pure.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Note:
-    """`lost` is the rank whose loss began it, `incarnations` are the registrations that stood then."""
+    """`lost` is the rank whose loss began it, `incarnations` the registrations that stood then."""
 
     lost: RankRecord
     incarnations: frozenset[str]
 
     def encode(self) -> bytes:
         lost = {"key": self.lost.key, "record": encode(self.lost).decode()}
-        return json.dumps({"schema": SCHEMA, "lost": lost, "incarnations": sorted(self.incarnations)}).encode()
+        return json.dumps(
+            {"schema": SCHEMA, "lost": lost, "incarnations": sorted(self.incarnations)}
+        ).encode()
 
     @classmethod
     def decode(cls, key: str, value: bytes) -> Note:
@@ -33,7 +37,8 @@ class Note:
             data = json.loads(value)
             if data["schema"] > SCHEMA:
                 raise SchemaUnsupported(
-                    f"the note at {key} has schema {data['schema']}; this version reads up to {SCHEMA}",
+                    f"the note at {key} has schema {data['schema']}; this version reads up "
+                    f"to {SCHEMA}",
                     "upgrade engine-registry",
                     key=key,
                     schema=data["schema"],

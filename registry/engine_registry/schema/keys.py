@@ -16,7 +16,9 @@ DOOMED = "/doomed/"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _RECORD_KEY = re.compile(ENGINES + r"([A-Za-z0-9._-]{1,128})/(0|[1-9][0-9]{0,6})")
-_PULL_KEY = re.compile(PULLS + r"([A-Za-z0-9._-]{1,128})/(0|[1-9][0-9]{0,6})/([A-Za-z0-9._-]{1,128})")
+_PULL_KEY = re.compile(
+    PULLS + r"([A-Za-z0-9._-]{1,128})/(0|[1-9][0-9]{0,6})/([A-Za-z0-9._-]{1,128})"
+)
 MAX_RANKS = 100_000
 
 
@@ -24,7 +26,9 @@ def check_instance(name: str) -> str:
     """`name` itself, or InvalidField."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidField(
-            f"instance name {name!r} is not valid", "use 1 to 128 of the characters A-Z a-z 0-9 . _ -", field="instance"
+            f"instance name {name!r} is not valid",
+            "use 1 to 128 of the characters A-Z a-z 0-9 . _ -",
+            field="instance",
         )
     return name
 
@@ -83,5 +87,5 @@ def doomed_key(instance: str) -> str:
 
 
 def evicted_key(instance: str, rank: int, incarnation: str) -> str:
-    """The mark that keeps an evicted registration from coming back once etcd can be reached again."""
+    """The mark that keeps an evicted registration from coming back when etcd is back."""
     return f"{EVICTED}{instance}/{rank}/{incarnation}"

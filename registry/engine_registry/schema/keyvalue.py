@@ -1,4 +1,6 @@
-"""The words of the etcd adapter: keys with their revisions, changes, guards and writes of a transaction. Pure."""
+"""The words of the etcd adapter: keys with their revisions, changes, guards and writes of a
+transaction. Pure.
+"""
 
 from __future__ import annotations
 
@@ -60,12 +62,17 @@ def present(key: str) -> Guard:
 
 
 def unchanged(item: KeyValue) -> Guard:
-    """The key holds what it held. A wiped store counts its revisions from 1 again, so a revision alone proves nothing."""
+    """The key holds what it held.
+
+    A wiped store counts its revisions from 1 again, so a revision alone proves nothing.
+    """
     return Guard(item.key, "mod_revision", "EQUAL", item.mod_revision, content=item.value)
 
 
 def at_revision(key: str, mod_revision: int) -> Guard:
-    """For a caller that does not know the value, and does no harm if it meets another's in a wiped store."""
+    """For a caller that does not know the value, and does no harm if it meets another's in a wiped
+    store.
+    """
     return Guard(key, "mod_revision", "EQUAL", mod_revision)
 
 
@@ -84,7 +91,9 @@ class Put:
 
 
 def written(put: Put, revision: int, before: KeyValue | None = None) -> KeyValue:
-    """The key as it is after that put, which a transaction made at that revision; `before` is what stood there."""
+    """The key as it is after that put, which a transaction made at that revision; `before` is what
+    stood there.
+    """
     created = before.create_revision if before is not None else revision
     lease_id = before.lease_id if put.lease_id is None and before is not None else put.lease_id or 0
     return KeyValue(put.key, put.value, created, revision, lease_id)

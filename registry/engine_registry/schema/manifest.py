@@ -1,6 +1,8 @@
-"""The manifest: where each of a rank's tensors lies in its memory, and which box of the whole tensor it holds. Pure.
+"""The manifest: where each of a rank's tensors lies in its memory, and which box of the whole
+tensor it holds. Pure.
 
-Stored as zlib-compressed JSON, in columns, cut into parts of at most 1 MiB so that none exceeds etcd's request limit of
+Stored as zlib-compressed JSON, in columns, cut into parts of at most 1 MiB so that none exceeds
+etcd's request limit of
 1.5 MiB. The record carries the digest of the stored bytes, checked before anything is unpacked.
 """
 
@@ -21,12 +23,13 @@ from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupporte
 from engine_registry.schema.printable import is_unicode, short
 from engine_registry.schema.record import ManifestRef
 
-SCHEMA = 2  # 1 where no tensor has strides: what reads no more than that would take every tensor for contiguous
+# 1 where no tensor has strides: what reads no more than that would take every tensor for contiguous
+SCHEMA = 2
 PART_NBYTES = 1 << 20
 MAX_PARTS = 256
 MAX_UNPACKED_NBYTES = 256 << 20  # a manifest of a million tensors takes about 100 MB
-# Commas and brackets, each of which may become an object of some 60 bytes (of four times that for a brace). A million tensors that
-# say which box they are have 14 million.
+# Commas and brackets, each of which may become an object of some 60 bytes (of four times that for a
+# brace). A million tensors that say which box they are have 14 million.
 MAX_UNPACKED_ITEMS = 20 << 20
 DIGEST_NBYTES = 16
 MAX_DIMENSIONS = 64  # as torch
@@ -38,8 +41,8 @@ _END_OF_MEMORY = 1 << 63  # no process has more, and what reads counts with sign
 class TensorEntry:
     """One tensor of one rank. Lengths of `shape`, `global_shape` and `offsets` are equal.
 
-    A tensor that says nothing of the whole that it is part of is opaque: its global shape is its own and it begins at zero,
-    and `opaque` is true, so that nobody takes it for the whole.
+    A tensor that says nothing of the whole that it is part of is opaque: its global shape is its
+    own and it begins at zero, and `opaque` is true, so that nobody takes it for the whole.
     """
 
     name: str
@@ -68,7 +71,9 @@ class Region:
 
 @dataclass(frozen=True)
 class DigestTable:
-    """Where in the rank's memory the digests of its tensors lie, by what algorithm: 16 bytes each, in the order of the names."""
+    """Where in the rank's memory the digests of its tensors lie, by what algorithm: 16 bytes each,
+    in the order of the names.
+    """
 
     algorithm: str
     addr: int
@@ -81,8 +86,11 @@ class Manifest:
     tensors: tuple[TensorEntry, ...]
     regions: tuple[Region, ...]
     digests: DigestTable | None = None
-    values: Mapping[str, Any] = field(default_factory=dict)  # JSON, by name: what a state dict holds besides tensors
-    block_nbytes: int = 0  # each such block of the regions has a mark behind the header: whether it can be read; 0: none
+    values: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # JSON, by name: what a state dict holds besides tensors
+    # each such block of the regions has a mark behind the header: whether it can be read; 0: none
+    block_nbytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -92,11 +100,17 @@ class Manifest:
     @property
     def marks(self) -> int:
         """How many there are: one for each block that is begun."""
-        return sum(-(-region.nbytes // self.block_nbytes) for region in self.regions) if self.block_nbytes else 0
+        return (
+            sum(-(-region.nbytes // self.block_nbytes) for region in self.regions)
+            if self.block_nbytes
+            else 0
+        )
 
 
 def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
-    """What the record says of the manifest, and the parts to store; InvalidField where no reader would take it."""
+    """What the record says of the manifest, and the parts to store; InvalidField where no reader
+    would take it.
+    """
     try:
         _check_places(manifest)
     except ValueError as exc:
@@ -120,7 +134,9 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
         data["block_nbytes"] = manifest.block_nbytes
     raw = json.dumps(data, separators=(",", ":")).encode()
     if problem := _too_much(raw):
-        raise InvalidField(f"a manifest of {len(tensors)} tensors cannot be published: {problem}", field="manifest")
+        raise InvalidField(
+            f"a manifest of {len(tensors)} tensors cannot be published: {problem}", field="manifest"
+        )
     stored = zlib.compress(raw)
     parts = [stored[start : start + PART_NBYTES] for start in range(0, len(stored), PART_NBYTES)]
     ref = ManifestRef(hashlib.sha256(stored).hexdigest(), len(parts), len(tensors), manifest.nbytes)
@@ -129,17 +145,23 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
 
 @collector_paused
 def decode(owner: str, ref: ManifestRef, parts: Sequence[bytes]) -> Manifest:
-    """The manifest of the rank whose record is at `owner`; RecordDamaged says what is wrong with it."""
+    """The manifest of the rank whose record is at `owner`; RecordDamaged says what is wrong with
+    it.
+    """
     stored = b"".join(parts)
     if hashlib.sha256(stored).hexdigest() != ref.digest:
         raise RecordDamaged(
-            f"the manifest of {owner} does not match the digest in its record", "register the rank again", key=owner
+            f"the manifest of {owner} does not match the digest in its record",
+            "register the rank again",
+            key=owner,
         )
     try:
         unpacker = zlib.decompressobj()
         raw = unpacker.decompress(stored, MAX_UNPACKED_NBYTES)
         if not unpacker.eof:
-            raise ValueError(f"it unpacks to more than {MAX_UNPACKED_NBYTES >> 20} MiB or is cut short")
+            raise ValueError(
+                f"it unpacks to more than {MAX_UNPACKED_NBYTES >> 20} MiB or is cut short"
+            )
         if problem := _too_much(raw):
             raise ValueError(problem)
         data = json.loads(raw)
@@ -147,14 +169,16 @@ def decode(owner: str, ref: ManifestRef, parts: Sequence[bytes]) -> Manifest:
             raise ValueError("it has no schema number")
         if data["schema"] > SCHEMA:
             raise SchemaUnsupported(
-                f"the manifest of {owner} has schema {short(data['schema'])}; this version reads up to {SCHEMA}",
+                f"the manifest of {owner} has schema {short(data['schema'])}; this version "
+                f"reads up to {SCHEMA}",
                 "upgrade engine-registry",
                 key=owner,
             )
         manifest = _from_json(data)
         if (len(manifest.tensors), manifest.nbytes) != (ref.tensors, ref.nbytes):
             raise ValueError(
-                f"it has {len(manifest.tensors)} tensors of {manifest.nbytes} bytes, its record says {ref.tensors} of {ref.nbytes}"
+                f"it has {len(manifest.tensors)} tensors of {manifest.nbytes} bytes, its "
+                f"record says {ref.tensors} of {ref.nbytes}"
             )
         _check_places(manifest)
         return manifest
@@ -171,12 +195,17 @@ def _too_much(raw: bytes) -> str:
     if len(raw) > MAX_UNPACKED_NBYTES:
         return f"it unpacks to {len(raw) >> 20} MiB, {MAX_UNPACKED_NBYTES >> 20} are the limit"
     items = raw.count(b",") + raw.count(b"[") + 4 * raw.count(b"{")
-    return f"it holds {items} items, {MAX_UNPACKED_ITEMS} are the limit" if items > MAX_UNPACKED_ITEMS else ""
+    return (
+        f"it holds {items} items, {MAX_UNPACKED_ITEMS} are the limit"
+        if items > MAX_UNPACKED_ITEMS
+        else ""
+    )
 
 
 def _check_places(manifest: Manifest) -> None:
-    """ValueError unless the regions lie apart, in memory, and each tensor in one of them; and unless memory could hold its whole.
-    Tensors may share memory: tied weights and views do."""
+    """ValueError unless the regions lie apart, in memory, and each tensor in one of them; and
+    unless memory could hold its whole. Tensors may share memory: tied weights and views do.
+    """
     regions = sorted(manifest.regions, key=lambda region: region.addr)
     if any(not region.nbytes or region.end > _END_OF_MEMORY for region in regions):
         raise ValueError("a region is empty or reaches beyond what memory there is")
@@ -188,9 +217,15 @@ def _check_places(manifest: Manifest) -> None:
             raise ValueError(f"tensor {short(entry.name)!r} is part of a whole of 2^63 or more")
         place = bisect.bisect_right(starts, entry.addr) - 1
         if entry.nbytes and (place < 0 or entry.addr + entry.nbytes > regions[place].end):
-            raise ValueError(f"tensor {short(entry.name)!r} lies outside its regions: {entry.nbytes} bytes at {entry.addr:#x}")
+            raise ValueError(
+                f"tensor {short(entry.name)!r} lies outside its regions: {entry.nbytes} "
+                f"bytes at {entry.addr:#x}"
+            )
     if manifest.marks > MAX_MARKS:
-        raise ValueError(f"its blocks of {manifest.block_nbytes} bytes have {manifest.marks} marks, {MAX_MARKS} are the limit")
+        raise ValueError(
+            f"its blocks of {manifest.block_nbytes} bytes have {manifest.marks} marks, "
+            f"{MAX_MARKS} are the limit"
+        )
     table = manifest.digests
     if table is not None and table.addr + DIGEST_NBYTES * len(manifest.tensors) > _END_OF_MEMORY:
         raise ValueError("the table of its digests reaches beyond what memory there is")
@@ -208,24 +243,38 @@ def _from_json(data: dict[str, Any]) -> Manifest:
     values = data.get("values", {})
     if not isinstance(values, dict) or not all(map(is_unicode, values)):
         raise ValueError("its values are no object with names that are text")
-    return Manifest(tensors, regions, _digest_table(data.get("digests")), values, _natural(data.get("block_nbytes", 0)))
+    return Manifest(
+        tensors,
+        regions,
+        _digest_table(data.get("digests")),
+        values,
+        _natural(data.get("block_nbytes", 0)),
+    )
 
 
 def _strides_column(data: Mapping[str, Any], count: int) -> Any:
     if (data["schema"] >= 2) != ("strides" in data):
-        raise ValueError(f"it has schema {data['schema']}, and strides or not: only schema 2 has them")
+        raise ValueError(
+            f"it has schema {data['schema']}, and strides or not: only schema 2 has them"
+        )
     return data.get("strides", [None] * count)
 
 
 def dense_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
-    """None where the elements lie row by row; else how many elements lie between neighbours in each dimension.
+    """None where the elements lie row by row; else how many elements lie between neighbours in each
+    dimension.
 
-    ValueError unless the dimensions, in some order, fill the memory without gaps. A dimension of size 1 has stride 1.
+    ValueError unless the dimensions, in some order, fill the memory without gaps. A dimension of
+    size 1 has stride 1.
     """
     expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1):
+    for stride, size in sorted(
+        (stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1
+    ):
         if stride != expected:
-            raise ValueError(f"strides {tuple(strides)} of shape {tuple(shape)} leave gaps or overlap")
+            raise ValueError(
+                f"strides {tuple(strides)} of shape {tuple(shape)} leave gaps or overlap"
+            )
         expected *= size
     some = [stride for size, stride in zip(shape, strides, strict=True) if size != 1]
     if some == sorted(some, reverse=True):
@@ -242,13 +291,17 @@ def _digest_table(value: Any) -> DigestTable | None:
     return DigestTable(algorithm, _natural(addr))
 
 
-def _entry(name: Any, dtype: Any, shape: Any, addr: Any, nbytes: Any, box: Any, strides: Any) -> TensorEntry:
+def _entry(
+    name: Any, dtype: Any, shape: Any, addr: Any, nbytes: Any, box: Any, strides: Any
+) -> TensorEntry:
     if not isinstance(name, str) or not isinstance(dtype, str):
         raise ValueError("a tensor's name or dtype is not a string")
     if not is_unicode(name) or not dtype.isprintable():
         raise ValueError(f"a tensor's name or dtype is not text: {short(name)!r}, {short(dtype)!r}")
     if len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"tensor {short(name)!r} has {len(shape)} dimensions, {MAX_DIMENSIONS} are the limit")
+        raise ValueError(
+            f"tensor {short(name)!r} has {len(shape)} dimensions, {MAX_DIMENSIONS} are the limit"
+        )
     own = tuple([_natural(size) for size in shape])
     whole, offsets = own, (0,) * len(own)
     if box is not None:
@@ -256,15 +309,21 @@ def _entry(name: Any, dtype: Any, shape: Any, addr: Any, nbytes: Any, box: Any, 
         if not len(own) == len(whole) == len(offsets) or any(
             offset + size > limit for offset, size, limit in zip(offsets, own, whole, strict=True)
         ):
-            raise ValueError(f"tensor {short(name)!r} has a box {offsets}+{own} that is not inside {whole}")
+            raise ValueError(
+                f"tensor {short(name)!r} has a box {offsets}+{own} that is not inside {whole}"
+            )
     volume = prod(own)
     if (volume == 0) != (nbytes == 0) or max(volume, prod(whole)) >= _END_OF_MEMORY:
-        raise ValueError(f"tensor {short(name)!r} of shape {own}, of {whole}, cannot take {nbytes} bytes")
+        raise ValueError(
+            f"tensor {short(name)!r} of shape {own}, of {whole}, cannot take {nbytes} bytes"
+        )
     if strides is not None:
         strides = tuple(map(_natural, strides))
         if dense_strides(own, strides) != strides or not volume:
             raise ValueError(f"tensor {short(name)!r} of shape {own} cannot have strides {strides}")
-    return TensorEntry(name, dtype, own, _natural(addr), _natural(nbytes), whole, offsets, box is None, strides)
+    return TensorEntry(
+        name, dtype, own, _natural(addr), _natural(nbytes), whole, offsets, box is None, strides
+    )
 
 
 def _natural(value: Any) -> int:

@@ -38,8 +38,13 @@ def seconds(field: str, value: object, least: float = 0.0, most: float = MAX_S) 
 
 def _invalid(field: str, value: object, least: int, most: int | None) -> InvalidField:
     limits = f"{least} or more" if most is None else f"from {least} to {most}"
-    return InvalidField(f"{field} {value!r} is not valid: it is a whole number, {limits}", field=field)
+    return InvalidField(
+        f"{field} {value!r} is not valid: it is a whole number, {limits}", field=field
+    )
 
 
 def _no_time(field: str, value: object, least: float, most: float) -> InvalidField:
-    return InvalidField(f"{field} {value!r} is not valid: it is a number of seconds from {least:g} to {most:g}", field=field)
+    return InvalidField(
+        f"{field} {value!r} is not valid: it is a number of seconds from {least:g} to {most:g}",
+        field=field,
+    )

@@ -11,10 +11,11 @@ from engine_registry.schema.record import RankRecord, check_topology
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's number, and as far as it is known its world size and its (index, size) along each parallel axis.
+    """A rank's number, and as far as it is known its world size and its (index, size) along each
+    parallel axis.
 
-    Tensors that do not say which part of the whole they are mean the same only at one place: rank 0 of 2 along `ep` holds other
-    experts than rank 1 of 2, in tensors of the same names and shapes.
+    Tensors that do not say which part of the whole they are mean the same only at one place: rank 0
+    of 2 along `ep` holds other experts than rank 1 of 2, in tensors of the same names and shapes.
     """
 
     rank: int
@@ -35,10 +36,14 @@ class Place:
     def fits(self, other: Place) -> bool:
         """Whether both may be the same place: they agree in all that both state."""
         sizes = {self.world_size, other.world_size} - {None}
-        topologies_agree = not self.topology or not other.topology or dict(self.topology) == dict(other.topology)
+        topologies_agree = (
+            not self.topology or not other.topology or dict(self.topology) == dict(other.topology)
+        )
         return self.rank == other.rank and len(sizes) <= 1 and topologies_agree
 
     def __str__(self) -> str:
         size = "" if self.world_size is None else f" of {self.world_size}"
-        axes = "".join(f", {axis} {index}/{count}" for axis, (index, count) in sorted(self.topology.items()))
+        axes = "".join(
+            f", {axis} {index}/{count}" for axis, (index, count) in sorted(self.topology.items())
+        )
         return f"rank {self.rank}{size}{axes}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 def is_unicode(text: str) -> bool:
-    """False for what Python makes of arguments, variables and names that are no text: half of a surrogate pair."""
+    """False for what Python makes of arguments, variables and names that are no text: half of a
+    surrogate pair.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -13,6 +15,6 @@ def is_unicode(text: str) -> bool:
 
 
 def short(value: object, most: int = 200) -> str:
-    """As text of at most so many characters, for a message: what lies in etcd may be of any length."""
+    """As text of at most so many characters: what lies in etcd may be of any length."""
     text = str(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,7 +1,8 @@
-"""What a pull ticket says: who reads from which registration, and how far it is. JSON under a key of `/pulls/`. Pure.
+"""What a pull ticket says: who reads from which registration, and how far it is. JSON under a key
+of `/pulls/`. Pure.
 
-Decoding ignores fields that it does not know, takes the tickets of older versions, which say less, and makes nothing of all else:
-whatever may lie in etcd, a reader gets a good Pull or None.
+Decoding ignores fields that it does not know, takes the tickets of older versions, which say less,
+and makes nothing of all else: whatever may lie in etcd, a reader gets a good Pull or None.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Reader:
 class Pull:
     """A load reads from the rank of the instance that has this incarnation.
 
-    `nbytes` of `total_nbytes` is how far all of the load is, whomever else it reads from; both are 0 until it has told.
-    `create_revision` is etcd's, and 0 until it has been read from there.
+    `nbytes` of `total_nbytes` is how far all of the load is, whomever else it reads from; both are
+    0 until it has told. `create_revision` is etcd's, and 0 until it has been read from there.
     """
 
     instance: str
@@ -69,7 +70,11 @@ def encode(pull: Pull) -> bytes:
     """As stored. The instance, the rank and the load id are in the key."""
     data: dict[str, Any] = {"host": pull.host, "pid": pull.pid, "incarnation": pull.incarnation}
     if pull.reader is not None:
-        data["reader"] = {"instance": pull.reader.instance, "rank": pull.reader.rank, "incarnation": pull.reader.incarnation}
+        data["reader"] = {
+            "instance": pull.reader.instance,
+            "rank": pull.reader.rank,
+            "incarnation": pull.reader.incarnation,
+        }
     data.update(nbytes=pull.nbytes, total_nbytes=pull.total_nbytes, began_at=pull.began_at)
     return json.dumps(data, separators=(",", ":")).encode()
 

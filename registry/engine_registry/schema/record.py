@@ -1,7 +1,8 @@
-"""The record that a rank writes under `/engines/<instance>/<rank>`: schema 1, JSON, under 4 KB. Pure.
+"""The record that a rank writes under `/engines/<instance>/<rank>`: schema 1, JSON, under 4 KB.
+Pure.
 
-Decoding ignores fields that it does not know, refuses a newer schema by name, and checks the type and range of every field:
-whatever may lie in etcd, a reader gets a good record or `RecordDamaged`.
+Decoding ignores fields that it does not know, refuses a newer schema by name, and checks the type
+and range of every field: whatever may lie in etcd, a reader gets a good record or `RecordDamaged`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,18 @@ MAX_RECORD_NBYTES = 4096
 MAX_VERSION = 1 << 62  # the header holds twice the version in 64 bits
 PROTOCOLS = ("tcp", "rdma", "nvlink_intra")  # that the transfer engine can be told to use
 _TEXTS = (
-    "incarnation", "session_id", "protocol", "registered_at", "generation", "fabric", "host", "device", "writer", "kept_by",
+    "incarnation",
+    "session_id",
+    "protocol",
+    "registered_at",
+    "generation",
+    "fabric",
+    "host",
+    "device",
+    "writer",
+    "kept_by",
     "ended",
-)  # fmt: skip
+)
 _CONTENT = re.compile(r"[0-9a-f]{32}")
 GATEWAY = "gateway"  # in `kept_by`
 
@@ -42,26 +52,35 @@ def new_content() -> str:
 
 
 def implied_content(incarnation: str, version: int) -> str:
-    """The content of a rank that states none, as ranks of older releases: each of its versions is like no other."""
+    """The content of a rank that states none, as ranks of older releases: each of its versions is
+    like no other.
+    """
     return hashlib.blake2b(f"{incarnation} {version}".encode(), digest_size=16).hexdigest()
 
 
 def check_content(content: str) -> str:
     """`content` itself, or InvalidField."""
     if not isinstance(content, str) or not _CONTENT.fullmatch(content):
-        raise InvalidField(f"content {content!r} is not valid: it is 32 hexadecimal digits", field="content")
+        raise InvalidField(
+            f"content {content!r} is not valid: it is 32 hexadecimal digits", field="content"
+        )
     return content
 
 
 def _check_texts(texts: Mapping[str, object]) -> None:
     for field_name, text in texts.items():
         if not isinstance(text, str) or not text.isprintable():  # lists print it, on terminals too
-            raise InvalidField(f"{field_name} {text!r} is not valid: it is one line of printable text", field=field_name)
+            raise InvalidField(
+                f"{field_name} {text!r} is not valid: it is one line of printable text",
+                field=field_name,
+            )
 
 
 def _check_kind(field_name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise InvalidField(f"{field_name} {value!r} is not valid: it is of type {kind.__name__}", field=field_name)
+        raise InvalidField(
+            f"{field_name} {value!r} is not valid: it is of type {kind.__name__}", field=field_name
+        )
 
 
 def check_topology(topology: object) -> dict[str, tuple[int, int]]:
@@ -81,7 +100,8 @@ def _checked_place(axis: Any, place: Any) -> tuple[int, int]:
         return whole("topology", index, 0, size - 1), size
     except (TypeError, ValueError) as exc:
         raise InvalidField(
-            f"topology {axis!r}: {place!r} is not valid: an axis has (index, size), and the index is from 0 to size - 1",
+            f"topology {axis!r}: {place!r} is not valid: an axis has (index, size), and the "
+            "index is from 0 to size - 1",
             field="topology",
         ) from exc
 
@@ -102,7 +122,10 @@ class RankState(str, Enum):
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which weights these are. Two instances with equal identities can serve each other's loaders."""
+    """Which weights these are.
+
+    Two instances with equal identities can serve each other's loaders.
+    """
 
     name: str
     revision: str = ""
@@ -112,8 +135,16 @@ class ModelIdentity:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise InvalidField(f"model name {self.name!r} is not valid: it is a non-empty string", field="model.name")
-        texts = {"name": self.name, "revision": self.revision, "dtype": self.dtype, "quantization": self.quantization}
+            raise InvalidField(
+                f"model name {self.name!r} is not valid: it is a non-empty string",
+                field="model.name",
+            )
+        texts = {
+            "name": self.name,
+            "revision": self.revision,
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+        }
         _check_texts({f"model.{name}": text for name, text in texts.items()})
         _check_kind("model.extra", self.extra, Mapping)
         for name, text in self.extra.items():
@@ -147,11 +178,13 @@ _KINDS = {
 class RankRecord:
     """One rank of one instance.
 
-    `content` says which bytes the rank holds: two memories with equal contents hold the same. `version` is a number that people
-    give, and two launches may give the same one to different weights.
+    `content` says which bytes the rank holds: two memories with equal contents hold the same.
+    `version` is a number that people give, and two launches may give the same one to different
+    weights.
 
-    Both revisions are etcd's, and 0 until the record has been read from there. `create_revision` orders registrations by when they
-    began. It grows only where a record had to be put again because its lease was lost.
+    Both revisions are etcd's, and 0 until the record has been read from there. `create_revision`
+    orders registrations by when they began. It grows only where a record had to be put again
+    because its lease was lost.
     """
 
     incarnation: str
@@ -174,7 +207,8 @@ class RankRecord:
     pid: int = 0
     device: str = ""
     writer: str = ""
-    kept_by: str = ""  # who renews its lease: empty, its own keeper; GATEWAY, every gateway, while its session answers
+    # who renews its lease: empty, its own keeper; GATEWAY, every gateway, while its session answers
+    kept_by: str = ""
     ended: str = ""  # why the registration is over; the key follows at once
     mod_revision: int = field(default=0, compare=False)
     create_revision: int = field(default=0, compare=False)
@@ -209,7 +243,9 @@ class RankRecord:
     @property
     def process(self) -> str:
         """Where it runs; of a seed that registered through a gateway the pid is not known."""
-        return f"host {self.host or '?'}, pid {self.pid}" if self.pid else f"host {self.host or '?'}"
+        return (
+            f"host {self.host or '?'}, pid {self.pid}" if self.pid else f"host {self.host or '?'}"
+        )
 
     def agreed(self) -> dict[str, Any]:
         """The fields on which all ranks of one instance must agree."""
@@ -282,13 +318,16 @@ def encode(record: RankRecord) -> bytes:
 def decode(key: str, value: bytes, mod_revision: int = 0, create_revision: int = 0) -> RankRecord:
     """The record stored under `key`; RecordDamaged or SchemaUnsupported say which key and why."""
     if len(value) > 4 * MAX_RECORD_NBYTES:
-        raise RecordDamaged(f"the record at {key} is damaged: {len(value)} bytes is no record's size", key=key)
+        raise RecordDamaged(
+            f"the record at {key} is damaged: {len(value)} bytes is no record's size", key=key
+        )
     try:
         data = json.loads(value)
         schema = _get(data, "schema", int)
         if schema > SCHEMA:
             raise SchemaUnsupported(
-                f"the record at {key} has schema {short(schema)}; this version reads up to {SCHEMA}",
+                f"the record at {key} has schema {short(schema)}; this version reads up to "
+                f"{SCHEMA}",
                 "upgrade engine-registry",
                 key=key,
                 schema=schema,
@@ -297,7 +336,9 @@ def decode(key: str, value: bytes, mod_revision: int = 0, create_revision: int =
     except (ValueError, RecursionError) as exc:  # InvalidField and JSON errors are ValueErrors
         raise RecordDamaged(f"the record at {key} is damaged: {short(exc)}", key=key) from exc
     if record.key != key:
-        raise RecordDamaged(f"the record at {key} is damaged: it says that it belongs at {record.key}", key=key)
+        raise RecordDamaged(
+            f"the record at {key} is damaged: it says that it belongs at {record.key}", key=key
+        )
     return record
 
 
@@ -333,7 +374,9 @@ def _from_json(data: dict[str, Any], mod_revision: int, create_revision: int) ->
         header_addr=_natural(_get(data, "header", dict), "addr"),
         registered_at=_get(data, "registered_at", str),
         generation=_get(data, "generation", str, ""),
-        topology={axis: _place(axis, place) for axis, place in _get(data, "topology", dict, {}).items()},
+        topology={
+            axis: _place(axis, place) for axis, place in _get(data, "topology", dict, {}).items()
+        },
         version=version,
         content=_get(data, "content", str, "") or implied_content(incarnation, version),
         state=RankState(_get(data, "state", str)),
@@ -354,7 +397,9 @@ def _get(data: Any, name: str, kind: type[T], default: T | None = None) -> T:
         raise ValueError(f"an object was expected where {name!r} should be")
     value = data.get(name, default)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{name!r} is missing" if value is None else f"{name!r} is not of type {kind.__name__}")
+        raise ValueError(
+            f"{name!r} is missing" if value is None else f"{name!r} is not of type {kind.__name__}"
+        )
     return value
 
 
@@ -366,6 +411,10 @@ def _natural(data: Any, name: str, default: int | None = None) -> int:
 
 
 def _place(axis: str, place: Any) -> tuple[int, int]:
-    if not isinstance(place, list) or len(place) != 2 or not all(type(number) is int for number in place):
+    if (
+        not isinstance(place, list)
+        or len(place) != 2
+        or not all(type(number) is int for number in place)
+    ):
         raise ValueError(f"topology axis {axis!r} is not [index, size]")
     return place[0], place[1]

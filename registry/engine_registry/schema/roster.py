@@ -1,7 +1,9 @@
-"""What is known of one instance: its records as they come and go, counted, so that a change of one rank costs the same however
-many there are. Pure; the tracker, a waiting resolve and the lists are made of it.
+"""What is known of one instance: its records as they come and go, counted, so that a change of one
+rank costs the same however many there are. Pure; the tracker, a waiting resolve and the lists are
+made of it.
 
-`resolver.assess` says the same from all records at once. A roster asks it only when somebody wants to know what is wrong.
+`resolver.assess` says the same from all records at once. A roster asks it only when somebody wants
+to know what is wrong.
 """
 
 from __future__ import annotations
@@ -43,11 +45,16 @@ class Roster:
         return record
 
     def damage(self, key: str, error: RecordDamaged) -> None:
-        """The key holds no good record. A copy is kept: the error itself holds on to whatever its traceback has seen."""
+        """The key holds no good record.
+
+        A copy is kept: the error itself holds on to whatever its traceback has seen.
+        """
         self.damaged[key] = type(error)(error.what, error.remedy, **error.details)
 
     def see(self, change: Change) -> None:
-        """Takes in a change of one of the instance's keys, for who needs to know only what is there afterwards."""
+        """Takes in a change of one of the instance's keys, for who needs to know only what is there
+        afterwards.
+        """
         self.damaged.pop(change.key, None)
         place = parse_record_key(change.key)
         if place is not None:
@@ -56,7 +63,9 @@ class Roster:
             return
         try:
             if place is None:
-                raise RecordDamaged(f"the key {change.key} is not /engines/<instance>/<rank>", key=change.key)
+                raise RecordDamaged(
+                    f"the key {change.key} is not /engines/<instance>/<rank>", key=change.key
+                )
             record = decode_item(change)
         except RecordDamaged as exc:
             self.damage(change.key, exc)
@@ -71,7 +80,9 @@ class Roster:
             return InstanceState.GONE
         if self.damaged or len(self._kinds) > 1:
             return InstanceState.DEGRADED
-        first = next(iter(self._records.values()))  # they are all of its kind, and no rank is beyond its world size
+        first = next(
+            iter(self._records.values())
+        )  # they are all of its kind, and no rank is beyond its world size
         ready = first.state is RankState.READY and len(self._records) == first.world_size
         return InstanceState.READY if ready else InstanceState.DEGRADED
 
@@ -81,7 +92,10 @@ class Roster:
 
 def _kind(record: RankRecord) -> Hashable:
     """Equal for records of which `assess` has nothing to tell when they are compared."""
-    agreed = (tuple(sorted(value.items())) if isinstance(value, dict) else value for value in record.agreed().values())
+    agreed = (
+        tuple(sorted(value.items())) if isinstance(value, dict) else value
+        for value in record.agreed().values()
+    )
     return (record.version, record.state, *agreed)
 
 
@@ -91,11 +105,18 @@ def instance_of(key: str) -> str:
 
 
 def assess_all(items: Iterable[KeyValue]) -> tuple[InstanceStatus, ...]:
-    """Every instance that has keys among `items`, by name. What cannot be read is among its problems."""
+    """Every instance that has keys among `items`, by name.
+
+    What cannot be read is among its problems.
+    """
     rosters: dict[str, Roster] = {}
     for item in items:
         name = instance_of(item.key)
         if name not in rosters:
             rosters[name] = Roster(name)
         rosters[name].see(item)
-    return tuple(roster.status() for _, roster in sorted(rosters.items()) if roster.state is not InstanceState.GONE)
+    return tuple(
+        roster.status()
+        for _, roster in sorted(rosters.items())
+        if roster.state is not InstanceState.GONE
+    )

@@ -1,4 +1,7 @@
-"""From the records of an instance: is it complete and consistent, and if not, what is wrong. Pure."""
+"""From the records of an instance: is it complete and consistent, and if not, what is wrong.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,19 @@ from engine_registry.schema.record import ModelIdentity, RankRecord, RankState
 class InstanceState(str, Enum):
     """What a loader or operator may expect of the instance."""
 
-    READY = "ready"  # every rank is there, of one generation and one version, and ready: load from it
+    READY = (
+        "ready"  # every rank is there, of one generation and one version, and ready: load from it
+    )
     DEGRADED = "degraded"  # `missing` and `problems` say why not: wait, or look at those ranks
     GONE = "gone"  # nothing is registered
 
 
 @dataclass(frozen=True)
 class InstanceStatus:
-    """An instance as its records describe it. `missing` ranks and `problems` say why it is not ready."""
+    """An instance as its records describe it.
+
+    `missing` ranks and `problems` say why it is not ready.
+    """
 
     instance: str
     state: InstanceState
@@ -46,7 +54,10 @@ class InstanceStatus:
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """What each rank holds, by rank. Two instances with equal contents hold the same weights."""
+        """What each rank holds, by rank.
+
+        Two instances with equal contents hold the same weights.
+        """
         return tuple(record.content for record in self.records)
 
     @property
@@ -59,13 +70,24 @@ class InstanceStatus:
         """Why it is not ready, for a message; empty where it is."""
         reasons = list(self.problems)
         if self.missing:
-            reasons.insert(0, f"missing rank{'s' if len(self.missing) > 1 else ''} {spans(self.missing)} of {self.world_size}")
+            reasons.insert(
+                0,
+                f"missing rank{'s' if len(self.missing) > 1 else ''} {spans(self.missing)} "
+                f"of {self.world_size}",
+            )
         return "; ".join(reasons)
 
 
-def assess(instance: str, records: Iterable[RankRecord], damaged: Sequence[str] = ()) -> InstanceStatus:
-    """`damaged` are complaints about keys of this instance that hold no good record. Ended registrations do not count."""
-    present = tuple(sorted((record for record in records if not record.ended), key=lambda record: record.rank))
+def assess(
+    instance: str, records: Iterable[RankRecord], damaged: Sequence[str] = ()
+) -> InstanceStatus:
+    """`damaged` are complaints about keys of this instance that hold no good record.
+
+    Ended registrations do not count.
+    """
+    present = tuple(
+        sorted((record for record in records if not record.ended), key=lambda record: record.rank)
+    )
     problems = list(damaged)
     if not present:
         state = InstanceState.DEGRADED if problems else InstanceState.GONE
@@ -76,7 +98,9 @@ def assess(instance: str, records: Iterable[RankRecord], damaged: Sequence[str] 
         for field, value in record.agreed().items():
             if value != agreed[field]:
                 ours, theirs = short(repr(value)), short(repr(agreed[field]))
-                problems.append(f"rank {record.rank} has {field} {ours}, rank {first.rank} has {theirs}")
+                problems.append(
+                    f"rank {record.rank} has {field} {ours}, rank {first.rank} has {theirs}"
+                )
     problems.extend(_of_versions(present))
     problems.extend(_of_states(present))
     ranks = {record.rank for record in present}
@@ -91,7 +115,9 @@ def _of_versions(records: Sequence[RankRecord]) -> list[str]:
         by_version.setdefault(record.version, []).append(record.rank)
     if len(by_version) == 1:
         return []
-    held = ", ".join(f"{version} (rank {spans(ranks)})" for version, ranks in sorted(by_version.items()))
+    held = ", ".join(
+        f"{version} (rank {spans(ranks)})" for version, ranks in sorted(by_version.items())
+    )
     return [f"versions differ: {held}"]
 
 

@@ -1,6 +1,8 @@
-"""What log lines say to machines: an event whose name stays, and its facts, beside the sentence for people.
+"""What log lines say to machines: an event whose name stays, and its facts, beside the sentence for
+people.
 
-They are in the record's attribute `fields`, a dictionary of JSON-able values with `event` first. docs/operations.md lists them.
+They are in the record's attribute `fields`, a dictionary of JSON-able values with `event` first.
+docs/operations.md lists them.
 """
 
 from __future__ import annotations
@@ -9,6 +11,12 @@ from typing import Any
 
 
 def fields(event: str, **facts: Any) -> dict[str, Any]:
-    """For `extra=` of a logging call. Errors are told by the name of their type: what they say is in the sentence."""
-    told = {name: type(fact).__name__ if isinstance(fact, BaseException) else fact for name, fact in facts.items()}
+    """For `extra=` of a logging call.
+
+    Errors are told by the name of their type: what they say is in the sentence.
+    """
+    told = {
+        name: type(fact).__name__ if isinstance(fact, BaseException) else fact
+        for name, fact in facts.items()
+    }
     return {"fields": {"event": event, **told}}

@@ -1,8 +1,9 @@
-"""What is counted, by name: the seam between our code and prometheus_client, which is imported when somebody asks, not before.
+"""What is counted, by name: the seam between our code and prometheus_client, which is imported when
+somebody asks, not before.
 
-Modules that count declare their meters at import (both are named `metrics`). A meter is a null object until `enable`
-puts a metric of prometheus_client behind it: counting looks at one attribute till then, and works where that is not installed.
-All calls may come from any thread. Starts none.
+Modules that count declare their meters at import (both are named `metrics`). A meter is a null
+object until `enable` puts a metric of prometheus_client behind it: counting looks at one attribute
+till then, and works where that is not installed. All calls may come from any thread. Starts none.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from engine_registry.errors import MetricsUnavailable
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-OTHER = "other"  # stands for a value that was not declared: what etcd or a peer says must not make series without end
+# stands for a value that was not declared: what etcd or a peer says must not make series without
+# end
+OTHER = "other"
 
 _lock = threading.Lock()  # guards what follows
 _declared: list[Meter] = []
@@ -25,11 +28,20 @@ _collectors: list[CollectorRegistry] = []  # where the metrics are to be found
 
 
 class Meter:
-    """`labels` take any value, and whoever sets them removes them too; or there is one label with these `values`."""
+    """`labels` take any value, and whoever sets them removes them too; or there is one label with
+    these `values`.
+    """
 
     kind = ""
 
-    def __init__(self, name: str, help: str, labels: Sequence[str] = (), values: Sequence[str] = (), **options: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        help: str,
+        labels: Sequence[str] = (),
+        values: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
         self.name = name
         self.help = help
         self.labels = tuple(labels)
@@ -50,9 +62,13 @@ class Meter:
     def _begin(self) -> None:
         import prometheus_client
 
-        metric = getattr(prometheus_client, self.kind)(self.name, self.help, self.labels, registry=None, **self._options)
+        metric = getattr(prometheus_client, self.kind)(
+            self.name, self.help, self.labels, registry=None, **self._options
+        )
         self._metric = metric
-        self._live = {value: metric.labels(value) for value in self.values} if self.values else metric
+        self._live = (
+            {value: metric.labels(value) for value in self.values} if self.values else metric
+        )
 
     def _end(self) -> None:
         self._live = self._metric = None
@@ -109,7 +125,9 @@ class Held:
 
     def __init__(self, gauge: Gauge, live: Any, value: str) -> None:
         self._gauge = gauge
-        self._live = live  # of when it began: where it was not counted then it is not taken away later
+        self._live = (
+            live  # of when it began: where it was not counted then it is not taken away later
+        )
         self._part: Any = None
         self.move(value)
 
@@ -138,10 +156,12 @@ def enabled() -> bool:
 
 
 def enable(collectors: CollectorRegistry | None = None) -> None:
-    """Counts from now on; the metrics are in `collectors`, or in prometheus_client's own registry. What was before is not counted.
+    """Counts from now on; the metrics are in `collectors`, or in prometheus_client's own registry.
+    What was before is not counted.
 
-    May be called again, also for another registry, which then shows the same numbers. What is declared by modules that are imported
-    later is counted too. MetricsUnavailable where prometheus_client is not installed.
+    May be called again, also for another registry, which then shows the same numbers. What is
+    declared by modules that are imported later is counted too. MetricsUnavailable where
+    prometheus_client is not installed.
     """
     collectors = _or_default(collectors)
     with _lock, ExitStack() as undo:
@@ -156,7 +176,10 @@ def enable(collectors: CollectorRegistry | None = None) -> None:
 
 
 def disable(collectors: CollectorRegistry | None = None) -> None:
-    """Takes the metrics out of there again. The numbers are forgotten when they are in no registry any more."""
+    """Takes the metrics out of there again.
+
+    The numbers are forgotten when they are in no registry any more.
+    """
     collectors = _or_default(collectors)
     with _lock:
         if collectors not in _collectors:
@@ -184,7 +207,10 @@ def counting(collectors: CollectorRegistry | None = None) -> Iterator[None]:
 
 
 def render(accept: str = "", collectors: CollectorRegistry | None = None) -> tuple[bytes, str]:
-    """What a scrape gets, and its content type: for a server of one's own. `accept` is the request's header of that name."""
+    """What a scrape gets, and its content type: for a server of one's own.
+
+    `accept` is the request's header of that name.
+    """
     collectors = _or_default(collectors)
     from prometheus_client.exposition import choose_encoder
 
@@ -196,5 +222,7 @@ def _or_default(collectors: CollectorRegistry | None) -> CollectorRegistry:
     try:
         import prometheus_client
     except ModuleNotFoundError as exc:
-        raise MetricsUnavailable("metrics need prometheus_client", "pip install 'engine-registry[metrics]'") from exc
+        raise MetricsUnavailable(
+            "metrics need prometheus_client", "pip install 'engine-registry[metrics]'"
+        ) from exc
     return collectors if collectors is not None else prometheus_client.REGISTRY

@@ -1,4 +1,7 @@
-"""What this package counts. `enable` begins it, `render` is what a scrape gets; docs/operations.md says what each means."""
+"""What this package counts.
+
+`enable` begins it, `render` is what a scrape gets; docs/operations.md says what each means.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +31,34 @@ LOSSES = {  # by the reason that RankLost gives
     "record damaged": "damaged",
 }
 
-# -- as a watch sees it: see watching.metrics ------------------------------------------------------------------------------
+# -- as a watch sees it: see watching.metrics
+# ------------------------------------------------------------------------------
 
 RANKS = Gauge("engines_registry_ranks", "Ranks that are registered.", ["instance", "state"])
-RANKS_EXPECTED = Gauge("engines_registry_ranks_expected", "Ranks that the instance has when it is complete.", ["instance"])
-INSTANCE_READY = Gauge("engines_registry_instance_ready", "1 if the instance is ready, 0 if it is degraded.", ["instance"])
+RANKS_EXPECTED = Gauge(
+    "engines_registry_ranks_expected",
+    "Ranks that the instance has when it is complete.",
+    ["instance"],
+)
+INSTANCE_READY = Gauge(
+    "engines_registry_instance_ready",
+    "1 if the instance is ready, 0 if it is degraded.",
+    ["instance"],
+)
 INSTANCES = Gauge("engines_registry_instances", "Instances by state.", ["state"])
-RANKS_LOST = Counter("engines_registry_ranks_lost", "Ranks that were lost.", ["reason"], [*LOSSES.values(), OTHER])
-INSTANCES_CLEANED = Counter("engines_registry_instances_cleaned", "Degraded instances whose ranks this process has evicted.")
+RANKS_LOST = Counter(
+    "engines_registry_ranks_lost", "Ranks that were lost.", ["reason"], [*LOSSES.values(), OTHER]
+)
+INSTANCES_CLEANED = Counter(
+    "engines_registry_instances_cleaned", "Degraded instances whose ranks this process has evicted."
+)
 
-# -- of every watch, election and wait in this process ---------------------------------------------------------------------------
+# -- of every watch, election and wait in this process
+# ---------------------------------------------------------------------------
 
-STREAM_LOSSES = Counter("engines_registry_watch_stream_losses", "Watch streams that etcd or the network ended.")
+STREAM_LOSSES = Counter(
+    "engines_registry_watch_stream_losses", "Watch streams that etcd or the network ended."
+)
 RESYNCS = Counter("engines_registry_watch_resyncs", "Watches that began again from a snapshot.")
 ETCD_ERRORS = Counter(
     "engines_registry_etcd_call_errors",
@@ -48,10 +67,14 @@ ETCD_ERRORS = Counter(
     ["unavailable", "refused", "full"],
 )
 
-# -- of the registrations of this process ----------------------------------------------------------------------------------------
+# -- of the registrations of this process
+# ----------------------------------------------------------------------------------------
 
 REGISTRATIONS = Gauge(
-    "engines_registry_registrations", "Registrations of this process.", ["state"], ["registered", "suspended", "lost"]
+    "engines_registry_registrations",
+    "Registrations of this process.",
+    ["state"],
+    ["registered", "suspended", "lost"],
 )
 REGISTRATION_CHANGES = Counter(
     "engines_registry_registration_changes",
@@ -59,8 +82,12 @@ REGISTRATION_CHANGES = Counter(
     ["state"],
     ["registered", "suspended", "lost", "closed"],
 )
-REREGISTRATIONS = Counter("engines_registry_reregistrations", "Records that a keeper has put into etcd again.")
-KEEPER_RESTARTS = Counter("engines_registry_keeper_restarts", "Keepers that died or hung and were replaced.")
+REREGISTRATIONS = Counter(
+    "engines_registry_reregistrations", "Records that a keeper has put into etcd again."
+)
+KEEPER_RESTARTS = Counter(
+    "engines_registry_keeper_restarts", "Keepers that died or hung and were replaced."
+)
 KEEPALIVE = Histogram(
     "engines_registry_keepalive_seconds",
     "How long etcd took to renew a lease, as the keeper saw it.",
@@ -70,7 +97,11 @@ KEEPALIVE = Histogram(
 
 def etcd_error(error: EtcdError) -> None:
     """Leases and history that are gone are answers, not errors."""
-    for kind, name in ((EtcdFull, "full"), (EtcdRefused, "refused"), (EtcdUnavailable, "unavailable")):
+    for kind, name in (
+        (EtcdFull, "full"),
+        (EtcdRefused, "refused"),
+        (EtcdUnavailable, "unavailable"),
+    ):
         if isinstance(error, kind):
             ETCD_ERRORS.inc(name)
             return

@@ -1,7 +1,9 @@
-"""Evicts what a dead rank leaves useless: the other ranks of an instance that stays degraded for longer than a grace period.
+"""Evicts what a dead rank leaves useless: the other ranks of an instance that stays degraded for
+longer than a grace period.
 
-`CleaningWatch` is a Watch that carries out what `Grace` decides, if it leads: of several that run, one evicts. Every eviction is
-guarded by the record, so it can only hit what was seen, and by the absence of a rank, so it spares an instance that is complete.
+`CleaningWatch` is a Watch that carries out what `Grace` decides, if it leads: of several that run,
+one evicts. Every eviction is guarded by the record, so it can only hit what was seen, and by the
+absence of a rank, so it spares an instance that is complete.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ _NOTE_WAIT_S = 1.0
 
 @dataclass(frozen=True)
 class InstanceCleaned:
-    """`evicted` are the registrations that were ended, or with `dry_run` would be. `lost` is the rank whose loss began it."""
+    """`evicted` are the registrations that were ended, or with `dry_run` would be.
+
+    `lost` is the rank whose loss began it.
+    """
 
     instance: str
     lost: RankRecord
@@ -43,9 +48,13 @@ class InstanceCleaned:
 
 
 class CleaningWatch:
-    """Iterate as over a Watch; in between comes an InstanceCleaned for every instance that this process has cleaned up."""
+    """Iterate as over a Watch; in between comes an InstanceCleaned for every instance that this
+    process has cleaned up.
+    """
 
-    def __init__(self, etcd: Etcd, watch: Watch, election: Election, grace_s: float, dry_run: bool) -> None:
+    def __init__(
+        self, etcd: Etcd, watch: Watch, election: Election, grace_s: float, dry_run: bool
+    ) -> None:
         """`etcd` is the watch's: its calls end when the watch stops."""
         self._etcd = etcd
         self._watch = watch
@@ -74,7 +83,7 @@ class CleaningWatch:
         return min(wait_s, _NOTE_WAIT_S) if self._grace.has_notes else wait_s
 
     def _write_notes(self) -> None:
-        """Only who leads writes them: the other watchers that run have seen the losses themselves."""
+        """Only the leader writes them: the other watchers have seen the losses themselves."""
         while self._election.leading and (note := self._grace.next_note()) is not None:
             instance = note.lost.instance
             try:
@@ -94,7 +103,12 @@ class CleaningWatch:
         try:
             return Note.decode(found.key, found.value) if found else None
         except RecordDamaged as exc:
-            log.warning("%s is not cleaned up: %s", instance, exc, extra=fields("note_damaged", instance=instance))
+            log.warning(
+                "%s is not cleaned up: %s",
+                instance,
+                exc,
+                extra=fields("note_damaged", instance=instance),
+            )
             return None
 
     def _clean(self, doomed: Doomed) -> Iterator[InstanceCleaned]:
@@ -105,7 +119,9 @@ class CleaningWatch:
                 lost, incarnations = lost or note.lost, incarnations | note.incarnations
             items = self._etcd.snapshot(instance_prefix(doomed.instance)).items
             (status,) = assess_all(items) or (None,)
-            if status is None or self._evict(status, {item.key: item for item in items}, incarnations, evicted):
+            if status is None or self._evict(
+                status, {item.key: item for item in items}, incarnations, evicted
+            ):
                 self._grace.settle(doomed)
         except EtcdError as exc:  # it comes again
             if not self._watch.stopped:
@@ -119,15 +135,31 @@ class CleaningWatch:
             yield InstanceCleaned(doomed.instance, lost, tuple(evicted), self._dry_run)
 
     def _evict(
-        self, status: InstanceStatus, items: Mapping[str, KeyValue], incarnations: Set[str], evicted: list[RankRecord]
+        self,
+        status: InstanceStatus,
+        items: Mapping[str, KeyValue],
+        incarnations: Set[str],
+        evicted: list[RankRecord],
     ) -> bool:
-        """Fills `evicted`. False: the instance has changed since it was read, so look at it again before any more is evicted."""
-        meant = [record for record in status.records if record.incarnation in incarnations] if status.missing else []
+        """Fills `evicted`.
+
+        False: the instance has changed since it was read, so look at it again before any more is
+        evicted.
+        """
+        meant = (
+            [record for record in status.records if record.incarnation in incarnations]
+            if status.missing
+            else []
+        )
         for start in range(0, len(meant), AT_ONCE):
             batch = meant[start : start + AT_ONCE]
             if not self._dry_run:
                 failpoints.reach("cleanup.before_evict")
-                if not evict_all(self._etcd, [items[record.key] for record in batch], _still_missing(status, items)):
+                if not evict_all(
+                    self._etcd,
+                    [items[record.key] for record in batch],
+                    _still_missing(status, items),
+                ):
                     return False
             evicted += batch
         return True
@@ -147,13 +179,17 @@ class CleaningWatch:
         self._watch.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self._watch.__exit__(kind, exc, tb)
         self._election.close()
 
 
 def _still_missing(status: InstanceStatus, items: Mapping[str, KeyValue]) -> Guard:
-    """Holds as long as one of the missing ranks is: what a lost rank has left under its key counts as nothing."""
+    """Holds as long as one of the missing ranks is: what a lost rank has left under its key counts
+    as nothing.
+    """
     keys = [record_key(status.instance, rank) for rank in status.missing]
     free = next((key for key in keys if key not in items), None)
     return absent(free) if free is not None else unchanged(items[keys[0]])

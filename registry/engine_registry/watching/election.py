@@ -1,6 +1,8 @@
-"""Of all processes that campaign under one name, one leads at a time: who holds `/elections/<name>/leader` under a lease.
+"""Of all processes that campaign under one name, one leads at a time: who holds
+`/elections/<name>/leader` under a lease.
 
-That is a lease of the election's own, or, once the leader is registered and says so, its registration's.
+That is a lease of the election's own, or, once the leader is registered and says so, its
+registration's.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.follow import Follower
 from engine_registry.schema.keys import election_key
-from engine_registry.schema.keyvalue import Delete, KeyValue, Put, Snapshot, absent, unchanged, written
+from engine_registry.schema.keyvalue import (
+    Delete,
+    KeyValue,
+    Put,
+    Snapshot,
+    absent,
+    unchanged,
+    written,
+)
 from engine_registry.schema.record import RankRecord, decode_item
 from engine_registry.telemetry.logs import fields
 
@@ -28,10 +38,15 @@ _JOIN_S = 1.0
 
 
 class Election:
-    """Campaigns from `start` to `close` in a thread of its own. Leading is believed only while the lease surely lives."""
+    """Campaigns from `start` to `close` in a thread of its own.
+
+    Leading is believed only while the lease surely lives.
+    """
 
     def __init__(self, etcd: Etcd, name: str) -> None:
-        """`etcd` is for this election alone, which closes it at the end: so that it need not wait for a call."""
+        """`etcd` is for this election alone, which closes it at the end: so that it need not wait
+        for a call.
+        """
         self._etcd = etcd
         self._key = election_key(name)
         self._leads_until = 0.0
@@ -47,19 +62,27 @@ class Election:
 
     @property
     def leading(self) -> bool:
-        """Whether this process leads now, by its own clock; never for longer than its lease lives."""
+        """Whether this process leads now, by its own clock; never longer than its lease lives."""
         return self._kept or time.monotonic() < self._leads_until
 
     @property
     def unreachable_since(self) -> float | None:
-        """When etcd was lost, on the clock of time.monotonic; None while it can be reached, as far as is known."""
+        """When etcd was lost, on the clock of time.monotonic; None while it can be reached, as far
+        as is known.
+        """
         follower = self._follower
-        return follower.away_since if follower is not None and follower.away_since is not None else self._unreachable_since
+        return (
+            follower.away_since
+            if follower is not None and follower.away_since is not None
+            else self._unreachable_since
+        )
 
     def keep_with(self, record: RankRecord) -> bool:
-        """From now on we lead for as long as this registration of ours is held, or until `close`; False if we do not lead.
+        """From now on we lead for as long as this registration of ours is held, or until `close`;
+        False if we do not lead.
 
-        Its keeper renews the lease whatever our threads do, and ends it as soon as our process has ended.
+        Its keeper renews the lease whatever our threads do, and ends it as soon as our process has
+        ended.
         """
         with self._renewing:
             found = self._etcd.get(record.key)
@@ -68,8 +91,12 @@ class Election:
             put = Put(self._key, _me(), found.lease_id)
             revision = self._etcd.commit([unchanged(self._ours), unchanged(found)], [put])
             if not revision:
-                ours = self._etcd.get(self._key)  # a first try may have succeeded, whose answer was lost
-                revision = ours.mod_revision if ours is not None and ours.lease_id == found.lease_id else 0
+                ours = self._etcd.get(
+                    self._key
+                )  # a first try may have succeeded, whose answer was lost
+                revision = (
+                    ours.mod_revision if ours is not None and ours.lease_id == found.lease_id else 0
+                )
             if revision:
                 self._ours, self._kept = written(put, revision, self._ours), True
                 self._stopped.set()
@@ -99,12 +126,19 @@ class Election:
             if self._ours is not None:
                 self._etcd.commit([unchanged(self._ours)], [Delete(self._key)])
         except EtcdError as exc:
-            log.info("%s goes with the registration: %s", self._key, exc, extra=fields("election_left", key=self._key, error=exc))
+            log.info(
+                "%s goes with the registration: %s",
+                self._key,
+                exc,
+                extra=fields("election_left", key=self._key, error=exc),
+            )
 
     def __enter__(self) -> Election:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
     def _campaign(self) -> None:
@@ -112,7 +146,9 @@ class Election:
         while not self._stopped.is_set():
             try:
                 self._wait_until_vacant()
-                granted_at = time.monotonic()  # the lease may be older than the answer, never younger
+                granted_at = (
+                    time.monotonic()
+                )  # the lease may be older than the answer, never younger
                 lease_id = self._etcd.grant(_TTL_S)
                 try:
                     put = Put(self._key, _me(), lease_id)
@@ -130,7 +166,9 @@ class Election:
                 self._stopped.wait(backoff.next_s())
 
     def _tell(self, exc: EtcdError) -> None:
-        """An outage passes, and a refusal as a rule does not: then nobody would know why nothing is done. Told once."""
+        """An outage passes, and a refusal as a rule does not: then nobody would know why nothing is
+        done. Told once.
+        """
         if self._unreachable_since is None:
             self._unreachable_since = time.monotonic()
         if isinstance(exc, EtcdRefused) and self.refusal is None and not self._stopped.is_set():
@@ -141,7 +179,12 @@ class Election:
             )
             self.refusal = exc
         else:
-            log.info("campaigning for %s again soon: %s", self._key, exc, extra=fields("election_retry", key=self._key, error=exc))
+            log.info(
+                "campaigning for %s again soon: %s",
+                self._key,
+                exc,
+                extra=fields("election_retry", key=self._key, error=exc),
+            )
 
     def _wait_until_vacant(self) -> None:
         follower = Follower(self._etcd, self._key)
@@ -166,14 +209,21 @@ class Election:
                     held = self._etcd.get(self._key)
                     if held is None or held.lease_id != lease_id:
                         log.info(
-                            "%s is not ours any more: campaigning again", self._key, extra=fields("election_lost", key=self._key)
+                            "%s is not ours any more: campaigning again",
+                            self._key,
+                            extra=fields("election_lost", key=self._key),
                         )
                         return
                     lives_s = self._etcd.keep_alive(lease_id)
             except LeaseNotFound:
                 return
             except EtcdError as exc:
-                log.info("leading %s in doubt: %s", self._key, exc, extra=fields("election_doubt", key=self._key, error=exc))
+                log.info(
+                    "leading %s in doubt: %s",
+                    self._key,
+                    exc,
+                    extra=fields("election_doubt", key=self._key, error=exc),
+                )
                 if not self.leading:
                     return
             else:

@@ -1,4 +1,7 @@
-"""Which registrations are doomed by the loss of a rank, and when. Pure; `watching.cleanup` carries it out."""
+"""Which registrations are doomed by the loss of a rank, and when.
+
+Pure; `watching.cleanup` carries it out.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,14 @@ from dataclasses import dataclass, field
 
 from engine_registry.schema.eviction_note import Note
 from engine_registry.schema.record import RankRecord
-from engine_registry.watching.watch import Event, InstanceDegraded, InstanceGone, InstanceReady, RankJoined, RankLost
+from engine_registry.watching.watch import (
+    Event,
+    InstanceDegraded,
+    InstanceGone,
+    InstanceReady,
+    RankJoined,
+    RankLost,
+)
 
 _AGAIN_S = 1.0
 _UNSEEN = -1  # in the place of a rank: what was lost before we began to watch
@@ -17,8 +27,10 @@ _UNSEEN = -1  # in the place of a rank: what was lost before we began to watch
 
 @dataclass(frozen=True)
 class Doomed:
-    """Registrations to evict because `lost` was lost first and is not back. `unseen`: something was lost before we began to
-    watch; a note tells what, or there is none, and then the instance has never been complete as far as anybody knows."""
+    """Registrations to evict because `lost` was lost first and is not back. `unseen`: something was
+    lost before we began to watch; a note tells what, or there is none, and then the instance has
+    never been complete as far as anybody knows.
+    """
 
     instance: str
     lost: RankRecord | None
@@ -37,8 +49,12 @@ class _Loss:
 
 @dataclass(slots=True)
 class _Instance:
-    standing: dict[int, tuple[int, str]] = field(default_factory=dict)  # rank -> when it joined, as a number; incarnation
-    losses: OrderedDict[int, _Loss] = field(default_factory=OrderedDict)  # by rank; the first due comes first
+    standing: dict[int, tuple[int, str]] = field(
+        default_factory=dict
+    )  # rank -> when it joined, as a number; incarnation
+    losses: OrderedDict[int, _Loss] = field(
+        default_factory=OrderedDict
+    )  # by rank; the first due comes first
     not_before: float = 0.0
     planned: float | None = None  # its entry in the agenda
     noted: bool = False
@@ -54,14 +70,18 @@ class _Instance:
 
 
 class Grace:
-    """Feed it the events of a watch. A loss dooms the registrations that stand then, and no later ones: a new launch that
-    begins meanwhile is not touched. The return of the lost rank lifts the doom."""
+    """Feed it the events of a watch. A loss dooms the registrations that stand then, and no later
+    ones: a new launch that begins meanwhile is not touched. The return of the lost rank lifts the
+    doom.
+    """
 
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
         self._numbers = itertools.count()
         self._instances: dict[str, _Instance] = {}
-        self._agenda: list[tuple[float, str]] = []  # a heap; an entry holds where the instance has planned it, and is not too late
+        self._agenda: list[
+            tuple[float, str]
+        ] = []  # a heap; an entry holds where the instance has planned it, and is not too late
         self._unnoted: OrderedDict[str, None] = OrderedDict()
 
     def feed(self, event: Event, now: float) -> None:
@@ -72,7 +92,9 @@ class Grace:
         elif isinstance(event, InstanceDegraded):
             known = self._known(event.status.instance)
             if event.status.missing and not known.losses:
-                self._add(event.status.instance, known, _UNSEEN, _Loss(now + self._grace_s, 0, None, 0))
+                self._add(
+                    event.status.instance, known, _UNSEEN, _Loss(now + self._grace_s, 0, None, 0)
+                )
         elif isinstance(event, InstanceReady | InstanceGone):
             known = self._known(event.status.instance)
             known.losses.clear()
@@ -90,7 +112,11 @@ class Grace:
         known = self._known(record.instance)
         joined = next(self._numbers)
         loss = known.losses.pop(record.rank, None)
-        if loss is not None and loss.record is not None and loss.record.incarnation == record.incarnation:
+        if (
+            loss is not None
+            and loss.record is not None
+            and loss.record.incarnation == record.incarnation
+        ):
             joined = loss.joined  # it was only cut off, and is as old as it was
         known.standing[record.rank] = (joined, record.incarnation)
         self._forget_note(record.instance, known)
@@ -99,7 +125,12 @@ class Grace:
         known = self._known(record.instance)
         joined, _ = known.standing.pop(record.rank, (0, ""))
         if known.standing:
-            self._add(record.instance, known, record.rank, _Loss(now + self._grace_s, next(self._numbers), record, joined))
+            self._add(
+                record.instance,
+                known,
+                record.rank,
+                _Loss(now + self._grace_s, next(self._numbers), record, joined),
+            )
             if not known.noted:
                 self._unnoted[record.instance] = None
 
@@ -134,14 +165,17 @@ class Grace:
         return None
 
     def expired(self, now: float) -> list[Doomed]:
-        """What is to be evicted now. It comes again soon, in case it cannot be done or another process, which may die, has to do
-        it, until it is settled."""
+        """What is to be evicted now. It comes again soon, in case it cannot be done or another
+        process, which may die, has to do it, until it is settled.
+        """
         told: list[Doomed] = []
         while (due := self.due) is not None and due <= now:
             instance = self._agenda[0][1]
             known = self._instances[instance]
             over = list(itertools.takewhile(lambda loss: loss.due <= now, known.losses.values()))
-            doomed = frozenset(who for joined, who in known.standing.values() if joined < over[-1].joined_before)
+            doomed = frozenset(
+                who for joined, who in known.standing.values() if joined < over[-1].joined_before
+            )
             first = next((loss.record for loss in over if loss.record is not None), None)
             told.append(Doomed(instance, first, doomed, over[0].record is None, now))
             known.not_before = now + _AGAIN_S

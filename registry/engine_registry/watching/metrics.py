@@ -1,4 +1,6 @@
-"""What one watch sees, as metrics: how many ranks each instance has in which state, and why ranks were lost."""
+"""What one watch sees, as metrics: how many ranks each instance has in which state, and why ranks
+were lost.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,21 @@ from collections import Counter
 from engine_registry.schema.record import RankState
 from engine_registry.telemetry import metrics
 from engine_registry.watching.cleanup import InstanceCleaned
-from engine_registry.watching.watch import Event, InstanceDegraded, InstanceGone, InstanceReady, RankJoined, RankLost, RankUpdated
+from engine_registry.watching.watch import (
+    Event,
+    InstanceDegraded,
+    InstanceGone,
+    InstanceReady,
+    RankJoined,
+    RankLost,
+    RankUpdated,
+)
 
 
 class WatchMetrics:
-    """Show it every event of a watch, from its first on, after `metrics.enable`. For one watch of a process: two that see the same
-    instance would count its losses twice. Not thread-safe."""
+    """Show it every event of a watch, from its first on, after `metrics.enable`. For one watch of a
+    process: two that see the same instance would count its losses twice. Not thread-safe.
+    """
 
     def __init__(self) -> None:
         self._ranks: dict[str, Counter[RankState]] = {}

@@ -1,11 +1,20 @@
-"""Waits, watching, until an instance is ready, and tells what is missing if none is in time. Runs in the caller's thread."""
+"""Waits, watching, until an instance is ready, and tells what is missing if none is in time.
+
+Runs in the caller's thread.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from engine_registry.errors import EtcdUnavailable, InstanceIncomplete, InstanceNotFound, InvalidField, RegistryError
+from engine_registry.errors import (
+    EtcdUnavailable,
+    InstanceIncomplete,
+    InstanceNotFound,
+    InvalidField,
+    RegistryError,
+)
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.follow import Follower
 from engine_registry.schema.keys import ENGINES, check_instance, instance_prefix, parse_record_key
@@ -15,13 +24,17 @@ from engine_registry.schema.record import ModelIdentity, RankState
 from engine_registry.schema.roster import Roster, instance_of
 from engine_registry.schema.status import InstanceState, InstanceStatus
 
-Wanted = str | Sequence[str] | ModelIdentity  # an instance, any of several, or any that serves the model
+Wanted = (
+    str | Sequence[str] | ModelIdentity
+)  # an instance, any of several, or any that serves the model
 
 
 def wait_until_ready(etcd: Etcd, wanted: Wanted, timeout_s: float) -> tuple[InstanceStatus, ...]:
-    """Those of the wanted that are ready as soon as one is, in the order of their names in `wanted`; by name for a model.
+    """Those of the wanted that are ready as soon as one is, in the order of their names in
+    `wanted`; by name for a model.
 
-    Raises InstanceNotFound, InstanceIncomplete, or RecordDamaged where that is what keeps an instance from being ready.
+    Raises InstanceNotFound, InstanceIncomplete, or RecordDamaged where that is what keeps an
+    instance from being ready.
     """
 
     def ready(rosters: Iterable[Roster]) -> list[Roster]:
@@ -30,16 +43,30 @@ def wait_until_ready(etcd: Etcd, wanted: Wanted, timeout_s: float) -> tuple[Inst
     return _wait(etcd, wanted, timeout_s, ready)
 
 
-def wait_for_rank(etcd: Etcd, model: ModelIdentity, place: Place, timeout_s: float) -> tuple[InstanceStatus, ...]:
-    """The instances of the model that are ready, or whose rank at this place is there, ready or loading, whatever else is missing.
+def wait_for_rank(
+    etcd: Etcd, model: ModelIdentity, place: Place, timeout_s: float
+) -> tuple[InstanceStatus, ...]:
+    """The instances of the model that are ready, or whose rank at this place is there, ready or
+    loading, whatever else is missing.
 
     Waits until the weights of that rank can be had somewhere; raises as `wait_until_ready`.
     """
 
     def holding(rosters: Iterable[Roster]) -> list[Roster]:
         some = [(roster, _readable(roster, model, place)) for roster in rosters]
-        good = any(roster.state is InstanceState.READY or state is RankState.READY for roster, state in some)
-        return [roster for roster, state in some if roster.state is InstanceState.READY or state is not None] if good else []
+        good = any(
+            roster.state is InstanceState.READY or state is RankState.READY
+            for roster, state in some
+        )
+        return (
+            [
+                roster
+                for roster, state in some
+                if roster.state is InstanceState.READY or state is not None
+            ]
+            if good
+            else []
+        )
 
     return _wait(etcd, model, timeout_s, holding)
 
@@ -68,12 +95,18 @@ def _wait(
                 rosters[name] = Roster(name)
             if name in rosters:
                 rosters[name].see(change)
-        some = rosters.values() if names else sorted(_serving(rosters, wanted), key=lambda roster: roster.instance)
+        some = (
+            rosters.values()
+            if names
+            else sorted(_serving(rosters, wanted), key=lambda roster: roster.instance)
+        )
         if found := good(some):
             return tuple(roster.status() for roster in found)
     if rosters is None:
         raise follower.last_error or EtcdUnavailable(f"etcd has not answered in {timeout_s:.3g} s")
-    raise _why_none_is(list(rosters.values()) if names else _serving(rosters, wanted), wanted, timeout_s)
+    raise _why_none_is(
+        list(rosters.values()) if names else _serving(rosters, wanted), wanted, timeout_s
+    )
 
 
 def _names(wanted: str | Sequence[str]) -> list[str]:
@@ -84,7 +117,11 @@ def _names(wanted: str | Sequence[str]) -> list[str]:
 
 
 def _serving(rosters: dict[str, Roster], wanted: Wanted) -> list[Roster]:
-    return [roster for roster in rosters.values() if any(record.model == wanted for record in roster.records.values())]
+    return [
+        roster
+        for roster in rosters.values()
+        if any(record.model == wanted for record in roster.records.values())
+    ]
 
 
 def _why_none_is(rosters: Sequence[Roster], wanted: Wanted, timeout_s: float) -> RegistryError:
@@ -96,11 +133,22 @@ def _why_none_is(rosters: Sequence[Roster], wanted: Wanted, timeout_s: float) ->
     names = [roster.instance for roster in rosters]
     found = [roster.status() for roster in rosters if roster.state is not InstanceState.GONE]
     if not found:
-        who = f"no instance of {wanted}" if isinstance(wanted, ModelIdentity) else f"instance {' or '.join(map(repr, names))}"
+        who = (
+            f"no instance of {wanted}"
+            if isinstance(wanted, ModelIdentity)
+            else f"instance {' or '.join(map(repr, names))}"
+        )
         isnt = "is registered" if isinstance(wanted, ModelIdentity) else "is not registered"
-        return InstanceNotFound(f"{who} {isnt}{waited}", "start its ranks, or see `Registry.instances()`", instances=names)
+        return InstanceNotFound(
+            f"{who} {isnt}{waited}",
+            "start its ranks, or see `Registry.instances()`",
+            instances=names,
+        )
     return InstanceIncomplete(
-        "; ".join(f"instance {status.instance!r} is not ready{waited}: {status.summary}" for status in found),
+        "; ".join(
+            f"instance {status.instance!r} is not ready{waited}: {status.summary}"
+            for status in found
+        ),
         instances=names,
         missing={status.instance: list(status.missing) for status in found},
         problems={status.instance: list(status.problems) for status in found},

@@ -1,7 +1,8 @@
 """From changes under `/engines/` to events about ranks and instances.
 
-`Tracker` is the pure part: what is known, what a change means, and which losses may still turn out to be a blip. `Watch` runs it
-over a Follower in a thread of its own and hands the events to the caller's thread.
+`Tracker` is the pure part: what is known, what a change means, and which losses may still turn out
+to be a blip. `Watch` runs it over a Follower in a thread of its own and hands the events to the
+caller's thread.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class RankUpdated:
 
 @dataclass(frozen=True)
 class RankLost:
-    """`record` is the last one. `reason` is why: withdrawn, process ended, evicted, its source was evicted, lease expired or key
-    deleted, replaced by another process, record damaged."""
+    """`record` is the last one. `reason` is why: withdrawn, process ended, evicted, its source was
+    evicted, lease expired or key deleted, replaced by another process, record damaged.
+    """
 
     record: RankRecord
     reason: str
@@ -89,7 +91,9 @@ _INSTANCE_EVENTS: dict[InstanceState, type[InstanceReady | InstanceDegraded | In
 
 
 class Tracker:
-    """Feed it snapshots and changes with the time (any monotonic clock); it returns the events that follow from them."""
+    """Feed it snapshots and changes with the time (any monotonic clock); it returns the events that
+    follow from them.
+    """
 
     def __init__(self, blip_s: float = BLIP_S) -> None:
         self._blip_s = blip_s
@@ -99,7 +103,7 @@ class Tracker:
         self._doubtful: OrderedDict[str, float] = OrderedDict()
 
     def snapshot(self, snapshot: Snapshot, now: float) -> list[Event]:
-        """The first one, or one after a gap: whatever differs from what is known becomes an event."""
+        """The first one, or one after a gap: each difference from what is known is an event."""
         events = self.expire(now)
         present = {item.key for item in snapshot.items}
         for roster in self._rosters.values():
@@ -192,16 +196,28 @@ class Tracker:
 
 
 class Watch:
-    """Iterate over events for ever, or until `stop` (from any thread) or the end of the `with` block; or use `call`."""
+    """Iterate over events for ever, or until `stop` (from any thread) or the end of the `with`
+    block; or use `call`.
+    """
 
-    def __init__(self, etcd: Etcd, instance: str | None = None, rank: int | None = None, blip_s: float = BLIP_S) -> None:
-        """`etcd` is for this watch alone, which closes it when it stops: so that it need not wait for a call to end."""
+    def __init__(
+        self,
+        etcd: Etcd,
+        instance: str | None = None,
+        rank: int | None = None,
+        blip_s: float = BLIP_S,
+    ) -> None:
+        """`etcd` is for this watch alone, which closes it when it stops: so that it need not wait
+        for a call to end.
+        """
         self._etcd = etcd
         prefix = instance_prefix(instance) if instance else ENGINES
         self._rank = rank
         self._follower = Follower(etcd, prefix if rank is None else f"{prefix}{rank}")
         self._tracker = Tracker(blip_s)
-        self._inbox: queue.SimpleQueue[tuple[float, Snapshot | Batch | EtcdError | None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[float, Snapshot | Batch | EtcdError | None]] = (
+            queue.SimpleQueue()
+        )
         self._room = threading.Semaphore(_MAX_QUEUED)
         self._held_s = 0.0  # for how long the reader has waited for room
         self._full_since: float | None = None
@@ -231,19 +247,27 @@ class Watch:
         self._inbox.put((arrived_at, item))
 
     def _now(self) -> float:
-        """A clock for blips. It stands still while the reader waits for room: what etcd holds back meanwhile is not late."""
+        """A clock for blips.
+
+        It stands still while the reader waits for room: what etcd holds back meanwhile is not late.
+        """
         full_since = self._full_since
         return (time.monotonic() if full_since is None else full_since) - self._held_s
 
     def next(self, timeout_s: float | None = None) -> Event | None:
-        """The next event; None if there is none in time, or when the watch has stopped. Raises what etcd refuses for good."""
+        """The next event; None if there is none in time, or when the watch has stopped.
+
+        Raises what etcd refuses for good.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not self._events and not self._stopped.is_set():
             waits_s = [] if deadline is None else [deadline - time.monotonic()]
             if self._tracker.due is not None:
                 waits_s.append(self._tracker.due - self._now())
             try:
-                arrived_at, item = self._inbox.get(timeout=max(0.0, min(waits_s)) if waits_s else None)
+                arrived_at, item = self._inbox.get(
+                    timeout=max(0.0, min(waits_s)) if waits_s else None
+                )
             except queue.Empty:
                 self._add(self._tracker.expire(self._now()))
                 if not self._events and deadline is not None and time.monotonic() >= deadline:
@@ -255,7 +279,8 @@ class Watch:
             if isinstance(item, EtcdError):
                 self.stop()
                 raise item
-            # By when it came, not by when somebody has time for it: a reader that lags must not take a blip for a loss.
+            # By when it came, not by when somebody has time for it: a reader that lags must not
+            # take a blip for a loss.
             if isinstance(item, Snapshot):
                 self._add(self._tracker.snapshot(item, arrived_at))
             elif isinstance(item, Batch):
@@ -263,7 +288,9 @@ class Watch:
         return self._events.popleft() if self._events and not self._stopped.is_set() else None
 
     def _add(self, events: Sequence[Event]) -> None:
-        """What begins with the key of the one rank are other ranks' keys too, and the instance is not seen as a whole then."""
+        """What begins with the key of the one rank are other ranks' keys too, and the instance is
+        not seen as a whole then.
+        """
         if self._rank is None:
             self._events.extend(events)
             return
@@ -275,11 +302,15 @@ class Watch:
             yield event
 
     def call(self, on_event: Callable[[Event], object]) -> Watch:
-        """Instead of iterating: calls `on_event` for every event, from a thread of its own, until the watch is stopped.
+        """Instead of iterating: calls `on_event` for every event, from a thread of its own, until
+        the watch is stopped.
 
-        A callback that raises is logged, and the next event follows. What etcd refuses for good is logged and ends the calls.
+        A callback that raises is logged, and the next event follows. What etcd refuses for good is
+        logged and ends the calls.
         """
-        self._caller = threading.Thread(target=self._deliver, args=(on_event,), name="registry events", daemon=True)
+        self._caller = threading.Thread(
+            target=self._deliver, args=(on_event,), name="registry events", daemon=True
+        )
         self._caller.start()
         return self
 
@@ -289,7 +320,11 @@ class Watch:
                 try:
                     on_event(event)
                 except Exception:
-                    log.exception("the callback for %s failed", type(event).__name__, extra=fields("event_callback_failed"))
+                    log.exception(
+                        "the callback for %s failed",
+                        type(event).__name__,
+                        extra=fields("event_callback_failed"),
+                    )
         except EtcdError as exc:
             log.error("no more events: %s", exc, extra=fields("watch_ended", error=exc))
 
@@ -304,7 +339,10 @@ class Watch:
         return self._follower.away
 
     def stop(self) -> None:
-        """Ends the iteration, a `next` that waits, and the callbacks. May be called from any thread, and again."""
+        """Ends the iteration, a `next` that waits, and the callbacks.
+
+        May be called from any thread, and again.
+        """
         self._stopped.set()
         self._follower.stop()
         self._etcd.close()
@@ -313,7 +351,9 @@ class Watch:
     def __enter__(self) -> Watch:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.stop()
         deadline = time.monotonic() + _JOIN_S
         for thread in (self._thread, self._caller):

@@ -1,7 +1,9 @@
-"""A program that an error of ours ends: `python -m tests.support.processes.error NAME ENDING SOURCE_PID`.
+"""A program that an error of ours ends: `python -m tests.support.processes.error NAME ENDING
+SOURCE_PID`.
 
-It has a registry and an engine, brings the error about in real surroundings, and catches nothing. It closes what it has opened if
-ENDING is `closing`; if it is `leaving`, that is left to the end of the process.
+It has a registry and an engine, brings the error about in real surroundings, and catches nothing.
+It closes what it has opened if ENDING is `closing`; if it is `leaving`, that is left to the end of
+the process.
 """
 
 from __future__ import annotations
@@ -39,7 +41,15 @@ class Rank:
 
     def load(self, source: str = SOURCE, *, tensors: Tensors | None = None, **options: Any) -> None:
         wanted = empty(NBYTES) if tensors is None else tensors
-        load(self.registry, self.engine, source, rank=0, tensors=wanted, pace=PACE, **{"timeout_s": 2.0, **options})
+        load(
+            self.registry,
+            self.engine,
+            source,
+            rank=0,
+            tensors=wanted,
+            pace=PACE,
+            **{"timeout_s": 2.0, **options},
+        )
 
     def load_and_at_half(self, act: Callable[[], object], **options: Any) -> None:
         done = threading.Event()
@@ -51,9 +61,18 @@ class Rank:
 
         self.load(progress=progress, **options)
 
-    def publish(self, instance: str, tensors: Tensors, engine: MooncakeEngine | None = None, **options: Any) -> Publication:
-        identity: dict[str, Any] = {"instance": instance, "rank": 0, "world_size": 1, "model": ModelIdentity("m")}
-        return self.stack.enter_context(publish(self.registry, engine or self.engine, tensors=tensors, **identity, **options))
+    def publish(
+        self, instance: str, tensors: Tensors, engine: MooncakeEngine | None = None, **options: Any
+    ) -> Publication:
+        identity: dict[str, Any] = {
+            "instance": instance,
+            "rank": 0,
+            "world_size": 1,
+            "model": ModelIdentity("m"),
+        }
+        return self.stack.enter_context(
+            publish(self.registry, engine or self.engine, tensors=tensors, **identity, **options)
+        )
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.source_pid, number)
@@ -190,7 +209,9 @@ ERRORS: dict[str, tuple[str, Callable[[Rank], None]]] = {
 
 def main(name: str, ending: str, source_pid: str) -> None:
     stack = ExitStack()
-    registry = stack.enter_context(Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]))
+    registry = stack.enter_context(
+        Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
+    )
     engine = stack.enter_context(MooncakeEngine("127.0.0.1"))
     rank = Rank(stack, registry, engine, int(source_pid))
     try:

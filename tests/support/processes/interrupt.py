@@ -1,7 +1,9 @@
-"""Presses Ctrl-C at seeded moments of a rank's life: `python -m tests.support.processes.interrupt KIND FIRST_SEED SEEDS`.
+"""Presses Ctrl-C at seeded moments of a rank's life: `python -m tests.support.processes.interrupt
+KIND FIRST_SEED SEEDS`.
 
-KIND is what is interrupted: a registration or a publication. Each of its steps is interrupted up to three times; then a handle, if
-there is one, is closed in peace. Prints a line for each seed: what became of the steps, and what is left of the rank.
+KIND is what is interrupted: a registration or a publication. Each of its steps is interrupted up to
+three times; then a handle, if there is one, is closed in peace. Prints a line for each seed: what
+became of the steps, and what is left of the rank.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ GONE_S = 20.0  # less than the lease, so that a key which goes only with its lea
 def interrupted(call: Callable[[], object], waits_s: Sequence[float]) -> bool:
     """Makes the call, and sends SIGINT after each wait for as long as the call takes.
 
-    A byte in a pipe says that it is over: an Event that is interrupted while it is set keeps its lock for ever.
+    A byte in a pipe says that it is over: an Event that is interrupted while it is set keeps its
+    lock for ever.
     """
     heard, over = os.pipe()
 
@@ -123,7 +126,9 @@ def live_through(life: Life, moments: random.Random) -> list[str]:
         waits_s = [lasts_s * moments.random() ** 3 / (1 + number) for number in range(INTERRUPTS)]
         if name == "begin" and moments.random() < 0.5:  # or few would come any further
             waits_s = []
-        told.append(f"{name} {'interrupted' if interrupted(getattr(life, name), waits_s) else 'done'}")
+        told.append(
+            f"{name} {'interrupted' if interrupted(getattr(life, name), waits_s) else 'done'}"
+        )
     if life.handle is not None:
         life.handle.close()
     life.handle = None

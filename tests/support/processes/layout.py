@@ -1,7 +1,9 @@
-"""One process of a job of torch.distributed: `python -m tests.support.processes.layout SIDE RANK SIZE STORE`.
+"""One process of a job of torch.distributed: `python -m tests.support.processes.layout SIDE RANK
+SIZE STORE`.
 
-A `source` publishes every layout of LAYOUTS as an instance of that name, prints `published`, and ends with its input. A
-`destination` loads the layouts whose names it gets as lines, and prints for each as JSON what came of it; null if it has no part.
+A `source` publishes every layout of LAYOUTS as an instance of that name, prints `published`, and
+ends with its input. A `destination` loads the layouts whose names it gets as lines, and prints for
+each as JSON what came of it; null if it has no part.
 """
 
 from __future__ import annotations
@@ -21,29 +23,51 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as Split
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from engine_cli.options import engine_log
-from engine_loader import EngineReader, LoadReport, MooncakeEngine, Shard, load, load_module, publish, publish_state_dict
+from engine_loader import (
+    EngineReader,
+    LoadReport,
+    MooncakeEngine,
+    Shard,
+    load,
+    load_module,
+    publish,
+    publish_state_dict,
+)
 from engine_loader.tensors.regions import is_sharded
 from engine_registry import ModelIdentity, Registry
 
 Tensors = dict[str, torch.Tensor]
 
 MODEL = ModelIdentity("laid out")
-MESHES: dict[str, list[tuple[int, ...]]] = {"source": [(2,), (4,), (2, 2)], "destination": [(2,), (3,)]}
+MESHES: dict[str, list[tuple[int, ...]]] = {
+    "source": [(2,), (4,), (2, 2)],
+    "destination": [(2,), (3,)],
+}
 TENSOR_PARALLEL: dict[str, ParallelStyle] = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 ROWS, COLUMNS = ["up.weight", "up.bias", "rows", "fewer"], ["down.weight", "columns"]
 
 
 def whole() -> Tensors:
-    """What all layouts are of: sizes that no number of ranks divides, fewer rows than ranks, a scalar, an odd dtype, no bytes."""
+    """What all layouts are of: sizes that no number of ranks divides, fewer rows than ranks, a
+    scalar, an odd dtype, no bytes.
+    """
     random = torch.Generator().manual_seed(1)
 
     def some(*shape: int) -> torch.Tensor:
@@ -76,7 +100,13 @@ class Job:
     reports: list[LoadReport] = field(default_factory=list)
 
     def instance(self, name: str, size: int) -> dict[str, Any]:
-        return {"instance": name, "rank": self.rank, "world_size": size, "model": MODEL, "ttl_s": 5.0}
+        return {
+            "instance": name,
+            "rank": self.rank,
+            "world_size": size,
+            "model": MODEL,
+            "ttl_s": 5.0,
+        }
 
     def reader(self, source: str, **options: Any) -> EngineReader:
         return EngineReader(self.registry, self.engine, source, **options)
@@ -84,7 +114,10 @@ class Job:
 
 def placed(full: Tensors, mesh: DeviceMesh, placements: Callable[[str], list[Any]]) -> Tensors:
     """Each process cuts out its own part."""
-    return {name: distribute_tensor(tensor, mesh, placements(name), src_data_rank=None) for name, tensor in full.items()}
+    return {
+        name: distribute_tensor(tensor, mesh, placements(name), src_data_rank=None)
+        for name, tensor in full.items()
+    }
 
 
 def tensor_parallel(name: str) -> list[Any]:
@@ -100,13 +133,20 @@ def local(tensor: Any) -> torch.Tensor:
     return part
 
 
-def compare(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], reports: list[LoadReport]) -> dict[str, Any]:
+def compare(
+    found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], reports: list[LoadReport]
+) -> dict[str, Any]:
     """Of what this process holds, what differs in any byte, and what was read for it."""
     pairs = {name: (local(found[name]), local(tensor)) for name, tensor in wanted.items()}
-    as_bytes = {name: [part.contiguous().view(-1).view(torch.uint8) for part in pair] for name, pair in pairs.items()}
+    as_bytes = {
+        name: [part.contiguous().view(-1).view(torch.uint8) for part in pair]
+        for name, pair in pairs.items()
+    }
     return {
         "tensors": len(pairs),
-        "different": [name for name, (ours, theirs) in as_bytes.items() if not torch.equal(ours, theirs)],
+        "different": [
+            name for name, (ours, theirs) in as_bytes.items() if not torch.equal(ours, theirs)
+        ],
         "needed": sum(ours.numel() for ours, _ in as_bytes.values()),
         "nbytes": sum(report.nbytes for report in reports),
         "read_nbytes": sum(report.read_nbytes for report in reports),
@@ -140,35 +180,56 @@ def fully_sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-# -- the layouts: how each is published, by so many ranks, and how it is loaded, by so many --------------------------------------
+# -- the layouts: how each is published, by so many ranks, and how it is loaded, by so many
+# --------------------------------------
 
 
 def publish_tp(job: Job, name: str, size: int) -> None:
     tensors = placed(whole(), job.meshes[size,], tensor_parallel)
-    job.stack.enter_context(publish(job.registry, job.engine, tensors=tensors, **job.instance(name, size)))
+    job.stack.enter_context(
+        publish(job.registry, job.engine, tensors=tensors, **job.instance(name, size))
+    )
 
 
 def publish_fsdp(job: Job, name: str, size: int) -> None:
     model = fully_sharded(mlp(whole()), job.meshes[size,])
-    job.stack.enter_context(publish_state_dict(job.registry, job.engine, model.state_dict(), **job.instance(name, size)))
+    job.stack.enter_context(
+        publish_state_dict(job.registry, job.engine, model.state_dict(), **job.instance(name, size))
+    )
 
 
 def publish_fsdp_over_tp(job: Job, name: str, size: int) -> None:
-    """Tensor parallel along the second dimension of the mesh, and each of these parts sharded along the first."""
+    """Tensor parallel along the second dimension of the mesh, and each of these parts sharded along
+    the first.
+    """
     mesh = job.meshes[2, 2]
     model = parallelize_module(mlp(whole()), mesh["tp"], TENSOR_PARALLEL)
     sharded = fully_sharded(model, mesh["dp"])
-    job.stack.enter_context(publish_state_dict(job.registry, job.engine, sharded.state_dict(), **job.instance(name, size)))
+    job.stack.enter_context(
+        publish_state_dict(
+            job.registry, job.engine, sharded.state_dict(), **job.instance(name, size)
+        )
+    )
 
 
 def publish_stages(job: Job, name: str, size: int) -> None:
-    mine = {key: tensor for number, (key, tensor) in enumerate(whole().items()) if number % size == job.rank}
-    job.stack.enter_context(publish_state_dict(job.registry, job.engine, mine, **job.instance(name, size)))
+    mine = {
+        key: tensor
+        for number, (key, tensor) in enumerate(whole().items())
+        if number % size == job.rank
+    }
+    job.stack.enter_context(
+        publish_state_dict(job.registry, job.engine, mine, **job.instance(name, size))
+    )
 
 
 def publish_experts(job: Job, name: str, size: int) -> None:
     tensors, shards = experts_of(job.rank, size)
-    job.stack.enter_context(publish(job.registry, job.engine, tensors=tensors, shards=shards, **job.instance(name, size)))
+    job.stack.enter_context(
+        publish(
+            job.registry, job.engine, tensors=tensors, shards=shards, **job.instance(name, size)
+        )
+    )
 
 
 def publish_two_dimensions(job: Job, name: str, size: int) -> None:
@@ -178,13 +239,19 @@ def publish_two_dimensions(job: Job, name: str, size: int) -> None:
         return [Split(1), Split(0)] if key == "rows" else [Replicate(), *tensor_parallel(key)]
 
     tensors = placed(whole(), job.meshes[2, 2], placements)
-    job.stack.enter_context(publish_state_dict(job.registry, job.engine, {"model": tensors, "step": 5}, **job.instance(name, size)))
+    job.stack.enter_context(
+        publish_state_dict(
+            job.registry, job.engine, {"model": tensors, "step": 5}, **job.instance(name, size)
+        )
+    )
 
 
 def experts_of(rank: int, size: int) -> tuple[Tensors, dict[str, Shard]]:
     full = whole()["experts"]
     each = len(full) // size
-    return {"experts": full[rank * each :][:each].clone()}, {"experts": Shard(tuple(full.shape), (rank * each, 0, 0))}
+    return {"experts": full[rank * each :][:each].clone()}, {
+        "experts": Shard(tuple(full.shape), (rank * each, 0, 0))
+    }
 
 
 def read_tp(job: Job, name: str, size: int) -> dict[str, Any]:
@@ -213,15 +280,23 @@ def read_nested(job: Job, name: str, size: int) -> dict[str, Any]:
 
 def load_module_tp(job: Job, name: str, size: int) -> dict[str, Any]:
     mesh = job.meshes[size,]
-    model, wanted = (parallelize_module(made, mesh, TENSOR_PARALLEL) for made in (on_meta(), mlp(whole())))
+    model, wanted = (
+        parallelize_module(made, mesh, TENSOR_PARALLEL) for made in (on_meta(), mlp(whole()))
+    )
     report = load_module(job.registry, job.engine, name, model)
-    return {**compare(dict(model.named_parameters()), dict(wanted.named_parameters()), [report]), "runs": runs(model)}
+    return {
+        **compare(dict(model.named_parameters()), dict(wanted.named_parameters()), [report]),
+        "runs": runs(model),
+    }
 
 
 def load_module_fsdp(job: Job, name: str, size: int) -> dict[str, Any]:
     model, wanted = (fully_sharded(made, job.meshes[size,]) for made in (on_meta(), mlp(whole())))
     report = load_module(job.registry, job.engine, name, model)
-    return {**compare(dict(model.named_parameters()), dict(wanted.named_parameters()), [report]), "runs": runs(model)}
+    return {
+        **compare(dict(model.named_parameters()), dict(wanted.named_parameters()), [report]),
+        "runs": runs(model),
+    }
 
 
 def runs(model: nn.Module) -> bool:
@@ -235,13 +310,19 @@ def load_all(job: Job, name: str, size: int) -> dict[str, Any]:
     wanted = whole()
     found = zeroed(wanted)
     shards = {key: Shard(tuple(tensor.shape), (0,) * tensor.ndim) for key, tensor in wanted.items()}
-    return compare(found, wanted, [load(job.registry, job.engine, name, tensors=found, shards=shards)])
+    return compare(
+        found, wanted, [load(job.registry, job.engine, name, tensors=found, shards=shards)]
+    )
 
 
 def load_experts(job: Job, name: str, size: int) -> dict[str, Any]:
     wanted, shards = experts_of(job.rank, size)
     found = zeroed(wanted)
-    return compare(found, wanted, [load(job.registry, job.engine, name, tensors=found, shards=shards, verify="header")])
+    return compare(
+        found,
+        wanted,
+        [load(job.registry, job.engine, name, tensors=found, shards=shards, verify="header")],
+    )
 
 
 def training(mesh: DeviceMesh) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
@@ -252,7 +333,11 @@ def training(mesh: DeviceMesh) -> tuple[nn.Module, torch.optim.Optimizer, dict[s
 
 
 def moments(state: dict[str, Any]) -> Tensors:
-    return {f"{name}.{key}": one[key] for name, one in state["state"].items() for key in ("exp_avg", "exp_avg_sq")}
+    return {
+        f"{name}.{key}": one[key]
+        for name, one in state["state"].items()
+        for key in ("exp_avg", "exp_avg_sq")
+    }
 
 
 def known_moments(state: dict[str, Any], mesh: DeviceMesh) -> Tensors:
@@ -267,7 +352,9 @@ def publish_training(job: Job, name: str, size: int) -> None:
     for key, tensor in moments(state).items():
         tensor.copy_(known[key])
     served = {"model": model.state_dict(), "optimizer": state}
-    job.stack.enter_context(publish_state_dict(job.registry, job.engine, served, **job.instance(name, size)))
+    job.stack.enter_context(
+        publish_state_dict(job.registry, job.engine, served, **job.instance(name, size))
+    )
 
 
 def read_training(job: Job, name: str, size: int) -> dict[str, Any]:
@@ -282,7 +369,9 @@ def read_training(job: Job, name: str, size: int) -> dict[str, Any]:
     return {**answer, "needed": answer["needed"] + sum(steps)}
 
 
-LAYOUTS: dict[str, tuple[Callable[[Job, str, int], None], int, Callable[[Job, str, int], dict[str, Any]], int]] = {
+LAYOUTS: dict[
+    str, tuple[Callable[[Job, str, int], None], int, Callable[[Job, str, int], dict[str, Any]], int]
+] = {
     "tp-2-to-tp-3": (publish_tp, 2, read_tp, 3),
     "tp-4-to-tp-2": (publish_tp, 4, load_tp, 2),
     "fsdp-4-to-tp-2": (publish_fsdp, 4, load_module_tp, 2),
@@ -296,11 +385,14 @@ LAYOUTS: dict[str, tuple[Callable[[Job, str, int], None], int, Callable[[Job, st
 }
 
 
-# -- what goes wrong in a job ----------------------------------------------------------------------------------------------------
+# -- what goes wrong in a job
+# --------------------------------------------------------------------------------------------------
 
 
 class UpdatedMeanwhile(DefaultLoadPlanner):
-    """All processes have planned, and none has read, when rank 0 of them, which serves the weights too, changes them."""
+    """All processes have planned, and none has read, when rank 0 of them, which serves the weights
+    too, changes them.
+    """
 
     def __init__(self, update: Callable[[], None]) -> None:
         super().__init__()
@@ -318,7 +410,9 @@ def failures(**arguments: Any) -> dict[str, str]:
     try:
         dcp_load(**arguments)
     except CheckpointException as exc:
-        return {str(rank): f"{type(why).__name__}: {why}" for rank, (why, _) in exc.failures.items()}
+        return {
+            str(rank): f"{type(why).__name__}: {why}" for rank, (why, _) in exc.failures.items()
+        }
     return {}
 
 
@@ -327,14 +421,18 @@ def updated_meanwhile(job: Job) -> dict[str, Any]:
     with ExitStack() as stack:
         publication = None
         if job.rank == 0:
-            publication = stack.enter_context(publish_state_dict(job.registry, job.engine, served, **job.instance("trainer", 1)))
+            publication = stack.enter_context(
+                publish_state_dict(job.registry, job.engine, served, **job.instance("trainer", 1))
+            )
 
         def update() -> None:
             if publication is not None:
                 with publication.update():
                     served["w"].fill_(2)
 
-        told = failures(state_dict=found, storage_reader=job.reader("trainer"), planner=UpdatedMeanwhile(update))
+        told = failures(
+            state_dict=found, storage_reader=job.reader("trainer"), planner=UpdatedMeanwhile(update)
+        )
         dist.barrier()
         values = found["w"].unique().tolist()
         dcp_load(found, storage_reader=job.reader("trainer"))
@@ -343,10 +441,17 @@ def updated_meanwhile(job: Job) -> dict[str, Any]:
 
 
 def nobody(job: Job) -> dict[str, Any]:
-    return {"failures": failures(state_dict={"w": torch.zeros(3)}, storage_reader=job.reader("nobody", timeout_s=0.2))}
+    return {
+        "failures": failures(
+            state_dict={"w": torch.zeros(3)}, storage_reader=job.reader("nobody", timeout_s=0.2)
+        )
+    }
 
 
-TROUBLES: dict[str, Callable[[Job], dict[str, Any]]] = {"updated meanwhile": updated_meanwhile, "nobody": nobody}
+TROUBLES: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "updated meanwhile": updated_meanwhile,
+    "nobody": nobody,
+}
 
 
 def answer(job: Job, name: str) -> dict[str, Any] | None:
@@ -357,14 +462,22 @@ def answer(job: Job, name: str) -> dict[str, Any] | None:
 
 
 def main(side: str, rank: str, size: str, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size)
+    )
     meshes = {
-        shape: DeviceMesh("cpu", torch.arange(math.prod(shape)).reshape(shape), mesh_dim_names=("dp", "tp")[-len(shape) :])
+        shape: DeviceMesh(
+            "cpu",
+            torch.arange(math.prod(shape)).reshape(shape),
+            mesh_dim_names=("dp", "tp")[-len(shape) :],
+        )
         for shape in MESHES[side]
     }
     with (
         engine_log(),
-        Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]) as registry,
+        Registry.connect(
+            os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]
+        ) as registry,
         MooncakeEngine("127.0.0.1") as engine,
         ExitStack() as stack,
     ):

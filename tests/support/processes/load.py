@@ -1,7 +1,9 @@
-"""A load that can be told: `python -m tests.support.processes.load HOST NBYTES PATIENCE_S INSTANCE…`.
+"""A load that can be told: `python -m tests.support.processes.load HOST NBYTES PATIENCE_S
+INSTANCE…`.
 
-Prints `half` when half has come, and goes on when it reads a line. Then it prints how the load has ended, as JSON: the error, or
-what came from each source, and whether all of it is what sources hold.
+Prints `half` when half has come, and goes on when it reads a line. Then it prints how the load has
+ended, as JSON: the error, or what came from each source, and whether all of it is what sources
+hold.
 """
 
 from __future__ import annotations
@@ -31,12 +33,22 @@ def main(host: str, nbytes: str, patience_s: str, *instances: str) -> None:
 
     with (
         engine_log(),
-        Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]) as registry,
+        Registry.connect(
+            os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]
+        ) as registry,
         MooncakeEngine(host) as engine,
     ):
         pace = Pace(256 << 10, 4, stall_s=0.5, patience_s=float(patience_s))
         try:
-            report = load(registry, engine, list(instances), rank=0, tensors=tensors, pace=pace, progress=pause_at_half)
+            report = load(
+                registry,
+                engine,
+                list(instances),
+                rank=0,
+                tensors=tensors,
+                pace=pace,
+                progress=pause_at_half,
+            )
         except LoaderError as exc:
             outcome: dict[str, object] = {"error": type(exc).__name__, "message": str(exc)}
         else:

@@ -1,6 +1,8 @@
-"""A rank as a process of its own: `python -m tests.support.processes.rank INSTANCE RANK WORLD_SIZE [HOW IT ENDS]`.
+"""A rank as a process of its own: `python -m tests.support.processes.rank INSTANCE RANK WORLD_SIZE
+[HOW IT ENDS]`.
 
-Registers, prints `registered KEEPER_PID`, waits for a line on standard input, and ends in the way that it was told.
+Registers, prints `registered KEEPER_PID`, waits for a line on standard input, and ends in the way
+that it was told.
 """
 
 from __future__ import annotations
@@ -18,11 +20,15 @@ from tests.support.ranks import register
 def main(instance: str, rank: str, world_size: str, end: str = "return") -> None:
     if end == "in a group of its own":
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background has it ignored
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # who runs the tests in the background has it ignored
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     registry = Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
     registration = register(registry, instance, int(rank), int(world_size))
-    if end == "with a forked child" and os.fork() == 0:  # it inherits the pipe to the keeper, and outlives the rank
+    if (
+        end == "with a forked child" and os.fork() == 0
+    ):  # it inherits the pipe to the keeper, and outlives the rank
         os.closerange(0, 3)
         time.sleep(10)
         os._exit(0)

@@ -1,8 +1,10 @@
-"""A rank that loads and serves at the same time: `python -m tests.support.processes.replica INSTANCE NBYTES PAUSE_S`.
+"""A rank that loads and serves at the same time: `python -m tests.support.processes.replica
+INSTANCE NBYTES PAUSE_S`.
 
-Waits for a line, then loads the model of `source`, waiting so long after everything that comes, and publishes itself.
-Prints `half` when half has come, and in the end `loaded VERSION equal|differs SOURCES`, or `failed` and the error. They differ
-unless every word is of one launch and that version. Then it serves. Ends with its input, or killed.
+Waits for a line, then loads the model of `source`, waiting so long after everything that comes, and
+publishes itself. Prints `half` when half has come, and in the end `loaded VERSION equal|differs
+SOURCES`, or `failed` and the error. They differ unless every word is of one launch and that
+version. Then it serves. Ends with its input, or killed.
 """
 
 from __future__ import annotations
@@ -32,13 +34,23 @@ def main(instance: str, size: str, pause: str) -> None:
 
     with (
         engine_log(),
-        Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]) as registry,
+        Registry.connect(
+            os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]
+        ) as registry,
         MooncakeEngine("127.0.0.1") as engine,
     ):
         print("up", flush=True)
         sys.stdin.readline()
         try:
-            report = load(registry, engine, MODEL, rank=0, tensors=tensors, publish=instance, progress=on_progress)
+            report = load(
+                registry,
+                engine,
+                MODEL,
+                rank=0,
+                tensors=tensors,
+                publish=instance,
+                progress=on_progress,
+            )
         except (LoaderError, RegistryError) as exc:
             print(f"failed {type(exc).__name__}: {exc}", flush=True)
             return

@@ -1,7 +1,8 @@
-"""A seed as SGLang runs it: `python -m tests.support.processes.seed GATEWAY_URL RANK [TENSORS [PORT]]`.
+"""A seed as SGLang runs it: `python -m tests.support.processes.seed GATEWAY_URL RANK [TENSORS
+[PORT]]`.
 
-Listens, as its transfer engine would, registers once, prints the answer and its session, and goes on until standard input ends or
-says `again`, at which it registers again.
+Listens, as its transfer engine would, registers once, prints the answer and its session, and goes
+on until standard input ends or says `again`, at which it registers again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ def main(url: str, rank: str, tensors: str = "2", port: str = "0") -> None:
     with socket.create_server(("127.0.0.1", int(port)), backlog=128) as listener:
         session_id = f"127.0.0.1:{listener.getsockname()[1]}"
         weights = {f"layers.{n}.weight": [4096 + 128 * n, 64, 2] for n in range(int(tensors))}
-        payload = {"tp_rank": int(rank), "transfer_engine_info": {"session_id": session_id, "weights_info_dict": weights}}
+        payload = {
+            "tp_rank": int(rank),
+            "transfer_engine_info": {"session_id": session_id, "weights_info_dict": weights},
+        }
         print(register(url, payload), session_id, flush=True)
         while sys.stdin.readline().strip() == "again":
             print(register(url, payload), session_id, flush=True)

@@ -1,7 +1,8 @@
 """All ranks of an instance whose ranks hold rows: `shards INSTANCE NBYTES [HOST [TTL_S [LAUNCH]]]`.
 
-Every rank has its rows of one matrix of words, which name their launch and version (see `launches`), and their place in the whole.
-Lines on standard input mean what they mean to a `source`. Ends with its input, or killed.
+Every rank has its rows of one matrix of words, which name their launch and version (see
+`launches`), and their place in the whole. Lines on standard input mean what they mean to a
+`source`. Ends with its input, or killed.
 """
 
 from __future__ import annotations
@@ -34,12 +35,16 @@ def rows_of(rank: int, nbytes: int, origin: Origin) -> torch.Tensor:
     return words(origin, count, rank * count).view(-1, columns)
 
 
-def main(instance: str, nbytes: str, host: str = "127.0.0.1", ttl_s: str = "2", launch: str = "0") -> None:
+def main(
+    instance: str, nbytes: str, host: str = "127.0.0.1", ttl_s: str = "2", launch: str = "0"
+) -> None:
     shape = shape_of(int(nbytes))
     parts = [rows_of(rank, int(nbytes), Origin(int(launch))) for rank in range(RANKS)]
     with ExitStack() as stack:
         stack.enter_context(engine_log())
-        registry = stack.enter_context(Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]))
+        registry = stack.enter_context(
+            Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
+        )
         engine = stack.enter_context(MooncakeEngine(host))
         ranks = [
             stack.enter_context(
@@ -60,7 +65,9 @@ def main(instance: str, nbytes: str, host: str = "127.0.0.1", ttl_s: str = "2", 
         print("version 0", flush=True)
         for line in sys.stdin:
             version = ranks[0].record.version + 1
-            for rank, (publication, part) in enumerate(zip(ranks, parts, strict=True)):  # one after another, so that they differ
+            for rank, (publication, part) in enumerate(
+                zip(ranks, parts, strict=True)
+            ):  # one after another, so that they differ
                 with publication.update():
                     part.copy_(rows_of(rank, int(nbytes), Origin(int(launch), version)))
                     if rank == 0 and line == "begin\n":

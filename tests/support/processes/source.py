@@ -1,8 +1,9 @@
 """A rank whose weights say whose they are: `source INSTANCE NBYTES [HOST [TTL_S [LAUNCH]]]`.
 
-Sources of one launch hold the same in the same version, see `content`, and digests prove it. Each line on standard input makes it
-go on to the next version; it prints `version N` when it serves one. A line `begin` begins that update, and the next line ends it:
-it prints `begun` in between. Ends with its input, or killed.
+Sources of one launch hold the same in the same version, see `content`, and digests prove it. Each
+line on standard input makes it go on to the next version; it prints `version N` when it serves one.
+A line `begin` begins that update, and the next line ends it: it prints `begun` in between. Ends
+with its input, or killed.
 """
 
 from __future__ import annotations
@@ -27,18 +28,25 @@ def content(version: int, nbytes: int, launch: int = 0) -> dict[str, torch.Tenso
     whole = words(Origin(launch, version), -(-nbytes // WORD)).view(torch.uint8)[:nbytes]
     size = nbytes // COUNT
     ends = [size * number + 7 * (number % 3) for number in range(COUNT)] + [nbytes]
-    return {f"t{number}": whole[low:high].clone() for number, (low, high) in enumerate(itertools.pairwise(ends))}
+    return {
+        f"t{number}": whole[low:high].clone()
+        for number, (low, high) in enumerate(itertools.pairwise(ends))
+    }
 
 
 def empty(nbytes: int) -> dict[str, torch.Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in content(0, nbytes).items()}
 
 
-def main(instance: str, nbytes: str, host: str = "127.0.0.1", ttl_s: str = "2", launch: str = "0") -> None:
+def main(
+    instance: str, nbytes: str, host: str = "127.0.0.1", ttl_s: str = "2", launch: str = "0"
+) -> None:
     tensors = content(0, int(nbytes), int(launch))
     with (
         engine_log(),  # what the tests show of a process that failed is what it has to say
-        Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]) as registry,
+        Registry.connect(
+            os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]
+        ) as registry,
         MooncakeEngine(host) as engine,
         publish(
             registry,
@@ -55,7 +63,9 @@ def main(instance: str, nbytes: str, host: str = "127.0.0.1", ttl_s: str = "2", 
         print("version 0", flush=True)
         for line in sys.stdin:
             with publication.update():
-                for name, tensor in content(publication.record.version + 1, int(nbytes), int(launch)).items():
+                for name, tensor in content(
+                    publication.record.version + 1, int(nbytes), int(launch)
+                ).items():
                     tensors[name].copy_(tensor)
                 if line == "begin\n":
                     print("begun", flush=True)

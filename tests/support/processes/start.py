@@ -1,8 +1,10 @@
-"""A rank that starts from peers or from files: `python -m tests.support.processes.start INSTANCE FILE [HOW]`.
+"""A rank that starts from peers or from files: `python -m tests.support.processes.start INSTANCE
+FILE [HOW]`.
 
-Prints `starts` when it is about to, and does when it is given a line. Then it prints, as JSON, from where its weights have come,
-why, and how many bytes of tensors this process has read from disk; and ends with its input. With HOW `held` it prints `reading`
-before it reads the first of them, and waits for another line.
+Prints `starts` when it is about to, and does when it is given a line. Then it prints, as JSON, from
+where its weights have come, why, and how many bytes of tensors this process has read from disk; and
+ends with its input. With HOW `held` it prints `reading` before it reads the first of them, and
+waits for another line.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ MODEL = ModelIdentity("herd", "r1")
 
 def content(nbytes: int = 4 << 20) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return {f"t{number}": torch.randint(0, 256, (nbytes // 8,), dtype=torch.uint8, generator=generator) for number in range(8)}
+    return {
+        f"t{number}": torch.randint(0, 256, (nbytes // 8,), dtype=torch.uint8, generator=generator)
+        for number in range(8)
+    }
 
 
 class Disk:
@@ -52,22 +57,40 @@ def main(instance: str, path: str, how: str = "") -> None:
     disk = Disk(how == "held")
     os.preadv = disk  # type: ignore[assignment]
     with safe_open(path, framework="pt") as file:
-        layout = {name: (torch.uint8, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+        layout = {
+            name: (torch.uint8, tuple(file.get_slice(name).get_shape()))
+            for name in file.keys()  # noqa: SIM118
+        }
     tensors = allocate(layout)
     for tensor in tensors.values():
         tensor.zero_()
     with (
         engine_log(),
-        Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"], timeout_s=20) as registry,
+        Registry.connect(
+            os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"], timeout_s=20
+        ) as registry,
         MooncakeEngine("127.0.0.1") as engine,
     ):
         print("starts", flush=True)
         sys.stdin.readline()
         with load_or_seed(
-            registry, engine, MODEL, tensors, rank=0, world_size=1, instance=instance, fallback=path, timeout_s=100
+            registry,
+            engine,
+            MODEL,
+            tensors,
+            rank=0,
+            world_size=1,
+            instance=instance,
+            fallback=path,
+            timeout_s=100,
         ) as seeded:
             right = all(torch.equal(tensors[name], tensor) for name, tensor in content().items())
-            told = {"source": seeded.source, "reason": seeded.reason, "read": disk.nbytes, "right": right}
+            told = {
+                "source": seeded.source,
+                "reason": seeded.reason,
+                "read": disk.nbytes,
+                "right": right,
+            }
             print(json.dumps(told), flush=True)
             sys.stdin.read()
 

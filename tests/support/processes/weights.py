@@ -1,4 +1,7 @@
-"""A rank that publishes weights: `python -m tests.support.processes.weights INSTANCE RANK WORLD_SIZE SEED`; until killed."""
+"""A rank that publishes weights:
+
+`python -m tests.support.processes.weights INSTANCE RANK WORLD_SIZE SEED`; until killed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The times of fan-out on paper, and the rule by which receivers choose, beside the one that loads follow."""
+"""The times of fan-out on paper, and the rule by which receivers choose, beside the one that loads
+follow.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from engine_loader.sources.chain import costs
 from engine_registry import RankState
 from tests.support.builders import a_record
 
-FABRIC = Fabric(nbytes_per_s=100, start_s=1, notice_s=0.3, in_flight_nbytes=10)  # a hop of half a second
+FABRIC = Fabric(
+    nbytes_per_s=100, start_s=1, notice_s=0.3, in_flight_nbytes=10
+)  # a hop of half a second
 NBYTES = 1000  # ten seconds of a link
 
 
@@ -47,19 +51,29 @@ def test_two_chains_share_the_seeds_link() -> None:
     assert pipelined_chains(FABRIC, NBYTES, 8, 2) == 1 + 20 + 3 * 0.5
 
 
-@pytest.mark.parametrize(("receivers", "depth"), [(1, 1), (2, 1), (3, 2), (6, 2), (7, 3), (14, 3), (15, 4)])
+@pytest.mark.parametrize(
+    ("receivers", "depth"), [(1, 1), (2, 1), (3, 2), (6, 2), (7, 3), (14, 3), (15, 4)]
+)
 def test_a_tree_is_as_deep_as_its_width_needs(receivers: int, depth: int) -> None:
     assert pipelined_tree(FABRIC, NBYTES, receivers, 2) == 1 + 20 + (depth - 1) * 0.5
 
 
 @given(st.integers(1, 40), st.integers(1, 4))
 def test_the_formulas_are_those_trees(receivers: int, degree: int) -> None:
-    heap: list[int | None] = [None if number < degree else number // degree - 1 for number in range(receivers)]
+    heap: list[int | None] = [
+        None if number < degree else number // degree - 1 for number in range(receivers)
+    ]
     if receivers >= degree:  # else nobody has all the readers that the formula counts
-        assert pipelined(FABRIC, NBYTES, heap) == pytest.approx(pipelined_tree(FABRIC, NBYTES, receivers, degree))
-    chains: list[int | None] = [None if number < degree else number - degree for number in range(receivers)]
+        assert pipelined(FABRIC, NBYTES, heap) == pytest.approx(
+            pipelined_tree(FABRIC, NBYTES, receivers, degree)
+        )
+    chains: list[int | None] = [
+        None if number < degree else number - degree for number in range(receivers)
+    ]
     if receivers >= degree:
-        assert pipelined(FABRIC, NBYTES, chains) == pytest.approx(pipelined_chains(FABRIC, NBYTES, receivers, degree))
+        assert pipelined(FABRIC, NBYTES, chains) == pytest.approx(
+            pipelined_chains(FABRIC, NBYTES, receivers, degree)
+        )
 
 
 def test_hops_that_cost_nothing_make_one_chain_and_dear_ones_a_star() -> None:
@@ -73,7 +87,9 @@ def test_those_who_do_not_see_each_other_crowd_the_seed() -> None:
 
 
 @given(st.integers(1, 30), st.sampled_from([0.0, 0.01, 0.1, 0.3, 1.0]))
-def test_it_is_the_rule_that_loads_follow_when_all_begin_at_once(receivers: int, hop: float) -> None:
+def test_it_is_the_rule_that_loads_follow_when_all_begin_at_once(
+    receivers: int, hop: float
+) -> None:
     """All are registered, and nobody has told yet whom it reads from."""
     seed = a_record(incarnation=f"{0:032x}", instance="seed", state=RankState.READY)
     records = [replace(seed, create_revision=1)]
@@ -82,12 +98,21 @@ def test_it_is_the_rule_that_loads_follow_when_all_begin_at_once(receivers: int,
         cost = costs(records, [], {record.incarnation for record in records}, hop)
         best = min(records, key=lambda record: (cost[record.incarnation], record.create_revision))
         chosen.append(None if best is records[0] else int(best.incarnation, 16) - 1)
-        records.append(replace(seed, incarnation=f"{number + 1:032x}", state=RankState.LOADING, create_revision=number + 2))
+        records.append(
+            replace(
+                seed,
+                incarnation=f"{number + 1:032x}",
+                state=RankState.LOADING,
+                create_revision=number + 2,
+            )
+        )
     assert chosen == joined(receivers, hop)
 
 
 def test_the_plot_has_a_line_and_points_for_each_strategy() -> None:
-    drawn = svg("title", {"one": [(1, 5.0, 4.0), (8, 40.0, 39.0)], "two": [(1, 5.0, 5.0), (8, 6.0, 6.0)]})
+    drawn = svg(
+        "title", {"one": [(1, 5.0, 4.0), (8, 40.0, 39.0)], "two": [(1, 5.0, 5.0), (8, 6.0, 6.0)]}
+    )
     assert drawn.count("<circle") == 4
     assert drawn.count("<polyline") == 4
     assert all(f">{text}</text>" in drawn for text in ("one", "two", "title", "1", "8", "40"))

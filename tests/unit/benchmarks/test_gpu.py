@@ -1,4 +1,6 @@
-"""What `benchmarks.gpu` does without a GPU: its sets, its rule that no time is told of wrong bytes, its steps, its end."""
+"""What `benchmarks.gpu` does without a GPU: its sets, its rule that no time is told of wrong bytes,
+its steps, its end.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,16 @@ LAYOUT = {"a": (torch.uint8, (13,)), "b": (torch.bfloat16, (4, 3)), "c": (torch.
 
 @pytest.mark.parametrize(
     ("name", "tensors", "gigabytes"),
-    [("mixed", 2_256, 8.606), ("large", 256, 8.590), ("llama-70b-tp8", 723, 17.641), ("small", 20_000, 0.328)],
+    [
+        ("mixed", 2_256, 8.606),
+        ("large", 256, 8.590),
+        ("llama-70b-tp8", 723, 17.641),
+        ("small", 20_000, 0.328),
+    ],
 )
-def test_the_sets_are_as_large_as_what_they_stand_for(name: str, tensors: int, gigabytes: float) -> None:
+def test_the_sets_are_as_large_as_what_they_stand_for(
+    name: str, tensors: int, gigabytes: float
+) -> None:
     layout = SETS[name](1.0)
     assert len(layout) == tensors
     assert nbytes_of(layout) / 1e9 == pytest.approx(gigabytes, abs=0.001)
@@ -39,7 +48,9 @@ def test_the_weights_of_a_rank_of_a_70b_model_are_whole_where_they_are_no_matric
 
 def test_every_process_makes_the_same_content_and_no_two_tensors_are_alike() -> None:
     once, again = filled(LAYOUT, "cpu"), filled(LAYOUT, "cpu")
-    assert all(torch.equal(once[name].view(torch.uint8), again[name].view(torch.uint8)) for name in LAYOUT)
+    assert all(
+        torch.equal(once[name].view(torch.uint8), again[name].view(torch.uint8)) for name in LAYOUT
+    )
     assert not torch.equal(once["a"], once["c"])
 
 
@@ -57,8 +68,12 @@ def test_a_time_is_told_only_where_every_byte_is_as_it_should_be() -> None:
     seconds, result = target.time("whole", fill)
     assert seconds >= 0
     assert result == 7
-    with pytest.raises(DigestMismatch, match=r"^half: 1 of 3 tensors are not what the source holds.*: b$") as caught:
-        target.time("half", lambda: fill(without="b"))  # where what was there before would have been right
+    with pytest.raises(
+        DigestMismatch, match=r"^half: 1 of 3 tensors are not what the source holds.*: b$"
+    ) as caught:
+        target.time(
+            "half", lambda: fill(without="b")
+        )  # where what was there before would have been right
     assert code_of(caught.value) == Exit.WEIGHTS
     with pytest.raises(DigestMismatch, match="2 of 3"):
         target.time_new("new", lambda: {"a": wanted["a"], "b": wanted["b"] + 1})
@@ -83,7 +98,9 @@ def test_goals_are_met_missed_or_not_run() -> None:
         Row("mixed", COLD, 10**9, (0.3,)),
         Row("mixed", EACH_NCCL, note="not run"),
     ]
-    verdicts = {goal.what: (goal.value and round(goal.value, 6), goal.verdict) for goal in goals(rows)}
+    verdicts = {
+        goal.what: (goal.value and round(goal.value, 6), goal.verdict) for goal in goals(rows)
+    }
     assert verdicts["load(), cold to warm"] == (1.5, "met")
     assert verdicts["load() to its reads"] == (2.0, "missed")
     assert verdicts["load() to NCCL, tensor by tensor"] == (None, "not run")
@@ -92,7 +109,12 @@ def test_goals_are_met_missed_or_not_run() -> None:
 def test_a_row_has_median_and_extremes_and_one_that_was_not_run_says_why() -> None:
     row = Row("mixed", WARM, 10**9, (0.2, 0.1, 0.4))
     assert row.median_s == 0.2
-    assert {"median_s": 0.2, "min_s": 0.1, "max_s": 0.4, "gb_per_s": 5.0}.items() <= row.as_json().items()
+    assert {
+        "median_s": 0.2,
+        "min_s": 0.1,
+        "max_s": 0.4,
+        "gb_per_s": 5.0,
+    }.items() <= row.as_json().items()
     assert row.cells()[2:5] == ["200.00", "100.00", "400.00"]
     missing = Row("failover", "2 sources", note="not run: 2 GPUs")
     assert "median_s" not in missing.as_json()
@@ -114,11 +136,15 @@ def test_a_step_is_told_without_the_steps_within_it() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_without_two_gpus_it_ends_with_one_line_that_says_so(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_without_two_gpus_it_ends_with_one_line_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     ran = CliRunner().invoke(command, [])
     assert isinstance(ran.exception, EngineUnavailable)
-    assert str(ran.exception).startswith(f"this measures from GPU to GPU, and {count} CUDA GPUs can be used here: ")
+    assert str(ran.exception).startswith(
+        f"this measures from GPU to GPU, and {count} CUDA GPUs can be used here: "
+    )
     assert "\n" not in str(ran.exception)
     assert code_of(ran.exception) == Exit.FAILED
 

@@ -40,7 +40,16 @@ from engine_cli.render.printable import printable
 from engine_cli.runtime.serving import Endings
 from engine_cli.signals import Ended
 from engine_loader import Publication
-from engine_registry import Event, InstanceDegraded, InstanceGone, InstanceReady, RankJoined, RankLost, RankUpdated, Registry
+from engine_registry import (
+    Event,
+    InstanceDegraded,
+    InstanceGone,
+    InstanceReady,
+    RankJoined,
+    RankLost,
+    RankUpdated,
+    Registry,
+)
 from engine_registry.errors import EtcdUnavailable
 from engine_registry.schema.status import assess
 from tests.support.builders import a_manifest, a_record, an_entry
@@ -90,7 +99,10 @@ class Engines:
 def engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Engines:
     for name in ("ENGINES_ETCD", engine_cli.options.PASSWORD_VARIABLE):
         monkeypatch.delenv(name, raising=False)
-    for name in ("addLevelName", "basicConfig"):  # what the entry point sets up for the whole process
+    for name in (
+        "addLevelName",
+        "basicConfig",
+    ):  # what the entry point sets up for the whole process
         monkeypatch.setattr(logging, name, lambda *_, **__: None)
     monkeypatch.setattr(engine_cli.main, "_leave", sys.exit)
     return Engines(monkeypatch, capsys)
@@ -101,12 +113,19 @@ def _not_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_cli.options, "_debug", False)
 
 
-# -- exit codes ------------------------------------------------------------------------------------------------------------------
+# -- exit codes
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
 def test_every_error_of_ours_has_an_exit_code(kind: type[Exception]) -> None:
-    assert code_of(kind("what happened")) in (Exit.FAILED, Exit.USAGE, Exit.ETCD, Exit.INSTANCE, Exit.WEIGHTS)
+    assert code_of(kind("what happened")) in (
+        Exit.FAILED,
+        Exit.USAGE,
+        Exit.ETCD,
+        Exit.INSTANCE,
+        Exit.WEIGHTS,
+    )
 
 
 @pytest.mark.parametrize("name", _CODES)
@@ -121,7 +140,15 @@ def test_every_name_in_the_table_of_exit_codes_is_an_error_of_ours(name: str) ->
         (Exit.USAGE, {"InvalidField"}),
         (
             Exit.ETCD,
-            {"EtcdError", "EtcdUnavailable", "EtcdRefused", "EtcdFull", "AnswerTooLarge", "LeaseNotFound", "HistoryLost"},
+            {
+                "EtcdError",
+                "EtcdUnavailable",
+                "EtcdRefused",
+                "EtcdFull",
+                "AnswerTooLarge",
+                "LeaseNotFound",
+                "HistoryLost",
+            },
         ),
         (
             Exit.INSTANCE,
@@ -138,7 +165,9 @@ def test_every_name_in_the_table_of_exit_codes_is_an_error_of_ours(name: str) ->
         (Exit.WEIGHTS, {"WeightsMismatch", "TornRead", "DigestMismatch", "DigestsMissing"}),
     ],
 )
-def test_codes_above_one_are_given_to_the_errors_that_they_are_documented_for(code: Exit, names: set[str]) -> None:
+def test_codes_above_one_are_given_to_the_errors_that_they_are_documented_for(
+    code: Exit, names: set[str]
+) -> None:
     assert {kind.__name__ for kind in OURS if code_of(kind("x")) is code} == names
 
 
@@ -148,17 +177,26 @@ def test_an_error_that_is_not_ours_has_no_code(exc: BaseException) -> None:
 
 
 @pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
-def test_an_error_is_one_line_on_stderr_and_its_exit_code(engines: Engines, kind: type[Exception]) -> None:
+def test_an_error_is_one_line_on_stderr_and_its_exit_code(
+    engines: Engines, kind: type[Exception]
+) -> None:
     engines.connecting(kind("first line\n   second line"))
     ran = engines("list")
-    assert (ran.code, ran.out, ran.err) == (code_of(kind("x")), "", "engines: error: first line second line\n")
+    assert (ran.code, ran.out, ran.err) == (
+        code_of(kind("x")),
+        "",
+        "engines: error: first line second line\n",
+    )
 
 
 def test_a_bug_is_one_line_that_asks_for_a_report(engines: Engines) -> None:
     engines.connecting(ZeroDivisionError("by zero"))
     ran = engines("list")
     assert ran.code == Exit.FAILED
-    assert ran.err == "engines: error: unexpected ZeroDivisionError: by zero (--debug shows where; please report it)\n"
+    assert ran.err == (
+        "engines: error: unexpected ZeroDivisionError: by zero (--debug shows where; please "
+        "report it)\n"
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
@@ -166,18 +204,27 @@ def test_output_that_cannot_be_written_is_no_bug(engines: Engines, number: int) 
     engines.connecting(OSError(number, os.strerror(number)))
     ran = engines("list")
     assert ran.code == Exit.FAILED
-    assert ran.err == f"engines: error: cannot write: {os.strerror(number)}: look where the output goes, and at the disk\n"
+    assert ran.err == (
+        f"engines: error: cannot write: {os.strerror(number)}: look where the output goes, "
+        "and at the disk\n"
+    )
 
 
 def test_a_command_that_needs_torch_says_what_to_install(engines: Engines) -> None:
     engines.connecting(ModuleNotFoundError("No module named 'torch'", name="torch"))
     ran = engines("list")
     assert ran.code == Exit.FAILED
-    assert ran.err.startswith("engines: error: torch is not installed: pip install 'engine-registry[cpu]' ")
+    assert ran.err.startswith(
+        "engines: error: torch is not installed: pip install 'engine-registry[cpu]' "
+    )
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGHUP, "SIGHUP"), (signal.SIGTERM, "SIGTERM")])
-def test_an_end_by_a_signal_has_the_code_that_a_shell_gives_it(engines: Engines, number: int, name: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGHUP, "SIGHUP"), (signal.SIGTERM, "SIGTERM")]
+)
+def test_an_end_by_a_signal_has_the_code_that_a_shell_gives_it(
+    engines: Engines, number: int, name: str
+) -> None:
     engines.connecting(Ended(number))
     ran = engines("list")
     assert (ran.code, ran.err) == (128 + number, f"engines: ended by {name}\n")
@@ -198,13 +245,16 @@ def test_a_traceback_comes_only_with_debug(engines: Engines) -> None:
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt(), click.Abort()])
-def test_an_interruption_has_a_code_of_its_own(engines: Engines, interruption: BaseException) -> None:
+def test_an_interruption_has_a_code_of_its_own(
+    engines: Engines, interruption: BaseException
+) -> None:
     engines.connecting(interruption)
     ran = engines("list")
     assert (ran.code, ran.err.strip()) == (Exit.INTERRUPTED, "engines: interrupted")
 
 
-# -- usage -----------------------------------------------------------------------------------------------------------------------
+# -- usage
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -216,7 +266,9 @@ def test_help_lists_every_command_and_every_exit_code(engines: Engines, flag: st
 
 
 @pytest.mark.parametrize("command", engine_cli.main.COMMANDS)
-def test_every_command_has_help_and_the_name_that_it_is_found_by(engines: Engines, command: str) -> None:
+def test_every_command_has_help_and_the_name_that_it_is_found_by(
+    engines: Engines, command: str
+) -> None:
     ran = engines(*command.split(), "--help")
     assert ran.code == Exit.DONE
     assert ran.out.startswith(f"Usage: engines {command} ")
@@ -292,22 +344,34 @@ def test_wrong_usage_is_told_before_etcd_is_asked(engines: Engines, args: tuple[
     assert ran.err.strip()
 
 
-def test_a_file_that_is_there_is_not_overwritten_without_being_asked(engines: Engines, tmp_path: Path) -> None:
+def test_a_file_that_is_there_is_not_overwritten_without_being_asked(
+    engines: Engines, tmp_path: Path
+) -> None:
     asked = engines.connecting(EtcdUnavailable("gone"))
     (tmp_path / "rank-0.safetensors").touch()
     ran = engines("load", "qwen", "--rank", "0", "--out", str(tmp_path))
     assert (ran.code, asked) == (Exit.USAGE, [])
     assert "is there already: choose another --out, or --force" in ran.err
-    assert engines("load", "qwen", "--rank", "0", "--out", str(tmp_path), "--force").code == Exit.ETCD
+    assert (
+        engines("load", "qwen", "--rank", "0", "--out", str(tmp_path), "--force").code == Exit.ETCD
+    )
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00003.safetensors", "model.safetensors.index.json"])
-def test_a_model_that_is_there_is_not_overwritten_without_being_asked(engines: Engines, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "model-00002-of-00003.safetensors", "model.safetensors.index.json"],
+)
+def test_a_model_that_is_there_is_not_overwritten_without_being_asked(
+    engines: Engines, tmp_path: Path, name: str
+) -> None:
     asked = engines.connecting(EtcdUnavailable("gone"))
     (tmp_path / name).touch()
     ran = engines("load", "qwen", "--full", "--out", str(tmp_path))
     assert (ran.code, asked) == (Exit.USAGE, [])
-    assert ran.err == f"engines: error: {tmp_path / name} is there already: choose another --out, or --force\n"
+    assert (
+        ran.err
+        == f"engines: error: {tmp_path / name} is there already: choose another --out, or --force\n"
+    )
     assert engines("load", "qwen", "--full", "--out", str(tmp_path), "--force").code == Exit.ETCD
 
 
@@ -315,10 +379,16 @@ def test_a_model_that_is_there_is_not_overwritten_without_being_asked(engines: E
     ("args", "message"),
     [
         ((), "say what to copy: --rank R for one rank, or --full for all as whole tensors"),
-        (("--rank", "0", "--full"), "--rank and --full exclude each other: --rank copies one rank, --full all as whole tensors"),
+        (
+            ("--rank", "0", "--full"),
+            "--rank and --full exclude each other: --rank copies one rank, --full all as "
+            "whole tensors",
+        ),
     ],
 )
-def test_a_load_is_of_one_rank_or_of_all(engines: Engines, args: tuple[str, ...], message: str) -> None:
+def test_a_load_is_of_one_rank_or_of_all(
+    engines: Engines, args: tuple[str, ...], message: str
+) -> None:
     ran = engines("load", "qwen", *args)
     assert (ran.code, ran.err) == (Exit.USAGE, f"engines: error: {message}\n")
 
@@ -335,7 +405,8 @@ def test_draining_is_over_also_when_it_has_failed(failure: Exception | None) -> 
     assert endings._inbox.get(timeout=20) is failure or failure is None
 
 
-# -- how to reach etcd -----------------------------------------------------------------------------------------------------------
+# -- how to reach etcd
+# --------------------------------------------------------------------------------------------------
 
 UNSET = dict.fromkeys(("cacert", "cert", "key", "user", "password"))
 DEFAULTS = {"endpoints": "127.0.0.1:2379", "namespace": "", "timeout_s": 5.0, **UNSET}
@@ -347,15 +418,31 @@ DEFAULTS = {"endpoints": "127.0.0.1:2379", "namespace": "", "timeout_s": 5.0, **
         ((), {}, {}),
         ((), {"ENGINES_ETCD": "a:1,b:2"}, {"endpoints": "a:1,b:2"}),
         (("--etcd", "c:3"), {"ENGINES_ETCD": "a:1"}, {"endpoints": "c:3"}),
-        (("--namespace", "/prod", "--timeout", "0.5"), {}, {"namespace": "/prod", "timeout_s": 0.5}),
-        (("--cacert", "ca", "--cert", "c", "--key", "k"), {}, {"cacert": "ca", "cert": "c", "key": "k"}),
-        (("--user", "root"), {"ENGINES_ETCD_PASSWORD": "hunter2"}, {"user": "root", "password": "hunter2"}),
+        (
+            ("--namespace", "/prod", "--timeout", "0.5"),
+            {},
+            {"namespace": "/prod", "timeout_s": 0.5},
+        ),
+        (
+            ("--cacert", "ca", "--cert", "c", "--key", "k"),
+            {},
+            {"cacert": "ca", "cert": "c", "key": "k"},
+        ),
+        (
+            ("--user", "root"),
+            {"ENGINES_ETCD_PASSWORD": "hunter2"},
+            {"user": "root", "password": "hunter2"},
+        ),
         (("--user", "root"), {"ENGINES_ETCD_PASSWORD": ""}, {"user": "root", "password": ""}),
         ((), {"ENGINES_ETCD_PASSWORD": "hunter2"}, {}),
     ],
 )
 def test_options_and_environment_say_how_to_reach_etcd(
-    engines: Engines, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], environment: dict[str, str], wanted: dict[str, Any]
+    engines: Engines,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+    environment: dict[str, str],
+    wanted: dict[str, Any],
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -370,7 +457,8 @@ def test_the_password_is_no_option(engines: Engines) -> None:
     assert "hunter2" not in ran.err
 
 
-# -- the transfer engine's own log -----------------------------------------------------------------------------------------------
+# -- the transfer engine's own log
+# -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -388,7 +476,9 @@ def open_descriptors() -> list[str]:
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_native_code_is_silenced_and_our_own_messages_are_not(capfd: pytest.CaptureFixture[str], failing: bool) -> None:
+def test_native_code_is_silenced_and_our_own_messages_are_not(
+    capfd: pytest.CaptureFixture[str], failing: bool
+) -> None:
     with logging_to_stderr() as handler:
         before = sys.stderr, handler.stream, open_descriptors()
         with pytest.raises(RuntimeError) if failing else nullcontext(), engine_log():
@@ -402,7 +492,9 @@ def test_native_code_is_silenced_and_our_own_messages_are_not(capfd: pytest.Capt
     assert capfd.readouterr().err == "our message\nour log\nnative again\n"
 
 
-def test_with_debug_native_code_is_heard(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_debug_native_code_is_heard(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engine_cli.options, "_debug", True)
     with engine_log():
         os.write(2, b"native noise\n")
@@ -415,7 +507,8 @@ def test_a_message_without_an_end_of_line_is_not_lost(capfd: pytest.CaptureFixtu
     assert capfd.readouterr().err == "half a line"
 
 
-# -- what is printed -------------------------------------------------------------------------------------------------------------
+# -- what is printed
+# --------------------------------------------------------------------------------------------------
 
 A, B = a_record(rank=0), a_record(rank=1)
 READY = assess("qwen", [A, B])
@@ -424,13 +517,19 @@ EVENTS: list[tuple[Event, str, str]] = [
     (RankUpdated(A, A), "rank_updated", "qwen/0 updated: ready, version 3"),
     (RankLost(A, "evicted"), "rank_lost", "qwen/0 lost: evicted (host node-1, pid 4711)"),
     (InstanceReady(READY), "instance_ready", "qwen ready: 2 ranks, 32 B, version 3"),
-    (InstanceDegraded(assess("qwen", [B])), "instance_degraded", "qwen degraded: missing rank 0 of 2"),
+    (
+        InstanceDegraded(assess("qwen", [B])),
+        "instance_degraded",
+        "qwen degraded: missing rank 0 of 2",
+    ),
     (InstanceGone(assess("qwen", [])), "instance_gone", "qwen gone"),
 ]
 
 
 @pytest.mark.parametrize(("event", "name", "text"), EVENTS, ids=[name for _, name, _ in EVENTS])
-def test_every_event_has_a_line_for_people_and_an_object_for_programs(event: Event, name: str, text: str) -> None:
+def test_every_event_has_a_line_for_people_and_an_object_for_programs(
+    event: Event, name: str, text: str
+) -> None:
     assert event_text(event) == text
     data = event_json(event)
     assert data["event"] == name
@@ -447,7 +546,13 @@ def test_the_object_of_an_instance_keeps_its_fields() -> None:
         "present": [1],
         "missing": [0],
         "problems": [],
-        "model": {"name": "qwen", "revision": "r1", "dtype": "bfloat16", "quantization": "none", "extra": {"layers": "28"}},
+        "model": {
+            "name": "qwen",
+            "revision": "r1",
+            "dtype": "bfloat16",
+            "quantization": "none",
+            "extra": {"layers": "28"},
+        },
         "generation": "launch-1",
         "version": 3,
         "nbytes": 16,
@@ -456,14 +561,20 @@ def test_the_object_of_an_instance_keeps_its_fields() -> None:
 
 def test_the_object_of_a_rank_keeps_its_fields() -> None:
     data = rank_json(A)
-    fields = "instance rank world_size state version generation topology model host pid device session_id protocol fabric tensors"
+    fields = (
+        "instance rank world_size state version generation topology model host pid device "
+        "session_id protocol fabric tensors"
+    )
     assert {*fields.split(), "nbytes", "registered_at", "incarnation"} <= set(data)
     assert data["topology"] == {"tp": [0, 2], "pp": [0, 1]}
 
 
 def test_a_box_is_printed_only_where_the_tensor_states_one() -> None:
     opaque, box = tensors_json(
-        a_manifest(an_entry("a", nbytes=4), an_entry("b", nbytes=4, global_shape=(8,), offsets=(4,), opaque=False))
+        a_manifest(
+            an_entry("a", nbytes=4),
+            an_entry("b", nbytes=4, global_shape=(8,), offsets=(4,), opaque=False),
+        )
     )
     assert (opaque["global_shape"], opaque["offsets"]) == (None, None)
     assert (box["global_shape"], box["offsets"]) == ([8], [4])
@@ -472,7 +583,9 @@ def test_a_box_is_printed_only_where_the_tensor_states_one() -> None:
 def test_a_box_is_shown_as_what_it_spans_of_the_whole() -> None:
     manifest = a_manifest(
         an_entry("opaque", nbytes=4),
-        an_entry("part", nbytes=32, shape=(4, 8), global_shape=(4, 16), offsets=(0, 8), opaque=False),
+        an_entry(
+            "part", nbytes=32, shape=(4, 8), global_shape=(4, 16), offsets=(0, 8), opaque=False
+        ),
         an_entry("all", nbytes=32, shape=(4, 8), global_shape=(4, 8), offsets=(0, 0), opaque=False),
         an_entry("scalar", nbytes=1, shape=(), global_shape=(), offsets=(), opaque=False),
         an_entry("silent scalar", nbytes=1, shape=(), global_shape=(), offsets=()),
@@ -504,9 +617,14 @@ def test_sizes_are_read_with_their_units(text: str, nbytes: int) -> None:
     assert nbytes_of(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "MB", "5XB", "5 G B", "0.1", "1e9", "inf", "\N{ARABIC-INDIC DIGIT FIVE}GB"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "-1", "MB", "5XB", "5 G B", "0.1", "1e9", "inf", "\N{ARABIC-INDIC DIGIT FIVE}GB"],
+)
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="is not a size: use a number of bytes, or a unit as in 500MB"):
+    with pytest.raises(
+        click.BadParameter, match="is not a size: use a number of bytes, or a unit as in 500MB"
+    ):
         nbytes_of(text)
 
 
@@ -526,7 +644,9 @@ def test_sizes_have_units(nbytes: float, text: str) -> None:
     assert size(nbytes) == text
 
 
-def test_a_table_cuts_nothing_and_gives_each_row_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_cuts_nothing_and_gives_each_row_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     long = "x" * 500
     print_table(("A", "B"), [[long, "1"], ["[bold]", ":smile:"]])
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
@@ -536,7 +656,9 @@ def test_a_table_cuts_nothing_and_gives_each_row_one_line(capsys: pytest.Capture
 CONTROLS = "\x1b[2J\r\n\t\x00\x7f\x9b\u202e\udcff"
 
 
-def test_no_control_character_of_a_name_reaches_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_control_character_of_a_name_reaches_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     print_table(("TENSOR",), [[f"w{CONTROLS}w"]])
     print_json({"name": CONTROLS})
     table, data = capsys.readouterr().out.split("\n", 1)[1].splitlines()
@@ -552,7 +674,11 @@ def test_text_without_control_characters_is_shown_as_it_is(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "version"), [([A, B], "3"), ([A, a_record(rank=1, version=4)], "differs"), ([], "-")], ids=["same", "other", "none"]
+    ("records", "version"),
+    [([A, B], "3"), ([A, a_record(rank=1, version=4)], "differs"), ([], "-")],
+    ids=["same", "other", "none"],
 )
-def test_the_row_of_an_instance_says_where_versions_differ(records: list[Any], version: str) -> None:
+def test_the_row_of_an_instance_says_where_versions_differ(
+    records: list[Any], version: str
+) -> None:
     assert version in instance_row(assess("qwen", records))

@@ -1,4 +1,6 @@
-"""`--shard` and `--shards` of `engines register`: what they say of each tensor, and what is wrong with them."""
+"""`--shard` and `--shards` of `engines register`: what they say of each tensor, and what is wrong
+with them.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,19 @@ WHOLE = {
 
 
 def boxes(
-    *cuts: str, places: dict[str, tuple[int, int]] | None = None, listed: dict[str, Placement] | None = None, whole: bool = False
+    *cuts: str,
+    places: dict[str, tuple[int, int]] | None = None,
+    listed: dict[str, Placement] | None = None,
+    whole: bool = False,
 ) -> dict[str, Placement]:
     """On rank 1 of 3."""
-    return boxes_of(SHAPES, [parse_cut(text, places or {}, 1, 3) for text in cuts], listed or {}, whole=whole)
+    return boxes_of(
+        SHAPES, [parse_cut(text, places or {}, 1, 3) for text in cuts], listed or {}, whole=whole
+    )
 
 
-# -- slices ----------------------------------------------------------------------------------------------------------------------
+# -- slices
+# --------------------------------------------------------------------------------------------------
 
 
 def test_what_nothing_is_said_of_says_nothing() -> None:
@@ -46,11 +54,17 @@ def test_with_tensor_parallelism_a_slice_is_that_of_the_place_there() -> None:
 
 
 def test_a_slice_may_be_over_another_axis() -> None:
-    assert boxes("a.q:0:ep", places={"tp": (1, 2), "ep": (3, 4)})["a.q"] == Placement((16, 6), (12, 0))
+    assert boxes("a.q:0:ep", places={"tp": (1, 2), "ep": (3, 4)})["a.q"] == Placement(
+        (16, 6), (12, 0)
+    )
 
 
 def test_a_pattern_matches_several_tensors_and_a_dimension_counts_from_the_end_too() -> None:
-    assert boxes("a.*:-1") == {**WHOLE, "a.q": Placement((4, 18), (0, 6)), "a.o": Placement((4, 18), (0, 6))}
+    assert boxes("a.*:-1") == {
+        **WHOLE,
+        "a.q": Placement((4, 18), (0, 6)),
+        "a.o": Placement((4, 18), (0, 6)),
+    }
 
 
 def test_patterns_heed_case_and_may_hold_colons_and_classes() -> None:
@@ -61,22 +75,33 @@ def test_patterns_heed_case_and_may_hold_colons_and_classes() -> None:
 
 
 def test_a_tensor_may_be_cut_along_two_dimensions_over_two_axes() -> None:
-    assert boxes("a.q:0:ep", "*.q:1", places={"tp": (1, 2), "ep": (3, 4)})["a.q"] == Placement((16, 12), (12, 6))
+    assert boxes("a.q:0:ep", "*.q:1", places={"tp": (1, 2), "ep": (3, 4)})["a.q"] == Placement(
+        (16, 12), (12, 6)
+    )
 
 
 def test_the_same_twice_is_once() -> None:
     assert boxes("a.q:0", "a.q:0") == boxes("a.q:0")
 
 
-@pytest.mark.parametrize("text", ["", "w", "w:", "w:x", ":0", "w:0:", "w:\N{ARABIC-INDIC DIGIT ZERO}", "w:1.5", "w:0x1"])
+@pytest.mark.parametrize(
+    "text", ["", "w", "w:", "w:x", ":0", "w:0:", "w:\N{ARABIC-INDIC DIGIT ZERO}", "w:1.5", "w:0x1"]
+)
 def test_what_is_no_pattern_and_dimension_is_refused(text: str) -> None:
     with pytest.raises(InvalidField, match="use PATTERN:DIM or PATTERN:DIM:AXIS"):
         parse_cut(text, {"": (0, 1)}, 0, 1)
 
 
-@pytest.mark.parametrize(("places", "known"), [({}, "is not given"), ({"tp": (0, 2), "pp": (0, 1)}, "has tp, pp")])
-def test_an_axis_that_the_topology_lacks_is_refused(places: dict[str, tuple[int, int]], known: str) -> None:
-    with pytest.raises(InvalidField, match=f"over the axis 'ep', but --topology {known}: add --topology ep=INDEX/SIZE"):
+@pytest.mark.parametrize(
+    ("places", "known"), [({}, "is not given"), ({"tp": (0, 2), "pp": (0, 1)}, "has tp, pp")]
+)
+def test_an_axis_that_the_topology_lacks_is_refused(
+    places: dict[str, tuple[int, int]], known: str
+) -> None:
+    with pytest.raises(
+        InvalidField,
+        match=f"over the axis 'ep', but --topology {known}: add --topology ep=INDEX/SIZE",
+    ):
         parse_cut("w:0:ep", places, 0, 1)
 
 
@@ -87,8 +112,15 @@ def test_an_axis_that_the_topology_lacks_is_refused(places: dict[str, tuple[int,
         (["a.q:2"], r"does not fit tensor 'a\.q' of shape \[4, 6\]: DIM is from -2 to 1"),
         (["a.q:-3"], r"does not fit tensor 'a\.q' of shape \[4, 6\]: DIM is from -2 to 1"),
         (["*:0"], "does not fit tensor 'scale' of shape .*: it has no dimensions"),
-        (["a.q:0", "a.*:-2"], r"tensor 'a\.q' is cut twice along dimension 0, by --shard 'a\.q:0' and --shard 'a\.\*:-2'"),
-        (["a.q:0", "a.*:1"], r"tensor 'a\.q' is cut twice over all ranks, by --shard 'a\.q:0' and --shard 'a\.\*:1'"),
+        (
+            ["a.q:0", "a.*:-2"],
+            r"tensor 'a\.q' is cut twice along dimension 0, "
+            r"by --shard 'a\.q:0' and --shard 'a\.\*:-2'",
+        ),
+        (
+            ["a.q:0", "a.*:1"],
+            r"tensor 'a\.q' is cut twice over all ranks, by --shard 'a\.q:0' and --shard 'a\.\*:1'",
+        ),
     ],
 )
 def test_slices_that_do_not_fit_the_tensors_are_refused(cuts: list[str], message: str) -> None:
@@ -101,7 +133,8 @@ def test_a_pattern_for_a_rank_without_tensors_is_refused() -> None:
         boxes_of({}, [parse_cut("w:0", {}, 0, 1)], {}, whole=False)
 
 
-# -- boxes from a file -----------------------------------------------------------------------------------------------------------
+# -- boxes from a file
+# --------------------------------------------------------------------------------------------------
 
 
 def listed(tmp_path: Path, text: str) -> dict[str, Placement]:
@@ -110,10 +143,18 @@ def listed(tmp_path: Path, text: str) -> dict[str, Placement]:
 
 
 def test_a_file_gives_the_boxes_of_some_tensors_and_the_others_are_whole(tmp_path: Path) -> None:
-    found = listed(tmp_path, '{"a.q": {"global_shape": [11, 6], "offsets": [7, 0]}, "scale": {"global_shape": [], "offsets": []}}')
+    found = listed(
+        tmp_path,
+        '{"a.q": {"global_shape": [11, 6], "offsets": [7, 0]}, "scale": {"global_shape": [], '
+        '"offsets": []}}',
+    )
     assert found == {"a.q": Placement((11, 6), (7, 0)), "scale": Placement((), ())}
     assert boxes(listed=found) == {**WHOLE, "a.q": Placement((11, 6), (7, 0))}
-    assert boxes("a.o:1", listed=found) == {**WHOLE, "a.q": Placement((11, 6), (7, 0)), "a.o": Placement((4, 18), (0, 6))}
+    assert boxes("a.o:1", listed=found) == {
+        **WHOLE,
+        "a.q": Placement((11, 6), (7, 0)),
+        "a.o": Placement((4, 18), (0, 6)),
+    }
 
 
 @pytest.mark.parametrize(
@@ -127,15 +168,24 @@ def test_a_file_gives_the_boxes_of_some_tensors_and_the_others_are_whole(tmp_pat
         ('{"w": []}', "'w' does not have the fields global_shape and offsets"),
         ('{"w": {"global_shape": [1]}}', "'w' does not have the fields"),
         ('{"w": {"global_shape": [1], "offsets": [0], "shape": [1]}}', "and no others"),
-        ('{"w": {"global_shape": 1, "offsets": [0]}}', "global_shape of 'w' is no list of natural numbers"),
+        (
+            '{"w": {"global_shape": 1, "offsets": [0]}}',
+            "global_shape of 'w' is no list of natural numbers",
+        ),
         ('{"w": {"global_shape": [1], "offsets": [-1]}}', "offsets of 'w' is no list"),
         ('{"w": {"global_shape": [1], "offsets": [true]}}', "offsets of 'w' is no list"),
         ('{"w": {"global_shape": [1.0], "offsets": [0]}}', "global_shape of 'w' is no list"),
-        ('{"w": {"global_shape": [1], "offsets": [0]}, "w": {"global_shape": [1], "offsets": [0]}}', "'w' is there twice"),
+        (
+            '{"w": {"global_shape": [1], "offsets": [0]}, "w": {"global_shape": [1], '
+            '"offsets": [0]}}',
+            "'w' is there twice",
+        ),
     ],
     ids=lambda text: text[:40],
 )
-def test_a_file_that_holds_no_boxes_is_refused_and_told_how_it_should_look(tmp_path: Path, text: str, why: str) -> None:
+def test_a_file_that_holds_no_boxes_is_refused_and_told_how_it_should_look(
+    tmp_path: Path, text: str, why: str
+) -> None:
     (tmp_path / "boxes.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InvalidField, match=rf'boxes\.json is not as \{{"TENSOR": .*({why})'):
         read_boxes(tmp_path / "boxes.json")
@@ -150,16 +200,25 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     ("name", "box", "message"),
     [
         ("b", Placement((1,), (0,)), "--shards has the tensor 'b', which --weights lacks"),
-        ("a.q", Placement((4, 6), (1, 0)), r"tensor 'a\.q' at \[1, 0\] of \[4, 6\]: its shape \[4, 6\] does not fit in there"),
+        (
+            "a.q",
+            Placement((4, 6), (1, 0)),
+            r"tensor 'a\.q' at \[1, 0\] of \[4, 6\]: its shape \[4, 6\] does not fit in there",
+        ),
         ("a.q", Placement((24,), (0,)), "does not fit in there"),
         ("a.q", Placement((4, 6), (0,)), "does not fit in there"),
     ],
 )
-def test_boxes_that_do_not_fit_the_tensors_are_refused(name: str, box: Placement, message: str) -> None:
+def test_boxes_that_do_not_fit_the_tensors_are_refused(
+    name: str, box: Placement, message: str
+) -> None:
     with pytest.raises(InvalidField, match=message):
         boxes(listed={name: box})
 
 
 def test_a_tensor_is_named_by_one_option_only() -> None:
-    with pytest.raises(InvalidField, match=r"tensor 'a\.q' is in --shards and matches --shard 'a\.\*:0': say it once"):
+    with pytest.raises(
+        InvalidField,
+        match=r"tensor 'a\.q' is in --shards and matches --shard 'a\.\*:0': say it once",
+    ):
         boxes("a.*:0", listed={"a.q": Placement((8, 6), (0, 0))})

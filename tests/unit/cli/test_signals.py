@@ -1,4 +1,6 @@
-"""Signals that end a command: nothing is done in a handler that a lock could hold up, and none is lost."""
+"""Signals that end a command: nothing is done in a handler that a lock could hold up, and none is
+lost.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def _handlers_as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_a_signal_may_come_while_the_main_thread_holds_the_lock_that_its_answer_needs(number: signal.Signals) -> None:
+def test_a_signal_may_come_while_the_main_thread_holds_the_lock_that_its_answer_needs(
+    number: signal.Signals,
+) -> None:
     lock, answered = threading.Lock(), threading.Event()
 
     def answer() -> None:
@@ -69,7 +73,9 @@ def test_what_nohup_ignores_stays_ignored() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_raises_and_those_that_follow_do_not_disturb(number: signal.Signals) -> None:
+def test_the_first_signal_raises_and_those_that_follow_do_not_disturb(
+    number: signal.Signals,
+) -> None:
     before = signal.getsignal(number)
     done: list[str] = []
 
@@ -100,8 +106,13 @@ class Finalised:
             signal.raise_signal(self._number)
 
 
-@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Ended), (signal.SIGHUP, Ended)])
-def test_a_signal_whose_exception_is_dropped_is_raised_again(number: signal.Signals, kind: type[BaseException]) -> None:
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Ended), (signal.SIGHUP, Ended)],
+)
+def test_a_signal_whose_exception_is_dropped_is_raised_again(
+    number: signal.Signals, kind: type[BaseException]
+) -> None:
     done: list[str] = []
 
     def work(raise_again: Callable[[], None]) -> None:

@@ -1,4 +1,6 @@
-"""Errors of the library name its own parameters and calls; the command line puts its options and commands in their place."""
+"""Errors of the library name its own parameters and calls; the command line puts its options and
+commands in their place.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from engine_registry.gateway.limits import Limits
 from engine_registry.gateway.server import Gateway
 from tests.support.checkout import ROOT
 
-OF_OTHER_PROGRAMS = {"registry/engine_registry/etcd/local.py", "--max-request-bytes"}  # those of etcd itself
+OF_OTHER_PROGRAMS = {
+    "registry/engine_registry/etcd/local.py",
+    "--max-request-bytes",
+}  # those of etcd itself
 
 
 def constants() -> Iterator[tuple[Path, int, str]]:
@@ -26,16 +31,30 @@ def constants() -> Iterator[tuple[Path, int, str]]:
         tree = ast.parse(path.read_text("utf-8"))
         docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and id(node) not in docs
+            ):
                 yield path.relative_to(ROOT), node.lineno, node.value
 
 
 def test_the_library_names_no_option_and_no_command_of_the_command_line() -> None:
-    texts = [(str(path), line, text) for path, line, text in constants() if str(path) not in OF_OTHER_PROGRAMS]
-    named = [
-        found for found in texts if re.search(r"(?<![-\w])--[a-z]|\bengines (list|show|evict|gateway|load|register)\b", found[2])
+    texts = [
+        (str(path), line, text)
+        for path, line, text in constants()
+        if str(path) not in OF_OTHER_PROGRAMS
     ]
-    assert [found for found in named if not any(other in found[2] for other in OF_OTHER_PROGRAMS)] == []
+    named = [
+        found
+        for found in texts
+        if re.search(
+            r"(?<![-\w])--[a-z]|\bengines (list|show|evict|gateway|load|register)\b", found[2]
+        )
+    ]
+    assert [
+        found for found in named if not any(other in found[2] for other in OF_OTHER_PROGRAMS)
+    ] == []
 
 
 def test_what_is_put_in_its_place_is_a_parameter_or_a_call_of_the_library() -> None:
@@ -51,12 +70,18 @@ def test_what_is_put_in_its_place_is_a_parameter_or_a_call_of_the_library() -> N
     [
         ("check `cacert`, `cert` and `key`", {}, "check --cacert, --cert and --key"),
         ("see `Registry.instances()`", {}, "see `engines list`"),
-        ("end it with `Registry.evict`", {"instance": "a", "rank": 3}, "end it with `engines evict a --rank 3`"),
+        (
+            "end it with `Registry.evict`",
+            {"instance": "a", "rank": 3},
+            "end it with `engines evict a --rank 3`",
+        ),
         ("end it with `Registry.evict`", {}, "end it with `engines evict`"),
         ("the tensor `w` is `x`y`", {}, "the tensor `w` is `x`y`"),
     ],
 )
-def test_parameters_and_calls_become_options_and_commands(text: str, details: dict[str, object], told: str) -> None:
+def test_parameters_and_calls_become_options_and_commands(
+    text: str, details: dict[str, object], told: str
+) -> None:
     assert in_options(text, details) == told
 
 

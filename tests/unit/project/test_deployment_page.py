@@ -27,10 +27,16 @@ def rows(heading: str) -> list[list[str]]:
     """The cells of the table under a heading."""
     section = PAGE.split(f"\n### {heading}\n", 1)[1].split("\n##", 1)[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines[2:]]
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines[2:]
+    ]
 
 
-ERRORS = {row[0].strip("`"): row for heading in ("Errors of the registry", "Errors of the loader") for row in rows(heading)}
+ERRORS = {
+    row[0].strip("`"): row
+    for heading in ("Errors of the registry", "Errors of the loader")
+    for row in rows(heading)
+}
 TOLD = rows("Events and states")
 
 
@@ -56,11 +62,19 @@ def test_every_error_is_explained_with_its_exit_code_and_what_to_do(error: type[
 
 @pytest.mark.parametrize("event", [*typing.get_args(Event), InstanceCleaned])
 def test_every_event_is_explained(event: type) -> None:
-    names: dict[Any, str] = {**_RANK_EVENTS, **_INSTANCE_EVENTS, InstanceCleaned: "instance_cleaned"}
-    assert any(row[0].startswith(f"`{event.__name__}`, `{names[event]}`") and all(row) for row in TOLD)
+    names: dict[Any, str] = {
+        **_RANK_EVENTS,
+        **_INSTANCE_EVENTS,
+        InstanceCleaned: "instance_cleaned",
+    }
+    assert any(
+        row[0].startswith(f"`{event.__name__}`, `{names[event]}`") and all(row) for row in TOLD
+    )
 
 
-@pytest.mark.parametrize("reason", [WITHDRAWN, DIED, EVICTED, EXPIRED, "record damaged", "replaced by another process"])
+@pytest.mark.parametrize(
+    "reason", [WITHDRAWN, DIED, EVICTED, EXPIRED, "record damaged", "replaced by another process"]
+)
 def test_every_reason_of_a_loss_is_explained(reason: str) -> None:
     assert any(row[0] == f"`RankLost`, `rank_lost`: `{reason}`" for row in TOLD)
 
@@ -80,6 +94,7 @@ def test_what_the_page_links_to_is_there() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
         assert (folder / target).exists(), target
     anchors = {
-        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", PAGE, re.MULTILINE)
+        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", PAGE, re.MULTILINE)
     }
     assert set(re.findall(r"\]\(#([^)]+)\)", PAGE)) <= anchors

@@ -1,4 +1,4 @@
-"""The checker of histories finds each fault that it is for, and none in a history that is in order."""
+"""The checker of histories finds each fault that it is for, and none in a good history."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ KEY = a_record().key
 
 
 def history(*told: str) -> list[Change]:
-    """`x` puts that incarnation's live record, `x!` its end, `-` deletes the key, `x evicted` ends it and marks it."""
+    """`x` puts that incarnation's live record, `x!` its end, `-` deletes the key, `x evicted` ends
+    it and marks it.
+    """
     changes: list[Change] = []
     for revision, each in enumerate(told, 1):
         who = each.rstrip("!").removesuffix(" evicted")

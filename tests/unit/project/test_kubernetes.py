@@ -1,4 +1,6 @@
-"""deploy/kubernetes: against Kubernetes' own schemas, which the package kubernetes-validate carries, and against ourselves."""
+"""deploy/kubernetes: against Kubernetes' own schemas, which the package kubernetes-validate
+carries, and against ourselves.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ Manifest = dict[str, Any]
 def _read() -> Iterator[tuple[str, Manifest]]:
     for path in sorted(FOLDER.rglob("*.yaml")):
         for document in yaml.safe_load_all(path.read_text()):
-            yield f"{path.relative_to(FOLDER)}:{document['kind']}/{document['metadata']['name']}", document
+            yield (
+                f"{path.relative_to(FOLDER)}:{document['kind']}/{document['metadata']['name']}",
+                document,
+            )
 
 
 MANIFESTS = dict(_read())
@@ -50,7 +55,11 @@ def containers() -> dict[str, tuple[str, Manifest]]:
     }
 
 
-OURS = {name: container for name, (_, container) in containers().items() if "engine-registry:" in container["image"]}
+OURS = {
+    name: container
+    for name, (_, container) in containers().items()
+    if "engine-registry:" in container["image"]
+}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -70,7 +79,10 @@ def test_a_field_that_kubernetes_does_not_know_is_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_every_engines_command_is_one_that_this_version_takes(name: str) -> None:
-    command, *args = (re.sub(r"\$\(POD_IP\)", "10.0.0.1", argument).replace("$(RANK)", "0") for argument in OURS[name]["args"])
+    command, *args = (
+        re.sub(r"\$\(POD_IP\)", "10.0.0.1", argument).replace("$(RANK)", "0")
+        for argument in OURS[name]["args"]
+    )
     if command not in COMMANDS:
         pytest.skip(f"there is no `engines {command}` here")
     found = engines.get_command(click.Context(engines), command)
@@ -87,7 +99,10 @@ def test_what_a_container_refers_to_is_there(name: str) -> None:
         known.add(variable["name"])
     assert set(re.findall(r"\$\((\w+)\)", " ".join(container.get("args", [])))) <= known
     volumes = {volume["name"] for volume in pods()[pod][1].get("volumes", [])}
-    volumes |= {claim["metadata"]["name"] for claim in MANIFESTS[pod]["spec"].get("volumeClaimTemplates", [])}
+    volumes |= {
+        claim["metadata"]["name"]
+        for claim in MANIFESTS[pod]["spec"].get("volumeClaimTemplates", [])
+    }
     assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes
     ports = {port["name"] for port in container.get("ports", [])}
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -95,7 +110,9 @@ def test_what_a_container_refers_to_is_there(name: str) -> None:
             assert container[probe]["httpGet"]["port"] in ports
 
 
-@pytest.mark.parametrize("name", [name for name, manifest in MANIFESTS.items() if manifest["kind"] != "NetworkPolicy"])
+@pytest.mark.parametrize(
+    "name", [name for name, manifest in MANIFESTS.items() if manifest["kind"] != "NetworkPolicy"]
+)
 def test_every_selector_finds_a_pod(name: str) -> None:
     spec = MANIFESTS[name].get("spec", {})
     selector = spec.get("selector")
@@ -108,7 +125,8 @@ def test_every_selector_finds_a_pod(name: str) -> None:
 def test_a_pod_that_talks_to_etcd_is_let_in_to_it() -> None:
     for name, (labels, spec) in pods().items():
         talks = any(
-            "ENGINES_ETCD" in str(container.get("env")) for container in spec["containers"] + spec.get("initContainers", [])
+            "ENGINES_ETCD" in str(container.get("env"))
+            for container in spec["containers"] + spec.get("initContainers", [])
         )
         assert (labels.get("engine-registry/etcd") == "client") == talks, name
 
@@ -118,19 +136,25 @@ def test_a_pod_that_reads_or_serves_weights_is_let_in_to_its_peers_and_only_they
         if name in OURS:
             moves_weights = container["args"][0] in ("register", "load")
             assert (pods()[pod][0].get("engine-registry/transfer") == "peer") == moves_weights, name
-    policy = MANIFESTS["examples/network-policy-engines.yaml:NetworkPolicy/transfer-peers-only"]["spec"]
+    policy = MANIFESTS["examples/network-policy-engines.yaml:NetworkPolicy/transfer-peers-only"][
+        "spec"
+    ]
     assert policy["podSelector"] == {"matchLabels": {"engine-registry/transfer": "peer"}}
     assert policy["policyTypes"] == ["Ingress"]
     for rule in policy["ingress"]:
         (source,) = rule["from"]
         everything = "ports" not in rule
         labels = source.get("podSelector", {}).get("matchLabels", {})
-        assert everything == (labels in ({"engine-registry/transfer": "peer"}, {"app.kubernetes.io/name": "gateway"}))
+        assert everything == (
+            labels in ({"engine-registry/transfer": "peer"}, {"app.kubernetes.io/name": "gateway"})
+        )
 
 
 def test_a_rank_is_not_pid_1_and_has_the_time_to_drain() -> None:
     ranks = [
-        pods()[pod][1] for name, (pod, container) in containers().items() if name in OURS and container["args"][0] == "register"
+        pods()[pod][1]
+        for name, (pod, container) in containers().items()
+        if name in OURS and container["args"][0] == "register"
     ]
     assert ranks
     for spec in ranks:
@@ -154,7 +178,9 @@ def test_the_members_of_etcd_are_those_that_the_stateful_set_makes() -> None:
     env = {variable["name"]: variable.get("value", "") for variable in container["env"]}
     members = dict(member.split("=", 1) for member in env["ETCD_INITIAL_CLUSTER"].split(","))
     names = [f"{manifest['metadata']['name']}-{number}" for number in range(spec["replicas"])]
-    assert members == {name: env["ETCD_INITIAL_ADVERTISE_PEER_URLS"].replace("$(POD_NAME)", name) for name in names}
+    assert members == {
+        name: env["ETCD_INITIAL_ADVERTISE_PEER_URLS"].replace("$(POD_NAME)", name) for name in names
+    }
     domain = f".{spec['serviceName']}.{manifest['metadata']['namespace']}.svc:"
     assert all(domain in address for address in members.values())
     assert f"image: {container['image']}\n" in (ROOT / "docker-compose.yml").read_text()

@@ -1,4 +1,6 @@
-"""The public names of the packages: what a type checker sees is what there is, and importing a package is quick."""
+"""The public names of the packages: what a type checker sees is what there is, and importing a
+package is quick.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,18 @@ PACKAGES = [engine_registry, engine_loader]
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_a_type_checker_sees_the_names_that_there_are_and_where(package: ModuleType) -> None:
     path = inspect.getfile(package)
-    conditions = [node for node in ast.parse(Path(path).read_text("utf-8")).body if isinstance(node, ast.If)]
+    conditions = [
+        node for node in ast.parse(Path(path).read_text("utf-8")).body if isinstance(node, ast.If)
+    ]
     (for_checkers,) = [node for node in conditions if ast.unparse(node.test) == "TYPE_CHECKING"]
     imports = [node for node in for_checkers.body if isinstance(node, ast.ImportFrom)]
     name = package.__name__
-    seen = {alias.name: str(node.module) for node in imports for alias in node.names if str(node.module).startswith(name)}
+    seen = {
+        alias.name: str(node.module)
+        for node in imports
+        for alias in node.names
+        if str(node.module).startswith(name)
+    }
     assert seen == {public: f"{name}.{module}" for public, module in package._MODULE_OF.items()}
 
 
@@ -42,39 +51,65 @@ def test_every_public_name_can_be_had_from_the_package(package: ModuleType) -> N
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_every_error_is_public(package: ModuleType) -> None:
     errors = importlib.import_module(f"{package.__name__}.errors")
-    own = {name for name, kind in vars(errors).items() if inspect.isclass(kind) and kind.__module__ == errors.__name__}
-    assert {name for name in own if issubclass(getattr(errors, name), Exception)} <= set(package._MODULE_OF)
+    own = {
+        name
+        for name, kind in vars(errors).items()
+        if inspect.isclass(kind) and kind.__module__ == errors.__name__
+    }
+    assert {name for name in own if issubclass(getattr(errors, name), Exception)} <= set(
+        package._MODULE_OF
+    )
 
 
-@pytest.mark.parametrize("first", ["engine_loader.loading.load", "engine_loader.publishing.publish", "engine_loader"])
+@pytest.mark.parametrize(
+    "first", ["engine_loader.loading.load", "engine_loader.publishing.publish", "engine_loader"]
+)
 def test_a_function_is_had_whatever_was_imported_before(first: str) -> None:
-    """A module that is imported becomes an attribute of its package, in place of a function of its name."""
-    code = f"import {first}; from engine_loader import load, publish; assert callable(load); assert callable(publish)"
+    """A module that is imported becomes an attribute of its package, in place of a function of its
+    name.
+    """
+    code = (
+        f"import {first}; from engine_loader import load, publish; assert callable(load); assert "
+        "callable(publish)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_importing_the_packages_and_their_errors_brings_neither_torch_nor_grpc() -> None:
     code = (
-        "import sys, engine_registry, engine_loader; from engine_loader import TornRead; from engine_registry import EtcdError; "
+        "import sys, engine_registry, engine_loader; from engine_loader import TornRead; "
+        "from engine_registry import EtcdError; "
         "print(*sys.modules)"
     )
-    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert {"torch", "grpc", "etcd3", "mooncake", "numpy", "prometheus_client"} & set(modules) == set()
+    modules = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert {"torch", "grpc", "etcd3", "mooncake", "numpy", "prometheus_client"} & set(
+        modules
+    ) == set()
 
 
 def undocumented(package: ModuleType) -> Iterator[str]:
-    """Public classes and functions, and their public methods and properties, without a docstring of their own or of a base."""
+    """Public classes and functions, and their public methods and properties, without a docstring of
+    their own or of a base.
+    """
     for public in package._MODULE_OF:
         found = getattr(package, public)
         if not (inspect.isclass(found) or inspect.isfunction(found)):
             continue
-        if not found.__doc__ or found.__doc__.startswith(f"{public}("):  # what a dataclass writes by itself
+        if not found.__doc__ or found.__doc__.startswith(
+            f"{public}("
+        ):  # what a dataclass writes by itself
             yield public
         if not inspect.isclass(found):
             continue
         for name in vars(found):
             member = getattr(found, name)
-            if not name.startswith("_") and (callable(member) or isinstance(member, property)) and not inspect.getdoc(member):
+            if (
+                not name.startswith("_")
+                and (callable(member) or isinstance(member, property))
+                and not inspect.getdoc(member)
+            ):
                 inherited = [getattr(base, name, None) for base in found.__mro__[1:]]
                 if not any(inspect.getdoc(each) for each in inherited if each is not None):
                     yield f"{public}.{name}"

@@ -1,4 +1,6 @@
-"""The site of the pages: every link leads somewhere, and a reader's browser asks nobody else for anything."""
+"""The site of the pages: every link leads somewhere, and a reader's browser asks nobody else for
+anything.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ LOADED = {("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src")
 
 
 class Loads(HTMLParser):
-    """What a browser fetches by itself to show a page; `link rel=canonical` and such are only read."""
+    """What a browser fetches by itself to show a page; `link rel=canonical` is only read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,10 +37,24 @@ class Loads(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    scripts = str(Path(sys.executable).parent)  # ruff formats signatures, and is looked for on the path
-    path = {"PATH": os.pathsep.join([scripts, os.environ["PATH"]]), "PYTHONPATH": os.pathsep.join(PACKAGES)}
+    scripts = str(
+        Path(sys.executable).parent
+    )  # ruff formats signatures, and is looked for on the path
+    path = {
+        "PATH": os.pathsep.join([scripts, os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join(PACKAGES),
+    }
     env = {**os.environ, **path, "NO_MKDOCS_2_WARNING": "1"}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(folder),
+    ]
     built = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     return folder
@@ -54,8 +70,12 @@ def test_a_page_loads_nothing_from_another_host(site: Path) -> None:
 
 
 def test_the_reference_has_every_command_and_every_public_name(site: Path) -> None:
-    commands, names = ((site / "reference" / page / "index.html").read_text("utf-8") for page in ("cli", "python"))
+    commands, names = (
+        (site / "reference" / page / "index.html").read_text("utf-8") for page in ("cli", "python")
+    )
     assert [command for command in COMMANDS if f'id="engines-{command}"' not in commands] == []
     for package in (engine_registry, engine_loader):
-        public = [f"{package.__name__}.{module}.{name}" for name, module in package._MODULE_OF.items()]
+        public = [
+            f"{package.__name__}.{module}.{name}" for name, module in package._MODULE_OF.items()
+        ]
         assert [name for name in public if f'id="{name}"' not in names] == []

@@ -25,13 +25,26 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_a_wheel_holds_the_three_packages_and_every_module_of_them(wheel: zipfile.ZipFile) -> None:
     tops = Counter(Path(name).parts[0] for name in wheel.namelist() if ".dist-info/" not in name)
     assert set(tops) == {"engine_cli", "engine_loader", "engine_registry"}
-    for package, folder in (("engine_registry", "registry"), ("engine_loader", "loader"), ("engine_cli", "cli")):
-        here = {str(path.relative_to(ROOT / folder)) for path in (ROOT / folder / package).rglob("*.py")}
-        assert here == {name for name in wheel.namelist() if name.startswith(f"{package}/") and name.endswith(".py")}
+    for package, folder in (
+        ("engine_registry", "registry"),
+        ("engine_loader", "loader"),
+        ("engine_cli", "cli"),
+    ):
+        here = {
+            str(path.relative_to(ROOT / folder)) for path in (ROOT / folder / package).rglob("*.py")
+        }
+        assert here == {
+            name
+            for name in wheel.namelist()
+            if name.startswith(f"{package}/") and name.endswith(".py")
+        }
         assert f"{package}/py.typed" in wheel.namelist()
 
 
 def test_a_wheel_has_one_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
     (info,) = {Path(name).parts[0] for name in wheel.namelist() if ".dist-info/" in name}
-    assert wheel.read(f"{info}/entry_points.txt").decode().strip() == "[console_scripts]\nengines = engine_cli.main:main"
+    assert (
+        wheel.read(f"{info}/entry_points.txt").decode().strip()
+        == "[console_scripts]\nengines = engine_cli.main:main"
+    )
     assert f"{info}/licenses/LICENSE" in wheel.namelist()

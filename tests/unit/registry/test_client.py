@@ -1,4 +1,6 @@
-"""`Registry` over an etcd in memory: what it makes of what lies there, and what it refuses before anything is written."""
+"""`Registry` over an etcd in memory: what it makes of what lies there, and what it refuses before
+anything is written.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from typing import Any
 
 import pytest
 
-from engine_registry import InstanceState, Manifest, ModelIdentity, Place, RankRecord, RankState, Registry, client
+from engine_registry import (
+    InstanceState,
+    Manifest,
+    ModelIdentity,
+    Place,
+    RankRecord,
+    RankState,
+    Registry,
+    client,
+)
 from engine_registry.errors import (
     EtcdUnavailable,
     InstanceIncomplete,
@@ -25,7 +36,14 @@ from engine_registry.schema import manifest
 from engine_registry.schema.keys import manifest_part_key, record_key
 from engine_registry.schema.keyvalue import Snapshot
 from engine_registry.schema.record import _from_json, encode
-from tests.support.builders import OTHER_INCARNATION, a_manifest, a_record, an_entry, deleted, stored
+from tests.support.builders import (
+    OTHER_INCARNATION,
+    a_manifest,
+    a_record,
+    an_entry,
+    deleted,
+    stored,
+)
 from tests.support.fake_etcd import FakeEtcd
 from tests.support.feed import Feed
 
@@ -49,7 +67,8 @@ def put(etcd: FakeEtcd, *records: RankRecord) -> None:
         etcd.put(record.key, encode(record))
 
 
-# -- looking ---------------------------------------------------------------------------------------------------------------------
+# -- looking
+# --------------------------------------------------------------------------------------------------
 
 
 def test_instances_come_by_name_each_with_its_own_ranks(registry: Registry, etcd: FakeEtcd) -> None:
@@ -68,7 +87,11 @@ def test_instances_come_by_name_each_with_its_own_ranks(registry: Registry, etcd
     [
         (record_key("qwen", 1), b"junk", "the record at /engines/qwen/1 is damaged"),
         (record_key("qwen", 1), b'{"schema":2}', "the record at /engines/qwen/1 has schema 2"),
-        ("/engines/qwen/readme", b"hello", "the key /engines/qwen/readme is not /engines/<instance>/<rank>"),
+        (
+            "/engines/qwen/readme",
+            b"hello",
+            "the key /engines/qwen/readme is not /engines/<instance>/<rank>",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_a_problem_of_its_instance_and_of_no_other(
@@ -82,7 +105,9 @@ def test_what_cannot_be_read_is_a_problem_of_its_instance_and_of_no_other(
     assert any(problem.startswith(said) for problem in qwen.problems)
 
 
-def test_an_instance_whose_ranks_have_all_ended_is_not_listed(registry: Registry, etcd: FakeEtcd) -> None:
+def test_an_instance_whose_ranks_have_all_ended_is_not_listed(
+    registry: Registry, etcd: FakeEtcd
+) -> None:
     put(etcd, replace(A, ended="withdrawn"))
     assert registry.instances() == ()
     assert registry.instance("qwen").state is InstanceState.GONE
@@ -108,7 +133,9 @@ def test_a_registration_is_current_while_it_stands_in_whatever_version(
     assert current is None or (current.incarnation, current.version) == (A.incarnation, 9)
 
 
-def test_a_registration_whose_record_is_damaged_is_not_current(registry: Registry, etcd: FakeEtcd) -> None:
+def test_a_registration_whose_record_is_damaged_is_not_current(
+    registry: Registry, etcd: FakeEtcd
+) -> None:
     etcd.put(A.key, b"junk")
     assert registry.current(A) is None
 
@@ -140,26 +167,36 @@ def test_a_name_that_cannot_be_one_is_refused_everywhere(registry: Registry, nam
             ask(name)
 
 
-# -- resolving -------------------------------------------------------------------------------------------------------------------
+# -- resolving
+# --------------------------------------------------------------------------------------------------
 
 
-def test_an_instance_that_is_ready_resolves_to_all_its_ranks(registry: Registry, etcd: FakeEtcd) -> None:
+def test_an_instance_that_is_ready_resolves_to_all_its_ranks(
+    registry: Registry, etcd: FakeEtcd
+) -> None:
     put(etcd, B, A, a_record(instance="qwen.draft", world_size=7))
     assert registry.resolve("qwen") == (A, B)
 
 
 def test_an_instance_that_is_not_there_is_not_found(registry: Registry) -> None:
-    with pytest.raises(InstanceNotFound, match="instance 'qwen' is not registered: start its ranks"):
+    with pytest.raises(
+        InstanceNotFound, match="instance 'qwen' is not registered: start its ranks"
+    ):
         registry.resolve("qwen")
 
 
 def test_missing_ranks_and_problems_are_listed(registry: Registry, etcd: FakeEtcd) -> None:
     put(etcd, a_record(world_size=4), a_record(rank=2, world_size=4, state=RankState.LOADING))
-    with pytest.raises(InstanceIncomplete, match="instance 'qwen' is not ready: missing ranks 1,3 of 4; rank 2 loading"):
+    with pytest.raises(
+        InstanceIncomplete,
+        match="instance 'qwen' is not ready: missing ranks 1,3 of 4; rank 2 loading",
+    ):
         registry.resolve("qwen")
 
 
-@pytest.mark.parametrize(("value", "kind"), [(b"junk", RecordDamaged), (b'{"schema":2}', SchemaUnsupported)])
+@pytest.mark.parametrize(
+    ("value", "kind"), [(b"junk", RecordDamaged), (b'{"schema":2}', SchemaUnsupported)]
+)
 def test_a_damaged_record_is_an_error_of_its_own(
     registry: Registry, etcd: FakeEtcd, value: bytes, kind: type[RecordDamaged]
 ) -> None:
@@ -169,7 +206,9 @@ def test_a_damaged_record_is_an_error_of_its_own(
         registry.resolve("qwen")
 
 
-def test_without_time_to_wait_an_etcd_that_is_away_is_told_at_once(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_time_to_wait_an_etcd_that_is_away_is_told_at_once(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tries = iter(range(3))
 
     class Away(FakeEtcd):
@@ -194,12 +233,17 @@ def test_an_etcd_that_was_away_all_the_time_is_what_a_resolve_fails_with(
         registry.resolve("qwen", timeout_s=0.01)
 
 
-def test_a_resolve_that_waits_reads_each_record_once(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resolve_that_waits_reads_each_record_once(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     records = [a_record(rank=rank, world_size=100) for rank in range(100)]
     feed = Feed(stored(records[0]))
     registry._etcd = feed
     reads: list[object] = []
-    monkeypatch.setattr("engine_registry.schema.record._from_json", lambda *args: reads.append(args) or _from_json(*args))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        "engine_registry.schema.record._from_json",
+        lambda *args: reads.append(args) or _from_json(*args),  # type: ignore[func-returns-value]
+    )
     for number, each in enumerate(records[1:], 2):
         feed.give(stored(each, number), stored(replace(each, instance="other"), number))
     assert registry.resolve("qwen", timeout_s=60) == tuple(records)
@@ -215,15 +259,22 @@ def test_a_resolve_of_several_instances_looks_at_those_alone(registry: Registry)
     assert found.instance == "second"
 
 
-def test_what_changes_for_the_worse_while_a_resolve_waits_is_what_it_tells(registry: Registry) -> None:
+def test_what_changes_for_the_worse_while_a_resolve_waits_is_what_it_tells(
+    registry: Registry,
+) -> None:
     feed = Feed(stored(A))
     registry._etcd = feed
-    feed.give(stored(a_record(rank=1, state=RankState.LOADING), 2), stored(replace(A, ended="withdrawn"), 3), deleted(A, 4))
+    feed.give(
+        stored(a_record(rank=1, state=RankState.LOADING), 2),
+        stored(replace(A, ended="withdrawn"), 3),
+        deleted(A, 4),
+    )
     with pytest.raises(InstanceIncomplete, match="missing rank 0 of 2; rank 1 loading"):
         registry.resolve("qwen", timeout_s=0.5)
 
 
-# -- manifests -------------------------------------------------------------------------------------------------------------------
+# -- manifests
+# --------------------------------------------------------------------------------------------------
 
 
 def published(etcd: FakeEtcd, wanted: Manifest) -> RankRecord:
@@ -237,7 +288,9 @@ def published(etcd: FakeEtcd, wanted: Manifest) -> RankRecord:
 @pytest.fixture
 def in_many_parts(monkeypatch: pytest.MonkeyPatch) -> Manifest:
     monkeypatch.setattr(manifest, "PART_NBYTES", 10)
-    return a_manifest(*[an_entry(f"layer.{number}", addr=4096 * (number + 1)) for number in range(50)])
+    return a_manifest(
+        *[an_entry(f"layer.{number}", addr=4096 * (number + 1)) for number in range(50)]
+    )
 
 
 def test_a_manifest_is_put_together_from_its_parts_in_their_order(
@@ -254,17 +307,23 @@ def test_a_manifest_with_a_part_missing_is_not_there(
 ) -> None:
     record = published(etcd, in_many_parts)
     etcd.delete(manifest_part_key("qwen", 0, record.incarnation, missing % record.manifest.parts))
-    with pytest.raises(RecordDamaged, match=r"is not there \(any more\): the rank has gone or registered again"):
+    with pytest.raises(
+        RecordDamaged, match=r"is not there \(any more\): the rank has gone or registered again"
+    ):
         registry.manifest(record)
 
 
-def test_a_manifest_of_another_incarnation_is_not_taken_for_ours(registry: Registry, etcd: FakeEtcd) -> None:
+def test_a_manifest_of_another_incarnation_is_not_taken_for_ours(
+    registry: Registry, etcd: FakeEtcd
+) -> None:
     record = published(etcd, a_manifest())
     with pytest.raises(RecordDamaged, match="is not there"):
         registry.manifest(replace(record, incarnation=OTHER_INCARNATION))
 
 
-def test_a_manifest_that_is_not_the_one_of_the_record_is_damage(registry: Registry, etcd: FakeEtcd) -> None:
+def test_a_manifest_that_is_not_the_one_of_the_record_is_damage(
+    registry: Registry, etcd: FakeEtcd
+) -> None:
     record = published(etcd, a_manifest())
     with pytest.raises(RecordDamaged, match="does not match the digest"):
         registry.manifest(replace(record, manifest=replace(record.manifest, digest="0" * 64)))
@@ -276,7 +335,8 @@ def test_a_claim_of_absurdly_many_parts_is_damage(registry: Registry, etcd: Fake
         registry.manifest(replace(record, manifest=replace(record.manifest, parts=10**12)))
 
 
-# -- registering -----------------------------------------------------------------------------------------------------------------
+# -- registering
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -288,12 +348,30 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def register(registry: Registry, **changes: Any) -> None:
-    good = {"instance": "qwen", "rank": 0, "world_size": 2, "model": ModelIdentity("qwen"), "manifest": a_manifest()}
-    registry.register(**{**good, "session_id": "h:1", "protocol": "tcp", "header_addr": 4096, **changes})
+    good = {
+        "instance": "qwen",
+        "rank": 0,
+        "world_size": 2,
+        "model": ModelIdentity("qwen"),
+        "manifest": a_manifest(),
+    }
+    registry.register(
+        **{**good, "session_id": "h:1", "protocol": "tcp", "header_addr": 4096, **changes}
+    )
 
 
-def test_a_registration_is_made_of_a_record_that_reads_back_as_it_is(registry: Registry, registered: list[tuple[Any, ...]]) -> None:
-    register(registry, topology={"tp": (0, 2)}, version=7, generation="g", fabric="rack", device="cuda:0", ttl_s=5)
+def test_a_registration_is_made_of_a_record_that_reads_back_as_it_is(
+    registry: Registry, registered: list[tuple[Any, ...]]
+) -> None:
+    register(
+        registry,
+        topology={"tp": (0, 2)},
+        version=7,
+        generation="g",
+        fabric="rack",
+        device="cuda:0",
+        ttl_s=5,
+    )
     ((_, record, parts, ttl_s, on_state),) = registered
     assert (ttl_s, on_state) == (5, None)
     etcd = FakeEtcd()
@@ -306,7 +384,9 @@ def test_a_registration_is_made_of_a_record_that_reads_back_as_it_is(registry: R
     assert len(bytes.fromhex(record.incarnation)) == 16
 
 
-def test_each_registration_has_an_incarnation_of_its_own(registry: Registry, registered: list[tuple[Any, ...]]) -> None:
+def test_each_registration_has_an_incarnation_of_its_own(
+    registry: Registry, registered: list[tuple[Any, ...]]
+) -> None:
     for _ in range(2):
         register(registry)
     (_, first, *_), (_, second, *_) = registered
@@ -356,7 +436,10 @@ def test_a_time_that_is_none_is_refused_by_its_field(registry: Registry, time_s:
 
 
 def test_a_manifest_of_too_many_parts_is_refused(
-    registry: Registry, registered: list[tuple[Any, ...]], in_many_parts: Manifest, monkeypatch: pytest.MonkeyPatch
+    registry: Registry,
+    registered: list[tuple[Any, ...]],
+    in_many_parts: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(manifest, "MAX_PARTS", 3)
     with pytest.raises(InvalidField, match=r"the manifest of 50 tensors takes .* more than 3"):

@@ -1,4 +1,6 @@
-"""The collector stands still for the length of the work, and goes on afterwards, whoever else asked for the same meanwhile."""
+"""The collector stands still for the length of the work, and goes on afterwards, whoever else asked
+for the same meanwhile.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Pull tickets: issued while the record stands, also where etcd's first answer was lost; what they tell, and who sees it."""
+"""Pull tickets: issued while the record stands, also where etcd's first answer was lost; what they
+tell, and who sees it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ import pytest
 
 from engine_registry import Pull, RankRecord
 from engine_registry.errors import EtcdRefused, InvalidField
-from engine_registry.pulls import AllPulls, PullTicket, all_pulls, count_pulls, readers_of, take_ticket
+from engine_registry.pulls import (
+    AllPulls,
+    PullTicket,
+    all_pulls,
+    count_pulls,
+    readers_of,
+    take_ticket,
+)
 from engine_registry.schema.keyvalue import Deletion, KeyValue, Put, Snapshot
 from engine_registry.schema.pull_ticket import Reader
 from engine_registry.schema.pull_ticket import encode as encode_pull
@@ -40,7 +49,9 @@ def read(etcd: FakeEtcd) -> RankRecord:
 
 
 @pytest.mark.parametrize("answer_lost", [False, True])
-def test_a_ticket_counts_until_it_is_given_back(etcd: FakeEtcd, read: RankRecord, answer_lost: bool) -> None:
+def test_a_ticket_counts_until_it_is_given_back(
+    etcd: FakeEtcd, read: RankRecord, answer_lost: bool
+) -> None:
     etcd.retry_next_commit = answer_lost
     ticket = take_ticket(etcd, read)
     assert ticket is not None
@@ -56,7 +67,8 @@ def test_a_record_that_has_changed_gives_no_ticket(etcd: FakeEtcd, read: RankRec
     assert etcd.leases == leases
 
 
-# -- how far a load is -----------------------------------------------------------------------------------------------------------
+# -- how far a load is
+# --------------------------------------------------------------------------------------------------
 
 
 def told(etcd: FakeEtcd) -> list[tuple[int, int]]:
@@ -79,14 +91,21 @@ def test_a_ticket_says_who_reads_and_for_whom(etcd: FakeEtcd, read: RankRecord) 
         assert ticket is not None
         with ticket:
             (pull,) = readers_of(etcd, read)
-            assert (pull.key, pull.incarnation, pull.host, pull.pid) == (ticket._key, read.incarnation, gethostname(), os.getpid())
+            assert (pull.key, pull.incarnation, pull.host, pull.pid) == (
+                ticket._key,
+                read.incarnation,
+                gethostname(),
+                os.getpid(),
+            )
             assert pull.reader == (Reader("b", 1, OTHER_INCARNATION) if reader else None)
             assert datetime.fromisoformat(pull.began_at).utcoffset() == timedelta(0)
             assert pull.fraction is None
             assert pull.create_revision > 0
 
 
-def test_what_a_ticket_is_told_shows_and_only_when_it_changes(etcd: FakeEtcd, held: PullTicket) -> None:
+def test_what_a_ticket_is_told_shows_and_only_when_it_changes(
+    etcd: FakeEtcd, held: PullTicket
+) -> None:
     held.tell(5, 10)
     wait_until(lambda: told(etcd) == [(5, 10)])
     writes = len(etcd.history)
@@ -96,7 +115,9 @@ def test_what_a_ticket_is_told_shows_and_only_when_it_changes(etcd: FakeEtcd, he
     assert len(etcd.history) == writes + 1
 
 
-def test_telling_waits_for_nothing(etcd: FakeEtcd, read: RankRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_telling_waits_for_nothing(
+    etcd: FakeEtcd, read: RankRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("engine_registry.pulls._TELL_S", 1_000)
     ticket = take_ticket(etcd, read)
     assert ticket is not None
@@ -110,7 +131,9 @@ def test_telling_waits_for_nothing(etcd: FakeEtcd, read: RankRecord, monkeypatch
 
 
 @pytest.mark.parametrize("how", ["expired", "deleted"])
-def test_a_ticket_that_has_gone_does_not_come_back(etcd: FakeEtcd, held: PullTicket, how: str) -> None:
+def test_a_ticket_that_has_gone_does_not_come_back(
+    etcd: FakeEtcd, held: PullTicket, how: str
+) -> None:
     if how == "expired":
         etcd.expire(held._lease_id)
     else:
@@ -129,7 +152,9 @@ def test_a_ticket_goes_on_after_an_answer_that_was_lost(etcd: FakeEtcd, held: Pu
     wait_until(lambda: told(etcd) == [(6, 10)])
 
 
-def test_an_etcd_that_takes_no_progress_is_not_asked_again_and_the_ticket_stays(etcd: FakeEtcd, held: PullTicket) -> None:
+def test_an_etcd_that_takes_no_progress_is_not_asked_again_and_the_ticket_stays(
+    etcd: FakeEtcd, held: PullTicket
+) -> None:
     etcd.full = True
     held.tell(5, 10)
     wait_until(lambda: held._written is None)
@@ -147,11 +172,18 @@ def test_progress_is_told_when_etcd_is_back(etcd: FakeEtcd, held: PullTicket) ->
     wait_until(lambda: told(etcd) == [(5, 10)])
 
 
-# -- who reads -------------------------------------------------------------------------------------------------------------------
+# -- who reads
+# --------------------------------------------------------------------------------------------------
 
 
-def test_readers_are_those_of_this_registration_and_pulls_those_of_an_instance_or_all(etcd: FakeEtcd, read: RankRecord) -> None:
-    ours, before, other = a_pull(), a_pull(load_id="old", incarnation=OTHER_INCARNATION), a_pull(instance="qwen-b")
+def test_readers_are_those_of_this_registration_and_pulls_those_of_an_instance_or_all(
+    etcd: FakeEtcd, read: RankRecord
+) -> None:
+    ours, before, other = (
+        a_pull(),
+        a_pull(load_id="old", incarnation=OTHER_INCARNATION),
+        a_pull(instance="qwen-b"),
+    )
     for pull in (ours, before, other):
         etcd.put(pull.key, encode_pull(pull))
     for nonsense in ("/pulls/qwen/0/x", "/pulls/qwen/0/y/z", "/pulls/"):

@@ -54,14 +54,19 @@ class Binding:
             return self._engine.batch_transfer_async_read(session_id, [], [], []) not in _NO_BATCH
         except _RAISED as exc:
             raise ReadFailed(
-                f"cannot read from {session_id}: what answers there is no transfer engine ({_said(exc)})",
+                f"cannot read from {session_id}: what answers there is no transfer engine "
+                f"({_said(exc)})",
                 session_id=session_id,
             ) from exc
 
     def begin(self, session_id: str, op: ReadOp) -> int | None:
         """A batch of one read; None where it is refused."""
         try:
-            batch = int(self._engine.batch_transfer_async_read(session_id, [op.dst_addr], [op.src_addr], [op.nbytes]))
+            batch = int(
+                self._engine.batch_transfer_async_read(
+                    session_id, [op.dst_addr], [op.src_addr], [op.nbytes]
+                )
+            )
         except _RAISED as exc:
             raise _failed(session_id, exc) from exc
         return batch if batch not in _NO_BATCH else None
@@ -90,7 +95,9 @@ class Binding:
             self._engine.unregister_memory(region.addr)
         except _RAISED as exc:
             raise EngineFailed(
-                f"the transfer engine cannot unregister {region.nbytes} bytes at {region.addr:#x} ({_said(exc)})", "close it"
+                f"the transfer engine cannot unregister {region.nbytes} bytes at "
+                f"{region.addr:#x} ({_said(exc)})",
+                "close it",
             ) from exc
 
 
@@ -116,7 +123,10 @@ def built_transports() -> tuple[str, ...]:
 
 
 def _failed(session_id: str, exc: Exception) -> ReadFailed:
-    return ReadFailed(f"cannot read from {session_id}: the transfer engine says {_said(exc)}", session_id=session_id)
+    return ReadFailed(
+        f"cannot read from {session_id}: the transfer engine says {_said(exc)}",
+        session_id=session_id,
+    )
 
 
 def _refused(region: Region, why: str) -> EngineFailed:

@@ -52,7 +52,10 @@ class Contact:
             thread.start()
         except RuntimeError as exc:
             _UNDER_WAY.discard(self)
-            raise EngineFailed(f"no thread can be started for a contact with {session_id} ({exc})", "raise ulimit -u") from exc
+            raise EngineFailed(
+                f"no thread can be started for a contact with {session_id} ({exc})",
+                "raise ulimit -u",
+            ) from exc
 
     def allow(self, seconds: float) -> None:
         """What follows may take so long."""
@@ -101,7 +104,9 @@ class Contact:
         return self._make(self)
 
     def _failed(self, why: str) -> ReadFailed:
-        return ReadFailed(f"cannot read from {self._session_id}: {why}", session_id=self._session_id)
+        return ReadFailed(
+            f"cannot read from {self._session_id}: {why}", session_id=self._session_id
+        )
 
 
 @atexit.register

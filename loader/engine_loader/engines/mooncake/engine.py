@@ -32,7 +32,8 @@ from engine_registry.schema.address import join
 from engine_registry.schema.manifest import Region
 from engine_registry.schema.record import PROTOCOLS
 
-_MAX_REGIONS = 12_000  # what a peer is told of them must fit into 1 MB; each takes longer to register than the one before
+# what a peer is told of them must fit into 1 MB; each takes longer to register than the one before
+_MAX_REGIONS = 12_000
 _MAX_READERS = 128  # peers whose readers are kept for the next load from them
 _SHARED = ("rdma",)  # protocols over which one engine reads from all peers
 _OPEN: weakref.WeakSet[MooncakeEngine] = weakref.WeakSet()
@@ -62,10 +63,14 @@ class MooncakeEngine(Engine):
         unless a test says otherwise.
         """
         if protocol not in PROTOCOLS:
-            raise EngineUnavailable(f"protocol {protocol!r} is unknown", f"use one of {', '.join(PROTOCOLS)}")
+            raise EngineUnavailable(
+                f"protocol {protocol!r} is unknown", f"use one of {', '.join(PROTOCOLS)}"
+            )
         if protocol == "rdma" and not rdma_devices():
             raise EngineUnavailable(
-                "no RDMA device is here (/sys/class/infiniband has none), and Mooncake would fall back to tcp", "say tcp"
+                "no RDMA device is here (/sys/class/infiniband has none), and Mooncake would "
+                "fall back to tcp",
+                "say tcp",
             )
         self._host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         self._family = check_host(self._host)
@@ -74,7 +79,8 @@ class MooncakeEngine(Engine):
         self._fabric = fabric or (this_host() if protocol == "nvlink_intra" else "")
         self._shared = protocol in _SHARED if shared is None else shared
         self._served = RegionBook()
-        # But for RDMA an engine writes wherever it is told to, so peers need not be able to reach what is only read into.
+        # But for RDMA an engine writes wherever it is told to, so peers need not be able to reach
+        # what is only read into.
         self._lent = self._served if protocol == "rdma" else RegionBook()
         self._lingering = Lingering()
         self._lock = threading.Lock()  # of what follows
@@ -107,7 +113,8 @@ class MooncakeEngine(Engine):
             try:
                 if len(self._served) > _MAX_REGIONS:
                     raise EngineFailed(
-                        f"the memory lies in more than {_MAX_REGIONS} pieces, of which no peer could be told",
+                        f"the memory lies in more than {_MAX_REGIONS} pieces, of which no "
+                        "peer could be told",
                         "put the tensors into fewer blocks, as views of one storage",
                     )
                 for one in new:
@@ -155,8 +162,16 @@ class MooncakeEngine(Engine):
             reader = self._readers.get(peer)
             if reader is None:
                 # An engine of its own, or for a first contact, which needs no more than tcp.
-                new = partial(start, self._host, self._family, "tcp" if self._shared else self._protocol, self._device)
-                reader = self._readers[peer] = Reader(peer, self._protocol, self._family, new, shared)
+                new = partial(
+                    start,
+                    self._host,
+                    self._family,
+                    "tcp" if self._shared else self._protocol,
+                    self._device,
+                )
+                reader = self._readers[peer] = Reader(
+                    peer, self._protocol, self._family, new, shared
+                )
         try:
             reader.connect()
         except LoaderError:
@@ -172,7 +187,10 @@ class MooncakeEngine(Engine):
         with self._lock:
             reader = self._readers.get(peer)
         if reader is None:
-            raise ReadFailed(f"cannot read from {session_of(peer)}: it is not connected", session_id=session_of(peer))
+            raise ReadFailed(
+                f"cannot read from {session_of(peer)}: it is not connected",
+                session_id=session_of(peer),
+            )
         batch = reader.begin(op)
         with self._lock:
             number = next(self._numbers)
@@ -248,7 +266,9 @@ class MooncakeEngine(Engine):
     def __enter__(self) -> MooncakeEngine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 

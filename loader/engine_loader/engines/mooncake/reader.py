@@ -23,7 +23,14 @@ Ended = Callable[[], bool]
 class Reader:
     """`start` makes an engine of its own; `shared`, where there is one, is what reads."""
 
-    def __init__(self, peer: str, protocol: str, family: str, start: Callable[[], Binding], shared: Binding | None) -> None:
+    def __init__(
+        self,
+        peer: str,
+        protocol: str,
+        family: str,
+        start: Callable[[], Binding],
+        shared: Binding | None,
+    ) -> None:
         self.session_id = session_of(peer)
         self._protocol = protocol
         self._family = family
@@ -149,7 +156,8 @@ class Reader:
 
     def failed(self) -> ReadFailed:
         return ReadFailed(
-            f"cannot read from {self.session_id}: its process has ended, is not reachable over {self._protocol}, "
+            f"cannot read from {self.session_id}: its process has ended, is not reachable "
+            f"over {self._protocol}, "
             "or does not offer that memory any more",
             session_id=self.session_id,
         )

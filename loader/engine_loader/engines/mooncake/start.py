@@ -44,7 +44,8 @@ def start(host: str, family: str, protocol: str, device: str) -> Binding:
             binding = Binding(library, host, protocol, device)
         except EngineUnavailable as exc:
             raise EngineUnavailable(
-                f"the transfer engine cannot start on {host!r} with protocol {protocol!r} and device "
+                f"the transfer engine cannot start on {host!r} with protocol {protocol!r} "
+                "and device "
                 f"{device!r} ({exc}): {_remedy()}"
             ) from exc
     if problem := _no_files():  # it could take no connection
@@ -89,7 +90,10 @@ def _no_files() -> str:
         left = 0
     if limit == resource.RLIM_INFINITY or left >= _FILES:
         return ""
-    return f"this process may have {limit} files open and can open {left} more, {_FILES} at least are needed: raise ulimit -n"
+    return (
+        f"this process may have {limit} files open and can open {left} more, {_FILES} at least "
+        "are needed: raise ulimit -n"
+    )
 
 
 def _no_ports() -> str:

@@ -11,7 +11,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine_registry.errors import EtcdError, Evicted, LeaseNotFound, RecordDamaged, RegistrationLost, RegistryError, Superseded
+from engine_registry.errors import (
+    EtcdError,
+    Evicted,
+    LeaseNotFound,
+    RecordDamaged,
+    RegistrationLost,
+    RegistryError,
+    Superseded,
+)
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.registration.keeper.protocol import beat_s
@@ -27,19 +35,28 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 class Keeper:
-    """One registration's lease and keys, as the rank wants them. Not thread-safe: one thread drives it."""
+    """One registration's lease and keys, as the rank wants them.
 
-    def __init__(self, etcd: Etcd, record: RankRecord, parts: Sequence[bytes], ttl_s: float, tell: Tell) -> None:
+    Not thread-safe: one thread drives it.
+    """
+
+    def __init__(
+        self, etcd: Etcd, record: RankRecord, parts: Sequence[bytes], ttl_s: float, tell: Tell
+    ) -> None:
         self._etcd = etcd
         self._record = record
         self._parts = parts
         self._ttl_s = ttl_s
         self._tell = tell
         self._backoff = Backoff(0.1, 0.5)
-        self._held: KeyValue | None = None  # the record's key as we wrote it last, unless its lease is lost
+        self._held: KeyValue | None = (
+            None  # the record's key as we wrote it last, unless its lease is lost
+        )
         self._stale = False  # the rank wants another record than the one in etcd
         self._suspended = False
-        self._renewed_in_s: float | None = None  # how long etcd took for it in the beat that is going on
+        self._renewed_in_s: float | None = (
+            None  # how long etcd took for it in the beat that is going on
+        )
         self._claims_again = 0
 
     def register(self) -> None:
@@ -52,10 +69,12 @@ class Keeper:
             raise
 
     def beat(self) -> float:
-        """Renews the lease and mends what is amiss; returns the seconds until the next beat. Raises RegistrationLost only.
+        """Renews the lease and mends what is amiss; returns the seconds until the next beat. Raises
+        RegistrationLost only.
 
-        Tells the state every time: the rank hears that its keeper lives, and need not know what a keeper before this one told.
-        With it comes what the rank counts: how long the renewal took, and how often the record was put into etcd again.
+        Tells the state every time: the rank hears that its keeper lives, and need not know what a
+        keeper before this one told. With it comes what the rank counts: how long the renewal took,
+        and how often the record was put into etcd again.
         """
         self._renewed_in_s = None
         try:
@@ -70,7 +89,14 @@ class Keeper:
             self._tell({"state": "SUSPENDED", "why": str(exc)})
             return self._backoff.next_s()
         self._suspended = False
-        self._tell({"state": "REGISTERED", "why": "", "renewed_in_s": self._renewed_in_s, "claims_again": self._claims_again})
+        self._tell(
+            {
+                "state": "REGISTERED",
+                "why": "",
+                "renewed_in_s": self._renewed_in_s,
+                "claims_again": self._claims_again,
+            }
+        )
         self._backoff.reset()
         return beat_s(self._ttl_s)
 
@@ -93,8 +119,9 @@ class Keeper:
         self._held = None
 
     def _renew(self, held: KeyValue) -> None:
-        # The key is read before the lease is renewed: a lease that lives afterwards lived then, in the same store, so a key that
-        # was missing has not expired with it, nor with a store that was wiped in between: somebody deleted it.
+        # The key is read before the lease is renewed: a lease that lives afterwards lived then, in
+        # the same store, so a key that was missing has not expired with it, nor with a store that
+        # was wiped in between: somebody deleted it.
         found = self._etcd.get(self._record.key)
         start = time.monotonic()
         try:
@@ -112,7 +139,11 @@ class Keeper:
         key = self._record.key
         mark = evicted_key(self._record.instance, self._record.rank, self._record.incarnation)
         how = "evicted" if self._etcd.get(mark) is not None else "deleted from etcd by somebody"
-        return Evicted(f"{key} was {how}", "the registration has ended; register again if that was not meant", key=key)
+        return Evicted(
+            f"{key} was {how}",
+            "the registration has ended; register again if that was not meant",
+            key=key,
+        )
 
     def _adopt_or_lose(self, item: KeyValue, lease_id: int) -> None:
         """The key holds something else than we wrote, as far as we know."""
@@ -123,12 +154,16 @@ class Keeper:
             self._lose(Superseded(f"{exc}; the registration has ended", key=key))
         else:
             if found.incarnation != self._record.incarnation:
-                self._lose(Superseded(f"{key} now belongs to another process ({found.holder})", key=key))
+                self._lose(
+                    Superseded(f"{key} now belongs to another process ({found.holder})", key=key)
+                )
             if found.ended:
                 self._lose(self._evicted())
             if item.value == encode(self._record) and item.lease_id == lease_id:
                 self._held, self._stale = item, False  # the answer to a write was lost
-            else:  # something old of ours, as after etcd was put back to a backup: its manifest may be under an old lease too
+            else:
+                # An old key of ours, as after a restored backup: its manifest may be under an old
+                # lease too.
                 self._claim_again(lease_id)
 
     def _claim(self, lease_id: int) -> None:
@@ -136,7 +171,10 @@ class Keeper:
         self._stale = False
 
     def _claim_again(self, lease_id: int = 0) -> None:
-        """With a lease that there is, or a new one. Another keeper of ours was here before, so a refusal is a loss."""
+        """With a lease that there is, or a new one.
+
+        Another keeper of ours was here before, so a refusal is a loss.
+        """
         try:
             if lease_id:
                 self._claim(lease_id)
@@ -149,12 +187,16 @@ class Keeper:
             self._lose(exc)
         except RegistryError as exc:
             key = self._record.key
-            self._lose(Superseded(f"{key} cannot be registered again: {exc.what}", exc.remedy, key=key))
+            self._lose(
+                Superseded(f"{key} cannot be registered again: {exc.what}", exc.remedy, key=key)
+            )
 
     def _amend(self, held: KeyValue) -> None:
         amended = amend(self._etcd, self._record, held)
         if amended is None:
-            self._renew(held)  # raises if another process was faster; else the answer to a write of ours was lost
+            self._renew(
+                held
+            )  # raises if another process was faster; else the answer to a write of ours was lost
             if self._stale:
                 raise EtcdError(f"{self._record.key} changed while it was being updated")
             return
@@ -170,4 +212,9 @@ class Keeper:
         try:
             self._etcd.revoke(lease_id)
         except EtcdError as exc:
-            log.info("lease %x is left to expire: %s", lease_id, exc, extra=fields("lease_left", error=exc))
+            log.info(
+                "lease %x is left to expire: %s",
+                lease_id,
+                exc,
+                extra=fields("lease_left", error=exc),
+            )

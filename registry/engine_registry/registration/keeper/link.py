@@ -1,7 +1,8 @@
-"""The rank's line to its keeper: asks it, hears from it, and puts another in its place when it dies or hangs.
+"""The rank's line to its keeper: asks it, hears from it, and puts another in its place when it dies
+or hangs.
 
-Used by the handle only. Starts one thread, which listens to the keeper. Nothing here needs the GIL in time: the keeper goes
-on without the rank.
+Used by the handle only. Starts one thread, which listens to the keeper. Nothing here needs the GIL
+in time: the keeper goes on without the rank.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
 
-# What is to be known of the registration: a state's name, why, and the error where the registration is lost.
+# What is to be known of the registration: a state's name, why, and the error where the registration
+# is lost.
 OnNews = Callable[[str, str, RegistryError | None], None]
 
 
@@ -41,22 +43,31 @@ class KeeperLink:
         ttl_s: float,
         news: Callable[[], OnNews | None],
     ) -> None:
-        """`news` is a weak reference. When what it refers to is gone, nobody wants the registration any more, and it ends."""
+        """`news` is a weak reference.
+
+        When what it refers to is gone, nobody wants the registration any more, and it ends.
+        """
         self.record = record
         self._config = config
         self._parts = tuple(parts)
         self._ttl_s = ttl_s
         self._news = news
         self._lock = threading.Lock()
-        self._pending: dict[int, tuple[dict[str, Any], Future[dict[str, Any]]]] = {}  # by sequence number
+        self._pending: dict[
+            int, tuple[dict[str, Any], Future[dict[str, Any]]]
+        ] = {}  # by sequence number
         self._seq = 0
         self._claims_again = 0  # that the keeper has told
         self._opened = False  # registered at least once
-        self._over: RegistryError | None = None  # for whoever asks from then on; a keeper that ends then is not replaced
+        self._over: RegistryError | None = (
+            None  # for whoever asks from then on; a keeper that ends then is not replaced
+        )
         self._woken = threading.Event()  # it is over
         self._forgotten = False
         self._keeper: KeeperProcess | None = None  # None while the next one is not there yet
-        self._listener = threading.Thread(target=self._listen, name=f"keeper of {record.key}", daemon=True)
+        self._listener = threading.Thread(
+            target=self._listen, name=f"keeper of {record.key}", daemon=True
+        )
 
     @property
     def pid(self) -> int:
@@ -67,7 +78,8 @@ class KeeperLink:
     def open(self) -> None:
         """Starts the keeper and registers; raises what is wrong, and has then left nothing behind.
 
-        Takes as long as etcd does, with the deadline that the configuration gives each call; a keeper that hangs is an error.
+        Takes as long as etcd does, with the deadline that the configuration gives each call; a
+        keeper that hangs is an error.
         """
         with self._lock:
             opening, reply = self._expect(self._opening(again=False))
@@ -83,7 +95,8 @@ class KeeperLink:
             raise
 
     def update(self, change: Callable[[RankRecord], RankRecord]) -> None:
-        """Returns when the changed record is in etcd, or as soon as it has to wait: for etcd, or for the next keeper.
+        """Returns when the changed record is in etcd, or as soon as it has to wait: for etcd, or
+        for the next keeper.
 
         One change after another: each is made of the record that the one before has left.
         """
@@ -98,11 +111,16 @@ class KeeperLink:
             _raise_error(reply.result(self._config.timeout_s + ANSWER_S))
         except FutureTimeout:
             log.warning(
-                "%s: etcd is slow, the change waits in the keeper", record.key, extra=fields("update_waits", key=record.key)
+                "%s: etcd is slow, the change waits in the keeper",
+                record.key,
+                extra=fields("update_waits", key=record.key),
             )
 
     def end(self, reason: str) -> None:
-        """Returns when the registration is out of etcd; an error says why it is not yet. The keeper goes on trying then."""
+        """Returns when the registration is out of etcd; an error says why it is not yet.
+
+        The keeper goes on trying then.
+        """
         with self._lock:
             reply = self._ask({"op": "end", "reason": reason})
         try:
@@ -123,7 +141,10 @@ class KeeperLink:
             self._listener.join(timeout=1.0)
 
     def forget(self) -> None:
-        """`abandon`, soon, by the listening thread. Takes no lock, and nothing can interrupt it half-way."""
+        """`abandon`, soon, by the listening thread.
+
+        Takes no lock, and nothing can interrupt it half-way.
+        """
         self._forgotten = True
 
     @property
@@ -136,9 +157,17 @@ class KeeperLink:
             on_news(state, why, lost)
 
     def _opening(self, again: bool) -> dict[str, Any]:
-        """`again`: it takes over from a keeper that has died, and finds the registration in etcd or not."""
+        """`again`: it takes over from a keeper that has died, and finds the registration in etcd or
+        not.
+        """
         wire = self._config.to_wire()
-        return {"rank_pid": os.getpid(), "etcd": wire, "key": self.record.key, "ttl_s": self._ttl_s, "again": again}
+        return {
+            "rank_pid": os.getpid(),
+            "etcd": wire,
+            "key": self.record.key,
+            "ttl_s": self._ttl_s,
+            "again": again,
+        }
 
     def _start(self, opening: dict[str, Any]) -> None:
         """Needs no lock while the process starts: until the end nobody else knows of it."""
@@ -157,7 +186,10 @@ class KeeperLink:
                 self._dismiss(keeper)
 
     def _silence_s(self, keeper: KeeperProcess) -> float:
-        """How long a keeper that lives may say nothing. In the first claim a call takes as long as the user lets it."""
+        """How long a keeper that lives may say nothing.
+
+        In the first claim a call takes as long as the user lets it.
+        """
         if not self._opened:
             return START_TIMEOUT_S + 3 * self._config.timeout_s
         if not keeper.heard:
@@ -169,7 +201,9 @@ class KeeperLink:
         keeper.write(encode_frame({"op": "end", "reason": DIED, "seq": 0}))
         keeper.close_input()
 
-    def _ask(self, message: dict[str, Any], payloads: Sequence[bytes] = ()) -> Future[dict[str, Any]]:
+    def _ask(
+        self, message: dict[str, Any], payloads: Sequence[bytes] = ()
+    ) -> Future[dict[str, Any]]:
         waiting = bool(self._pending)
         message, reply = self._expect(message)
         if self._over:
@@ -195,7 +229,8 @@ class KeeperLink:
             reply.set_result({"error": error.to_wire()})
         self._pending.clear()
 
-    # -- the listening thread ------------------------------------------------------------------------------------------------
+    # -- the listening thread
+    # ----------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
         backoff = Backoff(0.1, 5.0)
@@ -208,8 +243,13 @@ class KeeperLink:
                     self._finish(error)
                 self._settle_updates()
             if not self._over:
-                log.warning("%s; starting another", error, extra=fields("keeper_lost", key=self.record.key, hung=keeper.hung))
-                if keeper.hung:  # for longer, perhaps, than the lease lives; one that died is replaced before that
+                log.warning(
+                    "%s; starting another",
+                    error,
+                    extra=fields("keeper_lost", key=self.record.key, hung=keeper.hung),
+                )
+                # for longer, perhaps, than the lease lives; one that died is replaced before that
+                if keeper.hung:
                     self._tell("SUSPENDED", str(error), None)
             while not self._over and self._keeper is None:
                 self._woken.wait(backoff.next_s())
@@ -226,20 +266,26 @@ class KeeperLink:
                 self._hear(frame.message)
             if self._unwanted and not self._over:
                 self.abandon()
-            with self._lock:  # what waits for a keeper that was dismissed waits for its end, which may take an outage of etcd
+            # what waits for a keeper that was dismissed waits for its end, which may take an outage
+            # of etcd
+            with self._lock:
                 hung = not self._over and keeper.silent_s >= self._silence_s(keeper)
             if hung:
                 keeper.kill_hung()
 
     def _settle_updates(self) -> None:
-        """What an update wanted is given to the next keeper anyway, which need not be waited for; an end is asked again."""
+        """What an update wanted is given to the next keeper anyway, which need not be waited for;
+        an end is asked again.
+        """
         for seq, (message, reply) in list(self._pending.items()):
             if message.get("op") != "end":
                 del self._pending[seq]
                 reply.set_result({})
 
     def _replace(self) -> None:
-        """Starts another keeper, unless there is no memory, process or file descriptor to be had now."""
+        """Starts another keeper, unless there is no memory, process or file descriptor to be had
+        now.
+        """
         if self._over:
             return
         try:
@@ -253,7 +299,9 @@ class KeeperLink:
             with self._lock:
                 asked, reply = self._pending.pop(message["reply"], ({}, None))
                 self._opened = self._opened or not message.get("error")
-                if asked.get("op") == "end":  # it ends next, perhaps before the thread that asked it has gone on
+                if (
+                    asked.get("op") == "end"
+                ):  # it ends next, perhaps before the thread that asked it has gone on
                     self._finish(self._closed())
             if reply is not None:
                 reply.set_result(message)

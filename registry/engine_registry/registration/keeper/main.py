@@ -1,8 +1,10 @@
-"""The process beside a rank that owns its lease: started by `registration.keeper.process`, one a registration.
+"""The process beside a rank that owns its lease: started by `registration.keeper.process`, one a
+registration.
 
-A process of its own keeps the lease while the rank holds the GIL for minutes, and outlives the rank by the milliseconds that it
-takes to delete the rank's keys. Its threads: one that reads the rank's messages (the pipe's end means that the rank has died),
-one that waits on the rank's process (a forked child may hold the pipe open), and the main one, which alone talks to etcd.
+A process of its own keeps the lease while the rank holds the GIL for minutes, and outlives the rank
+by the milliseconds that it takes to delete the rank's keys. Its threads: one that reads the rank's
+messages (the pipe's end means that the rank has died), one that waits on the rank's process (a
+forked child may hold the pipe open), and the main one, which alone talks to etcd.
 """
 
 from __future__ import annotations
@@ -25,19 +27,27 @@ from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig
 from engine_registry.registration.keeper.holder import Keeper, Tell
-from engine_registry.registration.keeper.protocol import CALL_TIMEOUT_S, Frame, encode_frame, read_frame
+from engine_registry.registration.keeper.protocol import (
+    CALL_TIMEOUT_S,
+    Frame,
+    encode_frame,
+    read_frame,
+)
 from engine_registry.registration.writes import DIED
 from engine_registry.schema.record import RankRecord, decode
 
 T = TypeVar("T")
 
-# A restarted etcd gives every lease its full time again, so a rank that died during an outage would stand for as long. After a
-# longer outage than this that lease is the bound: keepers whose etcd is gone for good must end some time.
+# A restarted etcd gives every lease its full time again, so a rank that died during an outage would
+# stand for as long. After a longer outage than this that lease is the bound: keepers whose etcd is
+# gone for good must end some time.
 _END_FOR_S = 300.0
 
 
 class _TellingEtcd(Etcd):
-    """Tells before every call that the keeper lives: the time of one call is bounded, that of many in sequence is not."""
+    """Tells before every call that the keeper lives: the time of one call is bounded, that of many
+    in sequence is not.
+    """
 
     def __init__(self, config: EtcdConfig, tell: Tell) -> None:
         super().__init__(config)
@@ -62,7 +72,9 @@ def serve(keeper: Keeper, inbox: queue.Queue[Frame | None], tell: Tell) -> None:
                 due = time.monotonic() + keeper.beat()
             elif op == "update" and frame:
                 keeper.change(record_from_wire(frame))
-                if not keeper.suspended:  # else the rank need not wait: the beat that finds etcd back writes it
+                if (
+                    not keeper.suspended
+                ):  # else the rank need not wait: the beat that finds etcd back writes it
                     due = time.monotonic() + keeper.beat()
                 tell({"reply": frame.message["seq"]})
             else:
@@ -102,9 +114,14 @@ def record_from_wire(frame: Frame) -> RankRecord:
 
 
 def main() -> None:
-    """Speaks frames over standard input and output. The first frame says what to register and how to reach etcd."""
+    """Speaks frames over standard input and output.
+
+    The first frame says what to register and how to reach etcd.
+    """
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)  # the rank decides when it ends; its end is what ends the keeper
+        signal.signal(
+            ignored, signal.SIG_IGN
+        )  # the rank decides when it ends; its end is what ends the keeper
     pipe, tell = sys.stdin.buffer, teller(sys.stdout.fileno())
     opening = read_frame(pipe)
     if opening is None:
@@ -117,22 +134,26 @@ def main() -> None:
     etcd = _TellingEtcd(config, tell)
     keeper = Keeper(etcd, record_from_wire(opening), opening.payloads[1:], message["ttl_s"], tell)
     try:
-        if not message["again"]:  # a keeper that takes over from a dead one registers with its first beat instead
+        if not message[
+            "again"
+        ]:  # a keeper that takes over from a dead one registers with its first beat instead
             keeper.register()
         tell({"reply": message["seq"]})
     except RegistryError as exc:
         tell({"reply": message["seq"], "error": exc.to_wire()})
         return
-    # The rank waited for its first claim for as long as it wants calls to take. From now on its death must be noticed soon.
+    # The rank waited for its first claim for as long as it wants calls to take. From now on its
+    # death must be noticed soon.
     etcd.config = replace(config, timeout_s=min(config.timeout_s, CALL_TIMEOUT_S))
     serve(keeper, inbox, tell)
 
 
 def teller(pipe: int) -> Tell:
-    """Writes to the rank without ever waiting for it: one that is stopped reads nothing, and keeps its lease all the same.
+    """Writes to the rank without ever waiting for it: one that is stopped reads nothing, and keeps
+    its lease all the same.
 
-    What does not fit is dropped. States are told again, and replies are not waited for without end. Only a loss has to arrive, and
-    then there is nothing left to renew.
+    What does not fit is dropped. States are told again, and replies are not waited for without end.
+    Only a loss has to arrive, and then there is nothing left to renew.
     """
     room = select.poll()
     room.register(pipe, select.POLLOUT)
@@ -146,7 +167,9 @@ def teller(pipe: int) -> Tell:
 
 
 def run() -> None:
-    """`main` as a process: ends at once, without waiting for the thread that still reads standard input."""
+    """`main` as a process: ends at once, without waiting for the thread that still reads standard
+    input.
+    """
     code = 1
     try:
         main()

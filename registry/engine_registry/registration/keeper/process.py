@@ -1,7 +1,8 @@
-"""A keeper process as its rank handles it: started, written to and listened to without ever waiting for one that hangs.
+"""A keeper process as its rank handles it: started, written to and listened to without ever waiting
+for one that hangs.
 
-Used by `keeper.link`. Starts no thread. The process is started with subprocess, never by forking: the rank may have CUDA
-and gRPC threads.
+Used by `keeper.link`. Starts no thread. The process is started with subprocess, never by forking:
+the rank may have CUDA and gRPC threads.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from engine_registry.errors import KeeperFailed
 from engine_registry.etcd.descriptors import check_left, explain
 from engine_registry.registration.keeper.protocol import ANSWER_S, Frame, FrameBuffer
 
-# The module search path comes through the pipe, so that the keeper finds what the rank found, and `ps` shows what it is for.
-# Until then -I keeps the working directory off it: a file of the user's named json.py would be run.
+# The module search path comes through the pipe, so that the keeper finds what the rank found, and
+# `ps` shows what it is for. Until then -I keeps the working directory off it: a file of the user's
+# named json.py would be run.
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline()); "
     "from engine_registry.registration.keeper.main import run; run()"
@@ -29,15 +31,17 @@ _BOOT = (
 _DESCRIPTORS = 8  # that starting one takes, of which three stay
 START_TIMEOUT_S = 20.0  # a loaded machine may take long to start a process
 
-# Time without a sign of life is counted in looks. A rank that was itself stopped, or held the GIL, finds one look that took
-# long, and not that its keeper was silent all the while.
+# Time without a sign of life is counted in looks. A rank that was itself stopped, or held the GIL,
+# finds one look that took long, and not that its keeper was silent all the while.
 LOOK_S = 1.0
 
 
 def check_can_start(key: str) -> None:
-    """KeeperFailed where no keeper of this key can be started now, as far as can be known before."""
+    """Raise KeeperFailed where it is known beforehand that no keeper of this key can start."""
     if not sys.executable:
-        raise KeeperFailed("cannot start a keeper: sys.executable is empty, so there is no Python to run it with")
+        raise KeeperFailed(
+            "cannot start a keeper: sys.executable is empty, so there is no Python to run it with"
+        )
     try:
         check_left(_DESCRIPTORS)
     except OSError as exc:
@@ -49,7 +53,10 @@ class KeeperProcess:
     """`read` is for one thread; a caller that shares the rest between threads locks it."""
 
     def __init__(self, key: str, secret: str | None = None) -> None:
-        """KeeperFailed where no process can be started now. It inherits no variable that holds `secret`: it comes by its pipe."""
+        """KeeperFailed where no process can be started now.
+
+        It inherits no variable that holds `secret`: it comes by its pipe.
+        """
         check_can_start(key)
         self.heard = False  # it has said something
         self.silent_s = 0.0  # since then
@@ -61,13 +68,23 @@ class KeeperProcess:
                 self._complaints = undo.enter_context(_scratch())
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-c", _BOOT, "engine-registry-keeper", key],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints,
-                    start_new_session=True, close_fds=True, bufsize=0,
-                    env={name: value for name, value in os.environ.items() if not secret or value != secret},
-                )  # fmt: skip
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._complaints,
+                    start_new_session=True,
+                    close_fds=True,
+                    bufsize=0,
+                    env={
+                        name: value
+                        for name, value in os.environ.items()
+                        if not secret or value != secret
+                    },
+                )
             except OSError as exc:
                 why, remedy = explain(exc)
-                raise KeeperFailed(f"cannot start a keeper of {key} with {sys.executable}: {why}", remedy) from exc
+                raise KeeperFailed(
+                    f"cannot start a keeper of {key} with {sys.executable}: {why}", remedy
+                ) from exc
             undo.pop_all()
         self._input, self._output = _pipe(self._process.stdin), _pipe(self._process.stdout)
         os.set_blocking(self._input.fileno(), False)
@@ -75,14 +92,20 @@ class KeeperProcess:
         self._writable.register(self._input, select.POLLOUT)
         self._readable.register(self._output, select.POLLIN)
         _started.add(self)
-        self.write(json.dumps([os.path.abspath(path) for path in sys.path]).encode() + b"\n", START_TIMEOUT_S)
+        self.write(
+            json.dumps([os.path.abspath(path) for path in sys.path]).encode() + b"\n",
+            START_TIMEOUT_S,
+        )
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def write(self, data: bytes, patience_s: float = ANSWER_S) -> None:
-        """Kills a keeper that takes nothing for so long. That it has died, now or before, is for `read` to find."""
+        """Kills a keeper that takes nothing for so long.
+
+        That it has died, now or before, is for `read` to find.
+        """
         if self._input.closed:
             return
         rest = memoryview(data)
@@ -98,7 +121,9 @@ class KeeperProcess:
                 self.kill_hung()
 
     def read(self) -> list[Frame] | None:
-        """What it has said, after a look's time at most, which may be nothing; None when it has ended or talks nonsense."""
+        """What it has said, after a look's time at most, which may be nothing; None when it has
+        ended or talks nonsense.
+        """
         if not self._readable.poll(LOOK_S * 1000):
             self.silent_s += LOOK_S
             return []
@@ -110,13 +135,16 @@ class KeeperProcess:
             return None
 
     def close_input(self) -> None:
-        """It takes that for the end of the rank, unless a forked child of the rank holds the pipe open as well."""
+        """It takes that for the end of the rank, unless a forked child of the rank holds the pipe
+        open as well.
+        """
         with contextlib.suppress(OSError):
             self._input.close()
 
     def close_in_child(self) -> None:
-        """Closes the copies that a forked child has got: else a keeper would not see the end of a rank that becomes another
-        program, as its pid stays and the child holds the pipe open."""
+        """Closes the copies that a forked child has got: else a keeper would not see the end of a
+        rank that becomes another program, as its pid stays and the child holds the pipe open.
+        """
         for each in (self._input, self._output, self._complaints):
             with contextlib.suppress(OSError):
                 each.close()
@@ -126,7 +154,9 @@ class KeeperProcess:
         self._process.kill()
 
     def reap(self) -> KeeperFailed:
-        """To be called once, after it has ended: frees what it leaves in our process, and tells how it ended."""
+        """To be called once, after it has ended: frees what it leaves in our process, and tells how
+        it ended.
+        """
         self._process.kill()  # it may still run if it talked nonsense
         code = self._process.wait()
         self.close_input()
@@ -151,7 +181,10 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _scratch() -> IO[bytes]:
-    """What one process writes another can read. Memory where there is such a thing: a root may be read-only."""
+    """What one process writes another can read.
+
+    Memory where there is such a thing: a root may be read-only.
+    """
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("complaints of a keeper"), "w+b", buffering=0)
     return tempfile.TemporaryFile(buffering=0)

@@ -1,7 +1,8 @@
 """What a rank and its keeper say to each other over two pipes, and how soon each has to.
 
-A message is one line of JSON, then the raw bytes whose lengths the line gives. The keeper tells the state of the registration at
-every beat, and that it lives before every call to etcd, so that a rank can tell a keeper that waits from one that hangs.
+A message is one line of JSON, then the raw bytes whose lengths the line gives. The keeper tells the
+state of the registration at every beat, and that it lives before every call to etcd, so that a rank
+can tell a keeper that waits from one that hangs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import IO, Any, NamedTuple
 
 # A call that etcd does not answer must not keep the keeper from noticing its rank's death for long.
 CALL_TIMEOUT_S = 2.0
-# For a call with its last retry, and a machine with too much to do. Silence that is longer, when something is due, is a hang.
+# For a call with its last retry, and a machine with too much to do. Silence that is longer, when
+# something is due, is a hang.
 ANSWER_S = 3 * CALL_TIMEOUT_S
 _MAX_BEAT_S = 20.0
 
@@ -34,7 +36,9 @@ def encode_frame(message: dict[str, Any], payloads: Sequence[bytes] = ()) -> byt
 
 
 def read_frame(pipe: IO[bytes]) -> Frame | None:
-    """The next message, or None at the end: the other side has closed the pipe or died, be it in the middle of a message."""
+    """The next message, or None at the end: the other side has closed the pipe or died, be it in
+    the middle of a message.
+    """
     line = pipe.readline()
     if not line.endswith(b"\n"):
         return None
@@ -46,7 +50,9 @@ def read_frame(pipe: IO[bytes]) -> Frame | None:
 
 
 class FrameBuffer:
-    """For a reader that must not block: takes bytes as they come, and gives the messages that are complete."""
+    """For a reader that must not block: takes bytes as they come, and gives the messages that are
+    complete.
+    """
 
     def __init__(self) -> None:
         self._rest = b""

@@ -1,4 +1,6 @@
-"""What the live table shows: rows for what happens, as many as fit, and speeds of what has been seen."""
+"""What the live table shows: rows for what happens, as many as fit, and speeds of what has been
+seen.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,16 @@ import pytest
 
 from engine_cli.render.board import MAX_NEWS, Board, Row, Speeds
 from engine_cli.render.flows import Flows
-from engine_registry import InstanceDegraded, InstanceGone, InstanceReady, Pull, RankJoined, RankLost, RankRecord, RankUpdated
+from engine_registry import (
+    InstanceDegraded,
+    InstanceGone,
+    InstanceReady,
+    Pull,
+    RankJoined,
+    RankLost,
+    RankRecord,
+    RankUpdated,
+)
 from engine_registry.schema.record import RankState
 from engine_registry.schema.status import assess
 from tests.unit.cli.render.test_flows import pull, rank
@@ -24,7 +35,9 @@ def a_board(*records: RankRecord, instance: str | None = None) -> Board:
         board.see(RankJoined(record), AT)
     for name in sorted({record.instance for record in records}):
         status = assess(name, [record for record in records if record.instance == name])
-        board.see((InstanceDegraded if status.problems or status.missing else InstanceReady)(status), AT)
+        board.see(
+            (InstanceDegraded if status.problems or status.missing else InstanceReady)(status), AT
+        )
     return board
 
 
@@ -60,12 +73,19 @@ def test_an_instance_of_several_ranks_is_a_row_and_one_for_each_rank() -> None:
 def test_rows_follow_the_events() -> None:
     first, second = (rank(f"a/{number}", world_size=2) for number in range(2))
     board = a_board(first, second)
-    assert [(row.name, row.state) for row in shown(board)] == [("a", "ready 2/2"), ("  a/0", "ready"), ("  a/1", "ready")]
+    assert [(row.name, row.state) for row in shown(board)] == [
+        ("a", "ready 2/2"),
+        ("  a/0", "ready"),
+        ("  a/1", "ready"),
+    ]
     board.see(RankUpdated(replace(first, state=RankState.UPDATING), first), AT)
     assert shown(board)[1].state == "updating"
     board.see(RankLost(second, "evicted"), AT)
     board.see(InstanceDegraded(assess("a", [first])), AT)
-    assert [(row.name, row.state) for row in shown(board)] == [("a", "degraded 1/2"), ("  a/0", "updating")]
+    assert [(row.name, row.state) for row in shown(board)] == [
+        ("a", "degraded 1/2"),
+        ("  a/0", "updating"),
+    ]
     board.see(RankLost(first, "evicted"), AT)
     board.see(InstanceGone(assess("a", [])), AT)
     assert shown(board) == []
@@ -80,16 +100,27 @@ def test_an_instance_whose_records_cannot_be_read_is_a_row() -> None:
 
 def test_only_what_has_to_do_with_the_instance_is_shown_where_one_is_watched() -> None:
     board = a_board(rank("b/0", loading=True, world_size=1), instance="b")
-    rows = shown(board, pull("a/0", "b/0", 63), pull("b/0", "c/0", 5), pull("a/0", "d/0", 7), pull("a/0", "host", 7))
+    rows = shown(
+        board,
+        pull("a/0", "b/0", 63),
+        pull("b/0", "c/0", 5),
+        pull("a/0", "d/0", 7),
+        pull("a/0", "host", 7),
+    )
     assert names(rows) == ["b", "c/0"]
 
 
-# -- room ------------------------------------------------------------------------------------------------------------------------
+# -- room
+# --------------------------------------------------------------------------------------------------
 
 
 def test_ranks_at_rest_make_way_first() -> None:
     board = a_board(*(rank(f"a/{number}", world_size=9) for number in range(9)))
-    assert names(shown(board, pull("a/4", "host", 1), room=11)) == ["a", *(f"a/{number}" for number in range(9)), "host pid 7"]
+    assert names(shown(board, pull("a/4", "host", 1), room=11)) == [
+        "a",
+        *(f"a/{number}" for number in range(9)),
+        "host pid 7",
+    ]
     assert names(shown(board, pull("a/4", "host", 1), room=10)) == ["a", "a/4", "host pid 7"]
 
 
@@ -102,11 +133,15 @@ def test_a_thousand_ranks_are_as_many_rows_as_there_is_room_for(room: int) -> No
     assert len(rows) == room
     assert set(["a", "a/17", "a/500", "z"][: room - 1]) <= set(names(rows))
     assert rows[-1].name == f"… and {1_002 - (room - 1):,} more"
-    assert sum(int(count.replace(",", "")) for count in re.findall(r"[0-9,]*[0-9]", rows[-1].state)) == 1_002 - (room - 1)
+    assert sum(
+        int(count.replace(",", "")) for count in re.findall(r"[0-9,]*[0-9]", rows[-1].state)
+    ) == 1_002 - (room - 1)
 
 
 def test_the_summary_counts_all_of_them() -> None:
-    board = a_board(*(rank(f"a/{number}", loading=number > 2, world_size=1_200) for number in range(1_200)))
+    board = a_board(
+        *(rank(f"a/{number}", loading=number > 2, world_size=1_200) for number in range(1_200))
+    )
     board.look([pull("a/0", f"a/{number}") for number in (5, 6)], 0)
     assert board.summary() == "1 instance, 1,200 ranks: 1,197 loading, 3 ready; 2 loads"
 
@@ -121,7 +156,8 @@ def test_news_are_the_last_ones_and_hold_nothing_that_a_terminal_would_act_on() 
     assert len(board.news) == MAX_NEWS
 
 
-# -- speeds ----------------------------------------------------------------------------------------------------------------------
+# -- speeds
+# --------------------------------------------------------------------------------------------------
 
 
 def looked(speeds: Speeds, now: float, *pulls: Pull) -> None:
@@ -131,7 +167,11 @@ def looked(speeds: Speeds, now: float, *pulls: Pull) -> None:
 def test_a_load_is_as_fast_as_its_tickets_over_the_last_seconds_say() -> None:
     speeds = Speeds()
     for now in range(20):
-        looked(speeds, now, pull("a/0", "b/0", 100 * now if now < 10 else 1_000 + 300 * (now - 10), of=10_000))
+        looked(
+            speeds,
+            now,
+            pull("a/0", "b/0", 100 * now if now < 10 else 1_000 + 300 * (now - 10), of=10_000),
+        )
     assert speeds.of("b/0", 19.0) == pytest.approx(300)
     assert speeds.total(19.0) == pytest.approx(300)
 
@@ -159,6 +199,11 @@ def test_a_load_that_is_silent_began_again_or_has_ended_has_no_speed() -> None:
 def test_the_row_of_a_load_has_its_speed() -> None:
     board = a_board(rank("b/0", loading=True, world_size=1))
     for now in range(3):
-        rows = shown(board, pull("a/0", "b/0", now * 10**9, of=10**10), pull("a/0", "host", now * 10**6, of=10**9), now=now)
+        rows = shown(
+            board,
+            pull("a/0", "b/0", now * 10**9, of=10**10),
+            pull("a/0", "host", now * 10**6, of=10**9),
+            now=now,
+        )
     assert [row.speed for row in rows] == ["1.0 GB/s", "1.0 MB/s"]
     assert board.summary() == "1 instance, 1 rank: 1 loading; 2 loads at 1.0 GB/s"

@@ -1,4 +1,6 @@
-"""Digests: the same for the same bytes wherever they lie, different for any others, and kept in a table by name."""
+"""Digests: the same for the same bytes wherever they lie, different for any others, and kept in a
+table by name.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ def test_the_hosts_memory_and_an_accelerators_have_each_their_algorithm() -> Non
 
 
 def test_xxh3_is_that_of_the_bytes() -> None:
-    assert digest(torch.arange(10, dtype=torch.uint8), "xxh3_128") == xxhash.xxh3_128(bytes(range(10))).digest()
+    assert (
+        digest(torch.arange(10, dtype=torch.uint8), "xxh3_128")
+        == xxhash.xxh3_128(bytes(range(10))).digest()
+    )
 
 
 def test_the_factors_are_splitmix64_from_zero() -> None:
@@ -46,7 +51,9 @@ def test_the_factors_are_splitmix64_from_zero() -> None:
 
 @given(st.binary(min_size=1, max_size=1200), st.data())
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_flipped_bit_or_bytes_exchanged_change_the_digest(name: str, content: bytes, data: st.DataObject) -> None:
+def test_a_flipped_bit_or_bytes_exchanged_change_the_digest(
+    name: str, content: bytes, data: st.DataObject
+) -> None:
     before = digest(torch.frombuffer(bytearray(content), dtype=torch.uint8), name)
     at, other = (data.draw(st.integers(0, len(content) - 1)) for _ in range(2))
     flipped = bytearray(content)
@@ -54,7 +61,9 @@ def test_a_flipped_bit_or_bytes_exchanged_change_the_digest(name: str, content: 
     assert digest(torch.frombuffer(flipped, dtype=torch.uint8), name) != before
     exchanged = bytearray(content)
     exchanged[at], exchanged[other] = content[other], content[at]
-    assert (digest(torch.frombuffer(exchanged, dtype=torch.uint8), name) == before) == (exchanged == content)
+    assert (digest(torch.frombuffer(exchanged, dtype=torch.uint8), name) == before) == (
+        exchanged == content
+    )
 
 
 def test_length_counts_even_where_only_zeros_follow(algorithm: str) -> None:
@@ -84,12 +93,17 @@ def test_any_tensor_has_the_digest_of_its_bytes(algorithm: str, tensor: torch.Te
 
 def test_a_table_is_read_as_it_was_written_whatever_the_order_of_the_names(algorithm: str) -> None:
     tensors = {name: torch.rand(100) for name in ("b", "a", "c")}
-    source, reader = DigestCell(tensors, CPU, algorithm), DigestCell(reversed(list(tensors)), CPU, algorithm)
+    source, reader = (
+        DigestCell(tensors, CPU, algorithm),
+        DigestCell(reversed(list(tensors)), CPU, algorithm),
+    )
     source.write(tensors)
     reader._bytes.copy_(source._bytes)
     assert reader.read() == digests_of(tensors, algorithm)
     tensors["a"][7] += 1
-    assert {name for name, ours in digests_of(tensors, algorithm).items() if ours != reader.read()[name]} == {"a"}
+    assert {
+        name for name, ours in digests_of(tensors, algorithm).items() if ours != reader.read()[name]
+    } == {"a"}
 
 
 def test_a_table_of_no_tensors_is_memory_all_the_same(algorithm: str) -> None:

@@ -25,7 +25,10 @@ def have(monkeypatch: pytest.MonkeyPatch, *usable: str) -> None:
 
 
 def served(*ways: tuple[str, str]) -> Sequence[RankRecord]:
-    return [a_record(rank=rank, protocol=protocol, fabric=fabric) for rank, (protocol, fabric) in enumerate(ways)]
+    return [
+        a_record(rank=rank, protocol=protocol, fabric=fabric)
+        for rank, (protocol, fabric) in enumerate(ways)
+    ]
 
 
 @pytest.mark.parametrize(("ways", "protocol"), [
@@ -42,17 +45,23 @@ def test_the_quickest_that_a_source_is_served_over_is_chosen(
     assert protocol_for(served(*ways)) == protocol
 
 
-def test_what_this_machine_lacks_is_not_chosen_and_all_of_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_this_machine_lacks_is_not_chosen_and_all_of_it_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     have(monkeypatch, "tcp")
     assert protocol_for(served(("rdma", ""), ("tcp", ""))) == "tcp"
-    with pytest.raises(SourceUnreachable, match=r"/engines/qwen/0 is served over rdma; this machine has tcp"):
+    with pytest.raises(
+        SourceUnreachable, match=r"/engines/qwen/0 is served over rdma; this machine has tcp"
+    ):
         protocol_for(served(("rdma", "")))
     have(monkeypatch)
     with pytest.raises(SourceUnreachable, match="this machine has no way to read"):
         protocol_for(served(("tcp", "")))
 
 
-def test_a_way_needs_both_its_device_and_a_transfer_engine_that_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_way_needs_both_its_device_and_a_transfer_engine_that_knows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(protocols, "rdma_devices", lambda: ("mlx5_0",))
     monkeypatch.setattr(protocols, "built_transports", lambda: ("IntraNodeNvlink", "Rdma", "Tcp"))

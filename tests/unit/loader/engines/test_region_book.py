@@ -1,4 +1,6 @@
-"""Whatever order regions begin and end in: no byte twice, all bytes of each, and nothing in the end."""
+"""Whatever order regions begin and end in: no byte twice, all bytes of each, and nothing in the
+end.
+"""
 
 from __future__ import annotations
 
@@ -104,14 +106,17 @@ def test_a_destination_lies_in_one_region() -> None:
             book.check_destination(ReadOp("a/0", 0, start, nbytes))
 
 
-# -- the tiles of a manifest -----------------------------------------------------------------------------------------------------
+# -- the tiles of a manifest
+# --------------------------------------------------------------------------------------------------
 
 
 def entry(name: str, addr: int, nbytes: int) -> TensorEntry:
     return TensorEntry(name, "uint8", (nbytes,), addr, nbytes, (nbytes,), (0,))
 
 
-MANIFEST = Manifest((entry("a", 100, 50), entry("empty", 0, 0), entry("b", 150, 50)), (Region(100, 100),))
+MANIFEST = Manifest(
+    (entry("a", 100, 50), entry("empty", 0, 0), entry("b", 150, 50)), (Region(100, 100),)
+)
 
 
 def test_a_manifest_whose_regions_are_its_tiles_stays_as_it_is() -> None:
@@ -125,6 +130,8 @@ def test_the_tiles_become_the_regions_of_a_manifest(order: Tiles) -> None:
 
 
 def test_a_tensor_that_a_tile_cuts_is_named() -> None:
-    with pytest.raises(TensorsUnusable, match=r"1 tensors lie partly in memory .*: b: publish or load tensors") as refused:
+    with pytest.raises(
+        TensorsUnusable, match=r"1 tensors lie partly in memory .*: b: publish or load tensors"
+    ) as refused:
         tiled(MANIFEST, (Region(100, 60), Region(160, 40)))
     assert refused.value.details == {"problems": ["b"]}

@@ -1,4 +1,6 @@
-"""Tensors are filled from safetensors files: whole and in part, tied, of every dtype; what does not fit is told before a read."""
+"""Tensors are filled from safetensors files: whole and in part, tied, of every dtype; what does not
+fit is told before a read.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     nbytes = dtype.itemsize
     for size in shape:
         nbytes *= size
-    return torch.randint(0, 2, (nbytes,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)
+    return (
+        torch.randint(0, 2, (nbytes,), dtype=torch.uint8, generator=generator)
+        .view(dtype)
+        .view(shape)
+    )
 
 
 def zeros(tensors: Tensors) -> Tensors:
@@ -55,7 +61,12 @@ def test_every_dtype_and_shape_comes_as_it_was_stored(tmp_path: Path) -> None:
     report = read_into(tmp_path, found)
     assert same(found, stored)
     nbytes = sum(tensor.nbytes for tensor in stored.values())
-    assert (report.files, report.tensors, report.nbytes, report.read_nbytes) == (1, len(stored), nbytes, nbytes)
+    assert (report.files, report.tensors, report.nbytes, report.read_nbytes) == (
+        1,
+        len(stored),
+        nbytes,
+        nbytes,
+    )
 
 
 def test_a_folder_that_engines_load_has_written_gives_each_rank_its_file(tmp_path: Path) -> None:
@@ -64,20 +75,32 @@ def test_a_folder_that_engines_load_has_written_gives_each_rank_its_file(tmp_pat
     found = {"w": torch.zeros(4)}
     read_into(tmp_path, found, rank=1)
     assert same(found, {"w": random(4, seed=1)})
-    with pytest.raises(WeightsFileInvalid, match=r"tensor 'w' is in .*rank-0.safetensors and in .*rank-1.safetensors"):
+    with pytest.raises(
+        WeightsFileInvalid,
+        match=r"tensor 'w' is in .*rank-0.safetensors and in .*rank-1.safetensors",
+    ):
         read_into(tmp_path, found, rank=2)
 
 
-@pytest.mark.parametrize(("offsets", "shape"), [((2, 0), (3, 64)), ((0, 16), (8, 16)), ((3, 40), (2, 7)), ((0, 0), (8, 64))])
+@pytest.mark.parametrize(
+    ("offsets", "shape"),
+    [((2, 0), (3, 64)), ((0, 16), (8, 16)), ((3, 40), (2, 7)), ((0, 0), (8, 64))],
+)
 @pytest.mark.parametrize("columns", [64, 1 << 20])
 def test_a_shard_is_cut_out_of_the_whole_tensor(
-    tmp_path: Path, counted: list[int], offsets: tuple[int, int], shape: tuple[int, int], columns: int
+    tmp_path: Path,
+    counted: list[int],
+    offsets: tuple[int, int],
+    shape: tuple[int, int],
+    columns: int,
 ) -> None:
     """Short runs come with what lies between them, long ones do not."""
     factor = columns // 64
     offsets, shape = (offsets[0], offsets[1] * factor), (shape[0], shape[1] * factor)
     whole = random(8, columns, dtype=torch.float16)
-    save_file({"before": random(3), "w": whole, "other": random(1000)}, tmp_path / "model.safetensors")
+    save_file(
+        {"before": random(3), "w": whole, "other": random(1000)}, tmp_path / "model.safetensors"
+    )
     found = {"w": torch.zeros(shape, dtype=torch.float16)}
     read_into(tmp_path, found, shards={"w": Shard((8, columns), offsets)})
     rows, cols = (slice(start, start + size) for start, size in zip(offsets, shape, strict=True))
@@ -100,7 +123,9 @@ def test_of_tensors_that_share_memory_the_file_need_hold_but_one(tmp_path: Path)
     assert same({"embed": tied}, {"embed": random(9, 4)})
 
 
-def test_tensors_tied_here_may_be_stored_one_by_one_if_their_bytes_are_the_same(tmp_path: Path) -> None:
+def test_tensors_tied_here_may_be_stored_one_by_one_if_their_bytes_are_the_same(
+    tmp_path: Path,
+) -> None:
     """As `engines load --out` stores those that are tied in its source."""
     embed, tied = random(3000, 1000), torch.zeros(3000, 1000)
     save_file({"embed": embed}, tmp_path / "1.safetensors")
@@ -135,9 +160,19 @@ def test_views_of_one_memory_are_filled_at_once(tmp_path: Path, counted: list[in
     assert counted == [4000]
 
 
-def test_every_difference_is_told_in_one_error_before_a_byte_is_read(tmp_path: Path, counted: list[int]) -> None:
-    save_file({"a": random(4), "b": random(4, 4), "c": random(4), "more": random(1)}, tmp_path / "model.safetensors")
-    found = {"a": torch.zeros(5), "b": torch.zeros(2, 4), "c": torch.zeros(4, dtype=torch.float16), "d": torch.zeros(1)}
+def test_every_difference_is_told_in_one_error_before_a_byte_is_read(
+    tmp_path: Path, counted: list[int]
+) -> None:
+    save_file(
+        {"a": random(4), "b": random(4, 4), "c": random(4), "more": random(1)},
+        tmp_path / "model.safetensors",
+    )
+    found = {
+        "a": torch.zeros(5),
+        "b": torch.zeros(2, 4),
+        "c": torch.zeros(4, dtype=torch.float16),
+        "d": torch.zeros(1),
+    }
     with pytest.raises(WeightsMismatch) as caught:
         read_into(tmp_path, found, shards={"b": Shard((16, 4), (0, 0))})
     assert caught.value.details["problems"] == [
@@ -167,7 +202,9 @@ def remove(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_off, scramble, empty, remove])
-def test_a_damaged_file_is_named_before_a_byte_is_read(tmp_path: Path, counted: list[int], damage: Callable[[Path], None]) -> None:
+def test_a_damaged_file_is_named_before_a_byte_is_read(
+    tmp_path: Path, counted: list[int], damage: Callable[[Path], None]
+) -> None:
     paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
     for number, path in enumerate(paths):
         save_file({f"w{number}": random(100)}, path)
@@ -177,7 +214,9 @@ def test_a_damaged_file_is_named_before_a_byte_is_read(tmp_path: Path, counted: 
     assert counted == []
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"w": random(1000)}, path)
     preadv = os.preadv
@@ -191,7 +230,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path, monkeypat
         read_into(path, {"w": torch.zeros(1000)})
 
 
-def test_an_error_of_the_disk_is_told_with_the_files_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_disk_is_told_with_the_files_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"w": random(1000)}, path)
 
@@ -199,7 +240,9 @@ def test_an_error_of_the_disk_is_told_with_the_files_name(tmp_path: Path, monkey
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(WeightsFileInvalid, match=r"model\.safetensors cannot be read: Input/output error"):
+    with pytest.raises(
+        WeightsFileInvalid, match=r"model\.safetensors cannot be read: Input/output error"
+    ):
         read_into(path, {"w": torch.zeros(1000)})
 
 
@@ -221,7 +264,9 @@ def test_progress_reaches_the_total(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_small_chunks")
 @pytest.mark.parametrize("how", ["cancelled", "interrupted"])
-def test_nothing_is_written_any_more_once_a_read_was_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_nothing_is_written_any_more_once_a_read_was_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     save_file({"w": random(1 << 20) + 1}, tmp_path / "model.safetensors")
     found, cancel, ended = {"w": torch.zeros(1 << 20)}, threading.Event(), threading.Event()
     preadv, shutdown = os.preadv, ThreadPoolExecutor.shutdown

@@ -93,7 +93,9 @@ def test_of_a_folder_the_first_that_it_has_is_read(read: Read, tmp_path: Path) -
 
 
 @both_ways
-def test_files_that_the_index_leaves_out_are_logged(read: Read, tmp_path: Path, caplog: Caplog) -> None:
+def test_files_that_the_index_leaves_out_are_logged(
+    read: Read, tmp_path: Path, caplog: Caplog
+) -> None:
     save(tmp_path / "model-1.safetensors", a=1)
     save(tmp_path / "adapter_model.safetensors", lora=2)
     (tmp_path / "consolidated.safetensors").write_bytes(b"not even weights")

@@ -95,7 +95,8 @@ def test_a_dtype_that_torch_lacks_is_refused_with_the_name_of_the_tensor(
         read_into(path, odd)
 
 
-# -- headers that somebody made by hand -------------------------------------------------------------
+# -- headers that somebody made by hand
+# -------------------------------------------------------------
 
 junk = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -137,7 +138,9 @@ def headers(draw: st.DrawFn) -> tuple[bytes, int]:
 @example((json.dumps({"w": a_tensor("U8", [0, 1 << 63], 0)}).encode(), 0))
 @example((json.dumps({"__metadata__": a_tensor("U8", [4], 4)}).encode(), 4))
 @example((b'{"w": ["U8", [4], [0, 4]]}', 4))
-def test_any_header_gives_the_same_as_safetensors_or_one_error(scratch: Path, made: tuple[bytes, int]) -> None:
+def test_any_header_gives_the_same_as_safetensors_or_one_error(
+    scratch: Path, made: tuple[bytes, int]
+) -> None:
     header, nbytes = made
     write_raw(scratch, header, b"\1" * nbytes)
     try:
@@ -151,13 +154,16 @@ def test_any_header_gives_the_same_as_safetensors_or_one_error(scratch: Path, ma
 
 
 @given(st.binary(max_size=100), st.integers(0, 200))
-def test_any_bytes_that_are_no_safetensors_file_give_one_error(scratch: Path, data: bytes, length: int) -> None:
+def test_any_bytes_that_are_no_safetensors_file_give_one_error(
+    scratch: Path, data: bytes, length: int
+) -> None:
     scratch.write_bytes(struct.pack("<Q", length) + data)
     with contextlib.suppress(WeightsFileInvalid):
         assert read_weights(scratch) == {}
 
 
-# -- what the format cannot hold --------------------------------------------------------------------
+# -- what the format cannot hold
+# --------------------------------------------------------------------
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -171,7 +177,9 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]
         ("w", "float4_e2m1fn_x2", (), "cannot write a float4_e2m1fn_x2 of shape []"),
     ],
 )
-def test_what_no_file_can_hold_is_refused(name: str, dtype: str, shape: tuple[int, ...], words: str, tmp_path: Path) -> None:
+def test_what_no_file_can_hold_is_refused(
+    name: str, dtype: str, shape: tuple[int, ...], words: str, tmp_path: Path
+) -> None:
     path = tmp_path / "w.safetensors"
     with pytest.raises(WeightsFileInvalid, match=re.escape(words)) as caught:
         check_storable(path, {"other": ("uint8", (3,)), name: (dtype, shape)})
@@ -210,7 +218,9 @@ def test_what_is_not_refused_can_be_written_and_read_again(scratch: Path, layout
         strange = {"__metadata__", "complex128", "uint4", "float4_e2m1fn_x2"}
         assert any(word in str(exc) for word in strange)  # noqa: PT017
         return
-    tensors = allocate({name: (dtype_named(dtype), shape) for name, (dtype, shape) in layout.items()})
+    tensors = allocate(
+        {name: (dtype_named(dtype), shape) for name, (dtype, shape) in layout.items()}
+    )
     for tensor in tensors.values():
         tensor.view(-1).view(torch.uint8).fill_(1)
     write_weights(tensors, scratch)

@@ -1,4 +1,6 @@
-"""What of a rank's memory has come while it is being filled: bytes, blocks and tensors, in whatever order and pieces."""
+"""What of a rank's memory has come while it is being filled: bytes, blocks and tensors, in whatever
+order and pieces.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.support.meshes import lines_one_by_one
 
 
 def tensor(name: str, addr: int, nbytes: int) -> TensorEntry:
-    return an_entry(name, addr=addr, nbytes=nbytes, shape=(nbytes,), global_shape=(nbytes,), offsets=(0,))
+    return an_entry(
+        name, addr=addr, nbytes=nbytes, shape=(nbytes,), global_shape=(nbytes,), offsets=(0,)
+    )
 
 
 def span(dst_addr: int, nbytes: int, src_addr: int = 0) -> Span:
@@ -30,10 +34,17 @@ def staged(*lines: Lines) -> Span:
     return Span(0, 1 << 20, ((0, 0),), lines)
 
 
-EVEN, ODD = Lines(0, 100, 2, (4,), (4,), (4,)), Lines(2, 102, 2, (4,), (4,), (4,))  # of the 16 bytes at 100
+EVEN, ODD = (
+    Lines(0, 100, 2, (4,), (4,), (4,)),
+    Lines(2, 102, 2, (4,), (4,), (4,)),
+)  # of the 16 bytes at 100
 
 
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=12), st.integers(0, 60), st.integers(0, 20))
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=12),
+    st.integers(0, 60),
+    st.integers(0, 20),
+)
 def test_runs_are_a_set_of_bytes(added: list[tuple[int, int]], start: int, nbytes: int) -> None:
     runs, held = Runs(), set[int]()
     for at, length in added:
@@ -45,7 +56,9 @@ def test_runs_are_a_set_of_bytes(added: list[tuple[int, int]], start: int, nbyte
     assert all(one[1] < other[0] for one, other in itertools.pairwise(runs))
     asked = set(range(start, start + nbytes))
     assert runs.within(start, start + nbytes) == len(asked & held)
-    assert {byte for begin, end in runs.gaps(start, start + nbytes) for byte in range(begin, end)} == asked - held
+    assert {
+        byte for begin, end in runs.gaps(start, start + nbytes) for byte in range(begin, end)
+    } == asked - held
 
 
 def test_blocks_are_numbered_through_all_regions() -> None:
@@ -65,7 +78,9 @@ def test_blocks_are_numbered_through_all_regions() -> None:
 
 @st.composite
 def loads(draw: st.DrawFn) -> tuple[Manifest, int, list[Span]]:
-    """Tensors with gaps between them in two regions, tied ones among them; the size of blocks; reads that fill them."""
+    """Tensors with gaps between them in two regions, tied ones among them; the size of blocks;
+    reads that fill them.
+    """
     entries: list[TensorEntry] = []
     spans: list[Span] = []
     regions: list[Region] = []
@@ -88,12 +103,18 @@ def loads(draw: st.DrawFn) -> tuple[Manifest, int, list[Span]]:
                 at += nbytes % 4
             elif nbytes:
                 cut = draw(st.integers(0, nbytes))
-                spans += [some for some in (span(at, cut), span(at + cut, nbytes - cut)) if some.nbytes]
+                spans += [
+                    some for some in (span(at, cut), span(at + cut, nbytes - cut)) if some.nbytes
+                ]
                 at += nbytes
             at += draw(st.integers(0, 12))
         regions.append(Region(start, max(1, at - start)))
         at += 100
-    return Manifest(tuple(entries), tuple(regions)), draw(st.integers(1, 64)), draw(st.permutations(spans))
+    return (
+        Manifest(tuple(entries), tuple(regions)),
+        draw(st.integers(1, 64)),
+        draw(st.permutations(spans)),
+    )
 
 
 def bytes_of(spans: Sequence[Span]) -> set[int]:
@@ -113,7 +134,9 @@ def test_a_block_is_marked_when_all_its_wanted_bytes_have_come_and_never_before(
     manifest, block_nbytes, spans = load
     arrivals = Arrivals(manifest, block_nbytes)
     blocks = Blocks(manifest.regions, block_nbytes)
-    wanted = {byte for entry in manifest.tensors for byte in range(entry.addr, entry.addr + entry.nbytes)}
+    wanted = {
+        byte for entry in manifest.tensors for byte in range(entry.addr, entry.addr + entry.nbytes)
+    }
     for some in spans[:first]:
         arrivals.add([some])
     came = bytes_of(spans[:first])
@@ -121,7 +144,10 @@ def test_a_block_is_marked_when_all_its_wanted_bytes_have_come_and_never_before(
         for byte in range(region.addr, region.end):
             (number,) = blocks.touched_by(byte, 1)
             there = {
-                one for one in wanted if region.addr <= one < region.end and blocks.touched_by(one, 1) == range(number, number + 1)
+                one
+                for one in wanted
+                if region.addr <= one < region.end
+                and blocks.touched_by(one, 1) == range(number, number + 1)
             }
             if arrivals.blocks[number]:
                 assert there <= came
@@ -130,7 +156,11 @@ def test_a_block_is_marked_when_all_its_wanted_bytes_have_come_and_never_before(
     assert arrivals.nbytes == len(came)
     rest = arrivals.missing(spans)
     assert bytes_of(rest) >= wanted - came
-    names = {entry.name for entry in manifest.tensors if set(range(entry.addr, entry.addr + entry.nbytes)) <= came}
+    names = {
+        entry.name
+        for entry in manifest.tensors
+        if set(range(entry.addr, entry.addr + entry.nbytes)) <= came
+    }
     assert set(arrivals.complete()) == names
     arrivals.add(rest)
     assert bytes(arrivals.blocks) == bytes([1]) * len(blocks)
@@ -155,7 +185,10 @@ def test_of_a_tensor_that_comes_in_lines_all_is_read_again_unless_it_is_whole() 
     assert (arrivals.nbytes, arrivals.complete(), bytes(arrivals.blocks)) == (8, [], b"\0")
     assert arrivals.missing([staged(EVEN), staged(ODD)]) == [staged(EVEN), staged(ODD)]
     arrivals.add([staged(ODD)])
-    assert (arrivals.nbytes, arrivals.complete()) == (8, [])  # what came before has been forgotten: it is read anew
+    assert (arrivals.nbytes, arrivals.complete()) == (
+        8,
+        [],
+    )  # what came before has been forgotten: it is read anew
     arrivals.add([staged(EVEN)])
     assert (arrivals.nbytes, arrivals.complete(), bytes(arrivals.blocks)) == (16, ["a"], b"\1")
     assert arrivals.missing([staged(EVEN), staged(ODD), span(100, 16)]) == []
@@ -171,7 +204,13 @@ def test_of_a_tensor_that_comes_in_lines_all_is_read_again_unless_it_is_whole() 
     ([staged(EVEN), *[span(addr, 2) for addr in (102, 106, 110, 114)]], ["a", "tied", "none"]),
 ])  # fmt: skip
 def test_the_tensors_that_are_whole_are_told_by_name(came: list[Span], complete: list[str]) -> None:
-    tensors = (tensor("a", 100, 16), tensor("b", 116, 16), tensor("c", 200, 16), tensor("tied", 100, 16), tensor("none", 0, 0))
+    tensors = (
+        tensor("a", 100, 16),
+        tensor("b", 116, 16),
+        tensor("c", 200, 16),
+        tensor("tied", 100, 16),
+        tensor("none", 0, 0),
+    )
     arrivals = Arrivals(Manifest(tensors, (Region(100, 116),)))
     arrivals.add(came)
     assert arrivals.complete() == complete

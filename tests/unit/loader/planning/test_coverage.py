@@ -1,4 +1,6 @@
-"""The proof of plans: one byte written twice, left out, or taken from beside what was read is found, whatever way it is written."""
+"""The proof of plans: one byte written twice, left out, or taken from beside what was read is
+found, whatever way it is written.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,32 @@ def staged(*lines: Lines, nbytes: int = 1 << 20) -> Span:
         pytest.param([span(0, 100, 16), span(0, 300, 1)], id="elsewhere as well"),
         pytest.param([staged(Lines(0, 100, 2, (4,), (4,), (4,)))], id="only every other run"),
         pytest.param([staged(Lines(0, 100, 4, (4,), (4,), (0,)))], id="all runs to one place"),
-        pytest.param([staged(*[Lines(0, 100, 2, (4,), (4,), (4,))] * 2)], id="the same runs twice, the others not"),
         pytest.param(
-            [staged(Lines(0, 100, 2, (2, 2), (8, 4), (8, 4)), Lines(0, 102, 2, (2, 2), (8, 4), (4, 4)))],
+            [staged(*[Lines(0, 100, 2, (4,), (4,), (4,))] * 2)],
+            id="the same runs twice, the others not",
+        ),
+        pytest.param(
+            [
+                staged(
+                    Lines(0, 100, 2, (2, 2), (8, 4), (8, 4)),
+                    Lines(0, 102, 2, (2, 2), (8, 4), (4, 4)),
+                )
+            ],
             id="a run twice, another not",
         ),
-        pytest.param([staged(Lines(0, 100, 2, (4,), (4,), (4,))), span(0, 102, 8)], id="runs twice, straight and staged"),
-        pytest.param([staged(Lines(0, 100, 2, (4,), (4,), (4,)), Lines(0, 98, 2, (4,), (4,), (4,)))], id="runs beside it"),
+        pytest.param(
+            [staged(Lines(0, 100, 2, (4,), (4,), (4,))), span(0, 102, 8)],
+            id="runs twice, straight and staged",
+        ),
+        pytest.param(
+            [staged(Lines(0, 100, 2, (4,), (4,), (4,)), Lines(0, 98, 2, (4,), (4,), (4,)))],
+            id="runs beside it",
+        ),
         pytest.param([staged(Lines(8, 100, 16), nbytes=23)], id="from beside what was read"),
-        pytest.param([staged(Lines(0, 100, 4, (4,), (5,), (4,)), nbytes=18)], id="runs from beside what was read"),
+        pytest.param(
+            [staged(Lines(0, 100, 4, (4,), (5,), (4,)), nbytes=18)],
+            id="runs from beside what was read",
+        ),
     ],
 )
 def test_a_plan_that_does_not_write_every_byte_once_is_refused(spans: list[Span]) -> None:
@@ -52,9 +71,19 @@ def test_a_plan_that_does_not_write_every_byte_once_is_refused(spans: list[Span]
     [
         pytest.param([span(900, 100, 5), span(0, 105, 11)], id="in runs"),
         pytest.param(
-            [staged(Lines(0, 102, 2, (4,), (4,), (4,))), staged(Lines(0, 100, 2, (4,), (4,), (4,)))], id="in runs between runs"
+            [
+                staged(Lines(0, 102, 2, (4,), (4,), (4,))),
+                staged(Lines(0, 100, 2, (4,), (4,), (4,))),
+            ],
+            id="in runs between runs",
         ),
-        pytest.param([staged(Lines(0, 105, 11), Lines(20, 100, 1)), staged(Lines(0, 101, 2, (2,), (9,), (2,)))], id="by all ways"),
+        pytest.param(
+            [
+                staged(Lines(0, 105, 11), Lines(20, 100, 1)),
+                staged(Lines(0, 101, 2, (2,), (9,), (2,))),
+            ],
+            id="by all ways",
+        ),
     ],
 )
 def test_a_tensor_may_be_written_in_pieces(spans: list[Span]) -> None:

@@ -1,4 +1,6 @@
-"""From whom each part of a tensor comes, why it cannot be had where it cannot, and who need not be asked."""
+"""From whom each part of a tensor comes, why it cannot be had where it cannot, and who need not be
+asked.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,29 @@ from tests.support.meshes import Resharding, origins_of, reshardings
 
 
 def a_box(
-    offsets: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...], addr: int = 1000, **changes: Any
+    offsets: tuple[int, ...],
+    shape: tuple[int, ...],
+    whole: tuple[int, ...],
+    addr: int = 1000,
+    **changes: Any,
 ) -> TensorEntry:
     """A box of the tensor w that has the shape `whole`."""
-    box = {"nbytes": Box(offsets, shape).volume, "shape": shape, "offsets": offsets, "global_shape": whole, "opaque": False}
+    box = {
+        "nbytes": Box(offsets, shape).volume,
+        "shape": shape,
+        "offsets": offsets,
+        "global_shape": whole,
+        "opaque": False,
+    }
     return an_entry("w", addr, **{**box, **changes})
 
 
 def offered(*entries: TensorEntry, own: int | None = None) -> list[Origin]:
     """Each by a rank of its own."""
-    return [Origin(f"a/{number}", a_manifest(entry), number == own) for number, entry in enumerate(entries)]
+    return [
+        Origin(f"a/{number}", a_manifest(entry), number == own)
+        for number, entry in enumerate(entries)
+    ]
 
 
 def parts(origins: list[Origin], wanted: TensorEntry) -> list[Span]:
@@ -42,12 +57,15 @@ def problem(origins: list[Origin], wanted: TensorEntry) -> str:
     return told
 
 
-# -- whom from -------------------------------------------------------------------------------------------------------------------
+# -- whom from
+# --------------------------------------------------------------------------------------------------
 
 
 def test_who_holds_the_same_is_read_from_and_nobody_else() -> None:
     whole, half = a_box((0,), (8,), (8,)), a_box((0,), (4,), (8,))
-    assert parts(offered(half, whole, whole), a_box((0,), (8,), (8,), addr=5000)) == [Span(5000, 8, ((1, 1000), (2, 1000)))]
+    assert parts(offered(half, whole, whole), a_box((0,), (8,), (8,), addr=5000)) == [
+        Span(5000, 8, ((1, 1000), (2, 1000)))
+    ]
 
 
 def test_all_that_hold_a_part_are_its_sources() -> None:
@@ -60,7 +78,9 @@ def test_all_that_hold_a_part_are_its_sources() -> None:
 
 def test_as_much_as_possible_comes_from_one() -> None:
     quarters = [a_box((at,), (2,), (8,)) for at in (0, 2, 4, 6)]
-    assert parts(offered(*quarters, a_box((1,), (7,), (8,))), a_box((0,), (8,), (8,), addr=5000)) == [
+    assert parts(
+        offered(*quarters, a_box((1,), (7,), (8,))), a_box((0,), (8,), (8,), addr=5000)
+    ) == [
         Span(5001, 7, ((4, 1000),)),
         Span(5000, 1, ((0, 1000),)),
     ]
@@ -76,14 +96,17 @@ def test_a_part_in_many_runs_is_one_span_with_lines() -> None:
 def test_a_tensor_without_a_box_comes_from_its_own_rank_only() -> None:
     entries = [an_entry("w", 1000), an_entry("w", 2000)]
     assert parts(offered(*entries, own=1), an_entry("w", 5000)) == [Span(5000, 16, ((1, 2000),))]
-    assert "only other ranks have it, and it does not say what it is part of" in problem(offered(*entries), an_entry("w", 5000))
+    assert "only other ranks have it, and it does not say what it is part of" in problem(
+        offered(*entries), an_entry("w", 5000)
+    )
 
 
 def test_a_tensor_without_elements_needs_nobody() -> None:
     assert parts(offered(a_box((0,), (8,), (8,))), a_box((8,), (0,), (8,), addr=0)) == []
 
 
-# -- why not ---------------------------------------------------------------------------------------------------------------------
+# -- why not
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -116,16 +139,20 @@ def test_a_tensor_without_elements_needs_nobody() -> None:
         pytest.param(
             [an_entry("w", nbytes=4), an_entry("w", nbytes=4)],
             a_box((0,), (8,), (8,)),
-            "no statement of what it is part of in the source, box at [0] of 8 here: say `shards` on both sides, or on neither",
+            "no statement of what it is part of in the source, box at [0] of 8 here: say "
+            "`shards` on both sides, or on neither",
             id="no statement in the source",
         ),
     ],
 )
-def test_what_is_in_the_way_is_told(offers: list[TensorEntry], wanted: TensorEntry, told: str) -> None:
+def test_what_is_in_the_way_is_told(
+    offers: list[TensorEntry], wanted: TensorEntry, told: str
+) -> None:
     assert problem(offered(*offers), wanted) == told
 
 
-# -- who is needed ---------------------------------------------------------------------------------------------------------------
+# -- who is needed
+# --------------------------------------------------------------------------------------------------
 
 
 def test_of_ranks_that_hold_the_same_only_so_many_are_needed_the_first_ones_first() -> None:
@@ -146,7 +173,9 @@ def test_of_ranks_that_hold_the_same_only_so_many_are_needed_the_first_ones_firs
         pytest.param(an_entry("other"), id="another name"),
     ],
 )
-def test_a_rank_whose_tensor_of_that_name_is_another_one_does_not_stand_in_for_it(stranger: TensorEntry) -> None:
+def test_a_rank_whose_tensor_of_that_name_is_another_one_does_not_stand_in_for_it(
+    stranger: TensorEntry,
+) -> None:
     whole = a_box((0,), (8,), (8,))
     assert needed(offered(stranger, whole), a_manifest(whole), 1) == [1]
     assert parts(offered(stranger, whole), whole) == [Span(1000, 8, ((1, 1000),))]

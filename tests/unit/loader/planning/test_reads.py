@@ -1,4 +1,6 @@
-"""How spans are joined, gathered and cut so that few, long reads bring all: what costs least by `Costs`."""
+"""How spans are joined, gathered and cut so that few, long reads bring all: what costs least by
+`Costs`.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +33,30 @@ def moved(spans: list[Span]) -> set[tuple[int, int, int]]:
     found = []
     for some in spans:
         for number, addr in some.srcs:
-            runs = [(src, dst, lines.nbytes) for lines in some.lines for src, dst in lines_one_by_one(lines)]
+            runs = [
+                (src, dst, lines.nbytes)
+                for lines in some.lines
+                for src, dst in lines_one_by_one(lines)
+            ]
             runs = runs or [(0, some.dst_addr, some.nbytes)]
-            found += [(number, addr + src + at, dst + at) for src, dst, nbytes in runs for at in range(nbytes)]
+            found += [
+                (number, addr + src + at, dst + at)
+                for src, dst, nbytes in runs
+                for at in range(nbytes)
+            ]
     assert len(set(found)) == len(found)
     return set(found)
 
 
-# -- neighbours ------------------------------------------------------------------------------------------------------------------
+# -- neighbours
+# --------------------------------------------------------------------------------------------------
 
 
 def test_spans_that_follow_each_other_here_and_at_every_source_are_joined() -> None:
     spans = [Span(116, 16, ((0, 16), (2, 516))), Span(100, 16, ((0, 0), (2, 500)))]
-    assert coalesce(spans, [[Region(0, 64)], [], [Region(500, 32)]], DST) == [Span(100, 32, ((0, 0), (2, 500)))]
+    assert coalesce(spans, [[Region(0, 64)], [], [Region(500, 32)]], DST) == [
+        Span(100, 32, ((0, 0), (2, 500)))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -58,24 +71,39 @@ def test_spans_that_follow_each_other_here_and_at_every_source_are_joined() -> N
 )
 def test_spans_that_do_not_follow_each_other_stay_two(second: Span) -> None:
     first = span(0, 100, 16)
-    assert coalesce([second, first], [[Region(0, 64)], [Region(0, 64)]], [Region(100, 64)]) == [first, second]
+    assert coalesce([second, first], [[Region(0, 64)], [Region(0, 64)]], [Region(100, 64)]) == [
+        first,
+        second,
+    ]
 
 
 @pytest.mark.parametrize(
-    ("src", "dst"), [([], []), ([Region(0, 64)], []), ([], DST), ([Region(0, 24)], DST), ([Region(0, 16), Region(16, 16)], DST)]
+    ("src", "dst"),
+    [
+        ([], []),
+        ([Region(0, 64)], []),
+        ([], DST),
+        ([Region(0, 24)], DST),
+        ([Region(0, 16), Region(16, 16)], DST),
+    ],
 )
-def test_spans_are_not_joined_beyond_the_regions_that_they_begin_in(src: list[Region], dst: list[Region]) -> None:
+def test_spans_are_not_joined_beyond_the_regions_that_they_begin_in(
+    src: list[Region], dst: list[Region]
+) -> None:
     spans = [span(0, 100, 16), span(16, 116, 16)]
     assert coalesce(spans, [src], dst) == spans
 
 
-# -- short spans -----------------------------------------------------------------------------------------------------------------
+# -- short spans
+# --------------------------------------------------------------------------------------------------
 
 
 def test_short_spans_near_each_other_at_the_source_become_one_read_into_a_buffer() -> None:
     spans = [span(1200, 9000, 50), span(1000, 5000, 100), span(1100, 7000, 80)]
     assert gather(spans, SRC, Costs()) == [
-        Span(0, 250, ((0, 1000),), (Lines(0, 5000, 100), Lines(100, 7000, 80), Lines(200, 9000, 50)))
+        Span(
+            0, 250, ((0, 1000),), (Lines(0, 5000, 100), Lines(100, 7000, 80), Lines(200, 9000, 50))
+        )
     ]
 
 
@@ -85,8 +113,18 @@ def test_short_spans_near_each_other_at_the_source_become_one_read_into_a_buffer
         pytest.param(1000, Costs(read_nbytes=1121, copied=0.6), 1, id="less than a read costs"),
         pytest.param(1000, Costs(read_nbytes=1120, copied=0.6), 2, id="as much as a read costs"),
         pytest.param(1000, Costs(read_nbytes=2000, copied=10), 2, id="much for the copying"),
-        pytest.param(1000, Costs(read_nbytes=2000, copied=0, staged_nbytes=1200), 1, id="just what a buffer takes"),
-        pytest.param(1000, Costs(read_nbytes=2000, copied=0, staged_nbytes=1199), 2, id="more than a buffer takes"),
+        pytest.param(
+            1000,
+            Costs(read_nbytes=2000, copied=0, staged_nbytes=1200),
+            1,
+            id="just what a buffer takes",
+        ),
+        pytest.param(
+            1000,
+            Costs(read_nbytes=2000, copied=0, staged_nbytes=1199),
+            2,
+            id="more than a buffer takes",
+        ),
     ],
 )
 def test_two_spans_are_gathered_if_what_lies_between_and_the_copying_cost_less_than_a_read(
@@ -100,7 +138,10 @@ def test_two_spans_are_gathered_if_what_lies_between_and_the_copying_cost_less_t
     "others",
     [
         pytest.param([span(1100, 7000, 100, source=1)], id="elsewhere"),
-        pytest.param([Span(7000, 100, ((0, 1100), (1, 1101)))], id="with another layout at one of the sources"),
+        pytest.param(
+            [Span(7000, 100, ((0, 1100), (1, 1101)))],
+            id="with another layout at one of the sources",
+        ),
         pytest.param([span(1000, 7000, 100)], id="the same bytes again"),
         pytest.param([span(1050, 7000, 100)], id="overlapping"),
         pytest.param([span(1 << 30, 7000, 100)], id="in another region"),
@@ -116,8 +157,13 @@ def test_spans_stay_apart_where_they_cannot_be_read_at_once(others: list[Span]) 
 
 
 @given(st.lists(st.tuples(st.integers(0, 400), st.integers(1, 30)), max_size=12), any_costs)
-def test_whatever_is_gathered_brings_the_same_bytes(places: list[tuple[int, int]], costs: Costs) -> None:
-    spans = [span(src, 1000 * (at + 1), nbytes, source=src % 2) for at, (src, nbytes) in enumerate(places)]
+def test_whatever_is_gathered_brings_the_same_bytes(
+    places: list[tuple[int, int]], costs: Costs
+) -> None:
+    spans = [
+        span(src, 1000 * (at + 1), nbytes, source=src % 2)
+        for at, (src, nbytes) in enumerate(places)
+    ]
     regions = [[Region(0, 150), Region(150, 400)], [Region(0, 600)]]
     gathered = gather(spans, regions, costs)
     assert moved(gathered) == moved(spans)
@@ -126,25 +172,58 @@ def test_whatever_is_gathered_brings_the_same_bytes(places: list[tuple[int, int]
         ((number, addr),) = some.srcs
         assert len(some.lines) != 1
         assert not some.lines or some.nbytes <= costs.staged_nbytes
-        assert not some.lines or any(region.addr <= addr and addr + some.nbytes <= region.end for region in regions[number])
+        assert not some.lines or any(
+            region.addr <= addr and addr + some.nbytes <= region.end for region in regions[number]
+        )
 
 
-# -- runs at equal distances -----------------------------------------------------------------------------------------------------
+# -- runs at equal distances
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("span", "costs", "reads", "staged"),
     [
         pytest.param(rows(100, 10, 20), Costs(), 1, 1, id="short runs near each other"),
-        pytest.param(rows(4, 200 * KIB, 400 * KIB), Costs(), 4, 0, id="long runs far from each other"),
+        pytest.param(
+            rows(4, 200 * KIB, 400 * KIB), Costs(), 4, 0, id="long runs far from each other"
+        ),
         pytest.param(rows(4, 200 * KIB, 201 * KIB), Costs(), 1, 1, id="long runs near each other"),
-        pytest.param(rows(4, 200 * KIB, 201 * KIB), Costs(copied=0.5), 4, 0, id="long runs whose copying is slow"),
+        pytest.param(
+            rows(4, 200 * KIB, 201 * KIB),
+            Costs(copied=0.5),
+            4,
+            0,
+            id="long runs whose copying is slow",
+        ),
         pytest.param(rows(4, 10, 1 << 20), Costs(), 4, 0, id="short runs far from each other"),
-        pytest.param(rows(4, 10, 1 << 20), Costs(read_nbytes=3 << 20), 1, 1, id="the same where a read costs much"),
-        pytest.param(rows(100, 10, 20), Costs(read_nbytes=0), 100, 0, id="where reads cost nothing"),
-        pytest.param(rows(100, 10, 20), Costs(staged_nbytes=199), 10, 10, id="as much as a buffer takes at once"),
-        pytest.param(rows(101, 10, 20), Costs(staged_nbytes=199), 11, 10, id="one that is left over is read straight"),
-        pytest.param(rows(3, 100, 150), Costs(staged_nbytes=249), 3, 0, id="buffers that take only one run"),
+        pytest.param(
+            rows(4, 10, 1 << 20),
+            Costs(read_nbytes=3 << 20),
+            1,
+            1,
+            id="the same where a read costs much",
+        ),
+        pytest.param(
+            rows(100, 10, 20), Costs(read_nbytes=0), 100, 0, id="where reads cost nothing"
+        ),
+        pytest.param(
+            rows(100, 10, 20),
+            Costs(staged_nbytes=199),
+            10,
+            10,
+            id="as much as a buffer takes at once",
+        ),
+        pytest.param(
+            rows(101, 10, 20),
+            Costs(staged_nbytes=199),
+            11,
+            10,
+            id="one that is left over is read straight",
+        ),
+        pytest.param(
+            rows(3, 100, 150), Costs(staged_nbytes=249), 3, 0, id="buffers that take only one run"
+        ),
         pytest.param(
             span_of(((0, 0),), Lines(0, 0, 10, (3, 100), (1 << 24, 20), (1000, 10))),
             Costs(),
@@ -154,13 +233,18 @@ def test_whatever_is_gathered_brings_the_same_bytes(places: list[tuple[int, int]
         ),
     ],
 )
-def test_runs_are_read_through_a_buffer_where_that_costs_less(span: Span, costs: Costs, reads: int, staged: int) -> None:
+def test_runs_are_read_through_a_buffer_where_that_costs_less(
+    span: Span, costs: Costs, reads: int, staged: int
+) -> None:
     cut = list(cut_lines(span, costs))
     assert (len(cut), sum(bool(some.lines) for some in cut)) == (reads, staged)
 
 
 def cost(spans: list[Span], costs: Costs) -> float:
-    return sum(costs.read_nbytes + some.nbytes + costs.copied * some.payload * bool(some.lines) for some in spans)
+    return sum(
+        costs.read_nbytes + some.nbytes + costs.copied * some.payload * bool(some.lines)
+        for some in spans
+    )
 
 
 @st.composite
@@ -171,14 +255,21 @@ def strided(draw: st.DrawFn) -> Lines:
     for count in reversed(counts[1:]):
         src.append(src[-1] * count + draw(st.integers(0, 100)))
         dst.append(dst[-1] * count + draw(st.integers(0, 100)))
-    return Lines(draw(st.integers(0, 50)), 5000, nbytes, counts, tuple(reversed(src)), tuple(reversed(dst)))
+    return Lines(
+        draw(st.integers(0, 50)), 5000, nbytes, counts, tuple(reversed(src)), tuple(reversed(dst))
+    )
 
 
 @given(strided(), any_costs)
-def test_runs_however_read_bring_the_same_bytes_for_no_more_than_one_by_one(some: Lines, costs: Costs) -> None:
+def test_runs_however_read_bring_the_same_bytes_for_no_more_than_one_by_one(
+    some: Lines, costs: Costs
+) -> None:
     srcs = ((0, 1000), (3, 700))
     whole = span_of(srcs, some)
-    cut, one_by_one = list(cut_lines(whole, costs)), [span_of(srcs, line) for line in some.along(len(some.counts))]
+    cut, one_by_one = (
+        list(cut_lines(whole, costs)),
+        [span_of(srcs, line) for line in some.along(len(some.counts))],
+    )
     assert len(one_by_one) == prod(some.counts)
     assert moved(cut) == moved([whole]) == moved(one_by_one)
     assert all(span.nbytes <= costs.staged_nbytes for span in cut if span.lines)

@@ -30,12 +30,14 @@ def overwrite(cell: HeaderCell, value: bytes) -> None:
     ctypes.memmove(cell.region.addr, value, len(value))
 
 
-def test_a_header_is_64_bytes_of_magic_incarnation_little_endian_sequence_and_content(cell: HeaderCell) -> None:
+def test_a_header_is_64_bytes_of_magic_incarnation_little_endian_sequence_and_content(
+    cell: HeaderCell,
+) -> None:
     assert (NBYTES, cell.region.nbytes) == (64, 64)
     cell.write(Header(INCARNATION, 0x0102030405060708, CONTENT))
-    assert memory(cell) == b"ENGREG01" + bytes.fromhex(INCARNATION) + bytes([8, 7, 6, 5, 4, 3, 2, 1]) + bytes.fromhex(
-        CONTENT
-    ) + bytes(16)
+    assert memory(cell) == b"ENGREG01" + bytes.fromhex(INCARNATION) + bytes(
+        [8, 7, 6, 5, 4, 3, 2, 1]
+    ) + bytes.fromhex(CONTENT) + bytes(16)
 
 
 @pytest.mark.parametrize("sequence", [0, 1, 2**64 - 1])
@@ -45,8 +47,12 @@ def test_what_is_written_is_what_is_read(cell: HeaderCell, sequence: int) -> Non
     assert cell.read() == header
 
 
-@pytest.mark.parametrize(("sequence", "version", "updating"), [(0, 0, False), (1, 0, True), (2, 1, False), (7, 3, True)])
-def test_the_sequence_is_twice_the_version_and_odd_during_an_update(sequence: int, version: int, updating: bool) -> None:
+@pytest.mark.parametrize(
+    ("sequence", "version", "updating"), [(0, 0, False), (1, 0, True), (2, 1, False), (7, 3, True)]
+)
+def test_the_sequence_is_twice_the_version_and_odd_during_an_update(
+    sequence: int, version: int, updating: bool
+) -> None:
     header = Header(INCARNATION, sequence, CONTENT)
     assert (header.version, header.updating) == (version, updating)
 
@@ -75,15 +81,23 @@ def test_another_magic_is_no_header(cell: HeaderCell, magic: bytes) -> None:
 
 def test_a_later_writer_may_use_the_bytes_that_are_zero_now(cell: HeaderCell) -> None:
     content = bytes.fromhex(CONTENT)
-    overwrite(cell, b"ENGREG01" + bytes.fromhex(INCARNATION) + struct.pack("<Q", 6) + content + b"\xff" * 16)
+    overwrite(
+        cell,
+        b"ENGREG01" + bytes.fromhex(INCARNATION) + struct.pack("<Q", 6) + content + b"\xff" * 16,
+    )
     assert cell.read() == Header(INCARNATION, 6, CONTENT)
 
 
-def test_a_header_that_states_no_content_has_another_in_each_version_and_each_launch(cell: HeaderCell) -> None:
+def test_a_header_that_states_no_content_has_another_in_each_version_and_each_launch(
+    cell: HeaderCell,
+) -> None:
     """As those of older releases, whose records are read in the same way."""
     seen = set()
     for incarnation, version in ((INCARNATION, 0), (INCARNATION, 1), (OTHER_INCARNATION, 0)):
-        overwrite(cell, b"ENGREG01" + bytes.fromhex(incarnation) + struct.pack("<Q", 2 * version) + bytes(32))
+        overwrite(
+            cell,
+            b"ENGREG01" + bytes.fromhex(incarnation) + struct.pack("<Q", 2 * version) + bytes(32),
+        )
         header = cell.read()
         assert header is not None
         assert header.content == implied_content(incarnation, version)
@@ -102,7 +116,8 @@ def test_marks_lie_behind_the_header_and_neither_disturbs_the_other() -> None:
     assert (cell.read(), cell.read_marks()) == (None, b"\1\0\1\1\0")
 
 
-# -- over an engine --------------------------------------------------------------------------------------------------------------
+# -- over an engine
+# --------------------------------------------------------------------------------------------------
 
 
 class Source:
@@ -133,18 +148,24 @@ def reader(cell: HeaderCell) -> Iterator[InProcessEngine]:
         yield engine
 
 
-def test_the_header_of_a_live_source_is_fetched(source: Source, reader: InProcessEngine, cell: HeaderCell) -> None:
+def test_the_header_of_a_live_source_is_fetched(
+    source: Source, reader: InProcessEngine, cell: HeaderCell
+) -> None:
     assert fetch_header(reader, source.record, cell) == Header(INCARNATION, 6, CONTENT)
     source.cell.write(Header(INCARNATION, 7, CONTENT))
     assert fetch_header(reader, source.record, cell) == Header(INCARNATION, 7, CONTENT)
 
 
-@pytest.mark.parametrize("found", [bytes(64), b"\xff" * 64, b"ENGREG01" + bytes.fromhex(OTHER_INCARNATION) + bytes(40)])
+@pytest.mark.parametrize(
+    "found", [bytes(64), b"\xff" * 64, b"ENGREG01" + bytes.fromhex(OTHER_INCARNATION) + bytes(40)]
+)
 def test_whoever_else_answers_at_the_address_is_not_the_source(
     source: Source, reader: InProcessEngine, cell: HeaderCell, found: bytes
 ) -> None:
     overwrite(source.cell, found)
-    with pytest.raises(SourceLost, match="is not the process that registered /engines/qwen/0") as caught:
+    with pytest.raises(
+        SourceLost, match="is not the process that registered /engines/qwen/0"
+    ) as caught:
         fetch_header(reader, source.record, cell)
     assert caught.value.details == {"key": "/engines/qwen/0"}
 

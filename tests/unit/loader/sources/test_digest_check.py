@@ -1,4 +1,6 @@
-"""Digests of sources in whatever layout beside ours: what differs is named, what nothing proves is told before it is read."""
+"""Digests of sources in whatever layout beside ours: what differs is named, what nothing proves is
+told before it is read.
+"""
 
 from __future__ import annotations
 
@@ -36,28 +38,43 @@ class Offering:
     table: DigestCell
 
 
-def offer(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None, algorithm: str = "xxh3_128") -> Offering:
+def offer(
+    tensors: Mapping[str, torch.Tensor],
+    shards: Mapping[str, Shard] | None = None,
+    algorithm: str = "xxh3_128",
+) -> Offering:
     table = DigestCell(tensors, CPU, algorithm)
     table.write(tensors)
-    return Offering(a_record(), replace(describe(tensors, shards), digests=table.table), algorithm, table)
+    return Offering(
+        a_record(), replace(describe(tensors, shards), digests=table.table), algorithm, table
+    )
 
 
 def rows(*places: tuple[int, int]) -> list[Offering]:
     """Ranks each of which has such rows of `WHOLE` as "w"; from where to where."""
-    return [offer({"w": WHOLE[start:end]}, {"w": Shard((6, 8), (start, 0))}) for start, end in places]
+    return [
+        offer({"w": WHOLE[start:end]}, {"w": Shard((6, 8), (start, 0))}) for start, end in places
+    ]
 
 
 def check_of(
-    sources: Sequence[Offering], tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None
+    sources: Sequence[Offering],
+    tensors: Mapping[str, torch.Tensor],
+    shards: Mapping[str, Shard] | None = None,
 ) -> tuple[DigestCheck, Manifest]:
     dst = describe(tensors, shards)
     return DigestCheck(cast(Sequence[Candidate], sources), dst, tensors, CPU), dst
 
 
 def compare(
-    sources: Sequence[Offering], tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None, number: int = 0
+    sources: Sequence[Offering],
+    tensors: Mapping[str, torch.Tensor],
+    shards: Mapping[str, Shard] | None = None,
+    number: int = 0,
 ) -> None:
-    """With the tables read: where several sources have the same, from the one that comes as that in the list."""
+    """With the tables read: where several sources have the same, from the one that comes as that in
+    the list.
+    """
     check, dst = check_of(sources, tensors, shards)
     for span in check.spans:
         _, addr = span.srcs[number % len(span.srcs)]
@@ -68,11 +85,15 @@ def compare(
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_tensors_that_differ_are_named_with_those_that_do_not(algorithm: str) -> None:
     ours = {"b": WHOLE.clone(), "a": BIAS.clone(), "c": torch.empty(0), "d": torch.tensor(2.5)}
-    source = offer({name: ours[name].clone() for name in sorted(ours, reverse=True)}, algorithm=algorithm)
+    source = offer(
+        {name: ours[name].clone() for name in sorted(ours, reverse=True)}, algorithm=algorithm
+    )
     compare([source], ours)
     ours["a"][3] += 1
     ours["d"] += 1
-    with pytest.raises(DigestMismatch, match=r"2 of 4 tensors are not what /engines/qwen/0 published.*a; d") as caught:
+    with pytest.raises(
+        DigestMismatch, match=r"2 of 4 tensors are not what /engines/qwen/0 published.*a; d"
+    ) as caught:
         compare([source], ours)
     assert caught.value.details == {"tensors": ["a", "d"], "complete": ["b", "c"]}
 
@@ -97,7 +118,10 @@ def test_a_tensor_that_is_put_together_is_compared_part_by_part() -> None:
 
 
 def test_parts_that_are_columns_are_compared_although_they_do_not_lie_in_one_run_here() -> None:
-    sources = [offer({"w": WHOLE[:, start : start + 4].contiguous()}, {"w": Shard((6, 8), (0, start))}) for start in (0, 4)]
+    sources = [
+        offer({"w": WHOLE[:, start : start + 4].contiguous()}, {"w": Shard((6, 8), (0, start))})
+        for start in (0, 4)
+    ]
     ours = {"w": WHOLE.clone()}
     whole = {"w": Shard((6, 8), (0, 0))}
     compare(sources, ours, whole)
@@ -107,8 +131,12 @@ def test_parts_that_are_columns_are_compared_although_they_do_not_lie_in_one_run
 
 
 @pytest.mark.parametrize("places", [[(0, 6)], [(0, 3), (3, 6)], [(1, 4)]])
-def test_where_only_a_part_of_what_a_source_holds_is_wanted_nothing_proves_it(places: list[tuple[int, int]]) -> None:
-    with pytest.raises(DigestsMissing, match=r'1 of 2 tensors take only a part.*: w: load with verify="header"') as caught:
+def test_where_only_a_part_of_what_a_source_holds_is_wanted_nothing_proves_it(
+    places: list[tuple[int, int]],
+) -> None:
+    with pytest.raises(
+        DigestsMissing, match=r'1 of 2 tensors take only a part.*: w: load with verify="header"'
+    ) as caught:
         check_of(
             [*rows(*places), offer({"bias": BIAS}, {"bias": Shard((8,), (0,))})],
             {"w": WHOLE[1:5], "bias": BIAS},
@@ -125,7 +153,10 @@ def test_a_tensor_of_the_same_name_that_is_another_one_proves_nothing() -> None:
         offer({"w": (BIAS + 1).float()}, boxed),
         offer({"w": BIAS.view(4, 2)}, {"w": Shard((4, 2), (0, 0))}),
     ]
-    for sources in ([offer({"w": BIAS}, boxed), *strangers], [*strangers, offer({"w": BIAS}, boxed)]):
+    for sources in (
+        [offer({"w": BIAS}, boxed), *strangers],
+        [*strangers, offer({"w": BIAS}, boxed)],
+    ):
         for number in range(len(sources)):
             compare(sources, {"w": BIAS}, boxed, number=number)
     with pytest.raises(DigestsMissing):
@@ -149,7 +180,11 @@ def test_the_memory_for_tables_is_lent_to_the_engine_as_long_as_it_is_needed() -
         with ExitStack() as undo:
             check.lend(engine, undo)
             (span,) = check.spans
-            assert engine.done(engine.start(peer.session_id, ReadOp("a", span.srcs[0][1], span.dst_addr, span.nbytes)))
+            assert engine.done(
+                engine.start(
+                    peer.session_id, ReadOp("a", span.srcs[0][1], span.dst_addr, span.nbytes)
+                )
+            )
         check.compare(dst)
         assert not len(engine._lent)
 

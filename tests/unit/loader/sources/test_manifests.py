@@ -46,13 +46,20 @@ def test_a_manifest_is_fetched_once_however_often_its_record_changes() -> None:
     asked = Asked(manifest)
     record = record_of(manifest)
     for version in range(3):
-        assert fetch_manifest(cast(Registry, asked), a_record(manifest=record.manifest, version=version)) is manifest
+        assert (
+            fetch_manifest(
+                cast(Registry, asked), a_record(manifest=record.manifest, version=version)
+            )
+            is manifest
+        )
     assert asked.times == 1
     fetch_manifest(cast(Registry, asked), record_of(a_manifest(an_entry("b"))))
     assert asked.times == 2
 
 
-def test_those_that_were_asked_for_last_are_kept_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_that_were_asked_for_last_are_kept_as_long_as_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(manifests, "_KEPT_TENSORS", 2)
     some = [a_manifest(an_entry(name)) for name in "abc"]
     asked = [Asked(manifest) for manifest in some]

@@ -12,7 +12,17 @@ import pytest
 from engine_loader import InProcessEngine
 from engine_loader.errors import SourceUnreachable, VersionUnavailable
 from engine_loader.sources.search import Found, Group, Search
-from engine_registry import InstanceState, InstanceStatus, Manifest, ModelIdentity, Place, Pull, RankRecord, RankState, Registry
+from engine_registry import (
+    InstanceState,
+    InstanceStatus,
+    Manifest,
+    ModelIdentity,
+    Place,
+    Pull,
+    RankRecord,
+    RankState,
+    Registry,
+)
 from engine_registry.errors import EtcdRefused, InvalidField
 from engine_registry.schema.pull_ticket import Reader
 from engine_registry.schema.status import assess
@@ -23,12 +33,17 @@ from tests.support.builders import a_pull, a_record
 class Ready:
     """A registry in which these instances are ready."""
 
-    def __init__(self, *instances: Sequence[RankRecord], pulls: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, *instances: Sequence[RankRecord], pulls: dict[str, int] | None = None
+    ) -> None:
         self._instances = instances
         self._pulls = pulls or {}
 
     def ready(self, wanted: object, timeout_s: float) -> list[InstanceStatus]:
-        return [InstanceStatus(records[0].instance, InstanceState.READY, tuple(records)) for records in self._instances]
+        return [
+            InstanceStatus(records[0].instance, InstanceState.READY, tuple(records))
+            for records in self._instances
+        ]
 
     def pulls(self, record: RankRecord) -> int:
         return self._pulls.get(record.instance, 0)
@@ -36,7 +51,14 @@ class Ready:
 
 def one(instance: str, **changes: Any) -> RankRecord:
     """The only rank of an instance, in this process's reach."""
-    defaults = {"protocol": "in_process", "fabric": "", "topology": {}, "world_size": 1, "rank": 0, "incarnation": instance * 32}
+    defaults = {
+        "protocol": "in_process",
+        "fabric": "",
+        "topology": {},
+        "world_size": 1,
+        "rank": 0,
+        "incarnation": instance * 32,
+    }
     return a_record(instance=instance, **{**defaults, **changes})
 
 
@@ -51,7 +73,9 @@ def search(
     **options: Any,
 ) -> Found:
     place = Place(rank) if rank is not None else None
-    found = Search(cast(Registry, registry), engine, wanted, place, Manifest((), ()), boxes, **options)
+    found = Search(
+        cast(Registry, registry), engine, wanted, place, Manifest((), ()), boxes, **options
+    )
     return found.find(time.monotonic(), avoid, me)
 
 
@@ -60,7 +84,9 @@ def records_of(groups: Sequence[Group]) -> list[RankRecord]:
     return [team[0] for group in groups for team in group.teams]
 
 
-def find(registry: Ready, rank: int = 0, engine: InProcessEngine | None = None, **options: Any) -> list[str]:
+def find(
+    registry: Ready, rank: int = 0, engine: InProcessEngine | None = None, **options: Any
+) -> list[str]:
     found = search(registry, rank, engine or InProcessEngine(), **options)
     return [f"{record.instance}/{record.rank}" for record in records_of(found.alike)]
 
@@ -94,7 +120,10 @@ def test_only_the_newest_version_is_read_unless_another_is_named() -> None:
 
 def test_instances_of_another_model_than_the_first_are_not_mixed_in() -> None:
     other = ModelIdentity("other")
-    assert find(Ready([one("a", model=other)], [one("b")], [one("c", model=other)])) in (["a/0", "c/0"], ["c/0", "a/0"])
+    assert find(Ready([one("a", model=other)], [one("b")], [one("c", model=other)])) in (
+        ["a/0", "c/0"],
+        ["c/0", "a/0"],
+    )
 
 
 def test_what_cannot_be_reached_is_never_chosen_and_all_of_it_is_told() -> None:
@@ -110,15 +139,25 @@ def test_what_cannot_be_reached_is_never_chosen_and_all_of_it_is_told() -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "obstacle"),
     [
-        ("10.0.0.1:1", "[fd00::2]:1", "is served over IPv6, this engine speaks IPv4: give it a `host` of IPv6"),
-        ("[::1]:1", "127.0.0.1:1", "is served over IPv4, this engine speaks IPv6: give it a `host` of IPv4"),
+        (
+            "10.0.0.1:1",
+            "[fd00::2]:1",
+            "is served over IPv6, this engine speaks IPv4: give it a `host` of IPv6",
+        ),
+        (
+            "[::1]:1",
+            "127.0.0.1:1",
+            "is served over IPv4, this engine speaks IPv6: give it a `host` of IPv4",
+        ),
         ("10.0.0.1:1", "10.0.0.2:1", ""),
         ("[fd00::1]:1", "[fd00::2]:1", ""),
         ("10.0.0.1:1", "node-7:1", ""),
         ("node-1:1", "[::1]:1", ""),
     ],
 )
-def test_engines_of_one_family_do_not_read_from_those_of_the_other(ours: str, theirs: str, obstacle: str) -> None:
+def test_engines_of_one_family_do_not_read_from_those_of_the_other(
+    ours: str, theirs: str, obstacle: str
+) -> None:
     class Tcp(InProcessEngine):
         protocol = "tcp"
         session_id = ours
@@ -136,7 +175,10 @@ def test_nvlink_within_a_host_is_out_of_reach_from_another() -> None:
     class Nvlink(InProcessEngine):
         protocol = "nvlink_intra"
 
-    near, far = one("a", protocol="nvlink_intra", host=socket.gethostname()), one("b", protocol="nvlink_intra", host="far")
+    near, far = (
+        one("a", protocol="nvlink_intra", host=socket.gethostname()),
+        one("b", protocol="nvlink_intra", host="far"),
+    )
     assert find(Ready([near], [far]), engine=Nvlink()) == ["a/0"]
 
 
@@ -149,25 +191,43 @@ def test_those_to_avoid_are_left_out_even_if_none_is_left() -> None:
 def test_a_rank_that_no_instance_has_is_told_with_those_there_are() -> None:
     with pytest.raises(InvalidField, match="there is no rank 1: 'a' has the ranks 0 to 0"):
         find(Ready([one("a")]), rank=1, boxes=False)
-    assert find(Ready([one("a")], [one("b", rank=0, world_size=2), one("b", rank=1, world_size=2)]), rank=1) == ["b/1"]
+    assert find(
+        Ready([one("a")], [one("b", rank=0, world_size=2), one("b", rank=1, world_size=2)]), rank=1
+    ) == ["b/1"]
 
 
 def test_replicas_along_dp_in_the_same_instance_count_and_no_other_ranks() -> None:
     ranks = [
-        one("a", rank=rank, world_size=4, topology={"tp": (rank % 2, 2), "dp": (rank // 2, 2)}, incarnation=f"{rank:032}")
+        one(
+            "a",
+            rank=rank,
+            world_size=4,
+            topology={"tp": (rank % 2, 2), "dp": (rank // 2, 2)},
+            incarnation=f"{rank:032}",
+        )
         for rank in range(4)
     ]
     assert sorted(find(Ready(ranks), rank=0)) == ["a/0", "a/2"]
     assert sorted(find(Ready(ranks), rank=3)) == ["a/1", "a/3"]
     assert find(Ready(ranks), rank=3, boxes=False) == ["a/3"]
-    pipeline = [one("a", rank=rank, world_size=2, topology={"pp": (rank, 2)}, incarnation=f"{rank:032}") for rank in range(2)]
+    pipeline = [
+        one("a", rank=rank, world_size=2, topology={"pp": (rank, 2)}, incarnation=f"{rank:032}")
+        for rank in range(2)
+    ]
     assert find(Ready(pipeline), rank=0) == ["a/0"]
 
 
 def shards_of(instance: str, *fabrics: str, **changes: Any) -> list[RankRecord]:
     """All ranks of an instance, each on a fabric."""
     return [
-        one(instance, rank=rank, world_size=len(fabrics), fabric=fabric, incarnation=f"{instance}{rank:031}", **changes)
+        one(
+            instance,
+            rank=rank,
+            world_size=len(fabrics),
+            fabric=fabric,
+            incarnation=f"{instance}{rank:031}",
+            **changes,
+        )
         for rank, fabric in enumerate(fabrics)
     ]
 
@@ -192,7 +252,7 @@ def test_an_instance_of_which_a_rank_is_out_of_reach_or_to_be_avoided_is_none() 
     assert instances(registry, avoid={registry._instances[1][0].incarnation}) == []
 
 
-def test_that_no_instance_can_be_reached_as_a_whole_is_told_with_the_ranks_that_are_in_the_way() -> None:
+def test_that_no_instance_can_be_reached_as_a_whole_names_the_ranks_in_the_way() -> None:
     registry = Ready(shards_of("a", "", "there"))
     with pytest.raises(SourceUnreachable) as caught:
         instances(registry)
@@ -207,15 +267,21 @@ def test_a_rank_that_only_an_older_version_has_is_told_with_those_of_the_newest(
     assert find(registry, rank=1, boxes=False, version=3) == ["a/1"]
 
 
-# -- rank by rank, and ranks that are loading ------------------------------------------------------------------------------------
+# -- rank by rank, and ranks that are loading
+# ------------------------------------------------------------------------------------
 
 MODEL = one("a").model
 
 
 class Holders(Ready):
-    """A registry in which these ranks are there; those of an instance that is not complete too. `me` reads for one of them."""
+    """A registry in which these ranks are there; those of an instance that is not complete too.
 
-    def __init__(self, *records: RankRecord, pulls: Sequence[Pull] = (), refuse: bool = False) -> None:
+    `me` reads for one of them.
+    """
+
+    def __init__(
+        self, *records: RankRecord, pulls: Sequence[Pull] = (), refuse: bool = False
+    ) -> None:
         super().__init__()
         self._records = records
         self._tickets = pulls
@@ -234,9 +300,24 @@ def loading(instance: str, order: int, **changes: Any) -> RankRecord:
     return one(instance, state=RankState.LOADING, create_revision=order, **changes)
 
 
-def by_rank(*records: RankRecord, me: str = "", pulls: Sequence[Pull] = (), refuse: bool = False, **options: Any) -> list[str]:
-    given = {"by_rank": True, "pipelined": True, "hop": 0.01, "boxes": False, "wanted": MODEL, **options}
-    found = search(Holders(*records, pulls=pulls, refuse=refuse), 0, InProcessEngine(), me=me, **given)
+def by_rank(
+    *records: RankRecord,
+    me: str = "",
+    pulls: Sequence[Pull] = (),
+    refuse: bool = False,
+    **options: Any,
+) -> list[str]:
+    given = {
+        "by_rank": True,
+        "pipelined": True,
+        "hop": 0.01,
+        "boxes": False,
+        "wanted": MODEL,
+        **options,
+    }
+    found = search(
+        Holders(*records, pulls=pulls, refuse=refuse), 0, InProcessEngine(), me=me, **given
+    )
     (group,) = found.alike
     names = [record.instance for (record,) in group.teams]
     return [*names[: group.at_once], *(["…"] if len(names) > group.at_once else [])]
@@ -247,13 +328,15 @@ def test_a_rank_will_do_whatever_else_of_its_instance_there_is() -> None:
     assert by_rank(one("a", world_size=2), one("b", world_size=2)) in (["a", "b"], ["b", "a"])
 
 
-def test_the_version_of_a_complete_instance_counts_for_more_than_a_newer_one_of_a_rank_alone() -> None:
+def test_the_version_of_a_complete_instance_counts_for_more_than_a_newer_one_of_a_rank_alone() -> (
+    None
+):
     assert by_rank(one("a", version=3), one("b", version=4, world_size=2)) == ["a"]
     assert by_rank(one("a", version=3), one("b", version=4, world_size=2), version=4) == ["b"]
     assert by_rank(one("b", version=4, world_size=2), one("c", version=3, world_size=2)) == ["b"]
 
 
-def test_one_that_is_loading_is_a_source_for_those_that_began_later_and_only_where_that_is_wanted() -> None:
+def test_a_loading_rank_is_a_source_for_those_that_began_later_and_only_on_request() -> None:
     root, first, second = one("root"), loading("a", 2), loading("b", 3)
     assert by_rank(root, first, second) == ["b", "…"]
     assert by_rank(root, first, second, me=second.incarnation) == ["a", "…"]
@@ -270,15 +353,20 @@ def test_one_that_is_to_be_avoided_does_not_count_as_a_reader_whatever_its_ticke
         for source, reader in ((root, first), (first, second), (second, mine))
     ]
     assert by_rank(root, first, second, mine, me=mine.incarnation, pulls=pulls) == ["b", "…"]
-    assert by_rank(root, first, second, mine, me=mine.incarnation, pulls=pulls, avoid=[second.incarnation]) == ["a", "…"]
+    assert by_rank(
+        root, first, second, mine, me=mine.incarnation, pulls=pulls, avoid=[second.incarnation]
+    ) == ["a", "…"]
 
 
 def test_who_is_registered_no_more_reads_from_complete_ones_only() -> None:
     assert by_rank(one("root"), loading("a", 2), me="lost" * 8) == ["root"]
 
 
-def test_of_complete_ones_those_without_a_reader_are_read_from_at_once_where_others_are_loading() -> None:
-    assert by_rank(one("x"), one("y"), one("z"), loading("a", 2)) in (["y", "z", "…"], ["x", "z", "…"])
+def test_complete_ranks_without_a_reader_are_read_at_once_where_others_are_loading() -> None:
+    assert by_rank(one("x"), one("y"), one("z"), loading("a", 2)) in (
+        ["y", "z", "…"],
+        ["x", "z", "…"],
+    )
     assert by_rank(one("x"), one("y"), one("z"), loading("a", 2), max_sources=1)[1:] == ["…"]
 
 
@@ -286,18 +374,30 @@ def test_who_may_not_see_the_tickets_reads_all_the_same() -> None:
     assert by_rank(one("root"), loading("a", 2), refuse=True) == ["a", "…"]
 
 
-# -- contents and places ---------------------------------------------------------------------------------------------------------
+# -- contents and places
+# --------------------------------------------------------------------------------------------------
 
 A, B = "a" * 32, "b" * 32
 
 
 def groups(*records: RankRecord, content: str = "", **options: Any) -> dict[str, list[str]]:
     registry = Holders(*records)
-    given = {"by_rank": True, "pipelined": True, "hop": 0.01, "boxes": False, "wanted": MODEL, **options}
+    given = {
+        "by_rank": True,
+        "pipelined": True,
+        "hop": 0.01,
+        "boxes": False,
+        "wanted": MODEL,
+        **options,
+    }
     place = given.pop("place", Place(0))
-    search = Search(cast(Registry, registry), InProcessEngine(), place=place, dst=Manifest((), ()), **given)
+    search = Search(
+        cast(Registry, registry), InProcessEngine(), place=place, dst=Manifest((), ()), **given
+    )
     found = search.find(time.monotonic(), content=content)
-    return {group.content: sorted(record.instance for (record,) in group.teams) for group in found.alike}
+    return {
+        group.content: sorted(record.instance for (record,) in group.teams) for group in found.alike
+    }
 
 
 def test_ranks_of_one_version_whose_contents_differ_are_never_in_one_group() -> None:
@@ -331,14 +431,20 @@ def test_instances_are_one_group_where_all_their_ranks_agree_by_rank() -> None:
 
     registry = Ready(instance("a", A, B), instance("b", A, B), instance("c", B, A))
     found = search(registry, None, InProcessEngine())
-    assert sorted(sorted(team[0].instance for team in group.teams) for group in found.instances) == [["a", "b"], ["c"]]
+    assert sorted(
+        sorted(team[0].instance for team in group.teams) for group in found.instances
+    ) == [["a", "b"], ["c"]]
     only = search(registry, None, InProcessEngine(), contents=[B, A])
     assert [team[0].instance for group in only.instances for team in group.teams] == ["c"]
-    assert {group.content for group in only.instances} < {group.content for group in found.instances}
+    assert {group.content for group in only.instances} < {
+        group.content for group in found.instances
+    }
 
 
 def test_contents_that_nobody_has_any_more_are_not_available() -> None:
-    with pytest.raises(VersionUnavailable, match="not served any more: a has been updated or started again since"):
+    with pytest.raises(
+        VersionUnavailable, match="not served any more: a has been updated or started again since"
+    ):
         search(Ready([one("a", content=A)]), 0, InProcessEngine(), contents=[B])
     with pytest.raises(VersionUnavailable):
         groups(one("a", content=A), contents=[B])
@@ -353,13 +459,17 @@ def test_without_boxes_only_ranks_at_the_same_place_will_do() -> None:
         assert list(groups(*EP, place=Place(0, 1, {"ep": (index, 2)})).values()) == [[name]]
     with pytest.raises(InvalidField, match=r"there is no rank 0 of 1, ep 2/4"):
         groups(*EP, place=Place(0, 1, {"ep": (2, 4)}))
-    assert list(groups(one("a"), place=Place(0, 1, {"ep": (1, 2)})).values()) == [["a"]]  # which states none
+    assert list(groups(one("a"), place=Place(0, 1, {"ep": (1, 2)})).values()) == [
+        ["a"]
+    ]  # which states none
     with pytest.raises(InvalidField, match="there is no rank 0 of 2"):
         groups(one("a"), place=Place(0, 2))
 
 
 def test_a_rank_that_may_be_several_is_refused_unless_the_place_or_boxes_say_which() -> None:
-    with pytest.raises(InvalidField, match=r"not clear: /engines/a/0 is rank 0 of 1, ep 0/2, /engines/b/0 is"):
+    with pytest.raises(
+        InvalidField, match=r"not clear: /engines/a/0 is rank 0 of 1, ep 0/2, /engines/b/0 is"
+    ):
         groups(*EP)
     assert list(groups(*EP, boxes=True).values()) == [["a", "b"]]
     with pytest.raises(InvalidField, match="say world_size and topology"):

@@ -1,4 +1,6 @@
-"""Whom a load reads from, of those that were found: ranks that hold the same, else teams that hold it together."""
+"""Whom a load reads from, of those that were found: ranks that hold the same, else teams that hold
+it together.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Offering:
 
     @property
     def origin(self) -> Origin:
-        return Origin(f"{self.record.instance}/{self.record.rank}", self.manifest, self.record.rank == 0)
+        return Origin(
+            f"{self.record.instance}/{self.record.rank}", self.manifest, self.record.rank == 0
+        )
 
     @property
     def algorithm(self) -> str:
@@ -45,9 +49,20 @@ WHOLE = an_entry("w", 5000, 16, opaque=False)
 class Ranks:
     """Those of an instance that hold these tensors; `gone` have ended."""
 
-    def __init__(self, instance: str, *tensors: TensorEntry, digests: Sequence[str] = (), gone: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        instance: str,
+        *tensors: TensorEntry,
+        digests: Sequence[str] = (),
+        gone: Sequence[int] = (),
+    ) -> None:
         self.records = tuple(
-            a_record(instance=instance, rank=rank, world_size=len(tensors), incarnation=f"{instance}{rank:031}")
+            a_record(
+                instance=instance,
+                rank=rank,
+                world_size=len(tensors),
+                incarnation=f"{instance}{rank:031}",
+            )
             for rank in range(len(tensors))
         )
         self.offerings = {
@@ -58,7 +73,9 @@ class Ranks:
 
 
 def selection_of(teams: Sequence[Ranks], wanted: Manifest, **options: Any) -> Selection:
-    offerings: Mapping[str, Offering] = {key: one for team in teams for key, one in team.offerings.items()}
+    offerings: Mapping[str, Offering] = {
+        key: one for team in teams for key, one in team.offerings.items()
+    }
 
     def candidate_of(record: RankRecord) -> Candidate:
         if record.key not in offerings:
@@ -66,10 +83,20 @@ def selection_of(teams: Sequence[Ranks], wanted: Manifest, **options: Any) -> Se
         return cast(Candidate, offerings[record.key])
 
     planner = Planner(wanted, partial=options.pop("partial", True))
-    return Selection(wanted, candidate_of, planner, **{"digests": False, "max_sources": 2, "session_id": "x", **options})
+    return Selection(
+        wanted,
+        candidate_of,
+        planner,
+        **{"digests": False, "max_sources": 2, "session_id": "x", **options},
+    )
 
 
-def chosen(teams: Sequence[Ranks], alike: Sequence[RankRecord] = (), dst: TensorEntry = WHOLE, **options: Any) -> list[str]:
+def chosen(
+    teams: Sequence[Ranks],
+    alike: Sequence[RankRecord] = (),
+    dst: TensorEntry = WHOLE,
+    **options: Any,
+) -> list[str]:
     selection = selection_of(teams, a_manifest(dst), **options)
     return names_of(selection.choose(found_of(teams, alike)))
 
@@ -91,7 +118,7 @@ def test_ranks_that_hold_the_same_are_chosen_the_first_ones_first() -> None:
     assert chosen(teams, alike, max_sources=9) == ["a/0", "b/0", "c/0"]
 
 
-def test_sources_of_two_contents_are_never_chosen_together_and_a_group_that_does_not_fit_gives_way() -> None:
+def test_sources_of_two_contents_are_never_chosen_together_and_a_misfit_group_gives_way() -> None:
     teams = [Ranks(name, WHOLE) for name in "abc"]
     selection = selection_of(teams, a_manifest(WHOLE), max_sources=9)
     first, second, third = (team.records[0] for team in teams)
@@ -111,12 +138,18 @@ def test_no_more_are_chosen_than_a_group_allows_at_once() -> None:
 
 
 def test_one_that_does_not_fit_is_passed_over() -> None:
-    teams = [Ranks("a", an_entry("w", dtype="int8", opaque=False)), Ranks("b", WHOLE, gone=[0]), Ranks("c", WHOLE)]
+    teams = [
+        Ranks("a", an_entry("w", dtype="int8", opaque=False)),
+        Ranks("b", WHOLE, gone=[0]),
+        Ranks("c", WHOLE),
+    ]
     assert chosen(teams, [team.records[0] for team in teams]) == ["c/0"]
 
 
 def test_one_in_which_memory_is_shared_otherwise_than_here_is_passed_over() -> None:
-    tied, apart = (a_manifest(an_entry("embed", 1000), an_entry("head", addr)) for addr in (1000, 2000))
+    tied, apart = (
+        a_manifest(an_entry("embed", 1000), an_entry("head", addr)) for addr in (1000, 2000)
+    )
     teams = [Ranks("a", WHOLE), Ranks("b", WHOLE)]
     for team, manifest in zip(teams, (apart, tied), strict=True):
         team.offerings[team.records[0].key].manifest = manifest
@@ -127,12 +160,16 @@ def test_one_in_which_memory_is_shared_otherwise_than_here_is_passed_over() -> N
 def test_where_nobody_holds_the_same_all_that_hold_a_part_are_chosen() -> None:
     team = Ranks("a", half(0), half(1))
     assert sorted(chosen([team], [team.records[0]])) == ["a/0", "a/1"]
-    assert chosen([team], dst=an_entry("w", 5000, 4, global_shape=(16,), offsets=(10,), opaque=False)) == ["a/1"]
+    assert chosen(
+        [team], dst=an_entry("w", 5000, 4, global_shape=(16,), offsets=(10,), opaque=False)
+    ) == ["a/1"]
 
 
 def test_of_equal_ranks_loaders_choose_different_ones_and_no_more_than_are_wanted() -> None:
     team = Ranks("a", *[half(number % 2) for number in range(8)])
-    choices = [sorted(chosen([team], session_id=session_id, max_sources=1)) for session_id in "abcdefghij"]
+    choices = [
+        sorted(chosen([team], session_id=session_id, max_sources=1)) for session_id in "abcdefghij"
+    ]
     assert all(len(some) == 2 for some in choices)
     assert len({tuple(some) for some in choices}) > 2
 
@@ -146,7 +183,10 @@ def test_an_instance_of_which_a_rank_is_gone_gives_way_to_another_and_is_remembe
 
 def test_why_the_first_does_not_fit_is_raised_where_none_does() -> None:
     teams = [Ranks("a", half(0), half(0)), Ranks("b", half(0), half(1), gone=[0])]
-    with pytest.raises(WeightsMismatch, match=r"the weights of a do not match.* w: no rank of the source holds the box at \[8\]"):
+    with pytest.raises(
+        WeightsMismatch,
+        match=r"the weights of a do not match.* w: no rank of the source holds the box at \[8\]",
+    ):
         chosen(teams)
     with pytest.raises(SourceLost, match="qwen/0 is gone"):
         chosen([Ranks("qwen", WHOLE, gone=[0])])
@@ -168,7 +208,10 @@ def test_digests_of_all_that_are_chosen_are_of_one_kind() -> None:
     assert sorted(chosen(teams, digests=True)) == ["c/0", "c/1"]
     with pytest.raises(DigestsMissing, match=r"a/[01] offers no digests"):
         chosen(teams[:1], digests=True)
-    with pytest.raises(DigestsMissing, match="the ranks of b have digests of different kinds, x and y: load with verify="):
+    with pytest.raises(
+        DigestsMissing,
+        match="the ranks of b have digests of different kinds, x and y: load with verify=",
+    ):
         chosen(teams[1:2], digests=True)
 
 

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from engine_loader.starting.peers import Peers
-from engine_registry import InstanceReady, ModelIdentity, Place, RankJoined, RankLost, RankRecord, RankState, RankUpdated
+from engine_registry import (
+    InstanceReady,
+    ModelIdentity,
+    Place,
+    RankJoined,
+    RankLost,
+    RankRecord,
+    RankState,
+    RankUpdated,
+)
 from engine_registry.schema.record import GATEWAY
 from engine_registry.schema.status import assess
 from tests.support.builders import a_record
@@ -20,7 +29,16 @@ def peers(topology: dict[str, tuple[int, int]] | None = None, boxes: bool = Fals
 
 
 def a_rank(**changes: Any) -> RankRecord:
-    return a_record(**{"model": MODEL, "rank": 1, "world_size": 2, "topology": {"tp": (1, 2)}, "mod_revision": 7, **changes})
+    return a_record(
+        **{
+            "model": MODEL,
+            "rank": 1,
+            "world_size": 2,
+            "topology": {"tp": (1, 2)},
+            "mod_revision": 7,
+            **changes,
+        }
+    )
 
 
 @pytest.mark.parametrize("topology", [None, {"tp": (1, 2)}])

@@ -86,7 +86,10 @@ MOVES: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
     ),
     "gaps": (lambda w: w.as_strided_((2, 2), (4, 1)), "is not contiguous"),
     "swapped": (lambda w: swap(w, torch.zeros(2, 4)), "is now 32 bytes"),
-    "swapped for a meta one": (lambda w: swap(w, torch.empty(2, 4, device="meta")), "is on the meta"),
+    "swapped for a meta one": (
+        lambda w: swap(w, torch.empty(2, 4, device="meta")),
+        "is on the meta",
+    ),
     "swapped for a fake one": (lambda w: swap(w, fake()), "is a FakeTensor without memory"),
     "swapped for a lazy one": (lambda w: swap(w, nn.UninitializedBuffer()), "is not initialized"),
     "swapped for a sparse one": (lambda w: swap(w, torch.eye(2).to_sparse()), "has layout torch"),
@@ -94,7 +97,9 @@ MOVES: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
 
 
 @pytest.mark.parametrize(("move", "said"), MOVES.values(), ids=MOVES)
-def test_a_tensor_with_other_memory_is_named(move: Callable[[torch.Tensor], object], said: str) -> None:
+def test_a_tensor_with_other_memory_is_named(
+    move: Callable[[torch.Tensor], object], said: str
+) -> None:
     tensors = given()
     manifest = described(tensors)
     move(tensors["w"])

@@ -1,4 +1,6 @@
-"""Every tensor that is not plain memory is refused by its name, with what to do, and never by an error of torch's."""
+"""Every tensor that is not plain memory is refused by its name, with what to do, and never by an
+error of torch's.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Wrapper(torch.Tensor):
     @staticmethod
     def __new__(cls, policy: str | None = None) -> Wrapper:
         options: Any = {} if policy is None else {"dispatch_sizes_strides_policy": policy}
-        wrapper: Wrapper = torch.Tensor._make_wrapper_subclass(cls, (3,), dtype=torch.float32, **options)
+        wrapper: Wrapper = torch.Tensor._make_wrapper_subclass(
+            cls, (3,), dtype=torch.float32, **options
+        )
         return wrapper
 
     def __init__(self, policy: str | None = None) -> None:
@@ -76,22 +80,40 @@ def nested(layout: torch.layout) -> torch.Tensor:
 
 
 UNUSABLE: dict[str, tuple[Callable[[], object], str]] = {
-    "not contiguous": (lambda: torch.zeros(3, 4)[:, 1:3], r"is not contiguous \(shape \[3, 2\], strides \[4, 1\]\)"),
+    "not contiguous": (
+        lambda: torch.zeros(3, 4)[:, 1:3],
+        r"is not contiguous \(shape \[3, 2\], strides \[4, 1\]\)",
+    ),
     "every other": (lambda: torch.zeros(8)[::2], "is not contiguous"),
     "expanded": (lambda: torch.zeros(1).expand(3), "is not contiguous"),
     "sparse": (lambda: torch.eye(3).to_sparse(), "has layout torch.sparse_coo"),
-    "compressed": (lambda: torch.eye(3).to_sparse_csr(), r"has layout torch.sparse_csr: .*: call \.to_dense\(\)"),
+    "compressed": (
+        lambda: torch.eye(3).to_sparse_csr(),
+        r"has layout torch.sparse_csr: .*: call \.to_dense\(\)",
+    ),
     "opaque": (lambda: torch.zeros(3).to_mkldnn(), "has layout torch._mkldnn"),
     "meta": (lambda: torch.empty(3, device="meta"), "is on the meta device and has no memory"),
-    "a subclass on meta": (lambda: torch.empty(3, device="meta").as_subclass(Named), "is on the meta device and has no memory"),
-    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), "is a quantized tensor"),
-    "conjugated": (lambda: torch.zeros(3, dtype=torch.complex64).conj(), "is a lazily conjugated or negated view"),
+    "a subclass on meta": (
+        lambda: torch.empty(3, device="meta").as_subclass(Named),
+        "is on the meta device and has no memory",
+    ),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+        "is a quantized tensor",
+    ),
+    "conjugated": (
+        lambda: torch.zeros(3, dtype=torch.complex64).conj(),
+        ("is a lazily conjugated or negated view"),
+    ),
     "negated": (lambda: torch._neg_view(torch.zeros(3)), "is a lazily conjugated or negated view"),
     "an array": (lambda: [1.0, 2.0], "is a list, not a tensor"),
     "nothing": (lambda: None, "is a NoneType, not a tensor"),
     "freed": (freed, "has no memory: its storage was freed"),
     "fake": (fake, "is a FakeTensor without memory of its own: make it outside of FakeTensorMode"),
-    "a fake parameter": (lambda: torch.nn.Parameter(fake()), "is a FakeTensor without memory of its own"),
+    "a fake parameter": (
+        lambda: torch.nn.Parameter(fake()),
+        ("is a FakeTensor without memory of its own"),
+    ),
     "functional": (functional, "is a FunctionalTensor without memory of its own"),
     "zeros that are never written": (
         lambda: torch._efficientzerotensor((3,)),
@@ -104,18 +126,31 @@ UNUSABLE: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a wrapper": (Wrapper, "is a Wrapper without memory of its own"),
     "a wrapper without strides": (lambda: Wrapper("strides"), "is a Wrapper"),
-    "a wrapper without sizes": (lambda: Wrapper("sizes"), r"is a Wrapper that torch cannot look at \(no .* here\)"),
-    "a lazy parameter": (torch.nn.UninitializedParameter, r"is not initialized and has no shape yet"),
+    "a wrapper without sizes": (
+        lambda: Wrapper("sizes"),
+        r"is a Wrapper that torch cannot look at \(no .* here\)",
+    ),
+    "a lazy parameter": (
+        torch.nn.UninitializedParameter,
+        r"is not initialized and has no shape yet",
+    ),
     "a lazy buffer": (torch.nn.UninitializedBuffer, r"is not initialized and has no shape yet"),
-    "nested": (lambda: nested(torch.strided), r"is a nested tensor, .* give the tensors of \.unbind\(\)"),
+    "nested": (
+        lambda: nested(torch.strided),
+        r"is a nested tensor, .* give the tensors of \.unbind\(\)",
+    ),
     "jagged": (lambda: nested(torch.jagged), "is a nested tensor"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore")  # torch deprecates some, and calls others a prototype
 @pytest.mark.parametrize(("make", "said"), UNUSABLE.values(), ids=UNUSABLE)
-def test_what_is_no_plain_memory_is_refused_with_what_to_do(make: Callable[[], Any], said: str) -> None:
-    with pytest.raises(TensorsUnusable, match=f"^1 tensor cannot be used as is: w: {said}") as caught:
+def test_what_is_no_plain_memory_is_refused_with_what_to_do(
+    make: Callable[[], Any], said: str
+) -> None:
+    with pytest.raises(
+        TensorsUnusable, match=f"^1 tensor cannot be used as is: w: {said}"
+    ) as caught:
         Destination({"w": make()})
     assert "\n" not in str(caught.value)
 
@@ -127,7 +162,9 @@ def test_nothing_is_stated_of_the_shape_of_what_is_refused(make: Callable[[], An
     assert list(stated) == ["good"]
 
 
-TRANSFORMS: dict[str, Callable[[Callable[[torch.Tensor], torch.Tensor]], Callable[[torch.Tensor], object]]] = {
+TRANSFORMS: dict[
+    str, Callable[[Callable[[torch.Tensor], torch.Tensor]], Callable[[torch.Tensor], object]]
+] = {
     "vmap": torch.func.vmap,
     "grad": torch.func.grad,
     "functionalize": torch.func.functionalize,
@@ -141,12 +178,17 @@ def test_a_tensor_that_a_transformed_function_gets_is_refused(transform: Any) ->
     refused = []
 
     def work(tensor: torch.Tensor) -> torch.Tensor:
-        with pytest.raises(TensorsUnusable, match=r"^1 tensor cannot be used as is: w: (belongs to|is a FakeTensor)") as caught:
+        with pytest.raises(
+            TensorsUnusable,
+            match=r"^1 tensor cannot be used as is: w: (belongs to|is a FakeTensor)",
+        ) as caught:
             Destination({"w": tensor})
         refused.append(caught)
         return tensor.sum()
 
-    transform(work)(torch.ones(3, 2)[0] if transform is not TRANSFORMS["vmap of grad"] else torch.ones(3, 2))
+    transform(work)(
+        torch.ones(3, 2)[0] if transform is not TRANSFORMS["vmap of grad"] else torch.ones(3, 2)
+    )
     assert len(refused) == 1
 
 
@@ -175,7 +217,9 @@ def mesh() -> Iterator[DeviceMesh]:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch is about to rename the collective
 @pytest.mark.parametrize("in_dtensor", [False, True], ids=["alone", "in a DTensor"])
-def test_what_a_collective_still_fills_is_waited_for_and_used(mesh: DeviceMesh, in_dtensor: bool) -> None:
+def test_what_a_collective_still_fills_is_waited_for_and_used(
+    mesh: DeviceMesh, in_dtensor: bool
+) -> None:
     values = torch.arange(6.0).reshape(2, 3)
     result: Any = all_gather_tensor(values, 0, mesh)
     assert type(result).__name__ == "AsyncCollectiveTensor"

@@ -1,4 +1,6 @@
-"""Which memory is published, and which is being filled: what may be at the same time, and what is refused."""
+"""Which memory is published, and which is being filled: what may be at the same time, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ def uses() -> _Uses:
 
 def test_two_loads_do_not_fill_the_same_memory(uses: _Uses) -> None:
     with uses.fill("a load of a", HERE):
-        with pytest.raises(MemoryInUse, match="a load of b cannot fill memory that a load of a fills: wait for its end"):
+        with pytest.raises(
+            MemoryInUse,
+            match="a load of b cannot fill memory that a load of a fills: wait for its end",
+        ):
             uses.fill("a load of b", [(150, 151)]).__enter__()
         with uses.fill("a load of c", BESIDE):
             pass
@@ -31,9 +36,14 @@ def test_two_loads_do_not_fill_the_same_memory(uses: _Uses) -> None:
         pass
 
 
-def test_published_memory_is_filled_only_while_its_publication_says_that_it_changes(uses: _Uses) -> None:
+def test_published_memory_is_filled_only_while_its_publication_says_that_it_changes(
+    uses: _Uses,
+) -> None:
     published = uses.serve("a/0", HERE)
-    with pytest.raises(MemoryInUse, match="cannot fill memory that is published as a/0: load inside that publication's update"):
+    with pytest.raises(
+        MemoryInUse,
+        match="cannot fill memory that is published as a/0: load inside that publication's update",
+    ):
         uses.fill("a load", HERE).__enter__()
     uses.change(published)
     with uses.fill("a load", HERE):
@@ -73,12 +83,17 @@ def test_what_a_load_fills_is_published_by_that_load_alone(uses: _Uses) -> None:
 
 def test_memory_that_two_publish_is_not_updated_by_one_of_them(uses: _Uses) -> None:
     first, second = uses.serve("a/0", HERE), uses.serve("b/0", HERE)
-    with pytest.raises(MemoryInUse, match=r"a/0 cannot be updated: b/0 publishes the same memory.*close that publication first"):
+    with pytest.raises(
+        MemoryInUse,
+        match=r"a/0 cannot be updated: b/0 publishes the same memory.*close that publication first",
+    ):
         uses.change(first)
     assert not first.changing
     uses.end(second)
     uses.change(first)
-    with pytest.raises(MemoryInUse, match="c/0 cannot be published: a/0 is changing the same memory"):
+    with pytest.raises(
+        MemoryInUse, match="c/0 cannot be published: a/0 is changing the same memory"
+    ):
         uses.serve("c/0", HERE)
 
 
@@ -92,12 +107,16 @@ def test_a_use_that_is_forgotten_ends(uses: _Uses) -> None:
 
 
 RUNS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=12).map(
-    lambda pairs: runs_of(an_entry(f"t{at}", start, nbytes) for at, (start, nbytes) in enumerate(pairs))
+    lambda pairs: runs_of(
+        an_entry(f"t{at}", start, nbytes) for at, (start, nbytes) in enumerate(pairs)
+    )
 )
 
 
 @given(RUNS, RUNS)
-def test_two_uses_overlap_if_they_share_a_byte(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
+def test_two_uses_overlap_if_they_share_a_byte(
+    one: list[tuple[int, int]], other: list[tuple[int, int]]
+) -> None:
     def those(runs: list[tuple[int, int]]) -> set[int]:
         return {byte for start, end in runs for byte in range(start, end)}
 
@@ -111,7 +130,14 @@ def test_runs_neither_overlap_nor_touch_and_are_in_order(runs: list[tuple[int, i
     assert all(start < end for start, end in runs)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["fill", "serve", "change", "keep", "end"]), st.integers(0, 3), RUNS), max_size=20))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["fill", "serve", "change", "keep", "end"]), st.integers(0, 3), RUNS
+        ),
+        max_size=20,
+    )
+)
 def test_whatever_is_refused_no_byte_is_ever_filled_twice_or_while_somebody_vouches_for_it(
     steps: list[tuple[str, int, list[tuple[int, int]]]],
 ) -> None:

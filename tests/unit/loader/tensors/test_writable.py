@@ -19,7 +19,9 @@ from engine_loader.files.disk import read_into
 from engine_registry import Registry
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable", "ignore:The given NumPy array is not writable")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The given buffer is not writable", "ignore:The given NumPy array is not writable"
+)
 PAGE = mmap.PAGESIZE
 READ_ONLY = "w: its memory is read-only"
 BYTES = "w: its memory is that of a bytes object"
@@ -45,7 +47,10 @@ REFUSED: dict[str, tuple[Callable[[Path], torch.Tensor], str]] = {
     "its end": (lambda folder: mapped(folder, "r")[-1:], READ_ONLY),
     "bytes": (from_bytes, BYTES),
     "a part of bytes": (lambda folder: from_bytes(folder)[70:90], BYTES),
-    "bytes as an array": (lambda _: torch.from_numpy(np.frombuffer(bytes(bytearray(b"x" * 999)), np.uint8)), BYTES),
+    "bytes as an array": (
+        lambda _: torch.from_numpy(np.frombuffer(bytes(bytearray(b"x" * 999)), np.uint8)),
+        BYTES,
+    ),
 }
 GOOD: dict[str, Callable[[Path], torch.Tensor]] = {
     "allocated": lambda _: torch.zeros(100),
@@ -60,14 +65,20 @@ GOOD: dict[str, Callable[[Path], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize(("make", "said"), REFUSED.values(), ids=REFUSED)
-def test_read_only_memory_is_not_filled(tmp_path: Path, make: Callable[[Path], torch.Tensor], said: str) -> None:
+def test_read_only_memory_is_not_filled(
+    tmp_path: Path, make: Callable[[Path], torch.Tensor], said: str
+) -> None:
     tensors = {"good": torch.zeros(3), "w": make(tmp_path)}
-    with pytest.raises(TensorsUnusable, match=f"^1 tensor cannot be filled: {said}.*: load into a copy"):
+    with pytest.raises(
+        TensorsUnusable, match=f"^1 tensor cannot be filled: {said}.*: load into a copy"
+    ):
         Destination(tensors).check_writable()
 
 
 @pytest.mark.parametrize("make", GOOD.values(), ids=GOOD)
-def test_memory_that_can_be_written_to_is_filled(tmp_path: Path, make: Callable[[Path], torch.Tensor]) -> None:
+def test_memory_that_can_be_written_to_is_filled(
+    tmp_path: Path, make: Callable[[Path], torch.Tensor]
+) -> None:
     destination = Destination({"w": make(tmp_path)})
     destination.check_writable()
     assert list(destination) == ["w"]
@@ -104,7 +115,9 @@ def test_a_load_is_refused_before_it_looks_for_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("make", "said"), REFUSED.values(), ids=REFUSED)
-def test_a_read_of_files_is_refused(tmp_path: Path, make: Callable[[Path], torch.Tensor], said: str) -> None:
+def test_a_read_of_files_is_refused(
+    tmp_path: Path, make: Callable[[Path], torch.Tensor], said: str
+) -> None:
     tensor = make(tmp_path)
     before = tensor.clone()
     save_file({"w": torch.ones_like(tensor)}, tmp_path / "ones.safetensors")

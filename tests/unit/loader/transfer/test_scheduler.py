@@ -1,4 +1,6 @@
-"""What a transfer makes of sources that are slow, stop, change or go away: with engines of this process and short limits."""
+"""What a transfer makes of sources that are slow, stop, change or go away: with engines of this
+process and short limits.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_loader import InProcessEngine, Pace, Progress
-from engine_loader.errors import Cancelled, EngineFailed, LoaderError, ReadFailed, SourceEvicted, SourceLost, Stalled, TornRead
+from engine_loader.errors import (
+    Cancelled,
+    EngineFailed,
+    LoaderError,
+    ReadFailed,
+    SourceEvicted,
+    SourceLost,
+    Stalled,
+    TornRead,
+)
 from engine_loader.planning.boxes import Lines
 from engine_loader.planning.plan import ReadOp
 from engine_loader.planning.reads import Span
@@ -57,7 +68,9 @@ class Buffers:
 
 
 class Bench:
-    """A destination, and sources that hold what it wants; `check`s of sources succeed unless told otherwise."""
+    """A destination, and sources that hold what it wants; `check`s of sources succeed unless told
+    otherwise.
+    """
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
@@ -87,7 +100,9 @@ class Bench:
 
         self.blocks.append(block)
         self.engines.append(engine)
-        self.sources.append(Source(f"source {len(self.sources)}", engine.session_id, contact_and_check, lost))
+        self.sources.append(
+            Source(f"source {len(self.sources)}", engine.session_id, contact_and_check, lost)
+        )
         return engine
 
     def see(self, _: int, spans: Sequence[Span]) -> None:
@@ -108,7 +123,10 @@ class Bench:
             Span(
                 ctypes.addressof(self.dst) + at,
                 piece,
-                tuple((number, ctypes.addressof(block) + at) for number, block in enumerate(self.blocks)),
+                tuple(
+                    (number, ctypes.addressof(block) + at)
+                    for number, block in enumerate(self.blocks)
+                ),
             )
             for at in range(0, NBYTES, piece)
         ]
@@ -123,9 +141,15 @@ class Bench:
             clock=clock,
         )
 
-    def staging(self, buffers: Buffers, pace: Pace = PACE, holders: Callable[[int], Sequence[int]] | None = None) -> Transfer:
-        """In which every other piece is staged, and comes in another order of its runs. `holders` has who holds the piece that is
-        the `at`th, if not all do."""
+    def staging(
+        self,
+        buffers: Buffers,
+        pace: Pace = PACE,
+        holders: Callable[[int], Sequence[int]] | None = None,
+    ) -> Transfer:
+        """In which every other piece is staged, and comes in another order of its runs. `holders`
+        has who holds the piece that is the `at`th, if not all do.
+        """
         self.reader.lend(Region(ctypes.addressof(self.dst), NBYTES))
         self.reader.lend(buffers.region)
         spans = []
@@ -136,8 +160,21 @@ class Bench:
             addr = ctypes.addressof(self.dst) + ahead
             half = PIECE // 2
             even = Lines(0, addr, RUN, (half // RUN,), (2 * RUN,), (RUN,))
-            spans.append(Span(0, PIECE, srcs, (even, even.at(RUN, half))) if at % 2 else Span(addr, PIECE, srcs))
-        return Transfer(self.reader, spans, self.sources, pace, self.progress.append, self.cancel, buffers, self.see)
+            spans.append(
+                Span(0, PIECE, srcs, (even, even.at(RUN, half)))
+                if at % 2
+                else Span(addr, PIECE, srcs)
+            )
+        return Transfer(
+            self.reader,
+            spans,
+            self.sources,
+            pace,
+            self.progress.append,
+            self.cancel,
+            buffers,
+            self.see,
+        )
 
     def run_staging(self, transfer: Transfer, buffers: Buffers) -> None:
         """The sources hold `MIXED`."""
@@ -172,7 +209,9 @@ def _sorted(content: bytes) -> bytes:
     """As the lines of `Bench.staging` put it."""
     pieces = []
     for at in range(NBYTES // PIECE):
-        runs = [content[at * PIECE + ahead : at * PIECE + ahead + RUN] for ahead in range(0, PIECE, RUN)]
+        runs = [
+            content[at * PIECE + ahead : at * PIECE + ahead + RUN] for ahead in range(0, PIECE, RUN)
+        ]
         pieces += [*runs[::2], *runs[1::2]] if at % 2 else runs
     return b"".join(pieces)
 
@@ -194,7 +233,8 @@ def raiser(error: Exception) -> Callable[[], None]:
     return check
 
 
-# -- one source ------------------------------------------------------------------------------------------------------------------
+# -- one source
+# --------------------------------------------------------------------------------------------------
 
 
 def test_everything_comes_and_progress_goes_up_to_the_last_byte(bench: Bench) -> None:
@@ -210,7 +250,9 @@ def test_small_pieces_come_as_well_as_long_ones(bench: Bench) -> None:
 
 
 @given(st.integers(1, 200), st.integers(1, 64))
-def test_a_span_is_cut_into_as_few_pieces_as_possible_that_hold_it_in_order(nbytes: int, most: int) -> None:
+def test_a_span_is_cut_into_as_few_pieces_as_possible_that_hold_it_in_order(
+    nbytes: int, most: int
+) -> None:
     pieces = list(Span(1000, nbytes, ((0, 5000), (2, 9000))).cut(most))
     assert len(pieces) == -(-nbytes // most)
     at = 0
@@ -235,7 +277,9 @@ class Counting(InProcessEngine):
 
 
 @pytest.mark.parametrize(("piece", "most"), [(CHUNK * 2, 4), (512, 64)])
-def test_no_more_is_in_flight_than_the_pace_allows_and_small_reads_may_be_many(bench: Bench, piece: int, most: int) -> None:
+def test_no_more_is_in_flight_than_the_pace_allows_and_small_reads_may_be_many(
+    bench: Bench, piece: int, most: int
+) -> None:
     reader = Counting()
     bench.read_with(reader)
     bench.source(delay_s=0.001)
@@ -310,7 +354,8 @@ def test_a_bug_in_a_check_is_raised_as_it_is(bench: Bench) -> None:
         bench.transfer().run()
 
 
-# -- stalls ----------------------------------------------------------------------------------------------------------------------
+# -- stalls
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_last_source_is_given_time_to_go_on(bench: Bench) -> None:
@@ -325,7 +370,9 @@ def test_the_last_source_is_given_time_to_go_on(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 3])
-def test_a_source_that_stays_silent_is_given_up_and_nothing_of_it_is_written_later(bench: Bench, at: int) -> None:
+def test_a_source_that_stays_silent_is_given_up_and_nothing_of_it_is_written_later(
+    bench: Bench, at: int
+) -> None:
     engine = bench.source()
     if at:
         bench.read_with(Interrupted(engine.pause, at=at))
@@ -359,7 +406,8 @@ def test_a_slow_source_has_less_in_flight_but_is_not_given_up(bench: Bench) -> N
     assert reader.most == 2  # as at the beginning
 
 
-# -- several sources -------------------------------------------------------------------------------------------------------------
+# -- several sources
+# --------------------------------------------------------------------------------------------------
 
 
 def test_every_source_contributes_and_the_slow_one_less(bench: Bench) -> None:
@@ -381,7 +429,9 @@ def test_one_of_two_that_ends_is_made_up_for_by_the_other(bench: Bench) -> None:
     assert transfer.shares[1].error is None
 
 
-def test_one_of_two_that_stops_is_made_up_for_and_writes_nothing_when_it_goes_on(bench: Bench) -> None:
+def test_one_of_two_that_stops_is_made_up_for_and_writes_nothing_when_it_goes_on(
+    bench: Bench,
+) -> None:
     """Its weights have changed meanwhile: what it still sent would be wrong."""
     stopped = bench.source()
     bench.source()
@@ -396,7 +446,9 @@ def test_one_of_two_that_stops_is_made_up_for_and_writes_nothing_when_it_goes_on
     assert isinstance(transfer.shares[0].error, Stalled)
 
 
-def test_what_a_source_brought_before_it_was_found_to_have_changed_is_read_again_from_another(bench: Bench) -> None:
+def test_what_a_source_brought_before_it_was_found_to_have_changed_is_read_again_from_another(
+    bench: Bench,
+) -> None:
     answers = iter([None, TornRead("changed")])
 
     def check() -> None:
@@ -409,7 +461,10 @@ def test_what_a_source_brought_before_it_was_found_to_have_changed_is_read_again
     bench.run(transfer)
     assert transfer.shares[0].nbytes == 0
     assert isinstance(transfer.shares[0].error, TornRead)
-    assert any(later.nbytes < one.nbytes for one, later in zip(bench.progress, bench.progress[1:], strict=False))
+    assert any(
+        later.nbytes < one.nbytes
+        for one, later in zip(bench.progress, bench.progress[1:], strict=False)
+    )
 
 
 def test_a_source_that_never_answers_does_not_keep_the_others_from_finishing(bench: Bench) -> None:
@@ -428,16 +483,22 @@ def test_a_source_that_never_answers_does_not_keep_the_others_from_finishing(ben
         ([Stalled("silent"), TornRead("changed")], TornRead),
     ],
 )
-def test_when_none_is_left_the_error_tells_what_became_of_each(bench: Bench, errors: list[LoaderError], kind: type) -> None:
+def test_when_none_is_left_the_error_tells_what_became_of_each(
+    bench: Bench, errors: list[LoaderError], kind: type
+) -> None:
     for error in errors:
         bench.source(check=raiser(error))
     with pytest.raises(LoaderError) as caught:
         bench.transfer().run()
     assert type(caught.value) is kind
-    assert all(f"source {number}: {error}" in str(caught.value) for number, error in enumerate(errors))
+    assert all(
+        f"source {number}: {error}" in str(caught.value) for number, error in enumerate(errors)
+    )
 
 
-def test_nothing_that_an_evicted_source_brought_counts_even_where_another_is_left(bench: Bench) -> None:
+def test_nothing_that_an_evicted_source_brought_counts_even_where_another_is_left(
+    bench: Bench,
+) -> None:
     news: list[LoaderError] = []
     bench.source(os.urandom(NBYTES), lost=lambda: news[0] if news else None)
     bench.source(delay_s=0.01)
@@ -460,7 +521,9 @@ def test_an_evicted_source_that_has_brought_nothing_is_done_without(bench: Bench
 
 
 def in_contact(bench: Bench) -> tuple[InProcessEngine, InProcessEngine]:
-    """A reader that cannot end reads, as over RDMA, in contact with a source that stops then; and another source."""
+    """A reader that cannot end reads, as over RDMA, in contact with a source that stops then; and
+    another source.
+    """
     stopped = bench.source()
     bench.source()
     reader = InProcessEngine(can_end_reads=False)
@@ -470,7 +533,9 @@ def in_contact(bench: Bench) -> tuple[InProcessEngine, InProcessEngine]:
     return reader, stopped
 
 
-def test_reads_that_cannot_be_ended_do_not_keep_another_source_from_bringing_the_rest(bench: Bench) -> None:
+def test_reads_that_cannot_be_ended_do_not_keep_another_source_from_bringing_the_rest(
+    bench: Bench,
+) -> None:
     reader, stopped = in_contact(bench)
     going_on = threading.Timer(0.5, stopped.resume)
     going_on.start()
@@ -482,16 +547,22 @@ def test_reads_that_cannot_be_ended_do_not_keep_another_source_from_bringing_the
     assert before_the_end[-1] == 2 * CHUNK  # all but what the stopped one had been asked for
 
 
-def test_memory_that_a_read_may_still_write_to_is_not_handed_back_silently(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_a_read_may_still_write_to_is_not_handed_back_silently(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("engine_loader.transfer.scheduler._HAND_BACK_S", 0.1)
     reader, stopped = in_contact(bench)
     with pytest.raises(EngineFailed, match="must not be used again") as caught:
         bench.transfer(on_progress=lambda _: bench.cancel.set()).run()
     assert caught.value.details["unsettled"] == ["source 0"]
-    assert {read.peer for read in reader._reads.values()} == {stopped.session_id}  # the other source's have ended
+    assert {read.peer for read in reader._reads.values()} == {
+        stopped.session_id
+    }  # the other source's have ended
 
 
-def test_an_engine_that_fails_to_end_reads_of_one_source_ends_those_of_the_others(bench: Bench) -> None:
+def test_an_engine_that_fails_to_end_reads_of_one_source_ends_those_of_the_others(
+    bench: Bench,
+) -> None:
     bench.source(delay_s=0.01)
     bench.source(delay_s=0.01)
 
@@ -536,7 +607,9 @@ def test_a_second_interrupt_does_not_leave_reads_in_flight(bench: Bench) -> None
 
 
 def test_a_check_that_fails_while_reads_have_come_does_not_lose_them(bench: Bench) -> None:
-    """They are neither the lost source's any more nor forgotten: else the transfer would wait for them for ever."""
+    """They are neither the lost source's any more nor forgotten: else the transfer would wait for
+    them for ever.
+    """
     for _ in range(2):
         bench.source()
     answers = iter([None, ReadFailed("once"), ReadFailed("twice")])
@@ -555,7 +628,8 @@ def test_a_check_that_fails_while_reads_have_come_does_not_lose_them(bench: Benc
     bench.run(bench.transfer(replace(PACE, check_s=0.0)))
 
 
-# -- what only some of them hold -------------------------------------------------------------------------------------------------
+# -- what only some of them hold
+# -------------------------------------------------------------------------------------------------
 
 
 def halves(bench: Bench) -> list[Span]:
@@ -563,18 +637,30 @@ def halves(bench: Bench) -> list[Span]:
     bench.reader.lend(Region(ctypes.addressof(bench.dst), NBYTES))
     half = NBYTES // 2
     addrs = [ctypes.addressof(block) for block in bench.blocks]
-    return [Span(ctypes.addressof(bench.dst) + half * at, half, ((at, addrs[at] + half * at),)) for at in range(2)]
+    return [
+        Span(ctypes.addressof(bench.dst) + half * at, half, ((at, addrs[at] + half * at),))
+        for at in range(2)
+    ]
 
 
 def test_each_part_comes_from_who_holds_it(bench: Bench) -> None:
     bench.source(ALWAYS[: NBYTES // 2], delay_s=0.002)
     bench.source(bytes(NBYTES // 2) + ALWAYS[NBYTES // 2 :])
-    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append, on_checked=bench.see)
+    transfer = Transfer(
+        bench.reader,
+        halves(bench),
+        bench.sources,
+        PACE,
+        bench.progress.append,
+        on_checked=bench.see,
+    )
     bench.run(transfer)
     assert [share.nbytes for share in transfer.shares] == [NBYTES // 2] * 2
 
 
-def test_what_others_hold_too_is_left_to_them_as_long_as_there_is_something_that_they_do_not(bench: Bench) -> None:
+def test_what_others_hold_too_is_left_to_them_as_long_as_there_is_something_that_they_do_not(
+    bench: Bench,
+) -> None:
     """Else what only one holds would be read last, by that one alone."""
     reads: list[ReadOp] = []
 
@@ -589,23 +675,36 @@ def test_what_others_hold_too_is_left_to_them_as_long_as_there_is_something_that
         bench.source(MIXED, delay_s=0.001)
     buffers = Buffers(99)
     pieces = NBYTES // PIECE
-    bench.run_staging(bench.staging(buffers, holders=lambda at: [0] if at >= pieces // 2 else [0, 1]), buffers)
+    bench.run_staging(
+        bench.staging(buffers, holders=lambda at: [0] if at >= pieces // 2 else [0, 1]), buffers
+    )
     first = ctypes.addressof(bench.blocks[0]) + NBYTES // 2
     assert all(op.src_addr >= first for op in reads[: pieces // 2])
 
 
-def test_the_loss_of_the_only_holder_of_a_part_ends_the_transfer_although_others_are_left(bench: Bench) -> None:
+def test_the_loss_of_the_only_holder_of_a_part_ends_the_transfer_although_others_are_left(
+    bench: Bench,
+) -> None:
     bench.source(delay_s=0.001)
     bench.source(delay_s=0.001)
     bench.read_with(Interrupted(bench.engines[1].close, at=3))
-    transfer = Transfer(bench.reader, halves(bench), bench.sources, PACE, bench.progress.append, on_checked=bench.see)
+    transfer = Transfer(
+        bench.reader,
+        halves(bench),
+        bench.sources,
+        PACE,
+        bench.progress.append,
+        on_checked=bench.see,
+    )
     with pytest.raises(SourceLost, match="cannot read from"):
         transfer.run()
     assert transfer.shares[0].error is None
     bench.assert_nothing_is_in_flight()
 
 
-def test_the_loss_of_a_source_all_of_whose_part_has_come_and_been_checked_is_none(bench: Bench) -> None:
+def test_the_loss_of_a_source_all_of_whose_part_has_come_and_been_checked_is_none(
+    bench: Bench,
+) -> None:
     news: list[LoaderError] = []
     checks = 0
 
@@ -627,14 +726,21 @@ def test_the_loss_of_a_source_all_of_whose_part_has_come_and_been_checked_is_non
     transfer: Transfer | None = None
     bench.read_with(Evicting())
     transfer = Transfer(
-        bench.reader, halves(bench), bench.sources, replace(PACE, stall_s=5), bench.progress.append, on_checked=bench.see
+        bench.reader,
+        halves(bench),
+        bench.sources,
+        replace(PACE, stall_s=5),
+        bench.progress.append,
+        on_checked=bench.see,
     )
     bench.run(transfer)
     assert checks >= 2
     assert isinstance(transfer.shares[0].error, SourceLost)
 
 
-def test_the_only_holder_of_a_part_is_given_time_to_go_on_although_there_are_others(bench: Bench) -> None:
+def test_the_only_holder_of_a_part_is_given_time_to_go_on_although_there_are_others(
+    bench: Bench,
+) -> None:
     engine = bench.source()
     bench.source()
 
@@ -655,12 +761,15 @@ def test_the_only_holder_of_a_part_is_given_time_to_go_on_although_there_are_oth
     )
 
 
-# -- by way of buffers -----------------------------------------------------------------------------------------------------------
+# -- by way of buffers
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 99])
 @pytest.mark.parametrize("sources", [1, 3])
-def test_what_is_staged_comes_to_its_places_however_few_buffers_there_are(bench: Bench, count: int, sources: int) -> None:
+def test_what_is_staged_comes_to_its_places_however_few_buffers_there_are(
+    bench: Bench, count: int, sources: int
+) -> None:
     for _ in range(sources):
         bench.source(MIXED, delay_s=0.0005)
     buffers = Buffers(count)
@@ -683,10 +792,14 @@ def test_without_buffers_what_has_to_be_staged_is_refused(bench: Bench) -> None:
     bench.source()
     span = Span(0, 16, ((0, 0),), (Lines(0, 0, 16),))
     with pytest.raises(ValueError, match="no buffers"):
-        Transfer(bench.reader, [span], bench.sources, PACE, bench.progress.append, on_checked=bench.see)
+        Transfer(
+            bench.reader, [span], bench.sources, PACE, bench.progress.append, on_checked=bench.see
+        )
 
 
-def test_what_was_on_its_way_into_a_buffer_when_its_source_ended_comes_from_another(bench: Bench) -> None:
+def test_what_was_on_its_way_into_a_buffer_when_its_source_ended_comes_from_another(
+    bench: Bench,
+) -> None:
     for _ in range(2):
         bench.source(MIXED, delay_s=0.001)
     bench.read_with(Interrupted(bench.engines[0].close, at=5))
@@ -697,7 +810,9 @@ def test_what_was_on_its_way_into_a_buffer_when_its_source_ended_comes_from_anot
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_buffers_that_a_stopped_source_was_to_fill_are_free_for_another(bench: Bench, count: int) -> None:
+def test_buffers_that_a_stopped_source_was_to_fill_are_free_for_another(
+    bench: Bench, count: int
+) -> None:
     """It would still write to them when it goes on: so its reads are ended before."""
     stopped = bench.source(MIXED)
     bench.source(MIXED)
@@ -733,7 +848,10 @@ def test_a_staged_read_that_fails_once_is_made_again(bench: Bench) -> None:
         failed = False
 
         def done(self, number: int) -> bool:
-            staged = number in self._reads and buffers.region.addr <= self._reads[number].op.dst_addr < buffers.region.end
+            staged = (
+                number in self._reads
+                and buffers.region.addr <= self._reads[number].op.dst_addr < buffers.region.end
+            )
             done = super().done(number)
             if done and staged and not self.failed:
                 self.failed = True
@@ -780,7 +898,8 @@ def test_copying_that_fails_ends_the_transfer_with_nothing_in_flight(bench: Benc
     bench.assert_nothing_is_in_flight()
 
 
-# -- ending early ----------------------------------------------------------------------------------------------------------------
+# -- ending early
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_cancelled_transfer_ends_with_nothing_in_flight(bench: Bench) -> None:
@@ -810,7 +929,9 @@ def test_a_cancelled_transfer_does_not_wait_for_a_source_that_is_stopped(bench: 
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, ZeroDivisionError])
-def test_whatever_the_progress_callback_raises_leaves_nothing_in_flight(bench: Bench, interrupt: type[BaseException]) -> None:
+def test_whatever_the_progress_callback_raises_leaves_nothing_in_flight(
+    bench: Bench, interrupt: type[BaseException]
+) -> None:
     bench.source(delay_s=0.005)
 
     def on_progress(_: Progress) -> None:
@@ -836,7 +957,9 @@ def test_an_interrupt_just_when_a_read_is_over_leaves_nothing_in_flight(bench: B
     bench.assert_nothing_is_in_flight()
 
 
-def test_a_transfer_that_ends_in_order_leaves_the_reads_of_others_from_the_same_source_alone(bench: Bench) -> None:
+def test_a_transfer_that_ends_in_order_leaves_the_reads_of_others_from_the_same_source_alone(
+    bench: Bench,
+) -> None:
     class Sharing(InProcessEngine):
         def abandon(self, session_id: str) -> None:
             raise AssertionError("another load may be reading from it")
@@ -850,10 +973,14 @@ def test_a_transfer_that_ends_in_order_leaves_the_reads_of_others_from_the_same_
 
 
 def test_every_protocol_has_a_pace() -> None:
-    assert all(pace_for(protocol).depth > 1 for protocol in ("tcp", "rdma", "nvlink_intra", "in_process", "another"))
+    assert all(
+        pace_for(protocol).depth > 1
+        for protocol in ("tcp", "rdma", "nvlink_intra", "in_process", "another")
+    )
 
 
-# -- sources that are loading themselves -----------------------------------------------------------------------------------------
+# -- sources that are loading themselves
+# -----------------------------------------------------------------------------------------
 
 
 class Shelf:
@@ -886,8 +1013,12 @@ class Shelf:
 CHUNKS = NBYTES // CHUNK
 
 
-@pytest.mark.parametrize("order", [range(CHUNKS), range(CHUNKS - 1, -1, -1)], ids=["from the front", "from the end"])
-def test_what_a_source_gets_is_read_when_it_has_it_and_no_sooner(bench: Bench, order: Sequence[int]) -> None:
+@pytest.mark.parametrize(
+    "order", [range(CHUNKS), range(CHUNKS - 1, -1, -1)], ids=["from the front", "from the end"]
+)
+def test_what_a_source_gets_is_read_when_it_has_it_and_no_sooner(
+    bench: Bench, order: Sequence[int]
+) -> None:
     bench.source()
     shelf = Shelf(bench)
     left = list(order)
@@ -905,10 +1036,14 @@ def test_what_a_source_gets_is_read_when_it_has_it_and_no_sooner(bench: Bench, o
 
 
 @pytest.mark.parametrize("there", [[3, 5, 9], [0, 5, 9]])
-def test_a_source_that_gets_nothing_new_is_given_up_with_what_it_had(bench: Bench, there: list[int]) -> None:
+def test_a_source_that_gets_nothing_new_is_given_up_with_what_it_had(
+    bench: Bench, there: list[int]
+) -> None:
     bench.source()
     Shelf(bench).put(*there)
-    with pytest.raises(Stalled, match=r"source 0, which is loading itself, has got nothing new for 0\.\d s"):
+    with pytest.raises(
+        Stalled, match=r"source 0, which is loading itself, has got nothing new for 0\.\d s"
+    ):
         bench.transfer().run()
     base = ctypes.addressof(bench.dst)
     assert sorted((span.dst_addr - base) // CHUNK for span in bench.checked) == there
@@ -925,7 +1060,9 @@ def test_what_one_that_is_loading_lacks_a_complete_one_brings(bench: Bench) -> N
 
 
 def test_one_that_is_loading_is_not_waited_for_when_it_stops(bench: Bench) -> None:
-    """Others, that this transfer does not know, have what it has; so it is not given the time that the last one gets."""
+    """Others, that this transfer does not know, have what it has; so it is not given the time that
+    the last one gets.
+    """
     engine = bench.source(delay_s=0.01)
     Shelf(bench).put(*range(CHUNKS))
     bench.read_with(Interrupted(engine.pause, at=3))
@@ -934,7 +1071,9 @@ def test_one_that_is_loading_is_not_waited_for_when_it_stops(bench: Bench) -> No
     bench.assert_nothing_is_in_flight()
 
 
-def test_what_comes_back_from_a_source_that_is_lost_is_found_behind_what_is_not_there_yet(bench: Bench) -> None:
+def test_what_comes_back_from_a_source_that_is_lost_is_found_behind_what_is_not_there_yet(
+    bench: Bench,
+) -> None:
     """The one that is left has only what the other had begun to read."""
     first = bench.source(delay_s=0.05)
     bench.source()
@@ -952,30 +1091,40 @@ def test_what_comes_back_from_a_source_that_is_lost_is_found_behind_what_is_not_
     bench.run(bench.transfer(replace(PACE, starve_s=5), lose))
 
 
-def test_one_that_gets_much_more_than_it_brings_is_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_gets_much_more_than_it_brings_is_left(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("engine_loader.transfer.pipe._SLOW_AFTER_S", 0.1)
     bench.source(delay_s=0.05)
     shelf = Shelf(bench)
     shelf.put(0)
     filling = threading.Timer(0.05, lambda: shelf.put(*range(CHUNKS)))
     filling.start()
-    with pytest.raises(Stalled, match=r"has 100% by now and brought us \d+%: the way from there is slow"):
+    with pytest.raises(
+        Stalled, match=r"has 100% by now and brought us \d+%: the way from there is slow"
+    ):
         bench.transfer(replace(PACE, depth=1, check_s=0.01)).run()
     bench.assert_nothing_is_in_flight()
 
 
-def test_one_that_had_much_when_we_came_is_not_slow_for_that(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_had_much_when_we_came_is_not_slow_for_that(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("engine_loader.transfer.pipe._SLOW_AFTER_S", 0.1)
     bench.source(delay_s=0.02)
     Shelf(bench).put(*range(CHUNKS))
     bench.run(bench.transfer(replace(PACE, depth=1, check_s=0.01)))
 
 
-# -- what never happens ----------------------------------------------------------------------------------------------------------
+# -- what never happens
+# --------------------------------------------------------------------------------------------------
 
 
 class StandingClock(SystemClock):
-    """Its time stands still for as long as a transfer sleeps `stands_s`, so no source is late. Sleeping takes no time."""
+    """Its time stands still for as long as a transfer sleeps `stands_s`, so no source is late.
+
+    Sleeping takes no time.
+    """
 
     def __init__(self, stands_s: float) -> None:
         self._stands_s = stands_s
@@ -993,7 +1142,9 @@ def test_a_transfer_that_has_lost_a_chunk_raises_instead_of_waiting_for_it(bench
     transfer = bench.transfer()
     transfer.step()
     next(queue for queue in transfer._queues.values() if queue).pop()
-    with pytest.raises(LoaderError, match=r"expects 1[0-9] more chunks, and has a place for 1[0-9]"):
+    with pytest.raises(
+        LoaderError, match=r"expects 1[0-9] more chunks, and has a place for 1[0-9]"
+    ):
         transfer.run()
     bench.assert_nothing_is_in_flight()
 
@@ -1001,5 +1152,8 @@ def test_a_transfer_that_has_lost_a_chunk_raises_instead_of_waiting_for_it(bench
 def test_a_transfer_in_which_nothing_happens_ends_although_nobody_is_late(bench: Bench) -> None:
     bench.source(delay_s=1000.0)
     transfer = bench.transfer(clock=StandingClock(stands_s=200.0))
-    with pytest.raises(LoaderError, match="nothing happens in a transfer that lacks 16 chunks, of which 14 are queued"):
+    with pytest.raises(
+        LoaderError,
+        match="nothing happens in a transfer that lacks 16 chunks, of which 14 are queued",
+    ):
         transfer.run()

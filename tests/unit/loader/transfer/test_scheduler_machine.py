@@ -1,7 +1,9 @@
-"""Transfers whose sources answer, die, stop, change, are evicted and hang in any order: hypothesis steps through them.
+"""Transfers whose sources answer, die, stop, change, are evicted and hang in any order: hypothesis
+steps through them.
 
-The clock is the machine's own, and nothing happens beside it: reads come, checks run and time passes where a rule says so. Every
-8-byte word that a source serves names its launch and its place, so a mix of two contents cannot pass for one of them.
+The clock is the machine's own, and nothing happens beside it: reads come, checks run and time
+passes where a rule says so. Every 8-byte word that a source serves names its launch and its place,
+so a mix of two contents cannot pass for one of them.
 """
 
 from __future__ import annotations
@@ -16,10 +18,24 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from engine_loader import InProcessEngine, Pace
-from engine_loader.errors import EngineFailed, LoaderError, ReadFailed, SourceEvicted, SourceLost, TornRead
+from engine_loader.errors import (
+    EngineFailed,
+    LoaderError,
+    ReadFailed,
+    SourceEvicted,
+    SourceLost,
+    TornRead,
+)
 from engine_loader.planning.boxes import Lines
 from engine_loader.planning.plan import ReadOp
 from engine_loader.planning.reads import Span
@@ -113,7 +129,9 @@ class Served:
         self.news: LoaderError | None = None
         self.check_fails: list[LoaderError] = []
         stock = Stock(self._holds, lambda: len(self.seen) / CHUNKS) if loading else None
-        self.source = Source(f"s{number}", self.engine.session_id, self._check, lambda: self.news, stock)
+        self.source = Source(
+            f"s{number}", self.engine.session_id, self._check, lambda: self.news, stock
+        )
 
     def _check(self) -> None:
         self._machine.reader.connect(self.engine.session_id)
@@ -129,7 +147,11 @@ class Served:
 
     def put(self, chunk: int) -> None:
         self.has.add(chunk)
-        ctypes.memmove(ctypes.addressof(self.memory) + chunk * CHUNK, words(self.launch)[chunk * CHUNK :], CHUNK)
+        ctypes.memmove(
+            ctypes.addressof(self.memory) + chunk * CHUNK,
+            words(self.launch)[chunk * CHUNK :],
+            CHUNK,
+        )
 
     def change(self) -> None:
         self.launch += 1
@@ -199,12 +221,18 @@ class TransferMachine(RuleBasedStateMachine):
 
     @initialize(
         loading=st.lists(st.sampled_from([False, False, True]), min_size=1, max_size=3),
-        holders=st.one_of(st.just([7] * CHUNKS), st.lists(st.integers(1, 7), min_size=CHUNKS, max_size=CHUNKS)),
+        holders=st.one_of(
+            st.just([7] * CHUNKS), st.lists(st.integers(1, 7), min_size=CHUNKS, max_size=CHUNKS)
+        ),
         staged=st.sets(st.integers(0, CHUNKS - 1)),
         can_end_reads=st.booleans(),
     )
-    def begin(self, loading: list[bool], holders: list[int], staged: set[int], can_end_reads: bool) -> None:
-        """`holders` has for each chunk, bit by bit, which sources hold it; the first one holds what nobody would."""
+    def begin(
+        self, loading: list[bool], holders: list[int], staged: set[int], can_end_reads: bool
+    ) -> None:
+        """`holders` has for each chunk, bit by bit, which sources hold it; the first one holds what
+        nobody would.
+        """
         self.reader = ManualEngine(can_end_reads)
         self.stack.callback(self.reader.close)
         self.served = [Served(self, number, each) for number, each in enumerate(loading)]
@@ -216,10 +244,14 @@ class TransferMachine(RuleBasedStateMachine):
         for chunk, bits in enumerate(holders):
             ahead = chunk * CHUNK
             some = [number for number in range(len(loading)) if bits >> number & 1] or [0]
-            srcs = tuple((number, ctypes.addressof(self.served[number].memory) + ahead) for number in some)
+            srcs = tuple(
+                (number, ctypes.addressof(self.served[number].memory) + ahead) for number in some
+            )
             addr = ctypes.addressof(self.dst) + ahead
             half = CHUNK // 2
-            lines = (Lines(0, addr, half), Lines(half, addr + half, half)) if chunk in staged else ()
+            lines = (
+                (Lines(0, addr, half), Lines(half, addr + half, half)) if chunk in staged else ()
+            )
             spans.append(Span(0 if lines else addr, CHUNK, srcs, lines))
         self.transfer = Transfer(
             self.reader,
@@ -232,15 +264,22 @@ class TransferMachine(RuleBasedStateMachine):
             clock=self.clock,
         )
 
-    # -- what happens ------------------------------------------------------------------------------------------------------------
+    # -- what happens
+    # ----------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.ended is None)
     @rule(
-        work=st.lists(st.sampled_from(["step", "step", "read", "read", "check", "wait"]), min_size=4, max_size=24),
+        work=st.lists(
+            st.sampled_from(["step", "step", "read", "read", "check", "wait"]),
+            min_size=4,
+            max_size=24,
+        ),
         at=st.integers(0, 3),
     )
     def it_goes_on(self, work: list[str], at: int) -> None:
-        """In small steps, whose order is what matters: a read that comes between a check's end and the next look, for example."""
+        """In small steps, whose order is what matters: a read that comes between a check's end and
+        the next look, for example.
+        """
         for one in work:
             if one == "step":
                 self.step()
@@ -261,7 +300,9 @@ class TransferMachine(RuleBasedStateMachine):
                 self.transfer.nap()
         except LoaderError as exc:
             self.ended = exc
-        assert type(self.ended) is not LoaderError, self.ended  # the transfer has lost track of what it does
+        assert type(self.ended) is not LoaderError, (
+            self.ended
+        )  # the transfer has lost track of what it does
 
     @rule()
     def a_source_is_silent_for_long(self) -> None:
@@ -284,7 +325,8 @@ class TransferMachine(RuleBasedStateMachine):
             self.faults.append(fault)
             FAULTS[fault](self, self.served[at % len(self.served)], reads)
 
-    # -- what always holds ---------------------------------------------------------------------------------------------------------
+    # -- what always holds
+    # ----------------------------------------------------------------------------------------------
 
     @invariant()
     def no_buffer_is_lost(self) -> None:
@@ -312,7 +354,9 @@ class TransferMachine(RuleBasedStateMachine):
             self.step()
         assert self.ended is not None, "the transfer hangs"
         unsettled = self._settle()
-        evicted = {number for number, one in enumerate(self.served) if isinstance(one.news, SourceEvicted)}
+        evicted = {
+            number for number, one in enumerate(self.served) if isinstance(one.news, SourceEvicted)
+        }
         for number, span in self.checked:
             if number not in evicted:
                 self._assert_right(span)
@@ -336,11 +380,18 @@ class TransferMachine(RuleBasedStateMachine):
 
     def _assert_right(self, span: Span) -> None:
         right, base = words(WANTED), ctypes.addressof(self.dst)
-        for addr, nbytes in [(some.dst, some.nbytes) for some in span.lines] or [(span.dst_addr, span.nbytes)]:
-            assert self.dst.raw[addr - base : addr - base + nbytes] == right[addr - base : addr - base + nbytes]
+        for addr, nbytes in [(some.dst, some.nbytes) for some in span.lines] or [
+            (span.dst_addr, span.nbytes)
+        ]:
+            assert (
+                self.dst.raw[addr - base : addr - base + nbytes]
+                == right[addr - base : addr - base + nbytes]
+            )
 
     def _assert_nothing_comes_later(self) -> None:
-        """What was on its way when the transfer ended must not write to memory that its owner has back."""
+        """What was on its way when the transfer ended must not write to memory that its owner has
+        back.
+        """
         ctypes.memset(self.dst, 7, NBYTES)
         ctypes.memset(self.buffers.memory, 7, 2 * CHUNK)
         while self.reader.held:
@@ -351,11 +402,18 @@ class TransferMachine(RuleBasedStateMachine):
         assert len(self.buffers.free) == 2
 
 
-def test_no_order_of_events_makes_a_transfer_hang_or_bring_a_wrong_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_order_of_events_makes_a_transfer_hang_or_bring_a_wrong_byte(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(
         "engine_loader.transfer.scheduler._SMALL_NBYTES", 0
     )  # else the window of a source would not matter for such chunks
     run_state_machine_as_test(
         TransferMachine,
-        settings=settings(max_examples=300, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)),
+        settings=settings(
+            max_examples=300,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
     )

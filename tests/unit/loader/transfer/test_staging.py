@@ -23,7 +23,9 @@ def put(addr: int, tensor: torch.Tensor) -> None:
 def part_of(tensor: torch.Tensor, part: Box, whole: Box) -> torch.Tensor:
     """The part of a tensor that is the box `whole`."""
     starts = [start - base for start, base in zip(part.offsets, whole.offsets, strict=True)]
-    return tensor[tuple([slice(start, start + size) for start, size in zip(starts, part.shape, strict=True)])]
+    return tensor[
+        tuple([slice(start, start + size) for start, size in zip(starts, part.shape, strict=True)])
+    ]
 
 
 @st.composite
@@ -38,11 +40,19 @@ def parts(draw: st.DrawFn) -> tuple[Box, Box, Box]:
         for other in (src, dst):
             before = draw(st.integers(0, start))
             other.append((before, start + size - before + draw(st.integers(0, 2))))
-    some = [Box(tuple(start for start, _ in axes), tuple(size for _, size in axes)) for axes in (part, src, dst)]
+    some = [
+        Box(tuple(start for start, _ in axes), tuple(size for _, size in axes))
+        for axes in (part, src, dst)
+    ]
     return some[0], some[1], some[2]
 
 
-@given(parts(), st.sampled_from([torch.uint8, torch.bfloat16, torch.float64]), st.integers(0, 5), st.integers(0, 1))
+@given(
+    parts(),
+    st.sampled_from([torch.uint8, torch.bfloat16, torch.float64]),
+    st.integers(0, 5),
+    st.integers(0, 1),
+)
 def test_a_part_comes_to_its_place_and_nothing_else_is_touched(
     boxes: tuple[Box, Box, Box], dtype: torch.dtype, ahead: int, buffer: int
 ) -> None:
@@ -75,13 +85,20 @@ def test_several_lines_go_to_tensors_in_different_storages() -> None:
             Lines(5, tensors[1].data_ptr() + 1, 4),
         ],
     )
-    assert [tensor.tolist() for tensor in tensors] == [[2, 3, 6, 7, 10, 11], [0, 5, 6, 7, 8, 0], [0, 1, 4, 5, 8, 9]]
+    assert [tensor.tolist() for tensor in tensors] == [
+        [2, 3, 6, 7, 10, 11],
+        [0, 5, 6, 7, 8, 0],
+        [0, 1, 4, 5, 8, 9],
+    ]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_storages_of_one_foreign_buffer_may_lie_in_each_other(order: tuple[int, ...]) -> None:
     memory = bytearray(64)
-    some = [torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=offset) for offset, count in ((0, 64), (0, 8), (16, 8))]
+    some = [
+        torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=offset)
+        for offset, count in ((0, 64), (0, 8), (16, 8))
+    ]
     staging = Staging([some[place] for place in order], CPU, 1, 8)
     addr = staging.take()
     assert addr is not None

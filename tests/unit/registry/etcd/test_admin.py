@@ -1,4 +1,6 @@
-"""What etcd tells an operator: which keys permissions cover, and numbers in answers that the client's classes do not know."""
+"""What etcd tells an operator: which keys permissions cover, and numbers in answers that the
+client's classes do not know.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_registry.etcd.admin import MemberStatus, Permission, Reach, User, behind, numbers_in, version_of
+from engine_registry.etcd.admin import (
+    MemberStatus,
+    Permission,
+    Reach,
+    User,
+    behind,
+    numbers_in,
+    version_of,
+)
 from engine_registry.etcd.client import pb
 
 
@@ -39,7 +49,9 @@ PREFIX = (b"/engines/", b"/engines0")
         ([Permission(*PREFIX, read=False, write=True)], Reach.NONE),
     ],
 )
-def test_permissions_cover_a_range_wholly_partly_or_not(permissions: list[Permission], reach: Reach) -> None:
+def test_permissions_cover_a_range_wholly_partly_or_not(
+    permissions: list[Permission], reach: Reach
+) -> None:
     assert user(*permissions).reach(*PREFIX, write=False) is reach
 
 
@@ -52,10 +64,16 @@ def test_root_may_do_everything_whatever_its_roles_say() -> None:
 
 
 @given(st.integers(0, 2**63 - 1), st.text(max_size=300), st.integers(0, 2**64 - 1))
-def test_numbers_of_an_encoded_message_are_found_by_their_field(size: int, version: str, leader: int) -> None:
-    message = pb.StatusResponse(header=pb.ResponseHeader(revision=5), version=version, dbSize=size, leader=leader)
+def test_numbers_of_an_encoded_message_are_found_by_their_field(
+    size: int, version: str, leader: int
+) -> None:
+    message = pb.StatusResponse(
+        header=pb.ResponseHeader(revision=5), version=version, dbSize=size, leader=leader
+    )
     expected = {3: size, 4: leader}
-    assert numbers_in(message.SerializeToString()) == {field: number for field, number in expected.items() if number}
+    assert numbers_in(message.SerializeToString()) == {
+        field: number for field, number in expected.items() if number
+    }
 
 
 def test_fields_that_the_message_class_does_not_know_are_found() -> None:
@@ -71,7 +89,15 @@ def test_bytes_that_are_no_message_are_read_to_their_end(junk: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "numbers"), [("3.5.1", (3, 5, 1)), ("3.6.0-rc.2", (3, 6, 0)), ("3.4", (3, 4)), ("", ()), ("next", ()), ("3.x", (3,))]
+    ("text", "numbers"),
+    [
+        ("3.5.1", (3, 5, 1)),
+        ("3.6.0-rc.2", (3, 6, 0)),
+        ("3.4", (3, 4)),
+        ("", ()),
+        ("next", ()),
+        ("3.x", (3,)),
+    ],
 )
 def test_versions_are_compared_as_numbers(text: str, numbers: tuple[int, ...]) -> None:
     assert version_of(text) == numbers

@@ -1,4 +1,6 @@
-"""The adapter without a server: no foreign error gets out, a failed call goes to the next endpoint, prefixes are ranges."""
+"""The adapter without a server: no foreign error gets out, a failed call goes to the next endpoint,
+prefixes are ranges.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,23 @@ import tenacity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_registry.errors import AnswerTooLarge, EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable, HistoryLost, LeaseNotFound
+from engine_registry.errors import (
+    AnswerTooLarge,
+    EtcdError,
+    EtcdFull,
+    EtcdRefused,
+    EtcdUnavailable,
+    HistoryLost,
+    LeaseNotFound,
+)
 from engine_registry.etcd.client import Etcd, WatchStream, _prefix_end
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.errors import from_cancelled_watch
 
 Status = grpc.StatusCode
-client_errors = import_module("etcd3.exceptions")  # importable since registry.etcd has been imported
+client_errors = import_module(
+    "etcd3.exceptions"
+)  # importable since registry.etcd has been imported
 
 
 class Answer(grpc.RpcError):
@@ -84,7 +96,9 @@ def error_of(exc: Exception) -> EtcdError:
 
 
 @pytest.mark.parametrize("code", [code for code in Status if code is not Status.OK], ids=str)
-@pytest.mark.parametrize("details", [None, "", "etcdserver: something new", "lease", "http2 error", "auth token"])
+@pytest.mark.parametrize(
+    "details", [None, "", "etcdserver: something new", "lease", "http2 error", "auth token"]
+)
 def test_no_status_of_grpc_gets_out_as_it_is(code: grpc.StatusCode, details: str | None) -> None:
     assert "etcd at a:1,b:2,c:3" in str(error_of(Answer(code, details)))
 
@@ -92,33 +106,95 @@ def test_no_status_of_grpc_gets_out_as_it_is(code: grpc.StatusCode, details: str
 @pytest.mark.parametrize(
     ("code", "details", "kind", "said"),
     [
-        (Status.NOT_FOUND, "etcdserver: requested lease not found", LeaseNotFound, "requested lease not found"),
-        (Status.OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted", HistoryLost, "compacted"),
-        (Status.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded", EtcdFull, "out of space"),
+        (
+            Status.NOT_FOUND,
+            "etcdserver: requested lease not found",
+            LeaseNotFound,
+            "requested lease not found",
+        ),
+        (
+            Status.OUT_OF_RANGE,
+            "etcdserver: mvcc: required revision has been compacted",
+            HistoryLost,
+            "compacted",
+        ),
+        (
+            Status.RESOURCE_EXHAUSTED,
+            "etcdserver: mvcc: database space exceeded",
+            EtcdFull,
+            "out of space",
+        ),
         (Status.INVALID_ARGUMENT, "etcdserver: request is too large", EtcdRefused, "too large"),
-        (Status.RESOURCE_EXHAUSTED, "trying to send message larger than max", EtcdRefused, "too large"),
+        (
+            Status.RESOURCE_EXHAUSTED,
+            "trying to send message larger than max",
+            EtcdRefused,
+            "too large",
+        ),
         (
             Status.RESOURCE_EXHAUSTED,
             "CLIENT: Received message larger than max (70000000 vs. 67108864)",
             AnswerTooLarge,
             "may hold (70000000 vs",
         ),
-        (Status.PERMISSION_DENIED, "etcdserver: permission denied", EtcdRefused, "grant the user's role"),
-        (Status.INVALID_ARGUMENT, "etcdserver: authentication failed, invalid user ID or password", EtcdRefused, "credentials"),
+        (
+            Status.PERMISSION_DENIED,
+            "etcdserver: permission denied",
+            EtcdRefused,
+            "grant the user's role",
+        ),
+        (
+            Status.INVALID_ARGUMENT,
+            "etcdserver: authentication failed, invalid user ID or password",
+            EtcdRefused,
+            "credentials",
+        ),
         (Status.INVALID_ARGUMENT, "etcdserver: user name is empty", EtcdRefused, "credentials"),
-        (Status.FAILED_PRECONDITION, "etcdserver: authentication is not enabled", EtcdRefused, "leave out `user`"),
-        (Status.INVALID_ARGUMENT, "etcdserver: duplicate key given in txn request", EtcdRefused, "refuses the request: duplicate"),
+        (
+            Status.FAILED_PRECONDITION,
+            "etcdserver: authentication is not enabled",
+            EtcdRefused,
+            "leave out `user`",
+        ),
+        (
+            Status.INVALID_ARGUMENT,
+            "etcdserver: duplicate key given in txn request",
+            EtcdRefused,
+            "refuses the request: duplicate",
+        ),
         (Status.UNAUTHENTICATED, "etcdserver: invalid auth token", EtcdUnavailable, "token"),
-        (Status.INVALID_ARGUMENT, "etcdserver: revision of auth store is old", EtcdUnavailable, "token"),
-        (Status.UNAVAILABLE, "failed to connect to all addresses; last error: Connection refused", EtcdUnavailable, "refused"),
+        (
+            Status.INVALID_ARGUMENT,
+            "etcdserver: revision of auth store is old",
+            EtcdUnavailable,
+            "token",
+        ),
+        (
+            Status.UNAVAILABLE,
+            "failed to connect to all addresses; last error: Connection refused",
+            EtcdUnavailable,
+            "refused",
+        ),
         (Status.UNAVAILABLE, "etcdserver: no leader", EtcdUnavailable, "no leader"),
-        (Status.UNAVAILABLE, "etcdserver: rpc not supported for learner", EtcdUnavailable, "is a learner"),
+        (
+            Status.UNAVAILABLE,
+            "etcdserver: rpc not supported for learner",
+            EtcdUnavailable,
+            "is a learner",
+        ),
         (Status.DEADLINE_EXCEEDED, "Deadline Exceeded", EtcdUnavailable, "does not answer in time"),
         (Status.UNIMPLEMENTED, "unknown service etcdserverpb.KV", EtcdUnavailable, "is not etcd 3"),
-        (Status.UNKNOWN, "Received http2 header with status: 404", EtcdUnavailable, "is not etcd 3"),
+        (
+            Status.UNKNOWN,
+            "Received http2 header with status: 404",
+            EtcdUnavailable,
+            "is not etcd 3",
+        ),
     ],
 )
-def test_an_answer_of_etcd_is_told_as_what_it_means(code: grpc.StatusCode, details: str, kind: type[EtcdError], said: str) -> None:
+def test_an_answer_of_etcd_is_told_as_what_it_means(
+    code: grpc.StatusCode, details: str, kind: type[EtcdError], said: str
+) -> None:
     error = error_of(Answer(code, details))
     assert type(error) is kind
     assert said in str(error)
@@ -139,7 +215,9 @@ def test_an_answer_of_etcd_is_told_as_what_it_means(code: grpc.StatusCode, detai
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value.__name__,
 )
-def test_errors_of_the_client_library_and_the_system_become_ours(exc: Exception, kind: type[EtcdError]) -> None:
+def test_errors_of_the_client_library_and_the_system_become_ours(
+    exc: Exception, kind: type[EtcdError]
+) -> None:
     assert type(error_of(exc)) is kind
 
 
@@ -149,7 +227,13 @@ def test_a_mistake_in_our_own_code_is_not_taken_for_an_error_of_etcd() -> None:
 
 
 @pytest.mark.parametrize(
-    "reason", ["invalid auth token", "revision of auth store is old", "permission denied", "user name is empty"]
+    "reason",
+    [
+        "invalid auth token",
+        "revision of auth store is old",
+        "permission denied",
+        "user name is empty",
+    ],
 )
 def test_a_watch_that_is_denied_counts_as_one_with_an_old_token(reason: str) -> None:
     assert type(from_cancelled_watch(f"etcdserver: {reason}")) is EtcdUnavailable
@@ -159,7 +243,8 @@ def test_a_watch_that_is_cancelled_for_another_reason_is_refused() -> None:
     assert type(from_cancelled_watch("etcdserver: something new")) is EtcdRefused
 
 
-# -- which endpoint --------------------------------------------------------------------------------------------------------------
+# -- which endpoint
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_call_that_fails_in_transit_is_tried_at_the_next_endpoint_on_a_fresh_connection() -> None:
@@ -171,7 +256,11 @@ def test_a_call_that_fails_in_transit_is_tried_at_the_next_endpoint_on_a_fresh_c
         return client.endpoint
 
     assert etcd.call(only_c_answers) == "c:3"
-    assert [(client.endpoint, client.closed) for client in etcd.clients] == [("a:1", True), ("b:2", True), ("c:3", False)]
+    assert [(client.endpoint, client.closed) for client in etcd.clients] == [
+        ("a:1", True),
+        ("b:2", True),
+        ("c:3", False),
+    ]
     assert etcd.call(only_c_answers) == "c:3"
     assert len(etcd.clients) == 3
 
@@ -210,8 +299,12 @@ def test_a_call_that_is_refused_is_not_repeated_and_keeps_its_connection() -> No
         ("failed to connect to all addresses", "does not answer in time"),
     ],
 )
-def test_a_last_try_that_was_too_short_does_not_hide_what_etcd_said_before(first: str, told: str) -> None:
-    tries = iter([Answer(Status.UNAVAILABLE, first), Answer(Status.DEADLINE_EXCEEDED, "Deadline Exceeded")])
+def test_a_last_try_that_was_too_short_does_not_hide_what_etcd_said_before(
+    first: str, told: str
+) -> None:
+    tries = iter(
+        [Answer(Status.UNAVAILABLE, first), Answer(Status.DEADLINE_EXCEEDED, "Deadline Exceeded")]
+    )
 
     def fail(_: Client) -> NoReturn:
         raise next(tries)
@@ -230,11 +323,14 @@ def test_a_closed_connection_makes_no_call() -> None:
         etcd.call(lambda _: pytest.fail("called"))
 
 
-# -- prefixes --------------------------------------------------------------------------------------------------------------------
+# -- prefixes
+# --------------------------------------------------------------------------------------------------
 
 
 @given(st.binary(min_size=1, max_size=4), st.binary(max_size=6))
-def test_the_range_of_a_prefix_holds_the_keys_that_begin_with_it_and_no_other(prefix: bytes, key: bytes) -> None:
+def test_the_range_of_a_prefix_holds_the_keys_that_begin_with_it_and_no_other(
+    prefix: bytes, key: bytes
+) -> None:
     end = _prefix_end(prefix)
     neighbours = [prefix[:-1] + bytes([prefix[-1] + step & 255]) + key for step in (-1, 1)]
     for candidate in (key, prefix + key, *neighbours):
@@ -259,7 +355,11 @@ class Ending:
 
 
 @pytest.mark.parametrize(
-    "answer", [Answer(Status.DEADLINE_EXCEEDED, "Deadline Exceeded"), Answer(Status.UNKNOWN, "context deadline exceeded")]
+    "answer",
+    [
+        Answer(Status.DEADLINE_EXCEEDED, "Deadline Exceeded"),
+        Answer(Status.UNKNOWN, "context deadline exceeded"),
+    ],
 )
 def test_a_watch_whose_time_is_over_just_ends_whoever_noticed_first(answer: Answer) -> None:
     requests: queue.SimpleQueue[object] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""How to reach etcd: every form of address, every combination of credentials that makes no sense."""
+"""How to reach etcd: every form of address, every senseless mix of credentials."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ HERE = (Endpoint("127.0.0.1", 2379),)
         ("", []),
     ],
 )
-def test_endpoints_are_host_and_port_in_every_usual_form(text: str | list[str], endpoints: list[tuple[str, int]]) -> None:
+def test_endpoints_are_host_and_port_in_every_usual_form(
+    text: str | list[str], endpoints: list[tuple[str, int]]
+) -> None:
     assert [(endpoint.host, endpoint.port) for endpoint in parse_endpoints(text)] == endpoints
 
 
@@ -69,23 +71,41 @@ def test_an_address_that_is_none_is_refused_with_an_example(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["root:hunter2@h:1", "https://root:hunter2@h:1", "https://root:hunter2,hunter2@h:1,g:2", ["root:hunter2", "@h:1"]]
+    "text",
+    [
+        "root:hunter2@h:1",
+        "https://root:hunter2@h:1",
+        "https://root:hunter2,hunter2@h:1,g:2",
+        ["root:hunter2", "@h:1"],
+    ],
 )
 def test_a_password_in_an_address_is_refused_and_not_shown(text: str | list[str]) -> None:
-    with pytest.raises(InvalidField, match=r"etcd endpoint '…@h:1.*' is not valid: the user goes into `user`") as caught:
+    with pytest.raises(
+        InvalidField, match=r"etcd endpoint '…@h:1.*' is not valid: the user goes into `user`"
+    ) as caught:
         parse_endpoints(text)
     assert "hunter2" not in str(caught.value)
 
 
 def test_the_scheme_says_whether_tls_is_on_and_without_one_the_ca_does() -> None:
-    assert parse_endpoints("https://h:2379,https://[::1]:1") == (Endpoint("h", 2379, tls=True), Endpoint("::1", 1, tls=True))
-    assert parse_endpoints("http://h:2379,g:1") == (Endpoint("h", 2379, tls=False), Endpoint("g", 1))
-    assert [EtcdConfig(parse_endpoints(text)).tls for text in ("https://h:1", "http://h:1", "h:1")] == [True, False, False]
+    assert parse_endpoints("https://h:2379,https://[::1]:1") == (
+        Endpoint("h", 2379, tls=True),
+        Endpoint("::1", 1, tls=True),
+    )
+    assert parse_endpoints("http://h:2379,g:1") == (
+        Endpoint("h", 2379, tls=False),
+        Endpoint("g", 1),
+    )
+    assert [
+        EtcdConfig(parse_endpoints(text)).tls for text in ("https://h:1", "http://h:1", "h:1")
+    ] == [True, False, False]
     assert EtcdConfig(HERE, cacert="ca").tls
     assert EtcdConfig(parse_endpoints("https://h:1"), cert="c", key="k").tls
 
 
-@pytest.mark.parametrize("text", ["https://h:2379,g:2379", "https://h:2379,http://g:2379", "h:1,https://g:1"])
+@pytest.mark.parametrize(
+    "text", ["https://h:2379,g:2379", "https://h:2379,http://g:2379", "h:1,https://g:1"]
+)
 def test_endpoints_with_and_without_tls_do_not_mix(text: str) -> None:
     with pytest.raises(InvalidField, match="some etcd endpoints are https:// and some are not"):
         EtcdConfig(parse_endpoints(text))
@@ -118,14 +138,22 @@ def test_an_endpoint_prints_as_what_is_parsed_into_it(endpoint: Endpoint) -> Non
         ({"password": "p"}, "user"),
     ],
 )
-def test_a_combination_that_cannot_work_is_refused_by_its_field(fields: dict[str, Any], field: str) -> None:
+def test_a_combination_that_cannot_work_is_refused_by_its_field(
+    fields: dict[str, Any], field: str
+) -> None:
     with pytest.raises(InvalidField) as caught:
         EtcdConfig(**{"endpoints": HERE, **fields})
     assert caught.value.details == {"field": field}
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"cacert": "ca"}, {"cacert": "ca", "cert": "c", "key": "k"}, {"user": "root", "password": "hunter2"}]
+    "fields",
+    [
+        {},
+        {"cacert": "ca"},
+        {"cacert": "ca", "cert": "c", "key": "k"},
+        {"user": "root", "password": "hunter2"},
+    ],
 )
 def test_a_config_goes_through_a_pipe_and_comes_out_equal(fields: dict[str, Any]) -> None:
     config = EtcdConfig(HERE, namespace="/ns", timeout_s=1.5, **fields)

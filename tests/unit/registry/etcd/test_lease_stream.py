@@ -1,4 +1,6 @@
-"""Renewals over one stream: each answer is for who asked, in the order of asking, and a stream that ends tells everybody."""
+"""Renewals over one stream: each answer is for who asked, in the order of asking, and a stream that
+ends tells everybody.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ Status = grpc.StatusCode
 
 
 class Call(grpc.RpcError):
-    """The stream's call, as gRPC gives it: it iterates over answers, and is raised itself when it has ended."""
+    """The stream's call, as gRPC gives it: it iterates over answers, and is raised itself when it
+    has ended.
+    """
 
     def __init__(self, requests: Iterator[Any]) -> None:
         super().__init__()
@@ -56,7 +60,10 @@ class Call(grpc.RpcError):
 
 
 class Etcd:
-    """A stub for leases. `left` is what a look at a lease says: its time to live of 10 s, or the status that refuses."""
+    """A stub for leases.
+
+    `left` is what a look at a lease says: its time to live of 10 s, or the status that refuses.
+    """
 
     def __init__(self) -> None:
         self.left: int | grpc.StatusCode = Status.PERMISSION_DENIED
@@ -110,12 +117,18 @@ def test_each_lease_gets_its_own_answer_whatever_the_order(etcd: Etcd, stream: L
         assert {etcd.asked(), etcd.asked(), etcd.asked()} == {1, 2, 3}
         for lease_id in (3, 1, 2):
             etcd.answers(lease_id, 10 * lease_id)
-        assert {lease_id: each.result(HANG_S) for lease_id, each in waiting.items()} == {1: 10, 2: 20, 3: 30}
+        assert {lease_id: each.result(HANG_S) for lease_id, each in waiting.items()} == {
+            1: 10,
+            2: 20,
+            3: 30,
+        }
     assert etcd.metadata == (("token", "secret"), ("hasleader", "true"))
 
 
 @pytest.mark.usefixtures("_no_patience")
-def test_an_answer_that_comes_too_late_is_not_taken_for_that_of_the_next_renewal(etcd: Etcd, stream: LeaseStream) -> None:
+def test_an_answer_that_comes_too_late_is_not_taken_for_that_of_the_next_renewal(
+    etcd: Etcd, stream: LeaseStream
+) -> None:
     with pytest.raises(StreamEnded, match="no renewal in time"):
         stream.renew(1, 0.0)
     etcd.answers(1, 10)  # the lease has lived then
@@ -137,7 +150,9 @@ def test_an_answer_that_nobody_waits_for_is_passed_over(etcd: Etcd, stream: Leas
 
 @pytest.mark.usefixtures("_no_patience")
 @pytest.mark.parametrize("left", [9, 5, -1])
-def test_a_lease_whose_answer_is_late_is_looked_at(etcd: Etcd, stream: LeaseStream, left: int) -> None:
+def test_a_lease_whose_answer_is_late_is_looked_at(
+    etcd: Etcd, stream: LeaseStream, left: int
+) -> None:
     etcd.left = left
     assert stream.renew(1, HANG_S) == left
     assert etcd.looked_at == [1]
@@ -208,7 +223,9 @@ def test_a_stream_that_is_over_leaves_neither_a_thread_nor_its_call(etcd: Etcd, 
     wait_until(lambda: call() is None)
 
 
-def test_no_call_is_left_where_there_is_no_thread_for_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_call_is_left_where_there_is_no_thread_for_the_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: list[Call] = []
 
     def refuse(_: threading.Thread) -> None:

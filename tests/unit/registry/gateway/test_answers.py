@@ -1,4 +1,6 @@
-"""What a gateway answers: never older than the question, looked up once for all who ask at the same time."""
+"""What a gateway answers: never older than the question, looked up once for all who ask at the same
+time.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ T = TypeVar("T")
 
 
 class SlowEtcd(FakeEtcd):
-    """One that counts the records and manifests that are read, each of one part, and whose gets wait while `open` is cleared."""
+    """One that counts the records and manifests that are read, each of one part, and whose gets
+    wait while `open` is cleared.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +67,9 @@ def answers(etcd: FakeEtcd, timeout_s: float = 10.0, **fields: Any) -> Answers:
     return Answers(etcd, Calls(2, "test"), timeout_s, **fields)
 
 
-def test_a_rank_that_has_not_changed_is_rendered_once_but_looked_up_every_time(etcd: SlowEtcd) -> None:
+def test_a_rank_that_has_not_changed_is_rendered_once_but_looked_up_every_time(
+    etcd: SlowEtcd,
+) -> None:
     publish(etcd)
     etcd.gets = 0
 
@@ -75,7 +81,9 @@ def test_a_rank_that_has_not_changed_is_rendered_once_but_looked_up_every_time(e
     assert (etcd.gets, etcd.manifests) == (2, 1)
 
 
-def test_who_asks_while_a_look_is_under_way_gets_the_answer_of_one_that_began_later(etcd: SlowEtcd) -> None:
+def test_who_asks_while_a_look_is_under_way_gets_the_answer_of_one_that_began_later(
+    etcd: SlowEtcd,
+) -> None:
     publish(etcd, session_id="old:1")
     etcd.gets = 0
 
@@ -86,7 +94,9 @@ def test_who_asks_while_a_look_is_under_way_gets_the_answer_of_one_that_began_la
         first = asyncio.create_task(some.of("qwen", 0))
         await asyncio.to_thread(etcd.began.wait, 10)
         etcd.open.set()
-        publish(etcd, replaces=a_record().incarnation, incarnation=OTHER_INCARNATION, session_id="new:1")
+        publish(
+            etcd, replaces=a_record().incarnation, incarnation=OTHER_INCARNATION, session_id="new:1"
+        )
         etcd.gets = 0
         rest = await asyncio.gather(*(some.of("qwen", 0) for _ in range(50)))
         return await first, list(rest)

@@ -1,4 +1,6 @@
-"""The vigil over seeds: leases are renewed while seeds listen, ranks end when their seeds refuse, and silence is left to others."""
+"""The vigil over seeds: leases are renewed while seeds listen, ranks end when their seeds refuse,
+and silence is left to others.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Feed(Follower):
 
 
 class World:
-    """An etcd, seeds that answer as they are told, and a vigil over them that looks without a pause."""
+    """An etcd, seeds that answer as they are told, and a vigil over them that looks without a
+    pause.
+    """
 
     def __init__(self, tolerance: int = 2) -> None:
         self.etcd = FakeEtcd()
@@ -129,7 +133,11 @@ def test_a_seed_that_refuses_twice_ends_with_the_reason_and_leaves_nothing() -> 
         world.show()
         await world.until(lambda: not world.etcd.leases)
         assert world.etcd.keys == []
-        ended = [decode(change.key, change.value) for change in world.etcd.history if hasattr(change, "value")]
+        ended = [
+            decode(change.key, change.value)
+            for change in world.etcd.history
+            if hasattr(change, "value")
+        ]
         assert [record.ended for record in ended] == ["", "process ended"]
 
     watched(story)

@@ -1,4 +1,6 @@
-"""SGLang's words: what its seeds send becomes a manifest, what else is sent is refused with a reason, and clients get it back."""
+"""SGLang's words: what its seeds send becomes a manifest, what else is sent is refused with a
+reason, and clients get it back.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_registry.errors import InvalidField
-from engine_registry.gateway.sglang import MAX_TENSORS, instance_of_role, parse_rank, parse_registration, parse_world_size, render
+from engine_registry.gateway.sglang import (
+    MAX_TENSORS,
+    instance_of_role,
+    parse_rank,
+    parse_registration,
+    parse_world_size,
+    render,
+)
 from engine_registry.schema.manifest import MAX_PARTS, Region, decode, encode
 from tests.support.builders import a_manifest, a_record, an_entry
 
 SESSION = "10.0.0.7:15001"
-WEIGHTS: dict[str, Any] = {"embed": [4096, 1000, 2], "head": [4096, 1000, 2], "empty": [0, 0, 4]}  # embed and head are tied
+WEIGHTS: dict[str, Any] = {
+    "embed": [4096, 1000, 2],
+    "head": [4096, 1000, 2],
+    "empty": [0, 0, 4],
+}  # embed and head are tied
 
 
 def body(**fields: Any) -> dict[str, Any]:
-    return {"rank": 3, "transfer_engine_info": {"session_id": SESSION, "weights_info_dict": WEIGHTS}, **fields}
+    return {
+        "rank": 3,
+        "transfer_engine_info": {"session_id": SESSION, "weights_info_dict": WEIGHTS},
+        **fields,
+    }
 
 
 def with_info(**fields: Any) -> dict[str, Any]:
-    return body(transfer_engine_info={"session_id": SESSION, "weights_info_dict": WEIGHTS, **fields})
+    return body(
+        transfer_engine_info={"session_id": SESSION, "weights_info_dict": WEIGHTS, **fields}
+    )
 
 
 def sent(data: Any) -> bytes:
@@ -35,7 +54,13 @@ def test_what_a_seed_sends_becomes_a_manifest_that_claims_no_more_than_was_said(
     info = parse_registration(sent(body()))
     assert (info.rank, info.session_id, info.world_size, info.role) == (3, SESSION, None, "")
     embed, head, empty = info.manifest.tensors
-    assert (embed.name, embed.dtype, embed.shape, embed.addr, embed.nbytes) == ("embed", "2-byte", (1000,), 4096, 2000)
+    assert (embed.name, embed.dtype, embed.shape, embed.addr, embed.nbytes) == (
+        "embed",
+        "2-byte",
+        (1000,),
+        4096,
+        2000,
+    )
     assert (head.addr, head.nbytes, empty.shape, empty.nbytes) == (4096, 2000, (0,), 0)
     assert embed.opaque
     assert info.manifest.regions == (Region(4096, 2000),)
@@ -48,7 +73,9 @@ def test_tensors_that_share_memory_in_part_lie_in_one_region() -> None:
     encode(info.manifest)
 
 
-@pytest.mark.parametrize(("ranks", "wanted"), [({"rank": 0, "tp_rank": 5}, 0), ({"tp_rank": 5}, 5), ({"tp_rank": 0}, 0)])
+@pytest.mark.parametrize(
+    ("ranks", "wanted"), [({"rank": 0, "tp_rank": 5}, 0), ({"tp_rank": 5}, 5), ({"tp_rank": 0}, 0)]
+)
 def test_rank_wins_over_tp_rank_and_both_may_be_zero(ranks: dict[str, int], wanted: int) -> None:
     data = body(**ranks)
     if "rank" not in ranks:
@@ -59,7 +86,10 @@ def test_rank_wins_over_tp_rank_and_both_may_be_zero(ranks: dict[str, int], want
 def test_what_a_client_is_answered_can_be_sent_as_a_registration() -> None:
     info = parse_registration(sent(body()))
     answer = render(a_record(rank=1, session_id=SESSION), info.manifest)
-    assert json.loads(answer) == {"rank": 1, "remote_instance_transfer_engine_info": [SESSION, WEIGHTS]}
+    assert json.loads(answer) == {
+        "rank": 1,
+        "remote_instance_transfer_engine_info": [SESSION, WEIGHTS],
+    }
     again = parse_registration(answer)
     assert (again.rank, again.session_id, again.manifest) == (1, SESSION, info.manifest)
 
@@ -80,13 +110,19 @@ def test_what_a_client_is_answered_can_be_sent_as_a_registration() -> None:
         (body(world_size="2"), "world_size '2' is not valid"),
         (body(role=["draft"]), "role 'list' is not valid"),
         ({"rank": 0}, "transfer_engine_info is not valid: it is a JSON object"),
-        ({"rank": 0, "remote_instance_transfer_engine_info": [SESSION]}, "it is .session_id, weights_info_dict."),
+        (
+            {"rank": 0, "remote_instance_transfer_engine_info": [SESSION]},
+            "it is .session_id, weights_info_dict.",
+        ),
         (with_info(session_id=None), "session_id None is not valid"),
         (with_info(session_id=""), "session_id '' is not valid"),
         (with_info(session_id="host"), "session_id 'host' is not valid"),
         (with_info(session_id="host:0"), "session_id 'host:0' is not valid"),
         (with_info(session_id="host:65536"), "session_id 'host:65536' is not valid"),
-        (with_info(session_id="0.0.0.0:1"), "session_id '0.0.0.0:1' is not valid: 0.0.0.0 stands for all addresses of a machine"),
+        (
+            with_info(session_id="0.0.0.0:1"),
+            "session_id '0.0.0.0:1' is not valid: 0.0.0.0 stands for all addresses of a machine",
+        ),
         (with_info(session_id="[ff02::1]:1"), "is not valid: ff02::1 is a multicast address"),
         (with_info(session_id="http://host:1"), "is not valid: it is host:port"),
         (with_info(session_id="host\n:1"), "is not valid: it is host:port"),
@@ -94,10 +130,22 @@ def test_what_a_client_is_answered_can_be_sent_as_a_registration() -> None:
         (with_info(weights_info_dict={"": [1, 1, 1]}), "tensor name '' is not valid"),
         (with_info(weights_info_dict={"\ud800": [1, 1, 1]}), "tensor name .* is not valid"),
         (with_info(weights_info_dict={"w": [1, 1]}), "tensor 'w' is not valid: it is .address"),
-        (with_info(weights_info_dict={"w": [1, 1, 1, 1]}), "tensor 'w' is not valid: it is .address"),
-        (with_info(weights_info_dict={"w": [1, 1, True]}), "tensor 'w' is not valid: it is .address"),
-        (with_info(weights_info_dict={"w": [1.0, 1, 1]}), "tensor 'w' is not valid: it is .address"),
-        (with_info(weights_info_dict={"w": {"addr": 1}}), "tensor 'w' is not valid: it is .address"),
+        (
+            with_info(weights_info_dict={"w": [1, 1, 1, 1]}),
+            "tensor 'w' is not valid: it is .address",
+        ),
+        (
+            with_info(weights_info_dict={"w": [1, 1, True]}),
+            "tensor 'w' is not valid: it is .address",
+        ),
+        (
+            with_info(weights_info_dict={"w": [1.0, 1, 1]}),
+            "tensor 'w' is not valid: it is .address",
+        ),
+        (
+            with_info(weights_info_dict={"w": {"addr": 1}}),
+            "tensor 'w' is not valid: it is .address",
+        ),
         (with_info(weights_info_dict={"w": [-1, 1, 1]}), "are in no memory"),
         (with_info(weights_info_dict={"w": [0, 1, 1]}), "are in no memory"),
         (with_info(weights_info_dict={"w": [1, -1, 1]}), "are in no memory"),
@@ -105,7 +153,10 @@ def test_what_a_client_is_answered_can_be_sent_as_a_registration() -> None:
         (with_info(weights_info_dict={"w": [1, 1, 257]}), "are in no memory"),
         (with_info(weights_info_dict={"w": [2**64 - 1, 1, 2]}), "are in no memory"),
         (with_info(weights_info_dict={"w": [2**65, 0, 2]}), "are in no memory"),
-        (with_info(weights_info_dict={str(n): [1, 2**62, 1] for n in range(4)}), "which no memory has"),
+        (
+            with_info(weights_info_dict={str(n): [1, 2**62, 1] for n in range(4)}),
+            "which no memory has",
+        ),
     ],
 )
 def test_what_is_malformed_is_refused_with_the_reason(data: Any, reason: str) -> None:
@@ -114,7 +165,17 @@ def test_what_is_malformed_is_refused_with_the_reason(data: Any, reason: str) ->
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"{", b"\xff\xfe", b"[" * 900, b"[" * 100_000, b'{"rank":' + b"9" * 5000 + b"}", b"NaN", b'"\\ud800"']
+    "raw",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 900,
+        b"[" * 100_000,
+        b'{"rank":' + b"9" * 5000 + b"}",
+        b"NaN",
+        b'"\\ud800"',
+    ],
 )
 def test_what_is_no_json_object_or_too_deep_is_refused(raw: bytes) -> None:
     with pytest.raises(InvalidField, match="body"):
@@ -122,14 +183,19 @@ def test_what_is_no_json_object_or_too_deep_is_refused(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize("filler", ["[],", "{},", "0,", '"",'])
-def test_a_body_of_more_parts_than_tensors_could_have_is_refused_before_it_is_parsed(filler: str) -> None:
+def test_a_body_of_more_parts_than_tensors_could_have_is_refused_before_it_is_parsed(
+    filler: str,
+) -> None:
     raw = f'{{"x": [{filler * 10_000}0]}}'.encode()
     with pytest.raises(InvalidField, match="the body holds more than 1000 tensors"):
         parse_registration(raw, max_tensors=1000)
 
 
 def test_as_many_tensors_as_are_allowed_fit_into_a_manifest_and_one_more_is_refused() -> None:
-    names = [f"model.layers.{n}.mlp.experts.{n}.gate_up_proj.weight_scale_inv" for n in range(MAX_TENSORS + 1)]
+    names = [
+        f"model.layers.{n}.mlp.experts.{n}.gate_up_proj.weight_scale_inv"
+        for n in range(MAX_TENSORS + 1)
+    ]
     weights = {name: [4096 + 128 * n, 64, 2] for n, name in enumerate(names)}
     with pytest.raises(InvalidField, match="200001 tensors are more than 200000"):
         parse_registration(sent(with_info(weights_info_dict=weights)))
@@ -141,17 +207,29 @@ def test_as_many_tensors_as_are_allowed_fit_into_a_manifest_and_one_more_is_refu
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
 )
 
 
-@given(st.one_of(JSON.map(sent), st.binary(), st.builds(lambda rank, world: sent(body(rank=rank, world_size=world)), JSON, JSON)))
+@given(
+    st.one_of(
+        JSON.map(sent),
+        st.binary(),
+        st.builds(lambda rank, world: sent(body(rank=rank, world_size=world)), JSON, JSON),
+    )
+)
 def test_whatever_is_sent_is_a_registration_or_an_invalid_field(raw: bytes) -> None:
     with contextlib.suppress(InvalidField):
         parse_registration(raw)
 
 
-@given(st.dictionaries(st.text(max_size=6), st.lists(st.integers(-2, 2**66), min_size=2, max_size=4), max_size=5))
+@given(
+    st.dictionaries(
+        st.text(max_size=6), st.lists(st.integers(-2, 2**66), min_size=2, max_size=4), max_size=5
+    )
+)
 def test_whatever_tensors_are_taken_can_be_stored_and_read_again(weights: dict[str, Any]) -> None:
     try:
         manifest = parse_registration(sent(with_info(weights_info_dict=weights))).manifest
@@ -186,7 +264,9 @@ def test_a_tensor_of_a_library_rank_is_told_by_its_elements_and_their_size(
     assert told == ["10.0.0.1:15000", {"w": [4096, *wanted]}]
 
 
-@pytest.mark.parametrize("text", [None, "", "-1", "x", "1.0", "+1", " 1", "1e3", "٣", "9" * 10, "0x1"])
+@pytest.mark.parametrize(
+    "text", [None, "", "-1", "x", "1.0", "+1", " 1", "1e3", "٣", "9" * 10, "0x1"]
+)
 def test_a_rank_of_a_query_is_a_whole_number_from_zero(text: str | None) -> None:
     assert parse_rank("0") == 0
     with pytest.raises(InvalidField, match=r"rank .*: give \?rank=N"):
@@ -201,4 +281,8 @@ def test_a_world_size_of_a_query_may_be_left_out_but_not_be_wrong() -> None:
 
 
 def test_a_draft_model_is_an_instance_of_its_own() -> None:
-    assert [instance_of_role("q", role) for role in ("", "target", "draft")] == ["q", "q", "q.draft"]
+    assert [instance_of_role("q", role) for role in ("", "target", "draft")] == [
+        "q",
+        "q",
+        "q.draft",
+    ]

@@ -31,7 +31,9 @@ def test_what_is_put_is_told_in_order_and_nobody_waits_for_a_function_that_takes
 
 
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit, KeyboardInterrupt])
-def test_a_function_that_raises_is_logged_and_told_the_rest(error: type[BaseException], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_function_that_raises_is_logged_and_told_the_rest(
+    error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
     told: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def function(number: int) -> None:

@@ -1,4 +1,6 @@
-"""Work in a thread of its own: what it returns or raises comes back, and an interrupted wait does not end it."""
+"""Work in a thread of its own: what it returns or raises comes back, and an interrupted wait does
+not end it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_the_work_of_the_main_thread_is_done_in_another_that_ends_with_it() -> N
 
 def test_work_of_another_thread_is_done_there_as_nothing_interrupts_it() -> None:
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(lambda: uninterrupted(threading.current_thread, "") is threading.current_thread()).result(20)
+        assert pool.submit(
+            lambda: uninterrupted(threading.current_thread, "") is threading.current_thread()
+        ).result(20)
 
 
 def test_work_is_done_here_where_no_thread_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,13 +54,19 @@ def item(etcd: FakeEtcd, record: RankRecord = OURS) -> KeyValue:
 
 
 def part_keys(record: RankRecord = OURS) -> list[str]:
-    return [manifest_part_key(record.instance, record.rank, record.incarnation, number) for number in range(len(PARTS))]
+    return [
+        manifest_part_key(record.instance, record.rank, record.incarnation, number)
+        for number in range(len(PARTS))
+    ]
 
 
-# -- claim -----------------------------------------------------------------------------------------------------------------------
+# -- claim
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_claim_writes_manifest_and_record_under_the_lease_and_the_record_last(etcd: FakeEtcd) -> None:
+def test_a_claim_writes_manifest_and_record_under_the_lease_and_the_record_last(
+    etcd: FakeEtcd,
+) -> None:
     lease_id = etcd.grant(10)
     claimed = claim(etcd, OURS, PARTS, lease_id)
     assert found(etcd) == OURS
@@ -76,7 +82,8 @@ def test_a_rank_that_is_held_is_a_conflict_that_names_the_holder(etcd: FakeEtcd)
     put(etcd, holder)
     with pytest.raises(
         RankConflict,
-        match=r"already registered \(host node-9, pid 99, since 2026-01-02.*end its registration with `Registry.evict`",
+        match=r"already registered \(host node-9, pid 99, since 2026-01-02.*"
+        r"end its registration with `Registry.evict`",
     ) as caught:
         claim(etcd, OURS, PARTS, etcd.grant(10))
     assert caught.value.details == {
@@ -102,7 +109,9 @@ def test_the_one_registration_that_is_to_be_replaced_is_and_no_other(etcd: FakeE
     claim(etcd, OURS, PARTS, etcd.grant(10), replaces=OTHER_INCARNATION)
     assert found(etcd) == OURS
     with pytest.raises(RankConflict):
-        claim(etcd, a_record(incarnation="a third"), PARTS, etcd.grant(10), replaces=OTHER_INCARNATION)
+        claim(
+            etcd, a_record(incarnation="a third"), PARTS, etcd.grant(10), replaces=OTHER_INCARNATION
+        )
     assert found(etcd) == OURS
 
 
@@ -120,7 +129,9 @@ def test_the_key_to_delete_is_told_as_etcdctl_wants_it(etcd: FakeEtcd) -> None:
         claim(etcd, OURS, PARTS, etcd.grant(10))
 
 
-def test_a_key_that_holds_no_record_is_a_conflict_that_says_how_to_be_rid_of_it(etcd: FakeEtcd) -> None:
+def test_a_key_that_holds_no_record_is_a_conflict_that_says_how_to_be_rid_of_it(
+    etcd: FakeEtcd,
+) -> None:
     etcd.put(OURS.key, b"junk")
     with pytest.raises(RankConflict, match=r"is damaged.*etcdctl del /engines/qwen/0"):
         claim(etcd, OURS, PARTS, etcd.grant(10))
@@ -135,7 +146,12 @@ DIFFERENCES = [
     ({"model": replace(MODEL, dtype="float16")}, "model.dtype", "bfloat16", "float16"),
     ({"model": replace(MODEL, quantization="fp8")}, "model.quantization", "none", "fp8"),
     ({"model": replace(MODEL, extra={"a": "b"})}, "model.extra", {"layers": "28"}, {"a": "b"}),
-    ({"topology": {"tp": (1, 2), "pp": (0, 3)}}, "topology sizes", {"pp": 1, "tp": 2}, {"pp": 3, "tp": 2}),
+    (
+        {"topology": {"tp": (1, 2), "pp": (0, 3)}},
+        "topology sizes",
+        {"pp": 1, "tp": 2},
+        {"pp": 3, "tp": 2},
+    ),
 ]
 
 
@@ -143,7 +159,11 @@ def test_every_field_that_siblings_agree_on_is_tried_below() -> None:
     assert [field for _, field, _, _ in DIFFERENCES] == list(OURS.agreed())
 
 
-@pytest.mark.parametrize(("changes", "field", "ours", "theirs"), DIFFERENCES, ids=[field for _, field, _, _ in DIFFERENCES])
+@pytest.mark.parametrize(
+    ("changes", "field", "ours", "theirs"),
+    DIFFERENCES,
+    ids=[field for _, field, _, _ in DIFFERENCES],
+)
 def test_a_rank_that_disagrees_with_a_sibling_is_refused_with_both_values(
     etcd: FakeEtcd, changes: dict[str, Any], field: str, ours: Any, theirs: Any
 ) -> None:
@@ -151,7 +171,10 @@ def test_a_rank_that_disagrees_with_a_sibling_is_refused_with_both_values(
     with pytest.raises(InstanceMismatch) as caught:
         claim(etcd, OURS, PARTS, etcd.grant(10))
     assert caught.value.details == {"field": field, "ours": ours, "theirs": theirs, "sibling": 1}
-    assert f"rank 0 of 'qwen' has {field} {ours!r}, but rank 1 is registered with {theirs!r}" in str(caught.value)
+    assert (
+        f"rank 0 of 'qwen' has {field} {ours!r}, but rank 1 is registered with {theirs!r}"
+        in str(caught.value)
+    )
     assert etcd.get(OURS.key) is None
 
 
@@ -160,11 +183,19 @@ def test_a_rank_that_disagrees_with_a_sibling_is_refused_with_both_values(
     [
         replace(SIBLING, generation="launch-0", ended="withdrawn"),
         replace(SIBLING, generation="launch-0", instance="qwen.draft"),
-        replace(SIBLING, topology={"tp": (1, 2), "pp": (0, 1)}, version=9, host="elsewhere", protocol="rdma"),
+        replace(
+            SIBLING,
+            topology={"tp": (1, 2), "pp": (0, 1)},
+            version=9,
+            host="elsewhere",
+            protocol="rdma",
+        ),
     ],
     ids=["ended", "of another instance", "differs where it may"],
 )
-def test_what_need_not_agree_does_not_stand_in_the_way(etcd: FakeEtcd, neighbour: RankRecord) -> None:
+def test_what_need_not_agree_does_not_stand_in_the_way(
+    etcd: FakeEtcd, neighbour: RankRecord
+) -> None:
     put(etcd, neighbour)
     claim(etcd, OURS, PARTS, etcd.grant(10))
     assert found(etcd) == OURS
@@ -198,7 +229,9 @@ def test_of_two_first_comers_that_agree_both_register(etcd: FakeEtcd) -> None:
     assert (found(etcd), found(etcd, SIBLING)) == (OURS, SIBLING)
 
 
-def test_of_two_processes_that_claim_one_rank_at_once_the_second_is_a_conflict(etcd: FakeEtcd) -> None:
+def test_of_two_processes_that_claim_one_rank_at_once_the_second_is_a_conflict(
+    etcd: FakeEtcd,
+) -> None:
     rival = a_record(incarnation=OTHER_INCARNATION)
     etcd.before_commit = lambda: void(put(etcd, rival))
     with pytest.raises(RankConflict):
@@ -206,14 +239,18 @@ def test_of_two_processes_that_claim_one_rank_at_once_the_second_is_a_conflict(e
     assert found(etcd) == rival
 
 
-def test_a_process_that_claims_its_own_rank_again_notices_a_sibling_that_came_meanwhile(etcd: FakeEtcd) -> None:
+def test_a_process_that_claims_its_own_rank_again_notices_a_sibling_that_came_meanwhile(
+    etcd: FakeEtcd,
+) -> None:
     put(etcd, OURS)
     etcd.before_commit = lambda: void(put(etcd, replace(SIBLING, generation="launch-2")))
     with pytest.raises(InstanceMismatch, match="generation"):
         claim(etcd, OURS, PARTS[:1], etcd.grant(10))
 
 
-def test_a_sibling_that_is_replaced_by_one_that_disagrees_meanwhile_is_noticed(etcd: FakeEtcd) -> None:
+def test_a_sibling_that_is_replaced_by_one_that_disagrees_meanwhile_is_noticed(
+    etcd: FakeEtcd,
+) -> None:
     lease_id = put(etcd, SIBLING)
 
     def relaunch() -> None:
@@ -226,9 +263,15 @@ def test_a_sibling_that_is_replaced_by_one_that_disagrees_meanwhile_is_noticed(e
 
 
 @pytest.mark.parametrize("ending", ["expires", "is updated"])
-def test_a_sibling_that_changes_meanwhile_costs_only_another_try(etcd: FakeEtcd, ending: str) -> None:
+def test_a_sibling_that_changes_meanwhile_costs_only_another_try(
+    etcd: FakeEtcd, ending: str
+) -> None:
     lease_id = put(etcd, SIBLING)
-    etcd.before_commit = lambda: etcd.expire(lease_id) if ending == "expires" else void(put(etcd, replace(SIBLING, version=9)))
+    etcd.before_commit = lambda: (
+        etcd.expire(lease_id)
+        if ending == "expires"
+        else void(put(etcd, replace(SIBLING, version=9)))
+    )
     claim(etcd, OURS, PARTS[:1], etcd.grant(10))
     assert found(etcd) == OURS
 
@@ -261,7 +304,8 @@ def test_a_claim_that_was_written_but_tried_again_is_made(etcd: FakeEtcd) -> Non
     assert (found(etcd), etcd.get(OURS.key)) == (OURS, claimed)
 
 
-# -- amend -----------------------------------------------------------------------------------------------------------------------
+# -- amend
+# --------------------------------------------------------------------------------------------------
 
 
 def test_an_amended_record_replaces_the_one_that_was_read(etcd: FakeEtcd) -> None:
@@ -281,7 +325,8 @@ def test_a_record_that_another_has_changed_is_not_amended(etcd: FakeEtcd) -> Non
     assert found(etcd) == rival
 
 
-# -- a store that was wiped ------------------------------------------------------------------------------------------------------
+# -- a store that was wiped
+# --------------------------------------------------------------------------------------------------
 
 
 RIVAL = replace(OURS, incarnation=OTHER_INCARNATION)
@@ -298,11 +343,14 @@ def wiped(etcd: FakeEtcd, *records: RankRecord) -> KeyValue:
     return before
 
 
-# -- the end ---------------------------------------------------------------------------------------------------------------------
+# -- the end
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_registration_whose_lease_may_not_be_revoked_deletes_its_keys(etcd: FakeEtcd, full: bool) -> None:
+def test_a_registration_whose_lease_may_not_be_revoked_deletes_its_keys(
+    etcd: FakeEtcd, full: bool
+) -> None:
     held = claim(etcd, OURS, PARTS, etcd.grant(10))
     etcd.refuse_to_revoke, etcd.full = True, full
     end(etcd, held, "done")
@@ -316,13 +364,17 @@ def test_a_registration_that_ends_says_why_before_its_keys_go(etcd: FakeEtcd) ->
     assert (etcd.keys, etcd.leases) == ([], {})
 
 
-def test_what_stands_under_the_key_of_a_registration_is_removed_if_it_is_its_own(etcd: FakeEtcd) -> None:
+def test_what_stands_under_the_key_of_a_registration_is_removed_if_it_is_its_own(
+    etcd: FakeEtcd,
+) -> None:
     claim(etcd, OURS, PARTS, etcd.grant(10))
     remove(etcd, OURS, "done")
     assert etcd.keys == []
 
 
-@pytest.mark.parametrize("value", [None, b"damaged", encode(a_record(incarnation=OTHER_INCARNATION))])
+@pytest.mark.parametrize(
+    "value", [None, b"damaged", encode(a_record(incarnation=OTHER_INCARNATION))]
+)
 def test_nothing_else_is_removed(etcd: FakeEtcd, value: bytes | None) -> None:
     if value is not None:
         etcd.put(OURS.key, value)
@@ -331,38 +383,51 @@ def test_nothing_else_is_removed(etcd: FakeEtcd, value: bytes | None) -> None:
     assert etcd.history == before
 
 
-def test_in_a_wiped_store_no_other_incarnation_at_the_same_revision_is_evicted(etcd: FakeEtcd) -> None:
+def test_in_a_wiped_store_no_other_incarnation_at_the_same_revision_is_evicted(
+    etcd: FakeEtcd,
+) -> None:
     before = wiped(etcd, RIVAL)
     assert not evict(etcd, decode_item(before))
     assert (etcd.keys, found(etcd)) == ([RIVAL.key], RIVAL)
 
 
-def test_in_a_wiped_store_no_other_incarnation_at_the_same_revision_is_ended(etcd: FakeEtcd) -> None:
+def test_in_a_wiped_store_no_other_incarnation_at_the_same_revision_is_ended(
+    etcd: FakeEtcd,
+) -> None:
     before = wiped(etcd, RIVAL)
     end(etcd, before, "withdrawn")
     assert found(etcd) == RIVAL
 
 
-def test_in_a_wiped_store_no_other_incarnation_at_the_same_revision_is_amended(etcd: FakeEtcd) -> None:
+def test_in_a_wiped_store_no_other_incarnation_at_the_same_revision_is_amended(
+    etcd: FakeEtcd,
+) -> None:
     before = wiped(etcd, RIVAL)
     assert amend(etcd, replace(OURS, version=4), before) is None
     assert found(etcd) == RIVAL
 
 
 @pytest.mark.parametrize("place", ["holder", "sibling"])
-def test_a_claim_does_not_mistake_what_stands_in_a_store_wiped_meanwhile_for_what_it_looked_at(etcd: FakeEtcd, place: str) -> None:
-    """As where the store comes back between its look and its write, and knows the lease: restored from a backup."""
+def test_a_claim_does_not_mistake_what_stands_in_a_store_wiped_meanwhile_for_what_it_looked_at(
+    etcd: FakeEtcd, place: str
+) -> None:
+    """As where the store comes back between its look and its write, and knows the lease: restored
+    from a backup.
+    """
     looked_at = replace(OURS, ended="withdrawn") if place == "holder" else SIBLING
     stands = RIVAL if place == "holder" else replace(SIBLING, generation="launch-2")
     put(etcd, looked_at)
     revision, lease_id = item(etcd, looked_at).mod_revision, etcd.grant(10)
-    etcd.before_commit = lambda: etcd.restore([Put(stands.key, encode(stands), 0)], back_to_revision=revision - 1)
+    etcd.before_commit = lambda: etcd.restore(
+        [Put(stands.key, encode(stands), 0)], back_to_revision=revision - 1
+    )
     with pytest.raises(RankConflict if place == "holder" else InstanceMismatch):
         claim(etcd, OURS, PARTS[:1], lease_id)
     assert found(etcd, stands) == stands
 
 
-# -- evict -----------------------------------------------------------------------------------------------------------------------
+# -- evict
+# --------------------------------------------------------------------------------------------------
 
 
 def test_eviction_deletes_record_and_manifest_of_this_registration_only(etcd: FakeEtcd) -> None:
@@ -383,7 +448,9 @@ def test_a_watcher_sees_an_eviction_at_once_and_as_what_it_is(etcd: FakeEtcd) ->
     assert tracker.due is None
 
 
-def test_an_evicted_registration_cannot_come_back_but_its_successor_can_register(etcd: FakeEtcd) -> None:
+def test_an_evicted_registration_cannot_come_back_but_its_successor_can_register(
+    etcd: FakeEtcd,
+) -> None:
     put(etcd, OURS)
     evict(etcd, found(etcd))
     with pytest.raises(Evicted):
@@ -401,7 +468,9 @@ def test_an_eviction_between_a_claims_look_and_its_write_is_noticed(etcd: FakeEt
     assert etcd.get(OURS.key) is None
 
 
-def test_a_mark_of_eviction_that_comes_between_a_claims_look_and_its_write_is_noticed(etcd: FakeEtcd) -> None:
+def test_a_mark_of_eviction_that_comes_between_a_claims_look_and_its_write_is_noticed(
+    etcd: FakeEtcd,
+) -> None:
     etcd.before_commit = lambda: etcd.put(evicted_key("qwen", 0, OURS.incarnation), b"")
     with pytest.raises(Evicted):
         claim(etcd, OURS, PARTS[:1], etcd.grant(10))
@@ -428,7 +497,9 @@ def test_a_registration_that_has_changed_since_it_was_read_is_not_evicted(
     assert (etcd.keys, etcd.leases) == (keys, leases)
 
 
-def test_an_eviction_that_was_written_but_tried_again_is_finished_and_keeps_its_mark(etcd: FakeEtcd) -> None:
+def test_an_eviction_that_was_written_but_tried_again_is_finished_and_keeps_its_mark(
+    etcd: FakeEtcd,
+) -> None:
     put(etcd, OURS)
     etcd.retry_next_commit = True
     assert evict(etcd, found(etcd))
@@ -448,7 +519,9 @@ def test_of_two_who_evict_at_once_one_has_done_it(etcd: FakeEtcd) -> None:
     assert len(etcd.leases) == 2  # the rank's, which its keeper gives back, and the mark's
 
 
-def test_an_etcd_without_space_evicts_without_a_mark_and_leaves_the_lease_for_the_keeper_to_notice(etcd: FakeEtcd) -> None:
+def test_an_etcd_without_space_evicts_without_a_mark_and_leaves_the_lease_for_the_keeper_to_notice(
+    etcd: FakeEtcd,
+) -> None:
     lease_id = put(etcd, OURS)
     etcd.full = True
     assert evict(etcd, found(etcd))
@@ -463,7 +536,9 @@ def test_an_etcd_that_fills_up_during_an_eviction_still_deletes(etcd: FakeEtcd) 
     assert (etcd.keys, list(etcd.leases)) == ([], [lease_id])
 
 
-def test_an_etcd_without_space_does_not_evict_what_has_changed_since_it_was_read(etcd: FakeEtcd) -> None:
+def test_an_etcd_without_space_does_not_evict_what_has_changed_since_it_was_read(
+    etcd: FakeEtcd,
+) -> None:
     put(etcd, OURS)
     read = found(etcd)
     put(etcd, replace(OURS, version=4))
@@ -477,21 +552,28 @@ def test_a_record_that_was_never_in_etcd_cannot_be_evicted(etcd: FakeEtcd) -> No
         evict(etcd, OURS)
 
 
-# -- evict several at once -------------------------------------------------------------------------------------------------------
+# -- evict several at once
+# --------------------------------------------------------------------------------------------------
 
 
 def a_launch(etcd: FakeEtcd, ranks: int) -> list[KeyValue]:
-    records = [a_record(rank=rank, world_size=99, incarnation=f"{rank:032x}") for rank in range(ranks)]
+    records = [
+        a_record(rank=rank, world_size=99, incarnation=f"{rank:032x}") for rank in range(ranks)
+    ]
     for record in records:
         put(etcd, record)
     return [item(etcd, record) for record in records]
 
 
-def test_several_are_evicted_in_one_transaction_with_their_marks_under_one_lease(etcd: FakeEtcd) -> None:
+def test_several_are_evicted_in_one_transaction_with_their_marks_under_one_lease(
+    etcd: FakeEtcd,
+) -> None:
     doomed = a_launch(etcd, 3)
     before, leases = len(etcd.history), set(etcd.leases)
     assert evict_all(etcd, doomed)
-    assert len({change.mod_revision for change in etcd.history[before:]}) == 2  # to end and mark them, to delete them
+    assert (
+        len({change.mod_revision for change in etcd.history[before:]}) == 2
+    )  # to end and mark them, to delete them
     (mark_lease,) = set(etcd.leases) - leases
     assert etcd.keys == sorted(evicted_key("qwen", rank, f"{rank:032x}") for rank in range(3))
     assert {etcd.lease_of(key) for key in etcd.keys} == {mark_lease}
@@ -499,7 +581,9 @@ def test_several_are_evicted_in_one_transaction_with_their_marks_under_one_lease
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("failing", ["one has changed", "a condition"])
-def test_of_several_none_is_evicted_where_one_has_changed_or_a_condition_fails(etcd: FakeEtcd, failing: str, full: bool) -> None:
+def test_of_several_none_is_evicted_where_one_has_changed_or_a_condition_fails(
+    etcd: FakeEtcd, failing: str, full: bool
+) -> None:
     doomed = a_launch(etcd, 3)
     missing = a_record(rank=3, world_size=99)
     put(etcd, missing if failing == "a condition" else replace(decode_item(doomed[1]), version=9))

@@ -1,6 +1,8 @@
-"""What somebody may have written into etcd on purpose: good encodings that were changed, bombs, and numbers that no memory has.
+"""What somebody may have written into etcd on purpose: good encodings that were changed, bombs, and
+numbers that no memory has.
 
-A reader gets a good value, RecordDamaged or SchemaUnsupported, in bounded time and memory, and a message that is short.
+A reader gets a good value, RecordDamaged or SchemaUnsupported, in bounded time and memory, and a
+message that is short.
 """
 
 from __future__ import annotations
@@ -36,12 +38,51 @@ KEY = "/engines/qwen/0"
 
 # As JSON has them in text: what Python would not write, or reads in an unexpected way, among them.
 NASTY = [
-    "null", "true", "0", "-1", "-0", "1.0", "1e999", "-1e999", "NaN", "Infinity", "-Infinity", "1E400",
-    str(2**31), str(2**62), str(2**63), str(2**64 - 1), str(2**64), "9" * 400, "9" * 5_000, "-" + "9" * 5_000,
-    '""', '"\\u0000"', '"\\ud800"', '"\\udfff\\ud800"', '"\\u001b[2J"', '"\\u202e"', '"\\n"', '"a/b"', '"../.."', '"%s%n"',
-    json.dumps("x" * 3_000), json.dumps("💣" * 500), "[]", "{}", "[[]]", '{"":{}}', "[" * 60 + "]" * 60, "[" * 5_000,
-    "[" * 5_000 + "]" * 5_000, '{"a":' * 3_000 + "1" + "}" * 3_000, "[0,1]", "[1,0]", "[-1,1]", "[" + "0," * 3_000 + "0]",
-]  # fmt: skip
+    "null",
+    "true",
+    "0",
+    "-1",
+    "-0",
+    "1.0",
+    "1e999",
+    "-1e999",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1E400",
+    str(2**31),
+    str(2**62),
+    str(2**63),
+    str(2**64 - 1),
+    str(2**64),
+    "9" * 400,
+    "9" * 5_000,
+    "-" + "9" * 5_000,
+    '""',
+    '"\\u0000"',
+    '"\\ud800"',
+    '"\\udfff\\ud800"',
+    '"\\u001b[2J"',
+    '"\\u202e"',
+    '"\\n"',
+    '"a/b"',
+    '"../.."',
+    '"%s%n"',
+    json.dumps("x" * 3_000),
+    json.dumps("💣" * 500),
+    "[]",
+    "{}",
+    "[[]]",
+    '{"":{}}',
+    "[" * 60 + "]" * 60,
+    "[" * 5_000,
+    "[" * 5_000 + "]" * 5_000,
+    '{"a":' * 3_000 + "1" + "}" * 3_000,
+    "[0,1]",
+    "[1,0]",
+    "[-1,1]",
+    "[" + "0," * 3_000 + "0]",
+]
 # What may be one in a good encoding: a number, a string, or a word.
 _ATOM = r'-?[0-9]+|"[^"]*"|null'
 
@@ -51,27 +92,44 @@ EXAMPLES = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slo
 def a_large_manifest() -> Manifest:
     """One with all that a manifest may have."""
     entries = [an_entry(f"layer.{number}", 4096 + 16 * number) for number in range(3)]
-    boxed = an_entry("b", 8192, 24, dtype="float32", shape=(2, 3), global_shape=(4, 6), offsets=(2, 3), opaque=False)
+    boxed = an_entry(
+        "b",
+        8192,
+        24,
+        dtype="float32",
+        shape=(2, 3),
+        global_shape=(4, 6),
+        offsets=(2, 3),
+        opaque=False,
+    )
     some = a_manifest(*entries, boxed, regions=(Region(4096, 48), Region(8192, 24)))
-    values = encode_values({"step": 7, "path": [1, (2, b"x")], "nested": {"a": None, 3: float("nan")}})
+    values = encode_values(
+        {"step": 7, "path": [1, (2, b"x")], "nested": {"a": None, 3: float("nan")}}
+    )
     return Manifest(some.tensors, some.regions, manifest.DigestTable("xxh3-128", 16384), values)
 
 
 RECORD = encode(a_record()).decode()
 RAW_MANIFEST = zlib.decompress(b"".join(manifest.encode(a_large_manifest())[1])).decode()
-TICKET = pull_ticket.encode(a_pull(reader=pull_ticket.Reader("b", 1, "2" * 32), nbytes=5, total_nbytes=9)).decode()
+TICKET = pull_ticket.encode(
+    a_pull(reader=pull_ticket.Reader("b", 1, "2" * 32), nbytes=5, total_nbytes=9)
+).decode()
 NOTE = Note(a_record(), frozenset({"0" * 32, "1" * 32})).encode().decode()
 
 
 @st.composite
 def mutations(draw: st.DrawFn, good: str) -> bytes:
-    """The encoding with some of its atoms replaced, or its bytes changed, cut, doubled or moved; and keys that are there twice."""
+    """The encoding with some of its atoms replaced, or its bytes changed, cut, doubled or moved;
+    and keys that are there twice.
+    """
     text = good
     for _ in range(draw(st.integers(0, 3))):
         atoms = list(re.finditer(_ATOM, text))
         if atoms:
             atom = draw(st.sampled_from(atoms))
-            nasty = draw(st.sampled_from(NASTY) | st.sampled_from(atoms).map(lambda match: match[0]))
+            nasty = draw(
+                st.sampled_from(NASTY) | st.sampled_from(atoms).map(lambda match: match[0])
+            )
             text = text[: atom.start()] + nasty + text[atom.end() :]
     if draw(st.booleans()) and text.endswith("}"):
         again = draw(st.sampled_from(re.findall(r'"[a-z_]+":', good)))
@@ -81,7 +139,8 @@ def mutations(draw: st.DrawFn, good: str) -> bytes:
         start, end = sorted(draw(st.tuples(st.integers(0, len(raw)), st.integers(0, len(raw)))))
         end = min(end, start + 40)
         raw[start:end] = draw(
-            st.sampled_from([b"", bytes(raw[start:end]) * 2, bytes(raw[start:end])[::-1]]) | st.binary(max_size=4)
+            st.sampled_from([b"", bytes(raw[start:end]) * 2, bytes(raw[start:end])[::-1]])
+            | st.binary(max_size=4)
         )
     return bytes(raw)
 
@@ -103,7 +162,9 @@ def test_a_changed_record_is_a_good_one_or_damage(value: bytes) -> None:
     found = good_or_damaged(lambda: decode(KEY, value))
     if found is not None:
         assert found.key == KEY
-        assert len(value) > 2_000 or decode(KEY, encode(found)) == found  # readers take more than writers may write
+        assert (
+            len(value) > 2_000 or decode(KEY, encode(found)) == found
+        )  # readers take more than writers may write
         assert 0 <= found.pid < 1 << 64
 
 
@@ -111,13 +172,17 @@ def test_a_changed_record_is_a_good_one_or_damage(value: bytes) -> None:
 @given(mutations(RAW_MANIFEST), st.integers(0, 4))
 def test_a_changed_manifest_is_a_good_one_or_damage(raw: bytes, tensors: int) -> None:
     stored = zlib.compress(raw, 1)
-    for ref in (ManifestRef(hashlib.sha256(stored).hexdigest(), 1, *counts) for counts in ((4, 72), (tensors, 16 * tensors))):
+    for ref in (
+        ManifestRef(hashlib.sha256(stored).hexdigest(), 1, *counts)
+        for counts in ((4, 72), (tensors, 16 * tensors))
+    ):
         found = good_or_damaged(lambda ref=ref: manifest.decode(KEY, ref, [stored]))  # type: ignore[misc]
         if found is not None:
             assert manifest.decode(KEY, *manifest.encode(found)).tensors == found.tensors
             for entry in found.tensors:
                 assert not entry.nbytes or any(
-                    region.addr <= entry.addr and entry.addr + entry.nbytes <= region.end for region in found.regions
+                    region.addr <= entry.addr and entry.addr + entry.nbytes <= region.end
+                    for region in found.regions
                 )
 
 
@@ -133,8 +198,16 @@ def test_a_changed_note_is_a_good_one_or_damage(value: bytes) -> None:
 def test_a_changed_ticket_is_a_good_one_or_nothing(value: bytes) -> None:
     found = pull_ticket.decode(KeyValue("/pulls/qwen/0/x", value, 5, 6, 7))
     if found is not None:
-        assert (found.instance, found.rank, found.load_id, found.create_revision) == ("qwen", 0, "x", 5)
-        assert all(text.isprintable() and len(text) <= 256 for text in (found.incarnation, found.host, found.began_at))
+        assert (found.instance, found.rank, found.load_id, found.create_revision) == (
+            "qwen",
+            0,
+            "x",
+            5,
+        )
+        assert all(
+            text.isprintable() and len(text) <= 256
+            for text in (found.incarnation, found.host, found.began_at)
+        )
         assert found.fraction is None or 0 <= found.fraction <= 1
         assert pull_ticket.decode(ticket(found)) == found
 
@@ -143,7 +216,9 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["list", "tuple", "dict", "bytes", "pickle", ""]), inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["list", "tuple", "dict", "bytes", "pickle", ""]), inner, max_size=2
+        )
     ),
     max_leaves=12,
 )
@@ -153,7 +228,17 @@ JSON = st.recursive(
 @given(JSON)
 def test_a_value_of_a_state_dict_is_plain_data_or_refused(encoded: Any) -> None:
     with suppress(ValueError):
-        assert type(decode_value(encoded)) in (type(None), bool, int, float, str, list, tuple, dict, bytes)
+        assert type(decode_value(encoded)) in (
+            type(None),
+            bool,
+            int,
+            float,
+            str,
+            list,
+            tuple,
+            dict,
+            bytes,
+        )
 
 
 @pytest.mark.parametrize(
@@ -196,10 +281,14 @@ def test_many_damaged_keys_with_long_values_make_short_complaints() -> None:
 
 def test_a_key_that_is_there_twice_counts_as_its_last() -> None:
     """As for every reader of ours: there are no two that would understand it differently."""
-    assert decode(KEY, RECORD.replace('"version":3', '"version":99,"version":3').encode()) == a_record()
+    assert (
+        decode(KEY, RECORD.replace('"version":3', '"version":99,"version":3').encode())
+        == a_record()
+    )
 
 
-# -- bombs: in a process of its own, which has little memory ---------------------------------------------------------------------
+# -- bombs: in a process of its own, which has little memory
+# ---------------------------------------------------------------------
 
 _CHILD = """
     import hashlib, resource, sys, time, zlib
@@ -220,15 +309,28 @@ _CHILD = """
     resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
     start = time.monotonic()
     try:
-        manifest.decode("/engines/qwen/0", ManifestRef(hashlib.sha256(stored).hexdigest(), 1, tensors, 0), [stored])
+        ref = ManifestRef(hashlib.sha256(stored).hexdigest(), 1, tensors, 0)
+        manifest.decode("/engines/qwen/0", ref, [stored])
     except RecordDamaged as exc:
         print("damaged", exc)
 """
 
 
-def decoded_with_little_memory(head: str, unit: str, tail: str, nbytes: int, room: int, tensors: int = 0) -> str:
-    """What a child says that decodes such a manifest with no more than `room` bytes besides what it has already."""
-    command = [sys.executable, "-c", textwrap.dedent(_CHILD), head, unit, tail, *map(str, (nbytes, room, tensors))]
+def decoded_with_little_memory(
+    head: str, unit: str, tail: str, nbytes: int, room: int, tensors: int = 0
+) -> str:
+    """What a child says that decodes such a manifest with no more than `room` bytes besides what it
+    has already.
+    """
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(_CHILD),
+        head,
+        unit,
+        tail,
+        *map(str, (nbytes, room, tensors)),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -259,7 +361,9 @@ def test_a_bomb_is_damage_before_it_takes_memory(unit: str, nbytes: int, room: i
 
 @pytest.mark.parametrize("unit", ['{"":0},', '"ab",', "[0],"])
 def test_as_much_as_is_parsed_takes_bounded_memory(unit: str) -> None:
-    """As many items as there may be, of the dearest kinds: not told by their number, but by what they are."""
+    """As many items as there may be, of the dearest kinds: not told by their number, but by what
+    they are.
+    """
     items = unit.count(",") + unit.count("[") + 4 * unit.count("{")
     nbytes = len(unit) * (manifest.MAX_UNPACKED_ITEMS // items) - (2 << 20)
     said = decoded_with_little_memory(_COLUMNS, unit, "0]}", nbytes, 5 << 29)
@@ -291,8 +395,18 @@ def packed(**columns: Any) -> tuple[ManifestRef, list[bytes]]:
         {"regions": [[4096 + (number % 2), 2**62] for number in range(1_000_000)]},
         {"name": ["x" * 50_000_000, "b", "c", "d"]},
     ],
-    ids=["dimensions", "dimensions of the whole", "overflow", "one region", "regions", "regions that overlap", "name"],
+    ids=[
+        "dimensions",
+        "dimensions of the whole",
+        "overflow",
+        "one region",
+        "regions",
+        "regions that overlap",
+        "name",
+    ],
 )
 def test_very_many_of_anything_take_bounded_time(columns: dict[str, Any]) -> None:
-    """The limit on a test's time is what would fail: none of these is more than one pass over what there is."""
+    """The limit on a test's time is what would fail: none of these is more than one pass over what
+    there is.
+    """
     good_or_damaged(lambda: manifest.decode(KEY, *packed(**columns)))

@@ -28,7 +28,9 @@ def test_letters_digits_dot_dash_and_underscore_make_an_instance_name(name: str)
     assert check_instance(name) == name
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "/", "a b", "ä", "a\n", "a\x00", "x" * 129, "日本", None, 7, b"a"])
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "/", "a b", "ä", "a\n", "a\x00", "x" * 129, "日本", None, 7, b"a"]
+)
 def test_other_instance_names_are_refused(name: Any) -> None:
     with pytest.raises(InvalidField, match=r"instance name .* is not valid: use 1 to 128 of"):
         check_instance(name)
@@ -57,7 +59,9 @@ def test_a_rank_is_below_its_world_size(rank: int, world_size: int) -> None:
         (0, None, "world_size"),
     ],
 )
-def test_a_rank_or_world_size_out_of_range_or_not_whole_is_refused(rank: Any, world_size: Any, field: str) -> None:
+def test_a_rank_or_world_size_out_of_range_or_not_whole_is_refused(
+    rank: Any, world_size: Any, field: str
+) -> None:
     with pytest.raises(InvalidField) as caught:
         check_rank(rank, world_size)
     assert caught.value.details == {"field": field}
@@ -98,6 +102,10 @@ def test_foreign_keys_are_no_record_keys(key: str) -> None:
 
 
 @given(NAMES, NAMES, st.integers(0, 999), st.integers(0, 999))
-def test_the_prefix_of_one_instance_or_rank_never_holds_keys_of_another(a: str, b: str, rank: int, other: int) -> None:
+def test_the_prefix_of_one_instance_or_rank_never_holds_keys_of_another(
+    a: str, b: str, rank: int, other: int
+) -> None:
     assert record_key(b, rank).startswith(instance_prefix(a)) == (a == b)
-    assert manifest_part_key(b, other, "i", 0).startswith(manifest_prefix(a, rank, "i")) == ((a, rank) == (b, other))
+    assert manifest_part_key(b, other, "i", 0).startswith(manifest_prefix(a, rank, "i")) == (
+        (a, rank) == (b, other)
+    )

@@ -1,4 +1,6 @@
-"""The manifest: written, cut into parts, checked and read again; whatever is wrong with it shows as damage."""
+"""The manifest: written, cut into parts, checked and read again; whatever is wrong with it shows as
+damage.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ U64 = st.integers(0, 2**64 - 1)
 def regions(draw: st.DrawFn) -> list[Region]:
     """Up to four, in memory and apart, in any order."""
     some, end = [], 0
-    for gap, nbytes in draw(st.lists(st.tuples(st.integers(0, 2**60), st.integers(1, 2**60)), max_size=4)):
+    for gap, nbytes in draw(
+        st.lists(st.tuples(st.integers(0, 2**60), st.integers(1, 2**60)), max_size=4)
+    ):
         some.append(Region(end + gap, nbytes))
         end = some[-1].end
     return draw(st.permutations(some))
@@ -36,7 +40,10 @@ def regions(draw: st.DrawFn) -> list[Region]:
 
 @st.composite
 def entries(draw: st.DrawFn, places: list[Region]) -> TensorEntry:
-    """Opaque or a box of something larger; scalars and tensors without bytes among them. They may share memory."""
+    """Opaque or a box of something larger; scalars and tensors without bytes among them.
+
+    They may share memory.
+    """
     shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
     if not places and 0 not in shape:
         shape = (*shape, 0)
@@ -45,11 +52,17 @@ def entries(draw: st.DrawFn, places: list[Region]) -> TensorEntry:
         place = draw(st.sampled_from(places))
         begin = draw(st.integers(0, place.nbytes - 1))
         addr, nbytes = place.addr + begin, draw(st.integers(1, place.nbytes - begin))
-    name, dtype, opaque = draw(st.text(max_size=20)), draw(st.sampled_from(["float32", "bfloat16"])), draw(st.booleans())
+    name, dtype, opaque = (
+        draw(st.text(max_size=20)),
+        draw(st.sampled_from(["float32", "bfloat16"])),
+        draw(st.booleans()),
+    )
     if opaque:
         return TensorEntry(name, dtype, shape, addr, nbytes, shape, (0,) * len(shape))
     offsets = tuple(draw(st.integers(0, 9)) for _ in shape)
-    whole = tuple(size + offset + draw(st.integers(0, 9)) for size, offset in zip(shape, offsets, strict=True))
+    whole = tuple(
+        size + offset + draw(st.integers(0, 9)) for size, offset in zip(shape, offsets, strict=True)
+    )
     return TensorEntry(name, dtype, shape, addr, nbytes, whole, offsets, opaque=False)
 
 
@@ -69,7 +82,16 @@ def pack(data: Any, tensors: int = 0, nbytes: int = 0) -> tuple[ManifestRef, lis
 def as_json(**changes: Any) -> dict[str, Any]:
     """A manifest of one tensor, 2x3 of float32 in a whole of 4x6."""
     _, parts = encode(
-        a_manifest(an_entry(dtype="float32", shape=(2, 3), global_shape=(4, 6), offsets=(2, 3), nbytes=24, opaque=False))
+        a_manifest(
+            an_entry(
+                dtype="float32",
+                shape=(2, 3),
+                global_shape=(4, 6),
+                offsets=(2, 3),
+                nbytes=24,
+                opaque=False,
+            )
+        )
     )
     data: dict[str, Any] = json.loads(zlib.decompress(b"".join(parts)))
     return {**data, **changes}
@@ -115,7 +137,9 @@ def test_a_part_that_is_missing_doubled_or_out_of_order_is_damage() -> None:
             decode(OWNER, ref, wrong)
 
 
-def test_a_manifest_that_unpacks_without_end_is_not_unpacked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_unpacks_without_end_is_not_unpacked_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(manifest, "MAX_UNPACKED_NBYTES", 1 << 20)
     ref, parts = pack(b" " * (64 << 20) + json.dumps(as_json()).encode())
     assert len(parts[0]) < 1 << 17
@@ -207,7 +231,10 @@ TOP = 1 << 63
         ({"digests": ["xxh3\n", 4096]}, "algorithm of its digests"),
         ({"digests": ["xxh3", TOP - 8]}, "the table of its digests reaches beyond"),
         ({"block_nbytes": -1}, "is not a natural number"),
-        ({"block_nbytes": 1, "regions": [[4096, 24], [5000, 1 << 23]]}, "its blocks of 1 bytes have 8388632 marks"),
+        (
+            {"block_nbytes": 1, "regions": [[4096, 24], [5000, 1 << 23]]},
+            "its blocks of 1 bytes have 8388632 marks",
+        ),
         ({"values": {"\ud800": 1}}, "names that are text"),
         ({"values": [1]}, "its values are no object"),
     ],
@@ -221,7 +248,13 @@ def test_places_that_no_memory_has_are_damage(changes: dict[str, Any], said: str
 
 def test_tensors_may_share_memory() -> None:
     """Tied weights do, and views of one storage."""
-    shared = a_manifest(an_entry("a"), an_entry("b"), an_entry("c", 4100, 12), an_entry("d", 4104, 20), regions=(Region(4096, 28),))
+    shared = a_manifest(
+        an_entry("a"),
+        an_entry("b"),
+        an_entry("c", 4100, 12),
+        an_entry("d", 4104, 20),
+        regions=(Region(4096, 28),),
+    )
     assert decode(OWNER, *encode(shared)) == shared
 
 
@@ -232,8 +265,14 @@ def test_tensors_may_share_memory() -> None:
         a_manifest(regions=(Region(4096, 16), Region(4100, 16))),
         a_manifest(regions=(Region(0, TOP + 1),)),
         a_manifest(an_entry(global_shape=(1 << 70,), opaque=False)),
-        a_manifest(an_entry(nbytes=0, shape=(0, 1), global_shape=(0, 1 << 70), offsets=(0, 0), opaque=False)),
-        a_manifest(an_entry(shape=(4, 4), global_shape=(1 << 40, 1 << 40), offsets=(0, 0), opaque=False)),
+        a_manifest(
+            an_entry(
+                nbytes=0, shape=(0, 1), global_shape=(0, 1 << 70), offsets=(0, 0), opaque=False
+            )
+        ),
+        a_manifest(
+            an_entry(shape=(4, 4), global_shape=(1 << 40, 1 << 40), offsets=(0, 0), opaque=False)
+        ),
     ],
 )
 def test_a_manifest_that_no_reader_would_take_is_not_written(wrong: Manifest) -> None:
@@ -243,12 +282,18 @@ def test_a_manifest_that_no_reader_would_take_is_not_written(wrong: Manifest) ->
 
 
 @pytest.mark.parametrize("limit", ["MAX_UNPACKED_NBYTES", "MAX_UNPACKED_ITEMS"])
-def test_a_manifest_that_would_be_too_large_to_read_is_not_written(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+def test_a_manifest_that_would_be_too_large_to_read_is_not_written(
+    monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
     ref, parts = encode(a_manifest())
     monkeypatch.setattr(manifest, limit, 10)
-    with pytest.raises(InvalidField, match=r"a manifest of 1 tensors cannot be published: it .* are the limit"):
+    with pytest.raises(
+        InvalidField, match=r"a manifest of 1 tensors cannot be published: it .* are the limit"
+    ):
         encode(a_manifest())
-    with pytest.raises(RecordDamaged, match=r"unpacks to more than|it holds .* items, 10 are the limit"):
+    with pytest.raises(
+        RecordDamaged, match=r"unpacks to more than|it holds .* items, 10 are the limit"
+    ):
         decode(OWNER, ref, parts)
 
 
@@ -265,7 +310,9 @@ def test_bytes_that_are_not_compressed_are_damage() -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 

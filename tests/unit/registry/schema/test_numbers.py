@@ -1,4 +1,4 @@
-"""Numbers of any type that stands for one are taken, and all else is refused with the field's name."""
+"""Numbers of any type that stands for one are taken, all else is refused by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from engine_loader import InProcessEngine, Shard, load, load_instance, load_module, load_or_seed, publish
+from engine_loader import (
+    InProcessEngine,
+    Shard,
+    load,
+    load_instance,
+    load_module,
+    load_or_seed,
+    publish,
+)
 from engine_loader.errors import TensorsUnusable
 from engine_loader.loading.full import load_full
 from engine_registry import ModelIdentity, Place, Registry
@@ -22,7 +30,18 @@ from engine_registry.schema.record import decode, encode
 from tests.support.builders import a_record
 
 TWO = [2, np.int32(2), np.uint64(2), np.array(2), torch.tensor(2)]
-NOT_WHOLE = [True, np.True_, 2.0, "2", b"2", None, [2], np.float32(2), torch.tensor([2, 3]), math.nan]
+NOT_WHOLE = [
+    True,
+    np.True_,
+    2.0,
+    "2",
+    b"2",
+    None,
+    [2],
+    np.float32(2),
+    torch.tensor([2, 3]),
+    math.nan,
+]
 NO_TIME = [math.nan, math.inf, -1, -math.inf, "5", b"5", None, True, [5], 1e10, 10**400]
 MODEL = ModelIdentity("m")
 
@@ -36,7 +55,9 @@ def test_what_stands_for_a_whole_number_becomes_pythons(two: Any) -> None:
     axis: Any = [two, np.int8(3)]
     place = Place(two, np.int64(3), {"tp": axis})
     assert place == Place(2, 3, {"tp": (2, 3)})
-    record = a_record(rank=two, world_size=np.int64(3), version=two, topology={"tp": [two, np.int8(3)]})
+    record = a_record(
+        rank=two, world_size=np.int64(3), version=two, topology={"tp": [two, np.int8(3)]}
+    )
     assert (record.key, record.version, record.topology) == ("/engines/qwen/2", 2, {"tp": (2, 3)})
     assert decode(record.key, encode(record)) == record
 
@@ -44,7 +65,9 @@ def test_what_stands_for_a_whole_number_becomes_pythons(two: Any) -> None:
 @pytest.mark.parametrize("value", NOT_WHOLE, ids=repr)
 def test_what_is_no_whole_number_is_refused_by_the_name_of_its_field(value: Any) -> None:
     for field in ("rank", "world_size", "version"):
-        with pytest.raises(InvalidField, match=f"^{field} .* is not valid: it is a whole number") as caught:
+        with pytest.raises(
+            InvalidField, match=f"^{field} .* is not valid: it is a whole number"
+        ) as caught:
             a_record(**{field: value})
         assert caught.value.details["field"] == field
     for topology in ({"tp": (value, 2)}, {"tp": (0, value)}):
@@ -62,13 +85,18 @@ def test_what_is_no_whole_number_is_refused_by_the_name_of_its_field(value: Any)
 
 @pytest.mark.parametrize("value", [3, None, {1, 2}, {1: 2}, "1,2"])
 def test_what_has_no_order_is_no_shape(value: Any) -> None:
-    with pytest.raises(TensorsUnusable, match=r"^global_shape .* of a shard is not valid: it has a whole number for each"):
+    with pytest.raises(
+        TensorsUnusable,
+        match=r"^global_shape .* of a shard is not valid: it has a whole number for each",
+    ):
         Shard(value, (0, 0))
     with pytest.raises(InvalidField, match=r"^topology 'tp': "):
         Place(0, 1, {"tp": value})
 
 
-@pytest.mark.parametrize("value", [5, 5.0, np.float32(5), np.int64(5), Fraction(5), torch.tensor(5.0)], ids=repr)
+@pytest.mark.parametrize(
+    "value", [5, 5.0, np.float32(5), np.int64(5), Fraction(5), torch.tensor(5.0)], ids=repr
+)
 def test_what_stands_for_a_time_is_one(value: Any) -> None:
     assert seconds("timeout_s", value) == 5.0
 
@@ -81,41 +109,70 @@ def calls() -> dict[str, Any]:
     rank = {"rank": 0, "world_size": 1, "instance": "a"}
 
     def seed(**options: Any) -> Any:
-        return load_or_seed(registry, engine, MODEL, tensors, **{**rank, "fallback": "nowhere", **options})
+        return load_or_seed(
+            registry, engine, MODEL, tensors, **{**rank, "fallback": "nowhere", **options}
+        )
 
     return {
-        "load": lambda **options: load(registry, engine, "a", **{"rank": 0, "tensors": tensors, **options}),
-        "publish": lambda **options: publish(registry, engine, **{**rank, "tensors": tensors, "model": MODEL, **options}),
+        "load": lambda **options: load(
+            registry, engine, "a", **{"rank": 0, "tensors": tensors, **options}
+        ),
+        "publish": lambda **options: publish(
+            registry, engine, **{**rank, "tensors": tensors, "model": MODEL, **options}
+        ),
         "load_or_seed": seed,
-        "load_module": lambda **options: load_module(registry, engine, "a", torch.nn.Linear(2, 2), **options),
-        "load_instance": lambda **options: load_instance(registry, engine, "a", tensors={0: tensors}, **options),
+        "load_module": lambda **options: load_module(
+            registry, engine, "a", torch.nn.Linear(2, 2), **options
+        ),
+        "load_instance": lambda **options: load_instance(
+            registry, engine, "a", tensors={0: tensors}, **options
+        ),
         "load_full": lambda **options: load_full(registry, engine, "a", **options),
     }
 
 
 TIMES = {
-    "load": "timeout_s", "publish": "ttl_s", "load_or_seed": "timeout_s", "load_module": "timeout_s",
-    "load_instance": "timeout_s", "load_full": "timeout_s",
-}  # fmt: skip
+    "load": "timeout_s",
+    "publish": "ttl_s",
+    "load_or_seed": "timeout_s",
+    "load_module": "timeout_s",
+    "load_instance": "timeout_s",
+    "load_full": "timeout_s",
+}
 
 
 @pytest.mark.parametrize("value", NO_TIME, ids=repr)
 @pytest.mark.parametrize(("call", "field"), TIMES.items(), ids=TIMES)
-def test_what_is_no_time_is_refused_at_once(calls: dict[str, Any], call: str, field: str, value: Any) -> None:
-    with pytest.raises(InvalidField, match=f"^{field} .* is not valid: it is a number of seconds from 0 to 1e"):
+def test_what_is_no_time_is_refused_at_once(
+    calls: dict[str, Any], call: str, field: str, value: Any
+) -> None:
+    with pytest.raises(
+        InvalidField, match=f"^{field} .* is not valid: it is a number of seconds from 0 to 1e"
+    ):
         calls[call](**{field: value})
 
 
 NUMBERS = [
-    ("load", "rank"), ("load", "version"), ("load", "world_size"), ("load", "max_sources"), ("load_module", "rank"),
-    ("publish", "rank"), ("publish", "world_size"), ("publish", "version"), ("load_or_seed", "rank"),
-    ("load_or_seed", "world_size"), ("load_or_seed", "version"), ("load_or_seed", "max_sources"),
-]  # fmt: skip
+    ("load", "rank"),
+    ("load", "version"),
+    ("load", "world_size"),
+    ("load", "max_sources"),
+    ("load_module", "rank"),
+    ("publish", "rank"),
+    ("publish", "world_size"),
+    ("publish", "version"),
+    ("load_or_seed", "rank"),
+    ("load_or_seed", "world_size"),
+    ("load_or_seed", "version"),
+    ("load_or_seed", "max_sources"),
+]
 
 
 @pytest.mark.parametrize("value", [True, 2.0, "2", -1], ids=repr)
 @pytest.mark.parametrize(("call", "field"), NUMBERS)
-def test_what_is_no_such_number_is_refused_at_once(calls: dict[str, Any], call: str, field: str, value: Any) -> None:
+def test_what_is_no_such_number_is_refused_at_once(
+    calls: dict[str, Any], call: str, field: str, value: Any
+) -> None:
     with pytest.raises(InvalidField, match=f"^{field} .* is not valid: it is a whole number"):
         calls[call](**{field: value})
 

@@ -10,7 +10,12 @@ from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.pull_ticket import Pull, Reader, decode, encode
 from tests.support.builders import OTHER_INCARNATION, a_pull, a_record, ticket
 
-FULL = a_pull(reader=Reader.of(a_record(instance="b", incarnation=OTHER_INCARNATION)), nbytes=5, total_nbytes=8, create_revision=7)
+FULL = a_pull(
+    reader=Reader.of(a_record(instance="b", incarnation=OTHER_INCARNATION)),
+    nbytes=5,
+    total_nbytes=8,
+    create_revision=7,
+)
 
 
 def read(value: bytes, key: str = FULL.key) -> Pull | None:
@@ -34,23 +39,54 @@ def test_what_a_newer_version_says_besides_is_left_alone() -> None:
 
 
 def test_a_load_is_never_more_than_complete() -> None:
-    assert [a_pull(nbytes=nbytes, total_nbytes=8).fraction for nbytes in (0, 2, 8, 100)] == [0, 0.25, 1, 1]
+    assert [a_pull(nbytes=nbytes, total_nbytes=8).fraction for nbytes in (0, 2, 8, 100)] == [
+        0,
+        0.25,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"incarnation": ""}, {"incarnation": 5}, {"incarnation": None}, {"incarnation": "x\n"}, {"incarnation": "x" * 257},
-        {"host": "\x1b[2J"}, {"host": "h" * 257}, {"host": ["h"]}, {"host": "\ud800"},
-        {"pid": -1}, {"pid": 1 << 64}, {"pid": 1.0}, {"pid": True}, {"pid": "1"},
-        {"nbytes": -1}, {"nbytes": 1e300}, {"nbytes": "5"}, {"total_nbytes": 1 << 64}, {"total_nbytes": [8]},
-        {"began_at": 5}, {"began_at": "x\x07"},
-        {"reader": "b/0"}, {"reader": {"rank": 0}}, {"reader": {"instance": "b", "incarnation": "x"}},
-        *({"reader": {"instance": "b", "rank": 0, "incarnation": "x", **wrong}} for wrong in (
-            {"instance": "a/../b"}, {"instance": 5}, {"rank": -1}, {"rank": 100_000}, {"rank": "0"}, {"incarnation": ""},
-        )),
+        {"incarnation": ""},
+        {"incarnation": 5},
+        {"incarnation": None},
+        {"incarnation": "x\n"},
+        {"incarnation": "x" * 257},
+        {"host": "\x1b[2J"},
+        {"host": "h" * 257},
+        {"host": ["h"]},
+        {"host": "\ud800"},
+        {"pid": -1},
+        {"pid": 1 << 64},
+        {"pid": 1.0},
+        {"pid": True},
+        {"pid": "1"},
+        {"nbytes": -1},
+        {"nbytes": 1e300},
+        {"nbytes": "5"},
+        {"total_nbytes": 1 << 64},
+        {"total_nbytes": [8]},
+        {"began_at": 5},
+        {"began_at": "x\x07"},
+        {"reader": "b/0"},
+        {"reader": {"rank": 0}},
+        {"reader": {"instance": "b", "incarnation": "x"}},
+        *(
+            {"reader": {"instance": "b", "rank": 0, "incarnation": "x", **wrong}}
+            for wrong in (
+                {"instance": "a/../b"},
+                {"instance": 5},
+                {"rank": -1},
+                {"rank": 100_000},
+                {"rank": "0"},
+                {"incarnation": ""},
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_of_a_wrong_type_or_out_of_range_is_no_ticket(change: dict[str, object]) -> None:
     assert read(json.dumps({**json.loads(encode(FULL)), **change}).encode()) is None
 
@@ -58,14 +94,24 @@ def test_what_is_of_a_wrong_type_or_out_of_range_is_no_ticket(change: dict[str, 
 @pytest.mark.parametrize(
     "value",
     [
-        b"", b"{", b"[]", b"null", b"5", b"\xff\xfe{", b"[" * 4_000, b'{"pid":' * 600, b'{"pid":' + b"9" * 4_000,
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"5",
+        b"\xff\xfe{",
+        b"[" * 4_000,
+        b'{"pid":' * 600,
+        b'{"pid":' + b"9" * 4_000,
         encode(FULL) + b" " * 5_000,
     ],
-)  # fmt: skip
+)
 def test_nonsense_is_no_ticket(value: bytes) -> None:
     assert read(value) is None
 
 
-@pytest.mark.parametrize("place", ["qwen/0/", "qwen/0", "qwen/x/y", "qwen/00/y", "qwen/0/a/b", "q\udcff/0/a"])
+@pytest.mark.parametrize(
+    "place", ["qwen/0/", "qwen/0", "qwen/x/y", "qwen/00/y", "qwen/0/a/b", "q\udcff/0/a"]
+)
 def test_what_lies_elsewhere_is_no_ticket(place: str) -> None:
     assert read(encode(FULL), f"/pulls/{place}") is None

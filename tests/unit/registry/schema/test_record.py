@@ -1,4 +1,6 @@
-"""The record: what is written is what is read, and nothing that lies in etcd makes a reader fail in an unknown way."""
+"""The record: what is written is what is read, and nothing that lies in etcd makes a reader fail in
+an unknown way.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from hypothesis import strategies as st
 
 from engine_registry import ModelIdentity, RankRecord, RankState
 from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
-from engine_registry.schema.record import GATEWAY, MAX_RECORD_NBYTES, MAX_VERSION, ManifestRef, decode, encode
+from engine_registry.schema.record import (
+    GATEWAY,
+    MAX_RECORD_NBYTES,
+    MAX_VERSION,
+    ManifestRef,
+    decode,
+    encode,
+)
 from tests.support.builders import a_record
 
 TEXT = st.text(max_size=20).filter(str.isprintable)
@@ -72,7 +81,7 @@ def as_json(**changes: Any) -> dict[str, Any]:
 
 
 def changed(path: str, value: Any) -> bytes:
-    """A good record with the field at the dotted path set, or taken out where `value` is Ellipsis."""
+    """A good record with the field at the dotted path set, or removed if `value` is Ellipsis."""
     data = copy.deepcopy(as_json())
     *way, name = path.split(".")
     place = data
@@ -86,7 +95,7 @@ def changed(path: str, value: Any) -> bytes:
 
 
 def read(value: bytes) -> RankRecord | None:
-    """What lies under the key of qwen's rank 0; None where that is damage, and the error says so."""
+    """The record under the key of qwen's rank 0; None if damaged, and the error says so."""
     try:
         return decode("/engines/qwen/0", value)
     except RecordDamaged as exc:
@@ -115,7 +124,16 @@ def test_the_fields_that_may_be_left_out_have_defaults() -> None:
         del data[name]
     for name in ("revision", "dtype", "quantization", "extra"):
         del data["model"][name]
-    wanted = a_record(generation="", topology={}, fabric="", host="", pid=0, device="", writer="", model=ModelIdentity("qwen"))
+    wanted = a_record(
+        generation="",
+        topology={},
+        fabric="",
+        host="",
+        pid=0,
+        device="",
+        writer="",
+        model=ModelIdentity("qwen"),
+    )
     assert decode(a_record().key, json.dumps(data).encode()) == wanted
 
 
@@ -175,7 +193,17 @@ STRINGS = [
     "model.quantization",
     "manifest.digest",
 ]
-NUMBERS = ["schema", "rank", "world_size", "version", "pid", "manifest.parts", "manifest.tensors", "manifest.nbytes", "header.addr"]
+NUMBERS = [
+    "schema",
+    "rank",
+    "world_size",
+    "version",
+    "pid",
+    "manifest.parts",
+    "manifest.tensors",
+    "manifest.nbytes",
+    "header.addr",
+]
 OBJECTS = ["model", "model.extra", "manifest", "header", "topology"]
 
 
@@ -184,10 +212,19 @@ OBJECTS = ["model", "model.extra", "manifest", "header", "topology"]
     [
         *[(path, ...) for path in REQUIRED],
         *[(path, value) for path in STRINGS for value in (None, 7, True, ["a"], {"a": "b"})],
-        *[(path, value) for path in NUMBERS for value in (None, "7", True, False, 1.0, float("nan"), [1])],
+        *[
+            (path, value)
+            for path in NUMBERS
+            for value in (None, "7", True, False, 1.0, float("nan"), [1])
+        ],
         *[(path, value) for path in OBJECTS for value in (None, "x", 7, True, ["a"])],
         *[(path, -1) for path in ("rank", "world_size", "version")],
-        *[(path, value) for path in NUMBERS if path.startswith(("manifest", "header")) for value in (-1, 2**64)],
+        *[
+            (path, value)
+            for path in NUMBERS
+            if path.startswith(("manifest", "header"))
+            for value in (-1, 2**64)
+        ],
         ("rank", 2),
         ("world_size", 0),
         ("world_size", 1_000_001),
@@ -198,11 +235,24 @@ OBJECTS = ["model", "model.extra", "manifest", "header", "topology"]
         ("model.name", ""),
         *[
             ("topology", {"tp": place})
-            for place in ([2, 2], [-1, 2], [0], [0, 1, 2], [0, "2"], [False, 2], [0, 2.0], "02", 3, None)
+            for place in (
+                [2, 2],
+                [-1, 2],
+                [0],
+                [0, 1, 2],
+                [0, "2"],
+                [False, 2],
+                [0, 2.0],
+                "02",
+                3,
+                None,
+            )
         ],
     ],
 )
-def test_a_field_that_is_missing_or_wrong_is_damage_that_names_the_key(path: str, value: Any) -> None:
+def test_a_field_that_is_missing_or_wrong_is_damage_that_names_the_key(
+    path: str, value: Any
+) -> None:
     with pytest.raises(RecordDamaged, match="the record at /engines/qwen/0 is damaged") as caught:
         decode("/engines/qwen/0", changed(path, value))
     assert caught.value.details["key"] == "/engines/qwen/0"
@@ -225,7 +275,9 @@ def test_text_that_no_encoding_can_write_is_damage(path: str) -> None:
         ("topology", {"tp": [0]}, "topology axis 'tp' is not [index, size]"),
     ],
 )
-def test_damage_is_told_with_the_field_and_what_is_wrong_with_it(path: str, value: Any, said: str) -> None:
+def test_damage_is_told_with_the_field_and_what_is_wrong_with_it(
+    path: str, value: Any, said: str
+) -> None:
     with pytest.raises(RecordDamaged) as caught:
         decode("/engines/qwen/0", changed(path, value))
     assert str(caught.value) == f"the record at /engines/qwen/0 is damaged: {said}"
@@ -248,7 +300,9 @@ def test_any_json_in_any_field_is_a_good_record_or_damage(path: str, value: Any)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
-def test_a_record_with_a_flipped_byte_is_another_good_record_or_damage(place: int, flip: int) -> None:
+def test_a_record_with_a_flipped_byte_is_another_good_record_or_damage(
+    place: int, flip: int
+) -> None:
     value = bytearray(encode(a_record()))
     value[place % len(value)] ^= flip
     found = read(bytes(value))
@@ -275,7 +329,9 @@ def test_a_value_that_is_far_too_long_is_not_even_parsed() -> None:
         ({"topology": {f"axis-{n}": (0, 1) for n in range(400)}}, "topology"),
     ],
 )
-def test_a_record_over_4_kb_is_refused_with_the_name_of_its_largest_field(changes: dict[str, Any], largest: str) -> None:
+def test_a_record_over_4_kb_is_refused_with_the_name_of_its_largest_field(
+    changes: dict[str, Any], largest: str
+) -> None:
     with pytest.raises(InvalidField, match=f"more than 4096: shorten '{largest}'") as caught:
         encode(a_record(**changes))
     assert caught.value.details == {"field": largest}
@@ -349,7 +405,9 @@ def test_a_model_is_named_and_described_in_text(fields: dict[str, Any], field: s
 def test_a_record_that_states_no_content_has_one_of_its_own_in_each_version_and_launch() -> None:
     """As those of older releases, whose headers are read in the same way."""
     found = {
-        decode("/engines/qwen/0", changed_all(content=..., version=version, incarnation=incarnation)).content
+        decode(
+            "/engines/qwen/0", changed_all(content=..., version=version, incarnation=incarnation)
+        ).content
         for version, incarnation in ((0, "a"), (1, "a"), (0, "b"), (0, "b"))
     }
     assert len(found) == 3
@@ -358,7 +416,9 @@ def test_a_record_that_states_no_content_has_one_of_its_own_in_each_version_and_
 
 def changed_all(**changes: Any) -> bytes:
     data = as_json(**changes)
-    return json.dumps({name: value for name, value in data.items() if value is not ...}, separators=(",", ":")).encode()
+    return json.dumps(
+        {name: value for name, value in data.items() if value is not ...}, separators=(",", ":")
+    ).encode()
 
 
 @pytest.mark.parametrize("content", ["c0", "C0" * 16, "g0" * 16, "c0" * 17, 7, None, ["c0"]])

@@ -1,4 +1,4 @@
-"""What is known of one instance, counted: it always says what `assess` says of all records at once."""
+"""What is known of one instance, counted: as `assess` says of all records at once."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from tests.support.builders import OTHER_INCARNATION, a_record, garbage, stored
 
 MODEL = a_record().model
 RANKS = st.integers(0, 2)
-# Few values of each field, so that records often agree, and world sizes down to 3, so that instances are often complete.
+# Few values of each field, so that records often agree, and world sizes down to 3, so that
+# instances are often complete.
 FIELDS = st.fixed_dictionaries(
     {},
     optional={
         "world_size": st.sampled_from([3, 4]),
         "generation": st.sampled_from(["launch-1", "launch-2"]),
-        "model": st.sampled_from([MODEL, replace(MODEL, revision="r2"), replace(MODEL, extra={"layers": "28", "b": ""})]),
+        "model": st.sampled_from(
+            [MODEL, replace(MODEL, revision="r2"), replace(MODEL, extra={"layers": "28", "b": ""})]
+        ),
         "topology": st.sampled_from([{"tp": (0, 2)}, {"tp": (1, 2)}, {"tp": (1, 4)}, {}]),
         "version": st.sampled_from([3, 4]),
         "state": st.sampled_from(RankState),
@@ -35,7 +38,11 @@ FIELDS = st.fixed_dictionaries(
     },
 )
 CHANGES = st.one_of(
-    st.builds(lambda rank, fields: stored(a_record(rank=rank, **{"world_size": 3, **fields})), RANKS, FIELDS),
+    st.builds(
+        lambda rank, fields: stored(a_record(rank=rank, **{"world_size": 3, **fields})),
+        RANKS,
+        FIELDS,
+    ),
     st.builds(lambda rank: stored(a_record(rank=rank, world_size=3)), RANKS),
     st.builds(lambda rank: garbage(rank=rank), RANKS),
     st.builds(lambda rank: Deletion(record_key("qwen", rank), 1), RANKS),
@@ -45,7 +52,9 @@ CHANGES = st.one_of(
 
 
 @given(st.lists(CHANGES, max_size=30))
-def test_after_any_changes_a_roster_says_what_assess_says_of_the_records(changes: list[KeyValue | Deletion]) -> None:
+def test_after_any_changes_a_roster_says_what_assess_says_of_the_records(
+    changes: list[KeyValue | Deletion],
+) -> None:
     roster, items = Roster("qwen"), dict[str, KeyValue]()
     complete = [stored(a_record(rank=rank, world_size=3)) for rank in range(3)]
     for change in [*complete, *changes]:
@@ -56,7 +65,9 @@ def test_after_any_changes_a_roster_says_what_assess_says_of_the_records(changes
         records, damaged = read(items)
         wanted = assess("qwen", records, damaged)
         assert (roster.state, roster.status()) == (wanted.state, wanted)
-        assert list(assess_all(items.values())) == ([wanted] if wanted.state is not InstanceState.GONE else [])
+        assert list(assess_all(items.values())) == (
+            [wanted] if wanted.state is not InstanceState.GONE else []
+        )
 
 
 def test_an_instance_is_ready_whenever_all_its_ranks_are_alike() -> None:
@@ -91,15 +102,27 @@ def test_a_change_of_one_rank_looks_at_no_other(monkeypatch: pytest.MonkeyPatch)
         roster.see(stored(a_record(rank=rank, world_size=50)))
     looked_at: list[int] = []
     agreed = RankRecord.agreed
-    monkeypatch.setattr(RankRecord, "agreed", lambda self: looked_at.append(self.rank) or agreed(self))  # type: ignore[func-returns-value]
-    for change in (stored(a_record(rank=7, world_size=50, version=4)), garbage(rank=7), Deletion(record_key("qwen", 7), 1)):
+    monkeypatch.setattr(
+        RankRecord,
+        "agreed",
+        lambda self: looked_at.append(self.rank) or agreed(self),  # type: ignore[func-returns-value]
+    )
+    for change in (
+        stored(a_record(rank=7, world_size=50, version=4)),
+        garbage(rank=7),
+        Deletion(record_key("qwen", 7), 1),
+    ):
         roster.see(change)
         assert roster.state is InstanceState.DEGRADED
     assert set(looked_at) == {7}
 
 
-@pytest.mark.parametrize(("value", "kind"), [(b"{", RecordDamaged), (b'{"schema":2}', SchemaUnsupported)])
-def test_what_is_wrong_with_a_key_is_kept_without_what_its_traceback_holds(value: bytes, kind: type[RecordDamaged]) -> None:
+@pytest.mark.parametrize(
+    ("value", "kind"), [(b"{", RecordDamaged), (b'{"schema":2}', SchemaUnsupported)]
+)
+def test_what_is_wrong_with_a_key_is_kept_without_what_its_traceback_holds(
+    value: bytes, kind: type[RecordDamaged]
+) -> None:
     roster = Roster("qwen")
     roster.see(garbage(value=value))
     (error,) = roster.damaged.values()

@@ -1,4 +1,6 @@
-"""Log lines: quiet by default, each with an event and its facts, as sentences or as JSON, and all of them documented."""
+"""Log lines: quiet by default, each with an event and its facts, as sentences or as JSON, and all
+of them documented.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +35,26 @@ def rows(heading: str) -> Iterator[list[str]]:
             yield [cell.strip() for cell in line.strip("|").split("|")]
 
 
-# -- metrics ---------------------------------------------------------------------------------------------------------------------
+# -- metrics
+# --------------------------------------------------------------------------------------------------
 
 
 def documented(package: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     return {
-        name.strip("`"): (kind, tuple(re.findall(r"`(\w+)`", labels))) for name, kind, labels, *_ in rows(f"Metrics of `{package}`")
+        name.strip("`"): (kind, tuple(re.findall(r"`(\w+)`", labels)))
+        for name, kind, labels, *_ in rows(f"Metrics of `{package}`")
     }
 
 
 @pytest.mark.parametrize("package", ["registry", "loader"])
-def test_the_page_names_exactly_the_metrics_that_exist_with_their_types_and_labels(package: str) -> None:
+def test_the_page_names_exactly_the_metrics_that_exist_with_their_types_and_labels(
+    package: str,
+) -> None:
     exist = {
-        meter.name + ("_total" if meter.kind == "Counter" else ""): (meter.kind.lower(), meter.labels)
+        meter.name + ("_total" if meter.kind == "Counter" else ""): (
+            meter.kind.lower(),
+            meter.labels,
+        )
         for meter in metrics.declared()
         if meter.name.startswith(f"engines_{package}_")
     }
@@ -53,16 +62,22 @@ def test_the_page_names_exactly_the_metrics_that_exist_with_their_types_and_labe
 
 
 def test_every_metric_is_of_one_of_the_two_packages() -> None:
-    assert all(re.match(r"engines_(registry|loader)_[a-z_]+$", meter.name) for meter in metrics.declared())
+    assert all(
+        re.match(r"engines_(registry|loader)_[a-z_]+$", meter.name) for meter in metrics.declared()
+    )
 
 
 def test_the_page_names_every_value_that_a_label_can_have() -> None:
     meanings = {
-        name.strip("`"): " ".join(rest) for package in ("registry", "loader") for name, *rest in rows(f"Metrics of `{package}`")
+        name.strip("`"): " ".join(rest)
+        for package in ("registry", "loader")
+        for name, *rest in rows(f"Metrics of `{package}`")
     }
     for meter in metrics.declared():
         text = meanings[meter.name + ("_total" if meter.kind == "Counter" else "")]
-        assert [value for value in meter.values if f"`{value}`" not in text and value != "closed"] == [] or "the above" in text
+        assert [
+            value for value in meter.values if f"`{value}`" not in text and value != "closed"
+        ] == [] or "the above" in text
 
 
 def test_the_alerts_are_about_metrics_that_exist() -> None:
@@ -75,7 +90,8 @@ def test_the_alerts_are_about_metrics_that_exist() -> None:
         assert value in meter.values
 
 
-# -- events ----------------------------------------------------------------------------------------------------------------------
+# -- events
+# --------------------------------------------------------------------------------------------------
 
 
 def log_calls() -> Iterator[tuple[Path, ast.Call]]:
@@ -83,7 +99,12 @@ def log_calls() -> Iterator[tuple[Path, ast.Call]]:
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-                if call and isinstance(node.func.value, ast.Name) and node.func.value.id == "log" and node.func.attr in LEVELS:  # type: ignore[attr-defined]
+                if (
+                    call
+                    and isinstance(node.func.value, ast.Name)  # type: ignore[attr-defined]
+                    and node.func.value.id == "log"  # type: ignore[attr-defined]
+                    and node.func.attr in LEVELS  # type: ignore[attr-defined]
+                ):
                     yield path, node  # type: ignore[misc]
 
 
@@ -100,23 +121,41 @@ def test_every_log_line_has_an_event() -> None:
 
 
 def test_the_page_names_exactly_the_events_of_warnings_and_errors() -> None:
-    loud = {event_of(call) for _, call in log_calls() if call.func.attr in ("warning", "error", "exception", "log")}  # type: ignore[attr-defined]
+    loud = {
+        event_of(call)
+        for _, call in log_calls()
+        if call.func.attr in ("warning", "error", "exception", "log")  # type: ignore[attr-defined]
+    }
     named = {event for name, *_ in rows("Logs") for event in re.findall(r"`(\w+)`", name)}
     assert named == loud
 
 
-# -- how they look ---------------------------------------------------------------------------------------------------------------
+# -- how they look
+# --------------------------------------------------------------------------------------------------
 
 
 def a_line(message: str, *args: Any, **options: Any) -> logging.LogRecord:
     return logging.getLogger("engine_registry.x").makeRecord(
-        "engine_registry.x", logging.WARNING, "f.py", 1, message, args, options.get("exc_info"), extra=options.get("extra")
+        "engine_registry.x",
+        logging.WARNING,
+        "f.py",
+        1,
+        message,
+        args,
+        options.get("exc_info"),
+        extra=options.get("extra"),
     )
 
 
 def test_json_has_time_level_logger_message_and_fields() -> None:
     error = RuntimeError("what it says is in the message")
-    line = _Json().format(a_line("%s is away\n\x1b[31m", "etcd", extra=fields("watch_lost", prefix="/engines/", error=error)))
+    line = _Json().format(
+        a_line(
+            "%s is away\n\x1b[31m",
+            "etcd",
+            extra=fields("watch_lost", prefix="/engines/", error=error),
+        )
+    )
     assert "\n" not in line
     assert line.isascii()
     assert line.isprintable()
@@ -134,14 +173,22 @@ def test_json_of_others_lines_and_of_exceptions_is_one_line_too() -> None:
     try:
         raise ValueError("two\nlines")
     except ValueError:
-        line = _Json().format(a_line("failed", exc_info=sys.exc_info(), extra={"fields": {"path": Path("/x")}}))
+        line = _Json().format(
+            a_line("failed", exc_info=sys.exc_info(), extra={"fields": {"path": Path("/x")}})
+        )
     data = json.loads(line)
-    assert (data["fields"], data["exception"].endswith("ValueError: two\nlines")) == ({"path": "/x"}, True)
+    assert (data["fields"], data["exception"].endswith("ValueError: two\nlines")) == (
+        {"path": "/x"},
+        True,
+    )
     assert json.loads(_Json().format(a_line("no fields")))["fields"] == {}
 
 
 def test_a_sentence_holds_nothing_that_a_terminal_would_act_on() -> None:
-    assert _Sentence("engines: %(message)s").format(a_line("\x1b[31m%s", "x\ny")) == "engines: \\x1b[31mx\\ny"
+    assert (
+        _Sentence("engines: %(message)s").format(a_line("\x1b[31m%s", "x\ny"))
+        == "engines: \\x1b[31mx\\ny"
+    )
 
 
 def test_the_libraries_say_nothing_until_somebody_listens() -> None:

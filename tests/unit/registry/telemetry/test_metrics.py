@@ -59,7 +59,12 @@ def families(collectors: CollectorRegistry) -> set[str]:
 
 def series(collectors: CollectorRegistry, name: str) -> dict[tuple[str, ...], float]:
     """By the values of the labels."""
-    samples = [sample for family in collectors.collect() for sample in family.samples if sample.name == name]
+    samples = [
+        sample
+        for family in collectors.collect()
+        for sample in family.samples
+        if sample.name == name
+    ]
     return {tuple(sample.labels.values()): sample.value for sample in samples}
 
 
@@ -71,7 +76,8 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> list[Meter]:
     return some
 
 
-# -- the seam --------------------------------------------------------------------------------------------------------------------
+# -- the seam
+# --------------------------------------------------------------------------------------------------
 
 
 def test_counting_without_anybody_who_asks_is_nothing() -> None:
@@ -97,11 +103,15 @@ assert "prometheus_client" in sys.modules
     subprocess.run(python(code), check=True, cwd=ROOT)
 
 
-def test_a_registry_of_ones_own_gets_the_metrics_and_nobody_else_does(counted: CollectorRegistry) -> None:
+def test_a_registry_of_ones_own_gets_the_metrics_and_nobody_else_does(
+    counted: CollectorRegistry,
+) -> None:
     metrics.RESYNCS.inc()
     assert families(counted) == {meter.name for meter in metrics.declared()}
     assert counted.get_sample_value("engines_registry_watch_resyncs_total") == 1
-    assert not [name for name in families(prometheus_client.REGISTRY) if name.startswith("engines_")]
+    assert not [
+        name for name in families(prometheus_client.REGISTRY) if name.startswith("engines_")
+    ]
 
 
 def test_enabling_twice_counts_once(counted: CollectorRegistry) -> None:
@@ -115,7 +125,10 @@ def test_two_registries_show_the_same_numbers_and_one_may_leave(counted: Collect
     other = CollectorRegistry()
     with metrics.counting(other):
         metrics.RESYNCS.inc()
-        assert [some.get_sample_value("engines_registry_watch_resyncs_total") for some in (counted, other)] == [2, 2]
+        assert [
+            some.get_sample_value("engines_registry_watch_resyncs_total")
+            for some in (counted, other)
+        ] == [2, 2]
     assert families(other) == set()
     metrics.RESYNCS.inc()
     assert counted.get_sample_value("engines_registry_watch_resyncs_total") == 3
@@ -143,18 +156,24 @@ def test_a_registry_that_has_one_of_the_names_is_refused_and_left_as_it_was() ->
         pass
 
 
-def test_what_is_declared_later_is_counted_too(counted: CollectorRegistry, declared: list[Meter]) -> None:
+def test_what_is_declared_later_is_counted_too(
+    counted: CollectorRegistry, declared: list[Meter]
+) -> None:
     late = Counter("engines_test_late", "Declared while somebody asks.", ["reason"], ["a", "b"])
     late.inc("b", 2)
     assert series(counted, "engines_test_late_total") == {("a",): 0, ("b",): 2}
 
 
-def test_every_value_that_a_label_can_have_is_there_from_the_first_scrape_on(counted: CollectorRegistry) -> None:
+def test_every_value_that_a_label_can_have_is_there_from_the_first_scrape_on(
+    counted: CollectorRegistry,
+) -> None:
     assert set(series(counted, "engines_registry_ranks_lost_total").values()) == {0}
     assert ("evicted",) in series(counted, "engines_loader_failovers_total")
 
 
-def test_a_value_that_was_not_declared_makes_no_series_of_its_own(counted: CollectorRegistry) -> None:
+def test_a_value_that_was_not_declared_makes_no_series_of_its_own(
+    counted: CollectorRegistry,
+) -> None:
     before = set(series(counted, "engines_registry_ranks_lost_total"))
     metrics.RANKS_LOST.inc("whatever is in etcd")
     after = series(counted, "engines_registry_ranks_lost_total")
@@ -173,7 +192,11 @@ def test_what_was_there_before_is_not_taken_away_later() -> None:
 def test_what_is_held_counts_under_one_value_at_a_time(counted: CollectorRegistry) -> None:
     held = metrics.REGISTRATIONS.hold("registered")
     held.move("suspended")
-    assert series(counted, "engines_registry_registrations") == {("registered",): 0, ("suspended",): 1, ("lost",): 0}
+    assert series(counted, "engines_registry_registrations") == {
+        ("registered",): 0,
+        ("suspended",): 1,
+        ("lost",): 0,
+    }
     held.release()
     held.release()
     assert set(series(counted, "engines_registry_registrations").values()) == {0}
@@ -181,15 +204,22 @@ def test_what_is_held_counts_under_one_value_at_a_time(counted: CollectorRegistr
 
 @pytest.mark.parametrize(
     ("accept", "content_type"),
-    [("", "text/plain"), ("application/openmetrics-text; version=1.0.0", "application/openmetrics-text")],
+    [
+        ("", "text/plain"),
+        ("application/openmetrics-text; version=1.0.0", "application/openmetrics-text"),
+    ],
 )
-def test_a_server_of_ones_own_gets_text_and_its_type(counted: CollectorRegistry, accept: str, content_type: str) -> None:
+def test_a_server_of_ones_own_gets_text_and_its_type(
+    counted: CollectorRegistry, accept: str, content_type: str
+) -> None:
     metrics.RESYNCS.inc()
     body, got = metrics.render(accept, counted)
     assert got.startswith(content_type)
     assert b"engines_registry_watch_resyncs_total 1.0\n" in body
     if not accept:
-        assert {family.name for family in text_string_to_metric_families(body.decode())} >= {"engines_registry_watch_resyncs"}
+        assert {family.name for family in text_string_to_metric_families(body.decode())} >= {
+            "engines_registry_watch_resyncs"
+        }
 
 
 def test_without_prometheus_client_everything_else_works_and_metrics_say_what_to_install() -> None:
@@ -208,7 +238,8 @@ for asked in (metrics.enable, metrics.disable, metrics.render):
     try:
         asked()
     except MetricsUnavailable as exc:
-        assert str(exc) == "metrics need prometheus_client: pip install 'engine-registry[metrics]'", exc
+        said = "metrics need prometheus_client: pip install 'engine-registry[metrics]'"
+        assert str(exc) == said, exc
     else:
         raise SystemExit(f"{asked} did not say it")
 assert not metrics.enabled()
@@ -216,7 +247,8 @@ assert not metrics.enabled()
     subprocess.run(python(code), check=True, cwd=ROOT)
 
 
-# -- what a watch sees -----------------------------------------------------------------------------------------------------------
+# -- what a watch sees
+# --------------------------------------------------------------------------------------------------
 
 ONE, TWO = a_record(), a_record(rank=1)
 
@@ -228,11 +260,19 @@ def status(state: InstanceState, *records: RankRecord) -> InstanceStatus:
 def test_a_watch_shows_ranks_by_instance_and_state(counted: CollectorRegistry) -> None:
     seen = WatchMetrics()
     updating = replace(ONE, state=RankState.UPDATING)
-    for event in (RankJoined(ONE), RankJoined(TWO), InstanceReady(status(InstanceState.READY)), RankUpdated(updating, ONE)):
+    for event in (
+        RankJoined(ONE),
+        RankJoined(TWO),
+        InstanceReady(status(InstanceState.READY)),
+        RankUpdated(updating, ONE),
+    ):
         seen.see(event)
     assert series(counted, "engines_registry_ranks") == {
-        ("qwen", "ready"): 1, ("qwen", "updating"): 1, ("qwen", "loading"): 0, ("qwen", "draining"): 0,
-    }  # fmt: skip
+        ("qwen", "ready"): 1,
+        ("qwen", "updating"): 1,
+        ("qwen", "loading"): 0,
+        ("qwen", "draining"): 0,
+    }
     assert series(counted, "engines_registry_ranks_expected") == {("qwen",): 2}
     assert series(counted, "engines_registry_instance_ready") == {("qwen",): 1}
     assert series(counted, "engines_registry_instances") == {("ready",): 1, ("degraded",): 0}
@@ -241,11 +281,22 @@ def test_a_watch_shows_ranks_by_instance_and_state(counted: CollectorRegistry) -
     assert series(counted, "engines_registry_instances") == {("ready",): 0, ("degraded",): 1}
 
 
-def test_a_loss_counts_once_by_its_reason_and_in_the_state_that_the_rank_had(counted: CollectorRegistry) -> None:
+def test_a_loss_counts_once_by_its_reason_and_in_the_state_that_the_rank_had(
+    counted: CollectorRegistry,
+) -> None:
     seen = WatchMetrics()
-    for event in (RankJoined(ONE), RankLost(ONE, "process ended"), RankJoined(TWO), RankLost(TWO, "set by a stranger")):
+    for event in (
+        RankJoined(ONE),
+        RankLost(ONE, "process ended"),
+        RankJoined(TWO),
+        RankLost(TWO, "set by a stranger"),
+    ):
         seen.see(event)
-    lost = {reason: count for (reason,), count in series(counted, "engines_registry_ranks_lost_total").items() if count}
+    lost = {
+        reason: count
+        for (reason,), count in series(counted, "engines_registry_ranks_lost_total").items()
+        if count
+    }
     assert lost == {"process_ended": 1, "other": 1}
     assert set(series(counted, "engines_registry_ranks").values()) == {0}
 
@@ -286,18 +337,26 @@ def test_a_watch_that_ends_shows_nothing_any_more(counted: CollectorRegistry) ->
     assert set(series(counted, "engines_registry_instances").values()) == {0}
 
 
-def test_a_clean_up_counts_where_it_is_done_and_not_where_it_is_only_told(counted: CollectorRegistry) -> None:
+def test_a_clean_up_counts_where_it_is_done_and_not_where_it_is_only_told(
+    counted: CollectorRegistry,
+) -> None:
     seen = WatchMetrics()
     seen.see(InstanceCleaned("qwen", ONE, (TWO,), dry_run=True))
     seen.see(InstanceCleaned("qwen", ONE, (TWO,), dry_run=False))
     assert counted.get_sample_value("engines_registry_instances_cleaned_total") == 1
 
 
-# -- what comes from a keeper ----------------------------------------------------------------------------------------------------
+# -- what comes from a keeper
+# --------------------------------------------------------------------------------------------------
 
 
 def told(claims_again: int = 0, renewed_in_s: float | None = None) -> dict[str, Any]:
-    return {"state": "REGISTERED", "why": "", "claims_again": claims_again, "renewed_in_s": renewed_in_s}
+    return {
+        "state": "REGISTERED",
+        "why": "",
+        "claims_again": claims_again,
+        "renewed_in_s": renewed_in_s,
+    }
 
 
 @pytest.fixture
@@ -307,11 +366,20 @@ def link() -> KeeperLink:
     return KeeperLink(EtcdConfig(parse_endpoints("h:1")), ONE, [], 10.0, lambda *_: None)
 
 
-def test_the_time_of_a_renewal_comes_with_the_state(counted: CollectorRegistry, link: KeeperLink) -> None:
-    for message in (told(renewed_in_s=0.003), told(), told(renewed_in_s=0.004), {"state": "SUSPENDED", "why": "etcd is away"}):
+def test_the_time_of_a_renewal_comes_with_the_state(
+    counted: CollectorRegistry, link: KeeperLink
+) -> None:
+    for message in (
+        told(renewed_in_s=0.003),
+        told(),
+        told(renewed_in_s=0.004),
+        {"state": "SUSPENDED", "why": "etcd is away"},
+    ):
         link._hear(message)
     assert counted.get_sample_value("engines_registry_keepalive_seconds_count") == 2
-    assert counted.get_sample_value("engines_registry_keepalive_seconds_sum") == pytest.approx(0.007)
+    assert counted.get_sample_value("engines_registry_keepalive_seconds_sum") == pytest.approx(
+        0.007
+    )
 
 
 def test_registrations_that_were_renewed_count_once_also_where_messages_were_lost(
@@ -322,7 +390,8 @@ def test_registrations_that_were_renewed_count_once_also_where_messages_were_los
     assert counted.get_sample_value("engines_registry_reregistrations_total") == 4
 
 
-# -- who reads from a rank -------------------------------------------------------------------------------------------------------
+# -- who reads from a rank
+# --------------------------------------------------------------------------------------------------
 
 
 def ticket(load_id: str, incarnation: str = INCARNATION, value: bytes | None = None) -> KeyValue:
@@ -342,9 +411,17 @@ def test_every_ticket_counts_once_and_while_it_is_out(counted: CollectorRegistry
 
 
 @pytest.mark.parametrize(
-    "other", [ticket("x", OTHER_INCARNATION), ticket("x", value=b"{"), ticket("x", value=b"[]"), ticket("x", value=b"[" * 100_000)]
+    "other",
+    [
+        ticket("x", OTHER_INCARNATION),
+        ticket("x", value=b"{"),
+        ticket("x", value=b"[]"),
+        ticket("x", value=b"[" * 100_000),
+    ],
 )
-def test_a_ticket_for_somebody_else_or_of_nonsense_is_not_counted(counted: CollectorRegistry, other: KeyValue) -> None:
+def test_a_ticket_for_somebody_else_or_of_nonsense_is_not_counted(
+    counted: CollectorRegistry, other: KeyValue
+) -> None:
     feed = Feed()
     with PullWatch(feed, ONE, loader_metrics.on_pull):
         feed.give(other, Deletion(other.key, 3))
@@ -353,7 +430,9 @@ def test_a_ticket_for_somebody_else_or_of_nonsense_is_not_counted(counted: Colle
     assert counted.get_sample_value("engines_loader_pulls_served_total") == 1
 
 
-def test_an_etcd_that_refuses_to_tell_who_reads_is_no_failure_of_the_rank(counted: CollectorRegistry) -> None:
+def test_an_etcd_that_refuses_to_tell_who_reads_is_no_failure_of_the_rank(
+    counted: CollectorRegistry,
+) -> None:
     class Refusing(Feed):
         def snapshot(self, prefix: str) -> Any:
             raise engine_registry.errors.EtcdRefused("no permission")
@@ -363,7 +442,8 @@ def test_an_etcd_that_refuses_to_tell_who_reads_is_no_failure_of_the_rank(counte
     assert counted.get_sample_value("engines_loader_pulls_served_total") == 0
 
 
-# -- loads -----------------------------------------------------------------------------------------------------------------------
+# -- loads
+# --------------------------------------------------------------------------------------------------
 
 ERRORS = [
     kind
@@ -373,7 +453,11 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("kind", [*ERRORS, KeyError, MemoryError, KeyboardInterrupt, SystemExit], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    [*ERRORS, KeyError, MemoryError, KeyboardInterrupt, SystemExit],
+    ids=lambda kind: kind.__name__,
+)
 def test_however_a_load_ends_it_has_an_outcome_that_is_declared(kind: type[BaseException]) -> None:
     assert outcome_of(kind("what happened")) in loader_metrics.LOADS.values
 
@@ -405,7 +489,9 @@ def test_outcomes_are_those_that_are_documented(error: BaseException, outcome: s
         (engine_loader.errors.TornRead("x"), "torn"),
     ],
 )
-def test_a_source_that_was_given_up_has_a_reason(error: engine_loader.errors.LoaderError, reason: str) -> None:
+def test_a_source_that_was_given_up_has_a_reason(
+    error: engine_loader.errors.LoaderError, reason: str
+) -> None:
     assert reason_of(error) == reason
     assert reason in loader_metrics.FAILOVERS.values
 
@@ -413,10 +499,20 @@ def test_a_source_that_was_given_up_has_a_reason(error: engine_loader.errors.Loa
 def test_gauges_with_free_labels_are_few_and_never_name_a_tensor() -> None:
     free = {label for meter in metrics.declared() if not meter.values for label in meter.labels}
     assert free == {"instance", "state"}
-    assert all(isinstance(meter, Gauge) for meter in metrics.declared() if meter.labels and not meter.values)
+    assert all(
+        isinstance(meter, Gauge)
+        for meter in metrics.declared()
+        if meter.labels and not meter.values
+    )
 
 
-def test_the_kinds_of_errors_of_etcd_count_and_its_ordinary_answers_do_not(counted: CollectorRegistry) -> None:
+def test_the_kinds_of_errors_of_etcd_count_and_its_ordinary_answers_do_not(
+    counted: CollectorRegistry,
+) -> None:
     for kind in ("EtcdUnavailable", "EtcdRefused", "EtcdFull", "LeaseNotFound", "HistoryLost"):
         metrics.etcd_error(getattr(engine_registry.errors, kind)("x"))
-    assert series(counted, "engines_registry_etcd_call_errors_total") == {("unavailable",): 1, ("refused",): 1, ("full",): 1}
+    assert series(counted, "engines_registry_etcd_call_errors_total") == {
+        ("unavailable",): 1,
+        ("refused",): 1,
+        ("full",): 1,
+    }

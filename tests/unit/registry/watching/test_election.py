@@ -1,4 +1,6 @@
-"""A leader that is not one any more notices; one that is registered hands its lead to its keeper: without etcd."""
+"""A leader that is not one any more notices; one that is registered hands its lead to its keeper:
+without etcd.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,17 @@ from tests.support.fake_etcd import FakeEtcd
 
 
 @pytest.mark.parametrize("by_another", [False, True])
-def test_a_leader_whose_key_somebody_took_away_stops_leading(monkeypatch: pytest.MonkeyPatch, by_another: bool) -> None:
+def test_a_leader_whose_key_somebody_took_away_stops_leading(
+    monkeypatch: pytest.MonkeyPatch, by_another: bool
+) -> None:
     monkeypatch.setattr("engine_registry.watching.election._TTL_S", 0.03)
     etcd, key = FakeEtcd(), election_key("x")
     lease_id = etcd.grant(60)
     etcd.commit([], [Put(key, b"us", lease_id)])
     election = Election(etcd, "x")
-    leading = threading.Thread(target=election._lead, args=(lease_id, time.monotonic()), daemon=True)
+    leading = threading.Thread(
+        target=election._lead, args=(lease_id, time.monotonic()), daemon=True
+    )
     leading.start()
     try:
         etcd.delete(key)
@@ -66,7 +72,9 @@ def test_a_lead_is_not_handed_over_once_another_has_it() -> None:
     assert etcd.value(key) == b"them"
 
 
-def test_a_lead_is_not_given_up_for_another_that_has_it_at_the_same_revision_of_a_wiped_store() -> None:
+def test_a_lead_is_not_given_up_for_another_that_has_it_at_the_same_revision_of_a_wiped_store() -> (
+    None
+):
     etcd, key = FakeEtcd(), election_key("x")
     etcd.put(key, b"us")
     election = Election(etcd, "x")

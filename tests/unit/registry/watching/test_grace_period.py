@@ -8,7 +8,15 @@ from types import FunctionType, ModuleType
 
 import pytest
 
-from engine_registry import Event, InstanceDegraded, InstanceGone, InstanceReady, RankJoined, RankLost, RankRecord
+from engine_registry import (
+    Event,
+    InstanceDegraded,
+    InstanceGone,
+    InstanceReady,
+    RankJoined,
+    RankLost,
+    RankRecord,
+)
 from engine_registry.errors import RecordDamaged, SchemaUnsupported
 from engine_registry.schema.eviction_note import Note
 from engine_registry.schema.status import assess
@@ -47,7 +55,9 @@ def test_a_loss_dooms_the_ranks_that_are_left_when_the_grace_is_over() -> None:
     feed(grace, 10.0, RankLost(RANKS[0], "process ended"), DEGRADED)
     assert grace.due == 40.0
     assert grace.expired(39.9) == []
-    assert grace.expired(40.0) == [Doomed("qwen", RANKS[0], ids(RANKS[1:]), unseen=False, until=40.0)]
+    assert grace.expired(40.0) == [
+        Doomed("qwen", RANKS[0], ids(RANKS[1:]), unseen=False, until=40.0)
+    ]
 
 
 def test_what_is_doomed_is_told_again_until_it_is_settled() -> None:
@@ -86,14 +96,22 @@ def test_settling_one_loss_leaves_a_later_one_its_time() -> None:
 
 def test_of_several_losses_that_are_over_all_are_settled_at_once() -> None:
     grace = watching()
-    feed(grace, 10.0, RankLost(RANKS[0], "process ended"), RankLost(RANKS[1], "process ended"), DEGRADED)
+    feed(
+        grace,
+        10.0,
+        RankLost(RANKS[0], "process ended"),
+        RankLost(RANKS[1], "process ended"),
+        DEGRADED,
+    )
     (doomed,) = grace.expired(40.0)
     assert (doomed.lost, doomed.incarnations) == (RANKS[0], ids(RANKS[2:]))
     grace.settle(doomed)
     assert grace.due is None
 
 
-@pytest.mark.parametrize("saved_by", [[RankJoined(successor(RANKS[0])), READY], [GONE]], ids=["ready again", "gone"])
+@pytest.mark.parametrize(
+    "saved_by", [[RankJoined(successor(RANKS[0])), READY], [GONE]], ids=["ready again", "gone"]
+)
 def test_an_instance_that_is_ready_again_or_gone_is_not_doomed(saved_by: list[Event]) -> None:
     grace = watching()
     feed(grace, 10.0, RankLost(RANKS[0], "process ended"), DEGRADED)
@@ -104,7 +122,13 @@ def test_an_instance_that_is_ready_again_or_gone_is_not_doomed(saved_by: list[Ev
 
 def test_ranks_that_come_after_the_loss_are_not_doomed_by_it() -> None:
     grace = watching()
-    feed(grace, 10.0, RankLost(RANKS[0], "process ended"), RankLost(RANKS[1], "process ended"), DEGRADED)
+    feed(
+        grace,
+        10.0,
+        RankLost(RANKS[0], "process ended"),
+        RankLost(RANKS[1], "process ended"),
+        DEGRADED,
+    )
     feed(grace, 20.0, RankJoined(successor(RANKS[0])))
     (doomed,) = grace.expired(40.0)
     assert doomed.incarnations == ids(RANKS[2:])
@@ -129,7 +153,14 @@ def test_of_an_instance_that_is_gone_nothing_is_remembered() -> None:
 def test_an_instance_that_comes_and_goes_for_ever_costs_no_more_memory() -> None:
     grace = watching()
     for second in range(100):
-        feed(grace, float(second), RankLost(RANKS[0], "process ended"), DEGRADED, RankJoined(RANKS[0]), READY)
+        feed(
+            grace,
+            float(second),
+            RankLost(RANKS[0], "process ended"),
+            DEGRADED,
+            RankJoined(RANKS[0]),
+            READY,
+        )
         assert grace.due is None or second - GRACE_S < grace.due
     assert len(grace._agenda) <= 1
 
@@ -142,7 +173,9 @@ def test_losing_nearly_all_ranks_takes_memory_for_each_loss_but_not_for_each_pai
 def held_after_losing_all_but_one_of(count: int) -> int:
     """References between objects, from the grace on."""
     grace = Grace(GRACE_S)
-    records = [a_record(rank=rank, world_size=count, incarnation=f"{rank:032x}") for rank in range(count)]
+    records = [
+        a_record(rank=rank, world_size=count, incarnation=f"{rank:032x}") for rank in range(count)
+    ]
     feed(grace, 0.0, *map(RankJoined, records))
     feed(grace, 1.0, *[RankLost(record, "process ended") for record in records[1:]])
     references, seen, todo = 0, set[int](), list[object]([grace])
@@ -195,7 +228,9 @@ def test_the_first_loss_is_noted_once_with_those_who_stand() -> None:
     assert not grace.has_notes
 
 
-@pytest.mark.parametrize("saved_by", [[RankJoined(successor(RANKS[0]))], [RankJoined(successor(RANKS[0])), READY]])
+@pytest.mark.parametrize(
+    "saved_by", [[RankJoined(successor(RANKS[0]))], [RankJoined(successor(RANKS[0])), READY]]
+)
 def test_a_doom_that_is_lifted_is_not_noted_and_the_next_one_is(saved_by: list[Event]) -> None:
     grace = watching()
     feed(grace, 10.0, RankLost(RANKS[0], "process ended"), DEGRADED, *saved_by)
@@ -218,7 +253,10 @@ def test_a_note_reads_back_as_it_is() -> None:
         (b'"schema"', RecordDamaged),
         (b'{"schema":"1"}', RecordDamaged),
         (b'{"schema":1}', RecordDamaged),
-        (b'{"schema":1,"lost":{"key":"/engines/a/0","record":"{}"},"incarnations":[]}', RecordDamaged),
+        (
+            b'{"schema":1,"lost":{"key":"/engines/a/0","record":"{}"},"incarnations":[]}',
+            RecordDamaged,
+        ),
         (b'{"schema":2}', SchemaUnsupported),
     ],
 )
@@ -229,14 +267,25 @@ def test_a_note_that_cannot_be_read_says_which_key(value: bytes, kind: type[Reco
 
 def test_a_rank_that_was_replaced_at_once_does_not_shorten_the_grace_of_the_next_loss() -> None:
     grace = watching()
-    feed(grace, 10.0, RankLost(RANKS[0], "replaced by another process"), RankJoined(successor(RANKS[0])))
+    feed(
+        grace,
+        10.0,
+        RankLost(RANKS[0], "replaced by another process"),
+        RankJoined(successor(RANKS[0])),
+    )
     feed(grace, 35.0, RankLost(RANKS[1], "process ended"), DEGRADED)
     assert grace.due == 65.0
 
 
 def test_a_newcomer_is_not_doomed_by_the_grace_of_a_loss_before_it_came() -> None:
     grace = watching()
-    feed(grace, 10.0, RankLost(RANKS[0], "process ended"), RankLost(RANKS[1], "process ended"), DEGRADED)
+    feed(
+        grace,
+        10.0,
+        RankLost(RANKS[0], "process ended"),
+        RankLost(RANKS[1], "process ended"),
+        DEGRADED,
+    )
     feed(grace, 38.0, RankJoined(successor(RANKS[0])), RankLost(RANKS[2], "process ended"))
     doomed = [incarnation for told in grace.expired(40.0) for incarnation in told.incarnations]
     assert RANKS[3].incarnation in doomed

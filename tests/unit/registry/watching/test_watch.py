@@ -1,4 +1,6 @@
-"""From changes to events: what is a loss and what only a blip, that nothing is told twice or forgotten, and what that costs."""
+"""From changes to events: what is a loss and what only a blip, that nothing is told twice or
+forgotten, and what that costs.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,15 @@ from engine_registry.schema.keyvalue import Change, Deletion, KeyValue
 from engine_registry.schema.record import decode
 from engine_registry.schema.status import assess
 from engine_registry.watching.watch import EXPIRED, Tracker, Watch
-from tests.support.builders import INCARNATION, OTHER_INCARNATION, a_record, deleted, garbage, snapshot, stored
+from tests.support.builders import (
+    INCARNATION,
+    OTHER_INCARNATION,
+    a_record,
+    deleted,
+    garbage,
+    snapshot,
+    stored,
+)
 from tests.support.feed import Feed
 from tests.support.waiting import wait_until
 
@@ -90,7 +100,10 @@ def test_an_update_that_makes_the_ranks_differ_degrades_and_one_that_ends_it_mak
     busy = a_record(rank=0, state=RankState.UPDATING)
     assert kinds(tracker.changes((stored(busy),), 1.0)) == [RankUpdated, InstanceDegraded]
     assert kinds(tracker.changes((stored(a_record(version=4)),), 2.0)) == [RankUpdated]
-    assert kinds(tracker.changes((stored(a_record(rank=1, version=4)),), 3.0)) == [RankUpdated, InstanceReady]
+    assert kinds(tracker.changes((stored(a_record(rank=1, version=4)),), 3.0)) == [
+        RankUpdated,
+        InstanceReady,
+    ]
 
 
 def test_a_deleted_record_is_lost_only_after_the_blip_time() -> None:
@@ -150,7 +163,9 @@ def test_the_mark_of_an_end_is_a_loss_at_once_and_the_delete_that_follows_is_not
 def test_the_mark_of_an_end_ends_doubt_as_well() -> None:
     tracker = following(A, B)
     tracker.changes((deleted(A),), 10.0)
-    assert of_ranks(tracker.changes((stored(a_record(ended="evicted"), 3),), 10.1)) == [RankLost(A, "evicted")]
+    assert of_ranks(tracker.changes((stored(a_record(ended="evicted"), 3),), 10.1)) == [
+        RankLost(A, "evicted")
+    ]
     assert tracker.expire(99.0) == []
 
 
@@ -164,7 +179,10 @@ def test_another_incarnation_at_the_key_is_a_loss_and_a_join(doubtful: bool) -> 
     if doubtful:
         tracker.changes((deleted(A),), 10.0)
     successor = a_record(incarnation=OTHER_INCARNATION)
-    assert tracker.changes((stored(successor, 3),), 10.1) == [RankLost(A, "replaced by another process"), RankJoined(successor)]
+    assert tracker.changes((stored(successor, 3),), 10.1) == [
+        RankLost(A, "replaced by another process"),
+        RankJoined(successor),
+    ]
     assert tracker.expire(99.0) == []
 
 
@@ -199,9 +217,14 @@ def test_keys_that_are_no_records_are_passed_over() -> None:
 def test_a_snapshot_after_a_gap_tells_exactly_the_difference() -> None:
     c, d = (a_record(instance="other", rank=rank) for rank in (0, 1))
     tracker = following(A, B, c, d)
-    newer, successor = a_record(rank=1, version=4), a_record(instance="other", incarnation=OTHER_INCARNATION)
+    newer, successor = (
+        a_record(rank=1, version=4),
+        a_record(instance="other", incarnation=OTHER_INCARNATION),
+    )
     third = a_record(instance="third", world_size=1)
-    events = tracker.snapshot(snapshot(stored(newer), stored(successor), stored(d), stored(third)), 10.0)
+    events = tracker.snapshot(
+        snapshot(stored(newer), stored(successor), stored(d), stored(third)), 10.0
+    )
     assert of_ranks(events) == [
         RankUpdated(newer, B),
         RankLost(c, "replaced by another process"),
@@ -236,7 +259,12 @@ def test_each_state_of_an_instance_is_told_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "ending", [(deleted(ALONE),), (stored(a_record(world_size=1, ended="withdrawn")), deleted(ALONE)), (garbage(), deleted(ALONE))]
+    "ending",
+    [
+        (deleted(ALONE),),
+        (stored(a_record(world_size=1, ended="withdrawn")), deleted(ALONE)),
+        (garbage(), deleted(ALONE)),
+    ],
 )
 def test_nothing_is_remembered_of_an_instance_that_is_gone(ending: tuple[Change, ...]) -> None:
     tracker = following(ALONE)
@@ -254,7 +282,9 @@ def test_a_loss_that_is_due_is_told_although_other_changes_keep_coming() -> None
     assert RankLost(A, EXPIRED) in events
 
 
-def test_the_cost_of_a_change_does_not_grow_with_the_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_of_a_change_does_not_grow_with_the_instance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     looks: list[int] = []
     agreed = RankRecord.agreed
     monkeypatch.setattr(RankRecord, "agreed", lambda self: looks.append(self.rank) or agreed(self))  # type: ignore[func-returns-value]
@@ -266,11 +296,13 @@ def test_the_cost_of_a_change_does_not_grow_with_the_instance(monkeypatch: pytes
         told += tracker.changes((deleted(record),), 1.0)
     told += tracker.expire(2.0)
     assert of_instances(told) == [InstanceDegraded, InstanceReady, InstanceGone]
-    # One look to count each record in, one to count it out, and one at all for the status that comes with each event.
+    # One look to count each record in, one to count it out, and one at all for the status that
+    # comes with each event.
     assert len(looks) <= 2 * len(records) + 2 * len(records)
 
 
-# -- a watch and its reader ------------------------------------------------------------------------------------------------------
+# -- a watch and its reader
+# --------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -305,7 +337,9 @@ def test_a_slow_consumer_does_not_take_a_blip_for_a_loss(monkeypatch: pytest.Mon
         assert watch.next(0.0) is None
 
 
-def test_what_etcd_holds_back_while_the_inbox_is_full_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_etcd_holds_back_while_the_inbox_is_full_is_not_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("engine_registry.watching.watch._MAX_QUEUED", 1)
     feed, clock = Feed(stored(A), stored(B)), Clock()
     with watching(feed) as watch:
@@ -316,10 +350,14 @@ def test_what_etcd_holds_back_while_the_inbox_is_full_is_not_late(monkeypatch: p
         feed.give(stored(A, 5), stored(updates[2], 6))
         wait_until(lambda: watch._full_since is not None)
         clock.now += 60.0
-        assert [event.record for event in itertools.islice(watch, 3) if isinstance(event, RankUpdated)] == updates
+        assert [
+            event.record for event in itertools.islice(watch, 3) if isinstance(event, RankUpdated)
+        ] == updates
 
 
-def test_a_key_that_stays_away_is_lost_although_the_consumer_was_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_stays_away_is_lost_although_the_consumer_was_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     feed, clock = Feed(stored(A), stored(B)), Clock()
     with watching(feed) as watch:
         monkeypatch.setattr("engine_registry.watching.watch.time", clock)
@@ -329,7 +367,9 @@ def test_a_key_that_stays_away_is_lost_although_the_consumer_was_slow(monkeypatc
         assert watch.next(0.0) == RankLost(A, EXPIRED)
 
 
-def test_while_nobody_consumes_the_inbox_is_bounded_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_nobody_consumes_the_inbox_is_bounded_and_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("engine_registry.watching.watch._MAX_QUEUED", 10)
     feed = Feed(stored(A), stored(B))
     with watching(feed) as watch:
@@ -338,7 +378,9 @@ def test_while_nobody_consumes_the_inbox_is_bounded_and_nothing_is_lost(monkeypa
             feed.give(stored(update, number + 3))
         wait_until(lambda: watch._full_since is not None)
         assert (watch._inbox.qsize(), feed.taken) == (10, 10)
-        assert [event.record for event in itertools.islice(watch, 100) if isinstance(event, RankUpdated)] == updates
+        assert [
+            event.record for event in itertools.islice(watch, 100) if isinstance(event, RankUpdated)
+        ] == updates
         assert (watch._inbox.qsize(), len(watch._events)) == (0, 0)
 
 
@@ -353,7 +395,8 @@ def test_a_watch_whose_inbox_is_full_stops(monkeypatch: pytest.MonkeyPatch) -> N
     assert not watch._thread.is_alive()
 
 
-# -- any sequence of changes -----------------------------------------------------------------------------------------------------
+# -- any sequence of changes
+# --------------------------------------------------------------------------------------------------
 
 PLACES = st.sampled_from([("a", 0), ("a", 1), ("b", 0)])
 LIVE = st.fixed_dictionaries(
@@ -389,7 +432,11 @@ class World:
         match step:
             case ("put" | "end", (instance, rank), fields):
                 ended = "withdrawn" if step[0] == "end" else ""
-                self._change(stored(a_record(instance=instance, rank=rank, ended=ended, **fields), self.revision))
+                self._change(
+                    stored(
+                        a_record(instance=instance, rank=rank, ended=ended, **fields), self.revision
+                    )
+                )
             case ("damage", (instance, rank)):
                 self._change(garbage(instance, rank))
             case ("delete", (instance, rank)):
@@ -420,7 +467,7 @@ class World:
 
 
 def replayed(events: list[Event]) -> dict[str, RankRecord]:
-    """What a listener believes to be live; fails where an event does not follow from those before."""
+    """What a listener believes to be live; fails if an event does not follow from the others."""
     live: dict[str, RankRecord] = {}
     for event in events:
         if isinstance(event, RankJoined):
@@ -436,7 +483,9 @@ def replayed(events: list[Event]) -> dict[str, RankRecord]:
 
 
 @given(STEPS)
-def test_whoever_replays_the_events_of_any_history_holds_exactly_the_live_records(steps: list[tuple[Any, ...]]) -> None:
+def test_whoever_replays_the_events_of_any_history_holds_exactly_the_live_records(
+    steps: list[tuple[Any, ...]],
+) -> None:
     world = World()
     for step in [*steps, ("resync",), ("wait", 1.5)]:
         world.do(step)
@@ -446,21 +495,36 @@ def test_whoever_replays_the_events_of_any_history_holds_exactly_the_live_record
 
 
 @given(STEPS)
-def test_the_last_state_told_of_an_instance_is_its_state_and_no_state_is_told_twice(steps: list[tuple[Any, ...]]) -> None:
+def test_the_last_state_told_of_an_instance_is_its_state_and_no_state_is_told_twice(
+    steps: list[tuple[Any, ...]],
+) -> None:
     world = World()
     for step in [*steps, ("resync",), ("wait", 1.5)]:
         world.do(step)
     for instance in ("a", "b"):
-        told = [e.status.state for e in world.told if isinstance(e, INSTANCE_EVENTS) and e.status.instance == instance]
+        told = [
+            e.status.state
+            for e in world.told
+            if isinstance(e, INSTANCE_EVENTS) and e.status.instance == instance
+        ]
         states = [InstanceState.GONE, *told]
         assert all(before is not after for before, after in itertools.pairwise(states))
-        damaged = [key for key, item in world.items.items() if item.value == b"{" and parse_record_key(key)]
+        damaged = [
+            key for key, item in world.items.items() if item.value == b"{" and parse_record_key(key)
+        ]
         ours = [key for key in damaged if key.startswith(f"/engines/{instance}/")]
-        assert states[-1] is assess(instance, [r for r in world.live().values() if r.instance == instance], ours).state
+        assert (
+            states[-1]
+            is assess(
+                instance, [r for r in world.live().values() if r.instance == instance], ours
+            ).state
+        )
 
 
 @given(st.lists(SEEN, max_size=30))
-def test_a_loss_by_expiry_comes_no_sooner_than_the_blip_time_after_the_key_has_gone(steps: list[tuple[Any, ...]]) -> None:
+def test_a_loss_by_expiry_comes_no_sooner_than_the_blip_time_after_the_key_has_gone(
+    steps: list[tuple[Any, ...]],
+) -> None:
     world, gone_at = World(), dict[str, float]()
     for step in steps:
         seen = len(world.told)

@@ -1,4 +1,6 @@
-"""The keeper: it holds a registration through expiry and outage, and never against somebody who ended it on purpose."""
+"""The keeper: it holds a registration through expiry and outage, and never against somebody who
+ended it on purpose.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from typing import Any
 import pytest
 
 from engine_registry import RankJoined, RankLost, RankRecord, RankState
-from engine_registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict, RegistryError, Superseded
+from engine_registry.errors import (
+    EtcdUnavailable,
+    Evicted,
+    InstanceMismatch,
+    RankConflict,
+    RegistryError,
+    Superseded,
+)
 from engine_registry.registration.eviction import evict
 from engine_registry.registration.keeper import main
 from engine_registry.registration.keeper.holder import Keeper
@@ -46,7 +55,11 @@ class Rank:
     def states(self) -> list[str]:
         """As they changed: every beat tells one."""
         told = [message["state"] for message in self.heard if "state" in message]
-        return [state for before, state in zip([REGISTERED, *told], told, strict=False) if state != before]
+        return [
+            state
+            for before, state in zip([REGISTERED, *told], told, strict=False)
+            if state != before
+        ]
 
 
 @pytest.fixture
@@ -83,10 +96,13 @@ def registered(etcd: FakeEtcd, record: RankRecord) -> Keeper:
     return other
 
 
-# -- registering -----------------------------------------------------------------------------------------------------------------
+# -- registering
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_registration_lies_under_one_lease_of_the_time_that_was_asked_for(etcd: FakeEtcd, holding: Keeper) -> None:
+def test_a_registration_lies_under_one_lease_of_the_time_that_was_asked_for(
+    etcd: FakeEtcd, holding: Keeper
+) -> None:
     assert found(etcd) == OURS
     assert list(etcd.leases.values()) == [TTL_S]
     etcd.expire_all()
@@ -109,7 +125,9 @@ def test_a_registration_that_is_refused_leaves_nothing_behind(
     assert rank.heard == []
 
 
-def test_a_registration_whose_answer_is_lost_is_an_error_and_leaves_nothing_behind(etcd: FakeEtcd, rank: Rank) -> None:
+def test_a_registration_whose_answer_is_lost_is_an_error_and_leaves_nothing_behind(
+    etcd: FakeEtcd, rank: Rank
+) -> None:
     etcd.lose_next_answer = True
     with pytest.raises(EtcdUnavailable):
         a_keeper(etcd, rank).register()
@@ -122,10 +140,13 @@ def test_a_registration_without_etcd_is_an_error(etcd: FakeEtcd, rank: Rank) -> 
         a_keeper(etcd, rank).register()
 
 
-# -- holding ---------------------------------------------------------------------------------------------------------------------
+# -- holding
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_beat_renews_the_lease_and_the_next_is_due_in_a_third_of_its_time(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+def test_a_beat_renews_the_lease_and_the_next_is_due_in_a_third_of_its_time(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
     before = list(etcd.history)
     assert holding.beat() == TTL_S / 3
     assert etcd.renewed == list(etcd.leases)
@@ -147,7 +168,9 @@ def test_a_beat_tells_how_often_the_record_was_put_again_and_no_time_where_nothi
     assert [told["renewed_in_s"] is None for told in rank.heard] == [True, False, True]
 
 
-def test_a_lease_that_was_lost_is_replaced_and_the_same_record_put_again(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+def test_a_lease_that_was_lost_is_replaced_and_the_same_record_put_again(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
     (first,) = etcd.leases
     etcd.expire_all()
     assert holding.beat() == TTL_S / 3
@@ -159,7 +182,9 @@ def test_a_lease_that_was_lost_is_replaced_and_the_same_record_put_again(etcd: F
     assert rank.states == []
 
 
-def test_an_outage_is_told_once_when_it_begins_and_once_when_it_ends(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+def test_an_outage_is_told_once_when_it_begins_and_once_when_it_ends(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
     etcd.available = False
     waits_s = [holding.beat() for _ in range(20)]
     assert (rank.states, holding.suspended) == ([SUSPENDED], True)
@@ -177,7 +202,13 @@ def test_every_beat_tells_the_state_so_that_the_rank_hears_that_its_keeper_lives
     for available in (True, True, False, False, True):
         etcd.available = available
         holding.beat()
-    assert [message["state"] for message in rank.heard] == [REGISTERED, REGISTERED, SUSPENDED, SUSPENDED, REGISTERED]
+    assert [message["state"] for message in rank.heard] == [
+        REGISTERED,
+        REGISTERED,
+        SUSPENDED,
+        SUSPENDED,
+        REGISTERED,
+    ]
 
 
 def test_a_keeper_that_takes_over_tells_that_the_rank_is_registered_though_it_was_never_suspended(
@@ -188,7 +219,9 @@ def test_a_keeper_that_takes_over_tells_that_the_rank_is_registered_though_it_wa
     assert (told["state"], told["why"], told["claims_again"]) == (REGISTERED, "", 1)
 
 
-def test_a_lease_of_a_day_is_still_looked_at_often_enough_to_notice_a_keeper_that_hangs(etcd: FakeEtcd, rank: Rank) -> None:
+def test_a_lease_of_a_day_is_still_looked_at_often_enough_to_notice_a_keeper_that_hangs(
+    etcd: FakeEtcd, rank: Rank
+) -> None:
     keeper = Keeper(etcd, OURS, PARTS, 86_400.0, rank.tell)
     keeper.register()
     assert keeper.beat() == 20.0
@@ -201,7 +234,9 @@ def test_a_second_outage_is_told_as_well(etcd: FakeEtcd, rank: Rank, holding: Ke
     assert rank.states == [SUSPENDED, REGISTERED] * 2
 
 
-def test_a_lease_that_expires_during_an_outage_is_replaced_after_it(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+def test_a_lease_that_expires_during_an_outage_is_replaced_after_it(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
     etcd.available = False
     holding.beat()
     etcd.expire_all()
@@ -212,7 +247,9 @@ def test_a_lease_that_expires_during_an_outage_is_replaced_after_it(etcd: FakeEt
     assert rank.states == [SUSPENDED, REGISTERED]
 
 
-def test_a_keeper_that_takes_over_registers_with_its_first_beat(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+def test_a_keeper_that_takes_over_registers_with_its_first_beat(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
     successor = a_keeper(etcd, rank)
     (first,) = etcd.leases
     successor.beat()
@@ -222,10 +259,13 @@ def test_a_keeper_that_takes_over_registers_with_its_first_beat(etcd: FakeEtcd, 
     assert rank.states == []
 
 
-# -- changing --------------------------------------------------------------------------------------------------------------------
+# -- changing
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_changed_record_is_written_by_the_next_beat_and_only_once(etcd: FakeEtcd, holding: Keeper) -> None:
+def test_a_changed_record_is_written_by_the_next_beat_and_only_once(
+    etcd: FakeEtcd, holding: Keeper
+) -> None:
     holding.change(NEWER)
     holding.beat()
     assert found(etcd) == NEWER
@@ -235,7 +275,9 @@ def test_a_changed_record_is_written_by_the_next_beat_and_only_once(etcd: FakeEt
 
 
 @pytest.mark.parametrize("expired", [False, True])
-def test_a_change_during_an_outage_is_written_after_it(etcd: FakeEtcd, rank: Rank, holding: Keeper, expired: bool) -> None:
+def test_a_change_during_an_outage_is_written_after_it(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, expired: bool
+) -> None:
     etcd.available = False
     holding.change(replace(OURS, version=3))
     holding.beat()
@@ -252,7 +294,9 @@ def test_a_change_during_an_outage_is_written_after_it(etcd: FakeEtcd, rank: Ran
     assert rank.states == [SUSPENDED, REGISTERED]
 
 
-def test_a_change_whose_answer_was_lost_is_recognised_as_our_own(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+def test_a_change_whose_answer_was_lost_is_recognised_as_our_own(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
     etcd.lose_next_answer = True
     holding.change(NEWER)
     holding.beat()
@@ -269,7 +313,10 @@ def test_something_old_of_ours_is_written_over_with_manifest_and_lease_as_after_
     (lease_id,) = etcd.leases
     holding.change(NEWER)
     holding.beat()
-    etcd.restore([Put(OURS.key, encode(OURS), etcd.grant(TTL_S))], back_to_revision=3 if at_the_same_revision else 1)
+    etcd.restore(
+        [Put(OURS.key, encode(OURS), etcd.grant(TTL_S))],
+        back_to_revision=3 if at_the_same_revision else 1,
+    )
     holding.beat()
     assert found(etcd) == NEWER
     assert {etcd.lease_of(key) for key in etcd.keys} == {lease_id}
@@ -280,7 +327,9 @@ def test_something_old_of_ours_is_written_over_with_manifest_and_lease_as_after_
     assert rank.states == []
 
 
-def test_a_change_that_was_written_but_tried_again_is_recognised_as_our_own(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+def test_a_change_that_was_written_but_tried_again_is_recognised_as_our_own(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
     etcd.retry_next_commit = True
     before = len(etcd.history)
     holding.change(NEWER)
@@ -290,7 +339,9 @@ def test_a_change_that_was_written_but_tried_again_is_recognised_as_our_own(etcd
     assert rank.states == []
 
 
-def test_a_lease_lost_between_renewing_and_writing_is_mended_by_the_beat_after(etcd: FakeEtcd, holding: Keeper) -> None:
+def test_a_lease_lost_between_renewing_and_writing_is_mended_by_the_beat_after(
+    etcd: FakeEtcd, holding: Keeper
+) -> None:
     etcd.before_commit = etcd.expire_all
     holding.change(NEWER)
     holding.beat()
@@ -298,7 +349,8 @@ def test_a_lease_lost_between_renewing_and_writing_is_mended_by_the_beat_after(e
     assert found(etcd) == NEWER
 
 
-# -- losing ----------------------------------------------------------------------------------------------------------------------
+# -- losing
+# --------------------------------------------------------------------------------------------------
 
 
 def ending_by_eviction(etcd: FakeEtcd) -> None:
@@ -337,7 +389,9 @@ def test_a_registration_ended_by_somebody_is_evicted_and_never_put_back(
     assert lease_id not in etcd.leases
 
 
-def test_an_eviction_during_an_outage_that_outlasts_the_lease_is_still_found(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+def test_an_eviction_during_an_outage_that_outlasts_the_lease_is_still_found(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
     etcd.available = False
     holding.beat()
     etcd.available = True
@@ -351,7 +405,9 @@ def test_an_eviction_during_an_outage_that_outlasts_the_lease_is_still_found(etc
     assert rank.states == [SUSPENDED]
 
 
-def test_an_eviction_between_renewing_and_writing_is_noticed(etcd: FakeEtcd, holding: Keeper) -> None:
+def test_an_eviction_between_renewing_and_writing_is_noticed(
+    etcd: FakeEtcd, holding: Keeper
+) -> None:
     etcd.before_commit = lambda: ending_by_eviction(etcd)
     holding.change(NEWER)
     with pytest.raises(Evicted):
@@ -359,7 +415,9 @@ def test_an_eviction_between_renewing_and_writing_is_noticed(etcd: FakeEtcd, hol
     assert found(etcd) is None
 
 
-def test_a_rank_that_another_process_has_taken_meanwhile_is_superseded_and_left_alone(etcd: FakeEtcd, holding: Keeper) -> None:
+def test_a_rank_that_another_process_has_taken_meanwhile_is_superseded_and_left_alone(
+    etcd: FakeEtcd, holding: Keeper
+) -> None:
     etcd.expire_all()
     registered(etcd, RIVAL)
     leases = etcd.leases
@@ -370,7 +428,9 @@ def test_a_rank_that_another_process_has_taken_meanwhile_is_superseded_and_left_
 
 
 @pytest.mark.parametrize("value", [encode(RIVAL), b"junk"], ids=["another process", "junk"])
-def test_a_key_that_was_overwritten_is_superseded_and_left_alone(etcd: FakeEtcd, holding: Keeper, value: bytes) -> None:
+def test_a_key_that_was_overwritten_is_superseded_and_left_alone(
+    etcd: FakeEtcd, holding: Keeper, value: bytes
+) -> None:
     etcd.put(OURS.key, value)
     with pytest.raises(Superseded):
         holding.beat()
@@ -378,7 +438,9 @@ def test_a_key_that_was_overwritten_is_superseded_and_left_alone(etcd: FakeEtcd,
     assert etcd.leases == {}
 
 
-def test_siblings_of_a_new_launch_supersede_a_rank_that_comes_back(etcd: FakeEtcd, holding: Keeper) -> None:
+def test_siblings_of_a_new_launch_supersede_a_rank_that_comes_back(
+    etcd: FakeEtcd, holding: Keeper
+) -> None:
     etcd.expire_all()
     sibling = replace(RIVAL, rank=1, generation="launch-2")
     registered(etcd, sibling)
@@ -387,10 +449,13 @@ def test_siblings_of_a_new_launch_supersede_a_rank_that_comes_back(etcd: FakeEtc
     assert found(etcd) is None
 
 
-# -- ending ----------------------------------------------------------------------------------------------------------------------
+# -- ending
+# --------------------------------------------------------------------------------------------------
 
 
-def test_an_end_is_marked_before_the_keys_go_so_that_watchers_know_why(etcd: FakeEtcd, holding: Keeper) -> None:
+def test_an_end_is_marked_before_the_keys_go_so_that_watchers_know_why(
+    etcd: FakeEtcd, holding: Keeper
+) -> None:
     tracker = Tracker()
     tracker.snapshot(etcd.snapshot("/engines/"), 0.0)
     before = len(etcd.history)
@@ -431,27 +496,35 @@ def test_an_end_that_was_half_done_is_finished(etcd: FakeEtcd, holding: Keeper, 
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["lease known", "lease of a keeper before"])
-def test_an_etcd_without_space_loses_the_rank_all_the_same(etcd: FakeEtcd, rank: Rank, holding: Keeper, known: bool) -> None:
+def test_an_etcd_without_space_loses_the_rank_all_the_same(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, known: bool
+) -> None:
     etcd.full = True
     (holding if known else a_keeper(etcd, rank)).end("process ended")
     assert etcd.keys == []
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["lease known", "lease of a keeper before"])
-def test_an_end_that_was_marked_but_tried_again_is_finished(etcd: FakeEtcd, rank: Rank, holding: Keeper, known: bool) -> None:
+def test_an_end_that_was_marked_but_tried_again_is_finished(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, known: bool
+) -> None:
     etcd.retry_next_commit = True
     (holding if known else a_keeper(etcd, rank)).end("withdrawn")
     assert etcd.keys == []
 
 
-def test_the_end_of_a_registration_whose_key_another_has_taken_leaves_that_one_alone(etcd: FakeEtcd, holding: Keeper) -> None:
+def test_the_end_of_a_registration_whose_key_another_has_taken_leaves_that_one_alone(
+    etcd: FakeEtcd, holding: Keeper
+) -> None:
     etcd.expire_all()
     registered(etcd, RIVAL)
     holding.end("withdrawn")
     assert found(etcd) == RIVAL
 
 
-def test_a_whole_life_is_seen_by_a_watcher_as_one_join_and_one_loss(etcd: FakeEtcd, rank: Rank) -> None:
+def test_a_whole_life_is_seen_by_a_watcher_as_one_join_and_one_loss(
+    etcd: FakeEtcd, rank: Rank
+) -> None:
     keeper = a_keeper(etcd, rank)
     keeper.register()
     keeper.beat()
@@ -465,7 +538,8 @@ def test_a_whole_life_is_seen_by_a_watcher_as_one_join_and_one_loss(etcd: FakeEt
     ]
 
 
-# -- serving the rank ------------------------------------------------------------------------------------------------------------
+# -- serving the rank
+# --------------------------------------------------------------------------------------------------
 
 
 class Inbox(queue.Queue[Frame | None]):
@@ -519,7 +593,9 @@ def end(seq: int = 2) -> Frame:
     return Frame({"op": "end", "reason": "withdrawn", "seq": seq})
 
 
-def test_a_silent_rank_is_kept_by_beats_at_a_third_of_the_lease(etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock) -> None:
+def test_a_silent_rank_is_kept_by_beats_at_a_third_of_the_lease(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
     start = clock.now
     serve(holding, Inbox(clock, *[Inbox.SILENCE] * 4, None), rank.tell)
     assert len(etcd.renewed) == 4
@@ -527,19 +603,32 @@ def test_a_silent_rank_is_kept_by_beats_at_a_third_of_the_lease(etcd: FakeEtcd, 
 
 
 @pytest.mark.parametrize(
-    ("last", "reason", "replies"), [(end(), "withdrawn", [{"reply": 2, "error": None}]), (None, "process ended", [])]
+    ("last", "reason", "replies"),
+    [(end(), "withdrawn", [{"reply": 2, "error": None}]), (None, "process ended", [])],
 )
 def test_a_rank_that_withdraws_or_dies_is_deleted_with_the_reason(
-    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock, last: Frame | None, reason: str, replies: list[Any]
+    etcd: FakeEtcd,
+    rank: Rank,
+    holding: Keeper,
+    clock: Clock,
+    last: Frame | None,
+    reason: str,
+    replies: list[Any],
 ) -> None:
     serve(holding, Inbox(clock, last), rank.tell)
     assert (etcd.keys, etcd.leases) == ([], {})
-    values = [change.value for change in etcd.history if not isinstance(change, Deletion) and change.key == OURS.key]
+    values = [
+        change.value
+        for change in etcd.history
+        if not isinstance(change, Deletion) and change.key == OURS.key
+    ]
     assert decode(OURS.key, values[-1]).ended == reason
     assert rank.heard == replies
 
 
-def test_an_update_is_answered_after_it_is_written(etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock) -> None:
+def test_an_update_is_answered_after_it_is_written(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
     versions: list[Any] = []
 
     def tell(message: dict[str, Any]) -> None:
@@ -570,8 +659,16 @@ def test_an_update_during_an_outage_is_answered_without_asking_etcd_and_written_
     assert (reply, back["state"], back["why"]) == ({"reply": 1}, REGISTERED, "")
     assert rank.states == [SUSPENDED, REGISTERED]
     assert refused_when_told == [1]  # by the beat before
-    written = [change.value for change in etcd.history if not isinstance(change, Deletion) and change.key == OURS.key]
-    assert [decode(OURS.key, value).version for value in written] == [OURS.version, NEWER.version, NEWER.version]
+    written = [
+        change.value
+        for change in etcd.history
+        if not isinstance(change, Deletion) and change.key == OURS.key
+    ]
+    assert [decode(OURS.key, value).version for value in written] == [
+        OURS.version,
+        NEWER.version,
+        NEWER.version,
+    ]
 
 
 @pytest.mark.parametrize("frames", [[Inbox.SILENCE], [update(NEWER)]], ids=["beat", "update"])
@@ -638,7 +735,9 @@ def test_an_end_that_etcd_does_not_hear_is_given_up_after_five_minutes(
     assert rank.heard == []
 
 
-def test_a_rank_that_reads_nothing_does_not_stop_its_keeper_and_hears_whole_messages_later() -> None:
+def test_a_rank_that_reads_nothing_does_not_stop_its_keeper_and_hears_whole_messages_later() -> (
+    None
+):
     read, write = os.pipe()
     tell = teller(write)
     for _ in range(5_000):

@@ -21,7 +21,9 @@ CHANGES = 5_000
 @pytest.fixture
 def link() -> KeeperLink:
     """Its keeper is not there yet, so a change waits for nothing."""
-    return KeeperLink(EtcdConfig(parse_endpoints("nowhere:1")), a_record(), [b"part"], 10.0, lambda: None)
+    return KeeperLink(
+        EtcdConfig(parse_endpoints("nowhere:1")), a_record(), [b"part"], 10.0, lambda: None
+    )
 
 
 @pytest.fixture
@@ -33,7 +35,9 @@ def _threads_alternate() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_threads_alternate")
-def test_changes_of_different_fields_by_two_threads_do_not_undo_each_other(link: KeeperLink) -> None:
+def test_changes_of_different_fields_by_two_threads_do_not_undo_each_other(
+    link: KeeperLink,
+) -> None:
     def change_versions() -> list[int]:
         seen = []
         for version in range(CHANGES):

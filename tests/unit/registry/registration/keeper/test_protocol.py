@@ -1,4 +1,6 @@
-"""Messages over a pipe: what is written is what is read, and a pipe that ends early gives no half a message."""
+"""Messages over a pipe: what is written is what is read, and a pipe that ends early gives no half a
+message.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_registry.registration.keeper.protocol import Frame, FrameBuffer, encode_frame, read_frame
+from engine_registry.registration.keeper.protocol import (
+    Frame,
+    FrameBuffer,
+    encode_frame,
+    read_frame,
+)
 
 MESSAGES = st.dictionaries(
     st.text(max_size=10).filter(lambda name: name != "payloads"),
@@ -24,7 +31,9 @@ def written(*frames: tuple[dict[str, Any], list[bytes]]) -> bytes:
 
 
 @given(st.lists(FRAMES, max_size=4))
-def test_frames_are_read_as_they_were_written_and_then_the_end(frames: list[tuple[dict[str, Any], list[bytes]]]) -> None:
+def test_frames_are_read_as_they_were_written_and_then_the_end(
+    frames: list[tuple[dict[str, Any], list[bytes]]],
+) -> None:
     pipe = io.BytesIO(written(*frames))
     for message, payloads in frames:
         assert read_frame(pipe) == Frame(message, tuple(payloads))
