@@ -1,4 +1,4 @@
-"""Torch, its devices and the transfer engine: imported and tried in the probe process, judged here."""
+"""Torch, its devices and the transfer engine: tried in the probe process, judged here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine_cli.doctor.child import Died, Fact, Late, Probe
-from engine_cli.doctor.finding import Finding, Status, fail, ok, skipped, told, warn
+from engine_cli.doctor.finding import Finding, Status, fail, ok, skipped, warn
 from engine_cli.doctor.python import INSTALL
 from engine_cli.doctor.runner import Skip
 from engine_cli.render.tables import size
@@ -34,8 +34,11 @@ def check_engine(probe: Probe, protocol: str, wanted: bool) -> Iterator[Finding]
         return
     started = _fact(probe, "engine", ENGINE_S)
     if started["error"]:
-        what, mend = told(Exception(started["error"]))
-        yield fail("engine.loopback", what, mend or "engines doctor --debug shows the transfer engine's own log")
+        yield fail(
+            "engine.loopback",
+            started["error"],
+            started["mend"] or "engines doctor --debug shows the transfer engine's own log",
+        )
         return
     yield judge_loopback(_fact(probe, "loopback", ENGINE_S), protocol)
 
@@ -45,20 +48,31 @@ def _fact(probe: Probe, name: str, limit_s: float) -> Fact:
     try:
         return probe.fact(name, limit_s)
     except Died as exc:
-        return {"fact": name, "error": f"the process that tried it {exc}: the installation is broken, or there is no memory"}
+        return {
+            "fact": name,
+            "error": (
+                f"the process that tried it {exc}: the installation is broken, or there is no "
+                "memory"
+            ),
+            "mend": "",
+        }
     except Late as exc:
-        return {"fact": name, "error": str(exc)}
+        return {"fact": name, "error": str(exc), "mend": ""}
 
 
 def judge_torch(fact: Fact, wanted: bool) -> Finding:
     name = "engine.torch"
     if fact.get("missing"):
         return Finding(
-            name, Status.FAIL if wanted else Status.WARN, "torch is not installed: register and load do not work", INSTALL
+            name,
+            Status.FAIL if wanted else Status.WARN,
+            "torch is not installed: register and load do not work",
+            INSTALL,
         )
     if fact["error"]:
         return fail(name, f"torch cannot be imported: {fact['error']}", f"reinstall it: {INSTALL}")
-    return ok(name, f"torch {fact['version']}{', built for ' + fact['built_for'] if fact['built_for'] else ', for CPU'}")
+    kind = f"built for {fact['built_for']}" if fact["built_for"] else "for CPU"
+    return ok(name, f"torch {fact['version']}, {kind}")
 
 
 def judge_devices(fact: Fact, driver: bool, protocol: str) -> list[Finding]:
@@ -76,7 +90,13 @@ def judge_devices(fact: Fact, driver: bool, protocol: str) -> list[Finding]:
                 )
             ]
         if protocol == "nvlink_intra":
-            return [fail(name, "no GPU and no torch for one: nvlink_intra cannot work", "say --protocol tcp or rdma")]
+            return [
+                fail(
+                    name,
+                    "no GPU and no torch for one: nvlink_intra cannot work",
+                    "say --protocol tcp or rdma",
+                )
+            ]
         return [skipped(name, "this torch is built for CPU, and no NVIDIA driver is here")]
     if not devices:
         return [
@@ -110,15 +130,22 @@ def judge_peer_access(count: int, no_access: list[list[int]], protocol: str) -> 
 def judge_mooncake(fact: Fact, protocol: str, wanted: bool) -> Finding:
     name = "engine.import"
     if fact["error"]:
-        what, mend = told(Exception(fact["error"]))
+        what, mend = fact["error"], fact["mend"]
         missing = "is not installed" in what and not wanted
-        return Finding(name, Status.WARN if missing else Status.FAIL, what, mend or f"reinstall it: {INSTALL}")
+        return Finding(
+            name, Status.WARN if missing else Status.FAIL, what, mend or f"reinstall it: {INSTALL}"
+        )
     ways = fact["transports"]
     needed = {"tcp": "Tcp", "rdma": "Rdma", "nvlink_intra": "IntraNodeNvlink"}[protocol]
-    said = f"the transfer engine can be imported; built with {', '.join(ways) or 'ways that cannot be told'}"
+    said = (
+        "the transfer engine can be imported; built with "
+        f"{', '.join(ways) or 'ways that cannot be told'}"
+    )
     if ways and needed.lower() not in "".join(ways).lower():
         return fail(
-            name, f"{said}: {protocol} is not among them", "install the extra for this machine: [cuda12] or [cuda13] for GPUs"
+            name,
+            f"{said}: {protocol} is not among them",
+            "install the extra for this machine: [cuda12] or [cuda13] for GPUs",
         )
     return ok(name, said)
 
@@ -126,11 +153,15 @@ def judge_mooncake(fact: Fact, protocol: str, wanted: bool) -> Finding:
 def judge_loopback(fact: Fact, protocol: str) -> Finding:
     name = "engine.loopback"
     if fact["error"]:
-        what, mend = told(Exception(fact["error"]))
+        what, mend = fact["error"], fact["mend"]
         return fail(
             name,
             f"a transfer on this machine over {protocol} fails: {what}",
-            mend or "a firewall? iptables -S INPUT; engines doctor --debug shows the transfer engine's own log",
+            mend
+            or (
+                "a firewall? iptables -S INPUT; engines doctor --debug shows the transfer "
+                "engine's own log"
+            ),
         )
     if fact.get("skipped"):
         return skipped(name, f"{fact['skipped']}: use --peer with an instance on this machine")
@@ -138,8 +169,14 @@ def judge_loopback(fact: Fact, protocol: str) -> Finding:
     what = f"{size(fact['nbytes'])} read over {protocol} on this machine at {size(speed)}/s"
     if not fact["equal"]:
         return fail(
-            name, f"{what}, but not as they were", "do not load here: the memory, the network card or the transfer engine is faulty"
+            name,
+            f"{what}, but not as they were",
+            "do not load here: the memory, the network card or the transfer engine is faulty",
         )
     if speed < _SLOW_BYTES_S:
-        return warn(name, f"{what}: slow", "is the machine busy? top; is the CPU throttled or limited by a cgroup?")
+        return warn(
+            name,
+            f"{what}: slow",
+            "is the machine busy? top; is the CPU throttled or limited by a cgroup?",
+        )
     return ok(name, what)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import Enum
 
-from engine_cli.wording import said
-
-# Our errors say at their end what to do, after a colon.
-_ADVICE = re.compile(
-    r"(?P<what>.+): (?P<mend>(?:check|compact|give|grant|leave out|pip|apt-get|put|see|say|use|register) .+|upgrade.*)", re.DOTALL
-)
+from engine_cli.wording import in_options, said
+from engine_registry.errors import EngineRegistryError
 
 
 class Status(str, Enum):
@@ -33,7 +28,12 @@ class Finding:
     mend: str = ""
 
     def to_json(self) -> dict[str, str]:
-        return {"check": self.check, "status": self.status.value, "what": self.what, "mend": self.mend}
+        return {
+            "check": self.check,
+            "status": self.status.value,
+            "what": self.what,
+            "mend": self.mend,
+        }
 
 
 def ok(check: str, what: str) -> Finding:
@@ -53,10 +53,10 @@ def skipped(check: str, what: str) -> Finding:
 
 
 def told(exc: BaseException) -> tuple[str, str]:
-    """What happened and what to do, of an error of ours."""
-    text = said(exc) or type(exc).__name__
-    found = _ADVICE.fullmatch(text)
-    return (found["what"], found["mend"]) if found else (text, "")
+    """What happened and, for an error of ours, what to do; in terms of the command line."""
+    if isinstance(exc, EngineRegistryError):
+        return in_options(exc.what, exc.details), in_options(exc.remedy, exc.details)
+    return said(exc) or type(exc).__name__, ""
 
 
 def duration(seconds: float) -> str:

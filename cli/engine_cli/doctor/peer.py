@@ -1,4 +1,6 @@
-"""Every rank of an instance, looked at from here: is it registered, does it answer, is it who its record says, can it be read."""
+"""Every rank of an instance, looked at from here: is it registered, does it answer, is it who its
+record says, can it be read.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ _AT_ONCE = 256
 _SLOW_S = 0.1
 
 
-def check_peer(etcd: Etcd, probe: Probe, instance: str, rank: int | None, protocol: str, limit_s: float) -> Iterator[Finding]:
+def check_peer(
+    etcd: Etcd, probe: Probe, instance: str, rank: int | None, protocol: str, limit_s: float
+) -> Iterator[Finding]:
     """`limit_s` is for the ranks' answers, from when our engine is ready."""
     from engine_registry.schema.keys import instance_prefix
     from engine_registry.schema.record import encode
@@ -40,9 +44,19 @@ def check_peer(etcd: Etcd, probe: Probe, instance: str, rank: int | None, protoc
     readable = [record for record in records if record.protocol == protocol and record.header_addr]
     probe.read_ranks([(record.key, encode(record)) for record in readable])
     lines = _dial_all(records, limit_s)
-    headers, engine_error = _headers(probe, {record.key for record in readable if _listens(lines[record.key])}, limit_s)
+    headers, engine_error = _headers(
+        probe, {record.key for record in readable if _listens(lines[record.key])}, limit_s
+    )
     for record in records:
-        yield judge_rank(record, protocol, socket.gethostname(), lines[record.key], headers.get(record.key), engine_error, limit_s)
+        yield judge_rank(
+            record,
+            protocol,
+            socket.gethostname(),
+            lines[record.key],
+            headers.get(record.key),
+            engine_error,
+            limit_s,
+        )
 
 
 def _dial_all(records: Sequence[RankRecord], limit_s: float) -> dict[str, Dialled | None]:
@@ -50,7 +64,13 @@ def _dial_all(records: Sequence[RankRecord], limit_s: float) -> dict[str, Dialle
     lines: dict[str, Dialled | None] = {}
     for start in range(0, len(records), _AT_ONCE):
         some = records[start : start + _AT_ONCE]
-        lines |= dict(zip([record.key for record in some], at_once(lambda record: _dial(record, limit_s), some), strict=True))
+        lines |= dict(
+            zip(
+                [record.key for record in some],
+                at_once(lambda record: _dial(record, limit_s), some),
+                strict=True,
+            )
+        )
     return lines
 
 
@@ -64,7 +84,9 @@ def _listens(line: Dialled | None) -> bool:
 
 
 def _headers(probe: Probe, keys: Set[str], limit_s: float) -> tuple[dict[str, Fact], str]:
-    """What came of reading the headers of those that listen; and why there is no engine to read with, or empty."""
+    """What came of reading the headers of those that listen; and why there is no engine to read
+    with, or empty.
+    """
     began = time.monotonic()
     for step in ("torch", "mooncake", "engine"):
         try:
@@ -84,22 +106,46 @@ def _headers(probe: Probe, keys: Set[str], limit_s: float) -> tuple[dict[str, Fa
 def judge_instance(status: InstanceStatus, rank: int | None) -> Finding:
     name = "peer.registered"
     if not status.records and not status.problems:
-        return fail(name, f"{status.instance} is not registered", "see engines list; is it in another --namespace?")
+        return fail(
+            name,
+            f"{status.instance} is not registered",
+            "see engines list; is it in another --namespace?",
+        )
     if rank is not None and all(record.rank != rank for record in status.records):
         return fail(
-            name, f"rank {rank} of {status.instance} is not registered", f"see engines show {status.instance}, and that rank's log"
+            name,
+            f"rank {rank} of {status.instance} is not registered",
+            f"see engines show {status.instance}, and that rank's log",
         )
     if status.missing:
-        return fail(name, f"{status.instance}: {status.summary}", "start the missing ranks, or look at their logs")
+        return fail(
+            name,
+            f"{status.instance}: {status.summary}",
+            "start the missing ranks, or look at their logs",
+        )
     if status.problems:
-        return warn(name, f"{status.instance}: {status.summary}", f"see engines show {status.instance}")
-    return ok(name, f"{status.instance}: {status.world_size} of {status.world_size} ranks, version {status.version}")
+        return warn(
+            name, f"{status.instance}: {status.summary}", f"see engines show {status.instance}"
+        )
+    return ok(
+        name,
+        f"{status.instance}: {status.world_size} of {status.world_size} ranks, version "
+        f"{status.version}",
+    )
 
 
 def judge_rank(
-    record: RankRecord, protocol: str, here: str, line: Dialled | None, header: Fact | None, engine_error: str, limit_s: float
+    record: RankRecord,
+    protocol: str,
+    here: str,
+    line: Dialled | None,
+    header: Fact | None,
+    engine_error: str,
+    limit_s: float,
 ) -> Finding:
-    """`here` is this machine's name, `line` what came of a connection, `header` of reading its header."""
+    """`here` is this machine's name, `line` what came of a connection, `header` of reading its
+    header.
+    """
     name, who = "peer.rank", f"{record.instance}/{record.rank} at {record.session_id}"
     process = f"process {record.pid or 'of the seed'} on {record.host or '?'}"
     place = host_and_port(record.session_id)
@@ -110,7 +156,11 @@ def judge_rank(
             f"register it with --host and an address of {record.host} that others reach",
         )
     if line is None:
-        return fail(name, f"{who}: that is no host:port", "engines evict it, and register it again with --host")
+        return fail(
+            name,
+            f"{who}: that is no host:port",
+            "engines evict it, and register it again with --host",
+        )
     if line.trouble is not None:
         return fail(name, f"{who}: {_line_told(line)}", _line_mend(line, process))
     if record.protocol != protocol:
@@ -120,35 +170,60 @@ def judge_rank(
             f"engines doctor --protocol {record.protocol}, and load so",
         )
     if not record.header_addr:
-        return skipped(name, f"{who} listens ({duration(line.seconds)}); it has no header to read, as an SGLang seed has none")
+        return skipped(
+            name,
+            f"{who} listens ({duration(line.seconds)}); it has no header to read, as an "
+            "SGLang seed has none",
+        )
     if engine_error:
-        return skipped(name, f"{who} listens ({duration(line.seconds)}); its header was not read: {engine_error}")
+        return skipped(
+            name,
+            f"{who} listens ({duration(line.seconds)}); its header was not read: {engine_error}",
+        )
     return _judge_header(record, who, process, header, limit_s)
 
 
-def _judge_header(record: RankRecord, who: str, process: str, header: Fact | None, limit_s: float) -> Finding:
+def _judge_header(
+    record: RankRecord, who: str, process: str, header: Fact | None, limit_s: float
+) -> Finding:
     name = "peer.rank"
     if header is None:
         return fail(
             name,
             f"{who} takes connections, but its memory is not read within {duration(limit_s)}",
-            f"{process} is stopped or hangs (ps -o stat,wchan -p {record.pid} there), or a firewall passes only some ports",
+            f"{process} is stopped or hangs (ps -o stat,wchan -p {record.pid} there), or a "
+            "firewall passes only some ports",
         )
     if header["error"]:
-        mend = f"look at {process}; is a firewall in the way? Peers need all unprivileged ports"
+        mend = header.get("mend") or (
+            f"look at {process}; is a firewall in the way? Peers need all unprivileged ports"
+        )
         if header.get("lost"):
             mend = "it leaves etcd by itself when its lease ends; else engines evict it"
         elif header.get("crashed"):
             mend = "engines doctor --debug shows the transfer engine's own log; please report it"
         return fail(name, f"{who}: {header['error']}", mend)
-    timing = f"header read in {duration(header['read_s'])} (first contact {duration(header['contact_s'])})"
+    timing = (
+        f"header read in {duration(header['read_s'])} (first contact "
+        f"{duration(header['contact_s'])})"
+    )
     if header["updating"] or header["version"] != record.version:
-        state = f"version {header['version']}{', being changed' if header['updating'] else ''}, the record says {record.version}"
-        return warn(name, f"{who}: {timing}; its weights are of {state}", "run this again: an update may be under way")
+        state = (
+            f"version {header['version']}{', being changed' if header['updating'] else ''}, the "
+            f"record says {record.version}"
+        )
+        return warn(
+            name,
+            f"{who}: {timing}; its weights are of {state}",
+            "run this again: an update may be under way",
+        )
     slow = header["read_s"] > _SLOW_S
     what = f"{who}: {timing}; it is who its record says, version {header['version']}"
     return Finding(
-        name, Status.WARN if slow else Status.OK, what, "the network between here and there is slow: ping, mtr" if slow else ""
+        name,
+        Status.WARN if slow else Status.OK,
+        what,
+        "the network between here and there is slow: ping, mtr" if slow else "",
     )
 
 
@@ -162,7 +237,13 @@ def _line_told(line: Dialled) -> str:
 
 def _line_mend(line: Dialled, process: str) -> str:
     if line.trouble is Trouble.REFUSED:
-        return f"{process} has ended, or its host was registered wrongly: it leaves etcd when its lease ends; else engines evict it"
+        return (
+            f"{process} has ended, or its host was registered wrongly: it leaves etcd when its "
+            "lease ends; else engines evict it"
+        )
     if line.trouble is Trouble.NAME:
         return "register it with an address (--host), not a name"
-    return "is that machine up, and is there a way to it? ip route get, ping; a firewall? Peers need all unprivileged ports"
+    return (
+        "is that machine up, and is there a way to it? ip route get, ping; a firewall? Peers "
+        "need all unprivileged ports"
+    )

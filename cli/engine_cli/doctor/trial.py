@@ -1,8 +1,9 @@
-"""The part of `engines doctor` that needs torch and the transfer engine: in a process of its own, as native code may crash or hang.
+"""The part of `engines doctor` that needs torch and the transfer engine: in a process of its own,
+as native code may crash or hang.
 
-Started by `doctor.child`. Reads lines of JSON from its standard input: where and how to try the engine, and which ranks to read
-from. Writes what it sees as lines of JSON: facts, no judgements. Ends with its input, so it does not outlive its parent. A thread
-for each rank.
+Started by `doctor.child`. Reads lines of JSON from its standard input: where and how to try the
+engine, and which ranks to read from. Writes what it sees as lines of JSON: facts, no judgements.
+Ends with its input, so it does not outlive its parent. A thread for each rank.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from engine_cli.wording import said
+from engine_cli.doctor.finding import told
 
 _LOOPBACK_NBYTES = 64 << 20
 _OP_NBYTES = 16 << 20
@@ -54,17 +55,23 @@ def main() -> NoReturn:
     os._exit(0)
 
 
-def _look(task: Callable[[], dict[str, str]], ranks: Callable[[], list[str]], tell: Callable[..., None]) -> None:
-    """`task` waits to be told where and how to try the engine, `ranks` for the next to read from."""
+def _look(
+    task: Callable[[], dict[str, str]], ranks: Callable[[], list[str]], tell: Callable[..., None]
+) -> None:
+    """`task` waits for where and how to try the engine, `ranks` for the next to read from."""
     try:
         import torch
 
         tell("torch", error="", **_torch_facts(torch))
-    except Exception as exc:  # noqa: BLE001  a broken installation raises anything
-        tell("torch", error=_said(exc), missing=isinstance(exc, ModuleNotFoundError) and exc.name == "torch")
+    except Exception as exc:  # noqa: BLE001  told
+        tell(
+            "torch",
+            **_failure(exc),
+            missing=isinstance(exc, ModuleNotFoundError) and exc.name == "torch",
+        )
         return
-    told = task()
-    host, protocol = told["host"], told["protocol"]
+    wanted = task()
+    host, protocol = wanted["host"], wanted["protocol"]
     try:
         from engine_loader.engines.mooncake.binding import built_transports
         from engine_loader.engines.mooncake.engine import MooncakeEngine
@@ -73,13 +80,13 @@ def _look(task: Callable[[], dict[str, str]], ranks: Callable[[], list[str]], te
 
         load_library(family_of(host.strip("[]")))
         tell("mooncake", error="", transports=built_transports())
-    except Exception as exc:  # noqa: BLE001  as above
-        tell("mooncake", error=_said(exc))
+    except Exception as exc:  # noqa: BLE001  told
+        tell("mooncake", **_failure(exc))
         return
     try:
         engine = MooncakeEngine(host, protocol)
     except Exception as exc:  # noqa: BLE001  told
-        tell("engine", error=_said(exc))
+        tell("engine", **_failure(exc))
         return
     tell("engine", error="")
     threading.Thread(target=_read_ranks, args=(engine, ranks, tell), daemon=True).start()
@@ -93,7 +100,12 @@ def _torch_facts(torch: Any) -> dict[str, Any]:
         "version": torch.__version__,
         "built_for": built,
         "devices": [torch.cuda.get_device_name(number) for number in range(count)],
-        "no_access": [(a, b) for a in range(count) for b in range(count) if a != b and not torch.cuda.can_device_access_peer(a, b)],
+        "no_access": [
+            (a, b)
+            for a in range(count)
+            for b in range(count)
+            if a != b and not torch.cuda.can_device_access_peer(a, b)
+        ],
     }
 
 
@@ -106,7 +118,10 @@ def _loopback(engine: Any, host: str, protocol: str) -> dict[str, Any]:
     from engine_registry import Region
 
     if protocol == "nvlink_intra":
-        return {"error": "", "skipped": "memory of one's own process cannot be read over nvlink_intra"}
+        return {
+            "error": "",
+            "skipped": "memory of one's own process cannot be read over nvlink_intra",
+        }
     try:
         with MooncakeEngine(host, protocol) as source:
             src = torch.randint(0, 256, (_LOOPBACK_NBYTES,), dtype=torch.uint8)
@@ -116,7 +131,10 @@ def _loopback(engine: Any, host: str, protocol: str) -> dict[str, Any]:
             engine.connect(source.session_id)
             began = time.monotonic()
             reads = [
-                engine.start(source.session_id, ReadOp("loopback", src.data_ptr() + at, dst.data_ptr() + at, _OP_NBYTES))
+                engine.start(
+                    source.session_id,
+                    ReadOp("loopback", src.data_ptr() + at, dst.data_ptr() + at, _OP_NBYTES),
+                )
                 for at in range(0, _LOOPBACK_NBYTES, _OP_NBYTES)
             ]
             for read in reads:
@@ -124,9 +142,14 @@ def _loopback(engine: Any, host: str, protocol: str) -> dict[str, Any]:
                     time.sleep(1e-4)
             seconds = time.monotonic() - began
             engine.take_back(lent)
-            return {"error": "", "nbytes": src.nbytes, "seconds": seconds, "equal": bool(torch.equal(src, dst))}
+            return {
+                "error": "",
+                "nbytes": src.nbytes,
+                "seconds": seconds,
+                "equal": bool(torch.equal(src, dst)),
+            }
     except Exception as exc:  # noqa: BLE001  told
-        return {"error": _said(exc)}
+        return _failure(exc)
 
 
 def _read_ranks(engine: Any, ranks: Callable[[], list[str]], tell: Callable[..., None]) -> None:
@@ -165,8 +188,9 @@ def _read_header(engine: Any, record: Any, tell: Callable[..., None]) -> None:
             updating=header.updating,
         )
     except Exception as exc:  # noqa: BLE001  told
-        tell("rank", key=record.key, error=_said(exc), lost=type(exc).__name__ == "SourceLost")
+        tell("rank", key=record.key, **_failure(exc), lost=type(exc).__name__ == "SourceLost")
 
 
-def _said(exc: Exception) -> str:
-    return said(exc) or type(exc).__name__
+def _failure(exc: Exception) -> dict[str, str]:
+    what, mend = told(exc)
+    return {"error": what, "mend": mend}

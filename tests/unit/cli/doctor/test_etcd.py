@@ -38,10 +38,13 @@ NO_ERROR = ("", "")
 
 
 def seen(endpoint: str = "h:2379", trouble: Trouble | None = None, **fields: Any) -> EndpointFacts:
-    return EndpointFacts(endpoint, Dialled(0.001, trouble, "detail"), **{"answer_s": 0.002, **fields})
+    return EndpointFacts(
+        endpoint, Dialled(0.001, trouble, "detail"), **{"answer_s": 0.002, **fields}
+    )
 
 
-# -- endpoints and members -------------------------------------------------------------------------------------------------------
+# -- endpoints and members
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -52,15 +55,21 @@ def seen(endpoint: str = "h:2379", trouble: Trouble | None = None, **fields: Any
         (seen(trouble=Trouble.SILENT), "no answer to a connection", "nc -vz h 2379"),
         (seen(trouble=Trouble.NO_WAY), "h:2379: detail", "ip route"),
         (
-            seen(error=("etcd at h:2379 does not answer in time", "")),
+            seen(error=EtcdUnavailable("etcd does not answer in time", reason="deadline")),
             "takes connections but does not answer within 2.0 ms",
             "iostat",
         ),
-        (seen(error=("what answers there is not etcd 3", "check the port")), "is not etcd 3", "check the port"),
-        (seen(error=("something new", "")), "something new", "etcd's log"),
+        (
+            seen(error=EtcdUnavailable("what answers there is not etcd 3", "check the port")),
+            "is not etcd 3",
+            "check the port",
+        ),
+        (seen(error=EtcdError("something new")), "something new", "etcd's log"),
     ],
 )
-def test_an_endpoint_that_does_not_answer_fails_or_warns_if_another_does(facts: EndpointFacts, what: str, mend: str) -> None:
+def test_an_endpoint_that_does_not_answer_fails_or_warns_if_another_does(
+    facts: EndpointFacts, what: str, mend: str
+) -> None:
     (alone,) = judge_endpoints([facts])
     assert alone.status is Status.FAIL
     assert what in alone.what
@@ -71,9 +80,12 @@ def test_an_endpoint_that_does_not_answer_fails_or_warns_if_another_does(facts: 
 
 
 @pytest.mark.parametrize(
-    ("status", "role"), [(LEADER, "leader"), (FOLLOWER, "member"), (replace(FOLLOWER, learner=True), "learner")]
+    ("status", "role"),
+    [(LEADER, "leader"), (FOLLOWER, "member"), (replace(FOLLOWER, learner=True), "learner")],
 )
-def test_an_endpoint_that_answers_is_told_with_version_time_and_role(status: MemberStatus, role: str) -> None:
+def test_an_endpoint_that_answers_is_told_with_version_time_and_role(
+    status: MemberStatus, role: str
+) -> None:
     (finding,) = judge_endpoints([seen(status=status)])
     assert finding.what == f"h:2379 answers in 2.0 ms: etcd 3.6.6, {role}"
 
@@ -96,7 +108,9 @@ def test_an_endpoint_that_answers_is_told_with_version_time_and_role(status: Mem
         (["3.10.0"], Status.OK),
     ],
 )
-def test_versions_that_corrupt_data_warn_and_those_that_are_too_old_fail(versions: list[str], status: Status) -> None:
+def test_versions_that_corrupt_data_warn_and_those_that_are_too_old_fail(
+    versions: list[str], status: Status
+) -> None:
     finding = judge_version([replace(LEADER, version=version) for version in versions])
     assert finding.status is status
     assert all(version in finding.what for version in versions)
@@ -105,7 +119,13 @@ def test_versions_that_corrupt_data_warn_and_those_that_are_too_old_fail(version
 @pytest.mark.parametrize(
     ("members", "statuses", "error", "status", "what"),
     [
-        (MEMBERS, [LEADER, FOLLOWER, THIRD], NO_ERROR, Status.OK, "3 of 3 members answer; one leader"),
+        (
+            MEMBERS,
+            [LEADER, FOLLOWER, THIRD],
+            NO_ERROR,
+            Status.OK,
+            "3 of 3 members answer; one leader",
+        ),
         (MEMBERS[:1], [LEADER], NO_ERROR, Status.OK, "1 of 1 members answer; one leader"),
         (MEMBERS[:2], [LEADER, FOLLOWER], NO_ERROR, Status.OK, "an even number"),
         (
@@ -127,22 +147,63 @@ def test_versions_that_corrupt_data_warn_and_those_that_are_too_old_fail(version
             [LEADER, LEARNER],
             ("no", ""),
             Status.FAIL,
-            "1 of 3 members answer, not m2, m3; besides a learner without a vote; there is no quorum",
+            "1 of 3 members answer, not m2, m3; besides a learner without a vote; there is "
+            "no quorum",
         ),
         (None, [LEARNER], ("it is a learner", ""), Status.FAIL, "only a learner answers"),
         (None, [LEADER], NO_ERROR, Status.OK, "1 of 1 members"),
-        (MEMBERS, [LEADER, FOLLOWER], NO_ERROR, Status.WARN, "2 of 3 members answer, not m3; the loss of one more stops etcd"),
-        ([*MEMBERS, Member(4, "", ())], [LEADER, FOLLOWER, THIRD], NO_ERROR, Status.WARN, "not 4 (never started)"),
+        (
+            MEMBERS,
+            [LEADER, FOLLOWER],
+            NO_ERROR,
+            Status.WARN,
+            "2 of 3 members answer, not m3; the loss of one more stops etcd",
+        ),
+        (
+            [*MEMBERS, Member(4, "", ())],
+            [LEADER, FOLLOWER, THIRD],
+            NO_ERROR,
+            Status.WARN,
+            "not 4 (never started)",
+        ),
         (MEMBERS, [replace(LEADER, leader_id=0)], ("no", ""), Status.FAIL, "there is no quorum"),
         (MEMBERS, [LEADER], ("no", ""), Status.FAIL, "there is no quorum"),
-        (MEMBERS, [LEADER, FOLLOWER, THIRD], ("slow disk", "look"), Status.FAIL, "a read fails: slow disk"),
-        (MEMBERS, [LEADER, replace(FOLLOWER, leader_id=2), THIRD], NO_ERROR, Status.WARN, "different leaders"),
-        (MEMBERS[:1], [replace(LEADER, leader_id=0)], NO_ERROR, Status.WARN, "none knows of a leader"),
-        (MEMBERS, [LEADER, FOLLOWER, replace(THIRD, raft_index=100_000)], NO_ERROR, Status.WARN, "99,900 entries behind"),
+        (
+            MEMBERS,
+            [LEADER, FOLLOWER, THIRD],
+            ("slow disk", "look"),
+            Status.FAIL,
+            "a read fails: slow disk",
+        ),
+        (
+            MEMBERS,
+            [LEADER, replace(FOLLOWER, leader_id=2), THIRD],
+            NO_ERROR,
+            Status.WARN,
+            "different leaders",
+        ),
+        (
+            MEMBERS[:1],
+            [replace(LEADER, leader_id=0)],
+            NO_ERROR,
+            Status.WARN,
+            "none knows of a leader",
+        ),
+        (
+            MEMBERS,
+            [LEADER, FOLLOWER, replace(THIRD, raft_index=100_000)],
+            NO_ERROR,
+            Status.WARN,
+            "99,900 entries behind",
+        ),
     ],
 )
 def test_a_cluster_is_judged_by_its_members_their_leader_and_a_read(
-    members: list[Member] | None, statuses: list[MemberStatus], error: tuple[str, str], status: Status, what: str
+    members: list[Member] | None,
+    statuses: list[MemberStatus],
+    error: tuple[str, str],
+    status: Status,
+    what: str,
 ) -> None:
     finding = judge_quorum(members, statuses, error)
     assert finding.status is status, finding
@@ -153,11 +214,15 @@ def test_a_cluster_is_judged_by_its_members_their_leader_and_a_read(
 def test_a_cluster_of_five_says_how_many_more_it_can_lose() -> None:
     members = [Member(number, f"m{number}", ()) for number in range(1, 6)]
     assert (
-        "1 more may be lost" in judge_quorum(members, [replace(LEADER, member_id=number) for number in (1, 2, 3, 4)], NO_ERROR).what
+        "1 more may be lost"
+        in judge_quorum(
+            members, [replace(LEADER, member_id=number) for number in (1, 2, 3, 4)], NO_ERROR
+        ).what
     )
 
 
-# -- store -----------------------------------------------------------------------------------------------------------------------
+# -- store
+# --------------------------------------------------------------------------------------------------
 
 
 GOOD = RoundTrip("/doctor/", kept=True, gone=True, put_s=[0.001], get_s=[0.001], watch_s=[0.002])
@@ -172,7 +237,9 @@ GOOD = RoundTrip("/doctor/", kept=True, gone=True, put_s=[0.001], get_s=[0.001],
         (replace(GOOD, gone=False), Status.FAIL, "has not deleted"),
     ],
 )
-def test_a_lease_is_good_if_its_key_was_there_and_is_gone(trip: RoundTrip, status: Status, what: str) -> None:
+def test_a_lease_is_good_if_its_key_was_there_and_is_gone(
+    trip: RoundTrip, status: Status, what: str
+) -> None:
     finding = judge_lease(trip)
     assert finding.status is status
     assert what in finding.what
@@ -218,7 +285,9 @@ class Guarded(FakeEtcd):
 
 
 @pytest.mark.parametrize("place", ["/doctor/", "/pulls/", "/manifests/"])
-def test_the_key_goes_where_this_user_may_write_and_is_gone_even_if_a_step_fails(place: str) -> None:
+def test_the_key_goes_where_this_user_may_write_and_is_gone_even_if_a_step_fails(
+    place: str,
+) -> None:
     etcd = Guarded(place)
     with pytest.raises(EtcdUnavailable):
         round_trip(etcd)
@@ -253,8 +322,12 @@ def test_an_etcd_without_space_leaves_no_lease() -> None:
         (1 << 20, None, Status.OK, "if etcd has its default quota"),
     ],
 )
-def test_a_database_is_judged_by_its_share_of_the_quota(size: int, quota: int | None, status: Status, what: str) -> None:
-    finding = judge_database([replace(LEADER, db_nbytes=1), replace(FOLLOWER, db_nbytes=size, used_nbytes=1)], quota)
+def test_a_database_is_judged_by_its_share_of_the_quota(
+    size: int, quota: int | None, status: Status, what: str
+) -> None:
+    finding = judge_database(
+        [replace(LEADER, db_nbytes=1), replace(FOLLOWER, db_nbytes=size, used_nbytes=1)], quota
+    )
     assert finding.status is status
     assert what in finding.what
     assert finding.what.endswith("1 B in use")
@@ -262,7 +335,9 @@ def test_a_database_is_judged_by_its_share_of_the_quota(size: int, quota: int | 
 
 def test_each_kind_of_alarm_says_what_it_takes_to_end_it() -> None:
     assert [finding.status for finding in judge_alarms([])] == [Status.OK]
-    corrupt, full, new = judge_alarms([Alarm(255, "NOSPACE"), Alarm(10, "CORRUPT"), Alarm(11, "NOSPACE"), Alarm(1, "number 7")])
+    corrupt, full, new = judge_alarms(
+        [Alarm(255, "NOSPACE"), Alarm(10, "CORRUPT"), Alarm(11, "NOSPACE"), Alarm(1, "number 7")]
+    )
     assert {finding.status for finding in (corrupt, full, new)} == {Status.FAIL}
     assert full.what.startswith("NOSPACE at member ff, b")
     assert "alarm disarm" in full.mend
@@ -279,7 +354,9 @@ def test_each_kind_of_alarm_says_what_it_takes_to_end_it() -> None:
         ("/prod", ["/prod/pulls/a/0/x", "other"], Status.OK, "no instance under /prod/engines/"),
     ],
 )
-def test_an_empty_namespace_warns_if_another_is_in_use(namespace: str, keys: list[str], status: Status, told: str) -> None:
+def test_an_empty_namespace_warns_if_another_is_in_use(
+    namespace: str, keys: list[str], status: Status, told: str
+) -> None:
     finding = judge_namespace(namespace, [], keys)
     assert finding.status is status
     assert told in finding.what + finding.mend
@@ -293,7 +370,8 @@ def test_a_namespace_in_use_is_told_with_its_instances() -> None:
     assert judge_namespace("/p", statuses, []).what == "2 instances under /p/engines/, 1 ready"
 
 
-# -- who we are ------------------------------------------------------------------------------------------------------------------
+# -- who we are
+# --------------------------------------------------------------------------------------------------
 
 
 def refused(reason: str) -> EtcdError:
@@ -308,14 +386,26 @@ def refused(reason: str) -> EtcdError:
         (None, None, False, True, Status.OK, "from the client certificate"),
         (None, refused("denied"), False, False, Status.OK, "from the client certificate"),
         (None, refused("credentials"), True, False, Status.FAIL, "no user was given"),
-        ("bob", refused("credentials"), True, False, Status.FAIL, "refuses the user 'bob' or the password"),
+        (
+            "bob",
+            refused("credentials"),
+            True,
+            False,
+            Status.FAIL,
+            "refuses the user 'bob' or the password",
+        ),
         ("bob", refused("auth_off"), True, False, Status.FAIL, "has authentication off"),
         ("bob", refused("denied"), True, False, Status.OK, "logged in as 'bob'"),
         ("bob", None, False, False, Status.OK, "logged in as 'bob'"),
     ],
 )
 def test_a_login_is_judged_by_what_a_first_read_ends_with(
-    user: str | None, error: EtcdError | None, loopback: bool, certificate: bool, status: Status, what: str
+    user: str | None,
+    error: EtcdError | None,
+    loopback: bool,
+    certificate: bool,
+    status: Status,
+    what: str,
 ) -> None:
     finding = judge_login(user, error, loopback, certificate)
     assert finding.status is status
@@ -342,14 +432,26 @@ def test_who_has_the_permissions_of_the_table_may_do_the_job(job: str) -> None:
 
 
 def test_who_may_write_one_instance_serves_that_one() -> None:
-    own = (on("/engines/", "r"), on("/engines/a/", "rw"), on("/manifests/a/", "rw"), on("/pulls/a/", "r"), on("/evicted/a/", "r"))
+    own = (
+        on("/engines/", "r"),
+        on("/engines/a/", "rw"),
+        on("/manifests/a/", "rw"),
+        on("/pulls/a/", "r"),
+        on("/evicted/a/", "r"),
+    )
     finding = judge_permissions(User("u", ("r",), own), "/ns")
-    assert "may list and watch, serve a rank (some instances): reads /engines/, parts of /evicted/" in finding.what
+    assert (
+        "may list and watch, serve a rank (some instances): reads /engines/, parts of /evicted/"
+        in finding.what
+    )
 
 
 def test_who_may_read_nothing_is_told_what_to_grant_and_root_that_it_is_too_much() -> None:
     nobody = judge_permissions(User("u", ()), "/ns")
-    assert (nobody.status, nobody.mend) == (Status.FAIL, "etcdctl role grant-permission ROLE read --prefix=true /ns/engines/")
+    assert (nobody.status, nobody.mend) == (
+        Status.FAIL,
+        "etcdctl role grant-permission ROLE read --prefix=true /ns/engines/",
+    )
     assert judge_permissions(User("root", ("root",)), "").status is Status.WARN
 
 
@@ -359,14 +461,32 @@ DAY = 86_400
 @pytest.mark.parametrize(
     ("certificate", "status", "what"),
     [
-        (Certificate("etcd's at h:1", "etcd", 100 * DAY), Status.OK, "(etcd) is good for 100 more days"),
-        (Certificate("etcd's at h:1", "", 1.5 * DAY), Status.WARN, "(without a name) is good for 1 more day"),
+        (
+            Certificate("etcd's at h:1", "etcd", 100 * DAY),
+            Status.OK,
+            "(etcd) is good for 100 more days",
+        ),
+        (
+            Certificate("etcd's at h:1", "", 1.5 * DAY),
+            Status.WARN,
+            "(without a name) is good for 1 more day",
+        ),
         (Certificate("ours in f", "bob", -1), Status.FAIL, "has expired"),
-        (Certificate("etcd's at h:1", error="certificate has expired"), Status.FAIL, "the certificate etcd's at h:1 has expired"),
-        (Certificate("etcd's at h:1", error="self-signed certificate"), Status.FAIL, "is not accepted: self-signed certificate"),
+        (
+            Certificate("etcd's at h:1", error="certificate has expired"),
+            Status.FAIL,
+            "the certificate etcd's at h:1 has expired",
+        ),
+        (
+            Certificate("etcd's at h:1", error="self-signed certificate"),
+            Status.FAIL,
+            "is not accepted: self-signed certificate",
+        ),
     ],
 )
-def test_certificates_warn_before_they_expire_and_fail_after(certificate: Certificate, status: Status, what: str) -> None:
+def test_certificates_warn_before_they_expire_and_fail_after(
+    certificate: Certificate, status: Status, what: str
+) -> None:
     (finding,) = judge_certificates([certificate], now=0)
     assert finding.status is status
     assert what in finding.what

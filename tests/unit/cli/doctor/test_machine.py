@@ -1,4 +1,6 @@
-"""What `engines doctor` makes of what this machine, its engine and the ranks of an instance show: facts in, findings out."""
+"""What `engines doctor` makes of what this machine, its engine and the ranks of an instance show:
+facts in, findings out.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,22 @@ import pytest
 
 from engine_cli.doctor.dial import Dialled, Trouble
 from engine_cli.doctor.engine import judge_devices, judge_loopback, judge_mooncake, judge_torch
-from engine_cli.doctor.finding import Finding, Status
-from engine_cli.doctor.network import check_address, judge_address, judge_files, judge_hostname, judge_port
+from engine_cli.doctor.finding import Finding, Status, told
+from engine_cli.doctor.network import (
+    check_address,
+    judge_address,
+    judge_files,
+    judge_hostname,
+    judge_port,
+)
 from engine_cli.doctor.peer import judge_instance, judge_rank
-from engine_cli.doctor.python import WHEELS, judge_etcd3, judge_packages, judge_version, judge_wheels
+from engine_cli.doctor.python import (
+    WHEELS,
+    judge_etcd3,
+    judge_packages,
+    judge_version,
+    judge_wheels,
+)
 from engine_cli.doctor.rdma import Port, check_devices, judge_libibverbs, judge_memlock
 from engine_cli.doctor.rdma import judge_devices as judge_rdma
 from engine_loader.engines.mooncake.binding import _what_to_install
@@ -23,14 +37,22 @@ from engine_registry.schema.record import RankState
 from engine_registry.schema.status import assess
 from tests.support.builders import a_record
 
-# -- python ----------------------------------------------------------------------------------------------------------------------
+# -- python
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("version", "status"),
-    [((3, 9, 19), Status.FAIL), ((3, 10, 0), Status.OK), ((3, 13, 5), Status.OK), ((3, 14, 0), Status.FAIL)],
+    [
+        ((3, 9, 19), Status.FAIL),
+        ((3, 10, 0), Status.OK),
+        ((3, 13, 5), Status.OK),
+        ((3, 14, 0), Status.FAIL),
+    ],
 )
-def test_pythons_that_there_are_wheels_for_are_good(version: tuple[int, ...], status: Status) -> None:
+def test_pythons_that_there_are_wheels_for_are_good(
+    version: tuple[int, ...], status: Status
+) -> None:
     assert judge_version(version).status is status
 
 
@@ -48,15 +70,43 @@ REQUIRED = [
     ("installed", "status", "what"),
     [
         ({"click": "8.1", "etcd3": "0.12.0", "rich": "15.0.0"}, Status.OK, "3 packages"),
-        ({"click": "8.1", "etcd3": "0.12.0", "rich": "15.0.0", "torch": "2.13.0+cpu", "pytest": "7"}, Status.OK, "4 packages"),
+        (
+            {
+                "click": "8.1",
+                "etcd3": "0.12.0",
+                "rich": "15.0.0",
+                "torch": "2.13.0+cpu",
+                "pytest": "7",
+            },
+            Status.OK,
+            "4 packages",
+        ),
         ({"click": "8.1", "etcd3": "0.12.0"}, Status.FAIL, "rich is missing"),
-        ({"click": "8.0.9", "etcd3": "0.12.0", "rich": "13"}, Status.FAIL, "click 8.0.9 is installed, >=8.1 is needed"),
-        ({"click": "8.1", "etcd3": "0.13.0", "rich": "13"}, Status.FAIL, "etcd3 0.13.0 is installed, ==0.12 is needed"),
-        ({"click": "8.1", "etcd3": "0.12.0", "rich": "13", "torch": "2.5.1"}, Status.FAIL, "torch 2.5.1"),
-        ({"click": "8.1", "etcd3": "0.12.0", "rich": "13", "safetensors": "0.4.9rc1"}, Status.FAIL, "safetensors 0.4.9rc1"),
+        (
+            {"click": "8.0.9", "etcd3": "0.12.0", "rich": "13"},
+            Status.FAIL,
+            "click 8.0.9 is installed, >=8.1 is needed",
+        ),
+        (
+            {"click": "8.1", "etcd3": "0.13.0", "rich": "13"},
+            Status.FAIL,
+            "etcd3 0.13.0 is installed, ==0.12 is needed",
+        ),
+        (
+            {"click": "8.1", "etcd3": "0.12.0", "rich": "13", "torch": "2.5.1"},
+            Status.FAIL,
+            "torch 2.5.1",
+        ),
+        (
+            {"click": "8.1", "etcd3": "0.12.0", "rich": "13", "safetensors": "0.4.9rc1"},
+            Status.FAIL,
+            "safetensors 0.4.9rc1",
+        ),
     ],
 )
-def test_packages_are_compared_with_what_the_distribution_asks_for(installed: dict[str, str], status: Status, what: str) -> None:
+def test_packages_are_compared_with_what_the_distribution_asks_for(
+    installed: dict[str, str], status: Status, what: str
+) -> None:
     finding = judge_packages(REQUIRED, installed)
     assert finding.status is status
     assert what in finding.what
@@ -66,23 +116,30 @@ def test_a_checkout_without_metadata_is_no_fault() -> None:
     assert judge_packages([], {}).status is Status.OK
 
 
-def test_two_wheels_of_the_transfer_engine_fail_one_is_good_and_none_is_as_bad_as_it_is_needed() -> None:
+def test_two_wheels_of_the_transfer_engine_fail_and_none_is_as_bad_as_it_is_needed() -> None:
     one, two = list(WHEELS)[:2]
     both = judge_wheels([one, two], wanted=False)
     assert both.status is Status.FAIL
     assert f"pip uninstall -y {one} {two}, then pip install" in both.mend
     assert judge_wheels([one], wanted=True).status is Status.OK
-    assert (judge_wheels([], wanted=False).status, judge_wheels([], wanted=True).status) == (Status.WARN, Status.FAIL)
+    assert (judge_wheels([], wanted=False).status, judge_wheels([], wanted=True).status) == (
+        Status.WARN,
+        Status.FAIL,
+    )
 
 
 def test_a_client_of_etcd_that_cannot_be_imported_is_told_with_the_versions() -> None:
     assert judge_etcd3(None, "0.12.0", "7.1", "1.85").status is Status.OK
     broken = judge_etcd3(TypeError("Descriptors cannot\n be created"), "0.12.0", "4.21", "")
     assert broken.status is Status.FAIL
-    assert "with etcd3 0.12.0, protobuf 4.21, grpcio missing: TypeError: Descriptors cannot be created" in broken.what
+    assert (
+        "with etcd3 0.12.0, protobuf 4.21, grpcio missing: TypeError: Descriptors cannot be created"
+        in broken.what
+    )
 
 
-# -- network ---------------------------------------------------------------------------------------------------------------------
+# -- network
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,7 +152,9 @@ def test_a_client_of_etcd_that_cannot_be_imported_is_told_with_the_versions() ->
         ([], Status.WARN, "leads to no address (unknown)"),
     ],
 )
-def test_a_name_that_leads_back_to_its_own_machine_warns(addresses: list[str], status: Status, what: str) -> None:
+def test_a_name_that_leads_back_to_its_own_machine_warns(
+    addresses: list[str], status: Status, what: str
+) -> None:
     finding = judge_hostname("node", addresses, "unknown")
     assert finding.status is status
     assert what in finding.what
@@ -115,20 +174,27 @@ def test_a_name_that_leads_back_to_its_own_machine_warns(addresses: list[str], s
         ("10.9.9.9", True, True, "Cannot assign requested address", Status.FAIL),
     ],
 )
-def test_an_address_is_judged_by_who_can_reach_it(address: str, given: bool, etcd_here: bool, error: str, status: Status) -> None:
+def test_an_address_is_judged_by_who_can_reach_it(
+    address: str, given: bool, etcd_here: bool, error: str, status: Status
+) -> None:
     finding = judge_address(address, given, etcd_here, error)
     assert finding.status is status
     assert bool(finding.mend) == (status is not Status.OK)
 
 
 def test_a_port_can_be_opened_here_and_not_at_an_address_of_another_machine() -> None:
-    assert [finding.check for finding in check_address("127.0.0.1", False, True)] == ["network.address", "network.ports"]
-    assert [(finding.check, finding.status) for finding in check_address("192.0.2.1", True, True)] == [
-        ("network.address", Status.FAIL)
+    assert [finding.check for finding in check_address("127.0.0.1", False, True)] == [
+        "network.address",
+        "network.ports",
     ]
+    assert [
+        (finding.check, finding.status) for finding in check_address("192.0.2.1", True, True)
+    ] == [("network.address", Status.FAIL)]
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0", "::", "[::]", "255.255.255.255", "224.0.0.1", "ff02::1"])
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0", "::", "[::]", "255.255.255.255", "224.0.0.1", "ff02::1"]
+)
 def test_an_address_that_leads_nobody_to_this_machine_fails(address: str) -> None:
     address_of, *_ = check_address(address, True, False)
     assert (address_of.check, address_of.status) == ("network.address", Status.FAIL)
@@ -148,15 +214,22 @@ def test_a_port_that_cannot_be_reached_is_put_down_to_a_firewall() -> None:
     assert "iptables" in judge_port("h:1", Trouble.SILENT, 1.5).mend
 
 
-@pytest.mark.parametrize(("limit", "status"), [(256, Status.WARN), (1024, Status.OK), (resource.RLIM_INFINITY, Status.OK)])
+@pytest.mark.parametrize(
+    ("limit", "status"),
+    [(256, Status.WARN), (1024, Status.OK), (resource.RLIM_INFINITY, Status.OK)],
+)
 def test_few_open_files_warn(limit: int, status: Status) -> None:
     assert judge_files(limit).status is status
 
 
-# -- RDMA ------------------------------------------------------------------------------------------------------------------------
+# -- RDMA
+# --------------------------------------------------------------------------------------------------
 
 
-UP, DOWN = Port("mlx5_0", "1", "ACTIVE", "InfiniBand", "400 Gb/sec"), Port("mlx5_1", "1", "DOWN", "Ethernet", "25 Gb/sec")
+UP, DOWN = (
+    Port("mlx5_0", "1", "ACTIVE", "InfiniBand", "400 Gb/sec"),
+    Port("mlx5_1", "1", "DOWN", "Ethernet", "25 Gb/sec"),
+)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +242,9 @@ UP, DOWN = Port("mlx5_0", "1", "ACTIVE", "InfiniBand", "400 Gb/sec"), Port("mlx5
         ([UP], True, Status.OK, Status.OK),
     ],
 )
-def test_rdma_devices_fail_only_if_rdma_is_wanted(ports: list[Port], usable: bool, else_: Status, wanted: Status) -> None:
+def test_rdma_devices_fail_only_if_rdma_is_wanted(
+    ports: list[Port], usable: bool, else_: Status, wanted: Status
+) -> None:
     assert judge_rdma(ports, usable, wanted=False).status is else_
     assert judge_rdma(ports, usable, wanted=True).status is wanted
 
@@ -178,7 +253,11 @@ def test_ports_are_read_as_the_kernel_shows_them(tmp_path: Path) -> None:
     for device, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN")):
         port = tmp_path / "class" / device / "ports" / "1"
         port.mkdir(parents=True)
-        for name, text in (("state", state), ("link_layer", "InfiniBand"), ("rate", "400 Gb/sec (4X NDR)")):
+        for name, text in (
+            ("state", state),
+            ("link_layer", "InfiniBand"),
+            ("rate", "400 Gb/sec (4X NDR)"),
+        ):
             (port / name).write_text(f"{text}\n")
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "uverbs0").touch()
@@ -196,24 +275,35 @@ def test_ports_are_read_as_the_kernel_shows_them(tmp_path: Path) -> None:
         (resource.RLIM_INFINITY, Status.OK, Status.OK),
     ],
 )
-def test_a_limit_on_locked_memory_matters_to_rdma(limit: int, else_: Status, wanted: Status) -> None:
+def test_a_limit_on_locked_memory_matters_to_rdma(
+    limit: int, else_: Status, wanted: Status
+) -> None:
     assert judge_memlock(limit, wanted=False).status is else_
     assert judge_memlock(limit, wanted=True).status is wanted
 
 
 def test_libibverbs_is_needed_over_tcp_too() -> None:
     assert judge_libibverbs("").status is Status.OK
-    assert judge_libibverbs("cannot open shared object file").mend.startswith("apt-get install libibverbs1")
+    assert judge_libibverbs("cannot open shared object file").mend.startswith(
+        "apt-get install libibverbs1"
+    )
 
 
-# -- torch and the transfer engine -----------------------------------------------------------------------------------------------
+# -- torch and the transfer engine
+# -----------------------------------------------------------------------------------------------
 
 
 def test_an_absent_torch_is_as_bad_as_it_is_needed_and_a_broken_one_fails() -> None:
     absent = {"error": "No module named 'torch'", "missing": True}
-    assert (judge_torch(absent, wanted=False).status, judge_torch(absent, wanted=True).status) == (Status.WARN, Status.FAIL)
+    assert (judge_torch(absent, wanted=False).status, judge_torch(absent, wanted=True).status) == (
+        Status.WARN,
+        Status.FAIL,
+    )
     assert judge_torch({"error": "undefined symbol"}, wanted=False).status is Status.FAIL
-    assert judge_torch({"error": "", "version": "2.13.0", "built_for": "12.8"}, wanted=True).what == "torch 2.13.0, built for 12.8"
+    assert (
+        judge_torch({"error": "", "version": "2.13.0", "built_for": "12.8"}, wanted=True).what
+        == "torch 2.13.0, built for 12.8"
+    )
 
 
 def torch_sees(devices: list[str], built_for: str = "12.8", no_access: Any = ()) -> dict[str, Any]:
@@ -228,10 +318,17 @@ def torch_sees(devices: list[str], built_for: str = "12.8", no_access: Any = ())
         (torch_sees([]), True, [Status.WARN], [Status.FAIL]),
         (torch_sees(["H100"]), True, [Status.OK, Status.SKIPPED], [Status.OK, Status.SKIPPED]),
         (torch_sees(["H100"] * 2), True, [Status.OK, Status.OK], [Status.OK, Status.OK]),
-        (torch_sees(["H100"] * 2, no_access=[[0, 1]]), True, [Status.OK, Status.WARN], [Status.OK, Status.FAIL]),
+        (
+            torch_sees(["H100"] * 2, no_access=[[0, 1]]),
+            True,
+            [Status.OK, Status.WARN],
+            [Status.OK, Status.FAIL],
+        ),
     ],
 )
-def test_gpus_fail_only_if_nvlink_is_wanted(fact: dict[str, Any], driver: bool, tcp: list[Status], nvlink: list[Status]) -> None:
+def test_gpus_fail_only_if_nvlink_is_wanted(
+    fact: dict[str, Any], driver: bool, tcp: list[Status], nvlink: list[Status]
+) -> None:
     assert [finding.status for finding in judge_devices(fact, driver, "tcp")] == tcp
     assert [finding.status for finding in judge_devices(fact, driver, "nvlink_intra")] == nvlink
 
@@ -240,13 +337,19 @@ def test_gpus_fail_only_if_nvlink_is_wanted(fact: dict[str, Any], driver: bool, 
     ("complaint", "mend"),
     [
         ("libibverbs.so.1: cannot open shared object file", "apt-get install libibverbs1"),
-        ("libcudart.so.12: cannot open shared object file", "pip install 'engine-registry[cpu]' instead"),
+        (
+            "libcudart.so.12: cannot open shared object file",
+            "pip install 'engine-registry[cpu]' instead",
+        ),
         ("No module named 'mooncake'", "pip install 'engine-registry[cpu]' (or"),
         ("undefined symbol: x", "reinstall it: pip install"),
     ],
 )
-def test_a_transfer_engine_that_cannot_be_imported_says_what_to_install(complaint: str, mend: str) -> None:
-    finding = judge_mooncake({"error": str(EngineUnavailable(*_what_to_install(complaint)))}, "tcp", wanted=True)
+def test_a_transfer_engine_that_cannot_be_imported_says_what_to_install(
+    complaint: str, mend: str
+) -> None:
+    what, remedy = told(EngineUnavailable(*_what_to_install(complaint)))
+    finding = judge_mooncake({"error": what, "mend": remedy}, "tcp", wanted=True)
     assert finding.status is Status.FAIL
     assert finding.mend.startswith(mend)
 
@@ -261,27 +364,43 @@ def test_a_transfer_engine_that_cannot_be_imported_says_what_to_install(complain
         ("nvlink_intra", [], Status.OK),  # stripped of its names
     ],
 )
-def test_a_wheel_without_the_wanted_transport_fails(protocol: str, transports: list[str], status: Status) -> None:
-    assert judge_mooncake({"error": "", "transports": transports}, protocol, wanted=True).status is status
+def test_a_wheel_without_the_wanted_transport_fails(
+    protocol: str, transports: list[str], status: Status
+) -> None:
+    assert (
+        judge_mooncake({"error": "", "transports": transports}, protocol, wanted=True).status
+        is status
+    )
 
 
 @pytest.mark.parametrize(
     ("fact", "status", "what"),
     [
-        ({"nbytes": 64 << 20, "seconds": 0.04, "equal": True}, Status.OK, "67.1 MB read over tcp on this machine at 1.7 GB/s"),
+        (
+            {"nbytes": 64 << 20, "seconds": 0.04, "equal": True},
+            Status.OK,
+            "67.1 MB read over tcp on this machine at 1.7 GB/s",
+        ),
         ({"nbytes": 64 << 20, "seconds": 1.0, "equal": True}, Status.WARN, "slow"),
         ({"nbytes": 64 << 20, "seconds": 0.04, "equal": False}, Status.FAIL, "not as they were"),
-        ({"error": "cannot read from h:1"}, Status.FAIL, "over tcp fails: cannot read from h:1"),
+        (
+            {"error": "cannot read from h:1", "mend": ""},
+            Status.FAIL,
+            "over tcp fails: cannot read from h:1",
+        ),
         ({"skipped": "not here"}, Status.SKIPPED, "use --peer"),
     ],
 )
-def test_a_loopback_is_judged_by_its_bytes_and_its_speed(fact: dict[str, Any], status: Status, what: str) -> None:
+def test_a_loopback_is_judged_by_its_bytes_and_its_speed(
+    fact: dict[str, Any], status: Status, what: str
+) -> None:
     finding = judge_loopback({"error": "", **fact}, "tcp")
     assert finding.status is status
     assert what in finding.what
 
 
-# -- peers -----------------------------------------------------------------------------------------------------------------------
+# -- peers
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -293,7 +412,9 @@ def test_a_loopback_is_judged_by_its_bytes_and_its_speed(fact: dict[str, Any], s
         ((), None, Status.FAIL, "qwen is not registered"),
     ],
 )
-def test_an_instance_fails_if_a_rank_is_not_registered(ranks: tuple[int, ...], rank: int | None, status: Status, what: str) -> None:
+def test_an_instance_fails_if_a_rank_is_not_registered(
+    ranks: tuple[int, ...], rank: int | None, status: Status, what: str
+) -> None:
     finding = judge_instance(assess("qwen", [a_record(rank=rank) for rank in ranks]), rank)
     assert finding.status is status
     assert what in finding.what
@@ -301,7 +422,10 @@ def test_an_instance_fails_if_a_rank_is_not_registered(ranks: tuple[int, ...], r
 
 def test_an_instance_whose_ranks_are_not_ready_warns() -> None:
     assert (
-        judge_instance(assess("qwen", [a_record(rank=0), a_record(rank=1, state=RankState.DRAINING)]), None).status is Status.WARN
+        judge_instance(
+            assess("qwen", [a_record(rank=0), a_record(rank=1, state=RankState.DRAINING)]), None
+        ).status
+        is Status.WARN
     )
 
 
@@ -310,7 +434,10 @@ HEADER = {"error": "", "read_s": 0.0005, "contact_s": 0.003, "version": 3, "upda
 
 
 def judged(
-    line: Dialled | None = LISTENS, header: dict[str, Any] | None = HEADER, engine_error: str = "", **fields: Any
+    line: Dialled | None = LISTENS,
+    header: dict[str, Any] | None = HEADER,
+    engine_error: str = "",
+    **fields: Any,
 ) -> Finding:
     return judge_rank(a_record(**fields), "tcp", "here", line, header, engine_error, 2.0)
 
@@ -318,32 +445,81 @@ def judged(
 def test_a_rank_that_answers_as_its_record_says_is_good() -> None:
     finding = judged()
     assert finding.status is Status.OK
-    assert finding.what.startswith("qwen/0 at 10.0.0.1:15000: header read in 0.5 ms (first contact 3.0 ms)")
+    assert finding.what.startswith(
+        "qwen/0 at 10.0.0.1:15000: header read in 0.5 ms (first contact 3.0 ms)"
+    )
 
 
 @pytest.mark.parametrize(
     ("case", "status", "what", "mend"),
     [
-        ({"line": Dialled(0.1, Trouble.REFUSED)}, Status.FAIL, "nobody listens there", "process 4711 on node-1 has ended"),
-        ({"line": Dialled(2.0, Trouble.SILENT)}, Status.FAIL, "no answer to a connection within 2.0 s", "firewall"),
-        ({"line": Dialled(0.1, Trouble.NAME, "unknown")}, Status.FAIL, "unknown", "an address (--host), not a name"),
-        ({"line": Dialled(0.1, Trouble.NO_WAY, "No route to host")}, Status.FAIL, "No route to host", "ip route get"),
+        (
+            {"line": Dialled(0.1, Trouble.REFUSED)},
+            Status.FAIL,
+            "nobody listens there",
+            "process 4711 on node-1 has ended",
+        ),
+        (
+            {"line": Dialled(2.0, Trouble.SILENT)},
+            Status.FAIL,
+            "no answer to a connection within 2.0 s",
+            "firewall",
+        ),
+        (
+            {"line": Dialled(0.1, Trouble.NAME, "unknown")},
+            Status.FAIL,
+            "unknown",
+            "an address (--host), not a name",
+        ),
+        (
+            {"line": Dialled(0.1, Trouble.NO_WAY, "No route to host")},
+            Status.FAIL,
+            "No route to host",
+            "ip route get",
+        ),
         ({"line": None}, Status.FAIL, "no host:port", "engines evict"),
-        ({"session_id": "127.0.0.1:7"}, Status.FAIL, "a loopback address, registered on node-1", "--host"),
+        (
+            {"session_id": "127.0.0.1:7"},
+            Status.FAIL,
+            "a loopback address, registered on node-1",
+            "--host",
+        ),
         ({"session_id": "127.0.0.1:7", "host": "here"}, Status.OK, "header read", ""),
         ({"protocol": "rdma"}, Status.WARN, "serves over rdma, not tcp", "--protocol rdma"),
         ({"header_addr": 0}, Status.SKIPPED, "it has no header", ""),
-        ({"engine_error": "not installed"}, Status.SKIPPED, "its header was not read: not installed", ""),
-        ({"header": None}, Status.FAIL, "its memory is not read within 2.0 s", "process 4711 on node-1 is stopped or hangs"),
-        ({"header": {"error": "another process", "lost": True}}, Status.FAIL, "another process", "engines evict"),
+        (
+            {"engine_error": "not installed"},
+            Status.SKIPPED,
+            "its header was not read: not installed",
+            "",
+        ),
+        (
+            {"header": None},
+            Status.FAIL,
+            "its memory is not read within 2.0 s",
+            "process 4711 on node-1 is stopped or hangs",
+        ),
+        (
+            {"header": {"error": "another process", "lost": True}},
+            Status.FAIL,
+            "another process",
+            "engines evict",
+        ),
         ({"header": {"error": "cannot read"}}, Status.FAIL, "cannot read", "firewall"),
         ({"header": {"error": "crashed", "crashed": True}}, Status.FAIL, "crashed", "--debug"),
-        ({"header": {**HEADER, "version": 4}}, Status.WARN, "version 4, the record says 3", "run this again"),
+        (
+            {"header": {**HEADER, "version": 4}},
+            Status.WARN,
+            "version 4, the record says 3",
+            "run this again",
+        ),
         ({"header": {**HEADER, "updating": True}}, Status.WARN, "being changed", "run this again"),
         ({"header": {**HEADER, "read_s": 0.3}}, Status.WARN, "header read in 300 ms", "ping"),
     ],
 )
-def test_what_is_wrong_with_a_rank_is_told_with_what_mends_it(case: dict[str, Any], status: Status, what: str, mend: str) -> None:
+def test_what_is_wrong_with_a_rank_is_told_with_what_mends_it(
+    case: dict[str, Any], status: Status, what: str, mend: str
+) -> None:
     finding = judged(**case)
     assert finding.status is status
     assert what in finding.what
@@ -354,7 +530,13 @@ def test_what_is_wrong_with_a_rank_is_told_with_what_mends_it(case: dict[str, An
 def test_the_name_of_this_machine_is_what_records_say() -> None:
     assert (
         judge_rank(
-            a_record(host=socket.gethostname(), session_id="127.0.0.1:7"), "tcp", socket.gethostname(), LISTENS, HEADER, "", 2.0
+            a_record(host=socket.gethostname(), session_id="127.0.0.1:7"),
+            "tcp",
+            socket.gethostname(),
+            LISTENS,
+            HEADER,
+            "",
+            2.0,
         ).status
         is Status.OK
     )
