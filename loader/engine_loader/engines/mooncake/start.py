@@ -20,7 +20,9 @@ _PROTOCOL_ENV: dict[str, dict[str, str]] = {
 }
 # An engine that ends waits for its listening thread to look up, and holds the GIL meanwhile.
 _LOOK_UP_S = 0.05
-_FILES = 12  # descriptors: as many as an engine takes when it starts, for its connections
+# Descriptors: the library takes 5 and an engine 6, the others are for connections. Without any left,
+# the library's Go runtime does not fail but ends the process.
+_FILES = 24
 _PORTS = ("MC_MIN_RPC_PORT", "MC_MAX_RPC_PORT")
 _DEFAULT_PORTS = (15000, 17000)
 _FEW = 0.02  # of 500 ports that are tried at random, so many are hardly found
@@ -38,6 +40,8 @@ def load_library(family: str) -> None:
 
 def start(host: str, family: str, protocol: str, device: str) -> Binding:
     """An engine that peers find at `host`, of that family; EngineUnavailable says why not."""
+    if problem := _no_files():
+        raise EngineUnavailable(f"the transfer engine cannot work on {host!r}: {problem}")
     with _environment({**_settings(family), **_PROTOCOL_ENV.get(protocol, {})}):
         library = import_library()
         try:
@@ -48,9 +52,6 @@ def start(host: str, family: str, protocol: str, device: str) -> Binding:
                 "and device "
                 f"{device!r} ({exc}): {_remedy()}"
             ) from exc
-    if problem := _no_files():  # it could take no connection
-        binding.end()
-        raise EngineUnavailable(f"the transfer engine cannot work on {host!r}: {problem}")
     with listening_at(binding.port) as listener:
         if listener is not None:  # else it ends later, that is all
             if problem := _why_not(family, listener):
