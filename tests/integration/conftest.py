@@ -5,13 +5,14 @@ their test.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from engine_registry import Event, Registry, Watch
 from engine_registry.etcd.local import LocalEtcd, find_binary
 from tests.support.checkout import ROOT
 from tests.support.faults import DEBIAN_ETCD
+from tests.support.forkserver import ForkServer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +37,8 @@ def _no_keeper_is_left() -> Iterator[None]:
     name, _, value = mark.partition("=")
     os.environ[name] = value
     yield
+    if fork_server.cache_info().currsize:
+        fork_server().close()
     del os.environ[name]
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -67,7 +71,7 @@ def registry(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Registry]:
         yield registry
 
 
-@pytest.fixture(params=["embedded", "debian"])
+@pytest.fixture(params=["embedded", pytest.param("debian", marks=pytest.mark.slow)])
 def binary(request: pytest.FixtureRequest) -> str:
     """Of etcd, in each version that there is to test on."""
     if request.param == "embedded":
@@ -90,6 +94,22 @@ def new_engine(request: pytest.FixtureRequest) -> Iterator[Callable[[], Engine]]
         yield make
 
 
+@functools.cache
+def fork_server() -> ForkServer:
+    return ForkServer()
+
+
+def _only_ours(env: Mapping[str, str]) -> bool:
+    """Nothing that Python or a library reads when it is imported differs from this process.
+
+    Coverage is such a thing: it measures programs that start on their own.
+    """
+    differ = {name for name in {*env, *os.environ} if env.get(name) != os.environ.get(name)}
+    return "COVERAGE_PROCESS_CONFIG" not in env and all(
+        name.startswith(("ENGINES_", "PYTEST_", "TEST_")) for name in differ
+    )
+
+
 class Processes:
     """Starts programs of ours; whatever still runs at the end of the test is killed."""
 
@@ -105,6 +125,16 @@ class Processes:
         return there
 
     def start(self, *args: str, cwd: Path = ROOT, **env: str) -> subprocess.Popen[str]:
+        """`python ARGS`; a fork of this run's server, if that makes no difference to it."""
+        whole_env = {**self._env, **env}
+        if self._host is not None or args[0] != "-m" or not _only_ours(whole_env):
+            return self.start_anew(*args, cwd=cwd, **env)
+        process = fork_server().start(args[1:], cwd, whole_env)
+        self._started.append(process)
+        return process
+
+    def start_anew(self, *args: str, cwd: Path = ROOT, **env: str) -> subprocess.Popen[str]:
+        """`python ARGS`, which imports all by itself."""
         command = [sys.executable, *args]
         process = subprocess.Popen(
             command if self._host is None else self._host.command(*command),

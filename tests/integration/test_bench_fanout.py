@@ -18,6 +18,7 @@ from tests.integration.test_hosts import needs_hosts
 
 
 @needs_hosts
+@pytest.mark.slow
 def test_a_small_run_has_every_strategy_all_of_it_exact(
     processes: Processes, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ CPUS = run.Devices(("cpu", "cpu"), ("cpu", "cpu"), protocol="tcp", backend="gloo
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_every_part_is_measured_and_told_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     parts = [part for part in run.PARTS if part not in ("large", "llama-70b-tp8", "small")]
     results = run.Results()

@@ -311,6 +311,7 @@ class Loads:
 
 
 @pytest.mark.timeout(240 + SECONDS)
+@pytest.mark.slow
 def test_every_load_ends_in_one_launch_and_version_or_a_typed_error_and_leaves_nothing_behind(
     own_etcd: LocalEtcd, namespace: str
 ) -> None:

@@ -868,7 +868,14 @@ _TRAP = "raise SystemExit('the user has a file of this name')"
 
 
 @pytest.mark.parametrize(
-    "number", [0, signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    "number",
+    [
+        0,
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
 )
 def test_the_demo_leaves_no_process_and_no_file_behind(
     processes: Processes, tmp_path: Path, number: int
@@ -968,6 +975,7 @@ def wait_for_end(pid: int) -> None:
     ],
 )
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_the_benchmarks_run_and_give_their_figures_as_json(
     processes: Processes, args: tuple[str, ...], figures: set[str]
 ) -> None:

@@ -22,18 +22,19 @@ UNDER_WAY = [
 
 
 @pytest.mark.parametrize(
+    "forked", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forked", "anew"]
+)
+@pytest.mark.parametrize(
     ("name", "ending"),
     [*((name, "leaving") for name in ERRORS), *((name, "closing") for name in UNDER_WAY)],
 )
 def test_a_process_that_an_error_ends_has_the_exit_status_of_python_and_says_which(
-    processes: Processes, name: str, ending: str
+    processes: Processes, name: str, ending: str, forked: bool
 ) -> None:
     source = processes.start("-m", "tests.support.processes.source", SOURCE, str(NBYTES))
     assert line_of(source) == "version 0\n"
-    ignoring = ["-W", "ignore::ResourceWarning"]
-    process = processes.start(
-        *ignoring, "-m", "tests.support.processes.error", name, ending, str(source.pid)
-    )
+    start = processes.start if forked else processes.start_anew
+    process = start("-m", "tests.support.processes.error", name, ending, str(source.pid))
     _, err = process.communicate(timeout=60)
     error, _ = ERRORS[name]
     assert process.returncode == (-signal.SIGINT if error == "KeyboardInterrupt" else 1), err

@@ -359,7 +359,7 @@ def test_credentials_are_checked_and_explained(own_etcd: LocalEtcd, processes: P
             assert "guess" not in result.stderr
 
 
-@pytest.fixture(params=["embedded", "debian"])
+@pytest.fixture(params=["embedded", pytest.param("debian", marks=pytest.mark.slow)])
 def jwt_etcd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalEtcd]:
     """Checks users, with tokens that any change of users or roles makes too old."""
     if request.param == "debian" and not DEBIAN_ETCD.exists():

@@ -610,6 +610,7 @@ def test_an_etcd_without_space_tells_a_death_without_waiting_for_the_lease(binar
             assert raw.snapshot("/engines/").items == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("binary", ["debian"], indirect=True)
 def test_an_etcd_without_space_lets_a_rank_be_evicted_and_its_keeper_notices(binary: str) -> None:
     with without_space(binary) as (registry, raw):

@@ -159,6 +159,7 @@ def server() -> Iterator[LocalEtcd]:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.slow
 def test_no_two_hold_one_rank_and_who_was_evicted_stays_away(server: LocalEtcd, seed: int) -> None:
     chance = random.Random(seed)
     over = threading.Event()

@@ -94,6 +94,7 @@ def cluster(processes: Processes) -> Iterator[Cluster]:
 
 
 @needs_hosts
+@pytest.mark.slow
 def test_weights_go_from_host_to_host_once(cluster: Cluster) -> None:
     source = cluster.source("a", 400)
     before = source.sent_nbytes
@@ -106,6 +107,7 @@ def test_weights_go_from_host_to_host_once(cluster: Cluster) -> None:
 
 
 @needs_hosts
+@pytest.mark.slow
 def test_a_host_that_is_cut_off_in_the_middle_is_done_without(cluster: Cluster) -> None:
     host = cluster.source("a", 200)
     cluster.source("b", 200)
@@ -116,6 +118,7 @@ def test_a_host_that_is_cut_off_in_the_middle_is_done_without(cluster: Cluster) 
 
 
 @needs_hosts
+@pytest.mark.slow
 def test_the_only_source_cut_off_is_a_stall_that_is_told_before_its_lease_ends(
     cluster: Cluster,
 ) -> None:
@@ -128,6 +131,7 @@ def test_the_only_source_cut_off_is_a_stall_that_is_told_before_its_lease_ends(
 
 
 @needs_hosts
+@pytest.mark.slow
 def test_a_link_that_is_mended_in_time_costs_no_load(cluster: Cluster) -> None:
     host = cluster.source("a", 200, ttl_s=60)
     load = cluster.load("a")
@@ -142,6 +146,7 @@ def test_a_link_that_is_mended_in_time_costs_no_load(cluster: Cluster) -> None:
 
 
 @needs_hosts
+@pytest.mark.slow
 def test_most_is_taken_from_the_faster_of_two_links(cluster: Cluster) -> None:
     cluster.source("fast", 400)
     cluster.source("slow", 40)
@@ -151,6 +156,7 @@ def test_most_is_taken_from_the_faster_of_two_links(cluster: Cluster) -> None:
 
 
 @needs_hosts
+@pytest.mark.slow
 def test_a_host_that_vanishes_is_a_lease_that_ends(cluster: Cluster) -> None:
     """Nobody is left to tell of its rank's death."""
     host = cluster.source("a", 200)

@@ -45,6 +45,7 @@ def etcd(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Etcd]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["registration", "publication"])
+@pytest.mark.slow
 def test_a_rank_interrupted_at_random_moments_is_gone_once_it_is_closed(
     processes: Processes, kind: str
 ) -> None:
@@ -123,6 +124,7 @@ def _short_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("_short_looks")
+@pytest.mark.slow
 def test_a_register_that_is_interrupted_at_any_line_leaves_nothing(
     registry: Registry, etcd: Etcd
 ) -> None:

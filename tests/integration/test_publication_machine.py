@@ -229,6 +229,7 @@ class PublicationMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_no_order_of_events_makes_a_publication_serve_a_wrong_byte_or_leave_anything(
     registry: Registry,
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_registration_is_renewed_by_one_stream_however_long_it_lives(own_etcd:
 
 
 @pytest.mark.parametrize(("ttl_s", "for_s"), [(2.0, 8.0), (10.0, 12.0), (60.0, 4.0)])
+@pytest.mark.slow
 def test_behind_a_grpc_proxy_a_registration_lives_on_and_is_changed_at_any_time(
     own_etcd: LocalEtcd, ttl_s: float, for_s: float
 ) -> None:
@@ -116,6 +117,7 @@ def test_behind_a_grpc_proxy_leases_that_are_gone_are_told(own_etcd: LocalEtcd) 
             etcd.keep_alive(lease_id)
 
 
+@pytest.mark.slow
 def test_behind_a_grpc_proxy_a_leader_leads_and_a_ticket_stays_for_longer_than_their_leases(
     own_etcd: LocalEtcd, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,7 @@ def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_herd_of_32_processes_reads_the_disk_once(
     processes: Processes, registry: Registry, path: Path
 ) -> None:
