@@ -3,10 +3,13 @@
 #   ARGS='-k name -x'        passed on to pytest, to `engines demo`, to the resolver of `make lock`, …
 
 BIN := .venv/bin
+# A test that waits leaves its core to another. Each worker has an etcd, and takes tests from those
+# that have more left.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compose mutate docs bench lint format lock clean
+.PHONY: help setup demo test test-slow test-all test-compose coverage mutate docs bench lint format lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -17,7 +20,15 @@ setup: ## make .venv ready (all other targets do it by themselves)
 demo: setup ## two ranks serve a real checkpoint, two others load it, one dies
 	@$(BIN)/engines demo $(ARGS)
 
-test: lint ## lint, then all tests; prints how much of the packages they have run
+test: lint ## lint, then all tests but those that are slow by nature
+	$(BIN)/pytest $(PARALLEL) -m "not slow" $(ARGS)
+
+test-slow: setup ## the tests that are slow by nature: soaks, benchmarks, the second etcd
+	$(BIN)/pytest -m slow --durations=10 $(ARGS)
+
+test-all: test test-slow ## every test but those of docker-compose.yml
+
+coverage: setup ## every test again, and how much of each package they run (an hour)
 	$(BIN)/pytest --cov --cov-report= $(ARGS)
 	@$(BIN)/python -m scripts.coverage_by_package
 
