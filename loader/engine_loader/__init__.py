@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from engine_registry.lazy import lazily
 
 if TYPE_CHECKING:
+    from engine_loader.caches import limit_caches as limit_caches
     from engine_loader.engines.base import Engine as Engine
     from engine_loader.engines.in_process import InProcessEngine as InProcessEngine
     from engine_loader.engines.mooncake.engine import MooncakeEngine as MooncakeEngine
@@ -77,6 +78,7 @@ _MODULE_OF = {
     "WeightsFileInvalid": "errors",
     "WeightsMismatch": "errors",
     "load": "loading.load",
+    "limit_caches": "caches",
     "load_instance": "loading.instance",
     "load_module": "loading.module",
     "load_or_seed": "starting.load_or_seed",

@@ -133,7 +133,14 @@ class _Plan(NamedTuple):
     spans: tuple[Span, ...]
 
 
-_PLANS: deque[_Plan] = deque(maxlen=2)  # of 100,000 tensors one takes 50 MB
+KEPT_PLANS = 2  # of 100,000 tensors one takes 50 MB
+_PLANS: deque[_Plan] = deque(maxlen=KEPT_PLANS)
+
+
+def keep_plans(count: int) -> None:
+    """Keep that many plans from now on: the newest."""
+    global _PLANS
+    _PLANS = deque(_PLANS, maxlen=count)
 
 
 def _alike(some: Sequence[Origin], others: Sequence[Origin]) -> bool:

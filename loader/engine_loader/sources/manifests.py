@@ -13,7 +13,7 @@ from engine_registry.errors import RecordDamaged
 from engine_registry.schema.record import ManifestRef
 
 _AT_ONCE = 8
-_KEPT_TENSORS = 200_000  # 100 MB or so
+KEPT_TENSORS = 200_000  # 100 MB or so
 T = TypeVar("T")
 
 
@@ -22,11 +22,11 @@ class _Kept:
     digest: equal ones are equal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = KEPT_TENSORS) -> None:
         self._lock = threading.Lock()
-        self._manifests: dict[
-            ManifestRef, Manifest
-        ] = {}  # the one that was asked for last is the last
+        self._limit = limit
+        # The one that was asked for last is the last.
+        self._manifests: dict[ManifestRef, Manifest] = {}
 
     def get(self, ref: ManifestRef) -> Manifest | None:
         with self._lock:
@@ -38,11 +38,26 @@ class _Kept:
     def put(self, ref: ManifestRef, manifest: Manifest) -> None:
         with self._lock:
             self._manifests[ref] = manifest
-            while sum(one.tensors for one in self._manifests) > _KEPT_TENSORS:
-                del self._manifests[next(iter(self._manifests))]
+            self._shrink()
+
+    def resize(self, limit: int) -> None:
+        with self._lock:
+            self._limit = limit
+            self._shrink()
+
+    def _shrink(self) -> None:
+        while self._manifests and sum(one.tensors for one in self._manifests) > self._limit:
+            del self._manifests[next(iter(self._manifests))]
+        if self._limit == 0:
+            self._manifests.clear()  # those without tensors, too
 
 
 _KEPT = _Kept()
+
+
+def keep_manifests(tensors: int) -> None:
+    """Keep manifests of that many tensors in all from now on: those that were asked for last."""
+    _KEPT.resize(tensors)
 
 
 def fetch_manifest(registry: Registry, record: RankRecord) -> Manifest:

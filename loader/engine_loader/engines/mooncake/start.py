@@ -20,8 +20,8 @@ _PROTOCOL_ENV: dict[str, dict[str, str]] = {
 }
 # An engine that ends waits for its listening thread to look up, and holds the GIL meanwhile.
 _LOOK_UP_S = 0.05
-# Descriptors: the library takes 5 and an engine 6, the others are for connections. Without any left,
-# the library's Go runtime does not fail but ends the process.
+# Descriptors: the library takes 5 and an engine 6, the others are for connections. Where none is
+# left, the library's Go runtime does not fail but ends the process.
 _FILES = 24
 _PORTS = ("MC_MIN_RPC_PORT", "MC_MAX_RPC_PORT")
 _DEFAULT_PORTS = (15000, 17000)

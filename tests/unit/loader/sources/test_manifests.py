@@ -57,10 +57,8 @@ def test_a_manifest_is_fetched_once_however_often_its_record_changes() -> None:
     assert asked.times == 2
 
 
-def test_those_that_were_asked_for_last_are_kept_as_long_as_there_is_room(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(manifests, "_KEPT_TENSORS", 2)
+def test_those_that_were_asked_for_last_are_kept_as_long_as_there_is_room() -> None:
+    manifests.keep_manifests(2)
     some = [a_manifest(an_entry(name)) for name in "abc"]
     asked = [Asked(manifest) for manifest in some]
 
