@@ -30,7 +30,7 @@ def start(own_etcd: LocalEtcd) -> Iterator[Start]:
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     return out
 
