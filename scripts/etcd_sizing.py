@@ -1,13 +1,13 @@
 """What ranks cost in etcd, measured with the embedded one: the figures of docs/deployment.md,
 "Sizing etcd".
 
-python scripts/etcd_sizing.py sizes             records and manifests: bytes as stored
-python scripts/etcd_sizing.py store N [N …]     registers N ranks of a dense model: time, database,
-renewals, a watcher's bytes python scripts/etcd_sizing.py store-moe N       the same for ranks of
-60,000 tensors
+python scripts/etcd_sizing.py sizes          records and manifests: bytes as stored
+python scripts/etcd_sizing.py store N [N …]  registers N ranks of a dense model: time, database,
+                                             renewals, a watcher's bytes
+python scripts/etcd_sizing.py store-moe N    the same for ranks of 60,000 tensors
 
-Each rank has a lease of its own, as in life, but no process: one client writes them all, and is the
-slower side.
+Each rank has a lease, as in life, but no process: one client writes them all, and is the slower
+side.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The checkpoint of docker-compose.yml: made before the seeds start, and compared with what the
 loader got.
 
-python testbed.py make FOLDER             one safetensors file a rank, the same bytes every time;
-files that are there stay python testbed.py check FOLDER FOLDER     exit code 0 if both hold the
-same tensors, byte for byte
+python testbed.py make FOLDER          writes one safetensors file a rank, the same bytes every
+                                       time; files that are there stay
+python testbed.py check FOLDER FOLDER  exit code 0 if both hold the same tensors, byte for byte
 """
 
 from __future__ import annotations

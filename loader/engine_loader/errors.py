@@ -7,15 +7,16 @@ LoaderError
 ├── TensorsUnusable      tensors that cannot be registered or filled as they are
 ├── MemoryInUse          their memory is published, or another load fills it
 ├── WeightsFileInvalid   a file cannot be read as safetensors, or not be written
-├── WeightsMismatch      source and destination differ in names, shapes, dtypes or boxes; nothing
-was read ├── SourceUnreachable    there are sources, but none that this engine can read: says why
-for each ├── VersionUnavailable   the version that was asked for is not served (any more) ├──
-SourceLost           every source went away before all was read and checked │   ├── SourceEvicted
-somebody ended the source's registration: nothing that it brought counts │   └── Stalled
-the last one is there, but nothing has come from it for too long ├── DigestMismatch       tensors
-are not what their source says they are ├── DigestsMissing       digests were asked for, but the
-source offers none ├── TornRead             the source's weights changed while they were read, in
-every try └── Cancelled            the caller wanted it no longer
+├── WeightsMismatch      source and destination differ; nothing was read
+├── SourceUnreachable    this engine can read none of the sources: says why for each
+├── VersionUnavailable   the version that was asked for is not served (any more)
+├── SourceLost           every source went away before all was read and checked
+│   ├── SourceEvicted    the source's registration was ended: what it gave is discarded
+│   └── Stalled          the last source is there, but sends nothing
+├── DigestMismatch       tensors are not what their source says they are
+├── DigestsMissing       digests were asked for, but the source offers none
+├── TornRead             the source's weights changed while they were read, in every try
+└── Cancelled            the caller wanted it no longer
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ started again with other weights.
 Seeded, and bounded in time. Each load ends in the words of one launch and version, or in an error
 of ours; none hangs, and nothing is left over. A long one, of 1,000 loads:
 
-    CHAOS_LOADS=1000 CHAOS_SECONDS=3000 pytest tests/integration/test_chaos.py -s -o
-    faulthandler_timeout=0
+    export CHAOS_LOADS=1000 CHAOS_SECONDS=3000
+    pytest tests/integration/test_chaos.py -s -o faulthandler_timeout=0
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@ data plane whom it reads from.
 
     offset 0   8 bytes  magic "ENGREG01"
     offset 8   16 bytes incarnation of the registration
-    offset 24  u64      sequence, little-endian: twice the version; odd while the weights are being
-    changed offset 32  16 bytes content: what the weights are; zero in headers of older releases,
-    see `implied_content` offset 48  16 bytes zero
+    offset 24  u64      sequence, little-endian: twice the version; odd while the weights change
+    offset 32  16 bytes content of the weights; zero in headers of older releases, which
+                        `implied_content` replaces
+    offset 48  16 bytes zero
 
 A reader compares it before and after the bulk read: a port that another process has taken over, a
 restarted peer and weights that changed meanwhile all show, whatever etcd says at that time.
