@@ -16,7 +16,7 @@ from importlib import metadata
 import click
 
 from engine_cli.options import debug_option, json_option
-from engine_cli.render.output import print_json
+from engine_cli.render.tables import print_json
 from engine_cli.runtime.children import python
 
 

@@ -28,7 +28,7 @@ from benchmarks.fanout.plot import svg
 from benchmarks.fanout.rank import SEED, chain_pace
 from benchmarks.figures import another_process, call, machine
 from benchmarks.hosts import Host, Network, etcd_on
-from engine_cli.render.output import print_json, print_table
+from engine_cli.render.tables import print_json, print_table
 
 _RANK = "benchmarks.fanout.rank"
 _FRACTIONS = (0.25, 0.5, 0.75)

@@ -26,7 +26,7 @@ from benchmarks.gpu.loads import Place
 from benchmarks.gpu.nccl import nccl
 from benchmarks.gpu.rows import COLUMNS, Row, goals
 from benchmarks.gpu.sets import SETS
-from engine_cli.render.output import print_json, print_table
+from engine_cli.render.tables import print_json, print_table
 from engine_loader.engines.mooncake.binding import built_transports
 from engine_loader.errors import EngineUnavailable
 from engine_registry import Registry

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine_cli.options import debug_option
-from engine_cli.render.output import event_text, size
+from engine_cli.render.tables import size
+from engine_cli.render.texts import event_text
 from engine_cli.runtime.children import python
 from engine_cli.signals import held_back, raised
 from engine_registry import InstanceReady, RankLost, Registry

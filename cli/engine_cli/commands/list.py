@@ -7,15 +7,10 @@ from collections.abc import Callable
 import click
 
 from engine_cli.options import etcd_options, json_option
+from engine_cli.render.documents import instance_json, loading_json
 from engine_cli.render.flows import Flows
-from engine_cli.render.output import (
-    INSTANCE_COLUMNS,
-    instance_json,
-    instance_row,
-    loading_json,
-    print_json,
-    print_table,
-)
+from engine_cli.render.tables import print_json, print_table
+from engine_cli.render.texts import INSTANCE_COLUMNS, instance_row
 from engine_registry import InstanceStatus, RankState, Registry
 from engine_registry.errors import EtcdRefused
 

@@ -24,7 +24,7 @@ from engine_cli.options import (
     nbytes_of,
     rank_option,
 )
-from engine_cli.render.output import print_json, size
+from engine_cli.render.tables import print_json, size
 from engine_cli.runtime.serving import Endings, drain_option
 from engine_cli.signals import held_back, raised
 from engine_registry import RankRecord, Registry

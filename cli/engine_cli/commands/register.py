@@ -19,7 +19,7 @@ from engine_cli.options import (
     instance_argument,
     rank_option,
 )
-from engine_cli.render.output import size
+from engine_cli.render.tables import size
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option
 from engine_cli.shards import boxes_of, parse_cut, read_boxes

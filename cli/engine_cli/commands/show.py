@@ -9,29 +9,28 @@ from typing import Any
 import click
 
 from engine_cli.options import etcd_options, instance_argument, json_option, rank_option
-from engine_cli.render.flows import Flows
-from engine_cli.render.output import (
-    FLOW_COLUMNS,
-    RANK_COLUMNS,
-    TENSOR_COLUMNS,
+from engine_cli.render.documents import (
     instance_json,
-    instance_state,
     loading_json,
-    print_json,
-    print_table,
-    print_tree,
     progress_json,
     pull_json,
     rank_json,
+    tensors_json,
+)
+from engine_cli.render.flows import Flows
+from engine_cli.render.printable import printable
+from engine_cli.render.tables import print_json, print_table, print_tree, size
+from engine_cli.render.texts import (
+    FLOW_COLUMNS,
+    RANK_COLUMNS,
+    TENSOR_COLUMNS,
+    instance_state,
     rank_row,
     read_by,
     reads_from,
-    size,
     tensor_rows,
-    tensors_json,
     tree_rows,
 )
-from engine_cli.render.printable import printable
 from engine_cli.wording import said
 from engine_registry import InstanceState, InstanceStatus, RankRecord, Registry
 from engine_registry.errors import EtcdRefused, InstanceIncomplete, InstanceNotFound

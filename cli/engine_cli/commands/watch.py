@@ -13,8 +13,10 @@ from engine_cli.exits import Exit
 from engine_cli.logs import log_options
 from engine_cli.options import Seconds, etcd_options, json_option
 from engine_cli.render import live
-from engine_cli.render.output import event_json, event_text, print_json
+from engine_cli.render.documents import event_json
 from engine_cli.render.printable import clock
+from engine_cli.render.tables import print_json
+from engine_cli.render.texts import event_text
 from engine_cli.runtime.hooks import Hooks
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.signals import on_ending

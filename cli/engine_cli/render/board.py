@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine_cli.render.flows import Flows, progress_of, reader_of
-from engine_cli.render.output import event_text, read_by, reads_from, size, some_of
 from engine_cli.render.printable import printable
+from engine_cli.render.tables import size
+from engine_cli.render.texts import event_text, read_by, reads_from, some_of
 from engine_registry import (
     Event,
     InstanceCleaned,

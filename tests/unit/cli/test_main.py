@@ -24,19 +24,10 @@ import engine_loader.errors
 import engine_registry.errors
 from engine_cli.exits import _CODES, Exit, code_of
 from engine_cli.options import engine_log, nbytes_of
-from engine_cli.render.output import (
-    event_json,
-    event_text,
-    instance_json,
-    instance_row,
-    print_json,
-    print_table,
-    rank_json,
-    size,
-    tensor_rows,
-    tensors_json,
-)
+from engine_cli.render.documents import event_json, instance_json, rank_json, tensors_json
 from engine_cli.render.printable import printable
+from engine_cli.render.tables import print_json, print_table, size
+from engine_cli.render.texts import event_text, instance_row, tensor_rows
 from engine_cli.runtime.serving import Endings
 from engine_cli.signals import Ended
 from engine_loader import Publication

@@ -14,7 +14,7 @@ import pytest
 import engine_loader.errors
 import engine_registry.errors
 from engine_cli.exits import Exit, code_of
-from engine_cli.render.output import _INSTANCE_EVENTS, _RANK_EVENTS
+from engine_cli.render.documents import _INSTANCE_EVENTS, _RANK_EVENTS
 from engine_registry import Event, InstanceCleaned, RegistrationState
 from engine_registry.registration.writes import DIED, EVICTED, WITHDRAWN
 from engine_registry.watching.watch import EXPIRED

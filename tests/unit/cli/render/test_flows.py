@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine_cli.render.documents import loading_json, pull_json
 from engine_cli.render.flows import Arrived, Flows, Line, percent
-from engine_cli.render.output import (
+from engine_cli.render.tables import print_tree
+from engine_cli.render.texts import (
     instance_row,
     instance_state,
-    loading_json,
-    print_tree,
-    pull_json,
     rank_state,
     read_by,
     reads_from,

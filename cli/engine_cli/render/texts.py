@@ -1,19 +1,13 @@
-"""What the commands print of instances, ranks, tensors and events: rows of tables, and JSON objects
-that stay stable.
-"""
+"""Instances, ranks, tensors and events as lines and as rows of tables, for people."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
 
-from engine_cli.render.flows import Arrived, Flows, Line, name_of, percent, progress_of, source_of
+from engine_cli.render.flows import Arrived, Line, name_of, percent, progress_of, source_of
 from engine_cli.render.printable import printable
-from engine_cli.render.tables import print_json as print_json
-from engine_cli.render.tables import print_table as print_table
-from engine_cli.render.tables import print_tree as print_tree
-from engine_cli.render.tables import size as size
+from engine_cli.render.tables import size
 from engine_registry import (
     Event,
     InstanceCleaned,
@@ -23,7 +17,6 @@ from engine_registry import (
     InstanceStatus,
     Manifest,
     Pull,
-    RankJoined,
     RankLost,
     RankRecord,
     RankState,
@@ -34,122 +27,6 @@ from engine_registry.schema.status import spans
 
 _MAX_NAMES = 4  # in one cell
 _MAX_DEPTH = 32  # of what a line of the tree is moved to the right
-
-
-def instance_json(status: InstanceStatus) -> dict[str, Any]:
-    return {
-        "instance": status.instance,
-        "state": status.state.value,
-        "world_size": status.world_size,
-        "present": [record.rank for record in status.records],
-        "missing": list(status.missing),
-        "problems": list(status.problems),
-        "model": model_json(status.records[0]) if status.records else None,
-        "generation": status.records[0].generation if status.records else None,
-        "version": status.version,
-        "nbytes": status.nbytes,
-    }
-
-
-def model_json(record: RankRecord) -> dict[str, Any]:
-    model = record.model
-    return {
-        "name": model.name,
-        "revision": model.revision,
-        "dtype": model.dtype,
-        "quantization": model.quantization,
-        "extra": dict(model.extra),
-    }
-
-
-def rank_json(record: RankRecord) -> dict[str, Any]:
-    return {
-        "instance": record.instance,
-        "rank": record.rank,
-        "world_size": record.world_size,
-        "state": record.state.value,
-        "version": record.version,
-        "content": record.content,
-        "generation": record.generation,
-        "topology": {axis: list(place) for axis, place in record.topology.items()},
-        "model": model_json(record),
-        "host": record.host,
-        "pid": record.pid,
-        "device": record.device,
-        "session_id": record.session_id,
-        "protocol": record.protocol,
-        "fabric": record.fabric,
-        "tensors": record.manifest.tensors,
-        "nbytes": record.manifest.nbytes,
-        "registered_at": record.registered_at,
-        "kept_by": record.kept_by,
-        "incarnation": record.incarnation,
-    }
-
-
-def tensors_json(manifest: Manifest) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": entry.name,
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "nbytes": entry.nbytes,
-            "addr": entry.addr,
-            "global_shape": None if entry.opaque else list(entry.global_shape),
-            "offsets": None if entry.opaque else list(entry.offsets),
-        }
-        for entry in manifest.tensors
-    ]
-
-
-def pull_json(pull: Pull) -> dict[str, Any]:
-    source = {"instance": pull.instance, "rank": pull.rank, "incarnation": pull.incarnation}
-    reader = pull.reader
-    return {
-        "source": source,
-        "reader": reader
-        and {"instance": reader.instance, "rank": reader.rank, "incarnation": reader.incarnation},
-        "host": pull.host,
-        "pid": pull.pid,
-        "nbytes": pull.nbytes,
-        "total_nbytes": pull.total_nbytes,
-        "began_at": pull.began_at,
-    }
-
-
-def progress_json(progress: Arrived | None) -> dict[str, int] | None:
-    return {"nbytes": progress.nbytes, "total_nbytes": progress.total_nbytes} if progress else None
-
-
-def loading_json(status: InstanceStatus, flows: Flows) -> list[dict[str, Any]]:
-    loading = (record for record in status.records if record.state is RankState.LOADING)
-    return [
-        {"rank": record.rank, "progress": progress_json(flows.progress(record))}
-        for record in loading
-    ]
-
-
-_RANK_EVENTS = {RankJoined: "rank_joined", RankUpdated: "rank_updated", RankLost: "rank_lost"}
-_INSTANCE_EVENTS = {
-    InstanceReady: "instance_ready",
-    InstanceDegraded: "instance_degraded",
-    InstanceGone: "instance_gone",
-}
-
-
-def event_json(event: Event | InstanceCleaned) -> dict[str, Any]:
-    if isinstance(event, InstanceCleaned):
-        return {
-            "event": "instance_cleaned",
-            "instance": event.instance,
-            "lost": rank_json(event.lost),
-            "evicted": [record.rank for record in event.evicted],
-            "dry_run": event.dry_run,
-        }
-    if isinstance(event, InstanceReady | InstanceDegraded | InstanceGone):
-        return {"event": _INSTANCE_EVENTS[type(event)], **instance_json(event.status)}
-    reason = {"reason": event.reason} if isinstance(event, RankLost) else {}
-    return {"event": _RANK_EVENTS[type(event)], **reason, **rank_json(event.record)}
 
 
 def event_text(event: Event | InstanceCleaned) -> str:
@@ -275,8 +152,6 @@ RANK_COLUMNS = (
     "SINCE",
 )
 TENSOR_COLUMNS = ("TENSOR", "DTYPE", "SHAPE", "SIZE", "BOX")
-
-
 FLOW_COLUMNS = ("READS FROM", "READ BY")
 
 
@@ -317,33 +192,3 @@ def _box(entry: TensorEntry) -> str:
         for offset, length in zip(entry.offsets, entry.shape, strict=True)
     )
     return f"[{', '.join(along)}] of {_shape(entry.global_shape)}"
-
-
-__all__ = [
-    "FLOW_COLUMNS",
-    "INSTANCE_COLUMNS",
-    "RANK_COLUMNS",
-    "TENSOR_COLUMNS",
-    "event_json",
-    "event_text",
-    "instance_json",
-    "instance_row",
-    "instance_state",
-    "loading_json",
-    "print_json",
-    "print_table",
-    "print_tree",
-    "progress_json",
-    "pull_json",
-    "rank_json",
-    "rank_row",
-    "rank_state",
-    "read_by",
-    "reads_from",
-    "size",
-    "some_of",
-    "spans",
-    "tensor_rows",
-    "tensors_json",
-    "tree_rows",
-]

@@ -1,0 +1,138 @@
+"""The JSON objects of `--json`. Their names are stable; docs/reference/json.md lists them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine_cli.render.flows import Arrived, Flows
+from engine_registry import (
+    Event,
+    InstanceCleaned,
+    InstanceDegraded,
+    InstanceGone,
+    InstanceReady,
+    InstanceStatus,
+    Manifest,
+    Pull,
+    RankJoined,
+    RankLost,
+    RankRecord,
+    RankState,
+    RankUpdated,
+)
+
+
+def instance_json(status: InstanceStatus) -> dict[str, Any]:
+    return {
+        "instance": status.instance,
+        "state": status.state.value,
+        "world_size": status.world_size,
+        "present": [record.rank for record in status.records],
+        "missing": list(status.missing),
+        "problems": list(status.problems),
+        "model": model_json(status.records[0]) if status.records else None,
+        "generation": status.records[0].generation if status.records else None,
+        "version": status.version,
+        "nbytes": status.nbytes,
+    }
+
+
+def model_json(record: RankRecord) -> dict[str, Any]:
+    model = record.model
+    return {
+        "name": model.name,
+        "revision": model.revision,
+        "dtype": model.dtype,
+        "quantization": model.quantization,
+        "extra": dict(model.extra),
+    }
+
+
+def rank_json(record: RankRecord) -> dict[str, Any]:
+    return {
+        "instance": record.instance,
+        "rank": record.rank,
+        "world_size": record.world_size,
+        "state": record.state.value,
+        "version": record.version,
+        "content": record.content,
+        "generation": record.generation,
+        "topology": {axis: list(place) for axis, place in record.topology.items()},
+        "model": model_json(record),
+        "host": record.host,
+        "pid": record.pid,
+        "device": record.device,
+        "session_id": record.session_id,
+        "protocol": record.protocol,
+        "fabric": record.fabric,
+        "tensors": record.manifest.tensors,
+        "nbytes": record.manifest.nbytes,
+        "registered_at": record.registered_at,
+        "kept_by": record.kept_by,
+        "incarnation": record.incarnation,
+    }
+
+
+def tensors_json(manifest: Manifest) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": entry.name,
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "nbytes": entry.nbytes,
+            "addr": entry.addr,
+            "global_shape": None if entry.opaque else list(entry.global_shape),
+            "offsets": None if entry.opaque else list(entry.offsets),
+        }
+        for entry in manifest.tensors
+    ]
+
+
+def pull_json(pull: Pull) -> dict[str, Any]:
+    source = {"instance": pull.instance, "rank": pull.rank, "incarnation": pull.incarnation}
+    reader = pull.reader
+    return {
+        "source": source,
+        "reader": reader
+        and {"instance": reader.instance, "rank": reader.rank, "incarnation": reader.incarnation},
+        "host": pull.host,
+        "pid": pull.pid,
+        "nbytes": pull.nbytes,
+        "total_nbytes": pull.total_nbytes,
+        "began_at": pull.began_at,
+    }
+
+
+def progress_json(progress: Arrived | None) -> dict[str, int] | None:
+    return {"nbytes": progress.nbytes, "total_nbytes": progress.total_nbytes} if progress else None
+
+
+def loading_json(status: InstanceStatus, flows: Flows) -> list[dict[str, Any]]:
+    loading = (record for record in status.records if record.state is RankState.LOADING)
+    return [
+        {"rank": record.rank, "progress": progress_json(flows.progress(record))}
+        for record in loading
+    ]
+
+
+_RANK_EVENTS = {RankJoined: "rank_joined", RankUpdated: "rank_updated", RankLost: "rank_lost"}
+_INSTANCE_EVENTS = {
+    InstanceReady: "instance_ready",
+    InstanceDegraded: "instance_degraded",
+    InstanceGone: "instance_gone",
+}
+
+
+def event_json(event: Event | InstanceCleaned) -> dict[str, Any]:
+    if isinstance(event, InstanceCleaned):
+        return {
+            "event": "instance_cleaned",
+            "instance": event.instance,
+            "lost": rank_json(event.lost),
+            "evicted": [record.rank for record in event.evicted],
+            "dry_run": event.dry_run,
+        }
+    if isinstance(event, InstanceReady | InstanceDegraded | InstanceGone):
+        return {"event": _INSTANCE_EVENTS[type(event)], **instance_json(event.status)}
+    reason = {"reason": event.reason} if isinstance(event, RankLost) else {}
+    return {"event": _RANK_EVENTS[type(event)], **reason, **rank_json(event.record)}
