@@ -1,4 +1,4 @@
-"""What ranks cost in etcd, measured with the embedded one: the figures of docs/deployment.md,
+"""What ranks cost in etcd, measured with the embedded one: the figures of docs/how-to/deploy.md,
 "Sizing etcd".
 
 python scripts/etcd_sizing.py sizes          records and manifests: bytes as stored

@@ -1,4 +1,6 @@
-"""How long one rank's weights take to N receivers, on paper. Pure; docs/fanout.md explains it.
+"""How long one rank's weights take to N receivers, on paper. Pure.
+
+docs/explanation/fan-out-times.md explains it.
 
 All links have the same speed in either direction, independently of each other, and nothing but them
 takes time, except for `start_s` and `notice_s`.

@@ -33,10 +33,8 @@ from engine_cli.render.tables import print_json, print_table
 _RANK = "benchmarks.fanout.rank"
 _FRACTIONS = (0.25, 0.5, 0.75)
 _PAYLOAD = 1448 / 1514  # of what goes over a link: the rest are the headers of TCP, IP and Ethernet
-_START_S, _NOTICE_S = (
-    0.05,
-    0.1,
-)  # of the model: the two that are not known beforehand; docs/fanout.md says where they are from
+# Of the model: not known beforehand. docs/explanation/fan-out-times.md says where they are from.
+_START_S, _NOTICE_S = 0.05, 0.1
 
 
 @dataclass(frozen=True)

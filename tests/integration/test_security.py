@@ -1,5 +1,5 @@
 """etcd with TLS, client certificates and users, whose roles are made by the commands of
-docs/security.md as they stand there.
+docs/how-to/secure-etcd.md as they stand there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which("openssl") is None, reason="makes its certificates with openssl"
 )
 
-PAGE = (ROOT / "docs" / "security.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "secure-etcd.md").read_text()
 RECIPE = [
     block
     for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

@@ -60,7 +60,7 @@ def judge_login(
     return warn(
         name,
         "off: whoever reaches etcd decides where loaders read weights from",
-        "turn on users and roles: docs/security.md says what each needs",
+        "turn on users and roles: docs/how-to/secure-etcd.md says what each needs",
     )
 
 

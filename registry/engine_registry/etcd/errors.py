@@ -115,7 +115,7 @@ def _from_status(where: str, code: Any, text: str) -> EtcdError:
     if code is status.PERMISSION_DENIED:
         return EtcdRefused(
             f"{where} denies permission: {text}",
-            "grant the user's role the keys it needs (docs/security.md), or check `user`",
+            "grant the user's role the keys it needs (docs/how-to/secure-etcd.md), or check `user`",
             reason="denied",
         )
     if code is status.INVALID_ARGUMENT and ("authentication failed" in text or "user name" in text):

@@ -2,7 +2,7 @@
 people.
 
 They are in the record's attribute `fields`, a dictionary of JSON-able values with `event` first.
-docs/operations.md lists them.
+docs/how-to/monitor.md lists them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/deployment.md tells of everything that can be raised, told or returned."""
+"""docs/how-to/deploy.md tells of everything that can be raised, told or returned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engine_registry.registration.writes import DIED, EVICTED, WITHDRAWN
 from engine_registry.watching.watch import EXPIRED
 from tests.support.checkout import ROOT
 
-PAGE = (ROOT / "docs" / "deployment.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "deploy.md").read_text()
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -90,7 +90,7 @@ def test_every_exit_code_is_explained(code: Exit) -> None:
 
 
 def test_what_the_page_links_to_is_there() -> None:
-    folder = ROOT / "docs"
+    folder = ROOT / "docs" / "how-to"
     for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
         assert (folder / target).exists(), target
     anchors = {

@@ -23,7 +23,7 @@ from engine_registry.telemetry import metrics
 from engine_registry.telemetry.logs import fields
 from tests.support.checkout import ROOT
 
-OPERATIONS = (ROOT / "docs" / "operations.md").read_text("utf-8")
+OPERATIONS = (ROOT / "docs" / "how-to" / "monitor.md").read_text("utf-8")
 LEVELS = {"debug", "info", "warning", "error", "exception", "log"}
 
 
