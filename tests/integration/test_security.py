@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,6 +35,7 @@ from engine_registry import (
 )
 from engine_registry.errors import EtcdRefused, Evicted
 from engine_registry.etcd.local import LocalEtcd, find_binary
+from engine_registry.gateway.server import Gateway
 from engine_registry.schema.keyvalue import Delete, Put
 from tests.integration.conftest import Processes, events_until, line_of
 from tests.integration.test_cli import assert_one_line
@@ -511,7 +514,37 @@ def _as_seeder(secured: Secured) -> None:
                 raise election.refusal
 
 
+def _as_gateway(secured: Secured) -> None:
+    """A seed registers, and a client asks for it."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as engine,
+        secured.connect("gateway") as registry,
+        secured.connect("root") as root,
+        Gateway(registry, "sglang", port=0) as gateway,
+    ):
+        info = {
+            "session_id": f"127.0.0.1:{engine.getsockname()[1]}",
+            "weights_info_dict": {"w": [4096, 4, 2]},
+        }
+        path = f"{gateway.url}/register_transfer_engine_info"
+        try:
+            for answer in (
+                httpx.put(path, json={"tp_rank": 0, "transfer_engine_info": info}, timeout=20),
+                httpx.get(f"{gateway.url}/get_transfer_engine_info?rank=0", timeout=20),
+            ):
+                if answer.status_code == 503:
+                    raise EtcdRefused(answer.json()["detail"])
+                assert answer.status_code == 200, answer.text
+        except httpx.TransportError:  # it has ended, for a reason that this raises
+            gateway.wait(20)
+            raise
+        finally:
+            for record in root.ranks("sglang"):
+                root.evict(record)
+
+
 _JOBS: dict[str, Callable[[Secured], None]] = {
+    "gateway": _as_gateway,
     "rank-qwen-a": _as_rank,
     "loader": _as_loader,
     "seeder": _as_seeder,
