@@ -1,5 +1,5 @@
-"""What ranks cost in etcd, measured with the embedded one: the figures of docs/how-to/deploy.md,
-"Sizing etcd".
+"""What ranks cost in etcd, measured with the embedded one: the figures of
+docs/explanation/etcd-sizing.md.
 
 python scripts/etcd_sizing.py sizes          records and manifests: bytes as stored
 python scripts/etcd_sizing.py store N [N …]  registers N ranks of a dense model: time, database,

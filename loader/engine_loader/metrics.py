@@ -1,6 +1,6 @@
-"""What this package counts:
+"""What this package counts.
 
-`engine_registry.telemetry.metrics.enable` begins it. docs/how-to/monitor.md says what each means.
+`engine_registry.telemetry.metrics.enable` begins it. docs/reference/metrics.md explains each.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 people.
 
 They are in the record's attribute `fields`, a dictionary of JSON-able values with `event` first.
-docs/how-to/monitor.md lists them.
+docs/reference/log-events.md lists them.
 """
 
 from __future__ import annotations

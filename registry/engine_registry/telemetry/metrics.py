@@ -1,6 +1,6 @@
 """What this package counts.
 
-`enable` begins it, `render` is what a scrape gets; docs/how-to/monitor.md says what each means.
+`enable` begins it, `render` is what a scrape gets; docs/reference/metrics.md says what each means.
 """
 
 from __future__ import annotations

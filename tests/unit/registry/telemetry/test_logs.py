@@ -23,16 +23,23 @@ from engine_registry.telemetry import metrics
 from engine_registry.telemetry.logs import fields
 from tests.support.checkout import ROOT
 
-OPERATIONS = (ROOT / "docs" / "how-to" / "monitor.md").read_text("utf-8")
+DOCS = ROOT / "docs"
+METRICS = (DOCS / "reference" / "metrics.md").read_text("utf-8")
+EVENTS = (DOCS / "reference" / "log-events.md").read_text("utf-8")
+ALERTS = (DOCS / "how-to" / "monitor.md").read_text("utf-8")
+KINDS = ("counter", "gauge", "histogram")
 LEVELS = {"debug", "info", "warning", "error", "exception", "log"}
 
 
-def rows(heading: str) -> Iterator[list[str]]:
-    """The cells of the tables below a heading of the second level."""
-    section = OPERATIONS.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    for line in section.splitlines():
+def rows(text: str) -> Iterator[list[str]]:
+    """The cells of the rows that begin with a name."""
+    for line in text.splitlines():
         if line.startswith("| `"):
             yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def section(package: str) -> str:
+    return METRICS.split(f"\n## Metrics of `{package}`\n", 1)[1].split("\n## ", 1)[0]
 
 
 # -- metrics
@@ -42,7 +49,7 @@ def rows(heading: str) -> Iterator[list[str]]:
 def documented(package: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     return {
         name.strip("`"): (kind, tuple(re.findall(r"`(\w+)`", labels)))
-        for name, kind, labels, *_ in rows(f"Metrics of `{package}`")
+        for name, kind, labels, *_ in (row for row in rows(section(package)) if row[1] in KINDS)
     }
 
 
@@ -67,21 +74,19 @@ def test_every_metric_is_of_one_of_the_two_packages() -> None:
     )
 
 
-def test_the_page_names_every_value_that_a_label_can_have() -> None:
-    meanings = {
-        name.strip("`"): " ".join(rest)
-        for package in ("registry", "loader")
-        for name, *rest in rows(f"Metrics of `{package}`")
-    }
+def test_the_page_explains_every_value_that_a_label_can_have_beside_its_metric() -> None:
+    parts = [
+        part for package in ("registry", "loader") for part in section(package).split("\n### ")
+    ]
     for meter in metrics.declared():
-        text = meanings[meter.name + ("_total" if meter.kind == "Counter" else "")]
-        assert [
-            value for value in meter.values if f"`{value}`" not in text and value != "closed"
-        ] == [] or "the above" in text
+        name = meter.name + ("_total" if meter.kind == "Counter" else "")
+        (part,) = (part for part in parts if any(row[0] == f"`{name}`" for row in rows(part)))
+        explained = {row[0].strip("`") for row in rows(part) if len(row) == 2 and row[1]}
+        assert set(meter.values) <= explained, name
 
 
 def test_the_alerts_are_about_metrics_that_exist() -> None:
-    rules = OPERATIONS.split("```yaml", 1)[1].split("```", 1)[0]
+    rules = ALERTS.split("```yaml", 1)[1].split("```", 1)[0]
     exist = {*documented("registry"), *documented("loader")}
     used = {re.sub(r"_bucket$", "", name) for name in re.findall(r"engines_\w+", rules)}
     assert used <= exist
@@ -126,8 +131,25 @@ def test_the_page_names_exactly_the_events_of_warnings_and_errors() -> None:
         for _, call in log_calls()
         if call.func.attr in ("warning", "error", "exception", "log")  # type: ignore[attr-defined]
     }
-    named = {event for name, *_ in rows("Logs") for event in re.findall(r"`(\w+)`", name)}
+    named = {name.strip("`") for name, *rest in rows(EVENTS) if len(rest) == 2}
     assert named == loud
+
+
+def test_what_to_do_is_said_of_events_that_the_page_has() -> None:
+    named = {name.strip("`") for name, *rest in rows(EVENTS) if len(rest) == 2}
+    remedied = {
+        event
+        for name, *rest in rows(EVENTS)
+        if len(rest) == 1
+        for event in re.findall(r"`(\w+)`", name)
+    }
+    assert remedied <= named
+
+
+def test_every_alert_has_a_row_that_says_what_to_do() -> None:
+    rules = ALERTS.split("```yaml", 1)[1].split("```", 1)[0]
+    explained = {name.strip("`") for name, *rest in rows(ALERTS) if len(rest) == 2 and all(rest)}
+    assert set(re.findall(r"- alert: (\w+)", rules)) == explained
 
 
 # -- how they look
