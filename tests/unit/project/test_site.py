@@ -69,6 +69,12 @@ def test_a_page_loads_nothing_from_another_host(site: Path) -> None:
         assert [address for address in loads.addresses if "//" in address] == [], page
 
 
+def test_no_page_has_a_diagram_that_only_a_script_would_draw() -> None:
+    """The site loads no such script, so readers would see the diagram's source."""
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    assert [page for page in pages if "```mermaid" in page.read_text("utf-8")] == []
+
+
 def test_the_reference_has_every_command_and_every_public_name(site: Path) -> None:
     commands, names = (
         (site / "reference" / page / "index.html").read_text("utf-8") for page in ("cli", "python")
