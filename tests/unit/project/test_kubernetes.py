@@ -184,3 +184,26 @@ def test_the_members_of_etcd_are_those_that_the_stateful_set_makes() -> None:
     domain = f".{spec['serviceName']}.{manifest['metadata']['namespace']}.svc:"
     assert all(domain in address for address in members.values())
     assert f"image: {container['image']}\n" in (ROOT / "docker-compose.yml").read_text()
+
+
+def test_the_page_on_etcd_has_the_settings_of_the_manifest() -> None:
+    (container,) = MANIFESTS["etcd.yaml:StatefulSet/etcd"]["spec"]["template"]["spec"]["containers"]
+    env = {variable["name"]: variable.get("value", "") for variable in container["env"]}
+    page = (ROOT / "docs" / "how-to" / "run-etcd.md").read_text("utf-8")
+    settings = dict(re.findall(r"^\| `--([a-z-]+)` \| `([^`]+)`", page, re.MULTILINE))
+    assert "quota-backend-bytes" in settings
+    assert settings == {name: env[f"ETCD_{name.upper().replace('-', '_')}"] for name in settings}
+
+
+def test_the_page_on_kubernetes_names_every_secret_and_every_file() -> None:
+    page = (ROOT / "docs" / "how-to" / "kubernetes.md").read_text("utf-8")
+    secrets = {
+        volume["secret"]["secretName"]
+        for _, spec in pods().values()
+        for volume in spec.get("volumes", [])
+        if "secret" in volume
+    }
+    assert secrets
+    assert [secret for secret in secrets if f"| `{secret}` |" not in page] == []
+    files = [str(path.relative_to(FOLDER)) for path in sorted(FOLDER.rglob("*.yaml"))]
+    assert [file for file in files if f"| `{file}` |" not in page] == []
