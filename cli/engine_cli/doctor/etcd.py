@@ -30,8 +30,26 @@ _LATE = "etcd stopped answering meanwhile: look at its log and its disk"
 class Login:
     """What a first read that needs a quorum ended with."""
 
-    error: EtcdError | None
-    denied: bool  # the user is good, but may not read there
+    error: EtcdError | None = None
+
+    @property
+    def denied(self) -> bool:
+        """Whether the user is good, but may not read there."""
+        return self._reason == "denied"
+
+    @property
+    def refused(self) -> bool:
+        """Whether etcd answers, and refuses who asks."""
+        return self._reason in ("credentials", "auth_off", "denied")
+
+    @property
+    def unread(self) -> EtcdError | None:
+        """Why etcd answers no reads, if not for who asks: it has no quorum, or hangs."""
+        return None if self.refused else self.error
+
+    @property
+    def _reason(self) -> object:
+        return self.error.details.get("reason") if self.error is not None else None
 
 
 class EtcdChecks:
@@ -109,17 +127,16 @@ class EtcdChecks:
         try:
             self._etcd().get("/engines/-")
         except EtcdError as exc:
-            return Login(exc, exc.details.get("reason") == "denied")
-        return Login(None, False)
+            return Login(exc)
+        return Login()
 
     def ready(self) -> Etcd:
         """The connection, once etcd has let us in; else Skip."""
         etcd, login = self._etcd(), self._login()
         if login.error is not None and not login.denied:
-            reason = login.error.details.get("reason")
             raise Skip(
                 "etcd does not let us in: see etcd.auth"
-                if reason
+                if login.refused
                 else "etcd answers no reads: see etcd.quorum"
             )
         return etcd
@@ -157,12 +174,11 @@ class EtcdChecks:
         for facts in at_once(self._look_at, unseen):
             if facts is not None and facts.status is not None:
                 statuses[facts.status.member_id] = facts.status
-        error = self._login().error
-        unread = error is not None and not error.details.get("reason")
+        unread = self._login().unread
         yield endpoints.judge_quorum(
             members,
             list(statuses.values()),
-            told(error) if error is not None and unread else ("", ""),
+            told(unread) if unread is not None else ("", ""),
         )
 
     def _look_at(self, url: str) -> EndpointFacts | None:
@@ -217,7 +233,7 @@ class EtcdChecks:
     def _auth(self) -> Iterator[Finding]:
         self._etcd()
         login = self._login()
-        if login.error is not None and not login.error.details.get("reason"):
+        if login.unread is not None:
             raise Skip("etcd answers no reads: see etcd.quorum")
         config = self._config
         yield access.judge_login(

@@ -10,6 +10,7 @@ import pytest
 from engine_cli.doctor.access import JOBS, judge_login, judge_permissions
 from engine_cli.doctor.dial import Dialled, Trouble
 from engine_cli.doctor.endpoints import EndpointFacts, judge_endpoints, judge_quorum, judge_version
+from engine_cli.doctor.etcd import Login
 from engine_cli.doctor.finding import Status
 from engine_cli.doctor.store import (
     RoundTrip,
@@ -499,3 +500,19 @@ def test_plaintext_warns_unless_etcd_is_here_and_says_that_a_password_is_read() 
     secret = judge_plaintext(replace(far, user="bob", password="hush"))
     assert "reads the password" in secret.what
     assert "hush" not in secret.what + secret.mend
+
+
+@pytest.mark.parametrize("reason", ["deadline", None])
+def test_an_etcd_that_gives_no_answer_refuses_nobody(reason: str | None) -> None:
+    login = Login(EtcdUnavailable("etcd does not answer in time", reason=reason))
+    assert (login.unread, login.refused, login.denied) == (login.error, False, False)
+
+
+@pytest.mark.parametrize("reason", ["credentials", "auth_off", "denied"])
+def test_an_etcd_that_refuses_who_asks_has_answered(reason: str) -> None:
+    login = Login(EtcdRefused("no", reason=reason))
+    assert (login.unread, login.refused, login.denied) == (None, True, reason == "denied")
+
+
+def test_a_login_that_went_well_is_neither() -> None:
+    assert (Login().unread, Login().refused, Login().denied) == (None, False, False)
