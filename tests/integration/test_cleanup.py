@@ -37,7 +37,7 @@ from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.follow import Follower
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.schema.keys import record_key
-from engine_registry.schema.keyvalue import Delete
+from engine_registry.schema.keyvalue import Delete, Put
 from engine_registry.watching.election import Election
 from tests.integration.conftest import Processes, line_of
 from tests.support.engines import Interrupted
@@ -360,6 +360,51 @@ def test_an_eviction_stops_when_the_missing_rank_comes_back_half_way(
         cleaned = watcher.wait_for(is_a(InstanceCleaned))
         assert isinstance(cleaned, InstanceCleaned)
         assert [record.rank for record in cleaned.evicted] == list(range(40))
+
+
+def test_an_eviction_that_was_held_up_is_done_while_another_rank_is_still_missing(
+    registry: Registry, watching: Callable[..., Collected], at: Callable[..., None]
+) -> None:
+    with ExitStack() as stack:
+        _, second, third = (
+            stack.enter_context(register(registry, rank=rank, world_size=3)) for rank in range(3)
+        )
+        back = threading.Event()
+
+        def one_comes_back() -> None:
+            if not back.is_set():
+                stack.enter_context(register(registry, rank=1, world_size=3))
+                back.set()
+
+        at("cleanup.before_evict", one_comes_back)
+        watcher = watching(grace_s=0.3)
+        watcher.wait_for(is_a(InstanceReady))
+        second.withdraw()
+        third.withdraw()
+        cleaned = watcher.wait_for(is_a(InstanceCleaned))
+        assert isinstance(cleaned, InstanceCleaned)
+        assert [record.rank for record in cleaned.evicted] == [0]
+        assert [record.rank for record in registry.ranks("a")] == [1]
+
+
+def test_a_rank_whose_record_was_damaged_counts_as_lost(
+    registry: Registry, etcd: Etcd, watching: Callable[..., Collected]
+) -> None:
+    with ExitStack() as stack:
+        _, second = two_ranks(registry, stack)
+        watcher = watching(grace_s=0.3)
+        watcher.wait_for(is_a(InstanceReady))
+        second.withdraw()
+        etcd.commit([], [Put(record_key("a", 1), b"not a record", 0)])
+        cleaned = watcher.wait_for(is_a(InstanceCleaned))
+        assert isinstance(cleaned, InstanceCleaned)
+        assert [record.rank for record in cleaned.evicted] == [0]
+
+
+def test_a_cleaning_watch_that_is_left_is_over(registry: Registry) -> None:
+    with registry.cleaning_watch("a", grace_s=1.0) as watch:
+        pass
+    assert list(watch) == []
 
 
 def test_elections_whose_names_begin_alike_do_not_wait_for_each_other(
