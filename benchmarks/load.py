@@ -34,7 +34,16 @@ from engine_cli.commands.demo import find_checkpoint
 from engine_cli.main import main
 from engine_cli.options import engine_log
 from engine_cli.runtime.children import python
-from engine_loader import InProcessEngine, LoadReport, MooncakeEngine, Progress, load, publish
+from engine_loader import (
+    InProcessEngine,
+    LoadOptions,
+    LoadReport,
+    MooncakeEngine,
+    Progress,
+    PublishOptions,
+    load,
+    publish,
+)
 from engine_loader.digests.table import digests_of
 from engine_loader.files.weights import allocate_like, read_weights
 from engine_loader.planning.matching import Origin
@@ -156,7 +165,7 @@ def serve(endpoint: str, instance: str, what: str, *sizes: str) -> None:
             world_size=1,
             tensors=tensors,
             model=MODEL,
-            digests=True,
+            options=PublishOptions(digests=True),
         ),
     ):
         click.echo("published")
@@ -200,7 +209,14 @@ def one_source(registry: Registry, rounds: int) -> Results:
             (one.seconds - one.transfer_s) / one.seconds for one in reports
         )
         verified = [
-            load(registry, engine, "src", rank=0, tensors=tensors, verify="digest")
+            load(
+                registry,
+                engine,
+                "src",
+                rank=0,
+                tensors=tensors,
+                options=LoadOptions(verify="digest"),
+            )
             for _ in range(rounds)
         ]
         results["digest_share"] = statistics.median(one.digest_s / one.seconds for one in verified)
@@ -306,7 +322,12 @@ def failover(local: LocalEtcd, registry: Registry, nbytes: int, rounds: int) -> 
                 try:
                     disturbed.append(
                         load(
-                            registry, engine, ["a", "b"], rank=0, tensors=tensors, progress=at_half
+                            registry,
+                            engine,
+                            ["a", "b"],
+                            rank=0,
+                            tensors=tensors,
+                            options=LoadOptions(progress=at_half),
                         ).seconds
                     )
                 finally:

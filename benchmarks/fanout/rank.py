@@ -18,7 +18,7 @@ import click
 import torch
 
 from engine_cli.options import engine_log
-from engine_loader import MooncakeEngine, Pace, Progress, Publication, load, publish
+from engine_loader import LoadOptions, MooncakeEngine, Pace, Progress, Publication, load, publish
 from engine_loader.transfer.pace import pace_for, pace_in_chain
 from engine_registry import ModelIdentity, Registry
 
@@ -89,7 +89,12 @@ def _load(
     progress = _until(order["die_at"]) if order["die_at"] is not None else None
     if order["source"] is not None:
         load(
-            registry, engine, order["source"], rank=0, tensors=tensors, pace=pace, progress=progress
+            registry,
+            engine,
+            order["source"],
+            rank=0,
+            tensors=tensors,
+            options=LoadOptions(pace=pace, progress=progress),
         )
         ended = time.monotonic()
         publication = publish(
@@ -102,8 +107,7 @@ def _load(
             MODEL,
             rank=0,
             tensors=tensors,
-            pace=pace,
-            progress=progress,
+            options=LoadOptions(pace=pace, progress=progress),
             publish=instance,
         )
         ended = time.monotonic()

@@ -36,8 +36,16 @@ from benchmarks.gpu.rows import (
     in_turns,
 )
 from benchmarks.gpu.sets import SETS, Layout, allocate, filled, nbytes_of
-from engine_loader import Destination, LoadReport, MooncakeEngine, load, publish
-from engine_loader.loading.load import Verify
+from engine_loader import (
+    Destination,
+    LoadOptions,
+    LoadReport,
+    MooncakeEngine,
+    PublishOptions,
+    load,
+    publish,
+)
+from engine_loader.options import Verify
 from engine_registry import ModelIdentity, Registry
 
 MODEL = ModelIdentity("bench")
@@ -87,7 +95,7 @@ def serve(endpoint: str, instance: str, *place: str) -> None:
             world_size=1,
             tensors=tensors,
             model=MODEL,
-            digests=True,
+            options=PublishOptions(digests=True),
         ),
     ):
         click.echo("published")
@@ -192,10 +200,24 @@ def in_this_process(
         destination = Destination(target.tensors)
 
         def once(verify: Verify) -> LoadReport:
-            return load(registry, engine, name, rank=0, tensors=target.tensors, verify=verify)
+            return load(
+                registry,
+                engine,
+                name,
+                rank=0,
+                tensors=target.tensors,
+                options=LoadOptions(verify=verify),
+            )
 
         def again(verify: Verify = "header") -> LoadReport:
-            return load(registry, engine, name, rank=0, tensors=destination, verify=verify)
+            return load(
+                registry,
+                engine,
+                name,
+                rank=0,
+                tensors=destination,
+                options=LoadOptions(verify=verify),
+            )
 
         def ours(what: str, verify: Verify) -> float:
             took, report = target.time(what, lambda: once(verify))

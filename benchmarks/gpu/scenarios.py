@@ -21,7 +21,7 @@ from benchmarks.figures import several_processes
 from benchmarks.gpu.loads import HOST, MODEL, MODULE, Place, use
 from benchmarks.gpu.rows import Row, Target
 from benchmarks.gpu.sets import Layout, Tensors, allocate, filled, nbytes_of
-from engine_loader import LoadReport, MooncakeEngine, Progress, Shard, load, publish
+from engine_loader import LoadOptions, LoadReport, MooncakeEngine, Progress, Shard, load, publish
 from engine_registry import Registry
 
 _GONE_S = 20.0
@@ -64,7 +64,7 @@ def failover(
                         ["a", "b"],
                         rank=0,
                         tensors=target.tensors,
-                        progress=progress,
+                        options=LoadOptions(progress=progress),
                     )
 
                 return target.time("load() from two sources", fill)

@@ -31,11 +31,15 @@ if TYPE_CHECKING:
     from engine_loader.errors import VersionUnavailable as VersionUnavailable
     from engine_loader.errors import WeightsFileInvalid as WeightsFileInvalid
     from engine_loader.errors import WeightsMismatch as WeightsMismatch
+    from engine_loader.files.weights import WholeFiles as WholeFiles
     from engine_loader.loading.checkpoint import EngineReader as EngineReader
+    from engine_loader.loading.full import load_full as load_full
     from engine_loader.loading.instance import load_instance as load_instance
     from engine_loader.loading.load import load as load
     from engine_loader.loading.module import load_module as load_module
     from engine_loader.loading.report import LoadReport as LoadReport
+    from engine_loader.options import LoadOptions as LoadOptions
+    from engine_loader.options import PublishOptions as PublishOptions
     from engine_loader.publishing.publish import Publication as Publication
     from engine_loader.publishing.publish import publish as publish
     from engine_loader.publishing.publish import publish_state_dict as publish_state_dict
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
     from engine_loader.tensors.destination import Destination as Destination
     from engine_loader.tensors.regions import Shard as Shard
     from engine_loader.transfer.pace import Pace as Pace
-    from engine_loader.transfer.scheduler import Progress as Progress
+    from engine_loader.transfer.progress import Progress as Progress
 
 _MODULE_OF = {
     "Cancelled": "errors",
@@ -57,13 +61,15 @@ _MODULE_OF = {
     "EngineReader": "loading.checkpoint",
     "EngineUnavailable": "errors",
     "InProcessEngine": "engines.in_process",
+    "LoadOptions": "options",
     "LoadReport": "loading.report",
     "LoaderError": "errors",
     "MemoryInUse": "errors",
     "MooncakeEngine": "engines.mooncake.engine",
     "Pace": "transfer.pace",
-    "Progress": "transfer.scheduler",
+    "Progress": "transfer.progress",
     "Publication": "publishing.publish",
+    "PublishOptions": "options",
     "ReadFailed": "errors",
     "Replica": "publishing.replica",
     "Seeded": "starting.start",
@@ -77,8 +83,10 @@ _MODULE_OF = {
     "VersionUnavailable": "errors",
     "WeightsFileInvalid": "errors",
     "WeightsMismatch": "errors",
+    "WholeFiles": "files.weights",
     "load": "loading.load",
     "limit_caches": "caches",
+    "load_full": "loading.full",
     "load_instance": "loading.instance",
     "load_module": "loading.module",
     "load_or_seed": "starting.load_or_seed",

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 
 import torch
 
-from engine_loader import MooncakeEngine, Replica, load, publish
+from engine_loader import MooncakeEngine, PublishOptions, Replica, load, publish
 from engine_registry import ModelIdentity, Registry
 
 Tensors = dict[str, torch.Tensor]
@@ -66,7 +66,7 @@ def main(endpoint: str) -> None:
                         world_size=1,
                         tensors=tensors,
                         model=MODEL,
-                        digests=True,
+                        options=PublishOptions(digests=True),
                     )
                 )
             elif command == "copy":
@@ -82,7 +82,7 @@ def main(endpoint: str) -> None:
                     MODEL,
                     rank=0,
                     tensors=tensors,
-                    publish=Replica("copy", digests=True),
+                    publish=Replica("copy", options=PublishOptions(digests=True)),
                 )
                 if report.publication is not None:
                     publication = stack.enter_context(report.publication)

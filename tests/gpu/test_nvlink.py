@@ -11,9 +11,9 @@ from contextlib import suppress
 import pytest
 import torch
 
-from engine_loader import MooncakeEngine, load, publish
+from engine_loader import LoadOptions, MooncakeEngine, load, publish
 from engine_loader.errors import TensorsUnusable, TornRead
-from engine_loader.loading.load import Verify
+from engine_loader.options import Verify
 from engine_registry import Registry
 from engine_registry.etcd.local import LocalEtcd
 from tests.gpu.nvlink_source import MODEL, Tensors, content, late_content
@@ -88,7 +88,9 @@ def test_weights_arrive_on_any_device_and_as_often_as_they_are_loaded(
     verify: Verify
     for verify in ("header", "digest", "header"):
         found = zeroed(content(1), device)
-        report = load(registry, engine, "a", rank=0, tensors=found, verify=verify)
+        report = load(
+            registry, engine, "a", rank=0, tensors=found, options=LoadOptions(verify=verify)
+        )
         assert_equal(found, content(1))
         assert report.protocol == "nvlink_intra"
 
@@ -142,7 +144,9 @@ def test_what_was_loaded_from_gpu_to_gpu_is_a_source_itself(
         verify: Verify
         for verify in ("header", "digest"):
             found = zeroed(content(1), "cuda:1")
-            report = load(registry, engine, "copy", rank=0, tensors=found, verify=verify)
+            report = load(
+                registry, engine, "copy", rank=0, tensors=found, options=LoadOptions(verify=verify)
+            )
             assert_equal(found, content(1))
             assert [share.name for share in report.shares] == ["/engines/copy/0"]
         replica.do("update")

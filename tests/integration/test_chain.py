@@ -23,6 +23,7 @@ from engine_loader import (
     Pace,
     Progress,
     Publication,
+    PublishOptions,
     Replica,
     Shard,
     load,
@@ -31,6 +32,7 @@ from engine_loader import (
 from engine_loader.errors import Cancelled
 from engine_registry import ModelIdentity, RankState, Registry
 from engine_registry.errors import InvalidField, RankConflict
+from tests.support.options import for_load
 from tests.support.processes.source import MODEL, content, empty
 from tests.support.waiting import wait_until
 
@@ -79,8 +81,7 @@ class Members:
             engine,
             source,
             tensors=tensors,
-            progress=gate.see,
-            **given,
+            **for_load({**given, "progress": gate.see}),
         )
 
     def start_stopped(self, name: str, stop_at: float, **options: Any) -> None:
@@ -148,7 +149,7 @@ def seed(registry: Registry, new_engine: Callable[[], Engine]) -> Iterator[dict[
         world_size=1,
         tensors=tensors,
         model=MODEL,
-        ttl_s=2,
+        options=PublishOptions(ttl_s=2),
     ):
         yield tensors
 
@@ -222,9 +223,11 @@ def test_digests_are_not_compared_with_those_of_one_that_is_loading(
         world_size=1,
         tensors=content(0, NBYTES),
         model=model,
-        digests=True,
+        options=PublishOptions(digests=True),
     ):
-        members.start_stopped("a", 0.5, source=model, publish=Replica("a", digests=True))
+        members.start_stopped(
+            "a", 0.5, source=model, publish=Replica("a", options=PublishOptions(digests=True))
+        )
         members.start("b", source=model, verify="digest")
         assert members.sources("b").keys() == {"root"}
         members.gates["a"].open.set()
@@ -236,7 +239,9 @@ def test_digests_are_not_compared_with_those_of_one_that_is_loading(
 def test_one_that_has_loaded_is_a_source_like_any_other_until_it_is_closed(
     members: Members,
 ) -> None:
-    members.start("a", publish=Replica("copy", generation="g", on_state=None))
+    members.start(
+        "a", publish=Replica("copy", options=PublishOptions(generation="g", on_state=None))
+    )
     publication = members.report("a").publication
     assert publication is not None
     (record,) = members.registry.resolve("copy")

@@ -26,13 +26,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine_loader import LoaderError, MooncakeEngine, Pace, Shard, load, load_instance
+from engine_loader import (
+    LoaderError,
+    LoadOptions,
+    MooncakeEngine,
+    Pace,
+    Shard,
+    load,
+    load_full,
+    load_instance,
+)
 from engine_loader.files.weights import WholeFiles
-from engine_loader.loading.full import load_full
 from engine_registry import Registry, RegistryError
 from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes, line_of
 from tests.support.launches import Origin, origins, origins_of_bytes, the_origin
+from tests.support.options import for_load
 from tests.support.processes import shards as shards_process
 from tests.support.processes.source import MODEL, empty
 from tests.support.waiting import wait_until
@@ -253,9 +262,8 @@ class Loads:
             wanted,  # type: ignore[arg-type]
             rank=0,
             tensors=tensors,
-            pace=PACE,
             timeout_s=1.0,
-            **options,  # type: ignore[arg-type]
+            **for_load({"pace": PACE, **options}),
         )
         if report.publication is not None:
             report.publication.close()
@@ -303,7 +311,7 @@ class Loads:
             SHARDED,
             tensors=tensors,
             shards=shards,
-            pace=PACE,
+            options=LoadOptions(pace=PACE),
             timeout_s=1.0,
         )
         places = torch.arange(rows * columns).view(rows, columns)[:, columns // 2 :]

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from engine_loader import (
     EngineReader,
     InProcessEngine,
+    LoadOptions,
     MooncakeEngine,
     Publication,
     Shard,
@@ -49,6 +50,7 @@ from engine_registry.errors import InstanceIncomplete, InstanceNotFound
 from tests.integration.conftest import Processes
 from tests.integration.test_failover import NBYTES, PACE, Sources, at_half
 from tests.support.engines import Interrupted
+from tests.support.options import for_load, for_publish
 from tests.support.processes.source import content, empty
 
 pytestmark = pytest.mark.filterwarnings(
@@ -78,14 +80,16 @@ def offer(stack: ExitStack, registry: Registry) -> Callable[..., Publication]:
             "ttl_s": 3.0,
         }
         return stack.enter_context(
-            publish_state_dict(registry, engine, state_dict, **{**defaults, **options})
+            publish_state_dict(registry, engine, state_dict, **for_publish({**defaults, **options}))
         )
 
     return offer
 
 
 def reader_of(registry: Registry, source: Any = "a", **options: Any) -> EngineReader:
-    return EngineReader(registry, InProcessEngine(), source, **{"timeout_s": 5.0, **options})
+    return EngineReader(
+        registry, InProcessEngine(), source, **for_load({"timeout_s": 5.0, **options})
+    )
 
 
 def why(state_dict: StateDict, reader: EngineReader, **options: Any) -> Exception:
@@ -594,8 +598,9 @@ def test_a_source_process_that_is_killed_in_the_middle_is_done_without(
             engine,
             ["a", "b"],
             rank=0,
-            pace=PACE,
-            progress=at_half(lambda: sources.signal(signal.SIGKILL)),
+            options=LoadOptions(
+                pace=PACE, progress=at_half(lambda: sources.signal(signal.SIGKILL))
+            ),
         )
         dcp_load(found, storage_reader=reader, no_dist=True)
     assert all(torch.equal(found[name], tensor) for name, tensor in content(0, NBYTES).items())

@@ -17,25 +17,28 @@ from safetensors.torch import load_file, save_file
 
 from engine_loader import (
     InProcessEngine,
+    LoadOptions,
     MooncakeEngine,
     Pace,
     Progress,
     Publication,
+    PublishOptions,
     Replica,
     Shard,
     load,
+    load_full,
     load_or_seed,
     publish,
 )
 from engine_loader.errors import SourceEvicted, SourceLost
 from engine_loader.files.weights import WholeFiles
-from engine_loader.loading.full import load_full
 from engine_loader.publishing.header import Header
 from engine_registry import ModelIdentity, RankState, Registry, failpoints
 from engine_registry.errors import InvalidField
 from tests.integration.conftest import Processes, line_of
 from tests.integration.test_chain import Members
 from tests.support.launches import Origin, origins, origins_of_bytes, the_origin, words
+from tests.support.options import for_publish
 from tests.support.processes.source import empty
 from tests.support.waiting import wait_until
 
@@ -62,7 +65,7 @@ def offer(registry: Registry) -> Iterator[Offer]:
                 **options,
             }
             return stack.enter_context(
-                publish(registry, InProcessEngine(), instance=instance, **given)
+                publish(registry, InProcessEngine(), instance=instance, **for_publish(given))
             )
 
         yield offer
@@ -126,8 +129,7 @@ def test_a_source_that_starts_again_under_the_same_version_while_a_reader_waits_
             "a",
             rank=0,
             tensors=tensors,
-            pace=Pace(256 << 10, 2, check_s=0.01),
-            progress=progress,
+            options=LoadOptions(pace=Pace(256 << 10, 2, check_s=0.01), progress=progress),
             timeout_s=40,
         )
     assert the_origin(origins_of_bytes(tensors)) == Origin(launch=2)
@@ -186,8 +188,7 @@ def test_a_source_that_starts_again_between_a_torn_read_and_the_next_look_gives_
         "a",
         tensors=found,
         shards={"w": _whole()},
-        pace=PACE,
-        progress=once_at(0.5, change),
+        options=LoadOptions(pace=PACE, progress=once_at(0.5, change)),
         timeout_s=20,
     )
     running[0][0].close()
@@ -227,7 +228,7 @@ def test_files_that_are_loaded_one_after_another_are_of_one_launch(
             "a",
             files=files,
             max_file_nbytes=8 * half,
-            progress=start_again,
+            options=LoadOptions(progress=start_again),
             timeout_s=20,
         )
     found = {
@@ -258,8 +259,7 @@ def test_a_load_that_goes_on_with_another_content_of_the_same_version_forgets_wh
         ["a", "b"],
         rank=0,
         tensors=tensors,
-        pace=PACE,
-        progress=progress,
+        options=LoadOptions(pace=PACE, progress=progress),
     )
     assert the_origin(origins(tensors["w"])) == {"a": A, "b": B}[left[0]]
     assert report.content == publications[left[0]].record.content
@@ -291,7 +291,12 @@ def test_a_rank_that_has_loaded_holds_what_its_source_held(
     source = offer("a", A)
     with InProcessEngine() as engine:
         report = load(
-            registry, engine, "a", rank=0, tensors=into(), publish=Replica("copy", digests=True)
+            registry,
+            engine,
+            "a",
+            rank=0,
+            tensors=into(),
+            publish=Replica("copy", options=PublishOptions(digests=True)),
         )
         assert report.publication is not None
         with report.publication as publication:
@@ -357,8 +362,9 @@ def test_nothing_of_a_source_that_was_evicted_half_way_is_left(
         ["bad", "good"],
         rank=0,
         tensors=tensors,
-        pace=PACE,
-        progress=once_at(0.5, lambda: registry.evict(registry.ranks("bad")[0])),
+        options=LoadOptions(
+            pace=PACE, progress=once_at(0.5, lambda: registry.evict(registry.ranks("bad")[0]))
+        ),
     )
     assert the_origin(origins(tensors["w"])) == A
     assert {share.name: share.nbytes for share in report.shares} == {
@@ -401,8 +407,7 @@ def test_nothing_of_a_source_is_left_that_was_lost_first_and_evicted_before_the_
         ["bad", "good"],
         rank=0,
         tensors=tensors,
-        pace=pace,
-        progress=progress,
+        options=LoadOptions(pace=pace, progress=progress),
     )
     assert engine is not None
     assert good.record.content
@@ -415,7 +420,14 @@ def test_the_only_source_that_is_evicted_leaves_no_tensor_that_counts(
     offer("a", A)
     evict = once_at(1.0, lambda: registry.evict(registry.ranks("a")[0]))
     with pytest.raises(SourceEvicted, match="no tensor is usable") as caught:
-        load(registry, InProcessEngine(), "a", rank=0, tensors=into(), pace=PACE, progress=evict)
+        load(
+            registry,
+            InProcessEngine(),
+            "a",
+            rank=0,
+            tensors=into(),
+            options=LoadOptions(pace=PACE, progress=evict),
+        )
     assert caught.value.details["complete"] == []
 
 
@@ -432,7 +444,7 @@ def test_a_source_that_leaves_in_order_once_all_has_come_is_as_good_as_any(
             publication.close()
             super().take_back(region)
 
-    load(registry, Leaving(), "a", rank=0, tensors=tensors, pace=PACE)
+    load(registry, Leaving(), "a", rank=0, tensors=tensors, options=LoadOptions(pace=PACE))
     assert the_origin(origins(tensors["w"])) == A
 
 
@@ -535,7 +547,7 @@ def test_ranks_behind_a_source_that_is_being_updated_wait_for_it_as_at_the_begin
                 world_size=1,
                 tensors=tensors,
                 model=MODEL,
-                digests=True,
+                options=PublishOptions(digests=True),
             )
         )
         members = Members(registry, InProcessEngine, into)
@@ -574,7 +586,6 @@ def test_a_load_that_has_lost_all_its_sources_does_not_wait_for_new_ones(
             "a",
             rank=0,
             tensors=into(),
-            pace=PACE,
-            progress=once_at(0.5, publication.close),
+            options=LoadOptions(pace=PACE, progress=once_at(0.5, publication.close)),
             timeout_s=600,
         )

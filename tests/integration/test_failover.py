@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_loader import MooncakeEngine, Pace, Progress, load
+from engine_loader import LoadOptions, MooncakeEngine, Pace, Progress, load
 from engine_loader.errors import Cancelled, SourceLost, Stalled
 from engine_registry import Region, Registry
 from tests.integration.conftest import Processes, line_of
@@ -111,7 +111,12 @@ def test_a_load_from_two_goes_on_with_the_other_when_one_is(
     tensors = empty(NBYTES)
     happen = at_half(lambda: FAULTS[fault](sources))
     report = load(
-        sources.registry, engine, ["a", "b"], rank=0, tensors=tensors, pace=PACE, progress=happen
+        sources.registry,
+        engine,
+        ["a", "b"],
+        rank=0,
+        tensors=tensors,
+        options=LoadOptions(pace=PACE, progress=happen),
     )
     wanted = content(report.version, NBYTES)
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
@@ -125,7 +130,9 @@ def test_a_load_from_two_goes_on_with_the_other_when_one_is(
 def test_a_load_by_model_reads_whoever_serves_it(sources: Sources, engine: MooncakeEngine) -> None:
     sources.start("a", "b")
     tensors = empty(NBYTES)
-    report = load(sources.registry, engine, MODEL, rank=0, tensors=tensors, pace=PACE)
+    report = load(
+        sources.registry, engine, MODEL, rank=0, tensors=tensors, options=LoadOptions(pace=PACE)
+    )
     assert {share.name for share in report.shares if share.nbytes} == {
         "/engines/a/0",
         "/engines/b/0",
@@ -144,8 +151,7 @@ def test_the_only_source_changed_meanwhile_is_read_again_in_its_new_version(
         "a",
         rank=0,
         tensors=tensors,
-        pace=PACE,
-        progress=at_half(sources.update),
+        options=LoadOptions(pace=PACE, progress=at_half(sources.update)),
     )
     assert (report.version, report.retries > 0) == (1, True)
     assert all(torch.equal(tensors[name], wanted) for name, wanted in content(1, NBYTES).items())
@@ -168,8 +174,7 @@ def test_the_only_source_lost_meanwhile_is_an_error_that_says_what_came(
             "a",
             rank=0,
             tensors=tensors,
-            pace=PACE,
-            progress=at_half(lambda: FAULTS[fault](sources)),
+            options=LoadOptions(pace=PACE, progress=at_half(lambda: FAULTS[fault](sources))),
         )
     assert isinstance(lost.value, kind) or "lease expired" in str(lost.value)
     wanted = content(0, NBYTES)
@@ -192,8 +197,7 @@ def test_a_stopped_source_that_goes_on_in_time_is_read_to_the_end(
         "a",
         rank=0,
         tensors=tensors,
-        pace=PACE,
-        progress=at_half(stop_for_a_while),
+        options=LoadOptions(pace=PACE, progress=at_half(stop_for_a_while)),
     )
     assert report.version == 0
     assert all(torch.equal(tensors[name], wanted) for name, wanted in content(0, NBYTES).items())
@@ -229,8 +233,10 @@ def test_nothing_of_an_abandoned_read_is_written_when_its_source_goes_on(
             "a",
             rank=0,
             tensors=tensors,
-            pace=Pace(4 << 20, 8, stall_s=0.3, patience_s=0.3),
-            progress=at_half(lambda: sources.signal(signal.SIGSTOP)),
+            options=LoadOptions(
+                pace=Pace(4 << 20, 8, stall_s=0.3, patience_s=0.3),
+                progress=at_half(lambda: sources.signal(signal.SIGSTOP)),
+            ),
         )
     assert_nothing_comes_later(sources, engine, tensors)
 
@@ -265,8 +271,7 @@ def test_a_source_cut_off_by_the_network_is_given_up_in_bounded_time(
                 ["a", "b"],
                 rank=0,
                 tensors=tensors,
-                pace=PACE,
-                progress=happen,
+                options=LoadOptions(pace=PACE, progress=happen),
             )
             assert [share.name for share in report.shares if share.error] == ["/engines/a/0"]
             assert all(
@@ -282,8 +287,7 @@ def test_a_source_cut_off_by_the_network_is_given_up_in_bounded_time(
                     "a",
                     rank=0,
                     tensors=tensors,
-                    pace=PACE,
-                    progress=happen,
+                    options=LoadOptions(pace=PACE, progress=happen),
                 )
     finally:
         cut.__exit__(None, None, None)
@@ -314,8 +318,9 @@ def test_ctrl_c_in_the_middle_gives_everything_back(
             "a",
             rank=0,
             tensors=tensors,
-            pace=PACE,
-            progress=at_half(lambda: signal.raise_signal(signal.SIGINT)),
+            options=LoadOptions(
+                pace=PACE, progress=at_half(lambda: signal.raise_signal(signal.SIGINT))
+            ),
         )
     assert_all_is_given_back(sources, engine, tensors)
     assert_nothing_comes_later(sources, engine, tensors)
@@ -334,9 +339,7 @@ def test_a_load_cancelled_from_another_thread_gives_everything_back(
             "a",
             rank=0,
             tensors=tensors,
-            pace=PACE,
-            cancel=cancel,
-            progress=at_half(cancel.set),
+            options=LoadOptions(pace=PACE, cancel=cancel, progress=at_half(cancel.set)),
         )
     assert_all_is_given_back(sources, engine, tensors)
     wait_until(lambda: threading.active_count() <= before)

@@ -20,6 +20,7 @@ from engine_loader import (
     Publication,
     Shard,
     load,
+    load_full,
     publish,
 )
 from engine_loader.errors import (
@@ -30,10 +31,10 @@ from engine_loader.errors import (
     WeightsMismatch,
 )
 from engine_loader.files.weights import WholeFiles, read_weights
-from engine_loader.loading.full import load_full
 from engine_loader.loading.load import TRIES
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InstanceIncomplete
+from tests.support.options import for_load, for_publish
 
 Tensors = dict[str, torch.Tensor]
 
@@ -86,7 +87,7 @@ class Instance:
                 rank=rank,
                 world_size=2,
                 tensors=parts,
-                **{**defaults, **options},
+                **for_publish({**defaults, **options}),
             )
             self._parts.append(parts)
             self._publications.append(self._stack.enter_context(publication))
@@ -119,7 +120,7 @@ def load_into(
             engine,
             source,
             files=files,
-            **{"max_file_nbytes": 4096, "timeout_s": 5.0, **options},
+            **for_load({"max_file_nbytes": 4096, "timeout_s": 5.0, **options}),
         )
 
 

@@ -16,7 +16,15 @@ import pytest
 import torch
 
 from engine_cli.exits import Exit
-from engine_loader import MooncakeEngine, Pace, load, load_or_seed, publish
+from engine_loader import (
+    LoadOptions,
+    MooncakeEngine,
+    Pace,
+    PublishOptions,
+    load,
+    load_or_seed,
+    publish,
+)
 from engine_loader.engines.base import read
 from engine_loader.errors import ReadFailed, SourceLost
 from engine_loader.files.weights import write_weights
@@ -274,7 +282,7 @@ class Sources:
                 world_size=1,
                 model=MODEL,
                 tensors=weights(),
-                digests=True,  # which prove that they are the same
+                options=PublishOptions(digests=True),  # which prove that they are the same
             )
         )
 
@@ -307,7 +315,14 @@ def test_a_load_goes_on_without_a_source_that_answers_nonsense(
     sources.healthy("good")
     peer = sources.hostile("bad", behaviour)
     tensors = {name: torch.zeros_like(tensor) for name, tensor in weights().items()}
-    report = load(registry, any_reader, ["bad", "good"], rank=0, tensors=tensors, pace=PACE)
+    report = load(
+        registry,
+        any_reader,
+        ["bad", "good"],
+        rank=0,
+        tensors=tensors,
+        options=LoadOptions(pace=PACE),
+    )
     peer.wait_until_met()
     assert_whole(tensors)
     assert {share.name: share.nbytes for share in report.shares}["/engines/bad/0"] == 0
@@ -321,7 +336,7 @@ def test_a_load_from_nobody_but_a_source_that_answers_nonsense_says_who_cannot_b
     peer = sources.hostile("bad", behaviour)
     tensors = {name: torch.zeros_like(tensor) for name, tensor in weights().items()}
     with pytest.raises(SourceLost, match=f"/engines/bad/0 .*from {peer.session_id}"):
-        load(registry, reader, "bad", rank=0, tensors=tensors, pace=PACE)
+        load(registry, reader, "bad", rank=0, tensors=tensors, options=LoadOptions(pace=PACE))
     assert not any(tensor.any() for tensor in tensors.values())
 
 

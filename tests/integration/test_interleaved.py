@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine_loader import Engine, Pace, Progress, Publication, Replica, load, publish
+from engine_loader import Engine, LoadOptions, Pace, Progress, Publication, Replica, load, publish
 from engine_loader.errors import SourceLost
 from engine_loader.planning.reads import Costs
 from engine_registry import ModelIdentity, Registry
@@ -129,13 +129,21 @@ def test_a_rank_that_serves_the_draft_is_a_source_of_the_model_while_it_loads_th
         offer(registry, engine, DRAFT, few),
         ThreadPoolExecutor(2) as pool,
     ):
-        fill = partial(load, registry, source=MODEL, rank=0, pace=pace)
+        fill = partial(load, registry, source=MODEL, rank=0)
         first = pool.submit(
-            fill, engine=engine, tensors=here, publish=Replica("first"), progress=stop_at_half
+            fill,
+            engine=engine,
+            tensors=here,
+            publish=Replica("first"),
+            options=LoadOptions(pace=pace, progress=stop_at_half),
         )
         assert first_has_half.wait(30)
         second = pool.submit(
-            fill, engine=new_engine(), tensors=there, publish=Replica("second"), progress=look
+            fill,
+            engine=new_engine(),
+            tensors=there,
+            publish=Replica("second"),
+            options=LoadOptions(pace=pace, progress=look),
         )
         publications = [one.result(60).publication for one in (first, second)]
     shares = {share.name: share.nbytes for share in second.result().shares}

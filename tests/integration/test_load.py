@@ -16,6 +16,7 @@ from engine_loader import (
     Destination,
     Engine,
     InProcessEngine,
+    LoadOptions,
     MooncakeEngine,
     Pace,
     Progress,
@@ -39,6 +40,7 @@ from engine_registry import ModelIdentity, RankState, Region, Registry
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound, InvalidField, RankConflict
 from tests.integration.conftest import Processes, line_of
 from tests.support.engines import Interrupted
+from tests.support.options import for_publish
 from tests.support.waiting import wait_until
 
 Tensors = dict[str, torch.Tensor]
@@ -92,7 +94,7 @@ def offer(registry: Registry, engine: Engine, tensors: Tensors, **fields: object
         "ttl_s": 3.0,
         **fields,
     }
-    return publish(registry, engine, tensors=tensors, **options)  # type: ignore[arg-type]
+    return publish(registry, engine, tensors=tensors, **for_publish(options))
 
 
 def test_a_load_fills_every_tensor_byte_for_byte_and_reports_it(
@@ -101,7 +103,12 @@ def test_a_load_fills_every_tensor_byte_for_byte_and_reports_it(
     source, destination, seen = weights(), like(weights()), list[Progress]()
     with offer(registry, new_engine(), source, version=4):
         report = load(
-            registry, new_engine(), "a", rank=0, tensors=destination, progress=seen.append
+            registry,
+            new_engine(),
+            "a",
+            rank=0,
+            tensors=destination,
+            options=LoadOptions(progress=seen.append),
         )
     assert_equal(destination, source)
     assert (report.instance, report.rank, report.version, report.tensors, report.retries) == (
@@ -139,7 +146,14 @@ def test_a_load_that_is_cancelled_before_it_reads_says_that_nothing_is_complete(
     cancel = threading.Event()
     cancel.set()
     with offer(registry, new_engine(), weights()), pytest.raises(Cancelled) as cancelled:
-        load(registry, new_engine(), "a", rank=0, tensors=like(weights()), cancel=cancel)
+        load(
+            registry,
+            new_engine(),
+            "a",
+            rank=0,
+            tensors=like(weights()),
+            options=LoadOptions(cancel=cancel),
+        )
     assert cancelled.value.details["complete"] == []
 
 
@@ -459,7 +473,7 @@ def test_a_lost_source_tells_which_tensors_are_whole(registry: Registry) -> None
             "a",
             rank=0,
             tensors=destination,
-            pace=Pace(4 << 20, 2),
+            options=LoadOptions(pace=Pace(4 << 20, 2)),
         )
     complete = lost.value.details["complete"]
     assert 1 <= len(complete) < 4

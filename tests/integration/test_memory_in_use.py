@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from engine_loader import (
     Destination,
     InProcessEngine,
+    LoadOptions,
     Pace,
     Progress,
     Publication,
@@ -28,6 +29,7 @@ from engine_loader.errors import MemoryInUse, TensorsUnusable
 from engine_registry import ModelIdentity, RankState, Registry
 from engine_registry.errors import InstanceIncomplete
 from tests.support.launches import Origin, origins, the_origin, words
+from tests.support.options import for_load, for_publish
 
 COUNT = 1 << 17
 MODEL = ModelIdentity("m")
@@ -43,7 +45,13 @@ def offer(registry: Registry) -> Iterator[Offer]:
         def offer(instance: str, tensors: Any, **options: Any) -> Publication:
             given = {"rank": 0, "world_size": 1, "model": MODEL, "ttl_s": 2.0, **options}
             return stack.enter_context(
-                publish(registry, InProcessEngine(), instance=instance, tensors=tensors, **given)
+                publish(
+                    registry,
+                    InProcessEngine(),
+                    instance=instance,
+                    tensors=tensors,
+                    **for_publish(given),
+                )
             )
 
         yield offer
@@ -54,7 +62,14 @@ def into() -> Tensors:
 
 
 def load_a(registry: Registry, tensors: Any, **options: Any) -> Origin:
-    load(registry, InProcessEngine(), "a", rank=0, tensors=tensors, **{"timeout_s": 1.0, **options})
+    load(
+        registry,
+        InProcessEngine(),
+        "a",
+        rank=0,
+        tensors=tensors,
+        **for_load({"timeout_s": 1.0, **options}),
+    )
     return the_origin(origins(tensors["w"]))
 
 
@@ -200,7 +215,7 @@ def test_a_start_from_files_has_the_memory_for_itself(registry: Registry, tmp_pa
             world_size=1,
             instance="me",
             fallback=tmp_path,
-            progress=load_meanwhile,
+            load=LoadOptions(progress=load_meanwhile),
         ) as seeded,
     ):
         assert seeded.source == "disk"

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save_file
 
 from engine_cli.exits import Exit
-from engine_loader import MooncakeEngine, load, publish
+from engine_loader import LoadOptions, MooncakeEngine, load, publish
 from engine_loader.errors import DigestMismatch, SourceLost, WeightsMismatch
 from engine_registry import ModelIdentity, RankLost, RegistrationState, Registry
 from engine_registry.etcd.local import LocalEtcd, free_port
@@ -30,6 +30,7 @@ from tests.integration.conftest import Processes, events_until, line_of
 from tests.integration.test_failover import FAULTS, NBYTES, PACE, Sources, at_half
 from tests.integration.test_failover import engine as engine
 from tests.integration.test_failover import sources as sources
+from tests.support.options import for_publish
 from tests.support.processes.source import empty
 from tests.support.ranks import register
 from tests.support.waiting import wait_until
@@ -368,8 +369,7 @@ def test_a_source_given_up_counts_as_one_failover_by_its_reason(
         ["a", "b"],
         rank=0,
         tensors=empty(NBYTES),
-        pace=PACE,
-        progress=happen,
+        options=LoadOptions(pace=PACE, progress=happen),
     )
     assert shown.nonzero("loader_failovers_total") in (
         {REASONS[fault]: 1},
@@ -394,8 +394,7 @@ def test_a_load_that_reads_again_after_an_update_counts_a_retry_and_no_failover(
         "a",
         rank=0,
         tensors=empty(NBYTES),
-        pace=PACE,
-        progress=at_half(sources.update),
+        options=LoadOptions(pace=PACE, progress=at_half(sources.update)),
     )
     assert shown("loader_torn_retries_total") == report.retries > 0
     assert shown.nonzero("loader_failovers_total") == {}
@@ -408,7 +407,14 @@ def test_the_only_source_stopped_counts_as_a_load_that_stalled_and_the_reads_tha
     sources.start("a")
     stop = at_half(lambda: sources.signal(signal.SIGSTOP))
     with pytest.raises(SourceLost):
-        load(sources.registry, engine, "a", rank=0, tensors=empty(NBYTES), pace=PACE, progress=stop)
+        load(
+            sources.registry,
+            engine,
+            "a",
+            rank=0,
+            tensors=empty(NBYTES),
+            options=LoadOptions(pace=PACE, progress=stop),
+        )
     # Its lease of 2 s goes on, as its keeper lives: nothing but the silence tells.
     assert shown.nonzero("loader_loads_total") == {"stalled": 1}
     assert (shown("loader_abandoned_reads_total") or 0) > 0
@@ -429,7 +435,7 @@ def test_loads_that_fail_before_a_byte_or_by_digest_count_by_their_outcome(
     }
     with (
         MooncakeEngine("127.0.0.1") as source,
-        publish(registry, source, tensors=weights, **options),  # type: ignore[arg-type]
+        publish(registry, source, tensors=weights, **for_publish(options)),
     ):
         with pytest.raises(WeightsMismatch):
             load(registry, engine, "a", rank=0, tensors={"other": torch.zeros(3)})
@@ -441,7 +447,7 @@ def test_loads_that_fail_before_a_byte_or_by_digest_count_by_their_outcome(
                 "a",
                 rank=0,
                 tensors={name: torch.zeros_like(t) for name, t in weights.items()},
-                verify="digest",
+                options=LoadOptions(verify="digest"),
             )
         with pytest.raises(Exception, match="is not registered"):
             load(registry, engine, "nobody", rank=0, tensors={"w": torch.zeros(3)}, timeout_s=0)

@@ -26,6 +26,7 @@ from engine_loader import (
 from engine_loader.files.disk import read_into
 from engine_loader.files.weights import read_weights
 from engine_registry import ModelIdentity, Registry
+from tests.support.options import for_load, for_publish
 
 MODEL = ModelIdentity("m")
 Mode = Callable[[], AbstractContextManager[Any]]
@@ -99,7 +100,9 @@ def offer(registry: Registry, stack: ExitStack) -> Callable[..., Publication]:
             "digests": True,
             **options,
         }
-        return stack.enter_context(publish(registry, InProcessEngine(), tensors=tensors, **given))
+        return stack.enter_context(
+            publish(registry, InProcessEngine(), tensors=tensors, **for_publish(given))
+        )
 
     return offer
 
@@ -112,8 +115,7 @@ def load_a(registry: Registry, tensors: dict[str, torch.Tensor], **options: Any)
         rank=0,
         tensors=tensors,
         timeout_s=2.0,
-        verify="digest",
-        **options,
+        **for_load({"verify": "digest", **options}),
     )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from engine_cli.commands.demo import find_checkpoint
 from engine_loader import (
     InProcessEngine,
+    LoadOptions,
     Publication,
     Shard,
     load,
@@ -28,6 +29,7 @@ from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InstanceNotFound
 from tests.support.bert import Bert, Config, MaskedLanguageModel
 from tests.support.engines import Interrupted
+from tests.support.options import for_publish
 
 TINY = Config(vocabulary=60, positions=16, hidden=24, heads=4, inner=40, layers=2)
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
@@ -56,7 +58,7 @@ def offer(stack: ExitStack, registry: Registry) -> Callable[..., Publication]:
             "model": ModelIdentity("m"),
             "ttl_s": 3.0,
         }
-        options = {**defaults, **options}
+        options = for_publish({**defaults, **options})
         if stated:
             return stack.enter_context(publish_state_dict(registry, engine, tensors, **options))
         return stack.enter_context(publish(registry, engine, tensors=tensors, **options))
@@ -131,7 +133,7 @@ def test_a_source_may_lack_all_names_but_one_of_tied_weights(
     tensors = {**dict(source.named_parameters()), "steps": source.steps}
     assert len(tensors) < len(source.state_dict())
     offer(tensors, stated=stated, digests=True)
-    load_module(registry, InProcessEngine(), "a", model, verify="digest")
+    load_module(registry, InProcessEngine(), "a", model, options=LoadOptions(verify="digest"))
     assert_same(model, source)
 
 
@@ -141,7 +143,14 @@ def test_a_source_may_have_more_names_of_tied_weights_than_are_wanted(
     source, model = served(), served(2)
     offer(source.state_dict(), stated=False, digests=True)
     wanted = {**dict(model.named_parameters()), "steps": model.steps}
-    load(registry, InProcessEngine(), "a", rank=0, tensors=wanted, verify="digest")
+    load(
+        registry,
+        InProcessEngine(),
+        "a",
+        rank=0,
+        tensors=wanted,
+        options=LoadOptions(verify="digest"),
+    )
     assert_same(model, source)
 
 
@@ -218,7 +227,7 @@ def test_shards_say_which_part_a_plain_parameter_is(
         "a",
         model,
         shards={"weight": Shard((8, 6), (4, 0)), "bias": Shard((8,), (4,))},
-        verify="header",
+        options=LoadOptions(verify="header"),
     )
     assert torch.equal(model.weight, source.weight[4:])
     assert torch.equal(model.bias, source.bias[4:])

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from engine_loader import InProcessEngine, LoaderError, Publication, load, publish
+from engine_loader import InProcessEngine, LoaderError, Publication, PublishOptions, load, publish
 from engine_loader.errors import MemoryInUse, TensorsUnusable
 from engine_loader.tensors.uses import USES
 from engine_registry import ModelIdentity, Registry, RegistryError
@@ -82,8 +82,7 @@ class PublicationMachine(RuleBasedStateMachine):
             world_size=1,
             tensors=self.tensors,
             model=MODEL,
-            digests=digests,
-            ttl_s=2.0,
+            options=PublishOptions(digests=digests, ttl_s=2.0),
         )
         self.open.append(self.publication)
         self.vouched, self.listed = Origin(self.launch, 0), True

@@ -40,6 +40,7 @@ from engine_registry.schema.keyvalue import Put
 from engine_registry.watching.election import Election
 from tests.integration.conftest import Processes, line_of
 from tests.support.engines import Interrupted
+from tests.support.options import for_start
 from tests.support.processes.start import MODEL, content
 from tests.support.ranks import register
 from tests.support.waiting import wait_until
@@ -76,7 +77,7 @@ def start(
         **options,
     }
     return load_or_seed(
-        registry, engine, MODEL, zeros() if tensors is None else tensors, **arguments
+        registry, engine, MODEL, zeros() if tensors is None else tensors, **for_start(arguments)
     )
 
 

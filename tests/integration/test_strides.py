@@ -25,17 +25,18 @@ from engine_loader import (
     Publication,
     Shard,
     load,
+    load_full,
     publish,
 )
 from engine_loader.digests.table import digests_of
 from engine_loader.errors import TensorsUnusable, WeightsMismatch
 from engine_loader.files.weights import WholeFiles, allocate_like, write_weights
-from engine_loader.loading.full import load_full
 from engine_loader.planning.content import content_of
 from engine_loader.tensors.regions import describe
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import RecordDamaged
 from engine_registry.schema.manifest import decode, dense_strides, encode
+from tests.support.options import for_load, for_publish
 
 Offer = Callable[..., Publication]
 WHOLE = {"w": Shard((6, 4), (0, 0))}
@@ -64,7 +65,13 @@ def offer(registry: Registry) -> Iterator[Offer]:
                 **options,
             }
             return stack.enter_context(
-                publish(registry, InProcessEngine(), tensors={"w": tensor}, rank=rank, **given)
+                publish(
+                    registry,
+                    InProcessEngine(),
+                    tensors={"w": tensor},
+                    rank=rank,
+                    **for_publish(given),
+                )
             )
 
         yield offer
@@ -78,8 +85,7 @@ def load_a(registry: Registry, tensor: torch.Tensor, **options: Any) -> None:
         rank=0,
         tensors={"w": tensor},
         timeout_s=2.0,
-        verify="digest",
-        **options,
+        **for_load({"verify": "digest", **options}),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from engine_loader import (
     InProcessEngine,
+    LoadOptions,
     Progress,
     Publication,
     Shard,
@@ -31,6 +32,7 @@ from tests.integration.test_load import Tensors, assert_equal, like, weights
 from tests.support.engines import Interrupted
 from tests.support.launches import Origin as LaunchOrigin
 from tests.support.launches import origins, the_origin, words
+from tests.support.options import for_publish
 
 
 @pytest.fixture
@@ -48,7 +50,9 @@ def offer(stack: ExitStack, registry: Registry, tensors: Tensors, **fields: obje
         "digests": True,
     }
     engine = stack.enter_context(InProcessEngine())
-    return stack.enter_context(publish(registry, engine, tensors=tensors, **{**defaults, **fields}))  # type: ignore[arg-type]
+    return stack.enter_context(
+        publish(registry, engine, tensors=tensors, **for_publish({**defaults, **fields}))
+    )
 
 
 # -- digests
@@ -60,10 +64,24 @@ def test_digests_of_all_tensors_are_compared_also_after_an_update(
 ) -> None:
     source, destination = weights(), like(weights())
     publication = offer(stack, registry, source)
-    load(registry, InProcessEngine(), "a", rank=0, tensors=destination, verify="digest")
+    load(
+        registry,
+        InProcessEngine(),
+        "a",
+        rank=0,
+        tensors=destination,
+        options=LoadOptions(verify="digest"),
+    )
     with publication.update():
         source["layer.0"].mul_(2)
-    report = load(registry, InProcessEngine(), "a", rank=0, tensors=destination, verify="digest")
+    report = load(
+        registry,
+        InProcessEngine(),
+        "a",
+        rank=0,
+        tensors=destination,
+        options=LoadOptions(verify="digest"),
+    )
     assert (report.version, report.nbytes) == (
         1,
         load(registry, InProcessEngine(), "a", rank=0, tensors=destination).nbytes,
@@ -80,7 +98,14 @@ def test_one_flipped_bit_is_found_and_the_tensor_named(
     with pytest.raises(
         DigestMismatch, match=r"1 of 8 tensors are not what /engines/a/0 published.*layer\.1"
     ) as caught:
-        load(registry, InProcessEngine(), "a", rank=0, tensors=destination, verify="digest")
+        load(
+            registry,
+            InProcessEngine(),
+            "a",
+            rank=0,
+            tensors=destination,
+            options=LoadOptions(verify="digest"),
+        )
     assert caught.value.details["tensors"] == ["layer.1"]
     assert sorted(caught.value.details["complete"]) == sorted(set(source) - {"layer.1"})
 
@@ -94,11 +119,23 @@ def test_a_source_without_digests_is_refused_before_a_byte_moves_or_passed_over(
         DigestsMissing,
         match="/engines/a/0 offers no digests: publish its weights with digests=True",
     ):
-        load(registry, InProcessEngine(), "a", rank=0, tensors=destination, verify="digest")
+        load(
+            registry,
+            InProcessEngine(),
+            "a",
+            rank=0,
+            tensors=destination,
+            options=LoadOptions(verify="digest"),
+        )
     assert not destination["layer.0"].any()
     offer(stack, registry, weights(), instance="b")
     report = load(
-        registry, InProcessEngine(), ["a", "b"], rank=0, tensors=destination, verify="digest"
+        registry,
+        InProcessEngine(),
+        ["a", "b"],
+        rank=0,
+        tensors=destination,
+        options=LoadOptions(verify="digest"),
     )
     assert [share.name for share in report.shares] == ["/engines/b/0"]
 
@@ -138,13 +175,27 @@ def test_a_version_that_is_asked_for_is_loaded_or_refused(
 ) -> None:
     publication = offer(stack, registry, weights(), version=7)
     assert (
-        load(registry, InProcessEngine(), "a", rank=0, tensors=like(weights()), version=7).version
+        load(
+            registry,
+            InProcessEngine(),
+            "a",
+            rank=0,
+            tensors=like(weights()),
+            options=LoadOptions(version=7),
+        ).version
         == 7
     )
     with publication.update():
         pass
     with pytest.raises(VersionUnavailable, match="version 7 is not served: a has 8"):
-        load(registry, InProcessEngine(), "a", rank=0, tensors=like(weights()), version=7)
+        load(
+            registry,
+            InProcessEngine(),
+            "a",
+            rank=0,
+            tensors=like(weights()),
+            options=LoadOptions(version=7),
+        )
 
 
 def test_ranks_loaded_together_are_of_one_version_though_the_source_goes_on_in_between(
@@ -171,7 +222,7 @@ def test_ranks_loaded_together_are_of_one_version_though_the_source_goes_on_in_b
         InProcessEngine(),
         "a",
         tensors=dict(enumerate(wanted)),
-        progress=lambda progress: go_on(progress),
+        options=LoadOptions(progress=lambda progress: go_on(progress)),
     )
     assert [reports[rank].version for rank in range(2)] == [1, 1]
     for found, source in zip(wanted, sources, strict=True):
@@ -300,7 +351,7 @@ def test_however_many_replicas_along_dp_hold_something_else_the_rank_itself_is_r
             rank=rank,
             tensors=destination,
             shards=shards,
-            max_sources=1,
+            options=LoadOptions(max_sources=1),
         )
         assert [share.name for share in report.shares] == [f"/engines/a/{rank}"]
         assert bool((destination["experts"] == rank).all())
@@ -326,7 +377,12 @@ def test_of_more_sources_than_are_wanted_only_so_many_are_read(
         offer(stack, registry, weights(), instance=instance)
     stack.enter_context(registry.pull(registry.ranks("a")[0]) or ExitStack())
     report = load(
-        registry, InProcessEngine(), ["a", "b", "c"], rank=0, tensors=like(weights()), max_sources=2
+        registry,
+        InProcessEngine(),
+        ["a", "b", "c"],
+        rank=0,
+        tensors=like(weights()),
+        options=LoadOptions(max_sources=2),
     )
     assert {share.name for share in report.shares} == {
         "/engines/b/0",

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from engine_loader import MooncakeEngine, Pace, Progress, load
+from engine_loader import LoadOptions, MooncakeEngine, Pace, Progress, load
 from engine_registry import Pull, RankRecord, RankState, Registry
 from engine_registry.schema.keyvalue import Put
 from engine_registry.schema.pull_ticket import Reader
@@ -56,8 +56,7 @@ def half_way(
                 "a",
                 rank=0,
                 tensors=tensors,
-                pace=PACE,
-                progress=wait_at_half,
+                options=LoadOptions(pace=PACE, progress=wait_at_half),
                 publish=publish or False,
             )
             if report.publication is not None:

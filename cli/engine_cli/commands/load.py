@@ -219,7 +219,7 @@ class _Loading:
                 "check reads by: load it with SGLang, through `engines gateway`"
             )
         with held_back():
-            from engine_loader import MooncakeEngine, Replica, load
+            from engine_loader import LoadOptions, MooncakeEngine, PublishOptions, Replica, load
             from engine_loader.files.format import check_storable
             from engine_loader.files.weights import allocate_like, shards_like, write_weights
 
@@ -241,14 +241,18 @@ class _Loading:
                 tensors=tensors,
                 shards=shards_like(manifest),
                 timeout_s=self.wait_s,
-                verify="digest" if self.verify else "header",
-                contents=None if replica is None else [one.content for one in records],
+                options=LoadOptions(
+                    verify="digest" if self.verify else "header",
+                    contents=None if replica is None else [one.content for one in records],
+                    progress=on_progress,
+                ),
                 world_size=record.world_size,
                 topology=record.topology,
-                publish=Replica(replica, digests=True, on_state=endings.on_state)
+                publish=Replica(
+                    replica, options=PublishOptions(digests=True, on_state=endings.on_state)
+                )
                 if replica is not None
                 else False,
-                progress=on_progress,
             )
         if report.publication is not None:
             self.stack.enter_context(report.publication)
@@ -260,15 +264,14 @@ class _Loading:
         files = None
         if self.folder is not None:
             with held_back():
-                from engine_loader.files.weights import WholeFiles
+                from engine_loader import WholeFiles
 
             files = WholeFiles(self.folder, force=self.force)
         with self.connect() as registry, engine_log():
             records = registry.resolve(self.instances, self.wait_s)
             name = records[0].instance
             with held_back():
-                from engine_loader import MooncakeEngine
-                from engine_loader.loading.full import load_full
+                from engine_loader import LoadOptions, MooncakeEngine, load_full
                 from engine_loader.planning.whole import MAX_FILE_NBYTES
 
             with (
@@ -285,8 +288,9 @@ class _Loading:
                     files=files,
                     max_file_nbytes=max_file_nbytes or MAX_FILE_NBYTES,
                     timeout_s=self.wait_s,
-                    verify="digest" if self.verify else "header",
-                    progress=on_progress,
+                    options=LoadOptions(
+                        verify="digest" if self.verify else "header", progress=on_progress
+                    ),
                 )
         return report, files.paths if files is not None else []
 

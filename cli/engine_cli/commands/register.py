@@ -162,7 +162,13 @@ def command(
     listed = read_boxes(Path(boxes_path)) if boxes_path is not None else {}
     with serve_metrics(), connect() as registry, engine_log():
         with held_back():
-            from engine_loader import MooncakeEngine, Shard, load_or_seed, publish
+            from engine_loader import (
+                MooncakeEngine,
+                PublishOptions,
+                Shard,
+                load_or_seed,
+                publish,
+            )
             from engine_loader.files.folder import files_of
             from engine_loader.files.stored import Files
             from engine_loader.files.weights import memory_for, read_weights
@@ -178,25 +184,35 @@ def command(
         )
         identity = ModelIdentity(model or instance, revision)
         endings = Endings()
-        options: dict[str, Any] = {
+        where: dict[str, Any] = {
             "instance": instance,
             "rank": rank,
             "world_size": world_size,
             "shards": {name: Shard(*box) for name, box in boxes.items()},
             "topology": places,
-            "generation": generation,
-            "version": version,
-            "digests": True,
-            "ttl_s": ttl,
-            "on_state": endings.on_state,
         }
+        options = PublishOptions(
+            generation=generation,
+            version=version,
+            digests=True,
+            ttl_s=ttl,
+            on_state=endings.on_state,
+        )
         with ExitStack() as stack:
             engine = stack.enter_context(MooncakeEngine(host or registry.local_address(), protocol))
             seeded = None
             if from_peers:
                 with raised():
                     seeded = stack.enter_context(
-                        load_or_seed(registry, engine, identity, tensors, fallback=paths, **options)
+                        load_or_seed(
+                            registry,
+                            engine,
+                            identity,
+                            tensors,
+                            **where,
+                            fallback=paths,
+                            publish=options,
+                        )
                     )
                 if seeded.unpublished is not None:
                     raise seeded.unpublished
@@ -204,7 +220,9 @@ def command(
             publication = seeded.publication if seeded is not None else None
             if publication is None:
                 publication = stack.enter_context(
-                    publish(registry, engine, tensors=tensors, model=identity, **options)
+                    publish(
+                        registry, engine, **where, tensors=tensors, model=identity, options=options
+                    )
                 )
             record = publication.record
             click.echo(

@@ -29,7 +29,7 @@ from engine_loader.planning.reads import Costs, Span
 from engine_loader.tensors.cuda import wait_for
 from engine_loader.tensors.regions import Shard, describe, devices_of, local_parts
 from engine_loader.tensors.writable import check_writable
-from engine_loader.transfer.scheduler import OnProgress, Progress
+from engine_loader.transfer.progress import OnProgress, Progress
 from engine_loader.transfer.staging import Staging
 from engine_registry import Manifest
 from engine_registry.telemetry.logs import fields

@@ -257,6 +257,7 @@ class WholeFiles:
 
     @property
     def paths(self) -> list[Path]:
+        """The files as they are named in the folder, the index last."""
         return [self._folder / name for name in self._names]
 
     def begin(self, files: Sequence[Sequence[Whole]]) -> None:

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -31,9 +29,10 @@ from torch.futures import Future
 
 from engine_loader.engines.base import Engine
 from engine_loader.errors import LoaderError, TornRead, VersionUnavailable
-from engine_loader.loading.load import Verify, load
+from engine_loader.loading.load import load
 from engine_loader.loading.report import LoadReport
 from engine_loader.loading.together import load_together
+from engine_loader.options import LoadOptions, refuse
 from engine_loader.planning.boxes import Box
 from engine_loader.planning.matching import entry_box
 from engine_loader.sources.catalogue import Catalogue, read_catalogue
@@ -41,12 +40,15 @@ from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.regions import Shard, dtype_named, strides_of
 from engine_loader.tensors.state_dict import decode_value
 from engine_loader.tensors.usable import is_dense
-from engine_loader.transfer.pace import Pace
-from engine_loader.transfer.scheduler import OnProgress
 from engine_registry import Registry, TensorEntry
 from engine_registry.errors import RecordDamaged, RegistryError
 from engine_registry.watching.waiting import Wanted
 
+_REFUSED = {
+    "version": "leave it out: all processes load the newest version that any has found",
+    "contents": "leave it out: all processes load the contents of that version",
+    "partial": "leave it out: the source may always have more tensors",
+}
 _Wanted = tuple[int, tuple[str, ...]]  # a version, and the contents of its ranks
 
 
@@ -97,24 +99,30 @@ class EngineReader(StorageReader):
         *,
         rank: int | None = None,
         timeout_s: float = 60.0,
-        verify: Verify = "header",
-        max_sources: int = 4,
-        pace: Pace | None = None,
-        progress: OnProgress | None = None,
-        cancel: threading.Event | None = None,
+        options: LoadOptions = LoadOptions(),
     ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            registry: Finds the sources.
+            engine: Reads their memory.
+            source: As for `load`.
+            rank: The source's rank that tensors without a box are taken from. By default that of
+                this process in its job, if the job has as many ranks as the source.
+            timeout_s: How many seconds to wait until a source is ready.
+            options: How to choose, read and check; see LoadOptions. Without `version`, `contents`
+                and `partial`.
+
+        Raises:
+            InvalidField: An option cannot be honoured.
+        """
+        refuse(options, "EngineReader", _REFUSED)
         self._registry = registry
         self._engine = engine
         self._source = source
         self._rank = rank
         self._timeout_s = timeout_s
-        self._options: dict[str, Any] = {
-            "verify": verify,
-            "max_sources": max_sources,
-            "pace": pace,
-            "progress": progress,
-            "cancel": cancel,
-        }
+        self._options = options
         self._catalogue: Catalogue | None = None
         self.reports: list[LoadReport] = []
 
@@ -253,10 +261,8 @@ class EngineReader(StorageReader):
             rank=self._known.rank,
             tensors={one.name: one.tensor if one.buffer is None else one.buffer for one in targets},
             shards={one.name: one.shard for one in targets if one.shard is not None},
-            contents=contents,
             timeout_s=wait_s,
-            partial=True,
-            **self._options,
+            options=replace(self._options, contents=contents, partial=True),
         )
 
     def _saved(self, name: str) -> io.BytesIO:

@@ -4,7 +4,6 @@ worth of memory at a time.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,18 +13,25 @@ import torch
 from engine_loader.engines.base import Engine
 from engine_loader.errors import LoaderError
 from engine_loader.files.weights import WholeFiles, allocate, block_of, extent, with_strides
-from engine_loader.loading.load import Verify, load
+from engine_loader.loading.load import load
 from engine_loader.loading.report import LoadReport
 from engine_loader.loading.together import load_together
+from engine_loader.options import LoadOptions, refuse
 from engine_loader.planning.content import content_of_parts
 from engine_loader.planning.whole import MAX_FILE_NBYTES, Whole, into_files, whole_tensors
 from engine_loader.sources.manifests import fetch_manifests
 from engine_loader.sources.search import Search
 from engine_loader.tensors.regions import Shard, dtype_named
 from engine_loader.transfer.pipe import Share
-from engine_loader.transfer.scheduler import OnProgress, Progress
+from engine_loader.transfer.progress import OnProgress, Progress
 from engine_registry import Manifest, RankRecord, Registry
 from engine_registry.watching.waiting import Wanted
+
+_REFUSED = {
+    "version": "leave it out: the newest version is loaded",
+    "contents": "leave it out: all files are of the contents that are found first",
+    "partial": "leave it out: all tensors are loaded",
+}
 
 
 def load_full(
@@ -36,32 +42,36 @@ def load_full(
     files: WholeFiles | None = None,
     max_file_nbytes: int = MAX_FILE_NBYTES,
     timeout_s: float = 60.0,
-    verify: Verify = "header",
-    max_sources: int = 4,
-    progress: OnProgress | None = None,
-    cancel: threading.Event | None = None,
+    options: LoadOptions = LoadOptions(),
 ) -> LoadReport:
-    """Reads all tensors of `source`, as in `load`, and writes them to `files`; without, it only
-    reads them.
+    """Reads all tensors of an instance, whole, and writes them to files.
 
-    All are of one content, or it raises: where the source is updated or started again in between,
-    all are loaded again. Takes the memory of one file, `max_file_nbytes` or the largest tensor. The
-    report is of all files together; its `seconds` are without the writing. Raises WeightsMismatch
-    before a byte has moved, where ranks do not say which part of the whole their tensors are, or do
-    not have all of it; else what `load` raises, and WeightsFileInvalid.
+    All tensors are of one content. If the source is updated or started again in between, all are
+    loaded again. The call takes the memory of one file.
+
+    Args:
+        registry: Finds the sources.
+        engine: Reads their memory.
+        source: As for `load`.
+        files: Where to write. None only reads the tensors.
+        max_file_nbytes: Bytes of tensors in one file, at most. A larger tensor has a file for
+            itself.
+        timeout_s: How many seconds to wait until a source is ready.
+        options: How to choose, read and check; see LoadOptions. Without `version`, `contents` and
+            `partial`.
+
+    Returns:
+        What the loads of all files did together. Its `seconds` are without the writing.
+
+    Raises:
+        WeightsMismatch: Ranks do not say which part of the whole their tensors are, or do not have
+            all of it. No byte has moved.
+        WeightsFileInvalid: A file cannot be written.
+        LoaderError: What `load` raises.
+        RegistryError: What `load` raises.
     """
-    full = _Full(
-        registry,
-        engine,
-        source,
-        files,
-        max_file_nbytes,
-        timeout_s,
-        verify,
-        max_sources,
-        progress,
-        cancel,
-    )
+    refuse(options, "load_full", _REFUSED)
+    full = _Full(registry, engine, source, files, max_file_nbytes, timeout_s, options)
     return full.run()
 
 
@@ -73,10 +83,7 @@ class _Full:
     out: WholeFiles | None
     max_file_nbytes: int
     timeout_s: float
-    verify: Verify
-    max_sources: int
-    progress: OnProgress | None
-    cancel: threading.Event | None
+    options: LoadOptions
     write_s: float = 0.0
 
     def run(self) -> LoadReport:
@@ -151,22 +158,17 @@ class _Full:
                 if not whole.opaque
             },
             timeout_s=wait_s,
-            verify=self.verify,
-            contents=contents,
-            max_sources=self.max_sources,
-            partial=True,
-            progress=progress,
-            cancel=self.cancel,
+            options=replace(self.options, contents=contents, partial=True, progress=progress),
         )
 
     def _part_of_progress(
         self, done_nbytes: int, nbytes: int, total_nbytes: int
     ) -> OnProgress | None:
         """A load counts what it reads, which may be more than the tensors have."""
-        tell = self.progress
-        if tell is None:
+        on_progress = self.options.progress
+        if on_progress is None:
             return None
-        return lambda part: tell(
+        return lambda part: on_progress(
             Progress(done_nbytes + nbytes * part.nbytes // max(1, part.total_nbytes), total_nbytes)
         )
 

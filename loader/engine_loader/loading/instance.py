@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from engine_loader.engines.base import Engine
-from engine_loader.loading.load import Verify, load
+from engine_loader.loading.load import load
 from engine_loader.loading.report import LoadReport
 from engine_loader.loading.together import load_together
+from engine_loader.options import LoadOptions, refuse
 from engine_loader.sources.catalogue import ranks_of_best
 from engine_loader.tensors.regions import Shard
-from engine_loader.transfer.scheduler import OnProgress
 from engine_registry import Registry
 from engine_registry.errors import InvalidField
 from engine_registry.watching.waiting import Wanted
+
+_REFUSED = {
+    "version": "leave it out: the newest version is loaded",
+    "contents": "leave it out: all ranks are loaded in the contents that are found first",
+}
 
 
 def load_instance(
@@ -28,16 +33,30 @@ def load_instance(
     tensors: Mapping[int, Mapping[str, torch.Tensor]],
     shards: Mapping[int, Mapping[str, Shard]] | None = None,
     timeout_s: float = 60.0,
-    verify: Verify = "header",
-    max_sources: int = 4,
-    progress: OnProgress | None = None,
-    cancel: threading.Event | None = None,
+    options: LoadOptions = LoadOptions(),
 ) -> dict[int, LoadReport]:
-    """As `load`, for the tensors of several ranks, by rank, one after another: all of one launch
-    and version, or an error.
+    """Loads several ranks into one process, one after another.
 
-    Where the source is updated or started again in between all are loaded again.
+    All ranks come from one launch and one version. If the source is updated or started again in
+    between, all ranks are loaded again.
+
+    Args:
+        registry: Finds the sources.
+        engine: Reads their memory.
+        source: As for `load`.
+        tensors: The tensors to fill, by name, for each rank.
+        shards: Which box of the whole a tensor is, by name, for each rank.
+        timeout_s: How many seconds to wait until a source is ready.
+        options: How to choose, read and check; see LoadOptions. Without `version` and `contents`.
+
+    Returns:
+        What each load did, by rank.
+
+    Raises:
+        LoaderError: What `load` raises.
+        RegistryError: What `load` raises.
     """
+    refuse(options, "load_instance", _REFUSED)
     if not tensors:
         raise InvalidField("there are no ranks to load", field="tensors")
 
@@ -45,6 +64,7 @@ def load_instance(
         ranks = ranks_of_best(
             registry, engine, source, next(iter(tensors)), time.monotonic() + wait_s
         )
+        pinned = replace(options, contents=[record.content for record in ranks])
         return {
             rank: load(
                 registry,
@@ -54,11 +74,7 @@ def load_instance(
                 tensors=of_rank,
                 shards=(shards or {}).get(rank),
                 timeout_s=wait_s,
-                verify=verify,
-                contents=[record.content for record in ranks],
-                max_sources=max_sources,
-                progress=progress,
-                cancel=cancel,
+                options=pinned,
             )
             for rank, of_rank in tensors.items()
         }

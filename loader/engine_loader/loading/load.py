@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
@@ -25,6 +24,7 @@ from engine_loader.errors import (
     WeightsMismatch,
 )
 from engine_loader.loading.report import LoadReport, summed
+from engine_loader.options import LoadOptions, Verify
 from engine_loader.planning.plan import Planner
 from engine_loader.planning.reads import Span
 from engine_loader.publishing.replica import Replica, Republication, as_replica
@@ -38,19 +38,19 @@ from engine_loader.tensors.regions import Shard
 from engine_loader.tensors.uses import USES
 from engine_loader.transfer.pace import Pace, pace_for, pace_in_chain
 from engine_loader.transfer.pipe import Share
+from engine_loader.transfer.progress import OnProgress, Progress
 from engine_loader.transfer.received import Haul
-from engine_loader.transfer.scheduler import OnProgress, Progress, Transfer
+from engine_loader.transfer.scheduler import Transfer
 from engine_loader.transfer.staging import Staging
 from engine_registry import Manifest, ModelIdentity, Place, RankRecord, Registry, failpoints
 from engine_registry.errors import InvalidField, RegistryError
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.registration.writes import SOURCE_EVICTED
-from engine_registry.schema.numbers import seconds, whole, whole_or_none
+from engine_registry.schema.numbers import seconds
 from engine_registry.telemetry.logs import fields
 from engine_registry.watching.waiting import Wanted
 
 log = logging.getLogger(__name__)
-Verify = Literal["header", "digest"]
 _STAGING_NBYTES = 48 << 20  # for what is not read straight to its place
 # of a read that is torn by an update of the source, with about a second of waiting between them in
 # all
@@ -62,59 +62,76 @@ def load(
     engine: Engine,
     source: Wanted,
     *,
-    rank: int | None = None,
     tensors: Mapping[str, torch.Tensor],
+    rank: int | None = None,
     shards: Mapping[str, Shard] | None = None,
     timeout_s: float = 60.0,
-    verify: Verify = "header",
-    version: int | None = None,
-    contents: Sequence[str] | None = None,
     world_size: int | None = None,
     topology: Mapping[str, tuple[int, int]] | None = None,
-    max_sources: int = 4,
-    partial: bool = False,
     publish: bool | str | Replica = False,
-    pipelined: bool = True,
-    pace: Pace | None = None,
-    progress: OnProgress | None = None,
-    cancel: threading.Event | None = None,
+    options: LoadOptions = LoadOptions(),
 ) -> LoadReport:
-    """Fills `tensors` in place with those of `rank` of the instance `source`, of several that are
-    named, or of any that serves a ModelIdentity; from up to `max_sources` that have the same
-    content of the same model, at once.
+    """Fills tensors in place with the weights of running ranks.
 
-    Sources have the same content where digests prove it, or where one has loaded from the other.
-    `contents` are those that the ranks of the source have to have, by rank, as
-    `InstanceStatus.contents` gives them: so several processes load the same weights. `world_size`
-    and `topology` say which place `rank` is, for tensors that do not say which part of the whole
-    they are.
+    The tensors are those of `rank`, or any parts of the whole. They come from up to
+    `options.max_sources` ranks with the same content of the same model, at once. Sources have the
+    same content where digests prove it, or where one has loaded from the other.
 
-    DTensors, and tensors that say in `shards` which box of the whole they are, may be filled from
-    ranks of another layout, each of which holds a part, if all are such. `rank` is then only a hint
-    to who may hold the same, and may be None; and the source may have more tensors, as it may with
-    `partial`. A Destination saves looking at the tensors where they are loaded again and again.
+    DTensors, and tensors with a shard, say which box of the whole they are. If all do, ranks of
+    another layout may be sources, and the source may have more tensors. `rank` is then only a hint
+    which rank may hold the same.
 
-    For a ModelIdentity and a `rank` that rank will do, of any instance of the model, whatever else
-    of it there is; and so will one that is still loading, for what it has by then, unless
-    `pipelined` is False or digests are to be verified. With `publish`, which names an instance (see
-    Replica), the rank that is filled becomes such a source, and a complete one in the end:
-    `report.publication`, which the caller closes. So many that load at once, each from the one
-    before it, take little longer than one.
+    For a ModelIdentity and a `rank`, that rank is enough, of any instance of the model, whatever
+    else of it is there. A rank that is still loading is also a source then, for the parts that it
+    has by then, unless `options.pipelined` is False or digests are verified. With `publish`, the
+    rank that is filled becomes such a source itself. So many ranks that load at once, each from
+    the one before it, take little longer than one.
 
-    Waits up to `timeout_s` for an instance to be ready; from then on it takes as long as bytes keep
-    coming (see `Pace`). `cancel`, set from any thread, ends it with Cancelled. That all bytes are
-    of one content is always checked; with `verify="digest"` the bytes of each tensor are, too.
-    Nobody else may fill the tensors meanwhile, and published ones are filled only inside their
-    publication's `update()`: MemoryInUse. Raises WeightsMismatch and DigestsMissing before a byte
-    has moved; SourceLost, Stalled, TornRead or Cancelled when the tensors may hold a part
-    (`details["complete"]` names those that are whole); DigestMismatch; VersionUnavailable,
-    SourceUnreachable; what `Registry.resolve` raises, and with `publish`, what `publish` does;
-    TensorsUnusable, also where a tensor was given other memory meanwhile. Nothing stays published
-    then.
+    Nobody else may fill the tensors meanwhile. Published tensors are filled only inside their
+    publication's `update()`. Nothing stays published if the load raises.
+
+    Args:
+        registry: Finds the sources.
+        engine: Reads their memory.
+        source: The name of an instance, several names, or a ModelIdentity, which stands for any
+            instance that serves it.
+        tensors: The tensors to fill, by name. A `Destination` saves the inspection of tensors that
+            are filled again and again.
+        rank: The rank of the source whose tensors these are. It may be None if every tensor says
+            which box of the whole it is.
+        shards: Which box of the whole a tensor is, by name.
+        timeout_s: How many seconds to wait until a source is ready. From then on the load takes as
+            long as bytes keep coming (see `Pace`).
+        world_size: How many ranks the instance has that `rank` is counted in. Only for tensors that
+            do not say which box they are.
+        topology: The place of `rank` along each parallel axis: (index, size) by axis. Only for
+            tensors that do not say which box they are.
+        publish: Publishes the rank that is filled: the name of an instance, a Replica, or True for
+            a name that follows from the source's. The report's `publication` is the caller's to
+            close.
+        options: How to choose, read and check; see LoadOptions.
+
+    Returns:
+        What the load did.
+
+    Raises:
+        WeightsMismatch: Source and destination differ. No byte has moved.
+        DigestsMissing: Digests were to be verified, and the source has none. No byte has moved.
+        SourceLost: Every source went away. The tensors may hold a part; `details["complete"]` names
+            those that are whole.
+        Stalled: The last source is there, and nothing comes from it. As SourceLost.
+        TornRead: The weights changed in every try. As SourceLost.
+        Cancelled: `options.cancel` was set. As SourceLost.
+        DigestMismatch: Tensors are not what their source published.
+        VersionUnavailable: The version or the contents are not served.
+        SourceUnreachable: There are sources, and this engine can read none of them.
+        MemoryInUse: The memory is published, or another load fills it.
+        TensorsUnusable: Tensors cannot be filled, or were given other memory meanwhile.
+        InvalidField: An argument is not valid; `details["field"]` names it.
+        RegistryError: What `Registry.resolve` raises; with `publish`, what `publish` raises.
     """
-    timeout_s, max_sources = seconds("timeout_s", timeout_s), whole("max_sources", max_sources, 1)
-    rank, version = whole_or_none("rank", rank), whole_or_none("version", version)
-    place = Place(rank, world_size, topology or {}) if rank is not None else None
+    timeout_s = seconds("timeout_s", timeout_s)
+    place = _place(rank, world_size, topology)
     if isinstance(tensors, Destination) and shards is not None:
         raise InvalidField(
             "a Destination says which boxes its tensors are: give no shards besides", field="shards"
@@ -124,21 +141,19 @@ def load(
     dst, devices = destination.manifest, destination.devices
     if not source:
         raise InvalidField("no instance to load from", field="source")
-    if verify not in ("header", "digest"):
-        raise InvalidField(f"verify {verify!r} is not valid: say header or digest", field="verify")
     boxes = not any(entry.opaque for entry in dst.tensors)
-    if rank is None and not boxes:
+    if place is None and not boxes:
         first = next(entry.name for entry in dst.tensors if entry.opaque)
         raise InvalidField(
             f"{first} does not say which part of the whole it is: say in `shards`, or from "
             "which `rank`",
             field="rank",
         )
-    pace = pace or pace_for(engine.protocol)
+    pace = options.pace or pace_for(engine.protocol)
     replica = as_replica(publish, source)
     if replica is not None:
         pace = pace_in_chain(pace, dst.nbytes)
-    by_rank = isinstance(source, ModelIdentity) and rank is not None
+    by_rank = isinstance(source, ModelIdentity) and place is not None
     search = Search(
         registry,
         engine,
@@ -146,11 +161,11 @@ def load(
         place,
         dst,
         boxes,
-        version,
-        contents,
-        max_sources,
+        options.version,
+        options.contents,
+        options.max_sources,
         by_rank,
-        pipelined=by_rank and pipelined and verify == "header",
+        pipelined=by_rank and options.pipelined and options.verify == "header",
         hop=max(8 * pace.chunk_nbytes, pace.hop_nbytes) / max(dst.nbytes, 1),
     )
     destination.check_in_place(
@@ -163,7 +178,9 @@ def load(
         undo.callback(wait_for, devices)  # nothing is on its way to the tensors any more
         wait_for(devices)  # nor anything that was begun before
         own = (
-            Republication(registry, engine, replica, rank, destination, pace.chunk_nbytes, filling)
+            Republication(
+                registry, engine, replica, search.rank, destination, pace.chunk_nbytes, filling
+            )
             if replica is not None
             else None
         )
@@ -171,12 +188,12 @@ def load(
             search=search,
             destination=destination,
             dst=dst,
-            planner=Planner(dst, pace.costs, boxes or partial),
+            planner=Planner(dst, pace.costs, boxes or options.partial),
             deadline=time.monotonic() + timeout_s,
-            verify=verify,
+            verify=options.verify,
             pace=pace,
-            on_progress=progress or _ignore,
-            cancel=cancel or threading.Event(),
+            on_progress=options.progress or _ignore,
+            cancel=options.cancel or threading.Event(),
             haul=Haul(dst),
             replica=own,
         ).run()
@@ -568,6 +585,21 @@ class _Load:
             sources=[candidate.record.key for candidate in candidates],
             complete=complete,
         )
+
+
+def _place(
+    rank: int | None, world_size: int | None, topology: Mapping[str, tuple[int, int]] | None
+) -> Place | None:
+    if rank is not None:
+        return Place(rank, world_size, topology or {})
+    for field_name, value in {"world_size": world_size, "topology": topology}.items():
+        if value is not None:
+            raise InvalidField(
+                f"`{field_name}` is given without the rank that it is about",
+                f"say `rank` as well, or leave `{field_name}` out",
+                field=field_name,
+            )
+    return None
 
 
 def _names(candidates: Sequence[Candidate]) -> str:

@@ -16,6 +16,8 @@ from engine_loader.engines.base import Engine
 from engine_loader.errors import TensorsUnusable, listed
 from engine_loader.loading.load import load
 from engine_loader.loading.report import LoadReport
+from engine_loader.options import LoadOptions
+from engine_loader.publishing.replica import Replica
 from engine_loader.sources.catalogue import Catalogue, read_catalogue
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.regions import Shard
@@ -35,22 +37,45 @@ def load_module(
     device: torch.device | str | None = None,
     shards: Mapping[str, Shard] | None = None,
     timeout_s: float = 60.0,
-    **options: Any,
+    world_size: int | None = None,
+    topology: Mapping[str, tuple[int, int]] | None = None,
+    publish: bool | str | Replica = False,
+    options: LoadOptions = LoadOptions(),
 ) -> LoadReport:
-    """Fills what `module.state_dict()` has: parameters and persistent buffers. `options` are those
-    of `load`.
+    """Fills a torch module with the weights of a running instance.
 
-    Where the source says of a tensor which box of the whole its ranks hold, a plain one here stands
-    for the whole, unless it has a shard; else for what the same rank has: `rank`, by default that
-    of this process in its job, if that has as many as the source.
+    All entries of `module.state_dict()` are filled: parameters and persistent buffers. Where the
+    ranks of the source say which box of the whole they hold, a plain tensor here stands for the
+    whole, unless it has a shard. Else it stands for the tensor of the same rank.
 
-    What is on the meta device gets memory on `device` (by default that of its mesh, or torch's
-    default device, or the host's memory where that is meta), and takes its place in the module when
-    all has been loaded; weights that are tied stay tied. Whatever fails before, the module stays as
-    it was, but for tensors that had memory: they may hold a part, as after a `load` that failed.
+    A tensor on the meta device gets memory, and takes its place in the module once everything has
+    been loaded. Tied weights stay tied. If the load fails, the module stays as it was. Only tensors
+    that had memory before may hold a part then, as after a `load` that failed.
 
-    Raises what `load` raises, and TensorsUnusable where a buffer that no state dict has is on the
-    meta device.
+    Args:
+        registry: Finds the sources.
+        engine: Reads their memory.
+        source: As for `load`.
+        module: The module to fill, in place.
+        rank: The rank of the source whose tensors these are. By default that of this process in
+            its job, if the job has as many ranks as the source.
+        device: Where tensors on the meta device get their memory. By default the device of their
+            mesh, else torch's default device, else the host's memory.
+        shards: Which box of the whole a tensor is, by name.
+        timeout_s: How many seconds to wait until a source is ready.
+        world_size: As for `load`.
+        topology: As for `load`.
+        publish: As for `load`.
+        options: How to choose, read and check; see LoadOptions.
+
+    Returns:
+        What the load did.
+
+    Raises:
+        TensorsUnusable: A buffer that no state dict has is on the meta device, or a tensor cannot
+            be filled.
+        LoaderError: What `load` raises.
+        RegistryError: What `load` raises.
     """
     start = time.monotonic()
     tensors: dict[str, torch.Tensor] = dict(module.state_dict(keep_vars=True))
@@ -72,7 +97,10 @@ def load_module(
         tensors=tensors,
         shards={**_stated(plain, tensors, catalogue), **(shards or {})},
         timeout_s=max(0.0, timeout_s - (time.monotonic() - start)),
-        **options,
+        world_size=world_size,
+        topology=topology,
+        publish=publish,
+        options=options,
     )
     for part in module.modules():
         for kind in (part.named_parameters, part.named_buffers):

@@ -23,6 +23,7 @@ from engine_loader.digests.table import DigestCell, algorithm_for
 from engine_loader.engines.base import Engine, offer, tiled
 from engine_loader.engines.region_book import Tiles
 from engine_loader.errors import LoaderError, TensorsUnusable, listed
+from engine_loader.options import PublishOptions, refuse
 from engine_loader.planning.content import content_of
 from engine_loader.publishing.header import Header, HeaderCell
 from engine_loader.tensors.cuda import can_be_opened_by_others, to_register, wait_for
@@ -40,11 +41,10 @@ from engine_registry import (
     new_incarnation,
 )
 from engine_registry.errors import RegistryError
-from engine_registry.registration.handle import OnState
 from engine_registry.registration.writes import WITHDRAWN
 from engine_registry.schema.keys import check_rank
 from engine_registry.schema.numbers import seconds
-from engine_registry.schema.record import check_topology, check_version, new_content
+from engine_registry.schema.record import check_topology, new_content
 from engine_registry.telemetry.logs import fields
 from engine_registry.telemetry.metrics import enabled
 
@@ -282,45 +282,51 @@ def publish(
     model: ModelIdentity,
     shards: Mapping[str, Shard] | None = None,
     topology: Mapping[str, tuple[int, int]] | None = None,
-    generation: str | None = None,
-    version: int = 0,
-    digests: bool = False,
-    values: Mapping[str, Any] | None = None,
-    ttl_s: float = 10.0,
-    on_state: OnState | None = None,
+    options: PublishOptions = PublishOptions(),
 ) -> Publication:
-    """Offers the tensors of this rank to loaders until the publication is closed or the process
-    ends.
+    """Offers the tensors of a rank to loaders.
 
-    Which box of the whole each is, DTensors say themselves and `shards` says of others; the rest
-    only loads into the same rank. `values` are plain data, up to 1 MiB, for `EngineReader`. With
-    `digests` loaders may verify every tensor; it costs a pass over all weights, now and with every
-    update.
+    They are offered until the publication is closed or the process ends. DTensors say themselves
+    which box of the whole they are, and `shards` says it of other tensors. A tensor without a box
+    only loads into the same rank. Nothing stays registered if the call raises, here or in etcd.
 
-    Raises TensorsUnusable, EngineFailed, or what `Registry.register` raises; nothing stays
-    registered then, here or in etcd.
+    Args:
+        registry: Where the rank is registered.
+        engine: Serves the memory.
+        instance: The name of the instance.
+        rank: The world rank of this process in the instance, from 0.
+        world_size: How many ranks the instance has, over all parallel axes.
+        tensors: The tensors, by name. A `Destination` keeps its inspection of them.
+        model: The model that the instance runs.
+        shards: Which box of the whole a tensor is, by name.
+        topology: The place of the rank along each parallel axis: (index, size) by axis.
+        options: How to publish; see PublishOptions.
+
+    Returns:
+        The publication, which the caller closes.
+
+    Raises:
+        TensorsUnusable: Tensors cannot be served, or values cannot be encoded.
+        EngineFailed: The engine cannot register the memory.
+        MemoryInUse: A load fills the memory.
+        InvalidField: An argument is not valid; `details["field"]` names it.
+        RankConflict: Another process holds the rank.
+        InstanceMismatch: The rank disagrees with its siblings.
+        KeeperFailed: The process that holds the lease cannot be started.
+        EtcdError: Etcd cannot be reached, or refuses.
     """
     rank, world_size = check_rank(rank, world_size)
-    version, topology, ttl_s = (
-        check_version(version),
-        check_topology(topology or {}),
-        seconds("ttl_s", ttl_s),
-    )
+    topology = check_topology(topology or {})
     return open_publication(
         registry,
         engine,
         tensors if isinstance(tensors, Destination) else Destination(tensors, shards),
-        values=encode_values(values or {}),
         instance=instance,
         rank=rank,
         world_size=world_size,
         model=model,
         topology=topology,
-        generation=generation,
-        version=version,
-        digests=digests,
-        ttl_s=ttl_s,
-        on_state=on_state,
+        options=options,
     )
 
 
@@ -334,12 +340,7 @@ def open_publication(
     world_size: int,
     model: ModelIdentity,
     topology: Mapping[str, tuple[int, int]] | None,
-    generation: str | None,
-    version: int,
-    digests: bool,
-    ttl_s: float,
-    on_state: OnState | None,
-    values: Mapping[str, Any] | None = None,
+    options: PublishOptions,
     block_nbytes: int = 0,
     content: str | None = None,
     filled_by: Use | None = None,
@@ -351,11 +352,13 @@ def open_publication(
     before it is complete. `content` is the one that is being loaded, where its source has stated
     it.
     """
+    values = encode_values(options.values or {})
+    version = options.version or 0
     tensors = weights.parts
     _check_can_be_served(engine, tensors)
-    manifest = replace(weights.manifest, values=values or {}, block_nbytes=block_nbytes)
+    manifest = replace(weights.manifest, values=values, block_nbytes=block_nbytes)
     device = weights.devices[0]
-    table = DigestCell(tensors, device, algorithm_for(device)) if digests else None
+    table = DigestCell(tensors, device, algorithm_for(device)) if options.digests else None
     incarnation = new_incarnation()
     with ExitStack() as undo:
         use = USES.serve(f"{instance}/{rank}", weights.runs, filled_by)
@@ -384,14 +387,14 @@ def open_publication(
             fabric=engine.fabric,
             header_addr=header.region.addr,
             incarnation=incarnation,
-            generation=generation,
+            generation=options.generation,
             topology=topology,
             version=version,
             content=content,
             state=RankState.READY if filled_by is None else RankState.LOADING,
             device=str(device),
-            ttl_s=ttl_s,
-            on_state=on_state,
+            ttl_s=options.ttl_s,
+            on_state=options.on_state,
         )
         undo.callback(registration.withdraw)
         if enabled():  # it costs a watch in etcd
@@ -425,21 +428,50 @@ def publish_state_dict(
     engine: Engine,
     state_dict: Mapping[str, Any],
     *,
+    instance: str,
+    rank: int,
+    world_size: int,
+    model: ModelIdentity,
     shards: Mapping[str, Shard] | None = None,
-    **options: Any,
+    topology: Mapping[str, tuple[int, int]] | None = None,
+    options: PublishOptions = PublishOptions(),
 ) -> Publication:
-    """`publish` for what torch's distributed checkpoint would save: nested, with DTensors, and with
-    values that are no tensors.
+    """Publishes a state dict as torch's distributed checkpoint would save it.
 
-    Plain tensors without a shard stand for the whole, as they do there. `options` are those of
-    `publish`.
+    It may be nested, and hold DTensors and values that are no tensors. A plain tensor without a
+    shard stands for the whole, as in a distributed checkpoint.
+
+    Args:
+        registry: Where the rank is registered.
+        engine: Serves the memory.
+        state_dict: Tensors and plain data by name, nested as the caller likes.
+        instance: The name of the instance.
+        rank: The world rank of this process in the instance, from 0.
+        world_size: How many ranks the instance has, over all parallel axes.
+        model: The model that the instance runs.
+        shards: Which box of the whole a tensor is, by its flattened name.
+        topology: The place of the rank along each parallel axis: (index, size) by axis.
+        options: How to publish; see PublishOptions. Without `values`, which the state dict has.
+
+    Returns:
+        The publication, which the caller closes.
+
+    Raises:
+        TensorsUnusable: Entries cannot be served, or have the same flattened name.
+        LoaderError: What `publish` raises.
+        RegistryError: What `publish` raises.
     """
+    refuse(options, "publish_state_dict", {"values": "put them into the state dict"})
     tensors, values = flatten(state_dict)
     return publish(
         registry,
         engine,
+        instance=instance,
+        rank=rank,
+        world_size=world_size,
         tensors=tensors,
+        model=model,
         shards={**whole(tensors), **(shards or {})},
-        values=values,
-        **options,
+        topology=topology,
+        options=replace(options, values=values),
     )

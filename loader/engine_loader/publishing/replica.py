@@ -7,62 +7,89 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from engine_loader.engines.base import Engine
 from engine_loader.engines.region_book import Tiles
+from engine_loader.options import PublishOptions, refuse
 from engine_loader.planning.arrivals import Arrivals
 from engine_loader.publishing.publish import Publication, open_publication
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import Use
 from engine_registry import ModelIdentity, RankRecord, Registry
 from engine_registry.errors import InvalidField
-from engine_registry.registration.handle import OnState
 from engine_registry.registration.writes import WITHDRAWN
+from engine_registry.schema.keys import check_instance, check_rank
+from engine_registry.schema.numbers import whole_or_none
+from engine_registry.schema.record import check_topology
 from engine_registry.watching.waiting import Wanted
 
 
 @dataclass(frozen=True)
 class Replica:
-    """As whom a rank that loads publishes itself. What is not said is as with its source."""
+    """The rank as which a load publishes the weights that it fills.
+
+    Attributes:
+        instance: The name of the instance.
+        rank: The rank in it. None: the rank that is loaded.
+        world_size: How many ranks the instance has. None: as many as the source.
+        topology: The place of the rank along each parallel axis: (index, size) by axis. None: that
+            of the source, if it has the same rank.
+        options: How to publish; see PublishOptions. Without `version`, which is the source's.
+
+    Raises:
+        InvalidField: A field is not valid; `details["field"]` names it.
+
+    Example:
+        `Replica("qwen-c", options=PublishOptions(digests=True))`
+    """
 
     instance: str
-    rank: int | None = None  # the one that is loaded
+    rank: int | None = None
     world_size: int | None = None
     topology: Mapping[str, tuple[int, int]] | None = None
-    generation: str | None = None
-    digests: bool = False
-    ttl_s: float = 10.0
-    on_state: OnState | None = None
+    options: PublishOptions = PublishOptions()
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What `publish` takes of it as it is, whatever the source."""
-        names = ("instance", "generation", "digests", "ttl_s", "on_state")
-        return {name: getattr(self, name) for name in names}
+    def __post_init__(self) -> None:
+        """Raises InvalidField."""
+        check_instance(self.instance)
+        rank, world_size = whole_or_none("rank", self.rank), self.world_size
+        world_size = whole_or_none("world_size", world_size, 1)
+        if rank is not None and world_size is not None:
+            check_rank(rank, world_size)
+        object.__setattr__(self, "rank", rank)
+        object.__setattr__(self, "world_size", world_size)
+        if self.topology is not None:
+            object.__setattr__(self, "topology", check_topology(self.topology))
+        refuse(
+            self.options, "Replica", {"version": "leave it out: a replica has that of its source"}
+        )
 
 
 def as_replica(publish: bool | str | Replica, source: Wanted) -> Replica | None:
     """`publish` may be the name of an instance; or True, for one whose name is that of the source
     with something added.
     """
+    if isinstance(publish, Replica):
+        return publish
     if isinstance(publish, str):
         return Replica(publish)
-    if isinstance(publish, bool):
-        name = (
-            source.name
-            if isinstance(source, ModelIdentity)
-            else source
-            if isinstance(source, str)
-            else source[0]
+    if not isinstance(publish, bool):
+        raise InvalidField(
+            f"`publish` {publish!r} is not valid",
+            "give the name of an instance, a Replica, or True",
+            field="publish",
         )
-        return (
-            Replica(f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)[:100]}.{uuid.uuid4().hex[:8]}")
-            if publish
-            else None
-        )
-    return publish
+    if not publish:
+        return None
+    name = (
+        source.name
+        if isinstance(source, ModelIdentity)
+        else source
+        if isinstance(source, str)
+        else source[0]
+    )
+    return Replica(f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)[:100]}.{uuid.uuid4().hex[:8]}")
 
 
 class Republication:
@@ -115,17 +142,17 @@ class Republication:
             self._registry,
             self._engine,
             self._weights,
+            instance=replica.instance,
             rank=self._rank,
             world_size=replica.world_size or like.world_size,
             model=like.model,
             topology=like.topology
             if replica.topology is None and of_same_rank
             else replica.topology,
-            version=like.version,
+            options=replace(replica.options, version=like.version),
             content=content,
             block_nbytes=self._block_nbytes,
             filled_by=self._filling,
-            **replica.options,
         )
         self._marked = 0
         return self.publication.regions

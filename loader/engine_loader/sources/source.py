@@ -19,7 +19,7 @@ from engine_loader.publishing.header import HeaderCell, fetch_header, peer_of_re
 from engine_loader.sources.manifests import fetch_manifest
 from engine_loader.tensors.cuda import on_default_stream, to_register
 from engine_loader.transfer.pipe import Source, Stock
-from engine_loader.transfer.scheduler import Progress
+from engine_loader.transfer.progress import Progress
 from engine_registry import (
     Event,
     RankJoined,

@@ -12,24 +12,26 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from engine_loader.engines.base import Engine
 from engine_loader.files.folder import Paths
-from engine_loader.loading.load import Verify
+from engine_loader.options import LoadOptions, PublishOptions, refuse
 from engine_loader.publishing.replica import Replica
 from engine_loader.starting.peers import Peers
 from engine_loader.starting.start import Seeded, Start
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.regions import Shard
-from engine_loader.transfer.pace import Pace
-from engine_loader.transfer.scheduler import OnProgress
 from engine_registry import ModelIdentity, Place, Registry
-from engine_registry.registration.handle import OnState
 from engine_registry.schema.keys import check_instance, check_rank
-from engine_registry.schema.numbers import seconds, whole
-from engine_registry.schema.record import check_version
+from engine_registry.schema.numbers import seconds
+
+_REFUSED = {
+    "version": "say the version of the files in `publish`; peers may serve any",
+    "contents": "leave it out: files have no content that is known before",
+}
 
 
 def load_or_seed(
@@ -44,47 +46,57 @@ def load_or_seed(
     fallback: Paths,
     shards: Mapping[str, Shard] | None = None,
     topology: Mapping[str, tuple[int, int]] | None = None,
-    generation: str | None = None,
-    version: int = 0,
-    digests: bool = False,
-    ttl_s: float = 10.0,
-    on_state: OnState | None = None,
     timeout_s: float = 600.0,
-    verify: Verify = "header",
-    max_sources: int = 4,
-    pace: Pace | None = None,
-    progress: OnProgress | None = None,
-    cancel: threading.Event | None = None,
+    load: LoadOptions = LoadOptions(),
+    publish: PublishOptions = PublishOptions(),
 ) -> Seeded:
-    """Fills `tensors` in place with those of this rank of the model, and publishes them as `rank`
-    of `instance`.
+    """Fills the tensors of a rank that starts, from peers or from files, and publishes them.
 
-    If a rank like it (of the same model, number, world size and topology) is ready somewhere, or,
-    where all tensors say which part of the whole they are, any instance of the model, they come
-    from there. Else one process reads them from `fallback`: safetensors files, an index or a folder
-    of them (see `files.folder.files_of`), with whole tensors or with this rank's parts, which may
-    hold more. All others that start with this rank of the model load from that process when it is
-    complete, and from each other meanwhile. `version` is that of the files: they may be older than
-    what peers serve.
+    If a rank like it is ready somewhere, the weights come from there: one of the same model, rank,
+    world size and topology. Where all tensors say which part of the whole they are, any instance of
+    the model is enough. Else one process reads them from files. All others that start with this
+    rank of the model load from that process when it is complete, and from each other meanwhile.
 
-    Where peers cannot be loaded from, files are read instead, with a warning. Who waits reads on
-    its own after `timeout_s`, or after 30 s without etcd: an engine that can start from its disk
-    does.
+    Where peers cannot be loaded from, files are read instead, with a warning. A rank that waits
+    reads on its own after `timeout_s`, or after 30 s without etcd: an engine that can start from
+    its disk does. Nothing stays published if the call raises.
 
-    The caller closes what is returned. Raises WeightsFileInvalid and WeightsMismatch, of the files,
-    where nobody has the weights; Cancelled; TensorsUnusable, EngineFailed, RankConflict and
-    InstanceMismatch as `publish` does. Nothing stays published then.
+    Args:
+        registry: Finds the peers, and is where the rank is registered.
+        engine: Reads the peers' memory, and serves that of the tensors.
+        model: The model that the rank runs.
+        tensors: The tensors to fill in place, by name.
+        rank: The world rank of this process in the instance, from 0.
+        world_size: How many ranks the instance has, over all parallel axes.
+        instance: The name of the instance to publish in.
+        fallback: Safetensors files, an index or a folder of them, with whole tensors or with this
+            rank's parts. They may hold more tensors.
+        shards: Which box of the whole a tensor is, by name.
+        topology: The place of the rank along each parallel axis: (index, size) by axis.
+        timeout_s: How many seconds to wait for peers before the rank reads files on its own.
+        load: How to load from peers; see LoadOptions. Without `version` and `contents`. Its
+            `progress` and `cancel` also hold for reads of files.
+        publish: How to publish; see PublishOptions. Its `version` is that of the files, which may
+            be older than that of peers.
+
+    Returns:
+        Where the weights came from, and the publication. The caller closes it.
+
+    Raises:
+        WeightsFileInvalid: No peer has the weights, and a file cannot be read.
+        WeightsMismatch: No peer has the weights, and the files do not have the tensors.
+        Cancelled: `load.cancel` was set.
+        LoaderError: TensorsUnusable, EngineFailed or MemoryInUse, as `publish` raises them.
+        RegistryError: InvalidField, RankConflict, InstanceMismatch or KeeperFailed, as `publish`
+            raises them.
     """
     check_instance(instance)
     rank, world_size = check_rank(rank, world_size)
-    timeout_s, ttl_s = seconds("timeout_s", timeout_s), seconds("ttl_s", ttl_s)
-    version, max_sources = check_version(version), whole("max_sources", max_sources, 1)
+    timeout_s = seconds("timeout_s", timeout_s)
+    refuse(load, "load_or_seed", _REFUSED)
     place = Place(rank, world_size, topology or {})
     destination = tensors if isinstance(tensors, Destination) else Destination(tensors, shards)
     boxes = not any(entry.opaque for entry in destination.manifest.tensors)
-    replica = Replica(
-        instance, rank, world_size, place.topology, generation, digests, ttl_s, on_state
-    )
     start = Start(
         registry=registry,
         engine=engine,
@@ -92,12 +104,10 @@ def load_or_seed(
         model=model,
         rank=rank,
         destination=destination,
-        replica=replica,
+        replica=Replica(instance, rank, world_size, place.topology, replace(publish, version=None)),
         fallback=fallback,
-        version=version,
-        options={"verify": verify, "max_sources": max_sources, "pace": pace},
-        progress=progress,
-        cancel=cancel or threading.Event(),
+        version=publish.version or 0,
+        options=replace(load, cancel=load.cancel or threading.Event()),
         began=time.monotonic(),
         timeout_s=timeout_s,
     )

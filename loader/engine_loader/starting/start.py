@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -35,12 +34,12 @@ from engine_loader.files.folder import Paths, files_of
 from engine_loader.files.stored import Files
 from engine_loader.loading.load import load
 from engine_loader.loading.report import LoadReport
+from engine_loader.options import LoadOptions
 from engine_loader.publishing.publish import Publication, open_publication
 from engine_loader.publishing.replica import Replica
 from engine_loader.starting.peers import Peers
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import USES, Use
-from engine_loader.transfer.scheduler import OnProgress
 from engine_registry import ModelIdentity, RankRecord, Registry
 from engine_registry.errors import (
     EtcdError,
@@ -136,9 +135,7 @@ class Start:
     replica: Replica
     fallback: Paths
     version: int
-    options: Mapping[str, Any]  # of `load`
-    progress: OnProgress | None
-    cancel: threading.Event
+    options: LoadOptions  # with an event in `cancel`
     began: float
     timeout_s: float
     reason: str = ""  # why peers could not be loaded from
@@ -172,7 +169,7 @@ class Start:
         return time.monotonic() >= self.began + self.timeout_s
 
     def _check(self) -> None:
-        if self.cancel.is_set():
+        if self.options.cancel is not None and self.options.cancel.is_set():
             raise Cancelled(f"the start of {self.who} was cancelled: no tensor is usable")
 
     @property
@@ -219,10 +216,8 @@ class Start:
                 topology=self.replica.topology,
                 tensors=self.destination,
                 timeout_s=0.0,  # they are there, or are not any more
-                progress=self.progress,
-                cancel=self.cancel,
                 publish=self.replica,
-                **self.options,
+                options=self.options,
             )
         except _NOT_THE_PEERS:
             raise
@@ -282,7 +277,7 @@ class Start:
             if publication is not None:
                 undo.callback(publication.close)
                 self._hold(election, publication.record)
-            reading.run(self.progress, self.cancel)
+            reading.run(self.options.progress, self.options.cancel)
             if publication is not None:
                 publication.complete(filled_by=filling)
             undo.pop_all()
@@ -313,13 +308,13 @@ class Start:
                 self.registry,
                 self.engine,
                 self.destination,
+                instance=self.replica.instance,
                 rank=self.rank,
                 world_size=self.replica.world_size or 0,
                 model=self.model,
                 topology=self.replica.topology,
-                version=self.version,
+                options=replace(self.replica.options, version=self.version),
                 filled_by=filling,
-                **self.replica.options,
             )
         except EtcdError as exc:
             self.unpublished = exc

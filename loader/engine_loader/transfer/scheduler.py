@@ -12,7 +12,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from engine_loader import metrics
@@ -33,6 +32,7 @@ from engine_loader.planning.reads import Span
 from engine_loader.transfer.clock import Clock, SystemClock
 from engine_loader.transfer.pace import Pace
 from engine_loader.transfer.pipe import Flight, Pipe, Share, Source
+from engine_loader.transfer.progress import OnProgress, Progress
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -46,20 +46,6 @@ _SETTLE_S = 0.25
 _ASK_AGAIN_S = 0.05  # between two tries to end reads that the engine cannot end at once
 _DRAIN_S = 60.0  # how long such reads may keep a load waiting for the memory that they write to
 _HAND_BACK_S = 5.0  # and how long they may keep the caller waiting once the load is over
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a load is, in bytes that are read.
-
-    Goes back where a source is lost before what it brought could be checked.
-    """
-
-    nbytes: int
-    total_nbytes: int
-
-
-OnProgress = Callable[[Progress], None]
 
 
 class Stage(Protocol):

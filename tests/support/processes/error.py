@@ -23,6 +23,7 @@ from engine_loader import MooncakeEngine, Pace, Progress, Publication, load, pub
 from engine_registry import ModelIdentity, Registry
 from engine_registry.etcd.local import LocalEtcd
 from tests.support.hostile_peer import HostilePeer, Impostor, drips
+from tests.support.options import for_load, for_publish
 from tests.support.processes.source import empty
 from tests.support.waiting import wait_until
 
@@ -47,8 +48,7 @@ class Rank:
             source,
             rank=0,
             tensors=wanted,
-            pace=PACE,
-            **{"timeout_s": 2.0, **options},
+            **for_load({"timeout_s": 2.0, "pace": PACE, **options}),
         )
 
     def load_and_at_half(self, act: Callable[[], object], **options: Any) -> None:
@@ -71,7 +71,12 @@ class Rank:
             "model": ModelIdentity("m"),
         }
         return self.stack.enter_context(
-            publish(self.registry, engine or self.engine, tensors=tensors, **identity, **options)
+            publish(
+                self.registry,
+                engine or self.engine,
+                tensors=tensors,
+                **for_publish({**identity, **options}),
+            )
         )
 
     def signal(self, number: signal.Signals) -> None:

@@ -93,7 +93,7 @@ def a_life(kind: str, registry: Registry, instance: str) -> Life:
         )
     import torch
 
-    from engine_loader import InProcessEngine, publish
+    from engine_loader import InProcessEngine, PublishOptions, publish
     from engine_registry import ModelIdentity
 
     tensors = {"w": torch.zeros(16)}
@@ -107,7 +107,7 @@ def a_life(kind: str, registry: Registry, instance: str) -> Life:
             world_size=1,
             tensors=tensors,
             model=ModelIdentity("m"),
-            ttl_s=TTL_S,
+            options=PublishOptions(ttl_s=TTL_S),
         )
 
     def change(handle: Any) -> None:

@@ -42,8 +42,10 @@ from torch.distributed.tensor.parallel import (
 from engine_cli.options import engine_log
 from engine_loader import (
     EngineReader,
+    LoadOptions,
     LoadReport,
     MooncakeEngine,
+    PublishOptions,
     Shard,
     load,
     load_module,
@@ -52,6 +54,7 @@ from engine_loader import (
 )
 from engine_loader.tensors.regions import is_sharded
 from engine_registry import ModelIdentity, Registry
+from tests.support.options import for_load
 
 Tensors = dict[str, torch.Tensor]
 
@@ -105,11 +108,11 @@ class Job:
             "rank": self.rank,
             "world_size": size,
             "model": MODEL,
-            "ttl_s": 5.0,
+            "options": PublishOptions(ttl_s=5.0),
         }
 
     def reader(self, source: str, **options: Any) -> EngineReader:
-        return EngineReader(self.registry, self.engine, source, **options)
+        return EngineReader(self.registry, self.engine, source, **for_load(options))
 
 
 def placed(full: Tensors, mesh: DeviceMesh, placements: Callable[[str], list[Any]]) -> Tensors:
@@ -321,7 +324,16 @@ def load_experts(job: Job, name: str, size: int) -> dict[str, Any]:
     return compare(
         found,
         wanted,
-        [load(job.registry, job.engine, name, tensors=found, shards=shards, verify="header")],
+        [
+            load(
+                job.registry,
+                job.engine,
+                name,
+                tensors=found,
+                shards=shards,
+                options=LoadOptions(verify="header"),
+            )
+        ],
     )
 
 

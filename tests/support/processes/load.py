@@ -15,7 +15,7 @@ import sys
 import torch
 
 from engine_cli.options import engine_log
-from engine_loader import LoaderError, MooncakeEngine, Pace, Progress, load
+from engine_loader import LoaderError, LoadOptions, MooncakeEngine, Pace, Progress, load
 from engine_registry import Registry
 from tests.support.processes.source import content, empty
 
@@ -46,8 +46,7 @@ def main(host: str, nbytes: str, patience_s: str, *instances: str) -> None:
                 list(instances),
                 rank=0,
                 tensors=tensors,
-                pace=pace,
-                progress=pause_at_half,
+                options=LoadOptions(pace=pace, progress=pause_at_half),
             )
         except LoaderError as exc:
             outcome: dict[str, object] = {"error": type(exc).__name__, "message": str(exc)}

@@ -14,7 +14,7 @@ import sys
 import time
 
 from engine_cli.options import engine_log
-from engine_loader import LoaderError, MooncakeEngine, Progress, load
+from engine_loader import LoaderError, LoadOptions, MooncakeEngine, Progress, load
 from engine_registry import Registry, RegistryError
 from tests.support.launches import origins_of_bytes
 from tests.support.processes.source import MODEL, empty
@@ -49,7 +49,7 @@ def main(instance: str, size: str, pause: str) -> None:
                 rank=0,
                 tensors=tensors,
                 publish=instance,
-                progress=on_progress,
+                options=LoadOptions(progress=on_progress),
             )
         except (LoaderError, RegistryError) as exc:
             print(f"failed {type(exc).__name__}: {exc}", flush=True)

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import torch
 
 from engine_cli.options import engine_log
-from engine_loader import MooncakeEngine, Shard, publish
+from engine_loader import MooncakeEngine, PublishOptions, Shard, publish
 from engine_registry import ModelIdentity, Registry
 from tests.support.launches import WORD, Origin, words
 
@@ -57,7 +57,7 @@ def main(
                     tensors={NAME: part},
                     shards={NAME: Shard(shape, (rank * len(part), 0))},
                     model=MODEL,
-                    ttl_s=float(ttl_s),
+                    options=PublishOptions(ttl_s=float(ttl_s)),
                 )
             )
             for rank, part in enumerate(parts)

@@ -15,7 +15,7 @@ import sys
 import torch
 
 from engine_cli.options import engine_log
-from engine_loader import MooncakeEngine, publish
+from engine_loader import MooncakeEngine, PublishOptions, publish
 from engine_registry import ModelIdentity, Registry
 from tests.support.launches import WORD, Origin, words
 
@@ -56,8 +56,7 @@ def main(
             world_size=1,
             tensors=tensors,
             model=MODEL,
-            digests=True,
-            ttl_s=float(ttl_s),
+            options=PublishOptions(digests=True, ttl_s=float(ttl_s)),
         ) as publication,
     ):
         print("version 0", flush=True)

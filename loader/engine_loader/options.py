@@ -1,0 +1,171 @@
+"""The options that the calls of the package share: how to load, and how to publish.
+
+Each field is checked when the options are made. A call that cannot honour an option refuses it by
+name. Used by `publishing`, `loading` and `starting`. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from engine_registry.client import MAX_TTL_S, MIN_TTL_S
+from engine_registry.errors import InvalidField
+from engine_registry.schema.numbers import seconds, whole, whole_or_none
+from engine_registry.schema.record import check_version
+
+if TYPE_CHECKING:
+    import threading
+
+    from engine_loader.transfer.pace import Pace
+    from engine_loader.transfer.progress import OnProgress
+    from engine_registry.registration.handle import OnState
+
+Verify = Literal["header", "digest"]
+Options = TypeVar("Options", "LoadOptions", "PublishOptions")
+_CONTENT = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a load chooses its sources, reads them and checks them.
+
+    Attributes:
+        verify: What proves the bytes. `"header"` checks that all bytes are of one content.
+            `"digest"` also compares each tensor with the digest that its source publishes.
+        version: The version to load. None loads the newest.
+        contents: The contents that the ranks of the source must have, by rank, as
+            `InstanceStatus.contents` gives them. So several processes load the same weights.
+        max_sources: How many sources with the same content are read at once, at most.
+        partial: Whether the source may have more tensors than are loaded.
+        pipelined: Whether a rank that is still loading may be a source. Digests switch this off.
+        pace: How much is in flight, and how long a source may stay silent. None takes the pace of
+            the engine's protocol.
+        progress: Called with a `Progress` while bytes arrive, in the thread that loads.
+        cancel: An event. The load ends with Cancelled once it is set, from any thread.
+
+    Raises:
+        InvalidField: An option is not valid; `details["field"]` names it.
+
+    Example:
+        `LoadOptions(verify="digest", max_sources=2)`
+    """
+
+    verify: Verify = "header"
+    version: int | None = None
+    contents: Sequence[str] | None = None
+    max_sources: int = 4
+    partial: bool = False
+    pipelined: bool = True
+    pace: Pace | None = None
+    progress: OnProgress | None = None
+    cancel: threading.Event | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InvalidField."""
+        if self.verify not in get_args(Verify):
+            raise InvalidField(
+                f"`verify` {self.verify!r} is not valid", "say header or digest", field="verify"
+            )
+        _set(self, "version", whole_or_none("version", self.version))
+        _set(self, "contents", _checked_contents(self.contents))
+        _set(self, "max_sources", whole("max_sources", self.max_sources, 1))
+        _check(self, "partial", lambda value: isinstance(value, bool), "True or False")
+        _check(self, "pipelined", lambda value: isinstance(value, bool), "True or False")
+        _check(self, "pace", lambda value: hasattr(value, "chunk_nbytes"), "a Pace")
+        _check(self, "progress", callable, "a function that takes a Progress")
+        _check(self, "cancel", lambda value: hasattr(value, "is_set"), "a threading.Event")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishOptions:
+    """How a rank's weights are offered.
+
+    Attributes:
+        generation: An id that all ranks of one launch share. None states none.
+        version: A number for people; each update adds one. None is 0; a replica has the version of
+            its source.
+        digests: Whether loaders may verify every tensor. It costs a pass over all weights, at once
+            and at every update.
+        values: Plain data by name, up to 1 MiB as JSON, which `EngineReader` gives to readers.
+        ttl_s: How many seconds the rank stays listed after its whole host is lost.
+        on_state: Called with each change of the registration's state and its reason, from another
+            thread.
+
+    Raises:
+        InvalidField: An option is not valid; `details["field"]` names it.
+
+    Example:
+        `PublishOptions(version=7, digests=True)`
+    """
+
+    generation: str | None = None
+    version: int | None = None
+    digests: bool = False
+    values: Mapping[str, Any] | None = None
+    ttl_s: float = 10.0
+    on_state: OnState | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InvalidField. `values` are checked where they are encoded."""
+        _check(
+            self,
+            "generation",
+            lambda value: isinstance(value, str) and value.isprintable(),
+            "one line of printable text",
+        )
+        _set(self, "version", None if self.version is None else check_version(self.version))
+        _check(self, "digests", lambda value: isinstance(value, bool), "True or False")
+        _check(self, "values", lambda value: isinstance(value, Mapping), "a mapping by name")
+        _set(self, "ttl_s", seconds("ttl_s", self.ttl_s, MIN_TTL_S, MAX_TTL_S))
+        _check(self, "on_state", callable, "a function that takes a state and a reason")
+
+
+def refuse(options: LoadOptions | PublishOptions, call: str, reasons: Mapping[str, str]) -> None:
+    """Refuses options that a call cannot honour.
+
+    Args:
+        options: The options that the call was given.
+        call: The name of the call.
+        reasons: Why, by the name of each option that the call cannot honour.
+
+    Raises:
+        InvalidField: One of them has another value than its default.
+    """
+    for one in fields(options):
+        if one.name in reasons and getattr(options, one.name) != one.default:
+            raise InvalidField(
+                f"{call} does not take the option `{one.name}`", reasons[one.name], field=one.name
+            )
+
+
+def _set(options: Options, field: str, value: object) -> None:
+    object.__setattr__(options, field, value)
+
+
+def _check(options: Options, field: str, is_good: Callable[[Any], bool], expected: str) -> None:
+    """None passes where it is the default."""
+    value = getattr(options, field)
+    if value is None and getattr(type(options), field) is None:
+        return
+    if not is_good(value):
+        raise InvalidField(f"`{field}` {value!r} is not valid: it is {expected}", field=field)
+
+
+def _checked_contents(contents: object) -> tuple[str, ...] | None:
+    if contents is None:
+        return None
+    if not isinstance(contents, Sequence) or isinstance(contents, str):
+        raise InvalidField(
+            f"`contents` {contents!r} is not valid: it is a sequence with one content for each "
+            "rank",
+            field="contents",
+        )
+    for content in contents:
+        if not isinstance(content, str) or not _CONTENT.fullmatch(content):
+            raise InvalidField(
+                f"`contents` has {content!r}: a content is 32 hexadecimal digits", field="contents"
+            )
+    return tuple(contents)

@@ -1,0 +1,180 @@
+"""LoadOptions and PublishOptions: what they check, and which call refuses which of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields, replace
+from typing import Any
+
+import pytest
+import torch
+
+from engine_loader import (
+    EngineReader,
+    InProcessEngine,
+    LoadOptions,
+    Pace,
+    PublishOptions,
+    Replica,
+    load,
+    load_full,
+    load_instance,
+    load_or_seed,
+    publish_state_dict,
+)
+from engine_registry import ModelIdentity, Registry
+from engine_registry.errors import InvalidField
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+
+MODEL = ModelIdentity("m")
+CONTENT = "0123456789abcdef" * 2
+OTHER_THAN_DEFAULT: dict[str, Any] = {
+    "verify": "digest",
+    "version": 3,
+    "contents": [CONTENT],
+    "max_sources": 1,
+    "partial": True,
+    "pipelined": False,
+    "pace": Pace(1 << 20, 2),
+    "progress": print,
+    "cancel": threading.Event(),
+    "generation": "g",
+    "digests": True,
+    "values": {"step": 3},
+    "ttl_s": 3.0,
+    "on_state": print,
+}
+
+
+@pytest.mark.parametrize("kind", [LoadOptions, PublishOptions])
+def test_each_option_can_be_given_and_none_can_be_changed(kind: type[Any]) -> None:
+    names = [field.name for field in fields(kind)]
+    given = kind(**{name: OTHER_THAN_DEFAULT[name] for name in names})
+    for name in names:
+        assert getattr(given, name) != getattr(kind(), name), name
+        with pytest.raises(FrozenInstanceError):
+            setattr(given, name, None)
+    assert replace(given) == given
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (LoadOptions, "verify", "md5"),
+        (LoadOptions, "version", -1),
+        (LoadOptions, "version", "7"),
+        (LoadOptions, "contents", CONTENT),
+        (LoadOptions, "contents", ["x"]),
+        (LoadOptions, "contents", 5),
+        (LoadOptions, "max_sources", 0),
+        (LoadOptions, "partial", None),
+        (LoadOptions, "partial", "yes"),
+        (LoadOptions, "pipelined", 1),
+        (LoadOptions, "pace", 5),
+        (LoadOptions, "progress", "bar"),
+        (LoadOptions, "cancel", True),
+        (PublishOptions, "generation", "a\nb"),
+        (PublishOptions, "generation", 5),
+        (PublishOptions, "version", 1.5),
+        (PublishOptions, "digests", "yes"),
+        (PublishOptions, "values", [1]),
+        (PublishOptions, "ttl_s", 1.0),
+        (PublishOptions, "ttl_s", "10"),
+        (PublishOptions, "on_state", 5),
+    ],
+)
+def test_an_option_that_is_not_valid_is_refused_by_name_when_it_is_given(
+    kind: type[Any], field: str, value: Any
+) -> None:
+    with pytest.raises(InvalidField, match=field) as caught:
+        kind(**{field: value})
+    assert caught.value.details["field"] == field
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(TypeError, match="max_source"):
+        LoadOptions(max_source=3)  # type: ignore[call-arg]
+
+
+def test_a_mapping_of_values_is_taken_as_it_is() -> None:
+    values = {"step": 3}
+    assert PublishOptions(values=values).values is values
+
+
+REFUSED = {
+    "load_instance": {"version", "contents"},
+    "load_full": {"version", "contents", "partial"},
+    "EngineReader": {"version", "contents", "partial"},
+    "load_or_seed": {"version", "contents"},
+    "publish_state_dict": {"values"},
+    "Replica": {"version"},
+}
+
+
+@pytest.fixture
+def calls() -> dict[str, Callable[[Any], Any]]:
+    """Calls that refuse some options, up to their first look at an etcd that is not there."""
+    registry, engine = Registry(EtcdConfig(parse_endpoints("fake:1"))), InProcessEngine()
+    tensors = {"w": torch.zeros(3)}
+    where: dict[str, Any] = {"rank": 0, "world_size": 1, "instance": "a"}
+    return {
+        "load_instance": lambda options: load_instance(
+            registry, engine, "a", tensors={0: tensors}, options=options
+        ),
+        "load_full": lambda options: load_full(registry, engine, "a", options=options),
+        "EngineReader": lambda options: EngineReader(registry, engine, "a", options=options),
+        "load_or_seed": lambda options: load_or_seed(
+            registry, engine, MODEL, tensors, **where, fallback="nowhere", load=options
+        ),
+        "publish_state_dict": lambda options: publish_state_dict(
+            registry, engine, tensors, **where, model=MODEL, options=options
+        ),
+        "Replica": lambda options: Replica("a", options=options),
+    }
+
+
+@pytest.mark.parametrize(
+    ("call", "name"), [(call, name) for call, names in REFUSED.items() for name in sorted(names)]
+)
+def test_an_option_that_a_call_cannot_honour_is_refused_by_name(
+    calls: dict[str, Callable[[Any], Any]], call: str, name: str
+) -> None:
+    kind = PublishOptions if call in ("publish_state_dict", "Replica") else LoadOptions
+    with pytest.raises(
+        InvalidField, match=f"^{call} does not take the option `{name}`: "
+    ) as caught:
+        calls[call](kind(**{name: OTHER_THAN_DEFAULT[name]}))
+    assert caught.value.details["field"] == name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("world_size", 2), ("topology", {"tp": (0, 2)})], ids=["size", "topology"]
+)
+def test_a_place_without_its_rank_is_refused(field: str, value: Any) -> None:
+    registry, engine = Registry(EtcdConfig(parse_endpoints("fake:1"))), InProcessEngine()
+    with pytest.raises(InvalidField, match=f"`{field}` is given without the rank"):
+        load(registry, engine, "a", tensors={"w": torch.zeros(3)}, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("instance", "a b"),
+        ("rank", -1),
+        ("rank", 2),
+        ("world_size", 0),
+        ("topology", {"tp": (2, 2)}),
+    ],
+)
+def test_a_replica_that_cannot_be_is_refused_by_field(field: str, value: Any) -> None:
+    with pytest.raises(InvalidField) as caught:
+        Replica(**{"instance": "a", "rank": 0, "world_size": 2, field: value})
+    assert caught.value.details["field"] == field
+
+
+@pytest.mark.parametrize("value", [None, 5, ModelIdentity("m")])
+def test_a_replica_is_a_name_a_replica_or_true(value: Any) -> None:
+    registry, engine = Registry(EtcdConfig(parse_endpoints("fake:1"))), InProcessEngine()
+    with pytest.raises(InvalidField, match=r"`publish` .* is not valid: give the name"):
+        load(registry, engine, "a", rank=0, tensors={"w": torch.zeros(3)}, publish=value)
