@@ -660,7 +660,7 @@ def test_a_region_inside_a_registered_one_shares_it_and_survives_the_end_of_the_
 
 
 @pytest.mark.parametrize(
-    ("start", "nbytes", "tiles"),
+    ("start", "nbytes", "parts"),
     [
         (-4096, 8192, [(-4096, 4096), (0, 4096)]),
         (NBYTES - 1, 2, [(NBYTES - 1, 1), (NBYTES, 1)]),
@@ -672,14 +672,14 @@ def test_a_region_inside_a_registered_one_shares_it_and_survives_the_end_of_the_
 )
 @pytest.mark.parametrize("first_back", ["the new one", "the old one"])
 def test_a_region_that_shares_bytes_with_a_registered_one_is_made_of_tiles_and_each_can_be_read(
-    peers: Peers, start: int, nbytes: int, tiles: list[tuple[int, int]], first_back: str
+    peers: Peers, start: int, nbytes: int, parts: list[tuple[int, int]], first_back: str
 ) -> None:
     region = peers.src.part(start, nbytes)
-    assert peers.source.register(region) == tuple(peers.src.part(*tile) for tile in tiles)
+    assert peers.source.register(region) == tuple(peers.src.part(*part) for part in parts)
     peers.read_all()
     if first_back == "the old one":
         peers.source.unregister(peers.src.region)
-    for at, size in tiles:
+    for at, size in parts:
         peers.read(peers.op(at, 0, size))
         assert bytes(peers.dst)[:size] == ctypes.string_at(peers.src.region.addr + at, size)
     peers.source.unregister(region)
@@ -751,7 +751,7 @@ def test_what_was_never_lent_can_be_taken_back(peers: Peers) -> None:
     peers.read_all()
 
 
-def test_a_region_that_shares_bytes_with_a_lent_one_is_made_of_tiles(peers: Peers) -> None:
+def test_a_region_that_shares_bytes_with_a_lent_one_is_made_of_parts(peers: Peers) -> None:
     region = peers.dst.part(-64, 128)
     assert peers.reader.lend(region) == (peers.dst.part(-64, 64), peers.dst.part(0, 64))
     peers.read(peers.op(0, -64, 64))

@@ -105,7 +105,7 @@ def test_both_are_filled_at_once(registry: Registry, new_engine: NewEngine) -> N
 def test_a_rank_that_serves_the_draft_is_a_source_of_the_model_while_it_loads_that(
     registry: Registry, new_engine: NewEngine
 ) -> None:
-    """Its memory is made of tiles then, and so are the blocks that it marks as whole."""
+    """Its memory is made of parts then, and so are the blocks that it marks as whole."""
     make = partial(in_turn, count=5_000, length=512)
     (model,), (here, draft), (there,) = make(1), make(0, 2), make(0)
     few = dict(itertools.islice(draft.items(), 900))  # so few that they are regions of their own

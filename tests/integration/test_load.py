@@ -310,7 +310,7 @@ def test_after_closing_nobody_can_read_the_memory(
 
 
 def _assert_all_regions_are_free(engine: Engine, tensors: Tensors) -> None:
-    """Memory that still were registered would be a tile of its own."""
+    """Memory that still were registered would be a part of its own."""
     storage = tensors["layer.0"].untyped_storage()
     around = Region(storage.data_ptr() - 1, storage.nbytes() + 2)
     assert engine.register(around) == (around,)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Protocol
 
-from engine_loader.engines.region_book import Tiles
+from engine_loader.engines.region_book import Regions
 from engine_loader.errors import EngineFailed, TensorsUnusable, listed
 from engine_loader.planning.plan import ReadOp
 from engine_registry.schema.manifest import Manifest, Region
@@ -36,17 +36,17 @@ class Engine(Protocol):
     def fabric(self) -> str:
         """A label of who can reach this engine; equal labels can."""
 
-    def register(self, region: Region) -> Tiles:
+    def register(self, region: Region) -> Regions:
         """Opens the region to peers; EngineFailed if refused.
 
-        Returns the tiles that make it up, in their order: what of it lies in regions that are
-        registered already shares those. A read stays inside one tile.
+        Returns the parts that make it up, in their order: what of it lies in regions that are
+        registered already shares those. A read stays inside one part.
         """
 
     def unregister(self, region: Region) -> None:
         """Takes back one `register` of the same region."""
 
-    def lend(self, region: Region) -> Tiles:
+    def lend(self, region: Region) -> Regions:
         """Lets `start` write into the region; peers see it only where the protocol cannot do
         without. Else as `register`.
         """
@@ -110,27 +110,27 @@ def session_of(peer: str) -> str:
     return peer.partition("@")[0]
 
 
-def offer(engine: Engine, undo: ExitStack, *regions: Region) -> Tiles:
-    """Registers them until `undo` is closed; the tiles of all of them."""
-    tiles: list[Region] = []
+def offer(engine: Engine, undo: ExitStack, *regions: Region) -> Regions:
+    """Registers them until `undo` is closed; the parts of all of them."""
+    parts: list[Region] = []
     for region in regions:
-        tiles += engine.register(region)
+        parts += engine.register(region)
         undo.callback(engine.unregister, region)
-    return tuple(tiles)
+    return tuple(parts)
 
 
-def lend(engine: Engine, undo: ExitStack, *regions: Region, owner: object) -> Tiles:
-    """Lends them until `undo` is closed; the tiles of all of them.
+def lend(engine: Engine, undo: ExitStack, *regions: Region, owner: object) -> Regions:
+    """Lends them until `undo` is closed; the parts of all of them.
 
     `owner` keeps their memory. Where reads that cannot be ended may still write to it, that is
     EngineFailed when `undo` is closed, and the owner is kept for as long as the process lives:
     memory that was freed would be somebody else's by then.
     """
-    tiles: list[Region] = []
+    parts: list[Region] = []
     for region in regions:
-        tiles += engine.lend(region)
+        parts += engine.lend(region)
         undo.callback(_take_back, engine, region, owner)
-    return tuple(tiles)
+    return tuple(parts)
 
 
 _STILL_WRITTEN: list[object] = []
@@ -144,20 +144,20 @@ def _take_back(engine: Engine, region: Region, owner: object) -> None:
         raise
 
 
-def tiled(manifest: Manifest, tiles: Tiles) -> Manifest:
-    """The manifest with these tiles as its regions; TensorsUnusable where one cuts a tensor.
+def with_regions(manifest: Manifest, parts: Regions) -> Manifest:
+    """The manifest with these parts as its regions; TensorsUnusable where one ends inside a tensor.
 
     That takes tensors that share a part of their bytes with others that are registered already.
     """
-    if tiles == manifest.regions:
+    if parts == manifest.regions:
         return manifest
-    tiles = tuple(sorted(tiles, key=lambda tile: tile.addr))
-    starts = [tile.addr for tile in tiles]
+    parts = tuple(sorted(parts, key=lambda part: part.addr))
+    starts = [part.addr for part in parts]
     cut = [
         entry.name
         for entry in manifest.tensors
         if entry.nbytes
-        and entry.addr + entry.nbytes > tiles[bisect.bisect_right(starts, entry.addr) - 1].end
+        and entry.addr + entry.nbytes > parts[bisect.bisect_right(starts, entry.addr) - 1].end
     ]
     if cut:
         raise TensorsUnusable(
@@ -166,7 +166,7 @@ def tiled(manifest: Manifest, tiles: Tiles) -> Manifest:
             "publish or load tensors that share memory together",
             problems=cut,
         )
-    return replace(manifest, regions=tiles)
+    return replace(manifest, regions=parts)
 
 
 def read(engine: Engine, peer: str, op: ReadOp) -> None:

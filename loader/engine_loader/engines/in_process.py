@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from engine_loader.engines.base import Engine, session_of
 from engine_loader.engines.lingering import Lingering
-from engine_loader.engines.region_book import RegionBook, Tiles
+from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry.schema.manifest import Region
@@ -79,21 +79,21 @@ class InProcessEngine(Engine):
     def fabric(self) -> str:
         return self._fabric
 
-    def register(self, region: Region) -> Tiles:
+    def register(self, region: Region) -> Regions:
         with self._served.lock:
             self._check_open()
             self._lingering.check(region.addr, region.nbytes)
-            return self._served.begin(region).tiles
+            return self._served.begin(region).parts
 
     def unregister(self, region: Region) -> None:
         with self._served.lock:
             self._served.end(region)
 
-    def lend(self, region: Region) -> Tiles:
+    def lend(self, region: Region) -> Regions:
         with self._lent.lock:
             self._check_open()
             self._lingering.check(region.addr, region.nbytes)
-            return self._lent.begin(region).tiles
+            return self._lent.begin(region).parts
 
     def take_back(self, region: Region) -> None:
         self._lingering.check(region.addr, region.nbytes)

@@ -12,17 +12,17 @@ from engine_loader.errors import EngineFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry.schema.manifest import Region
 
-Tiles = tuple[Region, ...]
+Regions = tuple[Region, ...]
 
 
 class Begun(NamedTuple):
-    tiles: Tiles  # that make up the region, each inside one registered region
-    new: Tiles  # those of them that the engine has to register
+    parts: Regions  # that make up the region, each inside one registered region
+    new: Regions  # those of them that the engine has to register
 
 
 class RegionBook:
     """Engines refuse to register a byte twice, but publishers, or loaders, of one process may share
-    memory, and the memory of one may lie between that of another. So a region is made of tiles: the
+    memory, and the memory of one may lie between that of another. So a region is made of parts: the
     parts that lie in regions that are registered already, which count one use more, and new regions
     for the gaps. A registered region stays whole until nobody uses any of it."""
 
@@ -56,25 +56,25 @@ class RegionBook:
             )
 
     def begin(self, region: Region) -> Begun:
-        tiles, new = [], []
+        parts, new = [], []
         at = region.addr
         for one in self._touched(region):
             if at < one.addr:
                 new.append(Region(at, one.addr - at))
-                tiles.append(new[-1])
+                parts.append(new[-1])
             start, at = max(at, one.addr), min(one.end, region.end)
-            tiles.append(Region(start, at - start))
+            parts.append(Region(start, at - start))
             self._uses[one.addr] += 1
         if at < region.end:
             new.append(Region(at, region.end - at))
-            tiles.append(new[-1])
+            parts.append(new[-1])
         for one in new:
             bisect.insort(self._starts, one.addr)
             self._regions[one.addr], self._uses[one.addr] = one, 1
         self._begun[region] += 1
-        return Begun(tuple(tiles), tuple(new))
+        return Begun(tuple(parts), tuple(new))
 
-    def end(self, region: Region) -> Tiles:
+    def end(self, region: Region) -> Regions:
         """Ends one `begin` of the same region; what the engine has to unregister."""
         if not self._begun[region]:
             return ()

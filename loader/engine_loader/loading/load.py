@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from engine_loader import metrics
-from engine_loader.engines.base import Engine, lend, tiled
+from engine_loader.engines.base import Engine, lend, with_regions
 from engine_loader.errors import (
     Cancelled,
     LoaderError,
@@ -31,7 +31,7 @@ from engine_loader.publishing.replica import Replica, Republication, as_replica
 from engine_loader.sources.digest_check import DigestCheck
 from engine_loader.sources.search import Search
 from engine_loader.sources.selection import Choice, Selection
-from engine_loader.sources.source import Candidate
+from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import on_default_stream, to_register, wait_for
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.regions import Shard
@@ -39,7 +39,7 @@ from engine_loader.tensors.uses import USES
 from engine_loader.transfer.pace import Pace, pace_for, pace_in_chain
 from engine_loader.transfer.pipe import Share
 from engine_loader.transfer.progress import OnProgress, Progress
-from engine_loader.transfer.received import Haul
+from engine_loader.transfer.received import Received
 from engine_loader.transfer.scheduler import Transfer
 from engine_loader.transfer.staging import Staging
 from engine_registry import Manifest, ModelIdentity, Place, RankRecord, Registry, failpoints
@@ -173,7 +173,7 @@ def load(
     )
     with ExitStack() as undo:
         filling = undo.enter_context(USES.fill(f"a load of {_name_of(source)}", destination.runs))
-        dst = tiled(dst, lend(engine, undo, *dst.regions, owner=destination))
+        dst = with_regions(dst, lend(engine, undo, *dst.regions, owner=destination))
         undo.enter_context(on_default_stream(devices[0]))
         undo.callback(wait_for, devices)  # nothing is on its way to the tensors any more
         wait_for(devices)  # nor anything that was begun before
@@ -194,7 +194,7 @@ def load(
             pace=pace,
             on_progress=options.progress or _ignore,
             cancel=options.cancel or threading.Event(),
-            haul=Haul(dst),
+            received=Received(dst),
             replica=own,
         ).run()
 
@@ -203,7 +203,7 @@ def load(
 class _Load:
     search: Search
     destination: Destination
-    dst: Manifest  # of the destination, with the tiles of its regions
+    dst: Manifest  # of the destination, with the parts of its regions
     planner: Planner
     deadline: float
     verify: Verify
@@ -211,7 +211,7 @@ class _Load:
     on_progress: OnProgress
     cancel: threading.Event
     replica: Republication | None
-    haul: Haul  # what has come of the content that is being loaded
+    received: Received  # what has come of the content that is being loaded
     content: str = ""
     shares: list[Share] = field(
         default_factory=list
@@ -252,10 +252,10 @@ class _Load:
         start = time.monotonic()
         backoff = Backoff(0.03, 1.0)
         retries = 0
-        candidates = self._find(self.deadline)
+        sources = self._find(self.deadline)
         while True:
             try:
-                return self._once(candidates, start, retries)
+                return self._once(sources, start, retries)
             except TornRead as exc:
                 retries += 1
                 if retries == TRIES:
@@ -269,15 +269,15 @@ class _Load:
                 if self.cancel.wait(backoff.next_s()):
                     raise Cancelled("the load was cancelled") from exc
                 failpoints.reach("load.torn")
-                candidates = self._find(self.deadline)
-                if not candidates:
+                sources = self._find(self.deadline)
+                if not sources:
                     raise
                 self.given_up = [
                     reason for reason in self.given_up if reason != "torn"
                 ]  # they are asked again
             except SourceLost as exc:
-                candidates = self._find_another()
-                if not candidates:
+                sources = self._find_another()
+                if not sources:
                     raise
                 log.warning(
                     "%s; going on with another source",
@@ -295,7 +295,7 @@ class _Load:
     # -- sources
     # ----------------------------------------------------------------------------------------------
 
-    def _find(self, deadline: float) -> list[Candidate]:
+    def _find(self, deadline: float) -> list[SourceRank]:
         """Sources of one content, the one that is being loaded if there are any of it; none where
         all are to be avoided.
         """
@@ -316,10 +316,10 @@ class _Load:
             if choice.content == self.content and (
                 self.replica is None or self.replica.record is not None
             ):
-                return choice.candidates
+                return choice.sources
             self._begin(choice)
             if self.replica is None:
-                return choice.candidates
+                return choice.sources
             # Chosen anew: now we have a place among those that are loading.
 
     def _choose(self, deadline: float) -> Choice | None:
@@ -332,7 +332,7 @@ class _Load:
         search = self.search
         selection = Selection(
             self.dst,
-            lambda record: Candidate(
+            lambda record: SourceRank(
                 search.registry, search.engine, record, record.rank == search.rank, self.device, own
             ),
             self.planner,
@@ -360,25 +360,25 @@ class _Load:
         if self.replica is not None:
             # A read must not cross what the marks of our own memory are about: both go by the same
             # regions.
-            dst = tiled(dst, self.replica.begin(choice.candidates[0].record, choice.content))
+            dst = with_regions(dst, self.replica.begin(choice.sources[0].record, choice.content))
         if choice.content != self.content or dst is not self.dst:
             self.content, self.shares, self.dst = choice.content, [], dst
             self.planner = self.planner.into(dst)
-            self.haul = Haul(dst, self.pace.chunk_nbytes if self.replica else None)
+            self.received = Received(dst, self.pace.chunk_nbytes if self.replica else None)
         if self.replica is not None:
-            self.replica.mark(self.haul.arrivals)
+            self.replica.mark(self.received.arrivals)
 
-    def _find_another(self) -> list[Candidate]:
+    def _find_another(self) -> list[SourceRank]:
         """Whatever is there now: a load that has lost its sources does not wait for new ones.
 
         But where one is being updated that is waited for, as it would have been at the beginning.
         """
-        candidates = self._find_if_any(time.monotonic())
-        if candidates or not self._is_one_updated():
-            return candidates
+        sources = self._find_if_any(time.monotonic())
+        if sources or not self._is_one_updated():
+            return sources
         return self._find_if_any(self.deadline)
 
-    def _find_if_any(self, deadline: float) -> list[Candidate]:
+    def _find_if_any(self, deadline: float) -> list[SourceRank]:
         try:
             return self._find(deadline)
         except (RegistryError, LoaderError) as exc:
@@ -399,11 +399,11 @@ class _Load:
     # -- one try
     # ----------------------------------------------------------------------------------------------
 
-    def _once(self, candidates: Sequence[Candidate], start: float, retries: int) -> LoadReport:
-        arrivals = self.haul.arrivals
+    def _once(self, sources: Sequence[SourceRank], start: float, retries: int) -> LoadReport:
+        arrivals = self.received.arrivals
         with ExitStack() as undo:
-            entered = self._enter(candidates, undo)
-            spans = self.planner.plan([candidate.origin for candidate in entered])
+            entered = self._enter(sources, undo)
+            spans = self.planner.plan([source.origin for source in entered])
             missing = arrivals.missing(spans)
             check = (
                 DigestCheck(entered, self.dst, self.destination.parts, self.device)
@@ -461,25 +461,27 @@ class _Load:
     def _arrived(
         self, record: RankRecord, checked: Sequence[Span], check: DigestCheck | None
     ) -> None:
-        self.haul.add(record, [span for span in checked if check is None or not check.wants(span)])
+        self.received.add(
+            record, [span for span in checked if check is None or not check.wants(span)]
+        )
         if self.replica is not None:
-            self.replica.mark(self.haul.arrivals)
+            self.replica.mark(self.received.arrivals)
 
-    def _tell(self, progress: Progress, ahead: int, candidates: Sequence[Candidate]) -> None:
+    def _tell(self, progress: Progress, ahead: int, sources: Sequence[SourceRank]) -> None:
         of_all = Progress(ahead + progress.nbytes, ahead + progress.total_nbytes)
-        for candidate in candidates:
-            candidate.tell(of_all)
+        for source in sources:
+            source.tell(of_all)
         self.on_progress(of_all)
 
-    def _enter(self, candidates: Sequence[Candidate], undo: ExitStack) -> list[Candidate]:
+    def _enter(self, sources: Sequence[SourceRank], undo: ExitStack) -> list[SourceRank]:
         """Those that can be read from; TornRead if they are not any more what they were resolved to
         be.
         """
-        entered = [candidate for candidate in candidates if candidate.enter(undo)]
-        if len(entered) < len(candidates) and self.planner.differences(
+        entered = [source for source in sources if source.enter(undo)]
+        if len(entered) < len(sources) and self.planner.differences(
             [one.origin for one in entered]
         ):
-            missed = next(candidate.record for candidate in candidates if candidate not in entered)
+            missed = next(source.record for source in sources if source not in entered)
             if self.search.registry.current(missed) is None:
                 self.avoid.add(missed.incarnation)
                 raise SourceLost(
@@ -501,20 +503,20 @@ class _Load:
         lend(self.search.engine, undo, to_register(staging.region, self.device.type), owner=staging)
         return staging
 
-    def _run(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
+    def _run(self, transfer: Transfer, sources: Sequence[SourceRank]) -> None:
         """Remembers which sources were lost."""
         try:
             transfer.run()
-            self._check_registered(transfer, candidates)
+            self._check_registered(transfer, sources)
         except SourceEvicted:
             self.avoid.update(
-                candidate.record.incarnation
-                for candidate, share in zip(candidates, transfer.shares, strict=True)
+                source.record.incarnation
+                for source, share in zip(sources, transfer.shares, strict=True)
                 if share.error is not None
             )
             raise
         except SourceLost:
-            self.avoid.update(candidate.record.incarnation for candidate in candidates)
+            self.avoid.update(source.record.incarnation for source in sources)
             raise
         finally:
             self.given_up += [
@@ -523,39 +525,40 @@ class _Load:
                 if share.error is not None
             ]
 
-    def _check_registered(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
+    def _check_registered(self, transfer: Transfer, sources: Sequence[SourceRank]) -> None:
         """SourceEvicted if one that has brought something was evicted by now, whatever its memory
         said.
 
         One that was withdrawn, or whose process has ended, after it had been read and checked is as
         good as any.
         """
-        for candidate, share in zip(candidates, transfer.shares, strict=True):
-            if share.nbytes and not candidate.is_registered() and candidate.was_evicted():
+        for source, share in zip(sources, transfer.shares, strict=True):
+            if share.nbytes and not source.is_registered() and source.was_evicted():
                 share.error = SourceEvicted(
-                    f"{candidate.record.key} was evicted meanwhile", key=candidate.record.key
+                    f"{source.record.key} was evicted meanwhile", key=source.record.key
                 )
-        here = {candidate.record.incarnation for candidate in candidates}
-        self.haul.find_evicted(self.search.registry, here)
+        here = {source.record.incarnation for source in sources}
+        self.received.find_evicted(self.search.registry, here)
         if gone := [
             share.error
             for share in transfer.shares
             if isinstance(share.error, SourceEvicted) and share.nbytes
         ]:
             raise gone[0]
-        if self.haul.evicted:
+        if self.received.evicted:
             raise SourceEvicted(
-                f"{self.haul.evicted[0].key} was evicted meanwhile", key=self.haul.evicted[0].key
+                f"{self.received.evicted[0].key} was evicted meanwhile",
+                key=self.received.evicted[0].key,
             )
 
-    def _discard_evicted(self, transfer: Transfer, candidates: Sequence[Candidate]) -> None:
+    def _discard_evicted(self, transfer: Transfer, sources: Sequence[SourceRank]) -> None:
         """What an evicted source has brought is read again, and our own readers must know."""
-        evicted = [*self.haul.evicted]
-        for candidate, share in zip(candidates, transfer.shares, strict=True):
+        evicted = [*self.received.evicted]
+        for source, share in zip(sources, transfer.shares, strict=True):
             if isinstance(share.error, SourceEvicted):
-                evicted.append(candidate.record)
+                evicted.append(source.record)
                 share.nbytes = 0
-        if not self.haul.discard(evicted):
+        if not self.received.discard(evicted):
             return
         for share in self.shares:
             if share.name in {record.key for record in evicted}:
@@ -563,11 +566,11 @@ class _Load:
         if self.replica is not None:
             self.replica.close(SOURCE_EVICTED)
 
-    def _with_what_came(self, exc: LoaderError, candidates: Sequence[Candidate]) -> LoaderError:
+    def _with_what_came(self, exc: LoaderError, sources: Sequence[SourceRank]) -> LoaderError:
         """The error with what the caller may want to know: which sources, and which of the tensors
         are whole.
         """
-        arrivals = self.haul.arrivals
+        arrivals = self.received.arrivals
         complete = arrivals.complete() if arrivals.nbytes else []
         held = (
             f"{arrivals.nbytes} of {self.dst.nbytes} bytes have come, {len(complete)} of "
@@ -576,13 +579,13 @@ class _Load:
         what = (
             str(exc)
             if isinstance(exc, Cancelled)
-            else f"{_names(candidates)} could not be read to the end ({exc})"
+            else f"{_names(sources)} could not be read to the end ({exc})"
         )
         return type(exc)(
             f"{what}; {held if arrivals.nbytes else 'no tensor is usable'}",
             "load again, or from another instance",
-            key=candidates[0].record.key,
-            sources=[candidate.record.key for candidate in candidates],
+            key=sources[0].record.key,
+            sources=[source.record.key for source in sources],
             complete=complete,
         )
 
@@ -602,8 +605,8 @@ def _place(
     return None
 
 
-def _names(candidates: Sequence[Candidate]) -> str:
-    return " and ".join(candidate.record.key for candidate in candidates)
+def _names(sources: Sequence[SourceRank]) -> str:
+    return " and ".join(source.record.key for source in sources)
 
 
 def _name_of(source: Wanted) -> str:

@@ -20,8 +20,8 @@ import torch
 
 from engine_loader import metrics
 from engine_loader.digests.table import DigestCell, algorithm_for
-from engine_loader.engines.base import Engine, offer, tiled
-from engine_loader.engines.region_book import Tiles
+from engine_loader.engines.base import Engine, offer, with_regions
+from engine_loader.engines.region_book import Regions
 from engine_loader.errors import LoaderError, TensorsUnusable, listed
 from engine_loader.options import PublishOptions, refuse
 from engine_loader.planning.content import content_of
@@ -64,7 +64,7 @@ class Publication:
         header: HeaderCell,
         digests: DigestCell | None,
         weights: Destination,
-        regions: Tiles,
+        regions: Regions,
         use: Use,
         undo: ExitStack,
     ) -> None:
@@ -363,7 +363,7 @@ def open_publication(
     with ExitStack() as undo:
         use = USES.serve(f"{instance}/{rank}", weights.runs, filled_by)
         undo.callback(USES.end, use)
-        manifest = tiled(manifest, offer(engine, undo, *manifest.regions))
+        manifest = with_regions(manifest, offer(engine, undo, *manifest.regions))
         header = HeaderCell(device, manifest.marks)
         offer(engine, undo, to_register(header.region, device.type))
         proven = None

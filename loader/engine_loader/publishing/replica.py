@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from engine_loader.engines.base import Engine
-from engine_loader.engines.region_book import Tiles
+from engine_loader.engines.region_book import Regions
 from engine_loader.options import PublishOptions, refuse
 from engine_loader.planning.arrivals import Arrivals
 from engine_loader.publishing.publish import Publication, open_publication
@@ -122,7 +122,7 @@ class Republication:
         self._marked = 0
         self.publication: Publication | None = None
 
-    def begin(self, like: RankRecord, content: str, reason: str = WITHDRAWN) -> Tiles:
+    def begin(self, like: RankRecord, content: str, reason: str = WITHDRAWN) -> Regions:
         """Registers as loading the content, in the version of that rank. Marks are of blocks of the
         regions that are returned.
 

@@ -18,7 +18,7 @@ from engine_loader.planning.boxes import Box
 from engine_loader.planning.matching import entry_box, of_one_tensor
 from engine_loader.planning.reads import Span
 from engine_loader.planning.tied import stand_ins
-from engine_loader.sources.source import Candidate
+from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
 from engine_loader.tensors.modes import plain_torch
 from engine_registry.schema.manifest import Manifest, TensorEntry
@@ -34,7 +34,7 @@ class DigestCheck:
 
     def __init__(
         self,
-        candidates: Sequence[Candidate],
+        sources: Sequence[SourceRank],
         dst: Manifest,
         tensors: Mapping[str, torch.Tensor],
         device: torch.device,
@@ -42,14 +42,14 @@ class DigestCheck:
         """DigestsMissing where they do not prove all of a tensor."""
         self._tensors = tensors
         self._device = device
-        self._algorithm = candidates[0].algorithm
-        self._sources = " and ".join(candidate.record.key for candidate in candidates)
+        self._algorithm = sources[0].algorithm
+        self._sources = " and ".join(source.record.key for source in sources)
         groups: defaultdict[object, list[int]] = defaultdict(
             list
         )  # sources whose tables say the same
-        for number, candidate in enumerate(candidates):
-            groups[_content(candidate) if len(candidates) > 1 else None].append(number)
-        offered = {offer.name for candidate in candidates for offer in candidate.manifest.tensors}
+        for number, source in enumerate(sources):
+            groups[_content(source) if len(sources) > 1 else None].append(number)
+        offered = {offer.name for source in sources for offer in source.manifest.tensors}
         self._tied = stand_ins(dst.tensors, offered)  # the digest of the other name proves them
         wanted = {
             entry.name: entry
@@ -60,7 +60,7 @@ class DigestCheck:
         self.spans: list[Span] = []
         self._cells: list[DigestCell] = []
         for numbers in groups.values():
-            content = candidates[numbers[0]].manifest.tensors
+            content = sources[numbers[0]].manifest.tensors
             pieces = [
                 (offer.name, entry_box(offer))
                 for offer in content
@@ -74,7 +74,7 @@ class DigestCheck:
             srcs = [
                 (number, table.addr)
                 for number in numbers
-                if (table := candidates[number].manifest.digests) is not None
+                if (table := sources[number].manifest.digests) is not None
             ]
             self.spans.append(Span(cell.region.addr, cell.region.nbytes, tuple(srcs)))
         self._check_that_all_is_proven(wanted)
@@ -136,7 +136,7 @@ class DigestCheck:
             )
 
 
-def _content(candidate: Candidate) -> frozenset[object]:
+def _content(source: SourceRank) -> frozenset[object]:
     """What its table has digests of, wherever it lies."""
     return frozenset(
         (
@@ -149,7 +149,7 @@ def _content(candidate: Candidate) -> frozenset[object]:
             entry.opaque,
             entry.strides,
         )
-        for entry in candidate.manifest.tensors
+        for entry in source.manifest.tensors
     )
 
 

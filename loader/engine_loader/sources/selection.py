@@ -13,7 +13,7 @@ from engine_loader.planning.matching import needed
 from engine_loader.planning.plan import Planner, refuse
 from engine_loader.sources.manifests import for_each
 from engine_loader.sources.search import Found, Group, place_of
-from engine_loader.sources.source import Candidate
+from engine_loader.sources.source import SourceRank
 from engine_registry import Manifest, RankRecord
 from engine_registry.telemetry.logs import fields
 
@@ -25,16 +25,16 @@ class Choice:
     """Sources that are to be read from, and the content that they all bring."""
 
     content: str
-    candidates: list[Candidate]
+    sources: list[SourceRank]
 
 
 class Selection:
-    """`candidate_of` fetches a rank's manifest, `planner` compares it with what is wanted."""
+    """`source_of` fetches a rank's manifest, `planner` compares it with what is wanted."""
 
     def __init__(
         self,
         dst: Manifest,
-        candidate_of: Callable[[RankRecord], Candidate],
+        source_of: Callable[[RankRecord], SourceRank],
         planner: Planner,
         *,
         digests: bool,
@@ -43,7 +43,7 @@ class Selection:
     ) -> None:
         """`session_id`: the loader's own."""
         self._dst = dst
-        self._candidate_of = candidate_of
+        self._source_of = source_of
         self._planner = planner
         self._digests = digests
         self._max_sources = max_sources
@@ -67,31 +67,27 @@ class Selection:
                 for records in group.teams
             ]
             if parts := self._fitting(group, teams, misfits):
-                numbers = needed(
-                    [candidate.origin for candidate in parts], self._dst, self._max_sources
-                )
+                numbers = needed([source.origin for source in parts], self._dst, self._max_sources)
                 return _told(Choice(group.content, [parts[number] for number in numbers]), misfits)
         raise misfits[0]
 
     def _fitting(
         self, group: Group, teams: Sequence[Sequence[RankRecord]], misfits: list[LoaderError]
-    ) -> list[Candidate]:
+    ) -> list[SourceRank]:
         """The first teams each of which has all that is wanted, and digests of one kind if they
         are. Says why others do not fit.
         """
-        chosen: list[list[Candidate]] = []
+        chosen: list[list[SourceRank]] = []
         algorithm: set[str] = set()
         for team in teams:
             if len(chosen) == min(group.at_once, self._max_sources):
                 break
             try:
-                candidates = for_each(team, self._fetch)
-                origins = [candidate.origin for candidate in candidates]
+                sources = for_each(team, self._fetch)
+                origins = [source.origin for source in sources]
                 name = origins[0].name if len(team) == 1 else team[0].instance
                 refuse(name, self._planner.differences(origins))
-                theirs = (
-                    {candidate.algorithm for candidate in candidates} if self._digests else set()
-                )
+                theirs = {source.algorithm for source in sources} if self._digests else set()
                 if len(theirs) > 1:
                     kinds = " and ".join(sorted(theirs))
                     raise DigestsMissing(
@@ -103,12 +99,12 @@ class Selection:
                 continue
             algorithm = algorithm or theirs
             if theirs == algorithm:
-                chosen.append(candidates)
-        return [candidate for team in chosen for candidate in team]
+                chosen.append(sources)
+        return [source for team in chosen for source in team]
 
-    def _fetch(self, record: RankRecord) -> Candidate:
+    def _fetch(self, record: RankRecord) -> SourceRank:
         try:
-            return self._candidate_of(record)
+            return self._source_of(record)
         except SourceLost:
             self.gone.append(record)
             raise

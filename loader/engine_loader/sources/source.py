@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 _NEWS_S = 0.25  # how much later than etcd a watch may know
 
 
-class Candidate:
+class SourceRank:
     """Holds nothing until `enter`. Its registry and engine are the loader's."""
 
     def __init__(

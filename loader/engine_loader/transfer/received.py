@@ -17,7 +17,7 @@ from engine_registry.telemetry.logs import fields
 log = logging.getLogger(__name__)
 
 
-class Haul:
+class Received:
     """`arrivals` has all of it; `evicted` the ranks that are known not to count any more, see
     `find_evicted`.
     """

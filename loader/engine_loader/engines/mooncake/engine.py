@@ -24,7 +24,7 @@ from engine_loader.engines.mooncake.binding import Binding
 from engine_loader.engines.mooncake.machine import check_host, rdma_devices, this_host
 from engine_loader.engines.mooncake.reader import Reader
 from engine_loader.engines.mooncake.start import start
-from engine_loader.engines.region_book import RegionBook, Tiles
+from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, EngineUnavailable, LoaderError, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_loader.tensors.cuda import on_device_of
@@ -104,11 +104,11 @@ class MooncakeEngine(Engine):
     def fabric(self) -> str:
         return self._fabric
 
-    def register(self, region: Region) -> Tiles:
+    def register(self, region: Region) -> Regions:
         with self._served.lock:
             binding = self._open()
             self._lingering.check(region.addr, region.nbytes)
-            tiles, new = self._served.begin(region)
+            parts, new = self._served.begin(region)
             registered: list[Region] = []
             try:
                 if len(self._served) > _MAX_REGIONS:
@@ -126,7 +126,7 @@ class MooncakeEngine(Engine):
                 for one in registered:
                     self._forget(binding, one)
                 raise
-            return tiles
+            return parts
 
     def unregister(self, region: Region) -> None:
         with self._served.lock:
@@ -138,13 +138,13 @@ class MooncakeEngine(Engine):
         with self._where(region):
             binding.unregister(region)
 
-    def lend(self, region: Region) -> Tiles:
+    def lend(self, region: Region) -> Regions:
         if self._lent is self._served:
             return self.register(region)
         with self._lent.lock:
             self._open()
             self._lingering.check(region.addr, region.nbytes)
-            return self._lent.begin(region).tiles
+            return self._lent.begin(region).parts
 
     def take_back(self, region: Region) -> None:
         self._lingering.check(region.addr, region.nbytes)

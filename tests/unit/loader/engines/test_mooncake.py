@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from engine_loader import MooncakeEngine
 from engine_loader.engines.mooncake.binding import _what_to_install
-from engine_loader.engines.region_book import Tiles
+from engine_loader.engines.region_book import Regions
 from engine_loader.errors import EngineFailed, EngineUnavailable, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry import Region
@@ -565,16 +565,16 @@ def test_the_library_never_holds_a_byte_twice_and_holds_what_is_in_use(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine_loader.engines.mooncake.start.import_library", lambda: library)
         engine = MooncakeEngine("127.0.0.1")
-    held: list[tuple[Region, Tiles]] = []
+    held: list[tuple[Region, Regions]] = []
     for registering, region in steps:
         if registering:
             held.append((region, engine.register(region)))
         elif held:
             engine.unregister(held.pop(region.addr % len(held))[0])
-        for _, tiles in held:
-            for tile in tiles:
+        for _, parts in held:
+            for part in parts:
                 assert any(
-                    addr <= tile.addr and tile.end <= addr + size
+                    addr <= part.addr and part.end <= addr + size
                     for addr, size in library.registered.items()
                 )
     for region, _ in held:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_loader.engines.base import tiled
-from engine_loader.engines.region_book import Begun, RegionBook, Tiles
+from engine_loader.engines.base import with_regions
+from engine_loader.engines.region_book import Begun, RegionBook, Regions
 from engine_loader.errors import EngineFailed, TensorsUnusable
 from engine_loader.planning.plan import ReadOp
 from engine_registry import Manifest, Region, TensorEntry
@@ -20,8 +20,8 @@ REGIONS = st.builds(Region, st.integers(0, 40), st.integers(1, 20))
 STEPS = st.lists(st.one_of(REGIONS, st.integers(0, 100)), max_size=40)
 
 
-def bytes_of(tiles: Tiles) -> list[int]:
-    return [byte for tile in tiles for byte in range(tile.addr, tile.end)]
+def bytes_of(parts: Regions) -> list[int]:
+    return [byte for part in parts for byte in range(part.addr, part.end)]
 
 
 class Library:
@@ -49,17 +49,17 @@ def test_tiles_cover_each_region_and_lie_in_what_the_library_holds_as_long_as_it
 ) -> None:
     """A step begins a region, or ends one of those that have begun, by its number."""
     library = Library()
-    begun: list[tuple[Region, Tiles]] = []
+    begun: list[tuple[Region, Regions]] = []
     for step in steps:
         if isinstance(step, Region):
-            begun.append((step, library.begin(step).tiles))
+            begun.append((step, library.begin(step).parts))
         elif begun:
             library.end(begun.pop(step % len(begun))[0])
         assert set(library.book) == library.held
-        for region, tiles in begun:
-            assert bytes_of(tiles) == list(range(region.addr, region.end))
-            for tile in tiles:
-                holder = library.book.holder_of(tile.addr, tile.nbytes)
+        for region, parts in begun:
+            assert bytes_of(parts) == list(range(region.addr, region.end))
+            for part in parts:
+                holder = library.book.holder_of(part.addr, part.nbytes)
                 assert holder is not None
                 assert holder in library.held
     for region, _ in begun:
@@ -69,12 +69,12 @@ def test_tiles_cover_each_region_and_lie_in_what_the_library_holds_as_long_as_it
 
 
 @given(st.lists(REGIONS, min_size=1, max_size=12))
-def test_the_tiles_of_tiles_are_the_same_tiles(regions: list[Region]) -> None:
-    """So whoever lends tiles that were lent, or offers what was offered, changes nothing."""
+def test_the_parts_of_parts_are_the_same_parts(regions: list[Region]) -> None:
+    """So whoever lends parts that were lent, or offers what was offered, changes nothing."""
     book = RegionBook()
     for region in regions:
-        for tile in book.begin(region).tiles:
-            assert book.begin(tile) == Begun((tile,), ())
+        for part in book.begin(region).parts:
+            assert book.begin(part) == Begun((part,), ())
 
 
 def test_a_region_that_never_began_ends_without_any_effect() -> None:
@@ -106,7 +106,7 @@ def test_a_destination_lies_in_one_region() -> None:
             book.check_destination(ReadOp("a/0", 0, start, nbytes))
 
 
-# -- the tiles of a manifest
+# -- the parts of a manifest
 # --------------------------------------------------------------------------------------------------
 
 
@@ -120,18 +120,18 @@ MANIFEST = Manifest(
 
 
 def test_a_manifest_whose_regions_are_its_tiles_stays_as_it_is() -> None:
-    assert tiled(MANIFEST, (Region(100, 100),)) is MANIFEST
+    assert with_regions(MANIFEST, (Region(100, 100),)) is MANIFEST
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations((Region(100, 50), Region(150, 50)))))
-def test_the_tiles_become_the_regions_of_a_manifest(order: Tiles) -> None:
-    assert tiled(MANIFEST, order).regions == (Region(100, 50), Region(150, 50))
-    assert tiled(MANIFEST, order).tensors == MANIFEST.tensors
+def test_the_parts_become_the_regions_of_a_manifest(order: Regions) -> None:
+    assert with_regions(MANIFEST, order).regions == (Region(100, 50), Region(150, 50))
+    assert with_regions(MANIFEST, order).tensors == MANIFEST.tensors
 
 
 def test_a_tensor_that_a_tile_cuts_is_named() -> None:
     with pytest.raises(
         TensorsUnusable, match=r"1 tensors lie partly in memory .*: b: publish or load tensors"
     ) as refused:
-        tiled(MANIFEST, (Region(100, 60), Region(160, 40)))
+        with_regions(MANIFEST, (Region(100, 60), Region(160, 40)))
     assert refused.value.details == {"problems": ["b"]}

@@ -225,8 +225,8 @@ def test_a_planner_goes_by_the_regions_that_it_is_given_for_the_same_tensors() -
     there = origin(an_entry("a", 100, 8), an_entry("b", 108, 8), regions=(Region(100, 16),))
     planner = Planner(here, STRAIGHT)
     assert planner.make([there]) == (span(100, 0, 16),)
-    tiles = replace(here, regions=(Region(0, 8), Region(8, 8)))
-    assert planner.into(tiles).make([there]) == (span(100, 0, 8), span(108, 8, 8))
+    parts = replace(here, regions=(Region(0, 8), Region(8, 8)))
+    assert planner.into(parts).make([there]) == (span(100, 0, 8), span(108, 8, 8))
 
 
 def test_tensors_tied_on_both_sides_are_read_once() -> None:

@@ -18,7 +18,7 @@ from engine_loader.digests.table import ALGORITHMS, DigestCell
 from engine_loader.errors import DigestMismatch, DigestsMissing
 from engine_loader.planning.plan import ReadOp
 from engine_loader.sources.digest_check import DigestCheck
-from engine_loader.sources.source import Candidate
+from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.regions import Shard, describe
 from engine_registry import Manifest, RankRecord
 from tests.support.builders import a_record
@@ -63,7 +63,7 @@ def check_of(
     shards: Mapping[str, Shard] | None = None,
 ) -> tuple[DigestCheck, Manifest]:
     dst = describe(tensors, shards)
-    return DigestCheck(cast(Sequence[Candidate], sources), dst, tensors, CPU), dst
+    return DigestCheck(cast(Sequence[SourceRank], sources), dst, tensors, CPU), dst
 
 
 def compare(

@@ -15,7 +15,7 @@ from engine_loader.planning.matching import Origin
 from engine_loader.planning.plan import Planner
 from engine_loader.sources.search import Found, Group
 from engine_loader.sources.selection import Choice, Selection
-from engine_loader.sources.source import Candidate
+from engine_loader.sources.source import SourceRank
 from engine_registry import Manifest, RankRecord, TensorEntry
 from tests.support.builders import CONTENT, OTHER_CONTENT, a_manifest, a_record, an_entry
 
@@ -77,15 +77,15 @@ def selection_of(teams: Sequence[Ranks], wanted: Manifest, **options: Any) -> Se
         key: one for team in teams for key, one in team.offerings.items()
     }
 
-    def candidate_of(record: RankRecord) -> Candidate:
+    def source_of(record: RankRecord) -> SourceRank:
         if record.key not in offerings:
             raise SourceLost(f"{record.key} is gone")
-        return cast(Candidate, offerings[record.key])
+        return cast(SourceRank, offerings[record.key])
 
     planner = Planner(wanted, partial=options.pop("partial", True))
     return Selection(
         wanted,
-        candidate_of,
+        source_of,
         planner,
         **{"digests": False, "max_sources": 2, "session_id": "x", **options},
     )
@@ -108,7 +108,7 @@ def found_of(teams: Sequence[Ranks], alike: Sequence[RankRecord] = ()) -> Found:
 
 
 def names_of(choice: Choice) -> list[str]:
-    return [candidate.origin.name for candidate in choice.candidates]
+    return [source.origin.name for source in choice.sources]
 
 
 def test_ranks_that_hold_the_same_are_chosen_the_first_ones_first() -> None:
