@@ -45,7 +45,8 @@ from engine_loader import (
     publish,
 )
 from engine_loader.digests.table import digests_of
-from engine_loader.files.weights import allocate_like, read_weights
+from engine_loader.files.memory import allocate_like
+from engine_loader.files.weights import read_weights
 from engine_loader.planning.matching import Origin
 from engine_loader.planning.plan import plan
 from engine_registry import Manifest, ModelIdentity, Region, Registry, TensorEntry

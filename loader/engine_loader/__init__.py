@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from engine_loader.errors import VersionUnavailable as VersionUnavailable
     from engine_loader.errors import WeightsFileInvalid as WeightsFileInvalid
     from engine_loader.errors import WeightsMismatch as WeightsMismatch
-    from engine_loader.files.weights import WholeFiles as WholeFiles
+    from engine_loader.files.whole_files import WholeFiles as WholeFiles
     from engine_loader.loading.checkpoint import EngineReader as EngineReader
     from engine_loader.loading.full import load_full as load_full
     from engine_loader.loading.instance import load_instance as load_instance
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from engine_loader.loading.report import LoadReport as LoadReport
     from engine_loader.options import LoadOptions as LoadOptions
     from engine_loader.options import PublishOptions as PublishOptions
-    from engine_loader.publishing.publish import Publication as Publication
+    from engine_loader.publishing.publication import Publication as Publication
     from engine_loader.publishing.publish import publish as publish
     from engine_loader.publishing.publish import publish_state_dict as publish_state_dict
     from engine_loader.publishing.replica import Replica as Replica
     from engine_loader.starting.load_or_seed import load_or_seed as load_or_seed
-    from engine_loader.starting.start import Seeded as Seeded
+    from engine_loader.starting.seeded import Seeded as Seeded
     from engine_loader.tensors.destination import Destination as Destination
     from engine_loader.tensors.regions import Shard as Shard
     from engine_loader.transfer.pace import Pace as Pace
@@ -68,11 +68,11 @@ _MODULE_OF = {
     "MooncakeEngine": "engines.mooncake.engine",
     "Pace": "transfer.pace",
     "Progress": "transfer.progress",
-    "Publication": "publishing.publish",
+    "Publication": "publishing.publication",
     "PublishOptions": "options",
     "ReadFailed": "errors",
     "Replica": "publishing.replica",
-    "Seeded": "starting.start",
+    "Seeded": "starting.seeded",
     "Shard": "tensors.regions",
     "SourceEvicted": "errors",
     "SourceLost": "errors",
@@ -83,7 +83,7 @@ _MODULE_OF = {
     "VersionUnavailable": "errors",
     "WeightsFileInvalid": "errors",
     "WeightsMismatch": "errors",
-    "WholeFiles": "files.weights",
+    "WholeFiles": "files.whole_files",
     "load": "loading.load",
     "limit_caches": "caches",
     "load_full": "loading.full",

@@ -36,7 +36,7 @@ from engine_loader import (
     load_full,
     load_instance,
 )
-from engine_loader.files.weights import WholeFiles
+from engine_loader.files.whole_files import WholeFiles
 from engine_registry import Registry, RegistryError
 from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes, line_of

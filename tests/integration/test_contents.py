@@ -31,7 +31,7 @@ from engine_loader import (
     publish,
 )
 from engine_loader.errors import SourceEvicted, SourceLost
-from engine_loader.files.weights import WholeFiles
+from engine_loader.files.whole_files import WholeFiles
 from engine_loader.publishing.header import Header
 from engine_registry import ModelIdentity, RankState, Registry, failpoints
 from engine_registry.errors import InvalidField

@@ -30,8 +30,9 @@ from engine_loader.errors import (
     WeightsFileInvalid,
     WeightsMismatch,
 )
-from engine_loader.files.weights import WholeFiles, read_weights
-from engine_loader.loading.load import TRIES
+from engine_loader.files.weights import read_weights
+from engine_loader.files.whole_files import WholeFiles
+from engine_loader.loading.attempts import TRIES
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InstanceIncomplete
 from tests.support.options import for_load, for_publish

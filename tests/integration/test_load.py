@@ -136,7 +136,7 @@ def test_a_destination_is_filled_as_often_as_it_is_loaded_into(
             assert publication.record.version == version
             with publication.update():
                 source["scale"].add_(1)
-        with pytest.raises(InvalidField, match="give no shards besides"):
+        with pytest.raises(InvalidField, match="leave `shards` out"):
             load(registry, engine, "a", rank=0, tensors=destination, shards={})
 
 
@@ -253,7 +253,8 @@ def test_tensors_without_a_box_need_a_rank(
 ) -> None:
     with pytest.raises(
         InvalidField,
-        match="w does not say which part of the whole it is: say in `shards`, or from which `rank`",
+        match="w does not say which part of the whole it is: say it in `shards`, or say from which "
+        "`rank`",
     ):
         load(
             registry,

@@ -257,7 +257,7 @@ def test_weights_that_have_moved_in_an_update_are_named_and_nobody_reads_the_ran
     publication = offer("a", tensors)
     with pytest.raises(
         TensorsUnusable,
-        match=r"tensors of /engines/a/0 have other memory than the one that peers read.*: w: ",
+        match=r"tensors of /engines/a/0 have other memory than .* peers read.*: w: .*: copy into",
     ):
         with publication.update():
             move(tensors)
@@ -296,7 +296,7 @@ def test_a_destination_whose_tensors_have_moved_is_refused_before_a_byte_moves(
     move(tensors)
     with pytest.raises(
         TensorsUnusable,
-        match=r"tensors have other memory than when their Destination was made: .*: w: ",
+        match=r"tensors have other memory than when .* was made: w: .*: make a new one",
     ):
         load_a(registry, destination)
 
@@ -316,7 +316,7 @@ def test_tensors_that_move_while_they_are_filled_are_an_error_and_no_source(
 
     with pytest.raises(
         TensorsUnusable,
-        match="tensors were given other memory while they were being filled: load again: w: ",
+        match=r"tensors were given other memory while they were being filled: w: .*: load again",
     ):
         load_a(registry, tensors, progress=move_once, publish=publish_as)
     assert registry.ranks("copy") == ()

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from engine_cli.exits import Exit
 from engine_loader import MooncakeEngine, publish
-from engine_loader.starting.start import lock_name
+from engine_loader.starting.lock import lock_name
 from engine_registry import (
     InstanceCleaned,
     InstanceReady,

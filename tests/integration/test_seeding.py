@@ -31,7 +31,7 @@ from engine_loader import (
     publish,
 )
 from engine_loader.errors import Cancelled, WeightsFileInvalid, WeightsMismatch
-from engine_loader.starting.start import lock_name
+from engine_loader.starting.lock import lock_name
 from engine_registry import ModelIdentity, RankState, Registry
 from engine_registry.errors import InvalidField, RankConflict
 from engine_registry.etcd.local import LocalEtcd
@@ -348,7 +348,7 @@ def test_those_whose_peers_fail_still_read_the_disk_one_after_another(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    read, led = engine_loader.files.disk.DiskRead.run, []
+    read, led = engine_loader.files.disk.DiskRead.read, []
     with InProcessEngine() as first, InProcessEngine() as second, ThreadPoolExecutor() as pool:
         with publish(
             registry,
@@ -365,7 +365,7 @@ def test_those_whose_peers_fail_still_read_the_disk_one_after_another(
                     led.append(election.leading)
                     return read(*args)
 
-                monkeypatch.setattr(engine_loader.files.disk.DiskRead, "run", seen)
+                monkeypatch.setattr(engine_loader.files.disk.DiskRead, "read", seen)
                 waiting = pool.submit(start, registry, second, path)
                 wait_until(lambda: bool(events(caplog, "peers_failed")))
             with waiting.result(60) as seeded:
@@ -473,7 +473,7 @@ def test_an_etcd_that_goes_away_and_comes_back_while_one_reads_costs_no_second_r
     own_etcd: LocalEtcd, path: Path
 ) -> None:
     reading, go_on, reads = threading.Event(), threading.Event(), []
-    read = engine_loader.files.disk.DiskRead.run
+    read = engine_loader.files.disk.DiskRead.read
 
     def slowly(*args: Any) -> object:
         reads.append(args)
@@ -482,7 +482,7 @@ def test_an_etcd_that_goes_away_and_comes_back_while_one_reads_costs_no_second_r
         return read(*args)
 
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        patch.setattr(engine_loader.files.disk.DiskRead, "run", slowly)
+        patch.setattr(engine_loader.files.disk.DiskRead, "read", slowly)
         registry = stack.enter_context(connect(own_etcd))
         engines = [stack.enter_context(InProcessEngine()) for _ in range(2)]
         pool = stack.enter_context(ThreadPoolExecutor())

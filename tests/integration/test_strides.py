@@ -30,7 +30,9 @@ from engine_loader import (
 )
 from engine_loader.digests.table import digests_of
 from engine_loader.errors import TensorsUnusable, WeightsMismatch
-from engine_loader.files.weights import WholeFiles, allocate_like, write_weights
+from engine_loader.files.memory import allocate_like
+from engine_loader.files.weights import write_weights
+from engine_loader.files.whole_files import WholeFiles
 from engine_loader.planning.content import content_of
 from engine_loader.tensors.regions import describe
 from engine_registry import ModelIdentity, Registry

@@ -221,7 +221,8 @@ class _Loading:
         with held_back():
             from engine_loader import LoadOptions, MooncakeEngine, PublishOptions, Replica, load
             from engine_loader.files.format import check_storable
-            from engine_loader.files.weights import allocate_like, shards_like, write_weights
+            from engine_loader.files.memory import allocate_like, shards_like
+            from engine_loader.files.weights import write_weights
 
         manifest = registry.manifest(record)
         if path is not None:

@@ -170,8 +170,9 @@ def command(
                 publish,
             )
             from engine_loader.files.folder import files_of
+            from engine_loader.files.memory import memory_for
             from engine_loader.files.stored import Files
-            from engine_loader.files.weights import memory_for, read_weights
+            from engine_loader.files.weights import read_weights
 
         tensors = (
             memory_for(Files(files_of(paths, rank))) if from_peers else read_weights(paths, rank)

@@ -73,11 +73,11 @@ def read_into(
     """
     parts, boxes = local_parts(tensors, shards)
     files = Files(files_of(paths, rank))
-    return DiskRead(files, parts, describe(parts, boxes)).run(progress, cancel)
+    return DiskRead(files, parts, describe(parts, boxes)).read(progress, cancel)
 
 
 class DiskRead:
-    """A read that is known to fit; one use: `run`."""
+    """A read that is known to fit; one use: `read`."""
 
     def __init__(self, files: Files, tensors: Mapping[str, torch.Tensor], dst: Manifest) -> None:
         """`dst` describes the tensors.
@@ -90,7 +90,7 @@ class DiskRead:
         self._files = files
         self._spans = files.plan(dst, _COSTS)
 
-    def run(
+    def read(
         self, progress: OnProgress | None = None, cancel: threading.Event | None = None
     ) -> DiskReport:
         """As `read_into`."""
@@ -99,7 +99,7 @@ class DiskRead:
         wait_for(devices)
         read_nbytes = _Reading(
             self._files, self._spans, self._tensors, cancel or threading.Event()
-        ).run(progress)
+        ).read(progress)
         wait_for(devices)
         dst = self._dst
         report = DiskReport(
@@ -125,7 +125,7 @@ class DiskRead:
 
 
 class _Reading:
-    """One use: `run`."""
+    """One use: `read`."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class _Reading:
         )  # bytes that came; None: a thread has ended
         self._descriptors: list[int] = []
 
-    def run(self, on_progress: OnProgress | None) -> int:
+    def read(self, on_progress: OnProgress | None) -> int:
         """How many bytes were read."""
         threads = min(_THREADS, len(self._todo))
         with ExitStack() as undo:

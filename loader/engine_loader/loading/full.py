@@ -12,7 +12,8 @@ import torch
 
 from engine_loader.engines.base import Engine
 from engine_loader.errors import LoaderError
-from engine_loader.files.weights import WholeFiles, allocate, block_of, extent, with_strides
+from engine_loader.files.memory import allocate, block_of, extent, with_strides
+from engine_loader.files.whole_files import WholeFiles
 from engine_loader.loading.load import load
 from engine_loader.loading.report import LoadReport
 from engine_loader.loading.together import load_together
@@ -22,8 +23,8 @@ from engine_loader.planning.whole import MAX_FILE_NBYTES, Whole, into_files, who
 from engine_loader.sources.manifests import fetch_manifests
 from engine_loader.sources.search import Search
 from engine_loader.tensors.regions import Shard, dtype_named
-from engine_loader.transfer.pipe import Share
 from engine_loader.transfer.progress import OnProgress, Progress
+from engine_loader.transfer.shares import Share
 from engine_registry import Manifest, RankRecord, Registry
 from engine_registry.watching.waiting import Wanted
 
@@ -72,7 +73,7 @@ def load_full(
     """
     refuse(options, "load_full", _REFUSED)
     full = _Full(registry, engine, source, files, max_file_nbytes, timeout_s, options)
-    return full.run()
+    return full.fill()
 
 
 @dataclass
@@ -86,7 +87,7 @@ class _Full:
     options: LoadOptions
     write_s: float = 0.0
 
-    def run(self) -> LoadReport:
+    def fill(self) -> LoadReport:
         start = time.monotonic()
         reports, tries = load_together(self._once, self.timeout_s, "one file and the next")
         together = _together(reports)

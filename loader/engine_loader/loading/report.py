@@ -1,12 +1,30 @@
-"""What a load did."""
+"""What a load did, or how far it came. Made by `load`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from engine_loader.publishing.publish import Publication
-from engine_loader.transfer.pipe import Share
+from engine_loader.errors import Cancelled, LoaderError
+from engine_loader.planning.reads import Span
+from engine_loader.publishing.publication import Publication
+from engine_loader.sources.source import SourceRank
+from engine_loader.transfer.received import Received
+from engine_loader.transfer.shares import Share, summed
+from engine_registry import RankRecord
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What an attempt did that has filled the tensors. `record` is of the source that brought the
+    most.
+    """
+
+    record: RankRecord
+    spans: Sequence[Span]  # of the whole load
+    shares: Sequence[Share]  # of this attempt
+    transfer_s: float
+    digest_s: float
 
 
 @dataclass(frozen=True)
@@ -64,12 +82,57 @@ class LoadReport:
         }
 
 
-def summed(shares: Sequence[Share]) -> tuple[Share, ...]:
-    """One for each source, with what it brought in all and why it was dropped in the end."""
-    by_name: dict[str, Share] = {}
-    for share in shares:
-        before = by_name.get(share.name, share)
-        by_name[share.name] = (
-            share if before is share else replace(share, nbytes=before.nbytes + share.nbytes)
-        )
-    return tuple(by_name.values())
+def report_of(
+    filled: Filled,
+    received: Received,
+    rank: int | None,
+    retries: int,
+    took_s: float,
+    publication: Publication | None,
+) -> LoadReport:
+    """Of a load whose last attempt is `filled`. `received` has the content and what came before."""
+    record = filled.record
+    return LoadReport(
+        instance=record.instance,
+        rank=rank,
+        version=record.version,
+        content=received.content,
+        protocol=record.protocol,
+        tensors=len(received.dst.tensors),
+        nbytes=sum(span.payload for span in filled.spans),
+        read_nbytes=sum(span.nbytes for span in filled.spans),
+        reads=len(filled.spans),
+        retries=retries,
+        seconds=took_s,
+        transfer_s=filled.transfer_s,
+        digest_s=filled.digest_s,
+        shares=summed([*received.shares, *filled.shares]),
+        publication=publication,
+    )
+
+
+def with_what_came(
+    exc: LoaderError, sources: Sequence[SourceRank], received: Received
+) -> LoaderError:
+    """The error of an attempt with what the caller may want to know: which sources, and which of
+    the tensors are whole.
+    """
+    arrivals, dst = received.arrivals, received.dst
+    complete = arrivals.complete() if arrivals.nbytes else []
+    held = (
+        f"{arrivals.nbytes} of {dst.nbytes} bytes have come, {len(complete)} of "
+        f"{len(dst.tensors)} tensors are whole"
+    )
+    keys = [source.record.key for source in sources]
+    what = (
+        str(exc)
+        if isinstance(exc, Cancelled)
+        else f"{' and '.join(keys)} could not be read to the end ({exc})"
+    )
+    return type(exc)(
+        f"{what}; {held if arrivals.nbytes else 'no tensor is usable'}",
+        "load again, or from another instance",
+        key=keys[0],
+        sources=keys,
+        complete=complete,
+    )

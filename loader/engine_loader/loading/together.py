@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from engine_loader.errors import SourceLost, SourceUnreachable, TornRead, VersionUnavailable
-from engine_loader.loading.load import TRIES
+from engine_loader.loading.attempts import TRIES
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound
 from engine_registry.schema.numbers import seconds
 from engine_registry.telemetry.logs import fields

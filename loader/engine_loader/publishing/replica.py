@@ -13,7 +13,8 @@ from engine_loader.engines.base import Engine
 from engine_loader.engines.region_book import Regions
 from engine_loader.options import PublishOptions, refuse
 from engine_loader.planning.arrivals import Arrivals
-from engine_loader.publishing.publish import Publication, open_publication
+from engine_loader.publishing.opening import open_publication
+from engine_loader.publishing.publication import Publication
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import Use
 from engine_registry import ModelIdentity, RankRecord, Registry

@@ -4,17 +4,17 @@ first.
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import socket
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine_loader.engines.base import Engine
-from engine_loader.errors import SourceUnreachable, VersionUnavailable
+from engine_loader.errors import VersionUnavailable
 from engine_loader.planning.content import content_of_parts
 from engine_loader.sources.chain import costs
+from engine_loader.sources.groups import Found, Group, grouped
+from engine_loader.sources.reach import reachable
+from engine_loader.sources.readers import all_pulls, best_first
 from engine_registry import (
     InstanceState,
     InstanceStatus,
@@ -25,39 +25,8 @@ from engine_registry import (
     RankState,
     Registry,
 )
-from engine_registry.errors import EtcdRefused, InvalidField
-from engine_registry.schema.address import family_of, host_of
-from engine_registry.schema.pull_ticket import Pull
-from engine_registry.schema.record import GATEWAY
-from engine_registry.telemetry.logs import fields
+from engine_registry.errors import InvalidField
 from engine_registry.watching.waiting import Wanted
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Sources of one content, the best first: single ranks that hold what the rank to be filled
-    holds, or all ranks of instances.
-
-    No more than `at_once` of them should be read from at the same time. `content` is what the
-    tensors will hold in the end.
-    """
-
-    content: str
-    teams: list[tuple[RankRecord, ...]]
-    at_once: int
-
-
-@dataclass(frozen=True)
-class Found:
-    """The best group first, in each list."""
-
-    alike: list[Group]
-    instances: list[Group]
-
-    def __bool__(self) -> bool:
-        return bool(self.alike or self.instances)
 
 
 @dataclass(frozen=True)
@@ -107,7 +76,7 @@ class Search:
             self._check_place(ready, alike)
         whole = [status.records for status in ready if self.boxes]
         alike = _before(every.get(me), alike) if me else alike
-        usable = self._reachable(whole, alike) - set(avoid)
+        usable = reachable(self.engine, whole, alike) - set(avoid)
         whole = [
             records for records in whole if all(record.incarnation in usable for record in records)
         ]
@@ -116,8 +85,11 @@ class Search:
         if any(record.state is RankState.LOADING for record in alike):
             singles = self._groups_in_chain(alike, every.keys() - set(avoid), me)
         else:
-            singles = _grouped(
-                [((record,), record.content) for record in self._best_first(alike)],
+            singles = grouped(
+                [
+                    ((record,), record.content)
+                    for record in best_first(self.registry, self.engine, alike)
+                ],
                 self.max_sources,
             )
         for groups in (singles, instances):
@@ -160,12 +132,14 @@ class Search:
     def _groups_of_instances(self, whole: Sequence[tuple[RankRecord, ...]]) -> list[Group]:
         firsts = {
             record.incarnation: at
-            for at, record in enumerate(self._best_first([records[0] for records in whole]))
+            for at, record in enumerate(
+                best_first(self.registry, self.engine, [records[0] for records in whole])
+            )
         }
         ordered = sorted(whole, key=lambda records: firsts[records[0].incarnation])
         contents = [tuple([record.content for record in records]) for records in ordered]
         derived = {some: content_of_parts(some, self.dst) for some in set(contents)}
-        return _grouped(
+        return grouped(
             [(records, derived[some]) for records, some in zip(ordered, contents, strict=True)],
             self.max_sources,
         )
@@ -239,27 +213,11 @@ class Search:
             ]
         return [record for record in [own, *others] if record.state in states]
 
-    def _reachable(
-        self, whole: Sequence[Sequence[RankRecord]], alike: Sequence[RankRecord]
-    ) -> set[str]:
-        """Incarnations; SourceUnreachable where nobody can be read from."""
-        every = [*(record for records in whole for record in records), *alike]
-        obstacles = {
-            record.key: obstacle for record in every if (obstacle := _obstacle(self.engine, record))
-        }
-        teams = [*((record,) for record in alike), *whole]
-        if obstacles and all(any(record.key in obstacles for record in team) for team in teams):
-            told = "; ".join(f"{key} {obstacle}" for key, obstacle in obstacles.items())
-            raise SourceUnreachable(
-                f"no source can be reached from here: {told}", sources=list(obstacles)
-            )
-        return {record.incarnation for record in every if record.key not in obstacles}
-
     def _groups_in_chain(
         self, alike: Sequence[RankRecord], registered: Collection[str], me: str
     ) -> list[Group]:
         """The cheapest first. Of each group those that are complete and have no reader, at once."""
-        pulls = self._pulls()
+        pulls = all_pulls(self.registry)
         priced: list[tuple[float, int, Group]] = []
         for content in dict.fromkeys(record.content for record in alike):
             same = [record for record in alike if record.content == content]
@@ -279,53 +237,6 @@ class Search:
                 priced.append((cost[some[0].incarnation], some[0].create_revision, group))
         return [group for _, _, group in sorted(priced, key=lambda one: one[:2])]
 
-    def _best_first(self, records: Sequence[RankRecord]) -> list[RankRecord]:
-        """Fewest readers first, then the nearest; loaders that see equal ones do not all choose the
-        same.
-        """
-        here = socket.gethostname()
-
-        def order(record: RankRecord) -> tuple[int, bool, bool, bytes]:
-            near = bool(record.fabric) and record.fabric == self.engine.fabric
-            return (
-                self._readers(record),
-                record.host != here,
-                not near,
-                place_of(record, self.engine.session_id),
-            )
-
-        return sorted(records, key=order) if len(records) > 1 else list(records)
-
-    def _readers(self, record: RankRecord) -> int:
-        try:
-            return self.registry.pulls(record)
-        except EtcdRefused as exc:  # who may not see the tickets may read all the same
-            _tickets_unseen(exc)
-            return 0
-
-    def _pulls(self) -> Sequence[Pull]:
-        try:
-            return self.registry.all_pulls()
-        except EtcdRefused as exc:
-            _tickets_unseen(exc)
-            return ()
-
-
-def _grouped(teams: Sequence[tuple[tuple[RankRecord, ...], str]], at_once: int) -> list[Group]:
-    """Teams with their contents, the best first: by content."""
-    groups: dict[str, Group] = {}
-    for team, content in teams:
-        groups.setdefault(content, Group(content, [], at_once)).teams.append(team)
-    return list(groups.values())
-
-
-def _tickets_unseen(exc: EtcdRefused) -> None:
-    log.info(
-        "not known how many read from each source: %s",
-        exc,
-        extra=fields("readers_unknown", error=exc),
-    )
-
 
 def _before(mine: RankRecord | None, alike: Sequence[RankRecord]) -> list[RankRecord]:
     """Those that are complete or began to load before me: so nobody reads, by way of whomever, from
@@ -344,35 +255,3 @@ def _replicas(one: RankRecord, other: RankRecord) -> bool:
     return "dp" in one.topology and all(
         place == other.topology.get(axis) for axis, place in one.topology.items() if axis != "dp"
     )
-
-
-def _obstacle(engine: Engine, record: RankRecord) -> str:
-    """Why its memory cannot be read from here, as far as labels tell."""
-    if record.kept_by == GATEWAY:
-        return (
-            "is an SGLang seed, which has no header to check reads by: load it with SGLang, "
-            "through a gateway"
-        )
-    if record.protocol != engine.protocol:
-        return f"is served over {record.protocol}, this engine speaks {engine.protocol}"
-    ours, theirs = (
-        family_of(host_of(session_id)) for session_id in (engine.session_id, record.session_id)
-    )
-    if ours and theirs and ours != theirs:
-        return f"is served over {theirs}, this engine speaks {ours}: give it a `host` of {theirs}"
-    if record.fabric and engine.fabric and record.fabric != engine.fabric:
-        return f"is on the fabric {record.fabric!r}, this engine on {engine.fabric!r}"
-    if (
-        record.protocol == "nvlink_intra"
-        and not (record.fabric and engine.fabric)
-        and record.host != socket.gethostname()
-    ):
-        return f"is on the host {record.host}, and {record.protocol} does not leave a host"
-    return ""
-
-
-def place_of(record: RankRecord, session_id: str) -> bytes:
-    """Orders equal ranks, for each loader, by its session, in another way: so they do not all read
-    from the same.
-    """
-    return hashlib.blake2b(f"{session_id} {record.incarnation}".encode(), digest_size=8).digest()

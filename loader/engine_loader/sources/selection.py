@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from engine_loader.errors import DigestsMissing, LoaderError, SourceLost, WeightsMismatch
 from engine_loader.planning.matching import needed
 from engine_loader.planning.plan import Planner, refuse
+from engine_loader.sources.groups import Found, Group
 from engine_loader.sources.manifests import for_each
-from engine_loader.sources.search import Found, Group, place_of
+from engine_loader.sources.readers import order_of
 from engine_loader.sources.source import SourceRank
 from engine_registry import Manifest, RankRecord
 from engine_registry.telemetry.logs import fields
@@ -63,7 +64,7 @@ class Selection:
             misfits.clear()
         for group in found.instances:
             teams = [
-                tuple(sorted(records, key=lambda record: place_of(record, self._session_id)))
+                tuple(sorted(records, key=lambda record: order_of(record, self._session_id)))
                 for records in group.teams
             ]
             if parts := self._fitting(group, teams, misfits):

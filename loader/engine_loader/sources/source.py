@@ -59,7 +59,7 @@ class SourceRank:
         self._ticket: PullTicket | None = None
         self._reading = threading.Lock()
         self._bad_news: LoaderError | None = None
-        self._told = threading.Event()  # there is such news
+        self._has_news = threading.Event()
         self.record = record
         self.manifest = fetch_manifest(registry, record)
         self.origin = Origin(f"{record.instance}/{record.rank}", self.manifest, own)
@@ -118,10 +118,10 @@ class SourceRank:
             self._ticket = undo.enter_context(ticket)
         watch = self._registry.watch(self.record.instance, self.record.rank)
         undo.callback(watch.stop)
-        watch.call(self._hear)
+        watch.call(self._notice)
         return True
 
-    def tell(self, progress: Progress) -> None:
+    def report(self, progress: Progress) -> None:
         """Says in etcd, now and then, how far the load is. Never waits."""
         if self._ticket is not None:
             self._ticket.tell(progress.nbytes, progress.total_nbytes)
@@ -136,11 +136,11 @@ class SourceRank:
 
         Where no news comes of why it has gone, it may be so.
         """
-        self._told.wait(_NEWS_S)
+        self._has_news.wait(_NEWS_S)
         return self._bad_news is None or isinstance(self._bad_news, SourceEvicted)
 
-    def source(self) -> Source:
-        """For a Transfer."""
+    def for_transfer(self) -> Source:
+        """The rank as a Transfer takes it."""
         stock = (
             Stock(self._has, lambda: self._marks.count(1) / max(len(self._marks), 1))
             if self._blocks is not None
@@ -188,10 +188,10 @@ class SourceRank:
             raise self._torn(f"version {header.version} with content {header.content[:8]}")
         self._marks = marks
 
-    def _hear(self, event: Event) -> None:
+    def _notice(self, event: Event) -> None:
         self._judge(event)
         if self._bad_news is not None:
-            self._told.set()
+            self._has_news.set()
 
     def _judge(self, event: Event) -> None:
         if isinstance(event, RankLost) and event.record.incarnation == self.record.incarnation:

@@ -21,7 +21,8 @@ from engine_loader.files.folder import Paths
 from engine_loader.options import LoadOptions, PublishOptions, refuse
 from engine_loader.publishing.replica import Replica
 from engine_loader.starting.peers import Peers
-from engine_loader.starting.start import Seeded, Start
+from engine_loader.starting.seeded import Seeded
+from engine_loader.starting.start import Start
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.regions import Shard
 from engine_registry import ModelIdentity, Place, Registry
@@ -95,12 +96,11 @@ def load_or_seed(
     timeout_s = seconds("timeout_s", timeout_s)
     refuse(load, "load_or_seed", _REFUSED)
     place = Place(rank, world_size, topology or {})
-    destination = tensors if isinstance(tensors, Destination) else Destination(tensors, shards)
-    boxes = not any(entry.opaque for entry in destination.manifest.tensors)
+    destination = Destination.of(tensors, shards)
     start = Start(
         registry=registry,
         engine=engine,
-        peers=Peers(registry, model, place, boxes),
+        peers=Peers(registry, model, place, destination.has_boxes),
         model=model,
         rank=rank,
         destination=destination,
@@ -111,4 +111,4 @@ def load_or_seed(
         began=time.monotonic(),
         timeout_s=timeout_s,
     )
-    return start.run()
+    return start.fill()

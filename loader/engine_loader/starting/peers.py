@@ -60,8 +60,8 @@ class Peers:
             )
             return []
 
-    def tells(self, event: Event) -> bool:
-        """There is one now."""
+    def are_in(self, event: Event) -> bool:
+        """Whether the event says that there is one now."""
         if isinstance(event, RankJoined | RankUpdated):
             return self._is_like(event.record)
         return isinstance(event, InstanceReady) and bool(self._of(event.status))

@@ -7,15 +7,12 @@ reads.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from engine_loader import metrics
 from engine_loader.engines.base import Engine
@@ -33,11 +30,13 @@ from engine_loader.files.disk import DiskRead
 from engine_loader.files.folder import Paths, files_of
 from engine_loader.files.stored import Files
 from engine_loader.loading.load import load
-from engine_loader.loading.report import LoadReport
 from engine_loader.options import LoadOptions
-from engine_loader.publishing.publish import Publication, open_publication
+from engine_loader.publishing.opening import open_publication
+from engine_loader.publishing.publication import Publication
 from engine_loader.publishing.replica import Replica
+from engine_loader.starting.lock import lock_name
 from engine_loader.starting.peers import Peers
+from engine_loader.starting.seeded import Seeded
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import USES, Use
 from engine_registry import ModelIdentity, RankRecord, Registry
@@ -77,53 +76,6 @@ _NOT_THE_PEERS = (
 )
 
 
-@dataclass(frozen=True)
-class Seeded:
-    """Where the weights have come from; a context manager that closes the publication.
-
-    `report` is of the load from peers. `reason` says why the disk was read though there were peers,
-    or without a turn; else it is empty. `publication` is None only where etcd could not be reached,
-    or has refused it: `unpublished` says why.
-    """
-
-    source: Literal["peers", "disk"]
-    publication: Publication | None
-    report: LoadReport | None
-    reason: str
-    seconds: float
-    unpublished: EtcdError | None = None
-
-    def close(self) -> None:
-        """Withdraws the rank; any number of times."""
-        if self.publication is not None:
-            self.publication.close()
-
-    def __enter__(self) -> Seeded:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def lock_name(
-    model: ModelIdentity, rank: int, world_size: int, topology: Mapping[str, tuple[int, int]]
-) -> str:
-    """The election of all that start with this rank of the model."""
-    told = [
-        model.name,
-        model.revision,
-        model.dtype,
-        model.quantization,
-        dict(model.extra),
-        rank,
-        world_size,
-        dict(topology),
-    ]
-    return f"seed/{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]}"
-
-
 @dataclass
 class Start:
     registry: Registry
@@ -141,8 +93,8 @@ class Start:
     reason: str = ""  # why peers could not be loaded from
     unpublished: EtcdError | None = None
 
-    def run(self) -> Seeded:
-        name = lock_name(
+    def fill(self) -> Seeded:
+        lock = lock_name(
             self.model, self.rank, self.replica.world_size or 0, self.replica.topology or {}
         )
         late = False  # peers that are there at the beginning are always asked
@@ -155,7 +107,7 @@ class Start:
                     return seeded
                 late = self._is_late()
                 continue
-            with self.registry.election(name) as election:
+            with self.registry.election(lock) as election:
                 alone = self._wait(election)
                 late = self._is_late()
                 if (
@@ -170,21 +122,21 @@ class Start:
 
     def _check(self) -> None:
         if self.options.cancel is not None and self.options.cancel.is_set():
-            raise Cancelled(f"the start of {self.who} was cancelled: no tensor is usable")
+            raise Cancelled(f"the start of {self.name} was cancelled: no tensor is usable")
 
     @property
-    def who(self) -> str:
+    def name(self) -> str:
         return f"{self.replica.instance}/{self.rank}"
 
-    def _told(self, event: str, **facts: object) -> dict[str, Any]:
+    def _fields(self, event: str, **facts: object) -> dict[str, Any]:
         return fields(event, instance=self.replica.instance, rank=self.rank, **facts)
 
     def _wait(self, election: Election) -> str:
         """Until there is somebody to load from, or we lead; or says why it is done without."""
         log.info(
             "%s waits for somebody who has its weights, or for its turn to read files",
-            self.who,
-            extra=self._told("seeding_waits"),
+            self.name,
+            extra=self._fields("seeding_waits"),
         )
         with self.registry.watch() as watch:
             while not election.leading:
@@ -200,7 +152,7 @@ class Start:
                     event = watch.next(_LOOK_S)
                 except EtcdError as exc:
                     return f"etcd does not tell who has the weights: {exc}"
-                if event is not None and self.peers.tells(event):
+                if event is not None and self.peers.are_in(event):
                     return ""
         return ""
 
@@ -235,10 +187,10 @@ class Start:
                 else logging.WARNING,
                 "%s cannot be loaded from running ranks of %s, so its weights will come from "
                 "others or from files: %s",
-                self.who,
+                self.name,
                 self.model,
                 exc,
-                extra=self._told("peers_failed", error=exc),
+                extra=self._fields("peers_failed", error=exc),
             )
             return None
         metrics.STARTS.inc("peers")
@@ -248,14 +200,14 @@ class Start:
         if alone:
             log.warning(
                 "%s is read from files, whoever else does so: %s",
-                self.who,
+                self.name,
                 alone,
-                extra=self._told("seeding_alone"),
+                extra=self._fields("seeding_alone"),
             )
         files = Files(files_of(self.fallback, self.rank))
         reading = DiskRead(files, self.destination.parts, self.destination.manifest)
         publication = self._read(reading, election)
-        self._tell_disk(alone)
+        self._report_disk(alone)
         reason = "; ".join(filter(None, [self.reason, alone]))
         seconds = time.monotonic() - self.began
         return Seeded(
@@ -270,22 +222,22 @@ class Start:
     def _read(self, reading: DiskRead, election: Election) -> Publication | None:
         """Registered as loading meanwhile; None where that is not possible, before or after."""
         with (
-            USES.fill(f"a read of files for {self.who}", self.destination.runs) as filling,
+            USES.fill(f"a read of files for {self.name}", self.destination.runs) as filling,
             ExitStack() as undo,
         ):
             publication = self._open(filling)
             if publication is not None:
                 undo.callback(publication.close)
                 self._hold(election, publication.record)
-            reading.run(self.options.progress, self.options.cancel)
+            reading.read(self.options.progress, self.options.cancel)
             if publication is not None:
                 publication.complete(filled_by=filling)
             undo.pop_all()
         return publication if publication is not None else self._open(None)
 
-    def _tell_disk(self, alone: str) -> None:
+    def _report_disk(self, alone: str) -> None:
         metrics.STARTS.inc("disk_alone" if alone else "disk_after_peers" if self.reason else "disk")
-        log.info("%s has its weights from files", self.who, extra=self._told("seeded"))
+        log.info("%s has its weights from files", self.name, extra=self._fields("seeded"))
 
     def _hold(self, election: Election, record: RankRecord) -> None:
         """The keeper's lease outlives a process that holds the GIL, and no other."""
@@ -320,9 +272,9 @@ class Start:
             self.unpublished = exc
             log.warning(
                 "%s is not published%s: %s",
-                self.who,
+                self.name,
                 " yet" if filling is not None else "",
                 exc,
-                extra=self._told("seed_unpublished", error=exc),
+                extra=self._fields("seed_unpublished", error=exc),
             )
             return None

@@ -11,6 +11,7 @@ from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.regions import Shard, describe, devices_of, local_parts, moved
 from engine_loader.tensors.uses import runs_of
 from engine_loader.tensors.writable import check_writable
+from engine_registry.errors import InvalidField
 
 
 class Destination(Mapping[str, torch.Tensor]):
@@ -36,6 +37,28 @@ class Destination(Mapping[str, torch.Tensor]):
         self._writable = False  # as far as it is known
         self._storages = [part.untyped_storage() for part in self.parts.values()]
 
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None
+    ) -> Destination:
+        """The tensors, which may be a Destination already. InvalidField where it is one, and there
+        are shards as well; else TensorsUnusable.
+        """
+        if not isinstance(tensors, Destination):
+            return cls(tensors, shards)
+        if shards is not None:
+            raise InvalidField(
+                "a Destination says which boxes its tensors are",
+                "leave `shards` out, or give them to the Destination",
+                field="shards",
+            )
+        return tensors
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether every tensor says which part of the whole it is."""
+        return not any(entry.opaque for entry in self.manifest.tensors)
+
     def check_writable(self) -> None:
         """TensorsUnusable names those whose memory is read-only. Looks at it once."""
         if not self._writable:
@@ -43,13 +66,12 @@ class Destination(Mapping[str, torch.Tensor]):
             self._writable = True
 
     @plain_torch()
-    def check_in_place(self, what: str) -> None:
-        """TensorsUnusable names each tensor that is not where it was when this was made.
-
-        `what` begins the message.
+    def check_in_place(self, what: str, remedy: str = "") -> None:
+        """TensorsUnusable names each tensor that is not where it was when this was made, after
+        `what`.
         """
         if problems := moved(self._tensors, self.manifest):
-            raise TensorsUnusable(f"{what}: {listed(problems)}", problems=problems)
+            raise TensorsUnusable(f"{what}: {listed(problems)}", remedy, problems=problems)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]

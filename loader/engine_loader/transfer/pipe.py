@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from engine_loader.errors import LoaderError, ReadFailed
 from engine_loader.planning.reads import Span
+from engine_loader.transfer.shares import Share
 
 _SLOW_AFTER_S, _SLOW_FACTOR, _SLOW_GAIN = 2.0, 3.0, 0.2  # see `Pipe.is_slow`
 _POLL_S = (
@@ -41,15 +42,6 @@ class Source:
     check: Callable[[], None]
     lost: Callable[[], LoaderError | None] = lambda: None
     stock: Stock | None = None
-
-
-@dataclass
-class Share:
-    """What one source has contributed; `error` is why it was dropped, if it was."""
-
-    name: str
-    nbytes: int = 0
-    error: LoaderError | None = None
 
 
 @dataclass

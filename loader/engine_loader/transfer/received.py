@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 
 from engine_loader.planning.arrivals import Arrivals
 from engine_loader.planning.reads import Span
+from engine_loader.transfer.shares import Share
 from engine_registry import Manifest, RankRecord, Registry
 from engine_registry.errors import EtcdError
 from engine_registry.telemetry.logs import fields
@@ -19,12 +20,16 @@ log = logging.getLogger(__name__)
 
 class Received:
     """`arrivals` has all of it; `evicted` the ranks that are known not to count any more, see
-    `find_evicted`.
+    `find_evicted`. `shares` are those of attempts that did not bring all.
     """
 
-    def __init__(self, dst: Manifest, block_nbytes: int | None = None) -> None:
-        """`dst` and `block_nbytes` as for Arrivals."""
-        self._dst = dst
+    def __init__(self, content: str, dst: Manifest, block_nbytes: int | None = None) -> None:
+        """`content` is empty before there is one to load; `dst` and `block_nbytes` as for
+        Arrivals.
+        """
+        self.content = content
+        self.dst = dst
+        self.shares: list[Share] = []
         self._block_nbytes = block_nbytes
         self._records: dict[
             str, RankRecord
@@ -72,7 +77,11 @@ class Received:
             del self._records[record.incarnation]
         self.evicted.clear()
         if found:
-            self.arrivals = Arrivals(self._dst, self._block_nbytes)
+            keys = {record.key for record in records}
+            for share in self.shares:
+                if share.name in keys:
+                    share.nbytes = 0
+            self.arrivals = Arrivals(self.dst, self._block_nbytes)
             for spans in self._spans.values():
                 self.arrivals.add(spans)
         return bool(found)

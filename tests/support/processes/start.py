@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from engine_cli.options import engine_log
 from engine_loader import MooncakeEngine, load_or_seed
-from engine_loader.files.weights import allocate
+from engine_loader.files.memory import allocate
 from engine_registry import ModelIdentity, Registry
 
 MODEL = ModelIdentity("herd", "r1")

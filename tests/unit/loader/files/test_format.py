@@ -20,7 +20,9 @@ from engine_loader import Shard
 from engine_loader.errors import TensorsUnusable, WeightsFileInvalid, WeightsMismatch
 from engine_loader.files.disk import read_into
 from engine_loader.files.format import check_storable, read_header
-from engine_loader.files.weights import WholeFiles, allocate, read_weights, write_weights
+from engine_loader.files.memory import allocate
+from engine_loader.files.weights import read_weights, write_weights
+from engine_loader.files.whole_files import WholeFiles
 from engine_loader.planning.whole import Whole
 from engine_loader.tensors.regions import dtype_name, dtype_named
 from tests.unit.loader.files.test_weights import STORABLE, content, same

@@ -17,15 +17,9 @@ from safetensors.torch import save_file
 
 from engine_loader import Shard
 from engine_loader.errors import TensorsUnusable, WeightsFileInvalid
-from engine_loader.files.weights import (
-    WholeFiles,
-    allocate,
-    allocate_like,
-    extent,
-    read_weights,
-    shards_like,
-    write_weights,
-)
+from engine_loader.files.memory import allocate, allocate_like, extent, shards_like
+from engine_loader.files.weights import read_weights, write_weights
+from engine_loader.files.whole_files import WholeFiles
 from engine_loader.planning.whole import Whole
 from engine_loader.tensors.regions import describe, dtype_name
 from engine_registry.errors import InvalidField
@@ -162,7 +156,7 @@ def test_a_write_that_fails_half_way_leaves_the_file_of_before_and_no_part(
         unfinished.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("engine_loader.files.weights.save_file", fill_the_disk)
+    monkeypatch.setattr("engine_loader.files.writing.save_file", fill_the_disk)
     with pytest.raises(
         WeightsFileInvalid,
         match=re.escape(f"cannot write {path}: [Errno 28] No space left on device"),
@@ -449,7 +443,7 @@ def test_a_move_that_fails_puts_all_back_as_it_was(
             raise OSError(5, "Input/output error")
         move(src, dst)
 
-    monkeypatch.setattr("engine_loader.files.weights.os.replace", fail_once)
+    monkeypatch.setattr("engine_loader.files.whole_files.os.replace", fail_once)
     with pytest.raises(WeightsFileInvalid, match=r"cannot write .*/model.*: \[Errno 5\]"):
         write_model(tmp_path, *two(2.0), force=True)
     assert names(tmp_path) == sorted([*FILES, INDEX])
@@ -486,7 +480,7 @@ def test_a_folder_that_was_made_for_files_that_cannot_be_written_does_not_stay(
     def refuse(**_: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("engine_loader.files.weights.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("engine_loader.files.whole_files.tempfile.mkdtemp", refuse)
     with pytest.raises(WeightsFileInvalid, match=r"cannot write .*Permission denied"):
         WholeFiles(tmp_path / "new" / "out").__enter__()
     assert names(tmp_path) == []

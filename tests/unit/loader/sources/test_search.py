@@ -11,7 +11,8 @@ import pytest
 
 from engine_loader import InProcessEngine
 from engine_loader.errors import SourceUnreachable, VersionUnavailable
-from engine_loader.sources.search import Found, Group, Search
+from engine_loader.sources.groups import Found, Group
+from engine_loader.sources.search import Search
 from engine_registry import (
     InstanceState,
     InstanceStatus,

@@ -13,7 +13,7 @@ import pytest
 from engine_loader.errors import DigestsMissing, SourceLost, WeightsMismatch
 from engine_loader.planning.matching import Origin
 from engine_loader.planning.plan import Planner
-from engine_loader.sources.search import Found, Group
+from engine_loader.sources.groups import Found, Group
 from engine_loader.sources.selection import Choice, Selection
 from engine_loader.sources.source import SourceRank
 from engine_registry import Manifest, RankRecord, TensorEntry

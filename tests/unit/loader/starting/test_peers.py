@@ -43,9 +43,9 @@ def a_rank(**changes: Any) -> RankRecord:
 
 @pytest.mark.parametrize("topology", [None, {"tp": (1, 2)}])
 def test_a_ready_rank_of_the_same_place_is_one(topology: dict[str, tuple[int, int]] | None) -> None:
-    assert peers(topology).tells(RankJoined(a_rank()))
-    assert peers(topology).tells(RankUpdated(a_rank(), a_rank(state=RankState.LOADING)))
-    assert peers(topology).tells(RankJoined(a_rank(topology={})))
+    assert peers(topology).are_in(RankJoined(a_rank()))
+    assert peers(topology).are_in(RankUpdated(a_rank(), a_rank(state=RankState.LOADING)))
+    assert peers(topology).are_in(RankJoined(a_rank(topology={})))
 
 
 @pytest.mark.parametrize(
@@ -62,23 +62,23 @@ def test_a_ready_rank_of_the_same_place_is_one(topology: dict[str, tuple[int, in
     ],
 )
 def test_others_are_not(changes: dict[str, Any]) -> None:
-    assert not peers({"tp": (1, 2)}).tells(RankJoined(a_rank(**changes)))
-    assert not peers().tells(RankLost(a_rank(), "withdrawn"))
+    assert not peers({"tp": (1, 2)}).are_in(RankJoined(a_rank(**changes)))
+    assert not peers().are_in(RankLost(a_rank(), "withdrawn"))
 
 
 def test_one_that_failed_is_not_asked_again_and_one_that_was_passed_by_is_once_it_changes() -> None:
     some = peers()
     some.pass_by([a_rank()])
-    assert not some.tells(RankJoined(a_rank()))
-    assert some.tells(RankUpdated(a_rank(mod_revision=8), a_rank()))
+    assert not some.are_in(RankJoined(a_rank()))
+    assert some.are_in(RankUpdated(a_rank(mod_revision=8), a_rank()))
     some.give_up([a_rank()])
-    assert not some.tells(RankUpdated(a_rank(mod_revision=8), a_rank()))
-    assert some.tells(RankJoined(a_rank(incarnation="f" * 32)))
+    assert not some.are_in(RankUpdated(a_rank(mod_revision=8), a_rank()))
+    assert some.are_in(RankJoined(a_rank(incarnation="f" * 32)))
 
 
 def test_an_instance_of_another_layout_is_one_for_boxes_only() -> None:
     status = assess("a", [a_rank(rank=0, world_size=1, topology={})])
-    assert peers(boxes=True).tells(InstanceReady(status))
-    assert not peers().tells(InstanceReady(status))
+    assert peers(boxes=True).are_in(InstanceReady(status))
+    assert not peers().are_in(InstanceReady(status))
     half = assess("a", [a_rank(rank=0, world_size=4, topology={})])
-    assert not peers(boxes=True).tells(InstanceReady(half))
+    assert not peers(boxes=True).are_in(InstanceReady(half))

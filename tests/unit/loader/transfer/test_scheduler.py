@@ -550,7 +550,7 @@ def test_reads_that_cannot_be_ended_do_not_keep_another_source_from_bringing_the
 def test_memory_that_a_read_may_still_write_to_is_not_handed_back_silently(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine_loader.transfer.scheduler._HAND_BACK_S", 0.1)
+    monkeypatch.setattr("engine_loader.transfer.leaving._HAND_BACK_S", 0.1)
     reader, stopped = in_contact(bench)
     with pytest.raises(EngineFailed, match="must not be used again") as caught:
         bench.transfer(on_progress=lambda _: bench.cancel.set()).run()
@@ -719,7 +719,7 @@ def test_the_loss_of_a_source_all_of_whose_part_has_come_and_been_checked_is_non
         """Once nothing is left but what the other source holds."""
 
         def done(self, number: int) -> bool:
-            if transfer is not None and not transfer._left[(0,)]:
+            if transfer is not None and not transfer._chunks._left[(0,)]:
                 news.append(SourceLost("evicted"))
             return super().done(number)
 
@@ -1141,7 +1141,7 @@ def test_a_transfer_that_has_lost_a_chunk_raises_instead_of_waiting_for_it(bench
     bench.source(delay_s=0.01)
     transfer = bench.transfer()
     transfer.step()
-    next(queue for queue in transfer._queues.values() if queue).pop()
+    next(queue for queue in transfer._chunks._queues.values() if queue).pop()
     with pytest.raises(
         LoaderError, match=r"expects 1[0-9] more chunks, and has a place for 1[0-9]"
     ):

@@ -406,7 +406,7 @@ def test_no_order_of_events_makes_a_transfer_hang_or_bring_a_wrong_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "engine_loader.transfer.scheduler._SMALL_NBYTES", 0
+        "engine_loader.transfer.reads._SMALL_NBYTES", 0
     )  # else the window of a source would not matter for such chunks
     run_state_machine_as_test(
         TransferMachine,

@@ -1,0 +1,195 @@
+"""One attempt of a load: enter the sources, plan, transfer the missing bytes, verify them. Made by
+`load`, in whose thread it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from engine_loader.engines.base import lend
+from engine_loader.errors import (
+    Cancelled,
+    SourceEvicted,
+    SourceLost,
+    TornRead,
+)
+from engine_loader.loading.evicted import check_registered, discard_evicted
+from engine_loader.loading.job import Job
+from engine_loader.loading.lost import LostSources
+from engine_loader.loading.report import Filled, with_what_came
+from engine_loader.planning.plan import Planner
+from engine_loader.planning.reads import Span
+from engine_loader.publishing.replica import Republication
+from engine_loader.sources.digest_check import DigestCheck
+from engine_loader.sources.source import SourceRank
+from engine_loader.tensors.cuda import to_register
+from engine_loader.transfer.progress import Progress
+from engine_loader.transfer.received import Received
+from engine_loader.transfer.scheduler import Transfer
+from engine_loader.transfer.staging import Staging
+from engine_registry import RankRecord
+from engine_registry.registration.writes import SOURCE_EVICTED
+
+_STAGING_NBYTES = 48 << 20  # for what is not read straight to its place
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one attempt knows.
+
+    `received` is what has come of the content before. It and `lost` are the load's, and grow while
+    the attempt goes on.
+    """
+
+    job: Job
+    sources: Sequence[SourceRank]  # of one content
+    planner: Planner
+    received: Received
+    lost: LostSources
+    republication: Republication | None
+
+    def fill(self) -> Filled:
+        """Raises SourceLost or TornRead where another attempt may do better, and Cancelled; they
+        say what has come. Else what `Transfer.run` and `DigestCheck` raise.
+        """
+        with ExitStack() as undo:
+            entered = self._enter(undo)
+            spans = self.planner.plan([source.origin for source in entered])
+            check = self._digest_check(entered, undo)
+            transfer = self._transfer(entered, spans, check, undo)
+            start = time.monotonic()
+            self._bring(transfer, entered)
+            transfer_s = time.monotonic() - start
+            self._verify(check)
+            digest_s = time.monotonic() - start - transfer_s
+        most = max(range(len(entered)), key=lambda number: transfer.shares[number].nbytes)
+        return Filled(entered[most].record, spans, transfer.shares, transfer_s, digest_s)
+
+    # -- sources
+
+    def _enter(self, undo: ExitStack) -> list[SourceRank]:
+        """Those that can be read from; TornRead or SourceLost if the others are not any more what
+        they were resolved to be, and cannot be spared.
+        """
+        entered = [source for source in self.sources if source.enter(undo)]
+        if len(entered) < len(self.sources) and self.planner.differences(
+            [source.origin for source in entered]
+        ):
+            missed = next(source.record for source in self.sources if source not in entered)
+            if self.job.registry.current(missed) is None:
+                self.lost.add([missed])
+                raise SourceLost(
+                    f"{missed.key} is not registered any more", "load again", key=missed.key
+                )
+            raise TornRead(
+                f"the record of {missed.key} changed before it was read",
+                "load again",
+                key=missed.key,
+            )
+        return entered
+
+    # -- reads
+
+    def _transfer(
+        self,
+        entered: Sequence[SourceRank],
+        spans: Sequence[Span],
+        check: DigestCheck | None,
+        undo: ExitStack,
+    ) -> Transfer:
+        """Of the spans that have not come before, and of the digests."""
+        missing = self.received.arrivals.missing(spans)
+        ahead_nbytes = sum(span.nbytes for span in spans) - sum(span.nbytes for span in missing)
+        return Transfer(
+            self.job.engine,
+            [*missing, *(check.spans if check is not None else ())],
+            [source.for_transfer() for source in entered],
+            self.job.pace,
+            lambda progress: self._report(progress, ahead_nbytes, entered),
+            self.job.cancel,
+            self._staging(missing, undo),
+            lambda number, checked: self._receive(entered[number].record, checked, check),
+        )
+
+    def _staging(self, spans: Sequence[Span], undo: ExitStack) -> Staging | None:
+        """Buffers, if any of the reads needs one."""
+        staged = [span.nbytes for span in spans if span.lines]
+        if not staged:
+            return None
+        nbytes = max(staged)
+        count = min(len(staged), max(2, _STAGING_NBYTES // nbytes))
+        device = self.job.device
+        staging = Staging(self.job.destination.parts.values(), device, count, nbytes)
+        lend(self.job.engine, undo, to_register(staging.region, device.type), owner=staging)
+        return staging
+
+    def _receive(
+        self, record: RankRecord, checked: Sequence[Span], check: DigestCheck | None
+    ) -> None:
+        """Spans have come that the source's header has proven."""
+        spans = [span for span in checked if check is None or not check.wants(span)]
+        self.received.add(record, spans)
+        if self.republication is not None:
+            self.republication.mark(self.received.arrivals)
+
+    def _report(self, progress: Progress, ahead_nbytes: int, entered: Sequence[SourceRank]) -> None:
+        of_all = Progress(ahead_nbytes + progress.nbytes, ahead_nbytes + progress.total_nbytes)
+        for source in entered:
+            source.report(of_all)
+        self.job.on_progress(of_all)
+
+    def _bring(self, transfer: Transfer, entered: Sequence[SourceRank]) -> None:
+        """All bytes, from ranks that nobody has evicted. What has come counts in any case, and is
+        said in the error.
+        """
+        try:
+            self._bring_or_lose(transfer, entered)
+        except (SourceLost, TornRead, Cancelled) as exc:
+            self.received.shares += transfer.shares
+            if discard_evicted(self.received, entered, transfer.shares):
+                self._withdraw()
+            raise with_what_came(exc, entered, self.received) from exc
+
+    def _bring_or_lose(self, transfer: Transfer, entered: Sequence[SourceRank]) -> None:
+        """Remembers which sources were lost."""
+        try:
+            transfer.run()
+            check_registered(self.job.registry, self.received, entered, transfer.shares)
+        except SourceEvicted:
+            self.lost.add(
+                source.record
+                for source, share in zip(entered, transfer.shares, strict=True)
+                if share.error is not None
+            )
+            raise
+        except SourceLost:
+            self.lost.add(source.record for source in entered)
+            raise
+        finally:
+            self.lost.add_reasons(transfer.shares)
+
+    def _withdraw(self) -> None:
+        """Our own readers must know that some of what they have read does not count."""
+        if self.republication is not None:
+            self.republication.close(SOURCE_EVICTED)
+
+    # -- checks
+
+    def _digest_check(self, entered: Sequence[SourceRank], undo: ExitStack) -> DigestCheck | None:
+        if self.job.verify != "digest":
+            return None
+        parts = self.job.destination.parts
+        check = DigestCheck(entered, self.received.dst, parts, self.job.device)
+        check.lend(self.job.engine, undo)
+        return check
+
+    def _verify(self, check: DigestCheck | None) -> None:
+        if check is not None:
+            check.compare(self.received.dst)
+        self.job.destination.check_in_place(
+            "tensors were given other memory while they were being filled", "load again"
+        )
+        self.lost.count_failovers()

@@ -1,0 +1,79 @@
+"""Finds ranks to read from and chooses among them, without those that were lost. Used by `load`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from engine_loader.errors import WeightsMismatch
+from engine_loader.loading.job import Job
+from engine_loader.loading.lost import LostSources
+from engine_loader.planning.plan import Planner
+from engine_loader.sources.search import Search
+from engine_loader.sources.selection import Choice, Selection
+from engine_loader.sources.source import SourceRank
+from engine_loader.transfer.received import Received
+from engine_registry import RankRecord
+from engine_registry.errors import RegistryError
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
+
+
+class Finder:
+    """Searches as `search` says, and adds ranks that went meanwhile to `lost`."""
+
+    def __init__(self, job: Job, search: Search, lost: LostSources) -> None:
+        self._job = job
+        self._search = search
+        self._lost = lost
+
+    def choose(
+        self, deadline: float, received: Received, planner: Planner, own: RankRecord | None
+    ) -> Choice | None:
+        """Sources of one content: of that of `received` if there are any of it.
+
+        None where all are lost. Waits until `deadline` for the first. `own` is the record of the
+        rank that is filled, if it is registered. Raises what `Search.find` and `Selection.choose`
+        raise.
+        """
+        incarnation = own.incarnation if own is not None else ""
+        found = self._search.find(deadline, self._lost.incarnations, incarnation, received.content)
+        if not found:
+            return None
+        selection = Selection(
+            received.dst,
+            lambda record: self._source(record, own),
+            planner,
+            digests=self._job.verify == "digest",
+            max_sources=self._search.max_sources,
+            session_id=self._job.engine.session_id,
+        )
+        try:
+            return selection.choose(found)
+        except WeightsMismatch:
+            if found.instances or not (self._search.by_rank and self._search.boxes):
+                raise
+            # All ranks of an instance together may have what one has not.
+            self._search = replace(self._search, by_rank=False, pipelined=False)
+            return self.choose(deadline, received, planner, own)
+        finally:
+            self._lost.add(selection.gone)
+
+    def _source(self, record: RankRecord, reader: RankRecord | None) -> SourceRank:
+        job = self._job
+        return SourceRank(
+            job.registry, job.engine, record, record.rank == job.rank, job.device, reader
+        )
+
+    def is_one_updated(self) -> bool:
+        """Whether a source is being updated, and so worth waiting for; False if etcd is away."""
+        try:
+            return self._search.is_being_updated(self._lost.incarnations)
+        except RegistryError as exc:
+            log.info(
+                "not known whether a source is being updated: %s",
+                exc,
+                extra=fields("updates_unknown", error=exc),
+            )
+            return False

@@ -1,0 +1,34 @@
+"""What a load is to do, the same in each of its attempts. Made by `load`."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from engine_loader.engines.base import Engine
+from engine_loader.options import Verify
+from engine_loader.tensors.destination import Destination
+from engine_loader.transfer.pace import Pace
+from engine_loader.transfer.progress import OnProgress
+from engine_registry import Registry
+
+
+@dataclass(frozen=True)
+class Job:
+    """`rank` is the one that is filled, if it is known."""
+
+    registry: Registry
+    engine: Engine
+    destination: Destination
+    rank: int | None
+    verify: Verify
+    pace: Pace
+    on_progress: OnProgress
+    cancel: threading.Event
+
+    @property
+    def device(self) -> torch.device:
+        """Where headers, digests and staged bytes are read to."""
+        return self.destination.devices[0]

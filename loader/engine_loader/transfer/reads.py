@@ -1,0 +1,126 @@
+"""Starts the reads of a transfer and collects those that are done, one source at a time. Used by
+`Transfer`, in its thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from engine_loader.engines.base import Engine
+from engine_loader.errors import ReadFailed
+from engine_loader.planning.boxes import Lines
+from engine_loader.planning.plan import ReadOp
+from engine_loader.planning.reads import Span
+from engine_loader.transfer.chunks import Chunks
+from engine_loader.transfer.pace import Pace
+from engine_loader.transfer.pipe import Flight, Pipe
+
+# reads so small that the time is in their number: more of them may be in flight
+_SMALL_NBYTES = 64 << 10
+_SMALL_DEPTH = 64
+
+
+class Stage(Protocol):
+    """Buffers for what cannot be read straight to its place."""
+
+    def take(self) -> int | None:
+        """The address of one that is free, if any is."""
+
+    def give_back(self, addr: int) -> None: ...
+
+    def copy(self, addr: int, lines: Sequence[Lines]) -> None:
+        """From the buffer to where the lines say."""
+
+
+class Reads:
+    def __init__(
+        self,
+        engine: Engine,
+        pace: Pace,
+        chunks: Chunks,
+        stage: Stage | None,
+        active: Sequence[Pipe],
+    ) -> None:
+        """`active`: the pipes that are read from, as long as the transfer keeps them there."""
+        self._engine = engine
+        self._pace = pace
+        self._chunks = chunks
+        self._stage = stage
+        self._active = active
+
+    def fill(self, pipe: Pipe, now: float) -> None:
+        """Begins as many reads as may be in flight from the source."""
+        for queue in pipe.queues:
+            while queue:
+                chunk = queue[0]
+                if not pipe.has(chunk):
+                    break
+                limit = pipe.window if chunk.nbytes > _SMALL_NBYTES else _SMALL_DEPTH
+                if len(pipe.in_flight) >= limit:
+                    return
+                staged = self._stage.take() if self._stage is not None and chunk.lines else None
+                if chunk.lines and staged is None:
+                    break  # until a buffer is free
+                read = ReadOp(
+                    pipe.source.name,
+                    pipe.src_addr(chunk),
+                    chunk.dst_addr if staged is None else staged,
+                    chunk.nbytes,
+                )
+                try:
+                    number = self._engine.start(pipe.source.peer, read)
+                except ReadFailed as exc:
+                    self._free(staged)
+                    pipe.failure = exc
+                    return
+                queue.popleft()
+                if not pipe.in_flight:
+                    pipe.moved_at = now
+                pipe.in_flight[number] = Flight(chunk, now, staged)
+
+    def _free(self, staged: int | None) -> None:
+        if staged is not None and self._stage is not None:
+            self._stage.give_back(staged)
+
+    def collect(self, pipe: Pipe, now: float) -> int:
+        """How many bytes have come from the source since the last time."""
+        came = 0
+        for number, flight in list(pipe.in_flight.items()):
+            try:
+                if not self._engine.done(number):
+                    continue
+            except ReadFailed as exc:
+                pipe.failure = exc
+                self.again(pipe, number)
+                continue
+            del pipe.in_flight[number]
+            chunk = flight.chunk
+            if flight.staged is not None and self._stage is not None:
+                self._stage.copy(flight.staged, chunk.lines)
+                self._stage.give_back(flight.staged)
+            pipe.unchecked.append(chunk)
+            pipe.share.nbytes += chunk.nbytes
+            self._chunks.left_nbytes -= chunk.nbytes
+            pipe.moved_at, pipe.silent_since = now, None
+            pipe.failures = 0
+            slow = now - flight.since > self._pace.slow_s
+            pipe.window = (
+                max(self._pace.least, pipe.window // 2)
+                if slow
+                else min(pipe.window + 1, self._pace.depth)
+            )
+            came += chunk.nbytes
+        return came
+
+    def again(self, pipe: Pipe, number: int) -> None:
+        """What that read was to bring has to be read anew; the read is over."""
+        flight = pipe.in_flight.pop(number)
+        self._free(flight.staged)
+        self.put_back([flight.chunk])
+
+    def put_back(self, chunks: Iterable[Span]) -> None:
+        """They are read anew, from any of the active sources that hold them."""
+        self._chunks.put_back(chunks)
+        for pipe in self._active:
+            pipe.disordered = True
