@@ -25,10 +25,12 @@ _WORDS = {
     "token": "a token in ENGINES_GATEWAY_TOKEN",
     "user": "--user",
     "world_size": "--world-size",
+    "digests=True": "digests, as `engines register` does",
+    'verify="header"': "no --verify",
     "Registry.evict": "`engines evict`",
     "Registry.instances()": "`engines list`",
 }
-_QUOTED = re.compile(r"`([A-Za-z_.()]+)`")
+_QUOTED = re.compile(r"`([A-Za-z_.()]+|[a-z_]+=[A-Za-z\"]+)`")
 
 
 def in_options(text: str, details: Mapping[str, Any] | None = None) -> str:

@@ -49,7 +49,7 @@ class TensorsUnusable(LoaderError):
 
 
 class MemoryInUse(LoaderError):
-    """Their memory is published, or another load fills it."""
+    """The memory is published, or another load fills it."""
 
 
 class WeightsFileInvalid(LoaderError):
@@ -73,7 +73,7 @@ class SourceLost(LoaderError):
 
 
 class SourceEvicted(SourceLost):
-    """Somebody ended the source's registration: nothing that it brought counts."""
+    """The source was evicted: nothing that it brought counts."""
 
 
 class Stalled(SourceLost):
@@ -93,7 +93,7 @@ class TornRead(LoaderError):
 
 
 class Cancelled(LoaderError):
-    """The caller wanted it no longer."""
+    """The caller cancelled the load."""
 
 
 def listed(problems: Sequence[str]) -> str:

@@ -102,7 +102,7 @@ def count_loaded(nbytes: int, seconds: float) -> None:
 
 
 def on_pull(change: int) -> None:
-    """Somebody begins (+1) or ends (-1) to read from a rank of this process."""
+    """A load begins (+1) or ends (-1) to read from a rank of this process."""
     if change > 0:
         PULLS_SERVED.inc()
     PULLS.add(change)

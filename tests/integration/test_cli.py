@@ -244,7 +244,7 @@ def test_register_from_peers_that_waits_ends_with_a_signal(
         wait_until(lambda: election.leading)
         process = engines.start("register", "b", *options, "--from-peers", "--model", "m")
         assert process.stderr is not None
-        assert any("waits for somebody who has its weights" in line for line in process.stderr)
+        assert any("waits for a peer that has its weights" in line for line in process.stderr)
         process.send_signal(number)
         assert process.wait(20) == 128 + number
         assert registry.ranks("b") == ()

@@ -21,6 +21,8 @@ from engine_loader import (
     Pace,
     Progress,
     Publication,
+    PublishOptions,
+    Replica,
     Shard,
     load,
     publish,
@@ -495,3 +497,13 @@ def test_loading_into_tensors_that_are_published_from_the_same_engine(registry: 
         fresh = like(weights())
         load(registry, InProcessEngine(), "ours", rank=0, tensors=fresh)
     assert_equal(fresh, weights(2))
+
+
+def test_a_replica_publishes_the_values_that_it_is_given(registry: Registry) -> None:
+    replica = Replica("copy", options=PublishOptions(values={"step": 3}))
+    found = like(weights())
+    with offer(registry, InProcessEngine(), weights()), InProcessEngine() as engine:
+        report = load(registry, engine, "a", rank=0, tensors=found, publish=replica)
+        assert report.publication is not None
+        with report.publication as publication:
+            assert registry.manifest(publication.record).values == {"step": 3}

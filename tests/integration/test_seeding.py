@@ -441,7 +441,7 @@ def test_who_has_waited_long_enough_reads_alone(
         start(registry, engine, path, timeout_s=0.2) as seeded,
     ):
         assert seeded.source == "disk"
-        assert seeded.reason == "nobody had the weights within 0.2 s"
+        assert seeded.reason == "no peer had the weights within 0.2 s"
         assert ready(registry) == ["a"]
         assert election.leading
     assert events(caplog, "seeding_alone") == ["WARNING"]

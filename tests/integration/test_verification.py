@@ -117,7 +117,7 @@ def test_a_source_without_digests_is_refused_before_a_byte_moves_or_passed_over(
     destination = like(weights())
     with pytest.raises(
         DigestsMissing,
-        match="/engines/a/0 offers no digests: publish its weights with digests=True",
+        match="/engines/a/0 offers no digests: publish its weights with `digests=True`",
     ):
         load(
             registry,

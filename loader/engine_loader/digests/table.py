@@ -88,7 +88,7 @@ def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, byt
             )
             return {name: found[name] if name in quick else rest[name] for name in tensors}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # xxhash lets go of the GIL
-        told: dict[
+        pending: dict[
             K, bytes | Future[bytes]
         ] = {  # a short one is done before another thread has begun
             name: digest(_as_bytes(tensor))
@@ -96,7 +96,9 @@ def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, byt
             else pool.submit(digest, _as_bytes(tensor))
             for name, tensor in tensors.items()
         }
-        return {name: one if isinstance(one, bytes) else one.result() for name, one in told.items()}
+        return {
+            name: one if isinstance(one, bytes) else one.result() for name, one in pending.items()
+        }
 
 
 def _as_it_lies(tensor: torch.Tensor) -> torch.Tensor:

@@ -34,51 +34,91 @@ class Engine(Protocol):
 
     @property
     def fabric(self) -> str:
-        """A label of who can reach this engine; equal labels can."""
+        """A label of the network. Engines with equal labels reach each other."""
 
     def register(self, region: Region) -> Regions:
-        """Opens the region to peers; EngineFailed if refused.
+        """Opens the region to peers.
 
-        Returns the parts that make it up, in their order: what of it lies in regions that are
-        registered already shares those. A read stays inside one part.
+        Args:
+            region: Memory of this process: an address and a length in bytes.
+
+        Returns:
+            The parts that make it up, in their order. A part that lies in a region that is
+            registered already shares that region. A read stays inside one part.
+
+        Raises:
+            EngineFailed: The engine refuses.
         """
 
     def unregister(self, region: Region) -> None:
         """Takes back one `register` of the same region."""
 
     def lend(self, region: Region) -> Regions:
-        """Lets `start` write into the region; peers see it only where the protocol cannot do
-        without. Else as `register`.
+        """Lets `start` write into the region.
+
+        Peers can reach it only where the protocol cannot do without.
+
+        Args:
+            region: As for `register`.
+
+        Returns:
+            As `register`.
+
+        Raises:
+            EngineFailed: The engine refuses.
         """
 
     def take_back(self, region: Region) -> None:
         """Ends one `lend` of the same region. Reads into it must have ended.
 
-        EngineFailed where one that was abandoned may still write there: the region then stays lent,
-        and until that read has ended, memory that it may write to is neither lent nor registered
-        nor read into.
+        Raises:
+            EngineFailed: A read that was abandoned may still write there. The region stays lent
+                then. Until that read has ended, memory that it may write to is neither lent nor
+                registered nor read into.
         """
 
     def connect(self, peer: str) -> None:
-        """Makes the first contact with a peer, see `peer_of`; at once where that has been made.
-        ReadFailed if nobody answers there.
+        """Makes the first contact with a peer. Returns at once if it has been made.
 
-        Lasts as long as the peer takes, up to a minute, or until `abandon`: call it in a thread
+        It lasts as long as the peer takes, up to a minute, or until `abandon`. Call it in a thread
         that may hang. Nothing else of the engine waits for it meanwhile.
+
+        Args:
+            peer: The name of the peer; see `peer_of`.
+
+        Raises:
+            ReadFailed: No peer answers there.
         """
 
     def start(self, peer: str, op: ReadOp) -> int:
-        """Begins a read from a connected peer and returns, at once, a number to ask `done` with.
-        ReadFailed if not connected.
+        """Begins a read from a connected peer, and returns at once.
 
-        The destination must lie in a lent region, else EngineFailed.
+        Args:
+            peer: The name of the peer.
+            op: What to read, and where to. The destination lies in a lent region.
+
+        Returns:
+            The number of the read, for `done`.
+
+        Raises:
+            ReadFailed: The peer is not connected.
+            EngineFailed: The destination is not lent.
         """
 
     def done(self, number: int) -> bool:
-        """Whether the read has brought all its bytes; ReadFailed if it never will.
+        """Says whether a read has brought all its bytes.
 
-        A read that was abandoned is not done as long as it may still write, and then has failed.
-        After either answer the number is void, and asking again a KeyError.
+        A read that was abandoned is not done as long as it may still write. Then it has failed.
+
+        Args:
+            number: The number of the read. It is void once the read is done or has failed.
+
+        Returns:
+            True once all bytes have come.
+
+        Raises:
+            ReadFailed: The read will never bring all its bytes.
+            KeyError: The number is void.
         """
 
     def abandon(self, peer: str) -> None:
@@ -99,7 +139,7 @@ class Engine(Protocol):
 
 
 def peer_of(session_id: str, incarnation: str) -> str:
-    """Whom to connect to: a process, as of one registration. What an engine learns of a peer, such
+    """The name of a peer: a process, as of one registration. What an engine learns of a peer, such
     as where its memory is mapped, does not hold for what the same process registers later. A
     session id alone will do where nothing is registered later.
     """
@@ -124,7 +164,7 @@ def lend(engine: Engine, undo: ExitStack, *regions: Region, owner: object) -> Re
 
     `owner` keeps their memory. Where reads that cannot be ended may still write to it, that is
     EngineFailed when `undo` is closed, and the owner is kept for as long as the process lives:
-    memory that was freed would be somebody else's by then.
+    memory that was freed would belong to another object by then.
     """
     parts: list[Region] = []
     for region in regions:

@@ -39,8 +39,10 @@ class _Read:
 
 
 class InProcessEngine(Engine):
-    """A read is carried out when `done` asks for it, or when its peer is resumed: until then it is
-    in flight.
+    """An engine for tests, which reads from other such engines of the same process.
+
+    A read is carried out when `done` asks for it, or when its peer is resumed. Until then it is in
+    flight.
     """
 
     _peers: ClassVar[weakref.WeakValueDictionary[str, InProcessEngine]] = (
@@ -49,8 +51,14 @@ class InProcessEngine(Engine):
     _numbers = itertools.count(1)
 
     def __init__(self, fabric: str = "", delay_s: float = 0.0, can_end_reads: bool = True) -> None:
-        """`delay_s`: how long a read of this engine's memory takes at least. Unless this engine can
-        end its reads, those that are abandoned go on until their peer answers or ends."""
+        """Starts the engine.
+
+        Args:
+            fabric: A label of the network. Engines with equal labels reach each other.
+            delay_s: Seconds that a read of this engine's memory takes at least.
+            can_end_reads: Whether this engine can end its reads. Otherwise reads that are abandoned
+                go on until their peer answers or ends.
+        """
         self._fabric = fabric
         self._delay_s = delay_s
         self._served = RegionBook()

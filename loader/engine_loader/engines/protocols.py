@@ -36,9 +36,9 @@ def protocol_for(records: Sequence[RankRecord]) -> str:
             served = [record for record in served if record.fabric in ("", this_host())]
         if served:
             return protocol
-    told = "; ".join(f"{record.key} is served over {record.protocol}" for record in records)
+    named = "; ".join(f"{record.key} is served over {record.protocol}" for record in records)
     raise SourceUnreachable(
-        f"no source can be reached from here: {told}; this machine has "
+        f"no source can be reached from here: {named}; this machine has "
         f"{', '.join(usable) or 'no way to read'}",
         sources=[record.key for record in records],
     )

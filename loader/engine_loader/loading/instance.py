@@ -58,7 +58,7 @@ def load_instance(
     """
     refuse(options, "load_instance", _REFUSED)
     if not tensors:
-        raise InvalidField("there are no ranks to load", field="tensors")
+        raise InvalidField("there are no ranks to load", "name one in `tensors`", field="tensors")
 
     def load_all(wait_s: float) -> dict[int, LoadReport]:
         ranks = ranks_of_best(

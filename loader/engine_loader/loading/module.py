@@ -136,9 +136,9 @@ def _check_all_can_be_filled(module: nn.Module, tensors: Mapping[str, object]) -
         raise TensorsUnusable(
             f"{len(left_out)} tensors of the module are on the meta device and not in its "
             "state dict, so no source has them: "
-            f"{listed(left_out)}: give them their values first (build the module with only "
-            "its parameters on the meta device, or "
-            "call to_empty and the model's own initialisation before the load)",
+            f"{listed(left_out)}",
+            "give them their values first: build the module with only its parameters on the meta "
+            "device, or call to_empty and the model's own initialisation before the load",
             problems=left_out,
         )
     foreign = [name for name, tensor in tensors.items() if id(tensor) not in own]
@@ -146,8 +146,8 @@ def _check_all_can_be_filled(module: nn.Module, tensors: Mapping[str, object]) -
         raise TensorsUnusable(
             f"{len(foreign)} entries of the module's state dict are no parameters or buffers "
             "of it, but made by a hook: "
-            f"{listed(foreign)}: fill them with `load` or EngineReader, and then call "
-            "load_state_dict",
+            f"{listed(foreign)}",
+            "fill them with `load` or EngineReader, and then call load_state_dict",
             problems=foreign,
         )
 
@@ -164,8 +164,8 @@ def _with_memory(
             said = short(" ".join(str(exc).split()))
             raise TensorsUnusable(
                 f"{name} is on the meta device, and memory for a {type(tensor).__name__} on "
-                f"{where} "
-                f"cannot be had ({said}): give it memory before the load, or name another `device`",
+                f"{where} cannot be had ({said})",
+                "give it memory before the load, or name another `device`",
                 problems=[name],
             ) from exc
         if not isinstance(tensor, nn.Parameter):

@@ -29,16 +29,26 @@ class Filled:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """`seconds` is all of it, `transfer_s` the reads with their checks, `digest_s` what digests
-    took besides.
+    """What a load did.
 
-    `content` is what the tensors hold now, as 32 hexadecimal digits: loads with equal contents have
-    brought the same.
-
-    `nbytes` are those of the tensors; `read_nbytes` have been read for them, and may be more where
-    that was quicker. `shares` has, for each source of this content, the bytes that came from it,
-    and why it was dropped, if it was. `publication` is the loaded rank as a source, if it was to be
-    published: it is the caller's to close.
+    Attributes:
+        instance: The instance that brought the most bytes.
+        rank: The rank that was loaded. None if it is not known.
+        version: The version of the weights.
+        content: The content of the tensors now, as 32 hexadecimal digits. Loads with equal contents
+            have brought the same bytes.
+        protocol: How the bytes were read.
+        tensors: How many tensors were filled.
+        nbytes: Bytes of the tensors.
+        read_nbytes: Bytes that were read for them. They may be more where that was quicker.
+        reads: How many reads the plan had.
+        retries: How often the load began again because the weights had changed.
+        seconds: Seconds of the whole load.
+        transfer_s: Seconds of the reads with their checks.
+        digest_s: Seconds that digests took besides.
+        shares: For each source of this content, the bytes that came from it, and why it was
+            dropped, if it was.
+        publication: The loaded rank as a source, if it was to be published. The caller closes it.
     """
 
     instance: str
@@ -125,13 +135,13 @@ def with_what_came(
     )
     keys = [source.record.key for source in sources]
     what = (
-        str(exc)
+        exc.what
         if isinstance(exc, Cancelled)
-        else f"{' and '.join(keys)} could not be read to the end ({exc})"
+        else f"{' and '.join(keys)} could not be read to the end ({exc.what})"
     )
     return type(exc)(
         f"{what}; {held if arrivals.nbytes else 'no tensor is usable'}",
-        "load again, or from another instance",
+        exc.remedy or "load again, or from another instance",
         key=keys[0],
         sources=keys,
         complete=complete,

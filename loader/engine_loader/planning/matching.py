@@ -1,4 +1,4 @@
-"""Which part of each tensor comes from whom, and why it cannot be had where it cannot. Pure.
+"""Which part of each tensor comes from which source, or why it cannot be had. Pure.
 
 Sources have numbers, their places in the sequence that the planner was given.
 """
@@ -79,7 +79,7 @@ class Offers:
 
     def parts_of(self, entry: TensorEntry) -> tuple[list[Span], str]:
         """Where its bytes come from, one span for each box that holds a part of them; or why that
-        cannot be told.
+        is not known.
         """
         offers = self._by_name.get(entry.name)
         if not offers:

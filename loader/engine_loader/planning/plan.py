@@ -180,10 +180,10 @@ def _fill(origins: Sequence[Origin], dst: Manifest, partial: bool) -> _Filling:
             problems[entry.name] = (
                 f"shares memory with {last.name} here, but not in the same way in the source"
             )
-    told = [
+    lines = [
         f"{entry.name}: {problems[entry.name]}" for entry in dst.tensors if entry.name in problems
     ]
-    return _Filling(([] if partial else offers.unexpected(dst)) + told, filled, parts)
+    return _Filling(([] if partial else offers.unexpected(dst)) + lines, filled, parts)
 
 
 def _union(last: Sequence[Span], one: Sequence[Span]) -> list[Span]:

@@ -43,7 +43,7 @@ def whole_tensors(instance: str, manifests: Sequence[Manifest]) -> list[Whole]:
     """Of all ranks, by rank: what they are shards of, in the order in which it lies in their
     memory.
 
-    WeightsMismatch names the tensors of which that cannot be told, or of which no rank has some
+    WeightsMismatch names the tensors of which that is not known, or of which no rank has some
     part.
     """
     held: defaultdict[str, list[tuple[int, TensorEntry]]] = defaultdict(list)

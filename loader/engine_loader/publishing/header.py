@@ -1,5 +1,5 @@
 """The header: 64 bytes in registered memory beside the weights, by which a reader knows over the
-data plane whom it reads from.
+data plane which process it reads from.
 
     offset 0   8 bytes  magic "ENGREG01"
     offset 8   16 bytes incarnation of the registration
@@ -136,9 +136,8 @@ def fetch_header(engine: Engine, record: RankRecord, cell: HeaderCell) -> Header
     header = cell.read()
     if header is None or header.incarnation != record.incarnation:
         raise SourceLost(
-            f"what answers at {record.session_id} is not the process that registered "
-            f"{record.key}: it has ended, and its address "
-            "was taken over",
+            f"the process that answers at {record.session_id} is not the process that registered "
+            f"{record.key}, which has ended",
             key=record.key,
         )
     return header

@@ -110,7 +110,7 @@ class Republication:
         own = replica.rank if replica.rank is not None else rank
         if own is None:
             raise InvalidField(
-                "which rank to publish as is not known: say it in the Replica", field="rank"
+                "which rank to publish as is not known", "say `rank` in the Replica", field="rank"
             )
         self._registry = registry
         self._engine = engine
@@ -134,8 +134,9 @@ class Republication:
         of_same_rank = like.rank == self._rank
         if replica.world_size is None and not of_same_rank:
             raise InvalidField(
-                f"of how many ranks rank {self._rank} is one is not known, as {like.key} is "
-                "another: say world_size in the Replica",
+                f"how many ranks the instance of rank {self._rank} has is not known, as "
+                f"{like.key} is another rank",
+                "say `world_size` in the Replica",
                 field="world_size",
             )
         self._content = content

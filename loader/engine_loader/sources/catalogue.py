@@ -47,11 +47,10 @@ class Catalogue:
         opaque = [name for name in names if not self.states_box_of(name)]
         if opaque and self.rank is None:
             raise WeightsMismatch(
-                f"{len(opaque)} tensors of {self.instance} do not say which part of the "
-                "whole they are, so they only load into the "
-                f"same rank, and this is not a job of {self.world_size} ranks as the source is",
-                "say `rank`, or publish them with `shards` or publish_state_dict: "
-                f"{listed(opaque)}",
+                f"{len(opaque)} tensors of {self.instance} do not say which part of the whole they "
+                "are, so they only load into the same rank, and this is not a job of "
+                f"{self.world_size} ranks as the source is: {listed(opaque)}",
+                "say `rank`, or publish them with `shards` or publish_state_dict",
                 source=self.instance,
                 problems=opaque,
             )

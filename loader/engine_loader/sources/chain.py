@@ -1,10 +1,10 @@
-"""Whom to read from, where ranks that are loading themselves are sources too. Pure.
+"""Which rank to read from, where ranks that are still loading are sources too. Pure.
 
 Each rank that loads has a place in an order that all see alike, and reads only from ranks that are
-complete or come before it. Whoever joins goes through those before it in that order: for each that
-has not taken its ticket yet, it finds out whom that one will choose, as it would do itself. So of
-many that begin at the same time no two choose the same source because they did not know of each
-other.
+complete or come before it. A rank that joins goes through those before it in that order. For each
+that has not taken its ticket yet, it finds out which source that rank will choose, as it would
+itself. So of many ranks that begin at the same time, no two choose the same source because they did
+not know of each other.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def costs(
 
 
 def _behind(me: str, parents: Mapping[str, Collection[str]]) -> set[str]:
-    """Who reads from me, or from one who does, and so on; and me."""
+    """The ranks that read from me, directly or by way of others; and me."""
     children: defaultdict[str, list[str]] = defaultdict(list)
     for child, some in parents.items():
         for parent in some:

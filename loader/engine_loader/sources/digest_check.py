@@ -56,7 +56,7 @@ class DigestCheck:
             for entry in dst.tensors
             if entry.nbytes and entry.name not in self._tied
         }
-        self._pieces: dict[_Piece, DigestCell] = {}  # who tells its digest
+        self._pieces: dict[_Piece, DigestCell] = {}  # the table that has its digest
         self.spans: list[Span] = []
         self._cells: list[DigestCell] = []
         for numbers in groups.values():
@@ -113,7 +113,7 @@ class DigestCheck:
                 f"{len(wrong)} of {len(self._tensors)} tensors are not what {self._sources} "
                 "published, though they were read "
                 f"whole: {listed(wrong)}",
-                "check both machines' memory, and whether somebody writes to the source's "
+                "check both machines' memory, and whether anything writes to the source's "
                 "weights outside of `update`",
                 tensors=wrong,
                 complete=[name for name in self._tensors if name not in differing],
@@ -131,7 +131,7 @@ class DigestCheck:
                 f"{len(unproven)} of {len(wanted)} tensors take only a part of what a rank "
                 "of the source holds, and digests are of "
                 f"all of that: {listed(unproven)}",
-                'load with verify="header", or the same layout',
+                'load with `verify="header"`, or into the same layout',
                 tensors=unproven,
             )
 

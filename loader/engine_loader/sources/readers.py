@@ -41,7 +41,7 @@ def best_first(
 def _readers(registry: Registry, record: RankRecord) -> int:
     try:
         return registry.pulls(record)
-    except EtcdRefused as exc:  # who may not see the tickets may read all the same
+    except EtcdRefused as exc:  # a user that may not see tickets may load all the same
         _tickets_unseen(exc)
         return 0
 

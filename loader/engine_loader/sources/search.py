@@ -1,6 +1,4 @@
-"""Whom to read from: of the ranks that have what is wanted, those that can be reached, the best
-first.
-"""
+"""Finds sources: of the ranks that have the weights, those that can be reached, the best first."""
 
 from __future__ import annotations
 
@@ -167,6 +165,7 @@ class Search:
                 "the weights that were wanted are not served any more: "
                 f"{', '.join(sorted(status.instance for status in found))} "
                 "has been updated or started again since",
+                "load the weights that are served now",
                 version=self.version,
                 served=sorted({record.version for status in found for record in status.records}),
             )
@@ -239,8 +238,8 @@ class Search:
 
 
 def _before(mine: RankRecord | None, alike: Sequence[RankRecord]) -> list[RankRecord]:
-    """Those that are complete or began to load before me: so nobody reads, by way of whomever, from
-    itself.
+    """Those that are complete or began to load before me: so no rank reads from itself, by way of
+    others.
     """
     limit = mine.create_revision if mine is not None else 0
     return [

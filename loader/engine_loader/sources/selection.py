@@ -59,7 +59,7 @@ class Selection:
         misfits: list[LoaderError] = []
         for group in found.alike:
             if fitting := self._fitting(group, group.teams, misfits):
-                return _told(Choice(group.content, fitting), misfits)
+                return _logged(Choice(group.content, fitting), misfits)
         if found.instances:
             misfits.clear()
         for group in found.instances:
@@ -69,7 +69,9 @@ class Selection:
             ]
             if parts := self._fitting(group, teams, misfits):
                 numbers = needed([source.origin for source in parts], self._dst, self._max_sources)
-                return _told(Choice(group.content, [parts[number] for number in numbers]), misfits)
+                return _logged(
+                    Choice(group.content, [parts[number] for number in numbers]), misfits
+                )
         raise misfits[0]
 
     def _fitting(
@@ -93,7 +95,7 @@ class Selection:
                     kinds = " and ".join(sorted(theirs))
                     raise DigestsMissing(
                         f"the ranks of {name} have digests of different kinds, {kinds}",
-                        'load with verify="header"',
+                        'load with `verify="header"`',
                     )
             except (WeightsMismatch, SourceLost, DigestsMissing) as exc:
                 misfits.append(exc)
@@ -111,7 +113,7 @@ class Selection:
             raise
 
 
-def _told(choice: Choice, misfits: Sequence[LoaderError]) -> Choice:
+def _logged(choice: Choice, misfits: Sequence[LoaderError]) -> Choice:
     for misfit in misfits:
         log.info("not read from: %s", misfit, extra=fields("source_unfit", error=misfit))
     return choice

@@ -51,7 +51,8 @@ class SourceRank:
         reader: RankRecord | None = None,
     ) -> None:
         """`own`: it has the rank that is to be filled. `device`: where its header is read to.
-        `reader` is who fills it, if that is registered. SourceLost if it is gone already.
+        `reader` is the record of the rank that is filled, if it is registered. SourceLost if it is
+        gone already.
         """
         self._registry = registry
         self._engine = engine
@@ -68,6 +69,7 @@ class SourceRank:
             if not self.manifest.block_nbytes:
                 raise SourceLost(
                     f"{record.key} is still loading, and cannot be read from meanwhile",
+                    "load again when it is ready",
                     key=record.key,
                 )
             self._blocks = Blocks(self.manifest.regions, self.manifest.block_nbytes)
@@ -86,7 +88,7 @@ class SourceRank:
             )
             raise DigestsMissing(
                 f"{self.record.key} {why}",
-                'publish its weights with digests=True, or load with verify="header"',
+                'publish its weights with `digests=True`, or load with `verify="header"`',
                 key=self.record.key,
             )
         return table.algorithm
@@ -128,11 +130,11 @@ class SourceRank:
 
     @property
     def news(self) -> LoaderError | None:
-        """Why it should not be read from any more, as far as etcd has told."""
+        """Why it should not be read from any more, as far as etcd says."""
         return self._bad_news
 
     def was_evicted(self) -> bool:
-        """Whether somebody has said that it should not be read from.
+        """Whether its registration was ended on purpose, so that it should not be read from.
 
         Where no news comes of why it has gone, it may be so.
         """

@@ -1,10 +1,10 @@
 """Weights for a rank that starts: from running ranks of its model if there are any, else from
 files, which one of many reads.
 
-Of all processes that start with the same rank of the same model one reads the disk at a time: who
-leads their election in etcd. It is registered as loading meanwhile, and its registration's keeper
-holds the lead, which so ends as soon as the process does. The others follow etcd, and load from it
-as soon as it is complete, or lead next. `starting.start` does it.
+Of all processes that start with the same rank of the same model, one reads the disk at a time: the
+leader of their election in etcd. It is registered as loading meanwhile, and its registration's
+keeper holds the lead, which so ends as soon as the process does. The others follow etcd, and load
+from it as soon as it is complete, or lead next. `starting.start` does it.
 """
 
 from __future__ import annotations

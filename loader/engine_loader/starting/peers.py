@@ -1,5 +1,5 @@
-"""Who runs the same rank of the same model and may be loaded from, without those that this process
-has tried in vain.
+"""Ranks that run the same rank of the same model and may be loaded from, without those that this
+process has tried in vain.
 
 Used by `starting.start`. Starts no thread.
 """
@@ -53,7 +53,7 @@ class Peers:
             return [record for status in self._registry.instances() for record in self._of(status)]
         except EtcdError as exc:
             log.info(
-                "not known who has %s: %s",
+                "it is not known which ranks have %s: %s",
                 self._model,
                 exc,
                 extra=fields("sources_unknown", error=exc),
@@ -71,7 +71,7 @@ class Peers:
         self._failed.update(record.incarnation for record in records)
 
     def pass_by(self, records: Iterable[RankRecord]) -> None:
-        """They are not any more what they were: something else has to be heard of them first."""
+        """They have changed since: they are tried again once their records change once more."""
         self._passed_by.update((record.incarnation, record.mod_revision) for record in records)
 
     def _of(self, status: InstanceStatus) -> list[RankRecord]:

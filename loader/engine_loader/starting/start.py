@@ -55,14 +55,14 @@ from engine_registry.telemetry.logs import fields
 from engine_registry.watching.election import Election
 
 log = logging.getLogger(__name__)
-WITHOUT_ETCD_S = (
-    30.0  # nobody knows then who reads: longer than a restart or a new leader of etcd takes
-)
-# how soon one that waits notices that it leads, or was cancelled; etcd is not asked for it
+# How long to wait for an etcd that is away, as the reader of files is not known then. A restart or
+# a new leader of etcd takes less.
+WITHOUT_ETCD_S = 30.0
+# how soon a rank that waits notices that it leads, or was cancelled; etcd is not asked for it
 _LOOK_S = 0.05
 
-# What the disk would not mend: the caller's own tensors, engine or wishes, and a rank that somebody
-# else has.
+# Errors that files would not mend: of the caller's tensors, engine or arguments, and of a rank that
+# another process has.
 _NOT_THE_PEERS = (
     Cancelled,
     TensorsUnusable,
@@ -132,9 +132,9 @@ class Start:
         return fields(event, instance=self.replica.instance, rank=self.rank, **facts)
 
     def _wait(self, election: Election) -> str:
-        """Until there is somebody to load from, or we lead; or says why it is done without."""
+        """Until there is a peer to load from, or we lead. Else says why to read without a turn."""
         log.info(
-            "%s waits for somebody who has its weights, or for its turn to read files",
+            "%s waits for a peer that has its weights, or for its turn to read files",
             self.name,
             extra=self._fields("seeding_waits"),
         )
@@ -145,13 +145,13 @@ class Start:
                 if election.refusal is not None:
                     return f"etcd does not let it wait for its turn: {election.refusal}"
                 if self._is_late():
-                    return f"nobody had the weights within {self.timeout_s:.3g} s"
+                    return f"no peer had the weights within {self.timeout_s:.3g} s"
                 if lost is not None and now - lost >= WITHOUT_ETCD_S:
                     return f"etcd could not be reached for {now - lost:.3g} s"
                 try:
                     event = watch.next(_LOOK_S)
                 except EtcdError as exc:
-                    return f"etcd does not tell who has the weights: {exc}"
+                    return f"etcd does not say which ranks have the weights: {exc}"
                 if event is not None and self.peers.are_in(event):
                     return ""
         return ""
@@ -199,7 +199,7 @@ class Start:
     def _from_disk(self, election: Election, alone: str) -> Seeded:
         if alone:
             log.warning(
-                "%s is read from files, whoever else does so: %s",
+                "%s is read from files, although others may read them too: %s",
                 self.name,
                 alone,
                 extra=self._fields("seeding_alone"),

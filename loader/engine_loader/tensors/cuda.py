@@ -53,8 +53,8 @@ def can_be_opened_by_others(addr: int) -> bool:
 
 @contextmanager
 def on_device_of(addr: int) -> Iterator[None]:
-    """The thread's current device is the one that holds the address: who asks the driver about
-    memory has to be there.
+    """The thread's current device is the one that holds the address: a thread that asks the driver
+    about memory has to be there.
     """
     with torch.cuda.device(_attribute(_DEVICE_ORDINAL, addr)):
         yield

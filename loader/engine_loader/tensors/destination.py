@@ -15,18 +15,26 @@ from engine_registry.errors import InvalidField
 
 
 class Destination(Mapping[str, torch.Tensor]):
-    """For who loads into the same tensors again and again: `load` looks at them once, here, and not
-    every time.
+    """Tensors that are filled or published again and again.
 
-    Holds on to the tensors, and so to their memory: what takes their place elsewhere, as
-    `module.weight = …` does, is not filled.
+    They are inspected once, here, and not at each `load`. A Destination holds on to the tensors,
+    and so to their memory. A tensor that takes their place elsewhere, as with `module.weight = …`,
+    is not filled.
     """
 
     @plain_torch()
     def __init__(
         self, tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None
     ) -> None:
-        """`shards` as for `load`. Raises TensorsUnusable."""
+        """Inspects the tensors.
+
+        Args:
+            tensors: The tensors, by name.
+            shards: Which box of the whole a tensor is, by name.
+
+        Raises:
+            TensorsUnusable: Tensors cannot be filled or published as they are.
+        """
         self._tensors = dict(tensors)
         self.parts, boxes = local_parts(self._tensors, shards)
         self.manifest = describe(self.parts, boxes)

@@ -29,8 +29,17 @@ _MANY_STORAGES = 1_000
 
 @dataclass(frozen=True)
 class Shard:
-    """Which box of the whole tensor a rank's tensor is: it begins at `offsets` and has the tensor's
-    own shape.
+    """Which box of the whole tensor a rank's tensor is. The box has the shape of the rank's tensor.
+
+    Attributes:
+        global_shape: The shape of the whole tensor, in elements.
+        offsets: Where the box begins in the whole, in elements along each dimension.
+
+    Raises:
+        TensorsUnusable: A field is no sequence of whole numbers.
+
+    Example:
+        `Shard((8, 16), (4, 0))` is the lower half, for a tensor of shape (4, 16).
     """
 
     global_shape: tuple[int, ...]

@@ -1,8 +1,8 @@
 """State dicts as torch's distributed checkpoint has them: nested, with DTensors and with values
 that are no tensors.
 
-Values travel in the manifest as JSON, tagged where JSON has no such type. Never as pickles: whoever
-can write to etcd would decide what a loader executes.
+Values travel in the manifest as JSON, tagged where JSON has no such type. Never as pickles: a
+writer to etcd would decide what a loader executes.
 """
 
 from __future__ import annotations

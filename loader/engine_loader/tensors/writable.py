@@ -5,7 +5,7 @@ Used before a load or a read of files begins. Only the host's memory is looked a
 The kernel knows read-only mappings. Memory of a `bytes` object can be written to, but Python relies
 on it that nobody does; it is found where a tensor's storage begins with the object, as
 `torch.frombuffer` makes it. Memory that another object owns, or `bytes` from somewhere behind their
-beginning, cannot be told from a buffer that may be filled.
+beginning, looks like a buffer that may be filled.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def check_writable(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> N
             )
         elif _is_of_bytes(tensor.untyped_storage(), mappings, first):
             problems.append(
-                f"{entry.name}: its memory is that of a bytes object, which nobody may change"
+                f"{entry.name}: its memory is that of a bytes object, which is immutable"
             )
     if problems:
         count = f"{len(problems)} tensor{'s' if len(problems) > 1 else ''}"

@@ -12,18 +12,27 @@ class Pace:
     """How much is in flight from one source, how often it is checked, and how long it may bring
     nothing.
 
-    What takes longer than `slow_s` to come has too many beside it, and fewer are begun. `check_s`
-    is how much reading is lost with a source that cannot be asked any more whether its weights had
-    changed. `stall_s` is for a source that others can stand in for; one that nobody can gets
-    `patience_s`, in several tries; one that is loading itself may have nothing new for `starve_s`.
-    `costs` says when it pays to read more than is wanted; `hop_nbytes` is what could be read while
-    a chunk's coming is told to the next in a chain.
+    Attributes:
+        chunk_nbytes: Bytes of one read, at most.
+        depth: Chunks in flight, at most.
+        begin: Chunks in flight at the beginning.
+        least: Chunks in flight, at least, while they are slow.
+        check_s: Seconds between two checks of a source. Reading of this length is lost with a
+            source that goes, as it cannot be asked any more whether its weights had changed.
+        slow_s: A chunk that takes more seconds has too many beside it, and fewer are begun.
+        stall_s: Seconds that a source may bring nothing, if others can replace it.
+        patience_s: The same for a source that no other can replace, in several tries.
+        starve_s: Seconds that a source which is loading itself may have nothing new.
+        costs: When it pays to read more than is wanted.
+        hop_nbytes: Bytes that could be read while the next rank in a chain learns that a chunk has
+            come.
+        nap_s: Seconds between two looks: while something comes, and at most while nothing does.
     """
 
     chunk_nbytes: int
-    depth: int  # chunks in flight, at most
-    begin: int = 2  # to begin with
-    least: int = 1  # where they are slow
+    depth: int
+    begin: int = 2
+    least: int = 1
     check_s: float = 0.25
     slow_s: float = 0.4
     stall_s: float = 1.5
@@ -31,10 +40,7 @@ class Pace:
     starve_s: float = 3.0
     costs: Costs = field(default_factory=Costs)
     hop_nbytes: int = 0
-    nap_s: tuple[float, float] = (
-        50e-6,
-        1e-3,
-    )  # between two looks, while something comes, and while nothing does
+    nap_s: tuple[float, float] = (50e-6, 1e-3)
 
 
 # Over tcp Mooncake serves a peer's reads in four lanes, so that less than eight in flight leaves

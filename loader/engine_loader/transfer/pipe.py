@@ -32,9 +32,11 @@ class Stock:
 
 @dataclass
 class Source:
-    """Who can be read from; `peer` is what the engine calls it. `check` raises if it is not, or not
-    any more, what it was resolved to be: SourceLost, TornRead, ReadFailed. `lost` tells, without
-    waiting, of news to the same effect from elsewhere. Without a stock it has everything.
+    """A rank that can be read from; `peer` is its name for the engine.
+
+    `check` raises if it is not, or not any more, what it was resolved to be: SourceLost, TornRead,
+    ReadFailed. `lost` has, without waiting, news to the same effect from elsewhere. Without a stock
+    it has everything.
     """
 
     name: str

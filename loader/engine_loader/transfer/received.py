@@ -1,5 +1,5 @@
-"""What a load has got of one content, and from which ranks: so that what an evicted rank has
-brought can be told from the rest.
+"""What a load has got of one content, and from which ranks: so that the spans of an evicted
+rank can be discarded.
 """
 
 from __future__ import annotations

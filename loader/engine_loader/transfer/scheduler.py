@@ -235,7 +235,7 @@ class Transfer:
 
     def _read_failed(self, pipe: Pipe, error: ReadFailed) -> None:
         """One read may fail for reasons of the way, so a source that nobody can stand in for is
-        asked again who it is.
+        checked again.
         """
         pipe.failures += 1
         if self._chunks.can_spare(pipe, self._active) or pipe.failures > 1:

@@ -29,8 +29,8 @@ def summed(shares: Sequence[Share]) -> tuple[Share, ...]:
 
 
 def loss_of(shares: Sequence[Share]) -> LoaderError:
-    """Why a transfer has no source left: the error of the only one that was dropped, or one that
-    tells of all.
+    """Why a transfer has no source left: the error of the only one that was dropped, or one error
+    that names all.
     """
     errors = [share.error for share in shares if share.error is not None]
     if len(errors) == 1:

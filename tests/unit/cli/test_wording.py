@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine_cli.wording import _WORDS, in_options, said
-from engine_loader.publishing.publish import publish
+from engine_loader import LoadOptions, PublishOptions, publish
 from engine_registry import RankConflict, Registry
 from engine_registry.gateway.limits import Limits
 from engine_registry.gateway.server import Gateway
@@ -58,10 +58,10 @@ def test_the_library_names_no_option_and_no_command_of_the_command_line() -> Non
 
 
 def test_what_is_put_in_its_place_is_a_parameter_or_a_call_of_the_library() -> None:
-    takers = (Registry.connect, Gateway.__init__, Limits, publish)
+    takers = (Registry.connect, Gateway.__init__, Limits, publish, PublishOptions, LoadOptions)
     parameters = {name for taker in takers for name in inspect.signature(taker).parameters}
     calls = {f"Registry.{name}" for name in vars(Registry)}
-    names = {name.removesuffix("()") for name in _WORDS}
+    names = {name.removesuffix("()").partition("=")[0] for name in _WORDS}
     assert names - parameters - calls == {"force", "out"}  # of the files that `engines load` writes
 
 
@@ -76,6 +76,11 @@ def test_what_is_put_in_its_place_is_a_parameter_or_a_call_of_the_library() -> N
             "end it with `engines evict a --rank 3`",
         ),
         ("end it with `Registry.evict`", {}, "end it with `engines evict`"),
+        (
+            'publish with `digests=True`, or load with `verify="header"`',
+            {},
+            "publish with digests, as `engines register` does, or load with no --verify",
+        ),
         ("the tensor `w` is `x`y`", {}, "the tensor `w` is `x`y`"),
     ],
 )

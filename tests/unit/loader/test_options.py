@@ -11,16 +11,19 @@ import pytest
 import torch
 
 from engine_loader import (
+    Destination,
     EngineReader,
     InProcessEngine,
     LoadOptions,
     Pace,
     PublishOptions,
     Replica,
+    Shard,
     load,
     load_full,
     load_instance,
     load_or_seed,
+    publish,
     publish_state_dict,
 )
 from engine_registry import ModelIdentity, Registry
@@ -178,3 +181,26 @@ def test_a_replica_is_a_name_a_replica_or_true(value: Any) -> None:
     registry, engine = Registry(EtcdConfig(parse_endpoints("fake:1"))), InProcessEngine()
     with pytest.raises(InvalidField, match=r"`publish` .* is not valid: give the name"):
         load(registry, engine, "a", rank=0, tensors={"w": torch.zeros(3)}, publish=value)
+
+
+@pytest.mark.parametrize("call", ["load", "publish", "load_or_seed"])
+def test_shards_beside_a_destination_are_refused(call: str) -> None:
+    registry, engine = Registry(EtcdConfig(parse_endpoints("fake:1"))), InProcessEngine()
+    given: dict[str, Any] = {
+        "shards": {"w": Shard((6,), (0,))},
+        "rank": 0,
+        "world_size": 1,
+    }
+    destination = Destination({"w": torch.zeros(3)})
+    calls: dict[str, Callable[[], Any]] = {
+        "load": lambda: load(registry, engine, "a", tensors=destination, **given),
+        "publish": lambda: publish(
+            registry, engine, instance="a", tensors=destination, model=MODEL, **given
+        ),
+        "load_or_seed": lambda: load_or_seed(
+            registry, engine, MODEL, destination, instance="a", fallback="nowhere", **given
+        ),
+    }
+    with pytest.raises(InvalidField, match="a Destination says which boxes") as caught:
+        calls[call]()
+    assert caught.value.details["field"] == "shards"

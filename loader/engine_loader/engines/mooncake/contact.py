@@ -27,7 +27,7 @@ _LIMIT_S = 60.0
 _CUT_S = 0.2  # how long to go on cutting, as the library may try another address of the peer
 _CUT_AT_EXIT_S = 2.0
 _NAP_S = 0.005
-_LOOK_S = 0.1  # how often whoever waits looks whether the time is over
+_LOOK_S = 0.1  # how often a waiting thread looks whether the time is over
 _UNDER_WAY: set[Contact] = set()
 
 
@@ -74,7 +74,7 @@ class Contact:
                     raise self._failed("it does not answer") from None
 
     def break_off(self, for_s: float = _CUT_S) -> None:
-        """Ends it, and whoever waits for it, at once; its thread soon."""
+        """Ends it and all waits for it at once; its thread soon."""
         self._broken_off = True
         until = time.monotonic() + for_s
         while not self._made.done() and time.monotonic() < until:
@@ -86,7 +86,7 @@ class Contact:
             with self._device:
                 made = self._meet()
             self._made.set_result(made)
-        except BaseException as exc:  # noqa: BLE001  handed on to whoever asks for the result
+        except BaseException as exc:  # noqa: BLE001  handed on to the caller that asks for the result
             self._made.set_exception(exc)
         finally:
             _UNDER_WAY.discard(self)

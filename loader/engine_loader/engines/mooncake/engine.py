@@ -32,7 +32,8 @@ from engine_registry.schema.address import join
 from engine_registry.schema.manifest import Region
 from engine_registry.schema.record import PROTOCOLS
 
-# what a peer is told of them must fit into 1 MB; each takes longer to register than the one before
+# the list of them that a peer gets must fit into 1 MB; each takes longer to register than the one
+# before
 _MAX_REGIONS = 12_000
 _MAX_READERS = 128  # peers whose readers are kept for the next load from them
 _SHARED = ("rdma",)  # protocols over which one engine reads from all peers
@@ -42,10 +43,9 @@ _OPEN: weakref.WeakSet[MooncakeEngine] = weakref.WeakSet()
 class MooncakeEngine(Engine):
     """Mooncake's transfer engine with peer-to-peer handshake: no metadata server.
 
-    It listens on all interfaces, and every peer that reaches it may read AND WRITE registered
-    memory: use it on trusted networks only. `host` is what peers connect to, so an address of this
-    machine that they can reach. All engines of a process speak IPv4, or all speak IPv6, as their
-    hosts do; they read from peers that speak the same.
+    It listens on all interfaces. Every peer that reaches it may read AND WRITE registered memory:
+    use it on trusted networks only. All engines of a process speak IPv4, or all speak IPv6, as
+    their hosts do. They read from peers that speak the same.
     """
 
     def __init__(
@@ -57,10 +57,18 @@ class MooncakeEngine(Engine):
         *,
         shared: bool | None = None,
     ) -> None:
-        """`protocol`: tcp, rdma or nvlink_intra. `device`: names of RDMA devices, or empty for all.
+        """Starts the engine.
 
-        `shared`, whether the engine that serves reads from all peers, is as the protocol needs it
-        unless a test says otherwise.
+        Args:
+            host: The address of this machine that peers connect to.
+            protocol: How to read: tcp, rdma or nvlink_intra.
+            device: Names of RDMA devices, with commas between them. Empty: all.
+            fabric: A label of the network. Engines with equal labels reach each other.
+            shared: Whether the engine that serves also reads from all peers. None: as the protocol
+                needs it. For tests.
+
+        Raises:
+            EngineUnavailable: The engine cannot be imported or started here.
         """
         if protocol not in PROTOCOLS:
             raise EngineUnavailable(
@@ -79,8 +87,8 @@ class MooncakeEngine(Engine):
         self._fabric = fabric or (this_host() if protocol == "nvlink_intra" else "")
         self._shared = protocol in _SHARED if shared is None else shared
         self._served = RegionBook()
-        # But for RDMA an engine writes wherever it is told to, so peers need not be able to reach
-        # what is only read into.
+        # But for RDMA an engine writes to any address that it is given, so peers need not be able
+        # to reach what is only read into.
         self._lent = self._served if protocol == "rdma" else RegionBook()
         self._lingering = Lingering()
         self._lock = threading.Lock()  # of what follows

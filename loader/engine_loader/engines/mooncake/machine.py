@@ -1,4 +1,4 @@
-"""This machine as its peers see it: its addresses, its RDMA devices, who it is."""
+"""This machine as its peers see it: its addresses, its RDMA devices, its identity."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from engine_loader.engines.mooncake.binding import Binding, import_library
 from engine_loader.engines.mooncake.sockets import listening_at, look_up_every
@@ -40,23 +41,32 @@ def load_library(family: str) -> None:
 
 def start(host: str, family: str, protocol: str, device: str) -> Binding:
     """An engine that peers find at `host`, of that family; EngineUnavailable says why not."""
-    if problem := _no_files():
-        raise EngineUnavailable(f"the transfer engine cannot work on {host!r}: {problem}")
+    if lack := _no_files():
+        raise EngineUnavailable(
+            f"the transfer engine cannot work on {host!r}: {lack.problem}", lack.remedy
+        )
     with _environment({**_settings(family), **_PROTOCOL_ENV.get(protocol, {})}):
         library = import_library()
         try:
             binding = Binding(library, host, protocol, device)
         except EngineUnavailable as exc:
+            problem, remedy = _no_files() or _no_ports() or _NO_REASON
             raise EngineUnavailable(
-                f"the transfer engine cannot start on {host!r} with protocol {protocol!r} "
-                "and device "
-                f"{device!r} ({exc}): {_remedy()}"
+                f"the transfer engine cannot start on {host!r} with protocol {protocol!r} and "
+                f"device {device!r} ({exc}){problem and f': {problem}'}",
+                remedy,
             ) from exc
     with listening_at(binding.port) as listener:
         if listener is not None:  # else it ends later, that is all
-            if problem := _why_not(family, listener):
+            spoken = "IPv6" if listener.family == socket.AF_INET6 else "IPv4"
+            if spoken != family:
+                # A process has engines of one family. They do not read from those of the other.
                 binding.end()
-                raise EngineUnavailable(f"{host!r} is an address of {family}, but {problem}")
+                raise EngineUnavailable(
+                    f"{host!r} is an address of {family}, but the transfer engine of this process "
+                    f"was loaded to speak {spoken}",
+                    f"give a `host` of {spoken}, or do this in a process of its own",
+                )
             look_up_every(_LOOK_UP_S, listener)
     return binding
 
@@ -68,43 +78,39 @@ def _settings(family: str) -> dict[str, str | None]:
     }
 
 
-def _why_not(family: str, listener: socket.socket) -> str:
-    """A process has engines of one family, and those do not read from engines of the other."""
-    speaks = "IPv6" if listener.family == socket.AF_INET6 else "IPv4"
-    if speaks == family:
-        return ""
-    return (
-        f"the transfer engine of this process was loaded to speak {speaks}: "
-        f"give it an address of {speaks}, or do this in a process of its own"
-    )
+class _Lack(NamedTuple):
+    """Why an engine cannot start here, as far as it is known, and what to do."""
+
+    problem: str
+    remedy: str
 
 
-def _remedy() -> str:
-    return _no_files() or _no_ports() or "check the device, and MC_LOG_LEVEL=INFO for more"
+_NO_REASON = _Lack("", "check the `device`, and set MC_LOG_LEVEL=INFO for more")
 
 
-def _no_files() -> str:
+def _no_files() -> _Lack | None:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     try:
         left = limit - len(os.listdir("/proc/self/fd"))
     except OSError:
         left = 0
     if limit == resource.RLIM_INFINITY or left >= _FILES:
-        return ""
-    return (
+        return None
+    return _Lack(
         f"this process may have {limit} files open and can open {left} more, {_FILES} at least "
-        "are needed: raise ulimit -n"
+        "are needed",
+        "raise ulimit -n",
     )
 
 
-def _no_ports() -> str:
+def _no_ports() -> _Lack | None:
     low, high = (_port(name, default) for name, default in zip(_PORTS, _DEFAULT_PORTS, strict=True))
     free = sum(map(_is_free, range(low, high + 1)))
     if free >= max(2, _FEW * (high - low + 1)):
-        return ""
-    return (
-        f"it takes two of the ports {low} to {high}, of which {free} are free: "
-        f"end what holds them (ss -ltnp), or set {' and '.join(_PORTS)} to others"
+        return None
+    return _Lack(
+        f"it takes two of the ports {low} to {high}, of which {free} are free",
+        f"end what holds them (ss -ltnp), or set {' and '.join(_PORTS)} to others",
     )
 
 

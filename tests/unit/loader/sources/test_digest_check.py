@@ -135,7 +135,7 @@ def test_where_only_a_part_of_what_a_source_holds_is_wanted_nothing_proves_it(
     places: list[tuple[int, int]],
 ) -> None:
     with pytest.raises(
-        DigestsMissing, match=r'1 of 2 tensors take only a part.*: w: load with verify="header"'
+        DigestsMissing, match=r'1 of 2 tensors take only a part.*: w: load with `verify="header"`'
     ) as caught:
         check_of(
             [*rows(*places), offer({"bias": BIAS}, {"bias": Shard((8,), (0,))})],

@@ -210,7 +210,7 @@ def test_digests_of_all_that_are_chosen_are_of_one_kind() -> None:
         chosen(teams[:1], digests=True)
     with pytest.raises(
         DigestsMissing,
-        match="the ranks of b have digests of different kinds, x and y: load with verify=",
+        match="the ranks of b have digests of different kinds, x and y: load with `verify=",
     ):
         chosen(teams[1:2], digests=True)
 
