@@ -33,7 +33,7 @@ from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.gateway.server import Gateway
 from engine_registry.registration.writes import claim
-from engine_registry.schema import manifest as manifests
+from engine_registry.schema import manifest_format as manifests
 from engine_registry.schema.record import GATEWAY
 
 TENSORS = 2_500

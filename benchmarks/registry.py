@@ -42,7 +42,7 @@ from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.local import LocalCluster, LocalEtcd
 from engine_registry.registration.handle import OnState
 from engine_registry.registration.writes import claim
-from engine_registry.schema import manifest as manifests
+from engine_registry.schema import manifest_format as manifests
 from engine_registry.schema.record import ManifestRef, RankRecord
 
 MODEL = ModelIdentity("bench", "r1", "bfloat16")

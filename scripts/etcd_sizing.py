@@ -33,8 +33,8 @@ from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.registration.writes import amend, claim
-from engine_registry.schema import manifest as manifests
-from engine_registry.schema import record as records
+from engine_registry.schema import manifest_format as manifests
+from engine_registry.schema import record_format as records
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.record import ManifestRef, RankRecord
 

@@ -28,7 +28,7 @@ from engine_registry.registration import writes
 from engine_registry.registration.eviction import evict
 from engine_registry.registration.handle import OnState, Registration
 from engine_registry.registration.keeper.process import check_can_start
-from engine_registry.schema import manifest as manifests
+from engine_registry.schema import manifest_format as manifests
 from engine_registry.schema.keys import (
     ENGINES,
     check_instance,
@@ -46,9 +46,9 @@ from engine_registry.schema.record import (
     RankRecord,
     RankState,
     check_content,
-    decode_item,
     new_content,
 )
+from engine_registry.schema.record_format import decode_item
 from engine_registry.schema.roster import Roster, assess_all
 from engine_registry.schema.status import InstanceStatus
 from engine_registry.telemetry.logs import fields

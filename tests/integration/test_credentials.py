@@ -23,7 +23,7 @@ from engine_registry import (
     Registry,
 )
 from engine_registry.errors import EtcdRefused
-from engine_registry.etcd.client import pb
+from engine_registry.etcd.library import pb
 from engine_registry.etcd.local import LocalEtcd, find_binary
 from tests.integration.conftest import events_until
 from tests.integration.test_faults import hold

@@ -24,7 +24,7 @@ from engine_registry import Registry
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.local import LocalCluster, LocalEtcd, free_port
-from engine_registry.schema.record import encode
+from engine_registry.schema.record_format import encode
 from tests.integration.conftest import Processes, line_of
 from tests.integration.test_tls import authority as authority
 from tests.integration.test_tls import client as client

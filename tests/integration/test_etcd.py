@@ -29,9 +29,10 @@ from engine_registry.errors import (
     HistoryLost,
     LeaseNotFound,
 )
-from engine_registry.etcd.client import Etcd, pb
+from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.follow import Follower
+from engine_registry.etcd.library import pb
 from engine_registry.etcd.local import LocalEtcd, find_binary, free_port
 from engine_registry.registration.eviction import AT_ONCE, evict_all
 from engine_registry.schema.keyvalue import (
@@ -42,7 +43,7 @@ from engine_registry.schema.keyvalue import (
     none_created_since,
     unchanged,
 )
-from engine_registry.schema.record import MAX_RECORD_NBYTES, encode
+from engine_registry.schema.record_format import MAX_RECORD_NBYTES, encode
 from tests.integration.conftest import Processes
 from tests.support.builders import a_record
 from tests.support.faults import DEBIAN_ETCD, a_learner, etcdctl

@@ -709,12 +709,13 @@ def claim_many(raw: Etcd, instances: int, ranks: int) -> int:
     """Ranks that no process stands behind, all under one lease, which is returned."""
     from dataclasses import replace
 
-    from engine_registry.schema import manifest
+    from engine_registry.schema import manifest_format
     from engine_registry.schema.keyvalue import Put
-    from engine_registry.schema.record import RankRecord, encode
+    from engine_registry.schema.record import RankRecord
+    from engine_registry.schema.record_format import encode
     from tests.support.ranks import MODEL
 
-    ref, _ = manifest.encode(MANIFEST)
+    ref, _ = manifest_format.encode(MANIFEST)
     lease_id = raw.grant(60)
     record = RankRecord(
         incarnation="0" * 32,

@@ -21,13 +21,15 @@ import pytest
 from engine_cli.exits import Exit
 from engine_registry import InstanceReady, RankJoined, Registry
 from engine_registry.errors import AnswerTooLarge, HistoryLost, RecordDamaged
-from engine_registry.etcd.client import _CHANNEL_OPTIONS, Etcd
+from engine_registry.etcd.channel import CHANNEL_OPTIONS
+from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.local import LocalEtcd
-from engine_registry.schema import manifest as manifests
+from engine_registry.schema import manifest_format as manifests
 from engine_registry.schema.keys import manifest_part_key
 from engine_registry.schema.keyvalue import Put, Snapshot
-from engine_registry.schema.record import ManifestRef, RankRecord, encode
+from engine_registry.schema.record import ManifestRef, RankRecord
+from engine_registry.schema.record_format import encode
 from tests.integration.conftest import Processes, events_until, line_of
 from tests.integration.test_cli import Engines, assert_one_line, engines  # noqa: F401  a fixture
 from tests.support.ranks import MANIFEST, MODEL, put_ranks, register
@@ -216,10 +218,10 @@ def test_pages_become_as_small_as_one_key_and_no_smaller(
     for number in range(5):
         etcd.commit([], [Put(f"/large/{number}", bytes(100_000), 0)])
     options = [
-        option for option in _CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"
+        option for option in CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"
     ]
     options.append(("grpc.max_receive_message_length", 110_000 if fitting else 90_000))
-    monkeypatch.setattr("engine_registry.etcd.client._CHANNEL_OPTIONS", tuple(options))
+    monkeypatch.setattr("engine_registry.etcd.channel.CHANNEL_OPTIONS", tuple(options))
     with closing(etcd.sibling()) as narrow:
         if fitting:
             assert len(narrow.snapshot("/large/").items) == 5

@@ -37,7 +37,8 @@ from engine_loader.planning.content import content_of
 from engine_loader.tensors.regions import describe
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import RecordDamaged
-from engine_registry.schema.manifest import decode, dense_strides, encode
+from engine_registry.schema.manifest import dense_strides
+from engine_registry.schema.manifest_format import decode, encode
 from tests.support.options import for_load, for_publish
 
 Offer = Callable[..., Publication]

@@ -11,7 +11,8 @@ from engine_registry import Manifest, ModelIdentity, Pull, RankRecord, Region, T
 from engine_registry.schema import pull_ticket
 from engine_registry.schema.keys import record_key
 from engine_registry.schema.keyvalue import Deletion, KeyValue, Snapshot
-from engine_registry.schema.record import ManifestRef, encode
+from engine_registry.schema.record import ManifestRef
+from engine_registry.schema.record_format import encode
 
 # Which process and which launch: tests that need another one name it.
 INCARNATION = "0123456789abcdef0123456789abcdef"

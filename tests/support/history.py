@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine_registry.schema.keys import parse_record_key
 from engine_registry.schema.keyvalue import Change, KeyValue
-from engine_registry.schema.record import decode_item
+from engine_registry.schema.record_format import decode_item
 
 EVICTED = "/evicted/"
 

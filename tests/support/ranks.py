@@ -7,9 +7,10 @@ from typing import Any
 
 from engine_registry import Manifest, ModelIdentity, Region, Registration, Registry, TensorEntry
 from engine_registry.etcd.client import Etcd
-from engine_registry.schema import manifest as manifests
+from engine_registry.schema import manifest_format as manifests
 from engine_registry.schema.keyvalue import Put
-from engine_registry.schema.record import RankRecord, encode
+from engine_registry.schema.record import RankRecord
+from engine_registry.schema.record_format import encode
 
 MODEL = ModelIdentity("tiny", "r1")
 MANIFEST = Manifest((TensorEntry("w", "float32", (4,), 4096, 16, (4,), (0,)),), (Region(4096, 16),))

@@ -30,7 +30,7 @@ def check_peer(
 ) -> Iterator[Finding]:
     """`limit_s` is for the ranks' answers, from when our engine is ready."""
     from engine_registry.schema.keys import instance_prefix
-    from engine_registry.schema.record import encode
+    from engine_registry.schema.record_format import encode
     from engine_registry.schema.roster import Roster
 
     roster = Roster(instance)

@@ -153,7 +153,7 @@ def _loopback(engine: Any, host: str, protocol: str) -> dict[str, Any]:
 
 
 def _read_ranks(engine: Any, ranks: Callable[[], list[str]], tell: Callable[..., None]) -> None:
-    from engine_registry.schema.record import decode
+    from engine_registry.schema.record_format import decode
 
     while True:
         for line in ranks():

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 from engine_registry.errors import EtcdUnavailable, HistoryLost
 from engine_registry.etcd.backoff import Backoff
-from engine_registry.etcd.client import Etcd, WatchStream
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.watch import WatchStream
 from engine_registry.schema.keyvalue import Batch, KeyValue, Snapshot
 from engine_registry.telemetry import metrics
 from engine_registry.telemetry.logs import fields

@@ -1,8 +1,8 @@
 """All renewals of leases over one connection to etcd: one LeaseKeepAlive call that stays open.
 
-Used by `etcd.client` only. Starts one thread, which takes in the answers and ends with the call. A
-call for each renewal would cost etcd several times as much, and its grpc-proxy cancels a renewal
-whose call is half-closed before it has answered.
+Used by `etcd.connection` only. Starts one thread, which takes in the answers and ends with the
+call. A call for each renewal would cost etcd several times as much, and its grpc-proxy cancels a
+renewal whose call is half-closed before it has answered.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes stock etcd3 0.12 importable under protobuf 4 and later. Imported by `etcd.client` only,
+"""Makes stock etcd3 0.12 importable under protobuf 4 and later. Imported by `etcd.library` only,
 before etcd3.
 
 etcd3 ships message classes generated for protobuf 3, which newer protobuf refuses to load;

@@ -20,7 +20,8 @@ from engine_registry.gateway.calls import Calls
 from engine_registry.gateway.sglang import render
 from engine_registry.schema.keys import record_key
 from engine_registry.schema.keyvalue import KeyValue
-from engine_registry.schema.record import RankRecord, RankState, decode_item
+from engine_registry.schema.record import RankRecord, RankState
+from engine_registry.schema.record_format import decode_item
 
 _CACHE_NBYTES = 64 << 20
 _WHY_NOT = {

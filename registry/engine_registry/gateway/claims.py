@@ -30,8 +30,9 @@ from engine_registry.registration.writes import claim
 from engine_registry.schema.address import is_loopback, parse_session
 from engine_registry.schema.keys import check_instance
 from engine_registry.schema.keyvalue import KeyValue
-from engine_registry.schema.manifest import MAX_PARTS, encode
-from engine_registry.schema.record import GATEWAY, ModelIdentity, RankRecord, decode_item
+from engine_registry.schema.manifest_format import MAX_PARTS, encode
+from engine_registry.schema.record import GATEWAY, ModelIdentity, RankRecord
+from engine_registry.schema.record_format import decode_item
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)

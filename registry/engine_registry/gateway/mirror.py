@@ -25,7 +25,8 @@ from engine_registry.gateway.claims import Seeds, Served, seed_record
 from engine_registry.gateway.probe import Answer, Probe
 from engine_registry.gateway.sglang import parse_registration
 from engine_registry.schema.keys import instance_prefix
-from engine_registry.schema.record import RankRecord, decode_item
+from engine_registry.schema.record import RankRecord
+from engine_registry.schema.record_format import decode_item
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)

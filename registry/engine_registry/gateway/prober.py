@@ -27,7 +27,8 @@ from engine_registry.gateway.probe import Answer, Probe
 from engine_registry.registration.writes import DIED, end
 from engine_registry.schema.address import host_of, is_loopback
 from engine_registry.schema.keyvalue import Change, KeyValue, Snapshot
-from engine_registry.schema.record import GATEWAY, RankRecord, decode_item
+from engine_registry.schema.record import GATEWAY, RankRecord
+from engine_registry.schema.record_format import decode_item
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)

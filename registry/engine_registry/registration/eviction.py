@@ -15,7 +15,8 @@ from engine_registry.etcd.client import Etcd
 from engine_registry.registration.writes import EVICTED, deletion, ended, made_at
 from engine_registry.schema.keys import evicted_key
 from engine_registry.schema.keyvalue import Guard, KeyValue, Put, unchanged, written
-from engine_registry.schema.record import RankRecord, decode_item
+from engine_registry.schema.record import RankRecord
+from engine_registry.schema.record_format import decode_item
 
 # Each takes two comparisons and two writes, and etcd takes 128 of either.
 AT_ONCE = 40

@@ -44,7 +44,8 @@ from engine_registry.schema.keyvalue import (
     unchanged,
     written,
 )
-from engine_registry.schema.record import RankRecord, decode_item, encode
+from engine_registry.schema.record import RankRecord
+from engine_registry.schema.record_format import decode_item, encode
 
 WITHDRAWN = "withdrawn"
 DIED = "process ended"

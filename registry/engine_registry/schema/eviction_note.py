@@ -12,7 +12,8 @@ import json
 from dataclasses import dataclass
 
 from engine_registry.errors import RecordDamaged, SchemaUnsupported
-from engine_registry.schema.record import RankRecord, decode, encode
+from engine_registry.schema.record import RankRecord
+from engine_registry.schema.record_format import decode, encode
 
 SCHEMA = 1
 

@@ -14,7 +14,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from engine_registry.errors import RecordDamaged
 from engine_registry.schema.keys import ENGINES, parse_record_key
 from engine_registry.schema.keyvalue import Change, Deletion, KeyValue
-from engine_registry.schema.record import RankRecord, RankState, decode_item
+from engine_registry.schema.record import RankRecord, RankState
+from engine_registry.schema.record_format import decode_item
 from engine_registry.schema.status import InstanceState, InstanceStatus, assess
 
 

@@ -28,7 +28,8 @@ from engine_registry.schema.keyvalue import (
     unchanged,
     written,
 )
-from engine_registry.schema.record import RankRecord, decode_item
+from engine_registry.schema.record import RankRecord
+from engine_registry.schema.record_format import decode_item
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.follow import Follower
 from engine_registry.schema.keys import ENGINES, instance_prefix, parse_record_key
 from engine_registry.schema.keyvalue import Batch, Change, KeyValue, Snapshot
-from engine_registry.schema.record import RankRecord, decode_item
+from engine_registry.schema.record import RankRecord
+from engine_registry.schema.record_format import decode_item
 from engine_registry.schema.roster import Roster
 from engine_registry.schema.status import InstanceState, InstanceStatus
 from engine_registry.telemetry.logs import fields

@@ -6,7 +6,7 @@ import pytest
 
 from engine_registry.schema.keys import evicted_key
 from engine_registry.schema.keyvalue import Change, Deletion, KeyValue
-from engine_registry.schema.record import encode
+from engine_registry.schema.record_format import encode
 from tests.support.builders import a_record
 from tests.support.history import faults
 

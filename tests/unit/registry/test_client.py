@@ -32,10 +32,10 @@ from engine_registry.errors import (
 )
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-from engine_registry.schema import manifest
+from engine_registry.schema import manifest_format
 from engine_registry.schema.keys import manifest_part_key, record_key
 from engine_registry.schema.keyvalue import Snapshot
-from engine_registry.schema.record import _from_json, encode
+from engine_registry.schema.record_format import _from_json, encode
 from tests.support.builders import (
     OTHER_INCARNATION,
     a_manifest,
@@ -241,7 +241,7 @@ def test_a_resolve_that_waits_reads_each_record_once(
     registry._etcd = feed
     reads: list[object] = []
     monkeypatch.setattr(
-        "engine_registry.schema.record._from_json",
+        "engine_registry.schema.record_format._from_json",
         lambda *args: reads.append(args) or _from_json(*args),  # type: ignore[func-returns-value]
     )
     for number, each in enumerate(records[1:], 2):
@@ -278,7 +278,7 @@ def test_what_changes_for_the_worse_while_a_resolve_waits_is_what_it_tells(
 
 
 def published(etcd: FakeEtcd, wanted: Manifest) -> RankRecord:
-    ref, parts = manifest.encode(wanted)
+    ref, parts = manifest_format.encode(wanted)
     record = a_record(manifest=ref)
     for number, part in enumerate(parts):
         etcd.put(manifest_part_key(record.instance, record.rank, record.incarnation, number), part)
@@ -287,7 +287,7 @@ def published(etcd: FakeEtcd, wanted: Manifest) -> RankRecord:
 
 @pytest.fixture
 def in_many_parts(monkeypatch: pytest.MonkeyPatch) -> Manifest:
-    monkeypatch.setattr(manifest, "PART_NBYTES", 10)
+    monkeypatch.setattr(manifest_format, "PART_NBYTES", 10)
     return a_manifest(
         *[an_entry(f"layer.{number}", addr=4096 * (number + 1)) for number in range(50)]
     )
@@ -379,7 +379,7 @@ def test_a_registration_is_made_of_a_record_that_reads_back_as_it_is(
     registry._etcd = etcd
     (found,) = registry.ranks("qwen")
     assert found == record
-    assert manifest.decode(record.key, record.manifest, parts) == a_manifest()
+    assert manifest_format.decode(record.key, record.manifest, parts) == a_manifest()
     assert record.registered_at.endswith("+00:00")
     assert len(bytes.fromhex(record.incarnation)) == 16
 
@@ -441,7 +441,7 @@ def test_a_manifest_of_too_many_parts_is_refused(
     in_many_parts: Manifest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(manifest, "MAX_PARTS", 3)
+    monkeypatch.setattr(manifest_format, "MAX_PARTS", 3)
     with pytest.raises(InvalidField, match=r"the manifest of 50 tensors takes .* more than 3"):
         register(registry, manifest=in_many_parts)
     assert registered == []

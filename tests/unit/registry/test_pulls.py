@@ -25,7 +25,7 @@ from engine_registry.pulls import (
 from engine_registry.schema.keyvalue import Deletion, KeyValue, Put, Snapshot
 from engine_registry.schema.pull_ticket import Reader
 from engine_registry.schema.pull_ticket import encode as encode_pull
-from engine_registry.schema.record import decode, encode
+from engine_registry.schema.record_format import decode, encode
 from tests.support.builders import OTHER_INCARNATION, a_pull, a_record, ticket
 from tests.support.fake_etcd import FakeEtcd
 from tests.support.feed import Feed

@@ -26,7 +26,8 @@ from engine_registry.registration.keeper.protocol import beat_s
 from engine_registry.registration.writes import amend, claim, end, remove
 from engine_registry.schema.keys import evicted_key
 from engine_registry.schema.keyvalue import KeyValue
-from engine_registry.schema.record import RankRecord, decode_item, encode
+from engine_registry.schema.record import RankRecord
+from engine_registry.schema.record_format import decode_item, encode
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)

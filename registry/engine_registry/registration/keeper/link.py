@@ -21,7 +21,8 @@ from engine_registry.etcd.config import EtcdConfig
 from engine_registry.registration.keeper.process import START_TIMEOUT_S, KeeperProcess
 from engine_registry.registration.keeper.protocol import ANSWER_S, beat_s, encode_frame
 from engine_registry.registration.writes import DIED
-from engine_registry.schema.record import RankRecord, encode
+from engine_registry.schema.record import RankRecord
+from engine_registry.schema.record_format import encode
 from engine_registry.telemetry import metrics
 from engine_registry.telemetry.logs import fields
 

@@ -34,7 +34,8 @@ from engine_registry.registration.keeper.protocol import (
     read_frame,
 )
 from engine_registry.registration.writes import DIED
-from engine_registry.schema.record import RankRecord, decode
+from engine_registry.schema.record import RankRecord
+from engine_registry.schema.record_format import decode
 
 T = TypeVar("T")
 

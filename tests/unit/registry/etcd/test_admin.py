@@ -17,7 +17,7 @@ from engine_registry.etcd.admin import (
     numbers_in,
     version_of,
 )
-from engine_registry.etcd.client import pb
+from engine_registry.etcd.library import pb
 
 
 def user(*permissions: Permission, roles: tuple[str, ...] = ("r",)) -> User:

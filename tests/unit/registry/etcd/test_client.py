@@ -25,9 +25,11 @@ from engine_registry.errors import (
     HistoryLost,
     LeaseNotFound,
 )
-from engine_registry.etcd.client import Etcd, WatchStream, _prefix_end
+from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.errors import from_cancelled_watch
+from engine_registry.etcd.messages import prefix_end
+from engine_registry.etcd.watch import WatchStream
 
 Status = grpc.StatusCode
 client_errors = import_module(
@@ -80,7 +82,7 @@ class Unconnected(Etcd):
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine_registry.etcd.client._BACK_OFF", tenacity.wait_none())
+    monkeypatch.setattr("engine_registry.etcd.retry.BACK_OFF", tenacity.wait_none())
 
 
 def error_of(exc: Exception) -> EtcdError:
@@ -331,7 +333,7 @@ def test_a_closed_connection_makes_no_call() -> None:
 def test_the_range_of_a_prefix_holds_the_keys_that_begin_with_it_and_no_other(
     prefix: bytes, key: bytes
 ) -> None:
-    end = _prefix_end(prefix)
+    end = prefix_end(prefix)
     neighbours = [prefix[:-1] + bytes([prefix[-1] + step & 255]) + key for step in (-1, 1)]
     for candidate in (key, prefix + key, *neighbours):
         in_range = prefix <= candidate and (end == b"\0" or candidate < end)

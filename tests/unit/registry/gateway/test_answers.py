@@ -16,7 +16,7 @@ from engine_registry.errors import EtcdUnavailable, InstanceNotFound
 from engine_registry.gateway.answers import Answers
 from engine_registry.gateway.calls import Calls
 from engine_registry.registration.writes import claim
-from engine_registry.schema import manifest as manifests
+from engine_registry.schema import manifest_format as manifests
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.record import RankRecord
 from tests.support.builders import OTHER_INCARNATION, a_manifest, a_record

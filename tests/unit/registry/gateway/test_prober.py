@@ -20,7 +20,8 @@ from engine_registry.etcd.follow import Follower
 from engine_registry.gateway.probe import Answer
 from engine_registry.gateway.prober import Vigil
 from engine_registry.schema.keyvalue import Batch, Put, Snapshot
-from engine_registry.schema.record import GATEWAY, decode, encode
+from engine_registry.schema.record import GATEWAY
+from engine_registry.schema.record_format import decode, encode
 from tests.support.builders import OTHER_INCARNATION, a_record, deleted, garbage
 from tests.support.fake_etcd import FakeEtcd
 

@@ -28,9 +28,10 @@ from engine_registry.gateway.limits import Guard, Limits
 from engine_registry.gateway.probe import Answer
 from engine_registry.gateway.routes import Routes
 from engine_registry.registration.writes import claim
-from engine_registry.schema import manifest as manifests
+from engine_registry.schema import manifest_format as manifests
 from engine_registry.schema.keyvalue import Put
-from engine_registry.schema.record import GATEWAY, RankRecord, decode, encode
+from engine_registry.schema.record import GATEWAY, RankRecord
+from engine_registry.schema.record_format import decode, encode
 from tests.support.builders import a_manifest, a_record, an_entry
 from tests.support.fake_etcd import FakeEtcd
 

@@ -21,7 +21,8 @@ from engine_registry.gateway.sglang import (
     parse_world_size,
     render,
 )
-from engine_registry.schema.manifest import MAX_PARTS, Region, decode, encode
+from engine_registry.schema.manifest import Region
+from engine_registry.schema.manifest_format import MAX_PARTS, decode, encode
 from tests.support.builders import a_manifest, a_record, an_entry
 
 SESSION = "10.0.0.7:15001"

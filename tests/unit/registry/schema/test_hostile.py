@@ -26,10 +26,12 @@ from engine_cli.render.printable import printable
 from engine_loader.tensors.state_dict import decode_value, encode_values
 from engine_registry import Manifest, RankRecord, Region
 from engine_registry.errors import RecordDamaged
-from engine_registry.schema import manifest, pull_ticket
+from engine_registry.schema import manifest_format, pull_ticket
 from engine_registry.schema.eviction_note import Note
 from engine_registry.schema.keyvalue import KeyValue
-from engine_registry.schema.record import ManifestRef, decode, encode
+from engine_registry.schema.manifest import DigestTable
+from engine_registry.schema.record import ManifestRef
+from engine_registry.schema.record_format import decode, encode
 from engine_registry.schema.roster import assess_all
 from tests.support.builders import a_manifest, a_pull, a_record, an_entry, garbage, ticket
 from tests.support.checkout import ROOT
@@ -106,11 +108,11 @@ def a_large_manifest() -> Manifest:
     values = encode_values(
         {"step": 7, "path": [1, (2, b"x")], "nested": {"a": None, 3: float("nan")}}
     )
-    return Manifest(some.tensors, some.regions, manifest.DigestTable("xxh3-128", 16384), values)
+    return Manifest(some.tensors, some.regions, DigestTable("xxh3-128", 16384), values)
 
 
 RECORD = encode(a_record()).decode()
-RAW_MANIFEST = zlib.decompress(b"".join(manifest.encode(a_large_manifest())[1])).decode()
+RAW_MANIFEST = zlib.decompress(b"".join(manifest_format.encode(a_large_manifest())[1])).decode()
 TICKET = pull_ticket.encode(
     a_pull(reader=pull_ticket.Reader("b", 1, "2" * 32), nbytes=5, total_nbytes=9)
 ).decode()
@@ -176,9 +178,11 @@ def test_a_changed_manifest_is_a_good_one_or_damage(raw: bytes, tensors: int) ->
         ManifestRef(hashlib.sha256(stored).hexdigest(), 1, *counts)
         for counts in ((4, 72), (tensors, 16 * tensors))
     ):
-        found = good_or_damaged(lambda ref=ref: manifest.decode(KEY, ref, [stored]))  # type: ignore[misc]
+        found = good_or_damaged(lambda ref=ref: manifest_format.decode(KEY, ref, [stored]))  # type: ignore[misc]
         if found is not None:
-            assert manifest.decode(KEY, *manifest.encode(found)).tensors == found.tensors
+            assert (
+                manifest_format.decode(KEY, *manifest_format.encode(found)).tensors == found.tensors
+            )
             for entry in found.tensors:
                 assert not entry.nbytes or any(
                     region.addr <= entry.addr and entry.addr + entry.nbytes <= region.end
@@ -292,7 +296,7 @@ def test_a_key_that_is_there_twice_counts_as_its_last() -> None:
 
 _CHILD = """
     import hashlib, resource, sys, time, zlib
-    from engine_registry.schema import manifest
+    from engine_registry.schema import manifest_format
     from engine_registry.errors import RecordDamaged
     from engine_registry.schema.record import ManifestRef
 
@@ -310,7 +314,7 @@ _CHILD = """
     start = time.monotonic()
     try:
         ref = ManifestRef(hashlib.sha256(stored).hexdigest(), 1, tensors, 0)
-        manifest.decode("/engines/qwen/0", ref, [stored])
+        manifest_format.decode("/engines/qwen/0", ref, [stored])
     except RecordDamaged as exc:
         print("damaged", exc)
 """
@@ -365,7 +369,7 @@ def test_as_much_as_is_parsed_takes_bounded_memory(unit: str) -> None:
     they are.
     """
     items = unit.count(",") + unit.count("[") + 4 * unit.count("{")
-    nbytes = len(unit) * (manifest.MAX_UNPACKED_ITEMS // items) - (2 << 20)
+    nbytes = len(unit) * (manifest_format.MAX_UNPACKED_ITEMS // items) - (2 << 20)
     said = decoded_with_little_memory(_COLUMNS, unit, "0]}", nbytes, 5 << 29)
     assert said.startswith("damaged")
     assert "limit" not in said
@@ -409,4 +413,4 @@ def test_very_many_of_anything_take_bounded_time(columns: dict[str, Any]) -> Non
     """The limit on a test's time is what would fail: none of these is more than one pass over what
     there is.
     """
-    good_or_damaged(lambda: manifest.decode(KEY, *packed(**columns)))
+    good_or_damaged(lambda: manifest_format.decode(KEY, *packed(**columns)))

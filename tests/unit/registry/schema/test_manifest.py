@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from engine_registry import Manifest, Region, TensorEntry
 from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
-from engine_registry.schema import manifest
-from engine_registry.schema.manifest import PART_NBYTES, decode, encode
+from engine_registry.schema import manifest_format
+from engine_registry.schema.manifest_format import PART_NBYTES, decode, encode
 from engine_registry.schema.record import ManifestRef
 from tests.support.builders import a_manifest, an_entry
 
@@ -140,7 +140,7 @@ def test_a_part_that_is_missing_doubled_or_out_of_order_is_damage() -> None:
 def test_a_manifest_that_unpacks_without_end_is_not_unpacked_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(manifest, "MAX_UNPACKED_NBYTES", 1 << 20)
+    monkeypatch.setattr(manifest_format, "MAX_UNPACKED_NBYTES", 1 << 20)
     ref, parts = pack(b" " * (64 << 20) + json.dumps(as_json()).encode())
     assert len(parts[0]) < 1 << 17
     with pytest.raises(RecordDamaged, match="unpacks to more than 1 MiB or is cut short"):
@@ -286,7 +286,7 @@ def test_a_manifest_that_would_be_too_large_to_read_is_not_written(
     monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     ref, parts = encode(a_manifest())
-    monkeypatch.setattr(manifest, limit, 10)
+    monkeypatch.setattr(manifest_format, limit, 10)
     with pytest.raises(
         InvalidField, match=r"a manifest of 1 tensors cannot be published: it .* are the limit"
     ):

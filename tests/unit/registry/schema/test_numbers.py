@@ -26,7 +26,7 @@ from engine_registry.errors import InvalidField
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.schema.keys import check_rank
 from engine_registry.schema.numbers import seconds, whole
-from engine_registry.schema.record import decode, encode
+from engine_registry.schema.record_format import decode, encode
 from tests.support.builders import a_record
 from tests.support.options import for_load, for_publish, for_start
 

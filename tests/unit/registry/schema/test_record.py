@@ -15,14 +15,8 @@ from hypothesis import strategies as st
 
 from engine_registry import ModelIdentity, RankRecord, RankState
 from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
-from engine_registry.schema.record import (
-    GATEWAY,
-    MAX_RECORD_NBYTES,
-    MAX_VERSION,
-    ManifestRef,
-    decode,
-    encode,
-)
+from engine_registry.schema.record import GATEWAY, MAX_VERSION, ManifestRef
+from engine_registry.schema.record_format import MAX_RECORD_NBYTES, decode, encode
 from tests.support.builders import a_record
 
 TEXT = st.text(max_size=20).filter(str.isprintable)

@@ -13,7 +13,7 @@ from engine_registry import InstanceState, RankRecord, RankState
 from engine_registry.errors import RecordDamaged, SchemaUnsupported
 from engine_registry.schema.keys import record_key
 from engine_registry.schema.keyvalue import Deletion, KeyValue
-from engine_registry.schema.record import decode
+from engine_registry.schema.record_format import decode
 from engine_registry.schema.roster import Roster, assess_all
 from engine_registry.schema.status import assess
 from tests.support.builders import OTHER_INCARNATION, a_record, garbage, stored

@@ -12,7 +12,7 @@ import pytest
 from engine_registry.errors import EtcdRefused, EtcdUnavailable
 from engine_registry.schema.keys import election_key
 from engine_registry.schema.keyvalue import Put
-from engine_registry.schema.record import encode
+from engine_registry.schema.record_format import encode
 from engine_registry.watching.election import Election
 from tests.support.builders import a_record
 from tests.support.fake_etcd import FakeEtcd

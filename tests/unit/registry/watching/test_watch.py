@@ -28,7 +28,7 @@ from engine_registry import (
 )
 from engine_registry.schema.keys import parse_record_key, record_key
 from engine_registry.schema.keyvalue import Change, Deletion, KeyValue
-from engine_registry.schema.record import decode
+from engine_registry.schema.record_format import decode
 from engine_registry.schema.status import assess
 from engine_registry.watching.watch import EXPIRED, Tracker, Watch
 from tests.support.builders import (

@@ -29,7 +29,7 @@ from engine_registry.registration.keeper.main import record_from_wire, serve, te
 from engine_registry.registration.keeper.protocol import Frame, read_frame
 from engine_registry.schema.keys import evicted_key
 from engine_registry.schema.keyvalue import Deletion, Put
-from engine_registry.schema.record import decode, encode
+from engine_registry.schema.record_format import decode, encode
 from engine_registry.watching.watch import Tracker
 from tests.support.builders import OTHER_INCARNATION, a_record
 from tests.support.fake_etcd import FakeEtcd

@@ -1,0 +1,243 @@
+"""The manifest of a rank as it lies in etcd. Pure.
+
+Stored as zlib-compressed JSON, in columns, cut into parts of at most 1 MiB so that none exceeds
+etcd's request limit of 1.5 MiB. The record carries the digest of the stored bytes, checked before
+anything is unpacked.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from engine_registry.collector import collector_paused
+from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
+from engine_registry.schema.manifest import (
+    DigestTable,
+    Manifest,
+    Region,
+    TensorEntry,
+    dense_strides,
+)
+from engine_registry.schema.printable import is_unicode, short
+from engine_registry.schema.record import ManifestRef
+
+# 1 where no tensor has strides: what reads no more than that would take every tensor for contiguous
+SCHEMA = 2
+PART_NBYTES = 1 << 20
+MAX_PARTS = 256
+MAX_UNPACKED_NBYTES = 256 << 20  # a manifest of a million tensors takes about 100 MB
+# Commas and brackets, each of which may become an object of some 60 bytes (of four times that for a
+# brace). A million tensors that say which box they are have 14 million.
+MAX_UNPACKED_ITEMS = 20 << 20
+DIGEST_NBYTES = 16
+MAX_DIMENSIONS = 64  # as torch
+MAX_MARKS = 4 << 20  # that a reader makes room for; of blocks of 1 MiB that is 4 TiB
+_END_OF_MEMORY = 1 << 63  # no process has more, and what reads counts with signs in places
+
+
+def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
+    """What the record says of the manifest, and the parts to store; InvalidField where no reader
+    would take it.
+    """
+    try:
+        _check_places(manifest)
+    except ValueError as exc:
+        raise InvalidField(f"the manifest is not valid: {exc}", field="manifest") from exc
+    tensors = manifest.tensors
+    data = {
+        "schema": 1,
+        "name": [entry.name for entry in tensors],
+        "dtype": [entry.dtype for entry in tensors],
+        "shape": [entry.shape for entry in tensors],
+        "addr": [entry.addr for entry in tensors],
+        "nbytes": [entry.nbytes for entry in tensors],
+        "box": [None if entry.opaque else [entry.global_shape, entry.offsets] for entry in tensors],
+        "regions": [[region.addr, region.nbytes] for region in manifest.regions],
+        "digests": manifest.digests and [manifest.digests.algorithm, manifest.digests.addr],
+        "values": manifest.values,
+    }
+    if any(entry.strides for entry in tensors):
+        data |= {"schema": 2, "strides": [entry.strides for entry in tensors]}
+    if manifest.block_nbytes:
+        data["block_nbytes"] = manifest.block_nbytes
+    raw = json.dumps(data, separators=(",", ":")).encode()
+    if problem := _too_much(raw):
+        raise InvalidField(
+            f"a manifest of {len(tensors)} tensors cannot be published: {problem}", field="manifest"
+        )
+    stored = zlib.compress(raw)
+    parts = [stored[start : start + PART_NBYTES] for start in range(0, len(stored), PART_NBYTES)]
+    ref = ManifestRef(hashlib.sha256(stored).hexdigest(), len(parts), len(tensors), manifest.nbytes)
+    return ref, parts
+
+
+@collector_paused
+def decode(owner: str, ref: ManifestRef, parts: Sequence[bytes]) -> Manifest:
+    """The manifest of the rank whose record is at `owner`; RecordDamaged says what is wrong with
+    it.
+    """
+    stored = b"".join(parts)
+    if hashlib.sha256(stored).hexdigest() != ref.digest:
+        raise RecordDamaged(
+            f"the manifest of {owner} does not match the digest in its record",
+            "register the rank again",
+            key=owner,
+        )
+    try:
+        unpacker = zlib.decompressobj()
+        raw = unpacker.decompress(stored, MAX_UNPACKED_NBYTES)
+        if not unpacker.eof:
+            raise ValueError(
+                f"it unpacks to more than {MAX_UNPACKED_NBYTES >> 20} MiB or is cut short"
+            )
+        if problem := _too_much(raw):
+            raise ValueError(problem)
+        data = json.loads(raw)
+        if not isinstance(data, dict) or type(data.get("schema")) is not int:
+            raise ValueError("it has no schema number")
+        if data["schema"] > SCHEMA:
+            raise SchemaUnsupported(
+                f"the manifest of {owner} has schema {short(data['schema'])}; this version "
+                f"reads up to {SCHEMA}",
+                "upgrade engine-registry",
+                key=owner,
+            )
+        manifest = _from_json(data)
+        if (len(manifest.tensors), manifest.nbytes) != (ref.tensors, ref.nbytes):
+            raise ValueError(
+                f"it has {len(manifest.tensors)} tensors of {manifest.nbytes} bytes, its "
+                f"record says {ref.tensors} of {ref.nbytes}"
+            )
+        _check_places(manifest)
+        return manifest
+    except (zlib.error, ValueError, TypeError, KeyError, RecursionError, MemoryError) as exc:
+        raise RecordDamaged(
+            f"the manifest of {owner} is damaged: {short(exc) or type(exc).__name__}", key=owner
+        ) from exc
+
+
+def _too_much(raw: bytes) -> str:
+    """Looked at before it is parsed: Python's objects take twenty times the room of their JSON."""
+    if len(raw) > MAX_UNPACKED_NBYTES:
+        return f"it unpacks to {len(raw) >> 20} MiB, {MAX_UNPACKED_NBYTES >> 20} are the limit"
+    items = raw.count(b",") + raw.count(b"[") + 4 * raw.count(b"{")
+    return (
+        f"it holds {items} items, {MAX_UNPACKED_ITEMS} are the limit"
+        if items > MAX_UNPACKED_ITEMS
+        else ""
+    )
+
+
+def _check_places(manifest: Manifest) -> None:
+    """ValueError unless the regions lie apart, in memory, and each tensor in one of them; and
+    unless memory could hold its whole. Tensors may share memory: tied weights and views do.
+    """
+    regions = sorted(manifest.regions, key=lambda region: region.addr)
+    if any(not region.nbytes or region.end > _END_OF_MEMORY for region in regions):
+        raise ValueError("a region is empty or reaches beyond what memory there is")
+    if any(one.end > next_one.addr for one, next_one in itertools.pairwise(regions)):
+        raise ValueError("two of its regions overlap")
+    starts = [region.addr for region in regions]
+    for entry in manifest.tensors:
+        if max(prod(entry.global_shape), *entry.global_shape, 0) >= _END_OF_MEMORY:
+            raise ValueError(f"tensor {short(entry.name)!r} is part of a whole of 2^63 or more")
+        place = bisect.bisect_right(starts, entry.addr) - 1
+        if entry.nbytes and (place < 0 or entry.addr + entry.nbytes > regions[place].end):
+            raise ValueError(
+                f"tensor {short(entry.name)!r} lies outside its regions: {entry.nbytes} "
+                f"bytes at {entry.addr:#x}"
+            )
+    if manifest.marks > MAX_MARKS:
+        raise ValueError(
+            f"its blocks of {manifest.block_nbytes} bytes have {manifest.marks} marks, "
+            f"{MAX_MARKS} are the limit"
+        )
+    table = manifest.digests
+    if table is not None and table.addr + DIGEST_NBYTES * len(manifest.tensors) > _END_OF_MEMORY:
+        raise ValueError("the table of its digests reaches beyond what memory there is")
+
+
+def _from_json(data: dict[str, Any]) -> Manifest:
+    columns = [data[name] for name in ("name", "dtype", "shape", "addr", "nbytes", "box")]
+    columns.append(_strides_column(data, len(columns[0])))
+    if len({len(column) for column in columns}) != 1:
+        raise ValueError("its columns differ in length")
+    tensors = tuple(_entry(*row) for row in zip(*columns, strict=True))
+    if len({entry.name for entry in tensors}) != len(tensors):
+        raise ValueError("a tensor is named twice")
+    regions = tuple(Region(_natural(addr), _natural(nbytes)) for addr, nbytes in data["regions"])
+    values = data.get("values", {})
+    if not isinstance(values, dict) or not all(map(is_unicode, values)):
+        raise ValueError("its values are no object with names that are text")
+    return Manifest(
+        tensors,
+        regions,
+        _digest_table(data.get("digests")),
+        values,
+        _natural(data.get("block_nbytes", 0)),
+    )
+
+
+def _strides_column(data: Mapping[str, Any], count: int) -> Any:
+    if (data["schema"] >= 2) != ("strides" in data):
+        raise ValueError(
+            f"it has schema {data['schema']}, and strides or not: only schema 2 has them"
+        )
+    return data.get("strides", [None] * count)
+
+
+def _digest_table(value: Any) -> DigestTable | None:
+    if value is None:
+        return None
+    algorithm, addr = value
+    if not isinstance(algorithm, str) or not algorithm.isprintable():
+        raise ValueError("the algorithm of its digests is not a line of text")
+    return DigestTable(algorithm, _natural(addr))
+
+
+def _entry(
+    name: Any, dtype: Any, shape: Any, addr: Any, nbytes: Any, box: Any, strides: Any
+) -> TensorEntry:
+    if not isinstance(name, str) or not isinstance(dtype, str):
+        raise ValueError("a tensor's name or dtype is not a string")
+    if not is_unicode(name) or not dtype.isprintable():
+        raise ValueError(f"a tensor's name or dtype is not text: {short(name)!r}, {short(dtype)!r}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(
+            f"tensor {short(name)!r} has {len(shape)} dimensions, {MAX_DIMENSIONS} are the limit"
+        )
+    own = tuple([_natural(size) for size in shape])
+    whole, offsets = own, (0,) * len(own)
+    if box is not None:
+        whole, offsets = (tuple(map(_natural, side)) for side in box)
+        if not len(own) == len(whole) == len(offsets) or any(
+            offset + size > limit for offset, size, limit in zip(offsets, own, whole, strict=True)
+        ):
+            raise ValueError(
+                f"tensor {short(name)!r} has a box {offsets}+{own} that is not inside {whole}"
+            )
+    volume = prod(own)
+    if (volume == 0) != (nbytes == 0) or max(volume, prod(whole)) >= _END_OF_MEMORY:
+        raise ValueError(
+            f"tensor {short(name)!r} of shape {own}, of {whole}, cannot take {nbytes} bytes"
+        )
+    if strides is not None:
+        strides = tuple(map(_natural, strides))
+        if dense_strides(own, strides) != strides or not volume:
+            raise ValueError(f"tensor {short(name)!r} of shape {own} cannot have strides {strides}")
+    return TensorEntry(
+        name, dtype, own, _natural(addr), _natural(nbytes), whole, offsets, box is None, strides
+    )
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 64:
+        raise ValueError(f"{short(value)!r} is not a natural number of 64 bits")
+    return value
