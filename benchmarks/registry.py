@@ -39,7 +39,8 @@ from engine_registry import (
 )
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-from engine_registry.etcd.local import LocalCluster, LocalEtcd
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.etcd.local_cluster import LocalCluster
 from engine_registry.registration.handle import OnState
 from engine_registry.registration.writes import claim
 from engine_registry.schema import manifest_format as manifests

@@ -35,7 +35,7 @@ STEPS: tuple[tuple[str, str, str], ...] = (
     ("reads and checks", "engine_loader.transfer.scheduler", "Transfer.run"),
     ("still registered?", "engine_loader.sources.source", "SourceRank.is_registered"),
     ("compare digests", "engine_loader.sources.digest_check", "DigestCheck.compare"),
-    ("give tickets back", "engine_registry.pulls", "PullTicket.close"),
+    ("give tickets back", "engine_registry.pulls.ticket", "PullTicket.close"),
     ("stop watches", "engine_registry.watching.watch", "Watch.stop"),
 )
 

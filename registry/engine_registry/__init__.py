@@ -12,7 +12,6 @@ from engine_registry.lazy import lazily
 
 if TYPE_CHECKING:
     from engine_registry.client import Registry as Registry
-    from engine_registry.client import new_incarnation as new_incarnation
     from engine_registry.errors import AnswerTooLarge as AnswerTooLarge
     from engine_registry.errors import EngineRegistryError as EngineRegistryError
     from engine_registry.errors import EtcdError as EtcdError
@@ -36,9 +35,9 @@ if TYPE_CHECKING:
     from engine_registry.errors import RegistryError as RegistryError
     from engine_registry.errors import SchemaUnsupported as SchemaUnsupported
     from engine_registry.errors import Superseded as Superseded
-    from engine_registry.pulls import AllPulls as AllPulls
-    from engine_registry.pulls import PullTicket as PullTicket
-    from engine_registry.pulls import PullWatch as PullWatch
+    from engine_registry.pulls.follow import AllPulls as AllPulls
+    from engine_registry.pulls.ticket import PullTicket as PullTicket
+    from engine_registry.pulls.watch import PullWatch as PullWatch
     from engine_registry.registration.handle import Registration as Registration
     from engine_registry.registration.handle import RegistrationState as RegistrationState
     from engine_registry.schema.manifest import Manifest as Manifest
@@ -49,22 +48,23 @@ if TYPE_CHECKING:
     from engine_registry.schema.record import ModelIdentity as ModelIdentity
     from engine_registry.schema.record import RankRecord as RankRecord
     from engine_registry.schema.record import RankState as RankState
+    from engine_registry.schema.record import new_incarnation as new_incarnation
     from engine_registry.schema.status import InstanceState as InstanceState
     from engine_registry.schema.status import InstanceStatus as InstanceStatus
     from engine_registry.watching.cleanup import CleaningWatch as CleaningWatch
     from engine_registry.watching.cleanup import InstanceCleaned as InstanceCleaned
     from engine_registry.watching.election import Election as Election
-    from engine_registry.watching.watch import Event as Event
-    from engine_registry.watching.watch import InstanceDegraded as InstanceDegraded
-    from engine_registry.watching.watch import InstanceGone as InstanceGone
-    from engine_registry.watching.watch import InstanceReady as InstanceReady
-    from engine_registry.watching.watch import RankJoined as RankJoined
-    from engine_registry.watching.watch import RankLost as RankLost
-    from engine_registry.watching.watch import RankUpdated as RankUpdated
+    from engine_registry.watching.events import Event as Event
+    from engine_registry.watching.events import InstanceDegraded as InstanceDegraded
+    from engine_registry.watching.events import InstanceGone as InstanceGone
+    from engine_registry.watching.events import InstanceReady as InstanceReady
+    from engine_registry.watching.events import RankJoined as RankJoined
+    from engine_registry.watching.events import RankLost as RankLost
+    from engine_registry.watching.events import RankUpdated as RankUpdated
     from engine_registry.watching.watch import Watch as Watch
 
 _MODULE_OF = {
-    "AllPulls": "pulls",
+    "AllPulls": "pulls.follow",
     "AnswerTooLarge": "errors",
     "CleaningWatch": "watching.cleanup",
     "Election": "watching.election",
@@ -73,17 +73,17 @@ _MODULE_OF = {
     "EtcdFull": "errors",
     "EtcdRefused": "errors",
     "EtcdUnavailable": "errors",
-    "Event": "watching.watch",
+    "Event": "watching.events",
     "Evicted": "errors",
     "GatewayFailed": "errors",
     "HistoryLost": "errors",
     "InstanceCleaned": "watching.cleanup",
-    "InstanceDegraded": "watching.watch",
-    "InstanceGone": "watching.watch",
+    "InstanceDegraded": "watching.events",
+    "InstanceGone": "watching.events",
     "InstanceIncomplete": "errors",
     "InstanceMismatch": "errors",
     "InstanceNotFound": "errors",
-    "InstanceReady": "watching.watch",
+    "InstanceReady": "watching.events",
     "InstanceState": "schema.status",
     "InstanceStatus": "schema.status",
     "InvalidField": "errors",
@@ -95,14 +95,14 @@ _MODULE_OF = {
     "ModelIdentity": "schema.record",
     "Place": "schema.place",
     "Pull": "schema.pull_ticket",
-    "PullTicket": "pulls",
-    "PullWatch": "pulls",
+    "PullTicket": "pulls.ticket",
+    "PullWatch": "pulls.watch",
     "RankConflict": "errors",
-    "RankJoined": "watching.watch",
-    "RankLost": "watching.watch",
+    "RankJoined": "watching.events",
+    "RankLost": "watching.events",
     "RankRecord": "schema.record",
     "RankState": "schema.record",
-    "RankUpdated": "watching.watch",
+    "RankUpdated": "watching.events",
     "RecordDamaged": "errors",
     "Region": "schema.manifest",
     "Registration": "registration.handle",
@@ -114,7 +114,7 @@ _MODULE_OF = {
     "Superseded": "errors",
     "TensorEntry": "schema.manifest",
     "Watch": "watching.watch",
-    "new_incarnation": "client",
+    "new_incarnation": "schema.record",
 }
 
 __all__ = [*_MODULE_OF]

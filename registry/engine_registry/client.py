@@ -1,40 +1,36 @@
-"""`Registry`: the front door. Safe to share between threads; not to be carried over a fork."""
+"""`Registry`: the front door. Safe to share between threads; not to be carried over a fork.
+
+Longer than other modules: each operation of the package is a method here, with its documentation.
+The work is done in the modules that it calls.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
-import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from types import TracebackType
 
 from engine_registry.errors import InvalidField, RecordDamaged
 from engine_registry.etcd.client import Etcd
-from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-from engine_registry.pulls import (
-    AllPulls,
-    OnPull,
-    PullTicket,
-    PullWatch,
-    all_pulls,
-    count_pulls,
-    readers_of,
-    take_ticket,
-    wait_for_no_pulls,
-)
+from engine_registry.etcd.config import EtcdConfig, absolute, parse_endpoints
+from engine_registry.pulls.follow import AllPulls
+from engine_registry.pulls.queries import all_pulls, count_pulls, readers_of, wait_for_no_pulls
+from engine_registry.pulls.ticket import PullTicket, take_ticket
+from engine_registry.pulls.watch import OnPull, PullWatch
 from engine_registry.registration import writes
 from engine_registry.registration.eviction import evict
 from engine_registry.registration.handle import OnState, Registration
 from engine_registry.registration.keeper.process import check_can_start
+from engine_registry.registration.manifests import fetch_manifest
 from engine_registry.schema import manifest_format as manifests
 from engine_registry.schema.keys import (
     ENGINES,
     check_instance,
     evicted_key,
     instance_prefix,
-    manifest_part_key,
     record_key,
 )
 from engine_registry.schema.manifest import Manifest
@@ -47,11 +43,13 @@ from engine_registry.schema.record import (
     RankState,
     check_content,
     new_content,
+    new_incarnation,
 )
 from engine_registry.schema.record_format import decode_item
 from engine_registry.schema.roster import Roster, assess_all
 from engine_registry.schema.status import InstanceStatus
 from engine_registry.telemetry.logs import fields
+from engine_registry.version import package_version
 from engine_registry.watching.cleanup import CleaningWatch
 from engine_registry.watching.election import Election
 from engine_registry.watching.waiting import Wanted, wait_for_rank, wait_until_ready
@@ -92,9 +90,9 @@ class Registry:
             parse_endpoints(endpoints),
             namespace,
             timeout_s,
-            _absolute(cacert),
-            _absolute(cert),
-            _absolute(key),
+            absolute(cacert),
+            absolute(cert),
+            absolute(key),
             user,
             password,
         )
@@ -154,15 +152,15 @@ class Registry:
         ttl_s: float = 10.0,
         on_state: OnState | None = None,
     ) -> Registration:
-        """Claims the rank for this process and holds it. `content` says which weights it has; by
-        default some that nobody else has.
+        """Claims the rank for this process and holds it. `content` says which weights it has; the
+        default is one that no other rank has.
 
         Raises InvalidField, RankConflict (another process has the rank), InstanceMismatch (it
         disagrees with its siblings), KeeperFailed (no process or file descriptor is to be had) or
         an EtcdError; nothing is left in etcd then.
 
         `on_state` is called for every change of the state, in order, from another thread:
-        it may call the registration, and is told CLOSED perhaps after `withdraw` has returned.
+        it may call the registration, and may get CLOSED after `withdraw` has returned.
         """
         ttl_s = seconds("ttl_s", ttl_s, MIN_TTL_S, MAX_TTL_S)
         check_can_start(f"{ENGINES}{instance}/{rank}")
@@ -273,7 +271,7 @@ class Registry:
         return wait_for_rank(self._etcd, model, place, seconds("timeout_s", timeout_s))
 
     def was_evicted(self, record: RankRecord) -> bool:
-        """Whether somebody has evicted this registration within the last day."""
+        """Whether this registration was evicted within the last day."""
         return (
             self._etcd.get(evicted_key(record.instance, record.rank, record.incarnation))
             is not None
@@ -294,24 +292,25 @@ class Registry:
         return take_ticket(self._etcd, record, reader)
 
     def pulls(self, record: RankRecord) -> int:
-        """How many hold a ticket to read from the rank."""
+        """How many loads hold a ticket to read from the rank."""
         return count_pulls(self._etcd, record.instance, record.rank)
 
     def readers(self, record: RankRecord) -> tuple[Pull, ...]:
-        """Who holds a ticket to read from this registration, and how far each is."""
+        """The loads that hold a ticket to read from this registration, and how far each is."""
         return readers_of(self._etcd, record)
 
     def all_pulls(self, instance: str | None = None) -> tuple[Pull, ...]:
-        """Who holds a ticket to read from any rank of the instance, or of all instances."""
+        """The loads that hold a ticket to read from a rank of the instance, or of any instance."""
         return all_pulls(self._etcd, instance)
 
     def follow_pulls(self) -> AllPulls:
-        """The same of all instances, kept up to date until it is closed."""
+        """The tickets of all loads, kept up to date until it is closed."""
         return AllPulls(self._etcd.sibling())
 
     def wait_for_no_pulls(self, instance: str, rank: int, timeout_s: float) -> int:
-        """Blocks until nobody holds a ticket to read from the rank, or the time is over: how many
-        still do.
+        """Waits until no load holds a ticket to read from the rank, or the time is over.
+
+        Returns how many loads still hold one.
         """
         place = check_instance(instance), whole("rank", rank)
         return wait_for_no_pulls(self._etcd, *place, seconds("timeout_s", timeout_s))
@@ -335,8 +334,8 @@ class Registry:
         """A watch that evicts what is left of an instance that lost a rank and is still degraded
         after `grace_s` seconds.
 
-        Of all that run over the same instances, one evicts. With `dry_run` each only tells what it
-        would do.
+        Of all that run over the same instances, one evicts. With `dry_run` each only reports the
+        registrations that it would evict.
         """
         grace_s = seconds("grace_s", grace_s)
         etcd = self._etcd.sibling()
@@ -363,48 +362,3 @@ class Registry:
                 extra=fields("evicted", instance=record.instance, rank=record.rank),
             )
         return evicted
-
-
-def fetch_manifest(etcd: Etcd, record: RankRecord) -> Manifest:
-    """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that
-    the record means.
-    """
-    if record.manifest.parts > manifests.MAX_PARTS:
-        raise RecordDamaged(
-            f"the record at {record.key} claims a manifest of {record.manifest.parts} parts",
-            key=record.key,
-        )
-    parts = []
-    for number in range(
-        record.manifest.parts
-    ):  # one by one: what else may lie there is not even fetched
-        part = etcd.get(manifest_part_key(record.instance, record.rank, record.incarnation, number))
-        if part is None:
-            raise RecordDamaged(
-                f"the manifest of {record.key} is not there (any more): the rank has gone or "
-                "registered again",
-                key=record.key,
-            )
-        parts.append(part.value)
-    return manifests.decode(record.key, record.manifest, parts)
-
-
-def new_incarnation() -> str:
-    """32 hexadecimal digits, never the same twice."""
-    return uuid.uuid4().hex
-
-
-def _absolute(path: str | None) -> str | None:
-    """These files are read anew for every connection, by keepers too, wherever this process has
-    gone meanwhile.
-    """
-    return path and os.path.abspath(path)
-
-
-def package_version() -> str:
-    from importlib import metadata  # costs each keeper process memory that it never needs
-
-    try:
-        return metadata.version("engine-registry")
-    except metadata.PackageNotFoundError:
-        return ""

@@ -25,7 +25,8 @@ from engine_loader.starting.lock import lock_name
 from engine_registry import ModelIdentity, RankState, RankUpdated, Registry
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-from engine_registry.etcd.local import LocalEtcd, free_port
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.etcd.ports import free_port
 from engine_registry.schema.keyvalue import Put
 from tests.integration.conftest import Processes, events_until, line_of
 from tests.support.checkout import PACKAGES, ROOT

@@ -14,7 +14,8 @@ import yaml
 
 from engine_registry import Registry
 from engine_registry.errors import EtcdUnavailable
-from engine_registry.etcd.local import find_binary, free_port
+from engine_registry.etcd.local import find_binary
+from engine_registry.etcd.ports import free_port
 from tests.integration.conftest import Processes, line_of
 from tests.support.checkout import ROOT
 from tests.support.ranks import register

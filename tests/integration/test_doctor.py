@@ -23,7 +23,9 @@ from engine_cli.exits import Exit
 from engine_registry import Registry
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-from engine_registry.etcd.local import LocalCluster, LocalEtcd, free_port
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.etcd.local_cluster import LocalCluster
+from engine_registry.etcd.ports import free_port
 from engine_registry.schema.record_format import encode
 from tests.integration.conftest import Processes, line_of
 from tests.integration.test_tls import authority as authority

@@ -33,7 +33,8 @@ from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.follow import Follower
 from engine_registry.etcd.library import pb
-from engine_registry.etcd.local import LocalEtcd, find_binary, free_port
+from engine_registry.etcd.local import LocalEtcd, find_binary
+from engine_registry.etcd.ports import free_port
 from engine_registry.registration.eviction import AT_ONCE, evict_all
 from engine_registry.schema.keyvalue import (
     Deletion,

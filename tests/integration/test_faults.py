@@ -37,7 +37,8 @@ from engine_registry import (
 from engine_registry.errors import EtcdFull, EtcdUnavailable, KeeperFailed, RankConflict, Superseded
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-from engine_registry.etcd.local import LocalCluster, LocalEtcd
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.etcd.local_cluster import LocalCluster
 from engine_registry.registration.keeper.protocol import ANSWER_S
 from engine_registry.schema.keyvalue import Put
 from tests.integration.conftest import Processes, events_until, keepers_of, line_of

@@ -28,7 +28,8 @@ from engine_registry.errors import EtcdRefused, GatewayFailed, InvalidField
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.follow import Follower
-from engine_registry.etcd.local import LocalEtcd, free_port
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.etcd.ports import free_port
 from engine_registry.gateway.limits import Limits
 from engine_registry.gateway.probe import Answer, probe
 from engine_registry.gateway.server import Gateway

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks.hosts import Host, HostsUnavailable, Network, etcd_on, missing
-from engine_registry.watching.watch import EXPIRED
+from engine_registry.watching.tracker import EXPIRED
 from tests.integration.conftest import Processes, line_of
 from tests.support.checkout import ROOT
 from tests.support.waiting import wait_until

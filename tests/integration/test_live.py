@@ -66,7 +66,7 @@ def test_loads_are_seen_as_they_begin_go_on_and_end(watching: Watching, registry
         with ticket:
             terminal.wait_for("b ", "loading", "a/0")
             for nbytes in (10, 63):
-                ticket.tell(nbytes * 10**9, 100 * 10**9)
+                ticket.report(nbytes * 10**9, 100 * 10**9)
                 terminal.wait_for("b ", "loading", f"{nbytes} %", "a/0")
             assert "━" in terminal.line("b")
             terminal.wait_for("b ", "63 %", "GB/s")

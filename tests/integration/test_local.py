@@ -11,7 +11,8 @@ import pytest
 
 from engine_cli.exits import Exit
 from engine_registry.errors import LocalEtcdFailed
-from engine_registry.etcd.local import LocalEtcd, free_port
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.etcd.ports import free_port
 from tests.integration.conftest import Processes, line_of
 
 

@@ -24,7 +24,8 @@ from engine_cli.exits import Exit
 from engine_loader import LoadOptions, MooncakeEngine, load, publish
 from engine_loader.errors import DigestMismatch, SourceLost, WeightsMismatch
 from engine_registry import ModelIdentity, RankLost, RegistrationState, Registry
-from engine_registry.etcd.local import LocalEtcd, free_port
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.etcd.ports import free_port
 from engine_registry.telemetry import metrics
 from tests.integration.conftest import Processes, events_until, line_of
 from tests.integration.test_failover import FAULTS, NBYTES, PACE, Sources, at_half

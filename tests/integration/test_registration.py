@@ -610,7 +610,7 @@ def test_a_callback_that_waits_for_what_a_caller_holds_does_not_keep_that_caller
             told.put(state)
 
     with register(registry, on_state=on_state) as registration, lock:
-        registration._hear("SUSPENDED", "made up", None)
+        registration._receive("SUSPENDED", "made up", None)
         assert told.get(timeout=20) is RegistrationState.SUSPENDED
         registration.update(version=1)
         assert [record.version for record in registry.ranks("a")] == [1]

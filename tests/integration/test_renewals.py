@@ -21,7 +21,8 @@ from engine_registry import RankLost, RegistrationState, Registry
 from engine_registry.errors import EtcdError, EtcdUnavailable, LeaseNotFound
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-from engine_registry.etcd.local import LocalCluster, LocalEtcd
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.etcd.local_cluster import LocalCluster
 from tests.support.checkout import ROOT
 from tests.support.faults import a_grpc_proxy
 from tests.support.ranks import register
@@ -121,7 +122,7 @@ def test_behind_a_grpc_proxy_leases_that_are_gone_are_told(own_etcd: LocalEtcd) 
 def test_behind_a_grpc_proxy_a_leader_leads_and_a_ticket_stays_for_longer_than_their_leases(
     own_etcd: LocalEtcd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine_registry.pulls._TTL_S", 3.0)
+    monkeypatch.setattr("engine_registry.pulls.ticket._TTL_S", 3.0)
     with (
         a_grpc_proxy(own_etcd) as proxy,
         Registry.connect(proxy) as registry,

@@ -374,7 +374,7 @@ def test_the_live_table_says_where_tickets_may_not_be_seen(secured: Secured) -> 
 def test_a_loader_tells_its_progress_where_others_may_see_it(
     secured: Secured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine_registry.pulls._TELL_S", 0.01)
+    monkeypatch.setattr("engine_registry.pulls.ticket._REPORT_S", 0.01)
     with (
         secured.connect("rank-qwen-a") as registry,
         register(registry, "qwen-a"),
@@ -384,7 +384,7 @@ def test_a_loader_tells_its_progress_where_others_may_see_it(
         ticket = loader.pull(loader.ranks("qwen-a")[0])
         assert ticket is not None
         with ticket:
-            ticket.tell(5, 10)
+            ticket.report(5, 10)
             wait_until(lambda: [pull.fraction for pull in watcher.all_pulls()] == [0.5])
 
 

@@ -31,7 +31,7 @@ RANKS = 1_000
 def test_thousands_of_changes_reach_a_reader_that_comes_late_each_once_and_in_order(
     shared_etcd: LocalEtcd, namespace: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine_registry.watching.watch._MAX_QUEUED", 10)
+    monkeypatch.setattr("engine_registry.watching.inbox._MAX_QUEUED", 10)
     with closing(Etcd(EtcdConfig(parse_endpoints(shared_etcd.endpoint), namespace))) as raw:
         put_ranks(raw, "a", RANKS)
         with registry.watch("a") as watch:
@@ -40,8 +40,8 @@ def test_thousands_of_changes_reach_a_reader_that_comes_late_each_once_and_in_or
             ]
             for version in (1, 2, 3):
                 put_ranks(raw, "a", RANKS, version=version, at_once=25)
-            wait_until(lambda: watch._full_since is not None)
-            assert watch._inbox.qsize() == 10
+            wait_until(lambda: watch._inbox.full)
+            assert len(watch._inbox) == 10
             events = list(itertools.islice(watch, 3 * RANKS + 6))
     updates = [
         (event.record.version, event.record.rank)

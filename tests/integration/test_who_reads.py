@@ -204,14 +204,14 @@ def test_tickets_that_lie_and_nonsense_are_shown_as_what_they_say_or_not_at_all(
 def test_an_expired_ticket_does_not_come_back_with_what_it_is_told(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine_registry.pulls._TELL_S", 0.01)
+    monkeypatch.setattr("engine_registry.pulls.ticket._REPORT_S", 0.01)
     with register(registry, "a"):
         ticket = registry.pull(the_rank(registry, "a"))
         assert ticket is not None
         with ticket:
-            ticket.tell(1, 10)
+            ticket.report(1, 10)
             wait_until(lambda: [pull.nbytes for pull in registry.all_pulls()] == [1])
             registry._etcd.revoke(ticket._lease_id)
-            ticket.tell(2, 10)
+            ticket.report(2, 10)
             wait_until(lambda: ticket._written is None or not ticket._thread.is_alive())
             assert registry._etcd.snapshot("/pulls/").items == ()

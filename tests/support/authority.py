@@ -8,7 +8,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine_registry.etcd.local import LocalEtcd, free_port
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.etcd.ports import free_port
 from tests.support.waiting import wait_until
 
 _CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")

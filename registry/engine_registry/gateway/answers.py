@@ -1,5 +1,5 @@
-"""What a gateway answers to who wants to read from a rank: looked up in etcd for every question,
-rendered once a revision.
+"""What a gateway answers to clients that want to read from a rank: looked up in etcd for every
+question, rendered once a revision.
 
 Runs in the gateway's event loop. Questions for one rank that wait at the same time share one look
 at etcd that begins after all of them have come: so an answer is never older than its question, and
@@ -13,11 +13,11 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 
-from engine_registry.client import fetch_manifest
 from engine_registry.errors import InstanceNotFound, RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.gateway.calls import Calls
 from engine_registry.gateway.sglang import render
+from engine_registry.registration.manifests import fetch_manifest
 from engine_registry.schema.keys import record_key
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.record import RankRecord, RankState
@@ -46,7 +46,7 @@ class Answers:
         self._etcd = etcd
         self._calls = calls
         self._timeout_s = timeout_s
-        self._room = cache_nbytes
+        self._free_nbytes = cache_nbytes
         self._cache: OrderedDict[str, _Rendered] = OrderedDict()  # the one used last at the end
         self._looking: dict[str, asyncio.Task[bytes]] = {}
         self._waiting: dict[str, asyncio.Task[bytes]] = {}  # for the look before to end
@@ -63,7 +63,8 @@ class Answers:
             task.add_done_callback(
                 lambda done: done.cancelled() or done.exception()
             )  # when nobody waits for it any more
-        return await asyncio.shield(task)  # who goes away must not take the others' answer along
+        # a client that goes away must not take the others' answer along
+        return await asyncio.shield(task)
 
     async def _look(self, key: str, before: asyncio.Task[bytes] | None) -> bytes:
         if before is not None:
@@ -98,12 +99,12 @@ class Answers:
 
     def _remember(self, key: str, rendered: _Rendered) -> None:
         before = self._cache.pop(key, None)
-        self._room += len(before.body) if before else 0
+        self._free_nbytes += len(before.body) if before else 0
         self._cache[key] = rendered
-        self._room -= len(rendered.body)
-        while self._room < 0:
+        self._free_nbytes -= len(rendered.body)
+        while self._free_nbytes < 0:
             _, oldest = self._cache.popitem(last=False)
-            self._room += len(oldest.body)
+            self._free_nbytes += len(oldest.body)
 
 
 def _check_readable(record: RankRecord) -> None:

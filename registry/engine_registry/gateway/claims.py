@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from engine_registry.client import new_incarnation, package_version
 from engine_registry.errors import (
     EtcdError,
     InvalidField,
@@ -31,9 +30,10 @@ from engine_registry.schema.address import is_loopback, parse_session
 from engine_registry.schema.keys import check_instance
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.manifest_format import MAX_PARTS, encode
-from engine_registry.schema.record import GATEWAY, ModelIdentity, RankRecord
+from engine_registry.schema.record import GATEWAY, ModelIdentity, RankRecord, new_incarnation
 from engine_registry.schema.record_format import decode_item
 from engine_registry.telemetry.logs import fields
+from engine_registry.version import package_version
 
 log = logging.getLogger(__name__)
 _TRIES = 3  # while others change the rank

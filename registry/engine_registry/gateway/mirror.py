@@ -1,5 +1,5 @@
-"""Registers what the ranks of a seed have told SGLang's own server. Run by a gateway on request, in
-its event loop.
+"""Registers ranks of a seed that have registered at SGLang's own server. Run by a gateway on
+request, in its event loop.
 
 The ranks of a seed register at their node 0, where SGLang runs a server of its own at that port:
 they do not reach a gateway by themselves. Only ranks that are not registered are asked about. A
@@ -51,7 +51,7 @@ def check_url(url: str) -> None:
 class Mirror:
     """`run` it as a task until it is cancelled, then `close`.
 
-    `etcd` and `probe` are as for the vigil.
+    `etcd` and `probe` are as for the prober.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""The vigil over ranks that registered through a gateway: while a rank's seed listens, its lease is
-renewed; then the rank ends.
+"""Probes the seeds of ranks that registered through a gateway: while a seed listens, the lease of
+its rank is renewed; then the rank ends.
 
 Run by every gateway, for all such ranks, whichever gateway wrote them. A task a rank in the
 gateway's event loop; one thread follows etcd, a few make calls to it. Gateways need not agree: any
@@ -34,9 +34,7 @@ from engine_registry.telemetry.logs import fields
 log = logging.getLogger(__name__)
 _AT_ONCE = 256  # probes
 _THREADS = 4
-_AGAIN_S = (
-    0.2  # between two refusals: a port that is being listened on anew is not free for so long
-)
+_AGAIN_S = 0.2  # between two refusals: a port of a server that starts again is free for less
 _RARELY = 5  # intervals between probes of a seed that cannot be reached from here
 _JOIN_S = 2.0
 
@@ -55,13 +53,13 @@ class _Seed:
         return self.record.incarnation, self.lease_id
 
 
-class Vigil:
+class Prober:
     """`run` it as a task until it is cancelled, then `close`."""
 
     def __init__(
         self, etcd: Etcd, follower: Follower, probe: Probe, interval_s: float, tolerance: int
     ) -> None:
-        """`etcd` is for the vigil and its follower alone, which closes it: so that no call is
+        """`etcd` is for the prober and its follower alone, which closes it: so that no call is
         waited for.
         """
         self._etcd = etcd
@@ -136,7 +134,7 @@ class Vigil:
         """Until the registration is over, be it by us or another."""
         session_id = self._seeds[key].record.session_id
         misses = 0  # in a row
-        renew_at = 0.0  # at once: nobody here knows how old the lease is
+        renew_at = 0.0  # at once: it is not known here how old the lease is
         while True:
             async with places:
                 answer = await self._probe(session_id)
@@ -195,7 +193,7 @@ class Vigil:
             )
             return False
         log.info(
-            "%s lost: nobody listens at %s any more",
+            "%s lost: nothing listens at %s any more",
             record.key,
             record.session_id,
             extra=fields("seed_lost", key=record.key),
@@ -208,7 +206,7 @@ def _report(task: asyncio.Task[None]) -> None:
         log.error(
             "a rank is not kept any more: %r; restart the gateway, and please report it",
             error,
-            extra=fields("vigil_failed", error=error),
+            extra=fields("prober_failed", error=error),
         )
 
 

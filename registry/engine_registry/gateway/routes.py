@@ -1,8 +1,9 @@
 """The gateway's HTTP routes: SGLang's requests in, records and answers out. Used by
 `gateway.server`, in its event loop.
 
-Every failure is told as SGLang's servers tell theirs: `{"detail": …}` by the bootstrap routes, and
-by the two of the inference server, whose failures are all 400 there, `{"error": {"message": …}}`.
+Every failure is answered as SGLang's servers answer theirs: `{"detail": …}` by the bootstrap
+routes, and by the two of the inference server, whose failures are all 400 there,
+`{"error": {"message": …}}`.
 """
 
 from __future__ import annotations
@@ -100,15 +101,15 @@ class Routes:
 
     def _routes(self) -> list[Route]:
         paths = {
-            "/register_transfer_engine_info": ("PUT", self._told(self._register)),
-            "/get_transfer_engine_info": ("GET", self._told(self._get)),
+            "/register_transfer_engine_info": ("PUT", self._answered(self._register)),
+            "/get_transfer_engine_info": ("GET", self._answered(self._get)),
             "/remote_instance_transfer_engine_info": (
                 "GET",
-                self._told(self._get, as_inference_server=True),
+                self._answered(self._get, as_inference_server=True),
             ),
             "/get_remote_instance_transfer_engine_info": (
                 "GET",
-                self._told(self._get, as_inference_server=True),
+                self._answered(self._get, as_inference_server=True),
             ),
             "/health": ("GET", _health),
         }
@@ -116,7 +117,7 @@ class Routes:
             Route(prefix + path, handler, methods=[method])
             for path, (method, handler) in paths.items()
             for prefix in ("", "/instances/{instance}")
-        ] + [Route("/metrics", self._told(self._metrics), methods=["GET"])]
+        ] + [Route("/metrics", self._answered(self._metrics), methods=["GET"])]
 
     async def _register(self, request: Request) -> Response:
         if not self._registers:
@@ -173,10 +174,10 @@ class Routes:
     def _instance(self, request: Request) -> str:
         return check_instance(request.path_params.get("instance", self._served.instance))
 
-    def _told(self, handler: Handler, as_inference_server: bool = False) -> Handler:
+    def _answered(self, handler: Handler, as_inference_server: bool = False) -> Handler:
         """Failures as answers."""
 
-        async def told(request: Request) -> Response:
+        async def answered(request: Request) -> Response:
             headers = dict(_CLOSES) if request.method == "PUT" else {}
             try:
                 await self._guard.begin(request)
@@ -206,7 +207,7 @@ class Routes:
             body = {"error": {"message": reason}} if as_inference_server else {"detail": reason}
             return JSONResponse(body, status, headers)
 
-        return told
+        return answered
 
     def _allowed(self, request: Request) -> bool:
         if self._token is None:

@@ -2,7 +2,7 @@
 the same ranks.
 
 It has no state of its own: ranks and manifests are in etcd, and which of them are for gateways to
-keep. Starts one thread with an event loop, in which uvicorn answers and the vigil over seeds runs,
+keep. Starts one thread with an event loop, in which uvicorn answers and the prober of seeds runs,
 one that follows etcd, and some for calls to etcd.
 """
 
@@ -34,7 +34,7 @@ from engine_registry.gateway.claims import Seeds, Served
 from engine_registry.gateway.limits import Guard, Limits
 from engine_registry.gateway.mirror import Mirror, check_url
 from engine_registry.gateway.probe import probe
-from engine_registry.gateway.prober import Vigil
+from engine_registry.gateway.prober import Prober
 from engine_registry.gateway.routes import Routes
 from engine_registry.schema.keys import ENGINES, check_instance, check_rank
 from engine_registry.schema.numbers import seconds
@@ -42,8 +42,7 @@ from engine_registry.schema.record import ModelIdentity
 
 log = logging.getLogger(__name__)
 PORT = 6789  # of SGLang's own server
-# what one call to etcd may take: who asks has more than one to wait for, and SGLang's clients wait
-# for ever
+# for one call to etcd: a request waits for more than one, and SGLang's clients wait for ever
 _ETCD_S = 2.0
 _THREADS = 4
 _BACKLOG = 512
@@ -108,13 +107,13 @@ class Gateway:
         self._reading = Calls(_THREADS, "gateway reads")
         self._writing = Calls(
             _THREADS, "gateway writes"
-        )  # so that many who register keep nobody waiting who reads
+        )  # so that registrations do not keep reads waiting
         self._parsing = Calls(1, "gateway parsing")
         self._guard = Guard(limits or Limits())
         look = partial(probe, timeout_s=_PROBE_S)
-        vigils = self._etcd.sibling()
-        self._vigil = Vigil(
-            vigils, Follower(vigils, ENGINES), look, probe_interval_s, probe_tolerance
+        probing = self._etcd.sibling()
+        self._prober = Prober(
+            probing, Follower(probing, ENGINES), look, probe_interval_s, probe_tolerance
         )
         answers = Answers(self._etcd, self._reading, self._etcd.config.timeout_s)
         seeds = Seeds(self._etcd, self._writing, ttl_s, look)
@@ -207,7 +206,7 @@ class Gateway:
         loop = asyncio.new_event_loop()
         try:
             loop.run_until_complete(self._serve())
-        except BaseException as exc:  # noqa: BLE001  raised again in `wait`: a thread has nobody above it
+        except BaseException as exc:  # noqa: BLE001  raised again in `wait`: a thread has no caller above it
             self._failure = self._failure or exc
         finally:
             loop.close()
@@ -223,7 +222,7 @@ class Gateway:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        works: list[Vigil | Mirror] = [self._vigil, *([self._mirror] if self._mirror else [])]
+        works: list[Prober | Mirror] = [self._prober, *([self._mirror] if self._mirror else [])]
         tasks = [asyncio.create_task(work.run()) for work in works]
         for task in tasks:
             task.add_done_callback(self._on_end)

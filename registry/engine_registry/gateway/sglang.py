@@ -2,7 +2,7 @@
 Pure; used by the gateway.
 
 A seed tells the session of its transfer engine and, for each tensor, its address, how many elements
-it has and how many bytes one takes. It does not tell dtypes, shapes, the protocol, or how many
+it has and how many bytes one takes. It does not say dtypes, shapes, the protocol, or how many
 ranks there are. The source of the format is SGLang itself: `EngineInfoBootstrapServer`, and
 `get_remote_instance_transfer_engine_info_per_rank` of its loader.
 """
@@ -234,7 +234,7 @@ def _elements(entry: TensorEntry) -> tuple[int, int]:
 
 
 def _itemsize(dtype: str) -> int:
-    """By its name, where there are no elements to tell: torch's names hold the bits, ours of seeds
+    """By its name, where there are no elements: torch's names hold the bits, ours of seeds
     the bytes.
     """
     number = re.search(r"[0-9]{1,4}", dtype)

@@ -1,4 +1,4 @@
-"""A user's function that is told things, in order, without anybody waiting for it.
+"""A user's function that is called for each thing in order, while no other thread waits for it.
 
 Used by `registration.handle`.
 """
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Callback(Generic[T]):
-    """Starts a thread when there is something to tell, which ends when there is no more.
+    """Starts a thread when there is something to report, which ends when there is no more.
 
     One that waited for more would keep alive whatever the function refers to, such as a handle that
     its user has forgotten.
@@ -29,35 +29,35 @@ class Callback(Generic[T]):
         self._name = name
         self._lock = threading.Lock()
         self._queue: deque[T] = deque()
-        self._telling = False
+        self._running = False
 
     def put(self, what: T) -> None:
         with self._lock:
             self._queue.append(what)
-            if self._telling:
+            if self._running:
                 return
-            self._telling = True
+            self._running = True
         try:
-            threading.Thread(target=self._tell, name=self._name, daemon=True).start()
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
         except RuntimeError as exc:
             log.error(
-                "%s: %s is told later, or never: %s",
+                "%s: %s is reported later, or never: %s",
                 self._name,
                 what,
                 exc,
                 extra=fields("callback_late", error=exc),
             )
             with self._lock:
-                self._telling = False
+                self._running = False
 
-    def _tell(self) -> None:
+    def _run(self) -> None:
         while True:
             with self._lock:
                 if not self._queue:
-                    self._telling = False
+                    self._running = False
                     return
                 what = self._queue.popleft()
             try:
                 self._function(what)
-            except BaseException:  # not even SystemExit ends what is still to be told
+            except BaseException:  # not even SystemExit ends the reports that are still to come
                 log.exception("%s failed", self._name, extra=fields("callback_failed"))

@@ -32,7 +32,7 @@ def evict(etcd: Etcd, record: RankRecord) -> bool:
     return found is not None and _is(found, record) and evict_all(etcd, [found])
 
 
-def evict_all(etcd: Etcd, doomed: Sequence[KeyValue], *conditions: Guard) -> bool:
+def evict_all(etcd: Etcd, items: Sequence[KeyValue], *conditions: Guard) -> bool:
     """Ends them all, or none where one has changed since it was read, or a condition does not hold.
     At most `AT_ONCE`.
 
@@ -41,15 +41,15 @@ def evict_all(etcd: Etcd, doomed: Sequence[KeyValue], *conditions: Guard) -> boo
     until the lease has expired does not learn of it. Some versions of etcd (3.5.1, not 3.4.23) then
     refuse every transaction: that is EtcdFull, and nothing is done.
     """
-    guards = [*map(unchanged, doomed), *conditions]
+    guards = [*map(unchanged, items), *conditions]
     mark_lease = 0
     try:
         mark_lease = etcd.grant(_MARK_TTL_S)
-        marked = _mark(etcd, doomed, guards, mark_lease)
+        marked = _mark(etcd, items, guards, mark_lease)
     except EtcdFull:
         if mark_lease:
             etcd.revoke(mark_lease)
-        return _delete(etcd, doomed, guards)
+        return _delete(etcd, items, guards)
     if not marked:
         etcd.revoke(mark_lease)
         return False
@@ -74,14 +74,14 @@ def _is(item: KeyValue, record: RankRecord) -> bool:
 
 
 def _mark(
-    etcd: Etcd, doomed: Sequence[KeyValue], guards: Sequence[Guard], lease_id: int
+    etcd: Etcd, items: Sequence[KeyValue], guards: Sequence[Guard], lease_id: int
 ) -> list[KeyValue]:
     """The keys as they are once they say that they have ended; none where a guard does not hold."""
-    puts = [ended(item, EVICTED) for item in doomed]
-    marks = [Put(_mark_key(item), b"", lease_id) for item in doomed]
+    puts = [ended(item, EVICTED) for item in items]
+    marks = [Put(_mark_key(item), b"", lease_id) for item in items]
     revision = etcd.commit(guards, [*puts, *marks]) or made_at(etcd, marks[0])
     return (
-        [written(put, revision, item) for put, item in zip(puts, doomed, strict=True)]
+        [written(put, revision, item) for put, item in zip(puts, items, strict=True)]
         if revision
         else []
     )

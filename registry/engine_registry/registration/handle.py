@@ -69,7 +69,7 @@ class Registration:
         """
         self._on_state = (
             Callback[tuple[RegistrationState, str]](
-                lambda told: on_state(*told), f"the on_state callback of {record.key}"
+                lambda change: on_state(*change), f"the on_state callback of {record.key}"
             )
             if on_state
             else None
@@ -78,11 +78,11 @@ class Registration:
         self._lock = threading.Lock()
         self._state = RegistrationState.REGISTERED
         self._lost: RegistryError | None = None
-        self._leaving = threading.Lock()  # held by whoever withdraws
+        self._leaving = threading.Lock()  # held by the thread that withdraws
         self._closing = False  # `withdraw` has begun
         self._withdrawn = False
         # The link must not keep a forgotten handle alive: it would hold the rank for ever.
-        self._link = KeeperLink(config, record, parts, ttl_s, weakref.WeakMethod(self._hear))
+        self._link = KeeperLink(config, record, parts, ttl_s, weakref.WeakMethod(self._receive))
         try:
             uninterrupted(self._open, f"registers {record.key}")
             self._opened = True
@@ -92,14 +92,14 @@ class Registration:
 
     def _open(self) -> None:
         self._link.open()
-        with self._lock:  # the keeper may have told another state by now
+        with self._lock:  # the keeper may have reported another state by now
             self._held = metrics.REGISTRATIONS.hold(self._state.value)
         metrics.REGISTRATION_CHANGES.inc(RegistrationState.REGISTERED.value)
         log.info(
             "%s is registered, its keeper is process %d",
             self.record.key,
             self.keeper_pid,
-            extra=self._told("registered"),
+            extra=self._fields("registered"),
         )
 
     @property
@@ -189,7 +189,7 @@ class Registration:
                     "bound: %s",
                     self.record.key,
                     exc,
-                    extra=self._told("withdrawal_delayed", error=exc),
+                    extra=self._fields("withdrawal_delayed", error=exc),
                 )
             failpoints.reach("session.before_abandon")
             self._link.abandon()
@@ -219,7 +219,7 @@ class Registration:
                 stacklevel=2,
             )
 
-    def _hear(self, state: str, why: str, lost: RegistryError | None) -> None:
+    def _receive(self, state: str, why: str, lost: RegistryError | None) -> None:
         if lost is not None:
             self._lost = lost
         self._change_state(RegistrationState[state], why)
@@ -234,7 +234,7 @@ class Registration:
                 self._held.release() if state is RegistrationState.CLOSED else self._held.move(
                     state.value
                 )
-            if self._on_state is not None:  # in here, so that they are told in this order
+            if self._on_state is not None:  # in here, so that they are reported in order
                 self._on_state.put((state, why))
         if state is RegistrationState.LOST:
             level = logging.INFO if self._on_state else logging.ERROR
@@ -243,23 +243,25 @@ class Registration:
                 "%s is lost: %s",
                 self.record.key,
                 why,
-                extra=self._told("registration_lost", error=self._lost),
+                extra=self._fields("registration_lost", error=self._lost),
             )
         elif state is RegistrationState.SUSPENDED:
             log.warning(
                 "%s is suspended: %s",
                 self.record.key,
                 why,
-                extra=self._told("registration_suspended"),
+                extra=self._fields("registration_suspended"),
             )
         elif state is RegistrationState.REGISTERED:
             log.warning(
-                "%s is registered again", self.record.key, extra=self._told("registration_resumed")
+                "%s is registered again",
+                self.record.key,
+                extra=self._fields("registration_resumed"),
             )
         elif self._withdrawn:
-            log.info("%s is withdrawn", self.record.key, extra=self._told("withdrawn"))
+            log.info("%s is withdrawn", self.record.key, extra=self._fields("withdrawn"))
 
-    def _told(self, event: str, **facts: object) -> dict[str, Any]:
+    def _fields(self, event: str, **facts: object) -> dict[str, Any]:
         record = self.record
         return fields(event, instance=record.instance, rank=record.rank, **facts)
 

@@ -212,8 +212,8 @@ def end(etcd: Etcd, held: KeyValue, reason: str) -> None:
 
 
 def remove(etcd: Etcd, record: RankRecord, reason: str) -> None:
-    """As `end`, for who does not know the lease: whatever stands under the record's key, if it is
-    of this registration.
+    """As `end`, for a caller that does not know the lease: whatever stands under the record's key,
+    if it is of this registration.
     """
     found = etcd.get(record.key)
     if found is None:

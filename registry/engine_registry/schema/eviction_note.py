@@ -1,5 +1,5 @@
-"""The note that a cleaning watcher leaves in etcd when an instance has lost a rank, so that the one
-after it knows what to evict.
+"""The note that a cleaning watcher leaves in etcd when an instance has lost a rank, so that the
+next watcher knows what to evict.
 
 `/doomed/<instance>`, JSON, under a lease that outlives the grace period. It names registrations, so
 a later launch is never meant; whether the instance is still incomplete is for its reader to see.
@@ -19,7 +19,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Note:
+class EvictionNote:
     """`lost` is the rank whose loss began it, `incarnations` the registrations that stood then."""
 
     lost: RankRecord
@@ -32,7 +32,7 @@ class Note:
         ).encode()
 
     @classmethod
-    def decode(cls, key: str, value: bytes) -> Note:
+    def decode(cls, key: str, value: bytes) -> EvictionNote:
         """RecordDamaged or SchemaUnsupported say which key and why."""
         try:
             data = json.loads(value)

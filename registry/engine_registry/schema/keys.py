@@ -12,7 +12,7 @@ MANIFESTS = "/manifests/"
 EVICTED = "/evicted/"
 PULLS = "/pulls/"
 ELECTIONS = "/elections/"
-DOOMED = "/doomed/"
+EVICTION_NOTES = "/doomed/"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _RECORD_KEY = re.compile(ENGINES + r"([A-Za-z0-9._-]{1,128})/(0|[1-9][0-9]{0,6})")
@@ -82,8 +82,8 @@ def election_key(name: str) -> str:
     return f"{ELECTIONS}{name}/leader"  # no name is a prefix of another so
 
 
-def doomed_key(instance: str) -> str:
-    return f"{DOOMED}{instance}"
+def eviction_note_key(instance: str) -> str:
+    return f"{EVICTION_NOTES}{instance}"
 
 
 def evicted_key(instance: str, rank: int, incarnation: str) -> str:

@@ -1,5 +1,6 @@
-"""What a pull ticket says: who reads from which registration, and how far it is. JSON under a key
-of `/pulls/`. Pure.
+"""What a pull ticket says: which load reads from which registration, and how far it is.
+
+JSON under a key of `/pulls/`. Pure.
 
 Decoding ignores fields that it does not know, takes the tickets of older versions, which say less,
 and makes nothing of all else: whatever may lie in etcd, a reader gets a good Pull or None.
@@ -39,8 +40,8 @@ class Reader:
 class Pull:
     """A load reads from the rank of the instance that has this incarnation.
 
-    `nbytes` of `total_nbytes` is how far all of the load is, whomever else it reads from; both are
-    0 until it has told. `create_revision` is etcd's, and 0 until it has been read from there.
+    `nbytes` of `total_nbytes` is how far all of the load is, from all its sources; both are
+    0 until it has reported. `create_revision` is etcd's, and 0 until it has been read from there.
     """
 
     instance: str
@@ -62,7 +63,7 @@ class Pull:
 
     @property
     def fraction(self) -> float | None:
-        """How far the load is, from 0 to 1, if it has told."""
+        """How far the load is, from 0 to 1, if it has reported."""
         return min(1.0, self.nbytes / self.total_nbytes) if self.total_nbytes else None
 
 

@@ -36,6 +36,11 @@ _CONTENT = re.compile(r"[0-9a-f]{32}")
 GATEWAY = "gateway"  # in `kept_by`
 
 
+def new_incarnation() -> str:
+    """32 hexadecimal digits, never the same twice."""
+    return uuid.uuid4().hex
+
+
 def new_content() -> str:
     """A content that no memory has had before: 128 random bits as 32 hexadecimal digits."""
     return uuid.uuid4().hex

@@ -53,8 +53,8 @@ class Roster:
         self.damaged[key] = type(error)(error.what, error.remedy, **error.details)
 
     def see(self, change: Change) -> None:
-        """Takes in a change of one of the instance's keys, for who needs to know only what is there
-        afterwards.
+        """Takes in a change of one of the instance's keys, for a caller that needs to know only
+        what is there afterwards.
         """
         self.damaged.pop(change.key, None)
         place = parse_record_key(change.key)
@@ -92,7 +92,7 @@ class Roster:
 
 
 def _kind(record: RankRecord) -> Hashable:
-    """Equal for records of which `assess` has nothing to tell when they are compared."""
+    """Equal for records in which `assess` finds no difference."""
     agreed = (
         tuple(sorted(value.items())) if isinstance(value, dict) else value
         for value in record.agreed().values()

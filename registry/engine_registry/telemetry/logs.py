@@ -13,10 +13,10 @@ from typing import Any
 def fields(event: str, **facts: Any) -> dict[str, Any]:
     """For `extra=` of a logging call.
 
-    Errors are told by the name of their type: what they say is in the sentence.
+    Errors are given by the name of their type: the sentence has their text.
     """
-    told = {
+    given = {
         name: type(fact).__name__ if isinstance(fact, BaseException) else fact
         for name, fact in facts.items()
     }
-    return {"fields": {"event": event, **told}}
+    return {"fields": {"event": event, **given}}

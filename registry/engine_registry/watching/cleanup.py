@@ -18,16 +18,17 @@ from engine_registry import failpoints
 from engine_registry.errors import EtcdError, EtcdUnavailable, RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.registration.eviction import AT_ONCE, evict_all
-from engine_registry.schema.eviction_note import Note
-from engine_registry.schema.keys import doomed_key, instance_prefix, record_key
+from engine_registry.schema.eviction_note import EvictionNote
+from engine_registry.schema.keys import eviction_note_key, instance_prefix, record_key
 from engine_registry.schema.keyvalue import Guard, KeyValue, Put, absent, unchanged
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.roster import assess_all
 from engine_registry.schema.status import InstanceStatus
 from engine_registry.telemetry.logs import fields
 from engine_registry.watching.election import Election
-from engine_registry.watching.grace_period import Doomed, Grace
-from engine_registry.watching.watch import Event, Watch
+from engine_registry.watching.events import Event
+from engine_registry.watching.grace_period import DueEviction, Grace
+from engine_registry.watching.watch import Watch
 
 log = logging.getLogger(__name__)
 _NOTE_TTL_S = 3600.0  # beyond the grace period: for how long no watcher need run
@@ -68,12 +69,12 @@ class CleaningWatch:
             event = self._watch.next(self._wait_s())
             if event is not None:
                 self._grace.feed(event, time.monotonic())
-            self._write_notes()  # before anybody hears of the loss
+            self._write_notes()  # before the loss is reported
             if event is not None:
                 yield event
-            for doomed in self._grace.expired(time.monotonic()):
+            for eviction in self._grace.expired(time.monotonic()):
                 if self._dry_run or self._election.leading:
-                    yield from self._clean(doomed)
+                    yield from self._clean(eviction)
 
     def _wait_s(self) -> float | None:
         due = self._grace.due
@@ -88,7 +89,7 @@ class CleaningWatch:
             instance = note.lost.instance
             try:
                 lease_id = self._etcd.grant(self._grace_s + _NOTE_TTL_S)
-                self._etcd.commit([], [Put(doomed_key(instance), note.encode(), lease_id)])
+                self._etcd.commit([], [Put(eviction_note_key(instance), note.encode(), lease_id)])
             except EtcdError as exc:
                 if not self._watch.stopped:
                     log.warning(
@@ -98,10 +99,10 @@ class CleaningWatch:
                         extra=fields("note_not_written", instance=instance, error=exc),
                     )
 
-    def _read_note(self, instance: str) -> Note | None:
-        found = self._etcd.get(doomed_key(instance))
+    def _read_note(self, instance: str) -> EvictionNote | None:
+        found = self._etcd.get(eviction_note_key(instance))
         try:
-            return Note.decode(found.key, found.value) if found else None
+            return EvictionNote.decode(found.key, found.value) if found else None
         except RecordDamaged as exc:
             log.warning(
                 "%s is not cleaned up: %s",
@@ -111,28 +112,28 @@ class CleaningWatch:
             )
             return None
 
-    def _clean(self, doomed: Doomed) -> Iterator[InstanceCleaned]:
+    def _clean(self, eviction: DueEviction) -> Iterator[InstanceCleaned]:
         evicted: list[RankRecord] = []
-        lost, incarnations = doomed.lost, doomed.incarnations
+        lost, incarnations = eviction.lost, eviction.incarnations
         try:
-            if doomed.unseen and (note := self._read_note(doomed.instance)) is not None:
+            if eviction.unseen and (note := self._read_note(eviction.instance)) is not None:
                 lost, incarnations = lost or note.lost, incarnations | note.incarnations
-            items = self._etcd.snapshot(instance_prefix(doomed.instance)).items
+            items = self._etcd.snapshot(instance_prefix(eviction.instance)).items
             (status,) = assess_all(items) or (None,)
             if status is None or self._evict(
                 status, {item.key: item for item in items}, incarnations, evicted
             ):
-                self._grace.settle(doomed)
+                self._grace.settle(eviction)
         except EtcdError as exc:  # it comes again
             if not self._watch.stopped:
                 log.warning(
                     "%s is not cleaned up yet: %s",
-                    doomed.instance,
+                    eviction.instance,
                     exc,
-                    extra=fields("cleanup_delayed", instance=doomed.instance, error=exc),
+                    extra=fields("cleanup_delayed", instance=eviction.instance, error=exc),
                 )
         if evicted and lost is not None:
-            yield InstanceCleaned(doomed.instance, lost, tuple(evicted), self._dry_run)
+            yield InstanceCleaned(eviction.instance, lost, tuple(evicted), self._dry_run)
 
     def _evict(
         self,
@@ -174,7 +175,7 @@ class CleaningWatch:
         self._watch.stop()
 
     def __enter__(self) -> CleaningWatch:
-        if not self._dry_run:  # who only looks on must not keep others from acting
+        if not self._dry_run:  # a dry run must not keep other watches from acting
             self._election.start()
         self._watch.__enter__()
         return self

@@ -1,5 +1,5 @@
-"""Of all processes that campaign under one name, one leads at a time: who holds
-`/elections/<name>/leader` under a lease.
+"""Of all processes that campaign under one name, one leads at a time: the holder of
+`/elections/<name>/leader`, under a lease.
 
 That is a lease of the election's own, or, once the leader is registered and says so, its
 registration's.
@@ -163,12 +163,12 @@ class Election:
                     self._etcd.revoke(lease_id)
                 backoff.reset()
             except EtcdError as exc:
-                self._tell(exc)
+                self._note(exc)
                 self._stopped.wait(backoff.next_s())
 
-    def _tell(self, exc: EtcdError) -> None:
-        """An outage passes, and a refusal as a rule does not: then nobody would know why nothing is
-        done. Told once.
+    def _note(self, exc: EtcdError) -> None:
+        """An outage passes, and a refusal as a rule does not: it is logged once, as the reason why
+        nothing is done.
         """
         if self._unreachable_since is None:
             self._unreachable_since = time.monotonic()

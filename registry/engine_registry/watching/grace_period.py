@@ -1,4 +1,4 @@
-"""Which registrations are doomed by the loss of a rank, and when.
+"""Which registrations are to be evicted because of the loss of a rank, and when.
 
 Pure; `watching.cleanup` carries it out.
 """
@@ -10,9 +10,9 @@ import itertools
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from engine_registry.schema.eviction_note import Note
+from engine_registry.schema.eviction_note import EvictionNote
 from engine_registry.schema.record import RankRecord
-from engine_registry.watching.watch import (
+from engine_registry.watching.events import (
     Event,
     InstanceDegraded,
     InstanceGone,
@@ -26,9 +26,9 @@ _UNSEEN = -1  # in the place of a rank: what was lost before we began to watch
 
 
 @dataclass(frozen=True)
-class Doomed:
+class DueEviction:
     """Registrations to evict because `lost` was lost first and is not back. `unseen`: something was
-    lost before we began to watch; a note tells what, or there is none, and then the instance has
+    lost before we began to watch; a note says which, or there is none, and then the instance has
     never been complete as far as anybody knows.
     """
 
@@ -42,7 +42,7 @@ class Doomed:
 @dataclass(slots=True)
 class _Loss:
     due: float
-    joined_before: int  # dooms who had joined before, in the order of `_Instance.standing`
+    joined_before: int  # ranks that joined before are evicted, in the order of `_Instance.standing`
     record: RankRecord | None
     joined: int
 
@@ -70,9 +70,9 @@ class _Instance:
 
 
 class Grace:
-    """Feed it the events of a watch. A loss dooms the registrations that stand then, and no later
-    ones: a new launch that begins meanwhile is not touched. The return of the lost rank lifts the
-    doom.
+    """Feed it the events of a watch. After a loss the registrations that stand then are to be
+    evicted, and no later ones: a new launch that begins meanwhile is not touched. The return of the
+    lost rank calls that off.
     """
 
     def __init__(self, grace_s: float) -> None:
@@ -164,43 +164,47 @@ class Grace:
                 self._plan(instance, known)
         return None
 
-    def expired(self, now: float) -> list[Doomed]:
+    def expired(self, now: float) -> list[DueEviction]:
         """What is to be evicted now. It comes again soon, in case it cannot be done or another
         process, which may die, has to do it, until it is settled.
         """
-        told: list[Doomed] = []
+        due_now: list[DueEviction] = []
         while (due := self.due) is not None and due <= now:
             instance = self._agenda[0][1]
             known = self._instances[instance]
             over = list(itertools.takewhile(lambda loss: loss.due <= now, known.losses.values()))
-            doomed = frozenset(
-                who for joined, who in known.standing.values() if joined < over[-1].joined_before
+            meant = frozenset(
+                incarnation
+                for joined, incarnation in known.standing.values()
+                if joined < over[-1].joined_before
             )
             first = next((loss.record for loss in over if loss.record is not None), None)
-            told.append(Doomed(instance, first, doomed, over[0].record is None, now))
+            due_now.append(DueEviction(instance, first, meant, over[0].record is None, now))
             known.not_before = now + _AGAIN_S
-        return told
+        return due_now
 
-    def settle(self, doomed: Doomed) -> None:
-        known = self._instances.get(doomed.instance)
+    def settle(self, eviction: DueEviction) -> None:
+        known = self._instances.get(eviction.instance)
         if known is None:
             return
-        while known.losses and next(iter(known.losses.values())).due <= doomed.until:
+        while known.losses and next(iter(known.losses.values())).due <= eviction.until:
             known.losses.popitem(last=False)
         known.not_before = 0.0
-        self._plan(doomed.instance, known)
-        self._forget_note(doomed.instance, known)
+        self._plan(eviction.instance, known)
+        self._forget_note(eviction.instance, known)
 
     @property
     def has_notes(self) -> bool:
         return bool(self._unnoted)
 
-    def next_note(self) -> Note | None:
-        """What to write down of an instance that has lost a rank, once until its doom is lifted."""
+    def next_note(self) -> EvictionNote | None:
+        """The note of an instance that has lost a rank, once until the lost rank is back."""
         if not self._unnoted:
             return None
         instance, _ = self._unnoted.popitem(last=False)
         known = self._instances[instance]
         known.noted = True
         first = next(loss.record for loss in known.losses.values() if loss.record is not None)
-        return Note(first, frozenset(who for _, who in known.standing.values()))
+        return EvictionNote(
+            first, frozenset(incarnation for _, incarnation in known.standing.values())
+        )

@@ -9,7 +9,7 @@ from collections import Counter
 from engine_registry.schema.record import RankState
 from engine_registry.telemetry import metrics
 from engine_registry.watching.cleanup import InstanceCleaned
-from engine_registry.watching.watch import (
+from engine_registry.watching.events import (
     Event,
     InstanceDegraded,
     InstanceGone,
@@ -28,7 +28,7 @@ class WatchMetrics:
     def __init__(self) -> None:
         self._ranks: dict[str, Counter[RankState]] = {}
         self._ready: dict[str, bool] = {}
-        self._tell_instances()
+        self._show_instances()
 
     def see(self, event: Event | InstanceCleaned) -> None:
         if isinstance(event, InstanceCleaned):
@@ -60,7 +60,7 @@ class WatchMetrics:
         else:
             self._ready[instance] = isinstance(event, InstanceReady)
             metrics.INSTANCE_READY.set(self._ready[instance], instance)
-        self._tell_instances()
+        self._show_instances()
 
     def _forget(self, instance: str) -> None:
         """Names of instances come and go: what is gone leaves no series behind."""
@@ -71,7 +71,7 @@ class WatchMetrics:
             for state in RankState:
                 metrics.RANKS.remove(instance, state.value)
 
-    def _tell_instances(self) -> None:
+    def _show_instances(self) -> None:
         ready = sum(self._ready.values())
         metrics.INSTANCES.set(ready, "ready")
         metrics.INSTANCES.set(len(self._ready) - ready, "degraded")
@@ -80,4 +80,4 @@ class WatchMetrics:
         """For a watch that ends while the process goes on: nobody is left to say how things are."""
         for instance in {*self._ready, *self._ranks}:
             self._forget(instance)
-        self._tell_instances()
+        self._show_instances()

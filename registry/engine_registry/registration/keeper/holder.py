@@ -32,7 +32,7 @@ from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
 
-Tell = Callable[[dict[str, Any]], None]
+Report = Callable[[dict[str, Any]], None]
 
 
 class Keeper:
@@ -42,13 +42,13 @@ class Keeper:
     """
 
     def __init__(
-        self, etcd: Etcd, record: RankRecord, parts: Sequence[bytes], ttl_s: float, tell: Tell
+        self, etcd: Etcd, record: RankRecord, parts: Sequence[bytes], ttl_s: float, report: Report
     ) -> None:
         self._etcd = etcd
         self._record = record
         self._parts = parts
         self._ttl_s = ttl_s
-        self._tell = tell
+        self._report = report
         self._backoff = Backoff(0.1, 0.5)
         self._held: KeyValue | None = (
             None  # the record's key as we wrote it last, unless its lease is lost
@@ -73,9 +73,9 @@ class Keeper:
         """Renews the lease and mends what is amiss; returns the seconds until the next beat. Raises
         RegistrationLost only.
 
-        Tells the state every time: the rank hears that its keeper lives, and need not know what a
-        keeper before this one told. With it comes what the rank counts: how long the renewal took,
-        and how often the record was put into etcd again.
+        Reports the state every time: so the rank knows that its keeper lives, and need not know the
+        reports of a keeper before this one. The report also has the rank's counts: how long the
+        renewal took, and how often the record was put into etcd again.
         """
         self._renewed_in_s = None
         try:
@@ -87,10 +87,10 @@ class Keeper:
                 self._amend(self._held)
         except EtcdError as exc:
             self._suspended = True
-            self._tell({"state": "SUSPENDED", "why": str(exc)})
+            self._report({"state": "SUSPENDED", "why": str(exc)})
             return self._backoff.next_s()
         self._suspended = False
-        self._tell(
+        self._report(
             {
                 "state": "REGISTERED",
                 "why": "",

@@ -1,5 +1,5 @@
-"""The rank's line to its keeper: asks it, hears from it, and puts another in its place when it dies
-or hangs.
+"""The rank's line to its keeper: sends it requests, receives its reports, and puts another in its
+place when it dies or hangs.
 
 Used by the handle only. Starts one thread, which listens to the keeper. Nothing here needs the GIL
 in time: the keeper goes on without the rank.
@@ -18,6 +18,7 @@ from typing import Any
 from engine_registry.errors import KeeperFailed, RegistryError, from_wire
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.config import EtcdConfig
+from engine_registry.registration.keeper.pending import Pending
 from engine_registry.registration.keeper.process import START_TIMEOUT_S, KeeperProcess
 from engine_registry.registration.keeper.protocol import ANSWER_S, beat_s, encode_frame
 from engine_registry.registration.writes import DIED
@@ -28,8 +29,7 @@ from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
 
-# What is to be known of the registration: a state's name, why, and the error where the registration
-# is lost.
+# The name of a state of the registration, why, and the error where the registration is lost.
 OnNews = Callable[[str, str, RegistryError | None], None]
 
 
@@ -46,7 +46,7 @@ class KeeperLink:
     ) -> None:
         """`news` is a weak reference.
 
-        When what it refers to is gone, nobody wants the registration any more, and it ends.
+        When its referent is gone, the registration is not wanted any more, and ends.
         """
         self.record = record
         self._config = config
@@ -54,15 +54,11 @@ class KeeperLink:
         self._ttl_s = ttl_s
         self._news = news
         self._lock = threading.Lock()
-        self._pending: dict[
-            int, tuple[dict[str, Any], Future[dict[str, Any]]]
-        ] = {}  # by sequence number
-        self._seq = 0
-        self._claims_again = 0  # that the keeper has told
+        self._pending = Pending()
+        self._claims_again = 0  # that the keeper has reported
         self._opened = False  # registered at least once
-        self._over: RegistryError | None = (
-            None  # for whoever asks from then on; a keeper that ends then is not replaced
-        )
+        # for each request from then on; a keeper that ends then is not replaced
+        self._over: RegistryError | None = None
         self._woken = threading.Event()  # it is over
         self._forgotten = False
         self._keeper: KeeperProcess | None = None  # None while the next one is not there yet
@@ -83,7 +79,7 @@ class KeeperLink:
         keeper that hangs is an error.
         """
         with self._lock:
-            opening, reply = self._expect(self._opening(again=False))
+            opening, reply = self._pending.add(self._opening(again=False))
         try:
             self._start(opening)
             try:
@@ -152,7 +148,7 @@ class KeeperLink:
     def _unwanted(self) -> bool:
         return self._forgotten or self._news() is None
 
-    def _tell(self, state: str, why: str, lost: RegistryError | None) -> None:
+    def _notify(self, state: str, why: str, lost: RegistryError | None) -> None:
         on_news = self._news()
         if on_news is not None:
             on_news(state, why, lost)
@@ -178,9 +174,8 @@ class KeeperLink:
         keeper.write(frame, START_TIMEOUT_S)
         with self._lock:
             self._keeper = keeper
-            for message, _ in self._pending.values():
-                if message.get("op") == "end":
-                    keeper.write(encode_frame(message))
+            for message in self._pending.ends():
+                keeper.write(encode_frame(message))
             if self.record is not record:
                 self._ask({"op": "update", "key": record.key}, (encode(self.record),))
             if self._over:
@@ -193,7 +188,7 @@ class KeeperLink:
         """
         if not self._opened:
             return START_TIMEOUT_S + 3 * self._config.timeout_s
-        if not keeper.heard:
+        if not keeper.spoke:
             return START_TIMEOUT_S
         return ANSWER_S if self._pending else beat_s(self._ttl_s) + ANSWER_S
 
@@ -206,7 +201,7 @@ class KeeperLink:
         self, message: dict[str, Any], payloads: Sequence[bytes] = ()
     ) -> Future[dict[str, Any]]:
         waiting = bool(self._pending)
-        message, reply = self._expect(message)
+        message, reply = self._pending.add(message)
         if self._over:
             self._finish(self._over)
         elif self._keeper is not None:
@@ -215,20 +210,13 @@ class KeeperLink:
             self._keeper.write(encode_frame(message, payloads))
         return reply
 
-    def _expect(self, message: dict[str, Any]) -> tuple[dict[str, Any], Future[dict[str, Any]]]:
-        self._seq += 1
-        self._pending[self._seq] = {**message, "seq": self._seq}, Future()
-        return self._pending[self._seq]
-
     def _closed(self) -> RegistryError:
         return RegistryError(f"the registration of {self.record.key} is closed")
 
     def _finish(self, error: RegistryError) -> None:
         self._over = error
         self._woken.set()
-        for _, reply in self._pending.values():
-            reply.set_result({"error": error.to_wire()})
-        self._pending.clear()
+        self._pending.fail(error)
 
     # -- the listening thread
     # ----------------------------------------------------------------------------------------------
@@ -242,7 +230,7 @@ class KeeperLink:
                 error = keeper.reap()
                 if not self._opened and not self._over:
                     self._finish(error)
-                self._settle_updates()
+                self._pending.settle_updates()
             if not self._over:
                 log.warning(
                     "%s; starting another",
@@ -251,7 +239,7 @@ class KeeperLink:
                 )
                 # for longer, perhaps, than the lease lives; one that died is replaced before that
                 if keeper.hung:
-                    self._tell("SUSPENDED", str(error), None)
+                    self._notify("SUSPENDED", str(error), None)
             while not self._over and self._keeper is None:
                 self._woken.wait(backoff.next_s())
                 if self._unwanted:
@@ -259,29 +247,20 @@ class KeeperLink:
                 self._replace()
 
     def _attend(self, keeper: KeeperProcess, backoff: Backoff) -> None:
-        """Hears the keeper until it has ended, and ends one that hangs."""
+        """Receives from the keeper until it has ended, and ends one that hangs."""
         self._claims_again = 0
         while (frames := keeper.read()) is not None:
             for frame in frames:
                 backoff.reset()
-                self._hear(frame.message)
+                self._receive(frame.message)
             if self._unwanted and not self._over:
                 self.abandon()
-            # what waits for a keeper that was dismissed waits for its end, which may take an outage
-            # of etcd
+            # requests to a keeper that was dismissed wait for its end, which may take an outage of
+            # etcd
             with self._lock:
                 hung = not self._over and keeper.silent_s >= self._silence_s(keeper)
             if hung:
                 keeper.kill_hung()
-
-    def _settle_updates(self) -> None:
-        """What an update wanted is given to the next keeper anyway, which need not be waited for;
-        an end is asked again.
-        """
-        for seq, (message, reply) in list(self._pending.items()):
-            if message.get("op") != "end":
-                del self._pending[seq]
-                reply.set_result({})
 
     def _replace(self) -> None:
         """Starts another keeper, unless there is no memory, process or file descriptor to be had
@@ -293,16 +272,15 @@ class KeeperLink:
             self._start({**self._opening(again=True), "seq": 0})
             metrics.KEEPER_RESTARTS.inc()
         except (KeeperFailed, MemoryError) as exc:
-            self._tell("SUSPENDED", f"no keeper: {str(exc) or type(exc).__name__}", None)
+            self._notify("SUSPENDED", f"no keeper: {str(exc) or type(exc).__name__}", None)
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    def _receive(self, message: dict[str, Any]) -> None:
         if "reply" in message:
             with self._lock:
-                asked, reply = self._pending.pop(message["reply"], ({}, None))
+                asked, reply = self._pending.take(message["reply"])
                 self._opened = self._opened or not message.get("error")
-                if (
-                    asked.get("op") == "end"
-                ):  # it ends next, perhaps before the thread that asked it has gone on
+                # it ends next, perhaps before the thread that asked it has gone on
+                if asked.get("op") == "end":
                     self._finish(self._closed())
             if reply is not None:
                 reply.set_result(message)
@@ -310,10 +288,10 @@ class KeeperLink:
             lost = from_wire(message["error"])
             with self._lock:
                 self._finish(lost)
-            self._tell("LOST", str(lost), lost)
+            self._notify("LOST", str(lost), lost)
         elif "state" in message:
             self._count(message)
-            self._tell(message["state"], message["why"], None)
+            self._notify(message["state"], message["why"], None)
 
     def _count(self, message: dict[str, Any]) -> None:
         """Claims come as a sum, as a rank that is stopped does not get every message."""

@@ -26,7 +26,7 @@ from engine_registry.errors import EtcdError, EtcdUnavailable, RegistrationLost,
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig
-from engine_registry.registration.keeper.holder import Keeper, Tell
+from engine_registry.registration.keeper.holder import Keeper, Report
 from engine_registry.registration.keeper.protocol import (
     CALL_TIMEOUT_S,
     Frame,
@@ -45,21 +45,21 @@ T = TypeVar("T")
 _END_FOR_S = 300.0
 
 
-class _TellingEtcd(Etcd):
-    """Tells before every call that the keeper lives: the time of one call is bounded, that of many
-    in sequence is not.
+class _ReportingEtcd(Etcd):
+    """Reports before every call that the keeper lives: the time of one call is bounded, that of
+    many in sequence is not.
     """
 
-    def __init__(self, config: EtcdConfig, tell: Tell) -> None:
+    def __init__(self, config: EtcdConfig, report: Report) -> None:
         super().__init__(config)
-        self._tell = tell
+        self._report = report
 
     def _call(self, operation: Callable[[Any, float], T], stop: Any = None) -> T:
-        self._tell({"alive": True})
+        self._report({"alive": True})
         return super()._call(operation, stop)
 
 
-def serve(keeper: Keeper, inbox: queue.Queue[Frame | None], tell: Tell) -> None:
+def serve(keeper: Keeper, inbox: queue.Queue[Frame | None], report: Report) -> None:
     """Obeys the rank until it withdraws, dies (None in the inbox) or loses the registration."""
     due = time.monotonic()
     while True:
@@ -77,16 +77,16 @@ def serve(keeper: Keeper, inbox: queue.Queue[Frame | None], tell: Tell) -> None:
                     not keeper.suspended
                 ):  # else the rank need not wait: the beat that finds etcd back writes it
                     due = time.monotonic() + keeper.beat()
-                tell({"reply": frame.message["seq"]})
+                report({"reply": frame.message["seq"]})
             else:
-                _end(keeper, frame, tell)
+                _end(keeper, frame, report)
                 return
         except RegistrationLost as exc:
-            tell({"state": "LOST", "error": exc.to_wire()})
+            report({"state": "LOST", "error": exc.to_wire()})
             return
 
 
-def _end(keeper: Keeper, frame: Frame | None, tell: Tell) -> None:
+def _end(keeper: Keeper, frame: Frame | None, report: Report) -> None:
     """Tries until it is known that the keys are gone."""
     reason = frame.message["reason"] if frame else DIED
     give_up = time.monotonic() + _END_FOR_S
@@ -102,7 +102,7 @@ def _end(keeper: Keeper, frame: Frame | None, tell: Tell) -> None:
             except EtcdError as exc:
                 problem = exc
         if first and frame:  # the rank need not wait for an etcd that is away
-            tell({"reply": frame.message["seq"], "error": problem.to_wire() if problem else None})
+            report({"reply": frame.message["seq"], "error": problem.to_wire() if problem else None})
         if problem is None or time.monotonic() > give_up:
             return
         first = False
@@ -123,7 +123,7 @@ def main() -> None:
         signal.signal(
             ignored, signal.SIG_IGN
         )  # the rank decides when it ends; its end is what ends the keeper
-    pipe, tell = sys.stdin.buffer, teller(sys.stdout.fileno())
+    pipe, report = sys.stdin.buffer, reporter(sys.stdout.fileno())
     opening = read_frame(pipe)
     if opening is None:
         return
@@ -132,39 +132,39 @@ def main() -> None:
     threading.Thread(target=_read, args=(pipe, inbox), daemon=True).start()
     threading.Thread(target=_await_death, args=(message["rank_pid"], inbox), daemon=True).start()
     config = EtcdConfig.from_wire(message["etcd"])
-    etcd = _TellingEtcd(config, tell)
-    keeper = Keeper(etcd, record_from_wire(opening), opening.payloads[1:], message["ttl_s"], tell)
+    etcd = _ReportingEtcd(config, report)
+    keeper = Keeper(etcd, record_from_wire(opening), opening.payloads[1:], message["ttl_s"], report)
     try:
         if not message[
             "again"
         ]:  # a keeper that takes over from a dead one registers with its first beat instead
             keeper.register()
-        tell({"reply": message["seq"]})
+        report({"reply": message["seq"]})
     except RegistryError as exc:
-        tell({"reply": message["seq"], "error": exc.to_wire()})
+        report({"reply": message["seq"], "error": exc.to_wire()})
         return
     # The rank waited for its first claim for as long as it wants calls to take. From now on its
     # death must be noticed soon.
     etcd.config = replace(config, timeout_s=min(config.timeout_s, CALL_TIMEOUT_S))
-    serve(keeper, inbox, tell)
+    serve(keeper, inbox, report)
 
 
-def teller(pipe: int) -> Tell:
+def reporter(pipe: int) -> Report:
     """Writes to the rank without ever waiting for it: one that is stopped reads nothing, and keeps
     its lease all the same.
 
-    What does not fit is dropped. States are told again, and replies are not waited for without end.
-    Only a loss has to arrive, and then there is nothing left to renew.
+    A message that does not fit is dropped. States are reported again, and replies are not waited
+    for without end. Only a loss has to arrive, and then there is nothing left to renew.
     """
-    room = select.poll()
-    room.register(pipe, select.POLLOUT)
+    writable = select.poll()
+    writable.register(pipe, select.POLLOUT)
 
-    def tell(message: dict[str, Any]) -> None:
+    def report(message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # the rank is gone; the reader notices
-            if message.get("state") == "LOST" or room.poll(0):
+            if message.get("state") == "LOST" or writable.poll(0):
                 os.write(pipe, encode_frame(message))
 
-    return tell
+    return report
 
 
 def run() -> None:
@@ -192,7 +192,7 @@ def _read(pipe: IO[bytes], inbox: queue.Queue[Frame | None]) -> None:
 
 def _await_death(pid: int, inbox: queue.Queue[Frame | None]) -> None:
     if not hasattr(os, "pidfd_open"):
-        return  # the pipe alone has to tell
+        return  # the pipe alone has to show it
     try:
         process = os.pidfd_open(pid)
     except OSError:

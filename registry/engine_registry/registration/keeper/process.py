@@ -58,7 +58,7 @@ class KeeperProcess:
         It inherits no variable that holds `secret`: it comes by its pipe.
         """
         check_can_start(key)
-        self.heard = False  # it has said something
+        self.spoke = False  # a message of it has come
         self.silent_s = 0.0  # since then
         self.hung = False  # and was killed for it
         self._key = key
@@ -127,7 +127,7 @@ class KeeperProcess:
         if not self._readable.poll(LOOK_S * 1000):
             self.silent_s += LOOK_S
             return []
-        self.heard, self.silent_s = True, 0.0
+        self.spoke, self.silent_s = True, 0.0
         try:
             data = os.read(self._output.fileno(), 65536)
             return list(self._frames.feed(data)) if data else None
@@ -154,8 +154,8 @@ class KeeperProcess:
         self._process.kill()
 
     def reap(self) -> KeeperFailed:
-        """To be called once, after it has ended: frees what it leaves in our process, and tells how
-        it ended.
+        """To be called once, after it has ended: frees what it leaves in our process, and returns
+        how it ended.
         """
         self._process.kill()  # it may still run if it talked nonsense
         code = self._process.wait()

@@ -1,8 +1,8 @@
 """What a rank and its keeper say to each other over two pipes, and how soon each has to.
 
-A message is one line of JSON, then the raw bytes whose lengths the line gives. The keeper tells the
-state of the registration at every beat, and that it lives before every call to etcd, so that a rank
-can tell a keeper that waits from one that hangs.
+A message is one line of JSON, then the raw bytes whose lengths the line gives. The keeper reports
+the state of the registration at every beat, and that it lives before every call to etcd, so that a
+rank can distinguish a keeper that waits from one that hangs.
 """
 
 from __future__ import annotations

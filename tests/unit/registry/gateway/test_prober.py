@@ -1,4 +1,4 @@
-"""The vigil over seeds: leases are renewed while seeds listen, ranks end when their seeds refuse,
+"""The prober over seeds: leases are renewed while seeds listen, ranks end when their seeds refuse,
 and silence is left to others.
 """
 
@@ -18,7 +18,7 @@ from engine_registry import RankRecord
 from engine_registry.errors import EtcdError, EtcdRefused
 from engine_registry.etcd.follow import Follower
 from engine_registry.gateway.probe import Answer
-from engine_registry.gateway.prober import Vigil
+from engine_registry.gateway.prober import Prober
 from engine_registry.schema.keyvalue import Batch, Put, Snapshot
 from engine_registry.schema.record import GATEWAY
 from engine_registry.schema.record_format import decode, encode
@@ -47,7 +47,7 @@ class Feed(Follower):
 
 
 class World:
-    """An etcd, seeds that answer as they are told, and a vigil over them that looks without a
+    """An etcd, seeds that answer as they are told, and a prober over them that looks without a
     pause.
     """
 
@@ -57,7 +57,7 @@ class World:
         self.answers: dict[str, Answer] = defaultdict(lambda: LISTENS)
         self.script: list[Answer] = []  # before those
         self.probed: list[str] = []
-        self.vigil = Vigil(self.etcd, self.feed, self._probe, 0.0005, tolerance)
+        self.prober = Prober(self.etcd, self.feed, self._probe, 0.0005, tolerance)
 
     async def _probe(self, session_id: str) -> Answer:
         self.probed.append(session_id)
@@ -70,7 +70,7 @@ class World:
         return lease_id
 
     def show(self) -> None:
-        """What is in etcd now reaches the vigil."""
+        """What is in etcd now reaches the prober."""
         self.feed.put(self.etcd.snapshot("/engines/"))
 
     async def until(self, reached: Callable[[], bool]) -> None:
@@ -92,17 +92,17 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def watched(story: Callable[[World], Any], world: World | None = None) -> World:
-    """The story while the vigil runs."""
+    """The story while the prober runs."""
     world = world or World()
 
     async def main() -> None:
-        task = asyncio.create_task(world.vigil.run())
+        task = asyncio.create_task(world.prober.run())
         try:
             await story(world)
         finally:
             task.cancel()
             await asyncio.wait([task])
-            world.vigil.close()
+            world.prober.close()
 
     asyncio.run(main())
     return world
@@ -271,7 +271,7 @@ def test_what_etcd_refuses_for_good_ends_the_vigil_with_it() -> None:
 
     async def main() -> None:
         with pytest.raises(EtcdRefused, match="no permission"):
-            await asyncio.wait_for(world.vigil.run(), 20)
-        world.vigil.close()
+            await asyncio.wait_for(world.prober.run(), 20)
+        world.prober.close()
 
     asyncio.run(main())

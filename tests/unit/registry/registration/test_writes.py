@@ -15,7 +15,7 @@ from engine_registry.registration.writes import EVICTED, amend, claim, end, remo
 from engine_registry.schema.keys import evicted_key, manifest_part_key, record_key
 from engine_registry.schema.keyvalue import KeyValue, Put, absent
 from engine_registry.schema.record_format import decode_item, encode
-from engine_registry.watching.watch import Tracker
+from engine_registry.watching.tracker import Tracker
 from tests.support.builders import OTHER_INCARNATION, a_record
 from tests.support.fake_etcd import FakeEtcd
 

@@ -27,7 +27,7 @@ from engine_loader.tensors.state_dict import decode_value, encode_values
 from engine_registry import Manifest, RankRecord, Region
 from engine_registry.errors import RecordDamaged
 from engine_registry.schema import manifest_format, pull_ticket
-from engine_registry.schema.eviction_note import Note
+from engine_registry.schema.eviction_note import EvictionNote
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.manifest import DigestTable
 from engine_registry.schema.record import ManifestRef
@@ -116,7 +116,7 @@ RAW_MANIFEST = zlib.decompress(b"".join(manifest_format.encode(a_large_manifest(
 TICKET = pull_ticket.encode(
     a_pull(reader=pull_ticket.Reader("b", 1, "2" * 32), nbytes=5, total_nbytes=9)
 ).decode()
-NOTE = Note(a_record(), frozenset({"0" * 32, "1" * 32})).encode().decode()
+NOTE = EvictionNote(a_record(), frozenset({"0" * 32, "1" * 32})).encode().decode()
 
 
 @st.composite
@@ -193,7 +193,7 @@ def test_a_changed_manifest_is_a_good_one_or_damage(raw: bytes, tensors: int) ->
 @EXAMPLES
 @given(mutations(NOTE))
 def test_a_changed_note_is_a_good_one_or_damage(value: bytes) -> None:
-    found = good_or_damaged(lambda: Note.decode("/doomed/qwen", value))
+    found = good_or_damaged(lambda: EvictionNote.decode("/doomed/qwen", value))
     assert found is None or isinstance(found.lost, RankRecord)
 
 

@@ -31,7 +31,7 @@ from engine_registry import (
     RankState,
     RankUpdated,
 )
-from engine_registry.pulls import PullWatch
+from engine_registry.pulls.watch import PullWatch
 from engine_registry.registration.keeper.link import KeeperLink
 from engine_registry.registration.writes import ENDINGS
 from engine_registry.schema.keys import pull_key
@@ -308,9 +308,9 @@ def test_every_way_in_which_a_registration_ends_is_counted_by_its_name() -> None
 @pytest.mark.parametrize("reason", metrics.LOSSES)
 def test_the_reasons_that_are_counted_are_those_that_are_told(reason: str) -> None:
     from engine_registry.registration import writes
-    from engine_registry.watching import watch
+    from engine_registry.watching import tracker
 
-    sources = inspect.getsource(watch) + inspect.getsource(writes)
+    sources = inspect.getsource(tracker) + inspect.getsource(writes)
     assert f'"{reason}"' in sources
 
 
@@ -375,7 +375,7 @@ def test_the_time_of_a_renewal_comes_with_the_state(
         told(renewed_in_s=0.004),
         {"state": "SUSPENDED", "why": "etcd is away"},
     ):
-        link._hear(message)
+        link._receive(message)
     assert counted.get_sample_value("engines_registry_keepalive_seconds_count") == 2
     assert counted.get_sample_value("engines_registry_keepalive_seconds_sum") == pytest.approx(
         0.007
@@ -386,7 +386,7 @@ def test_registrations_that_were_renewed_count_once_also_where_messages_were_los
     counted: CollectorRegistry, link: KeeperLink
 ) -> None:
     for claims in (0, 1, 1, 4):
-        link._hear(told(claims))
+        link._receive(told(claims))
     assert counted.get_sample_value("engines_registry_reregistrations_total") == 4
 
 

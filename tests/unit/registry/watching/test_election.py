@@ -87,10 +87,10 @@ def test_a_lead_is_not_given_up_for_another_that_has_it_at_the_same_revision_of_
 def test_a_refusal_and_an_outage_can_be_told_apart() -> None:
     election = Election(FakeEtcd(), "x")
     assert (election.refusal, election.unreachable_since) == (None, None)
-    election._tell(EtcdUnavailable("away"))
+    election._note(EtcdUnavailable("away"))
     since = election.unreachable_since
     assert (since is None, election.refusal) == (False, None)
-    election._tell(EtcdRefused("no"))
+    election._note(EtcdRefused("no"))
     assert isinstance(election.refusal, EtcdRefused)
     assert election.unreachable_since == since
     election.close()

@@ -1,4 +1,4 @@
-"""Which registrations are doomed by a loss, when, and what is written down of it."""
+"""Which registrations are evicted because of a loss, when, and the note of it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from engine_registry import (
     RankRecord,
 )
 from engine_registry.errors import RecordDamaged, SchemaUnsupported
-from engine_registry.schema.eviction_note import Note
+from engine_registry.schema.eviction_note import EvictionNote
 from engine_registry.schema.status import assess
-from engine_registry.watching.grace_period import Doomed, Grace
+from engine_registry.watching.grace_period import DueEviction, Grace
 from tests.support.builders import a_record
 
 GRACE_S = 30.0
@@ -56,19 +56,19 @@ def test_a_loss_dooms_the_ranks_that_are_left_when_the_grace_is_over() -> None:
     assert grace.due == 40.0
     assert grace.expired(39.9) == []
     assert grace.expired(40.0) == [
-        Doomed("qwen", RANKS[0], ids(RANKS[1:]), unseen=False, until=40.0)
+        DueEviction("qwen", RANKS[0], ids(RANKS[1:]), unseen=False, until=40.0)
     ]
 
 
 def test_what_is_doomed_is_told_again_until_it_is_settled() -> None:
     grace = watching()
     feed(grace, 10.0, RankLost(RANKS[0], "process ended"), DEGRADED)
-    (doomed,) = grace.expired(40.0)
+    (eviction,) = grace.expired(40.0)
     assert grace.expired(40.0) == []
     soon = grace.due or 0.0
     assert soon > 40.0
     (again,) = grace.expired(soon)
-    assert (again.lost, again.incarnations) == (doomed.lost, doomed.incarnations)
+    assert (again.lost, again.incarnations) == (eviction.lost, eviction.incarnations)
     grace.settle(again)
     assert grace.due is None
     assert grace.expired(999.0) == []
@@ -103,9 +103,9 @@ def test_of_several_losses_that_are_over_all_are_settled_at_once() -> None:
         RankLost(RANKS[1], "process ended"),
         DEGRADED,
     )
-    (doomed,) = grace.expired(40.0)
-    assert (doomed.lost, doomed.incarnations) == (RANKS[0], ids(RANKS[2:]))
-    grace.settle(doomed)
+    (eviction,) = grace.expired(40.0)
+    assert (eviction.lost, eviction.incarnations) == (RANKS[0], ids(RANKS[2:]))
+    grace.settle(eviction)
     assert grace.due is None
 
 
@@ -130,16 +130,16 @@ def test_ranks_that_come_after_the_loss_are_not_doomed_by_it() -> None:
         DEGRADED,
     )
     feed(grace, 20.0, RankJoined(successor(RANKS[0])))
-    (doomed,) = grace.expired(40.0)
-    assert doomed.incarnations == ids(RANKS[2:])
+    (eviction,) = grace.expired(40.0)
+    assert eviction.incarnations == ids(RANKS[2:])
 
 
 def test_a_registration_that_comes_back_itself_is_as_old_as_it_was() -> None:
     grace = watching()
     feed(grace, 10.0, RankLost(RANKS[0], "process ended"), DEGRADED)
     feed(grace, 11.0, RankLost(RANKS[1], "lease expired or key deleted"), RankJoined(RANKS[1]))
-    (doomed,) = grace.expired(40.0)
-    assert doomed.incarnations == ids(RANKS[1:])
+    (eviction,) = grace.expired(40.0)
+    assert eviction.incarnations == ids(RANKS[1:])
 
 
 def test_of_an_instance_that_is_gone_nothing_is_remembered() -> None:
@@ -193,9 +193,9 @@ def test_an_instance_that_nobody_saw_complete_is_doomed_only_by_a_note() -> None
     grace = Grace(GRACE_S)
     feed(grace, 0.0, RankJoined(RANKS[1]), DEGRADED)
     assert grace.next_note() is None
-    (doomed,) = grace.expired(30.0)
-    assert doomed == Doomed("qwen", None, frozenset(), unseen=True, until=30.0)
-    grace.settle(doomed)
+    (eviction,) = grace.expired(30.0)
+    assert eviction == DueEviction("qwen", None, frozenset(), unseen=True, until=30.0)
+    grace.settle(eviction)
     assert grace.due is None
 
 
@@ -203,8 +203,8 @@ def test_a_loss_in_an_instance_that_was_incomplete_before_dooms_by_itself_and_by
     grace = Grace(GRACE_S)
     feed(grace, 0.0, *map(RankJoined, RANKS[1:]), DEGRADED)
     feed(grace, 1.0, RankLost(RANKS[1], "process ended"))
-    (doomed,) = grace.expired(31.0)
-    assert doomed == Doomed("qwen", RANKS[1], ids(RANKS[2:]), unseen=True, until=31.0)
+    (eviction,) = grace.expired(31.0)
+    assert eviction == DueEviction("qwen", RANKS[1], ids(RANKS[2:]), unseen=True, until=31.0)
 
 
 def test_an_instance_that_is_degraded_with_all_its_ranks_there_dooms_nobody() -> None:
@@ -222,7 +222,7 @@ def test_the_first_loss_is_noted_once_with_those_who_stand() -> None:
     grace = watching()
     assert grace.next_note() is None
     feed(grace, 10.0, RankLost(RANKS[0], "process ended"), DEGRADED)
-    assert grace.next_note() == Note(RANKS[0], ids(RANKS[1:]))
+    assert grace.next_note() == EvictionNote(RANKS[0], ids(RANKS[1:]))
     feed(grace, 11.0, RankLost(RANKS[1], "process ended"))
     assert grace.next_note() is None
     assert not grace.has_notes
@@ -237,12 +237,12 @@ def test_a_doom_that_is_lifted_is_not_noted_and_the_next_one_is(saved_by: list[E
     assert not grace.has_notes
     assert grace.next_note() is None
     feed(grace, 20.0, RankLost(RANKS[1], "process ended"))
-    assert grace.next_note() == Note(RANKS[1], ids([successor(RANKS[0]), *RANKS[2:]]))
+    assert grace.next_note() == EvictionNote(RANKS[1], ids([successor(RANKS[0]), *RANKS[2:]]))
 
 
 def test_a_note_reads_back_as_it_is() -> None:
-    note = Note(RANKS[0], ids(RANKS[1:]))
-    assert Note.decode("/doomed/qwen", note.encode()) == note
+    note = EvictionNote(RANKS[0], ids(RANKS[1:]))
+    assert EvictionNote.decode("/doomed/qwen", note.encode()) == note
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_note_reads_back_as_it_is() -> None:
 )
 def test_a_note_that_cannot_be_read_says_which_key(value: bytes, kind: type[RecordDamaged]) -> None:
     with pytest.raises(kind, match=r"/doomed/qwen|/engines/a/0"):
-        Note.decode("/doomed/qwen", value)
+        EvictionNote.decode("/doomed/qwen", value)
 
 
 def test_a_rank_that_was_replaced_at_once_does_not_shorten_the_grace_of_the_next_loss() -> None:
@@ -287,6 +287,6 @@ def test_a_newcomer_is_not_doomed_by_the_grace_of_a_loss_before_it_came() -> Non
         DEGRADED,
     )
     feed(grace, 38.0, RankJoined(successor(RANKS[0])), RankLost(RANKS[2], "process ended"))
-    doomed = [incarnation for told in grace.expired(40.0) for incarnation in told.incarnations]
-    assert RANKS[3].incarnation in doomed
-    assert successor(RANKS[0]).incarnation not in doomed
+    eviction = [incarnation for told in grace.expired(40.0) for incarnation in told.incarnations]
+    assert RANKS[3].incarnation in eviction
+    assert successor(RANKS[0]).incarnation not in eviction

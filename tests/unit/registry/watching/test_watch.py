@@ -30,7 +30,8 @@ from engine_registry.schema.keys import parse_record_key, record_key
 from engine_registry.schema.keyvalue import Change, Deletion, KeyValue
 from engine_registry.schema.record_format import decode
 from engine_registry.schema.status import assess
-from engine_registry.watching.watch import EXPIRED, Tracker, Watch
+from engine_registry.watching.tracker import EXPIRED, Tracker
+from engine_registry.watching.watch import Watch
 from tests.support.builders import (
     INCARNATION,
     OTHER_INCARNATION,
@@ -327,7 +328,7 @@ def watching(feed: Feed) -> Iterator[Watch]:
 def test_a_slow_consumer_does_not_take_a_blip_for_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     feed, clock = Feed(stored(A), stored(B)), Clock()
     with watching(feed) as watch:
-        monkeypatch.setattr("engine_registry.watching.watch.time", clock)
+        monkeypatch.setattr("engine_registry.watching.inbox.time", clock)
         newer = a_record(rank=1, device="cuda:1")
         feed.give(deleted(A), stored(newer, 3))
         feed.give(stored(A, 4))
@@ -340,15 +341,15 @@ def test_a_slow_consumer_does_not_take_a_blip_for_a_loss(monkeypatch: pytest.Mon
 def test_what_etcd_holds_back_while_the_inbox_is_full_is_not_late(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engine_registry.watching.watch._MAX_QUEUED", 1)
+    monkeypatch.setattr("engine_registry.watching.inbox._MAX_QUEUED", 1)
     feed, clock = Feed(stored(A), stored(B)), Clock()
     with watching(feed) as watch:
-        monkeypatch.setattr("engine_registry.watching.watch.time", clock)
+        monkeypatch.setattr("engine_registry.watching.inbox.time", clock)
         updates = [a_record(rank=1, device=f"cuda:{number}") for number in range(3)]
         feed.give(deleted(A), stored(updates[0], 3))
         feed.give(stored(updates[1], 4))
         feed.give(stored(A, 5), stored(updates[2], 6))
-        wait_until(lambda: watch._full_since is not None)
+        wait_until(lambda: watch._inbox.full)
         clock.now += 60.0
         assert [
             event.record for event in itertools.islice(watch, 3) if isinstance(event, RankUpdated)
@@ -360,7 +361,7 @@ def test_a_key_that_stays_away_is_lost_although_the_consumer_was_slow(
 ) -> None:
     feed, clock = Feed(stored(A), stored(B)), Clock()
     with watching(feed) as watch:
-        monkeypatch.setattr("engine_registry.watching.watch.time", clock)
+        monkeypatch.setattr("engine_registry.watching.inbox.time", clock)
         feed.give(deleted(A))
         feed.wait_until_taken(1)
         clock.now += 60.0
@@ -370,29 +371,28 @@ def test_a_key_that_stays_away_is_lost_although_the_consumer_was_slow(
 def test_while_nobody_consumes_the_inbox_is_bounded_and_nothing_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engine_registry.watching.watch._MAX_QUEUED", 10)
+    monkeypatch.setattr("engine_registry.watching.inbox._MAX_QUEUED", 10)
     feed = Feed(stored(A), stored(B))
     with watching(feed) as watch:
         updates = [a_record(rank=1, device=f"cuda:{number}") for number in range(100)]
         for number, update in enumerate(updates):
             feed.give(stored(update, number + 3))
-        wait_until(lambda: watch._full_since is not None)
-        assert (watch._inbox.qsize(), feed.taken) == (10, 10)
+        wait_until(lambda: watch._inbox.full)
+        assert (len(watch._inbox), feed.taken) == (10, 10)
         assert [
             event.record for event in itertools.islice(watch, 100) if isinstance(event, RankUpdated)
         ] == updates
-        assert (watch._inbox.qsize(), len(watch._events)) == (0, 0)
+        assert (len(watch._inbox), len(watch._events)) == (0, 0)
 
 
 def test_a_watch_whose_inbox_is_full_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine_registry.watching.watch._MAX_QUEUED", 1)
+    monkeypatch.setattr("engine_registry.watching.inbox._MAX_QUEUED", 1)
     feed = Feed(stored(A), stored(B))
     with watching(feed) as watch:
         feed.give(stored(A, 3))
         feed.give(stored(A, 4))
-        wait_until(lambda: watch._full_since is not None)
-    watch._thread.join(20)
-    assert not watch._thread.is_alive()
+        wait_until(lambda: watch._inbox.full)
+    assert watch._inbox.join(20)
 
 
 # -- any sequence of changes

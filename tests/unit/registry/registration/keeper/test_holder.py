@@ -25,12 +25,12 @@ from engine_registry.errors import (
 from engine_registry.registration.eviction import evict
 from engine_registry.registration.keeper import main
 from engine_registry.registration.keeper.holder import Keeper
-from engine_registry.registration.keeper.main import record_from_wire, serve, teller
+from engine_registry.registration.keeper.main import record_from_wire, reporter, serve
 from engine_registry.registration.keeper.protocol import Frame, read_frame
 from engine_registry.schema.keys import evicted_key
 from engine_registry.schema.keyvalue import Deletion, Put
 from engine_registry.schema.record_format import decode, encode
-from engine_registry.watching.watch import Tracker
+from engine_registry.watching.tracker import Tracker
 from tests.support.builders import OTHER_INCARNATION, a_record
 from tests.support.fake_etcd import FakeEtcd
 
@@ -46,15 +46,15 @@ class Rank:
     """What the rank's end of the pipe has heard."""
 
     def __init__(self) -> None:
-        self.heard: list[dict[str, Any]] = []
+        self.received: list[dict[str, Any]] = []
 
-    def tell(self, message: dict[str, Any]) -> None:
-        self.heard.append(message)
+    def report(self, message: dict[str, Any]) -> None:
+        self.received.append(message)
 
     @property
     def states(self) -> list[str]:
         """As they changed: every beat tells one."""
-        told = [message["state"] for message in self.heard if "state" in message]
+        told = [message["state"] for message in self.received if "state" in message]
         return [
             state
             for before, state in zip([REGISTERED, *told], told, strict=False)
@@ -73,7 +73,7 @@ def rank() -> Rank:
 
 
 def a_keeper(etcd: FakeEtcd, rank: Rank, record: RankRecord = OURS) -> Keeper:
-    return Keeper(etcd, record, PARTS, TTL_S, rank.tell)
+    return Keeper(etcd, record, PARTS, TTL_S, rank.report)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_registration_that_is_refused_leaves_nothing_behind(
     with pytest.raises(error):
         a_keeper(etcd, rank).register()
     assert (etcd.keys, etcd.leases) == (keys, leases)
-    assert rank.heard == []
+    assert rank.received == []
 
 
 def test_a_registration_whose_answer_is_lost_is_an_error_and_leaves_nothing_behind(
@@ -151,7 +151,7 @@ def test_a_beat_renews_the_lease_and_the_next_is_due_in_a_third_of_its_time(
     assert holding.beat() == TTL_S / 3
     assert etcd.renewed == list(etcd.leases)
     assert etcd.history == before
-    (told,) = rank.heard
+    (told,) = rank.received
     assert (told["state"], told["why"], told["claims_again"]) == (REGISTERED, "", 0)
     assert told["renewed_in_s"] >= 0
 
@@ -164,8 +164,8 @@ def test_a_beat_tells_how_often_the_record_was_put_again_and_no_time_where_nothi
     holding.beat()
     etcd.expire_all()
     holding.beat()
-    assert [told["claims_again"] for told in rank.heard] == [1, 1, 2]
-    assert [told["renewed_in_s"] is None for told in rank.heard] == [True, False, True]
+    assert [told["claims_again"] for told in rank.received] == [1, 1, 2]
+    assert [told["renewed_in_s"] is None for told in rank.received] == [True, False, True]
 
 
 def test_a_lease_that_was_lost_is_replaced_and_the_same_record_put_again(
@@ -188,7 +188,7 @@ def test_an_outage_is_told_once_when_it_begins_and_once_when_it_ends(
     etcd.available = False
     waits_s = [holding.beat() for _ in range(20)]
     assert (rank.states, holding.suspended) == ([SUSPENDED], True)
-    assert "etcd is away" in rank.heard[0]["why"]
+    assert "etcd is away" in rank.received[0]["why"]
     assert max(waits_s) <= 0.6 < TTL_S / 3  # capped, so that a return is noticed soon
     etcd.available = True
     assert [holding.beat() for _ in range(3)] == [TTL_S / 3] * 3
@@ -202,7 +202,7 @@ def test_every_beat_tells_the_state_so_that_the_rank_hears_that_its_keeper_lives
     for available in (True, True, False, False, True):
         etcd.available = available
         holding.beat()
-    assert [message["state"] for message in rank.heard] == [
+    assert [message["state"] for message in rank.received] == [
         REGISTERED,
         REGISTERED,
         SUSPENDED,
@@ -215,14 +215,14 @@ def test_a_keeper_that_takes_over_tells_that_the_rank_is_registered_though_it_wa
     etcd: FakeEtcd, rank: Rank, holding: Keeper
 ) -> None:
     a_keeper(etcd, rank).beat()
-    (told,) = rank.heard
+    (told,) = rank.received
     assert (told["state"], told["why"], told["claims_again"]) == (REGISTERED, "", 1)
 
 
 def test_a_lease_of_a_day_is_still_looked_at_often_enough_to_notice_a_keeper_that_hangs(
     etcd: FakeEtcd, rank: Rank
 ) -> None:
-    keeper = Keeper(etcd, OURS, PARTS, 86_400.0, rank.tell)
+    keeper = Keeper(etcd, OURS, PARTS, 86_400.0, rank.report)
     keeper.register()
     assert keeper.beat() == 20.0
 
@@ -597,7 +597,7 @@ def test_a_silent_rank_is_kept_by_beats_at_a_third_of_the_lease(
     etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
 ) -> None:
     start = clock.now
-    serve(holding, Inbox(clock, *[Inbox.SILENCE] * 4, None), rank.tell)
+    serve(holding, Inbox(clock, *[Inbox.SILENCE] * 4, None), rank.report)
     assert len(etcd.renewed) == 4
     assert clock.now == start + 3 * TTL_S / 3
 
@@ -615,7 +615,7 @@ def test_a_rank_that_withdraws_or_dies_is_deleted_with_the_reason(
     reason: str,
     replies: list[Any],
 ) -> None:
-    serve(holding, Inbox(clock, last), rank.tell)
+    serve(holding, Inbox(clock, last), rank.report)
     assert (etcd.keys, etcd.leases) == ([], {})
     values = [
         change.value
@@ -623,7 +623,7 @@ def test_a_rank_that_withdraws_or_dies_is_deleted_with_the_reason(
         if not isinstance(change, Deletion) and change.key == OURS.key
     ]
     assert decode(OURS.key, values[-1]).ended == reason
-    assert rank.heard == replies
+    assert rank.received == replies
 
 
 def test_an_update_is_answered_after_it_is_written(
@@ -646,7 +646,7 @@ def test_an_update_during_an_outage_is_answered_without_asking_etcd_and_written_
     refused_when_told: list[int] = []
 
     def tell(message: dict[str, Any]) -> None:
-        rank.tell(message)
+        rank.report(message)
         refused_when_told.append(etcd.refused)
 
     class Back(Inbox):
@@ -655,7 +655,7 @@ def test_an_update_during_an_outage_is_answered_without_asking_etcd_and_written_
             return super().get(block, timeout)
 
     serve(holding, Back(clock, Inbox.SILENCE, update(NEWER), Inbox.SILENCE, None), tell)
-    reply, back = rank.heard[1:]
+    reply, back = rank.received[1:]
     assert (reply, back["state"], back["why"]) == ({"reply": 1}, REGISTERED, "")
     assert rank.states == [SUSPENDED, REGISTERED]
     assert refused_when_told == [1]  # by the beat before
@@ -677,9 +677,9 @@ def test_a_registration_that_is_lost_is_told_with_its_error_and_served_no_more(
 ) -> None:
     ending_by_eviction(etcd)
     inbox = Inbox(clock, *frames, Inbox.SILENCE)
-    serve(holding, inbox, rank.tell)
+    serve(holding, inbox, rank.report)
     assert inbox.unread == 1
-    (told,) = rank.heard
+    (told,) = rank.received
     assert (told["state"], told["error"]["type"]) == ("LOST", "Evicted")
 
 
@@ -693,8 +693,8 @@ def test_a_withdrawal_during_an_outage_is_answered_with_the_problem_and_tried_un
         etcd.available = clock.now > start + 2
 
     clock.at = after_2_s
-    serve(holding, Inbox(clock, end()), rank.tell)
-    (answer,) = rank.heard
+    serve(holding, Inbox(clock, end()), rank.report)
+    (answer,) = rank.received
     assert (answer["reply"], answer["error"]["type"]) == (2, "EtcdUnavailable")
     assert (etcd.keys, etcd.leases) == ([], {})
     assert clock.now < start + 3
@@ -721,7 +721,7 @@ def test_a_rank_that_dies_in_an_outage_is_deleted_after_it_though_a_restarted_et
         etcd.available = clock.now > start + 10 * TTL_S
 
     clock.at = after_an_outage
-    serve(holding, Inbox(clock, None), rank.tell)
+    serve(holding, Inbox(clock, None), rank.report)
     assert (etcd.keys, etcd.leases) == ([], {})
 
 
@@ -730,16 +730,16 @@ def test_an_end_that_etcd_does_not_hear_is_given_up_after_five_minutes(
 ) -> None:
     etcd.available = False
     start = clock.now
-    serve(holding, Inbox(clock, None), rank.tell)
+    serve(holding, Inbox(clock, None), rank.report)
     assert start + 300 < clock.now < start + 302
-    assert rank.heard == []
+    assert rank.received == []
 
 
 def test_a_rank_that_reads_nothing_does_not_stop_its_keeper_and_hears_whole_messages_later() -> (
     None
 ):
     read, write = os.pipe()
-    tell = teller(write)
+    tell = reporter(write)
     for _ in range(5_000):
         tell({"state": SUSPENDED, "why": "etcd is away"})
     os.close(write)

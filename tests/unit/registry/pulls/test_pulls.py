@@ -14,14 +14,9 @@ import pytest
 
 from engine_registry import Pull, RankRecord
 from engine_registry.errors import EtcdRefused, InvalidField
-from engine_registry.pulls import (
-    AllPulls,
-    PullTicket,
-    all_pulls,
-    count_pulls,
-    readers_of,
-    take_ticket,
-)
+from engine_registry.pulls.follow import AllPulls
+from engine_registry.pulls.queries import all_pulls, count_pulls, readers_of
+from engine_registry.pulls.ticket import PullTicket, take_ticket
 from engine_registry.schema.keyvalue import Deletion, KeyValue, Put, Snapshot
 from engine_registry.schema.pull_ticket import Reader
 from engine_registry.schema.pull_ticket import encode as encode_pull
@@ -77,7 +72,7 @@ def told(etcd: FakeEtcd) -> list[tuple[int, int]]:
 
 @pytest.fixture
 def held(etcd: FakeEtcd, read: RankRecord, monkeypatch: pytest.MonkeyPatch) -> Iterator[PullTicket]:
-    monkeypatch.setattr("engine_registry.pulls._TELL_S", 0.001)
+    monkeypatch.setattr("engine_registry.pulls.ticket._REPORT_S", 0.001)
     ticket = take_ticket(etcd, read)
     assert ticket is not None
     with ticket:
@@ -106,11 +101,11 @@ def test_a_ticket_says_who_reads_and_for_whom(etcd: FakeEtcd, read: RankRecord) 
 def test_what_a_ticket_is_told_shows_and_only_when_it_changes(
     etcd: FakeEtcd, held: PullTicket
 ) -> None:
-    held.tell(5, 10)
+    held.report(5, 10)
     wait_until(lambda: told(etcd) == [(5, 10)])
     writes = len(etcd.history)
-    held.tell(5, 10)
-    held.tell(7, 10)
+    held.report(5, 10)
+    held.report(7, 10)
     wait_until(lambda: told(etcd) == [(7, 10)])
     assert len(etcd.history) == writes + 1
 
@@ -118,13 +113,13 @@ def test_what_a_ticket_is_told_shows_and_only_when_it_changes(
 def test_telling_waits_for_nothing(
     etcd: FakeEtcd, read: RankRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine_registry.pulls._TELL_S", 1_000)
+    monkeypatch.setattr("engine_registry.pulls.ticket._REPORT_S", 1_000)
     ticket = take_ticket(etcd, read)
     assert ticket is not None
     writes = len(etcd.history)
     etcd.available = False
     for nbytes in range(1_000):
-        ticket.tell(nbytes, 1_000)
+        ticket.report(nbytes, 1_000)
     assert (len(etcd.history), etcd.refused) == (writes, 0)
     etcd.available = True
     ticket.close()
@@ -138,17 +133,17 @@ def test_a_ticket_that_has_gone_does_not_come_back(
         etcd.expire(held._lease_id)
     else:
         etcd.delete(held._key)
-    held.tell(5, 10)
+    held.report(5, 10)
     wait_until(lambda: held._written is None or not held._thread.is_alive())
-    held.tell(6, 10)
+    held.report(6, 10)
     assert told(etcd) == []
 
 
 def test_a_ticket_goes_on_after_an_answer_that_was_lost(etcd: FakeEtcd, held: PullTicket) -> None:
     etcd.retry_next_commit = True
-    held.tell(5, 10)
+    held.report(5, 10)
     wait_until(lambda: told(etcd) == [(5, 10)])
-    held.tell(6, 10)
+    held.report(6, 10)
     wait_until(lambda: told(etcd) == [(6, 10)])
 
 
@@ -156,17 +151,17 @@ def test_an_etcd_that_takes_no_progress_is_not_asked_again_and_the_ticket_stays(
     etcd: FakeEtcd, held: PullTicket
 ) -> None:
     etcd.full = True
-    held.tell(5, 10)
+    held.report(5, 10)
     wait_until(lambda: held._written is None)
     etcd.full = False
-    held.tell(6, 10)
+    held.report(6, 10)
     assert held._thread.is_alive()
     assert told(etcd) == [(0, 0)]
 
 
 def test_progress_is_told_when_etcd_is_back(etcd: FakeEtcd, held: PullTicket) -> None:
     etcd.available = False
-    held.tell(5, 10)
+    held.report(5, 10)
     wait_until(lambda: etcd.refused > 1)
     etcd.available = True
     wait_until(lambda: told(etcd) == [(5, 10)])

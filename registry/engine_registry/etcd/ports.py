@@ -1,0 +1,34 @@
+"""A free port of this machine, for a server that is started next."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+from pathlib import Path
+
+_FIRST_PORT = 20_000  # above those of well-known servers and of transfer engines
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that no server listens on now.
+
+    It is none that the kernel gives by itself, for a connection or to a server that asks for any:
+    those are taken again at once.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    ports = range(_FIRST_PORT, _first_given_port())
+    for port in random.sample(ports, min(100, len(ports))):
+        with socket.socket(family) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _first_given_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return _FIRST_PORT

@@ -1,0 +1,57 @@
+"""What a watch reports about ranks and instances. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine_registry.schema.record import RankRecord
+from engine_registry.schema.status import InstanceStatus
+
+
+@dataclass(frozen=True)
+class RankJoined:
+    """A rank has registered, or was there when the watch began."""
+
+    record: RankRecord
+
+
+@dataclass(frozen=True)
+class RankUpdated:
+    """The record of a rank has changed: its state, its version, or what it holds."""
+
+    record: RankRecord
+    previous: RankRecord
+
+
+@dataclass(frozen=True)
+class RankLost:
+    """`record` is the last one. `reason` is why: withdrawn, process ended, evicted, its source was
+    evicted, lease expired or key deleted, replaced by another process, record damaged.
+    """
+
+    record: RankRecord
+    reason: str
+
+
+@dataclass(frozen=True)
+class InstanceReady:
+    """All ranks of the instance are registered, agree, and can be read."""
+
+    status: InstanceStatus
+
+
+@dataclass(frozen=True)
+class InstanceDegraded:
+    """Ranks of the instance are missing, disagree, or cannot be read now: `status` says which."""
+
+    status: InstanceStatus
+
+
+@dataclass(frozen=True)
+class InstanceGone:
+    """The last rank of the instance has left."""
+
+    status: InstanceStatus
+
+
+Event = RankJoined | RankUpdated | RankLost | InstanceReady | InstanceDegraded | InstanceGone
