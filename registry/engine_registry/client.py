@@ -11,11 +11,11 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from types import TracebackType
 
 from engine_registry.errors import InvalidField, RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, absolute, parse_endpoints
+from engine_registry.lifetime import Closable
 from engine_registry.pulls.follow import AllPulls
 from engine_registry.pulls.queries import all_pulls, count_pulls, readers_of, wait_for_no_pulls
 from engine_registry.pulls.ticket import PullTicket, take_ticket
@@ -61,12 +61,13 @@ MIN_TTL_S = 2.0  # etcd grants no shorter lease
 MAX_TTL_S = 86_400.0
 
 
-class Registry:
+class Registry(Closable):
     """Register ranks, find the ranks of others, watch them come and go."""
 
     def __init__(self, config: EtcdConfig) -> None:
         self._config = config
         self._etcd = Etcd(config)
+        self._mark_open()
 
     @classmethod
     def connect(
@@ -105,19 +106,16 @@ class Registry:
         return registry
 
     def close(self) -> None:
-        """Ends the connection.
+        """Ends the connection, any number of times. Calls that are under way end with an EtcdError.
 
-        Registrations live on: each has a keeper with a connection of its own.
+        Registrations live on: the keeper of each has its own connection. Watches, elections and
+        waits that this registry has begun end.
         """
+        self._mark_closed()
         self._etcd.close()
 
-    def __enter__(self) -> Registry:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
+    def _label(self) -> str:
+        return f"of {self._config}"
 
     @property
     def config(self) -> EtcdConfig:

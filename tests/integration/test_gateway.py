@@ -726,7 +726,7 @@ def test_closing_frees_the_port_and_ends_all_threads(registry: Registry) -> None
 
 def test_a_gateway_that_is_forgotten_warns(registry: Registry) -> None:
     gateway = Gateway(registry, "q", port=0)
-    with pytest.warns(ResourceWarning, match=f"gateway on port {gateway.port} was never closed"):
+    with pytest.warns(ResourceWarning, match=f"Gateway on port {gateway.port} was never closed"):
         gateway.__del__()
     gateway.close()
 
@@ -738,7 +738,7 @@ def test_a_gateway_that_etcd_refuses_ends_with_the_reason(
         def __iter__(self) -> Iterator[Snapshot | Batch]:
             raise EtcdRefused("the user may not read /engines/")
 
-    monkeypatch.setattr("engine_registry.gateway.server.Follower", Refused)
+    monkeypatch.setattr("engine_registry.gateway.service.Follower", Refused)
     with (
         Gateway(registry, "q", port=0) as gateway,
         pytest.raises(EtcdRefused, match="may not read"),

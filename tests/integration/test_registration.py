@@ -431,7 +431,7 @@ def test_a_registration_that_is_forgotten_warns_and_ends(registry: Registry) -> 
     registration = register(registry)
     with registry.watch("a") as watch:
         events_until(watch, lambda event: isinstance(event, InstanceReady))
-        with pytest.warns(ResourceWarning, match="was never withdrawn"):
+        with pytest.warns(ResourceWarning, match="Registration of /engines/a/0 was never closed"):
             del registration
         assert loss(watch) == "process ended"
 
@@ -455,7 +455,7 @@ def test_a_registration_that_is_forgotten_ends_also_while_a_child_lives(registry
     registration = register(registry)
     with registry.watch("a") as watch, a_child():
         events_until(watch, lambda event: isinstance(event, InstanceReady))
-        with pytest.warns(ResourceWarning, match="was never withdrawn"):
+        with pytest.warns(ResourceWarning, match="Registration of /engines/a/0 was never closed"):
             del registration
         assert loss(watch) == "process ended"
 

@@ -511,7 +511,7 @@ def test_a_lead_that_a_registration_keeps_ends_with_it_and_not_it_with_the_lead(
     ):
         leader, other = (first, second) if _first_to_lead(first, second) else (second, first)
         assert leader.keep_with(registration.record)
-        wait_until(lambda: not leader._thread.is_alive())
+        wait_until(lambda: not leader._campaign._thread.is_alive())
         assert leader.leading
         assert not other.keep_with(registration.record)
         registration.withdraw()

@@ -17,9 +17,9 @@ import socket
 import subprocess
 import tempfile
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from engine_registry.errors import EtcdUnavailable, LocalEtcdFailed
@@ -27,6 +27,7 @@ from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.ports import free_port
+from engine_registry.lifetime import Closable
 
 # The holder prints etcd's pid, so that etcd alone can be paused or killed, and ends when etcd does.
 # The reader sees the end of standard input when our process is gone.
@@ -62,7 +63,7 @@ def find_binary() -> str:
     return found
 
 
-class LocalEtcd:
+class LocalEtcd(Closable):
     """One member. Its data lives in `data_dir`, or in a temporary folder that goes with it.
 
     `kill`, `start`, `pause`, `resume` and `wipe` let a test break it and mend it on the same port.
@@ -86,12 +87,16 @@ class LocalEtcd:
         self._name = name
         self._peer_url = f"http://{host}:{peer_port or free_port(host)}"
         self._initial_cluster = initial_cluster or f"{name}={self._peer_url}"
-        self._temporary = None if data_dir else tempfile.TemporaryDirectory(prefix="engines-etcd-")
-        self.data_dir = data_dir or str(self._temporary and self._temporary.name)
+        self._temporary = not data_dir
+        self.data_dir = data_dir or tempfile.mkdtemp(prefix="engines-etcd-")
+        if self._temporary:  # also at the interpreter's end
+            self._remove = weakref.finalize(self, shutil.rmtree, self.data_dir, ignore_errors=True)
         self._extra_args = extra_args
         self._holder: subprocess.Popen[str] | None = None
         self._lock: IO[str] | None = None  # the log; its lock is the lock of the folder
         self.pid = 0
+        if self._temporary:
+            self._mark_open()
 
     @property
     def endpoint(self) -> str:
@@ -141,7 +146,7 @@ class LocalEtcd:
             "warn",
             *self._extra_args,
         ]
-        if self._temporary is not None:
+        if self._temporary:
             command.append("--unsafe-no-fsync")
         self._holder = subprocess.Popen(
             ["/bin/sh", "-c", _HOLD, "etcd-holder", str(self.log_path), *command],
@@ -152,6 +157,7 @@ class LocalEtcd:
             # meant for another etcd
             env={name: value for name, value in os.environ.items() if not name.startswith("ETCD_")},
         )
+        self._mark_open()
         try:
             self.pid = int(_stream(self._holder.stdout).readline())
         except BaseException:
@@ -228,6 +234,8 @@ class LocalEtcd:
             _stream(holder.stdout).close()
         self.pid = 0
         self._unlock_folder()
+        if not self._temporary:
+            self._mark_closed()
 
     def stop(self) -> None:
         """SIGTERM first, so that etcd can close its files."""
@@ -251,15 +259,18 @@ class LocalEtcd:
         try:
             return self.start()
         except BaseException:
-            self.__exit__(None, None, None)
+            self.close()
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """`stop`, and removes a temporary folder. Any number of times."""
         self.stop()
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        if self._temporary:
+            self._remove()
+        self._mark_closed()
+
+    def _label(self) -> str:
+        return f"at {self.endpoint}"
 
 
 def _stream(pipe: IO[str] | None) -> IO[str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from types import TracebackType
 
 from engine_registry.errors import EtcdUnavailable
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.ports import free_port
+from engine_registry.lifetime import Closable
 
 
-class LocalCluster:
+class LocalCluster(Closable):
     """Three members on this machine, any of which can be killed and started again."""
 
     def __init__(self, binary: str | None = None) -> None:
@@ -24,6 +24,7 @@ class LocalCluster:
             LocalEtcd(binary=binary, name=f"m{number}", peer_port=port, initial_cluster=initial)
             for number, port in enumerate(peers)
         ]
+        self._mark_open()
 
     @property
     def endpoints(self) -> str:
@@ -55,11 +56,14 @@ class LocalCluster:
         try:
             return self.start()
         except BaseException:
-            self.__exit__(None, None, None)
+            self.close()
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Stops all members, and removes their folders. Any number of times."""
+        self._mark_closed()
         for member in self.members:
-            member.__exit__(kind, exc, tb)
+            member.close()
+
+    def _label(self) -> str:
+        return f"at {self.endpoints}"

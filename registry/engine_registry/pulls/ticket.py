@@ -13,12 +13,13 @@ import socket
 import threading
 import time
 import uuid
+import weakref
 from dataclasses import replace
 from datetime import datetime, timezone
-from types import TracebackType
 
 from engine_registry.errors import EtcdError, EtcdUnavailable, LeaseNotFound
 from engine_registry.etcd.client import Etcd
+from engine_registry.lifetime import Closable
 from engine_registry.schema.keyvalue import Put, at_revision, present
 from engine_registry.schema.pull_ticket import Pull, Reader, encode
 from engine_registry.schema.record import RankRecord
@@ -30,7 +31,7 @@ _REPORT_S = 1.0  # the least time between two writes of progress
 _STEPS = 200  # the most writes of progress: a load that takes an hour writes no more
 
 
-class PullTicket:
+class PullTicket(Closable):
     """Held from `take_ticket` to `close`.
 
     Starts one thread, which renews its lease and writes the progress that is reported.
@@ -43,8 +44,14 @@ class PullTicket:
         self._written: Pull | None = pull  # None where etcd will take no other
         self._reported = (pull.nbytes, pull.total_nbytes)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name=f"ticket {pull.key}", daemon=True)
+        self._thread = threading.Thread(
+            target=_keep,
+            args=(weakref.ref(self), self._closed),
+            name=f"ticket {pull.key}",
+            daemon=True,
+        )
         self._thread.start()
+        self._mark_open()
 
     def report(self, nbytes: int, total_nbytes: int) -> None:
         """How many bytes of how many the load has, for everybody who looks at tickets.
@@ -53,29 +60,28 @@ class PullTicket:
         """
         self._reported = (nbytes, total_nbytes)
 
-    def _keep(self) -> None:
-        due = time.monotonic() + _TTL_S / 3
-        while not self._closed.wait(max(0.0, min(_REPORT_S, due - time.monotonic()))):
-            try:
-                if time.monotonic() >= due:
-                    due = time.monotonic() + _TTL_S / 3
-                    self._etcd.keep_alive(self._lease_id)
-                self._write()
-            except LeaseNotFound:
-                if not self._closed.is_set():
-                    log.info(
-                        "the ticket %s has expired; reading goes on without it",
-                        self._key,
-                        extra=fields("ticket_expired", key=self._key),
-                    )
-                return
-            except EtcdError as exc:
+    def _beat(self, renew: bool) -> bool:
+        """Writes the progress, and renews the lease if it is time. False: the ticket is gone."""
+        try:
+            if renew:
+                self._etcd.keep_alive(self._lease_id)
+            self._write()
+        except LeaseNotFound:
+            if not self._closed.is_set():
                 log.info(
-                    "the ticket %s is not renewed: %s",
+                    "the ticket %s has expired; reading goes on without it",
                     self._key,
-                    exc,
-                    extra=fields("ticket_not_renewed", key=self._key, error=exc),
+                    extra=fields("ticket_expired", key=self._key),
                 )
+            return False
+        except EtcdError as exc:
+            log.info(
+                "the ticket %s is not renewed: %s",
+                self._key,
+                exc,
+                extra=fields("ticket_not_renewed", key=self._key, error=exc),
+            )
+        return True
 
     def _write(self) -> None:
         """A ticket that has gone, with its lease or without, stays away.
@@ -114,6 +120,7 @@ class PullTicket:
         if self._closed.is_set():
             return
         self._closed.set()
+        self._mark_closed()
         try:
             self._etcd.revoke(self._lease_id)
         except EtcdError as exc:
@@ -124,13 +131,20 @@ class PullTicket:
                 extra=fields("ticket_left", key=self._key, error=exc),
             )
 
-    def __enter__(self) -> PullTicket:
-        return self
+    def _label(self) -> str:
+        return self._key
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
+
+def _keep(held: weakref.ref[PullTicket], closed: threading.Event) -> None:
+    due = time.monotonic() + _TTL_S / 3
+    while not closed.wait(max(0.0, min(_REPORT_S, due - time.monotonic()))):
+        renew = time.monotonic() >= due
+        if renew:
+            due = time.monotonic() + _TTL_S / 3
+        ticket = held()
+        if ticket is None or not ticket._beat(renew):
+            return
+        del ticket  # while it waits, a ticket that is forgotten can be collected
 
 
 def take_ticket(

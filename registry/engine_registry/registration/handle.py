@@ -10,17 +10,16 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
-from types import TracebackType
 from typing import Any
 
 from engine_registry import failpoints
 from engine_registry.errors import RegistryError
 from engine_registry.etcd.config import EtcdConfig
+from engine_registry.lifetime import Closable
 from engine_registry.registration.callback import Callback
 from engine_registry.registration.keeper.link import KeeperLink
 from engine_registry.registration.uninterrupted import uninterrupted
@@ -46,13 +45,12 @@ class RegistrationState(str, Enum):
     CLOSED = "closed"  # nothing: withdrawn by the rank itself
 
 
-class Registration:
+class Registration(Closable):
     """A rank's place in the registry, held until `withdraw` (or the end of the `with` block),
     eviction, or the process's end.
     """
 
     _held: Held | None = None  # among the registrations that are counted
-    _opened = False
 
     def __init__(
         self,
@@ -85,7 +83,7 @@ class Registration:
         self._link = KeeperLink(config, record, parts, ttl_s, weakref.WeakMethod(self._receive))
         try:
             uninterrupted(self._open, f"registers {record.key}")
-            self._opened = True
+            self._mark_open()
         except BaseException:
             self._link.forget()
             raise
@@ -172,7 +170,9 @@ class Registration:
         if self._state is not RegistrationState.CLOSED:
             uninterrupted(lambda: self._leave(reason), f"withdraws {self.record.key}")
 
-    close = withdraw
+    def close(self) -> None:
+        """`withdraw`, for a `with` block."""
+        self.withdraw()
 
     def _leave(self, reason: str) -> None:
         with self._leaving:
@@ -193,31 +193,20 @@ class Registration:
                 )
             failpoints.reach("session.before_abandon")
             self._link.abandon()
+            self._mark_closed()
             self._change_state(RegistrationState.CLOSED, "")
 
-    def __enter__(self) -> Registration:
-        return self
+    def _label(self) -> str:
+        return f"of {self.record.key}"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.withdraw()
+    def _forgotten(self) -> None:
+        """The link notices that the handle is gone, and takes the rank out."""
 
     def __del__(self) -> None:
-        if (
-            getattr(self, "_state", RegistrationState.CLOSED) is RegistrationState.CLOSED
-            or os.getpid() != self._owner_pid
-        ):
-            return
-        if self._held is not None:
-            self._held.release()
-        if self._opened:
-            warnings.warn(
-                f"registration of {self.record.key} was never withdrawn",
-                ResourceWarning,
-                source=self,
-                stacklevel=2,
-            )
+        held = self._held  # also where registering was interrupted
+        if held is not None and os.getpid() == self._owner_pid:
+            held.release()
+        super().__del__()
 
     def _receive(self, state: str, why: str, lost: RegistryError | None) -> None:
         if lost is not None:

@@ -12,11 +12,11 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
-from types import TracebackType
 
 from engine_registry import failpoints
 from engine_registry.errors import EtcdError, EtcdUnavailable, RecordDamaged
 from engine_registry.etcd.client import Etcd
+from engine_registry.lifetime import Closable
 from engine_registry.registration.eviction import AT_ONCE, evict_all
 from engine_registry.schema.eviction_note import EvictionNote
 from engine_registry.schema.keys import eviction_note_key, instance_prefix, record_key
@@ -48,7 +48,7 @@ class InstanceCleaned:
     dry_run: bool
 
 
-class CleaningWatch:
+class CleaningWatch(Closable):
     """Iterate as over a Watch; in between comes an InstanceCleaned for every instance that this
     process has cleaned up.
     """
@@ -63,6 +63,7 @@ class CleaningWatch:
         self._grace_s = grace_s
         self._grace = Grace(grace_s)
         self._dry_run = dry_run
+        self._mark_open()
 
     def __iter__(self) -> Iterator[Event | InstanceCleaned]:
         while not self._watch.stopped:
@@ -171,20 +172,20 @@ class CleaningWatch:
         return self._watch.away
 
     def stop(self) -> None:
-        """Ends the iteration. May be called from any thread, and again."""
+        """Ends the iteration. May be called from any thread, and again; `close` ends the rest."""
         self._watch.stop()
+
+    def close(self) -> None:
+        """Ends the iteration and the election. May be called from any thread, and again."""
+        self._mark_closed()
+        self._watch.close()
+        self._election.close()
 
     def __enter__(self) -> CleaningWatch:
         if not self._dry_run:  # a dry run must not keep other watches from acting
             self._election.start()
         self._watch.__enter__()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self._watch.__exit__(kind, exc, tb)
-        self._election.close()
 
 
 def _still_missing(status: InstanceStatus, items: Mapping[str, KeyValue]) -> Guard:

@@ -12,11 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 
 from engine_registry.errors import EtcdError, EtcdUnavailable
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.follow import Follower
+from engine_registry.lifetime import Closable
 from engine_registry.schema.keys import ENGINES, instance_prefix
 from engine_registry.schema.keyvalue import Batch, Snapshot
 from engine_registry.telemetry.logs import fields
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _JOIN_S = 2.0  # for a callback that is still running; nothing else takes long
 
 
-class Watch:
+class Watch(Closable):
     """Iterate over events for ever, or until `stop` (from any thread) or the end of the `with`
     block; or use `call`.
     """
@@ -47,12 +47,14 @@ class Watch:
         self._etcd = etcd
         prefix = instance_prefix(instance) if instance else ENGINES
         self._rank = rank
-        self._follower = Follower(etcd, prefix if rank is None else f"{prefix}{rank}")
+        self._prefix = prefix if rank is None else f"{prefix}{rank}"
+        self._follower = Follower(etcd, self._prefix)
         self._tracker = Tracker(blip_s)
         self._inbox = Inbox(self._follower)
         self._events: deque[Event] = deque()
         self._stopped = threading.Event()
         self._caller: threading.Thread | None = None
+        self._mark_open()
 
     def next(self, timeout_s: float | None = None) -> Event | None:
         """The next event; None if there is none in time, or when the watch has stopped.
@@ -136,22 +138,25 @@ class Watch:
         return self._follower.away
 
     def stop(self) -> None:
-        """Ends the iteration, a `next` that waits, and the callbacks.
+        """Ends the iteration, a `next` that waits, and the callbacks. Waits for none of them.
 
         May be called from any thread, and again.
         """
+        self._mark_closed()
         self._stopped.set()
         self._inbox.stop()
         self._etcd.close()
 
-    def __enter__(self) -> Watch:
-        return self
+    def close(self) -> None:
+        """`stop`, and waits for a callback that is still running, for up to 2 s.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+        May be called from any thread, and again.
+        """
         self.stop()
         deadline = time.monotonic() + _JOIN_S
         self._inbox.join(_JOIN_S)
         if self._caller is not None and self._caller is not threading.current_thread():
             self._caller.join(timeout=max(0.0, deadline - time.monotonic()))
+
+    def _label(self) -> str:
+        return f"of {self._prefix}"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -56,10 +56,10 @@ def etcd() -> FakeEtcd:
 
 
 @pytest.fixture
-def registry(etcd: FakeEtcd) -> Registry:
-    registry = Registry(EtcdConfig(parse_endpoints("fake:1")))
-    registry._etcd = etcd
-    return registry
+def registry(etcd: FakeEtcd) -> Iterator[Registry]:
+    with Registry(EtcdConfig(parse_endpoints("fake:1"))) as registry:
+        registry._etcd = etcd
+        yield registry
 
 
 def put(etcd: FakeEtcd, *records: RankRecord) -> None:

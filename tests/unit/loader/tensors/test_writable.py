@@ -104,9 +104,12 @@ def test_one_read_only_page_in_the_middle_counts() -> None:
 
 
 def test_a_load_is_refused_before_it_looks_for_sources(tmp_path: Path) -> None:
-    with pytest.raises(TensorsUnusable, match=READ_ONLY):
+    with (
+        Registry(EtcdConfig(parse_endpoints("fake:1"))) as registry,
+        pytest.raises(TensorsUnusable, match=READ_ONLY),
+    ):
         load(
-            Registry(EtcdConfig(parse_endpoints("fake:1"))),
+            registry,
             InProcessEngine(),
             "nowhere",
             rank=0,

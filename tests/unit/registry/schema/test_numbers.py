@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -103,9 +104,15 @@ def test_what_stands_for_a_time_is_one(value: Any) -> None:
 
 
 @pytest.fixture
-def calls() -> dict[str, Any]:
+def registry() -> Iterator[Registry]:
+    with Registry(EtcdConfig(parse_endpoints("fake:1"))) as registry:
+        yield registry
+
+
+@pytest.fixture
+def calls(registry: Registry) -> dict[str, Any]:
     """The public functions, with arguments that are good but for what a test adds."""
-    registry, engine = Registry(EtcdConfig(parse_endpoints("fake:1"))), InProcessEngine()
+    engine = InProcessEngine()
     tensors = {"w": torch.zeros(3)}
     rank = {"rank": 0, "world_size": 1, "instance": "a"}
 

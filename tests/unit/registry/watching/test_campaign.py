@@ -13,7 +13,7 @@ from engine_registry.errors import EtcdRefused, EtcdUnavailable
 from engine_registry.schema.keys import election_key
 from engine_registry.schema.keyvalue import Put
 from engine_registry.schema.record_format import encode
-from engine_registry.watching.election import Election
+from engine_registry.watching.campaign import Campaign
 from tests.support.builders import a_record
 from tests.support.fake_etcd import FakeEtcd
 
@@ -22,13 +22,13 @@ from tests.support.fake_etcd import FakeEtcd
 def test_a_leader_whose_key_somebody_took_away_stops_leading(
     monkeypatch: pytest.MonkeyPatch, by_another: bool
 ) -> None:
-    monkeypatch.setattr("engine_registry.watching.election._TTL_S", 0.03)
+    monkeypatch.setattr("engine_registry.watching.campaign._TTL_S", 0.03)
     etcd, key = FakeEtcd(), election_key("x")
     lease_id = etcd.grant(60)
     etcd.commit([], [Put(key, b"us", lease_id)])
-    election = Election(etcd, "x")
+    campaign = Campaign(etcd, "x")
     leading = threading.Thread(
-        target=election._lead, args=(lease_id, time.monotonic()), daemon=True
+        target=campaign._lead, args=(lease_id, time.monotonic()), daemon=True
     )
     leading.start()
     try:
@@ -38,7 +38,7 @@ def test_a_leader_whose_key_somebody_took_away_stops_leading(
         leading.join(20)
         assert not leading.is_alive()
     finally:
-        election.close()
+        campaign.close()
 
 
 def test_a_lead_whose_handing_over_was_not_answered_is_kept_by_the_registration() -> None:
@@ -46,14 +46,14 @@ def test_a_lead_whose_handing_over_was_not_answered_is_kept_by_the_registration(
     record = a_record()
     own, kept_by = etcd.grant(60), etcd.grant(60)
     etcd.commit([], [Put(record.key, encode(record), kept_by)])
-    election = Election(etcd, "x")
+    campaign = Campaign(etcd, "x")
     etcd.commit([], [Put(key, b"us", own)])
-    election._ours = etcd.get(key)
-    election._leads_until = time.monotonic() + 60
+    campaign._ours = etcd.get(key)
+    campaign._leads_until = time.monotonic() + 60
     etcd.retry_next_commit = True
-    assert election.keep_with(record)
+    assert campaign.keep_with(record)
     assert etcd.lease_of(key) == kept_by
-    election.close()
+    campaign.close()
     assert etcd.keys == [record.key]
     assert kept_by in etcd.leases
 
@@ -62,13 +62,13 @@ def test_a_lead_is_not_handed_over_once_another_has_it() -> None:
     etcd, key = FakeEtcd(), election_key("x")
     record = a_record()
     etcd.commit([], [Put(record.key, encode(record), etcd.grant(60))])
-    election = Election(etcd, "x")
+    campaign = Campaign(etcd, "x")
     etcd.commit([], [Put(key, b"us", etcd.grant(60))])
-    election._ours = etcd.get(key)
-    election._leads_until = time.monotonic() + 60
+    campaign._ours = etcd.get(key)
+    campaign._leads_until = time.monotonic() + 60
     etcd.put(key, b"them")
-    assert not election.keep_with(record)
-    election.close()
+    assert not campaign.keep_with(record)
+    campaign.close()
     assert etcd.value(key) == b"them"
 
 
@@ -77,20 +77,20 @@ def test_a_lead_is_not_given_up_for_another_that_has_it_at_the_same_revision_of_
 ):
     etcd, key = FakeEtcd(), election_key("x")
     etcd.put(key, b"us")
-    election = Election(etcd, "x")
-    election._ours, election._kept = etcd.get(key), True
+    campaign = Campaign(etcd, "x")
+    campaign._ours, campaign._kept = etcd.get(key), True
     etcd.restore([Put(key, b"them", 0)], back_to_revision=1)
-    election.close()
+    campaign.close()
     assert etcd.value(key) == b"them"
 
 
 def test_a_refusal_and_an_outage_can_be_told_apart() -> None:
-    election = Election(FakeEtcd(), "x")
-    assert (election.refusal, election.unreachable_since) == (None, None)
-    election._note(EtcdUnavailable("away"))
-    since = election.unreachable_since
-    assert (since is None, election.refusal) == (False, None)
-    election._note(EtcdRefused("no"))
-    assert isinstance(election.refusal, EtcdRefused)
-    assert election.unreachable_since == since
-    election.close()
+    campaign = Campaign(FakeEtcd(), "x")
+    assert (campaign.refusal, campaign.unreachable_since) == (None, None)
+    campaign._note(EtcdUnavailable("away"))
+    since = campaign.unreachable_since
+    assert (since is None, campaign.refusal) == (False, None)
+    campaign._note(EtcdRefused("no"))
+    assert isinstance(campaign.refusal, EtcdRefused)
+    assert campaign.unreachable_since == since
+    campaign.close()

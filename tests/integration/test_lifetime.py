@@ -1,0 +1,179 @@
+"""Everything that has to be closed: closing twice is silent, and forgetting is a warning that names
+the class and leaves nothing running.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import inspect
+import pkgutil
+import socket
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import engine_registry
+from engine_registry import (
+    AllPulls,
+    CleaningWatch,
+    Election,
+    ModelIdentity,
+    PullTicket,
+    PullWatch,
+    RankRecord,
+    Registration,
+    Registry,
+    Watch,
+)
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.etcd.local_cluster import LocalCluster
+from engine_registry.gateway.server import Gateway
+from engine_registry.lifetime import Closable
+from tests.support.builders import a_manifest
+from tests.support.waiting import wait_until
+
+
+def a_registration(registry: Registry, etcd: LocalEtcd) -> Registration:
+    return registry.register(
+        instance="a",
+        rank=0,
+        world_size=1,
+        model=ModelIdentity("m"),
+        manifest=a_manifest(),
+        session_id="127.0.0.1:1",
+        protocol="tcp",
+        header_addr=0,
+    )
+
+
+def the_record(registry: Registry) -> RankRecord:
+    (record,) = registry.ranks("b")
+    return record
+
+
+def a_ticket(registry: Registry, etcd: LocalEtcd) -> PullTicket:
+    ticket = registry.pull(the_record(registry))
+    assert ticket is not None
+    return ticket
+
+
+MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
+    Registry: lambda registry, etcd: Registry.connect(etcd.endpoint),
+    Registration: a_registration,
+    Watch: lambda registry, etcd: registry.watch(),
+    CleaningWatch: lambda registry, etcd: registry.cleaning_watch(grace_s=1).__enter__(),
+    Election: lambda registry, etcd: registry.election("x").start(),
+    PullTicket: a_ticket,
+    PullWatch: lambda registry, etcd: registry.watch_pulls(the_record(registry), lambda _: None),
+    AllPulls: lambda registry, etcd: registry.follow_pulls(),
+    LocalEtcd: lambda registry, etcd: LocalEtcd().start(),
+    LocalCluster: lambda registry, etcd: LocalCluster(),
+    Gateway: lambda registry, etcd: Gateway(registry, "q", port=0),
+}
+
+
+@pytest.fixture(params=MAKERS, ids=lambda kind: kind.__name__)
+def kind(request: pytest.FixtureRequest) -> type[Closable]:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def make(
+    kind: type[Closable], registry: Registry, shared_etcd: LocalEtcd
+) -> Callable[[], Closable]:
+    return lambda: MAKERS[kind](registry, shared_etcd)
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(registry: Registry) -> Iterator[None]:
+    with registry.register(
+        instance="b",
+        rank=0,
+        world_size=1,
+        model=ModelIdentity("m"),
+        manifest=a_manifest(),
+        session_id="127.0.0.1:1",
+        protocol="tcp",
+        header_addr=0,
+    ):
+        yield
+
+
+def forget(resource: list[Any]) -> None:
+    """`resource` is a list, so that it is the last that refers to its one item."""
+    resource.clear()
+    gc.collect()
+
+
+def made(make: Callable[[], Closable]) -> list[Any]:
+    """Without the garbage of its making, such as tracebacks of attempts that failed."""
+    resource: list[Any] = [make()]
+    gc.collect()
+    return resource
+
+
+def listens(endpoint: str) -> bool:
+    host, _, port = endpoint.rpartition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def test_closing_twice_is_silent(kind: type[Closable], make: Callable[[], Closable]) -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        resource = make()
+        resource.close()
+        resource.close()
+        del resource
+        gc.collect()
+    assert [str(warning.message) for warning in warned] == []
+
+
+def test_the_end_of_a_block_closes(kind: type[Closable], make: Callable[[], Closable]) -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        resource = make()
+        if kind in (Election, CleaningWatch, LocalEtcd, LocalCluster):
+            resource.__exit__(None, None, None)  # whose block starts it, as the maker has done
+        else:
+            with resource as entered:
+                assert entered is resource
+                del entered
+        del resource
+        gc.collect()
+    assert [str(warning.message) for warning in warned] == []
+
+
+def test_forgetting_warns_with_the_name_of_the_class_and_closes(
+    kind: type[Closable], make: Callable[[], Closable]
+) -> None:
+    before = set(threading.enumerate())
+    resource = made(make)
+    with pytest.warns(ResourceWarning, match=rf"^{kind.__name__} .*was never closed$") as warned:
+        forget(resource)
+    assert len(warned) == 1
+    del warned
+    wait_until(lambda: {each for each in threading.enumerate() if each.is_alive()} <= before)
+
+
+def test_a_local_etcd_that_is_forgotten_does_not_go_on() -> None:
+    etcd = made(lambda: LocalEtcd().start())
+    endpoint, folder = etcd[0].endpoint, etcd[0].log_path.parent
+    with pytest.warns(ResourceWarning, match=f"^LocalEtcd at {endpoint} was never closed$"):
+        forget(etcd)
+    wait_until(lambda: not listens(endpoint))
+    wait_until(lambda: not folder.exists())
+
+
+def test_every_context_manager_of_the_package_is_such_a_resource() -> None:
+    """Those for the length of a call are functions; a class is for a resource that lives on."""
+    found = set()
+    for module in pkgutil.walk_packages(engine_registry.__path__, "engine_registry."):
+        for _, each in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            if each.__module__.startswith("engine_registry.") and hasattr(each, "__exit__"):
+                found.add(each)
+    assert found - {Closable} == set(MAKERS)
