@@ -12,6 +12,7 @@ import _thread
 import contextlib
 import logging
 import os
+import sys
 import threading
 import warnings
 from types import TracebackType
@@ -53,8 +54,9 @@ class Closable:
 
     def _forgotten(self) -> None:
         """Frees what it holds. The collector may run at any line of any thread: so take no lock."""
-        # at the interpreter's end no thread can start, and the system frees everything
-        with contextlib.suppress(RuntimeError):
+        if sys.is_finalizing():  # no thread runs any more, and the system frees everything
+            return
+        with contextlib.suppress(RuntimeError):  # no thread is left
             _thread.start_new_thread(_close_in_thread, (self,))
 
     def __del__(self) -> None:

@@ -9,9 +9,12 @@ import importlib
 import inspect
 import pkgutil
 import socket
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +37,7 @@ from engine_registry.etcd.local_cluster import LocalCluster
 from engine_registry.gateway.server import Gateway
 from engine_registry.lifetime import Closable
 from tests.support.builders import a_manifest
+from tests.support.checkout import ROOT
 from tests.support.waiting import wait_until
 
 
@@ -177,3 +181,37 @@ def test_every_context_manager_of_the_package_is_such_a_resource() -> None:
             if each.__module__.startswith("engine_registry.") and hasattr(each, "__exit__"):
                 found.add(each)
     assert found - {Closable} == set(MAKERS)
+
+
+NEVER_CLOSES = """
+import sys
+from engine_registry import Registry
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.gateway.server import Gateway
+local = LocalEtcd().start()
+registry = Registry.connect(local.endpoint)
+watch = registry.watch()
+cleaning = registry.cleaning_watch(grace_s=1).__enter__()
+election = registry.election("x").start()
+pulls = registry.follow_pulls()
+gateway = Gateway(registry, "q", port=0)
+watch.next(0.1)
+print(local.pid, local.data_dir)
+"""
+
+
+@pytest.mark.parametrize("option", ["default", "ignore"])
+def test_a_process_that_closes_nothing_ends_all_the_same(option: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", f"{option}::ResourceWarning", "-c", NEVER_CLOSES],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pid, folder = done.stdout.split()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() and not Path(folder).exists())
+    assert "Traceback" not in done.stderr
+    assert ("was never closed" in done.stderr) == (option == "default")
