@@ -159,7 +159,8 @@ def take_ticket(
         record.incarnation,
         # nobody else has it: a guard on the key would only make a lost answer look like a refusal
         uuid.uuid4().hex,
-        host=socket.gethostname(),
+        # a name may hold bytes that are no text, which JSON has no form for
+        host=socket.gethostname().encode(errors="replace").decode(),
         pid=os.getpid(),
         reader=Reader.of(reader) if reader is not None else None,
         began_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),

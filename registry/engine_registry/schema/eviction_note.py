@@ -8,14 +8,34 @@ Pure.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
+import msgspec
+
 from engine_registry.errors import RecordDamaged, SchemaUnsupported
+from engine_registry.schema import structs
+from engine_registry.schema.printable import short
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.record_format import decode, encode
+from engine_registry.schema.structs import Malformed
 
 SCHEMA = 1
+
+
+class _Lost(msgspec.Struct, frozen=True):
+    key: str
+    record: str  # as it lies under the key
+
+
+class _Note(msgspec.Struct, frozen=True):
+    """In the order in which they are written."""
+
+    schema: int
+    lost: _Lost
+    incarnations: list[str]
+
+
+_DECODER = msgspec.json.Decoder(_Note)
 
 
 @dataclass(frozen=True)
@@ -26,25 +46,28 @@ class EvictionNote:
     incarnations: frozenset[str]
 
     def encode(self) -> bytes:
-        lost = {"key": self.lost.key, "record": encode(self.lost).decode()}
-        return json.dumps(
-            {"schema": SCHEMA, "lost": lost, "incarnations": sorted(self.incarnations)}
-        ).encode()
+        """As stored."""
+        lost = _Lost(self.lost.key, encode(self.lost).decode())
+        return structs.write(_Note(SCHEMA, lost, sorted(self.incarnations)))
 
     @classmethod
     def decode(cls, key: str, value: bytes) -> EvictionNote:
         """RecordDamaged or SchemaUnsupported say which key and why."""
         try:
-            data = json.loads(value)
-            if data["schema"] > SCHEMA:
-                raise SchemaUnsupported(
-                    f"the note at {key} has schema {data['schema']}; this version reads up "
-                    f"to {SCHEMA}",
-                    "upgrade engine-registry",
-                    key=key,
-                    schema=data["schema"],
-                )
-            lost = decode(data["lost"]["key"], data["lost"]["record"].encode())
-            return cls(lost, frozenset(map(str, data["incarnations"])))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-            raise RecordDamaged(f"the note at {key} is damaged: {exc}", key=key) from exc
+            stored = structs.read(_DECODER, value)
+        except Malformed as exc:
+            _check_schema(key, structs.schema_of(value))
+            raise RecordDamaged(f"the note at {key} is damaged: {short(exc)}", key=key) from exc
+        _check_schema(key, stored.schema)
+        lost = decode(stored.lost.key, stored.lost.record.encode())
+        return cls(lost, frozenset(stored.incarnations))
+
+
+def _check_schema(key: str, schema: int) -> None:
+    if schema > SCHEMA:
+        raise SchemaUnsupported(
+            f"the note at {key} has schema {short(schema)}; this version reads up to {SCHEMA}",
+            "upgrade engine-registry",
+            key=key,
+            schema=schema,
+        )

@@ -8,19 +8,22 @@ and makes nothing of all else: whatever may lie in etcd, a reader gets a good Pu
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
-from engine_registry.errors import InvalidField
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from engine_registry.schema import structs
 from engine_registry.schema.keys import MAX_RANKS, check_instance, parse_pull_key, pull_key
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.record import RankRecord
+from engine_registry.schema.structs import Natural, check_64_bits
 
 MAX_TICKET_NBYTES = 4096
-_MAX_TEXT = 256
-
-T = TypeVar("T")
+_Text = Annotated[str, msgspec.Meta(max_length=256)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,44 @@ class Pull:
         return min(1.0, self.nbytes / self.total_nbytes) if self.total_nbytes else None
 
 
+class _Reader(msgspec.Struct, frozen=True):
+    instance: _Text
+    rank: Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
+    incarnation: _Name
+
+
+class _Ticket(msgspec.Struct, frozen=True, kw_only=True):
+    """In the order in which they are written. Older versions left out fields, or wrote null."""
+
+    host: _Text | None = ""
+    pid: Natural | None = 0
+    incarnation: _Name
+    reader: dict[str, Any] | UnsetType | None = UNSET
+    nbytes: Natural | None = 0
+    total_nbytes: Natural | None = 0
+    began_at: _Text | None = ""
+
+    def __post_init__(self) -> None:
+        check_64_bits(self, "pid", "nbytes", "total_nbytes")
+
+
+_DECODER = msgspec.json.Decoder(_Ticket)
+
+
 def encode(pull: Pull) -> bytes:
     """As stored. The instance, the rank and the load id are in the key."""
-    data: dict[str, Any] = {"host": pull.host, "pid": pull.pid, "incarnation": pull.incarnation}
-    if pull.reader is not None:
-        data["reader"] = {
-            "instance": pull.reader.instance,
-            "rank": pull.reader.rank,
-            "incarnation": pull.reader.incarnation,
-        }
-    data.update(nbytes=pull.nbytes, total_nbytes=pull.total_nbytes, began_at=pull.began_at)
-    return json.dumps(data, separators=(",", ":")).encode()
+    reader = pull.reader
+    return structs.write(
+        _Ticket(
+            host=pull.host,
+            pid=pull.pid,
+            incarnation=pull.incarnation,
+            reader=UNSET if reader is None else dataclasses.asdict(reader),
+            nbytes=pull.nbytes,
+            total_nbytes=pull.total_nbytes,
+            began_at=pull.began_at,
+        )
+    )
 
 
 def decode(item: KeyValue) -> Pull | None:
@@ -86,59 +116,30 @@ def decode(item: KeyValue) -> Pull | None:
         return None
     instance, rank, load_id = place
     try:
-        data = json.loads(item.value)
-        reader = _get(data, "reader", dict, {})
+        stored = structs.read(_DECODER, item.value)
         return Pull(
             instance=instance,
             rank=rank,
-            incarnation=_name(data, "incarnation"),
+            incarnation=_line(stored.incarnation),
             load_id=load_id,
-            host=_text(data, "host"),
-            pid=_natural(data, "pid"),
-            reader=_reader(reader) if reader else None,
-            nbytes=_natural(data, "nbytes"),
-            total_nbytes=_natural(data, "total_nbytes"),
-            began_at=_text(data, "began_at"),
+            host=_line(stored.host or ""),
+            pid=stored.pid or 0,
+            reader=_reader(stored.reader) if stored.reader else None,
+            nbytes=stored.nbytes or 0,
+            total_nbytes=stored.total_nbytes or 0,
+            began_at=_line(stored.began_at or ""),
             create_revision=item.create_revision,
         )
-    except (ValueError, RecursionError):  # InvalidField and JSON errors are ValueErrors
+    except ValueError:  # as Malformed and InvalidField are
         return None
 
 
 def _reader(data: dict[str, Any]) -> Reader:
-    rank = _natural(data, "rank", None)
-    if rank >= MAX_RANKS:
-        raise InvalidField(f"rank {rank} is not valid", field="rank")
-    return Reader(check_instance(_text(data, "instance")), rank, _name(data, "incarnation"))
+    stored = structs.convert(data, _Reader)
+    return Reader(check_instance(stored.instance), stored.rank, _line(stored.incarnation))
 
 
-def _get(data: Any, name: str, kind: type[T], default: T | None) -> T:
-    if not isinstance(data, dict):
-        raise ValueError("an object was expected")
-    value = data.get(name)
-    if value is None:
-        value = default
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{name!r} is not of type {kind.__name__}")
-    return value
-
-
-def _text(data: Any, name: str) -> str:
-    value = _get(data, name, str, "")
-    if len(value) > _MAX_TEXT or not value.isprintable():
-        raise ValueError(f"{name!r} is not one short line")
-    return value
-
-
-def _name(data: Any, name: str) -> str:
-    value = _text(data, name)
-    if not value:
-        raise ValueError(f"{name!r} is missing")
-    return value
-
-
-def _natural(data: Any, name: str, default: int | None = 0) -> int:
-    value = _get(data, name, int, default)
-    if not 0 <= value < 1 << 64:
-        raise ValueError(f"{name!r} is out of range")
-    return value
+def _line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it is not one line of printable text")
+    return text

@@ -1,16 +1,20 @@
 """The record of a rank as it lies under `/engines/<instance>/<rank>`: schema 1, JSON, under 4 KB.
 Pure.
 
-Decoding ignores fields that it does not know, refuses a newer schema by name, and checks the type
-and range of every field: whatever may lie in etcd, a reader gets a good record or `RecordDamaged`.
+The Structs here are the fields on the wire. Decoding ignores fields that it does not know, refuses
+a newer schema by name, and checks the type and range of every field: whatever may lie in etcd, a
+reader gets a good record or `RecordDamaged`.
 """
 
 from __future__ import annotations
 
-import json
-from typing import Any, TypeVar
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
 
 from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
+from engine_registry.schema import structs
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.printable import short
 from engine_registry.schema.record import (
@@ -20,59 +24,110 @@ from engine_registry.schema.record import (
     RankState,
     implied_content,
 )
+from engine_registry.schema.structs import Malformed, Natural, check_64_bits
 
 SCHEMA = 1
 MAX_RECORD_NBYTES = 4096
 
-T = TypeVar("T")
+
+class _Model(msgspec.Struct, frozen=True):
+    name: str
+    revision: str = ""
+    dtype: str = ""
+    quantization: str = ""
+    extra: dict[str, Any] = {}
+
+
+class _Header(msgspec.Struct, frozen=True):
+    addr: Natural
+
+    def __post_init__(self) -> None:
+        check_64_bits(self, "addr")
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    digest: str
+    parts: Natural
+    tensors: Natural
+    nbytes: Natural
+
+    def __post_init__(self) -> None:
+        check_64_bits(self, "parts", "tensors", "nbytes")
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True):
+    """In the order in which they are written."""
+
+    schema: int
+    incarnation: str
+    generation: str = ""
+    instance: str
+    rank: int
+    world_size: int
+    topology: dict[str, Any] = {}
+    model: _Model
+    version: Natural
+    content: str | UnsetType = UNSET
+    state: RankState
+    session_id: str
+    protocol: str
+    fabric: str = ""
+    host: str = ""
+    pid: Natural = 0
+    device: str = ""
+    header: _Header
+    manifest: _Manifest
+    registered_at: str
+    writer: str = ""
+    kept_by: str | UnsetType = UNSET
+    ended: str | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        check_64_bits(self, "pid")
+
+
+_DECODER = msgspec.json.Decoder(_Record)
 
 
 def encode(record: RankRecord) -> bytes:
     """The record as stored; InvalidField where it would exceed 4 KB."""
     model = record.model
-    data: dict[str, Any] = {
-        "schema": SCHEMA,
-        "incarnation": record.incarnation,
-        "generation": record.generation,
-        "instance": record.instance,
-        "rank": record.rank,
-        "world_size": record.world_size,
-        "topology": {axis: list(place) for axis, place in record.topology.items()},
-        "model": {
-            "name": model.name,
-            "revision": model.revision,
-            "dtype": model.dtype,
-            "quantization": model.quantization,
-            "extra": dict(model.extra),
-        },
-        "version": record.version,
-        "content": record.content,
-        "state": record.state.value,
-        "session_id": record.session_id,
-        "protocol": record.protocol,
-        "fabric": record.fabric,
-        "host": record.host,
-        "pid": record.pid,
-        "device": record.device,
-        "header": {"addr": record.header_addr},
-        "manifest": {
-            "digest": record.manifest.digest,
-            "parts": record.manifest.parts,
-            "tensors": record.manifest.tensors,
-            "nbytes": record.manifest.nbytes,
-        },
-        "registered_at": record.registered_at,
-        "writer": record.writer,
-    }
-    if not record.content:
-        del data["content"]
-    if record.kept_by:
-        data["kept_by"] = record.kept_by
-    if record.ended:
-        data["ended"] = record.ended
-    value = json.dumps(data, separators=(",", ":")).encode()
+    stored = _Record(
+        schema=SCHEMA,
+        incarnation=record.incarnation,
+        generation=record.generation,
+        instance=record.instance,
+        rank=record.rank,
+        world_size=record.world_size,
+        topology=dict(record.topology),
+        model=_Model(
+            model.name, model.revision, model.dtype, model.quantization, dict(model.extra)
+        ),
+        version=record.version,
+        content=record.content or UNSET,
+        state=record.state,
+        session_id=record.session_id,
+        protocol=record.protocol,
+        fabric=record.fabric,
+        host=record.host,
+        pid=record.pid,
+        device=record.device,
+        header=_Header(record.header_addr),
+        manifest=_Manifest(
+            record.manifest.digest,
+            record.manifest.parts,
+            record.manifest.tensors,
+            record.manifest.nbytes,
+        ),
+        registered_at=record.registered_at,
+        writer=record.writer,
+        kept_by=record.kept_by or UNSET,
+        ended=record.ended or UNSET,
+    )
+    value = structs.write(stored)
     if len(value) > MAX_RECORD_NBYTES and not record.ended:
-        largest = max(data, key=lambda name: len(json.dumps(data[name])))
+        fields = structs.plain(stored)
+        largest = max(fields, key=lambda name: len(structs.write(fields[name])))
         raise InvalidField(
             f"the record of {record.key} takes {len(value)} bytes, more than {MAX_RECORD_NBYTES}",
             f"shorten {largest!r}",
@@ -88,18 +143,13 @@ def decode(key: str, value: bytes, mod_revision: int = 0, create_revision: int =
             f"the record at {key} is damaged: {len(value)} bytes is no record's size", key=key
         )
     try:
-        data = json.loads(value)
-        schema = _get(data, "schema", int)
-        if schema > SCHEMA:
-            raise SchemaUnsupported(
-                f"the record at {key} has schema {short(schema)}; this version reads up to "
-                f"{SCHEMA}",
-                "upgrade engine-registry",
-                key=key,
-                schema=schema,
-            )
-        record = _from_json(data, mod_revision, create_revision)
-    except (ValueError, RecursionError) as exc:  # InvalidField and JSON errors are ValueErrors
+        stored = structs.read(_DECODER, value)
+        _check_schema(key, stored.schema)
+        record = _record(stored, mod_revision, create_revision)
+    except Malformed as exc:
+        _check_schema(key, structs.schema_of(value))
+        raise RecordDamaged(f"the record at {key} is damaged: {short(exc)}", key=key) from exc
+    except InvalidField as exc:
         raise RecordDamaged(f"the record at {key} is damaged: {short(exc)}", key=key) from exc
     if record.key != key:
         raise RecordDamaged(
@@ -113,74 +163,47 @@ def decode_item(item: KeyValue) -> RankRecord:
     return decode(item.key, item.value, item.mod_revision, item.create_revision)
 
 
-def _from_json(data: dict[str, Any], mod_revision: int, create_revision: int) -> RankRecord:
-    model = _get(data, "model", dict)
-    manifest = _get(data, "manifest", dict)
-    incarnation, version = _get(data, "incarnation", str), _natural(data, "version")
+def _check_schema(key: str, schema: int) -> None:
+    if schema > SCHEMA:
+        raise SchemaUnsupported(
+            f"the record at {key} has schema {short(schema)}; this version reads up to {SCHEMA}",
+            "upgrade engine-registry",
+            key=key,
+            schema=schema,
+        )
+
+
+def _record(stored: _Record, mod_revision: int, create_revision: int) -> RankRecord:
+    model, manifest = stored.model, stored.manifest
     return RankRecord(
-        incarnation=incarnation,
-        instance=_get(data, "instance", str),
-        rank=_get(data, "rank", int),
-        world_size=_get(data, "world_size", int),
+        incarnation=stored.incarnation,
+        instance=stored.instance,
+        rank=stored.rank,
+        world_size=stored.world_size,
         model=ModelIdentity(
-            name=_get(model, "name", str),
-            revision=_get(model, "revision", str, ""),
-            dtype=_get(model, "dtype", str, ""),
-            quantization=_get(model, "quantization", str, ""),
-            extra={name: str(value) for name, value in _get(model, "extra", dict, {}).items()},
+            name=model.name,
+            revision=model.revision,
+            dtype=model.dtype,
+            quantization=model.quantization,
+            extra={name: str(value) for name, value in model.extra.items()},
         ),
-        session_id=_get(data, "session_id", str),
-        protocol=_get(data, "protocol", str),
-        manifest=ManifestRef(
-            digest=_get(manifest, "digest", str),
-            parts=_natural(manifest, "parts"),
-            tensors=_natural(manifest, "tensors"),
-            nbytes=_natural(manifest, "nbytes"),
-        ),
-        header_addr=_natural(_get(data, "header", dict), "addr"),
-        registered_at=_get(data, "registered_at", str),
-        generation=_get(data, "generation", str, ""),
-        topology={
-            axis: _place(axis, place) for axis, place in _get(data, "topology", dict, {}).items()
-        },
-        version=version,
-        content=_get(data, "content", str, "") or implied_content(incarnation, version),
-        state=RankState(_get(data, "state", str)),
-        fabric=_get(data, "fabric", str, ""),
-        host=_get(data, "host", str, ""),
-        pid=_natural(data, "pid", 0),
-        device=_get(data, "device", str, ""),
-        writer=_get(data, "writer", str, ""),
-        kept_by=_get(data, "kept_by", str, ""),
-        ended=_get(data, "ended", str, ""),
+        session_id=stored.session_id,
+        protocol=stored.protocol,
+        manifest=ManifestRef(manifest.digest, manifest.parts, manifest.tensors, manifest.nbytes),
+        header_addr=stored.header.addr,
+        registered_at=stored.registered_at,
+        generation=stored.generation,
+        topology=stored.topology,
+        version=stored.version,
+        content=stored.content or implied_content(stored.incarnation, stored.version),
+        state=stored.state,
+        fabric=stored.fabric,
+        host=stored.host,
+        pid=stored.pid,
+        device=stored.device,
+        writer=stored.writer,
+        kept_by=stored.kept_by or "",
+        ended=stored.ended or "",
         mod_revision=mod_revision,
         create_revision=create_revision,
     )
-
-
-def _get(data: Any, name: str, kind: type[T], default: T | None = None) -> T:
-    if not isinstance(data, dict):
-        raise ValueError(f"an object was expected where {name!r} should be")
-    value = data.get(name, default)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(
-            f"{name!r} is missing" if value is None else f"{name!r} is not of type {kind.__name__}"
-        )
-    return value
-
-
-def _natural(data: Any, name: str, default: int | None = None) -> int:
-    value = _get(data, name, int, default)
-    if not 0 <= value < 1 << 64:
-        raise ValueError(f"{name!r} is out of range: {value}")
-    return value
-
-
-def _place(axis: str, place: Any) -> tuple[int, int]:
-    if (
-        not isinstance(place, list)
-        or len(place) != 2
-        or not all(type(number) is int for number in place)
-    ):
-        raise ValueError(f"topology axis {axis!r} is not [index, size]")
-    return place[0], place[1]

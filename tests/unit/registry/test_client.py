@@ -35,7 +35,7 @@ from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.schema import manifest_format
 from engine_registry.schema.keys import manifest_part_key, record_key
 from engine_registry.schema.keyvalue import Snapshot
-from engine_registry.schema.record_format import _from_json, encode
+from engine_registry.schema.record_format import _record, encode
 from tests.support.builders import (
     OTHER_INCARNATION,
     a_manifest,
@@ -241,8 +241,8 @@ def test_a_resolve_that_waits_reads_each_record_once(
     registry._etcd = feed
     reads: list[object] = []
     monkeypatch.setattr(
-        "engine_registry.schema.record_format._from_json",
-        lambda *args: reads.append(args) or _from_json(*args),  # type: ignore[func-returns-value]
+        "engine_registry.schema.record_format._record",
+        lambda *args: reads.append(args) or _record(*args),  # type: ignore[func-returns-value]
     )
     for number, each in enumerate(records[1:], 2):
         feed.give(stored(each, number), stored(replace(each, instance="other"), number))

@@ -261,12 +261,31 @@ def test_text_that_no_encoding_can_write_is_damage(path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("state", ..., "'state' is missing"),
-        ("manifest.parts", None, "'parts' is missing"),
-        ("pid", "7", "'pid' is not of type int"),
-        ("manifest.nbytes", -1, "'nbytes' is out of range: -1"),
-        ("header", [], "'header' is not of type dict"),
-        ("topology", {"tp": [0]}, "topology axis 'tp' is not [index, size]"),
+        ("state", ..., "`$.state` is missing"),
+        ("state", "sleeping", "`$.state`: 'sleeping' is none of the words that may stand there"),
+        ("manifest.parts", ..., "`$.manifest.parts` is missing"),
+        (
+            "manifest.parts",
+            None,
+            "`$.manifest.parts`: a whole number was expected, null was found",
+        ),
+        ("pid", "7", "`$.pid`: a whole number was expected, a text was found"),
+        ("pid", 7.0, "`$.pid`: a whole number was expected, a number with a fraction was found"),
+        ("rank", True, "`$.rank`: a whole number was expected, true or false was found"),
+        ("manifest.nbytes", -1, "`$.manifest.nbytes`: a whole number of at least 0 was expected"),
+        (
+            "manifest.nbytes",
+            2**64,
+            "`$.manifest`: nbytes is out of range: 18446744073709551616",
+        ),
+        ("header", [], "`$.header`: an object was expected, a list was found"),
+        ("model.extra", 5, "`$.model.extra`: an object was expected, a whole number was found"),
+        (
+            "topology",
+            {"tp": [0]},
+            "topology 'tp': [0] is not valid: an axis has (index, size), and the index is from 0 "
+            "to size - 1",
+        ),
     ],
 )
 def test_damage_is_told_with_the_field_and_what_is_wrong_with_it(

@@ -57,3 +57,8 @@ def test_a_frame_cut_off_anywhere_is_the_end_of_the_pipe(payloads: list[bytes]) 
     assert read_frame(io.BytesIO(whole)) is not None
     for length in range(len(whole)):
         assert read_frame(io.BytesIO(whole[:length])) is None, length
+
+
+def test_a_path_that_is_no_text_reaches_the_other_end_as_it_is() -> None:
+    message = {"etcd": {"cacert": "/certs/\udcff.pem"}, "why": "/engines/\udce4/0 is damaged"}
+    assert read_frame(io.BytesIO(encode_frame(message))) == Frame(message)
