@@ -9,19 +9,23 @@ ranks there are. The source of the format is SGLang itself: `EngineInfoBootstrap
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
 
 from engine_registry.errors import InvalidField
+from engine_registry.schema import structs
 from engine_registry.schema.address import parse_session, why_not_advertised
 from engine_registry.schema.keys import MAX_RANKS
 from engine_registry.schema.manifest import Manifest, Region, TensorEntry
-from engine_registry.schema.printable import is_unicode
+from engine_registry.schema.printable import is_unicode, short
 from engine_registry.schema.record import RankRecord
+from engine_registry.schema.structs import Malformed
 
 MAX_TENSORS = 200_000
 _ANSWER = "remote_instance_transfer_engine_info"
@@ -29,6 +33,29 @@ _MAX_ADDR = 1 << 64
 _MAX_ELEMENT_NBYTES = 256  # the largest of torch's is 16
 _MAX_NAME = 4096
 _TARGET = "target"  # the role of a model that is nobody's draft
+
+
+_Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
+_WorldSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
+
+
+class _EngineInfo(msgspec.Struct, frozen=True):
+    session_id: str
+    weights_info_dict: dict[str, Any]  # `_entry` checks each, and names it: a path would not
+
+
+class _Body(msgspec.Struct, frozen=True):
+    """What seeds send, or what SGLang's own server answers about a rank."""
+
+    rank: _Rank | UnsetType = UNSET
+    tp_rank: _Rank | UnsetType = UNSET
+    transfer_engine_info: _EngineInfo | UnsetType = UNSET
+    remote_instance_transfer_engine_info: Any = UNSET  # [session_id, weights_info_dict]
+    world_size: _WorldSize | None = None
+    role: str = ""
+
+
+_BODY = msgspec.json.Decoder(_Body)
 
 
 @dataclass(frozen=True)
@@ -52,11 +79,14 @@ def parse_rank(text: str | None) -> int:
 
 def parse_world_size(text: str | None) -> int | None:
     """Of a query, where there is one."""
-    return (
-        None
-        if text is None
-        else _world_size(int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text[:20])
-    )
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_RANKS:
+        raise InvalidField(
+            f"world_size {text[:20]!r} is not valid: it is a whole number from 1 to {MAX_RANKS}",
+            field="world_size",
+        )
+    return int(text)
 
 
 def parse_registration(body: bytes, max_tensors: int = MAX_TENSORS) -> SeedInfo:
@@ -77,39 +107,22 @@ def parse_registration(body: bytes, max_tensors: int = MAX_TENSORS) -> SeedInfo:
 def _parse(body: bytes, max_tensors: int) -> SeedInfo:
     _check_extent(body, max_tensors)
     try:
-        data = json.loads(body)
-    except (ValueError, RecursionError) as exc:
-        raise InvalidField(f"the body is not JSON: {str(exc)[:200]}", field="body") from exc
-    _check_object(data, "the body")
-    rank = data["rank"] if "rank" in data else data.get("tp_rank")
-    if type(rank) is not int or not 0 <= rank < MAX_RANKS:
-        raise InvalidField(
-            f"rank {_short(rank)} is not valid: it is a whole number from 0 to {MAX_RANKS - 1}",
-            field="rank",
-        )
-    session_id, weights = _engine_info(data)
-    if not isinstance(session_id, str):
-        raise InvalidField(
-            f"session_id {_short(session_id)} is not valid: it is host:port", field="session_id"
-        )
+        data = structs.read(_BODY, body)
+        rank = data.rank if data.rank is not UNSET else data.tp_rank
+        if rank is UNSET:
+            raise Malformed("`$.rank` is missing", "$.rank")
+        session_id, weights = _engine_info(data)
+    except Malformed as exc:
+        field = exc.field or "body"
+        raise InvalidField(f"the body is not valid: {short(exc)}", field=field) from exc
     host, _ = parse_session(session_id)
     if problem := why_not_advertised(host):
         raise InvalidField(f"session_id {session_id!r} is not valid: {problem}", field="session_id")
-    _check_object(weights, "weights_info_dict")
     if len(weights) > max_tensors:
         raise InvalidField(
             f"{len(weights)} tensors are more than {max_tensors}", field="weights_info_dict"
         )
-    role = data.get("role", "")
-    if not isinstance(role, str):
-        raise InvalidField(f"role {_short(role)} is not valid: it is a string", field="role")
-    return SeedInfo(
-        rank=rank,
-        session_id=session_id,
-        manifest=_manifest(weights),
-        world_size=_world_size(data["world_size"]) if data.get("world_size") is not None else None,
-        role=role,
-    )
+    return SeedInfo(rank, session_id, _manifest(weights), data.world_size, data.role)
 
 
 def instance_of_role(instance: str, role: str) -> str:
@@ -123,9 +136,7 @@ def render(record: RankRecord, manifest: Manifest) -> bytes:
     JSON. Clients unpack exactly a session and a table.
     """
     weights = {entry.name: [entry.addr, *_elements(entry)] for entry in manifest.tensors}
-    return json.dumps(
-        {"rank": record.rank, _ANSWER: [record.session_id, weights]}, separators=(",", ":")
-    ).encode()
+    return structs.write({"rank": record.rank, _ANSWER: [record.session_id, weights]})
 
 
 def _check_extent(body: bytes, max_tensors: int) -> None:
@@ -139,31 +150,16 @@ def _check_extent(body: bytes, max_tensors: int) -> None:
         )
 
 
-def _check_object(value: Any, what: str) -> None:
-    if not isinstance(value, dict):
-        raise InvalidField(f"{what} is not valid: it is a JSON object", field=what)
-
-
-def _engine_info(data: dict[str, Any]) -> tuple[Any, Any]:
-    if _ANSWER in data and "transfer_engine_info" not in data:
-        answer = data[_ANSWER]
-        if not isinstance(answer, list) or len(answer) < 2:
-            raise InvalidField(
-                f"{_ANSWER} is not valid: it is [session_id, weights_info_dict]", field=_ANSWER
-            )
-        return answer[0], answer[1]
-    info = data.get("transfer_engine_info")
-    _check_object(info, "transfer_engine_info")
-    return info.get("session_id"), info.get("weights_info_dict")  # type: ignore[union-attr]  # it is a dict
-
-
-def _world_size(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_RANKS:
-        raise InvalidField(
-            f"world_size {_short(value)} is not valid: it is a whole number from 1 to {MAX_RANKS}",
-            field="world_size",
-        )
-    return value
+def _engine_info(data: _Body) -> tuple[str, dict[str, Any]]:
+    info, answer = data.transfer_engine_info, data.remote_instance_transfer_engine_info
+    if info is not UNSET:
+        return info.session_id, info.weights_info_dict
+    if answer is UNSET:
+        raise Malformed("`$.transfer_engine_info` is missing", "$.transfer_engine_info")
+    if not isinstance(answer, list) or len(answer) < 2:
+        raise Malformed(f"`$.{_ANSWER}` is not [session_id, weights_info_dict]", f"$.{_ANSWER}")
+    info = structs.convert(dict(zip(("session_id", "weights_info_dict"), answer)), _EngineInfo)  # noqa: B905  it may say more
+    return info.session_id, info.weights_info_dict
 
 
 def _manifest(weights: dict[str, Any]) -> Manifest:
