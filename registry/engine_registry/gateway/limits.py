@@ -1,9 +1,17 @@
 """What an HTTP client of the gateway may take: bytes, seconds, connections. A client that goes
-beyond is cut off, nobody else is.
+beyond is cut off, and no other client is.
 
-`Limits` are the numbers. `Guard` counts what is open and makes uvicorn's connections keep to their
-time, which by itself it does not before a request and while a response is not being read. `body`
-bounds what is sent, whatever its Content-Length says.
+`Limits` are the numbers. `Guard` counts the connections and keeps them to their time. `body` bounds
+what is sent, whatever its Content-Length says. This is not left to options of uvicorn, because:
+
+- `limit_concurrency` counts all connections together. One client could take all of them, and then
+  the others get 503, for /health too. Half a request that never ends would keep its place.
+- `timeout_keep_alive` runs from an answer to the next byte. It does not run before the first
+  request, during half a head, during a body, or while an answer is not being read.
+- There is no limit for a body, nor for all bodies together.
+
+uvicorn's `h11_max_incomplete_event_size` bounds a head, 16 KiB by default, and `backlog` the
+connections that it accepts at a time: both are in force.
 """
 
 from __future__ import annotations
