@@ -1,28 +1,28 @@
 """Every error that `engine_registry` raises on purpose; callers catch these and nothing else.
 
-EngineRegistryError         of this package and of `engine_loader`
-RegistryError               of this package
-├── EtcdError               etcd did not do what was asked
-│   ├── EtcdUnavailable     no endpoint answered in time, or what answers is not etcd
-│   ├── EtcdRefused         etcd answered no: credentials, permission, size
-│   │   ├── EtcdFull        no space left: it reads, deletes and renews, but writes nothing
-│   │   └── AnswerTooLarge  the answer is larger than one message may be: ask for less
-│   ├── LeaseNotFound       the lease has expired or was revoked
-│   └── HistoryLost         the watch cannot go on from where it was
-├── InvalidField            a name or number outside its range (also a ValueError)
-├── RecordDamaged           what is stored under a key cannot be read
-│   └── SchemaUnsupported   it was written by a newer version
-├── RankConflict            another process holds this rank
-├── InstanceMismatch        the rank disagrees with its siblings
-├── InstanceNotFound        no rank of the instance is registered
-├── InstanceIncomplete      some ranks are missing or not consistent
-├── RegistrationLost        the registration has ended and will not come back
-│   ├── Evicted             somebody deleted it on purpose
-│   └── Superseded          a newer registration has taken its place
-├── KeeperFailed            the process that holds the lease cannot be started
-├── GatewayFailed           the HTTP gateway cannot be started
-├── MetricsUnavailable      prometheus_client is not installed
-└── LocalEtcdFailed         the embedded etcd cannot be started
+EngineRegistryError             of this package and of `engine_loader`
+└── RegistryError               of this package
+    ├── EtcdError               etcd did not do what was asked
+    │   ├── EtcdUnavailable     no endpoint answered in time, or what answers is not etcd
+    │   ├── EtcdRefused         etcd answered no: credentials, permission, size
+    │   │   ├── EtcdFull        it has no space left (NOSPACE): writes do not pass
+    │   │   └── AnswerTooLarge  its answer is more than one message may hold: ask for less
+    │   ├── LeaseNotFound       the lease has expired or was revoked
+    │   └── HistoryLost         the watch cannot go on from where it was
+    ├── InvalidField            a name or number outside its range (also a ValueError)
+    ├── RecordDamaged           a key holds nothing that can be read
+    │   └── SchemaUnsupported   it was written by a newer version
+    ├── RankConflict            another process holds this rank
+    ├── InstanceMismatch        the rank disagrees with its siblings
+    ├── InstanceNotFound        no rank of the instance is registered
+    ├── InstanceIncomplete      some ranks are missing or not consistent
+    ├── RegistrationLost        the registration has ended and will not come back
+    │   ├── Evicted             it was deleted on purpose
+    │   └── Superseded          a newer registration has taken its place
+    ├── KeeperFailed            the process that holds the lease cannot be started
+    ├── GatewayFailed           the HTTP gateway cannot be started
+    ├── MetricsUnavailable      metrics were asked for, and prometheus_client is not installed
+    └── LocalEtcdFailed         the embedded etcd cannot be started
 """
 
 from __future__ import annotations

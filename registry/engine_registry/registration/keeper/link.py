@@ -13,12 +13,11 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any
 
 from engine_registry.errors import KeeperFailed, RegistryError, from_wire
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.config import EtcdConfig
-from engine_registry.registration.keeper.pending import Pending
+from engine_registry.registration.keeper.pending import Message, Pending
 from engine_registry.registration.keeper.process import START_TIMEOUT_S, KeeperProcess
 from engine_registry.registration.keeper.protocol import ANSWER_S, beat_s, encode_frame
 from engine_registry.registration.writes import DIED
@@ -44,10 +43,7 @@ class KeeperLink:
         ttl_s: float,
         news: Callable[[], OnNews | None],
     ) -> None:
-        """`news` is a weak reference.
-
-        When its referent is gone, the registration is not wanted any more, and ends.
-        """
+        """`news` is a weak reference: when its referent is gone, the registration ends."""
         self.record = record
         self._config = config
         self._parts = tuple(parts)
@@ -153,20 +149,17 @@ class KeeperLink:
         if on_news is not None:
             on_news(state, why, lost)
 
-    def _opening(self, again: bool) -> dict[str, Any]:
-        """`again`: it takes over from a keeper that has died, and finds the registration in etcd or
-        not.
-        """
-        wire = self._config.to_wire()
+    def _opening(self, again: bool) -> Message:
+        """`again`: it takes over from a dead keeper; the registration may be in etcd or not."""
         return {
             "rank_pid": os.getpid(),
-            "etcd": wire,
+            "etcd": self._config.to_wire(),
             "key": self.record.key,
             "ttl_s": self._ttl_s,
             "again": again,
         }
 
-    def _start(self, opening: dict[str, Any]) -> None:
+    def _start(self, opening: Message) -> None:
         """Needs no lock while the process starts: until the end nobody else knows of it."""
         record = self.record
         frame = encode_frame(opening, (encode(record), *self._parts))
@@ -197,9 +190,7 @@ class KeeperLink:
         keeper.write(encode_frame({"op": "end", "reason": DIED, "seq": 0}))
         keeper.close_input()
 
-    def _ask(
-        self, message: dict[str, Any], payloads: Sequence[bytes] = ()
-    ) -> Future[dict[str, Any]]:
+    def _ask(self, message: Message, payloads: Sequence[bytes] = ()) -> Future[Message]:
         waiting = bool(self._pending)
         message, reply = self._pending.add(message)
         if self._over:
@@ -274,7 +265,7 @@ class KeeperLink:
         except (KeeperFailed, MemoryError) as exc:
             self._notify("SUSPENDED", f"no keeper: {str(exc) or type(exc).__name__}", None)
 
-    def _receive(self, message: dict[str, Any]) -> None:
+    def _receive(self, message: Message) -> None:
         if "reply" in message:
             with self._lock:
                 asked, reply = self._pending.take(message["reply"])
@@ -293,7 +284,7 @@ class KeeperLink:
             self._count(message)
             self._notify(message["state"], message["why"], None)
 
-    def _count(self, message: dict[str, Any]) -> None:
+    def _count(self, message: Message) -> None:
         """Claims come as a sum, as a rank that is stopped does not get every message."""
         if message.get("renewed_in_s") is not None:
             metrics.KEEPALIVE.observe(message["renewed_in_s"])
@@ -303,6 +294,6 @@ class KeeperLink:
             self._claims_again = claims
 
 
-def _raise_error(answer: dict[str, Any]) -> None:
+def _raise_error(answer: Message) -> None:
     if answer.get("error"):
         raise from_wire(answer["error"])
