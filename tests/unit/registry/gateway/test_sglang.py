@@ -95,6 +95,18 @@ def test_what_a_client_is_answered_can_be_sent_as_a_registration() -> None:
     assert (again.rank, again.session_id, again.manifest) == (1, SESSION, info.manifest)
 
 
+def test_an_answer_is_written_as_ever_and_bytes_of_before_are_read() -> None:
+    manifest = a_manifest(an_entry("w", 4096, 24, dtype="float32", shape=(2, 3)))
+    answer = (
+        b'{"rank":1,"remote_instance_transfer_engine_info":["10.0.0.1:15000",{"w":[4096,6,4]}]}'
+    )
+    assert render(a_record(rank=1), manifest) == answer
+    info = parse_registration(answer)
+    assert (info.rank, info.session_id) == (1, "10.0.0.1:15000")
+    spaced = json.dumps(json.loads(answer), indent=1).encode()
+    assert parse_registration(spaced).manifest == info.manifest
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
