@@ -669,7 +669,7 @@ def test_a_damaged_record_is_shown_by_list_and_an_error_for_load(
     etcd.close()
     listed = engines("list")
     assert listed.returncode == Exit.DONE
-    assert "the record at /engines/b/0 is damaged: 'schema' is missing" in listed.stdout
+    assert "the record at /engines/b/0 is damaged: `$.schema` is missing" in listed.stdout
     assert_one_line(
         engines("load", "b", "--rank", "0", "--wait", "0"), Exit.FAILED, "/engines/b/0 is damaged"
     )
