@@ -564,7 +564,8 @@ def plain(tmp_path: Path) -> Path:
     site, folder = Path(sysconfig.get_path("purelib")), tmp_path / "plain"
     folder.mkdir()
     installed = {_name(each): each for each in metadata.distributions()}
-    wanted, seen = ["click", "etcd3", "grpcio", "protobuf", "rich", "tenacity"], set[str]()
+    wanted = ["click", "etcd3", "grpcio", "msgspec", "protobuf", "rich", "tenacity"]
+    seen = set[str]()
     while wanted:
         name = wanted.pop()
         if name in seen or name not in installed:
