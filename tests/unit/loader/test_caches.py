@@ -13,7 +13,7 @@ from engine_loader.planning.plan import Planner
 from engine_loader.sources.manifests import fetch_manifest
 from engine_registry import Manifest, RankRecord, Registry
 from engine_registry.errors import InvalidField
-from engine_registry.schema.manifest import encode
+from engine_registry.schema.manifest_format import encode
 from tests.support.builders import a_manifest, a_record, an_entry
 
 
