@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from engine_cli.render.flows import Arrived, Flows
 from engine_registry import (
@@ -20,6 +22,9 @@ from engine_registry import (
     RankState,
     RankUpdated,
 )
+
+if TYPE_CHECKING:
+    from engine_loader import LoadReport
 
 
 def instance_json(status: InstanceStatus) -> dict[str, Any]:
@@ -136,3 +141,31 @@ def event_json(event: Event | InstanceCleaned) -> dict[str, Any]:
         return {"event": _INSTANCE_EVENTS[type(event)], **instance_json(event.status)}
     reason = {"reason": event.reason} if isinstance(event, RankLost) else {}
     return {"event": _RANK_EVENTS[type(event)], **reason, **rank_json(event.record)}
+
+
+def loaded_json(report: LoadReport, paths: Sequence[Path]) -> dict[str, Any]:
+    return {
+        "instance": report.instance,
+        "rank": report.rank,
+        "version": report.version,
+        "content": report.content,
+        "protocol": report.protocol,
+        "tensors": report.tensors,
+        "nbytes": report.nbytes,
+        "read_nbytes": report.read_nbytes,
+        "reads": report.reads,
+        "retries": report.retries,
+        "seconds": round(report.seconds, 6),
+        "transfer_s": round(report.transfer_s, 6),
+        "digest_s": round(report.digest_s, 6),
+        "sources": [
+            {
+                "key": share.name,
+                "nbytes": share.nbytes,
+                "lost": str(share.error) if share.error else None,
+            }
+            for share in report.shares
+        ],
+        "file": str(paths[0]) if len(paths) == 1 else None,
+        "files": list(map(str, paths)),
+    }

@@ -369,10 +369,14 @@ def test_a_model_that_is_there_is_not_overwritten_without_being_asked(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((), "say what to copy: --rank R for one rank, or --full for all as whole tensors"),
+        (
+            (),
+            "nothing says what to copy: say --rank R for one rank, or --full for all as whole "
+            "tensors",
+        ),
         (
             ("--rank", "0", "--full"),
-            "--rank and --full exclude each other: --rank copies one rank, --full all as "
+            "--rank and --full exclude each other: say --rank for one rank, or --full for all as "
             "whole tensors",
         ),
     ],
