@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from engine_loader.starting.load_or_seed import load_or_seed as load_or_seed
     from engine_loader.starting.seeded import Seeded as Seeded
     from engine_loader.tensors.destination import Destination as Destination
-    from engine_loader.tensors.regions import Shard as Shard
+    from engine_loader.tensors.shards import Shard as Shard
     from engine_loader.transfer.pace import Pace as Pace
     from engine_loader.transfer.progress import Progress as Progress
 
@@ -73,7 +73,7 @@ _MODULE_OF = {
     "ReadFailed": "errors",
     "Replica": "publishing.replica",
     "Seeded": "starting.seeded",
-    "Shard": "tensors.regions",
+    "Shard": "tensors.shards",
     "SourceEvicted": "errors",
     "SourceLost": "errors",
     "SourceUnreachable": "errors",

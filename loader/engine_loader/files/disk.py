@@ -27,7 +27,8 @@ from engine_loader.files.stored import Files
 from engine_loader.planning.boxes import Lines
 from engine_loader.planning.reads import Costs, Span
 from engine_loader.tensors.cuda import wait_for
-from engine_loader.tensors.regions import Shard, describe, devices_of, local_parts
+from engine_loader.tensors.regions import describe, devices_of
+from engine_loader.tensors.shards import Shard, local_parts
 from engine_loader.tensors.writable import check_writable
 from engine_loader.transfer.progress import OnProgress, Progress
 from engine_loader.transfer.staging import Staging

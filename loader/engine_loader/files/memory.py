@@ -17,8 +17,9 @@ from engine_loader.errors import (
     listed,
 )
 from engine_loader.files.stored import Files
+from engine_loader.tensors.dtypes import dtype_named
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.tensors.regions import Shard, dtype_named
+from engine_loader.tensors.shards import Shard
 from engine_registry import Manifest
 
 Strides = tuple[int, ...] | None  # as in TensorEntry

@@ -18,7 +18,7 @@ from engine_loader.planning.matching import Origin
 from engine_loader.planning.plan import plan
 from engine_loader.planning.reads import Costs, Span
 from engine_loader.planning.tied import tied_names
-from engine_loader.tensors.regions import Shard
+from engine_loader.tensors.shards import Shard
 from engine_registry import Manifest, Region, TensorEntry
 
 _COMPARED_NBYTES = 8 << 20

@@ -15,7 +15,8 @@ from engine_loader.files.format import check_storable
 from engine_loader.files.memory import memory_for
 from engine_loader.files.stored import Files
 from engine_loader.files.writing import save, writing
-from engine_loader.tensors.regions import describe, dtype_name
+from engine_loader.tensors.dtypes import dtype_name
+from engine_loader.tensors.regions import describe
 
 
 def read_weights(paths: Paths, rank: int | None = None) -> dict[str, torch.Tensor]:

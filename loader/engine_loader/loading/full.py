@@ -22,7 +22,8 @@ from engine_loader.planning.content import content_of_parts
 from engine_loader.planning.whole import MAX_FILE_NBYTES, Whole, into_files, whole_tensors
 from engine_loader.sources.manifests import fetch_manifests
 from engine_loader.sources.search import Search
-from engine_loader.tensors.regions import Shard, dtype_named
+from engine_loader.tensors.dtypes import dtype_named
+from engine_loader.tensors.shards import Shard
 from engine_loader.transfer.progress import OnProgress, Progress
 from engine_loader.transfer.shares import Share
 from engine_registry import Manifest, RankRecord, Registry

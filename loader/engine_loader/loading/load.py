@@ -28,7 +28,7 @@ from engine_loader.publishing.replica import Replica, Republication, as_replica
 from engine_loader.sources.search import Search
 from engine_loader.tensors.cuda import on_default_stream, wait_for
 from engine_loader.tensors.destination import Destination
-from engine_loader.tensors.regions import Shard
+from engine_loader.tensors.shards import Shard
 from engine_loader.tensors.uses import USES
 from engine_loader.transfer.pace import pace_for, pace_in_chain
 from engine_loader.transfer.progress import Progress

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 from engine_loader.planning.boxes import Box
 from engine_loader.planning.matching import entry_box
 from engine_loader.sources.catalogue import Catalogue
-from engine_loader.tensors.regions import dtype_named
+from engine_loader.tensors.dtypes import dtype_named
 from engine_registry import TensorEntry
 
 

@@ -20,7 +20,7 @@ from engine_loader.options import LoadOptions
 from engine_loader.publishing.replica import Replica
 from engine_loader.sources.catalogue import Catalogue, read_catalogue
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.tensors.regions import Shard
+from engine_loader.tensors.shards import Shard
 from engine_loader.tensors.state_dict import whole
 from engine_registry import Registry
 from engine_registry.schema.printable import short

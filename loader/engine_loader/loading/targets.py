@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 
 from engine_loader.sources.catalogue import Catalogue
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.tensors.regions import Shard, strides_of
+from engine_loader.tensors.regions import strides_of
+from engine_loader.tensors.shards import Shard
 from engine_loader.tensors.usable import is_dense
 from engine_registry import TensorEntry
 

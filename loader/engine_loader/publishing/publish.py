@@ -13,7 +13,7 @@ from engine_loader.options import PublishOptions, refuse
 from engine_loader.publishing.opening import open_publication
 from engine_loader.publishing.publication import Publication
 from engine_loader.tensors.destination import Destination
-from engine_loader.tensors.regions import Shard
+from engine_loader.tensors.shards import Shard
 from engine_loader.tensors.state_dict import flatten, whole
 from engine_registry import ModelIdentity, Registry
 from engine_registry.schema.keys import check_rank

@@ -24,7 +24,7 @@ from engine_loader.starting.peers import Peers
 from engine_loader.starting.seeded import Seeded
 from engine_loader.starting.start import Start
 from engine_loader.tensors.destination import Destination
-from engine_loader.tensors.regions import Shard
+from engine_loader.tensors.shards import Shard
 from engine_registry import ModelIdentity, Place, Registry
 from engine_registry.schema.keys import check_instance, check_rank
 from engine_registry.schema.numbers import seconds

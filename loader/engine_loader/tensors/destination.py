@@ -8,7 +8,8 @@ import torch
 
 from engine_loader.errors import TensorsUnusable, listed
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.tensors.regions import Shard, describe, devices_of, local_parts, moved
+from engine_loader.tensors.regions import describe, devices_of, moved
+from engine_loader.tensors.shards import Shard, local_parts
 from engine_loader.tensors.uses import runs_of
 from engine_loader.tensors.writable import check_writable
 from engine_registry.errors import InvalidField

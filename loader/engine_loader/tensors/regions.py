@@ -4,125 +4,21 @@ each tensor.
 
 from __future__ import annotations
 
-import functools
-import math
 import mmap
-import sys
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from engine_loader.errors import TensorsUnusable, listed
 from engine_loader.tensors.cuda import to_register
+from engine_loader.tensors.dtypes import dtype_name
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.tensors.usable import unusable, unusable_name
+from engine_loader.tensors.shards import Shard, local
+from engine_loader.tensors.usable import refuse_unusable, unusable, unusable_name
 from engine_registry.collector import collector_paused
-from engine_registry.errors import InvalidField
 from engine_registry.schema.manifest import Manifest, Region, TensorEntry, dense_strides
-from engine_registry.schema.numbers import whole
-from engine_registry.schema.printable import short
 
 _MANY_STORAGES = 1_000
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which box of the whole tensor a rank's tensor is. The box has the shape of the rank's tensor.
-
-    Attributes:
-        global_shape: The shape of the whole tensor, in elements.
-        offsets: Where the box begins in the whole, in elements along each dimension.
-
-    Raises:
-        TensorsUnusable: A field is no sequence of whole numbers.
-
-    Example:
-        `Shard((8, 16), (4, 0))` is the lower half, for a tensor of shape (4, 16).
-    """
-
-    global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        """Takes any sequences of whole numbers. Raises TensorsUnusable."""
-        for field in ("global_shape", "offsets"):
-            object.__setattr__(self, field, _whole_numbers(field, getattr(self, field)))
-
-
-def _whole_numbers(field: str, values: Any) -> tuple[int, ...]:
-    try:
-        if isinstance(values, Set | Mapping):
-            raise TypeError("it has no order")
-        return tuple([whole(field, value, -sys.maxsize) for value in values])
-    except (TypeError, InvalidField) as exc:
-        raise TensorsUnusable(
-            f"{field} {short(repr(values))} of a shard is not valid: it has a whole number "
-            "for each dimension",
-            field=field,
-        ) from exc
-
-
-def is_sharded(tensor: object) -> bool:
-    """It says itself which part of the whole it is: a DTensor."""
-    return hasattr(tensor, "__create_chunk_list__") and hasattr(tensor, "to_local")
-
-
-@plain_torch()
-def local_parts(
-    tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, Shard]]:
-    """What this process holds of each tensor, and which box of the whole that is, as far as it is
-    known.
-
-    A DTensor on a device mesh that this process is not in is left out: it holds nothing of it.
-    Raises TensorsUnusable for a DTensor that is a partial sum, or whose part is no box, and for one
-    that has a shard stated besides.
-    """
-    parts, boxes, problems = dict(tensors), dict(shards or {}), []
-    for name, tensor in tensors.items():
-        if not is_sharded(tensor):
-            parts[name] = _arrived(tensor)
-            continue
-        dtensor: Any = tensor
-        problem = _no_box(dtensor)
-        if not problem and name in boxes:
-            problem = "has a shard stated, but is a DTensor, which says itself which part it is"
-        if problem:
-            problems.append(f"{name}: {problem}")
-        elif dtensor.device_mesh.get_coordinate() is None:
-            del parts[name]
-        else:
-            parts[name] = _arrived(dtensor.detach().to_local())
-            (chunk,) = dtensor.__create_chunk_list__()
-            boxes[name] = Shard(tuple(dtensor.shape), tuple(chunk.offsets))
-    _refuse(problems)
-    return parts, boxes
-
-
-def _arrived(tensor: Any) -> Any:
-    """The tensor that a collective fills, once it is filled: an AsyncCollectiveTensor wraps it."""
-    return tensor.wait() if hasattr(tensor, "trigger_wait") else tensor
-
-
-def _no_box(dtensor: Any) -> str:
-    """Why this process's part of it is no box of the whole.
-
-    A dimension that is split several times is split from left to right, in ever smaller runs; a
-    strided placement says that it comes after so many later parts, as data parallelism does on top
-    of tensor parallelism. With any other stride there are gaps.
-    """
-    if any(placement.is_partial() for placement in dtensor.placements):
-        return "is a partial sum over its device mesh: call .redistribute() first"
-    for axis, placement in enumerate(dtensor.placements):
-        stride = getattr(placement, "split_factor", 1)
-        sizes = list(zip(dtensor.placements, dtensor.device_mesh.shape, strict=True))[axis + 1 :]
-        if stride > 1 and stride != math.prod(
-            size for later, size in sizes if later.is_shard(placement.dim)
-        ):
-            return f"is split with gaps ({placement}): call .redistribute() first"
-    return ""
 
 
 @collector_paused
@@ -176,7 +72,7 @@ def describe(
         for name in shards or ()
         if name not in tensors
     ]
-    _refuse(problems)
+    refuse_unusable(problems)
     return Manifest(tuple(entries), _regions(storages))
 
 
@@ -192,30 +88,6 @@ def devices_of(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.device, ...]:
     return tuple(dict.fromkeys(tensor.device for tensor in tensors.values() if tensor.numel())) or (
         torch.device("cpu"),
     )
-
-
-@functools.cache
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """TensorsUnusable where this torch has no dtype of that name."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise TensorsUnusable(
-            f"dtype {name!r} is unknown to torch {torch.__version__}", "upgrade torch", dtype=name
-        )
-    return dtype
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        raise TensorsUnusable(
-            f"{len(problems)} tensor{'s' if len(problems) > 1 else ''} cannot be used as is: "
-            f"{listed(problems)}",
-            problems=list(problems),
-        )
 
 
 def _outside(shape: tuple[int, ...], box: Shard) -> str:
@@ -277,7 +149,7 @@ def moved(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[str]:
     for entry in manifest.tensors:
         tensor: Any = tensors[entry.name]
         if type(tensor) not in _PLAIN:
-            tensor = _arrived(tensor.to_local() if is_sharded(tensor) else tensor)
+            tensor = local(tensor)
         try:
             same = _is_as_described(tensor, entry)
         except Exception:  # noqa: BLE001  it may be anything by now, and raise whatever it likes

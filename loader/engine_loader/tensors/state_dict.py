@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engine_loader.errors import TensorsUnusable, listed
-from engine_loader.tensors.regions import Shard, is_sharded
+from engine_loader.tensors.shards import Shard, is_sharded
 from engine_loader.tensors.usable import unusable
 from engine_registry.schema.printable import short
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import UninitializedBuffer, UninitializedParameter
 
+from engine_loader.errors import TensorsUnusable, listed
 from engine_registry.schema.manifest import dense_strides
 from engine_registry.schema.printable import is_unicode, short
 
@@ -129,3 +131,13 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def _kind(tensor: Any) -> str:
     return type(tensor).__name__
+
+
+def refuse_unusable(problems: Sequence[str]) -> None:
+    """Raises TensorsUnusable, with all that is wrong, if anything is."""
+    if problems:
+        raise TensorsUnusable(
+            f"{len(problems)} tensor{'s' if len(problems) > 1 else ''} cannot be used as is: "
+            f"{listed(problems)}",
+            problems=list(problems),
+        )

@@ -52,7 +52,7 @@ from engine_loader import (
     publish,
     publish_state_dict,
 )
-from engine_loader.tensors.regions import is_sharded
+from engine_loader.tensors.shards import is_sharded
 from engine_registry import ModelIdentity, Registry
 from tests.support.options import for_load
 

@@ -24,7 +24,7 @@ from engine_loader.files.memory import allocate
 from engine_loader.files.weights import read_weights, write_weights
 from engine_loader.files.whole_files import WholeFiles
 from engine_loader.planning.whole import Whole
-from engine_loader.tensors.regions import dtype_name, dtype_named
+from engine_loader.tensors.dtypes import dtype_name, dtype_named
 from tests.unit.loader.files.test_weights import STORABLE, content, same
 
 

@@ -21,7 +21,8 @@ from engine_loader.files.memory import allocate, allocate_like, extent, shards_l
 from engine_loader.files.weights import read_weights, write_weights
 from engine_loader.files.whole_files import WholeFiles
 from engine_loader.planning.whole import Whole
-from engine_loader.tensors.regions import describe, dtype_name
+from engine_loader.tensors.dtypes import dtype_name
+from engine_loader.tensors.regions import describe
 from engine_registry.errors import InvalidField
 from tests.support.builders import a_manifest, an_entry
 

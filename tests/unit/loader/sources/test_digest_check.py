@@ -19,7 +19,8 @@ from engine_loader.errors import DigestMismatch, DigestsMissing
 from engine_loader.planning.plan import ReadOp
 from engine_loader.sources.digest_check import DigestCheck
 from engine_loader.sources.source import SourceRank
-from engine_loader.tensors.regions import Shard, describe
+from engine_loader.tensors.regions import describe
+from engine_loader.tensors.shards import Shard
 from engine_registry import Manifest, RankRecord
 from tests.support.builders import a_record
 

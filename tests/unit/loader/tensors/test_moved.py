@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Split
 
-from engine_loader.tensors.regions import describe, local_parts, moved
+from engine_loader.tensors.regions import describe, moved
+from engine_loader.tensors.shards import local_parts
 from engine_registry import Manifest
 
 Tensors = dict[str, torch.Tensor]

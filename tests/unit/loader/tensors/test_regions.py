@@ -18,7 +18,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine_loader import Shard
 from engine_loader.errors import TensorsUnusable
-from engine_loader.tensors.regions import describe, dtype_name, dtype_named, is_sharded, local_parts
+from engine_loader.tensors.dtypes import dtype_name, dtype_named
+from engine_loader.tensors.regions import describe
+from engine_loader.tensors.shards import is_sharded, local_parts
 from engine_registry import Region, TensorEntry
 
 DTYPES = sorted(

@@ -22,7 +22,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from engine_loader import Destination
 from engine_loader.errors import TensorsUnusable
-from engine_loader.tensors.regions import describe, local_parts, moved
+from engine_loader.tensors.regions import describe, moved
+from engine_loader.tensors.shards import local_parts
 from engine_loader.tensors.state_dict import whole
 
 INSIDE = "give the plain tensors that it is made of"
