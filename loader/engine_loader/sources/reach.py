@@ -57,7 +57,7 @@ def _obstacle(engine: Engine, record: RankRecord) -> _Obstacle | None:
     if ours and theirs and ours != theirs:
         return _Obstacle(
             f"is served over {theirs}, this engine speaks {ours}",
-            f"give the engine a `host` of {theirs}",
+            f"use a `host` of {theirs}",
         )
     if record.fabric and engine.fabric and record.fabric != engine.fabric:
         return _Obstacle(f"is on the fabric {record.fabric!r}, this engine on {engine.fabric!r}")

@@ -143,12 +143,12 @@ def test_what_cannot_be_reached_is_never_chosen_and_all_of_it_is_told() -> None:
         (
             "10.0.0.1:1",
             "[fd00::2]:1",
-            "is served over IPv6, this engine speaks IPv4: give the engine a `host` of IPv6",
+            "is served over IPv6, this engine speaks IPv4: use a `host` of IPv6",
         ),
         (
             "[::1]:1",
             "127.0.0.1:1",
-            "is served over IPv4, this engine speaks IPv6: give the engine a `host` of IPv4",
+            "is served over IPv4, this engine speaks IPv6: use a `host` of IPv4",
         ),
         ("10.0.0.1:1", "10.0.0.2:1", ""),
         ("[fd00::1]:1", "[fd00::2]:1", ""),
