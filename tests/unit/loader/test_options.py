@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
@@ -116,9 +116,16 @@ REFUSED = {
 
 
 @pytest.fixture
-def calls() -> dict[str, Callable[[Any], Any]]:
-    """Calls that refuse some options, up to their first look at an etcd that is not there."""
-    registry, engine = Registry(EtcdConfig(parse_endpoints("fake:1"))), InProcessEngine()
+def registry() -> Iterator[Registry]:
+    """Of an etcd that is not there."""
+    with Registry(EtcdConfig(parse_endpoints("fake:1"))) as registry:
+        yield registry
+
+
+@pytest.fixture
+def calls(registry: Registry) -> dict[str, Callable[[Any], Any]]:
+    """Calls that refuse some options before they look at etcd."""
+    engine = InProcessEngine()
     tensors = {"w": torch.zeros(3)}
     where: dict[str, Any] = {"rank": 0, "world_size": 1, "instance": "a"}
     return {
@@ -154,8 +161,8 @@ def test_an_option_that_a_call_cannot_honour_is_refused_by_name(
 @pytest.mark.parametrize(
     ("field", "value"), [("world_size", 2), ("topology", {"tp": (0, 2)})], ids=["size", "topology"]
 )
-def test_a_place_without_its_rank_is_refused(field: str, value: Any) -> None:
-    registry, engine = Registry(EtcdConfig(parse_endpoints("fake:1"))), InProcessEngine()
+def test_a_place_without_its_rank_is_refused(registry: Registry, field: str, value: Any) -> None:
+    engine = InProcessEngine()
     with pytest.raises(InvalidField, match=f"`{field}` is given without the rank"):
         load(registry, engine, "a", tensors={"w": torch.zeros(3)}, **{field: value})
 
@@ -177,15 +184,15 @@ def test_a_replica_that_cannot_be_is_refused_by_field(field: str, value: Any) ->
 
 
 @pytest.mark.parametrize("value", [None, 5, ModelIdentity("m")])
-def test_a_replica_is_a_name_a_replica_or_true(value: Any) -> None:
-    registry, engine = Registry(EtcdConfig(parse_endpoints("fake:1"))), InProcessEngine()
+def test_a_replica_is_a_name_a_replica_or_true(registry: Registry, value: Any) -> None:
+    engine = InProcessEngine()
     with pytest.raises(InvalidField, match=r"`publish` .* is not valid: give the name"):
         load(registry, engine, "a", rank=0, tensors={"w": torch.zeros(3)}, publish=value)
 
 
 @pytest.mark.parametrize("call", ["load", "publish", "load_or_seed"])
-def test_shards_beside_a_destination_are_refused(call: str) -> None:
-    registry, engine = Registry(EtcdConfig(parse_endpoints("fake:1"))), InProcessEngine()
+def test_shards_beside_a_destination_are_refused(registry: Registry, call: str) -> None:
+    engine = InProcessEngine()
     given: dict[str, Any] = {
         "shards": {"w": Shard((6,), (0,))},
         "rank": 0,
