@@ -15,11 +15,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+import engine_loader
 import engine_registry
+from engine_loader import InProcessEngine, MooncakeEngine, Publication, Seeded, WholeFiles, publish
 from engine_registry import (
     AllPulls,
     CleaningWatch,
@@ -65,6 +69,18 @@ def a_ticket(registry: Registry, etcd: LocalEtcd) -> PullTicket:
     return ticket
 
 
+def a_publication(registry: Registry, etcd: LocalEtcd) -> Publication:
+    return publish(
+        registry,
+        InProcessEngine(),
+        instance="a",
+        rank=0,
+        world_size=1,
+        tensors={"w": torch.zeros(4)},
+        model=ModelIdentity("m"),
+    )
+
+
 MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
     Registry: lambda registry, etcd: Registry.connect(etcd.endpoint),
     Registration: a_registration,
@@ -77,6 +93,14 @@ MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
     LocalEtcd: lambda registry, etcd: LocalEtcd().start(),
     LocalCluster: lambda registry, etcd: LocalCluster(),
     Gateway: lambda registry, etcd: Gateway(registry, "q", port=0),
+    MooncakeEngine: lambda registry, etcd: MooncakeEngine("127.0.0.1"),
+    Publication: a_publication,
+}
+OTHERS: dict[type, str] = {
+    Closable: "is their base",
+    InProcessEngine: "holds nothing but memory of Python",
+    Seeded: "holds a publication, which warns",
+    WholeFiles: "holds something only inside its block",
 }
 
 
@@ -173,14 +197,18 @@ def test_a_local_etcd_that_is_forgotten_does_not_go_on() -> None:
     wait_until(lambda: not folder.exists())
 
 
-def test_every_context_manager_of_the_package_is_such_a_resource() -> None:
+@pytest.mark.parametrize("package", [engine_registry, engine_loader])
+def test_every_context_manager_of_a_package_is_such_a_resource(package: ModuleType) -> None:
     """Those for the length of a call are functions; a class is for a resource that lives on."""
     found = set()
-    for module in pkgutil.walk_packages(engine_registry.__path__, "engine_registry."):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if module.name == "engine_loader.digests.kernel":  # needs triton, and has functions only
+            continue
         for _, each in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
-            if each.__module__.startswith("engine_registry.") and hasattr(each, "__exit__"):
+            if each.__module__.startswith(f"{package.__name__}.") and hasattr(each, "__exit__"):
                 found.add(each)
-    assert found - {Closable} == set(MAKERS)
+    expected = {*MAKERS, *OTHERS}
+    assert found == {each for each in expected if each.__module__.startswith(package.__name__)}
 
 
 NEVER_CLOSES = """

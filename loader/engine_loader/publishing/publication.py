@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 
 from engine_loader.digests.table import DigestCell
 from engine_loader.engines.region_book import Regions
@@ -23,6 +21,7 @@ from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import USES, Use
 from engine_registry import RankRecord, RankState, Registration, RegistrationState, Registry
 from engine_registry.errors import RegistryError
+from engine_registry.lifetime import Closable
 from engine_registry.registration.writes import WITHDRAWN
 from engine_registry.schema.numbers import seconds
 from engine_registry.schema.record import new_content
@@ -31,7 +30,7 @@ from engine_registry.telemetry.logs import fields
 log = logging.getLogger(__name__)
 
 
-class Publication:
+class Publication(Closable):
     """A rank's weights while peers may read them. A context manager that closes itself.
 
     It holds the tensors, so their memory stays as long as it is offered.
@@ -61,6 +60,7 @@ class Publication:
         self._closing = threading.Lock()
         self._leaving = False  # `close` has begun
         self._closed = False
+        self._mark_open()
 
     @property
     def record(self) -> RankRecord:
@@ -254,20 +254,7 @@ class Publication:
             USES.end(self._use)
             self._undo.close()
             self._closed = True
+            self._mark_closed()
 
-    def __enter__(self) -> Publication:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            warnings.warn(
-                f"publication of {self.record.key} was never closed",
-                ResourceWarning,
-                source=self,
-                stacklevel=2,
-            )
+    def _label(self) -> str:
+        return f"of {self.record.key}"

@@ -16,7 +16,6 @@ import threading
 import weakref
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from types import TracebackType
 
 from engine_loader.engines.base import Engine, session_of
 from engine_loader.engines.lingering import Lingering
@@ -28,6 +27,7 @@ from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, EngineUnavailable, LoaderError, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_loader.tensors.cuda import on_device_of
+from engine_registry.lifetime import Closable
 from engine_registry.schema.address import join
 from engine_registry.schema.manifest import Region
 from engine_registry.schema.record import PROTOCOLS
@@ -40,7 +40,7 @@ _SHARED = ("rdma",)  # protocols over which one engine reads from all peers
 _OPEN: weakref.WeakSet[MooncakeEngine] = weakref.WeakSet()
 
 
-class MooncakeEngine(Engine):
+class MooncakeEngine(Closable, Engine):
     """Mooncake's transfer engine with peer-to-peer handshake: no metadata server.
 
     It listens on all interfaces. Every peer that reaches it may read AND WRITE registered memory:
@@ -99,6 +99,7 @@ class MooncakeEngine(Engine):
         self._binding: Binding | None = start(self._host, self._family, protocol, device)
         self._session_id = join(self._host, self._binding.port)
         _OPEN.add(self)
+        self._mark_open()
 
     @property
     def session_id(self) -> str:
@@ -254,6 +255,7 @@ class MooncakeEngine(Engine):
             self._served.clear()
             self._lent.clear()
             self._lingering.clear()
+        self._mark_closed()
 
     def _where(self, region: Region) -> AbstractContextManager[None]:
         return on_device_of(region.addr) if self._protocol == "nvlink_intra" else nullcontext()
@@ -271,13 +273,8 @@ class MooncakeEngine(Engine):
         for peer, reader in surplus:
             self._drop(peer, reader)
 
-    def __enter__(self) -> MooncakeEngine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
+    def _label(self) -> str:
+        return f"at {self._session_id}"
 
 
 def _closed() -> EngineFailed:

@@ -9,8 +9,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,12 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     library = Library()
     monkeypatch.setattr("engine_loader.engines.mooncake.start.import_library", lambda: library)
     return library
+
+
+@pytest.fixture
+def opened(library: Library) -> Iterator[Callable[[], MooncakeEngine]]:
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(MooncakeEngine("127.0.0.1"))
 
 
 @pytest.fixture(autouse=True)
@@ -265,8 +272,10 @@ def test_what_is_missing_is_told_with_the_package_that_has_it(complaint: str, ad
     assert advice in str(EngineUnavailable(*_what_to_install(complaint)))
 
 
-def test_memory_that_the_library_refuses_is_not_taken_for_registered(library: Library) -> None:
-    engine, region = MooncakeEngine("127.0.0.1"), Region(4096, 64)
+def test_memory_that_the_library_refuses_is_not_taken_for_registered(
+    library: Library, opened: Callable[[], MooncakeEngine]
+) -> None:
+    engine, region = opened(), Region(4096, 64)
     library.code = -202
     with pytest.raises(
         EngineFailed,
@@ -328,10 +337,10 @@ PEER = "127.0.0.1:1"
 
 
 @pytest.fixture(params=["tcp", "rdma"])
-def engine(library: Library, request: pytest.FixtureRequest) -> MooncakeEngine:
-    engine = MooncakeEngine("127.0.0.1", request.param)
-    engine.lend(Region(4096, 64))
-    return engine
+def engine(library: Library, request: pytest.FixtureRequest) -> Iterator[MooncakeEngine]:
+    with MooncakeEngine("127.0.0.1", request.param) as engine:
+        engine.lend(Region(4096, 64))
+        yield engine
 
 
 def test_over_tcp_each_peer_has_an_engine_of_its_own_and_over_rdma_one_reads_from_all(
@@ -381,10 +390,10 @@ def test_a_read_that_failed_is_told_and_one_that_timed_out_may_still_write(
 
 
 def test_first_contacts_made_at_once_each_start_under_the_right_environment_and_leave_it_as_it_was(
-    library: Library, monkeypatch: pytest.MonkeyPatch
+    library: Library, opened: Callable[[], MooncakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MC_FORCE_TCP", raising=False)
-    engine = MooncakeEngine("127.0.0.1")
+    engine = opened()
     seen: list[str | None] = []
 
     def initialize(*args: str) -> int:
@@ -468,10 +477,10 @@ def test_a_contact_for_which_there_is_no_thread_fails_and_is_forgotten(
 
 
 def test_contacts_that_are_kept_have_a_limit_and_those_in_use_stay(
-    library: Library, monkeypatch: pytest.MonkeyPatch
+    library: Library, opened: Callable[[], MooncakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine_loader.engines.mooncake.engine._MAX_READERS", 2)
-    engine = MooncakeEngine("127.0.0.1")
+    engine = opened()
     engine.lend(Region(4096, 64))
     engine.connect(PEER)
     number = engine.start(PEER, OP)
