@@ -173,16 +173,20 @@ class Processes:
             process.communicate()
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that any of its threads has started."""
+    children: list[int] = []
+    for each in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            children += map(int, each.read_text().split())
+    return children
+
+
 def keepers_of(pid: int) -> list[int]:
-    """Of the ranks of that process, whichever of its threads has started them."""
-    children = [
-        child
-        for each in Path(f"/proc/{pid}/task").glob("*/children")
-        for child in each.read_text().split()
-    ]
+    """Of the ranks of that process."""
     return [
-        int(child)
-        for child in children
+        child
+        for child in children_of(pid)
         if b"engine-registry-keeper" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
 

@@ -19,11 +19,18 @@ from typing import Any
 
 import pytest
 
-from engine_registry import RankState, Registration, RegistrationState, Registry, failpoints
+from engine_registry import (
+    RankState,
+    Registration,
+    RegistrationState,
+    Registry,
+    failpoints,
+    uninterrupted,
+)
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.local import LocalEtcd
-from engine_registry.registration import handle, uninterrupted
+from engine_registry.registration import handle
 from engine_registry.registration.keeper import link, process
 from tests.integration.conftest import Processes
 from tests.support.processes.interrupt import keepers

@@ -13,7 +13,7 @@ from engine_cli.exits import Exit
 from engine_registry.errors import LocalEtcdFailed
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.ports import free_port
-from tests.integration.conftest import Processes, line_of
+from tests.integration.conftest import Processes, children_of, line_of
 
 
 def test_a_folder_in_use_is_told_at_once_and_its_log_is_left_alone(tmp_path: Path) -> None:
@@ -105,8 +105,7 @@ def test_a_signal_ends_an_etcd_that_is_still_starting(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     server = processes.start("-c", _STUCK, stuck, "etcd", "--port", str(port), TMPDIR=str(scratch))
-    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
-    while not children.read_text():  # ends with the test's own time
+    while not children_of(server.pid):  # ends with the test's own time
         assert server.poll() is None
     server.send_signal(number)
     assert server.wait(10) == 128 + number

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.ports import free_port
 from engine_registry.lifetime import Closable
+from engine_registry.uninterrupted import uninterrupted
 
 # The holder prints etcd's pid, so that etcd alone can be paused or killed, and ends when etcd does.
 # The reader sees the end of standard input when our process is gone.
@@ -92,6 +94,8 @@ class LocalEtcd(Closable):
         if self._temporary:  # also at the interpreter's end
             self._remove = weakref.finalize(self, shutil.rmtree, self.data_dir, ignore_errors=True)
         self._extra_args = extra_args
+        self._changing = threading.Lock()  # what follows
+        self._wanted: object = None  # the last `launch`, until `kill`
         self._holder: subprocess.Popen[str] | None = None
         self._lock: IO[str] | None = None  # the log; its lock is the lock of the folder
         self.pid = 0
@@ -148,21 +152,32 @@ class LocalEtcd(Closable):
         ]
         if self._temporary:
             command.append("--unsafe-no-fsync")
-        self._holder = subprocess.Popen(
-            ["/bin/sh", "-c", _HOLD, "etcd-holder", str(self.log_path), *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # meant for another etcd
-            env={name: value for name, value in os.environ.items() if not name.startswith("ETCD_")},
-        )
-        self._mark_open()
+        wanted = self._wanted = object()
         try:
-            self.pid = int(_stream(self._holder.stdout).readline())
+            uninterrupted(lambda: self._hold(command, wanted), "starts etcd")
         except BaseException:
             self.kill()
             raise
+
+    def _hold(self, command: list[str], wanted: object) -> None:
+        """Starts the process, unless `kill` was called since it was wanted.
+
+        An interrupt between the start of a process and its assignment would leave it running.
+        """
+        with self._changing:
+            if self._wanted is not wanted:
+                return
+            self._holder = subprocess.Popen(
+                ["/bin/sh", "-c", _HOLD, "etcd-holder", str(self.log_path), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                # ETCD_… are meant for another etcd.
+                env={each: os.environ[each] for each in os.environ if not each.startswith("ETCD_")},
+            )
+            self._mark_open()
+            self.pid = int(_stream(self._holder.stdout).readline())
 
     def _lock_folder(self) -> None:
         """Etcd would wait for another that has the folder, and the two would write one log."""
@@ -227,12 +242,14 @@ class LocalEtcd(Closable):
 
     def kill(self) -> None:
         """SIGKILL; the data stays, `start` goes on with it."""
-        holder, self._holder = self._holder, None
-        if holder is not None:
-            _stream(holder.stdin).close()
-            holder.wait()
-            _stream(holder.stdout).close()
-        self.pid = 0
+        with self._changing:
+            self._wanted = None
+            holder, self._holder = self._holder, None
+            if holder is not None:
+                _stream(holder.stdin).close()
+                holder.wait()
+                _stream(holder.stdout).close()
+            self.pid = 0
         self._unlock_folder()
         if not self._temporary:
             self._mark_closed()

@@ -22,12 +22,12 @@ from engine_registry.etcd.config import EtcdConfig
 from engine_registry.lifetime import Closable
 from engine_registry.registration.callback import Callback
 from engine_registry.registration.keeper.link import KeeperLink
-from engine_registry.registration.uninterrupted import uninterrupted
 from engine_registry.registration.writes import WITHDRAWN
 from engine_registry.schema.record import RankRecord, RankState
 from engine_registry.telemetry import metrics
 from engine_registry.telemetry.logs import fields
 from engine_registry.telemetry.meters import Held
+from engine_registry.uninterrupted import uninterrupted
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
 """Work that Ctrl-C does not interrupt: it interrupts the wait for it. Used by
-`registration.handle`.
+`registration.handle` and `etcd.local`.
 
 Python raises KeyboardInterrupt between any two steps of the main thread, also while the one before
 is being dealt with, and in no other thread. So what must not stop half-way is done in a thread of

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 
-from engine_registry.registration.uninterrupted import uninterrupted
+from engine_registry.uninterrupted import uninterrupted
 
 
 def failing() -> NoReturn:
