@@ -37,7 +37,7 @@ def in_options(text: str, details: Mapping[str, Any] | None = None) -> str:
     """The text with our options and commands for the parameters and calls that stand in it in
     backticks.
 
-    `details` are those of the error that says it: a command is then told with its arguments.
+    `details` are those of the error that says it: a command then stands with its arguments.
     """
 
     def word(found: re.Match[str]) -> str:

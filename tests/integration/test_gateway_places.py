@@ -111,7 +111,7 @@ def test_when_all_places_are_taken_the_connection_that_has_waited_longest_makes_
 
         answered, *heads = [connect(number, HALF_A_HEAD) for number in range(10, 30)]
         wait_until(
-            lambda: len(gateway._service._guard._connections) == 20
+            lambda: len(gateway._service._limiter._connections) == 20
         )  # all are taken in, and wait in this order
         answered.sendall(b"\r\n")
         assert answer(answered).startswith(b"HTTP/1.1 200")  # it waits again, since now

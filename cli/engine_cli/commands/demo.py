@@ -38,7 +38,7 @@ _INSTANCE = "demo"
 _RANKS = 2
 _WAIT_S = 60.0
 _ENGINES = "from engine_cli.main import main; main()"
-_END_S = 5.0  # how long a process may take to end once it is told to
+_END_S = 5.0  # how long a process may take to end once it is asked to
 
 
 class DemoFailed(click.ClickException):

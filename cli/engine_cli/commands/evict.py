@@ -22,7 +22,7 @@ from engine_registry.errors import RecordDamaged
 def command(connect: Callable[[], Registry], instance: str, rank: int | None) -> int:
     """Take an instance, or one rank, out of the registry.
 
-    The processes go on, but are told that they are evicted, and do not come back by themselves. A
+    The processes go on, but learn that they are evicted, and do not come back by themselves. A
     rank that changes at the very moment is left alone, and the exit code is 1. So is a key that
     holds no record that can be read: nobody knows whose it is.
     """

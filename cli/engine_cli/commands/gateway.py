@@ -31,7 +31,7 @@ from engine_registry.watching.metrics import WatchMetrics
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Its number of ranks, which SGLang's seeds do not tell.",
+    help="Its number of ranks, which SGLang's seeds do not state.",
 )
 @click.option("--model", help="Its model name. Default: the instance's name.")
 @click.option(

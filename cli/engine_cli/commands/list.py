@@ -43,7 +43,7 @@ def command(connect: Callable[[], Registry], as_json: bool) -> None:
 
 
 def _flows(registry: Registry, statuses: tuple[InstanceStatus, ...]) -> Flows:
-    """Asks for tickets only where there is a rank whose progress they tell.
+    """Asks for tickets only where there is a rank whose progress they state.
 
     Who may not see them sees the rest.
     """

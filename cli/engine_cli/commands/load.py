@@ -169,7 +169,7 @@ def command(
             )
             endings.hold(report.publication, drain)
             report.publication.close()
-            endings.tell(report.publication, err=as_json)
+            endings.say(report.publication, err=as_json)
 
 
 def _where(paths: Sequence[Path]) -> str:

@@ -233,7 +233,7 @@ def command(
                 f"({record.protocol}){_origin(seeded)}; Ctrl-C withdraws"
             )
             endings.hold(publication, drain)
-        endings.tell(publication)
+        endings.say(publication)
 
 
 def _origin(seeded: Seeded | None) -> str:

@@ -100,7 +100,7 @@ def command(
 
 
 def _flows(registry: Registry, status: InstanceStatus) -> tuple[Flows, str]:
-    """Of all instances of the model, and why nothing is known of them, if etcd refuses to tell."""
+    """Of all instances of the model, and why nothing is known of them, if etcd refuses."""
     try:
         pulls = registry.all_pulls()
     except EtcdRefused as exc:
@@ -114,7 +114,7 @@ def _flows(registry: Registry, status: InstanceStatus) -> tuple[Flows, str]:
 
 
 def _rank_json(record: RankRecord, flows: Flows | None) -> dict[str, Any]:
-    """What tickets tell is null where they may not be seen."""
+    """What tickets state is null where they may not be seen."""
     return {
         **rank_json(record),
         "progress": flows and progress_json(flows.progress(record)),

@@ -53,7 +53,7 @@ from engine_registry.watching.metrics import WatchMetrics
     metavar="S",
     help="How long --cleanup waits.",
 )
-@click.option("--dry-run", is_flag=True, help="With --cleanup: only tell what would be evicted.")
+@click.option("--dry-run", is_flag=True, help="With --cleanup: only say what would be evicted.")
 @click.option(
     "--lines",
     is_flag=True,

@@ -79,7 +79,7 @@ def judge_permissions(user: User, namespace: str) -> Finding:
         if (extent := _extent(user, namespace, reads, writes)) is not None
     ]
     prefixes = sorted({prefix for reads, writes in JOBS.values() for prefix in (*reads, *writes)})
-    told = "; ".join(
+    summary = "; ".join(
         f"{verb} {', '.join(places)}"
         for verb, places in (
             ("reads", _places(user, namespace, prefixes, False)),
@@ -89,14 +89,14 @@ def judge_permissions(user: User, namespace: str) -> Finding:
     )
     if not _places(user, namespace, ["/engines/"], False):
         what = f"{who} may not read {namespace}/engines/, which every command needs" + (
-            f": {told}" if told else ""
+            f": {summary}" if summary else ""
         )
         return fail(
             name,
             what,
             f"etcdctl role grant-permission ROLE read --prefix=true {namespace}/engines/",
         )
-    return ok(name, f"{who} may {', '.join(jobs) or 'do no job'}: {told}")
+    return ok(name, f"{who} may {', '.join(jobs) or 'do no job'}: {summary}")
 
 
 def _extent(

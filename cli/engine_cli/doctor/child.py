@@ -1,7 +1,7 @@
-"""The probe process as `engines doctor` handles it: started, told what to look at, listened to,
+"""The probe process as `engines doctor` handles it: started, given its tasks, listened to,
 killed when it is not needed.
 
-One process and one thread that reads what it tells. It dies with us, as it ends with its standard
+One process and one thread that reads its reports. It dies with us, as it ends with its standard
 input.
 """
 
@@ -22,11 +22,11 @@ Fact = dict[str, Any]
 
 
 class Died(Exception):
-    """The process has ended before it told what was asked for; says how."""
+    """The process has ended before it reported what was asked for; says how."""
 
 
 class Late(Exception):
-    """It has not told in time what was asked for."""
+    """It has not reported in time what was asked for."""
 
 
 class Probe:

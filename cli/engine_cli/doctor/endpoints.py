@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine_cli.doctor.dial import Dialled, Trouble, dial
-from engine_cli.doctor.finding import Finding, Status, duration, fail, ok, told, warn
+from engine_cli.doctor.finding import Finding, Status, described, duration, fail, ok, warn
 from engine_registry.errors import EtcdError, EtcdRefused
 from engine_registry.schema.address import is_loopback
 
@@ -114,7 +114,7 @@ def _why_not(facts: EndpointFacts) -> tuple[str, str]:
             "etcd hangs or its disk does: look at its log, at `systemctl status etcd` and "
             "`iostat -x 1` on that machine",
         )
-    what, mend = told(facts.error)
+    what, mend = described(facts.error)
     return what, mend or "look at etcd's log"
 
 

@@ -137,10 +137,7 @@ def judge_mooncake(fact: Fact, protocol: str, wanted: bool) -> Finding:
         )
     ways = fact["transports"]
     needed = {"tcp": "Tcp", "rdma": "Rdma", "nvlink_intra": "IntraNodeNvlink"}[protocol]
-    said = (
-        "the transfer engine can be imported; built with "
-        f"{', '.join(ways) or 'ways that cannot be told'}"
-    )
+    said = f"the transfer engine can be imported; built with {', '.join(ways) or 'unknown ways'}"
     if ways and needed.lower() not in "".join(ways).lower():
         return fail(
             name,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from engine_cli.doctor import access, endpoints, store, tls
 from engine_cli.doctor.endpoints import EndpointFacts, all_loopback
-from engine_cli.doctor.finding import Finding, told
+from engine_cli.doctor.finding import Finding, described
 from engine_cli.doctor.runner import Check, Once, Skip, at_once
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class EtcdChecks:
         yield endpoints.judge_quorum(
             members,
             list(statuses.values()),
-            told(unread) if unread is not None else ("", ""),
+            described(unread) if unread is not None else ("", ""),
         )
 
     def _look_at(self, url: str) -> EndpointFacts | None:

@@ -167,5 +167,5 @@ def _host(asked: Asked, config: EtcdConfig | None) -> str:
         return within(_STEP_S, Etcd(config).local_address)
     except (EtcdError, TimeoutError) as exc:
         raise Skip(
-            "the way to etcd would tell, and there is none: see etcd.endpoint, or give --host"
+            "the way to etcd would show it, and there is none: see etcd.endpoint, or give --host"
         ) from exc

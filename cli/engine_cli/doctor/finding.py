@@ -52,7 +52,7 @@ def skipped(check: str, what: str) -> Finding:
     return Finding(check, Status.SKIPPED, what)
 
 
-def told(exc: BaseException) -> tuple[str, str]:
+def described(exc: BaseException) -> tuple[str, str]:
     """What happened and, for an error of ours, what to do; in terms of the command line."""
     if isinstance(exc, EngineRegistryError):
         return in_options(exc.what, exc.details), in_options(exc.remedy, exc.details)

@@ -66,7 +66,7 @@ def judge_devices(ports: Sequence[Port], usable: bool, wanted: bool) -> Finding:
         return skipped(name, "no RDMA device is here; not needed over tcp")
     active = [port for port in ports if port.state == "ACTIVE"]
     down = [f"{port.device}/{port.number} {port.state}" for port in ports if port.state != "ACTIVE"]
-    told = ", ".join(f"{port.device}/{port.number} {port.link} {port.rate}" for port in active)
+    links = ", ".join(f"{port.device}/{port.number} {port.link} {port.rate}" for port in active)
     bad = Status.FAIL if wanted else Status.WARN
     if not active:
         return Finding(
@@ -79,16 +79,16 @@ def judge_devices(ports: Sequence[Port], usable: bool, wanted: bool) -> Finding:
         return Finding(
             name,
             bad,
-            f"{told}; but no /dev/infiniband/uverbs* can be opened",
+            f"{links}; but no /dev/infiniband/uverbs* can be opened",
             "run as a user who may; in a container: --device /dev/infiniband",
         )
     if down:
         return warn(
             name,
-            f"{told}; down: {', '.join(down)}",
+            f"{links}; down: {', '.join(down)}",
             "if those are not meant to be down, look at cable and switch: ibstat",
         )
-    return ok(name, told)
+    return ok(name, links)
 
 
 def check_memlock(wanted: bool) -> Iterator[Finding]:

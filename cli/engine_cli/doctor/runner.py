@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from engine_cli.doctor.finding import Finding, duration, fail, skipped, told
+from engine_cli.doctor.finding import Finding, described, duration, fail, skipped
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class _Run:
         except Skip as exc:
             self.findings.append(skipped(self.check.name, str(exc)))
         except Exception as exc:  # noqa: BLE001  it is raised by the caller's thread
-            what, mend = told(exc)
+            what, mend = described(exc)
             if not _is_ours(exc):
                 what, mend = (
                     f"unexpected {type(exc).__name__}: {what}",

@@ -32,7 +32,7 @@ _TTL_S = 10.0  # if we are killed half-way, the key is gone after that
 _SAMPLES = 10
 _SAMPLING_S = 0.4  # of each kind
 _SLOW_S, _TOO_SLOW_S = 0.1, 1.0  # a keeper gives a renewal 2 s
-_DEFAULT_QUOTA = 2 << 30  # etcd's own, where it does not tell
+_DEFAULT_QUOTA = 2 << 30  # etcd's own, where it states none
 _QUOTA_METRIC = re.compile(rb"^etcd_server_quota_backend_bytes (\S+)", re.MULTILINE)
 
 
@@ -171,7 +171,7 @@ def judge_latency(trip: RoundTrip) -> Finding:
 
 
 def quota_of(config: EtcdConfig, endpoint: Endpoint, limit_s: float) -> int | None:
-    """From the metrics, as releases before 3.6 tell it nowhere else; None where there are none."""
+    """From the metrics, as releases before 3.6 state it nowhere else; None where there are none."""
     connection = http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=limit_s)
     if config.cacert or endpoint.tls:
         context = ssl.create_default_context(cafile=config.cacert)
@@ -196,7 +196,7 @@ def judge_database(statuses: Sequence[MemberStatus], quota_nbytes: int | None) -
     share = largest.db_nbytes / quota
     what = f"{size(largest.db_nbytes)} of {size(quota)}, {share:.0%}"
     if not quota_nbytes:
-        what += " if etcd has its default quota, which it does not tell"
+        what += " if etcd has its default quota, which it does not state"
     if largest.used_nbytes is not None:
         what += f"; {size(largest.used_nbytes)} in use"
     mend = (

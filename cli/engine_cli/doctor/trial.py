@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from engine_cli.doctor.finding import told
+from engine_cli.doctor.finding import described
 
 _LOOPBACK_NBYTES = 64 << 20
 _OP_NBYTES = 16 << 20
@@ -31,7 +31,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.dup2(2, 1)  # nothing may come between our lines
 
-    def tell(fact: str, **fields: Any) -> None:
+    def report(fact: str, **fields: Any) -> None:
         with _write_lock:
             out.write(json.dumps({"fact": fact, **fields}) + "\n")
 
@@ -50,21 +50,21 @@ def main() -> NoReturn:
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
-    _look(engines.get, ranks.get, tell)
+    _look(engines.get, ranks.get, report)
     listener.join()
     os._exit(0)
 
 
 def _look(
-    task: Callable[[], dict[str, str]], ranks: Callable[[], list[str]], tell: Callable[..., None]
+    task: Callable[[], dict[str, str]], ranks: Callable[[], list[str]], report: Callable[..., None]
 ) -> None:
     """`task` waits for where and how to try the engine, `ranks` for the next to read from."""
     try:
         import torch
 
-        tell("torch", error="", **_torch_facts(torch))
-    except Exception as exc:  # noqa: BLE001  told
-        tell(
+        report("torch", error="", **_torch_facts(torch))
+    except Exception as exc:  # noqa: BLE001  described
+        report(
             "torch",
             **_failure(exc),
             missing=isinstance(exc, ModuleNotFoundError) and exc.name == "torch",
@@ -79,18 +79,18 @@ def _look(
         from engine_registry.schema.address import family_of
 
         load_library(family_of(host.strip("[]")))
-        tell("mooncake", error="", transports=built_transports())
-    except Exception as exc:  # noqa: BLE001  told
-        tell("mooncake", **_failure(exc))
+        report("mooncake", error="", transports=built_transports())
+    except Exception as exc:  # noqa: BLE001  described
+        report("mooncake", **_failure(exc))
         return
     try:
         engine = MooncakeEngine(host, protocol)
-    except Exception as exc:  # noqa: BLE001  told
-        tell("engine", **_failure(exc))
+    except Exception as exc:  # noqa: BLE001  described
+        report("engine", **_failure(exc))
         return
-    tell("engine", error="")
-    threading.Thread(target=_read_ranks, args=(engine, ranks, tell), daemon=True).start()
-    tell("loopback", **_loopback(engine, host, protocol))
+    report("engine", error="")
+    threading.Thread(target=_read_ranks, args=(engine, ranks, report), daemon=True).start()
+    report("loopback", **_loopback(engine, host, protocol))
 
 
 def _torch_facts(torch: Any) -> dict[str, Any]:
@@ -148,21 +148,23 @@ def _loopback(engine: Any, host: str, protocol: str) -> dict[str, Any]:
                 "seconds": seconds,
                 "equal": bool(torch.equal(src, dst)),
             }
-    except Exception as exc:  # noqa: BLE001  told
+    except Exception as exc:  # noqa: BLE001  described
         return _failure(exc)
 
 
-def _read_ranks(engine: Any, ranks: Callable[[], list[str]], tell: Callable[..., None]) -> None:
+def _read_ranks(engine: Any, ranks: Callable[[], list[str]], report: Callable[..., None]) -> None:
     from engine_registry.schema.record_format import decode
 
     while True:
         for line in ranks():
             key, _, value = line.partition(" ")
             record = decode(key, value.encode())
-            threading.Thread(target=_read_header, args=(engine, record, tell), daemon=True).start()
+            threading.Thread(
+                target=_read_header, args=(engine, record, report), daemon=True
+            ).start()
 
 
-def _read_header(engine: Any, record: Any, tell: Callable[..., None]) -> None:
+def _read_header(engine: Any, record: Any, report: Callable[..., None]) -> None:
     import torch
 
     from engine_loader.publishing.header import HeaderCell, fetch_header
@@ -178,7 +180,7 @@ def _read_header(engine: Any, record: Any, tell: Callable[..., None]) -> None:
             began = time.monotonic()
             header = fetch_header(engine, record, cell)
             seconds.append(time.monotonic() - began)
-        tell(
+        report(
             "rank",
             key=record.key,
             error="",
@@ -187,10 +189,10 @@ def _read_header(engine: Any, record: Any, tell: Callable[..., None]) -> None:
             version=header.version,
             updating=header.updating,
         )
-    except Exception as exc:  # noqa: BLE001  told
-        tell("rank", key=record.key, **_failure(exc), lost=type(exc).__name__ == "SourceLost")
+    except Exception as exc:  # noqa: BLE001  described
+        report("rank", key=record.key, **_failure(exc), lost=type(exc).__name__ == "SourceLost")
 
 
 def _failure(exc: Exception) -> dict[str, str]:
-    what, mend = told(exc)
+    what, mend = described(exc)
     return {"error": what, "mend": mend}

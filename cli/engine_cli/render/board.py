@@ -45,7 +45,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class _RankedRow:
     """A row that is shown if there is room: the least `importance` first."""
 
     importance: int
@@ -98,7 +98,7 @@ class Board:
         """`instance`: only this one, and who reads from it or is read from by it, is shown."""
         self._instance = instance
         self._records: dict[str, dict[int, RankRecord]] = {}
-        self._told: dict[str, InstanceStatus] = {}
+        self._last: dict[str, InstanceStatus] = {}
         self._speeds = Speeds()
         self._now = 0.0
         self.flows = Flows((), ())
@@ -111,9 +111,9 @@ class Board:
         elif isinstance(event, RankLost):
             self._records.get(event.record.instance, {}).pop(event.record.rank, None)
         elif isinstance(event, InstanceReady | InstanceDegraded):
-            self._told[event.status.instance] = event.status
+            self._last[event.status.instance] = event.status
         elif isinstance(event, InstanceGone):
-            self._told.pop(event.status.instance, None)
+            self._last.pop(event.status.instance, None)
             self._records.pop(event.status.instance, None)
 
     def note(self, text: str, at: str) -> None:
@@ -135,10 +135,12 @@ class Board:
     def summary(self) -> str:
         records = [record for ranks in self._records.values() for record in ranks.values()]
         states = Counter(record.state for record in records)
-        told = ", ".join(f"{states[state]:,} {state.value}" for state in RankState if states[state])
+        counted = ", ".join(
+            f"{states[state]:,} {state.value}" for state in RankState if states[state]
+        )
         parts = [
             f"{_count(len(self._instances), 'instance')}, "
-            f"{_count(len(records), 'rank')}{f': {told}' if told else ''}"
+            f"{_count(len(records), 'rank')}{f': {counted}' if counted else ''}"
         ]
         if self.flows.by_reader:
             speed = self._speeds.total(self._now)
@@ -148,7 +150,7 @@ class Board:
 
     @property
     def _instances(self) -> list[str]:
-        return sorted(self._told.keys() | {name for name, ranks in self._records.items() if ranks})
+        return sorted(self._last.keys() | {name for name, ranks in self._records.items() if ranks})
 
     def rows(self, room: int) -> list[Row]:
         """At most so many.
@@ -169,33 +171,33 @@ class Board:
         left_out = [found[number].row for number in sorted(set(range(len(found))) - set(kept))]
         return [*(found[number].row for number in sorted(kept)), _rest(left_out)][:room]
 
-    def _of_instance(self, name: str) -> list[_Candidate]:
+    def _of_instance(self, name: str) -> list[_RankedRow]:
         """A row for it, and one for each rank, unless there can only be one."""
         records = [record for _, record in sorted(self._records.get(name, {}).items())]
         if len(records) == 1 and records[0].world_size == 1:
             importance, row = self._rank(records[0], name)
-            return [_Candidate(_LOADING if importance is _LOADING else _INSTANCE, row)]
-        ranks = [_Candidate(*self._rank(record, f"  {name}/{record.rank}")) for record in records]
+            return [_RankedRow(_LOADING if importance is _LOADING else _INSTANCE, row)]
+        ranks = [_RankedRow(*self._rank(record, f"  {name}/{record.rank}")) for record in records]
         return [self._whole(name, records), *ranks]
 
-    def _whole(self, name: str, records: Sequence[RankRecord]) -> _Candidate:
-        told = self._told.get(name)
+    def _whole(self, name: str, records: Sequence[RankRecord]) -> _RankedRow:
+        last = self._last.get(name)
         loads = any(record.state is RankState.LOADING for record in records)
-        state = "loading" if loads else told.state.value if told else "degraded"
+        state = "loading" if loads else last.state.value if last else "degraded"
         readers = {reader_of(pull) for record in records for pull in self.flows.readers(record)}
         reads = [pull for record in records for pull in self.flows.reads(record)]
         speed = sum(self._speeds.of(record.incarnation, self._now) for record in records)
         row = Row(
             name,
             f"{state} {len(records)}/{records[0].world_size if records else '?'}",
-            self.flows.loaded(InstanceStatus(name, told.state, tuple(records)))
-            if told and loads
+            self.flows.loaded(InstanceStatus(name, last.state, tuple(records)))
+            if last and loads
             else None,
             some_of(sorted({pull.instance for pull in reads})) if reads else "",
             f"{size(speed)}/s" if speed else "",
             _count(len(readers), "load") if readers else "",
         )
-        return _Candidate(_BUSY_INSTANCE if loads or state == "degraded" else _INSTANCE, row)
+        return _RankedRow(_BUSY_INSTANCE if loads or state == "degraded" else _INSTANCE, row)
 
     def _rank(self, record: RankRecord, name: str) -> tuple[int, Row]:
         reads, readers = self.flows.reads(record), self.flows.readers(record)
@@ -212,11 +214,11 @@ class Board:
             read_by(readers) if readers else "",
         )
 
-    def _of_strangers(self) -> list[_Candidate]:
+    def _of_strangers(self) -> list[_RankedRow]:
         """Loads into processes that are no rank, or one of an instance that is not watched."""
         some = sorted(self.flows.strangers().items())
         return [
-            _Candidate(_LOAD, self._reading(name, "load", pulls, bar=True)) for name, pulls in some
+            _RankedRow(_LOAD, self._reading(name, "load", pulls, bar=True)) for name, pulls in some
         ]
 
     def _reading(self, name: str, state: str, pulls: Sequence[Pull], bar: bool) -> Row:

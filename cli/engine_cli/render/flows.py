@@ -77,20 +77,20 @@ class Flows:
         """Which part of its ranks' weights is there; None unless one of them loads and has said how
         far it is.
         """
-        told = {
+        known = {
             record.rank: self.progress(record)
             for record in status.records
             if record.state is RankState.LOADING
         }
-        if not any(told.values()) or not status.nbytes:
+        if not any(known.values()) or not status.nbytes:
             return None
         whole_nbytes = sum(
-            record.manifest.nbytes for record in status.records if record.rank not in told
+            record.manifest.nbytes for record in status.records if record.rank not in known
         )
         parts = (
             record.manifest.nbytes * part.fraction
             for record in status.records
-            if (part := told.get(record.rank)) is not None
+            if (part := known.get(record.rank)) is not None
         )
         return (whole_nbytes + sum(parts)) / status.nbytes
 
@@ -190,10 +190,10 @@ def source_of(pull: Pull) -> str:
 
 def progress_of(pulls: Sequence[Pull]) -> Arrived | None:
     """Of one who reads: what its newest ticket says that says anything."""
-    told = [pull for pull in pulls if pull.total_nbytes]
-    if not told:
+    known = [pull for pull in pulls if pull.total_nbytes]
+    if not known:
         return None
-    newest = max(told, key=lambda pull: (pull.create_revision, pull.nbytes))
+    newest = max(known, key=lambda pull: (pull.create_revision, pull.nbytes))
     return Arrived(min(newest.nbytes, newest.total_nbytes), newest.total_nbytes)
 
 

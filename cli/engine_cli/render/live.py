@@ -114,7 +114,7 @@ class Screen:
         except BaseException as exc:  # noqa: BLE001  raised again by the thread that the watch belongs to
             if (
                 not isinstance(exc, OSError) or exc.errno != errno.EIO
-            ):  # that is a terminal which is gone: as if told to end
+            ):  # that is a terminal which is gone: as if asked to end
                 self._failure = exc
             self._watch.stop()
 
@@ -249,7 +249,7 @@ def _cell(text: str, style: str = "") -> Text:
 
 
 def _bar(fraction: float | None, width: int) -> Table | Text:
-    """Without a bar where that would be too short to tell anything."""
+    """Without a bar where that would be too short to show anything."""
     if fraction is None:
         return Text("")
     grid = Table.grid(padding=(0, 1, 0, 0))

@@ -1,5 +1,5 @@
-"""A rank that serves until it is told to end, and how it leaves: what `register` and `load --serve`
-share.
+"""A rank that serves until it is asked to end, and how it leaves. Used by `register` and
+`load --serve`.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class Endings:
         if self._inbox.get() == _LOST:
             return
         self._drain(publication, drain_s)
-        ending = self._inbox.get()  # drained, or told to hurry
+        ending = self._inbox.get()  # drained, or asked to hurry
         if isinstance(ending, Exception):
             raise ending
 
-    def tell(self, publication: Publication, *, err: bool = False) -> None:
+    def say(self, publication: Publication, *, err: bool = False) -> None:
         """When the publication is closed: raises why it was lost, if it was."""
         if publication.registration.lost is not None:
             raise publication.registration.lost

@@ -1,4 +1,4 @@
-"""Whether the memory of a rank can be read from here, as far as its record tells. Used by
+"""Whether the memory of a rank can be read from here, as far as its record says. Used by
 searches.
 """
 

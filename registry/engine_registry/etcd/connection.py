@@ -66,12 +66,12 @@ class Connection:
 
     def _call(self, operation: Callable[[Any, float], T], stop: Any = None) -> T:
         timeout_s = self.config.timeout_s
-        attempts = retry.Attempts(timeout_s, len(self.config.endpoints))
+        attempts = retry.CallAttempts(timeout_s, len(self.config.endpoints))
         retrying = retry.until(timeout_s, self._closed, stop)
         result: T = retrying(self._attempt, operation, attempts)
         return result
 
-    def _attempt(self, operation: Callable[[Any, float], T], attempts: retry.Attempts) -> T:
+    def _attempt(self, operation: Callable[[Any, float], T], attempts: retry.CallAttempts) -> T:
         client = None
         try:
             client = self._connected()

@@ -25,7 +25,7 @@ _TURNED_OFF = "authentication is not enabled"
 # Every change of users or roles makes a JWT too old for good: only a new one helps.
 _TOKEN_OLD = "revision of auth store is old"  # noqa: S105  what etcd says, not a token
 
-# What of gRPC's account of a TLS handshake that failed tells why, and what to do then. The first
+# What of gRPC's account of a TLS handshake that failed says why, and what to do then. The first
 # that is found.
 _TLS_FAULTS = {
     "certificate has expired": (
@@ -181,7 +181,7 @@ def _of_size(where: str, code: Any, text: str) -> EtcdRefused | None:
 
 def from_cancelled_watch(reason: str) -> EtcdError:
     """A watch may be denied only because its token is old, or because it has none and
-    authentication was turned on. That is for the next call to find out: it gets a new one, or tells
+    authentication was turned on. That is for the next call to find out: it gets a new one, or says
     what is missing.
     """
     if any(

@@ -36,7 +36,7 @@ def until(timeout_s: float, closed: threading.Event, stop: Any = None) -> tenaci
     )
 
 
-class Attempts:
+class CallAttempts:
     """The attempts of one call: how long the next one may take, and which error says most."""
 
     def __init__(self, timeout_s: float, endpoints: int) -> None:

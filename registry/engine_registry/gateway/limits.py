@@ -1,8 +1,9 @@
 """What an HTTP client of the gateway may take: bytes, seconds, connections. A client that goes
 beyond is cut off, and no other client is.
 
-`Limits` are the numbers. `Guard` counts the connections and keeps them to their time. `body` bounds
-what is sent, whatever its Content-Length says. This is not left to options of uvicorn, because:
+`Limits` are the numbers. `ConnectionLimiter` counts the connections and keeps them to their time.
+Its `body` bounds what is sent, whatever its Content-Length says. This is not left to options of
+uvicorn, because:
 
 - `limit_concurrency` counts all connections together. One client could take all of them, and then
   the others get 503, for /health too. Half a request that never ends would keep its place.
@@ -72,18 +73,18 @@ class SlicedResponse(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class Guard:
+class ConnectionLimiter:
     """Of one server, in its event loop."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._connections: dict[object, Connection] = {}  # by the client's address and port
-        self._places = Places[Connection](limits.connections, limits.connections_per_address)
+        self._connections: dict[object, ClientConnection] = {}  # by the client's address and port
+        self._places = Places[ClientConnection](limits.connections, limits.connections_per_address)
         self._held_nbytes = 0
 
     def protocol(self) -> type[H11Protocol]:
         """For uvicorn, which makes one a connection."""
-        return type("GuardedConnection", (Connection,), {"guard": self})
+        return type("LimitedConnection", (ClientConnection,), {"limiter": self})
 
     def watching(self, app: ASGIApp) -> ASGIApp:
         """The app, each request of which counts against its connection's time."""
@@ -103,7 +104,7 @@ class Guard:
 
         return watched
 
-    def enter(self, connection: Connection) -> None:
+    def enter(self, connection: ClientConnection) -> None:
         """Aborts another connection if there is no place for both."""
         self._connections[connection.client] = connection
         self._wait(connection)
@@ -119,7 +120,7 @@ class Guard:
                 "`connections_per_address` of the gateway"
             )
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: ClientConnection) -> None:
         self._places.leave(connection)
         if self._connections.get(connection.client) is connection:
             del self._connections[connection.client]
@@ -128,7 +129,7 @@ class Guard:
         for connection in list(self._connections.values()):
             connection.transport.abort()
 
-    def _wait(self, connection: Connection) -> None:
+    def _wait(self, connection: ClientConnection) -> None:
         """Until its next request begins."""
         if self._connections.get(connection.client) is not connection:
             return  # it has been aborted
@@ -215,19 +216,19 @@ class Body:
             memory.close()
 
 
-class Connection(H11Protocol):
+class ClientConnection(H11Protocol):
     """One that is aborted when its time is over. Only what asyncio itself calls is overridden."""
 
-    guard: Guard
+    limiter: ConnectionLimiter
     _lost = False
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
-        self.guard.enter(self)
+        self.limiter.enter(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.guard.leave(self)
+        self.limiter.leave(self)
         self._lost = True
         if self._timer is not None:
             self._timer.cancel()
@@ -244,7 +245,7 @@ __all__ = [
     "Body",
     "Busy",
     "ClientDisconnect",
-    "Guard",
+    "ConnectionLimiter",
     "Limits",
     "SlicedResponse",
     "TooLarge",

@@ -37,7 +37,7 @@ from engine_registry.gateway.limits import (
     Body,
     Busy,
     ClientDisconnect,
-    Guard,
+    ConnectionLimiter,
     SlicedResponse,
     TooLarge,
     TooSlow,
@@ -75,7 +75,7 @@ class Routes:
         answers: Answers,
         seeds: Seeds,
         parsing: Calls,
-        guard: Guard,
+        limiter: ConnectionLimiter,
         token: str | None = None,
         registers: bool = True,
     ) -> None:
@@ -89,7 +89,7 @@ class Routes:
         self._answers = answers
         self._seeds = seeds
         self._parsing = parsing
-        self._guard = guard
+        self._limiter = limiter
         self._token = token.encode() if token is not None else None
         self._registers = registers
 
@@ -121,9 +121,9 @@ class Routes:
 
     async def _register(self, request: Request) -> Response:
         if not self._registers:
-            await self._guard.discard_body(request)
+            await self._limiter.discard_body(request)
             return JSONResponse({"detail": _NOBODY_REGISTERS}, 403, _CLOSES)
-        async with self._guard.body(request) as body:
+        async with self._limiter.body(request) as body:
             name = self._instance(request)
 
             async def register() -> None:
@@ -145,7 +145,7 @@ class Routes:
     def _parse(
         self, name: str, query_size: int | None, role: str | None, body: Body
     ) -> tuple[RankRecord, list[bytes]]:
-        info = parse_registration(body.read(), self._guard.limits.tensors)
+        info = parse_registration(body.read(), self._limiter.limits.tensors)
         own = name == self._served.instance
         world_size = query_size or info.world_size or (self._served.world_size if own else 1)
         model = self._served.model if own else name
@@ -180,12 +180,12 @@ class Routes:
         async def answered(request: Request) -> Response:
             headers = dict(_CLOSES) if request.method == "PUT" else {}
             try:
-                await self._guard.begin(request)
+                await self._limiter.begin(request)
                 if self._allowed(request):
                     return await handler(request)
                 status, reason = 401, "give the gateway's token: Authorization: Bearer TOKEN"
                 headers = {"WWW-Authenticate": "Bearer", **_CLOSES}
-                await self._guard.discard_body(request)
+                await self._limiter.discard_body(request)
             except ClientDisconnect:
                 status, reason = 400, "the client has gone"
             except Busy as exc:

@@ -24,7 +24,7 @@ from engine_registry.etcd.follow import Follower
 from engine_registry.gateway.answers import Answers
 from engine_registry.gateway.calls import Calls
 from engine_registry.gateway.claims import Seeds, Served
-from engine_registry.gateway.limits import Guard, Limits
+from engine_registry.gateway.limits import ConnectionLimiter, Limits
 from engine_registry.gateway.listener import BACKLOG
 from engine_registry.gateway.mirror import Mirror
 from engine_registry.gateway.probe import probe
@@ -68,7 +68,7 @@ class Service:
         # of their own, so that registrations do not keep reads waiting
         self._writing = Calls(_THREADS, "gateway writes")
         self._parsing = Calls(1, "gateway parsing")
-        self._guard = Guard(config.limits)
+        self._limiter = ConnectionLimiter(config.limits)
         look = partial(probe, timeout_s=_PROBE_S)
         probing = self._etcd.sibling()
         interval_s = config.probe_interval_s
@@ -87,15 +87,15 @@ class Service:
             answers,
             seeds,
             self._parsing,
-            self._guard,
+            self._limiter,
             config.token,
             config.registers,
         )
         app = routes.app(self._lifespan)
         self._server = _Server(
             uvicorn.Config(
-                self._guard.watching(app),
-                http=self._guard.protocol(),
+                self._limiter.watching(app),
+                http=self._limiter.protocol(),
                 ws="none",
                 lifespan="on",
                 interface="asgi3",
@@ -105,7 +105,7 @@ class Service:
                 server_header=False,
                 proxy_headers=False,
                 backlog=_ACCEPTS,
-                timeout_keep_alive=int(self._guard.limits.head_s),
+                timeout_keep_alive=int(self._limiter.limits.head_s),
                 timeout_graceful_shutdown=_GRACE_S,
             )
         )
@@ -156,7 +156,7 @@ class Service:
 
     async def _serve(self) -> None:
         await self._server.serve(sockets=[self._socket])
-        self._guard.abort_all()
+        self._limiter.abort_all()
         left = asyncio.all_tasks() - {asyncio.current_task()}
         for task in left:
             task.cancel()

@@ -1,9 +1,9 @@
 """SGLang's words for a rank: what its seeds send and what its clients read, as manifests of ours.
 Pure; used by the gateway.
 
-A seed tells the session of its transfer engine and, for each tensor, its address, how many elements
-it has and how many bytes one takes. It does not say dtypes, shapes, the protocol, or how many
-ranks there are. The source of the format is SGLang itself: `EngineInfoBootstrapServer`, and
+A seed states the session of its transfer engine and, for each tensor, its address, how many
+elements it has and how many bytes one takes. It does not say dtypes, shapes, the protocol, or how
+many ranks there are. The source of the format is SGLang itself: `EngineInfoBootstrapServer`, and
 `get_remote_instance_transfer_engine_info_per_rank` of its loader.
 """
 

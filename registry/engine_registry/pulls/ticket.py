@@ -166,7 +166,7 @@ def take_ticket(
         began_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
     )
     lease_id = etcd.grant(_TTL_S)
-    # A wiped store may hold another's record at that revision: then the header tells the reader.
+    # A wiped store may hold another's record at that revision: then the header shows the reader.
     if etcd.commit(
         [at_revision(record.key, record.mod_revision)], [Put(pull.key, encode(pull), lease_id)]
     ):

@@ -1,4 +1,4 @@
-"""Waits, watching, until an instance is ready, and tells what is missing if none is in time.
+"""Waits, watching, until an instance is ready, and says what is missing if none is in time.
 
 Runs in the caller's thread.
 """

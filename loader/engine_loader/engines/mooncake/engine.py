@@ -21,7 +21,7 @@ from engine_loader.engines.base import Engine, session_of
 from engine_loader.engines.lingering import Lingering
 from engine_loader.engines.mooncake.binding import Binding
 from engine_loader.engines.mooncake.machine import check_host, rdma_devices, this_host
-from engine_loader.engines.mooncake.reader import Reader
+from engine_loader.engines.mooncake.reader import PeerReader
 from engine_loader.engines.mooncake.start import start
 from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, EngineUnavailable, LoaderError, ReadFailed
@@ -92,8 +92,8 @@ class MooncakeEngine(Closable, Engine):
         self._lent = self._served if protocol == "rdma" else RegionBook()
         self._lingering = Lingering()
         self._lock = threading.Lock()  # of what follows
-        self._readers: dict[str, Reader] = {}  # by peer, the oldest first
-        self._reads: dict[int, tuple[Reader, int]] = {}  # by number: the reader and its batch
+        self._readers: dict[str, PeerReader] = {}  # by peer, the oldest first
+        self._reads: dict[int, tuple[PeerReader, int]] = {}  # by number: the reader and its batch
         self._numbers = itertools.count(1)
         self._reading = True
         self._binding: Binding | None = start(self._host, self._family, protocol, device)
@@ -123,7 +123,7 @@ class MooncakeEngine(Closable, Engine):
                 if len(self._served) > _MAX_REGIONS:
                     raise EngineFailed(
                         f"the memory lies in more than {_MAX_REGIONS} pieces, of which no "
-                        "peer could be told",
+                        "peer could learn",
                         "put the tensors into fewer blocks, as views of one storage",
                     )
                 for one in new:
@@ -178,7 +178,7 @@ class MooncakeEngine(Closable, Engine):
                     "tcp" if self._shared else self._protocol,
                     self._device,
                 )
-                reader = self._readers[peer] = Reader(
+                reader = self._readers[peer] = PeerReader(
                     peer, self._protocol, self._family, new, shared
                 )
         try:
@@ -229,7 +229,7 @@ class MooncakeEngine(Closable, Engine):
     def settled(self, peer: str) -> bool:
         return self._lingering.settled(peer)
 
-    def _drop(self, peer: str, reader: Reader) -> None:
+    def _drop(self, peer: str, reader: PeerReader) -> None:
         with self._lock:
             if self._readers.get(peer) is reader:
                 del self._readers[peer]

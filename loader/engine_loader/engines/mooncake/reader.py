@@ -20,7 +20,7 @@ _AGAIN_S = 2.0  # for a second contact with a peer that has just answered the fi
 Ended = Callable[[], bool]
 
 
-class Reader:
+class PeerReader:
     """`start` makes an engine of its own; `shared`, where there is one, is what reads."""
 
     def __init__(

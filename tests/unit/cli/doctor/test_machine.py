@@ -13,7 +13,7 @@ import pytest
 
 from engine_cli.doctor.dial import Dialled, Trouble
 from engine_cli.doctor.engine import judge_devices, judge_loopback, judge_mooncake, judge_torch
-from engine_cli.doctor.finding import Finding, Status, told
+from engine_cli.doctor.finding import Finding, Status, described
 from engine_cli.doctor.network import (
     check_address,
     judge_address,
@@ -348,7 +348,7 @@ def test_gpus_fail_only_if_nvlink_is_wanted(
 def test_a_transfer_engine_that_cannot_be_imported_says_what_to_install(
     complaint: str, mend: str
 ) -> None:
-    what, remedy = told(EngineUnavailable(*_what_to_install(complaint)))
+    what, remedy = described(EngineUnavailable(*_what_to_install(complaint)))
     finding = judge_mooncake({"error": what, "mend": remedy}, "tcp", wanted=True)
     assert finding.status is Status.FAIL
     assert finding.mend.startswith(mend)

@@ -16,7 +16,7 @@ from engine_cli.commands.doctor import PROTOCOLS, summary
 from engine_cli.doctor import child
 from engine_cli.doctor.child import Died, Late, Probe
 from engine_cli.doctor.dial import Trouble, dial, host_and_port
-from engine_cli.doctor.finding import Finding, Status, duration, fail, ok, told, warn
+from engine_cli.doctor.finding import Finding, Status, described, duration, fail, ok, warn
 from engine_cli.doctor.runner import Check, Once, Skip, at_once, run_all, within
 from engine_cli.render.tables import print_table
 from engine_cli.runtime.children import python
@@ -161,11 +161,11 @@ def test_a_call_without_a_limit_of_its_own_gets_one() -> None:
 def test_an_error_is_told_in_what_happened_and_in_what_to_do_if_it_is_ours(
     error: Exception, what: str, mend: str
 ) -> None:
-    assert told(error) == (what, mend)
+    assert described(error) == (what, mend)
 
 
 def test_an_error_without_words_is_told_by_its_name() -> None:
-    assert told(MemoryError()) == ("MemoryError", "")
+    assert described(MemoryError()) == ("MemoryError", "")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from engine_registry import ModelIdentity, RankState
 from engine_registry.gateway.answers import Answers
 from engine_registry.gateway.calls import Calls
 from engine_registry.gateway.claims import Seeds, Served
-from engine_registry.gateway.limits import Guard, Limits
+from engine_registry.gateway.limits import ConnectionLimiter, Limits
 from engine_registry.gateway.probe import Answer
 from engine_registry.gateway.routes import Routes
 from engine_registry.registration.writes import claim
@@ -89,17 +89,17 @@ class Service:
         self.etcd = FakeEtcd()
         self.listening = {SEED, OTHER_SEED}
         self.calls, self.parsing = Calls(2, "test"), Calls(1, "test")
-        guard = Guard(limits)
+        limiter = ConnectionLimiter(limits)
         seeds = Seeds(self.etcd, self.calls, 60.0, self._probe)
         routes = Routes(
             Served("q", "qwen", 2),
             Answers(self.etcd, self.calls, 2.0),
             seeds,
             self.parsing,
-            guard,
+            limiter,
             token,
         )
-        self.client = Client(guard.watching(routes.app()))
+        self.client = Client(limiter.watching(routes.app()))
 
     async def _probe(self, session_id: str) -> Answer:
         return Answer.LISTENS if session_id in self.listening else Answer.REFUSES
