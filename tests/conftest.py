@@ -22,5 +22,5 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are CPUs: many tests wait for an etcd or a lease."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Twice as many as there are CPUs: many tests wait for an etcd or a lease."""
+    return 2 * len(os.sched_getaffinity(0))

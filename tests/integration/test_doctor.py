@@ -142,6 +142,7 @@ def test_nothing_fails_where_all_is_well_and_nothing_stays(
     assert processes_marked("DOCTOR_TEST=sound") == []
 
 
+@pytest.mark.slow
 def test_a_learner_is_no_vote_and_alone_is_no_etcd(doctor: Any, own_etcd: LocalEtcd) -> None:
     with a_learner(own_etcd) as learner:
         both = doctor(f"{learner.endpoint},{own_etcd.endpoint}")

@@ -201,6 +201,7 @@ def test_a_cluster_without_a_quorum_suspends_and_has_everything_back_with_it(bin
             assert losses(events) == []
 
 
+@pytest.mark.slow
 def test_a_keeper_whose_member_is_cut_off_from_the_others_goes_to_one_that_is_not(
     binary: str,
 ) -> None:
