@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from engine_cli.exits import Exit
 from engine_loader import MooncakeEngine, publish
 from engine_loader.starting.lock import lock_name
-from engine_registry import ModelIdentity, RankState, RankUpdated, Registry
+from engine_registry import ModelIdentity, RankJoined, RankState, RankUpdated, Registry
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.local import LocalEtcd
@@ -454,7 +454,8 @@ def test_a_server_that_is_told_to_end_waits_for_its_readers_until_it_is_told_aga
         events_until(
             watch,
             lambda event: (
-                isinstance(event, RankUpdated) and event.record.state is RankState.DRAINING
+                isinstance(event, RankJoined | RankUpdated)
+                and event.record.state is RankState.DRAINING
             ),
         )
         assert server.poll() is None

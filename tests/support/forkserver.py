@@ -51,6 +51,8 @@ class ForkServer:
                 [sys.executable, "-m", __name__, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
+                # gRPC reads this when it is imported; `engines` sets it before.
+                env={**os.environ, "GRPC_VERBOSITY": "NONE"},
             )
 
     def start(self, args: Sequence[str], cwd: Path, env: Mapping[str, str]) -> Program:

@@ -308,7 +308,7 @@ def test_more_pieces_of_memory_than_peers_could_be_told_of_are_refused(
             engine.register(Region(addr, 64))
         with pytest.raises(
             EngineFailed,
-            match="more than 2 pieces, of which no peer could be told: put the tensors into fewer",
+            match="more than 2 pieces, of which no peer could learn: put the tensors into fewer",
         ):
             engine.register(Region(0, 64))
         engine.register(Region(4096, 32))
