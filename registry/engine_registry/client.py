@@ -268,12 +268,10 @@ class Registry(Closable):
         """
         return wait_for_rank(self._etcd, model, place, seconds("timeout_s", timeout_s))
 
-    def was_evicted(self, record: RankRecord) -> bool:
-        """Whether this registration was evicted within the last day."""
-        return (
-            self._etcd.get(evicted_key(record.instance, record.rank, record.incarnation))
-            is not None
-        )
+    def was_evicted(self, rank: RankRecord | Pull) -> bool:
+        """Whether this registration, or the one that is read from, was evicted within a day."""
+        key = evicted_key(rank.instance, rank.rank, rank.incarnation)
+        return self._etcd.get(key) is not None
 
     def manifest(self, record: RankRecord) -> Manifest:
         """The manifest that belongs to the record; RecordDamaged where it is gone or not the one

@@ -473,6 +473,25 @@ def test_what_a_replica_had_from_an_evicted_source_does_not_count_for_those_behi
         members.end()
 
 
+def test_what_came_through_a_rank_that_stands_still_goes_with_its_evicted_source(
+    registry: Registry, offer: Offer
+) -> None:
+    """The rank stands still, so it says nothing of the eviction, and the load has left it."""
+    spoilt(offer, "bad")
+    members = Members(registry, InProcessEngine, into)
+    try:
+        members.start_stopped("first", 0.5, source=MODEL, pace=PACE)
+        members.start_stopped("second", 0.3, source=MODEL, pace=replace(PACE, starve_s=0.2))
+        offer("good", A, digests=True)
+        registry.evict(registry.ranks("bad")[0])
+        members.gates["second"].open.set()
+        report = members.loads["second"].result(30)
+        assert the_origin(origins(members.tensors["second"]["w"])) == A
+        assert {share.name for share in report.shares if share.nbytes} == {"/engines/good/0"}
+    finally:
+        members.end()
+
+
 # -- another place ---------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ def check_registered(
         raise gone[0]
     if received.evicted:
         key = received.evicted[0].key
-        raise SourceEvicted(f"{key} was evicted meanwhile", key=key)
+        raise SourceEvicted(f"what {key} has brought does not count any more", key=key)
 
 
 def discard_evicted(

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from engine_loader.planning.arrivals import Arrivals
 from engine_loader.planning.reads import Span
 from engine_loader.transfer.shares import Share
-from engine_registry import Manifest, RankRecord, Registry
+from engine_registry import Manifest, RankRecord, RankState, Registry
 from engine_registry.errors import EtcdError
 from engine_registry.telemetry.logs import fields
 
@@ -53,12 +53,20 @@ class Received:
     def find_evicted(self, registry: Registry, here: Collection[str]) -> None:
         """Looks in etcd for ranks that have brought something and were evicted since, but for those
         with incarnations in `here`.
+
+        A rank that is still loading, and that the load has left, may stand still. Then it does not
+        notice that its own source was evicted, so this looks at its sources as well.
         """
         for incarnation, record in self._records.items():
             if incarnation in here:
                 continue
             try:
-                if registry.current(record) is None and registry.was_evicted(record):
+                current = registry.current(record)
+                if current is None:
+                    counts = not registry.was_evicted(record)
+                else:
+                    counts = not (_is_loading(current) and _reads_from_evicted(registry, record))
+                if not counts:
                     self.evicted.append(record)
             except EtcdError as exc:
                 log.info(
@@ -69,7 +77,11 @@ class Received:
                 )
 
     def discard(self, records: Sequence[RankRecord]) -> bool:
-        """Forgets all that these have brought; whether that was anything."""
+        """Forgets all that these have brought, and all that ranks have which were loading: it may
+        be from these. Whether that was anything.
+        """
+        if records:
+            records = [*records, *filter(_is_loading, self._records.values())]
         found = [
             record for record in records if self._spans.pop(record.incarnation, None) is not None
         ]
@@ -85,3 +97,25 @@ class Received:
             for spans in self._spans.values():
                 self.arrivals.add(spans)
         return bool(found)
+
+
+def _is_loading(record: RankRecord) -> bool:
+    return record.state is RankState.LOADING
+
+
+def _reads_from_evicted(registry: Registry, record: RankRecord) -> bool:
+    """Whether an evicted rank is among those that it reads from, or that these read from. Their
+    tickets say so, which they hold as long as they read.
+    """
+    pulls = registry.all_pulls()
+    readers, seen = [record.incarnation], {record.incarnation}
+    while readers:
+        reader = readers.pop()
+        for pull in pulls:
+            by_reader = pull.reader is not None and pull.reader.incarnation == reader
+            if by_reader and pull.incarnation not in seen:
+                if registry.was_evicted(pull):
+                    return True
+                seen.add(pull.incarnation)
+                readers.append(pull.incarnation)
+    return False
