@@ -24,7 +24,7 @@ test: lint ## lint, then all tests but those that are slow by nature
 	$(BIN)/pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 test-slow: setup ## the tests that are slow by nature: soaks, benchmarks, the second etcd
-	$(BIN)/pytest -m slow --durations=10 $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal -m slow --durations=10 $(ARGS)
 
 test-all: test test-slow ## every test but those of docker-compose.yml
 
