@@ -5,6 +5,7 @@ signals.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import select
@@ -1401,7 +1402,8 @@ def long_load(
             "--wait",
             "0.5",
         )
-        wait_until(lambda: len(list((tmp_path / "new").glob("out/.model.*/model-*"))) > 1)
+        # The load makes its folder anew at first; pathlib's own glob would stumble over that.
+        wait_until(lambda: len(glob.glob(f"{tmp_path}/new/out/.model.*/model-*")) > 1)
         return server, load
 
     return start
