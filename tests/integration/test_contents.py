@@ -448,6 +448,7 @@ def test_a_source_that_leaves_in_order_once_all_has_come_is_as_good_as_any(
     assert the_origin(origins(tensors["w"])) == A
 
 
+@pytest.mark.slow
 def test_what_a_replica_had_from_an_evicted_source_does_not_count_for_those_behind_it_either(
     registry: Registry, offer: Offer
 ) -> None:
