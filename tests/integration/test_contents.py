@@ -448,18 +448,18 @@ def test_a_source_that_leaves_in_order_once_all_has_come_is_as_good_as_any(
     assert the_origin(origins(tensors["w"])) == A
 
 
-@pytest.mark.slow
 def test_what_a_replica_had_from_an_evicted_source_does_not_count_for_those_behind_it_either(
     registry: Registry, offer: Offer
 ) -> None:
     """A reads from the bad one, B from A; once it is evicted both read from the good one, which
-    comes when it is needed.
+    comes when it is needed. B stays behind A however long that takes: else it may have ended before
+    the eviction, as a complete source.
     """
     spoilt(offer, "bad")
     members = Members(registry, InProcessEngine, into)
     try:
         members.start_stopped("first", 0.5, source=MODEL, pace=PACE)
-        members.start("second", source=MODEL, pace=PACE)
+        members.start("second", source=MODEL, pace=replace(PACE, starve_s=60.0))
         wait_until(lambda: members.gates["second"].at > 0.2)
         offer("good", A, digests=True)
         registry.evict(registry.ranks("bad")[0])
