@@ -170,6 +170,7 @@ def ask(
     with ExitStack() as stack:
         processes = [
             stack.enter_context(
+                # rank 0 is the large one
                 another_process(
                     _HERE,
                     "clients",
@@ -179,7 +180,7 @@ def ask(
                     kind,
                     session_id,
                     str(1 + which * threads),
-                )  # rank 0 is the large one
+                )
             )[0]
             for which in range(_PROCESSES)
         ]

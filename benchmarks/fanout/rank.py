@@ -57,9 +57,8 @@ def receive(endpoint: str, address: str, instance: str, nbytes: str) -> None:
     Of each it is told four things: to get ready, from whom, to tell its digest, to leave.
     """
     tensors = _room_for(int(nbytes))
-    pace = replace(
-        pace_for("tcp"), chunk_nbytes=chain_pace(int(nbytes)).chunk_nbytes
-    )  # as small a part in each strategy
+    # as small a part in each strategy
+    pace = replace(pace_for("tcp"), chunk_nbytes=chain_pace(int(nbytes)).chunk_nbytes)
     with engine_log():
         for _ in sys.stdin:
             with Registry.connect(endpoint) as registry, MooncakeEngine(address) as engine:

@@ -97,9 +97,8 @@ def filled(layout: Layout, device: str) -> Tensors:
     """With numbers that follow from the tensor's name and the place in it, so that no two tensors
     and no two places are alike.
     """
-    tensors = allocate(
-        layout, device
-    )  # before the temporary ones, which would share segments of torch's allocator with them
+    # before the temporary ones, which would share segments of torch's allocator with them
+    tensors = allocate(layout, device)
     for name, flat in flat_bytes(tensors).items():
         words = torch.arange(flat.numel() // 4, dtype=torch.int64, device=device)
         words.mul_(_MIX).add_(zlib.crc32(name.encode()) * _SALT).bitwise_right_shift_(7)

@@ -40,11 +40,12 @@ COMMANDS = {
     "etcd": "Run an etcd for trying things out.",
     "demo": "Show it all on this machine: register, load, verify, lose a rank.",
 }
+# what `register` and `load` need and a plain installation lacks
 _EXTRAS = (
     "torch",
     "safetensors",
     "numpy",
-)  # what `register` and `load` need and a plain installation lacks
+)
 _GATEWAY_EXTRAS = ("starlette", "uvicorn")
 log = logging.getLogger(__name__)
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -82,9 +83,8 @@ def main(command: click.Command = engines, name: str = "engines") -> NoReturn:
     """Runs the command, with the arguments of this process, and ends the process with its exit
     code.
     """
-    os.environ.setdefault(
-        "GRPC_VERBOSITY", "NONE"
-    )  # what gRPC's C++ core logs, we report ourselves
+    # what gRPC's C++ core logs, we report ourselves
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     _open_closed_streams()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what its encoding lacks is no reason to fail
     logs.begin()

@@ -122,9 +122,8 @@ def etcd_settings(command: Command) -> Command:
             name: kwargs.pop(name)
             for name in ("etcd", "namespace", "cacert", "cert", "key", "user", "timeout")
         }
-        etcd["password"] = os.environ.pop(
-            PASSWORD_VARIABLE, None
-        )  # no process that we start inherits it
+        # no process that we start inherits it
+        etcd["password"] = os.environ.pop(PASSWORD_VARIABLE, None)
         return command(etcd=etcd, **kwargs)
 
     options = [

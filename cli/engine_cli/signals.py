@@ -49,9 +49,8 @@ def on_ending(call: Callable[[], object]) -> None:
     threading.Thread(target=listen, name="signals", daemon=True).start()
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in _ending():
-        signal.signal(
-            number, lambda *_: None
-        )  # one of Python's own: the default ones do not write to the pipe
+        # one of Python's own: the default ones do not write to the pipe
+        signal.signal(number, lambda *_: None)
 
 
 @contextmanager

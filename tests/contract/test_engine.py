@@ -36,9 +36,8 @@ class Memory:
     """A block of our own memory, page-aligned as weights are."""
 
     def __init__(self, content: bytes) -> None:
-        self._buffer = ctypes.create_string_buffer(
-            len(content) + 3 * 4096
-        )  # with some around it that is nobody's
+        # with some around it that is nobody's
+        self._buffer = ctypes.create_string_buffer(len(content) + 3 * 4096)
         addr = -(-ctypes.addressof(self._buffer) // 4096) * 4096 + 4096
         ctypes.memmove(addr, content, len(content))
         self.region = Region(addr, len(content))

@@ -52,10 +52,11 @@ LOADS = int(os.environ.get("CHAOS_LOADS", "300"))
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
 PACE = Pace(64 << 10, 4, stall_s=0.3, patience_s=1.0, starve_s=0.5, check_s=0.05)
 SHARDED = "s"  # an instance whose two ranks hold rows, all in one process
+# and how long each waits after everything that comes, as over a slow link
 REPLICAS = {
     "r0": "0.02",
     "r1": "0.1",
-}  # and how long each waits after everything that comes, as over a slow link
+}
 
 
 class Monkey:
@@ -355,9 +356,8 @@ def test_every_load_ends_in_one_launch_and_version_or_a_typed_error_and_leaves_n
         assert sum(count for kind, count in outcomes.items() if kind.startswith("loaded")) > 0
         assert sum(monkey.done.values()) > 3
         assert not [*engine._served, *engine._lent]
-        wait_until(
-            lambda: not registry._etcd.snapshot("/pulls/").items, 40
-        )  # those that could not be given back expire
+        # those that could not be given back expire
+        wait_until(lambda: not registry._etcd.snapshot("/pulls/").items, 40)
     processes.end()
     with suppress(TimeoutError):
         wait_until(lambda: not left_over(before), 20)

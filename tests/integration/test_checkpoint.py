@@ -53,9 +53,8 @@ from tests.support.engines import Interrupted
 from tests.support.options import for_load, for_publish
 from tests.support.processes.source import content, empty
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:torch.distributed is disabled"
-)  # torch warns whoever loads without a job
+# torch warns whoever loads without a job
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 StateDict = dict[str, Any]
 

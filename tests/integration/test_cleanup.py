@@ -267,9 +267,8 @@ def test_what_a_watcher_noted_dooms_no_rank_of_a_later_launch(
         reader = threading.Thread(target=lambda: seen.extend(cleaning))
         seen: list[Event | InstanceCleaned] = []
         reader.start()
-        wait_until(
-            lambda: len(seen) == 2 and cleaning._grace.due is None
-        )  # what it found degraded has been looked at
+        # what it found degraded has been looked at
+        wait_until(lambda: len(seen) == 2 and cleaning._grace.due is None)
         cleaning.stop()
         reader.join(20)
         assert not any(map(is_a(InstanceCleaned), seen))
@@ -437,17 +436,19 @@ def test_hooks_get_each_event_and_a_failing_one_does_not_stop_the_watch(
             line_of(watch)
     for _ in range(2):
         line_of(watch)
-    wait_until(
-        lambda: seen.exists() and len(seen.read_text().splitlines()) == 8
-    )  # else the signal would keep some from running
+    # else the signal would keep some from running
+    wait_until(lambda: seen.exists() and len(seen.read_text().splitlines()) == 8)
     watch.send_signal(signal.SIGTERM)
     _, err = watch.communicate(timeout=20)
     assert watch.returncode == 0
     assert err.count("failed with code 3") == 4
     lines = seen.read_text().splitlines()
     assert lines[::2] == [
-        "rank_joined a 0 ", "instance_ready a  ", "rank_lost a 0 withdrawn", "instance_gone a  ",
-    ]  # fmt: skip
+        "rank_joined a 0 ",
+        "instance_ready a  ",
+        "rank_lost a 0 withdrawn",
+        "instance_gone a  ",
+    ]
     assert [json.loads(line)["event"] for line in lines[1::2]] == [
         "rank_joined",
         "instance_ready",

@@ -366,10 +366,11 @@ def test_a_second_signal_ends_the_hook_that_runs_and_the_watch(
         watch.send_signal(signal.SIGINT)
         watch.send_signal(signal.SIGTERM)
         _, err = watch.communicate(timeout=60)
+    # done where the hook's end was all that it waited for
     assert watch.returncode in (
         Exit.INTERRUPTED,
         Exit.DONE,
-    )  # done where the hook's end was all that it waited for
+    )
     assert "Traceback" not in err
     (started,) = log.read_text().split()
     wait_for_end(int(started))
@@ -919,9 +920,8 @@ def test_the_demo_leaves_no_process_and_no_file_behind(
     assert started
     for pid in sorted(started, key=_is_keeper):
         if number == signal.SIGKILL and _is_keeper(pid):
-            os.kill(
-                pid, signal.SIGKILL
-            )  # its etcd was killed along: to it an outage like any other, which it would wait out
+            # its etcd was killed along: to it an outage like any other, which it would wait out
+            os.kill(pid, signal.SIGKILL)
         wait_for_end(pid)
     if number == 0:
         assert lines[-1].startswith("7 tensors, ")

@@ -170,9 +170,8 @@ def test_a_source_that_starts_again_between_a_torn_read_and_the_next_look_gives_
 
     def change() -> None:
         for publication in running[0][1]:
-            publication._header.write(
-                replace(_header_of(publication), sequence=1)
-            )  # as an update that begins
+            # as an update that begins
+            publication._header.write(replace(_header_of(publication), sequence=1))
 
     def start_again() -> None:
         torn.append("yes")
@@ -584,12 +583,10 @@ def test_ranks_behind_a_source_that_is_being_updated_wait_for_it_as_at_the_begin
             tensors["w"].copy_(words(Origin(1, 1), COUNT))
             for name in names:
                 members.gates[name].open.set()
-            wait_until(
-                lambda: not registry.all_pulls()
-            )  # all of them have lost what they read from
-            assert not any(
-                load.done() for load in members.loads.values()
-            )  # and nobody has given up
+            # all of them have lost what they read from
+            wait_until(lambda: not registry.all_pulls())
+            # and nobody has given up
+            assert not any(load.done() for load in members.loads.values())
         for name in names:
             assert members.loads[name].result(60).version == 1
             assert the_origin(origins(members.tensors[name]["w"])) == Origin(1, 1)

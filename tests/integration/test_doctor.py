@@ -464,9 +464,8 @@ def test_an_expired_client_certificate_is_told(folder: Path) -> None:
         f"x509 -req -in {request} -signkey {key} -days 0 -out {cert}",
     ):
         subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
-    wait_until(
-        lambda: "expired" in client_certificate(cert, key).error
-    )  # in the second that it was made it is still good
+    # in the second that it was made it is still good
+    wait_until(lambda: "expired" in client_certificate(cert, key).error)
 
 
 # -- peers

@@ -210,9 +210,8 @@ def assert_nothing_comes_later(
     for tensor in tensors.values():
         tensor.fill_(77)
     sources.signal(signal.SIGCONT)
-    fresh = empty(
-        NBYTES
-    )  # by when this has been read, the source has long sent what it had been asked for before
+    # by when this has been read, the source has long sent what it had been asked for before
+    fresh = empty(NBYTES)
     load(sources.registry, engine, "a", rank=0, tensors=fresh, timeout_s=30)
     assert all(torch.equal(fresh[name], wanted) for name, wanted in content(0, NBYTES).items())
     assert all(bool((tensor == 77).all()) for tensor in tensors.values())

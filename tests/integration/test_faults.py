@@ -132,9 +132,8 @@ def test_an_etcd_that_stalls_for_longer_than_the_lease_has_the_rank_back_afterwa
             etcd.pause()
             pause_for(2 * TTL_S)
             etcd.resume()
-            events = events_up_to_now(
-                watch
-            )  # the lease may expire only now, and the rank be away for a moment
+            # the lease may expire only now, and the rank be away for a moment
+            events = events_up_to_now(watch)
             (record,) = registry.resolve("a", 10)
             assert record.incarnation == registration.record.incarnation
             assert registry.manifest(record) == MANIFEST
@@ -589,9 +588,8 @@ def test_a_rank_that_etcd_remembers_otherwise_after_a_restored_backup_writes_its
             old = raw.get(registration.record.key)
             assert old is not None
             registration.update(version=1)
-            raw.commit(
-                [], [Put(old.key, old.value, old.lease_id)]
-            )  # as the key would be after the restoration
+            # as the key would be after the restoration
+            raw.commit([], [Put(old.key, old.value, old.lease_id)])
             seen = events_until(
                 watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 0
             )
@@ -661,9 +659,8 @@ def test_a_rank_whose_host_is_dead_is_refused_to_others_until_its_lease_is_over(
 ) -> None:
     with Registry.connect(etcd.endpoint) as registry, registry.watch() as watch:
         old, states = hold(registry)
-        os.kill(
-            old.keeper_pid, signal.SIGSTOP
-        )  # as if host and keeper were gone: nobody revokes the lease
+        # as if host and keeper were gone: nobody revokes the lease
+        os.kill(old.keeper_pid, signal.SIGSTOP)
         with pytest.raises(RankConflict):
             hold(registry)
         events_until(watch, lambda event: isinstance(event, RankLost))
@@ -682,9 +679,8 @@ def test_a_rank_that_holds_the_gil_for_three_times_the_lease_stays_registered(
             events_until(watch, lambda event: isinstance(event, InstanceReady))
             start = time.monotonic()
             while time.monotonic() - start < 3 * TTL_S:
-                re.match(
-                    r"(a+)+$", "a" * 25 + "b"
-                )  # backtracks in C for a second without letting go of the GIL
+                # backtracks in C for a second without letting go of the GIL
+                re.match(r"(a+)+$", "a" * 25 + "b")
             assert losses(events_up_to_now(watch)) == []
             assert states.seen == []
 

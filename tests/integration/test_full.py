@@ -150,9 +150,8 @@ class At:
 
 
 NBYTES = sum(tensor.nbytes for tensor in whole().values())
-SECOND_FILE = (
-    4096 + 1
-)  # bytes that are there when the first file is written and the second is being read
+# bytes that are there when the first file is written and the second is being read
+SECOND_FILE = 4096 + 1
 
 
 def test_uneven_shards_of_two_ranks_become_whole_tensors_in_several_files(

@@ -296,9 +296,8 @@ def test_sglangs_loader_reads_the_weights_of_seeds_and_of_library_ranks(
         events_until(
             watch, lambda event: isinstance(event, RankLost) and event.reason == "process ended"
         )
-    assert (
-        "Socket" not in err
-    )  # what a transfer engine says of connections that do not end in order
+    # what a transfer engine says of connections that do not end in order
+    assert "Socket" not in err
 
 
 # -- SGLang's own server
@@ -522,9 +521,8 @@ def test_an_etcd_that_goes_away_is_told_at_once_and_ranks_are_there_when_it_is_b
         own_etcd.kill()
         assert asked(gateway.url).status_code == 503
         assert asked(gateway.url, OLD_GET).status_code == 400
-        refused = httpx.put(
-            f"{gateway.url}{REGISTER}", json=says(session_of(listener)), timeout=5
-        )  # as long as a seed waits
+        # as long as a seed waits
+        refused = httpx.put(f"{gateway.url}{REGISTER}", json=says(session_of(listener)), timeout=5)
         assert refused.status_code == 503
         assert "etcd" in refused.json()["detail"]
         assert httpx.get(f"{gateway.url}/health").text == "OK"

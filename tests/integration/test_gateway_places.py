@@ -110,9 +110,8 @@ def test_when_all_places_are_taken_the_connection_that_has_waited_longest_makes_
             return stack.enter_context(connected(gateway.port, f"127.0.0.{number}", sent))
 
         answered, *heads = [connect(number, HALF_A_HEAD) for number in range(10, 30)]
-        wait_until(
-            lambda: len(gateway._service._limiter._connections) == 20
-        )  # all are taken in, and wait in this order
+        # all are taken in, and wait in this order
+        wait_until(lambda: len(gateway._service._limiter._connections) == 20)
         answered.sendall(b"\r\n")
         assert answer(answered).startswith(b"HTTP/1.1 200")  # it waits again, since now
         newest = connect(30, HALF_A_HEAD)

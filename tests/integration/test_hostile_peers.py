@@ -176,9 +176,8 @@ def test_a_contact_whose_connection_is_not_even_accepted_ends_when_it_is_abandon
             waiting.connect_ex(full.getsockname())
         session_id = f"127.0.0.1:{full.getsockname()[1]}"
         contact = stack.enter_context(ThreadPoolExecutor(1)).submit(any_reader.connect, session_id)
-        wait_until(
-            lambda: connections_to(session_id).count("02") >= 2
-        )  # SYN_SENT: that of the test, and ours
+        # SYN_SENT: that of the test, and ours
+        wait_until(lambda: connections_to(session_id).count("02") >= 2)
         any_reader.abandon(session_id)
         with pytest.raises(ReadFailed):
             contact.result(20)

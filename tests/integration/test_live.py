@@ -103,10 +103,11 @@ def test_a_second_signal_does_not_wait_for_a_terminal_that_takes_nothing(
         put_ranks(registry._etcd, "big", 100)  # so that there is more to draw than fits between
         for _ in range(2):
             terminal.process.send_signal(signal.SIGINT)
+        # done where the terminal had taken all of it before
         assert terminal.process.wait(20) in (
             Exit.INTERRUPTED,
             Exit.DONE,
-        )  # done where the terminal had taken all of it before
+        )
 
 
 def test_a_closed_terminal_ends_it(watching: Watching, registry: Registry) -> None:

@@ -144,9 +144,8 @@ def test_a_watch_serves_what_it_sees_and_a_killed_rank_counts_once_by_its_reason
     watch.send_signal(signal.SIGTERM)
     out, err = watch.communicate(timeout=20)
     assert (watch.returncode, err) == (Exit.DONE, "")
-    events = [
-        json.loads(line)["event"] for line in out.splitlines()
-    ]  # stdout has events, and nothing but events
+    # stdout has events, and nothing but events
+    events = [json.loads(line)["event"] for line in out.splitlines()]
     assert events.count("rank_lost") == 2
     with socket.create_server(("127.0.0.1", scraped.port)):  # the port is free again
         pass
@@ -211,9 +210,8 @@ def test_clients_that_say_nothing_or_hang_up_keep_nobody_from_scraping(
     for number in range(20):
         with socket.create_connection(("127.0.0.1", scraped.port)) as rude:
             rude.sendall(b"GET /metrics HTTP/1.1\r\n\r\n" if number % 2 else b"nonsense\0\r\n")
-            rude.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
-            )  # closes with a reset
+            # closes with a reset
+            rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     assert scraped("registry_instances", state="ready") == 0
     watch.send_signal(signal.SIGTERM)
     _, err = watch.communicate(timeout=20)
@@ -372,10 +370,11 @@ def test_a_source_given_up_counts_as_one_failover_by_its_reason(
         tensors=empty(NBYTES),
         options=LoadOptions(pace=PACE, progress=happen),
     )
+    # a read may fail before etcd tells why
     assert shown.nonzero("loader_failovers_total") in (
         {REASONS[fault]: 1},
         {"lost": 1},
-    )  # a read may fail before etcd tells why
+    )
     assert shown.nonzero("loader_loads_total") == {"loaded": 1}
     assert shown("loader_loaded_bytes_total") == NBYTES
     assert (shown("loader_read_bytes_total") or 0) >= NBYTES

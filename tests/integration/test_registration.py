@@ -661,9 +661,8 @@ def test_a_rank_that_was_evicted_while_its_keeper_was_cut_off_does_not_come_back
     os.kill(registration.keeper_pid, signal.SIGSTOP)
     (lease_id,) = {item.lease_id for item in raw.snapshot("/").items}
     assert registry.evict(registry.ranks("a")[0])
-    raw.revoke(
-        lease_id
-    )  # as when it expires: a keeper cannot tell this from an expiry that nobody wanted
+    # as when it expires: a keeper cannot tell this from an expiry that nobody wanted
+    raw.revoke(lease_id)
     os.kill(registration.keeper_pid, signal.SIGCONT)
     with pytest.raises(Evicted):
         registration.update(version=1)

@@ -151,9 +151,8 @@ def test_renewals_go_on_after_etcd_was_away(own_etcd: LocalEtcd) -> None:
             etcd.keep_alive(lease_id)
         finally:
             starter.join()
-        wait_until(
-            lambda: etcd.keep_alive(lease_id) == 60.0
-        )  # less where the lease was only looked at
+        # less where the lease was only looked at
+        wait_until(lambda: etcd.keep_alive(lease_id) == 60.0)
         assert counted(own_etcd, "started") == 1  # since it was started again
         wait_until(lambda: len(renewing_threads()) == 1)
 
@@ -179,9 +178,8 @@ def test_a_renewal_that_etcd_does_not_answer_fails_in_time_and_on_a_new_stream_t
         own_etcd.pause()
         try:
             with pytest.raises(EtcdUnavailable, match="does not answer in time"):
-                list(
-                    iter(lambda: etcd.keep_alive(lease_id), None)
-                )  # it may answer while it is being stopped
+                # it may answer while it is being stopped
+                list(iter(lambda: etcd.keep_alive(lease_id), None))
         finally:
             own_etcd.resume()
         wait_until(lambda: etcd.keep_alive(lease_id) == 60.0)

@@ -227,10 +227,11 @@ def test_a_loader_finds_and_loads_with_a_ticket_and_is_refused_to_write_a_record
         "--out",
         str(tmp_path / "out"),
     )
+    # without a ticket there would be a warning
     assert (loaded.returncode, loaded.stderr) == (
         Exit.DONE,
         "",
-    )  # without a ticket there would be a warning
+    )
     assert torch.equal(
         load_file(tmp_path / "out" / "rank-0.safetensors")["w"], load_file(weights)["w"]
     )

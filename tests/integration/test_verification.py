@@ -384,10 +384,11 @@ def test_of_more_sources_than_are_wanted_only_so_many_are_read(
         tensors=like(weights()),
         options=LoadOptions(max_sources=2),
     )
+    # a has a reader already
     assert {share.name for share in report.shares} == {
         "/engines/b/0",
         "/engines/c/0",
-    }  # a has a reader already
+    }
 
 
 def test_a_replica_along_dp_with_another_box_is_left_out(

@@ -192,11 +192,10 @@ def test_tickets_that_lie_and_nonsense_are_shown_as_what_they_say_or_not_at_all(
         shown = engines("show", "a")
         assert (shown.returncode, shown.stderr) == (0, "")
         assert shown.stdout.splitlines()[-3:] == [
-            "who reads from whom:", "a/0  ready", (
-                "  a/0  ready  (what reads from it stands "
-                "elsewhere)"
-            ),
-        ]  # fmt: skip
+            "who reads from whom:",
+            "a/0  ready",
+            ("  a/0  ready  (what reads from it stands elsewhere)"),
+        ]
         assert len(json.loads(engines("show", "a", "--json").stdout)["pulls"]) == 1
         etcd.revoke(lease_id)
 

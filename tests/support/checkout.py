@@ -5,6 +5,5 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = [
-    str(ROOT / folder) for folder in ("registry", "loader", "cli")
-]  # where they are imported from
+# where they are imported from
+PACKAGES = [str(ROOT / folder) for folder in ("registry", "loader", "cli")]

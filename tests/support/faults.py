@@ -136,10 +136,11 @@ class DivisibleCluster:
                 name=f"m{number}",
                 peer_port=int(way.endpoint.rpartition(":")[2]),
                 initial_cluster=initial,
+                # the last of two such options holds
                 extra_args=[
                     "--listen-peer-urls",
                     f"http://127.0.0.1:{port}",
-                ],  # the last of two such options holds
+                ],
             )
             for number, (way, port) in enumerate(zip(self._ways, ports, strict=True))
         ]

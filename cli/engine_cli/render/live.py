@@ -138,9 +138,8 @@ class Screen:
                 _cell(f"{clock(datetime.now().astimezone())[:8]}  {self._board.summary()}", "bold"),
             )
             news = list(self._board.news)[-min(_MAX_NEWS, max(1, height // 4)) :]
-            rows = self._board.rows(
-                max(1, height - len(head) - len(news) - 3)
-            )  # the table's heading, two empty lines
+            # the table's heading, two empty lines
+            rows = self._board.rows(max(1, height - len(head) - len(news) - 3))
         body = [_table(rows, width)] if rows else [Text("no instance is registered")]
         return Group(*head, Text(""), *body, Text(""), *map(_cell, news))
 

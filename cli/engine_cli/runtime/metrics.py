@@ -109,11 +109,12 @@ def metrics_options(command: Callable[..., Any]) -> Callable[..., Any]:
             serve_metrics=functools.partial(served, metrics_port, metrics_host or _HOST), **kwargs
         )
 
-    port = click.option("--metrics-port", type=click.IntRange(0, 65535), metavar="PORT",
-                        help=(
-                            "Serve metrics for Prometheus here, under /metrics. 0: a free one, "
-                            "which is logged."
-                        ))  # fmt: skip
+    port = click.option(
+        "--metrics-port",
+        type=click.IntRange(0, 65535),
+        metavar="PORT",
+        help=("Serve metrics for Prometheus here, under /metrics. 0: a free one, which is logged."),
+    )
     host = click.option(
         "--metrics-host", metavar="HOST", help=f"Address to serve metrics on.  [default: {_HOST}]"
     )

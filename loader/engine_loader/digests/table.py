@@ -150,9 +150,8 @@ def _by_kernel(tensors: Mapping[K, torch.Tensor]) -> dict[K, bytes]:
             sizes = np.array([tensor.nbytes for tensor in here.values()], np.int64)
             counts = -(-sizes // block_nbytes)
             firsts = np.cumsum(counts) - counts  # the number of each tensor's first block
-            whose = np.repeat(
-                np.arange(len(here)), counts
-            )  # of each block: the number of its tensor
+            # of each block: the number of its tensor
+            whose = np.repeat(np.arange(len(here)), counts)
             ahead = (np.arange(len(whose)) - firsts[whose]) * block_nbytes
             starts = np.array([tensor.data_ptr() for tensor in here.values()], np.int64)
             words = np.minimum(sizes[whose] - ahead, block_nbytes) // 4

@@ -41,9 +41,8 @@ log = logging.getLogger(__name__)
 # much at once
 _THREADS = 16
 _CHUNK_NBYTES = 8 << 20
-_COSTS = Costs(
-    read_nbytes=128 << 10, copied=0.3, staged_nbytes=_CHUNK_NBYTES
-)  # systems read ahead by as much anyway
+# systems read ahead by as much anyway
+_COSTS = Costs(read_nbytes=128 << 10, copied=0.3, staged_nbytes=_CHUNK_NBYTES)
 _LOOK_S = 0.1  # how soon a cancelled read notices
 
 
@@ -142,9 +141,8 @@ class _Reading:
         self._todo = deque(chunk for span in spans for chunk in span.cut(_CHUNK_NBYTES))
         self._total = sum(chunk.nbytes for chunk in self._todo)
         self._stop = threading.Event()
-        self._news: queue.SimpleQueue[int | BaseException | None] = (
-            queue.SimpleQueue()
-        )  # bytes that came; None: a thread has ended
+        # bytes that came; None: a thread has ended
+        self._news: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         self._descriptors: list[int] = []
 
     def read(self, on_progress: OnProgress | None) -> int:

@@ -111,9 +111,8 @@ def extent(layout: _Layout) -> int:
 def _places(layout: _Layout) -> Iterator[tuple[int, int]]:
     end = 0
     for dtype, shape in layout.values():
-        start = (
-            -(-end // dtype.itemsize) * dtype.itemsize
-        )  # no gaps but those that the dtypes need: gaps end a read
+        # no gaps but those that the dtypes need: gaps end a read
+        start = -(-end // dtype.itemsize) * dtype.itemsize
         end = start + prod(shape) * dtype.itemsize
         yield start, end
 

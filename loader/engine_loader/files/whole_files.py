@@ -35,9 +35,8 @@ class WholeFiles:
         """
         self._folder = folder
         self._force = force
-        self._hidden = (
-            folder / ".model.partial"
-        )  # until it is made, when it gets a name that no other process has
+        # until it is made, when it gets a name that no other process has
+        self._hidden = folder / ".model.partial"
         self._made: list[Path] = []
         self._names: list[str] = []  # the index last, where there is one
         self._written = 0
@@ -71,9 +70,8 @@ class WholeFiles:
         """The next file. WeightsFileInvalid says why it cannot be written."""
         name = self._names[self._written]
         with writing(self._folder / name):
-            save(
-                tensors, self._hidden / name, {"format": "pt"}
-            )  # transformers refuses files that do not say so
+            # transformers refuses files that do not say so
+            save(tensors, self._hidden / name, {"format": "pt"})
         self._written += 1
 
     def __enter__(self) -> WholeFiles:

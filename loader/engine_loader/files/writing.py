@@ -35,8 +35,7 @@ def save(
     tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
     path.touch()
-    mode = (
-        path.stat().st_mode
-    )  # as the user's umask has it: safetensors makes files for the owner alone
+    # as the user's umask has it: safetensors makes files for the owner alone
+    mode = path.stat().st_mode
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     path.chmod(mode)

@@ -102,9 +102,8 @@ class Arrivals:
         self._tensors = manifest.tensors
         self._new: list[Span] = []  # that have not been looked at, as nobody has asked
         self._came = Runs()
-        self._scattered: Counter[int] = (
-            Counter()
-        )  # by a tensor's address: bytes that came, but not in a row
+        # by a tensor's address: bytes that came, but not in a row
+        self._scattered: Counter[int] = Counter()
         self._blocks = Blocks(manifest.regions if block_nbytes else (), block_nbytes or 1)
         self._left = [0] * len(self._blocks)  # bytes, of each block
         if block_nbytes:

@@ -32,9 +32,8 @@ class Box(NamedTuple):
         for start, size, other_start, other_size in zip(
             self.offsets, self.shape, other.offsets, other.shape, strict=True
         ):
-            first = (
-                start if start > other_start else other_start
-            )  # as `max` and `min`, which take most of a plan's time
+            # as `max` and `min`, which take most of a plan's time
+            first = start if start > other_start else other_start
             end, other_end = start + size, other_start + other_size
             common = (end if end < other_end else other_end) - first
             if common <= 0:

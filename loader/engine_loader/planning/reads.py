@@ -17,9 +17,8 @@ from typing import NamedTuple
 from engine_loader.planning.boxes import Lines
 from engine_registry.schema.manifest import Region
 
-Srcs = tuple[
-    tuple[int, int], ...
-]  # (number of a source, address there), for each that holds the same bytes
+# (number of a source, address there), for each that holds the same bytes
+Srcs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,8 @@ def gather(
         end = limit = 0
         for span in group:
             start = span.srcs[0][1]
-            alone = (
-                _copying(members[0].nbytes, costs) if len(members) == 1 else 0.0
-            )  # is copied only if it does not stay alone
+            # is copied only if it does not stay alone
+            alone = _copying(members[0].nbytes, costs) if len(members) == 1 else 0.0
             worth = start - end + alone + _copying(span.nbytes, costs) < costs.read_nbytes
             if members and start >= end and worth and start + span.nbytes <= limit:
                 members.append(span)

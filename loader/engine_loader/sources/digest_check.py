@@ -44,9 +44,8 @@ class DigestCheck:
         self._device = device
         self._algorithm = sources[0].algorithm
         self._sources = " and ".join(source.record.key for source in sources)
-        groups: defaultdict[object, list[int]] = defaultdict(
-            list
-        )  # sources whose tables say the same
+        # sources whose tables say the same
+        groups: defaultdict[object, list[int]] = defaultdict(list)
         for number, source in enumerate(sources):
             groups[_content(source) if len(sources) > 1 else None].append(number)
         offered = {offer.name for source in sources for offer in source.manifest.tensors}

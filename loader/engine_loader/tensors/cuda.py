@@ -17,12 +17,13 @@ import torch
 from engine_loader.errors import EngineFailed
 from engine_registry.schema.manifest import Region
 
+# of enum CUpointer_attribute
 _DEVICE_ORDINAL, _IS_LEGACY_CUDA_IPC_CAPABLE, _RANGE_START_ADDR, _RANGE_SIZE = (
     9,
     10,
     11,
     12,
-)  # of enum CUpointer_attribute
+)
 
 
 def allocation_at(addr: int) -> Region:

@@ -20,12 +20,13 @@ from engine_loader.tensors.usable import unusable
 from engine_registry.schema.printable import short
 
 MAX_VALUES_NBYTES = 1 << 20
+# and the JSON type of what is tagged
 _TAGS = {
     "list": "list",
     "tuple": "list",
     "dict": "list",
     "bytes": "str",
-}  # and the JSON type of what is tagged
+}
 _MAX_BITS = 4096  # Python refuses to read numbers of very many digits
 
 

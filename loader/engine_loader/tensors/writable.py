@@ -24,12 +24,10 @@ from engine_loader.tensors.modes import plain_torch
 from engine_registry.schema.manifest import Manifest
 
 _MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (..)", re.MULTILINE)
-_Mappings = Sequence[
-    tuple[int, int, bytes]
-]  # from where to where, and whether it can be read and written: rw, r-, --
-_BYTES_HEADER = (
-    bytes.__basicsize__ - 1
-)  # in front of the content: a count of references, the type, the size, a hash
+# from where to where, and whether it can be read and written: rw, r-, --
+_Mappings = Sequence[tuple[int, int, bytes]]
+# in front of the content: a count of references, the type, the size, a hash
+_BYTES_HEADER = bytes.__basicsize__ - 1
 _IS_CPYTHON = sys.implementation.name == "cpython" and _BYTES_HEADER == 32
 
 

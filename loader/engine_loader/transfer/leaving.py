@@ -76,9 +76,8 @@ class Leaving:
         """As `Transfer.settle`, for all pipes of the transfer."""
         self._pipes = []
         for pipe in pipes:
-            pipe.share.nbytes -= sum(
-                chunk.nbytes for chunk in pipe.unchecked + pipe.in_check
-            )  # nobody has checked it, nor will
+            # nobody has checked it, nor will
+            pipe.share.nbytes -= sum(chunk.nbytes for chunk in pipe.unchecked + pipe.in_check)
             pipe.unchecked, pipe.in_check = [], []
             pipe.unsure = interrupted  # an interrupt may have kept from us that a read has begun
             if interrupted or pipe.in_flight or pipe.check is not None:

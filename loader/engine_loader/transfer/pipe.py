@@ -14,10 +14,11 @@ from engine_loader.planning.reads import Span
 from engine_loader.transfer.shares import Share
 
 _SLOW_AFTER_S, _SLOW_FACTOR, _SLOW_GAIN = 2.0, 3.0, 0.2  # see `Pipe.is_slow`
+# how often one that is loading itself is asked what it has, while it has nothing for us
 _POLL_S = (
     5e-3,
     50e-3,
-)  # how often one that is loading itself is asked what it has, while it has nothing for us
+)
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,12 @@ class Pipe:
     in_flight: dict[int, Flight] = field(default_factory=dict)  # by number of the read
     moved_at: float = 0.0  # when something last came, or began when nothing was in flight
     silent_since: float | None = None  # the beginning of the stalls since the last chunk that came
-    unchecked: list[Span] = field(
-        default_factory=list
-    )  # have come, but the weights may have changed before
+    # have come, but the weights may have changed before
+    unchecked: list[Span] = field(default_factory=list)
     check: Future[None] | None = None
     check_began: float = 0.0
-    in_check: list[Span] = field(
-        default_factory=list
-    )  # had come when the check began: as good as the check
+    # had come when the check began: as good as the check
+    in_check: list[Span] = field(default_factory=list)
     amount: float = 0.0  # of its stock, at the last look
     at_first: tuple[float, float, float] | None = (
         None  # when it was first looked at: the time, its amount, and ours
@@ -105,9 +104,8 @@ class Pipe:
             return False
         self.disordered = False
         for queue in self.queues:
-            chunks = sorted(
-                queue, key=lambda chunk: not self.has(chunk)
-            )  # which keeps their order otherwise
+            # which keeps their order otherwise
+            chunks = sorted(queue, key=lambda chunk: not self.has(chunk))
             queue.clear()
             queue.extend(chunks)
         return self.has_next()

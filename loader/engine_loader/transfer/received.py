@@ -34,9 +34,8 @@ class Received:
         self._records: dict[
             str, RankRecord
         ] = {}  # by incarnation: ranks that have brought something
-        self._spans: defaultdict[str, list[Span]] = defaultdict(
-            list
-        )  # by incarnation: what each has brought
+        # by incarnation: what each has brought
+        self._spans: defaultdict[str, list[Span]] = defaultdict(list)
         self.arrivals = Arrivals(dst, block_nbytes)
         self.evicted: list[RankRecord] = []
 

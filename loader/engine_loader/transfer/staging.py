@@ -80,9 +80,8 @@ class Staging:
                 _flat(storage), shape, (*some.dst_steps, 1), some.dst - self._starts[place]
             )
             if in_host:
-                np.copyto(
-                    dst.numpy(), src.numpy()
-                )  # torch's threads would spin afterwards, on the cores that the reads need
+                # torch's threads would spin afterwards, on the cores that the reads need
+                np.copyto(dst.numpy(), src.numpy())
             else:
                 dst.copy_(src)
         if self._device.type == "cuda":

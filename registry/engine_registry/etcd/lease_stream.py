@@ -59,9 +59,8 @@ class _Renewal:
         except queue.Empty:
             return None
         if isinstance(answer, StreamEnded):
-            raise StreamEnded(
-                answer.code(), answer.details()
-            )  # another one for each of several threads
+            # another one for each of several threads
+            raise StreamEnded(answer.code(), answer.details())
         return answer
 
 
@@ -175,9 +174,8 @@ class LeaseStream:
                 return None
             raise
         renewed_lately = found.grantedTTL <= 2 * found.TTL
-        return (
-            int(found.TTL) if renewed_lately or found.TTL < 0 else None
-        )  # 0 is less than a second
+        # 0 is less than a second
+        return int(found.TTL) if renewed_lately or found.TTL < 0 else None
 
     def end(self) -> None:
         """From any thread, any number of times."""

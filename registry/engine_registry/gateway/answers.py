@@ -60,9 +60,8 @@ class Answers:
         task = self._waiting.get(key)
         if task is None:
             task = self._waiting[key] = asyncio.create_task(self._look(key, self._looking.get(key)))
-            task.add_done_callback(
-                lambda done: done.cancelled() or done.exception()
-            )  # when nobody waits for it any more
+            # when nobody waits for it any more
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
         # a client that goes away must not take the others' answer along
         return await asyncio.shield(task)
 

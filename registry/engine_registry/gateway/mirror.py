@@ -32,10 +32,11 @@ from engine_registry.telemetry.logs import fields
 log = logging.getLogger(__name__)
 _TIMEOUT_S = 3.0
 _MAX_NBYTES = 64 << 20
+# of its bootstrap and its inference server
 _PATHS = (
     "/get_transfer_engine_info",
     "/get_remote_instance_transfer_engine_info",
-)  # of its bootstrap and its inference server
+)
 # A proxy of the environment is for the web; the seed is in the cluster.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 

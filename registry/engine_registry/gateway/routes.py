@@ -55,9 +55,8 @@ from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
 _REGISTER_S = 4.5  # SGLang's seeds wait 5 s for the answer
-_CLOSES = {
-    "Connection": "close"
-}  # what is left of the request's body would be taken for the next one
+# what is left of the request's body would be taken for the next one
+_CLOSES = {"Connection": "close"}
 _NOBODY_REGISTERS = (
     "clients may not register at this gateway, which has no token: start it with a "
     "`seed_url`, so that "

@@ -60,9 +60,8 @@ class Manifest:
     tensors: tuple[TensorEntry, ...]
     regions: tuple[Region, ...]
     digests: DigestTable | None = None
-    values: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # JSON, by name: what a state dict holds besides tensors
+    # JSON, by name: what a state dict holds besides tensors
+    values: Mapping[str, Any] = field(default_factory=dict)
     # each such block of the regions has a mark behind the header: whether it can be read; 0: none
     block_nbytes: int = 0
 

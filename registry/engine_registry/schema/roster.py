@@ -81,9 +81,8 @@ class Roster:
             return InstanceState.GONE
         if self.damaged or len(self._kinds) > 1:
             return InstanceState.DEGRADED
-        first = next(
-            iter(self._records.values())
-        )  # they are all of its kind, and no rank is beyond its world size
+        # they are all of its kind, and no rank is beyond its world size
+        first = next(iter(self._records.values()))
         ready = first.state is RankState.READY and len(self._records) == first.world_size
         return InstanceState.READY if ready else InstanceState.DEGRADED
 

@@ -49,12 +49,10 @@ class _Loss:
 
 @dataclass(slots=True)
 class _Instance:
-    standing: dict[int, tuple[int, str]] = field(
-        default_factory=dict
-    )  # rank -> when it joined, as a number; incarnation
-    losses: OrderedDict[int, _Loss] = field(
-        default_factory=OrderedDict
-    )  # by rank; the first due comes first
+    # rank -> when it joined, as a number; incarnation
+    standing: dict[int, tuple[int, str]] = field(default_factory=dict)
+    # by rank; the first due comes first
+    losses: OrderedDict[int, _Loss] = field(default_factory=OrderedDict)
     not_before: float = 0.0
     planned: float | None = None  # its entry in the agenda
     noted: bool = False

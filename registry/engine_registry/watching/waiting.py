@@ -24,9 +24,8 @@ from engine_registry.schema.record import ModelIdentity, RankState
 from engine_registry.schema.roster import Roster, instance_of
 from engine_registry.schema.status import InstanceState, InstanceStatus
 
-Wanted = (
-    str | Sequence[str] | ModelIdentity
-)  # an instance, any of several, or any that serves the model
+# an instance, any of several, or any that serves the model
+Wanted = str | Sequence[str] | ModelIdentity
 
 
 def wait_until_ready(etcd: Etcd, wanted: Wanted, timeout_s: float) -> tuple[InstanceStatus, ...]:

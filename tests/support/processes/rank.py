@@ -20,9 +20,8 @@ from tests.support.ranks import register
 def main(instance: str, rank: str, world_size: str, end: str = "return") -> None:
     if end == "in a group of its own":
         os.setsid()
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # who runs the tests in the background has it ignored
+        # who runs the tests in the background has it ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     registry = Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
     registration = register(registry, instance, int(rank), int(world_size))

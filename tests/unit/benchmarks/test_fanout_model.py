@@ -26,9 +26,8 @@ from engine_loader.sources.chain import costs
 from engine_registry import RankState
 from tests.support.builders import a_record
 
-FABRIC = Fabric(
-    nbytes_per_s=100, start_s=1, notice_s=0.3, in_flight_nbytes=10
-)  # a hop of half a second
+# a hop of half a second
+FABRIC = Fabric(nbytes_per_s=100, start_s=1, notice_s=0.3, in_flight_nbytes=10)
 NBYTES = 1000  # ten seconds of a link
 
 

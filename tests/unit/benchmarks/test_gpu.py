@@ -71,9 +71,8 @@ def test_a_time_is_told_only_where_every_byte_is_as_it_should_be() -> None:
     with pytest.raises(
         DigestMismatch, match=r"^half: 1 of 3 tensors are not what the source holds.*: b$"
     ) as caught:
-        target.time(
-            "half", lambda: fill(without="b")
-        )  # where what was there before would have been right
+        # where what was there before would have been right
+        target.time("half", lambda: fill(without="b"))
     assert code_of(caught.value) == Exit.WEIGHTS
     with pytest.raises(DigestMismatch, match="2 of 3"):
         target.time_new("new", lambda: {"a": wanted["a"], "b": wanted["b"] + 1})

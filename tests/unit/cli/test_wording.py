@@ -19,10 +19,11 @@ from engine_registry.gateway.limits import Limits
 from engine_registry.gateway.server import Gateway
 from tests.support.checkout import ROOT
 
+# those of etcd itself
 OF_OTHER_PROGRAMS = {
     "registry/engine_registry/etcd/local.py",
     "--max-request-bytes",
-}  # those of etcd itself
+}
 
 
 def constants() -> Iterator[tuple[Path, int, str]]:

@@ -37,9 +37,8 @@ class Loads(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    scripts = str(
-        Path(sys.executable).parent
-    )  # ruff formats signatures, and is looked for on the path
+    # ruff formats signatures, and is looked for on the path
+    scripts = str(Path(sys.executable).parent)
     path = {
         "PATH": os.pathsep.join([scripts, os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join(PACKAGES),

@@ -195,9 +195,8 @@ class Keeper:
     def _amend(self, held: KeyValue) -> None:
         amended = amend(self._etcd, self._record, held)
         if amended is None:
-            self._renew(
-                held
-            )  # raises if another process was faster; else the answer to a write of ours was lost
+            # raises if another process was faster; else the answer to a write of ours was lost
+            self._renew(held)
             if self._stale:
                 raise EtcdError(f"{self._record.key} changed while it was being updated")
             return

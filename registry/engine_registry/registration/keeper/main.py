@@ -120,9 +120,8 @@ def main() -> None:
     The first frame says what to register and how to reach etcd.
     """
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(
-            ignored, signal.SIG_IGN
-        )  # the rank decides when it ends; its end is what ends the keeper
+        # the rank decides when it ends; its end is what ends the keeper
+        signal.signal(ignored, signal.SIG_IGN)
     pipe, report = sys.stdin.buffer, reporter(sys.stdout.fileno())
     opening = read_frame(pipe)
     if opening is None:

@@ -117,8 +117,9 @@ def test_an_instance_is_loaded_by_what_its_ranks_have_of_their_weights() -> None
     assert flows.loaded(status) == pytest.approx((80 + 0 + 200) / 400)
     assert instance_state(status, flows.loaded(status)) == "loading 70 %"
     assert loading_json(status, flows) == [
-        {"rank": 0, "progress": {"nbytes": 8, "total_nbytes": 10}}, {"rank": 1, "progress": None},
-    ]  # fmt: skip
+        {"rank": 0, "progress": {"nbytes": 8, "total_nbytes": 10}},
+        {"rank": 1, "progress": None},
+    ]
     assert instance_row(status, 0.7)[1] == "loading 70 %"
 
 

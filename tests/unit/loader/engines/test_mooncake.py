@@ -94,9 +94,8 @@ class Library:
         return batch
 
     def transfer_check_status(self, batch: int) -> int:
-        answers = self.batches[
-            batch
-        ]  # asking about one that is over ends the real library's process
+        # asking about one that is over ends the real library's process
+        answers = self.batches[batch]
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         if answer in (1, -1):
             del self.batches[batch]

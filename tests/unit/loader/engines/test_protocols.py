@@ -31,13 +31,16 @@ def served(*ways: tuple[str, str]) -> Sequence[RankRecord]:
     ]
 
 
-@pytest.mark.parametrize(("ways", "protocol"), [
-    ([("tcp", ""), ("rdma", "")], "rdma"),
-    ([("tcp", ""), ("nvlink_intra", HERE)], "nvlink_intra"),
-    ([("tcp", ""), ("nvlink_intra", "")], "nvlink_intra"),
-    ([("tcp", ""), ("nvlink_intra", "another boot")], "tcp"),
-    ([("tcp", "")], "tcp"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ways", "protocol"),
+    [
+        ([("tcp", ""), ("rdma", "")], "rdma"),
+        ([("tcp", ""), ("nvlink_intra", HERE)], "nvlink_intra"),
+        ([("tcp", ""), ("nvlink_intra", "")], "nvlink_intra"),
+        ([("tcp", ""), ("nvlink_intra", "another boot")], "tcp"),
+        ([("tcp", "")], "tcp"),
+    ],
+)
 def test_the_quickest_that_a_source_is_served_over_is_chosen(
     monkeypatch: pytest.MonkeyPatch, ways: Sequence[tuple[str, str]], protocol: str
 ) -> None:

@@ -34,10 +34,11 @@ def staged(*lines: Lines) -> Span:
     return Span(0, 1 << 20, ((0, 0),), lines)
 
 
+# of the 16 bytes at 100
 EVEN, ODD = (
     Lines(0, 100, 2, (4,), (4,), (4,)),
     Lines(2, 102, 2, (4,), (4,), (4,)),
-)  # of the 16 bytes at 100
+)
 
 
 @given(
@@ -185,24 +186,28 @@ def test_of_a_tensor_that_comes_in_lines_all_is_read_again_unless_it_is_whole() 
     assert (arrivals.nbytes, arrivals.complete(), bytes(arrivals.blocks)) == (8, [], b"\0")
     assert arrivals.missing([staged(EVEN), staged(ODD)]) == [staged(EVEN), staged(ODD)]
     arrivals.add([staged(ODD)])
+    # what came before has been forgotten: it is read anew
     assert (arrivals.nbytes, arrivals.complete()) == (
         8,
         [],
-    )  # what came before has been forgotten: it is read anew
+    )
     arrivals.add([staged(EVEN)])
     assert (arrivals.nbytes, arrivals.complete(), bytes(arrivals.blocks)) == (16, ["a"], b"\1")
     assert arrivals.missing([staged(EVEN), staged(ODD), span(100, 16)]) == []
 
 
-@pytest.mark.parametrize(("came", "complete"), [
-    ([], ["none"]),
-    ([span(100, 16)], ["a", "tied", "none"]),
-    ([span(108, 24), span(100, 8)], ["a", "b", "tied", "none"]),
-    ([span(100, 15), span(116, 100)], ["b", "c", "none"]),
-    ([staged(EVEN)], ["none"]),
-    ([staged(EVEN), staged(ODD)], ["a", "tied", "none"]),
-    ([staged(EVEN), *[span(addr, 2) for addr in (102, 106, 110, 114)]], ["a", "tied", "none"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("came", "complete"),
+    [
+        ([], ["none"]),
+        ([span(100, 16)], ["a", "tied", "none"]),
+        ([span(108, 24), span(100, 8)], ["a", "b", "tied", "none"]),
+        ([span(100, 15), span(116, 100)], ["b", "c", "none"]),
+        ([staged(EVEN)], ["none"]),
+        ([staged(EVEN), staged(ODD)], ["a", "tied", "none"]),
+        ([staged(EVEN), *[span(addr, 2) for addr in (102, 106, 110, 114)]], ["a", "tied", "none"]),
+    ],
+)
 def test_the_tensors_that_are_whole_are_told_by_name(came: list[Span], complete: list[str]) -> None:
     tensors = (
         tensor("a", 100, 16),

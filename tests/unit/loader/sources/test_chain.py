@@ -65,9 +65,8 @@ def test_what_a_ticket_says_counts_for_more_than_what_was_to_be_expected() -> No
 def test_a_complete_one_without_readers_is_better_than_the_end_of_a_chain() -> None:
     other = ready("other")
     assert cheapest([ROOT, other, A], [pull(ROOT, A)]) == "other"
-    assert (
-        cheapest([ROOT, other, A]) == "root"
-    )  # for `a` will read from `other`, which is the first by name
+    # for `a` will read from `other`, which is the first by name
+    assert cheapest([ROOT, other, A]) == "root"
 
 
 def test_where_a_chain_is_so_long_that_its_hops_cost_more_than_to_share_a_source_it_branches() -> (

@@ -460,9 +460,8 @@ def test_without_boxes_only_ranks_at_the_same_place_will_do() -> None:
         assert list(groups(*EP, place=Place(0, 1, {"ep": (index, 2)})).values()) == [[name]]
     with pytest.raises(InvalidField, match=r"there is no rank 0 of 1, ep 2/4"):
         groups(*EP, place=Place(0, 1, {"ep": (2, 4)}))
-    assert list(groups(one("a"), place=Place(0, 1, {"ep": (1, 2)})).values()) == [
-        ["a"]
-    ]  # which states none
+    # which states none
+    assert list(groups(one("a"), place=Place(0, 1, {"ep": (1, 2)})).values()) == [["a"]]
     with pytest.raises(InvalidField, match="there is no rank 0 of 2"):
         groups(one("a"), place=Place(0, 2))
 

@@ -555,9 +555,8 @@ def test_memory_that_a_read_may_still_write_to_is_not_handed_back_silently(
     with pytest.raises(EngineFailed, match="must not be used again") as caught:
         bench.transfer(on_progress=lambda _: bench.cancel.set()).run()
     assert caught.value.details["unsettled"] == ["source 0"]
-    assert {read.peer for read in reader._reads.values()} == {
-        stopped.session_id
-    }  # the other source's have ended
+    # the other source's have ended
+    assert {read.peer for read in reader._reads.values()} == {stopped.session_id}
 
 
 def test_an_engine_that_fails_to_end_reads_of_one_source_ends_those_of_the_others(

@@ -300,9 +300,8 @@ class TransferMachine(RuleBasedStateMachine):
                 self.transfer.nap()
         except LoaderError as exc:
             self.ended = exc
-        assert type(self.ended) is not LoaderError, (
-            self.ended
-        )  # the transfer has lost track of what it does
+        # the transfer has lost track of what it does
+        assert type(self.ended) is not LoaderError, self.ended
 
     @rule()
     def a_source_is_silent_for_long(self) -> None:
@@ -405,9 +404,8 @@ class TransferMachine(RuleBasedStateMachine):
 def test_no_order_of_events_makes_a_transfer_hang_or_bring_a_wrong_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        "engine_loader.transfer.reads._SMALL_NBYTES", 0
-    )  # else the window of a source would not matter for such chunks
+    # else the window of a source would not matter for such chunks
+    monkeypatch.setattr("engine_loader.transfer.reads._SMALL_NBYTES", 0)
     run_state_machine_as_test(
         TransferMachine,
         settings=settings(

@@ -32,9 +32,8 @@ from engine_registry.etcd.messages import prefix_end
 from engine_registry.etcd.watch import WatchStream
 
 Status = grpc.StatusCode
-client_errors = import_module(
-    "etcd3.exceptions"
-)  # importable since registry.etcd has been imported
+# importable since registry.etcd has been imported
+client_errors = import_module("etcd3.exceptions")
 
 
 class Answer(grpc.RpcError):

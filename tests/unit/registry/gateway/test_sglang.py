@@ -26,11 +26,12 @@ from engine_registry.schema.manifest_format import MAX_PARTS, decode, encode
 from tests.support.builders import a_manifest, a_record, an_entry
 
 SESSION = "10.0.0.7:15001"
+# embed and head are tied
 WEIGHTS: dict[str, Any] = {
     "embed": [4096, 1000, 2],
     "head": [4096, 1000, 2],
     "empty": [0, 0, 4],
-}  # embed and head are tied
+}
 
 
 def body(**fields: Any) -> dict[str, Any]:

@@ -571,9 +571,8 @@ def test_several_are_evicted_in_one_transaction_with_their_marks_under_one_lease
     doomed = a_launch(etcd, 3)
     before, leases = len(etcd.history), set(etcd.leases)
     assert evict_all(etcd, doomed)
-    assert (
-        len({change.mod_revision for change in etcd.history[before:]}) == 2
-    )  # to end and mark them, to delete them
+    # to end and mark them, to delete them
+    assert len({change.mod_revision for change in etcd.history[before:]}) == 2
     (mark_lease,) = set(etcd.leases) - leases
     assert etcd.keys == sorted(evicted_key("qwen", rank, f"{rank:032x}") for rank in range(3))
     assert {etcd.lease_of(key) for key in etcd.keys} == {mark_lease}

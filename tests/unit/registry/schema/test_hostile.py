@@ -164,9 +164,8 @@ def test_a_changed_record_is_a_good_one_or_damage(value: bytes) -> None:
     found = good_or_damaged(lambda: decode(KEY, value))
     if found is not None:
         assert found.key == KEY
-        assert (
-            len(value) > 2_000 or decode(KEY, encode(found)) == found
-        )  # readers take more than writers may write
+        # readers take more than writers may write
+        assert len(value) > 2_000 or decode(KEY, encode(found)) == found
         assert 0 <= found.pid < 1 << 64
 
 
