@@ -89,6 +89,35 @@ def test_a_free_port_is_none_that_the_kernel_gives_to_others() -> None:
             server.bind(("127.0.0.1", port))
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["client", "peer"])
+def test_a_port_that_another_took_since_it_was_chosen_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", free_port()))
+        other.listen()
+        taken = other.getsockname()[1]
+        chosen = [free_port() for _ in range(4)]
+        chosen[which] = taken
+        ports = iter(chosen)
+        monkeypatch.setattr("engine_registry.etcd.local.free_port", lambda host: next(ports))
+        with LocalEtcd() as etcd:
+            assert etcd.port == chosen[2]
+            etcd.kill()
+            etcd.start()
+            assert etcd.port == chosen[2]
+
+
+def test_a_port_that_the_user_gave_is_not_replaced() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", free_port()))
+        other.listen()
+        port = other.getsockname()[1]
+        in_use = f"port {port} on 127.0.0.1 is in use"
+        with pytest.raises(LocalEtcdFailed, match=in_use), LocalEtcd(port):
+            pytest.fail("it has started")
+
+
 _STUCK = """
 import sys, engine_cli.main, engine_registry.etcd.local
 program = sys.argv.pop(1)

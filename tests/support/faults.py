@@ -206,7 +206,7 @@ def a_learner(of: LocalEtcd) -> Iterator[LocalEtcd]:
         binary=of.binary,
         name="learner",
         peer_port=port,
-        initial_cluster=f"{of._initial_cluster},learner=http://127.0.0.1:{port}",
+        initial_cluster=f"{of.initial_cluster},learner=http://127.0.0.1:{port}",
         extra_args=["--initial-cluster-state", "existing"],
     )
     try:

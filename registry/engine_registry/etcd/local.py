@@ -23,29 +23,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+import tenacity
+
 from engine_registry.errors import EtcdUnavailable, LocalEtcdFailed
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-from engine_registry.etcd.ports import free_port
+from engine_registry.etcd.holder import hold
+from engine_registry.etcd.ports import free_port, is_free
 from engine_registry.lifetime import Closable
 from engine_registry.uninterrupted import uninterrupted
-
-# The holder prints etcd's pid, so that etcd alone can be paused or killed, and ends when etcd does.
-# The reader sees the end of standard input when our process is gone.
-_HOLD = """
-exec 3<&0
-log=$1
-shift
-"$@" >"$log" 2>&1 </dev/null 3<&- &
-etcd=$!
-echo $etcd
-{ read -r _ <&3; kill -9 $etcd; } >/dev/null 2>&1 &
-reader=$!
-exec 2>/dev/null
-wait $etcd
-kill $reader
-"""
 
 
 def find_binary() -> str:
@@ -86,9 +73,10 @@ class LocalEtcd(Closable):
         self.binary = binary or find_binary()
         self.host = host
         self.port = port or free_port(host)
+        self._peer_port = peer_port or free_port(host)
+        self._may_change_ports = not port and not peer_port  # until it has started
         self._name = name
-        self._peer_url = f"http://{host}:{peer_port or free_port(host)}"
-        self._initial_cluster = initial_cluster or f"{name}={self._peer_url}"
+        self._initial_cluster = initial_cluster  # none: this member alone
         self._temporary = not data_dir
         self.data_dir = data_dir or tempfile.mkdtemp(prefix="engines-etcd-")
         if self._temporary:  # also at the interpreter's end
@@ -107,18 +95,47 @@ class LocalEtcd(Closable):
         return f"{self.host}:{self.port}"
 
     @property
+    def initial_cluster(self) -> str:
+        """The members that it begins with: NAME=URL, with commas between them."""
+        return self._initial_cluster or f"{self._name}={self._peer_url}"
+
+    @property
+    def _peer_url(self) -> str:
+        return f"http://{self.host}:{self._peer_port}"
+
+    @property
     def log_path(self) -> Path:
         return Path(self.data_dir) / "etcd.log"
 
     def start(self, timeout_s: float = 20.0) -> LocalEtcd:
-        """Returns when etcd answers; LocalEtcdFailed with its last words where it does not."""
+        """Returns when etcd answers; LocalEtcdFailed with its last words where it does not.
+
+        Another server may take a port between its choice here and its use. Then the first start
+        chooses others.
+        """
+        tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(3),
+            retry=tenacity.retry_if_exception(lambda _: self._lost_a_port()),
+            before_sleep=lambda _: self._choose_ports(),
+            reraise=True,
+        )(self._start, timeout_s)
+        self._may_change_ports = False
+        return self
+
+    def _start(self, timeout_s: float) -> None:
         self.launch()
         try:
             self._wait_until_healthy(timeout_s)
         except BaseException:
             self.kill()
             raise
-        return self
+
+    def _lost_a_port(self) -> bool:
+        ports = (self.port, self._peer_port)
+        return self._may_change_ports and not all(is_free(port, self.host) for port in ports)
+
+    def _choose_ports(self) -> None:
+        self.port, self._peer_port = free_port(self.host), free_port(self.host)
 
     def launch(self) -> None:
         """Starts the process and does not wait: a member of a cluster answers only when most of the
@@ -129,27 +146,19 @@ class LocalEtcd(Closable):
                 f"port {self.port} on {self.host} is in use", "choose another port"
             )
         self._lock_folder()
-        client, peer = f"http://{self.endpoint}", self._peer_url
-        command = [
-            self.binary,
-            "--name",
-            self._name,
-            "--data-dir",
-            str(Path(self.data_dir) / "data"),
-            "--listen-client-urls",
-            client,
-            "--advertise-client-urls",
-            client,
-            "--listen-peer-urls",
-            peer,
-            "--initial-advertise-peer-urls",
-            peer,
-            "--initial-cluster",
-            self._initial_cluster,
-            "--log-level",
-            "warn",
-            *self._extra_args,
-        ]
+        client = f"http://{self.endpoint}"
+        options = {
+            "name": self._name,
+            "data-dir": Path(self.data_dir) / "data",
+            "listen-client-urls": client,
+            "advertise-client-urls": client,
+            "listen-peer-urls": self._peer_url,
+            "initial-advertise-peer-urls": self._peer_url,
+            "initial-cluster": self.initial_cluster,
+            "log-level": "warn",
+        }
+        given = [f"--{name}={value}" for name, value in options.items()]
+        command = [self.binary, *given, *self._extra_args]
         if self._temporary:
             command.append("--unsafe-no-fsync")
         wanted = self._wanted = object()
@@ -167,15 +176,7 @@ class LocalEtcd(Closable):
         with self._changing:
             if self._wanted is not wanted:
                 return
-            self._holder = subprocess.Popen(
-                ["/bin/sh", "-c", _HOLD, "etcd-holder", str(self.log_path), *command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-                # ETCD_… are meant for another etcd.
-                env={each: os.environ[each] for each in os.environ if not each.startswith("ETCD_")},
-            )
+            self._holder = hold(command, self.log_path)
             self._mark_open()
             self.pid = int(_stream(self._holder.stdout).readline())
 

@@ -16,15 +16,25 @@ def free_port(host: str = "127.0.0.1") -> int:
     It is none that the kernel gives by itself, for a connection or to a server that asks for any:
     those are taken again at once.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     ports = range(_FIRST_PORT, _first_given_port())
     for port in random.sample(ports, min(100, len(ports))):
-        with socket.socket(family) as probe, contextlib.suppress(OSError):
-            probe.bind((host, port))
+        if is_free(port, host):
             return port
-    with socket.socket(family) as probe:
+    with socket.socket(_family(host)) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def is_free(port: int, host: str) -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket(_family(host)) as probe, contextlib.suppress(OSError):
+        probe.bind((host, port))
+        return True
+    return False
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _first_given_port() -> int:
