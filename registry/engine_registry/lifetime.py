@@ -48,6 +48,10 @@ class Closable:
     def _mark_closed(self) -> None:
         self._open_in = 0
 
+    @property
+    def _is_open(self) -> bool:
+        return self._open_in != 0
+
     def _label(self) -> str:
         """The words of the warning that say which of its class it is, such as `on port 80`."""
         return ""

@@ -40,22 +40,9 @@ from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.local_cluster import LocalCluster
 from engine_registry.gateway.server import Gateway
 from engine_registry.lifetime import Closable
-from tests.support.builders import a_manifest
 from tests.support.checkout import ROOT
+from tests.support.ranks import register
 from tests.support.waiting import wait_until
-
-
-def a_registration(registry: Registry, etcd: LocalEtcd) -> Registration:
-    return registry.register(
-        instance="a",
-        rank=0,
-        world_size=1,
-        model=ModelIdentity("m"),
-        manifest=a_manifest(),
-        session_id="127.0.0.1:1",
-        protocol="tcp",
-        header_addr=0,
-    )
 
 
 def the_record(registry: Registry) -> RankRecord:
@@ -83,7 +70,7 @@ def a_publication(registry: Registry, etcd: LocalEtcd) -> Publication:
 
 MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
     Registry: lambda registry, etcd: Registry.connect(etcd.endpoint),
-    Registration: a_registration,
+    Registration: lambda registry, etcd: register(registry),
     Watch: lambda registry, etcd: registry.watch(),
     CleaningWatch: lambda registry, etcd: registry.cleaning_watch(grace_s=1).__enter__(),
     Election: lambda registry, etcd: registry.election("x").start(),
@@ -118,16 +105,7 @@ def make(
 
 @pytest.fixture(autouse=True)
 def _one_rank(registry: Registry) -> Iterator[None]:
-    with registry.register(
-        instance="b",
-        rank=0,
-        world_size=1,
-        model=ModelIdentity("m"),
-        manifest=a_manifest(),
-        session_id="127.0.0.1:1",
-        protocol="tcp",
-        header_addr=0,
-    ):
+    with register(registry, "b"):
         yield
 
 

@@ -59,7 +59,6 @@ class Publication(Closable):
         self._updating = threading.Lock()
         self._closing = threading.Lock()
         self._leaving = False  # `close` has begun
-        self._closed = False
         self._mark_open()
 
     @property
@@ -91,7 +90,7 @@ class Publication(Closable):
         return self.record.content
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else self.record.state.value
+        state = self.record.state.value if self._is_open else "closed"
         return (
             f"<Publication {self.record.key}: {state}, version {self.version}, content "
             f"{self.content[:8]}…>"
@@ -253,7 +252,6 @@ class Publication(Closable):
             self._header.retire()
             USES.end(self._use)
             self._undo.close()
-            self._closed = True
             self._mark_closed()
 
     def _label(self) -> str:

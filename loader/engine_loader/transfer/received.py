@@ -62,10 +62,10 @@ class Received:
             try:
                 current = registry.current(record)
                 if current is None:
-                    counts = not registry.was_evicted(record)
+                    evicted = registry.was_evicted(record)
                 else:
-                    counts = not (_is_loading(current) and _reads_from_evicted(registry, record))
-                if not counts:
+                    evicted = _is_loading(current) and _reads_from_evicted(registry, record)
+                if evicted:
                     self.evicted.append(record)
             except EtcdError as exc:
                 log.info(

@@ -10,28 +10,42 @@ from engine_loader.errors import SourceEvicted
 from engine_loader.planning.reads import Span
 from engine_loader.transfer.received import Received
 from engine_loader.transfer.shares import Share
-from engine_registry import RankRecord, Registry
+from engine_registry import Pull, RankRecord, RankState, Registry
 from engine_registry.errors import EtcdUnavailable
-from tests.support.builders import CONTENT, OTHER_INCARNATION, a_manifest, a_record, an_entry
+from engine_registry.schema.pull_ticket import Reader
+from tests.support.builders import (
+    CONTENT,
+    OTHER_INCARNATION,
+    a_manifest,
+    a_pull,
+    a_record,
+    an_entry,
+)
 
 GOOD = a_record()
 EVICTED = a_record(instance="bad", incarnation=OTHER_INCARNATION)
+LOADING = a_record(instance="first", incarnation="ab" * 16, state=RankState.LOADING)
+BEFORE_IT = a_record(instance="zeroth", incarnation="cd" * 16, state=RankState.LOADING)
 FIRST, SECOND = Span(4096, 8, ((0, 0),)), Span(4104, 8, ((0, 8),))
 
 
 class Etcd:
-    """A registry in which only GOOD is registered."""
+    """A registry in which EVICTED is not registered any more."""
 
-    def __init__(self, *, away: bool = False) -> None:
+    def __init__(self, *pulls: Pull, away: bool = False) -> None:
+        self._pulls = pulls
         self._away = away
 
     def current(self, record: RankRecord) -> RankRecord | None:
         if self._away:
             raise EtcdUnavailable("etcd is away")
-        return record if record == GOOD else None
+        return record if record != EVICTED else None
 
-    def was_evicted(self, record: RankRecord) -> bool:
-        return record == EVICTED
+    def was_evicted(self, rank: RankRecord | Pull) -> bool:
+        return rank.incarnation == EVICTED.incarnation
+
+    def all_pulls(self) -> tuple[Pull, ...]:
+        return self._pulls
 
 
 @pytest.fixture
@@ -75,3 +89,41 @@ def test_ranks_that_were_evicted_since_are_looked_for_in_etcd(
 def test_without_etcd_what_has_come_counts(received: Received) -> None:
     received.find_evicted(cast(Registry, Etcd(away=True)), [])
     assert received.evicted == []
+
+
+def reads(reader: RankRecord, source: RankRecord) -> Pull:
+    return a_pull(
+        instance=source.instance, incarnation=source.incarnation, reader=Reader.of(reader)
+    )
+
+
+@pytest.mark.parametrize(
+    ("pulls", "found"),
+    [
+        ([], []),
+        ([reads(LOADING, GOOD)], []),
+        ([reads(GOOD, EVICTED)], []),
+        ([reads(LOADING, EVICTED)], [LOADING]),
+        ([reads(LOADING, BEFORE_IT), reads(BEFORE_IT, EVICTED)], [LOADING]),
+        ([reads(LOADING, BEFORE_IT), reads(BEFORE_IT, LOADING)], []),
+    ],
+    ids=["nobody", "another", "of another", "it", "behind it", "in a circle"],
+)
+def test_a_rank_that_still_loads_from_an_evicted_one_is_as_evicted(
+    pulls: list[Pull], found: list[RankRecord]
+) -> None:
+    received = Received(CONTENT, a_manifest(an_entry(addr=4096, nbytes=16)))
+    received.add(GOOD, [FIRST])
+    received.add(LOADING, [SECOND])
+    received.find_evicted(cast(Registry, Etcd(*pulls)), [])
+    assert received.evicted == found
+
+
+def test_an_evicted_rank_takes_along_what_ranks_brought_that_were_loading(
+    received: Received,
+) -> None:
+    third = Span(4112, 8, ((0, 16),))
+    received.add(LOADING, [third])
+    assert received.discard([EVICTED])
+    assert sum(span.nbytes for span in received.arrivals.missing([FIRST, SECOND])) == 8
+    assert received.arrivals.nbytes == 8
