@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
+_STDERR = pytest.StashKey[int]()  # ours, also while that of a test is captured
 
-def pytest_configure() -> None:
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini("teardown_timeout", "Seconds that the teardown of a test may take.", default="0")
+
+
+@pytest.hookimpl(trylast=True)  # there is a terminal reporter then
+def pytest_configure(config: pytest.Config) -> None:
+    _stop_ignoring_signals()
+    config.stash[_STDERR] = os.dup(2)
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_FailuresAtOnce(terminal))
+
+
+def _stop_ignoring_signals() -> None:
     """Processes that tests start inherit which signals are ignored, as Ctrl-C is under `&` and a
     hang-up under `nohup`.
     """
@@ -24,3 +41,31 @@ def pytest_configure() -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """Twice as many as there are CPUs: many tests wait for an etcd or a lease."""
     return 2 * len(os.sched_getaffinity(0))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """End a run whose teardown hangs, with the stacks of all threads.
+
+    pytest and pytest-timeout drop their own limits as soon as a test fails.
+    """
+    if limit_s := float(item.config.getini("teardown_timeout")):
+        stderr = item.config.stash[_STDERR]
+        faulthandler.dump_traceback_later(limit_s, exit=True, file=stderr)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+class _FailuresAtOnce:
+    """Prints each failure when it is reported, so that a run that is cut off has told its own."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._terminal.ensure_newline()
+            self._terminal.write_line(f"{report.nodeid} failed in its {report.when}:")
+            self._terminal.write_line(report.longreprtext)
