@@ -97,13 +97,17 @@ class Program(subprocess.Popen[str]):
         return self.returncode  # type: ignore[no-any-return]
 
     def wait(self, timeout: float | None = None) -> int:
-        with self._waiting:
+        if not self._waiting.acquire(timeout=-1 if timeout is None else timeout):
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        try:
             if self.returncode is None:
                 limit_s = [] if timeout is None else [timeout]
                 if not select.select([self._reports], [], [], *limit_s)[0]:
                     raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
                 with self._reports:
                     self.returncode = int(self._reports.readline())
+        finally:
+            self._waiting.release()
         return self.returncode  # type: ignore[no-any-return]
 
     def communicate(
