@@ -278,6 +278,21 @@ def test_eviction_ends_the_server_with_an_error_that_says_so(
     assert_one_line(engines("evict", "a"), Exit.INSTANCE, "'a' is not registered")
 
 
+def test_eviction_names_the_ranks_that_have_loaded_the_same_content(
+    engines: Engines, weights: Path, tmp_path: Path
+) -> None:
+    engines.serve(weights)
+    out = str(tmp_path / "copy.safetensors")
+    copy = engines.start(
+        "load", "a", "--rank", "0", "--out", out, "--serve", "b", "--host", "127.0.0.1"
+    )
+    assert line_of(copy).startswith("loaded a/0")
+    assert line_of(copy).startswith("serving b/0")
+    also = "the same content is still served by b/0: evict these too if the bytes are wrong"
+    assert engines("evict", "a").stdout.splitlines()[1:] == [also]
+    assert len(engines("evict", "b").stdout.splitlines()) == 1
+
+
 def test_a_watch_prints_what_happens_until_it_is_stopped(
     engines: Engines, registry: Registry
 ) -> None:

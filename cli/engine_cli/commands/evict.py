@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import click
 
@@ -10,7 +10,8 @@ from engine_cli.commands.show import chosen
 from engine_cli.exits import Exit
 from engine_cli.logs import log_options
 from engine_cli.options import etcd_options, instance_argument, rank_option
-from engine_registry import Registry
+from engine_cli.render.texts import some_of
+from engine_registry import RankRecord, Registry
 from engine_registry.errors import RecordDamaged
 
 
@@ -22,14 +23,18 @@ from engine_registry.errors import RecordDamaged
 def command(connect: Callable[[], Registry], instance: str, rank: int | None) -> int:
     """Take an instance, or one rank, out of the registry.
 
-    The processes go on, but learn that they are evicted, and do not come back by themselves. A
-    rank that changes at the very moment is left alone, and the exit code is 1. So is a key that
+    The processes go on, but learn that they are evicted, and do not come back by themselves. Loads
+    that read from them read those bytes again. Ranks that have loaded the same content before stay,
+    and are named.
+
+    A rank that changes at the very moment is left alone, and the exit code is 1. So is a key that
     holds no record that can be read: nobody knows whose it is.
     """
     with connect() as registry:
         damaged = registry.damaged(instance, rank)
         records = [] if damaged and rank is not None else chosen(registry.instance(instance), rank)
         evicted = [registry.evict(record) for record in records]
+        copies = _with_contents_of(records, registry) if any(evicted) else []
     for record, done in zip(records, evicted, strict=True):
         name = f"{record.instance}/{record.rank}"
         click.echo(
@@ -37,6 +42,23 @@ def command(connect: Callable[[], Registry], instance: str, rank: int | None) ->
             if done
             else f"{name} has changed meanwhile and was left: try again"
         )
+    if copies:
+        click.echo(
+            f"the same content is still served by {some_of(copies)}: "
+            "evict these too if the bytes are wrong"
+        )
     if damaged:
         raise RecordDamaged("; ".join(map(str, damaged)))
     return Exit.DONE if all(evicted) else Exit.FAILED
+
+
+def _with_contents_of(gone: Sequence[RankRecord], registry: Registry) -> list[str]:
+    """Other ranks with one of their contents, as "instance/rank"."""
+    contents = {record.content for record in gone}
+    incarnations = {record.incarnation for record in gone}
+    return [
+        f"{record.instance}/{record.rank}"
+        for status in registry.instances()
+        for record in status.records
+        if record.content in contents and record.incarnation not in incarnations
+    ]
