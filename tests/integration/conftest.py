@@ -33,18 +33,25 @@ def _no_keeper_is_left() -> Iterator[None]:
 
     Those that tests left are told by a mark in their environment, which processes inherit.
     """
-    mark = f"ENGINE_REGISTRY_TESTS={uuid.uuid4().hex}"
-    name, _, value = mark.partition("=")
-    os.environ[name] = value
+    mark = os.environ["TEST_RUN"] = uuid.uuid4().hex
     yield
     if fork_server.cache_info().currsize:
         fork_server().close()
-    del os.environ[name]
-    for process in Path("/proc").glob("[0-9]*"):
+    del os.environ["TEST_RUN"]
+    for pid in _with_mark(f"TEST_RUN={mark}"):
         with contextlib.suppress(OSError):
-            keeper = b"engine-registry-keeper" in (process / "cmdline").read_bytes()
-            if keeper and mark.encode() in (process / "environ").read_bytes():
-                os.kill(int(process.name), signal.SIGKILL)
+            if b"engine-registry-keeper" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+
+
+def _with_mark(mark: str) -> list[int]:
+    """The processes that were started with it in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append(int(process.name))
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -111,10 +118,12 @@ def _only_ours(env: Mapping[str, str]) -> bool:
 
 
 class Processes:
-    """Starts programs of ours; whatever still runs at the end of the test is killed."""
+    """Starts programs of ours; whatever still runs at the end of the test is killed, with what
+    they have started.
+    """
 
     def __init__(self, env: dict[str, str], host: Host | None = None) -> None:
-        self._env = env
+        self._env = {"TEST_PROCESSES": uuid.uuid4().hex, **env}
         self._host = host
         self._started: list[subprocess.Popen[str]] = []
 
@@ -170,7 +179,12 @@ class Processes:
     def end(self) -> None:
         for process in self._started:
             process.kill()
-            process.communicate()
+        # Their children are told by a mark: they hold the same pipes, whose end is waited for here.
+        for pid in _with_mark(f"TEST_PROCESSES={self._env['TEST_PROCESSES']}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self._started:
+            process.communicate(timeout=60)
 
 
 def children_of(pid: int) -> list[int]:

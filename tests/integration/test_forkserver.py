@@ -12,6 +12,7 @@ import pytest
 
 from tests.integration.conftest import Processes, line_of
 from tests.support.checkout import ROOT
+from tests.support.waiting import wait_until
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -86,6 +87,17 @@ def test_it_gets_ctrl_c_though_the_server_does_not(start: Start) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, "KeyboardInterrupt" in err) == (-signal.SIGINT, True)
+
+
+@pytest.mark.parametrize("start", ["start", "start_anew"])
+def test_what_a_program_has_started_ends_with_it(start: str, tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(
+        "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True); input()"
+    )
+    processes = Processes({**os.environ})
+    child = int(line_of(getattr(processes, start)("-m", "parent", cwd=tmp_path)))
+    processes.end()
+    wait_until(lambda: not Path(f"/proc/{child}").exists())
 
 
 def test_a_program_with_another_environment_for_python_imports_all_by_itself(
