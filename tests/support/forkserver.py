@@ -71,6 +71,8 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server. Programs that run go on."""
+        # A process may have a copy of the descriptor, so closing it need not reach the server.
+        self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self._process.wait()
 
