@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 
@@ -251,22 +252,30 @@ class Registry(Closable):
         """
         return wait_until_ready(self._etcd, instance, seconds("timeout_s", timeout_s))[0].records
 
-    def ready(self, wanted: Wanted, timeout_s: float = 0.0) -> tuple[InstanceStatus, ...]:
+    def ready(
+        self, wanted: Wanted, timeout_s: float = 0.0, cancel: threading.Event | None = None
+    ) -> tuple[InstanceStatus, ...]:
         """All of the wanted instances that are ready, be they named or any that serve a model.
 
-        Waits as `resolve` for the first.
+        Waits as `resolve` for the first. `cancel`, set in another thread, ends the wait as the end
+        of its time does.
         """
-        return wait_until_ready(self._etcd, wanted, seconds("timeout_s", timeout_s))
+        return wait_until_ready(self._etcd, wanted, seconds("timeout_s", timeout_s), cancel)
 
     def holders(
-        self, model: ModelIdentity, place: Place, timeout_s: float = 0.0
+        self,
+        model: ModelIdentity,
+        place: Place,
+        timeout_s: float = 0.0,
+        cancel: threading.Event | None = None,
     ) -> tuple[InstanceStatus, ...]:
         """Instances of the model that are ready, or whose rank at this place is there, ready or
         loading, whatever else is missing.
 
-        Waits as `resolve` for the first that is ready, or whose rank is.
+        Waits as `resolve` for the first that is ready, or whose rank is. `cancel` is as for
+        `ready`.
         """
-        return wait_for_rank(self._etcd, model, place, seconds("timeout_s", timeout_s))
+        return wait_for_rank(self._etcd, model, place, seconds("timeout_s", timeout_s), cancel)
 
     def was_evicted(self, rank: RankRecord | Pull) -> bool:
         """Whether this registration, or the one that is read from, was evicted within a day."""

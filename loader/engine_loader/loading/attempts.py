@@ -148,6 +148,8 @@ class Attempts:
     def _find_if_any(self, deadline: float) -> list[SourceRank]:
         try:
             return self._find(deadline)
+        except Cancelled:
+            raise
         except (RegistryError, LoaderError) as exc:
             log.info("no other source: %s", exc, extra=fields("no_other_source", error=exc))
             return []

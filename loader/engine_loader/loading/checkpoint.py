@@ -113,7 +113,12 @@ class EngineReader(StorageReader):
         """
         try:
             catalogue = read_catalogue(
-                self._registry, self._engine, self._source, self._rank, self._timeout_s
+                self._registry,
+                self._engine,
+                self._source,
+                self._rank,
+                self._timeout_s,
+                self._options.cancel,
             )
             metadata = metadata_of(catalogue)
         except (RegistryError, LoaderError) as exc:
@@ -199,7 +204,12 @@ class EngineReader(StorageReader):
             tries += 1
             if tries > 1:
                 self._catalogue = read_catalogue(
-                    self._registry, self._engine, self._source, self._rank, wait_s
+                    self._registry,
+                    self._engine,
+                    self._source,
+                    self._rank,
+                    wait_s,
+                    self._options.cancel,
                 )
             self._load_all(targets, self._known.contents, wait_s)
 

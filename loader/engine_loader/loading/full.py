@@ -127,7 +127,13 @@ class _Full:
         """Of the best instance that has whole tensors, with the contents of its ranks."""
         deadline = time.monotonic() + wait_s
         found = Search(
-            self.registry, self.engine, self.wanted, None, Manifest((), ()), boxes=True
+            self.registry,
+            self.engine,
+            self.wanted,
+            None,
+            Manifest((), ()),
+            boxes=True,
+            cancel=self.options.cancel,
         ).find(deadline)
         misfits: list[LoaderError] = []
         for records in [team for group in found.instances for team in group.teams]:

@@ -62,7 +62,12 @@ def load_instance(
 
     def load_all(wait_s: float) -> dict[int, LoadReport]:
         ranks = ranks_of_best(
-            registry, engine, source, next(iter(tensors)), time.monotonic() + wait_s
+            registry,
+            engine,
+            source,
+            next(iter(tensors)),
+            time.monotonic() + wait_s,
+            options.cancel,
         )
         pinned = replace(options, contents=[record.content for record in ranks])
         return {

@@ -204,6 +204,7 @@ def _search(job: Job, source: Wanted, place: Place | None, options: LoadOptions)
         by_rank,
         pipelined=by_rank and options.pipelined and options.verify == "header",
         hop=hop_nbytes / max(dst.nbytes, 1),
+        cancel=options.cancel,
     )
 
 

@@ -86,7 +86,7 @@ def load_module(
             if tensor not in made:
                 made[tensor] = _with_memory(name, tensor, device)
             tensors[name] = made[tensor]
-    catalogue = read_catalogue(registry, engine, source, rank, timeout_s)
+    catalogue = read_catalogue(registry, engine, source, rank, timeout_s, options.cancel)
     plain = {name: box for name, box in whole(tensors).items() if name not in (shards or {})}
     catalogue.check_rank_known(plain)
     report = load(

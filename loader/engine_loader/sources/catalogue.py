@@ -4,6 +4,7 @@ source states of each tensor.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,7 +58,12 @@ class Catalogue:
 
 
 def read_catalogue(
-    registry: Registry, engine: Engine, source: Wanted, rank: int | None, timeout_s: float
+    registry: Registry,
+    engine: Engine,
+    source: Wanted,
+    rank: int | None,
+    timeout_s: float,
+    cancel: threading.Event | None = None,
 ) -> Catalogue:
     """Waits until all ranks of the source are there. Without `rank` this process stands for its
     rank in its job, if that has as many as the source. Raises what `load` does before it compares.
@@ -69,7 +75,7 @@ def read_catalogue(
         else (0, 1)
     )
     like = own if rank is None else rank
-    records = ranks_of_best(registry, engine, source, like, deadline)
+    records = ranks_of_best(registry, engine, source, like, deadline, cancel)
     first = records[0]
     if rank is None and size == first.world_size:
         rank = own
@@ -87,7 +93,12 @@ def read_catalogue(
 
 
 def ranks_of_best(
-    registry: Registry, engine: Engine, source: Wanted, rank: int, deadline: float
+    registry: Registry,
+    engine: Engine,
+    source: Wanted,
+    rank: int,
+    deadline: float,
+    cancel: threading.Event | None = None,
 ) -> Sequence[RankRecord]:
     """All ranks of the instance that is best to read from, by rank. Waits until `deadline`; raises
     what `load` does.
@@ -95,9 +106,10 @@ def ranks_of_best(
     Ranks that cannot be reached from here may do no harm, as long as `rank` can: tensors without a
     box come from one rank.
     """
-    found = Search(registry, engine, source, Place(rank), Manifest((), ()), boxes=True).find(
-        deadline
+    search = Search(
+        registry, engine, source, Place(rank), Manifest((), ()), boxes=True, cancel=cancel
     )
+    found = search.find(deadline)
     return (
         found.instances[0].teams[0]
         if found.instances

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine_loader.engines.base import Engine
-from engine_loader.errors import VersionUnavailable
+from engine_loader.errors import Cancelled, VersionUnavailable
 from engine_loader.planning.content import content_of_parts
 from engine_loader.sources.chain import costs
 from engine_loader.sources.groups import Found, Group, grouped
@@ -23,7 +24,7 @@ from engine_registry import (
     RankState,
     Registry,
 )
-from engine_registry.errors import InvalidField
+from engine_registry.errors import InvalidField, RegistryError
 from engine_registry.watching.waiting import Wanted
 
 
@@ -37,6 +38,7 @@ class Search:
     the source have to have, by rank. `by_rank`: of a model's instances the rank will do, whatever
     else of them there is. `pipelined`: so will ranks that are loading themselves; to read from one
     costs, besides, `hop` times what a load takes for each rank that its weights have gone through.
+    `cancel` ends the wait for the first one.
     """
 
     registry: Registry
@@ -51,6 +53,7 @@ class Search:
     by_rank: bool = False
     pipelined: bool = False
     hop: float = 0.0
+    cancel: threading.Event | None = None
 
     @property
     def rank(self) -> int | None:
@@ -143,10 +146,15 @@ class Search:
         )
 
     def _look(self, timeout_s: float) -> Sequence[InstanceStatus]:
-        if self.by_rank and isinstance(self.wanted, ModelIdentity) and self.place is not None:
-            anywhere = Place(self.place.rank) if self.boxes else self.place
-            return self.registry.holders(self.wanted, anywhere, timeout_s)
-        return self.registry.ready(self.wanted, timeout_s)
+        try:
+            if self.by_rank and isinstance(self.wanted, ModelIdentity) and self.place is not None:
+                anywhere = Place(self.place.rank) if self.boxes else self.place
+                return self.registry.holders(self.wanted, anywhere, timeout_s, self.cancel)
+            return self.registry.ready(self.wanted, timeout_s, self.cancel)
+        except RegistryError as exc:
+            if self.cancel is not None and self.cancel.is_set():
+                raise Cancelled("the load was cancelled") from exc
+            raise
 
     def _of_one_version(
         self, found: Sequence[InstanceStatus]

@@ -1,12 +1,14 @@
 """Waits, watching, until an instance is ready, and says what is missing if none is in time.
 
-Runs in the caller's thread.
+Runs in the caller's thread. A wait that can be cancelled starts another one.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from engine_registry.errors import (
     EtcdUnavailable,
@@ -24,26 +26,33 @@ from engine_registry.schema.record import ModelIdentity, RankState
 from engine_registry.schema.roster import Roster, instance_of
 from engine_registry.schema.status import InstanceState, InstanceStatus
 
+_LOOK_S = 0.05  # how soon a wait that is cancelled ends
 # an instance, any of several, or any that serves the model
 Wanted = str | Sequence[str] | ModelIdentity
 
 
-def wait_until_ready(etcd: Etcd, wanted: Wanted, timeout_s: float) -> tuple[InstanceStatus, ...]:
+def wait_until_ready(
+    etcd: Etcd, wanted: Wanted, timeout_s: float, cancel: threading.Event | None = None
+) -> tuple[InstanceStatus, ...]:
     """Those of the wanted that are ready as soon as one is, in the order of their names in
     `wanted`; by name for a model.
 
     Raises InstanceNotFound, InstanceIncomplete, or RecordDamaged where that is what keeps an
-    instance from being ready.
+    instance from being ready. `cancel` ends the wait before its time.
     """
 
     def ready(rosters: Iterable[Roster]) -> list[Roster]:
         return [roster for roster in rosters if roster.state is InstanceState.READY]
 
-    return _wait(etcd, wanted, timeout_s, ready)
+    return _wait(etcd, wanted, timeout_s, ready, cancel)
 
 
 def wait_for_rank(
-    etcd: Etcd, model: ModelIdentity, place: Place, timeout_s: float
+    etcd: Etcd,
+    model: ModelIdentity,
+    place: Place,
+    timeout_s: float,
+    cancel: threading.Event | None = None,
 ) -> tuple[InstanceStatus, ...]:
     """The instances of the model that are ready, or whose rank at this place is there, ready or
     loading, whatever else is missing.
@@ -67,7 +76,7 @@ def wait_for_rank(
             else []
         )
 
-    return _wait(etcd, model, timeout_s, holding)
+    return _wait(etcd, model, timeout_s, holding, cancel)
 
 
 def _readable(roster: Roster, model: ModelIdentity, place: Place) -> RankState | None:
@@ -78,34 +87,65 @@ def _readable(roster: Roster, model: ModelIdentity, place: Place) -> RankState |
 
 
 def _wait(
-    etcd: Etcd, wanted: Wanted, timeout_s: float, good: Callable[[Iterable[Roster]], list[Roster]]
+    etcd: Etcd,
+    wanted: Wanted,
+    timeout_s: float,
+    good: Callable[[Iterable[Roster]], list[Roster]],
+    cancel: threading.Event | None,
 ) -> tuple[InstanceStatus, ...]:
     names = [] if isinstance(wanted, ModelIdentity) else _names(wanted)
-    deadline = time.monotonic() + timeout_s
+    start = time.monotonic()
     prefix = instance_prefix(names[0]) if len(names) == 1 else ENGINES
     rosters: dict[str, Roster] | None = None
-    follower = Follower(etcd, prefix, deadline)
-    for update in follower if timeout_s > 0 else [etcd.snapshot(prefix)]:
-        if rosters is None or isinstance(update, Snapshot):
-            rosters = {name: Roster(name) for name in names}
-        for change in update.items if isinstance(update, Snapshot) else update.changes:
-            name = instance_of(change.key)
-            if name not in rosters and not names:
-                rosters[name] = Roster(name)
-            if name in rosters:
-                rosters[name].see(change)
-        some = (
-            rosters.values()
-            if names
-            else sorted(_serving(rosters, wanted), key=lambda roster: roster.instance)
-        )
-        if found := good(some):
-            return tuple(roster.status() for roster in found)
+    follower = Follower(etcd, prefix, start + timeout_s)
+    with _stopped_by(cancel, follower):
+        for update in follower if timeout_s > 0 else [etcd.snapshot(prefix)]:
+            if rosters is None or isinstance(update, Snapshot):
+                rosters = {name: Roster(name) for name in names}
+            for change in update.items if isinstance(update, Snapshot) else update.changes:
+                name = instance_of(change.key)
+                if name not in rosters and not names:
+                    rosters[name] = Roster(name)
+                if name in rosters:
+                    rosters[name].see(change)
+            some = (
+                rosters.values()
+                if names
+                else sorted(_serving(rosters, wanted), key=lambda roster: roster.instance)
+            )
+            if found := good(some):
+                return tuple(roster.status() for roster in found)
+    waited_s = min(timeout_s, time.monotonic() - start)  # less if it was cancelled
     if rosters is None:
-        raise follower.last_error or EtcdUnavailable(f"etcd has not answered in {timeout_s:.3g} s")
+        raise follower.last_error or EtcdUnavailable(f"etcd has not answered in {waited_s:.3g} s")
     raise _why_none_is(
-        list(rosters.values()) if names else _serving(rosters, wanted), wanted, timeout_s
+        list(rosters.values()) if names else _serving(rosters, wanted), wanted, waited_s
     )
+
+
+@contextmanager
+def _stopped_by(cancel: threading.Event | None, follower: Follower) -> Iterator[None]:
+    """Stops the follower once the event is set, from a separate thread: an update of etcd is waited
+    for in gRPC, which does not look at events.
+    """
+    if cancel is None:
+        yield
+        return
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(_LOOK_S):
+            if cancel.is_set():
+                follower.stop()
+                return
+
+    thread = threading.Thread(target=look, name="ends a wait that is cancelled", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _names(wanted: str | Sequence[str]) -> list[str]:
@@ -123,12 +163,12 @@ def _serving(rosters: dict[str, Roster], wanted: Wanted) -> list[Roster]:
     ]
 
 
-def _why_none_is(rosters: Sequence[Roster], wanted: Wanted, timeout_s: float) -> RegistryError:
+def _why_none_is(rosters: Sequence[Roster], wanted: Wanted, waited_s: float) -> RegistryError:
     for roster in rosters:
         for key, error in roster.damaged.items():
             if parse_record_key(key) is not None:
                 return error
-    waited = f" after {timeout_s:.3g} s" if timeout_s > 0 else ""
+    waited = f" after {waited_s:.3g} s" if waited_s > 0 else ""
     names = [roster.instance for roster in rosters]
     found = [roster.status() for roster in rosters if roster.state is not InstanceState.GONE]
     if not found:

@@ -40,7 +40,7 @@ class Ready:
         self._instances = instances
         self._pulls = pulls or {}
 
-    def ready(self, wanted: object, timeout_s: float) -> list[InstanceStatus]:
+    def ready(self, wanted: object, timeout_s: float, cancel: None) -> list[InstanceStatus]:
         return [
             InstanceStatus(records[0].instance, InstanceState.READY, tuple(records))
             for records in self._instances
@@ -288,7 +288,9 @@ class Holders(Ready):
         self._tickets = pulls
         self._refuse = refuse
 
-    def holders(self, model: ModelIdentity, place: Place, timeout_s: float) -> list[InstanceStatus]:
+    def holders(
+        self, model: ModelIdentity, place: Place, timeout_s: float, cancel: None
+    ) -> list[InstanceStatus]:
         return [assess(record.instance, [record]) for record in self._records]
 
     def all_pulls(self) -> tuple[Pull, ...]:

@@ -1,0 +1,92 @@
+"""A load that is cancelled while it waits for a source ends at once, not when its time is over."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from engine_loader import (
+    Engine,
+    InProcessEngine,
+    LoadOptions,
+    load,
+    load_full,
+    load_instance,
+    load_module,
+)
+from engine_loader.errors import Cancelled
+from engine_registry import ModelIdentity, Place, Registry
+from engine_registry.errors import InstanceNotFound
+from engine_registry.etcd.local import LocalEtcd
+
+LONG_S = 100.0  # the limit of a test would end a load that waits for so long
+MODEL = ModelIdentity("nowhere")
+
+Load = Callable[[Registry, Engine, LoadOptions], object]
+
+LOADS: dict[str, Load] = {
+    "load by name": lambda registry, engine, options: load(
+        registry, engine, "a", rank=0, tensors=tensors(), timeout_s=LONG_S, options=options
+    ),
+    "load by model": lambda registry, engine, options: load(
+        registry, engine, MODEL, rank=0, tensors=tensors(), timeout_s=LONG_S, options=options
+    ),
+    "load_instance": lambda registry, engine, options: load_instance(
+        registry, engine, "a", tensors={0: tensors()}, timeout_s=LONG_S, options=options
+    ),
+    "load_full": lambda registry, engine, options: load_full(
+        registry, engine, "a", timeout_s=LONG_S, options=options
+    ),
+    "load_module": lambda registry, engine, options: load_module(
+        registry, engine, "a", torch.nn.Linear(2, 2), timeout_s=LONG_S, options=options
+    ),
+}
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {"w": torch.zeros(4)}
+
+
+@contextmanager
+def set_soon(cancel: threading.Event) -> Iterator[None]:
+    timer = threading.Timer(0.5, cancel.set)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_a_load_that_waits_for_a_source_is_cancelled(registry: Registry, name: str) -> None:
+    cancel = threading.Event()
+    with InProcessEngine() as engine, set_soon(cancel):
+        with pytest.raises(Cancelled, match="the load was cancelled") as caught:
+            LOADS[name](registry, engine, LoadOptions(cancel=cancel))
+    assert isinstance(caught.value.__cause__, InstanceNotFound)
+    assert [thread.name for thread in threading.enumerate() if "is cancelled" in thread.name] == []
+
+
+def test_a_load_that_waits_for_an_etcd_that_is_away_is_cancelled(own_etcd: LocalEtcd) -> None:
+    cancel = threading.Event()
+    with (
+        Registry.connect(own_etcd.endpoint, timeout_s=1.0) as registry,
+        InProcessEngine() as engine,
+    ):
+        own_etcd.kill()
+        with set_soon(cancel), pytest.raises(Cancelled):
+            LOADS["load by name"](registry, engine, LoadOptions(cancel=cancel))
+
+
+def test_a_wait_of_the_registry_that_is_cancelled_ends_as_if_its_time_were_over(
+    registry: Registry,
+) -> None:
+    cancel = threading.Event()
+    with set_soon(cancel), pytest.raises(InstanceNotFound, match=r"not registered after [0-9.]+ s"):
+        registry.ready("a", LONG_S, cancel)
+    with pytest.raises(InstanceNotFound):
+        registry.holders(MODEL, Place(0), LONG_S, cancel)  # it was set before
