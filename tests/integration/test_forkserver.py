@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,18 @@ def test_it_can_be_waited_for_stopped_and_killed(start: Start) -> None:
     process.kill()
     assert process.wait(30) == -signal.SIGKILL
     process.kill()  # is nothing for one that has ended
+
+
+def test_it_can_be_waited_for_with_more_than_a_thousand_descriptors_open(start: Start) -> None:
+    with ExitStack() as stack:
+        for _ in range(1030):
+            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        process = start()
+        line_of(process)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.01)
+        process.communicate(timeout=30)
+        assert process.returncode == 0
 
 
 def test_it_gets_ctrl_c_though_the_server_does_not(start: Start) -> None:

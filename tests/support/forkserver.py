@@ -103,8 +103,9 @@ class Program(subprocess.Popen[str]):
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         try:
             if self.returncode is None:
-                limit_s = [] if timeout is None else [timeout]
-                if not select.select([self._reports], [], [], *limit_s)[0]:
+                reported = select.poll()  # select() takes no descriptor from 1,024 on
+                reported.register(self._reports, select.POLLIN)
+                if not reported.poll(None if timeout is None else 1000 * timeout):
                     raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
                 with self._reports:
                     self.returncode = int(self._reports.readline())
