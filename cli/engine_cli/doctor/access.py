@@ -17,8 +17,8 @@ JOBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "serve a rank": (("/engines/", "/pulls/", "/evicted/"), ("/engines/", "/manifests/")),
     "evict": (("/engines/", "/evicted/"), ("/engines/", "/manifests/", "/evicted/")),
     "clean up": (
-        ("/engines/", "/evicted/", "/elections/", "/doomed/"),
-        ("/engines/", "/manifests/", "/evicted/", "/elections/", "/doomed/"),
+        ("/engines/", "/evicted/", "/elections/", "/eviction-notes/"),
+        ("/engines/", "/manifests/", "/evicted/", "/elections/", "/eviction-notes/"),
     ),
 }
 

@@ -1,9 +1,9 @@
 """The note that a cleaning watcher leaves in etcd when an instance has lost a rank, so that the
 next watcher knows what to evict.
 
-`/doomed/<instance>`, JSON, under a lease that outlives the grace period. It names registrations, so
-a later launch is never meant; whether the instance is still incomplete is for its reader to see.
-Pure.
+`/eviction-notes/<instance>`, JSON, under a lease that outlives the grace period. It names
+registrations, so a later launch is never meant; whether the instance is still incomplete is for its
+reader to see. Pure.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ MANIFESTS = "/manifests/"
 EVICTED = "/evicted/"
 PULLS = "/pulls/"
 ELECTIONS = "/elections/"
-EVICTION_NOTES = "/doomed/"
+EVICTION_NOTES = "/eviction-notes/"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _RECORD_KEY = re.compile(ENGINES + r"([A-Za-z0-9._-]{1,128})/(0|[1-9][0-9]{0,6})")

@@ -129,6 +129,6 @@ def test_a_ticket_reads_and_is_written_as_ever(pull: Pull, stored: bytes) -> Non
 
 def test_a_note_reads_as_ever_and_is_written_with_the_same_fields_in_the_same_order() -> None:
     note = EvictionNote(FULL, frozenset({"0" * 32, "1" * 32}))
-    assert EvictionNote.decode("/doomed/qwen-a", NOTE_BYTES) == note
+    assert EvictionNote.decode("/eviction-notes/qwen-a", NOTE_BYTES) == note
     pairs = json.loads(note.encode(), object_pairs_hook=list)
     assert pairs == json.loads(NOTE_BYTES, object_pairs_hook=list)

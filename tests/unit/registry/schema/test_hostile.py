@@ -192,7 +192,7 @@ def test_a_changed_manifest_is_a_good_one_or_damage(raw: bytes, tensors: int) ->
 @EXAMPLES
 @given(mutations(NOTE))
 def test_a_changed_note_is_a_good_one_or_damage(value: bytes) -> None:
-    found = good_or_damaged(lambda: EvictionNote.decode("/doomed/qwen", value))
+    found = good_or_damaged(lambda: EvictionNote.decode("/eviction-notes/qwen", value))
     assert found is None or isinstance(found.lost, RankRecord)
 
 

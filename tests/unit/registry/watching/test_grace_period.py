@@ -242,7 +242,7 @@ def test_a_doom_that_is_lifted_is_not_noted_and_the_next_one_is(saved_by: list[E
 
 def test_a_note_reads_back_as_it_is() -> None:
     note = EvictionNote(RANKS[0], ids(RANKS[1:]))
-    assert EvictionNote.decode("/doomed/qwen", note.encode()) == note
+    assert EvictionNote.decode("/eviction-notes/qwen", note.encode()) == note
 
 
 @pytest.mark.parametrize(
@@ -261,8 +261,8 @@ def test_a_note_reads_back_as_it_is() -> None:
     ],
 )
 def test_a_note_that_cannot_be_read_says_which_key(value: bytes, kind: type[RecordDamaged]) -> None:
-    with pytest.raises(kind, match=r"/doomed/qwen|/engines/a/0"):
-        EvictionNote.decode("/doomed/qwen", value)
+    with pytest.raises(kind, match=r"/eviction-notes/qwen|/engines/a/0"):
+        EvictionNote.decode("/eviction-notes/qwen", value)
 
 
 def test_a_rank_that_was_replaced_at_once_does_not_shorten_the_grace_of_the_next_loss() -> None:
