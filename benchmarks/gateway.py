@@ -60,7 +60,7 @@ def seed_says(session_id: str, rank: int, tensors: int) -> bytes:
     ).encode()
 
 
-# -- in processes of their own
+# -- in separate processes
 # --------------------------------------------------------------------------------------------------
 
 

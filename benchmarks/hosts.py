@@ -74,7 +74,7 @@ class Host:
     def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """`options` are Popen's.
 
-        Out of reach of the terminal's Ctrl-C: who made the host ends what is in it.
+        Out of reach of the terminal's Ctrl-C: the process that made the host ends what is in it.
         """
         return subprocess.Popen(self.command(*argv), text=True, start_new_session=True, **options)
 
@@ -89,7 +89,7 @@ class Host:
             namespace.tc(f"qdisc replace dev {device} root tbf rate {rate}")
 
     def cut(self) -> None:
-        """What it sends and what is sent to it is lost from now on, and nobody is told: a cable
+        """What it sends and what is sent to it is lost from now on, without an error: a cable
         pulled behind the next switch.
         """
         self._switch.ip(f"link set {self._port} nomaster")

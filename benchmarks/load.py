@@ -5,7 +5,7 @@ in turns.
 anything, between the same buffers, its addresses known. Ours is the whole `load`: resolve,
 manifest, plan, reads, checks; `our_reads_to_naive` compares the reads alone.
 *socket* is one stream through a plain socket into the same memory, *safetensors* a file that lies
-in the page cache. Sources are processes of their own.
+in the page cache. Sources are separate processes.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def register(registry: Registry, count: int) -> float:
 
 
 def plan_of_many(count: int) -> float:
-    """Of tensors that do not follow each other, so that every one is a read of its own."""
+    """Of tensors that do not follow each other, so that each needs a separate read."""
 
     def manifest(base: int, step: int) -> Manifest:
         entries = [
@@ -229,7 +229,7 @@ def one_source(registry: Registry, rounds: int) -> Results:
 
 
 def _destination(registry: Registry) -> dict[str, torch.Tensor]:
-    """In one block where they are at the source, else each tensor in a storage of its own."""
+    """In one block where they are at the source, else each tensor in a separate storage."""
     (record,) = registry.resolve("src", 60)
     manifest = registry.manifest(record)
     tensors = allocate_like(manifest)
@@ -366,7 +366,7 @@ def other_ways(nbytes: int, rounds: int) -> Results:
 
 
 def send(nbytes: str) -> None:
-    """To whoever connects, again and again, until standard input ends."""
+    """To each client, again and again, until standard input ends."""
     block = memoryview(bytearray(min(int(nbytes), 64 << 20)))
     with socket.create_server((HOST, 0)) as listener:
 

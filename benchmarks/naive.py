@@ -19,7 +19,7 @@ HOST = "127.0.0.1"
 
 
 class NaiveLoad:
-    """Of the instance's only rank, into tensors that are registered with an engine of its own."""
+    """Of the instance's only rank, into tensors that are registered with a separate engine."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """`python -m benchmarks.registry`: figures of the control plane, in one run on one machine.
 
-Simulated ranks are registrations without a process of their own (one lease each); the deaths are
+Simulated ranks are registrations without processes (one lease each); the deaths are
 real processes with real keepers that are really killed. Beside it, the way of SGLang's bootstrap
 server: one process with a dict behind HTTP, one GET a rank.
 """

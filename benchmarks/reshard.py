@@ -3,8 +3,8 @@ several rounds that take turns.
 
 The weights are matrices. *contiguous* is the baseline: the upper half of each, which lies in one
 run at the source. What the others fill lies in short runs there or here. *dcp* is
-`torch.distributed.checkpoint.load` of one state: through `EngineReader`, and from files of its own
-that lie in the page cache. Sources are processes of their own.
+`torch.distributed.checkpoint.load` of one state: through `EngineReader`, and from its files
+that lie in the page cache. Sources are separate processes.
 """
 
 from __future__ import annotations

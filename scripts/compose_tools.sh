@@ -47,7 +47,7 @@ fi
 is_v2() { [[ $("$@" version --short 2>/dev/null) == *[2-9].*.* && $("$@" version --short) != 1.* ]]; }
 if is_v2 docker compose || is_v2 docker-compose || [[ -x $v2/usr/libexec/docker/cli-plugins/docker-compose ]]; then exit; fi
 
-# Debian 13's lists in a folder of their own, from where this machine's apt has its packages.
+# Debian 13's lists in a separate folder, from where this machine's apt has its packages.
 mirror=$(apt-get indextargets --format '$(REPO_URI) $(ORIGIN) $(COMPONENT)' | sed -n 's/ Debian main$//p' | grep -v security | head -n 1)
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 say 'Debian package docker-compose of Debian 13, unpacked into .venv: a compose v2 beside 1.29'

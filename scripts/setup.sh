@@ -99,7 +99,7 @@ unpack_debian_etcd() {
     quietly dpkg-deb -x "$scratch"/etcd-server_*.deb "$venv/debian-etcd"
 }
 
-# A virtual environment of interpreter $1 in folder $2, also on a Debian that keeps venv in a package of its own.
+# A virtual environment of interpreter $1 in folder $2, also on a Debian that keeps venv in a separate package.
 make_venv() {
     local python=$1 folder=$2 package
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
@@ -108,7 +108,7 @@ make_venv() {
             say "Debian package $package: $python cannot make virtual environments without it"
             apt_install "$package"
         else
-            say "virtualenv, for this once: $python has no venv module of its own"
+            say "virtualenv, for this once: $python has no venv module"
             quietly "$python" -m pip install --target "$scratch/virtualenv" virtualenv
             PYTHONPATH=$scratch/virtualenv quietly "$python" -m virtualenv "$folder"
             return

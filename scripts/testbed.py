@@ -65,7 +65,7 @@ def check(folder: Path, other: Path) -> None:
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes, so that a NaN equals itself; the last dimension tells shapes apart."""
+    """The bytes, so that a NaN equals itself; the last dimension distinguishes shapes."""
     return tensor.contiguous().view(torch.uint8)
 
 

@@ -59,7 +59,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 
 
 class _FailuresAtOnce:
-    """Prints each failure when it is reported, so that a run that is cut off has told its own."""
+    """Prints each failure when it is reported, so that even a run that is cut off shows it."""
 
     def __init__(self, terminal: pytest.TerminalReporter) -> None:
         self._terminal = terminal

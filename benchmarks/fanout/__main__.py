@@ -56,11 +56,11 @@ _MOST_RECEIVERS = 64
 def command(
     receivers: str, mib: int, mbit: float, rounds: int, kills: int, plot: str | None, as_json: bool
 ) -> None:
-    """One rank to several receivers on hosts of their own: from one source, from complete ones, in
+    """One rank to several receivers on separate hosts: from one source, from complete ones, in
     a chain. Takes minutes.
 
     The hosts are network namespaces with links of limited speed: that needs root, and the programs
-    ip and tc. Choose speed and size so that the CPU, which the table tells, does not limit.
+    ip and tc. Choose speed and size so that the CPU, which the table shows, does not limit.
     """
 
     sizes = sorted(set(figures.numbers("--receivers", receivers)))

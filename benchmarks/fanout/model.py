@@ -43,7 +43,7 @@ def all_from_one(fabric: Fabric, nbytes: float, receivers: int) -> float:
 
 
 def complete_then_chain(fabric: Fabric, nbytes: float, receivers: int) -> float:
-    """Whoever has all serves one after another: in each round as many get it as have it."""
+    """A complete rank serves one after another: in each round as many get all as have it."""
     return math.ceil(math.log2(receivers + 1)) * fabric.one(nbytes)
 
 
@@ -97,7 +97,7 @@ def joined(receivers: int, hop: float, unseen: int = 0) -> list[int | None]:
 
     `hop` is in loads of one receiver that has a source for itself.
 
-    `sources.chain` works out what those will choose who have not told yet, so that many at once
+    `sources.chain` works out the choice of receivers that have no ticket yet, so that many at once
     come to the same tree as one after another. With `unseen` receivers do not: each knows nothing
     of that many before it.
     """
@@ -105,13 +105,13 @@ def joined(receivers: int, hop: float, unseen: int = 0) -> list[int | None]:
     readers: Counter[int | None] = Counter()
     depths: dict[int | None, int] = {}
     seen: list[int | None] = [None]
-    told = 0
+    counted = 0
     depths[None] = 0
     for number in range(receivers):
-        while told < number - unseen:
-            readers[parents[told]] += 1
-            seen.append(told)
-            told += 1
+        while counted < number - unseen:
+            readers[parents[counted]] += 1
+            seen.append(counted)
+            counted += 1
         parent = min(seen, key=lambda place: 1 + readers[place] + hop * depths[place])
         parents.append(parent)
         depths[number] = depths[parent] + 1

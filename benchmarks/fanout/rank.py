@@ -54,7 +54,7 @@ def seed(endpoint: str, address: str, nbytes: str) -> None:
 def receive(endpoint: str, address: str, instance: str, nbytes: str) -> None:
     """Loads, one time after another.
 
-    Of each it is told four things: to get ready, from whom, to tell its digest, to leave.
+    Each has four orders: get ready, load from that source, send the digest, leave.
     """
     tensors = _room_for(int(nbytes))
     # as small a part in each strategy

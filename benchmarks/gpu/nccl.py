@@ -43,7 +43,7 @@ def nccl(src: Place, dst: Place, backend: str, rounds: int) -> list[Row]:
 def exchange(
     rank: str, port: str, backend: str, rounds: str, tensor_set: str, scale: str, device: str
 ) -> None:
-    """Rank 0 sends, rank 1 receives and tells the times."""
+    """Rank 0 sends, rank 1 receives and prints the times."""
     use(device)
     layout = SETS[tensor_set](float(scale))
     wanted = filled(layout, device)

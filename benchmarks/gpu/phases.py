@@ -17,8 +17,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 REST = "the rest"
-# What is timed, as what, in the order in which it happens. A step that calls another is told
-# without it.
+# What is timed, as what, in the order in which it happens. A step that calls another is
+# reported without it.
 STEPS: tuple[tuple[str, str, str], ...] = (
     ("describe tensors", "engine_loader.tensors.destination", "Destination.__init__"),
     ("lend memory", "engine_loader.loading.load", "lend"),
@@ -110,7 +110,7 @@ def _find(module: str, path: str) -> tuple[Any, str, Any]:
 
 
 def functions_of(actions: Sequence[Callable[[], Any]], count: int) -> list[str]:
-    """The functions that took most time of their own, as lines; profiling makes short functions
+    """The functions that took most time themselves, as lines; profiling makes short functions
     look longer than they are.
     """
     profile = cProfile.Profile()

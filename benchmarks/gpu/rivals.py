@@ -44,7 +44,7 @@ BLOCK_NBYTES = 8 << 30
 
 @contextmanager
 def copies(src: Place, target: Target) -> Iterator[dict[str, Action]]:
-    """Within one process, from tensors of its own on the source's device."""
+    """Within one process, from copies of the tensors on the source's device."""
     theirs = filled(src.layout, src.device)
     block: Layout = {"block": (torch.uint8, (min(target.nbytes, BLOCK_NBYTES),))}
     device = str(next(iter(target.tensors.values())).device)

@@ -42,17 +42,23 @@ class Row:
         return self.nbytes / 1e9 / self.median_s
 
     def as_json(self) -> dict[str, Any]:
-        told: dict[str, Any] = {
+        document: dict[str, Any] = {
             "group": self.group,
             "what": self.what,
             "nbytes": self.nbytes,
             "note": self.note,
         }
         if self.samples_s:
-            told |= {"median_s": round(self.median_s, 6), "min_s": round(min(self.samples_s), 6)}
-            told |= {"max_s": round(max(self.samples_s), 6), "gb_per_s": round(self.gb_per_s, 3)}
-            told["samples_s"] = [round(one, 6) for one in self.samples_s]
-        return told
+            document |= {
+                "median_s": round(self.median_s, 6),
+                "min_s": round(min(self.samples_s), 6),
+            }
+            document |= {
+                "max_s": round(max(self.samples_s), 6),
+                "gb_per_s": round(self.gb_per_s, 3),
+            }
+            document["samples_s"] = [round(one, 6) for one in self.samples_s]
+        return document
 
     def cells(self) -> list[str]:
         if not self.samples_s:
@@ -97,7 +103,7 @@ class Target:
         return self._timed(what, fill, lambda _: self._flat)
 
     def time_new(self, what: str, make: Callable[[], Mapping[str, torch.Tensor]]) -> float:
-        """Of what brings tensors of its own."""
+        """Of an action that makes its tensors."""
         return self._timed(what, make, flat_bytes)[0]
 
     def _timed(

@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu`: the measurements, their GPUs, and the report.
 
-Sources and first loads are processes of their own, with an etcd of their own. Every time is of
+Sources and first loads are separate processes, with a separate etcd. Every time is of
 bytes that were all looked at where they arrived; every figure is a median of several, after a round
 that opens connections and does not count.
 """
@@ -158,7 +158,7 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-# -- told
+# -- reports
 # --------------------------------------------------------------------------------------------------
 
 
@@ -169,13 +169,17 @@ def report(results: Results, as_json: bool, profiled: bool) -> None:
             name: {step: round(took, 6) for step, took in some.items()}
             for name, some in results.steps.items()
         }
-        told = {
+        document = {
             "machine": machine(),
             "rows": [row.as_json() for row in results.rows],
             "steps_s": steps,
         }
         print_json(
-            {**told, "goals": [goal.as_json() for goal in wanted], "functions": results.functions}
+            {
+                **document,
+                "goals": [goal.as_json() for goal in wanted],
+                "functions": results.functions,
+            }
         )
         return
     for name, value in machine().items():

@@ -86,7 +86,7 @@ def nbytes_of(layout: Layout) -> int:
 
 
 def allocate(layout: Layout, device: str, *, pinned: bool = False) -> Tensors:
-    """Each in a storage of its own, as an engine's weights are."""
+    """Each in a separate storage, as an engine's weights are."""
     return {
         name: torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
         for name, (dtype, shape) in layout.items()

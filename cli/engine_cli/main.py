@@ -132,7 +132,7 @@ def _run(command: click.Command, name: str) -> int:
     except Ended as exc:
         _complain("", str(exc), exc)
         return 128 + exc.number
-    except BrokenPipeError:  # whoever read our output has left, as `head` does
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
         return Exit.FAILED
     except SystemExit as exc:  # how click says the same
         return exc.code if isinstance(exc.code, int) else Exit.FAILED

@@ -17,7 +17,8 @@ T = TypeVar("T")
 def collector_paused(work: Callable[P, T]) -> Callable[P, T]:
     """For the length of a call.
 
-    Calls may be nested, or overlap in several threads: who found it running sets it going again.
+    Calls may be nested, or overlap in several threads: the call that found it running
+    starts it again.
     """
 
     @functools.wraps(work)

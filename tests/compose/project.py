@@ -1,4 +1,4 @@
-"""docker-compose.yml as one project under a name of its own, and the sentences in which the tests
+"""docker-compose.yml as one project under a separate name, and the sentences in which the tests
 speak of it.
 """
 

@@ -94,7 +94,7 @@ def _python(docker: Docker, name: str) -> str:
         ).unlink()  # without a network there is nothing to update from
         for mark in root.glob(
             "usr/lib/python3*/EXTERNALLY-MANAGED"
-        ):  # the real image's pip installs where it is told to
+        ):  # the real image's pip installs where its options say
             mark.unlink()
         (root / "usr" / "bin" / "python").symlink_to("python3")
         version = Path((root / "usr" / "bin" / "python3").readlink()).name.removeprefix("python")

@@ -69,7 +69,7 @@ def test_a_killed_seed_is_lost_when_its_lease_expires(
         lost = watcher.says("testbed/1 lost: lease expired", within_s=SEEN_S + BUSY_S)
         watcher.says("testbed degraded: missing rank 1 of 2")
         say(
-            f"the watcher told the killed seed's loss after {lost.at - killed:.1f} s, TTL "
+            f"the watcher reported the killed seed's loss after {lost.at - killed:.1f} s, TTL "
             f"{LEASE_S:.0f} s"
         )
 
@@ -142,7 +142,7 @@ def test_a_seed_that_was_cut_off_for_longer_than_its_lease_comes_back_as_the_sam
     assert project.exit_code_of("loader") == 0
 
 
-def test_a_watcher_that_was_cut_off_tells_what_happened_meanwhile(project: Project) -> None:
+def test_a_watcher_that_was_cut_off_reports_what_happened_meanwhile(project: Project) -> None:
     with project.watching() as watcher:
         project.cut_off("watcher")
         project.stop("seed-0")

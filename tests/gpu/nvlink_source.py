@@ -3,7 +3,7 @@
 Does what each line on standard input says, then prints the line. `publish N`: leaves, frees its
 memory and publishes the content of number N. `copy N`: loads the content of number N, from whoever
 has it, and serves it as another instance, from then on. `late N`: publishes another instance
-besides, from memory that is new. `update`: adds one to every element, on a stream of its own. Ends
+besides, from memory that is new. `update`: adds one to every element, on a separate stream. Ends
 with its input.
 """
 

@@ -31,7 +31,7 @@ from tests.support.forkserver import ForkServer
 def _no_keeper_is_left() -> Iterator[None]:
     """A keeper whose rank ended while its etcd was away for good goes on trying for minutes.
 
-    Those that tests left are told by a mark in their environment, which processes inherit.
+    Those that tests left are recognised by a mark in their environment, which processes inherit.
     """
     mark = os.environ["TEST_RUN"] = uuid.uuid4().hex
     yield
@@ -179,7 +179,7 @@ class Processes:
     def end(self) -> None:
         for process in self._started:
             process.kill()
-        # Their children are told by a mark: they hold the same pipes, whose end is waited for here.
+        # A mark names their children: they hold the same pipes, whose end is waited for here.
         for pid in _with_mark(f"TEST_PROCESSES={self._env['TEST_PROCESSES']}"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -27,15 +27,15 @@ def test_a_small_run_has_every_strategy_all_of_it_exact(
     bench = processes.start("-m", "benchmarks.fanout", *args)
     out, err = bench.communicate(timeout=110)
     assert bench.returncode == Exit.DONE, err
-    told = json.loads(out)
+    report = json.loads(out)
     strategies = ("all_from_one", "complete_then_chain", "pipelined_chain")
-    assert [(run["strategy"], run["receivers"]) for run in told["results"]] == [
+    assert [(run["strategy"], run["receivers"]) for run in report["results"]] == [
         (s, n) for n in (1, 2) for s in strategies
     ]
-    assert [run["killed_at"] for run in told["kills"]] == [0.25, 0.5, 0.75]
-    assert all(run["exact"] for run in [*told["results"], *told["kills"]])
-    assert all(run["seed_sent"] >= 1 for run in told["results"])
-    assert told["results"][3]["seed_sent"] >= 2  # two receivers that read from nobody else
+    assert [run["killed_at"] for run in report["kills"]] == [0.25, 0.5, 0.75]
+    assert all(run["exact"] for run in [*report["results"], *report["kills"]])
+    assert all(run["seed_sent"] >= 1 for run in report["results"])
+    assert report["results"][3]["seed_sent"] >= 2  # two receivers that read from nobody else
     assert plot.read_text().startswith("<svg")
 
 

@@ -14,17 +14,17 @@ CPUS = run.Devices(("cpu", "cpu"), ("cpu", "cpu"), protocol="tcp", backend="gloo
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
-def test_every_part_is_measured_and_told_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_part_is_measured_and_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     parts = [part for part in run.PARTS if part not in ("large", "llama-70b-tp8", "small")]
     results = run.Results()
     run.measure(results, CPUS, parts, 0.001, 1, True, lambda _: None)
     run.report(results, as_json=True, profiled=True)
-    told = json.loads(capsys.readouterr().out)
-    rows = {(row["group"], row["what"]): row for row in told["rows"]}
+    report = json.loads(capsys.readouterr().out)
+    rows = {(row["group"], row["what"]): row for row in report["rows"]}
     assert {("mixed", what) for what in (WARM, TURN, EACH_NCCL, FILE)} <= rows.keys()
     assert {group for group, _ in rows} == {"mixed", "failover", "fan-out", "reshard"}
-    unrun = [row for row in told["rows"] if "median_s" not in row]
+    unrun = [row for row in report["rows"] if "median_s" not in row]
     assert [row["note"] for row in unrun] == ["not run: 2 GPUs"] * 2
-    assert told["steps_s"]["mixed, header"]["reads and checks"] > 0
-    assert len(told["goals"]) == 8
-    assert told["functions"]["mixed"]
+    assert report["steps_s"]["mixed, header"]["reads and checks"] > 0
+    assert len(report["goals"]) == 8
+    assert report["functions"]["mixed"]

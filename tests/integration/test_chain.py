@@ -41,7 +41,7 @@ SLOW = Pace(256 << 10, 1, starve_s=30.0)
 
 
 class Members:
-    """Loads in threads of this process, each with an engine of its own; what they published is
+    """Loads in threads of this process, each with a separate engine; what they published is
     closed in the end.
     """
 

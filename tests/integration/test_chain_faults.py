@@ -60,7 +60,7 @@ def test_whichever_member_of_a_chain_dies_all_others_finish(
             assert line_of(replica).startswith("loaded 0 equal ")
 
 
-def test_a_herd_whose_source_ends_fails_in_time_and_says_so(
+def test_a_chain_whose_source_ends_fails_in_time_and_says_so(
     processes: Processes, registry: Registry
 ) -> None:
     source, replicas = started(processes, 2, 0.05)

@@ -204,8 +204,8 @@ class Monkey:
 
 
 def held() -> Counter[str]:
-    """This process's threads, and what its descriptors lead to, without the numbers that tell one
-    from another.
+    """This process's threads, and what its descriptors lead to, without the numbers
+    that distinguish one from another.
     """
     names = [f"thread {thread.name}" for thread in threading.enumerate()]
     for name in os.listdir("/proc/self/fd"):
@@ -278,7 +278,7 @@ class Loads:
         return the_origin(origins_of_bytes(tensors)), reports[0].version
 
     def _full(self) -> tuple[Origin, int]:
-        """Of several files, each a load of its own."""
+        """Of several files, each a separate load."""
         with tempfile.TemporaryDirectory() as name:
             with WholeFiles(Path(name)) as files:
                 report = load_full(

@@ -207,7 +207,7 @@ def test_a_tensor_that_does_not_lie_in_one_run_is_filled_by_way_of_a_buffer(
 
 
 class InAnotherDtype(DefaultLoadPlanner):
-    """Has the reader fill tensors of its own, part by part, and puts them into the caller's when
+    """Has the reader fill other tensors, part by part, and puts them into the caller's when
     they have come.
     """
 
@@ -402,7 +402,7 @@ def test_an_instance_that_cannot_be_reached_says_why(
     assert "is served over in_process, this engine speaks tcp" in str(exc)
 
 
-def test_a_rank_that_leaves_before_its_manifest_is_read_is_told_as_lost(
+def test_a_rank_that_leaves_before_its_manifest_is_read_is_reported_as_lost(
     registry: Registry, offer: Callable[..., Publication], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publication = offer({"w": torch.ones(3)})
@@ -431,7 +431,7 @@ def test_a_rank_that_leaves_before_its_manifest_is_read_is_told_as_lost(
     ],
     ids=["missing", "another shape", "another dtype", "no tensor"],
 )
-def test_what_does_not_fit_is_told_and_nothing_is_read(
+def test_what_does_not_fit_is_reported_and_nothing_is_read(
     registry: Registry, offer: Callable[..., Publication], found: StateDict, said: str
 ) -> None:
     offer({"w": torch.ones(3)})

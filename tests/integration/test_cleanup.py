@@ -128,7 +128,7 @@ def test_what_a_lost_rank_leaves_is_evicted_once_by_three_watchers(
         assert first.record.rank == 0
 
 
-def test_a_dry_run_tells_and_evicts_nothing(
+def test_a_dry_run_reports_and_evicts_nothing(
     registry: Registry, watching: Callable[..., Collected]
 ) -> None:
     with ExitStack() as stack:
@@ -253,7 +253,7 @@ def test_a_watcher_that_starts_later_cleans_up_after_a_loss_that_another_saw(
         assert first.record.rank == 0
 
 
-def test_what_a_watcher_noted_dooms_no_rank_of_a_later_launch(
+def test_what_a_watcher_noted_evicts_no_rank_of_a_later_launch(
     registry: Registry, etcd: Etcd, processes: Processes, namespace: str
 ) -> None:
     with ExitStack() as stack:

@@ -354,7 +354,7 @@ def test_ranks_of_different_versions_are_shown_and_watched_as_what_they_are(
         ]
 
 
-def test_a_signal_stops_the_hooks_and_tells_how_many_were_not_run(
+def test_a_signal_stops_the_hooks_and_logs_how_many_were_not_run(
     engines: Engines, registry: Registry, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
@@ -459,7 +459,7 @@ def read_until(watch: subprocess.Popen[str], last: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("hurried", [False, True])
-def test_a_server_that_is_told_to_end_waits_for_its_readers_until_it_is_told_again(
+def test_a_server_that_is_asked_to_end_waits_for_its_readers_until_it_is_asked_again(
     engines: Engines, weights: Path, registry: Registry, hurried: bool
 ) -> None:
     server = engines.serve(weights, "--drain", "1000")
@@ -581,7 +581,7 @@ def test_without_etcd_every_command_says_where_it_looked(
         ),
     ],
 )
-def test_wrong_input_to_register_is_told_in_one_line(
+def test_wrong_input_to_register_is_reported_in_one_line(
     engines: Engines,
     weights: Path,
     tmp_path: Path,
@@ -670,7 +670,9 @@ def test_an_instance_that_is_missing_or_incomplete_has_its_exit_code(
         assert_one_line(engines("load", "a", "--rank", "1"), Exit.USAGE, "its ranks are 0 to 0")
 
 
-def test_a_source_that_is_not_there_any_more_is_told(engines: Engines, registry: Registry) -> None:
+def test_a_source_that_is_not_there_any_more_is_reported(
+    engines: Engines, registry: Registry
+) -> None:
     with register(registry):  # registers an address at which nothing listens
         assert_one_line(
             engines("load", "a", "--rank", "0"),
@@ -863,7 +865,7 @@ def test_the_password_is_taken_from_the_environment_or_asked_for_but_never_shown
     assert "hunter2" not in refused.stdout + refused.stderr
 
 
-def test_the_embedded_etcd_runs_until_it_is_told_to_end(processes: Processes) -> None:
+def test_the_embedded_etcd_runs_until_it_is_asked_to_end(processes: Processes) -> None:
     port = free_port()
     server = processes.engines("etcd", "--port", str(port))
     assert line_of(server).startswith(f"etcd is ready at 127.0.0.1:{port}")
@@ -1108,7 +1110,7 @@ def whole(tmp_path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return contents([path])
 
 
-def test_a_load_that_serves_is_a_source_itself_until_it_is_told_to_end(
+def test_a_load_that_serves_is_a_source_itself_until_it_is_asked_to_end(
     engines: Engines, weights: Path, tmp_path: Path
 ) -> None:
     server = engines.serve(weights)
@@ -1224,7 +1226,7 @@ def test_the_shards_of_two_ranks_are_loaded_as_whole_tensors_into_files_that_an_
     assert contents(out.iterdir()) == whole
 
 
-def test_uneven_shards_are_told_in_a_file_and_loaded_whole_and_as_they_are(
+def test_uneven_shards_are_stated_in_a_file_and_loaded_whole_and_as_they_are(
     engines: Engines, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     divided, out = Divided(engines, tmp_path, at=5), tmp_path / "out"
@@ -1358,7 +1360,7 @@ def test_shards_that_leave_a_gap_are_refused_with_the_gap(engines: Engines, tmp_
         (("--shards", "nowhere"), ["nowhere cannot be read"]),
     ],
 )
-def test_shards_that_do_not_fit_are_told_in_one_line_and_nothing_is_registered(
+def test_shards_that_do_not_fit_are_reported_in_one_line_and_nothing_is_registered(
     engines: Engines, registry: Registry, tmp_path: Path, args: tuple[str, ...], words: list[str]
 ) -> None:
     divided = Divided(engines, tmp_path)

@@ -52,7 +52,7 @@ Offer = Callable[..., Publication]
 
 @pytest.fixture
 def offer(registry: Registry) -> Iterator[Offer]:
-    """Publishes the words of an origin, with an engine of its own."""
+    """Publishes the words of an origin, with a separate engine."""
     with ExitStack() as stack:
 
         def offer(instance: str, origin: Origin, **options: Any) -> Publication:
@@ -376,7 +376,7 @@ def test_nothing_of_a_source_that_was_evicted_half_way_is_left(
 def test_nothing_of_a_source_is_left_that_was_lost_first_and_evicted_before_the_load_had_ended(
     registry: Registry, offer: Offer
 ) -> None:
-    """Nobody watches it any more then: its mark in etcd tells."""
+    """Nobody watches it any more then: its mark in etcd says so."""
     bad = spoilt(offer, "bad")
     good = offer("good", A, digests=True)
     engine = bad._undo  # keeps its memory registered

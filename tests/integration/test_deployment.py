@@ -130,7 +130,7 @@ def test_etcd_knows_every_setting_of_the_manifest(member: Member) -> None:
         assert f'"variable-name":"{name}"' in log
 
 
-def test_it_refuses_who_shows_no_certificate(member: Member) -> None:
+def test_it_refuses_clients_without_a_certificate(member: Member) -> None:
     with pytest.raises(
         EtcdUnavailable, match=r"wants a client certificate.*check `cert` and `key`"
     ):

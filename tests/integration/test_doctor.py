@@ -219,7 +219,9 @@ def test_without_an_etcd_its_endpoint_fails_and_all_else_is_looked_at(doctor: An
     )
 
 
-def test_an_etcd_that_hangs_is_told_from_one_that_is_away(doctor: Any, own_etcd: LocalEtcd) -> None:
+def test_an_etcd_that_hangs_is_distinguished_from_one_that_is_away(
+    doctor: Any, own_etcd: LocalEtcd
+) -> None:
     with closing(Proxy(own_etcd.endpoint)) as way:
         way.cut()
         assert_only_the_endpoint_fails(
@@ -229,7 +231,7 @@ def test_an_etcd_that_hangs_is_told_from_one_that_is_away(doctor: Any, own_etcd:
         )
 
 
-def test_an_etcd_that_is_stopped_is_told_too(doctor: Any, own_etcd: LocalEtcd) -> None:
+def test_an_etcd_that_is_stopped_is_reported_too(doctor: Any, own_etcd: LocalEtcd) -> None:
     own_etcd.pause()
     try:
         assert_only_the_endpoint_fails(
@@ -241,7 +243,7 @@ def test_an_etcd_that_is_stopped_is_told_too(doctor: Any, own_etcd: LocalEtcd) -
         own_etcd.resume()
 
 
-def test_a_server_that_is_no_etcd_is_told(doctor: Any) -> None:
+def test_a_server_that_is_no_etcd_is_reported(doctor: Any) -> None:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -259,7 +261,7 @@ def test_a_server_that_is_no_etcd_is_told(doctor: Any) -> None:
     )
 
 
-def test_an_etcd_that_hangs_half_way_is_told(doctor: Any, own_etcd: LocalEtcd) -> None:
+def test_an_etcd_that_hangs_half_way_is_reported(doctor: Any, own_etcd: LocalEtcd) -> None:
     class Stops(Proxy):
         """Lets the first look pass, and nothing that writes."""
 
@@ -307,7 +309,7 @@ def test_one_of_three_members_away_warns_and_two_fail(doctor: Any) -> None:
         )
 
 
-def test_an_etcd_without_space_is_told_with_what_mends_it(doctor: Any) -> None:
+def test_an_etcd_without_space_is_reported_with_what_mends_it(doctor: Any) -> None:
     with LocalEtcd(extra_args=("--quota-backend-bytes", str(16 << 20))) as etcd:
         with closing(Etcd(EtcdConfig(parse_endpoints(etcd.endpoint)))) as full:
             fill_until_no_space(full)
@@ -363,7 +365,7 @@ def test_a_wrong_password_fails_alone_and_no_password_is_ever_printed(
         assert secret not in seen.result.stdout + seen.result.stderr
 
 
-def test_a_user_is_told_what_it_may_do(doctor: Any, guarded: LocalEtcd) -> None:
+def test_what_a_user_may_do_is_reported(doctor: Any, guarded: LocalEtcd) -> None:
     seen = doctor(guarded.endpoint, "--user", "bob", ENGINES_ETCD_PASSWORD=PASSWORD)
     assert not seen.failed, seen.checks
     assert (
@@ -377,7 +379,7 @@ def test_a_user_is_told_what_it_may_do(doctor: Any, guarded: LocalEtcd) -> None:
     assert not root.failed
 
 
-def test_a_user_that_is_needed_or_that_is_not_is_told(
+def test_a_user_that_is_needed_or_that_is_not_is_reported(
     doctor: Any, guarded: LocalEtcd, shared_etcd: LocalEtcd
 ) -> None:
     nobody = doctor(guarded.endpoint)
@@ -457,7 +459,7 @@ def test_a_key_with_a_passphrase_is_refused_and_not_asked_for(
     assert client_certificate(cert, locked).error
 
 
-def test_an_expired_client_certificate_is_told(folder: Path) -> None:
+def test_an_expired_client_certificate_is_reported(folder: Path) -> None:
     request, cert, key = (str(folder / f"old.{kind}") for kind in ("csr", "crt", "key"))
     for command in (
         f"req -new -subj /CN=old -newkey rsa:2048 -nodes -out {request} -keyout {key}",
@@ -492,7 +494,7 @@ def test_a_live_rank_is_read_from_and_its_record_holds(
     )
 
 
-def test_a_rank_that_is_stopped_is_told_with_its_process(
+def test_a_rank_that_is_stopped_is_reported_with_its_process(
     doctor: Any, processes: Processes, shared_etcd: LocalEtcd, namespace: str
 ) -> None:
     with served(processes) as rank:
@@ -504,7 +506,7 @@ def test_a_rank_that_is_stopped_is_told_with_its_process(
     assert f"process {rank.pid} on " in seen["peer.rank"]["mend"]
 
 
-def test_dead_missing_and_false_ranks_are_told_apart(
+def test_dead_missing_and_false_ranks_are_distinguished(
     doctor: Any, processes: Processes, registry: Registry, shared_etcd: LocalEtcd, namespace: str
 ) -> None:
     with served(processes):
@@ -692,7 +694,7 @@ def test_the_probe_ends_with_a_doctor_that_is_killed(
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "words"),
     [
         (("--rank", "0"), "--rank goes with --peer"),
         (("--peer", "a/b"), "instance name 'a/b' is not valid"),
@@ -702,8 +704,8 @@ def test_the_probe_ends_with_a_doctor_that_is_killed(
     ],
 )
 def test_wrong_options_are_wrong_usage_and_no_finding(
-    processes: Processes, args: tuple[str, ...], told: str
+    processes: Processes, args: tuple[str, ...], words: str
 ) -> None:
     result = processes.run("doctor", *args)
     assert (result.returncode, result.stdout) == (Exit.USAGE, "")
-    assert told in result.stderr
+    assert words in result.stderr

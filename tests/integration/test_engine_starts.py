@@ -1,4 +1,4 @@
-"""Whether a transfer engine starts, and why not: real ones, each in a process of its own, as it
+"""Whether a transfer engine starts, and why not: real ones, each in a separate process, as it
 reads its settings once.
 """
 
@@ -95,7 +95,7 @@ def test_a_process_has_engines_of_one_family(first: str, other: str) -> None:
 
 
 def test_a_library_that_others_have_loaded_keeps_the_family_that_it_has() -> None:
-    """As an inference engine may have that has a transfer engine of its own."""
+    """As an inference engine may have that has its own transfer engine."""
     loads_it_first = START.replace("limit =", "import mooncake.engine; limit =")
     done = subprocess.run(
         [sys.executable, "-c", loads_it_first, "0", "::1"],

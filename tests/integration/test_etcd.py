@@ -246,19 +246,19 @@ def test_a_connection_that_another_thread_closes_meanwhile_is_replaced(
         stream.cancel()
 
 
-def test_nothing_at_the_address_is_told_at_once_with_the_address() -> None:
+def test_nothing_at_the_address_is_reported_at_once_with_the_address() -> None:
     with pytest.raises(
         EtcdUnavailable, match=r"127\.0\.0\.1:1 cannot be reached.*check the address"
     ):
         Registry.connect("127.0.0.1:1")
 
 
-def test_a_host_that_does_not_exist_is_told() -> None:
+def test_a_host_that_does_not_exist_is_reported() -> None:
     with pytest.raises(EtcdUnavailable, match=r"nosuch\.invalid:2379 cannot be reached"):
         Registry.connect("nosuch.invalid:2379")
 
 
-def test_a_server_of_another_protocol_is_told_apart_from_etcd() -> None:
+def test_a_server_of_another_protocol_is_distinguished_from_etcd() -> None:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -391,7 +391,9 @@ def test_a_change_of_roles_costs_nobody_the_connection_for_good(
         assert next(iter(etcd.watch("/k", revision))).changes
 
 
-def test_credentials_for_an_etcd_without_authentication_are_told(shared_etcd: LocalEtcd) -> None:
+def test_credentials_for_an_etcd_without_authentication_are_reported(
+    shared_etcd: LocalEtcd,
+) -> None:
     with pytest.raises(EtcdRefused, match="authentication turned off: leave out `user`"):
         Registry.connect(shared_etcd.endpoint, user="root", password="secret")
 
@@ -477,7 +479,7 @@ def test_a_proxy_for_the_web_is_not_asked_for_etcd(
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_history_that_was_compacted_is_told(own_etcd: LocalEtcd) -> None:
+def test_history_that_was_compacted_is_reported(own_etcd: LocalEtcd) -> None:
     with closing(connect(own_etcd.endpoint)) as etcd:
         revision = [put(etcd, "/k", str(number).encode()) for number in range(10)][-1]
         compact(etcd, revision)

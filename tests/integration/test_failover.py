@@ -279,7 +279,7 @@ def test_a_source_cut_off_by_the_network_is_given_up_in_bounded_time(
         else:
             with pytest.raises(
                 SourceLost
-            ):  # Stalled, or told at once that there is no route any more
+            ):  # Stalled, or refused at once as there is no route any more
                 load(
                     sources.registry,
                     engine,
@@ -295,7 +295,7 @@ def test_a_source_cut_off_by_the_network_is_given_up_in_bounded_time(
 def assert_all_is_given_back(
     sources: Sources, engine: MooncakeEngine, tensors: dict[str, torch.Tensor]
 ) -> None:
-    for tensor in tensors.values():  # would be a part of its own, were it still registered or lent
+    for tensor in tensors.values():  # would be a separate part, were it still registered or lent
         region = Region(
             tensor.untyped_storage().data_ptr() - 1, tensor.untyped_storage().nbytes() + 2
         )

@@ -256,7 +256,7 @@ def test_a_keeper_in_a_black_hole_loses_the_rank_by_its_lease_and_brings_it_back
             assert outside.manifest(outside.ranks("a")[0]) == MANIFEST
 
 
-def test_a_watcher_in_a_black_hole_tells_afterwards_what_it_missed_even_if_that_was_compacted(
+def test_a_watcher_in_a_black_hole_reports_afterwards_what_it_missed_even_if_that_was_compacted(
     etcd: LocalEtcd,
 ) -> None:
     with (
@@ -344,7 +344,7 @@ def test_an_authentication_token_that_etcd_has_forgotten_is_renewed(etcd: LocalE
             wait_until(lambda: states.seen[-1:] in ([], [RegistrationState.REGISTERED]))
 
 
-def test_a_keeper_that_dies_while_etcd_is_away_leaves_its_successor_to_tell_that_etcd_is_back(
+def test_a_keeper_that_dies_while_etcd_is_away_leaves_its_successor_to_say_that_etcd_is_back(
     etcd: LocalEtcd,
 ) -> None:
     with Registry.connect(etcd.endpoint, timeout_s=20) as registry:
@@ -599,7 +599,7 @@ def test_a_rank_that_etcd_remembers_otherwise_after_a_restored_backup_writes_its
             assert losses(seen) == []
 
 
-def test_an_etcd_without_space_tells_a_death_without_waiting_for_the_lease(binary: str) -> None:
+def test_an_etcd_without_space_reports_a_death_without_waiting_for_the_lease(binary: str) -> None:
     with without_space(binary) as (registry, raw):
         registration, _ = hold(registry, ttl_s=600.0)
         with registry.watch() as watch:
@@ -685,7 +685,7 @@ def test_a_rank_that_holds_the_gil_for_three_times_the_lease_stays_registered(
             assert states.seen == []
 
 
-def test_thousands_of_ranks_are_each_told_once_and_in_order(etcd: LocalEtcd) -> None:
+def test_thousands_of_ranks_are_each_reported_once_and_in_order(etcd: LocalEtcd) -> None:
     with (
         Registry.connect(etcd.endpoint) as registry,
         closing(Etcd(EtcdConfig(parse_endpoints(etcd.endpoint)))) as raw,

@@ -352,7 +352,7 @@ def test_a_tensor_that_is_not_what_was_published_is_an_error_and_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_instance_that_is_not_complete_is_waited_for_and_told(
+def test_an_instance_that_is_not_complete_is_waited_for_and_reported(
     registry: Registry, tmp_path: Path
 ) -> None:
     parts, boxes = shards_of(whole(), 0)

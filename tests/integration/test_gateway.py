@@ -41,7 +41,7 @@ from tests.support.waiting import wait_until
 
 GET, OLD_GET = "/get_transfer_engine_info", "/get_remote_instance_transfer_engine_info"
 REGISTER = "/register_transfer_engine_info"
-NO_TLS = ssl.create_default_context()  # each client would make one of its own, which takes its time
+NO_TLS = ssl.create_default_context()  # each client would make another, which takes its time
 
 
 @pytest.fixture
@@ -140,8 +140,8 @@ def test_a_seed_that_is_killed_is_lost_to_every_watcher_and_no_longer_served(
             "layers.0.weight",
             "layers.1.weight",
         ]
-        told = asked(gateway.url).json()
-        assert told["remote_instance_transfer_engine_info"][0] == one.session_id
+        answer = asked(gateway.url).json()
+        assert answer["remote_instance_transfer_engine_info"][0] == one.session_id
         one.kill()
         lost = events_until(watch, lambda event: isinstance(event, RankLost))[-1]
         assert isinstance(lost, RankLost)
@@ -306,7 +306,7 @@ def test_sglangs_loader_reads_the_weights_of_seeds_and_of_library_ranks(
 
 @contextmanager
 def bootstrap_server(infos: dict[int, tuple[str, Any]], path: str) -> Iterator[str]:
-    """One that answers as SGLang's does: at node 0 of a seed, with whatever it has been told, dead
+    """One that answers as SGLang's does: at node 0 of a seed, with whatever it was given, dead
     or alive.
     """
 
@@ -435,7 +435,9 @@ def test_a_server_that_is_away_or_speaks_nonsense_harms_nobody(
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_probe_tells_who_listens_who_refuses_and_who_is_silent(listener: socket.socket) -> None:
+def test_a_probe_distinguishes_addresses_that_listen_refuse_or_are_silent(
+    listener: socket.socket,
+) -> None:
     import asyncio
 
     port = listener.getsockname()[1]
@@ -462,7 +464,7 @@ def test_a_client_from_the_network_learns_nothing_of_ports_that_it_names(
         url = f"http://127.0.0.1:{gateway.port}"
         answers = []
         for rank, named in enumerate((session_of(listener), f"127.0.0.1:{free_port()}")):
-            for session_id in (named, "127.0.0.1:1"):  # whether the first can be replaced tells
+            for session_id in (named, "127.0.0.1:1"):  # whether the first can be replaced shows
                 body = says(session_id, rank, world_size=2)
                 answer = httpx.put(f"{url}{REGISTER}", json=body)
                 answers.append((answer.status_code, answer.text, asked(url, rank=rank).status_code))
@@ -510,7 +512,7 @@ def test_a_seeds_server_is_mirrored_where_clients_may_not_register(
 # --------------------------------------------------------------------------------------------------
 
 
-def test_an_etcd_that_goes_away_is_told_at_once_and_ranks_are_there_when_it_is_back(
+def test_an_etcd_that_goes_away_is_reported_at_once_and_ranks_are_there_when_it_is_back(
     own_etcd: LocalEtcd, listener: socket.socket
 ) -> None:
     with (
@@ -583,7 +585,7 @@ def test_bodies_of_200_mb_are_refused_and_not_kept(
     process, url = gateway_process()
     before = rss_nbytes(process.pid)
     block = b" " * (1 << 20)
-    told = {"Content-Length": str(200 << 20)}
+    too_long = {"Content-Length": str(200 << 20)}
 
     def send(headers: dict[str, str]) -> httpx.Response:
         return httpx.put(
@@ -591,7 +593,7 @@ def test_bodies_of_200_mb_are_refused_and_not_kept(
         )
 
     with ThreadPoolExecutor(4) as pool:  # with and without its length
-        answers = list(pool.map(send, [told, {}, told, {}]))
+        answers = list(pool.map(send, [too_long, {}, too_long, {}]))
     assert [answer.status_code for answer in answers] == [413] * 4
     assert rss_nbytes(process.pid) - before < 400 << 20
     assert httpx.get(f"{url}/health").text == "OK"
@@ -772,7 +774,7 @@ def test_a_port_in_use_an_address_of_another_machine_and_nonsense_are_refused(
             Gateway(registry, **{"instance": "q", "port": 0, **options})  # type: ignore[arg-type]
 
 
-def test_the_command_tells_a_port_in_use_in_one_line_and_fails(
+def test_the_command_reports_a_port_in_use_in_one_line_and_fails(
     processes: Processes, gateway: Gateway
 ) -> None:
     result = processes.run("gateway", "--instance", "q", "--port", str(gateway.port))
@@ -816,7 +818,7 @@ def test_the_token_comes_from_the_environment_and_shows_nowhere(
     assert (empty.returncode, "ENGINES_GATEWAY_TOKEN is empty" in empty.stderr) == (2, True)
 
 
-def test_what_is_counted_is_served_by_the_command_and_by_who_counts(
+def test_what_is_counted_is_served_by_the_command_and_by_the_counting_process(
     gateway: Gateway,
     gateway_process: Callable[..., tuple[subprocess.Popen[str], str]],
     listener: socket.socket,

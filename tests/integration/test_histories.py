@@ -1,7 +1,7 @@
 """Ranks that several processes want, beside evictions, lost leases, dead and stopped keepers and
 restarts of etcd.
 
-Every registration has a real keeper. What etcd tells of each key is recorded from the first
+Every registration has a real keeper. The changes of each key are recorded from the first
 revision on and checked afterwards: no two incarnations hold one rank, nobody takes it from a holder
 that has not ended, and who was evicted stays away.
 """
@@ -160,7 +160,7 @@ def server() -> Iterator[LocalEtcd]:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.slow
-def test_no_two_hold_one_rank_and_who_was_evicted_stays_away(server: LocalEtcd, seed: int) -> None:
+def test_no_two_hold_one_rank_and_an_evicted_one_stays_away(server: LocalEtcd, seed: int) -> None:
     chance = random.Random(seed)
     over = threading.Event()
     with ExitStack() as stack:

@@ -1,5 +1,5 @@
 """The command that is run for every event: real processes, that fail, hang, start others and are
-told to stop.
+asked to stop.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_a_hook_that_takes_too_long_is_ended_with_all_that_it_started_and_the_ne
     assert "the hook for rank_lost of a was ended after 0.5 s" in caplog.messages[0]
 
 
-def test_stopping_lets_the_hook_that_runs_finish_and_tells_how_many_do_not_run(
+def test_stopping_lets_the_hook_that_runs_finish_and_logs_how_many_do_not_run(
     log: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     os.mkfifo(tmp_path / "gate")
@@ -130,7 +130,7 @@ def test_an_event_that_waits_for_room_is_let_go_by_stopping(
         assert not blocked.is_alive()
 
 
-def test_a_hook_that_cannot_be_started_is_told_and_the_next_one_runs(
+def test_a_hook_that_cannot_be_started_is_reported_and_the_next_one_runs(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Hooks("true", 60) as hooks:

@@ -145,7 +145,7 @@ def test_a_watch_goes_on_whatever_is_written(
 ) -> None:
     put_nasty_keys(etcd)
     watch = engines.start("watch")
-    first = line_of(watch)  # whatever could be told of that; it follows from here on
+    first = line_of(watch)  # whatever could be reported of that; it follows from here on
     put_nasty_keys(etcd)
     with register(registry, "good"):
         lines = [first]
@@ -158,7 +158,7 @@ def test_a_watch_goes_on_whatever_is_written(
         assert_harmless(line)
 
 
-def test_a_key_that_is_no_text_can_be_told_from_others_and_read_and_deleted(etcd: Etcd) -> None:
+def test_a_key_that_is_no_text_can_be_distinguished_read_and_deleted(etcd: Etcd) -> None:
     for key in ("/k/\udcff", "/k/\udcfe", "/k/�"):
         etcd.commit([], [Put(key, key.encode(errors="surrogateescape"), 0)])
     assert len({item.key for item in etcd.snapshot("/k/").items}) == 3

@@ -329,7 +329,7 @@ def test_a_load_goes_on_without_a_source_that_answers_nonsense(
 
 
 @pytest.mark.parametrize("behaviour", LOADS.values(), ids=LOADS.keys())
-def test_a_load_from_nobody_but_a_source_that_answers_nonsense_says_who_cannot_be_read(
+def test_a_load_from_nobody_but_a_source_that_answers_nonsense_names_that_source(
     registry: Registry, sources: Sources, reader: MooncakeEngine, behaviour: Behaviour
 ) -> None:
     peer = sources.hostile("bad", behaviour)

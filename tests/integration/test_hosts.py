@@ -1,4 +1,4 @@
-"""Ranks on hosts of their own, with links that are slow, cut and mended: namespaces, the real
+"""Ranks on separate hosts, with links that are slow, cut and mended: namespaces, the real
 transfer engine, a real etcd.
 """
 
@@ -79,7 +79,7 @@ class Cluster:
 
 
 def outcome_of(load: subprocess.Popen[str]) -> dict[str, Any]:
-    """It is told to go on."""
+    """It is asked to go on."""
     assert load.stdin is not None
     load.stdin.write("\n")
     load.stdin.flush()
@@ -119,7 +119,7 @@ def test_a_host_that_is_cut_off_in_the_middle_is_done_without(cluster: Cluster) 
 
 @needs_hosts
 @pytest.mark.slow
-def test_the_only_source_cut_off_is_a_stall_that_is_told_before_its_lease_ends(
+def test_the_only_source_cut_off_is_a_stall_that_is_reported_before_its_lease_ends(
     cluster: Cluster,
 ) -> None:
     host = cluster.source("a", 200, ttl_s=60)
@@ -158,7 +158,7 @@ def test_most_is_taken_from_the_faster_of_two_links(cluster: Cluster) -> None:
 @needs_hosts
 @pytest.mark.slow
 def test_a_host_that_vanishes_is_a_lease_that_ends(cluster: Cluster) -> None:
-    """Nobody is left to tell of its rank's death."""
+    """Nobody is left to report its rank's death."""
     host = cluster.source("a", 200)
     watch = cluster.engines("watch", "--json")
     while json.loads(line_of(watch))["event"] != "instance_ready":
@@ -223,18 +223,18 @@ def test_hosts_have_names_addresses_and_links_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lacking", "told"),
+    ("lacking", "words"),
     [
         ("programs", r"need the program ip \(iproute2\), .*: install it"),
         ("root", "only root may make: run it as root"),
     ],
 )
-def test_what_is_missing_for_hosts_is_told(
-    monkeypatch: pytest.MonkeyPatch, lacking: str, told: str
+def test_what_is_missing_for_hosts_is_reported(
+    monkeypatch: pytest.MonkeyPatch, lacking: str, words: str
 ) -> None:
     monkeypatch.setattr(
         shutil, "which", lambda name: None if lacking == "programs" else f"/bin/{name}"
     )
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(HostsUnavailable, match=told):
+    with pytest.raises(HostsUnavailable, match=words):
         Network().__enter__()

@@ -29,8 +29,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def in_turn(*fills: int, count: int = COUNT, length: int = LENGTH) -> list[Tensors]:
-    """A set of so many tensors for each number, which is written to all of them; each has a storage
-    of its own.
+    """A set of so many tensors for each number, which is written to all of them; each has a
+    separate storage.
     """
     memory = np.zeros((count, len(fills), length), dtype=np.int32)
     sets: list[Tensors] = []
@@ -108,7 +108,7 @@ def test_a_rank_that_serves_the_draft_is_a_source_of_the_model_while_it_loads_th
     """Its memory is made of parts then, and so are the blocks that it marks as whole."""
     make = partial(in_turn, count=5_000, length=512)
     (model,), (here, draft), (there,) = make(1), make(0, 2), make(0)
-    few = dict(itertools.islice(draft.items(), 900))  # so few that they are regions of their own
+    few = dict(itertools.islice(draft.items(), 900))  # so few that they are separate regions
     engine = new_engine()
     first_has_half, second_has_some = threading.Event(), threading.Event()
 

@@ -102,7 +102,7 @@ def test_a_rank_is_at_an_address_of_the_family_by_which_it_reaches_etcd_and_is_l
 @pytest.mark.parametrize(
     "hosts", [("::1", "127.0.0.1"), ("[::1]", "127.0.0.1"), ("127.0.0.1", "::1")]
 )
-def test_a_reader_of_the_other_family_is_told_why_it_cannot_read_and_how_it_can(
+def test_a_reader_of_the_other_family_learns_why_it_cannot_read_and_how_it_can(
     ranks: Ranks, hosts: tuple[str, str]
 ) -> None:
     theirs, ours = hosts

@@ -93,12 +93,14 @@ def test_in_a_job_all_fail_where_the_source_changes_between_planning_and_reading
 ) -> None:
     for answer in destinations.all_do("updated meanwhile"):
         assert list(answer["failures"]) == ["0", "1", "2"]
-        for told in answer["failures"].values():
-            assert told.startswith("TornRead: the weights changed after this load had begun")
+        for message in answer["failures"].values():
+            assert message.startswith("TornRead: the weights changed after this load had begun")
         assert (answer["values"], answer["then"]) == ([0], [2])
 
 
-def test_in_a_job_all_are_told_that_there_is_no_such_instance(destinations: Destinations) -> None:
+def test_in_a_job_all_ranks_learn_that_there_is_no_such_instance(
+    destinations: Destinations,
+) -> None:
     for answer in destinations.all_do("nobody"):
         assert list(answer["failures"]) == ["0", "1", "2"]
         assert answer["failures"]["2"].startswith(

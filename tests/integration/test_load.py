@@ -210,7 +210,7 @@ def test_a_load_from_other_processes_over_the_network(
         assert_equal(destination, weights(rank + 10))
 
 
-def test_all_differences_are_told_in_one_error_and_nothing_is_read(
+def test_all_differences_are_reported_in_one_error_and_nothing_is_read(
     registry: Registry, new_engine: Callable[[], Engine]
 ) -> None:
     destination = like(weights())
@@ -313,7 +313,7 @@ def test_after_closing_nobody_can_read_the_memory(
 
 
 def _assert_all_regions_are_free(engine: Engine, tensors: Tensors) -> None:
-    """Memory that still were registered would be a part of its own."""
+    """Memory that still were registered would be a separate part."""
     storage = tensors["layer.0"].untyped_storage()
     around = Region(storage.data_ptr() - 1, storage.nbytes() + 2)
     assert engine.register(around) == (around,)
@@ -431,7 +431,7 @@ def test_another_process_at_the_address_of_the_source_is_not_taken_for_it(
         assert_untouched(destination)
 
 
-def test_a_source_that_dies_between_resolve_and_read_is_told_with_what_was_lost(
+def test_a_source_that_dies_between_resolve_and_read_is_reported_with_what_was_lost(
     registry: Registry, processes: Processes
 ) -> None:
     process = processes.start("-m", "tests.support.processes.weights", "a", "0", "1", "0")
@@ -462,7 +462,7 @@ def test_the_next_instance_is_used_when_the_first_is_lost(registry: Registry) ->
     assert_equal(destination, source)
 
 
-def test_a_lost_source_tells_which_tensors_are_whole(registry: Registry) -> None:
+def test_a_lost_source_names_the_tensors_that_are_whole(registry: Registry) -> None:
     source = {
         f"t{number}": torch.full((8 << 20,), number, dtype=torch.float32) for number in range(4)
     }

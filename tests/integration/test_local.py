@@ -16,7 +16,7 @@ from engine_registry.etcd.ports import free_port
 from tests.integration.conftest import Processes, children_of, line_of
 
 
-def test_a_folder_in_use_is_told_at_once_and_its_log_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_in_use_is_reported_at_once_and_its_log_is_left_alone(tmp_path: Path) -> None:
     with LocalEtcd(data_dir=str(tmp_path)) as etcd:
         etcd.log_path.write_text("what the first one said\n")
         with pytest.raises(
@@ -36,7 +36,7 @@ def test_an_etcd_that_was_killed_has_its_folder_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["/proc/nowhere", "FILE/below"])
-def test_a_folder_that_cannot_be_made_is_told_in_one_line(
+def test_a_folder_that_cannot_be_made_is_reported_in_one_line(
     processes: Processes, tmp_path: Path, folder: str
 ) -> None:
     (tmp_path / "file").touch()

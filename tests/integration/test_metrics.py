@@ -72,15 +72,15 @@ def shown(counted: CollectorRegistry) -> Shown:
 
 
 class Scraped:
-    """What `engines … --metrics-port` serves, on a port that it has chosen and told."""
+    """What `engines … --metrics-port` serves, on a port that it has chosen and logged."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         assert process.stderr is not None
-        told = json.loads(process.stderr.readline())
-        assert told["fields"]["event"] == "metrics_served"
-        self.port = int(told["fields"]["port"])
-        self._url = told["fields"]["url"]
+        line = json.loads(process.stderr.readline())
+        assert line["fields"]["event"] == "metrics_served"
+        self.port = int(line["fields"]["port"])
+        self._url = line["fields"]["url"]
 
     def __call__(self, name: str, **labels: str) -> float | None:
         with urllib.request.urlopen(self._url, timeout=20) as answer:  # noqa: S310  on 127.0.0.1
@@ -168,9 +168,9 @@ def test_a_rank_serves_its_registration_and_who_has_read_from_it(
     server.send_signal(signal.SIGTERM)
     out, err = server.communicate(timeout=20)
     assert (server.returncode, out) == (Exit.DONE, "withdrew a/0\n")
-    told = [json.loads(line) for line in err.splitlines()]
-    assert [each["fields"]["event"] for each in told] == ["disk_read", "registered", "withdrawn"]
-    assert told[1]["fields"] == {"event": "registered", "instance": "a", "rank": 0}
+    logged = [json.loads(line) for line in err.splitlines()]
+    assert [each["fields"]["event"] for each in logged] == ["disk_read", "registered", "withdrawn"]
+    assert logged[1]["fields"] == {"event": "registered", "instance": "a", "rank": 0}
 
 
 @pytest.mark.parametrize("command", ["watch", "register"])
@@ -370,7 +370,7 @@ def test_a_source_given_up_counts_as_one_failover_by_its_reason(
         tensors=empty(NBYTES),
         options=LoadOptions(pace=PACE, progress=happen),
     )
-    # a read may fail before etcd tells why
+    # a read may fail before etcd says why
     assert shown.nonzero("loader_failovers_total") in (
         {REASONS[fault]: 1},
         {"lost": 1},
@@ -415,7 +415,7 @@ def test_the_only_source_stopped_counts_as_a_load_that_stalled_and_the_reads_tha
             tensors=empty(NBYTES),
             options=LoadOptions(pace=PACE, progress=stop),
         )
-    # Its lease of 2 s goes on, as its keeper lives: nothing but the silence tells.
+    # Its lease of 2 s goes on, as its keeper lives: only the silence shows it.
     assert shown.nonzero("loader_loads_total") == {"stalled": 1}
     assert (shown("loader_abandoned_reads_total") or 0) > 0
     assert shown.nonzero("loader_failovers_total") == {}
@@ -476,15 +476,15 @@ def test_a_load_logs_json_on_stderr_and_its_report_on_stdout(
         "load", "a", "--rank", "0", *options, "--json", "--log-json", "--log-level", "info"
     )
     assert ran.returncode == Exit.DONE
-    report, (told,) = json.loads(ran.stdout), map(json.loads, ran.stderr.splitlines())
-    assert set(told) == {"time", "level", "logger", "message", "fields"}
-    assert (told["level"], told["logger"], told["fields"]["event"]) == (
+    report, (line,) = json.loads(ran.stdout), map(json.loads, ran.stderr.splitlines())
+    assert set(line) == {"time", "level", "logger", "message", "fields"}
+    assert (line["level"], line["logger"], line["fields"]["event"]) == (
         "info",
         "engine_loader.loading.load",
         "loaded",
     )
-    assert told["fields"]["nbytes"] == report["nbytes"]
-    assert told["fields"]["sources"] == ["/engines/a/0"]
+    assert line["fields"]["nbytes"] == report["nbytes"]
+    assert line["fields"]["sources"] == ["/engines/a/0"]
 
 
 def test_the_error_that_ends_a_command_is_json_where_logs_are(
@@ -496,12 +496,12 @@ def test_the_error_that_ends_a_command_is_json_where_logs_are(
         (("watch", "--dry-run"), Exit.USAGE, "UsageError"),
     ):
         ran = processes.run(*args, "--namespace", namespace, "--log-json", "--debug")
-        (told,) = map(json.loads, ran.stderr.splitlines())
-        assert (ran.returncode, told["fields"]) == (
+        (line,) = map(json.loads, ran.stderr.splitlines())
+        assert (ran.returncode, line["fields"]) == (
             code,
             {"event": "command_failed", "error": kind},
         )
-        assert kind in told["exception"]
+        assert kind in line["exception"]
 
 
 def test_the_transfer_engines_log_shows_with_debug_and_only_then(

@@ -312,7 +312,7 @@ def test_a_manifest_larger_than_one_request_is_stored_in_parts_and_read_back(
         ("out of memory", None, "process ended"),
     ],
 )
-def test_however_a_rank_ends_its_keys_are_gone_at_once_and_the_reason_is_told(
+def test_however_a_rank_ends_its_keys_are_gone_at_once_and_the_reason_is_reported(
     registry: Registry,
     raw: Etcd,
     processes: Processes,
@@ -334,7 +334,7 @@ def test_however_a_rank_ends_its_keys_are_gone_at_once_and_the_reason_is_told(
 
 
 def loss(watch: Watch) -> str:
-    """Why the next rank is lost. A lease that had to expire is told by its name."""
+    """Why the next rank is lost. A lease that had to expire has that reason."""
     lost = events_until(watch, lambda event: isinstance(event, RankLost))[-1]
     assert isinstance(lost, RankLost)
     return lost.reason
@@ -344,7 +344,7 @@ def loss(watch: Watch) -> str:
 def test_a_signal_to_the_whole_process_group_of_a_rank_ends_it_and_its_keeper_takes_it_out(
     registry: Registry, raw: Etcd, processes: Processes, sent: int
 ) -> None:
-    process = processes.rank("a", 0, 1, "in a group of its own")
+    process = processes.rank("a", 0, 1, "in a separate group")
     with registry.watch("a") as watch:
         events_until(watch, lambda event: isinstance(event, InstanceReady))
         os.killpg(process.pid, sent)
@@ -399,7 +399,7 @@ def test_a_keeper_that_is_killed_is_replaced_and_nobody_sees_a_loss(registry: Re
         events_until(watch, lambda event: isinstance(event, InstanceReady))
         first = registration.keeper_pid
         os.kill(first, signal.SIGKILL)
-        # The new keeper puts the record under a lease of its own: seen as a change of the key, but
+        # The new keeper puts the record under a new lease: seen as a change of the key, but
         # of no field.
         registration.update(version=1)
         events = events_until(watch, lambda event: isinstance(event, RankUpdated))
@@ -567,10 +567,10 @@ def test_a_rank_that_becomes_another_program_while_a_forked_child_lives_loses_it
     assert done.stdout.splitlines() == ["True 1"], done.stderr
 
 
-def test_the_callback_may_change_and_end_the_registration_that_it_is_told_about(
+def test_the_callback_may_change_and_end_the_registration_whose_state_it_gets(
     own_etcd: LocalEtcd,
 ) -> None:
-    told: queue.SimpleQueue[RegistrationState] = queue.SimpleQueue()
+    states: queue.SimpleQueue[RegistrationState] = queue.SimpleQueue()
     handle: list[Registration] = []
 
     def on_state(state: RegistrationState, why: str) -> None:
@@ -579,16 +579,16 @@ def test_the_callback_may_change_and_end_the_registration_that_it_is_told_about(
         elif state is RegistrationState.REGISTERED:
             handle[0].update(version=2)
             handle[0].withdraw()
-        told.put(state)  # not reached if one of the calls has failed
+        states.put(state)  # not reached if one of the calls has failed
 
     with Registry.connect(own_etcd.endpoint, timeout_s=10) as registry, registry.watch() as watch:
         handle.append(register(registry, on_state=on_state))
         events_until(watch, lambda event: isinstance(event, InstanceReady))
         own_etcd.kill()
-        assert told.get(timeout=20) is RegistrationState.SUSPENDED
+        assert states.get(timeout=20) is RegistrationState.SUSPENDED
         own_etcd.start()
         events = events_until(watch, lambda event: isinstance(event, RankLost))
-        assert [told.get(timeout=20) for _ in range(2)] == [
+        assert [states.get(timeout=20) for _ in range(2)] == [
             RegistrationState.REGISTERED,
             RegistrationState.CLOSED,
         ]
@@ -602,38 +602,38 @@ def test_a_callback_that_waits_for_what_a_caller_holds_does_not_keep_that_caller
     registry: Registry, raw: Etcd, caplog: pytest.LogCaptureFixture
 ) -> None:
     lock = threading.Lock()
-    told: queue.SimpleQueue[RegistrationState] = queue.SimpleQueue()
+    states: queue.SimpleQueue[RegistrationState] = queue.SimpleQueue()
 
     def on_state(state: RegistrationState, why: str) -> None:
-        told.put(state)
+        states.put(state)
         with lock:
-            told.put(state)
+            states.put(state)
 
     with register(registry, on_state=on_state) as registration, lock:
         registration._receive("SUSPENDED", "made up", None)
-        assert told.get(timeout=20) is RegistrationState.SUSPENDED
+        assert states.get(timeout=20) is RegistrationState.SUSPENDED
         registration.update(version=1)
         assert [record.version for record in registry.ranks("a")] == [1]
-        assert told.empty()
+        assert states.empty()
 
 
 def test_a_callback_that_wants_to_exit_is_logged_and_the_registration_goes_on(
     registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: queue.SimpleQueue[RegistrationState] = queue.SimpleQueue()
+    states: queue.SimpleQueue[RegistrationState] = queue.SimpleQueue()
 
     def on_state(state: RegistrationState, why: str) -> None:
-        told.put(state)
+        states.put(state)
         raise SystemExit(1)
 
     with register(registry, on_state=on_state):
         assert registry.evict(registry.ranks("a")[0])
-        assert told.get(timeout=20) is RegistrationState.LOST
-    assert told.get(timeout=20) is RegistrationState.CLOSED
+        assert states.get(timeout=20) is RegistrationState.LOST
+    assert states.get(timeout=20) is RegistrationState.CLOSED
     assert "the on_state callback of /engines/a/0 failed" in caplog.text
 
 
-def test_an_evicted_rank_is_told_and_stays_away(registry: Registry, raw: Etcd) -> None:
+def test_an_evicted_rank_learns_it_and_stays_away(registry: Registry, raw: Etcd) -> None:
     lost = threading.Event()
     registration = register(
         registry,
@@ -661,7 +661,7 @@ def test_a_rank_that_was_evicted_while_its_keeper_was_cut_off_does_not_come_back
     os.kill(registration.keeper_pid, signal.SIGSTOP)
     (lease_id,) = {item.lease_id for item in raw.snapshot("/").items}
     assert registry.evict(registry.ranks("a")[0])
-    # as when it expires: a keeper cannot tell this from an expiry that nobody wanted
+    # as when it expires: a keeper cannot distinguish this from an expiry that nobody wanted
     raw.revoke(lease_id)
     os.kill(registration.keeper_pid, signal.SIGCONT)
     with pytest.raises(Evicted):
@@ -678,7 +678,7 @@ def test_an_eviction_of_a_record_that_has_changed_does_nothing(registry: Registr
         assert len(registry.ranks("a")) == 1
 
 
-def test_a_record_of_before_a_wipe_evicts_nobody_who_stands_at_its_revision_now(
+def test_a_record_of_before_a_wipe_evicts_no_rank_that_stands_at_its_revision_now(
     own_etcd: LocalEtcd,
 ) -> None:
     with Registry.connect(own_etcd.endpoint, timeout_s=10) as registry:
@@ -789,6 +789,6 @@ def test_a_rank_lost_and_replaced_while_nobody_could_watch_is_reported_afterward
         assert joined.record.incarnation == second.record.incarnation
 
 
-def test_line_of_tells_why_a_process_ended(processes: Processes) -> None:
+def test_line_of_says_why_a_process_ended(processes: Processes) -> None:
     with pytest.raises(AssertionError, match="No module named"):
         line_of(processes.start("-m", "no_such_module"))

@@ -85,14 +85,14 @@ def test_a_registration_is_renewed_by_one_stream_however_long_it_lives(own_etcd:
 def test_behind_a_grpc_proxy_a_registration_lives_on_and_is_changed_at_any_time(
     own_etcd: LocalEtcd, ttl_s: float, for_s: float
 ) -> None:
-    told: list[RegistrationState] = []
+    states: list[RegistrationState] = []
     with (
         a_grpc_proxy(own_etcd) as proxy,
         Registry.connect(own_etcd.endpoint) as direct,
         Registry.connect(proxy) as registry,
         direct.watch("a") as watch,
         register(
-            registry, ttl_s=ttl_s, on_state=lambda state, why: told.append(state)
+            registry, ttl_s=ttl_s, on_state=lambda state, why: states.append(state)
         ) as registration,
     ):
         (first,) = direct.ranks("a")
@@ -105,11 +105,11 @@ def test_behind_a_grpc_proxy_a_registration_lives_on_and_is_changed_at_any_time(
             assert not isinstance(event, RankLost), event
         (last,) = direct.ranks("a")
         assert (last.version, last.create_revision) == (version, first.create_revision)
-        assert told == []
+        assert states == []
         assert counted(own_etcd, "started") == 1
 
 
-def test_behind_a_grpc_proxy_leases_that_are_gone_are_told(own_etcd: LocalEtcd) -> None:
+def test_behind_a_grpc_proxy_leases_that_are_gone_are_reported(own_etcd: LocalEtcd) -> None:
     with a_grpc_proxy(own_etcd) as proxy, closing(connect(proxy)) as etcd:
         lease_id = etcd.grant(6)
         assert etcd.keep_alive(lease_id) == 6.0

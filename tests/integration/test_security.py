@@ -294,10 +294,10 @@ def test_a_loader_without_tickets_loads_from_several_with_a_warning(
     finally:
         secured.etcdctl("role grant-permission watcher read --prefix=true /prod/pulls/")
     assert loaded.returncode == Exit.DONE, loaded.stderr
-    told = loaded.stderr.splitlines()
-    assert len(told) == 2
+    lines = loaded.stderr.splitlines()
+    assert len(lines) == 2
     assert all(
-        "without a ticket, so it may leave meanwhile" in line and DENIED in line for line in told
+        "without a ticket, so it may leave meanwhile" in line and DENIED in line for line in lines
     )
     for each in (server, twin):
         end(each)
@@ -341,7 +341,7 @@ def test_a_watcher_looks_and_is_refused_to_evict(
     end(server)
 
 
-def test_who_may_not_see_tickets_sees_the_rest(secured: Secured, engines: Engines) -> None:
+def test_a_user_that_may_not_see_tickets_sees_the_rest(secured: Secured, engines: Engines) -> None:
     with (
         secured.connect("rank-qwen-a") as registry,
         register(registry, "qwen-a", state=RankState.LOADING),
@@ -372,7 +372,7 @@ def test_the_live_table_says_where_tickets_may_not_be_seen(secured: Secured) -> 
         terminal.wait_for("qwen-a", "ready")
 
 
-def test_a_loader_tells_its_progress_where_others_may_see_it(
+def test_a_loader_reports_its_progress_where_others_may_see_it(
     secured: Secured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine_registry.pulls.ticket._REPORT_S", 0.01)
@@ -389,7 +389,7 @@ def test_a_loader_tells_its_progress_where_others_may_see_it(
             wait_until(lambda: [pull.fraction for pull in watcher.all_pulls()] == [0.5])
 
 
-def test_an_operator_evicts_and_the_rank_hears_of_it(secured: Secured, engines: Engines) -> None:
+def test_an_operator_evicts_and_the_rank_learns_of_it(secured: Secured, engines: Engines) -> None:
     with secured.connect("rank-qwen-a") as registry, secured.connect("watcher") as watcher:
         registration, states = hold(registry, instance="qwen-a")
         with registration:
@@ -435,11 +435,11 @@ def test_a_stranger_cannot_end_a_lease_and_hinders_nobody_by_sharing_it(secured:
 def test_a_watch_that_may_not_clean_says_so_and_watches(secured: Secured, engines: Engines) -> None:
     watch = engines.start("watcher", "watch", "--cleanup", "--grace", "0")
     assert watch.stderr is not None
-    told = watch.stderr.readline()
-    assert told.startswith(
+    line = watch.stderr.readline()
+    assert line.startswith(
         "engines: warning: this process does not lead, and does nothing that only a leader does: "
     )
-    assert DENIED in told
+    assert DENIED in line
     with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a"):
         assert "qwen-a/0 joined" in line_of(watch)
     assert end(watch) == ""
@@ -660,7 +660,7 @@ def test_a_keeper_has_the_password_neither_on_its_command_line_nor_in_its_enviro
     assert secret not in end(server)
 
 
-def test_a_hook_does_not_inherit_the_password_and_can_be_told_it_anew(
+def test_a_hook_does_not_inherit_the_password_and_can_be_given_it_anew(
     secured: Secured, engines: Engines, tmp_path: Path
 ) -> None:
     script = (

@@ -106,7 +106,7 @@ def somebody_reads(registry: Registry) -> Iterator[Election]:
         yield election
 
 
-class Herd:
+class Starts:
     """Processes that start together."""
 
     def __init__(self, processes: Processes, path: Path, *names: str, how: str = "") -> None:
@@ -125,7 +125,7 @@ class Herd:
 
 def held(processes: Processes, path: Path) -> subprocess.Popen[str]:
     """One that leads, and has not read a byte yet."""
-    (process,) = Herd(processes, path, "first", how="held").processes
+    (process,) = Starts(processes, path, "first", how="held").processes
     assert line_of(process) == "reading\n"
     return process
 
@@ -137,9 +137,9 @@ def go_on(process: subprocess.Popen[str]) -> None:
 
 
 def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(line_of(process))
-    assert told["right"]
-    return told
+    answer: dict[str, Any] = json.loads(line_of(process))
+    assert answer["right"]
+    return answer
 
 
 # -- one reads
@@ -148,10 +148,10 @@ def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
-def test_a_herd_of_32_processes_reads_the_disk_once(
+def test_of_32_processes_one_reads_the_disk(
     processes: Processes, registry: Registry, path: Path
 ) -> None:
-    outcomes = Herd(processes, path, *(f"herd-{number}" for number in range(32))).outcomes()
+    outcomes = Starts(processes, path, *(f"start-{number}" for number in range(32))).outcomes()
     assert sorted(one["read"] for one in outcomes) == [0] * 31 + [NBYTES]
     assert sorted(one["source"] for one in outcomes) == ["disk"] + ["peers"] * 31
     assert [one["reason"] for one in outcomes] == [""] * 32
@@ -168,7 +168,7 @@ def test_when_the_one_that_reads_is_killed_another_takes_over(
     assert record is not None
     assert found.lease_id == record.lease_id  # its keeper sees the death, no lease has to expire
     assert registry.ranks("first")[0].state is RankState.LOADING
-    others = Herd(processes, path, "next-0", "next-1", "next-2")
+    others = Starts(processes, path, "next-0", "next-1", "next-2")
     first.kill()
     outcomes = others.outcomes()
     assert sorted(one["read"] for one in outcomes) == [0, 0, NBYTES]
@@ -218,7 +218,7 @@ def test_another_rank_or_revision_waits_for_nobody(registry: Registry, path: Pat
             assert (seeded.source, seeded.reason) == ("disk", "")
         assert (
             lock_name(MODEL, 0, 1, {})
-            != lock_name(ModelIdentity("herd", "r2"), 0, 1, {})
+            != lock_name(ModelIdentity("start", "r2"), 0, 1, {})
             != lock_name(MODEL, 0, 1, {"tp": (0, 1)})
         )
 
@@ -282,7 +282,7 @@ def test_tensors_that_say_which_part_they_are_come_from_ranks_of_another_layout(
             assert torch.equal(half, whole[NBYTES // 16 :])
 
 
-def test_peers_that_fail_in_the_middle_are_replaced_by_the_disk_and_it_is_told(
+def test_peers_that_fail_in_the_middle_are_replaced_by_the_disk_and_it_is_reported(
     registry: Registry, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensors = zeros()
@@ -407,13 +407,13 @@ def test_a_wait_can_be_cancelled(registry: Registry, path: Path) -> None:
 
 def test_ctrl_c_ends_a_wait(processes: Processes, registry: Registry, path: Path) -> None:
     with somebody_reads(registry):
-        (waiting,) = Herd(processes, path, "waits").processes
+        (waiting,) = Starts(processes, path, "waits").processes
         waiting.send_signal(signal.SIGINT)
         assert waiting.wait(20) != 0
         assert ready(registry) == []
 
 
-def test_who_does_not_want_to_wait_loads_from_peers_all_the_same(
+def test_a_start_that_does_not_wait_loads_from_peers_all_the_same(
     registry: Registry, path: Path
 ) -> None:
     with InProcessEngine() as first, InProcessEngine() as second:
@@ -432,7 +432,7 @@ def test_who_does_not_want_to_wait_loads_from_peers_all_the_same(
             assert seeded.source == "peers"
 
 
-def test_who_has_waited_long_enough_reads_alone(
+def test_a_start_that_has_waited_long_enough_reads_alone(
     registry: Registry, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (

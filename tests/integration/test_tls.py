@@ -127,7 +127,7 @@ def test_https_alone_trusts_the_authorities_of_the_system(
     assert_one_line(unknown, Exit.ETCD, "unable to get local issuer certificate", "check --cacert")
 
 
-def test_a_scheme_that_contradicts_the_options_is_told_before_etcd_is_asked(
+def test_a_scheme_that_contradicts_the_options_is_reported_before_etcd_is_asked(
     processes: Processes, client: dict[str, str]
 ) -> None:
     mixed = processes.run("list", "--etcd", "https://h:1,http://g:1")
@@ -155,7 +155,7 @@ def test_a_client_without_a_certificate_is_refused(
 
 
 @pytest.mark.parametrize("fault", ["a stranger's", "expired"])
-def test_a_client_certificate_that_etcd_does_not_take_is_told(
+def test_a_client_certificate_that_etcd_does_not_take_is_reported(
     etcd: LocalEtcd, authority: Authority, stranger: Authority, processes: Processes, fault: str
 ) -> None:
     files = (
@@ -172,7 +172,7 @@ def test_a_client_certificate_that_etcd_does_not_take_is_told(
     )
 
 
-def test_a_certificate_of_etcd_that_has_expired_is_told(
+def test_a_certificate_of_etcd_that_has_expired_is_reported(
     authority: Authority, client: dict[str, str], processes: Processes
 ) -> None:
     etcd = tls_etcd(authority, authority.issue("old-server", expired=True))
@@ -188,7 +188,7 @@ def test_a_certificate_of_etcd_that_has_expired_is_told(
     )
 
 
-def test_a_certificate_of_etcd_for_another_host_is_told(
+def test_a_certificate_of_etcd_for_another_host_is_reported(
     authority: Authority, client: dict[str, str], processes: Processes
 ) -> None:
     etcd = tls_etcd(authority, authority.issue("elsewhere", san="DNS:etcd.example"))
@@ -217,7 +217,7 @@ def test_tls_to_an_etcd_that_speaks_plaintext_says_so(
 
 @pytest.mark.parametrize("option", ["cacert", "cert", "key"])
 @pytest.mark.parametrize("content", ["nothing", "text", "a folder"])
-def test_a_file_that_is_no_certificate_is_told_with_the_option(
+def test_a_file_that_is_no_certificate_is_reported_with_the_option(
     etcd: LocalEtcd,
     client: dict[str, str],
     processes: Processes,
@@ -236,7 +236,7 @@ def test_a_file_that_is_no_certificate_is_told_with_the_option(
     assert_one_line(result, Exit.ETCD, f"--{option}")
 
 
-def test_a_key_of_another_certificate_is_told(
+def test_a_key_of_another_certificate_is_reported(
     etcd: LocalEtcd, client: dict[str, str], stranger: Authority, processes: Processes
 ) -> None:
     result = processes.run(

@@ -109,7 +109,7 @@ def test_a_rank_that_is_rolled_back_is_refused_while_its_newer_self_is_registere
 def test_a_cleaning_watch_leaves_ranks_of_a_newer_schema_alone(
     registry: Registry, raw: Etcd
 ) -> None:
-    """Upgrading ranks before watchers: the loss of an old rank dooms the other old ones, never the
+    """Upgrading ranks before watchers: the loss of an old rank evicts the other old ones, never the
     new.
     """
     with register(registry, "a", 0, 3), registry.cleaning_watch("a", grace_s=0.5) as watch:

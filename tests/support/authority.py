@@ -118,7 +118,7 @@ def tls_etcd(
     client_certs: bool = True,
     args: Sequence[str] = (),
 ) -> LocalEtcd:
-    """One that speaks TLS only, and, unless told otherwise, only with clients that the authority
+    """One that speaks TLS only, and, by default, only with clients that the authority
     knows. It listens already.
     """
     cert, key = server

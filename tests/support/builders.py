@@ -56,7 +56,7 @@ def an_entry(name: str = "w", addr: int = 4096, nbytes: int = 16, **changes: Any
 
 
 def a_manifest(*entries: TensorEntry, regions: tuple[Region, ...] | None = None) -> Manifest:
-    """By default each tensor lies in a region of its own."""
+    """By default each tensor lies in a separate region."""
     tensors = entries or (an_entry(),)
     own = tuple(Region(entry.addr, entry.nbytes) for entry in tensors if entry.nbytes)
     return Manifest(tensors, own if regions is None else regions)

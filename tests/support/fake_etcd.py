@@ -68,7 +68,7 @@ class FakeEtcd(Etcd):
         self._apply([Put(key, value, 0)])
 
     def restore(self, writes: Sequence[Put], back_to_revision: int) -> None:
-        """From a backup that has no key but what `writes` puts, at a revision of its own."""
+        """From a backup that has no key but what `writes` puts, at a new revision."""
         self._items.clear()
         self._revision = back_to_revision
         self._apply(writes)

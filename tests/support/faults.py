@@ -1,4 +1,4 @@
-"""Faults with names: a way to etcd that can be cut without anybody being told, an etcd without
+"""Faults with names: a way to etcd that can be cut unnoticed, an etcd without
 space, a second version of it.
 """
 

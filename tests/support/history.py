@@ -1,4 +1,4 @@
-"""Checks the history of one rank's key, as etcd tells it: who held the rank when, and whether
+"""Checks the history of one rank's key, as etcd reports it: who held the rank when, and whether
 anybody held it who must not have.
 
 A history is what a watcher of the records and of the marks of evictions has seen, in the order of
@@ -57,27 +57,27 @@ def faults(changes: Iterable[Change], key: str) -> list[str]:
     """Each breach of mutual exclusion, and each return of a registration that was evicted."""
     changes = list(changes)
     evicted = evictions(changes, key)
-    told: list[str] = []
+    found: list[str] = []
     holder, over = "", True
     before: set[str] = set()  # who held the rank until another did
     for step in steps(changes, key):
         if step.ended and step.holder != holder:
-            told.append(f"{step.revision}: the end of {step.holder} stands over {holder}")
+            found.append(f"{step.revision}: the end of {step.holder} stands over {holder}")
         if step.ended or not step.holder:
             over = True
             continue
         if step.holder != holder:
             if not over:
-                told.append(
+                found.append(
                     f"{step.revision}: {step.holder} took the rank from {holder}, which had "
                     "not ended"
                 )
             before.add(holder)
             if step.holder in before:
-                told.append(
+                found.append(
                     f"{step.revision}: {step.holder} is back after another has held the rank"
                 )
         if step.revision > evicted.get(step.holder, step.revision):
-            told.append(f"{step.revision}: {step.holder} is back after it was evicted")
+            found.append(f"{step.revision}: {step.holder} is back after it was evicted")
         holder, over = step.holder, False
-    return told
+    return found

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def wait_until(reached: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    """For what tells nobody when it happens."""
+    """For what gives no sign when it happens."""
     deadline = time.monotonic() + timeout_s
     while not reached():
         if time.monotonic() > deadline:

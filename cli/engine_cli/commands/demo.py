@@ -95,7 +95,7 @@ def command(weights: str | None) -> None:
 
 
 class _Engines:
-    """Runs `engines` commands as a user would, each in a process of its own."""
+    """Runs `engines` commands as a user would, each in a separate process."""
 
     def __init__(self, endpoint: str) -> None:
         self._env = {**os.environ, "ENGINES_ETCD": endpoint}

@@ -59,7 +59,7 @@ def judge_login(
         return ok(name, "off, and etcd is on this machine")
     return warn(
         name,
-        "off: whoever reaches etcd decides where loaders read weights from",
+        "off: any client that reaches etcd decides where loaders read weights from",
         "turn on users and roles: docs/how-to/secure-etcd.md says what each needs",
     )
 
@@ -71,7 +71,7 @@ def judge_permissions(user: User, namespace: str) -> Finding:
         return warn(
             name,
             f"{who} may do everything",
-            "give engines a user of its own that may do only what it needs",
+            "create a user for engines that may do only what they need",
         )
     jobs = [
         f"{job}{extent}"

@@ -39,12 +39,12 @@ class Login:
 
     @property
     def refused(self) -> bool:
-        """Whether etcd answers, and refuses who asks."""
+        """Whether etcd answers, and refuses this user."""
         return self._reason in ("credentials", "auth_off", "denied")
 
     @property
     def unread(self) -> EtcdError | None:
-        """Why etcd answers no reads, if not for who asks: it has no quorum, or hangs."""
+        """Why etcd answers no reads, other than a refusal of this user: no quorum, or it hangs."""
         return None if self.refused else self.error
 
     @property

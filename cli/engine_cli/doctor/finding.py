@@ -10,7 +10,7 @@ from engine_registry.errors import EngineRegistryError
 
 
 class Status(str, Enum):
-    """What whoever reads the finding should do."""
+    """What the reader of the finding should do."""
 
     OK = "ok"  # nothing
     WARN = "warn"  # it works; look at it in daylight

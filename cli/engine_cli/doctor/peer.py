@@ -162,7 +162,7 @@ def judge_rank(
             "engines evict it, and register it again with --host",
         )
     if line.trouble is not None:
-        return fail(name, f"{who}: {_line_told(line)}", _line_mend(line, process))
+        return fail(name, f"{who}: {_line_problem(line)}", _line_mend(line, process))
     if record.protocol != protocol:
         return warn(
             name,
@@ -227,7 +227,7 @@ def _judge_header(
     )
 
 
-def _line_told(line: Dialled) -> str:
+def _line_problem(line: Dialled) -> str:
     if line.trouble is Trouble.REFUSED:
         return "nobody listens there"
     if line.trouble is Trouble.SILENT:

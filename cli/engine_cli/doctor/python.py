@@ -84,7 +84,7 @@ def judge_packages(required: Sequence[str], installed: Mapping[str, str]) -> Fin
         return fail(
             name,
             "; ".join(sorted(set(wrong))),
-            "pip install --upgrade engine-registry, or a virtual environment of its own",
+            "pip install --upgrade engine-registry, or a separate virtual environment",
         )
     return ok(
         name,
@@ -133,7 +133,7 @@ def check_etcd3() -> Iterator[Finding]:
     error: Exception | None = None
     try:
         import engine_registry.etcd.client  # noqa: F401
-    except Exception as exc:  # noqa: BLE001  protobuf raises TypeErrors of its own
+    except Exception as exc:  # noqa: BLE001  protobuf raises its own TypeErrors
         error = exc
     yield judge_etcd3(error, _version("etcd3"), _version("protobuf"), _version("grpcio"))
 

@@ -1,4 +1,4 @@
-"""Runs checks at the same time, each in a thread of its own and for a limited time. Used by
+"""Runs checks at the same time, each in a separate thread and for a limited time. Used by
 `engines doctor`.
 
 A check that raises is a finding, and so is one that takes too long: its thread is a daemon, and is
@@ -120,7 +120,7 @@ def at_once(call: Callable[[A], T], items: Sequence[A]) -> list[T]:
 
 
 def within(limit_s: float, call: Callable[[], T]) -> T:
-    """For a call that has no limit of its own, such as a look-up of a name:
+    """For a call that has no time limit itself, such as a look-up of a name:
 
     TimeoutError when the time is over.
     """

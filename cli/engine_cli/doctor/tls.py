@@ -141,7 +141,7 @@ def judge_plaintext(config: EtcdConfig) -> Finding:
     name = "etcd.tls"
     if all(is_loopback(endpoint.host) for endpoint in config.endpoints):
         return ok(name, "off, and etcd is on this machine")
-    what = "off: whoever is on the way to etcd can read and change what loaders read"
+    what = "off: any machine on the way to etcd can read and change what loaders read"
     if config.user is not None:
         what += ", and reads the password"
     return warn(name, what, "give etcd a certificate, and its CA with --cacert")

@@ -1,4 +1,4 @@
-"""The part of `engines doctor` that needs torch and the transfer engine: in a process of its own,
+"""The part of `engines doctor` that needs torch and the transfer engine: in a separate process,
 as native code may crash or hang.
 
 Started by `doctor.child`. Reads lines of JSON from its standard input: where and how to try the
@@ -46,7 +46,7 @@ def main() -> NoReturn:
                 engines.put(order["engine"])
             else:
                 ranks.put(order["ranks"])
-        os._exit(0)  # whoever asked is gone
+        os._exit(0)  # the process that asked is gone
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()

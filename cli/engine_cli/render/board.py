@@ -95,7 +95,7 @@ class Board:
     """Show it every event of a watch. Not thread-safe."""
 
     def __init__(self, instance: str | None = None) -> None:
-        """`instance`: only this one, and who reads from it or is read from by it, is shown."""
+        """`instance`: only this one, its readers and its sources are shown."""
         self._instance = instance
         self._records: dict[str, dict[int, RankRecord]] = {}
         self._last: dict[str, InstanceStatus] = {}

@@ -2,8 +2,7 @@
 Pure.
 
 Anybody may have written a ticket. Whatever they say of each other, the tree ends, and has as many
-lines as there are pairs of one who reads and one who is read from, and those who are read from by
-nobody.
+lines as there are pairs of a reader and a source, and ranks without a reader.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Arrived:
 class Line:
     """One of the tree.
 
-    `again`: what is below it stands elsewhere. `parent` is who it reads from here, if anybody.
+    `again`: what is below it stands elsewhere. `parent` is its source here, if it has one.
     """
 
     depth: int
@@ -42,7 +41,7 @@ class Line:
 
 
 class Flows:
-    """Of all records that may be seen; who is not among them is known by what its ticket says."""
+    """Of all records that may be seen; a rank that is not among them is known by its ticket."""
 
     def __init__(self, records: Iterable[RankRecord], pulls: Iterable[Pull]) -> None:
         self.pulls = tuple(pulls)
@@ -103,9 +102,9 @@ class Flows:
         return Flows((self._records[incarnation] for incarnation in self._records), some)
 
     def tree(self) -> list[Line]:
-        """Who is read from, and below it those who read.
+        """Sources, and below each its readers.
 
-        Complete ranks come first; who reads from several stands below each.
+        Complete ranks come first; a reader of several stands below each.
         """
         children: dict[str, dict[str, None]] = {}
         below: set[str] = set()
@@ -118,7 +117,7 @@ class Flows:
         for root in [
             *(node for node in order if node not in below),
             *order,
-        ]:  # the latter for those who read in a circle
+        ]:  # the latter for ranks that read in a circle
             waiting = [(root, "", 0)] if root not in drawn else []
             while waiting:
                 node, parent, depth = waiting.pop()
@@ -178,7 +177,7 @@ def reader_of(pull: Pull) -> str:
 
 
 def name_of(pull: Pull) -> str:
-    """Of who reads, for people."""
+    """Of the reader, for people."""
     if pull.reader is not None:
         return f"{pull.reader.instance}/{pull.reader.rank}"
     return f"{pull.host or '?'} pid {pull.pid or '?'}"
@@ -189,7 +188,7 @@ def source_of(pull: Pull) -> str:
 
 
 def progress_of(pulls: Sequence[Pull]) -> Arrived | None:
-    """Of one who reads: what its newest ticket says that says anything."""
+    """Of one reader: the progress in its newest ticket that has any."""
     known = [pull for pull in pulls if pull.total_nbytes]
     if not known:
         return None

@@ -223,7 +223,7 @@ class _Logs(logging.Handler):
 def _table(rows: list[Row], width: int) -> Table:
     """Each row is one line.
 
-    Where they are too long, whom it reads from and who reads from it are cut first.
+    Where they are too long, its sources and its readers are cut first.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("INSTANCE", "STATE", "PROGRESS", "READS FROM", "SPEED", "READ BY"):

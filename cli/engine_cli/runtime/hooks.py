@@ -1,4 +1,4 @@
-"""Runs the user's command for every event, one after another in a thread of its own, so that a hook
+"""Runs the user's command for every event, one after another in a separate thread, so that a hook
 seldom holds up the watch.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
-_MAX_WAITING = 10_000  # then whoever brings the next event waits
+_MAX_WAITING = 10_000  # then the caller with the next event waits
 _LAST_S = 5.0  # for the hook that runs when it is time to stop
 _VARIABLES = {
     "ENGINES_EVENT": "event",
@@ -33,7 +33,7 @@ class Hooks:
     _RANK, _REASON and _STATE.
 
     A hook that fails or takes longer than `timeout_s` is reported, and the next one runs. Each has
-    a process group of its own, so that all of it can be ended, and Ctrl-C does not reach it.
+    its own process group, so that all of it can be ended, and Ctrl-C does not reach it.
     """
 
     def __init__(self, command: str, timeout_s: float) -> None:
@@ -71,7 +71,7 @@ class Hooks:
                 os.killpg(self._running.pid, signal.SIGKILL)
 
     def report(self) -> None:
-        """Tells how many hooks were not run."""
+        """Logs how many hooks were not run."""
         with self._changed:
             if self._waiting:
                 log.warning(
@@ -96,7 +96,7 @@ class Hooks:
                         "%s could not be started: %s",
                         what,
                         exc,
-                        extra=_told("hook_not_started", event),
+                        extra=_facts("hook_not_started", event),
                     )
                     continue
             self._wait(hook, event, what)
@@ -119,7 +119,7 @@ class Hooks:
                 what,
                 self._timeout_s,
                 self._command,
-                extra=_told("hook_timed_out", event),
+                extra=_facts("hook_timed_out", event),
             )
         else:
             if hook.returncode:
@@ -128,7 +128,7 @@ class Hooks:
                     what,
                     hook.returncode,
                     self._command,
-                    extra=_told("hook_failed", event, code=hook.returncode),
+                    extra=_facts("hook_failed", event, code=hook.returncode),
                 )
 
     def __enter__(self) -> Hooks:
@@ -146,7 +146,7 @@ class Hooks:
         self.report()
 
 
-def _told(name: str, event: dict[str, Any], **facts: Any) -> dict[str, Any]:
+def _facts(name: str, event: dict[str, Any], **facts: Any) -> dict[str, Any]:
     return fields(
         name, hook_event=event["event"], instance=event["instance"], rank=event.get("rank"), **facts
     )

@@ -160,7 +160,7 @@ def _by_kernel(tensors: Mapping[K, torch.Tensor]) -> dict[K, bytes]:
                 here, sizes.tolist(), firsts.tolist(), counts.tolist(), strict=True
             ):
                 digests[name] = _of_sums(nbytes, sums[8 * first : 8 * (first + count)])
-    except Exception as exc:  # noqa: BLE001  Triton has no one kind of its own, and needs a compiler at run time
+    except Exception as exc:  # noqa: BLE001  Triton has no common base of its errors, and needs a compiler at run time
         log.info(
             "digests on the GPU take longer, as their kernel cannot be had: %s",
             exc,

@@ -25,7 +25,7 @@ def writing(path: Path) -> Iterator[None]:
         RuntimeError,
         ValueError,
         LookupError,
-    ) as exc:  # safetensors has no one kind of its own
+    ) as exc:  # safetensors has no common base of its errors
         reason = " ".join(str(exc).split())  # safetensors has some of several lines
         raise WeightsFileInvalid(f"cannot write {path}: {reason}", path=str(path)) from exc
 

@@ -78,8 +78,8 @@ def _without(
 
 
 class _Powers:
-    """Tells sets of bytes, in which some may be several times, from each other, without going from
-    byte to byte.
+    """Distinguishes sets of bytes, in which some may be several times, without going from byte to
+    byte.
 
     A set is the polynomial with one x^n for each byte at n, times x - 1, taken at one x modulo a
     prime. Two that differ have the same value at no more of the 2^127 places than their degree:

@@ -245,7 +245,7 @@ class Start:
             election.keep_with(record)
         except EtcdError as exc:
             log.info(
-                "the lead is kept by a lease of its own: %s",
+                "the lead is kept by a separate lease: %s",
                 exc,
                 extra=fields("lead_not_kept", error=exc),
             )

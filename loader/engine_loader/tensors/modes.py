@@ -17,7 +17,7 @@ def plain_torch() -> Iterator[None]:
     """Tensors made inside are normal ones with memory, on the device that was stated.
 
     Inference mode, gradients, fake tensors and default devices of the caller have no effect inside.
-    Each thread has modes of its own. A tensor that was made in inference mode can be read inside,
+    Each thread has its own modes. A tensor that was made in inference mode can be read inside,
     and written to through a new tensor over its storage.
     """
     with (

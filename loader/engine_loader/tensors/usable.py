@@ -80,7 +80,7 @@ def _without_memory(tensor: torch.Tensor) -> str:
         there = storage.data_ptr() != 0
     except (RuntimeError, NotImplementedError):
         there = False
-    return "" if there else f"is a {_kind(tensor)} without memory of its own: {_remedy_for(tensor)}"
+    return "" if there else f"is a {_kind(tensor)} without its own memory: {_remedy_for(tensor)}"
 
 
 def _remedy_for(tensor: Any) -> str:

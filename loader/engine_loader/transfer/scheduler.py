@@ -2,7 +2,7 @@
 moved on where one fails.
 
 One thread, the caller's, starts reads, asks whether they are done, and naps in between. Only what
-may hang, the check that a source is still what it was, runs in threads of its own. Nothing is in
+may hang, the check that a source is still what it was, runs in separate threads. Nothing is in
 flight any more when `Transfer.run` returns or raises.
 """
 

@@ -1,6 +1,6 @@
 """How a connection to one endpoint of etcd is made: the options of its gRPC channel, and TLS.
 
-Used by `etcd.connection`. gRPC starts threads of its own for the first connection of a process.
+Used by `etcd.connection`. gRPC starts threads for the first connection of a process.
 """
 
 from __future__ import annotations

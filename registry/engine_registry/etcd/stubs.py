@@ -3,7 +3,7 @@ before etcd3.
 
 etcd3 ships message classes generated for protobuf 3, which newer protobuf refuses to load;
 inference engines need newer protobuf. The descriptors inside those generated files are still good,
-so the message classes are built from them again, in a descriptor pool of their own: another
+so the message classes are built from them again, in a separate descriptor pool: another
 package's `rpc.proto` can neither clash with them nor be broken by them.
 """
 

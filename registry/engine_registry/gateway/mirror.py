@@ -1,7 +1,7 @@
 """Registers ranks of a seed that have registered at SGLang's own server. Run by a gateway on
 request, in its event loop.
 
-The ranks of a seed register at their node 0, where SGLang runs a server of its own at that port:
+The ranks of a seed register at their node 0, where SGLang runs its own server at that port:
 they do not reach a gateway by themselves. Only ranks that are not registered are asked about. A
 mirrored rank's incarnation follows from what the seed has said: so gateways that mirror one server
 do not replace each other's registrations, and what was evicted stays so.

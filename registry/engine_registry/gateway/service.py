@@ -65,7 +65,7 @@ class Service:
         etcd = config.etcd
         self._etcd = Etcd(replace(etcd, timeout_s=min(etcd.timeout_s, _ETCD_S)))
         self._reading = Calls(_THREADS, "gateway reads")
-        # of their own, so that registrations do not keep reads waiting
+        # separate threads, so that registrations do not keep reads waiting
         self._writing = Calls(_THREADS, "gateway writes")
         self._parsing = Calls(1, "gateway parsing")
         self._limiter = ConnectionLimiter(config.limits)

@@ -126,7 +126,7 @@ def _parse(body: bytes, max_tensors: int) -> SeedInfo:
 
 
 def instance_of_role(instance: str, role: str) -> str:
-    """A draft model is an instance of its own."""
+    """A draft model is a separate instance."""
     return f"{instance}.{role}" if role and role != _TARGET else instance
 
 

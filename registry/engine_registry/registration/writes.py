@@ -50,7 +50,7 @@ from engine_registry.schema.record_format import decode_item, encode
 WITHDRAWN = "withdrawn"
 DIED = "process ended"
 EVICTED = "evicted"
-# A rank that offered what an evicted source had brought. Whoever read from it has bytes that do not
+# A rank that offered what an evicted source had brought. Its readers have bytes that do not
 # count either.
 SOURCE_EVICTED = "its source was evicted"
 ENDINGS = (WITHDRAWN, DIED, EVICTED, SOURCE_EVICTED)  # all that a record's `ended` can say

@@ -28,8 +28,8 @@ _collectors: list[CollectorRegistry] = []  # where the metrics are to be found
 
 
 class Meter:
-    """`labels` take any value, and whoever sets them removes them too; or there is one label with
-    these `values`.
+    """`labels` take any value, and the code that sets them removes them too; or there is one
+    label with these `values`.
     """
 
     kind = ""

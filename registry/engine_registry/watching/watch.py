@@ -101,7 +101,7 @@ class Watch(Closable):
             yield event
 
     def call(self, on_event: Callable[[Event], object]) -> Watch:
-        """Instead of iterating: calls `on_event` for every event, from a thread of its own, until
+        """Instead of iterating: calls `on_event` for every event, from a separate thread, until
         the watch is stopped.
 
         A callback that raises is logged, and the next event follows. What etcd refuses for good is

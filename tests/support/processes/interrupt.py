@@ -37,11 +37,11 @@ def interrupted(call: Callable[[], object], waits_s: Sequence[float]) -> bool:
     A byte in a pipe says that it is over: an Event that is interrupted while it is set keeps its
     lock for ever.
     """
-    heard, over = os.pipe()
+    ended, over = os.pipe()
 
     def send() -> None:
         for wait_s in waits_s:
-            if select.select([heard], [], [], wait_s)[0]:
+            if select.select([ended], [], [], wait_s)[0]:
                 return
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -62,7 +62,7 @@ def interrupted(call: Callable[[], object], waits_s: Sequence[float]) -> bool:
             break
         except KeyboardInterrupt:
             was = True
-    os.close(heard)
+    os.close(ended)
     os.close(over)
     return was
 
@@ -118,7 +118,7 @@ def a_life(kind: str, registry: Registry, instance: str) -> Life:
 
 
 def live_through(life: Life, moments: random.Random) -> list[str]:
-    told = []
+    steps = []
     for name, lasts_s in (("begin", 0.4), ("change", 0.02), ("close", 0.05), ("close", 0.05)):
         if life.handle is None and name != "begin":
             break
@@ -126,14 +126,14 @@ def live_through(life: Life, moments: random.Random) -> list[str]:
         waits_s = [lasts_s * moments.random() ** 3 / (1 + number) for number in range(INTERRUPTS)]
         if name == "begin" and moments.random() < 0.5:  # or few would come any further
             waits_s = []
-        told.append(
+        steps.append(
             f"{name} {'interrupted' if interrupted(getattr(life, name), waits_s) else 'done'}"
         )
     if life.handle is not None:
         life.handle.close()
     life.handle = None
     gc.collect()
-    return told
+    return steps
 
 
 def left(etcd: Etcd, instance: str) -> list[str]:
@@ -165,8 +165,8 @@ def main(kind: str, first: str, seeds: str) -> None:
         etcd = Etcd(EtcdConfig(parse_endpoints(endpoint), namespace))
         for seed in range(int(first), int(first) + int(seeds)):
             instance = f"seed{seed}"
-            told = live_through(a_life(kind, registry, instance), random.Random(seed))
-            print(f"{seed} {', '.join(told)}: {left(etcd, instance)}", flush=True)
+            steps = live_through(a_life(kind, registry, instance), random.Random(seed))
+            print(f"{seed} {', '.join(steps)}: {left(etcd, instance)}", flush=True)
         etcd.close()
 
 

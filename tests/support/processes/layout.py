@@ -442,14 +442,14 @@ def updated_meanwhile(job: Job) -> dict[str, Any]:
                 with publication.update():
                     served["w"].fill_(2)
 
-        told = failures(
+        messages = failures(
             state_dict=found, storage_reader=job.reader("trainer"), planner=UpdatedMeanwhile(update)
         )
         dist.barrier()
         values = found["w"].unique().tolist()
         dcp_load(found, storage_reader=job.reader("trainer"))
         dist.barrier()
-        return {"failures": told, "values": values, "then": found["w"].unique().tolist()}
+        return {"failures": messages, "values": values, "then": found["w"].unique().tolist()}
 
 
 def nobody(job: Job) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A load that can be told: `python -m tests.support.processes.load HOST NBYTES PATIENCE_S
+"""A load that can be paused: `python -m tests.support.processes.load HOST NBYTES PATIENCE_S
 INSTANCE…`.
 
 Prints `half` when half has come, and goes on when it reads a line. Then it prints how the load has
@@ -22,12 +22,12 @@ from tests.support.processes.source import content, empty
 
 def main(host: str, nbytes: str, patience_s: str, *instances: str) -> None:
     tensors = empty(int(nbytes))
-    told = False
+    printed = False
 
     def pause_at_half(progress: Progress) -> None:
-        nonlocal told
-        if not told and progress.nbytes * 2 >= progress.total_nbytes:
-            told = True
+        nonlocal printed
+        if not printed and progress.nbytes * 2 >= progress.total_nbytes:
+            printed = True
             print("half", flush=True)
             sys.stdin.readline()
 

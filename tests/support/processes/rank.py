@@ -1,8 +1,8 @@
-"""A rank as a process of its own: `python -m tests.support.processes.rank INSTANCE RANK WORLD_SIZE
+"""A rank as a separate process: `python -m tests.support.processes.rank INSTANCE RANK WORLD_SIZE
 [HOW IT ENDS]`.
 
 Registers, prints `registered KEEPER_PID`, waits for a line on standard input, and ends in the way
-that it was told.
+that HOW IT ENDS says.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.support.ranks import register
 
 
 def main(instance: str, rank: str, world_size: str, end: str = "return") -> None:
-    if end == "in a group of its own":
+    if end == "in a separate group":
         os.setsid()
         # who runs the tests in the background has it ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)

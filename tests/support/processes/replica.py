@@ -23,13 +23,13 @@ from tests.support.processes.source import MODEL, empty
 def main(instance: str, size: str, pause: str) -> None:
     nbytes, pause_s = int(size), float(pause)
     tensors = empty(nbytes)
-    told = False
+    printed = False
 
     def on_progress(progress: Progress) -> None:
-        nonlocal told
+        nonlocal printed
         time.sleep(pause_s)
-        if progress.nbytes >= progress.total_nbytes / 2 and not told:
-            told = True
+        if progress.nbytes >= progress.total_nbytes / 2 and not printed:
+            printed = True
             print("half", flush=True)
 
     with (

@@ -22,7 +22,7 @@ from engine_loader import MooncakeEngine, load_or_seed
 from engine_loader.files.memory import allocate
 from engine_registry import ModelIdentity, Registry
 
-MODEL = ModelIdentity("herd", "r1")
+MODEL = ModelIdentity("start", "r1")
 
 
 def content(nbytes: int = 4 << 20) -> dict[str, torch.Tensor]:
@@ -85,13 +85,13 @@ def main(instance: str, path: str, how: str = "") -> None:
             timeout_s=100,
         ) as seeded:
             right = all(torch.equal(tensors[name], tensor) for name, tensor in content().items())
-            told = {
+            outcome = {
                 "source": seeded.source,
                 "reason": seeded.reason,
                 "read": disk.nbytes,
                 "right": right,
             }
-            print(json.dumps(told), flush=True)
+            print(json.dumps(outcome), flush=True)
             sys.stdin.read()
 
 

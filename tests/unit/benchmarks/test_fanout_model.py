@@ -81,7 +81,7 @@ def test_hops_that_cost_nothing_make_one_chain_and_dear_ones_a_star() -> None:
     assert depths_of(joined(6, 0.0)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_those_who_do_not_see_each_other_crowd_the_seed() -> None:
+def test_receivers_that_do_not_see_each_other_crowd_the_seed() -> None:
     assert joined(10, 0.0, unseen=9) == [None] * 10
 
 
@@ -89,7 +89,7 @@ def test_those_who_do_not_see_each_other_crowd_the_seed() -> None:
 def test_it_is_the_rule_that_loads_follow_when_all_begin_at_once(
     receivers: int, hop: float
 ) -> None:
-    """All are registered, and nobody has told yet whom it reads from."""
+    """All are registered, and none has a ticket yet."""
     seed = a_record(incarnation=f"{0:032x}", instance="seed", state=RankState.READY)
     records = [replace(seed, create_revision=1)]
     chosen: list[int | None] = []

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` does without a GPU: its sets, its rule that no time is told of wrong bytes,
+"""What `benchmarks.gpu` does without a GPU: its sets, its rule that wrong bytes have no time,
 its steps, its end.
 """
 
@@ -54,7 +54,7 @@ def test_every_process_makes_the_same_content_and_no_two_tensors_are_alike() -> 
     assert not torch.equal(once["a"], once["c"])
 
 
-def test_a_time_is_told_only_where_every_byte_is_as_it_should_be() -> None:
+def test_a_time_is_reported_only_where_every_byte_is_as_it_should_be() -> None:
     wanted = filled(LAYOUT, "cpu")
     tensors = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
     target = Target(tensors, wanted)
@@ -124,7 +124,7 @@ def test_every_step_of_a_load_that_is_timed_is_still_there() -> None:
     assert missing_steps() == []
 
 
-def test_a_step_is_told_without_the_steps_within_it() -> None:
+def test_a_step_is_reported_without_the_steps_within_it() -> None:
     found = Phases()
     inner = found.timed("plan", lambda: time.sleep(0.02))
     outer = found.timed("choose sources", lambda: [inner(), inner()])
@@ -148,7 +148,9 @@ def test_without_two_gpus_it_ends_with_one_line_that_says_so(
     assert code_of(ran.exception) == Exit.FAILED
 
 
-def test_what_was_measured_before_something_failed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_measured_before_something_failed_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def measure(results: run.Results, *_: object) -> None:
         results.rows.append(Row("mixed", WARM, 10**9, (0.2,)))
         raise DigestMismatch("wrong bytes")

@@ -328,7 +328,9 @@ REGISTER = ("register", "qwen", "--rank", "0", "--world-size", "2", "--weights",
     ],
     ids=" ".join,
 )
-def test_wrong_usage_is_told_before_etcd_is_asked(engines: Engines, args: tuple[str, ...]) -> None:
+def test_wrong_usage_is_reported_before_etcd_is_asked(
+    engines: Engines, args: tuple[str, ...]
+) -> None:
     asked = engines.connecting(AssertionError("connected"))
     ran = engines(*args)
     assert (ran.code, ran.out, asked) == (Exit.USAGE, "", [])

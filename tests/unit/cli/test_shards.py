@@ -183,7 +183,7 @@ def test_a_file_gives_the_boxes_of_some_tensors_and_the_others_are_whole(tmp_pat
     ],
     ids=lambda text: text[:40],
 )
-def test_a_file_that_holds_no_boxes_is_refused_and_told_how_it_should_look(
+def test_a_file_that_holds_no_boxes_is_refused_with_how_it_should_look(
     tmp_path: Path, text: str, why: str
 ) -> None:
     (tmp_path / "boxes.json").write_bytes(text.encode(errors="surrogateescape"))

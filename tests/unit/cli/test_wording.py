@@ -67,7 +67,7 @@ def test_what_is_put_in_its_place_is_a_parameter_or_a_call_of_the_library() -> N
 
 
 @pytest.mark.parametrize(
-    ("text", "details", "told"),
+    ("text", "details", "wording"),
     [
         ("check `cacert`, `cert` and `key`", {}, "check --cacert, --cert and --key"),
         ("see `Registry.instances()`", {}, "see `engines list`"),
@@ -86,12 +86,12 @@ def test_what_is_put_in_its_place_is_a_parameter_or_a_call_of_the_library() -> N
     ],
 )
 def test_parameters_and_calls_become_options_and_commands(
-    text: str, details: dict[str, object], told: str
+    text: str, details: dict[str, object], wording: str
 ) -> None:
-    assert in_options(text, details) == told
+    assert in_options(text, details) == wording
 
 
-def test_an_error_is_told_in_one_line_with_the_arguments_that_it_knows() -> None:
+def test_an_error_is_reported_in_one_line_with_the_arguments_that_it_knows() -> None:
     error = RankConflict("rank 3 is\ntaken", "end it with `Registry.evict`", instance="a", rank=3)
     assert said(error) == "rank 3 is taken: end it with `engines evict a --rank 3`"
     assert said(OSError("no `host`")) == "no --host"

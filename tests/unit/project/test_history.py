@@ -13,12 +13,12 @@ from tests.support.history import faults
 KEY = a_record().key
 
 
-def history(*told: str) -> list[Change]:
+def history(*steps: str) -> list[Change]:
     """`x` puts that incarnation's live record, `x!` its end, `-` deletes the key, `x evicted` ends
     it and marks it.
     """
     changes: list[Change] = []
-    for revision, each in enumerate(told, 1):
+    for revision, each in enumerate(steps, 1):
         who = each.rstrip("!").removesuffix(" evicted")
         record = a_record(incarnation=who, ended="" if who == each else "over")
         if each == "-":
@@ -31,7 +31,7 @@ def history(*told: str) -> list[Change]:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "steps",
     [
         "",
         "a a a a! -",
@@ -42,12 +42,12 @@ def history(*told: str) -> list[Change]:
         "a - b b! -",
     ],
 )
-def test_a_history_in_order_has_no_fault(told: str) -> None:
-    assert faults(history(*(told.split("|") if "|" in told else told.split())), KEY) == []
+def test_a_history_in_order_has_no_fault(steps: str) -> None:
+    assert faults(history(*(steps.split("|") if "|" in steps else steps.split())), KEY) == []
 
 
 @pytest.mark.parametrize(
-    ("told", "fault"),
+    ("steps", "fault"),
     [
         ("a|b", "2: b took the rank from a, which had not ended"),
         ("a|a!|b|b!|a", "5: a is back after another has held the rank"),
@@ -56,8 +56,8 @@ def test_a_history_in_order_has_no_fault(told: str) -> None:
         ("a|a!|b|a!", "4: the end of a stands over b"),
     ],
 )
-def test_each_fault_is_found(told: str, fault: str) -> None:
-    assert faults(history(*told.split("|")), KEY) == [fault]
+def test_each_fault_is_found(steps: str, fault: str) -> None:
+    assert faults(history(*steps.split("|")), KEY) == [fault]
 
 
 def test_other_keys_are_passed_over() -> None:

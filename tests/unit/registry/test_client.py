@@ -206,7 +206,7 @@ def test_a_damaged_record_is_an_error_of_its_own(
         registry.resolve("qwen")
 
 
-def test_without_time_to_wait_an_etcd_that_is_away_is_told_at_once(
+def test_without_time_to_wait_an_etcd_that_is_away_is_reported_at_once(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries = iter(range(3))
@@ -259,7 +259,7 @@ def test_a_resolve_of_several_instances_looks_at_those_alone(registry: Registry)
     assert found.instance == "second"
 
 
-def test_what_changes_for_the_worse_while_a_resolve_waits_is_what_it_tells(
+def test_what_changes_for_the_worse_while_a_resolve_waits_is_what_it_reports(
     registry: Registry,
 ) -> None:
     feed = Feed(stored(A))

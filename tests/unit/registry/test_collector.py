@@ -47,7 +47,7 @@ def test_it_goes_on_after_work_that_fails() -> None:
     assert gc.isenabled()
 
 
-def test_who_has_turned_it_off_finds_it_off() -> None:
+def test_a_collector_that_was_off_stays_off() -> None:
     gc.disable()
     assert not running()
     assert not gc.isenabled()

@@ -1,4 +1,4 @@
-"""Work in a thread of its own: what it returns or raises comes back, and an interrupted wait does
+"""Work in a separate thread: what it returns or raises comes back, and an interrupted wait does
 not end it.
 """
 

@@ -1,4 +1,4 @@
-"""A first contact with a peer: in a thread of its own, bounded, and one that can be broken off.
+"""A first contact with a peer: in a separate thread, bounded, and one that can be broken off.
 
 The library waits for a peer for minutes, and longer if that sends a byte now and then. Only its
 sockets are in our hands, so they are shut down under it. A thread that came back from the library

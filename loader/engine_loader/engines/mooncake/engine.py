@@ -4,7 +4,7 @@ Over tcp and nvlink_intra every peer is read from by an engine for it alone: a r
 cannot be cancelled, but it ends with the engine that it was started on; and what has been learnt of
 a peer's memory is never learnt anew. Such an engine costs 1 ms, two threads and five file
 descriptors. Over rdma it would have to register all memory that is read into once more, so there
-the engine that serves also reads. First contacts are made on engines of their own in any case. At
+the engine that serves also reads. First contacts are made on separate engines in any case. At
 exit all reading ends, as no thread may come back from the library while Python ends.
 """
 
@@ -170,7 +170,7 @@ class MooncakeEngine(Closable, Engine):
                 raise _closed()
             reader = self._readers.get(peer)
             if reader is None:
-                # An engine of its own, or for a first contact, which needs no more than tcp.
+                # A separate engine, or for a first contact, which needs no more than tcp.
                 new = partial(
                     start,
                     self._host,

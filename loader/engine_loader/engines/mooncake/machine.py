@@ -12,7 +12,7 @@ _RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 def this_host() -> str:
-    """Also where containers of one machine have names of their own, or machines the same."""
+    """Also where containers of one machine have different names, or machines the same."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 

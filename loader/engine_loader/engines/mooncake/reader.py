@@ -1,6 +1,6 @@
 """Reads from one peer: by an engine for this peer alone, or by one that reads from all of them.
 
-An engine of its own can be ended, and its reads end with it. A shared one cannot, so its reads go
+An engine for one peer can be ended, and its reads end with it. A shared one cannot, so its reads go
 on after they are given up, until the peer answers or the way there is known to be cut.
 """
 
@@ -21,7 +21,7 @@ Ended = Callable[[], bool]
 
 
 class PeerReader:
-    """`start` makes an engine of its own; `shared`, where there is one, is what reads."""
+    """`start` makes an engine for this peer; `shared`, where there is one, is what reads."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class PeerReader:
         raise self.failed()
 
     def _meet(self, contact: Contact) -> Binding:
-        """On an engine of its own, as a peer that does not answer holds up all of an engine.
+        """On a separate engine, as a peer that does not answer holds up all of an engine.
 
         An engine that is shared meets the peer when that has just answered.
         """

@@ -55,7 +55,7 @@ def look_up_every(seconds: float, listener: socket.socket) -> None:
 def cut(addresses: Sequence[str], port: int) -> None:
     """Shuts down every connection of this process to that port, those that are being made included.
 
-    Whoever waits there for an answer gets none, at once.
+    A thread that waits there for an answer gets none, at once.
     """
     inodes = _inodes_of({_in_table(address, port) for address in addresses})
     for found in _copies(inodes) if inodes else ():

@@ -65,7 +65,7 @@ def start(host: str, family: str, protocol: str, device: str) -> Binding:
                 raise EngineUnavailable(
                     f"{host!r} is an address of {family}, but the transfer engine of this process "
                     f"was loaded to speak {spoken}",
-                    f"give a `host` of {spoken}, or do this in a process of its own",
+                    f"give a `host` of {spoken}, or do this in a separate process",
                 )
             look_up_every(_LOOK_UP_S, listener)
     return binding

@@ -1,7 +1,7 @@
 """The process beside a rank that owns its lease: started by `registration.keeper.process`, one a
 registration.
 
-A process of its own keeps the lease while the rank holds the GIL for minutes, and outlives the rank
+A separate process keeps the lease while the rank holds the GIL for minutes, and outlives the rank
 by the milliseconds that it takes to delete the rank's keys. Its threads: one that reads the rank's
 messages (the pipe's end means that the rank has died), one that waits on the rank's process (a
 forked child may hold the pipe open), and the main one, which alone talks to etcd.

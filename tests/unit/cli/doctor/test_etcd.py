@@ -84,7 +84,7 @@ def test_an_endpoint_that_does_not_answer_fails_or_warns_if_another_does(
     ("status", "role"),
     [(LEADER, "leader"), (FOLLOWER, "member"), (replace(FOLLOWER, learner=True), "learner")],
 )
-def test_an_endpoint_that_answers_is_told_with_version_time_and_role(
+def test_an_endpoint_that_answers_is_reported_with_version_time_and_role(
     status: MemberStatus, role: str
 ) -> None:
     (finding,) = judge_endpoints([seen(status=status)])
@@ -347,7 +347,7 @@ def test_each_kind_of_alarm_says_what_it_takes_to_end_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("namespace", "keys", "status", "told"),
+    ("namespace", "keys", "status", "words"),
     [
         ("", [], Status.OK, "no instance under /engines/"),
         ("", ["/prod/engines/a/0", "/prod/manifests/a/0"], Status.WARN, "give --namespace '/prod'"),
@@ -356,14 +356,14 @@ def test_each_kind_of_alarm_says_what_it_takes_to_end_it() -> None:
     ],
 )
 def test_an_empty_namespace_warns_if_another_is_in_use(
-    namespace: str, keys: list[str], status: Status, told: str
+    namespace: str, keys: list[str], status: Status, words: str
 ) -> None:
     finding = judge_namespace(namespace, [], keys)
     assert finding.status is status
-    assert told in finding.what + finding.mend
+    assert words in finding.what + finding.mend
 
 
-def test_a_namespace_in_use_is_told_with_its_instances() -> None:
+def test_a_namespace_in_use_is_reported_with_its_instances() -> None:
     statuses = [
         assess("a", [a_record(instance="a", rank=0, world_size=2)]),
         assess("b", [a_record(instance="b", rank=0, world_size=1)]),
@@ -383,7 +383,7 @@ def refused(reason: str) -> EtcdError:
     ("user", "error", "loopback", "certificate", "status", "what"),
     [
         (None, None, True, False, Status.OK, "off, and etcd is on this machine"),
-        (None, None, False, False, Status.WARN, "off: whoever reaches etcd"),
+        (None, None, False, False, Status.WARN, "off: any client that reaches etcd"),
         (None, None, False, True, Status.OK, "from the client certificate"),
         (None, refused("denied"), False, False, Status.OK, "from the client certificate"),
         (None, refused("credentials"), True, False, Status.FAIL, "no user was given"),
@@ -424,7 +424,7 @@ def all_of(job: str) -> tuple[Permission, ...]:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_who_has_the_permissions_of_the_table_may_do_the_job(job: str) -> None:
+def test_a_user_with_the_permissions_of_the_table_may_do_the_job(job: str) -> None:
     finding = judge_permissions(User("u", ("r",), all_of(job)), "/ns")
     assert finding.status is Status.OK
     assert job in finding.what.partition(":")[2]
@@ -432,7 +432,7 @@ def test_who_has_the_permissions_of_the_table_may_do_the_job(job: str) -> None:
     assert judge_permissions(User("u", ("r",), all_of(job)), "/other").status is Status.FAIL
 
 
-def test_who_may_write_one_instance_serves_that_one() -> None:
+def test_a_user_that_may_write_one_instance_serves_that_one() -> None:
     own = (
         on("/engines/", "r"),
         on("/engines/a/", "rw"),
@@ -447,7 +447,7 @@ def test_who_may_write_one_instance_serves_that_one() -> None:
     )
 
 
-def test_who_may_read_nothing_is_told_what_to_grant_and_root_that_it_is_too_much() -> None:
+def test_a_user_that_may_read_nothing_learns_what_to_grant_and_root_that_it_is_too_much() -> None:
     nobody = judge_permissions(User("u", ()), "/ns")
     assert (nobody.status, nobody.mend) == (
         Status.FAIL,
@@ -509,7 +509,7 @@ def test_an_etcd_that_gives_no_answer_refuses_nobody(reason: str | None) -> None
 
 
 @pytest.mark.parametrize("reason", ["credentials", "auth_off", "denied"])
-def test_an_etcd_that_refuses_who_asks_has_answered(reason: str) -> None:
+def test_an_etcd_that_refuses_the_user_has_answered(reason: str) -> None:
     login = Login(EtcdRefused("no", reason=reason))
     assert (login.unread, login.refused, login.denied) == (None, True, reason == "denied")
 

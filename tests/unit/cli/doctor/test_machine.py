@@ -128,7 +128,7 @@ def test_two_wheels_of_the_transfer_engine_fail_and_none_is_as_bad_as_it_is_need
     )
 
 
-def test_a_client_of_etcd_that_cannot_be_imported_is_told_with_the_versions() -> None:
+def test_a_client_of_etcd_that_cannot_be_imported_is_reported_with_the_versions() -> None:
     assert judge_etcd3(None, "0.12.0", "7.1", "1.85").status is Status.OK
     broken = judge_etcd3(TypeError("Descriptors cannot\n be created"), "0.12.0", "4.21", "")
     assert broken.status is Status.FAIL
@@ -517,7 +517,7 @@ def test_a_rank_that_answers_as_its_record_says_is_good() -> None:
         ({"header": {**HEADER, "read_s": 0.3}}, Status.WARN, "header read in 300 ms", "ping"),
     ],
 )
-def test_what_is_wrong_with_a_rank_is_told_with_what_mends_it(
+def test_what_is_wrong_with_a_rank_is_reported_with_what_mends_it(
     case: dict[str, Any], status: Status, what: str, mend: str
 ) -> None:
     finding = judged(**case)

@@ -1,4 +1,4 @@
-"""How `engines doctor` runs checks, and how it tells what they found, without etcd and without an
+"""How `engines doctor` runs checks, and how it reports what they found, without etcd and without an
 engine.
 """
 
@@ -146,7 +146,7 @@ def test_a_call_without_a_limit_of_its_own_gets_one() -> None:
         within(10, lambda: 1 // 0)
 
 
-# -- what is told
+# -- what is reported
 # --------------------------------------------------------------------------------------------------
 
 
@@ -158,13 +158,13 @@ def test_a_call_without_a_limit_of_its_own_gets_one() -> None:
         (Exception("two\n lines: check them"), "two lines: check them", ""),
     ],
 )
-def test_an_error_is_told_in_what_happened_and_in_what_to_do_if_it_is_ours(
+def test_an_error_is_reported_in_what_happened_and_in_what_to_do_if_it_is_ours(
     error: Exception, what: str, mend: str
 ) -> None:
     assert described(error) == (what, mend)
 
 
-def test_an_error_without_words_is_told_by_its_name() -> None:
+def test_an_error_without_words_is_reported_by_its_name() -> None:
     assert described(MemoryError()) == ("MemoryError", "")
 
 
@@ -194,7 +194,7 @@ def test_protocols_are_those_of_the_registry() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_connection_tells_whether_somebody_listens() -> None:
+def test_a_connection_shows_whether_somebody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert dial("127.0.0.1", port, 5).trouble is None
@@ -209,7 +209,7 @@ def test_a_listener_that_takes_no_connection_is_silent() -> None:
             assert dial("127.0.0.1", server.getsockname()[1], HANG_S).trouble is Trouble.SILENT
 
 
-def test_a_name_that_leads_nowhere_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_leads_nowhere_is_distinguished(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object, **__: object) -> object:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -278,7 +278,7 @@ def probe_that_runs(code: str, running: list[Probe], monkeypatch: pytest.MonkeyP
     return running[-1]
 
 
-def test_a_fact_is_heard_from_the_probe(
+def test_a_fact_is_received_from_the_probe(
     running: list[Probe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
@@ -303,7 +303,7 @@ def test_a_fact_is_heard_from_the_probe(
         ("raise SystemExit(3)", "ended with code 3"),
     ],
 )
-def test_a_probe_that_crashes_is_told_with_its_end(
+def test_a_probe_that_crashes_is_reported_with_its_end(
     code: str, how: str, running: list[Probe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe = probe_that_runs(code, running, monkeypatch)

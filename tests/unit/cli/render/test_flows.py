@@ -136,7 +136,7 @@ def test_without_a_ticket_it_is_not_known_how_much_is_loaded() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_who_reads_is_named_with_how_far_it_is_and_the_rest_are_counted() -> None:
+def test_readers_are_named_with_how_far_they_are_and_the_rest_are_counted() -> None:
     pulls = [
         pull("a/0", "b/0", 63),
         pull("a/0", "host", 0),
@@ -170,7 +170,7 @@ def test_the_object_of_a_pull_keeps_its_fields() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_the_tree_has_complete_ranks_at_its_roots_and_below_each_who_reads() -> None:
+def test_the_tree_has_complete_ranks_at_its_roots_and_below_each_its_readers() -> None:
     pulls = [pull("b/0", "c/0", 41), pull("a/0", "b/0", 63), pull("a/0", "host", 12)]
     assert drawn(Flows([A, B, C], pulls)) == [
         "a/0  ready",
@@ -180,7 +180,7 @@ def test_the_tree_has_complete_ranks_at_its_roots_and_below_each_who_reads() -> 
     ]
 
 
-def test_who_reads_from_several_stands_below_each_and_what_is_below_it_once() -> None:
+def test_a_reader_of_several_stands_below_each_and_what_is_below_it_once() -> None:
     d = rank("d/0")
     pulls = [
         pull("a/0", "b/0", 63),

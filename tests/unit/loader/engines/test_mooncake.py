@@ -130,7 +130,7 @@ def rdma_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         ("nvlink_intra", {"MC_FORCE_TCP": None, "MC_INTRANODE_NVLINK": "1"}),
     ],
 )
-def test_the_protocol_is_told_through_the_environment_which_is_then_as_before(
+def test_the_protocol_is_set_through_the_environment_which_is_then_as_before(
     library: Library, monkeypatch: pytest.MonkeyPatch, protocol: str, wanted: dict[str, str | None]
 ) -> None:
     for name in ("MC_FORCE_TCP", "MC_INTRANODE_NVLINK", "MC_LOG_LEVEL"):
@@ -208,7 +208,7 @@ def test_a_host_that_leads_nobody_to_this_machine_is_refused(library: Library, h
         ("[::1]", "[::1]:15000", "::1", "1"),
     ],
 )
-def test_the_family_of_the_host_is_told_through_the_environment(
+def test_the_family_of_the_host_is_set_through_the_environment(
     library: Library,
     monkeypatch: pytest.MonkeyPatch,
     host: str,
@@ -267,7 +267,9 @@ def test_a_library_that_cannot_be_imported_is_unavailable(monkeypatch: pytest.Mo
         ("[Errno 24] Too many open files: '/x'", "raise ulimit -n"),
     ],
 )
-def test_what_is_missing_is_told_with_the_package_that_has_it(complaint: str, advice: str) -> None:
+def test_what_is_missing_is_reported_with_the_package_that_has_it(
+    complaint: str, advice: str
+) -> None:
     assert advice in str(EngineUnavailable(*_what_to_install(complaint)))
 
 
@@ -298,7 +300,7 @@ def test_only_other_protocols_than_tcp_have_the_library_register_what_is_lent(
             assert library.registered == {}
 
 
-def test_more_pieces_of_memory_than_peers_could_be_told_of_are_refused(
+def test_more_pieces_of_memory_than_peers_can_learn_of_are_refused(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine_loader.engines.mooncake.engine._MAX_REGIONS", 2)
@@ -345,7 +347,7 @@ def engine(library: Library, request: pytest.FixtureRequest) -> Iterator[Mooncak
 def test_over_tcp_each_peer_has_an_engine_of_its_own_and_over_rdma_one_reads_from_all(
     engine: MooncakeEngine, library: Library
 ) -> None:
-    """And over both the first contact with a peer is made on an engine of its own."""
+    """And over both the first contact with a peer is made on a separate engine."""
     other = "127.0.0.2:1"
     for session_id in (PEER, other, PEER):
         engine.connect(session_id)
@@ -377,7 +379,7 @@ def test_a_read_is_asked_about_until_it_is_over_and_never_again(
         engine.done(number)
 
 
-def test_a_read_that_failed_is_told_and_one_that_timed_out_may_still_write(
+def test_a_read_that_failed_is_reported_and_one_that_timed_out_may_still_write(
     engine: MooncakeEngine, library: Library
 ) -> None:
     library.answers = [-2, -1]
@@ -407,7 +409,9 @@ def test_first_contacts_made_at_once_each_start_under_the_right_environment_and_
     assert "MC_FORCE_TCP" not in os.environ
 
 
-def test_nobody_at_the_address_is_told_by_the_first_contact(engine: MooncakeEngine) -> None:
+def test_an_address_where_nobody_listens_is_found_by_the_first_contact(
+    engine: MooncakeEngine,
+) -> None:
     with pytest.raises(ReadFailed, match=r"cannot read from 127\.0\.0\.99:1"):
         engine.connect("127.0.0.99:1")
     with pytest.raises(ReadFailed):

@@ -48,7 +48,7 @@ def test_the_quickest_that_a_source_is_served_over_is_chosen(
     assert protocol_for(served(*ways)) == protocol
 
 
-def test_what_this_machine_lacks_is_not_chosen_and_all_of_it_is_told(
+def test_what_this_machine_lacks_is_not_chosen_and_all_of_it_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     have(monkeypatch, "tcp")

@@ -1,5 +1,5 @@
 """Tensors are filled from safetensors files: whole and in part, tied, of every dtype; what does not
-fit is told before a read.
+fit is reported before a read.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def test_tensors_tied_here_may_be_stored_one_by_one_if_their_bytes_are_the_same(
     other = embed.clone()
     other.view(torch.uint8)[-1, -1] ^= 1
     save_file({"head": other}, tmp_path / "2.safetensors")
-    told = "head: shares memory with embed here, but not in the same way in the source"
-    with pytest.raises(WeightsMismatch, match=told):
+    words = "head: shares memory with embed here, but not in the same way in the source"
+    with pytest.raises(WeightsMismatch, match=words):
         read_into(tmp_path, {"embed": tied, "head": tied})
 
 
@@ -160,7 +160,7 @@ def test_views_of_one_memory_are_filled_at_once(tmp_path: Path, counted: list[in
     assert counted == [4000]
 
 
-def test_every_difference_is_told_in_one_error_before_a_byte_is_read(
+def test_every_difference_is_reported_in_one_error_before_a_byte_is_read(
     tmp_path: Path, counted: list[int]
 ) -> None:
     save_file(
@@ -230,7 +230,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(
         read_into(path, {"w": torch.zeros(1000)})
 
 
-def test_an_error_of_the_disk_is_told_with_the_files_name(
+def test_an_error_of_the_disk_is_reported_with_the_files_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.safetensors"

@@ -57,12 +57,12 @@ def names_of(paths: Path | list[Path], rank: int | None = None) -> list[str]:
 
 def refusal(path: Path) -> str:
     """Of the path, in one line, by each way of reading."""
-    told = set()
+    messages = set()
     for read in (by_read_weights, by_read_into):
         with pytest.raises(WeightsFileInvalid) as caught:
             read(path, None, "a")
-        told.add(str(caught.value))
-    (message,) = told
+        messages.add(str(caught.value))
+    (message,) = messages
     assert "\n" not in message
     assert message.isprintable()
     return message
@@ -102,9 +102,9 @@ def test_files_that_the_index_leaves_out_are_logged(
     write_index(tmp_path, {"a": "model-1.safetensors"})
     with caplog.at_level(logging.WARNING, "engine_loader"):
         assert read(tmp_path, None, "a") == {"a": 1}
-    (told,) = caplog.records
-    assert f"{INDEX}, which decides, so these files are not read: adapter_" in told.getMessage()
-    assert told.getMessage().endswith("; consolidated.safetensors")
+    (record,) = caplog.records
+    assert f"{INDEX}, which decides, so these files are not read: adapter_" in record.getMessage()
+    assert record.getMessage().endswith("; consolidated.safetensors")
 
 
 def test_files_beside_a_whole_one_are_logged(tmp_path: Path, caplog: Caplog) -> None:
@@ -168,8 +168,8 @@ def test_an_only_index_counts_whatever_its_name_and_several_are_refused(tmp_path
     write_index(tmp_path, {"a": "b.safetensors"}, "model.fp16.safetensors.index.json")
     assert names_of(tmp_path) == ["b.safetensors"]
     write_index(tmp_path, {"a": "a.safetensors"}, "model.fp8.safetensors.index.json")
-    told = refusal(tmp_path)
-    assert "has several indices: name one of them instead: model.fp16" in told
+    message = refusal(tmp_path)
+    assert "has several indices: name one of them instead: model.fp16" in message
     write_index(tmp_path, {"a": "a.safetensors"})
     assert names_of(tmp_path) == ["a.safetensors"]
 
@@ -193,9 +193,9 @@ def test_the_links_of_a_hub_cache_lead_out_of_its_folder(read: Read, tmp_path: P
     (snapshot / INDEX).symlink_to(f"../../blobs/{index.name}")
     assert read(snapshot, None, "a") == {"a": 1}
     blob.unlink()
-    told = refusal(snapshot)
-    assert "model-1.safetensors, which model.safetensors.index.json names, is a link to" in told
-    assert "../../blobs/abc, which does not exist: download the file again" in told
+    message = refusal(snapshot)
+    assert "model-1.safetensors, which model.safetensors.index.json names, is a link to" in message
+    assert "../../blobs/abc, which does not exist: download the file again" in message
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -293,9 +293,9 @@ def test_what_cannot_be_read_is_named_in_one_line_with_its_remedy(
     folder = tmp_path / "folder"
     folder.mkdir()
     damage(folder)
-    told = refusal(folder)
-    assert words in told
-    assert str(folder) in told
+    message = refusal(folder)
+    assert words in message
+    assert str(folder) in message
 
 
 def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -335,9 +335,9 @@ def test_a_path_that_no_system_has_is_refused(name: str) -> None:
 )
 def test_an_index_of_something_else_is_named(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(text)
-    told = refusal(tmp_path)
-    assert words in told
-    assert str(tmp_path) in told
+    message = refusal(tmp_path)
+    assert words in message
+    assert str(tmp_path) in message
 
 
 values = st.recursive(

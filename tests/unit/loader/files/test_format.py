@@ -86,8 +86,8 @@ def test_a_dtype_that_torch_lacks_is_refused_with_the_name_of_the_tensor(
 ) -> None:
     header = {"odd": a_tensor(dtype, shape, nbytes), "w": a_tensor("U8", [2], 2, nbytes)}
     path = write_raw(tmp_path / "w.safetensors", header, bytes(range(nbytes + 2)))
-    told = f"has no dtype for odd: {dtype} {shape}: upgrade torch"
-    with pytest.raises(WeightsFileInvalid, match=re.escape(told)):
+    words = f"has no dtype for odd: {dtype} {shape}: upgrade torch"
+    with pytest.raises(WeightsFileInvalid, match=re.escape(words)):
         read_weights(path)
     found = {"w": torch.zeros(2, dtype=torch.uint8)}
     read_into(path, found)

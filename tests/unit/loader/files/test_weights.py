@@ -467,7 +467,7 @@ def test_a_folder_of_a_files_name_is_never_replaced(tmp_path: Path) -> None:
         WholeFiles(tmp_path, force=True)
 
 
-def test_where_nothing_can_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_is_reported_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
         WeightsFileInvalid, match=re.escape(f"cannot write {tmp_path / 'file' / 'out'}: ")

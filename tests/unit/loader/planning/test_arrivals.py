@@ -208,7 +208,7 @@ def test_of_a_tensor_that_comes_in_lines_all_is_read_again_unless_it_is_whole() 
         ([staged(EVEN), *[span(addr, 2) for addr in (102, 106, 110, 114)]], ["a", "tied", "none"]),
     ],
 )
-def test_the_tensors_that_are_whole_are_told_by_name(came: list[Span], complete: list[str]) -> None:
+def test_the_tensors_that_are_whole_are_named(came: list[Span], complete: list[str]) -> None:
     tensors = (
         tensor("a", 100, 16),
         tensor("b", 116, 16),

@@ -82,7 +82,7 @@ def cuttings(draw: st.DrawFn) -> tuple[Box, list[Box]]:
 
 
 @given(cuttings(), st.data())
-def test_a_partition_is_told_from_what_is_none(
+def test_a_partition_is_distinguished_from_what_is_none(
     cutting: tuple[Box, list[Box]], data: st.DataObject
 ) -> None:
     whole, parts = cutting

@@ -38,7 +38,7 @@ def a_box(
 
 
 def offered(*entries: TensorEntry, own: int | None = None) -> list[Origin]:
-    """Each by a rank of its own."""
+    """Each by a separate rank."""
     return [
         Origin(f"a/{number}", a_manifest(entry), number == own)
         for number, entry in enumerate(entries)
@@ -52,16 +52,16 @@ def parts(origins: list[Origin], wanted: TensorEntry) -> list[Span]:
 
 
 def problem(origins: list[Origin], wanted: TensorEntry) -> str:
-    found, told = Offers(origins).parts_of(wanted)
+    found, message = Offers(origins).parts_of(wanted)
     assert found == []
-    return told
+    return message
 
 
 # -- whom from
 # --------------------------------------------------------------------------------------------------
 
 
-def test_who_holds_the_same_is_read_from_and_nobody_else() -> None:
+def test_ranks_that_hold_the_same_are_read_from_and_no_others() -> None:
     whole, half = a_box((0,), (8,), (8,)), a_box((0,), (4,), (8,))
     assert parts(offered(half, whole, whole), a_box((0,), (8,), (8,), addr=5000)) == [
         Span(5000, 8, ((1, 1000), (2, 1000)))
@@ -110,7 +110,7 @@ def test_a_tensor_without_elements_needs_nobody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("offers", "wanted", "told"),
+    ("offers", "wanted", "message"),
     [
         pytest.param(
             [a_box((0,), (4,), (8,)), a_box((6,), (2,), (8,))],
@@ -145,10 +145,10 @@ def test_a_tensor_without_elements_needs_nobody() -> None:
         ),
     ],
 )
-def test_what_is_in_the_way_is_told(
-    offers: list[TensorEntry], wanted: TensorEntry, told: str
+def test_what_is_in_the_way_is_reported(
+    offers: list[TensorEntry], wanted: TensorEntry, message: str
 ) -> None:
-    assert problem(offered(*offers), wanted) == told
+    assert problem(offered(*offers), wanted) == message
 
 
 # -- who is needed

@@ -93,7 +93,7 @@ def test_readers_that_are_not_registered_count_and_those_that_are_not_any_more_d
     assert costs([ROOT], [pull(ready("before"))], {"root"}, 0.1) == {"root": 1}
 
 
-def test_who_reads_from_me_directly_or_not_is_never_read_from() -> None:
+def test_a_reader_of_mine_directly_or_not_is_never_read_from() -> None:
     pulls = [pull(A, B), pull(B, C)]
     assert costs([ROOT, B, C], pulls, {"root", "a", "b", "c"}, 0.1, me="a").keys() == {"root"}
     assert costs([ROOT, A, C], pulls, {"root", "a", "b", "c"}, 0.1, me="b").keys() == {"root", "a"}
@@ -120,16 +120,16 @@ names = st.sampled_from(["root", "a", "b", "c", "d", "elsewhere", ""])
 
 @given(st.lists(st.tuples(names, names), max_size=12), st.sampled_from(["", "a", "b", "c"]))
 def test_whatever_tickets_say_there_is_an_answer_and_never_one_that_reads_from_me(
-    told: list[tuple[str, str]], me: str
+    tickets: list[tuple[str, str]], me: str
 ) -> None:
     pulls = [
         a_pull(incarnation=source, reader=Reader("x", 0, reader) if reader != "elsewhere" else None)
-        for source, reader in told
+        for source, reader in tickets
     ]
     cost = costs([ROOT, A, B, C], pulls, {"root", "a", "b", "c", "d"}, 0.1, me)
     assert all(value >= 1 for value in cost.values())
     children: dict[str, set[str]] = {}
-    for source, reader in told:
+    for source, reader in tickets:
         if reader in {"a", "b", "c", "d", "root"} - {me}:
             children.setdefault(source, set()).add(reader)
     behind, ahead = set[str](), [me]

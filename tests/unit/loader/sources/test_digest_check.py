@@ -1,5 +1,5 @@
 """Digests of sources in whatever layout beside ours: what differs is named, what nothing proves is
-told before it is read.
+reported before it is read.
 """
 
 from __future__ import annotations

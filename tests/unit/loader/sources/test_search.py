@@ -127,7 +127,7 @@ def test_instances_of_another_model_than_the_first_are_not_mixed_in() -> None:
     )
 
 
-def test_what_cannot_be_reached_is_never_chosen_and_all_of_it_is_told() -> None:
+def test_what_cannot_be_reached_is_never_chosen_and_all_of_it_is_reported() -> None:
     unreachable = [one("a", protocol="rdma")], [one("b", fabric="island")]
     engine = InProcessEngine(fabric="mainland")
     assert find(Ready(*unreachable, [one("c")]), engine=engine) == ["c/0"]
@@ -189,7 +189,7 @@ def test_those_to_avoid_are_left_out_even_if_none_is_left() -> None:
     assert find(registry, avoid={"a" * 32, "b" * 32}) == []
 
 
-def test_a_rank_that_no_instance_has_is_told_with_those_there_are() -> None:
+def test_a_rank_that_no_instance_has_is_reported_with_those_there_are() -> None:
     with pytest.raises(InvalidField, match="there is no rank 1: 'a' has the ranks 0 to 0"):
         find(Ready([one("a")]), rank=1, boxes=False)
     assert find(
@@ -261,7 +261,7 @@ def test_that_no_instance_can_be_reached_as_a_whole_names_the_ranks_in_the_way()
     assert instances(registry, rank=0) == []  # there is one that may hold the same
 
 
-def test_a_rank_that_only_an_older_version_has_is_told_with_those_of_the_newest() -> None:
+def test_a_rank_that_only_an_older_version_has_is_reported_with_those_of_the_newest() -> None:
     registry = Ready(shards_of("a", "", "", version=3), shards_of("b", "", version=4))
     with pytest.raises(InvalidField, match="there is no rank 1: 'b' has the ranks 0 to 0"):
         find(registry, rank=1, boxes=False)
@@ -361,7 +361,7 @@ def test_one_that_is_to_be_avoided_does_not_count_as_a_reader_whatever_its_ticke
     ) == ["a", "…"]
 
 
-def test_who_is_registered_no_more_reads_from_complete_ones_only() -> None:
+def test_a_rank_that_is_registered_no_more_reads_from_complete_ones_only() -> None:
     assert by_rank(one("root"), loading("a", 2), me="lost" * 8) == ["root"]
 
 
@@ -373,7 +373,7 @@ def test_complete_ranks_without_a_reader_are_read_at_once_where_others_are_loadi
     assert by_rank(one("x"), one("y"), one("z"), loading("a", 2), max_sources=1)[1:] == ["…"]
 
 
-def test_who_may_not_see_the_tickets_reads_all_the_same() -> None:
+def test_a_user_that_may_not_see_the_tickets_reads_all_the_same() -> None:
     assert by_rank(one("root"), loading("a", 2), refuse=True) == ["a", "…"]
 
 

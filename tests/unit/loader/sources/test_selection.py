@@ -192,7 +192,7 @@ def test_why_the_first_does_not_fit_is_raised_where_none_does() -> None:
         chosen([Ranks("qwen", WHOLE, gone=[0])])
 
 
-def test_the_weights_of_one_rank_are_told_by_its_own_name() -> None:
+def test_the_weights_of_one_rank_are_found_by_its_own_name() -> None:
     team = Ranks("a", half(0))
     with pytest.raises(WeightsMismatch, match="the weights of a/0 do not match"):
         selection_of([team], a_manifest(WHOLE)).choose(found_of([], [team.records[0]]))

@@ -1,4 +1,4 @@
-"""Which of the ranks that run may be loaded from, as far as their records tell."""
+"""Which of the ranks that run may be loaded from, as far as their records say."""
 
 from __future__ import annotations
 

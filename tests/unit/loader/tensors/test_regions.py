@@ -162,7 +162,7 @@ def test_storages_that_overlap_in_a_foreign_buffer_become_one_region(
         buffer.release()
 
 
-def test_all_that_cannot_be_used_is_told_at_once() -> None:
+def test_all_that_cannot_be_used_is_reported_at_once() -> None:
     tensors = {
         "good": torch.zeros(3),
         **{name: torch.zeros(2, 2, device="meta") for name in ("a", "b")},

@@ -104,7 +104,7 @@ def test_what_is_no_plain_data_is_refused_by_name(value: Any, said: str) -> None
         encode_values({"train.step": 3, "train.x": value})
 
 
-def test_all_that_is_no_plain_data_is_told_at_once() -> None:
+def test_all_that_is_no_plain_data_is_reported_at_once() -> None:
     with pytest.raises(TensorsUnusable) as caught:
         encode_values({"a": object(), "b": 1, "c": set()})
     assert [problem.split(":")[0] for problem in caught.value.details["problems"]] == ["a", "c"]

@@ -110,22 +110,22 @@ UNUSABLE: dict[str, tuple[Callable[[], object], str]] = {
     "an array": (lambda: [1.0, 2.0], "is a list, not a tensor"),
     "nothing": (lambda: None, "is a NoneType, not a tensor"),
     "freed": (freed, "has no memory: its storage was freed"),
-    "fake": (fake, "is a FakeTensor without memory of its own: make it outside of FakeTensorMode"),
+    "fake": (fake, "is a FakeTensor without its own memory: make it outside of FakeTensorMode"),
     "a fake parameter": (
         lambda: torch.nn.Parameter(fake()),
-        ("is a FakeTensor without memory of its own"),
+        ("is a FakeTensor without its own memory"),
     ),
-    "functional": (functional, "is a FunctionalTensor without memory of its own"),
+    "functional": (functional, "is a FunctionalTensor without its own memory"),
     "zeros that are never written": (
         lambda: torch._efficientzerotensor((3,)),
-        "is a Tensor without memory of its own: give one from outside of what torch traces",
+        "is a Tensor without its own memory: give one from outside of what torch traces",
     ),
     "shorter": (shorter, "reaches to byte 32 of a storage that has 16: it was resized"),
     "two in one": (
         lambda: TwoTensor(torch.zeros(3), torch.zeros(3)),
-        rf"is a TwoTensor without memory of its own: {INSIDE}, .* \(a, b\)",
+        rf"is a TwoTensor without its own memory: {INSIDE}, .* \(a, b\)",
     ),
-    "a wrapper": (Wrapper, "is a Wrapper without memory of its own"),
+    "a wrapper": (Wrapper, "is a Wrapper without its own memory"),
     "a wrapper without strides": (lambda: Wrapper("strides"), "is a Wrapper"),
     "a wrapper without sizes": (
         lambda: Wrapper("sizes"),

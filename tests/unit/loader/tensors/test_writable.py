@@ -37,7 +37,7 @@ def from_bytes(_: Path) -> torch.Tensor:
 
 
 def loaded(folder: Path) -> torch.Tensor:
-    """torch maps the file, and gets pages of its own where it writes."""
+    """torch maps the file, and gets separate pages where it writes."""
     save_file({"w": torch.zeros(PAGE, dtype=torch.uint8)}, folder / "w.safetensors")
     return load_file(folder / "w.safetensors")["w"]
 

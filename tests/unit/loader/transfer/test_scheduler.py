@@ -68,7 +68,7 @@ class Buffers:
 
 
 class Bench:
-    """A destination, and sources that hold what it wants; `check`s of sources succeed unless told
+    """A destination, and sources that hold what it wants; `check`s of sources succeed unless set
     otherwise.
     """
 
@@ -333,7 +333,7 @@ def test_a_source_that_ends_is_lost(bench: Bench) -> None:
     bench.assert_nothing_is_in_flight()
 
 
-def test_what_the_registry_tells_ends_the_reading_at_once(bench: Bench) -> None:
+def test_what_the_registry_reports_ends_the_reading_at_once(bench: Bench) -> None:
     news: list[LoaderError] = []
     bench.source(delay_s=0.002, lost=lambda: news[0] if news else None)
     bench.read_with(Interrupted(lambda: news.append(SourceLost("evicted")), at=3))
@@ -483,7 +483,7 @@ def test_a_source_that_never_answers_does_not_keep_the_others_from_finishing(ben
         ([Stalled("silent"), TornRead("changed")], TornRead),
     ],
 )
-def test_when_none_is_left_the_error_tells_what_became_of_each(
+def test_when_none_is_left_the_error_says_what_became_of_each(
     bench: Bench, errors: list[LoaderError], kind: type
 ) -> None:
     for error in errors:
@@ -642,7 +642,7 @@ def halves(bench: Bench) -> list[Span]:
     ]
 
 
-def test_each_part_comes_from_who_holds_it(bench: Bench) -> None:
+def test_each_part_comes_from_a_source_that_holds_it(bench: Bench) -> None:
     bench.source(ALWAYS[: NBYTES // 2], delay_s=0.002)
     bench.source(bytes(NBYTES // 2) + ALWAYS[NBYTES // 2 :])
     transfer = Transfer(
@@ -983,7 +983,7 @@ def test_every_protocol_has_a_pace() -> None:
 
 
 class Shelf:
-    """What the source that is `number` in a bench has: nothing before it is told."""
+    """What the source that is `number` in a bench has: nothing before it is set."""
 
     def __init__(self, bench: Bench, number: int = 0) -> None:
         self._bench = bench

@@ -56,7 +56,7 @@ def words(launch: int, nbytes: int = NBYTES) -> bytes:
 
 
 class ManualClock:
-    """Moves when it is told to, and keeps the work of a transfer until somebody lets it run."""
+    """Moves when it is asked to, and keeps the work of a transfer until somebody lets it run."""
 
     def __init__(self) -> None:
         self.time = 1000.0
@@ -187,11 +187,11 @@ def a_check_fails(kind: type[LoaderError]) -> Fault:
     return lambda machine, one, at: one.check_fails.append(kind("as the test wants"))
 
 
-def the_registry_tells(kind: type[LoaderError]) -> Fault:
-    def tell(machine: TransferMachine, one: Served, at: int) -> None:
+def the_registry_reports(kind: type[LoaderError]) -> Fault:
+    def arrive(machine: TransferMachine, one: Served, at: int) -> None:
         one.news = kind("as the test wants")
 
-    return tell
+    return arrive
 
 
 Fault = Callable[["TransferMachine", Served, int], object]
@@ -201,8 +201,8 @@ FAULTS: dict[str, Fault] = {
     "a check finds another process": a_check_fails(SourceLost),
     "it changes": lambda machine, one, at: one.change(),
     "it dies": lambda machine, one, at: one.engine.close(),
-    "it is withdrawn": the_registry_tells(SourceLost),
-    "it is evicted": the_registry_tells(SourceEvicted),
+    "it is withdrawn": the_registry_reports(SourceLost),
+    "it is evicted": the_registry_reports(SourceEvicted),
 }
 
 

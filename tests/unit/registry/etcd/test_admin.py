@@ -1,4 +1,4 @@
-"""What etcd tells an operator: which keys permissions cover, and numbers in answers that the
+"""What an operator learns from etcd: which keys permissions cover, and numbers in answers that the
 client's classes do not know.
 """
 

@@ -193,7 +193,7 @@ def test_no_status_of_grpc_gets_out_as_it_is(code: grpc.StatusCode, details: str
         ),
     ],
 )
-def test_an_answer_of_etcd_is_told_as_what_it_means(
+def test_an_answer_of_etcd_becomes_the_error_that_it_means(
     code: grpc.StatusCode, details: str, kind: type[EtcdError], said: str
 ) -> None:
     error = error_of(Answer(code, details))
@@ -293,7 +293,7 @@ def test_a_call_that_is_refused_is_not_repeated_and_keeps_its_connection() -> No
 
 
 @pytest.mark.parametrize(
-    ("first", "told"),
+    ("first", "words"),
     [
         ("etcdserver: rpc not supported for learner", "is a learner"),
         ("etcdserver: no leader", "no leader"),
@@ -301,7 +301,7 @@ def test_a_call_that_is_refused_is_not_repeated_and_keeps_its_connection() -> No
     ],
 )
 def test_a_last_try_that_was_too_short_does_not_hide_what_etcd_said_before(
-    first: str, told: str
+    first: str, words: str
 ) -> None:
     tries = iter(
         [Answer(Status.UNAVAILABLE, first), Answer(Status.DEADLINE_EXCEEDED, "Deadline Exceeded")]
@@ -310,7 +310,7 @@ def test_a_last_try_that_was_too_short_does_not_hide_what_etcd_said_before(
     def fail(_: Client) -> NoReturn:
         raise next(tries)
 
-    with pytest.raises(EtcdUnavailable, match=told):
+    with pytest.raises(EtcdUnavailable, match=words):
         Unconnected().call(fail, stop=tenacity.stop_after_attempt(2))
 
 

@@ -1,5 +1,5 @@
 """Renewals over one stream: each answer is for who asked, in the order of asking, and a stream that
-ends tells everybody.
+ends wakes everybody.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def test_a_stream_that_is_over_leaves_neither_a_thread_nor_its_call(etcd: Etcd, 
         wait_until(lambda: answers.ended is not None)
     del stream
     wait_until(lambda: not threads())
-    assert asked.get(timeout=HANG_S) is None  # whoever reads the requests is told as well
+    assert asked.get(timeout=HANG_S) is None  # the reader of the requests learns it as well
     wait_until(lambda: call() is None)
 
 

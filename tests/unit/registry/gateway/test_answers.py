@@ -81,7 +81,7 @@ def test_a_rank_that_has_not_changed_is_rendered_once_but_looked_up_every_time(
     assert (etcd.gets, etcd.manifests) == (2, 1)
 
 
-def test_who_asks_while_a_look_is_under_way_gets_the_answer_of_one_that_began_later(
+def test_a_request_while_a_look_is_under_way_gets_the_answer_of_one_that_began_later(
     etcd: SlowEtcd,
 ) -> None:
     publish(etcd, session_id="old:1")
@@ -106,7 +106,7 @@ def test_who_asks_while_a_look_is_under_way_gets_the_answer_of_one_that_began_la
     assert etcd.gets < 5
 
 
-def test_one_who_goes_away_does_not_take_the_answer_from_the_others(etcd: SlowEtcd) -> None:
+def test_a_client_that_goes_away_does_not_take_the_answer_from_the_others(etcd: SlowEtcd) -> None:
     publish(etcd)
 
     async def main() -> bytes:

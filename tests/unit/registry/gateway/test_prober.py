@@ -47,7 +47,7 @@ class Feed(Follower):
 
 
 class World:
-    """An etcd, seeds that answer as they are told, and a prober over them that looks without a
+    """An etcd, seeds that answer as they are set, and a prober over them that looks without a
     pause.
     """
 

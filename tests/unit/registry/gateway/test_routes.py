@@ -47,7 +47,7 @@ LIMITS = Limits(body_nbytes=10_000, bodies_nbytes=20_000, tensors=50)
 
 
 class Client:
-    """Asks an app without a network, in an event loop of its own."""
+    """Asks an app without a network, in a separate event loop."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._loop = asyncio.new_event_loop()
@@ -215,7 +215,7 @@ def test_a_rank_outside_of_the_world_size_is_refused_with_what_to_give(service: 
         assert word in answer.json()["detail"]
 
 
-def test_what_is_malformed_is_told_and_leaves_nothing_in_etcd(service: Service) -> None:
+def test_what_is_malformed_is_reported_and_leaves_nothing_in_etcd(service: Service) -> None:
     for answer in (
         service.client.put(REGISTER, content=b"{"),
         service.client.put(REGISTER),
@@ -345,7 +345,7 @@ def test_a_rank_of_our_library_is_served_while_it_is_ready_and_not_while_its_wei
     assert get().status_code == 200
 
 
-def test_a_record_or_manifest_that_cannot_be_read_is_told(service: Service) -> None:
+def test_a_record_or_manifest_that_cannot_be_read_is_reported(service: Service) -> None:
     service.etcd.put("/engines/q/0", b"{")
     service.etcd.put("/engines/q/1", encode(a_record(instance="q", rank=1)))
     for rank, words in ((0, "is damaged"), (1, "manifest of /engines/q/1 is not there")):
@@ -365,7 +365,7 @@ def test_an_etcd_that_is_away_is_a_503_that_says_so(service: Service) -> None:
     assert service.client.get("/health").text == "OK"
 
 
-def test_unknown_paths_and_methods_are_told(service: Service) -> None:
+def test_unknown_paths_and_methods_are_reported(service: Service) -> None:
     assert "/nowhere" in service.client.get("/nowhere").json()["detail"]
     assert service.client.get("/health/").status_code == 404
     assert service.client.request("POST", REGISTER).status_code == 405

@@ -267,8 +267,8 @@ def test_whatever_tensors_are_taken_can_be_stored_and_read_again(weights: dict[s
         return
     ref, parts = encode(manifest)
     assert decode("/engines/q/0", ref, parts) == manifest
-    _, told = json.loads(render(a_record(), manifest))["remote_instance_transfer_engine_info"]
-    assert told == weights
+    _, info = json.loads(render(a_record(), manifest))["remote_instance_transfer_engine_info"]
+    assert info == weights
 
 
 @pytest.mark.parametrize(
@@ -286,12 +286,12 @@ def test_whatever_tensors_are_taken_can_be_stored_and_read_again(weights: dict[s
         ("packed", (3,), 4, [4, 1]),
     ],
 )
-def test_a_tensor_of_a_library_rank_is_told_by_its_elements_and_their_size(
+def test_a_tensor_of_a_library_rank_is_reported_by_its_elements_and_their_size(
     dtype: str, shape: tuple[int, ...], nbytes: int, wanted: list[int]
 ) -> None:
     manifest = a_manifest(an_entry("w", 4096, nbytes, dtype=dtype, shape=shape))
-    told = json.loads(render(a_record(), manifest))["remote_instance_transfer_engine_info"]
-    assert told == ["10.0.0.1:15000", {"w": [4096, *wanted]}]
+    info = json.loads(render(a_record(), manifest))["remote_instance_transfer_engine_info"]
+    assert info == ["10.0.0.1:15000", {"w": [4096, *wanted]}]
 
 
 @pytest.mark.parametrize(

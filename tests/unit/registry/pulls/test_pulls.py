@@ -1,5 +1,5 @@
 """Pull tickets: issued while the record stands, also where etcd's first answer was lost; what they
-tell, and who sees it.
+say, and who sees it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_a_record_that_has_changed_gives_no_ticket(etcd: FakeEtcd, read: RankRec
 # --------------------------------------------------------------------------------------------------
 
 
-def told(etcd: FakeEtcd) -> list[tuple[int, int]]:
+def progress_in(etcd: FakeEtcd) -> list[tuple[int, int]]:
     return [(pull.nbytes, pull.total_nbytes) for pull in all_pulls(etcd)]
 
 
@@ -98,19 +98,19 @@ def test_a_ticket_says_who_reads_and_for_whom(etcd: FakeEtcd, read: RankRecord) 
             assert pull.create_revision > 0
 
 
-def test_what_a_ticket_is_told_shows_and_only_when_it_changes(
+def test_the_progress_of_a_ticket_is_written_and_only_when_it_changes(
     etcd: FakeEtcd, held: PullTicket
 ) -> None:
     held.report(5, 10)
-    wait_until(lambda: told(etcd) == [(5, 10)])
+    wait_until(lambda: progress_in(etcd) == [(5, 10)])
     writes = len(etcd.history)
     held.report(5, 10)
     held.report(7, 10)
-    wait_until(lambda: told(etcd) == [(7, 10)])
+    wait_until(lambda: progress_in(etcd) == [(7, 10)])
     assert len(etcd.history) == writes + 1
 
 
-def test_telling_waits_for_nothing(
+def test_reporting_waits_for_nothing(
     etcd: FakeEtcd, read: RankRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine_registry.pulls.ticket._REPORT_S", 1_000)
@@ -136,15 +136,15 @@ def test_a_ticket_that_has_gone_does_not_come_back(
     held.report(5, 10)
     wait_until(lambda: held._written is None or not held._thread.is_alive())
     held.report(6, 10)
-    assert told(etcd) == []
+    assert progress_in(etcd) == []
 
 
 def test_a_ticket_goes_on_after_an_answer_that_was_lost(etcd: FakeEtcd, held: PullTicket) -> None:
     etcd.retry_next_commit = True
     held.report(5, 10)
-    wait_until(lambda: told(etcd) == [(5, 10)])
+    wait_until(lambda: progress_in(etcd) == [(5, 10)])
     held.report(6, 10)
-    wait_until(lambda: told(etcd) == [(6, 10)])
+    wait_until(lambda: progress_in(etcd) == [(6, 10)])
 
 
 def test_an_etcd_that_takes_no_progress_is_not_asked_again_and_the_ticket_stays(
@@ -156,15 +156,15 @@ def test_an_etcd_that_takes_no_progress_is_not_asked_again_and_the_ticket_stays(
     etcd.full = False
     held.report(6, 10)
     assert held._thread.is_alive()
-    assert told(etcd) == [(0, 0)]
+    assert progress_in(etcd) == [(0, 0)]
 
 
-def test_progress_is_told_when_etcd_is_back(etcd: FakeEtcd, held: PullTicket) -> None:
+def test_progress_is_reported_when_etcd_is_back(etcd: FakeEtcd, held: PullTicket) -> None:
     etcd.available = False
     held.report(5, 10)
     wait_until(lambda: etcd.refused > 1)
     etcd.available = True
-    wait_until(lambda: told(etcd) == [(5, 10)])
+    wait_until(lambda: progress_in(etcd) == [(5, 10)])
 
 
 # -- who reads
@@ -208,7 +208,7 @@ def test_all_pulls_are_known_as_they_come_change_and_go() -> None:
     assert not pulls._thread.is_alive()
 
 
-def test_who_may_not_see_tickets_is_told_so() -> None:
+def test_a_user_that_may_not_see_tickets_learns_so() -> None:
     class Refusing(Feed):
         def snapshot(self, prefix: str) -> Snapshot:
             raise EtcdRefused("no permission")

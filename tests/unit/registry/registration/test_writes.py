@@ -122,7 +122,7 @@ def test_the_same_incarnation_claims_its_key_again_under_another_lease(etcd: Fak
     assert found(etcd).version == 4
 
 
-def test_the_key_to_delete_is_told_as_etcdctl_wants_it(etcd: FakeEtcd) -> None:
+def test_the_key_to_delete_is_written_as_etcdctl_wants_it(etcd: FakeEtcd) -> None:
     etcd.config = replace(etcd.config, namespace="/our prod")
     etcd.put(OURS.key, b"{}")
     with pytest.raises(RankConflict, match=r"etcdctl del '/our prod/engines/qwen/0'$"):
@@ -508,7 +508,7 @@ def test_an_eviction_that_was_written_but_tried_again_is_finished_and_keeps_its_
         claim(etcd, OURS, PARTS, etcd.grant(10))
 
 
-def test_of_two_who_evict_at_once_one_has_done_it(etcd: FakeEtcd) -> None:
+def test_of_two_evictions_at_once_one_has_done_it(etcd: FakeEtcd) -> None:
     put(etcd, OURS)
     read = found(etcd)
     results: list[bool] = []
@@ -568,9 +568,9 @@ def a_launch(etcd: FakeEtcd, ranks: int) -> list[KeyValue]:
 def test_several_are_evicted_in_one_transaction_with_their_marks_under_one_lease(
     etcd: FakeEtcd,
 ) -> None:
-    doomed = a_launch(etcd, 3)
+    launch = a_launch(etcd, 3)
     before, leases = len(etcd.history), set(etcd.leases)
-    assert evict_all(etcd, doomed)
+    assert evict_all(etcd, launch)
     # to end and mark them, to delete them
     assert len({change.mod_revision for change in etcd.history[before:]}) == 2
     (mark_lease,) = set(etcd.leases) - leases
@@ -583,34 +583,34 @@ def test_several_are_evicted_in_one_transaction_with_their_marks_under_one_lease
 def test_of_several_none_is_evicted_where_one_has_changed_or_a_condition_fails(
     etcd: FakeEtcd, failing: str, full: bool
 ) -> None:
-    doomed = a_launch(etcd, 3)
+    launch = a_launch(etcd, 3)
     missing = a_record(rank=3, world_size=99)
-    put(etcd, missing if failing == "a condition" else replace(decode_item(doomed[1]), version=9))
+    put(etcd, missing if failing == "a condition" else replace(decode_item(launch[1]), version=9))
     keys, leases = etcd.keys, etcd.leases
     etcd.full = full
-    assert not evict_all(etcd, doomed, absent(missing.key))
+    assert not evict_all(etcd, launch, absent(missing.key))
     assert (etcd.keys, etcd.leases) == (keys, leases)
-    assert not any(decode_item(item(etcd, decode_item(each))).ended for each in doomed)
+    assert not any(decode_item(item(etcd, decode_item(each))).ended for each in launch)
 
 
 def test_of_several_the_others_go_also_where_the_keeper_of_one_was_faster(etcd: FakeEtcd) -> None:
-    doomed = a_launch(etcd, 3)
+    launch = a_launch(etcd, 3)
 
     def the_keeper_notices() -> None:
-        etcd.delete(doomed[1].key)
+        etcd.delete(launch[1].key)
 
     def marking() -> None:
         etcd.before_commit = the_keeper_notices
 
     etcd.before_commit = marking
-    assert evict_all(etcd, doomed)
+    assert evict_all(etcd, launch)
     assert etcd.keys == sorted(evicted_key("qwen", rank, f"{rank:032x}") for rank in range(3))
 
 
 def test_several_that_were_evicted_but_tried_again_are_finished(etcd: FakeEtcd) -> None:
-    doomed = a_launch(etcd, 3)
+    launch = a_launch(etcd, 3)
     etcd.retry_next_commit = True
-    assert evict_all(etcd, doomed)
+    assert evict_all(etcd, launch)
     assert etcd.keys == sorted(evicted_key("qwen", rank, f"{rank:032x}") for rank in range(3))
 
 

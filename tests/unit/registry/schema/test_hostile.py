@@ -148,7 +148,7 @@ def mutations(draw: st.DrawFn, good: str) -> bytes:
 
 
 def good_or_damaged(read: Callable[[], Any]) -> Any:
-    """None where it is damage, which is told in a short line."""
+    """None where it is damage, which is reported in a short line."""
     try:
         return read()
     except RecordDamaged as exc:
@@ -263,7 +263,7 @@ def test_a_value_of_a_state_dict_is_plain_data_or_refused(encoded: Any) -> None:
     ],
 )
 def test_a_value_that_our_writer_would_not_have_made_is_refused(encoded: Any) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011  how it is told differs
+    with pytest.raises(ValueError):  # noqa: PT011  the message differs
         decode_value(encoded)
 
 
@@ -290,7 +290,7 @@ def test_a_key_that_is_there_twice_counts_as_its_last() -> None:
     )
 
 
-# -- bombs: in a process of its own, which has little memory
+# -- bombs: in a separate process, which has little memory
 # ---------------------------------------------------------------------
 
 _CHILD = """
@@ -364,7 +364,7 @@ def test_a_bomb_is_damage_before_it_takes_memory(unit: str, nbytes: int, room: i
 
 @pytest.mark.parametrize("unit", ['{"":0},', '"ab",', "[0],"])
 def test_as_much_as_is_parsed_takes_bounded_memory(unit: str) -> None:
-    """As many items as there may be, of the dearest kinds: not told by their number, but by what
+    """As many items as there may be, of the dearest kinds: not judged by their number, but by what
     they are.
     """
     items = unit.count(",") + unit.count("[") + 4 * unit.count("{")

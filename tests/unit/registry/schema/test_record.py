@@ -288,7 +288,7 @@ def test_text_that_no_encoding_can_write_is_damage(path: str) -> None:
         ),
     ],
 )
-def test_damage_is_told_with_the_field_and_what_is_wrong_with_it(
+def test_damage_is_reported_with_the_field_and_what_is_wrong_with_it(
     path: str, value: Any, said: str
 ) -> None:
     with pytest.raises(RecordDamaged) as caught:

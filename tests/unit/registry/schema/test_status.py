@@ -106,13 +106,13 @@ def test_every_problem_is_listed_not_only_the_first() -> None:
     )
 
 
-def test_one_rank_of_many_tells_the_model_and_the_size_of_its_instance() -> None:
+def test_one_rank_of_many_gives_the_model_and_the_size_of_its_instance() -> None:
     status = assess("qwen", [a_record(rank=2, world_size=4)])
     found = (status.instance, status.world_size, status.model, status.version)
     assert found == ("qwen", 4, MODEL, 3)
 
 
-def test_ranks_in_one_state_are_told_together() -> None:
+def test_ranks_in_one_state_are_reported_together() -> None:
     records = [
         a_record(rank=rank, world_size=4, state=RankState.LOADING if rank else RankState.READY)
         for rank in range(4)

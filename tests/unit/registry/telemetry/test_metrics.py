@@ -80,7 +80,7 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> list[Meter]:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_counting_without_anybody_who_asks_is_nothing() -> None:
+def test_counting_without_a_reader_is_nothing() -> None:
     metrics.RANKS_LOST.inc("evicted")
     metrics.KEEPALIVE.observe(0.1)
     metrics.INSTANCES.set(1, "ready")
@@ -306,7 +306,7 @@ def test_every_way_in_which_a_registration_ends_is_counted_by_its_name() -> None
 
 
 @pytest.mark.parametrize("reason", metrics.LOSSES)
-def test_the_reasons_that_are_counted_are_those_that_are_told(reason: str) -> None:
+def test_the_reasons_that_are_counted_are_those_that_are_reported(reason: str) -> None:
     from engine_registry.registration import writes
     from engine_registry.watching import tracker
 
@@ -337,7 +337,7 @@ def test_a_watch_that_ends_shows_nothing_any_more(counted: CollectorRegistry) ->
     assert set(series(counted, "engines_registry_instances").values()) == {0}
 
 
-def test_a_clean_up_counts_where_it_is_done_and_not_where_it_is_only_told(
+def test_a_clean_up_counts_where_it_is_done_and_not_where_it_is_only_reported(
     counted: CollectorRegistry,
 ) -> None:
     seen = WatchMetrics()
@@ -350,7 +350,7 @@ def test_a_clean_up_counts_where_it_is_done_and_not_where_it_is_only_told(
 # --------------------------------------------------------------------------------------------------
 
 
-def told(claims_again: int = 0, renewed_in_s: float | None = None) -> dict[str, Any]:
+def a_beat(claims_again: int = 0, renewed_in_s: float | None = None) -> dict[str, Any]:
     return {
         "state": "REGISTERED",
         "why": "",
@@ -370,9 +370,9 @@ def test_the_time_of_a_renewal_comes_with_the_state(
     counted: CollectorRegistry, link: KeeperLink
 ) -> None:
     for message in (
-        told(renewed_in_s=0.003),
-        told(),
-        told(renewed_in_s=0.004),
+        a_beat(renewed_in_s=0.003),
+        a_beat(),
+        a_beat(renewed_in_s=0.004),
         {"state": "SUSPENDED", "why": "etcd is away"},
     ):
         link._receive(message)
@@ -386,7 +386,7 @@ def test_registrations_that_were_renewed_count_once_also_where_messages_were_los
     counted: CollectorRegistry, link: KeeperLink
 ) -> None:
     for claims in (0, 1, 1, 4):
-        link._receive(told(claims))
+        link._receive(a_beat(claims))
     assert counted.get_sample_value("engines_registry_reregistrations_total") == 4
 
 
@@ -430,7 +430,7 @@ def test_a_ticket_for_somebody_else_or_of_nonsense_is_not_counted(
     assert counted.get_sample_value("engines_loader_pulls_served_total") == 1
 
 
-def test_an_etcd_that_refuses_to_tell_who_reads_is_no_failure_of_the_rank(
+def test_an_etcd_that_refuses_to_list_readers_is_no_failure_of_the_rank(
     counted: CollectorRegistry,
 ) -> None:
     class Refusing(Feed):

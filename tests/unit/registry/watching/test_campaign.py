@@ -84,7 +84,7 @@ def test_a_lead_is_not_given_up_for_another_that_has_it_at_the_same_revision_of_
     assert etcd.value(key) == b"them"
 
 
-def test_a_refusal_and_an_outage_can_be_told_apart() -> None:
+def test_a_refusal_and_an_outage_are_distinguished() -> None:
     campaign = Campaign(FakeEtcd(), "x")
     assert (campaign.refusal, campaign.unreachable_since) == (None, None)
     campaign._note(EtcdUnavailable("away"))

@@ -50,7 +50,7 @@ def feed(grace: Grace, now: float, *events: Event) -> None:
         grace.feed(event, now)
 
 
-def test_a_loss_dooms_the_ranks_that_are_left_when_the_grace_is_over() -> None:
+def test_a_loss_evicts_the_ranks_that_are_left_when_the_grace_is_over() -> None:
     grace = watching()
     feed(grace, 10.0, RankLost(RANKS[0], "process ended"), DEGRADED)
     assert grace.due == 40.0
@@ -60,7 +60,7 @@ def test_a_loss_dooms_the_ranks_that_are_left_when_the_grace_is_over() -> None:
     ]
 
 
-def test_what_is_doomed_is_told_again_until_it_is_settled() -> None:
+def test_an_eviction_that_is_due_is_reported_again_until_it_is_settled() -> None:
     grace = watching()
     feed(grace, 10.0, RankLost(RANKS[0], "process ended"), DEGRADED)
     (eviction,) = grace.expired(40.0)
@@ -74,7 +74,7 @@ def test_what_is_doomed_is_told_again_until_it_is_settled() -> None:
     assert grace.expired(999.0) == []
 
 
-def test_what_is_told_again_stops_when_the_instance_is_ready() -> None:
+def test_repeated_reports_stop_when_the_instance_is_ready() -> None:
     grace = watching()
     feed(grace, 10.0, RankLost(RANKS[0], "process ended"), DEGRADED)
     assert grace.expired(40.0)
@@ -112,7 +112,7 @@ def test_of_several_losses_that_are_over_all_are_settled_at_once() -> None:
 @pytest.mark.parametrize(
     "saved_by", [[RankJoined(successor(RANKS[0])), READY], [GONE]], ids=["ready again", "gone"]
 )
-def test_an_instance_that_is_ready_again_or_gone_is_not_doomed(saved_by: list[Event]) -> None:
+def test_an_instance_that_is_ready_again_or_gone_is_not_evicted(saved_by: list[Event]) -> None:
     grace = watching()
     feed(grace, 10.0, RankLost(RANKS[0], "process ended"), DEGRADED)
     feed(grace, 20.0, *saved_by)
@@ -120,7 +120,7 @@ def test_an_instance_that_is_ready_again_or_gone_is_not_doomed(saved_by: list[Ev
     assert grace.expired(99.0) == []
 
 
-def test_ranks_that_come_after_the_loss_are_not_doomed_by_it() -> None:
+def test_ranks_that_come_after_the_loss_are_not_evicted_by_it() -> None:
     grace = watching()
     feed(
         grace,
@@ -189,7 +189,7 @@ def held_after_losing_all_but_one_of(count: int) -> int:
     return references
 
 
-def test_an_instance_that_nobody_saw_complete_is_doomed_only_by_a_note() -> None:
+def test_an_instance_that_nobody_saw_complete_is_evicted_only_by_a_note() -> None:
     grace = Grace(GRACE_S)
     feed(grace, 0.0, RankJoined(RANKS[1]), DEGRADED)
     assert grace.next_note() is None
@@ -199,7 +199,9 @@ def test_an_instance_that_nobody_saw_complete_is_doomed_only_by_a_note() -> None
     assert grace.due is None
 
 
-def test_a_loss_in_an_instance_that_was_incomplete_before_dooms_by_itself_and_by_the_note() -> None:
+def test_a_loss_in_an_instance_that_was_incomplete_before_evicts_by_itself_and_by_the_note() -> (
+    None
+):
     grace = Grace(GRACE_S)
     feed(grace, 0.0, *map(RankJoined, RANKS[1:]), DEGRADED)
     feed(grace, 1.0, RankLost(RANKS[1], "process ended"))
@@ -207,7 +209,7 @@ def test_a_loss_in_an_instance_that_was_incomplete_before_dooms_by_itself_and_by
     assert eviction == DueEviction("qwen", RANKS[1], ids(RANKS[2:]), unseen=True, until=31.0)
 
 
-def test_an_instance_that_is_degraded_with_all_its_ranks_there_dooms_nobody() -> None:
+def test_an_instance_that_is_degraded_with_all_its_ranks_there_evicts_nothing() -> None:
     grace = Grace(GRACE_S)
     feed(
         grace,
@@ -218,7 +220,7 @@ def test_an_instance_that_is_degraded_with_all_its_ranks_there_dooms_nobody() ->
     assert grace.due is None
 
 
-def test_the_first_loss_is_noted_once_with_those_who_stand() -> None:
+def test_the_first_loss_is_noted_once_with_the_ranks_that_stand() -> None:
     grace = watching()
     assert grace.next_note() is None
     feed(grace, 10.0, RankLost(RANKS[0], "process ended"), DEGRADED)
@@ -231,7 +233,9 @@ def test_the_first_loss_is_noted_once_with_those_who_stand() -> None:
 @pytest.mark.parametrize(
     "saved_by", [[RankJoined(successor(RANKS[0]))], [RankJoined(successor(RANKS[0])), READY]]
 )
-def test_a_doom_that_is_lifted_is_not_noted_and_the_next_one_is(saved_by: list[Event]) -> None:
+def test_an_eviction_that_is_called_off_is_not_noted_and_the_next_one_is(
+    saved_by: list[Event],
+) -> None:
     grace = watching()
     feed(grace, 10.0, RankLost(RANKS[0], "process ended"), DEGRADED, *saved_by)
     assert not grace.has_notes
@@ -277,7 +281,7 @@ def test_a_rank_that_was_replaced_at_once_does_not_shorten_the_grace_of_the_next
     assert grace.due == 65.0
 
 
-def test_a_newcomer_is_not_doomed_by_the_grace_of_a_loss_before_it_came() -> None:
+def test_a_newcomer_is_not_evicted_by_the_grace_of_a_loss_before_it_came() -> None:
     grace = watching()
     feed(
         grace,
@@ -287,6 +291,6 @@ def test_a_newcomer_is_not_doomed_by_the_grace_of_a_loss_before_it_came() -> Non
         DEGRADED,
     )
     feed(grace, 38.0, RankJoined(successor(RANKS[0])), RankLost(RANKS[2], "process ended"))
-    eviction = [incarnation for told in grace.expired(40.0) for incarnation in told.incarnations]
+    eviction = [incarnation for due in grace.expired(40.0) for incarnation in due.incarnations]
     assert RANKS[3].incarnation in eviction
     assert successor(RANKS[0]).incarnation not in eviction

@@ -1,4 +1,4 @@
-"""From changes to events: what is a loss and what only a blip, that nothing is told twice or
+"""From changes to events: what is a loss and what only a blip, that nothing is reported twice or
 forgotten, and what that costs.
 """
 
@@ -69,7 +69,7 @@ def following(*records: RankRecord) -> Tracker:
     return tracker
 
 
-def test_the_first_snapshot_tells_what_is_there() -> None:
+def test_the_first_snapshot_yields_what_is_there() -> None:
     events = Tracker().snapshot(snapshot(stored(A), stored(B)), 0.0)
     assert events[:2] == [RankJoined(A), RankJoined(B)]
     assert kinds(events[2:]) == [InstanceReady]
@@ -215,7 +215,7 @@ def test_keys_that_are_no_records_are_passed_over() -> None:
     assert tracker.changes((foreign, Deletion("/engines/qwen/readme", 2)), 1.0) == []
 
 
-def test_a_snapshot_after_a_gap_tells_exactly_the_difference() -> None:
+def test_a_snapshot_after_a_gap_yields_exactly_the_difference() -> None:
     c, d = (a_record(instance="other", rank=rank) for rank in (0, 1))
     tracker = following(A, B, c, d)
     newer, successor = (
@@ -247,16 +247,16 @@ def test_a_snapshot_does_not_put_a_loss_off_that_is_due_already() -> None:
     assert tracker.due == 11.0
 
 
-def test_each_state_of_an_instance_is_told_once() -> None:
+def test_each_state_of_an_instance_is_reported_once() -> None:
     tracker = Tracker(blip_s=0.0)
     records = [a_record(rank=rank, world_size=4) for rank in range(4)]
-    told: list[Event] = []
+    events: list[Event] = []
     for record in records:
-        told += tracker.changes((stored(record),), 0.0)
+        events += tracker.changes((stored(record),), 0.0)
     for record in records:
         tracker.changes((deleted(record),), 1.0)
-        told += tracker.expire(1.0)
-    assert of_instances(told) == [InstanceDegraded, InstanceReady, InstanceDegraded, InstanceGone]
+        events += tracker.expire(1.0)
+    assert of_instances(events) == [InstanceDegraded, InstanceReady, InstanceDegraded, InstanceGone]
 
 
 @pytest.mark.parametrize(
@@ -269,14 +269,14 @@ def test_each_state_of_an_instance_is_told_once() -> None:
 )
 def test_nothing_is_remembered_of_an_instance_that_is_gone(ending: tuple[Change, ...]) -> None:
     tracker = following(ALONE)
-    told = tracker.changes(ending, 1.0) + tracker.expire(9.0)
-    assert of_instances(told)[-1] is InstanceGone
+    events = tracker.changes(ending, 1.0) + tracker.expire(9.0)
+    assert of_instances(events)[-1] is InstanceGone
     held = [value for name, value in vars(tracker).items() if name != "_blip_s"]
     assert held == [{}] * 3
     assert tracker.due is None
 
 
-def test_a_loss_that_is_due_is_told_although_other_changes_keep_coming() -> None:
+def test_a_loss_that_is_due_is_reported_although_other_changes_keep_coming() -> None:
     tracker = following(A, B)
     tracker.changes((deleted(A),), 10.0)
     events = tracker.changes((stored(a_record(rank=1, version=4)),), 20.0)
@@ -290,13 +290,13 @@ def test_the_cost_of_a_change_does_not_grow_with_the_instance(
     agreed = RankRecord.agreed
     monkeypatch.setattr(RankRecord, "agreed", lambda self: looks.append(self.rank) or agreed(self))  # type: ignore[func-returns-value]
     records = [a_record(rank=rank, world_size=200) for rank in range(200)]
-    tracker, told = Tracker(blip_s=1.0), list[Event]()
+    tracker, events = Tracker(blip_s=1.0), list[Event]()
     for record in records:
-        told += tracker.changes((stored(record),), 0.0)
+        events += tracker.changes((stored(record),), 0.0)
     for record in records:
-        told += tracker.changes((deleted(record),), 1.0)
-    told += tracker.expire(2.0)
-    assert of_instances(told) == [InstanceDegraded, InstanceReady, InstanceGone]
+        events += tracker.changes((deleted(record),), 1.0)
+    events += tracker.expire(2.0)
+    assert of_instances(events) == [InstanceDegraded, InstanceReady, InstanceGone]
     # One look to count each record in, one to count it out, and one at all for the status that
     # comes with each event.
     assert len(looks) <= 2 * len(records) + 2 * len(records)
@@ -419,10 +419,10 @@ STEPS = st.lists(SEEN | st.sampled_from([("miss",), ("resync",)]), max_size=30)
 
 @dataclass
 class World:
-    """An etcd and a watcher of it, with a log of all that the watcher was told."""
+    """An etcd and a watcher of it, with a log of all events of the watcher."""
 
     tracker: Tracker = field(default_factory=lambda: Tracker(blip_s=1.0))
-    told: list[Event] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     items: dict[str, KeyValue] = field(default_factory=dict)
     now: float = 0.0
     revision: int = 0
@@ -446,10 +446,10 @@ class World:
                 self.blind = True
             case ("resync",):
                 self.blind = False
-                self.told += self.tracker.snapshot(snapshot(*self.items.values()), self.now)
+                self.events += self.tracker.snapshot(snapshot(*self.items.values()), self.now)
             case ("wait", seconds):
                 self.now += seconds
-                self.told += self.tracker.expire(self.now)
+                self.events += self.tracker.expire(self.now)
 
     def _change(self, change: Change) -> None:
         self.revision += 1
@@ -458,7 +458,7 @@ class World:
         else:
             del self.items[change.key]
         if not self.blind:
-            self.told += self.tracker.changes((change,), self.now)
+            self.events += self.tracker.changes((change,), self.now)
 
     def live(self) -> dict[str, RankRecord]:
         good = [item for item in self.items.values() if item.value != b"{"]
@@ -490,24 +490,24 @@ def test_whoever_replays_the_events_of_any_history_holds_exactly_the_live_record
     for step in [*steps, ("resync",), ("wait", 1.5)]:
         world.do(step)
         assert world.tracker.due is None or world.tracker.due > world.now
-    assert replayed(world.told) == world.live()
+    assert replayed(world.events) == world.live()
     assert world.tracker.due is None
 
 
 @given(STEPS)
-def test_the_last_state_told_of_an_instance_is_its_state_and_no_state_is_told_twice(
+def test_the_last_reported_state_of_an_instance_is_its_state_and_none_is_reported_twice(
     steps: list[tuple[Any, ...]],
 ) -> None:
     world = World()
     for step in [*steps, ("resync",), ("wait", 1.5)]:
         world.do(step)
     for instance in ("a", "b"):
-        told = [
+        events = [
             e.status.state
-            for e in world.told
+            for e in world.events
             if isinstance(e, INSTANCE_EVENTS) and e.status.instance == instance
         ]
-        states = [InstanceState.GONE, *told]
+        states = [InstanceState.GONE, *events]
         assert all(before is not after for before, after in itertools.pairwise(states))
         damaged = [
             key for key, item in world.items.items() if item.value == b"{" and parse_record_key(key)
@@ -527,10 +527,10 @@ def test_a_loss_by_expiry_comes_no_sooner_than_the_blip_time_after_the_key_has_g
 ) -> None:
     world, gone_at = World(), dict[str, float]()
     for step in steps:
-        seen = len(world.told)
+        seen = len(world.events)
         before = set(world.items)
         world.do(step)
         gone_at |= dict.fromkeys(before - set(world.items), world.now)
-        for event in world.told[seen:]:
+        for event in world.events[seen:]:
             if isinstance(event, RankLost) and event.reason == EXPIRED:
                 assert world.now - gone_at[event.record.key] >= 1.0

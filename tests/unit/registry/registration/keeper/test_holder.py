@@ -43,7 +43,7 @@ SUSPENDED, REGISTERED = "SUSPENDED", "REGISTERED"
 
 
 class Rank:
-    """What the rank's end of the pipe has heard."""
+    """What the rank's end of the pipe has received."""
 
     def __init__(self) -> None:
         self.received: list[dict[str, Any]] = []
@@ -53,11 +53,11 @@ class Rank:
 
     @property
     def states(self) -> list[str]:
-        """As they changed: every beat tells one."""
-        told = [message["state"] for message in self.received if "state" in message]
+        """As they changed: every beat has one."""
+        states = [message["state"] for message in self.received if "state" in message]
         return [
             state
-            for before, state in zip([REGISTERED, *told], told, strict=False)
+            for before, state in zip([REGISTERED, *states], states, strict=False)
             if state != before
         ]
 
@@ -151,12 +151,12 @@ def test_a_beat_renews_the_lease_and_the_next_is_due_in_a_third_of_its_time(
     assert holding.beat() == TTL_S / 3
     assert etcd.renewed == list(etcd.leases)
     assert etcd.history == before
-    (told,) = rank.received
-    assert (told["state"], told["why"], told["claims_again"]) == (REGISTERED, "", 0)
-    assert told["renewed_in_s"] >= 0
+    (message,) = rank.received
+    assert (message["state"], message["why"], message["claims_again"]) == (REGISTERED, "", 0)
+    assert message["renewed_in_s"] >= 0
 
 
-def test_a_beat_tells_how_often_the_record_was_put_again_and_no_time_where_nothing_was_renewed(
+def test_a_beat_says_how_often_the_record_was_put_again_and_no_time_where_nothing_was_renewed(
     etcd: FakeEtcd, rank: Rank, holding: Keeper
 ) -> None:
     etcd.expire_all()
@@ -164,8 +164,8 @@ def test_a_beat_tells_how_often_the_record_was_put_again_and_no_time_where_nothi
     holding.beat()
     etcd.expire_all()
     holding.beat()
-    assert [told["claims_again"] for told in rank.received] == [1, 1, 2]
-    assert [told["renewed_in_s"] is None for told in rank.received] == [True, False, True]
+    assert [message["claims_again"] for message in rank.received] == [1, 1, 2]
+    assert [message["renewed_in_s"] is None for message in rank.received] == [True, False, True]
 
 
 def test_a_lease_that_was_lost_is_replaced_and_the_same_record_put_again(
@@ -182,7 +182,7 @@ def test_a_lease_that_was_lost_is_replaced_and_the_same_record_put_again(
     assert rank.states == []
 
 
-def test_an_outage_is_told_once_when_it_begins_and_once_when_it_ends(
+def test_an_outage_is_reported_once_when_it_begins_and_once_when_it_ends(
     etcd: FakeEtcd, rank: Rank, holding: Keeper
 ) -> None:
     etcd.available = False
@@ -196,7 +196,7 @@ def test_an_outage_is_told_once_when_it_begins_and_once_when_it_ends(
     assert found(etcd) == OURS
 
 
-def test_every_beat_tells_the_state_so_that_the_rank_hears_that_its_keeper_lives(
+def test_every_beat_has_the_state_and_shows_the_rank_that_its_keeper_lives(
     etcd: FakeEtcd, rank: Rank, holding: Keeper
 ) -> None:
     for available in (True, True, False, False, True):
@@ -211,12 +211,12 @@ def test_every_beat_tells_the_state_so_that_the_rank_hears_that_its_keeper_lives
     ]
 
 
-def test_a_keeper_that_takes_over_tells_that_the_rank_is_registered_though_it_was_never_suspended(
+def test_a_keeper_that_takes_over_says_that_the_rank_is_registered_though_it_was_never_suspended(
     etcd: FakeEtcd, rank: Rank, holding: Keeper
 ) -> None:
     a_keeper(etcd, rank).beat()
-    (told,) = rank.received
-    assert (told["state"], told["why"], told["claims_again"]) == (REGISTERED, "", 1)
+    (message,) = rank.received
+    assert (message["state"], message["why"], message["claims_again"]) == (REGISTERED, "", 1)
 
 
 def test_a_lease_of_a_day_is_still_looked_at_often_enough_to_notice_a_keeper_that_hangs(
@@ -227,7 +227,7 @@ def test_a_lease_of_a_day_is_still_looked_at_often_enough_to_notice_a_keeper_tha
     assert keeper.beat() == 20.0
 
 
-def test_a_second_outage_is_told_as_well(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
+def test_a_second_outage_is_reported_as_well(etcd: FakeEtcd, rank: Rank, holding: Keeper) -> None:
     for available in (False, True, False, True):
         etcd.available = available
         holding.beat()
@@ -474,7 +474,7 @@ def test_an_end_comes_only_once(etcd: FakeEtcd, holding: Keeper) -> None:
     assert found(etcd) == RIVAL
 
 
-def test_an_end_that_etcd_did_not_hear_can_be_tried_again(etcd: FakeEtcd, holding: Keeper) -> None:
+def test_an_end_that_did_not_reach_etcd_can_be_tried_again(etcd: FakeEtcd, holding: Keeper) -> None:
     etcd.available = False
     with pytest.raises(EtcdUnavailable):
         holding.end("withdrawn")
@@ -631,11 +631,11 @@ def test_an_update_is_answered_after_it_is_written(
 ) -> None:
     versions: list[Any] = []
 
-    def tell(message: dict[str, Any]) -> None:
+    def report(message: dict[str, Any]) -> None:
         now = found(etcd)
         versions.append((message.get("reply"), now and now.version))
 
-    serve(holding, Inbox(clock, update(NEWER, seq=7), end()), tell)
+    serve(holding, Inbox(clock, update(NEWER, seq=7), end()), report)
     assert versions[0] == (7, NEWER.version)
 
 
@@ -643,22 +643,22 @@ def test_an_update_during_an_outage_is_answered_without_asking_etcd_and_written_
     etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
 ) -> None:
     etcd.available = False
-    refused_when_told: list[int] = []
+    refused_when_reported: list[int] = []
 
-    def tell(message: dict[str, Any]) -> None:
+    def report(message: dict[str, Any]) -> None:
         rank.report(message)
-        refused_when_told.append(etcd.refused)
+        refused_when_reported.append(etcd.refused)
 
     class Back(Inbox):
         def get(self, block: bool = True, timeout: float | None = None) -> Frame | None:
             etcd.available = self.unread <= 2
             return super().get(block, timeout)
 
-    serve(holding, Back(clock, Inbox.SILENCE, update(NEWER), Inbox.SILENCE, None), tell)
+    serve(holding, Back(clock, Inbox.SILENCE, update(NEWER), Inbox.SILENCE, None), report)
     reply, back = rank.received[1:]
     assert (reply, back["state"], back["why"]) == ({"reply": 1}, REGISTERED, "")
     assert rank.states == [SUSPENDED, REGISTERED]
-    assert refused_when_told == [1]  # by the beat before
+    assert refused_when_reported == [1]  # by the beat before
     written = [
         change.value
         for change in etcd.history
@@ -672,15 +672,15 @@ def test_an_update_during_an_outage_is_answered_without_asking_etcd_and_written_
 
 
 @pytest.mark.parametrize("frames", [[Inbox.SILENCE], [update(NEWER)]], ids=["beat", "update"])
-def test_a_registration_that_is_lost_is_told_with_its_error_and_served_no_more(
+def test_a_registration_that_is_lost_is_reported_with_its_error_and_served_no_more(
     etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock, frames: list[Frame]
 ) -> None:
     ending_by_eviction(etcd)
     inbox = Inbox(clock, *frames, Inbox.SILENCE)
     serve(holding, inbox, rank.report)
     assert inbox.unread == 1
-    (told,) = rank.received
-    assert (told["state"], told["error"]["type"]) == ("LOST", "Evicted")
+    (message,) = rank.received
+    assert (message["state"], message["error"]["type"]) == ("LOST", "Evicted")
 
 
 def test_a_withdrawal_during_an_outage_is_answered_with_the_problem_and_tried_until_it_is_done(
@@ -705,9 +705,9 @@ def test_a_withdrawal_during_an_outage_that_is_known_is_answered_without_asking_
 ) -> None:
     etcd.available = False
     holding.beat()
-    refused_when_told: list[int] = []
-    serve(holding, Inbox(clock, end()), lambda message: refused_when_told.append(etcd.refused))
-    assert refused_when_told == [1]  # by the beat before
+    refused_when_reported: list[int] = []
+    serve(holding, Inbox(clock, end()), lambda message: refused_when_reported.append(etcd.refused))
+    assert refused_when_reported == [1]  # by the beat before
     assert etcd.refused > 1
 
 
@@ -725,7 +725,7 @@ def test_a_rank_that_dies_in_an_outage_is_deleted_after_it_though_a_restarted_et
     assert (etcd.keys, etcd.leases) == ([], {})
 
 
-def test_an_end_that_etcd_does_not_hear_is_given_up_after_five_minutes(
+def test_an_end_that_does_not_reach_etcd_is_given_up_after_five_minutes(
     etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
 ) -> None:
     etcd.available = False
@@ -735,18 +735,16 @@ def test_an_end_that_etcd_does_not_hear_is_given_up_after_five_minutes(
     assert rank.received == []
 
 
-def test_a_rank_that_reads_nothing_does_not_stop_its_keeper_and_hears_whole_messages_later() -> (
-    None
-):
+def test_a_rank_that_reads_nothing_does_not_stop_its_keeper_and_gets_whole_messages_later() -> None:
     read, write = os.pipe()
-    tell = reporter(write)
+    report = reporter(write)
     for _ in range(5_000):
-        tell({"state": SUSPENDED, "why": "etcd is away"})
+        report({"state": SUSPENDED, "why": "etcd is away"})
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        heard = list(iter(lambda: read_frame(pipe), None))
-    assert len(heard) > 100
-    assert {frame.message["why"] for frame in heard} == {"etcd is away"}
+        received = list(iter(lambda: read_frame(pipe), None))
+    assert len(received) > 100
+    assert {frame.message["why"] for frame in received} == {"etcd is away"}
 
 
 def test_a_record_comes_over_the_pipe_as_it_is_stored() -> None:

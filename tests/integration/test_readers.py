@@ -1,4 +1,4 @@
-"""Who reads from whom, as `engines list` and `show` tell it: of loads that are going on, and of
+"""Who reads from whom, as `engines list` and `show` print it: of loads that are going on, and of
 those who may not see tickets.
 """
 
@@ -74,7 +74,7 @@ def half_way(
     assert registry.all_pulls() == ()
 
 
-def told(registry: Registry) -> Pull:
+def reported(registry: Registry) -> Pull:
     """The only ticket, once it says how far its load is."""
     wait_until(lambda: any(pull.total_nbytes for pull in registry.all_pulls("a")))
     (pull,) = registry.all_pulls("a")
@@ -91,7 +91,7 @@ def test_a_load_into_a_process_that_is_no_rank_is_seen_with_its_progress(
     engines: Engines, registry: Registry, processes: Processes
 ) -> None:
     with half_way(registry, processes):
-        pull = told(registry)
+        pull = reported(registry)
         assert (pull.reader, registry.readers(the_rank(registry, "a"))) == (None, (pull,))
         percent = f"{int(100 * (pull.fraction or 0))} %"
         shown = engines("show", "a").stdout.splitlines()
@@ -113,7 +113,7 @@ def test_a_load_into_a_rank_that_is_registered_is_its_progress(
     engines: Engines, registry: Registry, processes: Processes
 ) -> None:
     with half_way(registry, processes, publish="b"):
-        pull = told(registry)
+        pull = reported(registry)
         assert pull.reader == Reader.of(the_rank(registry, "b"))
         loading = f"loading {int(100 * (pull.fraction or 0))} %"
         progress = {"nbytes": pull.nbytes, "total_nbytes": pull.total_nbytes}
@@ -200,7 +200,7 @@ def test_tickets_that_lie_and_nonsense_are_shown_as_what_they_say_or_not_at_all(
         etcd.revoke(lease_id)
 
 
-def test_an_expired_ticket_does_not_come_back_with_what_it_is_told(
+def test_an_expired_ticket_does_not_come_back_with_its_progress(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine_registry.pulls.ticket._REPORT_S", 0.01)
