@@ -84,11 +84,11 @@ def moe_rank() -> Manifest:
 
 
 def _laid_out(tensors: dict[str, tuple[tuple[int, ...], int | None]]) -> Manifest:
-    """In an order of chance, which compresses worst; aligned to 512 bytes, large ones to 2 MiB; a
-    region for each GiB.
+    """In an order of chance, which compresses worst; aligned to 512 bytes, large ones to 2 MiB; in
+    regions of a GiB at most.
     """
     addr = start = 0x7F3A_4000_0000
-    entries = []
+    entries, regions = [], []
     names = sorted(tensors)
     random.Random(0).shuffle(names)  # noqa: S311  the same every time
     for name in names:
@@ -96,12 +96,15 @@ def _laid_out(tensors: dict[str, tuple[tuple[int, ...], int | None]]) -> Manifes
         shape = tuple(size // TP if axis == dim else size for axis, size in enumerate(whole))
         offsets = tuple(3 * size if axis == dim else 0 for axis, size in enumerate(shape))
         nbytes = 2 * prod(shape)
+        if addr + nbytes > start + (1 << 30):
+            regions.append(Region(start, addr - start))
+            start = addr
         entries.append(
             TensorEntry(name, "bfloat16", shape, addr, nbytes, whole, offsets, opaque=False)
         )
         align = 2 << 20 if nbytes > 1 << 20 else 512
         addr += -(-nbytes // align) * align
-    regions = [Region(at, min(1 << 30, addr - at)) for at in range(start, addr, 1 << 30)]
+    regions.append(Region(start, addr - start))
     entries.sort(key=lambda entry: entry.name)
     return Manifest(tuple(entries), tuple(regions))
 
