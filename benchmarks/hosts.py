@@ -14,16 +14,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import click
-
-from benchmarks.figures import another_process
+from benchmarks.processes import another_process, ready
 from engine_registry.etcd.local import LocalEtcd
 
 # What is killed may have started another meanwhile, so it looks until it finds nobody.
@@ -169,8 +166,7 @@ def etcd_on(host: Host) -> Iterator[str]:
 
 def serve_etcd(address: str) -> None:
     with LocalEtcd(host=address) as etcd:
-        click.echo(etcd.endpoint)
-        sys.stdin.read()
+        ready(etcd.endpoint)
 
 
 def missing() -> str | None:

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import torch
 
+from benchmarks.serving import HOST
 from engine_loader import MooncakeEngine
 from engine_loader.errors import ReadFailed
 from engine_loader.tensors.regions import describe
 from engine_registry import Registry
 
 MOST = 512  # reads in a call: more makes Mooncake refuse the peer for good
-HOST = "127.0.0.1"
 
 
 class NaiveLoad:

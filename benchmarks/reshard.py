@@ -10,7 +10,6 @@ that lie in the page cache. Sources are separate processes.
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,15 +17,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import click
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 
-from benchmarks import figures
-from benchmarks.figures import another_process, median_s
-from benchmarks.load import HOST, MODEL, Results
+from benchmarks import figures, options, serving
+from benchmarks.figures import Results, median_s
+from benchmarks.processes import another_process, ready
+from benchmarks.serving import HOST, MODEL
 from engine_cli.main import main
 from engine_cli.options import engine_log
 from engine_loader import (
@@ -35,7 +34,6 @@ from engine_loader import (
     MooncakeEngine,
     Shard,
     load,
-    publish,
     publish_state_dict,
 )
 from engine_loader.planning.matching import Origin
@@ -139,22 +137,7 @@ def _serve_all(
 def serve(endpoint: str, instance: str, *numbers: str) -> None:
     dim, index, of, count = map(int, numbers)
     tensors, shards = Cut(dim, index, of).tensors(count)
-    with (
-        Registry.connect(endpoint) as registry,
-        MooncakeEngine(HOST) as engine,
-        publish(
-            registry,
-            engine,
-            instance=instance,
-            rank=index,
-            world_size=of,
-            tensors=tensors,
-            shards=shards,
-            model=MODEL,
-        ),
-    ):
-        click.echo("published")
-        sys.stdin.read()
+    serving.serve(endpoint, instance, tensors, shards, rank=index, world_size=of)
 
 
 # -- torch's distributed checkpoint
@@ -207,8 +190,7 @@ def serve_state(endpoint: str, instance: str, count: str) -> None:
             model=MODEL,
         ),
     ):
-        click.echo("published")
-        sys.stdin.read()
+        ready("published")
 
 
 def _state(count: int) -> dict[str, Any]:
@@ -250,15 +232,9 @@ def _plan_of(origins: Sequence[Origin], dst: Manifest) -> Callable[[], object]:
     return lambda: plan(origins, dst, partial=True)
 
 
-@figures.program
-@click.option(
-    "--gib",
-    type=click.FloatRange(min=0.001),
-    default=1.0,
-    show_default=True,
-    help="Size of the weights.",
-)
-@figures.rounds_option
+@options.program
+@options.gib(1.0, "Size of the weights.")
+@options.rounds(5)
 def command(gib: float, rounds: int, as_json: bool) -> None:
     """Loading into another layout, and torch's distributed checkpoint. Takes minutes."""
     with engine_log():

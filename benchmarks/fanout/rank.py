@@ -17,6 +17,7 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.processes import ready
 from engine_cli.options import engine_log
 from engine_loader import LoadOptions, MooncakeEngine, Pace, Progress, Publication, load, publish
 from engine_loader.transfer.pace import pace_for, pace_in_chain
@@ -37,7 +38,7 @@ def seed(endpoint: str, address: str, nbytes: str) -> None:
     generator = torch.Generator().manual_seed(7)
     tensors = {
         name: tensor.random_(0, 256, generator=generator)
-        for name, tensor in _room_for(int(nbytes)).items()
+        for name, tensor in _empty(int(nbytes)).items()
     }
     with (
         engine_log(),
@@ -47,8 +48,7 @@ def seed(endpoint: str, address: str, nbytes: str) -> None:
             registry, engine, instance=SEED, rank=0, world_size=1, tensors=tensors, model=MODEL
         ),
     ):
-        click.echo(_digest_of(tensors))
-        sys.stdin.read()
+        ready(_digest_of(tensors))
 
 
 def receive(endpoint: str, address: str, instance: str, nbytes: str) -> None:
@@ -56,7 +56,7 @@ def receive(endpoint: str, address: str, instance: str, nbytes: str) -> None:
 
     Each has four orders: get ready, load from that source, send the digest, leave.
     """
-    tensors = _room_for(int(nbytes))
+    tensors = _empty(int(nbytes))
     # as small a part in each strategy
     pace = replace(pace_for("tcp"), chunk_nbytes=chain_pace(int(nbytes)).chunk_nbytes)
     with engine_log():
@@ -82,7 +82,7 @@ def _load(
     tensors: dict[str, torch.Tensor],
     pace: Pace,
 ) -> Publication:
-    """From the instance that is named; or, where none is, from whoever serves the model, while
+    """From the instance that is named; or, where none is, from any ranks of the model, while
     others read what has come.
     """
     progress = _until(order["die_at"]) if order["die_at"] is not None else None
@@ -131,7 +131,7 @@ def _answer(**what: object) -> None:
     click.echo(json.dumps(what))
 
 
-def _room_for(nbytes: int) -> dict[str, torch.Tensor]:
+def _empty(nbytes: int) -> dict[str, torch.Tensor]:
     return {
         f"t{number}": torch.zeros(nbytes // _TENSORS, dtype=torch.uint8)
         for number in range(_TENSORS)

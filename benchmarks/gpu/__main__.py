@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import click
 
-from benchmarks import figures
+from benchmarks import figures, options
 from benchmarks.gpu import run
 from engine_cli.main import main
 from engine_cli.options import engine_log
 from engine_cli.signals import raised
 
 
-@figures.program
+@options.program
 @click.option("--only", default="", metavar="PART[,…]", help="Of the parts that --help lists.")
-@click.option(
-    "--scale",
-    type=click.FloatRange(0.0001, 1),
-    default=1.0,
-    show_default=True,
-    help="How many of the tensors.",
+@options.option(
+    "--scale", type=click.FloatRange(0.0001, 1), default=1.0, help="How many of the tensors."
 )
-@click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=7,
-    show_default=True,
-    help="Of each measurement; the median counts.",
-)
+@options.rounds(7)
 @click.option(
     "--profile", is_flag=True, help="Show which steps and functions of load() take how long."
 )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import click
 import torch
 
-from benchmarks.figures import another_process
+from benchmarks import serving
 from benchmarks.gpu import rivals
 from benchmarks.gpu.phases import functions_of, phases
 from benchmarks.gpu.rows import (
@@ -36,20 +36,18 @@ from benchmarks.gpu.rows import (
     in_turns,
 )
 from benchmarks.gpu.sets import SETS, Layout, allocate, filled, nbytes_of
+from benchmarks.processes import another_process
+from benchmarks.serving import HOST
 from engine_loader import (
     Destination,
     LoadOptions,
     LoadReport,
     MooncakeEngine,
-    PublishOptions,
     load,
-    publish,
 )
 from engine_loader.options import Verify
-from engine_registry import ModelIdentity, Registry
+from engine_registry import Registry
 
-MODEL = ModelIdentity("bench")
-HOST = "127.0.0.1"
 MODULE = "benchmarks.gpu.loads"
 _PROFILED = 3
 
@@ -84,22 +82,7 @@ def serve(endpoint: str, instance: str, *place: str) -> None:
     here = Place.of(*place)
     use(here.device)
     tensors = filled(here.layout, here.device)
-    with (
-        Registry.connect(endpoint) as registry,
-        MooncakeEngine(HOST, here.protocol) as engine,
-        publish(
-            registry,
-            engine,
-            instance=instance,
-            rank=0,
-            world_size=1,
-            tensors=tensors,
-            model=MODEL,
-            options=PublishOptions(digests=True),
-        ),
-    ):
-        click.echo("published")
-        sys.stdin.read()
+    serving.serve(endpoint, instance, tensors, protocol=here.protocol, digests=True)
 
 
 def load_first(endpoint: str, instance: str, rounds: str, *place: str) -> None:

@@ -18,10 +18,11 @@ import click
 import torch
 from torch import distributed
 
-from benchmarks.figures import another_process
-from benchmarks.gpu.loads import HOST, Place, use
+from benchmarks.gpu.loads import Place, use
 from benchmarks.gpu.rows import ALL_NCCL, EACH_NCCL, Row, Target, in_turns
 from benchmarks.gpu.sets import SETS, allocate, filled, nbytes_of
+from benchmarks.processes import another_process
+from benchmarks.serving import HOST
 from engine_loader.tensors.cuda import wait_for
 
 _GROUP = 256

@@ -20,12 +20,12 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.figures import another_process
 from benchmarks.gpu import loads, rivals, scenarios
 from benchmarks.gpu.loads import Place
 from benchmarks.gpu.nccl import nccl
 from benchmarks.gpu.rows import COLUMNS, Row, goals
 from benchmarks.gpu.sets import SETS
+from benchmarks.processes import another_process
 from engine_cli.render.tables import print_json, print_table
 from engine_loader.engines.mooncake.binding import built_transports
 from engine_loader.errors import EngineUnavailable

@@ -8,20 +8,20 @@ import json
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import click
 import torch
 
-from benchmarks.figures import several_processes
-from benchmarks.gpu.loads import HOST, MODEL, MODULE, Place, use
+from benchmarks import serving
+from benchmarks.gpu.loads import MODULE, Place, use
 from benchmarks.gpu.rows import Row, Target
 from benchmarks.gpu.sets import Layout, Tensors, allocate, filled, nbytes_of
-from engine_loader import LoadOptions, LoadReport, MooncakeEngine, Progress, Shard, load, publish
+from benchmarks.processes import answer, order, several_processes
+from benchmarks.serving import HOST
+from engine_loader import LoadOptions, LoadReport, MooncakeEngine, Progress, Shard, load
 from engine_registry import Registry
 
 _GONE_S = 20.0
@@ -127,8 +127,10 @@ def fan_out(endpoint: str, src: Place, destinations: list[Place], rounds: int) -
         with several_processes(MODULE, "load_again", calls) as loaders:
             for _ in range(rounds):
                 for process, _ in loaders:
-                    _say(process, "go\n")
-                clocks = [json.loads(_hear(process)) for process, _ in loaders]
+                    order(process, "go")
+                clocks = [
+                    json.loads(answer(process, "a loading process")) for process, _ in loaders
+                ]
                 took.append(max(ended for _, ended in clocks) - min(began for began, _ in clocks))
     nbytes = len(destinations) * nbytes_of(src.layout)
     where = f"{src.device} → {', '.join(place.device for place in destinations)}"
@@ -141,19 +143,6 @@ def fan_out(endpoint: str, src: Place, destinations: list[Place], rounds: int) -
             f"{where}; GB/s of all together",
         )
     ]
-
-
-def _say(process: subprocess.Popen[str], what: str) -> None:
-    if process.stdin is not None:
-        process.stdin.write(what)
-        process.stdin.flush()
-
-
-def _hear(process: subprocess.Popen[str]) -> str:
-    line = process.stdout.readline() if process.stdout is not None else ""
-    if not line:
-        raise click.ClickException("a loading process has ended: --debug shows what it said")
-    return line
 
 
 # -- other layouts
@@ -188,22 +177,7 @@ def serve_part(
     whole = filled(_matrices(float(scale)), device)
     parts, shards = _cut(whole, dim, index, of)
     del whole
-    with (
-        Registry.connect(endpoint) as registry,
-        MooncakeEngine(HOST, protocol) as engine,
-        publish(
-            registry,
-            engine,
-            instance=instance,
-            rank=index,
-            world_size=of,
-            tensors=parts,
-            shards=shards,
-            model=MODEL,
-        ),
-    ):
-        click.echo("published")
-        sys.stdin.read()
+    serving.serve(endpoint, instance, parts, shards, protocol=protocol, rank=index, world_size=of)
 
 
 def reshard(endpoint: str, registry: Registry, src: Place, dst: Place, rounds: int) -> list[Row]:
