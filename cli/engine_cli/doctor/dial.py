@@ -65,10 +65,3 @@ def _addresses(host: str, port: int, limit_s: float) -> list[Any]:
         )
     except UnicodeError as exc:
         raise OSError(str(exc)) from exc
-
-
-def host_and_port(session_id: str) -> tuple[str, int] | None:
-    """Of a transfer engine's session; None where it is not of that form."""
-    host, _, port = session_id.rpartition(":")
-    good = host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536
-    return (host.strip("[]"), int(port)) if good else None

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 from engine_cli.doctor.child import Died, Fact, Late, Probe
-from engine_cli.doctor.dial import Dialled, Trouble, dial, host_and_port
+from engine_cli.doctor.dial import Dialled, Trouble, dial
 from engine_cli.doctor.engine import IMPORT_S
 from engine_cli.doctor.finding import Finding, Status, duration, fail, ok, skipped, warn
 from engine_cli.doctor.runner import at_once
-from engine_registry.schema.address import is_loopback
+from engine_registry.errors import InvalidField
+from engine_registry.schema.address import host_of, is_loopback, parse_session
 
 if TYPE_CHECKING:
     from engine_registry.etcd.client import Etcd
@@ -75,8 +76,10 @@ def _dial_all(records: Sequence[RankRecord], limit_s: float) -> dict[str, Dialle
 
 
 def _dial(record: RankRecord, limit_s: float) -> Dialled | None:
-    place = host_and_port(record.session_id)
-    return dial(*place, limit_s) if place is not None else None
+    try:
+        return dial(*parse_session(record.session_id), limit_s)
+    except InvalidField:
+        return None
 
 
 def _listens(line: Dialled | None) -> bool:
@@ -148,8 +151,7 @@ def judge_rank(
     """
     name, who = "peer.rank", f"{record.instance}/{record.rank} at {record.session_id}"
     process = f"process {record.pid or 'of the seed'} on {record.host or '?'}"
-    place = host_and_port(record.session_id)
-    if place is not None and is_loopback(place[0]) and record.host != here:
+    if is_loopback(host_of(record.session_id)) and record.host != here:
         return fail(
             name,
             f"{who}: a loopback address, registered on {record.host}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 from engine_cli.render.flows import Arrived, Line, name_of, percent, progress_of, source_of
 from engine_cli.render.printable import printable
@@ -23,6 +23,7 @@ from engine_registry import (
     RankUpdated,
     TensorEntry,
 )
+from engine_registry.schema.manifest import shape_text
 from engine_registry.schema.status import spans
 
 _MAX_NAMES = 4  # in one cell
@@ -172,13 +173,9 @@ def rank_row(record: RankRecord, progress: Arrived | None = None) -> list[str]:
 
 def tensor_rows(manifest: Manifest) -> list[list[str]]:
     return [
-        [entry.name, entry.dtype, _shape(entry.shape), size(entry.nbytes), _box(entry)]
+        [entry.name, entry.dtype, shape_text(entry.shape), size(entry.nbytes), _box(entry)]
         for entry in manifest.tensors
     ]
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) if shape else "scalar"
 
 
 def _box(entry: TensorEntry) -> str:
@@ -191,4 +188,4 @@ def _box(entry: TensorEntry) -> str:
         f"{offset}:{offset + length}"
         for offset, length in zip(entry.offsets, entry.shape, strict=True)
     )
-    return f"[{', '.join(along)}] of {_shape(entry.global_shape)}"
+    return f"[{', '.join(along)}] of {shape_text(entry.global_shape)}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from engine_loader.planning.boxes import Box, Lines, check_partition, lines
 from engine_loader.planning.reads import Span, span_of
 from engine_loader.planning.tied import stand_ins
-from engine_registry.schema.manifest import Manifest, TensorEntry
+from engine_registry.schema.manifest import Manifest, TensorEntry, shape_text
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class Offers:
             return [], _why_not_as_is(own[0] if own else offers[0][1], entry)
         wholes = {offer.global_shape for _, offer in offers} - {entry.global_shape}
         if wholes:
-            found = ", ".join(map(_shape, sorted(wholes)))
-            return [], f"part of {found} in the source, of {_shape(entry.global_shape)} here"
+            found = ", ".join(map(shape_text, sorted(wholes)))
+            return [], f"part of {found} in the source, of {shape_text(entry.global_shape)} here"
         in_rows = [(number, offer) for number, offer in offers if offer.strides is None]
         if entry.strides is not None or not in_rows:
             return [], _why_not_in_order(own[0] if own else offers[0][1], entry)
@@ -139,7 +139,7 @@ class Offers:
             return (
                 [],
                 f"no rank of the source holds the box at {list(missing.offsets)} of shape "
-                f"{_shape(missing.shape)}",
+                f"{shape_text(missing.shape)}",
             )
         return [span_of(tuple(holders[box]), some.at(0, entry.addr)) for box, some in cut], ""
 
@@ -199,7 +199,7 @@ def _why_not_as_is(offer: TensorEntry, entry: TensorEntry) -> str:
             "both sides, or on neither"
         )
     if offer.shape != entry.shape:
-        return f"shape {_shape(offer.shape)} in the source, {_shape(entry.shape)} here"
+        return f"shape {shape_text(offer.shape)} in the source, {shape_text(entry.shape)} here"
     if offer.nbytes != entry.nbytes:
         return f"{offer.nbytes} bytes in the source, {entry.nbytes} here"
     if offer.strides != entry.strides:
@@ -228,11 +228,7 @@ def _describe_order(entry: TensorEntry) -> str:
     return "contiguous" if entry.strides is None else f"strides {list(entry.strides)}"
 
 
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) if shape else "scalar"
-
-
 def _describe_box(entry: TensorEntry) -> str:
     if entry.opaque:
         return "no statement of what it is part of"
-    return f"box at {list(entry.offsets)} of {_shape(entry.global_shape)}"
+    return f"box at {list(entry.offsets)} of {shape_text(entry.global_shape)}"

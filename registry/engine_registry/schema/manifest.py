@@ -100,3 +100,8 @@ def dense_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ..
     if some == sorted(some, reverse=True):
         return None
     return tuple([1 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)])
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """For people: 4096x128, or scalar."""
+    return "x".join(map(str, shape)) if shape else "scalar"

@@ -15,7 +15,7 @@ import pytest
 from engine_cli.commands.doctor import PROTOCOLS, summary
 from engine_cli.doctor import child
 from engine_cli.doctor.child import Died, Late, Probe
-from engine_cli.doctor.dial import Trouble, dial, host_and_port
+from engine_cli.doctor.dial import Trouble, dial
 from engine_cli.doctor.finding import Finding, Status, described, duration, fail, ok, warn
 from engine_cli.doctor.runner import Check, Once, Skip, at_once, run_all, within
 from engine_cli.render.tables import print_table
@@ -226,24 +226,6 @@ def test_a_name_server_that_does_not_answer_does_not_hold_up(
     dialled = dial("nosuch.invalid", 1, HANG_S)
     hang.set()
     assert (dialled.trouble, dialled.detail) == (Trouble.NAME, "no answer within 50 ms")
-
-
-@pytest.mark.parametrize(
-    ("session", "place"),
-    [
-        ("10.0.0.1:80", ("10.0.0.1", 80)),
-        ("[::1]:7", ("::1", 7)),
-        ("h:0", None),
-        ("h:65536", None),
-        (":1", None),
-        ("h", None),
-        ("h:²", None),
-    ],
-)
-def test_a_session_is_a_host_and_a_port_or_nothing(
-    session: str, place: tuple[str, int] | None
-) -> None:
-    assert host_and_port(session) == place
 
 
 @pytest.mark.parametrize(
