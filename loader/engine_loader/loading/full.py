@@ -5,7 +5,7 @@ worth of memory at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +25,7 @@ from engine_loader.sources.search import Search
 from engine_loader.tensors.dtypes import dtype_named
 from engine_loader.tensors.shards import Shard
 from engine_loader.transfer.progress import OnProgress, Progress
-from engine_loader.transfer.shares import Share
+from engine_loader.transfer.shares import summed
 from engine_registry import Manifest, RankRecord, Registry
 from engine_registry.watching.waiting import Wanted
 
@@ -193,7 +193,7 @@ def _together(reports: Sequence[LoadReport]) -> LoadReport:
         retries=sum(report.retries for report in reports),
         transfer_s=sum(report.transfer_s for report in reports),
         digest_s=sum(report.digest_s for report in reports),
-        shares=_shares(share for report in reports for share in report.shares),
+        shares=summed([share for report in reports for share in report.shares]),
     )
 
 
@@ -204,14 +204,3 @@ def _content_of(reports: Sequence[LoadReport]) -> str:
         if len(reports) == 1
         else content_of_parts([report.content for report in reports], Manifest((), ()))
     )
-
-
-def _shares(some: Iterable[Share]) -> tuple[Share, ...]:
-    """One for each source, with the last reason why it was dropped."""
-    by_name: dict[str, Share] = {}
-    for share in some:
-        before = by_name.get(share.name, Share(share.name))
-        by_name[share.name] = Share(
-            share.name, before.nbytes + share.nbytes, share.error or before.error
-        )
-    return tuple(by_name.values())
