@@ -54,8 +54,8 @@ def clients(
     def client(number: int) -> tuple[list[float], int]:
         rank = int(first_rank) + number
         with closing(HTTPConnection(HOST, int(port), timeout=30)) as connection:
-            connection.connect()
             start_line.wait()
+            connection.connect()  # not before: a gateway closes connections that ask nothing
             took, failures = [], 0
             for n in range(int(each)):
                 start = time.perf_counter()
