@@ -27,7 +27,7 @@ from engine_loader.loading.report import LoadReport
 from engine_loader.loading.targets import Target, once_each, targets_of
 from engine_loader.loading.together import load_together
 from engine_loader.options import LoadOptions, refuse
-from engine_loader.sources.catalogue import Catalogue, read_catalogue
+from engine_loader.sources.holdings import Holdings, read_holdings
 from engine_loader.tensors.state_dict import decode_value
 from engine_registry import Registry
 from engine_registry.errors import RecordDamaged, RegistryError
@@ -87,7 +87,7 @@ class EngineReader(StorageReader):
         self._rank = rank
         self._timeout_s = timeout_s
         self._options = options
-        self._catalogue: Catalogue | None = None
+        self._holdings: Holdings | None = None
         self.reports: list[LoadReport] = []
 
     # -- what there is
@@ -97,7 +97,7 @@ class EngineReader(StorageReader):
         """A checkpoint id is the name of an instance, to be read instead of the one before."""
         if checkpoint_id:
             self._source = os.fspath(checkpoint_id)
-        self._catalogue = None
+        self._holdings = None
         self.reports = []
 
     @classmethod
@@ -112,7 +112,7 @@ class EngineReader(StorageReader):
         If there is no metadata, the reason is raised when it is looked at.
         """
         try:
-            catalogue = read_catalogue(
+            holdings = read_holdings(
                 self._registry,
                 self._engine,
                 self._source,
@@ -120,10 +120,10 @@ class EngineReader(StorageReader):
                 self._timeout_s,
                 self._options.cancel,
             )
-            metadata = metadata_of(catalogue)
+            metadata = metadata_of(holdings)
         except (RegistryError, LoaderError) as exc:
             return UnknownMetadata(exc)
-        self._catalogue = catalogue
+        self._holdings = holdings
         return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
@@ -150,13 +150,13 @@ class EngineReader(StorageReader):
         return [replace(plan, storage_data=newest) for plan in plans]
 
     @property
-    def _known(self) -> Catalogue:
-        if self._catalogue is None:
+    def _known(self) -> Holdings:
+        if self._holdings is None:
             raise LoaderError(
                 "the metadata have not been read",
                 "give the reader to torch.distributed.checkpoint.load",
             )
-        return self._catalogue
+        return self._holdings
 
     # -- reading
     # ----------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ class EngineReader(StorageReader):
             nonlocal tries
             tries += 1
             if tries > 1:
-                self._catalogue = read_catalogue(
+                self._holdings = read_holdings(
                     self._registry,
                     self._engine,
                     self._source,

@@ -13,7 +13,7 @@ from engine_loader.loading.load import load
 from engine_loader.loading.report import LoadReport
 from engine_loader.loading.together import load_together
 from engine_loader.options import LoadOptions, refuse
-from engine_loader.sources.catalogue import ranks_of_best
+from engine_loader.sources.holdings import ranks_of_best
 from engine_loader.tensors.shards import Shard
 from engine_registry import Registry
 from engine_registry.errors import InvalidField

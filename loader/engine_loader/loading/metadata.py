@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from engine_loader.planning.boxes import Box
 from engine_loader.planning.matching import entry_box
-from engine_loader.sources.catalogue import Catalogue
+from engine_loader.sources.holdings import Holdings
 from engine_loader.tensors.dtypes import dtype_named
 from engine_registry import TensorEntry
 
@@ -34,12 +34,10 @@ class UnknownMetadata(Metadata):
         raise self._why
 
 
-def metadata_of(catalogue: Catalogue) -> Metadata:
-    """All tensors and values of the catalogue, by name."""
-    described: dict[str, STORAGE_TYPES] = {
-        name: BytesStorageMetadata() for name in catalogue.values
-    }
-    described.update({name: _storage_of(entries) for name, entries in catalogue.tensors.items()})
+def metadata_of(holdings: Holdings) -> Metadata:
+    """All tensors and values of the holdings, by name."""
+    described: dict[str, STORAGE_TYPES] = {name: BytesStorageMetadata() for name in holdings.values}
+    described.update({name: _storage_of(entries) for name, entries in holdings.tensors.items()})
     return Metadata(described)
 
 

@@ -18,7 +18,7 @@ from engine_loader.loading.load import load
 from engine_loader.loading.report import LoadReport
 from engine_loader.options import LoadOptions
 from engine_loader.publishing.replica import Replica
-from engine_loader.sources.catalogue import Catalogue, read_catalogue
+from engine_loader.sources.holdings import Holdings, read_holdings
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.shards import Shard
 from engine_loader.tensors.state_dict import whole
@@ -86,16 +86,16 @@ def load_module(
             if tensor not in made:
                 made[tensor] = _with_memory(name, tensor, device)
             tensors[name] = made[tensor]
-    catalogue = read_catalogue(registry, engine, source, rank, timeout_s, options.cancel)
+    holdings = read_holdings(registry, engine, source, rank, timeout_s, options.cancel)
     plain = {name: box for name, box in whole(tensors).items() if name not in (shards or {})}
-    catalogue.check_rank_known(plain)
+    holdings.check_rank_known(plain)
     report = load(
         registry,
         engine,
         source,
-        rank=catalogue.rank,
+        rank=holdings.rank,
         tensors=tensors,
-        shards={**_stated(plain, tensors, catalogue), **(shards or {})},
+        shards={**_stated(plain, tensors, holdings), **(shards or {})},
         timeout_s=max(0.0, timeout_s - (time.monotonic() - start)),
         world_size=world_size,
         topology=topology,
@@ -111,10 +111,10 @@ def load_module(
 
 
 def _stated(
-    boxes: Mapping[str, Shard], tensors: Mapping[str, torch.Tensor], catalogue: Catalogue
+    boxes: Mapping[str, Shard], tensors: Mapping[str, torch.Tensor], holdings: Holdings
 ) -> dict[str, Shard]:
     """The boxes that the source states, for all names of a tensor: it may lack some of them."""
-    silent = {id(tensor) for name, tensor in tensors.items() if not catalogue.states_box_of(name)}
+    silent = {id(tensor) for name, tensor in tensors.items() if not holdings.states_box_of(name)}
     return {name: box for name, box in boxes.items() if id(tensors[name]) not in silent}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
-from engine_loader.sources.catalogue import Catalogue
+from engine_loader.sources.holdings import Holdings
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.regions import strides_of
 from engine_loader.tensors.shards import Shard
@@ -33,7 +33,7 @@ class Target:
     buffer: torch.Tensor | None = None
 
 
-def targets_of(plan: LoadPlan, planner: LoadPlanner, catalogue: Catalogue) -> list[Target]:
+def targets_of(plan: LoadPlan, planner: LoadPlanner, holdings: Holdings) -> list[Target]:
     """The local tensors whose parts the plan names; where the planner has put something else in
     their place, those.
     """
@@ -46,7 +46,7 @@ def targets_of(plan: LoadPlan, planner: LoadPlanner, catalogue: Catalogue) -> li
             parts[where].append((item, planner.resolve_tensor(item).detach()))
     targets: list[Target] = []
     for (name, offsets), items in parts.items():
-        entry = catalogue.tensors[name][0]
+        entry = holdings.tensors[name][0]
         local = _local_tensor(planner, items)
         if local is not None:
             targets.append(_target(name, local, entry, offsets, items))

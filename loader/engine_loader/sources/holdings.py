@@ -23,7 +23,7 @@ from engine_registry.watching.waiting import Wanted
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Holdings:
     """`rank` is the one that this process stands for, if that is known; what it has comes first."""
 
     instance: str
@@ -57,14 +57,14 @@ class Catalogue:
             )
 
 
-def read_catalogue(
+def read_holdings(
     registry: Registry,
     engine: Engine,
     source: Wanted,
     rank: int | None,
     timeout_s: float,
     cancel: threading.Event | None = None,
-) -> Catalogue:
+) -> Holdings:
     """Waits until all ranks of the source are there. Without `rank` this process stands for its
     rank in its job, if that has as many as the source. Raises what `load` does before it compares.
     """
@@ -87,7 +87,7 @@ def read_catalogue(
             tensors[entry.name].append(entry)
         values = {**manifest.values, **values}
     contents = tuple(record.content for record in records)
-    return Catalogue(
+    return Holdings(
         first.instance, first.world_size, first.version, contents, rank, dict(tensors), values
     )
 
