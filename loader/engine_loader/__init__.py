@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from engine_loader.errors import WeightsFileInvalid as WeightsFileInvalid
     from engine_loader.errors import WeightsMismatch as WeightsMismatch
     from engine_loader.files.whole_files import WholeFiles as WholeFiles
+    from engine_loader.loading.catalogue import Catalogue as Catalogue
+    from engine_loader.loading.catalogue import TensorSpec as TensorSpec
+    from engine_loader.loading.catalogue import read_catalogue as read_catalogue
     from engine_loader.loading.checkpoint import EngineReader as EngineReader
     from engine_loader.loading.full import load_full as load_full
     from engine_loader.loading.instance import load_instance as load_instance
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "Cancelled": "errors",
+    "Catalogue": "loading.catalogue",
     "Destination": "tensors.destination",
     "DigestMismatch": "errors",
     "DigestsMissing": "errors",
@@ -78,6 +82,7 @@ _MODULE_OF = {
     "SourceLost": "errors",
     "SourceUnreachable": "errors",
     "Stalled": "errors",
+    "TensorSpec": "loading.catalogue",
     "TensorsUnusable": "errors",
     "TornRead": "errors",
     "VersionUnavailable": "errors",
@@ -92,6 +97,7 @@ _MODULE_OF = {
     "load_or_seed": "starting.load_or_seed",
     "publish": "publishing.publish",
     "publish_state_dict": "publishing.publish",
+    "read_catalogue": "loading.catalogue",
 }
 
 __all__ = [*_MODULE_OF]

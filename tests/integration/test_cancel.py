@@ -17,6 +17,7 @@ from engine_loader import (
     load_full,
     load_instance,
     load_module,
+    read_catalogue,
 )
 from engine_loader.errors import Cancelled
 from engine_registry import ModelIdentity, Place, Registry
@@ -39,6 +40,9 @@ LOADS: dict[str, Load] = {
         registry, engine, "a", tensors={0: tensors()}, timeout_s=LONG_S, options=options
     ),
     "load_full": lambda registry, engine, options: load_full(
+        registry, engine, "a", timeout_s=LONG_S, options=options
+    ),
+    "read_catalogue": lambda registry, engine, options: read_catalogue(
         registry, engine, "a", timeout_s=LONG_S, options=options
     ),
     "load_module": lambda registry, engine, options: load_module(

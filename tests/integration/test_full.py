@@ -195,7 +195,7 @@ def test_the_memory_of_one_file_is_all_that_is_taken(
         )
         return load(*args, tensors=tensors, **options)
 
-    monkeypatch.setattr("engine_loader.loading.full.load", watched)
+    monkeypatch.setattr("engine_loader.loading.whole_source.load", watched)
     with Instance(registry, InProcessEngine):
         load_into(tmp_path, registry, InProcessEngine())
     assert [nbytes for _, nbytes in storages] == [4096]

@@ -25,6 +25,7 @@ from engine_loader import (
     load_or_seed,
     publish,
     publish_state_dict,
+    read_catalogue,
 )
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InvalidField
@@ -108,6 +109,7 @@ def test_a_mapping_of_values_is_taken_as_it_is() -> None:
 REFUSED = {
     "load_instance": {"version", "contents"},
     "load_full": {"version", "contents", "partial"},
+    "read_catalogue": {"partial"},
     "EngineReader": {"version", "contents", "partial"},
     "load_or_seed": {"version", "contents"},
     "publish_state_dict": {"values"},
@@ -133,6 +135,7 @@ def calls(registry: Registry) -> dict[str, Callable[[Any], Any]]:
             registry, engine, "a", tensors={0: tensors}, options=options
         ),
         "load_full": lambda options: load_full(registry, engine, "a", options=options),
+        "read_catalogue": lambda options: read_catalogue(registry, engine, "a", options=options),
         "EngineReader": lambda options: EngineReader(registry, engine, "a", options=options),
         "load_or_seed": lambda options: load_or_seed(
             registry, engine, MODEL, tensors, **where, fallback="nowhere", load=options

@@ -20,6 +20,7 @@ from engine_loader import (
     load_module,
     load_or_seed,
     publish,
+    read_catalogue,
 )
 from engine_loader.errors import TensorsUnusable
 from engine_registry import ModelIdentity, Place, Registry
@@ -140,6 +141,7 @@ def calls(registry: Registry) -> dict[str, Any]:
             registry, engine, "a", tensors={0: tensors}, **options
         ),
         "load_full": lambda **options: load_full(registry, engine, "a", **options),
+        "read_catalogue": lambda **options: read_catalogue(registry, engine, "a", **options),
     }
 
 
@@ -150,6 +152,7 @@ TIMES = {
     "load_module": "timeout_s",
     "load_instance": "timeout_s",
     "load_full": "timeout_s",
+    "read_catalogue": "timeout_s",
 }
 
 
@@ -177,6 +180,7 @@ NUMBERS = [
     ("load_or_seed", "world_size"),
     ("load_or_seed", "version"),
     ("load_or_seed", "max_sources"),
+    ("read_catalogue", "max_group_nbytes"),
 ]
 
 

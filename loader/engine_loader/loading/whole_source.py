@@ -1,0 +1,174 @@
+"""The whole tensors that a source holds, and the loads that bring them: one group after another
+into the same memory.
+
+Used by `load_full` and by `Catalogue`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Generator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+
+from engine_loader.engines.base import Engine, lend
+from engine_loader.errors import LoaderError, WeightsMismatch, listed
+from engine_loader.files.memory import allocate, block_of, extent, with_strides
+from engine_loader.loading.load import load
+from engine_loader.loading.report import LoadReport
+from engine_loader.options import LoadOptions
+from engine_loader.planning.whole import Whole, whole_tensors
+from engine_loader.sources.manifests import fetch_manifests
+from engine_loader.sources.search import Search
+from engine_loader.tensors.destination import Destination
+from engine_loader.tensors.dtypes import dtype_named
+from engine_loader.tensors.shards import Shard
+from engine_loader.transfer.progress import OnProgress, Progress
+from engine_registry import Manifest, RankRecord, Registry
+from engine_registry.watching.waiting import Wanted
+
+Groups = Sequence[Sequence[Whole]]
+Loaded = tuple[dict[str, torch.Tensor], LoadReport]
+Loads = Generator[Loaded, None, None]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is read from where, however often. `names` are the tensors that are wanted; None wants
+    all.
+    """
+
+    registry: Registry
+    engine: Engine
+    wanted: Wanted
+    options: LoadOptions
+    names: Collection[str] | None = None
+    device: str = "cpu"
+
+    def find(self, timeout_s: float) -> WholeSource:
+        """The best instance that has them whole. Waits until one is ready.
+
+        Raises WeightsMismatch where none has, and what `Search.find` raises.
+        """
+        search = Search(
+            self.registry,
+            self.engine,
+            self.wanted,
+            None,
+            Manifest((), ()),
+            boxes=True,
+            version=self.options.version,
+            contents=self.options.contents,
+            cancel=self.options.cancel,
+        )
+        found = search.find(time.monotonic() + timeout_s)
+        misfits: list[LoaderError] = []
+        for records in [team for group in found.instances for team in group.teams]:
+            try:
+                return WholeSource(self, records, tuple(self._wholes_of(records)))
+            except LoaderError as exc:
+                misfits.append(exc)
+        raise misfits[0]
+
+    def _wholes_of(self, records: Sequence[RankRecord]) -> list[Whole]:
+        instance, manifests = records[0].instance, fetch_manifests(self.registry, records)
+        if self.names is None:
+            return whole_tensors(instance, manifests)
+        names = set(self.names)
+        wanted = [_only(manifest, names) for manifest in manifests]
+        found = {entry.name for manifest in wanted for entry in manifest.tensors}
+        if missing := [name for name in self.names if name not in found]:
+            raise WeightsMismatch(
+                f"{instance!r} does not have {len(missing)} of the {len(names)} tensors that are "
+                f"wanted, nothing was read: {listed(missing)}",
+                "name tensors that it has",
+                tensors=missing,
+            )
+        return whole_tensors(instance, wanted)
+
+
+def _only(manifest: Manifest, names: Collection[str]) -> Manifest:
+    return replace(
+        manifest, tensors=tuple(entry for entry in manifest.tensors if entry.name in names)
+    )
+
+
+@dataclass(frozen=True)
+class WholeSource:
+    """The tensors of the ranks of one instance, in the contents that the ranks had.
+
+    `wholes` are in the order in which they lie in the ranks' memory.
+    """
+
+    reader: Reader
+    records: Sequence[RankRecord]
+    wholes: Sequence[Whole]
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        return tuple(record.content for record in self.records)
+
+    def fill(self, groups: Groups, timeout_s: float) -> Loads:
+        """Loads each group when it is its turn, and all of them into one block of memory: what a
+        group's tensors hold is over when the next one is asked for.
+
+        Raises what `load` does: VersionUnavailable, too, where the source does not have these
+        contents any more.
+        """
+        layouts = [
+            {whole.name: (dtype_named(whole.dtype), whole.shape) for whole in group}
+            for group in groups
+        ]
+        with ExitStack() as undo:
+            memory = block_of(max(map(extent, layouts)), self.reader.device)
+            # Lent until the end, the memory is registered once and not for each group.
+            lent = Destination({"memory": memory}).manifest.regions
+            lend(self.reader.engine, undo, *lent, owner=memory)
+            total_nbytes = sum(whole.nbytes for group in groups for whole in group)
+            done_nbytes = 0
+            for group, layout in zip(groups, layouts, strict=True):
+                tensors = with_strides(
+                    allocate(layout, memory=memory), {whole.name: whole.strides for whole in group}
+                )
+                nbytes = sum(whole.nbytes for whole in group)
+                progress = self._part_of_progress(done_nbytes, nbytes, total_nbytes)
+                yield tensors, self._load(group, tensors, timeout_s, progress)
+                done_nbytes += nbytes
+
+    def _load(
+        self,
+        group: Sequence[Whole],
+        tensors: dict[str, torch.Tensor],
+        timeout_s: float,
+        progress: OnProgress | None,
+    ) -> LoadReport:
+        reader = self.reader
+        return load(
+            reader.registry,
+            reader.engine,
+            reader.wanted,
+            rank=0 if any(whole.opaque for whole in group) else None,  # there is no other
+            tensors=tensors,
+            shards={
+                whole.name: Shard(whole.shape, (0,) * len(whole.shape))
+                for whole in group
+                if not whole.opaque
+            },
+            timeout_s=timeout_s,
+            options=replace(
+                reader.options, contents=self.contents, partial=True, progress=progress
+            ),
+        )
+
+    def _part_of_progress(
+        self, done_nbytes: int, nbytes: int, total_nbytes: int
+    ) -> OnProgress | None:
+        """A load counts what it reads, which may be more than the tensors have."""
+        on_progress = self.reader.options.progress
+        if on_progress is None:
+            return None
+        return lambda part: on_progress(
+            Progress(done_nbytes + nbytes * part.nbytes // max(1, part.total_nbytes), total_nbytes)
+        )
