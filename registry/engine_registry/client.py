@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 
-from engine_registry.errors import InvalidField, RecordDamaged
+from engine_registry.errors import RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, absolute, parse_endpoints
 from engine_registry.lifetime import Closable
@@ -25,8 +25,7 @@ from engine_registry.registration import writes
 from engine_registry.registration.eviction import evict
 from engine_registry.registration.handle import OnState, Registration
 from engine_registry.registration.keeper.process import check_can_start
-from engine_registry.registration.manifests import fetch_manifest
-from engine_registry.schema import manifest_format as manifests
+from engine_registry.registration.manifests import encode_manifest, fetch_manifest
 from engine_registry.schema.keys import (
     ENGINES,
     check_instance,
@@ -163,13 +162,7 @@ class Registry(Closable):
         """
         ttl_s = seconds("ttl_s", ttl_s, MIN_TTL_S, MAX_TTL_S)
         check_can_start(f"{ENGINES}{instance}/{rank}")
-        ref, parts = manifests.encode(manifest)
-        if len(parts) > manifests.MAX_PARTS:
-            raise InvalidField(
-                f"the manifest of {len(manifest.tensors)} tensors takes {len(parts)} MiB, "
-                f"more than {manifests.MAX_PARTS}",
-                field="manifest",
-            )
+        ref, parts = encode_manifest(manifest)
         record = RankRecord(
             incarnation=incarnation or new_incarnation(),
             instance=instance,

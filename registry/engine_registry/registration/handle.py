@@ -22,7 +22,9 @@ from engine_registry.etcd.config import EtcdConfig
 from engine_registry.lifetime import Closable
 from engine_registry.registration.callback import Callback
 from engine_registry.registration.keeper.link import KeeperLink
+from engine_registry.registration.manifests import encode_manifest
 from engine_registry.registration.writes import WITHDRAWN
+from engine_registry.schema.manifest import Manifest
 from engine_registry.schema.record import RankRecord, RankState
 from engine_registry.telemetry import metrics
 from engine_registry.telemetry.logs import fields
@@ -141,22 +143,37 @@ class Registration(Closable):
         until it is gone, whatever state is given, so that an update of the weights that ends
         meanwhile invites no new readers.
         """
-        if os.getpid() != self._owner_pid:
-            raise RegistryError(
-                f"{self.record.key} is registered by process {self._owner_pid}, and this is "
-                "a fork of it",
-                "update it there",
-            )
-        if self._lost is not None:
-            raise self._lost
-        if self._closing:
-            raise RegistryError(f"the registration of {self.record.key} is closed")
         wanted = {"version": version, "content": content, "state": state}
-        given = {name: value for name, value in wanted.items() if value is not None}
-        uninterrupted(
-            lambda: self._link.update(lambda record: _changed(record, given)),
-            f"changes {self.record.key}",
-        )
+        self._change({name: value for name, value in wanted.items() if value is not None})
+
+    def offer(
+        self,
+        manifest: Manifest,
+        *,
+        incarnation: str,
+        header_addr: int,
+        version: int,
+        content: str,
+        device: str,
+    ) -> None:
+        """Puts other memory in the place of the one that the rank has offered, and says that it is
+        ready; from any thread.
+
+        It takes another incarnation, as a peer keeps what it has learnt of a process's memory for
+        as long as that has one incarnation. Record and manifest change together. While etcd is away
+        both wait in the keeper. Raises what `update` does.
+        """
+        ref, parts = encode_manifest(manifest)
+        given = {
+            "incarnation": incarnation,
+            "manifest": ref,
+            "header_addr": header_addr,
+            "version": version,
+            "content": content,
+            "device": device,
+            "state": RankState.READY,
+        }
+        self._change(given, parts)
 
     def withdraw(self, reason: str = WITHDRAWN) -> None:
         """Takes the rank out of the registry; any number of times. If etcd is away the keeper goes
@@ -169,6 +186,22 @@ class Registration(Closable):
             return  # a forked child's copy of the handle: the registration is the parent's
         if self._state is not RegistrationState.CLOSED:
             uninterrupted(lambda: self._leave(reason), f"withdraws {self.record.key}")
+
+    def _change(self, given: Mapping[str, Any], parts: Sequence[bytes] = ()) -> None:
+        if os.getpid() != self._owner_pid:
+            raise RegistryError(
+                f"{self.record.key} is registered by process {self._owner_pid}, and this is "
+                "a fork of it",
+                "update it there",
+            )
+        if self._lost is not None:
+            raise self._lost
+        if self._closing:
+            raise RegistryError(f"the registration of {self.record.key} is closed")
+        uninterrupted(
+            lambda: self._link.update(lambda record: _changed(record, given), parts),
+            f"changes {self.record.key}",
+        )
 
     def close(self) -> None:
         """`withdraw`, for a `with` block."""

@@ -1,16 +1,30 @@
-"""The manifest of a registered rank, fetched from etcd.
+"""The manifest of a rank as etcd holds it: encoded to be registered, and fetched.
 
-Used by `client` and the gateway. `registration.writes` puts it there.
+Used by `client`, the handle and the gateway. `registration.writes` puts it there.
 """
 
 from __future__ import annotations
 
-from engine_registry.errors import RecordDamaged
+from engine_registry.errors import InvalidField, RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.schema.keys import manifest_part_key
 from engine_registry.schema.manifest import Manifest
-from engine_registry.schema.manifest_format import MAX_PARTS, decode
-from engine_registry.schema.record import RankRecord
+from engine_registry.schema.manifest_format import MAX_PARTS, decode, encode
+from engine_registry.schema.record import ManifestRef, RankRecord
+
+
+def encode_manifest(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
+    """What the record says of it, and the parts to store; InvalidField where no reader would take
+    it.
+    """
+    ref, parts = encode(manifest)
+    if len(parts) > MAX_PARTS:
+        raise InvalidField(
+            f"the manifest of {len(manifest.tensors)} tensors takes {len(parts)} MiB, more than "
+            f"{MAX_PARTS}",
+            field="manifest",
+        )
+    return ref, parts
 
 
 def fetch_manifest(etcd: Etcd, record: RankRecord) -> Manifest:

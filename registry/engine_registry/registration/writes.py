@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import tenacity
@@ -71,21 +71,23 @@ _until_settled = tenacity.retry(
 
 
 def claim(
-    etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int, replaces: str = ""
+    etcd: Etcd,
+    record: RankRecord,
+    parts: Sequence[bytes],
+    lease_id: int,
+    replaces: str = "",
+    former: Collection[str] = (),
 ) -> KeyValue:
     """Writes the manifest, then the record as the commit, all under the lease; returns the record's
     key as it is then.
 
-    The key must be absent, ended, or hold this very incarnation or the one that it `replaces`.
-    Raises RankConflict, InstanceMismatch or Evicted.
+    The key must be absent, ended, or hold this very incarnation, the one that it `replaces`, or one
+    of the `former` ones of the same registration, none of which may have been evicted. Raises
+    RankConflict, InstanceMismatch or Evicted.
     """
-    *first, last = [
-        Put(_part_key(record, number), part, lease_id) for number, part in enumerate(parts)
-    ]
-    for put in first:
-        etcd.commit([], [put])
+    last = _put_but_last(etcd, record, parts, lease_id)
     try:
-        return _claim(etcd, record, last, lease_id, replaces)
+        return _claim(etcd, record, last, lease_id, {record.incarnation, *former}, replaces)
     except _Raced as exc:
         raise EtcdUnavailable(
             f"cannot register {record.key}: too many others are registering at once", "try again"
@@ -94,15 +96,21 @@ def claim(
 
 @_until_settled
 def _claim(
-    etcd: Etcd, record: RankRecord, last_part: Put, lease_id: int, replaces: str
+    etcd: Etcd,
+    record: RankRecord,
+    last_part: Put,
+    lease_id: int,
+    own: Collection[str],
+    replaces: str,
 ) -> KeyValue:
     holder = etcd.get(record.key)
-    mark = evicted_key(record.instance, record.rank, record.incarnation)
-    if etcd.get(mark) is not None:
-        raise Evicted(f"{record.key} was evicted", key=record.key)
+    # An eviction from now on, of whichever incarnation, changes the key.
+    for incarnation in own:
+        if etcd.get(evicted_key(record.instance, record.rank, incarnation)) is not None:
+            raise Evicted(f"{record.key} was evicted", key=record.key)
     guards = [
-        _check_holder(etcd, record, holder, replaces),
-        absent(mark),
+        _check_holder(etcd, record, holder, {*own, replaces}),
+        absent(evicted_key(record.instance, record.rank, record.incarnation)),
         _check_siblings(etcd, record),
     ]
     put = Put(record.key, encode(record), lease_id)
@@ -123,14 +131,16 @@ def how_to_delete(etcd: Etcd, key: str, error: RecordDamaged) -> str:
     return f"{error.remedy}; {how}" if error.remedy else how
 
 
-def _check_holder(etcd: Etcd, record: RankRecord, holder: KeyValue | None, replaces: str) -> Guard:
+def _check_holder(
+    etcd: Etcd, record: RankRecord, holder: KeyValue | None, expected: Collection[str]
+) -> Guard:
     if holder is None:
         return absent(record.key)
     try:
         found = decode_item(holder)
     except RecordDamaged as exc:
         raise RankConflict(exc.what, how_to_delete(etcd, record.key, exc), key=record.key) from exc
-    if found.incarnation not in (record.incarnation, replaces) and not found.ended:
+    if found.incarnation not in expected and not found.ended:
         raise RankConflict(
             f"rank {record.rank} of {record.instance!r} is already registered ({found.holder})",
             "stop that process, choose another rank, or end its registration with `Registry.evict`",
@@ -182,12 +192,24 @@ def _first_alive(seen: Snapshot, record: RankRecord) -> KeyValue | None:
     return None
 
 
-def amend(etcd: Etcd, record: RankRecord, held: KeyValue) -> KeyValue | None:
+def amend(
+    etcd: Etcd, record: RankRecord, held: KeyValue, parts: Sequence[bytes] = ()
+) -> KeyValue | None:
     """Writes the changed record over `held`, under its lease: the key then, or None where another
     was faster.
+
+    With `parts`, the record has another incarnation and this manifest. They are in etcd together,
+    or neither is, and the former manifest is gone then.
     """
     put = Put(record.key, encode(record), held.lease_id)
-    revision = etcd.commit([unchanged(held)], [put])
+    changes: list[Put | Delete] = [put]
+    if parts:
+        changes.append(_put_but_last(etcd, record, parts, held.lease_id))
+        former = decode_item(held)
+        if former.incarnation != record.incarnation:
+            prefix = manifest_prefix(former.instance, former.rank, former.incarnation)
+            changes.append(Delete(prefix, prefix=True))
+    revision = etcd.commit([unchanged(held)], changes)
     return written(put, revision, held) if revision else None
 
 
@@ -258,6 +280,16 @@ def deletion(held: KeyValue) -> list[Delete]:
 
 def _delete(etcd: Etcd, held: KeyValue) -> None:
     etcd.commit([unchanged(held)], deletion(held))
+
+
+def _put_but_last(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int) -> Put:
+    """Writes the parts of a manifest but for the last one, which goes with the record."""
+    *first, last = [
+        Put(_part_key(record, number), part, lease_id) for number, part in enumerate(parts)
+    ]
+    for put in first:
+        etcd.commit([], [put])
+    return last
 
 
 def _part_key(record: RankRecord, number: int) -> str:

@@ -17,7 +17,10 @@ class RankJoined:
 
 @dataclass(frozen=True)
 class RankUpdated:
-    """The record of a rank has changed: its state, its version, or what it holds."""
+    """The record of a rank has changed: its state, its version, or what it holds.
+
+    Where it offers other memory now, its incarnation is another one.
+    """
 
     record: RankRecord
     previous: RankRecord

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from engine_registry.errors import RecordDamaged
 from engine_registry.schema.keys import parse_record_key
 from engine_registry.schema.keyvalue import Change, KeyValue, Snapshot
+from engine_registry.schema.record import RankRecord
 from engine_registry.schema.record_format import decode_item
 from engine_registry.schema.roster import Roster
 from engine_registry.schema.status import InstanceState
@@ -115,7 +116,7 @@ class Tracker:
         roster.put(record)
         if known is None:
             return [RankJoined(record)]
-        if known.incarnation != record.incarnation:
+        if not _of_one_registration(known, record):
             return [RankLost(known, "replaced by another process"), RankJoined(record)]
         return [RankUpdated(record, known)] if known != record else []
 
@@ -139,3 +140,12 @@ class Tracker:
                 self._reported.pop(instance, None)
                 del self._rosters[instance]
         return events
+
+
+def _of_one_registration(one: RankRecord, other: RankRecord) -> bool:
+    """A rank that offers other memory takes another incarnation, and has not been lost."""
+    return one.incarnation == other.incarnation or _process(one) == _process(other)
+
+
+def _process(record: RankRecord) -> tuple[str, str, int, str]:
+    return record.session_id, record.host, record.pid, record.registered_at

@@ -32,6 +32,7 @@ from engine_registry.errors import (
 )
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.registration import manifests
 from engine_registry.schema import manifest_format
 from engine_registry.schema.keys import manifest_part_key, record_key
 from engine_registry.schema.keyvalue import Snapshot
@@ -441,7 +442,7 @@ def test_a_manifest_of_too_many_parts_is_refused(
     in_many_parts: Manifest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(manifest_format, "MAX_PARTS", 3)
+    monkeypatch.setattr(manifests, "MAX_PARTS", 3)
     with pytest.raises(InvalidField, match=r"the manifest of 50 tensors takes .* more than 3"):
         register(registry, manifest=in_many_parts)
     assert registered == []

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from engine_registry.errors import (
@@ -22,7 +23,7 @@ from engine_registry.errors import (
 )
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
-from engine_registry.registration.keeper.protocol import beat_s
+from engine_registry.registration.keeper.protocol import FORMER_KEPT, beat_s
 from engine_registry.registration.writes import amend, claim, end, remove
 from engine_registry.schema.keys import evicted_key
 from engine_registry.schema.keyvalue import KeyValue
@@ -42,11 +43,22 @@ class Keeper:
     """
 
     def __init__(
-        self, etcd: Etcd, record: RankRecord, parts: Sequence[bytes], ttl_s: float, report: Report
+        self,
+        etcd: Etcd,
+        record: RankRecord,
+        parts: Sequence[bytes],
+        ttl_s: float,
+        report: Report,
+        former: Sequence[str] = (),
     ) -> None:
+        """`former` are incarnations that the rank has had, under one of which its record may stand
+        in etcd.
+        """
         self._etcd = etcd
         self._record = record
         self._parts = parts
+        self._former = list(former)
+        self._moved = False  # the manifest is another, too, than the one in etcd
         self._ttl_s = ttl_s
         self._report = report
         self._backoff = Backoff(0.1, 0.5)
@@ -106,8 +118,13 @@ class Keeper:
         """etcd could not be reached at the last try."""
         return self._suspended
 
-    def change(self, record: RankRecord) -> None:
-        """The record that the next beat writes."""
+    def change(self, record: RankRecord, parts: Sequence[bytes] = ()) -> None:
+        """The record that the next beat writes. With `parts`, under another incarnation, and with
+        this manifest.
+        """
+        if parts:
+            self._former.append(self._record.incarnation)
+            self._parts, self._moved = parts, True
         self._record, self._stale = record, True
 
     def end(self, reason: str) -> None:
@@ -116,7 +133,8 @@ class Keeper:
             with contextlib.suppress(LeaseNotFound):
                 end(self._etcd, self._held, reason)
         else:  # a keeper before this one, or a write whose answer was lost, may have left it
-            remove(self._etcd, self._record, reason)
+            for incarnation in (self._record.incarnation, *self._former):
+                remove(self._etcd, replace(self._record, incarnation=incarnation), reason)
         self._held = None
 
     def _renew(self, held: KeyValue) -> None:
@@ -138,8 +156,12 @@ class Keeper:
 
     def _evicted(self) -> Evicted:
         key = self._record.key
-        mark = evicted_key(self._record.instance, self._record.rank, self._record.incarnation)
-        how = "evicted" if self._etcd.get(mark) is not None else "deleted from etcd by somebody"
+        marks = [
+            evicted_key(self._record.instance, self._record.rank, incarnation)
+            for incarnation in (self._record.incarnation, *self._former)
+        ]
+        marked = any(self._etcd.get(mark) is not None for mark in marks)
+        how = "evicted" if marked else "deleted from etcd by somebody"
         return Evicted(
             f"{key} was {how}",
             "the registration has ended; register again if that was not meant",
@@ -154,22 +176,27 @@ class Keeper:
         except RecordDamaged as exc:
             self._lose(Superseded(f"{exc}; the registration has ended", key=key))
         else:
-            if found.incarnation != self._record.incarnation:
+            if found.incarnation not in (self._record.incarnation, *self._former):
                 self._lose(
                     Superseded(f"{key} now belongs to another process ({found.holder})", key=key)
                 )
             if found.ended:
                 self._lose(self._evicted())
             if item.value == encode(self._record) and item.lease_id == lease_id:
-                self._held, self._stale = item, False  # the answer to a write was lost
+                self._written(item)  # the answer to a write was lost
             else:
                 # An old key of ours, as after a restored backup: its manifest may be under an old
                 # lease too.
                 self._claim_again(lease_id)
 
     def _claim(self, lease_id: int) -> None:
-        self._held = claim(self._etcd, self._record, self._parts, lease_id)
-        self._stale = False
+        self._written(claim(self._etcd, self._record, self._parts, lease_id, former=self._former))
+
+    def _written(self, held: KeyValue) -> None:
+        """etcd has all that the rank wants."""
+        self._held = held
+        self._stale, self._moved = False, False
+        del self._former[:-FORMER_KEPT]
 
     def _claim_again(self, lease_id: int = 0) -> None:
         """With a lease that there is, or a new one.
@@ -193,14 +220,14 @@ class Keeper:
             )
 
     def _amend(self, held: KeyValue) -> None:
-        amended = amend(self._etcd, self._record, held)
+        amended = amend(self._etcd, self._record, held, self._parts if self._moved else ())
         if amended is None:
             # raises if another process was faster; else the answer to a write of ours was lost
             self._renew(held)
             if self._stale:
                 raise EtcdError(f"{self._record.key} changed while it was being updated")
             return
-        self._held, self._stale = amended, False
+        self._written(amended)
 
     def _lose(self, error: RegistrationLost) -> None:
         if self._held is not None:

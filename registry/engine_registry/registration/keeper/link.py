@@ -19,7 +19,7 @@ from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.config import EtcdConfig
 from engine_registry.registration.keeper.pending import Message, Pending
 from engine_registry.registration.keeper.process import START_TIMEOUT_S, KeeperProcess
-from engine_registry.registration.keeper.protocol import ANSWER_S, beat_s, encode_frame
+from engine_registry.registration.keeper.protocol import ANSWER_S, FORMER_KEPT, beat_s, encode_frame
 from engine_registry.registration.writes import DIED
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.record_format import encode
@@ -47,6 +47,8 @@ class KeeperLink:
         self.record = record
         self._config = config
         self._parts = tuple(parts)
+        # Incarnations under one of which the record may stand in etcd instead of its own.
+        self._former: list[str] = []
         self._ttl_s = ttl_s
         self._news = news
         self._lock = threading.Lock()
@@ -87,19 +89,25 @@ class KeeperLink:
             self.abandon()
             raise
 
-    def update(self, change: Callable[[RankRecord], RankRecord]) -> None:
+    def update(
+        self, change: Callable[[RankRecord], RankRecord], parts: Sequence[bytes] = ()
+    ) -> None:
         """Returns when the changed record is in etcd, or as soon as it has to wait: for etcd, or
         for the next keeper.
 
-        One change after another: each is made of the record that the one before has left.
+        One change after another: each is made of the record that the one before has left. With
+        `parts`, which are another manifest, the record has another incarnation.
         """
         with self._lock:
             record = change(self.record)
             value = encode(record)
+            if parts:
+                self._former.append(self.record.incarnation)
+                self._parts = tuple(parts)
             self.record = record
             if self._keeper is None and not self._over:
                 return
-            reply = self._ask({"op": "update", "key": record.key}, (value,))
+            reply = self._ask(self._change(record), (value, *parts))
         try:
             _raise_error(reply.result(self._config.timeout_s + ANSWER_S))
         except FutureTimeout:
@@ -159,10 +167,15 @@ class KeeperLink:
             "again": again,
         }
 
+    def _change(self, record: RankRecord) -> Message:
+        return {"op": "update", "key": record.key, "incarnation": record.incarnation}
+
     def _start(self, opening: Message) -> None:
         """Needs no lock while the process starts: until the end nobody else knows of it."""
-        record = self.record
-        frame = encode_frame(opening, (encode(record), *self._parts))
+        with self._lock:
+            record, parts = self.record, self._parts
+            opening = {**opening, "former": list(self._former)}
+        frame = encode_frame(opening, (encode(record), *parts))
         keeper = KeeperProcess(record.key, self._config.password)
         keeper.write(frame, START_TIMEOUT_S)
         with self._lock:
@@ -170,7 +183,8 @@ class KeeperLink:
             for message in self._pending.ends():
                 keeper.write(encode_frame(message))
             if self.record is not record:
-                self._ask({"op": "update", "key": record.key}, (encode(self.record),))
+                moved = self._parts if self._parts is not parts else ()
+                self._ask(self._change(self.record), (encode(self.record), *moved))
             if self._over:
                 self._dismiss(keeper)
 
@@ -273,6 +287,8 @@ class KeeperLink:
                 # it ends next, perhaps before the thread that asked it has gone on
                 if asked.get("op") == "end":
                     self._finish(self._closed())
+                if asked.get("op") == "update" and message.get("written"):
+                    self._forget_before(asked["incarnation"])
             if reply is not None:
                 reply.set_result(message)
         elif message.get("state") == "LOST":
@@ -283,6 +299,12 @@ class KeeperLink:
         elif "state" in message:
             self._count(message)
             self._notify(message["state"], message["why"], None)
+
+    def _forget_before(self, incarnation: str) -> None:
+        """etcd has that one. Some are kept: it may be restored from a backup."""
+        former = self._former
+        at = former.index(incarnation) if incarnation in former else len(former)
+        del former[: max(0, at - FORMER_KEPT)]
 
     def _count(self, message: Message) -> None:
         """Claims come as a sum, as a rank that is stopped does not get every message."""

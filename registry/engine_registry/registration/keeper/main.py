@@ -72,12 +72,12 @@ def serve(keeper: Keeper, inbox: queue.Queue[Frame | None], report: Report) -> N
             if op == "beat":
                 due = time.monotonic() + keeper.beat()
             elif op == "update" and frame:
-                keeper.change(record_from_wire(frame))
+                keeper.change(record_from_wire(frame), frame.payloads[1:])
                 if (
                     not keeper.suspended
                 ):  # else the rank need not wait: the beat that finds etcd back writes it
                     due = time.monotonic() + keeper.beat()
-                report({"reply": frame.message["seq"]})
+                report({"reply": frame.message["seq"], "written": not keeper.suspended})
             else:
                 _end(keeper, frame, report)
                 return
@@ -132,7 +132,14 @@ def main() -> None:
     threading.Thread(target=_await_death, args=(message["rank_pid"], inbox), daemon=True).start()
     config = EtcdConfig.from_wire(message["etcd"])
     etcd = _ReportingEtcd(config, report)
-    keeper = Keeper(etcd, record_from_wire(opening), opening.payloads[1:], message["ttl_s"], report)
+    keeper = Keeper(
+        etcd,
+        record_from_wire(opening),
+        opening.payloads[1:],
+        message["ttl_s"],
+        report,
+        message["former"],
+    )
     try:
         if not message[
             "again"

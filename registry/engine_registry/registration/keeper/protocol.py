@@ -22,6 +22,9 @@ CALL_TIMEOUT_S = 2.0
 # something is due, is a hang.
 ANSWER_S = 3 * CALL_TIMEOUT_S
 _MAX_BEAT_S = 20.0
+# Incarnations that the rank has had and that etcd may show again, as after a restored backup. Those
+# that etcd may still have are all kept.
+FORMER_KEPT = 32
 
 
 def beat_s(ttl_s: float) -> float:

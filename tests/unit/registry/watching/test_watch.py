@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -47,6 +47,7 @@ from tests.support.waiting import wait_until
 A = a_record(rank=0)
 B = a_record(rank=1)
 ALONE = a_record(world_size=1)
+LATER = "2026-01-02T04:00:00.000+00:00"
 INSTANCE_EVENTS = (InstanceReady, InstanceDegraded, InstanceGone)
 
 
@@ -174,12 +175,18 @@ def test_the_mark_of_an_end_of_a_rank_that_nobody_knew_is_no_event() -> None:
     assert Tracker().changes((stored(a_record(ended="withdrawn")),), 0.0) == []
 
 
+def test_a_rank_that_offers_other_memory_under_another_incarnation_has_not_been_lost() -> None:
+    tracker = following(ALONE)
+    moved = replace(ALONE, incarnation=OTHER_INCARNATION, version=ALONE.version + 1)
+    assert tracker.changes((stored(moved),), 1.0) == [RankUpdated(moved, ALONE)]
+
+
 @pytest.mark.parametrize("doubtful", [False, True])
 def test_another_incarnation_at_the_key_is_a_loss_and_a_join(doubtful: bool) -> None:
     tracker = following(A, B)
     if doubtful:
         tracker.changes((deleted(A),), 10.0)
-    successor = a_record(incarnation=OTHER_INCARNATION)
+    successor = a_record(incarnation=OTHER_INCARNATION, registered_at=LATER)
     assert tracker.changes((stored(successor, 3),), 10.1) == [
         RankLost(A, "replaced by another process"),
         RankJoined(successor),
@@ -220,7 +227,7 @@ def test_a_snapshot_after_a_gap_yields_exactly_the_difference() -> None:
     tracker = following(A, B, c, d)
     newer, successor = (
         a_record(rank=1, version=4),
-        a_record(instance="other", incarnation=OTHER_INCARNATION),
+        a_record(instance="other", incarnation=OTHER_INCARNATION, registered_at=LATER),
     )
     third = a_record(instance="third", world_size=1)
     events = tracker.snapshot(
@@ -402,6 +409,7 @@ PLACES = st.sampled_from([("a", 0), ("a", 1), ("b", 0)])
 LIVE = st.fixed_dictionaries(
     {
         "incarnation": st.sampled_from([INCARNATION, OTHER_INCARNATION]),
+        "registered_at": st.sampled_from([A.registered_at, LATER]),
         "version": st.integers(0, 1),
         "state": st.sampled_from([RankState.READY, RankState.UPDATING]),
     }
@@ -475,7 +483,10 @@ def replayed(events: list[Event]) -> dict[str, RankRecord]:
             live[event.record.key] = event.record
         elif isinstance(event, RankUpdated):
             assert live[event.record.key] == event.previous != event.record
-            assert event.previous.incarnation == event.record.incarnation
+            assert (
+                event.previous.incarnation == event.record.incarnation
+                or event.previous.registered_at == event.record.registered_at
+            )
             live[event.record.key] = event.record
         elif isinstance(event, RankLost):
             assert live.pop(event.record.key) == event.record

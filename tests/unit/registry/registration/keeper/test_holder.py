@@ -27,7 +27,7 @@ from engine_registry.registration.keeper import main
 from engine_registry.registration.keeper.holder import Keeper
 from engine_registry.registration.keeper.main import record_from_wire, reporter, serve
 from engine_registry.registration.keeper.protocol import Frame, read_frame
-from engine_registry.schema.keys import evicted_key
+from engine_registry.schema.keys import MANIFESTS, evicted_key
 from engine_registry.schema.keyvalue import Deletion, Put
 from engine_registry.schema.record_format import decode, encode
 from engine_registry.watching.tracker import Tracker
@@ -39,6 +39,8 @@ PARTS = [b"part 0", b"part 1"]
 OURS = a_record()
 RIVAL = a_record(incarnation=OTHER_INCARNATION)
 NEWER = replace(OURS, version=4, state=RankState.UPDATING)
+MOVED = replace(OURS, incarnation="d" * 32, version=4, header_addr=8192)
+MOVED_PARTS = [b"other 0", b"other 1", b"other 2"]
 SUSPENDED, REGISTERED = "SUSPENDED", "REGISTERED"
 
 
@@ -82,6 +84,11 @@ def holding(etcd: FakeEtcd, rank: Rank) -> Keeper:
     keeper = a_keeper(etcd, rank)
     keeper.register()
     return keeper
+
+
+def parts_in(etcd: FakeEtcd) -> list[bytes]:
+    """Of all manifests."""
+    return [etcd.value(key) for key in etcd.keys if key.startswith(MANIFESTS)]
 
 
 def found(etcd: FakeEtcd) -> RankRecord | None:
@@ -257,6 +264,109 @@ def test_a_keeper_that_takes_over_registers_with_its_first_beat(
     successor.beat()
     assert found(etcd) == OURS
     assert rank.states == []
+
+
+# -- offering other memory
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [MOVED_PARTS, MOVED_PARTS[:1]])
+def test_other_memory_takes_the_place_of_the_former_in_record_and_manifest_at_once(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, parts: list[bytes]
+) -> None:
+    (lease_id,) = etcd.leases
+    holding.change(MOVED, parts)
+    holding.beat()
+    assert found(etcd) == MOVED
+    assert sorted(parts_in(etcd)) == sorted(parts)
+    assert {etcd.lease_of(key) for key in etcd.keys} == {lease_id}
+    before = list(etcd.history)
+    holding.change(replace(MOVED, version=9))
+    holding.beat()
+    assert found(etcd) == replace(MOVED, version=9)
+    assert len(etcd.history) == len(before) + 1
+    assert rank.states == []
+
+
+@pytest.mark.parametrize("expired", [False, True])
+def test_memory_that_changed_several_times_in_an_outage_is_offered_after_it(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, expired: bool
+) -> None:
+    etcd.available = False
+    holding.change(replace(MOVED, incarnation="e" * 32), [b"never written"])
+    holding.beat()
+    holding.change(MOVED, MOVED_PARTS)
+    holding.beat()
+    if expired:
+        etcd.expire_all()
+    etcd.available = True
+    holding.beat()
+    assert found(etcd) == MOVED
+    assert sorted(parts_in(etcd)) == sorted(MOVED_PARTS)
+    assert rank.states == [SUSPENDED, REGISTERED]
+
+
+def test_other_memory_whose_answer_was_lost_is_recognised_as_our_own(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
+    etcd.lose_next_answer = True
+    holding.change(MOVED, MOVED_PARTS)
+    for _ in range(3):
+        holding.beat()
+    assert found(etcd) == MOVED
+    assert sorted(parts_in(etcd)) == sorted(MOVED_PARTS)
+    assert rank.states[-1:] != ["LOST"]
+
+
+@pytest.mark.parametrize("expired", [False, True])
+def test_a_rank_that_was_evicted_does_not_come_back_with_other_memory(
+    etcd: FakeEtcd, holding: Keeper, expired: bool
+) -> None:
+    record = found(etcd)
+    assert record is not None
+    (lease_id,) = etcd.leases
+    assert evict(etcd, record)
+    if expired:
+        etcd.expire(lease_id)
+    holding.change(MOVED, MOVED_PARTS)
+    with pytest.raises(Evicted):
+        holding.beat()
+    assert found(etcd) is None
+
+
+def test_a_restored_backup_of_before_other_memory_is_written_over(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
+    holding.change(MOVED, MOVED_PARTS)
+    holding.beat()
+    etcd.restore([Put(OURS.key, encode(OURS), etcd.grant(TTL_S))], back_to_revision=1)
+    holding.beat()
+    assert found(etcd) == MOVED
+    assert set(MOVED_PARTS) <= set(parts_in(etcd))
+    assert rank.states == []
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_the_next_keeper_offers_other_memory_whether_the_one_before_had_written_it_or_not(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, written: bool
+) -> None:
+    holding.change(MOVED, MOVED_PARTS)
+    if written:
+        holding.beat()
+    successor = Keeper(etcd, MOVED, MOVED_PARTS, TTL_S, rank.report, [OURS.incarnation])
+    successor.beat()
+    assert found(etcd) == MOVED
+    assert set(MOVED_PARTS) <= set(parts_in(etcd))
+
+
+def test_a_rank_that_ends_while_other_memory_is_not_offered_yet_leaves_nothing(
+    etcd: FakeEtcd, rank: Rank
+) -> None:
+    a_keeper(etcd, rank).register()
+    successor = Keeper(etcd, MOVED, MOVED_PARTS, TTL_S, rank.report, [OURS.incarnation])
+    successor.end("withdrawn")
+    assert found(etcd) is None
+    assert parts_in(etcd) == []
 
 
 # -- changing
@@ -656,7 +766,11 @@ def test_an_update_during_an_outage_is_answered_without_asking_etcd_and_written_
 
     serve(holding, Back(clock, Inbox.SILENCE, update(NEWER), Inbox.SILENCE, None), report)
     reply, back = rank.received[1:]
-    assert (reply, back["state"], back["why"]) == ({"reply": 1}, REGISTERED, "")
+    assert (reply, back["state"], back["why"]) == (
+        {"reply": 1, "written": False},
+        REGISTERED,
+        "",
+    )
     assert rank.states == [SUSPENDED, REGISTERED]
     assert refused_when_reported == [1]  # by the beat before
     written = [
