@@ -379,7 +379,7 @@ def test_nothing_of_a_source_is_left_that_was_lost_first_and_evicted_before_the_
     """Nobody watches it any more then: its mark in etcd says so."""
     bad = spoilt(offer, "bad")
     good = offer("good", A, digests=True)
-    engine = bad._undo  # keeps its memory registered
+    engine = bad._served  # keeps its memory registered
     tensors = into()
     stopped = threading.Event()
 

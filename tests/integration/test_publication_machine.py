@@ -1,5 +1,5 @@
-"""Publications that are updated, interrupted, drained, evicted, closed and read in any order:
-hypothesis steps through them.
+"""Publications that are updated, paused, replaced, interrupted, drained, evicted, closed and read,
+in any order: hypothesis steps through them.
 
 A reader looks after every step. It gets the words that the publication vouches for, in its version,
 or an error of ours; and what a publication leaves when it is closed is nothing, however it came to
@@ -30,6 +30,7 @@ from engine_loader.tensors.uses import USES
 from engine_registry import ModelIdentity, Registry, RegistryError
 from engine_registry.schema.manifest import Region
 from tests.support.launches import Origin, origins, the_origin, words
+from tests.support.waiting import wait_until
 
 COUNT = 512
 MODEL = ModelIdentity("m")
@@ -65,6 +66,9 @@ class PublicationMachine(RuleBasedStateMachine):
         self.open: list[Publication] = []  # that nobody has closed yet
         self.vouched: Origin | None = None  # what a reader must get, if anything
         self.listed = False  # in etcd
+        self.paused = False
+        self.doubted = False  # an update has failed
+        self.before: Origin | None = None  # what was vouched for when it was paused
 
     # -- what happens
     # ----------------------------------------------------------------------------------------------
@@ -86,34 +90,35 @@ class PublicationMachine(RuleBasedStateMachine):
         )
         self.open.append(self.publication)
         self.vouched, self.listed = Origin(self.launch, 0), True
+        self.doubted = False
 
-    @precondition(lambda self: self.publication is not None)
+    @precondition(lambda self: self.publication is not None and not self.paused)
     @rule()
     def update(self) -> None:
         publication = self._publication
         origin = Origin(self.launch, publication.record.version + 1)
         with publication.update():
             self._write(origin)
-        self.vouched = origin
+        self.vouched, self.doubted = origin, False
 
-    @precondition(lambda self: self.publication is not None)
+    @precondition(lambda self: self.publication is not None and not self.paused)
     @rule(kind=st.sampled_from([ZeroDivisionError, KeyboardInterrupt]))
     def an_update_fails_half_way(self, kind: type[BaseException]) -> None:
         with pytest.raises(kind), self._publication.update():  # noqa: PT012
             self.tensors["w"][: COUNT // 2] = words(Origin(99), COUNT // 2)
             raise kind
-        self.vouched = None
+        self.vouched, self.doubted = None, True
 
-    @precondition(lambda self: self.publication is not None)
+    @precondition(lambda self: self.publication is not None and not self.paused)
     @rule()
     def an_update_moves_the_weights(self) -> None:
         before = self.tensors["w"].data
         with pytest.raises(TensorsUnusable), self._publication.update():
             self.tensors["w"].data = before * 2
         self.tensors["w"].data = before
-        self.vouched = None
+        self.vouched, self.doubted = None, True
 
-    @precondition(lambda self: self.publication is not None)
+    @precondition(lambda self: self.publication is not None and not self.paused)
     @rule()
     def an_update_is_begun_twice(self) -> None:
         publication, before = self._publication, self._publication.record.version
@@ -121,15 +126,78 @@ class PublicationMachine(RuleBasedStateMachine):
             with pytest.raises(LoaderError, match="being updated already"), publication.update():
                 pass
             self._write(Origin(self.launch, before + 1))
-        self.vouched = Origin(self.launch, before + 1)
+        self.vouched, self.doubted = Origin(self.launch, before + 1), False
 
-    @precondition(lambda self: self.publication is not None)
+    @precondition(lambda self: self.publication is not None and not self.paused)
     @rule()
     def it_is_closed_in_the_middle_of_an_update(self) -> None:
         with self._publication.update():
             self._write(Origin(99))
             self._publication.close()
         self._is_closed()
+
+    @precondition(lambda self: self.publication is not None and not self.paused)
+    @rule(interrupts=st.integers(0, 1))
+    def it_is_paused(self, interrupts: int) -> None:
+        self.engine.interrupts = interrupts
+        for _ in range(interrupts):
+            with pytest.raises(KeyboardInterrupt):
+                self._publication.pause()
+            with pytest.raises(LoaderError, match="is paused"), self._publication.update():
+                pass
+        self._publication.pause()
+        self.paused, self.before, self.vouched = True, self.vouched, None
+        self.tensors["w"].zero_()
+
+    @precondition(lambda self: self.paused)
+    @rule()
+    def a_change_that_makes_no_sense_is_tried_while_it_is_paused(self) -> None:
+        with pytest.raises(LoaderError, match="is paused"):
+            self._publication.pause()
+        with pytest.raises(LoaderError, match="is paused"), self._publication.update():
+            pass
+
+    @precondition(lambda self: self.paused)
+    @rule()
+    def it_is_resumed_with_other_memory(self) -> None:
+        before = self.tensors["w"].data
+        self.tensors["w"].data = before.clone()
+        with pytest.raises((LoaderError, RegistryError)):
+            self._publication.resume()
+        self.tensors["w"].data = before
+
+    @precondition(lambda self: self.paused)
+    @rule()
+    def it_is_resumed(self) -> None:
+        """With the bytes that it had."""
+        origin = self.before or Origin(99)
+        self._write(origin)
+        if self._may_be_offered() and not self.doubted:
+            self._publication.resume()
+            self.paused, self.vouched = False, self.before
+        else:
+            with pytest.raises((LoaderError, RegistryError)):
+                self._publication.resume()
+            self.tensors["w"].zero_()
+
+    @precondition(lambda self: self.publication is not None)
+    @rule()
+    def it_is_replaced(self) -> None:
+        origin = Origin(self.launch, self._publication.version + 1)
+        other = {"w": words(origin, COUNT)}
+        if self._may_be_offered():
+            self._publication.replace(other)
+            self.tensors = other
+            self.paused, self.doubted, self.vouched = False, False, origin
+        else:
+            with pytest.raises(RegistryError):
+                self._publication.replace(other)
+
+    @precondition(lambda self: self.publication is not None and not self.paused)
+    @rule()
+    def it_is_replaced_by_what_cannot_be_published(self) -> None:
+        with pytest.raises(TensorsUnusable):
+            self._publication.replace({"w": torch.zeros(4, 4)[:, 1]})
 
     @precondition(lambda self: self.vouched is not None)
     @rule()
@@ -222,6 +290,13 @@ class PublicationMachine(RuleBasedStateMachine):
 
     def _is_closed(self) -> None:
         self.publication, self.vouched, self.listed = None, None, False
+        self.paused = False
+
+    def _may_be_offered(self) -> bool:
+        """An evicted rank learns of it some time, and is refused if it comes first."""
+        if not self.listed:
+            wait_until(lambda: self._publication.registration.lost is not None)
+        return self.listed
 
     def _write(self, origin: Origin) -> None:
         self.tensors["w"].copy_(words(origin, COUNT))

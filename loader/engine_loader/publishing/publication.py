@@ -7,19 +7,29 @@ erased, then the memory is given back.
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from engine_loader.digests.table import DigestCell
+import torch
+
+from engine_loader.engines.base import Engine
 from engine_loader.engines.region_book import Regions
 from engine_loader.errors import LoaderError
-from engine_loader.planning.content import content_of
-from engine_loader.publishing.header import Header, HeaderCell
+from engine_loader.options import PublishOptions
+from engine_loader.publishing.header import HeaderCell
+from engine_loader.publishing.offering import Offering, check_can_be_served
+from engine_loader.publishing.served import Served
 from engine_loader.tensors.cuda import wait_for
 from engine_loader.tensors.destination import Destination
+from engine_loader.tensors.shards import Shard
 from engine_loader.tensors.uses import USES, Use
-from engine_registry import RankRecord, RankState, Registration, RegistrationState, Registry
+from engine_registry import (
+    RankRecord,
+    RankState,
+    Registration,
+    RegistrationState,
+    Registry,
+)
 from engine_registry.errors import RegistryError
 from engine_registry.lifetime import Closable
 from engine_registry.registration.writes import WITHDRAWN
@@ -33,32 +43,22 @@ log = logging.getLogger(__name__)
 class Publication(Closable):
     """A rank's weights while peers may read them. A context manager that closes itself.
 
-    It holds the tensors, so their memory stays as long as it is offered.
+    It holds the tensors, so their memory stays as long as it is offered: not while it is paused.
     """
 
     def __init__(
         self,
         registry: Registry,
+        engine: Engine,
         registration: Registration,
-        header: HeaderCell,
-        digests: DigestCell | None,
-        weights: Destination,
-        regions: Regions,
-        use: Use,
-        undo: ExitStack,
+        offering: Offering,
+        options: PublishOptions,
     ) -> None:
-        """`regions`: those of its manifest."""
-        self.regions = regions
+        """Takes over the registration and the offering, and closes them."""
         self._registry = registry
+        self._engine = engine
         self._registration = registration
-        self._header = header
-        self._digests = digests
-        self._weights = weights
-        self._use = use
-        self._undo = undo
-        self._updating = threading.Lock()
-        self._closing = threading.Lock()
-        self._leaving = False  # `close` has begun
+        self._served = Served(registry, engine, registration, offering, options)
         self._mark_open()
 
     @property
@@ -78,7 +78,9 @@ class Publication(Closable):
 
     @property
     def version(self) -> int:
-        """The version of the weights: that of `publish`, and one more after each `update`."""
+        """The version of the weights: that of `publish`, and one more after each `update` or
+        `replace`.
+        """
         return self.record.version
 
     @property
@@ -89,8 +91,24 @@ class Publication(Closable):
         """
         return self.record.content
 
+    @property
+    def paused(self) -> bool:
+        """Whether the memory has been given back, from `pause` to `resume` or `replace`."""
+        return self._served.paused is not None
+
+    @property
+    def regions(self) -> Regions:
+        """Those of its manifest."""
+        return self._served.offering("read").manifest.regions
+
+    @property
+    def _header(self) -> HeaderCell:
+        return self._served.header
+
     def __repr__(self) -> str:
         state = self.record.state.value if self._is_open else "closed"
+        if self._is_open and self.paused:
+            state = "paused"
         return (
             f"<Publication {self.record.key}: {state}, version {self.version}, content "
             f"{self.content[:8]}…>"
@@ -115,30 +133,100 @@ class Publication(Closable):
                 `weight.data = …`. The weights stay marked as being changed.
             MemoryInUse: Another publication serves the same memory, or a load still fills it at the
                 end of the block.
-            LoaderError: The publication is closed, or is being updated already.
+            LoaderError: The publication is closed or paused, or is being updated already.
         """
-        if self._leaving:
-            raise LoaderError(
-                f"{self.record.key} is closed, so there is nothing to update", "publish it again"
-            )
-        if not self._updating.acquire(blocking=False):
-            raise LoaderError(
-                f"{self.record.key} is being updated already", "end that update first"
-            )
-        try:
+        with self._served.alone("update"):
+            offering = self._served.offering("update")
             before = self.record
-            USES.change(self._use)
-            self._header.write(Header(before.incarnation, 2 * before.version + 1, before.content))
-            self._write_record(state=RankState.UPDATING)
+            USES.change(offering.use)
+            self._served.mark_changing()
             yield
-            self._check_in_place()
-            wait_for(self._weights.devices)
-            USES.keep(self._use)
-            content = self._take_digests() or new_content()
-            self._header.write(Header(before.incarnation, 2 * (before.version + 1), content))
-            self._write_record(version=before.version + 1, content=content, state=RankState.READY)
-        finally:
-            self._updating.release()
+            offering.check_in_place(before.key)
+            wait_for(offering.weights.devices)
+            USES.keep(offering.use)
+            content = offering.compute_digests() or new_content()
+            self._served.vouch(before.version + 1, content)
+
+    def pause(self) -> None:
+        """Gives the memory of the weights back, so that it may be freed, moved or written to.
+
+        The rank stays registered, as one that is being updated. Loads that read from it notice, and
+        wait for `resume` or `replace`, or go on with another source. Nothing of the publication
+        keeps the tensors' memory, or touches it, until then. If the call is interrupted, another
+        one does the rest.
+
+        Raises:
+            EngineFailed: The transfer engine cannot give the memory back.
+            LoaderError: The publication is closed or paused already, is being updated, still loads
+                or drains.
+        """
+        with self._served.alone("pause"):
+            self._served.check_settled("pause")
+            self._served.pause()
+
+    def resume(self) -> None:
+        """Offers the same tensors again, which have the same bytes at the same addresses as when
+        they were paused: the version and the content stay.
+
+        The caller vouches for the bytes; where there are digests, these prove them. If the call
+        raises, the rank stays paused. While etcd is away, readers learn of it later.
+
+        Raises:
+            TensorsUnusable: A tensor is gone, or has other memory: `replace` it.
+            DigestMismatch: A tensor has other bytes than before.
+            MemoryInUse: A load fills the memory.
+            EngineFailed: The engine cannot register the memory.
+            LoaderError: The publication is not paused, or is closed; or its weights are in doubt,
+                because the `update` before the pause has failed.
+            RegistrationLost: The rank was evicted meanwhile, or another took its place.
+        """
+        with self._served.alone("resume"):
+            paused = self._served.paused
+            if paused is None:
+                raise LoaderError(
+                    f"{self.record.key} is not paused, so there is nothing to resume",
+                    "say `pause` first",
+                )
+            if paused.in_doubt:
+                raise LoaderError(
+                    f"the weights of {self.record.key} are in doubt, because their last update "
+                    "failed, so they cannot be resumed",
+                    "say `replace` with tensors that are whole",
+                )
+            record = self.record
+            self._served.offer(
+                paused.tensors.recall(), record.version, record.content, paused.digests
+            )
+
+    def replace(
+        self, tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None
+    ) -> None:
+        """Offers other tensors as the next version, with a new content: of a rank that is paused,
+        or that offers its former ones until now.
+
+        They may have other memory, names, shapes and boxes. Tensors that cannot be published are
+        refused, and nothing has changed then. If the call raises later, the rank is paused.
+
+        Args:
+            tensors: The tensors, by name. A `Destination` keeps its inspection of them.
+            shards: Which box of the whole a tensor is, by name.
+
+        Raises:
+            TensorsUnusable: Tensors cannot be served.
+            MemoryInUse: A load fills the memory.
+            EngineFailed: The engine cannot register the memory.
+            InvalidField: An argument is not valid; `details["field"]` names it.
+            LoaderError: The publication is closed, is being updated, still loads or drains.
+            RegistrationLost: The rank was evicted, or another took its place.
+        """
+        weights = Destination.of(tensors, shards)
+        check_can_be_served(self._engine, weights.parts)
+        with self._served.alone("replace"):
+            self._served.check_settled("replace")
+            self._served.check_registered()
+            if self._served.paused is None:
+                self._served.pause()
+            self._served.offer(weights, self.record.version + 1)
 
     def mark(self, marks: bytes) -> None:
         """Lets readers have blocks of weights that are still being loaded.
@@ -160,45 +248,13 @@ class Publication(Closable):
             TensorsUnusable: A tensor was given other memory.
             MemoryInUse: Another load fills the memory.
         """
-        before = self.record
-        self._check_in_place()
-        wait_for(self._weights.devices)
-        proven = self._take_digests()
+        before, offering = self.record, self._served.offering("complete")
+        offering.check_in_place(before.key)
+        wait_for(offering.weights.devices)
+        proven = offering.compute_digests()
         content = content or proven or before.content
-        USES.keep(self._use, filled_by)
-        self._header.write(Header(before.incarnation, 2 * before.version, content))
-        self._write_record(content=content, state=RankState.READY)
-
-    def _take_digests(self) -> str:
-        """Computes them anew; the content that they prove, or nothing where there are none."""
-        if self._digests is None:
-            return ""
-        return content_of(
-            self._weights.manifest,
-            self._digests.write(self._weights.parts),
-            self._digests.table.algorithm,
-        )
-
-    def _check_in_place(self) -> None:
-        self._weights.check_in_place(
-            f"tensors of {self.record.key} have other memory than the one that peers read, "
-            "so the rank stays marked as being changed",
-            "copy into them in place, or close the publication and publish again",
-        )
-
-    def _write_record(
-        self, *, version: int | None = None, content: str | None = None, state: RankState
-    ) -> None:
-        """Readers go by the header, so the weights are safe whatever the record says."""
-        try:
-            self._registration.update(version=version, content=content, state=state)
-        except RegistryError as exc:
-            log.warning(
-                "the record of %s could not be changed: %s",
-                self.record.key,
-                exc,
-                extra=fields("record_not_changed", key=self.record.key, error=exc),
-            )
+        USES.keep(offering.use, filled_by)
+        self._served.vouch(before.version, content)
 
     def drain(self, timeout_s: float) -> bool:
         """Closes when the running loads have finished; no new load begins.
@@ -244,14 +300,9 @@ class Publication(Closable):
         Args:
             reason: Why the rank leaves, for watchers.
         """
-        self._leaving = True
-        with self._closing:
-            # These are undone below as well. But an interrupt may fall between taking a step off
-            # that list and doing it.
+        with self._served.closing():
             self._registration.withdraw(reason)
-            self._header.retire()
-            USES.end(self._use)
-            self._undo.close()
+            self._served.close()
             self._mark_closed()
 
     def _label(self) -> str:

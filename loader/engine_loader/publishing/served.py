@@ -1,0 +1,192 @@
+"""What a publication serves: its memory with the record that says so, and the changes of both, one
+at a time.
+
+Used by `Publication`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from engine_loader.engines.base import Engine
+from engine_loader.errors import LoaderError
+from engine_loader.options import PublishOptions
+from engine_loader.publishing.header import Header, HeaderCell
+from engine_loader.publishing.offering import Offering, Paused, count_pulls, offer_weights
+from engine_loader.tensors.destination import Destination
+from engine_registry import RankRecord, RankState, Registration, Registry, failpoints
+from engine_registry.errors import RegistryError
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
+
+
+class Served:
+    """Changes are made inside `alone`. `close` may come at any time, from another thread."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        engine: Engine,
+        registration: Registration,
+        offering: Offering,
+        options: PublishOptions,
+    ) -> None:
+        self._registry = registry
+        self._engine = engine
+        self._registration = registration
+        self._options = options
+        self._held: Offering | Paused = offering
+        self._pausing = False  # memory may have been given back already
+        self._changing = threading.Lock()
+        self._swapping = threading.Lock()  # of what is held, and what is closed
+        self._leaving = False  # closing has begun
+
+    @property
+    def record(self) -> RankRecord:
+        return self._registration.record
+
+    @property
+    def header(self) -> HeaderCell:
+        return self._held.header
+
+    @property
+    def paused(self) -> Paused | None:
+        return self._held if isinstance(self._held, Paused) else None
+
+    def offering(self, verb: str) -> Offering:
+        """LoaderError where it is paused, also half-way."""
+        if isinstance(self._held, Offering) and not self._pausing:
+            return self._held
+        raise self._is_paused(verb)
+
+    def _is_paused(self, verb: str) -> LoaderError:
+        return LoaderError(
+            f"{self.record.key} is paused, so there is nothing to {verb}",
+            "say `resume`, or `replace` with the tensors that there are now",
+        )
+
+    # -- changes
+
+    @contextmanager
+    def alone(self, verb: str) -> Iterator[None]:
+        """No other call changes what is served."""
+        self._check_open(verb)
+        if not self._changing.acquire(blocking=False):
+            raise LoaderError(
+                f"{self.record.key} is being updated already", "end that update first"
+            )
+        try:
+            yield
+        finally:
+            self._changing.release()
+
+    def mark_changing(self) -> None:
+        """Readers wait from now on."""
+        before = self.record
+        self.header.write(Header(before.incarnation, 2 * before.version + 1, before.content))
+        self._write_record(state=RankState.UPDATING)
+
+    def vouch(self, version: int, content: str) -> None:
+        """Readers may read from now on."""
+        self.header.write(Header(self.record.incarnation, 2 * version, content))
+        self._write_record(version=version, content=content, state=RankState.READY)
+
+    def pause(self) -> None:
+        """Gives the weights' memory back. If it is interrupted, another call does the rest."""
+        if not isinstance(self._held, Offering):
+            raise self._is_paused("pause")
+        self._pausing = True
+        self.mark_changing()
+        with self._swapping:
+            self._check_open("pause")
+            self._held = self._held.pause(in_doubt=self._held.use.changing)
+            self._pausing = False
+
+    def offer(
+        self,
+        weights: Destination,
+        version: int,
+        content: str | None = None,
+        expected: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Offers these in the place of what was paused. Memory first, then the record, as when a
+        publication is opened.
+        """
+        self.check_registered()
+        with ExitStack() as guard:
+            undo = guard.enter_context(ExitStack())
+            offering = offer_weights(
+                self._engine,
+                weights,
+                undo,
+                owner=f"{self.record.instance}/{self.record.rank}",
+                options=self._options,
+                version=version,
+                content=content,
+                expected=expected,
+            )
+            failpoints.reach("publication.before_offer")
+            self._registration.offer(
+                offering.manifest,
+                incarnation=offering.incarnation,
+                header_addr=offering.header.region.addr,
+                version=version,
+                content=offering.content,
+                device=str(offering.device),
+            )
+            count_pulls(self._registry, self.record, undo)
+            with self._swapping:
+                self._check_open("offer")
+                former, self._held = self._held, offering
+            guard.pop_all()
+        former.close()
+
+    def _write_record(
+        self, *, version: int | None = None, content: str | None = None, state: RankState
+    ) -> None:
+        """Readers go by the header, so the weights are safe whatever the record says."""
+        try:
+            self._registration.update(version=version, content=content, state=state)
+        except RegistryError as exc:
+            log.warning(
+                "the record of %s could not be changed: %s",
+                self.record.key,
+                exc,
+                extra=fields("record_not_changed", key=self.record.key, error=exc),
+            )
+
+    # -- checks
+
+    def check_settled(self, verb: str) -> None:
+        """LoaderError for a rank that still loads, or is about to leave."""
+        state = self.record.state
+        if state in (RankState.LOADING, RankState.DRAINING):
+            raise LoaderError(f"{self.record.key} is {state.value}, so there is nothing to {verb}")
+
+    def check_registered(self) -> None:
+        """RegistrationLost where it has ended."""
+        if self._registration.lost is not None:
+            raise self._registration.lost
+
+    def _check_open(self, verb: str) -> None:
+        if self._leaving:
+            raise LoaderError(
+                f"{self.record.key} is closed, so there is nothing to {verb}", "publish it again"
+            )
+
+    # -- the end
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Nothing else is offered from now on."""
+        self._leaving = True
+        with self._swapping:
+            yield
+
+    def close(self) -> None:
+        """Any number of times."""
+        self._held.close()
