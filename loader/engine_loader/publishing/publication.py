@@ -2,6 +2,9 @@
 
 Leaving goes the other way round than publishing: out of the registry first, then the header is
 erased, then the memory is given back.
+
+Longer than other modules: more than half of it documents one public class for its users. The work
+is done in `publishing.served`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@ place when it dies or hangs.
 
 Used by the handle only. Starts one thread, which listens to the keeper. Nothing here needs the GIL
 in time: the keeper goes on without the rank.
+
+Longer than other modules: all of it changes the same fields under one lock, which is best seen in
+one place.
 """
 
 from __future__ import annotations
