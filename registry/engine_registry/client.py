@@ -81,11 +81,14 @@ class Registry(Closable):
         key: str | None = None,
         user: str | None = None,
         password: str | None = None,
+        lazy: bool = False,
     ) -> Registry:
         """A registry over the etcd at `endpoints` (`HOST:PORT[,HOST:PORT…]`).
 
         Asks etcd for its version, so that EtcdUnavailable or EtcdRefused come here and not at the
-        first use.
+        first use. With `lazy` nothing is asked here: the first use connects, and raises them. So a
+        process starts while etcd is away. Arguments that are not valid raise InvalidField in both
+        cases.
         """
         config = EtcdConfig(
             parse_endpoints(endpoints),
@@ -98,6 +101,8 @@ class Registry(Closable):
             password,
         )
         registry = cls(config)
+        if lazy:
+            return registry
         try:
             registry._etcd.status()
         except BaseException:

@@ -326,9 +326,8 @@ def test_an_etcd_without_space_keeps_the_rank_and_takes_its_update_when_it_has_s
 def test_an_authentication_token_that_etcd_has_forgotten_is_renewed(etcd: LocalEtcd) -> None:
     for command in ("user add root:secret", "user grant-role root root", "auth enable"):
         etcdctl(etcd.endpoint, *command.split())
-    credentials = {"user": "root", "password": "secret"}
     with (
-        Registry.connect(etcd.endpoint, timeout_s=20, **credentials) as registry,
+        Registry.connect(etcd.endpoint, timeout_s=20, user="root", password="secret") as registry,
         registry.watch() as watch,
     ):
         registration, states = hold(registry)

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save_file
 
 import engine_loader.files.disk
-import engine_loader.starting.start
 from engine_loader import (
     Engine,
     InProcessEngine,
@@ -456,15 +455,14 @@ def connect(etcd: LocalEtcd) -> Registry:
 
 
 def test_without_etcd_the_disk_is_read_and_the_rank_is_not_published(
-    own_etcd: LocalEtcd, path: Path, monkeypatch: pytest.MonkeyPatch
+    own_etcd: LocalEtcd, path: Path
 ) -> None:
-    monkeypatch.setattr(engine_loader.starting.start, "WITHOUT_ETCD_S", 0.5)
     tensors = zeros()
     with connect(own_etcd) as registry, InProcessEngine() as engine:
         own_etcd.kill()
-        with start(registry, engine, path, tensors=tensors) as seeded:
+        with start(registry, engine, path, tensors=tensors, without_etcd_s=0.5) as seeded:
             assert (seeded.source, seeded.publication) == ("disk", None)
-            assert "etcd could not be reached" in seeded.reason
+            assert "could not be reached" in seeded.reason
             assert seeded.unpublished is not None
             assert all(torch.equal(tensors[name], tensor) for name, tensor in content().items())
 

@@ -212,11 +212,10 @@ def command(
                             tensors,
                             **where,
                             fallback=paths,
+                            required=True,  # a rank that nobody can find serves nobody
                             publish=options,
                         )
                     )
-                if seeded.unpublished is not None:
-                    raise seeded.unpublished
             endings.listen(until_eof)
             publication = seeded.publication if seeded is not None else None
             if publication is None:

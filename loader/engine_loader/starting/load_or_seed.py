@@ -48,6 +48,8 @@ def load_or_seed(
     shards: Mapping[str, Shard] | None = None,
     topology: Mapping[str, tuple[int, int]] | None = None,
     timeout_s: float = 600.0,
+    without_etcd_s: float = 30.0,
+    required: bool = False,
     load: LoadOptions = LoadOptions(),
     publish: PublishOptions = PublishOptions(),
 ) -> Seeded:
@@ -59,8 +61,10 @@ def load_or_seed(
     rank of the model load from that process when it is complete, and from each other meanwhile.
 
     Where peers cannot be loaded from, files are read instead, with a warning. A rank that waits
-    reads on its own after `timeout_s`, or after 30 s without etcd: an engine that can start from
-    its disk does. Nothing stays published if the call raises.
+    reads on its own after `timeout_s`, or after `without_etcd_s` without etcd, or at once if etcd
+    refuses it: an engine that can start from its disk does. That holds from the first look on, also
+    for a registry that is connected with `lazy`. Such a rank is published after the read if etcd
+    takes it by then. Nothing stays published if the call raises.
 
     Args:
         registry: Finds the peers, and is where the rank is registered.
@@ -75,6 +79,11 @@ def load_or_seed(
         shards: Which box of the whole a tensor is, by name.
         topology: The place of the rank along each parallel axis: (index, size) by axis.
         timeout_s: How many seconds to wait for peers before the rank reads files on its own.
+        without_etcd_s: How many seconds to wait for an etcd that is away before that. A restart or
+            a new leader of etcd takes less than 30 s. The first look at etcd takes up to the
+            `timeout_s` of the registry, if that is longer.
+        required: Whether etcd is required. Its errors are raised then, and no rank stays
+            unpublished or reads without a turn because of them.
         load: How to load from peers; see LoadOptions. Without `version` and `contents`. Its
             `progress` and `cancel` also hold for reads of files.
         publish: How to publish; see PublishOptions. Its `version` is that of the files, which may
@@ -88,12 +97,14 @@ def load_or_seed(
         WeightsMismatch: No peer has the weights, and the files do not have the tensors.
         Cancelled: `load.cancel` was set.
         LoaderError: TensorsUnusable, EngineFailed or MemoryInUse, as `publish` raises them.
+        EtcdError: Etcd is `required`, and was away for `without_etcd_s`, or refuses the rank.
         RegistryError: InvalidField, RankConflict, InstanceMismatch or KeeperFailed, as `publish`
             raises them.
     """
     check_instance(instance)
     rank, world_size = check_rank(rank, world_size)
     timeout_s = seconds("timeout_s", timeout_s)
+    without_etcd_s = seconds("without_etcd_s", without_etcd_s)
     refuse(load, "load_or_seed", _REFUSED)
     place = Place(rank, world_size, topology or {})
     destination = Destination.of(tensors, shards)
@@ -110,5 +121,7 @@ def load_or_seed(
         options=replace(load, cancel=load.cancel or threading.Event()),
         began=time.monotonic(),
         timeout_s=timeout_s,
+        without_etcd_s=without_etcd_s,
+        required=required,
     )
     return start.fill()

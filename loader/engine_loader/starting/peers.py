@@ -6,7 +6,6 @@ Used by `starting.start`. Starts no thread.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 
 from engine_registry import (
@@ -22,11 +21,7 @@ from engine_registry import (
     RankUpdated,
     Registry,
 )
-from engine_registry.errors import EtcdError
 from engine_registry.schema.record import GATEWAY
-from engine_registry.telemetry.logs import fields
-
-log = logging.getLogger(__name__)
 
 
 class Peers:
@@ -48,17 +43,8 @@ class Peers:
         self._passed_by: set[tuple[str, int]] = set()  # and revisions
 
     def now(self) -> list[RankRecord]:
-        """As etcd has them; none where it cannot be asked."""
-        try:
-            return [record for status in self._registry.instances() for record in self._of(status)]
-        except EtcdError as exc:
-            log.info(
-                "it is not known which ranks have %s: %s",
-                self._model,
-                exc,
-                extra=fields("sources_unknown", error=exc),
-            )
-            return []
+        """As etcd has them. Raises EtcdError where it cannot be asked."""
+        return [record for status in self._registry.instances() for record in self._of(status)]
 
     def are_in(self, event: Event) -> bool:
         """Whether the event says that there is one now."""

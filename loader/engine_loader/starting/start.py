@@ -39,7 +39,7 @@ from engine_loader.starting.peers import Peers
 from engine_loader.starting.seeded import Seeded
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import USES, Use
-from engine_registry import ModelIdentity, RankRecord, Registry
+from engine_registry import ModelIdentity, RankRecord, Registry, Watch
 from engine_registry.errors import (
     EtcdError,
     EtcdUnavailable,
@@ -55,9 +55,6 @@ from engine_registry.telemetry.logs import fields
 from engine_registry.watching.election import Election
 
 log = logging.getLogger(__name__)
-# How long to wait for an etcd that is away, as the reader of files is not known then. A restart or
-# a new leader of etcd takes less.
-WITHOUT_ETCD_S = 30.0
 # how soon a rank that waits notices that it leads, or was cancelled; etcd is not asked for it
 _LOOK_S = 0.05
 
@@ -90,7 +87,11 @@ class Start:
     options: LoadOptions  # with an event in `cancel`
     began: float
     timeout_s: float
+    without_etcd_s: float
+    required: bool  # etcd is
     reason: str = ""  # why peers could not be loaded from
+    away: EtcdUnavailable | None = None  # why the last look had no answer
+    away_since: float | None = None  # when etcd was lost, as far as is known
     unpublished: EtcdError | None = None
 
     def fill(self) -> Seeded:
@@ -100,7 +101,7 @@ class Start:
         late = False  # peers that are there at the beginning are always asked
         while True:
             self._check()
-            sources = [] if late else self.peers.now()
+            sources = [] if late else self._look()
             if sources:
                 seeded = self._from_peers(sources)
                 if seeded is not None:
@@ -110,10 +111,8 @@ class Start:
             with self.registry.election(lock) as election:
                 alone = self._wait(election)
                 late = self._is_late()
-                if (
-                    election.leading and not late and self.peers.now()
-                ):  # complete just before the lead was free
-                    continue
+                if election.leading and not late and self._look():
+                    continue  # they were complete just before the lead was free
                 if election.leading or alone:
                     return self._from_disk(election, alone)
 
@@ -131,6 +130,35 @@ class Start:
     def _fields(self, event: str, **facts: object) -> dict[str, Any]:
         return fields(event, instance=self.replica.instance, rank=self.rank, **facts)
 
+    def _look(self) -> list[RankRecord]:
+        """Peers to load from now. None where etcd cannot be asked: waiting goes on then."""
+        asked_at = time.monotonic()
+        try:
+            return self.peers.now()
+        except EtcdError as exc:
+            if isinstance(exc, EtcdUnavailable):
+                self.away, self.away_since = exc, self.away_since or asked_at
+            log.info(
+                "it is not known which ranks have %s: %s",
+                self.model,
+                exc,
+                extra=fields("sources_unknown", error=exc),
+            )
+            return []
+
+    def _away_too_long(self, election: Election, watch: Watch) -> EtcdUnavailable | None:
+        """Why not to wait for etcd any longer, if so. The look before the election counts too."""
+        lost = election.unreachable_since
+        if lost is None:
+            self.away = self.away_since = None
+            return None
+        self.away_since = min(lost, self.away_since or lost)
+        away, away_s = watch.away or self.away, time.monotonic() - self.away_since
+        if away is None or away_s < self.without_etcd_s:
+            return None
+        what = f"etcd at {self.registry.config} could not be reached for {away_s:.3g} s"
+        return EtcdUnavailable(what, away.remedy)
+
     def _wait(self, election: Election) -> str:
         """Until there is a peer to load from, or we lead. Else says why to read without a turn."""
         log.info(
@@ -141,20 +169,27 @@ class Start:
         with self.registry.watch() as watch:
             while not election.leading:
                 self._check()
-                now, lost = time.monotonic(), election.unreachable_since
                 if election.refusal is not None:
-                    return f"etcd does not let it wait for its turn: {election.refusal}"
+                    return self._without_etcd(election.refusal)
                 if self._is_late():
                     return f"no peer had the weights within {self.timeout_s:.3g} s"
-                if lost is not None and now - lost >= WITHOUT_ETCD_S:
-                    return f"etcd could not be reached for {now - lost:.3g} s"
+                away = self._away_too_long(election, watch)
+                if away is not None:
+                    return self._without_etcd(away)
                 try:
                     event = watch.next(_LOOK_S)
                 except EtcdError as exc:
-                    return f"etcd does not say which ranks have the weights: {exc}"
+                    return self._without_etcd(exc)
                 if event is not None and self.peers.are_in(event):
                     return ""
         return ""
+
+    def _without_etcd(self, error: EtcdError) -> str:
+        """Why to read without a turn. Raises the error where etcd is required."""
+        if self.required:
+            raise error
+        self.unpublished = error  # unless a publication succeeds all the same
+        return str(error)
 
     def _from_peers(self, sources: Sequence[RankRecord]) -> Seeded | None:
         """None where that does not work, or not now."""
@@ -199,8 +234,9 @@ class Start:
     def _from_disk(self, election: Election, alone: str) -> Seeded:
         if alone:
             log.warning(
-                "%s is read from files, although others may read them too: %s",
+                "%s is read from files, although others may read them too%s: %s",
                 self.name,
+                ", and serves no peers unless etcd is back by then" if self.unpublished else "",
                 alone,
                 extra=self._fields("seeding_alone"),
             )
@@ -225,7 +261,9 @@ class Start:
             USES.fill(f"a read of files for {self.name}", self.destination.runs) as filling,
             ExitStack() as undo,
         ):
-            publication = self._open(filling)
+            # an etcd that has been away so long is not asked again before the read
+            is_away = isinstance(self.unpublished, EtcdUnavailable)
+            publication = None if is_away else self._open(filling)
             if publication is not None:
                 undo.callback(publication.close)
                 self._hold(election, publication.record)
@@ -269,8 +307,12 @@ class Start:
                 filled_by=filling,
             )
         except EtcdError as exc:
+            if self.required:
+                raise
+            is_known = type(exc) is type(self.unpublished)  # there is a warning of it already
             self.unpublished = exc
-            log.warning(
+            log.log(
+                logging.INFO if is_known else logging.WARNING,
                 "%s is not published%s: %s",
                 self.name,
                 " yet" if filling is not None else "",

@@ -65,14 +65,11 @@ class Campaign:
     @property
     def unreachable_since(self) -> float | None:
         """When etcd was lost, on the clock of time.monotonic; None while it can be reached, as far
-        as is known.
+        as is known. Until etcd has answered for the first time, when the campaign began.
         """
         follower = self._follower
-        return (
-            follower.away_since
-            if follower is not None and follower.away_since is not None
-            else self._unreachable_since
-        )
+        since = [self._unreachable_since, follower.away_since if follower is not None else None]
+        return min((one for one in since if one is not None), default=None)
 
     def keep_with(self, record: RankRecord) -> bool:
         """From now on we lead for as long as this registration of ours is held, or until `close`;
@@ -100,6 +97,7 @@ class Campaign:
 
     def start(self) -> None:
         """Begins to campaign, in a thread."""
+        self._unreachable_since = time.monotonic()
         self._thread.start()
 
     def close(self) -> None:

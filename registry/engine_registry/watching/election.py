@@ -39,7 +39,7 @@ class Election(Closable):
     @property
     def unreachable_since(self) -> float | None:
         """When etcd was lost, on the clock of time.monotonic; None while it can be reached, as far
-        as is known.
+        as is known. Until etcd has answered for the first time, when the campaign began.
         """
         return self._campaign.unreachable_since
 
