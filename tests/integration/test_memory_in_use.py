@@ -192,7 +192,7 @@ def test_a_start_from_files_has_the_memory_for_itself(registry: Registry, tmp_pa
     refused: list[str] = []
 
     def load_meanwhile(_: Progress) -> None:
-        with pytest.raises(MemoryInUse, match="a read of files for me/0 fills"):
+        with pytest.raises(MemoryInUse, match="a read of weights for me/0 fills"):
             load_a(registry, tensors)
         refused.append("yes")
 

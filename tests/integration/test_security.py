@@ -322,7 +322,7 @@ def test_a_rank_that_starts_from_peers_takes_its_turn_if_it_may_and_else_reads_i
     server.send_signal(signal.SIGTERM)
     _, err = server.communicate(timeout=60)
     assert server.returncode == Exit.DONE
-    assert "is read from files, although others may read them too" in err
+    assert "reads its weights, although others may read them too" in err
 
 
 def test_a_watcher_looks_and_is_refused_to_evict(

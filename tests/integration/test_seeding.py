@@ -9,7 +9,7 @@ import logging
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -62,7 +62,7 @@ def zeros() -> dict[str, torch.Tensor]:
 def start(
     registry: Registry,
     engine: Engine,
-    path: Path,
+    fallback: Path | Callable[[], object],
     instance: str = "a",
     tensors: Mapping[str, torch.Tensor] | None = None,
     **options: Any,
@@ -71,7 +71,7 @@ def start(
         "rank": 0,
         "world_size": 1,
         "instance": instance,
-        "fallback": path,
+        "fallback": fallback,
         "timeout_s": 60,
         **options,
     }
@@ -122,9 +122,9 @@ class Starts:
         return [outcome(process) for process in self.processes]
 
 
-def held(processes: Processes, path: Path) -> subprocess.Popen[str]:
+def held(processes: Processes, path: Path, how: str = "held") -> subprocess.Popen[str]:
     """One that leads, and has not read a byte yet."""
-    (process,) = Starts(processes, path, "first", how="held").processes
+    (process,) = Starts(processes, path, "first", how=how).processes
     assert line_of(process) == "reading\n"
     return process
 

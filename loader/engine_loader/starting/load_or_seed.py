@@ -1,5 +1,5 @@
 """Weights for a rank that starts: from running ranks of its model if there are any, else from
-files, which one of many reads.
+files or a function of the engine, by which one of many reads them.
 
 Of all processes that start with the same rank of the same model, one reads the disk at a time: the
 leader of their election in etcd. It is registered as loading meanwhile, and its registration's
@@ -17,10 +17,10 @@ from dataclasses import replace
 import torch
 
 from engine_loader.engines.base import Engine
-from engine_loader.files.folder import Paths
 from engine_loader.options import LoadOptions, PublishOptions, refuse
 from engine_loader.publishing.replica import Replica
 from engine_loader.starting.peers import Peers
+from engine_loader.starting.reading import Fallback, check_fallback
 from engine_loader.starting.seeded import Seeded
 from engine_loader.starting.start import Start
 from engine_loader.tensors.destination import Destination
@@ -30,8 +30,8 @@ from engine_registry.schema.keys import check_instance, check_rank
 from engine_registry.schema.numbers import seconds
 
 _REFUSED = {
-    "version": "say the version of the files in `publish`; peers may serve any",
-    "contents": "leave it out: files have no content that is known before",
+    "version": "say the version of the fallback in `publish`; peers may serve any",
+    "contents": "leave it out: a fallback has no content that is known before",
 }
 
 
@@ -44,7 +44,7 @@ def load_or_seed(
     rank: int,
     world_size: int,
     instance: str,
-    fallback: Paths,
+    fallback: Fallback,
     shards: Mapping[str, Shard] | None = None,
     topology: Mapping[str, tuple[int, int]] | None = None,
     timeout_s: float = 600.0,
@@ -53,14 +53,15 @@ def load_or_seed(
     load: LoadOptions = LoadOptions(),
     publish: PublishOptions = PublishOptions(),
 ) -> Seeded:
-    """Fills the tensors of a rank that starts, from peers or from files, and publishes them.
+    """Fills the tensors of a rank that starts, from peers or from its fallback, and publishes them.
 
     If a rank like it is ready somewhere, the weights come from there: one of the same model, rank,
     world size and topology. Where all tensors say which part of the whole they are, any instance of
-    the model is enough. Else one process reads them from files. All others that start with this
-    rank of the model load from that process when it is complete, and from each other meanwhile.
+    the model is enough. Else one process reads them by its fallback. All others that start with
+    this rank of the model load from that process when it is complete, and from each other
+    meanwhile.
 
-    Where peers cannot be loaded from, files are read instead, with a warning. A rank that waits
+    Where peers cannot be loaded from, the fallback reads instead, with a warning. A rank that waits
     reads on its own after `timeout_s`, or after `without_etcd_s` without etcd, or at once if etcd
     refuses it: an engine that can start from its disk does. That holds from the first look on, also
     for a registry that is connected with `lazy`. Such a rank is published after the read if etcd
@@ -75,19 +76,23 @@ def load_or_seed(
         world_size: How many ranks the instance has, over all parallel axes.
         instance: The name of the instance to publish in.
         fallback: Safetensors files, an index or a folder of them, with whole tensors or with this
-            rank's parts. They may hold more tensors.
+            rank's parts. They may hold more tensors. Or a function without arguments that fills all
+            of the tensors in place, such as the engine's own loader of checkpoints. It is called
+            at most once, in the calling thread. A load from peers that failed may have filled a
+            part of the tensors before.
         shards: Which box of the whole a tensor is, by name.
         topology: The place of the rank along each parallel axis: (index, size) by axis.
-        timeout_s: How many seconds to wait for peers before the rank reads files on its own.
+        timeout_s: How many seconds to wait for peers before the rank reads on its own.
         without_etcd_s: How many seconds to wait for an etcd that is away before that. A restart or
             a new leader of etcd takes less than 30 s. The first look at etcd takes up to the
             `timeout_s` of the registry, if that is longer.
         required: Whether etcd is required. Its errors are raised then, and no rank stays
             unpublished or reads without a turn because of them.
         load: How to load from peers; see LoadOptions. Without `version` and `contents`. Its
-            `progress` and `cancel` also hold for reads of files.
-        publish: How to publish; see PublishOptions. Its `version` is that of the files, which may
-            be older than that of peers.
+            `progress` and `cancel` also hold for reads of files. A function has no progress, and
+            takes its time: if `cancel` is set meanwhile, Cancelled is raised when it returns.
+        publish: How to publish; see PublishOptions. Its `version` is that of what the fallback
+            reads, which may be older than that of peers.
 
     Returns:
         Where the weights came from, and the publication. The caller closes it.
@@ -97,10 +102,13 @@ def load_or_seed(
         WeightsMismatch: No peer has the weights, and the files do not have the tensors.
         Cancelled: `load.cancel` was set.
         LoaderError: TensorsUnusable, EngineFailed or MemoryInUse, as `publish` raises them.
+            TensorsUnusable also where a function gave tensors other memory.
+        Exception: Whatever a function in `fallback` raises. The next process reads then.
         EtcdError: Etcd is `required`, and was away for `without_etcd_s`, or refuses the rank.
         RegistryError: InvalidField, RankConflict, InstanceMismatch or KeeperFailed, as `publish`
             raises them.
     """
+    check_fallback(fallback)
     check_instance(instance)
     rank, world_size = check_rank(rank, world_size)
     timeout_s = seconds("timeout_s", timeout_s)

@@ -16,10 +16,10 @@ class Seeded:
     """Where the weights of a rank came from. A context manager that closes the publication.
 
     Attributes:
-        source: `"peers"` or `"disk"`.
+        source: `"peers"`, or `"disk"` for the fallback.
         publication: The rank as a source. None only where etcd could not be reached, or refused.
-        report: What the load from peers did. None where files were read.
-        reason: Why files were read although there were peers, or without a turn. Else empty.
+        report: What the load from peers did. None where the fallback was read.
+        reason: Why it was read although there were peers, or without a turn. Else empty.
         seconds: How many seconds the start took.
         unpublished: Why there is no publication. Else None.
     """

@@ -1,8 +1,8 @@
-"""One start of a rank: its weights from peers, or from files when it is its turn, or alone. Used by
+"""One start of a rank: its weights from peers, or read when it is its turn, or alone. Used by
 `load_or_seed`.
 
 Starts the threads of an election and a watch while it waits, and those of `files.disk` while it
-reads.
+reads files.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ from engine_loader.errors import (
     TensorsUnusable,
     WeightsMismatch,
 )
-from engine_loader.files.disk import DiskRead
-from engine_loader.files.folder import Paths, files_of
-from engine_loader.files.stored import Files
 from engine_loader.loading.load import load
 from engine_loader.options import LoadOptions
 from engine_loader.publishing.opening import open_publication
@@ -36,6 +33,7 @@ from engine_loader.publishing.publication import Publication
 from engine_loader.publishing.replica import Replica
 from engine_loader.starting.lock import lock_name
 from engine_loader.starting.peers import Peers
+from engine_loader.starting.reading import Fallback, Reading, reading_of
 from engine_loader.starting.seeded import Seeded
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import USES, Use
@@ -58,7 +56,7 @@ log = logging.getLogger(__name__)
 # how soon a rank that waits notices that it leads, or was cancelled; etcd is not asked for it
 _LOOK_S = 0.05
 
-# Errors that files would not mend: of the caller's tensors, engine or arguments, and of a rank that
+# Errors that a read would not mend: of the tensors, engine or arguments, and of a rank that
 # another process has.
 _NOT_THE_PEERS = (
     Cancelled,
@@ -82,7 +80,7 @@ class Start:
     rank: int
     destination: Destination
     replica: Replica
-    fallback: Paths
+    fallback: Fallback
     version: int
     options: LoadOptions  # with an event in `cancel`
     began: float
@@ -162,7 +160,7 @@ class Start:
     def _wait(self, election: Election) -> str:
         """Until there is a peer to load from, or we lead. Else says why to read without a turn."""
         log.info(
-            "%s waits for a peer that has its weights, or for its turn to read files",
+            "%s waits for a peer that has its weights, or for its turn to read them",
             self.name,
             extra=self._fields("seeding_waits"),
         )
@@ -221,7 +219,7 @@ class Start:
                 if isinstance(exc, WeightsMismatch | DigestMismatch)
                 else logging.WARNING,
                 "%s cannot be loaded from running ranks of %s, so its weights will come from "
-                "others or from files: %s",
+                "others, or be read: %s",
                 self.name,
                 self.model,
                 exc,
@@ -234,14 +232,13 @@ class Start:
     def _from_disk(self, election: Election, alone: str) -> Seeded:
         if alone:
             log.warning(
-                "%s is read from files, although others may read them too%s: %s",
+                "%s reads its weights, although others may read them too%s: %s",
                 self.name,
                 ", and serves no peers unless etcd is back by then" if self.unpublished else "",
                 alone,
                 extra=self._fields("seeding_alone"),
             )
-        files = Files(files_of(self.fallback, self.rank))
-        reading = DiskRead(files, self.destination.parts, self.destination.manifest)
+        reading = reading_of(self.fallback, self.destination, self.rank)
         publication = self._read(reading, election)
         self._report_disk(alone)
         reason = "; ".join(filter(None, [self.reason, alone]))
@@ -255,10 +252,10 @@ class Start:
             None if publication is not None else self.unpublished,
         )
 
-    def _read(self, reading: DiskRead, election: Election) -> Publication | None:
+    def _read(self, reading: Reading, election: Election) -> Publication | None:
         """Registered as loading meanwhile; None where that is not possible, before or after."""
         with (
-            USES.fill(f"a read of files for {self.name}", self.destination.runs) as filling,
+            USES.fill(f"a read of weights for {self.name}", self.destination.runs) as filling,
             ExitStack() as undo,
         ):
             # an etcd that has been away so long is not asked again before the read
@@ -275,7 +272,7 @@ class Start:
 
     def _report_disk(self, alone: str) -> None:
         metrics.STARTS.inc("disk_alone" if alone else "disk_after_peers" if self.reason else "disk")
-        log.info("%s has its weights from files", self.name, extra=self._fields("seeded"))
+        log.info("%s has read its weights", self.name, extra=self._fields("seeded"))
 
     def _hold(self, election: Election, record: RankRecord) -> None:
         """The keeper's lease outlives a process that holds the GIL, and no other."""

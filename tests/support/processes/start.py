@@ -4,18 +4,22 @@ FILE [HOW]`.
 Prints `starts` when it is about to, and does when it is given a line. Then it prints, as JSON, from
 where its weights have come, why, and how many bytes of tensors this process has read from disk; and
 ends with its input. With HOW `held` it prints `reading` before it reads the first of them, and
-waits for another line.
+waits for another line. With `call` it reads the file by a function. With `held-call` the function
+prints `reading` first, and waits for a byte of input with Python's lock in its hands.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
 import threading
+from collections.abc import Mapping
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from engine_cli.options import engine_log
 from engine_loader import MooncakeEngine, load_or_seed
@@ -53,6 +57,25 @@ class Disk:
         return nbytes
 
 
+class OwnLoader:
+    """A function that reads the file, as an engine does it."""
+
+    def __init__(self, path: str, tensors: Mapping[str, torch.Tensor], held: bool) -> None:
+        self.nbytes = 0
+        self._path = path
+        self._tensors = tensors
+        self._held = held
+
+    def __call__(self) -> None:
+        if self._held:
+            print("reading", flush=True)
+            # unlike CDLL, PyDLL keeps the lock: no thread of this process runs meanwhile
+            ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(1), 1)
+        for name, tensor in load_file(self._path).items():
+            self._tensors[name].copy_(tensor)
+            self.nbytes += tensor.nbytes
+
+
 def main(instance: str, path: str, how: str = "") -> None:
     disk = Disk(how == "held")
     os.preadv = disk  # type: ignore[assignment]
@@ -64,6 +87,7 @@ def main(instance: str, path: str, how: str = "") -> None:
     tensors = allocate(layout)
     for tensor in tensors.values():
         tensor.zero_()
+    own = OwnLoader(path, tensors, how == "held-call")
     with (
         engine_log(),
         Registry.connect(
@@ -81,14 +105,14 @@ def main(instance: str, path: str, how: str = "") -> None:
             rank=0,
             world_size=1,
             instance=instance,
-            fallback=path,
+            fallback=own if how.endswith("call") else path,
             timeout_s=100,
         ) as seeded:
             right = all(torch.equal(tensors[name], tensor) for name, tensor in content().items())
             outcome = {
                 "source": seeded.source,
                 "reason": seeded.reason,
-                "read": disk.nbytes,
+                "read": disk.nbytes + own.nbytes,
                 "right": right,
             }
             print(json.dumps(outcome), flush=True)
