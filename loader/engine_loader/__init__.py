@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from engine_loader.publishing.publish import publish_state_dict as publish_state_dict
     from engine_loader.publishing.replica import Replica as Replica
     from engine_loader.starting.load_or_seed import load_or_seed as load_or_seed
+    from engine_loader.starting.peers import find_peers as find_peers
     from engine_loader.starting.seeded import Seeded as Seeded
     from engine_loader.tensors.destination import Destination as Destination
     from engine_loader.tensors.shards import Shard as Shard
@@ -89,6 +90,7 @@ _MODULE_OF = {
     "WeightsFileInvalid": "errors",
     "WeightsMismatch": "errors",
     "WholeFiles": "files.whole_files",
+    "find_peers": "starting.peers",
     "load": "loading.load",
     "limit_caches": "caches",
     "load_full": "loading.full",

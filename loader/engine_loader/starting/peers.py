@@ -1,12 +1,13 @@
 """Ranks that run the same rank of the same model and may be loaded from, without those that this
 process has tried in vain.
 
-Used by `starting.start`. Starts no thread.
+Used by `starting.start`; `find_peers` is the question of an engine. Starts no thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 
 from engine_registry import (
     Event,
@@ -21,7 +22,60 @@ from engine_registry import (
     RankUpdated,
     Registry,
 )
-from engine_registry.schema.record import GATEWAY
+from engine_registry.errors import EtcdError
+from engine_registry.schema.keys import check_rank
+from engine_registry.schema.record import GATEWAY, check_topology
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
+
+
+def find_peers(
+    registry: Registry,
+    model: ModelIdentity,
+    *,
+    rank: int,
+    world_size: int,
+    topology: Mapping[str, tuple[int, int]] | None = None,
+    boxes: bool = False,
+) -> tuple[RankRecord, ...]:
+    """Ranks that `load_or_seed` with these arguments would load from now.
+
+    It is one look at etcd, for an engine that prepares differently for peers and for its disk. The
+    peers may be gone a moment later, or new ones come. `load_or_seed` looks for itself.
+
+    Args:
+        registry: Where to look.
+        model: The model that the rank runs.
+        rank: The world rank of this process in its instance, from 0.
+        world_size: How many ranks the instance has, over all parallel axes.
+        topology: The place of the rank along each parallel axis: (index, size) by axis.
+        boxes: Whether all tensors of the rank say which part of the whole they are. Any instance of
+            the model that is ready counts then.
+
+    Returns:
+        The records of the ranks. Empty where there are none, and where etcd is away or refuses,
+        which takes up to the `timeout_s` of the registry: an engine reads its disk then.
+
+    Raises:
+        InvalidField: An argument is not valid; `details["field"]` names it.
+    """
+    place = Place(*check_rank(rank, world_size), check_topology(topology or {}))
+    try:
+        return tuple(Peers(registry, model, place, boxes).now())
+    except EtcdError as exc:
+        note_unknown(model, exc)
+        return ()
+
+
+def note_unknown(model: ModelIdentity, error: EtcdError) -> None:
+    """Logs that etcd could not be asked."""
+    log.info(
+        "it is not known which ranks have %s: %s",
+        model,
+        error,
+        extra=fields("sources_unknown", error=error),
+    )
 
 
 class Peers:

@@ -32,7 +32,7 @@ from engine_loader.publishing.opening import open_publication
 from engine_loader.publishing.publication import Publication
 from engine_loader.publishing.replica import Replica
 from engine_loader.starting.lock import lock_name
-from engine_loader.starting.peers import Peers
+from engine_loader.starting.peers import Peers, note_unknown
 from engine_loader.starting.reading import Fallback, Reading, reading_of
 from engine_loader.starting.seeded import Seeded
 from engine_loader.tensors.destination import Destination
@@ -136,12 +136,7 @@ class Start:
         except EtcdError as exc:
             if isinstance(exc, EtcdUnavailable):
                 self.away, self.away_since = exc, self.away_since or asked_at
-            log.info(
-                "it is not known which ranks have %s: %s",
-                self.model,
-                exc,
-                extra=fields("sources_unknown", error=exc),
-            )
+            note_unknown(self.model, exc)
             return []
 
     def _away_too_long(self, election: Election, watch: Watch) -> EtcdUnavailable | None:
@@ -234,7 +229,7 @@ class Start:
             log.warning(
                 "%s reads its weights, although others may read them too%s: %s",
                 self.name,
-                ", and serves no peers unless etcd is back by then" if self.unpublished else "",
+                ", and serves no peers unless etcd takes it by then" if self.unpublished else "",
                 alone,
                 extra=self._fields("seeding_alone"),
             )
