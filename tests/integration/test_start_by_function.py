@@ -60,11 +60,11 @@ def path(tmp_path: Path) -> Path:
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_of_8_processes_that_start_one_calls_its_function(
     processes: Processes, registry: Registry, path: Path
 ) -> None:
-    names = [f"herd-{number}" for number in range(8)]
+    names = [f"start-{number}" for number in range(8)]
     outcomes = Starts(processes, path, *names, how="call").outcomes()
     assert sorted(one["read"] for one in outcomes) == [0] * 7 + [NBYTES]
     assert sorted(one["source"] for one in outcomes) == ["disk"] + ["peers"] * 7
@@ -198,7 +198,7 @@ def test_a_cancelled_start_ends_when_it_returns(registry: Registry) -> None:
     assert registry._etcd.snapshot("/").items == ()
 
 
-def test_who_may_not_wait_any_longer_calls_it_alone(registry: Registry) -> None:
+def test_a_rank_that_may_not_wait_any_longer_calls_it_alone(registry: Registry) -> None:
     tensors = zeros()
     with (
         somebody_reads(registry),

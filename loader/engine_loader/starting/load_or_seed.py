@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -21,11 +22,13 @@ from engine_loader.options import LoadOptions, PublishOptions, refuse
 from engine_loader.publishing.replica import Replica
 from engine_loader.starting.peers import Peers
 from engine_loader.starting.reading import Fallback, check_fallback
+from engine_loader.starting.seed import Seed
 from engine_loader.starting.seeded import Seeded
 from engine_loader.starting.start import Start
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.shards import Shard
 from engine_registry import ModelIdentity, Place, Registry
+from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import check_instance, check_rank
 from engine_registry.schema.numbers import seconds
 
@@ -39,7 +42,7 @@ def load_or_seed(
     registry: Registry,
     engine: Engine,
     model: ModelIdentity,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor] | Callable[[], Mapping[str, torch.Tensor]],
     *,
     rank: int,
     world_size: int,
@@ -50,6 +53,7 @@ def load_or_seed(
     timeout_s: float = 600.0,
     without_etcd_s: float = 30.0,
     required: bool = False,
+    publish_later: bool = False,
     load: LoadOptions = LoadOptions(),
     publish: PublishOptions = PublishOptions(),
 ) -> Seeded:
@@ -71,7 +75,10 @@ def load_or_seed(
         registry: Finds the peers, and is where the rank is registered.
         engine: Reads the peers' memory, and serves that of the tensors.
         model: The model that the rank runs.
-        tensors: The tensors to fill in place, by name.
+        tensors: The tensors to fill in place, by name. Or a function that makes them, for an engine
+            whose peers serve other tensors than its fallback fills: it is called when there are
+            peers to load from, or files to read. Such tensors come from the same rank of the same
+            layout. With a function in `fallback`, they need `publish_later`.
         rank: The world rank of this process in the instance, from 0.
         world_size: How many ranks the instance has, over all parallel axes.
         instance: The name of the instance to publish in.
@@ -88,6 +95,10 @@ def load_or_seed(
             `timeout_s` of the registry, if that is longer.
         required: Whether etcd is required. Its errors are raised then, and no rank stays
             unpublished or reads without a turn because of them.
+        publish_later: Leaves the publication to `Seeded.publish`, which may publish other tensors:
+            those that the engine makes of the loaded ones. A rank that has read keeps its turn
+            until then, for at most `timeout_s`, so that the others wait for what it publishes.
+            This call and its result keep no memory of the tensors.
         load: How to load from peers; see LoadOptions. Without `version` and `contents`. Its
             `progress` and `cancel` also hold for reads of files. A function has no progress, and
             takes its time: if `cancel` is set meanwhile, Cancelled is raised when it returns.
@@ -95,7 +106,8 @@ def load_or_seed(
             reads, which may be older than that of peers.
 
     Returns:
-        Where the weights came from, and the publication. The caller closes it.
+        Where the weights came from, and the publication. The caller closes it, also where nothing
+        is published yet.
 
     Raises:
         WeightsFileInvalid: No peer has the weights, and a file cannot be read.
@@ -115,21 +127,42 @@ def load_or_seed(
     without_etcd_s = seconds("without_etcd_s", without_etcd_s)
     refuse(load, "load_or_seed", _REFUSED)
     place = Place(rank, world_size, topology or {})
-    destination = Destination.of(tensors, shards)
+    for_peers = cache(lambda: Destination.of(tensors() if callable(tensors) else tensors, shards))
+    for_fallback, has_boxes = for_peers, False
+    if not callable(tensors):
+        has_boxes = for_peers().has_boxes
+    elif callable(fallback):
+        if not publish_later:
+            raise InvalidField(
+                "what to publish after the function in `fallback` is not known, as `tensors` is a "
+                "function, too",
+                "pass `publish_later=True`, and give the tensors to `Seeded.publish`",
+                field="tensors",
+            )
+        for_fallback = cache(lambda: Destination({}))  # it fills others, which are not known
     start = Start(
         registry=registry,
         engine=engine,
-        peers=Peers(registry, model, place, destination.has_boxes),
-        model=model,
-        rank=rank,
-        destination=destination,
-        replica=Replica(instance, rank, world_size, place.topology, replace(publish, version=None)),
+        peers=Peers(registry, model, place, has_boxes),
+        seed=Seed(
+            registry=registry,
+            engine=engine,
+            model=model,
+            rank=rank,
+            world_size=world_size,
+            replica=Replica(
+                instance, rank, world_size, place.topology, replace(publish, version=None)
+            ),
+            version=publish.version or 0,
+            required=required,
+        ),
+        for_peers=for_peers,
+        for_fallback=for_fallback,
         fallback=fallback,
-        version=publish.version or 0,
         options=replace(load, cancel=load.cancel or threading.Event()),
         began=time.monotonic(),
         timeout_s=timeout_s,
         without_etcd_s=without_etcd_s,
-        required=required,
+        publish_later=publish_later,
     )
     return start.fill()

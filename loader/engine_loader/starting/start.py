@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import TypeVar
 
 from engine_loader import metrics
 from engine_loader.engines.base import Engine
@@ -28,16 +28,16 @@ from engine_loader.errors import (
 )
 from engine_loader.loading.load import load
 from engine_loader.options import LoadOptions
-from engine_loader.publishing.opening import open_publication
 from engine_loader.publishing.publication import Publication
-from engine_loader.publishing.replica import Replica
 from engine_loader.starting.lock import lock_name
 from engine_loader.starting.peers import Peers, note_unknown
-from engine_loader.starting.reading import Fallback, Reading, reading_of
+from engine_loader.starting.reading import Fallback, reading_of
+from engine_loader.starting.seed import Seed
 from engine_loader.starting.seeded import Seeded
+from engine_loader.starting.turn import Turn
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import USES, Use
-from engine_registry import ModelIdentity, RankRecord, Registry, Watch
+from engine_registry import RankRecord, Registration, Registry, Watch
 from engine_registry.errors import (
     EtcdError,
     EtcdUnavailable,
@@ -53,6 +53,7 @@ from engine_registry.telemetry.logs import fields
 from engine_registry.watching.election import Election
 
 log = logging.getLogger(__name__)
+Registered = TypeVar("Registered", Publication, Registration)
 # how soon a rank that waits notices that it leads, or was cancelled; etcd is not asked for it
 _LOOK_S = 0.05
 
@@ -76,26 +77,22 @@ class Start:
     registry: Registry
     engine: Engine
     peers: Peers
-    model: ModelIdentity
-    rank: int
-    destination: Destination
-    replica: Replica
+    seed: Seed
+    for_peers: Callable[[], Destination]  # makes it when it is first needed
+    for_fallback: Callable[[], Destination]  # as a rule the same
     fallback: Fallback
-    version: int
     options: LoadOptions  # with an event in `cancel`
     began: float
     timeout_s: float
     without_etcd_s: float
-    required: bool  # etcd is
+    publish_later: bool
     reason: str = ""  # why peers could not be loaded from
     away: EtcdUnavailable | None = None  # why the last look had no answer
     away_since: float | None = None  # when etcd was lost, as far as is known
-    unpublished: EtcdError | None = None
 
     def fill(self) -> Seeded:
-        lock = lock_name(
-            self.model, self.rank, self.replica.world_size or 0, self.replica.topology or {}
-        )
+        seed = self.seed
+        lock = lock_name(seed.model, seed.rank, seed.world_size, seed.replica.topology or {})
         late = False  # peers that are there at the beginning are always asked
         while True:
             self._check()
@@ -106,27 +103,21 @@ class Start:
                     return seeded
                 late = self._is_late()
                 continue
-            with self.registry.election(lock) as election:
+            with ExitStack() as turn:
+                election = turn.enter_context(self.registry.election(lock))
                 alone = self._wait(election)
                 late = self._is_late()
                 if election.leading and not late and self._look():
                     continue  # they were complete just before the lead was free
                 if election.leading or alone:
-                    return self._from_disk(election, alone)
+                    return self._from_disk(election, alone, turn)
 
     def _is_late(self) -> bool:
         return time.monotonic() >= self.began + self.timeout_s
 
     def _check(self) -> None:
         if self.options.cancel is not None and self.options.cancel.is_set():
-            raise Cancelled(f"the start of {self.name} was cancelled: no tensor is usable")
-
-    @property
-    def name(self) -> str:
-        return f"{self.replica.instance}/{self.rank}"
-
-    def _fields(self, event: str, **facts: object) -> dict[str, Any]:
-        return fields(event, instance=self.replica.instance, rank=self.rank, **facts)
+            raise Cancelled(f"the start of {self.seed.name} was cancelled: no tensor is usable")
 
     def _look(self) -> list[RankRecord]:
         """Peers to load from now. None where etcd cannot be asked: waiting goes on then."""
@@ -136,7 +127,7 @@ class Start:
         except EtcdError as exc:
             if isinstance(exc, EtcdUnavailable):
                 self.away, self.away_since = exc, self.away_since or asked_at
-            note_unknown(self.model, exc)
+            note_unknown(self.seed.model, exc)
             return []
 
     def _away_too_long(self, election: Election, watch: Watch) -> EtcdUnavailable | None:
@@ -156,8 +147,8 @@ class Start:
         """Until there is a peer to load from, or we lead. Else says why to read without a turn."""
         log.info(
             "%s waits for a peer that has its weights, or for its turn to read them",
-            self.name,
-            extra=self._fields("seeding_waits"),
+            self.seed.name,
+            extra=self.seed.fields("seeding_waits"),
         )
         with self.registry.watch() as watch:
             while not election.leading:
@@ -179,24 +170,25 @@ class Start:
 
     def _without_etcd(self, error: EtcdError) -> str:
         """Why to read without a turn. Raises the error where etcd is required."""
-        if self.required:
+        if self.seed.required:
             raise error
-        self.unpublished = error  # unless a publication succeeds all the same
+        self.seed.unpublished = error  # unless a publication succeeds all the same
         return str(error)
 
     def _from_peers(self, sources: Sequence[RankRecord]) -> Seeded | None:
         """None where that does not work, or not now."""
+        destination = self.for_peers()
         try:
             report = load(
                 self.registry,
                 self.engine,
-                self.model,
-                rank=self.rank,
-                world_size=self.replica.world_size,
-                topology=self.replica.topology,
-                tensors=self.destination,
+                self.seed.model,
+                rank=self.seed.rank,
+                world_size=self.seed.world_size,
+                topology=self.seed.replica.topology,
+                tensors=destination,
                 timeout_s=0.0,  # they are there, or are not any more
-                publish=self.replica,
+                publish=not self.publish_later and self.seed.replica,
                 options=self.options,
             )
         except _NOT_THE_PEERS:
@@ -215,59 +207,86 @@ class Start:
                 else logging.WARNING,
                 "%s cannot be loaded from running ranks of %s, so its weights will come from "
                 "others, or be read: %s",
-                self.name,
-                self.model,
+                self.seed.name,
+                self.seed.model,
                 exc,
-                extra=self._fields("peers_failed", error=exc),
+                extra=self.seed.fields("peers_failed", error=exc),
             )
             return None
         metrics.STARTS.inc("peers")
-        return Seeded("peers", report.publication, report, "", time.monotonic() - self.began)
+        seconds = time.monotonic() - self.began
+        return Seeded("peers", report.publication, report, "", seconds, _seed=self.seed)
 
-    def _from_disk(self, election: Election, alone: str) -> Seeded:
+    def _from_disk(self, election: Election, alone: str, turn: ExitStack) -> Seeded:
+        """`turn` ends the turn, which may outlive this call."""
         if alone:
             log.warning(
                 "%s reads its weights, although others may read them too%s: %s",
-                self.name,
-                ", and serves no peers unless etcd takes it by then" if self.unpublished else "",
+                self.seed.name,
+                ", and serves no peers unless etcd takes it by then"
+                if self.seed.unpublished
+                else "",
                 alone,
-                extra=self._fields("seeding_alone"),
+                extra=self.seed.fields("seeding_alone"),
             )
-        reading = reading_of(self.fallback, self.destination, self.rank)
-        publication = self._read(reading, election)
-        self._report_disk(alone)
-        reason = "; ".join(filter(None, [self.reason, alone]))
-        seconds = time.monotonic() - self.began
+        publication, held = None, None
+        if self.publish_later:
+            held = self._read_for_later(election, turn)
+        else:
+            publication = self._read_and_publish(election)
+        metrics.STARTS.inc("disk_alone" if alone else "disk_after_peers" if self.reason else "disk")
+        log.info("%s has read its weights", self.seed.name, extra=self.seed.fields("seeded"))
         return Seeded(
             "disk",
             publication,
-            None,
-            reason,
-            seconds,
-            None if publication is not None else self.unpublished,
+            report=None,
+            reason="; ".join(filter(None, [self.reason, alone])),
+            seconds=time.monotonic() - self.began,
+            unpublished=self.seed.unpublished,
+            _seed=self.seed,
+            _turn=held,
         )
 
-    def _read(self, reading: Reading, election: Election) -> Publication | None:
-        """Registered as loading meanwhile; None where that is not possible, before or after."""
-        with (
-            USES.fill(f"a read of weights for {self.name}", self.destination.runs) as filling,
-            ExitStack() as undo,
-        ):
-            # an etcd that has been away so long is not asked again before the read
-            is_away = isinstance(self.unpublished, EtcdUnavailable)
-            publication = None if is_away else self._open(filling)
-            if publication is not None:
-                undo.callback(publication.close)
-                self._hold(election, publication.record)
+    def _read_and_publish(self, election: Election) -> Publication | None:
+        """None where etcd lets neither happen: registering before the read, and after it."""
+        destination = self.for_fallback()
+        reading = reading_of(self.fallback, destination, self.seed.rank)
+        with self._filling(destination) as filling, ExitStack() as undo:
+            publication = self._register(
+                lambda: self.seed.open(destination, filling), election, undo
+            )
             reading.read(self.options.progress, self.options.cancel)
             if publication is not None:
                 publication.complete(filled_by=filling)
             undo.pop_all()
-        return publication if publication is not None else self._open(None)
+        return publication if publication is not None else self.seed.open(destination)
 
-    def _report_disk(self, alone: str) -> None:
-        metrics.STARTS.inc("disk_alone" if alone else "disk_after_peers" if self.reason else "disk")
-        log.info("%s has read its weights", self.name, extra=self._fields("seeded"))
+    def _read_for_later(self, election: Election, turn: ExitStack) -> Turn:
+        """`turn` is closed where that fails."""
+        destination = self.for_fallback()
+        reading = reading_of(self.fallback, destination, self.seed.rank)
+        with self._filling(destination):
+            claim = self._register(self.seed.claim, election, turn)
+            reading.read(self.options.progress, self.options.cancel)
+        return Turn(self.seed.name, election, claim, turn.pop_all(), self.timeout_s)
+
+    def _filling(self, destination: Destination) -> AbstractContextManager[Use]:
+        return USES.fill(f"a read of weights for {self.seed.name}", destination.runs)
+
+    def _register(
+        self, register: Callable[[], Registered | None], election: Election, undo: ExitStack
+    ) -> Registered | None:
+        """As loading, before the read, so that the keeper keeps the lead; until `undo` is closed.
+
+        An etcd that has been away too long is not asked again.
+        """
+        if isinstance(self.seed.unpublished, EtcdUnavailable):
+            return None
+        registered = register()
+        if registered is not None:
+            undo.callback(registered.close)
+            self._hold(election, registered.record)
+        return registered
 
     def _hold(self, election: Election, record: RankRecord) -> None:
         """The keeper's lease outlives a process that holds the GIL, and no other."""
@@ -279,36 +298,3 @@ class Start:
                 exc,
                 extra=fields("lead_not_kept", error=exc),
             )
-
-    def _open(self, filling: Use | None) -> Publication | None:
-        """As loading, if something still fills the tensors.
-
-        None where etcd cannot be reached or refuses it: an engine can do its work all the same.
-        """
-        try:
-            return open_publication(
-                self.registry,
-                self.engine,
-                self.destination,
-                instance=self.replica.instance,
-                rank=self.rank,
-                world_size=self.replica.world_size or 0,
-                model=self.model,
-                topology=self.replica.topology,
-                options=replace(self.replica.options, version=self.version),
-                filled_by=filling,
-            )
-        except EtcdError as exc:
-            if self.required:
-                raise
-            is_known = type(exc) is type(self.unpublished)  # there is a warning of it already
-            self.unpublished = exc
-            log.log(
-                logging.INFO if is_known else logging.WARNING,
-                "%s is not published%s: %s",
-                self.name,
-                " yet" if filling is not None else "",
-                exc,
-                extra=self._fields("seed_unpublished", error=exc),
-            )
-            return None

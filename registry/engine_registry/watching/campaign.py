@@ -8,10 +8,12 @@ election, so an election that is forgotten can be collected.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 
 from engine_registry.errors import EtcdError, EtcdRefused, LeaseNotFound, RecordDamaged
 from engine_registry.etcd.backoff import Backoff
@@ -20,6 +22,7 @@ from engine_registry.etcd.follow import Follower
 from engine_registry.schema.keys import election_key
 from engine_registry.schema.keyvalue import (
     Delete,
+    Guard,
     KeyValue,
     Put,
     Snapshot,
@@ -53,14 +56,14 @@ class Campaign:
         self._lock = threading.Lock()
         self._follower: Follower | None = None
         self._ours: KeyValue | None = None  # our key, as it was written last
-        self._kept = False  # by the lease of a registration
+        self._kept_until = 0.0  # by another lease than the campaign's, such as a registration's
         self._renewing = threading.Lock()  # held while it is looked at whose the key is, or changed
         self._thread = threading.Thread(target=self._run, name=f"election {name}", daemon=True)
 
     @property
     def leading(self) -> bool:
         """Whether this process leads now, by its own clock; never longer than its lease lives."""
-        return self._kept or time.monotonic() < self._leads_until
+        return time.monotonic() < max(self._kept_until, self._leads_until)
 
     @property
     def unreachable_since(self) -> float | None:
@@ -82,18 +85,37 @@ class Campaign:
             found = self._etcd.get(record.key)
             if found is None or self._ours is None or not self.leading or not _is_of(found, record):
                 return False
-            put = Put(self._key, _me(), found.lease_id)
-            revision = self._etcd.commit([unchanged(self._ours), unchanged(found)], [put])
-            if not revision:
-                # a first try may have succeeded, whose answer was lost
-                ours = self._etcd.get(self._key)
-                revision = (
-                    ours.mod_revision if ours is not None and ours.lease_id == found.lease_id else 0
-                )
-            if revision:
-                self._ours, self._kept = written(put, revision, self._ours), True
-                self._stopped.set()
-            return bool(revision)
+            if not self._move(self._ours, found.lease_id, [unchanged(found)]):
+                return False
+            self._kept_until = math.inf
+            self._stopped.set()
+            return True
+
+    def keep_for(self, ttl_s: float) -> bool:
+        """The registration that keeps the lead may end from now on: we lead for `ttl_s`, or until
+        `close`. False if no registration of ours keeps the lead.
+        """
+        with self._renewing:
+            if self._ours is None or not self._kept_until:
+                return False
+            granted_at = time.monotonic()
+            if not self._move(self._ours, self._etcd.grant(ttl_s)):
+                return False
+            self._kept_until = granted_at + ttl_s
+            return True
+
+    def _move(self, ours: KeyValue, lease_id: int, guards: Sequence[Guard] = ()) -> bool:
+        """Puts our key under that lease, if it is still ours."""
+        put = Put(self._key, _me(), lease_id)
+        revision = self._etcd.commit([unchanged(ours), *guards], [put])
+        if not revision:
+            # a first try may have succeeded, whose answer was lost
+            found = self._etcd.get(self._key)
+            is_done = found is not None and found.lease_id == lease_id
+            revision = found.mod_revision if found is not None and is_done else 0
+        if revision:
+            self._ours = written(put, revision, ours)
+        return bool(revision)
 
     def start(self) -> None:
         """Begins to campaign, in a thread."""
@@ -106,7 +128,7 @@ class Campaign:
             self._stopped.set()
             if self._follower is not None:
                 self._follower.stop()
-        if self._kept:
+        if self._kept_until:
             self._let_go()
         for patience_s in (_GIVE_BACK_S, _JOIN_S):
             if self._thread.is_alive():
@@ -114,13 +136,13 @@ class Campaign:
             self._etcd.close()
 
     def _let_go(self) -> None:
-        self._kept = False
+        self._kept_until = 0.0
         try:
             if self._ours is not None:
                 self._etcd.commit([unchanged(self._ours)], [Delete(self._key)])
         except EtcdError as exc:
             log.info(
-                "%s goes with the registration: %s",
+                "%s goes with its lease: %s",
                 self._key,
                 exc,
                 extra=fields("election_left", key=self._key, error=exc),
@@ -188,7 +210,7 @@ class Campaign:
             renewed_at = time.monotonic()
             try:
                 with self._renewing:
-                    if self._kept:
+                    if self._kept_until:
                         return
                     held = self._etcd.get(self._key)
                     if held is None or held.lease_id != lease_id:

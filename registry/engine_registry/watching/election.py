@@ -52,6 +52,12 @@ class Election(Closable):
         """
         return self._campaign.keep_with(record)
 
+    def keep_for(self, ttl_s: float) -> bool:
+        """After `keep_with`: that registration may end from now on, and we lead for `ttl_s`
+        seconds, or until `close`. False if no registration of ours keeps the lead.
+        """
+        return self._campaign.keep_for(ttl_s)
+
     def close(self) -> None:
         """Stops campaigning; if we lead, the next one takes over at once. Any number of times."""
         self._mark_closed()

@@ -5,7 +5,9 @@ Prints `starts` when it is about to, and does when it is given a line. Then it p
 where its weights have come, why, and how many bytes of tensors this process has read from disk; and
 ends with its input. With HOW `held` it prints `reading` before it reads the first of them, and
 waits for another line. With `call` it reads the file by a function. With `held-call` the function
-prints `reading` first, and waits for a byte of input with Python's lock in its hands.
+prints `reading` first, and waits for a byte of input with Python's lock in its hands. With `later`
+it makes other tensors of those that the function has read, prints `has read` and waits for another
+line if there are any, and publishes them.
 """
 
 from __future__ import annotations
@@ -76,6 +78,11 @@ class OwnLoader:
             self.nbytes += tensor.nbytes
 
 
+def processed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an engine makes of its weights, in other memory and of other names."""
+    return {f"{name}.packed": tensor.view(-1, 2) ^ 0xFF for name, tensor in tensors.items()}
+
+
 def main(instance: str, path: str, how: str = "") -> None:
     disk = Disk(how == "held")
     os.preadv = disk  # type: ignore[assignment]
@@ -88,6 +95,7 @@ def main(instance: str, path: str, how: str = "") -> None:
     for tensor in tensors.values():
         tensor.zero_()
     own = OwnLoader(path, tensors, how == "held-call")
+    later = how == "later"
     with (
         engine_log(),
         Registry.connect(
@@ -97,18 +105,28 @@ def main(instance: str, path: str, how: str = "") -> None:
     ):
         print("starts", flush=True)
         sys.stdin.readline()
+        made = {name: torch.zeros_like(tensor) for name, tensor in processed(tensors).items()}
         with load_or_seed(
             registry,
             engine,
             MODEL,
-            tensors,
+            (lambda: made) if later else tensors,
             rank=0,
             world_size=1,
             instance=instance,
-            fallback=own if how.endswith("call") else path,
+            fallback=own if later or how.endswith("call") else path,
+            publish_later=later,
             timeout_s=100,
         ) as seeded:
-            right = all(torch.equal(tensors[name], tensor) for name, tensor in content().items())
+            expected = content()
+            if later:
+                if seeded.source == "disk":
+                    made = processed(tensors)
+                    print("has read", flush=True)
+                    sys.stdin.readline()
+                seeded.publish(made)
+                tensors, expected = made, processed(expected)
+            right = all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
             outcome = {
                 "source": seeded.source,
                 "reason": seeded.reason,

@@ -4,11 +4,13 @@ without etcd.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
 import pytest
 
+from engine_registry import RankRecord
 from engine_registry.errors import EtcdRefused, EtcdUnavailable
 from engine_registry.schema.keys import election_key
 from engine_registry.schema.keyvalue import Put
@@ -58,6 +60,50 @@ def test_a_lead_whose_handing_over_was_not_answered_is_kept_by_the_registration(
     assert kept_by in etcd.leases
 
 
+def kept(etcd: FakeEtcd) -> tuple[Campaign, RankRecord]:
+    """A lead that is kept by a registration."""
+    key, record = election_key("x"), a_record()
+    etcd.commit([], [Put(record.key, encode(record), etcd.grant(60))])
+    etcd.commit([], [Put(key, b"us", etcd.grant(60))])
+    campaign = Campaign(etcd, "x")
+    campaign._ours = etcd.get(key)
+    campaign._leads_until = time.monotonic() + 60
+    assert campaign.keep_with(record)
+    campaign._leads_until = 0.0
+    return campaign, record
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_lead_outlives_the_registration_that_kept_it_for_a_while(is_answered: bool) -> None:
+    etcd = FakeEtcd()
+    campaign, record = kept(etcd)
+    etcd.retry_next_commit = not is_answered
+    assert campaign.keep_for(60)
+    etcd.expire(etcd.lease_of(record.key))
+    assert campaign.leading
+    assert etcd.keys == [election_key("x")]
+    campaign.close()
+    assert etcd.keys == []
+    assert not campaign.leading
+
+
+def test_a_lead_that_is_kept_for_a_while_ends_with_it() -> None:
+    campaign, _ = kept(FakeEtcd())
+    assert campaign.keep_for(0.0)
+    assert not campaign.leading
+    campaign.close()
+
+
+def test_a_lead_that_another_has_or_no_registration_keeps_is_not_kept_for_a_while() -> None:
+    etcd = FakeEtcd()
+    assert not Campaign(etcd, "y").keep_for(60)
+    campaign, _ = kept(etcd)
+    etcd.put(election_key("x"), b"them")
+    assert not campaign.keep_for(60)
+    campaign.close()
+    assert etcd.value(election_key("x")) == b"them"
+
+
 def test_a_lead_is_not_handed_over_once_another_has_it() -> None:
     etcd, key = FakeEtcd(), election_key("x")
     record = a_record()
@@ -78,10 +124,23 @@ def test_a_lead_is_not_given_up_for_another_that_has_it_at_the_same_revision_of_
     etcd, key = FakeEtcd(), election_key("x")
     etcd.put(key, b"us")
     campaign = Campaign(etcd, "x")
-    campaign._ours, campaign._kept = etcd.get(key), True
+    campaign._ours, campaign._kept_until = etcd.get(key), math.inf
     etcd.restore([Put(key, b"them", 0)], back_to_revision=1)
     campaign.close()
     assert etcd.value(key) == b"them"
+
+
+def test_until_etcd_has_answered_it_is_away_since_the_campaign_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    campaign = Campaign(FakeEtcd(), "x")
+    monkeypatch.setattr(campaign, "_thread", threading.Thread(target=lambda: None))
+    campaign.start()
+    began = campaign.unreachable_since
+    campaign._note(EtcdUnavailable("away"))
+    assert began is not None
+    assert campaign.unreachable_since == began
+    campaign.close()
 
 
 def test_a_refusal_and_an_outage_are_distinguished() -> None:
