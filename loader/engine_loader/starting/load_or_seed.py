@@ -93,8 +93,8 @@ def load_or_seed(
         without_etcd_s: How many seconds to wait for an etcd that is away before that. A restart or
             a new leader of etcd takes less than 30 s. The first look at etcd takes up to the
             `timeout_s` of the registry, if that is longer.
-        required: Whether etcd is required. Its errors are raised then, and no rank stays
-            unpublished or reads without a turn because of them.
+        required: Whether etcd is required. Its error is raised then where it is away for so long,
+            or does not register the rank. A refused turn to read alone is not such an error.
         publish_later: Leaves the publication to `Seeded.publish`, which may publish other tensors:
             those that the engine makes of the loaded ones. A rank that has read keeps its turn
             until then, for at most `timeout_s`, so that the others wait for what it publishes.
@@ -116,7 +116,8 @@ def load_or_seed(
         LoaderError: TensorsUnusable, EngineFailed or MemoryInUse, as `publish` raises them.
             TensorsUnusable also where a function gave tensors other memory.
         Exception: Whatever a function in `fallback` raises. The next process reads then.
-        EtcdError: Etcd is `required`, and was away for `without_etcd_s`, or refuses the rank.
+        EtcdError: Etcd is `required`, and was away for `without_etcd_s`, or does not register
+            the rank.
         RegistryError: InvalidField, RankConflict, InstanceMismatch or KeeperFailed, as `publish`
             raises them.
     """

@@ -169,8 +169,11 @@ class Start:
         return ""
 
     def _without_etcd(self, error: EtcdError) -> str:
-        """Why to read without a turn. Raises the error where etcd is required."""
-        if self.seed.required:
+        """Why to read without a turn. Raises the error where etcd is required and away.
+
+        One that refuses a turn may register the rank all the same.
+        """
+        if self.seed.required and isinstance(error, EtcdUnavailable):
             raise error
         self.seed.unpublished = error  # unless a publication succeeds all the same
         return str(error)
