@@ -98,8 +98,7 @@ class Start:
             self._check()
             sources = [] if late else self._look()
             if sources:
-                seeded = self._from_peers(sources)
-                if seeded is not None:
+                if (seeded := self._from_peers(sources)) is not None:
                     return seeded
                 late = self._is_late()
                 continue
@@ -132,8 +131,7 @@ class Start:
 
     def _away_too_long(self, election: Election, watch: Watch) -> EtcdUnavailable | None:
         """Why not to wait for etcd any longer, if so. The look before the election counts too."""
-        lost = election.unreachable_since
-        if lost is None:
+        if (lost := election.unreachable_since) is None:
             self.away = self.away_since = None
             return None
         self.away_since = min(lost, self.away_since or lost)
@@ -157,8 +155,7 @@ class Start:
                     return self._without_etcd(election.refusal)
                 if self._is_late():
                     return f"no peer had the weights within {self.timeout_s:.3g} s"
-                away = self._away_too_long(election, watch)
-                if away is not None:
+                if (away := self._away_too_long(election, watch)) is not None:
                     return self._without_etcd(away)
                 try:
                     event = watch.next(_LOOK_S)

@@ -91,7 +91,7 @@ MOVES: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
         lambda w: swap(w, torch.empty(2, 4, device="meta")),
         "is on the meta",
     ),
-    "swapped for a fake one": (lambda w: swap(w, fake()), "is a FakeTensor without memory"),
+    "swapped for a fake one": (lambda w: swap(w, fake()), "is a FakeTensor without its own memory"),
     "swapped for a lazy one": (lambda w: swap(w, nn.UninitializedBuffer()), "is not initialized"),
     "swapped for a sparse one": (lambda w: swap(w, torch.eye(2).to_sparse()), "has layout torch"),
 }
