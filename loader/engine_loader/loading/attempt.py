@@ -75,8 +75,9 @@ class Attempt:
         they were resolved to be, and cannot be spared.
         """
         entered = [source for source in self.sources if source.enter(undo)]
-        if len(entered) < len(self.sources) and self.planner.differences(
-            [source.origin for source in entered]
+        # Also where nothing is wanted: a transfer with no source would wait for one for ever.
+        if len(entered) < len(self.sources) and (
+            not entered or self.planner.differences([source.origin for source in entered])
         ):
             missed = next(source.record for source in self.sources if source not in entered)
             if self.job.registry.current(missed) is None:
