@@ -69,7 +69,6 @@ class Leaving:
         for number in list(pipe.in_flight):
             self._is_over(number)  # it is: this is how the engine may forget the number
             self._again(pipe, number)
-        pipe.unsure = False
         return True
 
     def settle(self, pipes: Sequence[Pipe], interrupted: bool) -> None:

@@ -68,6 +68,10 @@ def test_what_an_evicted_rank_has_brought_is_forgotten(received: Received) -> No
     assert sum(span.nbytes for span in received.arrivals.missing([FIRST, SECOND])) == 8
     assert [share.nbytes for share in received.shares] == [8, 0]
     assert not received.discard([EVICTED])
+    received.evicted.append(EVICTED)
+    received.discard([])
+    received.find_evicted(cast(Registry, Etcd()), [])
+    assert received.evicted == []  # else no other attempt could end well
 
 
 def test_a_rank_that_has_brought_nothing_takes_nothing_with_it(received: Received) -> None:
@@ -77,7 +81,9 @@ def test_a_rank_that_has_brought_nothing_takes_nothing_with_it(received: Receive
 
 
 @pytest.mark.parametrize(
-    ("here", "found"), [([], [EVICTED]), ([EVICTED.incarnation], [])], ids=["gone", "watched"]
+    ("here", "found"),
+    [([], [EVICTED]), ([EVICTED.incarnation], []), ([GOOD.incarnation], [EVICTED])],
+    ids=["gone", "watched", "another watched"],
 )
 def test_ranks_that_were_evicted_since_are_looked_for_in_etcd(
     received: Received, here: list[str], found: list[RankRecord]
@@ -106,8 +112,9 @@ def reads(reader: RankRecord, source: RankRecord) -> Pull:
         ([reads(LOADING, EVICTED)], [LOADING]),
         ([reads(LOADING, BEFORE_IT), reads(BEFORE_IT, EVICTED)], [LOADING]),
         ([reads(LOADING, BEFORE_IT), reads(BEFORE_IT, LOADING)], []),
+        ([reads(LOADING, BEFORE_IT), reads(BEFORE_IT, GOOD), reads(GOOD, BEFORE_IT)], []),
     ],
-    ids=["nobody", "another", "of another", "it", "behind it", "in a circle"],
+    ids=["nobody", "another", "of another", "it", "behind it", "in a circle", "before a circle"],
 )
 def test_a_rank_that_still_loads_from_an_evicted_one_is_as_evicted(
     pulls: list[Pull], found: list[RankRecord]

@@ -415,3 +415,38 @@ def test_no_order_of_events_makes_a_transfer_hang_or_bring_a_wrong_byte(
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_what_a_lost_source_was_to_bring_is_found_behind_what_the_other_one_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other one is loading itself, and gets nothing new meanwhile."""
+    monkeypatch.setattr("engine_loader.transfer.reads._SMALL_NBYTES", 0)
+    machine = TransferMachine()
+    machine.begin([False, True], [3] * CHUNKS, set(), can_end_reads=True)
+    try:
+        complete = machine.served[0]
+        machine.those_that_load_get_more(set(range(1, CHUNKS)))
+        machine.step()
+        machine.clock.run(1)
+        while machine.transfer._chunks.queued > 2:
+            machine.step()
+            if machine.transfer._chunks.queued > 2 and machine.reader.held:
+                machine.reader.let_come(0)
+        machine.clock.run(0)
+        machine.step()  # the last that the other one has, and after it what it lacks
+        in_flight = machine.transfer._pipes[0].in_flight.values()
+        base = ctypes.addressof(machine.dst)
+        assert [(flight.chunk.dst_addr - base) // CHUNK for flight in in_flight] == [CHUNKS - 1, 0]
+        complete.news = SourceLost("as the test wants")
+        for _ in range(3000):
+            machine.step()
+            while machine.reader.held:
+                machine.reader.let_come(0)
+            while machine.clock.work:
+                machine.clock.run(0)
+        assert isinstance(machine.ended, LoaderError)
+        brought = {(span.dst_addr - base) // CHUNK for _, span in machine.checked}
+        assert brought == set(range(1, CHUNKS))
+    finally:
+        machine.teardown()
