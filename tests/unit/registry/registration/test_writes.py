@@ -133,8 +133,11 @@ def test_a_key_that_holds_no_record_is_a_conflict_that_says_how_to_be_rid_of_it(
     etcd: FakeEtcd,
 ) -> None:
     etcd.put(OURS.key, b"junk")
-    with pytest.raises(RankConflict, match=r"is damaged.*etcdctl del /engines/qwen/0"):
+    with pytest.raises(RankConflict, match="is damaged") as caught:
         claim(etcd, OURS, PARTS, etcd.grant(10))
+    assert caught.value.remedy == (
+        "delete the key if no process owns it: etcdctl del /engines/qwen/0"
+    )
     assert etcd.value(OURS.key) == b"junk"
 
 
@@ -214,6 +217,16 @@ def test_any_number_of_damaged_siblings_does_not_hide_one_that_disagrees(etcd: F
     put(etcd, a_record(rank=10, world_size=11))
     with pytest.raises(InstanceMismatch, match="world_size"):
         claim(etcd, OURS, PARTS, etcd.grant(10))
+
+
+def test_a_claim_does_not_read_all_its_siblings_where_one_of_the_first_lives(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the ranks of a large instance, which start at once, would each read all the others."""
+    for rank in range(1, 12):
+        put(etcd, a_record(rank=rank, world_size=12, incarnation=f"{rank:032x}"))
+    monkeypatch.setattr(etcd, "snapshot", lambda prefix: pytest.fail(f"reads all of {prefix}"))
+    claim(etcd, a_record(world_size=12), PARTS, etcd.grant(10))
 
 
 def test_of_two_first_comers_that_disagree_the_second_is_refused(etcd: FakeEtcd) -> None:
