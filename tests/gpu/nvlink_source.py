@@ -3,8 +3,9 @@
 Does what each line on standard input says, then prints the line. `publish N`: leaves, frees its
 memory and publishes the content of number N. `copy N`: loads the content of number N, from whoever
 has it, and serves it as another instance, from then on. `late N`: publishes another instance
-besides, from memory that is new. `update`: adds one to every element, on a separate stream. Ends
-with its input.
+besides, from memory that is new. `update`: adds one to every element, on a separate stream.
+`pause`, `resume`: as a publication does. `replace N`: frees its memory, for which it must be
+paused, and serves the content of number N. Ends with its input.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from contextlib import ExitStack
 
 import torch
 
-from engine_loader import MooncakeEngine, PublishOptions, Replica, load, publish
+from engine_loader import MooncakeEngine, Publication, PublishOptions, Replica, load, publish
 from engine_registry import ModelIdentity, Registry
 
 Tensors = dict[str, torch.Tensor]
@@ -42,6 +43,25 @@ def late_content(number: int, device: str = "cuda:0") -> Tensors:
         f"late{place}": torch.full((999,), float(number + place), device=device)
         for place in range(3)
     }
+
+
+def change(publication: Publication, tensors: Tensors, command: str, number: str) -> None:
+    if command == "update":
+        with publication.update(), torch.cuda.stream(torch.cuda.Stream("cuda:0")):
+            for tensor in tensors.values():
+                tensor.add_(1)
+    elif command == "pause":
+        publication.pause()
+    elif command == "resume":
+        publication.resume()
+    elif command == "replace":
+        tensors.clear()
+        torch.cuda.empty_cache()
+        # The header and the table of digests stay.
+        assert torch.cuda.memory_allocated("cuda:0") < 1 << 20
+        assert torch.cuda.memory_reserved("cuda:0") < 40 << 20
+        tensors.update(content(int(number)))
+        publication.replace(tensors)
 
 
 def main(endpoint: str) -> None:
@@ -99,10 +119,8 @@ def main(endpoint: str) -> None:
                         model=MODEL,
                     )
                 )
-            elif command == "update" and publication is not None:
-                with publication.update(), torch.cuda.stream(torch.cuda.Stream("cuda:0")):
-                    for tensor in tensors.values():
-                        tensor.add_(1)
+            elif publication is not None:
+                change(publication, tensors, command, number)
             print(line, end="", flush=True)
         stack.close()
 

@@ -15,6 +15,7 @@ from engine_loader import LoadOptions, MooncakeEngine, load, publish
 from engine_loader.errors import TensorsUnusable, TornRead
 from engine_loader.options import Verify
 from engine_registry import Registry
+from engine_registry.errors import InstanceIncomplete
 from engine_registry.etcd.local import LocalEtcd
 from tests.gpu.nvlink_source import MODEL, Tensors, content, late_content
 
@@ -131,6 +132,31 @@ def test_weights_that_change_on_another_stream_are_loaded_in_one_version(
                 found, {name: tensor + versions[-1] for name, tensor in content(0).items()}
             )
     updates.join()
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_a_paused_rank_frees_its_memory_and_serves_the_same_or_other_weights_later(
+    registry: Registry, source: Source, engine: MooncakeEngine, device: str
+) -> None:
+    source.do("publish 1")
+    options = LoadOptions(verify="digest")
+    contents: list[str] = []
+    for version, number in enumerate((1, 2, 3)):
+        if version:
+            source.do("pause")
+            source.do(f"replace {number}")  # often at the addresses of those before
+        for _ in range(2):
+            found = zeroed(content(number), device)
+            report = load(registry, engine, "a", rank=0, tensors=found, options=options)
+            assert_equal(found, content(number))
+            assert report.version == version
+            contents.append(report.content)
+            source.do("pause")
+            with pytest.raises(InstanceIncomplete, match="rank 0 updating"):
+                load(registry, engine, "a", rank=0, tensors=found, timeout_s=0.0)
+            source.do("resume")
+    assert contents[::2] == contents[1::2]
+    assert len(set(contents)) == 3
 
 
 def test_what_was_loaded_from_gpu_to_gpu_is_a_source_itself(
