@@ -158,6 +158,9 @@ class Publication(Closable):
         keeps the tensors' memory, or touches it, until then. If the call is interrupted, another
         one does the rest.
 
+        Over nvlink_intra the engine of a reader keeps its mapping of the memory for its next load.
+        So a GPU has that memory back only when such engines are closed.
+
         Raises:
             EngineFailed: The transfer engine cannot give the memory back.
             LoaderError: The publication is closed or paused already, is being updated, still loads
