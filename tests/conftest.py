@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -56,6 +57,17 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+        _forget_log_options()
+
+
+def _forget_log_options() -> None:
+    """A command that ran in this process has set the levels of loggers, and how they are written;
+    what the next test finds in the log must not depend on that.
+    """
+    for name in ("engine_cli", "engine_loader", "engine_registry"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    for name in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        logging.addLevelName(getattr(logging, name), name)
 
 
 class _FailuresAtOnce:
