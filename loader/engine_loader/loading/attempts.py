@@ -140,8 +140,10 @@ class Attempts:
 
         But where one is being updated that is waited for, as it would have been at the beginning.
         """
+        # Asked on both sides of the look: an update may end, or begin, between two of them.
+        updated = self.finder.is_one_updated()
         sources = self._find_if_any(time.monotonic())
-        if sources or not self.finder.is_one_updated():
+        if sources or not (updated or self.finder.is_one_updated()):
             return sources
         return self._find_if_any(self.deadline)
 

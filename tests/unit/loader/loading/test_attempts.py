@@ -69,11 +69,13 @@ class Cancel(threading.Event):
 
 
 class Search:
-    """As a Finder: gives one choice after another, or raises it."""
+    """As a Finder: gives one choice after another, or raises it. `updated` is whether a source is
+    being updated, each time that this is asked, and the last of it from then on.
+    """
 
-    def __init__(self, *answers: Choice | Exception | None, updated: bool = False) -> None:
+    def __init__(self, *answers: Choice | Exception | None, updated: str = "no") -> None:
         self._answers = list(answers)
-        self._updated = updated
+        self._updated = updated.split()
         self.deadlines: list[float] = []
         self.owns: list[RankRecord | None] = []
 
@@ -88,7 +90,8 @@ class Search:
         return answer
 
     def is_one_updated(self) -> bool:
-        return self._updated
+        now = self._updated.pop(0) if len(self._updated) > 1 else self._updated[0]
+        return now == "yes"
 
 
 class Replica:
@@ -242,10 +245,12 @@ def test_where_no_other_source_is_there_the_loss_is_the_error(
     assert len(load.search.deadlines) == 1 + len(answers)
 
 
+@pytest.mark.parametrize("updated", ["yes", "yes no", "no yes"])
 def test_another_that_is_being_updated_is_waited_for_as_at_the_beginning(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, updated: str
 ) -> None:
-    search = Search(choice(FIRST), None, choice(SECOND), updated=True)
+    """Also where the update ends, or begins, while a source is looked for."""
+    search = Search(choice(FIRST), None, choice(SECOND), updated=updated)
     load = Load(monkeypatch, search, LOST, None)
     assert load.attempts.until_filled().instance == "second"
     assert search.deadlines[2] == load.deadline
@@ -273,7 +278,7 @@ def test_each_source_that_a_load_goes_on_without_counts_and_one_that_is_read_aga
 def test_where_another_is_there_one_that_is_being_updated_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    search = Search(choice(FIRST), choice(SECOND), updated=True)
+    search = Search(choice(FIRST), choice(SECOND), updated="yes")
     assert Load(monkeypatch, search, LOST, None).attempts.until_filled().instance == "second"
 
 
