@@ -142,7 +142,7 @@ def offer_weights(
     return Offering(incarnation, content, manifest, header, digests, weights, use, memory, undo)
 
 
-def count_pulls(registry: Registry, record: RankRecord, undo: ExitStack) -> None:
+def meter_pulls(registry: Registry, record: RankRecord, undo: ExitStack) -> None:
     """Counts the loads that read from it, where metrics are on."""
     if enabled():  # it costs a watch in etcd
         undo.enter_context(registry.watch_pulls(record, metrics.on_pull))

@@ -10,8 +10,9 @@ from contextlib import ExitStack
 
 from engine_loader.engines.base import Engine
 from engine_loader.options import PublishOptions
-from engine_loader.publishing.offering import count_pulls, offer_weights
+from engine_loader.publishing.offering import meter_pulls, offer_weights
 from engine_loader.publishing.publication import Publication
+from engine_loader.publishing.served import Served
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import Use
 from engine_registry import ModelIdentity, RankState, Registry
@@ -74,7 +75,7 @@ def open_publication(
             on_state=options.on_state,
         )
         guard.callback(registration.withdraw)
-        count_pulls(registry, registration.record, undo)
-        publication = Publication(registry, engine, registration, offering, options)
+        meter_pulls(registry, registration.record, undo)
+        publication = Publication(Served(registry, engine, registration, offering, options))
         guard.pop_all()  # the publication closes all of it
         return publication

@@ -15,12 +15,10 @@ from contextlib import contextmanager
 
 import torch
 
-from engine_loader.engines.base import Engine
 from engine_loader.engines.region_book import Regions
 from engine_loader.errors import LoaderError
-from engine_loader.options import PublishOptions
 from engine_loader.publishing.header import HeaderCell
-from engine_loader.publishing.offering import Offering, check_can_be_served
+from engine_loader.publishing.offering import check_can_be_served
 from engine_loader.publishing.served import Served
 from engine_loader.tensors.cuda import wait_for
 from engine_loader.tensors.destination import Destination
@@ -31,7 +29,6 @@ from engine_registry import (
     RankState,
     Registration,
     RegistrationState,
-    Registry,
 )
 from engine_registry.errors import RegistryError
 from engine_registry.lifetime import Closable
@@ -49,35 +46,25 @@ class Publication(Closable):
     It holds the tensors, so their memory stays as long as it is offered: not while it is paused.
     """
 
-    def __init__(
-        self,
-        registry: Registry,
-        engine: Engine,
-        registration: Registration,
-        offering: Offering,
-        options: PublishOptions,
-    ) -> None:
-        """Takes over the registration and the offering, and closes them."""
-        self._registry = registry
-        self._engine = engine
-        self._registration = registration
-        self._served = Served(registry, engine, registration, offering, options)
+    def __init__(self, served: Served) -> None:
+        """Takes over what is served, with its registration, and closes both."""
+        self._served = served
         self._mark_open()
 
     @property
     def record(self) -> RankRecord:
         """The record as the rank wants it in etcd."""
-        return self._registration.record
+        return self._served.registration.record
 
     @property
     def state(self) -> RegistrationState:
         """Whether the rank is registered, and what the caller must do."""
-        return self._registration.state
+        return self._served.registration.state
 
     @property
     def registration(self) -> Registration:
         """The handle on the registration, with the reason of a loss."""
-        return self._registration
+        return self._served.registration
 
     @property
     def version(self) -> int:
@@ -226,7 +213,7 @@ class Publication(Closable):
             RegistrationLost: The rank was evicted, or another took its place.
         """
         weights = Destination.of(tensors, shards)
-        check_can_be_served(self._engine, weights.parts)
+        check_can_be_served(self._served.engine, weights.parts)
         with self._served.alone("replace"):
             self._served.check_settled("replace")
             self._served.check_registered()
@@ -275,9 +262,9 @@ class Publication(Closable):
         """
         pulls, timeout_s = 0, seconds("timeout_s", timeout_s)
         try:
-            self._registration.update(state=RankState.DRAINING)
+            self._served.registration.update(state=RankState.DRAINING)
             if self.state is RegistrationState.REGISTERED:
-                pulls = self._registry.wait_for_no_pulls(
+                pulls = self._served.registry.wait_for_no_pulls(
                     self.record.instance, self.record.rank, timeout_s
                 )
         except RegistryError as exc:
@@ -307,7 +294,7 @@ class Publication(Closable):
             reason: Why the rank leaves, for watchers.
         """
         with self._served.closing():
-            self._registration.withdraw(reason)
+            self._served.registration.withdraw(reason)
             self._served.close()
             self._mark_closed()
 

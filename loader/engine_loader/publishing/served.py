@@ -15,7 +15,7 @@ from engine_loader.engines.base import Engine
 from engine_loader.errors import LoaderError
 from engine_loader.options import PublishOptions
 from engine_loader.publishing.header import Header, HeaderCell
-from engine_loader.publishing.offering import Offering, Paused, count_pulls, offer_weights
+from engine_loader.publishing.offering import Offering, Paused, meter_pulls, offer_weights
 from engine_loader.tensors.destination import Destination
 from engine_registry import RankRecord, RankState, Registration, Registry, failpoints
 from engine_registry.errors import RegistryError
@@ -35,9 +35,9 @@ class Served:
         offering: Offering,
         options: PublishOptions,
     ) -> None:
-        self._registry = registry
-        self._engine = engine
-        self._registration = registration
+        self.registry = registry
+        self.engine = engine
+        self.registration = registration
         self._options = options
         self._held: Offering | Paused = offering
         self._pausing = False  # memory may have been given back already
@@ -47,7 +47,7 @@ class Served:
 
     @property
     def record(self) -> RankRecord:
-        return self._registration.record
+        return self.registration.record
 
     @property
     def header(self) -> HeaderCell:
@@ -120,7 +120,7 @@ class Served:
         with ExitStack() as guard:
             undo = guard.enter_context(ExitStack())
             offering = offer_weights(
-                self._engine,
+                self.engine,
                 weights,
                 undo,
                 owner=f"{self.record.instance}/{self.record.rank}",
@@ -130,7 +130,7 @@ class Served:
                 expected=expected,
             )
             failpoints.reach("publication.before_offer")
-            self._registration.offer(
+            self.registration.offer(
                 offering.manifest,
                 incarnation=offering.incarnation,
                 header_addr=offering.header.region.addr,
@@ -138,7 +138,7 @@ class Served:
                 content=offering.content,
                 device=str(offering.device),
             )
-            count_pulls(self._registry, self.record, undo)
+            meter_pulls(self.registry, self.record, undo)
             with self._swapping:
                 self._check_open("offer")
                 former, self._held = self._held, offering
@@ -150,7 +150,7 @@ class Served:
     ) -> None:
         """Readers go by the header, so the weights are safe whatever the record says."""
         try:
-            self._registration.update(version=version, content=content, state=state)
+            self.registration.update(version=version, content=content, state=state)
         except RegistryError as exc:
             log.warning(
                 "the record of %s could not be changed: %s",
@@ -169,8 +169,8 @@ class Served:
 
     def check_registered(self) -> None:
         """RegistrationLost where it has ended."""
-        if self._registration.lost is not None:
-            raise self._registration.lost
+        if self.registration.lost is not None:
+            raise self.registration.lost
 
     def _check_open(self, verb: str) -> None:
         if self._leaving:
