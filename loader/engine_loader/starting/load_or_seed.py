@@ -142,8 +142,6 @@ def load_or_seed(
             )
         for_fallback = cache(lambda: Destination({}))  # it fills others, which are not known
     start = Start(
-        registry=registry,
-        engine=engine,
         peers=Peers(registry, model, place, has_boxes),
         seed=Seed(
             registry=registry,

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from engine_loader import metrics
-from engine_loader.engines.base import Engine
 from engine_loader.errors import (
     Cancelled,
     DigestMismatch,
@@ -37,7 +36,7 @@ from engine_loader.starting.seeded import Seeded
 from engine_loader.starting.turn import Turn
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import USES, Use
-from engine_registry import RankRecord, Registration, Registry, Watch
+from engine_registry import RankRecord, Registration, Watch
 from engine_registry.errors import (
     EtcdError,
     EtcdUnavailable,
@@ -74,8 +73,6 @@ _NOT_THE_PEERS = (
 
 @dataclass
 class Start:
-    registry: Registry
-    engine: Engine
     peers: Peers
     seed: Seed
     for_peers: Callable[[], Destination]  # makes it when it is first needed
@@ -103,7 +100,7 @@ class Start:
                 late = self._is_late()
                 continue
             with ExitStack() as turn:
-                election = turn.enter_context(self.registry.election(lock))
+                election = turn.enter_context(self.seed.registry.election(lock))
                 alone = self._wait(election)
                 late = self._is_late()
                 if election.leading and not late and self._look():
@@ -138,7 +135,7 @@ class Start:
         away, away_s = watch.away or self.away, time.monotonic() - self.away_since
         if away is None or away_s < self.without_etcd_s:
             return None
-        what = f"etcd at {self.registry.config} could not be reached for {away_s:.3g} s"
+        what = f"etcd at {self.seed.registry.config} could not be reached for {away_s:.3g} s"
         return EtcdUnavailable(what, away.remedy)
 
     def _wait(self, election: Election) -> str:
@@ -148,7 +145,7 @@ class Start:
             self.seed.name,
             extra=self.seed.fields("seeding_waits"),
         )
-        with self.registry.watch() as watch:
+        with self.seed.registry.watch() as watch:
             while not election.leading:
                 self._check()
                 if election.refusal is not None:
@@ -180,8 +177,8 @@ class Start:
         destination = self.for_peers()
         try:
             report = load(
-                self.registry,
-                self.engine,
+                self.seed.registry,
+                self.seed.engine,
                 self.seed.model,
                 rank=self.seed.rank,
                 world_size=self.seed.world_size,
