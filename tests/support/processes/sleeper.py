@@ -27,7 +27,7 @@ NOBODY = Origin(99, 99)
 
 
 def memory(version: int, nbytes: int) -> dict[str, torch.Tensor]:
-    """A mapping of its own, which goes when the last tensor over it goes."""
+    """A separate mapping, which goes when the last tensor over it goes."""
     tensor = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.int64)
     tensor.copy_(words(Origin(0, version), nbytes // WORD))
     return {"w": tensor}

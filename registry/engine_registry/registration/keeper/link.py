@@ -50,7 +50,7 @@ class KeeperLink:
         self.record = record
         self._config = config
         self._parts = tuple(parts)
-        # Incarnations under one of which the record may stand in etcd instead of its own.
+        # Earlier incarnations of the rank: the record in etcd may still have one of them.
         self._former: list[str] = []
         self._ttl_s = ttl_s
         self._news = news
