@@ -25,7 +25,6 @@ from engine_loader import (
     Seeded,
     load,
     load_or_seed,
-    publish,
 )
 from engine_loader.errors import LoaderError, TensorsUnusable
 from engine_registry import RankState, Registry
@@ -33,7 +32,7 @@ from engine_registry.errors import EtcdUnavailable, InvalidField, RankConflict
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.schema.keys import ELECTIONS
 from tests.integration.conftest import Processes, line_of
-from tests.integration.test_seeding import KEY, NBYTES, Starts, events, go_on, ready
+from tests.integration.test_seeding import KEY, NBYTES, Starts, events, go_on, ready, runs
 from tests.integration.test_start_without_etcd import lazily
 from tests.support.options import for_start
 from tests.support.processes.start import MODEL, content
@@ -256,16 +255,7 @@ def test_what_was_loaded_may_be_published_later_too_with_other_options(
 def test_weights_of_peers_keep_their_version_and_get_a_new_content(
     registry: Registry, engines: list[Engine]
 ) -> None:
-    with publish(
-        registry,
-        engines[0],
-        instance="runs",
-        rank=0,
-        world_size=1,
-        tensors=packed(2),
-        model=MODEL,
-        options=PublishOptions(version=9),
-    ) as source:
+    with runs(registry, engines[0], "runs", packed(2), options=PublishOptions(version=9)) as source:
         tensors = packed()
         with start(registry, engines[1], OwnLoader(), tensors=tensors, version=4) as seeded:
             assert ready(registry) == ["runs"]
@@ -323,15 +313,7 @@ def test_an_error_of_the_function_that_makes_tensors_for_peers_passes_through(
         raise OSError("no memory")
 
     with (
-        publish(
-            registry,
-            engines[0],
-            instance="runs",
-            rank=0,
-            world_size=1,
-            tensors=packed(2),
-            model=MODEL,
-        ),
+        runs(registry, engines[0], "runs", packed(2)),
         pytest.raises(OSError, match="no memory"),
     ):
         start(registry, engines[1], OwnLoader(), tensors=fail)

@@ -24,6 +24,8 @@ from engine_loader import (
     Engine,
     InProcessEngine,
     MooncakeEngine,
+    Publication,
+    PublishOptions,
     Seeded,
     Shard,
     load_or_seed,
@@ -77,6 +79,29 @@ def start(
     }
     return load_or_seed(
         registry, engine, MODEL, zeros() if tensors is None else tensors, **for_start(arguments)
+    )
+
+
+def runs(
+    registry: Registry,
+    engine: Engine,
+    instance: str,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    options: PublishOptions | None = None,
+) -> Publication:
+    """A rank of the model that has these weights, or the right ones."""
+    return publish(
+        registry,
+        engine,
+        instance=instance,
+        rank=rank,
+        world_size=world_size,
+        tensors=content() if tensors is None else tensors,
+        model=MODEL,
+        options=options or PublishOptions(),
     )
 
 
@@ -232,15 +257,7 @@ def test_where_a_rank_like_it_runs_nothing_is_read_from_disk(
     """Whether or not the rest of its instance is there."""
     with InProcessEngine() as first, InProcessEngine() as second:
         with (
-            publish(
-                registry,
-                first,
-                instance="part",
-                rank=1,
-                world_size=2,
-                tensors=content(),
-                model=MODEL,
-            ),
+            runs(registry, first, "part", rank=1, world_size=2),
             start(registry, second, path / "is not there", rank=1, world_size=2) as seeded,
         ):
             assert seeded.source == "peers"
@@ -286,9 +303,7 @@ def test_peers_that_fail_in_the_middle_are_replaced_by_the_disk_and_it_is_report
 ) -> None:
     tensors = zeros()
     with InProcessEngine() as engine:
-        source = publish(
-            registry, engine, instance="dies", rank=0, world_size=1, tensors=content(), model=MODEL
-        )
+        source = runs(registry, engine, "dies")
         with (
             Interrupted(source.close) as second,
             caplog.at_level(logging.WARNING),
@@ -307,15 +322,7 @@ def test_peers_with_other_tensors_are_an_error_in_the_log_and_the_disk_is_read(
 ) -> None:
     with InProcessEngine() as first, InProcessEngine() as second, caplog.at_level(logging.WARNING):
         with (
-            publish(
-                registry,
-                first,
-                instance="odd",
-                rank=0,
-                world_size=1,
-                tensors={"t0": torch.zeros(3)},
-                model=MODEL,
-            ),
+            runs(registry, first, "odd", {"t0": torch.zeros(3)}),
             start(registry, second, path) as seeded,
         ):
             assert seeded.source == "disk"
@@ -326,15 +333,7 @@ def test_peers_with_other_tensors_are_an_error_in_the_log_and_the_disk_is_read(
 def test_peers_out_of_reach_are_replaced_by_the_disk(registry: Registry, path: Path) -> None:
     with InProcessEngine("here") as first, InProcessEngine("there") as second:
         with (
-            publish(
-                registry,
-                first,
-                instance="far",
-                rank=0,
-                world_size=1,
-                tensors=content(),
-                model=MODEL,
-            ),
+            runs(registry, first, "far"),
             start(registry, second, path) as seeded,
         ):
             assert seeded.source == "disk"
@@ -349,15 +348,7 @@ def test_those_whose_peers_fail_still_read_the_disk_one_after_another(
 ) -> None:
     read, led = engine_loader.files.disk.DiskRead.read, []
     with InProcessEngine() as first, InProcessEngine() as second, ThreadPoolExecutor() as pool:
-        with publish(
-            registry,
-            first,
-            instance="odd",
-            rank=0,
-            world_size=1,
-            tensors={"t0": torch.zeros(3)},
-            model=MODEL,
-        ):
+        with runs(registry, first, "odd", {"t0": torch.zeros(3)}):
             with somebody_reads(registry) as election:
 
                 def seen(*args: Any) -> object:
@@ -417,15 +408,7 @@ def test_a_start_that_does_not_wait_loads_from_peers_all_the_same(
 ) -> None:
     with InProcessEngine() as first, InProcessEngine() as second:
         with (
-            publish(
-                registry,
-                first,
-                instance="runs",
-                rank=0,
-                world_size=1,
-                tensors=content(),
-                model=MODEL,
-            ),
+            runs(registry, first, "runs"),
             start(registry, second, path, timeout_s=0) as seeded,
         ):
             assert seeded.source == "peers"

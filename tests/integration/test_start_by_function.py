@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine_loader import InProcessEngine, load, publish
+from engine_loader import InProcessEngine, load
 from engine_loader.errors import Cancelled, TensorsUnusable
 from engine_registry import RankState, Registry
 from engine_registry.errors import InvalidField
@@ -25,12 +25,13 @@ from tests.integration.test_seeding import (
     held,
     outcome,
     ready,
+    runs,
     somebody_reads,
     start,
     zeros,
 )
 from tests.support.engines import Interrupted
-from tests.support.processes.start import MODEL, content
+from tests.support.processes.start import content
 
 
 class Broken(Exception):
@@ -158,9 +159,7 @@ def test_a_tensor_that_it_gives_other_memory_is_named_and_nothing_is_published(
 def test_it_overwrites_what_peers_have_half_filled(registry: Registry) -> None:
     tensors = zeros()
     with InProcessEngine() as engine:
-        source = publish(
-            registry, engine, instance="dies", rank=0, world_size=1, tensors=content(), model=MODEL
-        )
+        source = runs(registry, engine, "dies")
         with (
             Interrupted(source.close) as second,
             start(registry, second, filling(tensors), tensors=tensors) as seeded,
@@ -176,15 +175,7 @@ def test_it_is_not_called_where_peers_are(registry: Registry) -> None:
 
     with InProcessEngine() as first, InProcessEngine() as second:
         with (
-            publish(
-                registry,
-                first,
-                instance="runs",
-                rank=0,
-                world_size=1,
-                tensors=content(),
-                model=MODEL,
-            ),
+            runs(registry, first, "runs"),
             start(registry, second, fail) as seeded,
         ):
             assert seeded.source == "peers"

@@ -15,13 +15,13 @@ import pytest
 from safetensors.torch import save_file
 
 import engine_loader.files.disk
-from engine_loader import InProcessEngine, Seeded, publish
+from engine_loader import InProcessEngine, Seeded
 from engine_registry import Registry
 from engine_registry.errors import EtcdRefused, EtcdUnavailable, InvalidField
 from engine_registry.etcd.local import LocalEtcd, find_binary
 from engine_registry.etcd.ports import free_port
-from tests.integration.test_seeding import events, ready, start
-from tests.support.processes.start import MODEL, content
+from tests.integration.test_seeding import events, ready, runs, start
+from tests.support.processes.start import content
 from tests.support.waiting import wait_until
 
 FOREVER_S = 10_000.0  # a test that waited for so long would never end
@@ -108,15 +108,7 @@ def test_peers_that_an_etcd_brings_back_are_loaded_from(
         lazily(own_etcd.endpoint) as registry,
         InProcessEngine() as first,
         InProcessEngine() as second,
-        publish(
-            registry,
-            first,
-            instance="runs",
-            rank=0,
-            world_size=1,
-            tensors=content(),
-            model=MODEL,
-        ),
+        runs(registry, first, "runs"),
         ThreadPoolExecutor() as pool,
     ):
         own_etcd.kill()
