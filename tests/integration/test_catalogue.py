@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from engine_loader import (
     Engine,
     InProcessEngine,
     Progress,
-    Publication,
     Shard,
     TensorSpec,
     publish,
@@ -34,10 +32,10 @@ from engine_loader.errors import (
 )
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import EngineRegistryError, InstanceNotFound, InvalidField
+from tests.support.instances import Tensors, TwoRanks
 from tests.support.launches import Origin, origins, the_origin, words
-from tests.support.options import for_load, for_publish
+from tests.support.options import for_load
 
-Tensors = dict[str, torch.Tensor]
 COUNT = 1024  # words of a tensor
 LAYERS = (0, 2, 10)
 NAMES = ["embed", "norm", *(f"layers.{layer}.{one}" for layer in LAYERS for one in ("down", "up"))]
@@ -63,9 +61,7 @@ def parts_of(origin: Origin, rank: int) -> tuple[Tensors, dict[str, Shard]]:
     return tensors, boxes
 
 
-class Instance:
-    """Two ranks that hold one model between them, in this process."""
-
+class Instance(TwoRanks[Origin]):
     def __init__(
         self,
         registry: Registry,
@@ -74,42 +70,7 @@ class Instance:
         origin: Origin = A,
         **options: Any,
     ) -> None:
-        self._stack = ExitStack()
-        self._parts: list[Tensors] = []
-        self._publications: list[Publication] = []
-        for rank in range(2):
-            parts, boxes = parts_of(origin, rank)
-            publication = publish(
-                registry,
-                new_engine(),
-                instance=name,
-                rank=rank,
-                world_size=2,
-                tensors=parts,
-                **for_publish(
-                    {"shards": boxes, "model": ModelIdentity("m"), "ttl_s": 3.0, **options}
-                ),
-            )
-            self._parts.append(parts)
-            self._publications.append(self._stack.enter_context(publication))
-
-    def update(self, origin: Origin) -> None:
-        for rank, publication in enumerate(self._publications):
-            with publication.update():
-                for name, tensor in parts_of(origin, rank)[0].items():
-                    self._parts[rank][name].copy_(tensor)
-
-    def corrupt(self, name: str) -> None:
-        self._parts[1][name].zero_()
-
-    def __enter__(self) -> Instance:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._stack.close()
+        super().__init__(registry, new_engine, name, parts_of, origin, **options)
 
 
 def catalogue_of(

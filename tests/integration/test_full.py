@@ -5,7 +5,6 @@ change and die between two files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from engine_loader import (
     InProcessEngine,
     LoadReport,
     Progress,
-    Publication,
     Shard,
     load,
     load_full,
@@ -35,9 +33,8 @@ from engine_loader.files.whole_files import WholeFiles
 from engine_loader.loading.attempts import TRIES
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InstanceIncomplete
-from tests.support.options import for_load, for_publish
-
-Tensors = dict[str, torch.Tensor]
+from tests.support.instances import Tensors, TwoRanks
+from tests.support.options import for_load
 
 
 def whole(seed: int = 0) -> Tensors:
@@ -69,47 +66,15 @@ def shards_of(tensors: Tensors, rank: int) -> tuple[Tensors, dict[str, Shard]]:
     return parts, boxes
 
 
-class Instance:
-    """Two ranks that hold one model between them, in this process."""
-
+class Instance(TwoRanks[int]):
     def __init__(
         self, registry: Registry, new_engine: Callable[[], Engine], name: str = "a", **options: Any
     ) -> None:
-        self._stack = ExitStack()
-        self._parts = []
-        self._publications: list[Publication] = []
-        for rank in range(2):
-            parts, boxes = shards_of(whole(), rank)
-            defaults = {"shards": boxes, "model": ModelIdentity("m"), "ttl_s": 3.0}
-            publication = publish(
-                registry,
-                new_engine(),
-                instance=name,
-                rank=rank,
-                world_size=2,
-                tensors=parts,
-                **for_publish({**defaults, **options}),
-            )
-            self._parts.append(parts)
-            self._publications.append(self._stack.enter_context(publication))
+        super().__init__(registry, new_engine, name, _parts_of, 0, **options)
 
-    def update(self, seed: int) -> None:
-        for rank, publication in enumerate(self._publications):
-            with publication.update():
-                for name, tensor in shards_of(whole(seed), rank)[0].items():
-                    self._parts[rank][name].copy_(tensor)
 
-    def corrupt(self, name: str) -> None:
-        self._parts[1][name].zero_()
-
-    def __enter__(self) -> Instance:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._stack.close()
+def _parts_of(seed: int, rank: int) -> tuple[Tensors, dict[str, Shard]]:
+    return shards_of(whole(seed), rank)
 
 
 def load_into(
