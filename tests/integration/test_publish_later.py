@@ -24,18 +24,17 @@ from engine_loader import (
     PublishOptions,
     Seeded,
     load,
-    load_or_seed,
 )
 from engine_loader.errors import LoaderError, TensorsUnusable
 from engine_registry import RankState, Registry
 from engine_registry.errors import EtcdUnavailable, InvalidField, RankConflict
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.schema.keys import ELECTIONS
+from tests.integration import test_seeding
 from tests.integration.conftest import Processes, line_of
 from tests.integration.test_seeding import KEY, NBYTES, Starts, events, go_on, ready, runs
 from tests.integration.test_start_without_etcd import lazily
-from tests.support.options import for_start
-from tests.support.processes.start import MODEL, content
+from tests.support.processes.start import content
 from tests.support.ranks import register
 from tests.support.waiting import wait_until
 
@@ -68,16 +67,8 @@ def start(
     tensors: Any = packed,
     **options: Any,
 ) -> Seeded:
-    arguments: dict[str, Any] = {
-        "rank": 0,
-        "world_size": 1,
-        "instance": instance,
-        "fallback": fallback,
-        "timeout_s": 60,
-        "publish_later": True,
-        **options,
-    }
-    return load_or_seed(registry, engine, MODEL, tensors, **for_start(arguments))
+    later = {"publish_later": True, **options}
+    return test_seeding.start(registry, engine, fallback, instance, tensors, **later)
 
 
 def lead(registry: Registry) -> int:

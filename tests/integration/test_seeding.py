@@ -66,7 +66,7 @@ def start(
     engine: Engine,
     fallback: Path | Callable[[], object],
     instance: str = "a",
-    tensors: Mapping[str, torch.Tensor] | None = None,
+    tensors: Any = None,
     **options: Any,
 ) -> Seeded:
     arguments: dict[str, Any] = {

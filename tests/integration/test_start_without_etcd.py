@@ -5,7 +5,6 @@ that it was given. It is published as soon as that is possible.
 from __future__ import annotations
 
 import logging
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +17,10 @@ import engine_loader.files.disk
 from engine_loader import InProcessEngine, Seeded
 from engine_registry import Registry
 from engine_registry.errors import EtcdRefused, EtcdUnavailable, InvalidField
-from engine_registry.etcd.local import LocalEtcd, find_binary
+from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.ports import free_port
 from tests.integration.test_seeding import events, ready, runs, start
+from tests.support.faults import etcdctl
 from tests.support.processes.start import content
 from tests.support.waiting import wait_until
 
@@ -143,7 +143,7 @@ def test_an_etcd_that_refuses_the_password_is_not_waited_for(
     own_etcd: LocalEtcd, path: Path
 ) -> None:
     for command in ("user add root:secret", "user grant-role root root", "auth enable"):
-        _etcdctl(own_etcd, command)
+        etcdctl(own_etcd.endpoint, *command.split())
     wrong = {"user": "root", "password": "guess"}  # which etcd takes its time to check
     with lazily(own_etcd.endpoint, 60, **wrong) as registry, InProcessEngine() as engine:
         with start(registry, engine, path, without_etcd_s=FOREVER_S, timeout_s=FOREVER_S) as seeded:
@@ -211,10 +211,3 @@ def _answers(registry: Registry) -> bool:
     except EtcdUnavailable:
         return False
     return True
-
-
-def _etcdctl(etcd: LocalEtcd, command: str) -> None:
-    program = Path(find_binary()).with_name("etcdctl")
-    subprocess.run(
-        [program, "--endpoints", etcd.endpoint, *command.split()], check=True, capture_output=True
-    )
