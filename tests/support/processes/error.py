@@ -25,6 +25,7 @@ from engine_registry.etcd.local import LocalEtcd
 from tests.support.hostile_peer import HostilePeer, Impostor, drips
 from tests.support.options import for_load, for_publish
 from tests.support.processes.source import empty
+from tests.support.registry import connect
 from tests.support.waiting import wait_until
 
 NBYTES = 8 << 20
@@ -214,9 +215,7 @@ ERRORS: dict[str, tuple[str, Callable[[Rank], None]]] = {
 
 def main(name: str, ending: str, source_pid: str) -> None:
     stack = ExitStack()
-    registry = stack.enter_context(
-        Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
-    )
+    registry = stack.enter_context(connect())
     engine = stack.enter_context(MooncakeEngine("127.0.0.1"))
     rank = Rank(stack, registry, engine, int(source_pid))
     try:

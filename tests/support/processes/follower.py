@@ -6,7 +6,6 @@ A mix of versions, or words of nobody, end it with a traceback. Ends with its in
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 
@@ -14,9 +13,9 @@ import torch
 
 from engine_cli.options import engine_log
 from engine_loader import LoadOptions, MooncakeEngine, Pace, load
-from engine_registry import Registry
 from engine_registry.errors import EngineRegistryError
 from tests.support.launches import WORD, Origin, origins, the_origin
+from tests.support.registry import connect
 
 
 def main(instance: str, nbytes: str) -> None:
@@ -31,9 +30,7 @@ def main(instance: str, nbytes: str) -> None:
     pace = Pace(256 << 10, 4, stall_s=2.0, patience_s=20.0)
     with (
         engine_log(),
-        Registry.connect(
-            os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]
-        ) as registry,
+        connect() as registry,
         MooncakeEngine("127.0.0.1") as engine,
     ):
         while not ended.is_set():

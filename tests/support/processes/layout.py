@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -55,6 +54,7 @@ from engine_loader import (
 from engine_loader.tensors.shards import is_sharded
 from engine_registry import ModelIdentity, Registry
 from tests.support.options import for_load
+from tests.support.registry import connect
 
 Tensors = dict[str, torch.Tensor]
 
@@ -487,9 +487,7 @@ def main(side: str, rank: str, size: str, store: str) -> None:
     }
     with (
         engine_log(),
-        Registry.connect(
-            os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]
-        ) as registry,
+        connect() as registry,
         MooncakeEngine("127.0.0.1") as engine,
         ExitStack() as stack,
     ):

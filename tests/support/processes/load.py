@@ -9,15 +9,14 @@ hold.
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 import torch
 
 from engine_cli.options import engine_log
 from engine_loader import LoaderError, LoadOptions, MooncakeEngine, Pace, Progress, load
-from engine_registry import Registry
 from tests.support.processes.source import content, empty
+from tests.support.registry import connect
 
 
 def main(host: str, nbytes: str, patience_s: str, *instances: str) -> None:
@@ -33,9 +32,7 @@ def main(host: str, nbytes: str, patience_s: str, *instances: str) -> None:
 
     with (
         engine_log(),
-        Registry.connect(
-            os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]
-        ) as registry,
+        connect() as registry,
         MooncakeEngine(host) as engine,
     ):
         pace = Pace(256 << 10, 4, stall_s=0.5, patience_s=float(patience_s))

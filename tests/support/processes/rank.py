@@ -13,8 +13,8 @@ import signal
 import sys
 import time
 
-from engine_registry import Registry
 from tests.support.ranks import register
+from tests.support.registry import connect
 
 
 def main(instance: str, rank: str, world_size: str, end: str = "return") -> None:
@@ -23,7 +23,7 @@ def main(instance: str, rank: str, world_size: str, end: str = "return") -> None
         # who runs the tests in the background has it ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    registry = Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
+    registry = connect()
     registration = register(registry, instance, int(rank), int(world_size))
     if (
         end == "with a forked child" and os.fork() == 0

@@ -9,15 +9,15 @@ version. Then it serves. Ends with its input, or killed.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 
 from engine_cli.options import engine_log
 from engine_loader import LoaderError, LoadOptions, MooncakeEngine, Progress, load
-from engine_registry import Registry, RegistryError
+from engine_registry import RegistryError
 from tests.support.launches import origins_of_bytes
 from tests.support.processes.source import MODEL, empty
+from tests.support.registry import connect
 
 
 def main(instance: str, size: str, pause: str) -> None:
@@ -34,9 +34,7 @@ def main(instance: str, size: str, pause: str) -> None:
 
     with (
         engine_log(),
-        Registry.connect(
-            os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]
-        ) as registry,
+        connect() as registry,
         MooncakeEngine("127.0.0.1") as engine,
     ):
         print("up", flush=True)

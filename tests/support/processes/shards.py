@@ -7,7 +7,6 @@ Every rank has its rows of one matrix of words, which name their launch and vers
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import ExitStack
 
@@ -15,8 +14,9 @@ import torch
 
 from engine_cli.options import engine_log
 from engine_loader import MooncakeEngine, PublishOptions, Shard, publish
-from engine_registry import ModelIdentity, Registry
+from engine_registry import ModelIdentity
 from tests.support.launches import WORD, Origin, words
+from tests.support.registry import connect
 
 MODEL = ModelIdentity("served in rows", "r1")
 RANKS = 2
@@ -42,9 +42,7 @@ def main(
     parts = [rows_of(rank, int(nbytes), Origin(int(launch))) for rank in range(RANKS)]
     with ExitStack() as stack:
         stack.enter_context(engine_log())
-        registry = stack.enter_context(
-            Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
-        )
+        registry = stack.enter_context(connect())
         engine = stack.enter_context(MooncakeEngine(host))
         ranks = [
             stack.enter_context(

@@ -13,15 +13,15 @@ Ends with its input, or killed.
 from __future__ import annotations
 
 import mmap
-import os
 import sys
 
 import torch
 
 from engine_cli.options import engine_log
 from engine_loader import MooncakeEngine, PublishOptions, publish
-from engine_registry import ModelIdentity, Registry
+from engine_registry import ModelIdentity
 from tests.support.launches import WORD, Origin, words
+from tests.support.registry import connect
 
 NOBODY = Origin(99, 99)
 
@@ -37,9 +37,7 @@ def main(instance: str, nbytes: str) -> None:
     tensors = memory(0, int(nbytes))
     with (
         engine_log(),
-        Registry.connect(
-            os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]
-        ) as registry,
+        connect() as registry,
         MooncakeEngine("127.0.0.1") as engine,
         publish(
             registry,

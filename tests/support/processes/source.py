@@ -9,15 +9,15 @@ with its input, or killed.
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 
 import torch
 
 from engine_cli.options import engine_log
 from engine_loader import MooncakeEngine, PublishOptions, publish
-from engine_registry import ModelIdentity, Registry
+from engine_registry import ModelIdentity
 from tests.support.launches import WORD, Origin, words
+from tests.support.registry import connect
 
 MODEL = ModelIdentity("served", "r1")
 COUNT = 16
@@ -44,9 +44,7 @@ def main(
     tensors = content(0, int(nbytes), int(launch))
     with (
         engine_log(),  # what the tests show of a process that failed is what it has to say
-        Registry.connect(
-            os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"]
-        ) as registry,
+        connect() as registry,
         MooncakeEngine(host) as engine,
         publish(
             registry,

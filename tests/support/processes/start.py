@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from engine_cli.options import engine_log
 from engine_loader import MooncakeEngine, load_or_seed
 from engine_loader.files.memory import allocate
-from engine_registry import ModelIdentity, Registry
+from engine_registry import ModelIdentity
+from tests.support.registry import connect
 
 MODEL = ModelIdentity("start", "r1")
 
@@ -98,9 +99,7 @@ def main(instance: str, path: str, how: str = "") -> None:
     later = how == "later"
     with (
         engine_log(),
-        Registry.connect(
-            os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"], timeout_s=20
-        ) as registry,
+        connect(timeout_s=20) as registry,
         MooncakeEngine("127.0.0.1") as engine,
     ):
         print("starts", flush=True)

@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from engine_cli.options import engine_log
 from engine_loader import MooncakeEngine, publish
-from engine_registry import ModelIdentity, Registry
+from engine_registry import ModelIdentity
 from tests.integration.test_load import weights
+from tests.support.registry import connect
 
 
 def main(instance: str, rank: str, world_size: str, seed: str) -> None:
-    registry = Registry.connect(os.environ["ENGINES_ETCD"], namespace=os.environ["TEST_NAMESPACE"])
+    registry = connect()
     with (
         engine_log(),
         publish(
