@@ -36,10 +36,11 @@ class Sources:
         self.registry = registry
         self._processes = processes
         self.started: dict[str, subprocess.Popen[str]] = {}
+        self.hosts: dict[str, str] = {}
 
     def start(self, *names: str) -> None:
         for name in names:
-            host = f"127.0.0.{10 + len(self.started)}"
+            host = self.hosts[name] = _own_address(len(self.started))
             self.started[name] = self._processes.start(
                 "-m", "tests.support.processes.source", name, str(NBYTES), host
             )
@@ -63,6 +64,14 @@ class Sources:
         stdin.write("\n")
         stdin.flush()
         assert line_of(process) == "version 1\n"
+
+
+def _own_address(number: int) -> str:
+    """Of the loopback device, and of no other run of tests at this time: a route that drops its
+    packets holds for the whole machine.
+    """
+    pid = os.getpid()
+    return f"127.{1 + pid // 250 % 250}.{pid % 250}.{10 + number}"
 
 
 def _state(thread: Path) -> str:
@@ -260,7 +269,7 @@ def test_a_source_cut_off_by_the_network_is_given_up_in_bounded_time(
 ) -> None:
     sources.start("a", *others)
     tensors = empty(NBYTES)
-    cut = dropped_packets("127.0.0.10")
+    cut = dropped_packets(sources.hosts["a"])
     try:
         happen = at_half(cut.__enter__)
         if others:
