@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,20 @@ def test_a_folder_in_use_is_reported_at_once_and_its_log_is_left_alone(tmp_path:
 
 def test_an_etcd_that_was_killed_has_its_folder_again(tmp_path: Path) -> None:
     with LocalEtcd(data_dir=str(tmp_path)) as etcd:
+        etcd.kill()
+        etcd.start()
+
+
+def test_a_process_that_is_being_started_does_not_keep_the_folder_of_a_killed_etcd(
+    tmp_path: Path,
+) -> None:
+    """Between its fork and its exec it has a copy of every descriptor."""
+    etcd = LocalEtcd(data_dir=str(tmp_path))
+    with etcd, ExitStack() as copies:
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):  # the descriptor of the listing itself
+                if os.path.samefile(f"/proc/self/fd/{name}", etcd.log_path):
+                    copies.callback(os.close, os.dup(int(name)))
         etcd.kill()
         etcd.start()
 

@@ -202,6 +202,9 @@ class LocalEtcd(Closable):
     def _unlock_folder(self) -> None:
         lock, self._lock = self._lock, None
         if lock is not None:
+            # A process that another thread starts has a copy of the descriptor between its fork and
+            # its exec. Closing only this one would leave the lock held until then.
+            fcntl.flock(lock, fcntl.LOCK_UN)
             lock.close()
 
     def _in_use(self) -> bool:
