@@ -180,16 +180,18 @@ def test_no_two_hold_one_rank_and_an_evicted_one_stays_away(server: LocalEtcd, s
             return [each for contender in contenders for each in list(contender.handles)]
 
         nemesis = Nemesis(etcd, server, registry, chance)
-        with ThreadPoolExecutor(len(contenders)) as pool:
-            running = [pool.submit(contender.run) for contender in contenders]
-            end = time.monotonic() + LASTS_S
-            while time.monotonic() < end:
-                nemesis.act([pid for handle in handles() if (pid := handle.keeper_pid)])
-                over.wait(chance.uniform(0.0, 0.7))
-            nemesis.go_on([])
-            over.set()
-            for run in running:
-                run.result(60)
+        stack.callback(nemesis.go_on, [])
+        pool = stack.enter_context(ThreadPoolExecutor(len(contenders)))
+        stack.callback(over.set)  # before the pool waits for its threads, also when a deed fails
+        running = [pool.submit(contender.run) for contender in contenders]
+        end = time.monotonic() + LASTS_S
+        while time.monotonic() < end:
+            nemesis.act([pid for handle in handles() if (pid := handle.keeper_pid)])
+            time.sleep(chance.uniform(0.0, 0.7))
+        nemesis.go_on([])
+        over.set()
+        for run in running:
+            run.result(60)
         left = [handle for handle in handles() if handle.state is not RegistrationState.CLOSED]
         wait_until(lambda: settled(registry, left))
         for handle in left:
