@@ -414,6 +414,42 @@ def test_following_gives_the_content_and_then_each_change_once(etcd: Etcd) -> No
     assert list(updates) == []
 
 
+def test_following_one_key_passes_over_those_whose_names_begin_with_it(etcd: Etcd) -> None:
+    for key in ("/f/1", "/f/10", "/f/1/0"):
+        put(etcd, key)
+    follower = Follower(etcd, "/f/1", exact=True)
+    updates = iter(follower)
+    assert [item.key for item in getattr(next(updates), "items", ())] == ["/f/1"]
+    put(etcd, "/f/10")
+    put(etcd, "/f/1")
+    assert [change.key for change in getattr(next(updates), "changes", ())] == ["/f/1"]
+    follower.stop()
+
+
+def test_following_one_key_begins_again_only_where_that_key_is_another(
+    own_etcd: LocalEtcd,
+) -> None:
+    with (
+        closing(connect(own_etcd.endpoint, timeout_s=10.0)) as etcd,
+        closing(connect(own_etcd.endpoint, timeout_s=10.0)) as writer,
+    ):
+        put(writer, "/f/1")
+        put(writer, "/f/10")
+        updates = iter(Follower(etcd, "/f/1", exact=True))
+        next(updates)
+        own_etcd.kill()
+        own_etcd.start()
+        put(writer, "/f/1")
+        assert [change.key for change in getattr(next(updates), "changes", ())] == ["/f/1"]
+        own_etcd.kill()
+        own_etcd.wipe()
+        own_etcd.start()
+        for number in range(20):
+            put(writer, f"/f/1{number}")
+            put(writer, "/f/1")
+        assert [item.key for item in getattr(next(updates), "items", ())] == ["/f/1"]
+
+
 def _leased(etcd: Etcd, key: str) -> int:
     lease_id = etcd.grant(5)
     put(etcd, key, lease_id=lease_id)

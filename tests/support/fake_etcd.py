@@ -85,22 +85,23 @@ class FakeEtcd(Etcd):
             raise NotImplementedError("the fake keeps no history")
         return self._items.get(key)
 
-    def count(self, prefix: str, revision: int = 0) -> int:
-        return len(self.snapshot(prefix).items)
+    def count(self, prefix: str, revision: int = 0, exact: bool = False) -> int:
+        return len(self.snapshot(prefix, exact).items)
 
-    def snapshot(self, prefix: str) -> Snapshot:
+    def snapshot(self, prefix: str, exact: bool = False) -> Snapshot:
         self._check_available()
         return Snapshot(
             self._revision,
-            tuple(self._items[key] for key in sorted(self._items) if key.startswith(prefix)),
+            tuple(
+                self._items[key]
+                for key in sorted(self._items)
+                if (key == prefix if exact else key.startswith(prefix))
+            ),
         )
 
-    def oldest(self, prefix: str, limit: int) -> Snapshot:
+    def some(self, prefix: str, limit: int) -> Snapshot:
         everything = FakeEtcd.snapshot(self, prefix)  # whatever a test puts in its place
-        return replace(
-            everything,
-            items=tuple(sorted(everything.items, key=lambda item: item.create_revision)[:limit]),
-        )
+        return replace(everything, items=everything.items[:limit])
 
     def commit(self, guards: Sequence[Guard], writes: Sequence[Put | Delete]) -> int:
         self._check_available()

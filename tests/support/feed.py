@@ -30,16 +30,22 @@ class Feed(FakeEtcd):
         with self.changed:
             assert self.changed.wait_for(lambda: self.taken >= batches, 20)
 
-    def snapshot(self, prefix: str) -> Snapshot:
+    def snapshot(self, prefix: str, exact: bool = False) -> Snapshot:
         return Snapshot(1, self.items)
 
-    def count(self, prefix: str, revision: int = 0) -> int:
+    def count(self, prefix: str, revision: int = 0, exact: bool = False) -> int:
         return len(self.items)
 
     def get(self, key: str, revision: int = 0) -> KeyValue | None:
         return next((item for item in self.items if item.key == key), None)
 
-    def watch(self, prefix: str, start_revision: int, timeout_s: float | None = None) -> Any:
+    def watch(
+        self,
+        prefix: str,
+        start_revision: int,
+        timeout_s: float | None = None,
+        exact: bool = False,
+    ) -> Any:
         return _Stream(self, timeout_s)
 
 

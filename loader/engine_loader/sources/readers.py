@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import socket
+from collections import Counter
 from collections.abc import Sequence
 
 from engine_loader.engines.base import Engine
@@ -16,6 +17,7 @@ from engine_registry.schema.pull_ticket import Pull
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
+_FEW = 4  # of which each is asked for; of more, all tickets are read at once
 
 
 def best_first(
@@ -24,26 +26,34 @@ def best_first(
     """Fewest readers first, then the nearest; loaders that see equal ones do not all choose the
     same.
     """
+    if len(records) < 2:
+        return list(records)
     here = socket.gethostname()
+    readers = _readers(registry, records)
 
     def order(record: RankRecord) -> tuple[int, bool, bool, bytes]:
         near = bool(record.fabric) and record.fabric == engine.fabric
         return (
-            _readers(registry, record),
+            readers[record.instance, record.rank],
             record.host != here,
             not near,
             order_of(record, engine.session_id),
         )
 
-    return sorted(records, key=order) if len(records) > 1 else list(records)
+    return sorted(records, key=order)
 
 
-def _readers(registry: Registry, record: RankRecord) -> int:
+def _readers(registry: Registry, records: Sequence[RankRecord]) -> Counter[tuple[str, int]]:
+    """How many loads read from each rank, by instance and rank."""
+    if len(records) > _FEW:
+        return Counter((pull.instance, pull.rank) for pull in all_pulls(registry))
     try:
-        return registry.pulls(record)
+        return Counter(
+            {(record.instance, record.rank): registry.pulls(record) for record in records}
+        )
     except EtcdRefused as exc:  # a user that may not see tickets may load all the same
         _tickets_unseen(exc)
-        return 0
+        return Counter()
 
 
 def all_pulls(registry: Registry) -> Sequence[Pull]:

@@ -61,24 +61,24 @@ class Etcd(Inspection):
         response = self._range(pb.RangeRequest(key=self._key(key), revision=revision))
         return key_value(self.config.namespace, response.kvs[0]) if response.kvs else None
 
-    def count(self, prefix: str, revision: int = 0) -> int:
+    def count(self, prefix: str, revision: int = 0, exact: bool = False) -> int:
         """How many keys lie under the prefix, or lay at `revision`; HistoryLost where that is
-        compacted or does not exist.
+        compacted or does not exist. `exact`: only the key of that name counts.
         """
-        key = self._key(prefix)
-        request = pb.RangeRequest(
-            key=key, range_end=prefix_end(key), revision=revision, count_only=True
-        )
+        key, end = self._keys(prefix, exact)
+        request = pb.RangeRequest(key=key, range_end=end, revision=revision, count_only=True)
         return int(self._range(request).count)
 
-    def snapshot(self, prefix: str) -> Snapshot:
-        """All keys under the prefix at one revision, fetched in pages."""
-        return self._snapshot(prefix)
+    def snapshot(self, prefix: str, exact: bool = False) -> Snapshot:
+        """All keys under the prefix at one revision, fetched in pages; or the key, if it is
+        `exact`.
+        """
+        return self._snapshot(prefix, exact)
 
     @unless_compacted_between_pages
-    def _snapshot(self, prefix: str) -> Snapshot:
+    def _snapshot(self, prefix: str, exact: bool) -> Snapshot:
         items: list[KeyValue] = []
-        start, end = self._key(prefix), prefix_end(self._key(prefix))
+        start, end = self._keys(prefix, exact)
         revision, limit = 0, _PAGE_KEYS
         while True:
             try:
@@ -97,17 +97,13 @@ class Etcd(Inspection):
                 return Snapshot(revision, tuple(items))
             start = page.kvs[-1].key + b"\0"
 
-    def oldest(self, prefix: str, limit: int) -> Snapshot:
-        """The first `limit` keys under the prefix by the time when they were created."""
-        response = self._range(
-            pb.RangeRequest(
-                key=self._key(prefix),
-                range_end=prefix_end(self._key(prefix)),
-                limit=limit,
-                sort_order=pb.RangeRequest.ASCEND,
-                sort_target=pb.RangeRequest.CREATE,
-            )
-        )
+    def some(self, prefix: str, limit: int) -> Snapshot:
+        """The first `limit` keys under the prefix, by name.
+
+        Etcd reads no others, and counts the rest. In any other order it would read and sort all.
+        """
+        key, end = self._keys(prefix)
+        response = self._range(pb.RangeRequest(key=key, range_end=end, limit=limit))
         items = tuple(key_value(self.config.namespace, kv) for kv in response.kvs)
         return Snapshot(response.header.revision, items)
 
@@ -152,12 +148,18 @@ class Etcd(Inspection):
             return
 
     def watch(
-        self, prefix: str, start_revision: int, timeout_s: float | None = None
+        self,
+        prefix: str,
+        start_revision: int,
+        timeout_s: float | None = None,
+        exact: bool = False,
     ) -> WatchStream:
-        """Changes under the prefix from `start_revision` on, for at most `timeout_s`."""
-        key = self._key(prefix)
+        """Changes under the prefix from `start_revision` on, for at most `timeout_s`; or of the
+        key, if it is `exact`.
+        """
+        key, end = self._keys(prefix, exact)
         create = pb.WatchCreateRequest(
-            key=key, range_end=prefix_end(key), start_revision=start_revision, progress_notify=True
+            key=key, range_end=end, start_revision=start_revision, progress_notify=True
         )
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         requests.put(pb.WatchRequest(create_request=create))
@@ -172,6 +174,11 @@ class Etcd(Inspection):
 
         client, call = self._call(begin)
         return WatchStream(self, client, call, requests, timed=timeout_s is not None)
+
+    def _keys(self, prefix: str, exact: bool = False) -> tuple[bytes, bytes]:
+        """The first key and the end of a range, as etcd takes them."""
+        key = self._key(prefix)
+        return key, b"" if exact else prefix_end(key)
 
     def _key(self, key: str) -> bytes:
         return key_in(self.config.namespace, key)

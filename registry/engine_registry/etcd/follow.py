@@ -1,5 +1,5 @@
-"""A prefix's content, then every change to it, for ever: what watchers and waiting resolvers are
-built on.
+"""The content of a prefix or a key, then every change to it, for ever: what watchers and waiting
+resolvers are built on.
 
 Runs in the caller's thread; `stop` may be called from any other.
 """
@@ -30,9 +30,14 @@ class Follower:
     has to work out the difference.
     """
 
-    def __init__(self, etcd: Etcd, prefix: str, deadline: float | None = None) -> None:
-        """`deadline`, on the clock of time.monotonic, ends the iteration."""
+    def __init__(
+        self, etcd: Etcd, prefix: str, deadline: float | None = None, exact: bool = False
+    ) -> None:
+        """`deadline`, on the clock of time.monotonic, ends the iteration. `exact`: only the key of
+        that name is followed.
+        """
         self._etcd = etcd
+        self._exact = exact
         self._prefix = prefix
         self._deadline = deadline
         self._stopped = threading.Event()
@@ -61,7 +66,7 @@ class Follower:
         while not self._over():
             try:
                 if not self._revision:
-                    snapshot = self._etcd.snapshot(self._prefix)
+                    snapshot = self._etcd.snapshot(self._prefix, self._exact)
                     self._revision, self._count = snapshot.revision, len(snapshot.items)
                     self._newest = max(
                         snapshot.items, key=lambda item: item.mod_revision, default=None
@@ -140,14 +145,14 @@ class Follower:
         were, and the newest of them.
         """
         newest = self._newest
-        if self._etcd.count(self._prefix, self._revision) != self._count or (
+        if self._etcd.count(self._prefix, self._revision, self._exact) != self._count or (
             newest is not None and self._etcd.get(newest.key, self._revision) != newest
         ):
             raise HistoryLost("etcd came back with another store")
 
     def _open(self) -> WatchStream:
         remaining = None if self._deadline is None else max(0.01, self._deadline - time.monotonic())
-        stream = self._etcd.watch(self._prefix, self._revision + 1, remaining)
+        stream = self._etcd.watch(self._prefix, self._revision + 1, remaining, self._exact)
         with self._lock:
             self._stream = stream
             if self._stopped.is_set():

@@ -157,7 +157,7 @@ def _check_holder(
 
 def _check_siblings(etcd: Etcd, record: RankRecord) -> Guard:
     prefix = instance_prefix(record.instance)
-    seen = etcd.oldest(prefix, _SIBLINGS)
+    seen = etcd.some(prefix, _SIBLINGS)
     found = _first_alive(seen, record)
     if found is None and len(seen.items) == _SIBLINGS:
         seen = etcd.snapshot(prefix)

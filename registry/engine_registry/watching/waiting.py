@@ -20,7 +20,7 @@ from engine_registry.errors import (
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.follow import Follower
 from engine_registry.schema.keys import ENGINES, check_instance, instance_prefix, parse_record_key
-from engine_registry.schema.keyvalue import Snapshot
+from engine_registry.schema.keyvalue import Batch, Snapshot
 from engine_registry.schema.place import Place
 from engine_registry.schema.record import ModelIdentity, RankState
 from engine_registry.schema.roster import Roster, instance_of
@@ -99,7 +99,7 @@ def _wait(
     rosters: dict[str, Roster] | None = None
     follower = Follower(etcd, prefix, start + timeout_s)
     with _stopped_by(cancel, follower):
-        for update in follower if timeout_s > 0 else [etcd.snapshot(prefix)]:
+        for update in _updates(etcd, names, follower if timeout_s > 0 else None):
             if rosters is None or isinstance(update, Snapshot):
                 rosters = {name: Roster(name) for name in names}
             for change in update.items if isinstance(update, Snapshot) else update.changes:
@@ -121,6 +121,27 @@ def _wait(
     raise _why_none_is(
         list(rosters.values()) if names else _serving(rosters, wanted), wanted, waited_s
     )
+
+
+def _updates(
+    etcd: Etcd, names: Sequence[str], follower: Follower | None
+) -> Iterator[Snapshot | Batch]:
+    """What there is of the named instances, or of all; then, with a follower, what it brings.
+
+    As a rule one of several is ready at the first look. So they are read by themselves then, and
+    the others, of which there may be thousands, only when it comes to waiting.
+    """
+    if follower is None or len(names) > 1:
+        prefixes = [instance_prefix(name) for name in names] or [ENGINES]
+        try:
+            found = [etcd.snapshot(prefix) for prefix in prefixes]
+        except EtcdUnavailable:
+            if follower is None:
+                raise
+        else:
+            yield Snapshot(found[0].revision, tuple(item for one in found for item in one.items))
+    if follower is not None:
+        yield from follower
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Watch(Closable):
         prefix = instance_prefix(instance) if instance else ENGINES
         self._rank = rank
         self._prefix = prefix if rank is None else f"{prefix}{rank}"
-        self._follower = Follower(etcd, self._prefix)
+        self._follower = Follower(etcd, self._prefix, exact=rank is not None)
         self._tracker = Tracker(blip_s)
         self._inbox = Inbox(self._follower)
         self._events: deque[Event] = deque()
@@ -87,14 +87,12 @@ class Watch(Closable):
         return self._events.popleft() if self._events and not self._stopped.is_set() else None
 
     def _add(self, events: Sequence[Event]) -> None:
-        """What begins with the key of the one rank are other ranks' keys too, and the instance is
-        not seen as a whole then.
-        """
-        if self._rank is None:
-            self._events.extend(events)
-            return
-        ours = (event for event in events if isinstance(event, RankJoined | RankUpdated | RankLost))
-        self._events.extend(event for event in ours if event.record.rank == self._rank)
+        """Where one rank is watched, no event about the instance: it is not seen as a whole."""
+        self._events.extend(
+            event
+            for event in events
+            if self._rank is None or isinstance(event, RankJoined | RankUpdated | RankLost)
+        )
 
     def __iter__(self) -> Iterator[Event]:
         while (event := self.next()) is not None:

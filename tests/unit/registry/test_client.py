@@ -213,7 +213,7 @@ def test_without_time_to_wait_an_etcd_that_is_away_is_reported_at_once(
     tries = iter(range(3))
 
     class Away(FakeEtcd):
-        def snapshot(self, prefix: str) -> Snapshot:
+        def snapshot(self, prefix: str, exact: bool = False) -> Snapshot:
             if next(tries, None) is None:
                 raise AssertionError("still trying")
             raise EtcdUnavailable("etcd is away")
@@ -258,6 +258,36 @@ def test_a_resolve_of_several_instances_looks_at_those_alone(registry: Registry)
     feed.give(stored(a_record(instance="second", world_size=1), 3))
     (found,) = registry.resolve(["first", "second"], timeout_s=60)
     assert found.instance == "second"
+
+
+@pytest.mark.parametrize("timeout_s", [0, 60])
+def test_of_several_instances_one_that_is_ready_is_found_without_reading_any_other(
+    registry: Registry, etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch, timeout_s: float
+) -> None:
+    put(etcd, A, B, a_record(instance="other", world_size=1))
+    read: list[str] = []
+    snapshot = etcd.snapshot
+
+    def noted(prefix: str) -> Snapshot:
+        read.append(prefix)
+        return snapshot(prefix)
+
+    monkeypatch.setattr(etcd, "snapshot", noted)
+    assert registry.resolve(["first", "qwen"], timeout_s) == (A, B)
+    assert read == ["/engines/first/", "/engines/qwen/"]
+
+
+def test_an_etcd_that_is_away_at_the_first_look_at_several_is_waited_for(
+    registry: Registry, etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def comes_back(_: Backoff) -> float:
+        etcd.available = True
+        return 0.0
+
+    put(etcd, A, B)
+    etcd.available = False
+    monkeypatch.setattr(Backoff, "next_s", comes_back)
+    assert registry.resolve(["first", "qwen"], timeout_s=60) == (A, B)
 
 
 def test_what_changes_for_the_worse_while_a_resolve_waits_is_what_it_reports(

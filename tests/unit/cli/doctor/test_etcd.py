@@ -281,7 +281,13 @@ class Guarded(FakeEtcd):
             raise EtcdRefused("denied", reason="denied")
         return super().commit(guards, writes)
 
-    def watch(self, prefix: str, start_revision: int, timeout_s: float | None = None) -> Any:
+    def watch(
+        self,
+        prefix: str,
+        start_revision: int,
+        timeout_s: float | None = None,
+        exact: bool = False,
+    ) -> Any:
         raise EtcdUnavailable("no watch")
 
 

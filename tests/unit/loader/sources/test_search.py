@@ -47,7 +47,14 @@ class Ready:
         ]
 
     def pulls(self, record: RankRecord) -> int:
+        assert len(self._instances) <= 4, "each of many is asked for"
         return self._pulls.get(record.instance, 0)
+
+    def all_pulls(self) -> tuple[Pull, ...]:
+        assert len(self._instances) > 4, "all are read for a few"
+        return tuple(
+            [a_pull(instance=name) for name, some in self._pulls.items() for _ in range(some)]
+        )
 
 
 def one(instance: str, **changes: Any) -> RankRecord:
@@ -95,6 +102,19 @@ def find(
 def test_the_one_with_the_fewest_readers_comes_first() -> None:
     registry = Ready([one("a")], [one("b")], [one("c")], pulls={"a": 2, "b": 0, "c": 1})
     assert find(registry) == ["b/0", "c/0", "a/0"]
+
+
+@pytest.mark.parametrize("boxes", [False, True])
+def test_the_readers_of_many_are_read_at_once_and_order_them_alike(boxes: bool) -> None:
+    names = [f"i{number}" for number in range(8)]
+    registry = Ready(
+        *[[one(name, incarnation=f"{number:032x}")] for number, name in enumerate(names)],
+        pulls={name: 7 - number for number, name in enumerate(names)},
+    )
+    found = search(registry, 0, InProcessEngine(), boxes)
+    best_first = list(reversed(names))
+    assert [record.instance for record in records_of(found.alike)] == best_first
+    assert [record.instance for record in records_of(found.instances)] == best_first * boxes
 
 
 def test_of_equally_busy_ones_this_host_comes_first_and_then_the_same_fabric() -> None:

@@ -210,7 +210,7 @@ def test_all_pulls_are_known_as_they_come_change_and_go() -> None:
 
 def test_a_user_that_may_not_see_tickets_learns_so() -> None:
     class Refusing(Feed):
-        def snapshot(self, prefix: str) -> Snapshot:
+        def snapshot(self, prefix: str, exact: bool = False) -> Snapshot:
             raise EtcdRefused("no permission")
 
     with AllPulls(Refusing()) as pulls:

@@ -434,7 +434,7 @@ def test_an_etcd_that_refuses_to_list_readers_is_no_failure_of_the_rank(
     counted: CollectorRegistry,
 ) -> None:
     class Refusing(Feed):
-        def snapshot(self, prefix: str) -> Any:
+        def snapshot(self, prefix: str, exact: bool = False) -> Any:
             raise engine_registry.errors.EtcdRefused("no permission")
 
     with PullWatch(Refusing(), ONE, loader_metrics.on_pull) as watch:
