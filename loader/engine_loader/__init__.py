@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from engine_loader.loading.catalogue import TensorSpec as TensorSpec
     from engine_loader.loading.catalogue import read_catalogue as read_catalogue
     from engine_loader.loading.checkpoint import EngineReader as EngineReader
+    from engine_loader.loading.fetch import fetch as fetch
     from engine_loader.loading.full import load_full as load_full
     from engine_loader.loading.instance import load_instance as load_instance
     from engine_loader.loading.load import load as load
@@ -90,6 +91,7 @@ _MODULE_OF = {
     "WeightsFileInvalid": "errors",
     "WeightsMismatch": "errors",
     "WholeFiles": "files.whole_files",
+    "fetch": "loading.fetch",
     "find_peers": "starting.peers",
     "load": "loading.load",
     "limit_caches": "caches",

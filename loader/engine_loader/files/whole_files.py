@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 
 from engine_loader.files.format import check_storable
-from engine_loader.files.writing import save, writing
+from engine_loader.files.writing import made_folder, save, writing
 from engine_loader.planning.whole import INDEX, Whole, file_names, index_of, is_file_of_a_model
 from engine_registry.errors import InvalidField
 
@@ -37,7 +37,7 @@ class WholeFiles:
         self._force = force
         # until it is made, when it gets a name that no other process has
         self._hidden = folder / ".model.partial"
-        self._made: list[Path] = []
+        self._undo = contextlib.ExitStack()
         self._names: list[str] = []  # the index last, where there is one
         self._written = 0
         self._former()
@@ -76,32 +76,22 @@ class WholeFiles:
 
     def __enter__(self) -> WholeFiles:
         """WeightsFileInvalid says why nothing can be written there."""
-        self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(made_folder(self._folder))
             with writing(self._folder):
-                self._folder.mkdir(parents=True, exist_ok=True)
                 self._hidden = Path(
                     tempfile.mkdtemp(prefix=".model.", suffix=".partial", dir=self._folder)
                 )
-        except BaseException:
-            self._remove_made()
-            raise
+            undo.callback(shutil.rmtree, self._hidden, ignore_errors=True)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        try:
+        with self._undo:
             if kind is None and self._names:
                 self._show()
-        finally:
-            shutil.rmtree(self._hidden, ignore_errors=True)
-            self._remove_made()
-
-    def _remove_made(self) -> None:
-        with contextlib.suppress(OSError):  # there is something in it
-            for path in self._made:
-                path.rmdir()
 
     def _show(self) -> None:
         """Moves the files to their places; back again if one cannot be."""

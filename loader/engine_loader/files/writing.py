@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -28,6 +32,41 @@ def writing(path: Path) -> Iterator[None]:
     ) as exc:  # safetensors has no common base of its errors
         reason = " ".join(str(exc).split())  # safetensors has some of several lines
         raise WeightsFileInvalid(f"cannot write {path}: {reason}", path=str(path)) from exc
+
+
+@contextmanager
+def room_for(path: Path, nbytes: int) -> Iterator[None]:
+    """Makes the folder of the file. If the block fails, folders that were made go again.
+
+    WeightsFileInvalid, before the block begins, where the folder takes no file, or has less room.
+    """
+    with made_folder(path.parent):
+        with writing(path):
+            tempfile.TemporaryFile(dir=path.parent).close()
+            free_nbytes = shutil.disk_usage(path.parent).free
+            if free_nbytes < nbytes:
+                raise OSError(
+                    errno.ENOSPC,
+                    f"{os.strerror(errno.ENOSPC)}: it takes {nbytes} bytes, {free_nbytes} are free",
+                )
+        yield
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Makes the folder and those above it. Those that were made and are empty at the end go again.
+
+    WeightsFileInvalid where it cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):  # there is something in it
+            for path in made:
+                path.rmdir()
 
 
 @plain_torch()
