@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
 
@@ -63,9 +64,16 @@ class Closable:
         with contextlib.suppress(RuntimeError):  # no thread is left
             _thread.start_new_thread(_close_in_thread, (self,))
 
-    def __del__(self) -> None:
+    @staticmethod
+    def _is_over() -> bool:
+        """Whether the interpreter ends, and has taken away the names of this module: there is
+        nothing to warn with then.
+        """
+        return warnings is None
+
+    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
         # a forked child's copy: the resource is the parent's
-        if self._open_in != os.getpid():
+        if self._open_in != getpid() or self._is_over():
             return
         words = [type(self).__name__, self._label(), "was never closed"]
         try:

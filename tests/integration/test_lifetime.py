@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import importlib
 import inspect
+import os
 import pkgutil
 import socket
 import subprocess
@@ -221,3 +222,42 @@ def test_a_process_that_closes_nothing_ends_all_the_same(option: str) -> None:
     wait_until(lambda: not Path(f"/proc/{pid}").exists() and not Path(folder).exists())
     assert "Traceback" not in done.stderr
     assert ("was never closed" in done.stderr) == (option == "default")
+
+
+KEEPS_TO_THE_LAST = """
+import sys
+from engine_loader import InProcessEngine
+from engine_registry import Registry
+from engine_registry.etcd.local import LocalEtcd
+from tests.support.ranks import register
+with LocalEtcd() as local:
+    registry = Registry.connect(local.endpoint)
+    registration = register(registry, rank=0)
+    kept = [InProcessEngine(), registry, registration]
+    if {closes}:
+        for each in reversed(kept):
+            each.close()
+    # Somebody has references to all modules, as transformers does: the interpreter then takes the
+    # names of our modules away, and those of sys last.
+    sys.kept = kept, dict(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_what_outlives_the_modules_of_a_process_ends_without_a_word(closes: bool) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "default::ResourceWarning",
+            "-c",
+            KEEPS_TO_THE_LAST.format(closes=closes),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
