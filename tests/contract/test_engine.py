@@ -490,7 +490,7 @@ def test_a_first_contact_with_a_stopped_peer_holds_up_nothing_and_ends_when_it_i
         peers.reader.abandon(stoppable.session_id)
         for contact in contacts:
             with pytest.raises(ReadFailed, match=f"cannot read from {stoppable.session_id}: "):
-                contact.result(20)
+                contact.result(60)
     stoppable.go_on()
     read_again(peers, stoppable)
 
@@ -505,7 +505,7 @@ def test_a_first_contact_that_hangs_ends_when_its_engine_is_closed(
         wait_until(stoppable.is_contacted)
         reader.close()
         with pytest.raises((ReadFailed, EngineFailed)):
-            contact.result(20)
+            contact.result(60)
     with pytest.raises(EngineFailed, match="the transfer engine is closed"):
         reader.connect(stoppable.session_id)
 
@@ -812,7 +812,7 @@ def test_a_read_during_which_the_peer_closes_either_brings_all_bytes_or_fails(
 
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_until_it_fails)
-        assert begun.wait(30)
+        assert begun.wait(60)
         mortal.source.close()
         assert reading.result() > 0
 

@@ -225,7 +225,7 @@ def processes(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Processes]:
 
 
 def events_until(
-    watch: Watch, last: Callable[[Event], bool], timeout_s: float = 20.0
+    watch: Watch, last: Callable[[Event], bool], timeout_s: float = 60.0
 ) -> list[Event]:
     """The events up to the one for which `last` holds."""
     seen: list[Event] = []

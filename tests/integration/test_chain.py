@@ -86,10 +86,10 @@ class Members:
 
     def start_stopped(self, name: str, stop_at: float, **options: Any) -> None:
         self.start(name, stop_at, **options)
-        self.gates[name].reached.wait(20)
+        self.gates[name].reached.wait(60)
 
     def report(self, name: str, version: int = 0) -> LoadReport:
-        report = self.loads[name].result(30)
+        report = self.loads[name].result(60)
         wanted = content(version, NBYTES)
         assert all(torch.equal(self.tensors[name][key], wanted[key]) for key in wanted)
         assert report.version == version
@@ -112,7 +112,7 @@ class Members:
         self._pool.shutdown()
 
     def publication(self, name: str) -> Publication | None:
-        error = self.loads[name].exception(30)
+        error = self.loads[name].exception(60)
         return self.loads[name].result().publication if error is None else None
 
 
@@ -128,7 +128,7 @@ class Gate:
         self.at = progress.nbytes / max(progress.total_nbytes, 1)
         if self.at >= self._stop_at:
             self.reached.set()
-            self.open.wait(30)
+            self.open.wait(60)
 
 
 @pytest.fixture
@@ -280,13 +280,13 @@ def test_a_name_is_made_up_for_one_that_is_to_be_published_without(members: Memb
 def test_a_load_that_cannot_publish_or_fails_leaves_nothing_behind(members: Members) -> None:
     members.start("a", publish="seed")
     with pytest.raises(RankConflict):
-        members.loads["a"].result(30)
+        members.loads["a"].result(60)
     cancel = threading.Event()
     members.start_stopped("b", 0.5, cancel=cancel)
     cancel.set()
     members.gates["b"].open.set()
     with pytest.raises(Cancelled):
-        members.loads["b"].result(30)
+        members.loads["b"].result(60)
     assert [status.instance for status in members.registry.instances()] == ["seed"]
 
 

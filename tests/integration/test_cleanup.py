@@ -63,7 +63,7 @@ class Collected:
                 self._changed.notify_all()
 
     def wait_for(
-        self, wanted: Callable[[Event | InstanceCleaned], bool], timeout_s: float = 20.0
+        self, wanted: Callable[[Event | InstanceCleaned], bool], timeout_s: float = 60.0
     ) -> Event | InstanceCleaned:
         with self._changed:
             assert self._changed.wait_for(lambda: any(map(wanted, self.events)), timeout_s), (
@@ -205,7 +205,7 @@ def test_the_next_watcher_evicts_when_the_leading_one_is_killed(
 
 
 def wait_for_leader(etcd: Etcd) -> None:
-    leaders = Follower(etcd, "/elections/", deadline=time.monotonic() + 20)
+    leaders = Follower(etcd, "/elections/", deadline=time.monotonic() + 60)
     assert any(etcd.snapshot("/elections/").items for _ in leaders)
 
 
@@ -270,7 +270,7 @@ def test_what_a_watcher_noted_evicts_no_rank_of_a_later_launch(
         # what it found degraded has been looked at
         wait_until(lambda: len(seen) == 2 and cleaning._grace.due is None)
         cleaning.stop()
-        reader.join(20)
+        reader.join(60)
         assert not any(map(is_a(InstanceCleaned), seen))
         assert [record.rank for record in registry.ranks("a")] == [0]
 
@@ -286,7 +286,7 @@ def test_an_instance_that_was_never_complete_is_left_alone_by_a_watcher_that_fin
         wait_for_leader(etcd)
         wait_until(lambda: bool(cleaning._grace._instances) and cleaning._grace.due is None)
         cleaning.stop()
-        reader.join(20)
+        reader.join(60)
         assert [record.rank for record in registry.ranks("a")] == [0]
 
 
@@ -312,7 +312,7 @@ def test_an_instance_that_becomes_complete_just_before_the_eviction_is_spared(
         watcher = watching(grace_s=0.3)
         watcher.wait_for(is_a(InstanceReady))
         second.withdraw()
-        assert back.wait(20)
+        assert back.wait(60)
         watcher.wait_for(lambda _: sum(map(is_a(InstanceReady), watcher.events)) == 2)
         assert not any(map(is_a(InstanceCleaned), watcher.events))
         assert [record.rank for record in registry.resolve("a")] == [0, 1]
@@ -417,7 +417,7 @@ def test_elections_whose_names_begin_alike_do_not_wait_for_each_other(
             stack.enter_context(Election(etcd.sibling(), name))
             for name in ("cleanup/a.draft", "cleanup/a", "cleanup-all")
         ]
-        leaders = Follower(etcd, "/elections/", deadline=time.monotonic() + 10)
+        leaders = Follower(etcd, "/elections/", deadline=time.monotonic() + 60)
         assert any(len(etcd.snapshot("/elections/").items) == 3 for _ in leaders)
         wait_until(lambda: all(election.leading for election in elections))
 
@@ -439,7 +439,7 @@ def test_hooks_get_each_event_and_a_failing_one_does_not_stop_the_watch(
     # else the signal would keep some from running
     wait_until(lambda: seen.exists() and len(seen.read_text().splitlines()) == 8)
     watch.send_signal(signal.SIGTERM)
-    _, err = watch.communicate(timeout=20)
+    _, err = watch.communicate(timeout=60)
     assert watch.returncode == 0
     assert err.count("failed with code 3") == 4
     lines = seen.read_text().splitlines()
@@ -476,7 +476,7 @@ def test_a_draining_rank_waits_for_its_reader_but_not_for_ever(
 
     def wait() -> None:
         reading.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
 
     engine = Interrupted(wait)
     outcome: list[object] = []
@@ -489,7 +489,7 @@ def test_a_draining_rank_waits_for_its_reader_but_not_for_ever(
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert reading.wait(20)
+    assert reading.wait(60)
     drained: list[bool] = []
     drainer = threading.Thread(
         target=lambda: drained.append(publication.drain(20.0 if patient else 0.2))
@@ -510,10 +510,10 @@ def test_a_draining_rank_waits_for_its_reader_but_not_for_ever(
                 )
             assert drainer.is_alive()
         else:
-            drainer.join(20)
+            drainer.join(60)
     go_on.set()
-    reader.join(20)
-    drainer.join(20)
+    reader.join(60)
+    drainer.join(60)
     assert drained == [patient]
     assert registry.instances() == ()
     if patient:

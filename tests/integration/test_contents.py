@@ -464,7 +464,7 @@ def test_what_a_replica_had_from_an_evicted_source_does_not_count_for_those_behi
         registry.evict(registry.ranks("bad")[0])
         members.gates["first"].open.set()
         for name in ("first", "second"):
-            report = members.loads[name].result(30)
+            report = members.loads[name].result(60)
             assert the_origin(origins(members.tensors[name]["w"])) == A
             assert all(
                 share.name != "/engines/bad/0" or not share.nbytes for share in report.shares
@@ -485,7 +485,7 @@ def test_what_came_through_a_rank_that_stands_still_goes_with_its_evicted_source
         offer("good", A, digests=True)
         registry.evict(registry.ranks("bad")[0])
         members.gates["second"].open.set()
-        report = members.loads["second"].result(30)
+        report = members.loads["second"].result(60)
         assert the_origin(origins(members.tensors["second"]["w"])) == A
         assert {share.name for share in report.shares if share.nbytes} == {"/engines/good/0"}
     finally:

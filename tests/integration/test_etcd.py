@@ -210,7 +210,7 @@ def test_closing_ends_what_waits_for_an_etcd_that_hangs(
             probe.get("/k")  # when this has found out, the others have asked
         parent.close()
         for caller in callers:
-            caller.join(30)
+            caller.join(60)
     finally:
         own_etcd.resume()
     assert [str(exc) for exc in raised] == ["the connection to etcd is closed"] * 2

@@ -70,7 +70,7 @@ class States:
             self.why = why
             self._changed.notify_all()
 
-    def wait_for(self, state: RegistrationState, timeout_s: float = 30.0) -> None:
+    def wait_for(self, state: RegistrationState, timeout_s: float = 60.0) -> None:
         with self._changed:
             reached = self._changed.wait_for(
                 lambda: bool(self.seen) and self.seen[-1] is state, timeout_s
@@ -117,7 +117,7 @@ def test_an_etcd_that_is_away_for_longer_than_the_lease_costs_nothing(etcd: Loca
             pause_for(TTL_S + 0.5)
             etcd.start()
             states.wait_for(RegistrationState.REGISTERED)
-            assert registry.resolve("a", 5)[0].incarnation == registration.record.incarnation
+            assert registry.resolve("a", 60)[0].incarnation == registration.record.incarnation
             assert losses(events_up_to_now(watch)) == []
             assert states.seen == [RegistrationState.SUSPENDED, RegistrationState.REGISTERED]
 
@@ -134,7 +134,7 @@ def test_an_etcd_that_stalls_for_longer_than_the_lease_has_the_rank_back_afterwa
             etcd.resume()
             # the lease may expire only now, and the rank be away for a moment
             events = events_up_to_now(watch)
-            (record,) = registry.resolve("a", 10)
+            (record,) = registry.resolve("a", 60)
             assert record.incarnation == registration.record.incarnation
             assert registry.manifest(record) == MANIFEST
         # Whether the lease outlived the stall is etcd's affair; a loss that was seen must have been
@@ -148,11 +148,11 @@ def test_the_loss_of_the_data_of_etcd_is_a_blip_for_no_rank_of_many(etcd: LocalE
     with Registry.connect(etcd.endpoint, timeout_s=20) as registry, ExitStack() as stack:
         for rank in range(6):
             stack.enter_context(hold(registry, rank=rank, world_size=6)[0])
-        before = {record.incarnation for record in registry.resolve("a", 5)}
+        before = {record.incarnation for record in registry.resolve("a", 60)}
         etcd.kill()
         etcd.wipe()
         etcd.start()
-        after = registry.resolve("a", 10)
+        after = registry.resolve("a", 60)
         assert {record.incarnation for record in after} == before
         assert all(registry.manifest(record) == MANIFEST for record in after)
 
@@ -169,7 +169,7 @@ def test_killing_the_leader_of_a_cluster_loses_no_registration(binary: str) -> N
             for _ in range(2):
                 leader = cluster.leader()
                 leader.kill()
-                assert len(registry.resolve("a", 20)) == 4
+                assert len(registry.resolve("a", 60)) == 4
                 assert losses(events_up_to_now(watch)) == []
                 leader.start()
                 cluster.wait_until_healthy()
@@ -193,7 +193,7 @@ def test_a_cluster_without_a_quorum_suspends_and_has_everything_back_with_it(bin
                 member.launch()
             states.wait_for(RegistrationState.REGISTERED)
             registration.update(version=1)
-            assert [record.version for record in registry.resolve("a", 10)] == [1]
+            assert [record.version for record in registry.resolve("a", 60)] == [1]
             events = events_until(
                 watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1
             )
@@ -227,7 +227,7 @@ def test_a_keeper_whose_member_is_cut_off_from_the_others_goes_to_one_that_is_no
                 watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 1
             )
             assert losses(events) == []
-            assert [record.version for record in registry.resolve("a", 10)] == [1]
+            assert [record.version for record in registry.resolve("a", 60)] == [1]
 
 
 def raw_at(endpoints: str, timeout_s: float = 5.0) -> Etcd:
@@ -251,7 +251,7 @@ def test_a_keeper_in_a_black_hole_loses_the_rank_by_its_lease_and_brings_it_back
             seen = events_until(watch, lambda event: isinstance(event, RankLost))
             assert losses(seen) == ["lease expired or key deleted"]
             proxy.mend()
-            events_until(watch, joined_again(registration), timeout_s=10)
+            events_until(watch, joined_again(registration))
             states.wait_for(RegistrationState.REGISTERED)
             assert outside.manifest(outside.ranks("a")[0]) == MANIFEST
 
@@ -275,7 +275,7 @@ def test_a_watcher_in_a_black_hole_reports_afterwards_what_it_missed_even_if_tha
             new = stack.enter_context(hold(outside, rank=1, world_size=2, version=5)[0])
             etcdctl(etcd.endpoint, "compaction", etcdctl_revision(etcd.endpoint))
             proxy.mend()
-            events = events_until(watch, lambda event: isinstance(event, RankJoined), timeout_s=40)
+            events = events_until(watch, lambda event: isinstance(event, RankJoined))
     assert losses(events) == ["replaced by another process"]
     assert [event.record.version for event in events if isinstance(event, RankUpdated)] == [5]
     assert [event.record.incarnation for event in events if isinstance(event, RankJoined)] == [
@@ -354,7 +354,7 @@ def test_a_keeper_that_dies_while_etcd_is_away_leaves_its_successor_to_say_that_
             os.kill(registration.keeper_pid, signal.SIGKILL)
             etcd.resume()
             states.wait_for(RegistrationState.REGISTERED)
-            assert len(registry.resolve("a", 10)) == 1
+            assert len(registry.resolve("a", 60)) == 1
 
 
 @pytest.mark.parametrize("call", ["os.memfd_create", "subprocess.Popen"])
@@ -376,7 +376,7 @@ def test_a_keeper_that_cannot_be_replaced_now_is_replaced_when_it_can(
                 registration.update(version=1)  # is for the next keeper to write
                 pause_for(TTL_S)
             states.wait_for(RegistrationState.REGISTERED)
-            assert [record.version for record in registry.resolve("a", 10)] == [1]
+            assert [record.version for record in registry.resolve("a", 60)] == [1]
 
 
 def test_a_first_keeper_that_cannot_be_started_is_an_error_that_says_so(
@@ -472,7 +472,7 @@ def test_a_keeper_that_hangs_is_replaced(registry: Registry) -> None:
         assert f"(pid {first}) did not answer and was killed" in states.why
         states.wait_for(RegistrationState.REGISTERED)
         assert registration.keeper_pid != first
-        assert registry.resolve("a", 10)[0].incarnation == registration.record.incarnation
+        assert registry.resolve("a", 60)[0].incarnation == registration.record.incarnation
 
 
 def test_no_caller_waits_without_end_for_a_keeper_that_hangs_with_its_pipe_full(
@@ -487,7 +487,7 @@ def test_no_caller_waits_without_end_for_a_keeper_that_hangs_with_its_pipe_full(
             call.result(60)
         registration.update(version=65)
         states.wait_for(RegistrationState.REGISTERED)
-        assert [record.version for record in registry.resolve("a", 10)] == [65]
+        assert [record.version for record in registry.resolve("a", 60)] == [65]
 
 
 def test_a_withdrawal_is_carried_out_though_the_keeper_hangs(registry: Registry) -> None:
@@ -738,7 +738,7 @@ def claim_many(raw: Etcd, instances: int, ranks: int) -> int:
 
 def _next_of(watch: Watch, count: int, kind: type) -> Iterator[Any]:
     while count:
-        event = watch.next(10)
+        event = watch.next(60)
         assert event is not None
         if isinstance(event, kind):
             count -= 1

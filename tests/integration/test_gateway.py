@@ -272,7 +272,7 @@ def test_an_instance_of_seeds_is_ready_when_all_its_ranks_are_there(
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             url = f"{gateway.url}/instances/llama{REGISTER}?world_size=3"
             assert httpx.put(url, json=says(session_of(listener), rank)).text == "OK"
-        records = registry.resolve("llama", 10)
+        records = registry.resolve("llama", 60)
         assert [record.rank for record in records] == [0, 1, 2]
         assert asked(f"{gateway.url}/instances/llama", OLD_GET, rank=2).json()["rank"] == 2
 
@@ -386,7 +386,7 @@ def test_a_mirrored_rank_that_is_evicted_stays_so_and_what_is_mirrored_twice_is_
         Gateway(registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=url),
         registry.watch("q") as watch,
     ):
-        first = registry.resolve("q", 20)
+        first = registry.resolve("q", 60)
         for rank in (0, 1):  # the gateways may still be writing, each the same
             wait_until(
                 lambda: any(
@@ -608,7 +608,7 @@ def impatient(registry: Registry) -> Iterator[Gateway]:
 
 
 def connected(gateway: Gateway, sent: bytes = b"") -> socket.socket:
-    sock = socket.create_connection((gateway.host, gateway.port), timeout=20)
+    sock = socket.create_connection((gateway.host, gateway.port), timeout=60)
     sock.sendall(sent)
     return sock
 
@@ -743,13 +743,13 @@ def test_a_gateway_that_etcd_refuses_ends_with_the_reason(
         Gateway(registry, "q", port=0) as gateway,
         pytest.raises(EtcdRefused, match="may not read"),
     ):
-        gateway.wait(20)
+        gateway.wait(60)
 
 
 def test_a_gateway_is_waited_for_until_somebody_stops_it(gateway: Gateway) -> None:
     assert not gateway.wait(0.01)
     gateway.stop()
-    assert gateway.wait(20)
+    assert gateway.wait(60)
 
 
 def test_a_port_in_use_an_address_of_another_machine_and_nonsense_are_refused(
@@ -793,7 +793,7 @@ def test_the_command_ends_in_order_on_a_signal(
     process, url = gateway_process("--log-level", "info")
     seed(url)
     process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert [
         line for line in err.splitlines() if "/engines/q/0 registered: 2 tensors" in line

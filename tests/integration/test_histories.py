@@ -55,7 +55,7 @@ class Recorder:
 
     def stop(self) -> None:
         self._follower.stop()
-        self._thread.join(20)
+        self._thread.join(60)
 
 
 class Contender:

@@ -126,7 +126,7 @@ def test_an_event_that_waits_for_room_is_let_go_by_stopping(
         blocked.start()
         wait_until(lambda: bool(lines(log)) and len(hooks._waiting) == 1)
         hooks.kill()
-        blocked.join(20)
+        blocked.join(60)
         assert not blocked.is_alive()
 
 

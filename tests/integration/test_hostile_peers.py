@@ -161,7 +161,7 @@ def test_a_contact_that_hangs_ends_when_it_is_abandoned(
         peer.wait_until_met()
         any_reader.abandon(peer.session_id)
         with pytest.raises(ReadFailed):
-            contact.result(20)
+            contact.result(60)
         wait_until(lambda: not contacts())
 
 
@@ -180,7 +180,7 @@ def test_a_contact_whose_connection_is_not_even_accepted_ends_when_it_is_abandon
         wait_until(lambda: connections_to(session_id).count("02") >= 2)
         any_reader.abandon(session_id)
         with pytest.raises(ReadFailed):
-            contact.result(20)
+            contact.result(60)
         wait_until(lambda: not contacts())
 
 
@@ -205,7 +205,7 @@ def test_a_peer_that_stops_after_its_first_answer_holds_up_others_for_a_moment_o
             peer.wait_until_met()
         read(reader, source.session_id, ReadOp("a/0", memory.data_ptr(), cell.addr, 64))
         with pytest.raises(ReadFailed, match=f"cannot read from {peer.session_id}"):
-            contact.result(20)
+            contact.result(60)
 
 
 def test_giving_up_a_peer_cuts_a_handshake_that_a_shared_engine_still_has_open_with_it(
@@ -227,7 +227,7 @@ def test_giving_up_a_peer_cuts_a_handshake_that_a_shared_engine_still_has_open_w
             answer = pool.submit(handshake.recv, 1)
             reader.start(peer.session_id, ReadOp("a/0", 8192, cell.addr, cell.nbytes))
             reader.abandon(peer.session_id)
-            assert answer.result(20) == b""
+            assert answer.result(60) == b""
         wait_until(lambda: reader.settled(peer.session_id))
 
 

@@ -116,7 +116,7 @@ def test_a_rank_that_serves_the_draft_is_a_source_of_the_model_while_it_loads_th
         time.sleep(0.01)  # longer than the load without it, so that checks come in between
         if progress.nbytes >= progress.total_nbytes // 2:
             first_has_half.set()
-            assert second_has_some.wait(30)
+            assert second_has_some.wait(60)
 
     def look(progress: Progress) -> None:
         if progress.nbytes:
@@ -137,7 +137,7 @@ def test_a_rank_that_serves_the_draft_is_a_source_of_the_model_while_it_loads_th
             publish=Replica("first"),
             options=LoadOptions(pace=pace, progress=stop_at_half),
         )
-        assert first_has_half.wait(30)
+        assert first_has_half.wait(60)
         second = pool.submit(
             fill,
             engine=new_engine(),

@@ -175,7 +175,7 @@ def test_a_close_that_is_interrupted_half_way_is_not_done_until_the_next_has_wai
 
     def press() -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        assert caught.wait(20)
+        assert caught.wait(60)
 
     monkeypatch.setitem(failpoints.ACTIONS, "session.before_abandon", press)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -364,7 +364,7 @@ def test_an_update_that_ends_while_the_rank_drains_invites_no_new_readers(
                 1,
                 RankState.DRAINING,
             )
-        assert drained.result(20)
+        assert drained.result(60)
     assert registry.ranks("a") == ()
 
 

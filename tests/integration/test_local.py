@@ -152,7 +152,7 @@ def test_a_signal_ends_an_etcd_that_is_still_starting(
     while not children_of(server.pid):  # ends with the test's own time
         assert server.poll() is None
     server.send_signal(number)
-    assert server.wait(10) == 128 + number
+    assert server.wait(60) == 128 + number
     assert list(scratch.iterdir()) == []
 
 
@@ -164,6 +164,6 @@ def test_a_signal_ends_a_running_etcd_with_its_data(
     assert line_of(server).startswith("etcd is ready")
     assert list(tmp_path.iterdir())
     server.send_signal(number)
-    out, err = server.communicate(timeout=20)
+    out, err = server.communicate(timeout=60)
     assert (server.returncode, out, err) == (Exit.DONE, "etcd has ended\n", "")
     assert list(tmp_path.iterdir()) == []

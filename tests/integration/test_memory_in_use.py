@@ -163,14 +163,14 @@ def test_a_load_that_lasts_longer_than_the_update_it_belongs_to_keeps_the_rank_f
 
     def wait(_: Progress) -> None:
         begun.set()
-        go_on.wait(20)
+        go_on.wait(60)
 
     loading = threading.Thread(target=load_a, args=(registry, served), kwargs={"progress": wait})
 
     def begin_and_end_the_update() -> None:
         with publication.update():
             loading.start()
-            begun.wait(20)
+            begun.wait(60)
 
     with pytest.raises(
         MemoryInUse, match="b/0 is not complete: a load of a still fills its memory"
@@ -178,7 +178,7 @@ def test_a_load_that_lasts_longer_than_the_update_it_belongs_to_keeps_the_rank_f
         begin_and_end_the_update()
     assert publication.record.state is RankState.UPDATING
     go_on.set()
-    loading.join(20)
+    loading.join(60)
     with publication.update():
         pass
     found = into()

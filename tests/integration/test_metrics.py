@@ -142,7 +142,7 @@ def test_a_watch_serves_what_it_sees_and_a_killed_rank_counts_once_by_its_reason
     assert scraped("registry_ranks", instance="a", state="ready") is None
 
     watch.send_signal(signal.SIGTERM)
-    out, err = watch.communicate(timeout=20)
+    out, err = watch.communicate(timeout=60)
     assert (watch.returncode, err) == (Exit.DONE, "")
     # stdout has events, and nothing but events
     events = [json.loads(line)["event"] for line in out.splitlines()]
@@ -166,7 +166,7 @@ def test_a_rank_serves_its_registration_and_who_has_read_from_it(
     wait_until(lambda: (scraped("registry_keepalive_seconds_count") or 0) >= 2)
     assert 0 < (scraped("registry_keepalive_seconds_sum") or 0) < 10
     server.send_signal(signal.SIGTERM)
-    out, err = server.communicate(timeout=20)
+    out, err = server.communicate(timeout=60)
     assert (server.returncode, out) == (Exit.DONE, "withdrew a/0\n")
     logged = [json.loads(line) for line in err.splitlines()]
     assert [each["fields"]["event"] for each in logged] == ["disk_read", "registered", "withdrawn"]
@@ -214,7 +214,7 @@ def test_clients_that_say_nothing_or_hang_up_keep_nobody_from_scraping(
             rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     assert scraped("registry_instances", state="ready") == 0
     watch.send_signal(signal.SIGTERM)
-    _, err = watch.communicate(timeout=20)
+    _, err = watch.communicate(timeout=60)
     assert (watch.returncode, err) == (Exit.DONE, "")
     for each in idle:
         each.close()
@@ -517,7 +517,7 @@ def test_the_transfer_engines_log_shows_with_debug_and_only_then(
         ran = processes.run("load", *args, *debug, **noisy)
         assert ran.returncode == Exit.DONE
         server.send_signal(signal.SIGTERM)
-        _, err = server.communicate(timeout=20)
+        _, err = server.communicate(timeout=60)
         for text in (ran.stderr, err):
             assert bool(engine_line.search(text)) is bool(debug)
             assert debug or text == ""

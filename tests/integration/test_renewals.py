@@ -199,7 +199,7 @@ def test_closing_ends_a_renewal_that_waits_and_leaves_no_thread(own_etcd: LocalE
             ):
                 probe.get("/k")  # when this has found out, the other has asked
             etcd.close()
-            error = renewal.exception(30)
+            error = renewal.exception(60)
     finally:
         own_etcd.resume()
     assert isinstance(error, EtcdError)
@@ -252,6 +252,6 @@ def test_a_process_that_never_closes_its_connection_ends_all_the_same(own_etcd: 
     for _ in range(5):
         command = [sys.executable, "-W", "error", "-c", NEVER_CLOSES, own_etcd.endpoint]
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+            command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "60.0\n", "")

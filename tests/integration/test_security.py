@@ -460,7 +460,7 @@ def test_a_rank_may_look_who_reads_from_it_and_whether_it_was_evicted(
             assert ticket is not None
             assert registry.wait_for_no_pulls("qwen-a", 0, timeout_s=0.1) == 1
             ticket.close()
-            assert registry.wait_for_no_pulls("qwen-a", 0, timeout_s=20) == 0
+            assert registry.wait_for_no_pulls("qwen-a", 0, timeout_s=60) == 0
         else:
             secured.etcdctl(f"put /prod/evicted/qwen-a/0/{'0' * 32} ''")
             with pytest.raises(Evicted):
@@ -537,7 +537,7 @@ def _as_gateway(secured: Secured) -> None:
                     raise EtcdRefused(answer.json()["detail"])
                 assert answer.status_code == 200, answer.text
         except httpx.TransportError:  # it has ended, for a reason that this raises
-            gateway.wait(20)
+            gateway.wait(60)
             raise
         finally:
             for record in root.ranks("sglang"):

@@ -391,7 +391,7 @@ def test_a_wait_can_be_cancelled(registry: Registry, path: Path) -> None:
         waiting = pool.submit(start, registry, engine, path, cancel=cancel)
         cancel.set()
         with pytest.raises(Cancelled):
-            waiting.result(20)
+            waiting.result(60)
     assert registry._etcd.snapshot("/").items == ()
 
 
@@ -399,7 +399,7 @@ def test_ctrl_c_ends_a_wait(processes: Processes, registry: Registry, path: Path
     with somebody_reads(registry):
         (waiting,) = Starts(processes, path, "waits").processes
         waiting.send_signal(signal.SIGINT)
-        assert waiting.wait(20) != 0
+        assert waiting.wait(60) != 0
         assert ready(registry) == []
 
 
@@ -468,7 +468,7 @@ def test_an_etcd_that_goes_away_and_comes_back_while_one_reads_costs_no_second_r
         engines = [stack.enter_context(InProcessEngine()) for _ in range(2)]
         pool = stack.enter_context(ThreadPoolExecutor())
         first = pool.submit(start, registry, engines[0], path, "first")
-        assert reading.wait(30)
+        assert reading.wait(60)
         second = pool.submit(start, registry, engines[1], path, "second")
         own_etcd.kill()
         own_etcd.start()

@@ -73,7 +73,7 @@ def test_a_watch_stops_although_etcd_hangs(
                     reader.start()
                 watch.stop()
             assert reader is not None
-            reader.join(30)
+            reader.join(60)
             ours = [
                 thread
                 for thread in {*threading.enumerate(), *before}

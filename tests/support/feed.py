@@ -28,7 +28,7 @@ class Feed(FakeEtcd):
     def wait_until_taken(self, batches: int) -> None:
         """Until the reader has come back for more after so many batches."""
         with self.changed:
-            assert self.changed.wait_for(lambda: self.taken >= batches, 20)
+            assert self.changed.wait_for(lambda: self.taken >= batches, 60)
 
     def snapshot(self, prefix: str, exact: bool = False) -> Snapshot:
         return Snapshot(1, self.items)

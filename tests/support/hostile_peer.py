@@ -99,7 +99,7 @@ class HostilePeer:
 
     def wait_until_met(self) -> None:
         """Until somebody has asked once more."""
-        assert self._met.acquire(timeout=20)
+        assert self._met.acquire(timeout=60)
 
     def _serve(self) -> None:
         with suppress(OSError):

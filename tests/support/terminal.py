@@ -85,7 +85,7 @@ class Terminal:
         """Until the screen has a line with all of them."""
         try:
             wait_until(
-                lambda: any(all(word in line for word in words) for line in self.screen()), 30
+                lambda: any(all(word in line for word in words) for line in self.screen()), 60
             )
         except TimeoutError:
             raise AssertionError(f"{words} are not on the screen: {self.said[-5_000:]!r}") from None

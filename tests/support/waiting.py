@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(reached: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(reached: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """For what gives no sign when it happens."""
     deadline = time.monotonic() + timeout_s
     while not reached():

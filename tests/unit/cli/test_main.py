@@ -399,7 +399,7 @@ def test_draining_is_over_also_when_it_has_failed(failure: Exception | None) -> 
 
     endings = Endings()
     endings._drain(cast(Publication, Leaving()), 1.0)
-    assert endings._inbox.get(timeout=20) is failure or failure is None
+    assert endings._inbox.get(timeout=60) is failure or failure is None
 
 
 # -- how to reach etcd

@@ -40,7 +40,7 @@ def test_a_signal_may_come_while_the_main_thread_holds_the_lock_that_its_answer_
     with lock:
         signal.raise_signal(number)
         assert not answered.is_set()
-    assert answered.wait(10)
+    assert answered.wait(60)
 
 
 def test_a_signal_that_another_thread_gets_is_answered_while_the_main_thread_waits() -> None:
@@ -48,7 +48,7 @@ def test_a_signal_that_another_thread_gets_is_answered_while_the_main_thread_wai
     on_ending(answered.set)
 
     def get() -> None:
-        ready.wait(10)
+        ready.wait(60)
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
     threading.Thread(target=get, daemon=True).start()
@@ -61,7 +61,7 @@ def test_every_signal_is_answered() -> None:
     on_ending(lambda: answers.put("again"))
     for number in ENDING:
         signal.raise_signal(number)
-    assert [answers.get(timeout=10) for _ in ENDING] == ["again"] * 3
+    assert [answers.get(timeout=60) for _ in ENDING] == ["again"] * 3
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:

@@ -58,15 +58,15 @@ def test_it_goes_on_when_work_overlaps_in_several_threads() -> None:
 
     @collector_paused
     def work() -> None:
-        inside.wait(10)
-        leave.wait(10)
+        inside.wait(60)
+        leave.wait(60)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()
-    inside.wait(10)
+    inside.wait(60)
     assert not gc.isenabled()
-    leave.wait(10)
+    leave.wait(60)
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert gc.isenabled()

@@ -28,7 +28,7 @@ def test_what_the_work_returns_or_raises_comes_back() -> None:
 def test_the_work_of_the_main_thread_is_done_in_another_that_ends_with_it() -> None:
     before = threading.enumerate()
     worker = uninterrupted(threading.current_thread, "work")
-    worker.join(20)
+    worker.join(60)
     assert worker.name == "work"
     assert threading.enumerate() == before
 
@@ -37,7 +37,7 @@ def test_work_of_another_thread_is_done_there_as_nothing_interrupts_it() -> None
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(
             lambda: uninterrupted(threading.current_thread, "") is threading.current_thread()
-        ).result(20)
+        ).result(60)
 
 
 def test_work_is_done_here_where_no_thread_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_an_interrupt_ends_the_wait_and_not_the_work() -> None:
 
     def work() -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        assert interrupted.wait(20)
+        assert interrupted.wait(60)
         done.set()
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -64,4 +64,4 @@ def test_an_interrupt_ends_the_wait_and_not_the_work() -> None:
         signal.signal(signal.SIGINT, before)
     assert not done.is_set()
     interrupted.set()
-    assert done.wait(20)
+    assert done.wait(60)

@@ -128,7 +128,7 @@ def test_calls_at_once_return_in_order_and_the_first_error_is_raised() -> None:
     barrier = threading.Barrier(3)
 
     def square(number: int) -> int:
-        barrier.wait(10)
+        barrier.wait(60)
         return number * number
 
     assert at_once(square, [1, 2, 3]) == [1, 4, 9]

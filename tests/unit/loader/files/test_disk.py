@@ -278,7 +278,7 @@ def test_nothing_is_written_any_more_once_a_read_was_ended(
 
     def read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         if offset > 100_000:  # the disk is slow
-            ended.wait(20)
+            ended.wait(60)
         return preadv(descriptor, buffers, offset)
 
     def leave(pool: ThreadPoolExecutor, wait: bool = True) -> None:

@@ -19,7 +19,7 @@ from engine_registry.etcd import lease_stream
 from engine_registry.etcd.lease_stream import LeaseStream, StreamEnded, pb
 from tests.support.waiting import wait_until
 
-HANG_S = 20.0
+HANG_S = 60.0
 Status = grpc.StatusCode
 
 

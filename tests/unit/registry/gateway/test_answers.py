@@ -43,7 +43,7 @@ class SlowEtcd(FakeEtcd):
         self.manifests += of_manifest
         self.gets += not of_manifest
         self.began.set()
-        self.open.wait(10)
+        self.open.wait(60)
         return super().get(key, revision)
 
 

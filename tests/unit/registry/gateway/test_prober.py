@@ -78,7 +78,7 @@ class World:
             while not reached():
                 await asyncio.sleep(0)
 
-        await asyncio.wait_for(reach(), 20)
+        await asyncio.wait_for(reach(), 60)
 
     async def looks(self, number: int) -> None:
         """Until there have been so many more."""
@@ -271,7 +271,7 @@ def test_what_etcd_refuses_for_good_ends_the_vigil_with_it() -> None:
 
     async def main() -> None:
         with pytest.raises(EtcdRefused, match="no permission"):
-            await asyncio.wait_for(world.prober.run(), 20)
+            await asyncio.wait_for(world.prober.run(), 60)
         world.prober.close()
 
     asyncio.run(main())

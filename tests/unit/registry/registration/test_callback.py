@@ -11,7 +11,7 @@ import pytest
 
 from engine_registry.registration.callback import Callback
 
-HANG_S = 20.0
+HANG_S = 60.0
 
 
 def test_what_is_put_is_passed_on_in_order_without_waiting_for_a_function_that_takes_its_time() -> (

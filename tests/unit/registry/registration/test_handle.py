@@ -22,7 +22,7 @@ from tests.support.builders import OTHER_CONTENT, a_record
 CONFIG = EtcdConfig(parse_endpoints("nowhere:1"))
 REGISTERED, SUSPENDED = RegistrationState.REGISTERED, RegistrationState.SUSPENDED
 LOST, CLOSED = RegistrationState.LOST, RegistrationState.CLOSED
-HANG_S = 20.0
+HANG_S = 60.0
 
 
 class Link:

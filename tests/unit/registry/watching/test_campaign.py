@@ -37,7 +37,7 @@ def test_a_leader_whose_key_somebody_took_away_stops_leading(
         etcd.delete(key)
         if by_another:
             etcd.commit([], [Put(key, b"them", etcd.grant(60))])
-        leading.join(20)
+        leading.join(60)
         assert not leading.is_alive()
     finally:
         campaign.close()

@@ -399,7 +399,7 @@ def test_a_watch_whose_inbox_is_full_stops(monkeypatch: pytest.MonkeyPatch) -> N
         feed.give(stored(A, 3))
         feed.give(stored(A, 4))
         wait_until(lambda: watch._inbox.full)
-    assert watch._inbox.join(20)
+    assert watch._inbox.join(60)
 
 
 # -- any sequence of changes
