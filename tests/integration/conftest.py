@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import pytest
 from benchmarks.hosts import Host
 from engine_loader import Engine, InProcessEngine, MooncakeEngine
 from engine_registry import Event, Registry, Watch
+from engine_registry.etcd import ports
 from engine_registry.etcd.local import LocalEtcd, find_binary
 from tests.support.checkout import ROOT
 from tests.support.faults import DEBIAN_ETCD
@@ -52,6 +54,27 @@ def _with_mark(mark: str) -> list[int]:
             if mark.encode() in (process / "environ").read_bytes():
                 found.append(int(process.name))
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ports_of_this_worker() -> Iterator[None]:
+    """A server of another worker cannot take a port between its choice and its use."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ours = ports._ports()[worker::workers]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ports, "_ports", lambda: ours)
+        yield
+
+
+@pytest.fixture
+def dead_address() -> Iterator[str]:
+    """HOST:PORT that refuses connections: it is bound and does not listen, so no server can take
+    it, as it could take a port that is merely free.
+    """
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{held.getsockname()[1]}"
 
 
 @pytest.fixture(scope="session")

@@ -507,12 +507,11 @@ def test_output_into_a_closed_pipe_ends_quietly(engines: Engines, registry: Regi
     ],
 )
 def test_without_etcd_every_command_says_where_it_looked(
-    processes: Processes, args: tuple[str, ...]
+    processes: Processes, dead_address: str, args: tuple[str, ...]
 ) -> None:
-    port = free_port()
-    result = processes.run(*args, ENGINES_ETCD=f"127.0.0.1:{port}")
+    result = processes.run(*args, ENGINES_ETCD=dead_address)
     assert_one_line(
-        result, Exit.ETCD, f"etcd at 127.0.0.1:{port} cannot be reached", "check the address"
+        result, Exit.ETCD, f"etcd at {dead_address} cannot be reached", "check the address"
     )
 
 
@@ -848,8 +847,8 @@ def test_ctrl_c_during_the_import_of_torch_is_not_lost(
     assert (process.returncode, err.strip()) == (Exit.INTERRUPTED, "engines: interrupted")
 
 
-def test_a_debug_run_shows_the_traceback(processes: Processes) -> None:
-    result = processes.run("list", "--debug", ENGINES_ETCD=f"127.0.0.1:{free_port()}")
+def test_a_debug_run_shows_the_traceback(processes: Processes, dead_address: str) -> None:
+    result = processes.run("list", "--debug", ENGINES_ETCD=dead_address)
     assert result.returncode == Exit.ETCD
     assert "Traceback" in result.stderr
 

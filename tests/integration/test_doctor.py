@@ -25,7 +25,6 @@ from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.local_cluster import LocalCluster
-from engine_registry.etcd.ports import free_port
 from engine_registry.schema.record_format import encode
 from tests.integration.conftest import Processes, line_of
 from tests.integration.test_tls import authority as authority
@@ -212,10 +211,11 @@ def assert_only_the_endpoint_fails(seen: Seen, what: str, mend: str) -> None:
     assert seen.status("engine.loopback") == "ok"  # all else is looked at
 
 
-def test_without_an_etcd_its_endpoint_fails_and_all_else_is_looked_at(doctor: Any) -> None:
-    endpoint = f"127.0.0.1:{free_port()}"
+def test_without_an_etcd_its_endpoint_fails_and_all_else_is_looked_at(
+    doctor: Any, dead_address: str
+) -> None:
     assert_only_the_endpoint_fails(
-        doctor(endpoint), f"{endpoint} refuses connections", "start etcd there"
+        doctor(dead_address), f"{dead_address} refuses connections", "start etcd there"
     )
 
 
@@ -507,13 +507,18 @@ def test_a_rank_that_is_stopped_is_reported_with_its_process(
 
 
 def test_dead_missing_and_false_ranks_are_distinguished(
-    doctor: Any, processes: Processes, registry: Registry, shared_etcd: LocalEtcd, namespace: str
+    doctor: Any,
+    processes: Processes,
+    registry: Registry,
+    shared_etcd: LocalEtcd,
+    namespace: str,
+    dead_address: str,
 ) -> None:
     with served(processes):
         (live,) = registry.ranks("a")
         taken_over = {"session_id": live.session_id, "header_addr": live.header_addr}
         with (
-            register(registry, "b", 0, 3, session_id=f"127.0.0.1:{free_port()}"),
+            register(registry, "b", 0, 3, session_id=dead_address),
             register(registry, "b", 1, 3, **taken_over),
         ):
             seen = doctor(shared_etcd.endpoint, "--namespace", namespace, "--peer", "b")
@@ -541,15 +546,10 @@ def test_a_rank_of_another_protocol_is_not_read(
     assert "serves over rdma, not tcp" in seen["peer.rank"]["what"]
 
 
-def test_ranks_may_be_named_before_the_engine_that_is_to_read_them() -> None:
+def test_ranks_may_be_named_before_the_engine_that_is_to_read_them(dead_address: str) -> None:
     with closing(Probe(debug=False)) as probe:
         probe.read_ranks(
-            [
-                (
-                    "/engines/a/0",
-                    encode(a_record(instance="a", session_id=f"127.0.0.1:{free_port()}")),
-                )
-            ]
+            [("/engines/a/0", encode(a_record(instance="a", session_id=dead_address)))]
         )
         probe.begin("127.0.0.1", "tcp")
         assert probe.fact("loopback", 60)["equal"]

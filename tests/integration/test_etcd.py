@@ -34,7 +34,6 @@ from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.follow import Follower
 from engine_registry.etcd.library import pb
 from engine_registry.etcd.local import LocalEtcd, find_binary
-from engine_registry.etcd.ports import free_port
 from engine_registry.registration.eviction import AT_ONCE, evict_all
 from engine_registry.schema.keyvalue import (
     Deletion,
@@ -282,8 +281,8 @@ def test_a_server_that_accepts_and_says_nothing_fails_within_the_timeout() -> No
             Registry.connect(f"127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.5)
 
 
-def test_a_dead_first_endpoint_is_passed_over(shared_etcd: LocalEtcd) -> None:
-    with closing(connect(f"127.0.0.1:{free_port()},{shared_etcd.endpoint}")) as etcd:
+def test_a_dead_first_endpoint_is_passed_over(shared_etcd: LocalEtcd, dead_address: str) -> None:
+    with closing(connect(f"{dead_address},{shared_etcd.endpoint}")) as etcd:
         assert etcd.status()
         assert etcd.snapshot("/nothing/").items == ()
 
@@ -500,10 +499,8 @@ def test_a_watch_that_is_over_leaves_no_call_for_the_interpreters_end(
         assert list(stream) == []
 
 
-def test_a_proxy_for_the_web_is_not_asked_for_etcd(
-    shared_etcd: LocalEtcd, processes: Processes
-) -> None:
-    nowhere = f"http://127.0.0.1:{free_port()}"
+def test_a_proxy_for_the_web_is_not_asked_for_etcd(processes: Processes, dead_address: str) -> None:
+    nowhere = f"http://{dead_address}"
     result = processes.run(
         "list",
         http_proxy=nowhere,

@@ -29,7 +29,6 @@ from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.follow import Follower
 from engine_registry.etcd.local import LocalEtcd
-from engine_registry.etcd.ports import free_port
 from engine_registry.gateway.limits import Limits
 from engine_registry.gateway.probe import Answer, probe
 from engine_registry.gateway.server import Gateway
@@ -343,10 +342,9 @@ WEIGHTS = {"w": [4096, 4, 2]}
 
 @pytest.mark.parametrize("path", [GET, OLD_GET])
 def test_what_sglangs_own_server_knows_is_registered_as_it_comes_and_while_it_lives(
-    registry: Registry, listener: socket.socket, path: str
+    registry: Registry, listener: socket.socket, dead_address: str, path: str
 ) -> None:
-    dead = f"127.0.0.1:{free_port()}"
-    infos: dict[int, tuple[str, Any]] = {1: (dead, WEIGHTS)}
+    infos: dict[int, tuple[str, Any]] = {1: (dead_address, WEIGHTS)}
     with (
         bootstrap_server(infos, path) as url,
         Gateway(registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=url),
@@ -413,7 +411,7 @@ def test_a_mirrored_rank_that_is_evicted_stays_so_and_what_is_mirrored_twice_is_
 
 
 def test_a_server_that_is_away_or_speaks_nonsense_harms_nobody(
-    registry: Registry, listener: socket.socket
+    registry: Registry, listener: socket.socket, dead_address: str
 ) -> None:
     for url in ("ftp://x", "x", "http://a b"):
         with pytest.raises(InvalidField, match="seed URL"):
@@ -422,7 +420,7 @@ def test_a_server_that_is_away_or_speaks_nonsense_harms_nobody(
         0: ("nonsense", WEIGHTS),
         1: (session_of(listener), WEIGHTS),
     }
-    away = f"http://127.0.0.1:{free_port()}"
+    away = f"http://{dead_address}"
     with (
         bootstrap_server(infos, GET) as url,
         Gateway(registry, "q", world_size=2, port=0, probe_interval_s=0.05, seed_url=away),
@@ -436,14 +434,14 @@ def test_a_server_that_is_away_or_speaks_nonsense_harms_nobody(
 
 
 def test_a_probe_distinguishes_addresses_that_listen_refuse_or_are_silent(
-    listener: socket.socket,
+    listener: socket.socket, dead_address: str
 ) -> None:
     import asyncio
 
     port = listener.getsockname()[1]
     assert asyncio.run(probe(f"127.0.0.1:{port}")) is Answer.LISTENS
     assert asyncio.run(probe(f"localhost:{port}")) is Answer.LISTENS
-    assert asyncio.run(probe(f"127.0.0.1:{free_port()}")) is Answer.REFUSES
+    assert asyncio.run(probe(dead_address)) is Answer.REFUSES
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ExitStack() as stack:
         for _ in range(4):  # nobody accepts them
             waiting = stack.enter_context(socket.socket())
@@ -458,12 +456,13 @@ def test_a_probe_distinguishes_addresses_that_listen_refuse_or_are_silent(
 def test_a_client_from_the_network_learns_nothing_of_ports_that_it_names(
     registry: Registry,
     listener: socket.socket,
+    dead_address: str,
     host: str,
 ) -> None:
     with Gateway(registry, "q", host=host, port=0, probe_interval_s=0.05) as gateway:
         url = f"http://127.0.0.1:{gateway.port}"
         answers = []
-        for rank, named in enumerate((session_of(listener), f"127.0.0.1:{free_port()}")):
+        for rank, named in enumerate((session_of(listener), dead_address)):
             for session_id in (named, "127.0.0.1:1"):  # whether the first can be replaced shows
                 body = says(session_id, rank, world_size=2)
                 answer = httpx.put(f"{url}{REGISTER}", json=body)

@@ -18,7 +18,6 @@ from engine_loader import InProcessEngine, Seeded
 from engine_registry import Registry
 from engine_registry.errors import EtcdRefused, EtcdUnavailable, InvalidField
 from engine_registry.etcd.local import LocalEtcd
-from engine_registry.etcd.ports import free_port
 from tests.integration.test_seeding import events, ready, runs, start
 from tests.support.faults import etcdctl
 from tests.support.processes.start import content
@@ -154,9 +153,9 @@ def test_an_etcd_that_refuses_the_password_is_not_waited_for(
             start(registry, engine, path, without_etcd_s=FOREVER_S, required=True)
 
 
-def test_where_etcd_is_required_the_start_fails_without_it(path: Path) -> None:
+def test_where_etcd_is_required_the_start_fails_without_it(path: Path, dead_address: str) -> None:
     with (
-        lazily(f"127.0.0.1:{free_port()}") as registry,
+        lazily(dead_address) as registry,
         InProcessEngine() as engine,
         pytest.raises(EtcdUnavailable, match=r"could not be reached for .* check the address"),
     ):

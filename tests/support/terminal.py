@@ -84,9 +84,7 @@ class Terminal:
     def wait_for(self, *words: str) -> None:
         """Until the screen has a line with all of them."""
         try:
-            wait_until(
-                lambda: any(all(word in line for word in words) for line in self.screen()), 60
-            )
+            wait_until(lambda: any(all(word in line for word in words) for line in self.screen()))
         except TimeoutError:
             raise AssertionError(f"{words} are not on the screen: {self.said[-5_000:]!r}") from None
 

@@ -16,7 +16,7 @@ def free_port(host: str = "127.0.0.1") -> int:
     It is none that the kernel gives by itself, for a connection or to a server that asks for any:
     those are taken again at once.
     """
-    ports = range(_FIRST_PORT, _first_given_port())
+    ports = _ports()
     for port in random.sample(ports, min(100, len(ports))):
         if is_free(port, host):
             return port
@@ -37,8 +37,10 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def _first_given_port() -> int:
+def _ports() -> range:
+    """Those below the first that the kernel gives by itself."""
     try:
-        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except (OSError, ValueError, IndexError):
-        return _FIRST_PORT
+        return range(0)
+    return range(_FIRST_PORT, first_given)
