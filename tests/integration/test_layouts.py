@@ -22,6 +22,10 @@ SOURCES, DESTINATIONS = 4, 3
 CUTS_COLUMNS = {"tp-2-to-tp-3", "fsdp-4-to-tp-2", "fsdp-2-tp-2-to-tp-2", "pp-2-to-tp-2"}
 
 
+# For the first test, which starts seven processes that import torch.distributed.
+pytestmark = pytest.mark.timeout(350)
+
+
 class Destinations:
     """Each process loads one layout after another."""
 
@@ -45,8 +49,7 @@ def destinations(
     """Starting them takes longer than all that they do."""
     stores = tmp_path_factory.mktemp("stores")
     env = {"ENGINES_ETCD": shared_etcd.endpoint, "TEST_NAMESPACE": f"/{uuid.uuid4().hex[:8]}"}
-    torch_env = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    started = Processes({**os.environ, **env, **torch_env})
+    started = Processes({**os.environ, **env})
     try:
         sources, destinations = (
             [

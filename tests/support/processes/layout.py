@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -474,6 +475,8 @@ def answer(job: Job, name: str) -> dict[str, Any] | None:
 
 
 def main(side: str, rank: str, size: str, store: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size)
     )
