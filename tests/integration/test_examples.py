@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes, line_of
 from tests.support.checkout import ROOT
+from tests.support.waiting import wait_until
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -63,9 +66,19 @@ def test_of_two_that_start_cold_the_second_copies_from_the_first(
         ended(process)
 
 
-def test_a_server_follows_a_trainer_to_its_last_version(start: Start) -> None:
-    trainer = start("train.py", "--steps", "2", "--pause", "4")
+def watches(etcd: LocalEtcd) -> float:
+    """How many there are."""
+    with urllib.request.urlopen(f"http://{etcd.endpoint}/metrics", timeout=60) as answer:
+        found = re.search(
+            rb"^etcd_debugging_mvcc_watcher_total (\S+)$", answer.read(), re.MULTILINE
+        )
+    return float(found[1]) if found else 0.0
+
+
+def test_a_server_follows_a_trainer_to_its_last_version(start: Start, own_etcd: LocalEtcd) -> None:
     server = start("follow.py")
+    wait_until(lambda: watches(own_etcd) == 1)  # it takes its time to import torch
+    trainer = start("train.py", "--steps", "2", "--pause", "4")
     trained = ended(trainer).splitlines()
     loaded = [line for line in ended(server).splitlines() if line.startswith("loaded")]
     assert loaded[-1] == f"loaded {trained[-1]}"
