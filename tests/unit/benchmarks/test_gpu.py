@@ -5,7 +5,6 @@ its steps, its end.
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 import torch
@@ -124,14 +123,27 @@ def test_every_step_of_a_load_that_is_timed_is_still_there() -> None:
     assert missing_steps() == []
 
 
-def test_a_step_is_reported_without_the_steps_within_it() -> None:
+class Clock:
+    """Of the steps. It goes on when the test says so."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+
+    def perf_counter(self) -> float:
+        return self._now_s
+
+    def go_on(self, seconds: float) -> None:
+        self._now_s += seconds
+
+
+def test_a_step_is_reported_without_the_steps_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("benchmarks.gpu.phases.time", clock)
     found = Phases()
-    inner = found.timed("plan", lambda: time.sleep(0.02))
-    outer = found.timed("choose sources", lambda: [inner(), inner()])
-    found.call(outer)
-    assert found.calls[0]["plan"] > 0.03
-    assert found.calls[0]["choose sources"] < found.calls[0]["plan"]
-    assert found.medians().keys() == {"plan", "choose sources", REST}
+    inner = found.timed("plan", lambda: clock.go_on(2))
+    outer = found.timed("choose sources", lambda: [inner(), clock.go_on(1), inner()])
+    found.call(lambda: [outer(), clock.go_on(3)])
+    assert found.medians() == {"plan": 4, "choose sources": 1, REST: 3}
 
 
 @pytest.mark.parametrize("count", [0, 1])
