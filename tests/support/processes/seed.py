@@ -14,7 +14,7 @@ import httpx
 
 
 def main(url: str, rank: str, tensors: str = "2", port: str = "0") -> None:
-    with socket.create_server(("127.0.0.1", int(port)), backlog=128) as listener:
+    with socket.create_server(("127.0.0.1", int(port)), backlog=4096) as listener:
         session_id = f"127.0.0.1:{listener.getsockname()[1]}"
         weights = {f"layers.{n}.weight": [4096 + 128 * n, 64, 2] for n in range(int(tensors))}
         payload = {
@@ -27,7 +27,7 @@ def main(url: str, rank: str, tensors: str = "2", port: str = "0") -> None:
 
 
 def register(url: str, payload: object) -> str:
-    answer = httpx.put(f"{url}/register_transfer_engine_info", json=payload, timeout=5)
+    answer = httpx.put(f"{url}/register_transfer_engine_info", json=payload, timeout=60)
     return f"{answer.status_code} {answer.text}"
 
 

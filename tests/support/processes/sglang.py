@@ -42,7 +42,7 @@ def seed(url: str, nbytes: int) -> None:
         "tp_rank": 0,
         "transfer_engine_info": {"session_id": session_id, "weights_info_dict": weights},
     }
-    answer = httpx.put(f"{url}/register_transfer_engine_info", json=payload, timeout=5)
+    answer = httpx.put(f"{url}/register_transfer_engine_info", json=payload, timeout=60)
     print(answer.status_code, answer.text, flush=True)
     sys.stdin.read()
     del engine
@@ -52,7 +52,7 @@ def client(url: str, nbytes: int) -> None:
     tensors = empty(nbytes)
     engine, _ = transfer_engine(tensors)
     answer = httpx.get(
-        f"{url}/get_remote_instance_transfer_engine_info", params={"rank": 0}, timeout=20
+        f"{url}/get_remote_instance_transfer_engine_info", params={"rank": 0}, timeout=60
     )
     assert answer.status_code == 200, answer.text
     session_id, weights = answer.json()["remote_instance_transfer_engine_info"]
