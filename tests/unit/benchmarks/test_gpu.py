@@ -138,11 +138,21 @@ class Clock:
 
 def test_a_step_is_reported_without_the_steps_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
+
+    def choose() -> None:
+        inner()
+        clock.go_on(1)
+        inner()
+
+    def load() -> None:
+        outer()
+        clock.go_on(3)
+
     monkeypatch.setattr("benchmarks.gpu.phases.time", clock)
     found = Phases()
     inner = found.timed("plan", lambda: clock.go_on(2))
-    outer = found.timed("choose sources", lambda: [inner(), clock.go_on(1), inner()])
-    found.call(lambda: [outer(), clock.go_on(3)])
+    outer = found.timed("choose sources", choose)
+    found.call(load)
     assert found.medians() == {"plan": 4, "choose sources": 1, REST: 3}
 
 
