@@ -153,7 +153,7 @@ def test_a_version_that_the_trainer_does_not_have_is_refused_and_the_next_update
 ) -> None:
     engine = engines.start(checkpoint("llama"), weight_transfer_config=TRANSFER)
     follow(engine, registry)
-    with pytest.raises(AssertionError, match="VersionUnavailable"):
+    with pytest.raises(AssertionError, match="version 99 is not served: trainer has 7"):
         engine.ask("update", update_info={"version": 99})
     engine.ask("update", update_info={})
     expected = engines.start(checkpoint("llama", seed=7)).generate()

@@ -1,7 +1,7 @@
 """Imports vLLM once; every engine of the tests is a fork of it. Runs in vLLM's environment.
 
-`python -m tests.engines.vllm.zygote SOCKET`: each connection to the socket is one engine. A request is a
-line of JSON, `{"do": NAME, …}`, and so is its answer, `{"done": …}` or `{"error": TEXT}`. The
+`python -m tests.engines.vllm.zygote SOCKET`: each connection to the socket is an engine. A request
+is a line of JSON, `{"do": NAME, …}`, and so is its answer, `{"done": …}` or `{"error": TEXT}`. The
 engine ends, with all its processes, when its connection does.
 """
 

@@ -65,7 +65,7 @@ def deeds() -> list[str]:
 @pytest.fixture
 def start(deeds: list[str], monkeypatch: pytest.MonkeyPatch) -> Start:
     start = Start(deeds)
-    monkeypatch.setattr(hooks, "open_starts", lambda: [start])
+    monkeypatch.setattr(hooks, "served_models", lambda: [start])
     return start
 
 
