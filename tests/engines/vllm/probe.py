@@ -1,0 +1,18 @@
+"""What tests ask the workers of a vLLM. Each function runs in all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def facts(worker: Any) -> list[dict[str, Any]]:
+    """Of all models of the worker that serve peers, or have paused."""
+    from engine_loader.integrations.serving import served_models
+    from engine_loader.integrations.starting import ModelStart
+
+    return [one.outcome().facts() for one in served_models() if isinstance(one, ModelStart)]
+
+
+def transferred(worker: Any) -> Any:
+    """The version that the worker has taken from a trainer."""
+    return worker.weight_transfer_engine.version
