@@ -43,12 +43,12 @@ class EngineProcess:
         return os.getpgid(0)
 
     def checkpoint(self, kind: str, folder: str, **shape: int) -> None:
-        from tests.engines.vllm import checkpoints
+        from benchmarks.vllm_start import checkpoints
 
         checkpoints.make(kind, folder, **shape)
 
     def quantize(self, source: str, folder: str) -> None:
-        from tests.engines.vllm import checkpoints
+        from benchmarks.vllm_start import checkpoints
 
         checkpoints.quantize(source, folder)
 
@@ -84,14 +84,19 @@ class EngineProcess:
 
     def facts(self) -> list[list[dict[str, Any]]]:
         """For each worker, what its models' starts say."""
-        from tests.engines.vllm import probe
+        from benchmarks.vllm_start import probe
 
         found: list[list[dict[str, Any]]] = self.llm.collective_rpc(probe.facts)
         return found
 
+    def checksums(self) -> dict[str, str]:
+        """vLLM's own, of all parameters and buffers of all workers."""
+        found: list[dict[str, str]] = self.llm.collective_rpc("compute_weight_checksums")
+        return {name: digest for worker in found for name, digest in worker.items()}
+
     def transferred(self) -> list[Any]:
         """For each worker, what its transfer of weights says it has."""
-        from tests.engines.vllm import probe
+        from benchmarks.vllm_start import probe
 
         found: list[Any] = self.llm.collective_rpc(probe.transferred)
         return found

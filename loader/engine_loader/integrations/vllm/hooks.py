@@ -28,6 +28,8 @@ def install() -> bool:
     wanted = {
         "sleep": _sleep,
         "wake_up": _wake_up,
+        "discard": _discard,
+        "reset_weights": _reset,
         "reload_weights": _reload,
         "start_weight_update": _begin,
         "start_draft_weight_update": _begin,
@@ -90,6 +92,17 @@ def _wake_up(act: Callable[[], Any], given: dict[str, Any]) -> Any:
             if not served.discarded:  # else they come with a reload or an update
                 served.resume()
     return done
+
+
+def _discard(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    return _reset(act, given) if "weights" in given.get("tags", given.get("first", ())) else act()
+
+
+def _reset(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    pause_all()
+    for served in served_models():
+        served.discarded = True
+    return act()
 
 
 def _reload(act: Callable[[], Any], given: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What tests ask the workers of a vLLM. Each function runs in all of them."""
+"""What tests and benchmarks ask the workers of a vLLM. Each function runs in all of them."""
 
 from __future__ import annotations
 
