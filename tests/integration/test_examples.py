@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine_loader import LoadOptions, MooncakeEngine, read_catalogue
+from engine_registry import Registry
 from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes, line_of
 from tests.support.checkout import ROOT
@@ -82,6 +89,79 @@ def test_a_server_follows_a_trainer_to_its_last_version(start: Start, own_etcd: 
     trained = ended(trainer).splitlines()
     loaded = [line for line in ended(server).splitlines() if line.startswith("loaded")]
     assert loaded[-1] == f"loaded {trained[-1]}"
+
+
+class Taker:
+    """An HTTP server in vLLM's place: it answers every request, and takes the weights of the
+    version that it is asked to.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.asked: list[tuple[str, Any]] = []
+        self.taken: list[dict[str, torch.Tensor]] = []
+        taker = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                taker._answer(
+                    registry, self.path, self.rfile.read(int(self.headers["Content-Length"]))
+                )
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = Thread(target=self._server.serve_forever)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _answer(self, registry: Registry, route: str, body: bytes) -> None:
+        said = json.loads(body)
+        self.asked.append((route, said))
+        if route == "/update_weights":
+            options = LoadOptions(version=said["update_info"]["version"])
+            with MooncakeEngine("127.0.0.1") as engine:
+                catalogue = read_catalogue(registry, engine, "trainer", options=options)
+                self.taken.append({name: tensor.clone() for name, tensor in catalogue})
+
+
+@pytest.mark.slow  # three programs that import torch and FSDP
+def test_a_trainer_with_fsdp_has_each_of_its_steps_taken(own_etcd: LocalEtcd) -> None:
+    started = Processes(dict(os.environ))
+    with ExitStack() as stack:
+        registry = stack.enter_context(Registry.connect(own_etcd.endpoint))
+        taker = stack.enter_context(closing(Taker(registry)))
+        stack.callback(started.end)
+        ended(
+            started.start(
+                *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+                str(ROOT / "examples" / "fsdp_to_vllm.py"),
+                *("--etcd", own_etcd.endpoint, "--vllm", taker.url, "--steps", "2"),
+            )
+        )
+    reach = {"source": "trainer", "etcd": own_etcd.endpoint}
+    assert taker.asked[0] == ("/init_weight_transfer_engine", {"init_info": reach})
+    assert taker.asked[1:] == [
+        step
+        for version in (1, 2)
+        for step in [
+            ("/start_weight_update", {}),
+            ("/update_weights", {"update_info": {"version": version}}),
+            ("/finish_weight_update", {}),
+            ("/reset_prefix_cache", {}),
+        ]
+    ]
+    first, second = taker.taken
+    shapes = {"0.weight": (1000, 64), "1.weight": (64, 64), "1.bias": (64,)}
+    assert {name: tuple(tensor.shape) for name, tensor in first.items()} == shapes
+    assert {name for name in shapes if torch.equal(first[name], second[name])} == set()
 
 
 def test_every_example_is_named_in_the_list_of_examples() -> None:

@@ -1,4 +1,7 @@
-"""Runs the page about transformers, in the environment of the engines: `page ENDPOINT NAMESPACE`."""
+"""Runs the page about transformers: `page ENDPOINT NAMESPACE`.
+
+In the environment of the engines, which has transformers.
+"""
 
 from __future__ import annotations
 
