@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_loader import LoadOptions, MooncakeEngine, Pace, Progress, load
+from engine_loader import LoadOptions, Pace, Progress, load
 from engine_loader.errors import Cancelled, SourceLost, Stalled
 from engine_registry import Region, Registry
 from tests.integration.conftest import Processes, line_of
+from tests.support.engines import Meeting
 from tests.support.processes.source import MODEL, content, empty
 from tests.support.waiting import wait_until
 
@@ -88,17 +89,20 @@ def sources(registry: Registry, processes: Processes) -> Iterator[Sources]:
 
 
 @pytest.fixture
-def engine() -> Iterator[MooncakeEngine]:
-    with MooncakeEngine("127.0.0.1") as engine:
+def engine() -> Iterator[Meeting]:
+    with Meeting("127.0.0.1") as engine:
         yield engine
 
 
-def at_half(action: Callable[[], object]) -> Callable[[Progress], None]:
-    """Once."""
+def at_half(
+    action: Callable[[], object], after: Callable[[], object] = lambda: None
+) -> Callable[[Progress], None]:
+    """Once, and not before `after` has returned."""
     left = [action]
 
     def on_progress(progress: Progress) -> None:
         if progress.nbytes >= progress.total_nbytes // 2 and left:
+            after()
             left.pop()()
 
     return on_progress
@@ -114,11 +118,11 @@ FAULTS: dict[str, Fault] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_load_from_two_goes_on_with_the_other_when_one_is(
-    sources: Sources, engine: MooncakeEngine, fault: str
+    sources: Sources, engine: Meeting, fault: str
 ) -> None:
     sources.start("a", "b")
     tensors = empty(NBYTES)
-    happen = at_half(lambda: FAULTS[fault](sources))
+    happen = at_half(lambda: FAULTS[fault](sources), lambda: engine.wait_until_met(2))
     report = load(
         sources.registry,
         engine,
@@ -136,11 +140,16 @@ def test_a_load_from_two_goes_on_with_the_other_when_one_is(
     }
 
 
-def test_a_load_by_model_reads_whoever_serves_it(sources: Sources, engine: MooncakeEngine) -> None:
+def test_a_load_by_model_reads_whoever_serves_it(sources: Sources, engine: Meeting) -> None:
     sources.start("a", "b")
     tensors = empty(NBYTES)
     report = load(
-        sources.registry, engine, MODEL, rank=0, tensors=tensors, options=LoadOptions(pace=PACE)
+        sources.registry,
+        engine,
+        MODEL,
+        rank=0,
+        tensors=tensors,
+        options=LoadOptions(pace=PACE, progress=at_half(lambda: engine.wait_until_met(2))),
     )
     assert {share.name for share in report.shares if share.nbytes} == {
         "/engines/a/0",
@@ -150,7 +159,7 @@ def test_a_load_by_model_reads_whoever_serves_it(sources: Sources, engine: Moonc
 
 
 def test_the_only_source_changed_meanwhile_is_read_again_in_its_new_version(
-    sources: Sources, engine: MooncakeEngine
+    sources: Sources, engine: Meeting
 ) -> None:
     sources.start("a")
     tensors = empty(NBYTES)
@@ -170,7 +179,7 @@ def test_the_only_source_changed_meanwhile_is_read_again_in_its_new_version(
     ("fault", "kind"), [("killed", SourceLost), ("stopped", Stalled), ("evicted", SourceLost)]
 )
 def test_the_only_source_lost_meanwhile_is_an_error_that_says_what_came(
-    sources: Sources, engine: MooncakeEngine, fault: str, kind: type[SourceLost]
+    sources: Sources, engine: Meeting, fault: str, kind: type[SourceLost]
 ) -> None:
     sources.start("a")
     tensors = empty(NBYTES)
@@ -191,7 +200,7 @@ def test_the_only_source_lost_meanwhile_is_an_error_that_says_what_came(
 
 
 def test_a_stopped_source_that_goes_on_in_time_is_read_to_the_end(
-    sources: Sources, engine: MooncakeEngine
+    sources: Sources, engine: Meeting
 ) -> None:
     sources.start("a")
 
@@ -213,7 +222,7 @@ def test_a_stopped_source_that_goes_on_in_time_is_read_to_the_end(
 
 
 def assert_nothing_comes_later(
-    sources: Sources, engine: MooncakeEngine, tensors: dict[str, torch.Tensor]
+    sources: Sources, engine: Meeting, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Uses the memory for something else, and lets the source go on if it is stopped."""
     for tensor in tensors.values():
@@ -227,7 +236,7 @@ def assert_nothing_comes_later(
 
 
 def test_nothing_of_an_abandoned_read_is_written_when_its_source_goes_on(
-    sources: Sources, engine: MooncakeEngine
+    sources: Sources, engine: Meeting
 ) -> None:
     """The memory is the caller's again as soon as the load has ended, and is used for something
     else.
@@ -265,13 +274,13 @@ def dropped_packets(host: str) -> Iterator[None]:
 )
 @pytest.mark.parametrize("others", [(), ("b",)])
 def test_a_source_cut_off_by_the_network_is_given_up_in_bounded_time(
-    sources: Sources, engine: MooncakeEngine, others: tuple[str, ...]
+    sources: Sources, engine: Meeting, others: tuple[str, ...]
 ) -> None:
     sources.start("a", *others)
     tensors = empty(NBYTES)
     cut = dropped_packets(sources.hosts["a"])
     try:
-        happen = at_half(cut.__enter__)
+        happen = at_half(cut.__enter__, lambda: engine.wait_until_met(1 + len(others)))
         if others:
             report = load(
                 sources.registry,
@@ -302,7 +311,7 @@ def test_a_source_cut_off_by_the_network_is_given_up_in_bounded_time(
 
 
 def assert_all_is_given_back(
-    sources: Sources, engine: MooncakeEngine, tensors: dict[str, torch.Tensor]
+    sources: Sources, engine: Meeting, tensors: dict[str, torch.Tensor]
 ) -> None:
     for tensor in tensors.values():  # would be a separate part, were it still registered or lent
         region = Region(
@@ -314,9 +323,7 @@ def assert_all_is_given_back(
     assert sources.registry.pulls(sources.registry.ranks("a")[0]) == 0
 
 
-def test_ctrl_c_in_the_middle_gives_everything_back(
-    sources: Sources, engine: MooncakeEngine
-) -> None:
+def test_ctrl_c_in_the_middle_gives_everything_back(sources: Sources, engine: Meeting) -> None:
     sources.start("a")
     tensors = empty(NBYTES)
     with pytest.raises(KeyboardInterrupt):
@@ -335,7 +342,7 @@ def test_ctrl_c_in_the_middle_gives_everything_back(
 
 
 def test_a_load_cancelled_from_another_thread_gives_everything_back(
-    sources: Sources, engine: MooncakeEngine
+    sources: Sources, engine: Meeting
 ) -> None:
     sources.start("a")
     tensors, cancel = empty(NBYTES), threading.Event()

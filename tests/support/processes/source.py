@@ -39,7 +39,7 @@ def empty(nbytes: int) -> dict[str, torch.Tensor]:
 
 
 def main(
-    instance: str, nbytes: str, host: str = "127.0.0.1", ttl_s: str = "2", launch: str = "0"
+    instance: str, nbytes: str, host: str = "127.0.0.1", ttl_s: str = "10", launch: str = "0"
 ) -> None:
     tensors = content(0, int(nbytes), int(launch))
     with (
