@@ -97,7 +97,7 @@ def namespace() -> str:
 
 @pytest.fixture
 def registry(shared_etcd: LocalEtcd, namespace: str) -> Iterator[Registry]:
-    with Registry.connect(shared_etcd.endpoint, namespace=namespace) as registry:
+    with Registry.connect(shared_etcd.endpoint, namespace=namespace, timeout_s=60) as registry:
         yield registry
 
 

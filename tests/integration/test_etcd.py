@@ -47,10 +47,11 @@ from engine_registry.schema.record_format import MAX_RECORD_NBYTES, encode
 from tests.integration.conftest import Processes
 from tests.support.builders import a_record
 from tests.support.faults import DEBIAN_ETCD, a_learner, etcdctl
+from tests.support.waiting import wait_until
 
 
 def connect(endpoints: str, **options: object) -> Etcd:
-    return Etcd(EtcdConfig(parse_endpoints(endpoints), **{"timeout_s": 3.0, **options}))  # type: ignore[arg-type]
+    return Etcd(EtcdConfig(parse_endpoints(endpoints), **{"timeout_s": 60.0, **options}))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -240,7 +241,7 @@ def test_a_connection_that_another_thread_closes_meanwhile_is_replaced(
     elif call == "keep_alive":
         etcd.keep_alive(lease_id)
     else:
-        stream = etcd.watch("/k", revision, timeout_s=5)
+        stream = etcd.watch("/k", revision, timeout_s=60)
         assert next(iter(stream)).revision == revision
         stream.cancel()
 
@@ -254,7 +255,8 @@ def test_nothing_at_the_address_is_reported_at_once_with_the_address() -> None:
 
 def test_a_host_that_does_not_exist_is_reported() -> None:
     with pytest.raises(EtcdUnavailable, match=r"nosuch\.invalid:2379 cannot be reached"):
-        Registry.connect("nosuch.invalid:2379")
+        # the resolver of this machine may take its time
+        Registry.connect("nosuch.invalid:2379", timeout_s=60)
 
 
 def test_a_server_of_another_protocol_is_distinguished_from_etcd() -> None:
@@ -292,13 +294,13 @@ def test_a_silent_first_endpoint_is_passed_over(shared_etcd: LocalEtcd) -> None:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         with closing(
-            connect(f"127.0.0.1:{silent.getsockname()[1]},{shared_etcd.endpoint}", timeout_s=2.0)
+            connect(f"127.0.0.1:{silent.getsockname()[1]},{shared_etcd.endpoint}", timeout_s=6.0)
         ) as etcd:
             assert etcd.get("/nothing") is None
 
 
 def test_a_learner_as_the_only_endpoint_says_that_it_is_one(own_etcd: LocalEtcd) -> None:
-    with a_learner(own_etcd) as learner, closing(connect(learner.endpoint, timeout_s=1.0)) as etcd:
+    with a_learner(own_etcd) as learner, closing(connect(learner.endpoint, timeout_s=3.0)) as etcd:
         for call in (lambda: etcd.get("/k"), lambda: etcd.grant(5), lambda: put(etcd, "/k")):
             with pytest.raises(EtcdUnavailable, match=r"is a learner.*name a voting member"):
                 call()
@@ -314,7 +316,7 @@ def test_a_learner_is_passed_over_where_there_is_another_endpoint(own_etcd: Loca
 
 
 def test_a_call_survives_a_restart_of_etcd(own_etcd: LocalEtcd) -> None:
-    with closing(connect(own_etcd.endpoint, timeout_s=10.0)) as etcd:
+    with closing(connect(own_etcd.endpoint, timeout_s=60.0)) as etcd:
         put(etcd, "/k", b"kept")
         own_etcd.kill()
         starter = threading.Timer(0.3, own_etcd.start)
@@ -461,7 +463,7 @@ def test_following_ends_at_its_deadline_and_leaves_the_connection_to_others(
     put(etcd, "/f/1")
     connection = etcd._client
     with caplog.at_level(logging.WARNING):
-        assert len(list(Follower(etcd, "/f/", deadline=time.monotonic() + 0.3))) == 1
+        assert len(list(Follower(etcd, "/f/", deadline=time.monotonic() + 2))) == 1
     assert etcd._client is connection
     assert caplog.messages == []
 
@@ -495,7 +497,7 @@ def test_a_watch_that_is_over_leaves_no_call_for_the_interpreters_end(
             assert kept.value.__cause__ is None
         else:
             batches.close()  # type: ignore[attr-defined]
-        assert call() is None
+        wait_until(lambda: call() is None)  # a thread of gRPC may still have it for a moment
         assert list(stream) == []
 
 
@@ -524,8 +526,8 @@ def test_history_that_was_compacted_is_reported(own_etcd: LocalEtcd) -> None:
 
 def test_following_goes_on_across_a_restart_without_a_gap(own_etcd: LocalEtcd) -> None:
     with (
-        closing(connect(own_etcd.endpoint, timeout_s=10.0)) as etcd,
-        closing(connect(own_etcd.endpoint, timeout_s=10.0)) as writer,
+        closing(connect(own_etcd.endpoint, timeout_s=60.0)) as etcd,
+        closing(connect(own_etcd.endpoint, timeout_s=60.0)) as writer,
     ):
         updates = iter(Follower(etcd, "/f/"))
         next(updates)
@@ -541,8 +543,8 @@ def test_following_a_wiped_etcd_begins_again_even_if_it_has_grown_past_the_old_r
     own_etcd: LocalEtcd,
 ) -> None:
     with (
-        closing(connect(own_etcd.endpoint, timeout_s=10.0)) as etcd,
-        closing(connect(own_etcd.endpoint, timeout_s=10.0)) as writer,
+        closing(connect(own_etcd.endpoint, timeout_s=60.0)) as etcd,
+        closing(connect(own_etcd.endpoint, timeout_s=60.0)) as writer,
     ):
         put(writer, "/f/old")
         updates = iter(Follower(etcd, "/f/"))

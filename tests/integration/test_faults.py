@@ -99,6 +99,10 @@ def losses(events: list[Event]) -> list[str]:
     return [event.reason for event in events if isinstance(event, RankLost)]
 
 
+def returns(events: list[Event]) -> list[Event]:
+    return [event for event in events if isinstance(event, RankJoined)]
+
+
 def events_up_to_now(watch: Watch) -> list[Event]:
     """What comes until nothing has come for longer than a blip is waited for."""
     events: list[Event] = []
@@ -134,14 +138,14 @@ def test_an_etcd_that_stalls_for_longer_than_the_lease_has_the_rank_back_afterwa
             etcd.resume()
             # the lease may expire only now, and the rank be away for a moment
             events = events_up_to_now(watch)
+            if len(losses(events)) > len(returns(events)):
+                events += events_until(watch, joined_again(registration))
             (record,) = registry.resolve("a", 60)
             assert record.incarnation == registration.record.incarnation
             assert registry.manifest(record) == MANIFEST
         # Whether the lease outlived the stall is etcd's affair; a loss that was seen must have been
         # followed by a return.
-        assert len(losses(events)) == len(
-            [event for event in events if isinstance(event, RankJoined)]
-        )
+        assert len(losses(events)) == len(returns(events))
 
 
 def test_the_loss_of_the_data_of_etcd_is_a_blip_for_no_rank_of_many(etcd: LocalEtcd) -> None:
@@ -426,12 +430,15 @@ def with_left(count, call):
             os.close(descriptor)
 
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-connect = lambda: Registry.connect(sys.argv[1], namespace=sys.argv[2], timeout_s=0.5)
+left = int(sys.argv[4])
+# a connection that lacks descriptors is tried for as long as it has time
+timeout_s = 0.5 if sys.argv[3] == "connect" and left < 8 else 60
+connect = lambda: Registry.connect(sys.argv[1], namespace=sys.argv[2], timeout_s=timeout_s)
 if sys.argv[3] == "connect":
-    with_left(int(sys.argv[4]), lambda: connect().close())
+    with_left(left, lambda: connect().close())
 else:
     with connect() as registry:
-        with_left(int(sys.argv[4]), lambda: register(registry).withdraw())
+        with_left(left, lambda: register(registry).withdraw())
 """
 
 

@@ -35,7 +35,7 @@ def own_etcd(binary: str) -> Iterator[LocalEtcd]:
         yield etcd
 
 
-def connect(endpoints: str, timeout_s: float = 10.0) -> Etcd:
+def connect(endpoints: str, timeout_s: float = 60.0) -> Etcd:
     return Etcd(EtcdConfig(parse_endpoints(endpoints), timeout_s=timeout_s))
 
 
@@ -172,7 +172,7 @@ def test_renewals_go_on_at_another_member_when_theirs_is_killed(binary: str) -> 
 def test_a_renewal_that_etcd_does_not_answer_fails_in_time_and_on_a_new_stream_the_next_succeeds(
     own_etcd: LocalEtcd,
 ) -> None:
-    with closing(connect(own_etcd.endpoint, timeout_s=1.0)) as etcd:
+    with closing(connect(own_etcd.endpoint, timeout_s=3.0)) as etcd:
         lease_id = etcd.grant(60)
         etcd.keep_alive(lease_id)
         own_etcd.pause()
@@ -220,7 +220,7 @@ def _no_collector() -> Iterator[None]:
 def test_a_connection_that_is_over_leaves_no_call_of_renewals_for_the_interpreters_end(
     own_etcd: LocalEtcd, how: str
 ) -> None:
-    etcd = connect(own_etcd.endpoint, timeout_s=0.5)
+    etcd = connect(own_etcd.endpoint, timeout_s=3.0)
     etcd.keep_alive(lease_id := etcd.grant(60))
     _, stream = etcd._renewals
     assert stream is not None

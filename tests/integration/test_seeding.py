@@ -434,7 +434,7 @@ def test_a_start_that_has_waited_long_enough_reads_alone(
 
 
 def connect(etcd: LocalEtcd) -> Registry:
-    return Registry.connect(etcd.endpoint, timeout_s=0.5)
+    return Registry.connect(etcd.endpoint, timeout_s=3)
 
 
 def test_without_etcd_the_disk_is_read_and_the_rank_is_not_published(
