@@ -149,6 +149,7 @@ def test_a_register_that_is_interrupted_at_any_line_leaves_nothing(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_close_that_is_interrupted_at_any_line_is_finished_by_the_next(
     registry: Registry, etcd: Etcd
 ) -> None:
