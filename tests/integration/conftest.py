@@ -132,11 +132,12 @@ def fork_server() -> ForkServer:
 def _only_ours(env: Mapping[str, str]) -> bool:
     """Nothing that Python or a library reads when it is imported differs from this process.
 
-    Coverage is such a thing: it measures programs that start on their own.
+    The transfer engine reads MC_*, but the server does not import it. Coverage is such a thing: it
+    measures programs that start on their own.
     """
     differ = {name for name in {*env, *os.environ} if env.get(name) != os.environ.get(name)}
     return "COVERAGE_PROCESS_CONFIG" not in env and all(
-        name.startswith(("ENGINES_", "PYTEST_", "TEST_")) for name in differ
+        name.startswith(("ENGINES_", "MC_", "PYTEST_", "TEST_")) for name in differ
     )
 
 
@@ -186,7 +187,7 @@ class Processes:
     def run(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
         """`engines ARGS` to its end."""
         process = self.engines(*args, **env)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=100)
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
     def rank(self, instance: str, rank: int, world_size: int, *args: str) -> subprocess.Popen[str]:

@@ -581,7 +581,7 @@ def rss_nbytes(pid: int) -> int:
 
 def test_200_clients_at_once_are_all_answered(gateway: Gateway, seed: Callable[..., Seed]) -> None:
     seed(gateway.url, tensors=300)
-    together = threading.Barrier(200)
+    together = threading.Barrier(200, timeout=60)
 
     def ask(number: int) -> int:
         together.wait()
