@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sysconfig
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib import metadata
@@ -125,7 +126,8 @@ def processes_marked(mark: str) -> list[str]:
 def test_nothing_fails_where_all_is_well_and_nothing_stays(
     doctor: Any, own_etcd: LocalEtcd, tmp_path: Path
 ) -> None:
-    seen = doctor(own_etcd.endpoint, TMPDIR=str(tmp_path), DOCTOR_TEST="sound")
+    mark = uuid.uuid4().hex
+    seen = doctor(own_etcd.endpoint, TMPDIR=str(tmp_path), DOCTOR_TEST=mark)
     assert not seen.failed, seen.checks
     assert [
         seen.status(f"etcd.{check}")
@@ -138,7 +140,7 @@ def test_nothing_fails_where_all_is_well_and_nothing_stays(
     assert all_keys(own_etcd.endpoint) == ()
     assert etcdctl(own_etcd.endpoint, "lease", "list").splitlines() == ["found 0 leases"]
     assert list(tmp_path.iterdir()) == []
-    assert processes_marked("DOCTOR_TEST=sound") == []
+    assert processes_marked(mark) == []
 
 
 @pytest.mark.slow
@@ -669,10 +671,8 @@ def test_a_client_of_etcd_that_cannot_be_imported_is_a_finding_and_the_rest_is_l
 def test_an_interruption_leaves_nothing(
     processes: Processes, own_etcd: LocalEtcd, number: int, code: int
 ) -> None:
-    mark = f"DOCTOR_TEST=interrupted{number}"
-    process = processes.engines(
-        "doctor", ENGINES_ETCD=own_etcd.endpoint, DOCTOR_TEST=mark.partition("=")[2]
-    )
+    mark = uuid.uuid4().hex
+    process = processes.engines("doctor", ENGINES_ETCD=own_etcd.endpoint, DOCTOR_TEST=mark)
     wait_until(lambda: len(processes_marked(mark)) == 2)  # the probe runs
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -684,8 +684,8 @@ def test_an_interruption_leaves_nothing(
 def test_the_probe_ends_with_a_doctor_that_is_killed(
     processes: Processes, own_etcd: LocalEtcd
 ) -> None:
-    mark = "DOCTOR_TEST=killed"
-    process = processes.engines("doctor", ENGINES_ETCD=own_etcd.endpoint, DOCTOR_TEST="killed")
+    mark = uuid.uuid4().hex
+    process = processes.engines("doctor", ENGINES_ETCD=own_etcd.endpoint, DOCTOR_TEST=mark)
     wait_until(lambda: len(processes_marked(mark)) == 2)
     process.kill()
     wait_until(lambda: processes_marked(mark) == [])

@@ -165,7 +165,7 @@ def test_a_rank_serves_its_registration_and_who_has_read_from_it(
         assert processes.run("load", "a", "--rank", "0", *options).returncode == Exit.DONE
     wait_until(lambda: (scraped("loader_pulls_served_total"), scraped("loader_pulls")) == (2, 0))
     wait_until(lambda: (scraped("registry_keepalive_seconds_count") or 0) >= 2)
-    assert 0 < (scraped("registry_keepalive_seconds_sum") or 0) < 10
+    assert (scraped("registry_keepalive_seconds_sum") or 0) > 0
     server.send_signal(signal.SIGTERM)
     out, err = server.communicate(timeout=60)
     assert (server.returncode, out) == (Exit.DONE, "withdrew a/0\n")

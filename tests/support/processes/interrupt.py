@@ -164,7 +164,7 @@ def main(kind: str, first: str, seeds: str) -> None:
         a_life(kind, registry, "warm-up")
         etcd = Etcd(EtcdConfig(parse_endpoints(endpoint), namespace))
         for seed in range(int(first), int(first) + int(seeds)):
-            instance = f"seed{seed}"
+            instance = f"seed{seed}-{os.getpid()}"  # keepers are found in the whole machine
             steps = live_through(a_life(kind, registry, instance), random.Random(seed))
             print(f"{seed} {', '.join(steps)}: {left(etcd, instance)}", flush=True)
         etcd.close()
