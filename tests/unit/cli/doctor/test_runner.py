@@ -297,12 +297,12 @@ def test_a_probe_that_crashes_is_reported_with_its_end(
 def test_closing_ends_a_probe_that_hangs_and_may_be_repeated(
     running: list[Probe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     probe = probe_that_runs("import time; time.sleep(1000)", running, monkeypatch)
     probe.close()
     probe.close()
     assert probe._process.returncode == -9
-    wait_until(lambda: threading.active_count() == threads)
+    wait_until(lambda: set(threading.enumerate()) <= before)
 
 
 def test_json_of_a_finding_has_four_fields() -> None:
