@@ -208,7 +208,7 @@ class Processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for process in self._started:
-            process.communicate(timeout=60)
+            process.communicate(timeout=100)
 
 
 def children_of(pid: int) -> list[int]:

@@ -25,7 +25,7 @@ from engine_registry.etcd.follow import Follower
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.schema.keyvalue import Batch, Snapshot
 
-LONG_S = 100.0  # the limit of a test would end a load that waits for so long
+LONG_S = 1000.0  # the limit of a test would end a load that waits for so long
 MODEL = ModelIdentity("nowhere")
 
 Load = Callable[[Registry, Engine, LoadOptions], object]

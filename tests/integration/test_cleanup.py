@@ -470,7 +470,7 @@ def test_hooks_get_each_event_and_a_failing_one_does_not_stop_the_watch(
     # else the signal would keep some from running
     wait_until(lambda: seen.exists() and len(seen.read_text().splitlines()) == 8)
     watch.send_signal(signal.SIGTERM)
-    _, err = watch.communicate(timeout=60)
+    _, err = watch.communicate(timeout=100)
     assert watch.returncode == 0
     assert err.count("failed with code 3") == 4
     lines = seen.read_text().splitlines()

@@ -138,7 +138,7 @@ def test_a_rank_served_from_a_file_is_listed_shown_loaded_and_withdrawn(
     )
 
     server.send_signal(signal.SIGTERM)
-    out, err = server.communicate(timeout=60)
+    out, err = server.communicate(timeout=100)
     assert (server.returncode, out, err) == (0, "withdrew a/0\n", "")
     assert engines("list").stdout == "no instance is registered\n"
 
@@ -180,7 +180,7 @@ def test_register_from_peers_copies_what_runs_and_else_reads_the_files(
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     for process in (first, second):
         process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=60)[1] == ""
+        assert process.communicate(timeout=100)[1] == ""
     assert_one_line(engines("register", *register_b()), Exit.USAGE, "add --model NAME")
 
 
@@ -255,14 +255,14 @@ def test_register_from_peers_that_waits_ends_with_a_signal(
 def test_ctrl_c_withdraws(engines: Engines, weights: Path, registry: Registry) -> None:
     server = engines.serve(weights)
     server.send_signal(signal.SIGINT)
-    assert server.communicate(timeout=60)[0] == "withdrew a/0\n"
+    assert server.communicate(timeout=100)[0] == "withdrew a/0\n"
     assert server.returncode == Exit.DONE
     assert registry.instances() == ()
 
 
 def test_a_server_with_until_eof_ends_with_its_parent(engines: Engines, weights: Path) -> None:
     server = engines.serve(weights, "--until-eof")
-    out, _ = server.communicate(timeout=60)  # closes its standard input
+    out, _ = server.communicate(timeout=100)  # closes its standard input
     assert (server.returncode, out) == (0, "withdrew a/0\n")
 
 
@@ -272,7 +272,7 @@ def test_eviction_ends_the_server_with_an_error_that_says_so(
     server = engines.serve(weights, "--ttl", "2")
     evicted = engines("evict", "a")
     assert (evicted.returncode, evicted.stdout.startswith("evicted a/0 (host")) == (0, True)
-    _, err = server.communicate(timeout=60)
+    _, err = server.communicate(timeout=100)
     assert server.returncode == Exit.FAILED
     assert "was evicted: the registration has ended" in err
     assert_one_line(engines("evict", "a"), Exit.INSTANCE, "'a' is not registered")
@@ -365,7 +365,7 @@ def test_a_signal_stops_the_hooks_and_logs_how_many_were_not_run(
         assert [line_of(watch).split()[2] for _ in range(2)] == ["joined:", "ready:"]
         wait_until(lambda: log.exists() and bool(log.read_text()))
         watch.send_signal(signal.SIGTERM)
-        _, err = watch.communicate(timeout=60)
+        _, err = watch.communicate(timeout=100)
     assert watch.returncode == Exit.DONE
     assert log.read_text() == "rank_joined ready\n"
     assert "hooks that were not run: 1" in err
@@ -380,7 +380,7 @@ def test_a_second_signal_ends_the_hook_that_runs_and_the_watch(
         wait_until(lambda: log.exists() and bool(log.read_text()))
         watch.send_signal(signal.SIGINT)
         watch.send_signal(signal.SIGTERM)
-        _, err = watch.communicate(timeout=60)
+        _, err = watch.communicate(timeout=100)
     # done where the hook's end was all that it waited for
     assert watch.returncode in (
         Exit.INTERRUPTED,
@@ -402,7 +402,7 @@ def test_a_watch_that_cleans_ends_at_a_signal_although_etcd_hangs(
         own_etcd.pause()
         try:
             watch.send_signal(signal.SIGTERM)
-            _, err = watch.communicate(timeout=60)
+            _, err = watch.communicate(timeout=100)
         finally:
             own_etcd.resume()
     assert (watch.returncode, err) == (Exit.DONE, "")
@@ -422,7 +422,7 @@ def test_a_dry_run_of_a_cleanup_says_what_it_would_evict(
         said = [line_of(watch).split("  ", 1)[1] for _ in range(3)]
         assert said[2] == "a cleaned up: would evict rank 0, as rank 1 did not come back\n"
         watch.send_signal(signal.SIGTERM)
-        assert watch.communicate(timeout=60) == ("", "")
+        assert watch.communicate(timeout=100) == ("", "")
         assert [record.rank for record in registry.ranks("a")] == [0]
 
 
@@ -440,7 +440,7 @@ def test_three_watches_that_clean_evict_once(engines: Engines, registry: Registr
         seen = [read_until(watch, "instance_gone") for watch in watches]
         for watch in watches:
             watch.send_signal(signal.SIGTERM)
-            assert watch.communicate(timeout=60) == ("", "")
+            assert watch.communicate(timeout=100) == ("", "")
     cleaned = [event for events in seen for event in events if event["event"] == "instance_cleaned"]
     assert [(event["evicted"], event["lost"]["rank"]) for event in cleaned] == [([0], 1)]
     for events in seen:
@@ -480,7 +480,7 @@ def test_a_server_that_is_asked_to_end_waits_for_its_readers_until_it_is_asked_a
             server.send_signal(signal.SIGTERM)
         else:
             ticket.close()
-        out, _ = server.communicate(timeout=60)
+        out, _ = server.communicate(timeout=100)
         assert (server.returncode, out) == (Exit.DONE, "withdrew a/0\n")
         assert registry.instances() == ()
 
@@ -740,7 +740,7 @@ def _in_shell(command: str, shared_etcd: LocalEtcd, **env: str) -> subprocess.Co
     script = f'engines() {{ "{sys.executable}" -m engine_cli "$@"; }}; {command}'
     env = {**os.environ, "ENGINES_ETCD": shared_etcd.endpoint, **env}
     return subprocess.run(
-        ["bash", "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT, env=env
+        ["bash", "-c", script], capture_output=True, text=True, timeout=100, cwd=ROOT, env=env
     )
 
 
@@ -816,7 +816,7 @@ def test_a_server_withdraws_when_its_terminal_is_closed(
 ) -> None:
     server = engines.serve(weights)
     server.send_signal(number)
-    assert server.communicate(timeout=60) == ("withdrew a/0\n", "")
+    assert server.communicate(timeout=100) == ("withdrew a/0\n", "")
     assert server.returncode == Exit.DONE
     assert registry.instances() == ()
 
@@ -843,7 +843,7 @@ def test_ctrl_c_during_the_import_of_torch_is_not_lost(
     while line_of(process) != "importing\n":
         pass
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate("\n", timeout=60)
+    _, err = process.communicate("\n", timeout=100)
     assert (process.returncode, err.strip()) == (Exit.INTERRUPTED, "engines: interrupted")
 
 
@@ -929,7 +929,7 @@ def test_the_demo_leaves_no_process_and_no_file_behind(
         if number and line.startswith("registered demo/0"):
             demo.send_signal(number)
             break
-    _, err = demo.communicate(timeout=60)
+    _, err = demo.communicate(timeout=100)
     assert demo.returncode == (
         -number if number == signal.SIGKILL else 128 + number if number else 0
     ), err
@@ -1160,7 +1160,7 @@ def test_a_load_that_serves_ends_when_it_is_evicted(engines: Engines, weights: P
     )
     assert json.loads(line_of(copy))["nbytes"] > 0
     wait_until(lambda: engines("evict", "copy").returncode == Exit.DONE)
-    out, err = copy.communicate(timeout=60)
+    out, err = copy.communicate(timeout=100)
     assert (copy.returncode, out) == (Exit.FAILED, "")
     assert "copy/0 was evicted" in err
 
@@ -1433,7 +1433,7 @@ def test_a_load_of_whole_tensors_that_is_ended_by_a_signal_leaves_no_file(
 ) -> None:
     _, load = long_load()
     load.send_signal(number)
-    out, err = load.communicate(timeout=60)
+    out, err = load.communicate(timeout=100)
     assert (load.returncode, out) == (128 + number, "")
     assert err.strip() == (
         "engines: interrupted" if number is signal.SIGINT else f"engines: ended by {number.name}"
@@ -1446,6 +1446,6 @@ def test_a_load_of_whole_tensors_whose_source_is_killed_leaves_no_file(
 ) -> None:
     server, load = long_load()
     server.kill()
-    out, err = load.communicate(timeout=60)
+    out, err = load.communicate(timeout=100)
     assert_one_line(subprocess.CompletedProcess((), load.returncode, out, err), Exit.INSTANCE)
     assert not (tmp_path / "new").exists()

@@ -68,7 +68,7 @@ def test_a_rank_drains_after_sigterm_and_its_code_is_the_containers(
 ) -> None:
     started(container)
     container.send_signal(signal.SIGTERM)
-    out, _ = container.communicate(timeout=60)
+    out, _ = container.communicate(timeout=100)
     assert (out, container.returncode) == ("drained\n", 7)
 
 
@@ -78,6 +78,6 @@ def test_the_shell_stays_for_a_second_after_a_rank_that_was_killed(
     engine = started(container)
     assert not (tmp_path / "slept").exists()
     os.kill(engine, signal.SIGKILL)
-    container.communicate(timeout=60)
+    container.communicate(timeout=100)
     assert container.returncode == 128 + signal.SIGKILL
     assert (tmp_path / "slept").read_text() == "1\n"

@@ -602,7 +602,7 @@ def in_path(folder: Path, code: str = "") -> list[str]:
 
 def ran(processes: Processes, *command: str) -> Seen:
     process = processes.start(*command)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=100)
     return Seen(subprocess.CompletedProcess(command, process.returncode, out, err))
 
 
@@ -675,7 +675,7 @@ def test_an_interruption_leaves_nothing(
     process = processes.engines("doctor", ENGINES_ETCD=own_etcd.endpoint, DOCTOR_TEST=mark)
     wait_until(lambda: len(processes_marked(mark)) == 2)  # the probe runs
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (code, ""), err
     wait_until(lambda: processes_marked(mark) == [])
     assert all_keys(own_etcd.endpoint) == ()

@@ -39,7 +39,7 @@ def start(*hosts: str, limit: int = 0, **env: str) -> str:
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -102,7 +102,7 @@ def test_a_library_that_others_have_loaded_keeps_the_family_that_it_has() -> Non
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
     assert "was loaded to speak IPv4" in done.stdout

@@ -35,7 +35,7 @@ def test_a_process_that_an_error_ends_has_the_exit_status_of_python_and_says_whi
     assert line_of(source) == "version 0\n"
     start = processes.start if forked else processes.start_anew
     process = start("-m", "tests.support.processes.error", name, ending, str(source.pid))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=100)
     error, _ = ERRORS[name]
     assert process.returncode == (-signal.SIGINT if error == "KeyboardInterrupt" else 1), err
     said = [line for line in err.splitlines() if not line.startswith(NATIVE)]

@@ -458,7 +458,9 @@ def test_a_process_without_descriptors_gets_an_error_that_says_so(
         call,
         str(left),
     ]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     count, _, said = ran.stdout.strip().partition(" ")
     assert count == str(left)

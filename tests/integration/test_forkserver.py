@@ -64,7 +64,7 @@ def test_it_has_its_arguments_folder_environment_pipes_and_exit_status(
 def test_it_ends_where_its_input_ends(start: Start) -> None:
     process = start()
     line_of(process)
-    process.communicate(timeout=60)
+    process.communicate(timeout=100)
     assert process.returncode == 0
 
 
@@ -90,7 +90,7 @@ def test_it_can_be_waited_for_with_more_than_a_thousand_descriptors_open(start: 
         line_of(process)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.01)
-        process.communicate(timeout=60)
+        process.communicate(timeout=100)
         assert process.returncode == 0
 
 
@@ -98,7 +98,7 @@ def test_it_gets_ctrl_c_though_the_server_does_not(start: Start) -> None:
     process = start()
     line_of(process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=100)
     assert (process.returncode, "KeyboardInterrupt" in err) == (-signal.SIGINT, True)
 
 
@@ -117,6 +117,6 @@ def test_a_program_with_another_environment_for_python_imports_all_by_itself(
     processes: Processes,
 ) -> None:
     process = processes.start("-m", "this", cwd=ROOT, PYTHONHASHSEED="1")
-    process.communicate(timeout=60)
+    process.communicate(timeout=100)
     assert type(process) is subprocess.Popen
     assert "PYTHONHASHSEED" not in os.environ

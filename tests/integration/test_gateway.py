@@ -800,7 +800,7 @@ def test_the_command_ends_in_order_on_a_signal(
     process, url = gateway_process("--log-level", "info")
     seed(url)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert [
         line for line in err.splitlines() if "/engines/q/0 registered: 2 tensors" in line

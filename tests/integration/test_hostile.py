@@ -152,7 +152,7 @@ def test_a_watch_goes_on_whatever_is_written(
         while "good ready" not in lines[-1]:
             lines.append(line_of(watch))
         watch.send_signal(signal.SIGTERM)
-        out, err = watch.communicate(timeout=60)
+        out, err = watch.communicate(timeout=100)
     assert (watch.returncode, err) == (Exit.DONE, "")
     for line in (*lines, out):
         assert_harmless(line)

@@ -395,7 +395,7 @@ def test_a_process_ends_in_order_though_its_contacts_come_to_an_end_at_that_very
     slow = framed(b" " * 200)
     with HostilePeer(says(*(bytes([byte]) for byte in slow), pause_s=0.002)) as peer:
         process = processes.start("-c", CONTACTS_AT_EXIT, peer.session_id, manner)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=100)
     assert (process.returncode, "terminate called" in err) == (0, False)
 
 
@@ -433,7 +433,7 @@ def test_a_process_ends_in_order_though_threads_are_in_the_middle_of_reads(
     processes: Processes, time: int
 ) -> None:
     process = processes.start("-c", READS_AT_EXIT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=100)
     assert (process.returncode, "terminate called" in err) == (0, False)
 
 

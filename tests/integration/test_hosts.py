@@ -195,7 +195,7 @@ def test_nothing_is_left_of_hosts_whose_maker_is_gone(
 def test_nothing_is_left_of_hosts_whose_block_fails(processes: Processes) -> None:
     maker = processes.start("-c", MAKES_A_HOST.format(then="input()\n    1 / 0"))
     namespace = int(line_of(maker))
-    _, err = maker.communicate("\n", timeout=60)
+    _, err = maker.communicate("\n", timeout=100)
     assert "ZeroDivisionError" in err
     assert not _processes_in(namespace)
 

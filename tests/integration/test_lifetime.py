@@ -214,7 +214,7 @@ def test_a_process_that_closes_nothing_ends_all_the_same(option: str) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -164,6 +164,6 @@ def test_a_signal_ends_a_running_etcd_with_its_data(
     assert line_of(server).startswith("etcd is ready")
     assert list(tmp_path.iterdir())
     server.send_signal(number)
-    out, err = server.communicate(timeout=60)
+    out, err = server.communicate(timeout=100)
     assert (server.returncode, out, err) == (Exit.DONE, "etcd has ended\n", "")
     assert list(tmp_path.iterdir()) == []

@@ -143,7 +143,7 @@ def test_a_watch_serves_what_it_sees_and_a_killed_rank_counts_once_by_its_reason
     assert scraped("registry_ranks", instance="a", state="ready") is None
 
     watch.send_signal(signal.SIGTERM)
-    out, err = watch.communicate(timeout=60)
+    out, err = watch.communicate(timeout=100)
     assert (watch.returncode, err) == (Exit.DONE, "")
     # stdout has events, and nothing but events
     events = [json.loads(line)["event"] for line in out.splitlines()]
@@ -167,7 +167,7 @@ def test_a_rank_serves_its_registration_and_who_has_read_from_it(
     wait_until(lambda: (scraped("registry_keepalive_seconds_count") or 0) >= 2)
     assert (scraped("registry_keepalive_seconds_sum") or 0) > 0
     server.send_signal(signal.SIGTERM)
-    out, err = server.communicate(timeout=60)
+    out, err = server.communicate(timeout=100)
     assert (server.returncode, out) == (Exit.DONE, "withdrew a/0\n")
     logged = [json.loads(line) for line in err.splitlines()]
     assert [each["fields"]["event"] for each in logged] == ["disk_read", "registered", "withdrawn"]
@@ -215,7 +215,7 @@ def test_clients_that_say_nothing_or_hang_up_keep_nobody_from_scraping(
             rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     assert scraped("registry_instances", state="ready") == 0
     watch.send_signal(signal.SIGTERM)
-    _, err = watch.communicate(timeout=60)
+    _, err = watch.communicate(timeout=100)
     assert (watch.returncode, err) == (Exit.DONE, "")
     for each in idle:
         each.close()
@@ -253,13 +253,13 @@ def test_without_prometheus_client_all_works_but_metrics_which_say_what_to_insta
     server = processes.start("-c", _HIDDEN, *args)
     assert line_of(server).startswith("registered")
     loader = processes.start("-c", _HIDDEN, "load", "a", "--rank", "0", *options)
-    out, err = loader.communicate(timeout=60)
+    out, err = loader.communicate(timeout=100)
     assert (loader.returncode, out.startswith("loaded a/0"), err) == (Exit.DONE, True, "")
     watch = processes.start("-c", _HIDDEN, "watch", "--namespace", namespace, "--json")
     assert json.loads(line_of(watch))["event"] == "rank_joined"
     for command in (args, ("watch", "--namespace", namespace)):
         refused = processes.start("-c", _HIDDEN, *command, "--metrics-port", "0")
-        out, err = refused.communicate(timeout=60)
+        out, err = refused.communicate(timeout=100)
         assert (refused.returncode, out) == (Exit.FAILED, "")
         assert err == (
             "engines: error: metrics need prometheus_client: pip install "
@@ -518,7 +518,7 @@ def test_the_transfer_engines_log_shows_with_debug_and_only_then(
         ran = processes.run("load", *args, *debug, **noisy)
         assert ran.returncode == Exit.DONE
         server.send_signal(signal.SIGTERM)
-        _, err = server.communicate(timeout=60)
+        _, err = server.communicate(timeout=100)
         for text in (ran.stderr, err):
             assert bool(engine_line.search(text)) is bool(debug)
             assert debug or text == ""
@@ -578,8 +578,8 @@ def test_what_a_process_of_these_tests_says_when_it_fails_is_free_of_the_transfe
     source = processes.start(
         "-m", "tests.support.processes.source", "a", "1000", ENGINES_ETCD="127.0.0.1:1"
     )
-    _, err = source.communicate(timeout=60)
+    _, err = source.communicate(timeout=100)
     assert err.splitlines()[-1].startswith("engine_registry.errors.EtcdUnavailable: ")
     good = processes.start("-m", "tests.support.processes.source", "a", "100000")
     assert line_of(good) == "version 0\n"
-    assert good.communicate(timeout=60) == ("", "")  # ends with its input
+    assert good.communicate(timeout=100) == ("", "")  # ends with its input

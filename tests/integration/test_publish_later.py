@@ -81,7 +81,7 @@ def lead(registry: Registry) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(350)
 def test_of_8_processes_that_publish_what_they_make_of_their_weights_one_reads(
     processes: Processes, registry: Registry, tmp_path: Any
 ) -> None:

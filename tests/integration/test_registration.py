@@ -526,7 +526,7 @@ def test_a_copy_of_the_handle_in_a_forked_child_changes_and_withdraws_nothing(
     environment = {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"}
     forking = [sys.executable, "-c", FORKS, shared_etcd.endpoint, namespace]
     done = subprocess.run(
-        forking, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+        forking, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.stdout.splitlines() == ["0 [0]", "[2]"], done.stderr
 
@@ -562,7 +562,7 @@ def test_a_rank_that_becomes_another_program_while_a_forked_child_lives_loses_it
     environment = {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"}
     command = [sys.executable, "-c", BECOMES_ANOTHER_PROGRAM, shared_etcd.endpoint, namespace]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.stdout.splitlines() == ["True 1"], done.stderr
 

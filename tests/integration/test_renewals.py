@@ -252,6 +252,6 @@ def test_a_process_that_never_closes_its_connection_ends_all_the_same(own_etcd: 
     for _ in range(5):
         command = [sys.executable, "-W", "error", "-c", NEVER_CLOSES, own_etcd.endpoint]
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+            command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "60.0\n", "")

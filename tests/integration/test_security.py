@@ -143,7 +143,7 @@ class Engines:
 
     def __call__(self, user: str, command: str, *args: str) -> subprocess.CompletedProcess[str]:
         process = self.start(user, command, *args)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=100)
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
     def serve(self, weights: Path, instance: str = "qwen-a", *args: str) -> subprocess.Popen[str]:
@@ -183,7 +183,7 @@ def weights(tmp_path: Path) -> Path:
 def end(process: subprocess.Popen[str]) -> str:
     """What it has said on standard error."""
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=100)
     assert process.returncode == Exit.DONE, err
     return err
 
@@ -320,7 +320,7 @@ def test_a_rank_that_starts_from_peers_takes_its_turn_if_it_may_and_else_reads_i
         assert secured.etcdctl("get --prefix /prod/elections/seed/") == ""
         return
     server.send_signal(signal.SIGTERM)
-    _, err = server.communicate(timeout=60)
+    _, err = server.communicate(timeout=100)
     assert server.returncode == Exit.DONE
     assert "reads its weights, although others may read them too" in err
 
