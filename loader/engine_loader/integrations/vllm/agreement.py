@@ -25,11 +25,16 @@ def agree(value: T, group: Any) -> T:
 
 def all_agree(good: bool, group: Any) -> bool:
     """Whether it is so for all of them."""
+    return all(gathered(good, group))
+
+
+def gathered(value: T, group: Any) -> list[T]:
+    """The values of all of them, by rank."""
     if group.world_size == 1:
-        return good
-    answers: list[bool] = [False] * group.world_size
-    torch.distributed.all_gather_object(answers, good, group=group.cpu_group)
-    return all(answers)
+        return [value]
+    answers: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(answers, value, group=group.cpu_group)
+    return answers
 
 
 def together(
