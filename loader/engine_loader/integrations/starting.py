@@ -77,6 +77,7 @@ class ModelStart:
         self._again: Again = _nothing
         self._module: Callable[[], nn.Module | None] = lambda: None
         self._extra_nbytes = 0
+        self.copied_version = 0  # of peers; the engine's loader reads version 0
         self.discarded = False  # the engine has thrown the weights away while they are paused
 
     @property
@@ -120,6 +121,8 @@ class ModelStart:
         """
         reading = Reading(read)
         self._seeded = self._try(lambda: self._load_or_seed(tensors, reading), reading)
+        if self._seeded is not None and self._seeded.report is not None:
+            self.copied_version = self._seeded.report.version
         if self._seeded is None and not reading.done:
             reading()
 

@@ -1,5 +1,8 @@
-"""`vllm serve` as a user starts it: new processes, the plugin found by its entry point, and vLLM's
+"""vLLM's server as a user starts it: new processes, the plugin found by its entry point, and vLLM's
 own routes.
+
+The command `vllm` of the build for CPUs does not start, because it asks for the version of a
+package `vllm`, so the test starts the module that `vllm serve` runs.
 """
 
 from __future__ import annotations
@@ -26,17 +29,17 @@ from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 Checkpoint = Callable[..., str]
-# RPC over HTTP for trainers; the others keep it small and off the network
+_MODULE = "vllm.entrypoints.openai.api_server"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_SERVER_DEV_MODE": "1",  # with the routes for trainers
 }
 
 
 class Server:
-    """A `vllm serve` on a free port."""
+    """A server on a free port."""
 
     def __init__(self, model: str, log: Path, *options: str) -> None:
         self.log = log
@@ -45,7 +48,7 @@ class Server:
         small = ["--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager"]
         with log.open("w") as lines:
             self._process = subprocess.Popen(
-                [PYTHON.with_name("vllm"), "serve", model, *where, *small, *options],
+                [PYTHON, "-m", _MODULE, "--model", model, *where, *small, *options],
                 stdout=lines,
                 stderr=lines,
                 start_new_session=True,

@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,8 +53,7 @@ class EngineProcess:
 
     def start(
         self, model: str, settings: dict[str, Any], env: dict[str, str], patches: list[str]
-    ) -> dict[str, float]:
-        """The seconds that the start and the first token took."""
+    ) -> None:
         from vllm import LLM
 
         from tests.engines.vllm import patches as known
@@ -63,7 +61,6 @@ class EngineProcess:
         os.environ.update(env)
         for name in patches:
             getattr(known, name)()
-        began = time.monotonic()
         common = {
             "dtype": "bfloat16",
             "enforce_eager": True,
@@ -72,9 +69,6 @@ class EngineProcess:
             "seed": 0,
         }
         self.llm = LLM(model=model, **{**common, **settings})
-        started = time.monotonic()
-        self._generate(PROMPTS[0], 1)
-        return {"start_s": started - began, "first_token_s": time.monotonic() - began}
 
     def generate(self) -> list[list[int]]:
         """The tokens for each prompt. One prompt at a time: what is computed in one batch depends

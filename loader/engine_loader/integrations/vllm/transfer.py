@@ -25,12 +25,12 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from engine_loader.errors import SourceLost, TornRead, VersionUnavailable
+from engine_loader.errors import VersionUnavailable
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import Connection
 from engine_loader.integrations.logs import join_log
 from engine_loader.integrations.vllm import NAME
-from engine_loader.integrations.vllm.agreement import agree, all_agree
+from engine_loader.integrations.vllm.agreement import agree, together
 from engine_loader.loading.catalogue import Catalogue, read_catalogue
 from engine_loader.options import LoadOptions
 from engine_registry.errors import InvalidField
@@ -38,8 +38,6 @@ from engine_registry.schema.numbers import whole_or_none
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
-_ATTEMPTS = 3  # a trainer that publishes a new step meanwhile is begun with again
-_AGAIN = (TornRead, SourceLost, VersionUnavailable)
 
 
 @dataclass
@@ -135,16 +133,7 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
             RegistryError: What `read_catalogue` raises.
         """
         world, began = parallel_state.get_world_group(), time.monotonic()
-        for left in reversed(range(_ATTEMPTS)):
-            failure = self._take(update_info, world)
-            if all_agree(failure is None, world):
-                break
-            if not all_agree(failure is None or isinstance(failure, _AGAIN), world) or not left:
-                raise failure or TornRead(
-                    f"another worker could not take the weights of {self._source()!r}",
-                    "look at its log, then update again",
-                )
-            self.start_weight_update()
+        together(lambda: self._take(update_info, world), self.start_weight_update, world)
         log.info(
             "the worker has version %s of %s after %.2f s",
             self.version,
