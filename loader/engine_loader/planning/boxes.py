@@ -1,8 +1,6 @@
-"""Boxes of a tensor, and how the bytes of a box lie in the memory of two tensors that both hold it.
-Pure.
+"""Boxes of a tensor, and runs of bytes at equal distances, as a box has in memory. Pure.
 
-A rank holds a box of the whole tensor: it begins at `offsets` and has `shape`, and lies in the
-rank's memory row by row.
+A rank holds a box of the whole tensor, which begins at `offsets` and has `shape`, or several.
 """
 
 from __future__ import annotations
@@ -161,34 +159,3 @@ class Lines(NamedTuple):
                 start * self.src_steps[0], start * self.dst_steps[0]
             )
             yield from (part.along(1) if counts[0] == 1 else [part])
-
-
-def lines(part: Box, src: Box, dst: Box, itemsize: int) -> Lines:
-    """Where the bytes of `part`, which both hold, lie in either's memory, from the beginning of the
-    tensor there.
-    """
-    src_step = dst_step = nbytes = itemsize
-    src_at = dst_at = 0
-    axes: list[tuple[int, int, int]] = []
-    for axis in reversed(range(len(part.shape))):
-        size = part.shape[axis]
-        src_at += (part.offsets[axis] - src.offsets[axis]) * src_step
-        dst_at += (part.offsets[axis] - dst.offsets[axis]) * dst_step
-        if (
-            not axes and nbytes == src_step == dst_step
-        ):  # all that lies within is whole on both sides
-            nbytes *= size
-        elif size > 1:
-            if axes and (axes[-1][0] * axes[-1][1], axes[-1][0] * axes[-1][2]) == (
-                src_step,
-                dst_step,
-            ):
-                inner = axes.pop()
-                axes.append((inner[0] * size, inner[1], inner[2]))
-            else:
-                axes.append((size, src_step, dst_step))
-        src_step *= src.shape[axis]
-        dst_step *= dst.shape[axis]
-    axes.reverse()
-    counts, src_steps, dst_steps = (tuple(axis[side] for axis in axes) for side in range(3))
-    return Lines(src_at, dst_at, nbytes, counts, src_steps, dst_steps)

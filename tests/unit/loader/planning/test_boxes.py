@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_loader.planning.boxes import Box, Lines, check_partition, lines
-from tests.support.meshes import lines_one_by_one
+from engine_loader.planning.boxes import Box, Lines, check_partition
+from engine_loader.planning.placed import lines
+from tests.support.meshes import in_rows, lines_one_by_one
 
 Index = tuple[int, ...]
 
@@ -132,7 +133,7 @@ def test_lines_take_each_element_that_both_hold_from_its_place_to_its_place(
     src, dst = pair
     part = src.meet(dst)
     assert part is not None
-    some = lines(part, src, dst, itemsize)
+    some = lines(part, in_rows(src), in_rows(dst), itemsize)
     moved = {
         (at + ahead, to + ahead)
         for at, to in lines_one_by_one(some)
@@ -172,7 +173,7 @@ def test_runs_and_axes_are_as_few_as_can_be(
     part: Index, src: Index, dst: Index, counts: Index
 ) -> None:
     held, there, here = (Box((0,) * len(shape), shape) for shape in (part, src, dst))
-    assert lines(held, there, here, 4).counts == counts
+    assert lines(held, in_rows(there), in_rows(here), 4).counts == counts
 
 
 @st.composite
