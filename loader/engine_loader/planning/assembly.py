@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from engine_loader.planning.boxes import Box, Lines, check_partition
+from engine_loader.planning.boxes import Box, Lines, Nearby, check_partition
 from engine_loader.planning.placed import Placed, lines, placed
 from engine_registry.schema.manifest import TensorEntry, shape_text
 
@@ -63,24 +63,26 @@ def _assemble(entry: TensorEntry, offers: Offered) -> tuple[list[Piece], str]:
     for which, (_, offer) in enumerate(offers):
         for part, ahead in placed(offer):
             holders[part].append((which, ahead * itemsize))
+    nearby: Nearby[Placed] = Nearby([some.box for some in holders])
+    for some in holders:
+        nearby.add(some.box, some)
     pieces: list[Piece] = []
     for part, ahead in placed(entry):
-        cut, missing = _cut(part, list(holders), itemsize)
+        cut, missing = _cut(part, [some for _, some in nearby.of(part.box)], itemsize)
         if missing is not None:
             return (
                 [],
                 f"no rank of the source holds the box at {list(missing.offsets)} of shape "
                 f"{shape_text(missing.shape)}",
             )
-        for held, some in cut:
+        for held, run in cut:
             srcs = {  # one for each source
                 offers[which][0]: (which, at + src)
                 for where, src in held
                 for which, at in holders[where]
             }
-            pieces.append(
-                Piece(tuple([src for _, src in sorted(srcs.items())]), some.at(0, ahead * itemsize))
-            )
+            in_order = tuple([src for _, src in sorted(srcs.items())])
+            pieces.append(Piece(in_order, run.at(0, ahead * itemsize)))
     return pieces, ""
 
 
@@ -93,21 +95,38 @@ def _cut(wanted: Placed, held: Sequence[Placed], itemsize: int) -> tuple[list[_C
     that none holds, if any.
     """
     overlaps = {some: common for some in held if (common := wanted.box.meet(some.box)) is not None}
-    missing, used = [wanted.box], []
+    there: Nearby[Placed] = Nearby(list(overlaps.values()))
+    taken: Nearby[None] = Nearby(list(overlaps.values()))
+    for some, common in overlaps.items():
+        there.add(common, some)
+    used: list[Box] = []
     cut: list[_Cut] = []
     for some in sorted(overlaps, key=lambda some: (-overlaps[some].volume, some.box.offsets)):
-        for common in filter(None, [want.meet(some.box) for want in missing]):
+        for common in _without(overlaps[some], taken):
             used.append(common)
+            taken.add(common, None)
             ways = {
                 other: lines(common, other, wanted, itemsize)
-                for other in overlaps
-                if other is some or other.box.holds(common)
+                for box, other in there.of(common)
+                if other is some or box.holds(common)
             }
             best = ways[some]._replace(src=0)
             alike = [(at, way.src) for at, way in ways.items() if way._replace(src=0) == best]
             cut.append((alike, best))
-        missing = [rest for want in missing for rest in want.minus(some.box)]
-    if missing:
-        return [], missing[0]
+    if sum([box.volume for box in used]) < wanted.box.volume:
+        return [], _without(wanted.box, taken)[0]
     check_partition(wanted.box, used)
     return cut, None
+
+
+def _without(box: Box, taken: Nearby[None]) -> list[Box]:
+    """What is left of the box."""
+    left, parts = [], [box]
+    while parts:
+        part = parts.pop()
+        other = next((other for other, _ in taken.of(part) if other.meet(part) is not None), None)
+        if other is None:
+            left.append(part)
+        else:
+            parts += part.minus(other)
+    return left

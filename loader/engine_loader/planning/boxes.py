@@ -5,10 +5,13 @@ A rank holds a box of the whole tensor, which begins at `offsets` and has `shape
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Box(NamedTuple):
@@ -81,9 +84,7 @@ def _overlap(parts: list[Box]) -> bool:
     """
     if len(parts) < 2 or not parts[0].shape:
         return len(parts) > 1
-    axis = max(
-        range(len(parts[0].shape)), key=lambda axis: len({part.offsets[axis] for part in parts})
-    )
+    axis = _most_varied_axis(parts)
     reaching: list[Box] = []
     for part in sorted(parts, key=lambda part: part.offsets[axis]):
         reaching = [
@@ -95,6 +96,38 @@ def _overlap(parts: list[Box]) -> bool:
             return True
         reaching.append(part)
     return False
+
+
+def _most_varied_axis(boxes: Sequence[Box]) -> int:
+    return max(
+        range(len(boxes[0].shape)), key=lambda axis: len({box.offsets[axis] for box in boxes})
+    )
+
+
+class Nearby(Generic[T]):
+    """Boxes that are found by where they lie, each with something that it stands for."""
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        """`boxes` are those that may be added."""
+        self._axis = _most_varied_axis(boxes) if boxes and boxes[0].shape else None
+        axis = self._axis
+        self._longest = max([box.shape[axis] for box in boxes]) if axis is not None else 0
+        self._starts: list[int] = []  # sorted
+        self._held: list[tuple[Box, T]] = []
+
+    def add(self, box: Box, value: T) -> None:
+        start = box.offsets[self._axis] if self._axis is not None else 0
+        place = bisect.bisect_right(self._starts, start)
+        self._starts.insert(place, start)
+        self._held.insert(place, (box, value))
+
+    def of(self, box: Box) -> list[tuple[Box, T]]:
+        """All that meet the box, and others."""
+        if self._axis is None:
+            return self._held
+        start, size = box.offsets[self._axis], box.shape[self._axis]
+        first = bisect.bisect_right(self._starts, start - self._longest)
+        return self._held[first : bisect.bisect_left(self._starts, start + size)]
 
 
 class Lines(NamedTuple):

@@ -93,16 +93,19 @@ class DigestCheck:
 
         DigestMismatch names the tensors that are not what was published.
         """
-        along = {entry.name: entry.along for entry in dst.tensors}
-        copied = [piece for piece in self._pieces if _lies_apart(along[piece.name], piece)]
+        wanted = {entry.name: entry for entry in dst.tensors}
+        views: dict[_Piece, torch.Tensor] = {}
         ours: dict[_Piece, bytes] = {}
-        # copies of the pieces that lie apart one at a time
-        for pieces in [set(self._pieces).difference(copied), *[[piece] for piece in copied]]:
-            parts = {
-                piece: _part(self._tensors[piece.name], along[piece.name], piece)
-                for piece in pieces
-            }
-            ours |= digests_of(parts, self._algorithm)
+        for piece in self._pieces:
+            tensor, entry = self._tensors[piece.name], wanted[piece.name]
+            if _same_part(piece, entry):
+                views[piece] = tensor
+            elif piece.slices is None:
+                views[piece] = _part(tensor, entry.along, piece)
+            else:  # a copy, so one at a time
+                part = {piece: _part(tensor, entry.along, piece)}
+                ours |= digests_of(part, self._algorithm)
+        ours |= digests_of(views, self._algorithm)
         theirs = {cell: cell.read() for cell in self._cells}
         differing = {
             piece.name
@@ -150,16 +153,17 @@ def _proves(offer: TensorEntry, entry: TensorEntry | None) -> bool:
     """It is a part of what is wanted, if that is."""
     if entry is None or not of_one_tensor(offer, entry):
         return False
-    if offer.along == entry.along:
+    if _same_part(offer, entry):
         return True
     ours = boxes_of(entry)
     return all(any(box.holds(part) for box in ours) for part in boxes_of(offer))
 
 
-def _lies_apart(along: Slices, piece: _Piece) -> bool:
-    """In a tensor that holds these slices: it is no view of that."""
-    return any(
-        len(theirs) > 1 and ours != theirs for ours, theirs in zip(along, piece.along, strict=True)
+def _same_part(offer: TensorEntry, entry: TensorEntry) -> bool:
+    return (offer.offsets, offer.shape, offer.slices) == (
+        entry.offsets,
+        entry.shape,
+        entry.slices,
     )
 
 

@@ -41,7 +41,7 @@ MAX_UNPACKED_NBYTES = 256 << 20  # a manifest of a million tensors takes about 1
 # brace). A million tensors that say which box they are have 14 million.
 MAX_UNPACKED_ITEMS = 20 << 20
 DIGEST_NBYTES = 16
-MAX_BOXES = 4096  # of one tensor: 256 experts have 512
+MAX_BOXES = 1024  # of one tensor: 256 experts, each fused of two, have 512
 MAX_FUSED_BOXES = 1 << 20  # of all tensors that are several boxes: a reader compares each of them
 MAX_MARKS = 4 << 20  # that a reader makes room for; of blocks of 1 MiB that is 4 TiB
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_loader.planning.boxes import Box, Lines, check_partition
+from engine_loader.planning.boxes import Box, Lines, Nearby, check_partition
 from engine_loader.planning.placed import lines
 from tests.support.meshes import in_rows, lines_one_by_one
 
@@ -113,6 +113,23 @@ def test_two_of_very_many_parts_that_overlap_are_found(axis: int) -> None:
     parts[500] = Box(parts[0].offsets, parts[500].shape)
     with pytest.raises(ValueError, match="two parts hold the same element"):
         check_partition(whole, parts)
+
+
+@given(
+    st.integers(0, 3).flatmap(
+        lambda dimensions: st.tuples(
+            st.lists(boxes(dimensions, least=1), max_size=6), boxes(dimensions, least=1)
+        )
+    )
+)
+def test_all_boxes_that_meet_one_are_near_it(some: tuple[list[Box], Box]) -> None:
+    others, box = some
+    nearby: Nearby[int] = Nearby(others)
+    for number, other in enumerate(others):
+        nearby.add(other, number)
+    found = {number for _, number in nearby.of(box)}
+    assert {number for number, other in enumerate(others) if other.meet(box)} <= found
+    assert all(others[number] == other for other, number in nearby.of(box))
 
 
 # -- lines
