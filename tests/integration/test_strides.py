@@ -125,14 +125,35 @@ def test_another_order_is_refused_before_a_byte_moves(
     assert not here.any()
 
 
-def test_turned_tensors_are_not_put_together_from_parts(registry: Registry, offer: Offer) -> None:
-    for rank in range(2):
-        part = turned(values()[:, 2 * rank : 2 * rank + 2])
-        offer(part, rank, world_size=2, shards={"w": Shard((6, 4), (0, 2 * rank))})
-    with pytest.raises(
-        WeightsMismatch, match="only contiguous tensors can be put together from parts"
-    ):
-        load_a(registry, turned(torch.zeros(6, 4)), shards=WHOLE)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_turned_tensors_are_put_together_from_turned_parts(
+    registry: Registry, offer: Offer, axis: int
+) -> None:
+    for rank, part in enumerate(values().chunk(2, axis)):
+        offsets = tuple(rank * part.shape[dim] if dim == axis else 0 for dim in range(2))
+        offer(turned(part), rank, world_size=2, shards={"w": Shard((6, 4), offsets)})
+    found = turned(torch.zeros(6, 4))
+    load_a(registry, found, shards=WHOLE)
+    assert found.equal(values())
+    with pytest.raises(WeightsMismatch, match="in the source, contiguous here"):
+        load_a(registry, torch.zeros(6, 4), shards=WHOLE)
+    part = turned(torch.zeros(3, 4))
+    load_a(registry, part, shards={"w": Shard((6, 4), (2, 0))}, verify="header")
+    assert part.equal(values()[2:5])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch warns outside of a job
+def test_turned_parts_are_read_whole_into_a_file_and_into_a_checkpoint(
+    registry: Registry, offer: Offer, tmp_path: Path
+) -> None:
+    for rank, part in enumerate(values().chunk(2)):
+        offer(turned(part), rank, world_size=2, shards={"w": Shard((6, 4), (3 * rank, 0))})
+    with WholeFiles(tmp_path) as files:
+        load_full(registry, InProcessEngine(), "a", files=files)
+    assert load_file(tmp_path / "model.safetensors")["w"].equal(values())
+    found = {"w": torch.zeros(6, 4)}
+    dcp_load(found, storage_reader=EngineReader(registry, InProcessEngine(), "a"), no_dist=True)
+    assert found["w"].equal(values())
 
 
 def test_memory_for_a_turned_tensor_is_turned_too(registry: Registry, offer: Offer) -> None:
@@ -214,12 +235,14 @@ def test_an_update_that_turns_a_tensor_in_its_memory_is_noticed() -> None:
 
 
 def test_only_manifests_with_strides_have_a_newer_schema_and_they_come_back() -> None:
-    for tensors, schema in (({"w": values()}, 1), ({"w": values(), "t": turned(values())}, 2)):
-        manifest = describe(tensors)
+    both = {"w": values(), "t": turned(values())}
+    shards = {"t": Shard((8, 4), (0, 0), {0: [(0, 2), (4, 8)]})}
+    for tensors, boxes, schema in (({"w": values()}, {}, 1), (both, {}, 2), (both, shards, 3)):
+        manifest = describe(tensors, boxes)
         ref, parts = encode(manifest)
         assert decode("a/0", ref, parts) == manifest
         assert data_of(parts)["schema"] == schema
-        assert ("strides" in data_of(parts)) == (schema == 2)
+        assert ("strides" in data_of(parts)) == (schema > 1)
 
 
 def data_of(parts: list[bytes]) -> dict[str, Any]:

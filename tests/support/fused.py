@@ -1,91 +1,117 @@
-"""A model with the parameters of an engine: fused projections in fp8, scales, and what
-post-processing makes of them, as vLLM does for its kernels.
-
-Before: `weight` row by row and one scale for each of the matrices that are fused. After: one scale,
-`weight` as a transposed view, and a bare tensor that hangs on the module.
+"""The weights of an inference engine with tensor parallelism, as vLLM and SGLang hold them: fused,
+with keys and values that several ranks hold where there are more ranks than heads for them.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-FP8 = torch.float8_e4m3fn
+from engine_loader import Shard
 
-
-class FusedLinear(nn.Module):
-    """`sizes` are the rows of the matrices that lie one below another in `weight`."""
-
-    def __init__(self, inputs: int, *sizes: int) -> None:
-        super().__init__()
-        self.sizes = sizes
-        self.weight = nn.Parameter(torch.empty(sum(sizes), inputs, dtype=FP8), requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.empty(len(sizes)), requires_grad=False)
-
-    def process(self) -> None:
-        """As a method of quantisation does, once the weights are loaded."""
-        scale = self.weight_scale.max()
-        parts = [
-            (part.float() * (own / scale)).to(FP8)
-            for part, own in zip(self.weight.split(self.sizes), self.weight_scale, strict=True)
-        ]
-        self.weight = nn.Parameter(torch.cat(parts).t(), requires_grad=False)
-        self.weight_scale = nn.Parameter(scale.reshape(1).clone(), requires_grad=False)
-        self.reciprocal = 1 / scale.reshape(1)  # a bare tensor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = x @ (self.weight.float() * self.weight_scale)
-        return result
+Tensors = dict[str, torch.Tensor]
+HIDDEN, HEAD, Q_HEADS, KV_HEADS, INNER, EXPERTS = 24, 4, 8, 2, 40, 3
+Q, KV = Q_HEADS * HEAD, KV_HEADS * HEAD
+QKV = Q + 2 * KV
 
 
-class Block(nn.Module):
-    def __init__(self, hidden: int, key_value: int, inner: int) -> None:
-        super().__init__()
-        self.norm = nn.Parameter(torch.empty(hidden, dtype=torch.bfloat16), requires_grad=False)
-        self.qkv_proj = FusedLinear(hidden, hidden, key_value, key_value)
-        self.o_proj = FusedLinear(hidden, hidden)
-        self.gate_up_proj = FusedLinear(hidden, inner, inner)
-        self.down_proj = FusedLinear(inner, hidden)
-        self.register_buffer("seen", torch.zeros(1), persistent=True)
+@dataclass(frozen=True)
+class Part:
+    """What one rank of tp has: of each tensor the whole, some slices, or a box."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x * self.norm.float()
-        q = self.qkv_proj(x)[..., : x.shape[-1]]
-        x = x + self.o_proj(q)
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        moved: torch.Tensor = x + self.down_proj(torch.tanh(gate) * up)
-        return moved
+    rank: int
+    tp: int
 
+    def tensors(self, version: int = 0) -> tuple[Tensors, dict[str, Shard]]:
+        found: Tensors = {}
+        shards: dict[str, Shard] = {}
+        for name, whole in wholes(version).items():
+            slices = self._slices(name)
+            part = whole
+            for dim, some in slices.items():
+                part = torch.cat([part.narrow(dim, low, high - low) for low, high in some], dim)
+            found[name] = turned(part) if name.endswith("fp8") else part.contiguous()
+            shards[name] = Shard(tuple(whole.shape), (0,) * whole.ndim, slices)
+        return found, shards
 
-class Fused(nn.Module):
-    """Blocks, and an embedding that is tied to the head."""
-
-    def __init__(self, blocks: int, hidden: int, vocabulary: int = 500) -> None:
-        super().__init__()
-        self.embed = nn.Parameter(
-            torch.empty(vocabulary, hidden, dtype=torch.bfloat16), requires_grad=False
+    def _slices(self, name: str) -> Mapping[int, Sequence[tuple[int, int]]]:
+        q = self._of(0, Q)
+        head = self.rank * KV_HEADS // self.tp * HEAD if self.tp > KV_HEADS else None
+        k, v = (
+            self._of(start, KV) if head is None else (start + head, start + head + HEAD)
+            for start in (Q, Q + KV)
         )
-        self.blocks = nn.ModuleList([Block(hidden, hidden // 4, 2 * hidden) for _ in range(blocks)])
-        self.head = self.embed
+        gate, up = self._of(0, INNER), self._of(INNER, INNER)
+        return {
+            "qkv_proj.weight": {0: [q, k, v]},
+            "qkv_proj.bias": {0: [q, k, v]},
+            "qkv_proj.weight_fp8": {1: [q, k, v]},
+            "gate_up_proj.weight": {0: [gate, up]},
+            "experts.w13": {1: [gate, up]},
+            "o_proj.weight": {1: [q]},
+            "norm.weight": {},
+        }[name]
 
-    def read(self, seed: int) -> None:
-        """Fills the parameters in place, as from a checkpoint."""
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in dict(self.named_parameters()).values():
-            values = torch.rand(parameter.shape, generator=generator) - 0.5
-            parameter.copy_(values.abs() + 0.1 if parameter.ndim == 1 else values)
+    def _of(self, start: int, size: int) -> tuple[int, int]:
+        return start + size * self.rank // self.tp, start + size * (self.rank + 1) // self.tp
 
-    def process(self) -> None:
-        for part in self.modules():
-            if isinstance(part, FusedLinear):
-                part.process()
 
-    def answer(self) -> str:
-        """A digest of what it computes."""
-        x = self.embed[:8].float() / self.embed.shape[-1] ** 0.5
-        for block in self.blocks:
-            x = torch.nn.functional.normalize(block(x), dim=-1)
-        logits = x @ self.head.t().float()
-        return hashlib.sha256(logits.cpu().numpy().tobytes()).hexdigest()
+@dataclass(frozen=True)
+class Rows:
+    """What one of several ranks has that know nothing of heads: plain rows of each tensor."""
+
+    rank: int
+    ranks: int
+
+    def tensors(self, version: int = 0) -> tuple[Tensors, dict[str, Shard]]:
+        found, shards = {}, {}
+        for name, whole in wholes(version).items():
+            low, high = (len(whole) * at // self.ranks for at in (self.rank, self.rank + 1))
+            part = whole[low:high]
+            found[name] = turned(part) if name.endswith("fp8") else part.clone()
+            shards[name] = Shard(tuple(whole.shape), (low, *[0] * (whole.ndim - 1)))
+        return found, shards
+
+
+def ranks_of(layout: str) -> list[Part | Rows]:
+    """`tp-2` and `rows-3` are layouts."""
+    kind, _, count = layout.partition("-")
+    ranks = range(int(count))
+    if kind == "rows":
+        return [Rows(rank, len(ranks)) for rank in ranks]
+    return [Part(rank, len(ranks)) for rank in ranks]
+
+
+def wholes(version: int = 0) -> Tensors:
+    random = torch.Generator().manual_seed(version)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=random)
+
+    return {
+        "qkv_proj.weight": some(QKV, HIDDEN).bfloat16(),
+        "qkv_proj.bias": some(QKV),
+        "qkv_proj.weight_fp8": some(HIDDEN, QKV).to(torch.float8_e4m3fn),
+        "gate_up_proj.weight": some(2 * INNER, HIDDEN).bfloat16(),
+        "experts.w13": some(EXPERTS, 2 * INNER, HIDDEN).half(),
+        "o_proj.weight": some(HIDDEN, Q),
+        "norm.weight": some(HIDDEN),
+    }
+
+
+def turned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, but in memory column by column, as kernels for fp8 want them."""
+    return tensor.t().contiguous().t()
+
+
+def different(found: Tensors, wanted: Tensors) -> list[str]:
+    """The names of the tensors that differ in a byte."""
+    return [
+        name
+        for name, tensor in wanted.items()
+        if not torch.equal(
+            found[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)
+        )
+    ]

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from engine_loader.planning.boxes import Box, Lines
 from engine_loader.planning.matching import Origin
+from engine_loader.planning.placed import Placed, placed
 from engine_loader.planning.reads import Costs, Span
 from engine_registry import Manifest, Region, TensorEntry
+from engine_registry.schema.manifest import Slices, dense_strides
 
 DTYPES = {1: "uint8", 2: "int16", 4: "float32"}
 
@@ -28,20 +30,48 @@ class Whole:
     itemsize: int
     content: bytes
 
-    def part(self, box: Box) -> bytes:
-        """Element by element."""
+    # of the axes in everybody's memory, the longest steps first; None: row by row
+    order: tuple[int, ...] | None = None
+
+    def part(self, along: Slices) -> bytes:
+        """What a rank has that holds these slices along the axes, as it lies in its memory."""
+        order = self.order or range(len(self.shape))
+        indices = [[at for some in slices for at in range(*some)] for slices in along]
         found = []
-        for index in itertools.product(
-            *(
-                range(start, start + size)
-                for start, size in zip(box.offsets, box.shape, strict=True)
-            )
-        ):
+        for place in itertools.product(*[indices[axis] for axis in order]):
+            index = dict(zip(order, place, strict=True))
             at = 0
-            for place, size in zip(index, self.shape, strict=True):
-                at = at * size + place
+            for axis, size in enumerate(self.shape):
+                at = at * size + index[axis]
             found.append(self.content[at * self.itemsize : (at + 1) * self.itemsize])
         return b"".join(found)
+
+    def entry(self, along: Slices, addr: int) -> TensorEntry:
+        shape = tuple(sum(stop - start for start, stop in some) for some in along)
+        nbytes = prod(shape) * self.itemsize
+        strides = [1] * len(shape)
+        order = self.order or tuple(range(len(shape)))
+        for axis, inner in reversed(list(itertools.pairwise(order))):
+            strides[axis] = strides[inner] * shape[inner]
+        one_box = all(len(some) == 1 for some in along) or not nbytes
+        return TensorEntry(
+            self.name,
+            DTYPES[self.itemsize],
+            shape,
+            addr if nbytes else 0,
+            nbytes,
+            self.shape,
+            tuple(some[0][0] for some in along),
+            opaque=False,
+            strides=dense_strides(shape, strides) if nbytes else None,
+            slices=None if one_box else along,
+        )
+
+
+def slices_of(box: Box) -> Slices:
+    return tuple(
+        ((start, start + size),) for start, size in zip(box.offsets, box.shape, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -61,7 +91,7 @@ class Memory:
 
 
 def memory_of(
-    parts: Iterable[tuple[Whole, Box]], base: int, gaps: Iterable[int], cuts: Iterable[bool]
+    parts: Iterable[tuple[Whole, Slices]], base: int, gaps: Iterable[int], cuts: Iterable[bool]
 ) -> Memory:
     """The parts one after the other, with gaps between them, and where `cuts` says so in another
     region than the one before.
@@ -70,27 +100,13 @@ def memory_of(
     regions: list[Region] = []
     content = bytearray()
     start = 0  # of the region
-    for (whole, box), gap, cut in zip(parts, gaps, cuts, strict=False):
+    for (whole, along), gap, cut in zip(parts, gaps, cuts, strict=False):
         if cut and len(content) > start:
             regions.append(Region(base + start, len(content) - start))
             start = len(content)
         content += b"\xee" * gap
-        part = whole.part(box)
-        addr = base + len(content) if part else 0
-        dtype = DTYPES[whole.itemsize]
-        entries.append(
-            TensorEntry(
-                whole.name,
-                dtype,
-                box.shape,
-                addr,
-                len(part),
-                whole.shape,
-                box.offsets,
-                opaque=False,
-            )
-        )
-        content += part
+        entries.append(whole.entry(along, base + len(content)))
+        content += whole.part(along)
     if len(content) > start:
         regions.append(Region(base + start, len(content) - start))
     return Memory(Manifest(tuple(entries), tuple(regions)), base, bytes(content))
@@ -112,8 +128,51 @@ def shards(shape: tuple[int, ...], mesh: Sequence[int], axes: Sequence[int | Non
     return boxes
 
 
+@st.composite
+def fused(draw: st.DrawFn, shape: tuple[int, ...], ranks: int) -> list[Slices]:
+    """What each rank has of a whole that is several tensors in a row, as queries, keys and values
+    are: of each a part along one axis, or all. Along other axes, too, their order may be another.
+    """
+    cut_axis = draw(st.integers(0, max(0, len(shape) - 1)))
+    along: list[list[tuple[tuple[int, int], ...]]] = []  # by axis, of each rank
+    for axis, size in enumerate(shape):
+        cuts = draw(st.sets(st.integers(1, max(1, size - 1)), max_size=3))
+        sections = list(itertools.pairwise(sorted({0, size} | {at for at in cuts if at < size})))
+        split = [axis == cut_axis and draw(st.booleans()) for _ in sections]
+        order = draw(st.permutations(range(len(sections))))
+        along.append(
+            [
+                tuple(
+                    (start, stop)
+                    for number in order
+                    for start, stop in [_part(sections[number], rank, ranks, split[number])]
+                    if start < stop
+                )
+                or ((0, 0),)
+                for rank in range(ranks)
+            ]
+        )
+    return [tuple(slices[rank] for slices in along) for rank in range(ranks)]
+
+
+def _part(section: tuple[int, int], rank: int, ranks: int, split: bool) -> tuple[int, int]:
+    """Of a section that is cut as torch.chunk does."""
+    if not split:
+        return section
+    start, stop = section
+    size = -(-(stop - start) // ranks)
+    return min(start + rank * size, stop), min(start + (rank + 1) * size, stop)
+
+
 def origins_of(memories: Sequence[Memory], own: bool = False) -> list[Origin]:
     return [Origin(f"a/{number}", memory.manifest, own) for number, memory in enumerate(memories)]
+
+
+def in_rows(box: Box) -> Placed:
+    """As it lies in memory that holds nothing else."""
+    entry = TensorEntry("", "", box.shape, 0, 0, box.shape, box.offsets, opaque=False)
+    ((some, _),) = placed(entry)
+    return some
 
 
 def lines_one_by_one(some: Lines) -> list[tuple[int, int]]:
@@ -187,7 +246,8 @@ def wholes(draw: st.DrawFn) -> list[Whole]:
         )
         itemsize = draw(st.sampled_from(list(DTYPES)))
         content = draw(st.randoms(use_true_random=False)).randbytes(prod(shape) * itemsize)
-        some.append(Whole(f"t{number}", shape, itemsize, content))
+        order = draw(st.none() | st.permutations(range(len(shape))).map(tuple))
+        some.append(Whole(f"t{number}", shape, itemsize, content, order))
     return some
 
 
@@ -195,14 +255,19 @@ def wholes(draw: st.DrawFn) -> list[Whole]:
 def teams(draw: st.DrawFn, some: Sequence[Whole], base: int, most: int = 3) -> list[Memory]:
     """All ranks of a mesh of one dimension or two, each tensor in it as it likes."""
     mesh = draw(st.lists(st.integers(1, most), min_size=1, max_size=2))
-    boxes = []
+    held_by_rank: list[list[Slices]] = []
     for whole in some:
+        if draw(st.booleans()):
+            held_by_rank.append(draw(fused(whole.shape, prod(mesh))))
+            continue
         axes = [draw(st.sampled_from([*range(len(whole.shape)), None])) for _ in mesh]
-        boxes.append(shards(whole.shape, mesh, axes))
+        held_by_rank.append([slices_of(box) for box in shards(whole.shape, mesh, axes)])
     memories = []
     for rank in range(prod(mesh)):
         parts = draw(
-            st.permutations([(whole, held[rank]) for whole, held in zip(some, boxes, strict=True)])
+            st.permutations(
+                [(whole, held[rank]) for whole, held in zip(some, held_by_rank, strict=True)]
+            )
         )
         gaps = [draw(st.sampled_from([0, 0, 3])) for _ in parts]
         memories.append(

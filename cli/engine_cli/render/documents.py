@@ -88,6 +88,9 @@ def tensors_json(manifest: Manifest) -> list[dict[str, Any]]:
             "addr": entry.addr,
             "global_shape": None if entry.opaque else list(entry.global_shape),
             "offsets": None if entry.opaque else list(entry.offsets),
+            "slices": None
+            if entry.slices is None
+            else [[list(some) for some in each] for each in entry.slices],
         }
         for entry in manifest.tensors
     ]

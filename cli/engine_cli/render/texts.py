@@ -182,10 +182,7 @@ def _box(entry: TensorEntry) -> str:
     """Which part of the whole it is, along each dimension from where up to where."""
     if entry.opaque:
         return "-"
-    if entry.shape == entry.global_shape:
+    if entry.slices is None and entry.shape == entry.global_shape:
         return "whole"
-    along = (
-        f"{offset}:{offset + length}"
-        for offset, length in zip(entry.offsets, entry.shape, strict=True)
-    )
+    along = ("+".join(f"{start}:{stop}" for start, stop in some) for some in entry.along)
     return f"[{', '.join(along)}] of {shape_text(entry.global_shape)}"

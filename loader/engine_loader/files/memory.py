@@ -19,7 +19,7 @@ from engine_loader.errors import (
 from engine_loader.files.stored import Files
 from engine_loader.tensors.dtypes import dtype_named
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.tensors.shards import Shard
+from engine_loader.tensors.shards import Shard, shard_of
 from engine_registry import Manifest
 
 Strides = tuple[int, ...] | None  # as in TensorEntry
@@ -151,8 +151,4 @@ def with_strides(
 
 def shards_like(manifest: Manifest) -> dict[str, Shard]:
     """Which part of the whole the rank's tensors are, where it says so."""
-    return {
-        entry.name: Shard(entry.global_shape, entry.offsets)
-        for entry in manifest.tensors
-        if not entry.opaque
-    }
+    return {entry.name: shard_of(entry) for entry in manifest.tensors if not entry.opaque}

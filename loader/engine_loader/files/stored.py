@@ -18,7 +18,6 @@ from engine_loader.planning.matching import Origin
 from engine_loader.planning.plan import plan
 from engine_loader.planning.reads import Costs, Span
 from engine_loader.planning.tied import tied_names
-from engine_loader.tensors.shards import Shard
 from engine_registry import Manifest, Region, TensorEntry
 
 _COMPARED_NBYTES = 8 << 20
@@ -137,18 +136,18 @@ class Files:
 
 
 def _entry(stored: Stored, wanted: TensorEntry) -> TensorEntry:
-    box = Shard(stored.shape, (0,) * len(stored.shape))
-    if stored.shape != wanted.global_shape and stored.shape == wanted.shape:
-        box = Shard(wanted.global_shape, wanted.offsets)
+    """The whole tensor; or the part that is wanted, row by row, if it has the shape of that."""
+    part = stored.shape != wanted.global_shape and stored.shape == wanted.shape
     return TensorEntry(
         wanted.name,
         stored.dtype,
         stored.shape,
         stored.place,
         stored.nbytes,
-        box.global_shape,
-        box.offsets,
+        wanted.global_shape if part else stored.shape,
+        wanted.offsets if part else (0,) * len(stored.shape),
         wanted.opaque,
+        slices=wanted.slices if part else None,
     )
 
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from engine_loader.planning.boxes import Box
-from engine_loader.planning.matching import entry_box
+from engine_loader.planning.placed import boxes_of
 from engine_loader.sources.holdings import Holdings
 from engine_loader.tensors.dtypes import dtype_named
 from engine_registry import TensorEntry
@@ -49,7 +49,7 @@ def _storage_of(entries: Sequence[TensorEntry]) -> TensorStorageMetadata:
     first = entries[0]
     some = [first] if first.opaque else [entry for entry in entries if not entry.opaque]
     boxes = dict.fromkeys(
-        entry_box(entry) for entry in some if entry.global_shape == first.global_shape
+        box for entry in some if entry.global_shape == first.global_shape for box in boxes_of(entry)
     )
     missing = [Box((0,) * len(first.global_shape), first.global_shape)]
     for box in boxes:

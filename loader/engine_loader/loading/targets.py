@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
+from engine_loader.planning.placed import strides_like
 from engine_loader.sources.holdings import Holdings
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.regions import strides_of
@@ -94,7 +95,7 @@ def _target(
 @plain_torch()
 def _buffer_for(tensor: torch.Tensor, entry: TensorEntry) -> torch.Tensor | None:
     """Memory in which the tensor lies as at its source; None where it lies so itself."""
-    strides = entry.strides if entry.shape == tuple(tensor.shape) else None
+    strides = strides_like(entry, tensor.shape)
     if is_dense(tensor) and strides_of(tensor) == strides:
         return None
     if strides is None:

@@ -1,16 +1,17 @@
-"""Boxes of a tensor, and how the bytes of a box lie in the memory of two tensors that both hold it.
-Pure.
+"""Boxes of a tensor, and runs of bytes at equal distances, as a box has in memory. Pure.
 
-A rank holds a box of the whole tensor: it begins at `offsets` and has `shape`, and lies in the
-rank's memory row by row.
+A rank holds a box of the whole tensor, which begins at `offsets` and has `shape`, or several.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Box(NamedTuple):
@@ -83,9 +84,7 @@ def _overlap(parts: list[Box]) -> bool:
     """
     if len(parts) < 2 or not parts[0].shape:
         return len(parts) > 1
-    axis = max(
-        range(len(parts[0].shape)), key=lambda axis: len({part.offsets[axis] for part in parts})
-    )
+    axis = _most_varied_axis(parts)
     reaching: list[Box] = []
     for part in sorted(parts, key=lambda part: part.offsets[axis]):
         reaching = [
@@ -97,6 +96,38 @@ def _overlap(parts: list[Box]) -> bool:
             return True
         reaching.append(part)
     return False
+
+
+def _most_varied_axis(boxes: Sequence[Box]) -> int:
+    return max(
+        range(len(boxes[0].shape)), key=lambda axis: len({box.offsets[axis] for box in boxes})
+    )
+
+
+class Nearby(Generic[T]):
+    """Boxes that are found by where they lie, each with something that it stands for."""
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        """`boxes` are those that may be added."""
+        self._axis = _most_varied_axis(boxes) if boxes and boxes[0].shape else None
+        axis = self._axis
+        self._longest = max([box.shape[axis] for box in boxes]) if axis is not None else 0
+        self._starts: list[int] = []  # sorted
+        self._held: list[tuple[Box, T]] = []
+
+    def add(self, box: Box, value: T) -> None:
+        start = box.offsets[self._axis] if self._axis is not None else 0
+        place = bisect.bisect_right(self._starts, start)
+        self._starts.insert(place, start)
+        self._held.insert(place, (box, value))
+
+    def of(self, box: Box) -> list[tuple[Box, T]]:
+        """All that meet the box, and others."""
+        if self._axis is None:
+            return self._held
+        start, size = box.offsets[self._axis], box.shape[self._axis]
+        first = bisect.bisect_right(self._starts, start - self._longest)
+        return self._held[first : bisect.bisect_left(self._starts, start + size)]
 
 
 class Lines(NamedTuple):
@@ -161,34 +192,3 @@ class Lines(NamedTuple):
                 start * self.src_steps[0], start * self.dst_steps[0]
             )
             yield from (part.along(1) if counts[0] == 1 else [part])
-
-
-def lines(part: Box, src: Box, dst: Box, itemsize: int) -> Lines:
-    """Where the bytes of `part`, which both hold, lie in either's memory, from the beginning of the
-    tensor there.
-    """
-    src_step = dst_step = nbytes = itemsize
-    src_at = dst_at = 0
-    axes: list[tuple[int, int, int]] = []
-    for axis in reversed(range(len(part.shape))):
-        size = part.shape[axis]
-        src_at += (part.offsets[axis] - src.offsets[axis]) * src_step
-        dst_at += (part.offsets[axis] - dst.offsets[axis]) * dst_step
-        if (
-            not axes and nbytes == src_step == dst_step
-        ):  # all that lies within is whole on both sides
-            nbytes *= size
-        elif size > 1:
-            if axes and (axes[-1][0] * axes[-1][1], axes[-1][0] * axes[-1][2]) == (
-                src_step,
-                dst_step,
-            ):
-                inner = axes.pop()
-                axes.append((inner[0] * size, inner[1], inner[2]))
-            else:
-                axes.append((size, src_step, dst_step))
-        src_step *= src.shape[axis]
-        dst_step *= dst.shape[axis]
-    axes.reverse()
-    counts, src_steps, dst_steps = (tuple(axis[side] for axis in axes) for side in range(3))
-    return Lines(src_at, dst_at, nbytes, counts, src_steps, dst_steps)

@@ -43,10 +43,11 @@ def _described(manifest: Manifest) -> Iterator[tuple[str, bytes]]:
     """Each tensor by its name, and what it is, wherever it lies."""
     for entry in sorted(manifest.tensors, key=lambda entry: entry.name):
         box = None if entry.opaque else [entry.global_shape, entry.offsets]
-        strides = [] if entry.strides is None else [entry.strides]
+        order = [] if entry.strides is None else [entry.strides]
+        fused = [] if entry.slices is None else [{"slices": entry.slices}]
         yield (
             entry.name,
             json.dumps(
-                [entry.name, entry.dtype, entry.shape, entry.nbytes, box, *strides]
+                [entry.name, entry.dtype, entry.shape, entry.nbytes, box, *order, *fused]
             ).encode(),
         )

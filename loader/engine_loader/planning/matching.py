@@ -9,7 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine_loader.planning.boxes import Box, Lines, check_partition, lines
+from engine_loader.planning.assembly import Assemblies
+from engine_loader.planning.boxes import Box
+from engine_loader.planning.placed import boxes_of, in_one_order
 from engine_loader.planning.reads import Span, span_of
 from engine_loader.planning.tied import stand_ins
 from engine_registry.schema.manifest import Manifest, TensorEntry, shape_text
@@ -31,18 +33,18 @@ def needed(origins: Sequence[Origin], dst: Manifest, most: int) -> list[int]:
     """Numbers of origins, the first ones first, that together hold all that is wanted, and each box
     of it up to `most` times.
     """
-    wanted = {entry.name: entry for entry in dst.tensors if entry.nbytes}
+    wanted = {entry.name: (entry, boxes_of(entry)) for entry in dst.tensors if entry.nbytes}
     held: Counter[tuple[str, Box]] = Counter()
     some = []
     for number, origin in enumerate(origins):
         has = [
-            (offer.name, entry_box(offer))
+            (offer.name, box)
             for offer in origin.manifest.tensors
-            if (entry := wanted.get(offer.name)) is not None
-            and of_one_tensor(offer, entry)
-            and (
-                origin.own if entry.opaque else entry_box(entry).meet(entry_box(offer)) is not None
-            )
+            if offer.name in wanted
+            for entry, parts in [wanted[offer.name]]
+            if of_one_tensor(offer, entry) and (origin.own or not entry.opaque)
+            for box in boxes_of(offer)
+            if entry.opaque or any(box.meet(part) is not None for part in parts)
         ]
         if any(held[box] < most for box in has):
             some.append(number)
@@ -59,10 +61,7 @@ class Offers:
         for number, origin in enumerate(origins):
             for entry in origin.manifest.tensors:
                 self._by_name[entry.name].append((number, entry))
-        # The layers of a model are alike: where one is put together from, all are.
-        self._cuts: dict[
-            tuple[Box, tuple[Box, ...], int], tuple[list[tuple[Box, Lines]], Box | None]
-        ] = {}
+        self._assemblies = Assemblies()
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -109,66 +108,22 @@ class Offers:
         if wholes:
             found = ", ".join(map(shape_text, sorted(wholes)))
             return [], f"part of {found} in the source, of {shape_text(entry.global_shape)} here"
-        in_rows = [(number, offer) for number, offer in offers if offer.strides is None]
-        if entry.strides is not None or not in_rows:
+        in_order = [(number, offer) for number, offer in offers if in_one_order(offer, entry)]
+        if not in_order:
             return [], _why_not_in_order(own[0] if own else offers[0][1], entry)
-        return self._meet(entry, in_rows)
-
-    def _meet(
-        self, entry: TensorEntry, offers: Sequence[tuple[int, TensorEntry]]
-    ) -> tuple[list[Span], str]:
-        volume = entry_box(entry).volume
-        if not volume:
-            return [], ""
-        if entry.nbytes % volume or any(
-            offer.nbytes != _volume(offer) * (entry.nbytes // volume) for _, offer in offers
-        ):
-            return (
-                [],
-                f"{offers[0][1].nbytes} bytes in the source, {entry.nbytes} here, though the "
-                "dtype is the same",
+        pieces, problem = self._assemblies.of(entry, in_order)
+        return [
+            span_of(
+                tuple(
+                    [
+                        (in_order[which][0], in_order[which][1].addr + ahead)
+                        for which, ahead in piece.srcs
+                    ]
+                ),
+                piece.lines.at(0, entry.addr),
             )
-        holders: defaultdict[Box, list[tuple[int, int]]] = defaultdict(list)
-        for number, offer in offers:
-            holders[entry_box(offer)].append((number, offer.addr))
-        question = entry_box(entry), tuple(holders), entry.nbytes // volume
-        if question not in self._cuts:
-            self._cuts[question] = _cut(*question)
-        cut, missing = self._cuts[question]
-        if missing is not None:
-            return (
-                [],
-                f"no rank of the source holds the box at {list(missing.offsets)} of shape "
-                f"{shape_text(missing.shape)}",
-            )
-        return [span_of(tuple(holders[box]), some.at(0, entry.addr)) for box, some in cut], ""
-
-
-def _cut(
-    wanted: Box, held: Sequence[Box], itemsize: int
-) -> tuple[list[tuple[Box, Lines]], Box | None]:
-    """What to take from which of the boxes, as much as possible from one, and a part of `wanted`
-    that none holds, if any.
-    """
-    overlaps = {box: common for box in held if (common := wanted.meet(box)) is not None}
-    missing, used, cut = [wanted], [], []
-    for box in sorted(overlaps, key=lambda box: (-overlaps[box].volume, box.offsets)):
-        for common in filter(None, [want.meet(box) for want in missing]):
-            used.append(common)
-            cut.append((box, lines(common, box, wanted, itemsize)))
-        missing = [rest for want in missing for rest in want.minus(box)]
-    if missing:
-        return [], missing[0]
-    check_partition(wanted, used)
-    return cut, None
-
-
-def entry_box(entry: TensorEntry) -> Box:
-    return Box(entry.offsets, entry.shape)
-
-
-def _volume(entry: TensorEntry) -> int:
-    return entry_box(entry).volume
+            for piece in pieces
+        ], problem
 
 
 def of_one_tensor(offer: TensorEntry, entry: TensorEntry) -> bool:
@@ -177,16 +132,18 @@ def of_one_tensor(offer: TensorEntry, entry: TensorEntry) -> bool:
         offer.dtype == entry.dtype
         and offer.opaque == entry.opaque
         and offer.global_shape == entry.global_shape
-        and offer.strides == entry.strides
+        and in_one_order(offer, entry)
     )
 
 
 def _same(offer: TensorEntry, entry: TensorEntry) -> bool:
-    """They hold the same box of the same tensor."""
+    """They hold the same boxes of the same tensor, in the same way."""
     return (
         offer.offsets == entry.offsets
         and offer.shape == entry.shape
         and offer.nbytes == entry.nbytes
+        and offer.strides == entry.strides
+        and offer.slices == entry.slices
         and of_one_tensor(offer, entry)
     )
 
@@ -212,11 +169,6 @@ def _why_not_as_is(offer: TensorEntry, entry: TensorEntry) -> str:
 
 def _why_not_in_order(offer: TensorEntry, entry: TensorEntry) -> str:
     """Why one of two that are not both contiguous does not fit."""
-    if offer.strides == entry.strides:
-        return (
-            f"strides {list(entry.strides or ())}: only contiguous tensors can be put together "
-            "from parts"
-        )
     here, there = _describe_order(entry), _describe_order(offer)
     return (
         f"{there} in the source, {here} here: give both sides the same strides, or call "
@@ -231,4 +183,6 @@ def _describe_order(entry: TensorEntry) -> str:
 def _describe_box(entry: TensorEntry) -> str:
     if entry.opaque:
         return "no statement of what it is part of"
+    if entry.slices is not None:
+        return f"{entry.boxes} boxes of {shape_text(entry.global_shape)}"
     return f"box at {list(entry.offsets)} of {shape_text(entry.global_shape)}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from engine_loader.errors import WeightsMismatch, listed
 from engine_loader.planning.boxes import Box
-from engine_loader.planning.matching import entry_box
+from engine_loader.planning.placed import boxes_of, in_one_order, strides_like
 from engine_registry.schema.manifest import Manifest, TensorEntry
 
 MAX_FILE_NBYTES = 5 * 10**9
@@ -28,7 +28,7 @@ _OURS = re.compile(r"model(-[0-9]{5,}-of-[0-9]{5,})?\.safetensors|" + re.escape(
 class Whole:
     """`opaque`: its rank does not say that it is the whole, but there is no other rank.
 
-    `strides` are those of every rank's tensor, if each of them is the whole.
+    `strides` are in the order of every rank's, where all have the same.
     """
 
     name: str
@@ -90,7 +90,7 @@ def _gap(shards: Sequence[tuple[int, TensorEntry]]) -> str:
     _, first = shards[0]
     whole = Box((0,) * len(first.global_shape), first.global_shape)
     missing = [whole] if whole.volume else []
-    for box in dict.fromkeys(entry_box(entry) for _, entry in shards):
+    for box in dict.fromkeys(box for _, entry in shards for box in boxes_of(entry)):
         missing = [rest for part in missing for rest in part.minus(box)]
     if not missing:
         return ""
@@ -106,16 +106,14 @@ def _whole(name: str, shards: Sequence[tuple[int, TensorEntry]]) -> Whole:
         (entry.nbytes // prod(entry.shape) for _, entry in shards if entry.nbytes), default=0
     )
     nbytes = prod(first.global_shape) * itemsize
-    alike = all(
-        (entry.shape, entry.strides) == (first.global_shape, first.strides) for _, entry in shards
-    )
+    alike = all(in_one_order(first, entry) for _, entry in shards)
     return Whole(
         name,
         first.dtype,
         first.global_shape,
         nbytes,
         first.opaque,
-        first.strides if alike else None,
+        strides_like(first, first.global_shape) if alike else None,
     )
 
 

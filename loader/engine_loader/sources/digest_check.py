@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 
@@ -14,16 +15,16 @@ from engine_loader import metrics
 from engine_loader.digests.table import DigestCell, digests_of
 from engine_loader.engines.base import Engine, lend
 from engine_loader.errors import DigestMismatch, DigestsMissing, listed
-from engine_loader.planning.boxes import Box
-from engine_loader.planning.matching import entry_box, of_one_tensor
+from engine_loader.planning.matching import of_one_tensor
+from engine_loader.planning.placed import boxes_of, steps_of
 from engine_loader.planning.reads import Span
 from engine_loader.planning.tied import stand_ins
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
 from engine_loader.tensors.modes import plain_torch
-from engine_registry.schema.manifest import Manifest, TensorEntry
+from engine_registry.schema.manifest import Manifest, Slices, TensorEntry
 
-_Piece = tuple[str, Box]  # a tensor, and the part of it whose digest is known
+_Piece = TensorEntry  # a part of a tensor whose digest is known; its address does not matter
 
 
 class DigestCheck:
@@ -61,7 +62,7 @@ class DigestCheck:
         for numbers in groups.values():
             content = sources[numbers[0]].manifest.tensors
             pieces = [
-                (offer.name, entry_box(offer))
+                replace(offer, addr=0)
                 for offer in content
                 if _proves(offer, wanted.get(offer.name))
             ]
@@ -92,17 +93,24 @@ class DigestCheck:
 
         DigestMismatch names the tensors that are not what was published.
         """
-        offsets = {entry.name: entry.offsets for entry in dst.tensors}
-        parts = {
-            (name, box): _part(self._tensors[name], offsets[name], box)
-            for name, box in self._pieces
-        }
-        ours = digests_of(parts, self._algorithm)
+        wanted = {entry.name: entry for entry in dst.tensors}
+        views: dict[_Piece, torch.Tensor] = {}
+        ours: dict[_Piece, bytes] = {}
+        for piece in self._pieces:
+            tensor, entry = self._tensors[piece.name], wanted[piece.name]
+            if _same_part(piece, entry):
+                views[piece] = tensor
+            elif piece.slices is None:
+                views[piece] = _part(tensor, entry.along, piece)
+            else:  # a copy, so one at a time
+                part = {piece: _part(tensor, entry.along, piece)}
+                ours |= digests_of(part, self._algorithm)
+        ours |= digests_of(views, self._algorithm)
         theirs = {cell: cell.read() for cell in self._cells}
         differing = {
-            name
-            for (name, box), cell in self._pieces.items()
-            if ours[name, box] != theirs[cell][name]
+            piece.name
+            for piece, cell in self._pieces.items()
+            if ours[piece] != theirs[cell][piece.name]
         }
         differing |= {name for name, other in self._tied.items() if other in differing}
         wrong = [name for name in self._tensors if name in differing]
@@ -119,11 +127,12 @@ class DigestCheck:
             )
 
     def _check_that_all_is_proven(self, wanted: Mapping[str, TensorEntry]) -> None:
-        missing = {name: [entry_box(entry)] for name, entry in wanted.items()}
-        for name, box in self._pieces:
-            missing[name] = [
-                rest for part in missing[name] if part != box for rest in part.minus(box)
-            ]
+        missing = {name: boxes_of(entry) for name, entry in wanted.items()}
+        for piece in self._pieces:
+            for box in boxes_of(piece):
+                missing[piece.name] = [
+                    rest for part in missing[piece.name] if part != box for rest in part.minus(box)
+                ]
         unproven = [name for name, parts in missing.items() if parts]
         if unproven:
             raise DigestsMissing(
@@ -137,34 +146,49 @@ class DigestCheck:
 
 def _content(source: SourceRank) -> frozenset[object]:
     """What its table has digests of, wherever it lies."""
-    return frozenset(
-        (
-            entry.name,
-            entry.dtype,
-            entry.shape,
-            entry.nbytes,
-            entry.global_shape,
-            entry.offsets,
-            entry.opaque,
-            entry.strides,
-        )
-        for entry in source.manifest.tensors
-    )
+    return frozenset([replace(entry, addr=0) for entry in source.manifest.tensors])
 
 
 def _proves(offer: TensorEntry, entry: TensorEntry | None) -> bool:
     """It is a part of what is wanted, if that is."""
     if entry is None or not of_one_tensor(offer, entry):
         return False
-    return (offer.offsets, offer.shape) == (entry.offsets, entry.shape) or entry_box(entry).holds(
-        entry_box(offer)
+    if _same_part(offer, entry):
+        return True
+    ours = boxes_of(entry)
+    return all(any(box.holds(part) for box in ours) for part in boxes_of(offer))
+
+
+def _same_part(offer: TensorEntry, entry: TensorEntry) -> bool:
+    return (offer.offsets, offer.shape, offer.slices) == (
+        entry.offsets,
+        entry.shape,
+        entry.slices,
     )
 
 
-def _part(tensor: torch.Tensor, offsets: tuple[int, ...], box: Box) -> torch.Tensor:
-    """A view of the part that is that box of the whole."""
-    if tensor.shape == box.shape:
-        return tensor
-    for axis, (whole, start, size) in enumerate(zip(offsets, box.offsets, box.shape, strict=True)):
-        tensor = tensor.narrow(axis, start - whole, size)
+def _part(tensor: torch.Tensor, along: Slices, piece: _Piece) -> torch.Tensor:
+    """What of the tensor, which holds these slices, is the piece: with its dimensions in the order
+    in which they lie in the memory that the digest is of.
+    """
+    steps = steps_of(piece)
+    order = sorted(range(tensor.ndim), key=lambda axis: -steps[axis])
+    tensor = tensor.permute(order)
+    for place, axis in enumerate(order):
+        ours, theirs = along[axis], piece.along[axis]
+        if ours != theirs:
+            parts = [_slice(tensor, place, ours, *some) for some in theirs]
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts, place).contiguous()
     return tensor
+
+
+def _slice(
+    tensor: torch.Tensor, axis: int, ours: Sequence[tuple[int, int]], start: int, stop: int
+) -> torch.Tensor:
+    """A view. It lies in one of the slices that the tensor holds along the axis."""
+    ahead = 0
+    for begin, end in ours:
+        if begin <= start and stop <= end:
+            return tensor.narrow(axis, ahead + start - begin, stop - start)
+        ahead += end - begin
+    raise ValueError(f"{start}:{stop} along dimension {axis} is not in the tensor")

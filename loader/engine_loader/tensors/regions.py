@@ -13,7 +13,7 @@ import torch
 from engine_loader.tensors.cuda import to_register
 from engine_loader.tensors.dtypes import dtype_name
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.tensors.shards import Shard, local
+from engine_loader.tensors.shards import Shard, local, placed_in
 from engine_loader.tensors.usable import refuse_unusable, unusable, unusable_name
 from engine_registry.collector import collector_paused
 from engine_registry.schema.manifest import Manifest, Region, TensorEntry, dense_strides
@@ -43,12 +43,13 @@ def describe(
         addr, nbytes = (tensor.data_ptr(), tensor.nbytes) if tensor.numel() else (0, 0)
         shape = tuple(tensor.shape)
         shard = shards.get(name) if shards else None
-        if shard is not None and (problem := _outside(shape, shard)):
-            problems.append(f"{name}: {problem}")
-            continue
-        whole, offsets = (
-            (shard.global_shape, shard.offsets) if shard is not None else (shape, (0,) * len(shape))
-        )
+        whole, offsets, slices = shape, (0,) * len(shape), None
+        if shard is not None:
+            try:
+                whole, (offsets, slices) = shard.global_shape, placed_in(shape, shard)
+            except ValueError as exc:
+                problems.append(f"{name}: {exc}")
+                continue
         strides = strides_of(tensor)
         entries.append(
             TensorEntry(
@@ -61,6 +62,7 @@ def describe(
                 offsets,
                 shard is None,
                 strides,
+                slices,
             )
         )
         if nbytes:
@@ -87,23 +89,6 @@ def devices_of(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.device, ...]:
     """
     return tuple(dict.fromkeys(tensor.device for tensor in tensors.values() if tensor.numel())) or (
         torch.device("cpu"),
-    )
-
-
-def _outside(shape: tuple[int, ...], box: Shard) -> str:
-    if not len(shape) == len(box.global_shape) == len(box.offsets):
-        return f"shard {box} does not have the {len(shape)} dimensions of the tensor"
-    fits = all(
-        offset >= 0 and offset + size <= whole
-        for size, whole, offset in zip(shape, box.global_shape, box.offsets, strict=True)
-    )
-    return (
-        ""
-        if fits
-        else (
-            f"shard at {list(box.offsets)} of shape {list(shape)} does not fit into "
-            f"{list(box.global_shape)}"
-        )
     )
 
 

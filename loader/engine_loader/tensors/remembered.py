@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from engine_loader.errors import TensorsUnusable, listed
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.tensors.shards import Shard, is_sharded
+from engine_loader.tensors.shards import is_sharded, shard_of
 
 _REMEDY = "say `replace` with the tensors that there are now"
 
@@ -63,7 +63,7 @@ class RememberedTensors:
                 continue
             tensors[entry.name] = tensor
             if not entry.opaque and not is_sharded(tensor):
-                shards[entry.name] = Shard(entry.global_shape, entry.offsets)
+                shards[entry.name] = shard_of(entry)
         if gone:
             raise TensorsUnusable(
                 f"{len(gone)} of {len(self._manifest.tensors)} tensors are gone: {listed(gone)}",

@@ -1,4 +1,4 @@
-"""The manifest: where each of a rank's tensors lies in its memory, and which box of the whole
+"""The manifest: where each of a rank's tensors lies in its memory, and which part of the whole
 tensor it holds. Pure.
 
 `schema.manifest_format` writes and reads it as the parts that lie in etcd.
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
+
+Slices = tuple[tuple[tuple[int, int], ...], ...]  # along each dimension: (start, stop) of each
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,23 @@ class TensorEntry:
     offsets: tuple[int, ...]
     opaque: bool = True
     strides: tuple[int, ...] | None = None  # see `dense_strides`
+    # Of one that is several boxes of the whole, as a fused weight is: along each dimension, what of
+    # the whole lies there one after another. `offsets` are the first starts then.
+    slices: Slices | None = None
+
+    @property
+    def along(self) -> Slices:
+        """Along each dimension, the slices of the whole that the tensor holds, in their order."""
+        if self.slices is not None:
+            return self.slices
+        return tuple(
+            [((start, start + size),) for start, size in zip(self.offsets, self.shape, strict=True)]
+        )
+
+    @property
+    def boxes(self) -> int:
+        """How many boxes of the whole it is."""
+        return prod(map(len, self.slices)) if self.slices is not None else 1
 
 
 @dataclass(frozen=True)

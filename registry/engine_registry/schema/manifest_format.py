@@ -26,14 +26,14 @@ from engine_registry.schema.manifest import (
     DigestTable,
     Manifest,
     Region,
-    TensorEntry,
-    dense_strides,
 )
 from engine_registry.schema.printable import is_unicode, short
 from engine_registry.schema.record import ManifestRef
+from engine_registry.schema.tensor_format import END_OF_MEMORY, entry_of, natural
 
-# 1 where no tensor has strides: what reads no more than that would take every tensor for contiguous
-SCHEMA = 2
+# 3 where a tensor is several boxes of the whole, else 2 where one has strides, else 1. Readers of
+# 1 would take every tensor for contiguous, and those of 2 for one box.
+SCHEMA = 3
 PART_NBYTES = 1 << 20
 MAX_PARTS = 256
 MAX_UNPACKED_NBYTES = 256 << 20  # a manifest of a million tensors takes about 100 MB
@@ -41,9 +41,9 @@ MAX_UNPACKED_NBYTES = 256 << 20  # a manifest of a million tensors takes about 1
 # brace). A million tensors that say which box they are have 14 million.
 MAX_UNPACKED_ITEMS = 20 << 20
 DIGEST_NBYTES = 16
-MAX_DIMENSIONS = 64  # as torch
+MAX_BOXES = 1024  # of one tensor: 256 experts, each fused of two, have 512
+MAX_FUSED_BOXES = 1 << 20  # of all tensors that are several boxes: a reader compares each of them
 MAX_MARKS = 4 << 20  # that a reader makes room for; of blocks of 1 MiB that is 4 TiB
-_END_OF_MEMORY = 1 << 63  # no process has more, and what reads counts with signs in places
 
 
 def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
@@ -69,6 +69,8 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
     }
     if any(entry.strides for entry in tensors):
         data |= {"schema": 2, "strides": [entry.strides for entry in tensors]}
+    if any(entry.slices is not None for entry in tensors):
+        data |= {"schema": 3, "slices": [entry.slices for entry in tensors]}
     if manifest.block_nbytes:
         data["block_nbytes"] = manifest.block_nbytes
     raw = json.dumps(data, separators=(",", ":")).encode()
@@ -141,16 +143,17 @@ def _too_much(raw: bytes) -> str:
 
 def _check_places(manifest: Manifest) -> None:
     """ValueError unless the regions lie apart, in memory, and each tensor in one of them; and
-    unless memory could hold its whole. Tensors may share memory: tied weights and views do.
+    unless memory could hold its whole. Tensors may share memory: tied weights and views do. And
+    where there are too many boxes.
     """
     regions = sorted(manifest.regions, key=lambda region: region.addr)
-    if any(not region.nbytes or region.end > _END_OF_MEMORY for region in regions):
+    if any(not region.nbytes or region.end > END_OF_MEMORY for region in regions):
         raise ValueError("a region is empty or reaches beyond what memory there is")
     if any(one.end > next_one.addr for one, next_one in itertools.pairwise(regions)):
         raise ValueError("two of its regions overlap")
     starts = [region.addr for region in regions]
     for entry in manifest.tensors:
-        if max(prod(entry.global_shape), *entry.global_shape, 0) >= _END_OF_MEMORY:
+        if max(prod(entry.global_shape), *entry.global_shape, 0) >= END_OF_MEMORY:
             raise ValueError(f"tensor {short(entry.name)!r} is part of a whole of 2^63 or more")
         place = bisect.bisect_right(starts, entry.addr) - 1
         if entry.nbytes and (place < 0 or entry.addr + entry.nbytes > regions[place].end):
@@ -158,25 +161,40 @@ def _check_places(manifest: Manifest) -> None:
                 f"tensor {short(entry.name)!r} lies outside its regions: {entry.nbytes} "
                 f"bytes at {entry.addr:#x}"
             )
+    _check_count_of_boxes(manifest)
     if manifest.marks > MAX_MARKS:
         raise ValueError(
             f"its blocks of {manifest.block_nbytes} bytes have {manifest.marks} marks, "
             f"{MAX_MARKS} are the limit"
         )
     table = manifest.digests
-    if table is not None and table.addr + DIGEST_NBYTES * len(manifest.tensors) > _END_OF_MEMORY:
+    if table is not None and table.addr + DIGEST_NBYTES * len(manifest.tensors) > END_OF_MEMORY:
         raise ValueError("the table of its digests reaches beyond what memory there is")
+
+
+def _check_count_of_boxes(manifest: Manifest) -> None:
+    fused = [entry for entry in manifest.tensors if entry.slices is not None]
+    for entry in fused:
+        if entry.boxes > MAX_BOXES:
+            raise ValueError(
+                f"tensor {short(entry.name)!r} is {entry.boxes} boxes of its whole, {MAX_BOXES} "
+                "are the limit"
+            )
+    if (count := sum([entry.boxes for entry in fused])) > MAX_FUSED_BOXES:
+        raise ValueError(
+            f"its tensors of several boxes have {count} of them, {MAX_FUSED_BOXES} are the limit"
+        )
 
 
 def _from_json(data: dict[str, Any]) -> Manifest:
     columns = [data[name] for name in ("name", "dtype", "shape", "addr", "nbytes", "box")]
-    columns.append(_strides_column(data, len(columns[0])))
+    columns += [_strides_column(data, len(columns[0])), _slices_column(data, len(columns[0]))]
     if len({len(column) for column in columns}) != 1:
         raise ValueError("its columns differ in length")
-    tensors = tuple(_entry(*row) for row in zip(*columns, strict=True))
+    tensors = tuple(entry_of(*row) for row in zip(*columns, strict=True))
     if len({entry.name for entry in tensors}) != len(tensors):
         raise ValueError("a tensor is named twice")
-    regions = tuple(Region(_natural(addr), _natural(nbytes)) for addr, nbytes in data["regions"])
+    regions = tuple(Region(natural(addr), natural(nbytes)) for addr, nbytes in data["regions"])
     values = data.get("values", {})
     if not isinstance(values, dict) or not all(map(is_unicode, values)):
         raise ValueError("its values are no object with names that are text")
@@ -185,16 +203,24 @@ def _from_json(data: dict[str, Any]) -> Manifest:
         regions,
         _digest_table(data.get("digests")),
         values,
-        _natural(data.get("block_nbytes", 0)),
+        natural(data.get("block_nbytes", 0)),
     )
 
 
 def _strides_column(data: Mapping[str, Any], count: int) -> Any:
-    if (data["schema"] >= 2) != ("strides" in data):
+    if data["schema"] < 3 and (data["schema"] == 2) != ("strides" in data):
         raise ValueError(
-            f"it has schema {data['schema']}, and strides or not: only schema 2 has them"
+            f"it has schema {data['schema']}, and strides or not: schema 2 has them, 1 has not"
         )
     return data.get("strides", [None] * count)
+
+
+def _slices_column(data: Mapping[str, Any], count: int) -> Any:
+    if (data["schema"] == 3) != ("slices" in data):
+        raise ValueError(
+            f"it has schema {data['schema']}, and slices or not: only schema 3 has them"
+        )
+    return data.get("slices", [None] * count)
 
 
 def _digest_table(value: Any) -> DigestTable | None:
@@ -203,45 +229,4 @@ def _digest_table(value: Any) -> DigestTable | None:
     algorithm, addr = value
     if not isinstance(algorithm, str) or not algorithm.isprintable():
         raise ValueError("the algorithm of its digests is not a line of text")
-    return DigestTable(algorithm, _natural(addr))
-
-
-def _entry(
-    name: Any, dtype: Any, shape: Any, addr: Any, nbytes: Any, box: Any, strides: Any
-) -> TensorEntry:
-    if not isinstance(name, str) or not isinstance(dtype, str):
-        raise ValueError("a tensor's name or dtype is not a string")
-    if not is_unicode(name) or not dtype.isprintable():
-        raise ValueError(f"a tensor's name or dtype is not text: {short(name)!r}, {short(dtype)!r}")
-    if len(shape) > MAX_DIMENSIONS:
-        raise ValueError(
-            f"tensor {short(name)!r} has {len(shape)} dimensions, {MAX_DIMENSIONS} are the limit"
-        )
-    own = tuple([_natural(size) for size in shape])
-    whole, offsets = own, (0,) * len(own)
-    if box is not None:
-        whole, offsets = (tuple(map(_natural, side)) for side in box)
-        if not len(own) == len(whole) == len(offsets) or any(
-            offset + size > limit for offset, size, limit in zip(offsets, own, whole, strict=True)
-        ):
-            raise ValueError(
-                f"tensor {short(name)!r} has a box {offsets}+{own} that is not inside {whole}"
-            )
-    volume = prod(own)
-    if (volume == 0) != (nbytes == 0) or max(volume, prod(whole)) >= _END_OF_MEMORY:
-        raise ValueError(
-            f"tensor {short(name)!r} of shape {own}, of {whole}, cannot take {nbytes} bytes"
-        )
-    if strides is not None:
-        strides = tuple(map(_natural, strides))
-        if dense_strides(own, strides) != strides or not volume:
-            raise ValueError(f"tensor {short(name)!r} of shape {own} cannot have strides {strides}")
-    return TensorEntry(
-        name, dtype, own, _natural(addr), _natural(nbytes), whole, offsets, box is None, strides
-    )
-
-
-def _natural(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 64:
-        raise ValueError(f"{short(value)!r} is not a natural number of 64 bits")
-    return value
+    return DigestTable(algorithm, natural(addr))

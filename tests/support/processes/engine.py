@@ -22,7 +22,7 @@ from engine_loader.integrations.seat import Seat
 from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import loaded_tensors, runtime_tensors
 from engine_registry import Place
-from tests.support.fused import Fused
+from tests.support.quantized_model import QuantizedModel
 
 
 class Engine:
@@ -51,9 +51,9 @@ class Engine:
         self.device, self.size = torch.device(device), size
         self.model = self._new_model()
 
-    def _new_model(self) -> Fused:
+    def _new_model(self) -> QuantizedModel:
         with self.device:
-            return Fused(*self.size)
+            return QuantizedModel(*self.size)
 
     def run(self) -> None:
         if self.stage == "loaded":

@@ -570,12 +570,15 @@ def test_the_object_of_a_rank_keeps_its_fields() -> None:
 
 
 def test_a_box_is_printed_only_where_the_tensor_states_one() -> None:
-    opaque, box = tensors_json(
+    slices = (((4, 6), (1, 3)),)
+    opaque, box, boxes = tensors_json(
         a_manifest(
             an_entry("a", nbytes=4),
             an_entry("b", nbytes=4, global_shape=(8,), offsets=(4,), opaque=False),
+            an_entry("c", nbytes=4, global_shape=(8,), offsets=(4,), opaque=False, slices=slices),
         )
     )
+    assert [opaque["slices"], box["slices"], boxes["slices"]] == [None, None, [[[4, 6], [1, 3]]]]
     assert (opaque["global_shape"], opaque["offsets"]) == (None, None)
     assert (box["global_shape"], box["offsets"]) == ([8], [4])
 
@@ -587,6 +590,15 @@ def test_a_box_is_shown_as_what_it_spans_of_the_whole() -> None:
             "part", nbytes=32, shape=(4, 8), global_shape=(4, 16), offsets=(0, 8), opaque=False
         ),
         an_entry("all", nbytes=32, shape=(4, 8), global_shape=(4, 8), offsets=(0, 0), opaque=False),
+        an_entry(
+            "fused",
+            nbytes=32,
+            shape=(4, 8),
+            global_shape=(4, 8),
+            offsets=(2, 0),
+            opaque=False,
+            slices=(((2, 4), (0, 2)), ((0, 8),)),
+        ),
         an_entry("scalar", nbytes=1, shape=(), global_shape=(), offsets=(), opaque=False),
         an_entry("silent scalar", nbytes=1, shape=(), global_shape=(), offsets=()),
     )
@@ -594,6 +606,7 @@ def test_a_box_is_shown_as_what_it_spans_of_the_whole() -> None:
         ("opaque", "4", "-"),
         ("part", "4x8", "[0:4, 8:16] of 4x16"),
         ("all", "4x8", "whole"),
+        ("fused", "4x8", "[2:4+0:2, 0:8] of 4x8"),
         ("scalar", "scalar", "whole"),
         ("silent scalar", "scalar", "-"),
     ]

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_loader.planning.boxes import Box, Lines, check_partition, lines
-from tests.support.meshes import lines_one_by_one
+from engine_loader.planning.boxes import Box, Lines, Nearby, check_partition
+from engine_loader.planning.placed import lines
+from tests.support.meshes import in_rows, lines_one_by_one
 
 Index = tuple[int, ...]
 
@@ -114,6 +115,23 @@ def test_two_of_very_many_parts_that_overlap_are_found(axis: int) -> None:
         check_partition(whole, parts)
 
 
+@given(
+    st.integers(0, 3).flatmap(
+        lambda dimensions: st.tuples(
+            st.lists(boxes(dimensions, least=1), max_size=6), boxes(dimensions, least=1)
+        )
+    )
+)
+def test_all_boxes_that_meet_one_are_near_it(some: tuple[list[Box], Box]) -> None:
+    others, box = some
+    nearby: Nearby[int] = Nearby(others)
+    for number, other in enumerate(others):
+        nearby.add(other, number)
+    found = {number for _, number in nearby.of(box)}
+    assert {number for number, other in enumerate(others) if other.meet(box)} <= found
+    assert all(others[number] == other for other, number in nearby.of(box))
+
+
 # -- lines
 # --------------------------------------------------------------------------------------------------
 
@@ -132,7 +150,7 @@ def test_lines_take_each_element_that_both_hold_from_its_place_to_its_place(
     src, dst = pair
     part = src.meet(dst)
     assert part is not None
-    some = lines(part, src, dst, itemsize)
+    some = lines(part, in_rows(src), in_rows(dst), itemsize)
     moved = {
         (at + ahead, to + ahead)
         for at, to in lines_one_by_one(some)
@@ -172,7 +190,7 @@ def test_runs_and_axes_are_as_few_as_can_be(
     part: Index, src: Index, dst: Index, counts: Index
 ) -> None:
     held, there, here = (Box((0,) * len(shape), shape) for shape in (part, src, dst))
-    assert lines(held, there, here, 4).counts == counts
+    assert lines(held, in_rows(there), in_rows(here), 4).counts == counts
 
 
 @st.composite

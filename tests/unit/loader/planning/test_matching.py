@@ -105,6 +105,31 @@ def test_a_tensor_without_elements_needs_nobody() -> None:
     assert parts(offered(a_box((0,), (8,), (8,))), a_box((8,), (0,), (8,), addr=0)) == []
 
 
+def test_a_fused_tensor_is_filled_box_by_box_from_all_that_hold_them() -> None:
+    def rows(*slices: tuple[int, int], addr: int) -> TensorEntry:
+        """Of two bytes each."""
+        count = sum(stop - start for start, stop in slices)
+        fused = (tuple(slices), ((0, 2),)) if len(slices) > 1 else None
+        return a_box((slices[0][0], 0), (count, 2), (8, 2), addr, slices=fused)
+
+    first, second = rows((0, 2), (4, 5), (6, 8), addr=1000), rows((2, 4), (5, 8), addr=2000)
+    # The rows 6 and 7 are on both ranks.
+    assert parts(offered(first, second), rows((0, 8), addr=5000)) == [
+        Span(5010, 6, ((1, 2004),)),
+        Span(5000, 4, ((0, 1000),)),
+        Span(5004, 4, ((1, 2000),)),
+        Span(5008, 2, ((0, 1004),)),
+    ]
+    assert parts(offered(first, second), rows((6, 8), (1, 3), addr=5000)) == [
+        Span(5000, 4, ((0, 1006), (1, 2006))),
+        Span(5004, 2, ((0, 1002),)),
+        Span(5006, 2, ((1, 2000),)),
+    ]
+    assert parts(offered(first, second, first), rows((0, 2), (4, 5), (6, 8), addr=5000)) == [
+        Span(5000, 10, ((0, 1000), (2, 1000)))
+    ]
+
+
 # -- why not
 # --------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from tests.support.meshes import (
     origins_of,
     reshardings,
     shards,
+    slices_of,
 )
 
 FLOAT = {
@@ -540,7 +541,7 @@ def assert_filled(wholes: Sequence[Whole], ranks: Resharding, spans: Sequence[Sp
     ):
         at = entry.addr - ranks.dst.base
         if entry.nbytes:
-            assert content[at : at + entry.nbytes] == whole.part(Box(entry.offsets, entry.shape))
+            assert content[at : at + entry.nbytes] == whole.part(entry.along)
             wanted[at : at + entry.nbytes] = [1] * entry.nbytes
     assert times == wanted
 
@@ -586,10 +587,12 @@ def test_straight_and_staged_reads_fill_the_same(
     whole = Whole("w", (5, 6, 7), itemsize, bytes(at % 251 for at in range(5 * 6 * 7 * itemsize)))
     src_axis, dst_axis = axes
     sources = [
-        memory_of([(whole, box)], 1_000_000 * (rank + 1), [3], [False])
+        memory_of([(whole, slices_of(box))], 1_000_000 * (rank + 1), [3], [False])
         for rank, box in enumerate(shards(whole.shape, (2, 2), (src_axis, None)))
     ]
-    dst = memory_of([(whole, shards(whole.shape, (3,), (dst_axis,))[1])], 9_000_000, [0], [False])
+    dst = memory_of(
+        [(whole, slices_of(shards(whole.shape, (3,), (dst_axis,))[1]))], 9_000_000, [0], [False]
+    )
     ways = {
         name: plan_of(Resharding([whole], sources, dst, costs))
         for name, costs in {

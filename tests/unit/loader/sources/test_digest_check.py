@@ -131,6 +131,50 @@ def test_parts_that_are_columns_are_compared_although_they_do_not_lie_in_one_run
         compare(sources, ours, whole)
 
 
+def fused(*slices: tuple[int, int], dim: int = 0) -> tuple[torch.Tensor, Shard]:
+    """Such rows of `WHOLE`, or columns, one after another."""
+    part = torch.cat([WHOLE.narrow(dim, start, stop - start) for start, stop in slices], dim)
+    return part, Shard((6, 8), (0, 0), {dim: slices})
+
+
+def test_a_tensor_is_proven_by_fused_parts_whose_boxes_it_has_in_another_order() -> None:
+    sources = []
+    for slices in ([(0, 1), (3, 4), (5, 6)], [(1, 3), (4, 6)]):
+        part, shard = fused(*slices)
+        sources.append(offer({"w": part}, {"w": shard}))
+    ours, shard = fused((3, 6), (0, 3))
+    tensors = {"w": ours}
+    compare(sources, tensors, {"w": shard})
+    ours[1, 7] += 1
+    with pytest.raises(DigestMismatch, match="1 of 1 tensors"):
+        compare(sources, tensors, {"w": shard})
+
+
+def test_fused_columns_that_lie_column_by_column_are_proven_as_they_lie() -> None:
+    sources = []
+    for slices in ([(0, 2), (4, 6)], [(2, 4), (6, 8)]):
+        part, shard = fused(*slices, dim=1)
+        sources.append(offer({"w": part.t().contiguous().t()}, {"w": shard}))
+    ours, whole = WHOLE.t().contiguous().t(), {"w": Shard((6, 8), (0, 0))}
+    compare(sources, {"w": ours}, whole)
+    ours[5, 3] += 1
+    with pytest.raises(DigestMismatch):
+        compare(sources, {"w": ours}, whole)
+
+
+def test_of_fused_parts_one_box_that_is_not_wanted_proves_nothing() -> None:
+    part, shard = fused((0, 2), (4, 6))
+    with pytest.raises(DigestsMissing, match="1 of 1 tensors take only a part"):
+        check_of([offer({"w": part}, {"w": shard}), *rows((2, 4))], *fused_of((0, 2), (2, 5)))
+
+
+def fused_of(
+    *slices: tuple[int, int],
+) -> tuple[dict[str, torch.Tensor], dict[str, Shard]]:
+    part, shard = fused(*slices)
+    return {"w": part}, {"w": shard}
+
+
 @pytest.mark.parametrize("places", [[(0, 6)], [(0, 3), (3, 6)], [(1, 4)]])
 def test_where_only_a_part_of_what_a_source_holds_is_wanted_nothing_proves_it(
     places: list[tuple[int, int]],

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_loader.planning.boxes import Box, Lines, lines
+from engine_loader.planning.boxes import Box, Lines
+from engine_loader.planning.placed import lines
 from engine_loader.transfer.staging import Staging
+from tests.support.meshes import in_rows
 
 CPU = torch.device("cpu")
 
@@ -67,7 +69,10 @@ def test_a_part_comes_to_its_place_and_nothing_else_is_touched(
     wanted = storage.clone()
     place = wanted[ahead : ahead + dst_box.volume].view(dst_box.shape)
     part_of(place, part, dst_box).copy_(part_of(src, part, src_box))
-    staging.copy(addr, [lines(part, src_box, dst_box, dtype.itemsize).at(0, dst.data_ptr())])
+    staging.copy(
+        addr,
+        [lines(part, in_rows(src_box), in_rows(dst_box), dtype.itemsize).at(0, dst.data_ptr())],
+    )
     assert torch.equal(storage, wanted)
 
 

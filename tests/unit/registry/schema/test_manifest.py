@@ -5,6 +5,7 @@ damage.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import zlib
 from contextlib import suppress
@@ -59,11 +60,33 @@ def entries(draw: st.DrawFn, places: list[Region]) -> TensorEntry:
     )
     if opaque:
         return TensorEntry(name, dtype, shape, addr, nbytes, shape, (0,) * len(shape))
+    if 0 not in shape and draw(st.booleans()):
+        return draw(fused(name, dtype, shape, addr, nbytes))
     offsets = tuple(draw(st.integers(0, 9)) for _ in shape)
     whole = tuple(
         size + offset + draw(st.integers(0, 9)) for size, offset in zip(shape, offsets, strict=True)
     )
     return TensorEntry(name, dtype, shape, addr, nbytes, whole, offsets, opaque=False)
+
+
+@st.composite
+def fused(
+    draw: st.DrawFn, name: str, dtype: str, shape: tuple[int, ...], addr: int, nbytes: int
+) -> TensorEntry:
+    """Several boxes, though along no dimension need there be more than one slice."""
+    slices = []
+    for size in shape:
+        cuts = sorted({0, size} | draw(st.sets(st.integers(0, size), max_size=3)))
+        starts = [draw(st.integers(0, 9)) for _ in cuts[1:]]
+        sizes = [stop - start for start, stop in itertools.pairwise(cuts)]
+        slices.append(
+            tuple([(start, start + some) for start, some in zip(starts, sizes, strict=True)])
+        )
+    whole = tuple(max(stop for _, stop in some) + draw(st.integers(0, 9)) for some in slices)
+    offsets = tuple(some[0][0] for some in slices)
+    return TensorEntry(
+        name, dtype, shape, addr, nbytes, whole, offsets, opaque=False, slices=tuple(slices)
+    )
 
 
 @st.composite
@@ -148,8 +171,8 @@ def test_a_manifest_that_unpacks_without_end_is_not_unpacked_whole(
 
 
 def test_a_newer_schema_is_refused_by_its_number() -> None:
-    with pytest.raises(SchemaUnsupported, match="schema 3; this version reads up to 2"):
-        decode(OWNER, *pack({"schema": 3}))
+    with pytest.raises(SchemaUnsupported, match="schema 4; this version reads up to 3"):
+        decode(OWNER, *pack({"schema": 4}))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +224,66 @@ def test_a_newer_schema_is_refused_by_its_number() -> None:
 def test_a_manifest_of_another_form_is_damage_that_names_its_owner(data: Any) -> None:
     with pytest.raises(RecordDamaged, match=f"the manifest of {OWNER} is damaged"):
         decode(OWNER, *pack(data))
+
+
+FUSED = as_json(schema=3, slices=[[[[2, 3], [0, 1]], [[3, 6]]]])  # rows 2 and 0, columns 3 to 6
+
+
+def test_only_a_manifest_with_fused_tensors_has_the_schema_of_these() -> None:
+    found = decode(OWNER, *pack(FUSED, 1, 24))
+    assert found.tensors[0].slices == (((2, 3), (0, 1)), ((3, 6),))
+    _, parts = encode(found)
+    assert json.loads(zlib.decompress(b"".join(parts)))["schema"] == 3
+    with pytest.raises(RecordDamaged, match="slices or not: only schema 3 has them"):
+        decode(OWNER, *pack({**FUSED, "schema": 1}, 1, 24))
+
+
+@pytest.mark.parametrize(
+    "slices",
+    [
+        [],
+        None,
+        [7],
+        [[]],
+        [[[[2, 4]]]],
+        [[[[2, 3], [0, 1]], []]],
+        [[[[2, 3], [0, 1]], [[3, 5]]]],
+        [[[[2, 3], [0, 1]], [[4, 7]]]],
+        [[[[2, 3], [4, 5]], [[3, 6]]]],
+        [[[[3, 4], [0, 1]], [[3, 6]]]],
+        [[[[2, 4], [1, 1]], [[3, 6]]]],
+        [[[[2, 4], [2, 1], [0, 1]], [[3, 6]]]],
+        [[[[2, 3], [0, 1]], [[3, 6]], [[0, 1]]]],
+        [[[[2, 3], [0, 1.0]], [[3, 6]]]],
+        [[[[2, 3], [0]], [[3, 6]]]],
+        [[[[2, 3], [-1, 0]], [[3, 6]]]],
+        "slices",
+    ],
+)
+def test_slices_that_do_not_make_the_tensor_are_damage(slices: Any) -> None:
+    with pytest.raises(RecordDamaged, match=f"the manifest of {OWNER} is damaged"):
+        decode(OWNER, *pack({**FUSED, "slices": slices}, 1, 24))
+
+
+def test_slices_of_a_whole_that_is_not_stated_are_damage() -> None:
+    with pytest.raises(RecordDamaged, match="has slices of a whole that it does not state"):
+        decode(OWNER, *pack({**FUSED, "box": [None]}, 1, 24))
+
+
+def test_more_boxes_than_readers_compare_are_neither_written_nor_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = decode(OWNER, *pack(FUSED, 1, 24))
+    for limit, said in (
+        ("MAX_BOXES", "'w' is 2 boxes of its whole, 1 are the limit"),
+        ("MAX_FUSED_BOXES", "several boxes have 2 of them, 1 are the limit"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest_format, limit, 1)
+            with pytest.raises(RecordDamaged, match=said):
+                decode(OWNER, *pack(FUSED, 1, 24))
+            with pytest.raises(InvalidField, match=said):
+                encode(found)
 
 
 TOP = 1 << 63
@@ -317,11 +400,11 @@ JSON = st.recursive(
 )
 
 
-@given(st.sampled_from(sorted(as_json())), JSON)
+@given(st.sampled_from(sorted(FUSED)), JSON)
 def test_any_json_in_any_column_is_a_good_manifest_or_damage(column: str, value: Any) -> None:
     found = None
     with suppress(RecordDamaged):
-        found = decode(OWNER, *pack(as_json(**{column: value}), 1, 24))
+        found = decode(OWNER, *pack({**FUSED, column: value}, 1, 24))
     assert found is None or decode(OWNER, *encode(found)) == found
 
 
