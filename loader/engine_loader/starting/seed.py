@@ -51,11 +51,11 @@ class Seed:
         if version is None:
             version = self.version
         if options is None:
-            return replace(self, version=version, unpublished=None)
+            return replace(self, version=version)
         if options.version is not None:
             version = options.version
         replica = replace(self.replica, options=replace(options, version=None))
-        return replace(self, replica=replica, version=version, unpublished=None)
+        return replace(self, replica=replica, version=version)
 
     def open(self, weights: Destination, filled_by: Use | None = None) -> Publication | None:
         """Publishes the weights. As loading, if something still fills them.
