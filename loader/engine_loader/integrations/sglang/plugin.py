@@ -1,0 +1,78 @@
+"""What `register` changes in a process of SGLang.
+
+SGLang imports `sglang.private.private_model_loader` for `--load-format private`, which no release
+has. A finder that comes after all others gives ours, so that a private build of SGLang keeps its
+loader. Imports neither torch nor SGLang before SGLang asks.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import json
+import logging
+import os
+import sys
+import types
+from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
+SETTINGS = "ENGINE_REGISTRY"  # an environment variable: settings for SGLang's own transfer
+_UPDATES = "sglang.srt.model_executor.model_runner_components.weight_updater"
+_PACKAGE = "sglang.private"
+_MODULE = f"{_PACKAGE}.private_model_loader"
+
+
+class PrivateLoader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Gives SGLang the module of its private loader."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Of the package and of its one module."""
+        if name not in (_PACKAGE, _MODULE):
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=name == _PACKAGE)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Imports the loader, which imports SGLang and torch."""
+        if module.__name__ == _MODULE:
+            from engine_loader.integrations.sglang.loader import PeerModelLoader
+
+            module.PrivateModelLoader = PeerModelLoader  # type: ignore[attr-defined]
+
+
+def install_safely() -> None:
+    """Once. A failure is one warning: SGLang starts without this library."""
+    try:
+        _install()
+    except Exception as exc:  # noqa: BLE001  SGLang must not fail to start because of us
+        log.warning("engine_registry is not used in SGLang: %s", exc)
+
+
+def _install() -> None:
+    if not any(isinstance(finder, PrivateLoader) for finder in sys.meta_path):
+        sys.meta_path.append(PrivateLoader())
+    if _UPDATES not in sys.modules:
+        return  # a process without weights
+    from engine_loader.integrations.sglang.updates import hook_updates
+
+    hook_updates()
+    if settings := os.environ.get(SETTINGS, "").strip():
+        from engine_loader.integrations.sglang.bootstrap import hook_transfer
+
+        hook_transfer(decode_settings(settings))
+
+
+def decode_settings(text: str) -> object:
+    """Of the environment variable. InvalidField where it is no JSON."""
+    from engine_registry.errors import InvalidField
+
+    try:
+        return json.loads(text)
+    except ValueError as exc:
+        raise InvalidField(
+            f"{SETTINGS} is no JSON: {exc}",
+            'give a mapping, such as {"etcd": "10.0.0.5:2379"}',
+            field=SETTINGS,
+        ) from None
