@@ -23,6 +23,8 @@ import sglang.srt.managers.scheduler
 import sglang.srt.models.registry
 import torch
 
+from engine_loader.integrations.sglang import request
+
 
 def serve(folder: Path, name: str, arguments: dict[str, Any], environment: dict[str, str]) -> None:
     """One engine, until the test closes its connection."""
@@ -51,11 +53,29 @@ def answer(engine: Any, test: Connection) -> None:
         except EOFError:
             return
         try:
-            result = getattr(engine, method)(*args, **kwargs)
+            result = call(engine, method, *args, **kwargs)
         except BaseException:  # noqa: BLE001  the test raises it
             test.send(("failed", traceback.format_exc()))
         else:
             test.send(("done", result))
+
+
+def call(engine: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    return (
+        pull(engine, *args, **kwargs)
+        if method == "pull"
+        else getattr(engine, method)(*args, **kwargs)
+    )
+
+
+def pull(engine: Any, source: str, **order: Any) -> list[Any]:
+    """An update of the weights, as a driver of reinforcement learning makes it."""
+    path = "engine_loader.integrations.sglang.pull"
+    return [
+        engine.begin_weight_update(),
+        engine.update_weights_from_tensor(request(source, **order), load_format=path),
+        engine.end_weight_update(),
+    ]
 
 
 def without_cuda() -> None:

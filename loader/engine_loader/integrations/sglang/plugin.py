@@ -47,7 +47,13 @@ def install_safely() -> None:
     try:
         _install()
     except Exception as exc:  # noqa: BLE001  SGLang must not fail to start because of us
-        log.warning("engine_registry is not used in SGLang: %s", exc)
+        from engine_registry.telemetry.logs import fields
+
+        log.warning(
+            "engine_registry is not used in SGLang: %s",
+            exc,
+            extra=fields("plugin_failed", error=exc),
+        )
 
 
 def _install() -> None:

@@ -1,0 +1,109 @@
+"""The entry point that SGLang calls: lazy, repeatable, and harmless."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+
+import pytest
+
+from engine_loader.integrations.sglang import register
+from engine_loader.integrations.sglang.plugin import PrivateLoader
+from tests.support.checkout import ROOT
+from tests.support.sglang import HookRegistry, Process
+
+UPDATES = "sglang.srt.model_executor.model_runner_components.weight_updater"
+PRIVATE = "sglang.private.private_model_loader"
+
+
+@pytest.fixture(autouse=True)
+def _no_finder_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.delenv("ENGINE_REGISTRY", raising=False)
+
+
+def finders() -> int:
+    return sum(isinstance(finder, PrivateLoader) for finder in sys.meta_path)
+
+
+def test_registering_imports_neither_torch_nor_sglang() -> None:
+    program = (
+        "import sys\n"
+        "from engine_loader.integrations.sglang import register\n"
+        "register(); register()\n"
+        "print(sorted({'torch', 'sglang', 'grpc'} & set(sys.modules)))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert (printed.stdout, printed.stderr) == ("[]\n", "")
+
+
+def test_the_entry_point_is_stated() -> None:
+    stated = (ROOT / "pyproject.toml").read_text()
+    group = stated.partition('[project.entry-points."sglang.srt.plugins"]\n')[2]
+    assert group.startswith('engine_registry = "engine_loader.integrations.sglang:register"\n')
+
+
+def test_registering_again_changes_nothing(sglang: Process) -> None:
+    register()
+    register()
+    assert finders() == 1
+    assert find_spec(PRIVATE) is not None
+
+
+def test_a_private_build_of_sglang_keeps_its_loader(
+    sglang: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = ModuleType(PRIVATE)
+    monkeypatch.setitem(sys.modules, "sglang.private", ModuleType("sglang.private"))
+    monkeypatch.setitem(sys.modules, PRIVATE, theirs)
+    register()
+    assert importlib.import_module(PRIVATE) is theirs
+
+
+def test_a_process_without_weights_is_not_hooked(
+    sglang: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINE_REGISTRY", "{}")
+    register()
+    assert HookRegistry._hooks == {}
+
+
+def test_each_method_that_changes_weights_is_hooked_once(
+    sglang: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, UPDATES, ModuleType(UPDATES))
+    register()
+    register()
+    methods = {
+        target.rpartition(".")[2]: len(hooks) for target, hooks in HookRegistry._hooks.items()
+    }
+    assert methods == dict.fromkeys(
+        [
+            "begin_weight_update",
+            "end_weight_update",
+            "update_weights_from_tensor",
+            "load_weights_from_distributed",
+            "update_weights_from_disk",
+            "update_weights_from_ipc",
+            "release_memory_occupation",
+            "resume_memory_occupation",
+        ],
+        1,
+    )
+
+
+def test_what_fails_is_one_warning(
+    sglang: Process, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, UPDATES, ModuleType(UPDATES))
+    monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", None)
+    with caplog.at_level(logging.WARNING):
+        register()
+    (line,) = caplog.messages
+    assert line.startswith("engine_registry is not used in SGLang: ")
