@@ -45,13 +45,16 @@ class EngineFailed(Exception):
 class Engine:
     """One engine. Ends with `close`, as does every process of it."""
 
-    def __init__(self, name: str, folder: Path, pid: int, started: bool = True) -> None:
+    def __init__(self, name: str, folder: Path, pid: int) -> None:
         self.name = name
         self.pid = pid
         self._folder = folder
-        self._test: Connection | None = _connected(folder / name) if started else None
-        if self._test is not None:
-            self._received(START_S)
+        self._test: Connection | None = _connected(folder / name)
+
+    def ready(self) -> Engine:
+        """Itself, once it has started. Raises EngineFailed with what it raised."""
+        self._received(START_S)
+        return self
 
     def tokens(self) -> list[list[int]]:
         """Greedy tokens, one prompt at a time: a batch may round otherwise."""
@@ -137,10 +140,21 @@ class Engines:
         environment: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> Engine:
-        """Starts one. With `settings` it loads through this library.
+        """Starts one, and waits until it is ready. With `settings` it loads through this library.
 
         Raises EngineFailed with what it raised.
         """
+        return self.begin(model, settings, environment=environment, **arguments).ready()
+
+    def begin(
+        self,
+        model: Path,
+        settings: Mapping[str, object] | None = None,
+        *,
+        environment: Mapping[str, str] | None = None,
+        **arguments: Any,
+    ) -> Engine:
+        """As `start`, and does not wait."""
         self._count += 1
         name = f"e{self._count}"
         if settings is not None:
@@ -161,13 +175,7 @@ class Engines:
                 environment,
             )
         )
-        pid = self._zygote.recv()
-        try:
-            engine = Engine(name, self.folder, pid)
-        except BaseException:
-            for each in _of_session(pid):
-                _kill(each)
-            raise
+        engine = Engine(name, self.folder, self._zygote.recv())
         self.open.append(engine)
         return engine
 
