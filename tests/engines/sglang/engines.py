@@ -119,6 +119,7 @@ class Engines:
             "MOONCAKE_PROTOCOL": "tcp",
             "SGLANG_HOST_IP": "127.0.0.1",
             "HOST_IP": "127.0.0.1",
+            "TMPDIR": str(folder),  # SGLang leaves its sockets there
         }
         with open(folder / "zygote.log", "wb") as log:
             self._process = subprocess.Popen(
@@ -163,7 +164,8 @@ class Engines:
                 "model_loader_extra_config": json.dumps(settings),
             }
         environment = dict(environment or {})
-        if (size := arguments.get("tp_size", 1)) > 1:
+        size = arguments.get("tp_size", 1) * arguments.get("pp_size", 1)
+        if size > 1:
             cores = sorted(os.sched_getaffinity(0))
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
                 str(cores[rank % len(cores)]) for rank in range(size)

@@ -67,7 +67,7 @@ def test_without_etcd_a_seed_registers_at_its_node_0_and_is_asked_there(
     away = {"ENGINE_REGISTRY": json.dumps(settings | {"etcd": f"127.0.0.1:{free_port()}"})}
     first = engines.start(model, environment=away, **seed())
     assert len(first.lines("is no seed in etcd")) == 1
-    assert len(first.lines("Registered transfer engine info")) == 1
+    assert len(first.lines("with bootstrap server")) == 1
     assert first.tokens() == engines.start(model).tokens()
 
 

@@ -61,7 +61,7 @@ def request(
         settings: Settings such as `etcd`, in place of those that SGLang was started with.
 
     Returns:
-        The request, as a tensor of bytes.
+        The request, as the name of an empty tensor.
 
     Raises:
         InvalidField: A setting is unknown or not valid.

@@ -1,5 +1,7 @@
 """The request that a driver of SGLang sends through `update_weights_from_tensor`: which source the
-ranks pull. It travels as a tensor of bytes, as SGLang passes nothing else on to a custom loader.
+ranks pull. SGLang passes nothing but named tensors on to a custom loader, so it travels as a name.
+The tensor is empty: SGLang sends tensors as handles of shared memory, but empty ones by value, so
+they reach ranks on other nodes.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import check_instance
 from engine_registry.schema.numbers import seconds, whole_or_none
 
-_NAME = "engine_registry"
+_PREFIX = "engine_registry:"
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,17 @@ class Order:
 
     def encode(self) -> list[tuple[str, torch.Tensor]]:
         """Named tensors for SGLang."""
-        text = json.dumps(asdict(self)).encode()
-        return [(_NAME, torch.frombuffer(bytearray(text), dtype=torch.uint8))]
+        return [(_PREFIX + json.dumps(asdict(self)), torch.empty(0, dtype=torch.uint8))]
 
     @classmethod
     def decode(cls, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> Order:
         """The order in what SGLang passes on. InvalidField where it is none."""
-        tensors = dict(named_tensors)
         try:
-            (tensor,) = (tensors[_NAME],)
-            if len(tensors) > 1 or tensor.dtype is not torch.uint8:
-                raise ValueError("other tensors came")
-            return cls(**json.loads(bytes(tensor.cpu().tolist())))
-        except (KeyError, TypeError, UnicodeDecodeError, ValueError) as exc:
+            ((name, _),) = named_tensors
+            if not name.startswith(_PREFIX):
+                raise ValueError(f"{name[:100]!r} is a tensor")
+            return cls(**json.loads(name.removeprefix(_PREFIX)))
+        except (TypeError, ValueError) as exc:
             if isinstance(exc, InvalidField):
                 raise
             raise InvalidField(
