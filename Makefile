@@ -9,7 +9,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all test-compose coverage mutate docs bench lint format lock clean
+.PHONY: help setup demo test test-slow test-all test-compose test-engines coverage mutate docs bench lint format lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -35,6 +35,11 @@ coverage: setup ## every test again, and how much of each package they run (an h
 test-compose: setup ## docker-compose.yml run for real (root or a docker daemon; minutes)
 	@scripts/compose_tools.sh
 	$(BIN)/pytest tests/compose -v -o faulthandler_timeout=1800 $(ARGS)
+
+test-engines: setup ## the integrations with a real vLLM and a real SGLang, on CPUs (5 GB, half an hour)
+	@scripts/engines_setup.sh vllm
+	@scripts/engines_setup.sh sglang
+	$(BIN)/pytest tests/engines -v -m engines -o faulthandler_timeout=1800 $(ARGS)
 
 mutate: setup ## change modules and see whether tests notice: ARGS='FILE.py -t TESTFILE' (by hand)
 	$(BIN)/python -m scripts.mutate $(ARGS)

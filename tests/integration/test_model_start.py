@@ -76,7 +76,7 @@ class Engines:
         self.modules.append(module)
         reader = Reader(module, error)
         start.fill(loaded_tensors(module), reader)
-        start.publish(module, loaded_tensors(module))
+        start.publish(module, loaded_tensors(module), loaded_tensors)
         return start, module, reader
 
 
@@ -219,7 +219,7 @@ def test_changed_weights_are_the_next_version(engines: Engines) -> None:
     start.pause()
     with torch.no_grad():
         module.weight.fill_(7)
-    start.replace(loaded_tensors(module))
+    start.republish()
     assert start.publication is not None
     assert (start.publication.version, start.publication.paused) == (1, False)
     other, copied, _ = engines.start("b")

@@ -33,8 +33,13 @@ from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
 Tensors = Mapping[str, torch.Tensor]
+Again = Callable[[nn.Module], Tensors | None]
 T = TypeVar("T")
 _STARTS: weakref.WeakKeyDictionary[nn.Module, ModelStart] = weakref.WeakKeyDictionary()
+
+
+def _nothing(module: nn.Module) -> Tensors | None:
+    return None
 
 
 @atexit.register
@@ -52,6 +57,11 @@ def start_of(module: nn.Module) -> ModelStart | None:
     """The start that filled the model in this process, if one did, and still serves it."""
     start = _STARTS.get(module)
     return start if start is not None and start.serves else None
+
+
+def open_starts() -> list[ModelStart]:
+    """Those of this process that serve, or that have paused."""
+    return [start for start in list(_STARTS.values()) if start.serves]
 
 
 class ModelStart:
@@ -84,6 +94,10 @@ class ModelStart:
         self._engine: Engine | None = None
         self._seeded: Seeded | None = None
         self._given_up = False
+        self._again: Again = _nothing
+        self._module: Callable[[], nn.Module | None] = lambda: None
+        self._extra_nbytes = 0
+        self.discarded = False  # the engine has thrown the weights away while they are paused
 
     @property
     def seeded(self) -> Seeded | None:
@@ -129,12 +143,23 @@ class ModelStart:
         if self._seeded is None and not reading.done:
             reading()
 
-    def publish(self, module: nn.Module, tensors: Tensors) -> None:
+    def publish(
+        self,
+        module: nn.Module,
+        tensors: Tensors,
+        again: Again = _nothing,
+        *,
+        extra_nbytes: int = 0,
+    ) -> None:
         """Serves the weights to peers until the module is collected, or until `close`.
 
         Args:
             module: The model that the tensors belong to.
             tensors: The tensors that peers get.
+            again: The tensors of a module after its weights have changed; None where those cannot
+                be served. It holds on to no module.
+            extra_nbytes: Bytes of the tensors that the module does not use, and that are only kept
+                for peers.
 
         Raises:
             Exception: What this library raises, where it is required.
@@ -142,6 +167,7 @@ class ModelStart:
         seeded = self._seeded
         if seeded is not None:
             self._try(lambda: seeded.publish(tensors))
+        self._again, self._module, self._extra_nbytes = again, weakref.ref(module), extra_nbytes
         log.info("%s", self.summary(), extra=fields("model_started", **self.facts()))
         if self.serves:
             _STARTS[module] = self
@@ -170,10 +196,25 @@ class ModelStart:
             self._try(publication.resume)
 
     def replace(self, tensors: Tensors) -> None:
-        """The weights are others now, as the next version."""
+        """The weights are these now: peers get them as the next version."""
         publication = self.publication
         if publication is not None:
             self._try(lambda: publication.replace(tensors))
+
+    def republish(self) -> None:
+        """The weights are others now: peers get them as the next version."""
+        publication, module = self.publication, self._module()
+        if publication is None or module is None:
+            return
+        tensors = self._again(module)
+        if tensors is None:
+            self.give_up(
+                "the weights that it has kept for peers are not those that the engine uses now",
+                "set `stage` to `processed`, so that it serves them also after an update",
+            )
+            return
+        self.discarded = False
+        self.replace(tensors)
 
     def facts(self) -> dict[str, Any]:
         """What the start did, as data for a log."""
@@ -188,6 +229,7 @@ class ModelStart:
             "version": publication.version if publication is not None else None,
             "content": publication.content if publication is not None else None,
             "serves": publication is not None,
+            "extra_nbytes": self._extra_nbytes,
         }
 
     def summary(self) -> str:
@@ -199,7 +241,11 @@ class ModelStart:
                 f"has copied {facts['nbytes'] / 1e6:.1f} MB of weights from "
                 f"{', '.join(facts['sources'])} in {facts['seconds']:.1f} s"
             )
-        return f"{facts['rank']} {how}, and serves {'them to' if self.serves else 'no'} peers"
+        extra = self._extra_nbytes / 1e6
+        keeps = f", for whom it keeps {extra:.1f} MB more than the engine uses" if extra else ""
+        if not self.serves:
+            return f"{facts['rank']} {how}, and serves no peers"
+        return f"{facts['rank']} {how}, and serves them to peers{keeps}"
 
     def close(self) -> None:
         """Withdraws the rank, and closes the engine and the registry. Any number of times."""

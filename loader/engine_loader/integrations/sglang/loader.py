@@ -111,9 +111,10 @@ class PeerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang is no
                 "peers could read half of a change",
                 "use a release of SGLang that this library was tested with",
             )
-        start.publish(model, kept.tensors)
+        extra_nbytes = kept.extra_nbytes(model)
+        start.publish(model, kept.tensors, extra_nbytes=extra_nbytes)
         if start.serves:
-            same_memory = kept.extra_nbytes(model) == 0
+            same_memory = extra_nbytes == 0
             model_of = weakref.ref(model)
             follow_updates(
                 model, Changes(start, lambda: _tensors_of(model_of()) if same_memory else None)

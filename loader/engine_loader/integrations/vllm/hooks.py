@@ -1,0 +1,110 @@
+"""What happens to published weights when vLLM changes them: they are paused before, and published
+anew after.
+
+The methods of vLLM's workers are wrapped once a process, and only where our loader is used. The
+workers call them one at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from engine_loader.integrations.starting import open_starts
+
+_WORKER = "vllm.v1.worker.gpu_worker"
+_MARK = "_engine_registry_wraps"
+_DISCARDS = 2  # the level of sleep that does not keep the weights
+
+
+def install() -> bool:
+    """Wraps the methods of the workers that this process has. False where vLLM has others."""
+    module = sys.modules.get(_WORKER)
+    worker = getattr(module, "Worker", None)
+    if worker is None:
+        return False
+    wanted = {
+        "sleep": _sleep,
+        "wake_up": _wake_up,
+        "reload_weights": _reload,
+        "start_weight_update": _begin,
+        "start_draft_weight_update": _begin,
+        "finish_weight_update": _end,
+    }
+    if not all(callable(getattr(worker, name, None)) for name in ("sleep", "reload_weights")):
+        return False
+    for kind in _with_subclasses(worker):
+        for name, around in wanted.items():
+            if name in vars(kind) and not hasattr(vars(kind)[name], _MARK):
+                setattr(kind, name, _wrapped(vars(kind)[name], around))
+    return True
+
+
+def pause_all() -> None:
+    """Peers wait, or go elsewhere."""
+    for start in open_starts():
+        start.pause()
+
+
+def publish_all() -> None:
+    """The weights of all models of this process, as they are now, as the next version."""
+    for start in open_starts():
+        start.republish()
+
+
+def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
+    yield kind
+    for below in type.__subclasses__(kind):
+        yield from _with_subclasses(below)
+
+
+Around = Callable[[Callable[[], Any], dict[str, Any]], Any]
+
+
+def _wrapped(method: Callable[..., Any], around: Around) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(kwargs)
+        if args:
+            given["first"] = args[0]
+        return around(lambda: method(self, *args, **kwargs), given)
+
+    setattr(wrapper, _MARK, True)
+    return wrapper
+
+
+def _sleep(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    pause_all()
+    for start in open_starts():
+        start.discarded = given.get("level", given.get("first", 1)) >= _DISCARDS
+    return act()
+
+
+def _wake_up(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    done = act()
+    tags = given.get("tags", given.get("first"))
+    if tags is None or "weights" in tags:
+        for start in open_starts():
+            if not start.discarded:  # else they come with a reload or an update
+                start.resume()
+    return done
+
+
+def _reload(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    pause_all()
+    done = act()
+    publish_all()
+    return done
+
+
+def _begin(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    pause_all()
+    return act()
+
+
+def _end(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    done = act()
+    publish_all()
+    return done

@@ -1,0 +1,37 @@
+"""Changes to vLLM that a test needs on CPUs, by name. Each says why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def plain_linear_layers() -> None:
+    """Weights stay tensors, as on a GPU: oneDNN puts them into handles that no tensor shows."""
+    import vllm._custom_ops
+    import vllm.model_executor.layers.utils
+
+    vllm._custom_ops._supports_onednn = False
+
+    def never(*_: Any) -> bool:
+        return False
+
+    vllm.model_executor.layers.utils.check_cpu_sgl_kernel = never
+
+
+def pipeline_buffers() -> None:
+    """vLLM 0.32 on CPUs makes the buffers of later pipeline stages only in a warm-up, which eager
+    mode leaves out.
+    """
+    from vllm.distributed import get_pp_group
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    load_model = CPUModelRunner.load_model
+
+    def load_with_buffers(self: Any, *args: Any, **kwargs: Any) -> None:
+        load_model(self, *args, **kwargs)
+        if not get_pp_group().is_first_rank:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+
+    CPUModelRunner.load_model = load_with_buffers

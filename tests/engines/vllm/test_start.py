@@ -1,0 +1,166 @@
+"""A real vLLM that starts with our load format: from its disk, from peers, and in spite of us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from engine_registry import Registry
+from engine_registry.etcd.ports import free_port
+from tests.engines.vllm.conftest import Engine, Engines
+from tests.support.waiting import wait_until
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+Checkpoint = Callable[..., str]
+PLAIN = ("plain_linear_layers",)
+
+
+def sources(engine: Engine) -> list[str]:
+    return [facts["source"] for facts in engine.facts()]
+
+
+def copied(engine: Engine) -> int:
+    return sum(facts["nbytes"] for facts in engine.facts())
+
+
+def held(registry: Registry, instance: str) -> int:
+    """Bytes of the tensors that the ranks of the instance publish."""
+    return sum(
+        record.manifest.nbytes
+        for status in registry.instances()
+        for record in status.records
+        if record.instance == instance
+    )
+
+
+def instance_of(engine: Engine) -> str:
+    return str(engine.facts()[0]["rank"]).partition("/")[0]
+
+
+def test_the_first_reads_its_disk_and_the_second_copies_all_of_it(
+    engines: Engines, checkpoint: Checkpoint, registry: Registry
+) -> None:
+    model = checkpoint("qwen3")  # with tied embeddings
+    expected = engines.start(model).generate()
+    first = engines.start(model, {})
+    second = engines.start(model, {})
+    assert (sources(first), sources(second)) == (["disk"], ["peers"])
+    assert first.generate() == second.generate() == expected
+    assert copied(second) == held(registry, instance_of(first)) > 0
+    assert second.warnings() == []
+
+
+def test_without_etcd_it_starts_from_disk_after_one_warning(
+    engines: Engines, checkpoint: Checkpoint
+) -> None:
+    model = checkpoint("llama")
+    dead = f"127.0.0.1:{free_port('127.0.0.1')}"
+    engine = engines.start(model, {"etcd": dead, "without_etcd_s": 1})
+    assert engine.facts() == []
+    assert engine.generate() == engines.start(model).generate()
+    (line,) = [line for line in engine.lines("WARNING") if "engine_loader" in line]
+    assert "check the address and that etcd is running" in line
+
+
+def test_another_revision_is_read_from_disk(engines: Engines, checkpoint: Checkpoint) -> None:
+    model = checkpoint("llama")
+    engines.start(model, {"revision": "r1"})
+    assert sources(engines.start(model, {"revision": "r2"})) == ["disk"]
+
+
+def test_settings_that_are_not_known_are_refused_by_name(
+    engines: Engines, checkpoint: Checkpoint
+) -> None:
+    with pytest.raises(AssertionError):
+        engines.start(checkpoint("llama"), {"etdc": "127.0.0.1:1"})
+    assert any("has an unknown key: etdc: known are" in line for line in engines.last.lines(""))
+
+
+def test_two_workers_of_tensor_parallelism_copy_their_halves(
+    engines: Engines, checkpoint: Checkpoint, registry: Registry
+) -> None:
+    model = checkpoint("qwen2")  # with biases of qkv
+    expected = engines.start(model, tensor_parallel_size=2).generate()
+    first = engines.start(model, {}, tensor_parallel_size=2)
+    second = engines.start(model, {}, tensor_parallel_size=2)
+    assert (sources(first), sources(second)) == (["disk"] * 2, ["peers"] * 2)
+    assert sorted(facts["rank"].rpartition("/")[2] for facts in second.facts()) == ["0", "1"]
+    assert first.generate() == second.generate() == expected
+    assert copied(second) == held(registry, instance_of(first)) > 0
+
+
+def test_a_third_copies_from_both(engines: Engines, checkpoint: Checkpoint) -> None:
+    model = checkpoint("llama", hidden=512, layers=8)
+    first = engines.start(model, {})
+    second = engines.start(model, {})
+    third = engines.start(model, {})
+    (facts,) = third.facts()
+    assert facts["source"] == "peers"
+    assert len(facts["sources"]) == 2
+    assert facts["content"] == first.facts()[0]["content"] == second.facts()[0]["content"]
+    assert third.generate() == first.generate()
+
+
+@pytest.mark.parametrize("stage", ["loaded", "processed"])
+def test_a_source_that_is_killed_in_the_middle_is_followed_by_the_disk(
+    engines: Engines, checkpoint: Checkpoint, registry: Registry, stage: str
+) -> None:
+    model = checkpoint("llama", hidden=512, layers=8)
+    first = engines.start(model, {"stage": stage}, patches=PLAIN)
+    expected, instance = first.generate(), instance_of(first)
+    with first.stopped(), ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(engines.start, model, {"stage": stage}, patches=PLAIN)
+        wait_until(lambda: starting.done() or registry.all_pulls(instance) != (), 120)
+        first.kill()
+        second = starting.result(200)
+    assert sources(second) == ["disk"]
+    assert second.generate() == expected
+
+
+def test_the_processed_memory_is_copied_as_it_is(
+    engines: Engines, checkpoint: Checkpoint, registry: Registry
+) -> None:
+    model = checkpoint("llama")
+    first = engines.start(model, {"stage": "processed"}, patches=PLAIN)
+    second = engines.start(model, {"stage": "processed"}, patches=PLAIN)
+    assert (sources(first), sources(second)) == (["disk"], ["peers"])
+    assert first.generate() == second.generate() == engines.start(model, patches=PLAIN).generate()
+    assert copied(second) == held(registry, instance_of(first)) > 0
+    assert second.facts()[0]["extra_nbytes"] == 0
+
+
+def test_weights_that_processing_hides_are_not_served_as_processed(
+    engines: Engines, checkpoint: Checkpoint
+) -> None:
+    engine = engines.start(checkpoint("llama"), {"stage": "processed"})
+    assert engine.facts() == []
+    (line,) = engine.warnings()
+    assert "set `stage` to `loaded`" in line
+
+
+@pytest.mark.parametrize("kind", ["llama-int8", "qwen3moe"])
+def test_quantised_weights_and_experts_are_copied(
+    engines: Engines, checkpoint: Checkpoint, registry: Registry, kind: str
+) -> None:
+    model = checkpoint(kind)
+    expected = engines.start(model).generate()
+    first = engines.start(model, {})
+    second = engines.start(model, {})
+    assert sources(second) == ["peers"]
+    assert first.generate() == second.generate() == expected
+    assert copied(second) == held(registry, instance_of(first)) > 0
+
+
+def test_the_stages_of_a_pipeline_are_copied(
+    engines: Engines, checkpoint: Checkpoint, registry: Registry
+) -> None:
+    model = checkpoint("llama")
+    patches = ("pipeline_buffers",)
+    expected = engines.start(model, patches=patches, pipeline_parallel_size=2).generate()
+    first = engines.start(model, {}, patches=patches, pipeline_parallel_size=2)
+    second = engines.start(model, {}, patches=patches, pipeline_parallel_size=2)
+    assert sources(second) == ["peers"] * 2
+    assert first.generate() == second.generate() == expected
+    assert copied(second) == held(registry, instance_of(first)) > 0

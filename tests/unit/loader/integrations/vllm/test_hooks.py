@@ -1,0 +1,125 @@
+"""Published weights while vLLM's workers change them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from engine_loader.integrations.vllm import hooks
+
+
+class Start:
+    """As a `ModelStart`: notes what is asked of it."""
+
+    def __init__(self, deeds: list[str]) -> None:
+        self.deeds, self.discarded = deeds, False
+
+    def pause(self) -> None:
+        self.deeds.append("pause")
+
+    def resume(self) -> None:
+        self.deeds.append("resume")
+
+    def republish(self) -> None:
+        self.deeds.append("republish")
+
+
+def a_worker(deeds: list[str]) -> tuple[type[Any], type[Any]]:
+    """vLLM's class of workers, and that of a platform, which sleeps in another way."""
+
+    class Worker:
+        def sleep(self, level: int = 1) -> None:
+            deeds.append(f"sleep {level}")
+
+        def wake_up(self, tags: list[str] | None = None) -> str:
+            deeds.append("wake up")
+            return "awake"
+
+        def reload_weights(self, fail: bool = False) -> None:
+            deeds.append("reload")
+            if fail:
+                raise OSError("no such checkpoint")
+
+        def start_weight_update(self) -> None:
+            deeds.append("start")
+
+        def finish_weight_update(self) -> None:
+            deeds.append("finish")
+
+    class CPUWorker(Worker):
+        def sleep(self, level: int = 1) -> None:
+            deeds.append(f"sleep {level} on a CPU")
+
+    return Worker, CPUWorker
+
+
+@pytest.fixture
+def deeds() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def start(deeds: list[str], monkeypatch: pytest.MonkeyPatch) -> Start:
+    start = Start(deeds)
+    monkeypatch.setattr(hooks, "open_starts", lambda: [start])
+    return start
+
+
+@pytest.fixture
+def worker(deeds: list[str], start: Start, monkeypatch: pytest.MonkeyPatch) -> Any:
+    module, (base, platforms) = ModuleType("gpu_worker"), a_worker(deeds)
+    vars(module)["Worker"] = base
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", module)
+    assert hooks.install()
+    assert hooks.install()  # a second model of the process
+    return platforms()
+
+
+def test_they_are_paused_before_a_sleep_and_go_on_after_it(worker: Any, deeds: list[str]) -> None:
+    worker.sleep()
+    assert worker.wake_up() == "awake"
+    assert deeds == ["pause", "sleep 1 on a CPU", "wake up", "resume"]
+
+
+def test_they_wait_until_the_weights_wake_up(worker: Any, deeds: list[str]) -> None:
+    worker.sleep(1)
+    worker.wake_up(["kv_cache"])
+    assert "resume" not in deeds
+    worker.wake_up(tags=["weights"])
+    assert deeds[-1] == "resume"
+
+
+@pytest.mark.parametrize("sleep", [lambda one: one.sleep(2), lambda one: one.sleep(level=2)])
+def test_discarded_weights_are_served_after_a_reload(
+    worker: Any, deeds: list[str], sleep: Callable[[Any], None]
+) -> None:
+    sleep(worker)
+    worker.wake_up()
+    assert "resume" not in deeds
+    worker.reload_weights()
+    assert deeds[-2:] == ["reload", "republish"]
+
+
+def test_an_update_is_published_at_its_end(worker: Any, deeds: list[str]) -> None:
+    worker.start_weight_update()
+    assert deeds == ["pause", "start"]
+    worker.finish_weight_update()
+    assert deeds[2:] == ["finish", "republish"]
+
+
+def test_weights_in_doubt_stay_paused(worker: Any, deeds: list[str]) -> None:
+    with pytest.raises(OSError, match="no such checkpoint"):
+        worker.reload_weights(fail=True)
+    assert deeds == ["pause", "reload"]
+
+
+def test_a_vllm_with_other_workers_is_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not hooks.install()
+    module = ModuleType("gpu_worker")
+    vars(module)["Worker"] = type("Worker", (), {"sleep": lambda self: None})
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", module)
+    assert not hooks.install()
