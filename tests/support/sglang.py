@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+
+from torch import nn
 
 
 class HookRegistry:
@@ -20,6 +24,21 @@ class HookRegistry:
     @classmethod
     def apply(cls) -> None:
         cls._patched.update(cls._hooks)
+
+
+class LoadFormat(str, enum.Enum):
+    AUTO = "auto"
+    PT = "pt"
+    SAFETENSORS = "safetensors"
+    NPCACHE = "npcache"
+    MISTRAL = "mistral"
+    PRIVATE = "private"
+
+
+@dataclass
+class LoadConfig:
+    load_format: LoadFormat = LoadFormat.PRIVATE
+    model_loader_extra_config: dict[str, Any] = field(default_factory=dict)
 
 
 class Group:
@@ -42,7 +61,46 @@ class Process:
 
     def __init__(self) -> None:
         self.parallel = SimpleNamespace(
-            tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, tp_group=Group(), world_group=Group()
+            tp_rank=0,
+            tp_size=1,
+            pp_rank=0,
+            pp_size=1,
+            tp_group=Group(),
+            world_group=Group(),
+            moe_dense_tp_size=None,
+            enable_dp_lm_head=False,
         )
         self.model = SimpleNamespace(load_format="auto", model_loader_extra_config="{}")
-        self.exec = SimpleNamespace(features=SimpleNamespace(enable_weights_cpu_backup=False))
+        self.exec = SimpleNamespace(
+            features=SimpleNamespace(enable_weights_cpu_backup=False, enable_fp32_lm_head=False),
+            moe=SimpleNamespace(
+                enable_eplb=False, ep_num_redundant_experts=0, init_expert_location="trivial"
+            ),
+        )
+        self.calls: list[str] = []
+        self.post_process: Callable[[nn.Module], None] = lambda _: None
+
+    def loader(self) -> type:
+        """SGLang's loader of checkpoints, whose weights are all 3."""
+        process = self
+
+        class DefaultModelLoader:
+            def __init__(self, load_config: LoadConfig) -> None:
+                self.load_config = load_config
+
+            def _get_all_weights(self, *_: object) -> str:
+                config = self.load_config
+                return f"read {config.load_format.value} {config.model_loader_extra_config}"
+
+            @staticmethod
+            def load_weights_only(model: nn.Module, weights: str, _: object) -> None:
+                process.calls.append(weights)
+                for parameter in model.parameters():
+                    parameter.data.fill_(3.0)
+
+            @staticmethod
+            def postprocess_weights(model: nn.Module, _: object) -> None:
+                process.calls.append("post-process")
+                process.post_process(model)
+
+        return DefaultModelLoader

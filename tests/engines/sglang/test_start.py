@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ Settings = dict[str, object]
 
 @pytest.mark.parametrize("layout", [{}, {"tp_size": 2}, {"pp_size": 2}], ids=["1", "tp2", "pp2"])
 def test_the_second_engine_copies_from_the_first_and_generates_the_same(
-    engines: Engines, registry: Registry, settings: Settings, model: Path, layout: dict[str, int]
+    engines: Engines, registry: Registry, settings: Settings, model: Path, layout: dict[str, Any]
 ) -> None:
     ranks = layout.get("tp_size", 1) * layout.get("pp_size", 1)
     plain = engines.start(model, **layout)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
-from tests.support.sglang import HookRegistry, Process
+from tests.support.sglang import HookRegistry, LoadConfig, LoadFormat, Process
 
 
 @pytest.fixture
@@ -25,6 +27,15 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
             "HookRegistry": HookRegistry,
             "HookType": SimpleNamespace(AROUND="around"),
         },
+        "sglang.srt.configs": {},
+        "sglang.srt.configs.load_config": {"LoadConfig": LoadConfig, "LoadFormat": LoadFormat},
+        "sglang.srt.model_loader": {},
+        "sglang.srt.model_loader.loader": {
+            "DefaultModelLoader": process.loader(),
+            "_get_quantization_config": lambda *_: None,
+            "_initialize_model": lambda *_: nn.Linear(4, 2),
+        },
+        "sglang.srt.model_loader.utils": {"set_default_torch_dtype": lambda _: nullcontext()},
         "sglang.srt.runtime_context": {
             "get_parallel": lambda: process.parallel,
             "get_model": lambda: process.model,
