@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .engines/<engine> ready: a virtual environment with a real inference engine (its build for CPUs) and this
-# checkout, for `make test-engines`. About 3 GB and ten minutes; one line a step says what is installed and why.
+# checkout, for `make test-engines`. About 3 GB and ten minutes each; one line a step says what is installed and why.
 # It may be interrupted at any step: the next run goes on with the first step that is not done.
 #
 #   scripts/engines_setup.sh vllm|sglang

@@ -70,7 +70,13 @@ class Process:
             moe_dense_tp_size=None,
             enable_dp_lm_head=False,
         )
-        self.model = SimpleNamespace(load_format="auto", model_loader_extra_config="{}")
+        self.model = SimpleNamespace(
+            load_format="auto",
+            model_loader_extra_config="{}",
+            model_path="/models/llama",
+            revision=None,
+            quantization=None,
+        )
         self.exec = SimpleNamespace(
             features=SimpleNamespace(enable_weights_cpu_backup=False, enable_fp32_lm_head=False),
             moe=SimpleNamespace(

@@ -105,7 +105,7 @@ class Engines:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        environment = os.environ | {
+        self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(
                 [
                     str(Path(__file__).parent / "cpu"),
@@ -124,7 +124,7 @@ class Engines:
         with open(folder / "zygote.log", "wb") as log:
             self._process = subprocess.Popen(
                 [str(VENV / "bin" / "python"), "-m", "tests.engines.sglang.zygote", str(folder)],
-                env=environment,
+                env=self.environment,
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -180,6 +180,21 @@ class Engines:
         engine = Engine(name, self.folder, self._zygote.recv())
         self.open.append(engine)
         return engine
+
+    def command(self, model: Path, settings: Mapping[str, object], port: int) -> list[str]:
+        """SGLang's server on the command line, which starts its processes as users have them."""
+        options = _ON_CPU | {
+            "model_path": str(model),
+            "port": port,
+            "load_format": "private",
+            "model_loader_extra_config": json.dumps(settings),
+        }
+        words = [str(VENV / "bin" / "python"), "-m", "sglang.launch_server"]
+        for name, value in options.items():
+            words.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                words.append(str(value))
+        return words
 
     def last_log(self) -> str:
         """Of the engine that was started last, also where that has failed."""

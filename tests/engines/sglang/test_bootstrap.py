@@ -40,23 +40,22 @@ def client() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("layout", [{}, {"tp_size": 2}, {"pp_size": 2}], ids=["1", "tp2", "pp2"])
 def test_seeds_register_in_etcd_and_clients_read_from_them_without_a_gateway(
     engines: Engines,
     registry: Registry,
     by_environment: dict[str, str],
     model: Path,
-    tp_size: int,
+    layout: dict[str, Any],
 ) -> None:
-    first = engines.start(model, environment=by_environment, tp_size=tp_size, **seed())
+    ranks = layout.get("tp_size", 1) * layout.get("pp_size", 1)
+    first = engines.start(model, environment=by_environment, **(layout | seed()))
     expected = first.tokens()
     (status,) = registry.instances()
-    assert [record.rank for record in status.records] == list(range(tp_size))
+    assert [record.rank for record in status.records] == list(range(ranks))
     assert not first.lines("Registered transfer engine info")
-    second = engines.start(
-        model, environment=by_environment, tp_size=tp_size, **(client() | seed())
-    )
-    assert len(second.lines("SGLang has copied its weights from")) == tp_size
+    second = engines.start(model, environment=by_environment, **(layout | client() | seed()))
+    assert len(second.lines("SGLang has copied its weights from")) == ranks
     assert second.tokens() == expected
     assert len(registry.instances()) == 2
 

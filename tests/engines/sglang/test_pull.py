@@ -85,6 +85,22 @@ def test_pulled_weights_are_those_of_a_load_from_disk_and_go_on_to_peers(
     assert second.tokens() == expected
 
 
+def test_pipeline_stages_pull_the_version_that_the_request_names(
+    engines: Engines,
+    settings: dict[str, object],
+    trainer: Trainer,
+    model: Path,
+    trained: Path,
+) -> None:
+    plain = engines.start(trained, pp_size=2)
+    expected = plain.tokens()
+    plain.close()
+    engine = engines.start(model, settings, pp_size=2, **PULL)
+    outcomes = engine.call("pull", "trainer", version=trainer.publication.version)
+    assert all(outcome[0] for outcome in outcomes), outcomes
+    assert engine.tokens() == expected
+
+
 def test_a_pull_that_fails_leaves_the_engine_running_and_peers_waiting(
     engines: Engines,
     registry: Registry,

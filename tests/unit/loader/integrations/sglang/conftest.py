@@ -28,6 +28,9 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
             "HookType": SimpleNamespace(AROUND="around"),
         },
         "sglang.srt.configs": {},
+        "sglang.srt.environ": {
+            "envs": SimpleNamespace(MOONCAKE_PROTOCOL=SimpleNamespace(get=lambda: "tcp"))
+        },
         "sglang.srt.configs.load_config": {"LoadConfig": LoadConfig, "LoadFormat": LoadFormat},
         "sglang.srt.model_loader": {},
         "sglang.srt.model_loader.loader": {
