@@ -22,7 +22,7 @@ class HookRegistry:
         cls._hooks.setdefault(target, []).append((kind, hook, None))
 
     @classmethod
-    def apply(cls) -> None:
+    def apply_hooks(cls) -> None:
         cls._patched.update(cls._hooks)
 
 

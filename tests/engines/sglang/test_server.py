@@ -46,11 +46,12 @@ def answers(process: subprocess.Popen[bytes], url: str) -> bool:
         return False
 
 
-def test_a_server_copies_from_a_running_engine_and_answers_the_same(
+def test_a_server_copies_from_an_engine_answers_the_same_and_follows_its_updates(
     engines: Engines,
     registry: Registry,
     settings: dict[str, object],
     model: Path,
+    trained: Path,
     tmp_path: Path,
 ) -> None:
     first = engines.start(model, settings)
@@ -69,4 +70,11 @@ def test_a_server_copies_from_a_running_engine_and_answers_the_same(
         ]
         assert found == first.tokens()
         assert len(registry.instances()) == 2
+        answer = httpx.post(
+            f"{url}/update_weights_from_disk", json={"model_path": str(trained)}, timeout=60
+        )
+        assert answer.json()["success"]
+        assert sorted(
+            record.version for status in registry.instances() for record in status.records
+        ) == [0, 1]
     wait_until(lambda: len(registry.instances()) == 1)

@@ -14,11 +14,11 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 log = logging.getLogger(__name__)
 SETTINGS = "ENGINE_REGISTRY"  # an environment variable: settings for SGLang's own transfer
-_UPDATES = "sglang.srt.model_executor.model_runner_components.weight_updater"
+_SCHEDULERS, _BEFORE = "sglang.srt.managers.scheduler", "init_model_worker"
 _PACKAGE = "sglang.private"
 _MODULE = f"{_PACKAGE}.private_model_loader"
 
@@ -44,8 +44,47 @@ class PrivateLoader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def install_safely() -> None:
     """Once. A failure is one warning: SGLang starts without this library."""
+    _safely(_install)
+
+
+def _install() -> None:
+    if not any(isinstance(finder, PrivateLoader) for finder in sys.meta_path):
+        sys.meta_path.append(PrivateLoader())
+    scheduler = getattr(sys.modules.get(_SCHEDULERS), "Scheduler", None)
+    if not hasattr(scheduler, _BEFORE):
+        return  # a process without weights, or another release
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target = f"{_SCHEDULERS}.Scheduler.{_BEFORE}"
+    if not HookRegistry._hooks.get(target):
+        HookRegistry.register(target, _before_model, HookType.BEFORE)
+
+
+def _before_model(*_: object) -> None:
+    """In a scheduler, which makes its model next: what holds weights is hooked. Other processes of
+    SGLang do not even import it.
+    """
+    _safely(_hook)
+
+
+def _hook() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from engine_loader.integrations.sglang.updates import hook_updates
+
+    hook_updates()
     try:
-        _install()
+        if settings := os.environ.get(SETTINGS, "").strip():
+            from engine_loader.integrations.sglang.bootstrap import hook_transfer
+
+            hook_transfer(decode_settings(settings))
+    finally:
+        HookRegistry.apply_hooks()
+
+
+def _safely(act: Callable[[], None]) -> None:
+    try:
+        act()
     except Exception as exc:  # noqa: BLE001  SGLang must not fail to start because of us
         from engine_registry.telemetry.logs import fields
 
@@ -54,20 +93,6 @@ def install_safely() -> None:
             exc,
             extra=fields("plugin_failed", error=exc),
         )
-
-
-def _install() -> None:
-    if not any(isinstance(finder, PrivateLoader) for finder in sys.meta_path):
-        sys.meta_path.append(PrivateLoader())
-    if _UPDATES not in sys.modules:
-        return  # a process without weights
-    from engine_loader.integrations.sglang.updates import hook_updates
-
-    hook_updates()
-    if settings := os.environ.get(SETTINGS, "").strip():
-        from engine_loader.integrations.sglang.bootstrap import hook_transfer
-
-        hook_transfer(decode_settings(settings))
 
 
 def decode_settings(text: str) -> object:

@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,13 +26,15 @@ from engine_registry.errors import EngineRegistryError
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
+OwnMemory = Callable[[], AbstractContextManager[None]]
 
 
 class Seed:
     """The published parameters of a model. What fails later only ends the publication."""
 
-    def __init__(self, publication: Publication) -> None:
+    def __init__(self, publication: Publication, own_memory: OwnMemory) -> None:
         self._publication = publication
+        self._own_memory = own_memory
         atexit.register(self.close)
 
     def pause(self) -> None:
@@ -40,11 +43,13 @@ class Seed:
 
     def resume(self) -> None:
         """They are as they were."""
-        self._try(self._publication.resume, needed=self._publication.paused)
+        with self._own_memory():
+            self._try(self._publication.resume, needed=self._publication.paused)
 
     def replace(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """They are others now."""
-        self._try(lambda: self._publication.replace(tensors))
+        with self._own_memory():
+            self._try(lambda: self._publication.replace(tensors))
 
     def close(self) -> None:
         """Withdraws the seed. Any number of times."""
@@ -93,8 +98,9 @@ def publish_seed(
     engine = SeedEngine(
         transporter.engine, transporter.session_id, protocol_in_use(protocol), weights
     )
-    return Seed(
-        publish(
+    own_memory = apart_from(tensors)
+    with own_memory():
+        publication = publish(
             registry,
             engine,
             instance=seat.instance,
@@ -105,7 +111,18 @@ def publish_seed(
             topology=seat.place.topology,
             options=PublishOptions(generation=seat.generation),
         )
-    )
+    return Seed(publication, own_memory)
+
+
+def apart_from(tensors: Mapping[str, torch.Tensor]) -> OwnMemory:
+    """Where to allocate a header: not in a segment of torch's allocator that holds parameters. What
+    lies beside them in one is not registered, as SGLang has registered the parameters alone.
+    """
+    device = next(iter(tensors.values())).device
+    if device.type != "cuda":
+        return nullcontext
+    pool = torch.cuda.MemPool()
+    return lambda: torch.cuda.use_mem_pool(pool, device)
 
 
 def protocol_in_use(wanted: str) -> str:

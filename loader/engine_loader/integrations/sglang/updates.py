@@ -56,11 +56,13 @@ class Changes:
         self._tensors = tensors
         self._in_session = False
         self._in_doubt = False
+        self._ended = False
 
     def begin(self) -> None:
         """A session begins."""
         self._in_session, self._in_doubt = True, False
-        self._served.pause()
+        if not self._ended:
+            self._served.pause()
 
     def step(self, change: Callable[[], T]) -> T:
         """A change in a session, or for itself."""
@@ -75,6 +77,8 @@ class Changes:
     def end(self) -> None:
         """The session ends. After a change that failed peers go on waiting."""
         self._in_session = False
+        if self._ended:
+            return
         if self._in_doubt:
             log.warning(
                 "peers do not get these weights until an update of them succeeds, because the "
@@ -89,17 +93,19 @@ class Changes:
                 "after its post-processing",
                 extra=fields("update_unserved"),
             )
+            self._ended = True
             self._served.close()
         else:
             self._served.replace(tensors)
 
     def release(self) -> None:
         """The memory goes away."""
-        self._served.pause()
+        if not self._ended:
+            self._served.pause()
 
     def restore(self, same: bool) -> None:
         """The memory is back, with the `same` bytes, or with none that mean anything."""
-        if same and not self._in_session and not self._in_doubt:
+        if same and not (self._in_session or self._in_doubt or self._ended):
             self._served.resume()
 
     def _watched(self, change: Callable[[], T]) -> T:

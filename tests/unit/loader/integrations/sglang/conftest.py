@@ -25,7 +25,7 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
         "sglang.srt.plugins": {},
         "sglang.srt.plugins.hook_registry": {
             "HookRegistry": HookRegistry,
-            "HookType": SimpleNamespace(AROUND="around"),
+            "HookType": SimpleNamespace(AROUND="around", BEFORE="before"),
         },
         "sglang.srt.configs": {},
         "sglang.srt.environ": {

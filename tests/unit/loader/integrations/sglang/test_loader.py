@@ -75,7 +75,7 @@ class Loaded:
         Start.made = []
         monkeypatch.setattr(self.module, "ModelStart", Start)
         self.updates.hook_updates()
-        HookRegistry.apply()
+        HookRegistry.apply_hooks()
 
     def start(self, **config: Any) -> tuple[nn.Module, Start]:
         loader = self.module.PeerModelLoader(LoadConfig())

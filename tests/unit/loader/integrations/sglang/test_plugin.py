@@ -6,6 +6,7 @@ import importlib
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -16,7 +17,7 @@ from engine_loader.integrations.sglang.plugin import PrivateLoader
 from tests.support.checkout import ROOT
 from tests.support.sglang import HookRegistry, Process
 
-UPDATES = "sglang.srt.model_executor.model_runner_components.weight_updater"
+SCHEDULER = "sglang.srt.managers.scheduler"
 PRIVATE = "sglang.private.private_model_loader"
 
 
@@ -66,6 +67,24 @@ def test_a_private_build_of_sglang_keeps_its_loader(
     assert importlib.import_module(PRIVATE) is theirs
 
 
+@pytest.fixture
+def scheduler(sglang: Process, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """The process is a scheduler of SGLang: what it does when it makes its model."""
+    module = ModuleType(SCHEDULER)
+    module.__dict__["Scheduler"] = type("Scheduler", (), {"init_model_worker": None})
+    monkeypatch.setitem(sys.modules, SCHEDULER, module)
+
+    def make_model() -> None:
+        for _, hook, _ in HookRegistry._hooks.get(f"{SCHEDULER}.Scheduler.init_model_worker", ()):
+            hook()
+
+    return make_model
+
+
+def hooked() -> set[str]:
+    return {target.rpartition(".")[2] for target in HookRegistry._patched}
+
+
 def test_a_process_without_weights_is_not_hooked(
     sglang: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,34 +93,64 @@ def test_a_process_without_weights_is_not_hooked(
     assert HookRegistry._hooks == {}
 
 
-def test_each_method_that_changes_weights_is_hooked_once(
-    sglang: Process, monkeypatch: pytest.MonkeyPatch
+def test_another_release_of_sglang_is_left_alone(
+    sglang: Process, scheduler: Callable[[], None]
 ) -> None:
-    monkeypatch.setitem(sys.modules, UPDATES, ModuleType(UPDATES))
+    del sys.modules[SCHEDULER].Scheduler.init_model_worker
+    register()
+    assert HookRegistry._hooks == {}
+
+
+def test_a_scheduler_is_hooked_once_it_makes_its_model(scheduler: Callable[[], None]) -> None:
     register()
     register()
-    methods = {
-        target.rpartition(".")[2]: len(hooks) for target, hooks in HookRegistry._hooks.items()
+    assert hooked() == set()
+    scheduler()
+    scheduler()
+    assert hooked() - {"init_model_worker"} == {
+        "begin_weight_update",
+        "end_weight_update",
+        "update_weights_from_tensor",
+        "load_weights_from_distributed",
+        "update_weights_from_disk",
+        "update_weights_from_ipc",
+        "release_memory_occupation",
+        "resume_memory_occupation",
     }
-    assert methods == dict.fromkeys(
-        [
-            "begin_weight_update",
-            "end_weight_update",
-            "update_weights_from_tensor",
-            "load_weights_from_distributed",
-            "update_weights_from_disk",
-            "update_weights_from_ipc",
-            "release_memory_occupation",
-            "resume_memory_occupation",
-        ],
-        1,
-    )
+    assert {len(hooks) for hooks in HookRegistry._hooks.values()} == {1}
+
+
+def test_settings_in_the_environment_hook_the_transfer(
+    scheduler: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINE_REGISTRY", '{"etcd": "10.0.0.5:2379"}')
+    register()
+    scheduler()
+    assert "_register_to_engine_info_bootstrap" in hooked()
+
+
+@pytest.mark.parametrize("settings", ["etcd=10.0.0.5:2379", '{"etdc": "10.0.0.5:2379"}'])
+def test_settings_that_are_not_valid_are_one_warning_and_updates_are_followed_all_the_same(
+    scheduler: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    settings: str,
+) -> None:
+    monkeypatch.setenv("ENGINE_REGISTRY", settings)
+    register()
+    with caplog.at_level(logging.WARNING):
+        scheduler()
+    (line,) = caplog.messages
+    assert line.startswith("engine_registry is not used in SGLang: ")
+    assert "begin_weight_update" in hooked()
+    assert "_register_to_engine_info_bootstrap" not in hooked()
 
 
 def test_what_fails_is_one_warning(
-    sglang: Process, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    scheduler: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setitem(sys.modules, UPDATES, ModuleType(UPDATES))
     monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", None)
     with caplog.at_level(logging.WARNING):
         register()

@@ -132,6 +132,8 @@ def test_weights_that_post_processing_has_moved_are_served_no_more(
     running = Running(tensors=None)
     with caplog.at_level(logging.WARNING):
         running.call("update_weights_from_disk", succeeds)
+        running.call("update_weights_from_disk", succeeds)
+        running.call("release_memory_occupation", of=MANAGER)
     assert running.served.done == ["pause", "close"]
     assert len(caplog.messages) == 1
 
@@ -162,7 +164,7 @@ def test_other_models_of_the_process_are_left_alone(running: Running) -> None:
 
 def test_the_hooks_count_once_sglang_has_applied_all_of_them(running: Running) -> None:
     assert not running.updates.updates_are_hooked()
-    HookRegistry.apply()
+    HookRegistry.apply_hooks()
     assert running.updates.updates_are_hooked()
     HookRegistry._patched.remove(f"{RUNNER}.update_weights_from_ipc")
     assert not running.updates.updates_are_hooked()
