@@ -16,7 +16,8 @@ from engine_loader.errors import EngineUnavailable
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import start_mooncake
 from engine_loader.integrations.seat import Seat
-from engine_loader.integrations.starting import ModelStart, start_of
+from engine_loader.integrations.serving import served_models
+from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import loaded_tensors
 from engine_registry import ModelIdentity, Place, Registry
 from engine_registry.errors import EngineRegistryError, EtcdUnavailable
@@ -99,18 +100,20 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_the_first_reads_and_the_next_one_copies_all_of_it(engines: Engines) -> None:
     first, module, reader = engines.start("a")
     second, other, unused = engines.start("b")
-    assert (first.facts()["source"], reader.calls) == ("disk", 1)
-    assert (second.facts()["source"], unused.calls) == ("peers", 0)
-    assert second.facts()["nbytes"] == module.weight.nbytes
+    assert (first.outcome().facts()["source"], reader.calls) == ("disk", 1)
+    assert (second.outcome().facts()["source"], unused.calls) == ("peers", 0)
+    assert second.outcome().facts()["nbytes"] == module.weight.nbytes
     assert torch.equal(module.weight, other.weight)
-    assert first.facts()["content"] == second.facts()["content"]  # so a third reads from both
-    assert second.summary().endswith("and serves them to peers")
+    assert (
+        first.outcome().facts()["content"] == second.outcome().facts()["content"]
+    )  # so a third reads from both
+    assert str(second.outcome()).endswith("and serves them to peers")
 
 
 def test_a_model_that_differs_is_read(engines: Engines) -> None:
     engines.start("a")
     other, _, reader = engines.start("b", model=ModelIdentity("qwen", "r2"))
-    assert (other.facts()["source"], reader.calls) == ("disk", 1)
+    assert (other.outcome().facts()["source"], reader.calls) == ("disk", 1)
 
 
 def test_peers_are_seen_before_a_model_is_made(engines: Engines) -> None:
@@ -224,21 +227,21 @@ def test_changed_weights_are_the_next_version(engines: Engines) -> None:
     assert (start.publication.version, start.publication.paused) == (1, False)
     other, copied, _ = engines.start("b")
     assert torch.equal(copied.weight, module.weight)
-    assert other.facts()["version"] == 1
+    assert other.outcome().facts()["version"] == 1
 
 
 def test_weights_that_come_back_unchanged_are_served_on(engines: Engines) -> None:
     start, module, _ = engines.start("a")
     start.pause()
     start.resume()
-    assert start.facts()["version"] == 0
+    assert start.outcome().facts()["version"] == 0
     _, copied, _ = engines.start("b")
     assert torch.equal(copied.weight, module.weight)
 
 
 def test_a_model_that_is_collected_leaves_the_registry(engines: Engines) -> None:
     start, module, reader = engines.start("a")
-    assert start_of(module) is start
+    assert start in served_models()
     key = start.publication.record.key if start.publication else ""
     registry = Registry.connect(engines.settings["etcd"], namespace=engines.settings["namespace"])
     with registry:

@@ -109,4 +109,14 @@ class Process:
                 process.calls.append("post-process")
                 process.post_process(model)
 
+            @staticmethod
+            def restore_weights_before_loading(*_: object) -> None:
+                process.calls.append("restore")
+
+            def load_weights_and_postprocess(
+                self, model: nn.Module, weights: str, device: object
+            ) -> None:
+                self.load_weights_only(model, weights, device)
+                self.postprocess_weights(model, device)
+
         return DefaultModelLoader

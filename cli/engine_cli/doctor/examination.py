@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from engine_cli.doctor import engine, network, peer, python, rdma
+from engine_cli.doctor import engine, network, peer, plugins, python, rdma
 from engine_cli.doctor.child import Probe
 from engine_cli.doctor.endpoints import all_loopback
 from engine_cli.doctor.etcd import EtcdChecks
@@ -63,6 +64,7 @@ def examine(asked: Asked) -> list[Finding]:
                 ),
                 *_machine_checks(asked, config, here_s),
                 *_engine_checks(asked, config, probe),
+                *_plugin_checks(here_s),
                 *([_peer_check(asked, etcd, probe, step_s)] if asked.peer else []),
             ]
         )
@@ -89,6 +91,13 @@ def _python_checks(here_s: float) -> list[Check]:
         Check("python.version", python.check_version, here_s, _LATE),
         Check("python.packages", python.check_packages, here_s, _LATE),
         Check("python.etcd3", python.check_etcd3, here_s, _LATE),
+    ]
+
+
+def _plugin_checks(here_s: float) -> list[Check]:
+    return [
+        Check(f"{each.module}.plugin", partial(plugins.check_plugin, each), here_s, _LATE)
+        for each in plugins.installed()
     ]
 
 

@@ -7,27 +7,33 @@ engine goes on with its own loader, after one warning.
 
 from __future__ import annotations
 
-import _thread
-import atexit
 import logging
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from engine_loader.engines.base import Engine
 from engine_loader.integrations.config import IntegrationConfig
-from engine_loader.integrations.connecting import connect_registry, start_mooncake
+from engine_loader.integrations.connecting import (
+    Connect,
+    Connection,
+    StartEngine,
+    connect_registry,
+    start_mooncake,
+)
+from engine_loader.integrations.outcome import Outcome
+from engine_loader.integrations.reading import Reading
 from engine_loader.integrations.seat import Seat
+from engine_loader.integrations.serving import serve
 from engine_loader.options import PublishOptions
 from engine_loader.publishing.publication import Publication
 from engine_loader.starting.load_or_seed import load_or_seed
 from engine_loader.starting.peers import find_peers
 from engine_loader.starting.seeded import Seeded
-from engine_registry import ModelIdentity, Registry
+from engine_registry import ModelIdentity
 from engine_registry.errors import EngineRegistryError
 from engine_registry.telemetry.logs import fields
 
@@ -35,33 +41,10 @@ log = logging.getLogger(__name__)
 Tensors = Mapping[str, torch.Tensor]
 Again = Callable[[nn.Module], Tensors | None]
 T = TypeVar("T")
-_STARTS: weakref.WeakKeyDictionary[nn.Module, ModelStart] = weakref.WeakKeyDictionary()
 
 
 def _nothing(module: nn.Module) -> Tensors | None:
     return None
-
-
-@atexit.register
-def _close_all() -> None:
-    for start in list(_STARTS.values()):
-        start.close()
-
-
-def _close_soon(start: ModelStart) -> None:
-    """The collector may run at any line of any thread, so no lock is taken here."""
-    _thread.start_new_thread(start.close, ())
-
-
-def start_of(module: nn.Module) -> ModelStart | None:
-    """The start that filled the model in this process, if one did, and still serves it."""
-    start = _STARTS.get(module)
-    return start if start is not None and start.serves else None
-
-
-def open_starts() -> list[ModelStart]:
-    """Those of this process that serve, or that have paused."""
-    return [start for start in list(_STARTS.values()) if start.serves]
 
 
 class ModelStart:
@@ -73,8 +56,8 @@ class ModelStart:
         model: ModelIdentity,
         seat: Seat,
         *,
-        connect: Callable[[IntegrationConfig], Registry] = connect_registry,
-        start_engine: Callable[[IntegrationConfig, Registry], Engine] = start_mooncake,
+        connect: Connect = connect_registry,
+        start_engine: StartEngine = start_mooncake,
     ) -> None:
         """Neither connects nor starts anything.
 
@@ -88,15 +71,13 @@ class ModelStart:
         self._config = config
         self._model = model
         self._seat = seat
-        self._make_registry = connect
-        self._make_engine = start_engine
-        self._registry: Registry | None = None
-        self._engine: Engine | None = None
+        self._connection = Connection(config, connect, start_engine)
         self._seeded: Seeded | None = None
         self._given_up = False
         self._again: Again = _nothing
         self._module: Callable[[], nn.Module | None] = lambda: None
         self._extra_nbytes = 0
+        self.copied_version = 0  # of peers; the engine's loader reads version 0
         self.discarded = False  # the engine has thrown the weights away while they are paused
 
     @property
@@ -119,7 +100,7 @@ class ModelStart:
         place = self._seat.place
         found = self._try(
             lambda: find_peers(
-                self._connected(),
+                self._connection.registry,
                 self._model,
                 rank=place.rank,
                 world_size=place.world_size or 1,
@@ -138,8 +119,10 @@ class ModelStart:
         Raises:
             Exception: Whatever `read` raises. What this library raises, where it is required.
         """
-        reading = _Reading(read)
+        reading = Reading(read)
         self._seeded = self._try(lambda: self._load_or_seed(tensors, reading), reading)
+        if self._seeded is not None and self._seeded.report is not None:
+            self.copied_version = self._seeded.report.version
         if self._seeded is None and not reading.done:
             reading()
 
@@ -168,10 +151,10 @@ class ModelStart:
         if seeded is not None:
             self._try(lambda: seeded.publish(tensors))
         self._again, self._module, self._extra_nbytes = again, weakref.ref(module), extra_nbytes
-        log.info("%s", self.summary(), extra=fields("model_started", **self.facts()))
+        outcome = self.outcome()
+        log.info("%s", outcome, extra=fields("model_started", **outcome.facts()))
         if self.serves:
-            _STARTS[module] = self
-            weakref.finalize(module, _close_soon, self).atexit = False  # `_close_all` does it
+            serve(module, self)
         else:
             self.close()
 
@@ -216,53 +199,22 @@ class ModelStart:
         self.discarded = False
         self.replace(tensors)
 
-    def facts(self) -> dict[str, Any]:
-        """What the start did, as data for a log."""
-        seeded, publication = self._seeded, self.publication
-        report = seeded.report if seeded is not None else None
-        return {
-            "rank": str(self._seat),
-            "source": seeded.source if seeded is not None else "disk",
-            "nbytes": report.nbytes if report is not None else 0,
-            "sources": [one.name for one in report.shares if one.nbytes] if report else [],
-            "seconds": round(seeded.seconds, 3) if seeded is not None else None,
-            "version": publication.version if publication is not None else None,
-            "content": publication.content if publication is not None else None,
-            "serves": publication is not None,
-            "extra_nbytes": self._extra_nbytes,
-        }
-
-    def summary(self) -> str:
-        """The same as a sentence."""
-        facts = self.facts()
-        how = "has read its weights with the engine's loader"
-        if facts["source"] == "peers":
-            how = (
-                f"has copied {facts['nbytes'] / 1e6:.1f} MB of weights from "
-                f"{', '.join(facts['sources'])} in {facts['seconds']:.1f} s"
-            )
-        extra = self._extra_nbytes / 1e6
-        keeps = f", for whom it keeps {extra:.1f} MB more than the engine uses" if extra else ""
-        if not self.serves:
-            return f"{facts['rank']} {how}, and serves no peers"
-        return f"{facts['rank']} {how}, and serves them to peers{keeps}"
+    def outcome(self) -> Outcome:
+        """What the start did."""
+        return Outcome(str(self._seat), self._seeded, self._extra_nbytes)
 
     def close(self) -> None:
         """Withdraws the rank, and closes the engine and the registry. Any number of times."""
-        seeded, engine, registry = self._seeded, self._engine, self._registry
-        self._engine = self._registry = None
-        for resource in (seeded, engine, registry):
+        for resource in (self._seeded, self._connection):
             if resource is not None:
                 with suppress(EngineRegistryError):
                     resource.close()
 
-    def _load_or_seed(self, tensors: Tensors | Callable[[], Tensors], reading: _Reading) -> Seeded:
-        registry, place, config = self._connected(), self._seat.place, self._config
-        if self._engine is None:
-            self._engine = self._make_engine(config, registry)
+    def _load_or_seed(self, tensors: Tensors | Callable[[], Tensors], reading: Reading) -> Seeded:
+        connection, place, config = self._connection, self._seat.place, self._config
         return load_or_seed(
-            registry,
-            self._engine,
+            connection.registry,
+            connection.engine,
             self._model,
             tensors,
             rank=place.rank,
@@ -278,12 +230,7 @@ class ModelStart:
             publish=PublishOptions(generation=self._seat.generation, digests=True),
         )
 
-    def _connected(self) -> Registry:
-        if self._registry is None:
-            self._registry = self._make_registry(self._config)
-        return self._registry
-
-    def _try(self, act: Callable[[], T], reading: _Reading | None = None) -> T | None:
+    def _try(self, act: Callable[[], T], reading: Reading | None = None) -> T | None:
         """None where it fails: that ends the engine only if the engine's own loader has failed, or
         if this library is required.
         """
@@ -310,20 +257,3 @@ class ModelStart:
         )
         self.close()
         self._seeded = None
-
-
-class _Reading:
-    """The engine's loader, with what came of it."""
-
-    def __init__(self, read: Callable[[], object]) -> None:
-        self._read = read
-        self.done = False
-        self.failed = False
-
-    def __call__(self) -> None:
-        try:
-            self._read()
-        except BaseException:
-            self.failed = True
-            raise
-        self.done = True

@@ -164,7 +164,6 @@ class Engines:
         *,
         env: dict[str, str] | None = None,
         patches: tuple[str, ...] = (),
-        wait: bool = True,
         **settings: Any,
     ) -> Engine:
         """With our load format and these of its settings. Without `ours`, vLLM as it is."""

@@ -153,8 +153,24 @@ def test_a_version_that_the_trainer_does_not_have_is_refused_and_the_next_update
 ) -> None:
     engine = engines.start(checkpoint("llama"), weight_transfer_config=TRANSFER)
     follow(engine, registry)
-    with pytest.raises(AssertionError, match="VersionUnavailable"):
+    with pytest.raises(AssertionError, match="version 99 is not served: trainer has 7"):
         engine.ask("update", update_info={"version": 99})
     engine.ask("update", update_info={})
     expected = engines.start(checkpoint("llama", seed=7)).generate()
     assert engine.generate() == expected
+
+
+def test_ranks_that_would_have_different_versions_all_read_the_disk(
+    engines: Engines, checkpoint: Checkpoint, registry: Registry
+) -> None:
+    model = checkpoint("llama")
+    first = engines.start(model, {}, patches=PLAIN, tensor_parallel_size=2)
+    first.ask("call", method="reload_weights", weights_path=checkpoint("llama", seed=7))
+    (status,) = registry.instances()
+    assert [one.version for one in status.records] == [1, 1]
+    assert registry.evict(status.records[1])
+    second = engines.start(model, {}, patches=PLAIN, tensor_parallel_size=2)
+    assert second.facts() == []
+    assert all("different versions (0, 1)" in line for line in second.warnings())
+    expected = engines.start(model, patches=PLAIN, tensor_parallel_size=2).generate()
+    assert second.generate() == expected

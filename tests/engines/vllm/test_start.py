@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -43,11 +44,12 @@ def test_the_first_reads_its_disk_and_the_second_copies_all_of_it(
     engines: Engines, checkpoint: Checkpoint, registry: Registry
 ) -> None:
     model = checkpoint("qwen3")  # with tied embeddings
-    expected = engines.start(model).generate()
+    alone = engines.start(model)
     first = engines.start(model, {})
     second = engines.start(model, {})
     assert (sources(first), sources(second)) == (["disk"], ["peers"])
-    assert first.generate() == second.generate() == expected
+    assert first.generate() == second.generate() == alone.generate()
+    assert first.ask("checksums") == second.ask("checksums") == alone.ask("checksums") != {}
     assert copied(second) == held(registry, instance_of(first)) > 0
     assert second.warnings() == []
 
@@ -60,7 +62,7 @@ def test_without_etcd_it_starts_from_disk_after_one_warning(
     engine = engines.start(model, {"etcd": dead, "without_etcd_s": 1})
     assert engine.facts() == []
     assert engine.generate() == engines.start(model).generate()
-    (line,) = [line for line in engine.lines("WARNING") if "engine_loader" in line]
+    (line,) = engine.warnings()
     assert "check the address and that etcd is running" in line
 
 
@@ -164,3 +166,48 @@ def test_the_stages_of_a_pipeline_are_copied(
     assert sources(second) == ["peers"] * 2
     assert first.generate() == second.generate() == expected
     assert copied(second) == held(registry, instance_of(first)) > 0
+
+
+def test_the_draft_of_speculative_decoding_is_copied_as_a_model_for_itself(
+    engines: Engines, checkpoint: Checkpoint, registry: Registry
+) -> None:
+    model, draft = checkpoint("llama"), checkpoint("llama", layers=1)
+    how = {"method": "draft_model", "model": draft, "num_speculative_tokens": 2}
+    first = engines.start(model, {}, speculative_config=how)
+    second = engines.start(model, {}, speculative_config=how)
+    assert sources(second) == ["peers"] * 2
+    ranks = sorted(str(facts["rank"]) for facts in second.facts())
+    assert [rank.endswith(".draft/0") for rank in ranks] == [False, True]
+    assert first.generate() == second.generate()
+
+
+def test_replicas_with_experts_of_their_own_are_instances(
+    engines: Engines, checkpoint: Checkpoint
+) -> None:
+    """vLLM on CPUs cannot compute in this layout, so no token is generated."""
+    model = checkpoint("qwen3moe")
+
+    def start_two() -> list[dict[str, Any]]:
+        port = free_port("127.0.0.1")
+
+        def start(rank: int) -> Engine:
+            env = {
+                "VLLM_DP_RANK": str(rank),
+                "VLLM_DP_RANK_LOCAL": str(rank),
+                "VLLM_DP_SIZE": "2",
+                "VLLM_DP_MASTER_IP": "127.0.0.1",
+                "VLLM_DP_MASTER_PORT": str(port),
+            }
+            return engines.start(model, {}, env=env, enable_expert_parallel=True)
+
+        with ThreadPoolExecutor(2) as pool:
+            return [facts for engine in pool.map(start, (0, 1)) for facts in engine.facts()]
+
+    first, second = start_two(), start_two()
+    assert [facts["source"] for facts in first] == ["disk"] * 2  # each has other experts
+    assert [facts["source"] for facts in second] == ["peers"] * 2
+    instances = [facts["rank"].partition("/")[0] for facts in second]
+    assert [name.rpartition(".")[2] for name in instances] == ["dp0", "dp1"]
+    for ours, theirs in zip(second, first, strict=True):
+        assert ours["content"] == theirs["content"]
+    assert first[0]["content"] != first[1]["content"]

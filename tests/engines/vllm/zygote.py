@@ -1,7 +1,7 @@
 """Imports vLLM once; every engine of the tests is a fork of it. Runs in vLLM's environment.
 
-`python -m tests.engines.vllm.zygote SOCKET`: each connection to the socket is one engine. A request is a
-line of JSON, `{"do": NAME, …}`, and so is its answer, `{"done": …}` or `{"error": TEXT}`. The
+`python -m tests.engines.vllm.zygote SOCKET`: each connection to the socket is an engine. A request
+is a line of JSON, `{"do": NAME, …}`, and so is its answer, `{"done": …}` or `{"error": TEXT}`. The
 engine ends, with all its processes, when its connection does.
 """
 
@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,19 +42,18 @@ class EngineProcess:
         return os.getpgid(0)
 
     def checkpoint(self, kind: str, folder: str, **shape: int) -> None:
-        from tests.engines.vllm import checkpoints
+        from benchmarks.vllm_start import checkpoints
 
         checkpoints.make(kind, folder, **shape)
 
     def quantize(self, source: str, folder: str) -> None:
-        from tests.engines.vllm import checkpoints
+        from benchmarks.vllm_start import checkpoints
 
         checkpoints.quantize(source, folder)
 
     def start(
         self, model: str, settings: dict[str, Any], env: dict[str, str], patches: list[str]
-    ) -> dict[str, float]:
-        """The seconds that the start and the first token took."""
+    ) -> None:
         from vllm import LLM
 
         from tests.engines.vllm import patches as known
@@ -63,7 +61,6 @@ class EngineProcess:
         os.environ.update(env)
         for name in patches:
             getattr(known, name)()
-        began = time.monotonic()
         common = {
             "dtype": "bfloat16",
             "enforce_eager": True,
@@ -72,9 +69,6 @@ class EngineProcess:
             "seed": 0,
         }
         self.llm = LLM(model=model, **{**common, **settings})
-        started = time.monotonic()
-        self._generate(PROMPTS[0], 1)
-        return {"start_s": started - began, "first_token_s": time.monotonic() - began}
 
     def generate(self) -> list[list[int]]:
         """The tokens for each prompt. One prompt at a time: what is computed in one batch depends
@@ -84,14 +78,19 @@ class EngineProcess:
 
     def facts(self) -> list[list[dict[str, Any]]]:
         """For each worker, what its models' starts say."""
-        from tests.engines.vllm import probe
+        from benchmarks.vllm_start import probe
 
         found: list[list[dict[str, Any]]] = self.llm.collective_rpc(probe.facts)
         return found
 
+    def checksums(self) -> dict[str, str]:
+        """vLLM's own, of all parameters and buffers of all workers."""
+        found: list[dict[str, str]] = self.llm.collective_rpc("compute_weight_checksums")
+        return {name: digest for worker in found for name, digest in worker.items()}
+
     def transferred(self) -> list[Any]:
         """For each worker, what its transfer of weights says it has."""
-        from tests.engines.vllm import probe
+        from benchmarks.vllm_start import probe
 
         found: list[Any] = self.llm.collective_rpc(probe.transferred)
         return found

@@ -21,7 +21,12 @@ from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import connect_registry
 from engine_loader.integrations.logs import join_log
 from engine_loader.integrations.sglang.clients import Reading, Weights
-from engine_loader.integrations.sglang.identity import identity_of, place_here, seat_of_launch
+from engine_loader.integrations.sglang.identity import (
+    group_of,
+    identity_of,
+    place_here,
+    seat_of_launch,
+)
 from engine_loader.integrations.sglang.seeds import publish_seed
 from engine_loader.integrations.sglang.updates import Changes, follow_updates, updates_are_hooked
 from engine_loader.starting.peers import find_peers
@@ -72,7 +77,7 @@ class Bootstrap:
     def register(self, original: Callable[[Any], None], transporter: Any) -> None:
         """In place of SGLang's registration at its node 0."""
         join_log("sglang")
-        seat = seat_of_launch(self._config.instance or "sglang")
+        seat = seat_of_launch(self._config.instance or "sglang", group_of(is_draft=False))
         model = transporter.model
         self._seeds.add(model)
         try:

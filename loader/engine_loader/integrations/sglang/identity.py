@@ -19,16 +19,21 @@ from engine_loader.integrations.sglang.place import expert_of, place_of
 from engine_registry import ModelIdentity, Place
 
 
-def seat_of_launch(base: str) -> Seat:
-    """The seat of this process. All ranks of the launch call it together: the first one chooses the
+def seat_of_launch(base: str, group: Any) -> Seat:
+    """The seat of this process. All ranks of the group call it together: the first one chooses the
     name.
 
     Args:
         base: What the name of the instance begins with.
+        group: The ranks that hold the model.
     """
-    parallel = get_parallel()
-    launch: str = parallel.world_group.broadcast_object(uuid.uuid4().hex, src=0)
-    return Seat(f"{base}-{launch[:8]}", launch, place_of(parallel))
+    launch: str = group.broadcast_object(uuid.uuid4().hex, src=0)
+    return Seat(f"{base}-{launch[:8]}", launch, place_of(get_parallel()))
+
+
+def group_of(is_draft: bool) -> Any:
+    """The ranks that hold a model: all, but for a draft, which the last pipeline stage may hold."""
+    return get_parallel().tp_group if is_draft else get_parallel().world_group
 
 
 def place_here() -> Place:

@@ -23,7 +23,8 @@ from torch import nn
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.kept import Kept
 from engine_loader.integrations.logs import join_log
-from engine_loader.integrations.sglang.identity import identity_of, seat_of_launch
+from engine_loader.integrations.sglang.groups import gathered
+from engine_loader.integrations.sglang.identity import group_of, identity_of, seat_of_launch
 from engine_loader.integrations.sglang.updates import (
     Changes,
     follow_updates,
@@ -62,7 +63,8 @@ class PeerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang is no
         join_log("sglang")
         device = torch.device(device_config.device)
         base = self.config.instance or "sglang"
-        seat = seat_of_launch(f"{base}.draft" if model_config.is_draft_model else base)
+        is_draft = bool(model_config.is_draft_model)
+        seat = seat_of_launch(f"{base}.draft" if is_draft else base, group_of(is_draft))
         with set_default_torch_dtype(model_config.dtype):
             quantization = _get_quantization_config(model_config, self.load_config)
             with device:
@@ -90,6 +92,12 @@ class PeerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang is no
             kept = Kept(tensors)
             self.postprocess_weights(model, device)
         self._serve(start, model, kept)
+        if not _is_of_one_version(start, group_of(is_draft)) and start.copied_version:
+            with set_default_torch_dtype(model_config.dtype):
+                self.restore_weights_before_loading(model, device)
+                self.load_weights_and_postprocess(
+                    model, self._get_all_weights(model_config, model), device
+                )
         return model.eval()
 
     def _serve(self, start: ModelStart, model: nn.Module, kept: Kept) -> None:
@@ -119,6 +127,20 @@ class PeerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang is no
             follow_updates(
                 model, Changes(start, lambda: _tensors_of(model_of()) if same_memory else None)
             )
+
+
+def _is_of_one_version(start: ModelStart, group: Any) -> bool:
+    """Whether all ranks have weights of one version; they serve none otherwise. They are asked
+    after they have published, as a rank may wait for what another one publishes.
+    """
+    versions = sorted(set(gathered(group, start.copied_version)))
+    if len(versions) > 1:
+        start.give_up(
+            "the ranks of this engine have copied weights of different versions "
+            f"({', '.join(map(str, versions))}), so all of them come from its disk",
+            "start it again when its peers have one version",
+        )
+    return len(versions) == 1
 
 
 def _tensors_of(model: nn.Module | None) -> dict[str, torch.Tensor] | None:

@@ -24,6 +24,7 @@ from engine_loader.engines.base import Engine
 from engine_loader.errors import LoaderError
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import connect_registry, start_mooncake
+from engine_loader.integrations.sglang.groups import gathered
 from engine_loader.integrations.sglang.order import Order
 from engine_loader.integrations.sglang.plugin import SETTINGS, decode_settings
 from engine_loader.loading.catalogue import Catalogue, read_catalogue
@@ -46,7 +47,7 @@ def pull_into(model: nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]
         catalogue = _pull(model, group, Order.decode(named_tensors))
     except Exception as exc:  # noqa: BLE001  the ranks of the group all end in the same way
         error = _said(exc)
-    errors = _of_all(group, error)
+    errors = gathered(group, error)
     failed = {rank: one for rank, one in enumerate(errors) if one}
     if failed:
         rank, why = next(iter(failed.items()))
@@ -128,13 +129,6 @@ def _agreed(group: Any, read: Callable[[Sequence[str] | None], Catalogue]) -> Ca
     if error:
         raise LoaderError(error)
     return read(contents)
-
-
-def _of_all(group: Any, error: str) -> list[str]:
-    errors = [error] * group.world_size
-    if group.world_size > 1:
-        torch.distributed.all_gather_object(errors, error, group=group.cpu_group)
-    return errors
 
 
 def _said(exc: Exception) -> str:

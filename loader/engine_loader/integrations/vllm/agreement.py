@@ -5,11 +5,16 @@ The group is one of vLLM's `GroupCoordinator`s.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed
 
+from engine_loader.errors import SourceLost, TornRead, VersionUnavailable
+
 T = TypeVar("T")
+_ATTEMPTS = 3
+_AGAIN = (TornRead, SourceLost, VersionUnavailable)  # the source has other weights now
 
 
 def agree(value: T, group: Any) -> T:
@@ -20,8 +25,37 @@ def agree(value: T, group: Any) -> T:
 
 def all_agree(good: bool, group: Any) -> bool:
     """Whether it is so for all of them."""
+    return all(gathered(good, group))
+
+
+def gathered(value: T, group: Any) -> list[T]:
+    """The values of all of them, by rank."""
     if group.world_size == 1:
-        return good
-    answers: list[bool] = [False] * group.world_size
-    torch.distributed.all_gather_object(answers, good, group=group.cpu_group)
-    return all(answers)
+        return [value]
+    answers: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(answers, value, group=group.cpu_group)
+    return answers
+
+
+def together(
+    attempt: Callable[[], Exception | None], begin_again: Callable[[], object], group: Any
+) -> None:
+    """Until one attempt succeeds for all of them.
+
+    Args:
+        attempt: Does the work, and returns its error.
+        begin_again: Undoes what an attempt has left, where the source has changed meanwhile.
+        group: All that do the work.
+
+    Raises:
+        Exception: The error of this process. TornRead where only others have failed.
+    """
+    for left in reversed(range(_ATTEMPTS)):
+        failure = attempt()
+        if all_agree(failure is None, group):
+            return
+        if not all_agree(failure is None or isinstance(failure, _AGAIN), group) or not left:
+            raise failure or TornRead(
+                "another worker could not take the weights", "look at its log, then update again"
+            )
+        begin_again()

@@ -57,7 +57,7 @@ def is_draft(vllm_config: Any, model_config: Any) -> bool:
     return (
         speculative is not None
         and model_config is getattr(speculative, "draft_model_config", None)
-        and model_config is not vllm_config.model_config
+        and model_config is not getattr(speculative, "target_model_config", None)
     )
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from engine_loader.integrations.starting import open_starts
+from engine_loader.integrations.serving import served_models
 
 _WORKER = "vllm.v1.worker.gpu_worker"
 _MARK = "_engine_registry_wraps"
@@ -28,6 +28,8 @@ def install() -> bool:
     wanted = {
         "sleep": _sleep,
         "wake_up": _wake_up,
+        "discard": _discard,
+        "reset_weights": _reset,
         "reload_weights": _reload,
         "start_weight_update": _begin,
         "start_draft_weight_update": _begin,
@@ -44,14 +46,14 @@ def install() -> bool:
 
 def pause_all() -> None:
     """Peers wait, or go elsewhere."""
-    for start in open_starts():
-        start.pause()
+    for served in served_models():
+        served.pause()
 
 
 def publish_all() -> None:
     """The weights of all models of this process, as they are now, as the next version."""
-    for start in open_starts():
-        start.republish()
+    for served in served_models():
+        served.republish()
 
 
 def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
@@ -77,8 +79,8 @@ def _wrapped(method: Callable[..., Any], around: Around) -> Callable[..., Any]:
 
 def _sleep(act: Callable[[], Any], given: dict[str, Any]) -> Any:
     pause_all()
-    for start in open_starts():
-        start.discarded = given.get("level", given.get("first", 1)) >= _DISCARDS
+    for served in served_models():
+        served.discarded = given.get("level", given.get("first", 1)) >= _DISCARDS
     return act()
 
 
@@ -86,10 +88,21 @@ def _wake_up(act: Callable[[], Any], given: dict[str, Any]) -> Any:
     done = act()
     tags = given.get("tags", given.get("first"))
     if tags is None or "weights" in tags:
-        for start in open_starts():
-            if not start.discarded:  # else they come with a reload or an update
-                start.resume()
+        for served in served_models():
+            if not served.discarded:  # else they come with a reload or an update
+                served.resume()
     return done
+
+
+def _discard(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    return _reset(act, given) if "weights" in given.get("tags", given.get("first", ())) else act()
+
+
+def _reset(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    pause_all()
+    for served in served_models():
+        served.discarded = True
+    return act()
 
 
 def _reload(act: Callable[[], Any], given: dict[str, Any]) -> Any:

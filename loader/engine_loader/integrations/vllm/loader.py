@@ -35,7 +35,7 @@ from engine_loader.integrations.logs import join_log
 from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import loaded_tensors
 from engine_loader.integrations.vllm import hooks
-from engine_loader.integrations.vllm.agreement import agree
+from engine_loader.integrations.vllm.agreement import agree, gathered
 from engine_loader.integrations.vllm.describing import Ranks, identity_of, is_draft, seat_of
 from engine_loader.integrations.vllm.processed import Unprocessed, served_tensors
 
@@ -74,18 +74,49 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
         """A new model with its weights, which peers can copy from now on."""
         stage = "loaded" if self.config.stage == "auto" else self.config.stage
         start = self._new_start(vllm_config, model_config, stage)
-        if stage == "processed":
-            return self._load_processed(start, vllm_config, model_config, prefix)
+        try:
+            if stage == "processed":
+                model = self._load_processed(start, vllm_config, model_config, prefix)
+            else:
+                model = self._load_loaded(start, vllm_config, model_config, prefix)
+            self._settle(start, model, model_config)
+        except BaseException:
+            start.close()
+            raise
+        return model
+
+    def _load_loaded(
+        self, start: ModelStart, vllm_config: Any, model_config: Any, prefix: str
+    ) -> nn.Module:
+        """As vLLM loads any model, with our `load_weights`."""
         self._start = start
         try:
             model: nn.Module = super().load_model(vllm_config, model_config, prefix)
             self._publish_loaded(start, model)
-        except BaseException:
-            start.close()
-            raise
         finally:
             self._start = self._kept = None
         return model
+
+    def _settle(self, start: ModelStart, model: nn.Module, model_config: Any) -> None:
+        """All ranks have weights of one version. They are asked after they have published: a rank
+        that waited for the others before could keep their peers waiting for it.
+        """
+        versions = gathered(start.copied_version, parallel_state.get_world_group())
+        if len(set(versions)) == 1:
+            return
+        start.give_up(
+            "the ranks of this engine have copied weights of different versions "
+            f"({', '.join(map(str, sorted(set(versions))))}), so all of them come from its disk",
+            "start it again when its peers have one version",
+        )
+        if start.copied_version:
+            self._reload(model, model_config)
+
+    def _reload(self, model: Any, model_config: Any) -> None:
+        """From the disk into a model that is processed; no second one may be made."""
+        initialize_layerwise_reload(model)
+        model.load_weights(self.get_all_weights(model_config, model))
+        finalize_layerwise_reload(model, model_config)
 
     def _publish_loaded(self, start: ModelStart, model: nn.Module) -> None:
         kept = self._kept
@@ -129,27 +160,21 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
                 return served_tensors(model)
 
             def read() -> None:
-                if dry:  # the memory has its final layout, and no second model may be made
-                    initialize_layerwise_reload(model)
-                    model.load_weights(own.get_all_weights(model_config, model))
-                    finalize_layerwise_reload(model, model_config)
+                if dry:
+                    self._reload(model, model_config)
                     return
                 with target:
                     own.load_weights(model, model_config)
                     process()
 
-            try:
-                start.fill(for_peers, read)
-                if lost := before[0].lost(model):
-                    start.give_up(
-                        f"vLLM's post-processing has put {len(lost)} weights where no tensor shows "
-                        f"them, such as {lost[0]}",
-                        "set `stage` to `loaded`",
-                    )
-                start.publish(model, served_tensors(model), served_tensors)
-            except BaseException:
-                start.close()
-                raise
+            start.fill(for_peers, read)
+            if lost := before[0].lost(model):
+                start.give_up(
+                    f"vLLM's post-processing has put {len(lost)} weights where no tensor shows "
+                    f"them, such as {lost[0]}",
+                    "set `stage` to `loaded`",
+                )
+            start.publish(model, served_tensors(model), served_tensors)
         ready: nn.Module = model.eval()
         return ready
 

@@ -25,23 +25,19 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from engine_loader.engines.base import Engine
-from engine_loader.errors import SourceLost, TornRead, VersionUnavailable
+from engine_loader.errors import VersionUnavailable
 from engine_loader.integrations.config import IntegrationConfig
-from engine_loader.integrations.connecting import connect_registry, start_mooncake
+from engine_loader.integrations.connecting import Connection
 from engine_loader.integrations.logs import join_log
 from engine_loader.integrations.vllm import NAME
-from engine_loader.integrations.vllm.agreement import agree, all_agree
+from engine_loader.integrations.vllm.agreement import agree, together
 from engine_loader.loading.catalogue import Catalogue, read_catalogue
 from engine_loader.options import LoadOptions
-from engine_registry import Registry
 from engine_registry.errors import InvalidField
 from engine_registry.schema.numbers import whole_or_none
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
-_ATTEMPTS = 3  # a trainer that publishes a new step meanwhile is begun with again
-_AGAIN = (TornRead, SourceLost, VersionUnavailable)
 
 
 @dataclass
@@ -86,8 +82,7 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
         self.version: int | None = None
         self.contents: tuple[str, ...] = ()
         self._info: TrainerInfo | None = None
-        self._registry: Registry | None = None
-        self._engine: Engine | None = None
+        self._connection: Connection | None = None
         self._begun = False  # layers have given up their memory for that of an update
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> TrainerInfo:
@@ -119,8 +114,8 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
         """Connects; the trainer may come later. Raises EngineUnavailable."""
         self.shutdown()
         self._info = init_info
-        self._registry = connect_registry(init_info.config)
-        self._engine = start_mooncake(init_info.config, self._registry)
+        self._connection = Connection(init_info.config)
+        self._connection.engine  # noqa: B018  so that an engine that cannot be started is seen now
 
     def start_weight_update(self) -> None:
         """Prepares the layers of the model."""
@@ -138,16 +133,7 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
             RegistryError: What `read_catalogue` raises.
         """
         world, began = parallel_state.get_world_group(), time.monotonic()
-        for left in reversed(range(_ATTEMPTS)):
-            failure = self._take(update_info, world)
-            if all_agree(failure is None, world):
-                break
-            if not all_agree(failure is None or isinstance(failure, _AGAIN), world) or not left:
-                raise failure or TornRead(
-                    f"another worker could not take the weights of {self._source()!r}",
-                    "look at its log, then update again",
-                )
-            self.start_weight_update()
+        together(lambda: self._take(update_info, world), self.start_weight_update, world)
         log.info(
             "the worker has version %s of %s after %.2f s",
             self.version,
@@ -169,12 +155,9 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
 
     def shutdown(self) -> None:
         """Closes what is connected, any number of times."""
-        engine, registry = self._engine, self._registry
-        self._engine = self._registry = None
-        if engine is not None:
-            engine.close()
-        if registry is not None:
-            registry.close()
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
 
     def _take(self, step: Step, world: Any) -> Exception | None:
         """The error, where it does not work. All workers call it."""
@@ -197,15 +180,15 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
         return None
 
     def _catalogue(self, options: LoadOptions) -> Catalogue:
-        if self._info is None or self._registry is None or self._engine is None:
+        if self._info is None or self._connection is None:
             raise InvalidField(
                 "no trainer is known to take weights from",
                 "call vLLM's `init_weight_transfer_engine` with its `source` first",
                 field="source",
             )
         return read_catalogue(
-            self._registry,
-            self._engine,
+            self._connection.registry,
+            self._connection.engine,
             self._info.source,
             device=self.device,
             timeout_s=self._info.config.timeout_s,

@@ -38,12 +38,14 @@ class Start:
         self.given_up: list[str] = []
         self.published: dict[str, torch.Tensor] = {}
         self.done: list[str] = []
+        self.copied_version = 0
         self.made.append(self)
 
     def fill(self, tensors: Tensors, read: Callable[[], object]) -> None:
         if self.has_peers:
             for tensor in tensors.values():
                 tensor.data.fill_(5.0)
+            self.copied_version = 1
         else:
             read()
 
@@ -161,6 +163,23 @@ def test_all_ranks_of_a_launch_have_the_name_that_the_first_has_chosen(loaded: L
         "sglang-01234567",
         "0123456789abcdef" * 2,
     )
+
+
+def test_ranks_that_have_copied_different_versions_all_read_the_disk(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded.module, "gathered", lambda _, mine: [0, mine])
+    monkeypatch.setattr(Start, "has_peers", True)
+    model, start = loaded.start()
+    assert "different versions (0, 1), so all of them come from its disk" in start.given_up[0]
+    assert loaded.process.calls == ["post-process", "restore", "read auto {}", "post-process"]
+    assert bool((next(model.parameters()) == 3.0).all())
+    monkeypatch.setattr(Start, "has_peers", False)
+    monkeypatch.setattr(loaded.module, "gathered", lambda _, mine: [1, mine])
+    loaded.process.calls.clear()
+    _, start = loaded.start()
+    assert len(start.given_up) == 1
+    assert loaded.process.calls == ["read auto {}", "post-process"]
 
 
 def test_a_draft_model_is_an_instance_for_itself(loaded: Loaded) -> None:

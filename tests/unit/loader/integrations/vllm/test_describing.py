@@ -79,11 +79,12 @@ def test_replicas_of_data_parallelism_and_drafts_are_instances() -> None:
 
 def test_a_model_is_a_draft_only_where_it_is_not_the_target() -> None:
     target, draft = a_model(), a_model()
-    speculative = SimpleNamespace(draft_model_config=draft)
+    speculative = SimpleNamespace(draft_model_config=draft, target_model_config=target)
     assert is_draft(a_vllm(target, speculative), draft)
+    assert is_draft(a_vllm(draft, speculative), draft)  # as vLLM makes it for a draft model
     assert not is_draft(a_vllm(target, speculative), target)
     assert not is_draft(a_vllm(target), target)
-    ngram = SimpleNamespace(draft_model_config=target)
+    ngram = SimpleNamespace(draft_model_config=target, target_model_config=target)
     assert not is_draft(a_vllm(target, ngram), target)
 
 

@@ -44,6 +44,12 @@ def a_worker(deeds: list[str]) -> tuple[type[Any], type[Any]]:
             if fail:
                 raise OSError("no such checkpoint")
 
+        def discard(self, tags: tuple[str, ...]) -> None:
+            deeds.append("discard")
+
+        def reset_weights(self) -> None:
+            deeds.append("reset")
+
         def start_weight_update(self) -> None:
             deeds.append("start")
 
@@ -65,7 +71,7 @@ def deeds() -> list[str]:
 @pytest.fixture
 def start(deeds: list[str], monkeypatch: pytest.MonkeyPatch) -> Start:
     start = Start(deeds)
-    monkeypatch.setattr(hooks, "open_starts", lambda: [start])
+    monkeypatch.setattr(hooks, "served_models", lambda: [start])
     return start
 
 
@@ -102,6 +108,23 @@ def test_discarded_weights_are_served_after_a_reload(
     assert "resume" not in deeds
     worker.reload_weights()
     assert deeds[-2:] == ["reload", "republish"]
+
+
+@pytest.mark.parametrize(
+    "lose", [lambda one: one.discard(("weights",)), lambda one: one.reset_weights()]
+)
+def test_weights_that_are_thrown_away_are_not_resumed(
+    worker: Any, deeds: list[str], lose: Callable[[Any], None]
+) -> None:
+    lose(worker)
+    worker.wake_up()
+    assert deeds[0] == "pause"
+    assert "resume" not in deeds
+
+
+def test_what_else_is_discarded_does_not_matter(worker: Any, deeds: list[str]) -> None:
+    worker.discard(("kv_cache",))
+    assert deeds == ["discard"]
 
 
 def test_an_update_is_published_at_its_end(worker: Any, deeds: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What tests ask the workers of a vLLM. Each function runs in all of them."""
+"""What tests and benchmarks ask the workers of a vLLM. Each function runs in all of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 def facts(worker: Any) -> list[dict[str, Any]]:
     """Of all models of the worker that serve peers, or have paused."""
-    from engine_loader.integrations.starting import open_starts
+    from engine_loader.integrations.serving import served_models
+    from engine_loader.integrations.starting import ModelStart
 
-    return [start.facts() for start in open_starts()]
+    return [one.outcome().facts() for one in served_models() if isinstance(one, ModelStart)]
 
 
 def transferred(worker: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 _FILE = "model.safetensors"
+_ENDS = ("<s>", "</s>")  # of a text
 
 
 def make(kind: str, folder: str, *, seed: int = 0, hidden: int = 128, layers: int = 4) -> None:
@@ -119,10 +120,9 @@ def _make_tokenizer(folder: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {text: at for at, text in enumerate([*alphabet, "<s>", "</s>"])}
+    vocabulary = {text: at for at, text in enumerate([*alphabet, *_ENDS])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    ends = dict(zip(("bos_token", "eos_token"), _ENDS, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder)

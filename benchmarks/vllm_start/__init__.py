@@ -1,0 +1,1 @@
+"""How long vLLM takes from its start to the first token: from its disk, and from a peer."""

@@ -1,0 +1,74 @@
+"""One vLLM, from its start to its first token; runs in vLLM's environment.
+
+`python -m benchmarks.vllm_start.program REQUEST`, with JSON as `Request` has it. It prints a line
+of JSON, and lives until its input ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # `probe` is sent to the workers
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def main(request: dict[str, Any]) -> None:
+    os.environ.update(SETTINGS)
+    if "kind" in request:
+        from benchmarks.vllm_start import checkpoints
+
+        checkpoints.make(**request)
+        say({})
+        return
+    say(measure(**request))
+    sys.stdin.read()
+    os._exit(0)
+
+
+def say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def measure(model: str, settings: dict[str, Any], began: float) -> dict[str, Any]:
+    """`began`: when the process was started, by the clock of the machine."""
+    from vllm import LLM, SamplingParams
+
+    imported = time.monotonic()
+    llm = LLM(
+        model=model,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=4,
+        seed=0,
+        **settings,
+    )
+    started = time.monotonic()
+    how = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    (output,) = llm.generate(["The capital of France"], how, use_tqdm=False)
+    end = time.monotonic()
+    found: dict[str, Any] = {
+        "import_s": imported - began,
+        "engine_s": started - imported,
+        "first_token_s": end - began,
+        "token": output.outputs[0].token_ids[0],
+    }
+    if "load_format" in settings:
+        from benchmarks.vllm_start import probe
+
+        (found["loader"],) = llm.collective_rpc(probe.facts)
+    return found
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
