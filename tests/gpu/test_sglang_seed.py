@@ -45,7 +45,7 @@ def test_the_header_is_registered_and_no_parameter_is_registered_twice() -> None
         with apart_from(tensors)():
             offering = offer_weights(
                 engine,
-                Destination.of(tensors),
+                Destination.of(tensors, None),
                 undo,
                 owner="sglang/0",
                 options=PublishOptions(),
