@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Makes .engines/<engine> ready: a virtual environment with a real inference engine (its build for CPUs) and this
-# checkout, for `make test-engines`. About 3 GB and ten minutes; one line a step says what is installed and why.
+# checkout, for `make test-engines`. About 3 GB and ten minutes each; one line a step says what is installed and why.
 # It may be interrupted at any step: the next run goes on with the first step that is not done.
 #
-#   scripts/engines_setup.sh vllm
+#   scripts/engines_setup.sh vllm|sglang
 #
 # PYTHON and pip's own settings apply, as they do in scripts/setup.sh.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-engine=${1:?name an engine: vllm}
+engine=${1:?name an engine: vllm or sglang}
 requirements=$root/tests/engines/requirements-$engine.txt
 venv=$root/.engines/$engine
 log=$venv/setup.log

@@ -42,12 +42,8 @@ from engine_registry.gateway.limits import (
     TooLarge,
     TooSlow,
 )
-from engine_registry.gateway.sglang import (
-    instance_of_role,
-    parse_rank,
-    parse_registration,
-    parse_world_size,
-)
+from engine_registry.gateway.ranks import parse_rank, parse_world_size
+from engine_registry.gateway.sglang import instance_of_role, parse_registration
 from engine_registry.schema.keys import check_instance
 from engine_registry.schema.record import RankRecord
 from engine_registry.telemetry import metrics

@@ -19,6 +19,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from engine_registry.errors import InvalidField
+from engine_registry.gateway.ranks import world_rank
 from engine_registry.schema import structs
 from engine_registry.schema.address import parse_session, why_not_advertised
 from engine_registry.schema.keys import MAX_RANKS
@@ -49,6 +50,8 @@ class _Body(msgspec.Struct, frozen=True):
 
     rank: _Rank | UnsetType = UNSET
     tp_rank: _Rank | UnsetType = UNSET
+    pp_rank: _Rank | None = None  # beside `tp_rank`
+    tp_size: _WorldSize | None = None
     transfer_engine_info: _EngineInfo | UnsetType = UNSET
     remote_instance_transfer_engine_info: Any = UNSET  # [session_id, weights_info_dict]
     world_size: _WorldSize | None = None
@@ -67,26 +70,6 @@ class SeedInfo:
     manifest: Manifest
     world_size: int | None = None
     role: str = ""  # `draft` for a speculative draft model, which has a rank of the same number
-
-
-def parse_rank(text: str | None) -> int:
-    """Of a query; InvalidField where it is missing, negative or no number."""
-    if text is None or not re.fullmatch(r"[0-9]{1,9}", text):
-        found = "is missing" if text is None else f"{text[:20]!r} is not valid"
-        raise InvalidField(f"rank {found}", "give ?rank=N with a whole number from 0", field="rank")
-    return int(text)
-
-
-def parse_world_size(text: str | None) -> int | None:
-    """Of a query, where there is one."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_RANKS:
-        raise InvalidField(
-            f"world_size {text[:20]!r} is not valid: it is a whole number from 1 to {MAX_RANKS}",
-            field="world_size",
-        )
-    return int(text)
 
 
 def parse_registration(body: bytes, max_tensors: int = MAX_TENSORS) -> SeedInfo:
@@ -108,9 +91,7 @@ def _parse(body: bytes, max_tensors: int) -> SeedInfo:
     _check_extent(body, max_tensors)
     try:
         data = structs.read(_BODY, body)
-        rank = data.rank if data.rank is not UNSET else data.tp_rank
-        if rank is UNSET:
-            raise Malformed("`$.rank` is missing", "$.rank")
+        rank = _rank(data)
         session_id, weights = _engine_info(data)
     except Malformed as exc:
         field = exc.field or "body"
@@ -137,6 +118,14 @@ def render(record: RankRecord, manifest: Manifest) -> bytes:
     """
     weights = {entry.name: [entry.addr, *_elements(entry)] for entry in manifest.tensors}
     return structs.write({"rank": record.rank, _ANSWER: [record.session_id, weights]})
+
+
+def _rank(data: _Body) -> int:
+    if data.rank is not UNSET:
+        return data.rank
+    if data.tp_rank is UNSET:
+        raise Malformed("`$.rank` is missing", "$.rank")
+    return world_rank(data.tp_rank, data.pp_rank, data.tp_size)
 
 
 def _check_extent(body: bytes, max_tensors: int) -> None:

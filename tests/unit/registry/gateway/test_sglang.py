@@ -16,9 +16,7 @@ from engine_registry.errors import InvalidField
 from engine_registry.gateway.sglang import (
     MAX_TENSORS,
     instance_of_role,
-    parse_rank,
     parse_registration,
-    parse_world_size,
     render,
 )
 from engine_registry.schema.manifest import Region
@@ -292,22 +290,6 @@ def test_a_tensor_of_a_library_rank_is_reported_by_its_elements_and_their_size(
     manifest = a_manifest(an_entry("w", 4096, nbytes, dtype=dtype, shape=shape))
     info = json.loads(render(a_record(), manifest))["remote_instance_transfer_engine_info"]
     assert info == ["10.0.0.1:15000", {"w": [4096, *wanted]}]
-
-
-@pytest.mark.parametrize(
-    "text", [None, "", "-1", "x", "1.0", "+1", " 1", "1e3", "٣", "9" * 10, "0x1"]
-)
-def test_a_rank_of_a_query_is_a_whole_number_from_zero(text: str | None) -> None:
-    assert parse_rank("0") == 0
-    with pytest.raises(InvalidField, match=r"rank .*: give \?rank=N"):
-        parse_rank(text)
-
-
-def test_a_world_size_of_a_query_may_be_left_out_but_not_be_wrong() -> None:
-    assert (parse_world_size(None), parse_world_size("8")) == (None, 8)
-    for text in ("", "0", "-1", "x", "100001"):
-        with pytest.raises(InvalidField, match="world_size"):
-            parse_world_size(text)
 
 
 def test_a_draft_model_is_an_instance_of_its_own() -> None:
