@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _INSTANCE = "demo"
 _RANKS = 2
-_WAIT_S = 60.0
+_WAIT_S = 120.0  # a rank that fails ends the demo at once
 _ENGINES = "from engine_cli.main import main; main()"
 _END_S = 5.0  # how long a process may take to end once it is asked to
 
