@@ -314,6 +314,7 @@ def test_no_order_of_events_makes_a_publication_serve_a_wrong_byte_or_leave_anyt
             max_examples=25,
             stateful_step_count=15,
             deadline=None,
+            derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),
     )
