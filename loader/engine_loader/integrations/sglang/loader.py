@@ -105,13 +105,13 @@ class PeerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang is no
             start.give_up(
                 "SGLang moves experts between ranks while it runs (EPLB), so peers would read "
                 "others than they ask for",
-                "start without --enable-eplb to serve peers",
+                "switch it off, so that peers can copy the weights",
             )
         elif changed := kept.changed():
             start.give_up(
                 f"SGLang's post-processing has written to {len(changed)} loaded tensors, such as "
                 f"{changed[0]}, so peers cannot load them",
-                "load this quantisation with another --load-format",
+                "use another load format for this quantisation",
             )
         elif not updates_are_hooked():
             start.give_up(
