@@ -24,11 +24,12 @@ from engine_loader import MooncakeEngine, publish_state_dict
 from engine_registry import ModelIdentity, Registry
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.ports import free_port
-from tests.engines.vllm.conftest import PYTHON
+from tests.engines.vllm.conftest import PYTHON, Engines
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 Checkpoint = Callable[..., str]
+PROMPT = "1 2 3"
 _MODULE = "vllm.entrypoints.openai.api_server"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -57,7 +58,7 @@ class Server:
 
     def wait(self) -> None:
         """Until it answers."""
-        wait_until(lambda: self._process.poll() is not None or self._is_healthy(), 300)
+        wait_until(lambda: self._process.poll() is not None or self._is_healthy(), 400)
         assert self._process.poll() is None, self.log.read_text("utf-8")[-4000:]
 
     def post(self, route: str, **body: Any) -> Any:
@@ -69,12 +70,11 @@ class Server:
         with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
             return json.loads(answer.read())
 
-    def complete(self, model: str) -> str:
-        answer = self.post(
-            "/v1/completions", model=model, prompt="1 2 3", temperature=0, max_tokens=16
-        )
-        text: str = answer["choices"][0]["text"]
-        return text
+    def tokens(self, model: str, prompt: str, count: int) -> list[int]:
+        how = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        answer = self.post("/v1/completions", model=model, prompt=prompt, max_tokens=count, **how)
+        found: list[int] = answer["choices"][0]["token_ids"]
+        return found
 
     def close(self) -> None:
         with suppress(ProcessLookupError):
@@ -103,6 +103,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 def test_a_second_server_copies_from_the_first_and_then_follows_a_trainer(
     serve: Callable[..., Server],
+    engines: Engines,
     checkpoint: Checkpoint,
     etcd: LocalEtcd,
     registry: Registry,
@@ -116,7 +117,8 @@ def test_a_second_server_copies_from_the_first_and_then_follows_a_trainer(
     second = serve(model, *ours, *transfer)
     assert "and serves them to peers" in first.log.read_text("utf-8")
     assert "has copied" in second.log.read_text("utf-8")
-    assert first.complete(model) == second.complete(model)
+    assert first.tokens(model, PROMPT, 16) == second.tokens(model, PROMPT, 16)
+    first.close()
 
     state = load_file(Path(trained, "model.safetensors"))
     with (
@@ -136,4 +138,5 @@ def test_a_second_server_copies_from_the_first_and_then_follows_a_trainer(
         second.post("/update_weights", update_info={})
         second.post("/finish_weight_update")
         second.post("/reset_prefix_cache")
-    assert second.complete(model) == serve(trained).complete(trained)
+    expected = engines.start(trained).ask("tokens", prompt=PROMPT, count=16)
+    assert second.tokens(model, PROMPT, 16) == expected

@@ -74,7 +74,15 @@ class EngineProcess:
         """The tokens for each prompt. One prompt at a time: what is computed in one batch depends
         on timing, and changes results in bfloat16.
         """
-        return [self._generate(prompt, 32) for prompt in PROMPTS]
+        return [self.tokens(prompt, 32) for prompt in PROMPTS]
+
+    def tokens(self, prompt: str, count: int) -> list[int]:
+        """The first tokens after the prompt."""
+        from vllm import SamplingParams
+
+        how = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        (output,) = self.llm.generate([prompt], how, use_tqdm=False)
+        return list(output.outputs[0].token_ids)
 
     def facts(self) -> list[list[dict[str, Any]]]:
         """For each worker, what its models' starts say."""
@@ -110,13 +118,6 @@ class EngineProcess:
         self.llm.update_weights({"update_info": update_info})
         self.llm.finish_weight_update()
         self.llm.reset_prefix_cache()
-
-    def _generate(self, prompt: str, count: int) -> list[int]:
-        from vllm import SamplingParams
-
-        how = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-        (output,) = self.llm.generate([prompt], how, use_tqdm=False)
-        return list(output.outputs[0].token_ids)
 
 
 def main(path: str) -> None:
