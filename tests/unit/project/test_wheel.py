@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,17 @@ def test_a_wheel_holds_the_three_packages_and_every_module_of_them(wheel: zipfil
         assert f"{package}/py.typed" in wheel.namelist()
 
 
-def test_a_wheel_has_one_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
+def test_a_wheel_has_one_command_a_plugin_for_each_engine_and_the_licence(
+    wheel: zipfile.ZipFile,
+) -> None:
     (info,) = {Path(name).parts[0] for name in wheel.namelist() if ".dist-info/" in name}
-    assert (
-        wheel.read(f"{info}/entry_points.txt").decode().strip()
-        == "[console_scripts]\nengines = engine_cli.main:main"
-    )
+    entries = ConfigParser()
+    entries.read_string(wheel.read(f"{info}/entry_points.txt").decode())
+    groups = {name: dict(entries[name]) for name in entries.sections()}
+    assert groups.pop("console_scripts") == {"engines": "engine_cli.main:main"}
+    assert "vllm.general_plugins" in groups
+    for plugins in groups.values():
+        assert list(plugins) == ["engine_registry"]
+        module = plugins["engine_registry"].partition(":")[0].replace(".", "/")
+        assert f"{module}/__init__.py" in wheel.namelist()
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
