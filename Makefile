@@ -36,7 +36,7 @@ test-compose: setup ## docker-compose.yml run for real (root or a docker daemon;
 	@scripts/compose_tools.sh
 	$(BIN)/pytest tests/compose -v -o faulthandler_timeout=1800 $(ARGS)
 
-test-engines: setup ## the integrations with a real vLLM and a real SGLang, on CPUs (5 GB, half an hour)
+test-engines: setup ## the integrations with a real vLLM and a real SGLang, on CPUs (6 GB of disk)
 	@scripts/engines_setup.sh vllm
 	@scripts/engines_setup.sh sglang
 	$(BIN)/pytest tests/engines -v -m engines -o faulthandler_timeout=1800 $(ARGS)

@@ -1,4 +1,4 @@
-"""A small random Llama on disk, as Hugging Face lays it out, without a tokenizer."""
+"""Small random models on disk, as Hugging Face lays them out, without a tokenizer."""
 
 from __future__ import annotations
 
@@ -41,6 +41,33 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
             f"{at}.mlp.down_proj.weight": matrix(HIDDEN, 2 * HIDDEN),
         }
     return tensors
+
+
+def tied_weights(seed: int) -> dict[str, torch.Tensor]:
+    """As Qwen2 has them: biases for the attention, and one matrix for embedding and head."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    tensors = weights(seed)
+    del tensors["lm_head.weight"]
+    for layer in range(LAYERS):
+        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            bias = torch.randn(heads * HEAD, generator=generator) * 0.1
+            at = f"model.layers.{layer}.self_attn.{name}_proj.bias"
+            tensors[at] = bias.to(torch.bfloat16)
+    return tensors
+
+
+def write_tied_checkpoint(folder: Path, seed: int) -> Path:
+    """As `write_checkpoint`, a Qwen2."""
+    write_checkpoint(folder, seed)
+    save_file(tied_weights(seed), folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def write_checkpoint(folder: Path, seed: int) -> Path:

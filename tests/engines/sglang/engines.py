@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -211,11 +210,6 @@ class Engines:
         self.close_engines()
         self._zygote.close()
         self._process.wait(20)
-
-
-def plain(text: str) -> str:
-    """Without the colours of a terminal."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def free_port() -> int:

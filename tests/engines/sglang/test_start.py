@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from engine_registry import Registry
+from tests.engines.sglang.checkpoint import write_tied_checkpoint
 from tests.engines.sglang.engines import EngineFailed, Engines, free_port
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
@@ -32,6 +33,16 @@ def test_the_second_engine_copies_from_the_first_and_generates_the_same(
     statuses = registry.instances()
     assert [len(status.records) for status in statuses] == [ranks, ranks]
     assert statuses[0].contents == statuses[1].contents
+
+
+def test_tied_weights_and_biases_are_copied(
+    engines: Engines, settings: Settings, tmp_path: Path
+) -> None:
+    model = write_tied_checkpoint(tmp_path / "qwen2", seed=3)
+    first = engines.start(model, settings)
+    second = engines.start(model, settings)
+    assert second.lines(COPIED)
+    assert second.tokens() == first.tokens() == engines.start(model).tokens()
 
 
 def test_of_engines_that_start_together_one_reads_the_disk(

@@ -4,6 +4,7 @@ reads with it.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,8 @@ class SeedEngine(Engine):
         self._session_id = session_id
         self._protocol = protocol
         self._weights = _joined(weights)
+        self._starts = [one.addr for one in self._weights]
+        self._ends = [one.end for one in self._weights]
 
     @property
     def session_id(self) -> str:
@@ -46,8 +49,7 @@ class SeedEngine(Engine):
             Region(
                 max(one.addr, region.addr), min(one.end, region.end) - max(one.addr, region.addr)
             )
-            for one in self._weights
-            if one.addr < region.end and region.addr < one.end
+            for one in self._weights_in(region)
         )
         if inside:
             return inside
@@ -62,7 +64,7 @@ class SeedEngine(Engine):
 
     def unregister(self, region: Region) -> None:
         """Takes back what was registered here."""
-        if not any(one.addr < region.end and region.addr < one.end for one in self._weights):
+        if not self._weights_in(region):
             self._library.unregister_memory(region.addr)
 
     def lend(self, region: Region) -> Regions:
@@ -88,6 +90,11 @@ class SeedEngine(Engine):
 
     def close(self) -> None:
         """SGLang's engine goes on."""
+
+    def _weights_in(self, region: Region) -> tuple[Region, ...]:
+        """Those that have a byte in the region."""
+        first = bisect.bisect_right(self._ends, region.addr)
+        return self._weights[first : bisect.bisect_left(self._starts, region.end)]
 
     def _reads_nothing(self) -> EngineFailed:
         return EngineFailed("SGLang's transfer engine serves here, and SGLang reads with it")

@@ -31,6 +31,9 @@ class Library:
 WEIGHTS = [Region(4096, 100), Region(4196, 28), Region(8192, 64), Region(8200, 8), Region(9000, 0)]
 
 
+PIECES = (Region(4096, 100), Region(4196, 28))
+
+
 def engine(library: Library | None = None) -> SeedEngine:
     return SeedEngine(library or Library(), "10.0.0.7:15001", "rdma", WEIGHTS)
 
@@ -46,8 +49,10 @@ def test_peers_read_from_the_session_of_sglang() -> None:
 def test_weights_are_served_in_the_pieces_that_sglang_has_registered() -> None:
     library = Library()
     seed = engine(library)
-    assert seed.register(Region(4096, 128)) == (Region(4096, 100), Region(4196, 28))
+    assert seed.register(Region(4096, 128)) == PIECES
     assert seed.register(Region(8192, 4096)) == (Region(8192, 64),)
+    assert seed.register(Region(4000, 9000)) == (*PIECES, Region(8192, 64))
+    assert seed.register(Region(4190, 10)) == (Region(4190, 6), Region(4196, 4))
     seed.unregister(Region(4096, 128))
     assert library.registered == {}
 
@@ -55,10 +60,11 @@ def test_weights_are_served_in_the_pieces_that_sglang_has_registered() -> None:
 def test_other_memory_is_registered_and_taken_back() -> None:
     library = Library()
     seed = engine(library)
-    assert seed.register(Region(12288, 64)) == (Region(12288, 64),)
-    assert library.registered == {12288: 64}
-    seed.unregister(Region(12288, 64))
-    assert library.registered == {}
+    for addr in (12288, 4224, 4032):  # the last two touch weights, and have no byte of them
+        assert seed.register(Region(addr, 64)) == (Region(addr, 64),)
+        assert library.registered == {addr: 64}
+        seed.unregister(Region(addr, 64))
+        assert library.registered == {}
 
 
 def test_memory_that_is_refused_is_an_error_with_its_code() -> None:
