@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
+from tests.engines.sglang.processes import kill, of_session, with_mark
 from tests.support.checkout import ROOT
 
 VENV = ROOT / ".engines" / "sglang"
@@ -83,8 +83,8 @@ class Engine:
         if self._test is not None:
             self._test.close()
             self._test = None
-        for pid in _of_session(self.pid):
-            _kill(pid)
+        for pid in of_session(self.pid):
+            kill(pid)
 
     def _received(self, timeout_s: float) -> Any:
         assert self._test is not None
@@ -104,7 +104,9 @@ class Engines:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._mark = f"TEST_ENGINES={uuid.uuid4().hex}"  # all their processes inherit it
         self.environment = os.environ | {
+            "TEST_ENGINES": self._mark.partition("=")[2],
             "PYTHONPATH": os.pathsep.join(
                 [
                     str(Path(__file__).parent / "cpu"),
@@ -206,10 +208,12 @@ class Engines:
         self.open.clear()
 
     def close(self) -> None:
-        """The engines, and the process that starts them."""
+        """The engines, the process that starts them, and keepers whose etcd has ended before."""
         self.close_engines()
         self._zygote.close()
         self._process.wait(20)
+        for pid in with_mark(self._mark):
+            kill(pid)
 
 
 def free_port() -> int:
@@ -229,20 +233,3 @@ def _connected(path: Path, process: subprocess.Popen[bytes] | None = None) -> Co
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
-
-
-def _of_session(session: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        if int(fields[3]) == session:
-            found.append(int(stat.parent.name))
-    return found
-
-
-def _kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
