@@ -96,6 +96,7 @@ def measure(gib: float, rounds: int) -> Results:
                         if found["token"] != source["token"]:
                             raise click.ClickException(f"{name} has generated another token")
                         seconds.append(found)
+                        say(f"the first token came after {found['first_token_s']:.1f} s")
     return _results(took, source)
 
 
