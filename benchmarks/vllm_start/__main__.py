@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,11 @@ def running(request: dict[str, Any], log: Path) -> Iterator[dict[str, Any]]:
         else:
             raise click.ClickException(f"vLLM has failed: {log.read_text()[-3000:]}")
     finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with vLLM's own processes
         process.stdin.close()
-        process.wait(60)
+        process.stdout.close()
+        process.wait()
 
 
 def forget(folder: str) -> None:
@@ -96,6 +100,7 @@ def measure(gib: float, rounds: int) -> Results:
                         if found["token"] != source["token"]:
                             raise click.ClickException(f"{name} has generated another token")
                         seconds.append(found)
+                        say(f"the first token came after {found['first_token_s']:.1f} s")
     return _results(took, source)
 
 

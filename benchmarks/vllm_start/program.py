@@ -1,7 +1,7 @@
 """One vLLM, from its start to its first token; runs in vLLM's environment.
 
 `python -m benchmarks.vllm_start.program REQUEST`, with JSON as `Request` has it. It prints a line
-of JSON, and lives until its input ends.
+of JSON, and lives until it is killed, with all of its group.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ def main(request: dict[str, Any]) -> None:
         return
     say(measure(**request))
     sys.stdin.read()
-    os._exit(0)
 
 
 def say(answer: dict[str, Any]) -> None:

@@ -183,8 +183,17 @@ class Engines:
         return engine
 
 
+def wait_for_withdrawal(registry: Registry) -> None:
+    """Until the keepers of all engines have withdrawn them: without etcd they would try on."""
+    wait_until(
+        lambda: not any(one.instance.startswith("vllm.") for one in registry.instances()), 60
+    )
+
+
 @pytest.fixture
-def engines(zygote: Path, etcd: LocalEtcd, namespace: str, tmp_path: Path) -> Iterator[Engines]:
+def engines(
+    zygote: Path, etcd: LocalEtcd, registry: Registry, namespace: str, tmp_path: Path
+) -> Iterator[Engines]:
     ours = {
         "etcd": etcd.endpoint,
         "namespace": namespace,
@@ -193,4 +202,5 @@ def engines(zygote: Path, etcd: LocalEtcd, namespace: str, tmp_path: Path) -> It
         "timeout_s": 120,
     }
     with ExitStack() as stack:
+        stack.callback(wait_for_withdrawal, registry)
         yield Engines(zygote, tmp_path, ours, stack)

@@ -24,7 +24,7 @@ from engine_loader import MooncakeEngine, publish_state_dict
 from engine_registry import ModelIdentity, Registry
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.ports import free_port
-from tests.engines.vllm.conftest import PYTHON, Engines
+from tests.engines.vllm.conftest import PYTHON, Engines, wait_for_withdrawal
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
@@ -89,8 +89,9 @@ class Server:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+def serve(tmp_path: Path, registry: Registry) -> Iterator[Callable[..., Server]]:
     with ExitStack() as stack:
+        stack.callback(wait_for_withdrawal, registry)
 
         def start(model: str, *options: str) -> Server:
             server = Server(model, tmp_path / f"{len(list(tmp_path.iterdir()))}.log", *options)
