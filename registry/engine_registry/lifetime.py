@@ -15,7 +15,6 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
 
@@ -65,15 +64,15 @@ class Closable:
             _thread.start_new_thread(_close_in_thread, (self,))
 
     @staticmethod
-    def _is_over() -> bool:
-        """Whether the interpreter ends, and has taken away the names of this module: there is
-        nothing to warn with then.
+    def _pid() -> int:
+        """Of this process; -1 once the interpreter has taken away the names of this module, so that
+        there is nothing to warn with.
         """
-        return warnings is None
+        return os.getpid() if os is not None and warnings is not None else -1
 
-    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
+    def __del__(self) -> None:
         # a forked child's copy: the resource is the parent's
-        if self._open_in != getpid() or self._is_over():
+        if self._open_in != self._pid():
             return
         words = [type(self).__name__, self._label(), "was never closed"]
         try:

@@ -25,6 +25,8 @@ import torch
 import engine_loader
 import engine_registry
 from engine_loader import InProcessEngine, MooncakeEngine, Publication, Seeded, WholeFiles, publish
+from engine_loader.integrations.config import IntegrationConfig
+from engine_loader.integrations.connecting import Connection
 from engine_registry import (
     AllPulls,
     CleaningWatch,
@@ -69,7 +71,14 @@ def a_publication(registry: Registry, etcd: LocalEtcd) -> Publication:
     )
 
 
+def a_connection(_: Registry, etcd: LocalEtcd) -> Connection:
+    connection = Connection(IntegrationConfig(etcd=etcd.endpoint))
+    assert not connection.registry.instances()
+    return connection
+
+
 MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
+    Connection: a_connection,
     Registry: lambda registry, etcd: Registry.connect(etcd.endpoint),
     Registration: lambda registry, etcd: register(registry),
     Watch: lambda registry, etcd: registry.watch(),
@@ -176,12 +185,19 @@ def test_a_local_etcd_that_is_forgotten_does_not_go_on() -> None:
     wait_until(lambda: not folder.exists())
 
 
+NOT_IMPORTED = (
+    "engine_loader.digests.kernel",  # needs triton, and has functions only
+    "engine_loader.integrations.sglang.",  # needs SGLang
+    "engine_loader.integrations.vllm.",
+)
+
+
 @pytest.mark.parametrize("package", [engine_registry, engine_loader])
 def test_every_context_manager_of_a_package_is_such_a_resource(package: ModuleType) -> None:
     """Those for the length of a call are functions; a class is for a resource that lives on."""
     found = set()
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        if module.name == "engine_loader.digests.kernel":  # needs triton, and has functions only
+        if module.name.startswith(NOT_IMPORTED):
             continue
         for _, each in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
             if each.__module__.startswith(f"{package.__name__}.") and hasattr(each, "__exit__"):
@@ -256,7 +272,7 @@ def test_what_outlives_the_modules_of_a_process_ends_without_a_word(closes: bool
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )

@@ -235,9 +235,9 @@ class Registration(Closable):
     def _forgotten(self) -> None:
         """The link notices that the handle is gone, and takes the rank out."""
 
-    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
+    def __del__(self) -> None:
         held = self._held  # also where registering was interrupted
-        if held is not None and getpid() == self._owner_pid:
+        if held is not None and self._pid() == self._owner_pid:
             held.release()
         super().__del__()
 

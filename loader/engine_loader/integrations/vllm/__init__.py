@@ -22,12 +22,14 @@ def register() -> None:
         try:
             part()
         except Exception as exc:  # noqa: BLE001
+            from engine_registry.telemetry.logs import fields
+
             log.warning(
                 "%s is not available in this vLLM: %s: %s",
                 NAME,
                 type(exc).__name__,
                 exc,
-                extra={"fields": {"event": "plugin_failed", "error": type(exc).__name__}},
+                extra=fields("plugin_failed", error=exc),
             )
 
 
