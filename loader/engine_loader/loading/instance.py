@@ -45,7 +45,7 @@ def load_instance(
         engine: Reads their memory.
         source: As for `load`.
         tensors: The tensors to fill, by name, for each rank.
-        shards: Which box of the whole a tensor is, by name, for each rank.
+        shards: Which part of the whole a tensor is, by name, for each rank.
         timeout_s: How many seconds to wait until a source is ready.
         options: How to choose, read and check; see LoadOptions. Without `version` and `contents`.
 

@@ -84,7 +84,7 @@ def load(
             are filled again and again.
         rank: The rank of the source whose tensors these are. It may be None if every tensor says
             which box of the whole it is.
-        shards: Which box of the whole a tensor is, by name.
+        shards: Which part of the whole a tensor is, by name.
         timeout_s: How many seconds to wait until a source is ready. From then on the load takes as
             long as bytes keep coming (see `Pace`).
         world_size: How many ranks the instance has that `rank` is counted in. Only for tensors that

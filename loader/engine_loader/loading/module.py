@@ -61,7 +61,7 @@ def load_module(
             its job, if the job has as many ranks as the source.
         device: Where tensors on the meta device get their memory. By default the device of their
             mesh, else torch's default device, else the host's memory.
-        shards: Which box of the whole a tensor is, by name.
+        shards: Which part of the whole a tensor is, by name.
         timeout_s: How many seconds to wait until a source is ready.
         world_size: As for `load`.
         topology: As for `load`.

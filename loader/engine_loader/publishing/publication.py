@@ -202,7 +202,7 @@ class Publication(Closable):
 
         Args:
             tensors: The tensors, by name. A `Destination` keeps its inspection of them.
-            shards: Which box of the whole a tensor is, by name.
+            shards: Which part of the whole a tensor is, by name.
 
         Raises:
             TensorsUnusable: Tensors cannot be served.

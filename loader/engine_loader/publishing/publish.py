@@ -47,7 +47,7 @@ def publish(
         world_size: How many ranks the instance has, over all parallel axes.
         tensors: The tensors, by name. A `Destination` keeps its inspection of them.
         model: The model that the instance runs.
-        shards: Which box of the whole a tensor is, by name.
+        shards: Which part of the whole a tensor is, by name.
         topology: The place of the rank along each parallel axis: (index, size) by axis.
         options: How to publish; see PublishOptions.
 
@@ -105,7 +105,7 @@ def publish_state_dict(
         rank: The world rank of this process in the instance, from 0.
         world_size: How many ranks the instance has, over all parallel axes.
         model: The model that the instance runs.
-        shards: Which box of the whole a tensor is, by its flattened name.
+        shards: Which part of the whole a tensor is, by its flattened name.
         topology: The place of the rank along each parallel axis: (index, size) by axis.
         options: How to publish; see PublishOptions. Without `values`, which the state dict has.
 

@@ -87,7 +87,7 @@ def load_or_seed(
             of the tensors in place, such as the engine's own loader of checkpoints. It is called
             at most once, in the calling thread. A load from peers that failed may have filled a
             part of the tensors before.
-        shards: Which box of the whole a tensor is, by name.
+        shards: Which part of the whole a tensor is, by name.
         topology: The place of the rank along each parallel axis: (index, size) by axis.
         timeout_s: How many seconds to wait for peers before the rank reads on its own.
         without_etcd_s: How many seconds to wait for an etcd that is away before that. A restart or

@@ -60,7 +60,7 @@ class Seeded:
 
         Args:
             tensors: The tensors to publish, by name.
-            shards: Which box of the whole a tensor is, by name.
+            shards: Which part of the whole a tensor is, by name.
             options: How to publish; see PublishOptions. By default those of `load_or_seed`. Without
                 `version`, the version is that of the peers that were loaded from, or else that of
                 the fallback.

@@ -31,7 +31,7 @@ class Destination(Mapping[str, torch.Tensor]):
 
         Args:
             tensors: The tensors, by name.
-            shards: Which box of the whole a tensor is, by name.
+            shards: Which part of the whole a tensor is, by name.
 
         Raises:
             TensorsUnusable: Tensors cannot be filled or published as they are.
