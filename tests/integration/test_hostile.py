@@ -176,9 +176,9 @@ def test_a_watch_whose_newest_key_is_no_text_does_not_go_in_circles(
     snapshots: list[str] = []
     ask = Etcd.snapshot
 
-    def counting(self: Etcd, prefix: str) -> Snapshot:
+    def counting(self: Etcd, prefix: str, exact: bool = False) -> Snapshot:
         snapshots.append(prefix)
-        return ask(self, prefix)
+        return ask(self, prefix, exact)
 
     monkeypatch.setattr(Etcd, "snapshot", counting)
     with registry.watch() as watch, register(registry, "good"):
