@@ -43,7 +43,7 @@ def running(request: dict[str, Any], log: Path) -> Iterator[dict[str, Any]]:
             stderr=errors,
             text=True,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(log.parent)},
         )
     if process.stdin is None or process.stdout is None:
         raise RuntimeError("the program has no pipes")

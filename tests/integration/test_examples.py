@@ -133,8 +133,10 @@ class Taker:
 
 
 @pytest.mark.slow  # three programs that import torch and FSDP
-def test_a_trainer_with_fsdp_has_each_of_its_steps_taken(own_etcd: LocalEtcd) -> None:
-    started = Processes(dict(os.environ))
+def test_a_trainer_with_fsdp_has_each_of_its_steps_taken(
+    own_etcd: LocalEtcd, tmp_path: Path
+) -> None:
+    started = Processes({**os.environ, "TMPDIR": str(tmp_path)})  # torchrun leaves its logs
     with ExitStack() as stack:
         registry = stack.enter_context(Registry.connect(own_etcd.endpoint))
         taker = stack.enter_context(closing(Taker(registry)))

@@ -101,7 +101,7 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             cwd=ROOT,
             stdout=log,
             stderr=log,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
         )
     try:
         wait_until(lambda: path.exists() or process.poll() is not None, 300)

@@ -53,7 +53,7 @@ class Server:
                 stdout=lines,
                 stderr=lines,
                 start_new_session=True,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, "TMPDIR": str(log.parent)},
             )
 
     def wait(self) -> None:
