@@ -11,7 +11,6 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from engine_registry import Region, Registry
 from tests.integration.conftest import Processes, line_of
 from tests.support.engines import Meeting
 from tests.support.processes.source import MODEL, content, empty
+from tests.support.signals import signal_and_wait
 from tests.support.waiting import wait_until
 
 NBYTES = 32 << 20
@@ -49,12 +49,7 @@ class Sources:
             assert line_of(self.started[name]) == "version 0\n"
 
     def signal(self, number: signal.Signals) -> None:
-        self.started["a"].send_signal(number)
-        if (
-            number == signal.SIGSTOP
-        ):  # each thread stops when it next runs: on a busy machine the rest of a load is quicker
-            threads = Path(f"/proc/{self.started['a'].pid}/task")
-            wait_until(lambda: all(_state(thread) == "T" for thread in threads.iterdir()))
+        signal_and_wait(self.started["a"].pid, number)
 
     def evict(self) -> None:
         self.registry.evict(self.registry.ranks("a")[0])
@@ -73,11 +68,6 @@ def _own_address(number: int) -> str:
     """
     pid = os.getpid()
     return f"127.{1 + pid // 250 % 250}.{pid % 250}.{10 + number}"
-
-
-def _state(thread: Path) -> str:
-    """As /proc has it; T is stopped."""
-    return (thread / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from tests.support.hostile_peer import HostilePeer, Impostor, drips
 from tests.support.options import for_load, for_publish
 from tests.support.processes.source import empty
 from tests.support.registry import connect
+from tests.support.signals import signal_and_wait
 from tests.support.waiting import wait_until
 
 NBYTES = 8 << 20
@@ -81,7 +82,7 @@ class Rank:
         )
 
     def signal(self, number: signal.Signals) -> None:
-        os.kill(self.source_pid, number)
+        signal_and_wait(self.source_pid, number)
 
     def evict(self, instance: str) -> None:
         for record in self.registry.ranks(instance):
