@@ -1,11 +1,13 @@
-"""The shell that holds an etcd as its child, and ends it when our process dies, however it dies.
-Used by `LocalEtcd`.
+"""The shell that holds an etcd as its child, and ends it when our process dies, however it dies;
+and how such an etcd is stopped for a while. Used by `LocalEtcd`.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,3 +41,19 @@ def hold(command: Sequence[str], log_path: Path) -> subprocess.Popen[str]:
         # ETCD_… are meant for another etcd.
         env={name: text for name, text in os.environ.items() if not name.startswith("ETCD_")},
     )
+
+
+def stop_threads(pid: int) -> None:
+    """SIGSTOP. Returns when all threads of the process have stopped: each does when it next runs,
+    so on a busy machine it goes on for a while. Returns also if the process ends.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    while not all(_has_stopped(thread) for thread in Path(f"/proc/{pid}/task").glob("*/stat")):
+        time.sleep(0.001)
+
+
+def _has_stopped(thread: Path) -> bool:
+    try:
+        return thread.read_text().rpartition(")")[2].split()[0] in ("T", "Z", "X")
+    except OSError:  # it has ended
+        return True

@@ -29,7 +29,7 @@ from engine_registry.errors import EtcdUnavailable, LocalEtcdFailed
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-from engine_registry.etcd.holder import hold
+from engine_registry.etcd.holder import hold, stop_threads
 from engine_registry.etcd.ports import free_port, is_free
 from engine_registry.lifetime import Closable
 from engine_registry.uninterrupted import uninterrupted
@@ -267,7 +267,7 @@ class LocalEtcd(Closable):
         self.kill()
 
     def pause(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
+        stop_threads(self.pid)
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
