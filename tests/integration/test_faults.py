@@ -298,8 +298,8 @@ def without_space(binary: str) -> Iterator[tuple[Registry, Etcd]]:
     """An etcd that can be filled soon."""
     with (
         LocalEtcd(binary=binary, extra_args=["--quota-backend-bytes", str(8 << 20)]) as etcd,
-        Registry.connect(etcd.endpoint) as registry,
-        closing(raw_at(etcd.endpoint)) as raw,
+        Registry.connect(etcd.endpoint, timeout_s=60) as registry,
+        closing(raw_at(etcd.endpoint, timeout_s=60)) as raw,
     ):
         yield registry, raw
 
