@@ -23,7 +23,7 @@ def etcd() -> Iterator[LocalEtcd]:
 @pytest.fixture(scope="session")
 def all_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     if not (VENV / "bin" / "python").exists():
-        pytest.skip("SGLang is not installed: scripts/engines_setup.sh sglang")
+        pytest.fail("SGLang is not installed: run `make test-engines`, which installs it")
     engines = Engines(tmp_path_factory.mktemp("sglang"))
     yield engines
     engines.close()
