@@ -21,9 +21,9 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from torch import nn
 
 from engine_loader.integrations.config import IntegrationConfig
+from engine_loader.integrations.groups import gathered
 from engine_loader.integrations.kept import Kept
 from engine_loader.integrations.logs import join_log
-from engine_loader.integrations.sglang.groups import gathered
 from engine_loader.integrations.sglang.identity import group_of, identity_of, seat_of_launch
 from engine_loader.integrations.sglang.updates import (
     Changes,

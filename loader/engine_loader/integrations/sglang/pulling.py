@@ -24,7 +24,7 @@ from engine_loader.engines.base import Engine
 from engine_loader.errors import LoaderError
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import connect_registry, start_mooncake
-from engine_loader.integrations.sglang.groups import gathered
+from engine_loader.integrations.groups import gathered
 from engine_loader.integrations.sglang.order import Order
 from engine_loader.integrations.sglang.plugin import SETTINGS, decode_settings
 from engine_loader.loading.catalogue import Catalogue, read_catalogue

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch.distributed
-
 from engine_loader.errors import SourceLost, TornRead, VersionUnavailable
+from engine_loader.integrations.groups import gathered
 
 T = TypeVar("T")
 _ATTEMPTS = 3
@@ -25,16 +24,7 @@ def agree(value: T, group: Any) -> T:
 
 def all_agree(good: bool, group: Any) -> bool:
     """Whether it is so for all of them."""
-    return all(gathered(good, group))
-
-
-def gathered(value: T, group: Any) -> list[T]:
-    """The values of all of them, by rank."""
-    if group.world_size == 1:
-        return [value]
-    answers: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(answers, value, group=group.cpu_group)
-    return answers
+    return all(gathered(group, good))
 
 
 def together(

@@ -30,12 +30,13 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from engine_loader.integrations.config import IntegrationConfig
+from engine_loader.integrations.groups import gathered
 from engine_loader.integrations.kept import Kept
 from engine_loader.integrations.logs import join_log
 from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import loaded_tensors
 from engine_loader.integrations.vllm import hooks
-from engine_loader.integrations.vllm.agreement import agree, gathered
+from engine_loader.integrations.vllm.agreement import agree
 from engine_loader.integrations.vllm.describing import Ranks, identity_of, is_draft, seat_of
 from engine_loader.integrations.vllm.processed import Unprocessed, served_tensors
 
@@ -101,7 +102,7 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
         """All ranks have weights of one version. They are asked after they have published: a rank
         that waited for the others before could keep their peers waiting for it.
         """
-        versions = gathered(start.copied_version, parallel_state.get_world_group())
+        versions = gathered(parallel_state.get_world_group(), start.copied_version)
         if len(set(versions)) == 1:
             return
         start.give_up(

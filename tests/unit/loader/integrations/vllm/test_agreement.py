@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from engine_loader.errors import TornRead, WeightsMismatch
+from engine_loader.integrations.groups import gathered
 from engine_loader.integrations.vllm import agreement
-from engine_loader.integrations.vllm.agreement import agree, all_agree, gathered, together
+from engine_loader.integrations.vllm.agreement import agree, all_agree, together
 
 ALONE = SimpleNamespace(world_size=1, rank_in_group=0, broadcast_object=lambda value, src: value)
 
@@ -32,7 +33,7 @@ def test_a_process_that_is_alone_agrees_with_itself() -> None:
     assert agree("content", ALONE) == "content"
     assert all_agree(True, ALONE)
     assert not all_agree(False, ALONE)
-    assert gathered(7, ALONE) == [7]
+    assert gathered(ALONE, 7) == [7]
 
 
 def test_what_the_first_rank_says_holds_for_the_others() -> None:

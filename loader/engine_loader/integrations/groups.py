@@ -1,4 +1,4 @@
-"""What the ranks of one of SGLang's groups say to each other. All of them call it together."""
+"""What the ranks of one of an engine's groups say to each other. All of them call it together."""
 
 from __future__ import annotations
 
