@@ -399,7 +399,7 @@ def test_nothing_of_a_source_is_left_that_was_lost_first_and_evicted_before_the_
         first(now)
         last(now)
 
-    pace = Pace(64 << 10, 2, check_s=0.01, stall_s=0.1)
+    pace = Pace(64 << 10, 2, check_s=0.01, stall_s=1.0)
     load(
         registry,
         InProcessEngine(),
@@ -457,7 +457,7 @@ def test_what_a_replica_had_from_an_evicted_source_does_not_count_for_those_behi
     spoilt(offer, "bad")
     members = Members(registry, InProcessEngine, into)
     try:
-        members.start_stopped("first", 0.5, source=MODEL, pace=PACE)
+        members.start_stopped("first", 0.8, source=MODEL, pace=PACE)
         members.start("second", source=MODEL, pace=replace(PACE, starve_s=60.0))
         wait_until(lambda: members.gates["second"].at > 0.2)
         offer("good", A, digests=True)
@@ -480,7 +480,7 @@ def test_what_came_through_a_rank_that_stands_still_goes_with_its_evicted_source
     spoilt(offer, "bad")
     members = Members(registry, InProcessEngine, into)
     try:
-        members.start_stopped("first", 0.5, source=MODEL, pace=PACE)
+        members.start_stopped("first", 0.8, source=MODEL, pace=PACE)
         members.start_stopped("second", 0.3, source=MODEL, pace=replace(PACE, starve_s=0.2))
         offer("good", A, digests=True)
         registry.evict(registry.ranks("bad")[0])
