@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +24,7 @@ from engine_loader.engines.base import Engine
 from engine_loader.errors import LoaderError
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import connect_registry, start_mooncake
-from engine_loader.integrations.groups import gathered
+from engine_loader.integrations.groups import gathered, read_one_content
 from engine_loader.integrations.sglang.order import Order
 from engine_loader.integrations.sglang.plugin import SETTINGS, decode_settings
 from engine_loader.loading.catalogue import Catalogue, read_catalogue
@@ -106,29 +106,11 @@ def _pull(model: nn.Module, group: Any, order: Order) -> Catalogue:
             options=LoadOptions(version=order.version, contents=contents, verify=config.verify),
         )
 
-    catalogue = _agreed(group, read)
+    catalogue = read_one_content(group, read)
     load_weights: Any = model.load_weights
     for tensors in catalogue.by_group():
         load_weights(list(tensors.items()))
     return catalogue
-
-
-def _agreed(group: Any, read: Callable[[Sequence[str] | None], Catalogue]) -> Catalogue:
-    """The first rank chooses the contents, also for itself: they do not change while it reads."""
-    if group.rank_in_group == 0:
-        chosen: tuple[Sequence[str], str] = (), ""
-        try:
-            chosen = read(None).contents, ""
-        except Exception as exc:
-            chosen = (), _said(exc)
-            raise
-        finally:
-            group.broadcast_object(chosen, src=0)
-        return read(chosen[0])
-    contents, error = group.broadcast_object(None, src=0)
-    if error:
-        raise LoaderError(error)
-    return read(contents)
 
 
 def _said(exc: Exception) -> str:

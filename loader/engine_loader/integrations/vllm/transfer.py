@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +25,12 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from engine_loader.errors import VersionUnavailable
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import Connection
+from engine_loader.integrations.groups import read_one_content
 from engine_loader.integrations.logs import join_log
 from engine_loader.integrations.vllm import NAME
-from engine_loader.integrations.vllm.agreement import agree, together
+from engine_loader.integrations.vllm.agreement import together
 from engine_loader.loading.catalogue import Catalogue, read_catalogue
 from engine_loader.options import LoadOptions
 from engine_registry.errors import InvalidField
@@ -161,25 +161,15 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
 
     def _take(self, step: Step, world: Any) -> Exception | None:
         """The error, where it does not work. All workers call it."""
-        failure: Exception | None = None
-        contents: tuple[str, ...] | None = None
         try:
-            if world.rank_in_group == 0:
-                contents = self._catalogue(LoadOptions(version=step.version)).contents
-        except Exception as exc:  # noqa: BLE001
-            failure = exc
-        contents = agree(contents, world)
-        if contents is None:
-            return failure or VersionUnavailable("the first worker has found no weights")
-        try:
-            catalogue = self._catalogue(LoadOptions(contents=contents))
+            catalogue = read_one_content(world, lambda contents: self._read(step, contents))
             self.model.load_weights(_copies(catalogue))
         except Exception as exc:  # noqa: BLE001
             return exc
         self.version, self.contents = catalogue.version, catalogue.contents
         return None
 
-    def _catalogue(self, options: LoadOptions) -> Catalogue:
+    def _read(self, step: Step, contents: Sequence[str] | None) -> Catalogue:
         if self._info is None or self._connection is None:
             raise InvalidField(
                 "no trainer is known to take weights from",
@@ -192,7 +182,7 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
             self._info.source,
             device=self.device,
             timeout_s=self._info.config.timeout_s,
-            options=options,
+            options=LoadOptions(version=step.version, contents=contents),
         )
 
     def _source(self) -> str:

@@ -1,55 +1,24 @@
-"""The ranks of a group pull one content, and end in the same way."""
+"""What a pull takes from its order and from the settings, and how the group ends."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from engine_loader.errors import LoaderError
 from engine_loader.integrations.sglang import request
 from engine_loader.integrations.sglang.order import Order
 from engine_registry.errors import InvalidField
-from tests.support.sglang import Group, Process
-
-CONTENTS = ("a" * 32, "b" * 32)
-
-
-class Catalogue:
-    """Of a source that has gone on since."""
-
-    def __init__(self, contents: Sequence[str] | None) -> None:
-        self.contents = CONTENTS if contents is None else tuple(contents)
-        self.was_asked_for = contents
+from tests.support.sglang import Process
 
 
 @pytest.fixture
 def pulling(sglang: Process) -> Any:
     return importlib.import_module("engine_loader.integrations.sglang.pulling")
-
-
-def test_the_first_rank_chooses_the_contents_and_all_read_them(pulling: Any) -> None:
-    first = Group(rank=0, size=2)
-    assert pulling._agreed(first, Catalogue).was_asked_for == CONTENTS
-    second = Group(rank=1, size=2, said=first.said)
-    assert pulling._agreed(second, Catalogue).was_asked_for == CONTENTS
-
-
-def test_a_first_rank_that_finds_nothing_says_why_to_the_others(pulling: Any) -> None:
-    def read(_: object) -> None:
-        raise LoaderError("no such source")
-
-    first = Group(rank=0, size=2)
-    with pytest.raises(LoaderError, match="no such source"):
-        pulling._agreed(first, read)
-    second = Group(rank=1, size=2, said=first.said)
-    with pytest.raises(LoaderError, match="no such source"):
-        pulling._agreed(second, Catalogue)
 
 
 def test_tensors_that_are_no_request_are_a_failed_pull(pulling: Any) -> None:
