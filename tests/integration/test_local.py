@@ -12,6 +12,7 @@ import pytest
 
 from engine_cli.exits import Exit
 from engine_registry.errors import LocalEtcdFailed
+from engine_registry.etcd import ports
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.ports import free_port
 from tests.integration.conftest import Processes, children_of, line_of
@@ -102,6 +103,16 @@ def test_a_free_port_is_none_that_the_kernel_gives_to_others() -> None:
     for port in ports:
         with socket.socket() as server:
             server.bind(("127.0.0.1", port))
+
+
+def test_no_port_is_given_twice_before_a_server_listens_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = [free_port() for _ in range(4)]
+    monkeypatch.setattr(ports, "_given", set())
+    monkeypatch.setattr(ports, "_ports", lambda: few)
+    assert sorted(free_port() for _ in few) == sorted(few)
+    assert free_port() not in few
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["client", "peer"])

@@ -8,17 +8,19 @@ import socket
 from pathlib import Path
 
 _FIRST_PORT = 20_000  # above those of well-known servers and of transfer engines
+_given: set[int] = set()  # by this process: a server may not listen there yet
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that no server listens on now.
+    """A port that no server listens on now, another one for each call.
 
     It is none that the kernel gives by itself, for a connection or to a server that asks for any:
     those are taken again at once.
     """
     ports = _ports()
     for port in random.sample(ports, min(100, len(ports))):
-        if is_free(port, host):
+        if port not in _given and is_free(port, host):
+            _given.add(port)
             return port
     with socket.socket(_family(host)) as probe:
         probe.bind((host, 0))
