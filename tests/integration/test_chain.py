@@ -35,7 +35,7 @@ from engine_registry import ModelIdentity, RankState, Registry
 from engine_registry.errors import InvalidField, RankConflict
 from tests.support.options import for_load
 from tests.support.processes.source import MODEL, content, empty
-from tests.support.waiting import wait_until
+from tests.support.waiting import no_check_is_running, wait_until
 
 NBYTES = 16 << 20  # 64 chunks
 SLOW = Pace(256 << 10, 1, starve_s=30.0)
@@ -138,10 +138,6 @@ class Gate:
         if self.at >= self._stop_at:
             self.reached.set()
             self.open.wait(60)
-
-
-def no_check_is_running() -> bool:
-    return not any(thread.name.startswith("check of ") for thread in threading.enumerate())
 
 
 @pytest.fixture

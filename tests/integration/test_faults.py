@@ -698,7 +698,8 @@ def test_thousands_of_ranks_are_each_reported_once_and_in_order(etcd: LocalEtcd)
         Registry.connect(etcd.endpoint) as registry,
         closing(Etcd(EtcdConfig(parse_endpoints(etcd.endpoint)))) as raw,
     ):
-        with registry.watch() as watch:
+        with registry.watch() as watch, register(registry, "first"):
+            events_until(watch, lambda event: isinstance(event, RankJoined))  # it watches by now
             lease_id = claim_many(raw, instances=4, ranks=500)
             events = list(_next_of(watch, 2_000, RankJoined))
             assert {(event.record.instance, event.record.rank) for event in events} == {

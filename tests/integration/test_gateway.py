@@ -307,6 +307,7 @@ def test_sglangs_loader_reads_the_weights_of_seeds_and_of_library_ranks(
     client = processes.start("-m", "tests.support.processes.sglang", "client", gateway.url, size)
     assert line_of(client) == "equal\n"
     with registry.watch("q") as watch:
+        events_until(watch, lambda event: isinstance(event, RankJoined))
         process.kill()
         _, err = process.communicate()
         events_until(

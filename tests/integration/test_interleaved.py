@@ -20,6 +20,7 @@ from engine_loader.errors import SourceLost
 from engine_loader.planning.reads import Costs
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InstanceNotFound
+from tests.support.waiting import no_check_is_running, wait_until
 
 COUNT = 1_200  # so many that neighbours become one region
 LENGTH = 96
@@ -114,6 +115,8 @@ def test_a_rank_that_serves_the_draft_is_a_source_of_the_model_while_it_loads_th
 
     def stop_at_half(progress: Progress) -> None:
         time.sleep(0.01)  # longer than the load without it, so that checks come in between
+        if not first_has_half.is_set():
+            wait_until(no_check_is_running)  # others get what has been checked
         if progress.nbytes >= progress.total_nbytes // 2:
             first_has_half.set()
             assert second_has_some.wait(60)

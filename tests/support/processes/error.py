@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -140,7 +140,8 @@ def torn_read(rank: Rank) -> None:
     def progress(_: Progress) -> None:
         update()
 
-    rank.load("changing", tensors={"w": torch.ones(1 << 20)}, progress=progress)
+    patient = replace(PACE, stall_s=20.0, patience_s=20.0)  # a busy machine is no stopped source
+    rank.load("changing", tensors={"w": torch.ones(1 << 20)}, progress=progress, pace=patient)
 
 
 def version_unavailable(rank: Rank) -> None:
