@@ -115,6 +115,14 @@ def test_no_port_is_given_twice_before_a_server_listens_there(
     assert free_port() not in few
 
 
+def test_nor_where_only_the_kernel_has_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = iter([20_001, 20_001, 20_002])
+    monkeypatch.setattr(ports, "_given", set())
+    monkeypatch.setattr(ports, "_ports", lambda: range(0))
+    monkeypatch.setattr(ports, "_port_of_the_kernel", lambda host: next(kernels))
+    assert [free_port(), free_port()] == [20_001, 20_002]
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["client", "peer"])
 def test_a_port_that_another_took_since_it_was_chosen_is_replaced(
     monkeypatch: pytest.MonkeyPatch, which: int
