@@ -5,7 +5,6 @@ others when one gives up.
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,6 @@ from engine_loader import (
     InProcessEngine,
     LoadReport,
     Pace,
-    Progress,
     Publication,
     PublishOptions,
     Replica,
@@ -33,9 +31,10 @@ from engine_loader.errors import Cancelled
 from engine_loader.transfer import pipe
 from engine_registry import ModelIdentity, RankState, Registry
 from engine_registry.errors import InvalidField, RankConflict
+from tests.support.gates import Gate
 from tests.support.options import for_load
 from tests.support.processes.source import MODEL, content, empty
-from tests.support.waiting import no_check_is_running, wait_until
+from tests.support.waiting import wait_until
 
 NBYTES = 16 << 20  # 64 chunks
 SLOW = Pace(256 << 10, 1, starve_s=30.0)
@@ -115,29 +114,6 @@ class Members:
     def publication(self, name: str) -> Publication | None:
         error = self.loads[name].exception(60)
         return self.loads[name].result().publication if error is None else None
-
-
-class Gate:
-    """Slows a load and stops it in its progress function, at a part of all bytes.
-
-    Until it stops, each chunk waits for the checks that have begun, however busy the machine is:
-    what a stopped load offers to others is what was checked, nearly all that it has by then.
-    """
-
-    def __init__(self, stop_at: float) -> None:
-        self._stop_at = stop_at
-        self.reached = threading.Event()
-        self.open = threading.Event()
-        self.at = 0.0
-
-    def see(self, progress: Progress) -> None:
-        time.sleep(0.01)  # longer than the load without it, so that checks come in between
-        if self._stop_at <= 1 and not self.open.is_set():
-            wait_until(no_check_is_running)
-        self.at = progress.nbytes / max(progress.total_nbytes, 1)
-        if self.at >= self._stop_at:
-            self.reached.set()
-            self.open.wait(60)
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ draft, or two versions.
 from __future__ import annotations
 
 import itertools
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,7 +18,7 @@ from engine_loader.errors import SourceLost
 from engine_loader.planning.reads import Costs
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InstanceNotFound
-from tests.support.waiting import no_check_is_running, wait_until
+from tests.support.gates import Gate
 
 COUNT = 1_200  # so many that neighbours become one region
 LENGTH = 96
@@ -111,19 +109,11 @@ def test_a_rank_that_serves_the_draft_is_a_source_of_the_model_while_it_loads_th
     (model,), (here, draft), (there,) = make(1), make(0, 2), make(0)
     few = dict(itertools.islice(draft.items(), 900))  # so few that they are separate regions
     engine = new_engine()
-    first_has_half, second_has_some = threading.Event(), threading.Event()
-
-    def stop_at_half(progress: Progress) -> None:
-        time.sleep(0.01)  # longer than the load without it, so that checks come in between
-        if not first_has_half.is_set():
-            wait_until(no_check_is_running)  # others get what has been checked
-        if progress.nbytes >= progress.total_nbytes // 2:
-            first_has_half.set()
-            assert second_has_some.wait(60)
+    half = Gate(0.5)
 
     def look(progress: Progress) -> None:
         if progress.nbytes:
-            second_has_some.set()
+            half.open.set()
 
     costs = Costs(staged_nbytes=256 << 10)  # so that there are many reads
     pace = Pace(256 << 10, 1, stall_s=30, starve_s=30, costs=costs)
@@ -138,9 +128,9 @@ def test_a_rank_that_serves_the_draft_is_a_source_of_the_model_while_it_loads_th
             engine=engine,
             tensors=here,
             publish=Replica("first"),
-            options=LoadOptions(pace=pace, progress=stop_at_half),
+            options=LoadOptions(pace=pace, progress=half.see),
         )
-        assert first_has_half.wait(60)
+        assert half.reached.wait(60)
         second = pool.submit(
             fill,
             engine=new_engine(),
