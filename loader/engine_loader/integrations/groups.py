@@ -1,4 +1,7 @@
-"""What the ranks of one of an engine's groups say to each other. All of them call it together."""
+"""What the ranks of one of an engine's groups say to each other. All of them call it together.
+
+The group is a `GroupCoordinator`, which vLLM and SGLang have alike.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from engine_loader.errors import VersionUnavailable
+from engine_loader.integrations.logs import reason
 
 
 class OfContents(Protocol):
@@ -19,6 +23,12 @@ class OfContents(Protocol):
 
 T = TypeVar("T")
 Read = TypeVar("Read", bound=OfContents)
+
+
+def agree(group: Any, value: T) -> T:
+    """The value of the group's first rank."""
+    chosen: T = group.broadcast_object(value if group.rank_in_group == 0 else None, src=0)
+    return chosen
 
 
 def gathered(group: Any, value: T) -> list[T]:
@@ -33,7 +43,7 @@ def read_one_content(group: Any, read: Callable[[Sequence[str] | None], Read]) -
     """The same weights for all ranks of the group: the first one chooses them.
 
     Args:
-        group: With `rank_in_group` and `broadcast_object`.
+        group: All that read.
         read: Gets the contents to be read, or None for any. The first rank calls it twice, as its
             source may have changed before the others knew what to read.
 
@@ -41,13 +51,17 @@ def read_one_content(group: Any, read: Callable[[Sequence[str] | None], Read]) -
         VersionUnavailable: On the other ranks, where `read` has failed on the first one.
     """
     contents: tuple[str, ...] = ()
+    why = "it was interrupted"
     try:
         if group.rank_in_group == 0:
             contents = read(None).contents
+    except Exception as exc:
+        why = reason(exc)
+        raise
     finally:
-        contents = group.broadcast_object(contents, src=0)
+        contents, why = agree(group, (contents, why))
     if not contents:
         raise VersionUnavailable(
-            "the first rank of the group has found no weights", "look at its log"
+            f"the first rank of the group has found no weights: {why}", "look at its log"
         )
     return read(contents)

@@ -1,8 +1,12 @@
-"""Our log lines in the log of an engine that configures only its own loggers."""
+"""Our log lines in the log of an engine that configures only its own loggers, and what they say of
+errors.
+"""
 
 from __future__ import annotations
 
 import logging
+
+from engine_registry.errors import EngineRegistryError
 
 _OURS = ("engine_loader", "engine_registry")
 
@@ -24,6 +28,13 @@ def join_log(engine: str) -> None:
             logger.addHandler(handler)
         logger.setLevel(theirs.level)
         logger.propagate = False
+
+
+def reason(error: Exception) -> str:
+    """For one line. Errors that are not ours need their class to be understood."""
+    if isinstance(error, EngineRegistryError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_heard(logger: logging.Logger) -> bool:

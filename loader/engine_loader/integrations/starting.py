@@ -24,6 +24,7 @@ from engine_loader.integrations.connecting import (
     connect_registry,
     start_mooncake,
 )
+from engine_loader.integrations.logs import reason
 from engine_loader.integrations.outcome import Outcome
 from engine_loader.integrations.reading import Reading
 from engine_loader.integrations.seat import Seat
@@ -252,7 +253,7 @@ class ModelStart:
             self._seat,
             self._model,
             "" if self._seeded is not None else ", and the engine's own loader fills it",
-            exc if isinstance(exc, EngineRegistryError) else f"{type(exc).__name__}: {exc}",
+            reason(exc),
             extra=fields("integration_failed", rank=str(self._seat), error=exc),
         )
         self.close()

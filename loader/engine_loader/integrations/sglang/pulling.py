@@ -25,12 +25,13 @@ from engine_loader.errors import LoaderError
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import connect_registry, start_mooncake
 from engine_loader.integrations.groups import gathered, read_one_content
+from engine_loader.integrations.logs import reason
 from engine_loader.integrations.sglang.order import Order
 from engine_loader.integrations.sglang.plugin import SETTINGS, decode_settings
 from engine_loader.loading.catalogue import Catalogue, read_catalogue
 from engine_loader.options import LoadOptions
 from engine_registry import Registry
-from engine_registry.errors import EngineRegistryError, InvalidField
+from engine_registry.errors import InvalidField
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def pull_into(model: nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]
     try:
         catalogue = _pull(model, group, Order.decode(named_tensors))
     except Exception as exc:  # noqa: BLE001  the ranks of the group all end in the same way
-        error = _said(exc)
+        error = reason(exc)
     errors = gathered(group, error)
     failed = {rank: one for rank, one in enumerate(errors) if one}
     if failed:
@@ -111,10 +112,6 @@ def _pull(model: nn.Module, group: Any, order: Order) -> Catalogue:
     for tensors in catalogue.by_group():
         load_weights(list(tensors.items()))
     return catalogue
-
-
-def _said(exc: Exception) -> str:
-    return str(exc) if isinstance(exc, EngineRegistryError) else f"{type(exc).__name__}: {exc}"
 
 
 @lru_cache(maxsize=1)

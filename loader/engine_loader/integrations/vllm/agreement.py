@@ -6,20 +6,13 @@ The group is one of vLLM's `GroupCoordinator`s.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from engine_loader.errors import SourceLost, TornRead, VersionUnavailable
 from engine_loader.integrations.groups import gathered
 
-T = TypeVar("T")
 _ATTEMPTS = 3
 _AGAIN = (TornRead, SourceLost, VersionUnavailable)  # the source has other weights now
-
-
-def agree(value: T, group: Any) -> T:
-    """The value of the group's first rank."""
-    chosen: T = group.broadcast_object(value if group.rank_in_group == 0 else None, src=0)
-    return chosen
 
 
 def all_agree(good: bool, group: Any) -> bool:

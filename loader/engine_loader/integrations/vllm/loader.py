@@ -30,13 +30,12 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from engine_loader.integrations.config import IntegrationConfig
-from engine_loader.integrations.groups import gathered
+from engine_loader.integrations.groups import agree, gathered
 from engine_loader.integrations.kept import Kept
 from engine_loader.integrations.logs import join_log
 from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import loaded_tensors
 from engine_loader.integrations.vllm import hooks
-from engine_loader.integrations.vllm.agreement import agree
 from engine_loader.integrations.vllm.describing import Ranks, identity_of, is_draft, seat_of
 from engine_loader.integrations.vllm.processed import Unprocessed, served_tensors
 
@@ -222,7 +221,7 @@ def _ranks(vllm_config: Any) -> Ranks:
     parallel = vllm_config.parallel_config
     tp, pp = parallel_state.get_tp_group(), parallel_state.get_pp_group()
     pcp = parallel_state.get_pcp_group()
-    nonce = agree(uuid.uuid4().hex[:8], parallel_state.get_world_group())
+    nonce = agree(parallel_state.get_world_group(), uuid.uuid4().hex[:8])
     expert = (0, 1)
     if parallel.enable_expert_parallel and parallel_state._EP is not None:
         group = parallel_state.get_ep_group()

@@ -28,7 +28,7 @@ def test_the_first_rank_chooses_the_contents_and_all_read_them() -> None:
     assert read_one_content(second, Catalogue).was_asked_for == CONTENTS
 
 
-def test_no_rank_waits_for_a_first_one_that_finds_nothing() -> None:
+def test_no_rank_waits_for_a_first_one_that_finds_nothing_and_each_says_why() -> None:
     def read(_: object) -> Catalogue:
         raise SourceLost("no such source")
 
@@ -36,5 +36,5 @@ def test_no_rank_waits_for_a_first_one_that_finds_nothing() -> None:
     with pytest.raises(SourceLost, match="no such source"):
         read_one_content(first, read)
     second = Group(rank=1, size=2, said=first.said)
-    with pytest.raises(VersionUnavailable, match="look at its log"):
+    with pytest.raises(VersionUnavailable, match="no such source"):
         read_one_content(second, Catalogue)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from engine_loader.errors import TornRead, WeightsMismatch
-from engine_loader.integrations.groups import gathered
+from engine_loader.integrations.groups import agree, gathered
 from engine_loader.integrations.vllm import agreement
-from engine_loader.integrations.vllm.agreement import agree, all_agree, together
+from engine_loader.integrations.vllm.agreement import all_agree, together
 
 ALONE = SimpleNamespace(world_size=1, rank_in_group=0, broadcast_object=lambda value, src: value)
 
@@ -30,7 +30,7 @@ class Attempts:
 
 
 def test_a_process_that_is_alone_agrees_with_itself() -> None:
-    assert agree("content", ALONE) == "content"
+    assert agree(ALONE, "content") == "content"
     assert all_agree(True, ALONE)
     assert not all_agree(False, ALONE)
     assert gathered(ALONE, 7) == [7]
@@ -38,7 +38,7 @@ def test_a_process_that_is_alone_agrees_with_itself() -> None:
 
 def test_what_the_first_rank_says_holds_for_the_others() -> None:
     other = SimpleNamespace(rank_in_group=1, broadcast_object=lambda value, src: value or "first")
-    assert agree("own", other) == "first"
+    assert agree(other, "own") == "first"
 
 
 def test_a_source_that_changes_is_begun_with_again() -> None:
