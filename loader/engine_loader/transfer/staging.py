@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import bisect
 import ctypes
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -65,8 +66,8 @@ class Staging:
     @plain_torch()
     def copy(self, addr: int, lines: Sequence[Lines]) -> None:
         """From the buffer at `addr` to where the lines say. Done when this returns."""
-        for some in lines:
-            place = bisect.bisect_right(self._starts, some.dst) - 1
+        for some in itertools.chain.from_iterable(map(self._in_storages, lines)):
+            place = self._place(some.dst)
             storage = self._storages[place]
             in_host = self._device.type == storage.device.type == "cpu"
             if in_host and not some.counts:
@@ -88,6 +89,25 @@ class Staging:
             torch.cuda.current_stream(
                 self._device
             ).synchronize()  # the buffer is read into again next
+
+    def _place(self, addr: int) -> int:
+        """The number of the storage that has the byte at the address."""
+        return bisect.bisect_right(self._starts, addr) - 1
+
+    def _in_storages(self, lines: Lines) -> Iterator[Lines]:
+        """Lines that each lie in one storage. A run of bytes may cross those that are neighbours;
+        lines with steps belong to one tensor.
+        """
+        if lines.counts:
+            yield lines
+            return
+        at = 0
+        while at < lines.nbytes:
+            place = self._place(lines.dst + at)
+            left = self._starts[place] + self._storages[place].nbytes() - (lines.dst + at)
+            nbytes = min(left, lines.nbytes - at)
+            yield lines._replace(src=lines.src + at, dst=lines.dst + at, nbytes=nbytes)
+            at += nbytes
 
 
 def _flat(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -136,3 +136,17 @@ def test_an_accelerators_tensors_are_filled_on_it() -> None:
     staging.copy(addr, [Lines(0, dst.data_ptr() + 6, 6, (4,), (6,), (12,))])
     assert dst[:, 3:].cpu().tolist() == torch.arange(12).view(4, 3).tolist()
     assert not dst[:, :3].any()
+
+
+def test_a_run_of_bytes_may_cross_storages_that_are_neighbours() -> None:
+    memory = bytearray(3000)
+    tensors = [
+        torch.frombuffer(memory, dtype=torch.uint8, offset=at, count=1000) for at in (0, 1000, 2000)
+    ]
+    staging = Staging(tensors, CPU, 1, 4096)
+    buffer = staging.take()
+    assert buffer is not None
+    wanted = torch.arange(2500).to(torch.uint8)
+    put(buffer + 10, wanted)
+    staging.copy(buffer, [Lines(10, tensors[0].data_ptr() + 400, 2500)])
+    assert bytes(memory) == bytes(400) + bytes(wanted.tolist()) + bytes(100)
