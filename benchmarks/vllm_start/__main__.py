@@ -1,8 +1,8 @@
 """`python -m benchmarks.vllm_start`: seconds from the start of vLLM to its first token.
 
-Each is a process of its own, on CPUs, with a random Llama: from the disk with its files in the page
-cache, from the disk without them, and from a vLLM that runs. They take turns. Run
-`scripts/engines_setup.sh vllm` first.
+Each is a process of its own with a random Llama: from the disk with its files in the page cache,
+from the disk without them, and from a vLLM that runs. They take turns. They run on CPUs after
+`scripts/engines_setup.sh vllm`, or with `--python` in any environment that has a vLLM.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _HIDDEN, _PER_LAYER = 1024, 2 * (3 * 1024 * 2048 + 2 * 1024 * 1024 + 2 * 1024 * 
 
 
 @contextmanager
-def running(request: dict[str, Any], log: Path) -> Iterator[dict[str, Any]]:
+def running(python: Path, request: dict[str, Any], log: Path) -> Iterator[dict[str, Any]]:
     """A program of the benchmark, with what it has printed."""
     with log.open("a") as errors:
         process = subprocess.Popen(
-            [PYTHON, "-m", "benchmarks.vllm_start.program", json.dumps(request)],
+            [python, "-m", "benchmarks.vllm_start.program", json.dumps(request)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -70,14 +70,14 @@ def forget(folder: str) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(gib: float, rounds: int) -> Results:
+def measure(python: Path, gib: float, rounds: int) -> Results:
     took: dict[str, list[dict[str, Any]]] = {"disk": [], "disk_cold": [], "peer": []}
     with tempfile.TemporaryDirectory(prefix="engines-bench-") as work, LocalEtcd() as etcd:
         model, log = f"{work}/llama", Path(work, "log")
         layers = max(1, round(gib * (1 << 30) / _PER_LAYER))
         say(f"a checkpoint of {layers} layers")
         shape = {"hidden": _HIDDEN, "layers": layers}
-        with running({"kind": "llama", "folder": model, **shape}, log):
+        with running(python, {"kind": "llama", "folder": model, **shape}, log):
             pass
         ours = {
             "load_format": "engine_registry",
@@ -89,14 +89,14 @@ def measure(gib: float, rounds: int) -> Results:
             },
         }
         say("the source")
-        with running(_request(model, ours), log) as source:
+        with running(python, _request(model, ours), log) as source:
             for number in range(rounds):
                 for name, seconds in took.items():
                     say(f"{name}, round {number + 1} of {rounds}")
                     if name == "disk_cold":
                         forget(model)
                     settings = ours if name == "peer" else {}
-                    with running(_request(model, settings), log) as found:
+                    with running(python, _request(model, settings), log) as found:
                         if found["token"] != source["token"]:
                             raise click.ClickException(f"{name} has generated another token")
                         seconds.append(found)
@@ -127,11 +127,19 @@ def _results(took: dict[str, list[dict[str, Any]]], source: dict[str, Any]) -> R
 @options.program
 @options.gib(0.5, "Bytes of the checkpoint's layers.")
 @options.rounds(3)
-def command(gib: float, rounds: int, as_json: bool) -> None:
+@click.option(
+    "--python",
+    type=click.Path(path_type=Path),
+    default=PYTHON,
+    help="The interpreter of an environment with vLLM and engine-registry.",
+)
+def command(gib: float, rounds: int, python: Path, as_json: bool) -> None:
     """From the start of vLLM to its first token: from its disk, and from a peer."""
-    if not PYTHON.exists():
-        raise click.ClickException("vLLM is not installed: run scripts/engines_setup.sh vllm")
-    figures.report(measure(gib, rounds), as_json)
+    if not python.exists():
+        raise click.ClickException(
+            f"there is no {python}: run scripts/engines_setup.sh vllm, or give another --python"
+        )
+    figures.report(measure(python, gib, rounds), as_json)
 
 
 if __name__ == "__main__":

@@ -16,19 +16,28 @@ _FILE = "model.safetensors"
 _ENDS = ("<s>", "</s>")  # of a text
 
 
-def make(kind: str, folder: str, *, seed: int = 0, hidden: int = 128, layers: int = 4) -> None:
+def make(
+    kind: str,
+    folder: str,
+    *,
+    seed: int = 0,
+    hidden: int = 128,
+    layers: int = 4,
+    vocab: int = 320,
+    kv_heads: int = 2,
+) -> None:
     """A checkpoint of the kind in the folder; the same bytes for the same arguments."""
     import transformers
 
     torch.manual_seed(seed)
     heads = max(4, hidden // 64)
     base: dict[str, Any] = {
-        "vocab_size": 320,
+        "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": kv_heads,
         "head_dim": max(32, hidden // heads),
         "max_position_embeddings": 512,
         "bos_token_id": 256,
@@ -74,6 +83,30 @@ def quantize(source: str, folder: str) -> None:
     config = json.loads(path.read_text("utf-8"))
     config["quantization_config"] = _int8()
     path.write_text(json.dumps(config, indent=1), "utf-8")
+
+
+def adapt(source: str, folder: str, *, rank: int = 4) -> None:
+    """A random adapter (LoRA) for the queries of the checkpoint."""
+    config = json.loads(Path(source, "config.json").read_text("utf-8"))
+    hidden, out = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
+    torch.manual_seed(5)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{name}.lora_A.weight"] = 0.3 * torch.randn(rank, hidden)
+        tensors[f"{name}.lora_B.weight"] = 0.3 * torch.randn(out, rank)
+    Path(folder).mkdir()
+    save_file(tensors, Path(folder, "adapter_model.safetensors"), {"format": "pt"})
+    adapter = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": source,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+    Path(folder, "adapter_config.json").write_text(json.dumps(adapter), "utf-8")
 
 
 def _int8() -> dict[str, Any]:

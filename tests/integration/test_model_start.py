@@ -18,11 +18,13 @@ from engine_loader.integrations.connecting import start_mooncake
 from engine_loader.integrations.seat import Seat
 from engine_loader.integrations.serving import served_models
 from engine_loader.integrations.starting import ModelStart
-from engine_loader.integrations.tensors import loaded_tensors
+from engine_loader.integrations.tensors import loaded_tensors, runtime_tensors
 from engine_registry import ModelIdentity, Place, Registry
 from engine_registry.errors import EngineRegistryError, EtcdUnavailable
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.ports import free_port
+from tests.support.vllm_layers import Model, checkpoint
+from tests.support.vllm_start import StartedRank, start_rank
 from tests.support.waiting import wait_until
 
 MODEL = ModelIdentity("qwen", "r1")
@@ -114,15 +116,6 @@ def test_a_model_that_differs_is_read(engines: Engines) -> None:
     engines.start("a")
     other, _, reader = engines.start("b", model=ModelIdentity("qwen", "r2"))
     assert (other.outcome().facts()["source"], reader.calls) == ("disk", 1)
-
-
-def test_peers_are_seen_before_a_model_is_made(engines: Engines) -> None:
-    config = IntegrationConfig.of(engines.settings)
-    asking = ModelStart(config, MODEL, Seat("b", "g", Place(0, 1, {"tp": (0, 1)})))
-    assert not asking.peers_now()
-    engines.start("a")
-    assert asking.peers_now()
-    asking.close()
 
 
 def test_without_etcd_the_engine_reads_after_one_warning(
@@ -250,3 +243,38 @@ def test_a_model_that_is_collected_leaves_the_registry(engines: Engines) -> None
         engines.modules.clear()
         gc.collect()
         wait_until(lambda: not registry.instances())
+
+
+def test_ranks_of_another_layout_copy_their_parts(engines: Engines) -> None:
+    def start(instance: str, rank: int, size: int, seed: int) -> StartedRank:
+        started = start_rank(
+            engines.settings, instance, rank=rank, size=size, seed=seed, start_engine=own_engine
+        )
+        engines.started.append(started.start)
+        return started
+
+    def expected(rank: int, size: int) -> dict[str, torch.Tensor]:
+        model = Model(rank, size)
+        model.load_weights(checkpoint())
+        return runtime_tensors(model)
+
+    one = start("a", 0, 1, seed=0)
+    pair = [start("b", rank, 2, seed=1) for rank in range(2)]
+    engines.started[0].close()
+    again = start("c", 0, 1, seed=2)  # from the pair
+    assert [rank.source for rank in (one, *pair, again)] == ["disk", "peers", "peers", "peers"]
+    for started, (rank, size) in zip((*pair, again), ((0, 2), (1, 2), (0, 1)), strict=True):
+        for name, tensor in expected(rank, size).items():
+            assert torch.equal(started.tensors()[name].float(), tensor.float()), name
+
+
+def test_weights_that_have_changed_are_copied_into_another_layout(engines: Engines) -> None:
+    one = start_rank(engines.settings, "a", start_engine=own_engine)
+    engines.started.append(one.start)
+    one.start.pause()
+    one.model.load_state_dict({name: torch.ones_like(t) for name, t in one.tensors().items()})
+    one.start.republish()
+    half = start_rank(engines.settings, "b", rank=1, size=2, start_engine=own_engine)
+    engines.started.append(half.start)
+    assert half.start.copied_version == 1
+    assert all(bool((tensor.float() == 1).all()) for tensor in half.tensors().values())

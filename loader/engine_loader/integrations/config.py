@@ -41,6 +41,8 @@ class IntegrationConfig:
         fabric: A label of the network. Engines with equal labels reach each other.
         stage: Which memory is served: `"loaded"`, as the checkpoint's loader fills it; or
             `"processed"`, as the engine computes with it. `"auto"` lets the integration choose.
+        reshard: Whether peers of other parallel sizes count, where the engine says which part of
+            the model each tensor is. Only vLLM does.
         timeout_s: How many seconds to wait for a peer that reads the weights.
         without_etcd_s: How many seconds to wait for an etcd that is away.
         required: Whether the engine fails to start where something of this library fails.
@@ -69,6 +71,7 @@ class IntegrationConfig:
     device: str = ""
     fabric: str = ""
     stage: Stage = "auto"
+    reshard: bool = True
     timeout_s: float = 600.0
     without_etcd_s: float = 30.0
     required: bool = False

@@ -1,8 +1,8 @@
 """Which weights an engine's memory holds, as a `ModelIdentity` by which equal engines find each
 other. Pure.
 
-Equal identities promise equal names, shapes and layouts of tensors. So everything of an engine's
-configuration that decides about these is part of the identity.
+Equal identities promise equal names of tensors, and equal parts of the model in ranks at equal
+places. So everything of an engine's configuration that decides about these is part of the identity.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class EngineModel:
         stage: Whether peers get the memory as it was loaded, or as the engine has processed it.
         config: The configuration of the model.
         quantization_config: That of its quantisation.
-        axes: The sizes of all parallel axes, by name.
+        axes: The sizes of the parallel axes, by name. Empty where all tensors say which part of the
+            model they are: then engines of other sizes are equal.
         expert: The index of the rank among those that share the experts, and how many they are.
         build: What decides how the engine lays out its memory, such as its version and its device.
             It is part of the identity for the stage `processed`.
@@ -57,8 +58,9 @@ class EngineModel:
             "engine": self.engine,
             "stage": self.stage,
             "config": fingerprint(self.config),
-            "axes": ".".join(f"{name}{size}" for name, size in sorted(self.axes.items())),
         }
+        if self.axes:
+            extra["axes"] = ".".join(f"{name}{size}" for name, size in sorted(self.axes.items()))
         if self.quantization_config:
             extra["quantization_config"] = fingerprint(self.quantization_config)
         if self.expert[1] > 1:

@@ -32,8 +32,8 @@ from engine_loader.integrations.serving import serve
 from engine_loader.options import PublishOptions
 from engine_loader.publishing.publication import Publication
 from engine_loader.starting.load_or_seed import load_or_seed
-from engine_loader.starting.peers import find_peers
 from engine_loader.starting.seeded import Seeded
+from engine_loader.tensors.shards import Shard
 from engine_registry import ModelIdentity
 from engine_registry.errors import EngineRegistryError
 from engine_registry.telemetry.logs import fields
@@ -76,6 +76,7 @@ class ModelStart:
         self._seeded: Seeded | None = None
         self._given_up = False
         self._again: Again = _nothing
+        self._shards: Mapping[str, Shard] | None = None
         self._module: Callable[[], nn.Module | None] = lambda: None
         self._extra_nbytes = 0
         self.copied_version = 0  # of peers; the engine's loader reads version 0
@@ -96,31 +97,24 @@ class ModelStart:
         """Whether peers find the weights here."""
         return self.publication is not None
 
-    def peers_now(self) -> bool:
-        """Whether there are peers to load from now."""
-        place = self._seat.place
-        found = self._try(
-            lambda: find_peers(
-                self._connection.registry,
-                self._model,
-                rank=place.rank,
-                world_size=place.world_size or 1,
-                topology=place.topology,
-            )
-        )
-        return bool(found)
-
-    def fill(self, tensors: Tensors | Callable[[], Tensors], read: Callable[[], object]) -> None:
+    def fill(
+        self,
+        tensors: Tensors | Callable[[], Tensors],
+        read: Callable[[], object],
+        shards: Mapping[str, Shard] | None = None,
+    ) -> None:
         """Fills the weights from peers, or by the engine's loader. `publish` makes them a source.
 
         Args:
             tensors: The tensors to fill, or a function that makes them when there are peers.
             read: The engine's loader, which fills the same model. It is called at most once.
+            shards: Which part of the model each tensor is, by name, also of those that are
+                published. Peers of any layout count then. None where it is not known.
 
         Raises:
             Exception: Whatever `read` raises. What this library raises, where it is required.
         """
-        reading = Reading(read)
+        reading, self._shards = Reading(read), shards
         self._seeded = self._try(lambda: self._load_or_seed(tensors, reading), reading)
         if self._seeded is not None and self._seeded.report is not None:
             self.copied_version = self._seeded.report.version
@@ -150,7 +144,7 @@ class ModelStart:
         """
         seeded = self._seeded
         if seeded is not None:
-            self._try(lambda: seeded.publish(tensors))
+            self._try(lambda: seeded.publish(tensors, shards=self._shards))
         self._again, self._module, self._extra_nbytes = again, weakref.ref(module), extra_nbytes
         outcome = self.outcome()
         log.info("%s", outcome, extra=fields("model_started", **outcome.facts()))
@@ -183,7 +177,7 @@ class ModelStart:
         """The weights are these now: peers get them as the next version."""
         publication = self.publication
         if publication is not None:
-            self._try(lambda: publication.replace(tensors))
+            self._try(lambda: publication.replace(tensors, self._shards))
 
     def republish(self) -> None:
         """The weights are others now: peers get them as the next version."""
@@ -222,6 +216,7 @@ class ModelStart:
             world_size=place.world_size or 1,
             instance=self._seat.instance,
             fallback=reading,
+            shards=self._shards,
             topology=place.topology,
             timeout_s=config.timeout_s,
             without_etcd_s=config.without_etcd_s,

@@ -48,8 +48,8 @@ class Engine:
             raise AssertionError(answer["error"])
         return answer["done"]
 
-    def generate(self) -> list[list[int]]:
-        tokens: list[list[int]] = self.ask("generate")
+    def generate(self, adapter: str = "") -> list[list[int]]:
+        tokens: list[list[int]] = self.ask("generate", adapter=adapter)
         return tokens
 
     def facts(self) -> list[dict[str, Any]]:
@@ -139,7 +139,9 @@ def checkpoint(zygote: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         if name not in made:
             maker = Engine(zygote, folder / f"{name}.log")
             made[name] = str(folder / name)
-            if kind == "llama-int8":
+            if kind == "llama-lora":
+                maker.ask("adapt", source=get("llama", **shape), folder=made[name])
+            elif kind == "llama-int8":
                 maker.ask("quantize", source=get("llama", **shape), folder=made[name])
             else:
                 maker.ask("checkpoint", kind=kind, folder=made[name], **shape)

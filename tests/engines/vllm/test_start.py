@@ -49,7 +49,7 @@ def test_the_first_reads_its_disk_and_the_second_copies_all_of_it(
     second = engines.start(model, {})
     assert (sources(first), sources(second)) == (["disk"], ["peers"])
     assert first.generate() == second.generate() == alone.generate()
-    assert first.ask("checksums") == second.ask("checksums") == alone.ask("checksums") != {}
+    assert first.ask("checksums") == second.ask("checksums") == alone.ask("checksums") != [{}]
     assert copied(second) == held(registry, instance_of(first)) > 0
     assert second.warnings() == []
 
@@ -211,3 +211,17 @@ def test_replicas_with_experts_of_their_own_are_instances(
     for ours, theirs in zip(second, first, strict=True):
         assert ours["content"] == theirs["content"]
     assert first[0]["content"] != first[1]["content"]
+
+
+def test_an_adapter_is_the_same_on_weights_from_a_peer(
+    engines: Engines, checkpoint: Checkpoint
+) -> None:
+    model, adapter = checkpoint("llama"), checkpoint("llama-lora")
+    settings: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8}
+    expected = engines.start(model, **settings).generate(adapter)
+    first = engines.start(model, {}, **settings)
+    assert first.generate(adapter) == expected != first.generate()
+    second = engines.start(model, {}, **settings)  # while the first has its adapter
+    assert sources(second) == ["peers"]
+    assert second.generate(adapter) == expected
+    assert second.generate() == first.generate()

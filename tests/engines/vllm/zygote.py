@@ -51,6 +51,11 @@ class EngineProcess:
 
         checkpoints.quantize(source, folder)
 
+    def adapt(self, source: str, folder: str) -> None:
+        from benchmarks.vllm_start import checkpoints
+
+        checkpoints.adapt(source, folder)
+
     def start(
         self, model: str, settings: dict[str, Any], env: dict[str, str], patches: list[str]
     ) -> None:
@@ -70,18 +75,20 @@ class EngineProcess:
         }
         self.llm = LLM(model=model, **{**common, **settings})
 
-    def generate(self) -> list[list[int]]:
+    def generate(self, adapter: str = "") -> list[list[int]]:
         """The tokens for each prompt. One prompt at a time: what is computed in one batch depends
         on timing, and changes results in bfloat16.
         """
-        return [self.tokens(prompt, 32) for prompt in PROMPTS]
+        return [self.tokens(prompt, 32, adapter) for prompt in PROMPTS]
 
-    def tokens(self, prompt: str, count: int) -> list[int]:
-        """The first tokens after the prompt."""
+    def tokens(self, prompt: str, count: int, adapter: str = "") -> list[int]:
+        """The first tokens after the prompt, with the weights of an adapter if one is named."""
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         how = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-        (output,) = self.llm.generate([prompt], how, use_tqdm=False)
+        lora = LoRARequest("adapter", 1, adapter) if adapter else None
+        (output,) = self.llm.generate([prompt], how, use_tqdm=False, lora_request=lora)
         return list(output.outputs[0].token_ids)
 
     def facts(self) -> list[list[dict[str, Any]]]:
@@ -91,10 +98,10 @@ class EngineProcess:
         found: list[list[dict[str, Any]]] = self.llm.collective_rpc(probe.facts)
         return found
 
-    def checksums(self) -> dict[str, str]:
-        """vLLM's own, of all parameters and buffers of all workers."""
+    def checksums(self) -> list[dict[str, str]]:
+        """vLLM's own, of all parameters and buffers, for each worker."""
         found: list[dict[str, str]] = self.llm.collective_rpc("compute_weight_checksums")
-        return {name: digest for worker in found for name, digest in worker.items()}
+        return found
 
     def transferred(self) -> list[Any]:
         """For each worker, what its transfer of weights says it has."""

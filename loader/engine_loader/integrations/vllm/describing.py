@@ -80,13 +80,16 @@ def identity_of(
     ranks: Ranks,
     *,
     stage: str,
+    reshard: bool,
     draft: bool,
     build: Mapping[str, str],
 ) -> ModelIdentity:
-    """By which peers find the model. Raises InvalidField."""
+    """By which peers find the model; those of other layouts too with `reshard`. Raises
+    InvalidField.
+    """
     hf_config = model_config.hf_config
     name = config.model or _first(model_config.served_model_name) or model_config.model
-    axes = {axis: size for axis, (_, size) in ranks.topology.items()}
+    axes = {} if reshard else {axis: size for axis, (_, size) in ranks.topology.items()}
     return EngineModel(
         name=f"{name}.draft" if draft else name,
         revision=config.revision or model_config.revision or _commit(hf_config),

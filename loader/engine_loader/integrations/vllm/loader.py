@@ -9,9 +9,10 @@ has the same layout.
 from __future__ import annotations
 
 import dataclasses
-import uuid
-from collections.abc import Iterable
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,18 +27,34 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
-from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from engine_loader.integrations.config import IntegrationConfig
-from engine_loader.integrations.groups import agree, gathered
+from engine_loader.integrations.groups import gathered
 from engine_loader.integrations.kept import Kept
 from engine_loader.integrations.logs import join_log
 from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import loaded_tensors
 from engine_loader.integrations.vllm import hooks
-from engine_loader.integrations.vllm.describing import Ranks, identity_of, is_draft, seat_of
+from engine_loader.integrations.vllm.agreement import all_agree
+from engine_loader.integrations.vllm.describing import identity_of, is_draft, seat_of
+from engine_loader.integrations.vllm.layout import Layout
 from engine_loader.integrations.vllm.processed import Unprocessed, served_tensors
+from engine_loader.integrations.vllm.worker import build_here, ranks_here
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Loading:
+    """A model that is loaded for the first time. `missed` are tensors that were not cut as their
+    layers say; `kept` is for peers.
+    """
+
+    start: ModelStart
+    missed: Sequence[str] = ()
+    kept: Kept | None = None
 
 
 class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
@@ -48,8 +65,8 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
         super().__init__(load_config)
         join_log("vllm")
         self.config = IntegrationConfig.of(load_config.model_loader_extra_config)
-        self._start: ModelStart | None = None  # while a model is loaded for the first time
-        self._kept: Kept | None = None
+        self._vllm_config: Any = None  # while a model is loaded for the first time
+        self._loading: _Loading | None = None
 
     def download_model(self, model_config: Any) -> None:
         """Nothing is downloaded before it is this process's turn to read."""
@@ -61,41 +78,69 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Fills a model that has its memory already."""
-        own, start = self._own_loader(), self._start
-        if start is None:  # a reload in place: the user wants what is on the disk
+        own, vllm_config = self._own_loader(), self._vllm_config
+        if vllm_config is None:  # a reload in place: the user wants what is on the disk
             own.load_weights(model, model_config)
             return
         tensors = loaded_tensors(model)
-        start.fill(tensors, lambda: own.load_weights(model, model_config))
+        layout = self._layout_for_others(vllm_config, model, tensors)
+        start = self._new_start(vllm_config, model_config, "loaded", reshard=layout is not None)
+        loading = self._loading = _Loading(start)
+
+        def read() -> None:
+            with layout.checked() if layout is not None else nullcontext(()) as missed:
+                own.load_weights(model, model_config)
+            loading.missed = missed
+
+        start.fill(tensors, read, layout.shards if layout is not None else None)
         if start.seeded is not None:
-            self._kept = Kept(tensors)
+            loading.kept = Kept(tensors)
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         """A new model with its weights, which peers can copy from now on."""
-        stage = "loaded" if self.config.stage == "auto" else self.config.stage
-        start = self._new_start(vllm_config, model_config, stage)
+        load = self._load_processed if self.config.stage == "processed" else self._load_loaded
         try:
-            if stage == "processed":
-                model = self._load_processed(start, vllm_config, model_config, prefix)
-            else:
-                model = self._load_loaded(start, vllm_config, model_config, prefix)
-            self._settle(start, model, model_config)
+            model = load(vllm_config, model_config, prefix)
+            if self._loading is not None:
+                self._settle(self._loading.start, model, model_config)
         except BaseException:
-            start.close()
+            if self._loading is not None:
+                self._loading.start.close()
             raise
+        finally:
+            self._loading = None
         return model
 
-    def _load_loaded(
-        self, start: ModelStart, vllm_config: Any, model_config: Any, prefix: str
-    ) -> nn.Module:
+    def _load_loaded(self, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
         """As vLLM loads any model, with our `load_weights`."""
-        self._start = start
+        self._vllm_config = vllm_config
         try:
             model: nn.Module = super().load_model(vllm_config, model_config, prefix)
-            self._publish_loaded(start, model)
         finally:
-            self._start = self._kept = None
+            self._vllm_config = None
+        if self._loading is not None:
+            self._publish_loaded(self._loading, model)
         return model
+
+    def _layout_for_others(
+        self, vllm_config: Any, model: nn.Module, tensors: Mapping[str, torch.Tensor]
+    ) -> Layout | None:
+        """How the model is cut, where peers of other layouts can be filled from it, and it from
+        them. All ranks call it, and answer alike.
+        """
+        if not self.config.reshard or vllm_config.parallel_config.enable_expert_parallel:
+            return None
+        layout = Layout(model, tensors)
+        if layout.unknown:
+            log.info(
+                "only peers of the same layout count: vLLM's layers do not say which part of the "
+                "model %d tensors are, such as %s",
+                len(layout.unknown),
+                layout.unknown[0],
+                extra=fields("layout_unknown", tensors=len(layout.unknown)),
+            )
+        agreed = all_agree(not layout.unknown, parallel_state.get_world_group())
+        return layout if agreed else None
 
     def _settle(self, start: ModelStart, model: nn.Module, model_config: Any) -> None:
         """All ranks have weights of one version. They are asked after they have published: a rank
@@ -118,11 +163,17 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
         model.load_weights(self.get_all_weights(model_config, model))
         finalize_layerwise_reload(model, model_config)
 
-    def _publish_loaded(self, start: ModelStart, model: nn.Module) -> None:
-        kept = self._kept
+    def _publish_loaded(self, loading: _Loading, model: nn.Module) -> None:
+        start, kept, missed = loading.start, loading.kept, loading.missed
         if kept is None:
             start.publish(model, {})
             return
+        if missed:
+            start.give_up(
+                f"the model fills {len(missed)} tensors without the loaders of vLLM's layers, such "
+                f"as {missed[0]}, so it is not known which part of the model they are",
+                "set `reshard` to false, so that only peers of the same layout count",
+            )
         if changed := kept.changed():
             start.give_up(
                 f"vLLM's post-processing has overwritten {len(changed)} loaded tensors, such as "
@@ -136,9 +187,9 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
             extra_nbytes=kept.extra_nbytes(model),
         )
 
-    def _load_processed(
-        self, start: ModelStart, vllm_config: Any, model_config: Any, prefix: str
-    ) -> nn.Module:
+    def _load_processed(self, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
+        start = self._new_start(vllm_config, model_config, "processed", reshard=False)
+        self._loading = _Loading(start)
         target: Any = torch.device(self.load_config.device or vllm_config.device_config.device)
         own, dry = self._own_loader(), False
         before: list[Unprocessed] = []
@@ -178,8 +229,10 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
         ready: nn.Module = model.eval()
         return ready
 
-    def _new_start(self, vllm_config: Any, model_config: Any, stage: str) -> ModelStart:
-        draft, ranks = is_draft(vllm_config, model_config), _ranks(vllm_config)
+    def _new_start(
+        self, vllm_config: Any, model_config: Any, stage: str, *, reshard: bool
+    ) -> ModelStart:
+        draft, ranks = is_draft(vllm_config, model_config), ranks_here(vllm_config)
         start = ModelStart(
             self.config,
             identity_of(
@@ -188,8 +241,9 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
                 model_config,
                 ranks,
                 stage=stage,
+                reshard=reshard,
                 draft=draft,
-                build=_build(),
+                build=build_here(),
             ),
             seat_of(self.config, vllm_config, ranks, draft),
         )
@@ -214,32 +268,3 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
         return dataclasses.replace(
             self.load_config, load_format=load_format, model_loader_extra_config={}
         )
-
-
-def _ranks(vllm_config: Any) -> Ranks:
-    """All ranks call it at the same time."""
-    parallel = vllm_config.parallel_config
-    tp, pp = parallel_state.get_tp_group(), parallel_state.get_pp_group()
-    pcp = parallel_state.get_pcp_group()
-    nonce = agree(parallel_state.get_world_group(), uuid.uuid4().hex[:8])
-    expert = (0, 1)
-    if parallel.enable_expert_parallel and parallel_state._EP is not None:
-        group = parallel_state.get_ep_group()
-        expert = (group.rank_in_group, group.world_size)
-    return Ranks(
-        tp=(tp.rank_in_group, tp.world_size),
-        pp=(pp.rank_in_group, pp.world_size),
-        pcp=(pcp.rank_in_group, pcp.world_size),
-        ep=expert,
-        nonce=nonce,
-    )
-
-
-def _build() -> dict[str, str]:
-    """Kernels choose layouts by the version of vLLM and by the device."""
-    device = current_platform.device_type
-    if not current_platform.is_cpu():
-        device = f"{current_platform.get_device_name()} {current_platform.get_device_capability()}"
-    else:
-        device = f"cpu {current_platform.get_cpu_architecture().name}"
-    return {"vllm": vllm.__version__, "device": device}

@@ -49,7 +49,13 @@ def a_vllm(model: Any = None, speculative: Any = None, **parallel: Any) -> Any:
 def identity(
     config: IntegrationConfig = CONFIG, model: Any = None, ranks: Ranks = RANKS, **changes: Any
 ) -> ModelIdentity:
-    how = {"stage": "loaded", "draft": False, "build": {"vllm": "0.32.0"}, **changes}
+    how = {
+        "stage": "loaded",
+        "reshard": False,
+        "draft": False,
+        "build": {"vllm": "0.32.0"},
+        **changes,
+    }
     return identity_of(config, a_vllm(), model or a_model(), ranks, **how)
 
 
@@ -118,6 +124,13 @@ def test_the_revision_is_the_users_else_vllms_else_the_commit_of_the_configurati
 )
 def test_another_layout_is_another_identity(other: dict[str, Any]) -> None:
     assert identity(**other) != identity()
+
+
+def test_layouts_that_can_be_resharded_into_each_other_have_one_identity() -> None:
+    one = identity(ranks=Ranks(tp=(0, 1)), reshard=True)
+    assert one == identity(ranks=Ranks(tp=(1, 4), pp=(0, 2)), reshard=True)
+    assert one != identity(ranks=Ranks(tp=(0, 1)), reshard=False)
+    assert one != identity(model=a_model(quantization="fp8"), reshard=True)
 
 
 def test_ranks_of_one_layout_have_one_identity() -> None:
