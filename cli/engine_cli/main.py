@@ -21,6 +21,7 @@ from engine_cli.exits import Exit, code_of
 from engine_cli.options import debugging
 from engine_cli.render.printable import printable
 from engine_cli.signals import Ended
+from engine_cli.suggestions import did_you_mean
 from engine_cli.wording import said
 
 # In the order of `engines --help`. A command's module is imported only when it is asked for, so
@@ -60,6 +61,14 @@ class Commands(click.Group):
             return None
         command: click.Command = importlib.import_module(f"engine_cli.commands.{cmd_name}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            hint = did_you_mean(args[0], COMMANDS) or f"commands are {', '.join(COMMANDS)}"
+            raise click.UsageError(f"there is no command {args[0]!r}: {hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

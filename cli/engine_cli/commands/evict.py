@@ -32,7 +32,9 @@ def command(connect: Callable[[], Registry], instance: str, rank: int | None) ->
     """
     with connect() as registry:
         damaged = registry.damaged(instance, rank)
-        records = [] if damaged and rank is not None else chosen(registry.instance(instance), rank)
+        records = []
+        if not damaged or rank is None:
+            records = chosen(registry, registry.instance(instance), rank)
         evicted = [registry.evict(record) for record in records]
         copies = _with_contents_of(records, registry) if any(evicted) else []
     for record, done in zip(records, evicted, strict=True):

@@ -31,6 +31,7 @@ from engine_cli.render.texts import (
     tensor_rows,
     tree_rows,
 )
+from engine_cli.suggestions import near_instances
 from engine_cli.wording import said
 from engine_registry import InstanceState, InstanceStatus, RankRecord, Registry
 from engine_registry.errors import EtcdRefused, InstanceIncomplete, InstanceNotFound
@@ -56,7 +57,7 @@ def command(
         for damage in registry.damaged(instance, rank) if rank is not None else ():
             raise damage
         status = registry.instance(instance)
-        records = chosen(status, rank)
+        records = chosen(registry, status, rank)
         manifests = [registry.manifest(record) if with_tensors else None for record in records]
         flows, unseen = _flows(registry, status)
     shown = list(zip(records, manifests, strict=True))
@@ -134,11 +135,12 @@ def _print_ranks(records: Sequence[RankRecord], flows: Flows) -> None:
     )
 
 
-def chosen(status: InstanceStatus, rank: int | None) -> list[RankRecord]:
+def chosen(registry: Registry, status: InstanceStatus, rank: int | None) -> list[RankRecord]:
     """The records of the rank, or of all; raises what is missing."""
     if status.state is InstanceState.GONE:
         raise InstanceNotFound(
-            f"instance {status.instance!r} is not registered: see `engines list`"
+            f"instance {status.instance!r} is not registered",
+            near_instances(registry, [status.instance]) or "see `engines list`",
         )
     records = [record for record in status.records if rank is None or record.rank == rank]
     if rank is not None and not records:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from engine_cli.logs import as_json
 from engine_cli.options import engine_log
 from engine_cli.runtime.serving import Endings
+from engine_cli.runtime.waiting import say_why_to_wait
 from engine_cli.signals import held_back
 from engine_loader.loading.chosen_rank import rank_file, ranks_of
 from engine_registry import RankRecord, Registry
@@ -43,6 +44,7 @@ class Loading:
         path = rank_file(self.folder, rank, self.force) if self.folder is not None else None
         registry = self.stack.enter_context(self.connect())
         self.stack.enter_context(engine_log())
+        say_why_to_wait(registry, self.instances, self.wait_s)
         records = ranks_of(registry, self.instances, rank, self.wait_s)
         name = f"{records[0].instance}/{rank}"
         with held_back():
@@ -83,6 +85,7 @@ class Loading:
 
             files = WholeFiles(self.folder, force=self.force)
         with self.connect() as registry, engine_log():
+            say_why_to_wait(registry, self.instances, self.wait_s)
             records = registry.resolve(self.instances, self.wait_s)
             name = records[0].instance
             with held_back():
