@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)  # there is a terminal reporter then
 def pytest_configure(config: pytest.Config) -> None:
     _stop_ignoring_signals()
+    _forget_settings_of_the_user()
     config.stash[_STDERR] = os.dup(2)
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and not hasattr(config, "workerinput"):
@@ -36,6 +37,13 @@ def _stop_ignoring_signals() -> None:
     ):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def _forget_settings_of_the_user() -> None:
+    """Whoever runs the tests may have an etcd, a context or a password set for `engines`."""
+    for name in [name for name in os.environ if name.startswith("ENGINES_")]:
+        del os.environ[name]
+    os.environ["ENGINES_CONFIG"] = os.devnull
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -17,6 +17,7 @@ from typing import NoReturn
 import click
 
 from engine_cli import logs
+from engine_cli.connection import options_before_the_command
 from engine_cli.exits import Exit, code_of
 from engine_cli.options import debugging
 from engine_cli.render.printable import printable
@@ -38,6 +39,7 @@ COMMANDS = {
         "it."
     ),
     "gateway": "Speak SGLang's HTTP interface, for its seeds and clients.",
+    "context": "The contexts of this user: where etcd is, by name.",
     "etcd": "Run an etcd for trying things out.",
     "demo": "Show it all on this machine: register, load, verify, lose a rank.",
 }
@@ -79,6 +81,7 @@ class Commands(click.Group):
     cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 @click.version_option(package_name="engine-registry", prog_name="engines")
+@options_before_the_command
 def engines() -> None:
     """Find the ranks of running inference engines in etcd, and copy their weights from memory to
     memory.

@@ -1,28 +1,19 @@
-"""Options that commands share, and what is made of them.
-
-The only place that reads the environment.
-"""
+"""Options that commands share, and what is made of them; `connection.py` has those for etcd."""
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-if TYPE_CHECKING:
-    from engine_registry import Registry
-    from engine_registry.etcd.config import EtcdConfig
-
 Command = TypeVar("Command", bound=Callable[..., Any])
-PASSWORD_VARIABLE = "ENGINES_ETCD_PASSWORD"  # noqa: S105  the variable's name, not a password
-TOKEN_VARIABLE = "ENGINES_GATEWAY_TOKEN"  # noqa: S105  as above
+TOKEN_VARIABLE = "ENGINES_GATEWAY_TOKEN"  # noqa: S105  the variable's name, not a token
 
 _debug = False
 
@@ -53,8 +44,8 @@ _MAX_SECONDS = 365 * 24 * 3600  # more is a slip, and some of what measures time
 class Seconds(click.FloatRange):
     """A finite number of seconds."""
 
-    def __init__(self, min: float = 0, min_open: bool = False) -> None:
-        super().__init__(min=min, min_open=min_open, max=_MAX_SECONDS)
+    def __init__(self, min: float = 0, min_open: bool = False, max: float = _MAX_SECONDS) -> None:
+        super().__init__(min=min, min_open=min_open, max=max)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         seconds = super().convert(value, param, ctx)
@@ -99,109 +90,6 @@ def _own_host(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 
 def rank_option(required: bool, help: str) -> Callable[[Command], Command]:
     return click.option("--rank", type=click.IntRange(min=0), required=required, help=help)
-
-
-def etcd_options(command: Command) -> Command:
-    """Adds the options that say how to reach etcd; the command gets `connect`, which makes a
-    Registry of them.
-    """
-
-    @functools.wraps(command)
-    def wrapped(etcd: dict[str, Any], **kwargs: Any) -> Any:
-        return command(connect=functools.partial(_connect, etcd), **kwargs)
-
-    return etcd_settings(wrapped)  # type: ignore[return-value]
-
-
-def etcd_settings(command: Command) -> Command:
-    """The same options; the command gets them as `etcd`, for `config_of`."""
-
-    @functools.wraps(command)
-    def wrapped(**kwargs: Any) -> Any:
-        etcd = {
-            name: kwargs.pop(name)
-            for name in ("etcd", "namespace", "cacert", "cert", "key", "user", "timeout")
-        }
-        # no process that we start inherits it
-        etcd["password"] = os.environ.pop(PASSWORD_VARIABLE, None)
-        return command(etcd=etcd, **kwargs)
-
-    options = [
-        click.option(
-            "--etcd",
-            metavar="HOST:PORT[,…]",
-            default="127.0.0.1:2379",
-            envvar="ENGINES_ETCD",
-            show_default=True,
-            show_envvar=True,
-            help=(
-                "Where etcd is; several endpoints of one cluster with commas; https:// in front "
-                "turns TLS on."
-            ),
-        ),
-        click.option(
-            "--namespace", default="", metavar="PREFIX", help=("Put before every key in etcd.")
-        ),
-        click.option(
-            "--cacert", type=click.Path(), help=("CA of etcd's certificate (turns TLS on).")
-        ),
-        click.option("--cert", type=click.Path(), help="Client certificate."),
-        click.option("--key", type=click.Path(), help="Key of the client certificate."),
-        click.option(
-            "--user", help=(f"etcd user; the password comes from {PASSWORD_VARIABLE} or a prompt.")
-        ),
-        click.option(
-            "--timeout",
-            type=Seconds(min_open=True),
-            default=5.0,
-            show_default=True,
-            metavar="S",
-            help="Seconds that one call to etcd may take.",
-        ),
-        debug_option,
-    ]
-    decorated: Any = wrapped
-    for option in reversed(options):
-        decorated = option(decorated)
-    return decorated  # type: ignore[no-any-return]
-
-
-def _connect(etcd: dict[str, Any]) -> Registry:
-    from engine_registry import Registry
-
-    return Registry.connect(etcd["etcd"], **_access(etcd))
-
-
-def config_of(etcd: dict[str, Any]) -> EtcdConfig:
-    """Asks for the password where one is needed. InvalidField where an option is not valid."""
-    from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-
-    return EtcdConfig(parse_endpoints(etcd["etcd"]), **_access(etcd))
-
-
-def _access(etcd: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "namespace": etcd["namespace"],
-        "timeout_s": etcd["timeout"],
-        "cacert": etcd["cacert"],
-        "cert": etcd["cert"],
-        "key": etcd["key"],
-        "user": etcd["user"],
-        "password": _password(etcd["user"], etcd["password"]),
-    }
-
-
-def _password(user: str | None, given: str | None) -> str | None:
-    from engine_registry.etcd.config import check_user
-
-    if user is None:
-        return None
-    check_user(user)  # before it is shown in a prompt
-    if given is not None:
-        return given
-    if not sys.stdin.isatty():
-        raise click.UsageError(f"--user needs a password: set {PASSWORD_VARIABLE}")
-    return str(click.prompt(f"etcd password of {user}", hide_input=True, err=True))
 
 
 def gateway_token() -> str | None:

@@ -15,15 +15,15 @@ _MOST = 3
 _LIKENESS = 0.6  # of 1; below it, names are guesses
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def near(name: str, known: Iterable[str], most: int = _MOST) -> str:
     """The known names that are like this one, as `a, b or c`; empty if there is none."""
-    found = difflib.get_close_matches(name, sorted(known), _MOST, _LIKENESS)
+    found = difflib.get_close_matches(name, sorted(known), most, _LIKENESS)
     return " or ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], most: int = _MOST) -> str:
     """A question with the names that are like this one; empty if there is none."""
-    names = near(name, known)
+    names = near(name, known, most)
     return f"did you mean {names}?" if names else ""
 
 

@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from engine_registry.errors import RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, absolute, parse_endpoints
+from engine_registry.etcd.environment import settings_in
 from engine_registry.lifetime import Closable
 from engine_registry.pulls.follow import AllPulls
 from engine_registry.pulls.queries import all_pulls, count_pulls, readers_of, wait_for_no_pulls
@@ -109,6 +110,16 @@ class Registry(Closable):
             registry.close()
             raise
         return registry
+
+    @classmethod
+    def from_env(cls, *, lazy: bool = False) -> Registry:
+        """A registry over the etcd that variables of the environment name, as `connect` makes it.
+
+        They are those of the command line: ENGINES_ETCD, ENGINES_NAMESPACE, ENGINES_TIMEOUT,
+        ENGINES_CACERT, ENGINES_CERT, ENGINES_KEY, ENGINES_USER and ENGINES_ETCD_PASSWORD. What is
+        not set has the default of `connect`. Raises as `connect` does.
+        """
+        return cls.connect(**settings_in(os.environ), lazy=lazy)
 
     def close(self) -> None:
         """Ends the connection, any number of times. Calls that are under way end with an EtcdError.

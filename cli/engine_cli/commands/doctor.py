@@ -9,9 +9,10 @@ from typing import Any
 import click
 from rich.console import Console
 
+from engine_cli.connection import etcd_settings
 from engine_cli.doctor.finding import Finding, Status
 from engine_cli.exits import Exit
-from engine_cli.options import debugging, etcd_settings, json_option, rank_option
+from engine_cli.options import debugging, json_option, rank_option
 from engine_cli.render.printable import printable
 from engine_cli.render.tables import print_json, print_table
 from engine_cli.signals import raised

@@ -9,9 +9,10 @@ from contextlib import ExitStack, contextmanager
 
 import click
 
+from engine_cli.connection import etcd_options
 from engine_cli.exits import Exit
 from engine_cli.logs import log_options
-from engine_cli.options import Seconds, etcd_options, gateway_token
+from engine_cli.options import Seconds, gateway_token
 from engine_cli.signals import on_ending
 from engine_registry import Registry
 from engine_registry.errors import MetricsUnavailable

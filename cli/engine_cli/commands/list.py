@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import click
 
-from engine_cli.options import etcd_options, json_option
+from engine_cli.connection import etcd_options
+from engine_cli.options import json_option
 from engine_cli.render.documents import instance_json, loading_json
 from engine_cli.render.flows import Flows
 from engine_cli.render.tables import print_json, print_table

@@ -8,15 +8,9 @@ from pathlib import Path
 
 import click
 
+from engine_cli.connection import etcd_options
 from engine_cli.logs import log_options
-from engine_cli.options import (
-    Seconds,
-    etcd_options,
-    host_option,
-    json_option,
-    nbytes_of,
-    rank_option,
-)
+from engine_cli.options import Seconds, host_option, json_option, nbytes_of, rank_option
 from engine_cli.render.documents import loaded_json
 from engine_cli.render.tables import print_json, size
 from engine_cli.runtime.loading import AUTO, Loading

@@ -9,9 +9,10 @@ from datetime import datetime
 
 import click
 
+from engine_cli.connection import etcd_options
 from engine_cli.exits import Exit
 from engine_cli.logs import log_options
-from engine_cli.options import Seconds, etcd_options, json_option
+from engine_cli.options import Seconds, json_option
 from engine_cli.render import live
 from engine_cli.render.documents import event_json
 from engine_cli.render.printable import clock

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from engine_cli.connection import config_of
 from engine_cli.doctor import engine, network, peer, plugins, python, rdma
 from engine_cli.doctor.child import Probe
 from engine_cli.doctor.endpoints import all_loopback
 from engine_cli.doctor.etcd import EtcdChecks
 from engine_cli.doctor.finding import Finding
 from engine_cli.doctor.runner import Check, Skip, run_all, within
-from engine_cli.options import config_of
 
 if TYPE_CHECKING:
     from engine_registry.etcd.config import EtcdConfig

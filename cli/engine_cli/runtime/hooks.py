@@ -19,7 +19,7 @@ from engine_registry.telemetry.logs import fields
 log = logging.getLogger(__name__)
 _MAX_WAITING = 10_000  # then the caller with the next event waits
 _LAST_S = 5.0  # for the hook that runs when it is time to stop
-_VARIABLES = {
+VARIABLES = {
     "ENGINES_EVENT": "event",
     "ENGINES_INSTANCE": "instance",
     "ENGINES_RANK": "rank",
@@ -102,7 +102,7 @@ class Hooks:
             self._wait(hook, event, what)
 
     def _start(self, event: dict[str, Any]) -> subprocess.Popen[str]:
-        env = {**os.environ, **{name: str(event.get(key, "")) for name, key in _VARIABLES.items()}}
+        env = {**os.environ, **{name: str(event.get(key, "")) for name, key in VARIABLES.items()}}
         command = ["/bin/sh", "-c", self._command]
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, text=True, env=env, start_new_session=True

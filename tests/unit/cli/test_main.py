@@ -89,8 +89,6 @@ class Engines:
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Engines:
-    for name in ("ENGINES_ETCD", engine_cli.options.PASSWORD_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
     for name in (
         "addLevelName",
         "basicConfig",
