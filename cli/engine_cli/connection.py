@@ -18,6 +18,7 @@ from engine_cli.contexts import CONFIG_VARIABLE, Contexts
 from engine_cli.options import TOKEN_VARIABLE, Seconds, debug_option
 from engine_cli.runtime.hooks import VARIABLES as HOOK_VARIABLES
 from engine_cli.suggestions import did_you_mean
+from engine_registry.errors import InvalidField
 from engine_registry.etcd.config import MAX_TIMEOUT_S
 from engine_registry.etcd.environment import VARIABLES as ETCD_VARIABLES
 
@@ -98,6 +99,7 @@ def etcd_settings(command: Command) -> Command:
         is_eager=True,
         expose_value=False,
         callback=_use_context,
+        shell_complete=_complete_contexts,
         help="The context that has the defaults of the options below; see `engines context`.",
     )(decorated)
 
@@ -133,12 +135,24 @@ def _given_before_the_command(ctx: click.Context) -> dict[str, Any]:
 
 def _use_context(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Its settings become the defaults of the options that are parsed after this one."""
-    if ctx.resilient_parsing:
-        return
     before = ctx.parent.params.get("context") if ctx.parent is not None else None
     if before and ctx.get_parameter_source("context") is not ParameterSource.COMMANDLINE:
         value = before
-    ctx.default_map = {**(ctx.default_map or {}), **Contexts.load(os.environ).settings(value)}
+    try:
+        settings = Contexts.load(os.environ).settings(value)
+    except InvalidField:
+        if not ctx.resilient_parsing:  # as for a shell that completes a line
+            raise
+        return
+    ctx.default_map = {**(ctx.default_map or {}), **settings}
+
+
+def _complete_contexts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    try:
+        names = Contexts.load(os.environ).contexts
+    except InvalidField:
+        return []
+    return [name for name in sorted(names) if name.startswith(incomplete)]
 
 
 def _warn_of_unknown(environ: Mapping[str, str]) -> None:
@@ -152,6 +166,14 @@ def _connect(etcd: dict[str, Any]) -> Registry:
     from engine_registry import Registry
 
     return Registry.connect(etcd["etcd"], **_access(etcd))
+
+
+def registry_of(ctx: click.Context, timeout_s: float) -> Registry:
+    """Of a command line that is not complete yet. Asks for no password."""
+    etcd = {name: ctx.params.get(name) for name in _OPTIONS} | _given_before_the_command(ctx)
+    etcd |= {"timeout": timeout_s, "password": os.environ.get(PASSWORD_VARIABLE, "")}
+    etcd |= {name: _OPTIONS[name]["default"] for name in ("etcd", "namespace") if not etcd[name]}
+    return _connect(etcd)
 
 
 def config_of(etcd: dict[str, Any]) -> EtcdConfig:

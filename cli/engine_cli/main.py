@@ -9,10 +9,11 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -32,6 +33,7 @@ COMMANDS = {
     "list": "All instances: state, ranks, model, version, size.",
     "show": "One instance: its ranks, and on request their tensors.",
     "watch": "Ranks and instances as they come and go.",
+    "wait": "Until an instance is ready, or gone.",
     "load": "Copy weights from a running instance: one rank's, or all as whole tensors.",
     "evict": "Take ranks out of the registry.",
     "doctor": (
@@ -40,6 +42,7 @@ COMMANDS = {
     ),
     "gateway": "Speak SGLang's HTTP interface, for its seeds and clients.",
     "context": "The contexts of this user: where etcd is, by name.",
+    "completion": "What makes a shell complete commands, options and instances.",
     "etcd": "Run an etcd for trying things out.",
     "demo": "Show it all on this machine: register, load, verify, lose a rank.",
 }
@@ -51,6 +54,7 @@ _EXTRAS = (
 )
 _GATEWAY_EXTRAS = ("starlette", "uvicorn")
 log = logging.getLogger(__name__)
+_PIPE_CLOSED = 128 + signal.SIGPIPE  # the reader of our output has left, as `head` does
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -64,10 +68,17 @@ class Commands(click.Group):
         command: click.Command = importlib.import_module(f"engine_cli.commands.{cmd_name}").command
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # which click would call a failure
+            raise click.exceptions.Exit(_PIPE_CLOSED) from None
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+        known = not args or args[0] in COMMANDS or args[0].startswith("-")
+        if not known and not ctx.resilient_parsing:
             hint = did_you_mean(args[0], COMMANDS) or f"commands are {', '.join(COMMANDS)}"
             raise click.UsageError(f"there is no command {args[0]!r}: {hint}", ctx)
         return super().resolve_command(ctx, args)
@@ -144,9 +155,9 @@ def _run(command: click.Command, name: str) -> int:
     except Ended as exc:
         _complain("", str(exc), exc)
         return 128 + exc.number
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        return Exit.FAILED
-    except SystemExit as exc:  # how click says the same
+    except BrokenPipeError:
+        return _PIPE_CLOSED
+    except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else Exit.FAILED
     except Exception as exc:  # noqa: BLE001  the last stop: what is not one of our errors is reported as a bug
         if debugging() and not logs.as_json():

@@ -37,7 +37,6 @@ debug_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: one object, or one line an event."
 )
-instance_argument = click.argument("instance")
 _MAX_SECONDS = 365 * 24 * 3600  # more is a slip, and some of what measures time overflows
 
 

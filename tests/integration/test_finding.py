@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from engine_cli.exits import Exit
-from engine_registry import Registry
+from engine_registry import ModelIdentity, Registry
 from tests.integration.conftest import Processes
 from tests.support.ranks import register
 
@@ -64,3 +66,105 @@ def test_a_command_that_does_not_exist_is_named_with_those_that_are_like_it(
     assert (near.returncode, far.returncode) == (Exit.USAGE, Exit.USAGE)
     assert "there is no command 'lst': did you mean list?" in near.stderr
     assert "there is no command 'frobnicate': commands are register, list, show," in far.stderr
+
+
+def test_a_wait_ends_when_the_last_rank_has_come(
+    processes: Processes, registry: Registry, namespace: str
+) -> None:
+    with register(registry, "a", 0, world_size=2):
+        wait = processes.engines("wait", "a", "--wait", "100", "--namespace", namespace)
+        assert wait.poll() is None
+        with register(registry, "a", 1, world_size=2):
+            out, err = wait.communicate(timeout=60)
+    assert (wait.returncode, err) == (Exit.DONE, "")
+    assert out.startswith("a ready: 2 ranks, ")
+
+
+def test_a_wait_that_is_in_vain_says_why_and_has_an_exit_code(
+    processes: Processes, registry: Registry, namespace: str
+) -> None:
+    def wait(*args: str) -> tuple[int, str]:
+        done = processes.run("wait", "a", "--wait", "0.1", "--namespace", namespace, *args)
+        return done.returncode, done.stderr
+
+    code, said = wait()
+    assert (code, "'a' is not registered after 0.1 s" in said) == (Exit.INSTANCE, True)
+    with register(registry, "a", 0, world_size=2):
+        code, said = wait()
+        assert (code, "missing rank 1 of 2" in said) == (Exit.INSTANCE, True)
+        code, said = wait("--for", "gone")
+        assert (code, "'a' is not gone after 0.1 s" in said) == (Exit.FAILED, True)
+
+
+def test_a_wait_for_the_end_of_an_instance_sees_its_last_rank_go(
+    processes: Processes, registry: Registry, namespace: str
+) -> None:
+    options = ("--for", "gone", "--namespace", namespace)
+    assert processes.run("wait", "a", *options).stdout == "a gone\n"
+    with register(registry, "a"):
+        wait = processes.engines("wait", "a", "--wait", "100", "--json", *options)
+    out, _ = wait.communicate(timeout=60)
+    assert (wait.returncode, json.loads(out)["state"]) == (Exit.DONE, "gone")
+
+
+def test_instances_are_listed_by_model_and_state_in_the_order_that_is_asked_for(
+    processes: Processes, registry: Registry, namespace: str
+) -> None:
+    def names(*args: str) -> list[str]:
+        done = processes.run("list", "--namespace", namespace, "--json", *args)
+        return [one["instance"] for one in json.loads(done.stdout)["instances"]]
+
+    with (
+        register(registry, "a", model=ModelIdentity("qwen", "r1"), version=1),
+        register(registry, "b", model=ModelIdentity("qwen", "r2"), world_size=2),
+        register(registry, "c", model=ModelIdentity("llama"), version=3),
+    ):
+        assert names() == ["a", "b", "c"]
+        assert names("--model", "qwen") == ["a", "b"]
+        assert names("--model", "qwen@r2") == ["b"]
+        assert names("--state", "degraded") == ["b"]
+        assert names("--state", "ready", "--sort", "model") == ["c", "a"]
+        assert names("--sort", "version") == ["b", "a", "c"]
+        none = processes.run("list", "--model", "nosuch", "--namespace", namespace)
+    assert none.stdout == "none of the 3 instances is so\n"
+
+
+def test_a_shell_completes_commands_options_instances_models_and_contexts(
+    processes: Processes, registry: Registry, namespace: str, tmp_path: Path
+) -> None:
+    def completed(line: str, **env: str) -> list[str]:
+        place = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+        done = processes.run(_ENGINES_COMPLETE="bash_complete", **place, **env)
+        assert done.stderr == ""
+        return [each.partition(",")[2] for each in done.stdout.split()]
+
+    config = tmp_path / "config.toml"
+    config.write_text("[contexts.prod]\n[contexts.test]\n")
+    assert completed("engines list --context p", ENGINES_CONFIG=str(config)) == ["prod"]
+    with register(registry, "qwen-a"), register(registry, "llama"):
+        assert completed("engines sh") == ["show"]
+        assert "--tensors" in completed("engines show --t")
+        assert completed(f"engines show --namespace {namespace} q") == ["qwen-a"]
+        assert completed(f"engines --namespace {namespace} load ") == ["llama", "qwen-a"]
+        model = str(registry.instance("llama").model)
+        assert completed(f"engines list --namespace {namespace} --model ") == [model]
+        assert completed("engines show --etcd 127.0.0.1:1 q") == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_gets_what_makes_it_complete(processes: Processes, shell: str) -> None:
+    script = processes.run("completion", shell).stdout
+    assert "_ENGINES_COMPLETE" in script
+    if program := shutil.which(shell):
+        subprocess.run([program, "-n"], input=script, text=True, check=True)
+
+
+def test_a_reader_of_the_output_that_leaves_ends_a_command_as_its_signal_does(
+    processes: Processes, registry: Registry, namespace: str
+) -> None:
+    watch = processes.engines("watch", "--lines", "--namespace", namespace)
+    assert watch.stdout is not None
+    with register(registry, "a"):
+        assert "a/0 joined" in watch.stdout.readline()
+        watch.stdout.close()
+    assert watch.wait(60) == 128 + signal.SIGPIPE

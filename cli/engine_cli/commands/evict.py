@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import click
 
 from engine_cli.commands.show import chosen
+from engine_cli.completion import instance_argument
 from engine_cli.connection import etcd_options
 from engine_cli.exits import Exit
 from engine_cli.logs import log_options
-from engine_cli.options import instance_argument, rank_option
+from engine_cli.options import rank_option
 from engine_cli.render.texts import some_of
 from engine_registry import RankRecord, Registry
 from engine_registry.errors import RecordDamaged

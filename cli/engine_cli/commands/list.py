@@ -3,28 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import click
 
+from engine_cli.completion import complete_models
 from engine_cli.connection import etcd_options
 from engine_cli.options import json_option
 from engine_cli.render.documents import instance_json, loading_json
 from engine_cli.render.flows import Flows
 from engine_cli.render.tables import print_json, print_table
-from engine_cli.render.texts import INSTANCE_COLUMNS, instance_row
+from engine_cli.render.texts import INSTANCE_COLUMNS, instance_row, instance_state
 from engine_registry import InstanceStatus, RankState, Registry
 from engine_registry.errors import EtcdRefused
 
+STATES = ("ready", "degraded", "loading")
+ORDERS: dict[str, Callable[[InstanceStatus], Any]] = {
+    "name": lambda status: 0,  # as they come
+    "model": lambda status: str(status.model),
+    "version": lambda status: -1 if status.version is None else status.version,
+    "size": lambda status: -status.nbytes,
+}
+
 
 @click.command("list")
+@click.option(
+    "--model",
+    metavar="NAME[@REVISION]",
+    shell_complete=complete_models,
+    help="Instances of this model only.",
+)
+@click.option("--state", type=click.Choice(STATES), help="Instances in this state only.")
+@click.option(
+    "--sort",
+    "order",
+    type=click.Choice(list(ORDERS)),
+    default="name",
+    show_default=True,
+    help="In which order; size: the largest first.",
+)
 @json_option
 @etcd_options
-def command(connect: Callable[[], Registry], as_json: bool) -> None:
+def command(
+    connect: Callable[[], Registry],
+    model: str | None,
+    state: str | None,
+    order: str,
+    as_json: bool,
+) -> None:
     """All instances: state, ranks present of expected, model, version, size, and why one is not
     ready.
     """
     with connect() as registry:
-        statuses = registry.instances()
+        found = registry.instances()
+        statuses = tuple(
+            sorted(
+                [status for status in found if _is_wanted(status, model, state)], key=ORDERS[order]
+            )
+        )
         flows = _flows(registry, statuses)
     if as_json:
         print_json(
@@ -39,8 +75,16 @@ def command(connect: Callable[[], Registry], as_json: bool) -> None:
         print_table(
             INSTANCE_COLUMNS, [instance_row(status, flows.loaded(status)) for status in statuses]
         )
+    elif found:
+        click.echo(f"none of the {len(found)} instances is so")
     else:
         click.echo("no instance is registered")
+
+
+def _is_wanted(status: InstanceStatus, model: str | None, state: str | None) -> bool:
+    names = {status.model.name, str(status.model)} if status.model else set()
+    is_in = state is None or instance_state(status, None) == state
+    return is_in and (model is None or model in names)
 
 
 def _flows(registry: Registry, statuses: tuple[InstanceStatus, ...]) -> Flows:

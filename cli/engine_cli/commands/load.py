@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from engine_cli.completion import complete_instances
 from engine_cli.connection import etcd_options
 from engine_cli.logs import log_options
 from engine_cli.options import Seconds, host_option, json_option, nbytes_of, rank_option
@@ -23,7 +24,13 @@ from engine_registry.schema.record import PROTOCOLS
 
 
 @click.command("load")
-@click.argument("instances", metavar="INSTANCE…", nargs=-1, required=True)
+@click.argument(
+    "instances",
+    metavar="INSTANCE…",
+    nargs=-1,
+    required=True,
+    shell_complete=complete_instances,
+)
 @rank_option(required=False, help="Which rank's weights to copy, as they are there.")
 @click.option(
     "--full", is_flag=True, help="Copy the weights of all ranks, put together to whole tensors."

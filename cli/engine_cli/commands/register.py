@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from engine_cli.completion import instance_argument
 from engine_cli.connection import etcd_options
 from engine_cli.logs import log_options
-from engine_cli.options import Seconds, engine_log, host_option, instance_argument, rank_option
+from engine_cli.options import Seconds, engine_log, host_option, rank_option
 from engine_cli.render.tables import size
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
+from engine_cli.completion import instance_argument
 from engine_cli.connection import etcd_options
-from engine_cli.options import instance_argument, json_option, rank_option
+from engine_cli.options import json_option, rank_option
 from engine_cli.render.documents import (
     instance_json,
     loading_json,
