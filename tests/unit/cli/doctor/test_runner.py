@@ -23,6 +23,7 @@ from engine_cli.runtime.children import python
 from engine_registry.errors import EtcdFull, EtcdRefused
 from engine_registry.schema import record
 from engine_registry.schema.address import is_loopback
+from tests.support.clock import Gate
 from tests.support.waiting import wait_until
 
 HANG_S = 0.05
@@ -81,8 +82,17 @@ def test_what_a_check_raises_is_a_finding(
     ]
 
 
-def test_a_check_that_hangs_is_a_finding_beside_what_it_found_before() -> None:
-    hang = threading.Event()
+def test_a_check_that_hangs_is_a_finding_beside_what_it_found_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hang = Gate()
+    join = threading.Thread.join
+
+    def join_once_it_hangs(thread: threading.Thread, timeout: float | None = None) -> None:
+        wait_until(lambda: bool(hang.waiting))
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", join_once_it_hangs)
     findings = run_all([check("slow", GOOD, hang, limit_s=HANG_S), check("other", GOOD)])
     hang.set()
     assert findings == [GOOD, fail("slow", "no answer within 50 ms", "look there"), GOOD]
@@ -201,7 +211,9 @@ def test_a_connection_shows_whether_somebody_listens() -> None:
     assert dial("127.0.0.1", port, 5).trouble is Trouble.REFUSED
 
 
-def test_a_listener_that_takes_no_connection_is_silent() -> None:
+def test_a_listener_that_takes_no_connection_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    # an address needs no look-up, and none of its thread's time
+    monkeypatch.setattr("engine_cli.doctor.dial.within", lambda _, look_up: look_up())
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(0)

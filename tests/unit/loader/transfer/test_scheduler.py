@@ -1,5 +1,5 @@
 """What a transfer makes of sources that are slow, stop, change or go away: with engines of this
-process and short limits.
+process, and a clock on which time passes only while the transfer sleeps.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from engine_loader.errors import (
 from engine_loader.planning.boxes import Lines
 from engine_loader.planning.plan import ReadOp
 from engine_loader.planning.reads import Span
-from engine_loader.transfer.clock import Clock, SystemClock
+from engine_loader.transfer.clock import Clock
 from engine_loader.transfer.pace import pace_for
 from engine_loader.transfer.pipe import Source, Stock
 from engine_loader.transfer.scheduler import Transfer
 from engine_registry import Region
+from tests.support.clock import Gate, SteppedClock
 from tests.support.engines import Interrupted
 from tests.support.meshes import lines_one_by_one
-from tests.support.waiting import wait_until
 
 NBYTES = 2 << 20
 CHUNK = 1 << 17
@@ -83,6 +83,12 @@ class Bench:
         self.progress: list[Progress] = []
         self.checked: list[Span] = []
         self.cancel = threading.Event()
+        self.clock = SteppedClock(self._hangs)
+        self._gates: list[Gate] = []
+
+    def _hangs(self, thread: int) -> bool:
+        """It is in contact with a source that is paused."""
+        return any(thread in gate.waiting for gate in self._gates)
 
     def source(
         self,
@@ -92,6 +98,9 @@ class Bench:
         lost: Callable[[], LoaderError | None] = lambda: None,
     ) -> InProcessEngine:
         engine = self._stack.enter_context(InProcessEngine(delay_s=delay_s))
+        engine._running = Gate()
+        engine._running.set()
+        self._gates.append(engine._running)
         block = ctypes.create_string_buffer(content, NBYTES)
         engine.register(Region(ctypes.addressof(block), NBYTES))
 
@@ -139,7 +148,7 @@ class Bench:
             on_progress or self.progress.append,
             self.cancel,
             on_checked=self.see,
-            clock=clock,
+            clock=clock or self.clock,
         )
 
     def staging(
@@ -175,6 +184,7 @@ class Bench:
             self.cancel,
             buffers,
             self.see,
+            self.clock,
         )
 
     def run_staging(self, transfer: Transfer, buffers: Buffers) -> None:
@@ -222,9 +232,11 @@ SORTED = _sorted(MIXED)
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     with ExitStack() as stack:
-        yield Bench(stack)
+        bench = Bench(stack)
+        monkeypatch.setattr("engine_loader.engines.in_process.time", bench.clock)
+        yield bench
 
 
 def raiser(error: Exception) -> Callable[[], None]:
@@ -401,7 +413,7 @@ def test_the_last_source_is_given_time_to_go_on(bench: Bench) -> None:
 
     def pause() -> None:
         engine.pause()
-        threading.Timer(3 * PACE.stall_s, engine.resume).start()
+        bench.clock.after(3 * PACE.stall_s, engine.resume)
 
     bench.read_with(Interrupted(pause, at=3))
     bench.run(bench.transfer(replace(PACE, patience_s=20)))
@@ -597,8 +609,7 @@ def test_reads_that_cannot_be_ended_do_not_keep_another_source_from_bringing_the
     bench: Bench,
 ) -> None:
     reader, stopped = in_contact(bench)
-    going_on = threading.Timer(0.5, stopped.resume)
-    going_on.start()
+    bench.clock.after(0.5, stopped.resume)
     transfer = bench.transfer(replace(PACE, patience_s=20))
     bench.run(transfer)
     assert isinstance(transfer.shares[0].error, Stalled)
@@ -753,6 +764,7 @@ def test_each_part_comes_from_a_source_that_holds_it(bench: Bench) -> None:
         PACE,
         bench.progress.append,
         on_checked=bench.see,
+        clock=bench.clock,
     )
     bench.run(transfer)
     assert [share.nbytes for share in transfer.shares] == [NBYTES // 2] * 2
@@ -795,6 +807,7 @@ def test_the_loss_of_the_only_holder_of_a_part_ends_the_transfer_although_others
         PACE,
         bench.progress.append,
         on_checked=bench.see,
+        clock=bench.clock,
     )
     with pytest.raises(SourceLost, match="cannot read from"):
         transfer.run()
@@ -832,6 +845,7 @@ def test_the_loss_of_a_source_all_of_whose_part_has_come_and_been_checked_is_non
         replace(PACE, stall_s=5),
         bench.progress.append,
         on_checked=bench.see,
+        clock=bench.clock,
     )
     bench.run(transfer)
     assert checks >= 2
@@ -846,7 +860,7 @@ def test_the_only_holder_of_a_part_is_given_time_to_go_on_although_there_are_oth
 
     def pause() -> None:
         engine.pause()
-        threading.Timer(3 * PACE.stall_s, engine.resume).start()
+        bench.clock.after(3 * PACE.stall_s, engine.resume)
 
     bench.read_with(Interrupted(pause, at=3))
     bench.run(
@@ -857,6 +871,7 @@ def test_the_only_holder_of_a_part_is_given_time_to_go_on_although_there_are_oth
             replace(PACE, patience_s=20),
             bench.progress.append,
             on_checked=bench.see,
+            clock=bench.clock,
         )
     )
 
@@ -1031,19 +1046,15 @@ def test_a_cancelled_transfer_ends_with_nothing_in_flight(bench: Bench) -> None:
 
 def test_a_cancelled_transfer_does_not_wait_for_a_source_that_is_stopped(bench: Bench) -> None:
     engine = bench.source()
-    bench.read_with(Interrupted(engine.pause, at=2))
-    transfer = bench.transfer(replace(PACE, stall_s=3600, patience_s=3600))
-    ended = threading.Event()
 
-    def run() -> None:
-        with pytest.raises(Cancelled):
-            transfer.run()
-        ended.set()
+    def stop() -> None:
+        engine.pause()
+        bench.clock.after(1.0, bench.cancel.set)
 
-    threading.Thread(target=run, daemon=True).start()
-    wait_until(lambda: not engine._running.is_set())
-    bench.cancel.set()
-    assert ended.wait(60)
+    bench.read_with(Interrupted(stop, at=2))
+    with pytest.raises(Cancelled):
+        bench.transfer(replace(PACE, stall_s=3600, patience_s=3600)).run()
+    assert bench.clock.now() < 60
     bench.assert_nothing_is_in_flight()
 
 
@@ -1263,8 +1274,7 @@ def test_one_that_gets_much_more_than_it_brings_is_left(
     bench.source(delay_s=0.05)
     shelf = Shelf(bench)
     shelf.put(0)
-    filling = threading.Timer(0.05, lambda: shelf.put(*range(CHUNKS)))
-    filling.start()
+    bench.clock.after(0.05, lambda: shelf.put(*range(CHUNKS)))
     with pytest.raises(
         Stalled, match=r"has 100% by now and brought us \d\d?%: the way from there is slow"
     ):
@@ -1285,21 +1295,15 @@ def test_one_that_had_much_when_we_came_is_not_slow_for_that(
 # --------------------------------------------------------------------------------------------------
 
 
-class StandingClock(SystemClock):
-    """Its time stands still for as long as a transfer sleeps `stands_s`, so no source is late.
+class StandingClock(SteppedClock):
+    """Its time stands still for as long as a transfer sleeps `stands_s`, so no source is late."""
 
-    Sleeping takes no time.
-    """
-
-    def __init__(self, stands_s: float) -> None:
+    def __init__(self, hangs: Callable[[int], bool], stands_s: float) -> None:
+        super().__init__(hangs)
         self._stands_s = stands_s
-        self._slept_s = 0.0
 
     def now(self) -> float:
-        return max(0.0, self._slept_s - self._stands_s)
-
-    def sleep(self, seconds: float) -> None:
-        self._slept_s += seconds
+        return max(0.0, super().now() - self._stands_s)
 
 
 def test_a_transfer_that_has_lost_a_chunk_raises_instead_of_waiting_for_it(bench: Bench) -> None:
@@ -1316,7 +1320,8 @@ def test_a_transfer_that_has_lost_a_chunk_raises_instead_of_waiting_for_it(bench
 
 def test_a_transfer_in_which_nothing_happens_ends_although_nobody_is_late(bench: Bench) -> None:
     bench.source(delay_s=1000.0)
-    transfer = bench.transfer(clock=StandingClock(stands_s=200.0))
+    pace = replace(PACE, nap_s=(0.01, 0.1))
+    transfer = bench.transfer(pace, clock=StandingClock(bench._hangs, stands_s=200.0))
     with pytest.raises(
         LoaderError,
         match="nothing happens in a transfer that lacks 16 chunks, of which 14 are queued",
