@@ -92,15 +92,29 @@ class Seen:
 
 @pytest.fixture
 def doctor(processes: Processes) -> Any:
-    def run(endpoints: str, *args: str, limit_s: float = 20, **env: str) -> Seen:
-        """With time enough on a busy machine, unless something is to hang."""
-        return Seen(
-            processes.run(
-                "doctor", "--json", "--timeout", str(limit_s), *args, ENGINES_ETCD=endpoints, **env
-            )
+    def run(
+        endpoints: str, *args: str, limit_s: float = 20, forked: bool = True, **env: str
+    ) -> Seen:
+        """With time enough on a busy machine, unless something is to hang.
+
+        The probe is forked, which saves most of the time, or started as users start it.
+        """
+        process = processes.start(
+            "-m",
+            "tests.support.processes.doctor" if forked else "engine_cli",
+            *("doctor", "--json", "--timeout", str(limit_s), *args),
+            cwd=ROOT,
+            **{"ENGINES_ETCD": endpoints, **env},
         )
+        return seen_by(process)
 
     return run
+
+
+def seen_by(process: subprocess.Popen[str]) -> Seen:
+    """What a run of the doctor has found, at its end."""
+    out, err = process.communicate(timeout=100)
+    return Seen(subprocess.CompletedProcess(process.args, process.returncode, out, err))
 
 
 def all_keys(endpoint: str) -> tuple[str, ...]:
@@ -127,7 +141,7 @@ def test_nothing_fails_where_all_is_well_and_nothing_stays(
     doctor: Any, own_etcd: LocalEtcd, tmp_path: Path
 ) -> None:
     mark = uuid.uuid4().hex
-    seen = doctor(own_etcd.endpoint, TMPDIR=str(tmp_path), DOCTOR_TEST=mark)
+    seen = doctor(own_etcd.endpoint, forked=False, TMPDIR=str(tmp_path), DOCTOR_TEST=mark)
     assert not seen.failed, seen.checks
     assert [
         seen.status(f"etcd.{check}")
@@ -485,7 +499,7 @@ def test_a_live_rank_is_read_from_and_its_record_holds(
     doctor: Any, processes: Processes, shared_etcd: LocalEtcd, namespace: str
 ) -> None:
     with served(processes):
-        seen = doctor(shared_etcd.endpoint, "--namespace", namespace, "--peer", "a")
+        seen = doctor(shared_etcd.endpoint, "--namespace", namespace, "--peer", "a", forked=False)
     assert not seen.failed, seen.checks
     assert re.match(
         r"a/0 at 127.0.0.1:\d+: header read in .* \(first contact .*\); "
@@ -601,9 +615,7 @@ def in_path(folder: Path, code: str = "") -> list[str]:
 
 
 def ran(processes: Processes, *command: str) -> Seen:
-    process = processes.start(*command)
-    out, err = process.communicate(timeout=100)
-    return Seen(subprocess.CompletedProcess(command, process.returncode, out, err))
+    return seen_by(processes.start(*command))
 
 
 def test_without_torch_and_transfer_engine_it_works_and_says_what_to_install(

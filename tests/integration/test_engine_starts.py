@@ -4,50 +4,40 @@ reads its settings once.
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from tests.integration.conftest import Processes
 from tests.support.checkout import ROOT
 
-START = """
-import resource, sys
-from engine_loader import MooncakeEngine
-from engine_loader.errors import EngineUnavailable
-limit = int(sys.argv[1])
-if limit:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-try:
-    for host in sys.argv[2:]:
-        with MooncakeEngine(host):
-            print("started")
-except EngineUnavailable as exc:
-    print(exc)
-"""
+Start = Callable[..., str]
 
 
-def start(*hosts: str, limit: int = 0, **env: str) -> str:
-    """What a process prints that starts an engine at each."""
-    done = subprocess.run(
-        [sys.executable, "-c", START, str(limit), *(hosts or ("127.0.0.1",))],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+@pytest.fixture
+def start(processes: Processes) -> Start:
+    """What a process prints that starts an engine at each address."""
+
+    def run(*hosts: str, limit: int = 0, loaded: str = "", **env: str) -> str:
+        process = processes.start(
+            *("-m", "tests.support.processes.starts", str(limit), loaded),
+            *(hosts or ("127.0.0.1",)),
+            cwd=ROOT,
+            **env,
+        )
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        return out.strip()
+
+    return run
 
 
 @pytest.mark.parametrize("limit", [8, 12, 14, 20, 40])
-def test_an_engine_without_descriptors_is_unavailable_and_says_how_to_mend_it(limit: int) -> None:
+def test_an_engine_without_descriptors_is_unavailable_and_says_how_to_mend_it(
+    start: Start, limit: int
+) -> None:
     said = start(limit=limit)
     assert said == "started" or "raise ulimit -n" in said
     assert (said == "started") is (limit == 40)
@@ -69,21 +59,21 @@ def ports_taken(count: int) -> Iterator[int]:
     raise AssertionError("no such ports are free")
 
 
-def test_an_engine_whose_ports_are_all_taken_is_unavailable_and_names_them() -> None:
+def test_an_engine_whose_ports_are_all_taken_is_unavailable_and_names_them(start: Start) -> None:
     with ports_taken(10) as low:
         said = start(MC_MIN_RPC_PORT=str(low), MC_MAX_RPC_PORT=str(low + 9))
     assert f"it takes two of the ports {low} to {low + 9}, of which 0 are free" in said
     assert "set MC_MIN_RPC_PORT and MC_MAX_RPC_PORT to others" in said
 
 
-def test_an_engine_has_ports_of_the_range_that_is_set() -> None:
+def test_an_engine_has_ports_of_the_range_that_is_set(start: Start) -> None:
     with ports_taken(40) as low:
         pass
     assert start(MC_MIN_RPC_PORT=str(low), MC_MAX_RPC_PORT=str(low + 39)) == "started"
 
 
 @pytest.mark.parametrize(("first", "other"), [("127.0.0.1", "::1"), ("::1", "127.0.0.1")])
-def test_a_process_has_engines_of_one_family(first: str, other: str) -> None:
+def test_a_process_has_engines_of_one_family(start: Start, first: str, other: str) -> None:
     families = {"127.0.0.1": "IPv4", "::1": "IPv6"}
     started, refused = start(first, other).splitlines()
     assert started == "started"
@@ -94,15 +84,6 @@ def test_a_process_has_engines_of_one_family(first: str, other: str) -> None:
     assert f"was loaded to speak {families[first]}" in refused
 
 
-def test_a_library_that_others_have_loaded_keeps_the_family_that_it_has() -> None:
+def test_a_library_that_others_have_loaded_keeps_the_family_that_it_has(start: Start) -> None:
     """As an inference engine may have that has its own transfer engine."""
-    loads_it_first = START.replace("limit =", "import mooncake.engine; limit =")
-    done = subprocess.run(
-        [sys.executable, "-c", loads_it_first, "0", "::1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert "was loaded to speak IPv4" in done.stdout
+    assert "was loaded to speak IPv4" in start("::1", loaded="loaded")

@@ -41,16 +41,14 @@ def check_packages() -> Iterator[Finding]:
 
 
 def check_wheels(wanted: bool) -> Iterator[Finding]:
-    yield judge_wheels(sorted(WHEELS.keys() & _installed().keys()), wanted)
+    yield judge_wheels(sorted(wheel for wheel in WHEELS if _version(wheel)), wanted)
 
 
 def _installed() -> dict[str, str]:
     """Versions by name."""
-    return {
-        each.metadata["Name"].lower(): each.version
-        for each in metadata.distributions()
-        if each.metadata["Name"]
-    }
+    # read once: each look at `metadata` or `version` parses the whole text again
+    texts = (each.metadata for each in metadata.distributions())
+    return {text["Name"].lower(): text["Version"] for text in texts if text["Name"]}
 
 
 def judge_packages(required: Sequence[str], installed: Mapping[str, str]) -> Finding:
