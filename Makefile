@@ -7,6 +7,8 @@ BIN := .venv/bin
 # that have more left.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 export PYTHON
+# Where the environment forbids bytecode, each worker would compile and rewrite all tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-all test-compose test-engines coverage mutate docs bench lint format lock clean
