@@ -27,13 +27,14 @@ from engine_registry.etcd.library import pb
 from engine_registry.etcd.local import LocalEtcd, find_binary
 from tests.integration.conftest import events_until
 from tests.integration.test_faults import hold
+from tests.support.faults import QUICK_PASSWORDS
 from tests.support.waiting import wait_until
 
 
 @pytest.fixture
 def users(binary: str) -> Iterator[LocalEtcd]:
     """An etcd with users, in plain text, that a test may break."""
-    with LocalEtcd(binary=binary) as etcd:
+    with LocalEtcd(binary=binary, extra_args=QUICK_PASSWORDS) as etcd:
         ctl(
             etcd,
             "user add root:secret",
@@ -158,7 +159,7 @@ def short_lived(tmp_path: Path, binary: str) -> Iterator[LocalEtcd]:
     """Its tokens expire after a second, however much they are used."""
     (tmp_path / "secret").write_bytes(os.urandom(32))
     token = f"jwt,sign-method=HS256,ttl=1s,priv-key={tmp_path / 'secret'}"
-    with LocalEtcd(binary=binary, extra_args=["--auth-token", token]) as etcd:
+    with LocalEtcd(binary=binary, extra_args=[*QUICK_PASSWORDS, "--auth-token", token]) as etcd:
         ctl(etcd, "user add root:secret", "user grant-role root root", "auth enable")
         yield etcd
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.ports import free_port
+from tests.support.faults import QUICK_PASSWORDS
 from tests.support.waiting import wait_until
 
 _CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
@@ -127,9 +128,8 @@ def tls_etcd(
     tls = ["--cert-file", cert, "--key-file", key]
     if client_certs:
         tls += ["--trusted-ca-file", authority.cert, "--client-cert-auth"]
-    etcd = LocalEtcd(
-        port, extra_args=("--listen-client-urls", url, "--advertise-client-urls", url, *tls, *args)
-    )
+    urls = ("--listen-client-urls", url, "--advertise-client-urls", url)
+    etcd = LocalEtcd(port, extra_args=(*urls, *tls, *QUICK_PASSWORDS, *args))
     try:
         etcd.launch()
         wait_until(etcd._in_use)

@@ -27,6 +27,9 @@ from tests.support.waiting import wait_until
 # Debian 12).
 DEBIAN_ETCD = Path(sys.prefix) / "debian-etcd" / "usr" / "bin" / "etcd"
 
+# For an etcd with users: each time that one connects, etcd would hash the password for 0.1 s.
+QUICK_PASSWORDS = ("--bcrypt-cost", "4")
+
 
 class Proxy:
     """A way to `target` that forwards, or as a black hole keeps its connections open and passes
