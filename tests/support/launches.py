@@ -46,6 +46,8 @@ def origins(found: torch.Tensor, places: torch.Tensor | None = None) -> Counter[
     flat = found.reshape(-1)
     places = torch.arange(flat.numel()) if places is None else places.reshape(-1)
     tags = torch.where((flat & ((1 << _PLACE_BITS) - 1)) == places, flat >> _PLACE_BITS, -1)
+    if tags.numel() and bool((tags == tags[0]).all()):  # as a rule, and sooner seen than sorted
+        return Counter({_origin(int(tags[0])): tags.numel()})
     values, counts = torch.unique(tags, return_counts=True)
     return Counter(
         {_origin(int(tag)): int(count) for tag, count in zip(values, counts, strict=True)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -26,16 +27,19 @@ COUNT = 16
 def content(version: int, nbytes: int, launch: int = 0) -> dict[str, torch.Tensor]:
     """Words that name their origin, in several tensors of odd sizes."""
     whole = words(Origin(launch, version), -(-nbytes // WORD)).view(torch.uint8)[:nbytes]
-    size = nbytes // COUNT
-    ends = [size * number + 7 * (number % 3) for number in range(COUNT)] + [nbytes]
-    return {
-        f"t{number}": whole[low:high].clone()
-        for number, (low, high) in enumerate(itertools.pairwise(ends))
-    }
+    return {name: whole[low:high].clone() for name, low, high in _bounds(nbytes)}
 
 
 def empty(nbytes: int) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros_like(tensor) for name, tensor in content(0, nbytes).items()}
+    return {name: torch.zeros(high - low, dtype=torch.uint8) for name, low, high in _bounds(nbytes)}
+
+
+def _bounds(nbytes: int) -> Iterator[tuple[str, int, int]]:
+    """The name of each tensor, and where it begins and ends in the whole."""
+    size = nbytes // COUNT
+    ends = [size * number + 7 * (number % 3) for number in range(COUNT)] + [nbytes]
+    for number, (low, high) in enumerate(itertools.pairwise(ends)):
+        yield f"t{number}", low, high
 
 
 def main(
