@@ -203,7 +203,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(
 ) -> None:
     env = {"ENGINES_ETCD": shared_etcd.endpoint, "TERM": "dumb"}
     with register(registry), on_terminal("watch", "--namespace", namespace, env=env) as terminal:
-        wait_until(lambda: "a ready: 1 ranks" in terminal.said)
+        wait_until(lambda: "a ready: 1 rank" in terminal.said)
         assert "\x1b" not in terminal.said
 
 

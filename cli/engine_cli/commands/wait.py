@@ -12,7 +12,8 @@ from engine_cli.connection import etcd_options
 from engine_cli.logs import log_options
 from engine_cli.options import Seconds, json_option
 from engine_cli.render.documents import instance_json
-from engine_cli.render.tables import print_json, size
+from engine_cli.render.tables import print_json
+from engine_cli.render.texts import ready_text
 from engine_cli.signals import raised
 from engine_registry import InstanceGone, InstanceState, InstanceStatus, Registry
 from engine_registry.errors import RegistryError
@@ -56,10 +57,7 @@ def command(
     if as_json:
         print_json(instance_json(status))
     elif status.state is InstanceState.READY:
-        click.echo(
-            f"{instance} ready: {status.world_size} ranks, {size(status.nbytes)}, version "
-            f"{status.version}"
-        )
+        click.echo(ready_text(status))
     else:
         click.echo(f"{instance} gone")
 

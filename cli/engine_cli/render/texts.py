@@ -39,11 +39,7 @@ def event_text(event: Event | InstanceCleaned) -> str:
             "not come back"
         )
     if isinstance(event, InstanceReady):
-        status = event.status
-        return (
-            f"{status.instance} ready: {status.world_size} ranks, {size(status.nbytes)}, version "
-            f"{status.version}"
-        )
+        return ready_text(event.status)
     if isinstance(event, InstanceDegraded):
         return f"{event.status.instance} degraded: {printable(event.status.summary)}"
     if isinstance(event, InstanceGone):
@@ -58,6 +54,11 @@ def event_text(event: Event | InstanceCleaned) -> str:
         f"{name} joined: {record.state.value}, {size(record.manifest.nbytes)}, "
         f"{record.session_id} {record.protocol}"
     )
+
+
+def ready_text(status: InstanceStatus) -> str:
+    ranks = "1 rank" if status.world_size == 1 else f"{status.world_size} ranks"
+    return f"{status.instance} ready: {ranks}, {size(status.nbytes)}, version {status.version}"
 
 
 def instance_state(status: InstanceStatus, loaded: float | None) -> str:

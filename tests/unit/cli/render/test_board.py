@@ -148,7 +148,7 @@ def test_the_summary_counts_all_of_them() -> None:
 
 def test_news_are_the_last_ones_and_hold_nothing_that_a_terminal_would_act_on() -> None:
     board = a_board(rank("a/0", world_size=1))
-    assert board.news[-1] == f"{AT}  a ready: 1 ranks, 16 B, version 3"
+    assert board.news[-1] == f"{AT}  a ready: 1 rank, 16 B, version 3"
     board.note("\x1b[2J", AT)
     assert board.news[-1] == f"{AT}  \\x1b[2J"
     for number in range(2 * MAX_NEWS):
