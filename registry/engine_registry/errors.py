@@ -20,7 +20,7 @@ EngineRegistryError             of this package and of `engine_loader`
     │   ├── Evicted             it was deleted on purpose
     │   └── Superseded          a newer registration has taken its place
     ├── KeeperFailed            the process that holds the lease cannot be started
-    ├── GatewayFailed           the HTTP gateway cannot be started
+    ├── GatewayFailed           the HTTP gateway, or the dashboard, cannot be started
     ├── MetricsUnavailable      metrics were asked for, and prometheus_client is not installed
     └── LocalEtcdFailed         the embedded etcd cannot be started
 """
@@ -136,7 +136,7 @@ class KeeperFailed(RegistryError):
 
 
 class GatewayFailed(RegistryError):
-    """The HTTP gateway cannot be started."""
+    """The HTTP gateway, or the dashboard of the command line, cannot be started."""
 
 
 class MetricsUnavailable(RegistryError):

@@ -9,7 +9,6 @@ routes, and by the two of the inference server, whose failures are all 400 there
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -44,6 +43,7 @@ from engine_registry.gateway.limits import (
 )
 from engine_registry.gateway.ranks import parse_rank, parse_world_size
 from engine_registry.gateway.sglang import instance_of_role, parse_registration
+from engine_registry.gateway.token import bears
 from engine_registry.schema.keys import check_instance
 from engine_registry.schema.record import RankRecord
 from engine_registry.telemetry import metrics
@@ -85,7 +85,7 @@ class Routes:
         self._seeds = seeds
         self._parsing = parsing
         self._limiter = limiter
-        self._token = token.encode() if token is not None else None
+        self._token = token
         self._registers = registers
 
     def app(self, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
@@ -176,7 +176,7 @@ class Routes:
             headers = dict(_CLOSES) if request.method == "PUT" else {}
             try:
                 await self._limiter.begin(request)
-                if self._allowed(request):
+                if bears(request, self._token):
                     return await handler(request)
                 status, reason = 401, "give the gateway's token: Authorization: Bearer TOKEN"
                 headers = {"WWW-Authenticate": "Bearer", **_CLOSES}
@@ -203,14 +203,6 @@ class Routes:
             return JSONResponse(body, status, headers)
 
         return answered
-
-    def _allowed(self, request: Request) -> bool:
-        if self._token is None:
-            return True
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(
-            given.strip().encode(), self._token
-        )
 
 
 _STATUS: tuple[tuple[type[Exception], int], ...] = (

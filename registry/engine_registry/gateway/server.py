@@ -16,6 +16,7 @@ from engine_registry.gateway.limits import Limits
 from engine_registry.gateway.listener import listen
 from engine_registry.gateway.mirror import check_url
 from engine_registry.gateway.service import Service, ServiceConfig
+from engine_registry.gateway.token import check_token
 from engine_registry.lifetime import Closable
 from engine_registry.schema.keys import check_instance, check_rank
 from engine_registry.schema.numbers import seconds
@@ -63,16 +64,10 @@ class Gateway(Closable):
                 f"and at most a third of the TTL ({ttl_s / 3:g} s), the tolerance 0 or more",
                 field="probe_interval_s",
             )
-        if token is not None and (
-            not token.isascii() or not token.isprintable() or not token or " " in token
-        ):
-            raise InvalidField(
-                "the gateway's token is not valid: it is printable ASCII without spaces",
-                field="token",
-            )
+        check_token(token)
         if seed_url is not None:
             check_url(seed_url)
-        listener = listen(host, port)
+        listener = listen(host, port, "perhaps by SGLang itself, which has the same default")
         self.host, self.port = listener.getsockname()[:2]
         config = ServiceConfig(
             registry.config,

@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-import uvicorn
 from starlette.applications import Starlette
 
 from engine_registry.etcd.client import Etcd
@@ -24,8 +23,8 @@ from engine_registry.etcd.follow import Follower
 from engine_registry.gateway.answers import Answers
 from engine_registry.gateway.calls import Calls
 from engine_registry.gateway.claims import Seeds, Served
+from engine_registry.gateway.http import HttpServer
 from engine_registry.gateway.limits import ConnectionLimiter, Limits
-from engine_registry.gateway.listener import BACKLOG
 from engine_registry.gateway.mirror import Mirror
 from engine_registry.gateway.probe import probe
 from engine_registry.gateway.prober import Prober
@@ -35,9 +34,7 @@ from engine_registry.schema.keys import ENGINES
 # for one call to etcd: a request waits for more than one, and SGLang's clients wait for ever
 _ETCD_S = 2.0
 _THREADS = 4
-_ACCEPTS = 16  # at a time; then it reads them, before a head that has come counts as missing
 _PROBE_S = 1.0
-_GRACE_S = 2  # for requests that are being answered when it closes
 _JOIN_S = 10.0
 
 
@@ -92,23 +89,7 @@ class Service:
             config.registers,
         )
         app = routes.app(self._lifespan)
-        self._server = _Server(
-            uvicorn.Config(
-                self._limiter.watching(app),
-                http=self._limiter.protocol(),
-                ws="none",
-                lifespan="on",
-                interface="asgi3",
-                log_config=None,
-                log_level="critical",
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                backlog=_ACCEPTS,
-                timeout_keep_alive=int(self._limiter.limits.head_s),
-                timeout_graceful_shutdown=_GRACE_S,
-            )
-        )
+        self._server = HttpServer(app, self._limiter)
         self._failure: BaseException | None = None
         self._ended = threading.Event()
         self._closed = False
@@ -182,12 +163,3 @@ class Service:
         if not task.cancelled():
             self._failure = task.exception()
             self._server.should_exit = True
-
-
-class _Server(uvicorn.Server):
-    """Its `backlog` is how many connections it accepts at a time, not how many may wait for it."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for each in sockets or []:
-            each.listen(BACKLOG)
