@@ -11,7 +11,7 @@ export PYTHON
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all test-compose test-engines coverage mutate docs bench lint format lock clean
+.PHONY: help setup demo test test-slow test-all test-compose test-engines test-browser coverage mutate docs bench lint format lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -43,6 +43,10 @@ test-engines: setup ## the integrations with a real vLLM and a real SGLang, on C
 	@scripts/engines_setup.sh sglang
 	$(BIN)/pytest tests/engines -v -m engines -o faulthandler_timeout=1800 $(ARGS)
 
+test-browser: setup ## the page of `engines dashboard` in a real browser (chromium; a minute)
+	@scripts/browser_setup.sh
+	PYTHONPATH=.browser $(BIN)/pytest tests/browser -v $(ARGS)
+
 mutate: setup ## change modules and see whether tests notice: ARGS='FILE.py -t TESTFILE' (by hand)
 	$(BIN)/python -m scripts.mutate $(ARGS)
 
@@ -69,5 +73,5 @@ lock: ## resolve constraints.txt anew from pyproject.toml
 	@scripts/setup.sh lock $(ARGS)
 
 clean: ## remove .venv and what tools and builds left
-	rm -rf .venv .venv.lock build dist site .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv.lock .browser build dist site .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find registry loader cli benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

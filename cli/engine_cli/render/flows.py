@@ -64,6 +64,14 @@ class Flows:
         """How far the rank's load is; None where it has none, or has not said."""
         return progress_of(self.reads(record))
 
+    def participants(self) -> list[RankRecord]:
+        """The known ranks that read, or are read from."""
+        return [
+            self._records[node]
+            for node in self.by_reader.keys() | self._by_source.keys()
+            if node in self._records
+        ]
+
     def strangers(self) -> dict[str, Sequence[Pull]]:
         """What those read that are no rank that is known, by name."""
         return {
