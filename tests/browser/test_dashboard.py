@@ -122,7 +122,7 @@ def test_the_page_asks_for_the_token_until_it_is_the_right_one(
     with Dashboard(registry, port=0, token="s3cret") as guarded, register(registry, "a"):
         page = opened(guarded.url)
         for token in ("wrong", "s3cret"):
-            page.get_by_label("Token").fill(token)
+            page.locator("#token").fill(token)
             page.get_by_role("button", name="Open").click()
             if token == "wrong":
                 expect(page.locator("#login-note")).to_contain_text("not the token")

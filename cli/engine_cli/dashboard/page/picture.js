@@ -4,8 +4,8 @@
 import { count, element, kindOf, percent, speed } from "./format.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const CARD = { width: 156, height: 44 };
-const GAP = { x: 50, y: 10 };
+const CARD = { width: 132, height: 44 };
+const GAP = { x: 40, y: 10 };
 const INDENT = 26;
 const MAX_INDENTS = 7;
 

@@ -12,6 +12,7 @@ export class Rows {
     this.scroller = scroller;
     this.body = scroller.querySelector("tbody");
     this.columns = 1;
+    this.height = 34;
     this.make = make;
     this.fill = fill;
     this.rows = [];
@@ -20,7 +21,9 @@ export class Rows {
     this.below = this.padding();
     this.body.replaceChildren(this.above, this.below);
     scroller.addEventListener("scroll", () => this.draw(), { passive: true });
-    new ResizeObserver(() => this.draw()).observe(scroller);
+    const resized = new ResizeObserver(() => this.measure());
+    resized.observe(scroller);
+    resized.observe(this.body.parentElement.tHead);
     scroller.addEventListener("keydown", (event) => this.onKey(event));
   }
 
@@ -39,16 +42,20 @@ export class Rows {
     this.draw();
   }
 
-  get height() {
-    return Number.parseFloat(getComputedStyle(this.body).getPropertyValue("--row")) || 34;
+  // What the style sheet says: only now, as to ask in each frame would make the browser lay out all
+  // of it twice. Cells of a whole row span the columns in sight: others would get room too.
+  measure() {
+    this.height = Number.parseFloat(getComputedStyle(this.body).getPropertyValue("--row")) || 34;
+    const heads = [...this.body.parentElement.tHead.rows[0].cells];
+    this.columns = heads.filter((cell) => cell.offsetParent !== null).length || this.columns;
+    for (const cell of this.body.querySelectorAll("[data-whole]")) cell.colSpan = this.columns;
+    this.draw();
   }
 
-  // Cells of a whole row span the columns that the style sheet shows now: others would get room too.
-  span() {
-    const heads = [...(this.body.parentElement.tHead?.rows[0].cells ?? [])];
-    this.columns = heads.filter((cell) => cell.offsetParent !== null).length || this.columns;
-    for (const cell of this.body.querySelectorAll("[data-whole]"))
-      if (cell.colSpan !== this.columns) cell.colSpan = this.columns;
+  made(row) {
+    const tr = this.make(row);
+    for (const cell of tr.querySelectorAll("[data-whole]")) cell.colSpan = this.columns;
+    return { tr, row: null };
   }
 
   draw() {
@@ -68,14 +75,17 @@ export class Rows {
     for (let at = first; at < last; at += 1) {
       const row = this.rows[at];
       let known = this.drawn.get(row.key);
-      if (!known) this.drawn.set(row.key, (known = { tr: this.make(row), row: null }));
+      if (!known) this.drawn.set(row.key, (known = this.made(row)));
       if (known.row !== row || known.open !== row.isOpen) {
         this.fill(known.tr, row);
         known.row = row;
         known.open = row.isOpen;
       }
-      known.tr.setAttribute("aria-rowindex", at + 2);
-      known.tr.dataset.at = at;
+      if (known.at !== at) {
+        known.at = at;
+        known.tr.setAttribute("aria-rowindex", at + 2);
+        known.tr.dataset.at = at;
+      }
       if (before.nextSibling !== known.tr) before.after(known.tr);
       before = known.tr;
     }
@@ -83,7 +93,6 @@ export class Rows {
     this.below.firstChild.style.height = `${(this.rows.length - last) * height}px`;
     this.above.hidden = first === 0;
     this.below.hidden = last === this.rows.length;
-    this.span();
   }
 
   onKey(event) {
@@ -105,7 +114,7 @@ export class Rows {
     while (this.rows[at] && this.rows[at].kind === "model") at += step;
     if (!this.rows[at]) return;
     const height = this.height;
-    const head = this.body.parentElement.tHead?.offsetHeight ?? 0;
+    const head = this.body.parentElement.tHead.offsetHeight;
     const { scrollTop, clientHeight } = this.scroller;
     if (at * height < scrollTop) this.scroller.scrollTop = at * height;
     else if ((at + 1) * height + head > scrollTop + clientHeight)
