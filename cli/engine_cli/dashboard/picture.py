@@ -12,6 +12,7 @@ from typing import Any
 from engine_cli.render.flows import Flows, Line, name_of
 from engine_registry import RankState
 
+MAX_NUMBER = (1 << 63) - 1  # that JSON is written with: sums of what anybody may claim go beyond
 MAX_NODES = 48  # more than that nobody can look at
 
 
@@ -47,9 +48,13 @@ def picture(
         "nodes": nodes,
         "edges": [list(each) for each in edges],
         "loads": len(flows.by_reader),
-        "speed": round(sum(map(speed_of, flows.by_reader))),
+        "speed": bounded(sum(map(speed_of, flows.by_reader))),
         "more": len(left_out),
     }
+
+
+def bounded(number: float) -> int:
+    return min(round(number), MAX_NUMBER)
 
 
 def _node(line: Line, row: int, speed: float) -> dict[str, Any]:
@@ -65,5 +70,5 @@ def _node(line: Line, row: int, speed: float) -> dict[str, Any]:
         "fraction": progress.fraction if progress and loads else None,
         "nbytes": progress.nbytes if progress else 0,
         "total_nbytes": progress.total_nbytes if progress else 0,
-        "speed": round(speed),
+        "speed": bounded(speed),
     }

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from engine_cli.dashboard.journal import Changes, Journal
-from engine_cli.dashboard.picture import picture
+from engine_cli.dashboard.picture import bounded, picture
 from engine_cli.render.board import Speeds
 from engine_cli.render.documents import event_json
 from engine_cli.render.flows import Flows, reader_of
@@ -186,7 +186,7 @@ class State:
             "nbytes": record.manifest.nbytes,
             "since": record.registered_at,
             "fraction": progress.fraction if progress else None,
-            "speed": round(self._speeds.of(record.incarnation, now)),
+            "speed": bounded(self._speeds.of(record.incarnation, now)),
             "reads_from": reads_from(reads) if reads else "",
             "read_by": len({reader_of(pull) for pull in readers}),
         }
@@ -205,10 +205,10 @@ class State:
             "world_size": status.world_size,
             "version": None if status.version is None else str(status.version),
             "content": _content(status),
-            "nbytes": status.nbytes,
+            "nbytes": bounded(status.nbytes),
             "why": told.summary if unread and told else status.summary,
             "fraction": self._flows.loaded(status),
-            "speed": round(
+            "speed": bounded(
                 sum(
                     self._speeds.of(record.incarnation, now)
                     for record in status.records

@@ -27,6 +27,7 @@ export function maker(onOpen, onRank) {
         if (event.key === (open ? "ArrowLeft" : "ArrowRight")) onOpen(row.instance);
       });
     }
+    name.setAttribute("role", "rowheader");
     name.append(button, element("div", "under"));
     const state = element("td", "state");
     state.append(element("span", "mark"));

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
+
+import msgspec
 
 from engine_cli.dashboard.journal import Changes
 from engine_cli.dashboard.state import MAX_ABSENT, MAX_EVENTS, State
 from engine_registry import Event, RankRecord, RankState
 from engine_registry.schema.pull_ticket import Reader
+from engine_registry.schema.record import ManifestRef
 from engine_registry.watching.tracker import Tracker
 from tests.support.builders import a_pull, a_record, deleted, garbage, snapshot, stored
 
@@ -155,6 +159,17 @@ def test_a_load_that_has_ended_is_taken_from_its_source() -> None:
 def test_a_version_is_text_as_a_browser_has_no_integers_of_64_bits() -> None:
     page = Page().has(a_record(world_size=1, topology={}, version=(1 << 60) + 1))
     assert page.rank("qwen/0")["version"] == "1152921504606846977"
+
+
+def test_the_largest_numbers_that_anybody_can_claim_can_be_sent() -> None:
+    most = (1 << 63) - 1
+    ref = ManifestRef(digest="ab" * 32, parts=1, tensors=1, nbytes=most)
+    page = Page().has(*(replace(each, manifest=ref) for each in two()))
+    for now, nbytes in ((1.0, 0), (1.001, most)):
+        page.look(a_pull(nbytes=nbytes + 1, total_nbytes=most), now=now)
+    assert msgspec.json.encode(page.state.since(None).entries)
+    assert page.instance()["nbytes"] == most
+    assert page.entries["picture", ""]["speed"] == most
 
 
 def test_equal_contents_show_as_equal() -> None:
