@@ -7,7 +7,7 @@ from typing import Any
 
 
 def plain_linear_layers() -> None:
-    """Weights stay tensors, as on a GPU: oneDNN puts them into handles that no tensor shows."""
+    """Weights stay tensors, as on a GPU: on some CPUs oneDNN puts them into handles."""
     import vllm._custom_ops
     import vllm.model_executor.layers.utils
 
@@ -17,6 +17,20 @@ def plain_linear_layers() -> None:
         return False
 
     vllm.model_executor.layers.utils.check_cpu_sgl_kernel = never
+
+
+def hidden_linear_weights() -> None:
+    """Weights go into handles that no tensor shows, on every CPU: oneDNN does it on some."""
+    import torch
+    import vllm.model_executor.layers.utils
+
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        handle = layer.weight.detach().clone()
+        layer.cpu_linear = lambda x, weight, bias: torch.nn.functional.linear(x, handle, bias)
+        if remove_weight:
+            layer.weight = torch.nn.Parameter(handle.new_empty(0), requires_grad=False)
+
+    vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm = dispatch
 
 
 def pipeline_buffers() -> None:

@@ -15,7 +15,7 @@ from tests.engines.vllm.conftest import Engine, Engines
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 Checkpoint = Callable[..., str]
-PLAIN = ("plain_linear_layers",)
+PLAIN, HIDDEN = ("plain_linear_layers",), ("hidden_linear_weights",)
 TRANSFER = {"backend": "engine_registry"}
 
 
@@ -106,9 +106,8 @@ def test_reloaded_weights_are_the_next_version(
 def test_weights_that_were_only_kept_for_peers_are_not_served_after_a_reload(
     engines: Engines, checkpoint: Checkpoint, registry: Registry
 ) -> None:
-    """With oneDNN, vLLM computes with other memory than it has loaded."""
-    model = checkpoint("llama")
-    first = engines.start(model, {})
+    """As with oneDNN, vLLM computes with other memory than it has loaded."""
+    first = engines.start(checkpoint("llama"), {}, patches=HIDDEN)
     assert first.facts()[0]["extra_nbytes"] > 0
     first.ask("call", method="reload_weights")
     assert registry.instances() == ()

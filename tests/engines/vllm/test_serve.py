@@ -103,8 +103,8 @@ def serve(tmp_path: Path, registry: Registry) -> Iterator[Callable[..., Server]]
 
 
 def test_a_second_server_copies_from_the_first_and_then_follows_a_trainer(
+    engines: Engines,  # before the servers: they end first
     serve: Callable[..., Server],
-    engines: Engines,
     checkpoint: Checkpoint,
     etcd: LocalEtcd,
     registry: Registry,

@@ -15,7 +15,7 @@ from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 Checkpoint = Callable[..., str]
-PLAIN = ("plain_linear_layers",)
+PLAIN, HIDDEN = ("plain_linear_layers",), ("hidden_linear_weights",)
 
 
 def sources(engine: Engine) -> list[str]:
@@ -136,7 +136,7 @@ def test_the_processed_memory_is_copied_as_it_is(
 def test_weights_that_processing_hides_are_not_served_as_processed(
     engines: Engines, checkpoint: Checkpoint
 ) -> None:
-    engine = engines.start(checkpoint("llama"), {"stage": "processed"})
+    engine = engines.start(checkpoint("llama"), {"stage": "processed"}, patches=HIDDEN)
     assert engine.facts() == []
     (line,) = engine.warnings()
     assert "set `stage` to `loaded`" in line
