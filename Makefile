@@ -11,7 +11,7 @@ export PYTHON
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all test-compose test-engines test-browser coverage mutate docs bench lint format lock clean
+.PHONY: help setup demo test test-slow test-all test-compose test-engines test-rdma test-browser coverage mutate docs bench lint format lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -42,6 +42,10 @@ test-engines: setup ## the integrations with a real vLLM and a real SGLang, on C
 	@scripts/engines_setup.sh vllm
 	@scripts/engines_setup.sh sglang
 	$(BIN)/pytest tests/engines -v -m engines -o faulthandler_timeout=1800 $(ARGS)
+
+test-rdma: setup ## loads over RDMA in software, between virtual machines (4 GB of disk; minutes)
+	@scripts/rdma/setup.sh
+	$(BIN)/pytest tests/rdma -v -m rdma --durations=0 $(ARGS)
 
 test-browser: setup ## the page of `engines dashboard` in a real browser (chromium; a minute)
 	@scripts/browser_setup.sh

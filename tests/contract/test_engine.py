@@ -1,7 +1,8 @@
 """What every engine does: the same suite for the real transfer engine over tcp and for the one
 within a process.
 
-Each of them also as over rdma, where one engine reads from all peers and cannot end a read.
+Each of them also as over rdma, where one engine reads from all peers and cannot end a read. With
+TEST_RDMA_HOST, the address of an RDMA device of this machine, also over real rdma.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class Kind:
 
     make: Callable[[], Engine]
     can_end_reads: bool
+    where: tuple[str, ...] = ("127.0.0.1",)  # what MooncakeEngine takes in another process
 
 
 KINDS = {
@@ -130,6 +132,9 @@ KINDS = {
         partial(MooncakeEngine, "127.0.0.1", shared=True), False
     ),
 }
+if "TEST_RDMA_HOST" in os.environ:
+    RDMA = os.environ["TEST_RDMA_HOST"], "rdma"
+    KINDS["mooncake over rdma"] = Kind(partial(MooncakeEngine, *RDMA), False, RDMA)
 
 
 @pytest.fixture(scope="module", params=list(KINDS.values()), ids=list(KINDS))
@@ -396,7 +401,7 @@ from engine_registry import Region
 content = bytes(range(256)) * int(sys.argv[1])
 memory = ctypes.create_string_buffer(content, len(content))
 region = Region(ctypes.addressof(memory), len(content))
-with MooncakeEngine("127.0.0.1") as engine:
+with MooncakeEngine(*sys.argv[2:]) as engine:
     engine.register(region)
     print(engine.session_id, region.addr, flush=True)
     sys.stdin.read()
@@ -429,8 +434,8 @@ def stoppable_engine() -> Iterator[Stoppable]:
 
 
 @contextmanager
-def stoppable_process() -> Iterator[Stoppable]:
-    command = [sys.executable, "-c", SOURCE, str(NBYTES // 256)]
+def stoppable_process(kind: Kind) -> Iterator[Stoppable]:
+    command = [sys.executable, "-c", SOURCE, str(NBYTES // 256), *kind.where]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -458,11 +463,11 @@ def has_connection_to(session_id: str) -> bool:
 
 
 @pytest.fixture
-def stoppable(peers: Peers) -> Iterator[Stoppable]:
+def stoppable(kind: Kind, peers: Peers) -> Iterator[Stoppable]:
     with (
         stoppable_engine()
         if isinstance(peers.reader, InProcessEngine)
-        else stoppable_process() as source
+        else stoppable_process(kind) as source
     ):
         yield source
 

@@ -13,10 +13,11 @@ from contextlib import ExitStack
 import torch
 
 from engine_cli.options import engine_log
-from engine_loader import MooncakeEngine, PublishOptions, Shard, publish
+from engine_loader import PublishOptions, Shard, publish
 from engine_registry import ModelIdentity
 from tests.support.launches import WORD, Origin, words
 from tests.support.registry import connect
+from tests.support.transfer import engine_at
 
 MODEL = ModelIdentity("served in rows", "r1")
 RANKS = 2
@@ -43,7 +44,7 @@ def main(
     with ExitStack() as stack:
         stack.enter_context(engine_log())
         registry = stack.enter_context(connect())
-        engine = stack.enter_context(MooncakeEngine(host))
+        engine = stack.enter_context(engine_at(host))
         ranks = [
             stack.enter_context(
                 publish(

@@ -1,0 +1,127 @@
+"""Loads what a `source` or `shards` serves, and says whose the bytes are: `load HOST INSTANCE[,…]`.
+
+Prints `engine`, then one JSON line for each load: what came from each source, and the origin that
+all words name, or the error. With `--pause` it prints `half` when half has come, and goes on when
+it reads a line. With `--again` it loads once more for each line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from contextlib import ExitStack
+
+import torch
+
+from engine_cli.options import engine_log
+from engine_loader import LoadOptions, Pace, Progress, Replica, Shard, load
+from engine_loader.errors import LoaderError
+from engine_registry.errors import EngineRegistryError
+from tests.support.launches import Origin, origins, origins_of_bytes, the_origin
+from tests.support.processes.shards import NAME, shape_of
+from tests.support.processes.source import empty
+from tests.support.registry import connect
+from tests.support.transfer import engine_at
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("host")
+    parser.add_argument("instances")
+    parser.add_argument("--nbytes", type=int, required=True)
+    parser.add_argument("--count", type=int, default=16, help="Tensors of a source.")
+    parser.add_argument("--columns", help="LOW:HIGH of the matrix of shards.")
+    parser.add_argument("--verify", default="header")
+    parser.add_argument("--chunk", type=int, default=256 << 10)
+    parser.add_argument("--stall", type=float, default=10.0)
+    parser.add_argument("--patience", type=float, default=60.0)
+    parser.add_argument("--timeout", type=float, default=120.0)
+    parser.add_argument("--serve", help="An instance that passes on what has come.")
+    parser.add_argument("--pause", action="store_true")
+    parser.add_argument("--again", action="store_true")
+    return parser.parse_args()
+
+
+class Wanted:
+    """The tensors to fill, and whose they are afterwards."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.shards: dict[str, Shard] | None = None
+        self.columns: tuple[int, int] | None = None
+        if given.columns is None:
+            self.tensors = empty(given.nbytes, given.count)
+            return
+        low, high = (int(end) for end in given.columns.split(":"))
+        self.columns, self.shape = (low, high), shape_of(given.nbytes)
+        self.tensors = {NAME: torch.zeros(self.shape[0], high - low, dtype=torch.int64)}
+        self.shards = {NAME: Shard(self.shape, (0, low))}
+
+    def clear(self) -> None:
+        for tensor in self.tensors.values():
+            tensor.zero_()
+
+    def origin(self) -> Origin:
+        if self.columns is None:
+            return the_origin(origins_of_bytes(self.tensors))
+        places = torch.arange(self.shape[0] * self.shape[1]).view(self.shape)
+        low, high = self.columns
+        return the_origin(origins(self.tensors[NAME], places[:, low:high].contiguous()))
+
+
+def main() -> None:
+    given = arguments()
+    wanted = Wanted(given)
+    paused = not given.pause
+
+    def progress(now: Progress) -> None:
+        nonlocal paused
+        if not paused and now.nbytes * 2 >= now.total_nbytes:
+            paused = True
+            print("half", flush=True)
+            sys.stdin.readline()
+
+    pace = Pace(given.chunk, 4, stall_s=given.stall, patience_s=given.patience)
+    options = LoadOptions(pace=pace, progress=progress, verify=given.verify)
+    with engine_log(), connect() as registry, engine_at(given.host) as engine, ExitStack() as stack:
+        print("engine", flush=True)
+        while True:
+            wanted.clear()
+            start = time.monotonic()
+            try:
+                report = load(
+                    registry,
+                    engine,
+                    given.instances.split(","),
+                    tensors=wanted.tensors,
+                    shards=wanted.shards,
+                    rank=None if wanted.shards else 0,
+                    timeout_s=given.timeout,
+                    publish=Replica(given.serve, 0) if given.serve else False,
+                    options=options,
+                )
+            except (EngineRegistryError, LoaderError) as exc:
+                outcome: dict[str, object] = {"error": type(exc).__name__, "message": str(exc)}
+            else:
+                if report.publication is not None:
+                    stack.enter_context(report.publication)
+                origin = wanted.origin()
+                outcome = {
+                    "protocol": report.protocol,
+                    "nbytes": {share.name: share.nbytes for share in report.shares},
+                    "lost": [share.name for share in report.shares if share.error is not None],
+                    "retries": report.retries,
+                    "version": report.version,
+                    "origin": [origin.launch, origin.version, origin.rank],
+                }
+            outcome["seconds"] = round(time.monotonic() - start, 1)
+            print(json.dumps(outcome), flush=True)
+            if given.serve:
+                sys.stdin.readline()
+            if not given.again or not sys.stdin.readline():
+                return
+
+
+if __name__ == "__main__":
+    main()
