@@ -90,6 +90,9 @@ class Registry(Closable):
         first use. With `lazy` nothing is asked here: the first use connects, and raises them. So a
         process starts while etcd is away. Arguments that are not valid raise InvalidField in both
         cases.
+
+        `timeout_s` bounds one call to etcd, with its retries. The keepers of registrations may take
+        20 s and three times as long to start.
         """
         config = EtcdConfig(
             parse_endpoints(endpoints),

@@ -51,7 +51,7 @@ from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.follow import Follower
 from engine_registry.etcd.local import LocalEtcd
-from engine_registry.registration.keeper import link
+from engine_registry.registration.keeper import link, process
 from engine_registry.schema.keys import record_key
 from engine_registry.schema.keyvalue import Put
 from tests.integration.conftest import Processes, events_until, keepers_of, line_of
@@ -406,6 +406,20 @@ def test_a_keeper_that_is_killed_is_replaced_and_nobody_sees_a_loss(registry: Re
         assert registration.keeper_pid != first
         assert registration.state is RegistrationState.REGISTERED
     assert not [event for event in events if isinstance(event, RankLost)]
+
+
+def test_the_next_keeper_may_take_as_long_to_start_as_the_timeout_allows(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with register(registry) as registration:
+        first = registration.keeper_pid
+        monkeypatch.setattr(link, "START_TIMEOUT_S", 0.0)
+        monkeypatch.setattr(process, "LOOK_S", 0.01)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: registration.keeper_pid not in (0, first))
+        second = registration.keeper_pid
+        registration.update(version=1)
+        assert registration.keeper_pid == second
 
 
 def test_updates_and_withdrawal_work_while_the_keeper_is_dead(

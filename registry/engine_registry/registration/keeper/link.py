@@ -180,7 +180,7 @@ class KeeperLink:
             opening = {**opening, "former": list(self._former)}
         frame = encode_frame(opening, (encode(record), *parts))
         keeper = KeeperProcess(record.key, self._config.password)
-        keeper.write(frame, START_TIMEOUT_S)
+        keeper.write(frame, self._start_s)
         with self._lock:
             self._keeper = keeper
             for message in self._pending.ends():
@@ -191,15 +191,17 @@ class KeeperLink:
             if self._over:
                 self._dismiss(keeper)
 
-    def _silence_s(self, keeper: KeeperProcess) -> float:
-        """How long a keeper that lives may say nothing.
-
-        In the first claim a call takes as long as the user lets it.
+    @property
+    def _start_s(self) -> float:
+        """How long a keeper may take to start, and to claim: longer where the user lets calls take
+        longer, as on a slow machine.
         """
-        if not self._opened:
-            return START_TIMEOUT_S + 3 * self._config.timeout_s
-        if not keeper.spoke:
-            return START_TIMEOUT_S
+        return START_TIMEOUT_S + 3 * self._config.timeout_s
+
+    def _silence_s(self, keeper: KeeperProcess) -> float:
+        """How long a keeper that lives may say nothing."""
+        if not self._opened or not keeper.spoke:
+            return self._start_s
         return ANSWER_S if self._pending else beat_s(self._ttl_s) + ANSWER_S
 
     def _dismiss(self, keeper: KeeperProcess) -> None:
