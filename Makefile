@@ -45,7 +45,7 @@ test-engines: setup ## the integrations with a real vLLM and a real SGLang, on C
 
 test-rdma: setup ## loads over RDMA in software, between virtual machines (4 GB of disk; minutes)
 	@scripts/rdma/setup.sh
-	$(BIN)/pytest tests/rdma -v -m rdma --durations=0 $(ARGS)
+	$(BIN)/pytest tests/rdma -v -m rdma --durations=0 -o timeout=1800 -o faulthandler_timeout=2400 $(ARGS)
 
 test-browser: setup ## the page of `engines dashboard` in a real browser (chromium; a minute)
 	@scripts/browser_setup.sh

@@ -20,7 +20,7 @@ from tests.rdma.emulator import Emulator, rdma_folder
 from tests.support.checkout import ROOT
 
 # What a request, or a line of a program, may take under emulation on a busy machine.
-PATIENCE_S = 180.0
+PATIENCE_S = 300.0
 _SENT = ("registry", "loader", "cli", "tests/support", "tests/rdma/programs", "tests/contract")
 _SENT_FILES = ("pyproject.toml", "tests/conftest.py")
 _IMPORTED = (
@@ -41,6 +41,8 @@ _PATH = ["/project", "/project/registry", "/project/loader", "/project/cli"]
 class Guest:
     """`number` makes its address."""
 
+    add_device = "rdma link add rxe0 type rxe netdev eth1"
+
     def __init__(self, emulator: Emulator, number: int) -> None:
         self.emulator = emulator
         self.name = f"host {number}"
@@ -57,8 +59,7 @@ class Guest:
         self.ask({"do": "import", "path": _PATH, "modules": list(_IMPORTED)})
         self.shell(
             f"ip link set eth1 address {self._mac} mtu 4500 up && "
-            f"ip addr add {self.address}/24 dev eth1 && "
-            "rdma link add rxe0 type rxe netdev eth1"
+            f"ip addr add {self.address}/24 dev eth1 && {self.add_device}"
         )
 
     def ask(self, request: dict[str, Any], data: bytes = b"") -> None:

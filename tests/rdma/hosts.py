@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.rdma.guest import PATIENCE_S, Guest, Program
 
-LOAD_S = 400.0  # a load of a few MiB under emulation, with what it may wait for
+LOAD_S = 600.0  # a load of a few MiB under emulation, with what it may wait for
 TTL_S = "60"
 NBYTES = 4 << 20
 RDMA = {"TEST_PROTOCOL": "rdma"}

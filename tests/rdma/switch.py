@@ -27,6 +27,7 @@ class Switch:
         self._cut: set[str] = set()
         self._selector = selectors.DefaultSelector()
         self.forwarded = 0
+        self._lost = threading.Event()  # a frame, at a cut
         for name in names:
             port = self._ports[name] = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             port.bind(str(self._paths[name]))
@@ -44,10 +45,16 @@ class Switch:
 
     def cut(self, name: str) -> None:
         """No frame comes from or to that guest any more. Its card notices nothing."""
+        self._lost.clear()
         self._cut.add(name)
 
     def mend(self, name: str) -> None:
         self._cut.discard(name)
+
+    def wait_for_loss(self, timeout_s: float = 60.0) -> None:
+        """Until the cut has cost a frame."""
+        if not self._lost.wait(timeout_s):
+            raise AssertionError(f"no frame was lost within {timeout_s} s")
 
     def _run(self) -> None:
         while True:
@@ -59,12 +66,15 @@ class Switch:
 
     def _forward(self, source: str, frame: bytes) -> None:
         if source in self._cut:
+            self._lost.set()
             return
         to, sender = frame[:6], frame[6:12]
         self._learnt[sender] = source
         known = None if to[0] & _BROADCAST else self._learnt.get(to)
         for name in [known] if known is not None else list(self._ports):
-            if name != source and name not in self._cut:
+            if name in self._cut:
+                self._lost.set()
+            elif name != source:
                 self.forwarded += 1
                 # A card that does not exist yet, or a guest that stands still.
                 with suppress(OSError):

@@ -1,5 +1,7 @@
 """Loads what a `source` or `shards` serves, and says whose the bytes are: `load HOST INSTANCE[,…]`.
 
+`-` in the place of instances is any instance of the sources' model.
+
 Prints `engine`, then one JSON line for each load: what came from each source, and the origin that
 all words name, or the error. With `--pause` it prints `half` when half has come, and goes on when
 it reads a line. With `--again` it loads once more for each line.
@@ -17,11 +19,10 @@ import torch
 
 from engine_cli.options import engine_log
 from engine_loader import LoadOptions, Pace, Progress, Replica, Shard, load
-from engine_loader.errors import LoaderError
 from engine_registry.errors import EngineRegistryError
 from tests.support.launches import Origin, origins, origins_of_bytes, the_origin
 from tests.support.processes.shards import NAME, shape_of
-from tests.support.processes.source import empty
+from tests.support.processes.source import MODEL, empty
 from tests.support.registry import connect
 from tests.support.transfer import engine_at
 
@@ -93,7 +94,7 @@ def main() -> None:
                 report = load(
                     registry,
                     engine,
-                    given.instances.split(","),
+                    MODEL if given.instances == "-" else given.instances.split(","),
                     tensors=wanted.tensors,
                     shards=wanted.shards,
                     rank=None if wanted.shards else 0,
@@ -101,7 +102,7 @@ def main() -> None:
                     publish=Replica(given.serve, 0) if given.serve else False,
                     options=options,
                 )
-            except (EngineRegistryError, LoaderError) as exc:
+            except EngineRegistryError as exc:
                 outcome: dict[str, object] = {"error": type(exc).__name__, "message": str(exc)}
             else:
                 if report.publication is not None:
@@ -109,8 +110,8 @@ def main() -> None:
                 origin = wanted.origin()
                 outcome = {
                     "protocol": report.protocol,
-                    "nbytes": {share.name: share.nbytes for share in report.shares},
-                    "lost": [share.name for share in report.shares if share.error is not None],
+                    "nbytes": {_short(share.name): share.nbytes for share in report.shares},
+                    "lost": [_short(share.name) for share in report.shares if share.error],
                     "retries": report.retries,
                     "version": report.version,
                     "origin": [origin.launch, origin.version, origin.rank],
@@ -121,6 +122,11 @@ def main() -> None:
                 sys.stdin.readline()
             if not given.again or not sys.stdin.readline():
                 return
+
+
+def _short(name: str) -> str:
+    """INSTANCE/RANK."""
+    return name.removeprefix("/engines/")
 
 
 if __name__ == "__main__":
