@@ -129,6 +129,7 @@ def lay_out(root: Path, unpacked: Path) -> int:
     files[Path("/bin/busybox")] = Path(shutil.which("busybox") or "/bin/busybox")
     here = Path(__file__).parent
     files[Path("/guest/main.sh")] = here / "main.sh"
+    files[Path("/guest/retry_count.so")] = unpacked.parent / "retry_count.so"
     files[Path("/guest/agent.py")] = here.parents[1] / "tests/rdma/agent.py"
     for there, path in files.items():
         target = root / there.relative_to("/")

@@ -14,6 +14,8 @@ ip addr add 10.0.2.15/24 dev eth0
 ip route add default via 10.0.2.2
 export PYTHONPATH=/site-packages OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 GRPC_VERBOSITY=NONE
 echo "guest: up after $(cut -d' ' -f1 /proc/uptime) s"
-"$(readlink /guest/python)" /guest/agent.py  # by its own path, from which it finds its modules
+# Programs are forks of the agent, so what they need to have loaded has to be loaded by it.
+# Python is called by its own path, from which it finds its modules.
+LD_PRELOAD=/guest/retry_count.so "$(readlink /guest/python)" /guest/agent.py
 echo "guest: the agent has ended"
 reboot -f  # ends the emulator, which is started with -no-reboot

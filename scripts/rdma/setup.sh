@@ -110,4 +110,4 @@ install_tools
 step unpack "$here/setup.sh" unpack
 step initramfs "$here/setup.sh $here/init" make_initramfs
 step shim "$here/setup.sh $here/retry_count.c" compile_shim
-step disk "$here/setup.sh $here/image.py $here/main.sh $root/tests/rdma/agent.py $root/constraints.txt $root/pyproject.toml" make_disk
+step disk "$here/setup.sh $here/image.py $here/main.sh $here/retry_count.c $root/tests/rdma/agent.py $root/constraints.txt $root/pyproject.toml" make_disk

@@ -46,7 +46,7 @@ class Emulator:
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [
-                    *("qemu-system-x86_64", "-M", "q35"),
+                    *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-M", "q35"),
                     *("-accel", accelerator, "-cpu", "max,la57=off"),
                     *("-m", str(MEMORY_MIB), "-smp", "2", "-display", "none", "-nodefaults"),
                     *("-no-user-config", "-no-reboot", "-device", "virtio-rng-pci"),

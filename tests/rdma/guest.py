@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from tests.rdma.emulator import Emulator, rdma_folder
+from tests.rdma.emulator import Emulator
 from tests.support.checkout import ROOT
 
 # What a request, or a line of a program, may take under emulation on a busy machine.
@@ -220,7 +220,6 @@ def _project() -> bytes:
                     tar.add(path, path.relative_to(ROOT))
         for name in _SENT_FILES:
             tar.add(ROOT / name, name)
-        tar.add(rdma_folder() / "retry_count.so", "retry_count.so")
     return archive.getvalue()
 
 
@@ -233,6 +232,5 @@ def environment(endpoint: str, namespace: str) -> dict[str, str]:
     return {
         "ENGINES_ETCD": etcd_from_guests(endpoint),
         "TEST_NAMESPACE": namespace,
-        "LD_PRELOAD": "/project/retry_count.so",
         "MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR"),
     }
