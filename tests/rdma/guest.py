@@ -232,5 +232,6 @@ def environment(endpoint: str, namespace: str) -> dict[str, str]:
     return {
         "ENGINES_ETCD": etcd_from_guests(endpoint),
         "TEST_NAMESPACE": namespace,
+        "PYTHONPATH": ":".join(["/site-packages", *_PATH]),  # of what programs start
         "MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR"),
     }
