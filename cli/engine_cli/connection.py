@@ -21,6 +21,7 @@ from engine_cli.suggestions import did_you_mean
 from engine_registry.errors import InvalidField
 from engine_registry.etcd.config import MAX_TIMEOUT_S
 from engine_registry.etcd.environment import VARIABLES as ETCD_VARIABLES
+from engine_registry.telemetry.logs import fields
 
 if TYPE_CHECKING:
     from engine_registry import Registry
@@ -159,7 +160,12 @@ def _warn_of_unknown(environ: Mapping[str, str]) -> None:
     for variable in sorted(environ):
         if variable.startswith(PREFIX) and variable not in VARIABLES:
             hint = did_you_mean(variable, VARIABLES, most=1)
-            log.warning("%s means nothing to engines%s", variable, f": {hint}" if hint else "")
+            log.warning(
+                "%s means nothing to engines%s",
+                variable,
+                f": {hint}" if hint else "",
+                extra=fields("variable_unknown", variable=variable),
+            )
 
 
 def _connect(etcd: dict[str, Any]) -> Registry:

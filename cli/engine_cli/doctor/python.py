@@ -13,6 +13,7 @@ _OLDEST, _TOO_NEW = (3, 10), (3, 14)
 _REQUIREMENT = re.compile(
     r"(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*(?P<op>>=|==)\s*(?P<version>[0-9.]+)"
 )
+_OLDER_ONLY = re.compile(r"python_version\s*<\s*['\"](\d+)\.(\d+)['\"]")
 WHEELS = {
     "mooncake-transfer-engine-non-cuda": "cpu",
     "mooncake-transfer-engine": "cuda12",
@@ -62,8 +63,10 @@ def judge_packages(required: Sequence[str], installed: Mapping[str, str]) -> Fin
         found = _REQUIREMENT.match(text)
         package = found["name"].lower() if found else ""
         version = installed.get(package)
+        older = _OLDER_ONLY.search(marker)
         if (
             found is None
+            or (older is not None and sys.version_info >= (int(older[1]), int(older[2])))
             or (version is None and "extra" in marker)
             or "'dev'" in marker
             or '"dev"' in marker

@@ -112,6 +112,14 @@ def test_packages_are_compared_with_what_the_distribution_asks_for(
     assert what in finding.what
 
 
+def test_a_package_that_only_an_older_python_needs_is_not_missing() -> None:
+    def status(marker: str) -> Status:
+        return judge_packages([f"tomli>=2; {marker}"], {}).status
+
+    assert status('python_version < "3.10"') is Status.OK
+    assert status("python_version < '3.99'") is Status.FAIL
+
+
 def test_a_checkout_without_metadata_is_no_fault() -> None:
     assert judge_packages([], {}).status is Status.OK
 
