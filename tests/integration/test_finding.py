@@ -157,14 +157,3 @@ def test_a_shell_gets_what_makes_it_complete(processes: Processes, shell: str) -
     assert "_ENGINES_COMPLETE" in script
     if program := shutil.which(shell):
         subprocess.run([program, "-n"], input=script, text=True, check=True)
-
-
-def test_a_reader_of_the_output_that_leaves_ends_a_command_as_its_signal_does(
-    processes: Processes, registry: Registry, namespace: str
-) -> None:
-    watch = processes.engines("watch", "--lines", "--namespace", namespace)
-    assert watch.stdout is not None
-    with register(registry, "a"):
-        assert "a/0 joined" in watch.stdout.readline()
-        watch.stdout.close()
-    assert watch.wait(60) == 128 + signal.SIGPIPE
