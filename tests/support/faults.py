@@ -263,11 +263,15 @@ def etcdctl(endpoint: str, *args: str) -> str:
 
 
 def fill_until_no_space(etcd: Etcd) -> None:
-    """Write until etcd says that it is full; an answer that comes late does not count as one."""
+    """Write until etcd says that it is full; an answer that comes late does not count as one.
+
+    etcd may say so before its alarm stands, which refuses what is small, too.
+    """
     for number in range(10_000):
         try:
             etcd.commit([], [Put(f"/fill/{number}", bytes(256 << 10), 0)])
         except EtcdFull:
+            wait_until(lambda: bool(etcd.alarms()))
             return
         except EtcdUnavailable:
             pass  # the disk was slow to sync
