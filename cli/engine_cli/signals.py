@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from engine_cli.exits import Exit
+
 
 class Ended(BaseException):
     """A signal has asked the process to end.
@@ -51,6 +53,19 @@ def on_ending(call: Callable[[], object]) -> None:
     for number in _ending():
         # one of Python's own: the default ones do not write to the pipe
         signal.signal(number, lambda *_: None)
+
+
+def stop_on_ending(stop: Callable[[], object]) -> None:
+    """From now on the first of the signals calls this, and another one ends the process at once."""
+    ending = threading.Event()
+
+    def end() -> None:
+        if ending.is_set():
+            os._exit(Exit.INTERRUPTED)
+        ending.set()
+        stop()
+
+    on_ending(end)
 
 
 @contextmanager

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from collections.abc import Callable
 
 import click
 
 from engine_cli.connection import etcd_options
-from engine_cli.exits import Exit
 from engine_cli.logs import log_options
 from engine_cli.options import TOKEN_VARIABLE, gateway_token
-from engine_cli.signals import on_ending
+from engine_cli.signals import stop_on_ending
 from engine_registry import Registry
 from engine_registry.telemetry.logs import fields
 
@@ -51,15 +48,7 @@ def command(connect: Callable[[], Registry], host: str, port: int) -> None:
         connect() as registry,
         Dashboard(registry, host=host, port=port, token=gateway_token()) as dashboard,
     ):
-        ending = threading.Event()
-
-        def end() -> None:
-            if ending.is_set():
-                os._exit(Exit.INTERRUPTED)
-            ending.set()
-            dashboard.stop()
-
-        on_ending(end)
+        stop_on_ending(dashboard.stop)
         if dashboard.open_to_others:
             log.warning(
                 "everybody who reaches %s sees the dashboard: set %s, or listen at 127.0.0.1",

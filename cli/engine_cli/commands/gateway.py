@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import click
 
 from engine_cli.connection import etcd_options
-from engine_cli.exits import Exit
 from engine_cli.logs import log_options
 from engine_cli.options import Seconds, gateway_token
-from engine_cli.signals import on_ending
+from engine_cli.signals import stop_on_ending
 from engine_registry import Registry
 from engine_registry.errors import MetricsUnavailable
 from engine_registry.telemetry import metrics
@@ -140,15 +137,7 @@ def command(
             limits=Limits(connections_per_address=connections_per_address),
         ) as gateway,
     ):
-        ending = threading.Event()
-
-        def end() -> None:
-            if ending.is_set():
-                os._exit(Exit.INTERRUPTED)
-            ending.set()
-            gateway.stop()
-
-        on_ending(end)
+        stop_on_ending(gateway.stop)
         click.echo(f"gateway of {instance} is ready at {gateway.url}; Ctrl-C ends it")
         gateway.wait()
 

@@ -6,8 +6,6 @@ feed's.
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from ipaddress import ip_address
 from types import TracebackType
 
@@ -22,7 +20,6 @@ from engine_registry.gateway.token import check_token
 
 PORT = 6790
 _STREAM_S = 3600.0  # then the page asks again: a browser that takes nothing is cut off
-_JOIN_S = 10.0
 
 
 class Dashboard:
@@ -41,20 +38,17 @@ class Dashboard:
         had.
         """
         check_token(token)
-        self._socket = listen(host, port)
-        self.host, self.port = self._socket.getsockname()[:2]
+        listener = listen(host, port)
+        self.host, self.port = listener.getsockname()[:2]
         loopback = ip_address(self.host).is_loopback
         self.open_to_others = not loopback and token is None
-        self._failure: BaseException | None = None
-        self._ended = threading.Event()
-        self._limiter = ConnectionLimiter(limits or Limits(request_s=_STREAM_S))
+        limiter = ConnectionLimiter(limits or Limits(request_s=_STREAM_S))
         self._calls = Calls(1, "dashboard reads")
-        self.feed = Feed(registry, self._fail)
+        self.feed = Feed(registry, lambda why: self._server.fail(why))
         names = frozenset({host.lower(), "localhost", "127.0.0.1", "[::1]"}) if loopback else ()
-        routes = Routes(registry, self.feed, self._calls, self._limiter, token, frozenset(names))
-        self._server = HttpServer(routes.app(), self._limiter)
-        self._thread = threading.Thread(target=self._run, name="dashboard server", daemon=True)
-        self._thread.start()
+        routes = Routes(registry, self.feed, self._calls, limiter, token, frozenset(names))
+        self._server = HttpServer(routes.app(), limiter, listener, "dashboard server")
+        self._server.start()
         self.feed.start()
 
     @property
@@ -67,45 +61,18 @@ class Dashboard:
         """Until it has ended by `stop` or `close`, or by itself, which raises why; False where the
         time is over first.
         """
-        if not self._ended.wait(timeout_s):
-            return False
-        if self._failure is not None:
-            raise self._failure
-        return True
+        return self._server.wait(timeout_s)
 
     def stop(self) -> None:
         """From any thread: `wait` returns when it has ended."""
         self.feed.close()
-        self._server.should_exit = True
+        self._server.stop()
 
     def close(self) -> None:
         """Any number of times. Ends the streams of all browsers, which then try again."""
-        self.stop()
-        self._thread.join(_JOIN_S)
+        self.feed.close()
+        self._server.close()
         self._calls.close(wait=False)
-        self._socket.close()
-
-    def _fail(self, exc: BaseException) -> None:
-        self._failure = self._failure or exc
-        self._server.should_exit = True
-
-    def _run(self) -> None:
-        loop = asyncio.new_event_loop()
-        try:
-            loop.run_until_complete(self._serve())
-        except BaseException as exc:  # noqa: BLE001  raised again in `wait`: a thread has no caller above it
-            self._failure = self._failure or exc
-        finally:
-            loop.close()
-            self._ended.set()
-
-    async def _serve(self) -> None:
-        await self._server.serve(sockets=[self._socket])
-        self._limiter.abort_all()
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
 
     def __enter__(self) -> Dashboard:
         return self

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +34,6 @@ from engine_registry.schema.keys import ENGINES
 _ETCD_S = 2.0
 _THREADS = 4
 _PROBE_S = 1.0
-_JOIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,6 @@ class Service:
 
     def __init__(self, config: ServiceConfig, listener: socket.socket) -> None:
         """`listener` is for this service alone, which closes it at the end."""
-        self._socket = listener
         etcd = config.etcd
         self._etcd = Etcd(replace(etcd, timeout_s=min(etcd.timeout_s, _ETCD_S)))
         self._reading = Calls(_THREADS, "gateway reads")
@@ -89,26 +86,19 @@ class Service:
             config.registers,
         )
         app = routes.app(self._lifespan)
-        self._server = HttpServer(app, self._limiter)
-        self._failure: BaseException | None = None
-        self._ended = threading.Event()
+        self._server = HttpServer(app, self._limiter, listener, "gateway")
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
-        self._thread.start()
+        self._server.start()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Until it has ended by `close`, or by itself, which raises why; False where the time is
         over first.
         """
-        if not self._ended.wait(timeout_s):
-            return False
-        if self._failure is not None:
-            raise self._failure
-        return True
+        return self._server.wait(timeout_s)
 
     def stop(self) -> None:
         """From any thread: `wait` returns when it has ended."""
-        self._server.should_exit = True
+        self._server.stop()
 
     def close(self) -> None:
         """Any number of times.
@@ -118,30 +108,10 @@ class Service:
         if self._closed:
             return
         self._closed = True
-        self.stop()
-        self._thread.join(_JOIN_S)
+        self._server.close()
         self._etcd.close()
         for calls in (self._reading, self._writing, self._parsing):
             calls.close()
-        self._socket.close()
-
-    def _run(self) -> None:
-        loop = asyncio.new_event_loop()
-        try:
-            loop.run_until_complete(self._serve())
-        except BaseException as exc:  # noqa: BLE001  raised again in `wait`: a thread has no caller above it
-            self._failure = self._failure or exc
-        finally:
-            loop.close()
-            self._ended.set()
-
-    async def _serve(self) -> None:
-        await self._server.serve(sockets=[self._socket])
-        self._limiter.abort_all()
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -161,5 +131,4 @@ class Service:
     def _on_end(self, task: asyncio.Task[None]) -> None:
         """Of a task that should go on: the gateway ends with what ended it."""
         if not task.cancelled():
-            self._failure = task.exception()
-            self._server.should_exit = True
+            self._server.fail(task.exception())
