@@ -1,6 +1,6 @@
 """`python -m benchmarks.vllm_start`: seconds from the start of vLLM to its first token.
 
-Each is a process of its own with a random Llama: from the disk with its files in the page cache,
+Each is a separate process with a random Llama: from the disk with its files in the page cache,
 from the disk without them, and from a vLLM that runs. They take turns. They run on CPUs after
 `scripts/engines_setup.sh vllm`, or with `--python` in any environment that has a vLLM.
 """

@@ -64,8 +64,8 @@ class Routes:
         token: str | None,
         names: frozenset[str],
     ) -> None:
-        """`names` are what a browser may call this host, lest a page of the web reach it under a
-        name of its own; empty where that does not matter.
+        """`names` are what a browser may call this host, lest a page of the web reach it under
+        another name; empty where that does not matter.
         """
         self._registry = registry
         self._feed = feed
