@@ -56,6 +56,17 @@ class Engine:
         """Of the models of all workers."""
         return [one for worker in self.ask("facts") for one in worker]
 
+    def sources(self) -> list[str]:
+        """Where the weights of each rank came from."""
+        return [facts["source"] for facts in self.facts()]
+
+    def copied(self) -> list[int]:
+        """Bytes that each of its ranks has copied from peers."""
+        return [facts["nbytes"] for facts in self.facts()]
+
+    def instance(self) -> str:
+        return str(self.facts()[0]["rank"]).partition("/")[0]
+
     def lines(self, having: str) -> list[str]:
         """Of the engine's log."""
         text = self.log.read_text("utf-8", errors="replace")
@@ -183,6 +194,16 @@ class Engines:
         self._stack.callback(engine.close)
         self.last = engine
         return engine
+
+
+def held(registry: Registry, instance: str) -> list[int]:
+    """Bytes of the tensors that each rank of the instance publishes."""
+    return [
+        record.manifest.nbytes
+        for status in registry.instances()
+        for record in status.records
+        if record.instance == instance
+    ]
 
 
 def wait_for_withdrawal(registry: Registry) -> None:

@@ -7,28 +7,13 @@ from collections.abc import Callable
 import pytest
 
 from engine_registry import Registry
-from tests.engines.vllm.conftest import Engine, Engines
+from tests.engines.vllm.conftest import Engines, held
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 Checkpoint = Callable[..., str]
 # 330 tokens are padded, and two ranks have the same keys and values
 SHAPE = {"vocab": 330, "kv_heads": 1}
 PATCHES = ("plain_linear_layers", "pipeline_buffers")
-
-
-def sources(engine: Engine) -> list[str]:
-    return [facts["source"] for facts in engine.facts()]
-
-
-def copied(engine: Engine) -> list[int]:
-    return [facts["nbytes"] for facts in engine.facts()]
-
-
-def held(registry: Registry, engine: Engine) -> list[int]:
-    """The bytes that each of its ranks publishes."""
-    name = engine.facts()[0]["rank"].partition("/")[0]
-    (status,) = [one for one in registry.instances() if one.instance == name]
-    return [record.manifest.nbytes for record in status.records]
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-int8", "qwen2", "qwen3", "qwen3moe"])
@@ -45,8 +30,8 @@ def test_an_engine_copies_from_one_with_other_sizes_of_tensor_parallelism(
     seed = engines.start(model, {}, patches=PATCHES, tensor_parallel_size=first)
     joiner = engines.start(model, {}, patches=PATCHES, tensor_parallel_size=second)
     alone = engines.start(model, patches=PATCHES, tensor_parallel_size=second)
-    assert (sources(seed), sources(joiner)) == (["disk"] * first, ["peers"] * second)
-    assert copied(joiner) == held(registry, joiner) != []
+    assert (seed.sources(), joiner.sources()) == (["disk"] * first, ["peers"] * second)
+    assert joiner.copied() == held(registry, joiner.instance()) != []
     assert joiner.ask("checksums") == alone.ask("checksums") != [{}] * second
     assert joiner.generate() == alone.generate()
 
@@ -58,7 +43,7 @@ def test_the_stages_of_a_pipeline_copy_from_the_ranks_of_tensor_parallelism(
     engines.start(model, {}, patches=PATCHES, tensor_parallel_size=2)
     joiner = engines.start(model, {}, patches=PATCHES, pipeline_parallel_size=2)
     alone = engines.start(model, patches=PATCHES, pipeline_parallel_size=2)
-    assert sources(joiner) == ["peers"] * 2
+    assert joiner.sources() == ["peers"] * 2
     assert joiner.ask("checksums") == alone.ask("checksums")
 
 
@@ -70,7 +55,7 @@ def test_reloaded_weights_are_copied_into_another_layout(
     seed.ask("call", method="reload_weights", weights_path=other)
     joiner = engines.start(model, {}, patches=PATCHES, tensor_parallel_size=2)
     alone = engines.start(other, patches=PATCHES, tensor_parallel_size=2)
-    assert sources(joiner) == ["peers"] * 2
+    assert joiner.sources() == ["peers"] * 2
     assert {record.version for one in registry.instances() for record in one.records} == {1}
     assert joiner.ask("checksums") == alone.ask("checksums")
 
@@ -81,7 +66,7 @@ def test_an_engine_that_is_not_to_reshard_reads_its_disk(
     model = checkpoint("llama")
     engines.start(model, {"reshard": False})
     joiner = engines.start(model, {"reshard": False}, tensor_parallel_size=2)
-    assert sources(joiner) == ["disk"] * 2
+    assert joiner.sources() == ["disk"] * 2
 
 
 def test_a_model_that_cuts_its_tensors_itself_serves_only_the_same_layout(
@@ -95,5 +80,5 @@ def test_a_model_that_cuts_its_tensors_itself_serves_only_the_same_layout(
     assert "set `reshard` to false" in line
     second = engines.start(model, {"reshard": False}, patches=own)
     third = engines.start(model, {"reshard": False}, patches=own)
-    assert sources(second) + sources(third) == ["disk", "peers"]
+    assert second.sources() + third.sources() == ["disk", "peers"]
     assert third.generate() == first.generate()

@@ -10,34 +10,12 @@ import pytest
 
 from engine_registry import Registry
 from engine_registry.etcd.ports import free_port
-from tests.engines.vllm.conftest import Engine, Engines
+from tests.engines.vllm.conftest import Engine, Engines, held
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 Checkpoint = Callable[..., str]
 PLAIN, HIDDEN = ("plain_linear_layers",), ("hidden_linear_weights",)
-
-
-def sources(engine: Engine) -> list[str]:
-    return [facts["source"] for facts in engine.facts()]
-
-
-def copied(engine: Engine) -> int:
-    return sum(facts["nbytes"] for facts in engine.facts())
-
-
-def held(registry: Registry, instance: str) -> int:
-    """Bytes of the tensors that the ranks of the instance publish."""
-    return sum(
-        record.manifest.nbytes
-        for status in registry.instances()
-        for record in status.records
-        if record.instance == instance
-    )
-
-
-def instance_of(engine: Engine) -> str:
-    return str(engine.facts()[0]["rank"]).partition("/")[0]
 
 
 def test_the_first_reads_its_disk_and_the_second_copies_all_of_it(
@@ -47,10 +25,10 @@ def test_the_first_reads_its_disk_and_the_second_copies_all_of_it(
     alone = engines.start(model)
     first = engines.start(model, {})
     second = engines.start(model, {})
-    assert (sources(first), sources(second)) == (["disk"], ["peers"])
+    assert (first.sources(), second.sources()) == (["disk"], ["peers"])
     assert first.generate() == second.generate() == alone.generate()
     assert first.ask("checksums") == second.ask("checksums") == alone.ask("checksums") != [{}]
-    assert copied(second) == held(registry, instance_of(first)) > 0
+    assert sum(second.copied()) == sum(held(registry, first.instance())) > 0
     assert second.warnings() == []
 
 
@@ -69,7 +47,7 @@ def test_without_etcd_it_starts_from_disk_after_one_warning(
 def test_another_revision_is_read_from_disk(engines: Engines, checkpoint: Checkpoint) -> None:
     model = checkpoint("llama")
     engines.start(model, {"revision": "r1"})
-    assert sources(engines.start(model, {"revision": "r2"})) == ["disk"]
+    assert engines.start(model, {"revision": "r2"}).sources() == ["disk"]
 
 
 def test_settings_that_are_not_known_are_refused_by_name(
@@ -87,10 +65,10 @@ def test_two_workers_of_tensor_parallelism_copy_their_halves(
     expected = engines.start(model, tensor_parallel_size=2).generate()
     first = engines.start(model, {}, tensor_parallel_size=2)
     second = engines.start(model, {}, tensor_parallel_size=2)
-    assert (sources(first), sources(second)) == (["disk"] * 2, ["peers"] * 2)
+    assert (first.sources(), second.sources()) == (["disk"] * 2, ["peers"] * 2)
     assert sorted(facts["rank"].rpartition("/")[2] for facts in second.facts()) == ["0", "1"]
     assert first.generate() == second.generate() == expected
-    assert copied(second) == held(registry, instance_of(first)) > 0
+    assert sum(second.copied()) == sum(held(registry, first.instance())) > 0
 
 
 def test_a_third_copies_from_both(engines: Engines, checkpoint: Checkpoint) -> None:
@@ -111,13 +89,13 @@ def test_a_source_that_is_killed_in_the_middle_is_followed_by_the_disk(
 ) -> None:
     model = checkpoint("llama", hidden=512, layers=8)
     first = engines.start(model, {"stage": stage}, patches=PLAIN)
-    expected, instance = first.generate(), instance_of(first)
+    expected, instance = first.generate(), first.instance()
     with first.stopped(), ThreadPoolExecutor(1) as pool:
         starting = pool.submit(engines.start, model, {"stage": stage}, patches=PLAIN)
         wait_until(lambda: starting.done() or registry.all_pulls(instance) != (), 120)
         first.kill()
         second = starting.result(200)
-    assert sources(second) == ["disk"]
+    assert second.sources() == ["disk"]
     assert second.generate() == expected
 
 
@@ -127,9 +105,9 @@ def test_the_processed_memory_is_copied_as_it_is(
     model = checkpoint("llama")
     first = engines.start(model, {"stage": "processed"}, patches=PLAIN)
     second = engines.start(model, {"stage": "processed"}, patches=PLAIN)
-    assert (sources(first), sources(second)) == (["disk"], ["peers"])
+    assert (first.sources(), second.sources()) == (["disk"], ["peers"])
     assert first.generate() == second.generate() == engines.start(model, patches=PLAIN).generate()
-    assert copied(second) == held(registry, instance_of(first)) > 0
+    assert sum(second.copied()) == sum(held(registry, first.instance())) > 0
     assert second.facts()[0]["extra_nbytes"] == 0
 
 
@@ -150,9 +128,9 @@ def test_quantised_weights_and_experts_are_copied(
     expected = engines.start(model).generate()
     first = engines.start(model, {})
     second = engines.start(model, {})
-    assert sources(second) == ["peers"]
+    assert second.sources() == ["peers"]
     assert first.generate() == second.generate() == expected
-    assert copied(second) == held(registry, instance_of(first)) > 0
+    assert sum(second.copied()) == sum(held(registry, first.instance())) > 0
 
 
 def test_the_stages_of_a_pipeline_are_copied(
@@ -163,9 +141,9 @@ def test_the_stages_of_a_pipeline_are_copied(
     expected = engines.start(model, patches=patches, pipeline_parallel_size=2).generate()
     first = engines.start(model, {}, patches=patches, pipeline_parallel_size=2)
     second = engines.start(model, {}, patches=patches, pipeline_parallel_size=2)
-    assert sources(second) == ["peers"] * 2
+    assert second.sources() == ["peers"] * 2
     assert first.generate() == second.generate() == expected
-    assert copied(second) == held(registry, instance_of(first)) > 0
+    assert sum(second.copied()) == sum(held(registry, first.instance())) > 0
 
 
 def test_the_draft_of_speculative_decoding_is_copied_as_a_model_for_itself(
@@ -175,7 +153,7 @@ def test_the_draft_of_speculative_decoding_is_copied_as_a_model_for_itself(
     how = {"method": "draft_model", "model": draft, "num_speculative_tokens": 2}
     first = engines.start(model, {}, speculative_config=how)
     second = engines.start(model, {}, speculative_config=how)
-    assert sources(second) == ["peers"] * 2
+    assert second.sources() == ["peers"] * 2
     drafts = [facts["rank"].endswith(".draft/0") for facts in second.facts()]
     assert sorted(drafts) == [False, True]
     assert first.generate() == second.generate()
@@ -222,6 +200,6 @@ def test_an_adapter_is_the_same_on_weights_from_a_peer(
     first = engines.start(model, {}, **settings)
     assert first.generate(adapter) == expected != first.generate()
     second = engines.start(model, {}, **settings)  # while the first has its adapter
-    assert sources(second) == ["peers"]
+    assert second.sources() == ["peers"]
     assert second.generate(adapter) == expected
     assert second.generate() == first.generate()
