@@ -10,12 +10,6 @@ from tests.rdma.guest import Guest
 pytestmark = pytest.mark.rdma
 
 PAUSE_S = 600.0  # between two results
-# They fail: a peer that stops between the first contact and the first read holds up the reads from
-# all others, as the one engine shakes hands with it.
-FAILING = (
-    "test_memory_that_an_abandoned_read_may_write_to_is_for_nobody_until_that_has_ended",
-    "test_a_peer_that_has_stopped_does_not_keep_others_from_being_read_or_abandoned",
-)
 
 
 def test_mooncake_over_rdma_passes_the_suite_of_every_engine(guests: list[Guest], say: Say) -> None:
@@ -23,7 +17,7 @@ def test_mooncake_over_rdma_passes_the_suite_of_every_engine(guests: list[Guest]
     program = guest.start(
         "pytest",
         *("-c", "/project/pyproject.toml", "/project/tests/contract"),
-        *("-k", f"rdma and not {' and not '.join(FAILING)}"),
+        *("-k", "rdma"),
         *("-v", "-p", "no:cacheprovider", "--durations=10"),
         env={"TEST_RDMA_HOST": guest.address},
     )

@@ -59,6 +59,13 @@ class Binding:
                 session_id=session_id,
             ) from exc
 
+    def first_address(self, session_id: str) -> int | None:
+        """Of what a peer that was met had registered by then; None where that was nothing."""
+        try:
+            return int(self._engine.get_first_buffer_address(session_id)) or None
+        except _RAISED:
+            return None
+
     def begin(self, session_id: str, op: ReadOp) -> int | None:
         """A batch of one read; None where it is refused."""
         try:

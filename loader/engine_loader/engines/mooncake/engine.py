@@ -22,6 +22,7 @@ from engine_loader.engines.lingering import Lingering
 from engine_loader.engines.mooncake.binding import Binding
 from engine_loader.engines.mooncake.machine import check_host, rdma_devices, this_host
 from engine_loader.engines.mooncake.reader import PeerReader
+from engine_loader.engines.mooncake.shared import SharedEngine
 from engine_loader.engines.mooncake.start import start
 from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, EngineUnavailable, LoaderError, ReadFailed
@@ -85,7 +86,6 @@ class MooncakeEngine(Closable, Engine):
         self._protocol = protocol
         self._device = device
         self._fabric = fabric or (this_host() if protocol == "nvlink_intra" else "")
-        self._shared = protocol in _SHARED if shared is None else shared
         self._served = RegionBook()
         # But for RDMA an engine writes to any address that it is given, so peers need not be able
         # to reach what is only read into.
@@ -98,6 +98,13 @@ class MooncakeEngine(Closable, Engine):
         self._reading = True
         self._binding: Binding | None = start(self._host, self._family, protocol, device)
         self._session_id = join(self._host, self._binding.port)
+        self._shared: SharedEngine | None = None
+        if shared or (shared is None and protocol in _SHARED):
+            try:
+                self._shared = SharedEngine(self._binding)
+            except EngineFailed as exc:
+                self._binding.end()
+                raise EngineUnavailable(exc.what, exc.remedy) from exc
         _OPEN.add(self)
         self._mark_open()
 
@@ -164,7 +171,7 @@ class MooncakeEngine(Closable, Engine):
         return None
 
     def connect(self, peer: str) -> None:
-        shared = self._open() if self._shared else None
+        self._open()
         with self._lock:
             if not self._reading:
                 raise _closed()
@@ -175,11 +182,11 @@ class MooncakeEngine(Closable, Engine):
                     start,
                     self._host,
                     self._family,
-                    "tcp" if self._shared else self._protocol,
+                    "tcp" if self._shared is not None else self._protocol,
                     self._device,
                 )
                 reader = self._readers[peer] = PeerReader(
-                    peer, self._protocol, self._family, new, shared
+                    peer, self._protocol, self._family, new, self._shared
                 )
         try:
             reader.connect()

@@ -7,16 +7,20 @@ on after they are given up, until the peer answers or the way there is known to 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from engine_loader.engines.base import session_of
 from engine_loader.engines.mooncake.binding import Binding
 from engine_loader.engines.mooncake.contact import Contact
+from engine_loader.engines.mooncake.shared import SharedEngine
 from engine_loader.engines.mooncake.sockets import Way, cut
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
 
 _AGAIN_S = 2.0  # for a second contact with a peer that has just answered the first
+_BYTE_S = 5.0  # and for a byte that is read from it
+_CUT_EVERY_S = 0.01
 Ended = Callable[[], bool]
 
 
@@ -29,7 +33,7 @@ class PeerReader:
         protocol: str,
         family: str,
         start: Callable[[], Binding],
-        shared: Binding | None,
+        shared: SharedEngine | None,
     ) -> None:
         self.session_id = session_of(peer)
         self._protocol = protocol
@@ -40,6 +44,7 @@ class PeerReader:
         self._contact: Contact | None = None  # that is under way
         self._binding: Binding | None = None  # once connected
         self._way: Way = ([], 0)  # then
+        self._cut_at = 0.0  # when it was last cut
         self._given_up = False
         self._batches: dict[int, ReadOp] = {}  # of one read each, not over yet
         # Of a call that has not come back. It stays here if an interrupt came before it was noted
@@ -67,7 +72,7 @@ class PeerReader:
             if not self._given_up:
                 self._binding, self._way, self._contact = binding, way, None
                 return
-        if binding is not self._shared:
+        if self._shared is None:
             binding.end()
         raise self.failed()
 
@@ -81,14 +86,14 @@ class PeerReader:
         try:
             met = own.meet(self.session_id)
             if met and self._shared is not None:
-                contact.allow(_AGAIN_S)
-                met = self._shared.meet(self.session_id)
+                contact.allow(_AGAIN_S + _BYTE_S)
+                met = self._shared.meet(self.session_id, _BYTE_S)
         finally:
             if not met or self._shared is not None:
                 own.end()
         if not met:
             raise self.failed()
-        return self._shared or own
+        return self._shared.binding if self._shared is not None else own
 
     def begin(self, op: ReadOp) -> int:
         """The read's batch. ReadFailed where the peer is not connected."""
@@ -140,19 +145,33 @@ class PeerReader:
         if contact is not None:
             contact.break_off()
         elif self._shared is not None:
-            cut(*self._way)  # over rdma the first read is a handshake that holds up others too
+            self._cut()
         return left
 
     def _ended(self, batch: int) -> Ended:
         def ended() -> bool:
             try:
-                return self.arrived(batch) is not None
+                if self.arrived(batch) is not None:
+                    return True
             except ReadFailed:
-                return False
+                pass
             except EngineFailed:  # the engine has ended
                 return True
+            self._cut()
+            return False
 
         return ended
+
+    def _cut(self) -> None:
+        """Ends a handshake with the peer.
+
+        A shared engine begins one if the connection that it has read over is lost, and the reads
+        from all others wait for it. It tries again some times before a read fails.
+        """
+        now = time.monotonic()
+        if now - self._cut_at >= _CUT_EVERY_S:
+            self._cut_at = now
+            cut(*self._way)
 
     def failed(self) -> ReadFailed:
         return ReadFailed(
