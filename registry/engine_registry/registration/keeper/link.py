@@ -11,7 +11,6 @@ one place.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -163,7 +162,6 @@ class KeeperLink:
     def _opening(self, again: bool) -> Message:
         """`again`: it takes over from a dead keeper; the registration may be in etcd or not."""
         return {
-            "rank_pid": os.getpid(),
             "etcd": self._config.to_wire(),
             "key": self.record.key,
             "ttl_s": self._ttl_s,

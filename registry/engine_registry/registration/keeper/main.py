@@ -114,10 +114,11 @@ def record_from_wire(frame: Frame) -> RankRecord:
     return decode(frame.message["key"], value)
 
 
-def main() -> None:
+def main(rank: int | None) -> None:
     """Speaks frames over standard input and output.
 
-    The first frame says what to register and how to reach etcd.
+    The first frame says what to register and how to reach etcd. `rank` is a descriptor that shows
+    when the rank's process has ended.
     """
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # the rank decides when it ends; its end is what ends the keeper
@@ -129,7 +130,8 @@ def main() -> None:
     message = opening.message
     inbox: queue.Queue[Frame | None] = queue.Queue()
     threading.Thread(target=_read, args=(pipe, inbox), daemon=True).start()
-    threading.Thread(target=_await_death, args=(message["rank_pid"], inbox), daemon=True).start()
+    if rank is not None:  # else the pipe alone has to show it
+        threading.Thread(target=_await_death, args=(rank, inbox), daemon=True).start()
     config = EtcdConfig.from_wire(message["etcd"])
     etcd = _ReportingEtcd(config, report)
     keeper = Keeper(
@@ -173,13 +175,13 @@ def reporter(pipe: int) -> Report:
     return report
 
 
-def run() -> None:
+def run(rank: int | None) -> None:
     """`main` as a process: ends at once, without waiting for the thread that still reads standard
     input.
     """
     code = 1
     try:
-        main()
+        main(rank)
         code = 0
     except Exception:  # noqa: BLE001  the last stop of the process: the rank reads the end of what is printed
         traceback.print_exc()
@@ -196,17 +198,8 @@ def _read(pipe: IO[bytes], inbox: queue.Queue[Frame | None]) -> None:
         inbox.put(None)
 
 
-def _await_death(pid: int, inbox: queue.Queue[Frame | None]) -> None:
-    if not hasattr(os, "pidfd_open"):
-        return  # the pipe alone has to show it
-    try:
-        process = os.pidfd_open(pid)
-    except OSError:
-        if os.getppid() != pid:
-            inbox.put(None)
-        return
-    if os.getppid() == pid:
-        poll = select.poll()
-        poll.register(process, select.POLLIN)
-        poll.poll()
+def _await_death(rank: int, inbox: queue.Queue[Frame | None]) -> None:
+    poll = select.poll()
+    poll.register(rank, select.POLLIN)
+    poll.poll()
     inbox.put(None)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import IO
 
 from engine_registry.errors import KeeperFailed
@@ -25,8 +26,8 @@ from engine_registry.registration.keeper.protocol import ANSWER_S, Frame, FrameB
 # `ps` shows what it is for. Until then -I keeps the working directory off it: a file of the user's
 # named json.py would be run.
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline()); "
-    "from engine_registry.registration.keeper.main import run; run()"
+    "import json, sys; boot = json.loads(sys.stdin.buffer.readline()); sys.path[:] = boot['path']; "
+    "from engine_registry.registration.keeper.main import run; run(boot['rank'])"
 )
 _DESCRIPTORS = 8  # that starting one takes, of which three stay
 START_TIMEOUT_S = 20.0  # a loaded machine may take long to start a process
@@ -49,6 +50,22 @@ def check_can_start(key: str) -> None:
         raise KeeperFailed(f"cannot start a keeper of {key}: {why}", remedy) from exc
 
 
+def launch(
+    args: Sequence[str], env: Mapping[str, str], stderr: IO[bytes], passed: Collection[int]
+) -> subprocess.Popen[bytes]:
+    """Starts Python with pipes, in a session of its own, with the descriptors `passed`."""
+    return subprocess.Popen(
+        [sys.executable, *args],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        start_new_session=True,
+        pass_fds=passed,
+        bufsize=0,
+        env=env,
+    )
+
+
 class KeeperProcess:
     """`read` is for one thread; a caller that shares the rest between threads locks it."""
 
@@ -66,20 +83,17 @@ class KeeperProcess:
         with contextlib.ExitStack() as undo:
             try:
                 self._complaints = undo.enter_context(_scratch())
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-c", _BOOT, "engine-registry-keeper", key],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=self._complaints,
-                    start_new_session=True,
-                    close_fds=True,
-                    bufsize=0,
-                    env={
-                        name: value
-                        for name, value in os.environ.items()
-                        if not secret or value != secret
-                    },
-                )
+                with _this_process() as rank:
+                    self._process = launch(
+                        ["-I", "-c", _BOOT, "engine-registry-keeper", key],
+                        {
+                            name: value
+                            for name, value in os.environ.items()
+                            if not secret or value != secret
+                        },
+                        self._complaints,
+                        [] if rank is None else [rank],
+                    )
             except OSError as exc:
                 why, remedy = explain(exc)
                 raise KeeperFailed(
@@ -92,10 +106,8 @@ class KeeperProcess:
         self._writable.register(self._input, select.POLLOUT)
         self._readable.register(self._output, select.POLLIN)
         _started.add(self)
-        self.write(
-            json.dumps([os.path.abspath(path) for path in sys.path]).encode() + b"\n",
-            START_TIMEOUT_S,
-        )
+        boot = {"path": [os.path.abspath(path) for path in sys.path], "rank": rank}
+        self.write(json.dumps(boot).encode() + b"\n", START_TIMEOUT_S)
 
     @property
     def pid(self) -> int:
@@ -188,6 +200,20 @@ def _scratch() -> IO[bytes]:
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("complaints of a keeper"), "w+b", buffering=0)
     return tempfile.TemporaryFile(buffering=0)
+
+
+@contextlib.contextmanager
+def _this_process() -> Iterator[int | None]:
+    """A descriptor that shows when this process ends; None where the system has no such thing."""
+    try:
+        process = os.pidfd_open(os.getpid())
+    except (AttributeError, OSError):
+        yield None
+        return
+    try:
+        yield process
+    finally:
+        os.close(process)
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
