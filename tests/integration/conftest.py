@@ -24,9 +24,13 @@ from engine_loader import Engine, InProcessEngine, MooncakeEngine
 from engine_registry import Event, Registry, Watch
 from engine_registry.etcd import ports
 from engine_registry.etcd.local import LocalEtcd, find_binary
+from engine_registry.registration.keeper import process as keeper_process
 from tests.support.checkout import ROOT
 from tests.support.faults import DEBIAN_ETCD
+from tests.support.forked_keepers import ForkedKeepers
 from tests.support.forkserver import ForkServer
+
+_LAUNCH = keeper_process.launch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,6 +48,22 @@ def _no_keeper_is_left() -> Iterator[None]:
         with contextlib.suppress(OSError):
             if b"engine-registry-keeper" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _keepers_are_forked(_no_keeper_is_left: None) -> Iterator[None]:
+    """Those of the ranks that tests register in their own process."""
+    keepers = ForkedKeepers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeper_process, "launch", keepers.launch)
+        yield
+    keepers.close()
+
+
+@pytest.fixture
+def product_keepers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keepers start as they do for users."""
+    monkeypatch.setattr(keeper_process, "launch", _LAUNCH)
 
 
 def _with_mark(mark: str) -> list[int]:

@@ -362,6 +362,7 @@ def test_a_keeper_that_dies_while_etcd_is_away_leaves_its_successor_to_say_that_
 
 
 @pytest.mark.parametrize("call", ["os.memfd_create", "subprocess.Popen"])
+@pytest.mark.usefixtures("product_keepers")
 def test_a_keeper_that_cannot_be_replaced_now_is_replaced_when_it_can(
     shared_etcd: LocalEtcd, namespace: str, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -383,6 +384,7 @@ def test_a_keeper_that_cannot_be_replaced_now_is_replaced_when_it_can(
             assert [record.version for record in registry.resolve("a", 60)] == [1]
 
 
+@pytest.mark.usefixtures("product_keepers")
 def test_a_first_keeper_that_cannot_be_started_is_an_error_that_says_so(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,6 +397,7 @@ def test_a_first_keeper_that_cannot_be_started_is_an_error_that_says_so(
 
 
 @pytest.mark.parametrize("without", ["a folder that can be written", "memory files"])
+@pytest.mark.usefixtures("product_keepers")
 def test_a_keeper_needs_either_a_folder_that_can_be_written_or_memory_files(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, without: str
 ) -> None:

@@ -365,6 +365,7 @@ def test_signals_to_a_keeper_are_for_its_rank_to_obey(
         assert loss(watch) == "process ended"
 
 
+@pytest.mark.usefixtures("product_keepers")
 def test_a_keeper_is_a_new_program_in_a_session_of_its_own(registry: Registry) -> None:
     with register(registry) as registration:
         keeper = registration.keeper_pid

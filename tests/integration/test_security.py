@@ -637,6 +637,7 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.usefixtures("product_keepers")
 def test_a_keeper_has_the_password_neither_on_its_command_line_nor_in_its_environment(
     secured: Secured, engines: Engines, weights: Path
 ) -> None:

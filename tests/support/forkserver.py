@@ -2,8 +2,8 @@
 
 Python takes two seconds of a CPU for these imports, and the tests start hundreds of programs. The
 fork server imports once; a program then starts within milliseconds. It is otherwise what
-`python -m MODULE` starts: a process with its own pid, environment, folder and pipes, which ends as
-any Python ends.
+`python -m MODULE` or `python -c CODE` starts: a process with its own pid, environment, folder and
+pipes, which ends as any Python ends.
 
 The server runs nothing but imports. Between it and each program stands a process that waits for
 the end of the program and reports its exit status.
@@ -12,6 +12,7 @@ the end of the program and reports its exit status.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -24,11 +25,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, AnyStr, NoReturn
 
-_IMPORTED = (
+IMPORTED = (
     "engine_cli.commands.load",
     "engine_cli.commands.register",
     "engine_cli.main",
@@ -39,16 +40,19 @@ _IMPORTED = (
     "torch",
 )
 _MESSAGE_NBYTES = 128 << 10
+_MOST_DESCRIPTORS = 8
+_OUT_OF_THE_WAY = 500  # descriptors from here on are nobody's
 
 
 class ForkServer:
     """Starts programs, from any thread, until it is closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, imported: Sequence[str] = IMPORTED, name: str = "fork-server") -> None:
+        """`name` is on the command line of the server and of what it starts."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                [sys.executable, "-m", __name__, name, str(theirs.fileno()), *imported],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 # gRPC reads this when it is imported; `engines` sets it before.
@@ -57,17 +61,44 @@ class ForkServer:
 
     def start(self, args: Sequence[str], cwd: Path, env: Mapping[str, str]) -> Program:
         """As `python -m ARGS`, with pipes for standard input, output and errors."""
-        (their_in, stdin), (stdout, their_out), (stderr, their_err), (status, their_status) = (
-            os.pipe() for _ in range(4)
-        )
-        given = [their_in, their_out, their_err, their_status]
-        message = json.dumps({"args": list(args), "cwd": str(cwd), "env": dict(env)}).encode()
+        stderr, their_err = os.pipe()
         try:
-            socket.send_fds(self._socket, [message], given)
+            stdin, stdout, status = self.fork(["-m", *args], cwd, env, their_err)
         finally:
-            for descriptor in given:
-                os.close(descriptor)
+            os.close(their_err)
         return Program([sys.executable, "-m", *args], stdin, stdout, stderr, status)
+
+    def fork(
+        self,
+        args: Sequence[str],
+        cwd: Path,
+        env: Mapping[str, str],
+        stderr: int,
+        passed: Collection[int] = (),
+        new_session: bool = False,
+    ) -> tuple[int, int, int]:
+        """As `python ARGS`, with the descriptors `passed` under their numbers.
+
+        Returns the ends of pipes: to its standard input, from its standard output, and of a report
+        about its end.
+        """
+        (their_in, stdin), (stdout, their_out), (status, their_status) = (
+            os.pipe() for _ in range(3)
+        )
+        given = [their_in, their_out, stderr, their_status, *passed]
+        program = {
+            "args": list(args),
+            "cwd": str(cwd),
+            "env": dict(env),
+            "passed": list(passed),
+            "new_session": new_session,
+        }
+        try:
+            socket.send_fds(self._socket, [json.dumps(program).encode()], given)
+        finally:
+            for descriptor in (their_in, their_out, their_status):
+                os.close(descriptor)
+        return stdin, stdout, status
 
     def close(self) -> None:
         """End the server. Programs that run go on."""
@@ -77,19 +108,19 @@ class ForkServer:
         self._process.wait()
 
 
-class Program(subprocess.Popen[str]):
-    """A program that the server has started. All that tests use of Popen works."""
+class Forked(subprocess.Popen[AnyStr]):
+    """A process that the server has started, of which `reports` tells the pid and the end."""
 
     _child_created = False  # for Popen's finaliser: this process has no child to wait for
 
-    def __init__(self, args: list[str], stdin: int, stdout: int, stderr: int, status: int) -> None:
+    def __init__(
+        self, args: list[str], stdin: IO[AnyStr], stdout: IO[AnyStr], reports: int
+    ) -> None:
         self.args = args
-        self.stdin: IO[str] | None = os.fdopen(stdin, "w")
-        self.stdout: IO[str] | None = os.fdopen(stdout)
-        self.stderr: IO[str] | None = os.fdopen(stderr)
-        self._reports = os.fdopen(status)
+        self.stdin: IO[AnyStr] | None = stdin
+        self.stdout: IO[AnyStr] | None = stdout
+        self._reports = os.fdopen(reports)
         self._waiting = threading.Lock()
-        self._readers: dict[str, _Reader] = {}
         self.pid = int(self._reports.readline())
         self.returncode: Any = None
 
@@ -113,6 +144,26 @@ class Program(subprocess.Popen[str]):
             self._waiting.release()
         return self.returncode  # type: ignore[no-any-return]
 
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, sig)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Program(Forked[str]):
+    """All that tests use of Popen works."""
+
+    def __init__(self, args: list[str], stdin: int, stdout: int, stderr: int, status: int) -> None:
+        super().__init__(args, os.fdopen(stdin, "w"), os.fdopen(stdout), status)
+        self.stderr: IO[str] | None = os.fdopen(stderr)
+        self._readers: dict[str, _Reader] = {}
+
     def communicate(
         self, input: str | None = None, timeout: float | None = None
     ) -> tuple[str, str]:
@@ -130,17 +181,6 @@ class Program(subprocess.Popen[str]):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         self.wait(None if until is None else max(0.0, until - time.monotonic()))
         return self._readers["stdout"].text, self._readers["stderr"].text
-
-    def send_signal(self, sig: int) -> None:
-        if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, sig)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
     def __exit__(self, *_: object) -> None:
         for stream in (self.stdin, self.stdout, self.stderr):
@@ -169,36 +209,40 @@ class _Reader(threading.Thread):
 # --------------------------------------------------------------------------------------------------
 
 
-def _serve(commands: socket.socket) -> list[str]:
+def _serve(commands: socket.socket, imported: Sequence[str]) -> list[str]:
     """Serve until the tests close their end. Returns in each program, with its arguments."""
-    for name in _IMPORTED:
+    for name in imported:
         importlib.import_module(name)
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which close the server
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system then reaps those that wait below
     while True:
-        message, given, _, _ = socket.recv_fds(commands, _MESSAGE_NBYTES, 4)
+        message, given, _, _ = socket.recv_fds(commands, _MESSAGE_NBYTES, _MOST_DESCRIPTORS)
         if not message:
             sys.exit()
         if os.fork() == 0:
             commands.close()
-            return _become(json.loads(message), *given)
+            return _become(json.loads(message), given)
         for descriptor in given:
             os.close(descriptor)
 
 
-def _become(
-    program: dict[str, Any], stdin: int, stdout: int, stderr: int, status: int
-) -> list[str]:
+def _become(program: dict[str, Any], given: Sequence[int]) -> list[str]:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    stdin, stdout, stderr, status, *passed = given
     if pid := os.fork():
-        for descriptor in (stdin, stdout, stderr):
+        for descriptor in (stdin, stdout, stderr, *passed):
             os.close(descriptor)
         _report(pid, status)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number, descriptor in enumerate((stdin, stdout, stderr)):
-        os.dup2(descriptor, number)
-    os.closerange(3, max(stdin, stdout, stderr, status) + 1)
+    if program["new_session"]:
+        os.setsid()
+    above = [fcntl.fcntl(each, fcntl.F_DUPFD, _OUT_OF_THE_WAY) for each in given]
+    os.closerange(3, max(given) + 1)
+    for descriptor, number in zip(above, (0, 1, 2, None, *program["passed"]), strict=True):
+        if number is not None:
+            os.dup2(descriptor, number)
+        os.close(descriptor)
     # Made anew: those of the server know what its own descriptors can do.
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", closefd=False)
@@ -221,5 +265,9 @@ def _report(pid: int, status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    module, *sys.argv[1:] = _serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    _, _name, _number, *_imported = sys.argv
+    option, what, *sys.argv[1:] = _serve(socket.socket(fileno=int(_number)), _imported)
+    if option == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(what)  # noqa: S102  as `python -c`
