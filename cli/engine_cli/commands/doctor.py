@@ -87,7 +87,6 @@ def command(
         print_table(
             ("STATUS", "CHECK", "WHAT"),
             [row for finding in findings for row in _rows(finding)],
-            prose=True,
         )
         click.echo(printable(summary(findings)))
     return Exit.FAILED if failed else Exit.DONE

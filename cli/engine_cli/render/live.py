@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine_cli.render.board import Board, Row
+from engine_cli.render.colours import style_of
 from engine_cli.render.flows import percent
 from engine_cli.render.printable import clock, printable
 from engine_cli.wording import in_options, said
@@ -37,14 +38,6 @@ _JOIN_S = 2.0
 _MAX_NEWS = 8
 _MIN_BAR, _MAX_BAR = 12, 24
 _LEAVE = b"\x1b[?1049l\x1b[?25h"  # back to the first screen, with a cursor
-_STYLES = {
-    "ready": "green",
-    "loading": "cyan",
-    "load": "cyan",
-    "updating": "yellow",
-    "draining": "yellow",
-    "degraded": "red",
-}
 
 
 class Pulls(Protocol):
@@ -232,11 +225,10 @@ def _table(rows: list[Row], width: int) -> Table:
             no_wrap=not heading.startswith("READ"),
         )
     for row in rows:
-        style = _STYLES.get(row.state.partition(" ")[0], "")
         rest = (_cell(row.reads_from), _cell(row.speed), _cell(row.read_by))
         table.add_row(
             _cell(short(row.name, width // 3)),
-            _cell(row.state, style),
+            _cell(row.state, style_of(row.state)),
             _bar(row.fraction, width // 6),
             *rest,
         )

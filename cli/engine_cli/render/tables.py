@@ -5,19 +5,27 @@ JSON, tables for people, sizes with units. Needs no `registry`, and works where 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
-from typing import Any
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from engine_cli.render.colours import style_of
 from engine_cli.render.printable import printable
 
 _WIDE = 100_000
+_NARROWEST = 20
+_GAP = 2
+_INDENT = 2  # of the lines that a folded row goes on with
+_READABLE = 30  # sentences that are wrapped get at least so many cells
+_STATES = ("STATE", "STATUS")  # columns that are coloured
 
 
 def print_json(data: Any) -> None:
@@ -27,33 +35,82 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, separators=(",", ":")))
 
 
-def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, prose: bool = False
-) -> None:
-    """As wide as it is: a terminal wraps it, a pipe gets one row a line, and nothing is ever cut.
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Nothing is ever cut.
 
-    With `prose` the last column holds sentences: on a terminal they are wrapped within it, and
-    elsewhere not padded.
+    A pipe gets one row a line. On a terminal that is too narrow, the further columns of a row go on
+    below, moved to the right, and the last column, which may hold sentences, is wrapped.
     """
-    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*map(printable, row))
-    console = Console(width=_WIDE, markup=False, emoji=False, highlight=False)
-    if not prose:
-        console.print(table, soft_wrap=True)
-    elif console.is_terminal:
-        Console(markup=False, emoji=False, highlight=False).print(table)
-    else:
-        with console.capture() as captured:
-            console.print(table, soft_wrap=True)
-        click.echo("\n".join(map(str.rstrip, captured.get().splitlines())))
+    heading = [Text(name, "bold") for name in columns]
+    body = [
+        [
+            Text(shown := printable(cell), style_of(shown) if name in _STATES else "")
+            for name, cell in zip(columns, row, strict=True)
+        ]
+        for row in rows
+    ]
+    console = _console(_WIDE)
+    table = _Table(console, [heading, *body], _width())
+    console.print(Text("\n").join(table.lines()), soft_wrap=True)
+
+
+class _Table:
+    """Rows of cells, in as many lines as a width takes."""
+
+    def __init__(self, console: Console, rows: Sequence[Sequence[Text]], room: int) -> None:
+        self._console = console
+        self._rows = rows
+        self._widths = [max(cell.cell_len for cell in column) for column in zip(*rows, strict=True)]
+        self._folds: list[list[int]] = [[]]  # the columns on each line of a row
+        left = room
+        for number, width in enumerate(self._widths):
+            is_last = number == len(self._widths) - 1
+            if self._folds[-1] and (min(width, _READABLE) if is_last else width) > left:
+                self._folds.append([])
+                left = room - _INDENT
+            self._folds[-1].append(number)
+            self._widths[number] = min(width, left)
+            left -= width + _GAP
+
+    def lines(self) -> Iterator[Text]:
+        """Without blank ones, and without blanks at their ends."""
+        for row in self._rows:
+            yield from self._lines_of(row)
+
+    def _lines_of(self, row: Sequence[Text]) -> Iterator[Text]:
+        for number, fold in enumerate(self._folds):
+            cells = [self._wrapped(row[column], self._widths[column]) for column in fold]
+            for pieces in itertools.zip_longest(*cells, fillvalue=Text()):
+                line = Text(" " * _INDENT if number else "")
+                for column, piece in zip(fold, pieces, strict=True):
+                    line.append_text(piece)
+                    line.append(" " * (self._widths[column] - piece.cell_len + _GAP))
+                line.rstrip()
+                if line:
+                    yield line
+
+    def _wrapped(self, cell: Text, width: int) -> Iterable[Text]:
+        if cell.cell_len <= width:
+            return [cell]
+        return cell.wrap(self._console, width, overflow="fold")
+
+
+def _console(width: int) -> Console:
+    """Where NO_COLOR is set, nothing is bold either."""
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(width=width, color_system=colours, markup=False, emoji=False, highlight=False)
+
+
+def _width() -> int:
+    """Of the terminal, or what COLUMNS says; without both, a pipe's: as much as it takes."""
+    return max(_NARROWEST, shutil.get_terminal_size((_WIDE, 0)).columns)
 
 
 def print_tree(rows: Sequence[tuple[int, str]]) -> None:
     """Each row with its depth, which the first one has 0 of: drawn on a terminal, elsewhere moved
     to the right.
     """
-    console = Console(width=_WIDE, markup=False, emoji=False, highlight=False)
+    console = _console(_width())
     if not console.is_terminal:
         click.echo("\n".join("  " * depth + printable(text) for depth, text in rows))
         return
@@ -62,7 +119,7 @@ def print_tree(rows: Sequence[tuple[int, str]]) -> None:
     for depth, text in rows:
         del path[depth + 1 :]
         path.append(path[-1].add(Text(printable(text))))
-    console.print(root, soft_wrap=True)
+    console.print(root)
 
 
 def size(nbytes: float) -> str:

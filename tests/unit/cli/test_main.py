@@ -26,7 +26,6 @@ from engine_cli.exits import _CODES, Exit, code_of
 from engine_cli.options import engine_log, nbytes_of
 from engine_cli.render.documents import event_json, instance_json, rank_json, tensors_json
 from engine_cli.render.printable import printable
-from engine_cli.render.tables import print_json, print_table, size
 from engine_cli.render.texts import event_text, instance_row, tensor_rows
 from engine_cli.runtime.serving import Endings
 from engine_cli.signals import Ended
@@ -637,46 +636,6 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         click.BadParameter, match="is not a size: use a number of bytes, or a unit as in 500MB"
     ):
         nbytes_of(text)
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.0 kB"),
-        (90_900_000, "90.9 MB"),
-        (8.6e9, "8.6 GB"),
-        (1e12, "1.0 TB"),
-        (5e15, "5000.0 TB"),
-    ],
-)
-def test_sizes_have_units(nbytes: float, text: str) -> None:
-    assert size(nbytes) == text
-
-
-def test_a_table_cuts_nothing_and_gives_each_row_one_line(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    long = "x" * 500
-    print_table(("A", "B"), [[long, "1"], ["[bold]", ":smile:"]])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert lines == [["A", "B"], [long, "1"], ["[bold]", ":smile:"]]
-
-
-CONTROLS = "\x1b[2J\r\n\t\x00\x7f\x9b\u202e\udcff"
-
-
-def test_no_control_character_of_a_name_reaches_the_terminal(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    print_table(("TENSOR",), [[f"w{CONTROLS}w"]])
-    print_json({"name": CONTROLS})
-    table, data = capsys.readouterr().out.split("\n", 1)[1].splitlines()
-    assert table.strip() == "w\\x1b[2J\\r\\n\\t\\x00\\x7f\\x9b\\u202e\\udcffw"
-    assert data.isascii()
-    assert data.isprintable()
-    assert json.loads(data) == {"name": CONTROLS}
 
 
 @pytest.mark.parametrize("text", ["", "layer.0.w", "größe 重み", "a b"])

@@ -18,7 +18,6 @@ from engine_cli.doctor.child import Died, Late, Probe
 from engine_cli.doctor.dial import Trouble, dial
 from engine_cli.doctor.finding import Finding, Status, described, duration, fail, ok, warn
 from engine_cli.doctor.runner import Check, Once, Skip, at_once, run_all, within
-from engine_cli.render.tables import print_table
 from engine_cli.runtime.children import python
 from engine_registry.errors import EtcdFull, EtcdRefused
 from engine_registry.schema import record
@@ -189,11 +188,6 @@ def test_the_last_line_names_what_failed_first_and_each_check_once() -> None:
     findings = [GOOD, warn("w", "", ""), fail("f", "", ""), fail("f", "", ""), fail("g", "", "")]
     assert summary(findings) == "failed: f, g; to look at: w"
     assert summary([GOOD]) == "all is well"
-
-
-def test_prose_is_not_padded_where_it_goes_to_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table(("A", "B"), [["x", "long " * 60 + "end"], ["y", "[bold]"]], prose=True)
-    assert capsys.readouterr().out == f"A  B\nx  {'long ' * 60}end\ny  [bold]\n"
 
 
 def test_protocols_are_those_of_the_registry() -> None:

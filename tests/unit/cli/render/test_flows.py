@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from engine_cli.render.documents import loading_json, pull_json
 from engine_cli.render.flows import Arrived, Flows, Line, percent
-from engine_cli.render.tables import print_tree
 from engine_cli.render.texts import (
     instance_row,
     instance_state,
@@ -280,26 +278,3 @@ def test_whatever_tickets_say_the_tree_ends_and_has_each_pair_once(
         if not line.again and any(source == line.name for source, _ in named)
     ]
     assert len(opened) == len(set(opened))
-
-
-def test_a_tree_is_moved_to_the_right_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    print_tree([(0, "a"), (1, "b\x1b[2J"), (2, "c"), (1, "d" * 500), (0, "e")])
-    assert capsys.readouterr().out == f"a\n  b\\x1b[2J\n    c\n  {'d' * 500}\ne\n"
-
-
-def test_a_tree_has_branches_on_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    print_tree([(0, "a"), (1, "[b]"), (2, "c"), (1, "d"), (0, "e")])
-    assert without_guides(capsys.readouterr().out.splitlines()) == [
-        "a",
-        "├── [b]",
-        "│   └── c",
-        "└── d",
-        "e",
-    ]
-
-
-def without_guides(lines: Iterable[str]) -> list[str]:
-    return [line.rstrip() for line in lines]
