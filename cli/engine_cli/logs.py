@@ -17,6 +17,7 @@ import click
 
 from engine_cli.render.printable import printable
 from engine_cli.wording import in_options
+from engine_registry.schema.moment import utc
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _LEVELS = {
@@ -43,9 +44,7 @@ class _Json(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         data: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(
-                timespec="milliseconds"
-            ),
+            "time": utc(datetime.fromtimestamp(record.created, timezone.utc)),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),

@@ -11,7 +11,6 @@ import os
 import socket
 import threading
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 
 from engine_registry.errors import RecordDamaged
 from engine_registry.etcd.client import Etcd
@@ -35,6 +34,7 @@ from engine_registry.schema.keys import (
     record_key,
 )
 from engine_registry.schema.manifest import Manifest
+from engine_registry.schema.moment import utc
 from engine_registry.schema.numbers import seconds, whole
 from engine_registry.schema.place import Place
 from engine_registry.schema.pull_ticket import Pull
@@ -192,7 +192,7 @@ class Registry(Closable):
             protocol=protocol,
             manifest=ref,
             header_addr=header_addr,
-            registered_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            registered_at=utc(),
             generation=generation or "",
             topology=dict(topology or {}),
             version=version,

@@ -8,6 +8,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -302,6 +303,8 @@ def test_a_watch_prints_what_happens_until_it_is_stopped(
         events = [json.loads(line_of(as_json)) for _ in range(2)]
     texts += [line_of(as_text), line_of(as_text)]
     events += [json.loads(line_of(as_json)) for _ in range(2)]
+    times = [line.split("  ", 1)[0] for line in texts] + [event["at"] for event in events]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", at) for at in times)
     assert [line.split("  ", 1)[1].split()[:2] for line in texts] == [
         ["a/0", "joined:"],
         ["a", "ready:"],

@@ -12,9 +12,10 @@ from engine_cli.connection import etcd_options
 from engine_cli.options import json_option
 from engine_cli.render.documents import instance_json, loading_json
 from engine_cli.render.flows import Flows
+from engine_cli.render.states import any_loads, state_of
 from engine_cli.render.tables import print_json, print_table
-from engine_cli.render.texts import INSTANCE_COLUMNS, instance_row, instance_state
-from engine_registry import InstanceStatus, RankState, Registry
+from engine_cli.render.texts import INSTANCE_COLUMNS, instance_row
+from engine_registry import InstanceStatus, Registry
 from engine_registry.errors import EtcdRefused
 
 STATES = ("ready", "degraded", "loading")
@@ -83,7 +84,7 @@ def command(
 
 def _is_wanted(status: InstanceStatus, model: str | None, state: str | None) -> bool:
     names = {status.model.name, str(status.model)} if status.model else set()
-    is_in = state is None or instance_state(status, None) == state
+    is_in = state is None or state_of(status) == state
     return is_in and (model is None or model in names)
 
 
@@ -93,8 +94,7 @@ def _flows(registry: Registry, statuses: tuple[InstanceStatus, ...]) -> Flows:
     Who may not see them sees the rest.
     """
     records = [record for status in statuses for record in status.records]
-    loading = any(record.state is RankState.LOADING for record in records)
     try:
-        return Flows(records, registry.all_pulls() if loading else ())
+        return Flows(records, registry.all_pulls() if any_loads(records) else ())
     except EtcdRefused:
         return Flows(records, ())

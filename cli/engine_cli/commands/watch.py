@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from datetime import datetime
 
 import click
 
@@ -15,13 +14,13 @@ from engine_cli.logs import log_options
 from engine_cli.options import Seconds, json_option
 from engine_cli.render import live
 from engine_cli.render.documents import event_json
-from engine_cli.render.printable import clock
 from engine_cli.render.tables import print_json
 from engine_cli.render.texts import event_text
 from engine_cli.runtime.hooks import Hooks
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.signals import on_ending
 from engine_registry import CleaningWatch, Registry, Watch
+from engine_registry.schema.moment import utc
 from engine_registry.watching.metrics import WatchMetrics
 
 
@@ -106,14 +105,14 @@ def command(
         counted = WatchMetrics()
         for event in watch:
             counted.see(event)
-            now = datetime.now().astimezone()
-            data = {"at": now.isoformat(timespec="milliseconds"), **event_json(event)}
+            at = utc()
+            data = {"at": at, **event_json(event)}
             if screen:
-                screen.see(event, now)
+                screen.see(event, at)
             elif as_json:
                 print_json(data)
             else:
-                click.echo(f"{clock(now)}  {event_text(event)}")
+                click.echo(f"{at}  {event_text(event)}")
             if hooks:
                 hooks.run(data)
 

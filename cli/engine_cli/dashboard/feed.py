@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from engine_cli.dashboard.journal import Changes
 from engine_cli.dashboard.state import State
 from engine_registry import RankRecord, Registry
+from engine_registry.schema.moment import utc
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class Feed:
         if away is None:
             self._away_since = None
         elif self._away_since is None:
-            self._away_since = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+            self._away_since = utc()
         with self._lock:
             self._state.away(self._away_since, away.what if away else "")
             self._state.look(self._pulls.now(), now, self._pulls.unseen)

@@ -30,6 +30,7 @@ from engine_registry import (
     RankRecord,
     RankState,
 )
+from engine_registry.schema.moment import utc
 from engine_registry.schema.roster import Roster
 from engine_registry.schema.status import InstanceState
 
@@ -55,7 +56,7 @@ class State:
         self._journal = Journal()
         self._events: deque[tuple[str, str]] = deque()
         self._count = 0
-        self._journal.put(("began", ""), began_at.isoformat(timespec="milliseconds"))
+        self._journal.put(("began", ""), utc(began_at))
 
     def see(self, event: Event, at: datetime) -> None:
         news = self._is_news(event)
@@ -124,7 +125,7 @@ class State:
         self._journal.put(
             key,
             {
-                "at": at.isoformat(timespec="milliseconds"),
+                "at": utc(at),
                 "kind": said["event"],
                 "instance": said["instance"],
                 "rank": said.get("rank"),
@@ -243,7 +244,7 @@ def _lost(event: RankLost, at: datetime) -> dict[str, Any]:
         "host": event.record.host,
         "device": event.record.device,
         "session": event.record.session_id,
-        "since": at.isoformat(timespec="milliseconds"),
+        "since": utc(at),
     }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from engine_cli.render.flows import Flows, progress_of, reader_of
 from engine_cli.render.printable import printable
+from engine_cli.render.states import LOADING, any_loads
 from engine_cli.render.tables import size
 from engine_cli.render.texts import event_text, read_by, reads_from, some_of
 from engine_registry import (
@@ -182,8 +183,8 @@ class Board:
 
     def _whole(self, name: str, records: Sequence[RankRecord]) -> _RankedRow:
         last = self._last.get(name)
-        loads = any(record.state is RankState.LOADING for record in records)
-        state = "loading" if loads else last.state.value if last else "degraded"
+        loads = any_loads(records)
+        state = LOADING if loads else last.state.value if last else "degraded"
         readers = {reader_of(pull) for record in records for pull in self.flows.readers(record)}
         reads = [pull for record in records for pull in self.flows.reads(record)]
         speed = sum(self._speeds.of(record.incarnation, self._now) for record in records)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine_cli.render.flows import Arrived, Flows
+from engine_cli.render.states import state_of
 from engine_registry import (
     Event,
     InstanceCleaned,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def instance_json(status: InstanceStatus) -> dict[str, Any]:
     return {
         "instance": status.instance,
-        "state": status.state.value,
+        "state": state_of(status),
         "world_size": status.world_size,
         "present": [record.rank for record in status.records],
         "missing": list(status.missing),

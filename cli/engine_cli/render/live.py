@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime
 from types import TracebackType
 from typing import Protocol
 
@@ -27,9 +26,10 @@ from rich.text import Text
 from engine_cli.render.board import Board, Row
 from engine_cli.render.colours import style_of
 from engine_cli.render.flows import percent
-from engine_cli.render.printable import clock, printable
+from engine_cli.render.printable import printable
 from engine_cli.wording import in_options, said
 from engine_registry import Event, InstanceCleaned, Pull
+from engine_registry.schema.moment import utc
 from engine_registry.schema.printable import short
 
 _FRAMES_S = (0.1, 0.5)  # from one to the next: at least, and at most where nothing happens
@@ -69,7 +69,7 @@ class Screen:
         self._pulls = pulls
         self._lock = threading.Lock()  # guards the board
         self._board = Board(instance)
-        self._away_since: datetime | None = None
+        self._away_since: str | None = None
         self._ended = False
         self._wake = threading.Event()
         self._failure: BaseException | None = None
@@ -86,14 +86,14 @@ class Screen:
         self._logs = _Logs(self.note)
         self._thread = threading.Thread(target=self._draw, name="screen", daemon=True)
 
-    def see(self, event: Event | InstanceCleaned, at: datetime) -> None:
+    def see(self, event: Event | InstanceCleaned, at: str) -> None:
         with self._lock:
-            self._board.see(event, clock(at))
+            self._board.see(event, at)
         self._wake.set()
 
     def note(self, text: str) -> None:
         with self._lock:
-            self._board.note(text, clock(datetime.now().astimezone()))
+            self._board.note(text, utc())
         self._wake.set()
 
     def _draw(self) -> None:
@@ -128,7 +128,7 @@ class Screen:
             self._board.look(self._pulls.now(), time.monotonic())
             head.insert(
                 0,
-                _cell(f"{clock(datetime.now().astimezone())[:8]}  {self._board.summary()}", "bold"),
+                _cell(f"{utc()}  {self._board.summary()}", "bold"),
             )
             news = list(self._board.news)[-min(_MAX_NEWS, max(1, height // 4)) :]
             # the table's heading, two empty lines
@@ -139,12 +139,12 @@ class Screen:
     def _head(self) -> list[Text]:
         """What is not as it should be."""
         away, unseen = self._watch.away, self._pulls.unseen
-        self._away_since = (self._away_since or datetime.now().astimezone()) if away else None
+        self._away_since = (self._away_since or utc()) if away else None
         head = []
         if away and self._away_since is not None:
             head.append(
                 _cell(
-                    f"etcd is away since {clock(self._away_since)[:8]}, and this is how it "
+                    f"etcd is away since {self._away_since}, and this is how it "
                     f"was then: {said(away)}",
                     "bold red",
                 )

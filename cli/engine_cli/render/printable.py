@@ -1,8 +1,6 @@
-"""Text that may go to a terminal, and the time in it."""
+"""Text that may go to a terminal."""
 
 from __future__ import annotations
-
-from datetime import datetime
 
 
 def printable(text: str) -> str:
@@ -14,8 +12,3 @@ def printable(text: str) -> str:
         if text.isprintable()
         else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     )
-
-
-def clock(at: datetime) -> str:
-    """The time of day, to the millisecond."""
-    return f"{at:%H:%M:%S}.{at.microsecond // 1000:03d}"

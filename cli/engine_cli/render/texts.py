@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 
 from engine_cli.render.flows import Arrived, Line, name_of, percent, progress_of, source_of
 from engine_cli.render.printable import printable
+from engine_cli.render.states import LOADING, state_of
 from engine_cli.render.tables import size
 from engine_registry import (
     Event,
@@ -62,12 +63,9 @@ def ready_text(status: InstanceStatus) -> str:
 
 
 def instance_state(status: InstanceStatus, loaded: float | None) -> str:
-    """For people: an instance is loading while one of its ranks is.
-
-    `loaded` is how much of it is there, if that is known.
-    """
-    loading = any(record.state is RankState.LOADING for record in status.records)
-    return _loading(loaded) if loading else status.state.value
+    """For people. `loaded` is how much of it is there, if that is known."""
+    state = state_of(status)
+    return _loading(loaded) if state == LOADING else state
 
 
 def rank_state(record: RankRecord, progress: Arrived | None) -> str:
@@ -79,7 +77,7 @@ def rank_state(record: RankRecord, progress: Arrived | None) -> str:
 
 
 def _loading(fraction: float | None) -> str:
-    return "loading" if fraction is None else f"loading {percent(fraction)}"
+    return LOADING if fraction is None else f"{LOADING} {percent(fraction)}"
 
 
 def reads_from(pulls: Iterable[Pull]) -> str:
@@ -168,7 +166,7 @@ def rank_row(record: RankRecord, progress: Arrived | None = None) -> list[str]:
         record.protocol,
         f"{record.manifest.tensors:,}",
         size(record.manifest.nbytes),
-        f"{record.registered_at[:19].replace('T', ' ')}Z",
+        record.registered_at,
     ]
 
 

@@ -12,7 +12,6 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
 from engine_registry.errors import (
     EtcdError,
@@ -30,6 +29,7 @@ from engine_registry.schema.address import is_loopback, parse_session
 from engine_registry.schema.keys import check_instance
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.manifest_format import MAX_PARTS, encode
+from engine_registry.schema.moment import utc
 from engine_registry.schema.record import GATEWAY, ModelIdentity, RankRecord, new_incarnation
 from engine_registry.schema.record_format import decode_item
 from engine_registry.telemetry.logs import fields
@@ -75,7 +75,7 @@ def seed_record(
         protocol="unknown",
         manifest=ref,
         header_addr=0,  # it has none
-        registered_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        registered_at=utc(),
         host=socket.gethostname() if is_loopback(host) else host,
         writer=package_version(),
         kept_by=GATEWAY,

@@ -15,12 +15,12 @@ import time
 import uuid
 import weakref
 from dataclasses import replace
-from datetime import datetime, timezone
 
 from engine_registry.errors import EtcdError, EtcdUnavailable, LeaseNotFound
 from engine_registry.etcd.client import Etcd
 from engine_registry.lifetime import Closable
 from engine_registry.schema.keyvalue import Put, at_revision, present
+from engine_registry.schema.moment import utc
 from engine_registry.schema.pull_ticket import Pull, Reader, encode
 from engine_registry.schema.record import RankRecord
 from engine_registry.telemetry.logs import fields
@@ -163,7 +163,7 @@ def take_ticket(
         host=socket.gethostname().encode(errors="replace").decode(),
         pid=os.getpid(),
         reader=Reader.of(reader) if reader is not None else None,
-        began_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        began_at=utc(),
     )
     lease_id = etcd.grant(_TTL_S)
     # A wiped store may hold another's record at that revision: then the header shows the reader.

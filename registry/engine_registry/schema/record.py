@@ -191,7 +191,7 @@ class RankRecord:
     protocol: str
     manifest: ManifestRef
     header_addr: int
-    registered_at: str  # UTC, ISO 8601
+    registered_at: str  # RFC 3339, UTC
     generation: str = ""
     topology: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # axis -> (index, size)
     version: int = 0

@@ -37,6 +37,7 @@ from engine_registry import (
     InstanceReady,
     RankJoined,
     RankLost,
+    RankState,
     RankUpdated,
     Registry,
 )
@@ -554,6 +555,17 @@ def test_the_object_of_an_instance_keeps_its_fields() -> None:
         "version": 3,
         "nbytes": 16,
     }
+
+
+@pytest.mark.parametrize("ranks", [[0], [0, 1]], ids=["incomplete", "complete"])
+def test_an_instance_with_a_rank_that_loads_is_loading_in_tables_and_in_json(
+    ranks: list[int],
+) -> None:
+    records = [a_record(rank=rank, state=RankState.LOADING) for rank in ranks]
+    status = assess("qwen", records)
+    assert instance_row(status)[1] == "loading"
+    assert instance_json(status)["state"] == "loading"
+    assert event_json(InstanceDegraded(status))["state"] == "loading"
 
 
 def test_the_object_of_a_rank_keeps_its_fields() -> None:

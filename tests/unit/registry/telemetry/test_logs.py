@@ -182,7 +182,7 @@ def test_json_has_time_level_logger_message_and_fields() -> None:
     assert line.isascii()
     assert line.isprintable()
     data = json.loads(line)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", data.pop("time"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", data.pop("time"))
     assert data == {
         "level": "warning",
         "logger": "engine_registry.x",
