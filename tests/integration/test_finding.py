@@ -126,7 +126,7 @@ def test_instances_are_listed_by_model_and_state_in_the_order_that_is_asked_for(
         assert names("--state", "ready", "--sort", "model") == ["c", "a"]
         assert names("--sort", "version") == ["b", "a", "c"]
         none = processes.run("list", "--model", "nosuch", "--namespace", namespace)
-    assert none.stdout == "none of the 3 instances is so\n"
+    assert none.stdout == "no instance matches (registered: 3)\n"
 
 
 def test_a_shell_completes_commands_options_instances_models_and_contexts(

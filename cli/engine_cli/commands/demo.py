@@ -30,6 +30,7 @@ from engine_cli.signals import held_back, raised
 from engine_registry import InstanceReady, RankLost, Registry
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound
 from engine_registry.etcd.local import LocalEtcd
+from engine_registry.schema.printable import count
 
 if TYPE_CHECKING:
     import torch
@@ -81,14 +82,14 @@ def command(weights: str | None) -> None:
         _say(f"{_RANKS} new processes resolve both ranks in etcd and load one each")
         reports = engines.load_all(folder)
         tensors, nbytes = _compare(checkpoint, [Path(report["file"]) for report in reports])
-        _say(f"{tensors} tensors compared with {checkpoint.name}: equal byte for byte")
+        _say(f"{count(tensors, 'tensor')} compared with {checkpoint.name}: equal byte for byte")
 
         _lose_a_rank(registry, ranks[-1])
         engines.show("list")
         _withdraw(registry, ranks[0])
         seconds = max(report["seconds"] for report in reports)
         click.echo(
-            f"\n{tensors} tensors, {size(nbytes)}, {seconds:.3f} s, "
+            f"\n{count(tensors, 'tensor')}, {size(nbytes)}, {seconds:.3f} s, "
             f"{nbytes / 1e9 / seconds:.2f} GB/s over "
             f"{reports[0]['protocol']}, all verified"
         )
@@ -197,8 +198,8 @@ def _split(checkpoint: Path, folder: Path) -> list[Path]:
     tensors = read_weights([checkpoint])
     if not any(tensor.nbytes for tensor in tensors.values()):
         raise DemoFailed(
-            f"{checkpoint} holds no weights, only {len(tensors)} tensors of no bytes: give "
-            "another --weights FILE"
+            f"{checkpoint} holds no weights, only {count(len(tensors), 'tensor')} of no bytes: "
+            "give another --weights FILE"
         )
     by_depth: dict[tuple[int, int], list[str]] = {}
     for name in tensors:

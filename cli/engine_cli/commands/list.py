@@ -77,7 +77,7 @@ def command(
             INSTANCE_COLUMNS, [instance_row(status, flows.loaded(status)) for status in statuses]
         )
     elif found:
-        click.echo(f"none of the {len(found)} instances is so")
+        click.echo(f"no instance matches (registered: {len(found):,})")
     else:
         click.echo("no instance is registered")
 

@@ -20,6 +20,7 @@ from engine_cli.signals import raised
 from engine_registry import Registry
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import check_instance
+from engine_registry.schema.printable import count
 from engine_registry.schema.record import PROTOCOLS
 
 
@@ -156,9 +157,8 @@ def command(
         else:
             name = report.instance if full else f"{report.instance}/{rank}"
             click.echo(
-                f"loaded {name} version {report.version}: {report.tensors:,} tensors, "
-                f"{size(report.nbytes)} in "
-                f"{report.seconds:.2f} s ({report.gb_per_s:.2f} GB/s over "
+                f"loaded {name} version {report.version}: {count(report.tensors, 'tensor')}, "
+                f"{size(report.nbytes)} in {report.seconds:.2f} s ({report.gb_per_s:.2f} GB/s over "
                 f"{report.protocol}){_where(paths)}"
             )
         if report.publication is not None:
@@ -176,7 +176,5 @@ def command(
 def _where(paths: Sequence[Path]) -> str:
     if not paths:
         return ""
-    return (
-        " → "
-        f"{paths[-1]}{f' and the {len(paths) - 1} files that it names' if len(paths) > 1 else ''}"
-    )
+    named = f" and {count(len(paths) - 1, 'file')} that it names" if len(paths) > 1 else ""
+    return f" → {paths[-1]}{named}"

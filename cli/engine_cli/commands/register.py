@@ -22,6 +22,7 @@ from engine_cli.signals import held_back, raised
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import ENGINES, check_instance, check_rank
+from engine_registry.schema.printable import count
 from engine_registry.schema.record import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -221,10 +222,9 @@ def command(
                 )
             record = publication.record
             click.echo(
-                f"registered {instance}/{rank} of {world_size}: {record.manifest.tensors:,} "
-                "tensors, "
-                f"{size(record.manifest.nbytes)}, at {record.session_id} "
-                f"({record.protocol}){_origin(seeded)}; Ctrl-C withdraws"
+                f"registered {instance}/{rank} of {world_size}: "
+                f"{count(record.manifest.tensors, 'tensor')}, {size(record.manifest.nbytes)}, "
+                f"at {record.session_id} ({record.protocol}){_origin(seeded)}; Ctrl-C withdraws"
             )
             endings.hold(publication, drain)
         endings.say(publication)

@@ -164,7 +164,11 @@ def judge_quorum(
         for number, member in known.items()
         if number not in alive
     ]
-    count = f"{len(alive)} of {total} members answer"
+    count = (
+        "the only member answers"
+        if total == len(alive) == 1
+        else f"{len(alive)} of {total} members answer"
+    )
     if away:
         count += f", not {', '.join(away)}"
     if learners := _learners(members, statuses):

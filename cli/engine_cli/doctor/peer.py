@@ -16,6 +16,7 @@ from engine_cli.doctor.finding import Finding, Status, duration, fail, ok, skipp
 from engine_cli.doctor.runner import at_once
 from engine_registry.errors import InvalidField
 from engine_registry.schema.address import host_of, is_loopback, parse_session
+from engine_registry.schema.printable import count
 
 if TYPE_CHECKING:
     from engine_registry.etcd.client import Etcd
@@ -132,8 +133,7 @@ def judge_instance(status: InstanceStatus, rank: int | None) -> Finding:
         )
     return ok(
         name,
-        f"{status.instance}: {status.world_size} of {status.world_size} ranks, version "
-        f"{status.version}",
+        f"{status.instance}: all of {count(status.world_size, 'rank')}, version {status.version}",
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 
 from engine_cli.doctor.finding import Finding, Status, fail, ok
+from engine_registry.schema.printable import count
 
 _OLDEST, _TOO_NEW = (3, 10), (3, 14)
 _REQUIREMENT = re.compile(
@@ -89,7 +90,7 @@ def judge_packages(required: Sequence[str], installed: Mapping[str, str]) -> Fin
         )
     return ok(
         name,
-        f"{len(set(seen))} packages, each of a version that will do"
+        f"{count(len(set(seen)), 'package')}, each of a version that will do"
         if seen
         else "not known which are needed: not installed by pip",
     )

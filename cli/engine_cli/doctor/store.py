@@ -19,6 +19,7 @@ from engine_cli.doctor.finding import Finding, duration, fail, ok, skipped, warn
 from engine_cli.doctor.runner import Skip
 from engine_cli.doctor.tls import load_pair
 from engine_cli.render.tables import size
+from engine_registry.schema.printable import count
 
 if TYPE_CHECKING:
     from engine_registry.etcd.admin import Alarm, MemberStatus
@@ -260,7 +261,7 @@ def judge_namespace(
     name, where = "etcd.namespace", f"{namespace}/engines/"
     if statuses:
         ready = sum(status.state.value == "ready" for status in statuses)
-        return ok(name, f"{_count(len(statuses), 'instance')} under {where}, {ready} ready")
+        return ok(name, f"{count(len(statuses), 'instance')} under {where}, {ready} ready")
     others = sorted(
         {key.partition("/engines/")[0] for key in keys if "/engines/" in key} - {namespace}
     )
@@ -274,7 +275,3 @@ def judge_namespace(
             else "leave out --namespace, if that is the one",
         )
     return ok(name, f"no instance under {where}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -27,6 +27,7 @@ from engine_registry import (
     RankState,
     RankUpdated,
 )
+from engine_registry.schema.printable import count
 
 MAX_NEWS = 50
 _WINDOW_S = 6.0  # what a speed is measured over; tickets are written once a second
@@ -140,12 +141,12 @@ class Board:
             f"{states[state]:,} {state.value}" for state in RankState if states[state]
         )
         parts = [
-            f"{_count(len(self._instances), 'instance')}, "
-            f"{_count(len(records), 'rank')}{f': {counted}' if counted else ''}"
+            f"{count(len(self._instances), 'instance')}, "
+            f"{count(len(records), 'rank')}{f': {counted}' if counted else ''}"
         ]
         if self.flows.by_reader:
             speed = self._speeds.total(self._now)
-            loads = _count(len(self.flows.by_reader), "load")
+            loads = count(len(self.flows.by_reader), "load")
             parts.append(f"{loads} at {size(speed)}/s" if speed else loads)
         return "; ".join(parts)
 
@@ -196,7 +197,7 @@ class Board:
             else None,
             some_of(sorted({pull.instance for pull in reads})) if reads else "",
             f"{size(speed)}/s" if speed else "",
-            _count(len(readers), "load") if readers else "",
+            count(len(readers), "load") if readers else "",
         )
         return _RankedRow(_BUSY_INSTANCE if loads or state == "degraded" else _INSTANCE, row)
 
@@ -242,7 +243,3 @@ def _rest(rows: Sequence[Row]) -> Row:
         f"… and {len(rows):,} more",
         ", ".join(f"{count:,} {state}" for state, count in sorted(states.items())),
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -25,7 +25,8 @@ from engine_registry import (
     TensorEntry,
 )
 from engine_registry.schema.manifest import shape_text
-from engine_registry.schema.status import spans
+from engine_registry.schema.printable import count
+from engine_registry.schema.status import named
 
 _MAX_NAMES = 4  # in one cell
 _MAX_DEPTH = 32  # of what a line of the tree is moved to the right
@@ -34,9 +35,9 @@ _MAX_DEPTH = 32  # of what a line of the tree is moved to the right
 def event_text(event: Event | InstanceCleaned) -> str:
     if isinstance(event, InstanceCleaned):
         done = "would evict" if event.dry_run else "evicted"
-        ranks = spans([record.rank for record in event.evicted])
+        ranks = named([record.rank for record in event.evicted])
         return (
-            f"{event.instance} cleaned up: {done} rank {ranks}, as rank {event.lost.rank} did "
+            f"{event.instance} cleaned up: {done} {ranks}, as rank {event.lost.rank} did "
             "not come back"
         )
     if isinstance(event, InstanceReady):
@@ -58,7 +59,7 @@ def event_text(event: Event | InstanceCleaned) -> str:
 
 
 def ready_text(status: InstanceStatus) -> str:
-    ranks = "1 rank" if status.world_size == 1 else f"{status.world_size} ranks"
+    ranks = count(status.world_size, "rank")
     return f"{status.instance} ready: {ranks}, {size(status.nbytes)}, version {status.version}"
 
 

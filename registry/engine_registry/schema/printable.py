@@ -1,4 +1,4 @@
-"""Text from outside. Pure."""
+"""Text for people, also of what comes from outside. Pure."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def count(number: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`, `1,000 ranks`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def short(value: object, most: int = 200) -> str:

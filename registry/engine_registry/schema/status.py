@@ -72,8 +72,7 @@ class InstanceStatus:
         if self.missing:
             reasons.insert(
                 0,
-                f"missing rank{'s' if len(self.missing) > 1 else ''} {spans(self.missing)} "
-                f"of {self.world_size}",
+                f"missing {named(self.missing)} of {self.world_size}",
             )
         return "; ".join(reasons)
 
@@ -115,9 +114,7 @@ def _of_versions(records: Sequence[RankRecord]) -> list[str]:
         by_version.setdefault(record.version, []).append(record.rank)
     if len(by_version) == 1:
         return []
-    held = ", ".join(
-        f"{version} (rank {spans(ranks)})" for version, ranks in sorted(by_version.items())
-    )
+    held = ", ".join(f"{version} ({named(ranks)})" for version, ranks in sorted(by_version.items()))
     return [f"versions differ: {held}"]
 
 
@@ -126,7 +123,12 @@ def _of_states(records: Sequence[RankRecord]) -> list[str]:
     for record in records:
         if record.state is not RankState.READY:
             by_state.setdefault(record.state, []).append(record.rank)
-    return [f"rank {spans(ranks)} {state.value}" for state, ranks in by_state.items()]
+    return [f"{named(ranks)} {state.value}" for state, ranks in by_state.items()]
+
+
+def named(ranks: Sequence[int]) -> str:
+    """`rank 7`, or `ranks 0-3,7`."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)}"
 
 
 def spans(ranks: Sequence[int]) -> str:

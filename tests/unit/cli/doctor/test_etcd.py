@@ -127,7 +127,7 @@ def test_versions_that_corrupt_data_warn_and_those_that_are_too_old_fail(
             Status.OK,
             "3 of 3 members answer; one leader",
         ),
-        (MEMBERS[:1], [LEADER], NO_ERROR, Status.OK, "1 of 1 members answer; one leader"),
+        (MEMBERS[:1], [LEADER], NO_ERROR, Status.OK, "the only member answers; one leader"),
         (MEMBERS[:2], [LEADER, FOLLOWER], NO_ERROR, Status.OK, "an even number"),
         (
             [*MEMBERS, replace(MEMBERS[0], member_id=4, name="l", learner=True)],
@@ -141,7 +141,7 @@ def test_versions_that_corrupt_data_warn_and_those_that_are_too_old_fail(
             [LEADER],
             NO_ERROR,
             Status.OK,
-            "1 of 1 members answer; besides a learner without a vote; one leader",
+            "the only member answers; besides a learner without a vote; one leader",
         ),
         (
             MEMBERS,
@@ -152,7 +152,7 @@ def test_versions_that_corrupt_data_warn_and_those_that_are_too_old_fail(
             "no quorum",
         ),
         (None, [LEARNER], ("it is a learner", ""), Status.FAIL, "only a learner answers"),
-        (None, [LEADER], NO_ERROR, Status.OK, "1 of 1 members"),
+        (None, [LEADER], NO_ERROR, Status.OK, "the only member"),
         (
             MEMBERS,
             [LEADER, FOLLOWER],

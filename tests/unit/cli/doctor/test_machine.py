@@ -414,7 +414,7 @@ def test_a_loopback_is_judged_by_its_bytes_and_its_speed(
 @pytest.mark.parametrize(
     ("ranks", "rank", "status", "what"),
     [
-        ((0, 1), None, Status.OK, "2 of 2 ranks, version 3"),
+        ((0, 1), None, Status.OK, "all of 2 ranks, version 3"),
         ((0,), None, Status.FAIL, "missing rank 1 of 2"),
         ((0,), 1, Status.FAIL, "rank 1 of qwen is not registered"),
         ((), None, Status.FAIL, "qwen is not registered"),

@@ -117,7 +117,7 @@ def test_ranks_in_one_state_are_reported_together() -> None:
         a_record(rank=rank, world_size=4, state=RankState.LOADING if rank else RankState.READY)
         for rank in range(4)
     ]
-    assert assess("qwen", records).problems == ("rank 1-3 loading",)
+    assert assess("qwen", records).problems == ("ranks 1-3 loading",)
 
 
 @pytest.mark.parametrize("records", [[], [a_record(rank=0)]])
