@@ -1,5 +1,5 @@
-"""What errors of the library say, in terms of the command line: options in place of parameters,
-commands in place of calls.
+"""What errors and logs of the library say, in terms of the command line: options in place of
+parameters, commands in place of calls, and ranks in place of their keys in etcd.
 """
 
 from __future__ import annotations
@@ -7,6 +7,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from engine_registry.schema.keys import ENGINES
 
 _WORDS = {
     "allow_anonymous": "--allow-anonymous",
@@ -32,10 +34,15 @@ _WORDS = {
 }
 _QUOTED = re.compile(r"`([A-Za-z_.()]+|[a-z_]+=[A-Za-z\"]+)`")
 
+# A damaged record, and a command of etcdctl, are about the key itself.
+_KEY = re.compile(
+    rf"(?<!at )(?<!del )(?<!key )(?<![\w`/]){ENGINES}([A-Za-z0-9._-]+)/([0-9]+)(?![\w/])"
+)
+
 
 def in_options(text: str, details: Mapping[str, Any] | None = None) -> str:
     """The text with our options and commands for the parameters and calls that stand in it in
-    backticks.
+    backticks, and with the names of ranks for their keys.
 
     `details` are those of the error that says it: a command then stands with its arguments.
     """
@@ -45,7 +52,7 @@ def in_options(text: str, details: Mapping[str, Any] | None = None) -> str:
             return f"`engines evict {details['instance']} --rank {details['rank']}`"
         return _WORDS.get(found[1], found[0])
 
-    return _QUOTED.sub(word, text)
+    return _KEY.sub(r"rank \2 of instance \1", _QUOTED.sub(word, text))
 
 
 def said(exc: BaseException) -> str:

@@ -681,7 +681,7 @@ def test_a_source_that_is_not_there_any_more_is_reported(
         assert_one_line(
             engines("load", "a", "--rank", "0"),
             Exit.INSTANCE,
-            "/engines/a/0 could not be read to the end (cannot read from 127.0.0.1:1: ",
+            "rank 0 of instance a could not be read to the end (cannot read from 127.0.0.1:1: ",
         )
 
 

@@ -543,7 +543,7 @@ def test_dead_missing_and_false_ranks_are_distinguished(
     assert "missing rank 2 of 3" in seen["peer.registered"]["what"]
     dead, other = seen.all("peer.rank")
     assert "nobody listens there" in dead["what"]
-    assert "is not the process that registered /engines/b/1" in other["what"]
+    assert "is not the process that registered rank 1 of instance b" in other["what"]
     assert one["peer.registered"]["what"] == "rank 2 of b is not registered"
     assert one.all("peer.rank") == []
 

@@ -277,7 +277,7 @@ def test_our_loader_refuses_a_seed_in_one_line(
     result = processes.run("load", "q", "--rank", "0", "--namespace", namespace)
     assert result.returncode == 4
     assert len(result.stderr.splitlines()) == 1
-    assert "/engines/q/0 is an SGLang seed" in result.stderr
+    assert "rank 0 of instance q is an SGLang seed" in result.stderr
 
 
 def test_an_instance_of_seeds_is_ready_when_all_its_ranks_are_there(
@@ -804,7 +804,7 @@ def test_the_command_ends_in_order_on_a_signal(
     _, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert [
-        line for line in err.splitlines() if "/engines/q/0 registered: 2 tensors" in line
+        line for line in err.splitlines() if "rank 0 of instance q registered: 2 tensors" in line
     ] == err.splitlines()
 
 

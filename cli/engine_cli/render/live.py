@@ -191,7 +191,7 @@ class _Logs(logging.Handler):
         self._taken: list[logging.Handler] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._note(f"{record.levelname.lower()}: {record.getMessage()}")
+        self._note(f"{record.levelname.lower()}: {in_options(record.getMessage())}")
 
     def take(self) -> None:
         root = logging.getLogger()

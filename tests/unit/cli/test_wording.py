@@ -83,9 +83,17 @@ def test_what_is_put_in_its_place_is_a_parameter_or_a_call_of_the_library() -> N
             "publish with digests, as `engines register` does, or load with no --verify",
         ),
         ("the tensor `w` is `x`y`", {}, "the tensor `w` is `x`y`"),
+        (
+            "/engines/a-1.x/0 and /engines/b/12, of /engines/c/3: gone",
+            {},
+            "rank 0 of instance a-1.x and rank 12 of instance b, of rank 3 of instance c: gone",
+        ),
+        ("the record at /engines/a/0 is damaged", {}, "the record at /engines/a/0 is damaged"),
+        ("etcdctl del /engines/a/0", {}, "etcdctl del /engines/a/0"),
+        ("it reads /engines/, and /engines/a/0/x", {}, "it reads /engines/, and /engines/a/0/x"),
     ],
 )
-def test_parameters_and_calls_become_options_and_commands(
+def test_parameters_calls_and_keys_become_options_commands_and_ranks(
     text: str, details: dict[str, object], wording: str
 ) -> None:
     assert in_options(text, details) == wording
