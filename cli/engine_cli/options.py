@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 import click
 
+from engine_registry.schema.keys import MAX_RANKS
+from engine_registry.schema.numbers import MAX_TTL_S, MIN_TTL_S
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 TOKEN_VARIABLE = "ENGINES_GATEWAY_TOKEN"  # noqa: S105  the variable's name, not a token
 
@@ -53,6 +56,10 @@ class Seconds(click.FloatRange):
         return seconds
 
 
+TTL = Seconds(MIN_TTL_S, max=MAX_TTL_S)
+WORLD_SIZE = click.IntRange(1, MAX_RANKS)
+
+
 def nbytes_of(text: str) -> int:
     """The type of an option: a number of bytes, one at least, as in 500MB or 1.5GiB."""
     size = re.fullmatch(
@@ -88,7 +95,9 @@ def _own_host(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 
 
 def rank_option(required: bool, help: str) -> Callable[[Command], Command]:
-    return click.option("--rank", type=click.IntRange(min=0), required=required, help=help)
+    return click.option(
+        "--rank", type=click.IntRange(0, MAX_RANKS - 1), required=required, help=help
+    )
 
 
 def gateway_token() -> str | None:

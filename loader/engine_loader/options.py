@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from engine_registry.client import MAX_TTL_S, MIN_TTL_S
 from engine_registry.errors import InvalidField
-from engine_registry.schema.numbers import seconds, whole, whole_or_none
+from engine_registry.schema.numbers import MAX_TTL_S, MIN_TTL_S, seconds, whole, whole_or_none
 from engine_registry.schema.record import check_version
 
 if TYPE_CHECKING:

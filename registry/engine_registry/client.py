@@ -35,7 +35,7 @@ from engine_registry.schema.keys import (
 )
 from engine_registry.schema.manifest import Manifest
 from engine_registry.schema.moment import utc
-from engine_registry.schema.numbers import seconds, whole
+from engine_registry.schema.numbers import MAX_TTL_S, MIN_TTL_S, seconds, whole
 from engine_registry.schema.place import Place
 from engine_registry.schema.pull_ticket import Pull
 from engine_registry.schema.record import (
@@ -57,9 +57,6 @@ from engine_registry.watching.waiting import Wanted, wait_for_rank, wait_until_r
 from engine_registry.watching.watch import Watch
 
 log = logging.getLogger(__name__)
-MIN_TTL_S = 2.0  # etcd grants no shorter lease
-# for how long a rank whose host has died may stay listed; etcd itself would grant 285 years
-MAX_TTL_S = 86_400.0
 
 
 class Registry(Closable):

@@ -111,8 +111,8 @@ def test_a_reader_of_the_other_family_learns_why_it_cannot_read_and_how_it_can(
     code, said = ranks.load("--host", ours)
     assert code == Exit.INSTANCE
     assert (
-        f"rank 0 of instance a is served over {served}, this engine speaks {speaks}: use a --host of "
-        f"{served}" in said
+        f"rank 0 of instance a is served over {served}, this engine speaks {speaks}: use a "
+        f"--host of {served}" in said
     )
     assert ranks.load("--host", theirs) == (0, "")
 

@@ -9,10 +9,11 @@ import click
 
 from engine_cli.connection import etcd_options
 from engine_cli.logs import log_options
-from engine_cli.options import Seconds, gateway_token
+from engine_cli.options import TTL, WORLD_SIZE, Seconds, gateway_token
 from engine_cli.signals import stop_on_ending
 from engine_registry import Registry
 from engine_registry.errors import MetricsUnavailable
+from engine_registry.schema.numbers import MAX_TTL_S
 from engine_registry.telemetry import metrics
 from engine_registry.watching.metrics import WatchMetrics
 
@@ -26,7 +27,7 @@ from engine_registry.watching.metrics import WatchMetrics
 )
 @click.option(
     "--world-size",
-    type=click.IntRange(min=1),
+    type=WORLD_SIZE,
     default=1,
     show_default=True,
     help="Its number of ranks, which SGLang's seeds do not state.",
@@ -47,7 +48,7 @@ from engine_registry.watching.metrics import WatchMetrics
 )
 @click.option(
     "--ttl",
-    type=Seconds(min=2),
+    type=TTL,
     default=60.0,
     show_default=True,
     metavar="S",
@@ -55,11 +56,11 @@ from engine_registry.watching.metrics import WatchMetrics
 )
 @click.option(
     "--probe-interval",
-    type=Seconds(min_open=True),
+    type=Seconds(min_open=True, max=MAX_TTL_S / 3),
     default=2.0,
     show_default=True,
     metavar="S",
-    help="How often each seed is looked at.",
+    help="How often each seed is looked at: at most every third of --ttl.",
 )
 @click.option(
     "--probe-tolerance",

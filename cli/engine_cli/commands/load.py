@@ -49,7 +49,7 @@ from engine_registry.schema.record import PROTOCOLS
     type=nbytes_of,
     metavar="SIZE",
     help="With --full: size of a file, such as 500MB, above which there are several and an "
-    "index; also how much memory is taken. Default: 5GB.",
+    "index; also how much memory is taken. At least 1 byte. Default: 5GB.",
 )
 @click.option(
     "--wait",

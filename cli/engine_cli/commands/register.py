@@ -13,7 +13,7 @@ import click
 from engine_cli.completion import instance_argument
 from engine_cli.connection import etcd_options
 from engine_cli.logs import log_options
-from engine_cli.options import Seconds, engine_log, host_option, rank_option
+from engine_cli.options import TTL, WORLD_SIZE, engine_log, host_option, rank_option
 from engine_cli.render.tables import size
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option
@@ -23,7 +23,7 @@ from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import ENGINES, check_instance, check_rank
 from engine_registry.schema.printable import count
-from engine_registry.schema.record import PROTOCOLS
+from engine_registry.schema.record import MAX_VERSION, PROTOCOLS
 
 if TYPE_CHECKING:
     from engine_loader import Seeded
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @rank_option(required=True, help="World rank of this process, from 0.")
 @click.option(
     "--world-size",
-    type=click.IntRange(min=1),
+    type=WORLD_SIZE,
     required=True,
     help="Ranks of the instance, over all parallel axes.",
 )
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 @click.option("--revision", default="", help="Model revision.")
 @click.option(
     "--version",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MAX_VERSION - 1),
     default=0,
     show_default=True,
     help="Version of the weights.",
@@ -103,7 +103,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--ttl",
-    type=Seconds(min=2),
+    type=TTL,
     default=10.0,
     show_default=True,
     metavar="S",

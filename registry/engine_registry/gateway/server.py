@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
-from engine_registry.client import MAX_TTL_S, MIN_TTL_S, Registry
+from engine_registry.client import Registry
 from engine_registry.errors import InvalidField
 from engine_registry.gateway.claims import Served
 from engine_registry.gateway.limits import Limits
@@ -19,7 +19,7 @@ from engine_registry.gateway.service import Service, ServiceConfig
 from engine_registry.gateway.token import check_token
 from engine_registry.lifetime import Closable
 from engine_registry.schema.keys import check_instance, check_rank
-from engine_registry.schema.numbers import seconds
+from engine_registry.schema.numbers import MAX_TTL_S, MIN_TTL_S, seconds
 from engine_registry.schema.record import ModelIdentity
 
 PORT = 6789  # of SGLang's own server

@@ -6,6 +6,9 @@ import operator
 
 from engine_registry.errors import InvalidField
 
+MIN_TTL_S = 2.0  # etcd grants no shorter lease
+# for how long a rank whose host has died may stay listed; etcd itself would grant 285 years
+MAX_TTL_S = 86_400.0
 MAX_S = 1e9  # 30 years: Python's waits take no more than ten times as much
 
 

@@ -265,6 +265,33 @@ def test_every_command_has_help_and_the_name_that_it_is_found_by(
     assert "--debug" in ran.out
 
 
+def options_with_numbers() -> Iterator[Any]:
+    """Each option of each command whose value is a number."""
+    for name in engine_cli.main.COMMANDS:
+        command = import_module(f"engine_cli.commands.{name}").command
+        for option in command.params:
+            if isinstance(option.type, click.types.IntParamType | click.types.FloatParamType):
+                yield pytest.param(command, option, id=f"{name} {option.opts[-1]}")
+
+
+NO_UPPER_BOUND = {"probe_tolerance", "connections_per_address"}
+
+
+@pytest.mark.parametrize(("command", "option"), list(options_with_numbers()))
+def test_an_option_that_is_a_number_says_its_bounds_and_refuses_what_is_beyond(
+    command: click.Command, option: click.Option
+) -> None:
+    kind, ctx = option.type, click.Context(command)
+    assert isinstance(kind, click.IntRange | click.FloatRange)
+    assert (kind.max is None) == (option.name in NO_UPPER_BOUND)
+    _, text = option.get_help_record(ctx) or ("", "")
+    for bound, step in ((kind.min, -1), (kind.max, 1)):
+        if bound is not None:
+            assert str(bound) in text
+            with pytest.raises(click.BadParameter):
+                option.type_cast_value(ctx, str(bound + step))
+
+
 def test_the_version_is_that_of_the_distribution(engines: Engines) -> None:
     ran = engines("--version")
     assert ran.code == Exit.DONE
@@ -293,6 +320,7 @@ REGISTER = ("register", "qwen", "--rank", "0", "--world-size", "2", "--weights",
         ("list", "--timeout", "1e30"),
         ("show",),
         ("show", "qwen", "--rank", "-1"),
+        ("show", "qwen", "--rank", "100000"),
         ("show", "qwen", "--rank", "first"),
         ("load", "qwen"),
         ("load", "qwen", "--full", "--rank", "0"),
@@ -306,6 +334,7 @@ REGISTER = ("register", "qwen", "--rank", "0", "--world-size", "2", "--weights",
         ("evict",),
         ("register", "qwen"),
         (*REGISTER, "--ttl", "1"),
+        (*REGISTER, "--ttl", "86401"),
         (*REGISTER, "--version", "-1"),
         ("register", "qwen", "--rank", "2", "--world-size", "2", "--weights", "w"),
         ("register", "a/b", "--rank", "0", "--world-size", "2", "--weights", "w"),
