@@ -134,6 +134,42 @@ def test_a_nested_state_dict_comes_back_with_all_its_values(
     assert found["scale"] == 2.5
 
 
+@pytest.mark.parametrize("digests", [False, True])
+def test_an_update_changes_values_together_with_the_tensors(
+    registry: Registry, offer: Callable[..., Publication], digests: bool
+) -> None:
+    weight = torch.zeros(3)
+    values: StateDict = {"train.step": 1}
+    state_dict = {"w": weight, "train": {"step": 0, "seed": 42}}
+    publication = offer(state_dict, version=5, digests=digests)
+    for step in (1, 2):
+        with publication.update(values=values):
+            weight.fill_(step)
+            values["train.step"] = step  # read at the end of the block
+        found: StateDict = {"w": torch.zeros(3), "train": {"step": 0, "seed": 0}}
+        dcp_load(found, storage_reader=reader_of(registry), no_dist=True)
+        assert (found["w"].tolist(), found["train"]) == ([step] * 3, {"step": step, "seed": 42})
+        assert publication.version == 5 + step
+    with publication.update():  # keeps them
+        weight.fill_(9)
+    dcp_load(found, storage_reader=reader_of(registry), no_dist=True)
+    assert (found["w"].tolist(), found["train"]["step"]) == ([9] * 3, 2)
+
+
+def test_values_that_no_manifest_can_hold_are_refused_before_the_update_begins(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
+    publication = offer({"w": torch.zeros(3), "step": 1})
+    with (
+        pytest.raises(loader_errors.TensorsUnusable, match=r"step: is a builtins\.object"),
+        publication.update(values={"step": object()}),
+    ):
+        pytest.fail("the block must not begin")
+    found: StateDict = {"w": torch.ones(3), "step": 0}
+    dcp_load(found, storage_reader=reader_of(registry), no_dist=True)
+    assert (found["w"].tolist(), found["step"], publication.version) == ([0] * 3, 1, 0)
+
+
 def test_parts_on_several_ranks_are_put_together_in_one_read(
     registry: Registry, offer: Callable[..., Publication]
 ) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -34,7 +35,6 @@ from engine_registry.errors import RegistryError
 from engine_registry.lifetime import Closable
 from engine_registry.registration.writes import WITHDRAWN
 from engine_registry.schema.numbers import seconds
-from engine_registry.schema.record import new_content
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Publication(Closable):
         )
 
     @contextmanager
-    def update(self) -> Iterator[None]:
+    def update(self, values: Mapping[str, Any] | None = None) -> Iterator[None]:
         """Changes the weights in place, inside the block.
 
         Readers that overlap with the block notice, and read again. After the block the version is
@@ -115,27 +115,25 @@ class Publication(Closable):
         load reads them until another `update` has ended well. An etcd that is away does not disturb
         an update, because readers go by the header.
 
+        Args:
+            values: New values of what is no tensor, such as the step of a trainer, by the names of
+                `publish_state_dict`: paths joined by dots. They are read at the end of the block.
+                The others stay. The memory is offered anew then, as by `replace`.
+
         Yields:
             Nothing.
 
         Raises:
             TensorsUnusable: A tensor was given other memory, as by `module.to(…)` or
-                `weight.data = …`. The weights stay marked as being changed.
+                `weight.data = …`. The weights stay marked as being changed. Or, before the block,
+                a value cannot be encoded.
             MemoryInUse: Another publication serves the same memory, or a load still fills it at the
                 end of the block.
             LoaderError: The publication is closed or paused, or is being updated already.
+            RegistrationLost: With `values`: the rank was evicted, or another took its place.
         """
-        with self._served.alone("update"):
-            offering = self._served.offering("update")
-            before = self.record
-            USES.change(offering.use)
-            self._served.mark_changing()
+        with self._served.alone("update"), self._served.changing(values):
             yield
-            offering.check_in_place(before.key)
-            wait_for(offering.weights.devices)
-            USES.keep(offering.use)
-            content = offering.compute_digests() or new_content()
-            self._served.vouch(before.version + 1, content)
 
     def pause(self) -> None:
         """Gives the memory of the weights back, so that it may be freed, moved or written to.

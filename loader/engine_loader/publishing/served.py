@@ -10,15 +10,21 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
 
 from engine_loader.engines.base import Engine
 from engine_loader.errors import LoaderError
 from engine_loader.options import PublishOptions
 from engine_loader.publishing.header import Header, HeaderCell
 from engine_loader.publishing.offering import Offering, Paused, meter_pulls, offer_weights
+from engine_loader.tensors.cuda import wait_for
 from engine_loader.tensors.destination import Destination
+from engine_loader.tensors.state_dict import encode_values
+from engine_loader.tensors.uses import USES
 from engine_registry import RankRecord, RankState, Registration, Registry, failpoints
 from engine_registry.errors import RegistryError
+from engine_registry.schema.record import new_content
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -83,6 +89,34 @@ class Served:
             yield
         finally:
             self._changing.release()
+
+    @contextmanager
+    def changing(self, values: Mapping[str, Any] | None) -> Iterator[None]:
+        """The weights are changed in place in the block, and offered as the next version after it,
+        with what the values are by then.
+        """
+        offering, before = self.offering("update"), self.record
+        self._options_with(values)
+        USES.change(offering.use)
+        self.mark_changing()
+        yield
+        offering.check_in_place(before.key)
+        wait_for(offering.weights.devices)
+        self._options = self._options_with(values)
+        USES.keep(offering.use)
+        if values is None:
+            self.vouch(before.version + 1, offering.compute_digests() or new_content())
+        else:  # they are in the manifest, which an incarnation has only one of
+            self.pause()
+            self.offer(offering.weights, before.version + 1)
+
+    def _options_with(self, values: Mapping[str, Any] | None) -> PublishOptions:
+        """TensorsUnusable names the values that cannot be encoded."""
+        if values is None:
+            return self._options
+        options = replace(self._options, values={**(self._options.values or {}), **values})
+        encode_values(options.values or {})
+        return options
 
     def mark_changing(self) -> None:
         """Readers wait from now on."""

@@ -23,7 +23,7 @@ from engine_loader import (
     publish_state_dict,
 )
 from engine_loader.errors import LoaderError, MemoryInUse, TensorsUnusable
-from engine_loader.publishing import offering
+from engine_loader.publishing import offering, served
 from engine_loader.publishing import publication as publications
 from engine_loader.publishing.header import Header, HeaderCell
 from engine_loader.publishing.opening import open_publication
@@ -386,7 +386,7 @@ def test_readers_are_let_in_when_all_that_the_device_was_asked_to_write_is_there
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    for module in (offering, publications):
+    for module in (offering, publications, served):
         monkeypatch.setattr(module, "wait_for", lambda devices: seen.append(f"{devices[0]} waits"))
     write = HeaderCell.write
 
