@@ -250,6 +250,15 @@ def test_a_rank_of_another_box_of_the_same_shape_is_a_mismatch(
         assert_equal(destination, {"w": half})
 
 
+@pytest.mark.parametrize("rank", [None, 0])
+def test_a_load_of_no_tensors_is_refused(
+    registry: Registry, new_engine: Callable[[], Engine], rank: int | None
+) -> None:
+    with pytest.raises(InvalidField) as caught:
+        load(registry, new_engine(), "a", rank=rank, tensors={})
+    assert str(caught.value) == "there are no tensors to fill: name one at least in `tensors`"
+
+
 def test_tensors_without_a_box_need_a_rank(
     registry: Registry, new_engine: Callable[[], Engine]
 ) -> None:

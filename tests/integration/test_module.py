@@ -357,6 +357,33 @@ def test_a_model_of_another_shape_stays_without_memory(
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+def test_a_module_whose_names_have_a_prefix_at_the_source_is_filled_with_it(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
+    source = nn.Linear(3, 2)
+    offer({f"model.{name}": tensor for name, tensor in source.state_dict().items()})
+    module = nn.Linear(3, 2)
+    with pytest.raises(
+        WeightsMismatch,
+        match=r"weight: here, but not in the source, which has model\.weight.*"
+        r"did you mean prefix='model\.'\?",
+    ):
+        load_module(registry, InProcessEngine(), "a", module)
+    shards = {"bias": Shard((2,), (0,))}
+    load_module(registry, InProcessEngine(), "a", module, prefix="model.", shards=shards)
+    assert torch.equal(module.weight, source.weight)
+    assert torch.equal(module.bias, source.bias)
+
+
+def test_a_module_whose_part_is_at_the_source_is_told_which_part(
+    registry: Registry, offer: Callable[..., Publication]
+) -> None:
+    offer(nn.Linear(3, 2).state_dict())
+    module = nn.ModuleDict({"model": nn.Linear(3, 2)})
+    with pytest.raises(WeightsMismatch, match="the part of the module that is called 'model'"):
+        load_module(registry, InProcessEngine(), "a", module)
+
+
 def test_an_instance_that_is_not_there_leaves_the_module_as_it_is(registry: Registry) -> None:
     model = without_memory()
     with pytest.raises(InstanceNotFound):

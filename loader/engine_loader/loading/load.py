@@ -119,6 +119,10 @@ def load(
     place = _place(rank, world_size, topology)
     destination = Destination.of(tensors, shards)
     destination.check_writable()
+    if not destination.manifest.tensors:
+        raise InvalidField(
+            "there are no tensors to fill", "name one at least in `tensors`", field="tensors"
+        )
     if not source:
         raise InvalidField("no instance to load from", "name one in `source`", field="source")
     if place is None and not destination.has_boxes:

@@ -5,7 +5,7 @@ no memory yet.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from engine_loader.engines.base import Engine
-from engine_loader.errors import TensorsUnusable, listed
+from engine_loader.errors import TensorsUnusable, WeightsMismatch, listed
 from engine_loader.loading.load import load
 from engine_loader.loading.report import LoadReport
 from engine_loader.options import LoadOptions
+from engine_loader.planning.near_name import near_name
 from engine_loader.publishing.replica import Replica
 from engine_loader.sources.holdings import Holdings, read_holdings
 from engine_loader.tensors.modes import plain_torch
@@ -35,6 +36,7 @@ def load_module(
     *,
     rank: int | None = None,
     device: torch.device | str | None = None,
+    prefix: str = "",
     shards: Mapping[str, Shard] | None = None,
     timeout_s: float = 60.0,
     world_size: int | None = None,
@@ -61,7 +63,9 @@ def load_module(
             its job, if the job has as many ranks as the source.
         device: Where tensors on the meta device get their memory. By default the device of their
             mesh, else torch's default device, else the host's memory.
-        shards: Which part of the whole a tensor is, by name.
+        prefix: What stands before the module's names at the source, such as `model.`. A source of
+            more than these tensors also takes `LoadOptions(partial=True)`.
+        shards: Which part of the whole a tensor is, by its name in the module.
         timeout_s: How many seconds to wait until a source is ready.
         world_size: As for `load`.
         topology: As for `load`.
@@ -74,11 +78,15 @@ def load_module(
     Raises:
         TensorsUnusable: A buffer that no state dict has is on the meta device, or a tensor cannot
             be filled.
+        WeightsMismatch: Source and module differ. If that may be because of names, the error says
+            which `prefix` may have been meant.
         LoaderError: What `load` raises.
         RegistryError: What `load` raises.
     """
     start = time.monotonic()
-    tensors: dict[str, torch.Tensor] = dict(module.state_dict(keep_vars=True))
+    own = module.state_dict(keep_vars=True)
+    tensors: dict[str, torch.Tensor] = {prefix + name: tensor for name, tensor in own.items()}
+    shards = {prefix + name: shard for name, shard in (shards or {}).items()}
     _check_all_can_be_filled(module, tensors)
     made: dict[torch.Tensor, torch.Tensor] = {}  # by what they replace
     for name, tensor in tensors.items():
@@ -87,21 +95,26 @@ def load_module(
                 made[tensor] = _with_memory(name, tensor, device)
             tensors[name] = made[tensor]
     holdings = read_holdings(registry, engine, source, rank, timeout_s, options.cancel)
-    plain = {name: box for name, box in whole(tensors).items() if name not in (shards or {})}
+    plain = {name: box for name, box in whole(tensors).items() if name not in shards}
     holdings.check_rank_known(plain)
-    report = load(
-        registry,
-        engine,
-        source,
-        rank=holdings.rank,
-        tensors=tensors,
-        shards={**_stated(plain, tensors, holdings), **(shards or {})},
-        timeout_s=max(0.0, timeout_s - (time.monotonic() - start)),
-        world_size=world_size,
-        topology=topology,
-        publish=publish,
-        options=options,
-    )
+    try:
+        report = load(
+            registry,
+            engine,
+            source,
+            rank=holdings.rank,
+            tensors=tensors,
+            shards={**_stated(plain, tensors, holdings), **shards},
+            timeout_s=max(0.0, timeout_s - (time.monotonic() - start)),
+            world_size=world_size,
+            topology=topology,
+            publish=publish,
+            options=options,
+        )
+    except WeightsMismatch as exc:
+        raise WeightsMismatch(
+            exc.what, _other_names(own, prefix, holdings) or exc.remedy, **exc.details
+        ) from exc
     for part in module.modules():
         for kind in (part.named_parameters, part.named_buffers):
             for name, tensor in list(kind(recurse=False, remove_duplicate=False)):
@@ -116,6 +129,18 @@ def _stated(
     """The boxes that the source states, for all names of a tensor: it may lack some of them."""
     silent = {id(tensor) for name, tensor in tensors.items() if not holdings.states_box_of(name)}
     return {name: box for name, box in boxes.items() if id(tensors[name]) not in silent}
+
+
+def _other_names(own: Collection[str], prefix: str, holdings: Holdings) -> str:
+    """What to do where the source has the tensors by longer or shorter names; else nothing."""
+    for name in own:
+        there = near_name(name, holdings.tensors) if prefix + name not in holdings.tensors else ""
+        if there.endswith(f".{name}"):
+            return f"did you mean prefix={there.removesuffix(name)!r}?"
+        if there and name.endswith(f".{there}"):
+            part = name.removesuffix(f".{there}")
+            return f"did you mean the part of the module that is called {part!r}?"
+    return ""
 
 
 def _check_all_can_be_filled(module: nn.Module, tensors: Mapping[str, object]) -> None:

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 from engine_loader.planning.assembly import Assemblies
 from engine_loader.planning.boxes import Box
+from engine_loader.planning.near_name import near_name
 from engine_loader.planning.placed import boxes_of, in_one_order
 from engine_loader.planning.reads import Span, span_of
 from engine_loader.planning.tied import stand_ins
 from engine_registry.schema.manifest import Manifest, TensorEntry, shape_text
+
+_MOST_NEAR_NAMES = 8  # that are looked for, as no more problems are shown
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Offers:
             for entry in origin.manifest.tensors:
                 self._by_name[entry.name].append((number, entry))
         self._assemblies = Assemblies()
+        self._missing = 0
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -82,7 +86,7 @@ class Offers:
         """
         offers = self._by_name.get(entry.name)
         if not offers:
-            return [], "here, but not in the source"
+            return [], self._why_missing(entry.name)
         same = [
             (number, offer.addr)
             for number, offer in offers
@@ -91,6 +95,11 @@ class Offers:
         if same:
             return ([Span(entry.addr, entry.nbytes, tuple(same))] if entry.nbytes else []), ""
         return self._parts_of_boxes(entry, offers)
+
+    def _why_missing(self, name: str) -> str:
+        self._missing += 1
+        near = near_name(name, self._by_name) if self._missing <= _MOST_NEAR_NAMES else ""
+        return f"here, but not in the source{f', which has {near}' if near else ''}"
 
     def _comparable(self, number: int, entry: TensorEntry) -> bool:
         return not entry.opaque or self._origins[number].own
