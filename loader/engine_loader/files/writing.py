@@ -30,8 +30,15 @@ def writing(path: Path) -> Iterator[None]:
         ValueError,
         LookupError,
     ) as exc:  # safetensors has no common base of its errors
-        reason = " ".join(str(exc).split())  # safetensors has some of several lines
-        raise WeightsFileInvalid(f"cannot write {path}: {reason}", path=str(path)) from exc
+        said = (
+            exc.strerror if isinstance(exc, OSError) else None
+        )  # without number and temporary name
+        reason = " ".join((said or str(exc)).split())  # safetensors has some of several lines
+        raise WeightsFileInvalid(
+            f"cannot write {path}: {reason}",
+            "choose another folder, or make this one take the file" if said else "",
+            path=str(path),
+        ) from exc
 
 
 @contextmanager

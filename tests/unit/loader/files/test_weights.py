@@ -160,7 +160,7 @@ def test_a_write_that_fails_half_way_leaves_the_file_of_before_and_no_part(
     monkeypatch.setattr("engine_loader.files.writing.save_file", fill_the_disk)
     with pytest.raises(
         WeightsFileInvalid,
-        match=re.escape(f"cannot write {path}: [Errno 28] No space left on device"),
+        match=re.escape(f"cannot write {path}: No space left on device"),
     ):
         write_weights({"w": torch.zeros(3)}, path)
     assert read_weights([path])["w"].tolist() == [1.0] * 3
@@ -445,7 +445,7 @@ def test_a_move_that_fails_puts_all_back_as_it_was(
         move(src, dst)
 
     monkeypatch.setattr("engine_loader.files.whole_files.os.replace", fail_once)
-    with pytest.raises(WeightsFileInvalid, match=r"cannot write .*/model.*: \[Errno 5\]"):
+    with pytest.raises(WeightsFileInvalid, match=r"cannot write .*/model.*: Input/output error"):
         write_model(tmp_path, *two(2.0), force=True)
     assert names(tmp_path) == sorted([*FILES, INDEX])
     assert read_weights([tmp_path / name for name in FILES])["a"].tolist() == [1.0] * 2
