@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from tests.support.checkout import ROOT
 from tests.support.waiting import wait_until
 
+_JOIN_S = 60.0
 _HOME = "\x1b[H"  # where each frame begins
 _SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 OTHER_SCREEN, FIRST_SCREEN = "\x1b[?1049h", "\x1b[?1049l"
@@ -36,6 +37,7 @@ class Terminal:
         self.reads = threading.Event()
         self.reads.set()
         self.process: subprocess.Popen[bytes]
+        self._reader: threading.Thread
 
     def start(self, args: Sequence[str], env: Mapping[str, str]) -> None:
         """`engines ARGS`, with this as its controlling terminal."""
@@ -55,7 +57,12 @@ class Terminal:
             env={**os.environ, "TERM": "xterm", **env},
         )
         os.close(self._theirs)
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def join(self) -> None:
+        """Until nobody has it open any more, and all of it has been read."""
+        self._reader.join(_JOIN_S)
 
     def _read(self) -> None:
         try:
@@ -68,14 +75,14 @@ class Terminal:
     def said(self) -> str:
         return bytes(self._said).decode(errors="replace").replace("\r\n", "\n")
 
+    def frame(self) -> str:
+        """The last one that is complete; empty before there is any."""
+        frames = self.said.split(_HOME)
+        return frames[-2] if len(frames) > 2 else ""
+
     def screen(self) -> list[str]:
         """The lines of the last frame that is complete, without what they look like."""
-        frames = self.said.split(_HOME)
-        return (
-            [_SEQUENCE.sub("", line).rstrip() for line in frames[-2].splitlines()]
-            if len(frames) > 2
-            else []
-        )
+        return [_SEQUENCE.sub("", line).rstrip() for line in self.frame().splitlines()]
 
     def line(self, name: str) -> str:
         """Of the row that begins so."""

@@ -43,7 +43,8 @@ def event_text(event: Event | InstanceCleaned) -> str:
     if isinstance(event, InstanceReady):
         return ready_text(event.status)
     if isinstance(event, InstanceDegraded):
-        return f"{event.status.instance} degraded: {printable(event.status.summary)}"
+        state = state_of(event.status)
+        return f"{event.status.instance} {state}: {printable(event.status.summary)}"
     if isinstance(event, InstanceGone):
         return f"{event.status.instance} gone"
     record = event.record
