@@ -1167,7 +1167,7 @@ def test_a_load_that_serves_ends_when_it_is_evicted(engines: Engines, weights: P
     wait_until(lambda: engines("evict", "copy").returncode == Exit.DONE)
     out, err = copy.communicate(timeout=100)
     assert (copy.returncode, out) == (Exit.FAILED, "")
-    assert "copy/0 was evicted" in err
+    assert "rank 0 of instance copy was evicted" in err
 
 
 @pytest.mark.parametrize(
