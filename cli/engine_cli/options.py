@@ -100,6 +100,45 @@ def rank_option(required: bool, help: str) -> Callable[[Command], Command]:
     )
 
 
+def given_labels(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    """Of KEY=VALUE, as often as it is given."""
+    from engine_registry.schema.labels import check_labels
+
+    labels: dict[str, str] = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE, such as team=search.")
+        if labels.setdefault(name, value) != value:
+            raise click.BadParameter(f"{name} is given with two values.")
+    return check_labels(labels)
+
+
+def label_option(help: str) -> Callable[[Command], Command]:
+    """Which labels an instance gets."""
+    return click.option(
+        "--label",
+        "labels",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=given_labels,
+        help=f"{help} May be given several times.",
+    )
+
+
+selector_option = click.option(
+    "--label",
+    "selector",
+    multiple=True,
+    metavar="SELECTOR",
+    callback=lambda ctx, param, values: ",".join(values),
+    help="Instances with these labels only: KEY=VALUE, KEY!=VALUE, KEY or !KEY, with commas "
+    "between them. May be given several times.",
+)
+
+
 def gateway_token() -> str | None:
     token = os.environ.get(TOKEN_VARIABLE)
     if token == "":

@@ -40,6 +40,21 @@ class Cut:
     text: str  # as the user wrote it
 
 
+def parse_place(text: str) -> tuple[str, tuple[int, int]]:
+    """The axis, and (index, size) on it, of AXIS=INDEX/SIZE; InvalidField."""
+    place = re.fullmatch(r"([^=]+)=([0-9]{1,9})/([0-9]{1,9})", text)
+    if place is None:
+        raise InvalidField(
+            f"topology {text!r} is not valid: use AXIS=INDEX/SIZE, such as tp=0/2", field="topology"
+        )
+    index, count = int(place[2]), int(place[3])
+    if index >= count:
+        raise InvalidField(
+            f"topology {text!r} is not valid: INDEX is from 0 to SIZE - 1", field="topology"
+        )
+    return place[1], (index, count)
+
+
 def parse_cut(text: str, places: Places, rank: int, world_size: int) -> Cut:
     """`PATTERN:DIM` is over the axis tp where there is one, else over all ranks; `PATTERN:DIM:AXIS`
     over that axis.

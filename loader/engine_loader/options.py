@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from engine_registry.errors import InvalidField
+from engine_registry.schema.labels import check_labels
 from engine_registry.schema.numbers import MAX_TTL_S, MIN_TTL_S, seconds, whole, whole_or_none
 from engine_registry.schema.record import check_version
 
@@ -88,6 +89,9 @@ class PublishOptions:
             its source.
         digests: Whether loaders may verify every tensor. It costs a pass over all weights, at once
             and at every update.
+        labels: Names and values by which people find the instance, as Kubernetes has them: 16 at
+            most. All ranks of an instance have the same. A replica has these, and none of those of
+            its source.
         values: Plain data by name, up to 1 MiB as JSON, which `EngineReader` gives to readers.
         ttl_s: How many seconds the rank stays listed after its whole host is lost.
         on_state: Called with each change of the registration's state and its reason, from another
@@ -103,6 +107,7 @@ class PublishOptions:
     generation: str | None = None
     version: int | None = None
     digests: bool = False
+    labels: Mapping[str, str] | None = None
     values: Mapping[str, Any] | None = None
     ttl_s: float = 10.0
     on_state: OnState | None = None
@@ -117,6 +122,7 @@ class PublishOptions:
         )
         _set(self, "version", None if self.version is None else check_version(self.version))
         _check(self, "digests", lambda value: isinstance(value, bool), "True or False")
+        _set(self, "labels", None if self.labels is None else check_labels(self.labels))
         _check(self, "values", lambda value: isinstance(value, Mapping), "a mapping by name")
         _set(self, "ttl_s", seconds("ttl_s", self.ttl_s, MIN_TTL_S, MAX_TTL_S))
         _check(self, "on_state", callable, "a function that takes a state and a reason")

@@ -33,6 +33,7 @@ from engine_registry.schema.keys import (
     instance_prefix,
     record_key,
 )
+from engine_registry.schema.labels import Selector
 from engine_registry.schema.manifest import Manifest
 from engine_registry.schema.moment import utc
 from engine_registry.schema.numbers import MAX_TTL_S, MIN_TTL_S, seconds, whole
@@ -163,11 +164,13 @@ class Registry(Closable):
         state: RankState = RankState.READY,
         fabric: str = "",
         device: str = "cpu",
+        labels: Mapping[str, str] | None = None,
         ttl_s: float = 10.0,
         on_state: OnState | None = None,
     ) -> Registration:
         """Claims the rank for this process and holds it. `content` says which weights it has; the
-        default is one that no other rank has.
+        default is one that no other rank has. `labels` are names and values in the syntax of
+        Kubernetes, 16 at most, by which people find the instance. All of its ranks have the same.
 
         Raises InvalidField, RankConflict (another process has the rank), InstanceMismatch (it
         disagrees with its siblings), KeeperFailed (no process or file descriptor is to be had) or
@@ -200,12 +203,19 @@ class Registry(Closable):
             pid=os.getpid(),
             device=device,
             writer=package_version(),
+            labels=labels or {},
         )
         return Registration(self._config, record, parts, ttl_s, on_state)
 
-    def instances(self) -> tuple[InstanceStatus, ...]:
-        """All instances by name. What cannot be read is among their problems, never an error."""
-        return assess_all(self._etcd.snapshot(ENGINES).items)
+    def instances(self, selector: str = "") -> tuple[InstanceStatus, ...]:
+        """All instances by name. What cannot be read is among their problems, never an error.
+
+        `selector` chooses by labels, as in Kubernetes: `team=x,tier!=test,owner,!beta`. Raises
+        InvalidField.
+        """
+        chosen = Selector.parse(selector)
+        found = assess_all(self._etcd.snapshot(ENGINES).items)
+        return tuple(status for status in found if chosen.matches(status.labels))
 
     def instance(self, name: str) -> InstanceStatus:
         """One instance as it is now; state GONE where nothing is registered."""
@@ -333,14 +343,17 @@ class Registry(Closable):
         """Reports each reader that begins or ends to read from the registration, until closed."""
         return PullWatch(self._etcd.sibling(), record, on_pull)
 
-    def watch(self, instance: str | None = None, rank: int | None = None) -> Watch:
+    def watch(
+        self, instance: str | None = None, rank: int | None = None, selector: str = ""
+    ) -> Watch:
         """Events about one instance or all, beginning with what is there now.
 
-        With `rank` only those about that rank.
+        With `rank` only those about that rank, with `selector` only those about instances that it
+        chooses, as in `instances`.
         """
-        return Watch(
-            self._etcd.sibling(), check_instance(instance) if instance is not None else None, rank
-        )
+        name = check_instance(instance) if instance is not None else None
+        chosen = Selector.parse(selector)
+        return Watch(self._etcd.sibling(), name, rank, selector=chosen)
 
     def cleaning_watch(
         self, instance: str | None = None, *, grace_s: float, dry_run: bool = False

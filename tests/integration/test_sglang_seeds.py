@@ -39,7 +39,7 @@ def seed(registry: Registry, tensors: Tensors) -> Iterator[Seed]:
             for name, tensor in tensors.items()
         },
     )
-    seed = publish_seed(registry, transporter, tensors, MODEL, SEAT, "tcp")
+    seed = publish_seed(registry, transporter, tensors, MODEL, SEAT, "tcp", {"team": "search"})
     yield seed
     seed.close()
     del library
@@ -98,7 +98,7 @@ def test_a_change_of_the_weights_while_sglang_reads_does_not_count(
     tensors["norm"].add_(1)
     seed.replace(tensors)
     record = the_record(registry)
-    assert record.version == 1
+    assert (record.version, record.labels) == (1, {"team": "search"})
     with Reading(registry, record, library) as reading:
         read_as_sglang(reading, library, mine)
         reading.check()

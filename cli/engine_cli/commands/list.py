@@ -9,14 +9,15 @@ import click
 
 from engine_cli.completion import complete_models
 from engine_cli.connection import etcd_options
-from engine_cli.options import json_option
+from engine_cli.options import json_option, selector_option
 from engine_cli.render.documents import instance_json, loading_json
 from engine_cli.render.flows import Flows
 from engine_cli.render.states import any_loads, state_of
 from engine_cli.render.tables import print_json, print_table
-from engine_cli.render.texts import INSTANCE_COLUMNS, instance_row
+from engine_cli.render.texts import instance_table
 from engine_registry import InstanceStatus, Registry
 from engine_registry.errors import EtcdRefused
+from engine_registry.schema.labels import Selector
 
 STATES = ("ready", "degraded", "loading")
 ORDERS: dict[str, Callable[[InstanceStatus], Any]] = {
@@ -34,6 +35,7 @@ ORDERS: dict[str, Callable[[InstanceStatus], Any]] = {
     shell_complete=complete_models,
     help="Instances of this model only.",
 )
+@selector_option
 @click.option("--state", type=click.Choice(STATES), help="Instances in this state only.")
 @click.option(
     "--sort",
@@ -48,6 +50,7 @@ ORDERS: dict[str, Callable[[InstanceStatus], Any]] = {
 def command(
     connect: Callable[[], Registry],
     model: str | None,
+    selector: str,
     state: str | None,
     order: str,
     as_json: bool,
@@ -55,11 +58,17 @@ def command(
     """All instances: state, ranks present of expected, model, version, size, and why one is not
     ready.
     """
+    chosen = Selector.parse(selector)
     with connect() as registry:
         found = registry.instances()
         statuses = tuple(
             sorted(
-                [status for status in found if _is_wanted(status, model, state)], key=ORDERS[order]
+                [
+                    status
+                    for status in found
+                    if chosen.matches(status.labels) and _is_wanted(status, model, state)
+                ],
+                key=ORDERS[order],
             )
         )
         flows = _flows(registry, statuses)
@@ -73,9 +82,7 @@ def command(
             }
         )
     elif statuses:
-        print_table(
-            INSTANCE_COLUMNS, [instance_row(status, flows.loaded(status)) for status in statuses]
-        )
+        print_table(*instance_table([(status, flows.loaded(status)) for status in statuses]))
     elif found:
         click.echo(f"no instance matches (registered: {len(found):,})")
     else:

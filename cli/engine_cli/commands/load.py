@@ -11,7 +11,14 @@ import click
 from engine_cli.completion import complete_instances
 from engine_cli.connection import etcd_options
 from engine_cli.logs import log_options
-from engine_cli.options import Seconds, host_option, json_option, nbytes_of, rank_option
+from engine_cli.options import (
+    Seconds,
+    host_option,
+    json_option,
+    label_option,
+    nbytes_of,
+    rank_option,
+)
 from engine_cli.render.documents import loaded_json
 from engine_cli.render.tables import print_json, size
 from engine_cli.runtime.loading import AUTO, Loading
@@ -67,6 +74,7 @@ from engine_registry.schema.record import PROTOCOLS
     "instance of this name, from the first that have come on, until Ctrl-C or "
     "SIGTERM. Ranks that load so at the same time load from each other.",
 )
+@label_option("With --serve: a label of that instance, which has none of its source.")
 @drain_option
 @click.option(
     "--verify", is_flag=True, help="Compare every tensor with the digest that its source publishes."
@@ -94,6 +102,7 @@ def command(
     max_file_nbytes: int | None,
     wait: float,
     replica: str | None,
+    labels: dict[str, str],
     drain: float,
     verify: bool,
     host: str | None,
@@ -127,6 +136,12 @@ def command(
             "leave --full out, or --serve",
             field="serve",
         )
+    if labels and replica is None:
+        raise InvalidField(
+            "--label goes with --serve, as only what is served has labels",
+            "leave it out, or say --serve NAME",
+            field="labels",
+        )
     endings = Endings()
     with ExitStack() as stack:
         with raised() as raise_again:
@@ -145,7 +160,7 @@ def command(
             if full:
                 report, paths = loading.full(max_file_nbytes)
             elif rank is not None:
-                report, paths = loading.rank(rank, replica, endings)
+                report, paths = loading.rank(rank, replica, labels, endings)
             else:
                 raise InvalidField(
                     "nothing says what to copy",

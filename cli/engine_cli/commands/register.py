@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -13,11 +12,18 @@ import click
 from engine_cli.completion import instance_argument
 from engine_cli.connection import etcd_options
 from engine_cli.logs import log_options
-from engine_cli.options import TTL, WORLD_SIZE, engine_log, host_option, rank_option
+from engine_cli.options import (
+    TTL,
+    WORLD_SIZE,
+    engine_log,
+    host_option,
+    label_option,
+    rank_option,
+)
 from engine_cli.render.tables import size
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option
-from engine_cli.shards import boxes_of, parse_cut, read_boxes
+from engine_cli.shards import boxes_of, parse_cut, parse_place, read_boxes
 from engine_cli.signals import held_back, raised
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InvalidField
@@ -70,6 +76,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Version of the weights.",
 )
+@label_option("A label, by which people find the instance; all of its ranks have the same.")
 @click.option("--generation", help="Id of this launch; ranks of different launches do not mix.")
 @click.option(
     "--topology",
@@ -131,6 +138,7 @@ def command(
     model: str | None,
     revision: str,
     version: int,
+    labels: dict[str, str],
     generation: str | None,
     topology: tuple[str, ...],
     cuts: tuple[str, ...],
@@ -153,7 +161,7 @@ def command(
             "--from-peers needs --model, by which running ranks are found: add --model NAME",
             field="model",
         )
-    places = dict(map(_parse_place, topology))
+    places = dict(map(parse_place, topology))
     slices = [parse_cut(text, places, rank, world_size) for text in cuts]
     listed = read_boxes(Path(boxes_path)) if boxes_path is not None else {}
     with serve_metrics(), connect() as registry, engine_log():
@@ -191,6 +199,7 @@ def command(
         options = PublishOptions(
             generation=generation,
             version=version,
+            labels=labels,
             digests=True,
             ttl_s=ttl,
             on_state=endings.on_state,
@@ -237,17 +246,3 @@ def _origin(seeded: Seeded | None) -> str:
         return ", read from the files"
     sources = [share.name.removeprefix(ENGINES) for share in seeded.report.shares if share.nbytes]
     return f", copied from {' and '.join(sources)}"
-
-
-def _parse_place(text: str) -> tuple[str, tuple[int, int]]:
-    place = re.fullmatch(r"([^=]+)=([0-9]{1,9})/([0-9]{1,9})", text)
-    if place is None:
-        raise InvalidField(
-            f"topology {text!r} is not valid: use AXIS=INDEX/SIZE, such as tp=0/2", field="topology"
-        )
-    index, count = int(place[2]), int(place[3])
-    if index >= count:
-        raise InvalidField(
-            f"topology {text!r} is not valid: INDEX is from 0 to SIZE - 1", field="topology"
-        )
-    return place[1], (index, count)

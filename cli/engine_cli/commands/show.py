@@ -37,6 +37,7 @@ from engine_cli.suggestions import near_instances
 from engine_cli.wording import said
 from engine_registry import InstanceState, InstanceStatus, RankRecord, Registry
 from engine_registry.errors import EtcdRefused, InstanceIncomplete, InstanceNotFound
+from engine_registry.schema.labels import labels_text
 
 
 @click.command("show")
@@ -87,6 +88,8 @@ def command(
     click.echo(
         f"{instance}: {state}, {size(status.nbytes)}, model {printable(str(status.model or '-'))}"
     )
+    if status.labels:
+        click.echo(f"labels: {labels_text(status.labels)}")
     if status.summary:
         click.echo(f"not ready: {printable(status.summary)}")
     _print_ranks(records, flows)

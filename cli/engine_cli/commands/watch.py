@@ -11,7 +11,7 @@ import click
 from engine_cli.connection import etcd_options
 from engine_cli.exits import Exit
 from engine_cli.logs import log_options
-from engine_cli.options import Seconds, json_option
+from engine_cli.options import Seconds, json_option, selector_option
 from engine_cli.render import live
 from engine_cli.render.documents import event_json
 from engine_cli.render.tables import print_json
@@ -26,6 +26,7 @@ from engine_registry.watching.metrics import WatchMetrics
 
 @click.command("watch")
 @click.argument("instance", required=False)
+@selector_option
 @click.option(
     "--exec",
     "hook",
@@ -67,6 +68,7 @@ def command(
     connect: Callable[[], Registry],
     serve_metrics: Callable[[], AbstractContextManager[None]],
     instance: str | None,
+    selector: str,
     hook: str | None,
     exec_timeout: float,
     cleanup: bool,
@@ -85,6 +87,10 @@ def command(
     """
     if dry_run and not cleanup:
         raise click.UsageError("--dry-run goes with --cleanup")
+    if cleanup and selector:
+        raise click.UsageError(
+            "--label and --cleanup exclude each other: name one INSTANCE, or clean up all"
+        )
     with ExitStack() as stack:
         stack.enter_context(serve_metrics())
         registry = stack.enter_context(connect())
@@ -92,12 +98,13 @@ def command(
         watch: Watch | CleaningWatch = (
             registry.cleaning_watch(instance, grace_s=grace, dry_run=dry_run)
             if cleanup
-            else registry.watch(instance)
+            else registry.watch(instance, selector=selector)
         )
         stack.enter_context(watch)
         screen = None
         if not (lines or as_json or hooks) and live.fits():
-            screen = live.Screen(watch, stack.enter_context(registry.follow_pulls()), instance)
+            narrowed = bool(instance or selector)
+            screen = live.Screen(watch, stack.enter_context(registry.follow_pulls()), narrowed)
         ending = _ending(watch, hooks, screen)
         on_ending(lambda: next(ending))
         if screen:

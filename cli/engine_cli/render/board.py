@@ -96,9 +96,11 @@ class Speeds:
 class Board:
     """Show it every event of a watch. Not thread-safe."""
 
-    def __init__(self, instance: str | None = None) -> None:
-        """`instance`: only this one, its readers and its sources are shown."""
-        self._instance = instance
+    def __init__(self, narrowed: bool = False) -> None:
+        """`narrowed`: the watch is of some instances. Of all loads, only those that read from them
+        or fill them are shown.
+        """
+        self._narrowed = narrowed
         self._records: dict[str, dict[int, RankRecord]] = {}
         self._last: dict[str, InstanceStatus] = {}
         self._speeds = Speeds()
@@ -129,9 +131,10 @@ class Board:
         self._now = now
 
     def _is_ours(self, pull: Pull) -> bool:
-        return self._instance is None or self._instance in (
-            pull.instance,
-            pull.reader and pull.reader.instance,
+        return (
+            not self._narrowed
+            or pull.instance in self._records
+            or (pull.reader is not None and pull.reader.instance in self._records)
         )
 
     def summary(self) -> str:

@@ -39,6 +39,7 @@ def instance_json(status: InstanceStatus) -> dict[str, Any]:
         "model": model_json(status.records[0]) if status.records else None,
         "generation": status.records[0].generation if status.records else None,
         "version": status.version,
+        "labels": dict(status.labels),
         "nbytes": status.nbytes,
     }
 
@@ -62,6 +63,7 @@ def rank_json(record: RankRecord) -> dict[str, Any]:
         "state": record.state.value,
         "version": record.version,
         "content": record.content,
+        "labels": dict(record.labels),
         "generation": record.generation,
         "topology": {axis: list(place) for axis, place in record.topology.items()},
         "model": model_json(record),

@@ -64,11 +64,11 @@ def fits() -> bool:
 class Screen:
     """Show it every event of the watch, which it stops where the terminal is gone."""
 
-    def __init__(self, watch: Watched, pulls: Pulls, instance: str | None) -> None:
+    def __init__(self, watch: Watched, pulls: Pulls, narrowed: bool) -> None:
         self._watch = watch
         self._pulls = pulls
         self._lock = threading.Lock()  # guards the board
-        self._board = Board(instance)
+        self._board = Board(narrowed)
         self._away_since: str | None = None
         self._ended = False
         self._wake = threading.Event()

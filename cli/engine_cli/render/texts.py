@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from engine_cli.render.flows import Arrived, Line, name_of, percent, progress_of, source_of
 from engine_cli.render.printable import printable
@@ -24,6 +24,7 @@ from engine_registry import (
     RankUpdated,
     TensorEntry,
 )
+from engine_registry.schema.labels import labels_text
 from engine_registry.schema.manifest import shape_text
 from engine_registry.schema.printable import count
 from engine_registry.schema.status import named
@@ -121,7 +122,27 @@ def _tree_text(line: Line) -> str:
     return "  ".join(filter(None, [line.name, state, below, again]))
 
 
-def instance_row(status: InstanceStatus, loaded: float | None = None) -> list[str]:
+def instance_table(
+    rows: Sequence[tuple[InstanceStatus, float | None]],
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Columns and rows, of instances and how much of each is loaded. The labels have a column where
+    an instance has some.
+    """
+    labels = any(status.labels for status, _ in rows)
+    return (
+        _columns(labels),
+        [instance_row(status, loaded, labels) for status, loaded in rows],
+    )
+
+
+def _columns(labels: bool) -> tuple[str, ...]:
+    some = ("LABELS",) if labels else ()
+    return ("INSTANCE", "STATE", "RANKS", "MODEL", "VERSION", "SIZE", *some, "WHY NOT READY")
+
+
+def instance_row(
+    status: InstanceStatus, loaded: float | None = None, labels: bool = False
+) -> list[str]:
     version = (
         "differs"
         if status.records and status.version is None
@@ -136,11 +157,11 @@ def instance_row(status: InstanceStatus, loaded: float | None = None) -> list[st
         str(status.model or "-"),
         version,
         size(status.nbytes),
+        *([labels_text(status.labels) or "-"] if labels else []),
         status.summary,
     ]
 
 
-INSTANCE_COLUMNS = ("INSTANCE", "STATE", "RANKS", "MODEL", "VERSION", "SIZE", "WHY NOT READY")
 RANK_COLUMNS = (
     "RANK",
     "STATE",

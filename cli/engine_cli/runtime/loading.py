@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,11 @@ class Loading:
     stack: ExitStack  # of what is needed as long as the weights are served
 
     def rank(
-        self, rank: int, replica: str | None, endings: Endings
+        self, rank: int, replica: str | None, labels: Mapping[str, str], endings: Endings
     ) -> tuple[LoadReport, list[Path]]:
-        """With `replica`, from any rank with these weights; they are served under that name."""
+        """With `replica`, from any rank with these weights; they are served under that name, with
+        these labels.
+        """
         path = rank_file(self.folder, rank, self.force) if self.folder is not None else None
         registry = self.stack.enter_context(self.connect())
         self.stack.enter_context(engine_log())
@@ -65,7 +67,8 @@ class Loading:
                 path,
                 timeout_s=self.wait_s,
                 publish=Replica(
-                    replica, options=PublishOptions(digests=True, on_state=endings.on_state)
+                    replica,
+                    options=PublishOptions(digests=True, labels=labels, on_state=endings.on_state),
                 )
                 if replica is not None
                 else None,

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from engine_loader.options import LoadOptions, Verify
 from engine_registry.errors import InvalidField
+from engine_registry.schema.labels import check_labels
 from engine_registry.schema.numbers import seconds
 from engine_registry.schema.record import PROTOCOLS
 
@@ -35,6 +36,7 @@ class IntegrationConfig:
         revision: The revision of the weights. Empty: the engine's, or that of its checkpoint. Give
             each fine-tune a revision: peers with equal names and revisions serve each other.
         instance: What the instance's name begins with. Empty: the engine's name.
+        labels: Names and values by which people find the instance. None: none.
         host: The address of this machine for peers. Empty: the one on the way to etcd.
         protocol: How peers read: tcp, rdma or nvlink_intra.
         device: Names of RDMA devices, with commas between them. Empty: all.
@@ -66,6 +68,7 @@ class IntegrationConfig:
     model: str = ""
     revision: str = ""
     instance: str = ""
+    labels: Mapping[str, str] | None = None
     host: str = ""
     protocol: str = "tcp"
     device: str = ""
@@ -106,6 +109,8 @@ class IntegrationConfig:
         """Raises InvalidField."""
         for one in fields(self):
             _check(one.name, str(one.type), getattr(self, one.name))
+        if self.labels is not None:
+            object.__setattr__(self, "labels", check_labels(self.labels))
         for name in ("timeout_s", "without_etcd_s"):
             object.__setattr__(self, name, seconds(name, getattr(self, name)))
         if (self.user is None) != (self.password is None):
@@ -135,8 +140,8 @@ def _check(name: str, kind: str, value: Any) -> None:
         good, expected = value in _CHOICES[name], f"one of {', '.join(_CHOICES[name])}"
     elif kind == "bool":
         good, expected = isinstance(value, bool), "true or false"
-    elif kind == "float":
-        return  # `seconds` says it
+    elif kind == "float" or name == "labels":
+        return  # `seconds` and `check_labels` say it
     elif kind == "str":
         good, expected = isinstance(value, str), "a text"
     else:

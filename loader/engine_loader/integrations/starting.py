@@ -223,7 +223,9 @@ class ModelStart:
             required=config.required,
             publish_later=True,
             load=config.load_options,
-            publish=PublishOptions(generation=self._seat.generation, digests=True),
+            publish=PublishOptions(
+                generation=self._seat.generation, digests=True, labels=config.labels
+            ),
         )
 
     def _try(self, act: Callable[[], T], reading: Reading | None = None) -> T | None:

@@ -71,6 +71,7 @@ def open_publication(
             content=offering.content,
             state=RankState.READY if filled_by is None else RankState.LOADING,
             device=str(offering.device),
+            labels=options.labels,
             ttl_s=options.ttl_s,
             on_state=options.on_state,
         )

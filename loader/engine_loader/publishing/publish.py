@@ -17,7 +17,7 @@ from engine_loader.tensors.shards import Shard
 from engine_loader.tensors.state_dict import flatten, whole
 from engine_registry import ModelIdentity, Registry
 from engine_registry.schema.keys import check_rank
-from engine_registry.schema.record import check_topology
+from engine_registry.schema.topology import check_topology
 
 
 def publish(

@@ -22,7 +22,7 @@ from engine_registry.errors import InvalidField
 from engine_registry.registration.writes import WITHDRAWN
 from engine_registry.schema.keys import check_instance, check_rank
 from engine_registry.schema.numbers import whole_or_none
-from engine_registry.schema.record import check_topology
+from engine_registry.schema.topology import check_topology
 from engine_registry.watching.waiting import Wanted
 
 

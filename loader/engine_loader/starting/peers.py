@@ -24,7 +24,8 @@ from engine_registry import (
 )
 from engine_registry.errors import EtcdError
 from engine_registry.schema.keys import check_rank
-from engine_registry.schema.record import GATEWAY, check_topology
+from engine_registry.schema.record import GATEWAY
+from engine_registry.schema.topology import check_topology
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)

@@ -99,6 +99,7 @@ class Seed:
                 topology=self.replica.topology,
                 version=self.version,
                 state=RankState.LOADING,
+                labels=options.labels,
                 ttl_s=options.ttl_s,
             ),
             is_early=True,

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine_registry.schema.numbers import whole, whole_or_none
-from engine_registry.schema.record import RankRecord, check_topology
+from engine_registry.schema.record import RankRecord
+from engine_registry.schema.topology import check_topology
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import check_instance, check_rank, record_key
+from engine_registry.schema.labels import check_labels
 from engine_registry.schema.numbers import whole
+from engine_registry.schema.topology import check_topology
 
 MAX_VERSION = 1 << 62  # the header holds twice the version in 64 bits
 PROTOCOLS = ("tcp", "rdma", "nvlink_intra")  # that the transfer engine can use
@@ -76,29 +78,6 @@ def _check_kind(field_name: str, value: object, kind: type) -> None:
         raise InvalidField(
             f"{field_name} {value!r} is not valid: it is of type {kind.__name__}", field=field_name
         )
-
-
-def check_topology(topology: object) -> dict[str, tuple[int, int]]:
-    """With Python's integers, or InvalidField."""
-    _check_kind("topology", topology, Mapping)
-    return {axis: _checked_place(axis, place) for axis, place in topology.items()}  # type: ignore[attr-defined]
-
-
-def _checked_place(axis: Any, place: Any) -> tuple[int, int]:
-    try:
-        if not isinstance(axis, str) or not axis.isprintable():
-            raise ValueError("the axis is not one line of printable text")
-        if isinstance(place, Set | Mapping):
-            raise ValueError("it has no order")
-        index, size = place
-        size = whole("topology", size, 1)
-        return whole("topology", index, 0, size - 1), size
-    except (TypeError, ValueError) as exc:
-        raise InvalidField(
-            f"topology {axis!r}: {place!r} is not valid: an axis has (index, size), and the "
-            "index is from 0 to size - 1",
-            field="topology",
-        ) from exc
 
 
 def check_version(version: object) -> int:
@@ -205,20 +184,22 @@ class RankRecord:
     # which process renews its lease: empty, its own keeper; GATEWAY, every gateway
     kept_by: str = ""
     ended: str = ""  # why the registration is over; the key follows at once
+    labels: Mapping[str, str] = field(default_factory=dict)
     mod_revision: int = field(default=0, compare=False)
     create_revision: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         check_instance(self.instance)
         rank, world_size = check_rank(self.rank, self.world_size)
-        numbers = {
+        checked = {
             "rank": rank,
             "world_size": world_size,
             "version": check_version(self.version),
             "topology": check_topology(self.topology),
+            "labels": check_labels(self.labels),
         }
-        for name, number in numbers.items():
-            object.__setattr__(self, name, number)  # the record is frozen for everybody else
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # the record is frozen for everybody else
         if self.content != "":
             check_content(self.content)
         _check_texts({name: getattr(self, name) for name in _TEXTS})
@@ -253,4 +234,5 @@ class RankRecord:
             "model.quantization": self.model.quantization,
             "model.extra": dict(self.model.extra),
             "topology sizes": {axis: size for axis, (_, size) in sorted(self.topology.items())},
+            "labels": dict(self.labels),
         }

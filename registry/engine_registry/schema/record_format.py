@@ -81,6 +81,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
     writer: str = ""
     kept_by: str | UnsetType = UNSET
     ended: str | UnsetType = UNSET
+    labels: dict[str, Any] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         check_64_bits(self, "pid")
@@ -123,6 +124,7 @@ def encode(record: RankRecord) -> bytes:
         writer=record.writer,
         kept_by=record.kept_by or UNSET,
         ended=record.ended or UNSET,
+        labels=dict(record.labels) or UNSET,
     )
     value = structs.write(stored)
     if len(value) > MAX_RECORD_NBYTES and not record.ended:
@@ -204,6 +206,7 @@ def _record(stored: _Record, mod_revision: int, create_revision: int) -> RankRec
         writer=stored.writer,
         kept_by=stored.kept_by or "",
         ended=stored.ended or "",
+        labels=stored.labels or {},
         mod_revision=mod_revision,
         create_revision=create_revision,
     )

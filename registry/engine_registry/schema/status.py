@@ -5,7 +5,7 @@ Pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -45,6 +45,11 @@ class InstanceStatus:
     def model(self) -> ModelIdentity | None:
         """Which weights the instance serves; None where no rank is registered."""
         return self.records[0].model if self.records else None
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """What people have said of the instance; empty where no rank is registered."""
+        return self.records[0].labels if self.records else {}
 
     @property
     def version(self) -> int | None:

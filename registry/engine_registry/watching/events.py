@@ -57,4 +57,5 @@ class InstanceGone:
     status: InstanceStatus
 
 
-Event = RankJoined | RankUpdated | RankLost | InstanceReady | InstanceDegraded | InstanceGone
+RankEvent = RankJoined | RankUpdated | RankLost
+Event = RankEvent | InstanceReady | InstanceDegraded | InstanceGone

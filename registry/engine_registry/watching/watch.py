@@ -19,9 +19,11 @@ from engine_registry.etcd.follow import Follower
 from engine_registry.lifetime import Closable
 from engine_registry.schema.keys import ENGINES, instance_prefix
 from engine_registry.schema.keyvalue import Batch, Snapshot
+from engine_registry.schema.labels import EVERYTHING, Selector
 from engine_registry.telemetry.logs import fields
-from engine_registry.watching.events import Event, RankJoined, RankLost, RankUpdated
+from engine_registry.watching.events import Event, RankEvent
 from engine_registry.watching.inbox import Inbox
+from engine_registry.watching.selection import Selection
 from engine_registry.watching.tracker import BLIP_S, Tracker
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Watch(Closable):
         instance: str | None = None,
         rank: int | None = None,
         blip_s: float = BLIP_S,
+        selector: Selector = EVERYTHING,
     ) -> None:
         """`etcd` is for this watch alone, which closes it when it stops: so that it need not wait
         for a call to end.
@@ -47,6 +50,7 @@ class Watch(Closable):
         self._etcd = etcd
         prefix = instance_prefix(instance) if instance else ENGINES
         self._rank = rank
+        self._selection = Selection(selector)
         self._prefix = prefix if rank is None else f"{prefix}{rank}"
         self._follower = Follower(etcd, self._prefix, exact=rank is not None)
         self._tracker = Tracker(blip_s)
@@ -91,7 +95,7 @@ class Watch(Closable):
         self._events.extend(
             event
             for event in events
-            if self._rank is None or isinstance(event, RankJoined | RankUpdated | RankLost)
+            if self._selection.takes(event) and (self._rank is None or isinstance(event, RankEvent))
         )
 
     def __iter__(self) -> Iterator[Event]:

@@ -26,7 +26,7 @@ from engine_cli.exits import _CODES, Exit, code_of
 from engine_cli.options import engine_log, nbytes_of
 from engine_cli.render.documents import event_json, instance_json, rank_json, tensors_json
 from engine_cli.render.printable import printable
-from engine_cli.render.texts import event_text, instance_row, tensor_rows
+from engine_cli.render.texts import event_text, instance_row, instance_table, tensor_rows
 from engine_cli.runtime.serving import Endings
 from engine_cli.signals import Ended
 from engine_loader import Publication
@@ -582,6 +582,7 @@ def test_the_object_of_an_instance_keeps_its_fields() -> None:
         },
         "generation": "launch-1",
         "version": 3,
+        "labels": {},
         "nbytes": 16,
     }
 
@@ -595,6 +596,22 @@ def test_an_instance_with_a_rank_that_loads_is_loading_in_tables_and_in_json(
     assert instance_row(status)[1] == "loading"
     assert instance_json(status)["state"] == "loading"
     assert event_json(InstanceDegraded(status))["state"] == "loading"
+
+
+def test_labels_are_in_the_objects_of_the_instance_and_of_the_rank() -> None:
+    record = a_record(labels={"team": "search"})
+    assert instance_json(assess("qwen", [record]))["labels"] == {"team": "search"}
+    assert rank_json(record)["labels"] == {"team": "search"}
+
+
+def test_a_list_has_a_column_of_labels_where_an_instance_has_some() -> None:
+    plain, labelled = assess("a", [A]), assess("b", [a_record(labels={"tier": "x", "team": "y"})])
+    columns, rows = instance_table([(plain, None)])
+    assert "LABELS" not in columns
+    columns, rows = instance_table([(plain, None), (labelled, None)])
+    place = columns.index("LABELS")
+    assert [row[place] for row in rows] == ["-", "team=y,tier=x"]
+    assert {len(row) for row in rows} == {len(columns)}
 
 
 def test_the_object_of_a_rank_keeps_its_fields() -> None:

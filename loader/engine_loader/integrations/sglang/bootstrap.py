@@ -93,6 +93,7 @@ class Bootstrap:
                 self._identity(model),
                 seat,
                 envs.MOONCAKE_PROTOCOL.get(),
+                self._config.labels,
             )
         except Exception as exc:
             if self._config.required:

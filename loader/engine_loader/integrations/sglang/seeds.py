@@ -78,6 +78,7 @@ def publish_seed(
     model: ModelIdentity,
     seat: Seat,
     protocol: str,
+    labels: Mapping[str, str] | None = None,
 ) -> Seed:
     """Registers the rank.
 
@@ -88,6 +89,7 @@ def publish_seed(
         model: The identity of the weights.
         seat: Which rank it is.
         protocol: What SGLang was asked to use.
+        labels: Names and values by which people find the instance.
 
     Raises:
         LoaderError, RegistryError: As `publish`.
@@ -109,7 +111,7 @@ def publish_seed(
             tensors=tensors,
             model=model,
             topology=seat.place.topology,
-            options=PublishOptions(generation=seat.generation),
+            options=PublishOptions(generation=seat.generation, labels=labels),
         )
     return Seed(publication, own_memory)
 

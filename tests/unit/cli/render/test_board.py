@@ -28,9 +28,9 @@ from tests.unit.cli.render.test_flows import pull, rank
 AT = "12:00:00.000"
 
 
-def a_board(*records: RankRecord, instance: str | None = None) -> Board:
+def a_board(*records: RankRecord, narrowed: bool = False) -> Board:
     """As after the first snapshot of a watch."""
-    board = Board(instance)
+    board = Board(narrowed)
     for record in records:
         board.see(RankJoined(record), AT)
     for name in sorted({record.instance for record in records}):
@@ -98,8 +98,8 @@ def test_an_instance_whose_records_cannot_be_read_is_a_row() -> None:
     assert shown(board) == [Row("a", "degraded 0/?")]
 
 
-def test_only_what_has_to_do_with_the_instance_is_shown_where_one_is_watched() -> None:
-    board = a_board(rank("b/0", loading=True, world_size=1), instance="b")
+def test_only_loads_of_the_instances_are_shown_where_some_are_watched() -> None:
+    board = a_board(rank("b/0", loading=True, world_size=1), narrowed=True)
     rows = shown(
         board,
         pull("a/0", "b/0", 63),

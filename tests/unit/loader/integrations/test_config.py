@@ -31,6 +31,7 @@ def test_an_unknown_key_is_refused_with_the_known_ones() -> None:
     ("field", "value", "expected"),
     [
         ("etcd", 2379, "a text"),
+        ("labels", "team=a", "a mapping of names to values"),
         ("host", None, "a text"),
         ("cacert", 1, "a text"),
         ("required", "yes", "true or false"),

@@ -99,7 +99,7 @@ class Known(Registry):
         self._error = error
         self.looks = 0
 
-    def instances(self) -> tuple[InstanceStatus, ...]:
+    def instances(self, selector: str = "") -> tuple[InstanceStatus, ...]:
         self.looks += 1
         if self._error is not None:
             raise self._error

@@ -155,6 +155,7 @@ DIFFERENCES = [
         {"pp": 1, "tp": 2},
         {"pp": 3, "tp": 2},
     ),
+    ({"labels": {"team": "ads"}}, "labels", {}, {"team": "ads"}),
 ]
 
 

@@ -22,6 +22,7 @@ from tests.support.builders import a_record
 # what `str.isprintable` takes; a filter would throw most texts away
 PRINTABLE = st.characters(exclude_categories=("C", "Z"), include_characters=" ")
 TEXT = st.text(PRINTABLE, max_size=20)
+LABEL = st.from_regex(r"[A-Za-z0-9]{1,8}", fullmatch=True)
 U64 = st.integers(0, 2**64 - 1)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
@@ -68,6 +69,7 @@ def records(draw: st.DrawFn) -> RankRecord:
         writer=draw(TEXT),
         kept_by=draw(TEXT),
         ended=draw(TEXT),
+        labels=draw(st.dictionaries(LABEL, st.just("") | LABEL, max_size=3)),
     )
 
 
@@ -136,6 +138,19 @@ def test_the_fields_that_may_be_left_out_have_defaults() -> None:
 def test_who_keeps_a_lease_is_written_only_where_it_is_no_keeper_of_the_ranks_own() -> None:
     assert "kept_by" not in as_json()
     assert decode(a_record().key, encode(a_record(kept_by=GATEWAY))).kept_by == GATEWAY
+
+
+def test_labels_are_written_only_where_there_are_some_and_are_checked_when_they_are_read() -> None:
+    assert "labels" not in as_json()
+    labelled = a_record(labels={"team": "search"})
+    assert json.loads(encode(labelled))["labels"] == {"team": "search"}
+    with pytest.raises(RecordDamaged, match="label 'te am' is not valid"):
+        decode(labelled.key, json.dumps(as_json(labels={"te am": "x"})).encode())
+
+
+def test_the_largest_labels_fit_into_a_record_with_room_to_spare() -> None:
+    labels = {f"{'n' * 61}{number:02d}": "v" * 63 for number in range(16)}
+    assert len(encode(a_record(labels=labels))) < MAX_RECORD_NBYTES - 500
 
 
 def test_a_holder_whose_pid_nobody_knows_is_named_without() -> None:
@@ -391,6 +406,8 @@ def test_a_live_record_says_nothing_of_an_end() -> None:
         ({"host": None}, "host"),
         ({"session_id": b"h:1"}, "session_id"),
         ({"device": "\ud800"}, "device"),
+        ({"labels": {"te am": "x"}}, "labels"),
+        ({"labels": [("team", "x")]}, "labels"),
     ],
 )
 def test_a_record_out_of_range_cannot_be_made(changes: dict[str, Any], field: str) -> None:

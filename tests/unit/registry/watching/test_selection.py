@@ -1,0 +1,68 @@
+"""A watch of chosen instances tells all of them, and nothing of the others."""
+
+from __future__ import annotations
+
+from engine_registry import (
+    Event,
+    InstanceDegraded,
+    InstanceGone,
+    InstanceReady,
+    RankJoined,
+    RankLost,
+    RankUpdated,
+)
+from engine_registry.schema.labels import Selector
+from engine_registry.schema.status import assess
+from engine_registry.watching.selection import Selection
+from tests.support.builders import a_record
+
+OURS = a_record(world_size=1, topology={}, labels={"team": "search"})
+THEIRS = a_record(instance="llama", world_size=1, topology={}, labels={"team": "ads"})
+SILENT = a_record(instance="tiny", world_size=1, topology={})
+
+
+def life() -> list[Event]:
+    """Of each instance from its first event to its last."""
+    return [
+        event
+        for record in (OURS, THEIRS, SILENT)
+        for event in (
+            RankJoined(record),
+            InstanceReady(assess(record.instance, [record])),
+            RankUpdated(record, record),
+            RankLost(record, "withdrawn"),
+            InstanceGone(assess(record.instance, [])),
+        )
+    ]
+
+
+def chosen(text: str, events: list[Event]) -> list[str]:
+    selection = Selection(Selector.parse(text))
+    return [
+        event.record.instance
+        if isinstance(event, RankJoined | RankUpdated | RankLost)
+        else event.status.instance
+        for event in events
+        if selection.takes(event)
+    ]
+
+
+def test_an_instance_is_told_from_its_first_event_to_its_last() -> None:
+    assert chosen("team=search", life()) == ["qwen"] * 5
+    assert chosen("team", life()) == ["qwen"] * 5 + ["llama"] * 5
+    assert chosen("team!=search", life()) == ["llama"] * 5 + ["tiny"] * 5
+    assert chosen("!team", life()) == ["tiny"] * 5
+
+
+def test_without_a_selector_everything_is_told() -> None:
+    assert len(chosen("", life())) == 15
+
+
+def test_an_instance_that_gets_other_labels_is_told_once_more() -> None:
+    relabelled = a_record(world_size=1, topology={}, labels={"team": "ads"})
+    events: list[Event] = [
+        InstanceReady(assess("qwen", [OURS])),
+        InstanceDegraded(assess("qwen", [relabelled])),
+        InstanceReady(assess("qwen", [relabelled])),
+    ]
+    assert chosen("team=search", events) == ["qwen"] * 2
