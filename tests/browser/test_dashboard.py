@@ -173,6 +173,19 @@ def test_the_filter_takes_words_and_a_state(
     expect(page.locator("#empty")).to_be_visible()
 
 
+def test_instances_are_found_by_their_labels_which_are_shown(
+    fleet: Fleet, dashboard: Dashboard, opened: Opened
+) -> None:
+    labels = {"tier": "gold", "team": "search"}
+    fleet.put([*ranks("alpha", 1, labels=labels), *ranks("beta", 1, labels={"team": "ads"})])
+    page = opened(dashboard.url)
+    page.get_by_label("Filter by").fill("team=search tier=gold")
+    expect(page.locator("tr.instance")).to_have_count(1)
+    expect(page.locator("tr.instance .note")).to_have_text("team=search, tier=gold")
+    page.get_by_role("button", name="Rank 0", exact=True).click()
+    expect(page.locator("#facts")).to_contain_text("team=search, tier=gold")
+
+
 def test_the_tensors_of_a_rank_are_shown_on_request(
     registry: Registry, dashboard: Dashboard, opened: Opened
 ) -> None:

@@ -30,6 +30,7 @@ from engine_registry import (
     RankRecord,
     RankState,
 )
+from engine_registry.schema.labels import labels_text
 from engine_registry.schema.moment import utc
 from engine_registry.schema.roster import Roster
 from engine_registry.schema.status import InstanceState
@@ -206,6 +207,7 @@ class State:
             "world_size": status.world_size,
             "version": None if status.version is None else str(status.version),
             "content": _content(status),
+            "labels": labels_text(status.labels),
             "nbytes": bounded(status.nbytes),
             "why": told.summary if unread and told else status.summary,
             "fraction": self._flows.loaded(status),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from engine_registry.errors import EtcdError, EtcdFull, EtcdRefused, EtcdUnavailable
+from engine_registry.telemetry.info import Info
 from engine_registry.telemetry.meters import (
     OTHER,
     Counter,
@@ -43,6 +44,11 @@ RANKS_EXPECTED = Gauge(
 INSTANCE_READY = Gauge(
     "engines_registry_instance_ready",
     "1 if the instance is ready, 0 if it is degraded.",
+    ["instance"],
+)
+INSTANCE_LABELS = Info(
+    "engines_registry_instance_labels",
+    "1 for each instance, with the labels that people have given it.",
     ["instance"],
 )
 INSTANCES = Gauge("engines_registry_instances", "Instances by state.", ["state"])

@@ -1,10 +1,12 @@
-"""What one watch sees, as metrics: how many ranks each instance has in which state, and why ranks
-were lost.
+"""What one watch sees, as metrics: how many ranks each instance has in which state, its labels, and
+why ranks were lost.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 
 from engine_registry.schema.record import RankState
 from engine_registry.telemetry import metrics
@@ -48,6 +50,7 @@ class WatchMetrics:
         else:
             states[record.state] += 1
             metrics.RANKS_EXPECTED.set(record.world_size, record.instance)
+            metrics.INSTANCE_LABELS.put(record.instance, _named(record.labels))
         if isinstance(event, RankUpdated):
             states[event.previous.state] -= 1
         for state in RankState:
@@ -68,6 +71,7 @@ class WatchMetrics:
             metrics.INSTANCE_READY.remove(instance)
         if self._ranks.pop(instance, None) is not None:
             metrics.RANKS_EXPECTED.remove(instance)
+            metrics.INSTANCE_LABELS.remove(instance)
             for state in RankState:
                 metrics.RANKS.remove(instance, state.value)
 
@@ -81,3 +85,17 @@ class WatchMetrics:
         for instance in {*self._ready, *self._ranks}:
             self._forget(instance)
         self._show_instances()
+
+
+def _named(labels: Mapping[str, str]) -> dict[str, str]:
+    """As Prometheus has names, and as kube-state-metrics makes them of the labels of pods: `label_`
+    and the name, with _ for other characters. Of names that are the same so each has a number.
+    """
+    names = {name: f"label_{re.sub('[^A-Za-z0-9_]', '_', name)}" for name in sorted(labels)}
+    count = Counter(names.values())
+    seen: Counter[str] = Counter()
+    named = {}
+    for name, shown in names.items():
+        seen[shown] += 1
+        named[f"{shown}_conflict{seen[shown]}" if count[shown] > 1 else shown] = labels[name]
+    return named

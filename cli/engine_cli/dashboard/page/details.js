@@ -122,6 +122,7 @@ function factsOf(rank, record) {
     ["Content", record.content ?? rank.content],
     ["Tensors", there ? `${rank.tensors.toLocaleString("en")}, ${size(rank.nbytes)}` : ""],
     ["Rank", record.world_size && `${rank.rank} of ${record.world_size}`],
+    ["Labels", Object.entries(record.labels ?? {}).map((pair) => pair.join("=")).sort().join(", ")],
     ["Topology", topology.map(([axis, [at, of]]) => `${axis} ${at} of ${of}`).join(", ")],
     ["Host", [rank.host, record.pid ? `pid ${record.pid}` : ""].filter(Boolean).join(", ")],
     ["Device", rank.device],

@@ -26,7 +26,7 @@ export class Fleet {
       this.sorted = null;
       return;
     }
-    const text = `${told.instance} ${told.model} ${told.state} ${told.content} ${told.why} v${told.version}`;
+    const text = `${told.instance} ${told.model} ${told.state} ${told.content} ${told.labels} ${told.why} v${told.version}`;
     this.instances.set(name, {
       ...told,
       kind: "instance",

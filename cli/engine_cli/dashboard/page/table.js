@@ -82,7 +82,7 @@ export function mark(target, state, fraction) {
 
 function notes(row) {
   if (row.kind === "instance")
-    return [row.why, row.read_by ? `read by ${count(row.read_by, "load")}` : ""]
+    return [row.why, row.labels.replaceAll(",", ", "), row.read_by ? `read by ${count(row.read_by, "load")}` : ""]
       .filter(Boolean)
       .join("; ");
   return [

@@ -73,6 +73,11 @@ def test_a_complete_instance_is_ready_with_its_ranks_version_and_size() -> None:
     assert page.rank("qwen/1")["session"] == "10.0.0.1:15000"
 
 
+def test_an_instance_has_its_labels_as_people_would_type_them() -> None:
+    page = Page().has(*two(labels={"tier": "gold", "team": "search"}))
+    assert page.instance()["labels"] == "team=search,tier=gold"
+
+
 def test_what_was_there_before_the_page_is_no_news() -> None:
     assert Page().has(*two()).told() == []
 

@@ -281,6 +281,34 @@ def test_a_watch_shows_ranks_by_instance_and_state(counted: CollectorRegistry) -
     assert series(counted, "engines_registry_instances") == {("ready",): 0, ("degraded",): 1}
 
 
+def test_the_labels_of_an_instance_are_one_series_that_others_are_joined_with(
+    counted: CollectorRegistry,
+) -> None:
+    seen = WatchMetrics()
+    labels = {"team": "search", "example.com/owner": "a", "example.com_owner": "b"}
+    seen.see(RankJoined(replace(ONE, labels=labels)))
+    seen.see(RankJoined(replace(TWO, labels=labels)))
+    seen.see(RankJoined(a_record(instance="silent")))
+    text, _ = metrics.render("", counted)
+    (family,) = [
+        family
+        for family in text_string_to_metric_families(text.decode())
+        if family.name == "engines_registry_instance_labels"
+    ]
+    assert [(sample.labels, sample.value) for sample in family.samples] == [
+        (
+            {
+                "instance": "qwen",
+                "label_example_com_owner_conflict1": "a",
+                "label_example_com_owner_conflict2": "b",
+                "label_team": "search",
+            },
+            1,
+        ),
+        ({"instance": "silent"}, 1),
+    ]
+
+
 def test_a_loss_counts_once_by_its_reason_and_in_the_state_that_the_rank_had(
     counted: CollectorRegistry,
 ) -> None:
@@ -323,7 +351,7 @@ def test_an_instance_that_is_gone_leaves_no_series_behind(counted: CollectorRegi
         InstanceGone(status(InstanceState.GONE)),
     ):
         seen.see(event)
-    for name in ("ranks", "ranks_expected", "instance_ready"):
+    for name in ("ranks", "ranks_expected", "instance_ready", "instance_labels"):
         assert series(counted, f"engines_registry_{name}") == {}
     assert series(counted, "engines_registry_instances") == {("ready",): 0, ("degraded",): 0}
 
