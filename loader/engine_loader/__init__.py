@@ -11,6 +11,11 @@ from engine_registry.lazy import lazily
 
 if TYPE_CHECKING:
     from engine_loader.caches import limit_caches as limit_caches
+    from engine_loader.comparing.compare import compare as compare
+    from engine_loader.comparing.comparison import Aspect as Aspect
+    from engine_loader.comparing.comparison import Comparison as Comparison
+    from engine_loader.comparing.comparison import Difference as Difference
+    from engine_loader.comparing.comparison import Obstacle as Obstacle
     from engine_loader.engines.base import Engine as Engine
     from engine_loader.engines.in_process import InProcessEngine as InProcessEngine
     from engine_loader.engines.mooncake.engine import MooncakeEngine as MooncakeEngine
@@ -57,9 +62,12 @@ if TYPE_CHECKING:
     from engine_loader.transfer.progress import Progress as Progress
 
 _MODULE_OF = {
+    "Aspect": "comparing.comparison",
     "Cancelled": "errors",
     "Catalogue": "loading.catalogue",
+    "Comparison": "comparing.comparison",
     "Destination": "tensors.destination",
+    "Difference": "comparing.comparison",
     "DigestMismatch": "errors",
     "DigestsMissing": "errors",
     "Engine": "engines.base",
@@ -72,6 +80,7 @@ _MODULE_OF = {
     "LoaderError": "errors",
     "MemoryInUse": "errors",
     "MooncakeEngine": "engines.mooncake.engine",
+    "Obstacle": "comparing.comparison",
     "Pace": "transfer.pace",
     "Progress": "transfer.progress",
     "Publication": "publishing.publication",
@@ -91,6 +100,7 @@ _MODULE_OF = {
     "WeightsFileInvalid": "errors",
     "WeightsMismatch": "errors",
     "WholeFiles": "files.whole_files",
+    "compare": "comparing.compare",
     "fetch": "loading.fetch",
     "find_peers": "starting.peers",
     "load": "loading.load",
