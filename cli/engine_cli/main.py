@@ -35,6 +35,8 @@ COMMANDS = {
     "watch": "Ranks and instances as they come and go.",
     "wait": "Until an instance is ready, or gone.",
     "load": "Copy weights from a running instance: one rank's, or all as whole tensors.",
+    "verify": "Whether ranks that should hold the same do, by their digests.",
+    "diff": "The tensors in which two instances differ.",
     "evict": "Take ranks out of the registry.",
     "doctor": (
         "What keeps etcd, this machine or the ranks of an instance from working, and how to mend "

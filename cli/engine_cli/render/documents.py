@@ -25,7 +25,7 @@ from engine_registry import (
 )
 
 if TYPE_CHECKING:
-    from engine_loader import LoadReport
+    from engine_loader import Comparison, LoadReport
 
 
 def instance_json(status: InstanceStatus) -> dict[str, Any]:
@@ -147,6 +147,28 @@ def event_json(event: Event | InstanceCleaned) -> dict[str, Any]:
         return {"event": _INSTANCE_EVENTS[type(event)], **instance_json(event.status)}
     reason = {"reason": event.reason} if isinstance(event, RankLost) else {}
     return {"event": _RANK_EVENTS[type(event)], **reason, **rank_json(event.record)}
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "sides": list(comparison.sides),
+        "same": comparison.same,
+        "tensors": comparison.tensors,
+        "compared": comparison.compared,
+        "differences": [
+            {
+                "tensor": each.tensor,
+                "aspect": each.aspect.value,
+                "values": {side: value or None for side, value in each.values.items()},
+            }
+            for each in comparison.differences
+        ],
+        "unproven": [
+            {"tensor": tensor, "obstacle": obstacle.value}
+            for tensor, obstacle in comparison.unproven.items()
+        ],
+        "without_digests": list(comparison.without_digests),
+    }
 
 
 def loaded_json(report: LoadReport, paths: Sequence[Path]) -> dict[str, Any]:

@@ -120,8 +120,13 @@ class Loading:
         self.raise_again()
 
     def _protocol(self, records: Sequence[RankRecord]) -> str:
-        if self.protocol != AUTO:
-            return self.protocol
-        from engine_loader.engines.protocols import protocol_for
+        return protocol_of(self.protocol, records)
 
-        return protocol_for(records)
+
+def protocol_of(protocol: str, records: Sequence[RankRecord]) -> str:
+    """The one that is asked for; or the quickest way to read these ranks from here."""
+    if protocol != AUTO:
+        return protocol
+    from engine_loader.engines.protocols import protocol_for
+
+    return protocol_for(records)
