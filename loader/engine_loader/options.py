@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from engine_registry.errors import InvalidField
 from engine_registry.schema.labels import check_labels
-from engine_registry.schema.numbers import MAX_TTL_S, MIN_TTL_S, seconds, whole, whole_or_none
+from engine_registry.schema.numbers import (
+    MAX_TTL_S,
+    MIN_TTL_S,
+    MIN_UNRESPONSIVE_S,
+    UNRESPONSIVE_AFTER_S,
+    seconds,
+    whole,
+    whole_or_none,
+)
 from engine_registry.schema.record import check_version
 
 if TYPE_CHECKING:
@@ -94,6 +102,8 @@ class PublishOptions:
             its source.
         values: Plain data by name, up to 1 MiB as JSON, which `EngineReader` gives to readers.
         ttl_s: How many seconds the rank stays listed after its whole host is lost.
+        unresponsive_after_s: For how many seconds this process may be stopped, or hold the GIL,
+            before the rank is marked as unresponsive. Loaders prefer other ranks then.
         on_state: Called with each change of the registration's state and its reason, from another
             thread.
 
@@ -110,6 +120,7 @@ class PublishOptions:
     labels: Mapping[str, str] | None = None
     values: Mapping[str, Any] | None = None
     ttl_s: float = 10.0
+    unresponsive_after_s: float = UNRESPONSIVE_AFTER_S
     on_state: OnState | None = None
 
     def __post_init__(self) -> None:
@@ -125,6 +136,10 @@ class PublishOptions:
         _set(self, "labels", None if self.labels is None else check_labels(self.labels))
         _check(self, "values", lambda value: isinstance(value, Mapping), "a mapping by name")
         _set(self, "ttl_s", seconds("ttl_s", self.ttl_s, MIN_TTL_S, MAX_TTL_S))
+        after_s = seconds(
+            "unresponsive_after_s", self.unresponsive_after_s, MIN_UNRESPONSIVE_S, MAX_TTL_S
+        )
+        _set(self, "unresponsive_after_s", after_s)
         _check(self, "on_state", callable, "a function that takes a state and a reason")
 
 

@@ -36,7 +36,14 @@ from engine_registry.schema.keys import (
 from engine_registry.schema.labels import Selector
 from engine_registry.schema.manifest import Manifest
 from engine_registry.schema.moment import utc
-from engine_registry.schema.numbers import MAX_TTL_S, MIN_TTL_S, seconds, whole
+from engine_registry.schema.numbers import (
+    MAX_TTL_S,
+    MIN_TTL_S,
+    MIN_UNRESPONSIVE_S,
+    UNRESPONSIVE_AFTER_S,
+    seconds,
+    whole,
+)
 from engine_registry.schema.place import Place
 from engine_registry.schema.pull_ticket import Pull
 from engine_registry.schema.record import (
@@ -166,6 +173,7 @@ class Registry(Closable):
         device: str = "cpu",
         labels: Mapping[str, str] | None = None,
         ttl_s: float = 10.0,
+        unresponsive_after_s: float = UNRESPONSIVE_AFTER_S,
         on_state: OnState | None = None,
     ) -> Registration:
         """Claims the rank for this process and holds it. `content` says which weights it has; the
@@ -176,10 +184,16 @@ class Registry(Closable):
         disagrees with its siblings), KeeperFailed (no process or file descriptor is to be had) or
         an EtcdError; nothing is left in etcd then.
 
+        A process that is stopped, or in which no thread gets the GIL, for `unresponsive_after_s` is
+        marked in its record, until it answers again.
+
         `on_state` is called for every change of the state, in order, from another thread:
         it may call the registration, and may get CLOSED after `withdraw` has returned.
         """
         ttl_s = seconds("ttl_s", ttl_s, MIN_TTL_S, MAX_TTL_S)
+        unresponsive_after_s = seconds(
+            "unresponsive_after_s", unresponsive_after_s, MIN_UNRESPONSIVE_S, MAX_TTL_S
+        )
         check_can_start(f"{ENGINES}{instance}/{rank}")
         ref, parts = encode_manifest(manifest)
         record = RankRecord(
@@ -205,7 +219,7 @@ class Registry(Closable):
             writer=package_version(),
             labels=labels or {},
         )
-        return Registration(self._config, record, parts, ttl_s, on_state)
+        return Registration(self._config, record, parts, ttl_s, unresponsive_after_s, on_state)
 
     def instances(self, selector: str = "") -> tuple[InstanceStatus, ...]:
         """All instances by name. What cannot be read is among their problems, never an error.

@@ -12,14 +12,14 @@ from engine_cli.connection import etcd_options
 from engine_cli.options import json_option, selector_option
 from engine_cli.render.documents import instance_json, loading_json
 from engine_cli.render.flows import Flows
-from engine_cli.render.states import any_loads, state_of
+from engine_cli.render.states import UNRESPONSIVE, any_loads, state_of
 from engine_cli.render.tables import print_json, print_table
 from engine_cli.render.texts import instance_table
 from engine_registry import InstanceStatus, Registry
 from engine_registry.errors import EtcdRefused
 from engine_registry.schema.labels import Selector
 
-STATES = ("ready", "degraded", "loading")
+STATES = ("ready", "degraded", "loading", UNRESPONSIVE)
 ORDERS: dict[str, Callable[[InstanceStatus], Any]] = {
     "name": lambda status: 0,  # as they come
     "model": lambda status: str(status.model),

@@ -26,6 +26,7 @@ from engine_cli.runtime.serving import Endings, drain_option
 from engine_cli.shards import boxes_of, parse_cut, parse_place, read_boxes
 from engine_cli.signals import held_back, raised
 from engine_registry import ModelIdentity, Registry
+from engine_registry.client import MIN_UNRESPONSIVE_S, UNRESPONSIVE_AFTER_S
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import ENGINES, check_instance, check_rank
 from engine_registry.schema.printable import count
@@ -116,6 +117,14 @@ if TYPE_CHECKING:
     metavar="S",
     help="How long the rank stays listed after its whole host is lost.",
 )
+@click.option(
+    "--unresponsive-after",
+    type=Seconds(min=MIN_UNRESPONSIVE_S),
+    default=UNRESPONSIVE_AFTER_S,
+    show_default=True,
+    metavar="S",
+    help="How long this process may be stopped, or not answer, before it is listed so.",
+)
 @drain_option
 @click.option(
     "--until-eof",
@@ -145,6 +154,7 @@ def command(
     boxes_path: str | None,
     whole: bool,
     ttl: float,
+    unresponsive_after: float,
     drain: float,
     until_eof: bool,
 ) -> None:
@@ -202,6 +212,7 @@ def command(
             labels=labels,
             digests=True,
             ttl_s=ttl,
+            unresponsive_after_s=unresponsive_after,
             on_state=endings.on_state,
         )
         with ExitStack() as stack:

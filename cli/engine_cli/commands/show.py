@@ -32,6 +32,7 @@ from engine_cli.render.texts import (
     reads_from,
     tensor_rows,
     tree_rows,
+    why_not_ready,
 )
 from engine_cli.suggestions import near_instances
 from engine_cli.wording import said
@@ -90,8 +91,8 @@ def command(
     )
     if status.labels:
         click.echo(f"labels: {labels_text(status.labels)}")
-    if status.summary:
-        click.echo(f"not ready: {printable(status.summary)}")
+    if why := why_not_ready(status):
+        click.echo(f"{'not ready:' if status.summary else 'ready, but'} {printable(why)}")
     _print_ranks(records, flows)
     tree = flows.tree() if rank is None else flows.trees_with(records)
     if tree:

@@ -17,7 +17,14 @@ from engine_cli.dashboard.picture import bounded, picture
 from engine_cli.render.board import Speeds
 from engine_cli.render.documents import event_json
 from engine_cli.render.flows import Flows, reader_of
-from engine_cli.render.texts import event_text, reads_from
+from engine_cli.render.texts import (
+    UNRESPONSIVE,
+    answering,
+    event_text,
+    reads_from,
+    state_of,
+    why_not_ready,
+)
 from engine_registry import (
     Event,
     InstanceDegraded,
@@ -177,7 +184,8 @@ class State:
         return {
             "instance": record.instance,
             "rank": record.rank,
-            "state": record.state.value,
+            "state": state_of(record),
+            "reason": answering(record) if record.unresponsive_since else "",
             "version": str(record.version),
             "content": record.content[:_SHORT],
             "host": record.host,
@@ -209,7 +217,7 @@ class State:
             "content": _content(status),
             "labels": labels_text(status.labels),
             "nbytes": bounded(status.nbytes),
-            "why": told.summary if unread and told else status.summary,
+            "why": told.summary if unread and told else why_not_ready(status),
             "fraction": self._flows.loaded(status),
             "speed": bounded(
                 sum(
@@ -225,7 +233,7 @@ class State:
 def _state(status: InstanceStatus) -> str:
     """For people: what is going on comes first, then what is missing or wrong."""
     if status.state is InstanceState.READY:
-        return "ready"
+        return UNRESPONSIVE if status.unresponsive else "ready"
     if status.missing:
         return "incomplete"
     states = {record.state for record in status.records}

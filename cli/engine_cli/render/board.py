@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from engine_cli.render.flows import Flows, progress_of, reader_of
 from engine_cli.render.printable import printable
-from engine_cli.render.states import LOADING, any_loads
+from engine_cli.render.states import UNRESPONSIVE, any_loads, rank_state_of, state_of
 from engine_cli.render.tables import size
 from engine_cli.render.texts import event_text, read_by, reads_from, some_of
 from engine_registry import (
@@ -19,6 +19,7 @@ from engine_registry import (
     InstanceDegraded,
     InstanceGone,
     InstanceReady,
+    InstanceState,
     InstanceStatus,
     Pull,
     RankJoined,
@@ -139,10 +140,9 @@ class Board:
 
     def summary(self) -> str:
         records = [record for ranks in self._records.values() for record in ranks.values()]
-        states = Counter(record.state for record in records)
-        counted = ", ".join(
-            f"{states[state]:,} {state.value}" for state in RankState if states[state]
-        )
+        states = Counter(map(rank_state_of, records))
+        names = [*(state.value for state in RankState), UNRESPONSIVE]
+        counted = ", ".join(f"{states[name]:,} {name}" for name in names if states[name])
         parts = [
             f"{count(len(self._instances), 'instance')}, "
             f"{count(len(records), 'rank')}{f': {counted}' if counted else ''}"
@@ -188,28 +188,27 @@ class Board:
     def _whole(self, name: str, records: Sequence[RankRecord]) -> _RankedRow:
         last = self._last.get(name)
         loads = any_loads(records)
-        state = LOADING if loads else last.state.value if last else "degraded"
+        known = InstanceStatus(name, last.state if last else InstanceState.DEGRADED, tuple(records))
+        state = state_of(known)
         readers = {reader_of(pull) for record in records for pull in self.flows.readers(record)}
         reads = [pull for record in records for pull in self.flows.reads(record)]
         speed = sum(self._speeds.of(record.incarnation, self._now) for record in records)
         row = Row(
             name,
             f"{state} {len(records)}/{records[0].world_size if records else '?'}",
-            self.flows.loaded(InstanceStatus(name, last.state, tuple(records)))
-            if last and loads
-            else None,
+            self.flows.loaded(known) if loads else None,
             some_of(sorted({pull.instance for pull in reads})) if reads else "",
             f"{size(speed)}/s" if speed else "",
             count(len(readers), "load") if readers else "",
         )
-        return _RankedRow(_BUSY_INSTANCE if loads or state == "degraded" else _INSTANCE, row)
+        return _RankedRow(_INSTANCE if state == "ready" else _BUSY_INSTANCE, row)
 
     def _rank(self, record: RankRecord, name: str) -> tuple[int, Row]:
         reads, readers = self.flows.reads(record), self.flows.readers(record)
         loads = record.state is RankState.LOADING
-        busy = reads or readers or record.state is not RankState.READY
+        busy = reads or readers or rank_state_of(record) != RankState.READY.value
         importance = _LOADING if loads and reads else _BUSY_RANK if busy else _RANK
-        row = self._reading(name, record.state.value, reads, bar=loads)
+        row = self._reading(name, rank_state_of(record), reads, bar=loads)
         return importance, Row(
             row.name,
             row.state,

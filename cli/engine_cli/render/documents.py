@@ -35,6 +35,7 @@ def instance_json(status: InstanceStatus) -> dict[str, Any]:
         "world_size": status.world_size,
         "present": [record.rank for record in status.records],
         "missing": list(status.missing),
+        "unresponsive": list(status.unresponsive),
         "problems": list(status.problems),
         "model": model_json(status.records[0]) if status.records else None,
         "generation": status.records[0].generation if status.records else None,
@@ -77,6 +78,7 @@ def rank_json(record: RankRecord) -> dict[str, Any]:
         "nbytes": record.manifest.nbytes,
         "registered_at": record.registered_at,
         "kept_by": record.kept_by,
+        "unresponsive_since": record.unresponsive_since or None,
         "incarnation": record.incarnation,
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from engine_cli.render.flows import Arrived, Line, name_of, percent, progress_of, source_of
 from engine_cli.render.printable import printable
-from engine_cli.render.states import LOADING, state_of
+from engine_cli.render.states import LOADING, UNRESPONSIVE, rank_state_of, state_of
 from engine_cli.render.tables import size
 from engine_registry import (
     Event,
@@ -53,6 +53,8 @@ def event_text(event: Event | InstanceCleaned) -> str:
     if isinstance(event, RankLost):
         return f"{name} lost: {event.reason} ({record.process})"
     if isinstance(event, RankUpdated):
+        if event.previous.unresponsive_since != record.unresponsive_since:
+            return f"{name} {answering(record)} ({record.process})"
         return f"{name} updated: {record.state.value}, version {record.version}"
     return (
         f"{name} joined: {record.state.value}, {size(record.manifest.nbytes)}, "
@@ -71,11 +73,22 @@ def instance_state(status: InstanceStatus, loaded: float | None) -> str:
     return _loading(loaded) if state == LOADING else state
 
 
+def why_not_ready(status: InstanceStatus) -> str:
+    """For people, with the ranks that do not answer."""
+    silent = f"{named(status.unresponsive)} {UNRESPONSIVE}" if status.unresponsive else ""
+    return "; ".join(filter(None, [status.summary, silent]))
+
+
+def answering(record: RankRecord) -> str:
+    since = record.unresponsive_since
+    return f"has not answered since {since}" if since else "answers again"
+
+
 def rank_state(record: RankRecord, progress: Arrived | None) -> str:
     return (
         _loading(progress.fraction if progress else None)
-        if record.state is RankState.LOADING
-        else record.state.value
+        if record.state is RankState.LOADING and not record.unresponsive_since
+        else rank_state_of(record)
     )
 
 
@@ -158,7 +171,7 @@ def instance_row(
         version,
         size(status.nbytes),
         *([labels_text(status.labels) or "-"] if labels else []),
-        status.summary,
+        why_not_ready(status),
     ]
 
 

@@ -73,6 +73,7 @@ def open_publication(
             device=str(offering.device),
             labels=options.labels,
             ttl_s=options.ttl_s,
+            unresponsive_after_s=options.unresponsive_after_s,
             on_state=options.on_state,
         )
         guard.callback(registration.withdraw)

@@ -5,7 +5,7 @@ hold a part of it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine_loader.errors import DigestsMissing, LoaderError, SourceLost, WeightsMismatch
@@ -52,27 +52,30 @@ class Selection:
         self.gone: list[RankRecord] = []
 
     def choose(self, found: Found) -> Choice:
-        """From the first group that has all that is wanted.
+        """From the first group that has all that is wanted. Ranks whose process does not answer
+        are chosen where no others have it: a stopped one brings nothing over TCP.
 
         Raises why not where none has: WeightsMismatch, DigestsMissing or SourceLost.
         """
         misfits: list[LoaderError] = []
-        for group in found.alike:
-            if fitting := self._fitting(group, group.teams, misfits):
-                return _logged(Choice(group.content, fitting), misfits)
-        if found.instances:
-            misfits.clear()
-        for group in found.instances:
-            teams = [
-                tuple(sorted(records, key=lambda record: order_of(record, self._session_id)))
-                for records in group.teams
-            ]
-            if parts := self._fitting(group, teams, misfits):
-                numbers = needed([source.origin for source in parts], self._dst, self._max_sources)
-                return _logged(
-                    Choice(group.content, [parts[number] for number in numbers]), misfits
-                )
-        raise misfits[0]
+        of_instances: list[LoaderError] = []
+        for answering in (True, False):
+            for group, teams in _teams(found.alike, answering):
+                if fitting := self._fitting(group, teams, misfits):
+                    return _logged(Choice(group.content, fitting), misfits)
+            for group, teams in _teams(found.instances, answering):
+                if parts := self._fitting(group, list(map(self._ordered, teams)), of_instances):
+                    origins = [source.origin for source in parts]
+                    numbers = needed(origins, self._dst, self._max_sources)
+                    some = [parts[number] for number in numbers]
+                    return _logged(Choice(group.content, some), of_instances)
+        raise (of_instances or misfits)[0]
+
+    def _ordered(self, records: Sequence[RankRecord]) -> list[RankRecord]:
+        def order(record: RankRecord) -> tuple[bool, bytes]:
+            return bool(record.unresponsive_since), order_of(record, self._session_id)
+
+        return sorted(records, key=order)
 
     def _fitting(
         self, group: Group, teams: Sequence[Sequence[RankRecord]], misfits: list[LoaderError]
@@ -111,6 +114,20 @@ class Selection:
         except SourceLost:
             self.gone.append(record)
             raise
+
+
+def _teams(
+    groups: Sequence[Group], answering: bool
+) -> Iterator[tuple[Group, list[tuple[RankRecord, ...]]]]:
+    """Of each group the teams all of whose ranks answer their keepers, or the others."""
+    for group in groups:
+        teams = [
+            team
+            for team in group.teams
+            if answering is not any(record.unresponsive_since for record in team)
+        ]
+        if teams:
+            yield group, teams
 
 
 def _logged(choice: Choice, misfits: Sequence[LoaderError]) -> Choice:

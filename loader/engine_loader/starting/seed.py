@@ -101,6 +101,7 @@ class Seed:
                 state=RankState.LOADING,
                 labels=options.labels,
                 ttl_s=options.ttl_s,
+                unresponsive_after_s=options.unresponsive_after_s,
             ),
             is_early=True,
         )

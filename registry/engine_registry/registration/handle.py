@@ -60,6 +60,7 @@ class Registration(Closable):
         record: RankRecord,
         parts: Sequence[bytes],
         ttl_s: float,
+        unresponsive_after_s: float,
         on_state: OnState | None = None,
     ) -> None:
         """Registers; raises RankConflict, InstanceMismatch, EtcdUnavailable, … and has then left
@@ -82,7 +83,8 @@ class Registration(Closable):
         self._closing = False  # `withdraw` has begun
         self._withdrawn = False
         # The link must not keep a forgotten handle alive: it would hold the rank for ever.
-        self._link = KeeperLink(config, record, parts, ttl_s, weakref.WeakMethod(self._receive))
+        news = weakref.WeakMethod(self._receive)
+        self._link = KeeperLink(config, record, parts, ttl_s, unresponsive_after_s, news)
         try:
             uninterrupted(self._open, f"registers {record.key}")
             self._mark_open()

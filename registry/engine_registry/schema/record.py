@@ -32,6 +32,7 @@ _TEXTS = (
     "device",
     "writer",
     "kept_by",
+    "unresponsive_since",
     "ended",
 )
 _CONTENT = re.compile(r"[0-9a-f]{32}")
@@ -183,6 +184,8 @@ class RankRecord:
     writer: str = ""
     # which process renews its lease: empty, its own keeper; GATEWAY, every gateway
     kept_by: str = ""
+    # UTC, ISO 8601: since when the rank's process has not answered its keeper; empty while it does
+    unresponsive_since: str = ""
     ended: str = ""  # why the registration is over; the key follows at once
     labels: Mapping[str, str] = field(default_factory=dict)
     mod_revision: int = field(default=0, compare=False)

@@ -80,6 +80,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
     registered_at: str
     writer: str = ""
     kept_by: str | UnsetType = UNSET
+    unresponsive_since: str | UnsetType = UNSET
     ended: str | UnsetType = UNSET
     labels: dict[str, Any] | UnsetType = UNSET
 
@@ -91,7 +92,10 @@ _DECODER = msgspec.json.Decoder(_Record)
 
 
 def encode(record: RankRecord) -> bytes:
-    """The record as stored; InvalidField where it would exceed 4 KB."""
+    """The record as stored; InvalidField where it would exceed 4 KB.
+
+    What others add to a rank's record later may: that it has ended, or does not answer.
+    """
     model = record.model
     stored = _Record(
         schema=SCHEMA,
@@ -123,11 +127,12 @@ def encode(record: RankRecord) -> bytes:
         registered_at=record.registered_at,
         writer=record.writer,
         kept_by=record.kept_by or UNSET,
+        unresponsive_since=record.unresponsive_since or UNSET,
         ended=record.ended or UNSET,
         labels=dict(record.labels) or UNSET,
     )
     value = structs.write(stored)
-    if len(value) > MAX_RECORD_NBYTES and not record.ended:
+    if len(value) > MAX_RECORD_NBYTES and not (record.ended or record.unresponsive_since):
         fields = structs.plain(stored)
         largest = max(fields, key=lambda name: len(structs.write(fields[name])))
         raise InvalidField(
@@ -205,6 +210,7 @@ def _record(stored: _Record, mod_revision: int, create_revision: int) -> RankRec
         device=stored.device,
         writer=stored.writer,
         kept_by=stored.kept_by or "",
+        unresponsive_since=stored.unresponsive_since or "",
         ended=stored.ended or "",
         labels=stored.labels or {},
         mod_revision=mod_revision,

@@ -66,6 +66,14 @@ class InstanceStatus:
         return tuple(record.content for record in self.records)
 
     @property
+    def unresponsive(self) -> tuple[int, ...]:
+        """Ranks whose process does not answer its keeper: it is stopped, or holds the GIL.
+
+        Their records stand, so the instance may be ready all the same.
+        """
+        return tuple(record.rank for record in self.records if record.unresponsive_since)
+
+    @property
     def nbytes(self) -> int:
         """The bytes of the weights of all registered ranks."""
         return sum(record.manifest.nbytes for record in self.records)

@@ -41,6 +41,11 @@ RANKS_EXPECTED = Gauge(
     "Ranks that the instance has when it is complete.",
     ["instance"],
 )
+RANKS_UNRESPONSIVE = Gauge(
+    "engines_registry_ranks_unresponsive",
+    "Ranks whose process does not answer its keeper.",
+    ["instance"],
+)
 INSTANCE_READY = Gauge(
     "engines_registry_instance_ready",
     "1 if the instance is ready, 0 if it is degraded.",

@@ -29,6 +29,7 @@ class WatchMetrics:
 
     def __init__(self) -> None:
         self._ranks: dict[str, Counter[RankState]] = {}
+        self._unresponsive: dict[str, set[int]] = {}
         self._ready: dict[str, bool] = {}
         self._show_instances()
 
@@ -55,6 +56,11 @@ class WatchMetrics:
             states[event.previous.state] -= 1
         for state in RankState:
             metrics.RANKS.set(states[state], record.instance, state.value)
+        silent = self._unresponsive.setdefault(record.instance, set())
+        silent.discard(record.rank)
+        if record.unresponsive_since and not isinstance(event, RankLost):
+            silent.add(record.rank)
+        metrics.RANKS_UNRESPONSIVE.set(len(silent), record.instance)
 
     def _see_instance(self, event: InstanceReady | InstanceDegraded | InstanceGone) -> None:
         instance = event.status.instance
@@ -70,8 +76,10 @@ class WatchMetrics:
         if self._ready.pop(instance, None) is not None:
             metrics.INSTANCE_READY.remove(instance)
         if self._ranks.pop(instance, None) is not None:
+            del self._unresponsive[instance]
             metrics.RANKS_EXPECTED.remove(instance)
             metrics.INSTANCE_LABELS.remove(instance)
+            metrics.RANKS_UNRESPONSIVE.remove(instance)
             for state in RankState:
                 metrics.RANKS.remove(instance, state.value)
 

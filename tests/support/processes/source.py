@@ -1,15 +1,17 @@
 """A rank whose weights say whose they are: `source INSTANCE NBYTES [HOST [TTL_S [LAUNCH
-[COUNT]]]]`.
+[COUNT
+[UNRESPONSIVE_AFTER_S]]]]]`.
 
 They are cut into COUNT tensors. Sources of one launch hold the same in the same version, see
 `content`, and digests prove it. Each
 line on standard input makes it go on to the next version; it prints `version N` when it serves one.
-A line `begin` begins that update, and the next line ends it: it prints `begun` in between. Ends
-with its input, or killed.
+A line `begin` begins that update, and the next line ends it: it prints `begun` in between. A line
+`hold` makes it hold the GIL until the next byte comes. Ends with its input, or killed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import sys
 from collections.abc import Iterator
@@ -55,6 +57,7 @@ def main(
     ttl_s: str = "10",
     launch: str = "0",
     count: str = str(COUNT),
+    unresponsive_after_s: str = "30",
 ) -> None:
     tensors = content(0, int(nbytes), int(launch), int(count))
     with (
@@ -69,11 +72,17 @@ def main(
             world_size=1,
             tensors=tensors,
             model=MODEL,
-            options=PublishOptions(digests=True, ttl_s=float(ttl_s)),
+            options=PublishOptions(
+                digests=True, ttl_s=float(ttl_s), unresponsive_after_s=float(unresponsive_after_s)
+            ),
         ) as publication,
     ):
         print("version 0", flush=True)
         for line in sys.stdin:
+            if line == "hold\n":
+                # unlike CDLL, PyDLL keeps the lock: no thread of this process runs meanwhile
+                ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(1), 1)
+                continue
             with publication.update():
                 for name, tensor in content(
                     publication.record.version + 1, int(nbytes), int(launch), int(count)

@@ -538,10 +538,17 @@ def test_a_message_without_an_end_of_line_is_not_lost(capfd: pytest.CaptureFixtu
 # --------------------------------------------------------------------------------------------------
 
 A, B = a_record(rank=0), a_record(rank=1)
+SILENT = a_record(unresponsive_since="2026-01-02T03:05:00.000+00:00")
 READY = assess("qwen", [A, B])
 EVENTS: list[tuple[Event, str, str]] = [
     (RankJoined(A), "rank_joined", "qwen/0 joined: ready, 16 B, 10.0.0.1:15000 tcp"),
     (RankUpdated(A, A), "rank_updated", "qwen/0 updated: ready, version 3"),
+    (
+        RankUpdated(SILENT, A),
+        "rank_updated",
+        "qwen/0 has not answered since 2026-01-02 03:05:00Z (host node-1, pid 4711)",
+    ),
+    (RankUpdated(A, SILENT), "rank_updated", "qwen/0 answers again (host node-1, pid 4711)"),
     (RankLost(A, "evicted"), "rank_lost", "qwen/0 lost: evicted (host node-1, pid 4711)"),
     (InstanceReady(READY), "instance_ready", "qwen ready: 2 ranks, 32 B, version 3"),
     (
@@ -572,6 +579,7 @@ def test_the_object_of_an_instance_keeps_its_fields() -> None:
         "world_size": 2,
         "present": [1],
         "missing": [0],
+        "unresponsive": [],
         "problems": [],
         "model": {
             "name": "qwen",

@@ -48,6 +48,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "labels": {"team": "search"},
     "values": {"step": 3},
     "ttl_s": 3.0,
+    "unresponsive_after_s": 5.0,
     "on_state": print,
 }
 

@@ -42,6 +42,7 @@ const KINDS = {
   draining: "busy",
   incomplete: "bad",
   degraded: "bad",
+  unresponsive: "bad",
   lost: "bad",
   missing: "bad",
 };

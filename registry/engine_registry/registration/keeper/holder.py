@@ -37,10 +37,7 @@ Report = Callable[[dict[str, Any]], None]
 
 
 class Keeper:
-    """One registration's lease and keys, as the rank wants them.
-
-    Not thread-safe: one thread drives it.
-    """
+    """Not thread-safe: one thread drives it."""
 
     def __init__(
         self,
@@ -62,14 +59,12 @@ class Keeper:
         self._ttl_s = ttl_s
         self._report = report
         self._backoff = Backoff(0.1, 0.5)
-        self._held: KeyValue | None = (
-            None  # the record's key as we wrote it last, unless its lease is lost
-        )
+        # the record's key as we wrote it last, unless its lease is lost
+        self._held: KeyValue | None = None
         self._stale = False  # the rank wants another record than the one in etcd
         self._suspended = False
-        self._renewed_in_s: float | None = (
-            None  # how long etcd took for it in the beat that is going on
-        )
+        # how long etcd took for it in the beat that is going on
+        self._renewed_in_s: float | None = None
         self._claims_again = 0
 
     def register(self) -> None:
@@ -119,13 +114,20 @@ class Keeper:
         return self._suspended
 
     def change(self, record: RankRecord, parts: Sequence[bytes] = ()) -> None:
-        """The record that the next beat writes. With `parts`, under another incarnation, and with
-        this manifest.
-        """
+        """The next beat writes the record; with `parts`, under another incarnation, and them."""
         if parts:
             self._former.append(self._record.incarnation)
             self._parts, self._moved = parts, True
         self._record, self._stale = record, True
+
+    def mark(self, unresponsive_since: str) -> bool:
+        """Says in the record since when the rank has not answered, or with an empty text that it
+        answers; False where the record says so already. The next beat writes it.
+        """
+        if bool(self._record.unresponsive_since) == bool(unresponsive_since):
+            return False
+        self.change(replace(self._record, unresponsive_since=unresponsive_since))
+        return True
 
     def end(self, reason: str) -> None:
         """Deletes the registration; EtcdError if that must be tried again."""

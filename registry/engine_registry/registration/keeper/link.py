@@ -2,7 +2,7 @@
 place when it dies or hangs.
 
 Used by the handle only. Starts one thread, which listens to the keeper. Nothing here needs the GIL
-in time: the keeper goes on without the rank.
+in time: the keeper goes on without the rank, and marks it as unresponsive.
 
 Longer than other modules: all of it changes the same fields under one lock, which is best seen in
 one place.
@@ -43,6 +43,7 @@ class KeeperLink:
         record: RankRecord,
         parts: Sequence[bytes],
         ttl_s: float,
+        unresponsive_after_s: float,
         news: Callable[[], OnNews | None],
     ) -> None:
         """`news` is a weak reference: when its referent is gone, the registration ends."""
@@ -52,6 +53,7 @@ class KeeperLink:
         # Earlier incarnations of the rank: the record in etcd may still have one of them.
         self._former: list[str] = []
         self._ttl_s = ttl_s
+        self._unresponsive_after_s = unresponsive_after_s
         self._news = news
         self._lock = threading.Lock()
         self._pending = Pending()
@@ -165,6 +167,7 @@ class KeeperLink:
             "etcd": self._config.to_wire(),
             "key": self.record.key,
             "ttl_s": self._ttl_s,
+            "unresponsive_after_s": self._unresponsive_after_s,
             "again": again,
         }
 
@@ -261,6 +264,8 @@ class KeeperLink:
             for frame in frames:
                 backoff.reset()
                 self._receive(frame.message)
+            if any("state" in frame.message for frame in frames):
+                self._answer(keeper)
             if self._unwanted and not self._over:
                 self.abandon()
             # requests to a keeper that was dismissed wait for its end, which may take an outage of
@@ -269,6 +274,11 @@ class KeeperLink:
                 hung = not self._over and keeper.silent_s >= self._silence_s(keeper)
             if hung:
                 keeper.kill_hung()
+
+    def _answer(self, keeper: KeeperProcess) -> None:
+        """This process runs, and its threads get the GIL."""
+        with self._lock:
+            keeper.write(encode_frame({"op": "answer"}))
 
     def _replace(self) -> None:
         """Starts another keeper, unless there is no memory, process or file descriptor to be had

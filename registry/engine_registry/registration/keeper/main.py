@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timezone
 from typing import IO, Any, TypeVar
 
 from engine_registry.errors import EtcdError, EtcdUnavailable, RegistrationLost, RegistryError
@@ -33,6 +34,7 @@ from engine_registry.registration.keeper.protocol import (
     encode_frame,
     read_frame,
 )
+from engine_registry.registration.keeper.silence import Silence
 from engine_registry.registration.writes import DIED
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.record_format import decode
@@ -59,18 +61,34 @@ class _ReportingEtcd(Etcd):
         return super()._call(operation, stop)
 
 
-def serve(keeper: Keeper, inbox: queue.Queue[Frame | None], report: Report) -> None:
-    """Obeys the rank until it withdraws, dies (None in the inbox) or loses the registration."""
+def serve(
+    keeper: Keeper, inbox: queue.Queue[Frame | None], report: Report, unresponsive_after_s: float
+) -> None:
+    """Obeys the rank until it withdraws, dies (None in the inbox) or loses the registration.
+
+    Each beat asks the rank for an answer, as it reports the state. A rank that gives none for
+    `unresponsive_after_s` is marked in its record, until it says something.
+    """
     due = time.monotonic()
+    silence = Silence(unresponsive_after_s)
     while True:
+        wait_s = min(max(0.0, due - time.monotonic()), silence.left_s)
         try:
-            frame = inbox.get(timeout=max(0.0, due - time.monotonic()))
+            frame = inbox.get(timeout=wait_s)
+            silence.end()
         except queue.Empty:
+            silence.wait(wait_s)
             frame = Frame({"op": "beat"})
         op = frame.message["op"] if frame else "died"
         try:
-            if op == "beat":
+            if op == "answer":
+                if keeper.mark(""):
+                    due = time.monotonic()
+            elif op == "beat":
+                if silence.is_too_long:
+                    keeper.mark(_utc(time.time() - silence.seconds))
                 due = time.monotonic() + keeper.beat()
+                silence.ask()
             elif op == "update" and frame:
                 keeper.change(record_from_wire(frame), frame.payloads[1:])
                 if (
@@ -107,6 +125,10 @@ def _end(keeper: Keeper, frame: Frame | None, report: Report) -> None:
             return
         first = False
         time.sleep(backoff.next_s())
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
 
 
 def record_from_wire(frame: Frame) -> RankRecord:
@@ -154,7 +176,7 @@ def main(rank: int | None) -> None:
     # The rank waited for its first claim for as long as it wants calls to take. From now on its
     # death must be noticed soon.
     etcd.config = replace(config, timeout_s=min(config.timeout_s, CALL_TIMEOUT_S))
-    serve(keeper, inbox, report)
+    serve(keeper, inbox, report, message["unresponsive_after_s"])
 
 
 def reporter(pipe: int) -> Report:

@@ -2,7 +2,8 @@
 
 A message is one line of JSON, then the raw bytes whose lengths the line gives. The keeper reports
 the state of the registration at every beat, and that it lives before every call to etcd, so that a
-rank can distinguish a keeper that waits from one that hangs.
+rank can distinguish a keeper that waits from one that hangs. The rank answers each report of the
+state, so that the keeper can say which rank is stopped, or holds the GIL.
 
 The JSON is written by `json`, not by msgspec as what lies in etcd is. Paths of files, and keys in
 the details of an error, may be no text, and msgspec does not write half of a surrogate pair. Both

@@ -78,6 +78,19 @@ def test_an_instance_has_its_labels_as_people_would_type_them() -> None:
     assert page.instance()["labels"] == "team=search,tier=gold"
 
 
+def test_a_rank_that_does_not_answer_is_unresponsive_since_then() -> None:
+    page = Page().has(*two())
+    page.changes(a_record(topology={}, unresponsive_since="2026-01-02T03:05:00.000Z"))
+    silent, instance = page.rank("qwen/0"), page.instance()
+    assert (silent["state"], silent["reason"]) == (
+        "unresponsive",
+        "has not answered since 2026-01-02T03:05:00.000Z",
+    )
+    assert (instance["state"], instance["why"]) == ("unresponsive", "rank 0 unresponsive")
+    page.changes(*two())
+    assert (page.rank("qwen/0")["reason"], page.instance()["why"]) == ("", "")
+
+
 def test_what_was_there_before_the_page_is_no_news() -> None:
     assert Page().has(*two()).told() == []
 

@@ -50,6 +50,15 @@ def names(rows: list[Row]) -> list[str]:
     return [row.name.strip() for row in rows]
 
 
+def test_a_rank_that_does_not_answer_is_unresponsive_and_so_is_its_instance() -> None:
+    silent = rank("a/1", world_size=2, unresponsive_since="2026-01-02T03:05:00.000+00:00")
+    board = a_board(rank("a/0", world_size=2), silent)
+    assert [row.state for row in shown(board)] == ["unresponsive 2/2", "ready", "unresponsive"]
+    assert board.summary() == "1 instance, 2 ranks: 1 ready, 1 unresponsive"
+    board.see(RankUpdated(rank("a/1", world_size=2), silent), AT)
+    assert [row.state for row in shown(board)] == ["ready 2/2", "ready", "ready"]
+
+
 def test_an_instance_of_one_rank_is_one_row_with_all_of_it() -> None:
     board = a_board(rank("a/0", world_size=1), rank("b/0", loading=True, world_size=1))
     assert shown(board, pull("a/0", "b/0", 63), pull("a/0", "host", 5)) == [

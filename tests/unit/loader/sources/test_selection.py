@@ -47,7 +47,7 @@ WHOLE = an_entry("w", 5000, 16, opaque=False)
 
 
 class Ranks:
-    """Those of an instance that hold these tensors; `gone` have ended."""
+    """Those of an instance that hold these tensors; `gone` have ended, `silent` do not answer."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class Ranks:
         *tensors: TensorEntry,
         digests: Sequence[str] = (),
         gone: Sequence[int] = (),
+        silent: Sequence[int] = (),
     ) -> None:
         self.records = tuple(
             a_record(
@@ -62,6 +63,7 @@ class Ranks:
                 rank=rank,
                 world_size=len(tensors),
                 incarnation=f"{instance}{rank:031}",
+                unresponsive_since="2026-01-02T03:05:00.000+00:00" if rank in silent else "",
             )
             for rank in range(len(tensors))
         )
@@ -128,6 +130,25 @@ def test_sources_of_two_contents_are_never_chosen_together_and_a_misfit_group_gi
     teams[0].offerings[first.key].manifest = a_manifest(an_entry("another"))
     choice = selection.choose(Found(alike, []))
     assert (choice.content, names_of(choice)) == (OTHER_CONTENT, ["b/0", "c/0"])
+
+
+def test_ranks_that_do_not_answer_are_chosen_only_where_no_others_have_it() -> None:
+    teams = [Ranks(name, WHOLE, silent=[0] if name in "ac" else []) for name in "abc"]
+    alike = [team.records[0] for team in teams]
+    assert chosen(teams, alike, max_sources=9) == ["b/0"]
+    assert chosen([teams[0], teams[2]], [alike[0], alike[2]], max_sources=9) == ["a/0", "c/0"]
+    teams[1].offerings.clear()
+    assert chosen(teams, alike, max_sources=9) == ["a/0", "c/0"]
+
+
+def test_an_instance_whose_ranks_answer_is_better_than_one_rank_that_does_not() -> None:
+    silent, halves = Ranks("a", WHOLE, silent=[0]), Ranks("b", half(0), half(1))
+    assert sorted(chosen([silent, halves], silent.records)) == ["b/0", "b/1"]
+
+
+def test_of_an_instance_the_ranks_that_answer_are_read_where_others_hold_the_same() -> None:
+    replicas = Ranks("a", half(0), half(0), half(1), half(1), silent=[0, 3])
+    assert sorted(chosen([replicas], max_sources=1)) == ["a/1", "a/2"]
 
 
 def test_no_more_are_chosen_than_a_group_allows_at_once() -> None:

@@ -34,9 +34,11 @@ class Link:
         record: RankRecord,
         parts: Sequence[bytes],
         ttl_s: float,
+        unresponsive_after_s: float,
         news: Callable[[], Callable[[str, str, RegistryError | None], None] | None],
     ) -> None:
         assert (config, parts, ttl_s) == (CONFIG, [b"part"], 3.0)
+        assert unresponsive_after_s == 30.0
         self.record = record
         self.pid = 4711
         self.calls: list[str] = []
@@ -116,6 +118,7 @@ class Bench:
             a_record(),
             [b"part"],
             3.0,
+            30.0,
             (lambda state, why: self.told.put((state, why))) if on_state else None,
         )
 

@@ -39,6 +39,7 @@ FULL = RankRecord(
     device="cuda:1",
     writer="0.1.0",
     kept_by="gateway",
+    unresponsive_since="2026-01-02T03:05:00.000+00:00",
     ended="process ended",
 )
 SMALL = RankRecord(
@@ -77,7 +78,8 @@ FULL_BYTES = (
     b'6744073709547520},"manifest":{"digest":"abababababababababababababababababab'
     b'abababababababababababababab","parts":2,"tensors":291,"nbytes":17179869184},'
     b'"registered_at":"2026-01-02T03:04:05.678+00:00","writer":"0.1.0","kept_by":"'
-    b'gateway","ended":"process ended"}'
+    b'gateway","unresponsive_since":"2026-01-02T03:05:00.000+00:00","ended":"proce'
+    b'ss ended"}'
 )
 SMALL_BYTES = (
     b'{"schema":1,"incarnation":"11111111111111111111111111111111","generation":""'

@@ -68,6 +68,7 @@ def records(draw: st.DrawFn) -> RankRecord:
         device=draw(TEXT),
         writer=draw(TEXT),
         kept_by=draw(TEXT),
+        unresponsive_since=draw(TEXT),
         ended=draw(TEXT),
         labels=draw(st.dictionaries(LABEL, st.just("") | LABEL, max_size=3)),
     )
@@ -197,6 +198,7 @@ STRINGS = [
     "device",
     "writer",
     "kept_by",
+    "unresponsive_since",
     "ended",
     "model.name",
     "model.revision",

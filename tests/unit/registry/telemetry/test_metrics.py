@@ -309,6 +309,22 @@ def test_the_labels_of_an_instance_are_one_series_that_others_are_joined_with(
     ]
 
 
+def test_a_watch_counts_the_ranks_that_do_not_answer(counted: CollectorRegistry) -> None:
+    seen = WatchMetrics()
+    silent = replace(ONE, unresponsive_since="2026-01-02T03:05:00.000+00:00")
+    counts = []
+    for event in (
+        RankJoined(ONE),
+        RankUpdated(silent, ONE),
+        RankJoined(replace(TWO, unresponsive_since=silent.unresponsive_since)),
+        RankUpdated(ONE, silent),
+        RankLost(TWO, "process ended"),
+    ):
+        seen.see(event)
+        counts.append(series(counted, "engines_registry_ranks_unresponsive")["qwen",])
+    assert counts == [0, 1, 2, 1, 0]
+
+
 def test_a_loss_counts_once_by_its_reason_and_in_the_state_that_the_rank_had(
     counted: CollectorRegistry,
 ) -> None:
@@ -351,7 +367,13 @@ def test_an_instance_that_is_gone_leaves_no_series_behind(counted: CollectorRegi
         InstanceGone(status(InstanceState.GONE)),
     ):
         seen.see(event)
-    for name in ("ranks", "ranks_expected", "instance_ready", "instance_labels"):
+    for name in (
+        "ranks",
+        "ranks_expected",
+        "ranks_unresponsive",
+        "instance_ready",
+        "instance_labels",
+    ):
         assert series(counted, f"engines_registry_{name}") == {}
     assert series(counted, "engines_registry_instances") == {("ready",): 0, ("degraded",): 0}
 
@@ -391,7 +413,7 @@ def a_beat(claims_again: int = 0, renewed_in_s: float | None = None) -> dict[str
 def link() -> KeeperLink:
     from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 
-    return KeeperLink(EtcdConfig(parse_endpoints("h:1")), ONE, [], 10.0, lambda *_: None)
+    return KeeperLink(EtcdConfig(parse_endpoints("h:1")), ONE, [], 10.0, 30.0, lambda *_: None)
 
 
 def test_the_time_of_a_renewal_comes_with_the_state(

@@ -35,6 +35,7 @@ from tests.support.builders import OTHER_INCARNATION, a_record
 from tests.support.fake_etcd import FakeEtcd
 
 TTL_S = 9.0
+LIMIT_S = 30.0  # after so long without an answer a rank is unresponsive
 PARTS = [b"part 0", b"part 1"]
 OURS = a_record()
 RIVAL = a_record(incarnation=OTHER_INCARNATION)
@@ -691,7 +692,11 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(main, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
+    monkeypatch.setattr(
+        main,
+        "time",
+        SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep, time=clock.monotonic),
+    )
     return clock
 
 
@@ -707,7 +712,7 @@ def test_a_silent_rank_is_kept_by_beats_at_a_third_of_the_lease(
     etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
 ) -> None:
     start = clock.now
-    serve(holding, Inbox(clock, *[Inbox.SILENCE] * 4, None), rank.report)
+    serve(holding, Inbox(clock, *[Inbox.SILENCE] * 4, None), rank.report, LIMIT_S)
     assert len(etcd.renewed) == 4
     assert clock.now == start + 3 * TTL_S / 3
 
@@ -725,7 +730,7 @@ def test_a_rank_that_withdraws_or_dies_is_deleted_with_the_reason(
     reason: str,
     replies: list[Any],
 ) -> None:
-    serve(holding, Inbox(clock, last), rank.report)
+    serve(holding, Inbox(clock, last), rank.report, LIMIT_S)
     assert (etcd.keys, etcd.leases) == ([], {})
     values = [
         change.value
@@ -745,7 +750,7 @@ def test_an_update_is_answered_after_it_is_written(
         now = found(etcd)
         versions.append((message.get("reply"), now and now.version))
 
-    serve(holding, Inbox(clock, update(NEWER, seq=7), end()), report)
+    serve(holding, Inbox(clock, update(NEWER, seq=7), end()), report, LIMIT_S)
     assert versions[0] == (7, NEWER.version)
 
 
@@ -764,7 +769,7 @@ def test_an_update_during_an_outage_is_answered_without_asking_etcd_and_written_
             etcd.available = self.unread <= 2
             return super().get(block, timeout)
 
-    serve(holding, Back(clock, Inbox.SILENCE, update(NEWER), Inbox.SILENCE, None), report)
+    serve(holding, Back(clock, Inbox.SILENCE, update(NEWER), Inbox.SILENCE, None), report, LIMIT_S)
     reply, back = rank.received[1:]
     assert (reply, back["state"], back["why"]) == (
         {"reply": 1, "written": False},
@@ -791,7 +796,7 @@ def test_a_registration_that_is_lost_is_reported_with_its_error_and_served_no_mo
 ) -> None:
     ending_by_eviction(etcd)
     inbox = Inbox(clock, *frames, Inbox.SILENCE)
-    serve(holding, inbox, rank.report)
+    serve(holding, inbox, rank.report, LIMIT_S)
     assert inbox.unread == 1
     (message,) = rank.received
     assert (message["state"], message["error"]["type"]) == ("LOST", "Evicted")
@@ -807,7 +812,7 @@ def test_a_withdrawal_during_an_outage_is_answered_with_the_problem_and_tried_un
         etcd.available = clock.now > start + 2
 
     clock.at = after_2_s
-    serve(holding, Inbox(clock, end()), rank.report)
+    serve(holding, Inbox(clock, end()), rank.report, LIMIT_S)
     (answer,) = rank.received
     assert (answer["reply"], answer["error"]["type"]) == (2, "EtcdUnavailable")
     assert (etcd.keys, etcd.leases) == ([], {})
@@ -820,7 +825,12 @@ def test_a_withdrawal_during_an_outage_that_is_known_is_answered_without_asking_
     etcd.available = False
     holding.beat()
     refused_when_reported: list[int] = []
-    serve(holding, Inbox(clock, end()), lambda message: refused_when_reported.append(etcd.refused))
+    serve(
+        holding,
+        Inbox(clock, end()),
+        lambda message: refused_when_reported.append(etcd.refused),
+        LIMIT_S,
+    )
     assert refused_when_reported == [1]  # by the beat before
     assert etcd.refused > 1
 
@@ -835,7 +845,7 @@ def test_a_rank_that_dies_in_an_outage_is_deleted_after_it_though_a_restarted_et
         etcd.available = clock.now > start + 10 * TTL_S
 
     clock.at = after_an_outage
-    serve(holding, Inbox(clock, None), rank.report)
+    serve(holding, Inbox(clock, None), rank.report, LIMIT_S)
     assert (etcd.keys, etcd.leases) == ([], {})
 
 
@@ -844,9 +854,133 @@ def test_an_end_that_does_not_reach_etcd_is_given_up_after_five_minutes(
 ) -> None:
     etcd.available = False
     start = clock.now
-    serve(holding, Inbox(clock, None), rank.report)
+    serve(holding, Inbox(clock, None), rank.report, LIMIT_S)
     assert start + 300 < clock.now < start + 302
     assert rank.received == []
+
+
+# -- a rank that does not answer
+# --------------------------------------------------------------------------------------------------
+
+SILENCE = Inbox.SILENCE
+ANSWER = Frame({"op": "answer"})
+
+
+class Enough(Exception):
+    """The keeper has got all frames, and would go on."""
+
+
+class Looks(Inbox):
+    """Notes before each wait how the record stands in etcd, and for how long the keeper waits."""
+
+    def __init__(self, etcd: FakeEtcd, clock: Clock, *frames: Frame | None) -> None:
+        super().__init__(clock, *frames)
+        self._etcd = etcd
+        self.marks: list[str] = []
+        self.waits_s: list[float] = []
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Frame | None:
+        record = found(self._etcd) if self._etcd.available else None
+        self.marks.append(record.unresponsive_since if record else "")
+        assert timeout is not None
+        self.waits_s.append(timeout)
+        if not self.unread:
+            raise Enough
+        return super().get(block, timeout)
+
+
+def test_a_rank_that_answers_each_beat_is_never_marked_and_costs_etcd_no_write(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    before = list(etcd.history)
+    looks = Looks(etcd, clock, *[SILENCE, ANSWER] * 50)
+    with pytest.raises(Enough):
+        serve(holding, looks, rank.report, LIMIT_S)
+    assert etcd.history == before
+    assert clock.now > 1000 + LIMIT_S
+
+
+@pytest.mark.parametrize("limit_s", [LIMIT_S, 2.0], ids=["many beats", "less than a beat"])
+def test_a_rank_that_gives_no_answer_is_marked_when_the_limit_is_over_by_one_write(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock, limit_s: float
+) -> None:
+    before = len(etcd.history)
+    looks = Looks(etcd, clock, *[SILENCE] * 20)
+    with pytest.raises(Enough):
+        serve(holding, looks, rank.report, limit_s)
+    assert len(etcd.history) == before + 1
+    marked = found(etcd)
+    assert marked is not None
+    assert replace(marked, unresponsive_since="") == OURS
+    assert marked.unresponsive_since == "1970-01-01T00:16:40.000+00:00"  # when it was asked
+    at = looks.marks.index(marked.unresponsive_since)
+    assert sum(looks.waits_s[:at]) == limit_s
+    assert rank.states == []  # its lease is renewed all the while
+
+
+def test_a_rank_that_answers_again_is_unmarked_at_once(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    frames = [*[SILENCE] * 12, ANSWER, SILENCE, SILENCE]
+    looks = Looks(etcd, clock, *frames)
+    with pytest.raises(Enough):
+        serve(holding, looks, rank.report, LIMIT_S)
+    assert [bool(mark) for mark in looks.marks[-4:]] == [True, True, False, False]
+    assert looks.waits_s[-3] == 0.0
+    assert found(etcd) == OURS
+
+
+def test_what_a_rank_changes_takes_the_mark_away(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    looks = Looks(etcd, clock, *[SILENCE] * 12, update(NEWER))
+    with pytest.raises(Enough):
+        serve(holding, looks, rank.report, LIMIT_S)
+    assert looks.marks[-2]
+    assert found(etcd) == NEWER
+
+
+def test_a_keeper_that_was_stopped_itself_does_not_take_its_rank_for_silent(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    class Stopped(Looks):
+        def get(self, block: bool = True, timeout: float | None = None) -> Frame | None:
+            clock.now += 1000.0
+            return super().get(block, timeout)
+
+    looks = Stopped(etcd, clock, *[SILENCE, SILENCE, ANSWER] * 3)
+    with pytest.raises(Enough):
+        serve(holding, looks, rank.report, LIMIT_S)
+    assert set(looks.marks) == {""}
+
+
+def test_a_mark_that_etcd_did_not_take_is_written_after_the_outage(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    class Back(Looks):
+        def get(self, block: bool = True, timeout: float | None = None) -> Frame | None:
+            etcd.available = self.unread <= 3
+            return super().get(block, timeout)
+
+    looks = Back(etcd, clock, *[SILENCE] * 200)
+    with pytest.raises(Enough):
+        serve(holding, looks, rank.report, LIMIT_S)
+    now = found(etcd)
+    assert now is not None
+    assert now.unresponsive_since
+    assert rank.states == [SUSPENDED, REGISTERED]
+
+
+def test_a_record_of_four_kilobytes_can_still_be_marked(etcd: FakeEtcd, rank: Rank) -> None:
+    full = replace(OURS, device="x" * (4096 - len(encode(replace(OURS, device="")))))
+    keeper = a_keeper(etcd, rank, full)
+    keeper.register()
+    assert keeper.mark("2026-01-02T03:04:05.678+00:00")
+    keeper.beat()
+    marked = found(etcd)
+    assert marked is not None
+    assert marked.unresponsive_since
+    assert marked.device == full.device
 
 
 def test_a_rank_that_reads_nothing_does_not_stop_its_keeper_and_gets_whole_messages_later() -> None:

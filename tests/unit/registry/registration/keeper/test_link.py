@@ -22,7 +22,7 @@ CHANGES = 5_000
 def link() -> KeeperLink:
     """Its keeper is not there yet, so a change waits for nothing."""
     return KeeperLink(
-        EtcdConfig(parse_endpoints("nowhere:1")), a_record(), [b"part"], 10.0, lambda: None
+        EtcdConfig(parse_endpoints("nowhere:1")), a_record(), [b"part"], 10.0, 30.0, lambda: None
     )
 
 
