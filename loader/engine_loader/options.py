@@ -51,7 +51,8 @@ class LoadOptions:
         pipelined: Whether a rank that is still loading may be a source. Digests switch this off.
         pace: How much is in flight, and how long a source may stay silent. None takes the pace of
             the engine's protocol.
-        progress: Called with a `Progress` while bytes arrive, in the thread that loads.
+        progress: Called with a `Progress` while bytes arrive, and each second while none do, in the
+            thread that loads.
         cancel: An event. The load ends with Cancelled once it is set, from any thread.
 
     Raises:

@@ -170,8 +170,8 @@ def test_a_rank_serves_its_registration_and_who_has_read_from_it(
     out, err = server.communicate(timeout=100)
     assert (server.returncode, out) == (Exit.DONE, "withdrew a/0\n")
     logged = [json.loads(line) for line in err.splitlines()]
-    assert [each["fields"]["event"] for each in logged] == ["disk_read", "registered", "withdrawn"]
-    assert logged[1]["fields"] == {"event": "registered", "instance": "a", "rank": 0}
+    assert [each["fields"]["event"] for each in logged] == ["registered", "disk_read", "withdrawn"]
+    assert logged[0]["fields"] == {"event": "registered", "instance": "a", "rank": 0}
 
 
 @pytest.mark.parametrize("command", ["watch", "register"])

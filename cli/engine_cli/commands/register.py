@@ -11,9 +11,10 @@ import click
 
 from engine_cli.completion import instance_argument
 from engine_cli.connection import etcd_options
-from engine_cli.logs import log_options
+from engine_cli.logs import as_json, log_options
 from engine_cli.options import (
     TTL,
+    UNRESPONSIVE_AFTER,
     WORLD_SIZE,
     engine_log,
     host_option,
@@ -177,20 +178,20 @@ def command(
     with serve_metrics(), connect() as registry, engine_log():
         with held_back():
             from engine_loader import (
+                LoadOptions,
                 MooncakeEngine,
                 PublishOptions,
                 Shard,
                 load_or_seed,
-                publish,
             )
             from engine_loader.files.folder import files_of
             from engine_loader.files.memory import memory_for
             from engine_loader.files.stored import Files
-            from engine_loader.files.weights import read_weights
+            from engine_loader.loading.progress_bar import progress_bar
+            from engine_loader.starting.from_files import publish_files
 
-        tensors = (
-            memory_for(Files(files_of(paths, rank))) if from_peers else read_weights(paths, rank)
-        )
+        files = Files(files_of(paths, rank))
+        tensors = memory_for(files)
         boxes = boxes_of(
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
             slices,
@@ -217,9 +218,13 @@ def command(
         )
         with ExitStack() as stack:
             engine = stack.enter_context(MooncakeEngine(host or registry.local_address(), protocol))
-            seeded = None
-            if from_peers:
-                with raised():
+            seeded = publication = None
+            name = f"{instance}/{rank}"
+            with (
+                raised() as raise_again,
+                progress_bar(name, lambda _: raise_again(), not as_json()) as on_progress,
+            ):
+                if from_peers:
                     seeded = stack.enter_context(
                         load_or_seed(
                             registry,
@@ -229,20 +234,28 @@ def command(
                             **where,
                             fallback=paths,
                             required=True,  # a rank that nobody can find serves nobody
+                            load=LoadOptions(progress=on_progress),
                             publish=options,
                         )
                     )
-            endings.listen(until_eof)
-            publication = seeded.publication if seeded is not None else None
-            if publication is None:
-                publication = stack.enter_context(
-                    publish(
-                        registry, engine, **where, tensors=tensors, model=identity, options=options
+                    publication = seeded.publication
+                if publication is None:
+                    publication = stack.enter_context(
+                        publish_files(
+                            registry,
+                            engine,
+                            files,
+                            tensors,
+                            **where,
+                            model=identity,
+                            options=options,
+                            progress=on_progress,
+                        )
                     )
-                )
+            endings.listen(until_eof)
             record = publication.record
             click.echo(
-                f"registered {instance}/{rank} of {world_size}: "
+                f"registered {name} of {world_size}: "
                 f"{count(record.manifest.tensors, 'tensor')}, {size(record.manifest.nbytes)}, "
                 f"at {record.session_id} ({record.protocol}){_origin(seeded)}; Ctrl-C withdraws"
             )

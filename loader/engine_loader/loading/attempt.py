@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine_loader.engines.base import lend
 from engine_loader.errors import (
@@ -137,7 +137,11 @@ class Attempt:
             self.republication.mark(self.received.arrivals)
 
     def _report(self, progress: Progress, ahead_nbytes: int, entered: Sequence[SourceRank]) -> None:
-        of_all = Progress(ahead_nbytes + progress.nbytes, ahead_nbytes + progress.total_nbytes)
+        of_all = replace(
+            progress,
+            nbytes=ahead_nbytes + progress.nbytes,
+            total_nbytes=ahead_nbytes + progress.total_nbytes,
+        )
         for source in entered:
             source.report(of_all)
         self.job.on_progress(of_all)

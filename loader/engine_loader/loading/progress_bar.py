@@ -1,4 +1,4 @@
-"""A bar on the terminal that shows how far a load is."""
+"""A bar on the terminal that shows how far a load or a read of files is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, Transf
 from rich.progress import Progress as Bar
 
 from engine_loader.transfer.progress import OnProgress, Progress
+from engine_registry.schema.keys import ENGINES
+
+_SILENT_S = 3.0  # less is no news: a source that others can stand in for is given up by then
 
 
 @contextmanager
@@ -37,6 +40,21 @@ def progress_bar(
         def on_progress(progress: Progress) -> None:
             if also is not None:
                 also(progress)
-            bar.update(task, completed=progress.nbytes, total=progress.total_nbytes)
+            bar.update(
+                task,
+                description=": ".join(filter(None, [name, silence(progress)])),
+                completed=progress.nbytes,
+                total=progress.total_nbytes,
+            )
 
         yield on_progress
+
+
+def silence(progress: Progress) -> str:
+    """Which source has brought nothing for how long; empty where that is no news."""
+    some = [one for one in progress.silent if one.seconds >= _SILENT_S]
+    if not some:
+        return ""
+    others = f" and {len(some) - 1} more" if len(some) > 1 else ""
+    source = some[0].source.removeprefix(ENGINES)
+    return f"nothing has come for {some[0].seconds:.0f} s from {source}{others}"

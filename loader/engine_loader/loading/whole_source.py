@@ -25,7 +25,7 @@ from engine_loader.sources.search import Search
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.dtypes import dtype_named
 from engine_loader.tensors.shards import Shard
-from engine_loader.transfer.progress import OnProgress, Progress
+from engine_loader.transfer.progress import OnProgress
 from engine_registry import Manifest, RankRecord, Registry
 from engine_registry.watching.waiting import Wanted
 
@@ -170,5 +170,9 @@ class WholeSource:
         if on_progress is None:
             return None
         return lambda part: on_progress(
-            Progress(done_nbytes + nbytes * part.nbytes // max(1, part.total_nbytes), total_nbytes)
+            replace(
+                part,
+                nbytes=done_nbytes + nbytes * part.nbytes // max(1, part.total_nbytes),
+                total_nbytes=total_nbytes,
+            )
         )

@@ -5,14 +5,16 @@ its way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from engine_loader.errors import LoaderError, ReadFailed
 from engine_loader.planning.reads import Span
+from engine_loader.transfer.progress import Silence
 from engine_loader.transfer.shares import Share
 
+SILENT_S = 1.0  # so long without a byte is told to people
 _SLOW_AFTER_S, _SLOW_FACTOR, _SLOW_GAIN = 2.0, 3.0, 0.2  # see `Pipe.is_slow`
 # how often one that is loading itself is asked what it has, while it has nothing for us
 _POLL_S = (
@@ -114,6 +116,12 @@ class Pipe:
         """There are chunks for it to bring that it does not have, and none that it has."""
         return self.source.stock is not None and any(self.queues) and not self.has_next()
 
+    def silent_s(self, now: float) -> float:
+        """For how long nothing has come, although something was asked for."""
+        if self.silent_since is not None:
+            return now - self.silent_since
+        return now - self.moved_at if self.in_flight else 0.0
+
     def take_stock(self, now: float) -> None:
         """After a check: whether it has got something meanwhile."""
         if self.source.stock is None:
@@ -141,3 +149,10 @@ class Pipe:
         if self.fed_at is None or self.in_flight or not self.waits():
             self.fed_at = now
         return now - self.fed_at
+
+
+def silences(pipes: Iterable[Pipe], now: float) -> tuple[Silence, ...]:
+    """Of the sources that have been silent for long enough to be told, the longest first."""
+    some = [Silence(pipe.source.name, pipe.silent_s(now)) for pipe in pipes]
+    silent = [one for one in some if one.seconds >= SILENT_S]
+    return tuple(sorted(silent, key=lambda one: -one.seconds))

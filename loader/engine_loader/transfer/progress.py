@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Silence(NamedTuple):
+    """A source that has brought nothing for a while, though it was asked.
+
+    Attributes:
+        source: Its key in etcd.
+        seconds: For how long.
+    """
+
+    source: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -15,10 +28,13 @@ class Progress:
     Attributes:
         nbytes: Bytes that have arrived.
         total_nbytes: Bytes that the whole load reads.
+        silent: The sources that have brought nothing for a second or more, the longest first. Each
+            has its key in `source`, and for how long in `seconds`.
     """
 
     nbytes: int
     total_nbytes: int
+    silent: tuple[Silence, ...] = ()
 
 
 OnProgress = Callable[[Progress], None]

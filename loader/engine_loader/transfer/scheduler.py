@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from engine_loader import metrics
 from engine_loader.engines.base import Engine, session_of
@@ -27,7 +28,7 @@ from engine_loader.transfer.chunks import Chunks
 from engine_loader.transfer.clock import Clock, SystemClock
 from engine_loader.transfer.leaving import DRAIN_S, Leaving
 from engine_loader.transfer.pace import Pace
-from engine_loader.transfer.pipe import Pipe, Source
+from engine_loader.transfer.pipe import SILENT_S, Pipe, Source, silences
 from engine_loader.transfer.progress import OnProgress
 from engine_loader.transfer.reads import Reads, Stage
 from engine_loader.transfer.shares import Share, loss_of
@@ -77,6 +78,7 @@ class Transfer:
         self._nap_s = pace.nap_s[0]
         # in naps, so that a process that was stopped does not take that for its sources' silence
         self._idle_s = 0.0
+        self._reported_at = self._clock.now()
 
     def run(self) -> None:
         """Raises SourceLost, SourceEvicted, Stalled or TornRead where no source is left, and
@@ -123,6 +125,8 @@ class Transfer:
         moved, self._moved = self._moved, 0
         self._nap_s = least_s if moved else min(2 * self._nap_s, most_s)
         self._idle_s = 0.0 if moved else self._idle_s + self._nap_s
+        if self._clock.now() - self._reported_at >= SILENT_S:
+            self._report()
         if moved < len(self._active):
             self._check_progress()
             self._clock.sleep(self._nap_s)
@@ -228,7 +232,8 @@ class Transfer:
             raise error
 
     def _report(self) -> None:
-        self._on_progress(self._chunks.progress)
+        now = self._reported_at = self._clock.now()
+        self._on_progress(replace(self._chunks.progress, silent=silences(self._active, now)))
 
     # -- what goes wrong
     # ----------------------------------------------------------------------------------------------

@@ -419,6 +419,21 @@ def test_the_last_source_is_given_time_to_go_on(bench: Bench) -> None:
     bench.run(bench.transfer(replace(PACE, patience_s=20)))
 
 
+def test_a_source_that_brings_nothing_is_named_each_second_until_it_goes_on(bench: Bench) -> None:
+    engine = bench.source()
+
+    def pause() -> None:
+        engine.pause()
+        bench.clock.after(3.5, engine.resume)
+
+    bench.read_with(Interrupted(pause, at=3))
+    bench.run(bench.transfer(replace(PACE, patience_s=20)))
+    silences = [one for progress in bench.progress for one in progress.silent]
+    assert {one.source for one in silences} == {"source 0"}
+    assert [round(one.seconds) for one in silences] == [1, 2, 3]
+    assert bench.progress[-1] == Progress(NBYTES, NBYTES)
+
+
 @pytest.mark.parametrize("at", [0, 3])
 def test_a_source_that_stays_silent_is_given_up_and_nothing_of_it_is_written_later(
     bench: Bench, at: int
