@@ -1424,7 +1424,7 @@ def long_load(
             "0.5",
         )
         # The load makes its folder anew at first; pathlib's own glob would stumble over that.
-        wait_until(lambda: len(glob.glob(f"{tmp_path}/new/out/.model.*/model-*")) > 1)
+        wait_until(lambda: len(glob.glob(f"{tmp_path}/new/out/.*.partial/model-*")) > 1)
         return server, load
 
     return start

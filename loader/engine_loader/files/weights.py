@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from engine_loader.files.disk import DiskRead
 from engine_loader.files.folder import Paths, files_of
 from engine_loader.files.format import check_storable
+from engine_loader.files.hidden import hidden_folder
 from engine_loader.files.memory import memory_for
 from engine_loader.files.stored import Files
 from engine_loader.files.writing import save, writing
@@ -39,12 +39,8 @@ def write_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     check_storable(
         path, {name: (dtype_name(one.dtype), tuple(one.shape)) for name, one in tensors.items()}
     )
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save(tensors, unfinished)
-            os.replace(unfinished, path)
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with hidden_folder(path.parent) as hidden:
+            save(tensors, hidden / path.name)
+            os.replace(hidden / path.name, path)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +12,7 @@ from types import TracebackType
 import torch
 
 from engine_loader.files.format import check_storable
+from engine_loader.files.hidden import FORMER, hidden_folder
 from engine_loader.files.writing import made_folder, save, writing
 from engine_loader.planning.whole import INDEX, Whole, file_names, index_of, is_file_of_a_model
 from engine_registry.errors import InvalidField
@@ -35,8 +34,7 @@ class WholeFiles:
         """
         self._folder = folder
         self._force = force
-        # until it is made, when it gets a name that no other process has
-        self._hidden = folder / ".model.partial"
+        self._hidden = folder / ".partial"  # there is none until the block begins
         self._undo = contextlib.ExitStack()
         self._names: list[str] = []  # the index last, where there is one
         self._written = 0
@@ -57,11 +55,11 @@ class WholeFiles:
             check_storable(
                 self._folder / name, {whole.name: (whole.dtype, whole.shape) for whole in wholes}
             )
-        shutil.rmtree(self._hidden, ignore_errors=True)
         self._names = file_names(len(files))
         self._written = 0
         with writing(self._folder):
-            self._hidden.mkdir()
+            for path in self._hidden.iterdir():
+                path.unlink()
             if len(files) > 1:
                 self._names.append(INDEX)
                 (self._hidden / INDEX).write_text(json.dumps(index_of(files), indent=2) + "\n")
@@ -79,10 +77,7 @@ class WholeFiles:
         with contextlib.ExitStack() as undo:
             undo.enter_context(made_folder(self._folder))
             with writing(self._folder):
-                self._hidden = Path(
-                    tempfile.mkdtemp(prefix=".model.", suffix=".partial", dir=self._folder)
-                )
-            undo.callback(shutil.rmtree, self._hidden, ignore_errors=True)
+                self._hidden = undo.enter_context(hidden_folder(self._folder))
             self._undo = undo.pop_all()
         return self
 
@@ -95,7 +90,7 @@ class WholeFiles:
 
     def _show(self) -> None:
         """Moves the files to their places; back again if one cannot be."""
-        moves = [(path, self._hidden / f"former-{path.name}") for path in self._former()]
+        moves = [(path, self._hidden / f"{FORMER}{path.name}") for path in self._former()]
         moves += [(self._hidden / path.name, path) for path in self.paths]
         try:
             for src, dst in moves:

@@ -1,4 +1,6 @@
-"""Writes safetensors files, with errors of ours. Used by `write_weights` and `WholeFiles`."""
+"""Writes safetensors files, with errors of ours, into folders that it makes and sweeps. Used by
+`write_weights`, `WholeFiles` and `copy_rank`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from engine_loader.errors import WeightsFileInvalid
+from engine_loader.files.hidden import sweep
 from engine_loader.tensors.modes import plain_torch
 
 
@@ -63,12 +66,13 @@ def room_for(path: Path, nbytes: int) -> Iterator[None]:
 def made_folder(folder: Path) -> Iterator[None]:
     """Makes the folder and those above it. Those that were made and are empty at the end go again.
 
-    WeightsFileInvalid where it cannot be made.
+    What killed writers have left in it is deleted. WeightsFileInvalid where it cannot be made.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
         yield
     finally:
         with suppress(OSError):  # there is something in it

@@ -481,7 +481,7 @@ def test_a_folder_that_was_made_for_files_that_cannot_be_written_does_not_stay(
     def refuse(**_: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("engine_loader.files.whole_files.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("engine_loader.files.hidden.tempfile.mkdtemp", refuse)
     with pytest.raises(WeightsFileInvalid, match=r"cannot write .*Permission denied"):
         WholeFiles(tmp_path / "new" / "out").__enter__()
     assert names(tmp_path) == []
