@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from engine_registry.pulls.watch import PullWatch as PullWatch
     from engine_registry.registration.handle import Registration as Registration
     from engine_registry.registration.handle import RegistrationState as RegistrationState
+    from engine_registry.schema.eviction import Eviction as Eviction
     from engine_registry.schema.manifest import Manifest as Manifest
     from engine_registry.schema.manifest import Region as Region
     from engine_registry.schema.manifest import TensorEntry as TensorEntry
@@ -75,6 +76,7 @@ _MODULE_OF = {
     "EtcdUnavailable": "errors",
     "Event": "watching.events",
     "Evicted": "errors",
+    "Eviction": "schema.eviction",
     "GatewayFailed": "errors",
     "HistoryLost": "errors",
     "InstanceCleaned": "watching.cleanup",

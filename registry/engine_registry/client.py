@@ -22,7 +22,7 @@ from engine_registry.pulls.queries import all_pulls, count_pulls, readers_of, wa
 from engine_registry.pulls.ticket import PullTicket, take_ticket
 from engine_registry.pulls.watch import OnPull, PullWatch
 from engine_registry.registration import writes
-from engine_registry.registration.eviction import evict
+from engine_registry.registration.eviction import by_this_process, evict
 from engine_registry.registration.handle import OnState, Registration
 from engine_registry.registration.keeper.process import check_can_start
 from engine_registry.registration.manifests import encode_manifest, fetch_manifest
@@ -391,15 +391,18 @@ class Registry(Closable):
         """
         return Election(self._etcd.sibling(), name)
 
-    def evict(self, record: RankRecord) -> bool:
+    def evict(self, record: RankRecord, reason: str = "") -> bool:
         """Ends the registration that `record` was read from; False if it has changed or gone since
         (read it again).
+
+        Its process and all watches are told the `reason`, and which user of which host gives it.
+        InvalidField unless that is one line of printable text of at most 200 characters.
         """
-        evicted = evict(self._etcd, record)
+        evicted = evict(self._etcd, record, by_this_process(reason))
         if evicted:
             log.info(
                 "%s is evicted",
                 record.key,
-                extra=fields("evicted", instance=record.instance, rank=record.rank),
+                extra=fields("evicted", instance=record.instance, rank=record.rank, reason=reason),
             )
         return evicted

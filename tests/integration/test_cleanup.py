@@ -142,7 +142,12 @@ def test_what_a_lost_rank_leaves_is_evicted_once_by_three_watchers(
         second.withdraw()
         for watcher in watchers:
             watcher.wait_for(
-                lambda event: isinstance(event, RankLost) and event.reason == "evicted"
+                lambda event: (
+                    isinstance(event, RankLost)
+                    and event.reason == "evicted"
+                    and event.eviction is not None
+                    and event.eviction.reason.startswith("rank 1 did not come back within ")
+                )
             )
         cleaned = [
             event

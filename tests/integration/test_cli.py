@@ -11,6 +11,7 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -271,11 +272,12 @@ def test_eviction_ends_the_server_with_an_error_that_says_so(
     engines: Engines, weights: Path
 ) -> None:
     server = engines.serve(weights, "--ttl", "2")
-    evicted = engines("evict", "a")
+    evicted = engines("evict", "a", "--reason", "wrong checkpoint")
     assert (evicted.returncode, evicted.stdout.startswith("evicted a/0 (host")) == (0, True)
     _, err = server.communicate(timeout=100)
     assert server.returncode == Exit.FAILED
-    assert "was evicted: the registration has ended" in err
+    assert f"@{socket.gethostname()} at " in err
+    assert ": wrong checkpoint: the registration has ended" in err
     assert_one_line(engines("evict", "a"), Exit.INSTANCE, "'a' is not registered")
 
 

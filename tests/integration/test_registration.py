@@ -656,13 +656,16 @@ def test_an_evicted_rank_learns_it_and_stays_away(registry: Registry, raw: Etcd)
     )
     with registry.watch("a") as watch:
         events_until(watch, lambda event: isinstance(event, InstanceReady))
-        assert registry.evict(registry.ranks("a")[0])
+        assert registry.evict(registry.ranks("a")[0], "wrong checkpoint")
         event = events_until(watch, lambda event: isinstance(event, RankLost))[-1]
     assert isinstance(event, RankLost)
     assert event.reason == "evicted"
+    assert event.eviction is not None
+    assert event.eviction.reason == "wrong checkpoint"
     assert lost.wait(60)
     assert registration.state is RegistrationState.LOST
     assert isinstance(registration.lost, Evicted)
+    assert registration.lost.what == f"/engines/a/0 was evicted {event.eviction}"
     with pytest.raises(Evicted):
         registration.update(version=1)
     assert [key for key in keys(raw) if not key.startswith("/evicted/")] == []

@@ -20,12 +20,19 @@ from engine_registry.errors import RecordDamaged
 @click.command("evict")
 @instance_argument
 @rank_option(required=False, help="This rank only; without it all ranks of the instance.")
+@click.option(
+    "--reason",
+    default="",
+    metavar="TEXT",
+    help="Why, for the ranks and for all watches, in one line.",
+)
 @log_options
 @etcd_options
-def command(connect: Callable[[], Registry], instance: str, rank: int | None) -> int:
+def command(connect: Callable[[], Registry], instance: str, rank: int | None, reason: str) -> int:
     """Take an instance, or one rank, out of the registry.
 
-    The processes go on, but learn that they are evicted, and do not come back by themselves. Loads
+    The processes go on, but learn that they are evicted, by whom and why, and do not come back by
+    themselves. Loads
     that read from them read those bytes again. Ranks that have loaded the same content before stay,
     and are named.
 
@@ -37,7 +44,7 @@ def command(connect: Callable[[], Registry], instance: str, rank: int | None) ->
         records = []
         if not damaged or rank is None:
             records = chosen(registry, registry.instance(instance), rank)
-        evicted = [registry.evict(record) for record in records]
+        evicted = [registry.evict(record, reason) for record in records]
         copies = _with_contents_of(records, registry) if any(evicted) else []
     for record, done in zip(records, evicted, strict=True):
         name = f"{record.instance}/{record.rank}"

@@ -21,6 +21,7 @@ from engine_cli.render.texts import (
     UNRESPONSIVE,
     answering,
     event_text,
+    loss,
     reads_from,
     state_of,
     why_not_ready,
@@ -250,7 +251,7 @@ def _content(status: InstanceStatus) -> str:
 def _lost(event: RankLost, at: datetime) -> dict[str, Any]:
     return {
         "state": "lost",
-        "reason": event.reason,
+        "reason": loss(event),
         "host": event.record.host,
         "device": event.record.device,
         "session": event.record.session_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +148,14 @@ def event_json(event: Event | InstanceCleaned) -> dict[str, Any]:
         }
     if isinstance(event, InstanceReady | InstanceDegraded | InstanceGone):
         return {"event": _INSTANCE_EVENTS[type(event)], **instance_json(event.status)}
-    reason = {"reason": event.reason} if isinstance(event, RankLost) else {}
+    reason = (
+        {
+            "reason": event.reason,
+            "eviction": event.eviction and dataclasses.asdict(event.eviction),
+        }
+        if isinstance(event, RankLost)
+        else {}
+    )
     return {"event": _RANK_EVENTS[type(event)], **reason, **rank_json(event.record)}
 
 

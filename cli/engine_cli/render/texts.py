@@ -51,7 +51,7 @@ def event_text(event: Event | InstanceCleaned) -> str:
     record = event.record
     name = f"{record.instance}/{record.rank}"
     if isinstance(event, RankLost):
-        return f"{name} lost: {event.reason} ({record.process})"
+        return f"{name} lost: {loss(event)} ({record.process})"
     if isinstance(event, RankUpdated):
         if event.previous.unresponsive_since != record.unresponsive_since:
             return f"{name} {answering(record)} ({record.process})"
@@ -60,6 +60,14 @@ def event_text(event: Event | InstanceCleaned) -> str:
         f"{name} joined: {record.state.value}, {size(record.manifest.nbytes)}, "
         f"{record.session_id} {record.protocol}"
     )
+
+
+def loss(event: RankLost) -> str:
+    """Why, and of an eviction by whom. Watches show when."""
+    if event.eviction is None:
+        return event.reason
+    why = f": {event.eviction.reason}" if event.eviction.reason else ""
+    return f"{event.reason} by {event.eviction.by}{why}"
 
 
 def ready_text(status: InstanceStatus) -> str:

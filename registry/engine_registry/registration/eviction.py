@@ -3,16 +3,21 @@ transaction. Stateless.
 
 Operators call it through `Registry.evict`, and cleanup does. Each eviction leaves a mark under
 `/evicted/` for a day, by which a keeper that was cut off from etcd learns that its registration
-must not come back.
+must not come back, and who has ended it.
 """
 
 from __future__ import annotations
 
+import os
+import pwd
+import socket
 from collections.abc import Sequence
+from datetime import datetime, timezone
 
 from engine_registry.errors import EtcdFull, RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.registration.writes import EVICTED, deletion, ended, made_at
+from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.keys import evicted_key
 from engine_registry.schema.keyvalue import Guard, KeyValue, Put, unchanged, written
 from engine_registry.schema.record import RankRecord
@@ -24,15 +29,30 @@ AT_ONCE = 40
 _MARK_TTL_S = 24 * 3600  # outlives any outage that matters
 
 
-def evict(etcd: Etcd, record: RankRecord) -> bool:
+def by_this_process(reason: str = "") -> Eviction:
+    """An eviction that is made now. The user is that of the process, whatever its environment says.
+
+    InvalidField where the reason is not one line of printable text, or too long.
+    """
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        user = f"uid {os.getuid()}"
+    at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return Eviction(f"{user}@{socket.gethostname()}", at, reason)
+
+
+def evict(etcd: Etcd, record: RankRecord, eviction: Eviction | None = None) -> bool:
     """Ends the registration that `record` was read from; False if it has changed or gone since."""
     if not record.mod_revision:
         raise ValueError("only a record that was read from etcd can be evicted")
     found = etcd.get(record.key)
-    return found is not None and _is(found, record) and evict_all(etcd, [found])
+    return found is not None and _is(found, record) and evict_all(etcd, [found], by=eviction)
 
 
-def evict_all(etcd: Etcd, items: Sequence[KeyValue], *conditions: Guard) -> bool:
+def evict_all(
+    etcd: Etcd, items: Sequence[KeyValue], *conditions: Guard, by: Eviction | None = None
+) -> bool:
     """Ends them all, or none where one has changed since it was read, or a condition does not hold.
     At most `AT_ONCE`.
 
@@ -45,7 +65,7 @@ def evict_all(etcd: Etcd, items: Sequence[KeyValue], *conditions: Guard) -> bool
     mark_lease = 0
     try:
         mark_lease = etcd.grant(_MARK_TTL_S)
-        marked = _mark(etcd, items, guards, mark_lease)
+        marked = _mark(etcd, items, guards, mark_lease, by or by_this_process())
     except EtcdFull:
         if mark_lease:
             etcd.revoke(mark_lease)
@@ -74,11 +94,15 @@ def _is(item: KeyValue, record: RankRecord) -> bool:
 
 
 def _mark(
-    etcd: Etcd, items: Sequence[KeyValue], guards: Sequence[Guard], lease_id: int
+    etcd: Etcd,
+    items: Sequence[KeyValue],
+    guards: Sequence[Guard],
+    lease_id: int,
+    eviction: Eviction,
 ) -> list[KeyValue]:
     """The keys as they are once they say that they have ended; none where a guard does not hold."""
-    puts = [ended(item, EVICTED) for item in items]
-    marks = [Put(_mark_key(item), b"", lease_id) for item in items]
+    puts = [ended(item, EVICTED, eviction) for item in items]
+    marks = [Put(_mark_key(item), eviction.encode(), lease_id) for item in items]
     revision = etcd.commit(guards, [*puts, *marks]) or made_at(etcd, marks[0])
     return (
         [written(put, revision, item) for put, item in zip(puts, items, strict=True)]

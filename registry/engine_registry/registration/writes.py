@@ -20,13 +20,13 @@ from engine_registry.errors import (
     EtcdFull,
     EtcdRefused,
     EtcdUnavailable,
-    Evicted,
     InstanceMismatch,
     RankConflict,
     RecordDamaged,
     RegistryError,
 )
 from engine_registry.etcd.client import Etcd
+from engine_registry.schema.eviction import Eviction, was_evicted
 from engine_registry.schema.keys import (
     evicted_key,
     instance_prefix,
@@ -106,8 +106,9 @@ def _claim(
     holder = etcd.get(record.key)
     # An eviction from now on, of whichever incarnation, changes the key.
     for incarnation in own:
-        if etcd.get(evicted_key(record.instance, record.rank, incarnation)) is not None:
-            raise Evicted(f"{record.key} was evicted", key=record.key)
+        mark = etcd.get(evicted_key(record.instance, record.rank, incarnation))
+        if mark is not None:
+            raise was_evicted(record.key, Eviction.decode(mark.value))
     guards = [
         _check_holder(etcd, record, holder, {*own, replaces}),
         absent(evicted_key(record.instance, record.rank, record.incarnation)),
@@ -255,9 +256,10 @@ def remove(etcd: Etcd, record: RankRecord, reason: str) -> None:
         etcd.revoke(found.lease_id)
 
 
-def ended(held: KeyValue, reason: str) -> Put:
+def ended(held: KeyValue, reason: str, eviction: Eviction | None = None) -> Put:
     """Says in the record that it has ended, and why."""
-    return Put(held.key, encode(replace(decode_item(held), ended=reason)), None)
+    record = replace(decode_item(held), ended=reason, eviction=eviction)
+    return Put(held.key, encode(record), None)
 
 
 def made_at(etcd: Etcd, put: Put) -> int:

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from engine_registry.errors import InvalidField
+from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.keys import check_instance, check_rank, record_key
 from engine_registry.schema.labels import check_labels
 from engine_registry.schema.numbers import whole
@@ -187,6 +188,7 @@ class RankRecord:
     # UTC, ISO 8601: since when the rank's process has not answered its keeper; empty while it does
     unresponsive_since: str = ""
     ended: str = ""  # why the registration is over; the key follows at once
+    eviction: Eviction | None = None  # who has ended it, if it was evicted
     labels: Mapping[str, str] = field(default_factory=dict)
     mod_revision: int = field(default=0, compare=False)
     create_revision: int = field(default=0, compare=False)
@@ -205,6 +207,8 @@ class RankRecord:
             object.__setattr__(self, name, value)  # the record is frozen for everybody else
         if self.content != "":
             check_content(self.content)
+        if self.eviction is not None:
+            _check_kind("eviction", self.eviction, Eviction)
         _check_texts({name: getattr(self, name) for name in _TEXTS})
         for name, kind in _KINDS.items():
             _check_kind(name, getattr(self, name), kind)

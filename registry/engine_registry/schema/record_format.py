@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from engine_registry.schema import structs
+from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.printable import short
 from engine_registry.schema.record import (
@@ -55,6 +56,12 @@ class _Manifest(msgspec.Struct, frozen=True):
         check_64_bits(self, "parts", "tensors", "nbytes")
 
 
+class _Eviction(msgspec.Struct, frozen=True):
+    by: str
+    at: str
+    reason: str = ""
+
+
 class _Record(msgspec.Struct, frozen=True, kw_only=True):
     """In the order in which they are written."""
 
@@ -83,6 +90,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
     unresponsive_since: str | UnsetType = UNSET
     ended: str | UnsetType = UNSET
     labels: dict[str, Any] | UnsetType = UNSET
+    eviction: _Eviction | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         check_64_bits(self, "pid")
@@ -96,7 +104,7 @@ def encode(record: RankRecord) -> bytes:
 
     What others add to a rank's record later may: that it has ended, or does not answer.
     """
-    model = record.model
+    model, eviction = record.model, record.eviction
     stored = _Record(
         schema=SCHEMA,
         incarnation=record.incarnation,
@@ -130,6 +138,7 @@ def encode(record: RankRecord) -> bytes:
         unresponsive_since=record.unresponsive_since or UNSET,
         ended=record.ended or UNSET,
         labels=dict(record.labels) or UNSET,
+        eviction=_Eviction(eviction.by, eviction.at, eviction.reason) if eviction else UNSET,
     )
     value = structs.write(stored)
     if len(value) > MAX_RECORD_NBYTES and not (record.ended or record.unresponsive_since):
@@ -181,7 +190,7 @@ def _check_schema(key: str, schema: int) -> None:
 
 
 def _record(stored: _Record, mod_revision: int, create_revision: int) -> RankRecord:
-    model, manifest = stored.model, stored.manifest
+    model, manifest, eviction = stored.model, stored.manifest, stored.eviction
     return RankRecord(
         incarnation=stored.incarnation,
         instance=stored.instance,
@@ -213,6 +222,7 @@ def _record(stored: _Record, mod_revision: int, create_revision: int) -> RankRec
         unresponsive_since=stored.unresponsive_since or "",
         ended=stored.ended or "",
         labels=stored.labels or {},
+        eviction=Eviction(eviction.by, eviction.at, eviction.reason) if eviction else None,
         mod_revision=mod_revision,
         create_revision=create_revision,
     )

@@ -17,7 +17,8 @@ from engine_registry import failpoints
 from engine_registry.errors import EtcdError, EtcdUnavailable, RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.lifetime import Closable
-from engine_registry.registration.eviction import AT_ONCE, evict_all
+from engine_registry.registration.eviction import AT_ONCE, by_this_process, evict_all
+from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.eviction_note import EvictionNote
 from engine_registry.schema.keys import eviction_note_key, instance_prefix, record_key
 from engine_registry.schema.keyvalue import Guard, KeyValue, Put, absent, unchanged
@@ -121,8 +122,10 @@ class CleaningWatch(Closable):
                 lost, incarnations = lost or note.lost, incarnations | note.incarnations
             items = self._etcd.snapshot(instance_prefix(eviction.instance)).items
             (status,) = assess_all(items) or (None,)
+            why = f"rank {lost.rank} did not come back" if lost else ""
+            by = by_this_process(f"{why} within {self._grace_s:g} s" if why else "")
             if status is None or self._evict(
-                status, {item.key: item for item in items}, incarnations, evicted
+                status, {item.key: item for item in items}, incarnations, evicted, by
             ):
                 self._grace.settle(eviction)
         except EtcdError as exc:  # it comes again
@@ -142,6 +145,7 @@ class CleaningWatch(Closable):
         items: Mapping[str, KeyValue],
         incarnations: Set[str],
         evicted: list[RankRecord],
+        by: Eviction,
     ) -> bool:
         """Fills `evicted`.
 
@@ -161,6 +165,7 @@ class CleaningWatch(Closable):
                     self._etcd,
                     [items[record.key] for record in batch],
                     _still_missing(status, items),
+                    by=by,
                 ):
                     return False
             evicted += batch

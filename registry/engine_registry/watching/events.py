@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.status import InstanceStatus
 
@@ -29,11 +30,13 @@ class RankUpdated:
 @dataclass(frozen=True)
 class RankLost:
     """`record` is the last one. `reason` is why: withdrawn, process ended, evicted, its source was
-    evicted, lease expired or key deleted, replaced by another process, record damaged.
+    evicted, lease expired or key deleted, replaced by another process, record damaged. `eviction`
+    is who evicted it, from where and why, where that is known.
     """
 
     record: RankRecord
     reason: str
+    eviction: Eviction | None = None
 
 
 @dataclass(frozen=True)

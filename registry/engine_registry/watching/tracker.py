@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from engine_registry.errors import RecordDamaged
+from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.keys import parse_record_key
 from engine_registry.schema.keyvalue import Change, KeyValue, Snapshot
 from engine_registry.schema.record import RankRecord
@@ -111,7 +112,7 @@ class Tracker:
             return self._lose(roster, rank, "record damaged") if known else []
         roster.damaged.pop(item.key, None)
         if record.ended:
-            return self._lose(roster, rank, record.ended) if known else []
+            return self._lose(roster, rank, record.ended, record.eviction) if known else []
         self._doubtful.pop(item.key, None)
         roster.put(record)
         if known is None:
@@ -120,12 +121,14 @@ class Tracker:
             return [RankLost(known, "replaced by another process"), RankJoined(record)]
         return [RankUpdated(record, known)] if known != record else []
 
-    def _lose(self, roster: Roster, rank: int, reason: str) -> list[Event]:
+    def _lose(
+        self, roster: Roster, rank: int, reason: str, eviction: Eviction | None = None
+    ) -> list[Event]:
         record = roster.remove(rank)
         if record is None:
             return []
         self._doubtful.pop(record.key, None)
-        return [RankLost(record, reason)]
+        return [RankLost(record, reason, eviction)]
 
     def _report(self, instances: set[str]) -> list[Event]:
         """The states of the instances that differ from those that were reported last."""

@@ -32,6 +32,7 @@ from engine_cli.signals import Ended
 from engine_loader import Publication
 from engine_registry import (
     Event,
+    Eviction,
     InstanceDegraded,
     InstanceGone,
     InstanceReady,
@@ -550,6 +551,16 @@ EVENTS: list[tuple[Event, str, str]] = [
     ),
     (RankUpdated(A, SILENT), "rank_updated", "qwen/0 answers again (host node-1, pid 4711)"),
     (RankLost(A, "evicted"), "rank_lost", "qwen/0 lost: evicted (host node-1, pid 4711)"),
+    (
+        RankLost(A, "evicted", Eviction("alice@node-9", "2026-01-02T03:06:00+00:00", "bad bytes")),
+        "rank_lost",
+        "qwen/0 lost: evicted by alice@node-9: bad bytes (host node-1, pid 4711)",
+    ),
+    (
+        RankLost(A, "evicted", Eviction("alice@node-9", "2026-01-02T03:06:00+00:00")),
+        "rank_lost",
+        "qwen/0 lost: evicted by alice@node-9 (host node-1, pid 4711)",
+    ),
     (InstanceReady(READY), "instance_ready", "qwen ready: 2 ranks, 32 B, version 3"),
     (
         InstanceDegraded(assess("qwen", [B])),

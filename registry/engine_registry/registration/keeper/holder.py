@@ -25,6 +25,7 @@ from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.registration.keeper.protocol import FORMER_KEPT, beat_s
 from engine_registry.registration.writes import amend, claim, end, remove
+from engine_registry.schema.eviction import Eviction, was_evicted
 from engine_registry.schema.keys import evicted_key
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.record import RankRecord
@@ -32,6 +33,8 @@ from engine_registry.schema.record_format import decode_item, encode
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
+
+_REGISTER_AGAIN = "the registration has ended; register again if that was not meant"
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -158,17 +161,13 @@ class Keeper:
 
     def _evicted(self) -> Evicted:
         key = self._record.key
-        marks = [
-            evicted_key(self._record.instance, self._record.rank, incarnation)
-            for incarnation in (self._record.incarnation, *self._former)
-        ]
-        marked = any(self._etcd.get(mark) is not None for mark in marks)
-        how = "evicted" if marked else "deleted from etcd by somebody"
-        return Evicted(
-            f"{key} was {how}",
-            "the registration has ended; register again if that was not meant",
-            key=key,
-        )
+        for incarnation in (self._record.incarnation, *self._former):
+            mark = self._etcd.get(
+                evicted_key(self._record.instance, self._record.rank, incarnation)
+            )
+            if mark is not None:
+                return was_evicted(key, Eviction.decode(mark.value), _REGISTER_AGAIN)
+        return Evicted(f"{key} was deleted from etcd by somebody", _REGISTER_AGAIN, key=key)
 
     def _adopt_or_lose(self, item: KeyValue, lease_id: int) -> None:
         """The key holds something else than we wrote, as far as we know."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -458,7 +459,11 @@ def test_a_watcher_sees_an_eviction_at_once_and_as_what_it_is(etcd: FakeEtcd) ->
     tracker.snapshot(etcd.snapshot("/engines/"), 0.0)
     before = len(etcd.history)
     evict(etcd, found(etcd))
-    assert RankLost(OURS, EVICTED) in tracker.changes(tuple(etcd.history[before:]), 0.0)
+    events = tracker.changes(tuple(etcd.history[before:]), 0.0)
+    (lost,) = [event for event in events if isinstance(event, RankLost)]
+    assert (lost.record, lost.reason) == (OURS, EVICTED)
+    assert lost.eviction is not None
+    assert lost.eviction.by.endswith(f"@{socket.gethostname()}")
     assert tracker.due is None
 
 

@@ -27,6 +27,7 @@ from engine_registry.registration.keeper import main
 from engine_registry.registration.keeper.holder import Keeper
 from engine_registry.registration.keeper.main import record_from_wire, reporter, serve
 from engine_registry.registration.keeper.protocol import Frame, read_frame
+from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.keys import MANIFESTS, evicted_key
 from engine_registry.schema.keyvalue import Deletion, Put
 from engine_registry.schema.record_format import decode, encode
@@ -498,6 +499,20 @@ def test_a_registration_ended_by_somebody_is_evicted_and_never_put_back(
     now = found(etcd)
     assert now is None or now.ended
     assert lease_id not in etcd.leases
+
+
+@pytest.mark.parametrize("expired", [False, True], ids=["lease lives", "lease expired"])
+def test_the_rank_learns_who_has_evicted_it_and_why(
+    etcd: FakeEtcd, holding: Keeper, expired: bool
+) -> None:
+    record = found(etcd)
+    assert record is not None
+    (lease_id,) = etcd.leases
+    assert evict(etcd, record, Eviction("alice@node-9", "2026-01-02T03:06:00+00:00", "bad bytes"))
+    if expired:
+        etcd.expire(lease_id)
+    with pytest.raises(Evicted, match=r"by alice@node-9 at 2026-01-02T03:06:00\+00:00: bad bytes"):
+        holding.beat()
 
 
 def test_an_eviction_during_an_outage_that_outlasts_the_lease_is_still_found(
