@@ -33,6 +33,7 @@ COMMANDS = {
     "list": "All instances: state, ranks, model, version, size.",
     "show": "One instance: its ranks, and on request their tensors.",
     "watch": "Ranks and instances as they come and go.",
+    "events": "What has happened, as a watch has kept it.",
     "wait": "Until an instance is ready, or gone.",
     "load": "Copy weights from a running instance: one rank's, or all as whole tensors.",
     "verify": "Whether ranks that should hold the same do, by their digests.",

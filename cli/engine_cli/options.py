@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from engine_registry.schema.keys import MAX_RANKS
-from engine_registry.schema.numbers import MAX_TTL_S, MIN_TTL_S
+from engine_registry.schema.numbers import MAX_TTL_S, MIN_TTL_S, MIN_UNRESPONSIVE_S
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 TOKEN_VARIABLE = "ENGINES_GATEWAY_TOKEN"  # noqa: S105  the variable's name, not a token
@@ -57,6 +57,7 @@ class Seconds(click.FloatRange):
 
 
 TTL = Seconds(MIN_TTL_S, max=MAX_TTL_S)
+UNRESPONSIVE_AFTER = Seconds(MIN_UNRESPONSIVE_S, max=MAX_TTL_S)
 WORLD_SIZE = click.IntRange(1, MAX_RANKS)
 
 

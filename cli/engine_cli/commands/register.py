@@ -27,9 +27,9 @@ from engine_cli.runtime.serving import Endings, drain_option
 from engine_cli.shards import boxes_of, parse_cut, parse_place, read_boxes
 from engine_cli.signals import held_back, raised
 from engine_registry import ModelIdentity, Registry
-from engine_registry.client import MIN_UNRESPONSIVE_S, UNRESPONSIVE_AFTER_S
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import ENGINES, check_instance, check_rank
+from engine_registry.schema.numbers import UNRESPONSIVE_AFTER_S
 from engine_registry.schema.printable import count
 from engine_registry.schema.record import MAX_VERSION, PROTOCOLS
 
@@ -120,7 +120,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--unresponsive-after",
-    type=Seconds(min=MIN_UNRESPONSIVE_S),
+    type=UNRESPONSIVE_AFTER,
     default=UNRESPONSIVE_AFTER_S,
     show_default=True,
     metavar="S",

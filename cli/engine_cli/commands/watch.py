@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 
 import click
 
@@ -17,6 +18,7 @@ from engine_cli.render.documents import event_json
 from engine_cli.render.tables import print_json
 from engine_cli.render.texts import event_text
 from engine_cli.runtime.hooks import Hooks
+from engine_cli.runtime.kept import KeptEvents
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.signals import on_ending
 from engine_registry import CleaningWatch, Registry, Watch
@@ -60,6 +62,12 @@ from engine_registry.watching.metrics import WatchMetrics
     is_flag=True,
     help="One line an event, also on a terminal; as in a pipe, or with --exec.",
 )
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also append each event to FILE, for `engines events`; it and FILE.1 take 32 MiB at most.",
+)
 @json_option
 @metrics_options
 @log_options
@@ -75,6 +83,7 @@ def command(
     grace: float,
     dry_run: bool,
     lines: bool,
+    keep: Path | None,
     as_json: bool,
 ) -> None:
     """Ranks and instances as they come and go, beginning with what is there now. On a terminal it
@@ -95,6 +104,7 @@ def command(
         stack.enter_context(serve_metrics())
         registry = stack.enter_context(connect())
         hooks = stack.enter_context(Hooks(hook, exec_timeout)) if hook else None
+        kept = stack.enter_context(KeptEvents(keep)) if keep else None
         watch: Watch | CleaningWatch = (
             registry.cleaning_watch(instance, grace_s=grace, dry_run=dry_run)
             if cleanup
@@ -110,10 +120,14 @@ def command(
         if screen:
             stack.enter_context(screen)
         counted = WatchMetrics()
+        if kept:
+            kept.put({"at": utc(), "event": "watch_began", "text": "a watch began"})
         for event in watch:
             counted.see(event)
             at = utc()
             data = {"at": at, **event_json(event)}
+            if kept:
+                kept.put({**data, "text": event_text(event)})
             if screen:
                 screen.see(event, at)
             elif as_json:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine_cli.render.flows import Flows, Line, name_of
-from engine_cli.render.texts import state_of
+from engine_cli.render.states import rank_state_of
 from engine_registry import RankState
 
 MAX_NUMBER = (1 << 63) - 1  # that JSON is written with: sums of what anybody may claim go beyond
@@ -65,7 +65,7 @@ def _node(line: Line, row: int, speed: float) -> dict[str, Any]:
         "name": line.name,
         "instance": record.instance if record else None,
         "rank": record.rank if record else None,
-        "state": state_of(record) if record else "load",
+        "state": rank_state_of(record) if record else "load",
         "column": line.depth,
         "row": row,
         "fraction": progress.fraction if progress and loads else None,

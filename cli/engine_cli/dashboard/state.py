@@ -17,15 +17,8 @@ from engine_cli.dashboard.picture import bounded, picture
 from engine_cli.render.board import Speeds
 from engine_cli.render.documents import event_json
 from engine_cli.render.flows import Flows, reader_of
-from engine_cli.render.texts import (
-    UNRESPONSIVE,
-    answering,
-    event_text,
-    loss,
-    reads_from,
-    state_of,
-    why_not_ready,
-)
+from engine_cli.render.states import UNRESPONSIVE, rank_state_of
+from engine_cli.render.texts import answering, event_text, loss, reads_from, why_not_ready
 from engine_registry import (
     Event,
     InstanceDegraded,
@@ -39,7 +32,7 @@ from engine_registry import (
     RankState,
 )
 from engine_registry.schema.labels import labels_text
-from engine_registry.schema.moment import utc
+from engine_registry.schema.moment import moment, utc
 from engine_registry.schema.roster import Roster
 from engine_registry.schema.status import InstanceState
 
@@ -185,7 +178,7 @@ class State:
         return {
             "instance": record.instance,
             "rank": record.rank,
-            "state": state_of(record),
+            "state": rank_state_of(record),
             "reason": answering(record) if record.unresponsive_since else "",
             "version": str(record.version),
             "content": record.content[:_SHORT],
@@ -262,7 +255,7 @@ def _lost(event: RankLost, at: datetime) -> dict[str, Any]:
 def _time(text: str, default: datetime) -> datetime:
     """Of a record, which anybody may have written."""
     try:
-        at = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        at = moment(text)
     except ValueError:
         return default
     return at if at.tzinfo else default

@@ -1,12 +1,13 @@
-"""Which state tables, JSON and the board show of an instance. Pure."""
+"""Which state tables, JSON, the board and the page show of an instance and of a rank. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine_registry import InstanceStatus, RankRecord, RankState
+from engine_registry import InstanceState, InstanceStatus, RankRecord, RankState
 
 LOADING = RankState.LOADING.value
+UNRESPONSIVE = "unresponsive"
 
 
 def any_loads(records: Iterable[RankRecord]) -> bool:
@@ -15,5 +16,15 @@ def any_loads(records: Iterable[RankRecord]) -> bool:
 
 
 def state_of(status: InstanceStatus) -> str:
-    """An instance is loading while one of its ranks is; else it has the state of the registry."""
-    return LOADING if any_loads(status.records) else status.state.value
+    """An instance is loading while one of its ranks is, and unresponsive while it is ready but for
+    ranks that do not answer; else it has the state of the registry.
+    """
+    if any_loads(status.records):
+        return LOADING
+    is_ready = status.state is InstanceState.READY
+    return UNRESPONSIVE if is_ready and status.unresponsive else status.state.value
+
+
+def rank_state_of(record: RankRecord) -> str:
+    """A rank that does not answer is unresponsive, whatever it does."""
+    return UNRESPONSIVE if record.unresponsive_since else record.state.value

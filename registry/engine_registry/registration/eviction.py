@@ -12,7 +12,6 @@ import os
 import pwd
 import socket
 from collections.abc import Sequence
-from datetime import datetime, timezone
 
 from engine_registry.errors import EtcdFull, RecordDamaged
 from engine_registry.etcd.client import Etcd
@@ -20,6 +19,7 @@ from engine_registry.registration.writes import EVICTED, deletion, ended, made_a
 from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.keys import evicted_key
 from engine_registry.schema.keyvalue import Guard, KeyValue, Put, unchanged, written
+from engine_registry.schema.moment import utc
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.record_format import decode_item
 
@@ -38,8 +38,7 @@ def by_this_process(reason: str = "") -> Eviction:
         user = pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         user = f"uid {os.getuid()}"
-    at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    return Eviction(f"{user}@{socket.gethostname()}", at, reason)
+    return Eviction(f"{user}@{socket.gethostname()}", utc(), reason)
 
 
 def evict(etcd: Etcd, record: RankRecord, eviction: Eviction | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timezone
 
 
@@ -12,3 +13,8 @@ def utc(at: datetime | None = None) -> str:
     """
     at = datetime.now(timezone.utc) if at is None else at.astimezone(timezone.utc)
     return at.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
+
+
+def moment(text: str) -> datetime:
+    """Reads what `utc` writes, and other texts in ISO 8601, which may have no zone; ValueError."""
+    return datetime.fromisoformat(re.sub("Z$", "+00:00", text))  # Python 3.10 reads no Z

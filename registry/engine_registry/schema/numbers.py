@@ -9,6 +9,10 @@ from engine_registry.errors import InvalidField
 MIN_TTL_S = 2.0  # etcd grants no shorter lease
 # for how long a rank whose host has died may stay listed; etcd itself would grant 285 years
 MAX_TTL_S = 86_400.0
+# Engines hold the GIL for many seconds where they compile or capture graphs; loaders turn to other
+# ranks meanwhile.
+UNRESPONSIVE_AFTER_S = 30.0
+MIN_UNRESPONSIVE_S = 1.0  # less would mark a machine that has too much to do
 MAX_S = 1e9  # 30 years: Python's waits take no more than ten times as much
 
 

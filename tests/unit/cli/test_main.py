@@ -539,7 +539,7 @@ def test_a_message_without_an_end_of_line_is_not_lost(capfd: pytest.CaptureFixtu
 # --------------------------------------------------------------------------------------------------
 
 A, B = a_record(rank=0), a_record(rank=1)
-SILENT = a_record(unresponsive_since="2026-01-02T03:05:00.000+00:00")
+SILENT = a_record(unresponsive_since="2026-01-02T03:05:00.000Z")
 READY = assess("qwen", [A, B])
 EVENTS: list[tuple[Event, str, str]] = [
     (RankJoined(A), "rank_joined", "qwen/0 joined: ready, 16 B, 10.0.0.1:15000 tcp"),
@@ -547,7 +547,7 @@ EVENTS: list[tuple[Event, str, str]] = [
     (
         RankUpdated(SILENT, A),
         "rank_updated",
-        "qwen/0 has not answered since 2026-01-02 03:05:00Z (host node-1, pid 4711)",
+        "qwen/0 has not answered since 2026-01-02T03:05:00.000Z (host node-1, pid 4711)",
     ),
     (RankUpdated(A, SILENT), "rank_updated", "qwen/0 answers again (host node-1, pid 4711)"),
     (RankLost(A, "evicted"), "rank_lost", "qwen/0 lost: evicted (host node-1, pid 4711)"),

@@ -36,6 +36,7 @@ from engine_registry.registration.keeper.protocol import (
 )
 from engine_registry.registration.keeper.silence import Silence
 from engine_registry.registration.writes import DIED
+from engine_registry.schema.moment import utc
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.record_format import decode
 
@@ -86,7 +87,8 @@ def serve(
                     due = time.monotonic()
             elif op == "beat":
                 if silence.is_too_long:
-                    keeper.mark(_utc(time.time() - silence.seconds))
+                    since = time.time() - silence.seconds
+                    keeper.mark(utc(datetime.fromtimestamp(since, timezone.utc)))
                 due = time.monotonic() + keeper.beat()
                 silence.ask()
             elif op == "update" and frame:
@@ -125,10 +127,6 @@ def _end(keeper: Keeper, frame: Frame | None, report: Report) -> None:
             return
         first = False
         time.sleep(backoff.next_s())
-
-
-def _utc(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
 
 
 def record_from_wire(frame: Frame) -> RankRecord:
