@@ -843,7 +843,7 @@ def test_what_is_counted_is_served_by_the_command_and_by_the_counting_process(
         return sum(
             sample.value
             for sample in samples
-            if sample.labels == {"instance": "q", "state": "ready"}
+            if sample.labels == {"engine_instance": "q", "state": "ready"}
         )
 
     wait_until(lambda: ranks_ready() == 1)

@@ -46,7 +46,7 @@ def counted() -> Iterator[CollectorRegistry]:
 
 
 class Shown:
-    """What one registry counts, read by name: `shown("registry_ranks", instance="a")`."""
+    """What one registry counts, read by name: `shown("registry_ranks", engine_instance="a")`."""
 
     def __init__(self, collectors: CollectorRegistry) -> None:
         self._collectors = collectors
@@ -119,19 +119,19 @@ def test_a_watch_serves_what_it_sees_and_a_killed_rank_counts_once_by_its_reason
     watch = processes.engines("watch", "--namespace", namespace, "--json", *SERVED)
     scraped = Scraped(watch)
     ranks = [processes.rank("a", rank, 2) for rank in range(2)]
-    wait_until(lambda: scraped("registry_instance_ready", instance="a") == 1)
+    wait_until(lambda: scraped("registry_instance_ready", engine_instance="a") == 1)
     assert (
-        scraped("registry_ranks", instance="a", state="ready")
-        == scraped("registry_ranks_expected", instance="a")
+        scraped("registry_ranks", engine_instance="a", state="ready")
+        == scraped("registry_ranks_expected", engine_instance="a")
         == 2
     )
     assert scraped("registry_instances", state="ready") == 1
     ranks[1].kill()
-    wait_until(lambda: scraped("registry_instance_ready", instance="a") == 0)
+    wait_until(lambda: scraped("registry_instance_ready", engine_instance="a") == 0)
     assert scraped("registry_ranks_lost_total", reason="process_ended") == 1
-    assert scraped("registry_ranks", instance="a", state="ready") == 1
+    assert scraped("registry_ranks", engine_instance="a", state="ready") == 1
     registry.evict(registry.ranks("a")[0])
-    wait_until(lambda: scraped("registry_instance_ready", instance="a") is None)
+    wait_until(lambda: scraped("registry_instance_ready", engine_instance="a") is None)
     reasons = {
         reason: scraped("registry_ranks_lost_total", reason=reason)
         for reason in metrics.RANKS_LOST.values
@@ -140,7 +140,7 @@ def test_a_watch_serves_what_it_sees_and_a_killed_rank_counts_once_by_its_reason
         "process_ended": 1,
         "evicted": 1,
     }
-    assert scraped("registry_ranks", instance="a", state="ready") is None
+    assert scraped("registry_ranks", engine_instance="a", state="ready") is None
 
     watch.send_signal(signal.SIGTERM)
     out, err = watch.communicate(timeout=100)

@@ -35,11 +35,12 @@ LOSSES = {  # by the reason that RankLost gives
 # -- as a watch sees it: see watching.metrics
 # ------------------------------------------------------------------------------
 
-RANKS = Gauge("engines_registry_ranks", "Ranks that are registered.", ["instance", "state"])
+# Not `instance`: under that name Prometheus writes the address that it scrapes.
+RANKS = Gauge("engines_registry_ranks", "Ranks that are registered.", ["engine_instance", "state"])
 RANKS_EXPECTED = Gauge(
     "engines_registry_ranks_expected",
     "Ranks that the instance has when it is complete.",
-    ["instance"],
+    ["engine_instance"],
 )
 RANKS_UNRESPONSIVE = Gauge(
     "engines_registry_ranks_unresponsive",
@@ -49,7 +50,7 @@ RANKS_UNRESPONSIVE = Gauge(
 INSTANCE_READY = Gauge(
     "engines_registry_instance_ready",
     "1 if the instance is ready, 0 if it is degraded.",
-    ["instance"],
+    ["engine_instance"],
 )
 INSTANCE_LABELS = Info(
     "engines_registry_instance_labels",

@@ -548,7 +548,7 @@ def test_a_source_that_was_given_up_has_a_reason(
 
 def test_gauges_with_free_labels_are_few_and_never_name_a_tensor() -> None:
     free = {label for meter in metrics.declared() if not meter.values for label in meter.labels}
-    assert free == {"instance", "state"}
+    assert free == {"engine_instance", "state"}
     assert all(
         isinstance(meter, Gauge)
         for meter in metrics.declared()
