@@ -174,15 +174,32 @@ def test_a_rank_serves_its_registration_and_who_has_read_from_it(
     assert logged[0]["fields"] == {"event": "registered", "instance": "a", "rank": 0}
 
 
-@pytest.mark.parametrize("command", ["watch", "register"])
+def test_a_load_that_serves_shows_its_own_load_and_those_that_read_from_it(
+    processes: Processes, namespace: str, weights: Path
+) -> None:
+    options = ("--rank", "0", "--namespace", namespace, "--host", "127.0.0.1")
+    processes.engines("register", "a", *options, "--world-size", "1", "--weights", str(weights))
+    replica = processes.engines("load", "a", *options, "--serve", "b", *SERVED)
+    scraped = Scraped(replica)
+    assert line_of(replica).startswith("loaded a/0")
+    assert scraped("loader_loads_total", outcome="loaded") == 1
+    assert scraped("registry_registrations", state="registered") == 1
+    assert processes.run("load", "b", *options).returncode == Exit.DONE
+    wait_until(lambda: scraped("loader_pulls_served_total") == 1)
+    replica.send_signal(signal.SIGTERM)
+    replica.communicate(timeout=100)
+    assert replica.returncode == Exit.DONE
+
+
+@pytest.mark.parametrize("command", ["watch", "register", "load"])
 def test_a_port_that_is_in_use_is_one_line_that_says_what_to_do(
     processes: Processes, command: str, weights: Path
 ) -> None:
-    args = (
-        ("a", "--rank", "0", "--world-size", "1", "--weights", str(weights))
-        if command == "register"
-        else ()
-    )
+    args = {
+        "watch": (),
+        "register": ("a", "--rank", "0", "--world-size", "1", "--weights", str(weights)),
+        "load": ("a", "--rank", "0", "--serve", "b"),
+    }[command]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ran = processes.run(command, *args, "--metrics-port", str(port))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import click
@@ -22,6 +22,7 @@ from engine_cli.options import (
 from engine_cli.render.documents import loaded_json
 from engine_cli.render.tables import print_json, size
 from engine_cli.runtime.loading import AUTO, Loading
+from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option
 from engine_cli.signals import raised
 from engine_registry import Registry
@@ -90,10 +91,12 @@ from engine_registry.schema.record import PROTOCOLS
     ),
 )
 @json_option
+@metrics_options
 @log_options
 @etcd_options
 def command(
     connect: Callable[[], Registry],
+    serve_metrics: Callable[[], AbstractContextManager[None]],
     instances: tuple[str, ...],
     rank: int | None,
     full: bool,
@@ -144,6 +147,7 @@ def command(
         )
     endings = Endings()
     with ExitStack() as stack:
+        stack.enter_context(serve_metrics())
         with raised() as raise_again:
             loading = Loading(
                 connect,
