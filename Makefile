@@ -11,7 +11,7 @@ export PYTHON
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all test-compose test-engines test-rdma test-browser coverage mutate docs bench lint format lock clean
+.PHONY: help setup demo test test-slow test-all test-compose test-engines test-rdma test-browser test-prometheus coverage mutate docs bench lint format lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -51,6 +51,10 @@ test-browser: setup ## the page of `engines dashboard` in a real browser (chromi
 	@scripts/browser_setup.sh
 	PYTHONPATH=.browser $(BIN)/pytest tests/browser -v $(ARGS)
 
+test-prometheus: setup ## the alerts and the dashboard with a real Prometheus (20 MB of download)
+	@scripts/prometheus_setup.sh
+	PYTHONPATH=.prometheus/python $(BIN)/pytest tests/prometheus -v $(ARGS)
+
 mutate: setup ## change modules and see whether tests notice: ARGS='FILE.py -t TESTFILE' (by hand)
 	$(BIN)/python -m scripts.mutate $(ARGS)
 
@@ -77,5 +81,5 @@ lock: ## resolve constraints.txt anew from pyproject.toml
 	@scripts/setup.sh lock $(ARGS)
 
 clean: ## remove .venv and what tools and builds left
-	rm -rf .venv .venv.lock .browser build dist site .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv.lock .browser .prometheus build dist site .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find registry loader cli benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -26,7 +26,6 @@ from tests.support.checkout import ROOT
 DOCS = ROOT / "docs"
 METRICS = (DOCS / "reference" / "metrics.md").read_text("utf-8")
 EVENTS = (DOCS / "reference" / "log-events.md").read_text("utf-8")
-ALERTS = (DOCS / "how-to" / "monitor.md").read_text("utf-8")
 KINDS = ("counter", "gauge", "histogram")
 LEVELS = {"debug", "info", "warning", "error", "exception", "log"}
 
@@ -85,16 +84,6 @@ def test_the_page_explains_every_value_that_a_label_can_have_beside_its_metric()
         assert set(meter.values) <= explained, name
 
 
-def test_the_alerts_are_about_metrics_that_exist() -> None:
-    rules = ALERTS.split("```yaml", 1)[1].split("```", 1)[0]
-    exist = {*documented("registry"), *documented("loader")}
-    used = {re.sub(r"_bucket$", "", name) for name in re.findall(r"engines_\w+", rules)}
-    assert used <= exist
-    for name, value in re.findall(r"(engines_\w+?)(?:_total)?\{\w+=\"(\w+)\"", rules):
-        meter = next(meter for meter in metrics.declared() if meter.name == name)
-        assert value in meter.values
-
-
 # -- events
 # --------------------------------------------------------------------------------------------------
 
@@ -144,12 +133,6 @@ def test_what_to_do_is_said_of_events_that_the_page_has() -> None:
         for event in re.findall(r"`(\w+)`", name)
     }
     assert remedied <= named
-
-
-def test_every_alert_has_a_row_that_says_what_to_do() -> None:
-    rules = ALERTS.split("```yaml", 1)[1].split("```", 1)[0]
-    explained = {name.strip("`") for name, *rest in rows(ALERTS) if len(rest) == 2 and all(rest)}
-    assert set(re.findall(r"- alert: (\w+)", rules)) == explained
 
 
 # -- how they look

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# What `make test-prometheus` needs beside .venv; says what it installs and why, and nothing where all is there.
+#
+#   prometheus               Debian's package, unpacked into .prometheus/ and not installed, which would start a service
+#   grafana-foundation-sdk   Grafana's own types of a dashboard; beside it, as no other target needs them
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+folder=$root/.prometheus
+types='grafana-foundation-sdk==1769699998!10.1.0'
+
+say() { printf 'set-up: %s\n' "$*"; }
+fail() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
+
+if [[ $(cat "$folder/stamp" 2>/dev/null) == "$types" ]]; then exit; fi
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+quietly() {
+    "$@" >"$scratch/log" 2>&1 </dev/null && return
+    tail -n 20 "$scratch/log" >&2
+    return 1
+}
+download() { (cd "$scratch" && quietly apt-get -q download prometheus); }
+
+if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
+    fail 'no apt-get: put prometheus and promtool into .prometheus/usr/bin by hand'
+fi
+as_root=()
+if ((EUID != 0)); then as_root=(sudo -n); fi
+rm -rf "$folder"
+say 'Debian package prometheus, unpacked into .prometheus (the server, and promtool)'
+download 2>/dev/null || { quietly "${as_root[@]}" apt-get -q update && download; } || fail 'prometheus cannot be had here'
+quietly dpkg-deb -x "$scratch"/prometheus_*.deb "$folder" || fail 'the package cannot be unpacked'
+say "$types in .prometheus (checks the dashboard)"
+quietly "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --target "$folder/python" "$types" ||
+    fail 'grafana-foundation-sdk cannot be installed'
+echo "$types" >"$folder/stamp"
