@@ -1,5 +1,5 @@
-"""deploy/kubernetes/etcd.yaml: an etcd starts with its settings, and a watcher's options lead to
-it.
+"""deploy/kubernetes/base/etcd.yaml: an etcd starts with its settings, and a watcher's options lead
+to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def _container(file: str, kind: str) -> dict[str, object]:
-    documents = yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / file).read_text())
+    documents = yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / "base" / file).read_text())
     (manifest,) = (document for document in documents if document["kind"] == kind)
     (container,) = manifest["spec"]["template"]["spec"]["containers"]
     assert isinstance(container, dict)

@@ -51,5 +51,5 @@ def test_an_image_runs_as_a_user_without_rights_whom_the_manifests_name() -> Non
     final = DOCKERFILE.rpartition("\nFROM ")[2]
     assert "\nUSER engines\n" in final
     (uid,) = re.findall(r"useradd --uid (\d+)", final)
-    manifest = ROOT / "deploy" / "kubernetes" / "examples" / "rank.yaml"
+    manifest = ROOT / "deploy" / "kubernetes" / "engines" / "ranks" / "rank.yaml"
     assert f"runAsUser: {uid}\n" in manifest.read_text()
