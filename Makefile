@@ -11,7 +11,7 @@ export PYTHON
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all test-compose test-engines test-rdma test-browser test-prometheus coverage mutate docs bench lint format lock clean
+.PHONY: help setup demo test test-slow test-all test-compose test-engines test-rdma test-browser test-prometheus coverage mutate dist docs bench lint format lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -57,6 +57,9 @@ test-prometheus: setup ## the alerts and the dashboard with a real Prometheus (2
 
 mutate: setup ## change modules and see whether tests notice: ARGS='FILE.py -t TESTFILE' (by hand)
 	$(BIN)/python -m scripts.mutate $(ARGS)
+
+dist: setup ## sdist and wheel into dist/, and the wheel tried on each Python of this machine
+	@$(BIN)/python -m scripts.dist
 
 docs: setup ## build the pages of docs/ into site/, and fail for every broken link
 	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

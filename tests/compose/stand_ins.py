@@ -28,7 +28,10 @@ _PULL_S = 300
 _DEBOOTSTRAP_S = 600
 # The Debian packages that the Dockerfile asks for, so that its `apt-get install` finds them without
 # a network.
-_PACKAGES = "ca-certificates,ibverbs-providers,libcurl4,libibverbs1,libnuma1,python3,python3-pip,python3-venv"
+_PACKAGES = (
+    "ca-certificates,ibverbs-providers,libcurl4,libibverbs1,libnuma1,"
+    "python3,python3-pip,python3-venv"
+)
 
 
 @contextlib.contextmanager

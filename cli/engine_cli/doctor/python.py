@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 
-from engine_cli.doctor.finding import Finding, Status, fail, ok
+from engine_cli.doctor.finding import Finding, Status, fail, ok, warn
 from engine_registry.schema.printable import count
 
-_OLDEST, _TOO_NEW = (3, 10), (3, 14)
+_OLDEST, _WITHOUT_ENGINE = (3, 10), (3, 14)
 _REQUIREMENT = re.compile(
     r"(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*(?P<op>>=|==)\s*(?P<version>[0-9.]+)"
 )
@@ -29,8 +29,14 @@ def check_version() -> Iterator[Finding]:
 
 def judge_version(version: Sequence[int]) -> Finding:
     said = f"Python {'.'.join(map(str, version))}"
-    if not _OLDEST <= tuple(version[:2]) < _TOO_NEW:
+    if tuple(version[:2]) < _OLDEST:
         return fail("python.version", f"{said} is not supported", "use Python 3.10 to 3.13")
+    if tuple(version[:2]) >= _WITHOUT_ENGINE:
+        return warn(
+            "python.version",
+            f"{said}: the transfer engine has no wheels for it",
+            "use Python 3.10 to 3.13 to publish and load weights",
+        )
     return ok("python.version", said)
 
 

@@ -10,7 +10,9 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 
+from scripts.dist import MINORS
 from tests.support.checkout import ROOT
 
 
@@ -56,3 +58,14 @@ def test_a_wheel_has_one_command_a_plugin_for_each_engine_and_the_licence(
         module = plugins["engine_registry"].partition(":")[0].replace(".", "/")
         assert f"{module}/__init__.py" in wheel.namelist()
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
+
+
+def test_the_metadata_is_valid_and_admits_the_pythons_that_a_release_is_tried_on(
+    wheel: zipfile.ZipFile,
+) -> None:
+    (name,) = (each for each in wheel.namelist() if each.endswith(".dist-info/METADATA"))
+    metadata = Metadata.from_email(wheel.read(name), validate=True)
+    assert metadata.requires_python is not None
+    for minor in MINORS:
+        assert f"3.{minor}.1" in metadata.requires_python
+        assert f"Programming Language :: Python :: 3.{minor}" in (metadata.classifiers or [])
