@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import serving
 from benchmarks.processes import another_process
-from engine_cli.commands.demo import find_checkpoint
+from engine_cli.demo.checkpoint import find_checkpoint
 from engine_loader.files.weights import read_weights
 from engine_registry.etcd.local import LocalEtcd
 

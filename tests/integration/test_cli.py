@@ -1177,6 +1177,7 @@ def test_a_load_that_serves_ends_when_it_is_evicted(engines: Engines, weights: P
     [
         (["--full", "--serve", "b"], ["--serve goes with --rank"]),
         (["--rank", "0", "--serve", "b c"], ["instance name 'b c' is not valid"]),
+        (["--rank", "0", "--until-eof"], ["--until-eof goes with --serve"]),
     ],
 )
 def test_a_load_that_cannot_serve_says_why(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from engine_cli.commands.demo import find_checkpoint
+from engine_cli.demo.checkpoint import find_checkpoint
 from engine_loader import (
     InProcessEngine,
     LoadOptions,

@@ -78,6 +78,11 @@ from engine_registry.schema.record import PROTOCOLS
 @label_option("With --serve: a label of that instance, which has none of its source.")
 @drain_option
 @click.option(
+    "--until-eof",
+    is_flag=True,
+    help="With --serve: also end when standard input closes, as when a parent process dies.",
+)
+@click.option(
     "--verify", is_flag=True, help="Compare every tensor with the digest that its source publishes."
 )
 @host_option("Address of this machine.")
@@ -107,6 +112,7 @@ def command(
     replica: str | None,
     labels: dict[str, str],
     drain: float,
+    until_eof: bool,
     verify: bool,
     host: str | None,
     protocol: str,
@@ -145,6 +151,12 @@ def command(
             "leave it out, or say --serve NAME",
             field="labels",
         )
+    if until_eof and replica is None:
+        raise InvalidField(
+            "--until-eof goes with --serve, as a load ends by itself",
+            "leave it out, or say --serve",
+            field="until_eof",
+        )
     endings = Endings()
     with ExitStack() as stack:
         stack.enter_context(serve_metrics())
@@ -181,7 +193,7 @@ def command(
                 f"{report.protocol}){_where(paths)}"
             )
         if report.publication is not None:
-            endings.listen()
+            endings.listen(until_eof)
             record = report.publication.record
             click.echo(
                 f"serving {record.instance}/{record.rank} at {record.session_id}; Ctrl-C withdraws",

@@ -1,0 +1,1 @@
+"""What `engines demo` starts and compares: see `engine_cli.commands.demo`."""
