@@ -62,7 +62,7 @@ dist: setup ## sdist and wheel into dist/, and the wheel tried on each Python of
 	@$(BIN)/python -m scripts.dist
 
 docs: setup ## build the pages of docs/ into site/, and fail for every broken link
-	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup ## figures of the control plane, the gateway and loading (minutes)
 	$(BIN)/python -m benchmarks.registry $(ARGS)

@@ -49,8 +49,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-m",
         "mkdocs",
         "build",
-        "--strict",
-        "--quiet",
+        "--strict",  # and not --quiet, which hides warnings from --strict as well
         "--site-dir",
         str(folder),
     ]
