@@ -12,8 +12,6 @@ types='grafana-foundation-sdk==1769699998!10.1.0'
 say() { printf 'set-up: %s\n' "$*"; }
 fail() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
 
-if [[ $(cat "$folder/stamp" 2>/dev/null) == "$types" ]]; then exit; fi
-
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 quietly() {
@@ -23,16 +21,23 @@ quietly() {
 }
 download() { (cd "$scratch" && quietly apt-get -q download prometheus); }
 
-if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
-    fail 'no apt-get: put prometheus and promtool into .prometheus/usr/bin by hand'
+if [[ ! -x $folder/usr/bin/prometheus || ! -x $folder/usr/bin/promtool ]]; then
+    if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
+        fail 'no apt-get: put prometheus and promtool into .prometheus/usr/bin, then run this again'
+    fi
+    as_root=()
+    if ((EUID != 0)); then as_root=(sudo -n); fi
+    say 'Debian package prometheus, unpacked into .prometheus (the server, and promtool)'
+    download 2>/dev/null || { quietly "${as_root[@]}" apt-get -q update && download; } || fail 'prometheus cannot be had here'
+    quietly dpkg-deb -x "$scratch"/prometheus_*.deb "$scratch/unpacked" || fail 'the package cannot be unpacked'
+    rm -rf "$folder"
+    mkdir "$folder"
+    mv "$scratch/unpacked/usr" "$folder/usr"
 fi
-as_root=()
-if ((EUID != 0)); then as_root=(sudo -n); fi
-rm -rf "$folder"
-say 'Debian package prometheus, unpacked into .prometheus (the server, and promtool)'
-download 2>/dev/null || { quietly "${as_root[@]}" apt-get -q update && download; } || fail 'prometheus cannot be had here'
-quietly dpkg-deb -x "$scratch"/prometheus_*.deb "$folder" || fail 'the package cannot be unpacked'
-say "$types in .prometheus (checks the dashboard)"
-quietly "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --target "$folder/python" "$types" ||
-    fail 'grafana-foundation-sdk cannot be installed'
-echo "$types" >"$folder/stamp"
+if [[ $(cat "$folder/stamp" 2>/dev/null) != "$types" ]]; then
+    say "$types in .prometheus (checks the dashboard)"
+    rm -rf "$folder/python"
+    quietly "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --target "$folder/python" "$types" ||
+        fail 'grafana-foundation-sdk cannot be installed'
+    echo "$types" >"$folder/stamp"
+fi
