@@ -6,6 +6,7 @@ test_overlays.py looks at them.
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from engine_cli.main import COMMANDS, engines
+from engine_loader.integrations.config import IntegrationConfig
 from tests.support.checkout import ROOT
 
 FOLDER = ROOT / "deploy" / "kubernetes"
@@ -99,6 +101,14 @@ def takes(line: list[str]) -> None:
     found = engines.get_command(click.Context(engines), command)
     assert found is not None
     found.make_context(command, args)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_engine_has_settings_that_its_integration_takes(engine: str) -> None:
+    name = f"engines/servers/{engine}.yaml:Deployment/{engine}:{engine}"
+    args = containers()[name][1]["args"]
+    settings = json.loads(args[args.index("--model-loader-extra-config") + 1])
+    assert IntegrationConfig.of(settings).host == "$(POD_IP)"
 
 
 @pytest.mark.parametrize("name", containers())
