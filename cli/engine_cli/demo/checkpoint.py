@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from engine_cli.demo.failure import DemoFailed
 from engine_cli.signals import held_back
+from engine_registry.schema.printable import count
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,8 @@ def split(checkpoint: Path, folder: Path, parts: int) -> list[Path]:
     tensors = read_weights([checkpoint])
     if not any(tensor.nbytes for tensor in tensors.values()):
         raise DemoFailed(
-            f"{checkpoint} holds no weights, only {len(tensors)} tensors of no bytes: give "
-            "another --weights FILE"
+            f"{checkpoint} holds no weights, only {count(len(tensors), 'tensor')} of no bytes: "
+            "give another --weights FILE"
         )
     by_depth: dict[tuple[int, int], list[str]] = {}
     for name in tensors:

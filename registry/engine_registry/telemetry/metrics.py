@@ -45,7 +45,7 @@ RANKS_EXPECTED = Gauge(
 RANKS_UNRESPONSIVE = Gauge(
     "engines_registry_ranks_unresponsive",
     "Ranks whose process does not answer its keeper.",
-    ["instance"],
+    ["engine_instance"],
 )
 INSTANCE_READY = Gauge(
     "engines_registry_instance_ready",
@@ -55,7 +55,7 @@ INSTANCE_READY = Gauge(
 INSTANCE_LABELS = Info(
     "engines_registry_instance_labels",
     "1 for each instance, with the labels that people have given it.",
-    ["instance"],
+    ["engine_instance"],
 )
 INSTANCES = Gauge("engines_registry_instances", "Instances by state.", ["state"])
 RANKS_LOST = Counter(

@@ -298,14 +298,14 @@ def test_the_labels_of_an_instance_are_one_series_that_others_are_joined_with(
     assert [(sample.labels, sample.value) for sample in family.samples] == [
         (
             {
-                "instance": "qwen",
+                "engine_instance": "qwen",
                 "label_example_com_owner_conflict1": "a",
                 "label_example_com_owner_conflict2": "b",
                 "label_team": "search",
             },
             1,
         ),
-        ({"instance": "silent"}, 1),
+        ({"engine_instance": "silent"}, 1),
     ]
 
 
