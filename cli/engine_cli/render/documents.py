@@ -75,6 +75,7 @@ def rank_json(record: RankRecord) -> dict[str, Any]:
         "session_id": record.session_id,
         "protocol": record.protocol,
         "fabric": record.fabric,
+        "rails": dict(record.rails),
         "tensors": record.manifest.tensors,
         "nbytes": record.manifest.nbytes,
         "registered_at": record.registered_at,

@@ -207,11 +207,16 @@ def rank_row(record: RankRecord, progress: Arrived | None = None) -> list[str]:
         f"{record.host}:{record.pid or '-'}",
         record.device,
         record.session_id,
-        record.protocol,
+        _way(record),
         f"{record.manifest.tensors:,}",
         size(record.manifest.nbytes),
         record.registered_at,
     ]
+
+
+def _way(record: RankRecord) -> str:
+    """The protocol, and the network cards that it goes over."""
+    return f"{record.protocol} {some_of(record.rails)}" if record.rails else record.protocol
 
 
 def tensor_rows(manifest: Manifest) -> list[list[str]]:

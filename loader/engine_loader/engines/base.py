@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Protocol
@@ -35,6 +36,14 @@ class Engine(Protocol):
     @property
     def fabric(self) -> str:
         """A label of the network. Engines with equal labels reach each other."""
+
+    @property
+    def rails(self) -> Mapping[str, str]:
+        """The network cards that this engine uses: the subnet of each, or empty, by its name.
+
+        It decides which of equal sources is nearer. Empty where the engine has no say in it.
+        """
+        return {}
 
     def register(self, region: Region) -> Regions:
         """Opens the region to peers.

@@ -63,6 +63,7 @@ def open_publication(
             session_id=engine.session_id,
             protocol=engine.protocol,
             fabric=engine.fabric,
+            rails=engine.rails,
             header_addr=offering.header.region.addr,
             incarnation=offering.incarnation,
             generation=options.generation,

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from engine_loader.engines.base import Engine
 from engine_registry import RankRecord, Registry
@@ -23,24 +23,39 @@ _FEW = 4  # of which each is asked for; of more, all tickets are read at once
 def best_first(
     registry: Registry, engine: Engine, records: Sequence[RankRecord]
 ) -> list[RankRecord]:
-    """Fewest readers first, then the nearest; loaders that see equal ones do not all choose the
-    same.
+    """Fewest readers first, then the nearest: this host, this fabric, these rails. Loaders that see
+    equal ones do not all choose the same.
     """
     if len(records) < 2:
         return list(records)
     here = socket.gethostname()
     readers = _readers(registry, records)
 
-    def order(record: RankRecord) -> tuple[int, bool, bool, bytes]:
+    def order(record: RankRecord) -> tuple[int, bool, bool, int, bytes]:
         near = bool(record.fabric) and record.fabric == engine.fabric
         return (
             readers[record.instance, record.rank],
             record.host != here,
             not near,
+            -_shared_rails(record.rails, engine.rails),
             order_of(record, engine.session_id),
         )
 
     return sorted(records, key=order)
+
+
+def _shared_rails(ours: Mapping[str, str], theirs: Mapping[str, str]) -> int:
+    """How near the nearest two network cards are: in one subnet, and of one name, as the cards of
+    machines that are built alike have on one rail.
+    """
+    return max(
+        (
+            2 * bool(subnet and subnet == other_subnet) + (name == other)
+            for name, subnet in ours.items()
+            for other, other_subnet in theirs.items()
+        ),
+        default=0,
+    )
 
 
 def _readers(registry: Registry, records: Sequence[RankRecord]) -> Counter[tuple[str, int]]:

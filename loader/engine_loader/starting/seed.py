@@ -94,6 +94,7 @@ class Seed:
                 session_id=self.engine.session_id,
                 protocol=self.engine.protocol,
                 fabric=self.engine.fabric,
+                rails=self.engine.rails,
                 header_addr=0,  # it has none
                 generation=options.generation,
                 topology=self.replica.topology,

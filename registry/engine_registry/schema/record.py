@@ -18,6 +18,7 @@ from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.keys import check_instance, check_rank, record_key
 from engine_registry.schema.labels import check_labels
 from engine_registry.schema.numbers import whole
+from engine_registry.schema.texts import check_kind, check_names, check_texts
 from engine_registry.schema.topology import check_topology
 
 MAX_VERSION = 1 << 62  # the header holds twice the version in 64 bits
@@ -66,22 +67,6 @@ def check_content(content: str) -> str:
     return content
 
 
-def _check_texts(texts: Mapping[str, object]) -> None:
-    for field_name, text in texts.items():
-        if not isinstance(text, str) or not text.isprintable():  # lists print it, on terminals too
-            raise InvalidField(
-                f"{field_name} {text!r} is not valid: it is one line of printable text",
-                field=field_name,
-            )
-
-
-def _check_kind(field_name: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise InvalidField(
-            f"{field_name} {value!r} is not valid: it is of type {kind.__name__}", field=field_name
-        )
-
-
 def check_version(version: object) -> int:
     """As Python's integer, or InvalidField."""
     return whole("version", version, 0, MAX_VERSION - 1)
@@ -121,11 +106,8 @@ class ModelIdentity:
             "dtype": self.dtype,
             "quantization": self.quantization,
         }
-        _check_texts({f"model.{name}": text for name, text in texts.items()})
-        _check_kind("model.extra", self.extra, Mapping)
-        for name, text in self.extra.items():
-            _check_texts({"model.extra": name})
-            _check_texts({"model.extra": text})
+        check_texts({f"model.{name}": text for name, text in texts.items()})
+        check_names("model.extra", self.extra)
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
@@ -179,6 +161,7 @@ class RankRecord:
     content: str = ""  # empty: the one that `implied_content` gives
     state: RankState = RankState.READY
     fabric: str = ""
+    rails: Mapping[str, str] = field(default_factory=dict)  # RDMA device -> subnet, or empty
     host: str = ""
     pid: int = 0
     device: str = ""
@@ -208,10 +191,11 @@ class RankRecord:
         if self.content != "":
             check_content(self.content)
         if self.eviction is not None:
-            _check_kind("eviction", self.eviction, Eviction)
-        _check_texts({name: getattr(self, name) for name in _TEXTS})
+            check_kind("eviction", self.eviction, Eviction)
+        check_texts({name: getattr(self, name) for name in _TEXTS})
+        check_names("rails", self.rails)
         for name, kind in _KINDS.items():
-            _check_kind(name, getattr(self, name), kind)
+            check_kind(name, getattr(self, name), kind)
 
     @property
     def key(self) -> str:

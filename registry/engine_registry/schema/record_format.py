@@ -79,6 +79,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
     session_id: str
     protocol: str
     fabric: str = ""
+    rails: dict[str, Any] | UnsetType = UNSET
     host: str = ""
     pid: Natural = 0
     device: str = ""
@@ -122,6 +123,7 @@ def encode(record: RankRecord) -> bytes:
         session_id=record.session_id,
         protocol=record.protocol,
         fabric=record.fabric,
+        rails=dict(record.rails) or UNSET,
         host=record.host,
         pid=record.pid,
         device=record.device,
@@ -214,6 +216,7 @@ def _record(stored: _Record, mod_revision: int, create_revision: int) -> RankRec
         content=stored.content or implied_content(stored.incarnation, stored.version),
         state=stored.state,
         fabric=stored.fabric,
+        rails=stored.rails or {},
         host=stored.host,
         pid=stored.pid,
         device=stored.device,

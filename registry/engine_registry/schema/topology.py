@@ -7,15 +7,13 @@ from typing import Any
 
 from engine_registry.errors import InvalidField
 from engine_registry.schema.numbers import whole
+from engine_registry.schema.texts import check_kind
 
 
 def check_topology(topology: object) -> dict[str, tuple[int, int]]:
     """With Python's integers, or InvalidField."""
-    if not isinstance(topology, Mapping):
-        raise InvalidField(
-            f"topology {topology!r} is not valid: it is of type Mapping", field="topology"
-        )
-    return {axis: _checked_place(axis, place) for axis, place in topology.items()}
+    check_kind("topology", topology, Mapping)
+    return {axis: _checked_place(axis, place) for axis, place in topology.items()}  # type: ignore[attr-defined]
 
 
 def _checked_place(axis: Any, place: Any) -> tuple[int, int]:

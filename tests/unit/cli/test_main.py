@@ -26,7 +26,13 @@ from engine_cli.exits import _CODES, Exit, code_of
 from engine_cli.options import engine_log, nbytes_of
 from engine_cli.render.documents import event_json, instance_json, rank_json, tensors_json
 from engine_cli.render.printable import printable
-from engine_cli.render.texts import event_text, instance_row, instance_table, tensor_rows
+from engine_cli.render.texts import (
+    event_text,
+    instance_row,
+    instance_table,
+    rank_row,
+    tensor_rows,
+)
 from engine_cli.runtime.serving import Endings
 from engine_cli.signals import Ended
 from engine_loader import Publication
@@ -637,10 +643,18 @@ def test_the_object_of_a_rank_keeps_its_fields() -> None:
     data = rank_json(A)
     fields = (
         "instance rank world_size state version generation topology model host pid device "
-        "session_id protocol fabric tensors"
+        "session_id protocol fabric rails tensors"
     )
     assert {*fields.split(), "nbytes", "registered_at", "incarnation"} <= set(data)
     assert data["topology"] == {"tp": [0, 2], "pp": [0, 1]}
+
+
+def test_the_network_cards_of_a_rank_stand_beside_its_protocol() -> None:
+    rails = {"mlx5_0": "10.1.0.0/24", "mlx5_1": ""}
+    record = a_record(protocol="rdma", rails=rails)
+    assert rank_json(record)["rails"] == rails
+    assert "rdma mlx5_0, mlx5_1" in rank_row(record)
+    assert "tcp" in rank_row(a_record())
 
 
 def test_a_box_is_printed_only_where_the_tensor_states_one() -> None:

@@ -400,6 +400,7 @@ def test_a_registration_is_made_of_a_record_that_reads_back_as_it_is(
         version=7,
         generation="g",
         fabric="rack",
+        rails={"mlx5_0": "10.1.0.0/24"},
         device="cuda:0",
         ttl_s=5,
     )

@@ -111,6 +111,7 @@ function factsOf(rank, record) {
   const { model } = record;
   const there = rank.nbytes !== undefined;
   const topology = Object.entries(record.topology ?? {});
+  const rails = Object.entries(record.rails ?? {});
   return [
     ["State", rank.fraction == null ? rank.state : `${rank.state} ${percent(rank.fraction)}`],
     ["Reason", rank.reason],
@@ -129,6 +130,7 @@ function factsOf(rank, record) {
     ["Session", rank.session],
     ["Protocol", rank.protocol],
     ["Fabric", record.fabric],
+    ["Rails", rails.map(([name, subnet]) => [name, subnet].filter(Boolean).join(" ")).join(", ")],
     [there ? "Registered" : "Lost", rank.since ? clock(rank.since) : ""],
     ["Kept by", record.kept_by],
     ["Generation", record.generation],

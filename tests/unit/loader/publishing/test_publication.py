@@ -194,6 +194,7 @@ def test_a_reader_finds_the_header_as_soon_as_it_finds_the_record(bench: Bench) 
     }
     assert (asked["state"], asked["version"], asked["ttl_s"]) == (RankState.READY, 0, 10.0)
     assert (asked["session_id"], asked["fabric"]) == (bench.engine.session_id, "rack-1")
+    assert asked["rails"] == bench.engine.rails
     assert (asked["protocol"], asked["device"]) == ("in_process", "cpu")
     manifest = asked["manifest"]
     assert manifest.regions == publication.regions

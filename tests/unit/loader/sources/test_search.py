@@ -123,6 +123,43 @@ def test_of_equally_busy_ones_this_host_comes_first_and_then_the_same_fabric() -
     assert find(registry, engine=InProcessEngine(fabric="rack")) == ["c/0", "b/0", "a/0"]
 
 
+@pytest.mark.parametrize(
+    ("near", "far"),
+    [
+        # the subnet, whatever the cards are called
+        ({"mlx5_3": "10.1.0.0/24"}, {"mlx5_0": "10.1.4.0/24"}),
+        # the name, where one subnet has all of them or nothing is known of subnets
+        ({"mlx5_0": "10.1.0.0/24"}, {"mlx5_3": "10.1.0.0/24"}),
+        ({"mlx5_0": ""}, {"mlx5_3": ""}),
+        # one of several
+        ({"mlx5_5": "", "mlx5_0": "10.1.0.0/24"}, {"mlx5_5": "", "mlx5_6": "10.1.0.0/24"}),
+        ({"mlx5_0": ""}, {}),
+    ],
+)
+@pytest.mark.parametrize("ours", [{"mlx5_0": "10.1.0.0/24"}])
+def test_of_equally_busy_ones_a_source_on_our_rail_comes_first(
+    near: dict[str, str], far: dict[str, str], ours: dict[str, str]
+) -> None:
+    class OnRails(InProcessEngine):
+        rails = ours
+
+    for order in ((near, far), (far, near)):
+        registry = Ready(*[[one("near" if r is near else "far", rails=r)] for r in order])
+        for engine in (OnRails() for _ in range(8)):  # each has another order of equal ones
+            assert find(registry, engine=engine) == ["near/0", "far/0"]
+
+
+def test_a_rail_never_keeps_a_source_out_and_counts_less_than_readers_and_fabric() -> None:
+    class OnRails(InProcessEngine):
+        rails = {"mlx5_0": "10.1.0.0/24"}  # noqa: RUF012  a test changes it not
+
+    ours = {"mlx5_0": "10.1.0.0/24"}
+    busy = Ready([one("a", rails=ours)], [one("b", rails={"x": "y"})], pulls={"a": 1})
+    assert find(busy, engine=OnRails()) == ["b/0", "a/0"]
+    fabric = Ready([one("a", rails=ours)], [one("b", fabric="rack")])
+    assert find(fabric, engine=OnRails(fabric="rack")) == ["b/0", "a/0"]
+
+
 def test_of_equal_ones_each_loader_has_an_order_of_its_own_and_keeps_it() -> None:
     registry = Ready([one("a")], [one("b")], [one("c")])
     engines = [InProcessEngine() for _ in range(40)]

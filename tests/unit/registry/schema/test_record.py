@@ -63,6 +63,7 @@ def records(draw: st.DrawFn) -> RankRecord:
         content=draw(st.from_regex(r"[0-9a-f]{32}", fullmatch=True)),
         state=draw(st.sampled_from(RankState)),
         fabric=draw(TEXT),
+        rails=draw(st.dictionaries(TEXT, TEXT, max_size=3)),
         host=draw(TEXT),
         pid=draw(st.integers(0, 2**31)),
         device=draw(TEXT),
@@ -134,6 +135,17 @@ def test_the_fields_that_may_be_left_out_have_defaults() -> None:
         model=ModelIdentity("qwen"),
     )
     assert decode(a_record().key, json.dumps(data).encode()) == wanted
+
+
+def test_rails_are_written_only_where_there_are_some() -> None:
+    assert "rails" not in as_json()
+    rails = {"mlx5_0": "10.1.0.0/24", "mlx5_1": ""}
+    assert decode(a_record().key, encode(a_record(rails=rails))).rails == rails
+
+
+@pytest.mark.parametrize("rails", [[], "mlx5_0", None, {"mlx5_0": 1}, {"a\nb": ""}, {"a": "\x1b"}])
+def test_rails_that_are_no_texts_by_names_are_damage(rails: object) -> None:
+    assert read(json.dumps(as_json(rails=rails)).encode()) is None
 
 
 def test_who_keeps_a_lease_is_written_only_where_it_is_no_keeper_of_the_ranks_own() -> None:
