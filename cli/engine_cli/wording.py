@@ -15,6 +15,7 @@ _WORDS = {
     "cacert": "--cacert",
     "cert": "--cert",
     "connections_per_address": "--connections-per-address",
+    "device": "--device",
     "endpoints": "--etcd",
     "force": "--force",
     "host": "--host",

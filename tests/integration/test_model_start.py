@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from engine_loader import Engine, InProcessEngine
+from engine_loader.engines.mooncake.choice import choose
 from engine_loader.errors import EngineUnavailable
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import start_mooncake
@@ -162,9 +165,14 @@ def test_where_we_fail_the_engine_reads_after_one_warning(
 
 
 def test_a_protocol_that_is_not_here_is_one_warning_with_the_remedy(
-    engines: Engines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    engines: Engines,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("engine_loader.engines.mooncake.engine.rdma_devices", list)
+    monkeypatch.setattr(
+        "engine_loader.engines.mooncake.engine.choose", partial(choose, root=tmp_path)
+    )
     settings = {"protocol": "rdma", "host": "127.0.0.1"}
     _, _, reader = engines.start("a", settings, start_engine=start_mooncake)
     assert reader.calls == 1

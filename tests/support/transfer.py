@@ -8,5 +8,6 @@ from engine_loader import MooncakeEngine
 
 
 def engine_at(host: str) -> MooncakeEngine:
-    """Over the protocol that the test has put into the environment, else tcp."""
-    return MooncakeEngine(host, os.environ.get("TEST_PROTOCOL", "tcp"))
+    """Over the protocol and devices that the test has put into the environment, else tcp."""
+    protocol, device = os.environ.get("TEST_PROTOCOL", "tcp"), os.environ.get("TEST_DEVICE", "")
+    return MooncakeEngine(host, protocol, device)

@@ -10,6 +10,7 @@ import click
 
 from engine_cli.completion import complete_instances
 from engine_cli.connection import etcd_options
+from engine_cli.devices import check_device, device_option
 from engine_cli.logs import log_options
 from engine_cli.options import (
     Seconds,
@@ -92,9 +93,11 @@ from engine_registry.schema.record import PROTOCOLS
     default=AUTO,
     show_default=True,
     help=(
-        "How to read; auto: the quickest way that the source is served over and this machine has."
+        "How to read; auto: the quickest way that the source is served over and this machine has, "
+        "and with --device rdma."
     ),
 )
+@device_option
 @json_option
 @metrics_options
 @log_options
@@ -116,6 +119,7 @@ def command(
     verify: bool,
     host: str | None,
     protocol: str,
+    device: str,
     as_json: bool,
 ) -> None:
     """Copy the weights of INSTANCE from its memory into this process, and into safetensors files:
@@ -137,6 +141,9 @@ def command(
             "leave it out, or say --full",
             field="max_shard_size",
         )
+    if device and protocol == AUTO:
+        protocol = "rdma"
+    check_device(device, protocol)
     if replica is not None:
         check_instance(replica)
     if replica is not None and full:
@@ -170,6 +177,7 @@ def command(
                 verify,
                 host,
                 protocol,
+                device,
                 raise_again,
                 stack,
             )

@@ -11,6 +11,7 @@ import click
 
 from engine_cli.completion import instance_argument
 from engine_cli.connection import etcd_options
+from engine_cli.devices import check_device, device_option
 from engine_cli.logs import as_json, log_options
 from engine_cli.options import (
     TTL,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="How loaders read.",
 )
+@device_option
 @click.option("--model", help="Model name. Default: the instance's name.")
 @click.option("--revision", default="", help="Model revision.")
 @click.option(
@@ -145,6 +147,7 @@ def command(
     from_peers: bool,
     host: str | None,
     protocol: str,
+    device: str,
     model: str | None,
     revision: str,
     version: int,
@@ -167,6 +170,7 @@ def command(
     """
     check_instance(instance)
     check_rank(rank, world_size)
+    check_device(device, protocol)
     if from_peers and model is None:
         raise InvalidField(
             "--from-peers needs --model, by which running ranks are found: add --model NAME",
@@ -217,7 +221,9 @@ def command(
             on_state=endings.on_state,
         )
         with ExitStack() as stack:
-            engine = stack.enter_context(MooncakeEngine(host or registry.local_address(), protocol))
+            engine = stack.enter_context(
+                MooncakeEngine(host or registry.local_address(), protocol, device)
+            )
             seeded = publication = None
             name = f"{instance}/{rank}"
             with (

@@ -34,6 +34,7 @@ class Loading:
     verify: bool
     host: str | None
     protocol: str
+    device: str
     raise_again: Callable[[], None]  # a signal that was dropped
     stack: ExitStack  # of what is needed as long as the weights are served
 
@@ -55,7 +56,11 @@ class Loading:
             from engine_loader.loading.rank_file import copy_rank
 
         engine = self.stack.enter_context(
-            MooncakeEngine(self.host or registry.local_address(), self._protocol([records[rank]]))
+            MooncakeEngine(
+                self.host or registry.local_address(),
+                self._protocol([records[rank]]),
+                self.device,
+            )
         )
         with progress_bar(name, self._again, not as_json()) as on_progress:
             report = copy_rank(
@@ -98,7 +103,7 @@ class Loading:
 
             with (
                 MooncakeEngine(
-                    self.host or registry.local_address(), self._protocol(records)
+                    self.host or registry.local_address(), self._protocol(records), self.device
                 ) as engine,
                 files or nullcontext(),
                 progress_bar(name, self._again, not as_json()) as on_progress,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from engine_loader.engines.mooncake.binding import built_transports
-from engine_loader.engines.mooncake.machine import rdma_devices, this_host
+from engine_loader.engines.mooncake.devices import usable_devices
+from engine_loader.engines.mooncake.machine import this_host
 from engine_loader.errors import SourceUnreachable
 from engine_registry import RankRecord
 
@@ -19,7 +20,7 @@ def usable_protocols() -> tuple[str, ...]:
     transports = built_transports()
     here = {
         "nvlink_intra": torch.cuda.is_available() and "IntraNodeNvlink" in transports,
-        "rdma": bool(rdma_devices()) and "Rdma" in transports,
+        "rdma": bool(usable_devices()) and "Rdma" in transports,
         "tcp": "Tcp" in transports,
     }
     return tuple(protocol for protocol in FALLBACK if here[protocol])

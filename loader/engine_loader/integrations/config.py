@@ -39,7 +39,8 @@ class IntegrationConfig:
         labels: Names and values by which people find the instance. None: none.
         host: The address of this machine for peers. Empty: the one on the way to etcd.
         protocol: How peers read: tcp, rdma or nvlink_intra.
-        device: Names of RDMA devices, with commas between them. Empty: all.
+        device: Over rdma: names of devices, with commas between them; `"auto"`, those nearest to
+            the GPU; or empty, all.
         fabric: A label of the network. Engines with equal labels reach each other.
         stage: Which memory is served: `"loaded"`, as the checkpoint's loader fills it; or
             `"processed"`, as the engine computes with it. `"auto"` lets the integration choose.

@@ -31,6 +31,7 @@ def fetch(
     registry: Registry | str | Sequence[str] = "127.0.0.1:2379",
     host: str | None = None,
     protocol: str | None = None,
+    device: str = "",
     force: bool = False,
     max_file_nbytes: int = MAX_FILE_NBYTES,
     show_progress: bool = True,
@@ -53,6 +54,7 @@ def fetch(
         host: The address of this machine. None finds the one on the way to etcd.
         protocol: How to read, as for MooncakeEngine. None takes the quickest that the source is
             served over and this machine has.
+        device: Which RDMA devices to use, as for MooncakeEngine.
         force: Whether files that are there may be replaced.
         max_file_nbytes: Without `rank`: bytes of tensors in one file, at most, and so the memory
             that the call takes.
@@ -88,7 +90,7 @@ def fetch(
         else:
             records = ranks_of(registry, source, rank, timeout_s)
             name, readable = f"{records[0].instance}/{rank}", (records[rank],)
-        engine = stack.enter_context(_engine(registry, readable, host, protocol))
+        engine = stack.enter_context(_engine(registry, readable, host, protocol, device))
         if files is not None:
             stack.enter_context(files)
         options = replace(
@@ -113,9 +115,14 @@ def fetch(
 
 
 def _engine(
-    registry: Registry, records: Sequence[RankRecord], host: str | None, protocol: str | None
+    registry: Registry,
+    records: Sequence[RankRecord],
+    host: str | None,
+    protocol: str | None,
+    device: str,
 ) -> MooncakeEngine:
     return MooncakeEngine(
         host or registry.local_address(),
         protocol_for(records) if protocol is None else protocol,
+        device,
     )

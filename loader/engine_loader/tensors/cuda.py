@@ -68,6 +68,18 @@ def device_here() -> AbstractContextManager[Any]:
     return torch.cuda.device(torch.cuda.current_device())
 
 
+def pci_address() -> str:
+    """Of this thread's current device, as the kernel writes it; empty where CUDA is not in use:
+    asking for it does not start CUDA.
+    """
+    if not torch.cuda.is_initialized():
+        return ""
+    found: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if not hasattr(found, "pci_bus_id"):  # torch before 2.8
+        return ""
+    return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+
+
 def _attribute(attribute: int, addr: int) -> int:
     """Of device memory, of whichever device."""
     value = ctypes.c_uint64()  # as wide as the widest of them; the driver writes the lower bytes

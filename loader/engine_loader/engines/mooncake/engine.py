@@ -14,20 +14,22 @@ import atexit
 import itertools
 import threading
 import weakref
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
 from engine_loader.engines.base import Engine, session_of
 from engine_loader.engines.lingering import Lingering
 from engine_loader.engines.mooncake.binding import Binding
-from engine_loader.engines.mooncake.machine import check_host, rdma_devices, this_host
+from engine_loader.engines.mooncake.choice import choose, rails_of
+from engine_loader.engines.mooncake.machine import check_host, this_host
 from engine_loader.engines.mooncake.reader import PeerReader
 from engine_loader.engines.mooncake.shared import SharedEngine
 from engine_loader.engines.mooncake.start import start
 from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, EngineUnavailable, LoaderError, ReadFailed
 from engine_loader.planning.plan import ReadOp
-from engine_loader.tensors.cuda import on_device_of
+from engine_loader.tensors.cuda import on_device_of, pci_address
 from engine_registry.lifetime import Closable
 from engine_registry.schema.address import join
 from engine_registry.schema.manifest import Region
@@ -63,7 +65,8 @@ class MooncakeEngine(Closable, Engine):
         Args:
             host: The address of this machine that peers connect to.
             protocol: How to read: tcp, rdma or nvlink_intra.
-            device: Names of RDMA devices, with commas between them. Empty: all.
+            device: Over rdma: names of devices, with commas between them; `"auto"`, those nearest
+                to this thread's GPU, or to the CPUs where CUDA is not in use; or empty, all.
             fabric: A label of the network. Engines with equal labels reach each other.
             shared: Whether the engine that serves also reads from all peers. None: as the protocol
                 needs it. For tests.
@@ -75,16 +78,12 @@ class MooncakeEngine(Closable, Engine):
             raise EngineUnavailable(
                 f"protocol {protocol!r} is unknown", f"use one of {', '.join(PROTOCOLS)}"
             )
-        if protocol == "rdma" and not rdma_devices():
-            raise EngineUnavailable(
-                "no RDMA device is here (/sys/class/infiniband has none), and Mooncake would "
-                "fall back to tcp",
-                "say tcp",
-            )
+        devices = choose(device, pci_address()) if protocol == "rdma" else ()
         self._host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         self._family = check_host(self._host)
         self._protocol = protocol
-        self._device = device
+        self._device = ",".join(one.name for one in devices) if device else ""
+        self._rails = rails_of(devices)
         self._fabric = fabric or (this_host() if protocol == "nvlink_intra" else "")
         self._served = RegionBook()
         # But for RDMA an engine writes to any address that it is given, so peers need not be able
@@ -96,7 +95,7 @@ class MooncakeEngine(Closable, Engine):
         self._reads: dict[int, tuple[PeerReader, int]] = {}  # by number: the reader and its batch
         self._numbers = itertools.count(1)
         self._reading = True
-        self._binding: Binding | None = start(self._host, self._family, protocol, device)
+        self._binding: Binding | None = start(self._host, self._family, protocol, self._device)
         self._session_id = join(self._host, self._binding.port)
         self._shared: SharedEngine | None = None
         if shared or (shared is None and protocol in _SHARED):
@@ -119,6 +118,10 @@ class MooncakeEngine(Closable, Engine):
     @property
     def fabric(self) -> str:
         return self._fabric
+
+    @property
+    def rails(self) -> Mapping[str, str]:
+        return self._rails
 
     def register(self, region: Region) -> Regions:
         with self._served.lock:

@@ -1,4 +1,4 @@
-"""This machine as its peers see it: its addresses, its RDMA devices, its identity."""
+"""This machine as its peers see it: its addresses and its identity."""
 
 from __future__ import annotations
 
@@ -8,18 +8,10 @@ from pathlib import Path
 from engine_loader.errors import EngineUnavailable
 from engine_registry.schema.address import why_not_advertised
 
-_RDMA_DEVICES = Path("/sys/class/infiniband")
-
 
 def this_host() -> str:
     """Also where containers of one machine have different names, or machines the same."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def rdma_devices() -> tuple[str, ...]:
-    if not _RDMA_DEVICES.is_dir():
-        return ()
-    return tuple(sorted(path.name for path in _RDMA_DEVICES.iterdir()))
 
 
 def check_host(host: str) -> str:

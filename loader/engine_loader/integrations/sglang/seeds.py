@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from engine_loader.engines.mooncake.machine import rdma_devices
+from engine_loader.engines.mooncake.devices import usable_devices
 from engine_loader.integrations.seat import Seat
 from engine_loader.integrations.sglang.seed_engine import SeedEngine
 from engine_loader.options import PublishOptions
@@ -128,7 +128,7 @@ def apart_from(tensors: Mapping[str, torch.Tensor]) -> OwnMemory:
 
 
 def protocol_in_use(wanted: str) -> str:
-    """Mooncake takes tcp where it is forced to, or where there is no RDMA device."""
-    if wanted == "rdma" and (os.environ.get("MC_FORCE_TCP") or not rdma_devices()):
+    """Mooncake takes tcp where it is forced to, or where there is no RDMA device that works."""
+    if wanted == "rdma" and (os.environ.get("MC_FORCE_TCP") or not usable_devices()):
         return "tcp"
     return wanted

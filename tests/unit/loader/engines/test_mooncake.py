@@ -22,10 +22,14 @@ from hypothesis import strategies as st
 
 from engine_loader import MooncakeEngine
 from engine_loader.engines.mooncake.binding import _what_to_install
+from engine_loader.engines.mooncake.choice import choose
 from engine_loader.engines.region_book import Regions
 from engine_loader.errors import EngineFailed, EngineUnavailable, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry import Region
+from tests.support.machines import Machine
+
+WAY = ("pci0000:10", "0000:10:01.0")  # the bridges before the RDMA device
 
 
 class LibraryEngine:
@@ -116,10 +120,16 @@ def opened(library: Library) -> Iterator[Callable[[], MooncakeEngine]]:
 
 
 @pytest.fixture(autouse=True)
-def rdma_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr("engine_loader.engines.mooncake.machine._RDMA_DEVICES", tmp_path)
-    (tmp_path / "mlx5_0").touch()
-    return tmp_path / "mlx5_0"
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    """The machine that engines find themselves on, with one RDMA device."""
+    monkeypatch.setattr(
+        "engine_loader.engines.mooncake.engine.choose", partial(choose, root=tmp_path)
+    )
+    machine = Machine(tmp_path)
+    machine.nic(
+        "mlx5_0", *WAY, "0000:11:00.0", link="Ethernet", address="10.1.0.7/24", netdev="eth0"
+    )
+    return machine
 
 
 @pytest.mark.parametrize(
@@ -142,7 +152,8 @@ def test_the_protocol_is_set_through_the_environment_which_is_then_as_before(
             protocol,
             "rack-1",
         )
-    assert library.initialized == ("127.0.0.2", "P2PHANDSHAKE", protocol, "mlx5_0")
+    device = "mlx5_0" if protocol == "rdma" else ""
+    assert library.initialized == ("127.0.0.2", "P2PHANDSHAKE", protocol, device)
     assert {name: library.environment.get(name) for name in wanted} == wanted
     assert library.environment["MC_LOG_LEVEL"] == "ERROR"
     assert dict(os.environ) == before
@@ -224,12 +235,40 @@ def test_the_family_of_the_host_is_set_through_the_environment(
     assert os.environ["MC_USE_IPV6"] == "yes"
 
 
-def test_rdma_without_a_device_is_refused_instead_of_becoming_tcp(
-    library: Library, rdma_device: Path
+@pytest.mark.parametrize(
+    ("device", "given", "rails"),
+    [
+        ("", "", {"mlx5_0": "10.1.0.0/24", "mlx5_1": ""}),
+        ("mlx5_1", "mlx5_1", {"mlx5_1": ""}),
+        ("auto", "mlx5_0", {"mlx5_0": "10.1.0.0/24"}),
+    ],
+)
+def test_an_engine_uses_the_devices_that_it_is_given_and_says_which_networks_they_are_on(
+    library: Library,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    given: str,
+    rails: dict[str, str],
 ) -> None:
-    rdma_device.unlink()
+    machine.nic("mlx5_1", "pci0000:20", "0000:21:00.0")
+    gpu = machine.gpu(*WAY, "0000:12:00.0")
+    monkeypatch.setattr("engine_loader.engines.mooncake.engine.pci_address", lambda: gpu)
+    with MooncakeEngine("127.0.0.1", "rdma", device) as engine:
+        assert engine.rails == rails
+    assert library.initialized[3] == given
+    with MooncakeEngine("127.0.0.1", "tcp", device) as engine:
+        assert engine.rails == {}
+    assert library.initialized[3] == ""
+
+
+def test_rdma_without_a_device_is_refused_before_mooncake_starts(
+    library: Library, machine: Machine
+) -> None:
+    (machine.root / "sys/class/infiniband/mlx5_0").unlink()
     with pytest.raises(EngineUnavailable, match="no RDMA device is here"):
         MooncakeEngine("127.0.0.1", "rdma")
+    assert library.engines == 0
 
 
 def test_an_unknown_protocol_is_refused_with_the_known_ones() -> None:

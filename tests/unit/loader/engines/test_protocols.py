@@ -66,9 +66,9 @@ def test_a_way_needs_both_its_device_and_a_transfer_engine_that_knows_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(protocols, "rdma_devices", lambda: ("mlx5_0",))
+    monkeypatch.setattr(protocols, "usable_devices", lambda: ("mlx5_0",))
     monkeypatch.setattr(protocols, "built_transports", lambda: ("IntraNodeNvlink", "Rdma", "Tcp"))
     assert usable_protocols() == ("nvlink_intra", "rdma", "tcp")
-    monkeypatch.setattr(protocols, "rdma_devices", lambda: ())
+    monkeypatch.setattr(protocols, "usable_devices", lambda: ())
     monkeypatch.setattr(protocols, "built_transports", lambda: ("Rdma", "Tcp"))
     assert usable_protocols() == ("tcp",)

@@ -151,7 +151,7 @@ def test_of_equally_busy_ones_a_source_on_our_rail_comes_first(
 
 def test_a_rail_never_keeps_a_source_out_and_counts_less_than_readers_and_fabric() -> None:
     class OnRails(InProcessEngine):
-        rails = {"mlx5_0": "10.1.0.0/24"}  # noqa: RUF012  a test changes it not
+        rails = {"mlx5_0": "10.1.0.0/24"}  # noqa: RUF012  nothing changes it
 
     ours = {"mlx5_0": "10.1.0.0/24"}
     busy = Ready([one("a", rails=ours)], [one("b", rails={"x": "y"})], pulls={"a": 1})
