@@ -565,7 +565,7 @@ def test_ranks_may_be_named_before_the_engine_that_is_to_read_them(dead_address:
         probe.read_ranks(
             [("/engines/a/0", encode(a_record(instance="a", session_id=dead_address)))]
         )
-        probe.begin("127.0.0.1", "tcp")
+        probe.begin("127.0.0.1", "tcp", "")
         assert probe.fact("loopback", 60)["equal"]
         assert "cannot read from" in probe.fact("rank", 60)["error"]
 

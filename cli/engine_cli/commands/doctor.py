@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from engine_cli.connection import etcd_settings
+from engine_cli.devices import check_device, device_option
 from engine_cli.doctor.finding import Finding, Status
 from engine_cli.exits import Exit
 from engine_cli.options import debugging, json_option, rank_option
@@ -38,6 +39,7 @@ PROTOCOLS = (
     show_default=True,
     help="How to read.",
 )
+@device_option
 @json_option
 @etcd_settings
 @click.pass_context
@@ -48,6 +50,7 @@ def command(
     rank: int | None,
     host: str | None,
     protocol: str,
+    device: str,
     as_json: bool,
 ) -> int:
     """Look for what would keep ranks from being registered, found or read here: etcd, this machine,
@@ -62,6 +65,7 @@ def command(
 
     if rank is not None and peer is None:
         raise click.UsageError("--rank goes with --peer: it is that instance's rank")
+    check_device(device, protocol)
     given = {
         name
         for name in ("timeout", "protocol")
@@ -74,6 +78,7 @@ def command(
         rank=rank,
         host=host,
         protocol=protocol,
+        device=device,
         transfers=peer is not None or "protocol" in given,
         debug=debugging(),
     )

@@ -50,8 +50,8 @@ class Probe:
         self._listener = threading.Thread(target=self._listen, name="doctor probe", daemon=True)
         self._listener.start()
 
-    def begin(self, host: str, protocol: str) -> None:
-        self._say({"engine": {"host": host, "protocol": protocol}})
+    def begin(self, host: str, protocol: str, device: str) -> None:
+        self._say({"engine": {"host": host, "protocol": protocol, "device": device}})
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -39,6 +39,7 @@ class Asked:
     rank: int | None
     host: str | None
     protocol: str
+    device: str
     transfers: bool
     debug: bool
 
@@ -132,7 +133,7 @@ def _engine_checks(asked: Asked, config: EtcdConfig | None, probe: Probe) -> lis
             host = _host(asked, config)
         except Skip:  # network.address says so; the engine can be tried all the same
             host = "127.0.0.1"
-        probe.begin(host, asked.protocol)
+        probe.begin(host, asked.protocol, asked.device)
         yield from engine.check_engine(probe, asked.protocol, asked.transfers)
 
     return [

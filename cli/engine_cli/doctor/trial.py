@@ -71,7 +71,7 @@ def _look(
         )
         return
     wanted = task()
-    host, protocol = wanted["host"], wanted["protocol"]
+    host, protocol, device = wanted["host"], wanted["protocol"], wanted["device"]
     try:
         from engine_loader.engines.mooncake.binding import built_transports
         from engine_loader.engines.mooncake.engine import MooncakeEngine
@@ -84,13 +84,13 @@ def _look(
         report("mooncake", **_failure(exc))
         return
     try:
-        engine = MooncakeEngine(host, protocol)
+        engine = MooncakeEngine(host, protocol, device)
     except Exception as exc:  # noqa: BLE001  described
         report("engine", **_failure(exc))
         return
     report("engine", error="")
     threading.Thread(target=_read_ranks, args=(engine, ranks, report), daemon=True).start()
-    report("loopback", **_loopback(engine, host, protocol))
+    report("loopback", **_loopback(engine, host, protocol, device))
 
 
 def _torch_facts(torch: Any) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _torch_facts(torch: Any) -> dict[str, Any]:
     }
 
 
-def _loopback(engine: Any, host: str, protocol: str) -> dict[str, Any]:
+def _loopback(engine: Any, host: str, protocol: str, device: str) -> dict[str, Any]:
     """Reads memory of one engine with another, through the network stack, and compares it."""
     import torch
 
@@ -123,7 +123,7 @@ def _loopback(engine: Any, host: str, protocol: str) -> dict[str, Any]:
             "skipped": "memory of one's own process cannot be read over nvlink_intra",
         }
     try:
-        with MooncakeEngine(host, protocol) as source:
+        with MooncakeEngine(host, protocol, device) as source:
             src = torch.randint(0, 256, (_LOOPBACK_NBYTES,), dtype=torch.uint8)
             dst = torch.zeros_like(src)
             source.register(Region(src.data_ptr(), src.nbytes))

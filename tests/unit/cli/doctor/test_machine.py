@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import resource
 import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,8 +28,6 @@ from engine_cli.doctor.python import (
     judge_version,
     judge_wheels,
 )
-from engine_cli.doctor.rdma import Port, check_devices, judge_libibverbs, judge_memlock
-from engine_cli.doctor.rdma import judge_devices as judge_rdma
 from engine_loader.engines.mooncake.binding import _what_to_install
 from engine_loader.errors import EngineUnavailable
 from engine_registry.schema.record import RankState
@@ -228,73 +225,6 @@ def test_a_port_that_cannot_be_reached_is_put_down_to_a_firewall() -> None:
 )
 def test_few_open_files_warn(limit: int, status: Status) -> None:
     assert judge_files(limit).status is status
-
-
-# -- RDMA
-# --------------------------------------------------------------------------------------------------
-
-
-UP, DOWN = (
-    Port("mlx5_0", "1", "ACTIVE", "InfiniBand", "400 Gb/sec"),
-    Port("mlx5_1", "1", "DOWN", "Ethernet", "25 Gb/sec"),
-)
-
-
-@pytest.mark.parametrize(
-    ("ports", "usable", "else_", "wanted"),
-    [
-        ([], False, Status.SKIPPED, Status.FAIL),
-        ([DOWN], True, Status.WARN, Status.FAIL),
-        ([UP], False, Status.WARN, Status.FAIL),
-        ([UP, DOWN], True, Status.WARN, Status.WARN),
-        ([UP], True, Status.OK, Status.OK),
-    ],
-)
-def test_rdma_devices_fail_only_if_rdma_is_wanted(
-    ports: list[Port], usable: bool, else_: Status, wanted: Status
-) -> None:
-    assert judge_rdma(ports, usable, wanted=False).status is else_
-    assert judge_rdma(ports, usable, wanted=True).status is wanted
-
-
-def test_ports_are_read_as_the_kernel_shows_them(tmp_path: Path) -> None:
-    for device, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN")):
-        port = tmp_path / "class" / device / "ports" / "1"
-        port.mkdir(parents=True)
-        for name, text in (
-            ("state", state),
-            ("link_layer", "InfiniBand"),
-            ("rate", "400 Gb/sec (4X NDR)"),
-        ):
-            (port / name).write_text(f"{text}\n")
-    (tmp_path / "dev").mkdir()
-    (tmp_path / "dev" / "uverbs0").touch()
-    (finding,) = check_devices(True, tmp_path / "class", tmp_path / "dev")
-    assert finding.what == "mlx5_0/1 InfiniBand 400 Gb/sec (4X NDR); down: mlx5_1/1 DOWN"
-    (absent,) = check_devices(False, tmp_path / "none", tmp_path / "none")
-    assert absent.status is Status.SKIPPED
-
-
-@pytest.mark.parametrize(
-    ("limit", "else_", "wanted"),
-    [
-        (8 << 20, Status.OK, Status.FAIL),
-        (64 << 30, Status.OK, Status.WARN),
-        (resource.RLIM_INFINITY, Status.OK, Status.OK),
-    ],
-)
-def test_a_limit_on_locked_memory_matters_to_rdma(
-    limit: int, else_: Status, wanted: Status
-) -> None:
-    assert judge_memlock(limit, wanted=False).status is else_
-    assert judge_memlock(limit, wanted=True).status is wanted
-
-
-def test_libibverbs_is_needed_over_tcp_too() -> None:
-    assert judge_libibverbs("").status is Status.OK
-    assert judge_libibverbs("cannot open shared object file").mend.startswith(
-        "apt-get install libibverbs1"
-    )
 
 
 # -- torch and the transfer engine

@@ -274,10 +274,10 @@ def test_a_fact_is_received_from_the_probe(
         "flush=True); sys.stdin.read()"
     )
     probe = probe_that_runs(f"import json; {code}", running, monkeypatch)
-    probe.begin("h", "tcp")
+    probe.begin("h", "tcp", "")
     assert probe.fact("said", 20) == {
         "fact": "said",
-        "line": {"engine": {"host": "h", "protocol": "tcp"}},
+        "line": {"engine": {"host": "h", "protocol": "tcp", "device": ""}},
     }
     with pytest.raises(Late):
         probe.fact("never", HANG_S)
@@ -295,7 +295,7 @@ def test_a_probe_that_crashes_is_reported_with_its_end(
     code: str, how: str, running: list[Probe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe = probe_that_runs(code, running, monkeypatch)
-    probe.begin("h", "tcp")
+    probe.begin("h", "tcp", "")
     with pytest.raises(Died, match=how):
         probe.fact("torch", 20)
 
