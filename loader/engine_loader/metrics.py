@@ -55,6 +55,11 @@ LOAD_NBYTES_PER_S = Histogram(
     "Bytes of the tensors by seconds, of loads that succeeded.",
     buckets=[1e7, 3e7, 1e8, 3e8, 1e9, 2e9, 4e9, 8e9, 16e9, 32e9, 64e9, 128e9, 256e9, 512e9],
 )
+REGISTER_S = Histogram(
+    "engines_loader_register_seconds",
+    "How long the transfer engine took to register a rank's memory, to be read or filled.",
+    buckets=[0.001, 0.01, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300],
+)
 RETRIES = Counter(
     "engines_loader_torn_retries",
     "Loads that began again, as the weights had changed while they were read.",

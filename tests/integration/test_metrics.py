@@ -399,6 +399,9 @@ def test_a_source_given_up_counts_as_one_failover_by_its_reason(
     assert shown("loader_torn_retries_total") == 0
     assert shown("loader_load_seconds_count") == shown("loader_load_bytes_per_second_count") == 1
     assert shown("loader_load_seconds_sum") == pytest.approx(report.seconds)
+    assert shown("loader_register_seconds_sum") == pytest.approx(report.register_s)
+    assert 0 < report.register_s < report.seconds
+    assert report.regions > 0
     assert shown("loader_load_bytes_per_second_sum") == pytest.approx(report.gb_per_s * 1e9)
 
 

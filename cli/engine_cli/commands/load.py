@@ -22,6 +22,7 @@ from engine_cli.options import (
 )
 from engine_cli.render.documents import loaded_json
 from engine_cli.render.tables import print_json, size
+from engine_cli.render.texts import registration
 from engine_cli.runtime.loading import AUTO, Loading
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option
@@ -198,7 +199,7 @@ def command(
             click.echo(
                 f"loaded {name} version {report.version}: {count(report.tensors, 'tensor')}, "
                 f"{size(report.nbytes)} in {report.seconds:.2f} s ({report.gb_per_s:.2f} GB/s over "
-                f"{report.protocol}){_where(paths)}"
+                f"{report.protocol}{registration(report.register_s)}){_where(paths)}"
             )
         if report.publication is not None:
             endings.listen(until_eof)

@@ -23,6 +23,7 @@ from engine_cli.options import (
     rank_option,
 )
 from engine_cli.render.tables import size
+from engine_cli.render.texts import registration
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option
 from engine_cli.shards import boxes_of, parse_cut, parse_place, read_boxes
@@ -263,7 +264,9 @@ def command(
             click.echo(
                 f"registered {name} of {world_size}: "
                 f"{count(record.manifest.tensors, 'tensor')}, {size(record.manifest.nbytes)}, "
-                f"at {record.session_id} ({record.protocol}){_origin(seeded)}; Ctrl-C withdraws"
+                f"at {record.session_id} "
+                f"({record.protocol}{registration(publication.register_s)}){_origin(seeded)}; "
+                "Ctrl-C withdraws"
             )
             endings.hold(publication, drain)
         endings.say(publication)

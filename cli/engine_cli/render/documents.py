@@ -197,6 +197,8 @@ def loaded_json(report: LoadReport, paths: Sequence[Path]) -> dict[str, Any]:
         "seconds": round(report.seconds, 6),
         "transfer_s": round(report.transfer_s, 6),
         "digest_s": round(report.digest_s, 6),
+        "regions": report.regions,
+        "register_s": round(report.register_s, 6),
         "sources": [
             {
                 "key": share.name,

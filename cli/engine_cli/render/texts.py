@@ -30,6 +30,7 @@ from engine_registry.schema.printable import count
 from engine_registry.schema.status import named
 
 _MAX_NAMES = 4  # in one cell
+_LONG_S = 1.0
 _MAX_DEPTH = 32  # of what a line of the tree is moved to the right
 
 
@@ -217,6 +218,11 @@ def rank_row(record: RankRecord, progress: Arrived | None = None) -> list[str]:
 def _way(record: RankRecord) -> str:
     """The protocol, and the network cards that it goes over."""
     return f"{record.protocol} {some_of(record.rails)}" if record.rails else record.protocol
+
+
+def registration(seconds: float) -> str:
+    """What the transfer engine took to register memory, where it is worth a word."""
+    return f", {seconds:.1f} s to register memory" if seconds >= _LONG_S else ""
 
 
 def tensor_rows(manifest: Manifest) -> list[list[str]]:

@@ -110,6 +110,7 @@ def _together(reports: Sequence[LoadReport]) -> LoadReport:
         retries=sum(report.retries for report in reports),
         transfer_s=sum(report.transfer_s for report in reports),
         digest_s=sum(report.digest_s for report in reports),
+        register_s=sum(report.register_s for report in reports),
         shares=summed([share for report in reports for share in report.shares]),
     )
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 
@@ -152,7 +153,10 @@ def load(
     with ExitStack() as undo:
         filling = undo.enter_context(USES.fill(f"a load of {_name_of(source)}", destination.runs))
         dst = destination.manifest
+        began = time.monotonic()
         dst = with_regions(dst, lend(engine, undo, *dst.regions, owner=destination))
+        register_s = time.monotonic() - began
+        metrics.REGISTER_S.observe(register_s)
         undo.enter_context(on_default_stream(job.device))
         # Nothing is on its way to the tensors at the end, nor at the beginning.
         undo.callback(wait_for, destination.devices)
@@ -163,7 +167,7 @@ def load(
                 registry, engine, replica, job.rank, destination, pace.chunk_nbytes, filling
             )
         lost = LostSources()
-        return _fill(
+        report = _fill(
             Attempts(
                 job=job,
                 deadline=time.monotonic() + timeout_s,
@@ -174,6 +178,7 @@ def load(
                 republication=republication,
             )
         )
+        return replace(report, register_s=register_s)
 
 
 def _place(

@@ -46,6 +46,9 @@ class LoadReport:
         seconds: Seconds of the whole load.
         transfer_s: Seconds of the reads with their checks.
         digest_s: Seconds that digests took besides.
+        regions: Regions of memory that the tensors lie in.
+        register_s: Seconds that the transfer engine took to make these known to the network card.
+            They are part of `seconds`. Over tcp they are next to nothing.
         shares: For each source of this content, the bytes that came from it, and why it was
             dropped, if it was.
         publication: The loaded rank as a source, if it was to be published. The caller closes it.
@@ -65,6 +68,8 @@ class LoadReport:
     transfer_s: float
     digest_s: float
     shares: tuple[Share, ...]
+    regions: int = 0
+    register_s: float = 0.0
     publication: Publication | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -117,6 +122,7 @@ def report_of(
         transfer_s=filled.transfer_s,
         digest_s=filled.digest_s,
         shares=summed([*received.shares, *filled.shares]),
+        regions=len(received.dst.regions),
         publication=publication,
     )
 

@@ -125,7 +125,9 @@ class WholeSource:
             memory = block_of(max(map(extent, layouts)), self.reader.device)
             # Lent until the end, the memory is registered once and not for each group.
             lent = Destination({"memory": memory}).manifest.regions
+            began = time.monotonic()
             lend(self.reader.engine, undo, *lent, owner=memory)
+            register_s = time.monotonic() - began
             total_nbytes = sum(whole.nbytes for group in groups for whole in group)
             done_nbytes = 0
             for group, layout in zip(groups, layouts, strict=True):
@@ -134,7 +136,9 @@ class WholeSource:
                 )
                 nbytes = sum(whole.nbytes for whole in group)
                 progress = self._part_of_progress(done_nbytes, nbytes, total_nbytes)
-                yield tensors, self._load(group, tensors, timeout_s, progress)
+                report = self._load(group, tensors, timeout_s, progress)
+                yield tensors, replace(report, register_s=report.register_s + register_s)
+                register_s = 0.0
                 done_nbytes += nbytes
 
     def _load(

@@ -7,6 +7,7 @@ back and is offered again has another one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -62,6 +63,7 @@ class Offering:
     use: Use
     memory: ExitStack  # gives back that of the weights; a part of `undo`
     undo: ExitStack
+    register_s: float  # seconds that the memory of the weights took to be registered
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +126,10 @@ def offer_weights(
     memory = undo.enter_context(ExitStack())
     use = USES.serve(owner, weights.runs, filled_by)
     memory.callback(USES.end, use)
+    began = time.monotonic()
     manifest = with_regions(manifest, offer(engine, memory, *manifest.regions))
+    register_s = time.monotonic() - began
+    metrics.REGISTER_S.observe(register_s)
     header = HeaderCell(device, manifest.marks)
     offer(engine, undo, to_register(header.region, device.type))
     proven = None
@@ -139,7 +144,9 @@ def offer_weights(
     incarnation, content = new_incarnation(), content or proven or new_content()
     header.write(Header(incarnation, 2 * version, content))
     undo.callback(header.retire)
-    return Offering(incarnation, content, manifest, header, digests, weights, use, memory, undo)
+    return Offering(
+        incarnation, content, manifest, header, digests, weights, use, memory, undo, register_s
+    )
 
 
 def meter_pulls(registry: Registry, record: RankRecord, undo: ExitStack) -> None:

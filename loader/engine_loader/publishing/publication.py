@@ -27,11 +27,9 @@ from engine_loader.tensors.shards import Shard
 from engine_loader.tensors.uses import USES, Use
 from engine_registry import (
     RankRecord,
-    RankState,
     Registration,
     RegistrationState,
 )
-from engine_registry.errors import RegistryError
 from engine_registry.lifetime import Closable
 from engine_registry.registration.writes import WITHDRAWN
 from engine_registry.schema.numbers import seconds
@@ -90,6 +88,11 @@ class Publication(Closable):
     def regions(self) -> Regions:
         """Those of its manifest."""
         return self._served.offering("read").manifest.regions
+
+    @property
+    def register_s(self) -> float:
+        """Seconds that the registration of `regions` with the transfer engine took."""
+        return self._served.offering("read").register_s
 
     @property
     def _header(self) -> HeaderCell:
@@ -258,20 +261,7 @@ class Publication(Closable):
         Returns:
             False if some loads were still running after that. They lose their source.
         """
-        pulls, timeout_s = 0, seconds("timeout_s", timeout_s)
-        try:
-            self._served.registration.update(state=RankState.DRAINING)
-            if self.state is RegistrationState.REGISTERED:
-                pulls = self._served.registry.wait_for_no_pulls(
-                    self.record.instance, self.record.rank, timeout_s
-                )
-        except RegistryError as exc:
-            log.warning(
-                "%s closes without waiting for its readers: %s",
-                self.record.key,
-                exc,
-                extra=fields("drain_skipped", key=self.record.key, error=exc),
-            )
+        pulls = self._served.let_finish(seconds("timeout_s", timeout_s))
         if pulls:
             log.warning(
                 "%s closes while %d loads still read from it",

@@ -22,7 +22,14 @@ from engine_loader.tensors.cuda import wait_for
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.state_dict import encode_values
 from engine_loader.tensors.uses import USES
-from engine_registry import RankRecord, RankState, Registration, Registry, failpoints
+from engine_registry import (
+    RankRecord,
+    RankState,
+    Registration,
+    RegistrationState,
+    Registry,
+    failpoints,
+)
 from engine_registry.errors import RegistryError
 from engine_registry.schema.record import new_content
 from engine_registry.telemetry.logs import fields
@@ -192,6 +199,25 @@ class Served:
                 exc,
                 extra=fields("record_not_changed", key=self.record.key, error=exc),
             )
+
+    def let_finish(self, timeout_s: float) -> int:
+        """Invites no new readers, and says how many of the old ones still read after that time. An
+        etcd that is away is not waited for.
+        """
+        try:
+            self.registration.update(state=RankState.DRAINING)
+            if self.registration.state is RegistrationState.REGISTERED:
+                return self.registry.wait_for_no_pulls(
+                    self.record.instance, self.record.rank, timeout_s
+                )
+        except RegistryError as exc:
+            log.warning(
+                "%s closes without waiting for its readers: %s",
+                self.record.key,
+                exc,
+                extra=fields("drain_skipped", key=self.record.key, error=exc),
+            )
+        return 0
 
     # -- checks
 

@@ -31,6 +31,7 @@ from engine_cli.render.texts import (
     instance_row,
     instance_table,
     rank_row,
+    registration,
     tensor_rows,
 )
 from engine_cli.runtime.serving import Endings
@@ -655,6 +656,11 @@ def test_the_network_cards_of_a_rank_stand_beside_its_protocol() -> None:
     assert rank_json(record)["rails"] == rails
     assert "rdma mlx5_0, mlx5_1" in rank_row(record)
     assert "tcp" in rank_row(a_record())
+
+
+def test_the_time_to_register_memory_is_printed_only_where_it_is_long() -> None:
+    assert registration(0.99) == ""
+    assert registration(12.34) == ", 12.3 s to register memory"
 
 
 def test_a_box_is_printed_only_where_the_tensor_states_one() -> None:

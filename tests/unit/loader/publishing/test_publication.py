@@ -8,6 +8,7 @@ import ctypes
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -22,6 +23,7 @@ from engine_loader import (
     publish,
     publish_state_dict,
 )
+from engine_loader.engines.region_book import Regions
 from engine_loader.errors import LoaderError, MemoryInUse, TensorsUnusable
 from engine_loader.publishing import offering, served
 from engine_loader.publishing import publication as publications
@@ -203,6 +205,25 @@ def test_a_reader_finds_the_header_as_soon_as_it_finds_the_record(bench: Bench) 
     served = [(part.addr, part.end) for part in bench.engine._served]
     for addr in [asked["header_addr"], *[entry.addr for entry in manifest.tensors]]:
         assert any(start <= addr < end for start, end in served)
+
+
+def test_a_publication_says_how_long_the_memory_of_its_weights_took_to_be_registered(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register, seconds = bench.engine.register, 0.0
+
+    def slow(region: Region) -> Regions:
+        nonlocal seconds
+        seconds += 3.0
+        return register(region)
+
+    monkeypatch.setattr(bench.engine, "register", slow)
+    monkeypatch.setattr(
+        "engine_loader.publishing.offering.time", SimpleNamespace(monotonic=lambda: seconds)
+    )
+    publication = bench.publish(digests=True)
+    weights, others = len(publication.regions), 2  # the header and the digests
+    assert (publication.register_s, seconds) == (3.0 * weights, 3.0 * (weights + others))
 
 
 def test_a_publication_begins_with_the_version_and_the_values_that_it_is_given(
