@@ -78,6 +78,10 @@ class Probe:
         """
         self._say({"ranks": [f"{key} {value.decode()}" for key, value in records]})
 
+    def measure(self, key: str, record: bytes, addr: int, nbytes: int) -> None:
+        """Has it read these bytes of the rank for as long as that takes, a second at most."""
+        self._say({"speed": {"rank": f"{key} {record.decode()}", "addr": addr, "nbytes": nbytes}})
+
     def fact(self, name: str, limit_s: float) -> Fact:
         """The first of that name; Late or Died where there will be none."""
         found = self.facts(name, bool, limit_s)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from engine_cli.doctor.finding import duration
 from engine_cli.doctor.runner import within
 
 
@@ -65,3 +66,27 @@ def _addresses(host: str, port: int, limit_s: float) -> list[Any]:
         )
     except UnicodeError as exc:
         raise OSError(str(exc)) from exc
+
+
+def problem_of(line: Dialled) -> str:
+    """What is wrong with the address of a rank."""
+    if line.trouble is Trouble.REFUSED:
+        return "nobody listens there"
+    if line.trouble is Trouble.SILENT:
+        return f"no answer to a connection within {duration(line.seconds)}"
+    return line.detail
+
+
+def mend_of(line: Dialled, process: str) -> str:
+    """What to do about it. `process` names the rank's."""
+    if line.trouble is Trouble.REFUSED:
+        return (
+            f"{process} has ended, or its host was registered wrongly: it leaves etcd when its "
+            "lease ends; else engines evict it"
+        )
+    if line.trouble is Trouble.NAME:
+        return "register it with an address (--host), not a name"
+    return (
+        "is that machine up, and is there a way to it? ip route get, ping; a firewall? Peers "
+        "need all unprivileged ports"
+    )

@@ -153,13 +153,13 @@ def _peer_check(asked: Asked, etcd: EtcdChecks | None, probe: Probe, step_s: flo
         if etcd is None or asked.peer is None:
             raise Skip("the client of etcd cannot be imported: see python.etcd3")
         yield from peer.check_peer(
-            etcd.ready(), probe, asked.peer, asked.rank, asked.protocol, step_s
+            etcd.ready(), probe, asked.peer, asked.rank, asked.protocol, asked.device, step_s
         )
 
     return Check(
         "peer.registered",
         check,
-        engine.IMPORT_S + 4 * step_s,
+        engine.IMPORT_S + engine.ENGINE_S + 5 * step_s,
         "etcd or a rank stopped answering meanwhile: run it again",
     )
 

@@ -59,6 +59,12 @@ def described(exc: BaseException) -> tuple[str, str]:
     return said(exc) or type(exc).__name__, ""
 
 
+def failure(exc: BaseException) -> dict[str, str]:
+    """The same, as a fact of the probe process."""
+    what, mend = described(exc)
+    return {"error": what, "mend": mend}
+
+
 def duration(seconds: float) -> str:
     if seconds < 0.01:
         return f"{1000 * seconds:.1f} ms"

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 from engine_cli.doctor.child import Died, Fact, Late, Probe
-from engine_cli.doctor.dial import Dialled, Trouble, dial
+from engine_cli.doctor.dial import Dialled, dial, mend_of, problem_of
 from engine_cli.doctor.engine import IMPORT_S
 from engine_cli.doctor.finding import Finding, Status, duration, fail, ok, skipped, warn
 from engine_cli.doctor.runner import at_once
+from engine_cli.doctor.speed import check_speed
 from engine_registry.errors import InvalidField
 from engine_registry.schema.address import host_of, is_loopback, parse_session
 from engine_registry.schema.printable import count
@@ -28,9 +29,17 @@ _SLOW_S = 0.1
 
 
 def check_peer(
-    etcd: Etcd, probe: Probe, instance: str, rank: int | None, protocol: str, limit_s: float
+    etcd: Etcd,
+    probe: Probe,
+    instance: str,
+    rank: int | None,
+    protocol: str,
+    device: str,
+    limit_s: float,
 ) -> Iterator[Finding]:
-    """`limit_s` is for the ranks' answers, from when our engine is ready."""
+    """`limit_s` is for the ranks' answers, from when our engine is ready, and for a measurement of
+    the speed of the first that is well.
+    """
     from engine_registry.schema.keys import instance_prefix
     from engine_registry.schema.record_format import encode
     from engine_registry.schema.roster import Roster
@@ -59,6 +68,11 @@ def check_peer(
             engine_error,
             limit_s,
         )
+    for record in readable:
+        header = headers.get(record.key)
+        if header and not header["error"]:
+            yield from check_speed(etcd, probe, record, header, device, limit_s)
+            return
 
 
 def _dial_all(records: Sequence[RankRecord], limit_s: float) -> dict[str, Dialled | None]:
@@ -164,7 +178,7 @@ def judge_rank(
             "engines evict it, and register it again with --host",
         )
     if line.trouble is not None:
-        return fail(name, f"{who}: {_line_problem(line)}", _line_mend(line, process))
+        return fail(name, f"{who}: {problem_of(line)}", mend_of(line, process))
     if record.protocol != protocol:
         return warn(
             name,
@@ -226,26 +240,4 @@ def _judge_header(
         Status.WARN if slow else Status.OK,
         what,
         "the network between here and there is slow: ping, mtr" if slow else "",
-    )
-
-
-def _line_problem(line: Dialled) -> str:
-    if line.trouble is Trouble.REFUSED:
-        return "nobody listens there"
-    if line.trouble is Trouble.SILENT:
-        return f"no answer to a connection within {duration(line.seconds)}"
-    return line.detail
-
-
-def _line_mend(line: Dialled, process: str) -> str:
-    if line.trouble is Trouble.REFUSED:
-        return (
-            f"{process} has ended, or its host was registered wrongly: it leaves etcd when its "
-            "lease ends; else engines evict it"
-        )
-    if line.trouble is Trouble.NAME:
-        return "register it with an address (--host), not a name"
-    return (
-        "is that machine up, and is there a way to it? ip route get, ping; a firewall? Peers "
-        "need all unprivileged ports"
     )

@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from engine_cli.doctor.finding import described
+from engine_cli.doctor.finding import failure
+from engine_cli.doctor.peer_reads import read_ranks, read_weights
 
 _LOOPBACK_NBYTES = 64 << 20
 _OP_NBYTES = 16 << 20
-_LOOKS = 3
 _write_lock = threading.Lock()
 
 
@@ -38,27 +38,35 @@ def main() -> NoReturn:
     # In whichever order they come: different checks send them.
     engines: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     ranks: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    speeds: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
     def listen() -> None:
         for line in sys.stdin:
             order = json.loads(line)
             if "engine" in order:
                 engines.put(order["engine"])
-            else:
+            elif "ranks" in order:
                 ranks.put(order["ranks"])
+            else:
+                speeds.put(order["speed"])
         os._exit(0)  # the process that asked is gone
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
-    _look(engines.get, ranks.get, report)
+    _look(engines.get, ranks.get, speeds.get, report)
     listener.join()
     os._exit(0)
 
 
 def _look(
-    task: Callable[[], dict[str, str]], ranks: Callable[[], list[str]], report: Callable[..., None]
+    task: Callable[[], dict[str, str]],
+    ranks: Callable[[], list[str]],
+    speeds: Callable[[], dict[str, Any]],
+    report: Callable[..., None],
 ) -> None:
-    """`task` waits for where and how to try the engine, `ranks` for the next to read from."""
+    """`task` waits for where and how to try the engine, `ranks` for the next to read from, `speeds`
+    for the one whose speed is to be measured.
+    """
     try:
         import torch
 
@@ -66,7 +74,7 @@ def _look(
     except Exception as exc:  # noqa: BLE001  described
         report(
             "torch",
-            **_failure(exc),
+            **failure(exc),
             missing=isinstance(exc, ModuleNotFoundError) and exc.name == "torch",
         )
         return
@@ -81,15 +89,16 @@ def _look(
         load_library(family_of(host.strip("[]")))
         report("mooncake", error="", transports=built_transports())
     except Exception as exc:  # noqa: BLE001  described
-        report("mooncake", **_failure(exc))
+        report("mooncake", **failure(exc))
         return
     try:
         engine = MooncakeEngine(host, protocol, device)
     except Exception as exc:  # noqa: BLE001  described
-        report("engine", **_failure(exc))
+        report("engine", **failure(exc))
         return
     report("engine", error="")
-    threading.Thread(target=_read_ranks, args=(engine, ranks, report), daemon=True).start()
+    threading.Thread(target=read_ranks, args=(engine, ranks, report), daemon=True).start()
+    threading.Thread(target=read_weights, args=(engine, speeds, report), daemon=True).start()
     report("loopback", **_loopback(engine, host, protocol, device))
 
 
@@ -149,50 +158,4 @@ def _loopback(engine: Any, host: str, protocol: str, device: str) -> dict[str, A
                 "equal": bool(torch.equal(src, dst)),
             }
     except Exception as exc:  # noqa: BLE001  described
-        return _failure(exc)
-
-
-def _read_ranks(engine: Any, ranks: Callable[[], list[str]], report: Callable[..., None]) -> None:
-    from engine_registry.schema.record_format import decode
-
-    while True:
-        for line in ranks():
-            key, _, value = line.partition(" ")
-            record = decode(key, value.encode())
-            threading.Thread(
-                target=_read_header, args=(engine, record, report), daemon=True
-            ).start()
-
-
-def _read_header(engine: Any, record: Any, report: Callable[..., None]) -> None:
-    import torch
-
-    from engine_loader.publishing.header import HeaderCell, fetch_header
-
-    try:
-        cell = HeaderCell(torch.device("cuda" if engine.protocol == "nvlink_intra" else "cpu"))
-        engine.lend(cell.region)
-        began = time.monotonic()
-        engine.connect(record.session_id)
-        contact_s = time.monotonic() - began
-        seconds = []
-        for _ in range(_LOOKS):
-            began = time.monotonic()
-            header = fetch_header(engine, record, cell)
-            seconds.append(time.monotonic() - began)
-        report(
-            "rank",
-            key=record.key,
-            error="",
-            contact_s=contact_s,
-            read_s=min(seconds),
-            version=header.version,
-            updating=header.updating,
-        )
-    except Exception as exc:  # noqa: BLE001  described
-        report("rank", key=record.key, **_failure(exc), lost=type(exc).__name__ == "SourceLost")
-
-
-def _failure(exc: Exception) -> dict[str, str]:
-    what, mend = described(exc)
-    return {"error": what, "mend": mend}
+        return failure(exc)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+Net = ipaddress.IPv4Network
 _OVERLAYS = ("flannel", "cni", "calico", "vxlan", "docker")  # how names of such interfaces begin
 _PRIVATE = [ipaddress.IPv4Network(net) for net in ("10.0.0.0/8", "172.16.0.0/12", "100.64.0.0/10")]
 _USED = ("RoCE v2", "IB/RoCE v1")  # what the kernel calls the types that Mooncake prefers
@@ -82,23 +84,26 @@ def subnet_of(gid: Gid | None, link: str, root: Path) -> str:
     if link == "InfiniBand":
         return str(ipaddress.IPv6Network((int(gid.address) >> 64 << 64, 64)))
     if isinstance(gid.host, ipaddress.IPv4Address):
-        return _subnet_of_ipv4(gid.host, gid.netdev, root / "proc/net/route")
+        return _subnet_of_ipv4(gid.host, gid.netdev, root)
     return _subnet_of_ipv6(gid.host, gid.netdev, root / "proc/net/if_inet6")
 
 
-def _subnet_of_ipv4(address: ipaddress.IPv4Address, netdev: str, table: Path) -> str:
-    """From the routes without a gateway."""
-    nets = []
-    for line in text_of(table).splitlines()[1:]:
+def routes_of_ipv4(root: Path, *, direct: bool = False) -> Iterator[tuple[Net, str]]:
+    """Each network that this machine has a way to, and the interface; `direct`: no gateway."""
+    for line in text_of(root / "proc/net/route").splitlines()[1:]:
         name, target, gateway, *_, mask = line.split()[:8]
-        if name == netdev and int(gateway, 16) == 0 and int(mask, 16):
+        if not direct or int(gateway, 16) == 0:
             start, bits = (int.from_bytes(bytes.fromhex(each), "little") for each in (target, mask))
-            nets.append(ipaddress.IPv4Network((start, bits.bit_count())))
-    return str(max((net for net in nets if address in net), key=_length, default=""))
+            yield ipaddress.IPv4Network((start, bits.bit_count())), name
 
 
-def _length(net: ipaddress.IPv4Network) -> int:
-    return net.prefixlen
+def _subnet_of_ipv4(address: ipaddress.IPv4Address, netdev: str, root: Path) -> str:
+    nets = [
+        net
+        for net, name in routes_of_ipv4(root, direct=True)
+        if name == netdev and net.prefixlen and address in net
+    ]
+    return str(max(nets, key=lambda net: net.prefixlen, default=""))
 
 
 def _subnet_of_ipv6(address: ipaddress.IPv6Address, netdev: str, table: Path) -> str:

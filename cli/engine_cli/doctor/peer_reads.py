@@ -1,0 +1,107 @@
+"""Reads from the ranks of an instance, in the probe process: headers, and weights for the speed.
+
+A thread for each rank, and one that measures.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from engine_cli.doctor.finding import failure
+
+_LOOKS = 3
+_READ_NBYTES = 4 << 20  # of each read of a rank's weights
+_READS = 4  # at a time
+_SPEED_NBYTES = 512 << 20  # of them together, at most
+_SPEED_S = 1.0
+
+
+def read_ranks(engine: Any, ranks: Callable[[], list[str]], report: Callable[..., None]) -> None:
+    from engine_registry.schema.record_format import decode
+
+    while True:
+        for line in ranks():
+            key, _, value = line.partition(" ")
+            record = decode(key, value.encode())
+            threading.Thread(
+                target=_read_header, args=(engine, record, report), daemon=True
+            ).start()
+
+
+def _read_header(engine: Any, record: Any, report: Callable[..., None]) -> None:
+    import torch
+
+    from engine_loader.publishing.header import HeaderCell, fetch_header
+
+    try:
+        cell = HeaderCell(torch.device("cuda" if engine.protocol == "nvlink_intra" else "cpu"))
+        engine.lend(cell.region)
+        began = time.monotonic()
+        engine.connect(record.session_id)
+        contact_s = time.monotonic() - began
+        seconds = []
+        for _ in range(_LOOKS):
+            began = time.monotonic()
+            header = fetch_header(engine, record, cell)
+            seconds.append(time.monotonic() - began)
+        report(
+            "rank",
+            key=record.key,
+            error="",
+            contact_s=contact_s,
+            read_s=min(seconds),
+            version=header.version,
+            updating=header.updating,
+        )
+    except Exception as exc:  # noqa: BLE001  described
+        report("rank", key=record.key, **failure(exc), lost=type(exc).__name__ == "SourceLost")
+
+
+def read_weights(
+    engine: Any, speeds: Callable[[], dict[str, Any]], report: Callable[..., None]
+) -> None:
+    """Reads the bytes that are named, again and again, into a few places."""
+    import torch
+
+    from engine_loader.engines.base import peer_of
+    from engine_loader.planning.plan import ReadOp
+    from engine_registry import Region
+    from engine_registry.schema.record_format import decode
+
+    while True:  # so that the memory stays, whatever still writes to it
+        wanted = speeds()
+        try:
+            key, _, value = wanted["rank"].partition(" ")
+            record = decode(key, value.encode())
+            peer = peer_of(record.session_id, record.incarnation)
+            nbytes = min(_READ_NBYTES, wanted["nbytes"])
+            kind = "cuda" if engine.protocol == "nvlink_intra" else "cpu"
+            memory = torch.zeros(_READS * nbytes, dtype=torch.uint8, device=kind)
+            engine.lend(Region(memory.data_ptr(), memory.nbytes))
+            offsets = itertools.cycle(range(0, wanted["nbytes"] - nbytes + 1, nbytes))
+            free = [memory.data_ptr() + nbytes * number for number in range(_READS)]
+            running: dict[int, int] = {}
+            read_nbytes, began = 0, time.monotonic()
+            engine.connect(peer)
+            while running or free:
+                more = read_nbytes < _SPEED_NBYTES and time.monotonic() - began < _SPEED_S
+                while free and more:
+                    place = free.pop()
+                    op = ReadOp("speed", wanted["addr"] + next(offsets), place, nbytes)
+                    running[engine.start(peer, op)] = place
+                for number in [number for number in running if engine.done(number)]:
+                    place = running.pop(number)
+                    read_nbytes += nbytes
+                    if more:
+                        free.append(place)
+                if not more and not running:
+                    break
+                time.sleep(5e-5)
+            seconds = time.monotonic() - began
+            report("speed", error="", nbytes=read_nbytes, seconds=seconds)
+        except Exception as exc:  # noqa: BLE001  described
+            report("speed", **failure(exc))
