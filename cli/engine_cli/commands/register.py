@@ -1,4 +1,7 @@
-"""`engines register`."""
+"""`engines register`.
+
+Longer than other modules: half of it is the options.
+"""
 
 from __future__ import annotations
 
