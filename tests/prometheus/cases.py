@@ -15,6 +15,8 @@ READY = 'engines_registry_instance_ready{engine_instance="q",instance="w"}'
 READY_2 = 'engines_registry_instance_ready{engine_instance="q",instance="w2"}'
 LOADING = 'engines_registry_ranks{engine_instance="q",state="loading",instance="w"}'
 
+SILENT = 'engines_registry_ranks_unresponsive{engine_instance="q",instance="w"}'
+
 
 def _lost(reason: str, watch: str = "w") -> str:
     return f'engines_registry_ranks_lost_total{{reason="{reason}",instance="{watch}"}}'
@@ -116,6 +118,15 @@ CASES = {
         {LOADING: "2+0x40"},
         {"engine_instance": "q"},
         {"the load ends in time": {LOADING: "2+0x20 0+0x20"}},
+    ),
+    "RanksUnresponsive": Cases(
+        7,
+        {SILENT: "0 2+0x9"},
+        {"engine_instance": "q"},
+        {
+            "they answer again in time": {SILENT: "2+0x3 0+0x9"},
+            "all of them answer": {SILENT: "0+0x9"},
+        },
     ),
     "RanksLost": Cases(
         15,

@@ -624,6 +624,14 @@ def test_an_instance_with_a_rank_that_loads_is_loading_in_tables_and_in_json(
     assert event_json(InstanceDegraded(status))["state"] == "loading"
 
 
+def test_an_instance_that_is_ready_but_for_a_silent_rank_is_unresponsive() -> None:
+    silent = "2026-01-02T03:05:00.000Z"
+    status = assess("qwen", [a_record(rank=0), a_record(rank=1, unresponsive_since=silent)])
+    assert instance_row(status)[1] == "unresponsive"
+    document = instance_json(status)
+    assert (document["state"], document["unresponsive"]) == ("unresponsive", [1])
+
+
 def test_labels_are_in_the_objects_of_the_instance_and_of_the_rank() -> None:
     record = a_record(labels={"team": "search"})
     assert instance_json(assess("qwen", [record]))["labels"] == {"team": "search"}

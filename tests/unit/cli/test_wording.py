@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine_cli.wording import _WORDS, in_options, said
-from engine_loader import LoadOptions, PublishOptions, publish
+from engine_loader import LoadOptions, MooncakeEngine, PublishOptions, publish
 from engine_registry import RankConflict, Registry
 from engine_registry.gateway.limits import Limits
 from engine_registry.gateway.server import Gateway
@@ -59,7 +59,15 @@ def test_the_library_names_no_option_and_no_command_of_the_command_line() -> Non
 
 
 def test_what_is_put_in_its_place_is_a_parameter_or_a_call_of_the_library() -> None:
-    takers = (Registry.connect, Gateway.__init__, Limits, publish, PublishOptions, LoadOptions)
+    takers = (
+        Registry.connect,
+        Gateway.__init__,
+        Limits,
+        MooncakeEngine.__init__,
+        publish,
+        PublishOptions,
+        LoadOptions,
+    )
     parameters = {name for taker in takers for name in inspect.signature(taker).parameters}
     calls = {f"Registry.{name}" for name in vars(Registry)}
     names = {name.removesuffix("()").partition("=")[0] for name in _WORDS}
