@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -102,8 +103,12 @@ def _console(width: int) -> Console:
 
 
 def _width() -> int:
-    """Of the terminal, or what COLUMNS says; without both, a pipe's: as much as it takes."""
-    return max(_NARROWEST, shutil.get_terminal_size((_WIDE, 0)).columns)
+    """Of the terminal, or what COLUMNS says of it. A pipe takes everything: programs read lines of
+    it, and many environments have COLUMNS set.
+    """
+    if not sys.stdout.isatty():
+        return _WIDE
+    return max(_NARROWEST, shutil.get_terminal_size().columns)
 
 
 def print_tree(rows: Sequence[tuple[int, str]]) -> None:

@@ -62,9 +62,15 @@ def test_no_control_character_of_a_name_reaches_the_terminal(
     assert json.loads(data) == {"name": CONTROLS}
 
 
+def on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+
+
 def test_a_table_in_a_pipe_has_one_row_a_line_and_no_blanks_at_its_ends(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
     print_table(COLUMNS, ROWS)
     assert capsys.readouterr().out.splitlines() == [
         "INSTANCE   STATE     SIZE     WHY NOT READY",
@@ -76,7 +82,8 @@ def test_a_table_in_a_pipe_has_one_row_a_line_and_no_blanks_at_its_ends(
 def test_the_last_column_is_wrapped_where_there_is_room_for_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
+    on_terminal(monkeypatch, 60)
+    monkeypatch.setenv("NO_COLOR", "1")
     print_table(COLUMNS, ROWS)
     assert capsys.readouterr().out.splitlines() == [
         "INSTANCE   STATE     SIZE     WHY NOT READY",
@@ -89,7 +96,8 @@ def test_the_last_column_is_wrapped_where_there_is_room_for_it(
 def test_columns_that_do_not_fit_go_on_below(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
+    on_terminal(monkeypatch, 40)
+    monkeypatch.setenv("NO_COLOR", "1")
     print_table(COLUMNS, ROWS)
     assert capsys.readouterr().out.splitlines() == [
         "INSTANCE   STATE     SIZE",
@@ -104,7 +112,8 @@ def test_columns_that_do_not_fit_go_on_below(
 def test_no_line_is_wider_than_the_terminal_and_no_character_is_lost(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))
+    on_terminal(monkeypatch, columns)
+    monkeypatch.setenv("NO_COLOR", "1")
     rows = [["x" * 128, "ready", "重" * 30, "y" * 70], *ROWS]
     print_table(COLUMNS, rows)
     out = capsys.readouterr().out
@@ -150,8 +159,7 @@ def test_nothing_is_coloured_in_a_pipe_or_with_no_color(
 def test_a_tree_on_a_narrow_terminal_stays_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "20")
+    on_terminal(monkeypatch, 20)
     print_tree([(0, "a"), (1, "b" * 20), (1, "c")])
     assert capsys.readouterr().out.splitlines() == [
         "a",
