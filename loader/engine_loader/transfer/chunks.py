@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from engine_loader.errors import LoaderError
 from engine_loader.planning.reads import Span
 from engine_loader.transfer.pipe import Pipe
-from engine_loader.transfer.progress import Progress
+from engine_loader.transfer.progress import Progress, Silence
 
 
 class Chunks:
@@ -54,9 +54,8 @@ class Chunks:
         """How much of all has come, from 0 to 1."""
         return 1 - self.left_nbytes / max(self._total_nbytes, 1)
 
-    @property
-    def progress(self) -> Progress:
-        return Progress(self._total_nbytes - self.left_nbytes, self._total_nbytes)
+    def progress(self, silent: tuple[Silence, ...]) -> Progress:
+        return Progress(self._total_nbytes - self.left_nbytes, self._total_nbytes, silent)
 
     def put_back(self, chunks: Iterable[Span]) -> None:
         """They have to be read anew, before others."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 from engine_loader import metrics
 from engine_loader.engines.base import Engine, session_of
@@ -233,7 +232,7 @@ class Transfer:
 
     def _report(self) -> None:
         now = self._reported_at = self._clock.now()
-        self._on_progress(replace(self._chunks.progress, silent=silences(self._active, now)))
+        self._on_progress(self._chunks.progress(silences(self._active, now)))
 
     # -- what goes wrong
     # ----------------------------------------------------------------------------------------------
