@@ -63,6 +63,8 @@ class Library:
         self.engines = 0
         self.batches: dict[int, list[int]] = {}  # what the next questions about each are answered
         self.answers = [1]
+        self.first_address = 0  # of what peers have registered; 0: nothing
+        self.read: list[tuple[int, int]] = []  # from which addresses, how many bytes
 
     def TransferEngine(self) -> LibraryEngine:
         self.engines += 1
@@ -95,7 +97,11 @@ class Library:
             return 0
         batch = 1 << 40 | len(self.batches)
         self.batches[batch] = list(self.answers)
+        self.read += zip(src, nbytes, strict=True)
         return batch
+
+    def get_first_buffer_address(self, session_id: str) -> int:
+        return self.first_address
 
     def transfer_check_status(self, batch: int) -> int:
         # asking about one that is over ends the real library's process
@@ -333,10 +339,11 @@ def test_only_other_protocols_than_tcp_have_the_library_register_what_is_lent(
 ) -> None:
     for protocol, wanted in (("tcp", {}), ("rdma", {4096: 64})):
         with MooncakeEngine("127.0.0.1", protocol) as engine:
+            before = dict(library.registered)
             engine.lend(Region(4096, 64))
-            assert library.registered == wanted
+            assert library.registered == {**before, **wanted}
             engine.take_back(Region(4096, 64))
-            assert library.registered == {}
+            assert library.registered == before
 
 
 def test_more_pieces_of_memory_than_peers_can_learn_of_are_refused(
@@ -405,6 +412,54 @@ def test_over_tcp_each_peer_has_an_engine_of_its_own_and_over_rdma_one_reads_fro
         ]
         assert library.environment["MC_FORCE_TCP"] == "1"  # a first contact needs no more
     assert library.asked == wanted
+
+
+def test_over_rdma_the_first_contact_reads_a_byte_of_what_the_peer_registered_first(
+    engine: MooncakeEngine, library: Library
+) -> None:
+    """So the connection between the devices is made while the peer is known to answer."""
+    library.first_address = 7 << 12
+    library.answers = [0, 0, 1]
+    engine.connect(PEER)
+    engine.connect(PEER)
+    assert library.read == ([] if engine.protocol == "tcp" else [(7 << 12, 1)])
+
+
+@pytest.mark.parametrize("answer", [0, -1], ids=["does not come", "fails"])
+def test_a_contact_is_made_though_the_byte_does_not_come(
+    engine: MooncakeEngine, library: Library, monkeypatch: pytest.MonkeyPatch, answer: int
+) -> None:
+    monkeypatch.setattr("engine_loader.engines.mooncake.reader._BYTE_S", 0.01)
+    library.first_address = 7 << 12
+    library.answers = [answer]
+    engine.connect(PEER)
+    library.answers = [1]
+    assert engine.done(engine.start(PEER, OP))
+
+
+def test_over_rdma_an_engine_whose_page_cannot_be_registered_is_unavailable(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "register_memory", lambda addr, nbytes: -1)
+    with pytest.raises(EngineUnavailable, match="check the limit on locked memory"):
+        MooncakeEngine("127.0.0.1", "rdma")
+    MooncakeEngine("127.0.0.1", "tcp").close()
+
+
+def test_the_way_to_a_peer_is_cut_for_as_long_as_reads_from_it_linger(
+    engine: MooncakeEngine, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handshake that holds up all others is tried again some times after it was cut."""
+    cuts: list[tuple[Sequence[str], int]] = []
+    monkeypatch.setattr("engine_loader.engines.mooncake.reader.cut", lambda *way: cuts.append(way))
+    monkeypatch.setattr("engine_loader.engines.mooncake.reader._CUT_EVERY_S", 0.0)
+    library.answers = [0, 0, 0, 1]
+    engine.connect(PEER)
+    engine.start(PEER, OP)
+    engine.abandon(PEER)
+    while not engine.settled(PEER):
+        pass
+    assert cuts == ([] if engine.protocol == "tcp" else [(["127.0.0.1"], 1)] * 4)
 
 
 def test_a_read_is_asked_about_until_it_is_over_and_never_again(
