@@ -19,9 +19,8 @@ from tests.integration.test_cli import _descendants, _is_keeper, wait_for_end
 from tests.support.checkout import PACKAGES
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_fleet_that_is_kept_answers_commands_and_leaves_nothing_behind(
     processes: Processes, tmp_path: Path, number: int
 ) -> None:
