@@ -58,7 +58,7 @@ def test_lists_and_watches_choose_by_labels(
         assert "team=search,tier=gold" in table
         (only,) = json.loads(listed("--label", "!team", "--json"))["instances"]
         assert (only["instance"], only["labels"]) == ("c", {})
-        assert listed("--label", "team=none") == "none of the 3 instances is so\n"
+        assert listed("--label", "team=none") == "no instance matches (registered: 3)\n"
         shown = processes.run("show", "--namespace", namespace, "a")
         assert "labels: team=search,tier=gold\n" in shown.stdout
 
