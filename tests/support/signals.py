@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 from tests.support.waiting import wait_until
@@ -21,11 +22,14 @@ def signal_and_wait(pid: int, number: signal.Signals) -> None:
 
 
 def _states(pid: int) -> set[str]:
-    """Of its threads, as /proc has them: T is stopped, Z has ended and nobody has asked for it."""
+    """Of its threads, as /proc has them: T is stopped, Z has ended and nobody has asked for it.
+
+    There are none any more once somebody has.
+    """
     states = set()
-    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
-        try:
-            states.add(thread.read_text().rpartition(")")[2].split()[0])
-        except OSError:  # it has just ended
-            continue
+    with suppress(OSError):  # the process is gone
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError):  # the thread has just ended
+                stat = Path(f"/proc/{pid}/task/{thread}/stat").read_text()
+                states.add(stat.rpartition(")")[2].split()[0])
     return states
