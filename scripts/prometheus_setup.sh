@@ -5,28 +5,16 @@
 #   grafana-foundation-sdk   Grafana's own types of a dashboard; beside it, as no other target needs them
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$(dirname "${BASH_SOURCE[0]}")/extras.sh"
 folder=$root/.prometheus
 types='grafana-foundation-sdk==1769699998!10.1.0'
 
-say() { printf 'set-up: %s\n' "$*"; }
-fail() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
-
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-quietly() {
-    "$@" >"$scratch/log" 2>&1 </dev/null && return
-    tail -n 20 "$scratch/log" >&2
-    return 1
-}
 download() { (cd "$scratch" && quietly apt-get -q download prometheus); }
 
 if [[ ! -x $folder/usr/bin/prometheus || ! -x $folder/usr/bin/promtool ]]; then
     if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
         fail 'no apt-get: put prometheus and promtool into .prometheus/usr/bin, then run this again'
     fi
-    as_root=()
-    if ((EUID != 0)); then as_root=(sudo -n); fi
     say 'Debian package prometheus, unpacked into .prometheus (the server, and promtool)'
     download 2>/dev/null || { quietly "${as_root[@]}" apt-get -q update && download; } || fail 'prometheus cannot be had here'
     quietly dpkg-deb -x "$scratch"/prometheus_*.deb "$scratch/unpacked" || fail 'the package cannot be unpacked'
@@ -36,8 +24,5 @@ if [[ ! -x $folder/usr/bin/prometheus || ! -x $folder/usr/bin/promtool ]]; then
 fi
 if [[ $(cat "$folder/stamp" 2>/dev/null) != "$types" ]]; then
     say "$types in .prometheus (checks the dashboard)"
-    rm -rf "$folder/python"
-    quietly "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --target "$folder/python" "$types" ||
-        fail 'grafana-foundation-sdk cannot be installed'
-    echo "$types" >"$folder/stamp"
+    python_package "$folder/python" "$types" "$folder/stamp"
 fi
