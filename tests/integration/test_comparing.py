@@ -68,7 +68,7 @@ def test_instances_are_the_same_until_one_is_updated(
     offer(stack, registry, "a", ours)
     publication = offer(stack, registry, "b", theirs)
     assert compare(registry, reader, ["a", "b"]).same
-    assert same_content(registry, "a") == ["b"]
+    assert same_content(registry, registry.resolve("a")) == ["b"]
     with publication.update():
         theirs["norm"] += 1
         with pytest.raises(InstanceIncomplete, match="updating"):
@@ -76,7 +76,7 @@ def test_instances_are_the_same_until_one_is_updated(
     (difference,) = compare(registry, reader, ["a", "b"]).differences
     assert (difference.tensor, difference.aspect) == ("norm", Aspect.BYTES)
     assert difference.values.keys() == {"a/0", "b/0"}
-    assert same_content(registry, "a") == []
+    assert same_content(registry, registry.resolve("a")) == []
 
 
 def test_a_replica_is_proven_by_the_digests_of_its_own_memory(

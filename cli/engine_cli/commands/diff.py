@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
 from engine_cli.completion import complete_instances
-from engine_cli.connection import etcd_options
 from engine_cli.exits import Exit
-from engine_cli.logs import log_options
-from engine_cli.options import json_option
-from engine_cli.render.comparisons import difference_row, summary
-from engine_cli.render.documents import comparison_json
-from engine_cli.render.printable import printable
-from engine_cli.render.tables import print_json, print_table
-from engine_cli.runtime.comparing import (
-    compared,
-    exit_of,
-    own_host_option,
-    protocol_option,
-)
+from engine_cli.render.comparisons import difference_row
+from engine_cli.render.tables import print_table
+from engine_cli.runtime.comparing import compared, comparing_options, report
 from engine_registry import Registry
 from engine_registry.schema.keys import check_instance
+
+if TYPE_CHECKING:
+    from engine_loader import Comparison
 
 
 @click.command("diff")
 @click.argument("one", metavar="INSTANCE", shell_complete=complete_instances)
 @click.argument("other", metavar="INSTANCE", shell_complete=complete_instances)
-@own_host_option
-@protocol_option
-@json_option
-@log_options
-@etcd_options
+@comparing_options
 def command(
     connect: Callable[[], Registry],
     one: str,
@@ -49,12 +39,10 @@ def command(
     """
     check_instance(one)
     check_instance(other)
-    comparison = compared(connect, [one, other], host, protocol)
-    if as_json:
-        print_json(comparison_json(comparison))
-    else:
-        if comparison.differences:
-            rows = [difference_row(each, comparison.sides) for each in comparison.differences]
-            print_table(("DIFFERS", "TENSOR", *comparison.sides), rows)
-        click.echo("\n".join(map(printable, summary(comparison))))
-    return exit_of(comparison)
+    return report(compared(connect, [one, other], host, protocol), as_json, _print_table)
+
+
+def _print_table(comparison: Comparison) -> None:
+    if comparison.differences:
+        rows = [difference_row(each, comparison.sides) for each in comparison.differences]
+        print_table(("DIFFERS", "TENSOR", *comparison.sides), rows)

@@ -23,7 +23,7 @@ from engine_cli.options import (
 from engine_cli.render.documents import loaded_json
 from engine_cli.render.tables import print_json, size
 from engine_cli.render.texts import registration
-from engine_cli.runtime.loading import AUTO, Loading
+from engine_cli.runtime.loading import AUTO, Loading, protocol_option
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option
 from engine_cli.signals import raised
@@ -31,7 +31,6 @@ from engine_registry import Registry
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import check_instance
 from engine_registry.schema.printable import count
-from engine_registry.schema.record import PROTOCOLS
 
 
 @click.command("load")
@@ -88,15 +87,9 @@ from engine_registry.schema.record import PROTOCOLS
     "--verify", is_flag=True, help="Compare every tensor with the digest that its source publishes."
 )
 @host_option("Address of this machine.")
-@click.option(
-    "--protocol",
-    type=click.Choice((AUTO, *PROTOCOLS)),
-    default=AUTO,
-    show_default=True,
-    help=(
-        "How to read; auto: the quickest way that the source is served over and this machine has, "
-        "and with --device rdma."
-    ),
+@protocol_option(
+    "How to read; auto: the quickest way that the source is served over and this machine has, "
+    "and with --device rdma."
 )
 @device_option
 @json_option

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
 from engine_cli.completion import complete_instances
-from engine_cli.connection import etcd_options
 from engine_cli.exits import Exit
-from engine_cli.logs import log_options
-from engine_cli.options import json_option
-from engine_cli.render.comparisons import difference_line, summary
-from engine_cli.render.documents import comparison_json
+from engine_cli.render.comparisons import difference_line
 from engine_cli.render.printable import printable
-from engine_cli.render.tables import print_json
-from engine_cli.runtime.comparing import (
-    compared,
-    exit_of,
-    own_host_option,
-    protocol_option,
-)
+from engine_cli.runtime.comparing import compared, comparing_options, report
 from engine_registry import Registry
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import check_instance
+
+if TYPE_CHECKING:
+    from engine_loader import Comparison
 
 
 @click.command("verify")
@@ -41,11 +35,7 @@ from engine_registry.schema.keys import check_instance
     metavar="FILE_OR_DIR",
     help="Safetensors file, index, or folder of them: compare the first INSTANCE with these.",
 )
-@own_host_option
-@protocol_option
-@json_option
-@log_options
-@etcd_options
+@comparing_options
 def command(
     connect: Callable[[], Registry],
     instances: tuple[str, ...],
@@ -74,10 +64,9 @@ def command(
             "name another INSTANCE, or say --against FOLDER",
             field="instances",
         )
-    if as_json:
-        print_json(comparison_json(comparison))
-    else:
-        for difference in comparison.differences:
-            click.echo(printable(difference_line(difference)))
-        click.echo("\n".join(map(printable, summary(comparison))))
-    return exit_of(comparison)
+    return report(comparison, as_json, _print_lines)
+
+
+def _print_lines(comparison: Comparison) -> None:
+    for difference in comparison.differences:
+        click.echo(printable(difference_line(difference)))

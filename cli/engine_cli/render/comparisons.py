@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from engine_cli.render.texts import some_of
+from engine_registry.schema.printable import count
 
 if TYPE_CHECKING:
     from engine_loader import Comparison, Difference
@@ -62,13 +63,13 @@ def _cell(values: Mapping[str, str], side: str) -> str:
 
 def summary(comparison: Comparison) -> Iterator[str]:
     """What came of it, in lines."""
-    for obstacle, count in Counter(comparison.unproven.values()).items():
+    for obstacle, number in Counter(comparison.unproven.values()).items():
         why, mend = _OBSTACLES[obstacle.value]
-        yield f"not compared: the bytes of {_tensors(count)}, as {why}"
+        yield f"not compared: the bytes of {count(number, 'tensor')}, as {why}"
         if obstacle.value == "no digests":
             yield f"no digests: {some_of(comparison.without_digests)}"
         yield f"to mend it, {mend}"
-    all_of_them = f"{_tensors(comparison.tensors)} in {_listed(comparison.sides)}"
+    all_of_them = f"{count(comparison.tensors, 'tensor')} in {_listed(comparison.sides)}"
     if comparison.differences:
         yield f"different: {len(comparison.differences):,} of {all_of_them}"
     elif comparison.unproven:
@@ -77,10 +78,6 @@ def summary(comparison: Comparison) -> Iterator[str]:
         yield f"the same: {all_of_them}"
     else:
         yield f"the same on each rank that has them: {comparison.compared:,} of {all_of_them}"
-
-
-def _tensors(count: int) -> str:
-    return f"{count:,} tensor{'' if count == 1 else 's'}"
 
 
 def _listed(sides: Sequence[str]) -> str:

@@ -1,4 +1,6 @@
-"""What `engines verify` and `engines diff` share: the comparison, its options and its exit code."""
+"""What `engines verify` and `engines diff` share: the comparison, its options, and how it is
+reported.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +9,37 @@ from typing import TYPE_CHECKING
 
 import click
 
+from engine_cli.connection import etcd_options
 from engine_cli.exits import Exit
-from engine_cli.options import engine_log, host_option
-from engine_cli.runtime.loading import AUTO, protocol_of
+from engine_cli.logs import log_options
+from engine_cli.options import Command, engine_log, host_option, json_option
+from engine_cli.render.comparisons import summary
+from engine_cli.render.documents import comparison_json
+from engine_cli.render.printable import printable
+from engine_cli.render.tables import print_json
+from engine_cli.runtime.loading import protocol_of, protocol_option
 from engine_cli.signals import held_back, raised
 from engine_cli.suggestions import near_instances
 from engine_registry import RankRecord, Registry
 from engine_registry.errors import InstanceNotFound
-from engine_registry.schema.record import GATEWAY, PROTOCOLS
+from engine_registry.schema.record import GATEWAY
 
 if TYPE_CHECKING:
     from engine_loader import Comparison
 
-own_host_option = host_option("Address of this machine.")
-protocol_option = click.option(
-    "--protocol",
-    type=click.Choice((AUTO, *PROTOCOLS)),
-    default=AUTO,
-    show_default=True,
-    help="How to read the digests; auto: the quickest way that there is.",
+_OPTIONS = (
+    host_option("Address of this machine."),
+    protocol_option("How to read the digests; auto: the quickest way that there is."),
+    json_option,
+    log_options,
+    etcd_options,
 )
+
+
+def comparing_options(command: Command) -> Command:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
 
 
 def compared(
@@ -37,7 +50,7 @@ def compared(
     files: str | None = None,
     with_replicas: bool = False,
 ) -> Comparison:
-    """`with_replicas`: also the instances that say that they hold the same as the first one."""
+    """`with_replicas`: of one instance, also those that say that they hold the same."""
     with raised(), connect() as registry, engine_log():
         found = [record for name in instances for record in _resolved(registry, name)]
         records = [record for record in found if record.kept_by != GATEWAY]  # they have no digests
@@ -47,7 +60,7 @@ def compared(
 
         names = list(instances)
         if with_replicas:
-            names += same_content(registry, names[0])
+            names += same_content(registry, found)
         with MooncakeEngine(
             host or registry.local_address(), protocol_of(protocol, records) if records else "tcp"
         ) as engine:
@@ -62,5 +75,13 @@ def _resolved(registry: Registry, name: str) -> Sequence[RankRecord]:
         raise InstanceNotFound(exc.what, hint or exc.remedy, **exc.details) from exc
 
 
-def exit_of(comparison: Comparison) -> Exit:
+def report(
+    comparison: Comparison, as_json: bool, show_differences: Callable[[Comparison], None]
+) -> Exit:
+    """Prints it; for people the differences, then what came of it. The exit code says it, too."""
+    if as_json:
+        print_json(comparison_json(comparison))
+    else:
+        show_differences(comparison)
+        click.echo("\n".join(map(printable, summary(comparison))))
     return Exit.DONE if comparison.same else Exit.WEIGHTS

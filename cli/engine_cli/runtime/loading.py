@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from engine_cli.logs import as_json
-from engine_cli.options import engine_log
+from engine_cli.options import Command, engine_log
 from engine_cli.runtime.serving import Endings
 from engine_cli.runtime.waiting import say_why_to_wait
 from engine_cli.signals import held_back
 from engine_loader.loading.chosen_rank import rank_file, ranks_of
 from engine_registry import RankRecord, Registry
+from engine_registry.schema.record import PROTOCOLS
 
 if TYPE_CHECKING:
     from engine_loader import LoadReport, Progress
@@ -126,6 +129,17 @@ class Loading:
 
     def _protocol(self, records: Sequence[RankRecord]) -> str:
         return protocol_of(self.protocol, records)
+
+
+def protocol_option(help: str) -> Callable[[Command], Command]:
+    """How to read."""
+    return click.option(
+        "--protocol",
+        type=click.Choice((AUTO, *PROTOCOLS)),
+        default=AUTO,
+        show_default=True,
+        help=help,
+    )
 
 
 def protocol_of(protocol: str, records: Sequence[RankRecord]) -> str:

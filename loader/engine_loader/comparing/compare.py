@@ -9,7 +9,7 @@ from engine_loader.comparing.published import read_holding
 from engine_loader.comparing.stored import stored_like
 from engine_loader.engines.base import Engine
 from engine_loader.files.folder import Paths
-from engine_registry import InstanceState, Registry
+from engine_registry import InstanceState, RankRecord, Registry
 from engine_registry.errors import InvalidField
 from engine_registry.schema.numbers import seconds
 
@@ -64,16 +64,15 @@ def compare(
     return compare_holdings(sides)
 
 
-def same_content(registry: Registry, instance: str) -> list[str]:
-    """The other instances that are ready and say that they hold the same as this one, by name.
-
-    Raises what `Registry.resolve` raises.
+def same_content(registry: Registry, records: Sequence[RankRecord]) -> list[str]:
+    """The other instances that are ready and say that they hold the same as these ranks, which are
+    those of one instance, by name.
     """
-    contents = tuple(record.content for record in registry.resolve(instance))
+    contents = tuple(record.content for record in records)
     return [
         status.instance
         for status in registry.instances()
         if status.state is InstanceState.READY
         and status.contents == contents
-        and status.instance != instance
+        and status.instance != records[0].instance
     ]
