@@ -397,7 +397,7 @@ class Registry(Closable):
         """Ends the registration that `record` was read from; False if it has changed or gone since
         (read it again).
 
-        Its process and all watches are told the `reason`, and which user of which host gives it.
+        Its process and all watches get the `reason`, and the user and the host that it comes from.
         InvalidField unless that is one line of printable text of at most 200 characters.
         """
         evicted = evict(self._etcd, record, by_this_process(reason))

@@ -22,8 +22,8 @@ def test_what_happened_while_a_watch_ran_can_be_read_after_it(
         said += [line_of(watch) for _ in range(2)]
     watch.send_signal(signal.SIGTERM)
     assert watch.wait(60) == Exit.DONE
-    told = processes.run("events", file, "--since", "1h").stdout.splitlines()
-    assert told[0].endswith("  a watch began")
-    assert told[1:] == [line.rstrip() for line in said]
-    assert ": wrong checkpoint (" in told[3]
+    printed = processes.run("events", file, "--since", "1h").stdout.splitlines()
+    assert printed[0].endswith("  a watch began")
+    assert printed[1:] == [line.rstrip() for line in said]
+    assert ": wrong checkpoint (" in printed[3]
     assert len(processes.run("events", file, "another").stdout.splitlines()) == 1

@@ -14,7 +14,7 @@ from engine_loader.planning.reads import Span
 from engine_loader.transfer.progress import Silence
 from engine_loader.transfer.shares import Share
 
-SILENT_S = 1.0  # so long without a byte is told to people
+SILENT_S = 1.0  # without a byte for so long, a source is reported as silent
 _SLOW_AFTER_S, _SLOW_FACTOR, _SLOW_GAIN = 2.0, 3.0, 0.2  # see `Pipe.is_slow`
 # how often one that is loading itself is asked what it has, while it has nothing for us
 _POLL_S = (
@@ -152,7 +152,7 @@ class Pipe:
 
 
 def silences(pipes: Iterable[Pipe], now: float) -> tuple[Silence, ...]:
-    """Of the sources that have been silent for long enough to be told, the longest first."""
+    """Of the sources that have been silent for long enough to be reported, the longest first."""
     some = [Silence(pipe.source.name, pipe.silent_s(now)) for pipe in pipes]
     silent = [one for one in some if one.seconds >= SILENT_S]
     return tuple(sorted(silent, key=lambda one: -one.seconds))

@@ -53,7 +53,7 @@ def check_can_start(key: str) -> None:
 def launch(
     args: Sequence[str], env: Mapping[str, str], stderr: IO[bytes], passed: Collection[int]
 ) -> subprocess.Popen[bytes]:
-    """Starts Python with pipes, in a session of its own, with the descriptors `passed`."""
+    """Starts Python with pipes, in a new session, with the descriptors `passed`."""
     return subprocess.Popen(
         [sys.executable, *args],
         stdin=subprocess.PIPE,

@@ -63,8 +63,10 @@ def test_no_control_character_of_a_name_reaches_the_terminal(
 
 
 def on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """One of so many columns, which takes no colours."""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
 
 
 def test_a_table_in_a_pipe_has_one_row_a_line_and_no_blanks_at_its_ends(
@@ -83,7 +85,6 @@ def test_the_last_column_is_wrapped_where_there_is_room_for_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_terminal(monkeypatch, 60)
-    monkeypatch.setenv("NO_COLOR", "1")
     print_table(COLUMNS, ROWS)
     assert capsys.readouterr().out.splitlines() == [
         "INSTANCE   STATE     SIZE     WHY NOT READY",
@@ -97,7 +98,6 @@ def test_columns_that_do_not_fit_go_on_below(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_terminal(monkeypatch, 40)
-    monkeypatch.setenv("NO_COLOR", "1")
     print_table(COLUMNS, ROWS)
     assert capsys.readouterr().out.splitlines() == [
         "INSTANCE   STATE     SIZE",
@@ -113,7 +113,6 @@ def test_no_line_is_wider_than_the_terminal_and_no_character_is_lost(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     on_terminal(monkeypatch, columns)
-    monkeypatch.setenv("NO_COLOR", "1")
     rows = [["x" * 128, "ready", "重" * 30, "y" * 70], *ROWS]
     print_table(COLUMNS, rows)
     out = capsys.readouterr().out
