@@ -21,7 +21,7 @@ from engine_registry.pulls.follow import AllPulls
 from engine_registry.pulls.queries import all_pulls, count_pulls, readers_of, wait_for_no_pulls
 from engine_registry.pulls.ticket import PullTicket, take_ticket
 from engine_registry.pulls.watch import OnPull, PullWatch
-from engine_registry.registration import writes
+from engine_registry.registration.checks import how_to_delete
 from engine_registry.registration.eviction import by_this_process, evict
 from engine_registry.registration.handle import OnState, Registration
 from engine_registry.registration.keeper.process import check_can_start
@@ -243,7 +243,7 @@ class Registry(Closable):
         """
         damaged = self._roster(instance).damaged.items()
         return tuple(
-            RecordDamaged(error.what, writes.how_to_delete(self._etcd, key, error), key=key)
+            RecordDamaged(error.what, how_to_delete(self._etcd, key, error), key=key)
             for key, error in damaged
             if rank is None or key == record_key(instance, rank)
         )

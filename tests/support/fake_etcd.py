@@ -18,7 +18,17 @@ from typing import Any
 from engine_registry.errors import EtcdFull, EtcdRefused, EtcdUnavailable, LeaseNotFound
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-from engine_registry.schema.keyvalue import Change, Delete, Deletion, Guard, KeyValue, Put, Snapshot
+from engine_registry.schema.keyvalue import (
+    Change,
+    Delete,
+    Deletion,
+    Found,
+    Guard,
+    KeyValue,
+    Put,
+    Range,
+    Snapshot,
+)
 
 
 class FakeEtcd(Etcd):
@@ -102,6 +112,19 @@ class FakeEtcd(Etcd):
     def some(self, prefix: str, limit: int) -> Snapshot:
         everything = FakeEtcd.snapshot(self, prefix)  # whatever a test puts in its place
         return replace(everything, items=everything.items[:limit])
+
+    def read(self, ranges: Sequence[Range]) -> tuple[int, list[Found]]:
+        self._check_available()
+        found = []
+        for wanted in ranges:
+            keys = [
+                key
+                for key in sorted(self._items)
+                if (wanted.key <= key < wanted.end if wanted.end else key == wanted.key)
+            ]
+            some = [] if wanted.count_only else keys[: wanted.limit or None]
+            found.append(Found(tuple(self._items[key] for key in some), len(keys)))
+        return self._revision, found
 
     def commit(self, guards: Sequence[Guard], writes: Sequence[Put | Delete]) -> int:
         self._check_available()

@@ -15,12 +15,29 @@ from engine_registry.errors import AnswerTooLarge, LeaseNotFound
 from engine_registry.etcd.config import EtcdConfig
 from engine_registry.etcd.inspection import Inspection
 from engine_registry.etcd.library import pb
-from engine_registry.etcd.messages import compares, key_in, key_value, prefix_end, request_op
+from engine_registry.etcd.messages import (
+    compares,
+    found_in,
+    key_in,
+    key_value,
+    prefix_end,
+    range_op,
+    request_op,
+)
 from engine_registry.etcd.retry import unless_compacted_between_pages
 from engine_registry.etcd.watch import WatchStream
-from engine_registry.schema.keyvalue import Delete, Guard, KeyValue, Put, Snapshot
+from engine_registry.schema.keyvalue import (
+    Delete,
+    Found,
+    Guard,
+    KeyValue,
+    Put,
+    Range,
+    Snapshot,
+)
 
 _PAGE_KEYS = 1_000
+_MAX_OPERATIONS = 128  # of a transaction
 
 
 class Etcd(Inspection):
@@ -106,6 +123,21 @@ class Etcd(Inspection):
         response = self._range(pb.RangeRequest(key=key, range_end=end, limit=limit))
         items = tuple(key_value(self.config.namespace, kv) for kv in response.kvs)
         return Snapshot(response.header.revision, items)
+
+    def read(self, ranges: Sequence[Range]) -> tuple[int, list[Found]]:
+        """Several ranges at one revision, which comes first; in one request for 128 of them, and
+        then at the revision of the first.
+        """
+        revision, found = 0, list[Found]()
+        for start in range(0, len(ranges), _MAX_OPERATIONS):
+            some = ranges[start : start + _MAX_OPERATIONS]
+            request = pb.TxnRequest(
+                success=[range_op(self.config.namespace, each, revision) for each in some]
+            )
+            response = self._unary("KV", "Txn", request)
+            revision = revision or int(response.header.revision)
+            found += [found_in(self.config.namespace, each) for each in response.responses]
+        return revision, found
 
     def commit(self, guards: Sequence[Guard], writes: Sequence[Put | Delete]) -> int:
         """All writes at once if all guards hold: the new revision, else 0.

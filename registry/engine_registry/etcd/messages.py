@@ -10,7 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine_registry.etcd.library import pb
-from engine_registry.schema.keyvalue import Change, Delete, Deletion, Guard, KeyValue, Put
+from engine_registry.schema.keyvalue import (
+    Change,
+    Delete,
+    Deletion,
+    Found,
+    Guard,
+    KeyValue,
+    Put,
+    Range,
+)
 
 _DELETE_EVENT = 1  # mvccpb.Event.DELETE
 _TARGETS = {"create_revision": pb.Compare.CREATE, "mod_revision": pb.Compare.MOD}
@@ -62,6 +71,26 @@ def request_op(namespace: str, write: Put | Delete) -> Any:
         )
     end = prefix_end(key) if write.prefix else b""
     return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=key, range_end=end))
+
+
+def range_op(namespace: str, wanted: Range, revision: int) -> Any:
+    """The read as a part of a transaction; at `revision`, or at 0 now."""
+    end = key_in(namespace, wanted.end) if wanted.end else b""
+    return pb.RequestOp(
+        request_range=pb.RangeRequest(
+            key=key_in(namespace, wanted.key),
+            range_end=end,
+            limit=wanted.limit,
+            count_only=wanted.count_only,
+            revision=revision,
+        )
+    )
+
+
+def found_in(namespace: str, response: Any) -> Found:
+    """What a `range_op` has brought."""
+    answer = response.response_range
+    return Found(tuple(key_value(namespace, kv) for kv in answer.kvs), int(answer.count))
 
 
 def key_value(namespace: str, kv: Any) -> KeyValue:

@@ -5,12 +5,16 @@ Every write is a transaction that compares revisions, so that of two writers exa
 and the other learns who it was. That siblings agree is kept by induction: a rank is only written
 while one live sibling that it agrees with stands unchanged, or while there is none; so all that are
 alive agree with each other, and one comparison is enough however many there are.
+
+With its record a rank writes its entry in the index of holders, in the same transaction and under
+the same lease. Only the writes of the rank itself change the index: an entry that is left over
+leads to no record, and goes with its lease.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shlex
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -20,32 +24,31 @@ from engine_registry.errors import (
     EtcdFull,
     EtcdRefused,
     EtcdUnavailable,
-    InstanceMismatch,
-    RankConflict,
     RecordDamaged,
     RegistryError,
 )
 from engine_registry.etcd.client import Etcd
+from engine_registry.registration.checks import check_holder, check_siblings
+from engine_registry.registration.entries import entry_deletion, moved_entry
 from engine_registry.schema.eviction import Eviction, was_evicted
 from engine_registry.schema.keys import (
     evicted_key,
-    instance_prefix,
     manifest_part_key,
     manifest_prefix,
 )
 from engine_registry.schema.keyvalue import (
     Delete,
-    Guard,
     KeyValue,
     Put,
-    Snapshot,
     absent,
-    none_created_since,
     unchanged,
     written,
 )
-from engine_registry.schema.record import RankRecord
+from engine_registry.schema.record import GATEWAY, RankRecord
 from engine_registry.schema.record_format import decode_item, encode
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
 
 WITHDRAWN = "withdrawn"
 DIED = "process ended"
@@ -54,8 +57,6 @@ EVICTED = "evicted"
 # count either.
 SOURCE_EVICTED = "its source was evicted"
 ENDINGS = (WITHDRAWN, DIED, EVICTED, SOURCE_EVICTED)  # all that a record's `ended` can say
-
-_SIBLINGS = 8  # looked at first; all only if none of these is alive
 
 
 class _Raced(RegistryError):
@@ -84,10 +85,29 @@ def claim(
     The key must be absent, ended, or hold this very incarnation, the one that it `replaces`, or one
     of the `former` ones of the same registration, none of which may have been evicted. Raises
     RankConflict, InstanceMismatch or Evicted.
+
+    A record without `order` gets one, unless nobody loads from it but through a gateway, or etcd
+    lets us write the record and not the index. Loaders find such a rank by reading all records.
     """
     last = _put_but_last(etcd, record, parts, lease_id)
+    own = {record.incarnation, *former}
     try:
-        return _claim(etcd, record, last, lease_id, {record.incarnation, *former}, replaces)
+        if record.kept_by == GATEWAY:
+            return _claim(etcd, record, last, lease_id, own, replaces, indexed=False)
+        try:
+            return _claim(etcd, record, last, lease_id, own, replaces, indexed=True)
+        except EtcdRefused as exc:
+            if exc.details.get("reason") != "denied":
+                raise
+            held = _claim(etcd, record, last, lease_id, own, replaces, indexed=False)
+            log.warning(
+                "%s is not in the index of holders, so loads that look for its model read all "
+                "records: %s",
+                record.key,
+                exc,
+                extra=fields("not_indexed", key=record.key, error=exc),
+            )
+            return held
     except _Raced as exc:
         raise EtcdUnavailable(
             f"cannot register {record.key}: too many others are registering at once", "try again"
@@ -102,6 +122,7 @@ def _claim(
     lease_id: int,
     own: Collection[str],
     replaces: str,
+    indexed: bool,
 ) -> KeyValue:
     holder = etcd.get(record.key)
     # An eviction from now on, of whichever incarnation, changes the key.
@@ -109,88 +130,26 @@ def _claim(
         mark = etcd.get(evicted_key(record.instance, record.rank, incarnation))
         if mark is not None:
             raise was_evicted(record.key, Eviction.decode(mark.value))
+    revision, siblings_agree = check_siblings(etcd, record)
     guards = [
-        _check_holder(etcd, record, holder, {*own, replaces}),
+        check_holder(etcd, record, holder, {*own, replaces}),
         absent(evicted_key(record.instance, record.rank, record.incarnation)),
-        _check_siblings(etcd, record),
+        siblings_agree,
     ]
+    order = record.order or _order_of(holder, record.incarnation) or revision
+    record = replace(record, order=order if indexed else 0)
     put = Put(record.key, encode(record), lease_id)
-    revision = etcd.commit(guards, [last_part, put])
+    entry = moved_entry(holder, record, lease_id) if indexed else []
+    revision = etcd.commit(guards, [last_part, put, *entry])
     if not revision:
         raise _Raced(f"{record.key} or a sibling changed while it was being registered")
     return written(put, revision, holder)
 
 
-def how_to_delete(etcd: Etcd, key: str, error: RecordDamaged) -> str:
-    """What an operator can do about a key that nobody of ours can read, beside what the error
-    advises.
-    """
-    how = (
-        "delete the key if no process owns it: etcdctl del "
-        f"{shlex.quote(etcd.config.namespace + key)}"
-    )
-    return f"{error.remedy}; {how}" if error.remedy else how
-
-
-def _check_holder(
-    etcd: Etcd, record: RankRecord, holder: KeyValue | None, expected: Collection[str]
-) -> Guard:
-    if holder is None:
-        return absent(record.key)
-    try:
-        found = decode_item(holder)
-    except RecordDamaged as exc:
-        raise RankConflict(exc.what, how_to_delete(etcd, record.key, exc), key=record.key) from exc
-    if found.incarnation not in expected and not found.ended:
-        raise RankConflict(
-            f"rank {record.rank} of {record.instance!r} is already registered ({found.holder})",
-            "stop that process, choose another rank, or end its registration with `Registry.evict`",
-            instance=record.instance,
-            rank=record.rank,
-            key=record.key,
-            host=found.host,
-            pid=found.pid,
-            since=found.registered_at,
-            incarnation=found.incarnation,
-        )
-    return unchanged(holder)
-
-
-def _check_siblings(etcd: Etcd, record: RankRecord) -> Guard:
-    prefix = instance_prefix(record.instance)
-    seen = etcd.some(prefix, _SIBLINGS)
-    found = _first_alive(seen, record)
-    if found is None and len(seen.items) == _SIBLINGS:
-        seen = etcd.snapshot(prefix)
-        found = _first_alive(seen, record)
-    if found is None:
-        return none_created_since(prefix, seen.revision)
-    sibling = decode_item(found)
-    theirs = sibling.agreed()
-    for field, ours in record.agreed().items():
-        if ours != theirs[field]:
-            raise InstanceMismatch(
-                f"rank {record.rank} of {record.instance!r} has {field} {ours!r}, but rank "
-                f"{sibling.rank} is registered "
-                f"with {theirs[field]!r} ({sibling.holder}): all ranks of an instance must agree",
-                field=field,
-                ours=ours,
-                theirs=theirs[field],
-                sibling=sibling.rank,
-            )
-    return unchanged(found)
-
-
-def _first_alive(seen: Snapshot, record: RankRecord) -> KeyValue | None:
-    """The first record of another rank that can be read and has not ended."""
-    for item in seen.items:
-        try:
-            sibling = decode_item(item)
-        except RecordDamaged:
-            continue
-        if sibling.rank != record.rank and not sibling.ended:
-            return item
-    return None
+def _order_of(holder: KeyValue | None, incarnation: str) -> int:
+    """That of our own claim before this one, whose answer was lost; else 0."""
+    found = decode_item(holder) if holder is not None else None
+    return found.order if found is not None and found.incarnation == incarnation else 0
 
 
 def amend(
@@ -203,7 +162,7 @@ def amend(
     or neither is, and the former manifest is gone then.
     """
     put = Put(record.key, encode(record), held.lease_id)
-    changes: list[Put | Delete] = [put]
+    changes: list[Put | Delete] = [put, *moved_entry(held, record, held.lease_id)]
     if parts:
         changes.append(_put_but_last(etcd, record, parts, held.lease_id))
         former = decode_item(held)
@@ -225,7 +184,7 @@ def end(etcd: Etcd, held: KeyValue, reason: str) -> None:
     with contextlib.suppress(
         EtcdRefused
     ):  # an etcd without space takes no mark, but lets go of leases
-        revision = etcd.commit([unchanged(held)], [put])
+        revision = etcd.commit([unchanged(held)], [put, *entry_deletion(held)])
         held = written(put, revision, held) if revision else held
     try:
         etcd.revoke(lease_id)
@@ -281,7 +240,7 @@ def deletion(held: KeyValue) -> list[Delete]:
 
 
 def _delete(etcd: Etcd, held: KeyValue) -> None:
-    etcd.commit([unchanged(held)], deletion(held))
+    etcd.commit([unchanged(held)], [*deletion(held), *entry_deletion(held)])
 
 
 def _put_but_last(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int) -> Put:

@@ -11,6 +11,7 @@ ENGINES = "/engines/"
 MANIFESTS = "/manifests/"
 EVICTED = "/evicted/"
 PULLS = "/pulls/"
+HOLDERS = "/holders/"
 ELECTIONS = "/elections/"
 EVICTION_NOTES = "/eviction-notes/"
 

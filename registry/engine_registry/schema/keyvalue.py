@@ -42,6 +42,38 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Range:
+    """Keys to read: the one of that name; or with `end`, all from `key` on that come before `end`.
+
+    With `limit` no more than so many, the first ones; with `count_only` none, only how many there
+    are.
+    """
+
+    key: str
+    end: str = ""
+    limit: int = 0
+    count_only: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a `Range` has brought, and how many keys there are in it in all."""
+
+    items: tuple[KeyValue, ...]
+    count: int
+
+
+def under(prefix: str, limit: int = 0, count_only: bool = False) -> Range:
+    """All keys with the prefix, whose last character is ASCII."""
+    return Range(prefix, end_of(prefix), limit, count_only)
+
+
+def end_of(prefix: str) -> str:
+    """The first key after all with the prefix, whose last character is ASCII."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
+
+
+@dataclass(frozen=True)
 class Guard:
     """A condition of a transaction; make one with the functions below."""
 

@@ -22,6 +22,7 @@ from engine_registry.schema.texts import check_kind, check_names, check_texts
 from engine_registry.schema.topology import check_topology
 
 MAX_VERSION = 1 << 62  # the header holds twice the version in 64 bits
+MAX_REVISION = (1 << 63) - 1  # of etcd
 PROTOCOLS = ("tcp", "rdma", "nvlink_intra")  # that the transfer engine can use
 _TEXTS = (
     "incarnation",
@@ -140,9 +141,10 @@ class RankRecord:
     `version` is a number that people give, and two launches may give the same one to different
     weights.
 
-    Both revisions are etcd's, and 0 until the record has been read from there. `create_revision`
-    orders registrations by when they began. It grows only where a record had to be put again
-    because its lease was lost.
+    Both revisions are etcd's, and 0 until the record has been read from there. `order` is the
+    revision of etcd just before the rank was first registered. It stays the same as long as the
+    incarnation does, so it orders ranks by when they began. It is 0 for a rank that is not in the
+    index of holders: of an older release, or without permission to write there.
     """
 
     incarnation: str
@@ -173,6 +175,7 @@ class RankRecord:
     ended: str = ""  # why the registration is over; the key follows at once
     eviction: Eviction | None = None  # who has ended it, if it was evicted
     labels: Mapping[str, str] = field(default_factory=dict)
+    order: int = field(default=0, compare=False)
     mod_revision: int = field(default=0, compare=False)
     create_revision: int = field(default=0, compare=False)
 
@@ -185,6 +188,7 @@ class RankRecord:
             "version": check_version(self.version),
             "topology": check_topology(self.topology),
             "labels": check_labels(self.labels),
+            "order": whole("order", self.order, 0, MAX_REVISION),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # the record is frozen for everybody else
@@ -201,6 +205,11 @@ class RankRecord:
     def key(self) -> str:
         """Where the record lies in etcd, without the namespace."""
         return record_key(self.instance, self.rank)
+
+    @property
+    def began(self) -> tuple[int, str]:
+        """Less than that of any rank which registered after this one had: no two are equal."""
+        return self.order or self.create_revision, self.incarnation
 
     @property
     def holder(self) -> str:

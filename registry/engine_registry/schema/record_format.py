@@ -29,6 +29,7 @@ from engine_registry.schema.structs import Malformed, Natural, check_64_bits
 
 SCHEMA = 1
 MAX_RECORD_NBYTES = 4096
+_ADDED_NBYTES = 1024
 
 
 class _Model(msgspec.Struct, frozen=True):
@@ -92,9 +93,10 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
     ended: str | UnsetType = UNSET
     labels: dict[str, Any] | UnsetType = UNSET
     eviction: _Eviction | UnsetType = UNSET
+    order: Natural | UnsetType = UNSET
 
     def __post_init__(self) -> None:
-        check_64_bits(self, "pid")
+        check_64_bits(self, "pid", "order")
 
 
 _DECODER = msgspec.json.Decoder(_Record)
@@ -103,7 +105,7 @@ _DECODER = msgspec.json.Decoder(_Record)
 def encode(record: RankRecord) -> bytes:
     """The record as stored; InvalidField where it would exceed 4 KB.
 
-    What others add to a rank's record later may: that it has ended, or does not answer.
+    What is added to a rank's record later may: its order, that it has ended, or does not answer.
     """
     model, eviction = record.model, record.eviction
     stored = _Record(
@@ -141,9 +143,12 @@ def encode(record: RankRecord) -> bytes:
         ended=record.ended or UNSET,
         labels=dict(record.labels) or UNSET,
         eviction=_Eviction(eviction.by, eviction.at, eviction.reason) if eviction else UNSET,
+        order=record.order or UNSET,
     )
     value = structs.write(stored)
-    if len(value) > MAX_RECORD_NBYTES and not (record.ended or record.unresponsive_since):
+    # What others add later may exceed it: the order, that it has ended, or does not answer.
+    later = record.order or record.ended or record.unresponsive_since
+    if len(value) > MAX_RECORD_NBYTES + (_ADDED_NBYTES if later else 0):
         fields = structs.plain(stored)
         largest = max(fields, key=lambda name: len(structs.write(fields[name])))
         raise InvalidField(
@@ -226,6 +231,7 @@ def _record(stored: _Record, mod_revision: int, create_revision: int) -> RankRec
         ended=stored.ended or "",
         labels=stored.labels or {},
         eviction=Eviction(eviction.by, eviction.at, eviction.reason) if eviction else None,
+        order=stored.order or 0,
         mod_revision=mod_revision,
         create_revision=create_revision,
     )

@@ -104,12 +104,18 @@ class Keeper:
             {
                 "state": "REGISTERED",
                 "why": "",
+                "order": self.order,
                 "renewed_in_s": self._renewed_in_s,
                 "claims_again": self._claims_again,
             }
         )
         self._backoff.reset()
         return beat_s(self._ttl_s)
+
+    @property
+    def order(self) -> int:
+        """That of the record, since it was claimed."""
+        return self._record.order
 
     @property
     def suspended(self) -> bool:
@@ -121,7 +127,7 @@ class Keeper:
         if parts:
             self._former.append(self._record.incarnation)
             self._parts, self._moved = parts, True
-        self._record, self._stale = record, True
+        self._record, self._stale = replace(record, order=self._record.order), True
 
     def mark(self, unresponsive_since: str) -> bool:
         """Says in the record since when the rank has not answered, or with an empty text that it
@@ -196,6 +202,7 @@ class Keeper:
     def _written(self, held: KeyValue) -> None:
         """etcd has all that the rank wants."""
         self._held = held
+        self._record = replace(self._record, order=decode_item(held).order)
         self._stale, self._moved = False, False
         del self._former[:-FORMER_KEPT]
 

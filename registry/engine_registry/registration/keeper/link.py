@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 
 from engine_registry.errors import KeeperFailed, RegistryError, from_wire
 from engine_registry.etcd.backoff import Backoff
@@ -293,6 +294,9 @@ class KeeperLink:
             self._notify("SUSPENDED", f"no keeper: {str(exc) or type(exc).__name__}", None)
 
     def _receive(self, message: Message) -> None:
+        if message.get("order"):  # which the next keeper claims it with
+            with self._lock:
+                self.record = replace(self.record, order=message["order"])
         if "reply" in message:
             with self._lock:
                 asked, reply = self._pending.take(message["reply"])

@@ -167,7 +167,7 @@ def main(rank: int | None) -> None:
             "again"
         ]:  # a keeper that takes over from a dead one registers with its first beat instead
             keeper.register()
-        report({"reply": message["seq"]})
+        report({"reply": message["seq"], "order": keeper.order})
     except RegistryError as exc:
         report({"reply": message["seq"], "error": exc.to_wire()})
         return

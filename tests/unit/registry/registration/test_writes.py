@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from engine_registry import RankLost, RankRecord
-from engine_registry.errors import EtcdUnavailable, Evicted, InstanceMismatch, RankConflict
+from engine_registry import RankLost, RankRecord, RankState
+from engine_registry.errors import (
+    EtcdRefused,
+    EtcdUnavailable,
+    Evicted,
+    InstanceMismatch,
+    RankConflict,
+)
 from engine_registry.registration.eviction import evict, evict_all
 from engine_registry.registration.writes import EVICTED, amend, claim, end, remove
-from engine_registry.schema.keys import evicted_key, manifest_part_key, record_key
-from engine_registry.schema.keyvalue import KeyValue, Put, absent
+from engine_registry.schema.holder import holder_key, parse_entry
+from engine_registry.schema.keys import HOLDERS, evicted_key, manifest_part_key, record_key
+from engine_registry.schema.keyvalue import Delete, Guard, KeyValue, Put, absent
+from engine_registry.schema.record import GATEWAY
 from engine_registry.schema.record_format import decode_item, encode
 from engine_registry.watching.tracker import Tracker
 from tests.support.builders import OTHER_INCARNATION, a_record
@@ -61,6 +69,134 @@ def part_keys(record: RankRecord = OURS) -> list[str]:
     ]
 
 
+# -- the index of holders
+# --------------------------------------------------------------------------------------------------
+
+
+def entries(etcd: FakeEtcd) -> list[tuple[str, RankState, int]]:
+    """What the index says: the record's key, its state and its version."""
+    some = [parse_entry(one) for one in etcd.snapshot(HOLDERS).items]
+    return [(one.record_key, one.state, one.version) for one in some if one is not None]
+
+
+def test_the_entry_of_a_rank_says_at_any_time_what_its_record_does(etcd: FakeEtcd) -> None:
+    lease_id = etcd.grant(10)
+    held = claim(etcd, replace(OURS, state=RankState.LOADING), PARTS, lease_id)
+    assert entries(etcd) == [(OURS.key, RankState.LOADING, 3)]
+    began = decode_item(held).order
+    for state, version in [
+        (RankState.READY, 3),
+        (RankState.UPDATING, 3),
+        (RankState.READY, 4),
+        (RankState.DRAINING, 4),
+    ]:
+        amended = amend(etcd, replace(decode_item(held), state=state, version=version), held)
+        assert amended is not None
+        held = amended
+        assert entries(etcd) == [(OURS.key, state, version)]
+        assert decode_item(held).order == began
+        assert {etcd.lease_of(key) for key in etcd.keys} == {lease_id}
+    end(etcd, held, "withdrawn")
+    assert etcd.keys == []
+
+
+def test_a_rank_that_has_ended_is_in_the_index_no_more_even_before_its_lease_is_over(
+    etcd: FakeEtcd,
+) -> None:
+    held = claim(etcd, OURS, PARTS, etcd.grant(10))
+    etcd.refuse_to_revoke = True
+    end(etcd, held, "withdrawn")
+    assert etcd.keys == []
+    claim(etcd, OURS, PARTS, etcd.grant(10))
+    remove(etcd, OURS, "withdrawn")
+    assert etcd.keys == []
+
+
+def test_whoever_began_after_another_was_registered_comes_after_it(etcd: FakeEtcd) -> None:
+    records = [
+        decode_item(
+            claim(
+                etcd,
+                a_record(rank=rank, incarnation=f"{9 - rank}" * 32, world_size=9),
+                PARTS,
+                etcd.grant(10),
+            )
+        )
+        for rank in range(9)
+    ]
+    assert records == sorted(records, key=lambda record: record.began)
+    assert len({record.began for record in records}) == 9
+
+
+def test_a_registration_keeps_its_order_when_it_is_claimed_again(etcd: FakeEtcd) -> None:
+    held = claim(etcd, OURS, PARTS, etcd.grant(10))
+    first = decode_item(held)
+    claim(etcd, SIBLING, PARTS, etcd.grant(10))
+    etcd.expire(held.lease_id)
+    again = claim(etcd, first, PARTS, etcd.grant(10))  # as the next keeper does
+    assert decode_item(again).order == first.order
+    etcd.retry_next_commit = True  # the answer to a claim is lost, of a rank that has no order yet
+    third = a_record(rank=0, instance="other", incarnation="3" * 32)
+    before = etcd.snapshot("/").revision
+    lost = decode_item(claim(etcd, third, PARTS[:1], etcd.grant(10)))
+    assert lost.order == before
+    assert len(entries(etcd)) == 3
+
+
+def test_whoever_takes_a_place_over_takes_the_entry_of_the_one_before_out(etcd: FakeEtcd) -> None:
+    claim(etcd, OURS, PARTS, etcd.grant(10))
+    claim(
+        etcd,
+        a_record(incarnation=OTHER_INCARNATION, version=9),
+        PARTS,
+        etcd.grant(10),
+        replaces=OURS.incarnation,
+    )
+    assert entries(etcd) == [(OURS.key, RankState.READY, 9)]
+
+
+def test_a_rank_that_may_not_write_the_index_is_registered_without(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit = etcd.commit
+
+    def refuse(guards: Sequence[Guard], writes: Sequence[Put | Delete]) -> int:
+        if any(write.key.startswith(HOLDERS) for write in writes):
+            raise EtcdRefused("permission denied", reason="denied")
+        return commit(guards, writes)
+
+    monkeypatch.setattr(etcd, "commit", refuse)
+    held = claim(etcd, OURS, PARTS, etcd.grant(10))
+    assert decode_item(held).order == 0
+    assert entries(etcd) == []
+    (line,) = [one.message for one in caplog.records]
+    assert "/engines/qwen/0 is not in the index of holders" in line
+    amended = amend(etcd, replace(decode_item(held), version=9), held)
+    assert amended is not None
+    end(etcd, amended, "withdrawn")
+    assert etcd.keys == []
+
+
+def test_a_claim_that_etcd_refuses_for_another_reason_is_refused(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def refuse(*_: object) -> int:
+        tries.append(1)
+        raise EtcdRefused("the request is too large")
+
+    monkeypatch.setattr(etcd, "commit", refuse)
+    with pytest.raises(EtcdRefused, match="too large"):
+        claim(etcd, OURS, PARTS[:1], etcd.grant(10))
+    assert len(tries) == 1
+
+
+def test_a_seed_of_a_gateway_is_not_in_the_index(etcd: FakeEtcd) -> None:
+    claim(etcd, replace(OURS, kept_by=GATEWAY), PARTS, etcd.grant(10))
+    assert entries(etcd) == []
+
+
 # -- claim
 # --------------------------------------------------------------------------------------------------
 
@@ -72,7 +208,9 @@ def test_a_claim_writes_manifest_and_record_under_the_lease_and_the_record_last(
     claimed = claim(etcd, OURS, PARTS, lease_id)
     assert found(etcd) == OURS
     assert etcd.get(OURS.key) == claimed
-    assert [change.key for change in etcd.history] == [*part_keys(), OURS.key]
+    entry = holder_key(found(etcd))
+    assert [change.key for change in etcd.history] == [*part_keys(), OURS.key, entry]
+    assert etcd.value(entry) == OURS.key.encode()
     assert [etcd.value(key) for key in part_keys()] == PARTS
     etcd.revoke(lease_id)
     assert etcd.keys == []
@@ -450,7 +588,8 @@ def test_eviction_deletes_record_and_manifest_of_this_registration_only(etcd: Fa
         claim(etcd, record, PARTS, etcd.grant(10))
     assert evict(etcd, found(etcd))
     mark = evicted_key("qwen", 0, OURS.incarnation)
-    assert etcd.keys == sorted([SIBLING.key, *part_keys(SIBLING), mark])
+    left = [key for key in etcd.keys if not key.startswith("/holders/")]
+    assert left == sorted([SIBLING.key, *part_keys(SIBLING), mark])
 
 
 def test_a_watcher_sees_an_eviction_at_once_and_as_what_it_is(etcd: FakeEtcd) -> None:

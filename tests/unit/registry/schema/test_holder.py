@@ -1,0 +1,119 @@
+"""Entries of the index of holders: what their keys say, and in which order they come."""
+
+from __future__ import annotations
+
+import string
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_registry import ModelIdentity, RankRecord, RankState
+from engine_registry.schema.holder import (
+    Entry,
+    holder_key,
+    holders_prefix,
+    loading_key,
+    model_digest,
+    parse_entry,
+)
+from engine_registry.schema.keyvalue import KeyValue, end_of
+from engine_registry.schema.record import MAX_REVISION, MAX_VERSION
+from tests.support.builders import INCARNATION, a_record
+
+RECORDS = st.builds(
+    lambda rank, state, version, order, incarnation: a_record(
+        rank=rank,
+        world_size=rank + 1,
+        state=state,
+        version=version,
+        order=order,
+        incarnation=incarnation,
+    ),
+    st.integers(0, 2000),
+    st.sampled_from(RankState),
+    st.integers(0, MAX_VERSION - 1),
+    st.integers(1, MAX_REVISION),
+    st.text(string.ascii_letters + string.digits + "-", min_size=1, max_size=40),
+)
+
+
+def entry_of(record: RankRecord) -> Entry | None:
+    return parse_entry(KeyValue(holder_key(record), record.key.encode(), 1, 1, 1))
+
+
+@given(RECORDS)
+def test_an_entry_says_what_the_record_does(record: RankRecord) -> None:
+    order = record.order if record.state is RankState.LOADING else 0
+    assert entry_of(record) == Entry(
+        record.key, record.rank, record.state, record.version, order, record.incarnation
+    )
+
+
+@given(RECORDS, RECORDS)
+def test_the_newest_version_comes_first_and_of_those_that_load_the_last_to_begin(
+    one: RankRecord, other: RankRecord
+) -> None:
+    other = replace(other, rank=one.rank, world_size=one.world_size, state=one.state)
+    newer = one.version > other.version
+    if one.version == other.version:
+        if one.state is not RankState.LOADING or one.order == other.order:
+            return
+        newer = one.order > other.order
+    assert (holder_key(one) < holder_key(other)) == newer
+
+
+@given(st.integers(0, MAX_REVISION), st.integers(1, MAX_REVISION))
+def test_a_range_from_an_order_on_has_those_that_began_by_then(at: int, order: int) -> None:
+    record = a_record(state=RankState.LOADING, order=order)
+    start = loading_key(record.model, 0, record.version, at)
+    assert (holder_key(record) >= start) == (order <= at)
+    prefix = holders_prefix(record.model, 0, RankState.LOADING, record.version)
+    assert start < end_of(prefix)
+
+
+def test_a_record_without_an_order_has_no_entry() -> None:
+    assert holder_key(a_record()) == ""
+
+
+def test_the_digest_of_a_model_is_that_of_the_page_and_tells_every_field_apart() -> None:
+    model = ModelIdentity("qwen", "r1", "bfloat16", "none", {"b": "2", "a": "1"})
+    # printf '%s' '["qwen","r1","bfloat16","none",{"a":"1","b":"2"}]' | b2sum -l 128
+    assert model_digest(model) == "2bde29772ec57fd12ae014cf11e7dabc"
+    others = [
+        replace(model, name="qwen2"),
+        replace(model, revision="r2"),
+        replace(model, dtype="float16"),
+        replace(model, quantization="fp8"),
+        replace(model, extra={"a": "1"}),
+        ModelIdentity("qwen", "r1bfloat16", "", "none", model.extra),
+    ]
+    assert len({model_digest(each) for each in [model, *others]}) == 1 + len(others)
+
+
+GOOD = holder_key(a_record(order=7))
+LOADING = holder_key(a_record(order=7, state=RankState.LOADING))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (GOOD, b""),
+        (GOOD, b"\xff"),
+        (GOOD, b"/engines/qwen/1"),  # another rank
+        (GOOD, b"/engines/qwen/0/1"),
+        (GOOD, b"/manifests/qwen/0"),
+        (GOOD.replace("/holders/", "/engines/"), b"/engines/qwen/0"),
+        (GOOD.replace("/ready/", "/asleep/"), b"/engines/qwen/0"),
+        (GOOD.replace("/0/ready/", "/x/ready/"), b"/engines/qwen/0"),
+        (GOOD.replace("/ready/3", "/ready/z"), b"/engines/qwen/0"),
+        (GOOD + "/1", b"/engines/qwen/0"),
+        (GOOD.removesuffix(INCARNATION), b"/engines/qwen/0"),
+        (LOADING.replace(f"-{INCARNATION}", ""), b"/engines/qwen/0"),
+        (LOADING.replace("-", "x-"), b"/engines/qwen/0"),
+    ],
+)
+def test_what_is_no_entry_is_none(key: str, value: bytes) -> None:
+    assert parse_entry(KeyValue(key, value, 1, 1, 1)) is None
+    assert parse_entry(KeyValue(GOOD, b"/engines/qwen/0", 1, 1, 1)) is not None
