@@ -7,6 +7,7 @@ Runs in the caller's thread; `stop` may be called from any other.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from engine_registry.telemetry import metrics
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
+# As long after a snapshot no etcd has come back with another store: to start takes it longer.
+_FRESH_S = 0.05
 
 
 class Follower:
@@ -65,14 +68,17 @@ class Follower:
         backoff = Backoff()
         while not self._over():
             try:
+                known_at = -math.inf
                 if not self._revision:
+                    known_at = time.monotonic()
                     snapshot = self._etcd.snapshot(self._prefix, self._exact)
                     self._revision, self._count = snapshot.revision, len(snapshot.items)
                     self._newest = max(
                         snapshot.items, key=lambda item: item.mod_revision, default=None
                     )
                     yield snapshot
-                self._check_history()
+                if time.monotonic() - known_at > _FRESH_S:
+                    self._check_history()
                 self._is_back()
                 for batch in self._open():
                     backoff.reset()
