@@ -9,9 +9,15 @@ takes time, except for `start_s` and `notice_s`.
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from engine_loader.sources.chain import chain_length, costs
+from engine_registry.holders.index import SAMPLE
+
+_SEED = "seed"
 
 
 @dataclass(frozen=True)
@@ -91,28 +97,51 @@ def pipelined(fabric: Fabric, nbytes: float, parents: Sequence[int | None]) -> f
     return max(ended, default=0.0)
 
 
-def joined(receivers: int, hop: float, unseen: int = 0) -> list[int | None]:
-    """Whom each reads from by the rule of `sources.chain`: the least of readers + 1 + hop × depth,
-    the earliest of equal ones.
+def joined(receivers: int, hop: float, seed: int = 0) -> list[int | None]:
+    """Whom each reads from by the rule of `sources.chain`, where each sees a few of those before
+    it, as `holders.look` brings them, and takes its place before the next one looks. All of them
+    still load.
 
     `hop` is in loads of one receiver that has a source for itself.
-
-    `sources.chain` works out the choice of receivers that have no ticket yet, so that many at once
-    come to the same tree as one after another. With `unseen` receivers do not: each knows nothing
-    of that many before it.
     """
-    parents: list[int | None] = []
-    readers: Counter[int | None] = Counter()
-    depths: dict[int | None, int] = {}
-    seen: list[int | None] = [None]
-    counted = 0
-    depths[None] = 0
-    for number in range(receivers):
-        while counted < number - unseen:
-            readers[parents[counted]] += 1
-            seen.append(counted)
-            counted += 1
-        parent = min(seen, key=lambda place: 1 + readers[place] + hop * depths[place])
-        parents.append(parent)
-        depths[number] = depths[parent] + 1
-    return parents
+    return joined_at_once(receivers, hop, 1, seed)[0]
+
+
+def joined_at_once(
+    receivers: int, hop: float, at_once: int, seed: int = 0
+) -> tuple[list[int | None], float]:
+    """As `joined`, where so many at a time have looked and have no place yet, and any of them is
+    the next one that takes its place. Also, how often etcd refuses a receiver: it looks again then.
+    """
+    chance = random.Random(seed)  # noqa: S311  no secret
+    readers: Counter[str] = Counter()
+    chosen: dict[int, str] = {}
+    looked: list[tuple[int, str, int]] = []  # the receiver, its source, and how many read from that
+    refused, number = 0, 0
+    while len(chosen) < receivers:
+        while number < receivers and len(looked) < at_once:
+            looked.append(_look(number, hop, readers, chance))
+            number += 1
+        receiver, source, seen = looked.pop(chance.randrange(len(looked)))
+        if readers[source] != seen:
+            refused += 1
+            looked.append(_look(receiver, hop, readers, chance))
+            continue
+        readers[source] += 1
+        chosen[receiver] = source
+    sources = [chosen[receiver] for receiver in range(receivers)]
+    return [None if one == _SEED else int(one) for one in sources], refused / receivers
+
+
+def _look(
+    number: int, hop: float, readers: Counter[str], chance: random.Random
+) -> tuple[int, str, int]:
+    seen = [*range(number)][: -SAMPLE - 1 : -1]
+    if number > chain_length(hop):
+        spread = [int((part + chance.random()) * number / SAMPLE) for part in range(SAMPLE)]
+        seen = list(dict.fromkeys(reversed(spread)))
+    cost = costs(
+        [_SEED], [str(one) for one in seen], readers, ahead=number, all_ready=True, hop=hop
+    )
+    source = min(cost, key=lambda one: (cost[one], chance.random()))
+    return number, source, readers[source]

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from engine_registry.errors import RegistryError as RegistryError
     from engine_registry.errors import SchemaUnsupported as SchemaUnsupported
     from engine_registry.errors import Superseded as Superseded
+    from engine_registry.holders.query import HolderQuery as HolderQuery
+    from engine_registry.holders.query import Holders as Holders
+    from engine_registry.holders.waiting import HolderWatch as HolderWatch
     from engine_registry.pulls.follow import AllPulls as AllPulls
     from engine_registry.pulls.ticket import PullTicket as PullTicket
     from engine_registry.pulls.watch import PullWatch as PullWatch
@@ -65,6 +68,9 @@ if TYPE_CHECKING:
     from engine_registry.watching.watch import Watch as Watch
 
 _MODULE_OF = {
+    "HolderQuery": "holders.query",
+    "HolderWatch": "holders.waiting",
+    "Holders": "holders.query",
     "AllPulls": "pulls.follow",
     "AnswerTooLarge": "errors",
     "CleaningWatch": "watching.cleanup",

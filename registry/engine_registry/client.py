@@ -10,12 +10,15 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from engine_registry.errors import RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, absolute, parse_endpoints
 from engine_registry.etcd.environment import settings_in
+from engine_registry.holders.look import find_updating, look
+from engine_registry.holders.query import HolderQuery, Holders, everything
+from engine_registry.holders.waiting import HolderWatch, wait_for_holders, wait_for_instances
 from engine_registry.lifetime import Closable
 from engine_registry.pulls.follow import AllPulls
 from engine_registry.pulls.queries import all_pulls, count_pulls, readers_of, wait_for_no_pulls
@@ -44,7 +47,6 @@ from engine_registry.schema.numbers import (
     seconds,
     whole,
 )
-from engine_registry.schema.place import Place
 from engine_registry.schema.pull_ticket import Pull
 from engine_registry.schema.record import (
     ModelIdentity,
@@ -61,7 +63,7 @@ from engine_registry.telemetry.logs import fields
 from engine_registry.version import package_version
 from engine_registry.watching.cleanup import CleaningWatch
 from engine_registry.watching.election import Election
-from engine_registry.watching.waiting import Wanted, wait_for_rank, wait_until_ready
+from engine_registry.watching.waiting import Wanted, wait_until_ready
 from engine_registry.watching.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -288,29 +290,52 @@ class Registry(Closable):
         return wait_until_ready(self._etcd, instance, seconds("timeout_s", timeout_s))[0].records
 
     def ready(
-        self, wanted: Wanted, timeout_s: float = 0.0, cancel: threading.Event | None = None
+        self,
+        wanted: Wanted,
+        timeout_s: float = 0.0,
+        cancel: threading.Event | None = None,
+        *,
+        usable: Callable[[InstanceStatus], bool] = everything,
+        version: int | None = None,
     ) -> tuple[InstanceStatus, ...]:
-        """All of the wanted instances that are ready, be they named or any that serve a model.
+        """All of the named instances that are ready; of a model some that are, however many there
+        are: of the `version`, or else of the newest, and `usable` ones if there are any.
 
         Waits as `resolve` for the first. `cancel`, set in another thread, ends the wait as the end
         of its time does.
         """
-        return wait_until_ready(self._etcd, wanted, seconds("timeout_s", timeout_s), cancel)
+        timeout_s = seconds("timeout_s", timeout_s)
+        if isinstance(wanted, ModelIdentity):
+            return wait_for_instances(self._etcd, wanted, usable, version, timeout_s, cancel)
+        return wait_until_ready(self._etcd, wanted, timeout_s, cancel)
 
     def holders(
         self,
-        model: ModelIdentity,
-        place: Place,
+        query: HolderQuery,
         timeout_s: float = 0.0,
         cancel: threading.Event | None = None,
-    ) -> tuple[InstanceStatus, ...]:
-        """Instances of the model that are ready, or whose rank at this place is there, ready or
-        loading, whatever else is missing.
+        *,
+        boxes: bool = False,
+    ) -> Holders:
+        """A few ranks that hold a model's weights, whatever else of their instances is missing.
 
-        Waits as `resolve` for the first that is ready, or whose rank is. `cancel` is as for
-        `ready`.
+        Waits as `resolve` for the first that is ready, or with `boxes` for an instance that is.
+        `cancel` is as for `ready`.
         """
-        return wait_for_rank(self._etcd, model, place, seconds("timeout_s", timeout_s), cancel)
+        timeout_s = seconds("timeout_s", timeout_s)
+        return wait_for_holders(self._etcd, query, boxes, timeout_s, cancel)
+
+    def find_holders(self, query: HolderQuery) -> Holders:
+        """As `holders`, now; where nobody has the weights, that is no error."""
+        return look(self._etcd, query)
+
+    def watch_holders(self, model: ModelIdentity, rank: int | None = None) -> HolderWatch:
+        """Says when it is time to look again for holders of the model's rank, or of any rank."""
+        return HolderWatch(self._etcd.sibling(), model, rank)
+
+    def updating(self, model: ModelIdentity, rank: int) -> tuple[RankRecord, ...]:
+        """Some ranks of the model with this number whose weights are being changed now."""
+        return find_updating(self._etcd, model, rank)
 
     def was_evicted(self, rank: RankRecord | Pull) -> bool:
         """Whether this registration, or the one that is read from, was evicted within a day."""
@@ -323,17 +348,24 @@ class Registry(Closable):
         """
         return fetch_manifest(self._etcd, record)
 
-    def pull(self, record: RankRecord, reader: RankRecord | None = None) -> PullTicket | None:
+    def pull(
+        self, record: RankRecord, reader: RankRecord | None = None, free_since: int | None = None
+    ) -> PullTicket | None:
         """A ticket that says that we are reading from this rank; None where its record has changed
         since it was read.
 
-        `reader` is the rank that we read for, if it is registered.
+        `reader` is the rank that we read for, if it is registered. With `free_since`, a revision
+        of etcd, None also where another load has taken a ticket to read from the rank since.
         """
-        return take_ticket(self._etcd, record, reader)
+        return take_ticket(self._etcd, record, reader, free_since)
 
     def pulls(self, record: RankRecord) -> int:
         """How many loads hold a ticket to read from the rank."""
-        return count_pulls(self._etcd, record.instance, record.rank)
+        return self.count_pulls([record])[record.incarnation]
+
+    def count_pulls(self, records: Sequence[RankRecord]) -> dict[str, int]:
+        """How many loads hold a ticket to read from each of the ranks, by incarnation."""
+        return count_pulls(self._etcd, records)
 
     def readers(self, record: RankRecord) -> tuple[Pull, ...]:
         """The loads that hold a ticket to read from this registration, and how far each is."""

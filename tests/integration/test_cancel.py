@@ -23,6 +23,7 @@ from engine_registry import ModelIdentity, Place, Registry
 from engine_registry.errors import InstanceNotFound
 from engine_registry.etcd.follow import Follower
 from engine_registry.etcd.local import LocalEtcd
+from engine_registry.holders.query import HolderQuery
 from engine_registry.schema.keyvalue import Batch, Snapshot
 
 LONG_S = 1000.0  # the limit of a test would end a load that waits for so long
@@ -67,7 +68,8 @@ def cancel(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
                 yield update
                 cancel.set()
 
-    monkeypatch.setattr("engine_registry.watching.waiting.Follower", Cancelling)
+    for module in ("watching.waiting", "holders.waiting"):
+        monkeypatch.setattr(f"engine_registry.{module}.Follower", Cancelling)
     return cancel
 
 
@@ -99,4 +101,4 @@ def test_a_wait_of_the_registry_that_is_cancelled_ends_as_if_its_time_were_over(
     with pytest.raises(InstanceNotFound, match=r"not registered after [0-9.]+ s"):
         registry.ready("a", LONG_S, cancel)
     with pytest.raises(InstanceNotFound):
-        registry.holders(MODEL, Place(0), LONG_S, cancel)  # it was set before
+        registry.holders(HolderQuery(MODEL, Place(0)), LONG_S, cancel)  # it was set before

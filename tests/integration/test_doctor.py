@@ -357,7 +357,7 @@ PASSWORD = "correct-horse-battery"
 def guarded(own_etcd: LocalEtcd) -> LocalEtcd:
     """With a user who may serve ranks of the instance a."""
     reads = ("/engines/", "/pulls/a/", "/evicted/a/")
-    writes = ("/engines/a/", "/manifests/a/")
+    writes = ("/engines/a/", "/manifests/a/", "/holders/")
     for command in (
         *("user add root:rootpw", "user grant-role root root", "role add ranks"),
         *(f"role grant-permission ranks read --prefix=true {prefix}" for prefix in reads),

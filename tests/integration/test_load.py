@@ -448,7 +448,7 @@ def test_a_source_that_dies_between_resolve_and_read_is_reported_with_what_was_l
     ready = registry.ready("a", 10)
     process.kill()
     process.wait()
-    registry.ready = lambda *_: ready  # type: ignore[method-assign]
+    registry.ready = lambda *_, **__: ready  # type: ignore[method-assign]
     with (
         MooncakeEngine("127.0.0.1", protocol="tcp") as engine,
         pytest.raises(SourceLost, match="/engines/a/0") as lost,

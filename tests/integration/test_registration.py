@@ -51,6 +51,7 @@ from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.follow import Follower
 from engine_registry.etcd.local import LocalEtcd
+from engine_registry.holders.query import HolderQuery
 from engine_registry.registration.keeper import link, process
 from engine_registry.schema.keys import record_key
 from engine_registry.schema.keyvalue import Put
@@ -106,26 +107,25 @@ def test_a_rank_of_a_model_is_found_in_whatever_instance_it_is_ready_or_still_lo
         register(registry, "elsewhere", 1, 2),
         register(registry, "other", 0, 1, model=other),
     ):
-        assert [status.instance for status in registry.holders(MODEL, Place(0))] == [
-            "loads",
-            "part",
-            "whole",
-        ]
-        assert [status.instance for status in registry.holders(MODEL, Place(1))] == [
-            "elsewhere",
-            "whole",
-        ]
-        assert [status.instance for status in registry.holders(other, Place(0))] == ["other"]
+        found = registry.holders(HolderQuery(MODEL, Place(0), loading=True))
+        assert sorted(record.instance for record in found.ready) == ["part", "whole"]
+        assert [record.instance for record in found.loading] == ["loads"]
+        (elsewhere,) = registry.holders(HolderQuery(MODEL, Place(1))).ready
+        assert elsewhere.instance == "elsewhere"
+        nobody = registry.holders(HolderQuery(MODEL, Place(2)))
+        assert [status.instance for status in nobody.instances] == ["whole"]
+        (of_other,) = registry.holders(HolderQuery(other, Place(0))).ready
+        assert of_other.instance == "other"
     with register(registry, "loads", state=RankState.LOADING) as loading:
         with pytest.raises(
             InstanceIncomplete, match="instance 'loads' is not ready: rank 0 loading"
         ):
-            registry.holders(MODEL, Place(0))
+            registry.holders(HolderQuery(MODEL, Place(0)))
         threading.Timer(0.1, lambda: loading.update(state=RankState.READY)).start()
-        (status,) = registry.holders(MODEL, Place(0), timeout_s=20)
-        assert status.records[0].state is RankState.READY
+        (ready,) = registry.holders(HolderQuery(MODEL, Place(0)), timeout_s=20).ready
+        assert ready.state is RankState.READY
     with pytest.raises(InstanceNotFound):
-        registry.holders(MODEL, Place(0))
+        registry.holders(HolderQuery(MODEL, Place(0)))
 
 
 def test_ranks_are_in_the_order_in_which_they_were_registered_also_after_they_have_changed(
@@ -134,7 +134,7 @@ def test_ranks_are_in_the_order_in_which_they_were_registered_also_after_they_ha
     with register(registry, "b") as first, register(registry, "a"):
         first.update(version=7)
         wait_until(lambda: registry.ranks("b")[0].version == 7)
-        assert registry.ranks("b")[0].create_revision < registry.ranks("a")[0].create_revision
+        assert registry.ranks("b")[0].began < registry.ranks("a")[0].began
 
 
 def test_a_record_has_both_its_revisions_however_it_was_read(registry: Registry, raw: Etcd) -> None:
@@ -154,7 +154,7 @@ def test_a_record_has_both_its_revisions_however_it_was_read(registry: Registry,
             "resolve": registry.resolve("a")[0],
             "instance": registry.instance("a").records[0],
             "instances": registry.instances()[0].records[0],
-            "holders": registry.holders(MODEL, Place(0))[0].records[0],
+            "holders": registry.holders(HolderQuery(MODEL, Place(0))).ready[0],
         }
         revisions = {way: (each.create_revision, each.mod_revision) for way, each in read.items()}
         assert revisions == dict.fromkeys(read, (item.create_revision, item.mod_revision))

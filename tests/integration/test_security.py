@@ -29,6 +29,7 @@ from engine_registry import (
     InstanceCleaned,
     InstanceReady,
     ModelIdentity,
+    Place,
     RankState,
     RegistrationState,
     Registry,
@@ -36,6 +37,7 @@ from engine_registry import (
 from engine_registry.errors import EtcdRefused, Evicted
 from engine_registry.etcd.local import LocalEtcd, find_binary
 from engine_registry.gateway.server import Gateway
+from engine_registry.holders.query import HolderQuery
 from engine_registry.schema.keyvalue import Delete, Put
 from tests.integration.conftest import Processes, events_until, line_of
 from tests.integration.test_cli import assert_one_line
@@ -471,6 +473,8 @@ def _as_rank(secured: Secured) -> None:
     with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a") as registration:
         registration.update(version=1)
         registry.pulls(registration.record)
+        if not registration.record.order:  # it was registered without an entry in the index
+            raise EtcdRefused(DENIED)
 
 
 def _as_loader(secured: Secured) -> None:
@@ -486,6 +490,8 @@ def _as_loader(secured: Secured) -> None:
         assert ticket is not None
         ticket.close()
         assert not loader.was_evicted(record)
+        if loader.find_holders(HolderQuery(record.model, Place(record.rank))).scanned:
+            raise EtcdRefused(DENIED)  # it has read all records instead of the index
 
 
 def _as_watcher(secured: Secured) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -240,13 +241,13 @@ def test_ranks_that_never_stay_at_one_content_are_an_error(
 
     ready = registry.ready
 
-    def ready_after_an_update(*args: object) -> object:
+    def ready_after_an_update(*args: Any, **named: Any) -> object:
         with ExitStack() as together:
             for publication in publications:
                 together.enter_context(publication.update())
             for source in sources:
                 source["layer.0"].add_(1)
-        return ready(*args)  # type: ignore[arg-type]
+        return ready(*args, **named)
 
     registry.ready = ready_after_an_update  # type: ignore[method-assign, assignment]
     with pytest.raises(TornRead, match="between one rank and the next, in 5 tries"):
@@ -273,14 +274,14 @@ def test_an_instance_that_starts_again_between_two_ranks_gives_one_launch(
     running = [launch(1)]
     ready, calls = registry.ready, 0
 
-    def ready_after_a_restart(*args: object) -> object:
+    def ready_after_a_restart(*args: Any, **named: Any) -> object:
         """Asked once for the instance, and once for each rank."""
         nonlocal calls
         calls += 1
         if calls == 3:
             running.pop().close()
             running.append(stack.enter_context(launch(2)))
-        return ready(*args)  # type: ignore[arg-type]
+        return ready(*args, **named)
 
     registry.ready = ready_after_a_restart  # type: ignore[method-assign, assignment]
     found = {rank: {"w": torch.zeros(1000, dtype=torch.int64)} for rank in range(2)}

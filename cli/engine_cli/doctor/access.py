@@ -22,6 +22,10 @@ JOBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 
+# The index by model: these jobs are done without it, but loads by model read all records then.
+_INDEX = "/holders/"
+_INDEXED = {"load": "read", "serve a rank": "write"}
+
 
 def judge_login(
     name_given: str | None, error: EtcdError | None, loopback: bool, by_certificate: bool
@@ -78,7 +82,9 @@ def judge_permissions(user: User, namespace: str) -> Finding:
         for job, (reads, writes) in JOBS.items()
         if (extent := _extent(user, namespace, reads, writes)) is not None
     ]
-    prefixes = sorted({prefix for reads, writes in JOBS.values() for prefix in (*reads, *writes)})
+    prefixes = sorted(
+        {prefix for reads, writes in JOBS.values() for prefix in (*reads, *writes)} | {_INDEX}
+    )
     summary = "; ".join(
         f"{verb} {', '.join(places)}"
         for verb, places in (
@@ -96,7 +102,17 @@ def judge_permissions(user: User, namespace: str) -> Finding:
             what,
             f"etcdctl role grant-permission ROLE read --prefix=true {namespace}/engines/",
         )
-    return ok(name, f"{who} may {', '.join(jobs) or 'do no job'}: {summary}")
+    what = f"{who} may {', '.join(jobs) or 'do no job'}: {summary}"
+    for job, verb in _INDEXED.items():
+        can = any(each.startswith(job) for each in jobs)
+        if can and not _places(user, namespace, [_INDEX], verb == "write"):
+            return warn(
+                name,
+                f"{what}; it may not {verb} {namespace}{_INDEX}, "
+                "so loads by model read all records",
+                f"etcdctl role grant-permission ROLE {verb} --prefix=true {namespace}{_INDEX}",
+            )
+    return ok(name, what)
 
 
 def _extent(

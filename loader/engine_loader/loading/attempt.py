@@ -24,7 +24,7 @@ from engine_loader.planning.plan import Planner
 from engine_loader.planning.reads import Span
 from engine_loader.publishing.replica import Republication
 from engine_loader.sources.digest_check import DigestCheck
-from engine_loader.sources.source import SourceRank
+from engine_loader.sources.source import PlaceTaken, SourceRank
 from engine_loader.tensors.cuda import to_register
 from engine_loader.transfer.progress import Progress
 from engine_loader.transfer.received import Received
@@ -53,7 +53,8 @@ class Attempt:
 
     def fill(self) -> Filled:
         """Raises SourceLost or TornRead where another attempt may do better, and Cancelled; they
-        say what has come. Else what `Transfer.run` and `DigestCheck` raise.
+        say what has come. PlaceTaken where another load was faster to a source. Else what
+        `Transfer.run` and `DigestCheck` raise.
         """
         with ExitStack() as undo:
             entered = self._enter(undo)
@@ -71,20 +72,23 @@ class Attempt:
     # -- sources
 
     def _enter(self, undo: ExitStack) -> list[SourceRank]:
-        """Those that can be read from; TornRead or SourceLost if the others are not any more what
-        they were resolved to be, and cannot be spared.
+        """Those that can be read from; TornRead, SourceLost or PlaceTaken if the others cannot be
+        spared, and are not any more what they were resolved to be.
         """
         entered = [source for source in self.sources if source.enter(undo)]
         # Also where nothing is wanted: a transfer with no source would wait for one for ever.
         if len(entered) < len(self.sources) and (
             not entered or self.planner.differences([source.origin for source in entered])
         ):
-            missed = next(source.record for source in self.sources if source not in entered)
-            if self.job.registry.current(missed) is None:
+            source = next(source for source in self.sources if source not in entered)
+            missed, now = source.record, self.job.registry.current(source.record)
+            if now is None:
                 self.lost.add([missed])
                 raise SourceLost(
                     f"{missed.key} is not registered any more", "load again", key=missed.key
                 )
+            if source.free_since is not None and now.mod_revision == missed.mod_revision:
+                raise PlaceTaken(missed.key)
             raise TornRead(
                 f"the record of {missed.key} changed before it was read",
                 "load again",

@@ -6,6 +6,7 @@ A torn read is tried again. Where sources are lost, others are found, and what h
 from __future__ import annotations
 
 import logging
+import random
 import time
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from engine_loader.loading.report import LoadReport, report_of
 from engine_loader.planning.plan import Planner
 from engine_loader.publishing.replica import Republication
 from engine_loader.sources.selection import Choice
-from engine_loader.sources.source import SourceRank
+from engine_loader.sources.source import PlaceTaken, SourceRank
 from engine_loader.transfer.received import Received
 from engine_registry import failpoints
 from engine_registry.errors import RegistryError
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 # of a read that is torn by an update of the source, with about a second of waiting between them in
 # all
 TRIES = 5
+PLACES = 5  # that other loads take before ours, until it takes one that is not free
+_SPREAD_S = 0.02  # within which loads that have met look again
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Attempts:
         """A torn read is tried again, lost sources are done without, until there is none left."""
         start = time.monotonic()
         backoff = Backoff(0.03, 1.0)
-        retries = 0
+        retries = taken = 0
         sources = self._find(self.deadline)
         while True:
             try:
@@ -71,6 +74,16 @@ class Attempts:
                 if not sources:
                     raise
                 self.lost.forget_torn()
+            except PlaceTaken as exc:
+                taken += 1
+                self.finder.crowded = taken >= PLACES
+                log.debug(
+                    "%s has another reader since it was chosen", exc, extra=fields("place_taken")
+                )
+                if self.job.cancel.wait(_SPREAD_S * random.random()):  # noqa: S311  no secret
+                    raise Cancelled("the load was cancelled") from exc
+                sources = self._find(self.deadline) or sources
+                continue
             except SourceLost as exc:
                 sources = self._find_another()
                 if not sources:

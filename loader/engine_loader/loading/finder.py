@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from engine_loader.errors import WeightsMismatch
+from engine_loader.errors import SourceUnreachable, WeightsMismatch
 from engine_loader.loading.job import Job
 from engine_loader.loading.lost import LostSources
 from engine_loader.planning.plan import Planner
@@ -14,7 +14,7 @@ from engine_loader.sources.selection import Choice, Selection
 from engine_loader.sources.source import SourceRank
 from engine_loader.transfer.received import Received
 from engine_registry import RankRecord
-from engine_registry.errors import RegistryError
+from engine_registry.errors import InstanceIncomplete, InstanceNotFound, RegistryError
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ class Finder:
         self._job = job
         self._search = search
         self._lost = lost
+        self.crowded = False  # others are faster again and again: a source may have other readers
 
     def choose(
         self, deadline: float, received: Received, planner: Planner, own: RankRecord | None
@@ -37,10 +38,15 @@ class Finder:
         rank that is filled, if it is registered. Raises what `Search.find` and `Selection.choose`
         raise.
         """
-        incarnation = own.incarnation if own is not None else ""
-        found = self._search.find(deadline, self._lost.incarnations, incarnation, received.content)
+        try:
+            found = self._search.find(deadline, self._lost.incarnations, own, received.content)
+        except SourceUnreachable:
+            wider = self._choose_wider(received, planner, own)
+            if wider is None:
+                raise
+            return wider
         if not found:
-            return None
+            return self._choose_wider(received, planner, own)
         selection = Selection(
             received.dst,
             lambda record: self._source(record, own),
@@ -50,15 +56,34 @@ class Finder:
             session_id=self._job.engine.session_id,
         )
         try:
-            return selection.choose(found)
+            choice = selection.choose(found)
+            for source in choice.sources if self.crowded else ():
+                source.free_since = None
+            return choice
         except WeightsMismatch:
-            if found.instances or not (self._search.by_rank and self._search.boxes):
+            if found.instances or not self._widen():
                 raise
-            # All ranks of an instance together may have what one has not.
-            self._search = replace(self._search, by_rank=False, pipelined=False)
             return self.choose(deadline, received, planner, own)
         finally:
             self._lost.add(selection.gone)
+
+    def _choose_wider(
+        self, received: Received, planner: Planner, own: RankRecord | None
+    ) -> Choice | None:
+        """From all ranks of an instance together, if that is new, and one is ready now."""
+        if not self._widen():
+            return None
+        try:
+            return self.choose(0.0, received, planner, own)
+        except (InstanceNotFound, InstanceIncomplete):
+            return None
+
+    def _widen(self) -> bool:
+        """All ranks of an instance together may have what one has not. Whether that is new."""
+        if not (self._search.by_rank and self._search.boxes):
+            return False
+        self._search = replace(self._search, by_rank=False, pipelined=False)
+        return True
 
     def _source(self, record: RankRecord, reader: RankRecord | None) -> SourceRank:
         job = self._job

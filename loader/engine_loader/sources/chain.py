@@ -1,86 +1,66 @@
 """Which rank to read from, where ranks that are still loading are sources too. Pure.
 
-Each rank that loads has a place in an order that all see alike, and reads only from ranks that are
-complete or come before it. A rank that joins goes through those before it in that order. For each
-that has not taken its ticket yet, it finds out which source that rank will choose, as it would
-itself. So of many ranks that begin at the same time, no two choose the same source because they did
-not know of each other.
+Ranks that load have an order that never changes: that of their registration. A rank reads from
+those that are complete, and of those that load only from some that began before it. So no rank
+reads from itself by way of others, whatever else each of them knows.
+
+A rank sees a few ranks, not all. While so few load that one chain is quick enough, it goes by what
+the others do that choose like it: each reads from the one that began just before it. Behind more
+ranks it takes the one with the fewest readers of those that it sees, so that a tree grows.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from engine_registry.schema.pull_ticket import Pull
-from engine_registry.schema.record import RankRecord, RankState
+# What a rank somewhere in a tree costs more than a complete one, in loads: its depth is not known.
+# Less than 1, so that it is preferred to a source that has a reader already.
+_SOMEWHERE = 0.5
 
 
 def costs(
-    records: Sequence[RankRecord],
-    pulls: Iterable[Pull],
-    registered: Collection[str],
+    ready: Sequence[str],
+    loading: Sequence[str],
+    readers: Mapping[str, int],
+    *,
+    ahead: int,
+    all_ready: bool,
     hop: float,
-    me: str = "",
 ) -> dict[str, float]:
-    """What it would cost to read from each of the records, ready or loading, by incarnation; lacks
-    those that read from me.
+    """What it would cost to read from each of the ranks. All are named by their incarnations.
 
     The unit is the time that all weights take from a source that nobody else reads from: as many
     times that as there would be readers, and `hop` for each rank that they have gone through
-    before. `pulls` are all tickets of these ranks, `registered` the incarnations of all ranks there
-    are: a ticket whose reader is none of them any more does not count. `me` is my own incarnation.
+    before.
+
+    Args:
+        ready: Ranks that are complete.
+        loading: Ranks that load and began before, the last one first: those just before, or where
+            more than `chain_length` did, some that are spread over all.
+        readers: How many read from each now.
+        ahead: How many load that began before.
+        all_ready: Whether `ready` has all that there are.
+        hop: The time that a rank adds, in loads.
     """
-    by_incarnation = {record.incarnation: record for record in records}
-    readers: defaultdict[str, int] = defaultdict(int)
-    parents: defaultdict[str, set[str]] = defaultdict(set)
-    for pull in pulls:
-        if pull.reader is None:
-            readers[pull.incarnation] += 1
-        elif pull.reader.incarnation in registered and pull.reader.incarnation != me:
-            readers[pull.incarnation] += 1
-            parents[pull.reader.incarnation].add(pull.incarnation)
-    behind_me = _behind(me, parents)
-    depths: dict[str, int] = {}
-    cheapest: list[tuple[float, int, str]] = []  # a heap
-
-    def offer(incarnation: str) -> None:
-        cost = 1 + readers[incarnation] + hop * depths[incarnation]
-        heapq.heappush(cheapest, (cost, by_incarnation[incarnation].create_revision, incarnation))
-
-    for record in sorted(
-        records, key=lambda record: (record.state is RankState.LOADING, record.create_revision)
-    ):
-        own = record.incarnation
-        if record.state is not RankState.LOADING:
-            depths[own] = 0
-        elif known := parents[own] & by_incarnation.keys():
-            depths[own] = 1 + max([depths.get(parent, 0) for parent in known])
-        elif cheapest:
-            parent = heapq.heappop(cheapest)[2]
-            depths[own] = 1 + depths[parent]
-            readers[parent] += 1
-            offer(parent)
+    longest = chain_length(hop)
+    # Those ahead that have no ticket yet will take these: the first one, and the first behind the
+    # chain.
+    expected = int(all_ready and ahead >= len(ready)) + int(all_ready and 0 < longest < ahead)
+    cost = {one: 1.0 + max(readers.get(one, 0), expected) for one in ready}
+    for number, one in enumerate(loading):
+        if ahead <= longest:
+            # the one that began after it reads from it, or will
+            reading = max(readers.get(one, 0), min(number, 1))
+            cost[one] = 1 + reading + hop * (ahead - number)
         else:
-            depths[own] = 1
-        offer(own)
-    return {
-        own: 1 + readers[own] + hop * depth for own, depth in depths.items() if own not in behind_me
-    }
+            before = ahead * (1 - (number + 0.5) / len(loading))
+            reading = max(readers.get(one, 0), int(before < longest - 1))
+            cost[one] = 1 + reading + max(hop, _SOMEWHERE)
+    return cost
 
 
-def _behind(me: str, parents: Mapping[str, Collection[str]]) -> set[str]:
-    """The ranks that read from me, directly or by way of others; and me."""
-    children: defaultdict[str, list[str]] = defaultdict(list)
-    for child, some in parents.items():
-        for parent in some:
-            children[parent].append(child)
-    behind: set[str] = set()
-    ahead = [me]
-    while ahead:
-        one = ahead.pop()
-        if one not in behind:
-            behind.add(one)
-            ahead += children[one]
-    return behind
+def chain_length(hop: float) -> int:
+    """How many ranks may read one from the other until the hops cost as much as to share a
+    source.
+    """
+    return int(1 / hop) if hop > 0 else 1 << 30

@@ -14,12 +14,14 @@ class Group:
     holds, or all ranks of instances.
 
     No more than `at_once` of them should be read from at the same time. `content` is what the
-    tensors will hold in the end.
+    tensors will hold in the end. With `free_since`, a revision of etcd, the order holds as long as
+    nobody else has begun to read from them since.
     """
 
     content: str
     teams: list[tuple[RankRecord, ...]]
     at_once: int
+    free_since: int | None = None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,11 @@ def reachable(
     return {record.incarnation for record in every if record.key not in obstacles}
 
 
+def is_reachable(engine: Engine, record: RankRecord) -> bool:
+    """Whether the rank can be read from here, as far as labels say."""
+    return _obstacle(engine, record) is None
+
+
 class _Obstacle(NamedTuple):
     """Why the memory of a rank cannot be read from here, and what to do, if there is something."""
 

@@ -7,34 +7,28 @@ from __future__ import annotations
 import hashlib
 import logging
 import socket
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from engine_loader.engines.base import Engine
 from engine_registry import RankRecord, Registry
 from engine_registry.errors import EtcdRefused
-from engine_registry.schema.pull_ticket import Pull
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
-_FEW = 4  # of which each is asked for; of more, all tickets are read at once
 
 
 def best_first(
-    registry: Registry, engine: Engine, records: Sequence[RankRecord]
+    records: Sequence[RankRecord], readers: Mapping[str, int], engine: Engine
 ) -> list[RankRecord]:
     """Fewest readers first, then the nearest: this host, this fabric, these rails. Loaders that see
     equal ones do not all choose the same.
     """
-    if len(records) < 2:
-        return list(records)
     here = socket.gethostname()
-    readers = _readers(registry, records)
 
     def order(record: RankRecord) -> tuple[int, bool, bool, int, bytes]:
         near = bool(record.fabric) and record.fabric == engine.fabric
         return (
-            readers[record.instance, record.rank],
+            readers.get(record.incarnation, 0),
             record.host != here,
             not near,
             -_shared_rails(record.rails, engine.rails),
@@ -58,32 +52,23 @@ def _shared_rails(ours: Mapping[str, str], theirs: Mapping[str, str]) -> int:
     )
 
 
-def _readers(registry: Registry, records: Sequence[RankRecord]) -> Counter[tuple[str, int]]:
-    """How many loads read from each rank, by instance and rank."""
-    if len(records) > _FEW:
-        return Counter((pull.instance, pull.rank) for pull in all_pulls(registry))
+def count_readers(registry: Registry, records: Sequence[RankRecord]) -> Mapping[str, int]:
+    """How many loads read from each rank, by incarnation; of one alone it does not matter."""
+    if len(records) < 2:
+        return {}
     try:
-        return Counter(
-            {(record.instance, record.rank): registry.pulls(record) for record in records}
-        )
+        return registry.count_pulls(records)
     except EtcdRefused as exc:  # a user that may not see tickets may load all the same
-        _tickets_unseen(exc)
-        return Counter()
+        log_unseen(exc)
+        return {}
 
 
-def all_pulls(registry: Registry) -> Sequence[Pull]:
-    try:
-        return registry.all_pulls()
-    except EtcdRefused as exc:
-        _tickets_unseen(exc)
-        return ()
-
-
-def _tickets_unseen(exc: EtcdRefused) -> None:
+def log_unseen(error: EtcdRefused | None = None) -> None:
+    """Tickets cannot be read."""
     log.info(
-        "not known how many read from each source: %s",
-        exc,
-        extra=fields("readers_unknown", error=exc),
+        "not known how many read from each source%s",
+        f": {error}" if error else "",
+        extra=fields("readers_unknown", error=error),
     )
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine_loader.engines.base import Engine
 from engine_loader.errors import Cancelled, VersionUnavailable
-from engine_loader.planning.content import content_of_parts
-from engine_loader.sources.chain import costs
-from engine_loader.sources.groups import Found, Group, grouped
-from engine_loader.sources.reach import reachable
-from engine_loader.sources.readers import all_pulls, best_first
+from engine_loader.sources.chain import chain_length
+from engine_loader.sources.groups import Found
+from engine_loader.sources.ordering import Ordering
+from engine_loader.sources.reach import is_reachable, reachable
+from engine_loader.sources.readers import count_readers
 from engine_registry import (
     InstanceState,
     InstanceStatus,
@@ -25,6 +25,7 @@ from engine_registry import (
     Registry,
 )
 from engine_registry.errors import InvalidField, RegistryError
+from engine_registry.holders.query import HolderQuery, Holders
 from engine_registry.watching.waiting import Wanted
 
 
@@ -60,56 +61,216 @@ class Search:
         return self.place.rank if self.place is not None else None
 
     def find(
-        self, deadline: float, avoid: Collection[str] = (), me: str = "", content: str = ""
+        self,
+        deadline: float,
+        avoid: Collection[str] = (),
+        me: RankRecord | None = None,
+        content: str = "",
     ) -> Found:
         """Ranks to read from, all of one version of one model, in groups of one content. Waits
         until `deadline` for the first.
 
-        `avoid` holds incarnations, `me` is the one of the rank that is filled, if it is registered.
-        A group of `content`, some of which has come, is the best. Raises what `Registry.ready`
-        raises, InvalidField (no such rank, or which one is meant is not clear), VersionUnavailable
-        and SourceUnreachable; finds nothing only where all are to be avoided.
+        `avoid` holds incarnations, `me` is the rank that is filled, if it is registered. A group of
+        `content`, some of which has come, is the best. Raises what `Registry.ready` raises,
+        InvalidField (no such rank, or which one is meant is not clear), VersionUnavailable and
+        SourceUnreachable; finds nothing only where all are to be avoided.
         """
-        found = self._look(max(0.0, deadline - time.monotonic()))
-        every = {record.incarnation: record for status in found for record in status.records}
-        ready, alike = self._of_one_version(found)
+        wait_s = max(0.0, deadline - time.monotonic())
+        holders, instances = self._look(wait_s, avoid, me)
+        of_rank = [*holders.ready, *holders.loading] if holders is not None else []
+        of_rank += [record for status in instances for record in self._holders(status)]
+        ready, alike = self._of_one_version(instances, of_rank)
         if not self.boxes:
             self._check_place(ready, alike)
         whole = [status.records for status in ready if self.boxes]
-        alike = _before(every.get(me), alike) if me else alike
         usable = reachable(self.engine, whole, alike) - set(avoid)
         whole = [
             records for records in whole if all(record.incarnation in usable for record in records)
         ]
         alike = [record for record in alike if record.incarnation in usable]
-        instances = self._groups_of_instances(whole)
-        if any(record.state is RankState.LOADING for record in alike):
-            singles = self._groups_in_chain(alike, every.keys() - set(avoid), me)
-        else:
-            singles = grouped(
-                [
-                    ((record,), record.content)
-                    for record in best_first(self.registry, self.engine, alike)
-                ],
-                self.max_sources,
-            )
-        for groups in (singles, instances):
+        order = Ordering(self.registry, self.engine, self.max_sources)
+        singles = (
+            order.of_a_chain(alike, holders, self.hop)
+            if holders is not None and holders.loading
+            else order.of_ranks(alike, holders.readers if holders is not None else None)
+        )
+        together = order.of_instances(whole, self.dst)
+        for groups in (singles, together):
             groups.sort(key=lambda group: group.content != content)
-        return Found(singles, instances)
+        return Found(singles, together)
 
     def is_being_updated(self, avoid: Collection[str]) -> bool:
         """Whether a rank that could be read from is being changed now, and so worth waiting for."""
         if isinstance(self.wanted, ModelIdentity):
-            some = [status for status in self.registry.instances() if status.model == self.wanted]
+            rank = self.rank if self.by_rank and self.rank is not None else 0
+            some = self.registry.updating(self.wanted, rank)
         else:
             names = [self.wanted] if isinstance(self.wanted, str) else self.wanted
-            some = [self.registry.instance(name) for name in names]
+            some = tuple(
+                record for name in names for record in self.registry.instance(name).records
+            )
         return any(
             record.state is RankState.UPDATING and record.incarnation not in avoid
-            for status in some
-            for record in status.records
+            for record in some
             if self.boxes or self.place is None or self.place.fits(Place.of(record))
         )
+
+    # -- what there is
+    # ----------------------------------------------------------------------------------------------
+
+    def _look(
+        self, wait_s: float, avoid: Collection[str], me: RankRecord | None
+    ) -> tuple[Holders | None, Sequence[InstanceStatus]]:
+        """Of a rank those that hold it; else instances, or where nobody holds the rank."""
+        try:
+            if self.by_rank and isinstance(self.wanted, ModelIdentity) and self.place is not None:
+                query = HolderQuery(
+                    self.wanted,
+                    Place(self.place.rank) if self.boxes else self.place,
+                    lambda record: record.incarnation not in avoid and self._will_do(record),
+                    self.version,
+                    self.pipelined,
+                    me,
+                    chain_length(self.hop),
+                )
+                found = self.registry.holders(query, wait_s, self.cancel, boxes=self.boxes)
+                return self._with_replicas(found, me), found.instances
+            return None, self.registry.ready(
+                self.wanted,
+                wait_s,
+                self.cancel,
+                usable=lambda status: (
+                    self._has_contents(status)
+                    and all(
+                        record.incarnation not in avoid and is_reachable(self.engine, record)
+                        for record in status.records
+                    )
+                ),
+                version=self.version,
+            )
+        except RegistryError as exc:
+            if self.cancel is not None and self.cancel.is_set():
+                raise Cancelled("the load was cancelled") from exc
+            raise
+
+    def _with_replicas(self, found: Holders, me: RankRecord | None) -> Holders:
+        """And the ranks of our own instance that hold the same, as they differ along dp alone."""
+        if (
+            me is None
+            or not self.boxes
+            or not self.pipelined
+            or me.topology.get("dp", (0, 1))[1] < 2
+        ):
+            return found
+        replicas = [
+            record
+            for record in self.registry.ranks(me.instance)
+            if _replicas(me, record)
+            and (
+                record.state is RankState.READY
+                or (record.state is RankState.LOADING and record.began < me.began)
+            )
+        ]
+        loading = [record for record in replicas if record.state is RankState.LOADING]
+        return replace(
+            found,
+            ready=(*found.ready, *(record for record in replicas if record not in loading)),
+            loading=tuple(
+                sorted([*found.loading, *loading], key=lambda record: record.began, reverse=True)
+            ),
+            ahead=found.ahead + len(loading),
+            readers={**(found.readers or {}), **count_readers(self.registry, replicas)},
+        )
+
+    def _will_do(self, record: RankRecord) -> bool:
+        return (
+            (self.version is None or record.version == self.version)
+            and self._has_content(record)
+            and is_reachable(self.engine, record)
+        )
+
+    def _has_content(self, record: RankRecord) -> bool:
+        if self.contents is None:
+            return True
+        known = record.rank < len(self.contents)
+        return record.content == (self.contents[record.rank] if known else "")
+
+    def _has_contents(self, status: InstanceStatus) -> bool:
+        return self.contents is None or status.contents == tuple(self.contents)
+
+    def _holders(self, status: InstanceStatus) -> list[RankRecord]:
+        own = next((record for record in status.records if record.rank == self.rank), None)
+        if own is None or self.place is None or not (self.boxes or self.place.fits(Place.of(own))):
+            return []
+        others = [
+            other
+            for other in status.records
+            if self.boxes and other is not own and _replicas(own, other)
+        ]
+        wanted = None
+        if self.contents is not None:
+            wanted = self.contents[own.rank] if own.rank < len(self.contents) else ""
+        return [
+            record
+            for record in [own, *others]
+            if record.state is RankState.READY and wanted in (None, record.content)
+        ]
+
+    def _of_one_version(
+        self, found: Sequence[InstanceStatus], of_rank: Sequence[RankRecord]
+    ) -> tuple[list[InstanceStatus], list[RankRecord]]:
+        """The instances that are ready, and the ranks alike, of the newest version that such an
+        instance has, or else such a rank, if none is named.
+        """
+        ready = [
+            status
+            for status in found
+            if status.state is InstanceState.READY and self._has_contents(status)
+        ]
+        holders = [record for record in of_rank if self._has_content(record)]
+        every = [*(record for status in found for record in status.records), *of_rank]
+        names = ", ".join(sorted({record.instance for record in every}))
+        if self.contents is not None and not (ready or holders):
+            raise VersionUnavailable(
+                f"the weights that were wanted are not served any more: {names} "
+                "has been updated or started again since",
+                "load the weights that are served now",
+                version=self.version,
+                served=sorted({record.version for record in every}),
+            )
+        complete = [record for record in holders if record.state is RankState.READY]
+        firsts = [status.records[0] for status in ready]
+        served = sorted({record.version for record in [*firsts, *complete]})
+        if self.version is not None:
+            version = self.version
+        elif firsts:
+            version = max(record.version for record in firsts)
+        else:
+            version = self._of_a_whole_instance(complete)
+        if version not in served:
+            raise VersionUnavailable(
+                f"version {version} is not served: {names} has {', '.join(map(str, served))}",
+                version=version,
+                served=served,
+            )
+        model = next(record.model for record in [*firsts, *complete] if record.version == version)
+        kind = version, model
+        some = [status for status in ready if (status.version, status.model) == kind]
+        return some, [record for record in holders if (record.version, record.model) == kind]
+
+    def _of_a_whole_instance(self, complete: Sequence[RankRecord]) -> int:
+        """The newest version that one of their instances has as a whole, if they differ: so all
+        ranks of an engine get the same one while another engine is started with a newer. If none
+        is whole, the newest.
+        """
+        versions = sorted({record.version for record in complete}, reverse=True)
+        if len(versions) < 2:
+            return versions[0] if versions else 0
+        for record in sorted(complete, key=lambda record: -record.version):
+            status = self.registry.instance(record.instance)
+            if status.state is InstanceState.READY and status.version == record.version:
+                return record.version
+        return versions[0]
 
     def _check_place(self, ready: Sequence[InstanceStatus], alike: Sequence[RankRecord]) -> None:
         """InvalidField unless there is such a rank, and the same one is meant wherever there is."""
@@ -129,132 +290,6 @@ class Search:
                 "say world_size and topology",
                 field="topology",
             )
-
-    def _groups_of_instances(self, whole: Sequence[tuple[RankRecord, ...]]) -> list[Group]:
-        firsts = {
-            record.incarnation: at
-            for at, record in enumerate(
-                best_first(self.registry, self.engine, [records[0] for records in whole])
-            )
-        }
-        ordered = sorted(whole, key=lambda records: firsts[records[0].incarnation])
-        contents = [tuple([record.content for record in records]) for records in ordered]
-        derived = {some: content_of_parts(some, self.dst) for some in set(contents)}
-        return grouped(
-            [(records, derived[some]) for records, some in zip(ordered, contents, strict=True)],
-            self.max_sources,
-        )
-
-    def _look(self, timeout_s: float) -> Sequence[InstanceStatus]:
-        try:
-            if self.by_rank and isinstance(self.wanted, ModelIdentity) and self.place is not None:
-                anywhere = Place(self.place.rank) if self.boxes else self.place
-                return self.registry.holders(self.wanted, anywhere, timeout_s, self.cancel)
-            return self.registry.ready(self.wanted, timeout_s, self.cancel)
-        except RegistryError as exc:
-            if self.cancel is not None and self.cancel.is_set():
-                raise Cancelled("the load was cancelled") from exc
-            raise
-
-    def _of_one_version(
-        self, found: Sequence[InstanceStatus]
-    ) -> tuple[list[InstanceStatus], list[RankRecord]]:
-        """The instances that are ready, and the ranks alike, of the newest version that such an
-        instance has, or else such a rank, if none is named.
-        """
-        ready = [
-            status
-            for status in found
-            if status.state is InstanceState.READY and self._has_contents(status)
-        ]
-        holders = [record for status in found for record in self._holders(status)]
-        if self.contents is not None and not (ready or holders):
-            raise VersionUnavailable(
-                "the weights that were wanted are not served any more: "
-                f"{', '.join(sorted(status.instance for status in found))} "
-                "has been updated or started again since",
-                "load the weights that are served now",
-                version=self.version,
-                served=sorted({record.version for status in found for record in status.records}),
-            )
-        complete = [record for record in holders if record.state is RankState.READY]
-        firsts = [status.records[0] for status in ready]
-        version = (
-            max([record.version for record in firsts or complete], default=0)
-            if self.version is None
-            else self.version
-        )
-        served = sorted({record.version for record in [*firsts, *complete]})
-        if version not in served:
-            raise VersionUnavailable(
-                f"version {version} is not served: "
-                f"{', '.join(sorted(status.instance for status in found))} "
-                f"has {', '.join(map(str, served))}",
-                version=version,
-                served=served,
-            )
-        model = next(record.model for record in [*firsts, *complete] if record.version == version)
-        kind = version, model
-        some = [status for status in ready if (status.version, status.model) == kind]
-        return some, [record for record in holders if (record.version, record.model) == kind]
-
-    def _has_contents(self, status: InstanceStatus) -> bool:
-        return self.contents is None or status.contents == tuple(self.contents)
-
-    def _holders(self, status: InstanceStatus) -> list[RankRecord]:
-        own = next((record for record in status.records if record.rank == self.rank), None)
-        if own is None or self.place is None or not (self.boxes or self.place.fits(Place.of(own))):
-            return []
-        others = [
-            other
-            for other in status.records
-            if self.boxes and other is not own and _replicas(own, other)
-        ]
-        states = (RankState.READY, RankState.LOADING) if self.pipelined else (RankState.READY,)
-        if self.contents is not None:
-            wanted = self.contents[own.rank] if own.rank < len(self.contents) else ""
-            return [
-                record
-                for record in [own, *others]
-                if record.state in states and record.content == wanted
-            ]
-        return [record for record in [own, *others] if record.state in states]
-
-    def _groups_in_chain(
-        self, alike: Sequence[RankRecord], registered: Collection[str], me: str
-    ) -> list[Group]:
-        """The cheapest first. Of each group those that are complete and have no reader, at once."""
-        pulls = all_pulls(self.registry)
-        priced: list[tuple[float, int, Group]] = []
-        for content in dict.fromkeys(record.content for record in alike):
-            same = [record for record in alike if record.content == content]
-            cost = costs(same, pulls, registered, self.hop, me)
-            some = sorted(
-                [record for record in same if record.incarnation in cost],
-                key=lambda r: (cost[r.incarnation], r.create_revision),
-            )
-            if some:
-                idle = sum(
-                    record.state is RankState.READY and cost[record.incarnation] == 1
-                    for record in some
-                )
-                group = Group(
-                    content, [(record,) for record in some], min(max(idle, 1), self.max_sources)
-                )
-                priced.append((cost[some[0].incarnation], some[0].create_revision, group))
-        return [group for _, _, group in sorted(priced, key=lambda one: one[:2])]
-
-
-def _before(mine: RankRecord | None, alike: Sequence[RankRecord]) -> list[RankRecord]:
-    """Those that are complete or began to load before me: so no rank reads from itself, by way of
-    others.
-    """
-    limit = mine.create_revision if mine is not None else 0
-    return [
-        record
-        for record in alike
-        if record.state is not RankState.LOADING or record.create_revision < limit
-    ]
 
 
 def _replicas(one: RankRecord, other: RankRecord) -> bool:

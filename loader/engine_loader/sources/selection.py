@@ -106,7 +106,10 @@ class Selection:
             algorithm = algorithm or theirs
             if theirs == algorithm:
                 chosen.append(sources)
-        return [source for team in chosen for source in team]
+        some = [source for team in chosen for source in team]
+        for source in some:
+            source.free_since = group.free_since
+        return some
 
     def _fetch(self, record: RankRecord) -> SourceRank:
         try:

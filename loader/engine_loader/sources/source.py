@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 _NEWS_S = 0.25  # how much later than etcd a watch may know
 
 
+class PlaceTaken(Exception):
+    """Another load has begun to read from a source since it was chosen: choose again."""
+
+
 class SourceRank:
     """Holds nothing until `enter`. Its registry and engine are the loader's."""
 
@@ -53,11 +57,15 @@ class SourceRank:
         """`own`: it has the rank that is to be filled. `device`: where its header is read to.
         `reader` is the record of the rank that is filled, if it is registered. SourceLost if it is
         gone already.
+
+        `free_since` may be set to a revision of etcd: then `enter` refuses where another load has
+        begun to read since.
         """
         self._registry = registry
         self._engine = engine
         self._reader = reader
         self._ticket: PullTicket | None = None
+        self.free_since: int | None = None
         self._reading = threading.Lock()
         self._bad_news: LoaderError | None = None
         self._has_news = threading.Event()
@@ -97,7 +105,7 @@ class SourceRank:
         """Says in etcd that we are reading, so that a rank that wants to leave waits for us, and
         listens for news of it.
 
-        False if its record is not any more what was resolved.
+        False if its record is not any more what was resolved, or another load was faster.
         """
         lend(
             self._engine,
@@ -106,7 +114,7 @@ class SourceRank:
             owner=self._cell,
         )
         try:
-            ticket = self._registry.pull(self.record, self._reader)
+            ticket = self._registry.pull(self.record, self._reader, self.free_since)
         except EtcdError as exc:
             log.warning(
                 "reading from %s without a ticket, so it may leave meanwhile: %s",

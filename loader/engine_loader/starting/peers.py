@@ -10,19 +10,16 @@ import logging
 from collections.abc import Iterable, Mapping
 
 from engine_registry import (
-    Event,
-    InstanceReady,
-    InstanceState,
     InstanceStatus,
     ModelIdentity,
     Place,
-    RankJoined,
     RankRecord,
     RankState,
-    RankUpdated,
     Registry,
 )
-from engine_registry.errors import EtcdError
+from engine_registry.errors import EtcdError, InstanceIncomplete, InstanceNotFound
+from engine_registry.holders.query import HolderQuery
+from engine_registry.holders.waiting import HolderWatch
 from engine_registry.schema.keys import check_rank
 from engine_registry.schema.record import GATEWAY
 from engine_registry.schema.topology import check_topology
@@ -98,14 +95,23 @@ class Peers:
         self._passed_by: set[tuple[str, int]] = set()  # and revisions
 
     def now(self) -> list[RankRecord]:
-        """As etcd has them. Raises EtcdError where it cannot be asked."""
-        return [record for status in self._registry.instances() for record in self._of(status)]
+        """Some of them, as etcd has them. Raises EtcdError where it cannot be asked."""
+        query = HolderQuery(self._model, self._place, self._is_like)
+        like = [
+            record for record in self._registry.find_holders(query).ready if self._is_like(record)
+        ]
+        if like or not self._boxes:
+            return like
+        try:
+            ready = self._registry.ready(self._model, usable=lambda one: bool(self._of(one)))
+        except (InstanceNotFound, InstanceIncomplete):
+            return []
+        return [record for status in ready for record in self._of(status)]
 
-    def are_in(self, event: Event) -> bool:
-        """Whether the event says that there is one now."""
-        if isinstance(event, RankJoined | RankUpdated):
-            return self._is_like(event.record)
-        return isinstance(event, InstanceReady) and bool(self._of(event.status))
+    def watch(self) -> HolderWatch:
+        """Says when there may be one that was not there before."""
+        rank = None if self._boxes else self._place.rank
+        return self._registry.watch_holders(self._model, rank)
 
     def give_up(self, records: Iterable[RankRecord]) -> None:
         """They could not be loaded from."""
@@ -116,12 +122,7 @@ class Peers:
         self._passed_by.update((record.incarnation, record.mod_revision) for record in records)
 
     def _of(self, status: InstanceStatus) -> list[RankRecord]:
-        whole = self._boxes and status.state is InstanceState.READY and status.model == self._model
-        return [
-            record
-            for record in status.records
-            if (self._may_be_tried(record) if whole else self._is_like(record))
-        ]
+        return [record for record in status.records if self._may_be_tried(record)]
 
     def _is_like(self, record: RankRecord) -> bool:
         is_same = record.model == self._model and self._place.fits(Place.of(record))

@@ -36,7 +36,7 @@ from engine_loader.starting.seeded import Seeded
 from engine_loader.starting.turn import Turn
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import USES, Use
-from engine_registry import RankRecord, Registration, Watch
+from engine_registry import RankRecord, Registration
 from engine_registry.errors import (
     EtcdError,
     EtcdUnavailable,
@@ -48,6 +48,7 @@ from engine_registry.errors import (
     RankConflict,
     RegistryError,
 )
+from engine_registry.holders.waiting import HolderWatch
 from engine_registry.telemetry.logs import fields
 from engine_registry.watching.election import Election
 
@@ -126,7 +127,7 @@ class Start:
             note_unknown(self.seed.model, exc)
             return []
 
-    def _away_too_long(self, election: Election, watch: Watch) -> EtcdUnavailable | None:
+    def _away_too_long(self, election: Election, watch: HolderWatch) -> EtcdUnavailable | None:
         """Why not to wait for etcd any longer, if so. The look before the election counts too."""
         if (lost := election.unreachable_since) is None:
             self.away = self.away_since = None
@@ -145,7 +146,7 @@ class Start:
             self.seed.name,
             extra=self.seed.fields("seeding_waits"),
         )
-        with self.seed.registry.watch() as watch:
+        with self.peers.watch() as watch:
             while not election.leading:
                 self._check()
                 if election.refusal is not None:
@@ -155,10 +156,10 @@ class Start:
                 if (away := self._away_too_long(election, watch)) is not None:
                     return self._without_etcd(away)
                 try:
-                    event = watch.next(_LOOK_S)
+                    came = watch.next(_LOOK_S)
                 except EtcdError as exc:
                     return self._without_etcd(exc)
-                if event is not None and self.peers.are_in(event):
+                if came and self._look():
                     return ""
         return ""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.follow import Follower
 from engine_registry.schema.keys import PULLS, check_instance, pulls_prefix
-from engine_registry.schema.keyvalue import KeyValue
+from engine_registry.schema.keyvalue import KeyValue, under
 from engine_registry.schema.pull_ticket import Pull, decode
 from engine_registry.schema.record import RankRecord
 
@@ -30,15 +30,17 @@ def _decoded(items: Iterable[KeyValue]) -> tuple[Pull, ...]:
     return tuple(pull for item in items if (pull := decode(item)) is not None)
 
 
-def count_pulls(etcd: Etcd, instance: str, rank: int) -> int:
-    """How many tickets there are for the rank."""
-    return etcd.count(pulls_prefix(instance, rank))
+def count_pulls(etcd: Etcd, records: Sequence[RankRecord]) -> dict[str, int]:
+    """How many tickets there are for each of the ranks, by incarnation, in one request."""
+    prefixes = [pulls_prefix(record.instance, record.rank) for record in records]
+    _, found = etcd.read([under(prefix, count_only=True) for prefix in prefixes])
+    return {record.incarnation: one.count for record, one in zip(records, found, strict=True)}
 
 
 def wait_for_no_pulls(etcd: Etcd, instance: str, rank: int, timeout_s: float) -> int:
     """Waits until no load reads from the rank, or the time is over. Returns how many still do."""
-    deadline = time.monotonic() + timeout_s
-    for _ in Follower(etcd, pulls_prefix(instance, rank), deadline):
-        if not count_pulls(etcd, instance, rank):
+    prefix = pulls_prefix(instance, rank)
+    for _ in Follower(etcd, prefix, time.monotonic() + timeout_s):
+        if not etcd.count(prefix):
             return 0
-    return count_pulls(etcd, instance, rank)
+    return etcd.count(prefix)

@@ -19,7 +19,9 @@ from dataclasses import replace
 from engine_registry.errors import EtcdError, EtcdUnavailable, LeaseNotFound
 from engine_registry.etcd.client import Etcd
 from engine_registry.lifetime import Closable
-from engine_registry.schema.keyvalue import Put, at_revision, present
+from engine_registry.registration.writes import made_at
+from engine_registry.schema.keys import pulls_prefix
+from engine_registry.schema.keyvalue import Put, at_revision, none_created_since, present
 from engine_registry.schema.moment import utc
 from engine_registry.schema.pull_ticket import Pull, Reader, encode
 from engine_registry.schema.record import RankRecord
@@ -148,10 +150,14 @@ def _keep(held: weakref.ref[PullTicket], closed: threading.Event) -> None:
 
 
 def take_ticket(
-    etcd: Etcd, record: RankRecord, reader: RankRecord | None = None
+    etcd: Etcd,
+    record: RankRecord,
+    reader: RankRecord | None = None,
+    free_since: int | None = None,
 ) -> PullTicket | None:
     """A ticket to read from the rank, or None where its record is not any more what it was when
-    `record` was read.
+    `record` was read; with `free_since`, a revision, also where another load has taken a ticket to
+    read from the rank since.
     """
     pull = Pull(
         record.instance,
@@ -165,11 +171,13 @@ def take_ticket(
         reader=Reader.of(reader) if reader is not None else None,
         began_at=utc(),
     )
+    others = pulls_prefix(record.instance, record.rank)
+    free = [] if free_since is None else [none_created_since(others, free_since)]
     lease_id = etcd.grant(_TTL_S)
     # A wiped store may hold another's record at that revision: then the header shows the reader.
-    if etcd.commit(
-        [at_revision(record.key, record.mod_revision)], [Put(pull.key, encode(pull), lease_id)]
-    ):
+    same = at_revision(record.key, record.mod_revision)
+    put = Put(pull.key, encode(pull), lease_id)
+    if etcd.commit([same, *free], [put]) or (free and made_at(etcd, put)):
         return PullTicket(etcd, lease_id, pull)
     etcd.revoke(lease_id)
     return None

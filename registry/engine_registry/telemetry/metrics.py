@@ -79,6 +79,11 @@ ETCD_ERRORS = Counter(
     ["unavailable", "refused", "full"],
 )
 
+HOLDER_SCANS = Counter(
+    "engines_registry_holder_scans",
+    "Searches for a model that read all records, for ranks that are not in the index of holders.",
+)
+
 # -- of the registrations of this process
 # ----------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ follow.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -16,15 +16,13 @@ from benchmarks.fanout.model import (
     complete_then_chain,
     depths_of,
     joined,
+    joined_at_once,
     pipelined,
     pipelined_chain,
     pipelined_chains,
     pipelined_tree,
 )
 from benchmarks.fanout.plot import svg
-from engine_loader.sources.chain import costs
-from engine_registry import RankState
-from tests.support.builders import a_record
 
 # a hop of half a second
 FABRIC = Fabric(nbytes_per_s=100, start_s=1, notice_s=0.3, in_flight_nbytes=10)
@@ -81,31 +79,32 @@ def test_hops_that_cost_nothing_make_one_chain_and_dear_ones_a_star() -> None:
     assert depths_of(joined(6, 0.0)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_receivers_that_do_not_see_each_other_crowd_the_seed() -> None:
-    assert joined(10, 0.0, unseen=9) == [None] * 10
-
-
-@given(st.integers(1, 30), st.sampled_from([0.0, 0.01, 0.1, 0.3, 1.0]))
-def test_it_is_the_rule_that_loads_follow_when_all_begin_at_once(
+@pytest.mark.parametrize("hop", [0.02, 0.03, 0.1, 0.2])
+@pytest.mark.parametrize("receivers", [30, 300, 3000])
+def test_however_many_join_nobody_has_more_than_two_readers_and_no_way_is_long(
     receivers: int, hop: float
 ) -> None:
-    """All are registered, and none has a ticket yet."""
-    seed = a_record(incarnation=f"{0:032x}", instance="seed", state=RankState.READY)
-    records = [replace(seed, create_revision=1)]
-    chosen: list[int | None] = []
-    for number in range(receivers):
-        cost = costs(records, [], {record.incarnation for record in records}, hop)
-        best = min(records, key=lambda record: (cost[record.incarnation], record.create_revision))
-        chosen.append(None if best is records[0] else int(best.incarnation, 16) - 1)
-        records.append(
-            replace(
-                seed,
-                incarnation=f"{number + 1:032x}",
-                state=RankState.LOADING,
-                create_revision=number + 2,
-            )
-        )
-    assert chosen == joined(receivers, hop)
+    """Though each sees eight of those before it."""
+    for seed in range(3):
+        parents = joined(receivers, hop, seed=seed)
+        assert max(Counter(parents).values()) <= 2
+        assert max(depths_of(parents)) < 1 / hop + 60
+
+
+@pytest.mark.parametrize("at_once", [8, 64, 1000])
+def test_however_many_look_at_once_a_few_are_refused_and_nobody_has_many_readers(
+    at_once: int,
+) -> None:
+    for seed in range(3):
+        parents, refused = joined_at_once(1000, 0.03, at_once, seed)
+        assert all(parent is None or parent < number for number, parent in enumerate(parents))
+        assert max(Counter(parents).values()) <= 4
+        assert refused < 1.0
+
+
+@given(st.integers(1, 33))
+def test_as_many_as_make_a_chain_become_one(receivers: int) -> None:
+    assert joined(receivers, 0.03) == [None, *range(receivers - 1)]
 
 
 def test_the_plot_has_a_line_and_points_for_each_strategy() -> None:

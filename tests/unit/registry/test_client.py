@@ -32,6 +32,7 @@ from engine_registry.errors import (
 )
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.holders.query import HolderQuery
 from engine_registry.registration import manifests
 from engine_registry.schema import manifest_format
 from engine_registry.schema.keys import manifest_part_key, record_key
@@ -456,7 +457,7 @@ def test_a_time_that_is_none_is_refused_by_its_field(registry: Registry, time_s:
         "timeout_s": [
             lambda: registry.resolve("a", time_s),
             lambda: registry.ready("a", time_s),
-            lambda: registry.holders(ModelIdentity("m"), Place(0), time_s),
+            lambda: registry.holders(HolderQuery(ModelIdentity("m"), Place(0)), time_s),
             lambda: registry.wait_for_no_pulls("a", 0, time_s),
         ],
     }

@@ -426,7 +426,8 @@ def on(prefix: str, mode: str, namespace: str = "/ns") -> Permission:
 
 def all_of(job: str) -> tuple[Permission, ...]:
     reads, writes = JOBS[job]
-    return (*(on(prefix, "r") for prefix in reads), *(on(prefix, "w") for prefix in writes))
+    both = on("/holders/", "rw")
+    return (*(on(prefix, "r") for prefix in reads), *(on(prefix, "w") for prefix in writes), both)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -446,11 +447,24 @@ def test_a_user_that_may_write_one_instance_serves_that_one() -> None:
         on("/pulls/a/", "r"),
         on("/evicted/a/", "r"),
     )
-    finding = judge_permissions(User("u", ("r",), own), "/ns")
+    finding = judge_permissions(User("u", ("r",), (*own, on("/holders/", "w"))), "/ns")
+    assert finding.status is Status.OK
     assert (
         "may list and watch, serve a rank (some instances): reads /engines/, parts of /evicted/"
         in finding.what
     )
+    without = judge_permissions(User("u", ("r",), own), "/ns")
+    assert without.status is Status.WARN
+    assert without.what.endswith("may not write /ns/holders/, so loads by model read all records")
+    assert without.mend == "etcdctl role grant-permission ROLE write --prefix=true /ns/holders/"
+
+
+def test_a_user_that_loads_without_the_index_reads_all_records() -> None:
+    some = (on("/engines/", "r"), on("/manifests/", "r"), on("/pulls/", "rw"))
+    without = judge_permissions(User("u", ("r",), some), "/ns")
+    assert without.mend == "etcdctl role grant-permission ROLE read --prefix=true /ns/holders/"
+    finding = judge_permissions(User("u", ("r",), (*some, on("/holders/", "r"))), "/ns")
+    assert finding.status is Status.OK
 
 
 def test_a_user_that_may_read_nothing_learns_what_to_grant_and_root_that_it_is_too_much() -> None:

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from engine_loader.planning.matching import Origin
 from engine_loader.planning.plan import Planner
 from engine_loader.planning.reads import Span
 from engine_loader.publishing.replica import Republication
-from engine_loader.sources.source import SourceRank
+from engine_loader.sources.source import PlaceTaken, SourceRank
 from engine_loader.transfer.pipe import Source
 from engine_loader.transfer.received import Received
 from engine_registry import Manifest, RankRecord, Region, TensorEntry
@@ -47,7 +48,9 @@ A, B = an_entry("a", 4096), an_entry("b", 8192)
 def source(record: RankRecord, *tensors: TensorEntry, changed: bool = False) -> SourceRank:
     """One that holds the tensors. Where it has changed, it cannot be read from."""
     origin = Origin(f"{record.instance}/0", a_manifest(*tensors), True)
-    made = SimpleNamespace(record=record, origin=origin, enter=lambda undo: not changed)
+    made = SimpleNamespace(
+        record=record, origin=origin, enter=lambda undo: not changed, free_since=None
+    )
     return cast(SourceRank, made)
 
 
@@ -87,6 +90,26 @@ def test_a_source_that_cannot_be_spared_is_the_error(
     assert one.lost.incarnations == lost
 
 
+def test_a_source_that_another_load_was_faster_to_is_as_it_was_and_is_chosen_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = source(ONE, A, changed=True)
+    taken.free_since = 7
+    one = attempt([taken], a_manifest(A))
+    with pytest.raises(PlaceTaken, match=ONE.key):
+        one._enter(ExitStack())
+    assert one.lost.incarnations == set()
+    changed = replace(ONE, mod_revision=9)
+    now: list[RankRecord | None] = [changed, None]
+    monkeypatch.setattr(one.job.registry, "current", lambda _: now.pop(0))
+    with pytest.raises(TornRead):
+        one._enter(ExitStack())
+    with pytest.raises(SourceLost):
+        one._enter(ExitStack())
+    others = attempt([taken, source(TWO, A)], a_manifest(A))
+    assert [each.record for each in others._enter(ExitStack())] == [TWO]
+
+
 # -- what is read
 # --------------------------------------------------------------------------------------------------
 
@@ -100,6 +123,7 @@ class Offering:
 
     def __init__(self, bench: Bench, record: RankRecord, content: bytes, delay_s: float) -> None:
         self.record = record
+        self.free_since: int | None = None
         self.engine: InProcessEngine = bench.stack.enter_context(InProcessEngine(delay_s=delay_s))
         self.memory = ctypes.create_string_buffer(content, NBYTES)
         self.reported: list[Progress] = []

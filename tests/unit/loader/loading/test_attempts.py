@@ -15,7 +15,7 @@ import pytest
 from engine_loader import metrics
 from engine_loader.errors import Cancelled, LoaderError, SourceLost, TornRead, WeightsMismatch
 from engine_loader.loading import attempts as module
-from engine_loader.loading.attempts import TRIES, Attempts
+from engine_loader.loading.attempts import PLACES, TRIES, Attempts
 from engine_loader.loading.finder import Finder
 from engine_loader.loading.job import Job
 from engine_loader.loading.lost import LostSources
@@ -24,7 +24,7 @@ from engine_loader.planning.plan import Planner
 from engine_loader.planning.reads import Span
 from engine_loader.publishing.replica import Republication
 from engine_loader.sources.selection import Choice
-from engine_loader.sources.source import SourceRank
+from engine_loader.sources.source import PlaceTaken, SourceRank
 from engine_loader.transfer.received import Received
 from engine_loader.transfer.shares import Share
 from engine_registry import RankRecord, Region
@@ -77,6 +77,7 @@ class Search:
         self._answers = list(answers)
         self._updated = updated.split()
         self.deadlines: list[float] = []
+        self.crowded = False
         self.owns: list[RankRecord | None] = []
 
     def choose(
@@ -363,3 +364,47 @@ def test_a_replica_that_was_withdrawn_begins_anew_and_keeps_what_has_come(
     load.attempts.until_filled()
     assert replica.began == [(FIRST.record, CONTENT)] * 2
     assert load.attempts.received.arrivals.nbytes == 8
+
+
+# -- others that are faster
+# --------------------------------------------------------------------------------------------------
+
+TAKEN = PlaceTaken("/engines/qwen/0")
+
+
+def test_where_another_load_was_faster_a_source_is_chosen_anew_and_that_is_no_retry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = Load(monkeypatch, Search(choice(FIRST), choice(SECOND)), TAKEN, None)
+    report = load.attempts.until_filled()
+    assert load.read_from == [[FIRST], [SECOND]]
+    assert (report.retries, load.retries, load.failovers) == (0, [], [])
+    assert not load.search.crowded
+
+
+def test_after_some_that_were_faster_the_place_need_not_be_free_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = Search(*[choice(FIRST)] * (PLACES + 1))
+    crowded: list[bool] = []
+    steps: list[Exception | Callable[[Received], None] | None] = [TAKEN] * PLACES
+    load = Load(monkeypatch, search, *steps, lambda _: crowded.append(search.crowded))
+    load.attempts.until_filled()
+    assert crowded == [True]
+    assert all(wait is not None and wait < 0.1 for wait in load.cancel.waits)
+
+
+def test_a_load_that_is_cancelled_while_others_are_faster_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = Load(monkeypatch, Search(choice(FIRST)), TAKEN, cancel=Cancel(at=1))
+    with pytest.raises(Cancelled):
+        load.attempts.until_filled()
+
+
+def test_where_all_that_were_found_are_lost_meanwhile_the_same_are_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = Load(monkeypatch, Search(choice(FIRST), None), TAKEN, None)
+    load.attempts.until_filled()
+    assert load.read_from == [[FIRST], [FIRST]]

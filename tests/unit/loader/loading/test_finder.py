@@ -13,7 +13,12 @@ import pytest
 import torch
 
 from engine_loader.engines.base import Engine
-from engine_loader.errors import DigestsMissing, LoaderError, WeightsMismatch
+from engine_loader.errors import (
+    DigestsMissing,
+    LoaderError,
+    SourceUnreachable,
+    WeightsMismatch,
+)
 from engine_loader.loading import finder as module
 from engine_loader.loading.finder import Finder
 from engine_loader.loading.job import Job
@@ -22,9 +27,10 @@ from engine_loader.planning.plan import Planner
 from engine_loader.sources.groups import Found, Group
 from engine_loader.sources.search import Search
 from engine_loader.sources.selection import Choice
+from engine_loader.sources.source import SourceRank
 from engine_loader.transfer.received import Received
 from engine_registry import ModelIdentity, Place, RankRecord, Registry
-from engine_registry.errors import EtcdUnavailable
+from engine_registry.errors import EtcdUnavailable, InstanceIncomplete, InstanceNotFound
 from tests.support.builders import CONTENT, OTHER_INCARNATION, a_manifest, a_record
 
 REGISTRY, ENGINE = cast(Registry, object()), cast(Engine, SimpleNamespace(session_id="ours"))
@@ -45,12 +51,20 @@ class Searched(Search):
     found: Found = ALIKE
     asked: list[tuple[object, ...]] = field(default_factory=list)
     updated: bool | Exception = False
+    answers: list[object] = field(default_factory=list)  # before that
 
     def find(
-        self, deadline: float, avoid: Collection[str] = (), me: str = "", content: str = ""
+        self,
+        deadline: float,
+        avoid: Collection[str] = (),
+        me: RankRecord | None = None,
+        content: str = "",
     ) -> Found:
         self.asked.append((deadline, set(avoid), me, content, self.by_rank, self.pipelined))
-        return self.found
+        answer = self.answers.pop(0) if self.answers else self.found
+        if isinstance(answer, Exception):
+            raise answer
+        return cast(Found, answer)
 
     def is_being_updated(self, avoid: Collection[str]) -> bool:
         self.asked.append((set(avoid),))
@@ -101,13 +115,50 @@ def finder(searched: Searched, verify: str = "header") -> tuple[Finder, LostSour
     return Finder(cast(Job, job), searched, lost), lost
 
 
-@pytest.mark.parametrize(("own", "me"), [(None, ""), (OWN, OTHER_INCARNATION)])
-def test_where_all_are_lost_nothing_is_found(own: RankRecord | None, me: str) -> None:
-    searched = search(found=NOTHING)
+@pytest.mark.parametrize("own", [None, OWN])
+def test_where_all_are_lost_nothing_is_found(own: RankRecord | None) -> None:
+    searched = search(found=NOTHING, boxes=False)
     one, lost = finder(searched)
     lost.add([RANK])
     assert one.choose(7.0, RECEIVED, PLANNER, own) is None
-    assert searched.asked == [(7.0, {RANK.incarnation}, me, CONTENT, True, True)]
+    assert searched.asked == [(7.0, {RANK.incarnation}, own, CONTENT, True, True)]
+
+
+@pytest.mark.parametrize("error", [None, SourceUnreachable("far away")])
+def test_where_nobody_that_has_the_rank_will_do_an_instance_is_tried_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    wider: list[object] = [error or NOTHING, INSTANCES]
+    Selected(monkeypatch, CHOICE)
+    searched = search(answers=wider)
+    one, _ = finder(searched)
+    assert one.choose(7.0, RECEIVED, PLANNER, OWN) is CHOICE
+    assert [(asked[0], asked[4]) for asked in searched.asked] == [(7.0, True), (0.0, False)]
+
+
+@pytest.mark.parametrize("missing", [InstanceNotFound("none"), InstanceIncomplete("a half")])
+def test_where_there_is_no_instance_either_it_is_as_if_that_had_not_been_tried(
+    missing: Exception,
+) -> None:
+    assert (
+        finder(search(answers=[NOTHING, missing]))[0].choose(7.0, RECEIVED, PLANNER, None) is None
+    )
+    one, _ = finder(search(answers=[SourceUnreachable("far away"), missing]))
+    with pytest.raises(SourceUnreachable):
+        one.choose(7.0, RECEIVED, PLANNER, None)
+
+
+def test_where_others_are_faster_again_and_again_the_place_need_not_be_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = SimpleNamespace(free_since=7)
+    Selected(monkeypatch, *[Choice(CONTENT, [cast(SourceRank, source)])] * 2)
+    one, _ = finder(search())
+    one.choose(7.0, RECEIVED, PLANNER, OWN)
+    assert source.free_since == 7
+    one.crowded = True
+    one.choose(7.0, RECEIVED, PLANNER, OWN)
+    assert source.free_since is None
 
 
 @pytest.mark.parametrize("verify", ["header", "digest"])
@@ -148,7 +199,7 @@ def test_where_no_rank_has_all_that_is_wanted_all_ranks_of_an_instance_may(
     assert one.choose(8.0, RECEIVED, PLANNER, OWN) is CHOICE
     assert [asked[-2:] for asked in searched.asked[2:]] == [(False, False)]
     assert [asked[0] for asked in searched.asked] == [7.0, 7.0, 8.0]
-    assert {asked[2:4] for asked in searched.asked} == {(OTHER_INCARNATION, CONTENT)}
+    assert [asked[2:4] for asked in searched.asked] == [(OWN, CONTENT)] * 3
     assert [planner for _, _, planner in selected.made] == [PLANNER] * 3
 
 

@@ -19,16 +19,17 @@ from engine_registry import (
     Manifest,
     ModelIdentity,
     Place,
-    Pull,
     RankRecord,
     RankState,
     Registry,
 )
 from engine_registry.errors import EtcdRefused, InvalidField
-from engine_registry.schema.pull_ticket import Reader
-from engine_registry.schema.status import assess
+from engine_registry.schema.keyvalue import Found as FoundKeys
+from engine_registry.schema.keyvalue import Range
 from engine_registry.watching.waiting import Wanted
-from tests.support.builders import a_pull, a_record
+from tests.support.builders import a_record
+from tests.support.fake_etcd import FakeEtcd
+from tests.support.shelf import OverFake, shelve
 
 
 class Ready:
@@ -40,21 +41,16 @@ class Ready:
         self._instances = instances
         self._pulls = pulls or {}
 
-    def ready(self, wanted: object, timeout_s: float, cancel: None) -> list[InstanceStatus]:
+    def ready(
+        self, wanted: object, timeout_s: float, cancel: None, **_: object
+    ) -> list[InstanceStatus]:
         return [
             InstanceStatus(records[0].instance, InstanceState.READY, tuple(records))
             for records in self._instances
         ]
 
-    def pulls(self, record: RankRecord) -> int:
-        assert len(self._instances) <= 4, "each of many is asked for"
-        return self._pulls.get(record.instance, 0)
-
-    def all_pulls(self) -> tuple[Pull, ...]:
-        assert len(self._instances) > 4, "all are read for a few"
-        return tuple(
-            [a_pull(instance=name) for name, some in self._pulls.items() for _ in range(some)]
-        )
+    def count_pulls(self, records: Sequence[RankRecord]) -> dict[str, int]:
+        return {one.incarnation: self._pulls.get(one.instance, 0) for one in records}
 
 
 def one(instance: str, **changes: Any) -> RankRecord:
@@ -77,7 +73,7 @@ def search(
     boxes: bool = True,
     wanted: Wanted = ("any",),
     avoid: Collection[str] = (),
-    me: str = "",
+    me: RankRecord | None = None,
     **options: Any,
 ) -> Found:
     place = Place(rank) if rank is not None else None
@@ -331,107 +327,139 @@ def test_a_rank_that_only_an_older_version_has_is_reported_with_those_of_the_new
 MODEL = one("a").model
 
 
-class Holders(Ready):
-    """A registry in which these ranks are there; those of an instance that is not complete too.
-
-    `me` reads for one of them.
-    """
-
-    def __init__(
-        self, *records: RankRecord, pulls: Sequence[Pull] = (), refuse: bool = False
-    ) -> None:
-        super().__init__()
-        self._records = records
-        self._tickets = pulls
-        self._refuse = refuse
-
-    def holders(
-        self, model: ModelIdentity, place: Place, timeout_s: float, cancel: None
-    ) -> list[InstanceStatus]:
-        return [assess(record.instance, [record]) for record in self._records]
-
-    def all_pulls(self) -> tuple[Pull, ...]:
-        if self._refuse:
-            raise EtcdRefused("permission denied")
-        return tuple(self._tickets)
+def standing(*records: RankRecord, indexed: bool = True) -> tuple[OverFake, list[RankRecord]]:
+    """A registry in which these ranks are there, and what it says of them."""
+    etcd = FakeEtcd()
+    stored = [shelve(etcd, record, indexed=indexed) for record in records]
+    return OverFake(etcd), stored
 
 
 def loading(instance: str, order: int, **changes: Any) -> RankRecord:
-    return one(instance, state=RankState.LOADING, create_revision=order, **changes)
+    return one(instance, state=RankState.LOADING, order=order, **changes)
 
 
-def by_rank(
-    *records: RankRecord,
-    me: str = "",
-    pulls: Sequence[Pull] = (),
-    refuse: bool = False,
-    **options: Any,
-) -> list[str]:
-    given = {
-        "by_rank": True,
-        "pipelined": True,
-        "hop": 0.01,
-        "boxes": False,
-        "wanted": MODEL,
-        **options,
-    }
-    found = search(
-        Holders(*records, pulls=pulls, refuse=refuse), 0, InProcessEngine(), me=me, **given
-    )
+BY_RANK: dict[str, Any] = {
+    "by_rank": True,
+    "pipelined": True,
+    "hop": 0.01,
+    "boxes": False,
+    "wanted": MODEL,
+}
+
+
+def by_rank(registry: OverFake, me: RankRecord | None = None, **options: Any) -> list[str]:
+    found = search(cast(Ready, registry), 0, InProcessEngine(), me=me, **{**BY_RANK, **options})
     (group,) = found.alike
     names = [record.instance for (record,) in group.teams]
     return [*names[: group.at_once], *(["…"] if len(names) > group.at_once else [])]
 
 
-def test_a_rank_will_do_whatever_else_of_its_instance_there_is() -> None:
-    assert by_rank(one("a", world_size=2)) == ["a"]
-    assert by_rank(one("a", world_size=2), one("b", world_size=2)) in (["a", "b"], ["b", "a"])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_rank_will_do_whatever_else_of_its_instance_there_is(indexed: bool) -> None:
+    first, second = one("a", world_size=2), one("b", world_size=2)
+    assert by_rank(standing(first, indexed=indexed)[0]) == ["a"]
+    both, _ = standing(first, second, indexed=indexed)
+    assert by_rank(both) in (["a", "b"], ["b", "a"])
 
 
 def test_the_version_of_a_complete_instance_counts_for_more_than_a_newer_one_of_a_rank_alone() -> (
     None
 ):
-    assert by_rank(one("a", version=3), one("b", version=4, world_size=2)) == ["a"]
-    assert by_rank(one("a", version=3), one("b", version=4, world_size=2), version=4) == ["b"]
-    assert by_rank(one("b", version=4, world_size=2), one("c", version=3, world_size=2)) == ["b"]
+    some, _ = standing(one("a", version=3), one("b", version=4, world_size=2))
+    assert by_rank(some) == ["a"]
+    assert by_rank(some, version=4) == ["b"]
+    parts, _ = standing(one("b", version=4, world_size=2), one("c", version=3, world_size=2))
+    assert by_rank(parts) == ["b"]
 
 
-def test_a_loading_rank_is_a_source_for_those_that_began_later_and_only_on_request() -> None:
-    root, first, second = one("root"), loading("a", 2), loading("b", 3)
-    assert by_rank(root, first, second) == ["b", "…"]
-    assert by_rank(root, first, second, me=second.incarnation) == ["a", "…"]
-    assert by_rank(root, first, second, me=first.incarnation) == ["root"]
-    assert by_rank(root, first, pipelined=False) == ["root"]
-    assert by_rank(root, loading("a", 2, version=7)) == ["root"]
-    assert by_rank(root, first, avoid=[first.incarnation]) == ["root"]
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_loading_rank_is_a_source_for_those_that_began_later_and_only_on_request(
+    indexed: bool,
+) -> None:
+    registry, (root, first, second, _) = standing(
+        one("root"), loading("a", 2), loading("b", 3), loading("c", 4, version=7), indexed=indexed
+    )
+    if indexed:
+        assert by_rank(registry)[-1] == "…"
+        assert by_rank(registry)[0] != "c"
+    assert by_rank(registry, me=second) == ["a", "…"]
+    assert by_rank(registry, me=first) == ["root"]
+    assert by_rank(registry, pipelined=False) == ["root"]
+    assert by_rank(registry, me=second, avoid=[first.incarnation]) == ["root"]
+    none = [root.incarnation, first.incarnation]
+    assert not search(cast(Ready, registry), 0, InProcessEngine(), me=second, avoid=none, **BY_RANK)
 
 
-def test_one_that_is_to_be_avoided_does_not_count_as_a_reader_whatever_its_ticket_says() -> None:
-    root, first, second, mine = one("root"), loading("a", 2), loading("b", 3), loading("c", 4)
-    pulls = [
-        a_pull(incarnation=source.incarnation, reader=Reader.of(reader))
-        for source, reader in ((root, first), (first, second), (second, mine))
+def test_many_that_begin_at_once_become_one_chain_though_none_has_a_ticket() -> None:
+    registry, (_, *ranks) = standing(
+        one("root"), *[loading(f"{number:02}", number + 2) for number in range(30)]
+    )
+    assert by_rank(registry, me=ranks[0]) == ["root"]
+    assert [by_rank(registry, me=rank) for rank in ranks[1:]] == [
+        [f"{number:02}", "…"] for number in range(29)
     ]
-    assert by_rank(root, first, second, mine, me=mine.incarnation, pulls=pulls) == ["b", "…"]
-    assert by_rank(
-        root, first, second, mine, me=mine.incarnation, pulls=pulls, avoid=[second.incarnation]
-    ) == ["a", "…"]
 
 
-def test_a_rank_that_is_registered_no_more_reads_from_complete_ones_only() -> None:
-    assert by_rank(one("root"), loading("a", 2), me="lost" * 8) == ["root"]
+def test_the_source_holds_as_long_as_nobody_else_has_begun_to_read_from_it() -> None:
+    registry, (root, first) = standing(one("root"), loading("a", 2))
+    found = search(cast(Ready, registry), 0, InProcessEngine(), **BY_RANK)
+    (group,) = found.alike
+    assert group.free_since is not None
+    for record in (root, first):
+        ticket = registry.pull(record, None, group.free_since)
+        assert ticket is not None
+        ticket.close()
+    complete = search(
+        cast(Ready, registry), 0, InProcessEngine(), **{**BY_RANK, "pipelined": False}
+    )
+    assert complete.alike[0].free_since is None
 
 
 def test_complete_ranks_without_a_reader_are_read_at_once_where_others_are_loading() -> None:
-    assert by_rank(one("x"), one("y"), one("z"), loading("a", 2)) in (
-        ["y", "z", "…"],
-        ["x", "z", "…"],
-    )
-    assert by_rank(one("x"), one("y"), one("z"), loading("a", 2), max_sources=1)[1:] == ["…"]
+    registry, (*_, me) = standing(one("x"), one("y"), one("z"), loading("a", 2), loading("b", 3))
+    assert sorted(by_rank(registry, me=me)[:3]) == ["x", "y", "z"]
+    assert by_rank(registry, me=me, max_sources=1)[1:] == ["…"]
 
 
-def test_a_user_that_may_not_see_the_tickets_reads_all_the_same() -> None:
-    assert by_rank(one("root"), loading("a", 2), refuse=True) == ["a", "…"]
+def test_a_user_that_may_not_see_the_tickets_reads_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry, (_, _, me) = standing(one("root"), loading("a", 2), loading("b", 3))
+    etcd = registry._etcd
+    read = etcd.read
+
+    def refuse(ranges: Sequence[Range]) -> tuple[int, list[FoundKeys]]:
+        if any(wanted.key.startswith("/pulls/") for wanted in ranges):
+            raise EtcdRefused("permission denied", reason="denied")
+        return read(ranges)
+
+    monkeypatch.setattr(etcd, "read", refuse)
+    assert by_rank(registry, me=me) == ["a", "…"]
+    assert by_rank(registry, pipelined=False) == ["root"]
+
+
+def test_replicas_in_our_own_instance_that_load_are_sources_too() -> None:
+    def rank(number: int) -> RankRecord:
+        return loading(
+            "mine",
+            5 + number,
+            rank=number,
+            world_size=3,
+            incarnation=f"{number}" * 32,
+            topology={"dp": (number, 3), "tp": (0, 1)},
+        )
+
+    registry, (_, first, second, third) = standing(one("root"), rank(0), rank(1), rank(2))
+    for me, wanted in ((second, first), (third, second)):
+        place = Place(me.rank, 3, me.topology)
+        found = Search(
+            registry,
+            InProcessEngine(),
+            place=place,
+            dst=Manifest((), ()),
+            **{**BY_RANK, "boxes": True},
+        ).find(time.monotonic(), me=me)
+        assert found.alike[0].teams[0][0].key == wanted.key
 
 
 # -- contents and places
@@ -441,19 +469,10 @@ A, B = "a" * 32, "b" * 32
 
 
 def groups(*records: RankRecord, content: str = "", **options: Any) -> dict[str, list[str]]:
-    registry = Holders(*records)
-    given = {
-        "by_rank": True,
-        "pipelined": True,
-        "hop": 0.01,
-        "boxes": False,
-        "wanted": MODEL,
-        **options,
-    }
+    registry, _ = standing(*records)
+    given = {**BY_RANK, **options}
     place = given.pop("place", Place(0))
-    search = Search(
-        cast(Registry, registry), InProcessEngine(), place=place, dst=Manifest((), ()), **given
-    )
+    search = Search(registry, InProcessEngine(), place=place, dst=Manifest((), ()), **given)
     found = search.find(time.monotonic(), content=content)
     return {
         group.content: sorted(record.instance for (record,) in group.teams) for group in found.alike

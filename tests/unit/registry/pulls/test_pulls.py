@@ -50,8 +50,25 @@ def test_a_ticket_counts_until_it_is_given_back(
     ticket = take_ticket(etcd, read)
     assert ticket is not None
     with ticket:
-        assert count_pulls(etcd, "qwen", 0) == 1
-    assert count_pulls(etcd, "qwen", 0) == 0
+        assert count_pulls(etcd, [read]) == {read.incarnation: 1}
+    assert count_pulls(etcd, [read]) == {read.incarnation: 0}
+
+
+@pytest.mark.parametrize("answer_lost", [False, True])
+def test_a_ticket_for_a_rank_that_is_to_be_free_is_given_once(
+    etcd: FakeEtcd, read: RankRecord, answer_lost: bool
+) -> None:
+    revision, _ = etcd.read([])
+    etcd.retry_next_commit = answer_lost
+    ticket = take_ticket(etcd, read, free_since=revision)
+    assert ticket is not None
+    leases = etcd.leases
+    assert take_ticket(etcd, read, free_since=revision) is None
+    assert etcd.leases == leases
+    ticket.close()
+    another = take_ticket(etcd, read, free_since=revision)  # the place is free again
+    assert another is not None
+    another.close()
 
 
 def test_a_record_that_has_changed_gives_no_ticket(etcd: FakeEtcd, read: RankRecord) -> None:

@@ -1,0 +1,286 @@
+"""One look at who holds the weights of a model, through the index of holders.
+
+Ranks that are not in the index, as those of the release before, are found by reading all records:
+where the index has nobody, and there are more records than entries. That goes in the next release.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from engine_registry.errors import EtcdRefused
+from engine_registry.etcd.client import Etcd
+from engine_registry.holders import index
+from engine_registry.holders.query import HolderQuery, Holders, everything
+from engine_registry.schema.holder import Entry, holder_key, holders_prefix, loading_key
+from engine_registry.schema.keys import ENGINES, instance_prefix
+from engine_registry.schema.keyvalue import Range, end_of, under
+from engine_registry.schema.place import Place
+from engine_registry.schema.record import ModelIdentity, RankRecord, RankState
+from engine_registry.schema.roster import Roster, assess_all, instance_of
+from engine_registry.schema.status import InstanceState, InstanceStatus
+from engine_registry.telemetry import metrics
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
+MAX_INSTANCES = 4  # whose ranks are all read, where more are ready
+
+Usable = Callable[[InstanceStatus], bool]
+
+
+def look(etcd: Etcd, query: HolderQuery) -> Holders:
+    """Ranks as the query wants them."""
+    try:
+        found = _look(etcd, query)
+        if any(map(query.usable, found.ready)) or index.is_complete(etcd):
+            return found
+    except EtcdRefused as exc:
+        if exc.details.get("reason") != "denied":
+            raise
+    return _scan(etcd, query)
+
+
+def look_anywhere(etcd: Etcd, query: HolderQuery) -> Holders:
+    """Ranks as the query wants them; where none is ready, instances of the model that are."""
+    found = look(etcd, query)
+    if found.ready:
+        return found
+    return replace(
+        found, instances=look_for_instances(etcd, query.model, everything, query.version)
+    )
+
+
+def look_for_instances(
+    etcd: Etcd, model: ModelIdentity, usable: Usable, version: int | None = None
+) -> tuple[InstanceStatus, ...]:
+    """A few instances of the model that are ready, usable ones if there are any, of the newest
+    version first.
+    """
+    try:
+        ready = _ready_instances(etcd, model, usable, version)
+        if any(map(usable, ready)) or index.is_complete(etcd):
+            return tuple(ready)
+    except EtcdRefused as exc:
+        if exc.details.get("reason") != "denied":
+            raise
+    return _scan_for_instances(etcd, model)
+
+
+def instances_of(etcd: Etcd, model: ModelIdentity) -> tuple[InstanceStatus, ...]:
+    """Some instances that have a rank of the model in whatever state: to say what is missing."""
+    try:
+        _, (found,) = etcd.read([under(holders_prefix(model), 8 * index.SAMPLE)])
+        names = {instance_of(entry.record_key) for entry in index.entries_of(found.items)}
+        if names or index.is_complete(etcd):
+            return tuple(_instance(etcd, name) for name in sorted(names)[:MAX_INSTANCES])
+    except EtcdRefused as exc:
+        if exc.details.get("reason") != "denied":
+            raise
+    return tuple(status for status in _all_instances(etcd) if _has(status, model))
+
+
+def find_updating(etcd: Etcd, model: ModelIdentity, rank: int) -> tuple[RankRecord, ...]:
+    """Some ranks of the model with this number whose weights are being changed now."""
+    state = RankState.UPDATING
+    try:
+        entries, _ = index.sample(etcd, model, rank, state, None)
+        some = index.read(etcd, entries).records
+        if some or index.is_complete(etcd):
+            return tuple(record for record in some if record.state is state)
+    except EtcdRefused as exc:
+        if exc.details.get("reason") != "denied":
+            raise
+    return tuple(
+        record
+        for record in index.read_all(etcd)
+        if (record.model, record.rank, record.state) == (model, rank, state)
+    )
+
+
+def _look(etcd: Etcd, query: HolderQuery) -> Holders:
+    model, rank, version = query.model, query.place.rank, query.version
+    entries, is_all = index.sample(etcd, model, rank, RankState.READY, version)
+    if not entries and version is not None:  # to say what there is instead
+        return _look(etcd, replace(query, version=None))
+    loading, ahead = _loading(etcd, query) if query.loading else ([], 0)
+    found = index.read(etcd, [*entries, *loading])
+    ready = _fitting(found.records, query, RankState.READY)
+    if not any(map(query.usable, ready)) and not is_all:
+        for page in index.pages(etcd, model, rank, RankState.READY, version):
+            found = index.read(etcd, [*page, *loading])
+            ready = _fitting(found.records, query, RankState.READY)
+            if any(map(query.usable, ready)):
+                break
+    loading_ones = [
+        record
+        for record in _fitting(found.records, query, RankState.LOADING)
+        if query.usable(record)
+    ]
+    usable = [record for record in ready if query.usable(record)]
+    return Holders(
+        tuple(usable or ready),
+        is_all,
+        tuple(loading_ones),
+        ahead,
+        found.readers,
+        found.revision,
+    )
+
+
+def _loading(etcd: Etcd, query: HolderQuery) -> tuple[list[Entry], int]:
+    """Entries of ranks that load, the last to begin first, and how many there are in all: of those
+    before `me` if it is registered, or else of all.
+    """
+    model, rank, me = query.model, query.place.rank, query.me
+    if me is not None and not me.order:
+        return [], 0  # it is not in the index, so nobody knows who began before it
+    if me is None:
+        prefix = holders_prefix(model, rank, RankState.LOADING, query.version)
+        _, (found,) = etcd.read([under(prefix, index.SAMPLE)])
+        return index.entries_of(found.items), found.count
+    end = end_of(holders_prefix(model, rank, RankState.LOADING, me.version))
+    mine = holder_key(replace(me, state=RankState.LOADING))
+    _, (found,) = etcd.read([Range(mine + "\0", end, index.SAMPLE)])
+    entries = index.entries_of(found.items)
+    if found.count <= query.chain or found.count <= len(found.items) or not entries:
+        return entries, found.count
+    starts = [
+        loading_key(model, rank, me.version, order)
+        for order in _spread(me.order, entries[-1].order, len(entries), found.count)
+    ]
+    parts = zip([max(starts[0], mine + "\0"), *starts[1:]], [*starts[1:], end], strict=True)
+    _, some = etcd.read([Range(start, stop, 1) for start, stop in parts if start < stop])
+    spread = index.entries_of(item for part in some for item in part.items)
+    every = {entry.incarnation: entry for entry in [*spread, *entries]}
+    return list(every.values())[: index.SAMPLE], found.count
+
+
+def _spread(mine: int, last: int, near: int, count: int) -> list[int]:
+    """Orders before `mine`, as many as a sample has, one at random in each part of all `count`
+    ranks; how far they reach back follows from the `near` ones just before, down to `last`.
+    """
+    part = (mine - last) / near * count / index.SAMPLE
+    return [
+        mine - round((number + random.random()) * part)  # noqa: S311  spreads load only
+        for number in range(index.SAMPLE)
+    ]
+
+
+def _fitting(
+    records: Sequence[RankRecord], query: HolderQuery, state: RankState
+) -> list[RankRecord]:
+    return [
+        record
+        for record in records
+        if record.state is state
+        and record.model == query.model
+        and query.place.fits(Place.of(record))
+    ]
+
+
+def _ready_instances(
+    etcd: Etcd, model: ModelIdentity, usable: Usable, version: int | None
+) -> list[InstanceStatus]:
+    """Each instance that is ready has a rank 0 that is."""
+    entries, is_all = index.sample(etcd, model, 0, RankState.READY, version)
+    if not entries and version is not None:  # to say what there is instead
+        return _ready_instances(etcd, model, usable, None)
+    ready = _of_entries(etcd, model, entries, usable)
+    if any(map(usable, ready)) or is_all:
+        return ready
+    for page in index.pages(etcd, model, 0, RankState.READY, version):
+        some = _of_entries(etcd, model, page, usable)
+        if any(map(usable, some)):
+            return some
+        ready = ready or some
+    return ready
+
+
+def _of_entries(
+    etcd: Etcd, model: ModelIdentity, entries: Sequence[Entry], usable: Usable
+) -> list[InstanceStatus]:
+    """The usable ones that are ready, until there are enough; some that are ready where none is."""
+    good: list[InstanceStatus] = []
+    others: list[InstanceStatus] = []
+    for entry in entries:
+        status = _instance(etcd, instance_of(entry.record_key))
+        if status.state is InstanceState.READY and status.model == model:
+            (good if usable(status) else others).append(status)
+        if len(good) == MAX_INSTANCES:
+            break
+    return good or others[:MAX_INSTANCES]
+
+
+def _instance(etcd: Etcd, name: str) -> InstanceStatus:
+    roster = Roster(name)
+    for item in etcd.snapshot(instance_prefix(name)).items:
+        roster.see(item)
+    return roster.status()
+
+
+# -- ranks that are not in the index
+# --------------------------------------------------------------------------------------------------
+
+
+def _scan(etcd: Etcd, query: HolderQuery) -> Holders:
+    _note_scan(query.model)
+    records = [
+        record
+        for record in index.read_all(etcd)
+        if record.model == query.model and record.rank == query.place.rank
+    ]
+    ready = _fitting(records, query, RankState.READY)
+    usable = [record for record in ready if query.usable(record)]
+    before = [
+        record
+        for record in _fitting(records, query, RankState.LOADING)
+        if query.loading
+        and query.usable(record)
+        and (query.me is None or record.began < query.me.began)
+    ]
+    before.sort(key=lambda record: record.began, reverse=True)
+    some = [*(usable or ready), *before[: index.SAMPLE]]
+    counted = index.read(etcd, [_entry(record) for record in some])
+    return Holders(
+        tuple(usable or ready),
+        True,
+        tuple(before[: index.SAMPLE]),
+        len(before),
+        counted.readers,
+        counted.revision,
+        scanned=True,
+    )
+
+
+def _scan_for_instances(etcd: Etcd, model: ModelIdentity) -> tuple[InstanceStatus, ...]:
+    return tuple(
+        status
+        for status in _all_instances(etcd)
+        if status.state is InstanceState.READY and status.model == model
+    )
+
+
+def _all_instances(etcd: Etcd) -> tuple[InstanceStatus, ...]:
+    return assess_all(etcd.snapshot(ENGINES).items)
+
+
+def _has(status: InstanceStatus, model: ModelIdentity) -> bool:
+    return any(record.model == model for record in status.records)
+
+
+def _entry(record: RankRecord) -> Entry:
+    return Entry(
+        record.key, record.rank, record.state, record.version, record.order, record.incarnation
+    )
+
+
+def _note_scan(model: ModelIdentity) -> None:
+    metrics.HOLDER_SCANS.inc()
+    log.info(
+        "the index of holders does not have every rank, so all records were read for %s",
+        model,
+        extra=fields("holders_scanned", model=str(model)),
+    )
