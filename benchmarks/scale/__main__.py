@@ -1,0 +1,96 @@
+"""`python -m benchmarks.scale`: what the registry costs as everything grows. All parts take about
+half an hour; `--quick` takes less than two minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from benchmarks import figures
+from benchmarks.scale.figures import Found, text_of
+from benchmarks.scale.goals import Verdict, verdicts
+from benchmarks.scale.joins import joins
+from benchmarks.scale.sizes import QUICK, WHOLE, Sizes
+from engine_cli.main import main
+from engine_cli.options import debug_option
+from engine_cli.render.tables import print_table
+
+PARTS: dict[str, Callable[[Sizes, Callable[[str], None]], Found]] = {
+    "join": joins,
+}
+
+
+def measure(parts: Sequence[str], sizes: Sizes) -> Found:
+    found = Found()
+    for part in parts:
+        found.add(PARTS[part](sizes, figures.say))
+    return found
+
+
+@click.command("command", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("parts", nargs=-1, type=click.Choice(list(PARTS)), metavar="[PART]…")
+@click.option("--quick", is_flag=True, help="Small sizes: to see that it runs.")
+@click.option(
+    "--json",
+    "path",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Write everything to this file, too.",
+)
+@debug_option
+def command(parts: Sequence[str], quick: bool, path: Path | None) -> None:
+    """The registry as ranks, instances and joiners grow: requests and bytes, CPU and sockets."""
+    logging.getLogger("engine_loader").setLevel(logging.ERROR)
+    found = measure(parts or list(PARTS), QUICK if quick else WHOLE)
+    judged = verdicts(found.figures)
+    _print(found, judged)
+    if path is not None:
+        path.write_text(json.dumps(_document(found, judged, quick), indent=1) + "\n")
+
+
+def _print(found: Found, judged: Sequence[Verdict]) -> None:
+    for table in found.tables:
+        click.echo(f"\n{table.title}")
+        print_table(table.columns, [list(map(text_of, row)) for row in table.rows])
+        if table.note:
+            click.echo(table.note)
+    click.echo("\nGoals")
+    print_table(
+        ("GOAL", "AT MOST", "MEASURED", ""),
+        [
+            (
+                each.goal.what,
+                text_of(each.goal.most),
+                text_of("" if each.value is None else each.value),
+                each.said,
+            )
+            for each in judged
+        ],
+    )
+
+
+def _document(found: Found, judged: Sequence[Verdict], quick: bool) -> dict[str, object]:
+    return {
+        "machine": figures.machine(),
+        "quick": quick,
+        **found.to_json(),
+        "goals": [
+            {
+                "goal": each.goal.what,
+                "figure": each.goal.figure,
+                "most": each.goal.most,
+                "value": each.value,
+                "verdict": each.said,
+            }
+            for each in judged
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main(command, "benchmarks.scale")

@@ -1,0 +1,204 @@
+"""Loads that join a model at the same time, each with a registry and an engine, in threads.
+
+Each is one `load(…, publish=Replica(…))`. All of them have registered, chosen their sources and
+taken their tickets before one moves its first byte.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.scale.counts import Counts, counting
+from benchmarks.scale.ranks import MODEL, TIMEOUT_S, connected
+from benchmarks.scale.seams import Gate, GatedEngine, in_one_process
+from engine_loader import (
+    InProcessEngine,
+    LoadOptions,
+    LoadReport,
+    PublishOptions,
+    Replica,
+    Shard,
+    load,
+    publish,
+)
+from engine_loader.errors import LoaderError
+from engine_loader.tensors.destination import Destination
+from engine_registry import Manifest, Registry
+from engine_registry.etcd.local import LocalEtcd
+
+FLOATS = 16_384  # of the one tensor
+_TTL_S = 3_600.0
+_QUIET_WITHIN_S = 30.0
+_STACK_NBYTES = 512 << 10
+
+
+@dataclass(frozen=True)
+class Joins:
+    """What `joiners` loads have cost until their first byte, and from then until they had all."""
+
+    joiners: int
+    spent: Counts
+    after: Counts | None  # None where they were cancelled
+    most_readers: int  # of one rank
+    cpu_s: float  # of this process, until the first byte
+    seconds: float
+    exact: int  # joiners that have the bytes of the source
+
+    @property
+    def requests_each(self) -> float:
+        return self.spent.requests / self.joiners
+
+    @property
+    def kb_each(self) -> float:
+        return self.spent.sent_nbytes / 1e3 / self.joiners
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {"w": torch.arange(FLOATS, dtype=torch.float32)}
+
+
+def manifest_of_weights() -> Manifest:
+    return Destination(weights()).manifest
+
+
+@contextmanager
+def a_source(server: LocalEtcd) -> Iterator[None]:
+    """One complete rank of the model, in this process."""
+    with (
+        connected(server) as etcd,
+        in_one_process(etcd),
+        Registry.connect(server.endpoint, timeout_s=TIMEOUT_S) as registry,
+        publish(
+            registry,
+            InProcessEngine(),
+            instance="source",
+            rank=0,
+            world_size=1,
+            tensors=weights(),
+            model=MODEL,
+            options=PublishOptions(ttl_s=_TTL_S),
+        ),
+    ):
+        yield
+
+
+def join(
+    server: LocalEtcd,
+    joiners: int,
+    *,
+    complete: bool = True,
+    shards: Mapping[str, Shard] | None = None,
+    within_s: float = 600.0,
+) -> Joins:
+    """Not `complete`: they are cancelled before their first byte, as records without memory behind
+    them may be their sources.
+    """
+    with connected(server) as etcd, in_one_process(etcd, joiners), ExitStack() as stack:
+        team = _Team(server, joiners, shards, stack)
+        with counting(server, _QUIET_WITHIN_S) as joined:
+            cpu_s, start = time.process_time(), time.monotonic()
+            team.start()
+            stack.callback(team.cancel)  # before the connections are closed
+            team.gate.wait_for_all(within_s)
+            cpu_s, seconds = time.process_time() - cpu_s, time.monotonic() - start
+        with Registry.connect(server.endpoint, timeout_s=TIMEOUT_S) as registry:
+            readers = Counter((pull.instance, pull.rank) for pull in registry.all_pulls())
+        after = None
+        if complete:
+            with counting(server) as completed:
+                team.gate.open()
+                team.wait(within_s)
+            after = completed.spent
+        return Joins(
+            joiners,
+            joined.spent,
+            after,
+            max(readers.values()),
+            cpu_s,
+            seconds,
+            team.exact(),
+        )
+
+
+class _Team:
+    """Starts a thread for each load."""
+
+    def __init__(
+        self,
+        server: LocalEtcd,
+        joiners: int,
+        shards: Mapping[str, Shard] | None,
+        stack: ExitStack,
+    ) -> None:
+        self.gate = Gate(joiners)
+        self._cancelled = threading.Event()
+        self._shards = shards
+        self._engines = [GatedEngine(self.gate) for _ in range(joiners)]
+        self._tensors = [{"w": torch.zeros(FLOATS)} for _ in range(joiners)]
+        self._reports: list[LoadReport] = []
+        # each process has a connection; it is there before the load begins
+        self._registries = [
+            stack.enter_context(Registry.connect(server.endpoint, timeout_s=TIMEOUT_S))
+            for _ in range(joiners)
+        ]
+        before = threading.stack_size(_STACK_NBYTES)  # of which there are thousands
+        stack.callback(threading.stack_size, before)
+        self._threads = [
+            threading.Thread(target=self._load, args=(number,), name=f"joiner {number}")
+            for number in range(joiners)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            raise TimeoutError(f"loads are not complete after {timeout_s:.0f} s")
+        self.gate.wait_for_all(0.0)  # raises what a load has raised
+
+    def cancel(self) -> None:
+        """Loads that are complete are closed, the others end."""
+        self._cancelled.set()
+        self.gate.open()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+        for report in self._reports:
+            if report.publication is not None:
+                report.publication.close()
+
+    def exact(self) -> int:
+        source = weights()["w"]
+        return sum(bool(torch.equal(tensors["w"], source)) for tensors in self._tensors)
+
+    def _load(self, number: int) -> None:
+        try:
+            report = load(
+                self._registries[number],
+                self._engines[number],
+                MODEL,
+                rank=0,
+                tensors=self._tensors[number],
+                shards=self._shards,
+                timeout_s=TIMEOUT_S,
+                publish=Replica(f"joiner-{number:05}", options=PublishOptions(ttl_s=_TTL_S)),
+                options=LoadOptions(cancel=self._cancelled),
+            )
+        except LoaderError as exc:
+            if not self._cancelled.is_set():
+                self.gate.fail(exc)
+        except BaseException as exc:  # noqa: BLE001  the thread that waits at the gate raises it
+            self.gate.fail(exc)
+        else:
+            self._reports.append(report)

@@ -1,0 +1,127 @@
+"""Ranks without a process each: written by the product's own `claim`, under one lease."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+from engine_registry import Manifest, ModelIdentity, RankState, Region, TensorEntry
+from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.registration.writes import claim
+from engine_registry.schema import manifest_format as manifests
+from engine_registry.schema.keyvalue import KeyValue
+from engine_registry.schema.record import ManifestRef, RankRecord
+
+MODEL = ModelIdentity("scale/model-that-is-joined", "r1", "bfloat16")
+OTHER = ModelIdentity("scale/model-of-somebody-else", "r1", "bfloat16")
+CONTENT = "0" * 31 + "1"
+HOST_RANKS = 8
+TIMEOUT_S = 60.0
+_THREADS = 8
+_TTL_S = 86_400.0
+_QUOTA_NBYTES = 8 << 30
+
+
+def an_etcd() -> LocalEtcd:
+    """One member, with the quota that the pages advise."""
+    return LocalEtcd(extra_args=[f"--quota-backend-bytes={_QUOTA_NBYTES}"])
+
+
+def connected(server: LocalEtcd) -> closing[Etcd]:
+    """A connection for a `with` block."""
+    return closing(Etcd(config_of(server)))
+
+
+def config_of(server: LocalEtcd) -> EtcdConfig:
+    return EtcdConfig(parse_endpoints(server.endpoint), timeout_s=TIMEOUT_S)
+
+
+def small_manifest() -> Manifest:
+    entry = TensorEntry("w", "bfloat16", (512, 64), 4096, 65536, (512, 64), (0, 0))
+    return Manifest((entry,), (Region(4096, 65536),))
+
+
+def a_record(
+    ref: ManifestRef,
+    number: int,
+    *,
+    prefix: str,
+    world_size: int,
+    model: ModelIdentity = OTHER,
+    protocol: str = "rdma",
+    state: RankState = RankState.READY,
+) -> RankRecord:
+    """The record of rank `number`, counted over all instances of one prefix."""
+    return RankRecord(
+        incarnation=f"{random.getrandbits(128):032x}",
+        instance=f"{prefix}-{number // world_size:06}",
+        rank=number % world_size,
+        world_size=world_size,
+        model=model,
+        session_id=f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}:15000",
+        protocol=protocol,
+        manifest=ref,
+        header_addr=0x7F3A_4000_0000,
+        registered_at="2026-01-01T00:00:00.000+00:00",
+        generation="a1b2c3d4e5f64718",
+        content=CONTENT,
+        topology={"tp": (number % world_size, world_size)},
+        device=f"cuda:{number % HOST_RANKS}",
+        writer="0.1.0",
+        host=f"gpu-node-{number // HOST_RANKS:05}",
+        pid=41_000 + number % HOST_RANKS,
+        state=state,
+    )
+
+
+class Fleet:
+    """Ranks of one kind in one etcd, which only grow in number."""
+
+    def __init__(
+        self,
+        etcd: Etcd,
+        prefix: str,
+        world_size: int,
+        *,
+        model: ModelIdentity = OTHER,
+        protocol: str = "rdma",
+        manifest: Manifest | None = None,
+    ) -> None:
+        self._etcd = etcd
+        self._prefix = prefix
+        self._world_size = world_size
+        self._model = model
+        self._protocol = protocol
+        self._ref, self._parts = manifests.encode(manifest or small_manifest())
+        self._lease_id = etcd.grant(_TTL_S)
+        self.written: list[tuple[RankRecord, KeyValue]] = []
+
+    def grow_to(self, ranks: int) -> Sequence[tuple[RankRecord, KeyValue]]:
+        """Registers those that are missing, from a few threads; returns them."""
+        new = range(len(self.written), ranks)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            self.written += pool.map(self._register, new)
+        return self.written[new.start :]
+
+    def record(self, number: int) -> RankRecord:
+        return a_record(
+            self._ref,
+            number,
+            prefix=self._prefix,
+            world_size=self._world_size,
+            model=self._model,
+            protocol=self._protocol,
+        )
+
+    @property
+    def parts(self) -> Sequence[bytes]:
+        """Of the manifest of each."""
+        return self._parts
+
+    def _register(self, number: int) -> tuple[RankRecord, KeyValue]:
+        record = self.record(number)
+        return record, claim(self._etcd, record, self._parts, self._lease_id)
