@@ -12,16 +12,36 @@ from pathlib import Path
 import click
 
 from benchmarks import figures
-from benchmarks.scale.figures import Found, text_of
+from benchmarks.scale.chains import chains
+from benchmarks.scale.choices import choices
+from benchmarks.scale.claims import claims
+from benchmarks.scale.figures import Found, Say, text_of
 from benchmarks.scale.goals import Verdict, verdicts
+from benchmarks.scale.herds import herds
 from benchmarks.scale.joins import joins
+from benchmarks.scale.layouts import layouts
+from benchmarks.scale.listings import listings
+from benchmarks.scale.losses import losses
+from benchmarks.scale.renewals import renewals
 from benchmarks.scale.sizes import QUICK, WHOLE, Sizes
+from benchmarks.scale.sockets import sockets
+from benchmarks.scale.watchers import watchers
 from engine_cli.main import main
 from engine_cli.options import debug_option
 from engine_cli.render.tables import print_table
 
-PARTS: dict[str, Callable[[Sizes, Callable[[str], None]], Found]] = {
+PARTS: dict[str, Callable[[Sizes, Say], Found]] = {
     "join": joins,
+    "claim": claims,
+    "herd": herds,
+    "renewal": renewals,
+    "sockets": sockets,
+    "watcher": watchers,
+    "list": listings,
+    "choice": choices,
+    "layout": layouts,
+    "chain": chains,
+    "loss": losses,
 }
 
 

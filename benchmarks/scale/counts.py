@@ -8,7 +8,7 @@ import statistics
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +16,8 @@ from benchmarks.figures import cpu_s
 from engine_registry.etcd.local import LocalEtcd
 
 _LINE = re.compile(r'grpc_server_msg_(received|sent)_total\{grpc_method="(\w+)".*\} (\S+)')
-_RENEWAL = "LeaseKeepAlive"
+# A lease is looked at where the answer to its renewal is late.
+_RENEWALS = ("LeaseKeepAlive", "LeaseTimeToLive")
 _LOOK_S = 0.2  # between two looks at whether etcd is still asked something, and before the first
 
 
@@ -41,11 +42,11 @@ class Counts:
     @property
     def requests(self) -> int:
         """All but renewals of leases, as their number grows with the time that a join takes."""
-        return self.messages.total() - self.messages[_RENEWAL]
+        return self.messages.total() - self.renewals
 
     @property
     def renewals(self) -> int:
-        return self.messages[_RENEWAL]
+        return sum(self.messages[name] for name in _RENEWALS)
 
     def since(self, before: Counts) -> Counts:
         return Counts(
@@ -109,6 +110,15 @@ def counting(server: LocalEtcd, quiet_within_s: float = 0.0) -> Iterator[Count]:
         if (last.requests, last.watch_answers) == (after.requests, after.watch_answers):
             break
     count.spent = replace(after.since(before), cpu_s=spent_s)
+
+
+def wait_until(holds: Callable[[], bool], within_s: float) -> None:
+    """TimeoutError where it does not hold in time."""
+    deadline = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the benchmark has waited {within_s:.0f} s in vain")
+        time.sleep(_LOOK_S)
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:

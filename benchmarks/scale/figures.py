@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 Cell = str | int | float
+Say = Callable[[str], None]  # what is measured now
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,13 @@ GOALS = (
     *(Goal(f"join_requests_over_{name}", f"requests a join, over {name}", 20) for name in "RIN"),
     *(Goal(f"join_kb_over_{name}", f"kB of etcd a join, over {name}", 32) for name in "RIN"),
     Goal("join_bytes_exponent_in_N", "exponent of the bytes of all joins in N", 1.05),
+    Goal("claim_etcd_ms", "ms of etcd CPU a claim, beside the most siblings", 5),
+    Goal("sockets_a_host", "sockets to etcd of a host of 8 ranks that serve", 2),
+    Goal("watcher_ms", "ms of a watcher's CPU for a rank replaced, of the most ranks", 1.5),
+    Goal("list_s", "seconds of a list of all ranks", 0.3),
+    Goal("chain_ratio", "1,000 receivers to 8, in the model", 1.5),
+    Goal("loss_p50_ms", "ms until a loss is seen, p50", 5),
+    Goal("loss_p99_ms", "ms until a loss is seen, p99", 50),
 )
 
 

@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.scale.counts import Counts, counting
 from benchmarks.scale.ranks import MODEL, TIMEOUT_S, connected
-from benchmarks.scale.seams import Gate, GatedEngine, in_one_process
+from benchmarks.scale.seams import Gate, held_by, in_one_process
 from engine_loader import (
+    Engine,
     InProcessEngine,
     LoadOptions,
     LoadReport,
@@ -36,7 +37,37 @@ from engine_registry.etcd.local import LocalEtcd
 FLOATS = 16_384  # of the one tensor
 _TTL_S = 3_600.0
 _QUIET_WITHIN_S = 30.0
-_STACK_NBYTES = 512 << 10
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {"w": torch.arange(FLOATS, dtype=torch.float32)}
+
+
+def manifest_of(shards: Mapping[str, Shard] | None = None, floats: int = FLOATS) -> Manifest:
+    """Of such weights, or of a part of them."""
+    return Destination({"w": torch.zeros(floats)}, shards).manifest
+
+
+def load_and_publish(
+    registry: Registry,
+    engine: Engine,
+    instance: str,
+    tensors: Mapping[str, torch.Tensor],
+    shards: Mapping[str, Shard] | None,
+    cancel: threading.Event,
+) -> LoadReport:
+    """What a join is."""
+    return load(
+        registry,
+        engine,
+        MODEL,
+        rank=0,
+        tensors=tensors,
+        shards=shards,
+        timeout_s=TIMEOUT_S,
+        publish=Replica(instance, options=PublishOptions(ttl_s=_TTL_S)),
+        options=LoadOptions(cancel=cancel),
+    )
 
 
 @dataclass(frozen=True)
@@ -58,14 +89,6 @@ class Joins:
     @property
     def kb_each(self) -> float:
         return self.spent.sent_nbytes / 1e3 / self.joiners
-
-
-def weights() -> dict[str, torch.Tensor]:
-    return {"w": torch.arange(FLOATS, dtype=torch.float32)}
-
-
-def manifest_of_weights() -> Manifest:
-    return Destination(weights()).manifest
 
 
 @contextmanager
@@ -100,8 +123,9 @@ def join(
     """Not `complete`: they are cancelled before their first byte, as records without memory behind
     them may be their sources.
     """
-    with connected(server) as etcd, in_one_process(etcd, joiners), ExitStack() as stack:
+    with connected(server) as etcd, in_one_process(etcd), ExitStack() as stack:
         team = _Team(server, joiners, shards, stack)
+        stack.enter_context(held_by(team.gate))
         with counting(server, _QUIET_WITHIN_S) as joined:
             cpu_s, start = time.process_time(), time.monotonic()
             team.start()
@@ -140,7 +164,7 @@ class _Team:
         self.gate = Gate(joiners)
         self._cancelled = threading.Event()
         self._shards = shards
-        self._engines = [GatedEngine(self.gate) for _ in range(joiners)]
+        self._engines = [InProcessEngine() for _ in range(joiners)]
         self._tensors = [{"w": torch.zeros(FLOATS)} for _ in range(joiners)]
         self._reports: list[LoadReport] = []
         # each process has a connection; it is there before the load begins
@@ -148,8 +172,6 @@ class _Team:
             stack.enter_context(Registry.connect(server.endpoint, timeout_s=TIMEOUT_S))
             for _ in range(joiners)
         ]
-        before = threading.stack_size(_STACK_NBYTES)  # of which there are thousands
-        stack.callback(threading.stack_size, before)
         self._threads = [
             threading.Thread(target=self._load, args=(number,), name=f"joiner {number}")
             for number in range(joiners)
@@ -184,16 +206,13 @@ class _Team:
 
     def _load(self, number: int) -> None:
         try:
-            report = load(
+            report = load_and_publish(
                 self._registries[number],
                 self._engines[number],
-                MODEL,
-                rank=0,
-                tensors=self._tensors[number],
-                shards=self._shards,
-                timeout_s=TIMEOUT_S,
-                publish=Replica(f"joiner-{number:05}", options=PublishOptions(ttl_s=_TTL_S)),
-                options=LoadOptions(cancel=self._cancelled),
+                f"joiner-{number:05}",
+                self._tensors[number],
+                self._shards,
+                self._cancelled,
             )
         except LoaderError as exc:
             if not self._cancelled.is_set():

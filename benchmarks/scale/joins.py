@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from benchmarks.scale.counts import exponent
-from benchmarks.scale.figures import Cell, Found, Table
-from benchmarks.scale.joiners import Joins, a_source, join, manifest_of_weights
+from benchmarks.scale.figures import Cell, Found, Say, Table
+from benchmarks.scale.joiners import Joins, a_source, join, manifest_of
 from benchmarks.scale.ranks import HOST_RANKS, MODEL, Fleet, an_etcd, connected
 from benchmarks.scale.sizes import Sizes
 
@@ -19,7 +19,6 @@ _COLUMNS = (
     "most readers",
     "exact",
 )
-Say = Callable[[str], None]
 
 
 def joins(sizes: Sizes, say: Say) -> Found:
@@ -45,7 +44,7 @@ def _among_instances(sizes: Sizes, say: Say) -> Found:
     """One joiner, which ends before its first byte: the instances are records without memory."""
     joined = []
     with an_etcd() as server, connected(server) as etcd:
-        manifest = manifest_of_weights()
+        manifest = manifest_of()
         fleet = Fleet(etcd, "source", 1, model=MODEL, protocol="in_process", manifest=manifest)
         for instances in sizes.instances:
             say(f"a join among {instances:,} complete instances of its model")

@@ -1,5 +1,5 @@
-"""How a thousand joins fit into one process: three parts of the product are replaced, and nothing
-else.
+"""What of the product is replaced, so that a thousand joins fit into one process and wait for each
+other.
 
 - A keeper is the product's `Keeper` in the thread that registers, and no process. It asks etcd for
   the same, over one connection for all, and renews its lease once.
@@ -7,12 +7,13 @@ else.
 - Blocks are short, so that a hop in a chain costs what it costs with a large model over RDMA, and a
   source may be silent for long.
 
-An engine waits before its first contact with a source. Then the load holds its tickets and watches,
-and no byte has moved.
+A load waits before it contacts its sources. Then it holds its tickets and watches, and no byte has
+moved.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,10 @@ from importlib import import_module
 from typing import Any
 from unittest import mock
 
-from engine_loader import InProcessEngine
+from engine_loader.loading import attempt
 from engine_loader.sources import manifests
 from engine_loader.transfer.pace import Pace, pace_in_chain
+from engine_loader.transfer.scheduler import Transfer
 from engine_registry import Manifest, RankRecord, RegistrationState, client
 from engine_registry.errors import RegistryError
 from engine_registry.etcd.client import Etcd
@@ -36,7 +38,8 @@ from engine_registry.schema.record import ManifestRef
 _LOADING = import_module("engine_loader.loading.load")
 _BLOCK_NBYTES = 1 << 10
 _PATIENCE_S = 1_800.0
-_NAPS_S = 1_000  # of all loads, in a second
+_STACK_NBYTES = 512 << 10  # of which there are thousands
+_SWITCH_S = 0.1  # else thousands of threads that wait for the GIL wake up 200 times a second
 
 
 class _KeptHere:
@@ -85,49 +88,19 @@ class _KeptByThread(threading.local):
         self._manifests[ref] = manifest
 
 
-@contextmanager
-def in_one_process(etcd: Etcd, loads: int = 1) -> Iterator[None]:
-    """Inside, loads that publish run as the module says. `etcd` is what the keepers use. The more
-    loads there are, the less often each of them looks whether something has come.
-    """
-
-    def kept_here(
-        config: object, record: RankRecord, parts: Sequence[bytes], ttl_s: float, *_: object
-    ) -> _KeptHere:
-        return _KeptHere(etcd, record, parts, ttl_s)
-
-    with (
-        mock.patch.object(client, "Registration", kept_here),
-        mock.patch.object(manifests, "_KEPT", _KeptByThread()),
-        mock.patch.object(_LOADING, "pace_in_chain", partial(_short_and_patient, loads / _NAPS_S)),
-    ):
-        yield
-
-
-def _short_and_patient(nap_s: float, pace: Pace, nbytes: int) -> Pace:
-    return replace(
-        pace_in_chain(pace, nbytes),
-        chunk_nbytes=_BLOCK_NBYTES,
-        nap_s=(1e-3, max(nap_s, 0.02)),
-        stall_s=_PATIENCE_S,
-        patience_s=_PATIENCE_S,
-        starve_s=_PATIENCE_S,
-    )
-
-
 class Gate:
     """Where loads wait, until all of them are there."""
 
     def __init__(self, loads: int) -> None:
         self._loads = loads
-        self._there: set[str] = set()
+        self._there: set[int] = set()  # their threads
         self._failures: list[BaseException] = []
         self._changed = threading.Condition()
         self._open = threading.Event()
 
-    def enter(self, session_id: str) -> None:
+    def enter(self) -> None:
         with self._changed:
-            self._there.add(session_id)
+            self._there.add(threading.get_ident())
             self._changed.notify_all()
         self._open.wait(_PATIENCE_S)
 
@@ -153,13 +126,56 @@ class Gate:
         self._open.set()
 
 
-class GatedEngine(InProcessEngine):
-    """Contacts nobody before the gate is open."""
+class _GatedTransfer(Transfer):
+    """Waits before it begins to read."""
 
-    def __init__(self, gate: Gate) -> None:
-        super().__init__()
+    def __init__(self, gate: Gate, *given: Any) -> None:
+        super().__init__(*given)
         self._gate = gate
 
-    def connect(self, peer: str) -> None:
-        self._gate.enter(self.session_id)
-        super().connect(peer)
+    def run(self) -> None:
+        self._gate.enter()
+        super().run()
+
+
+@contextmanager
+def held_by(gate: Gate) -> Iterator[None]:
+    """Inside, loads wait at the gate when they hold their tickets and watch their sources."""
+    with mock.patch.object(attempt, "Transfer", partial(_GatedTransfer, gate)):
+        yield
+
+
+@contextmanager
+def in_one_process(etcd: Etcd) -> Iterator[None]:
+    """Inside, a thousand loads that publish fit into this process. `etcd` is what their keepers
+    use.
+    """
+
+    def kept_here(
+        config: object, record: RankRecord, parts: Sequence[bytes], ttl_s: float, *_: object
+    ) -> _KeptHere:
+        return _KeptHere(etcd, record, parts, ttl_s)
+
+    before = threading.stack_size(_STACK_NBYTES), sys.getswitchinterval()
+    with (
+        mock.patch.object(client, "Registration", kept_here),
+        mock.patch.object(manifests, "_KEPT", _KeptByThread()),
+        mock.patch.object(_LOADING, "pace_in_chain", _short_and_patient),
+    ):
+        sys.setswitchinterval(_SWITCH_S)
+        try:
+            yield
+        finally:
+            threading.stack_size(before[0])
+            sys.setswitchinterval(before[1])
+
+
+def _short_and_patient(pace: Pace, nbytes: int) -> Pace:
+    return replace(
+        pace_in_chain(pace, nbytes),
+        chunk_nbytes=_BLOCK_NBYTES,
+        nap_s=(1e-3, 0.02),
+        stall_s=_PATIENCE_S,
+        patience_s=_PATIENCE_S,
+        starve_s=_PATIENCE_S,
+    )

@@ -1,0 +1,157 @@
+"""Sockets of a host of eight ranks to etcd, and how they spread over three members.
+
+The ranks are real processes with real keepers. They serve, or they join and have not read a byte
+yet, or they wait while another process has the turn to read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from benchmarks.figures import memory_nbytes
+from benchmarks.processes import ready, several_processes
+from benchmarks.scale.counts import wait_until
+from benchmarks.scale.figures import Found, Say, Table
+from benchmarks.scale.herds import turn_taken, wait_for_turn
+from benchmarks.scale.joiners import FLOATS, load_and_publish, manifest_of, weights
+from benchmarks.scale.ranks import HOST_RANKS, MODEL, TIMEOUT_S, Fleet, connected
+from benchmarks.scale.seams import Gate, held_by
+from benchmarks.scale.sizes import Sizes
+from engine_loader import InProcessEngine, publish
+from engine_loader.errors import LoaderError
+from engine_registry import Registry
+from engine_registry.etcd.local_cluster import LocalCluster
+
+_ESTABLISHED = "01"  # in /proc/net/tcp
+_WITHIN_S = 60.0
+_STILL = 10  # looks in succession that find the same
+_SERVES, _JOINS, _WAITS = "serves", "joins", "waits"
+
+
+def sockets(sizes: Sizes, say: Say) -> Found:
+    rows = []
+    for role in (_SERVES, _JOINS, _WAITS):
+        say(f"sockets of {HOST_RANKS} ranks, each of which {role}")
+        with LocalCluster() as cluster:
+            rows.append((role, *_of_host(cluster, role)))
+    table = Table(
+        f"A host of {HOST_RANKS} ranks",
+        ("each rank", "sockets to etcd", "at each of three members", "keepers", "MB of keepers"),
+        rows,
+        "The members are in the order in which the ranks are given them.",
+    )
+    return Found([table], {"sockets_a_host": float(rows[0][1])})
+
+
+def _of_host(cluster: LocalCluster, role: str) -> tuple[int, str, int, float]:
+    ports = [member.port for member in cluster.members]
+    with ExitStack() as stack:
+        if role == _JOINS:
+            etcd = stack.enter_context(connected(cluster.members[0]))
+            source = Fleet(
+                etcd, "source", 1, model=MODEL, protocol="in_process", manifest=manifest_of()
+            )
+            source.grow_to(1)
+        elif role == _WAITS:
+            stack.enter_context(turn_taken(cluster.members[0].endpoint))
+        before = _established(ports)
+        with several_processes(
+            __name__,
+            "a_rank",
+            [(cluster.endpoints, role, str(rank)) for rank in range(HOST_RANKS)],
+        ) as ranks:
+            _wait_until_still(ports)
+            now = [_established(ports)[port] - before[port] for port in ports]
+            keepers = [child for process, _ in ranks for child in _children(process.pid)]
+            mb = sum(map(memory_nbytes, keepers)) / 1e6
+        # also those of the keepers, which end after their ranks
+        wait_until(lambda: not _established(ports) - before, _WITHIN_S)
+    return sum(now), " / ".join(map(str, now)), len(keepers), mb
+
+
+def _established(ports: Sequence[int]) -> Counter[int]:
+    """Connections to servers on this machine, by their ports."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    fields = [line.split() for line in lines]
+    found = Counter(
+        int(each[1].partition(":")[2], 16) for each in fields if each[3] == _ESTABLISHED
+    )
+    return Counter({port: found[port] for port in ports})
+
+
+def _wait_until_still(ports: Sequence[int]) -> None:
+    seen: list[Counter[int]] = []
+
+    def still() -> bool:
+        seen.append(_established(ports))
+        return len(seen) >= _STILL and all(each == seen[-1] for each in seen[-_STILL:])
+
+    wait_until(still, _WITHIN_S)
+
+
+def _children(pid: int) -> list[int]:
+    """Of a rank: its keepers."""
+    return [
+        int(child)
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+        for child in (thread / "children").read_text().split()
+    ]
+
+
+def a_rank(endpoints: str, role: str, rank: str) -> None:
+    """Runs in a separate process, until standard input ends."""
+    roles: dict[str, Callable[[Registry, str], None]] = {
+        _SERVES: _serve,
+        _JOINS: _join,
+        _WAITS: _wait,
+    }
+    with Registry.connect(endpoints, timeout_s=TIMEOUT_S) as registry:
+        roles[role](registry, rank)
+
+
+def _serve(registry: Registry, rank: str) -> None:
+    with publish(
+        registry,
+        InProcessEngine(),
+        instance="host",
+        rank=int(rank),
+        world_size=HOST_RANKS,
+        tensors=weights(),
+        model=MODEL,
+    ):
+        ready("serves")
+
+
+def _join(registry: Registry, rank: str) -> None:
+    gate, cancel = Gate(1), threading.Event()
+
+    def load() -> None:
+        try:
+            tensors = {"w": torch.zeros(FLOATS)}
+            load_and_publish(registry, InProcessEngine(), f"joiner-{rank}", tensors, None, cancel)
+        except LoaderError as exc:
+            gate.fail(exc)
+
+    thread = threading.Thread(target=load)
+    with held_by(gate):
+        thread.start()
+        gate.wait_for_all(_WITHIN_S)
+        ready("joins")
+        cancel.set()
+        gate.open()
+        thread.join()
+
+
+def _wait(registry: Registry, rank: str) -> None:
+    cancel = threading.Event()
+    thread = threading.Thread(target=wait_for_turn, args=(registry, f"waiter-{rank}", cancel))
+    thread.start()
+    ready("waits")
+    cancel.set()
+    thread.join()
