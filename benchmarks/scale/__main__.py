@@ -15,7 +15,7 @@ from benchmarks import figures
 from benchmarks.scale.chains import chains
 from benchmarks.scale.choices import choices
 from benchmarks.scale.claims import claims
-from benchmarks.scale.figures import Found, Say, text_of
+from benchmarks.scale.figures import Found, Say, Table, text_of
 from benchmarks.scale.goals import Verdict, verdicts
 from benchmarks.scale.herds import herds
 from benchmarks.scale.joins import joins
@@ -45,13 +45,6 @@ PARTS: dict[str, Callable[[Sizes, Say], Found]] = {
 }
 
 
-def measure(parts: Sequence[str], sizes: Sizes) -> Found:
-    found = Found()
-    for part in parts:
-        found.add(PARTS[part](sizes, figures.say))
-    return found
-
-
 @click.command("command", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("parts", nargs=-1, type=click.Choice(list(PARTS)), metavar="[PART]…")
 @click.option("--quick", is_flag=True, help="Small sizes: to see that it runs.")
@@ -66,32 +59,38 @@ def measure(parts: Sequence[str], sizes: Sizes) -> Found:
 def command(parts: Sequence[str], quick: bool, path: Path | None) -> None:
     """The registry as ranks, instances and joiners grow: requests and bytes, CPU and sockets."""
     logging.getLogger("engine_loader").setLevel(logging.ERROR)
-    found = measure(parts or list(PARTS), QUICK if quick else WHOLE)
+    found = Found()
+    for part in parts or PARTS:
+        measured = PARTS[part](QUICK if quick else WHOLE, figures.say)
+        for table in measured.tables:
+            _print(table)
+        found.add(measured)
     judged = verdicts(found.figures)
-    _print(found, judged)
+    _print_goals(judged)
     if path is not None:
         path.write_text(json.dumps(_document(found, judged, quick), indent=1) + "\n")
 
 
-def _print(found: Found, judged: Sequence[Verdict]) -> None:
-    for table in found.tables:
-        click.echo(f"\n{table.title}")
-        print_table(table.columns, [list(map(text_of, row)) for row in table.rows])
-        if table.note:
-            click.echo(table.note)
+def _print(table: Table) -> None:
+    click.echo(f"\n{table.title}")
+    print_table(table.columns, [list(map(text_of, row)) for row in table.rows])
+    if table.note:
+        click.echo(table.note)
+
+
+def _print_goals(judged: Sequence[Verdict]) -> None:
     click.echo("\nGoals")
-    print_table(
-        ("GOAL", "AT MOST", "MEASURED", ""),
-        [
-            (
-                each.goal.what,
-                text_of(each.goal.most),
-                text_of("" if each.value is None else each.value),
-                each.said,
-            )
-            for each in judged
-        ],
-    )
+    columns = ("GOAL", "AT MOST", "MEASURED", "VERDICT")
+    rows = [
+        (
+            each.goal.what,
+            text_of(each.goal.most),
+            text_of("" if each.value is None else each.value),
+            each.said,
+        )
+        for each in judged
+    ]
+    print_table(columns, rows)
 
 
 def _document(found: Found, judged: Sequence[Verdict], quick: bool) -> dict[str, object]:

@@ -14,10 +14,12 @@ from typing import NoReturn
 
 import torch
 
+from benchmarks.processes import another_process, ready
 from benchmarks.scale.counts import Counts, counting, counts_of, exponent, wait_until
 from benchmarks.scale.figures import Found, Say, Table
 from benchmarks.scale.joiners import FLOATS
 from benchmarks.scale.ranks import HOST_RANKS, MODEL, TIMEOUT_S, Fleet, an_etcd, connected
+from benchmarks.scale.seams import many_threads
 from benchmarks.scale.sizes import Sizes
 from engine_loader import InProcessEngine, LoadOptions, load, load_or_seed
 from engine_loader.errors import Cancelled
@@ -58,13 +60,19 @@ _Wait = Callable[[Registry, str, threading.Event], None]
 
 @contextmanager
 def turn_taken(endpoint: str) -> Iterator[None]:
-    """Inside, nobody else reads the weights of rank 0 of the model."""
+    """Inside, another process has the turn to read the weights of rank 0 of the model."""
+    with another_process(__name__, "take_turn", endpoint):
+        yield
+
+
+def take_turn(endpoint: str) -> None:
+    """Runs in a separate process, until standard input ends."""
     with (
         Registry.connect(endpoint, timeout_s=TIMEOUT_S) as registry,
         registry.election(lock_name(MODEL, 0, 1, {})) as turn,
     ):
         wait_until(lambda: turn.leading, _STARTED_WITHIN_S)
-        yield
+        ready("leads")
 
 
 def _herd(waiters: int, changes: int, wait: _Wait, watches: int) -> _Waited:
@@ -72,7 +80,7 @@ def _herd(waiters: int, changes: int, wait: _Wait, watches: int) -> _Waited:
         fleet = Fleet(etcd, "other", HOST_RANKS)
         fleet.grow_to(_STANDING)
         watchers = counts_of(server).watchers
-        with ExitStack() as stack:
+        with many_threads(), ExitStack() as stack:
             with counting(server, _QUIET_WITHIN_S) as began:
                 _start(stack, server, waiters, wait)
                 wait_until(
@@ -127,6 +135,7 @@ def wait_for_turn(registry: Registry, instance: str, cancel: threading.Event) ->
             instance=instance,
             fallback=_never,
             timeout_s=_LONG_S,
+            without_etcd_s=_LONG_S,
             load=LoadOptions(cancel=cancel),
         )
 

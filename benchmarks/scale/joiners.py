@@ -1,4 +1,4 @@
-"""Loads that join a model at the same time, each with a registry and an engine, in threads.
+"""Loads that join a model at the same time, each with an engine, in threads of this process.
 
 Each is one `load(…, publish=Replica(…))`. All of them have registered, chosen their sources and
 taken their tickets before one moves its first byte.
@@ -118,7 +118,7 @@ def join(
     *,
     complete: bool = True,
     shards: Mapping[str, Shard] | None = None,
-    within_s: float = 600.0,
+    within_s: float = 1_800.0,
 ) -> Joins:
     """Not `complete`: they are cancelled before their first byte, as records without memory behind
     them may be their sources.
@@ -167,11 +167,7 @@ class _Team:
         self._engines = [InProcessEngine() for _ in range(joiners)]
         self._tensors = [{"w": torch.zeros(FLOATS)} for _ in range(joiners)]
         self._reports: list[LoadReport] = []
-        # each process has a connection; it is there before the load begins
-        self._registries = [
-            stack.enter_context(Registry.connect(server.endpoint, timeout_s=TIMEOUT_S))
-            for _ in range(joiners)
-        ]
+        self._registry = stack.enter_context(Registry.connect(server.endpoint, timeout_s=TIMEOUT_S))
         self._threads = [
             threading.Thread(target=self._load, args=(number,), name=f"joiner {number}")
             for number in range(joiners)
@@ -205,9 +201,10 @@ class _Team:
         return sum(bool(torch.equal(tensors["w"], source)) for tensors in self._tensors)
 
     def _load(self, number: int) -> None:
+        self.gate.begin()
         try:
             report = load_and_publish(
-                self._registries[number],
+                self._registry,
                 self._engines[number],
                 f"joiner-{number:05}",
                 self._tensors[number],

@@ -90,6 +90,7 @@ def _spent(server: LocalEtcd, run: Load) -> Counts:
     gate, cancel = Gate(1), threading.Event()
 
     def held() -> None:
+        gate.begin()
         try:
             run(registry, InProcessEngine(), LoadOptions(cancel=cancel))
         except LoaderError as exc:

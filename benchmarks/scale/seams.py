@@ -29,6 +29,7 @@ from engine_loader.transfer.pace import Pace, pace_in_chain
 from engine_loader.transfer.scheduler import Transfer
 from engine_registry import Manifest, RankRecord, RegistrationState, client
 from engine_registry.errors import RegistryError
+from engine_registry.etcd import channel
 from engine_registry.etcd.client import Etcd
 from engine_registry.registration.keeper.holder import Keeper
 from engine_registry.registration.writes import WITHDRAWN
@@ -39,6 +40,13 @@ _LOADING = import_module("engine_loader.loading.load")
 _BLOCK_NBYTES = 1 << 10
 _PATIENCE_S = 1_800.0
 _STACK_NBYTES = 512 << 10  # of which there are thousands
+_ON_THE_WAY = 64
+_LOOK_S = 10.0
+_PINGS_MS = {
+    "grpc.keepalive_time_ms": 120_000,
+    "grpc.keepalive_timeout_ms": 60_000,
+    "grpc.http2.ping_timeout_ms": 60_000,
+}
 _SWITCH_S = 0.1  # else thousands of threads that wait for the GIL wake up 200 times a second
 
 
@@ -89,19 +97,29 @@ class _KeptByThread(threading.local):
 
 
 class Gate:
-    """Where loads wait, until all of them are there."""
+    """Where loads wait, until all of them are there. So many at once are on their way to it as the
+    processors of a machine can bear; the others have not begun.
+    """
 
     def __init__(self, loads: int) -> None:
         self._loads = loads
-        self._there: set[int] = set()  # their threads
+        self._there = 0
         self._failures: list[BaseException] = []
         self._changed = threading.Condition()
         self._open = threading.Event()
+        self._on_the_way = threading.BoundedSemaphore(_ON_THE_WAY)
+
+    def begin(self) -> None:
+        self._on_the_way.acquire()
 
     def enter(self) -> None:
+        """Once for each load: one that tries again finds the gate open."""
+        if self._open.is_set():
+            return
         with self._changed:
-            self._there.add(threading.get_ident())
+            self._there += 1
             self._changed.notify_all()
+        self._on_the_way.release()
         self._open.wait(_PATIENCE_S)
 
     def fail(self, error: BaseException) -> None:
@@ -113,13 +131,13 @@ class Gate:
         """Raises the first error of a load that will not come."""
         with self._changed:
             came = self._changed.wait_for(
-                lambda: self._failures or len(self._there) == self._loads, timeout_s
+                lambda: self._failures or self._there == self._loads, timeout_s
             )
             if self._failures:
                 raise self._failures[0]
             if not came:
                 raise TimeoutError(
-                    f"{len(self._there)} of {self._loads} loads have joined in {timeout_s:.0f} s"
+                    f"{self._there} of {self._loads} loads have joined in {timeout_s:.0f} s"
                 )
 
     def open(self) -> None:
@@ -156,18 +174,33 @@ def in_one_process(etcd: Etcd) -> Iterator[None]:
     ) -> _KeptHere:
         return _KeptHere(etcd, record, parts, ttl_s)
 
-    before = threading.stack_size(_STACK_NBYTES), sys.getswitchinterval()
     with (
+        many_threads(),
         mock.patch.object(client, "Registration", kept_here),
         mock.patch.object(manifests, "_KEPT", _KeptByThread()),
         mock.patch.object(_LOADING, "pace_in_chain", _short_and_patient),
     ):
-        sys.setswitchinterval(_SWITCH_S)
-        try:
+        yield
+
+
+@contextmanager
+def many_threads() -> Iterator[None]:
+    """Inside, thousands of threads and connections wait at little cost, and may be late: gRPC's
+    readers wake up ten times a second else, and a ping that is not answered in time ends a
+    connection.
+    """
+    options = tuple((name, _PINGS_MS.get(name, value)) for name, value in channel.CHANNEL_OPTIONS)
+    stack_nbytes, switch_s = threading.stack_size(_STACK_NBYTES), sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
+    try:
+        with (
+            mock.patch.object(import_module("grpc._common"), "MAXIMUM_WAIT_TIMEOUT", _LOOK_S),
+            mock.patch.object(channel, "CHANNEL_OPTIONS", options),
+        ):
             yield
-        finally:
-            threading.stack_size(before[0])
-            sys.setswitchinterval(before[1])
+    finally:
+        threading.stack_size(stack_nbytes)
+        sys.setswitchinterval(switch_s)
 
 
 def _short_and_patient(pace: Pace, nbytes: int) -> Pace:

@@ -19,6 +19,7 @@ class Sizes:
     changes: int  # ranks of another model that come meanwhile
     kept: int  # ranks whose leases are renewed
     beats: int  # renewals of each
+    host_ranks: int
     watched: tuple[int, ...]  # ranks of one instance
     replaced: int
     listed: int  # ranks
@@ -38,6 +39,7 @@ WHOLE = Sizes(
     changes=100,
     kept=100,
     beats=20,
+    host_ranks=8,
     watched=(100, 1_000, 10_000),
     replaced=100,
     listed=10_000,
@@ -56,6 +58,7 @@ QUICK = Sizes(
     changes=10,
     kept=4,
     beats=3,
+    host_ranks=2,
     watched=(10, 40),
     replaced=5,
     listed=100,

@@ -6,6 +6,8 @@ yet, or they wait while another process has the turn to read.
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,6 +31,7 @@ from engine_registry import Registry
 from engine_registry.etcd.local_cluster import LocalCluster
 
 _ESTABLISHED = "01"  # in /proc/net/tcp
+_SOCKET = re.compile(r"socket:\[(\d+)\]")
 _WITHIN_S = 60.0
 _STILL = 10  # looks in succession that find the same
 _SERVES, _JOINS, _WAITS = "serves", "joins", "waits"
@@ -37,11 +40,11 @@ _SERVES, _JOINS, _WAITS = "serves", "joins", "waits"
 def sockets(sizes: Sizes, say: Say) -> Found:
     rows = []
     for role in (_SERVES, _JOINS, _WAITS):
-        say(f"sockets of {HOST_RANKS} ranks, each of which {role}")
+        say(f"sockets of {sizes.host_ranks} ranks, each of which {role}")
         with LocalCluster() as cluster:
-            rows.append((role, *_of_host(cluster, role)))
+            rows.append((role, *_of_host(cluster, role, sizes.host_ranks)))
     table = Table(
-        f"A host of {HOST_RANKS} ranks",
+        f"A host of {sizes.host_ranks} ranks",
         ("each rank", "sockets to etcd", "at each of three members", "keepers", "MB of keepers"),
         rows,
         "The members are in the order in which the ranks are given them.",
@@ -49,7 +52,7 @@ def sockets(sizes: Sizes, say: Say) -> Found:
     return Found([table], {"sockets_a_host": float(rows[0][1])})
 
 
-def _of_host(cluster: LocalCluster, role: str) -> tuple[int, str, int, float]:
+def _of_host(cluster: LocalCluster, role: str, count: int) -> tuple[int, str, int, float]:
     ports = [member.port for member in cluster.members]
     with ExitStack() as stack:
         if role == _JOINS:
@@ -60,39 +63,53 @@ def _of_host(cluster: LocalCluster, role: str) -> tuple[int, str, int, float]:
             source.grow_to(1)
         elif role == _WAITS:
             stack.enter_context(turn_taken(cluster.members[0].endpoint))
-        before = _established(ports)
         with several_processes(
             __name__,
             "a_rank",
-            [(cluster.endpoints, role, str(rank)) for rank in range(HOST_RANKS)],
-        ) as ranks:
-            _wait_until_still(ports)
-            now = [_established(ports)[port] - before[port] for port in ports]
-            keepers = [child for process, _ in ranks for child in _children(process.pid)]
+            [(cluster.endpoints, role, str(rank)) for rank in range(count)],
+        ) as started:
+            ranks = [process.pid for process, _ in started]
+            found = _when_still(ranks, ports)
+            keepers = [child for rank in ranks for child in _children(rank)]
             mb = sum(map(memory_nbytes, keepers)) / 1e6
-        # also those of the keepers, which end after their ranks
-        wait_until(lambda: not _established(ports) - before, _WITHIN_S)
-    return sum(now), " / ".join(map(str, now)), len(keepers), mb
+        # Their etcd stays until they have ended.
+        wait_until(
+            lambda: not any(Path(f"/proc/{keeper}").exists() for keeper in keepers), _WITHIN_S
+        )
+    at_each = " / ".join(str(found[port]) for port in ports)
+    return found.total(), at_each, len(keepers), mb
 
 
-def _established(ports: Sequence[int]) -> Counter[int]:
-    """Connections to servers on this machine, by their ports."""
-    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    fields = [line.split() for line in lines]
-    found = Counter(
-        int(each[1].partition(":")[2], 16) for each in fields if each[3] == _ESTABLISHED
-    )
-    return Counter({port: found[port] for port in ports})
-
-
-def _wait_until_still(ports: Sequence[int]) -> None:
+def _when_still(ranks: Sequence[int], ports: Sequence[int]) -> Counter[int]:
+    """Sockets of the ranks and their keepers by port, once their number stays."""
     seen: list[Counter[int]] = []
 
     def still() -> bool:
-        seen.append(_established(ports))
+        pids = [*ranks, *(child for rank in ranks for child in _children(rank))]
+        seen.append(_connected(pids, ports))
         return len(seen) >= _STILL and all(each == seen[-1] for each in seen[-_STILL:])
 
     wait_until(still, _WITHIN_S)
+    return seen[-1]
+
+
+def _connected(pids: Sequence[int], ports: Sequence[int]) -> Counter[int]:
+    """The sockets of these processes that are connected to servers with these ports."""
+    inodes = {
+        inode[1]
+        for pid in pids
+        for file in Path(f"/proc/{pid}/fd").iterdir()
+        if (inode := _SOCKET.fullmatch(os.readlink(file))) is not None
+    }
+    # gRPC reaches IPv4 through sockets of IPv6
+    tables = [Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table.splitlines()[1:]]
+    remote = [
+        int(line[2].partition(":")[2], 16)
+        for line in lines
+        if line[3] == _ESTABLISHED and line[9] in inodes
+    ]
+    return Counter(port for port in remote if port in ports)
 
 
 def _children(pid: int) -> list[int]:
@@ -132,6 +149,7 @@ def _join(registry: Registry, rank: str) -> None:
     gate, cancel = Gate(1), threading.Event()
 
     def load() -> None:
+        gate.begin()
         try:
             tensors = {"w": torch.zeros(FLOATS)}
             load_and_publish(registry, InProcessEngine(), f"joiner-{rank}", tensors, None, cancel)

@@ -13,7 +13,7 @@ from benchmarks.scale.counts import counting, exponent
 from benchmarks.scale.figures import Found, Say, Table
 from benchmarks.scale.ranks import TIMEOUT_S, Fleet, an_etcd, connected
 from benchmarks.scale.sizes import Sizes
-from engine_registry import InstanceReady, RankJoined, Registry
+from engine_registry import RankJoined, RankLost, Registry
 from engine_registry.registration.writes import DIED, remove
 
 
@@ -42,7 +42,9 @@ def _replace(ranks: int, count: int) -> tuple[float, float, float, float]:
             with counting(server) as counted:
                 before_s = cpu_s(watcher.pid)
                 for number in range(count):
+                    # one after another, so that the instance is degraded in between
                     remove(etcd, fleet.written[number % ranks][0], DIED)
+                    answer(watcher, "the watcher")
                     fleet.write(number % ranks)
                     answer(watcher, "the watcher")
                 spent_s = cpu_s(watcher.pid) - before_s
@@ -57,7 +59,7 @@ def _replace(ranks: int, count: int) -> tuple[float, float, float, float]:
 
 def watch(endpoint: str, ranks: str) -> None:
     """Runs in a separate process, until standard input ends: prints a line when it has seen all
-    ranks, and one whenever the instance is ready again.
+    ranks, and one for each that is lost or joins later.
     """
     with Registry.connect(endpoint, timeout_s=TIMEOUT_S) as registry, registry.watch() as events:
 
@@ -69,5 +71,5 @@ def watch(endpoint: str, ranks: str) -> None:
         joined = 0
         for event in events:
             joined += isinstance(event, RankJoined)
-            if isinstance(event, InstanceReady) and joined >= int(ranks):
-                click.echo("ready")
+            if isinstance(event, RankJoined | RankLost) and joined >= int(ranks):
+                click.echo(type(event).__name__)
