@@ -11,7 +11,7 @@ export PYTHON
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all test-compose test-engines test-rdma test-browser test-prometheus coverage mutate dist docs bench lint format lock clean
+.PHONY: help setup demo test test-slow test-all test-compose test-engines test-rdma test-browser test-prometheus coverage mutate dist docs bench bench-scale lint format lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -69,6 +69,9 @@ bench: setup ## figures of the control plane, the gateway and loading (minutes)
 	$(BIN)/python -m benchmarks.gateway $(ARGS)
 	$(BIN)/python -m benchmarks.load $(ARGS)
 	$(BIN)/python -m benchmarks.reshard $(ARGS)
+
+bench-scale: setup ## what joins, claims and watches cost as ranks grow in number (an hour)
+	$(BIN)/python -m benchmarks.scale $(ARGS)
 
 lint: setup ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.scale`: what the registry costs as everything grows. All parts take about
-half an hour; `--quick` takes less than two minutes.
+"""`python -m benchmarks.scale`: what the registry costs as everything grows. All parts take up
+to an hour, as the joins at once share one process; `--quick` takes less than two minutes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.scale.claims import claims
 from benchmarks.scale.figures import Found, Say, Table, text_of
 from benchmarks.scale.goals import Verdict, verdicts
 from benchmarks.scale.herds import herds
-from benchmarks.scale.joins import joins
+from benchmarks.scale.joins import among_instances, among_ranks, at_once
 from benchmarks.scale.layouts import layouts
 from benchmarks.scale.listings import listings
 from benchmarks.scale.losses import losses
@@ -30,18 +30,19 @@ from engine_cli.main import main
 from engine_cli.options import debug_option
 from engine_cli.render.tables import print_table
 
-PARTS: dict[str, Callable[[Sizes, Say], Found]] = {
-    "join": joins,
-    "claim": claims,
-    "herd": herds,
-    "renewal": renewals,
-    "sockets": sockets,
-    "watcher": watchers,
-    "list": listings,
-    "choice": choices,
-    "layout": layouts,
-    "chain": chains,
-    "loss": losses,
+Series = Callable[[Sizes, Say], Found]
+PARTS: dict[str, Sequence[Series]] = {
+    "join": (among_ranks, among_instances, at_once),
+    "claim": (claims,),
+    "herd": (herds,),
+    "renewal": (renewals,),
+    "sockets": (sockets,),
+    "watcher": (watchers,),
+    "list": (listings,),
+    "choice": (choices,),
+    "layout": (layouts,),
+    "chain": (chains,),
+    "loss": (losses,),
 }
 
 
@@ -60,8 +61,8 @@ def command(parts: Sequence[str], quick: bool, path: Path | None) -> None:
     """The registry as ranks, instances and joiners grow: requests and bytes, CPU and sockets."""
     logging.getLogger("engine_loader").setLevel(logging.ERROR)
     found = Found()
-    for part in parts or PARTS:
-        measured = PARTS[part](QUICK if quick else WHOLE, figures.say)
+    for series in [series for part in parts or PARTS for series in PARTS[part]]:
+        measured = series(QUICK if quick else WHOLE, figures.say)
         for table in measured.tables:
             _print(table)
         found.add(measured)

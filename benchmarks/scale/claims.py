@@ -39,7 +39,7 @@ def _claims(server: LocalEtcd, etcd: Etcd, fleet: Fleet, count: int) -> Counts:
     """The ranks are gone again afterwards."""
     first = len(fleet.written)
     keepers = [
-        Keeper(etcd, fleet.record(number), fleet.parts, _TTL_S, lambda report: None)
+        Keeper(etcd, *fleet.record(number), _TTL_S, lambda report: None)
         for number in range(first, first + count)
     ]
     with counting(server) as counted:

@@ -23,14 +23,7 @@ _COLUMNS = (
 _LONG_S = 300.0  # of joins at once: four times as many would take sixteen times as long
 
 
-def joins(sizes: Sizes, say: Say) -> Found:
-    found = Found()
-    for series in (_among_ranks, _among_instances, _at_once):
-        found.add(series(sizes, say))
-    return found
-
-
-def _among_ranks(sizes: Sizes, say: Say) -> Found:
+def among_ranks(sizes: Sizes, say: Say) -> Found:
     """One joiner and one source, among ranks of another model."""
     joined = []
     with an_etcd() as server, a_source(server), connected(server) as etcd:
@@ -42,7 +35,7 @@ def _among_ranks(sizes: Sizes, say: Say) -> Found:
     return _found("R", "ranks of other models", sizes.ranks, joined)
 
 
-def _among_instances(sizes: Sizes, say: Say) -> Found:
+def among_instances(sizes: Sizes, say: Say) -> Found:
     """One joiner, which ends before its first byte: the instances are records without memory."""
     joined = []
     with an_etcd() as server, connected(server) as etcd:
@@ -55,7 +48,7 @@ def _among_instances(sizes: Sizes, say: Say) -> Found:
     return _found("I", "complete instances of the model", sizes.instances, joined)
 
 
-def _at_once(sizes: Sizes, say: Say) -> Found:
+def at_once(sizes: Sizes, say: Say) -> Found:
     """One source, and all joiners begin together."""
     joined: list[Joins] = []
     for joiners in sizes.joiners:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 
 from engine_registry import Manifest, ModelIdentity, RankState, Region, TensorEntry
 from engine_registry.etcd.client import Etcd
@@ -23,6 +24,7 @@ HOST_RANKS = 8
 TIMEOUT_S = 300.0  # a thousand threads share one GIL
 _THREADS = 8
 _TTL_S = 86_400.0
+_APART_NBYTES = 1 << 20
 _QUOTA_NBYTES = 8 << 30
 
 
@@ -96,7 +98,7 @@ class Fleet:
         self._world_size = world_size
         self._model = model
         self._protocol = protocol
-        self._ref, self._parts = manifests.encode(manifest or small_manifest())
+        self._manifest = manifest or small_manifest()
         self._lease_id = etcd.grant(_TTL_S)
         self.written: list[tuple[RankRecord, KeyValue]] = []
 
@@ -111,21 +113,28 @@ class Fleet:
         """Registers a rank of this number again, as another process."""
         self.written[number] = self._register(number)
 
-    def record(self, number: int) -> RankRecord:
-        return a_record(
-            self._ref,
+    def record(self, number: int) -> tuple[RankRecord, Sequence[bytes]]:
+        """And the parts of its manifest."""
+        ref, parts = manifests.encode(_moved(self._manifest, number * _APART_NBYTES))
+        record = a_record(
+            ref,
             number,
             prefix=self._prefix,
             world_size=self._world_size,
             model=self._model,
             protocol=self._protocol,
         )
-
-    @property
-    def parts(self) -> Sequence[bytes]:
-        """Of the manifest of each."""
-        return self._parts
+        return record, parts
 
     def _register(self, number: int) -> tuple[RankRecord, KeyValue]:
-        record = self.record(number)
-        return record, claim(self._etcd, record, self._parts, self._lease_id)
+        record, parts = self.record(number)
+        return record, claim(self._etcd, record, parts, self._lease_id)
+
+
+def _moved(manifest: Manifest, nbytes: int) -> Manifest:
+    """Tensors at other addresses: no two ranks have equal manifests, and a loader reads each."""
+    return replace(
+        manifest,
+        tensors=tuple(replace(each, addr=each.addr + nbytes) for each in manifest.tensors),
+        regions=tuple(replace(each, addr=each.addr + nbytes) for each in manifest.regions),
+    )

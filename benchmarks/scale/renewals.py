@@ -53,13 +53,7 @@ def _renew(
         etcds = [stack.enter_context(connected(asked)) for _ in range(connections)]
         fleet = Fleet(etcds[0], "kept", sizes.kept)
         keepers = [
-            Keeper(
-                etcds[number % connections],
-                fleet.record(number),
-                fleet.parts,
-                _TTL_S,
-                lambda report: None,
-            )
+            Keeper(etcds[number % connections], *fleet.record(number), _TTL_S, lambda report: None)
             for number in range(sizes.kept)
         ]
         with ThreadPoolExecutor(_THREADS) as pool:
