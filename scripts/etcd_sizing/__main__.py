@@ -5,6 +5,8 @@ python -m scripts.etcd_sizing sizes          records and manifests: bytes as sto
 python -m scripts.etcd_sizing store N [N …]  registers N ranks of a dense model: time, database,
                                              renewals, a watcher's bytes
 python -m scripts.etcd_sizing store-moe N    the same for ranks of 60,000 tensors
+python -m scripts.etcd_sizing connections N  etcd's memory for N connections, and what is open there
+python -m scripts.etcd_sizing expiry N       N leases expire together: how many a second
 
 Each rank has a lease, as in life, but no process: one client writes them all, and is the slower
 side.
@@ -18,6 +20,8 @@ import click
 
 from engine_registry.schema import manifest_format as manifests
 from engine_registry.schema import record_format as records
+from scripts.etcd_sizing.connections import connections
+from scripts.etcd_sizing.expiry import expiry
 from scripts.etcd_sizing.ranks import a_record, dense_rank, moe_rank
 from scripts.etcd_sizing.store import store
 
@@ -42,6 +46,10 @@ def main() -> None:
                 store(int(count), dense_rank())
         case ["store-moe", count]:
             store(int(count), moe_rank())
+        case ["connections", count]:
+            connections(int(count))
+        case ["expiry", count]:
+            expiry(int(count), dense_rank())
         case _:
             raise SystemExit(__doc__)
 
