@@ -29,6 +29,7 @@ from benchmarks.scale.watchers import watchers
 from engine_cli.main import main
 from engine_cli.options import debug_option
 from engine_cli.render.tables import print_table
+from engine_cli.signals import raised
 
 Series = Callable[[Sizes, Say], Found]
 PARTS: dict[str, Sequence[Series]] = {
@@ -61,11 +62,12 @@ def command(parts: Sequence[str], quick: bool, path: Path | None) -> None:
     """The registry as ranks, instances and joiners grow: requests and bytes, CPU and sockets."""
     logging.getLogger("engine_loader").setLevel(logging.ERROR)
     found = Found()
-    for series in [series for part in parts or PARTS for series in PARTS[part]]:
-        measured = series(QUICK if quick else WHOLE, figures.say)
-        for table in measured.tables:
-            _print(table)
-        found.add(measured)
+    with raised():
+        for series in [series for part in parts or PARTS for series in PARTS[part]]:
+            measured = series(QUICK if quick else WHOLE, figures.say)
+            for table in measured.tables:
+                _print(table)
+            found.add(measured)
     judged = verdicts(found.figures)
     _print_goals(judged)
     if path is not None:

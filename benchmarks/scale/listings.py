@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from statistics import median
 
 from benchmarks.figures import seconds
 from benchmarks.scale.counts import counting
@@ -28,7 +27,8 @@ def listings(sizes: Sizes, say: Say) -> Found:
             Fleet(etcd, "listed", world_size).grow_to(sizes.listed)
             with counting(server) as counted:
                 cpu_s = time.process_time()
-                took_s = median(seconds(registry.instances) for _ in range(_ROUNDS))
+                # the best: a machine that does other work, too, makes a list no quicker
+                took_s = min(seconds(registry.instances) for _ in range(_ROUNDS))
                 cpu_s = time.process_time() - cpu_s
             spent = counted.spent
             rows.append(
@@ -42,6 +42,13 @@ def listings(sizes: Sizes, say: Say) -> Found:
                 )
             )
             slowest_s = max(slowest_s, took_s)
-    columns = ("ranks an instance", "requests", "MB", "etcd CPU ms", "client CPU ms", "seconds")
+    columns = (
+        "ranks an instance",
+        "requests",
+        "MB",
+        "etcd CPU ms",
+        "client CPU ms",
+        "seconds, at best",
+    )
     table = Table(f"A list of {sizes.listed:,} ranks", columns, rows)
     return Found([table], {"list_s": slowest_s})

@@ -25,7 +25,7 @@ def watchers(sizes: Sizes, say: Say) -> Found:
     costs = [row[1] for row in rows]
     table = Table(
         f"A watcher of W ranks of one instance; {sizes.replaced} of them replaced, one by one",
-        ("W", "watcher CPU ms", "etcd CPU ms", "events", "kB to the watcher"),
+        ("W", "watcher CPU ms", "etcd CPU ms", "events", "kB sent by etcd"),
         rows,
         f"each for one replacement; exponent of the watcher's CPU in W "
         f"{exponent(sizes.watched, costs):.2f}",
