@@ -68,6 +68,7 @@ class _KeptHere:
         self._keeper = Keeper(etcd, record, parts, ttl_s, lambda report: None)
         self._keeper.register()
         self._keeper.beat()
+        self.record = replace(record, order=self._keeper.order)
 
     def update(self, **given: Any) -> None:
         changes = {name: value for name, value in given.items() if value is not None}
