@@ -8,8 +8,9 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -17,7 +18,7 @@ from click.core import ParameterSource
 from engine_cli.contexts import CONFIG_VARIABLE, Contexts
 from engine_cli.options import TOKEN_VARIABLE, Seconds, debug_option
 from engine_cli.runtime.hooks import VARIABLES as HOOK_VARIABLES
-from engine_cli.suggestions import did_you_mean
+from engine_cli.suggestions import did_you_mean, suggesting
 from engine_registry.errors import InvalidField
 from engine_registry.etcd.config import MAX_TIMEOUT_S
 from engine_registry.etcd.environment import VARIABLES as ETCD_VARIABLES
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Command = TypeVar("Command", bound=Callable[..., Any])
+Connect: TypeAlias = "Callable[[], AbstractContextManager[Registry]]"
 PREFIX = "ENGINES_"
 PASSWORD_VARIABLE = ETCD_VARIABLES["password"]
 CONTEXT_VARIABLE = "ENGINES_CONTEXT"
@@ -60,13 +62,13 @@ VARIABLES = {
 
 
 def etcd_options(command: Command) -> Command:
-    """Adds the options that say how to reach etcd; the command gets `connect`, which makes a
-    Registry of them.
+    """Adds the options that say how to reach etcd; the command gets `connect`, for the block in
+    which it needs a Registry.
     """
 
     @functools.wraps(command)
     def wrapped(etcd: dict[str, Any], **kwargs: Any) -> Any:
-        return command(connect=functools.partial(_connect, etcd), **kwargs)
+        return command(connect=functools.partial(_connected, etcd), **kwargs)
 
     return etcd_settings(wrapped)  # type: ignore[return-value]
 
@@ -166,6 +168,12 @@ def _warn_of_unknown(environ: Mapping[str, str]) -> None:
                 f": {hint}" if hint else "",
                 extra=fields("variable_unknown", variable=variable),
             )
+
+
+@contextmanager
+def _connected(etcd: dict[str, Any]) -> Iterator[Registry]:
+    with _connect(etcd) as registry, suggesting(registry):
+        yield registry
 
 
 def _connect(etcd: dict[str, Any]) -> Registry:

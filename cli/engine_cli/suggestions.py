@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from engine_registry.errors import EtcdRefused
+from engine_registry.errors import EtcdError, InstanceNotFound
 
 if TYPE_CHECKING:
     from engine_registry import Registry
@@ -28,11 +29,24 @@ def did_you_mean(name: str, known: Iterable[str], most: int = _MOST) -> str:
 
 
 def near_instances(registry: Registry, names: Iterable[str]) -> str:
-    """The same question about instances that are registered. Empty also for a user of etcd that
-    may not see other instances.
+    """The same question about instances that are registered. Empty also where etcd does not say,
+    as to a user that may not see other instances.
     """
     try:
         known = [status.instance for status in registry.instances()]
-    except EtcdRefused:
+    except EtcdError:
         return ""
-    return " ".join(filter(None, [did_you_mean(name, known) for name in names]))
+    questions = dict.fromkeys(did_you_mean(name, known) for name in names)
+    return " ".join(filter(None, questions))
+
+
+@contextmanager
+def suggesting(registry: Registry) -> Iterator[None]:
+    """Within the block, the error of an instance that is not registered asks this question."""
+    try:
+        yield
+    except InstanceNotFound as exc:
+        hint = near_instances(registry, exc.details.get("instances", ()))
+        if not hint:
+            raise
+        raise InstanceNotFound(exc.what, hint, **exc.details) from exc

@@ -12,7 +12,7 @@ import pytest
 
 from engine_cli.exits import Exit
 from engine_registry import ModelIdentity, Registry
-from tests.integration.conftest import Processes
+from tests.integration.conftest import Processes, line_of
 from tests.support.ranks import register
 
 
@@ -47,16 +47,71 @@ def test_a_load_says_which_ranks_it_waits_for_also_in_json(
         assert load.wait(60) == Exit.INTERRUPTED
 
 
-@pytest.mark.parametrize("command", ["show", "evict"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("show", "qwen"),
+        ("show", "qwen", "--rank", "0"),
+        ("wait", "qwen", "--wait", "0"),
+        ("verify", "qwen"),
+        ("verify", "llama", "qwen"),
+        ("diff", "qwen", "llama"),
+        ("diff", "llama", "qwen"),
+        ("evict", "qwen"),
+        ("evict", "qwen", "--rank", "0"),
+        ("load", "qwen", "--rank", "0", "--wait", "0"),
+        ("load", "qwen", "--full", "--wait", "0"),
+        ("load", "qwen", "--serve", "copy", "--rank", "0", "--wait", "0"),
+    ],
+    ids=" ".join,
+)
 def test_an_instance_that_is_not_there_is_named_with_those_that_are_like_it(
-    processes: Processes, registry: Registry, namespace: str, command: str
+    processes: Processes, registry: Registry, namespace: str, args: tuple[str, ...]
 ) -> None:
     with register(registry, "qwen-a"), register(registry, "qwen-b"), register(registry, "llama"):
-        done = processes.run(command, "qwen", "--namespace", namespace)
-    assert done.returncode == Exit.INSTANCE
-    assert done.stderr.endswith(
-        "instance 'qwen' is not registered: did you mean qwen-b or qwen-a?\n"
+        done = processes.run(*args, "--namespace", namespace)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        Exit.INSTANCE,
+        "",
+        "engines: error: instance 'qwen' is not registered: did you mean qwen-b or qwen-a?\n",
     )
+
+
+@pytest.mark.parametrize("command", [("wait", "qwen"), ("load", "qwen", "--rank", "0")])
+def test_a_wait_in_vain_ends_with_the_names_that_it_began_with(
+    processes: Processes, registry: Registry, namespace: str, command: tuple[str, ...]
+) -> None:
+    with register(registry, "qwen-a"):
+        done = processes.run(*command, "--wait", "1", "--namespace", namespace)
+    assert (done.returncode, done.stderr) == (
+        Exit.INSTANCE,
+        "engines: waiting up to 1 s: instance 'qwen' is not registered (did you mean qwen-a?)\n"
+        "engines: error: instance 'qwen' is not registered after 1 s: did you mean qwen-a?\n",
+    )
+
+
+def test_a_watch_of_an_instance_that_is_not_there_says_so_and_waits_for_it(
+    processes: Processes, registry: Registry, namespace: str
+) -> None:
+    with register(registry, "qwen-a"):
+        watch = processes.engines("watch", "qwen", "--namespace", namespace)
+        assert watch.stderr is not None
+        assert watch.stderr.readline() == (
+            "engines: instance 'qwen' is not registered now (did you mean qwen-a?)\n"
+        )
+        with register(registry, "qwen"):
+            assert "qwen/0 joined: ready" in line_of(watch)
+
+
+def test_the_doctor_names_instances_that_are_like_the_one_that_is_not_there(
+    processes: Processes, registry: Registry, namespace: str
+) -> None:
+    with register(registry, "qwen-a"):
+        done = processes.run("doctor", "--peer", "qwen", "--json", "--namespace", namespace)
+    (finding,) = (
+        each for each in json.loads(done.stdout)["checks"] if each["check"] == "peer.registered"
+    )
+    assert (done.returncode, finding["mend"]) == (Exit.FAILED, "did you mean qwen-a?")
 
 
 def test_a_command_that_does_not_exist_is_named_with_those_that_are_like_it(
@@ -73,7 +128,9 @@ def test_a_wait_ends_when_the_last_rank_has_come(
 ) -> None:
     with register(registry, "a", 0, world_size=2):
         wait = processes.engines("wait", "a", "--wait", "100", "--namespace", namespace)
-        assert wait.poll() is None
+        assert wait.stderr is not None
+        assert "waiting up to 100 s: " in (line := wait.stderr.readline())
+        assert "missing rank 1 of 2" in line
         with register(registry, "a", 1, world_size=2):
             out, err = wait.communicate(timeout=60)
     assert (wait.returncode, err) == (Exit.DONE, "")

@@ -26,4 +26,6 @@ def test_what_happened_while_a_watch_ran_can_be_read_after_it(
     assert printed[0].endswith("  a watch began")
     assert printed[1:] == [line.rstrip() for line in said]
     assert ": wrong checkpoint (" in printed[3]
-    assert len(processes.run("events", file, "another").stdout.splitlines()) == 1
+    other = processes.run("events", file, "aa")
+    assert len(other.stdout.splitlines()) == 1
+    assert other.stderr == "engines: nothing is kept of aa since then (did you mean a?)\n"

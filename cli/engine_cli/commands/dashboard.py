@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import click
 
-from engine_cli.connection import etcd_options
+from engine_cli.connection import Connect, etcd_options
 from engine_cli.logs import log_options
 from engine_cli.options import TOKEN_VARIABLE, gateway_token
 from engine_cli.signals import stop_on_ending
-from engine_registry import Registry
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -33,7 +31,7 @@ log = logging.getLogger(__name__)
 )
 @log_options
 @etcd_options
-def command(connect: Callable[[], Registry], host: str, port: int) -> None:
+def command(connect: Connect, host: str, port: int) -> None:
     """A page for a browser, until Ctrl-C or SIGTERM: all instances and ranks, who reads from whom
     and how far each load is, and what has happened since, with the reasons.
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
 
 from engine_cli.completion import complete_instances
+from engine_cli.connection import Connect
 from engine_cli.exits import Exit
 from engine_cli.render.comparisons import difference_row
 from engine_cli.render.tables import print_table
 from engine_cli.runtime.comparing import compared, comparing_options, report
-from engine_registry import Registry
 from engine_registry.schema.keys import check_instance
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 @click.argument("other", metavar="INSTANCE", shell_complete=complete_instances)
 @comparing_options
 def command(
-    connect: Callable[[], Registry],
+    connect: Connect,
     one: str,
     other: str,
     host: str | None,

@@ -12,6 +12,7 @@ from engine_cli.options import debug_option, json_option
 from engine_cli.render.printable import printable
 from engine_cli.render.tables import print_json
 from engine_cli.runtime.kept import kept_since
+from engine_cli.suggestions import did_you_mean
 from engine_registry.schema.moment import moment
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -51,10 +52,17 @@ def command(file: Path, instance: str | None, since: datetime, as_json: bool) ->
     `engines watch --keep FILE`. Each time it begins is an event, too: what happened before it was
     not seen.
     """
+    names = set()
     for event in kept_since(file, since):
+        if "instance" in event:
+            names.add(str(event["instance"]))
         if instance is not None and event.get("instance", instance) != instance:
             continue
         if as_json:
             print_json(event)
         else:
             click.echo(f"{event['at']}  {printable(event['text'])}")
+    if instance is not None and instance not in names:
+        hint = did_you_mean(instance, names)
+        text = f"nothing is kept of {instance} since then{f' ({hint})' if hint else ''}"
+        click.echo(f"engines: {printable(text)}", err=True)

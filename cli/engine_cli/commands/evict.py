@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import click
 
 from engine_cli.commands.show import chosen
 from engine_cli.completion import instance_argument
-from engine_cli.connection import etcd_options
+from engine_cli.connection import Connect, etcd_options
 from engine_cli.exits import Exit
 from engine_cli.logs import log_options
 from engine_cli.options import rank_option
@@ -28,7 +28,7 @@ from engine_registry.errors import RecordDamaged
 )
 @log_options
 @etcd_options
-def command(connect: Callable[[], Registry], instance: str, rank: int | None, reason: str) -> int:
+def command(connect: Connect, instance: str, rank: int | None, reason: str) -> int:
     """Take an instance, or one rank, out of the registry.
 
     The processes go on, but learn that they are evicted, by whom and why, and do not come back by
@@ -43,7 +43,7 @@ def command(connect: Callable[[], Registry], instance: str, rank: int | None, re
         damaged = registry.damaged(instance, rank)
         records = []
         if not damaged or rank is None:
-            records = chosen(registry, registry.instance(instance), rank)
+            records = chosen(registry.instance(instance), rank)
         evicted = [registry.evict(record, reason) for record in records]
         copies = _with_contents_of(records, registry) if any(evicted) else []
     for record, done in zip(records, evicted, strict=True):

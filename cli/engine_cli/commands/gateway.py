@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import click
 
-from engine_cli.connection import etcd_options
+from engine_cli.connection import Connect, etcd_options
 from engine_cli.logs import log_options
 from engine_cli.options import TTL, WORLD_SIZE, Seconds, gateway_token
 from engine_cli.signals import stop_on_ending
@@ -91,7 +91,7 @@ from engine_registry.watching.metrics import WatchMetrics
 @log_options
 @etcd_options
 def command(
-    connect: Callable[[], Registry],
+    connect: Connect,
     instance: str,
     world_size: int,
     model: str | None,

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from engine_cli.completion import complete_models
-from engine_cli.connection import etcd_options
+from engine_cli.connection import Connect, etcd_options
 from engine_cli.options import json_option, selector_option
 from engine_cli.render.documents import instance_json, loading_json
 from engine_cli.render.flows import Flows
@@ -48,7 +48,7 @@ ORDERS: dict[str, Callable[[InstanceStatus], Any]] = {
 @json_option
 @etcd_options
 def command(
-    connect: Callable[[], Registry],
+    connect: Connect,
     model: str | None,
     selector: str,
     state: str | None,

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from engine_cli.completion import complete_instances
-from engine_cli.connection import etcd_options
+from engine_cli.connection import Connect, etcd_options
 from engine_cli.devices import check_device, device_option
 from engine_cli.logs import log_options
 from engine_cli.options import (
@@ -27,7 +27,6 @@ from engine_cli.runtime.loading import AUTO, Loading, protocol_option
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option
 from engine_cli.signals import raised
-from engine_registry import Registry
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import check_instance
 from engine_registry.schema.printable import count
@@ -97,7 +96,7 @@ from engine_registry.schema.printable import count
 @log_options
 @etcd_options
 def command(
-    connect: Callable[[], Registry],
+    connect: Connect,
     serve_metrics: Callable[[], AbstractContextManager[None]],
     instances: tuple[str, ...],
     rank: int | None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine_cli.completion import instance_argument
-from engine_cli.connection import etcd_options
+from engine_cli.connection import Connect, etcd_options
 from engine_cli.devices import check_device, device_option
 from engine_cli.logs import as_json, log_options
 from engine_cli.options import (
@@ -31,7 +31,7 @@ from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option
 from engine_cli.shards import boxes_of, parse_cut, parse_place, read_boxes
 from engine_cli.signals import held_back, raised
-from engine_registry import ModelIdentity, Registry
+from engine_registry import ModelIdentity
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import ENGINES, check_instance, check_rank
 from engine_registry.schema.numbers import UNRESPONSIVE_AFTER_S
@@ -142,7 +142,7 @@ if TYPE_CHECKING:
 @log_options
 @etcd_options
 def command(
-    connect: Callable[[], Registry],
+    connect: Connect,
     serve_metrics: Callable[[], AbstractContextManager[None]],
     instance: str,
     rank: int,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import click
 
 from engine_cli.completion import instance_argument
-from engine_cli.connection import etcd_options
+from engine_cli.connection import Connect, etcd_options
 from engine_cli.options import json_option, rank_option
 from engine_cli.render.documents import (
     instance_json,
@@ -34,7 +34,6 @@ from engine_cli.render.texts import (
     tree_rows,
     why_not_ready,
 )
-from engine_cli.suggestions import near_instances
 from engine_cli.wording import said
 from engine_registry import InstanceState, InstanceStatus, RankRecord, Registry
 from engine_registry.errors import EtcdRefused, InstanceIncomplete, InstanceNotFound
@@ -48,7 +47,7 @@ from engine_registry.schema.labels import labels_text
 @json_option
 @etcd_options
 def command(
-    connect: Callable[[], Registry],
+    connect: Connect,
     instance: str,
     rank: int | None,
     with_tensors: bool,
@@ -61,7 +60,7 @@ def command(
         for damage in registry.damaged(instance, rank) if rank is not None else ():
             raise damage
         status = registry.instance(instance)
-        records = chosen(registry, status, rank)
+        records = chosen(status, rank)
         manifests = [registry.manifest(record) if with_tensors else None for record in records]
         flows, unseen = _flows(registry, status)
     shown = list(zip(records, manifests, strict=True))
@@ -141,12 +140,13 @@ def _print_ranks(records: Sequence[RankRecord], flows: Flows) -> None:
     )
 
 
-def chosen(registry: Registry, status: InstanceStatus, rank: int | None) -> list[RankRecord]:
+def chosen(status: InstanceStatus, rank: int | None) -> list[RankRecord]:
     """The records of the rank, or of all; raises what is missing."""
     if status.state is InstanceState.GONE:
         raise InstanceNotFound(
             f"instance {status.instance!r} is not registered",
-            near_instances(registry, [status.instance]) or "see `engines list`",
+            "see `Registry.instances()`",
+            instances=[status.instance],
         )
     records = [record for record in status.records if rank is None or record.rank == rank]
     if rank is not None and not records:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
 
 from engine_cli.completion import complete_instances
+from engine_cli.connection import Connect
 from engine_cli.exits import Exit
 from engine_cli.render.comparisons import difference_line
 from engine_cli.render.printable import printable
 from engine_cli.runtime.comparing import compared, comparing_options, report
-from engine_registry import Registry
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import check_instance
 
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 )
 @comparing_options
 def command(
-    connect: Callable[[], Registry],
+    connect: Connect,
     instances: tuple[str, ...],
     files: str | None,
     host: str | None,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import click
 
 from engine_cli.completion import instance_argument
-from engine_cli.connection import etcd_options
+from engine_cli.connection import Connect, etcd_options
 from engine_cli.logs import log_options
 from engine_cli.options import Seconds, json_option
 from engine_cli.render.documents import instance_json
 from engine_cli.render.tables import print_json
 from engine_cli.render.texts import ready_text
+from engine_cli.runtime.waiting import say_why_to_wait
 from engine_cli.signals import raised
 from engine_registry import InstanceGone, InstanceState, InstanceStatus, Registry
 from engine_registry.errors import RegistryError
@@ -41,9 +41,7 @@ from engine_registry.errors import RegistryError
 @json_option
 @log_options
 @etcd_options
-def command(
-    connect: Callable[[], Registry], instance: str, state: str, wait_s: float, as_json: bool
-) -> None:
+def command(connect: Connect, instance: str, state: str, wait_s: float, as_json: bool) -> None:
     """Wait until INSTANCE is ready, or gone: for scripts, and for readiness probes.
 
     Ends at once with 0 when it is so. If it is not in time, the exit code is 4 for an instance that
@@ -51,6 +49,7 @@ def command(
     """
     with raised(), connect() as registry:
         if state == InstanceState.READY.value:
+            say_why_to_wait(registry, [instance], wait_s)
             (status,) = registry.ready(instance, wait_s)
         else:
             status = _when_gone(registry, instance, wait_s)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from engine_cli.connection import etcd_options
+from engine_cli.connection import Connect, etcd_options
 from engine_cli.exits import Exit
 from engine_cli.logs import log_options
 from engine_cli.options import Seconds, json_option, selector_option
@@ -20,8 +20,9 @@ from engine_cli.render.texts import event_text
 from engine_cli.runtime.hooks import Hooks
 from engine_cli.runtime.kept import KeptEvents
 from engine_cli.runtime.metrics import metrics_options
+from engine_cli.runtime.waiting import say_if_not_there
 from engine_cli.signals import on_ending
-from engine_registry import CleaningWatch, Registry, Watch
+from engine_registry import CleaningWatch, Watch
 from engine_registry.schema.moment import utc
 from engine_registry.watching.metrics import WatchMetrics
 
@@ -73,7 +74,7 @@ from engine_registry.watching.metrics import WatchMetrics
 @log_options
 @etcd_options
 def command(
-    connect: Callable[[], Registry],
+    connect: Connect,
     serve_metrics: Callable[[], AbstractContextManager[None]],
     instance: str | None,
     selector: str,
@@ -103,6 +104,8 @@ def command(
     with ExitStack() as stack:
         stack.enter_context(serve_metrics())
         registry = stack.enter_context(connect())
+        if instance is not None:
+            say_if_not_there(registry, instance)
         hooks = stack.enter_context(Hooks(hook, exec_timeout)) if hook else None
         kept = stack.enter_context(KeptEvents(keep)) if keep else None
         watch: Watch | CleaningWatch = (

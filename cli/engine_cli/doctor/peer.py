@@ -15,6 +15,7 @@ from engine_cli.doctor.engine import IMPORT_S
 from engine_cli.doctor.finding import Finding, Status, duration, fail, ok, skipped, warn
 from engine_cli.doctor.runner import at_once
 from engine_cli.doctor.speed import check_speed
+from engine_cli.suggestions import did_you_mean
 from engine_registry.errors import InvalidField
 from engine_registry.schema.address import host_of, is_loopback, parse_session
 from engine_registry.schema.printable import count
@@ -48,7 +49,7 @@ def check_peer(
     for item in etcd.snapshot(instance_prefix(instance)).items:
         roster.see(item)
     status = roster.status()
-    yield judge_instance(status, rank)
+    yield judge_instance(status, rank, () if status.records else _instances(etcd))
     records = [record for record in status.records if rank is None or record.rank == rank]
     if not records:
         return
@@ -121,13 +122,27 @@ def _headers(probe: Probe, keys: Set[str], limit_s: float) -> tuple[dict[str, Fa
     return headers, ""
 
 
-def judge_instance(status: InstanceStatus, rank: int | None) -> Finding:
+def _instances(etcd: Etcd) -> Sequence[str]:
+    """The names of those that this user may see."""
+    from engine_registry.errors import EtcdRefused
+    from engine_registry.schema.keys import ENGINES
+    from engine_registry.schema.roster import assess_all
+
+    try:
+        return [status.instance for status in assess_all(etcd.snapshot(ENGINES).items)]
+    except EtcdRefused:
+        return ()
+
+
+def judge_instance(status: InstanceStatus, rank: int | None, others: Sequence[str] = ()) -> Finding:
+    """`others` are the names of instances that are registered."""
     name = "peer.registered"
     if not status.records and not status.problems:
         return fail(
             name,
             f"{status.instance} is not registered",
-            "see engines list; is it in another --namespace?",
+            did_you_mean(status.instance, others)
+            or "see engines list; is it in another --namespace?",
         )
     if rank is not None and all(record.rank != rank for record in status.records):
         return fail(

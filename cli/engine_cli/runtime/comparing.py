@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine_cli.connection import etcd_options
+from engine_cli.connection import Connect, etcd_options
 from engine_cli.exits import Exit
 from engine_cli.logs import log_options
 from engine_cli.options import Command, engine_log, host_option, json_option
@@ -19,9 +19,6 @@ from engine_cli.render.printable import printable
 from engine_cli.render.tables import print_json
 from engine_cli.runtime.loading import protocol_of, protocol_option
 from engine_cli.signals import held_back, raised
-from engine_cli.suggestions import near_instances
-from engine_registry import RankRecord, Registry
-from engine_registry.errors import InstanceNotFound
 from engine_registry.schema.record import GATEWAY
 
 if TYPE_CHECKING:
@@ -43,7 +40,7 @@ def comparing_options(command: Command) -> Command:
 
 
 def compared(
-    connect: Callable[[], Registry],
+    connect: Connect,
     instances: Sequence[str],
     host: str | None,
     protocol: str,
@@ -52,7 +49,7 @@ def compared(
 ) -> Comparison:
     """`with_replicas`: of one instance, also those that say that they hold the same."""
     with raised(), connect() as registry, engine_log():
-        found = [record for name in instances for record in _resolved(registry, name)]
+        found = [record for name in instances for record in registry.resolve(name)]
         records = [record for record in found if record.kept_by != GATEWAY]  # they have no digests
         with held_back():
             from engine_loader import MooncakeEngine, compare
@@ -65,14 +62,6 @@ def compared(
             host or registry.local_address(), protocol_of(protocol, records) if records else "tcp"
         ) as engine:
             return compare(registry, engine, names, files=files)
-
-
-def _resolved(registry: Registry, name: str) -> Sequence[RankRecord]:
-    try:
-        return registry.resolve(name)
-    except InstanceNotFound as exc:
-        hint = near_instances(registry, [name])
-        raise InstanceNotFound(exc.what, hint or exc.remedy, **exc.details) from exc
 
 
 def report(

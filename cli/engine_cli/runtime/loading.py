@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from engine_cli.connection import Connect
 from engine_cli.logs import as_json
 from engine_cli.options import Command, engine_log
 from engine_cli.runtime.serving import Endings
 from engine_cli.runtime.waiting import say_why_to_wait
 from engine_cli.signals import held_back
 from engine_loader.loading.chosen_rank import rank_file, ranks_of
-from engine_registry import RankRecord, Registry
+from engine_registry import RankRecord
 from engine_registry.schema.record import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ AUTO = "auto"
 class Loading:
     """A load with the options of the command. Returns the report, and the files that it wrote."""
 
-    connect: Callable[[], Registry]
+    connect: Connect
     instances: tuple[str, ...]
     folder: Path | None
     force: bool

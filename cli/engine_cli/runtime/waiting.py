@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from engine_cli import logs
 from engine_cli.render.printable import printable
 from engine_cli.suggestions import near_instances
-from engine_registry import Registry
+from engine_registry import InstanceState, Registry
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound
 from engine_registry.telemetry.logs import fields
 
@@ -29,8 +30,24 @@ def say_why_to_wait(registry: Registry, instances: Sequence[str], wait_s: float)
         registry.ready(instances, 0)
     except (InstanceNotFound, InstanceIncomplete) as exc:
         hint = near_instances(registry, instances) if isinstance(exc, InstanceNotFound) else ""
-        text = f"waiting up to {wait_s:.3g} s: {exc.what}{f' ({hint})' if hint else ''}"
-        if logs.as_json():
-            log.warning("%s", text, extra=fields("load_waits", timeout_s=wait_s, error=exc))
-        else:
-            click.echo(f"engines: {printable(text)}", err=True)
+        _say(
+            f"waiting up to {wait_s:.3g} s: {exc.what}{f' ({hint})' if hint else ''}",
+            fields("load_waits", timeout_s=wait_s, error=exc),
+        )
+
+
+def say_if_not_there(registry: Registry, instance: str) -> None:
+    """On stderr, if no rank of the instance is registered, which a watch may wait for."""
+    if registry.instance(instance).state is InstanceState.GONE:
+        hint = near_instances(registry, [instance])
+        _say(
+            f"instance {instance!r} is not registered now{f' ({hint})' if hint else ''}",
+            fields("watch_waits", instance=instance),
+        )
+
+
+def _say(text: str, facts: dict[str, Any]) -> None:
+    if logs.as_json():
+        log.warning("%s", text, extra=facts)
+    else:
+        click.echo(f"engines: {printable(text)}", err=True)
