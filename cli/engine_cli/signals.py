@@ -55,12 +55,17 @@ def on_ending(call: Callable[[], object]) -> None:
         signal.signal(number, lambda *_: None)
 
 
-def stop_on_ending(stop: Callable[[], object]) -> None:
-    """From now on the first of the signals calls this, and another one ends the process at once."""
+def stop_on_ending(
+    stop: Callable[[], object], at_once: Callable[[], object] = lambda: None
+) -> None:
+    """From now on the first of the signals calls `stop`. Another one calls `at_once`, and ends the
+    process.
+    """
     ending = threading.Event()
 
     def end() -> None:
         if ending.is_set():
+            at_once()
             os._exit(Exit.INTERRUPTED)
         ending.set()
         stop()

@@ -65,12 +65,14 @@ if TYPE_CHECKING:
     from engine_registry.watching.events import RankJoined as RankJoined
     from engine_registry.watching.events import RankLost as RankLost
     from engine_registry.watching.events import RankUpdated as RankUpdated
+    from engine_registry.watching.follow import AllInstances as AllInstances
     from engine_registry.watching.watch import Watch as Watch
 
 _MODULE_OF = {
     "HolderQuery": "holders.query",
     "HolderWatch": "holders.waiting",
     "Holders": "holders.query",
+    "AllInstances": "watching.follow",
     "AllPulls": "pulls.follow",
     "AnswerTooLarge": "errors",
     "CleaningWatch": "watching.cleanup",

@@ -63,6 +63,7 @@ from engine_registry.telemetry.logs import fields
 from engine_registry.version import package_version
 from engine_registry.watching.cleanup import CleaningWatch
 from engine_registry.watching.election import Election
+from engine_registry.watching.follow import AllInstances
 from engine_registry.watching.waiting import Wanted, wait_until_ready
 from engine_registry.watching.watch import Watch
 
@@ -378,6 +379,10 @@ class Registry(Closable):
     def follow_pulls(self) -> AllPulls:
         """The tickets of all loads, kept up to date until it is closed."""
         return AllPulls(self._etcd.sibling())
+
+    def follow_instances(self, selector: str = "") -> AllInstances:
+        """What `instances` returns, kept up to date until it is closed. Raises InvalidField."""
+        return AllInstances(self._etcd.sibling(), Selector.parse(selector))
 
     def wait_for_no_pulls(self, instance: str, rank: int, timeout_s: float) -> int:
         """Waits until no load holds a ticket to read from the rank, or the time is over.

@@ -503,6 +503,23 @@ def test_output_into_a_closed_pipe_ends_quietly_as_its_signal_does(
 
 
 @pytest.mark.parametrize(
+    "args", [("list",), ("list", "--json"), ("show", "a"), ("show", "a", "--tensors")], ids=" ".join
+)
+def test_a_table_into_a_closed_pipe_ends_quietly_as_its_signal_does(
+    processes: Processes, registry: Registry, args: tuple[str, ...]
+) -> None:
+    with register(registry):
+        process = processes.start_anew(
+            *("-m", "engine_cli", *args, "--namespace", registry.config.namespace)
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.wait(60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
     "args",
     [
         ("list",),

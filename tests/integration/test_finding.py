@@ -201,6 +201,7 @@ def test_a_shell_completes_commands_options_instances_models_and_contexts(
     with register(registry, "qwen-a"), register(registry, "llama"):
         assert completed("engines sh") == ["show"]
         assert "--tensors" in completed("engines show --t")
+        assert completed("engines list --w") == ["--watch"]
         assert completed(f"engines show --namespace {namespace} q") == ["qwen-a"]
         assert completed(f"engines --namespace {namespace} load ") == ["llama", "qwen-a"]
         model = str(registry.instance("llama").model)

@@ -28,6 +28,7 @@ from engine_loader import InProcessEngine, MooncakeEngine, Publication, Seeded, 
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import Connection
 from engine_registry import (
+    AllInstances,
     AllPulls,
     CleaningWatch,
     Election,
@@ -40,6 +41,7 @@ from engine_registry import (
     Registry,
     Watch,
 )
+from engine_registry.etcd.kept import Kept
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.local_cluster import LocalCluster
 from engine_registry.gateway.server import Gateway
@@ -89,6 +91,7 @@ MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
     PullWatch: lambda registry, etcd: registry.watch_pulls(the_record(registry), lambda _: None),
     AllPulls: lambda registry, etcd: registry.follow_pulls(),
     HolderWatch: lambda registry, etcd: registry.watch_holders(ModelIdentity("m"), 0),
+    AllInstances: lambda registry, etcd: registry.follow_instances(),
     LocalEtcd: lambda registry, etcd: LocalEtcd().start(),
     LocalCluster: lambda registry, etcd: LocalCluster(),
     Gateway: lambda registry, etcd: Gateway(registry, "q", port=0),
@@ -96,6 +99,7 @@ MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
     Publication: a_publication,
 }
 OTHERS: dict[type, str] = {
+    Kept: "is the base of two",
     Closable: "is their base",
     InProcessEngine: "holds nothing but memory of Python",
     Seeded: "holds a publication, which warns",
@@ -219,6 +223,7 @@ watch = registry.watch()
 cleaning = registry.cleaning_watch(grace_s=1).__enter__()
 election = registry.election("x").start()
 pulls = registry.follow_pulls()
+instances = registry.follow_instances()
 gateway = Gateway(registry, "q", port=0)
 watch.next(0.1)
 print(local.pid, local.data_dir)

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import click
 
 from engine_cli.completion import complete_models
 from engine_cli.connection import Connect, etcd_options
+from engine_cli.logs import log_options
 from engine_cli.options import json_option, selector_option
-from engine_cli.render.documents import instance_json, loading_json
-from engine_cli.render.flows import Flows
-from engine_cli.render.states import UNRESPONSIVE, any_loads, state_of
+from engine_cli.render.documents import listed_json
+from engine_cli.render.listing import ORDERS, STATES, Choice, none_text
 from engine_cli.render.tables import print_json, print_table
 from engine_cli.render.texts import instance_table
-from engine_registry import InstanceStatus, Registry
-from engine_registry.errors import EtcdRefused
+from engine_cli.runtime.listing import flows_of, keep_listing
 from engine_registry.schema.labels import Selector
-
-STATES = ("ready", "degraded", "loading", UNRESPONSIVE)
-ORDERS: dict[str, Callable[[InstanceStatus], Any]] = {
-    "name": lambda status: 0,  # as they come
-    "model": lambda status: str(status.model),
-    "version": lambda status: -1 if status.version is None else status.version,
-    "size": lambda status: -status.nbytes,
-}
 
 
 @click.command("list")
@@ -45,7 +33,15 @@ ORDERS: dict[str, Callable[[InstanceStatus], Any]] = {
     show_default=True,
     help="In which order; size: the largest first.",
 )
+@click.option(
+    "--watch",
+    "keep",
+    is_flag=True,
+    help="Keep the table up to date until Ctrl-C. In a pipe, and with --json: a line for each "
+    "instance, and again for each that changes.",
+)
 @json_option
+@log_options
 @etcd_options
 def command(
     connect: Connect,
@@ -53,55 +49,26 @@ def command(
     selector: str,
     state: str | None,
     order: str,
+    keep: bool,
     as_json: bool,
 ) -> None:
     """All instances: state, ranks present of expected, model, version, size, and why one is not
     ready.
+
+    With --watch an etcd that is away is waited for. An instance that is gone, or that is not chosen
+    any more, leaves the table; of lines it gets a last one, which says how it is now.
     """
-    chosen = Selector.parse(selector)
+    choice = Choice(Selector.parse(selector), model, state, order)
     with connect() as registry:
+        if keep:
+            keep_listing(registry, choice, as_json)
+            return
         found = registry.instances()
-        statuses = tuple(
-            sorted(
-                [
-                    status
-                    for status in found
-                    if chosen.matches(status.labels) and _is_wanted(status, model, state)
-                ],
-                key=ORDERS[order],
-            )
-        )
-        flows = _flows(registry, statuses)
+        statuses = choice.of(found)
+        flows = flows_of(registry, statuses)
     if as_json:
-        print_json(
-            {
-                "instances": [
-                    {**instance_json(status), "loading": loading_json(status, flows)}
-                    for status in statuses
-                ]
-            }
-        )
+        print_json({"instances": [listed_json(status, flows) for status in statuses]})
     elif statuses:
         print_table(*instance_table([(status, flows.loaded(status)) for status in statuses]))
-    elif found:
-        click.echo(f"no instance matches (registered: {len(found):,})")
     else:
-        click.echo("no instance is registered")
-
-
-def _is_wanted(status: InstanceStatus, model: str | None, state: str | None) -> bool:
-    names = {status.model.name, str(status.model)} if status.model else set()
-    is_in = state is None or state_of(status) == state
-    return is_in and (model is None or model in names)
-
-
-def _flows(registry: Registry, statuses: tuple[InstanceStatus, ...]) -> Flows:
-    """Asks for tickets only where there is a rank whose progress they state.
-
-    Who may not see them sees the rest.
-    """
-    records = [record for status in statuses for record in status.records]
-    try:
-        return Flows(records, registry.all_pulls() if any_loads(records) else ())
-    except EtcdRefused:
-        return Flows(records, ())
+        click.echo(none_text(len(found)))

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import click
 
 from engine_cli.connection import Connect, etcd_options
-from engine_cli.exits import Exit
 from engine_cli.logs import log_options
 from engine_cli.options import Seconds, json_option, selector_option
 from engine_cli.render import live
 from engine_cli.render.documents import event_json
 from engine_cli.render.tables import print_json
 from engine_cli.render.texts import event_text
+from engine_cli.render.views import BoardView
 from engine_cli.runtime.hooks import Hooks
 from engine_cli.runtime.kept import KeptEvents
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.waiting import say_if_not_there
-from engine_cli.signals import on_ending
+from engine_cli.signals import stop_on_ending
 from engine_registry import CleaningWatch, Watch
 from engine_registry.schema.moment import utc
 from engine_registry.watching.metrics import WatchMetrics
@@ -114,12 +113,10 @@ def command(
             else registry.watch(instance, selector=selector)
         )
         stack.enter_context(watch)
-        screen = None
+        screen, view = None, BoardView(narrowed=bool(instance or selector))
         if not (lines or as_json or hooks) and live.fits():
-            narrowed = bool(instance or selector)
-            screen = live.Screen(watch, stack.enter_context(registry.follow_pulls()), narrowed)
-        ending = _ending(watch, hooks, screen)
-        on_ending(lambda: next(ending))
+            screen = live.Screen(watch, stack.enter_context(registry.follow_pulls()), view)
+        stop_on_ending(lambda: _stop(watch, hooks), lambda: _end_at_once(hooks, screen))
         if screen:
             stack.enter_context(screen)
         counted = WatchMetrics()
@@ -132,7 +129,8 @@ def command(
             if kept:
                 kept.put({**data, "text": event_text(event)})
             if screen:
-                screen.see(event, at)
+                with screen.changing():
+                    view.see(event, at)
             elif as_json:
                 print_json(data)
             else:
@@ -141,17 +139,15 @@ def command(
                 hooks.run(data)
 
 
-def _ending(
-    watch: Watch | CleaningWatch, hooks: Hooks | None, screen: live.Screen | None
-) -> Iterator[None]:
-    """What each signal does: the first one stops, the second one ends the process."""
+def _stop(watch: Watch | CleaningWatch, hooks: Hooks | None) -> None:
     watch.stop()
     if hooks:
         hooks.stop()
-    yield
+
+
+def _end_at_once(hooks: Hooks | None, screen: live.Screen | None) -> None:
     if hooks:
         hooks.kill()
         hooks.report()
     if screen:
         screen.restore()
-    os._exit(Exit.INTERRUPTED)

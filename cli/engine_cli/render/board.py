@@ -101,7 +101,7 @@ class Board:
         """`narrowed`: the watch is of some instances. Of all loads, only those that read from them
         or fill them are shown.
         """
-        self._narrowed = narrowed
+        self.narrowed = narrowed
         self._records: dict[str, dict[int, RankRecord]] = {}
         self._last: dict[str, InstanceStatus] = {}
         self._speeds = Speeds()
@@ -133,7 +133,7 @@ class Board:
 
     def _is_ours(self, pull: Pull) -> bool:
         return (
-            not self._narrowed
+            not self.narrowed
             or pull.instance in self._records
             or (pull.reader is not None and pull.reader.instance in self._records)
         )

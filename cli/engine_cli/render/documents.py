@@ -130,6 +130,10 @@ def loading_json(status: InstanceStatus, flows: Flows) -> list[dict[str, Any]]:
     ]
 
 
+def listed_json(status: InstanceStatus, flows: Flows) -> dict[str, Any]:
+    return {**instance_json(status), "loading": loading_json(status, flows)}
+
+
 _RANK_EVENTS = {RankJoined: "rank_joined", RankUpdated: "rank_updated", RankLost: "rank_lost"}
 _INSTANCE_EVENTS = {
     InstanceReady: "instance_ready",

@@ -1,4 +1,4 @@
-"""The live table of `engines watch` on a terminal. `board.py` says what is in it.
+"""The live tables of `engines watch` and `engines list --watch`. `views.py` says what is in them.
 
 One thread draws, on the terminal's other screen, so that it may be resized and what was there
 before comes back. A terminal that takes nothing holds up that thread and nobody else.
@@ -12,31 +12,25 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from engine_cli.render.board import Board, Row
-from engine_cli.render.colours import style_of
-from engine_cli.render.flows import percent
-from engine_cli.render.printable import printable
+from engine_cli.render.views import cell
 from engine_cli.wording import in_options, said
-from engine_registry import Event, InstanceCleaned, Pull
+from engine_registry import Pull
 from engine_registry.schema.moment import utc
-from engine_registry.schema.printable import short
 
 _FRAMES_S = (0.1, 0.5)  # from one to the next: at least, and at most where nothing happens
 _REST = 5  # times as long as it takes to draw, so that very many ranks do not cost a core
 _JOIN_S = 2.0
 _MAX_NEWS = 8
-_MIN_BAR, _MAX_BAR = 12, 24
 _LEAVE = b"\x1b[?1049l\x1b[?25h"  # back to the first screen, with a cursor
 
 
@@ -54,6 +48,24 @@ class Watched(Protocol):
     def stop(self) -> None: ...
 
 
+class View(Protocol):
+    """What is drawn. The screen calls it from one thread at a time."""
+
+    @property
+    def news(self) -> Iterable[str]: ...
+
+    @property
+    def nothing(self) -> str: ...
+
+    def note(self, text: str, at: str) -> None: ...
+
+    def look(self, pulls: Iterable[Pull], now: float) -> None: ...
+
+    def summary(self) -> str: ...
+
+    def table(self, width: int, room: int) -> Table | None: ...
+
+
 def fits() -> bool:
     """Whether there is a terminal that can show it."""
     return (
@@ -62,13 +74,13 @@ def fits() -> bool:
 
 
 class Screen:
-    """Show it every event of the watch, which it stops where the terminal is gone."""
+    """Draws the view, from its block on. Stops the watch where the terminal is gone."""
 
-    def __init__(self, watch: Watched, pulls: Pulls, narrowed: bool) -> None:
+    def __init__(self, watch: Watched, pulls: Pulls, view: View) -> None:
         self._watch = watch
         self._pulls = pulls
-        self._lock = threading.Lock()  # guards the board
-        self._board = Board(narrowed)
+        self._lock = threading.Lock()  # guards the view
+        self._view = view
         self._away_since: str | None = None
         self._ended = False
         self._wake = threading.Event()
@@ -86,15 +98,16 @@ class Screen:
         self._logs = _Logs(self.note)
         self._thread = threading.Thread(target=self._draw, name="screen", daemon=True)
 
-    def see(self, event: Event | InstanceCleaned, at: str) -> None:
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Within the block the view may be changed. It is drawn soon after."""
         with self._lock:
-            self._board.see(event, at)
+            yield
         self._wake.set()
 
     def note(self, text: str) -> None:
-        with self._lock:
-            self._board.note(text, utc())
-        self._wake.set()
+        with self.changing():
+            self._view.note(text, utc())
 
     def _draw(self) -> None:
         try:
@@ -125,16 +138,13 @@ class Screen:
         self._console.size = width, height
         head = self._head()
         with self._lock:
-            self._board.look(self._pulls.now(), time.monotonic())
-            head.insert(
-                0,
-                _cell(f"{utc()}  {self._board.summary()}", "bold"),
-            )
-            news = list(self._board.news)[-min(_MAX_NEWS, max(1, height // 4)) :]
+            self._view.look(self._pulls.now(), time.monotonic())
+            head.insert(0, cell(f"{utc()}  {self._view.summary()}", "bold"))
+            news = list(self._view.news)[-min(_MAX_NEWS, max(1, height // 4)) :]
             # the table's heading, two empty lines
-            rows = self._board.rows(max(1, height - len(head) - len(news) - 3))
-        body = [_table(rows, width)] if rows else [Text("no instance is registered")]
-        return Group(*head, Text(""), *body, Text(""), *map(_cell, news))
+            table = self._view.table(width, max(1, height - len(head) - len(news) - 3))
+            body = table or cell(self._view.nothing)
+        return Group(*head, Text(""), body, Text(""), *map(cell, news))
 
     def _head(self) -> list[Text]:
         """What is not as it should be."""
@@ -143,14 +153,14 @@ class Screen:
         head = []
         if away and self._away_since is not None:
             head.append(
-                _cell(
+                cell(
                     f"etcd is away since {self._away_since}, and this is how it "
                     f"was then: {said(away)}",
                     "bold red",
                 )
             )
         if unseen:
-            head.append(_cell(f"who reads from whom is not known: {in_options(unseen)}", "yellow"))
+            head.append(cell(f"who reads from whom is not known: {in_options(unseen)}", "yellow"))
         return head
 
     def restore(self) -> None:
@@ -211,45 +221,6 @@ class _Logs(logging.Handler):
         for handler in self._taken:
             root.addHandler(handler)
         self._taken = []
-
-
-def _table(rows: list[Row], width: int) -> Table:
-    """Each row is one line.
-
-    Where they are too long, its sources and its readers are cut first.
-    """
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("INSTANCE", "STATE", "PROGRESS", "READS FROM", "SPEED", "READ BY"):
-        table.add_column(
-            Text(heading, "dim", no_wrap=True, overflow="ellipsis"),
-            no_wrap=not heading.startswith("READ"),
-        )
-    for row in rows:
-        rest = (_cell(row.reads_from), _cell(row.speed), _cell(row.read_by))
-        table.add_row(
-            _cell(short(row.name, width // 3)),
-            _cell(row.state, style_of(row.state)),
-            _bar(row.fraction, width // 6),
-            *rest,
-        )
-    return table
-
-
-def _cell(text: str, style: str = "") -> Text:
-    return Text(printable(text), style=style, no_wrap=True, overflow="ellipsis")
-
-
-def _bar(fraction: float | None, width: int) -> Table | Text:
-    """Without a bar where that would be too short to show anything."""
-    if fraction is None:
-        return Text("")
-    grid = Table.grid(padding=(0, 1, 0, 0))
-    text = Text(f"{percent(fraction):>5}")
-    if width < _MIN_BAR:
-        grid.add_row(text)
-    else:
-        grid.add_row(ProgressBar(total=1.0, completed=fraction, width=min(width, _MAX_BAR)), text)
-    return grid
 
 
 def _size() -> tuple[int, int]:

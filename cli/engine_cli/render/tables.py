@@ -42,17 +42,43 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     A pipe gets one row a line. On a terminal that is too narrow, the further columns of a row go on
     below, moved to the right, and the last column, which may hold sentences, is wrapped.
     """
-    heading = [Text(name, "bold") for name in columns]
-    body = [
+    RowPrinter().print(columns, rows)
+
+
+class RowPrinter:
+    """A table whose rows come bit by bit: a column may get wider, and never narrower. The heading
+    is printed again only where it changes.
+    """
+
+    def __init__(self) -> None:
+        self.columns: Sequence[str] = ()
+        self._widest: list[Text] = []
+
+    def print(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        heading, body = _texts(columns, rows)
+        printed = body if columns == self.columns else [heading, *body]
+        if columns != self.columns:
+            self.columns, self._widest = columns, heading
+        console = _console(_WIDE)
+        table = _Table(console, [self._widest, *body], _width())
+        self._widest = [
+            max(column, key=lambda cell: cell.cell_len)
+            for column in zip(self._widest, *body, strict=True)
+        ]
+        console.print(Text("\n").join(table.lines(printed)), soft_wrap=True)
+
+
+def _texts(
+    columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[Text], list[list[Text]]]:
+    """The heading and the cells, with their looks."""
+    return [Text(name, "bold") for name in columns], [
         [
             Text(shown := printable(cell), style_of(shown) if name in _STATES else "")
             for name, cell in zip(columns, row, strict=True)
         ]
         for row in rows
     ]
-    console = _console(_WIDE)
-    table = _Table(console, [heading, *body], _width())
-    console.print(Text("\n").join(table.lines()), soft_wrap=True)
 
 
 class _Table:
@@ -60,7 +86,6 @@ class _Table:
 
     def __init__(self, console: Console, rows: Sequence[Sequence[Text]], room: int) -> None:
         self._console = console
-        self._rows = rows
         self._widths = [max(cell.cell_len for cell in column) for column in zip(*rows, strict=True)]
         self._folds: list[list[int]] = [[]]  # the columns on each line of a row
         left = room
@@ -73,9 +98,9 @@ class _Table:
             self._widths[number] = min(width, left)
             left -= width + _GAP
 
-    def lines(self) -> Iterator[Text]:
-        """Without blank ones, and without blanks at their ends."""
-        for row in self._rows:
+    def lines(self, rows: Iterable[Sequence[Text]]) -> Iterator[Text]:
+        """Of some of the rows: without blank ones, and without blanks at their ends."""
+        for row in rows:
             yield from self._lines_of(row)
 
     def _lines_of(self, row: Sequence[Text]) -> Iterator[Text]:
@@ -96,10 +121,16 @@ class _Table:
         return cell.wrap(self._console, width, overflow="fold")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process, with the code of a failure."""
+        raise BrokenPipeError
+
+
 def _console(width: int) -> Console:
     """Where NO_COLOR is set, nothing is bold either."""
     colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
-    return Console(width=width, color_system=colours, markup=False, emoji=False, highlight=False)
+    return _Console(width=width, color_system=colours, markup=False, emoji=False, highlight=False)
 
 
 def _width() -> int:

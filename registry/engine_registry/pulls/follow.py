@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 
 from engine_registry.errors import EtcdError
 from engine_registry.etcd.client import Etcd
-from engine_registry.etcd.follow import Follower
-from engine_registry.lifetime import Closable
+from engine_registry.etcd.kept import Kept
 from engine_registry.schema.keys import PULLS
 from engine_registry.schema.keyvalue import Batch, Change, KeyValue, Snapshot
 from engine_registry.schema.pull_ticket import Pull, decode
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
-_JOIN_S = 2.0
 
 
-class AllPulls(Closable):
+class AllPulls(Kept):
     """The tickets of all loads, kept up to date.
 
     Starts one thread, which goes on through outages of etcd.
@@ -27,16 +24,11 @@ class AllPulls(Closable):
 
     def __init__(self, etcd: Etcd) -> None:
         """`etcd` is for this alone, which closes it at the end."""
-        self._etcd = etcd
+        super().__init__(etcd, PULLS, "all pulls")
         self._lock = threading.Lock()
         self._pulls: dict[str, Pull] = {}  # by key
-        self._follower = Follower(etcd, PULLS)
         self.unseen: str | None = None  # why nothing more will be known: no permission, for example
-        self._thread = threading.Thread(
-            target=_follow, args=(weakref.ref(self), self._follower), name="all pulls", daemon=True
-        )
-        self._thread.start()
-        self._mark_open()
+        self._start()
 
     def now(self) -> tuple[Pull, ...]:
         """The tickets that are known now. Never waits for etcd."""
@@ -57,25 +49,8 @@ class AllPulls(Closable):
         else:
             self._pulls.pop(change.key, None)
 
-    def close(self) -> None:
-        """Any number of times."""
-        self._mark_closed()
-        self._follower.stop()
-        self._etcd.close()
-        self._thread.join(timeout=_JOIN_S)
-
-
-def _follow(kept: weakref.ref[AllPulls], follower: Follower) -> None:
-    reason = None
-    try:
-        for update in follower:
-            pulls = kept()
-            if pulls is None:
-                return
-            pulls._take_in(update)
-            del pulls  # while it waits, pulls that are forgotten can be collected
-    except EtcdError as exc:
-        log.info("loads that read are not seen: %s", exc, extra=fields("pulls_unseen", error=exc))
-        reason = str(exc)
-    if reason is not None and (pulls := kept()) is not None:
-        pulls.unseen = reason
+    def _refused(self, error: EtcdError) -> None:
+        log.info(
+            "loads that read are not seen: %s", error, extra=fields("pulls_unseen", error=error)
+        )
+        self.unseen = str(error)

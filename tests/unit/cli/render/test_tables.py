@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from rich.cells import cell_len
 
-from engine_cli.render.tables import print_json, print_table, print_tree, size
+from engine_cli.render.tables import RowPrinter, print_json, print_table, print_tree, size
 
 COLUMNS = ("INSTANCE", "STATE", "SIZE", "WHY NOT READY")
 ROWS = [
@@ -184,4 +184,21 @@ def test_a_tree_has_branches_on_a_terminal(
         "│   └── c",
         "└── d",
         "e",
+    ]
+
+
+def test_rows_that_come_bit_by_bit_keep_their_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = RowPrinter()
+    printer.print(("A", "B"), [["long-one", "x"]])
+    printer.print(("A", "B"), [["s", "y"], ["a-still-longer-one", "z"]])
+    printer.print(("A", "B"), [["t", "y"]])
+    printer.print(("A", "C"), [["t", "y"]])
+    assert capsys.readouterr().out.splitlines() == [
+        "A         B",
+        "long-one  x",
+        "s                   y",
+        "a-still-longer-one  z",
+        "t                   y",
+        "A  C",
+        "t  y",
     ]
