@@ -1,39 +1,33 @@
-"""The pictures of the terminal in docs/: `engines watch` and `engines demo`, as they run on a
-terminal with an embedded etcd.
+"""The pictures in docs/: `engines watch` and `engines demo` on a terminal, and the dashboard.
 
-python -m scripts.screenshots            writes both
+python -m scripts.screenshots            writes all
 python -m scripts.screenshots demo       writes this one
 
-The demo is a real one. The watch is the real command, but no weights move: this script registers
-ranks, and reports a progress of its choice for loads that there are not. The page says so.
+All show real loads: of the demo, and of the fleet that `engines demo --keep` leaves. That of the
+dashboard needs what `make test-browser` installs: PYTHONPATH=.browser.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import shutil
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.text import Text
 
-from engine_registry import (
-    Manifest,
-    ModelIdentity,
-    RankRecord,
-    RankState,
-    Region,
-    Registry,
-    TensorEntry,
-)
-from engine_registry.etcd.local import LocalEtcd
-from tests.support.ranks import register
+from engine_cli.demo.engines import RANKS
+from engine_cli.demo.fleet import LINKS
 from tests.support.terminal import on_terminal
+from tests.support.waiting import wait_until
 
 DOCS = Path(__file__).parent.parent / "docs"
 COLUMNS = 114
@@ -42,69 +36,56 @@ COLOURS = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
 SVG = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL).replace(
     "Fira Code, monospace", "ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace"
 )
-MODEL = ModelIdentity("qwen3-8b", "main", "bfloat16")
-NBYTES = 15_200_000_000
-PERCENT, STEPS = 63, 8  # that the first load has read, and in how many of its last reports
-PACES = (1.0, 0.66, 0.2)  # of the loads, to that of the first one
+WAIT_S = 300.0
+PAGES: tuple[tuple[str, int, int, Any], ...] = (
+    ("light", 1600, 900, "light"),
+    ("narrow", 400, 860, "dark"),
+)
+LOADS = re.compile(r"^\d+ % · \d.* MB/s$")  # how far a load is, and how fast
+
+
+@contextmanager
+def fleet() -> Iterator[str]:
+    """What `engines demo --keep` says of the fleet that it has started."""
+    with on_terminal("demo", "--keep", env=COLOURS, columns=COLUMNS) as terminal:
+        wait_until(lambda: "engines doctor" in terminal.said, WAIT_S)
+        yield terminal.said
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.process.wait(WAIT_S)
 
 
 def watch() -> None:
-    """Two complete ranks, two that load from them in a chain, and a process that is no rank."""
-    with ExitStack() as stack:
-        etcd = stack.enter_context(LocalEtcd())
-        registry = stack.enter_context(Registry.connect(etcd.endpoint))
+    with fleet() as said:
+        env = {**COLOURS, "ENGINES_ETCD": re.findall(r"--etcd (\S+)", said)[0]}
+        with on_terminal("watch", env=env, columns=COLUMNS, rows=27) as terminal:
+            ranks = [f"{link}/{rank} " for link in LINKS for rank in range(RANKS)]
+            wait_until(lambda: all("B/s" in terminal.line(rank) for rank in ranks), WAIT_S)
+            save(terminal.frame(), "engines watch", DOCS / "how-to" / "watch.svg")
 
-        def rank(instance: str, number: int = 0, world_size: int = 1, **fields: object) -> None:
-            entry = TensorEntry(
-                "w", "uint8", (NBYTES,), 4096, NBYTES, (NBYTES,), (0,), opaque=False
-            )
-            stack.enter_context(
-                register(
-                    registry,
-                    instance,
-                    number,
-                    world_size,
-                    model=MODEL,
-                    manifest=Manifest((entry,), (Region(4096, NBYTES),)),
-                    session_id=f"10.0.0.{len(registry.instances()) + 4}:15000",
-                    **fields,
-                )
-            )
 
-        rank("qwen-a")
-        rank("llama", 0, 2)
-        rank("llama", 1, 2)
-        terminal = stack.enter_context(
-            on_terminal(
-                "watch", env={**COLOURS, "ENGINES_ETCD": etcd.endpoint}, columns=COLUMNS, rows=20
-            )
+def dashboard() -> None:
+    from playwright.sync_api import sync_playwright
+
+    with fleet() as said, sync_playwright() as playwright:
+        (url,) = re.findall(r"dashboard is (\S+)", said)
+        chromium = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        terminal.wait_for("llama ", "ready 2/2")
-        rank("qwen-b", state=RankState.LOADING)
-        rank("qwen-c", state=RankState.LOADING)
-        first, second, third = (the_rank(registry, name) for name in ("qwen-a", "qwen-b", "qwen-c"))
-        pairs = ((first, second), (second, third), (first, None))
-        tickets = [registry.pull(source, reader) for source, reader in pairs]
-        for ticket in tickets:
-            stack.callback(ticket.close) if ticket is not None else None
-        for percent in range(PERCENT - STEPS, PERCENT + 1):  # speeds are of several reports
-            for ticket, pace in zip(tickets, PACES, strict=True):
-                if ticket is not None:
-                    ticket.report(int(percent * pace * NBYTES) // 100, NBYTES)
-            terminal.wait_for("qwen-b ", f" {percent} %")
-        for name in ("qwen-b", "qwen-c", " pid "):
-            terminal.wait_for(name, "%", "B/s")
-        save(terminal.frame(), "engines watch", DOCS / "how-to" / "watch.svg")
-
-
-def the_rank(registry: Registry, instance: str) -> RankRecord:
-    (record,) = registry.ranks(instance)
-    return record
+        for name, width, height, scheme in PAGES:
+            page = chromium.new_page(
+                viewport={"width": width, "height": height}, color_scheme=scheme
+            )
+            page.goto(url)
+            page.get_by_text(LOADS).first.wait_for(timeout=1000 * WAIT_S)
+            path = DOCS / "how-to" / f"dashboard-{name}.png"
+            page.screenshot(path=path, full_page=name == "narrow")
+            click.echo(f"{path}: {path.stat().st_size:,} bytes")
+        chromium.close()
 
 
 def demo() -> None:
     with on_terminal("demo", env=COLOURS, columns=COLUMNS) as terminal:
-        if terminal.process.wait(300):
+        if terminal.process.wait(WAIT_S):
             raise click.ClickException(f"the demo failed: {terminal.said}")
         terminal.join()
         save(f"$ engines demo\n{terminal.said}", "engines demo", DOCS / "tutorial" / "demo.svg")
@@ -121,7 +102,7 @@ def save(ansi: str, title: str, path: Path) -> None:
     click.echo(f"{path}: {path.stat().st_size:,} bytes")
 
 
-SHOTS: dict[str, Callable[[], None]] = {"watch": watch, "demo": demo}
+SHOTS: dict[str, Callable[[], None]] = {"watch": watch, "demo": demo, "dashboard": dashboard}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or SHOTS:

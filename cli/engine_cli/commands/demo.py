@@ -42,8 +42,8 @@ _WAIT_S = 120.0  # a rank that fails ends the demo at once
 @click.option(
     "--keep",
     is_flag=True,
-    help="Leave a fleet to try commands on, until Ctrl-C: the two ranks, two copies that "
-    "serve what they have loaded, and a dashboard.",
+    help="Leave a fleet to try commands on, until Ctrl-C: the two ranks, a copy that serves what "
+    "it has loaded, a chain of instances that load again and again, and a dashboard.",
 )
 @debug_option
 def command(weights: str | None, keep: bool) -> None:

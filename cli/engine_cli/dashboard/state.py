@@ -17,7 +17,7 @@ from engine_cli.dashboard.picture import bounded, picture
 from engine_cli.render.board import Speeds
 from engine_cli.render.documents import event_json
 from engine_cli.render.flows import Flows, reader_of
-from engine_cli.render.states import UNRESPONSIVE, rank_state_of
+from engine_cli.render.states import UNRESPONSIVE, any_loads, rank_state_of
 from engine_cli.render.texts import answering, event_text, loss, reads_from, why_not_ready
 from engine_registry import (
     Event,
@@ -128,7 +128,7 @@ class State:
             key,
             {
                 "at": utc(at),
-                "kind": said["event"],
+                "kind": "instance_loading" if _begins_to_load(event) else said["event"],
                 "instance": said["instance"],
                 "rank": said.get("rank"),
                 "text": event_text(event),
@@ -222,6 +222,11 @@ class State:
             ),
             "read_by": len(readers),
         }
+
+
+def _begins_to_load(event: Event) -> bool:
+    """Which is no loss, though the instance is not complete."""
+    return isinstance(event, InstanceDegraded) and any_loads(event.status.records)
 
 
 def _state(status: InstanceStatus) -> str:

@@ -18,6 +18,7 @@ from engine_cli.runtime.children import python
 INSTANCE = "demo"
 RANKS = 2
 _ENGINES = "from engine_cli.main import main; main()"
+_LINK = "from engine_cli.demo.link import main; main()"
 _END_S = 5.0  # how long a process may take to end once it is asked to
 
 
@@ -25,14 +26,15 @@ class Engines:
     """Runs `engines` commands as a user would, each in a separate process."""
 
     def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
         self._env = {**os.environ, "ENGINES_ETCD": endpoint}
 
     @contextmanager
-    def _running(self, *args: str, **pipes: int) -> Iterator[subprocess.Popen[str]]:
+    def _running(
+        self, *args: str, code: str = _ENGINES, **pipes: int
+    ) -> Iterator[subprocess.Popen[str]]:
         """The process, which ends at the end of the block at the latest."""
-        with subprocess.Popen(
-            python(_ENGINES, *args), env=self._env, text=True, **pipes
-        ) as process:  # type: ignore[call-overload]
+        with subprocess.Popen(python(code, *args), env=self._env, text=True, **pipes) as process:  # type: ignore[call-overload]
             try:
                 yield process
             finally:
@@ -76,6 +78,10 @@ class Engines:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+
+    def link(self, name: str) -> AbstractContextManager[subprocess.Popen[str]]:
+        """A process that loads the ranks again and again, slowly, as those of `name`."""
+        return self._running(name, self._endpoint, code=_LINK, stdin=subprocess.PIPE)
 
     def show(self, *args: str) -> None:
         click.echo(f"\n$ engines {' '.join(args)}")

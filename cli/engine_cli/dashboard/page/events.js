@@ -9,6 +9,7 @@ const KINDS = {
   rank_updated: "busy",
   rank_lost: "bad",
   instance_ready: "good",
+  instance_loading: "busy",
   instance_degraded: "bad",
   instance_gone: "bad",
 };

@@ -108,6 +108,12 @@ def test_an_instance_that_was_degraded_before_is_told_of() -> None:
     assert Page().has(two()[0]).told() == ["qwen degraded: missing rank 1 of 2"]
 
 
+def test_an_instance_that_loads_is_told_of_as_no_loss() -> None:
+    page = Page().has(*two(state=RankState.LOADING))
+    (told,) = (value for (kind, _), value in page.entries.items() if kind == "event")
+    assert (told["kind"], told["text"]) == ("instance_loading", "qwen loading: ranks 0-1 loading")
+
+
 def test_a_lost_rank_keeps_its_row_with_the_reason() -> None:
     page = Page().has(*two())
     page.changes(a_record(rank=1, topology={}, ended="process ended"))
