@@ -150,7 +150,10 @@ def test_a_wait_that_is_in_vain_says_why_and_has_an_exit_code(
         code, said = wait()
         assert (code, "missing rank 1 of 2" in said) == (Exit.INSTANCE, True)
         code, said = wait("--for", "gone")
-        assert (code, "'a' is not gone after 0.1 s" in said) == (Exit.FAILED, True)
+        assert (code, "'a' is not gone after 0.1 s: it still has 1 rank" in said) == (
+            Exit.FAILED,
+            True,
+        )
 
 
 def test_a_wait_for_the_end_of_an_instance_sees_its_last_rank_go(

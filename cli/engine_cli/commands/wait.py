@@ -17,6 +17,7 @@ from engine_cli.runtime.waiting import say_why_to_wait
 from engine_cli.signals import raised
 from engine_registry import InstanceGone, InstanceState, InstanceStatus, Registry
 from engine_registry.errors import RegistryError
+from engine_registry.schema.printable import count
 
 
 @click.command("wait")
@@ -70,9 +71,9 @@ def _when_gone(registry: Registry, instance: str, wait_s: float) -> InstanceStat
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise RegistryError(
-                        f"instance {instance!r} is not gone after {wait_s:.3g} s: "
-                        f"{len(status.records)} of its ranks are registered",
-                        "end them, or use `Registry.evict`",
+                        f"instance {instance!r} is not gone after {wait_s:.3g} s: it still has "
+                        f"{count(len(status.records), 'rank')}",
+                        "end its processes, or use `Registry.evict`",
                     )
                 event = watch.next(left_s)
     return status
