@@ -205,7 +205,10 @@ def test_a_shell_completes_commands_options_instances_models_and_contexts(
         assert completed("engines sh") == ["show"]
         assert "--tensors" in completed("engines show --t")
         assert completed("engines list --w") == ["--watch"]
-        assert completed(f"engines show --namespace {namespace} q") == ["qwen-a"]
+        for command in ("show", "wait", "watch", "verify", "diff", "evict", "doctor --peer"):
+            name, _, option = command.partition(" ")
+            line = f"engines {name} --namespace {namespace} {option}".rstrip()
+            assert completed(f"{line} q") == ["qwen-a"]
         assert completed(f"engines --namespace {namespace} load ") == ["llama", "qwen-a"]
         model = str(registry.instance("llama").model)
         assert completed(f"engines list --namespace {namespace} --model ") == [model]

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from engine_cli.completion import complete_instances
 from engine_cli.connection import etcd_settings
 from engine_cli.devices import check_device, device_option
 from engine_cli.doctor.finding import Finding, Status
@@ -28,7 +29,10 @@ PROTOCOLS = (
 
 @click.command("doctor")
 @click.option(
-    "--peer", metavar="INSTANCE", help="Also look at every rank of this instance, and read from it."
+    "--peer",
+    metavar="INSTANCE",
+    shell_complete=complete_instances,
+    help="Also look at every rank of this instance, and read from it.",
 )
 @rank_option(required=False, help="With --peer: this rank only.")
 @click.option("--host", help="Address of this machine. Default: the one that etcd sees.")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from engine_cli.completion import complete_instances
 from engine_cli.connection import Connect, etcd_options
 from engine_cli.logs import log_options
 from engine_cli.options import Seconds, json_option, selector_option
@@ -27,7 +28,7 @@ from engine_registry.watching.metrics import WatchMetrics
 
 
 @click.command("watch")
-@click.argument("instance", required=False)
+@click.argument("instance", required=False, shell_complete=complete_instances)
 @selector_option
 @click.option(
     "--exec",
