@@ -63,7 +63,8 @@ def test_a_fleet_that_is_kept_answers_commands_and_leaves_nothing_behind(
     out, err = demo.communicate(timeout=100)
     if number == signal.SIGINT:
         assert (demo.returncode, out) == (Exit.DONE, "the fleet has ended\n")
-        assert [line for line in err.splitlines() if "still read from it" not in line] == []
+        # a link may lose its source a moment before it is asked to end itself
+        assert all("going on with another source" in line for line in err.splitlines())
         assert list(scratch.iterdir()) == []
     for pid in sorted(started, key=_is_keeper):
         if number == signal.SIGKILL and _is_keeper(pid):

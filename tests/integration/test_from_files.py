@@ -17,6 +17,9 @@ from engine_loader.starting.from_files import publish_files
 from engine_loader.transfer.progress import OnProgress
 from engine_registry import InstanceState, ModelIdentity, RankState, Registry
 from engine_registry.errors import RankConflict
+from engine_registry.etcd.local import LocalEtcd
+from tests.support.terminal import on_terminal
+from tests.support.waiting import wait_until
 
 WEIGHTS = {"w": torch.arange(1000, dtype=torch.float32)}
 
@@ -81,3 +84,18 @@ def test_a_rank_whose_read_is_interrupted_is_gone(registry: Registry, files: Fil
     with InProcessEngine() as engine, pytest.raises(KeyboardInterrupt):
         publish(registry, engine, files, interrupt)
     assert registry.instance("a").state is InstanceState.GONE
+
+
+def test_the_command_shows_a_bar_on_a_terminal(
+    shared_etcd: LocalEtcd, namespace: str, files: Files
+) -> None:
+    args = ("--weights", str(files.paths[0]), "--host", "127.0.0.1", "--namespace", namespace)
+    env = {"ENGINES_ETCD": shared_etcd.endpoint}
+    with on_terminal(
+        "register", "a", "--rank", "0", "--world-size", "1", *args, env=env
+    ) as terminal:
+        wait_until(lambda: "registered a/0 of 1" in terminal.said)
+        before = terminal.said.split("registered a/0 of 1")[0]
+        assert "a/0 " in before
+        assert "bytes" in before
+        assert "━" in before

@@ -99,7 +99,9 @@ def _load(
     )
     stop.wait(max(0.0, due - time.monotonic()))  # weights of a few chunks have come long before
     if report.publication is not None:
-        report.publication.drain(0.0 if stop.is_set() else _DRAIN_S)
+        with report.publication as publication:
+            if not stop.is_set():
+                publication.drain(_DRAIN_S)
 
 
 def main() -> None:
