@@ -69,9 +69,6 @@ if TYPE_CHECKING:
     from engine_registry.watching.watch import Watch as Watch
 
 _MODULE_OF = {
-    "HolderQuery": "holders.query",
-    "HolderWatch": "holders.waiting",
-    "Holders": "holders.query",
     "AllInstances": "watching.follow",
     "AllPulls": "pulls.follow",
     "AnswerTooLarge": "errors",
@@ -87,6 +84,9 @@ _MODULE_OF = {
     "Eviction": "schema.eviction",
     "GatewayFailed": "errors",
     "HistoryLost": "errors",
+    "HolderQuery": "holders.query",
+    "HolderWatch": "holders.waiting",
+    "Holders": "holders.query",
     "InstanceCleaned": "watching.cleanup",
     "InstanceDegraded": "watching.events",
     "InstanceGone": "watching.events",
