@@ -7,23 +7,22 @@ have the turn to read.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 
-from benchmarks.processes import another_process, ready
 from benchmarks.scale.counts import Counts, counting, counts_of, exponent, wait_until
 from benchmarks.scale.figures import Found, Say, Table
 from benchmarks.scale.joiners import FLOATS
 from benchmarks.scale.ranks import HOST_RANKS, MODEL, TIMEOUT_S, Fleet, an_etcd, connected
 from benchmarks.scale.seams import many_threads
 from benchmarks.scale.sizes import Sizes
+from benchmarks.scale.turns import turn_taken
 from engine_loader import InProcessEngine, LoadOptions, load, load_or_seed
 from engine_loader.errors import Cancelled
-from engine_loader.starting.lock import lock_name
 from engine_registry import Registry
 from engine_registry.etcd.local import LocalEtcd
 
@@ -56,23 +55,6 @@ def herds(sizes: Sizes, say: Say) -> Found:
 
 # A registry, a name for the instance of the waiter, and what ends its wait.
 _Wait = Callable[[Registry, str, threading.Event], None]
-
-
-@contextmanager
-def turn_taken(endpoint: str) -> Iterator[None]:
-    """Inside, another process has the turn to read the weights of rank 0 of the model."""
-    with another_process(__name__, "take_turn", endpoint):
-        yield
-
-
-def take_turn(endpoint: str) -> None:
-    """Runs in a separate process, until standard input ends."""
-    with (
-        Registry.connect(endpoint, timeout_s=TIMEOUT_S) as registry,
-        registry.election(lock_name(MODEL, 0, 1, {})) as turn,
-    ):
-        wait_until(lambda: turn.leading, _STARTED_WITHIN_S)
-        ready("leads")
 
 
 def _herd(waiters: int, changes: int, wait: _Wait, watches: int) -> _Waited:

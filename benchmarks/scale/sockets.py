@@ -20,11 +20,12 @@ from benchmarks.figures import memory_nbytes
 from benchmarks.processes import ready, several_processes
 from benchmarks.scale.counts import wait_until
 from benchmarks.scale.figures import Found, Say, Table
-from benchmarks.scale.herds import turn_taken, wait_for_turn
+from benchmarks.scale.herds import wait_for_turn
 from benchmarks.scale.joiners import FLOATS, load_and_publish, manifest_of, weights
 from benchmarks.scale.ranks import HOST_RANKS, MODEL, TIMEOUT_S, Fleet, connected
 from benchmarks.scale.seams import Gate, held_by
 from benchmarks.scale.sizes import Sizes
+from benchmarks.scale.turns import turn_taken
 from engine_loader import InProcessEngine, publish
 from engine_loader.errors import LoaderError
 from engine_registry import Registry
@@ -39,9 +40,9 @@ _SERVES, _JOINS, _WAITS = "serves", "joins", "waits"
 
 def sockets(sizes: Sizes, say: Say) -> Found:
     rows = []
-    for role in (_SERVES, _JOINS, _WAITS):
-        say(f"sockets of {sizes.host_ranks} ranks, each of which {role}")
-        with LocalCluster() as cluster:
+    with LocalCluster() as cluster:
+        for role in (_SERVES, _JOINS, _WAITS):
+            say(f"sockets of {sizes.host_ranks} ranks, each of which {role}")
             rows.append((role, *_of_host(cluster, role, sizes.host_ranks)))
     table = Table(
         f"A host of {sizes.host_ranks} ranks",

@@ -16,13 +16,14 @@ from engine_cli.exits import Exit
 from tests.integration.conftest import Processes
 
 
+@pytest.mark.timeout(390)
 @pytest.mark.slow
 def test_a_quick_run_measures_every_goal_and_its_counts_are_sane(
     processes: Processes, tmp_path: Path
 ) -> None:
     path = tmp_path / "scale.json"
     bench = processes.start("-m", "benchmarks.scale", "--quick", "--json", str(path))
-    out, err = bench.communicate(timeout=220)
+    out, err = bench.communicate(timeout=370)
     assert bench.returncode == Exit.DONE, err
     document = json.loads(path.read_text())
     assert [goal["figure"] for goal in document["goals"]] == [goal.figure for goal in GOALS]
