@@ -8,6 +8,7 @@ import contextlib
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -226,9 +227,10 @@ def test_as_many_tensors_as_are_allowed_fit_into_a_manifest_and_one_more_is_refu
     ]
     weights = {name: [4096 + 128 * n, 64, 2] for n, name in enumerate(names)}
     with pytest.raises(InvalidField, match="200001 tensors are more than 200000"):
-        parse_registration(sent(with_info(weights_info_dict=weights)))
+        parse_registration(msgspec.json.encode(with_info(weights_info_dict=weights)))
     del weights[names[-1]]
-    ref, parts = encode(parse_registration(sent(with_info(weights_info_dict=weights))).manifest)
+    raw = msgspec.json.encode(with_info(weights_info_dict=weights))
+    ref, parts = encode(parse_registration(raw).manifest)
     assert ref.tensors == MAX_TENSORS
     assert len(parts) < MAX_PARTS
 

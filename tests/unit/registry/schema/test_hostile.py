@@ -14,10 +14,11 @@ import subprocess
 import sys
 import textwrap
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -301,12 +302,19 @@ _CHILD = """
 
     head, unit, tail = (part.encode() for part in sys.argv[1:4])
     nbytes, room, tensors = map(int, sys.argv[4:7])
-    packer = zlib.compressobj(1)
     block = unit * max(1, (1 << 20) // len(unit))
-    stored = packer.compress(head)
-    for _ in range(nbytes // len(block)):
-        stored += packer.compress(block)
-    stored += packer.compress(tail) + packer.flush()
+    count = nbytes // len(block)
+    # Each block is packed alike, without reference to what is before it: so one has to be packed.
+    packed = []
+    for part in (head, block, tail):
+        packer = zlib.compressobj(1, wbits=-15)
+        packed.append(packer.compress(part) + packer.flush(zlib.Z_FULL_FLUSH))
+    checksum = zlib.adler32(head)
+    for _ in range(count):
+        checksum = zlib.adler32(block, checksum)
+    checksum = zlib.adler32(tail, checksum)
+    end = zlib.compressobj(1, wbits=-15).flush() + checksum.to_bytes(4, "big")
+    stored = b"\x78\x01" + packed[0] + packed[1] * count + packed[2] + end
     assert len(stored) < 64 << 20
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
@@ -381,9 +389,17 @@ def test_a_manifest_for_which_there_is_no_memory_is_damage_and_no_crash() -> Non
     assert "MemoryError" in said
 
 
+def joined(items: Iterable[bytes]) -> msgspec.Raw:
+    """A list of items that are JSON already."""
+    return msgspec.Raw(b"[" + b",".join(items) + b"]")
+
+
+def repeated(item: bytes, count: int) -> msgspec.Raw:
+    return joined([item] * count)
+
+
 def packed(**columns: Any) -> tuple[ManifestRef, list[bytes]]:
-    data = {**json.loads(RAW_MANIFEST), **columns}
-    stored = zlib.compress(json.dumps(data).encode(), 1)
+    stored = zlib.compress(msgspec.json.encode({**json.loads(RAW_MANIFEST), **columns}), 1)
     return ManifestRef(hashlib.sha256(stored).hexdigest(), 1, 4, 72), [stored]
 
 
@@ -393,9 +409,9 @@ def packed(**columns: Any) -> tuple[ManifestRef, list[bytes]]:
         lambda: {"shape": [[2**63 - 1] * 500_000, [16], [16], [2, 3]]},
         lambda: {"box": [None, None, None, [[2**63 - 1] * 500_000, [0] * 500_000]]},
         lambda: {"box": [None, None, None, [[2**64 - 1, 2**64 - 1], [2**64 - 2, 2**64 - 3]]]},
-        lambda: {"regions": [[2**62, 1]] * 1_000_000},
-        lambda: {"regions": [[number * 16, 16] for number in range(1_000_000)]},
-        lambda: {"regions": [[4096 + (number % 2), 2**62] for number in range(1_000_000)]},
+        lambda: {"regions": repeated(b"[%d,1]" % 2**62, 1_000_000)},
+        lambda: {"regions": joined(b"[%d,16]" % (number * 16) for number in range(1_000_000))},
+        lambda: {"regions": repeated(b"[4096,%d],[4097,%d]" % (2**62, 2**62), 500_000)},
         lambda: {"name": ["x" * 50_000_000, "b", "c", "d"]},
     ],
     ids=[
