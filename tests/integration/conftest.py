@@ -27,10 +27,11 @@ from engine_registry.etcd.local import LocalEtcd, find_binary
 from engine_registry.registration.keeper import process as keeper_process
 from tests.support.checkout import ROOT
 from tests.support.faults import DEBIAN_ETCD
-from tests.support.forked_keepers import ForkedKeepers
+from tests.support.forked_keepers import ForkedKeepers, keeper_server
 from tests.support.forkserver import ForkServer
 
 _LAUNCH = keeper_process.launch
+_COMM = 15  # characters of a name that the system keeps
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,10 +42,11 @@ def _no_keeper_is_left() -> Iterator[None]:
     """
     mark = os.environ["TEST_RUN"] = uuid.uuid4().hex
     yield
-    if fork_server.cache_info().currsize:
-        fork_server().close()
+    for server in (fork_server, keepers):
+        if server.cache_info().currsize:
+            server().close()
     del os.environ["TEST_RUN"]
-    for pid in _with_mark(f"TEST_RUN={mark}"):
+    for pid in _with_mark("TEST_RUN", mark):
         with contextlib.suppress(OSError):
             if b"engine-registry-keeper" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
@@ -52,26 +54,30 @@ def _no_keeper_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _keepers_are_forked(_no_keeper_is_left: None) -> Iterator[None]:
-    """Those of the ranks that tests register in their own process."""
-    keepers = ForkedKeepers()
+    """Those of the ranks that tests register in their own process. `Processes` has those of
+    programs forked.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keeper_process, "launch", keepers.launch)
+        patch.setattr(keeper_process, "launch", ForkedKeepers(keepers()).launch)
         yield
-    keepers.close()
 
 
 @pytest.fixture
 def product_keepers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keepers start as they do for users."""
+    """Keepers start as they do for users, also those of programs."""
     monkeypatch.setattr(keeper_process, "launch", _LAUNCH)
 
 
-def _with_mark(mark: str) -> list[int]:
+def _with_mark(variable: str, mark: str) -> list[int]:
     """The processes that were started with it in their environment."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
-            if mark.encode() in (process / "environ").read_bytes():
+            if (
+                f"{variable}={mark}".encode() in (process / "environ").read_bytes()
+                # what the fork server has started
+                or (process / "comm").read_text().strip() == mark[:_COMM]
+            ):
                 found.append(int(process.name))
     return found
 
@@ -145,8 +151,13 @@ def new_engine(request: pytest.FixtureRequest) -> Iterator[Callable[[], Engine]]
 
 
 @functools.cache
+def keepers() -> ForkServer:
+    return keeper_server()
+
+
+@functools.cache
 def fork_server() -> ForkServer:
-    return ForkServer()
+    return ForkServer(keepers=keepers())
 
 
 def _only_ours(env: Mapping[str, str]) -> bool:
@@ -168,6 +179,8 @@ class Processes:
 
     def __init__(self, env: dict[str, str], host: Host | None = None) -> None:
         self._env = {"TEST_PROCESSES": uuid.uuid4().hex, **env}
+        if keeper_process.launch is not _LAUNCH:
+            self._env["TEST_FORKED_KEEPERS"] = "1"
         self._host = host
         self._started: list[subprocess.Popen[str]] = []
 
@@ -224,7 +237,7 @@ class Processes:
         for process in self._started:
             process.kill()
         # A mark names their children: they hold the same pipes, whose end is waited for here.
-        for pid in _with_mark(f"TEST_PROCESSES={self._env['TEST_PROCESSES']}"):
+        for pid in _with_mark("TEST_PROCESSES", self._env["TEST_PROCESSES"]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for process in self._started:

@@ -527,6 +527,7 @@ def test_a_keeper_is_not_taken_for_hung_while_etcd_is_silent(etcd: LocalEtcd) ->
             assert registration.keeper_pid == first
 
 
+@pytest.mark.usefixtures("product_keepers")
 def test_a_keeper_is_not_taken_for_hung_by_a_rank_that_was_stopped_itself(
     registry: Registry, processes: Processes
 ) -> None:

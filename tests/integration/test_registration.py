@@ -297,6 +297,7 @@ def test_a_manifest_larger_than_one_request_is_stored_in_parts_and_read_back(
         assert registry.manifest(registry.ranks("a")[0]) == manifest
 
 
+@pytest.mark.usefixtures("product_keepers")
 @pytest.mark.parametrize(
     ("end", "signal_number", "reason"),
     [
@@ -340,6 +341,7 @@ def loss(watch: Watch) -> str:
     return lost.reason
 
 
+@pytest.mark.usefixtures("product_keepers")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_process_group_of_a_rank_ends_it_and_its_keeper_takes_it_out(
     registry: Registry, raw: Etcd, processes: Processes, sent: int
@@ -352,6 +354,7 @@ def test_a_signal_to_the_whole_process_group_of_a_rank_ends_it_and_its_keeper_ta
     assert keys_once_empty(raw) == []
 
 
+@pytest.mark.usefixtures("product_keepers")
 def test_signals_to_a_keeper_are_for_its_rank_to_obey(
     registry: Registry, processes: Processes
 ) -> None:

@@ -1,8 +1,8 @@
 """Keepers as forks of one process, which has imported what a keeper needs.
 
-Python takes a third of a second of a CPU for these imports, and the tests register thousands of
-ranks in their own process. A forked keeper runs the same code, and is killed, stopped and waited
-for like one that the product starts. The programs that tests start have keepers of the product.
+Python takes a sixth of a second of a CPU for these imports, and the tests register thousands of
+ranks. A forked keeper runs the same code, and is killed, stopped and waited for like one that the
+product starts.
 """
 
 from __future__ import annotations
@@ -13,16 +13,23 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from tests.support.forkserver import Forked, ForkServer
+from engine_registry.registration.keeper import process
+from tests.support.forkserver import Forked, Forker, ForkServer
+
+
+def keeper_server() -> ForkServer:
+    return ForkServer(["engine_registry.registration.keeper.main"], "engine-registry-keeper")
 
 
 class ForkedKeepers:
     """`launch` stands in for `engine_registry.registration.keeper.process.launch`."""
 
-    def __init__(self) -> None:
-        self._server = ForkServer(
-            ["engine_registry.registration.keeper.main"], "engine-registry-keeper"
-        )
+    def __init__(self, server: Forker) -> None:
+        self._server = server
+
+    def install(self) -> None:
+        """For all ranks of this process."""
+        process.launch = self.launch
 
     def launch(
         self,
@@ -42,6 +49,3 @@ class ForkedKeepers:
             os.fdopen(stdout, "rb", buffering=0),
             reports,
         )
-
-    def close(self) -> None:
-        self._server.close()

@@ -3,21 +3,14 @@
 Python takes two seconds of a CPU for these imports, and the tests start hundreds of programs. The
 fork server imports once; a program then starts within milliseconds. It is otherwise what
 `python -m MODULE` or `python -c CODE` starts: a process with its own pid, environment, folder and
-pipes, which ends as any Python ends.
-
-The server runs nothing but imports. Between it and each program stands a process that waits for
-the end of the program and reports its exit status.
+pipes. `processes.forking` is the server's side.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import gc
-import importlib
 import json
 import os
-import runpy
 import select
 import signal
 import socket
@@ -27,7 +20,7 @@ import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, AnyStr, NoReturn
+from typing import IO, Any, AnyStr
 
 IMPORTED = (
     "engine_cli.commands.load",
@@ -39,25 +32,14 @@ IMPORTED = (
     "safetensors.torch",
     "torch",
 )
-_MESSAGE_NBYTES = 128 << 10
-_MOST_DESCRIPTORS = 8
-_OUT_OF_THE_WAY = 500  # descriptors from here on are nobody's
+_SERVER = "tests.support.processes.forking"
 
 
-class ForkServer:
-    """Starts programs, from any thread, until it is closed."""
+class Forker:
+    """Starts processes, from any thread, by the server that listens at the other end."""
 
-    def __init__(self, imported: Sequence[str] = IMPORTED, name: str = "fork-server") -> None:
-        """`name` is on the command line of the server and of what it starts."""
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, name, str(theirs.fileno()), *imported],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                # gRPC reads this when it is imported; `engines` sets it before.
-                env={**os.environ, "GRPC_VERBOSITY": "NONE"},
-            )
+    def __init__(self, server: socket.socket) -> None:
+        self.socket = server
 
     def start(self, args: Sequence[str], cwd: Path, env: Mapping[str, str]) -> Program:
         """As `python -m ARGS`, with pipes for standard input, output and errors."""
@@ -94,17 +76,42 @@ class ForkServer:
             "new_session": new_session,
         }
         try:
-            socket.send_fds(self._socket, [json.dumps(program).encode()], given)
+            socket.send_fds(self.socket, [json.dumps(program).encode()], given)
         finally:
             for descriptor in (their_in, their_out, their_status):
                 os.close(descriptor)
         return stdin, stdout, status
 
+
+class ForkServer(Forker):
+    """Starts programs, from any thread, until it is closed."""
+
+    def __init__(
+        self,
+        imported: Sequence[str] = IMPORTED,
+        name: str = "fork-server",
+        keepers: Forker | None = None,
+    ) -> None:
+        """`name` is on the command line of the server and of what it starts. `keepers` starts those
+        of its programs.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        given = [theirs.fileno(), *([] if keepers is None else [keepers.socket.fileno()])]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", _SERVER, name, ",".join(map(str, given)), *imported],
+                stdin=subprocess.DEVNULL,
+                pass_fds=given,
+                # gRPC reads this when it is imported; `engines` sets it before.
+                env={**os.environ, "GRPC_VERBOSITY": "NONE"},
+            )
+        super().__init__(ours)
+
     def close(self) -> None:
-        """End the server. Programs that run go on."""
+        """End the server. Programs that run go on, and nobody learns how they end."""
         # A process may have a copy of the descriptor, so closing it need not reach the server.
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
         self._process.wait()
 
 
@@ -139,7 +146,8 @@ class Forked(subprocess.Popen[AnyStr]):
                 if not reported.poll(None if timeout is None else 1000 * timeout):
                     raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
                 with self._reports:
-                    self.returncode = int(self._reports.readline())
+                    # no report is one that a closed server has not made
+                    self.returncode = int(self._reports.readline() or -signal.SIGKILL)
         finally:
             self._waiting.release()
         return self.returncode  # type: ignore[no-any-return]
@@ -203,71 +211,3 @@ class _Reader(threading.Thread):
         if not self._stream.closed:
             with self._stream:
                 self.text = self._stream.read()
-
-
-# -- in the server
-# --------------------------------------------------------------------------------------------------
-
-
-def _serve(commands: socket.socket, imported: Sequence[str]) -> list[str]:
-    """Serve until the tests close their end. Returns in each program, with its arguments."""
-    for name in imported:
-        importlib.import_module(name)
-    gc.freeze()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which close the server
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system then reaps those that wait below
-    while True:
-        message, given, _, _ = socket.recv_fds(commands, _MESSAGE_NBYTES, _MOST_DESCRIPTORS)
-        if not message:
-            sys.exit()
-        if os.fork() == 0:
-            commands.close()
-            return _become(json.loads(message), given)
-        for descriptor in given:
-            os.close(descriptor)
-
-
-def _become(program: dict[str, Any], given: Sequence[int]) -> list[str]:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    stdin, stdout, stderr, status, *passed = given
-    if pid := os.fork():
-        for descriptor in (stdin, stdout, stderr, *passed):
-            os.close(descriptor)
-        _report(pid, status)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if program["new_session"]:
-        os.setsid()
-    above = [fcntl.fcntl(each, fcntl.F_DUPFD, _OUT_OF_THE_WAY) for each in given]
-    os.closerange(3, max(given) + 1)
-    for descriptor, number in zip(above, (0, 1, 2, None, *program["passed"]), strict=True):
-        if number is not None:
-            os.dup2(descriptor, number)
-        os.close(descriptor)
-    # Made anew: those of the server know what its own descriptors can do.
-    sys.stdin = os.fdopen(0, closefd=False)
-    sys.stdout = os.fdopen(1, "w", closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
-    os.chdir(program["cwd"])
-    os.environ.clear()
-    os.environ.update(program["env"])
-    sys.path[0] = program["cwd"]
-    args: list[str] = program["args"]
-    return args
-
-
-def _report(pid: int, status: int) -> NoReturn:
-    """Its pid, and when it has ended its exit status, as Popen has it."""
-    os.write(status, f"{pid}\n".encode())
-    _, ended = os.waitpid(pid, 0)
-    os.write(status, f"{os.waitstatus_to_exitcode(ended)}\n".encode())
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    _, _name, _number, *_imported = sys.argv
-    option, what, *sys.argv[1:] = _serve(socket.socket(fileno=int(_number)), _imported)
-    if option == "-m":
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
-    else:
-        exec(what)  # noqa: S102  as `python -c`
