@@ -34,7 +34,9 @@ def test_a_process_that_an_error_ends_has_the_exit_status_of_python_and_says_whi
     source = processes.start("-m", "tests.support.processes.source", SOURCE, str(NBYTES))
     assert line_of(source) == "version 0\n"
     start = processes.start if forked else processes.start_anew
-    process = start("-m", "tests.support.processes.error", name, ending, str(source.pid))
+    process = start(
+        *("-m", "tests.support.processes.error", name, ending, str(source.pid)), TEST_WHOLE_END="1"
+    )
     _, err = process.communicate(timeout=100)
     error, _ = ERRORS[name]
     assert process.returncode == (-signal.SIGINT if error == "KeyboardInterrupt" else 1), err

@@ -7,7 +7,8 @@ exit status when it ends.
 
 A program ends as any Python ends: its threads are waited for, and what was registered for the exit
 is called. Only the interpreter and its libraries are not taken apart, as `engines` does not do that
-either: with torch it takes a fifth of a second of a CPU.
+either: with torch it takes a fifth of a second of a CPU. With TEST_WHOLE_END in its environment, a
+program ends with that, too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -119,8 +121,15 @@ def _become(program: dict[str, Any], given: Sequence[int], keepers: int | None) 
     return args
 
 
-def _run(program: Callable[[], object]) -> int:
-    """Its exit status; negative if it ends by this signal."""
+def _run(option: str, what: str) -> None:
+    if option == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(what, globals())  # noqa: S102  as `python -c`
+
+
+def _status(program: Callable[[], None]) -> int:
+    """How it ends: an exit status, or negative the signal."""
     try:
         program()
     except SystemExit as exc:
@@ -149,10 +158,10 @@ def _end(status: int) -> NoReturn:
 if __name__ == "__main__":
     _, _name, _given, *_imported = sys.argv
     _number, *_keepers = map(int, _given.split(","))
-    option, what, *sys.argv[1:] = _serve(
+    _option, _what, *sys.argv[1:] = _serve(
         socket.socket(fileno=_number), _keepers[0] if _keepers else None, _imported
     )
-    if option == "-m":
-        _end(_run(lambda: runpy.run_module(what, run_name="__main__", alter_sys=True)))
+    if "TEST_WHOLE_END" in os.environ:
+        _run(_option, _what)
     else:
-        _end(_run(lambda: exec(what, globals())))  # noqa: S102  as `python -c`
+        _end(_status(partial(_run, _option, _what)))
