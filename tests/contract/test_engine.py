@@ -10,8 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +25,8 @@ from engine_loader.engines.base import peer_of, read
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry import Region
+from tests.support.forkserver import ForkServer
+from tests.support.signals import signal_and_wait
 from tests.support.waiting import wait_until
 
 NBYTES = 1 << 16
@@ -442,18 +442,22 @@ def stoppable_engine() -> Iterator[Stoppable]:
         )
 
 
+@pytest.fixture(scope="module")
+def programs() -> Iterator[ForkServer]:
+    server = ForkServer(["engine_loader.engines.mooncake.engine"])
+    yield server
+    server.close()
+
+
 @contextmanager
-def stoppable_process(kind: Kind) -> Iterator[Stoppable]:
-    command = [sys.executable, "-c", SOURCE, str(NBYTES // 256), *kind.where]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+def stoppable_process(kind: Kind, programs: ForkServer) -> Iterator[Stoppable]:
+    args = ["-c", SOURCE, str(NBYTES // 256), *kind.where]
+    with programs.start(args, Path.cwd(), os.environ) as process:
         assert process.stdout is not None
         session_id, addr = process.stdout.readline().split()
 
         def stop() -> None:
-            process.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # all of its threads have
+            signal_and_wait(process.pid, signal.SIGSTOP)  # all of its threads have stopped
 
         go_on = partial(process.send_signal, signal.SIGCONT)
         try:
@@ -472,11 +476,11 @@ def has_connection_to(session_id: str) -> bool:
 
 
 @pytest.fixture
-def stoppable(kind: Kind, peers: Peers) -> Iterator[Stoppable]:
+def stoppable(kind: Kind, peers: Peers, programs: ForkServer) -> Iterator[Stoppable]:
     with (
         stoppable_engine()
         if isinstance(peers.reader, InProcessEngine)
-        else stoppable_process(kind) as source
+        else stoppable_process(kind, programs) as source
     ):
         yield source
 

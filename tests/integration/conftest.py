@@ -5,7 +5,6 @@ their test.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import socket
@@ -25,10 +24,10 @@ from engine_registry import Event, Registry, Watch
 from engine_registry.etcd import ports
 from engine_registry.etcd.local import LocalEtcd, find_binary
 from engine_registry.registration.keeper import process as keeper_process
+from tests.support import servers
 from tests.support.checkout import ROOT
 from tests.support.faults import DEBIAN_ETCD
-from tests.support.forked_keepers import ForkedKeepers, keeper_server
-from tests.support.forkserver import ForkServer
+from tests.support.forked_keepers import ForkedKeepers
 
 _LAUNCH = keeper_process.launch
 _COMM = 15  # characters of a name that the system keeps
@@ -42,9 +41,6 @@ def _no_keeper_is_left() -> Iterator[None]:
     """
     mark = os.environ["TEST_RUN"] = uuid.uuid4().hex
     yield
-    for server in (fork_server, keepers):
-        if server.cache_info().currsize:
-            server().close()
     del os.environ["TEST_RUN"]
     for pid in _with_mark("TEST_RUN", mark):
         with contextlib.suppress(OSError):
@@ -58,7 +54,7 @@ def _keepers_are_forked(_no_keeper_is_left: None) -> Iterator[None]:
     programs forked.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keeper_process, "launch", ForkedKeepers(keepers()).launch)
+        patch.setattr(keeper_process, "launch", ForkedKeepers(servers.keepers()).launch)
         yield
 
 
@@ -150,16 +146,6 @@ def new_engine(request: pytest.FixtureRequest) -> Iterator[Callable[[], Engine]]
         yield make
 
 
-@functools.cache
-def keepers() -> ForkServer:
-    return keeper_server()
-
-
-@functools.cache
-def fork_server() -> ForkServer:
-    return ForkServer(keepers=keepers())
-
-
 def _only_ours(env: Mapping[str, str]) -> bool:
     """Nothing that Python or a library reads when it is imported differs from this process.
 
@@ -195,7 +181,7 @@ class Processes:
         whole_env = {**self._env, **env}
         if self._host is not None or args[0] != "-m" or not _only_ours(whole_env):
             return self.start_anew(*args, cwd=cwd, **env)
-        process = fork_server().start(args[1:], cwd, whole_env)
+        process = servers.programs().start(args, cwd, whole_env)
         self._started.append(process)
         return process
 

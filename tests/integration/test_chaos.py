@@ -39,7 +39,8 @@ from engine_loader import (
 from engine_loader.files.whole_files import WholeFiles
 from engine_registry import Registry, RegistryError
 from engine_registry.etcd.local import LocalEtcd
-from tests.integration.conftest import Processes, fork_server, line_of
+from tests.integration.conftest import Processes, line_of
+from tests.support import servers
 from tests.support.launches import Origin, origins, origins_of_bytes, the_origin
 from tests.support.options import for_load
 from tests.support.processes import shards as shards_process
@@ -331,7 +332,7 @@ def test_every_load_ends_in_one_launch_and_version_or_a_typed_error_and_leaves_n
     choose = random.Random(SEED)
     with MooncakeEngine("127.0.0.1"):
         pass  # what the library opens once a process, and keeps
-    fork_server()  # stays until the run is over
+    servers.programs()  # stays until the run is over
     before = held()
     with (
         Registry.connect(own_etcd.endpoint, namespace=namespace, timeout_s=5) as registry,

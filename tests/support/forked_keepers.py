@@ -14,11 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from engine_registry.registration.keeper import process
-from tests.support.forkserver import Forked, Forker, ForkServer
-
-
-def keeper_server() -> ForkServer:
-    return ForkServer(["engine_registry.registration.keeper.main"], "engine-registry-keeper")
+from tests.support.forkserver import Forked, Forker
 
 
 class ForkedKeepers:

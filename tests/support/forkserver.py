@@ -23,12 +23,20 @@ from pathlib import Path
 from typing import IO, Any, AnyStr
 
 IMPORTED = (
+    "engine_cli.commands.dashboard",
+    "engine_cli.commands.gateway",
     "engine_cli.commands.load",
     "engine_cli.commands.register",
+    "engine_cli.commands.watch",
     "engine_cli.main",
+    "engine_loader.engines.mooncake.engine",
+    "engine_loader.loading.checkpoint",
     "engine_loader.loading.load",
     "engine_loader.publishing.publish",
+    "engine_loader.starting.load_or_seed",
     "engine_registry.client",
+    "engine_registry.gateway.limits",
+    "engine_registry.gateway.server",
     "safetensors.torch",
     "torch",
 )
@@ -42,13 +50,13 @@ class Forker:
         self.socket = server
 
     def start(self, args: Sequence[str], cwd: Path, env: Mapping[str, str]) -> Program:
-        """As `python -m ARGS`, with pipes for standard input, output and errors."""
+        """As `python ARGS`, with pipes for standard input, output and errors."""
         stderr, their_err = os.pipe()
         try:
-            stdin, stdout, status = self.fork(["-m", *args], cwd, env, their_err)
+            stdin, stdout, status = self.fork(args, cwd, env, their_err)
         finally:
             os.close(their_err)
-        return Program([sys.executable, "-m", *args], stdin, stdout, stderr, status)
+        return Program([sys.executable, *args], stdin, stdout, stderr, status)
 
     def fork(
         self,
