@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -50,6 +51,19 @@ def _forget_settings_of_the_user() -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """Twice as many as there are CPUs: many tests wait for an etcd or a lease."""
     return 2 * len(os.sched_getaffinity(0))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported and collected stays until the run is over: nearly half a million objects,
+    which no collection of garbage need look at.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
