@@ -49,8 +49,8 @@ def _forget_settings_of_the_user() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Twice as many as there are CPUs: many tests wait for an etcd or a lease."""
-    return 2 * len(os.sched_getaffinity(0))
+    """Three for each CPU: most tests wait for an etcd, a lease or a process most of the time."""
+    return 3 * len(os.sched_getaffinity(0))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
