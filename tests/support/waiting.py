@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 def wait_until(reached: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """For what gives no sign when it happens."""
-    deadline = time.monotonic() + timeout_s
+    start = time.monotonic()
     while not reached():
-        if time.monotonic() > deadline:
+        waited_s = time.monotonic() - start
+        if waited_s > timeout_s:
             raise TimeoutError(f"not reached within {timeout_s} s")
-        time.sleep(0.001)
+        # To look may cost a CPU as much as what is waited for: so less often what takes long.
+        time.sleep(min(max(0.001, waited_s / 10), 0.01))
