@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry import Region
 from tests.support.forkserver import ForkServer
+from tests.support.processes.served import content
 from tests.support.signals import signal_and_wait
 from tests.support.waiting import wait_until
 
@@ -403,19 +404,6 @@ def test_abandoning_one_peer_leaves_reads_from_others_alone(mortal: Peers, peers
 # -- peers that stop
 # --------------------------------------------------------------------------------------------------
 
-SOURCE = """
-import ctypes, os, sys
-from engine_loader import MooncakeEngine
-from engine_registry import Region
-content = bytes(range(256)) * int(sys.argv[1])
-memory = ctypes.create_string_buffer(content, len(content))
-region = Region(ctypes.addressof(memory), len(content))
-with MooncakeEngine(*sys.argv[2:]) as engine:
-    engine.register(region)
-    print(engine.session_id, region.addr, flush=True)
-    sys.stdin.read()
-"""
-
 
 @dataclass(frozen=True)
 class Stoppable:
@@ -426,7 +414,7 @@ class Stoppable:
     stop: Callable[[], object]
     go_on: Callable[[], object]
     is_contacted: Callable[[], bool]  # somebody waits for it to answer
-    content = bytes(range(256)) * (NBYTES // 256)
+    content = content(NBYTES)
 
     def op(self, dst: Memory, nbytes: int = NBYTES) -> ReadOp:
         return ReadOp("a/0", self.addr, dst.region.addr, nbytes)
@@ -442,23 +430,13 @@ def stoppable_engine() -> Iterator[Stoppable]:
         )
 
 
-@pytest.fixture(scope="module")
-def programs() -> Iterator[ForkServer]:
-    server = ForkServer(["engine_loader.engines.mooncake.engine"])
-    yield server
-    server.close()
-
-
 @contextmanager
-def stoppable_process(kind: Kind, programs: ForkServer) -> Iterator[Stoppable]:
-    args = ["-c", SOURCE, str(NBYTES // 256), *kind.where]
-    with programs.start(args, Path.cwd(), os.environ) as process:
+def stoppable_process(kind: Kind, server: ForkServer) -> Iterator[Stoppable]:
+    args = ["tests.support.processes.served", str(NBYTES), *kind.where]
+    with server.start(args, Path.cwd(), os.environ) as process:
         assert process.stdout is not None
         session_id, addr = process.stdout.readline().split()
-
-        def stop() -> None:
-            signal_and_wait(process.pid, signal.SIGSTOP)  # all of its threads have stopped
-
+        stop = partial(signal_and_wait, process.pid, signal.SIGSTOP)
         go_on = partial(process.send_signal, signal.SIGCONT)
         try:
             yield Stoppable(
@@ -475,12 +453,18 @@ def has_connection_to(session_id: str) -> bool:
     return any(row[2].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
 
 
+@pytest.fixture(scope="module")
+def fork_server() -> Iterator[ForkServer]:
+    with closing(ForkServer(["engine_loader", "torch"])) as server:
+        yield server
+
+
 @pytest.fixture
-def stoppable(kind: Kind, peers: Peers, programs: ForkServer) -> Iterator[Stoppable]:
+def stoppable(kind: Kind, peers: Peers, fork_server: ForkServer) -> Iterator[Stoppable]:
     with (
         stoppable_engine()
         if isinstance(peers.reader, InProcessEngine)
-        else stoppable_process(kind, programs) as source
+        else stoppable_process(kind, fork_server) as source
     ):
         yield source
 
