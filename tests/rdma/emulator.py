@@ -6,6 +6,7 @@ of it as there are hosts, which takes seconds, not the minutes of the imports.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 AGENT_PORT = 7000
-MEMORY_MIB = 2048
+_MEMORY_MIB = 2048
 _KVM_S = 20.0  # a kernel that comes up at all under KVM does so in less
 _BOOT_S = 900.0  # under emulation, with the imports
 _QMP_S = 60.0
@@ -48,12 +49,13 @@ class Emulator:
                 [
                     *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-M", "q35"),
                     *("-accel", accelerator, "-cpu", "max,la57=off"),
-                    *("-m", str(MEMORY_MIB), "-smp", "2", "-display", "none", "-nodefaults"),
+                    *("-m", str(_MEMORY_MIB), "-smp", "2", "-display", "none", "-nodefaults"),
                     *("-no-user-config", "-no-reboot", "-device", "virtio-rng-pci"),
                     *("-qmp", f"unix:{self._qmp_path},server=on,wait=off"),
                     *("-serial", f"file:{self._console}"),
                     *("-drive", f"if=virtio,file={rdma / 'disk'},format=raw,readonly=on"),
-                    *("-netdev", f"user,id=control,hostfwd=tcp:127.0.0.1:{port}-:{AGENT_PORT}"),
+                    "-netdev",
+                    f"user,id=control,ipv6=off,hostfwd=tcp:127.0.0.1:{port}-:{AGENT_PORT}",
                     *("-device", "virtio-net-pci,netdev=control"),
                     "-netdev",
                     f"dgram,id=wire,local.type=unix,local.path={card},"
@@ -148,7 +150,7 @@ def rdma_folder() -> Path:
 def saved_guest(folder: Path, port: int, say: Callable[[str], None]) -> tuple[Path, str]:
     """The state of a guest that has imported everything, and the accelerator it was made with.
 
-    Made anew if the disk or qemu has changed.
+    Made anew if the disk, qemu or this file has changed.
     """
     rdma = rdma_folder()
     state, key_file = rdma / "state", rdma / "state.key"
@@ -156,7 +158,11 @@ def saved_guest(folder: Path, port: int, say: Callable[[str], None]) -> tuple[Pa
         ["qemu-system-x86_64", "--version"], stdout=subprocess.PIPE, text=True, check=True
     ).stdout.splitlines()[0]
     disk = (rdma / "disk").stat()
-    wanted = {"qemu": version, "disk": [disk.st_mtime_ns, disk.st_size], "memory": MEMORY_MIB}
+    wanted = {
+        "qemu": version,
+        "disk": [disk.st_mtime_ns, disk.st_size],
+        "emulator": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    }
     if state.exists() and key_file.exists():
         key = json.loads(key_file.read_text())
         accelerator = str(key.pop("accelerator"))

@@ -44,8 +44,8 @@ class Load:
         )
         self._seen = 0
 
-    def wait_for_half(self) -> None:
-        self.program.wait_for("half", LOAD_S)
+    def wait_for_pause(self) -> None:
+        self.program.wait_for("paused", LOAD_S)
 
     def go_on(self) -> None:
         self.program.say("")

@@ -63,4 +63,4 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(
     )
     _, err = program.finish(LOAD_S)
     assert program.returncode not in (0, None)
-    assert "no RDMA device 'rxe7' here: this machine has rxe0, rxe1" in err
+    assert "there is no RDMA device 'rxe7': this machine has rxe0, rxe1" in err

@@ -19,7 +19,7 @@ SOON_S = 100.0  # a load that ends late on an emulated, busy machine; one that h
 
 def half_loaded(guest: Guest, instances: str, *options: str) -> Load:
     load = Load(guest, instances, NBYTES, "--pause", *(options or IMPATIENT))
-    load.wait_for_half()
+    load.wait_for_pause()
     return load
 
 

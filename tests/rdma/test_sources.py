@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.rdma.guest import Guest
-from tests.rdma.hosts import NBYTES, Load, finish, source
+from tests.rdma.hosts import LOAD_S, NBYTES, Load, finish, source
 
 pytestmark = pytest.mark.rdma
 
@@ -25,15 +25,17 @@ def test_a_rank_that_is_still_loading_passes_on_what_it_has(guests: list[Guest])
     here, there = guests
     served = source(there, "a", launch=1)
     middle = Load(here, "-", NBYTES, "--serve", "b", "--pause")
-    middle.wait_for_half()
-    last = Load(there, "-", NBYTES, "--serve", "c", "--pause")
+    middle.wait_for_pause()
+    # It reads what is there, and does not give up the middle one, which stands still.
+    patient = ("--stall", str(LOAD_S), "--patience", str(LOAD_S))
+    last = Load(there, "-", NBYTES, "--serve", "c", "--pause", "0.25", *patient)
+    last.wait_for_pause()
     middle.go_on()
-    last.wait_for_half()
     last.go_on()
     for load in (middle, last):
         outcome = load.outcome()
         assert outcome.get("origin") == [1, 0, 0], outcome
-    assert outcome["nbytes"].get("b/0", 0) > 0
+    assert outcome["nbytes"].get("b/0", 0) > 0, outcome
     finish(last.program, middle.program, served)
 
 
@@ -43,7 +45,7 @@ def test_an_update_during_a_load_makes_it_begin_again_with_the_new_weights(
     here, there = guests
     served = source(there, "a", launch=1)
     load = Load(here, "a", NBYTES, "--pause")
-    load.wait_for_half()
+    load.wait_for_pause()
     served.say("begin")
     served.wait_for("begun")
     load.go_on()

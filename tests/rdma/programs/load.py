@@ -3,8 +3,8 @@
 `-` in the place of instances is any instance of the sources' model.
 
 Prints `engine`, then one JSON line for each load: what came from each source, and the origin that
-all words name, or the error. With `--pause` it prints `half` when half has come, and goes on when
-it reads a line. With `--again` it loads once more for each line.
+all words name, or the error. With `--pause` it prints `paused` when half has come, or the part that
+is given, and goes on when it reads a line. With `--again` it loads once more for each line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=60.0)
     parser.add_argument("--timeout", type=float, default=120.0)
     parser.add_argument("--serve", help="An instance that passes on what has come.")
-    parser.add_argument("--pause", action="store_true")
+    parser.add_argument("--pause", type=float, nargs="?", const=0.5)
     parser.add_argument("--again", action="store_true")
     return parser.parse_args()
 
@@ -74,16 +74,17 @@ class Wanted:
 def main() -> None:
     given = arguments()
     wanted = Wanted(given)
-    paused = not given.pause
+    paused = given.pause is None
 
     def progress(now: Progress) -> None:
         nonlocal paused
-        if not paused and now.nbytes * 2 >= now.total_nbytes:
+        if not paused and now.nbytes >= given.pause * now.total_nbytes:
             paused = True
-            print("half", flush=True)
+            print("paused", flush=True)
             sys.stdin.readline()
 
-    pace = Pace(given.chunk, 4, stall_s=given.stall, patience_s=given.patience)
+    stall_s = given.stall
+    pace = Pace(given.chunk, 4, stall_s=stall_s, starve_s=stall_s, patience_s=given.patience)
     options = LoadOptions(pace=pace, progress=progress, verify=given.verify)
     with engine_log(), connect() as registry, engine_at(given.host) as engine, ExitStack() as stack:
         print("engine", flush=True)
@@ -111,7 +112,11 @@ def main() -> None:
                 outcome = {
                     "protocol": report.protocol,
                     "nbytes": {_short(share.name): share.nbytes for share in report.shares},
-                    "lost": [_short(share.name) for share in report.shares if share.error],
+                    "lost": {
+                        _short(share.name): str(share.error)
+                        for share in report.shares
+                        if share.error
+                    },
                     "retries": report.retries,
                     "version": report.version,
                     "origin": [origin.launch, origin.version, origin.rank],
