@@ -98,6 +98,7 @@ compile_shim() {
 
 make_disk() {
     say "the guests' disk: this Python, and the packages that are imported there (1 GB)"
+    rm -rf "$rdma"/root-*  # of a run that was killed
     (cd "$root" && quietly .venv/bin/python -m scripts.rdma.image "$rdma/unpacked" "$rdma/disk")
 }
 
