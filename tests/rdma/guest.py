@@ -25,6 +25,7 @@ _SENT = ("registry", "loader", "cli", "tests/support", "tests/rdma/programs", "t
 _SENT_FILES = ("pyproject.toml", "tests/conftest.py")
 _IMPORTED = (
     "engine_cli.commands.doctor",
+    "engine_cli.doctor.trial",
     "engine_cli.commands.list",
     "engine_cli.commands.load",
     "engine_cli.commands.register",
@@ -45,6 +46,7 @@ class Guest:
 
     def __init__(self, emulator: Emulator, number: int) -> None:
         self.emulator = emulator
+        self.number = number
         self.name = f"host {number}"
         self.address = f"10.9.0.{number}"
         self._mac = f"52:54:00:09:00:{number:02x}"
@@ -58,7 +60,7 @@ class Guest:
         self.ask({"do": "files"}, _project())
         self.ask({"do": "import", "path": _PATH, "modules": list(_IMPORTED)})
         self.shell(
-            f"ip link set eth1 address {self._mac} mtu 4500 up && "
+            f"hostname host{self.number} && ip link set eth1 address {self._mac} mtu 4500 up && "
             f"ip addr add {self.address}/24 dev eth1 && {self.add_device}"
         )
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from engine_registry.etcd.local import LocalEtcd
-from tests.rdma.guest import Guest, etcd_from_guests
-from tests.rdma.hosts import LOAD_S, finish
+from tests.rdma.guest import Guest, Program, etcd_from_guests
+from tests.rdma.hosts import LOAD_S, finish, source
 
 pytestmark = pytest.mark.rdma
 
@@ -25,9 +26,8 @@ def common(etcd: LocalEtcd, namespace: str) -> list[str]:
     ]
 
 
-def run(guest: Guest, *args: str, exit_codes: tuple[int, ...] = (0,)) -> dict[str, Any]:
-    """The document that `engines ARGS --json` prints."""
-    program = guest.engines(*args, "--json")
+def document(program: Program, exit_codes: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    """What a command with `--json` has printed when it has ended."""
     out, err = program.finish(LOAD_S)
     assert program.returncode in exit_codes, out + err
     found: dict[str, Any] = json.loads(out)
@@ -45,12 +45,13 @@ def test_what_register_serves_load_writes_over_rdma_without_being_told(
         *("--host", there.address, "--protocol", "rdma", *common),
     )
     served.wait_for("q/0")
-    listed = run(here, "list", *common)
+    listed = document(here.engines("list", "--json", *common))
     assert "q" in json.dumps(listed)
-    loaded = run(
-        here, *("load", "q", "--rank", "0", "--out", "out", "--force"),
+    load = here.engines(
+        *("load", "q", "--rank", "0", "--out", "out", "--force", "--json"),
         *("--host", here.address, *common),
-    )  # fmt: skip
+    )
+    loaded = document(load)
     assert loaded["protocol"] == "rdma"
     check = here.start("tests.rdma.programs.file", "--check", "out/rank-0.safetensors")
     out, err = check.finish()
@@ -62,12 +63,17 @@ def test_what_register_serves_load_writes_over_rdma_without_being_told(
 # --------------------------------------------------------------------------------------------------
 
 
-def device_finding(guest: Guest, common: list[str]) -> tuple[str, str]:
-    """Other checks may fail: they import torch, which takes too long under emulation."""
-    asked = ["doctor", "--host", guest.address, "--protocol", "rdma", *common]
-    found = run(guest, *asked, exit_codes=(0, 1))
-    (finding,) = [check for check in found["checks"] if check["check"] == "rdma.devices"]
-    return finding["status"], finding["what"]
+Checks = dict[str, tuple[str, str]]  # a result and what it says, by the check's name
+
+
+def examine(guest: Guest, common: list[str], *args: str) -> Checks:
+    """What `engines doctor` finds there. Its probe, which imports torch, is a fork of it."""
+    program = guest.start(
+        "tests.support.processes.doctor",
+        *("doctor", "--host", guest.address, "--protocol", "rdma", "--json", *args, *common),
+    )
+    found = document(program, exit_codes=(0, 1))
+    return {check["check"]: (check["status"], check["what"]) for check in found["checks"]}
 
 
 @pytest.fixture
@@ -79,18 +85,37 @@ def bare(guests: list[Guest]) -> Iterator[Guest]:
 
 
 def test_doctor_finds_a_device_whose_port_is_active(guests: list[Guest], common: list[str]) -> None:
-    status, what = device_finding(guests[0], common)
-    assert (status, what.split()[0]) == ("ok", "rxe0")
+    checks = examine(guests[0], common)
+    assert checks["rdma.devices"] == ("ok", "rxe0 Ethernet 2.5 Gb/sec (1X SDR)")
+    assert checks["rdma.gid"] == ("ok", "rxe0 index 1: 10.9.0.1 (RoCE v2, eth1)")
+    assert checks["rdma.mtu"] == ("ok", "rxe0 4,096 bytes a packet (its interface: 4,500)")
+    assert checks["rdma.memlock"] == ("ok", "locked memory is not limited")
+
+
+def test_doctor_measures_how_fast_a_peer_is_read_and_says_what_the_link_could_bring(
+    guests: list[Guest], common: list[str]
+) -> None:
+    here, there = guests
+    served = source(there, "a", launch=1)
+    checks = examine(here, common, "--peer", "a")
+    status, what = checks["peer.speed"]
+    assert status == "warn", what  # of 313 MB/s
+    assert re.match(
+        r"a/0: .+B of its weights read over rdma at .+B/s; a small read takes .+s; "
+        r"rxe0 has 312\.5 MB/s: slow",
+        what,
+    ), what
+    finish(served)
 
 
 def test_doctor_says_that_the_port_is_down(bare: Guest, common: list[str]) -> None:
     bare.shell("ip link set eth1 down")
-    status, what = device_finding(bare, common)
-    assert (status, what) == ("fail", "no RDMA device can be used: rxe0: its port 1 is DOWN")
+    what = "no RDMA device can be used: rxe0: its port 1 is DOWN"
+    assert examine(bare, common)["rdma.devices"] == ("fail", what)
 
 
 def test_doctor_says_that_there_is_no_device(bare: Guest, common: list[str]) -> None:
     bare.shell("rdma link del rxe0")
-    status, what = device_finding(bare, common)
+    status, what = examine(bare, common)["rdma.devices"]
     assert status == "fail"
     assert what.startswith("no RDMA device is here")
