@@ -25,15 +25,18 @@ def pair(guests: list[Guest]) -> Iterator[list[Guest]]:
         guest.shell("rdma link del rxe1")
 
 
-@pytest.mark.parametrize("device", ["rxe0", "rxe1,rxe0"])
+@pytest.mark.parametrize(
+    ("device", "taken"),
+    [("rxe0", ["rxe0"]), ("rxe1,rxe0", ["rxe1", "rxe0"]), ("auto", ["rxe0", "rxe1"])],
+)
 def test_the_record_names_the_devices_and_their_subnets(
-    pair: list[Guest], registry: Registry, device: str
+    pair: list[Guest], registry: Registry, device: str, taken: list[str]
 ) -> None:
     pair[1].env["TEST_DEVICE"] = device
     served = source(pair[1], "a", launch=1)
     (record,) = registry.ranks("a")
     subnets = {"rxe0": "10.9.0.0/24", "rxe1": "10.0.2.0/24"}
-    assert record.rails == {name: subnets[name] for name in device.split(",")}
+    assert record.rails == {name: subnets[name] for name in taken}
     finish(served)
 
 
