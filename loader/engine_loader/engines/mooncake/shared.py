@@ -4,7 +4,8 @@ Over rdma the library connects to a peer's device when it first reads from it, b
 the peer's process, in the one thread that begins all reads. A peer that has stopped by then holds
 up the reads from all others, for a minute. So such an engine offers one page before anything else,
 and each first contact reads a byte of it, while the peer is known to answer. Reads that follow
-need the peer's device alone.
+need the peer's device alone. Where both sides have several devices, that is true of one pair: the
+library draws a pair at random for each read, near the memory on either side, and no call names one.
 """
 
 from __future__ import annotations
