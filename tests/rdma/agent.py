@@ -5,6 +5,8 @@ request is a line of JSON:
 
 - `{"do": "files"}`: unpack the tar archive that follows under /project.
 - `{"do": "import", "modules": [...]}`: import them here, for all later programs.
+- `{"do": "keepers"}`: from now on the keepers of programs are forks, too, of a process that is
+  forked here.
 - `{"do": "clock", "now": S}`: set the clock, which stood still while the guest was on disk.
 - `{"do": "run", "args": [...], "env": {...}}`: run `python -m ARGS`, or `exec` ARGS if `"exec"` is
   true. What follows is its standard input. The answer is frames: a letter, four bytes of length,
@@ -17,6 +19,7 @@ All but `run` answer with a line of JSON: null, or what failed.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -31,9 +34,11 @@ import sys
 import tarfile
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 PORT = 7000
+_OWN_DESCRIPTORS = 256  # from here on they stay open in programs
 # Of others. Ours are sent, and imported, in each run.
 IMPORTED = (
     "click",
@@ -59,7 +64,7 @@ IMPORTED = (
 
 
 def serve() -> list[str]:
-    """Answers requests. Returns in each program, with its arguments."""
+    """Answers requests. Returns in each program: `-m` or `-c`, what to run, its arguments."""
     server = socket.create_server(("0.0.0.0", PORT), backlog=64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("guest: ready", flush=True)
@@ -70,10 +75,13 @@ def serve() -> list[str]:
             if request["do"] == "run":
                 if os.fork() == 0:
                     server.close()
-                    return _watch_program(connection, request)
+                    return ["-m", *_watch_program(connection, request)]
                 continue
             try:
-                _DEEDS[request["do"]](connection, request)
+                program = _DEEDS[request["do"]](connection, request)
+                if program is not None:
+                    server.detach()  # it is closed, and its number may be another's
+                    return program
                 failed = None
             except BaseException:  # noqa: BLE001  the test is to see it
                 failed = traceback.format_exc()
@@ -104,7 +112,32 @@ def _set_clock(_: socket.socket, request: dict[str, Any]) -> None:
     time.clock_settime(time.CLOCK_REALTIME, request["now"])
 
 
-_DEEDS = {"files": _unpack, "import": _import, "clock": _set_clock}
+def _fork_keepers(connection: socket.socket, _: dict[str, Any]) -> list[str] | None:
+    """Returns in each keeper what it runs."""
+    from engine_registry.registration.keeper import process
+    from tests.support.forked_keepers import ForkedKeepers
+    from tests.support.forkserver import Forker
+    from tests.support.processes.forking import serve
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:
+        ours.close()
+        connection.close()
+        return serve(theirs, None, ())
+    theirs.close()
+    kept = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, _OWN_DESCRIPTORS)
+    ours.close()
+    process.launch = ForkedKeepers(Forker(socket.socket(fileno=kept))).launch
+    return None
+
+
+_Deed = Callable[[socket.socket, dict[str, Any]], "list[str] | None"]
+_DEEDS: dict[str, _Deed] = {
+    "files": _unpack,
+    "import": _import,
+    "clock": _set_clock,
+    "keepers": _fork_keepers,
+}
 
 
 # -- a program and the process that watches it
@@ -122,7 +155,7 @@ def _watch_program(connection: socket.socket, request: dict[str, Any]) -> list[s
     connection.close()
     for number, descriptor in enumerate((their_in, their_out, their_err)):
         os.dup2(descriptor, number)
-    os.closerange(3, 256)
+    os.closerange(3, _OWN_DESCRIPTORS)
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
@@ -190,6 +223,8 @@ if __name__ == "__main__":
         importlib.import_module(each)
         print(f"guest: imported {each} in {time.monotonic() - start:.1f} s", flush=True)
     gc.freeze()
-    module, *arguments = serve()
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    option, what, *sys.argv[1:] = serve()
+    if option == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(what)  # noqa: S102  as `python -c`

@@ -59,6 +59,7 @@ class Guest:
         self.ask({"do": "clock", "now": time.time()})
         self.ask({"do": "files"}, _project())
         self.ask({"do": "import", "path": _PATH, "modules": list(_IMPORTED)})
+        self.ask({"do": "keepers"})
         self.shell(
             f"hostname host{self.number} && ip link set eth1 address {self._mac} mtu 4500 up && "
             f"ip addr add {self.address}/24 dev eth1 && {self.add_device}"

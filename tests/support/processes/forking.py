@@ -39,7 +39,7 @@ _MESSAGE_NBYTES = 128 << 10
 _MOST_DESCRIPTORS = 8
 
 
-def _serve(commands: socket.socket, keepers: int | None, imported: Sequence[str]) -> list[str]:
+def serve(commands: socket.socket, keepers: int | None, imported: Sequence[str]) -> list[str]:
     """Serve until the tests close their end. Returns in each program, with its arguments."""
     for name in imported:
         importlib.import_module(name)
@@ -47,6 +47,7 @@ def _serve(commands: socket.socket, keepers: int | None, imported: Sequence[str]
         finalizer.atexit = False  # of torch's libraries
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which close the server
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else nobody could ask how a program ended
     running: dict[int, tuple[int, int]] = {}  # by what tells of its end: the pid, and who asks
     events = select.poll()
     events.register(commands, select.POLLIN)
@@ -158,7 +159,7 @@ def _end(status: int) -> NoReturn:
 if __name__ == "__main__":
     _, _name, _given, *_imported = sys.argv
     _number, *_keepers = map(int, _given.split(","))
-    _option, _what, *sys.argv[1:] = _serve(
+    _option, _what, *sys.argv[1:] = serve(
         socket.socket(fileno=_number), _keepers[0] if _keepers else None, _imported
     )
     if "TEST_WHOLE_END" in os.environ:
