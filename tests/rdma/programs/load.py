@@ -3,8 +3,8 @@
 `-` in the place of instances is any instance of the sources' model.
 
 Prints `engine`, then one JSON line for each load: what came from each source, and the origin that
-all words name, or the error. With `--pause` it prints `paused` when half has come, or the part that
-is given, and goes on when it reads a line. With `--again` it loads once more for each line.
+all words name, or the error. With `--pause` it prints `paused` when half has come, and goes on when
+it reads a line. With `--again` it loads once more for each line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=60.0)
     parser.add_argument("--timeout", type=float, default=120.0)
     parser.add_argument("--serve", help="An instance that passes on what has come.")
-    parser.add_argument("--pause", type=float, nargs="?", const=0.5)
+    parser.add_argument("--pause", action="store_true")
     parser.add_argument("--again", action="store_true")
     return parser.parse_args()
 
@@ -74,11 +74,11 @@ class Wanted:
 def main() -> None:
     given = arguments()
     wanted = Wanted(given)
-    paused = given.pause is None
+    paused = not given.pause
 
     def progress(now: Progress) -> None:
         nonlocal paused
-        if not paused and now.nbytes >= given.pause * now.total_nbytes:
+        if not paused and now.nbytes * 2 >= now.total_nbytes:
             paused = True
             print("paused", flush=True)
             sys.stdin.readline()
