@@ -432,7 +432,7 @@ def stoppable_engine() -> Iterator[Stoppable]:
 
 @contextmanager
 def stoppable_process(kind: Kind, server: ForkServer) -> Iterator[Stoppable]:
-    args = ["tests.support.processes.served", str(NBYTES), *kind.where]
+    args = ["-m", "tests.support.processes.served", str(NBYTES), *kind.where]
     with server.start(args, Path.cwd(), os.environ) as process:
         assert process.stdout is not None
         session_id, addr = process.stdout.readline().split()
