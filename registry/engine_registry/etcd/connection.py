@@ -9,6 +9,7 @@ and what renews an authentication token that etcd does not accept any more.
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -39,7 +40,8 @@ class Connection:
         self._client: Any = None
         # the stream of renewals, and its connection
         self._renewals: tuple[Any, LeaseStream | None] = (None, None)
-        self._next_endpoint = 0
+        # anyone, so that the members of etcd share all clients
+        self._next_endpoint = random.randrange(len(config.endpoints))  # noqa: S311  no secret
         self._closed = threading.Event()
 
     def close(self) -> None:

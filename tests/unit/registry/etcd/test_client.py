@@ -68,6 +68,7 @@ class Unconnected(Etcd):
 
     def __init__(self, endpoints: str = "a:1,b:2,c:3") -> None:
         super().__init__(EtcdConfig(parse_endpoints(endpoints)))
+        self._next_endpoint = 0
         self.clients: list[Client] = []
 
     def _new_client(self) -> Client:
@@ -264,6 +265,11 @@ def test_a_call_that_fails_in_transit_is_tried_at_the_next_endpoint_on_a_fresh_c
     ]
     assert etcd.call(only_c_answers) == "c:3"
     assert len(etcd.clients) == 3
+
+
+def test_connections_begin_with_any_endpoint_so_that_all_members_share_them() -> None:
+    config = EtcdConfig(parse_endpoints("a:1,b:2,c:3"))
+    assert {Etcd(config)._next_endpoint for _ in range(100)} == {0, 1, 2}
 
 
 def test_the_endpoints_are_gone_through_again_and_again() -> None:
