@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import click
 
@@ -30,24 +29,23 @@ def say_why_to_wait(registry: Registry, instances: Sequence[str], wait_s: float)
         registry.ready(instances, 0)
     except (InstanceNotFound, InstanceIncomplete) as exc:
         hint = near_instances(registry, instances) if isinstance(exc, InstanceNotFound) else ""
-        _say(
-            f"waiting up to {wait_s:.3g} s: {exc.what}{f' ({hint})' if hint else ''}",
-            fields("load_waits", timeout_s=wait_s, error=exc),
-        )
+        said = f"waiting up to {wait_s:.3g} s: {exc.what}{f' ({hint})' if hint else ''}"
+        if logs.as_json():
+            log.warning("%s", said, extra=fields("load_waits", timeout_s=wait_s, error=exc))
+        else:
+            _echo(said)
 
 
 def say_if_not_there(registry: Registry, instance: str) -> None:
     """On stderr, if no rank of the instance is registered, which a watch may wait for."""
     if registry.instance(instance).state is InstanceState.GONE:
         hint = near_instances(registry, [instance])
-        _say(
-            f"instance {instance!r} is not registered now{f' ({hint})' if hint else ''}",
-            fields("watch_waits", instance=instance),
-        )
+        said = f"instance {instance!r} is not registered now{f' ({hint})' if hint else ''}"
+        if logs.as_json():
+            log.warning("%s", said, extra=fields("watch_waits", instance=instance))
+        else:
+            _echo(said)
 
 
-def _say(text: str, facts: dict[str, Any]) -> None:
-    if logs.as_json():
-        log.warning("%s", text, extra=facts)
-    else:
-        click.echo(f"engines: {printable(text)}", err=True)
+def _echo(text: str) -> None:
+    click.echo(f"engines: {printable(text)}", err=True)
