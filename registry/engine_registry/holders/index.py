@@ -40,25 +40,36 @@ def is_complete(etcd: Etcd) -> bool:
     return records.count == entries.count
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Some entries in one state. `all_of_version`: of the version of the first one there are no
+    others. `are_all`: there are no others at all.
+    """
+
+    entries: list[Entry]
+    all_of_version: bool
+    are_all: bool
+
+
 def sample(
     etcd: Etcd, model: ModelIdentity, rank: int, state: RankState, version: int | None
-) -> tuple[list[Entry], bool]:
-    """Some entries in the state, at random, of the newest version or the one that is named; and
-    whether these are all. Where there are few of the newest, some of the next come too.
+) -> Sample:
+    """Entries in the state, at random, of the newest version or the one that is named. Where there
+    are few of the newest, some of the next come too.
     """
     prefix = holders_prefix(model, rank, state, version)
     _, (found,) = etcd.read([under(prefix, SAMPLE)])
     entries = entries_of(found.items)
     newest = entries[0].version if entries else 0
     if found.count <= len(found.items) or any(entry.version != newest for entry in entries):
-        return entries, True
+        return Sample(entries, True, found.count <= len(found.items))
     prefix = holders_prefix(model, rank, state, newest)
     start = prefix + secrets.token_hex(16)
     _, (behind, before) = etcd.read(
         [Range(start, end_of(prefix), SAMPLE), Range(prefix, start, SAMPLE)]
     )
     entries = entries_of([*behind.items, *before.items])[:SAMPLE]
-    return entries, behind.count + before.count <= SAMPLE
+    return Sample(entries, behind.count + before.count <= SAMPLE, False)
 
 
 def pages(

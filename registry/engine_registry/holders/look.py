@@ -86,8 +86,7 @@ def find_updating(etcd: Etcd, model: ModelIdentity, rank: int) -> tuple[RankReco
     """Some ranks of the model with this number whose weights are being changed now."""
     state = RankState.UPDATING
     try:
-        entries, _ = index.sample(etcd, model, rank, state, None)
-        some = index.read(etcd, entries).records
+        some = index.read(etcd, index.sample(etcd, model, rank, state, None).entries).records
         if some or index.is_complete(etcd):
             return tuple(record for record in some if record.state is state)
     except EtcdRefused as exc:
@@ -102,16 +101,18 @@ def find_updating(etcd: Etcd, model: ModelIdentity, rank: int) -> tuple[RankReco
 
 def _look(etcd: Etcd, query: HolderQuery) -> Holders:
     model, rank, version = query.model, query.place.rank, query.version
-    entries, is_all = index.sample(etcd, model, rank, RankState.READY, version)
-    if not entries and version is not None:  # to say what there is instead
+    sample = index.sample(etcd, model, rank, RankState.READY, version)
+    if not sample.entries and version is not None:  # to say what there is instead
         return _look(etcd, replace(query, version=None))
     loading, ahead = _loading(etcd, query) if query.loading else ([], 0)
-    found = index.read(etcd, [*entries, *loading])
+    found = index.read(etcd, [*sample.entries, *loading])
     ready = _fitting(found.records, query, RankState.READY)
-    if not any(map(query.usable, ready)) and not is_all:
+    if not any(map(query.usable, ready)) and not sample.are_all:
         for page in index.pages(etcd, model, rank, RankState.READY, version):
-            found = index.read(etcd, [*page, *loading])
-            ready = _fitting(found.records, query, RankState.READY)
+            of_page = index.read(etcd, [*page, *loading])
+            some = _fitting(of_page.records, query, RankState.READY)
+            if any(map(query.usable, some)) or not ready:
+                found, ready = of_page, some
             if any(map(query.usable, ready)):
                 break
     loading_ones = [
@@ -122,7 +123,7 @@ def _look(etcd: Etcd, query: HolderQuery) -> Holders:
     usable = [record for record in ready if query.usable(record)]
     return Holders(
         tuple(usable or ready),
-        is_all,
+        sample.all_of_version,
         tuple(loading_ones),
         ahead,
         found.readers,
@@ -185,11 +186,11 @@ def _ready_instances(
     etcd: Etcd, model: ModelIdentity, usable: Usable, version: int | None
 ) -> list[InstanceStatus]:
     """Each instance that is ready has a rank 0 that is."""
-    entries, is_all = index.sample(etcd, model, 0, RankState.READY, version)
-    if not entries and version is not None:  # to say what there is instead
+    sample = index.sample(etcd, model, 0, RankState.READY, version)
+    if not sample.entries and version is not None:  # to say what there is instead
         return _ready_instances(etcd, model, usable, None)
-    ready = _of_entries(etcd, model, entries, usable)
-    if any(map(usable, ready)) or is_all:
+    ready = _of_entries(etcd, model, sample.entries, usable)
+    if any(map(usable, ready)) or sample.are_all:
         return ready
     for page in index.pages(etcd, model, 0, RankState.READY, version):
         some = _of_entries(etcd, model, page, usable)

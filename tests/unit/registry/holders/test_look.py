@@ -103,6 +103,28 @@ def test_where_the_sample_does_not_do_all_are_read_until_one_does(etcd: Counting
     assert not nobody.scanned
 
 
+def test_an_older_version_is_read_as_well_where_only_that_will_do(etcd: CountingEtcd) -> None:
+    """However few have the newest, and however many have the older ones."""
+    for number in range(60):
+        shelve(etcd, one(number, version=9 if number < 3 else 8, protocol="tcp"))
+    shelve(etcd, one(99, version=8, protocol="rdma"))
+    shelve(etcd, one(98, version=7, protocol="rdma"))
+    ask = HolderQuery(MODEL, PLACE, lambda record: record.protocol == "rdma")
+    assert set(names(look(etcd, ask).ready)) == {"i00098", "i00099"}
+    wanted = look_for_instances(etcd, MODEL, lambda one: one.records[0].protocol == "rdma")
+    assert [status.instance for status in wanted] == ["i00099", "i00098"]
+
+
+def test_where_nobody_will_do_somebody_is_named_though_the_last_page_is_of_others(
+    etcd: CountingEtcd,
+) -> None:
+    for number in range(200):
+        shelve(etcd, one(number, version=2 if number < 40 else 1, world_size=1 + number // 40))
+    found = look(etcd, HolderQuery(MODEL, Place(0, 1), lambda _: False))
+    assert found.ready
+    assert {record.world_size for record in found.ready} == {1}
+
+
 def test_only_ranks_at_the_place_fit(etcd: CountingEtcd) -> None:
     shelve(etcd, one(1, world_size=2))
     shelve(etcd, one(2, world_size=4, topology={"tp": (0, 4)}))
