@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine_registry import RankState, Registry
 from tests.rdma.guest import Guest
 from tests.rdma.hosts import LOAD_S, NBYTES, Load, finish, source
 
@@ -21,16 +22,21 @@ def test_two_sources_each_bring_a_part(guests: list[Guest]) -> None:
     finish(load.program, *served)
 
 
-def test_a_rank_that_is_still_loading_passes_on_what_it_has(guests: list[Guest]) -> None:
+def test_a_rank_that_is_still_loading_passes_on_what_it_has(
+    guests: list[Guest], registry: Registry
+) -> None:
     here, there = guests
     served = source(there, "a", launch=1)
-    middle = Load(here, "-", NBYTES, "--serve", "b", "--pause")
+    middle = Load(here, "-", NBYTES, "--serve", "b", "--pause", "--crawl", "2")
     middle.wait_for_pause()
-    # Patient: on a busy machine the middle one may have nothing new for some seconds.
+    # Patient: the middle one has nothing new for some seconds.
     patient = ("--stall", str(LOAD_S), "--patience", str(LOAD_S))
     last = Load(there, "-", NBYTES, "--serve", "c", "--pause", *patient)
-    middle.go_on()
     last.wait_for_pause()
+    (record,) = registry.ranks("b")
+    assert record.state is RankState.LOADING
+    assert [pull.reader and pull.reader.instance for pull in registry.readers(record)] == ["c"]
+    middle.go_on()
     last.go_on()
     for load in (middle, last):
         outcome = load.outcome()

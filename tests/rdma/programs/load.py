@@ -4,13 +4,15 @@
 
 Prints `engine`, then one JSON line for each load: what came from each source, and the origin that
 all words name, or the error. With `--pause` it prints `paused` when half has come, and goes on when
-it reads a line. With `--again` it loads once more for each line.
+it reads a line; with `--crawl S` too, it goes on before that, by a step every S seconds. With
+`--again` it loads once more for each line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import select
 import sys
 import time
 from contextlib import ExitStack
@@ -41,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=120.0)
     parser.add_argument("--serve", help="An instance that passes on what has come.")
     parser.add_argument("--pause", action="store_true")
+    parser.add_argument("--crawl", type=float)
     parser.add_argument("--again", action="store_true")
     return parser.parse_args()
 
@@ -74,13 +77,17 @@ class Wanted:
 def main() -> None:
     given = arguments()
     wanted = Wanted(given)
-    paused = not given.pause
+    paused, going = False, not given.pause
 
     def progress(now: Progress) -> None:
-        nonlocal paused
-        if not paused and now.nbytes * 2 >= now.total_nbytes:
+        nonlocal paused, going
+        if going or now.nbytes * 2 < now.total_nbytes:
+            return
+        if not paused:
             paused = True
             print("paused", flush=True)
+        going = bool(select.select([sys.stdin], [], [], given.crawl)[0])
+        if going:
             sys.stdin.readline()
 
     stall_s = given.stall
