@@ -59,7 +59,10 @@ def test_a_fleet_that_is_kept_answers_commands_and_leaves_nothing_behind(
     started = set(_descendants(demo.pid))
     assert victim in started
 
-    demo.send_signal(number)
+    # As a terminal does it, Ctrl-C goes to the whole process group.
+    group = [pid for pid in started if os.getpgid(pid) == os.getpgid(demo.pid)]
+    for pid in [demo.pid, *(group if number == signal.SIGINT else [])]:
+        os.kill(pid, number)
     out, err = demo.communicate(timeout=100)
     if number == signal.SIGINT:
         assert (demo.returncode, out) == (Exit.DONE, "the fleet has ended\n")

@@ -33,8 +33,15 @@ class Engines:
     def _running(
         self, *args: str, code: str = _ENGINES, **pipes: int
     ) -> Iterator[subprocess.Popen[str]]:
-        """The process, which ends at the end of the block at the latest."""
-        with subprocess.Popen(python(code, *args), env=self._env, text=True, **pipes) as process:  # type: ignore[call-overload]
+        """The process, which ends at the end of the block at the latest.
+
+        A terminal's Ctrl-C does not reach one that serves until its input ends: it would be the
+        first of two signals, of which the second one is to end at once.
+        """
+        serves = "stdin" in pipes
+        with subprocess.Popen(  # type: ignore[call-overload]
+            python(code, *args), env=self._env, text=True, start_new_session=serves, **pipes
+        ) as process:
             try:
                 yield process
             finally:
