@@ -16,7 +16,7 @@ from engine_registry.errors import RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, absolute, parse_endpoints
 from engine_registry.etcd.environment import settings_in
-from engine_registry.holders.look import find_updating, look
+from engine_registry.holders.look import find_updating, look, read_roster
 from engine_registry.holders.query import HolderQuery, Holders, everything
 from engine_registry.holders.waiting import HolderWatch, wait_for_holders, wait_for_instances
 from engine_registry.lifetime import Closable
@@ -33,7 +33,6 @@ from engine_registry.schema.keys import (
     ENGINES,
     check_instance,
     evicted_key,
-    instance_prefix,
     record_key,
 )
 from engine_registry.schema.labels import Selector
@@ -274,10 +273,7 @@ class Registry(Closable):
         return now if now and not now.ended and now.incarnation == record.incarnation else None
 
     def _roster(self, instance: str) -> Roster:
-        roster = Roster(check_instance(instance))
-        for item in self._etcd.snapshot(instance_prefix(instance)).items:
-            roster.see(item)
-        return roster
+        return read_roster(self._etcd, check_instance(instance))
 
     def resolve(
         self, instance: str | Sequence[str], timeout_s: float = 0.0

@@ -135,7 +135,7 @@ def test_a_wait_looks_now_and_then_for_ranks_that_are_not_in_the_index(
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    time.sleep(0.2)
+    wait_until(lambda: any("registry watch" in one.name for one in threading.enumerate()))
     lease_id = raw.grant(60)
     record = a_record(instance="old", world_size=1, topology={}, model=MODEL)
     raw.commit([], [Put(record.key, encode(record), lease_id)])

@@ -10,6 +10,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from engine_registry.errors import EtcdRefused
 from engine_registry.etcd.client import Etcd
@@ -29,18 +30,15 @@ log = logging.getLogger(__name__)
 MAX_INSTANCES = 4  # whose ranks are all read, where more are ready
 
 Usable = Callable[[InstanceStatus], bool]
+T = TypeVar("T")
 
 
 def look(etcd: Etcd, query: HolderQuery) -> Holders:
     """Ranks as the query wants them."""
-    try:
-        found = _look(etcd, query)
-        if any(map(query.usable, found.ready)) or index.is_complete(etcd):
-            return found
-    except EtcdRefused as exc:
-        if exc.details.get("reason") != "denied":
-            raise
-    return _scan(etcd, query)
+    found = _by_index(
+        etcd, lambda: _look(etcd, query), lambda some: any(map(query.usable, some.ready))
+    )
+    return _scan(etcd, query) if found is None else found
 
 
 def look_anywhere(etcd: Etcd, query: HolderQuery) -> Holders:
@@ -59,44 +57,64 @@ def look_for_instances(
     """A few instances of the model that are ready, usable ones if there are any, of the newest
     version first.
     """
-    try:
-        ready = _ready_instances(etcd, model, usable, version)
-        if any(map(usable, ready)) or index.is_complete(etcd):
-            return tuple(ready)
-    except EtcdRefused as exc:
-        if exc.details.get("reason") != "denied":
-            raise
-    return _scan_for_instances(etcd, model)
+    ready = _by_index(
+        etcd,
+        lambda: tuple(_ready_instances(etcd, model, usable, version)),
+        lambda some: any(map(usable, some)),
+    )
+    return _scan_for_instances(etcd, model) if ready is None else ready
 
 
 def instances_of(etcd: Etcd, model: ModelIdentity) -> tuple[InstanceStatus, ...]:
     """Some instances that have a rank of the model in whatever state: to say what is missing."""
-    try:
-        _, (found,) = etcd.read([under(holders_prefix(model), 8 * index.SAMPLE)])
-        names = {instance_of(entry.record_key) for entry in index.entries_of(found.items)}
-        if names or index.is_complete(etcd):
-            return tuple(_instance(etcd, name) for name in sorted(names)[:MAX_INSTANCES])
-    except EtcdRefused as exc:
-        if exc.details.get("reason") != "denied":
-            raise
-    return tuple(status for status in _all_instances(etcd) if _has(status, model))
+    names = _by_index(etcd, lambda: _names(etcd, model), bool)
+    if names is None:
+        return tuple(status for status in _all_instances(etcd) if _has(status, model))
+    return tuple(read_roster(etcd, name).status() for name in names[:MAX_INSTANCES])
 
 
 def find_updating(etcd: Etcd, model: ModelIdentity, rank: int) -> tuple[RankRecord, ...]:
     """Some ranks of the model with this number whose weights are being changed now."""
     state = RankState.UPDATING
+    some = _by_index(
+        etcd,
+        lambda: index.read(etcd, index.sample(etcd, model, rank, state, None).entries).records,
+        bool,
+    )
+    if some is None:
+        return tuple(
+            record
+            for record in index.read_all(etcd)
+            if (record.model, record.rank, record.state) == (model, rank, state)
+        )
+    return tuple(record for record in some if record.state is state)
+
+
+def read_roster(etcd: Etcd, instance: str) -> Roster:
+    """What is known of one instance now."""
+    roster = Roster(instance)
+    for item in etcd.snapshot(instance_prefix(instance)).items:
+        roster.see(item)
+    return roster
+
+
+def _by_index(etcd: Etcd, find: Callable[[], T], is_enough: Callable[[T], object]) -> T | None:
+    """What is found by the index. None where that may lack somebody: it is not enough, and there
+    are ranks without an entry, or we may not read the index.
+    """
     try:
-        some = index.read(etcd, index.sample(etcd, model, rank, state, None).entries).records
-        if some or index.is_complete(etcd):
-            return tuple(record for record in some if record.state is state)
+        found = find()
+        return found if is_enough(found) or index.is_complete(etcd) else None
     except EtcdRefused as exc:
         if exc.details.get("reason") != "denied":
             raise
-    return tuple(
-        record
-        for record in index.read_all(etcd)
-        if (record.model, record.rank, record.state) == (model, rank, state)
-    )
+        return None
+
+
+def _names(etcd: Etcd, model: ModelIdentity) -> list[str]:
+    """Of some instances that have a rank of the model."""
+    _, (found,) = etcd.read([under(holders_prefix(model), 8 * index.SAMPLE)])
+    return sorted({instance_of(entry.record_key) for entry in index.entries_of(found.items)})
 
 
 def _look(etcd: Etcd, query: HolderQuery) -> Holders:
@@ -207,19 +225,12 @@ def _of_entries(
     good: list[InstanceStatus] = []
     others: list[InstanceStatus] = []
     for entry in entries:
-        status = _instance(etcd, instance_of(entry.record_key))
+        status = read_roster(etcd, instance_of(entry.record_key)).status()
         if status.state is InstanceState.READY and status.model == model:
             (good if usable(status) else others).append(status)
         if len(good) == MAX_INSTANCES:
             break
     return good or others[:MAX_INSTANCES]
-
-
-def _instance(etcd: Etcd, name: str) -> InstanceStatus:
-    roster = Roster(name)
-    for item in etcd.snapshot(instance_prefix(name)).items:
-        roster.see(item)
-    return roster.status()
 
 
 # -- ranks that are not in the index
