@@ -78,7 +78,6 @@ class Search:
         wait_s = max(0.0, deadline - time.monotonic())
         holders, instances = self._look(wait_s, avoid, me)
         of_rank = [*holders.ready, *holders.loading] if holders is not None else []
-        of_rank += [record for status in instances for record in self._holders(status)]
         ready, alike = self._of_one_version(instances, of_rank)
         if not self.boxes:
             self._check_place(ready, alike)
@@ -228,6 +227,7 @@ class Search:
             if status.state is InstanceState.READY and self._has_contents(status)
         ]
         holders = [record for record in of_rank if self._has_content(record)]
+        holders += [record for status in found for record in self._holders(status)]
         every = [*(record for status in found for record in status.records), *of_rank]
         names = ", ".join(sorted({record.instance for record in every}))
         if self.contents is not None and not (ready or holders):

@@ -530,6 +530,15 @@ def test_contents_that_nobody_has_any_more_are_not_available() -> None:
     assert groups(one("a", content=A), one("b", content=B), contents=[B]) == {B: ["b"]}
 
 
+def test_a_replica_has_to_have_the_content_of_the_rank_that_it_stands_for() -> None:
+    def rank(number: int, content: str) -> RankRecord:
+        place = {"rank": number, "world_size": 3, "topology": {"dp": (number, 3)}}
+        return one("a", content=content, incarnation=f"{number}" * 32, **place)
+
+    registry = Ready([rank(0, A), rank(1, A), rank(2, B)])
+    assert sorted(find(registry, 0, contents=[A, B, B])) == ["a/0", "a/1"]
+
+
 EP = [one("a", topology={"ep": (0, 2)}), one("b", topology={"ep": (1, 2)})]
 
 
