@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from engine_loader.comparing.comparison import Difference as Difference
     from engine_loader.comparing.comparison import Obstacle as Obstacle
     from engine_loader.engines.base import Engine as Engine
+    from engine_loader.engines.cuda_ipc.engine import CudaIpcEngine as CudaIpcEngine
     from engine_loader.engines.in_process import InProcessEngine as InProcessEngine
     from engine_loader.engines.mooncake.engine import MooncakeEngine as MooncakeEngine
+    from engine_loader.engines.opening import open_engine as open_engine
     from engine_loader.errors import Cancelled as Cancelled
     from engine_loader.errors import DigestMismatch as DigestMismatch
     from engine_loader.errors import DigestsMissing as DigestsMissing
@@ -79,7 +81,9 @@ _MODULE_OF = {
     "LoadReport": "loading.report",
     "LoaderError": "errors",
     "MemoryInUse": "errors",
+    "CudaIpcEngine": "engines.cuda_ipc.engine",
     "MooncakeEngine": "engines.mooncake.engine",
+    "open_engine": "engines.opening",
     "Obstacle": "comparing.comparison",
     "Pace": "transfer.pace",
     "Progress": "transfer.progress",

@@ -17,7 +17,7 @@ from engine_loader import Engine, InProcessEngine
 from engine_loader.engines.mooncake.choice import choose
 from engine_loader.errors import EngineUnavailable
 from engine_loader.integrations.config import IntegrationConfig
-from engine_loader.integrations.connecting import start_mooncake
+from engine_loader.integrations.connecting import start_engine_of
 from engine_loader.integrations.seat import Seat
 from engine_loader.integrations.serving import served_models
 from engine_loader.integrations.starting import ModelStart
@@ -174,7 +174,7 @@ def test_a_protocol_that_is_not_here_is_one_warning_with_the_remedy(
         "engine_loader.engines.mooncake.engine.choose", partial(choose, root=tmp_path)
     )
     settings = {"protocol": "rdma", "host": "127.0.0.1"}
-    _, _, reader = engines.start("a", settings, start_engine=start_mooncake)
+    _, _, reader = engines.start("a", settings, start_engine=start_engine_of)
     assert reader.calls == 1
     (line,) = warnings(caplog)
     assert line.endswith("say tcp")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from engine_loader.integrations.config import IntegrationConfig
-from engine_loader.integrations.connecting import StartEngine, start_mooncake
+from engine_loader.integrations.connecting import StartEngine, start_engine_of
 from engine_loader.integrations.seat import Seat
 from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import loaded_tensors, runtime_tensors
@@ -61,7 +61,7 @@ def start_rank(
     stage: str = "loaded",
     device: str = "cpu",
     seed: int = 0,
-    start_engine: StartEngine = start_mooncake,
+    start_engine: StartEngine = start_engine_of,
 ) -> StartedRank:
     """From peers, or from the checkpoint of the seed."""
     place = Place(rank, size, {"tp": (rank, size)})

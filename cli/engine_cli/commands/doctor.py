@@ -24,6 +24,7 @@ PROTOCOLS = (
     "tcp",
     "rdma",
     "nvlink_intra",
+    "cuda_ipc",
 )
 
 

@@ -187,10 +187,10 @@ def command(
         with held_back():
             from engine_loader import (
                 LoadOptions,
-                MooncakeEngine,
                 PublishOptions,
                 Shard,
                 load_or_seed,
+                open_engine,
             )
             from engine_loader.files.folder import files_of
             from engine_loader.files.memory import memory_for
@@ -226,7 +226,7 @@ def command(
         )
         with ExitStack() as stack:
             engine = stack.enter_context(
-                MooncakeEngine(host or registry.local_address(), protocol, device)
+                open_engine(host or registry.local_address(), protocol, device)
             )
             seeded = publication = None
             name = f"{instance}/{rank}"

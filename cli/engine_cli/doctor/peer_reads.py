@@ -36,9 +36,10 @@ def _read_header(engine: Any, record: Any, report: Callable[..., None]) -> None:
     import torch
 
     from engine_loader.publishing.header import HeaderCell, fetch_header
+    from engine_registry.schema.record import WITHIN_HOST
 
     try:
-        cell = HeaderCell(torch.device("cuda" if engine.protocol == "nvlink_intra" else "cpu"))
+        cell = HeaderCell(torch.device("cuda" if engine.protocol in WITHIN_HOST else "cpu"))
         engine.lend(cell.region)
         began = time.monotonic()
         engine.connect(record.session_id)
@@ -70,6 +71,7 @@ def read_weights(
     from engine_loader.engines.base import peer_of
     from engine_loader.planning.plan import ReadOp
     from engine_registry import Region
+    from engine_registry.schema.record import WITHIN_HOST
     from engine_registry.schema.record_format import decode
 
     while True:  # so that the memory stays, whatever still writes to it
@@ -79,7 +81,7 @@ def read_weights(
             record = decode(key, value.encode())
             peer = peer_of(record.session_id, record.incarnation)
             nbytes = min(_READ_NBYTES, wanted["nbytes"])
-            kind = "cuda" if engine.protocol == "nvlink_intra" else "cpu"
+            kind = "cuda" if engine.protocol in WITHIN_HOST else "cpu"
             memory = torch.zeros(_READS * nbytes, dtype=torch.uint8, device=kind)
             engine.lend(Region(memory.data_ptr(), memory.nbytes))
             offsets = itertools.cycle(range(0, wanted["nbytes"] - nbytes + 1, nbytes))

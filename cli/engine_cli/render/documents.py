@@ -203,6 +203,8 @@ def loaded_json(report: LoadReport, paths: Sequence[Path]) -> dict[str, Any]:
         "digest_s": round(report.digest_s, 6),
         "regions": report.regions,
         "register_s": round(report.register_s, 6),
+        "verified": report.verified,
+        "outlived": list(report.outlived),
         "sources": [
             {
                 "key": share.name,

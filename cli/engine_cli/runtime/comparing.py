@@ -52,13 +52,13 @@ def compared(
         found = [record for name in instances for record in registry.resolve(name)]
         records = [record for record in found if record.kept_by != GATEWAY]  # they have no digests
         with held_back():
-            from engine_loader import MooncakeEngine, compare
+            from engine_loader import compare, open_engine
             from engine_loader.comparing.compare import same_content
 
         names = list(instances)
         if with_replicas:
             names += same_content(registry, found)
-        with MooncakeEngine(
+        with open_engine(
             host or registry.local_address(), protocol_of(protocol, records) if records else "tcp"
         ) as engine:
             return compare(registry, engine, names, files=files)

@@ -55,12 +55,12 @@ class Loading:
         records = ranks_of(registry, self.instances, rank, self.wait_s)
         name = f"{records[0].instance}/{rank}"
         with held_back():
-            from engine_loader import LoadOptions, MooncakeEngine, PublishOptions, Replica
+            from engine_loader import LoadOptions, PublishOptions, Replica, open_engine
             from engine_loader.loading.progress_bar import progress_bar
             from engine_loader.loading.rank_file import copy_rank
 
         engine = self.stack.enter_context(
-            MooncakeEngine(
+            open_engine(
                 self.host or registry.local_address(),
                 self._protocol([records[rank]]),
                 self.device,
@@ -101,12 +101,12 @@ class Loading:
             records = registry.resolve(self.instances, self.wait_s)
             name = records[0].instance
             with held_back():
-                from engine_loader import LoadOptions, MooncakeEngine, load_full
+                from engine_loader import LoadOptions, load_full, open_engine
                 from engine_loader.loading.progress_bar import progress_bar
                 from engine_loader.planning.whole import MAX_FILE_NBYTES
 
             with (
-                MooncakeEngine(
+                open_engine(
                     self.host or registry.local_address(), self._protocol(records), self.device
                 ) as engine,
                 files or nullcontext(),

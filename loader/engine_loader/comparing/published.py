@@ -23,6 +23,7 @@ from engine_loader.sources.reach import reachable
 from engine_loader.tensors.cuda import on_default_stream, to_register
 from engine_registry import Manifest, Place, RankRecord, Registry
 from engine_registry.schema.manifest import DigestTable
+from engine_registry.schema.record import WITHIN_HOST
 
 _SILENT_S = 10.0  # longer than a peer takes that is there
 
@@ -62,7 +63,8 @@ def _read_table(
     engine: Engine, record: RankRecord, manifest: Manifest, table: DigestTable
 ) -> Mapping[str, bytes]:
     """The header before and after says that they are of the content of the record."""
-    device = torch.device("cuda" if engine.protocol == "nvlink_intra" else "cpu")
+    device = torch.device("cuda" if engine.protocol in WITHIN_HOST else "cpu")
+    engine.connect(peer_of_record(record), manifest.exports)
     with ExitStack() as undo:
         undo.enter_context(on_default_stream(device))
         names = [entry.name for entry in manifest.tensors]

@@ -58,8 +58,12 @@ class DigestCell:
         return digests
 
     @plain_torch()
+    def packed(self) -> bytes:
+        """All digests, in the order of the names."""
+        return bytes(self._bytes.cpu().numpy())
+
     def read(self) -> dict[str, bytes]:
-        packed = bytes(self._bytes.cpu().numpy())
+        packed = self.packed()
         return {
             name: packed[at * NBYTES : (at + 1) * NBYTES] for at, name in enumerate(self._names)
         }
@@ -122,10 +126,11 @@ def _multilinear_64(flat: torch.Tensor) -> bytes:
         words = torch.zeros(-(-block.numel() // 4), dtype=torch.int32, device=flat.device)
         words.view(torch.uint8)[: block.numel()].copy_(block)  # aligned, and filled up with zeros
         sums.append((words.to(torch.int64) * _factors(flat.device)[: words.numel()]).sum())
-    return _of_sums(flat.numel(), torch.stack(sums).cpu().numpy().tobytes() if sums else b"")
+    return digest_of_sums(flat.numel(), torch.stack(sums).cpu().numpy().tobytes() if sums else b"")
 
 
-def _of_sums(nbytes: int, sums: bytes) -> bytes:
+def digest_of_sums(nbytes: int, sums: bytes) -> bytes:
+    """By `multilinear_64`, of so many bytes whose blocks have these sums."""
     return xxhash.xxh3_128(nbytes.to_bytes(8, "little") + sums).digest()
 
 
@@ -159,7 +164,7 @@ def _by_kernel(tensors: Mapping[K, torch.Tensor]) -> dict[K, bytes]:
             for name, nbytes, first, count in zip(
                 here, sizes.tolist(), firsts.tolist(), counts.tolist(), strict=True
             ):
-                digests[name] = _of_sums(nbytes, sums[8 * first : 8 * (first + count)])
+                digests[name] = digest_of_sums(nbytes, sums[8 * first : 8 * (first + count)])
     except Exception as exc:  # noqa: BLE001  Triton has no common base of its errors, and needs a compiler at run time
         log.info(
             "digests on the GPU take longer, as their kernel cannot be had: %s",

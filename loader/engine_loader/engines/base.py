@@ -8,15 +8,34 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+import torch
+
 from engine_loader.engines.region_book import Regions
 from engine_loader.errors import EngineFailed, TensorsUnusable, listed
 from engine_loader.planning.plan import ReadOp
-from engine_registry.schema.manifest import Manifest, Region
+from engine_registry.lifetime import Closable
+from engine_registry.schema.manifest import Export, Manifest, Region
+
+
+class Tally(Protocol):
+    """What the bytes of pieces of a source's memory sum up to, as they are read."""
+
+    @property
+    def firsts(self) -> npt.NDArray[np.int64]:
+        """Of each piece, the number of the sum of its first block."""
+
+    def sums(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Of each block: the sum of what has come, and how many bytes have been asked for."""
+
+    def close(self) -> None:
+        """Sums up no more."""
 
 
 class Engine(Protocol):
@@ -31,7 +50,7 @@ class Engine(Protocol):
 
     @property
     def protocol(self) -> str:
-        """How this engine reads: tcp, rdma, nvlink_intra, or another name."""
+        """How this engine reads: tcp, rdma, cuda_ipc, nvlink_intra, or another name."""
 
     @property
     def fabric(self) -> str:
@@ -44,6 +63,16 @@ class Engine(Protocol):
         It decides which of equal sources is nearer. Empty where the engine has no say in it.
         """
         return {}
+
+    @property
+    def strides(self) -> bool:
+        """Whether a read may be of runs at equal distances: see `ReadOp.lines`."""
+        return False
+
+    @property
+    def outlives_sources(self) -> bool:
+        """Whether it can read what a source had offered after the source's process has ended."""
+        return False
 
     def register(self, region: Region) -> Regions:
         """Opens the region to peers.
@@ -61,6 +90,22 @@ class Engine(Protocol):
 
     def unregister(self, region: Region) -> None:
         """Takes back one `register` of the same region."""
+
+    def exports(self, regions: Sequence[Region]) -> tuple[Export, ...]:
+        """What peers must know of registered memory besides its address: for `connect`.
+
+        Nothing where an address is enough.
+
+        Args:
+            regions: Regions, or parts of them.
+
+        Returns:
+            The allocations that they lie in, each once.
+
+        Raises:
+            EngineFailed: The engine refuses.
+        """
+        return ()
 
     def lend(self, region: Region) -> Regions:
         """Lets `start` write into the region.
@@ -86,7 +131,25 @@ class Engine(Protocol):
                 registered nor read into.
         """
 
-    def connect(self, peer: str) -> None:
+    @property
+    def tallies(self) -> str:
+        """The algorithm of digests whose sums it computes as it reads; empty where it does not."""
+        return ""
+
+    def tally(self, peer: str, pieces: Sequence[Region], device: torch.device) -> Tally | None:
+        """Sums up the bytes of pieces as they are read from the peer from now on, block by block.
+
+        Args:
+            peer: The name of the peer.
+            pieces: Regions of the peer's memory that do not overlap, of whole words.
+            device: Where they are read to.
+
+        Returns:
+            The sums, until they are closed. None where the engine cannot, or does already.
+        """
+        return None
+
+    def connect(self, peer: str, exports: Sequence[Export] = ()) -> None:
         """Makes the first contact with a peer. Returns at once if it has been made.
 
         It lasts as long as the peer takes, up to a minute, or until `abandon`. Call it in a thread
@@ -94,6 +157,7 @@ class Engine(Protocol):
 
         Args:
             peer: The name of the peer; see `peer_of`.
+            exports: What the peer says of its memory.
 
         Raises:
             ReadFailed: No peer answers there.
@@ -145,6 +209,10 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends the engine with all its registrations; any number of times."""
+
+
+class ClosableEngine(Closable, Engine):
+    """One that warns when it is never closed."""
 
 
 def peer_of(session_id: str, incarnation: str) -> str:

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -23,7 +24,7 @@ from engine_loader.engines.lingering import Lingering
 from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
-from engine_registry.schema.manifest import Region
+from engine_registry.schema.manifest import Export, Region
 
 _LOOK_S = 0.005  # how often a contact that hangs looks whether it is wanted
 
@@ -108,7 +109,7 @@ class InProcessEngine(Engine):
         with self._lent.lock:
             self._lent.end(region)
 
-    def connect(self, peer: str) -> None:
+    def connect(self, peer: str, exports: Sequence[Export] = ()) -> None:
         self._check_open()
         before = self._abandoned[peer]
         while peer not in self._connected:

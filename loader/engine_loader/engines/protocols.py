@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 
@@ -11,14 +12,16 @@ from engine_loader.engines.mooncake.devices import usable_devices
 from engine_loader.engines.mooncake.machine import this_host
 from engine_loader.errors import SourceUnreachable
 from engine_registry import RankRecord
+from engine_registry.schema.record import WITHIN_HOST
 
-FALLBACK = ("nvlink_intra", "rdma", "tcp")  # the quickest first
+FALLBACK = ("cuda_ipc", "nvlink_intra", "rdma", "tcp")  # the quickest first
 
 
 def usable_protocols() -> tuple[str, ...]:
     """That this machine and the installed transfer engine have, in that order."""
     transports = built_transports()
     here = {
+        "cuda_ipc": torch.cuda.is_available() and find_spec("triton") is not None,
         "nvlink_intra": torch.cuda.is_available() and "IntraNodeNvlink" in transports,
         "rdma": bool(usable_devices()) and "Rdma" in transports,
         "tcp": "Tcp" in transports,
@@ -33,7 +36,7 @@ def protocol_for(records: Sequence[RankRecord]) -> str:
     usable = usable_protocols()
     for protocol in usable:
         served = [record for record in records if record.protocol == protocol]
-        if protocol == "nvlink_intra":
+        if protocol in WITHIN_HOST:
             served = [record for record in served if record.fabric in ("", this_host())]
         if served:
             return protocol

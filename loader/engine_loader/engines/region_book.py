@@ -49,7 +49,7 @@ class RegionBook:
         return region if region is not None and addr + nbytes <= region.end else None
 
     def check_destination(self, op: ReadOp) -> None:
-        if self.holder_of(op.dst_addr, op.nbytes) is None:
+        if self.holder_of(op.dst_addr, op.dst_nbytes) is None:
             raise EngineFailed(
                 f"{op.nbytes} bytes at {op.dst_addr:#x} are not lent to the engine",
                 "lend the destination first",

@@ -38,7 +38,7 @@ class IntegrationConfig:
         instance: What the instance's name begins with. Empty: the engine's name.
         labels: Names and values by which people find the instance. None: none.
         host: The address of this machine for peers. Empty: the one on the way to etcd.
-        protocol: How peers read: tcp, rdma or nvlink_intra.
+        protocol: How peers read: tcp, rdma, cuda_ipc or nvlink_intra.
         device: Over rdma: names of devices, with commas between them; `"auto"`, those nearest to
             the GPU; or empty, all.
         fabric: A label of the network. Engines with equal labels reach each other.
@@ -49,7 +49,8 @@ class IntegrationConfig:
         timeout_s: How many seconds to wait for a peer that reads the weights.
         without_etcd_s: How many seconds to wait for an etcd that is away.
         required: Whether the engine fails to start where something of this library fails.
-        verify: `"header"`, or `"digest"` to compare every tensor with the digest of its source.
+        verify: `"header"`; `"digest"`, to compare every tensor with the digest of its source; or
+            `"auto"`, as in LoadOptions.
         fallback_format: The load format of the engine's own loader, which reads the checkpoint.
 
     Raises:
@@ -79,7 +80,7 @@ class IntegrationConfig:
     timeout_s: float = 600.0
     without_etcd_s: float = 30.0
     required: bool = False
-    verify: Verify = "header"
+    verify: Verify = "auto"
     fallback_format: str = "auto"
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine_loader.engines.base import Engine
-from engine_loader.engines.mooncake.engine import MooncakeEngine
+from engine_loader.engines.opening import open_engine
 from engine_loader.integrations.config import IntegrationConfig
 from engine_registry import Registry
 from engine_registry.lifetime import Closable
@@ -28,9 +28,9 @@ def connect_registry(config: IntegrationConfig) -> Registry:
     )
 
 
-def start_mooncake(config: IntegrationConfig, registry: Registry) -> Engine:
+def start_engine_of(config: IntegrationConfig, registry: Registry) -> Engine:
     """The transfer engine of the settings. Raises EngineUnavailable."""
-    return MooncakeEngine(
+    return open_engine(
         config.host or registry.local_address(),
         protocol=config.protocol,
         device=config.device,
@@ -45,7 +45,7 @@ class Connection(Closable):
         self,
         config: IntegrationConfig,
         connect: Connect = connect_registry,
-        start_engine: StartEngine = start_mooncake,
+        start_engine: StartEngine = start_engine_of,
     ) -> None:
         """Neither connects nor starts anything."""
         self._config = config

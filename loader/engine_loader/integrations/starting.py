@@ -22,7 +22,7 @@ from engine_loader.integrations.connecting import (
     Connection,
     StartEngine,
     connect_registry,
-    start_mooncake,
+    start_engine_of,
 )
 from engine_loader.integrations.logs import reason
 from engine_loader.integrations.outcome import Outcome
@@ -58,7 +58,7 @@ class ModelStart:
         seat: Seat,
         *,
         connect: Connect = connect_registry,
-        start_engine: StartEngine = start_mooncake,
+        start_engine: StartEngine = start_engine_of,
     ) -> None:
         """Neither connects nor starts anything.
 

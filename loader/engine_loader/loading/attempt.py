@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from engine_loader.engines.base import lend
 from engine_loader.errors import (
     Cancelled,
+    DigestsMissing,
     SourceEvicted,
     SourceLost,
     TornRead,
@@ -67,7 +68,20 @@ class Attempt:
             self._verify(check)
             digest_s = time.monotonic() - start - transfer_s
         most = max(range(len(entered)), key=lambda number: transfer.shares[number].nbytes)
-        return Filled(entered[most].record, spans, transfer.shares, transfer_s, digest_s)
+        outlived = [
+            source.record.key
+            for source, share in zip(entered, transfer.shares, strict=True)
+            if source.outlived and share.nbytes
+        ]
+        return Filled(
+            entered[most].record,
+            spans,
+            transfer.shares,
+            transfer_s,
+            digest_s,
+            verified=check is not None,
+            outlived=outlived,
+        )
 
     # -- sources
 
@@ -107,7 +121,9 @@ class Attempt:
     ) -> Transfer:
         """Of the spans that have not come before, and of the digests."""
         missing = self.received.arrivals.missing(spans)
-        ahead_nbytes = sum(span.nbytes for span in spans) - sum(span.nbytes for span in missing)
+        ahead_nbytes = sum(span.read_nbytes for span in spans) - sum(
+            span.read_nbytes for span in missing
+        )
         return Transfer(
             self.job.engine,
             [*missing, *(check.spans if check is not None else ())],
@@ -121,7 +137,7 @@ class Attempt:
 
     def _staging(self, spans: Sequence[Span], undo: ExitStack) -> Staging | None:
         """Buffers, if any of the reads needs one."""
-        staged = [span.nbytes for span in spans if span.lines]
+        staged = [span.nbytes for span in spans if span.staged]
         if not staged:
             return None
         nbytes = max(staged)
@@ -188,11 +204,19 @@ class Attempt:
     # -- checks
 
     def _digest_check(self, entered: Sequence[SourceRank], undo: ExitStack) -> DigestCheck | None:
-        if self.job.verify != "digest":
+        verify, engine = self.job.verify, self.job.engine
+        if verify == "header" or (verify == "auto" and not engine.tallies):
             return None
         parts = self.job.destination.parts
-        check = DigestCheck(entered, self.received.dst, parts, self.job.device)
-        check.lend(self.job.engine, undo)
+        try:
+            if verify == "auto" and {source.algorithm for source in entered} != {engine.tallies}:
+                return None
+            check = DigestCheck(entered, self.received.dst, parts, self.job.device)
+        except DigestsMissing:
+            if verify == "auto":
+                return None
+            raise
+        check.lend(engine, undo)
         return check
 
     def _verify(self, check: DigestCheck | None) -> None:

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from engine_loader.engines.mooncake.engine import MooncakeEngine
+from engine_loader.engines.base import ClosableEngine
+from engine_loader.engines.opening import open_engine
 from engine_loader.engines.protocols import protocol_for
 from engine_loader.files.whole_files import WholeFiles
 from engine_loader.loading.chosen_rank import rank_file, ranks_of
@@ -52,9 +53,9 @@ def fetch(
         registry: Finds the sources: a Registry, or the endpoints of etcd as `Registry.connect`
             takes them.
         host: The address of this machine. None finds the one on the way to etcd.
-        protocol: How to read, as for MooncakeEngine. None takes the quickest that the source is
+        protocol: How to read, as for open_engine. None takes the quickest that the source is
             served over and this machine has.
-        device: Which RDMA devices to use, as for MooncakeEngine.
+        device: Which RDMA devices to use, as for open_engine.
         force: Whether files that are there may be replaced.
         max_file_nbytes: Without `rank`: bytes of tensors in one file, at most, and so the memory
             that the call takes.
@@ -120,8 +121,8 @@ def _engine(
     host: str | None,
     protocol: str | None,
     device: str,
-) -> MooncakeEngine:
-    return MooncakeEngine(
+) -> ClosableEngine:
+    return open_engine(
         host or registry.local_address(),
         protocol_for(records) if protocol is None else protocol,
         device,

@@ -135,6 +135,7 @@ def load(
         )
     replica = as_replica(publish, source)
     pace = options.pace or pace_for(engine.protocol)
+    pace = replace(pace, costs=replace(pace.costs, strided=engine.strides))
     if replica is not None:
         pace = pace_in_chain(pace, destination.manifest.nbytes)
     job = Job(
@@ -211,7 +212,7 @@ def _search(job: Job, source: Wanted, place: Place | None, options: LoadOptions)
         options.contents,
         options.max_sources,
         by_rank,
-        pipelined=by_rank and options.pipelined and options.verify == "header",
+        pipelined=by_rank and options.pipelined and options.verify != "digest",
         hop=hop_nbytes / max(dst.nbytes, 1),
         cancel=options.cancel,
     )

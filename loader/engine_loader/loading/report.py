@@ -25,6 +25,8 @@ class Filled:
     shares: Sequence[Share]  # of this attempt
     transfer_s: float
     digest_s: float
+    verified: bool  # by digests
+    outlived: Sequence[str]  # keys of sources whose process has ended meanwhile
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class LoadReport:
             They are part of `seconds`. Over tcp they are next to nothing.
         shares: For each source of this content, the bytes that came from it, and why it was
             dropped, if it was.
+        verified: Whether digests of the sources prove every tensor, rather than the header alone.
+        outlived: The sources that were read to the end although their process had ended: their keys
+            in etcd. Only where memory is mapped, as over cuda_ipc.
         publication: The loaded rank as a source, if it was to be published. The caller closes it.
     """
 
@@ -70,6 +75,8 @@ class LoadReport:
     shares: tuple[Share, ...]
     regions: int = 0
     register_s: float = 0.0
+    verified: bool = False
+    outlived: tuple[str, ...] = ()
     publication: Publication | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -94,6 +101,7 @@ class LoadReport:
             **{name: getattr(self, name) for name in names},
             "seconds": round(self.seconds, 6),
             "sources": sources,
+            **({"outlived": list(self.outlived)} if self.outlived else {}),
         }
 
 
@@ -115,7 +123,7 @@ def report_of(
         protocol=record.protocol,
         tensors=len(received.dst.tensors),
         nbytes=sum(span.payload for span in filled.spans),
-        read_nbytes=sum(span.nbytes for span in filled.spans),
+        read_nbytes=sum(span.read_nbytes for span in filled.spans),
         reads=len(filled.spans),
         retries=retries,
         seconds=took_s,
@@ -123,6 +131,8 @@ def report_of(
         digest_s=filled.digest_s,
         shares=summed([*received.shares, *filled.shares]),
         regions=len(received.dst.regions),
+        verified=filled.verified,
+        outlived=tuple(filled.outlived),
         publication=publication,
     )
 

@@ -155,6 +155,13 @@ class Lines(NamedTuple):
             [(count - 1) * step for count, step in zip(self.counts, self.src_steps, strict=True)]
         )
 
+    @property
+    def dst_extent(self) -> int:
+        """From the first to the last byte on our side, with what lies between."""
+        return self.nbytes + sum(
+            [(count - 1) * step for count, step in zip(self.counts, self.dst_steps, strict=True)]
+        )
+
     def at(self, src: int, dst: int) -> Lines:
         """The same further on."""
         return Lines(
@@ -178,6 +185,18 @@ class Lines(NamedTuple):
             src = sum([index * step for index, step in zip(place, self.src_steps, strict=False)])
             dst = sum([index * step for index, step in zip(place, self.dst_steps, strict=False)])
             yield rest.at(src, dst)
+
+    def pieces(self, max_nbytes: int) -> Iterator[Lines]:
+        """In order, parts of up to so many bytes, or of one run."""
+        if not self.counts or self.payload <= max_nbytes:
+            yield self
+            return
+        at_once = max_nbytes // (self.payload // self.counts[0])
+        if at_once:
+            yield from self.split(at_once)
+        else:
+            for some in self.along(1):
+                yield from some.pieces(max_nbytes)
 
     def split(self, at_once: int) -> Iterator[Lines]:
         """In order, parts with up to `at_once` along the first axis; what is left on its own there

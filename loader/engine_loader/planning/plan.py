@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from engine_loader.errors import WeightsMismatch, listed
+from engine_loader.planning.boxes import Lines
 from engine_loader.planning.coverage import check_coverage
 from engine_loader.planning.matching import Offers, Origin
 from engine_loader.planning.reads import Costs, Span, Srcs, coalesce, cut_lines, gather
@@ -24,13 +25,21 @@ from engine_registry.schema.manifest import Manifest, TensorEntry
 class ReadOp:
     """Copy `nbytes` bytes from the source's `src_addr` to our `dst_addr`.
 
-    Stays inside one registered region on either side.
+    Stays inside one registered region on either side. `lines`, only for an engine that `strides`,
+    are the runs among these bytes that are to be copied: `src` and `dst` count from the two
+    addresses.
     """
 
     source: str
     src_addr: int
     dst_addr: int
     nbytes: int
+    lines: Lines | None = None
+
+    @property
+    def dst_nbytes(self) -> int:
+        """From the first to the last byte that is written, with what lies between."""
+        return self.nbytes if self.lines is None else self.lines.dst_extent
 
 
 _COSTS = Costs()
@@ -91,7 +100,9 @@ class Planner:
         refuse(" and ".join(dict.fromkeys(origin.name for origin in origins)), filling.problems)
         regions = [origin.manifest.regions for origin in origins]
         straight = [part for part in filling.parts if not part.lines]
-        spans = gather(coalesce(straight, regions, self._dst.regions), regions, self._costs)
+        spans = coalesce(straight, regions, self._dst.regions)
+        if not self._costs.strided:
+            spans = gather(spans, regions, self._costs)
         spans += [
             span for part in filling.parts if part.lines for span in cut_lines(part, self._costs)
         ]

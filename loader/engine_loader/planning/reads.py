@@ -2,7 +2,8 @@
 
 What lies in one run on both sides is read straight to its place, together with its neighbours. What
 lies in many short runs is read into a staging buffer, with what lies between the runs, and copied
-from there, where that costs less: see `Costs`.
+from there, where that costs less: see `Costs`. An engine that strides reads such runs to their
+places, and nothing else.
 """
 
 from __future__ import annotations
@@ -31,25 +32,41 @@ class Costs:
     copy_nbytes: int = 0
     copied: float = 0.3
     staged_nbytes: int = 4 << 20  # the most that one read into a staging buffer brings
+    strided: bool = False  # runs at equal distances are one read: nothing is staged
 
 
 class Span(NamedTuple):
     """`nbytes` bytes in a row, for each source that holds them: where. They go to our `dst_addr`;
     or, with `lines`, to a staging buffer, and from there (`src` counts from its beginning) to our
-    memory (`dst` is an address).
+    memory (`dst` is an address). If it is `strided`, only the bytes of its one `lines` are read,
+    straight to their places, of which `dst_addr` is the first.
     """
 
     dst_addr: int
     nbytes: int
     srcs: Srcs
     lines: tuple[Lines, ...] = ()
+    strided: bool = False
 
     @property
     def payload(self) -> int:
         """Bytes that are wanted, of those that are read."""
         return sum(some.payload for some in self.lines) if self.lines else self.nbytes
 
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes that are read."""
+        return self.payload if self.strided else self.nbytes
+
+    @property
+    def staged(self) -> bool:
+        return bool(self.lines) and not self.strided
+
     def cut(self, max_nbytes: int) -> Iterator[Span]:
+        if self.strided:
+            for some in self.lines[0].pieces(max_nbytes):
+                yield _strided(self.srcs, some)
+            return
         if self.lines:
             yield self
             return
@@ -70,6 +87,14 @@ def span_of(srcs: Srcs, some: Lines) -> Span:
     if some.counts:
         return Span(0, some.extent, _further(srcs, some.src), (some._replace(src=0),))
     return Span(some.dst, some.nbytes, _further(srcs, some.src))
+
+
+def _strided(srcs: Srcs, some: Lines) -> Span:
+    """As `span_of`, for an engine that strides."""
+    if not some.counts:
+        return span_of(srcs, some)
+    lines = (some._replace(src=0),)
+    return Span(some.dst, some.extent, _further(srcs, some.src), lines, strided=True)
 
 
 def _further(srcs: Srcs, by: int) -> Srcs:
@@ -150,9 +175,12 @@ def _as_one(members: Sequence[Span]) -> Sequence[Span]:
 
 def cut_lines(span: Span, costs: Costs) -> Iterator[Span]:
     """The cheapest way to read runs at equal distances: along some axes one by one, and the rest
-    into a staging buffer.
+    into a staging buffer; or all at once.
     """
     for lines in span.lines:
+        if costs.strided:
+            yield _strided(span.srcs, lines)
+            continue
         one_by_one, at_once = _cheapest(lines, costs)
         for some in lines.along(one_by_one):
             for few in some.split(at_once):

@@ -124,6 +124,8 @@ def peer_of_record(record: RankRecord) -> str:
 def fetch_header(engine: Engine, record: RankRecord, cell: HeaderCell) -> Header:
     """The source's header now, and as many of its marks, into the registered `cell`.
 
+    The engine is connected to the source already, unless an address is enough for it.
+
     SourceLost if what answers is not the process of the record.
     """
     cell.erase()

@@ -27,7 +27,7 @@ from engine_loader.tensors.remembered import RememberedTensors
 from engine_loader.tensors.state_dict import encode_values
 from engine_loader.tensors.uses import USES, Use
 from engine_registry import Manifest, RankRecord, Registry, new_incarnation
-from engine_registry.schema.record import new_content
+from engine_registry.schema.record import WITHIN_HOST, new_content
 from engine_registry.telemetry.metrics import enabled
 
 
@@ -122,7 +122,8 @@ def offer_weights(
     manifest = replace(weights.manifest, values=values, block_nbytes=block_nbytes)
     device = weights.devices[0]
     algorithm = algorithm_for(device)
-    digests = DigestCell(weights.parts, device, algorithm) if options.digests else None
+    wanted = engine.tallies == algorithm if options.digests is None else options.digests
+    digests = DigestCell(weights.parts, device, algorithm) if wanted else None
     memory = undo.enter_context(ExitStack())
     use = USES.serve(owner, weights.runs, filled_by)
     memory.callback(USES.end, use)
@@ -140,6 +141,8 @@ def offer_weights(
             found = digests.write(weights.parts)
             _check_digests(owner, found, expected)
             proven = content_of(manifest, found, algorithm)
+    cells = [header.region] + ([digests.region] if digests is not None else [])
+    manifest = replace(manifest, exports=engine.exports([*manifest.regions, *cells]))
     wait_for(weights.devices)  # readers do not know of streams
     incarnation, content = new_incarnation(), content or proven or new_content()
     header.write(Header(incarnation, 2 * version, content))
@@ -172,7 +175,7 @@ def _check_digests(
 
 def check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> None:
     """TensorsUnusable names those that are not in memory which peers can open."""
-    if engine.protocol != "nvlink_intra":
+    if engine.protocol not in WITHIN_HOST:
         return
     closed = [
         name
@@ -182,8 +185,8 @@ def check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> 
     ]
     if closed:
         raise TensorsUnusable(
-            f"{len(closed)} tensors cannot be opened by other processes over NVLink, which takes "
-            "memory of cudaMalloc, not the host's, nor expandable segments "
+            f"{len(closed)} tensors cannot be opened by other processes over {engine.protocol}, "
+            "which takes memory of cudaMalloc, not the host's, nor expandable segments "
             f"(PYTORCH_CUDA_ALLOC_CONF): {listed(closed)}",
             "move them, or use rdma or tcp",
             problems=closed,

@@ -1,37 +1,34 @@
 """Whether what was read is what the sources say that it is: tables of digests, read with the
 weights, beside our own digests.
+
+Ours are those of the bytes as they were read, where the engine sums these up on the way; else of
+the memory that was filled.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
+import numpy as np
 import torch
 
 from engine_loader import metrics
-from engine_loader.digests.table import DigestCell, digests_of
-from engine_loader.engines.base import Engine, lend
-from engine_loader.errors import DigestMismatch, DigestsMissing, listed
-from engine_loader.planning.matching import of_one_tensor
-from engine_loader.planning.placed import boxes_of, steps_of
+from engine_loader.digests.table import NBYTES, DigestCell, digest_of_sums, digests_of
+from engine_loader.engines.base import Engine, Tally, lend
+from engine_loader.errors import DigestMismatch, listed
+from engine_loader.planning.placed import steps_of
 from engine_loader.planning.reads import Span
-from engine_loader.planning.tied import stand_ins
+from engine_loader.publishing.header import peer_of_record
+from engine_loader.sources.proofs import Group, Piece, proofs_of, same_part
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
 from engine_loader.tensors.modes import plain_torch
 from engine_registry.schema.manifest import Manifest, Slices, TensorEntry
 
-_Piece = TensorEntry  # a part of a tensor whose digest is known; its address does not matter
-
 
 class DigestCheck:
-    """A source has digests of what it holds.
-
-    So where a tensor is put together from parts, those parts have to be whole there.
-    """
+    """Of one attempt: `lend`, read the `spans` with the weights, `compare`."""
 
     def __init__(
         self,
@@ -43,49 +40,41 @@ class DigestCheck:
         """DigestsMissing where they do not prove all of a tensor."""
         self._tensors = tensors
         self._device = device
+        self._sources = sources
         self._algorithm = sources[0].algorithm
-        self._sources = " and ".join(source.record.key for source in sources)
-        # sources whose tables say the same
-        groups: defaultdict[object, list[int]] = defaultdict(list)
-        for number, source in enumerate(sources):
-            groups[_content(source) if len(sources) > 1 else None].append(number)
-        offered = {offer.name for source in sources for offer in source.manifest.tensors}
-        self._tied = stand_ins(dst.tensors, offered)  # the digest of the other name proves them
-        wanted = {
-            entry.name: entry
-            for entry in dst.tensors
-            if entry.nbytes and entry.name not in self._tied
-        }
-        self._pieces: dict[_Piece, DigestCell] = {}  # the table that has its digest
+        self._proofs = proofs_of([source.manifest for source in sources], dst)
+        self._cells: dict[Group, DigestCell] = {}  # its table
+        self._tallies: dict[Group, list[Tally]] = {}
         self.spans: list[Span] = []
-        self._cells: list[DigestCell] = []
-        for numbers in groups.values():
-            content = sources[numbers[0]].manifest.tensors
-            pieces = [
-                replace(offer, addr=0)
-                for offer in content
-                if _proves(offer, wanted.get(offer.name))
-            ]
-            if not pieces:
-                continue
-            cell = DigestCell([offer.name for offer in content], device, self._algorithm)
-            self._cells.append(cell)
-            self._pieces.update(dict.fromkeys(pieces, cell))
+        for group in self._proofs.groups:
+            cell = self._cells[group] = DigestCell(group.names, device, self._algorithm)
             srcs = [
                 (number, table.addr)
-                for number in numbers
+                for number in group.numbers
                 if (table := sources[number].manifest.digests) is not None
             ]
             self.spans.append(Span(cell.region.addr, cell.region.nbytes, tuple(srcs)))
-        self._check_that_all_is_proven(wanted)
 
     def lend(self, engine: Engine, undo: ExitStack) -> None:
-        for cell in self._cells:
+        """Until `undo` is closed, the engine may read tables, and sums up what it reads."""
+        for cell in self._cells.values():
             lend(engine, undo, to_register(cell.region, self._device.type), owner=cell)
+        if engine.tallies != self._algorithm:
+            return
+        for group in self._proofs.groups:
+            tallies = self._tallies[group] = []
+            for number, regions in zip(group.numbers, group.regions, strict=True):
+                peer = peer_of_record(self._sources[number].record)
+                tally = engine.tally(peer, regions, self._device)
+                if tally is not None:
+                    undo.callback(tally.close)
+                    tallies.append(tally)
 
     def wants(self, span: Span) -> bool:
         """It brings a table, rather than weights."""
-        return any(cell.region.addr <= span.dst_addr < cell.region.end for cell in self._cells)
+        return any(
+            cell.region.addr <= span.dst_addr < cell.region.end for cell in self._cells.values()
+        )
 
     @plain_torch()
     def compare(self, dst: Manifest) -> None:
@@ -94,80 +83,72 @@ class DigestCheck:
         DigestMismatch names the tensors that are not what was published.
         """
         wanted = {entry.name: entry for entry in dst.tensors}
-        views: dict[_Piece, torch.Tensor] = {}
-        ours: dict[_Piece, bytes] = {}
-        for piece in self._pieces:
-            tensor, entry = self._tensors[piece.name], wanted[piece.name]
-            if _same_part(piece, entry):
-                views[piece] = tensor
-            elif piece.slices is None:
-                views[piece] = _part(tensor, entry.along, piece)
-            else:  # a copy, so one at a time
-                part = {piece: _part(tensor, entry.along, piece)}
-                ours |= digests_of(part, self._algorithm)
-        ours |= digests_of(views, self._algorithm)
-        theirs = {cell: cell.read() for cell in self._cells}
-        differing = {
-            piece.name
-            for piece, cell in self._pieces.items()
-            if ours[piece] != theirs[cell][piece.name]
-        }
-        differing |= {name for name, other in self._tied.items() if other in differing}
+        differing: set[str] = set()
+        for group, cell in self._cells.items():
+            theirs = cell.packed()
+            left = set(range(len(group.pieces)))
+            # A tally that is not as the table says may have got some bytes twice.
+            for number, digest in self._tallied(group):
+                at = NBYTES * group.slots[number]
+                if digest == theirs[at : at + NBYTES]:
+                    left.discard(number)
+            ours = self._digests([group.pieces[number] for number in sorted(left)], wanted)
+            for number in left:
+                at = NBYTES * group.slots[number]
+                piece = group.pieces[number]
+                if ours[piece] != theirs[at : at + NBYTES]:
+                    differing.add(piece.name)
+        tied = self._proofs.tied
+        differing |= {name for name, other in tied.items() if other in differing}
         wrong = [name for name in self._tensors if name in differing]
         if wrong:
             metrics.DIGEST_MISMATCHES.inc(amount=len(wrong))
+            names = " and ".join(source.record.key for source in self._sources)
             raise DigestMismatch(
-                f"{len(wrong)} of {len(self._tensors)} tensors are not what {self._sources} "
-                "published, though they were read "
-                f"whole: {listed(wrong)}",
+                f"{len(wrong)} of {len(self._tensors)} tensors are not what {names} "
+                f"published, though they were read whole: {listed(wrong)}",
                 "check both machines' memory, and whether anything writes to the source's "
                 "weights outside of `update`",
                 tensors=wrong,
                 complete=[name for name in self._tensors if name not in differing],
             )
 
-    def _check_that_all_is_proven(self, wanted: Mapping[str, TensorEntry]) -> None:
-        missing = {name: boxes_of(entry) for name, entry in wanted.items()}
-        for piece in self._pieces:
-            for box in boxes_of(piece):
-                missing[piece.name] = [
-                    rest for part in missing[piece.name] if part != box for rest in part.minus(box)
-                ]
-        unproven = [name for name, parts in missing.items() if parts]
-        if unproven:
-            raise DigestsMissing(
-                f"{len(unproven)} of {len(wanted)} tensors take only a part of what a rank "
-                "of the source holds, and digests are of "
-                f"all of that: {listed(unproven)}",
-                'load with `verify="header"`, or into the same layout',
-                tensors=unproven,
-            )
+    def _tallied(self, group: Group) -> Iterable[tuple[int, bytes]]:
+        """Numbers of pieces all of whose bytes were summed up, as far as their count says, and the
+        digest of what was read.
+        """
+        tallies = self._tallies.get(group)
+        if not tallies or not group.apart:
+            return
+        found = [tally.sums() for tally in tallies]
+        sums = np.sum([sums for sums, _ in found], axis=0, dtype=np.int64).tobytes()
+        nbytes = np.sum([nbytes for _, nbytes in found], axis=0)
+        firsts = tallies[0].firsts
+        came = np.add.reduceat(nbytes, firsts).tolist()
+        ends = [*firsts[1:].tolist(), len(nbytes)]
+        for number, first, end, count in zip(group.apart, firsts.tolist(), ends, came, strict=True):
+            if count == group.pieces[number].nbytes:
+                yield number, digest_of_sums(count, sums[8 * first : 8 * end])
+
+    def _digests(
+        self, pieces: Sequence[Piece], wanted: Mapping[str, TensorEntry]
+    ) -> dict[Piece, bytes]:
+        """Of our memory."""
+        views: dict[Piece, torch.Tensor] = {}
+        ours: dict[Piece, bytes] = {}
+        for piece in pieces:
+            tensor, entry = self._tensors[piece.name], wanted[piece.name]
+            if same_part(piece, entry):
+                views[piece] = tensor
+            elif piece.slices is None:
+                views[piece] = _part(tensor, entry.along, piece)
+            else:  # a copy, so one at a time
+                part = {piece: _part(tensor, entry.along, piece)}
+                ours |= digests_of(part, self._algorithm)
+        return ours | digests_of(views, self._algorithm)
 
 
-def _content(source: SourceRank) -> frozenset[object]:
-    """What its table has digests of, wherever it lies."""
-    return frozenset([replace(entry, addr=0) for entry in source.manifest.tensors])
-
-
-def _proves(offer: TensorEntry, entry: TensorEntry | None) -> bool:
-    """It is a part of what is wanted, if that is."""
-    if entry is None or not of_one_tensor(offer, entry):
-        return False
-    if _same_part(offer, entry):
-        return True
-    ours = boxes_of(entry)
-    return all(any(box.holds(part) for box in ours) for part in boxes_of(offer))
-
-
-def _same_part(offer: TensorEntry, entry: TensorEntry) -> bool:
-    return (offer.offsets, offer.shape, offer.slices) == (
-        entry.offsets,
-        entry.shape,
-        entry.slices,
-    )
-
-
-def _part(tensor: torch.Tensor, along: Slices, piece: _Piece) -> torch.Tensor:
+def _part(tensor: torch.Tensor, along: Slices, piece: Piece) -> torch.Tensor:
     """What of the tensor, which holds these slices, is the piece: with its dimensions in the order
     in which they lie in the memory that the digest is of.
     """

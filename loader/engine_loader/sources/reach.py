@@ -12,7 +12,7 @@ from engine_loader.engines.base import Engine
 from engine_loader.errors import SourceUnreachable
 from engine_registry import RankRecord
 from engine_registry.schema.address import family_of, host_of
-from engine_registry.schema.record import GATEWAY
+from engine_registry.schema.record import GATEWAY, WITHIN_HOST
 
 
 def reachable(
@@ -67,7 +67,7 @@ def _obstacle(engine: Engine, record: RankRecord) -> _Obstacle | None:
     if record.fabric and engine.fabric and record.fabric != engine.fabric:
         return _Obstacle(f"is on the fabric {record.fabric!r}, this engine on {engine.fabric!r}")
     if (
-        record.protocol == "nvlink_intra"
+        record.protocol in WITHIN_HOST
         and not (record.fabric and engine.fabric)
         and record.host != socket.gethostname()
     ):

@@ -68,6 +68,7 @@ class SourceRank:
         self.free_since: int | None = None
         self._reading = threading.Lock()
         self._bad_news: LoaderError | None = None
+        self.outlived = False  # its process has ended, and the engine reads its memory on
         self._has_news = threading.Event()
         self.record = record
         self.manifest = fetch_manifest(registry, record)
@@ -147,7 +148,9 @@ class SourceRank:
         Where no news comes of why it has gone, it may be so.
         """
         self._has_news.wait(_NEWS_S)
-        return self._bad_news is None or isinstance(self._bad_news, SourceEvicted)
+        if self._bad_news is None:
+            return not self.outlived
+        return isinstance(self._bad_news, SourceEvicted)
 
     def for_transfer(self) -> Source:
         """The rank as a Transfer takes it."""
@@ -187,7 +190,7 @@ class SourceRank:
 
     def _check_header(self) -> None:
         with on_default_stream(self._cell.device):
-            self._engine.connect(peer_of_record(self.record))
+            self._engine.connect(peer_of_record(self.record), self.manifest.exports)
             # a check that was given up as it hung may go on at the same time as the one after it
             with self._reading:
                 header = fetch_header(self._engine, self.record, self._cell)
@@ -200,18 +203,25 @@ class SourceRank:
 
     def _notice(self, event: Event) -> None:
         self._judge(event)
-        if self._bad_news is not None:
+        if self._bad_news is not None or self.outlived:
             self._has_news.set()
 
     def _judge(self, event: Event) -> None:
         if isinstance(event, RankLost) and event.record.incarnation == self.record.incarnation:
-            kind = SourceEvicted if event.reason in (EVICTED, SOURCE_EVICTED) else SourceLost
+            evicted = event.reason in (EVICTED, SOURCE_EVICTED)
+            if self._engine.outlives_sources and not evicted:
+                self.outlived = True  # its header says until the end what its memory holds
+                return
+            kind = SourceEvicted if evicted else SourceLost
             self._bad_news = kind(
                 f"{self.record.key} is not registered any more: {event.reason}", reason=event.reason
             )
         elif isinstance(event, RankJoined | RankUpdated) and event.record.key == self.record.key:
             now = event.record
             if now.incarnation != self.record.incarnation:
+                if self._engine.outlives_sources:
+                    self.outlived = True
+                    return
                 self._bad_news = SourceLost(f"{self.record.key} belongs to another process now")
             elif (now.version, now.content) != (self.record.version, self.record.content):
                 self._bad_news = self._torn(f"version {now.version} with content {now.content[:8]}")

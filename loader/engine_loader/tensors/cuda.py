@@ -17,7 +17,8 @@ import torch
 from engine_loader.errors import EngineFailed
 from engine_registry.schema.manifest import Region
 
-# of enum CUpointer_attribute
+# of enum CUpointer_attribute, and of CUmemorytype
+_MEMORY_TYPE, _OF_DEVICE = 2, 2
 _DEVICE_ORDINAL, _IS_LEGACY_CUDA_IPC_CAPABLE, _RANGE_START_ADDR, _RANGE_SIZE = (
     9,
     10,
@@ -43,6 +44,15 @@ def to_register(region: Region, device_type: str) -> Region:
         return region
     allocation = allocation_at(region.addr)
     return allocation if region.end <= allocation.end else region
+
+
+def device_of(addr: int) -> int | None:
+    """The number of the GPU that has the memory; None where it is not CUDA's."""
+    kind = ctypes.c_uint64()
+    code = _driver().cuPointerGetAttribute(ctypes.byref(kind), _MEMORY_TYPE, ctypes.c_uint64(addr))
+    if code != 0 or kind.value & 0xFFFFFFFF != _OF_DEVICE:
+        return None
+    return _attribute(_DEVICE_ORDINAL, addr) & 0xFFFFFFFF
 
 
 def can_be_opened_by_others(addr: int) -> bool:

@@ -25,7 +25,7 @@ class Chunks:
         # chunks that are not checked yet
         self._left = {holders: len(queue) for holders, queue in self._queues.items()}
         self._total_nbytes = self.left_nbytes = sum(
-            chunk.nbytes for queue in self._queues.values() for chunk in queue
+            chunk.read_nbytes for queue in self._queues.values() for chunk in queue
         )
 
     def _queue_of(self, chunk: Span) -> deque[Span]:

@@ -76,7 +76,7 @@ class Leaving:
         self._pipes = []
         for pipe in pipes:
             # nobody has checked it, nor will
-            pipe.share.nbytes -= sum(chunk.nbytes for chunk in pipe.unchecked + pipe.in_check)
+            pipe.share.nbytes -= sum(chunk.read_nbytes for chunk in pipe.unchecked + pipe.in_check)
             pipe.unchecked, pipe.in_check = [], []
             pipe.unsure = interrupted  # an interrupt may have kept from us that a read has begun
             if interrupted or pipe.in_flight or pipe.check is not None:

@@ -24,6 +24,7 @@ class Pace:
         patience_s: The same for a source that no other can replace, in several tries.
         starve_s: Seconds that a source which is loading itself may have nothing new.
         costs: When it pays to read more than is wanted.
+        small_depth: Chunks in flight, at most, that are so small that the time is in their number.
         hop_nbytes: Bytes that could be read while the next rank in a chain learns that a chunk has
             come.
         nap_s: Seconds between two looks: while something comes, and at most while nothing does.
@@ -39,16 +40,21 @@ class Pace:
     patience_s: float = 10.0
     starve_s: float = 3.0
     costs: Costs = field(default_factory=Costs)
+    small_depth: int = 64
     hop_nbytes: int = 0
     nap_s: tuple[float, float] = (50e-6, 1e-3)
 
 
+# cuda_ipc makes few launches of all that is in flight, so a window is as long as 40 ms of them.
 # Over tcp Mooncake serves a peer's reads in four lanes, so that less than eight in flight leaves
 # some idle. NVLink needs few chunks, and long ones: each costs Python some 10 µs, and so does each
 # copy there; and nobody else on the way has to be spared.
 _PACES = {
     "tcp": Pace(4 << 20, 8),
     "rdma": Pace(16 << 20, 8, hop_nbytes=4 << 30),
+    "cuda_ipc": Pace(
+        64 << 20, 256, 256, nap_s=(20e-6, 100e-6), hop_nbytes=8 << 30, small_depth=8192
+    ),
     "nvlink_intra": Pace(
         64 << 20,
         128,

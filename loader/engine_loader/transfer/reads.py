@@ -18,7 +18,6 @@ from engine_loader.transfer.pipe import Flight, Pipe
 
 # reads so small that the time is in their number: more of them may be in flight
 _SMALL_NBYTES = 64 << 10
-_SMALL_DEPTH = 64
 
 
 class Stage(Protocol):
@@ -56,17 +55,18 @@ class Reads:
                 chunk = queue[0]
                 if not pipe.has(chunk):
                     break
-                limit = pipe.window if chunk.nbytes > _SMALL_NBYTES else _SMALL_DEPTH
+                limit = pipe.window if chunk.nbytes > _SMALL_NBYTES else self._pace.small_depth
                 if len(pipe.in_flight) >= limit:
                     return
-                staged = self._stage.take() if self._stage is not None and chunk.lines else None
-                if chunk.lines and staged is None:
+                staged = self._stage.take() if self._stage is not None and chunk.staged else None
+                if chunk.staged and staged is None:
                     break  # until a buffer is free
                 read = ReadOp(
                     pipe.source.name,
                     pipe.src_addr(chunk),
                     chunk.dst_addr if staged is None else staged,
                     chunk.nbytes,
+                    chunk.lines[0]._replace(dst=0) if chunk.strided else None,
                 )
                 try:
                     number = self._engine.start(pipe.source.peer, read)
@@ -100,8 +100,8 @@ class Reads:
                 self._stage.copy(flight.staged, chunk.lines)
                 self._stage.give_back(flight.staged)
             pipe.unchecked.append(chunk)
-            pipe.share.nbytes += chunk.nbytes
-            self._chunks.left_nbytes -= chunk.nbytes
+            pipe.share.nbytes += chunk.read_nbytes
+            self._chunks.left_nbytes -= chunk.read_nbytes
             pipe.moved_at, pipe.silent_since = now, None
             pipe.failures = 0
             slow = now - flight.since > self._pace.slow_s
@@ -110,7 +110,7 @@ class Reads:
                 if slow
                 else min(pipe.window + 1, self._pace.depth)
             )
-            came += chunk.nbytes
+            came += chunk.read_nbytes
         return came
 
     def again(self, pipe: Pipe, number: int) -> None:

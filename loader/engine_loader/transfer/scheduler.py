@@ -61,7 +61,7 @@ class Transfer:
         self._on_progress = on_progress
         self._cancel = cancel or threading.Event()
         spans = list(spans)
-        if stage is None and any(span.lines for span in spans):
+        if stage is None and any(span.staged for span in spans):
             raise ValueError("there are spans to be staged, and no buffers for them")
         self._chunks = Chunks(spans, pace.chunk_nbytes)
         self._pipes = [
@@ -285,7 +285,7 @@ class Transfer:
         again = pipe.unchecked + pipe.in_check
         pipe.unchecked, pipe.in_check = [], []
         self._reads.put_back(again)
-        nbytes = sum(chunk.nbytes for chunk in again)
+        nbytes = sum(chunk.read_nbytes for chunk in again)
         pipe.share.nbytes -= nbytes
         self._chunks.left_nbytes += nbytes
         if self._active:

@@ -74,6 +74,22 @@ class DigestTable:
 
 
 @dataclass(frozen=True)
+class Export:
+    """An allocation that holds regions, and the handle by which other processes of the host map it
+    into their memory. What the handle is depends on the protocol.
+    """
+
+    addr: int
+    nbytes: int
+    handle: bytes
+
+    @property
+    def end(self) -> int:
+        """The address behind the last byte."""
+        return self.addr + self.nbytes
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The tensors of a rank, and the regions of memory that peers may read."""
 
@@ -84,6 +100,8 @@ class Manifest:
     values: Mapping[str, Any] = field(default_factory=dict)
     # each such block of the regions has a mark behind the header: whether it can be read; 0: none
     block_nbytes: int = 0
+    # of protocols that map memory, rather than to ask for it: also of header and digests
+    exports: tuple[Export, ...] = ()
 
     @property
     def nbytes(self) -> int:

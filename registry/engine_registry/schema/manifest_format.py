@@ -11,6 +11,7 @@ tensors takes to decode, `json` takes a seventh: the rest makes and checks the t
 
 from __future__ import annotations
 
+import base64
 import bisect
 import hashlib
 import itertools
@@ -24,6 +25,7 @@ from engine_registry.collector import collector_paused
 from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from engine_registry.schema.manifest import (
     DigestTable,
+    Export,
     Manifest,
     Region,
 )
@@ -43,6 +45,7 @@ MAX_UNPACKED_ITEMS = 20 << 20
 DIGEST_NBYTES = 16
 MAX_BOXES = 1024  # of one tensor: 256 experts, each fused of two, have 512
 MAX_FUSED_BOXES = 1 << 20  # of all tensors that are several boxes: a reader compares each of them
+MAX_HANDLE_NBYTES = 256  # of an export; CUDA's have 64
 MAX_MARKS = 4 << 20  # that a reader makes room for; of blocks of 1 MiB that is 4 TiB
 
 
@@ -73,6 +76,11 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
         data |= {"schema": 3, "slices": [entry.slices for entry in tensors]}
     if manifest.block_nbytes:
         data["block_nbytes"] = manifest.block_nbytes
+    if manifest.exports:
+        data["exports"] = [
+            [export.addr, export.nbytes, base64.b64encode(export.handle).decode()]
+            for export in manifest.exports
+        ]
     raw = json.dumps(data, separators=(",", ":")).encode()
     if problem := _too_much(raw):
         raise InvalidField(
@@ -204,7 +212,18 @@ def _from_json(data: dict[str, Any]) -> Manifest:
         _digest_table(data.get("digests")),
         values,
         natural(data.get("block_nbytes", 0)),
+        _exports(data.get("exports", [])),
     )
+
+
+def _exports(rows: Any) -> tuple[Export, ...]:
+    exports = []
+    for addr, nbytes, handle in rows:
+        export = Export(natural(addr), natural(nbytes), base64.b64decode(handle, validate=True))
+        if not 0 < len(export.handle) <= MAX_HANDLE_NBYTES or export.end > END_OF_MEMORY:
+            raise ValueError("one of its exports is no allocation with a handle")
+        exports.append(export)
+    return tuple(exports)
 
 
 def _strides_column(data: Mapping[str, Any], count: int) -> Any:

@@ -14,11 +14,11 @@ import atexit
 import itertools
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
-from engine_loader.engines.base import Engine, session_of
+from engine_loader.engines.base import ClosableEngine, session_of
 from engine_loader.engines.lingering import Lingering
 from engine_loader.engines.mooncake.binding import Binding
 from engine_loader.engines.mooncake.choice import choose, rails_of
@@ -30,9 +30,8 @@ from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, EngineUnavailable, LoaderError, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_loader.tensors.cuda import on_device_of, pci_address
-from engine_registry.lifetime import Closable
 from engine_registry.schema.address import join
-from engine_registry.schema.manifest import Region
+from engine_registry.schema.manifest import Export, Region
 from engine_registry.schema.record import PROTOCOLS
 
 # the list of them that a peer gets must fit into 1 MB; each takes longer to register than the one
@@ -43,7 +42,7 @@ _SHARED = ("rdma",)  # protocols over which one engine reads from all peers
 _OPEN: weakref.WeakSet[MooncakeEngine] = weakref.WeakSet()
 
 
-class MooncakeEngine(Closable, Engine):
+class MooncakeEngine(ClosableEngine):
     """Mooncake's transfer engine with peer-to-peer handshake: no metadata server.
 
     It listens on all interfaces. Every peer that reaches it may read AND WRITE registered memory:
@@ -173,7 +172,7 @@ class MooncakeEngine(Closable, Engine):
             self._lent.end(region)
         return None
 
-    def connect(self, peer: str) -> None:
+    def connect(self, peer: str, exports: Sequence[Export] = ()) -> None:
         self._open()
         with self._lock:
             if not self._reading:

@@ -23,7 +23,7 @@ from torch import nn
 from engine_loader.engines.base import Engine
 from engine_loader.errors import LoaderError
 from engine_loader.integrations.config import IntegrationConfig
-from engine_loader.integrations.connecting import connect_registry, start_mooncake
+from engine_loader.integrations.connecting import connect_registry, start_engine_of
 from engine_loader.integrations.groups import gathered, read_one_content
 from engine_loader.integrations.logs import reason
 from engine_loader.integrations.sglang.order import Order
@@ -118,7 +118,7 @@ def _pull(model: nn.Module, group: Any, order: Order) -> Catalogue:
 def _connected(config: IntegrationConfig) -> tuple[Registry, Engine]:
     """For all pulls: an engine over RDMA takes long to start."""
     registry = connect_registry(config)
-    engine = start_mooncake(config, registry)
+    engine = start_engine_of(config, registry)
     atexit.register(registry.close)
     atexit.register(engine.close)
     return registry, engine

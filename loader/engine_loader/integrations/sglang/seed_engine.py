@@ -5,7 +5,7 @@ reads with it.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from engine_loader.engines.base import Engine
@@ -13,6 +13,7 @@ from engine_loader.engines.region_book import Regions
 from engine_loader.errors import EngineFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry import Region
+from engine_registry.schema.manifest import Export
 
 
 class SeedEngine(Engine):
@@ -73,7 +74,7 @@ class SeedEngine(Engine):
     def take_back(self, region: Region) -> None:
         raise self._reads_nothing()
 
-    def connect(self, peer: str) -> None:
+    def connect(self, peer: str, exports: Sequence[Export] = ()) -> None:
         raise self._reads_nothing()
 
     def start(self, peer: str, op: ReadOp) -> int:

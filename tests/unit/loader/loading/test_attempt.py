@@ -124,6 +124,7 @@ class Offering:
     def __init__(self, bench: Bench, record: RankRecord, content: bytes, delay_s: float) -> None:
         self.record = record
         self.free_since: int | None = None
+        self.outlived = False
         self.engine: InProcessEngine = bench.stack.enter_context(InProcessEngine(delay_s=delay_s))
         self.memory = ctypes.create_string_buffer(content, NBYTES)
         self.reported: list[Progress] = []

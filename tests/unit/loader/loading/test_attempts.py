@@ -165,7 +165,7 @@ class Load:
                 raise step
             if step is not None:
                 step(self.attempts.received)
-            return Filled(sources[0].record, [], [], 0.25, 0.0)
+            return Filled(sources[0].record, [], [], 0.25, 0.0, verified=False, outlived=[])
 
         return SimpleNamespace(fill=fill)
 

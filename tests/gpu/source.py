@@ -1,4 +1,4 @@
-"""A rank on two GPUs: `python -m tests.gpu.nvlink_source ENDPOINT`.
+"""A rank on two GPUs: `python -m tests.gpu.source ENDPOINT PROTOCOL`.
 
 Does what each line on standard input says, then prints the line. `publish N`: leaves, frees its
 memory and publishes the content of number N. `copy N`: loads the content of number N, from whoever
@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 import torch
 
-from engine_loader import MooncakeEngine, Publication, PublishOptions, Replica, load, publish
+from engine_loader import Publication, PublishOptions, Replica, load, open_engine, publish
 from engine_registry import ModelIdentity, Registry
 
 Tensors = dict[str, torch.Tensor]
@@ -64,10 +64,10 @@ def change(publication: Publication, tensors: Tensors, command: str, number: str
         publication.replace(tensors)
 
 
-def main(endpoint: str) -> None:
+def main(endpoint: str, protocol: str) -> None:
     with (
         Registry.connect(endpoint) as registry,
-        MooncakeEngine("127.0.0.1", protocol="nvlink_intra") as engine,
+        open_engine("127.0.0.1", protocol) as engine,
     ):
         stack, tensors, publication = ExitStack(), Tensors(), None
         for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""From GPU to GPU of one host, over NVLink: two processes, real transfer engine, real etcd."""
+"""From GPU to GPU of one host, each way: two processes, real engines and etcd."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from contextlib import suppress
 import pytest
 import torch
 
-from engine_loader import LoadOptions, MooncakeEngine, load, publish
+from engine_loader import Engine, LoadOptions, load, open_engine, publish
+from engine_loader.engines.protocols import usable_protocols
 from engine_loader.errors import TensorsUnusable, TornRead
 from engine_loader.options import Verify
 from engine_registry import Registry
 from engine_registry.errors import InstanceIncomplete
 from engine_registry.etcd.local import LocalEtcd
-from tests.gpu.nvlink_source import MODEL, Tensors, content, late_content
+from tests.gpu.source import MODEL, Tensors, content, late_content
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,9 +27,9 @@ pytestmark = [
 
 
 class Source:
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, protocol: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.gpu.nvlink_source", endpoint],
+            [sys.executable, "-m", "tests.gpu.source", endpoint, protocol],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -58,16 +59,24 @@ def registry(etcd: LocalEtcd) -> Iterator[Registry]:
         yield registry
 
 
+@pytest.fixture(params=["cuda_ipc", "nvlink_intra"])
+def protocol(request: pytest.FixtureRequest) -> str:
+    protocol: str = request.param
+    if protocol not in usable_protocols():
+        pytest.skip(f"this machine has no {protocol}")
+    return protocol
+
+
 @pytest.fixture
-def source(etcd: LocalEtcd) -> Iterator[Source]:
-    source = Source(etcd.endpoint)
+def source(etcd: LocalEtcd, protocol: str) -> Iterator[Source]:
+    source = Source(etcd.endpoint, protocol)
     yield source
     source.kill()
 
 
 @pytest.fixture
-def engine() -> Iterator[MooncakeEngine]:
-    with MooncakeEngine("127.0.0.1", protocol="nvlink_intra") as engine:
+def engine(protocol: str) -> Iterator[Engine]:
+    with open_engine("127.0.0.1", protocol) as engine:
         yield engine
 
 
@@ -83,7 +92,7 @@ def assert_equal(found: Tensors, wanted: Tensors) -> None:
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1", None, "cpu"])
 def test_weights_arrive_on_any_device_and_as_often_as_they_are_loaded(
-    registry: Registry, source: Source, engine: MooncakeEngine, device: str | None
+    registry: Registry, source: Source, engine: Engine, device: str | None
 ) -> None:
     source.do("publish 1")
     verify: Verify
@@ -93,11 +102,11 @@ def test_weights_arrive_on_any_device_and_as_often_as_they_are_loaded(
             registry, engine, "a", rank=0, tensors=found, options=LoadOptions(verify=verify)
         )
         assert_equal(found, content(1))
-        assert report.protocol == "nvlink_intra"
+        assert report.protocol == engine.protocol
 
 
 def test_memory_that_a_process_publishes_later_is_not_taken_for_what_lay_there_before(
-    registry: Registry, source: Source, engine: MooncakeEngine
+    registry: Registry, source: Source, engine: Engine
 ) -> None:
     for number in (1, 2, 3):
         source.do(f"publish {number}")
@@ -111,7 +120,7 @@ def test_memory_that_a_process_publishes_later_is_not_taken_for_what_lay_there_b
 
 
 def test_weights_that_change_on_another_stream_are_loaded_in_one_version(
-    registry: Registry, source: Source, engine: MooncakeEngine
+    registry: Registry, source: Source, engine: Engine
 ) -> None:
     source.do("publish 0")
     ended = threading.Event()
@@ -136,7 +145,7 @@ def test_weights_that_change_on_another_stream_are_loaded_in_one_version(
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 def test_a_paused_rank_frees_its_memory_and_serves_the_same_or_other_weights_later(
-    registry: Registry, source: Source, engine: MooncakeEngine, device: str
+    registry: Registry, source: Source, engine: Engine, device: str
 ) -> None:
     source.do("publish 1")
     options = LoadOptions(verify="digest")
@@ -160,10 +169,10 @@ def test_a_paused_rank_frees_its_memory_and_serves_the_same_or_other_weights_lat
 
 
 def test_what_was_loaded_from_gpu_to_gpu_is_a_source_itself(
-    etcd: LocalEtcd, registry: Registry, source: Source, engine: MooncakeEngine
+    etcd: LocalEtcd, registry: Registry, source: Source, engine: Engine
 ) -> None:
     source.do("publish 1")
-    replica = Source(etcd.endpoint)
+    replica = Source(etcd.endpoint, engine.protocol)
     try:
         replica.do("copy 1")
         source.kill()
@@ -184,12 +193,12 @@ def test_what_was_loaded_from_gpu_to_gpu_is_a_source_itself(
 
 
 def test_memory_that_no_other_process_can_open_is_refused_by_name(
-    registry: Registry, engine: MooncakeEngine
+    registry: Registry, engine: Engine
 ) -> None:
     tensors = {"here": torch.zeros(10, device="cuda:0"), "there": torch.zeros(10)}
     with pytest.raises(
         TensorsUnusable,
-        match=r"1 tensors cannot be opened by other processes over NVLink.*: there: ",
+        match=r"1 tensors cannot be opened by other processes over .*: there: ",
     ):
         publish(registry, engine, instance="a", rank=0, world_size=1, tensors=tensors, model=MODEL)
     assert registry.instances() == ()

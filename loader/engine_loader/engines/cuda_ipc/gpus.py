@@ -1,0 +1,267 @@
+"""What the engine needs of CUDA: handles of allocations, memory mapped by a handle, and launches of
+the kernel.
+
+The handles are those of CUDA's interprocess communication, of 64 bytes, which the driver makes for
+an allocation of cudaMalloc. A process opens one for each GPU that reads. Memory stays as long as
+anybody has it mapped, also when its process has ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from engine_loader.engines.cuda_ipc.table import Blocks, Copy, Numbers, table_of
+from engine_loader.errors import EngineFailed
+from engine_loader.tensors.cuda import allocation_at, can_be_opened_by_others, device_of, wait_for
+from engine_loader.tensors.modes import plain_torch
+from engine_registry.schema.manifest import Export
+
+_HANDLE_NBYTES = 64
+_LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+
+
+class Launch(Protocol):
+    """Copies that a GPU makes."""
+
+    def done(self) -> bool:
+        """Whether they have been made; EngineFailed where the GPU has failed. Never waits."""
+
+    def wait(self) -> None:
+        """Until they have been made."""
+
+
+class Sums:
+    """What the words of pieces of a source's memory sum up to, as they are read into a GPU.
+
+    `nbytes` are those that have gone into each sum.
+    """
+
+    @plain_torch()
+    def __init__(self, blocks: Blocks, device: torch.device, close: Callable[[], object]) -> None:
+        self.blocks = blocks
+        self._close = close
+        self.memory = torch.zeros(max(1, len(blocks)), dtype=torch.int64, device=device)
+        self.nbytes = np.zeros(len(blocks), np.int64)
+        wait_for([device])
+
+    @property
+    def firsts(self) -> Numbers:
+        return self.blocks.firsts
+
+    def close(self) -> None:
+        self._close()
+
+    def sums(self) -> tuple[Numbers, Numbers]:
+        return self.memory.cpu().numpy()[: len(self.blocks)], self.nbytes
+
+
+class Gpus(Protocol):
+    """Where the engine reads from and to. GPUs are given by their numbers."""
+
+    def gpu_of(self, addr: int) -> int | None:
+        """The GPU that has the memory; None where the host has it."""
+
+    def number_of(self, device: torch.device) -> int | None:
+        """Of a GPU; None where it is none."""
+
+    def current(self) -> int:
+        """The calling thread's GPU."""
+
+    def export(self, addr: int) -> Export:
+        """The allocation that has the address; EngineFailed where others cannot open it."""
+
+    def open(self, handle: bytes, gpu: int) -> int:
+        """Where that GPU has another process's allocation from now on.
+
+        EngineFailed where the process has ended, or the GPU does not reach its memory.
+        """
+
+    def close(self, addr: int, gpu: int) -> None:
+        """Ends one `open`."""
+
+    def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:
+        """Begins the copies, on that GPU; into memory of the host (None) they are made at once."""
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_char * _HANDLE_NBYTES)]
+
+
+class CudaGpus:
+    """The GPUs that this process sees."""
+
+    def gpu_of(self, addr: int) -> int | None:
+        return device_of(addr)
+
+    def number_of(self, device: torch.device) -> int | None:
+        if device.type != "cuda":
+            return None
+        return self.current() if device.index is None else device.index
+
+    def current(self) -> int:
+        return torch.cuda.current_device()
+
+    def export(self, addr: int) -> Export:
+        if device_of(addr) is None or not can_be_opened_by_others(addr):
+            raise EngineFailed(
+                f"the memory at {addr:#x} cannot be opened by other processes",
+                "serve memory of cudaMalloc, not the host's, nor expandable segments "
+                "(PYTORCH_CUDA_ALLOC_CONF)",
+            )
+        allocation = allocation_at(addr)
+        handle = _Handle()
+        with _on(device_of(addr)):
+            _check(
+                _driver().cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(allocation.addr)),
+                f"no handle for the memory at {addr:#x}",
+            )
+        return Export(allocation.addr, allocation.nbytes, bytes(memoryview(handle)))
+
+    def open(self, handle: bytes, gpu: int) -> int:
+        if len(handle) != _HANDLE_NBYTES:
+            raise EngineFailed(f"a handle of {len(handle)} bytes is none of CUDA's")
+        addr = ctypes.c_uint64()
+        with _on(gpu):
+            _check(
+                _driver().cuIpcOpenMemHandle_v2(
+                    ctypes.byref(addr), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS
+                ),
+                "its process has ended, or its GPU is not reached by "
+                f"cuda:{gpu} (nvidia-smi topo -p2p r)",
+            )
+        return addr.value
+
+    def close(self, addr: int, gpu: int) -> None:
+        with _on(gpu):
+            _driver().cuIpcCloseMemHandle(ctypes.c_uint64(addr))
+
+    @plain_torch()
+    def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:
+        if gpu is None:
+            with _on(self.current()):
+                for copy in copies:
+                    _to_host(copy)
+            return Made()
+        from engine_loader.engines.cuda_ipc.kernel import copy_rows
+
+        table = table_of(copies, sums.blocks if sums is not None else None)
+        device = torch.device("cuda", gpu)
+        stream = _stream(gpu)
+        held: list[torch.Tensor] = []
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            for unit, rows in table.rows.items():
+                here = torch.from_numpy(rows).pin_memory()
+                there = here.to(device, non_blocking=True)
+                held += [here, there]
+                copy_rows(there, sums.memory if sums is not None else there, unit)
+            event = torch.cuda.Event()
+            event.record(stream)
+        if sums is not None:
+            sums.nbytes += table.added(len(sums.blocks))
+        return _Launched(event, held)
+
+
+class _Launched:
+    def __init__(self, event: torch.cuda.Event, held: list[torch.Tensor]) -> None:
+        self._event = event
+        self._held = held  # the table, until the GPU has read it
+
+    def done(self) -> bool:
+        try:
+            done = self._event.query()
+        except RuntimeError as exc:
+            raise _gpu_failed(exc) from exc
+        if done:
+            self._held.clear()
+        return bool(done)
+
+    def wait(self) -> None:
+        try:
+            self._event.synchronize()
+        except RuntimeError as exc:
+            raise _gpu_failed(exc) from exc
+
+
+class Made:
+    """Copies that have been made."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+def _gpu_failed(exc: RuntimeError) -> EngineFailed:
+    return EngineFailed(
+        f"the GPU has failed while it read ({str(exc).splitlines()[0]})",
+        "this process cannot use it any more: start it again",
+    )
+
+
+def _to_host(copy: Copy) -> None:
+    lines = [copy.lines] if copy.lines is not None else []
+    runs = [
+        (copy.src + run.src, copy.dst + run.dst, run.nbytes)
+        for some in lines
+        for run in some.along(len(some.counts))
+    ] or [(copy.src, copy.dst, copy.nbytes)]
+    for src, dst, nbytes in runs:
+        _check(
+            _driver().cuMemcpyDtoH_v2(
+                ctypes.c_void_p(dst), ctypes.c_uint64(src), ctypes.c_size_t(nbytes)
+            ),
+            "the memory of the GPU cannot be copied to the host's",
+        )
+
+
+@functools.cache
+def _stream(gpu: int) -> torch.cuda.Stream:
+    """That all reads into a GPU are on."""
+    return torch.cuda.Stream(gpu)
+
+
+def _on(gpu: int | None) -> Any:
+    """A thread that asks the driver has to be on the GPU, with its context."""
+    return _OnGpu(gpu or 0)
+
+
+class _OnGpu:
+    """The context of a GPU, as torch has it, is the thread's current one."""
+
+    def __init__(self, gpu: int) -> None:
+        self._gpu = gpu
+
+    def __enter__(self) -> None:
+        torch.cuda.init()
+        context = ctypes.c_void_p()
+        _check(
+            _driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), ctypes.c_int(self._gpu)),
+            f"cuda:{self._gpu} cannot be used",
+        )
+        _check(_driver().cuCtxPushCurrent_v2(context), f"cuda:{self._gpu} cannot be used")
+
+    def __exit__(self, *_: object) -> None:
+        _driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        _driver().cuDevicePrimaryCtxRelease_v2(ctypes.c_int(self._gpu))
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(code, ctypes.byref(name))
+        error = name.value.decode() if name.value else f"error {code}"
+        raise EngineFailed(f"{what} ({error})")
+
+
+@functools.cache
+def _driver() -> Any:
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuIpcOpenMemHandle_v2.argtypes = [ctypes.c_void_p, _Handle, ctypes.c_uint]
+    return driver

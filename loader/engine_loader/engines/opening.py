@@ -1,0 +1,34 @@
+"""`open_engine`: the transfer engine for a protocol."""
+
+from __future__ import annotations
+
+from engine_loader.engines.base import ClosableEngine
+from engine_loader.engines.cuda_ipc.engine import CudaIpcEngine
+from engine_loader.engines.mooncake.engine import MooncakeEngine
+from engine_loader.errors import EngineUnavailable
+
+
+def open_engine(
+    host: str, protocol: str = "tcp", device: str = "", fabric: str = ""
+) -> ClosableEngine:
+    """Starts the transfer engine that reads over a protocol.
+
+    Args:
+        host: The address of this machine that peers connect to.
+        protocol: How to read: tcp, rdma, cuda_ipc or nvlink_intra.
+        device: Over rdma: as for MooncakeEngine.
+        fabric: A label of the network. Engines with equal labels reach each other.
+
+    Returns:
+        The engine, which the caller closes.
+
+    Raises:
+        EngineUnavailable: The engine cannot be started here, or the protocol is unknown.
+    """
+    if protocol != "cuda_ipc":
+        return MooncakeEngine(host, protocol, device, fabric)
+    if device:
+        raise EngineUnavailable(
+            f"cuda_ipc uses no RDMA device, and {device!r} is given", "leave `device` out"
+        )
+    return CudaIpcEngine(host, fabric)
