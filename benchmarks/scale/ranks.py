@@ -136,5 +136,5 @@ def _moved(manifest: Manifest, nbytes: int) -> Manifest:
     return replace(
         manifest,
         tensors=tuple(replace(each, addr=each.addr + nbytes) for each in manifest.tensors),
-        regions=tuple(replace(each, addr=each.addr + nbytes) for each in manifest.regions),
+        regions=tuple(each._replace(addr=each.addr + nbytes) for each in manifest.regions),
     )

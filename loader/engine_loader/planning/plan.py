@@ -117,12 +117,13 @@ class Planner:
     def _kept(self, origins: Sequence[Origin]) -> tuple[Span, ...] | None:
         for made in tuple(_PLANS):
             same = (made.costs, made.partial) == (self._costs, self._partial)
-            if (
-                same
-                and _alike(made.origins, origins)
-                and (made.dst is self._dst or made.dst == self._dst)
-            ):
-                return made.spans
+            if not same or not _alike(made.origins, origins):
+                continue
+            if made.dst is not self._dst:
+                if made.dst != self._dst:
+                    continue
+                made.dst = self._dst  # the same object may come again, and is compared at once
+            return made.spans
         return None
 
 
@@ -136,7 +137,8 @@ class _Filling(NamedTuple):
     parts: list[Span]
 
 
-class _Plan(NamedTuple):
+@dataclass
+class _Plan:
     origins: list[Origin]
     dst: Manifest
     costs: Costs

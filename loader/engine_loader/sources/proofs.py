@@ -50,7 +50,7 @@ class Proofs:
     tied: Mapping[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Made:
     manifests: Sequence[Manifest]
     dst: Manifest
@@ -66,11 +66,13 @@ def proofs_of(manifests: Sequence[Manifest], dst: Manifest) -> Proofs:
     as plans are.
     """
     for made in tuple(_KEPT):
-        if (
-            len(made.manifests) == len(manifests)
-            and all(one is other for one, other in zip(made.manifests, manifests, strict=True))
-            and (made.dst is dst or made.dst == dst)
+        if len(made.manifests) == len(manifests) and all(
+            one is other for one, other in zip(made.manifests, manifests, strict=True)
         ):
+            if made.dst is not dst:
+                if made.dst != dst:
+                    continue
+                made.dst = dst  # the same object may come again, and is compared at once
             return made.proofs
     proofs = _make(manifests, dst)
     _KEPT.append(_Made(list(manifests), dst, proofs))

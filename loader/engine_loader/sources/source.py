@@ -6,13 +6,21 @@ from __future__ import annotations
 
 import logging
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 
 from engine_loader.digests.table import ALGORITHMS
 from engine_loader.engines.base import Engine, lend
-from engine_loader.errors import DigestsMissing, LoaderError, SourceEvicted, SourceLost, TornRead
+from engine_loader.errors import (
+    DigestsMissing,
+    EngineFailed,
+    LoaderError,
+    ReadFailed,
+    SourceEvicted,
+    SourceLost,
+    TornRead,
+)
 from engine_loader.planning.arrivals import Blocks
 from engine_loader.planning.matching import Origin
 from engine_loader.publishing.header import HeaderCell, fetch_header, peer_of_record
@@ -67,6 +75,8 @@ class SourceRank:
         self._ticket: PullTicket | None = None
         self.free_since: int | None = None
         self._reading = threading.Lock()
+        self._connecting = threading.Lock()
+        self._connected = False
         self._bad_news: LoaderError | None = None
         self.outlived = False  # its process has ended, and the engine reads its memory on
         self._has_news = threading.Event()
@@ -127,6 +137,10 @@ class SourceRank:
             if ticket is None:
                 return False
             self._ticket = undo.enter_context(ticket)
+        if self._engine.outlives_sources and self._blocks is None:
+            threading.Thread(
+                target=self._meet, name=f"contact with {self.record.key}", daemon=True
+            ).start()
         watch = self._registry.watch(self.record.instance, self.record.rank)
         undo.callback(watch.stop)
         watch.call(self._notice)
@@ -165,6 +179,7 @@ class SourceRank:
             self._check_header,
             lambda: self._bad_news,
             stock,
+            lambda: self._connected,
         )
 
     def _has(self, addr: int, nbytes: int) -> bool:
@@ -188,9 +203,19 @@ class SourceRank:
             )
             return True
 
+    def _meet(self) -> None:
+        """Its memory is mapped while the plan is made. The first check says why it cannot be."""
+        with suppress(ReadFailed, EngineFailed), on_default_stream(self._cell.device):
+            self._connect()
+            self._connected = True
+
+    def _connect(self) -> None:
+        with self._connecting:
+            self._engine.connect(peer_of_record(self.record), self.manifest.exports)
+
     def _check_header(self) -> None:
         with on_default_stream(self._cell.device):
-            self._engine.connect(peer_of_record(self.record), self.manifest.exports)
+            self._connect()
             # a check that was given up as it hung may go on at the same time as the one after it
             with self._reading:
                 header = fetch_header(self._engine, self.record, self._cell)

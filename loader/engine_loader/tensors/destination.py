@@ -8,7 +8,7 @@ import torch
 
 from engine_loader.errors import TensorsUnusable, listed
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.tensors.regions import describe, devices_of, moved
+from engine_loader.tensors.regions import describe, devices_of, in_place, moved, places_of
 from engine_loader.tensors.shards import Shard, local_parts
 from engine_loader.tensors.uses import runs_of
 from engine_loader.tensors.writable import check_writable
@@ -41,6 +41,7 @@ class Destination(Mapping[str, torch.Tensor]):
         self.manifest = describe(self.parts, boxes)
         self.devices = devices_of(self.parts)
         self.runs = runs_of(self.manifest.tensors)
+        self._places = places_of(self._tensors.values())
         # A tensor may be given other memory; what it had stays as long as peers may read it or
         # reads may write to it.
         self._writable = False  # as far as it is known
@@ -79,6 +80,8 @@ class Destination(Mapping[str, torch.Tensor]):
         """TensorsUnusable names each tensor that is not where it was when this was made, after
         `what`.
         """
+        if self._places is not None and in_place(self._tensors.values(), self._places):
+            return
         if problems := moved(self._tensors, self.manifest):
             raise TensorsUnusable(f"{what}: {listed(problems)}", remedy, problems=problems)
 

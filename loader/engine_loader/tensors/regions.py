@@ -5,7 +5,7 @@ each tensor.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from engine_registry.collector import collector_paused
 from engine_registry.schema.manifest import Manifest, Region, TensorEntry, dense_strides
 
 _MANY_STORAGES = 1_000
+Place = tuple[int, torch.Size, torch.dtype, tuple[int, ...]]
 
 
 @collector_paused
@@ -122,6 +123,29 @@ def _regions(storages: Mapping[tuple[int, str], int]) -> tuple[Region, ...]:
 
 def _page(addr: int) -> int:
     return addr // mmap.PAGESIZE
+
+
+@collector_paused
+def places_of(tensors: Iterable[torch.Tensor]) -> list[Place] | None:
+    """Where each tensor is, and what: for `in_place`. None where they are not all plain ones."""
+    some = list(tensors)
+    if any(type(tensor) not in _PLAIN for tensor in some):
+        return None
+    return [(one.data_ptr(), one.shape, one.dtype, one.stride()) for one in some]
+
+
+def in_place(tensors: Iterable[torch.Tensor], places: Iterable[Place]) -> bool:
+    """Whether they are as they were; False also where it takes a closer look."""
+    try:
+        return all(
+            one.data_ptr() == addr
+            and one.shape == shape
+            and one.dtype is dtype
+            and one.stride() == strides
+            for one, (addr, shape, dtype, strides) in zip(tensors, places, strict=True)
+        )
+    except Exception:  # noqa: BLE001  they may be anything by now, and raise whatever they like
+        return False
 
 
 def moved(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[str]:

@@ -39,7 +39,7 @@ class Source:
 
     `check` raises if it is not, or not any more, what it was resolved to be: SourceLost, TornRead,
     ReadFailed. `lost` has, without waiting, news to the same effect from elsewhere. Without a stock
-    it has everything.
+    it has everything. Once it is `ready` it is read from while the first check goes on.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Source:
     check: Callable[[], None]
     lost: Callable[[], LoaderError | None] = lambda: None
     stock: Stock | None = None
+    ready: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -115,6 +116,11 @@ class Pipe:
     def waits(self) -> bool:
         """There are chunks for it to bring that it does not have, and none that it has."""
         return self.source.stock is not None and any(self.queues) and not self.has_next()
+
+    @property
+    def may_begin(self) -> bool:
+        """It is checked for the first time, and what it brings meanwhile may be good."""
+        return self.check is not None and not self.failures and self.source.ready()
 
     def silent_s(self, now: float) -> float:
         """For how long nothing has come, although something was asked for."""

@@ -170,7 +170,7 @@ class Transfer:
             self._read_failed(pipe, pipe.failure)
         elif pipe.in_flight and now - pipe.moved_at > self._pace.stall_s:
             self._stalled(pipe, now)
-        elif pipe.open and pipe.failure is None:
+        elif (pipe.open or pipe.may_begin) and pipe.failure is None:
             self._reads.fill(pipe, now)
             if pipe.source.stock is not None:
                 self._see_to_its_stock(pipe, now)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 Slices = tuple[tuple[tuple[int, int], ...], ...]  # along each dimension: (start, stop) of each
 
@@ -50,8 +51,7 @@ class TensorEntry:
         return prod(map(len, self.slices)) if self.slices is not None else 1
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """A range of registered memory. One read stays inside one region."""
 
     addr: int
@@ -103,7 +103,7 @@ class Manifest:
     # of protocols that map memory, rather than to ask for it: also of header and digests
     exports: tuple[Export, ...] = ()
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """The bytes of all tensors; tied tensors count for each name."""
         return sum(entry.nbytes for entry in self.tensors)

@@ -31,8 +31,10 @@ from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry.schema.manifest import Export, Region
 
-# of one launch: a millisecond or two, so that what comes is seen, and the next one is ready in time
-_LAUNCH_NBYTES = 512 << 20
+# Of one launch. The first one is short, so that the GPU begins; each that follows takes as long as
+# the next one takes to be made ready; and after the longest ones, of 11 ms, what has come is seen.
+_FIRST_NBYTES = 256 << 20
+_LAUNCH_NBYTES = 4 << 30
 _KEPT_BLOCKS = 8  # for the next load of the same
 
 
@@ -88,7 +90,7 @@ class CudaIpcEngine(ClosableEngine):
         self._lock = threading.Lock()  # of what follows
         self._reads: dict[int, _Read] = {}
         self._waiting: defaultdict[tuple[Source, int | None], _Waiting] = defaultdict(_Waiting)
-        self._last: dict[tuple[Source, int | None], Launch] = {}
+        self._enough: dict[tuple[Source, int | None], int] = {}  # bytes of the next launch
         self._sums: dict[tuple[str, int], Sums] = {}  # by peer and GPU
         self._blocks: deque[tuple[Sequence[Region], Blocks]] = deque(maxlen=_KEPT_BLOCKS)
         self._numbers = itertools.count(1)
@@ -236,7 +238,7 @@ class CudaIpcEngine(ClosableEngine):
             waiting = self._waiting[source, gpu]
             waiting.reads.append(read)
             waiting.nbytes += op.nbytes
-            if waiting.nbytes >= _LAUNCH_NBYTES:
+            if waiting.nbytes >= self._enough.get((source, gpu), _FIRST_NBYTES):
                 self._launch(source, gpu)
         return number
 
@@ -244,13 +246,12 @@ class CudaIpcEngine(ClosableEngine):
         with self._lock:
             read = self._reads[number]
             if read.launch is None and read.failure is None:
-                last = self._last.get((read.source, read.gpu))
-                if last is not None and not last.done():
-                    return False  # until the GPU is free, more may come
                 self._launch(read.source, read.gpu)
             if read.failure is None and (read.launch is None or not read.launch.done()):
                 return False
             del self._reads[number]
+            if not self._reads:
+                self._enough.clear()
         self._sources.end(read.source)
         if read.failure is not None:
             raise read.failure
@@ -258,8 +259,10 @@ class CudaIpcEngine(ClosableEngine):
 
     def _launch(self, source: Source, gpu: int | None) -> None:
         """All that waits for it; what cannot be read has failed."""
+        waiting = self._waiting.pop((source, gpu))
+        self._enough[source, gpu] = min(2 * max(waiting.nbytes, _FIRST_NBYTES), _LAUNCH_NBYTES)
         reads, copies = [], []
-        for read in self._waiting.pop((source, gpu)).reads:
+        for read in waiting.reads:
             try:
                 src = source.address(read.op, gpu)
             except ReadFailed as exc:
@@ -271,7 +274,6 @@ class CudaIpcEngine(ClosableEngine):
         if copies:
             sums = self._sums.get((source.peer, gpu)) if gpu is not None else None
             launch = self._gpus.launch(gpu, copies, sums)
-            self._last[source, gpu] = launch
             for read in reads:
                 read.launch = launch
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from engine_loader.tensors.modes import plain_torch
 from engine_registry.schema.manifest import Export
 
 _HANDLE_NBYTES = 64
+_SHORT_NBYTES = 16 << 10  # of a table: it is copied by the driver, and needs no memory of its own
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 
 
@@ -152,11 +154,13 @@ class CudaGpus:
 
         table = table_of(copies, sums.blocks if sums is not None else None)
         device = torch.device("cuda", gpu)
-        stream = _stream(gpu)
+        stream = next(_streams(gpu))
         held: list[torch.Tensor] = []
         with torch.cuda.device(device), torch.cuda.stream(stream):
             for unit, rows in table.rows.items():
-                here = torch.from_numpy(rows).pin_memory()
+                here = torch.from_numpy(rows)
+                if rows.nbytes > _SHORT_NBYTES:
+                    here = here.pin_memory()
                 there = here.to(device, non_blocking=True)
                 held += [here, there]
                 copy_rows(there, sums.memory if sums is not None else there, unit)
@@ -222,9 +226,9 @@ def _to_host(copy: Copy) -> None:
 
 
 @functools.cache
-def _stream(gpu: int) -> torch.cuda.Stream:
-    """That all reads into a GPU are on."""
-    return torch.cuda.Stream(gpu)
+def _streams(gpu: int) -> Iterator[torch.cuda.Stream]:
+    """Two in turns, so that a launch begins while the last rows of the one before are copied."""
+    return itertools.cycle([torch.cuda.Stream(gpu), torch.cuda.Stream(gpu)])
 
 
 def _on(gpu: int | None) -> Any:

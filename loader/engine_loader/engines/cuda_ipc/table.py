@@ -27,7 +27,7 @@ from engine_registry.schema.manifest import Region
 Numbers = npt.NDArray[np.int64]
 COLUMNS = 9
 SRC, DST, WIDTH, SRC_STEP, DST_STEP, FIRST, COUNT, SLOT, AHEAD = range(COLUMNS)
-_ROW_NBYTES = 1 << 20  # of a row: some rows for each of a GPU's processors, also of little
+_ROW_NBYTES = 512 << 10  # of a row: some rows for each of a GPU's processors, also of little
 BLOCK_NBYTES = 4 << 20  # of a sum of `multilinear_64`
 
 
@@ -49,6 +49,11 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self.whose)
+
+    def touch(self, addr: int, nbytes: int) -> bool:
+        """Whether any of these bytes belong to a piece."""
+        place = np.searchsorted(self._begins, addr + nbytes) - 1
+        return bool(place >= 0 and self._ends[place] > addr)
 
     def slots_of(self, begins: Numbers) -> tuple[Numbers, Numbers]:
         """Of bytes that begin there and reach across no bound: their slots, -1 where they belong to
@@ -93,6 +98,8 @@ class Table:
 
 def table_of(copies: Sequence[Copy], blocks: Blocks | None = None) -> Table:
     """The rows that make these copies, none of which touches what another one writes."""
+    if len(copies) == 1 and (row := _single_row(copies[0], blocks)):
+        return Table({4: np.array([row], np.int64)})
     runs = _split_edges(_runs_of(copies))
     rows = {}
     units = _units(runs)
@@ -101,6 +108,18 @@ def table_of(copies: Sequence[Copy], blocks: Blocks | None = None) -> Table:
         if len(some):
             rows[unit] = _rows(some, unit, blocks if unit == 4 else None)
     return Table(rows)
+
+
+def _single_row(copy: Copy, blocks: Blocks | None) -> tuple[int, ...] | None:
+    """Of a short copy of words that are not summed up, as headers are."""
+    if copy.lines is not None or copy.nbytes > _ROW_NBYTES:
+        return None
+    if blocks is not None and blocks.touch(copy.at, copy.nbytes):
+        return None
+    if (copy.src | copy.dst | copy.nbytes) % 4:
+        return None
+    words = copy.nbytes // 4
+    return copy.src, copy.dst, words, 0, 0, 0, words, -1, 0
 
 
 # of runs: as of a row, in bytes, with the source's address of the first, and how many there are
