@@ -28,7 +28,7 @@ pytestmark = [
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 
-@pytest.fixture(params=["tcp", "nvlink_intra"])
+@pytest.fixture(params=["tcp", "nvlink_intra", "cuda_ipc"])
 def settings(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     with LocalEtcd() as etcd:
         yield {"etcd": etcd.endpoint, "host": "127.0.0.1", "protocol": request.param}

@@ -79,7 +79,7 @@ class CudaIpcEngine(ClosableEngine):
             gpus: What it uses of CUDA. For tests.
 
         Raises:
-            EngineUnavailable: Nothing can listen at that address.
+            EngineUnavailable: There is no GPU or no Triton, or nothing can listen at that address.
         """
         self._fabric = fabric or this_host()
         self._gpus: Gpus = gpus or CudaGpus()
@@ -259,7 +259,7 @@ class CudaIpcEngine(ClosableEngine):
 
     def _launch(self, source: Source, gpu: int | None) -> None:
         """All that waits for it; what cannot be read has failed."""
-        waiting = self._waiting.pop((source, gpu))
+        waiting = self._waiting.pop((source, gpu), _Waiting())
         self._enough[source, gpu] = min(2 * max(waiting.nbytes, _FIRST_NBYTES), _LAUNCH_NBYTES)
         reads, copies = [], []
         for read in waiting.reads:
@@ -271,11 +271,17 @@ class CudaIpcEngine(ClosableEngine):
             op = read.op
             reads.append(read)
             copies.append(Copy(src, op.dst_addr, op.src_addr, op.nbytes, op.lines))
-        if copies:
-            sums = self._sums.get((source.peer, gpu)) if gpu is not None else None
+        if not copies:
+            return
+        sums = self._sums.get((source.peer, gpu)) if gpu is not None else None
+        try:
             launch = self._gpus.launch(gpu, copies, sums)
+        except EngineFailed as exc:
             for read in reads:
-                read.launch = launch
+                read.failure = link.failed(source.session_id, exc.what)
+            raise
+        for read in reads:
+            read.launch = launch
 
     def abandon(self, peer: str) -> None:
         self._abandoned[peer] += 1

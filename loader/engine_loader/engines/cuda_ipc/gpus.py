@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from engine_loader.engines.cuda_ipc.table import Blocks, Copy, Numbers, table_of
-from engine_loader.errors import EngineFailed
+from engine_loader.errors import EngineFailed, EngineUnavailable
 from engine_loader.tensors.cuda import allocation_at, can_be_opened_by_others, device_of, wait_for
 from engine_loader.tensors.modes import plain_torch
 from engine_registry.schema.manifest import Export
@@ -98,6 +99,18 @@ class _Handle(ctypes.Structure):
 class CudaGpus:
     """The GPUs that this process sees."""
 
+    def __init__(self) -> None:
+        """EngineUnavailable where there are none, or no Triton."""
+        if not torch.cuda.is_available():
+            raise EngineUnavailable(
+                "no GPU of CUDA can be used here", "use tcp or rdma; see engines doctor"
+            )
+        if importlib.util.find_spec("triton") is None:
+            raise EngineUnavailable(
+                "Triton is not installed, whose kernel reads over cuda_ipc",
+                "pip install triton, or use nvlink_intra",
+            )
+
     def gpu_of(self, addr: int) -> int | None:
         return device_of(addr)
 
@@ -150,8 +163,7 @@ class CudaGpus:
                 for copy in copies:
                     _to_host(copy)
             return Made()
-        from engine_loader.engines.cuda_ipc.kernel import copy_rows
-
+        copy_rows = _kernel()
         table = table_of(copies, sums.blocks if sums is not None else None)
         device = torch.device("cuda", gpu)
         stream = next(_streams(gpu))
@@ -169,6 +181,25 @@ class CudaGpus:
         if sums is not None:
             sums.nbytes += table.added(len(sums.blocks))
         return _Launched(event, held)
+
+
+def _kernel() -> Callable[[torch.Tensor, torch.Tensor, int], None]:
+    from engine_loader.engines.cuda_ipc.kernel import copy_rows
+
+    def copy(table: torch.Tensor, sums: torch.Tensor, unit: int) -> None:
+        try:
+            copy_rows(table, sums, unit)
+        except Exception as exc:  # Triton has no common base of its errors
+            raise EngineFailed(
+                f"Triton cannot compile or start its kernel ({_first_line(exc)})",
+                "install a C compiler (apt install gcc), or use nvlink_intra",
+            ) from exc
+
+    return copy
+
+
+def _first_line(exc: Exception) -> str:
+    return next(iter(str(exc).splitlines()), type(exc).__name__)
 
 
 class _Launched:
@@ -204,7 +235,7 @@ class Made:
 
 def _gpu_failed(exc: RuntimeError) -> EngineFailed:
     return EngineFailed(
-        f"the GPU has failed while it read ({str(exc).splitlines()[0]})",
+        f"the GPU has failed while it read ({_first_line(exc)})",
         "this process cannot use it any more: start it again",
     )
 
