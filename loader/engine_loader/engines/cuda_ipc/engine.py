@@ -87,6 +87,7 @@ class CudaIpcEngine(ClosableEngine):
         self._lent = RegionBook()
         self._gpu_of: dict[int, int | None] = {}  # by where a lent region begins
         self._sources = Sources()
+        self._launching = threading.Lock()  # held while reads become a launch; taken first
         self._lock = threading.Lock()  # of what follows
         self._reads: dict[int, _Read] = {}
         self._waiting: defaultdict[tuple[Source, int | None], _Waiting] = defaultdict(_Waiting)
@@ -238,17 +239,18 @@ class CudaIpcEngine(ClosableEngine):
             waiting = self._waiting[source, gpu]
             waiting.reads.append(read)
             waiting.nbytes += op.nbytes
-            if waiting.nbytes >= self._enough.get((source, gpu), _FIRST_NBYTES):
-                self._launch(source, gpu)
+            enough = waiting.nbytes >= self._enough.get((source, gpu), _FIRST_NBYTES)
+        if enough:
+            self._launch(source, gpu)
         return number
 
     def done(self, number: int) -> bool:
+        read = self._reads[number]
+        if read.launch is None and read.failure is None:
+            self._launch(read.source, read.gpu)
+        if read.failure is None and (read.launch is None or not read.launch.done()):
+            return False
         with self._lock:
-            read = self._reads[number]
-            if read.launch is None and read.failure is None:
-                self._launch(read.source, read.gpu)
-            if read.failure is None and (read.launch is None or not read.launch.done()):
-                return False
             del self._reads[number]
             if not self._reads:
                 self._enough.clear()
@@ -259,33 +261,36 @@ class CudaIpcEngine(ClosableEngine):
 
     def _launch(self, source: Source, gpu: int | None) -> None:
         """All that waits for it; what cannot be read has failed."""
-        waiting = self._waiting.pop((source, gpu), _Waiting())
-        self._enough[source, gpu] = min(2 * max(waiting.nbytes, _FIRST_NBYTES), _LAUNCH_NBYTES)
-        reads, copies = [], []
-        for read in waiting.reads:
+        with self._launching:
+            with self._lock:
+                waiting = self._waiting.pop((source, gpu), _Waiting())
+                nbytes = min(2 * max(waiting.nbytes, _FIRST_NBYTES), _LAUNCH_NBYTES)
+                self._enough[source, gpu] = nbytes
+            reads, copies = [], []
+            for read in waiting.reads:
+                op = read.op
+                try:
+                    src = source.address(op, gpu)
+                except ReadFailed as exc:
+                    read.failure = exc
+                    continue
+                reads.append(read)
+                copies.append(Copy(src, op.dst_addr, op.src_addr, op.nbytes, op.lines))
+            if not copies:
+                return
+            sums = self._sums.get((source.peer, gpu)) if gpu is not None else None
             try:
-                src = source.address(read.op, gpu)
-            except ReadFailed as exc:
-                read.failure = exc
-                continue
-            op = read.op
-            reads.append(read)
-            copies.append(Copy(src, op.dst_addr, op.src_addr, op.nbytes, op.lines))
-        if not copies:
-            return
-        sums = self._sums.get((source.peer, gpu)) if gpu is not None else None
-        try:
-            launch = self._gpus.launch(gpu, copies, sums)
-        except EngineFailed as exc:
+                launch = self._gpus.launch(gpu, copies, sums)
+            except EngineFailed as exc:
+                for read in reads:
+                    read.failure = link.failed(source.session_id, exc.what)
+                raise
             for read in reads:
-                read.failure = link.failed(source.session_id, exc.what)
-            raise
-        for read in reads:
-            read.launch = launch
+                read.launch = launch
 
     def abandon(self, peer: str) -> None:
         self._abandoned[peer] += 1
-        with self._lock:
+        with self._launching, self._lock:
             reads = [read for read in self._reads.values() if read.source.peer == peer]
             for read in reads:
                 if read.launch is None:
