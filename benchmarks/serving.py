@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from benchmarks.processes import ready
-from engine_loader import MooncakeEngine, PublishOptions, Shard, publish
+from engine_loader import Publication, PublishOptions, Shard, open_engine, publish
 from engine_registry import ModelIdentity, Registry
 
 MODEL = ModelIdentity("bench")
@@ -24,11 +24,12 @@ def serve(
     rank: int = 0,
     world_size: int = 1,
     digests: bool = False,
+    meanwhile: Callable[[Publication], None] = lambda _: ready("published"),
 ) -> None:
-    """Until standard input ends."""
+    """Until standard input ends, or for as long as `meanwhile` takes, which says that it serves."""
     with (
         Registry.connect(endpoint) as registry,
-        MooncakeEngine(HOST, protocol) as engine,
+        open_engine(HOST, protocol) as engine,
         publish(
             registry,
             engine,
@@ -39,6 +40,6 @@ def serve(
             shards=shards,
             model=MODEL,
             options=PublishOptions(digests=digests),
-        ),
+        ) as publication,
     ):
-        ready("published")
+        meanwhile(publication)

@@ -1,5 +1,4 @@
-"""Whole loads: what a source process, and a process that loads for the first time, do; and the
-rounds of this process, in which `load()` takes turns with what moves the same bytes. Time is taken
+"""Whole loads in other processes: what a source does, and a process that only loads. Time is taken
 by `Target` alone.
 """
 
@@ -8,7 +7,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,40 +15,14 @@ import click
 import torch
 
 from benchmarks import serving
-from benchmarks.gpu import rivals
-from benchmarks.gpu.phases import functions_of, phases
-from benchmarks.gpu.rows import (
-    AGAIN,
-    ALL_CALL,
-    COLD,
-    COLD_READS,
-    EACH_CALL,
-    EACH_COPY,
-    FLAT_COPY,
-    READS,
-    TURN,
-    TURN_READS,
-    WARM,
-    WITH_DIGESTS,
-    Row,
-    Target,
-    in_turns,
-)
+from benchmarks.gpu.rows import COLD, WARM, Row, Target, reads_of
 from benchmarks.gpu.sets import SETS, Layout, allocate, filled, nbytes_of
 from benchmarks.processes import another_process
 from benchmarks.serving import HOST
-from engine_loader import (
-    Destination,
-    LoadOptions,
-    LoadReport,
-    MooncakeEngine,
-    load,
-)
-from engine_loader.options import Verify
+from engine_loader import LoadReport, load, open_engine
 from engine_registry import Registry
 
 MODULE = "benchmarks.gpu.loads"
-_PROFILED = 3
 
 
 @dataclass(frozen=True)
@@ -73,9 +46,10 @@ class Place:
     def of(cls, tensor_set: str, scale: str, device: str, protocol: str) -> Place:
         return cls(tensor_set, float(scale), device, protocol)
 
-
-# -- other processes
-# --------------------------------------------------------------------------------------------------
+    @property
+    def instance(self) -> str:
+        """Of the source of the set over the protocol."""
+        return f"{self.tensor_set}.{self.protocol}"
 
 
 def serve(endpoint: str, instance: str, *place: str) -> None:
@@ -92,7 +66,7 @@ def load_first(endpoint: str, instance: str, rounds: str, *place: str) -> None:
     """
     with _loader(endpoint, instance, *place) as (target, once):
         took = [target.time(COLD, once) for _ in range(1 + int(rounds))]
-    click.echo(json.dumps([[seconds, report.transfer_s] for seconds, report in took]))
+    click.echo(json.dumps([(took_s, one.transfer_s, one.verified) for took_s, one in took]))
 
 
 def load_again(endpoint: str, instance: str, *place: str) -> None:
@@ -123,7 +97,7 @@ def _loader(
     here = Place.of(*place)
     use(here.device)
     target = Target(allocate(here.layout, here.device), filled(here.layout, here.device))
-    with Registry.connect(endpoint) as registry, MooncakeEngine(HOST, here.protocol) as engine:
+    with Registry.connect(endpoint) as registry, open_engine(HOST, here.protocol) as engine:
         registry.instances()
         yield target, lambda: load(registry, engine, instance, rank=0, tensors=target.tensors)
 
@@ -133,122 +107,34 @@ def use(device: str) -> None:
         torch.cuda.set_device(device)
 
 
-# -- a set in this process
-# --------------------------------------------------------------------------------------------------
-
-
-def cold_and_warm(endpoint: str, src: Place, dst: Place, processes: int, rounds: int) -> list[Row]:
+def cold_and_warm(
+    endpoint: str, destinations: Sequence[Place], processes: int, rounds: int
+) -> list[Row]:
     """Of processes that do nothing but load: their first loads, and those after the first of the
-    last process.
+    last process. The destinations, of one set over several protocols, take turns.
     """
-    runs: list[list[tuple[float, float]]] = []  # of a process: each load, and its reads
+    runs: dict[str, list[list[tuple[float, float, bool]]]] = {}  # of a process: each load
     for _ in range(processes):
-        with another_process(
-            MODULE, "load_first", endpoint, src.tensor_set, str(rounds), *dst.args
-        ) as (_, line):
-            runs.append(json.loads(line))
+        for dst in destinations:
+            args = (endpoint, dst.instance, str(rounds), *dst.args)
+            with another_process(MODULE, "load_first", *args) as (_, line):
+                runs.setdefault(dst.protocol, []).append(json.loads(line))
+    rows = []
+    for dst in destinations:
+        some = runs[dst.protocol]
+        rows += _rows(dst, COLD, [run[0] for run in some], "first load of a process")
+        rows += _rows(dst, WARM, some[-1][1:], "a process that only loads")
+    return rows
+
+
+def _rows(dst: Place, what: str, took: Sequence[tuple[float, float, bool]], note: str) -> list[Row]:
     nbytes = nbytes_of(dst.layout)
-    first, again = [run[0] for run in runs], runs[-1][1:]
+    if all(verified for _, _, verified in took):
+        note += ", digests compared"
     return [
-        Row(
-            dst.tensor_set,
-            COLD,
-            nbytes,
-            tuple(took for took, _ in first),
-            "first load of a process",
-        ),
-        Row(dst.tensor_set, COLD_READS, nbytes, tuple(reads for _, reads in first)),
-        Row(
-            dst.tensor_set,
-            WARM,
-            nbytes,
-            tuple(took for took, _ in again),
-            "a process that only loads",
-        ),
-        Row(dst.tensor_set, READS, nbytes, tuple(reads for _, reads in again)),
-    ]
-
-
-def in_this_process(
-    registry: Registry, src: Place, dst: Place, rounds: int, profiled: bool
-) -> tuple[list[Row], dict[str, dict[str, float]], list[str]]:
-    """Rows; the steps of a load, without digests and with; and, if it is wanted, which functions
-    took the time.
-    """
-    use(dst.device)
-    name = dst.tensor_set
-    target = Target(allocate(dst.layout, dst.device), filled(dst.layout, dst.device), [src.device])
-    reports: list[LoadReport] = []
-    with MooncakeEngine(HOST, dst.protocol) as engine:
-        destination = Destination(target.tensors)
-
-        def once(verify: Verify) -> LoadReport:
-            return load(
-                registry,
-                engine,
-                name,
-                rank=0,
-                tensors=target.tensors,
-                options=LoadOptions(verify=verify),
-            )
-
-        def again(verify: Verify = "header") -> LoadReport:
-            return load(
-                registry,
-                engine,
-                name,
-                rank=0,
-                tensors=destination,
-                options=LoadOptions(verify=verify),
-            )
-
-        def ours(what: str, verify: Verify) -> float:
-            took, report = target.time(what, lambda: once(verify))
-            if verify == "header":
-                reports.append(report)
-            return took
-
-        with (
-            rivals.copies(src, target) as copies,
-            rivals.naive(registry, name, dst.protocol, target) as naive,
-        ):
-            actions: dict[str, Callable[[], float]] = {
-                TURN: lambda: ours(TURN, "header"),
-                AGAIN: lambda: target.time(AGAIN, again)[0],
-                WITH_DIGESTS: lambda: ours(WITH_DIGESTS, "digest"),
-                **copies,
-                **naive,
-            }
-            took = in_turns(actions, rounds)
-        steps = {"header": _steps(target, once, "header"), "digest": _steps(target, once, "digest")}
-        steps["header, into a Destination"] = _steps(target, again, "header")
-        lines = functions_of([lambda: once("header")] * _PROFILED, 25) if profiled else []
-    flat = min(target.nbytes, rivals.BLOCK_NBYTES)
-    rows = [
-        Row(
-            name,
-            TURN_READS,
-            target.nbytes,
-            tuple(report.transfer_s for report in reports[1:]),
-            f"{reports[-1].reads} reads",
+        Row(dst.tensor_set, name, nbytes, tuple(samples), says, dst.protocol)
+        for name, samples, says in (
+            (what, [seconds for seconds, _, _ in took], note),
+            (reads_of(what), [reads for _, reads, _ in took], ""),
         )
     ]
-    rows += [
-        Row(name, what, flat if what == FLAT_COPY else target.nbytes, tuple(some))
-        for what, some in took.items()
-    ]
-    order = [TURN, AGAIN, TURN_READS, WITH_DIGESTS, EACH_CALL, ALL_CALL, EACH_COPY, FLAT_COPY]
-    return sorted(rows, key=lambda row: order.index(row.what)), steps, lines
-
-
-def _steps(
-    target: Target, once: Callable[[Verify], LoadReport], verify: Verify
-) -> dict[str, float]:
-    with phases() as found:
-
-        def in_steps() -> None:
-            found.call(lambda: once(verify))
-
-        for _ in range(_PROFILED):
-            target.time(f"load() in steps, {verify}", in_steps)
-    return found.medians()

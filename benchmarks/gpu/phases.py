@@ -32,6 +32,8 @@ STEPS: tuple[tuple[str, str, str], ...] = (
     ("prepare digests", "engine_loader.sources.digest_check", "DigestCheck.__init__"),
     ("staging buffers", "engine_loader.transfer.staging", "Staging.__init__"),
     ("prepare reads", "engine_loader.transfer.scheduler", "Transfer.__init__"),
+    ("open handles", "engine_loader.engines.cuda_ipc.sources", "MappedSource.open"),
+    ("launch the kernel", "engine_loader.engines.cuda_ipc.gpus", "CudaGpus.launch"),
     ("reads and checks", "engine_loader.transfer.scheduler", "Transfer.run"),
     ("still registered?", "engine_loader.sources.source", "SourceRank.is_registered"),
     ("compare digests", "engine_loader.sources.digest_check", "DigestCheck.compare"),

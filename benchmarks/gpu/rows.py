@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,14 +17,16 @@ from benchmarks.gpu.sets import Tensors, flat_bytes
 from engine_loader.errors import DigestMismatch, listed
 from engine_loader.tensors.cuda import wait_for
 
+K = TypeVar("K")
 T = TypeVar("T")
 _POISON = 0xA5
+_AT_ONCE_NBYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Row:
     """`samples_s`: in the order in which they were taken; none where it was not run, and `note`
-    says why.
+    says why. `protocol`: empty where none of ours is used.
     """
 
     group: str
@@ -32,6 +34,7 @@ class Row:
     nbytes: int = 0
     samples_s: tuple[float, ...] = ()
     note: str = ""
+    protocol: str = ""
 
     @property
     def median_s(self) -> float:
@@ -45,6 +48,7 @@ class Row:
         document: dict[str, Any] = {
             "group": self.group,
             "what": self.what,
+            "protocol": self.protocol,
             "nbytes": self.nbytes,
             "note": self.note,
         }
@@ -61,16 +65,17 @@ class Row:
         return document
 
     def cells(self) -> list[str]:
+        names = [self.group, self.what, self.protocol]
         if not self.samples_s:
-            return [self.group, self.what, "", "", "", "", "", self.note]
+            return [*names, "", "", "", "", "", self.note]
         times = [
             f"{1e3 * one:.2f}" for one in (self.median_s, min(self.samples_s), max(self.samples_s))
         ]
         speed = f"{self.gb_per_s:.1f}" if self.nbytes else ""
-        return [self.group, self.what, *times, speed, str(len(self.samples_s)), self.note]
+        return [*names, *times, speed, str(len(self.samples_s)), self.note]
 
 
-COLUMNS = ("SET", "WHAT", "MEDIAN ms", "MIN ms", "MAX ms", "GB/s", "RUNS", "NOTE")
+COLUMNS = ("SET", "WHAT", "PROTOCOL", "MEDIAN ms", "MIN ms", "MAX ms", "GB/s", "RUNS", "NOTE")
 
 
 class Target:
@@ -81,8 +86,9 @@ class Target:
 
     def __init__(self, tensors: Tensors, wanted: Tensors, others: Iterable[str] = ()) -> None:
         self.tensors = tensors
-        self._flat = flat_bytes(tensors)
+        self.flat = flat_bytes(tensors)
         self._wanted = flat_bytes(wanted)
+        self._groups = _groups(self._wanted)
         self._devices = [
             *{tensor.device for tensor in tensors.values()},
             *map(torch.device, others),
@@ -98,9 +104,16 @@ class Target:
 
         DigestMismatch if one byte is not as it should be.
         """
-        for flat in self._flat.values():
+        self.poison()
+        return self._timed(what, fill, lambda _: self.flat)
+
+    def poison(self) -> None:
+        for flat in self.flat.values():
             flat.fill_(_POISON)
-        return self._timed(what, fill, lambda _: self._flat)
+
+    def wrong(self) -> list[str]:
+        """The tensors that are not as they should be now."""
+        return self._wrong(self.flat)
 
     def time_new(self, what: str, make: Callable[[], Mapping[str, torch.Tensor]]) -> float:
         """Of an action that makes its tensors."""
@@ -117,12 +130,22 @@ class Target:
         self._check(what, found(result))
         return took, result
 
+    def _wrong(self, found: Tensors) -> list[str]:
+        wrong: list[str] = []
+        for names in self._groups:
+            here = [name for name in names if name in found]
+            if here != names or not torch.equal(
+                _joined(found, names), _joined(self._wanted, names)
+            ):
+                wrong += [
+                    name
+                    for name in names
+                    if name not in found or not torch.equal(found[name], self._wanted[name])
+                ]
+        return wrong
+
     def _check(self, what: str, found: Tensors) -> None:
-        wrong = [
-            name
-            for name, wanted in self._wanted.items()
-            if name not in found or not torch.equal(found[name], wanted)
-        ]
+        wrong = self._wrong(found)
         if wrong:
             raise DigestMismatch(
                 f"{what}: {len(wrong)} of {len(self._wanted)} tensors are not what the "
@@ -132,13 +155,30 @@ class Target:
             )
 
 
-def in_turns(actions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def _groups(tensors: Tensors) -> list[list[str]]:
+    """Of names: a comparison of many small tensors takes longer for each than for all at once."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, flat in tensors.items():
+        if flat.numel() > room:
+            groups.append([])
+            room = _AT_ONCE_NBYTES
+        groups[-1].append(name)
+        room -= flat.numel()
+    return groups
+
+
+def _joined(tensors: Tensors, names: list[str]) -> torch.Tensor:
+    return torch.cat([tensors[name] for name in names])
+
+
+def in_turns(actions: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, list[float]]:
     """Each once a round, in another order every round.
 
     One round before, which opens connections, does not count.
     """
     names = list(actions)
-    took: dict[str, list[float]] = {name: [] for name in names}
+    took: dict[K, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         at = number % len(names)
         for name in names[at:] + names[:at]:
@@ -148,73 +188,18 @@ def in_turns(actions: Mapping[str, Callable[[], float]], rounds: int) -> dict[st
     return took
 
 
-@dataclass(frozen=True)
-class Goal:
-    what: str
-    limit: float
-    at_least: bool
-    value: float | None  # None: what it is made of was not run
-
-    @property
-    def verdict(self) -> str:
-        if self.value is None:
-            return "not run"
-        return (
-            "met"
-            if (self.value >= self.limit if self.at_least else self.value <= self.limit)
-            else "missed"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        value = None if self.value is None else round(self.value, 3)
-        return {
-            "what": self.what,
-            "limit": self.limit,
-            "at_least": self.at_least,
-            "value": value,
-            "verdict": self.verdict,
-        }
-
-    def cells(self) -> list[str]:
-        value = "" if self.value is None else f"{self.value:.2f}"
-        return [self.what, f"{'>=' if self.at_least else '<='} {self.limit:g}", value, self.verdict]
+Add = Callable[[list[Row], Mapping[str, int]], None]  # what was measured, and what was counted
 
 
-def goals(rows: Sequence[Row], group: str = "mixed") -> list[Goal]:
-    """Of the mixed set."""
-    took = {row.what: row.median_s for row in rows if row.group == group and row.samples_s}
-
-    def ratio(over: str, under: str) -> float | None:
-        return took[over] / took[under] if over in took and under in took else None
-
-    digest = ratio(WITH_DIGESTS, TURN)
-    return [
-        Goal(
-            "reads of load() to torch's copy, tensor by tensor",
-            0.9,
-            True,
-            ratio(EACH_COPY, TURN_READS),
-        ),
-        Goal(
-            "reads of load() to torch's copy of one block", 0.9, True, ratio(FLAT_COPY, TURN_READS)
-        ),
-        Goal("reads of load() to NCCL, tensor by tensor", 4, True, ratio(EACH_NCCL, READS)),
-        Goal("load() to NCCL, tensor by tensor", 4, True, ratio(EACH_NCCL, WARM)),
-        Goal("load(), cold to warm", 2, False, ratio(COLD, WARM)),
-        Goal("load() to its reads", 1.5, False, ratio(WARM, READS)),
-        Goal("load() into a Destination to its reads", 1.5, False, ratio(AGAIN, TURN_READS)),
-        Goal("what digests add to load()", 0.15, False, None if digest is None else digest - 1),
-    ]
+def reads_of(load: str) -> str:
+    """What the reads of such a load are called."""
+    return f"{load}: its reads"
 
 
-COLD, COLD_READS = "load(), cold", "load(), cold: its reads"
-WARM, READS = "load(), warm", "load(), warm: its reads"
-TURN, TURN_READS, WITH_DIGESTS = (
-    "load() in turns",
-    "load() in turns: its reads",
-    "load() in turns, digests",
-)
+COLD, WARM = "load(), cold", "load(), warm"
+TURN, TURN_DIGESTS = "load() in turns", "load() in turns, digests"
 AGAIN = "load() in turns, into a Destination"
+AGAIN_DIGESTS = "load() in turns, into a Destination, digests"
 EACH_COPY, FLAT_COPY = "torch copy, tensor by tensor", "torch copy, one block"
 EACH_CALL, ALL_CALL = "mooncake, a call a tensor", "mooncake, a call for 512"
 EACH_NCCL, ALL_NCCL = "NCCL, tensor by tensor", "NCCL, groups of 256"

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: the measurements, their GPUs, and the report.
+"""`python -m benchmarks.gpu`: the measurements, and their GPUs.
 
 Sources and first loads are separate processes, with a separate etcd. Every time is of
 bytes that were all looked at where they arrived; every figure is a median of several, after a round
@@ -8,51 +8,60 @@ that opens connections and does not count.
 from __future__ import annotations
 
 import gc
-import os
-import platform
-import re
-import subprocess
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from importlib import metadata
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
-import click
 import torch
 
-from benchmarks.gpu import loads, rivals, scenarios
+from benchmarks.gpu import kills, layouts, loads, rivals, scenarios, turns, updates
 from benchmarks.gpu.loads import Place
 from benchmarks.gpu.nccl import nccl
-from benchmarks.gpu.rows import COLUMNS, Row, goals
+from benchmarks.gpu.report import Results
+from benchmarks.gpu.rows import Row
 from benchmarks.gpu.sets import SETS
-from benchmarks.processes import another_process
-from engine_cli.render.tables import print_json, print_table
-from engine_loader.engines.mooncake.binding import built_transports
+from benchmarks.processes import several_processes
+from engine_loader.engines.protocols import usable_protocols
 from engine_loader.errors import EngineUnavailable
 from engine_registry import Registry
 from engine_registry.etcd.local import LocalEtcd
+from engine_registry.schema.record import WITHIN_HOST
 
-PARTS = (*SETS, "nccl", "host", "failover", "fan-out", "reshard")
+BY_MOONCAKE = ("nvlink_intra", "tcp")
+PARTS = (*SETS, "nccl", "host", "failover", "fan-out", layouts.GROUP, kills.GROUP, updates.GROUP)
 _MANY = 10_000  # tensors, of which each look at all of them takes a second
 _HOST_SET = "mixed"  # the one that also comes from the host's memory and from a file
+_OF_MIXED = 0.5  # what kills and updates take of the mixed set: 4.3 GB
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Where sources and destinations are, with their numbers; `backend` is torch.distributed's."""
+    """Where sources and destinations are, with their numbers; `backend` is torch.distributed's.
+
+    Goals are about the first of the protocols.
+    """
 
     sources: tuple[str, ...]
     destinations: tuple[str, ...]
-    protocol: str = "nvlink_intra"
+    protocols: tuple[str, ...]
     backend: str = "nccl"
     gpus: int = 0
 
 
-@dataclass
-class Results:
-    rows: list[Row] = field(default_factory=list)
-    steps: dict[str, dict[str, float]] = field(default_factory=dict)  # by set and kind of check
-    functions: dict[str, list[str]] = field(default_factory=dict)  # by set
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured: which parts (none: all), how many of the tensors, how often; how many
+    sources are killed, and how many loads there are beside updates.
+    """
+
+    only: Collection[str] = ()
+    scale: float = 1.0
+    rounds: int = 7
+    kills: int = 50
+    loads: int = 200
+    profiled: bool = False
+
+    def has(self, part: str) -> bool:
+        return not self.only or part in self.only
 
 
 def gpus() -> Devices:
@@ -69,78 +78,30 @@ def gpus() -> Devices:
             "GPU 1 cannot read the memory of GPU 0: see nvidia-smi topo -p2p r, and `engines "
             "doctor`"
         )
-    if "IntraNodeNvlink" not in built_transports():
+    protocols = tuple(one for one in usable_protocols() if one in WITHIN_HOST)
+    if not protocols:
         raise EngineUnavailable(
-            "this transfer engine has no nvlink_intra: install 'engine-registry[cuda12]' or "
-            "[cuda13]"
+            f"neither of {' and '.join(WITHIN_HOST)} can be used here: install triton, or "
+            "'engine-registry[cuda12]' or [cuda13]"
         )
     if count < 4:
-        return Devices(("cuda:0", "cuda:0"), ("cuda:1", "cuda:1"), gpus=count)
-    return Devices(("cuda:0", "cuda:2"), ("cuda:1", "cuda:2", "cuda:3"), gpus=count)
+        return Devices(("cuda:0", "cuda:0"), ("cuda:1", "cuda:1"), protocols, gpus=count)
+    return Devices(("cuda:0", "cuda:2"), ("cuda:1", "cuda:2", "cuda:3"), protocols, gpus=count)
 
 
-def measure(
-    results: Results,
-    devices: Devices,
-    only: Collection[str],
-    scale: float,
-    rounds: int,
-    profiled: bool,
-    say: Callable[[str], None],
-) -> None:
+def measure(results: Results, devices: Devices, extent: Extent, say: Callable[[str], None]) -> None:
     """Adds to the results as they come: what was measured before something failed is there."""
-    parts = [part for part in PARTS if not only or part in only]
-
-    def place(tensor_set: str, device: str) -> Place:
-        return Place(tensor_set, scale, device, devices.protocol)
-
-    def add(rows: list[Row]) -> None:
-        results.rows += rows
-        for row in rows:
-            say("  ".join(filter(None, row.cells())))
-
+    results.protocol = devices.protocols[0]
     with LocalEtcd() as local, Registry.connect(local.endpoint) as registry:
-        for name in (name for name in SETS if name in parts):
-            src, dst = place(name, devices.sources[0]), place(name, devices.destinations[0])
-            some = rounds if len(src.layout) < _MANY else max(1, rounds // 2)
-            say(f"the set {name}")
-            with another_process(loads.MODULE, "serve", local.endpoint, name, *src.args):
-                add(
-                    loads.cold_and_warm(
-                        local.endpoint, src, dst, rounds // 2 + 1 if name == "mixed" else 1, some
-                    )
-                )
-                rows, steps, lines = loads.in_this_process(registry, src, dst, some, profiled)
-                add(rows)
-            results.steps |= {f"{name}, {verify}": took for verify, took in steps.items()}
-            if lines:
-                results.functions[name] = lines
-            _free()
-            if "nccl" in parts:
-                add(nccl(src, dst, devices.backend, some))
-            if "host" in parts and name == _HOST_SET:
-                add(rivals.from_host(dst, rounds))
-                _free()
-        src, dst = place("mixed", devices.sources[0]), place("mixed", devices.destinations[0])
-        if "failover" in parts:
-            say("two sources, and one that is killed")
-            both = [place("mixed", device) for device in devices.sources]
-            add(scenarios.failover(local.endpoint, registry, both, dst, max(1, rounds // 2)))
-            _free()
-        if "fan-out" in parts:
-            say("several destinations")
-            add(
-                scenarios.fan_out(
-                    local.endpoint,
-                    src,
-                    [place("mixed", one) for one in devices.destinations],
-                    rounds,
-                )
-            )
-        if "reshard" in parts:
-            say("other layouts")
-            add(scenarios.reshard(local.endpoint, registry, src, dst, rounds))
-            _free()
+        run = _Run(results, devices, extent, say, local.endpoint, registry)
+        for name in SETS:
+            if extent.has(name):
+                run.one_set(name)
+        for protocol in devices.protocols:
+            run.several(protocol)
+        if extent.has(layouts.GROUP):
+            run.other_layouts()
+        run.faults(devices.protocols[0])
     if 0 < devices.gpus < 4:
         why = f"not run: {devices.gpus} GPUs"
         missing = {
@@ -148,99 +109,126 @@ def measure(
             "fan-out": "1 source → 3 destinations on 3 GPUs",
         }
         results.rows += [
-            Row(part, what, note=why) for part, what in missing.items() if part in parts
+            Row(part, what, note=why) for part, what in missing.items() if extent.has(part)
         ]
+
+
+@dataclass(frozen=True)
+class _Run:
+    results: Results
+    devices: Devices
+    extent: Extent
+    say: Callable[[str], None]
+    endpoint: str
+    registry: Registry
+
+    def one_set(self, name: str) -> None:
+        self.say(f"the set {name}")
+        rounds, profiled = self.extent.rounds, self.extent.profiled
+        sources = [self._src(name, protocol) for protocol in self.devices.protocols]
+        destinations = [self._dst(name, protocol) for protocol in self.devices.protocols]
+        src, dst = sources[0], destinations[0]
+        some = rounds if len(src.layout) < _MANY else max(1, rounds // 2)
+        naive = next((one for one in self.devices.protocols if one in BY_MOONCAKE), None)
+        calls = [(self.endpoint, one.instance, *one.args) for one in sources]
+        with several_processes(loads.MODULE, "serve", calls):
+            # first, so that kernels are compiled once for all processes
+            found = turns.in_this_process(self.registry, src, destinations, naive, some, profiled)
+            self._add(found.rows)
+            self.results.steps |= {f"{name}, {load}": took for load, took in found.steps.items()}
+            self.results.functions |= {
+                f"{name}, {protocol}": lines for protocol, lines in found.functions.items()
+            }
+            _free()
+            processes = rounds // 2 + 1 if name == "mixed" else 1
+            self._add(loads.cold_and_warm(self.endpoint, destinations, processes, some))
+        if self.extent.has("nccl"):
+            self._add(nccl(src, dst, self.devices.backend, some))
+        if self.extent.has("host") and name == _HOST_SET:
+            self._add(rivals.from_host(dst, rounds))
+            _free()
+
+    def several(self, protocol: str) -> None:
+        """More than two processes."""
+        sources, destinations = (
+            [replace(self._src("mixed", protocol), device=device) for device in some]
+            for some in (self.devices.sources, self.devices.destinations)
+        )
+        rounds = self.extent.rounds
+        if self.extent.has("failover"):
+            self.say(f"two sources, and one that is killed, over {protocol}")
+            some = max(1, rounds // 2)
+            self._add(
+                scenarios.failover(self.endpoint, self.registry, sources, destinations[0], some)
+            )
+            _free()
+        if self.extent.has("fan-out"):
+            self.say(f"several destinations, over {protocol}")
+            self._add(scenarios.fan_out(self.endpoint, sources[0], destinations, rounds))
+
+    def other_layouts(self) -> None:
+        self.say("other layouts")
+        src, dst = (one("mixed", self.devices.protocols[0]) for one in (self._src, self._dst))
+        self._add(
+            layouts.reshard(
+                self.endpoint,
+                self.registry,
+                src,
+                dst,
+                self.devices.protocols,
+                self.extent.rounds,
+            )
+        )
+        _free()
+
+    def faults(self, protocol: str) -> None:
+        """What happens while loads run; everything that they bring is looked at."""
+        src, dst = (
+            replace(one("mixed", protocol), scale=_OF_MIXED * self.extent.scale)
+            for one in (self._src, self._dst)
+        )
+        if self.extent.has(kills.GROUP):
+            self.say(f"{self.extent.kills} sources that are killed within a load")
+            kills.kills(
+                self.endpoint,
+                self.registry,
+                src,
+                dst,
+                self.extent.kills,
+                lambda rows, counts: self._add(rows, kills.GROUP, counts),
+            )
+            _free()
+        if self.extent.has(updates.GROUP):
+            self.say(f"{self.extent.loads} loads beside a source that updates")
+            updates.updates(
+                self.endpoint,
+                self.registry,
+                src,
+                dst,
+                self.extent.loads,
+                lambda rows, counts: self._add(rows, updates.GROUP, counts),
+            )
+            _free()
+
+    def _src(self, tensor_set: str, protocol: str) -> Place:
+        return Place(tensor_set, self.extent.scale, self.devices.sources[0], protocol)
+
+    def _dst(self, tensor_set: str, protocol: str) -> Place:
+        return Place(tensor_set, self.extent.scale, self.devices.destinations[0], protocol)
+
+    def _add(
+        self, rows: list[Row], part: str = "", counts: Mapping[str, int] | None = None
+    ) -> None:
+        self.results.rows += rows
+        for row in rows:
+            self.say("  ".join(filter(None, row.cells())))
+        if counts is not None:
+            self.results.counts[part] = dict(counts)
+            for what, count in counts.items():
+                self.say(f"{part}  {what}: {count}")
 
 
 def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-# -- reports
-# --------------------------------------------------------------------------------------------------
-
-
-def report(results: Results, as_json: bool, profiled: bool) -> None:
-    wanted = goals(results.rows)
-    if as_json:
-        steps = {
-            name: {step: round(took, 6) for step, took in some.items()}
-            for name, some in results.steps.items()
-        }
-        document = {
-            "machine": machine(),
-            "rows": [row.as_json() for row in results.rows],
-            "steps_s": steps,
-        }
-        print_json(
-            {
-                **document,
-                "goals": [goal.as_json() for goal in wanted],
-                "functions": results.functions,
-            }
-        )
-        return
-    for name, value in machine().items():
-        click.echo(f"{name}: {value}")
-    click.echo()
-    print_table(COLUMNS, [row.cells() for row in results.rows])
-    click.echo()
-    print_table(("GOAL", "WANTED", "FOUND", ""), [goal.cells() for goal in wanted])
-    if not profiled:
-        return
-    for name, some in results.steps.items():
-        click.echo(f"\nload() of {name}, {1e3 * sum(some.values()):.1f} ms by its steps:")
-        print_table(("STEP", "ms"), [[step, f"{1e3 * took:.2f}"] for step, took in some.items()])
-    for name, lines in results.functions.items():
-        click.echo(f"\nload() of {name}, by its functions, several loads:")
-        click.echo("\n".join(lines))
-
-
-def machine() -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
-    return {
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
-        "nvlink": _nvlink() if cuda else "",
-        "driver": _ask("--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-        if cuda
-        else "",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else "",
-        "mooncake": _version(
-            "mooncake-transfer-engine-cuda13",
-            "mooncake-transfer-engine",
-            "mooncake-transfer-engine-non-cuda",
-        ),
-        "engine-registry": _version("engine-registry"),
-    }
-
-
-def _nvlink() -> str:
-    """How many links, and how fast each is, by the words of nvidia-smi."""
-    links = re.findall(r"Link \d+: ([\d.]+ GB/s)", _ask("nvlink", "--status", "--id=0"))
-    return f"{len(links)} links of {links[0]}" if links else "not known"
-
-
-def _ask(*args: str) -> str:
-    try:
-        return subprocess.run(
-            ["nvidia-smi", *args], capture_output=True, text=True, timeout=20, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _version(*names: str) -> str:
-    """Of the first of these distributions that is installed."""
-    for name in names:
-        try:
-            return f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return "not known"

@@ -12,8 +12,10 @@ from click.testing import CliRunner
 
 from benchmarks.gpu import run
 from benchmarks.gpu.__main__ import command
+from benchmarks.gpu.goals import goals
 from benchmarks.gpu.phases import REST, Phases, missing_steps
-from benchmarks.gpu.rows import COLD, EACH_NCCL, READS, WARM, Row, Target, goals, in_turns
+from benchmarks.gpu.report import Results
+from benchmarks.gpu.rows import AGAIN, COLD, EACH_NCCL, FLAT_COPY, WARM, Row, Target, in_turns
 from benchmarks.gpu.sets import SETS, filled, nbytes_of
 from engine_cli.exits import Exit, code_of
 from engine_loader.errors import DigestMismatch, EngineUnavailable
@@ -77,6 +79,19 @@ def test_a_time_is_reported_only_where_every_byte_is_as_it_should_be() -> None:
         target.time_new("new", lambda: {"a": wanted["a"], "b": wanted["b"] + 1})
 
 
+def test_tensors_are_looked_at_in_groups_and_each_wrong_one_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu.rows._AT_ONCE_NBYTES", 30)
+    wanted = filled(LAYOUT, "cpu")
+    target = Target({name: tensor.clone() for name, tensor in wanted.items()}, wanted)
+    assert not target.wrong()
+    target.flat["c"][-1] += 1
+    assert target.wrong() == ["c"]
+    target.poison()
+    assert target.wrong() == list(LAYOUT)
+
+
 def test_what_is_compared_takes_turns_and_the_first_round_does_not_count() -> None:
     order: list[str] = []
 
@@ -89,19 +104,27 @@ def test_what_is_compared_takes_turns_and_the_first_round_does_not_count() -> No
     assert took == {"a": [6.0, 8.0], "b": [4.0, 9.0], "c": [5.0, 7.0]}
 
 
-def test_goals_are_met_missed_or_not_run() -> None:
+def test_goals_are_met_missed_or_not_run_and_are_about_one_protocol() -> None:
     rows = [
-        Row("mixed", WARM, 10**9, (0.2, 0.1, 0.3)),
-        Row("mixed", READS, 10**9, (0.1,)),
-        Row("mixed", COLD, 10**9, (0.3,)),
-        Row("mixed", EACH_NCCL, note="not run"),
+        Row("mixed", WARM, 10**9, (0.2, 0.1, 0.3), protocol="cuda_ipc"),
+        Row("mixed", WARM, 10**9, (9.0,), protocol="nvlink_intra"),
+        Row("mixed", COLD, 10**9, (0.3,), protocol="cuda_ipc"),
+        Row("mixed", FLAT_COPY, 2 * 10**9, (0.2,)),  # of other bytes
+        Row("small", EACH_NCCL, note="not run"),
+        Row("small", AGAIN, 10**9, (0.2,), protocol="cuda_ipc"),
     ]
+    counts = {"kills": {"kills": 50, "SourceLost": 3, "dead contexts": 1}}
     verdicts = {
-        goal.what: (goal.value and round(goal.value, 6), goal.verdict) for goal in goals(rows)
+        goal.what: (goal.value and round(goal.value, 6), goal.verdict)
+        for goal in goals(rows, counts, "cuda_ipc")
     }
-    assert verdicts["load(), cold to warm"] == (1.5, "met")
-    assert verdicts["load() to its reads"] == (2.0, "missed")
-    assert verdicts["load() to NCCL, tensor by tensor"] == (None, "not run")
+    assert verdicts[f"mixed: time of {COLD}, to {WARM}"] == (1.5, "met")
+    assert verdicts[f"mixed: time of {WARM}, to {FLAT_COPY}"] == (2.0, "missed")
+    assert verdicts[f"small: rate of {AGAIN}, to {EACH_NCCL}"][1] == "not run"
+    assert verdicts["kills: dead contexts"] == (1.0, "missed")
+    assert verdicts["kills: wrong bytes"] == (0.0, "met")
+    updates = [verdict for what, (_, verdict) in verdicts.items() if what.startswith("updates: ")]
+    assert updates == ["not run"]
 
 
 def test_a_row_has_median_and_extremes_and_one_that_was_not_run_says_why() -> None:
@@ -113,7 +136,7 @@ def test_a_row_has_median_and_extremes_and_one_that_was_not_run_says_why() -> No
         "max_s": 0.4,
         "gb_per_s": 5.0,
     }.items() <= row.as_json().items()
-    assert row.cells()[2:5] == ["200.00", "100.00", "400.00"]
+    assert row.cells()[3:6] == ["200.00", "100.00", "400.00"]
     missing = Row("failover", "2 sources", note="not run: 2 GPUs")
     assert "median_s" not in missing.as_json()
     assert missing.cells()[-1] == "not run: 2 GPUs"
@@ -173,11 +196,11 @@ def test_without_two_gpus_it_ends_with_one_line_that_says_so(
 def test_what_was_measured_before_something_failed_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def measure(results: run.Results, *_: object) -> None:
+    def measure(results: Results, *_: object) -> None:
         results.rows.append(Row("mixed", WARM, 10**9, (0.2,)))
         raise DigestMismatch("wrong bytes")
 
-    monkeypatch.setattr(run, "gpus", lambda: run.Devices(("cpu",), ("cpu",)))
+    monkeypatch.setattr(run, "gpus", lambda: run.Devices(("cpu",), ("cpu",), ("tcp",)))
     monkeypatch.setattr(run, "measure", measure)
     ran = CliRunner().invoke(command, ["--json"])
     assert [row["median_s"] for row in json.loads(ran.stdout)["rows"]] == [0.2]
