@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from engine_cli.doctor.child import Probe
+from engine_cli.doctor.child import Probe, RankTask
 from engine_cli.doctor.tls import client_certificate
 from engine_cli.exits import Exit
 from engine_registry import Registry
@@ -569,7 +569,7 @@ def test_a_rank_of_another_protocol_is_not_read(
 def test_ranks_may_be_named_before_the_engine_that_is_to_read_them(dead_address: str) -> None:
     with closing(Probe(debug=False)) as probe:
         probe.read_ranks(
-            [("/engines/a/0", encode(a_record(instance="a", session_id=dead_address)))]
+            [RankTask("/engines/a/0", encode(a_record(instance="a", session_id=dead_address)))]
         )
         probe.begin("127.0.0.1", "tcp", "")
         assert probe.fact("loopback", 60)["equal"]

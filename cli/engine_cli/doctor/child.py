@@ -14,9 +14,12 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from engine_cli.runtime.children import python
+
+if TYPE_CHECKING:
+    from engine_registry.schema.manifest import Export
 
 Fact = dict[str, Any]
 
@@ -27,6 +30,16 @@ class Died(Exception):
 
 class Late(Exception):
     """It has not reported in time what was asked for."""
+
+
+class RankTask(NamedTuple):
+    """A rank whose header is to be read: its key, its stored record, and the memory that readers
+    map, where the protocol wants that.
+    """
+
+    key: str
+    record: bytes
+    exports: Sequence[Export] = ()
 
 
 class Probe:
@@ -72,11 +85,21 @@ class Probe:
             stdin.write(json.dumps(data) + "\n")
             stdin.flush()
 
-    def read_ranks(self, records: Sequence[tuple[str, bytes]]) -> None:
-        """Has it read the headers of these records, given as key and stored value, once it has an
-        engine.
-        """
-        self._say({"ranks": [f"{key} {value.decode()}" for key, value in records]})
+    def read_ranks(self, tasks: Sequence[RankTask]) -> None:
+        """Has it read the headers of these ranks, once it has an engine."""
+        self._say(
+            {
+                "ranks": [
+                    {
+                        "rank": f"{task.key} {task.record.decode()}",
+                        "exports": [
+                            (one.addr, one.nbytes, one.handle.hex()) for one in task.exports
+                        ],
+                    }
+                    for task in tasks
+                ]
+            }
+        )
 
     def measure(self, key: str, record: bytes, addr: int, nbytes: int) -> None:
         """Has it read these bytes of the rank for as long as that takes, a second at most."""

@@ -10,6 +10,7 @@ from engine_cli.doctor.finding import Finding, Status, fail, ok, skipped, warn
 from engine_cli.doctor.python import INSTALL
 from engine_cli.doctor.runner import Skip
 from engine_cli.render.tables import size
+from engine_registry.schema.record import WITHIN_HOST
 
 IMPORT_S = 30.0  # a cold disk makes torch's import slow, and that is no fault
 ENGINE_S = 10.0  # with many network cards an engine takes its time to start
@@ -28,8 +29,11 @@ def check_engine(probe: Probe, protocol: str, wanted: bool) -> Iterator[Finding]
     """`wanted`: the user asks for transfers, so an engine that is not there is a failure."""
     if _fact(probe, "torch", IMPORT_S)["error"]:
         raise Skip("needs torch: see engine.torch")
-    fact = _fact(probe, "mooncake", IMPORT_S)
-    yield judge_mooncake(fact, protocol, wanted)
+    fact = _fact(probe, "library", IMPORT_S)
+    if protocol == "cuda_ipc":
+        yield judge_triton(fact)
+    else:
+        yield judge_mooncake(fact, protocol, wanted)
     if fact["error"]:
         return
     started = _fact(probe, "engine", ENGINE_S)
@@ -78,7 +82,7 @@ def judge_torch(fact: Fact, wanted: bool) -> Finding:
 def judge_devices(fact: Fact, driver: bool, protocol: str) -> list[Finding]:
     """`driver`: the kernel has NVIDIA's."""
     name, devices = "cuda.devices", fact["devices"]
-    bad = Status.FAIL if protocol == "nvlink_intra" else Status.WARN
+    bad = Status.FAIL if protocol in WITHIN_HOST else Status.WARN
     if not fact["built_for"]:
         if driver:
             return [
@@ -89,11 +93,11 @@ def judge_devices(fact: Fact, driver: bool, protocol: str) -> list[Finding]:
                     "pip install 'engine-registry[cuda12]' (or [cuda13]) instead of [cpu]",
                 )
             ]
-        if protocol == "nvlink_intra":
+        if protocol in WITHIN_HOST:
             return [
                 fail(
                     name,
-                    "no GPU and no torch for one: nvlink_intra cannot work",
+                    f"no GPU and no torch for one: {protocol} cannot work",
                     "say --protocol tcp or rdma",
                 )
             ]
@@ -118,12 +122,13 @@ def judge_peer_access(count: int, no_access: list[list[int]], protocol: str) -> 
     if not no_access:
         return ok(name, f"each of {count} GPUs reaches the memory of each other")
     pairs = ", ".join(f"{a}→{b}" for a, b in no_access[:6]) + (", …" if len(no_access) > 6 else "")
-    bad = Status.FAIL if protocol == "nvlink_intra" else Status.WARN
+    bad = Status.FAIL if protocol in WITHIN_HOST else Status.WARN
     return Finding(
         name,
         bad,
         f"no access between GPUs {pairs}",
-        "nvidia-smi topo -p2p r; with PCIe alone: turn off ACS; or do not use nvlink_intra",
+        "nvidia-smi topo -p2p r; with PCIe alone: turn off ACS; or do not use "
+        + " and ".join(WITHIN_HOST),
     )
 
 
@@ -145,6 +150,28 @@ def judge_mooncake(fact: Fact, protocol: str, wanted: bool) -> Finding:
             "install the extra for this machine: [cuda12] or [cuda13] for GPUs",
         )
     return ok(name, said)
+
+
+def judge_triton(fact: Fact) -> Finding:
+    name = "engine.import"
+    if fact["error"]:
+        missing = "No module named 'triton'" in fact["error"]
+        return fail(
+            name,
+            "triton is not installed, so there is no kernel for cuda_ipc"
+            if missing
+            else f"triton cannot be imported: {fact['error']}",
+            "pip install triton, of the version that this torch requires, or say --protocol "
+            "nvlink_intra",
+        )
+    said = f"triton {fact['version']} can be imported"
+    if not fact["compiler"]:
+        return warn(
+            name,
+            f"{said}, but no C compiler is here: only kernels in Triton's cache run",
+            "apt-get install gcc, or name one in CC",
+        )
+    return ok(name, f"{said}, and compiles with {fact['compiler']}")
 
 
 def judge_loopback(fact: Fact, protocol: str) -> Finding:

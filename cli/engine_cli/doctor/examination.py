@@ -127,6 +127,7 @@ def _machine_checks(asked: Asked, config: EtcdConfig | None, here_s: float) -> l
 
 def _engine_checks(asked: Asked, config: EtcdConfig | None, probe: Probe) -> list[Check]:
     limit_s = engine.IMPORT_S + 2 * engine.ENGINE_S + _HERE_S
+    mooncake = asked.transfers and asked.protocol != "cuda_ipc"  # is wanted
 
     def check_engine() -> Iterator[Finding]:
         try:
@@ -137,7 +138,7 @@ def _engine_checks(asked: Asked, config: EtcdConfig | None, probe: Probe) -> lis
         yield from engine.check_engine(probe, asked.protocol, asked.transfers)
 
     return [
-        Check("engine.wheel", lambda: python.check_wheels(asked.transfers), _HERE_S, _LATE),
+        Check("engine.wheel", lambda: python.check_wheels(mooncake), _HERE_S, _LATE),
         Check(
             "engine.torch",
             lambda: engine.check_torch(probe, asked.protocol, asked.transfers),

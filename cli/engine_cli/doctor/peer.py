@@ -7,9 +7,10 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator, Sequence, Set
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from engine_cli.doctor.child import Died, Fact, Late, Probe
+from engine_cli.doctor.child import Died, Fact, Late, Probe, RankTask
 from engine_cli.doctor.dial import Dialled, dial, mend_of, problem_of
 from engine_cli.doctor.engine import IMPORT_S
 from engine_cli.doctor.finding import Finding, Status, duration, fail, ok, skipped, warn
@@ -22,6 +23,7 @@ from engine_registry.schema.printable import count
 
 if TYPE_CHECKING:
     from engine_registry.etcd.client import Etcd
+    from engine_registry.schema.manifest import Export
     from engine_registry.schema.record import RankRecord
     from engine_registry.schema.status import InstanceStatus
 
@@ -42,7 +44,6 @@ def check_peer(
     the speed of the first that is well.
     """
     from engine_registry.schema.keys import instance_prefix
-    from engine_registry.schema.record_format import encode
     from engine_registry.schema.roster import Roster
 
     roster = Roster(instance)
@@ -54,7 +55,7 @@ def check_peer(
     if not records:
         return
     readable = [record for record in records if record.protocol == protocol and record.header_addr]
-    probe.read_ranks([(record.key, encode(record)) for record in readable])
+    probe.read_ranks([_task(etcd, record) for record in readable])
     lines = _dial_all(records, limit_s)
     headers, engine_error = _headers(
         probe, {record.key for record in readable if _listens(lines[record.key])}, limit_s
@@ -74,6 +75,19 @@ def check_peer(
         if header and not header["error"]:
             yield from check_speed(etcd, probe, record, header, device, limit_s)
             return
+
+
+def _task(etcd: Etcd, record: RankRecord) -> RankTask:
+    """Over cuda_ipc with the handles of its memory: without them, the read says what is wrong."""
+    from engine_registry.errors import RegistryError
+    from engine_registry.registration.manifests import fetch_manifest
+    from engine_registry.schema.record_format import encode
+
+    exports: Sequence[Export] = ()
+    if record.protocol == "cuda_ipc":
+        with suppress(RegistryError):
+            exports = fetch_manifest(etcd, record).exports
+    return RankTask(record.key, encode(record), exports)
 
 
 def _dial_all(records: Sequence[RankRecord], limit_s: float) -> dict[str, Dialled | None]:
@@ -107,7 +121,7 @@ def _headers(probe: Probe, keys: Set[str], limit_s: float) -> tuple[dict[str, Fa
     with, or empty.
     """
     began = time.monotonic()
-    for step in ("torch", "mooncake", "engine"):
+    for step in ("torch", "library", "engine"):
         try:
             fact = probe.fact(step, max(0.1, began + IMPORT_S - time.monotonic()))
         except (Died, Late) as exc:  # other findings say more

@@ -20,29 +20,36 @@ _SPEED_NBYTES = 512 << 20  # of them together, at most
 _SPEED_S = 1.0
 
 
-def read_ranks(engine: Any, ranks: Callable[[], list[str]], report: Callable[..., None]) -> None:
+def read_ranks(
+    engine: Any, ranks: Callable[[], list[dict[str, Any]]], report: Callable[..., None]
+) -> None:
+    from engine_registry.schema.manifest import Export
     from engine_registry.schema.record_format import decode
 
     while True:
-        for line in ranks():
-            key, _, value = line.partition(" ")
+        for task in ranks():
+            key, _, value = task["rank"].partition(" ")
             record = decode(key, value.encode())
+            exports = [
+                Export(addr, nbytes, bytes.fromhex(handle))
+                for addr, nbytes, handle in task["exports"]
+            ]
             threading.Thread(
-                target=_read_header, args=(engine, record, report), daemon=True
+                target=_read_header, args=(engine, record, exports, report), daemon=True
             ).start()
 
 
-def _read_header(engine: Any, record: Any, report: Callable[..., None]) -> None:
+def _read_header(engine: Any, record: Any, exports: Any, report: Callable[..., None]) -> None:
     import torch
 
-    from engine_loader.publishing.header import HeaderCell, fetch_header
+    from engine_loader.publishing.header import HeaderCell, fetch_header, peer_of_record
     from engine_registry.schema.record import WITHIN_HOST
 
     try:
         cell = HeaderCell(torch.device("cuda" if engine.protocol in WITHIN_HOST else "cpu"))
         engine.lend(cell.region)
         began = time.monotonic()
-        engine.connect(record.session_id)
+        engine.connect(peer_of_record(record), exports)
         contact_s = time.monotonic() - began
         seconds = []
         for _ in range(_LOOKS):

@@ -8,9 +8,11 @@ Ends with its input, so it does not outlive its parent. A thread for each rank.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
+import shutil
 import sys
 import threading
 import time
@@ -37,7 +39,7 @@ def main() -> NoReturn:
 
     # In whichever order they come: different checks send them.
     engines: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-    ranks: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    ranks: queue.SimpleQueue[list[dict[str, Any]]] = queue.SimpleQueue()
     speeds: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
     def listen() -> None:
@@ -60,7 +62,7 @@ def main() -> NoReturn:
 
 def _look(
     task: Callable[[], dict[str, str]],
-    ranks: Callable[[], list[str]],
+    ranks: Callable[[], list[dict[str, Any]]],
     speeds: Callable[[], dict[str, Any]],
     report: Callable[..., None],
 ) -> None:
@@ -81,18 +83,15 @@ def _look(
     wanted = task()
     host, protocol, device = wanted["host"], wanted["protocol"], wanted["device"]
     try:
-        from engine_loader.engines.mooncake.binding import built_transports
-        from engine_loader.engines.mooncake.engine import MooncakeEngine
-        from engine_loader.engines.mooncake.start import load_library
-        from engine_registry.schema.address import family_of
-
-        load_library(family_of(host.strip("[]")))
-        report("mooncake", error="", transports=built_transports())
+        facts = _triton_facts() if protocol == "cuda_ipc" else _mooncake_facts(host)
+        report("library", error="", **facts)
     except Exception as exc:  # noqa: BLE001  described
-        report("mooncake", **failure(exc))
+        report("library", **failure(exc))
         return
     try:
-        engine = MooncakeEngine(host, protocol, device)
+        from engine_loader import open_engine
+
+        engine = open_engine(host, protocol, device)
     except Exception as exc:  # noqa: BLE001  described
         report("engine", **failure(exc))
         return
@@ -100,6 +99,22 @@ def _look(
     threading.Thread(target=read_ranks, args=(engine, ranks, report), daemon=True).start()
     threading.Thread(target=read_weights, args=(engine, speeds, report), daemon=True).start()
     report("loopback", **_loopback(engine, host, protocol, device))
+
+
+def _mooncake_facts(host: str) -> dict[str, Any]:
+    from engine_loader.engines.mooncake.binding import built_transports
+    from engine_loader.engines.mooncake.start import load_library
+    from engine_registry.schema.address import family_of
+
+    load_library(family_of(host.strip("[]")))
+    return {"transports": built_transports()}
+
+
+def _triton_facts() -> dict[str, Any]:
+    """With the C compiler that Triton would take, or an empty one."""
+    triton = importlib.import_module("triton")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or ""
+    return {"version": triton.__version__, "compiler": compiler}
 
 
 def _torch_facts(torch: Any) -> dict[str, Any]:
@@ -119,11 +134,13 @@ def _torch_facts(torch: Any) -> dict[str, Any]:
 
 
 def _loopback(engine: Any, host: str, protocol: str, device: str) -> dict[str, Any]:
-    """Reads memory of one engine with another, through the network stack, and compares it."""
+    """Reads memory of one engine with another, as peers do, and compares it.
+
+    Over cuda_ipc that is memory of this process's GPU, which the kernel reads.
+    """
     import torch
 
-    from engine_loader import MooncakeEngine
-    from engine_loader.planning.plan import ReadOp
+    from engine_loader import open_engine
     from engine_registry import Region
 
     if protocol == "nvlink_intra":
@@ -131,24 +148,20 @@ def _loopback(engine: Any, host: str, protocol: str, device: str) -> dict[str, A
             "error": "",
             "skipped": "memory of one's own process cannot be read over nvlink_intra",
         }
+    kind = "cuda" if protocol == "cuda_ipc" else "cpu"
     try:
-        with MooncakeEngine(host, protocol, device) as source:
-            src = torch.randint(0, 256, (_LOOPBACK_NBYTES,), dtype=torch.uint8)
+        with open_engine(host, protocol, device) as source:
+            src = torch.randint(0, 256, (_LOOPBACK_NBYTES,), dtype=torch.uint8, device=kind)
             dst = torch.zeros_like(src)
             source.register(Region(src.data_ptr(), src.nbytes))
             engine.lend(lent := Region(dst.data_ptr(), dst.nbytes))
             engine.connect(source.session_id)
+            if protocol == "cuda_ipc":
+                _read_all(engine, source.session_id, src, dst)  # compiles the kernel
+                dst.zero_()
+                torch.cuda.synchronize()
             began = time.monotonic()
-            reads = [
-                engine.start(
-                    source.session_id,
-                    ReadOp("loopback", src.data_ptr() + at, dst.data_ptr() + at, _OP_NBYTES),
-                )
-                for at in range(0, _LOOPBACK_NBYTES, _OP_NBYTES)
-            ]
-            for read in reads:
-                while not engine.done(read):
-                    time.sleep(1e-4)
+            _read_all(engine, source.session_id, src, dst)
             seconds = time.monotonic() - began
             engine.take_back(lent)
             return {
@@ -159,3 +172,15 @@ def _loopback(engine: Any, host: str, protocol: str, device: str) -> dict[str, A
             }
     except Exception as exc:  # noqa: BLE001  described
         return failure(exc)
+
+
+def _read_all(engine: Any, peer: str, src: Any, dst: Any) -> None:
+    from engine_loader.planning.plan import ReadOp
+
+    reads = [
+        engine.start(peer, ReadOp("loopback", src.data_ptr() + at, dst.data_ptr() + at, _OP_NBYTES))
+        for at in range(0, _LOOPBACK_NBYTES, _OP_NBYTES)
+    ]
+    for read in reads:
+        while not engine.done(read):
+            time.sleep(1e-4)

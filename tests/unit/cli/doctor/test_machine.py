@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from engine_cli.doctor.dial import Dialled, Trouble
-from engine_cli.doctor.engine import judge_devices, judge_loopback, judge_mooncake, judge_torch
+from engine_cli.doctor.engine import (
+    judge_devices,
+    judge_loopback,
+    judge_mooncake,
+    judge_torch,
+    judge_triton,
+)
 from engine_cli.doctor.finding import Finding, Status, described
 from engine_cli.doctor.network import (
     check_address,
@@ -30,7 +36,7 @@ from engine_cli.doctor.python import (
 )
 from engine_loader.engines.mooncake.binding import _what_to_install
 from engine_loader.errors import EngineUnavailable
-from engine_registry.schema.record import RankState
+from engine_registry.schema.record import WITHIN_HOST, RankState
 from engine_registry.schema.status import assess
 from tests.support.builders import a_record
 
@@ -249,7 +255,7 @@ def torch_sees(devices: list[str], built_for: str = "12.8", no_access: Any = ())
 
 
 @pytest.mark.parametrize(
-    ("fact", "driver", "tcp", "nvlink"),
+    ("fact", "driver", "tcp", "within_host"),
     [
         (torch_sees([], ""), False, [Status.SKIPPED], [Status.FAIL]),
         (torch_sees([], ""), True, [Status.WARN], [Status.FAIL]),
@@ -264,11 +270,35 @@ def torch_sees(devices: list[str], built_for: str = "12.8", no_access: Any = ())
         ),
     ],
 )
-def test_gpus_fail_only_if_nvlink_is_wanted(
-    fact: dict[str, Any], driver: bool, tcp: list[Status], nvlink: list[Status]
+def test_gpus_fail_only_if_a_protocol_from_gpu_to_gpu_is_wanted(
+    fact: dict[str, Any], driver: bool, tcp: list[Status], within_host: list[Status]
 ) -> None:
     assert [finding.status for finding in judge_devices(fact, driver, "tcp")] == tcp
-    assert [finding.status for finding in judge_devices(fact, driver, "nvlink_intra")] == nvlink
+    for protocol in WITHIN_HOST:
+        found = [finding.status for finding in judge_devices(fact, driver, protocol)]
+        assert found == within_host
+
+
+@pytest.mark.parametrize(
+    ("fact", "status", "what"),
+    [
+        (
+            {"version": "3.4.0", "compiler": "/usr/bin/gcc"},
+            Status.OK,
+            "triton 3.4.0 can be imported, and compiles with /usr/bin/gcc",
+        ),
+        ({"version": "3.4.0", "compiler": ""}, Status.WARN, "no C compiler"),
+        ({"error": "No module named 'triton'", "mend": ""}, Status.FAIL, "is not installed"),
+        ({"error": "undefined symbol: x", "mend": ""}, Status.FAIL, "undefined symbol: x"),
+    ],
+)
+def test_cuda_ipc_needs_triton_and_a_compiler(
+    fact: dict[str, Any], status: Status, what: str
+) -> None:
+    finding = judge_triton({"error": "", **fact})
+    assert finding.status is status
+    assert what in finding.what
+    assert bool(finding.mend) == (status is not Status.OK)
 
 
 @pytest.mark.parametrize(
