@@ -1,22 +1,35 @@
-"""What is known of one instance: its records as they come and go, counted, so that a change of one
-rank costs the same however many there are. Pure; the tracker, a waiting resolve and the lists are
-made of it.
-
-`resolver.assess` says the same from all records at once. A roster asks it only when somebody wants
-to know what is wrong.
+"""What is known of one instance: its records as they come and go, by kind and in pages, so that a
+change of one rank costs the same however many there are. Pure; the tracker, a waiting resolve and
+the lists are made of it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from engine_registry.errors import RecordDamaged
 from engine_registry.schema.keys import ENGINES, parse_record_key
 from engine_registry.schema.keyvalue import Change, Deletion, KeyValue
+from engine_registry.schema.printable import short
 from engine_registry.schema.record import RankRecord, RankState
 from engine_registry.schema.record_format import decode_item
-from engine_registry.schema.status import InstanceState, InstanceStatus, assess
+from engine_registry.schema.status import InstanceState, InstanceStatus, Pages, named
+
+_PAGE_RANKS = 64
+_rank_of = attrgetter("rank")
+
+
+class _Kind(NamedTuple):
+    """Equal for records that are alike: nothing is wrong with an instance that has one kind only,
+    if it is complete and that kind is ready.
+    """
+
+    version: int
+    state: RankState
+    agreed: Hashable
 
 
 class Roster:
@@ -24,7 +37,9 @@ class Roster:
         self.instance = instance
         self.damaged: dict[str, RecordDamaged] = {}  # by key
         self._records: dict[int, RankRecord] = {}  # by rank; none has ended
-        self._kinds: Counter[Hashable] = Counter()  # how many records there are of each kind
+        # The same, in order. A status takes the pages as they are, and a change makes a new one.
+        self._pages: dict[int, tuple[RankRecord, ...]] = {}
+        self._kinds: dict[_Kind, set[int]] = {}  # the ranks of each
 
     @property
     def records(self) -> Mapping[int, RankRecord]:
@@ -34,16 +49,32 @@ class Roster:
         """The rank's record from now on, which must not have ended."""
         self.remove(record.rank)
         self._records[record.rank] = record
-        self._kinds[_kind(record)] += 1
+        self._turn(record.rank, (record,))
+        self._kinds.setdefault(_kind(record), set()).add(record.rank)
 
     def remove(self, rank: int) -> RankRecord | None:
         record = self._records.pop(rank, None)
         if record is not None:
+            self._turn(rank, ())
             kind = _kind(record)
-            self._kinds[kind] -= 1
+            self._kinds[kind].remove(rank)
             if not self._kinds[kind]:
                 del self._kinds[kind]
         return record
+
+    def _turn(self, rank: int, records: tuple[RankRecord, ...]) -> None:
+        """The page of the rank, with these in its place."""
+        number = rank // _PAGE_RANKS
+        page = self._pages.get(number, ())
+        start = bisect_left(page, rank, key=_rank_of)
+        stop = start + (start < len(page) and page[start].rank == rank)
+        self._pages[number] = page[:start] + records + page[stop:]
+        if not self._pages[number]:
+            del self._pages[number]
+
+    @property
+    def _first(self) -> RankRecord:
+        return self._pages[min(self._pages)][0]
 
     def damage(self, key: str, error: RecordDamaged) -> None:
         """The key holds no good record.
@@ -82,21 +113,68 @@ class Roster:
         if self.damaged or len(self._kinds) > 1:
             return InstanceState.DEGRADED
         # they are all of its kind, and no rank is beyond its world size
-        first = next(iter(self._records.values()))
+        first = self._first
         ready = first.state is RankState.READY and len(self._records) == first.world_size
         return InstanceState.READY if ready else InstanceState.DEGRADED
 
     def status(self) -> InstanceStatus:
-        return assess(self.instance, self._records.values(), tuple(map(str, self.damaged.values())))
+        """As the instance is now; later changes leave it alone."""
+        damaged = tuple(map(str, self.damaged.values()))
+        if not self._records:
+            return InstanceStatus(self.instance, self.state, problems=damaged)
+        problems = (*damaged, *self._differences(), *self._versions(), *self._states())
+        pages = Pages(page for _, page in sorted(self._pages.items()))
+        return InstanceStatus(self.instance, self.state, pages, self._missing(), problems)
+
+    def _missing(self) -> tuple[int, ...]:
+        world_size = self._first.world_size
+        return tuple(
+            rank
+            for start in range(0, world_size, _PAGE_RANKS)
+            if len(self._pages.get(start // _PAGE_RANKS, ())) < _PAGE_RANKS
+            for rank in range(start, min(start + _PAGE_RANKS, world_size))
+            if rank not in self._records
+        )
+
+    def _differences(self) -> Iterator[str]:
+        """Where a rank is not as the first one is."""
+        first = self._first
+        agreed, kind = first.agreed(), _kind(first)
+        others = (ranks for each, ranks in self._kinds.items() if each.agreed != kind.agreed)
+        for rank in sorted(rank for ranks in others for rank in ranks):
+            for field, value in self._records[rank].agreed().items():
+                if value != agreed[field]:
+                    ours, theirs = short(repr(value)), short(repr(agreed[field]))
+                    yield f"rank {rank} has {field} {ours}, rank {first.rank} has {theirs}"
+
+    def _versions(self) -> Iterator[str]:
+        if len({kind.version for kind in self._kinds}) > 1:
+            by_version = self._by("version", self._kinds)
+            held = (f"{each} ({named(ranks)})" for each, ranks in sorted(by_version.items()))
+            yield f"versions differ: {', '.join(held)}"
+
+    def _states(self) -> Iterator[str]:
+        """That of the lowest rank comes first."""
+        by_state = self._by(
+            "state", (kind for kind in self._kinds if kind.state is not RankState.READY)
+        )
+        for state, ranks in sorted(by_state.items(), key=lambda each: min(each[1])):
+            yield f"{named(ranks)} {state.value}"
+
+    def _by(self, field: str, kinds: Iterable[_Kind]) -> dict[Any, list[int]]:
+        """The ranks of these kinds, by a field of the kind."""
+        found: dict[Any, list[int]] = {}
+        for kind in kinds:
+            found.setdefault(getattr(kind, field), []).extend(self._kinds[kind])
+        return found
 
 
-def _kind(record: RankRecord) -> Hashable:
-    """Equal for records in which `assess` finds no difference."""
+def _kind(record: RankRecord) -> _Kind:
     agreed = (
         tuple(sorted(value.items())) if isinstance(value, dict) else value
         for value in record.agreed().values()
     )
-    return (record.version, record.state, *agreed)
+    return _Kind(record.version, record.state, tuple(agreed))
 
 
 def instance_of(key: str) -> str:

@@ -1,16 +1,16 @@
-"""From the records of an instance: is it complete and consistent, and if not, what is wrong.
-
-Pure.
+"""What an instance is: complete and consistent, or what is wrong with it. `roster` says so from its
+records. Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
+from typing import Any
 
-from engine_registry.schema.printable import short
-from engine_registry.schema.record import ModelIdentity, RankRecord, RankState
+from engine_registry.schema.record import ModelIdentity, RankRecord
 
 
 class InstanceState(str, Enum):
@@ -23,6 +23,28 @@ class InstanceState(str, Enum):
     GONE = "gone"  # nothing is registered
 
 
+class Pages(tuple[Any, ...]):
+    """Records by rank as many tuples, each a page. A status makes one tuple of them when somebody
+    reads it: most events of a large instance are about one of its ranks, and few readers look at
+    the others.
+    """
+
+
+class _Records:
+    """The field of that name."""
+
+    def __get__(self, status: InstanceStatus | None, owner: type) -> tuple[RankRecord, ...]:
+        if status is None:
+            return ()  # the default
+        records: tuple[RankRecord, ...] = vars(status)["records"]
+        if isinstance(records, Pages):
+            records = vars(status)["records"] = tuple(chain.from_iterable(records))
+        return records
+
+    def __set__(self, status: InstanceStatus, records: tuple[RankRecord, ...]) -> None:
+        vars(status)["records"] = records
+
+
 @dataclass(frozen=True)
 class InstanceStatus:
     """An instance as its records describe it.
@@ -32,24 +54,29 @@ class InstanceStatus:
 
     instance: str
     state: InstanceState
-    records: tuple[RankRecord, ...] = ()  # by rank
+    records: tuple[RankRecord, ...] = _Records()  # type: ignore[assignment]  # by rank
     missing: tuple[int, ...] = ()
     problems: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
         """How many ranks the instance has when it is complete; 0 where none is registered."""
-        return self.records[0].world_size if self.records else 0
+        return self._first.world_size if self._first else 0
 
     @property
     def model(self) -> ModelIdentity | None:
         """Which weights the instance serves; None where no rank is registered."""
-        return self.records[0].model if self.records else None
+        return self._first.model if self._first else None
 
     @property
     def labels(self) -> Mapping[str, str]:
         """What people have said of the instance; empty where no rank is registered."""
-        return self.records[0].labels if self.records else {}
+        return self._first.labels if self._first else {}
+
+    @property
+    def _first(self) -> RankRecord | None:
+        records = vars(self)["records"]
+        return next(iter(records[0] if isinstance(records, Pages) else records), None)
 
     @property
     def version(self) -> int | None:
@@ -88,55 +115,6 @@ class InstanceStatus:
                 f"missing {named(self.missing)} of {self.world_size}",
             )
         return "; ".join(reasons)
-
-
-def assess(
-    instance: str, records: Iterable[RankRecord], damaged: Sequence[str] = ()
-) -> InstanceStatus:
-    """`damaged` are complaints about keys of this instance that hold no good record.
-
-    Ended registrations do not count.
-    """
-    present = tuple(
-        sorted((record for record in records if not record.ended), key=lambda record: record.rank)
-    )
-    problems = list(damaged)
-    if not present:
-        state = InstanceState.DEGRADED if problems else InstanceState.GONE
-        return InstanceStatus(instance, state, problems=tuple(problems))
-    first = present[0]
-    agreed = first.agreed()
-    for record in present[1:]:
-        for field, value in record.agreed().items():
-            if value != agreed[field]:
-                ours, theirs = short(repr(value)), short(repr(agreed[field]))
-                problems.append(
-                    f"rank {record.rank} has {field} {ours}, rank {first.rank} has {theirs}"
-                )
-    problems.extend(_of_versions(present))
-    problems.extend(_of_states(present))
-    ranks = {record.rank for record in present}
-    missing = tuple(rank for rank in range(first.world_size) if rank not in ranks)
-    state = InstanceState.DEGRADED if missing or problems else InstanceState.READY
-    return InstanceStatus(instance, state, present, missing, tuple(problems))
-
-
-def _of_versions(records: Sequence[RankRecord]) -> list[str]:
-    by_version: dict[int, list[int]] = {}
-    for record in records:
-        by_version.setdefault(record.version, []).append(record.rank)
-    if len(by_version) == 1:
-        return []
-    held = ", ".join(f"{version} ({named(ranks)})" for version, ranks in sorted(by_version.items()))
-    return [f"versions differ: {held}"]
-
-
-def _of_states(records: Sequence[RankRecord]) -> list[str]:
-    by_state: dict[RankState, list[int]] = {}
-    for record in records:
-        if record.state is not RankState.READY:
-            by_state.setdefault(record.state, []).append(record.rank)
-    return [f"{named(ranks)} {state.value}" for state, ranks in by_state.items()]
 
 
 def named(ranks: Sequence[int]) -> str:

@@ -50,7 +50,7 @@ from engine_registry import (
     Registry,
 )
 from engine_registry.errors import EtcdUnavailable
-from engine_registry.schema.status import assess
+from tests.support.assessment import assess
 from tests.support.builders import a_manifest, a_record, an_entry
 from tests.support.waiting import wait_until
 

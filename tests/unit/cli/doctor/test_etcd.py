@@ -26,7 +26,7 @@ from engine_registry.errors import EtcdError, EtcdFull, EtcdRefused, EtcdUnavail
 from engine_registry.etcd.admin import Alarm, Member, MemberStatus, Permission, User
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.schema.keyvalue import Delete, Guard, Put
-from engine_registry.schema.status import assess
+from tests.support.assessment import assess
 from tests.support.builders import a_record
 from tests.support.fake_etcd import FakeEtcd
 

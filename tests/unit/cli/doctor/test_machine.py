@@ -37,7 +37,7 @@ from engine_cli.doctor.python import (
 from engine_loader.engines.mooncake.binding import _what_to_install
 from engine_loader.errors import EngineUnavailable
 from engine_registry.schema.record import WITHIN_HOST, RankState
-from engine_registry.schema.status import assess
+from tests.support.assessment import assess
 from tests.support.builders import a_record
 
 # -- python

@@ -22,7 +22,7 @@ from engine_registry import (
     RankUpdated,
 )
 from engine_registry.schema.record import RankState
-from engine_registry.schema.status import assess
+from tests.support.assessment import assess
 from tests.unit.cli.render.test_flows import pull, rank
 
 AT = "12:00:00.000"

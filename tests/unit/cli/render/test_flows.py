@@ -24,7 +24,7 @@ from engine_cli.render.texts import (
 from engine_registry import ModelIdentity, Pull, RankRecord, RankState
 from engine_registry.schema.pull_ticket import Reader
 from engine_registry.schema.record import ManifestRef
-from engine_registry.schema.status import assess
+from tests.support.assessment import assess
 from tests.support.builders import a_pull, a_record
 
 

@@ -6,7 +6,7 @@ from engine_cli.render.listing import Changes, Choice
 from engine_registry import InstanceState, InstanceStatus
 from engine_registry.schema.labels import EVERYTHING
 from engine_registry.schema.record import RankState
-from engine_registry.schema.status import assess
+from tests.support.assessment import assess
 from tests.support.builders import a_record
 
 

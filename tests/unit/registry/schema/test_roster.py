@@ -1,7 +1,8 @@
-"""What is known of one instance, counted: as `assess` says of all records at once."""
+"""What is known of one instance as it changes: what `assess` says of all its records at once."""
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -9,17 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_registry import InstanceState, RankRecord, RankState
+from engine_registry import InstanceState, InstanceStatus, RankRecord, RankState
 from engine_registry.errors import RecordDamaged, SchemaUnsupported
 from engine_registry.schema.keys import record_key
 from engine_registry.schema.keyvalue import Deletion, KeyValue
 from engine_registry.schema.record_format import decode
 from engine_registry.schema.roster import Roster, assess_all
-from engine_registry.schema.status import assess
+from tests.support.assessment import assess
 from tests.support.builders import OTHER_INCARNATION, a_record, garbage, stored
 
 MODEL = a_record().model
 RANKS = st.integers(0, 2)
+ALL = range(200)
 # Few values of each field, so that records often agree, and world sizes down to 3, so that
 # instances are often complete.
 FIELDS = st.fixed_dictionaries(
@@ -33,6 +35,7 @@ FIELDS = st.fixed_dictionaries(
         "topology": st.sampled_from([{"tp": (0, 2)}, {"tp": (1, 2)}, {"tp": (1, 4)}, {}]),
         "version": st.sampled_from([3, 4]),
         "state": st.sampled_from(RankState),
+        "labels": st.sampled_from([{}, {"tier": "x", "team": "y"}, {"team": "y", "tier": "x"}]),
         "incarnation": st.just(OTHER_INCARNATION),
         "ended": st.sampled_from(["", "withdrawn"]),
     },
@@ -56,6 +59,7 @@ def test_after_any_changes_a_roster_says_what_assess_says_of_the_records(
     changes: list[KeyValue | Deletion],
 ) -> None:
     roster, items = Roster("qwen"), dict[str, KeyValue]()
+    said = []
     complete = [stored(a_record(rank=rank, world_size=3)) for rank in range(3)]
     for change in [*complete, *changes]:
         roster.see(change)
@@ -64,10 +68,38 @@ def test_after_any_changes_a_roster_says_what_assess_says_of_the_records(
             items[change.key] = change
         records, damaged = read(items)
         wanted = assess("qwen", records, damaged)
-        assert (roster.state, roster.status()) == (wanted.state, wanted)
+        said.append((roster.status(), wanted))
+        assert roster.state is wanted.state
         assert list(assess_all(items.values())) == (
             [wanted] if wanted.state is not InstanceState.GONE else []
         )
+    assert all(status == wanted for status, wanted in said)  # no later change has changed one
+
+
+@given(st.lists(st.sampled_from(ALL), max_size=30))
+def test_many_ranks_come_and_go_in_any_order(ranks: list[int]) -> None:
+    roster, records = Roster("qwen"), {rank: a_record(rank=rank, world_size=200) for rank in ALL}
+    for rank in sorted(records, key=str):
+        roster.put(records[rank])
+    said = []
+    for rank in ranks:
+        if rank in records:
+            assert roster.remove(rank) == records.pop(rank)
+        else:
+            records[rank] = a_record(rank=rank, world_size=200, version=4)
+            roster.put(records[rank])
+        said.append((roster.status(), assess("qwen", records.values())))
+    assert all(status == wanted for status, wanted in said)
+
+
+def test_a_status_stays_as_the_instance_was() -> None:
+    roster = Roster("qwen")
+    roster.put(a_record(rank=0))
+    before = roster.status()
+    roster.put(a_record(rank=1))
+    roster.remove(0)
+    roster.damage("/engines/qwen/0", RecordDamaged("it is damaged"))
+    assert (before.records, before.missing, before.problems) == ((a_record(rank=0),), (1,), ())
 
 
 def test_an_instance_is_ready_whenever_all_its_ranks_are_alike() -> None:
@@ -115,6 +147,9 @@ def test_a_change_of_one_rank_looks_at_no_other(monkeypatch: pytest.MonkeyPatch)
         roster.see(change)
         assert roster.state is InstanceState.DEGRADED
     assert set(looked_at) == {7}
+    roster.see(stored(a_record(rank=7, world_size=50, generation="launch-2")))
+    assert len(roster.status().problems) == 1
+    assert set(looked_at) == {0, 7}  # the one that differs, and what it differs from
 
 
 @pytest.mark.parametrize(
@@ -130,3 +165,16 @@ def test_what_is_wrong_with_a_key_is_kept_without_what_its_traceback_holds(
     assert type(error) is kind
     assert error.details["key"] == record_key("qwen", 0)
     assert held == (None, None, None)
+
+
+def test_what_is_asked_of_a_status_first_makes_no_difference() -> None:
+    roster = Roster("qwen")
+    for rank in ALL:
+        roster.put(a_record(rank=rank, world_size=200, labels={"tier": "x"}))
+    asked, other = roster.status(), roster.status()
+    assert (asked.world_size, asked.model, asked.labels) == (200, MODEL, {"tier": "x"})
+    assert [record.rank for record in asked.records] == list(ALL)
+    assert (asked.world_size, asked.labels) == (200, {"tier": "x"})
+    assert pickle.loads(pickle.dumps(other)) == asked  # noqa: S301  ours
+    assert replace(other, records=()) == InstanceStatus("qwen", InstanceState.READY)
+    assert repr(other) == repr(asked)

@@ -12,11 +12,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_registry import InstanceState, RankState
-from engine_registry.schema.status import assess, spans
-from tests.support.builders import a_record
+from engine_registry import InstanceState, InstanceStatus, RankRecord, RankState
+from engine_registry.errors import RecordDamaged
+from engine_registry.schema.roster import Roster
+from engine_registry.schema.status import spans
+from tests.support.builders import a_record, stored
 
 MODEL = a_record().model
+
+
+def assess(
+    instance: str, records: Sequence[RankRecord], damaged: Sequence[str] = ()
+) -> InstanceStatus:
+    """As a roster does that has seen all of them."""
+    roster = Roster(instance)
+    for record in records:
+        roster.see(stored(record))
+    for number, error in enumerate(damaged):
+        roster.damage(f"/engines/{instance}/{number}", RecordDamaged(error))
+    return roster.status()
 
 
 def test_an_instance_with_all_ranks_alike_and_ready_is_ready() -> None:

@@ -19,8 +19,8 @@ from engine_registry import (
 )
 from engine_registry.errors import RecordDamaged, SchemaUnsupported
 from engine_registry.schema.eviction_note import EvictionNote
-from engine_registry.schema.status import assess
 from engine_registry.watching.grace_period import DueEviction, Grace
+from tests.support.assessment import assess
 from tests.support.builders import a_record
 
 GRACE_S = 30.0

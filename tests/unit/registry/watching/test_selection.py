@@ -12,8 +12,8 @@ from engine_registry import (
     RankUpdated,
 )
 from engine_registry.schema.labels import Selector
-from engine_registry.schema.status import assess
 from engine_registry.watching.selection import Selection
+from tests.support.assessment import assess
 from tests.support.builders import a_record
 
 OURS = a_record(world_size=1, topology={}, labels={"team": "search"})

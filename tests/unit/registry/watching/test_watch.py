@@ -20,6 +20,7 @@ from engine_registry import (
     InstanceGone,
     InstanceReady,
     InstanceState,
+    InstanceStatus,
     RankJoined,
     RankLost,
     RankRecord,
@@ -29,9 +30,10 @@ from engine_registry import (
 from engine_registry.schema.keys import parse_record_key, record_key
 from engine_registry.schema.keyvalue import Change, Deletion, KeyValue
 from engine_registry.schema.record_format import decode
-from engine_registry.schema.status import assess
+from engine_registry.schema.roster import Roster
 from engine_registry.watching.tracker import EXPIRED, Tracker
 from engine_registry.watching.watch import Watch
+from tests.support.assessment import assess
 from tests.support.builders import (
     INCARNATION,
     OTHER_INCARNATION,
@@ -410,6 +412,7 @@ LIVE = st.fixed_dictionaries(
     {
         "incarnation": st.sampled_from([INCARNATION, OTHER_INCARNATION]),
         "registered_at": st.sampled_from([A.registered_at, LATER]),
+        "generation": st.sampled_from(["launch-1", "launch-2"]),
         "version": st.integers(0, 1),
         "state": st.sampled_from([RankState.READY, RankState.UPDATING]),
     }
@@ -530,6 +533,44 @@ def test_the_last_reported_state_of_an_instance_is_its_state_and_none_is_reporte
                 instance, [r for r in world.live().values() if r.instance == instance], ours
             ).state
         )
+
+
+class AssessedRoster(Roster):
+    """Looks at all records for each question."""
+
+    @property
+    def state(self) -> InstanceState:
+        return self.status().state
+
+    def status(self) -> InstanceStatus:
+        return assess(self.instance, self.records.values(), tuple(map(str, self.damaged.values())))
+
+
+@given(STEPS)
+def test_events_say_what_a_look_at_all_records_says_at_that_moment(
+    steps: list[tuple[Any, ...]],
+) -> None:
+    def events() -> list[Event]:
+        world = World()
+        for step in [*steps, ("resync",), ("wait", 1.5)]:
+            world.do(step)
+        return world.events
+
+    found = events()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine_registry.watching.tracker.Roster", AssessedRoster)
+        wanted = events()
+    assert list(map(repr, found)) == list(map(repr, wanted))
+
+
+def test_an_event_shows_the_instance_as_it_was_then() -> None:
+    tracker = following(A, B)
+    tracker.changes((deleted(A),), 1.0)
+    (_, degraded) = tracker.expire(2.0)
+    tracker.changes((stored(A, 3), deleted(B)), 3.0)
+    tracker.expire(4.0)
+    assert isinstance(degraded, InstanceDegraded)
+    assert (degraded.status.records, degraded.status.missing) == ((B,), (0,))
 
 
 @given(st.lists(SEEN, max_size=30))

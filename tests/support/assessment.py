@@ -1,0 +1,60 @@
+"""What is to be said of an instance, worked out from all of its records at once. A roster says the
+same, and looks only at what has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from engine_registry import InstanceState, InstanceStatus, RankRecord, RankState
+from engine_registry.schema.printable import short
+from engine_registry.schema.status import named
+
+
+def assess(
+    instance: str, records: Iterable[RankRecord], damaged: Sequence[str] = ()
+) -> InstanceStatus:
+    """`damaged` are complaints about keys of this instance that hold no good record.
+
+    Ended registrations do not count.
+    """
+    present = tuple(
+        sorted((record for record in records if not record.ended), key=lambda record: record.rank)
+    )
+    problems = list(damaged)
+    if not present:
+        state = InstanceState.DEGRADED if problems else InstanceState.GONE
+        return InstanceStatus(instance, state, problems=tuple(problems))
+    first = present[0]
+    agreed = first.agreed()
+    for record in present[1:]:
+        for field, value in record.agreed().items():
+            if value != agreed[field]:
+                ours, theirs = short(repr(value)), short(repr(agreed[field]))
+                problems.append(
+                    f"rank {record.rank} has {field} {ours}, rank {first.rank} has {theirs}"
+                )
+    problems.extend(_of_versions(present))
+    problems.extend(_of_states(present))
+    ranks = {record.rank for record in present}
+    missing = tuple(rank for rank in range(first.world_size) if rank not in ranks)
+    state = InstanceState.DEGRADED if missing or problems else InstanceState.READY
+    return InstanceStatus(instance, state, present, missing, tuple(problems))
+
+
+def _of_versions(records: Sequence[RankRecord]) -> list[str]:
+    by_version: dict[int, list[int]] = {}
+    for record in records:
+        by_version.setdefault(record.version, []).append(record.rank)
+    if len(by_version) == 1:
+        return []
+    held = ", ".join(f"{version} ({named(ranks)})" for version, ranks in sorted(by_version.items()))
+    return [f"versions differ: {held}"]
+
+
+def _of_states(records: Sequence[RankRecord]) -> list[str]:
+    by_state: dict[RankState, list[int]] = {}
+    for record in records:
+        if record.state is not RankState.READY:
+            by_state.setdefault(record.state, []).append(record.rank)
+    return [f"{named(ranks)} {state.value}" for state, ranks in by_state.items()]
