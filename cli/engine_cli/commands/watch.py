@@ -126,7 +126,8 @@ def command(
         for event in watch:
             counted.see(event)
             at = utc()
-            data = {"at": at, **event_json(event)}
+            # it names each rank of an instance, so it is made only where it is wanted
+            data = {"at": at, **event_json(event)} if kept or as_json or hooks else {}
             if kept:
                 kept.put({**data, "text": event_text(event)})
             if screen:

@@ -15,9 +15,9 @@ from typing import Any
 from engine_cli.dashboard.journal import Changes, Journal
 from engine_cli.dashboard.picture import bounded, picture
 from engine_cli.render.board import Speeds
-from engine_cli.render.documents import event_json
+from engine_cli.render.documents import EVENTS
 from engine_cli.render.flows import Flows, reader_of
-from engine_cli.render.states import UNRESPONSIVE, any_loads, rank_state_of
+from engine_cli.render.states import UNRESPONSIVE, rank_state_of
 from engine_cli.render.texts import answering, event_text, loss, reads_from, why_not_ready
 from engine_registry import (
     Event,
@@ -35,6 +35,7 @@ from engine_registry.schema.labels import labels_text
 from engine_registry.schema.moment import moment, utc
 from engine_registry.schema.roster import Roster
 from engine_registry.schema.status import InstanceState
+from engine_registry.watching.events import RankEvent
 
 MAX_EVENTS = 300
 MAX_ABSENT = 256  # ranks of one instance that are shown though they are missing
@@ -122,15 +123,15 @@ class State:
 
     def _note(self, event: Event, at: datetime) -> None:
         self._count += 1
-        said = event_json(event)
+        about = event.record if isinstance(event, RankEvent) else event.status
         key = ("event", f"{self._count:012d}")
         self._journal.put(
             key,
             {
                 "at": utc(at),
-                "kind": "instance_loading" if _begins_to_load(event) else said["event"],
-                "instance": said["instance"],
-                "rank": said.get("rank"),
+                "kind": "instance_loading" if _begins_to_load(event) else EVENTS[type(event)],
+                "instance": about.instance,
+                "rank": about.rank if isinstance(about, RankRecord) else None,
                 "text": event_text(event),
             },
         )
@@ -226,7 +227,7 @@ class State:
 
 def _begins_to_load(event: Event) -> bool:
     """Which is no loss, though the instance is not complete."""
-    return isinstance(event, InstanceDegraded) and any_loads(event.status.records)
+    return isinstance(event, InstanceDegraded) and RankState.LOADING in event.status.states
 
 
 def _state(status: InstanceStatus) -> str:
@@ -235,8 +236,7 @@ def _state(status: InstanceStatus) -> str:
         return UNRESPONSIVE if status.unresponsive else "ready"
     if status.missing:
         return "incomplete"
-    states = {record.state for record in status.records}
-    return next((state.value for state in _BUSY if state in states), "degraded")
+    return next((state.value for state in _BUSY if state in status.states), "degraded")
 
 
 def _content(status: InstanceStatus) -> str:

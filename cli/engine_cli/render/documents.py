@@ -134,25 +134,28 @@ def listed_json(status: InstanceStatus, flows: Flows) -> dict[str, Any]:
     return {**instance_json(status), "loading": loading_json(status, flows)}
 
 
-_RANK_EVENTS = {RankJoined: "rank_joined", RankUpdated: "rank_updated", RankLost: "rank_lost"}
-_INSTANCE_EVENTS = {
+EVENTS: dict[type[Event | InstanceCleaned], str] = {
+    RankJoined: "rank_joined",
+    RankUpdated: "rank_updated",
+    RankLost: "rank_lost",
     InstanceReady: "instance_ready",
     InstanceDegraded: "instance_degraded",
     InstanceGone: "instance_gone",
+    InstanceCleaned: "instance_cleaned",
 }
 
 
 def event_json(event: Event | InstanceCleaned) -> dict[str, Any]:
     if isinstance(event, InstanceCleaned):
         return {
-            "event": "instance_cleaned",
+            "event": EVENTS[type(event)],
             "instance": event.instance,
             "lost": rank_json(event.lost),
             "evicted": [record.rank for record in event.evicted],
             "dry_run": event.dry_run,
         }
     if isinstance(event, InstanceReady | InstanceDegraded | InstanceGone):
-        return {"event": _INSTANCE_EVENTS[type(event)], **instance_json(event.status)}
+        return {"event": EVENTS[type(event)], **instance_json(event.status)}
     reason = (
         {
             "reason": event.reason,
@@ -161,7 +164,7 @@ def event_json(event: Event | InstanceCleaned) -> dict[str, Any]:
         if isinstance(event, RankLost)
         else {}
     )
-    return {"event": _RANK_EVENTS[type(event)], **reason, **rank_json(event.record)}
+    return {"event": EVENTS[type(event)], **reason, **rank_json(event.record)}
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def state_of(status: InstanceStatus) -> str:
     """An instance is loading while one of its ranks is, and unresponsive while it is ready but for
     ranks that do not answer; else it has the state of the registry.
     """
-    if any_loads(status.records):
+    if RankState.LOADING in status.states:
         return LOADING
     is_ready = status.state is InstanceState.READY
     return UNRESPONSIVE if is_ready and status.unresponsive else status.state.value

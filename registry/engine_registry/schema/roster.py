@@ -16,7 +16,7 @@ from engine_registry.schema.keyvalue import Change, Deletion, KeyValue
 from engine_registry.schema.printable import short
 from engine_registry.schema.record import RankRecord, RankState
 from engine_registry.schema.record_format import decode_item
-from engine_registry.schema.status import InstanceState, InstanceStatus, Pages, named
+from engine_registry.schema.status import InstanceState, InstanceStatus, Page, Pages, named
 
 _PAGE_RANKS = 64
 _rank_of = attrgetter("rank")
@@ -38,7 +38,7 @@ class Roster:
         self.damaged: dict[str, RecordDamaged] = {}  # by key
         self._records: dict[int, RankRecord] = {}  # by rank; none has ended
         # The same, in order. A status takes the pages as they are, and a change makes a new one.
-        self._pages: dict[int, tuple[RankRecord, ...]] = {}
+        self._pages: dict[int, Page] = {}
         self._kinds: dict[_Kind, set[int]] = {}  # the ranks of each
 
     @property
@@ -65,10 +65,10 @@ class Roster:
     def _turn(self, rank: int, records: tuple[RankRecord, ...]) -> None:
         """The page of the rank, with these in its place."""
         number = rank // _PAGE_RANKS
-        page = self._pages.get(number, ())
+        page: tuple[RankRecord, ...] = self._pages.get(number, ())
         start = bisect_left(page, rank, key=_rank_of)
         stop = start + (start < len(page) and page[start].rank == rank)
-        self._pages[number] = page[:start] + records + page[stop:]
+        self._pages[number] = Page(page[:start] + records + page[stop:])
         if not self._pages[number]:
             del self._pages[number]
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from engine_registry.schema.record import ModelIdentity, RankRecord
+from engine_registry.schema.record import ModelIdentity, RankRecord, RankState
 
 
 class InstanceState(str, Enum):
@@ -23,10 +24,30 @@ class InstanceState(str, Enum):
     GONE = "gone"  # nothing is registered
 
 
+class Page(tuple[RankRecord, ...]):
+    """Some records by rank, and what they say together, which is worked out once."""
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(record.manifest.nbytes for record in self)
+
+    @cached_property
+    def states(self) -> frozenset[RankState]:
+        return frozenset(record.state for record in self)
+
+    @cached_property
+    def versions(self) -> frozenset[int]:
+        return frozenset(record.version for record in self)
+
+    @cached_property
+    def unresponsive(self) -> tuple[int, ...]:
+        return tuple(record.rank for record in self if record.unresponsive_since)
+
+
 class Pages(tuple[Any, ...]):
-    """Records by rank as many tuples, each a page. A status makes one tuple of them when somebody
-    reads it: most events of a large instance are about one of its ranks, and few readers look at
-    the others.
+    """All records of an instance, as pages. A status makes one tuple of them when somebody reads
+    it: most events of a large instance are about one of its ranks, and few readers look at the
+    others.
     """
 
 
@@ -36,13 +57,18 @@ class _Records:
     def __get__(self, status: InstanceStatus | None, owner: type) -> tuple[RankRecord, ...]:
         if status is None:
             return ()  # the default
-        records: tuple[RankRecord, ...] = vars(status)["records"]
-        if isinstance(records, Pages):
-            records = vars(status)["records"] = tuple(chain.from_iterable(records))
+        fields = vars(status)
+        if "records" not in fields:
+            fields["records"] = tuple(chain.from_iterable(status._pages))
+        records: tuple[RankRecord, ...] = fields["records"]
         return records
 
     def __set__(self, status: InstanceStatus, records: tuple[RankRecord, ...]) -> None:
-        vars(status)["records"] = records
+        fields = vars(status)
+        if isinstance(records, Pages):
+            fields["_pages"] = records
+        else:
+            fields["_pages"], fields["records"] = (Page(records),), records
 
 
 @dataclass(frozen=True)
@@ -74,15 +100,15 @@ class InstanceStatus:
         return self._first.labels if self._first else {}
 
     @property
-    def _first(self) -> RankRecord | None:
-        records = vars(self)["records"]
-        return next(iter(records[0] if isinstance(records, Pages) else records), None)
+    def states(self) -> frozenset[RankState]:
+        """The states that its ranks are in."""
+        return frozenset[RankState]().union(*(page.states for page in self._pages))
 
     @property
     def version(self) -> int | None:
         """The version that all ranks have, or None where they differ."""
-        versions = {record.version for record in self.records}
-        return versions.pop() if len(versions) == 1 else None
+        versions = frozenset[int]().union(*(page.versions for page in self._pages))
+        return next(iter(versions)) if len(versions) == 1 else None
 
     @property
     def contents(self) -> tuple[str, ...]:
@@ -98,12 +124,21 @@ class InstanceStatus:
 
         Their records stand, so the instance may be ready all the same.
         """
-        return tuple(record.rank for record in self.records if record.unresponsive_since)
+        return tuple(chain.from_iterable(page.unresponsive for page in self._pages))
 
     @property
     def nbytes(self) -> int:
         """The bytes of the weights of all registered ranks."""
-        return sum(record.manifest.nbytes for record in self.records)
+        return sum(page.nbytes for page in self._pages)
+
+    @property
+    def _pages(self) -> tuple[Page, ...]:
+        pages: tuple[Page, ...] = vars(self)["_pages"]
+        return pages
+
+    @property
+    def _first(self) -> RankRecord | None:
+        return next(chain.from_iterable(self._pages), None)
 
     @property
     def summary(self) -> str:

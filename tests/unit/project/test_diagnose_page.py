@@ -7,14 +7,13 @@ import re
 import typing
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import pytest
 
 import engine_loader.errors
 import engine_registry.errors
 from engine_cli.exits import Exit, code_of
-from engine_cli.render.documents import _INSTANCE_EVENTS, _RANK_EVENTS
+from engine_cli.render.documents import EVENTS
 from engine_registry import Event, InstanceCleaned, RegistrationState
 from engine_registry.telemetry.metrics import LOSSES
 from tests.support.checkout import ROOT
@@ -61,13 +60,8 @@ def test_every_error_is_explained_with_its_exit_code_and_what_to_do(error: type[
 
 @pytest.mark.parametrize("event", [*typing.get_args(Event), InstanceCleaned])
 def test_every_event_is_explained(event: type) -> None:
-    names: dict[Any, str] = {
-        **_RANK_EVENTS,
-        **_INSTANCE_EVENTS,
-        InstanceCleaned: "instance_cleaned",
-    }
     assert any(
-        row[:2] == [f"`{event.__name__}`", f"`{names[event]}`"] and len(row) == 4 and all(row)
+        row[:2] == [f"`{event.__name__}`", f"`{EVENTS[event]}`"] and len(row) == 4 and all(row)
         for row in rows("Events")
     )
 
