@@ -18,6 +18,8 @@ MAX_S = 1e9  # 30 years: Python's waits take no more than ten times as much
 
 def whole(field: str, value: object, least: int = 0, most: int | None = None) -> int:
     """Of any type that stands for a whole number, as numpy's do. Truth values do not."""
+    if type(value) is int and value >= least and (most is None or value <= most):
+        return value  # as a rule
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except Exception as exc:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import attrgetter
 from typing import Any
 
 from engine_registry.errors import InvalidField
@@ -18,7 +19,7 @@ from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.keys import check_instance, check_rank, record_key
 from engine_registry.schema.labels import check_labels
 from engine_registry.schema.numbers import whole
-from engine_registry.schema.texts import check_kind, check_names, check_texts
+from engine_registry.schema.texts import are_printable, check_kind, check_names, check_texts
 from engine_registry.schema.topology import check_topology
 
 MAX_VERSION = 1 << 62  # the header holds twice the version in 64 bits
@@ -39,6 +40,7 @@ _TEXTS = (
     "unresponsive_since",
     "ended",
 )
+_texts_of = attrgetter(*_TEXTS)
 _CONTENT = re.compile(r"[0-9a-f]{32}")
 GATEWAY = "gateway"  # in `kept_by`
 
@@ -110,6 +112,9 @@ class ModelIdentity:
         }
         check_texts({f"model.{name}": text for name, text in texts.items()})
         check_names("model.extra", self.extra)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.revision))  # `extra` is a mapping, which has none
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
@@ -197,7 +202,9 @@ class RankRecord:
             check_content(self.content)
         if self.eviction is not None:
             check_kind("eviction", self.eviction, Eviction)
-        check_texts({name: getattr(self, name) for name in _TEXTS})
+        texts = _texts_of(self)
+        if not are_printable(texts):
+            check_texts(dict(zip(_TEXTS, texts, strict=True)))
         check_names("rails", self.rails)
         for name, kind in _KINDS.items():
             check_kind(name, getattr(self, name), kind)
@@ -222,6 +229,17 @@ class RankRecord:
         """Where it runs; of a seed that registered through a gateway the pid is not known."""
         return (
             f"host {self.host or '?'}, pid {self.pid}" if self.pid else f"host {self.host or '?'}"
+        )
+
+    @property
+    def alike(self) -> Hashable:
+        """Equal for records of which `agreed` is equal, and quicker to compare."""
+        return (
+            self.world_size,
+            self.generation,
+            self.model,
+            frozenset((axis, size) for axis, (_, size) in self.topology.items()),
+            frozenset(self.labels.items()),
         )
 
     def agreed(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ reader gets a good record or `RecordDamaged`.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -30,6 +31,7 @@ from engine_registry.schema.structs import Malformed, Natural, check_64_bits
 SCHEMA = 1
 MAX_RECORD_NBYTES = 4096
 _ADDED_NBYTES = 1024
+_MAX_MODELS = 256
 
 
 class _Model(msgspec.Struct, frozen=True):
@@ -203,12 +205,12 @@ def _record(stored: _Record, mod_revision: int, create_revision: int) -> RankRec
         instance=stored.instance,
         rank=stored.rank,
         world_size=stored.world_size,
-        model=ModelIdentity(
-            name=model.name,
-            revision=model.revision,
-            dtype=model.dtype,
-            quantization=model.quantization,
-            extra={name: str(value) for name, value in model.extra.items()},
+        model=_model(
+            model.name,
+            model.revision,
+            model.dtype,
+            model.quantization,
+            tuple((name, str(value)) for name, value in model.extra.items()),
         ),
         session_id=stored.session_id,
         protocol=stored.protocol,
@@ -235,3 +237,11 @@ def _record(stored: _Record, mod_revision: int, create_revision: int) -> RankRec
         mod_revision=mod_revision,
         create_revision=create_revision,
     )
+
+
+@lru_cache(_MAX_MODELS)
+def _model(
+    name: str, revision: str, dtype: str, quantization: str, extra: tuple[tuple[str, str], ...]
+) -> ModelIdentity:
+    """One for all ranks that have it, as thousands do."""
+    return ModelIdentity(name, revision, dtype, quantization, dict(extra))

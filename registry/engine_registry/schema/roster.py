@@ -170,11 +170,7 @@ class Roster:
 
 
 def _kind(record: RankRecord) -> _Kind:
-    agreed = (
-        tuple(sorted(value.items())) if isinstance(value, dict) else value
-        for value in record.agreed().values()
-    )
-    return _Kind(record.version, record.state, tuple(agreed))
+    return _Kind(record.version, record.state, record.alike)
 
 
 def instance_of(key: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from engine_registry.errors import InvalidField
 
@@ -15,6 +15,14 @@ def check_texts(texts: Mapping[str, object]) -> None:
                 f"{field_name} {text!r} is not valid: it is one line of printable text",
                 field=field_name,
             )
+
+
+def are_printable(texts: Iterable[object]) -> bool:
+    """Whether `check_texts` takes them all: quicker than to ask by name."""
+    try:
+        return all(map(str.isprintable, texts))  # type: ignore[arg-type]
+    except TypeError:
+        return False
 
 
 def check_kind(field_name: str, value: object, kind: type) -> None:

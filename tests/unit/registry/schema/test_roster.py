@@ -102,6 +102,30 @@ def summed_up(status: InstanceStatus) -> tuple[Any, ...]:
     return status.world_size, status.nbytes, status.states, status.version, status.unresponsive
 
 
+@given(FIELDS, FIELDS)
+def test_records_are_alike_where_they_agree(one: dict[str, Any], other: dict[str, Any]) -> None:
+    first, second = a_record(**one), a_record(**other)
+    assert (first.alike == second.alike) == (first.agreed() == second.agreed())
+    assert first.alike != second.alike or hash(first.alike) == hash(second.alike)
+
+
+@pytest.mark.parametrize("field", a_record().agreed())
+def test_records_that_do_not_agree_on_a_field_are_not_alike(field: str) -> None:
+    others = [
+        a_record(world_size=9),
+        a_record(generation="another"),
+        a_record(topology={"tp": (0, 9)}),
+        a_record(labels={"tier": "y"}),
+        a_record(model=replace(MODEL, name="x")),
+        a_record(model=replace(MODEL, revision="x")),
+        a_record(model=replace(MODEL, dtype="x")),
+        a_record(model=replace(MODEL, quantization="x")),
+        a_record(model=replace(MODEL, extra={})),
+    ]
+    (other,) = (one for one in others if one.agreed()[field] != a_record().agreed()[field])
+    assert other.alike != a_record().alike
+
+
 def test_a_status_stays_as_the_instance_was() -> None:
     roster = Roster("qwen")
     roster.put(a_record(rank=0))
@@ -142,13 +166,15 @@ def test_a_change_of_one_rank_looks_at_no_other(monkeypatch: pytest.MonkeyPatch)
     roster = Roster("qwen")
     for rank in range(50):
         roster.see(stored(a_record(rank=rank, world_size=50)))
-    looked_at: list[int] = []
-    agreed = RankRecord.agreed
-    monkeypatch.setattr(
-        RankRecord,
-        "agreed",
-        lambda self: looked_at.append(self.rank) or agreed(self),  # type: ignore[func-returns-value]
-    )
+    looked_at = set[int]()
+
+    def seen(record: RankRecord) -> RankRecord:
+        looked_at.add(record.rank)
+        return record
+
+    alike, agreed = RankRecord.alike, RankRecord.agreed
+    monkeypatch.setattr(RankRecord, "alike", property(lambda self: alike.fget(seen(self))))  # type: ignore[attr-defined]
+    monkeypatch.setattr(RankRecord, "agreed", lambda self: agreed(seen(self)))
     for change in (
         stored(a_record(rank=7, world_size=50, version=4)),
         garbage(rank=7),
@@ -156,10 +182,10 @@ def test_a_change_of_one_rank_looks_at_no_other(monkeypatch: pytest.MonkeyPatch)
     ):
         roster.see(change)
         assert roster.state is InstanceState.DEGRADED
-    assert set(looked_at) == {7}
+    assert looked_at == {7}
     roster.see(stored(a_record(rank=7, world_size=50, generation="launch-2")))
     assert len(roster.status().problems) == 1
-    assert set(looked_at) == {0, 7}  # the one that differs, and what it differs from
+    assert looked_at == {0, 7}  # the one that differs, and what it differs from
 
 
 @pytest.mark.parametrize(
