@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import signal
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -373,6 +375,33 @@ def test_a_large_instance_is_evicted_in_few_transactions_each_with_one_lease_for
         assert Counter(Counter(mark.mod_revision for mark in marks).values()) == {40: 2, 19: 1}
         assert len({mark.lease_id for mark in marks}) == 3
         assert registry.instances() == ()
+
+
+def handled(server: LocalEtcd) -> Counter[str]:
+    """How many requests of each kind etcd has answered."""
+    with urllib.request.urlopen(f"http://{server.endpoint}/metrics") as answer:
+        found = re.findall(
+            r'^grpc_server_handled_total\{grpc_code="OK",grpc_method="(\w+)".* (\d+)$',
+            answer.read().decode(),
+            re.MULTILINE,
+        )
+    return Counter({method: int(count) for method, count in found})
+
+
+def test_an_operator_evicts_a_large_instance_in_few_requests(own_etcd: LocalEtcd) -> None:
+    with (
+        Registry.connect(own_etcd.endpoint, timeout_s=60) as registry,
+        closing(Etcd(EtcdConfig(parse_endpoints(own_etcd.endpoint), timeout_s=60))) as etcd,
+    ):
+        put_ranks(etcd, "a", 100)
+        ranks = registry.ranks("a")
+        before = handled(own_etcd)
+        assert registry.evict_each(ranks) == (True,) * 100
+        # 40 ranks each: a lease for their marks, to end and mark them, to delete them
+        assert handled(own_etcd) - before == {"LeaseGrant": 3, "Txn": 1 + 3 + 3}
+        assert registry.instances() == ()
+        assert len(etcd.snapshot("/evicted/").items) == 100
+        assert registry.evict_each(ranks) == (False,) * 100
 
 
 def test_an_eviction_stops_when_the_missing_rank_comes_back_half_way(

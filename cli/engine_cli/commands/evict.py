@@ -44,7 +44,7 @@ def command(connect: Connect, instance: str, rank: int | None, reason: str) -> i
         records = []
         if not damaged or rank is None:
             records = chosen(registry.instance(instance), rank)
-        evicted = [registry.evict(record, reason) for record in records]
+        evicted = registry.evict_each(records, reason)
         copies = _with_contents_of(records, registry) if any(evicted) else []
     for record, done in zip(records, evicted, strict=True):
         name = f"{record.instance}/{record.rank}"

@@ -1,9 +1,9 @@
-"""Ends the registrations of others as they were when they were read: one, or several in one
-transaction. Stateless.
+"""Ends the registrations of others as they were when they were read, several in one transaction.
+Stateless.
 
-Operators call it through `Registry.evict`, and cleanup does. Each eviction leaves a mark under
-`/evicted/` for a day, by which a keeper that was cut off from etcd learns that its registration
-must not come back, and who has ended it.
+Operators call it through `Registry.evict` and `evict_each`, and cleanup does. Each eviction leaves
+a mark under `/evicted/` for a day, by which a keeper that was cut off from etcd learns that its
+registration must not come back, and who has ended it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine_registry.etcd.client import Etcd
 from engine_registry.registration.writes import EVICTED, deletion, ended, made_at
 from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.keys import evicted_key
-from engine_registry.schema.keyvalue import Guard, KeyValue, Put, unchanged, written
+from engine_registry.schema.keyvalue import Guard, KeyValue, Put, Range, unchanged, written
 from engine_registry.schema.moment import utc
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.record_format import decode_item
@@ -43,10 +43,37 @@ def by_this_process(reason: str = "") -> Eviction:
 
 def evict(etcd: Etcd, record: RankRecord, eviction: Eviction | None = None) -> bool:
     """Ends the registration that `record` was read from; False if it has changed or gone since."""
-    if not record.mod_revision:
+    return evict_each(etcd, [record], eviction)[0]
+
+
+def evict_each(
+    etcd: Etcd, records: Sequence[RankRecord], eviction: Eviction | None = None
+) -> tuple[bool, ...]:
+    """`evict` of several: of each, whether it was ended.
+
+    Takes three requests for 40 records and one to read 128, unless one changes at the very moment.
+    """
+    if not all(record.mod_revision for record in records):
         raise ValueError("only a record that was read from etcd can be evicted")
-    found = etcd.get(record.key)
-    return found is not None and _is(found, record) and evict_all(etcd, [found], by=eviction)
+    eviction = eviction or by_this_process()
+    _, found = etcd.read([Range(record.key) for record in records])
+    held = {
+        _place(record): each.items[0]
+        for record, each in zip(records, found, strict=True)
+        if each.items and _is(each.items[0], record)
+    }
+    places, gone = list(held), set[tuple[str, int]]()
+    for start in range(0, len(places), AT_ONCE):
+        some = places[start : start + AT_ONCE]
+        if evict_all(etcd, [held[place] for place in some], by=eviction):
+            gone.update(some)
+        else:  # one of them has changed, so each by itself
+            gone.update(place for place in some if evict_all(etcd, [held[place]], by=eviction))
+    return tuple(_place(record) in gone for record in records)
+
+
+def _place(record: RankRecord) -> tuple[str, int]:
+    return record.key, record.mod_revision
 
 
 def evict_all(

@@ -17,7 +17,7 @@ from engine_registry.errors import (
     InstanceMismatch,
     RankConflict,
 )
-from engine_registry.registration.eviction import evict, evict_all
+from engine_registry.registration.eviction import evict, evict_all, evict_each
 from engine_registry.registration.writes import EVICTED, amend, claim, end, remove
 from engine_registry.schema.holder import holder_key, parse_entry
 from engine_registry.schema.keys import HOLDERS, evicted_key, manifest_part_key, record_key
@@ -770,6 +770,21 @@ def test_several_that_were_evicted_but_tried_again_are_finished(etcd: FakeEtcd) 
     etcd.retry_next_commit = True
     assert evict_all(etcd, launch)
     assert etcd.keys == sorted(evicted_key("qwen", rank, f"{rank:032x}") for rank in range(3))
+
+
+def test_of_several_records_those_that_have_not_changed_are_evicted(etcd: FakeEtcd) -> None:
+    launch = a_launch(etcd, 5)
+    records = [decode_item(each) for each in launch]
+    put(etcd, replace(records[1], version=9))
+
+    def rank_3_leaves() -> None:
+        etcd.delete(launch[3].key)
+
+    etcd.before_commit = rank_3_leaves
+    assert evict_each(etcd, records) == (True, False, True, False, True)
+    assert [key for key in etcd.keys if key.startswith("/engines/")] == [launch[1].key]
+    assert evict_each(etcd, records) == (False,) * 5
+    assert evict_each(etcd, []) == ()
 
 
 def void(_: object) -> None:
