@@ -5,7 +5,9 @@ python -m scripts.etcd_sizing sizes          records and manifests: bytes as sto
 python -m scripts.etcd_sizing store N [N …]  registers N ranks of a dense model: time, database,
                                              renewals, a watcher's bytes
 python -m scripts.etcd_sizing store-moe N    the same for ranks of 60,000 tensors
-python -m scripts.etcd_sizing connections N  etcd's memory for N connections, and what is open there
+python -m scripts.etcd_sizing connections N  etcd's memory for each of N connections (at most 500),
+                                             and of what is open over it
+python -m scripts.etcd_sizing rates N [N …]  three members renew for N ranks at the pace of life
 python -m scripts.etcd_sizing expiry N       N leases expire together: how many a second
 
 Each rank has a lease, as in life, but no process: one client writes them all, and is the slower
@@ -23,6 +25,7 @@ from engine_registry.schema import record_format as records
 from scripts.etcd_sizing.connections import connections
 from scripts.etcd_sizing.expiry import expiry
 from scripts.etcd_sizing.ranks import a_record, dense_rank, moe_rank
+from scripts.etcd_sizing.rates import rates
 from scripts.etcd_sizing.store import store
 
 
@@ -48,6 +51,9 @@ def main() -> None:
             store(int(count), moe_rank())
         case ["connections", count]:
             connections(int(count))
+        case ["rates", *counts] if counts:
+            for count in counts:
+                rates(int(count), dense_rank())
         case ["expiry", count]:
             expiry(int(count), dense_rank())
         case _:
