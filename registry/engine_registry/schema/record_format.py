@@ -34,7 +34,11 @@ _ADDED_NBYTES = 1024
 _MAX_MODELS = 256
 
 
-class _Model(msgspec.Struct, frozen=True):
+# None of these is ever part of a cycle, and thousands are made for one list. So Python's collector
+# has no business with them.
+
+
+class _Model(msgspec.Struct, frozen=True, gc=False):
     name: str
     revision: str = ""
     dtype: str = ""
@@ -42,14 +46,14 @@ class _Model(msgspec.Struct, frozen=True):
     extra: dict[str, Any] = {}
 
 
-class _Header(msgspec.Struct, frozen=True):
+class _Header(msgspec.Struct, frozen=True, gc=False):
     addr: Natural
 
     def __post_init__(self) -> None:
         check_64_bits(self, "addr")
 
 
-class _Manifest(msgspec.Struct, frozen=True):
+class _Manifest(msgspec.Struct, frozen=True, gc=False):
     digest: str
     parts: Natural
     tensors: Natural
@@ -59,13 +63,13 @@ class _Manifest(msgspec.Struct, frozen=True):
         check_64_bits(self, "parts", "tensors", "nbytes")
 
 
-class _Eviction(msgspec.Struct, frozen=True):
+class _Eviction(msgspec.Struct, frozen=True, gc=False):
     by: str
     at: str
     reason: str = ""
 
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True):
+class _Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """In the order in which they are written."""
 
     schema: int
