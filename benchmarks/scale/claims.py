@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from benchmarks.scale.counts import Counts, counting, exponent
 from benchmarks.scale.figures import Found, Say, Table
-from benchmarks.scale.ranks import Fleet, an_etcd, connected
+from benchmarks.scale.ranks import Fleet, a_keeper, an_etcd, connected
 from benchmarks.scale.sizes import Sizes
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.local import LocalEtcd
-from engine_registry.registration.keeper.holder import Keeper
 
 _TTL_S = 3_600.0
 
@@ -30,7 +29,7 @@ def claims(sizes: Sizes, say: Say) -> Found:
             for siblings, each, cost in zip(sizes.siblings, spent, ms, strict=True)
         ],
         f"exponent of CPU in W {exponent(sizes.siblings, ms):.2f}. "
-        f"A claim here is a grant and the keeper's first write; {sizes.claims} each.",
+        f"A claim here is a grant, the keeper's first write and its watch; {sizes.claims} each.",
     )
     return Found([table], {"claim_etcd_ms": ms[-1]})
 
@@ -39,8 +38,7 @@ def _claims(server: LocalEtcd, etcd: Etcd, fleet: Fleet, count: int) -> Counts:
     """The ranks are gone again afterwards."""
     first = len(fleet.written)
     keepers = [
-        Keeper(etcd, *fleet.record(number), _TTL_S, lambda report: None)
-        for number in range(first, first + count)
+        a_keeper(etcd, *fleet.record(number), _TTL_S) for number in range(first, first + count)
     ]
     with counting(server) as counted:
         for keeper in keepers:

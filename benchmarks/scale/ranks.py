@@ -12,6 +12,8 @@ from engine_registry import Manifest, ModelIdentity, RankState, Region, TensorEn
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.local import LocalEtcd
+from engine_registry.registration.keeper.holder import Keeper
+from engine_registry.registration.keeper.key_watch import KeyWatch
 from engine_registry.registration.writes import claim
 from engine_registry.schema import manifest_format as manifests
 from engine_registry.schema.keyvalue import KeyValue
@@ -129,6 +131,12 @@ class Fleet:
     def _register(self, number: int) -> tuple[RankRecord, KeyValue]:
         record, parts = self.record(number)
         return record, claim(self._etcd, record, parts, self._lease_id)
+
+
+def a_keeper(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], ttl_s: float) -> Keeper:
+    """The product's, which somebody has to drive, and whose rank reads nothing."""
+    watch = KeyWatch(etcd, record.key, lambda: None)
+    return Keeper(etcd, record, parts, ttl_s, lambda report: None, watch)
 
 
 def _moved(manifest: Manifest, nbytes: int) -> Manifest:

@@ -2,7 +2,7 @@
 other.
 
 - A keeper is the product's `Keeper` in the thread that registers, and no process. It asks etcd for
-  the same, over one connection for all, and renews its lease once.
+  the same, over one connection for all, and renews its lease with its first change.
 - A load keeps manifests by itself, as in a process that does nothing else.
 - Blocks are short, so that a hop in a chain costs what it costs with a large model over RDMA, and a
   source may be silent for long.
@@ -23,6 +23,7 @@ from importlib import import_module
 from typing import Any
 from unittest import mock
 
+from benchmarks.scale.ranks import a_keeper
 from engine_loader.loading import attempt
 from engine_loader.sources import manifests
 from engine_loader.transfer.pace import Pace, pace_in_chain
@@ -31,7 +32,6 @@ from engine_registry import Manifest, RankRecord, RegistrationState, client
 from engine_registry.errors import RegistryError
 from engine_registry.etcd import channel
 from engine_registry.etcd.client import Etcd
-from engine_registry.registration.keeper.holder import Keeper
 from engine_registry.registration.writes import WITHDRAWN
 from engine_registry.schema.record import ManifestRef
 
@@ -65,9 +65,8 @@ class _KeptHere:
         self.lost: RegistryError | None = None
         self.withdrawn = False
         self.keeper_pid = 0
-        self._keeper = Keeper(etcd, record, parts, ttl_s, lambda report: None)
+        self._keeper = a_keeper(etcd, record, parts, ttl_s)
         self._keeper.register()
-        self._keeper.beat()
         self.record = replace(record, order=self._keeper.order)
 
     def update(self, **given: Any) -> None:

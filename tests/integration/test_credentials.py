@@ -108,6 +108,7 @@ def test_authentication_that_is_turned_on_is_an_error_only_for_a_client_without_
         with registration, registry.watch() as watch:
             events_until(watch, lambda event: isinstance(event, InstanceReady))
             ctl(users, "auth enable")
+            registration.update(version=1)  # else it would go on with the streams that it has
             states.wait_for(RegistrationState.SUSPENDED)
             assert "refuses the credentials" in states.why
             with pytest.raises(

@@ -5,7 +5,8 @@ Faults have names: `available` False refuses every call, `full` what takes space
 lease, `delete` removes a key as an operator would, `lose_next_answer` carries the next transaction
 out without saying so, `retry_next_commit` carries it out and then tries it again, as the adapter
 does where an answer was lost, `before_commit` runs between a reader's look and its write,
-`refuse_to_revoke` is what etcd does where a key that we may not write hangs on the lease.
+`refuse_to_revoke` is what etcd does where a key that we may not write hangs on the lease, and
+`refuse_to_watch` where no watch is to be had.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from engine_registry.errors import EtcdFull, EtcdRefused, EtcdUnavailable, LeaseNotFound
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
+from engine_registry.registration.keeper.key_watch import KeyWatch
 from engine_registry.schema.keyvalue import (
     Change,
     Delete,
@@ -40,9 +42,12 @@ class FakeEtcd(Etcd):
         self.lose_next_answer = False
         self.retry_next_commit = False
         self.refuse_to_revoke = False
+        self.refuse_to_watch = False
         self.refused = 0  # calls
         self.renewed: list[int] = []
         self.history: list[Change] = []  # all that a watcher would have seen
+        self.stores = 1  # that it has had, one after the other
+        self.looks = 0  # snapshots of one key
         self._revision = 1
         self._items: dict[str, KeyValue] = {}
         self._leases: dict[int, float] = {}
@@ -80,6 +85,7 @@ class FakeEtcd(Etcd):
     def restore(self, writes: Sequence[Put], back_to_revision: int) -> None:
         """From a backup that has no key but what `writes` puts, at a new revision."""
         self._items.clear()
+        self.stores += 1
         self._revision = back_to_revision
         self._apply(writes)
 
@@ -100,6 +106,7 @@ class FakeEtcd(Etcd):
 
     def snapshot(self, prefix: str, exact: bool = False) -> Snapshot:
         self._check_available()
+        self.looks += exact
         return Snapshot(
             self._revision,
             tuple(
@@ -222,3 +229,33 @@ class FakeEtcd(Etcd):
                 write.key, write.value, created, self._revision, lease_id
             )
             self.history.append(self._items[write.key])
+
+
+class FakeKeyWatch(KeyWatch):
+    """Knows the history of the fake at once, and breaks when that is away or has another store."""
+
+    def __init__(self, etcd: FakeEtcd, key: str) -> None:
+        super().__init__(etcd, key, lambda: None)
+        self._fake = etcd
+        self._store = 0  # that is watched
+        self.hears = True  # else what it watches is a member that is far behind
+
+    def begin(self, revision: int) -> None:
+        if self._fake.available and not self._fake.refuse_to_watch:
+            self._store = self._fake.stores
+
+    @property
+    def stands(self) -> bool:
+        if not self._fake.available:
+            self._store = 0
+        return self._store == self._fake.stores
+
+    def is_quiet(self, revision: int) -> bool:
+        later = (
+            change.key == self._key and change.mod_revision > revision
+            for change in self._fake.history
+        )
+        return self.stands and not (self.hears and any(later))
+
+    def end(self) -> None:
+        self._store = 0

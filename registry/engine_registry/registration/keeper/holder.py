@@ -1,12 +1,14 @@
 """One registration's lease and keys in etcd, held through expiry and outage as the rank wants them.
 
-Run by `registration.keeper.main` in a process beside the rank. Starts no thread.
+Run by `registration.keeper.main` in a process beside the rank. Starts no thread but that of the
+key's watch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +25,7 @@ from engine_registry.errors import (
 )
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
+from engine_registry.registration.keeper.key_watch import KeyWatch
 from engine_registry.registration.keeper.protocol import FORMER_KEPT, beat_s
 from engine_registry.registration.writes import amend, claim, end, remove
 from engine_registry.schema.eviction import Eviction, was_evicted
@@ -34,6 +37,9 @@ from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
 
+# From one look at the key to the next while its watch has nothing to tell: a member of etcd that
+# renews leases may be far behind the others, and then its watches are, too.
+LOOK_EVERY_S = 60.0
 _REGISTER_AGAIN = "the registration has ended; register again if that was not meant"
 
 Report = Callable[[dict[str, Any]], None]
@@ -49,10 +55,11 @@ class Keeper:
         parts: Sequence[bytes],
         ttl_s: float,
         report: Report,
+        watch: KeyWatch,
         former: Sequence[str] = (),
     ) -> None:
-        """`former` are incarnations that the rank has had, under one of which its record may stand
-        in etcd.
+        """`watch` is of the record's key. `former` are incarnations that the rank has had: its
+        record may stand in etcd under one of them.
         """
         self._etcd = etcd
         self._record = record
@@ -61,6 +68,9 @@ class Keeper:
         self._moved = False  # the manifest is another, too, than the one in etcd
         self._ttl_s = ttl_s
         self._report = report
+        self._watch = watch
+        self._looked_at = -math.inf  # at the key, on the clock of time.monotonic
+        self._granted_at = -math.inf  # the lease that there is, on the same clock
         self._backoff = Backoff(0.1, 0.5)
         # the record's key as we wrote it last, unless its lease is lost
         self._held: KeyValue | None = None
@@ -72,6 +82,7 @@ class Keeper:
 
     def register(self) -> None:
         """The first claim: raises what is wrong, and then leaves nothing in etcd."""
+        self._granted_at = time.monotonic()
         lease_id = self._etcd.grant(self._ttl_s)
         try:
             self._claim(lease_id)
@@ -96,6 +107,7 @@ class Keeper:
             elif self._stale:
                 self._amend(self._held)
         except EtcdError as exc:
+            self._looked_at = -math.inf  # so that the next beat begins with a look
             self._suspended = True
             self._report({"state": "SUSPENDED", "why": str(exc)})
             return self._backoff.next_s()
@@ -111,6 +123,15 @@ class Keeper:
         )
         self._backoff.reset()
         return beat_s(self._ttl_s)
+
+    @property
+    def due_s(self) -> float:
+        """Until the first beat: none where there is no lease yet, or its grant was long ago."""
+        return max(0.0, self._granted_at + beat_s(self._ttl_s) - time.monotonic())
+
+    def is_quiet(self) -> bool:
+        """The record's key is as we wrote it, as far as its watch tells."""
+        return self._held is not None and self._watch.is_quiet(self._held.mod_revision)
 
     @property
     def order(self) -> int:
@@ -140,6 +161,7 @@ class Keeper:
 
     def end(self, reason: str) -> None:
         """Deletes the registration; EtcdError if that must be tried again."""
+        self._watch.end()
         if self._held is not None:
             with contextlib.suppress(LeaseNotFound):
                 end(self._etcd, self._held, reason)
@@ -148,11 +170,12 @@ class Keeper:
                 remove(self._etcd, replace(self._record, incarnation=incarnation), reason)
         self._held = None
 
-    def _renew(self, held: KeyValue) -> None:
-        # The key is read before the lease is renewed: a lease that lives afterwards lived then, in
-        # the same store, so a key that was missing has not expired with it, nor with a store that
-        # was wiped in between: somebody deleted it.
-        found = self._etcd.get(self._record.key)
+    def _renew(self, held: KeyValue, is_doubtful: bool = False) -> None:
+        # The key is looked at before the lease is renewed: a lease that lives afterwards lived
+        # then, in the same store, so a key that was missing has not expired with it, nor with a
+        # store that was wiped in between: somebody deleted it.
+        late = time.monotonic() - self._looked_at > LOOK_EVERY_S
+        found = self._look() if is_doubtful or late or not self.is_quiet() else held
         start = time.monotonic()
         try:
             self._etcd.keep_alive(held.lease_id)
@@ -164,6 +187,14 @@ class Keeper:
             self._lose(self._evicted())
         elif (found.mod_revision, found.value) != (held.mod_revision, held.value):
             self._adopt_or_lose(found, held.lease_id)
+
+    def _look(self) -> KeyValue | None:
+        """The record's key as it is, which is watched from then on."""
+        self._looked_at = time.monotonic()
+        now = self._etcd.snapshot(self._record.key, exact=True)
+        if not self._watch.stands:
+            self._watch.begin(now.revision + 1)
+        return now.items[0] if now.items else None
 
     def _evicted(self) -> Evicted:
         key = self._record.key
@@ -197,7 +228,9 @@ class Keeper:
                 self._claim_again(lease_id)
 
     def _claim(self, lease_id: int) -> None:
-        self._written(claim(self._etcd, self._record, self._parts, lease_id, former=self._former))
+        held = claim(self._etcd, self._record, self._parts, lease_id, former=self._former)
+        self._written(held)
+        self._watch.begin(held.mod_revision + 1)
 
     def _written(self, held: KeyValue) -> None:
         """etcd has all that the rank wants."""
@@ -231,13 +264,14 @@ class Keeper:
         amended = amend(self._etcd, self._record, held, self._parts if self._moved else ())
         if amended is None:
             # raises if another process was faster; else the answer to a write of ours was lost
-            self._renew(held)
+            self._renew(held, is_doubtful=True)
             if self._stale:
                 raise EtcdError(f"{self._record.key} changed while it was being updated")
             return
         self._written(amended)
 
     def _lose(self, error: RegistrationLost) -> None:
+        self._watch.end()
         if self._held is not None:
             self._give_up(self._held.lease_id)
         self._held = None

@@ -4,7 +4,8 @@ registration.
 A separate process keeps the lease while the rank holds the GIL for minutes, and outlives the rank
 by the milliseconds that it takes to delete the rank's keys. Its threads: one that reads the rank's
 messages (the pipe's end means that the rank has died), one that waits on the rank's process (a
-forked child may hold the pipe open), and the main one, which alone talks to etcd.
+forked child may hold the pipe open), one that hears of changes of the key, and the main one, which
+alone asks etcd.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig
 from engine_registry.registration.keeper.holder import Keeper, Report
+from engine_registry.registration.keeper.key_watch import KeyWatch
 from engine_registry.registration.keeper.protocol import (
     CALL_TIMEOUT_S,
     Frame,
@@ -46,6 +48,9 @@ T = TypeVar("T")
 # stand for as long. After a longer outage than this that lease is the bound: keepers whose etcd is
 # gone for good must end some time.
 _END_FOR_S = 300.0
+# From a change of the key to the look at it: an eviction marks many records in one transaction, and
+# deletes them in another, which fails where a keeper has been faster.
+_SETTLE_S = 0.1
 
 
 class _ReportingEtcd(Etcd):
@@ -70,19 +75,16 @@ def serve(
     Each beat asks the rank for an answer, as it reports the state. A rank that gives none for
     `unresponsive_after_s` is marked in its record, until it says something.
     """
-    due = time.monotonic()
+    due = time.monotonic() + keeper.due_s
     silence = Silence(unresponsive_after_s)
     while True:
-        wait_s = min(max(0.0, due - time.monotonic()), silence.left_s)
-        try:
-            frame = inbox.get(timeout=wait_s)
-            silence.end()
-        except queue.Empty:
-            silence.wait(wait_s)
-            frame = Frame({"op": "beat"})
+        frame = _next(inbox, silence, max(0.0, due - time.monotonic()))
         op = frame.message["op"] if frame else "died"
         try:
-            if op == "answer":
+            if op == "changed":
+                if not keeper.is_quiet():
+                    due = min(due, time.monotonic() + _SETTLE_S)
+            elif op == "answer":
                 if keeper.mark(""):
                     due = time.monotonic()
             elif op == "beat":
@@ -104,6 +106,19 @@ def serve(
         except RegistrationLost as exc:
             report({"state": "LOST", "error": exc.to_wire()})
             return
+
+
+def _next(inbox: queue.Queue[Frame | None], silence: Silence, beat_in_s: float) -> Frame | None:
+    """What the rank says next, or that the key has changed; a beat where neither comes in time."""
+    wait_s = min(beat_in_s, silence.left_s)
+    try:
+        frame = inbox.get(timeout=wait_s)
+    except queue.Empty:
+        silence.wait(wait_s)
+        return Frame({"op": "beat"})
+    if frame is None or frame.message["op"] != "changed":  # which etcd has said
+        silence.end()
+    return frame
 
 
 def _end(keeper: Keeper, frame: Frame | None, report: Report) -> None:
@@ -160,6 +175,7 @@ def main(rank: int | None) -> None:
         opening.payloads[1:],
         message["ttl_s"],
         report,
+        KeyWatch(etcd, message["key"], lambda: inbox.put(Frame({"op": "changed"}))),
         message["former"],
     )
     try:

@@ -23,7 +23,7 @@ from engine_registry.errors import (
     Superseded,
 )
 from engine_registry.registration.eviction import evict
-from engine_registry.registration.keeper import main
+from engine_registry.registration.keeper import holder, main
 from engine_registry.registration.keeper.holder import Keeper
 from engine_registry.registration.keeper.main import record_from_wire, reporter, serve
 from engine_registry.registration.keeper.protocol import Frame, read_frame
@@ -33,7 +33,7 @@ from engine_registry.schema.keyvalue import Deletion, Put
 from engine_registry.schema.record_format import decode, encode
 from engine_registry.watching.tracker import Tracker
 from tests.support.builders import OTHER_INCARNATION, a_record
-from tests.support.fake_etcd import FakeEtcd
+from tests.support.fake_etcd import FakeEtcd, FakeKeyWatch
 
 TTL_S = 9.0
 LIMIT_S = 30.0  # after so long without an answer a rank is unresponsive
@@ -66,9 +66,12 @@ class Rank:
         ]
 
 
-@pytest.fixture
-def etcd() -> FakeEtcd:
-    return FakeEtcd()
+@pytest.fixture(params=[False, True], ids=["watched", "not watched"])
+def etcd(request: pytest.FixtureRequest) -> FakeEtcd:
+    """Where no watch is to be had, a keeper looks at the key at every beat."""
+    etcd = FakeEtcd()
+    etcd.refuse_to_watch = request.param
+    return etcd
 
 
 @pytest.fixture
@@ -77,11 +80,17 @@ def rank() -> Rank:
 
 
 def a_keeper(etcd: FakeEtcd, rank: Rank, record: RankRecord = OURS) -> Keeper:
-    return Keeper(etcd, record, PARTS, TTL_S, rank.report)
+    return Keeper(etcd, record, PARTS, TTL_S, rank.report, FakeKeyWatch(etcd, record.key))
+
+
+def a_successor(etcd: FakeEtcd, rank: Rank) -> Keeper:
+    """For a rank that has offered other memory."""
+    watch = FakeKeyWatch(etcd, MOVED.key)
+    return Keeper(etcd, MOVED, MOVED_PARTS, TTL_S, rank.report, watch, [OURS.incarnation])
 
 
 @pytest.fixture
-def holding(etcd: FakeEtcd, rank: Rank) -> Keeper:
+def holding(etcd: FakeEtcd, rank: Rank, clock: Clock) -> Keeper:
     """A keeper that has registered OURS."""
     keeper = a_keeper(etcd, rank)
     keeper.register()
@@ -231,7 +240,8 @@ def test_a_keeper_that_takes_over_says_that_the_rank_is_registered_though_it_was
 def test_a_lease_of_a_day_is_still_looked_at_often_enough_to_notice_a_keeper_that_hangs(
     etcd: FakeEtcd, rank: Rank
 ) -> None:
-    keeper = Keeper(etcd, OURS, PARTS, 86_400.0, rank.report)
+    watch = FakeKeyWatch(etcd, OURS.key)
+    keeper = Keeper(etcd, OURS, PARTS, 86_400.0, rank.report, watch)
     keeper.register()
     assert keeper.beat() == 20.0
 
@@ -266,6 +276,103 @@ def test_a_keeper_that_takes_over_registers_with_its_first_beat(
     successor.beat()
     assert found(etcd) == OURS
     assert rank.states == []
+
+
+# -- watching the key
+# --------------------------------------------------------------------------------------------------
+
+
+def beats_for(keeper: Keeper, clock: Clock, seconds: float) -> None:
+    end = clock.now + seconds
+    while clock.now < end:
+        clock.now += keeper.beat()
+
+
+def test_a_key_that_is_watched_is_looked_at_with_the_first_beat_and_once_a_minute(
+    etcd: FakeEtcd, holding: Keeper, clock: Clock
+) -> None:
+    beats_for(holding, clock, 10 * holder.LOOK_EVERY_S)
+    beats = len(etcd.renewed)
+    assert beats == 10 * holder.LOOK_EVERY_S / (TTL_S / 3)
+    assert etcd.looks == (beats if etcd.refuse_to_watch else 10)
+
+
+def test_a_key_is_looked_at_and_watched_again_after_the_watch_has_broken(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
+    etcd.refuse_to_watch = False
+    for _ in range(2):
+        holding.beat()
+        before = etcd.looks
+        holding.beat()
+        assert etcd.looks == before
+        etcd.available = False
+        holding.beat()
+        etcd.available = True
+    holding.beat()
+    assert etcd.looks == before + 1
+    assert holding.is_quiet()
+
+
+def test_a_key_is_looked_at_after_a_beat_that_has_failed_though_its_watch_stands(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper
+) -> None:
+    etcd.refuse_to_watch = False
+    holding.beat()
+    etcd.full = True
+    holding.change(NEWER)
+    holding.beat()
+    assert rank.states == [SUSPENDED]
+    assert holding.is_quiet()
+    before = etcd.looks
+    etcd.full = False
+    holding.beat()
+    assert etcd.looks == before + 1
+    assert found(etcd) == NEWER
+
+
+def test_what_a_member_that_is_far_behind_does_not_tell_is_found_within_a_minute(
+    etcd: FakeEtcd, rank: Rank, clock: Clock
+) -> None:
+    watch = FakeKeyWatch(etcd, OURS.key)
+    watch.hears = False
+    keeper = Keeper(etcd, OURS, PARTS, TTL_S, rank.report, watch)
+    keeper.register()
+    keeper.beat()
+    ending_by_eviction(etcd)
+    with pytest.raises(Evicted):
+        beats_for(keeper, clock, holder.LOOK_EVERY_S + TTL_S)
+
+
+def test_a_change_that_was_written_but_tried_again_is_looked_at_though_the_watch_is_late(
+    etcd: FakeEtcd, rank: Rank, clock: Clock
+) -> None:
+    watch = FakeKeyWatch(etcd, OURS.key)
+    watch.hears = False
+    keeper = Keeper(etcd, OURS, PARTS, TTL_S, rank.report, watch)
+    keeper.register()
+    keeper.beat()
+    etcd.retry_next_commit = True
+    keeper.change(NEWER)
+    keeper.beat()
+    assert found(etcd) == NEWER
+    assert rank.states == []
+
+
+def test_what_the_keeper_writes_itself_is_no_change_of_the_key(
+    etcd: FakeEtcd, holding: Keeper
+) -> None:
+    etcd.refuse_to_watch = False
+    holding.beat()
+    holding.change(NEWER)
+    holding.beat()
+    holding.change(MOVED, MOVED_PARTS)
+    holding.beat()
+    assert holding.is_quiet()
+    etcd.expire_all()
+    assert not holding.is_quiet()
+    holding.beat()
+    assert holding.is_quiet()
 
 
 # -- offering other memory
@@ -355,7 +462,7 @@ def test_the_next_keeper_offers_other_memory_whether_the_one_before_had_written_
     holding.change(MOVED, MOVED_PARTS)
     if written:
         holding.beat()
-    successor = Keeper(etcd, MOVED, MOVED_PARTS, TTL_S, rank.report, [OURS.incarnation])
+    successor = a_successor(etcd, rank)
     successor.beat()
     assert found(etcd) == MOVED
     assert set(MOVED_PARTS) <= set(parts_in(etcd))
@@ -365,7 +472,7 @@ def test_a_rank_that_ends_while_other_memory_is_not_offered_yet_leaves_nothing(
     etcd: FakeEtcd, rank: Rank
 ) -> None:
     a_keeper(etcd, rank).register()
-    successor = Keeper(etcd, MOVED, MOVED_PARTS, TTL_S, rank.report, [OURS.incarnation])
+    successor = a_successor(etcd, rank)
     successor.end("withdrawn")
     assert found(etcd) is None
     assert parts_in(etcd) == []
@@ -691,6 +798,10 @@ class Inbox(queue.Queue[Frame | None]):
         return len(self._frames)
 
 
+SILENCE = Inbox.SILENCE
+CHANGED = Frame({"op": "changed"})
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
@@ -707,11 +818,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(
-        main,
-        "time",
-        SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep, time=clock.monotonic),
-    )
+    time = SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep, time=clock.monotonic)
+    for module in (main, holder):
+        monkeypatch.setattr(module, "time", time)
     return clock
 
 
@@ -729,7 +838,63 @@ def test_a_silent_rank_is_kept_by_beats_at_a_third_of_the_lease(
     start = clock.now
     serve(holding, Inbox(clock, *[Inbox.SILENCE] * 4, None), rank.report, LIMIT_S)
     assert len(etcd.renewed) == 4
-    assert clock.now == start + 3 * TTL_S / 3
+    assert clock.now == start + 4 * TTL_S / 3
+
+
+def test_a_lease_whose_claim_has_taken_long_is_renewed_at_once(
+    etcd: FakeEtcd, rank: Rank, clock: Clock
+) -> None:
+    def slow() -> None:
+        clock.now += TTL_S - 1
+
+    etcd.before_commit = slow
+    keeper = a_keeper(etcd, rank)
+    keeper.register()
+    assert keeper.due_s == 0.0
+    assert a_keeper(etcd, rank).due_s == 0.0  # one that takes over has to claim
+
+
+@pytest.mark.parametrize("later", [[CHANGED], [SILENCE, CHANGED]], ids=["first", "after a beat"])
+def test_an_eviction_that_the_watch_tells_is_found_before_the_next_beat_is_due(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock, later: list[Frame]
+) -> None:
+    etcd.refuse_to_watch = False
+    holding.beat()
+    heard: list[float] = []
+
+    class Evicts(Inbox):
+        def get(self, block: bool = True, timeout: float | None = None) -> Frame | None:
+            frame = super().get(block, timeout)
+            if frame is CHANGED:
+                ending_by_eviction(etcd)
+                heard.append(clock.now)
+            return frame
+
+    serve(holding, Evicts(clock, *later, SILENCE), rank.report, LIMIT_S)
+    assert rank.states == ["LOST"]
+    assert clock.now - heard[0] < 1.0 < TTL_S / 3
+
+
+def test_a_change_of_the_keepers_own_brings_no_beat_forward(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    etcd.refuse_to_watch = False
+    holding.beat()
+    looks = Looks(etcd, clock, update(NEWER), CHANGED, SILENCE)
+    with pytest.raises(Enough):
+        serve(holding, looks, rank.report, LIMIT_S)
+    assert looks.waits_s[1:] == [TTL_S / 3] * 3
+
+
+def test_a_change_of_the_key_is_no_answer_of_the_rank(
+    etcd: FakeEtcd, rank: Rank, holding: Keeper, clock: Clock
+) -> None:
+    etcd.refuse_to_watch = False
+    holding.beat()
+    looks = Looks(etcd, clock, *[SILENCE, CHANGED] * 20)
+    with pytest.raises(Enough):
+        serve(holding, looks, rank.report, LIMIT_S)
+    assert looks.marks[-1]
 
 
 @pytest.mark.parametrize(
@@ -877,7 +1042,6 @@ def test_an_end_that_does_not_reach_etcd_is_given_up_after_five_minutes(
 # -- a rank that does not answer
 # --------------------------------------------------------------------------------------------------
 
-SILENCE = Inbox.SILENCE
 ANSWER = Frame({"op": "answer"})
 
 
@@ -927,9 +1091,9 @@ def test_a_rank_that_gives_no_answer_is_marked_when_the_limit_is_over_by_one_wri
     marked = found(etcd)
     assert marked is not None
     assert replace(marked, unresponsive_since="") == OURS
-    assert marked.unresponsive_since == "1970-01-01T00:16:40.000Z"  # when it was asked
+    assert marked.unresponsive_since == "1970-01-01T00:16:43.000Z"  # when it was asked
     at = looks.marks.index(marked.unresponsive_since)
-    assert sum(looks.waits_s[:at]) == limit_s
+    assert sum(looks.waits_s[:at]) == TTL_S / 3 + limit_s
     assert rank.states == []  # its lease is renewed all the while
 
 
