@@ -44,6 +44,12 @@ def memory_nbytes(pid: int, kind: str = "VmRSS") -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(kind))
 
 
+def share_nbytes(pid: int) -> int:
+    """Of a process's resident memory, with a share of what several processes have in common."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+
+
 def say(what: str) -> None:
     click.echo(f"measuring: {what}", err=True)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine_registry.etcd.channel import IDLE_S
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -20,6 +22,7 @@ class Sizes:
     kept: int  # ranks whose leases are renewed
     beats: int  # renewals of each
     host_ranks: int
+    served_s: float  # until the sockets of those that serve are counted
     watched: tuple[int, ...]  # ranks of one instance
     replaced: int
     listed: int  # ranks
@@ -40,6 +43,7 @@ WHOLE = Sizes(
     kept=100,
     beats=20,
     host_ranks=8,
+    served_s=2 * IDLE_S + 5,  # gRPC looks for idle connections at such intervals
     watched=(100, 1_000, 10_000),
     replaced=100,
     listed=10_000,
@@ -59,6 +63,7 @@ QUICK = Sizes(
     kept=4,
     beats=3,
     host_ranks=2,
+    served_s=0.0,
     watched=(10, 40),
     replaced=5,
     listed=100,

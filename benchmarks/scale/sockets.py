@@ -1,7 +1,7 @@
 """Sockets of a host of eight ranks to etcd, and how they spread over three members.
 
-The ranks are real processes with real keepers. They serve, or they join and have not read a byte
-yet, or they wait while another process has the turn to read.
+The ranks are real processes with real keepers. They serve and have asked etcd nothing for a minute,
+or they join and have not read a byte yet, or they wait while another process has the turn to read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.figures import memory_nbytes
+from benchmarks.figures import share_nbytes
 from benchmarks.processes import ready, several_processes
 from benchmarks.scale.counts import wait_until
 from benchmarks.scale.figures import Found, Say, Table
@@ -43,17 +44,21 @@ def sockets(sizes: Sizes, say: Say) -> Found:
     with LocalCluster() as cluster:
         for role in (_SERVES, _JOINS, _WAITS):
             say(f"sockets of {sizes.host_ranks} ranks, each of which {role}")
-            rows.append((role, *_of_host(cluster, role, sizes.host_ranks)))
+            after_s = sizes.served_s if role == _SERVES else 0.0
+            rows.append((role, *_of_host(cluster, role, sizes.host_ranks, after_s)))
     table = Table(
         f"A host of {sizes.host_ranks} ranks",
         ("each rank", "sockets to etcd", "at each of three members", "keepers", "MB of keepers"),
         rows,
-        "The members are in the order in which the ranks are given them.",
+        "The members are in the order in which the ranks are given them. The memory of keepers is "
+        "the sum of their shares (PSS).",
     )
     return Found([table], {"sockets_a_host": float(rows[0][1])})
 
 
-def _of_host(cluster: LocalCluster, role: str, count: int) -> tuple[int, str, int, float]:
+def _of_host(
+    cluster: LocalCluster, role: str, count: int, after_s: float
+) -> tuple[int, str, int, float]:
     ports = [member.port for member in cluster.members]
     with ExitStack() as stack:
         if role == _JOINS:
@@ -70,9 +75,10 @@ def _of_host(cluster: LocalCluster, role: str, count: int) -> tuple[int, str, in
             [(cluster.endpoints, role, str(rank)) for rank in range(count)],
         ) as started:
             ranks = [process.pid for process, _ in started]
+            time.sleep(after_s)
             found = _when_still(ranks, ports)
             keepers = [child for rank in ranks for child in _children(rank)]
-            mb = sum(map(memory_nbytes, keepers)) / 1e6
+            mb = sum(map(share_nbytes, keepers)) / 1e6
         # Their etcd stays until they have ended.
         wait_until(
             lambda: not any(Path(f"/proc/{keeper}").exists() for keeper in keepers), _WITHIN_S

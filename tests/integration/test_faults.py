@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +44,7 @@ from engine_registry.registration.keeper.protocol import ANSWER_S
 from engine_registry.schema.keyvalue import Put
 from tests.integration.conftest import Processes, events_until, keepers_of, line_of
 from tests.support.checkout import ROOT
+from tests.support.connections import connections
 from tests.support.faults import DivisibleCluster, Proxy, etcdctl, fill_until_no_space
 from tests.support.ranks import MANIFEST, register
 from tests.support.waiting import wait_until
@@ -240,22 +240,10 @@ def held_through(endpoint: str, registry: Registry) -> Registration:
     """A registration whose keeper is connected to that member: it begins with any of them."""
     for _ in range(50):
         registration, _ = hold(registry)
-        if is_connected(registration.keeper_pid, endpoint):
+        if connections(registration.keeper_pid, endpoint):
             return registration
         registration.close()
     raise AssertionError(f"no keeper began with {endpoint}")
-
-
-def is_connected(pid: int, endpoint: str) -> bool:
-    """Whether the process has a connection to the port, as the kernel says."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-    port = int(endpoint.rpartition(":")[2])
-    tables = [Path(f"/proc/net/{family}").read_text() for family in ("tcp", "tcp6")]
-    rows = [line.split() for table in tables for line in table.splitlines()[1:]]
-    return any(
-        row[2].endswith(f":{port:04X}") and row[3] == "01" and f"socket:[{row[9]}]" in links
-        for row in rows
-    )
 
 
 def raw_at(endpoints: str, timeout_s: float = 5.0) -> Etcd:

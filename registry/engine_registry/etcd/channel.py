@@ -13,6 +13,8 @@ from engine_registry.etcd.config import Endpoint, EtcdConfig
 from engine_registry.etcd.descriptors import check_left
 from engine_registry.etcd.library import etcd3
 
+IDLE_S = 30.0  # after so long without a call, the next one takes a fresh channel
+
 # Values that survived cut, stalled and restarted servers. Without http2.ping_timeout_ms a silent
 # peer may never be noticed. etcd answers pings that come faster than every 5 s, or while no call is
 # open, with GOAWAY.
@@ -23,6 +25,9 @@ CHANNEL_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # gRPC closes a connection over which no call was open for so long, and of each channel only the
+    # first one (grpc/grpc#38454). By then the next call gets another channel.
+    ("grpc.client_idle_timeout_ms", int(IDLE_S * 1e3) + 1_000),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 64 << 20),
     # http_proxy is for the web; etcd is in the cluster, and a proxy on this machine has no way back

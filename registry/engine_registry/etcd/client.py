@@ -205,7 +205,10 @@ class Etcd(Inspection):
             )
 
         client, call = self._call(begin)
-        return WatchStream(self, client, call, requests, timed=timeout_s is not None)
+        stream = WatchStream(self, client, call, requests, timed=timeout_s is not None)
+        with self._lock:
+            self._watches.add(stream)
+        return stream
 
     def _keys(self, prefix: str, exact: bool = False) -> tuple[bytes, bytes]:
         """The first key and the end of a range, as etcd takes them."""

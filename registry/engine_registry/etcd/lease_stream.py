@@ -1,4 +1,5 @@
-"""All renewals of leases over one connection to etcd: one LeaseKeepAlive call that stays open.
+"""All renewals of leases over one connection to etcd: one LeaseKeepAlive call that stays open while
+leases are renewed.
 
 Used by `etcd.connection` only. Starts one thread, which takes in the answers and ends with the
 call. A call for each renewal would cost etcd several times as much, and its grpc-proxy cancels a
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -23,6 +24,7 @@ import etcd3  # isort: skip
 
 pb = etcd3.etcdrpc
 _PATIENCE_S = 0.5  # for a renewal, until the lease is looked at
+_IDLE_S = 60.0  # without a renewal, until the call ends: its connection could not be closed else
 
 
 class StreamEnded(grpc.RpcError):
@@ -72,8 +74,8 @@ class _Asked:
     error that somebody keeps.
     """
 
-    def __init__(self, call: Any) -> None:
-        self.call: Any = call
+    def __init__(self) -> None:
+        self.call: Any = None
         self._lock = threading.Lock()
         self._by_lease: dict[int, deque[_Renewal]] = {}
         self.ended: StreamEnded | None = None
@@ -95,6 +97,15 @@ class _Asked:
                 if not waiting:
                     del self._by_lease[lease_id]
 
+    def retire(self) -> bool:
+        """Takes nothing from now on, unless something waits."""
+        with self._lock:
+            if not self._by_lease:
+                self.ended = StreamEnded(
+                    grpc.StatusCode.UNAVAILABLE, "nothing was renewed for long"
+                )
+            return self.ended is not None
+
     def end(self, ended: StreamEnded) -> None:
         self.call = None
         with self._lock:
@@ -108,7 +119,8 @@ class _Asked:
 class LeaseStream:
     """`renew` from any thread.
 
-    Over when its connection is closed, or etcd ends the call; then another one is needed.
+    Over when its connection is closed, etcd ends the call, or nothing was renewed for long; then
+    another one is needed.
     """
 
     def __init__(self, stub: Any, metadata: Sequence[tuple[str, str]]) -> None:
@@ -118,10 +130,9 @@ class LeaseStream:
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         # As with a watch: when the member loses its quorum the call ends, else it would stay
         # silent.
-        self._asked = _Asked(
-            stub.LeaseKeepAlive(
-                iter(self._requests.get, None), metadata=(*metadata, ("hasleader", "true"))
-            )
+        self._asked = _Asked()
+        self._asked.call = stub.LeaseKeepAlive(
+            _ask(self._requests, self._asked), metadata=(*metadata, ("hasleader", "true"))
         )
         # The thread keeps neither this nor the connection alive: a connection that is forgotten
         # leaves no thread.
@@ -189,6 +200,20 @@ class LeaseStream:
         # the call.
         if not is_finalizing() and hasattr(self, "_asked"):
             self.end()
+
+
+def _ask(requests: queue.SimpleQueue[Any], asked: _Asked) -> Iterator[Any]:
+    """What the call sends, until it is to end."""
+    while True:
+        try:
+            request = requests.get(timeout=_IDLE_S)
+        except queue.Empty:
+            if asked.retire():
+                return
+        else:
+            if request is None:
+                return
+            yield request
 
 
 def _take_in(requests: queue.SimpleQueue[Any], asked: _Asked) -> None:

@@ -84,6 +84,11 @@ class WatchStream:
             and "deadline exceeded" in (exc.details() or "").lower()
         )
 
+    @property
+    def stands(self) -> bool:
+        """It has not ended, as far as its reader knows."""
+        return self._call is not None
+
     def cancel(self) -> None:
         """From any thread, any number of times."""
         self._cancelled = True

@@ -8,7 +8,8 @@ import errno
 import queue
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn, cast
 
 import grpc
 import pytest
@@ -25,9 +26,12 @@ from engine_registry.errors import (
     HistoryLost,
     LeaseNotFound,
 )
+from engine_registry.etcd import connection
+from engine_registry.etcd.channel import IDLE_S
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.errors import from_cancelled_watch
+from engine_registry.etcd.lease_stream import LeaseStream
 from engine_registry.etcd.messages import prefix_end
 from engine_registry.etcd.watch import WatchStream
 
@@ -282,6 +286,58 @@ def test_the_endpoints_are_gone_through_again_and_again() -> None:
         return client.endpoint
 
     assert etcd.call(fifth_time) == "a:1"
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets so many seconds pass for connections."""
+    now = [1000.0]
+    monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    return passes
+
+
+def test_a_connection_that_was_not_used_for_long_gives_way_to_another_to_the_same_endpoint(
+    passes: Callable[[float], None],
+) -> None:
+    etcd = Unconnected()
+    for seconds in (0.0, IDLE_S, 1.0, IDLE_S + 1.0):
+        passes(seconds)
+        etcd.call(lambda client: client.endpoint)
+    assert [(client.endpoint, client.closed) for client in etcd.clients] == [
+        ("a:1", True),
+        ("a:1", False),
+    ]
+
+
+@pytest.mark.parametrize("use", ["call", "watch", "renewals"])
+def test_a_connection_in_use_stays_however_long_ago_its_last_call_began(
+    passes: Callable[[float], None], use: str
+) -> None:
+    etcd = Unconnected()
+    watch = WatchStream(etcd, None, Ending(Answer(Status.CANCELLED, "")), queue.SimpleQueue())
+
+    def meanwhile(_: object) -> None:
+        passes(2 * IDLE_S)
+        etcd.call(lambda client: None)
+
+    if use == "call":
+        etcd.call(meanwhile)
+    else:
+        etcd.call(lambda client: None)
+        if use == "watch":
+            etcd._watches.add(watch)
+        else:
+            etcd._renewals = etcd.clients[0], cast(LeaseStream, SimpleNamespace(over=False))
+        meanwhile(None)
+    assert len(etcd.clients) == 1
+    watch.cancel()
+    etcd._renewals = None, None
+    meanwhile(None)
+    assert [client.closed for client in etcd.clients] == [True, False]
 
 
 def test_a_call_that_is_refused_is_not_repeated_and_keeps_its_connection() -> None:

@@ -197,6 +197,24 @@ def test_a_stream_that_ends_fails_all_that_wait_and_all_that_come_each_with_an_e
         assert (error.code(), error.details()) == (Status.CANCELLED, "Channel closed!")
 
 
+def test_a_stream_over_which_nothing_is_renewed_ends_but_not_while_somebody_waits(
+    etcd: Etcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_stream, "_IDLE_S", 0.05)
+    stream = LeaseStream(etcd, ())
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(stream.renew, 1, HANG_S)
+        assert etcd.asked() == 1
+        threading.Event().wait(0.2)
+        etcd.answers(1, 9)
+        assert waiting.result(HANG_S) == 9
+    assert etcd.asked() is None
+    assert stream.over
+    with pytest.raises(StreamEnded, match="nothing was renewed for long"):
+        stream.renew(1, HANG_S)
+    etcd.call.cancel()  # as etcd does, which hears no more
+
+
 @pytest.fixture
 def _no_collector() -> Iterator[None]:
     gc.collect()
