@@ -8,6 +8,8 @@ python -m scripts.etcd_sizing store-moe N    the same for ranks of 60,000 tensor
 python -m scripts.etcd_sizing connections N  etcd's memory for each of N connections (at most 500),
                                              and of what is open over it
 python -m scripts.etcd_sizing rates N [N …]  three members renew for N ranks at the pace of life
+python -m scripts.etcd_sizing hosts N        N hosts of eight ranks: with a process for each keeper,
+                                             and with one for all
 python -m scripts.etcd_sizing expiry N       N leases expire together: how many a second
 
 Each rank has a lease, as in life, but no process: one client writes them all, and is the slower
@@ -24,6 +26,7 @@ from engine_registry.schema import manifest_format as manifests
 from engine_registry.schema import record_format as records
 from scripts.etcd_sizing.connections import connections
 from scripts.etcd_sizing.expiry import expiry
+from scripts.etcd_sizing.hosts import hosts
 from scripts.etcd_sizing.ranks import a_record, dense_rank, moe_rank
 from scripts.etcd_sizing.rates import rates
 from scripts.etcd_sizing.store import store
@@ -54,6 +57,8 @@ def main() -> None:
         case ["rates", *counts] if counts:
             for count in counts:
                 rates(int(count), dense_rank())
+        case ["hosts", count]:
+            hosts(int(count))
         case ["expiry", count]:
             expiry(int(count), dense_rank())
         case _:

@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 
-from engine_registry import Registry
+from engine_registry import RegistrationState, Registry
 from engine_registry.etcd import channel, connection, lease_stream
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.pulls.ticket import PullTicket
-from tests.support.connections import connections
+from tests.support.connections import all_connections, connections
+from tests.support.faults import a_grpc_proxy
 from tests.support.ranks import register
 from tests.support.waiting import wait_until
 
@@ -84,3 +85,23 @@ def test_a_rank_that_serves_holds_the_connection_of_its_keeper_alone(own_etcd: L
         assert connections(registration.keeper_pid, own_etcd.endpoint) == 1
         registration.update(version=1)
         assert [found.version for found in registry.ranks("a")] == [1]
+
+
+def of_clients(server: LocalEtcd) -> int:
+    """All connections but what etcd has to itself."""
+    return all_connections(server.endpoint) - connections(server.pid, server.endpoint)
+
+
+def test_the_ranks_of_a_host_share_one_connection_behind_a_proxy(own_etcd: LocalEtcd) -> None:
+    with (
+        a_grpc_proxy(own_etcd) as proxy,
+        Registry.connect(proxy) as registry,
+        ExitStack() as stack,
+    ):
+        ranks = [
+            stack.enter_context(register(registry, rank=rank, world_size=3)) for rank in range(3)
+        ]
+        wait_until(lambda: of_clients(own_etcd) == 1)
+        assert registry.evict(registry.ranks("a")[0])
+        wait_until(lambda: ranks[0].state is RegistrationState.LOST)
+        assert [record.rank for record in registry.ranks("a")] == [1, 2]
