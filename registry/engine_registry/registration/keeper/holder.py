@@ -161,7 +161,6 @@ class Keeper:
 
     def end(self, reason: str) -> None:
         """Deletes the registration; EtcdError if that must be tried again."""
-        self._watch.end()
         if self._held is not None:
             with contextlib.suppress(LeaseNotFound):
                 end(self._etcd, self._held, reason)
@@ -169,6 +168,7 @@ class Keeper:
             for incarnation in (self._record.incarnation, *self._former):
                 remove(self._etcd, replace(self._record, incarnation=incarnation), reason)
         self._held = None
+        self._watch.end()
 
     def _renew(self, held: KeyValue, is_doubtful: bool = False) -> None:
         # The key is looked at before the lease is renewed: a lease that lives afterwards lived
