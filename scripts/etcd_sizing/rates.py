@@ -32,22 +32,21 @@ def rates(ranks: int, manifest: Manifest) -> None:
         config = EtcdConfig(parse_endpoints(cluster.endpoints), timeout_s=TIMEOUT_S)
         etcds = [stack.enter_context(closing(Etcd(config))) for _ in range(CLIENTS)]
 
-        def register(number: int) -> list[tuple[int, str]]:
+        def register(number: int) -> list[int]:
             held = []
             for rank in range(number, ranks, CLIENTS):
                 record, lease_id = a_record(rank, ranks, ref), etcds[number].grant(TTL_S)
                 claim(etcds[number], record, parts, lease_id)
-                held.append((lease_id, record.key))
+                held.append(lease_id)
             return held
 
-        def renew(etcd: Etcd, held: list[tuple[int, str]], start: float) -> list[float]:
+        def renew(etcd: Etcd, held: list[int], start: float) -> list[float]:
             """How long each took, from when it was due."""
             took_s = []
             for number in range(PERIODS * len(held)):
                 due = start + number * PERIOD_S / len(held)
                 time.sleep(max(0.0, due - time.monotonic()))
-                lease_id, key = held[number % len(held)]
-                etcd.get(key)
+                lease_id = held[number % len(held)]
                 etcd.keep_alive(lease_id)
                 took_s.append(time.monotonic() - due)
             return took_s
