@@ -25,7 +25,7 @@ STEPS: tuple[tuple[str, str, str], ...] = (
     ("wait for devices", "engine_loader.loading.load", "wait_for"),
     ("find sources", "engine_loader.sources.search", "Search.find"),
     ("choose sources", "engine_loader.sources.selection", "Selection.choose"),
-    ("fetch manifests", "engine_loader.sources.selection", "for_each"),
+    ("fetch manifests", "engine_loader.loading.finder", "find_manifests"),
     ("compare manifests", "engine_loader.planning.plan", "Planner.differences"),
     ("tickets and watches", "engine_loader.sources.source", "SourceRank.enter"),
     ("plan", "engine_loader.planning.plan", "Planner.plan"),

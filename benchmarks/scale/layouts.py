@@ -61,7 +61,7 @@ def layouts(sizes: Sizes, say: Say) -> Found:
         ),
         rows,
         "exponents in W of requests: one of W/2 {:.2f}, all of them {:.2f}, load_full {:.2f}. "
-        "A manifest takes a request for each of its parts, here one.".format(*fits),
+        "A request brings 32 parts of manifests; each has one here.".format(*fits),
     )
     return Found([table], {"reshard_requests": float(rows[-1][1])})
 

@@ -29,7 +29,11 @@ from engine_registry.registration.checks import how_to_delete
 from engine_registry.registration.eviction import by_this_process, evict_each
 from engine_registry.registration.handle import OnState, Registration
 from engine_registry.registration.keeper.process import check_can_start
-from engine_registry.registration.manifests import encode_manifest, fetch_manifest
+from engine_registry.registration.manifests import (
+    encode_manifest,
+    fetch_manifest,
+    fetch_manifests,
+)
 from engine_registry.schema.keys import (
     ENGINES,
     check_instance,
@@ -345,6 +349,12 @@ class Registry(Closable):
         that the record means.
         """
         return fetch_manifest(self._etcd, record)
+
+    def manifests(self, records: Sequence[RankRecord]) -> list[Manifest | RecordDamaged]:
+        """The manifests that belong to the records, in their order, in a few requests. Where one
+        is gone, or not the one that the record means, that error stands in its place.
+        """
+        return fetch_manifests(self._etcd, records)
 
     def pull(
         self, record: RankRecord, reader: RankRecord | None = None, free_since: int | None = None

@@ -166,7 +166,7 @@ def test_a_rank_that_goes_away_or_is_silent_ends_the_comparison(
     engine.resume()
     manifest = registry.manifest(records[0])
     publication.close()
-    monkeypatch.setattr(published, "fetch_manifest", lambda registry, record: manifest)
+    monkeypatch.setattr(published, "fetch_manifests", lambda registry, records: [manifest])
     with pytest.raises(SourceLost):
         published.read_holding(registry, reader, records)
 

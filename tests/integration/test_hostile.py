@@ -271,16 +271,18 @@ def test_junk_beside_the_parts_of_a_manifest_is_not_fetched(
                     )
                 ],
             )
-        asked: list[bytes] = []
-        ask = Etcd._range
+        answers: list[int] = []
+        ask = Etcd._unary
 
-        def counting(self: Etcd, request: Any) -> Any:
-            asked.append(request.key)
-            return ask(self, request)
+        def counting(self: Etcd, *request: Any) -> Any:
+            answer = ask(self, *request)
+            answers.append(answer.ByteSize())
+            return answer
 
-        monkeypatch.setattr(Etcd, "_range", counting)
+        monkeypatch.setattr(Etcd, "_unary", counting)
         assert registry.manifest(record) == MANIFEST
-        assert len(asked) == 1
+        assert len(answers) == 1
+        assert answers[0] < 10_000
 
 
 # -- loads

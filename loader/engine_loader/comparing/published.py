@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -18,13 +19,14 @@ from engine_loader.engines.base import Engine, lend, read
 from engine_loader.errors import ReadFailed, SourceLost, TornRead
 from engine_loader.planning.plan import ReadOp
 from engine_loader.publishing.header import HeaderCell, fetch_header, peer_of_record
-from engine_loader.sources.manifests import fetch_manifest, for_each
+from engine_loader.sources.manifests import fetch_manifests
 from engine_loader.sources.reach import reachable
 from engine_loader.tensors.cuda import on_default_stream, to_register
 from engine_registry import Manifest, Place, RankRecord, Registry
 from engine_registry.schema.manifest import DigestTable
 from engine_registry.schema.record import WITHIN_HOST
 
+_AT_ONCE = 8  # ranks that are read
 _SILENT_S = 10.0  # longer than a peer takes that is there
 
 
@@ -34,11 +36,13 @@ def read_holding(registry: Registry, engine: Engine, records: Sequence[RankRecor
     Raises SourceUnreachable, SourceLost, TornRead (a rank was updated meanwhile), and what
     `Registry.manifest` raises.
     """
-    manifests = {record.key: fetch_manifest(registry, record) for record in records}
+    fetched = fetch_manifests(registry, records)
+    manifests = {record.key: each for record, each in zip(records, fetched, strict=True)}
     publishing = [record for record in records if manifests[record.key].digests is not None]
     if publishing:
         reachable(engine, [publishing], ())
-    held = for_each(records, lambda record: _read_rank(engine, record, manifests[record.key]))
+    with ThreadPoolExecutor(min(_AT_ONCE, len(records))) as pool:
+        held = list(pool.map(lambda one: _read_rank(engine, one, manifests[one.key]), records))
     return Holding(records[0].instance, held)
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
-from engine_loader.errors import SourceUnreachable, WeightsMismatch
+from engine_loader.errors import SourceLost, SourceUnreachable, WeightsMismatch
 from engine_loader.loading.job import Job
 from engine_loader.loading.lost import LostSources
 from engine_loader.planning.plan import Planner
+from engine_loader.sources.manifests import find_manifests
 from engine_loader.sources.search import Search
-from engine_loader.sources.selection import Choice, Selection
+from engine_loader.sources.selection import Choice, Fetched, Selection
 from engine_loader.sources.source import SourceRank
 from engine_loader.transfer.received import Received
-from engine_registry import RankRecord
+from engine_registry import Manifest, RankRecord
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound, RegistryError
 from engine_registry.telemetry.logs import fields
 
@@ -49,7 +51,7 @@ class Finder:
             return self._choose_wider(received, planner, own)
         selection = Selection(
             received.dst,
-            lambda record: self._source(record, own),
+            lambda records: self._sources(records, own),
             planner,
             digests=self._job.verify == "digest",
             max_sources=self._search.max_sources,
@@ -85,11 +87,21 @@ class Finder:
         self._search = replace(self._search, by_rank=False, pipelined=False)
         return True
 
-    def _source(self, record: RankRecord, reader: RankRecord | None) -> SourceRank:
-        job = self._job
-        return SourceRank(
-            job.registry, job.engine, record, record.rank == job.rank, job.device, reader
-        )
+    def _sources(self, records: Sequence[RankRecord], reader: RankRecord | None) -> list[Fetched]:
+        job, sources = self._job, list[Fetched]()
+        manifests = find_manifests(job.registry, records)
+        for record, found in zip(records, manifests, strict=True):
+            if not isinstance(found, Manifest):
+                sources.append(found)
+                continue
+            own = record.rank == job.rank
+            try:
+                sources.append(
+                    SourceRank(job.registry, job.engine, record, found, own, job.device, reader)
+                )
+            except SourceLost as exc:
+                sources.append(exc)
+        return sources
 
     def is_one_updated(self) -> bool:
         """Whether a source is being updated, and so worth waiting for; False if etcd is away."""

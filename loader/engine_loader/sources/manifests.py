@@ -1,20 +1,16 @@
-"""Fetches the manifests of ranks that are to be read from, several at once."""
+"""Fetches the manifests of ranks that are to be read from, several in one request."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Sequence
 
 from engine_loader.errors import SourceLost
 from engine_registry import Manifest, RankRecord, Registry
 from engine_registry.errors import RecordDamaged
 from engine_registry.schema.record import ManifestRef
 
-_AT_ONCE = 8
 KEPT_TENSORS = 200_000  # 100 MB or so
-T = TypeVar("T")
 
 
 class _Kept:
@@ -60,32 +56,40 @@ def keep_manifests(tensors: int) -> None:
     _KEPT.resize(tensors)
 
 
-def fetch_manifest(registry: Registry, record: RankRecord) -> Manifest:
-    """SourceLost if the rank is gone, as far as it is asked; RecordDamaged."""
-    manifest = _KEPT.get(record.manifest)
-    if manifest is None:
-        manifest = _fetch(registry, record)
-        _KEPT.put(record.manifest, manifest)
-    return manifest
-
-
-def _fetch(registry: Registry, record: RankRecord) -> Manifest:
-    try:
-        return registry.manifest(record)
-    except RecordDamaged as exc:
-        if registry.current(record) is None:
-            raise SourceLost(
-                f"{record.key} is not registered any more", "load again", key=record.key
-            ) from exc
-        raise
-
-
 def fetch_manifests(registry: Registry, records: Sequence[RankRecord]) -> list[Manifest]:
-    return for_each(records, lambda record: fetch_manifest(registry, record))
+    """Raises the first of what `find_manifests` says instead of a manifest."""
+    manifests = []
+    for found in find_manifests(registry, records):
+        if not isinstance(found, Manifest):
+            raise found
+        manifests.append(found)
+    return manifests
 
 
-def for_each(records: Sequence[RankRecord], fetch: Callable[[RankRecord], T]) -> list[T]:
-    if len(records) == 1:
-        return [fetch(records[0])]
-    with ThreadPoolExecutor(min(_AT_ONCE, len(records))) as pool:
-        return list(pool.map(fetch, records))
+def find_manifests(
+    registry: Registry, records: Sequence[RankRecord]
+) -> list[Manifest | SourceLost | RecordDamaged]:
+    """The manifests of the ranks, in their order. Instead of one that cannot be had, SourceLost if
+    its rank is gone, as far as it is asked; else RecordDamaged.
+    """
+    kept = {record.manifest: _KEPT.get(record.manifest) for record in records}
+    missing = [record for record in records if kept[record.manifest] is None]
+    fetched = iter(registry.manifests(missing) if missing else ())
+    found: list[Manifest | SourceLost | RecordDamaged] = []
+    for record in records:
+        manifest = kept[record.manifest] or _told(registry, record, next(fetched))
+        if isinstance(manifest, Manifest):
+            _KEPT.put(record.manifest, manifest)
+        found.append(manifest)
+    return found
+
+
+def _told(
+    registry: Registry, record: RankRecord, found: Manifest | RecordDamaged
+) -> Manifest | SourceLost | RecordDamaged:
+    """Why there is no manifest, where there is none."""
+    if isinstance(found, Manifest) or registry.current(record) is not None:
+        return found
+    lost = SourceLost(f"{record.key} is not registered any more", "load again", key=record.key)
+    lost.__cause__ = found
+    return lost

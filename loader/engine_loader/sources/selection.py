@@ -7,18 +7,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from engine_loader.errors import DigestsMissing, LoaderError, SourceLost, WeightsMismatch
 from engine_loader.planning.matching import needed
 from engine_loader.planning.plan import Planner, refuse
 from engine_loader.sources.groups import Found, Group
-from engine_loader.sources.manifests import for_each
 from engine_loader.sources.readers import order_of
 from engine_loader.sources.source import SourceRank
 from engine_registry import Manifest, RankRecord
+from engine_registry.errors import RecordDamaged
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
+
+
+Fetched = SourceRank | SourceLost | RecordDamaged  # an error is of a rank without its manifest
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,12 @@ class Choice:
 
 
 class Selection:
-    """`source_of` fetches a rank's manifest, `planner` compares it with what is wanted."""
+    """`sources_of` fetches the manifests of ranks, `planner` compares them with what is wanted."""
 
     def __init__(
         self,
         dst: Manifest,
-        source_of: Callable[[RankRecord], SourceRank],
+        sources_of: Callable[[Sequence[RankRecord]], Sequence[Fetched]],
         planner: Planner,
         *,
         digests: bool,
@@ -44,7 +48,7 @@ class Selection:
     ) -> None:
         """`session_id`: the loader's own."""
         self._dst = dst
-        self._source_of = source_of
+        self._sources_of = sources_of
         self._planner = planner
         self._digests = digests
         self._max_sources = max_sources
@@ -83,40 +87,52 @@ class Selection:
         """The first teams each of which has all that is wanted, and digests of one kind if they
         are. Says why others do not fit.
         """
-        chosen: list[list[SourceRank]] = []
+        chosen: list[SourceRank] = []
         algorithm: set[str] = set()
-        for team in teams:
-            if len(chosen) == min(group.at_once, self._max_sources):
-                break
-            try:
-                sources = for_each(team, self._fetch)
-                origins = [source.origin for source in sources]
-                name = origins[0].name if len(team) == 1 else team[0].instance
-                refuse(name, self._planner.differences(origins))
-                theirs = {source.algorithm for source in sources} if self._digests else set()
-                if len(theirs) > 1:
-                    kinds = " and ".join(sorted(theirs))
-                    raise DigestsMissing(
-                        f"the ranks of {name} have digests of different kinds, {kinds}",
-                        'load with `verify="header"`',
-                    )
-            except (WeightsMismatch, SourceLost, DigestsMissing) as exc:
-                misfits.append(exc)
-                continue
-            algorithm = algorithm or theirs
-            if theirs == algorithm:
-                chosen.append(sources)
-        some = [source for team in chosen for source in team]
-        for source in some:
+        missing = min(group.at_once, self._max_sources)
+        rest = list(teams)
+        while rest and missing:
+            some, rest = rest[:missing], rest[missing:]
+            for team, fetched in zip(some, self._fetch(some), strict=True):
+                try:
+                    sources = _all(fetched)
+                    theirs = self._check(team, sources)
+                except (WeightsMismatch, SourceLost, DigestsMissing) as exc:
+                    misfits.append(exc)
+                    continue
+                algorithm = algorithm or theirs
+                if theirs == algorithm:
+                    chosen += sources
+                    missing -= 1
+        for source in chosen:
             source.free_since = group.free_since
-        return some
+        return chosen
 
-    def _fetch(self, record: RankRecord) -> SourceRank:
-        try:
-            return self._source_of(record)
-        except SourceLost:
-            self.gone.append(record)
-            raise
+    def _fetch(self, teams: Sequence[Sequence[RankRecord]]) -> list[Sequence[Fetched]]:
+        """All at once; what was fetched for each team."""
+        records = [record for team in teams for record in team]
+        fetched = self._sources_of(records)
+        self.gone += [
+            record
+            for record, one in zip(records, fetched, strict=True)
+            if isinstance(one, SourceLost)
+        ]
+        each = iter(fetched)
+        return [list(islice(each, len(team))) for team in teams]
+
+    def _check(self, team: Sequence[RankRecord], sources: Sequence[SourceRank]) -> set[str]:
+        """The kind of its digests, if they are wanted. Raises why it does not fit."""
+        origins = [source.origin for source in sources]
+        name = origins[0].name if len(team) == 1 else team[0].instance
+        refuse(name, self._planner.differences(origins))
+        algorithms = {source.algorithm for source in sources} if self._digests else set()
+        if len(algorithms) > 1:
+            kinds = " and ".join(sorted(algorithms))
+            raise DigestsMissing(
+                f"the ranks of {name} have digests of different kinds, {kinds}",
+                'load with `verify="header"`',
+            )
+        return algorithms
 
 
 def _teams(
@@ -131,6 +147,16 @@ def _teams(
         ]
         if teams:
             yield group, teams
+
+
+def _all(fetched: Sequence[Fetched]) -> list[SourceRank]:
+    """Raises the first error."""
+    sources = []
+    for one in fetched:
+        if isinstance(one, Exception):
+            raise one
+        sources.append(one)
+    return sources
 
 
 def _logged(choice: Choice, misfits: Sequence[LoaderError]) -> Choice:

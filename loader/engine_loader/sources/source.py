@@ -24,12 +24,12 @@ from engine_loader.errors import (
 from engine_loader.planning.arrivals import Blocks
 from engine_loader.planning.matching import Origin
 from engine_loader.publishing.header import HeaderCell, fetch_header, peer_of_record
-from engine_loader.sources.manifests import fetch_manifest
 from engine_loader.tensors.cuda import on_default_stream, to_register
 from engine_loader.transfer.pipe import Source, Stock
 from engine_loader.transfer.progress import Progress
 from engine_registry import (
     Event,
+    Manifest,
     RankJoined,
     RankLost,
     RankRecord,
@@ -58,13 +58,14 @@ class SourceRank:
         registry: Registry,
         engine: Engine,
         record: RankRecord,
+        manifest: Manifest,
         own: bool,
         device: torch.device,
         reader: RankRecord | None = None,
     ) -> None:
         """`own`: it has the rank that is to be filled. `device`: where its header is read to.
-        `reader` is the record of the rank that is filled, if it is registered. SourceLost if it is
-        gone already.
+        `reader` is the record of the rank that is filled, if it is registered. SourceLost if it
+        loads, and has nothing to read meanwhile.
 
         `free_since` may be set to a revision of etcd: then `enter` refuses where another load has
         begun to read since.
@@ -81,7 +82,7 @@ class SourceRank:
         self.outlived = False  # its process has ended, and the engine reads its memory on
         self._has_news = threading.Event()
         self.record = record
-        self.manifest = fetch_manifest(registry, record)
+        self.manifest = manifest
         self.origin = Origin(f"{record.instance}/{record.rank}", self.manifest, own)
         self._blocks: Blocks | None = None
         if record.state is RankState.LOADING:

@@ -5,12 +5,18 @@ Used by `client`, the handle and the gateway. `registration.writes` puts it ther
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from engine_registry.errors import InvalidField, RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.schema.keys import manifest_part_key
+from engine_registry.schema.keyvalue import Range
 from engine_registry.schema.manifest import Manifest
 from engine_registry.schema.manifest_format import MAX_PARTS, decode, encode
 from engine_registry.schema.record import ManifestRef, RankRecord
+
+# in one request: of 1.5 MiB each at most, as etcd takes no more, and an answer may have 64 MiB
+_PARTS_AT_ONCE = 32
 
 
 def encode_manifest(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
@@ -31,20 +37,48 @@ def fetch_manifest(etcd: Etcd, record: RankRecord) -> Manifest:
     """The manifest that belongs to the record; RecordDamaged where it is gone or not the one that
     the record means.
     """
+    (found,) = fetch_manifests(etcd, [record])
+    if isinstance(found, RecordDamaged):
+        raise found
+    return found
+
+
+def fetch_manifests(etcd: Etcd, records: Sequence[RankRecord]) -> list[Manifest | RecordDamaged]:
+    """The manifests that belong to the records, in their order, in as few requests as their parts
+    take. Where one is gone, or not the one that the record means, that error stands in its place.
+    """
+    # by their names: other keys that may lie there are not even fetched
+    keys = [key for record in records for key in _part_keys(record)]
+    parts: dict[str, bytes] = {}
+    for start in range(0, len(keys), _PARTS_AT_ONCE):
+        _, found = etcd.read([Range(key) for key in keys[start : start + _PARTS_AT_ONCE]])
+        parts |= {item.key: item.value for each in found for item in each.items}
+    return [_put_together(record, parts) for record in records]
+
+
+def _put_together(record: RankRecord, found: Mapping[str, bytes]) -> Manifest | RecordDamaged:
     if record.manifest.parts > MAX_PARTS:
-        raise RecordDamaged(
+        return RecordDamaged(
             f"the record at {record.key} claims a manifest of {record.manifest.parts} parts",
             key=record.key,
         )
-    parts = []
-    # one by one: other keys that may lie there are not even fetched
-    for number in range(record.manifest.parts):
-        part = etcd.get(manifest_part_key(record.instance, record.rank, record.incarnation, number))
-        if part is None:
-            raise RecordDamaged(
-                f"the manifest of {record.key} is not there (any more): the rank has gone or "
-                "registered again",
-                key=record.key,
-            )
-        parts.append(part.value)
-    return decode(record.key, record.manifest, parts)
+    parts = [found[key] for key in _part_keys(record) if key in found]
+    if len(parts) < record.manifest.parts:
+        return RecordDamaged(
+            f"the manifest of {record.key} is not there (any more): the rank has gone or "
+            "registered again",
+            key=record.key,
+        )
+    try:
+        return decode(record.key, record.manifest, parts)
+    except RecordDamaged as exc:
+        return exc
+
+
+def _part_keys(record: RankRecord) -> list[str]:
+    """None where there are too many to be a manifest."""
+    parts = record.manifest.parts if record.manifest.parts <= MAX_PARTS else 0
+    return [
+        manifest_part_key(record.instance, record.rank, record.incarnation, number)
+        for number in range(parts)
+    ]

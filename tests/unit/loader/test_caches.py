@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 import pytest
 
 from engine_loader.caches import limit_caches
 from engine_loader.planning.matching import Origin
 from engine_loader.planning.plan import Planner
-from engine_loader.sources.manifests import fetch_manifest
-from engine_registry import Registry
 from engine_registry.errors import InvalidField
 from tests.support.builders import a_manifest, an_entry
-from tests.unit.loader.sources.test_manifests import Asked, record_of
+from tests.unit.loader.sources.test_manifests import Asked, fetch, record_of
 
 MANIFEST = a_manifest(an_entry("a"))
 
@@ -39,7 +36,7 @@ def kept_plans(count: int) -> list[bool]:
 def fetched(times: int, of: Asked) -> int:
     """How often it has been asked for its manifest, after so many fetches more."""
     for _ in range(times):
-        fetch_manifest(cast(Registry, of), record_of(MANIFEST))
+        fetch(of, record_of(MANIFEST))
     return of.times
 
 

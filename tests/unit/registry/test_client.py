@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +36,7 @@ from engine_registry.holders.query import HolderQuery
 from engine_registry.registration import manifests
 from engine_registry.schema import manifest_format
 from engine_registry.schema.keys import manifest_part_key, record_key
-from engine_registry.schema.keyvalue import Snapshot
+from engine_registry.schema.keyvalue import Found, Range, Snapshot
 from engine_registry.schema.record_format import _record, encode
 from tests.support.builders import (
     OTHER_INCARNATION,
@@ -343,6 +343,31 @@ def test_a_manifest_with_a_part_missing_is_not_there(
         RecordDamaged, match=r"is not there \(any more\): the rank has gone or registered again"
     ):
         registry.manifest(record)
+
+
+def test_manifests_of_several_ranks_are_read_a_few_parts_at_a_time(
+    registry: Registry,
+    etcd: FakeEtcd,
+    in_many_parts: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = published(etcd, in_many_parts)
+    absent = replace(record, incarnation=OTHER_INCARNATION)
+    absurd = replace(record, manifest=replace(record.manifest, parts=10**12))
+    requests: list[int] = []
+    read = etcd.read
+
+    def counted(ranges: Sequence[Range]) -> tuple[int, list[Found]]:
+        requests.append(len(ranges))
+        return read(ranges)
+
+    monkeypatch.setattr(etcd, "read", counted)
+    found = registry.manifests([record, absent, absurd, record])
+    assert [found[0], found[3]] == [in_many_parts] * 2
+    assert [type(each) for each in found[1:3]] == [RecordDamaged] * 2
+    assert sum(requests) == 3 * record.manifest.parts
+    assert max(requests) == 32
+    assert len(requests) == -(-sum(requests) // 32)
 
 
 def test_a_manifest_of_another_incarnation_is_not_taken_for_ours(

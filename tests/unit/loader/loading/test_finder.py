@@ -4,7 +4,7 @@ single rank has what is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +16,7 @@ from engine_loader.engines.base import Engine
 from engine_loader.errors import (
     DigestsMissing,
     LoaderError,
+    SourceLost,
     SourceUnreachable,
     WeightsMismatch,
 )
@@ -179,13 +180,29 @@ def test_a_choice_is_made_as_the_load_was_asked_to(
 
 
 def test_a_source_is_made_for_the_rank_that_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SourceRank", lambda *parts: parts)
+    def made(*parts: Any) -> object:
+        if parts[2] is bare:
+            raise unreadable
+        return parts
+
+    monkeypatch.setattr(module, "SourceRank", made)
+    same, bare, gone, cpu = a_record(rank=1), a_record(), a_record(), torch.device("cpu")
+    unreadable, lost = SourceLost("it has no bitmap"), SourceLost("it has gone")
+    manifests = {id(gone): lost}
+    monkeypatch.setattr(
+        module,
+        "find_manifests",
+        lambda _, records: [manifests.get(id(one), DST) for one in records],
+    )
     selected = Selected(monkeypatch, CHOICE)
     finder(search())[0].choose(7.0, RECEIVED, PLANNER, OWN)
-    source_of: Callable[[RankRecord], object] = selected.made[0][1]
-    same, cpu = a_record(rank=1), torch.device("cpu")
-    assert source_of(same) == (REGISTRY, ENGINE, same, True, cpu, OWN)
-    assert source_of(RANK) == (REGISTRY, ENGINE, RANK, False, cpu, OWN)
+    sources_of: Callable[[Sequence[RankRecord]], object] = selected.made[0][1]
+    assert sources_of([same, bare, RANK, gone]) == [
+        (REGISTRY, ENGINE, same, DST, True, cpu, OWN),
+        unreadable,
+        (REGISTRY, ENGINE, RANK, DST, False, cpu, OWN),
+        lost,
+    ]
 
 
 def test_where_no_rank_has_all_that_is_wanted_all_ranks_of_an_instance_may(

@@ -14,9 +14,10 @@ from engine_loader.errors import DigestsMissing, SourceLost, WeightsMismatch
 from engine_loader.planning.matching import Origin
 from engine_loader.planning.plan import Planner
 from engine_loader.sources.groups import Found, Group
-from engine_loader.sources.selection import Choice, Selection
+from engine_loader.sources.selection import Choice, Fetched, Selection
 from engine_loader.sources.source import SourceRank
 from engine_registry import Manifest, RankRecord, TensorEntry
+from engine_registry.errors import RecordDamaged
 from tests.support.builders import CONTENT, OTHER_CONTENT, a_manifest, a_record, an_entry
 
 
@@ -79,15 +80,20 @@ def selection_of(teams: Sequence[Ranks], wanted: Manifest, **options: Any) -> Se
         key: one for team in teams for key, one in team.offerings.items()
     }
 
-    def source_of(record: RankRecord) -> SourceRank:
-        if record.key not in offerings:
-            raise SourceLost(f"{record.key} is gone")
-        return cast(SourceRank, offerings[record.key])
+    def sources_of(records: Sequence[RankRecord]) -> list[Fetched]:
+        fetched.append([record.key for record in records])
+        return [
+            cast(SourceRank, offerings[record.key])
+            if record.key in offerings
+            else SourceLost(f"{record.key} is gone")
+            for record in records
+        ]
 
+    fetched: list[list[str]] = options.pop("fetched", [])
     planner = Planner(wanted, partial=options.pop("partial", True))
     return Selection(
         wanted,
-        source_of,
+        sources_of,
         planner,
         **{"digests": False, "max_sources": 2, "session_id": "x", **options},
     )
@@ -176,6 +182,29 @@ def test_one_in_which_memory_is_shared_otherwise_than_here_is_passed_over() -> N
         team.offerings[team.records[0].key].manifest = manifest
     selection = selection_of(teams, tied)
     assert names_of(selection.choose(found_of([], [team.records[0] for team in teams]))) == ["b/0"]
+
+
+def test_manifests_are_fetched_together_and_no_more_than_may_be_chosen() -> None:
+    teams = [Ranks(name, WHOLE, gone=[0] if name in "bc" else []) for name in "abcdef"]
+    fetched: list[list[str]] = []
+    alike = [team.records[0] for team in teams]
+    assert chosen(teams, alike, max_sources=3, fetched=fetched) == ["a/0", "d/0", "e/0"]
+    keys = [record.key for record in alike]
+    assert fetched == [keys[:3], keys[3:5]]
+    halves = [Ranks(name, half(0), half(1)) for name in "ab"]
+    fetched.clear()
+    assert len(chosen(halves, fetched=fetched)) == 4
+    assert [len(some) for some in fetched] == [4]
+
+
+def test_a_damaged_manifest_of_a_rank_that_is_there_is_the_error() -> None:
+    selection = selection_of([], a_manifest(WHOLE))
+    damage = RecordDamaged("it cannot be read")
+    selection._sources_of = lambda records: [damage for _ in records]
+    with pytest.raises(RecordDamaged) as caught:
+        selection.choose(found_of([], Ranks("a", WHOLE).records))
+    assert caught.value is damage
+    assert selection.gone == []
 
 
 def test_where_nobody_holds_the_same_all_that_hold_a_part_are_chosen() -> None:

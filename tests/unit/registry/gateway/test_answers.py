@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from engine_registry.gateway.answers import Answers
 from engine_registry.gateway.calls import Calls
 from engine_registry.registration.writes import claim
 from engine_registry.schema import manifest_format as manifests
-from engine_registry.schema.keyvalue import KeyValue
+from engine_registry.schema.keyvalue import Found, KeyValue, Range
 from engine_registry.schema.record import RankRecord
 from tests.support.builders import OTHER_INCARNATION, a_manifest, a_record
 from tests.support.fake_etcd import FakeEtcd
@@ -39,12 +39,14 @@ class SlowEtcd(FakeEtcd):
         self.manifests = 0
 
     def get(self, key: str, revision: int = 0) -> KeyValue | None:
-        of_manifest = key.startswith("/manifests/")
-        self.manifests += of_manifest
-        self.gets += not of_manifest
+        self.gets += 1
         self.began.set()
         self.open.wait(60)
         return super().get(key, revision)
+
+    def read(self, ranges: Sequence[Range]) -> tuple[int, list[Found]]:
+        self.manifests += sum(wanted.key.startswith("/manifests/") for wanted in ranges)
+        return super().read(ranges)
 
 
 def publish(etcd: FakeEtcd, replaces: str = "", **fields: Any) -> RankRecord:
