@@ -166,11 +166,12 @@ def _loading(etcd: Etcd, query: HolderQuery) -> tuple[list[Entry], int]:
     entries = index.entries_of(found.items)
     if found.count <= query.chain or found.count <= len(found.items) or not entries:
         return entries, found.count
+    # Ranks of one order are told apart by their incarnations: none that comes after ours will do.
     starts = [
-        loading_key(model, rank, me.version, order)
+        max(loading_key(model, rank, me.version, order), mine + "\0")
         for order in _spread(me.order, entries[-1].order, len(entries), found.count)
     ]
-    parts = zip([max(starts[0], mine + "\0"), *starts[1:]], [*starts[1:], end], strict=True)
+    parts = zip(starts, [*starts[1:], end], strict=True)
     _, some = etcd.read([Range(start, stop, 1) for start, stop in parts if start < stop])
     spread = index.entries_of(item for part in some for item in part.items)
     every = {entry.incarnation: entry for entry in [*spread, *entries]}

@@ -215,9 +215,14 @@ class RankRecord:
         return record_key(self.instance, self.rank)
 
     @property
-    def began(self) -> tuple[int, str]:
-        """Less than that of any rank which registered after this one had: no two are equal."""
-        return self.order or self.create_revision, self.incarnation
+    def began(self) -> tuple[int, tuple[int, ...]]:
+        """Less than that of any rank which registered after this one had: no two are equal.
+
+        Ranks that registered at once may have one order. Then it is as in the index of holders:
+        the one whose incarnation comes first has begun last.
+        """
+        order = self.order or self.create_revision - 1
+        return order, (*[-ord(each) for each in self.incarnation], 1)
 
     @property
     def holder(self) -> str:

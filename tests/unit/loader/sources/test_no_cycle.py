@@ -47,11 +47,13 @@ class Joining(RuleBasedStateMachine):
     def _some(self, number: int) -> RankRecord | None:
         return self.loading[number % len(self.loading)] if self.loading else None
 
-    @rule(indexed=st.booleans())
-    def join(self, indexed: bool) -> None:
+    @rule(indexed=st.booleans(), at_once=st.booleans())
+    def join(self, indexed: bool, at_once: bool) -> None:
+        """Ranks that register at once have one order."""
         name = f"r{len(self.loading)}"
-        record = shelve(self.etcd, self._rank(name, state=RankState.LOADING), indexed=indexed)
-        self.loading.append(record)
+        order = self.loading[-1].order if self.loading and at_once else 0
+        rank = self._rank(name, state=RankState.LOADING, order=order)
+        self.loading.append(shelve(self.etcd, rank, indexed=indexed))
 
     @rule(number=A_RANK)
     def look(self, number: int) -> None:

@@ -204,6 +204,18 @@ def test_where_more_load_than_make_a_chain_they_come_from_anywhere_before(
     assert len(seen) > 120  # of 150
 
 
+def test_of_ranks_that_began_at_once_none_finds_itself_nor_one_that_finds_it(
+    etcd: CountingEtcd,
+) -> None:
+    shelve(etcd, one(0))
+    ranks = [shelve(etcd, loading(number, order=7)) for number in range(1, 41)]
+    for me in ranks:
+        ask = HolderQuery(MODEL, PLACE, loading=True, me=me)
+        found = [record for _ in range(5) for record in look(etcd, ask).loading]
+        assert all(record.began < me.began for record in found)
+        assert found or me.began == min(record.began for record in ranks)
+
+
 def test_a_rank_keeps_its_place_and_reads_only_its_version(etcd: CountingEtcd) -> None:
     shelve(etcd, one(0, version=4))
     first = shelve(etcd, loading(1, version=4))

@@ -117,3 +117,17 @@ LOADING = holder_key(a_record(order=7, state=RankState.LOADING))
 def test_what_is_no_entry_is_none(key: str, value: bytes) -> None:
     assert parse_entry(KeyValue(key, value, 1, 1, 1)) is None
     assert parse_entry(KeyValue(GOOD, b"/engines/qwen/0", 1, 1, 1)) is not None
+
+
+@given(RECORDS, RECORDS, st.booleans())
+def test_those_that_load_are_in_one_order_in_the_index_and_by_their_records(
+    one: RankRecord, other: RankRecord, at_once: bool
+) -> None:
+    """Ranks that register at once have one `order`, and read from each other all the same."""
+    one = replace(one, state=RankState.LOADING)
+    other = replace(
+        one,
+        order=one.order if at_once else other.order,
+        incarnation=other.incarnation,
+    )
+    assert (holder_key(one) < holder_key(other)) is (one.began > other.began)
