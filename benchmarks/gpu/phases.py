@@ -27,7 +27,7 @@ STEPS: tuple[tuple[str, str, str], ...] = (
     ("choose sources", "engine_loader.sources.selection", "Selection.choose"),
     ("fetch manifests", "engine_loader.loading.finder", "find_manifests"),
     ("compare manifests", "engine_loader.planning.plan", "Planner.differences"),
-    ("tickets and watches", "engine_loader.sources.source", "SourceRank.enter"),
+    ("tickets and watches", "engine_loader.sources.entrance", "Entrance.enter"),
     ("plan", "engine_loader.planning.plan", "Planner.plan"),
     ("prepare digests", "engine_loader.sources.digest_check", "DigestCheck.__init__"),
     ("staging buffers", "engine_loader.transfer.staging", "Staging.__init__"),

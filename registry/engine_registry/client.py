@@ -23,7 +23,8 @@ from engine_registry.holders.waiting import HolderWatch, wait_for_holders, wait_
 from engine_registry.lifetime import Closable
 from engine_registry.pulls.follow import AllPulls
 from engine_registry.pulls.queries import all_pulls, count_pulls, readers_of, wait_for_no_pulls
-from engine_registry.pulls.ticket import PullTicket, take_ticket
+from engine_registry.pulls.taking import Pulling, take_ticket
+from engine_registry.pulls.ticket import PullTicket
 from engine_registry.pulls.watch import OnPull, PullWatch
 from engine_registry.registration.checks import how_to_delete
 from engine_registry.registration.eviction import by_this_process, evict_each
@@ -40,6 +41,7 @@ from engine_registry.schema.keys import (
     evicted_key,
     record_key,
 )
+from engine_registry.schema.keyvalue import Snapshot
 from engine_registry.schema.labels import Selector
 from engine_registry.schema.manifest import Manifest
 from engine_registry.schema.moment import utc
@@ -68,6 +70,7 @@ from engine_registry.version import package_version
 from engine_registry.watching.cleanup import CleaningWatch
 from engine_registry.watching.election import Election
 from engine_registry.watching.follow import AllInstances
+from engine_registry.watching.ranks import follow_ranks
 from engine_registry.watching.waiting import Wanted, wait_until_ready
 from engine_registry.watching.watch import Watch
 
@@ -367,6 +370,10 @@ class Registry(Closable):
         """
         return take_ticket(self._etcd, record, reader, free_since)
 
+    def pulling(self) -> Pulling:
+        """Takes tickets for one load, from several ranks at once. To be closed at its end."""
+        return Pulling(self._etcd)
+
     def pulls(self, record: RankRecord) -> int:
         """How many loads hold a ticket to read from the rank."""
         return self.count_pulls([record])[record.incarnation]
@@ -414,6 +421,15 @@ class Registry(Closable):
         name = check_instance(instance) if instance is not None else None
         chosen = Selector.parse(selector)
         return Watch(self._etcd.sibling(), name, rank, selector=chosen)
+
+    def watch_ranks(self, records: Sequence[RankRecord], start: Snapshot | None = None) -> Watch:
+        """Events about these ranks, one at least, over one stream of etcd. `start` has their
+        records at one revision, if they were read just now: then it begins there.
+
+        Where there are many of one instance, events about its other ranks come, too.
+        """
+        etcd = self._etcd.sibling()
+        return Watch(etcd, follower=follow_ranks(etcd, records, start))
 
     def cleaning_watch(
         self, instance: str | None = None, *, grace_s: float, dry_run: bool = False

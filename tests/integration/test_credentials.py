@@ -188,7 +188,7 @@ class Token:
 def test_a_watch_a_keeper_and_a_ticket_outlive_their_tokens(
     short_lived: LocalEtcd, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("engine_registry.pulls.ticket._TTL_S", 2.0)
+    monkeypatch.setattr("engine_registry.pulls.ticket.TTL_S", 2.0)
     with Registry.connect(short_lived.endpoint, **ROOT_USER) as registry, registry.watch() as watch:
         registration, states = hold(registry)
         with registration:

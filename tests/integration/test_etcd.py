@@ -32,6 +32,7 @@ from engine_registry.errors import (
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.follow import Follower
+from engine_registry.etcd.followed import Followed
 from engine_registry.etcd.library import pb
 from engine_registry.etcd.local import LocalEtcd, find_binary
 from engine_registry.registration.eviction import AT_ONCE, evict_all
@@ -39,9 +40,12 @@ from engine_registry.schema.keyvalue import (
     Deletion,
     KeyValue,
     Put,
+    Range,
+    Snapshot,
     absent,
     none_created_since,
     unchanged,
+    under,
 )
 from engine_registry.schema.record_format import MAX_RECORD_NBYTES, encode
 from tests.integration.conftest import Processes
@@ -537,6 +541,64 @@ def test_following_goes_on_across_a_restart_without_a_gap(own_etcd: LocalEtcd) -
         own_etcd.start()
         put(writer, "/f/after")
         assert [change.key for change in getattr(next(updates), "changes", ())] == ["/f/after"]
+
+
+def test_several_are_followed_on_one_stream_from_where_they_were_read_across_a_restart(
+    own_etcd: LocalEtcd,
+) -> None:
+    with (
+        closing(connect(own_etcd.endpoint, timeout_s=60.0)) as etcd,
+        closing(connect(own_etcd.endpoint, timeout_s=60.0)) as writer,
+    ):
+        for key in ("/f/1", "/f/2", "/g/1"):
+            put(writer, key)
+        others = [Followed("/f/2", exact=True), Followed("/g/")]
+        revision, found = etcd.read([Range("/f/1"), Range("/f/2"), under("/g/")])
+        start = Snapshot(revision, tuple(item for each in found for item in each.items))
+        put(writer, "/f/2")  # nothing is lost between the look and the watch
+        updates = iter(Follower(etcd, "/f/1", exact=True, others=others, start=start))
+        assert next(updates) == start
+
+        def next_changes(count: int) -> set[str]:
+            """Of watches of their own: in any order."""
+            seen: list[str] = []
+            while len(seen) < count:
+                seen += [change.key for change in getattr(next(updates), "changes", ())]
+            assert len(seen) == count
+            return set(seen)
+
+        assert next_changes(1) == {"/f/2"}
+        for key in ("/f/10", "/g/2", "/f/1"):
+            put(writer, key)
+        assert next_changes(2) == {"/g/2", "/f/1"}
+        own_etcd.kill()
+        own_etcd.start()
+        for key in ("/g/1", "/f/2", "/f/3"):
+            put(writer, key)
+        assert next_changes(2) == {"/g/1", "/f/2"}
+        own_etcd.kill()
+        own_etcd.wipe()
+        own_etcd.start()
+        for number in range(20):
+            put(writer, f"/g/{number}")
+        again = getattr(next(updates), "items", ())
+        assert {item.key for item in again} == {f"/g/{number}" for number in range(20)}
+
+
+def test_a_transaction_reads_what_is_wanted_after_it_as_it_decides(etcd: Etcd) -> None:
+    put(etcd, "/t/1")
+    item = etcd.get("/t/1")
+    assert item is not None
+    puts, old = [Put("/t/2", b"x", 0)], Range("/t/1", keys_only=True)
+    done = etcd.decide([unchanged(item)], puts, then=[old, under("/t/")])
+    assert done.done
+    assert [each.count for each in done.found] == [1, 2]
+    (key,) = done.found[0].items
+    assert (key.key, key.value, key.mod_revision) == ("/t/1", b"", item.mod_revision)
+    since = replace(under("/t/", 1), created_after=item.create_revision)
+    refused = etcd.decide([absent("/t/1")], puts, then=[old], otherwise=[since, old])
+    assert (refused.done, refused.revision) == (False, done.revision)
+    assert [[each.key for each in one.items] for one in refused.found] == [["/t/2"], ["/t/1"]]
 
 
 def test_following_a_wiped_etcd_begins_again_even_if_it_has_grown_past_the_old_revision(

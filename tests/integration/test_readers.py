@@ -212,5 +212,5 @@ def test_an_expired_ticket_does_not_come_back_with_its_progress(
             wait_until(lambda: [pull.nbytes for pull in registry.all_pulls()] == [1])
             registry._etcd.revoke(ticket._lease_id)
             ticket.report(2, 10)
-            wait_until(lambda: ticket._written is None or not ticket._thread.is_alive())
+            wait_until(lambda: not ticket._written or not ticket._thread.is_alive())
             assert registry._etcd.snapshot("/pulls/").items == ()

@@ -122,7 +122,7 @@ def test_behind_a_grpc_proxy_leases_that_are_gone_are_reported(own_etcd: LocalEt
 def test_behind_a_grpc_proxy_a_leader_leads_and_a_ticket_stays_for_longer_than_their_leases(
     own_etcd: LocalEtcd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine_registry.pulls.ticket._TTL_S", 3.0)
+    monkeypatch.setattr("engine_registry.pulls.ticket.TTL_S", 3.0)
     with (
         a_grpc_proxy(own_etcd) as proxy,
         Registry.connect(proxy) as registry,

@@ -27,6 +27,7 @@ from engine_registry.schema.keyvalue import (
     Found,
     Guard,
     KeyValue,
+    Outcome,
     Put,
     Range,
     Snapshot,
@@ -129,9 +130,24 @@ class FakeEtcd(Etcd):
                 for key in sorted(self._items)
                 if (wanted.key <= key < wanted.end if wanted.end else key == wanted.key)
             ]
-            some = [] if wanted.count_only else keys[: wanted.limit or None]
-            found.append(Found(tuple(self._items[key] for key in some), len(keys)))
+            some = [
+                replace(item, value=b"") if wanted.keys_only else item
+                for item in map(self._items.__getitem__, [] if wanted.count_only else keys)
+                if item.create_revision > wanted.created_after
+            ]
+            found.append(Found(tuple(some[: wanted.limit or None]), len(keys)))
         return self._revision, found
+
+    def decide(
+        self,
+        guards: Sequence[Guard],
+        writes: Sequence[Put | Delete],
+        then: Sequence[Range] = (),
+        otherwise: Sequence[Range] = (),
+    ) -> Outcome:
+        revision = self.commit(guards, writes)
+        _, found = self.read(then if revision else otherwise)
+        return Outcome(bool(revision), revision or self._revision, found)
 
     def commit(self, guards: Sequence[Guard], writes: Sequence[Put | Delete]) -> int:
         self._check_available()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from engine_registry.schema.keyvalue import Batch, Change, KeyValue, Snapshot
@@ -45,6 +45,7 @@ class Feed(FakeEtcd):
         start_revision: int,
         timeout_s: float | None = None,
         exact: bool = False,
+        others: Sequence[tuple[str, int, bool]] = (),
     ) -> Any:
         return _Stream(self, timeout_s)
 

@@ -25,16 +25,30 @@ from engine_loader.planning.plan import Planner
 from engine_loader.planning.reads import Span
 from engine_loader.publishing.replica import Republication
 from engine_loader.sources.digest_check import DigestCheck
-from engine_loader.sources.source import PlaceTaken, SourceRank
+from engine_loader.sources.entrance import Entered, Entrance
+from engine_loader.sources.selection import Choice
+from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
 from engine_loader.transfer.progress import Progress
 from engine_loader.transfer.received import Received
 from engine_loader.transfer.scheduler import Transfer
 from engine_loader.transfer.staging import Staging
 from engine_registry import RankRecord
+from engine_registry.holders.query import Holders
 from engine_registry.registration.writes import SOURCE_EVICTED
 
 _STAGING_NBYTES = 48 << 20  # for what is not read straight to its place
+
+
+class PlaceTaken(Exception):
+    """Another load has begun to read from a source since it was chosen: choose again.
+
+    `holders` are those among whom it was chosen, as they are read from now, if that is known.
+    """
+
+    def __init__(self, key: str, holders: Holders | None = None) -> None:
+        super().__init__(key)
+        self.holders = holders
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,8 @@ class Attempt:
     """
 
     job: Job
-    sources: Sequence[SourceRank]  # of one content
+    choice: Choice
+    entrance: Entrance
     planner: Planner
     received: Received
     lost: LostSources
@@ -58,10 +73,11 @@ class Attempt:
         `Transfer.run` and `DigestCheck` raise.
         """
         with ExitStack() as undo:
-            entered = self._enter(undo)
+            place = self._enter(undo)
+            entered = place.sources
             spans = self.planner.plan([source.origin for source in entered])
             check = self._digest_check(entered, undo)
-            transfer = self._transfer(entered, spans, check, undo)
+            transfer = self._transfer(place, spans, check, undo)
             start = time.monotonic()
             self._bring(transfer, entered)
             transfer_s = time.monotonic() - start
@@ -85,41 +101,38 @@ class Attempt:
 
     # -- sources
 
-    def _enter(self, undo: ExitStack) -> list[SourceRank]:
+    def _enter(self, undo: ExitStack) -> Entered:
         """Those that can be read from; TornRead, SourceLost or PlaceTaken if the others cannot be
         spared, and are not any more what they were resolved to be.
         """
-        entered = [source for source in self.sources if source.enter(undo)]
+        reader = self.republication.record if self.republication is not None else None
+        entered = self.entrance.enter(self.choice, reader, undo)
         # Also where nothing is wanted: a transfer with no source would wait for one for ever.
-        if len(entered) < len(self.sources) and (
-            not entered or self.planner.differences([source.origin for source in entered])
+        if len(entered.sources) < len(self.choice.sources) and (
+            not entered.sources
+            or self.planner.differences([source.origin for source in entered.sources])
         ):
-            source = next(source for source in self.sources if source not in entered)
-            missed, now = source.record, self.job.registry.current(source.record)
-            if now is None:
-                self.lost.add([missed])
-                raise SourceLost(
-                    f"{missed.key} is not registered any more", "load again", key=missed.key
-                )
-            if source.free_since is not None and now.mod_revision == missed.mod_revision:
-                raise PlaceTaken(missed.key)
-            raise TornRead(
-                f"the record of {missed.key} changed before it was read",
-                "load again",
-                key=missed.key,
-            )
+            missed = next(each for each in self.choice.sources if each not in entered.sources)
+            key = missed.record.key
+            if entered.is_taken(missed):
+                raise PlaceTaken(key, entered.holders)
+            if self.job.registry.current(missed.record) is None:
+                self.lost.add([missed.record])
+                raise SourceLost(f"{key} is not registered any more", "load again", key=key)
+            raise TornRead(f"the record of {key} changed before it was read", "load again", key=key)
         return entered
 
     # -- reads
 
     def _transfer(
         self,
-        entered: Sequence[SourceRank],
+        place: Entered,
         spans: Sequence[Span],
         check: DigestCheck | None,
         undo: ExitStack,
     ) -> Transfer:
         """Of the spans that have not come before, and of the digests."""
+        entered = place.sources
         missing = self.received.arrivals.missing(spans)
         ahead_nbytes = sum(span.read_nbytes for span in spans) - sum(
             span.read_nbytes for span in missing
@@ -129,7 +142,7 @@ class Attempt:
             [*missing, *(check.spans if check is not None else ())],
             [source.for_transfer() for source in entered],
             self.job.pace,
-            lambda progress: self._report(progress, ahead_nbytes, entered),
+            lambda progress: self._report(progress, ahead_nbytes, place),
             self.job.cancel,
             self._staging(missing, undo),
             lambda number, checked: self._receive(entered[number].record, checked, check),
@@ -156,14 +169,13 @@ class Attempt:
         if self.republication is not None:
             self.republication.mark(self.received.arrivals)
 
-    def _report(self, progress: Progress, ahead_nbytes: int, entered: Sequence[SourceRank]) -> None:
+    def _report(self, progress: Progress, ahead_nbytes: int, place: Entered) -> None:
         of_all = replace(
             progress,
             nbytes=ahead_nbytes + progress.nbytes,
             total_nbytes=ahead_nbytes + progress.total_nbytes,
         )
-        for source in entered:
-            source.report(of_all)
+        place.report(of_all)
         self.job.on_progress(of_all)
 
     def _bring(self, transfer: Transfer, entered: Sequence[SourceRank]) -> None:

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from engine_loader import metrics
 from engine_loader.engines.base import with_regions
 from engine_loader.errors import Cancelled, LoaderError, SourceLost, TornRead
-from engine_loader.loading.attempt import Attempt
+from engine_loader.loading.attempt import Attempt, PlaceTaken
 from engine_loader.loading.finder import Finder
 from engine_loader.loading.job import Job
 from engine_loader.loading.lost import LostSources
 from engine_loader.loading.report import LoadReport, report_of
 from engine_loader.planning.plan import Planner
 from engine_loader.publishing.replica import Republication
+from engine_loader.sources.entrance import Entrance
 from engine_loader.sources.selection import Choice
-from engine_loader.sources.source import PlaceTaken, SourceRank
 from engine_loader.transfer.received import Received
 from engine_registry import failpoints
 from engine_registry.errors import RegistryError
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 TRIES = 5
 PLACES = 5  # that other loads take before ours, until it takes one that is not free
 _SPREAD_S = 0.02  # within which loads that have met look again
+_NOTHING = Choice("", [])
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Attempts:
     job: Job
     deadline: float
     finder: Finder
+    entrance: Entrance
     lost: LostSources
     planner: Planner
     received: Received
@@ -53,10 +55,10 @@ class Attempts:
         start = time.monotonic()
         backoff = Backoff(0.03, 1.0)
         retries = taken = 0
-        sources = self._find(self.deadline)
+        choice = self._find(self.deadline)
         while True:
             try:
-                return self._attempt(sources, start, retries)
+                return self._attempt(choice, start, retries)
             except TornRead as exc:
                 retries += 1
                 if retries == TRIES:
@@ -70,8 +72,8 @@ class Attempts:
                 if self.job.cancel.wait(backoff.next_s()):
                     raise Cancelled("the load was cancelled") from exc
                 failpoints.reach("load.torn")
-                sources = self._find(self.deadline)
-                if not sources:
+                choice = self._find(self.deadline)
+                if not choice.sources:
                     raise
                 self.lost.forget_torn()
             except PlaceTaken as exc:
@@ -80,13 +82,16 @@ class Attempts:
                 log.debug(
                     "%s has another reader since it was chosen", exc, extra=fields("place_taken")
                 )
-                if self.job.cancel.wait(_SPREAD_S * random.random()):  # noqa: S311  no secret
+                self.finder.seen = exc.holders
+                wait_s = 0.0 if exc.holders is not None else _SPREAD_S * random.random()  # noqa: S311
+                if self.job.cancel.wait(wait_s):
                     raise Cancelled("the load was cancelled") from exc
-                sources = self._find(self.deadline) or sources
+                again = self._find(self.deadline)
+                choice = again if again.sources else choice
                 continue
             except SourceLost as exc:
-                sources = self._find_another()
-                if not sources:
+                choice = self._find_another()
+                if not choice.sources:
                     raise
                 log.warning(
                     "%s; going on with another source",
@@ -95,17 +100,23 @@ class Attempts:
                 )
             self.lost.count_failovers()
 
-    def _attempt(self, sources: list[SourceRank], start: float, retries: int) -> LoadReport:
+    def _attempt(self, choice: Choice, start: float, retries: int) -> LoadReport:
         attempt = Attempt(
-            self.job, sources, self.planner, self.received, self.lost, self.republication
+            self.job,
+            choice,
+            self.entrance,
+            self.planner,
+            self.received,
+            self.lost,
+            self.republication,
         )
         filled = attempt.fill()
         took_s = time.monotonic() - start
         publication = self.republication.complete() if self.republication is not None else None
         return report_of(filled, self.received, self.job.rank, retries, took_s, publication)
 
-    def _find(self, deadline: float) -> list[SourceRank]:
-        """Sources of one content, the one that is being loaded if there are any of it; none where
+    def _find(self, deadline: float) -> Choice:
+        """Of the content that is being loaded if there are any sources of it. Without sources where
         all are to be avoided.
         """
         gone: SourceLost | None = None
@@ -120,14 +131,14 @@ class Attempts:
             if choice is None:
                 if gone is not None:
                     raise gone
-                return []
+                return _NOTHING
             if choice.content == self.received.content and (
                 self.republication is None or own is not None
             ):
-                return choice.sources
+                return choice
             self._begin(choice)
             if self.republication is None:
-                return choice.sources
+                return choice
             # Chosen anew: now we have a place among those that are loading.
 
     def _begin(self, choice: Choice) -> None:
@@ -148,23 +159,23 @@ class Attempts:
         if republication is not None:
             republication.mark(self.received.arrivals)
 
-    def _find_another(self) -> list[SourceRank]:
+    def _find_another(self) -> Choice:
         """Whatever is there now: a load that has lost its sources does not wait for new ones.
 
         But where one is being updated that is waited for, as it would have been at the beginning.
         """
         # Asked on both sides of the look: an update may end, or begin, between two of them.
         updated = self.finder.is_one_updated()
-        sources = self._find_if_any(time.monotonic())
-        if sources or not (updated or self.finder.is_one_updated()):
-            return sources
+        choice = self._find_if_any(time.monotonic())
+        if choice.sources or not (updated or self.finder.is_one_updated()):
+            return choice
         return self._find_if_any(self.deadline)
 
-    def _find_if_any(self, deadline: float) -> list[SourceRank]:
+    def _find_if_any(self, deadline: float) -> Choice:
         try:
             return self._find(deadline)
         except Cancelled:
             raise
         except (RegistryError, LoaderError) as exc:
             log.info("no other source: %s", exc, extra=fields("no_other_source", error=exc))
-            return []
+            return _NOTHING

@@ -17,6 +17,7 @@ from engine_loader.sources.source import SourceRank
 from engine_loader.transfer.received import Received
 from engine_registry import Manifest, RankRecord
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound, RegistryError
+from engine_registry.holders.query import Holders
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -25,11 +26,16 @@ log = logging.getLogger(__name__)
 class Finder:
     """Searches as `search` says, and adds ranks that went meanwhile to `lost`."""
 
-    def __init__(self, job: Job, search: Search, lost: LostSources) -> None:
+    def __init__(self, job: Job, search: Search, lost: LostSources, publishes: bool) -> None:
+        """`publishes`: the rank that is filled registers, before it is read to, as what was found
+        first.
+        """
         self._job = job
         self._search = search
         self._lost = lost
+        self._publishes = publishes
         self.crowded = False  # others are faster again and again: a source may have other readers
+        self.seen: Holders | None = None  # found just now: the next choice is made among them
 
     def choose(
         self, deadline: float, received: Received, planner: Planner, own: RankRecord | None
@@ -40,8 +46,13 @@ class Finder:
         rank that is filled, if it is registered. Raises what `Search.find` and `Selection.choose`
         raise.
         """
+        search, seen = self._search, self.seen
+        self.seen = None
+        if self._publishes and own is None and not self._lost.incarnations:
+            # only to know the content: it chooses anew when it has a place among those that load
+            search = replace(search, pipelined=False, max_sources=1)
         try:
-            found = self._search.find(deadline, self._lost.incarnations, own, received.content)
+            found = search.find(deadline, self._lost.incarnations, own, received.content, seen)
         except SourceUnreachable:
             wider = self._choose_wider(received, planner, own)
             if wider is None:
@@ -51,17 +62,15 @@ class Finder:
             return self._choose_wider(received, planner, own)
         selection = Selection(
             received.dst,
-            lambda records: self._sources(records, own),
+            self._sources,
             planner,
             digests=self._job.verify == "digest",
-            max_sources=self._search.max_sources,
+            max_sources=search.max_sources,
             session_id=self._job.engine.session_id,
         )
         try:
             choice = selection.choose(found)
-            for source in choice.sources if self.crowded else ():
-                source.free_since = None
-            return choice
+            return replace(choice, free_since=None) if self.crowded else choice
         except WeightsMismatch:
             if found.instances or not self._widen():
                 raise
@@ -87,7 +96,7 @@ class Finder:
         self._search = replace(self._search, by_rank=False, pipelined=False)
         return True
 
-    def _sources(self, records: Sequence[RankRecord], reader: RankRecord | None) -> list[Fetched]:
+    def _sources(self, records: Sequence[RankRecord]) -> list[Fetched]:
         job, sources = self._job, list[Fetched]()
         manifests = find_manifests(job.registry, records)
         for record, found in zip(records, manifests, strict=True):
@@ -96,9 +105,7 @@ class Finder:
                 continue
             own = record.rank == job.rank
             try:
-                sources.append(
-                    SourceRank(job.registry, job.engine, record, found, own, job.device, reader)
-                )
+                sources.append(SourceRank(job.registry, job.engine, record, found, own, job.device))
             except SourceLost as exc:
                 sources.append(exc)
         return sources

@@ -26,6 +26,7 @@ from engine_loader.loading.report import LoadReport
 from engine_loader.options import LoadOptions
 from engine_loader.planning.plan import Planner
 from engine_loader.publishing.replica import Replica, Republication, as_replica
+from engine_loader.sources.entrance import Entrance
 from engine_loader.sources.search import Search
 from engine_loader.tensors.cuda import on_default_stream, wait_for
 from engine_loader.tensors.destination import Destination
@@ -168,11 +169,16 @@ def load(
                 registry, engine, replica, job.rank, destination, pace.chunk_nbytes, filling
             )
         lost = LostSources()
+        entrance = Entrance(registry)
+        undo.callback(entrance.close)
         report = _fill(
             Attempts(
                 job=job,
                 deadline=time.monotonic() + timeout_s,
-                finder=Finder(job, _search(job, source, place, options), lost),
+                finder=Finder(
+                    job, _search(job, source, place, options), lost, republication is not None
+                ),
+                entrance=entrance,
                 lost=lost,
                 planner=Planner(dst, pace.costs, destination.has_boxes or options.partial),
                 received=Received("", dst),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine_registry import RankRecord
+from engine_registry.holders.query import Holders
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Found:
-    """The best group first, in each list."""
+    """The best group first, in each list. `holders` are those that were found, if ranks of a model
+    were looked for.
+    """
 
     alike: list[Group]
     instances: list[Group]
+    holders: Holders | None = None
 
     def __bool__(self) -> bool:
         return bool(self.alike or self.instances)

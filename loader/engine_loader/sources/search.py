@@ -66,17 +66,23 @@ class Search:
         avoid: Collection[str] = (),
         me: RankRecord | None = None,
         content: str = "",
+        seen: Holders | None = None,
     ) -> Found:
         """Ranks to read from, all of one version of one model, in groups of one content. Waits
         until `deadline` for the first.
 
         `avoid` holds incarnations, `me` is the rank that is filled, if it is registered. A group of
-        `content`, some of which has come, is the best. Raises what `Registry.ready` raises,
+        `content`, some of which has come, is the best. `seen` are holders that were found for `me`
+        just now: then nobody is asked. Raises what `Registry.ready` raises,
         InvalidField (no such rank, or which one is meant is not clear), VersionUnavailable and
         SourceUnreachable; finds nothing only where all are to be avoided.
         """
         wait_s = max(0.0, deadline - time.monotonic())
-        holders, instances = self._look(wait_s, avoid, me)
+        if seen is not None:
+            holders: Holders | None = seen
+            instances: Sequence[InstanceStatus] = seen.instances
+        else:
+            holders, instances = self._look(wait_s, avoid, me)
         of_rank = [*holders.ready, *holders.loading] if holders is not None else []
         ready, alike = self._of_one_version(instances, of_rank)
         if not self.boxes:
@@ -96,7 +102,7 @@ class Search:
         together = order.of_instances(whole, self.dst)
         for groups in (singles, together):
             groups.sort(key=lambda group: group.content != content)
-        return Found(singles, together)
+        return Found(singles, together, holders)
 
     def is_being_updated(self, avoid: Collection[str]) -> bool:
         """Whether a rank that could be read from is being changed now, and so worth waiting for."""

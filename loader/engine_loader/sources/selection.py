@@ -17,6 +17,7 @@ from engine_loader.sources.readers import order_of
 from engine_loader.sources.source import SourceRank
 from engine_registry import Manifest, RankRecord
 from engine_registry.errors import RecordDamaged
+from engine_registry.holders.query import Holders
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,16 @@ Fetched = SourceRank | SourceLost | RecordDamaged  # an error is of a rank witho
 
 @dataclass(frozen=True)
 class Choice:
-    """Sources that are to be read from, and the content that they all bring."""
+    """Sources that are to be read from, and the content that they all bring.
+
+    With `free_since`, a revision of etcd, it holds as long as nobody else has begun to read from
+    them since. `holders` are those among whom it was made, if ranks of a model were looked for.
+    """
 
     content: str
     sources: list[SourceRank]
+    free_since: int | None = None
+    holders: Holders | None = None
 
 
 class Selection:
@@ -66,7 +73,9 @@ class Selection:
         for answering in (True, False):
             for group, teams in _teams(found.alike, answering):
                 if fitting := self._fitting(group, teams, misfits):
-                    return _logged(Choice(group.content, fitting), misfits)
+                    since = group.free_since
+                    choice = Choice(group.content, fitting, since, found.holders)
+                    return _logged(choice, misfits)
             for group, teams in _teams(found.instances, answering):
                 if parts := self._fitting(group, list(map(self._ordered, teams)), of_instances):
                     origins = [source.origin for source in parts]
@@ -104,8 +113,6 @@ class Selection:
                 if theirs == algorithm:
                     chosen += sources
                     missing -= 1
-        for source in chosen:
-            source.free_since = group.free_since
         return chosen
 
     def _fetch(self, teams: Sequence[Sequence[RankRecord]]) -> list[Sequence[Fetched]]:

@@ -26,7 +26,6 @@ from engine_loader.planning.matching import Origin
 from engine_loader.publishing.header import HeaderCell, fetch_header, peer_of_record
 from engine_loader.tensors.cuda import on_default_stream, to_register
 from engine_loader.transfer.pipe import Source, Stock
-from engine_loader.transfer.progress import Progress
 from engine_registry import (
     Event,
     Manifest,
@@ -38,7 +37,6 @@ from engine_registry import (
     Registry,
 )
 from engine_registry.errors import EtcdError
-from engine_registry.pulls.ticket import PullTicket
 from engine_registry.registration.writes import EVICTED, SOURCE_EVICTED
 from engine_registry.telemetry.logs import fields
 
@@ -46,12 +44,8 @@ log = logging.getLogger(__name__)
 _NEWS_S = 0.25  # how much later than etcd a watch may know
 
 
-class PlaceTaken(Exception):
-    """Another load has begun to read from a source since it was chosen: choose again."""
-
-
 class SourceRank:
-    """Holds nothing until `enter`. Its registry and engine are the loader's."""
+    """Holds nothing until `lend`. Its registry and engine are the loader's."""
 
     def __init__(
         self,
@@ -61,20 +55,12 @@ class SourceRank:
         manifest: Manifest,
         own: bool,
         device: torch.device,
-        reader: RankRecord | None = None,
     ) -> None:
         """`own`: it has the rank that is to be filled. `device`: where its header is read to.
-        `reader` is the record of the rank that is filled, if it is registered. SourceLost if it
-        loads, and has nothing to read meanwhile.
-
-        `free_since` may be set to a revision of etcd: then `enter` refuses where another load has
-        begun to read since.
+        SourceLost if it loads, and has nothing to read meanwhile.
         """
         self._registry = registry
         self._engine = engine
-        self._reader = reader
-        self._ticket: PullTicket | None = None
-        self.free_since: int | None = None
         self._reading = threading.Lock()
         self._connecting = threading.Lock()
         self._connected = False
@@ -113,44 +99,18 @@ class SourceRank:
             )
         return table.algorithm
 
-    def enter(self, undo: ExitStack) -> bool:
-        """Says in etcd that we are reading, so that a rank that wants to leave waits for us, and
-        listens for news of it.
-
-        False if its record is not any more what was resolved, or another load was faster.
-        """
+    def lend(self, undo: ExitStack) -> None:
+        """The memory that its header is read to. Where memory is mapped, that begins now."""
         lend(
             self._engine,
             undo,
             to_register(self._cell.region, self._cell.device.type),
             owner=self._cell,
         )
-        try:
-            ticket = self._registry.pull(self.record, self._reader, self.free_since)
-        except EtcdError as exc:
-            log.warning(
-                "reading from %s without a ticket, so it may leave meanwhile: %s",
-                self.record.key,
-                exc,
-                extra=fields("no_ticket", key=self.record.key, error=exc),
-            )
-        else:
-            if ticket is None:
-                return False
-            self._ticket = undo.enter_context(ticket)
         if self._engine.outlives_sources and self._blocks is None:
             threading.Thread(
                 target=self._meet, name=f"contact with {self.record.key}", daemon=True
             ).start()
-        watch = self._registry.watch(self.record.instance, self.record.rank)
-        undo.callback(watch.stop)
-        watch.call(self._notice)
-        return True
-
-    def report(self, progress: Progress) -> None:
-        """Says in etcd, now and then, how far the load is. Never waits."""
-        if self._ticket is not None:
-            self._ticket.report(progress.nbytes, progress.total_nbytes)
 
     @property
     def news(self) -> LoaderError | None:
@@ -227,7 +187,8 @@ class SourceRank:
             raise self._torn(f"version {header.version} with content {header.content[:8]}")
         self._marks = marks
 
-    def _notice(self, event: Event) -> None:
+    def notice(self, event: Event) -> None:
+        """What the registry says of it. From any one thread."""
         self._judge(event)
         if self._bad_news is not None or self.outlived:
             self._has_news.set()

@@ -31,13 +31,14 @@ from engine_registry.schema.keyvalue import (
     Found,
     Guard,
     KeyValue,
+    Outcome,
     Put,
     Range,
     Snapshot,
 )
 
 _PAGE_KEYS = 1_000
-_MAX_OPERATIONS = 128  # of a transaction
+MAX_OPERATIONS = 128  # of a transaction
 
 
 class Etcd(Inspection):
@@ -129,8 +130,8 @@ class Etcd(Inspection):
         then at the revision of the first.
         """
         revision, found = 0, list[Found]()
-        for start in range(0, len(ranges), _MAX_OPERATIONS):
-            some = ranges[start : start + _MAX_OPERATIONS]
+        for start in range(0, len(ranges), MAX_OPERATIONS):
+            some = ranges[start : start + MAX_OPERATIONS]
             request = pb.TxnRequest(
                 success=[range_op(self.config.namespace, each, revision) for each in some]
             )
@@ -144,13 +145,35 @@ class Etcd(Inspection):
 
         At most 128 of each, where a guard that has a content counts twice, and 1.5 MiB together.
         """
+        outcome = self.decide(guards, writes)
+        return outcome.revision if outcome.done else 0
+
+    def decide(
+        self,
+        guards: Sequence[Guard],
+        writes: Sequence[Put | Delete],
+        then: Sequence[Range] = (),
+        otherwise: Sequence[Range] = (),
+    ) -> Outcome:
+        """As `commit`, and reads in the same request what is wanted after it: `then`, if all
+        guards hold, or `otherwise`. At most 128 of each, with the writes.
+        """
         namespace = self.config.namespace
         request = pb.TxnRequest(
             compare=[each for guard in guards for each in compares(namespace, guard)],
-            success=[request_op(namespace, write) for write in writes],
+            success=[
+                *(request_op(namespace, write) for write in writes),
+                *(range_op(namespace, wanted, 0) for wanted in then),
+            ],
+            failure=[range_op(namespace, wanted, 0) for wanted in otherwise],
         )
         response = self._unary("KV", "Txn", request)
-        return int(response.header.revision) if response.succeeded else 0
+        ahead = len(writes) if response.succeeded else 0
+        return Outcome(
+            bool(response.succeeded),
+            int(response.header.revision),
+            [found_in(namespace, each) for each in response.responses[ahead:]],
+        )
 
     def grant(self, ttl_s: float) -> int:
         """A new lease's id. etcd rounds up to whole seconds, and to 2 s at least."""
@@ -185,16 +208,21 @@ class Etcd(Inspection):
         start_revision: int,
         timeout_s: float | None = None,
         exact: bool = False,
+        others: Sequence[tuple[str, int, bool]] = (),
     ) -> WatchStream:
         """Changes under the prefix from `start_revision` on, for at most `timeout_s`; or of the
         key, if it is `exact`.
+
+        `others` are watched on the same stream: each a prefix, its revision, and whether it is
+        exact. Their batches have the numbers from 1 on.
         """
-        key, end = self._keys(prefix, exact)
-        create = pb.WatchCreateRequest(
-            key=key, range_end=end, start_revision=start_revision, progress_notify=True
-        )
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        requests.put(pb.WatchRequest(create_request=create))
+        for each, revision, one_key in [(prefix, start_revision, exact), *others]:
+            key, end = self._keys(each, one_key)
+            create = pb.WatchCreateRequest(
+                key=key, range_end=end, start_revision=revision, progress_notify=True
+            )
+            requests.put(pb.WatchRequest(create_request=create))
 
         def begin(client: Any, _: float) -> tuple[Any, Any]:
             # "hasleader" ends the watch when the member loses its quorum; else it would stay

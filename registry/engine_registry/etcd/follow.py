@@ -1,5 +1,5 @@
-"""The content of a prefix or a key, then every change to it, for ever: what watchers and waiting
-resolvers are built on.
+"""The content of a prefix or a key, or of several, then every change to it, for ever: what watchers
+and waiting resolvers are built on.
 
 Runs in the caller's thread; `stop` may be called from any other.
 """
@@ -10,13 +10,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from engine_registry.errors import EtcdUnavailable, HistoryLost
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
+from engine_registry.etcd.followed import Followed
 from engine_registry.etcd.watch import WatchStream
-from engine_registry.schema.keyvalue import Batch, KeyValue, Snapshot
+from engine_registry.schema.keyvalue import Batch, Snapshot
 from engine_registry.telemetry import metrics
 from engine_registry.telemetry.logs import fields
 
@@ -34,23 +35,33 @@ class Follower:
     """
 
     def __init__(
-        self, etcd: Etcd, prefix: str, deadline: float | None = None, exact: bool = False
+        self,
+        etcd: Etcd,
+        prefix: str,
+        deadline: float | None = None,
+        exact: bool = False,
+        *,
+        others: Sequence[Followed] = (),
+        start: Snapshot | None = None,
     ) -> None:
         """`deadline`, on the clock of time.monotonic, ends the iteration. `exact`: only the key of
-        that name is followed.
+        that name is followed. `others` are followed on the same stream. `start` is the first
+        Snapshot, if the caller has just read all of them at one revision.
         """
         self._etcd = etcd
-        self._exact = exact
-        self._prefix = prefix
+        self._all = [Followed(prefix, exact), *others]
+        self._start = start
         self._deadline = deadline
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._stream: WatchStream | None = None
-        self._revision = 0
         self.last_error: EtcdUnavailable | None = None  # why there was no update lately
         self.away_since: float | None = None  # when etcd was lost, if it is
-        self._count = 0  # of keys at that revision
-        self._newest: KeyValue | None = None  # of them, unless it was deleted
+
+    @property
+    def name(self) -> str:
+        """What is followed."""
+        return ", ".join(each.prefix for each in self._all)
 
     @property
     def away(self) -> EtcdUnavailable | None:
@@ -69,30 +80,25 @@ class Follower:
         while not self._over():
             try:
                 known_at = -math.inf
-                if not self._revision:
+                if not self._all[0].revision:
                     known_at = time.monotonic()
-                    snapshot = self._etcd.snapshot(self._prefix, self._exact)
-                    self._revision, self._count = snapshot.revision, len(snapshot.items)
-                    self._newest = max(
-                        snapshot.items, key=lambda item: item.mod_revision, default=None
-                    )
-                    yield snapshot
+                    yield self._read()
                 if time.monotonic() - known_at > _FRESH_S:
                     self._check_history()
                 self._is_back()
                 for batch in self._open():
                     backoff.reset()
-                    self._remember(batch)
+                    self._all[batch.watch].remember(batch)
                     if batch.changes:
                         yield batch
             except HistoryLost as exc:
                 log.info(
                     "%s: starting again from a snapshot",
                     exc,
-                    extra=fields("watch_resync", prefix=self._prefix),
+                    extra=fields("watch_resync", prefix=self.name),
                 )
                 metrics.RESYNCS.inc()
-                self._revision = 0
+                self._all[0].revision = 0
             except EtcdUnavailable as exc:
                 self.last_error = exc
                 if self._over():
@@ -111,7 +117,7 @@ class Follower:
             level,
             "%s; watching goes on as soon as it is back",
             error,
-            extra=fields("watch_lost", prefix=self._prefix, error=error),
+            extra=fields("watch_lost", prefix=self.name, error=error),
         )
         if self.away_since is None:
             self.away_since = time.monotonic()
@@ -122,8 +128,8 @@ class Follower:
             log.info(
                 "etcd is back after %.3g s; watching %s goes on",
                 away_s,
-                self._prefix,
-                extra=fields("watch_resumed", prefix=self._prefix, away_s=away_s),
+                self.name,
+                extra=fields("watch_resumed", prefix=self.name, away_s=away_s),
             )
             self.away_since = None
 
@@ -132,16 +138,18 @@ class Follower:
             self._deadline is not None and time.monotonic() >= self._deadline
         )
 
-    def _remember(self, batch: Batch) -> None:
-        self._revision = batch.revision
-        for change in batch.changes:
-            if isinstance(change, KeyValue):
-                self._count += change.create_revision == change.mod_revision
-                self._newest = change
-            else:
-                self._count -= 1
-                if self._newest is not None and self._newest.key == change.key:
-                    self._newest = None
+    def _read(self) -> Snapshot:
+        """What there is of all of them now."""
+        start, self._start = self._start, None
+        if start is not None:
+            for each in self._all:
+                each.begin(start)
+            return start
+        snapshots = [self._etcd.snapshot(each.prefix, each.exact) for each in self._all]
+        for each, snapshot in zip(self._all, snapshots, strict=True):
+            each.begin(snapshot)
+        items = tuple(item for snapshot in snapshots for item in snapshot.items)
+        return Snapshot(snapshots[0].revision, items)
 
     def _check_history(self) -> None:
         """HistoryLost unless this is still the store that we know: a wiped one may have grown past
@@ -150,15 +158,27 @@ class Follower:
         What it says of our last revision must agree with what we saw then: how many keys there
         were, and the newest of them.
         """
-        newest = self._newest
-        if self._etcd.count(self._prefix, self._revision, self._exact) != self._count or (
-            newest is not None and self._etcd.get(newest.key, self._revision) != newest
-        ):
+        if not all(map(self._is_as_known, self._all)):
             raise HistoryLost("etcd came back with another store")
+
+    def _is_as_known(self, each: Followed) -> bool:
+        newest = each.newest
+        if each.exact:
+            return self._etcd.get(each.prefix, each.revision) == newest
+        if self._etcd.count(each.prefix, each.revision) != each.count:
+            return False
+        return newest is None or self._etcd.get(newest.key, each.revision) == newest
 
     def _open(self) -> WatchStream:
         remaining = None if self._deadline is None else max(0.01, self._deadline - time.monotonic())
-        stream = self._etcd.watch(self._prefix, self._revision + 1, remaining, self._exact)
+        first, *others = self._all
+        stream = self._etcd.watch(
+            first.prefix,
+            first.revision + 1,
+            remaining,
+            first.exact,
+            others=[(each.prefix, each.revision + 1, each.exact) for each in others],
+        )
         with self._lock:
             self._stream = stream
             if self._stopped.is_set():

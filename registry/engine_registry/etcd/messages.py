@@ -82,6 +82,8 @@ def range_op(namespace: str, wanted: Range, revision: int) -> Any:
             range_end=end,
             limit=wanted.limit,
             count_only=wanted.count_only,
+            keys_only=wanted.keys_only,
+            min_create_revision=wanted.created_after + 1 if wanted.created_after else 0,
             revision=revision,
         )
     )

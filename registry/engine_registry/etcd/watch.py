@@ -39,6 +39,7 @@ class WatchStream:
         self._call: Any = call  # None once it is cancelled
         self._requests = requests
         self._cancelled = False
+        self._numbers: dict[int, int] = {}  # of watches, by the ids that etcd gives them
 
     def __iter__(self) -> Iterator[Batch]:
         # gRPC raises the call itself. With its traceback, or as the cause of an error that somebody
@@ -54,12 +55,15 @@ class WatchStream:
                     )
                 if response.canceled:
                     raise from_cancelled_watch(response.cancel_reason)
+                if response.created:  # in the order in which they were asked for
+                    self._numbers[response.watch_id] = len(self._numbers)
+                watch = self._numbers.get(response.watch_id, 0)
                 if response.events:
                     namespace = self._etcd.config.namespace
                     changes = tuple(change_of(namespace, event) for event in response.events)
-                    yield Batch(changes[-1].mod_revision, changes)
+                    yield Batch(changes[-1].mod_revision, changes, watch)
                 elif not response.created:  # progress: nothing up to this revision is still to come
-                    yield Batch(response.header.revision, ())
+                    yield Batch(response.header.revision, (), watch)
             raise EtcdUnavailable("etcd ended the watch")
         except (grpc.RpcError, EtcdError) as exc:
             if not self._cancelled and not self._is_late(exc):

@@ -4,6 +4,7 @@ transaction. Pure.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -35,10 +36,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Batch:
-    """What happened after the batch before, up to and including `revision`."""
+    """What happened after the batch before, up to and including `revision`; of several watches on
+    one stream, after the batch before of the same `watch`.
+    """
 
     revision: int
     changes: tuple[Change, ...]
+    watch: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,33 @@ class Range:
     """Keys to read: the one of that name; or with `end`, all from `key` on that come before `end`.
 
     With `limit` no more than so many, the first ones; with `count_only` none, only how many there
-    are.
+    are; with `keys_only` they come without their values; with `created_after`, a revision, only
+    those that are newer.
     """
 
     key: str
     end: str = ""
     limit: int = 0
     count_only: bool = False
+    keys_only: bool = False
+    created_after: int = 0
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a `Range` has brought, and how many keys there are in it in all."""
+    """What a `Range` has brought, and how many keys there are in it in all, also older ones."""
 
     items: tuple[KeyValue, ...]
     count: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a transaction: whether its guards held, at which revision, and what it has read then."""
+
+    done: bool
+    revision: int
+    found: Sequence[Found]
 
 
 def under(prefix: str, limit: int = 0, count_only: bool = False) -> Range:

@@ -43,16 +43,19 @@ class Watch(Closable):
         rank: int | None = None,
         blip_s: float = BLIP_S,
         selector: Selector = EVERYTHING,
+        follower: Follower | None = None,
     ) -> None:
         """`etcd` is for this watch alone, which closes it when it stops: so that it need not wait
-        for a call to end.
+        for a call to end. `follower` follows the records of some ranks over it: then the watch is
+        of these.
         """
         self._etcd = etcd
         prefix = instance_prefix(instance) if instance else ENGINES
-        self._rank = rank
+        self._of_ranks = rank is not None or follower is not None
         self._selection = Selection(selector)
-        self._prefix = prefix if rank is None else f"{prefix}{rank}"
-        self._follower = Follower(etcd, self._prefix, exact=rank is not None)
+        self._follower = follower or Follower(
+            etcd, prefix if rank is None else f"{prefix}{rank}", exact=rank is not None
+        )
         self._tracker = Tracker(blip_s)
         self._inbox = Inbox(self._follower)
         self._events: deque[Event] = deque()
@@ -91,11 +94,11 @@ class Watch(Closable):
         return self._events.popleft() if self._events and not self._stopped.is_set() else None
 
     def _add(self, events: Sequence[Event]) -> None:
-        """Where one rank is watched, no event about the instance: it is not seen as a whole."""
+        """Where some ranks are watched, no event about an instance: it is not seen as a whole."""
         self._events.extend(
             event
             for event in events
-            if self._selection.takes(event) and (self._rank is None or isinstance(event, RankEvent))
+            if self._selection.takes(event) and (not self._of_ranks or isinstance(event, RankEvent))
         )
 
     def __iter__(self) -> Iterator[Event]:
@@ -161,4 +164,4 @@ class Watch(Closable):
             self._caller.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def _label(self) -> str:
-        return f"of {self._prefix}"
+        return f"of {self._follower.name}"

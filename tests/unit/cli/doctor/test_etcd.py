@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -287,6 +288,7 @@ class Guarded(FakeEtcd):
         start_revision: int,
         timeout_s: float | None = None,
         exact: bool = False,
+        others: Sequence[tuple[str, int, bool]] = (),
     ) -> Any:
         raise EtcdUnavailable("no watch")
 

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from engine_loader.errors import (
     TornRead,
 )
 from engine_loader.loading import attempt as module
-from engine_loader.loading.attempt import Attempt
+from engine_loader.loading.attempt import Attempt, PlaceTaken
 from engine_loader.loading.job import Job
 from engine_loader.loading.lost import LostSources
 from engine_loader.planning.boxes import Lines
@@ -35,27 +35,60 @@ from engine_loader.planning.matching import Origin
 from engine_loader.planning.plan import Planner
 from engine_loader.planning.reads import Span
 from engine_loader.publishing.replica import Republication
-from engine_loader.sources.source import PlaceTaken, SourceRank
+from engine_loader.sources.entrance import Entered, Entrance
+from engine_loader.sources.selection import Choice
+from engine_loader.sources.source import SourceRank
 from engine_loader.transfer.pipe import Source
 from engine_loader.transfer.received import Received
 from engine_registry import Manifest, RankRecord, Region, TensorEntry
+from engine_registry.holders.query import Holders
+from engine_registry.pulls.taking import Taken
 from tests.support.builders import CONTENT, OTHER_INCARNATION, a_manifest, a_record, an_entry
 
 ONE, TWO = a_record(instance="one"), a_record(instance="two", incarnation=OTHER_INCARNATION)
+OWN = a_record(instance="own", incarnation="5" * 32)
 A, B = an_entry("a", 4096), an_entry("b", 8192)
+HOLDERS = Holders()
 
 
-def source(record: RankRecord, *tensors: TensorEntry, changed: bool = False) -> SourceRank:
-    """One that holds the tensors. Where it has changed, it cannot be read from."""
+def source(record: RankRecord, *tensors: TensorEntry) -> SourceRank:
+    """One that holds the tensors."""
     origin = Origin(f"{record.instance}/0", a_manifest(*tensors), True)
-    made = SimpleNamespace(
-        record=record, origin=origin, enter=lambda undo: not changed, free_since=None
-    )
-    return cast(SourceRank, made)
+    return cast(SourceRank, SimpleNamespace(record=record, origin=origin))
+
+
+class Doors:
+    """As an Entrance: ranks that have `changed` cannot be entered, nor those that are `taken` by
+    another load.
+    """
+
+    def __init__(
+        self, *, changed: Sequence[RankRecord] = (), taken: Sequence[RankRecord] = ()
+    ) -> None:
+        self._closed = {record.incarnation for record in [*changed, *taken]}
+        self._taken = Taken(None, (), faster=frozenset(one.incarnation for one in taken))
+        self.readers: list[RankRecord | None] = []
+        self.reported: list[Progress] = []
+
+    def enter(self, choice: Choice, reader: RankRecord | None, undo: ExitStack) -> Entered:
+        self.readers.append(reader)
+        some = [each for each in choice.sources if each.record.incarnation not in self._closed]
+        return Reported(some, [self._taken], HOLDERS, self.reported)
+
+
+@dataclass(frozen=True)
+class Reported(Entered):
+    reported: list[Progress] = field(default_factory=list)
+
+    def report(self, progress: Progress) -> None:
+        self.reported.append(progress)
 
 
 def attempt(
-    sources: Sequence[SourceRank], dst: Manifest, registered: Sequence[RankRecord] = (ONE, TWO)
+    sources: Sequence[SourceRank],
+    dst: Manifest,
+    registered: Sequence[RankRecord] = (ONE, TWO),
+    **closed: Sequence[RankRecord],
 ) -> Attempt:
     job = SimpleNamespace(
         registry=SimpleNamespace(current=lambda rank: rank if rank in registered else None),
@@ -65,12 +98,21 @@ def attempt(
         cancel=threading.Event(),
     )
     planner, received = Planner(dst, partial=True), Received(CONTENT, dst)
-    return Attempt(cast(Job, job), sources, planner, received, LostSources(), None)
+    return Attempt(
+        cast(Job, job),
+        Choice(CONTENT, list(sources)),
+        cast(Entrance, Doors(**closed)),
+        planner,
+        received,
+        LostSources(),
+        None,
+    )
 
 
 def test_a_source_that_changed_before_it_was_read_is_spared_where_others_have_all() -> None:
-    sources = [source(ONE, A, changed=True), source(TWO, A, B)]
-    assert attempt(sources, a_manifest(A, B))._enter(ExitStack()) == sources[1:]
+    sources = [source(ONE, A), source(TWO, A, B)]
+    one = attempt(sources, a_manifest(A, B), changed=[ONE])
+    assert one._enter(ExitStack()).sources == sources[1:]
 
 
 @pytest.mark.parametrize(
@@ -81,8 +123,8 @@ def test_a_source_that_changed_before_it_was_read_is_spared_where_others_have_al
 def test_a_source_that_cannot_be_spared_is_the_error(
     registered: Sequence[RankRecord], kind: type[LoaderError], lost: set[str]
 ) -> None:
-    sources = [source(ONE, A), source(TWO, B, changed=True)]
-    one = attempt(sources, a_manifest(A, B), registered)
+    sources = [source(ONE, A), source(TWO, B)]
+    one = attempt(sources, a_manifest(A, B), registered, changed=[TWO])
     with pytest.raises(kind, match=r"/engines/two/0 .*: load again") as caught:
         one._enter(ExitStack())
     assert type(caught.value) is kind
@@ -90,24 +132,14 @@ def test_a_source_that_cannot_be_spared_is_the_error(
     assert one.lost.incarnations == lost
 
 
-def test_a_source_that_another_load_was_faster_to_is_as_it_was_and_is_chosen_anew(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    taken = source(ONE, A, changed=True)
-    taken.free_since = 7
-    one = attempt([taken], a_manifest(A))
-    with pytest.raises(PlaceTaken, match=ONE.key):
+def test_a_source_that_another_load_was_faster_to_is_as_it_was_and_is_chosen_anew() -> None:
+    one = attempt([source(ONE, A)], a_manifest(A), taken=[ONE])
+    with pytest.raises(PlaceTaken, match=ONE.key) as caught:
         one._enter(ExitStack())
+    assert caught.value.holders is HOLDERS
     assert one.lost.incarnations == set()
-    changed = replace(ONE, mod_revision=9)
-    now: list[RankRecord | None] = [changed, None]
-    monkeypatch.setattr(one.job.registry, "current", lambda _: now.pop(0))
-    with pytest.raises(TornRead):
-        one._enter(ExitStack())
-    with pytest.raises(SourceLost):
-        one._enter(ExitStack())
-    others = attempt([taken, source(TWO, A)], a_manifest(A))
-    assert [each.record for each in others._enter(ExitStack())] == [TWO]
+    others = attempt([source(ONE, A), source(TWO, A)], a_manifest(A), taken=[ONE])
+    assert [each.record for each in others._enter(ExitStack()).sources] == [TWO]
 
 
 # -- what is read
@@ -123,11 +155,9 @@ class Offering:
 
     def __init__(self, bench: Bench, record: RankRecord, content: bytes, delay_s: float) -> None:
         self.record = record
-        self.free_since: int | None = None
         self.outlived = False
         self.engine: InProcessEngine = bench.stack.enter_context(InProcessEngine(delay_s=delay_s))
         self.memory = ctypes.create_string_buffer(content, NBYTES)
-        self.reported: list[Progress] = []
         self.fate: Callable[[], LoaderError | None] = lambda: None
         self.torn = False
         self.evicted = False  # etcd says so at the end
@@ -136,9 +166,6 @@ class Offering:
         self.engine.register(Region(addr, NBYTES))
         self.origin = Origin(f"{record.instance}/0", two_tensors(addr), True)
 
-    def enter(self, undo: ExitStack) -> bool:
-        return True
-
     def for_transfer(self) -> Source:
         return Source(self.record.key, self.engine.session_id, self._check, lambda: self.fate())
 
@@ -146,9 +173,6 @@ class Offering:
         self._reader.connect(self.engine.session_id)
         if self.torn:
             raise TornRead("it has changed")
-
-    def report(self, progress: Progress) -> None:
-        self.reported.append(progress)
 
     def is_registered(self) -> bool:
         return not self.evicted
@@ -182,6 +206,8 @@ class Digests:
 class Replica:
     """As a Republication."""
 
+    record = OWN
+
     def __init__(self) -> None:
         self.marked: list[int] = []  # bytes that had come by then
         self.reasons: list[str] = []
@@ -207,6 +233,7 @@ class Bench:
         self.dst = two_tensors(ctypes.addressof(self.memory))
         self.received = Received(CONTENT, self.dst)
         self.sources: list[Offering] = []
+        self.doors = Doors()
         self.lost = LostSources()
         self.replica: Replica | None = None
         self.progress: list[Progress] = []
@@ -245,7 +272,8 @@ class Bench:
         )
         return Attempt(
             cast(Job, job),
-            cast("list[SourceRank]", self.sources),
+            Choice(CONTENT, cast("list[SourceRank]", self.sources)),
+            cast(Entrance, self.doors),
             Planner(self.dst),
             self.received,
             self.lost,
@@ -286,7 +314,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 def test_all_that_is_wanted_is_read_and_progress_goes_to_the_caller_and_to_the_source(
     bench: Bench,
 ) -> None:
-    source, bench.replica = bench.source(), Replica()
+    bench.source()
+    bench.replica = Replica()
     filled = bench.attempt().fill()
     assert bench.memory.raw == bench.content
     assert bench.received.arrivals.complete() == ["a", "b"]
@@ -294,8 +323,9 @@ def test_all_that_is_wanted_is_read_and_progress_goes_to_the_caller_and_to_the_s
     assert [share.nbytes for share in filled.shares] == [NBYTES]
     assert sum(span.nbytes for span in filled.spans) == NBYTES
     assert bench.progress[-1] == Progress(NBYTES, NBYTES)
-    assert source.reported == bench.progress
+    assert bench.doors.reported == bench.progress
     assert bench.replica.marked[-1] == NBYTES
+    assert bench.doors.readers == [OWN]
     assert bench.replica.reasons == []
 
 
@@ -310,7 +340,7 @@ def test_the_time_of_the_reads_and_that_of_the_checks_are_measured_apart(
 
 
 def test_what_had_come_before_is_not_read_again_and_counts_as_progress(bench: Bench) -> None:
-    source = bench.source()
+    bench.source()
     bench.received.add(TWO, [Span(bench.dst.regions[0].addr, 16, ((0, 0),))])
     filled = bench.attempt().fill()
     assert bench.memory.raw == bytes(16) + bench.content[16:]
@@ -318,7 +348,7 @@ def test_what_had_come_before_is_not_read_again_and_counts_as_progress(bench: Be
     assert sum(span.nbytes for span in filled.spans) == NBYTES  # the report is of the whole load
     assert bench.progress[0].nbytes > 16
     assert {one.total_nbytes for one in bench.progress} == {NBYTES}
-    assert source.reported[-1] == Progress(NBYTES, NBYTES)
+    assert bench.doors.reported[-1] == Progress(NBYTES, NBYTES)
 
 
 def test_the_source_that_has_brought_the_most_stands_for_all(bench: Bench) -> None:
@@ -464,6 +494,6 @@ def test_buffers_take_48_mib_or_two_reads_and_no_more_than_there_are_reads(
 
 
 def test_a_load_of_no_tensors_whose_source_has_changed_does_not_wait_for_it() -> None:
-    one = attempt([source(ONE, A, changed=True)], Manifest((), ()))
+    one = attempt([source(ONE, A)], Manifest((), ()), changed=[ONE])
     with pytest.raises(TornRead, match="/engines/one/0 changed before it was read"):
         one.fill()

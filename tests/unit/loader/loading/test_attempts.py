@@ -15,6 +15,7 @@ import pytest
 from engine_loader import metrics
 from engine_loader.errors import Cancelled, LoaderError, SourceLost, TornRead, WeightsMismatch
 from engine_loader.loading import attempts as module
+from engine_loader.loading.attempt import PlaceTaken
 from engine_loader.loading.attempts import PLACES, TRIES, Attempts
 from engine_loader.loading.finder import Finder
 from engine_loader.loading.job import Job
@@ -23,12 +24,14 @@ from engine_loader.loading.report import Filled
 from engine_loader.planning.plan import Planner
 from engine_loader.planning.reads import Span
 from engine_loader.publishing.replica import Republication
+from engine_loader.sources.entrance import Entrance
 from engine_loader.sources.selection import Choice
-from engine_loader.sources.source import PlaceTaken, SourceRank
+from engine_loader.sources.source import SourceRank
 from engine_loader.transfer.received import Received
 from engine_loader.transfer.shares import Share
 from engine_registry import RankRecord, Region
 from engine_registry.errors import EtcdUnavailable, RegistryError
+from engine_registry.holders.query import Holders
 from tests.support.builders import (
     CONTENT,
     OTHER_CONTENT,
@@ -78,6 +81,7 @@ class Search:
         self._updated = updated.split()
         self.deadlines: list[float] = []
         self.crowded = False
+        self.seen: Holders | None = None
         self.owns: list[RankRecord | None] = []
 
     def choose(
@@ -144,6 +148,7 @@ class Load:
             ),
             deadline=self.deadline,
             finder=cast(Finder, search),
+            entrance=cast(Entrance, None),
             lost=self.lost,
             planner=Planner(DST),
             received=Received("", DST),
@@ -153,7 +158,8 @@ class Load:
         monkeypatch.setattr(metrics.FAILOVERS, "inc", self.failovers.append)
         monkeypatch.setattr(metrics.RETRIES, "inc", lambda: self.retries.append(""))
 
-    def _attempt(self, job: Job, sources: list[SourceRank], *others: Any) -> Any:
+    def _attempt(self, job: Job, choice: Choice, _: object, *others: Any) -> Any:
+        sources = choice.sources
         self.read_from.append(sources)
         planner, received, *_ = others
         assert (planner, received) == (self.attempts.planner, self.attempts.received)

@@ -28,10 +28,10 @@ from engine_loader.planning.plan import Planner
 from engine_loader.sources.groups import Found, Group
 from engine_loader.sources.search import Search
 from engine_loader.sources.selection import Choice
-from engine_loader.sources.source import SourceRank
 from engine_loader.transfer.received import Received
 from engine_registry import ModelIdentity, Place, RankRecord, Registry
 from engine_registry.errors import EtcdUnavailable, InstanceIncomplete, InstanceNotFound
+from engine_registry.holders.query import Holders
 from tests.support.builders import CONTENT, OTHER_INCARNATION, a_manifest, a_record
 
 REGISTRY, ENGINE = cast(Registry, object()), cast(Engine, SimpleNamespace(session_id="ours"))
@@ -51,6 +51,8 @@ class Searched(Search):
 
     found: Found = ALIKE
     asked: list[tuple[object, ...]] = field(default_factory=list)
+    seen: list[Holders | None] = field(default_factory=list)
+    most: list[int] = field(default_factory=list)
     updated: bool | Exception = False
     answers: list[object] = field(default_factory=list)  # before that
 
@@ -60,8 +62,11 @@ class Searched(Search):
         avoid: Collection[str] = (),
         me: RankRecord | None = None,
         content: str = "",
+        seen: Holders | None = None,
     ) -> Found:
         self.asked.append((deadline, set(avoid), me, content, self.by_rank, self.pipelined))
+        self.seen.append(seen)
+        self.most.append(self.max_sources)
         answer = self.answers.pop(0) if self.answers else self.found
         if isinstance(answer, Exception):
             raise answer
@@ -108,12 +113,14 @@ class Selected:
         return answer
 
 
-def finder(searched: Searched, verify: str = "header") -> tuple[Finder, LostSources]:
+def finder(
+    searched: Searched, verify: str = "header", publishes: bool = False
+) -> tuple[Finder, LostSources]:
     job = SimpleNamespace(
         registry=REGISTRY, engine=ENGINE, verify=verify, rank=1, device=torch.device("cpu")
     )
     lost = LostSources()
-    return Finder(cast(Job, job), searched, lost), lost
+    return Finder(cast(Job, job), searched, lost, publishes), lost
 
 
 @pytest.mark.parametrize("own", [None, OWN])
@@ -152,14 +159,38 @@ def test_where_there_is_no_instance_either_it_is_as_if_that_had_not_been_tried(
 def test_where_others_are_faster_again_and_again_the_place_need_not_be_free(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source = SimpleNamespace(free_since=7)
-    Selected(monkeypatch, *[Choice(CONTENT, [cast(SourceRank, source)])] * 2)
+    Selected(monkeypatch, *[Choice(CONTENT, [], free_since=7)] * 2)
     one, _ = finder(search())
-    one.choose(7.0, RECEIVED, PLANNER, OWN)
-    assert source.free_since == 7
+    assert one.choose(7.0, RECEIVED, PLANNER, OWN) == Choice(CONTENT, [], free_since=7)
     one.crowded = True
+    assert one.choose(7.0, RECEIVED, PLANNER, OWN) == CHOICE
+
+
+def test_what_was_seen_just_now_is_not_looked_for_again_but_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Selected(monkeypatch, CHOICE, CHOICE)
+    searched, seen = search(), Holders((RANK,))
+    one, _ = finder(searched)
+    one.seen = seen
+    for _ in range(2):
+        one.choose(7.0, RECEIVED, PLANNER, OWN)
+    assert searched.seen == [seen, None]
+
+
+def test_before_it_registers_a_load_that_publishes_looks_for_one_complete_rank_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    selected = Selected(monkeypatch, CHOICE, CHOICE, CHOICE)
+    searched = search()
+    one, lost = finder(searched, publishes=True)
+    assert one.choose(7.0, RECEIVED, PLANNER, None) is CHOICE
+    assert selected.options["max_sources"] == 1
     one.choose(7.0, RECEIVED, PLANNER, OWN)
-    assert source.free_since is None
+    lost.add([RANK])
+    one.choose(7.0, RECEIVED, PLANNER, None)  # some that load may be all that is left
+    assert [asked[5] for asked in searched.asked] == [False, True, True]
+    assert searched.most == [1, 3, 3]
 
 
 @pytest.mark.parametrize("verify", ["header", "digest"])
@@ -179,7 +210,9 @@ def test_a_choice_is_made_as_the_load_was_asked_to(
     assert lost.incarnations == {RANK.incarnation}
 
 
-def test_a_source_is_made_for_the_rank_that_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_is_made_of_each_rank_that_can_be_read_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def made(*parts: Any) -> object:
         if parts[2] is bare:
             raise unreadable
@@ -198,9 +231,9 @@ def test_a_source_is_made_for_the_rank_that_is_filled(monkeypatch: pytest.Monkey
     finder(search())[0].choose(7.0, RECEIVED, PLANNER, OWN)
     sources_of: Callable[[Sequence[RankRecord]], object] = selected.made[0][1]
     assert sources_of([same, bare, RANK, gone]) == [
-        (REGISTRY, ENGINE, same, DST, True, cpu, OWN),
+        (REGISTRY, ENGINE, same, DST, True, cpu),
         unreadable,
-        (REGISTRY, ENGINE, RANK, DST, False, cpu, OWN),
+        (REGISTRY, ENGINE, RANK, DST, False, cpu),
         lost,
     ]
 

@@ -55,11 +55,12 @@ class Joining(RuleBasedStateMachine):
         rank = self._rank(name, state=RankState.LOADING, order=order)
         self.loading.append(shelve(self.etcd, rank, indexed=indexed))
 
-    @rule(number=A_RANK)
-    def look(self, number: int) -> None:
-        """What it chooses of this it may read much later."""
+    @rule(number=A_RANK, again=st.booleans())
+    def look(self, number: int, again: bool) -> None:
+        """It may read much later from what it finds, or find it `again` without a look."""
         if (me := self._some(number)) is None:
             return
+        before = self.looks.get(me.incarnation) if again else None
         search = Search(
             registry=self.registry,
             engine=ENGINE,
@@ -71,7 +72,9 @@ class Joining(RuleBasedStateMachine):
             pipelined=True,
             hop=self.hop,
         )
-        self.looks[me.incarnation] = search.find(0.0, me=me)
+        self.looks[me.incarnation] = search.find(
+            0.0, me=me, seen=before.holders if before is not None else None
+        )
 
     @rule(number=A_RANK, which=st.integers(0, 20))
     def read(self, number: int, which: int) -> None:

@@ -21,7 +21,7 @@ from engine_registry.holders.look import (
 )
 from engine_registry.holders.query import HolderQuery, everything
 from engine_registry.holders.waiting import wait_for_holders, wait_for_instances
-from engine_registry.pulls.ticket import take_ticket
+from engine_registry.pulls.taking import take_ticket
 from engine_registry.schema.holder import holder_key
 from engine_registry.schema.keyvalue import Found, Put, Range
 from engine_registry.schema.record import GATEWAY
