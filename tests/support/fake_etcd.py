@@ -117,10 +117,6 @@ class FakeEtcd(Etcd):
             ),
         )
 
-    def some(self, prefix: str, limit: int) -> Snapshot:
-        everything = FakeEtcd.snapshot(self, prefix)  # whatever a test puts in its place
-        return replace(everything, items=everything.items[:limit])
-
     def read(self, ranges: Sequence[Range]) -> tuple[int, list[Found]]:
         self._check_available()
         found = []

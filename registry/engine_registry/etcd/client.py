@@ -115,16 +115,6 @@ class Etcd(Inspection):
                 return Snapshot(revision, tuple(items))
             start = page.kvs[-1].key + b"\0"
 
-    def some(self, prefix: str, limit: int) -> Snapshot:
-        """The first `limit` keys under the prefix, by name.
-
-        Etcd reads no others, and counts the rest. In any other order it would read and sort all.
-        """
-        key, end = self._keys(prefix)
-        response = self._range(pb.RangeRequest(key=key, range_end=end, limit=limit))
-        items = tuple(key_value(self.config.namespace, kv) for kv in response.kvs)
-        return Snapshot(response.header.revision, items)
-
     def read(self, ranges: Sequence[Range]) -> tuple[int, list[Found]]:
         """Several ranges at one revision, which comes first; in one request for 128 of them, and
         then at the revision of the first.

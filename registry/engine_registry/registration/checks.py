@@ -22,7 +22,7 @@ from engine_registry.schema.keyvalue import (
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.record_format import decode_item
 
-_SIBLINGS = 8  # looked at first; all only if none of these is alive
+SIBLINGS = 8  # looked at first; all only if none of these is alive
 
 
 def how_to_delete(etcd: Etcd, key: str, error: RecordDamaged) -> str:
@@ -60,16 +60,15 @@ def check_holder(
     return unchanged(holder)
 
 
-def check_siblings(etcd: Etcd, record: RankRecord) -> tuple[int, Guard]:
-    """The revision at which they were read, and the guard that they stay the same."""
+def check_siblings(etcd: Etcd, record: RankRecord, seen: Snapshot) -> Guard:
+    """That they stay the same. `seen` are the first ones, by name."""
     prefix = instance_prefix(record.instance)
-    seen = etcd.some(prefix, _SIBLINGS)
     found = _first_alive(seen, record)
-    if found is None and len(seen.items) == _SIBLINGS:
+    if found is None and len(seen.items) == SIBLINGS:
         seen = etcd.snapshot(prefix)
         found = _first_alive(seen, record)
     if found is None:
-        return seen.revision, none_created_since(prefix, seen.revision)
+        return none_created_since(prefix, seen.revision)
     sibling = decode_item(found)
     theirs = sibling.agreed()
     for field, ours in record.agreed().items():
@@ -83,7 +82,7 @@ def check_siblings(etcd: Etcd, record: RankRecord) -> tuple[int, Guard]:
                 theirs=theirs[field],
                 sibling=sibling.rank,
             )
-    return seen.revision, unchanged(found)
+    return unchanged(found)
 
 
 def _first_alive(seen: Snapshot, record: RankRecord) -> KeyValue | None:

@@ -28,11 +28,12 @@ from engine_registry.errors import (
     RegistryError,
 )
 from engine_registry.etcd.client import Etcd
-from engine_registry.registration.checks import check_holder, check_siblings
+from engine_registry.registration.checks import SIBLINGS, check_holder, check_siblings
 from engine_registry.registration.entries import entry_deletion, moved_entry
 from engine_registry.schema.eviction import Eviction, was_evicted
 from engine_registry.schema.keys import (
     evicted_key,
+    instance_prefix,
     manifest_part_key,
     manifest_prefix,
 )
@@ -40,8 +41,11 @@ from engine_registry.schema.keyvalue import (
     Delete,
     KeyValue,
     Put,
+    Range,
+    Snapshot,
     absent,
     unchanged,
+    under,
     written,
 )
 from engine_registry.schema.record import GATEWAY, RankRecord
@@ -124,17 +128,17 @@ def _claim(
     replaces: str,
     indexed: bool,
 ) -> KeyValue:
-    holder = etcd.get(record.key)
+    siblings = under(instance_prefix(record.instance), SIBLINGS)
+    marks = [evicted_key(record.instance, record.rank, incarnation) for incarnation in own]
+    revision, (held, some, *evicted) = etcd.read([Range(record.key), siblings, *map(Range, marks)])
     # An eviction from now on, of whichever incarnation, changes the key.
-    for incarnation in own:
-        mark = etcd.get(evicted_key(record.instance, record.rank, incarnation))
-        if mark is not None:
-            raise was_evicted(record.key, Eviction.decode(mark.value))
-    revision, siblings_agree = check_siblings(etcd, record)
+    for mark in [item for each in evicted for item in each.items]:
+        raise was_evicted(record.key, Eviction.decode(mark.value))
+    holder = next(iter(held.items), None)
     guards = [
         check_holder(etcd, record, holder, {*own, replaces}),
         absent(evicted_key(record.instance, record.rank, record.incarnation)),
-        siblings_agree,
+        check_siblings(etcd, record, Snapshot(revision, some.items)),
     ]
     order = record.order or _order_of(holder, record.incarnation) or revision
     record = replace(record, order=order if indexed else 0)
