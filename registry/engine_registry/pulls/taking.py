@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from engine_registry.errors import EtcdError, LeaseNotFound
+from engine_registry.errors import EtcdError, EtcdRefused, LeaseNotFound
 from engine_registry.etcd.client import MAX_OPERATIONS, Etcd
 from engine_registry.pulls import ticket
 from engine_registry.pulls.ticket import PullTicket
@@ -85,6 +85,9 @@ class Pulling:
         left_over = self._lease_id
         try:
             return self._take(records, reader, free_since, among)
+        except EtcdRefused:
+            self.close()  # some of the tickets may hang on the lease
+            raise
         except EtcdError as exc:
             self._lease_id = 0  # what may hang on it goes when it expires
             if not (left_over and isinstance(exc, LeaseNotFound)):

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from engine_registry import Pull, RankRecord
-from engine_registry.errors import EtcdRefused, InvalidField
+from engine_registry.errors import EtcdFull, EtcdRefused, InvalidField
 from engine_registry.pulls.follow import AllPulls
 from engine_registry.pulls.queries import all_pulls, count_pulls, readers_of
 from engine_registry.pulls.taking import Pulling, take_ticket
@@ -209,6 +209,24 @@ def test_many_tickets_are_taken_some_at_a_time_and_all_of_them_report(
             wait_until(lambda: set(progress_in(counting)) == {(5, 10)})
             assert len(progress_in(counting)) == 98  # one that was deleted stays away
     assert not counting.leases
+
+
+def test_where_etcd_refuses_some_of_many_none_is_left(
+    counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = some_ranks(counting, 40)
+    decide = counting.decide
+
+    def refuse_the_second(*given: Any, **reads: Any) -> Outcome:
+        if counting.asked.count("decide"):
+            raise EtcdFull("etcd has no space")
+        return decide(*given, **reads)
+
+    monkeypatch.setattr(counting, "decide", refuse_the_second)
+    with pytest.raises(EtcdFull):
+        Pulling(counting).take(ranks)
+    assert not counting.leases
+    assert all_pulls(counting) == ()
 
 
 def test_a_record_that_has_changed_gives_no_ticket(etcd: FakeEtcd, read: RankRecord) -> None:
