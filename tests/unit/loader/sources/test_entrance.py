@@ -21,7 +21,7 @@ from engine_registry.pulls.queries import all_pulls, count_pulls
 from engine_registry.pulls.taking import Pulling, take_ticket
 from engine_registry.schema.keyvalue import Delete, Guard, Outcome, Put, Range, Snapshot
 from engine_registry.schema.pull_ticket import Reader
-from engine_registry.schema.status import assess
+from tests.support.assessment import assess
 from tests.support.builders import CONTENT, a_record
 from tests.support.fake_etcd import FakeEtcd
 from tests.support.shelf import shelve
