@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from engine_registry.registration.handle import Registration as Registration
     from engine_registry.registration.handle import RegistrationState as RegistrationState
     from engine_registry.schema.eviction import Eviction as Eviction
+    from engine_registry.schema.location import Location as Location
     from engine_registry.schema.manifest import Manifest as Manifest
     from engine_registry.schema.manifest import Region as Region
     from engine_registry.schema.manifest import TensorEntry as TensorEntry
@@ -100,6 +101,7 @@ _MODULE_OF = {
     "KeeperFailed": "errors",
     "LeaseNotFound": "errors",
     "LocalEtcdFailed": "errors",
+    "Location": "schema.location",
     "Manifest": "schema.manifest",
     "MetricsUnavailable": "errors",
     "ModelIdentity": "schema.record",

@@ -43,6 +43,7 @@ from engine_registry.schema.keys import (
 )
 from engine_registry.schema.keyvalue import Snapshot
 from engine_registry.schema.labels import Selector
+from engine_registry.schema.location import UNKNOWN, Location
 from engine_registry.schema.manifest import Manifest
 from engine_registry.schema.moment import utc
 from engine_registry.schema.numbers import (
@@ -181,6 +182,7 @@ class Registry(Closable):
         state: RankState = RankState.READY,
         fabric: str = "",
         rails: Mapping[str, str] | None = None,
+        location: Location = UNKNOWN,
         device: str = "cpu",
         labels: Mapping[str, str] | None = None,
         ttl_s: float = 10.0,
@@ -190,6 +192,7 @@ class Registry(Closable):
         """Claims the rank for this process and holds it. `content` says which weights it has; the
         default is one that no other rank has. `labels` are names and values in the syntax of
         Kubernetes, 16 at most, by which people find the instance. All of its ranks have the same.
+        `location` is where this machine stands.
 
         Raises InvalidField, RankConflict (another process has the rank), InstanceMismatch (it
         disagrees with its siblings), KeeperFailed (no process or file descriptor is to be had) or
@@ -225,6 +228,7 @@ class Registry(Closable):
             state=state,
             fabric=fabric,
             rails=dict(rails or {}),
+            location=location,
             host=socket.gethostname(),
             pid=os.getpid(),
             device=device,
@@ -302,16 +306,18 @@ class Registry(Closable):
         *,
         usable: Callable[[InstanceStatus], bool] = everything,
         version: int | None = None,
+        near: Location = UNKNOWN,
     ) -> tuple[InstanceStatus, ...]:
         """All of the named instances that are ready; of a model some that are, however many there
-        are: of the `version`, or else of the newest, and `usable` ones if there are any.
+        are: of the `version`, or else of the newest, and `usable` ones if there are any. They are
+        some whose rank 0 is in the zone of `near`, if there are any.
 
         Waits as `resolve` for the first. `cancel`, set in another thread, ends the wait as the end
         of its time does.
         """
         timeout_s = seconds("timeout_s", timeout_s)
         if isinstance(wanted, ModelIdentity):
-            return wait_for_instances(self._etcd, wanted, usable, version, timeout_s, cancel)
+            return wait_for_instances(self._etcd, wanted, usable, version, timeout_s, cancel, near)
         return wait_until_ready(self._etcd, wanted, timeout_s, cancel)
 
     def holders(

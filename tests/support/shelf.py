@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from engine_registry import RankRecord, Registry
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
-from engine_registry.schema.holder import holder_key
+from engine_registry.schema.holder import holder_keys
 from engine_registry.schema.keyvalue import Found, Put, Range
 from engine_registry.schema.record_format import decode_item, encode
 from tests.support.fake_etcd import FakeEtcd
@@ -39,14 +39,13 @@ class OverFake(Registry):
 
 
 def shelve(etcd: FakeEtcd, record: RankRecord, *, indexed: bool = True) -> RankRecord:
-    """Puts the record, with its entry in the index, and reads it again. Its order is that of the
+    """Puts the record, with its entries in the index, and reads it again. Its order is that of the
     record, or else the revision before.
     """
     now = etcd.snapshot(record.key, exact=True).revision
     record = replace(record, order=(record.order or now) if indexed else 0)
     puts = [Put(record.key, encode(record), 0)]
-    if indexed:
-        puts.append(Put(holder_key(record), record.key.encode(), 0))
+    puts += [Put(key, record.key.encode(), 0) for key in holder_keys(record)]
     etcd.commit([], puts)
     found = etcd.get(record.key)
     assert found is not None

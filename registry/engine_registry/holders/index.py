@@ -5,14 +5,13 @@ No read brings more than a page, however many ranks there are.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine_registry.errors import EtcdRefused, RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.schema.holder import Entry, holders_prefix, parse_entry
-from engine_registry.schema.keys import ENGINES, HOLDERS, pulls_prefix
+from engine_registry.schema.keys import ENGINES, HOLDERS, NEAR_HOLDERS, pulls_prefix
 from engine_registry.schema.keyvalue import KeyValue, Range, end_of, under
 from engine_registry.schema.record import ModelIdentity, RankRecord, RankState
 from engine_registry.schema.record_format import decode_item
@@ -35,41 +34,9 @@ class Read:
 def is_complete(etcd: Etcd) -> bool:
     """Whether each record has an entry, as far as their numbers say: then nobody is missed."""
     _, (records, entries) = etcd.read(
-        [under(ENGINES, count_only=True), under(HOLDERS, count_only=True)]
+        [under(ENGINES, count_only=True), Range(HOLDERS, NEAR_HOLDERS, count_only=True)]
     )
     return records.count == entries.count
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Some entries in one state. `all_of_version`: of the version of the first one there are no
-    others. `are_all`: there are no others at all.
-    """
-
-    entries: list[Entry]
-    all_of_version: bool
-    are_all: bool
-
-
-def sample(
-    etcd: Etcd, model: ModelIdentity, rank: int, state: RankState, version: int | None
-) -> Sample:
-    """Entries in the state, at random, of the newest version or the one that is named. Where there
-    are few of the newest, some of the next come too.
-    """
-    prefix = holders_prefix(model, rank, state, version)
-    _, (found,) = etcd.read([under(prefix, SAMPLE)])
-    entries = entries_of(found.items)
-    newest = entries[0].version if entries else 0
-    if found.count <= len(found.items) or any(entry.version != newest for entry in entries):
-        return Sample(entries, True, found.count <= len(found.items))
-    prefix = holders_prefix(model, rank, state, newest)
-    start = prefix + secrets.token_hex(16)
-    _, (behind, before) = etcd.read(
-        [Range(start, end_of(prefix), SAMPLE), Range(prefix, start, SAMPLE)]
-    )
-    entries = entries_of([*behind.items, *before.items])[:SAMPLE]
-    return Sample(entries, behind.count + before.count <= SAMPLE, False)
 
 
 def pages(

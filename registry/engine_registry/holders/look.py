@@ -7,7 +7,6 @@ where the index has nobody, and there are more records than entries. That goes i
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -15,10 +14,13 @@ from typing import TypeVar
 from engine_registry.errors import EtcdRefused
 from engine_registry.etcd.client import Etcd
 from engine_registry.holders import index
+from engine_registry.holders.ahead import loading_before
 from engine_registry.holders.query import HolderQuery, Holders, everything
-from engine_registry.schema.holder import Entry, holder_key, holders_prefix, loading_key
+from engine_registry.holders.sampling import sample
+from engine_registry.schema.holder import Entry, holders_prefix
 from engine_registry.schema.keys import ENGINES, instance_prefix
-from engine_registry.schema.keyvalue import Range, end_of, under
+from engine_registry.schema.keyvalue import under
+from engine_registry.schema.location import UNKNOWN, Location
 from engine_registry.schema.place import Place
 from engine_registry.schema.record import ModelIdentity, RankRecord, RankState
 from engine_registry.schema.roster import Roster, assess_all, instance_of
@@ -47,19 +49,24 @@ def look_anywhere(etcd: Etcd, query: HolderQuery) -> Holders:
     if found.ready:
         return found
     return replace(
-        found, instances=look_for_instances(etcd, query.model, everything, query.version)
+        found,
+        instances=look_for_instances(etcd, query.model, everything, query.version, query.near),
     )
 
 
 def look_for_instances(
-    etcd: Etcd, model: ModelIdentity, usable: Usable, version: int | None = None
+    etcd: Etcd,
+    model: ModelIdentity,
+    usable: Usable,
+    version: int | None = None,
+    near: Location = UNKNOWN,
 ) -> tuple[InstanceStatus, ...]:
     """A few instances of the model that are ready, usable ones if there are any, of the newest
-    version first.
+    version first; such whose rank 0 is in the zone of `near`, if there are any.
     """
     ready = _by_index(
         etcd,
-        lambda: tuple(_ready_instances(etcd, model, usable, version)),
+        lambda: tuple(_ready_instances(etcd, model, usable, version, near)),
         lambda some: any(map(usable, some)),
     )
     return _scan_for_instances(etcd, model) if ready is None else ready
@@ -78,7 +85,7 @@ def find_updating(etcd: Etcd, model: ModelIdentity, rank: int) -> tuple[RankReco
     state = RankState.UPDATING
     some = _by_index(
         etcd,
-        lambda: index.read(etcd, index.sample(etcd, model, rank, state, None).entries).records,
+        lambda: index.read(etcd, sample(etcd, model, rank, state, None).entries).records,
         bool,
     )
     if some is None:
@@ -119,13 +126,17 @@ def _names(etcd: Etcd, model: ModelIdentity) -> list[str]:
 
 def _look(etcd: Etcd, query: HolderQuery) -> Holders:
     model, rank, version = query.model, query.place.rank, query.version
-    sample = index.sample(etcd, model, rank, RankState.READY, version)
-    if not sample.entries and version is not None:  # to say what there is instead
+    some_ready = sample(etcd, model, rank, RankState.READY, version, query.near)
+    if not some_ready.entries and version is not None:  # to say what there is instead
         return _look(etcd, replace(query, version=None))
-    loading, ahead = _loading(etcd, query) if query.loading else ([], 0)
-    found = index.read(etcd, [*sample.entries, *loading])
+    loading, ahead = loading_before(etcd, query) if query.loading else ([], 0)
+    found = index.read(etcd, [*some_ready.entries, *loading])
     ready = _fitting(found.records, query, RankState.READY)
-    if not any(map(query.usable, ready)) and not sample.are_all:
+    if not any(map(query.usable, ready)) and some_ready.area:
+        some_ready = sample(etcd, model, rank, RankState.READY, version)
+        found = index.read(etcd, [*some_ready.entries, *loading])
+        ready = _fitting(found.records, query, RankState.READY)
+    if not any(map(query.usable, ready)) and not some_ready.are_all:
         for page in index.pages(etcd, model, rank, RankState.READY, version):
             of_page = index.read(etcd, [*page, *loading])
             some = _fitting(of_page.records, query, RankState.READY)
@@ -141,52 +152,12 @@ def _look(etcd: Etcd, query: HolderQuery) -> Holders:
     usable = [record for record in ready if query.usable(record)]
     return Holders(
         tuple(usable or ready),
-        sample.all_of_version,
+        some_ready.all_of_version,
         tuple(loading_ones),
         ahead,
         found.readers,
         found.revision,
     )
-
-
-def _loading(etcd: Etcd, query: HolderQuery) -> tuple[list[Entry], int]:
-    """Entries of ranks that load, the last to begin first, and how many there are in all: of those
-    before `me` if it is registered, or else of all.
-    """
-    model, rank, me = query.model, query.place.rank, query.me
-    if me is not None and not me.order:
-        return [], 0  # it is not in the index, so nobody knows who began before it
-    if me is None:
-        prefix = holders_prefix(model, rank, RankState.LOADING, query.version)
-        _, (found,) = etcd.read([under(prefix, index.SAMPLE)])
-        return index.entries_of(found.items), found.count
-    end = end_of(holders_prefix(model, rank, RankState.LOADING, me.version))
-    mine = holder_key(replace(me, state=RankState.LOADING))
-    _, (found,) = etcd.read([Range(mine + "\0", end, index.SAMPLE)])
-    entries = index.entries_of(found.items)
-    if found.count <= query.chain or found.count <= len(found.items) or not entries:
-        return entries, found.count
-    # Ranks of one order are told apart by their incarnations: none that comes after ours will do.
-    starts = [
-        max(loading_key(model, rank, me.version, order), mine + "\0")
-        for order in _spread(me.order, entries[-1].order, len(entries), found.count)
-    ]
-    parts = zip(starts, [*starts[1:], end], strict=True)
-    _, some = etcd.read([Range(start, stop, 1) for start, stop in parts if start < stop])
-    spread = index.entries_of(item for part in some for item in part.items)
-    every = {entry.incarnation: entry for entry in [*spread, *entries]}
-    return list(every.values())[: index.SAMPLE], found.count
-
-
-def _spread(mine: int, last: int, near: int, count: int) -> list[int]:
-    """Orders before `mine`, as many as a sample has, one at random in each part of all `count`
-    ranks; how far they reach back follows from the `near` ones just before, down to `last`.
-    """
-    part = (mine - last) / near * count / index.SAMPLE
-    return [
-        mine - round((number + random.random()) * part)  # noqa: S311  spreads load only
-        for number in range(index.SAMPLE)
-    ]
 
 
 def _fitting(
@@ -202,20 +173,22 @@ def _fitting(
 
 
 def _ready_instances(
-    etcd: Etcd, model: ModelIdentity, usable: Usable, version: int | None
+    etcd: Etcd, model: ModelIdentity, usable: Usable, version: int | None, near: Location
 ) -> list[InstanceStatus]:
     """Each instance that is ready has a rank 0 that is."""
-    sample = index.sample(etcd, model, 0, RankState.READY, version)
-    if not sample.entries and version is not None:  # to say what there is instead
-        return _ready_instances(etcd, model, usable, None)
-    ready = _of_entries(etcd, model, sample.entries, usable)
-    if any(map(usable, ready)) or sample.are_all:
+    some = sample(etcd, model, 0, RankState.READY, version, near)
+    if not some.entries and version is not None:  # to say what there is instead
+        return _ready_instances(etcd, model, usable, None, near)
+    ready = _of_entries(etcd, model, some.entries, usable)
+    if any(map(usable, ready)) or some.are_all:
         return ready
+    if some.area:
+        return _ready_instances(etcd, model, usable, version, UNKNOWN)
     for page in index.pages(etcd, model, 0, RankState.READY, version):
-        some = _of_entries(etcd, model, page, usable)
-        if any(map(usable, some)):
-            return some
-        ready = ready or some
+        of_page = _of_entries(etcd, model, page, usable)
+        if any(map(usable, of_page)):
+            return of_page
+        ready = ready or of_page
     return ready
 
 

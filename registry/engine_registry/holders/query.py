@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from engine_registry.schema.location import UNKNOWN, Location
 from engine_registry.schema.place import Place
 from engine_registry.schema.record import ModelIdentity, RankRecord
 from engine_registry.schema.status import InstanceStatus
@@ -29,6 +30,8 @@ class HolderQuery:
             count of those that load.
         chain: How many ranks may load one from the other in a row. If more load before `me`, those
             that come are spread over all of them, instead of being those just before it.
+        near: Where whoever asks stands. If its zone has ranks of the newest version, only ranks of
+            that zone come, of those that are ready and of those that load, each for themselves.
     """
 
     model: ModelIdentity
@@ -38,6 +41,7 @@ class HolderQuery:
     loading: bool = False
     me: RankRecord | None = None
     chain: int = 0
+    near: Location = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,12 @@ class Holders:
 
     Attributes:
         ready: Ranks that have all. Those that are usable; where there are none, some that fit.
-        all_ready: Whether these are all that there are of their version.
+        all_ready: Whether these are all that there are of their version, in the zone that was
+            asked for if they are from there.
         loading: Usable ranks that load, the last one to begin first: those just before `me`, or
             some that are spread over all.
-        ahead: How many load that began before `me`, or at all.
+        ahead: How many load that began before `me`, or at all: in the zone that was asked for if
+            `loading` is from there.
         readers: How many loads read from each, by incarnation. None where etcd does not let us see.
         revision: At which they were counted.
         instances: Instances of the model that are ready, where no rank is.

@@ -19,6 +19,7 @@ from engine_registry.holders.query import HolderQuery, Holders
 from engine_registry.lifetime import Closable
 from engine_registry.schema.holder import holders_prefix, parse_entry
 from engine_registry.schema.keyvalue import Batch, KeyValue
+from engine_registry.schema.location import UNKNOWN, Location
 from engine_registry.schema.record import ModelIdentity, RankState
 from engine_registry.schema.status import InstanceStatus
 from engine_registry.watching.inbox import Inbox
@@ -122,6 +123,7 @@ def wait_for_instances(
     version: int | None,
     timeout_s: float,
     cancel: threading.Event | None = None,
+    near: Location = UNKNOWN,
 ) -> tuple[InstanceStatus, ...]:
     """Some instances of the model that are ready, as soon as one is. Raises as
     `wait_for_holders`.
@@ -130,7 +132,7 @@ def wait_for_instances(
         etcd,
         model,
         None,
-        lambda: look.look_for_instances(etcd, model, usable, version) or None,
+        lambda: look.look_for_instances(etcd, model, usable, version, near) or None,
         timeout_s,
         cancel,
     )

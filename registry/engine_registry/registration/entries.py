@@ -5,26 +5,27 @@
 from __future__ import annotations
 
 from engine_registry.errors import RecordDamaged
-from engine_registry.schema.holder import holder_key
+from engine_registry.schema.holder import holder_keys
 from engine_registry.schema.keyvalue import Delete, KeyValue, Put
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.record_format import decode_item
 
 
-def moved_entry(before: KeyValue | None, record: RankRecord, lease_id: int) -> list[Put | Delete]:
-    """The record's entry in the index, and the end of the one that what stood there has had."""
-    key = holder_key(record)
-    former = entry_deletion(before) if before is not None else []
-    moved = [delete for delete in former if delete.key != key]
+def moved_entries(before: KeyValue | None, record: RankRecord, lease_id: int) -> list[Put | Delete]:
+    """The record's entries in the index, and the end of those that what stood there has had."""
+    keys = holder_keys(record)
+    former = {delete.key: delete for delete in entry_deletions(before)} if before else {}
     same_lease = before is not None and before.lease_id == lease_id
-    if not key or (former and not moved and same_lease):
-        return list(moved)
-    return [*moved, Put(key, record.key.encode(), lease_id)]
+    stay = {key for key in keys if same_lease and key in former}
+    return [
+        *(delete for key, delete in former.items() if key not in keys),
+        *(Put(key, record.key.encode(), lease_id) for key in keys if key not in stay),
+    ]
 
 
-def entry_deletion(held: KeyValue) -> list[Delete]:
+def entry_deletions(held: KeyValue) -> list[Delete]:
+    """Of all entries of the record that stands there; none where it is damaged."""
     try:
-        key = holder_key(decode_item(held))
+        return [Delete(key) for key in holder_keys(decode_item(held))]
     except RecordDamaged:
         return []
-    return [Delete(key)] if key else []

@@ -6,9 +6,9 @@ and the other learns who it was. That siblings agree is kept by induction: a ran
 while one live sibling that it agrees with stands unchanged, or while there is none; so all that are
 alive agree with each other, and one comparison is enough however many there are.
 
-With its record a rank writes its entry in the index of holders, in the same transaction and under
-the same lease. Only the writes of the rank itself change the index: an entry that is left over
-leads to no record, and goes with its lease.
+With its record a rank writes its entries in the index of holders, in the same transaction and
+under the same lease. Only the writes of the rank itself change the index: an entry that is left
+over leads to no record, and goes with its lease.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from engine_registry.errors import (
 )
 from engine_registry.etcd.client import Etcd
 from engine_registry.registration.checks import SIBLINGS, check_holder, check_siblings
-from engine_registry.registration.entries import entry_deletion, moved_entry
+from engine_registry.registration.entries import entry_deletions, moved_entries
 from engine_registry.schema.eviction import Eviction, was_evicted
 from engine_registry.schema.keys import (
     evicted_key,
@@ -143,8 +143,8 @@ def _claim(
     order = record.order or _order_of(holder, record.incarnation) or revision
     record = replace(record, order=order if indexed else 0)
     put = Put(record.key, encode(record), lease_id)
-    entry = moved_entry(holder, record, lease_id) if indexed else []
-    revision = etcd.commit(guards, [last_part, put, *entry])
+    entries = moved_entries(holder, record, lease_id) if indexed else []
+    revision = etcd.commit(guards, [last_part, put, *entries])
     if not revision:
         raise _Raced(f"{record.key} or a sibling changed while it was being registered")
     return written(put, revision, holder)
@@ -166,7 +166,7 @@ def amend(
     or neither is, and the former manifest is gone then.
     """
     put = Put(record.key, encode(record), held.lease_id)
-    changes: list[Put | Delete] = [put, *moved_entry(held, record, held.lease_id)]
+    changes: list[Put | Delete] = [put, *moved_entries(held, record, held.lease_id)]
     if parts:
         changes.append(_put_but_last(etcd, record, parts, held.lease_id))
         former = decode_item(held)
@@ -188,7 +188,7 @@ def end(etcd: Etcd, held: KeyValue, reason: str) -> None:
     with contextlib.suppress(
         EtcdRefused
     ):  # an etcd without space takes no mark, but lets go of leases
-        revision = etcd.commit([unchanged(held)], [put, *entry_deletion(held)])
+        revision = etcd.commit([unchanged(held)], [put, *entry_deletions(held)])
         held = written(put, revision, held) if revision else held
     try:
         etcd.revoke(lease_id)
@@ -244,7 +244,7 @@ def deletion(held: KeyValue) -> list[Delete]:
 
 
 def _delete(etcd: Etcd, held: KeyValue) -> None:
-    etcd.commit([unchanged(held)], [*deletion(held), *entry_deletion(held)])
+    etcd.commit([unchanged(held)], [*deletion(held), *entry_deletions(held)])
 
 
 def _put_but_last(etcd: Etcd, record: RankRecord, parts: Sequence[bytes], lease_id: int) -> Put:

@@ -1,12 +1,13 @@
 """The index of who holds the weights of a model: keys that lead to records. Pure.
 
     /holders/<model digest>/<rank>/<state>/<version>/<order>
+    /holders/near/<area>/<model digest>/<rank>/<state>/<version>/<order>
 
 The value is the key of the record. Versions count down, so that the newest is read first. In the
 state `loading` the order begins with the revision before which the rank registered, which counts
 down too: so a range that begins at one rank's key has those that began before it, the last first.
 In the other states the order is the incarnation alone, which is random: so a range from a random
-place is a sample.
+place is a sample. A rank with a location has such an entry in each area that it lies in, as well.
 
 An entry is a hint. Whoever reads it reads the record as well, and believes that.
 """
@@ -17,7 +18,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from engine_registry.schema.keys import HOLDERS, parse_record_key
+from engine_registry.schema.keys import HOLDERS, NEAR_HOLDERS, parse_record_key
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.record import (
     MAX_REVISION,
@@ -42,9 +43,10 @@ def holders_prefix(
     rank: int | None = None,
     state: RankState | None = None,
     version: int | None = None,
+    area: str = "",
 ) -> str:
     """Of all entries of the model, or of those of a rank, a state, a version; each only together
-    with the ones before it.
+    with the ones before it. With `area`, of the entries in that area.
     """
     parts = [model_digest(model)]
     if rank is not None:
@@ -53,23 +55,32 @@ def holders_prefix(
         parts.append(state.value)
     if version is not None:
         parts.append(_down_from(MAX_VERSION, version))
-    return f"{HOLDERS}{'/'.join(parts)}/"
+    start = f"{NEAR_HOLDERS}{area}/" if area else HOLDERS
+    return f"{start}{'/'.join(parts)}/"
 
 
-def holder_key(record: RankRecord) -> str:
-    """The record's entry; empty for a record without `order`, which has none."""
+def holder_keys(record: RankRecord) -> list[str]:
+    """All entries of the record; none without `order`."""
     if not record.order:
-        return ""
-    prefix = holders_prefix(record.model, record.rank, record.state, record.version)
+        return []
+    return [holder_key(record, area) for area in ("", *record.location.areas)]
+
+
+def holder_key(record: RankRecord, area: str = "") -> str:
+    """The entry of a record with `order`, or its entry in the area."""
+    prefix = holders_prefix(record.model, record.rank, record.state, record.version, area)
     if record.state is RankState.LOADING:
         return f"{prefix}{_down_from(MAX_REVISION, record.order)}-{record.incarnation}"
     return prefix + record.incarnation
 
 
-def loading_key(model: ModelIdentity, rank: int, version: int, order: int) -> str:
+def loading_key(model: ModelIdentity, rank: int, version: int, order: int, area: str = "") -> str:
     """The first key of those that began to load at the revision `order` or before."""
-    prefix = holders_prefix(model, rank, RankState.LOADING, version)
+    prefix = holders_prefix(model, rank, RankState.LOADING, version, area)
     return prefix + _down_from(MAX_REVISION, max(0, min(order, MAX_REVISION)))
+
+
+_NEAR = NEAR_HOLDERS.removeprefix(HOLDERS).rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -88,8 +99,9 @@ def parse_entry(item: KeyValue) -> Entry | None:
     """None where the key is no entry, or leads nowhere."""
     if not item.key.startswith(HOLDERS):
         return None
+    parts = item.key.removeprefix(HOLDERS).split("/")
     try:
-        _, rank, name, version, incarnation = item.key.removeprefix(HOLDERS).split("/")
+        _, rank, name, version, incarnation = parts[2:] if parts[0] == _NEAR else parts
         state, order = RankState(name), ""
         if state is RankState.LOADING:
             order, incarnation = incarnation.split("-", 1)

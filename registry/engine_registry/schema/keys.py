@@ -12,6 +12,7 @@ MANIFESTS = "/manifests/"
 EVICTED = "/evicted/"
 PULLS = "/pulls/"
 HOLDERS = "/holders/"
+NEAR_HOLDERS = "/holders/near/"  # no model's digest begins like that
 ELECTIONS = "/elections/"
 EVICTION_NOTES = "/eviction-notes/"
 

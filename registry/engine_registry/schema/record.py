@@ -18,6 +18,7 @@ from engine_registry.errors import InvalidField
 from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.keys import check_instance, check_rank, record_key
 from engine_registry.schema.labels import check_labels
+from engine_registry.schema.location import UNKNOWN, Location
 from engine_registry.schema.numbers import whole
 from engine_registry.schema.texts import are_printable, check_kind, check_names, check_texts
 from engine_registry.schema.topology import check_topology
@@ -136,6 +137,7 @@ _KINDS = {
     "header_addr": int,
     "state": RankState,
     "pid": int,
+    "location": Location,
 }
 
 
@@ -170,6 +172,7 @@ class RankRecord:
     state: RankState = RankState.READY
     fabric: str = ""
     rails: Mapping[str, str] = field(default_factory=dict)  # RDMA device -> subnet, or empty
+    location: Location = UNKNOWN
     host: str = ""
     pid: int = 0
     device: str = ""

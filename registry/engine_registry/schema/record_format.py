@@ -18,6 +18,7 @@ from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupporte
 from engine_registry.schema import structs
 from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.keyvalue import KeyValue
+from engine_registry.schema.location import Location
 from engine_registry.schema.printable import short
 from engine_registry.schema.record import (
     ManifestRef,
@@ -87,6 +88,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     protocol: str
     fabric: str = ""
     rails: dict[str, Any] | UnsetType = UNSET
+    location: str | UnsetType = UNSET
     host: str = ""
     pid: Natural = 0
     device: str = ""
@@ -132,6 +134,7 @@ def encode(record: RankRecord) -> bytes:
         protocol=record.protocol,
         fabric=record.fabric,
         rails=dict(record.rails) or UNSET,
+        location=str(record.location) or UNSET,
         host=record.host,
         pid=record.pid,
         device=record.device,
@@ -228,6 +231,7 @@ def _record(stored: _Record, mod_revision: int, create_revision: int) -> RankRec
         state=stored.state,
         fabric=stored.fabric,
         rails=stored.rails or {},
+        location=Location.parse(stored.location or ""),
         host=stored.host,
         pid=stored.pid,
         device=stored.device,

@@ -14,6 +14,7 @@ import pytest
 
 from engine_registry import (
     InstanceState,
+    Location,
     Manifest,
     ModelIdentity,
     Place,
@@ -427,6 +428,7 @@ def test_a_registration_is_made_of_a_record_that_reads_back_as_it_is(
         generation="g",
         fabric="rack",
         rails={"mlx5_0": "10.1.0.0/24"},
+        location=Location("eu-1a", "r17"),
         device="cuda:0",
         ttl_s=5,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from engine_registry import ModelIdentity, Place, RankRecord, RankState
+from engine_registry import Location, ModelIdentity, Place, RankRecord, RankState
 from engine_registry.errors import EtcdFull, EtcdRefused, InstanceIncomplete, InstanceNotFound
 from engine_registry.holders.index import SAMPLE
 from engine_registry.holders.look import (
@@ -399,3 +399,155 @@ def test_the_ranges_of_one_read_are_of_one_revision(etcd: CountingEtcd) -> None:
     revision, found = etcd.read([Range("/engines/", "/engines0"), Range("/engines/i00001/0")])
     assert revision == etcd.snapshot("/").revision
     assert [item.key for each in found for item in each.items] == ["/engines/i00001/0"] * 2
+
+
+# -- near ones
+# --------------------------------------------------------------------------------------------------
+
+HERE = Location("b", "r1", "n1")
+
+
+def near(number: int, zone: str, rack: str = "", node: str = "", **changes: Any) -> RankRecord:
+    return one(number, location=Location(zone, rack, node), **changes)
+
+
+@pytest.mark.parametrize("there", [1, SAMPLE, 200])
+def test_of_a_zone_that_has_some_only_those_come_however_many_there_are_elsewhere(
+    etcd: CountingEtcd, there: int
+) -> None:
+    for number in range(400):
+        shelve(etcd, near(number, "a"))
+    for number in range(400, 400 + there):
+        shelve(etcd, near(number, "b", f"r{number % 20}", f"n{number}"))
+    found = look(etcd, HolderQuery(MODEL, PLACE, near=Location("b")))
+    assert len(found.ready) == min(there, SAMPLE)
+    assert {record.location.zone for record in found.ready} == {"b"}
+    assert found.all_ready == (there <= SAMPLE)
+    assert etcd.requests <= 3
+    assert etcd.nbytes < 2 * SAMPLE * 2_000
+
+
+def test_those_of_the_same_node_and_rack_come_whatever_else_the_zone_has(
+    etcd: CountingEtcd,
+) -> None:
+    for number in range(300):
+        shelve(etcd, near(number, "b", f"r{number % 100}", f"n{number % 150}"))
+    for _ in range(5):
+        found = look(etcd, HolderQuery(MODEL, PLACE, near=HERE)).ready
+        assert len(found) == SAMPLE
+        assert sum(record.location.node == "n1" for record in found) >= 2
+        assert sum(record.location.rack == "r1" for record in found) >= 2
+        assert sum(record.location.rack != "r1" for record in found) >= 3
+
+
+def test_where_the_zone_has_nobody_those_of_others_come_and_such_without_a_location(
+    etcd: CountingEtcd,
+) -> None:
+    shelve(etcd, near(1, "a"))
+    shelve(etcd, one(2))
+    shelve(etcd, near(3, "", "r1"))  # of a rack of the same name, somewhere
+    ask = HolderQuery(MODEL, PLACE, near=HERE)
+    assert sorted(names(look(etcd, ask).ready)) == ["i00001", "i00002", "i00003"]
+    shelve(etcd, near(4, "b"))
+    assert names(look(etcd, ask).ready) == ["i00004"]
+    not_that = replace(ask, usable=lambda record: record.instance != "i00004")
+    assert sorted(names(look(etcd, not_that).ready)) == ["i00001", "i00002", "i00003"]
+
+
+def test_a_node_and_a_rack_count_where_no_zone_is_known(etcd: CountingEtcd) -> None:
+    for number in range(300):
+        shelve(etcd, near(number, "", f"r{number % 100}"))
+    found = look(etcd, HolderQuery(MODEL, PLACE, near=Location("", "r1"))).ready
+    assert sum(record.location.rack == "r1" for record in found) >= 2
+    assert sum(record.location.rack != "r1" for record in found) >= 3
+
+
+def test_a_newer_version_elsewhere_counts_for_more_than_the_zone(etcd: CountingEtcd) -> None:
+    for number in range(20):
+        shelve(etcd, near(number, "b", version=3))
+    shelve(etcd, near(20, "a", version=4))
+    ask = HolderQuery(MODEL, PLACE, near=HERE)
+    found = look(etcd, ask).ready
+    # of both, as of such whose zone nobody knows: an instance may just be starting
+    assert {record.version for record in found} == {3, 4}
+    for number in range(21, 40):
+        shelve(etcd, near(number, "a", version=4))
+    assert {record.version for record in look(etcd, ask).ready} == {4}
+    assert {record.location.zone for record in look(etcd, replace(ask, version=3)).ready} == {"b"}
+
+
+def test_of_those_that_load_those_of_the_zone_come_and_others_where_it_has_none(
+    etcd: CountingEtcd,
+) -> None:
+    shelve(etcd, near(0, "a"))
+    some = [
+        shelve(etcd, near(number, "ab"[number % 2], state=RankState.LOADING))
+        for number in range(1, 21)
+    ]
+    ask = HolderQuery(MODEL, PLACE, loading=True, chain=33, near=Location("b"))
+    found = look(etcd, replace(ask, me=some[-2]))  # the last but one, in b
+    assert found.ahead == 9
+    assert names(found.loading) == [f"i{number:05}" for number in range(17, 1, -2)]
+    assert names(found.ready) == ["i00000"]  # in a: who is ready, and who loads, are two questions
+    first = look(etcd, replace(ask, me=some[0]))
+    assert (first.ahead, first.loading) == (0, ())
+    nobody = look(etcd, replace(ask, me=some[-1], near=Location("c")))
+    assert nobody.ahead == 19
+    assert len(nobody.loading) == SAMPLE
+
+
+def test_who_loads_in_the_zone_still_counts_where_nobody_who_is_ready_there_will_do(
+    etcd: CountingEtcd,
+) -> None:
+    dead = shelve(etcd, near(0, "b"))
+    shelve(etcd, near(1, "a"))
+    some = [shelve(etcd, near(number, "b", state=RankState.LOADING)) for number in (2, 3)]
+    for number in range(4, 20):
+        shelve(etcd, near(number, "a", state=RankState.LOADING))
+    me = shelve(etcd, near(20, "b", state=RankState.LOADING))
+    ask = HolderQuery(MODEL, PLACE, loading=True, me=me, chain=33, near=Location("b"))
+    found = look(etcd, replace(ask, usable=lambda one: one.incarnation != dead.incarnation))
+    assert names(found.ready) == ["i00001"]
+    assert names(found.loading) == [record.instance for record in reversed(some)]
+
+
+def test_far_behind_a_chain_those_of_the_same_rack_come_too(etcd: CountingEtcd) -> None:
+    shelve(etcd, near(0, "b"))
+    some = [
+        shelve(etcd, near(number, "b", f"r{number % 50}", state=RankState.LOADING))
+        for number in range(1, 302)
+    ]
+    me = some[-1]  # in r1
+    found = look(
+        etcd, HolderQuery(MODEL, PLACE, loading=True, chain=33, me=me, near=me.location)
+    ).loading
+    assert len(found) == SAMPLE
+    assert sum(record.location.rack == "r1" for record in found) >= 2
+    assert all(record.began < me.began for record in found)
+    assert list(found) == sorted(found, key=lambda record: record.began, reverse=True)
+
+
+def test_instances_whose_first_rank_is_in_the_zone_come_first(etcd: CountingEtcd) -> None:
+    for number in range(50):
+        shelve_instance(etcd, number, 2, location=Location("a"))
+    shelve_instance(etcd, 50, 2, location=Location("b"))
+    found = look_for_instances(etcd, MODEL, everything, near=HERE)
+    assert [status.instance for status in found] == ["i00050"]
+    others = look_for_instances(etcd, MODEL, lambda one: one.instance != "i00050", near=HERE)
+    assert len(others) == MAX_INSTANCES
+
+
+def test_entries_of_areas_do_not_make_up_for_ranks_that_have_none(
+    etcd: CountingEtcd, scans: Callable[[], float | None]
+) -> None:
+    shelve(etcd, one(1, location=HERE, model=ModelIdentity("other")))
+    shelve(etcd, one(2), indexed=False)
+    shelve(etcd, one(3), indexed=False)
+    assert sorted(names(look(etcd, HolderQuery(MODEL, PLACE, near=HERE)).ready)) == [
+        "i00002",
+        "i00003",
+    ]
+    assert scans() == 1
+    etcd.delete(one(2).key)
+    etcd.delete(one(3).key)
+    assert not look(etcd, HolderQuery(MODEL, PLACE, near=HERE)).scanned

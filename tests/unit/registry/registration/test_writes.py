@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine_registry import RankLost, RankRecord, RankState
+from engine_registry import Location, RankLost, RankRecord, RankState
 from engine_registry.errors import (
     EtcdRefused,
     EtcdUnavailable,
@@ -19,7 +19,7 @@ from engine_registry.errors import (
 )
 from engine_registry.registration.eviction import evict, evict_all, evict_each
 from engine_registry.registration.writes import EVICTED, amend, claim, end, remove
-from engine_registry.schema.holder import holder_key, parse_entry
+from engine_registry.schema.holder import holder_key, holder_keys, parse_entry
 from engine_registry.schema.keys import HOLDERS, evicted_key, manifest_part_key, record_key
 from engine_registry.schema.keyvalue import Delete, Guard, KeyValue, Put, absent
 from engine_registry.schema.record import GATEWAY
@@ -97,6 +97,24 @@ def test_the_entry_of_a_rank_says_at_any_time_what_its_record_does(etcd: FakeEtc
         assert decode_item(held).order == began
         assert {etcd.lease_of(key) for key in etcd.keys} == {lease_id}
     end(etcd, held, "withdrawn")
+    assert etcd.keys == []
+
+
+def test_a_rank_with_a_location_has_all_its_entries_or_none(etcd: FakeEtcd) -> None:
+    lease_id = etcd.grant(10)
+    here = replace(OURS, state=RankState.LOADING, location=Location("z", "r", "n"))
+    held = claim(etcd, here, PARTS, lease_id)
+    assert entries(etcd) == 4 * [(OURS.key, RankState.LOADING, 3)]
+    changed = amend(etcd, replace(decode_item(held), state=RankState.READY), held)
+    assert changed is not None
+    assert entries(etcd) == 4 * [(OURS.key, RankState.READY, 3)]
+    assert {etcd.lease_of(key) for key in etcd.keys} == {lease_id}
+    moved = claim(etcd, replace(decode_item(changed), location=Location("y")), PARTS, lease_id)
+    assert sorted(key for key in etcd.keys if key.startswith(HOLDERS)) == sorted(
+        holder_keys(decode_item(moved))
+    )
+    etcd.refuse_to_revoke = True
+    end(etcd, moved, "withdrawn")
     assert etcd.keys == []
 
 

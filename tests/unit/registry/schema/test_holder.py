@@ -13,15 +13,18 @@ from engine_registry import ModelIdentity, RankRecord, RankState
 from engine_registry.schema.holder import (
     Entry,
     holder_key,
+    holder_keys,
     holders_prefix,
     loading_key,
     model_digest,
     parse_entry,
 )
 from engine_registry.schema.keyvalue import KeyValue, end_of
+from engine_registry.schema.location import Location
 from engine_registry.schema.record import MAX_REVISION, MAX_VERSION
 from tests.support.builders import INCARNATION, a_record
 
+HERE = Location("z", "r", "n")
 RECORDS = st.builds(
     lambda rank, state, version, order, incarnation: a_record(
         rank=rank,
@@ -74,7 +77,22 @@ def test_a_range_from_an_order_on_has_those_that_began_by_then(at: int, order: i
 
 
 def test_a_record_without_an_order_has_no_entry() -> None:
-    assert holder_key(a_record()) == ""
+    assert holder_keys(a_record(location=HERE)) == []
+
+
+def test_a_rank_has_an_entry_in_each_area_that_it_lies_in_and_no_two_areas_are_one() -> None:
+    record = a_record(order=7, location=HERE)
+    main, *near = holder_keys(record)
+    assert main == holder_key(record)
+    assert [key.removesuffix(main.removeprefix("/holders")) for key in near] == [
+        "/holders/near/z::n",
+        "/holders/near/z:r",
+        "/holders/near/z",
+    ]
+    for key in (main, *near):
+        found = parse_entry(KeyValue(key, record.key.encode(), 1, 1, 1))
+        assert found == entry_of(record)
+    assert holder_keys(replace(record, location=Location())) == [main]
 
 
 def test_the_digest_of_a_model_is_that_of_the_page_and_tells_every_field_apart() -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from engine_registry import ModelIdentity, RankRecord, RankState
+from engine_registry import Location, ModelIdentity, RankRecord, RankState
 from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from engine_registry.schema.record import GATEWAY, MAX_VERSION, ManifestRef
 from engine_registry.schema.record_format import MAX_RECORD_NBYTES, decode, encode
@@ -64,6 +64,7 @@ def records(draw: st.DrawFn) -> RankRecord:
         state=draw(st.sampled_from(RankState)),
         fabric=draw(TEXT),
         rails=draw(st.dictionaries(TEXT, TEXT, max_size=3)),
+        location=draw(st.builds(Location, *3 * [st.just("") | LABEL])),
         host=draw(TEXT),
         pid=draw(st.integers(0, 2**31)),
         device=draw(TEXT),
@@ -146,6 +147,18 @@ def test_rails_are_written_only_where_there_are_some() -> None:
 @pytest.mark.parametrize("rails", [[], "mlx5_0", None, {"mlx5_0": 1}, {"a\nb": ""}, {"a": "\x1b"}])
 def test_rails_that_are_no_texts_by_names_are_damage(rails: object) -> None:
     assert read(json.dumps(as_json(rails=rails)).encode()) is None
+
+
+def test_a_location_is_written_only_where_it_is_known() -> None:
+    assert "location" not in as_json()
+    stands = a_record(location=Location("eu-1a", "", "node-5"))
+    assert json.loads(encode(stands))["location"] == "eu-1a//node-5"
+    assert decode(stands.key, encode(stands)).location == stands.location
+
+
+@pytest.mark.parametrize("location", [None, 7, [], "a/b/c/d", "a b", "a/:"])
+def test_what_is_no_location_is_damage(location: object) -> None:
+    assert read(json.dumps(as_json(location=location)).encode()) is None
 
 
 def test_who_keeps_a_lease_is_written_only_where_it_is_no_keeper_of_the_ranks_own() -> None:

@@ -1,0 +1,114 @@
+"""A few of the entries in one state, at random, near ones first. Stateless; used by `holders.look`.
+
+At most two requests, however many entries there are.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from engine_registry.etcd.client import Etcd
+from engine_registry.holders.index import SAMPLE, entries_of
+from engine_registry.schema.holder import Entry, holders_prefix
+from engine_registry.schema.keyvalue import Range, end_of, under
+from engine_registry.schema.location import UNKNOWN, Location
+from engine_registry.schema.record import ModelIdentity, RankState
+
+NEAR = 2  # of a node, and of a rack, that are looked at beside others of the zone
+_VERSIONS = 4  # of everywhere that are looked at for their versions, if a zone is known
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some entries in one state.
+
+    They are from `area`, the zone of whoever asks, or from everywhere if that is empty.
+    `all_of_version`: there are no others there of the version of the first one. `are_all`: there
+    are no others at all.
+    """
+
+    entries: list[Entry]
+    all_of_version: bool
+    are_all: bool
+    area: str
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The first entries of an area; `are_all`: there are no others."""
+
+    entries: list[Entry]
+    are_all: bool
+
+    def of(self, version: int) -> _Part:
+        """Those of the version, which is the newest."""
+        some = [entry for entry in self.entries if entry.version == version]
+        return _Part(some, self.are_all or len(some) < len(self.entries))
+
+
+def sample(
+    etcd: Etcd,
+    model: ModelIdentity,
+    rank: int,
+    state: RankState,
+    version: int | None,
+    near: Location = UNKNOWN,
+) -> Sample:
+    """Entries in the state, at random, of the newest version or the one that is named. Where there
+    are few of the newest, some of the next come too.
+
+    If all are of one version, and the zone of `near` has some of them, only those of that zone
+    come. A few of the same node and rack are the first.
+    """
+    limits = dict.fromkeys(near.within_zone, NEAR) | {near.zone: SAMPLE, "": SAMPLE}
+    at_first = limits | {"": _VERSIONS} if near.zone else limits
+    _, found = etcd.read(
+        [
+            under(holders_prefix(model, rank, state, version, area), limit)
+            for area, limit in at_first.items()
+        ]
+    )
+    first = {
+        area: _Part(entries_of(each.items), each.count <= len(each.items))
+        for area, each in zip(limits, found, strict=True)
+    }
+    versions = {entry.version for entry in first[""].entries}
+    newest = max(versions, default=0)
+    if len(versions) > 1:
+        return Sample(_distinct(first.values())[: 2 * SAMPLE], True, first[""].are_all, "")
+    area = near.zone if first[near.zone].of(newest).entries else ""
+    parts = {each: first[each].of(newest) for each in (*near.within_zone, area)}
+    crowded = [each for each, part in parts.items() if not part.are_all]
+    prefixes = {holders_prefix(model, rank, state, newest, each): limits[each] for each in crowded}
+    parts |= zip(crowded, _at_random(etcd, prefixes), strict=True)
+    return Sample(
+        _distinct(parts.values())[:SAMPLE],
+        parts[area].are_all,
+        not area and first[""].are_all,
+        area,
+    )
+
+
+def _distinct(parts: Iterable[_Part]) -> list[Entry]:
+    every = {entry.incarnation: entry for part in parts for entry in part.entries}
+    return list(every.values())
+
+
+def _at_random(etcd: Etcd, limits: Mapping[str, int]) -> list[_Part]:
+    """Of each prefix so many entries, from a random one on and round to it again."""
+    ranges: list[Range] = []
+    for prefix, limit in limits.items():
+        start = prefix + secrets.token_hex(16)
+        ranges += [Range(start, end_of(prefix), limit), Range(prefix, start, limit)]
+    if not ranges:
+        return []
+    _, found = etcd.read(ranges)
+    return [
+        _Part(
+            entries_of([*behind.items, *before.items])[:limit],
+            behind.count + before.count <= limit,
+        )
+        for limit, behind, before in zip(limits.values(), found[::2], found[1::2], strict=True)
+    ]
