@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from engine_cli.contexts import CONFIG_VARIABLE, Contexts
-from engine_cli.options import TOKEN_VARIABLE, Seconds, debug_option
+from engine_cli.options import LOCATION_VARIABLE, TOKEN_VARIABLE, Seconds, debug_option
 from engine_cli.runtime.hooks import VARIABLES as HOOK_VARIABLES
 from engine_cli.suggestions import did_you_mean, suggesting
 from engine_registry.errors import InvalidField
@@ -56,7 +56,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _PARAMETERS = {"etcd": "endpoints", "timeout": "timeout_s"}  # of the library, with other names
 VARIABLES = {
     *ETCD_VARIABLES.values(),
-    *(TOKEN_VARIABLE, CONTEXT_VARIABLE, CONFIG_VARIABLE),
+    *(TOKEN_VARIABLE, LOCATION_VARIABLE, CONTEXT_VARIABLE, CONFIG_VARIABLE),
     *HOOK_VARIABLES,
 }
 

@@ -16,6 +16,7 @@ from engine_registry.schema.keys import MAX_RANKS
 from engine_registry.schema.numbers import MAX_TTL_S, MIN_TTL_S, MIN_UNRESPONSIVE_S
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+LOCATION_VARIABLE = "ENGINES_LOCATION"
 TOKEN_VARIABLE = "ENGINES_GATEWAY_TOKEN"  # noqa: S105  the variable's name, not a token
 
 _debug = False
@@ -127,6 +128,24 @@ def label_option(help: str) -> Callable[[Command], Command]:
         callback=given_labels,
         help=f"{help} May be given several times.",
     )
+
+
+def _given_location(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    from engine_registry.schema.location import Location
+
+    return str(Location.parse(value))
+
+
+location_option = click.option(
+    "--location",
+    default="",
+    metavar="ZONE[/RACK[/NODE]]",
+    envvar=LOCATION_VARIABLE,
+    show_envvar=True,
+    callback=_given_location,
+    help="Where this machine stands; a name that is not known may be empty. Near sources are read "
+    "first, and those of another zone only where this one has none.",
+)
 
 
 selector_option = click.option(

@@ -17,6 +17,7 @@ from engine_cli.options import (
     host_option,
     json_option,
     label_option,
+    location_option,
     nbytes_of,
     rank_option,
 )
@@ -91,6 +92,7 @@ from engine_registry.schema.printable import count
     "and with --device rdma."
 )
 @device_option
+@location_option
 @json_option
 @metrics_options
 @log_options
@@ -113,6 +115,7 @@ def command(
     host: str | None,
     protocol: str,
     device: str,
+    location: str,
     as_json: bool,
 ) -> None:
     """Copy the weights of INSTANCE from its memory into this process, and into safetensors files:
@@ -171,6 +174,7 @@ def command(
                 host,
                 protocol,
                 device,
+                location,
                 raise_again,
                 stack,
             )

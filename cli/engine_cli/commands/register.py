@@ -23,6 +23,7 @@ from engine_cli.options import (
     engine_log,
     host_option,
     label_option,
+    location_option,
     rank_option,
 )
 from engine_cli.render.tables import size
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Version of the weights.",
 )
+@location_option
 @label_option("A label, by which people find the instance; all of its ranks have the same.")
 @click.option("--generation", help="Id of this launch; ranks of different launches do not mix.")
 @click.option(
@@ -155,6 +157,7 @@ def command(
     model: str | None,
     revision: str,
     version: int,
+    location: str,
     labels: dict[str, str],
     generation: str | None,
     topology: tuple[str, ...],
@@ -226,7 +229,7 @@ def command(
         )
         with ExitStack() as stack:
             engine = stack.enter_context(
-                open_engine(host or registry.local_address(), protocol, device)
+                open_engine(host or registry.local_address(), protocol, device, location=location)
             )
             seeded = publication = None
             name = f"{instance}/{rank}"

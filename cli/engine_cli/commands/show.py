@@ -24,10 +24,9 @@ from engine_cli.render.printable import printable
 from engine_cli.render.tables import print_json, print_table, print_tree, size
 from engine_cli.render.texts import (
     FLOW_COLUMNS,
-    RANK_COLUMNS,
     TENSOR_COLUMNS,
     instance_state,
-    rank_row,
+    rank_table,
     read_by,
     reads_from,
     tensor_rows,
@@ -130,13 +129,13 @@ def _rank_json(record: RankRecord, flows: Flows | None) -> dict[str, Any]:
 
 
 def _print_ranks(records: Sequence[RankRecord], flows: Flows) -> None:
-    rows = [rank_row(record, flows.progress(record)) for record in records]
+    columns, rows = rank_table([(record, flows.progress(record)) for record in records])
     if not flows.pulls:
-        print_table(RANK_COLUMNS, rows)
+        print_table(columns, rows)
         return
     more = [[reads_from(flows.reads(record)), read_by(flows.readers(record))] for record in records]
     print_table(
-        (*RANK_COLUMNS, *FLOW_COLUMNS), [[*row, *two] for row, two in zip(rows, more, strict=True)]
+        (*columns, *FLOW_COLUMNS), [[*row, *two] for row, two in zip(rows, more, strict=True)]
     )
 
 

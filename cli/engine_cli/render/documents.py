@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine_cli.render.flows import Arrived, Flows
-from engine_cli.render.states import state_of
+from engine_cli.render.states import state_of, zones_of
 from engine_registry import (
     Event,
     InstanceCleaned,
@@ -42,6 +42,7 @@ def instance_json(status: InstanceStatus) -> dict[str, Any]:
         "generation": status.records[0].generation if status.records else None,
         "version": status.version,
         "labels": dict(status.labels),
+        "zones": list(zones_of(status)),
         "nbytes": status.nbytes,
     }
 
@@ -76,6 +77,7 @@ def rank_json(record: RankRecord) -> dict[str, Any]:
         "protocol": record.protocol,
         "fabric": record.fabric,
         "rails": dict(record.rails),
+        "location": str(record.location),
         "tensors": record.manifest.tensors,
         "nbytes": record.manifest.nbytes,
         "registered_at": record.registered_at,
@@ -212,6 +214,7 @@ def loaded_json(report: LoadReport, paths: Sequence[Path]) -> dict[str, Any]:
             {
                 "key": share.name,
                 "nbytes": share.nbytes,
+                "near": share.near.value,
                 "lost": str(share.error) if share.error else None,
             }
             for share in report.shares

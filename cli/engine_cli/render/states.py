@@ -28,3 +28,9 @@ def state_of(status: InstanceStatus) -> str:
 def rank_state_of(record: RankRecord) -> str:
     """A rank that does not answer is unresponsive, whatever it does."""
     return UNRESPONSIVE if record.unresponsive_since else record.state.value
+
+
+def zones_of(status: InstanceStatus) -> tuple[str, ...]:
+    """Where its ranks stand, as far as that is known: by name."""
+    zones = {record.location.zone for record in status.records} - {""}
+    return tuple(sorted(zones))

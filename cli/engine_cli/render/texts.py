@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from engine_cli.render.flows import Arrived, Line, name_of, percent, progress_of, source_of
 from engine_cli.render.printable import printable
-from engine_cli.render.states import LOADING, UNRESPONSIVE, rank_state_of, state_of
+from engine_cli.render.states import LOADING, UNRESPONSIVE, rank_state_of, state_of, zones_of
 from engine_cli.render.tables import size
 from engine_registry import (
     Event,
@@ -147,23 +147,20 @@ def _tree_text(line: Line) -> str:
 def instance_table(
     rows: Sequence[tuple[InstanceStatus, float | None]],
 ) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Columns and rows, of instances and how much of each is loaded. The labels have a column where
-    an instance has some.
+    """Columns and rows, of instances and how much of each is loaded. The zones and the labels have
+    a column each where an instance has some.
     """
+    zones = any(zones_of(status) for status, _ in rows)
     labels = any(status.labels for status, _ in rows)
+    some = [*(["ZONES"] if zones else []), *(["LABELS"] if labels else [])]
     return (
-        _columns(labels),
-        [instance_row(status, loaded, labels) for status, loaded in rows],
+        ("INSTANCE", "STATE", "RANKS", "MODEL", "VERSION", "SIZE", *some, "WHY NOT READY"),
+        [instance_row(status, loaded, zones, labels) for status, loaded in rows],
     )
 
 
-def _columns(labels: bool) -> tuple[str, ...]:
-    some = ("LABELS",) if labels else ()
-    return ("INSTANCE", "STATE", "RANKS", "MODEL", "VERSION", "SIZE", *some, "WHY NOT READY")
-
-
 def instance_row(
-    status: InstanceStatus, loaded: float | None = None, labels: bool = False
+    status: InstanceStatus, loaded: float | None = None, zones: bool = False, labels: bool = False
 ) -> list[str]:
     version = (
         "differs"
@@ -179,16 +176,18 @@ def instance_row(
         str(status.model or "-"),
         version,
         size(status.nbytes),
+        *([some_of(zones_of(status))] if zones else []),
         *([labels_text(status.labels) or "-"] if labels else []),
         why_not_ready(status),
     ]
 
 
-RANK_COLUMNS = (
+_RANK_COLUMNS = (
     "RANK",
     "STATE",
     "VERSION",
     "PROCESS",
+    "LOCATION",
     "DEVICE",
     "SESSION",
     "PROTOCOL",
@@ -200,12 +199,34 @@ TENSOR_COLUMNS = ("TENSOR", "DTYPE", "SHAPE", "SIZE", "BOX")
 FLOW_COLUMNS = ("READS FROM", "READ BY")
 
 
+def rank_table(
+    rows: Sequence[tuple[RankRecord, Arrived | None]],
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Columns and rows, of ranks and how far each is. The location has a column where one is
+    known.
+    """
+    known = any(record.location for record, _ in rows)
+    left_out = "" if known else "LOCATION"
+    return (
+        tuple(name for name in _RANK_COLUMNS if name != left_out),
+        [
+            [
+                cell
+                for name, cell in zip(_RANK_COLUMNS, rank_row(*row), strict=True)
+                if name != left_out
+            ]
+            for row in rows
+        ],
+    )
+
+
 def rank_row(record: RankRecord, progress: Arrived | None = None) -> list[str]:
     return [
         str(record.rank),
         rank_state(record, progress),
         str(record.version),
         f"{record.host}:{record.pid or '-'}",
+        str(record.location) or "-",
         record.device,
         record.session_id,
         _way(record),

@@ -39,6 +39,7 @@ class Loading:
     host: str | None
     protocol: str
     device: str
+    location: str
     raise_again: Callable[[], None]  # a signal that was dropped
     stack: ExitStack  # of what is needed as long as the weights are served
 
@@ -64,6 +65,7 @@ class Loading:
                 self.host or registry.local_address(),
                 self._protocol([records[rank]]),
                 self.device,
+                location=self.location,
             )
         )
         with progress_bar(name, self._again, not as_json()) as on_progress:
@@ -107,7 +109,10 @@ class Loading:
 
             with (
                 open_engine(
-                    self.host or registry.local_address(), self._protocol(records), self.device
+                    self.host or registry.local_address(),
+                    self._protocol(records),
+                    self.device,
+                    location=self.location,
                 ) as engine,
                 files or nullcontext(),
                 progress_bar(name, self._again, not as_json()) as on_progress,

@@ -21,6 +21,7 @@ from engine_loader.engines.region_book import Regions
 from engine_loader.errors import EngineFailed, TensorsUnusable, listed
 from engine_loader.planning.plan import ReadOp
 from engine_registry.lifetime import Closable
+from engine_registry.schema.location import UNKNOWN, Location
 from engine_registry.schema.manifest import Export, Manifest, Region
 
 
@@ -63,6 +64,11 @@ class Engine(Protocol):
         It decides which of equal sources is nearer. Empty where the engine has no say in it.
         """
         return {}
+
+    @property
+    def location(self) -> Location:
+        """Where this machine stands, as far as it is known. It decides which sources are near."""
+        return UNKNOWN
 
     @property
     def strides(self) -> bool:

@@ -24,6 +24,7 @@ from engine_loader.engines.lingering import Lingering
 from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
+from engine_registry.schema.location import Location
 from engine_registry.schema.manifest import Export, Region
 
 _LOOK_S = 0.005  # how often a contact that hangs looks whether it is wanted
@@ -51,7 +52,13 @@ class InProcessEngine(Engine):
     )
     _numbers = itertools.count(1)
 
-    def __init__(self, fabric: str = "", delay_s: float = 0.0, can_end_reads: bool = True) -> None:
+    def __init__(
+        self,
+        fabric: str = "",
+        delay_s: float = 0.0,
+        can_end_reads: bool = True,
+        location: str = "",
+    ) -> None:
         """Starts the engine.
 
         Args:
@@ -59,7 +66,12 @@ class InProcessEngine(Engine):
             delay_s: Seconds that a read of this engine's memory takes at least.
             can_end_reads: Whether this engine can end its reads. Otherwise reads that are abandoned
                 go on until their peer answers or ends.
+            location: Where this engine stands: `ZONE[/RACK[/NODE]]`.
+
+        Raises:
+            InvalidField: The location is not valid.
         """
+        self._location = Location.parse(location)
         self._fabric = fabric
         self._delay_s = delay_s
         self._served = RegionBook()
@@ -87,6 +99,10 @@ class InProcessEngine(Engine):
     @property
     def fabric(self) -> str:
         return self._fabric
+
+    @property
+    def location(self) -> Location:
+        return self._location
 
     def register(self, region: Region) -> Regions:
         with self._served.lock:

@@ -9,7 +9,7 @@ from engine_loader.errors import EngineUnavailable
 
 
 def open_engine(
-    host: str, protocol: str = "tcp", device: str = "", fabric: str = ""
+    host: str, protocol: str = "tcp", device: str = "", fabric: str = "", *, location: str = ""
 ) -> ClosableEngine:
     """Starts the transfer engine that reads over a protocol.
 
@@ -18,17 +18,19 @@ def open_engine(
         protocol: How to read: tcp, rdma, cuda_ipc or nvlink_intra.
         device: Over rdma: as for MooncakeEngine.
         fabric: A label of the network. Engines with equal labels reach each other.
+        location: Where this machine stands, as for MooncakeEngine.
 
     Returns:
         The engine, which the caller closes.
 
     Raises:
         EngineUnavailable: The engine cannot be started here, or the protocol is unknown.
+        InvalidField: The location is not valid.
     """
     if protocol != "cuda_ipc":
-        return MooncakeEngine(host, protocol, device, fabric)
+        return MooncakeEngine(host, protocol, device, fabric, location=location)
     if device:
         raise EngineUnavailable(
             f"cuda_ipc uses no RDMA device, and {device!r} is given", "leave `device` out"
         )
-    return CudaIpcEngine(host, fabric)
+    return CudaIpcEngine(host, fabric, location=location)

@@ -42,6 +42,7 @@ class IntegrationConfig:
         device: Over rdma: names of devices, with commas between them; `"auto"`, those nearest to
             the GPU; or empty, all.
         fabric: A label of the network. Engines with equal labels reach each other.
+        location: Where this machine stands: `ZONE[/RACK[/NODE]]`. Empty: it is not known.
         stage: Which memory is served: `"loaded"`, as the checkpoint's loader fills it; or
             `"processed"`, as the engine computes with it. `"auto"` lets the integration choose.
         reshard: Whether peers of other parallel sizes count, where the engine says which part of
@@ -75,6 +76,7 @@ class IntegrationConfig:
     protocol: str = "tcp"
     device: str = ""
     fabric: str = ""
+    location: str = ""
     stage: Stage = "auto"
     reshard: bool = True
     timeout_s: float = 600.0

@@ -35,6 +35,7 @@ def start_engine_of(config: IntegrationConfig, registry: Registry) -> Engine:
         protocol=config.protocol,
         device=config.device,
         fabric=config.fabric,
+        location=config.location,
     )
 
 

@@ -66,7 +66,7 @@ class Finder:
             planner,
             digests=self._job.verify == "digest",
             max_sources=search.max_sources,
-            session_id=self._job.engine.session_id,
+            engine=self._job.engine,
         )
         try:
             choice = selection.choose(found)

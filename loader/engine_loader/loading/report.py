@@ -51,8 +51,8 @@ class LoadReport:
         regions: Regions of memory that the tensors lie in.
         register_s: Seconds that the transfer engine took to make these known to the network card.
             They are part of `seconds`. Over tcp they are next to nothing.
-        shares: For each source of this content, the bytes that came from it, and why it was
-            dropped, if it was.
+        shares: For each source of this content, the bytes that came from it, how near it is, and
+            why it was dropped, if it was.
         verified: Whether digests of the sources prove every tensor, rather than the header alone.
         outlived: The sources that were read to the end although their process had ended: their keys
             in etcd. Only where memory is mapped, as over cuda_ipc.
@@ -96,11 +96,12 @@ class LoadReport:
             "nbytes",
             "retries",
         )
-        sources = [share.name for share in self.shares if share.nbytes]
+        shares = [share for share in self.shares if share.nbytes]
         return {
             **{name: getattr(self, name) for name in names},
             "seconds": round(self.seconds, 6),
-            "sources": sources,
+            "sources": [share.name for share in shares],
+            "near": [share.near.value for share in shares],
             **({"outlived": list(self.outlived)} if self.outlived else {}),
         }
 

@@ -6,7 +6,7 @@ Sources have numbers, their places in the sequence that the planner was given.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine_loader.planning.assembly import Assemblies
@@ -32,9 +32,11 @@ class Origin:
     own: bool = True
 
 
-def needed(origins: Sequence[Origin], dst: Manifest, most: int) -> list[int]:
+def needed(
+    origins: Sequence[Origin], dst: Manifest, most: int, far: Collection[int] = ()
+) -> list[int]:
     """Numbers of origins, the first ones first, that together hold all that is wanted, and each box
-    of it up to `most` times.
+    of it up to `most` times. Those that are `far` only bring what none before them has.
     """
     wanted = {entry.name: (entry, boxes_of(entry)) for entry in dst.tensors if entry.nbytes}
     held: Counter[tuple[str, Box]] = Counter()
@@ -49,7 +51,7 @@ def needed(origins: Sequence[Origin], dst: Manifest, most: int) -> list[int]:
             for box in boxes_of(offer)
             if entry.opaque or any(box.meet(part) is not None for part in parts)
         ]
-        if any(held[box] < most for box in has):
+        if any(held[box] < (1 if number in far else most) for box in has):
             some.append(number)
             held.update(has)
     return some or [0]

@@ -64,6 +64,7 @@ def open_publication(
             protocol=engine.protocol,
             fabric=engine.fabric,
             rails=engine.rails,
+            location=engine.location,
             header_addr=offering.header.region.addr,
             incarnation=offering.incarnation,
             generation=options.generation,

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import socket
 from collections.abc import Mapping, Sequence
 
 from engine_loader.engines.base import Engine
+from engine_loader.engines.nearness import distance
 from engine_registry import RankRecord, Registry
 from engine_registry.errors import EtcdRefused
 from engine_registry.telemetry.logs import fields
@@ -20,17 +20,17 @@ log = logging.getLogger(__name__)
 def best_first(
     records: Sequence[RankRecord], readers: Mapping[str, int], engine: Engine
 ) -> list[RankRecord]:
-    """Fewest readers first, then the nearest: this host, this fabric, these rails. Loaders that see
-    equal ones do not all choose the same.
+    """Those of our zone first, then those with the fewest readers, then the nearest: this node,
+    this rack, this fabric, these rails. Loaders that see equal ones do not all choose the same.
     """
-    here = socket.gethostname()
 
-    def order(record: RankRecord) -> tuple[int, bool, bool, int, bytes]:
-        near = bool(record.fabric) and record.fabric == engine.fabric
+    def order(record: RankRecord) -> tuple[bool, float, bool, int, bytes]:
+        leaves, far = distance(record, engine)
+        same_fabric = bool(record.fabric) and record.fabric == engine.fabric
         return (
-            readers.get(record.incarnation, 0),
-            record.host != here,
-            not near,
+            leaves,
+            readers.get(record.incarnation, 0) + far,
+            not same_fabric,
             -_shared_rails(record.rails, engine.rails),
             order_of(record, engine.session_id),
         )

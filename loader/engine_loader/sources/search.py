@@ -137,6 +137,7 @@ class Search:
                     self.pipelined,
                     me,
                     chain_length(self.hop),
+                    self.engine.location,
                 )
                 found = self.registry.holders(query, wait_s, self.cancel, boxes=self.boxes)
                 return self._with_replicas(found, me), found.instances
@@ -152,6 +153,7 @@ class Search:
                     )
                 ),
                 version=self.version,
+                near=self.engine.location,
             )
         except RegistryError as exc:
             if self.cancel is not None and self.cancel.is_set():

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from engine_loader.engines.base import Engine
+from engine_loader.engines.nearness import distance
 from engine_loader.errors import DigestsMissing, LoaderError, SourceLost, WeightsMismatch
 from engine_loader.planning.matching import needed
 from engine_loader.planning.plan import Planner, refuse
@@ -51,15 +53,15 @@ class Selection:
         *,
         digests: bool,
         max_sources: int,
-        session_id: str,
+        engine: Engine,
     ) -> None:
-        """`session_id`: the loader's own."""
+        """`engine`: the loader's own."""
         self._dst = dst
         self._sources_of = sources_of
         self._planner = planner
         self._digests = digests
         self._max_sources = max_sources
-        self._session_id = session_id
+        self._engine = engine
         self.gone: list[RankRecord] = []
 
     def choose(self, found: Found) -> Choice:
@@ -79,14 +81,20 @@ class Selection:
             for group, teams in _teams(found.instances, answering):
                 if parts := self._fitting(group, list(map(self._ordered, teams)), of_instances):
                     origins = [source.origin for source in parts]
-                    numbers = needed(origins, self._dst, self._max_sources)
+                    far = [
+                        number
+                        for number, source in enumerate(parts)
+                        if distance(source.record, self._engine)[0]
+                    ]
+                    numbers = needed(origins, self._dst, self._max_sources, far)
                     some = [parts[number] for number in numbers]
                     return _logged(Choice(group.content, some), of_instances)
         raise (of_instances or misfits)[0]
 
     def _ordered(self, records: Sequence[RankRecord]) -> list[RankRecord]:
-        def order(record: RankRecord) -> tuple[bool, bytes]:
-            return bool(record.unresponsive_since), order_of(record, self._session_id)
+        def order(record: RankRecord) -> tuple[bool, bool, float, bytes]:
+            own = order_of(record, self._engine.session_id)
+            return bool(record.unresponsive_since), *distance(record, self._engine), own
 
         return sorted(records, key=order)
 

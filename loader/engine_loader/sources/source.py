@@ -12,6 +12,7 @@ import torch
 
 from engine_loader.digests.table import ALGORITHMS
 from engine_loader.engines.base import Engine, lend
+from engine_loader.engines.nearness import Nearness
 from engine_loader.errors import (
     DigestsMissing,
     EngineFailed,
@@ -140,7 +141,8 @@ class SourceRank:
             self._check_header,
             lambda: self._bad_news,
             stock,
-            lambda: self._connected,
+            ready=lambda: self._connected,
+            near=Nearness.of(self.record, self._engine),
         )
 
     def _has(self, addr: int, nbytes: int) -> bool:

@@ -95,6 +95,7 @@ class Seed:
                 protocol=self.engine.protocol,
                 fabric=self.engine.fabric,
                 rails=self.engine.rails,
+                location=self.engine.location,
                 header_addr=0,  # it has none
                 generation=options.generation,
                 topology=self.replica.topology,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from engine_loader.engines.nearness import Nearness
 from engine_loader.errors import LoaderError, ReadFailed
 from engine_loader.planning.reads import Span
 from engine_loader.transfer.progress import Silence
@@ -48,6 +49,11 @@ class Source:
     lost: Callable[[], LoaderError | None] = lambda: None
     stock: Stock | None = None
     ready: Callable[[], bool] = lambda: False
+    near: Nearness = Nearness.UNKNOWN
+
+    def share(self) -> Share:
+        """What it has contributed before it is read from."""
+        return Share(self.name, near=self.near)
 
 
 @dataclass

@@ -30,7 +30,7 @@ from engine_loader.transfer.pace import Pace
 from engine_loader.transfer.pipe import SILENT_S, Pipe, Source, silences
 from engine_loader.transfer.progress import OnProgress
 from engine_loader.transfer.reads import Reads, Stage
-from engine_loader.transfer.shares import Share, loss_of
+from engine_loader.transfer.shares import loss_of
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Transfer:
             raise ValueError("there are spans to be staged, and no buffers for them")
         self._chunks = Chunks(spans, pace.chunk_nbytes)
         self._pipes = [
-            Pipe(number, source, Share(source.name), pace.begin, self._chunks.queues_of(number))
+            Pipe(number, source, source.share(), pace.begin, self._chunks.queues_of(number))
             for number, source in enumerate(sources)
         ]
         self.shares = [pipe.share for pipe in self._pipes]

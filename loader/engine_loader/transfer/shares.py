@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from engine_loader.engines.nearness import Nearness
 from engine_loader.errors import LoaderError, SourceLost, Stalled, TornRead
 
 
 @dataclass
 class Share:
-    """What one source has contributed; `error` is why it was dropped, if it was."""
+    """What one source has contributed; `error` is why it was dropped, if it was, and `near` is how
+    near it is.
+    """
 
     name: str
     nbytes: int = 0
     error: LoaderError | None = None
+    near: Nearness = Nearness.UNKNOWN
 
 
 def summed(shares: Sequence[Share]) -> tuple[Share, ...]:

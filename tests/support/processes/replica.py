@@ -1,5 +1,5 @@
 """A rank that loads and serves at the same time: `python -m tests.support.processes.replica
-INSTANCE NBYTES PAUSE_S`.
+INSTANCE NBYTES PAUSE_S [LOCATION]`.
 
 Waits for a line, then loads the model of `source`, waiting so long after everything that comes, and
 publishes itself. Prints `half` when half has come, and in the end `loaded VERSION equal|differs
@@ -20,7 +20,7 @@ from tests.support.processes.source import MODEL, empty
 from tests.support.registry import connect
 
 
-def main(instance: str, size: str, pause: str) -> None:
+def main(instance: str, size: str, pause: str, location: str = "") -> None:
     nbytes, pause_s = int(size), float(pause)
     tensors = empty(nbytes)
     printed = False
@@ -35,7 +35,7 @@ def main(instance: str, size: str, pause: str) -> None:
     with (
         engine_log(),
         connect() as registry,
-        MooncakeEngine("127.0.0.1") as engine,
+        MooncakeEngine("127.0.0.1", location=location) as engine,
     ):
         print("up", flush=True)
         sys.stdin.readline()

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,7 @@ from engine_cli.render.texts import (
     instance_row,
     instance_table,
     rank_row,
+    rank_table,
     registration,
     tensor_rows,
 )
@@ -43,6 +45,7 @@ from engine_registry import (
     InstanceDegraded,
     InstanceGone,
     InstanceReady,
+    Location,
     RankJoined,
     RankLost,
     RankState,
@@ -609,6 +612,7 @@ def test_the_object_of_an_instance_keeps_its_fields() -> None:
         "generation": "launch-1",
         "version": 3,
         "labels": {},
+        "zones": [],
         "nbytes": 16,
     }
 
@@ -646,6 +650,24 @@ def test_a_list_has_a_column_of_labels_where_an_instance_has_some() -> None:
     place = columns.index("LABELS")
     assert [row[place] for row in rows] == ["-", "team=y,tier=x"]
     assert {len(row) for row in rows} == {len(columns)}
+
+
+def test_tables_have_a_column_of_places_where_one_is_known() -> None:
+    stands = a_record(rank=1, location=Location("eu-1a", "r17"))
+    columns, rows = instance_table([(assess("a", [A]), None), (assess("b", [A, stands]), None)])
+    assert [row[columns.index("ZONES")] for row in rows] == ["-", "eu-1a"]
+    columns, rows = rank_table([(A, None), (stands, None)])
+    assert [row[columns.index("LOCATION")] for row in rows] == ["-", "eu-1a/r17"]
+    assert {len(row) for row in rows} == {len(columns)}
+    assert instance_json(assess("b", [stands, replace(A, location=Location("a"))]))["zones"] == [
+        "a",
+        "eu-1a",
+    ]
+    assert rank_json(stands)["location"] == "eu-1a/r17"
+    columns, rows = rank_table([(A, None)])
+    assert "LOCATION" not in columns
+    assert {len(row) for row in rows} == {len(columns)}
+    assert "ZONES" not in instance_table([(assess("a", [A]), None)])[0]
 
 
 def test_the_object_of_a_rank_keeps_its_fields() -> None:

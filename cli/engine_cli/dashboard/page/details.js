@@ -126,6 +126,7 @@ function factsOf(rank, record) {
     ["Labels", Object.entries(record.labels ?? {}).map((pair) => pair.join("=")).sort().join(", ")],
     ["Topology", topology.map(([axis, [at, of]]) => `${axis} ${at} of ${of}`).join(", ")],
     ["Host", [rank.host, record.pid ? `pid ${record.pid}` : ""].filter(Boolean).join(", ")],
+    ["Location", record.location],
     ["Device", rank.device],
     ["Session", rank.session],
     ["Protocol", rank.protocol],

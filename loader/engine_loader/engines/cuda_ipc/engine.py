@@ -29,6 +29,7 @@ from engine_loader.engines.mooncake.machine import this_host
 from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
+from engine_registry.schema.location import Location
 from engine_registry.schema.manifest import Export, Region
 
 # Of one launch. The first one is short, so that the GPU begins; each that follows takes as long as
@@ -68,7 +69,12 @@ class CudaIpcEngine(ClosableEngine):
     _here: ClassVar[weakref.WeakValueDictionary[str, CudaIpcEngine]] = weakref.WeakValueDictionary()
 
     def __init__(
-        self, host: str = "127.0.0.1", fabric: str = "", *, gpus: Gpus | None = None
+        self,
+        host: str = "127.0.0.1",
+        fabric: str = "",
+        *,
+        location: str = "",
+        gpus: Gpus | None = None,
     ) -> None:
         """Starts the engine.
 
@@ -76,12 +82,15 @@ class CudaIpcEngine(ClosableEngine):
             host: The address of this machine at which readers see whether this process is there.
             fabric: A label of the network. Engines with equal labels reach each other. Empty: the
                 one of this host.
+            location: Where this machine stands, as for MooncakeEngine.
             gpus: What it uses of CUDA. For tests.
 
         Raises:
             EngineUnavailable: There is no GPU or no Triton, or nothing can listen at that address.
+            InvalidField: The location is not valid.
         """
         self._fabric = fabric or this_host()
+        self._location = Location.parse(location)
         self._gpus: Gpus = gpus or CudaGpus()
         self._served = RegionBook()
         self._lent = RegionBook()
@@ -113,6 +122,10 @@ class CudaIpcEngine(ClosableEngine):
     @property
     def fabric(self) -> str:
         return self._fabric
+
+    @property
+    def location(self) -> Location:
+        return self._location
 
     @property
     def strides(self) -> bool:

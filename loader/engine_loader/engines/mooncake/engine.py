@@ -31,6 +31,7 @@ from engine_loader.errors import EngineFailed, EngineUnavailable, LoaderError, R
 from engine_loader.planning.plan import ReadOp
 from engine_loader.tensors.cuda import on_device_of, pci_address
 from engine_registry.schema.address import join
+from engine_registry.schema.location import Location
 from engine_registry.schema.manifest import Export, Region
 from engine_registry.schema.record import PROTOCOLS
 
@@ -56,6 +57,7 @@ class MooncakeEngine(ClosableEngine):
         protocol: str = "tcp",
         device: str = "",
         fabric: str = "",
+        location: str = "",
         *,
         shared: bool | None = None,
     ) -> None:
@@ -67,12 +69,16 @@ class MooncakeEngine(ClosableEngine):
             device: Over rdma: names of devices, with commas between them; `"auto"`, those nearest
                 to this thread's GPU, or to the CPUs where CUDA is not in use; or empty, all.
             fabric: A label of the network. Engines with equal labels reach each other.
+            location: Where this machine stands, `ZONE[/RACK[/NODE]]`, each of which may be empty.
+                Loads prefer sources that are near, and leave the zone only where they must.
             shared: Whether the engine that serves also reads from all peers. None: as the protocol
                 needs it. For tests.
 
         Raises:
             EngineUnavailable: The engine cannot be imported or started here.
+            InvalidField: The location is not valid.
         """
+        self._location = Location.parse(location)
         if protocol not in PROTOCOLS:
             raise EngineUnavailable(
                 f"protocol {protocol!r} is unknown", f"use one of {', '.join(PROTOCOLS)}"
@@ -121,6 +127,10 @@ class MooncakeEngine(ClosableEngine):
     @property
     def rails(self) -> Mapping[str, str]:
         return self._rails
+
+    @property
+    def location(self) -> Location:
+        return self._location
 
     def register(self, region: Region) -> Regions:
         with self._served.lock:

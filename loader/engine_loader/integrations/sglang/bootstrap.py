@@ -94,6 +94,7 @@ class Bootstrap:
                 seat,
                 envs.MOONCAKE_PROTOCOL.get(),
                 self._config.labels,
+                self._config.location,
             )
         except Exception as exc:
             if self._config.required:

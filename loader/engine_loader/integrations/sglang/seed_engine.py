@@ -12,7 +12,7 @@ from engine_loader.engines.base import Engine
 from engine_loader.engines.region_book import Regions
 from engine_loader.errors import EngineFailed
 from engine_loader.planning.plan import ReadOp
-from engine_registry import Region
+from engine_registry import Location, Region
 from engine_registry.schema.manifest import Export
 
 
@@ -20,9 +20,17 @@ class SeedEngine(Engine):
     """Serves what SGLang has registered with its engine already, and registers what is added."""
 
     def __init__(
-        self, library: Any, session_id: str, protocol: str, weights: Iterable[Region]
+        self,
+        library: Any,
+        session_id: str,
+        protocol: str,
+        weights: Iterable[Region],
+        location: str = "",
     ) -> None:
-        """`library` is Mooncake's engine, and `weights` the memory that is registered with it."""
+        """`library` is Mooncake's engine, `weights` the memory that is registered with it, and
+        `location` where this machine stands.
+        """
+        self._location = Location.parse(location)
         self._library = library
         self._session_id = session_id
         self._protocol = protocol
@@ -41,6 +49,10 @@ class SeedEngine(Engine):
     @property
     def fabric(self) -> str:
         return ""
+
+    @property
+    def location(self) -> Location:
+        return self._location
 
     def register(self, region: Region) -> Regions:
         """The parts of the region that SGLang has registered. A region that has none of its own is

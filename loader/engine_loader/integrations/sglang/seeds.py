@@ -79,6 +79,7 @@ def publish_seed(
     seat: Seat,
     protocol: str,
     labels: Mapping[str, str] | None = None,
+    location: str = "",
 ) -> Seed:
     """Registers the rank.
 
@@ -90,6 +91,7 @@ def publish_seed(
         seat: Which rank it is.
         protocol: What SGLang was asked to use.
         labels: Names and values by which people find the instance.
+        location: Where this machine stands: `ZONE[/RACK[/NODE]]`.
 
     Raises:
         LoaderError, RegistryError: As `publish`.
@@ -98,7 +100,11 @@ def publish_seed(
         Region(addr, numel * itemsize) for addr, numel, itemsize in transporter.weight_info.values()
     ]
     engine = SeedEngine(
-        transporter.engine, transporter.session_id, protocol_in_use(protocol), weights
+        transporter.engine,
+        transporter.session_id,
+        protocol_in_use(protocol),
+        weights,
+        location,
     )
     own_memory = apart_from(tensors)
     with own_memory():

@@ -187,6 +187,7 @@ def test_of_ranks_that_hold_the_same_only_so_many_are_needed_the_first_ones_firs
     assert needed(origins, dst, 1) == [0, 2]
     assert needed(origins, dst, 2) == [0, 1, 2, 4]
     assert needed(origins, a_manifest(a_box((5,), (2,), (8,))), 9) == [2, 4, 5]
+    assert needed(origins, dst, 2, far=[1, 2, 3]) == [0, 2, 4]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """No rank reads from itself by way of others: whoever joins, dies, is registered again or looks
-late, in whatever order.
+late, in whatever order and wherever it stands.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from engine_loader import InProcessEngine
 from engine_loader.sources.groups import Found
 from engine_loader.sources.search import Search
-from engine_registry import Manifest, ModelIdentity, Place, RankRecord, RankState
-from engine_registry.schema.holder import holder_key
+from engine_registry import Location, Manifest, ModelIdentity, Place, RankRecord, RankState
+from engine_registry.schema.holder import holder_keys
 from tests.support.builders import a_record
 from tests.support.fake_etcd import FakeEtcd
 from tests.support.shelf import OverFake, shelve
 
 MODEL = ModelIdentity("m")
-ENGINE = InProcessEngine()
+WHERE = ("", "a", "b", "b/r", "b/r/n", "/r")
+ENGINES = {location: InProcessEngine(location=location) for location in WHERE}
 A_RANK = st.integers(0, 11)
 
 
@@ -47,12 +48,13 @@ class Joining(RuleBasedStateMachine):
     def _some(self, number: int) -> RankRecord | None:
         return self.loading[number % len(self.loading)] if self.loading else None
 
-    @rule(indexed=st.booleans(), at_once=st.booleans())
-    def join(self, indexed: bool, at_once: bool) -> None:
+    @rule(indexed=st.booleans(), at_once=st.booleans(), location=st.sampled_from(WHERE))
+    def join(self, indexed: bool, at_once: bool, location: str) -> None:
         """Ranks that register at once have one order."""
         name = f"r{len(self.loading)}"
         order = self.loading[-1].order if self.loading and at_once else 0
-        rank = self._rank(name, state=RankState.LOADING, order=order)
+        where = Location.parse(location)
+        rank = self._rank(name, state=RankState.LOADING, order=order, location=where)
         self.loading.append(shelve(self.etcd, rank, indexed=indexed))
 
     @rule(number=A_RANK, again=st.booleans())
@@ -63,7 +65,7 @@ class Joining(RuleBasedStateMachine):
         before = self.looks.get(me.incarnation) if again else None
         search = Search(
             registry=self.registry,
-            engine=ENGINE,
+            engine=ENGINES[str(me.location)],
             wanted=MODEL,
             place=Place(0),
             dst=Manifest((), ()),
@@ -90,9 +92,8 @@ class Joining(RuleBasedStateMachine):
         """Its keeper puts the record again, whose revisions are new then."""
         if (me := self._some(number)) is None:
             return
-        self.etcd.delete(me.key)
-        if me.order:
-            self.etcd.delete(holder_key(me))
+        for key in (me.key, *holder_keys(me)):
+            self.etcd.delete(key)
         again = shelve(self.etcd, me, indexed=bool(me.order))
         if not me.order:  # a rank of the release before is another one then
             again = replace(again, order=0)

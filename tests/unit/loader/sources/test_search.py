@@ -16,6 +16,7 @@ from engine_loader.sources.search import Search
 from engine_registry import (
     InstanceState,
     InstanceStatus,
+    Location,
     Manifest,
     ModelIdentity,
     Place,
@@ -24,6 +25,7 @@ from engine_registry import (
     Registry,
 )
 from engine_registry.errors import EtcdRefused, InvalidField
+from engine_registry.pulls.taking import take_ticket
 from engine_registry.schema.keyvalue import Found as FoundKeys
 from engine_registry.schema.keyvalue import Range
 from engine_registry.watching.waiting import Wanted
@@ -319,6 +321,104 @@ def test_a_rank_that_only_an_older_version_has_is_reported_with_those_of_the_new
     with pytest.raises(InvalidField, match="there is no rank 1: 'b' has the ranks 0 to 0"):
         find(registry, rank=1, boxes=False)
     assert find(registry, rank=1, boxes=False, version=3) == ["a/1"]
+
+
+# -- near ones
+# --------------------------------------------------------------------------------------------------
+
+HERE = InProcessEngine(location="b/r1/n1")
+
+
+def at(instance: str, location: str, **changes: Any) -> RankRecord:
+    return one(instance, location=Location.parse(location), **changes)
+
+
+NODE, RACK, ZONE = at("n", "b/r1/n1"), at("r", "b/r1/n2"), at("z", "b/r2/n3")
+UNKNOWN, FAR = one("u"), at("f", "a/r1/n1")
+
+
+def test_of_equally_busy_ones_the_node_comes_first_then_the_rack_the_zone_and_the_rest() -> None:
+    order = find(Ready([FAR], [ZONE], [RACK], [UNKNOWN], [NODE]), engine=HERE)
+    assert order[:3] == ["n/0", "r/0", "z/0"]
+    assert sorted(order[3:]) == ["f/0", "u/0"]
+
+
+def test_within_the_zone_a_free_source_counts_for_more_than_a_near_one_and_elsewhere_never() -> (
+    None
+):
+    registry = Ready([FAR], [ZONE], [RACK], [NODE], pulls={"n": 1, "r": 1, "z": 0})
+    assert find(registry, engine=HERE) == ["z/0", "n/0", "r/0", "f/0"]
+    busy = Ready([FAR], [UNKNOWN], [ZONE], pulls={"z": 90})
+    assert find(busy, engine=HERE)[0] == "z/0"
+
+
+@pytest.mark.parametrize(
+    ("some", "at_once"),
+    [([NODE, ZONE, FAR], 2), ([NODE], 1), ([FAR, UNKNOWN], 2), ([FAR, UNKNOWN, ZONE], 1)],
+)
+def test_no_source_of_another_zone_is_read_from_beside_one_of_ours(
+    some: list[RankRecord], at_once: int
+) -> None:
+    (group,) = search(Ready(*[[record] for record in some]), 0, HERE).alike
+    assert group.at_once == at_once
+    (together,) = search(Ready(*[[record] for record in some]), None, HERE).instances
+    assert together.at_once == at_once
+
+
+def test_of_instances_the_one_with_the_most_ranks_in_our_zone_comes_first() -> None:
+    def parts(instance: str, *locations: str) -> list[RankRecord]:
+        size = len(locations)
+        return [
+            at(instance, where, rank=rank, world_size=size, incarnation=f"{instance}{rank:031}")
+            for rank, where in enumerate(locations)
+        ]
+
+    registry = Ready(parts("x", "a", "a"), parts("y", "b", "a"), parts("z", "b", "b"))
+    found = search(registry, None, HERE)
+    assert [record.instance for record in records_of(found.instances)] == ["z", "y", "x"]
+
+
+def test_who_does_not_know_its_zone_reads_as_if_there_were_none() -> None:
+    engine = InProcessEngine()
+    registry = Ready([FAR], [ZONE], [UNKNOWN], pulls={"f": 0, "z": 2, "u": 1})
+    assert find(registry, engine=engine) == ["f/0", "u/0", "z/0"]
+
+
+def test_of_a_model_those_of_our_zone_are_found_however_many_there_are_elsewhere() -> None:
+    far = [
+        at(f"f{number}", "a", incarnation=f"{number:032x}", model=MODEL) for number in range(200)
+    ]
+    near = at("near", "b", model=MODEL)
+    some, _ = standing(*far, near)
+    found = search(cast(Ready, some), 0, HERE, **BY_RANK)
+    assert [record.instance for record in records_of(found.alike)] == ["near"]
+    found = search(cast(Ready, some), None, HERE, wanted=MODEL)
+    assert [record.instance for record in records_of(found.instances)] == ["near"]
+
+
+def test_a_chain_leaves_a_zone_once() -> None:
+    """Ranks of two zones join in turn; only one zone has a source."""
+    etcd = FakeEtcd()
+    registry = cast(Ready, OverFake(etcd))
+    source = shelve(etcd, at("s", "a", model=MODEL, host="x"))
+    where = {source.instance: "a"}
+    crossings = []
+    tickets = []
+    for number in range(24):
+        name, zone = f"j{number}", "ab"[number % 2]
+        me = loading(name, 0, location=Location(zone), model=MODEL, incarnation=f"{number:032x}")
+        me = shelve(etcd, me)
+        where[name] = zone
+        found = search(registry, 0, InProcessEngine(location=zone), me=me, **BY_RANK)
+        ((parent,), *_) = found.alike[0].teams
+        tickets.append(take_ticket(etcd, parent, me, found.alike[0].free_since))
+        if where[parent.instance] != zone:
+            crossings.append(name)
+    assert all(tickets)
+    assert crossings == ["j1"]
+    for ticket in tickets:
+        if ticket is not None:
+            ticket.close()
 
 
 # -- rank by rank, and ranks that are loading

@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import pytest
 
+from engine_loader import InProcessEngine
 from engine_loader.errors import DigestsMissing, SourceLost, WeightsMismatch
 from engine_loader.planning.matching import Origin
 from engine_loader.planning.plan import Planner
 from engine_loader.sources.groups import Found, Group
 from engine_loader.sources.selection import Choice, Fetched, Selection
 from engine_loader.sources.source import SourceRank
-from engine_registry import Manifest, RankRecord, TensorEntry
+from engine_registry import Location, Manifest, RankRecord, TensorEntry
 from engine_registry.errors import RecordDamaged
 from tests.support.builders import CONTENT, OTHER_CONTENT, a_manifest, a_record, an_entry
 
@@ -48,7 +49,9 @@ WHOLE = an_entry("w", 5000, 16, opaque=False)
 
 
 class Ranks:
-    """Those of an instance that hold these tensors; `gone` have ended, `silent` do not answer."""
+    """Those of an instance that hold these tensors; `gone` have ended, `silent` do not answer.
+    `zones` has the zone of each.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class Ranks:
         digests: Sequence[str] = (),
         gone: Sequence[int] = (),
         silent: Sequence[int] = (),
+        zones: str = "",
     ) -> None:
         self.records = tuple(
             a_record(
@@ -65,6 +69,7 @@ class Ranks:
                 world_size=len(tensors),
                 incarnation=f"{instance}{rank:031}",
                 unresponsive_since="2026-01-02T03:05:00.000+00:00" if rank in silent else "",
+                location=Location(zones[rank] if zones else ""),
             )
             for rank in range(len(tensors))
         )
@@ -95,7 +100,7 @@ def selection_of(teams: Sequence[Ranks], wanted: Manifest, **options: Any) -> Se
         wanted,
         sources_of,
         planner,
-        **{"digests": False, "max_sources": 2, "session_id": "x", **options},
+        **{"digests": False, "max_sources": 2, "engine": InProcessEngine(), **options},
     )
 
 
@@ -217,11 +222,18 @@ def test_where_nobody_holds_the_same_all_that_hold_a_part_are_chosen() -> None:
 
 def test_of_equal_ranks_loaders_choose_different_ones_and_no_more_than_are_wanted() -> None:
     team = Ranks("a", *[half(number % 2) for number in range(8)])
-    choices = [
-        sorted(chosen([team], session_id=session_id, max_sources=1)) for session_id in "abcdefghij"
-    ]
+    choices = [sorted(chosen([team], engine=InProcessEngine(), max_sources=1)) for _ in range(10)]
     assert all(len(some) == 2 for some in choices)
     assert len({tuple(some) for some in choices}) > 2
+
+
+def test_of_equal_ranks_those_in_the_zone_of_the_loader_are_chosen_and_none_beside_them() -> None:
+    team = Ranks("a", *[half(number % 2) for number in range(8)], zones="aaabbbab")
+    some = chosen([team], engine=InProcessEngine(location="b"))
+    assert len(some) == 3  # the first half has one rank there, and the second more than two
+    assert set(some) < {"a/3", "a/4", "a/5", "a/7"}
+    alone = Ranks("a", half(0), half(1), half(0), zones="aab")
+    assert sorted(chosen([alone], engine=InProcessEngine(location="b"))) == ["a/1", "a/2"]
 
 
 def test_an_instance_of_which_a_rank_is_gone_gives_way_to_another_and_is_remembered() -> None:

@@ -154,11 +154,11 @@ def test_what_fails_of_this_library_is_one_warning_unless_it_is_required(
 def test_a_seed_registers_in_etcd_and_not_at_node_0(running: Running) -> None:
     running.process.parallel.tp_rank, running.process.parallel.tp_size = 1, 2
     running.process.parallel.pp_rank, running.process.parallel.pp_size = 1, 2
-    running.settings = {"labels": {"team": "search"}}
+    running.settings = {"labels": {"team": "search"}, "location": "eu-1a"}
     at_node_0: list[object] = []
     running.bootstrap().register(at_node_0.append, running.transporter())
-    ((_, _, tensors, _, seat, _, labels),) = running.published
-    assert (at_node_0, labels) == ([], {"team": "search"})
+    ((_, _, tensors, _, seat, _, labels, location),) = running.published
+    assert (at_node_0, labels, location) == ([], {"team": "search"}, "eu-1a")
     assert tensors.keys() == {"weight", "bias"}
     assert (seat.place.rank, seat.place.world_size) == (3, 4)
 
