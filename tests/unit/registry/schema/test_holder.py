@@ -67,6 +67,18 @@ def test_the_newest_version_comes_first_and_of_those_that_load_the_last_to_begin
     assert (holder_key(one) < holder_key(other)) == newer
 
 
+@given(RECORDS, st.text(string.ascii_letters + "-", min_size=1, max_size=4), st.booleans())
+def test_of_those_that_load_the_entry_of_the_one_that_began_before_comes_behind(
+    one: RankRecord, incarnation: str, at_once: bool
+) -> None:
+    """Also of two that registered at one revision: else each might read from the other."""
+    one = replace(one, state=RankState.LOADING)
+    order = one.order if at_once else one.order // 2 + 1
+    other = replace(one, incarnation=incarnation, order=order)
+    if one.incarnation != other.incarnation:
+        assert (holder_key(one) > holder_key(other)) == (one.began < other.began)
+
+
 @given(st.integers(0, MAX_REVISION), st.integers(1, MAX_REVISION))
 def test_a_range_from_an_order_on_has_those_that_began_by_then(at: int, order: int) -> None:
     record = a_record(state=RankState.LOADING, order=order)
