@@ -6,7 +6,7 @@ At most two requests, however many entries there are.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine_registry.etcd.client import Etcd
@@ -17,7 +17,6 @@ from engine_registry.schema.location import UNKNOWN, Location
 from engine_registry.schema.record import ModelIdentity, RankState
 
 NEAR = 2  # of a node, and of a rack, that are looked at beside others of the zone
-_VERSIONS = 4  # of everywhere that are looked at for their versions, if a zone is known
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,10 @@ def sample(
     come. A few of the same node and rack are the first.
     """
     limits = dict.fromkeys(near.within_zone, NEAR) | {near.zone: SAMPLE, "": SAMPLE}
-    at_first = limits | {"": _VERSIONS} if near.zone else limits
     _, found = etcd.read(
         [
             under(holders_prefix(model, rank, state, version, area), limit)
-            for area, limit in at_first.items()
+            for area, limit in limits.items()
         ]
     )
     first = {
@@ -80,9 +78,22 @@ def sample(
         return Sample(_distinct(first.values())[: 2 * SAMPLE], True, first[""].are_all, "")
     area = near.zone if first[near.zone].of(newest).entries else ""
     parts = {each: first[each].of(newest) for each in (*near.within_zone, area)}
-    crowded = [each for each, part in parts.items() if not part.are_all]
-    prefixes = {holders_prefix(model, rank, state, newest, each): limits[each] for each in crowded}
-    parts |= zip(crowded, _at_random(etcd, prefixes), strict=True)
+    crowded = {
+        each: holders_prefix(model, rank, state, newest, each)
+        for each, part in parts.items()
+        if not part.are_all
+    }
+    if crowded:  # from a random one on, and round to the first ones
+        start = secrets.token_hex(16)
+        _, behind = etcd.read(
+            [
+                Range(prefix + start, end_of(prefix), limits[each])
+                for each, prefix in crowded.items()
+            ]
+        )
+        for each, some in zip(crowded, behind, strict=True):
+            before = [entry for entry in parts[each].entries if entry.incarnation < start]
+            parts[each] = _Part([*entries_of(some.items), *before][: limits[each]], False)
     return Sample(
         _distinct(parts.values())[:SAMPLE],
         parts[area].are_all,
@@ -94,21 +105,3 @@ def sample(
 def _distinct(parts: Iterable[_Part]) -> list[Entry]:
     every = {entry.incarnation: entry for part in parts for entry in part.entries}
     return list(every.values())
-
-
-def _at_random(etcd: Etcd, limits: Mapping[str, int]) -> list[_Part]:
-    """Of each prefix so many entries, from a random one on and round to it again."""
-    ranges: list[Range] = []
-    for prefix, limit in limits.items():
-        start = prefix + secrets.token_hex(16)
-        ranges += [Range(start, end_of(prefix), limit), Range(prefix, start, limit)]
-    if not ranges:
-        return []
-    _, found = etcd.read(ranges)
-    return [
-        _Part(
-            entries_of([*behind.items, *before.items])[:limit],
-            behind.count + before.count <= limit,
-        )
-        for limit, behind, before in zip(limits.values(), found[::2], found[1::2], strict=True)
-    ]
