@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,51 +98,96 @@ def pipelined(fabric: Fabric, nbytes: float, parents: Sequence[int | None]) -> f
     return max(ended, default=0.0)
 
 
-def joined(receivers: int, hop: float, seed: int = 0) -> list[int | None]:
+def joined(
+    receivers: int, hop: float, seed: int = 0, zones: Sequence[int] = ()
+) -> list[int | None]:
     """Whom each reads from by the rule of `sources.chain`, where each sees a few of those before
     it, as `holders.look` brings them, and takes its place before the next one looks. All of them
     still load.
 
-    `hop` is in loads of one receiver that has a source for itself.
+    `hop` is in loads of one receiver that has a source for itself. `zones` has the zone of each
+    receiver; the seed is in zone 0. Without it there is one zone.
     """
-    return joined_at_once(receivers, hop, 1, seed)[0]
+    return joined_at_once(receivers, hop, 1, seed, zones)[0]
 
 
 def joined_at_once(
-    receivers: int, hop: float, at_once: int, seed: int = 0
+    receivers: int, hop: float, at_once: int, seed: int = 0, zones: Sequence[int] = ()
 ) -> tuple[list[int | None], float]:
     """As `joined`, where so many at a time have looked and have no place yet, and any of them is
     the next one that takes its place. Also, how often etcd refuses a receiver: it looks again then.
     """
     chance = random.Random(seed)  # noqa: S311  no secret
-    readers: Counter[str] = Counter()
+    crowd = _Crowd(zones or [0] * receivers, hop, chance)
     chosen: dict[int, str] = {}
     looked: list[tuple[int, str, int]] = []  # the receiver, its source, and how many read from that
     refused, number = 0, 0
     while len(chosen) < receivers:
         while number < receivers and len(looked) < at_once:
-            looked.append(_look(number, hop, readers, chance))
+            looked.append(crowd.look(number))
             number += 1
         receiver, source, seen = looked.pop(chance.randrange(len(looked)))
-        if readers[source] != seen:
+        if crowd.readers[source] != seen:
             refused += 1
-            looked.append(_look(receiver, hop, readers, chance))
+            looked.append(crowd.look(receiver))
             continue
-        readers[source] += 1
+        crowd.readers[source] += 1
         chosen[receiver] = source
     sources = [chosen[receiver] for receiver in range(receivers)]
     return [None if one == _SEED else int(one) for one in sources], refused / receivers
 
 
-def _look(
-    number: int, hop: float, readers: Counter[str], chance: random.Random
-) -> tuple[int, str, int]:
-    seen = [*range(number)][: -SAMPLE - 1 : -1]
-    if number > chain_length(hop):
-        spread = [int((part + chance.random()) * number / SAMPLE) for part in range(SAMPLE)]
-        seen = list(dict.fromkeys(reversed(spread)))
-    cost = costs(
-        [_SEED], [str(one) for one in seen], readers, ahead=number, all_ready=True, hop=hop
+def in_zones(receivers: int, zones: int, seed: int = 0) -> list[int]:
+    """The zone of each, at random."""
+    chance = random.Random(seed)  # noqa: S311  no secret
+    return [chance.randrange(zones) for _ in range(receivers)]
+
+
+def crossings(parents: Sequence[int | None], zones: Sequence[int]) -> int:
+    """How many receivers read from another zone than theirs."""
+    return sum(
+        (0 if parent is None else zones[parent]) != zone
+        for parent, zone in zip(parents, zones, strict=True)
     )
-    source = min(cost, key=lambda one: (cost[one], chance.random()))
-    return number, source, readers[source]
+
+
+class _Crowd:
+    """The receivers, in the order in which they join."""
+
+    def __init__(self, zones: Sequence[int], hop: float, chance: random.Random) -> None:
+        self.readers: Counter[str] = Counter()
+        self._zones = zones
+        self._hop = hop
+        self._chance = chance
+        self._members: defaultdict[int, list[int]] = defaultdict(list)
+        for number, zone in enumerate(zones):
+            self._members[zone].append(number)
+
+    def look(self, number: int) -> tuple[int, str, int]:
+        """The receiver, the source that it chooses, and how many read from that."""
+        zone = self._zones[number]
+        before: Sequence[int] = self._members[zone]
+        ahead = bisect_left(before, number)
+        if not ahead:
+            before, ahead = range(number), number
+        seen = [before[at] for at in range(ahead)[: -SAMPLE - 1 : -1]]
+        if ahead > chain_length(self._hop):
+            spread = [
+                int((part + self._chance.random()) * ahead / SAMPLE) for part in range(SAMPLE)
+            ]
+            seen = [before[at] for at in dict.fromkeys(reversed(spread))]
+        cost = costs(
+            [_SEED],
+            [str(one) for one in seen],
+            self.readers,
+            ahead=ahead,
+            all_ready=True,
+            hop=self._hop,
+        )
+        source = min(
+            cost, key=lambda one: (self._zone_of(one) != zone, cost[one], self._chance.random())
+        )
+        return number, source, self.readers[source]
+
+    def _zone_of(self, source: str) -> int:
+        return 0 if source == _SEED else self._zones[int(source)]

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from benchmarks import figures
+from benchmarks.scale import zones
 from benchmarks.scale.chains import chains
 from benchmarks.scale.choices import choices
 from benchmarks.scale.claims import claims
@@ -43,6 +44,7 @@ PARTS: dict[str, Sequence[Series]] = {
     "choice": (choices,),
     "layout": (layouts,),
     "chain": (chains,),
+    "zone": (zones.at_once, zones.among_instances),
     "loss": (losses,),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -78,6 +78,7 @@ class Joins:
     spent: Counts
     after: Counts | None  # None where they were cancelled
     most_readers: int  # of one rank
+    crossings: int  # joiners that read from another zone
     cpu_s: float  # of this process, until the first byte
     seconds: float
     exact: int  # joiners that have the bytes of the source
@@ -92,7 +93,7 @@ class Joins:
 
 
 @contextmanager
-def a_source(server: LocalEtcd) -> Iterator[None]:
+def a_source(server: LocalEtcd, zone: str = "") -> Iterator[None]:
     """One complete rank of the model, in this process."""
     with (
         connected(server) as etcd,
@@ -100,7 +101,7 @@ def a_source(server: LocalEtcd) -> Iterator[None]:
         Registry.connect(server.endpoint, timeout_s=TIMEOUT_S) as registry,
         publish(
             registry,
-            InProcessEngine(),
+            InProcessEngine(location=zone),
             instance="source",
             rank=0,
             world_size=1,
@@ -118,13 +119,14 @@ def join(
     *,
     complete: bool = True,
     shards: Mapping[str, Shard] | None = None,
+    zones: Sequence[str] = ("",),
     within_s: float = 1_800.0,
 ) -> Joins:
     """Not `complete`: they are cancelled before their first byte, as records without memory behind
-    them may be their sources.
+    them may be their sources. They stand in the zones in turn, and the source in the first one.
     """
     with connected(server) as etcd, in_one_process(etcd), ExitStack() as stack:
-        team = _Team(server, joiners, shards, stack)
+        team = _Team(server, joiners, shards, zones, stack)
         stack.enter_context(held_by(team.gate))
         with counting(server, _QUIET_WITHIN_S) as joined:
             cpu_s, start = time.process_time(), time.monotonic()
@@ -145,6 +147,7 @@ def join(
             joined.spent,
             after,
             max(readers.values()),
+            team.gate.crossings,
             cpu_s,
             seconds,
             team.exact(),
@@ -159,12 +162,15 @@ class _Team:
         server: LocalEtcd,
         joiners: int,
         shards: Mapping[str, Shard] | None,
+        zones: Sequence[str],
         stack: ExitStack,
     ) -> None:
         self.gate = Gate(joiners)
         self._cancelled = threading.Event()
         self._shards = shards
-        self._engines = [InProcessEngine() for _ in range(joiners)]
+        self._engines = [
+            InProcessEngine(location=zones[number % len(zones)]) for number in range(joiners)
+        ]
         self._tensors = [{"w": torch.zeros(FLOATS)} for _ in range(joiners)]
         self._reports: list[LoadReport] = []
         self._registry = stack.enter_context(Registry.connect(server.endpoint, timeout_s=TIMEOUT_S))

@@ -17,6 +17,7 @@ from engine_registry.registration.keeper.key_watch import KeyWatch
 from engine_registry.registration.writes import claim
 from engine_registry.schema import manifest_format as manifests
 from engine_registry.schema.keyvalue import KeyValue
+from engine_registry.schema.location import UNKNOWN, Location
 from engine_registry.schema.record import ManifestRef, RankRecord
 
 MODEL = ModelIdentity("scale/model-that-is-joined", "r1", "bfloat16")
@@ -58,6 +59,7 @@ def a_record(
     model: ModelIdentity = OTHER,
     protocol: str = "rdma",
     state: RankState = RankState.READY,
+    location: Location = UNKNOWN,
 ) -> RankRecord:
     """The record of rank `number`, counted over all instances of one prefix."""
     return RankRecord(
@@ -79,6 +81,7 @@ def a_record(
         host=f"gpu-node-{number // HOST_RANKS:05}",
         pid=41_000 + number % HOST_RANKS,
         state=state,
+        location=location,
     )
 
 
@@ -94,13 +97,16 @@ class Fleet:
         model: ModelIdentity = OTHER,
         protocol: str = "rdma",
         manifest: Manifest | None = None,
+        locations: Sequence[Location] = (UNKNOWN,),
     ) -> None:
+        """They stand at the locations in turn."""
         self._etcd = etcd
         self._prefix = prefix
         self._world_size = world_size
         self._model = model
         self._protocol = protocol
         self._manifest = manifest or small_manifest()
+        self._locations = locations
         self._lease_id = etcd.grant(_TTL_S)
         self.written: list[tuple[RankRecord, KeyValue]] = []
 
@@ -125,6 +131,7 @@ class Fleet:
             world_size=self._world_size,
             model=self._model,
             protocol=self._protocol,
+            location=self._locations[number % len(self._locations)],
         )
         return record, parts
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,9 +24,13 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.scale.ranks import a_keeper
+from engine_loader import Engine
+from engine_loader.engines.nearness import Nearness
 from engine_loader.loading import attempt
+from engine_loader.planning.reads import Span
 from engine_loader.sources import manifests
 from engine_loader.transfer.pace import Pace, pace_in_chain
+from engine_loader.transfer.pipe import Source
 from engine_loader.transfer.scheduler import Transfer
 from engine_registry import Manifest, RankRecord, RegistrationState, client
 from engine_registry.errors import RegistryError
@@ -104,6 +108,7 @@ class Gate:
     def __init__(self, loads: int) -> None:
         self._loads = loads
         self._there = 0
+        self.crossings = 0  # loads that read from another zone
         self._failures: list[BaseException] = []
         self._changed = threading.Condition()
         self._open = threading.Event()
@@ -112,12 +117,13 @@ class Gate:
     def begin(self) -> None:
         self._on_the_way.acquire()
 
-    def enter(self) -> None:
+    def enter(self, crosses: bool) -> None:
         """Once for each load: one that tries again finds the gate open."""
         if self._open.is_set():
             return
         with self._changed:
             self._there += 1
+            self.crossings += crosses
             self._changed.notify_all()
         self._on_the_way.release()
         self._open.wait(_PATIENCE_S)
@@ -147,12 +153,20 @@ class Gate:
 class _GatedTransfer(Transfer):
     """Waits before it begins to read."""
 
-    def __init__(self, gate: Gate, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(
+        self,
+        gate: Gate,
+        engine: Engine,
+        spans: Iterable[Span],
+        sources: Sequence[Source],
+        *more: Any,
+    ) -> None:
+        super().__init__(engine, spans, sources, *more)
         self._gate = gate
+        self._crosses = any(source.near is Nearness.ELSEWHERE for source in sources)
 
     def run(self) -> None:
-        self._gate.enter()
+        self._gate.enter(self._crosses)
         super().run()
 
 

@@ -14,7 +14,9 @@ from benchmarks.fanout.model import (
     Fabric,
     all_from_one,
     complete_then_chain,
+    crossings,
     depths_of,
+    in_zones,
     joined,
     joined_at_once,
     pipelined,
@@ -105,6 +107,21 @@ def test_however_many_look_at_once_a_few_are_refused_and_nobody_has_many_readers
 @given(st.integers(1, 33))
 def test_as_many_as_make_a_chain_become_one(receivers: int) -> None:
     assert joined(receivers, 0.03) == [None, *range(receivers - 1)]
+
+
+@pytest.mark.parametrize("zones", [2, 4])
+@pytest.mark.parametrize("receivers", [30, 1000])
+def test_a_zone_without_the_seed_is_entered_once_and_nobody_has_many_readers(
+    receivers: int, zones: int
+) -> None:
+    for seed in range(3):
+        where = in_zones(receivers, zones, seed)
+        parents = joined(receivers, 0.03, seed, where)
+        assert crossings(parents, where) == len(set(where) - {0})
+        assert max(Counter(parents).values()) <= 1 + zones
+        assert crossings(joined(receivers, 0.03, seed), where) > receivers / 4
+        crowded, _ = joined_at_once(receivers, 0.03, receivers, seed, where)
+        assert crossings(crowded, where) == len(set(where) - {0})
 
 
 def test_the_plot_has_a_line_and_points_for_each_strategy() -> None:
