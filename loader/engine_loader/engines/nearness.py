@@ -35,8 +35,8 @@ class Nearness(str, Enum):
         return cls.ZONE if here.zone and here.zone == there.zone else cls.UNKNOWN
 
 
-# What it costs to read from farther away, in loads. Together less than 1, so that a source without
-# a reader is preferred to one that has a reader and is nearer.
+# What it costs to read from farther away, in loads. Less than 1, so that a source without a reader
+# is preferred to a nearer one that has a reader.
 _FAR = {Nearness.NODE: 0.0, Nearness.RACK: 0.25}
 _FARTHEST = 0.5
 

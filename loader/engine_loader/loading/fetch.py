@@ -33,6 +33,7 @@ def fetch(
     host: str | None = None,
     protocol: str | None = None,
     device: str = "",
+    location: str = "",
     force: bool = False,
     max_file_nbytes: int = MAX_FILE_NBYTES,
     show_progress: bool = True,
@@ -56,6 +57,7 @@ def fetch(
         protocol: How to read, as for open_engine. None takes the quickest that the source is
             served over and this machine has.
         device: Which RDMA devices to use, as for open_engine.
+        location: Where this machine stands, as for open_engine.
         force: Whether files that are there may be replaced.
         max_file_nbytes: Without `rank`: bytes of tensors in one file, at most, and so the memory
             that the call takes.
@@ -91,7 +93,7 @@ def fetch(
         else:
             records = ranks_of(registry, source, rank, timeout_s)
             name, readable = f"{records[0].instance}/{rank}", (records[rank],)
-        engine = stack.enter_context(_engine(registry, readable, host, protocol, device))
+        engine = stack.enter_context(_engine(registry, readable, host, protocol, device, location))
         if files is not None:
             stack.enter_context(files)
         options = replace(
@@ -121,9 +123,11 @@ def _engine(
     host: str | None,
     protocol: str | None,
     device: str,
+    location: str,
 ) -> ClosableEngine:
     return open_engine(
         host or registry.local_address(),
         protocol_for(records) if protocol is None else protocol,
         device,
+        location=location,
     )

@@ -396,6 +396,24 @@ def test_of_a_model_those_of_our_zone_are_found_however_many_there_are_elsewhere
     assert [record.instance for record in records_of(found.instances)] == ["near"]
 
 
+def test_a_near_one_that_loads_costs_less_than_a_free_one_and_more_once_it_has_a_reader() -> None:
+    free = [
+        at(f"free{number}", "b/r2", model=MODEL, incarnation=f"{number:032x}") for number in (1, 2)
+    ]
+    near = loading("near", 1, location=HERE.location, model=MODEL, incarnation="b" * 32)
+    some, (*_, near) = standing(*free, near)
+
+    def best() -> tuple[str, int]:
+        group = search(cast(Ready, some), 0, HERE, **BY_RANK).alike[0]
+        return group.teams[0][0].instance, group.at_once
+
+    assert best() == ("near", 1)
+    ticket = take_ticket(some._etcd, near)
+    assert ticket is not None
+    with ticket:
+        assert best() in (("free1", 2), ("free2", 2))
+
+
 def test_a_chain_leaves_a_zone_once() -> None:
     """Ranks of two zones join in turn; only one zone has a source."""
     etcd = FakeEtcd()
