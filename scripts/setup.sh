@@ -187,7 +187,7 @@ lock() {
         --no-header --no-annotate --output-file "$scratch/pins" "$@" pyproject.toml "$scratch/tools.txt"
     {
         sed -n '/^#/p;/^#/!q' constraints.txt
-        grep -Ev '^(colorama|cuda-|nvidia-|triton)' "$scratch/pins"
+        grep -Ev '^(colorama|cuda-|nvidia-)' "$scratch/pins"
     } >"$scratch/constraints.txt"
     cp "$scratch/constraints.txt" constraints.txt
     say "constraints.txt: $(grep -c == constraints.txt) pins"

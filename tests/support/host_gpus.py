@@ -6,7 +6,6 @@ be read from: no memory of another one is mapped.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +14,9 @@ from engine_loader.engines.cuda_ipc.gpus import Launch, Made, Sums
 from engine_loader.engines.cuda_ipc.table import Copy, table_of
 from engine_loader.errors import EngineFailed
 from engine_registry.schema.manifest import Export
+from tests.support.interpreted import interpreted
 
+KERNEL = "engine_loader.engines.cuda_ipc.kernel"
 _END = 1 << 47
 
 
@@ -41,16 +42,14 @@ class HostGpus:
         pass
 
     def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # it is read where a kernel is defined
-        from engine_loader.engines.cuda_ipc.kernel import copy_rows
-
         table = table_of(copies, sums.blocks if sums is not None else None)
-        for unit, rows in table.rows.items():
-            copy_rows(
-                torch.from_numpy(rows),
-                sums.memory if sums is not None else torch.zeros(1, dtype=torch.int64),
-                unit,
-            )
+        with interpreted(KERNEL) as kernel:
+            for unit, rows in table.rows.items():
+                kernel.copy_rows(
+                    torch.from_numpy(rows),
+                    sums.memory if sums is not None else torch.zeros(1, dtype=torch.int64),
+                    unit,
+                )
         if sums is not None:
             sums.nbytes += table.added(len(sums.blocks))
         return Made()
