@@ -4,6 +4,8 @@ table by name.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import xxhash
@@ -25,6 +27,7 @@ def algorithm(request: pytest.FixtureRequest) -> str:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that little data takes several."""
     monkeypatch.setattr(table, "_BLOCK_WORDS", 64)
+    monkeypatch.setattr(table, "_factors", functools.cache(table._factors.__wrapped__))
 
 
 def digest(tensor: torch.Tensor, algorithm: str) -> bytes:
