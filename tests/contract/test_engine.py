@@ -1,32 +1,37 @@
-"""What every engine does: the same suite for the real transfer engine over tcp and for the one
-within a process.
+"""What every engine does: the same suite for the real transfer engine over tcp, for the one within
+a process, and for the one that maps memory of GPUs, with the host's in their place.
 
-Each of them also as over rdma, where one engine reads from all peers and cannot end a read. With
-TEST_RDMA_HOST, the address of an RDMA device of this machine, also over real rdma.
+Those that ask for reads also as over rdma, where one engine reads from all peers and cannot end a
+read. With TEST_RDMA_HOST, the address of an RDMA device of this machine, also over real rdma. With
+TEST_CUDA_IPC=1, also from GPU to GPU of this machine, or within the one that it has.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine_loader import Engine, InProcessEngine, MooncakeEngine
 from engine_loader.engines.base import peer_of, read
+from engine_loader.engines.cuda_ipc.engine import CudaIpcEngine
 from engine_loader.errors import EngineFailed, ReadFailed
+from engine_loader.planning.boxes import Lines
 from engine_loader.planning.plan import ReadOp
 from engine_registry import Region
+from engine_registry.schema.manifest import Export
 from tests.support.forkserver import ForkServer
-from tests.support.processes.served import content
+from tests.support.host_gpus import HostGpus
+from tests.support.processes.served import content, export_of
 from tests.support.signals import signal_and_wait
 from tests.support.waiting import wait_until
 
@@ -35,20 +40,37 @@ NewEngine = Callable[[], Engine]
 
 
 class Memory:
-    """A block of our own memory, page-aligned as weights are."""
+    """A block of our own memory, page-aligned as weights are, with some around it that is
+    nobody's.
+    """
 
-    def __init__(self, content: bytes) -> None:
-        # with some around it that is nobody's
-        self._buffer = ctypes.create_string_buffer(len(content) + 3 * 4096)
-        addr = -(-ctypes.addressof(self._buffer) // 4096) * 4096 + 4096
-        ctypes.memmove(addr, content, len(content))
+    def __init__(self, content: bytes, device: str = "cpu") -> None:
+        self._all = torch.zeros(len(content) + 3 * 4096, dtype=torch.uint8, device=device)
+        addr = -(-self._all.data_ptr() // 4096) * 4096 + 4096
         self.region = Region(addr, len(content))
+        self.write(content)
 
     def __bytes__(self) -> bytes:
-        return ctypes.string_at(self.region.addr, self.region.nbytes)
+        return self.read(0, self.region.nbytes)
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        return self._part(start, nbytes).cpu().numpy().tobytes()
+
+    def write(self, content: bytes, start: int = 0) -> None:
+        some = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        self._part(start, len(content)).copy_(some)
+        if self._all.is_cuda:
+            torch.cuda.synchronize(self._all.device)  # engines do not know of its stream
+
+    def fill(self, byte: int) -> None:
+        self.write(bytes([byte]) * self.region.nbytes)
 
     def part(self, start: int, nbytes: int) -> Region:
         return Region(self.region.addr + start, nbytes)
+
+    def _part(self, start: int, nbytes: int) -> torch.Tensor:
+        begin = self.region.addr + start - self._all.data_ptr()
+        return self._all[begin : begin + nbytes]
 
 
 class Peers:
@@ -60,15 +82,23 @@ class Peers:
     is made when the peer has just been read.
     """
 
-    def __init__(self, source: Engine, reader: Engine) -> None:
+    def __init__(self, source: Engine, reader: Engine, device: str) -> None:
         self.source, self.reader = source, reader
         self.session_id = source.session_id
-        self.src, self.dst = Memory(os.urandom(NBYTES)), Memory(bytes(NBYTES))
-        self._good_src, self._good_dst = Memory(os.urandom(64)), Memory(bytes(64))
+        self.device = device
+        self.src, self.dst = self.memory(os.urandom(NBYTES)), self.memory(bytes(NBYTES))
+        self._good_src, self._good_dst = self.memory(os.urandom(64)), self.memory(bytes(64))
         for memory in (self.src, self._good_src):
             source.register(memory.region)
         for memory in (self.dst, self._good_dst):
             reader.lend(memory.region)
+
+    def memory(self, content: bytes) -> Memory:
+        return Memory(content, self.device)
+
+    def back(self) -> Peers:
+        """The other way round, with other memory."""
+        return Peers(self.reader, self.source, self.device)
 
     def op(self, src_start: int, dst_start: int, nbytes: int) -> ReadOp:
         return ReadOp(
@@ -122,9 +152,13 @@ class Kind:
 
     make: Callable[[], Engine]
     can_end_reads: bool
-    where: tuple[str, ...] = ("127.0.0.1",)  # what MooncakeEngine takes in another process
+    served: tuple[str, ...] = ("mooncake", "127.0.0.1")  # the engine of another process
     lends_apart: bool = True  # from what is registered, so that peers do not reach it
     needs_process: bool = True
+    meets_stopped_peers: bool = False  # their process has no part in a first contact
+    strides: bool = False
+    within_host: bool = False
+    device: str = "cpu"  # that has all memory
 
     @property
     def leaves_reads_of_stopped_peers(self) -> bool:
@@ -132,6 +166,14 @@ class Kind:
         return self.needs_process and not self.can_end_reads
 
 
+map_memory = partial(
+    Kind,
+    can_end_reads=True,
+    needs_process=False,
+    meets_stopped_peers=True,
+    strides=True,
+    within_host=True,
+)
 KINDS = {
     "in process": Kind(InProcessEngine, True),
     "in process, unable to end reads": Kind(partial(InProcessEngine, can_end_reads=False), False),
@@ -139,11 +181,23 @@ KINDS = {
     "mooncake over tcp, one engine for all peers": Kind(
         partial(MooncakeEngine, "127.0.0.1", shared=True), False
     ),
+    "cuda_ipc, with the host's memory": map_memory(
+        lambda: CudaIpcEngine(gpus=HostGpus()), served=("host gpus",)
+    ),
 }
 if "TEST_RDMA_HOST" in os.environ:
     RDMA = os.environ["TEST_RDMA_HOST"], "rdma"
     KINDS["mooncake over rdma"] = Kind(
-        partial(MooncakeEngine, *RDMA), False, RDMA, lends_apart=False, needs_process=False
+        partial(MooncakeEngine, *RDMA),
+        False,
+        ("mooncake", *RDMA),
+        lends_apart=False,
+        needs_process=False,
+    )
+if "TEST_CUDA_IPC" in os.environ:
+    LAST = torch.cuda.device_count() - 1
+    KINDS["cuda_ipc on GPUs"] = map_memory(
+        CudaIpcEngine, served=("cuda_ipc", f"cuda:{LAST}"), device="cuda:0"
     )
 
 
@@ -172,8 +226,8 @@ def two_engines(new_engine: NewEngine) -> tuple[Engine, Engine]:
 
 
 @pytest.fixture
-def peers(two_engines: tuple[Engine, Engine]) -> Iterator[Peers]:
-    peers = Peers(*two_engines)
+def peers(kind: Kind, two_engines: tuple[Engine, Engine]) -> Iterator[Peers]:
+    peers = Peers(*two_engines, kind.device)
     yield peers
     peers.part_ways()
 
@@ -181,7 +235,7 @@ def peers(two_engines: tuple[Engine, Engine]) -> Iterator[Peers]:
 @pytest.fixture
 def mortal(new_engine: NewEngine, peers: Peers) -> Iterator[Peers]:
     """Peers whose source is the test's own to close."""
-    mortal = Peers(new_engine(), peers.reader)
+    mortal = Peers(new_engine(), peers.reader, peers.device)
     yield mortal
     mortal.part_ways()
 
@@ -190,14 +244,16 @@ def mortal(new_engine: NewEngine, peers: Peers) -> Iterator[Peers]:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_each_engine_has_a_session_of_its_own_and_says_its_protocol(
-    two_engines: tuple[Engine, Engine],
+def test_each_engine_has_a_session_of_its_own_and_says_how_it_reads(
+    kind: Kind, two_engines: tuple[Engine, Engine]
 ) -> None:
     first, second = two_engines
     assert first.session_id
     assert first.session_id != second.session_id
     assert first.protocol == second.protocol != ""
-    assert first.fabric == ""
+    assert first.fabric == second.fabric
+    assert (first.fabric != "") == kind.within_host
+    assert first.strides == kind.strides
 
 
 # -- reading
@@ -219,7 +275,7 @@ def test_a_read_touches_no_byte_beside_its_destination(peers: Peers) -> None:
 
 def test_a_read_sees_the_memory_as_it_is_now(peers: Peers) -> None:
     for _ in range(3):
-        ctypes.memmove(peers.src.region.addr, os.urandom(64), 64)
+        peers.src.write(os.urandom(64))
         peers.read(peers.op(0, 0, 64))
         assert bytes(peers.dst)[:64] == bytes(peers.src)[:64]
 
@@ -238,7 +294,7 @@ def test_many_small_reads_in_flight_at_once_each_bring_their_own(peers: Peers) -
 
 
 def test_one_read_may_span_many_mebibytes(peers: Peers) -> None:
-    src, dst = Memory(os.urandom(1 << 10) * (9 << 10)), Memory(bytes(9 << 20))
+    src, dst = peers.memory(os.urandom(1 << 10) * (9 << 10)), peers.memory(bytes(9 << 20))
     peers.source.register(src.region)
     peers.reader.lend(dst.region)
     peers.read(ReadOp("a/0", src.region.addr + 1, dst.region.addr, (9 << 20) - 1))
@@ -248,7 +304,7 @@ def test_one_read_may_span_many_mebibytes(peers: Peers) -> None:
 
 
 def test_an_engine_is_read_from_and_reads_at_the_same_time(peers: Peers) -> None:
-    back = Peers(peers.reader, peers.source)
+    back = peers.back()
     with ThreadPoolExecutor(2) as pool:
         for read in [pool.submit(pair.read_all) for pair in (peers, back) for _ in range(10)]:
             read.result()
@@ -257,10 +313,51 @@ def test_an_engine_is_read_from_and_reads_at_the_same_time(peers: Peers) -> None
 
 
 def test_an_engine_reads_its_own_memory_like_that_of_others(peers: Peers) -> None:
-    own = Peers(peers.reader, peers.reader)
+    own = Peers(peers.reader, peers.reader, peers.device)
     own.read_all()
     assert bytes(own.dst) == bytes(own.src)
     own.part_ways()
+
+
+# -- runs at equal distances
+# --------------------------------------------------------------------------------------------------
+
+RUNS = [
+    Lines(0, 0, 7, (5,), (20,), (7,)),
+    Lines(0, 0, 64, (5,), (64,), (100,)),
+    Lines(0, 0, 12, (3, 4), (400, 40), (80, 16)),
+    Lines(0, 0, 2, (2, 3, 4), (2000, 100, 6), (500, 50, 10)),
+]
+
+
+@pytest.mark.parametrize("some", RUNS, ids=lambda some: f"{len(some.counts)} axes, {some.nbytes}")
+def test_a_read_of_runs_brings_those_to_their_places_or_is_refused(
+    kind: Kind, peers: Peers, some: Lines
+) -> None:
+    read = replace(peers.op(100, 1004, some.extent), lines=some)
+    wanted = bytearray(NBYTES)
+    if kind.strides:
+        peers.read(read, peers.op(0, 60_000, 64))
+        for each in some.along(len(some.counts)):
+            at = 1004 + each.dst
+            wanted[at : at + each.nbytes] = peers.src.read(100 + each.src, each.nbytes)
+        wanted[60_000:60_064] = peers.src.read(0, 64)
+    else:
+        with pytest.raises(EngineFailed, match="runs at equal distances"):
+            peers.read(read)
+    assert bytes(peers.dst) == bytes(wanted)
+
+
+def test_runs_that_reach_beyond_what_is_lent_or_offered_are_refused(
+    kind: Kind, peers: Peers
+) -> None:
+    if not kind.strides:
+        return
+    some = Lines(0, 0, 64, (4,), (64,), (NBYTES // 4,))
+    with pytest.raises(EngineFailed, match="lend the destination first"):
+        peers.read(replace(peers.op(0, NBYTES // 4, some.extent), lines=some))
+    peers.fail_to_read(replace(peers.op(NBYTES - 255, 0, some.extent), lines=some))
+    assert not any(bytes(peers.dst))
 
 
 # -- reads that fail
@@ -274,7 +371,9 @@ def test_an_engine_reads_its_own_memory_like_that_of_others(peers: Peers) -> Non
         pytest.param(lambda peers: peers.op(NBYTES - 32, 0, 64), id="over its end"),
         pytest.param(lambda peers: peers.op(-64, 0, 64), id="before it"),
         pytest.param(
-            lambda peers: ReadOp("a/0", Memory(bytes(64)).region.addr, peers.dst.region.addr, 64),
+            lambda peers: ReadOp(
+                "a/0", peers.memory(bytes(64)).region.addr, peers.dst.region.addr, 64
+            ),
             id="elsewhere",
         ),
         pytest.param(lambda peers: ReadOp("a/0", 0, peers.dst.region.addr, 64), id="nowhere"),
@@ -339,7 +438,7 @@ def test_a_destination_that_is_not_lent_is_refused_before_a_byte_moves(
 def test_nothing_is_started_from_a_peer_that_was_never_contacted(
     new_engine: NewEngine, peers: Peers
 ) -> None:
-    stranger = Peers(peers.source, new_engine())
+    stranger = Peers(peers.source, new_engine(), peers.device)
     with pytest.raises(ReadFailed):
         stranger.reader.start(stranger.session_id, stranger.op(0, 0, 64))
     stranger.read_all()
@@ -363,7 +462,7 @@ def test_abandoning_a_peer_ends_what_is_in_flight_and_the_next_contact_works(pee
             assert peers.reader.done(number)  # had come before
         except ReadFailed:
             continue
-    ctypes.memset(peers.dst.region.addr, 0, NBYTES)
+    peers.dst.fill(0)
     peers.read_all()
     assert bytes(peers.dst) == bytes(peers.src)
 
@@ -373,7 +472,7 @@ def test_each_registration_of_a_process_is_a_peer_of_its_own(peers: Peers) -> No
     peers.reader.connect(first)
     with pytest.raises(ReadFailed, match=f"cannot read from {peers.session_id}: "):
         peers.reader.start(second, peers.op(0, 0, 64))
-    later = Memory(os.urandom(64))
+    later = peers.memory(os.urandom(64))
     peers.source.register(later.region)
     peers.reader.connect(second)
     read(peers.reader, second, ReadOp("a/1", later.region.addr, peers.dst.region.addr, 64))
@@ -414,6 +513,7 @@ class Stoppable:
     stop: Callable[[], object]
     go_on: Callable[[], object]
     is_contacted: Callable[[], bool]  # somebody waits for it to answer
+    exports: tuple[Export, ...] = ()
     content = content(NBYTES)
 
     def op(self, dst: Memory, nbytes: int = NBYTES) -> ReadOp:
@@ -432,15 +532,20 @@ def stoppable_engine() -> Iterator[Stoppable]:
 
 @contextmanager
 def stoppable_process(kind: Kind, server: ForkServer) -> Iterator[Stoppable]:
-    args = ["-m", "tests.support.processes.served", str(NBYTES), *kind.where]
+    args = ["-m", "tests.support.processes.served", str(NBYTES), *kind.served]
     with server.start(args, Path.cwd(), os.environ) as process:
         assert process.stdout is not None
-        session_id, addr = process.stdout.readline().split()
+        session_id, addr, *exports = process.stdout.readline().split()
         stop = partial(signal_and_wait, process.pid, signal.SIGSTOP)
         go_on = partial(process.send_signal, signal.SIGCONT)
         try:
             yield Stoppable(
-                session_id, int(addr), stop, go_on, partial(has_connection_to, session_id)
+                session_id,
+                int(addr),
+                stop,
+                go_on,
+                partial(has_connection_to, session_id),
+                tuple(map(export_of, exports)),
             )
         finally:
             process.kill()
@@ -471,20 +576,23 @@ def stoppable(kind: Kind, peers: Peers, fork_server: ForkServer) -> Iterator[Sto
 
 def stop_with_reads_under_way(peers: Peers, stoppable: Stoppable, dst: Memory) -> list[int]:
     """Their numbers."""
-    peers.reader.connect(stoppable.session_id)
+    peers.reader.connect(stoppable.session_id, stoppable.exports)
     stoppable.stop()
     return [peers.reader.start(stoppable.session_id, stoppable.op(dst)) for _ in range(4)]
 
 
 def test_a_first_contact_with_a_stopped_peer_holds_up_nothing_and_ends_when_it_is_abandoned(
-    peers: Peers, stoppable: Stoppable
+    kind: Kind, peers: Peers, stoppable: Stoppable
 ) -> None:
     stoppable.stop()
+    if kind.meets_stopped_peers:
+        read_again(peers, stoppable)
+        return
     with ThreadPoolExecutor(2) as pool:
         contacts = [pool.submit(peers.reader.connect, stoppable.session_id) for _ in range(2)]
         wait_until(stoppable.is_contacted)
         peers.read_all()
-        stranger = Peers(peers.source, peers.reader)  # another first contact
+        stranger = Peers(peers.source, peers.reader, peers.device)  # another first contact
         stranger.reader.connect(f"{stranger.session_id}@again")
         stranger.read_all()
         stranger.part_ways()
@@ -498,8 +606,10 @@ def test_a_first_contact_with_a_stopped_peer_holds_up_nothing_and_ends_when_it_i
 
 
 def test_a_first_contact_that_hangs_ends_when_its_engine_is_closed(
-    new_engine: NewEngine, stoppable: Stoppable
+    kind: Kind, new_engine: NewEngine, stoppable: Stoppable
 ) -> None:
+    if kind.meets_stopped_peers:
+        return  # so that none hangs
     reader = new_engine()
     stoppable.stop()
     with ThreadPoolExecutor(1) as pool:
@@ -515,7 +625,7 @@ def test_a_first_contact_that_hangs_ends_when_its_engine_is_closed(
 def test_abandoned_reads_from_a_peer_that_has_stopped_write_nothing_once_they_are_settled(
     kind: Kind, peers: Peers, stoppable: Stoppable
 ) -> None:
-    dst = Memory(bytes(NBYTES))
+    dst = peers.memory(bytes(NBYTES))
     peers.reader.lend(dst.region)
     numbers = stop_with_reads_under_way(peers, stoppable, dst)
     peers.reader.abandon(stoppable.session_id)
@@ -534,7 +644,7 @@ def test_abandoned_reads_from_a_peer_that_has_stopped_write_nothing_once_they_ar
             peers.reader.done(number)
         with pytest.raises(KeyError):
             peers.reader.done(number)
-    ctypes.memset(dst.region.addr, 77, NBYTES)
+    dst.fill(77)
     stoppable.go_on()
     # By when this has been read, the peer has long sent what it had been asked for before.
     read_again(peers, stoppable)
@@ -543,8 +653,9 @@ def test_abandoned_reads_from_a_peer_that_has_stopped_write_nothing_once_they_ar
 
 
 def read_again(peers: Peers, stoppable: Stoppable) -> None:
-    fresh = Memory(bytes(NBYTES))
+    fresh = peers.memory(bytes(NBYTES))
     peers.reader.lend(fresh.region)
+    peers.reader.connect(stoppable.session_id, stoppable.exports)
     read(peers.reader, stoppable.session_id, stoppable.op(fresh))
     assert bytes(fresh) == stoppable.content
     peers.reader.take_back(fresh.region)
@@ -553,10 +664,10 @@ def read_again(peers: Peers, stoppable: Stoppable) -> None:
 def test_memory_that_an_abandoned_read_may_write_to_is_for_nobody_until_that_has_ended(
     kind: Kind, peers: Peers, stoppable: Stoppable
 ) -> None:
-    dst = Memory(bytes(NBYTES))
+    dst = peers.memory(bytes(NBYTES))
     half, other = dst.part(0, NBYTES // 2), dst.part(NBYTES // 2 + 4096, 64)
     peers.reader.lend(half)
-    peers.reader.connect(stoppable.session_id)
+    peers.reader.connect(stoppable.session_id, stoppable.exports)
     stoppable.stop()
     peers.reader.start(stoppable.session_id, stoppable.op(dst, half.nbytes))
     peers.reader.abandon(stoppable.session_id)
@@ -594,12 +705,12 @@ def test_memory_that_an_abandoned_read_may_write_to_is_for_nobody_until_that_has
 def test_a_peer_that_has_stopped_does_not_keep_others_from_being_read_or_abandoned(
     peers: Peers, stoppable: Stoppable
 ) -> None:
-    dst = Memory(bytes(NBYTES))
+    dst = peers.memory(bytes(NBYTES))
     peers.reader.lend(dst.region)
     stop_with_reads_under_way(peers, stoppable, dst)
     peers.read_all()
     peers.reader.abandon(stoppable.session_id)
-    ctypes.memset(peers.dst.region.addr, 0, NBYTES)
+    peers.dst.fill(0)
     peers.read_all()
     assert bytes(peers.dst) == bytes(peers.src)
     peers.start(peers.op(0, 0, 64))
@@ -621,15 +732,15 @@ def test_a_peer_that_has_ended_settles_what_was_abandoned(peers: Peers, mortal: 
 def test_closing_ends_what_was_abandoned_whether_the_peer_answers_or_not(
     new_engine: NewEngine, peers: Peers, stoppable: Stoppable
 ) -> None:
-    own = Peers(peers.source, new_engine())
-    dst = Memory(bytes(NBYTES))
+    own = Peers(peers.source, new_engine(), peers.device)
+    dst = peers.memory(bytes(NBYTES))
     own.reader.lend(dst.region)
     stop_with_reads_under_way(own, stoppable, dst)
     own.reader.abandon(stoppable.session_id)
     own.reader.close()
     own.part_ways()
     assert own.reader.settled(stoppable.session_id)
-    ctypes.memset(dst.region.addr, 77, NBYTES)
+    dst.fill(77)
     stoppable.go_on()
     read_again(peers, stoppable)
     assert bytes(dst) == bytes([77]) * NBYTES
@@ -686,7 +797,7 @@ def test_a_region_that_shares_bytes_with_a_registered_one_is_made_of_tiles_and_e
         peers.source.unregister(peers.src.region)
     for at, size in parts:
         peers.read(peers.op(at, 0, size))
-        assert bytes(peers.dst)[:size] == ctypes.string_at(peers.src.region.addr + at, size)
+        assert bytes(peers.dst)[:size] == peers.src.read(at, size)
     peers.source.unregister(region)
     if first_back == "the old one":
         peers.fail_to_read(peers.op(0, 0, 64))
@@ -707,7 +818,7 @@ def test_regions_that_touch_are_two_and_each_is_taken_back_alone(peers: Peers) -
 
 
 def test_taking_back_what_was_never_registered_is_no_error_and_harms_nothing(peers: Peers) -> None:
-    peers.source.unregister(Memory(bytes(64)).region)
+    peers.source.unregister(peers.memory(bytes(64)).region)
     peers.read_all()
     assert bytes(peers.dst) == bytes(peers.src)
 
@@ -740,10 +851,10 @@ def test_memory_that_is_only_registered_is_no_destination_unless_that_is_the_sam
 
 
 def test_memory_may_be_registered_and_lent_and_either_ends_alone(peers: Peers) -> None:
-    back = Peers(peers.reader, peers.source)
+    back = peers.back()
     peers.reader.register(peers.dst.region)
     peers.reader.take_back(peers.dst.region)
-    ctypes.memmove(peers.dst.region.addr, os.urandom(64), 64)
+    peers.dst.write(os.urandom(64))
     back.read(ReadOp("a/0", peers.dst.region.addr, back.dst.region.addr, 64))
     assert bytes(back.dst)[:64] == bytes(peers.dst)[:64]
     peers.reader.unregister(peers.dst.region)
@@ -760,7 +871,7 @@ def test_a_region_lent_twice_is_a_destination_until_it_was_taken_back_twice(peer
 
 
 def test_what_was_never_lent_can_be_taken_back(peers: Peers) -> None:
-    peers.reader.take_back(Memory(bytes(64)).region)
+    peers.reader.take_back(peers.memory(bytes(64)).region)
     peers.read_all()
 
 
@@ -768,7 +879,7 @@ def test_a_region_that_shares_bytes_with_a_lent_one_is_made_of_parts(peers: Peer
     region = peers.dst.part(-64, 128)
     assert peers.reader.lend(region) == (peers.dst.part(-64, 64), peers.dst.part(0, 64))
     peers.read(peers.op(0, -64, 64))
-    assert bytes(ctypes.string_at(region.addr, 64)) == bytes(peers.src)[:64]
+    assert peers.dst.read(-64, 64) == bytes(peers.src)[:64]
     peers.reader.take_back(region)
     with pytest.raises(EngineFailed, match="lend the destination first"):
         peers.read(peers.op(0, -64, 64))
@@ -850,10 +961,10 @@ def test_several_threads_read_at_once_each_its_own_part(peers: Peers) -> None:
 
 
 def test_threads_that_register_and_read_do_not_disturb_each_other(
-    two_engines: tuple[Engine, Engine],
+    kind: Kind, two_engines: tuple[Engine, Engine]
 ) -> None:
     def work(_: int) -> bool:
-        peers = Peers(*two_engines)
+        peers = Peers(*two_engines, kind.device)
         peers.read_all()
         peers.part_ways()
         return bytes(peers.dst) == bytes(peers.src)

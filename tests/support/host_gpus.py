@@ -1,11 +1,15 @@
 """The host's memory in the place of GPUs, and the kernel of cuda_ipc run by Triton's interpreter.
 
-So what the engine does with reads is tested where there is no GPU. Only sources of this process can
-be read from: no memory of another one is mapped.
+So the engine is tested where there is no GPU. What is allocated here can be mapped by other
+processes, and stays as long as one of them has it mapped, as memory of GPUs does.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +27,25 @@ _END = 1 << 47
 class HostGpus:
     """One, numbered 0, whose memory is the host's."""
 
+    def __init__(self) -> None:
+        self._allocated: list[tuple[Export, mmap.mmap, int]] = []
+        self._opened: dict[int, mmap.mmap] = {}
+        self._lock = threading.Lock()
+
+    def allocate(self, nbytes: int) -> int:
+        """The address of memory that other processes can open, until this one ends."""
+        fd = os.memfd_create("memory of a GPU")
+        os.ftruncate(fd, nbytes)
+        mapped = mmap.mmap(fd, nbytes)
+        export = Export(_address(mapped), nbytes, f"/proc/{os.getpid()}/fd/{fd}".encode())
+        self._allocated.append((export, mapped, fd))
+        return export.addr
+
+    @property
+    def opened(self) -> int:
+        """How many allocations of other processes are mapped."""
+        return len(self._opened)
+
     def gpu_of(self, addr: int) -> int | None:
         return 0
 
@@ -33,13 +56,26 @@ class HostGpus:
         return 0
 
     def export(self, addr: int) -> Export:
-        return Export(0, _END, b"host")
+        """Of what was not allocated here one that nobody can open."""
+        for export, _, _ in self._allocated:
+            if export.addr <= addr < export.end:
+                return export
+        return Export(0, _END, b"of this process")
 
     def open(self, handle: bytes, gpu: int) -> int:
-        raise EngineFailed("no memory of other processes is here")
+        try:
+            with open(handle, "r+b") as memory:
+                mapped = mmap.mmap(memory.fileno(), 0)
+        except (OSError, ValueError) as exc:
+            raise EngineFailed(f"its process has ended ({exc})") from exc
+        addr = _address(mapped)
+        with self._lock:
+            self._opened[addr] = mapped
+        return addr
 
     def close(self, addr: int, gpu: int) -> None:
-        pass
+        with self._lock:
+            self._opened.pop(addr).close()
 
     def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:
         table = table_of(copies, sums.blocks if sums is not None else None)
@@ -53,3 +89,7 @@ class HostGpus:
         if sums is not None:
             sums.nbytes += table.added(len(sums.blocks))
         return Made()
+
+
+def _address(mapped: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapped))

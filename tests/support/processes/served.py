@@ -1,28 +1,64 @@
-"""An engine that serves bytes of a known content: `served NBYTES HOST [PROTOCOL]`.
+"""An engine that serves bytes of a known content: `served NBYTES ENGINE [WHERE]`.
 
-Prints its session and the address of the bytes. Ends with its input, or killed.
+ENGINE is `mooncake`, with what MooncakeEngine takes; `cuda_ipc`, with a GPU that has the bytes; or
+`host gpus`, which is cuda_ipc with the host's memory. Prints its session, the address of the bytes
+and what it exports. `again` on its input: the bytes are taken back and offered anew. Ends with its
+input, or killed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
+
+import torch
 
 from engine_loader import MooncakeEngine
+from engine_loader.engines.base import ClosableEngine
+from engine_loader.engines.cuda_ipc.engine import CudaIpcEngine
 from engine_registry import Region
+from engine_registry.schema.manifest import Export
+from tests.support.host_gpus import HostGpus
 
 
 def content(nbytes: int) -> bytes:
     return bytes(range(256)) * (nbytes // 256)
 
 
+def export_of(printed: str) -> Export:
+    addr, nbytes, handle = printed.split(":")
+    return Export(int(addr), int(nbytes), bytes.fromhex(handle))
+
+
+def _printed(export: Export) -> str:
+    return f"{export.addr}:{export.nbytes}:{export.handle.hex()}"
+
+
+def _served(nbytes: int, engine: str, *where: str) -> tuple[ClosableEngine, Region, Any]:
+    """The engine; the bytes; and what keeps them."""
+    if engine == "cuda_ipc":
+        tensor = torch.frombuffer(bytearray(content(nbytes)), dtype=torch.uint8).to(where[0])
+        return CudaIpcEngine(), Region(tensor.data_ptr(), nbytes), tensor
+    if engine == "host gpus":
+        gpus = HostGpus()
+        region = Region(gpus.allocate(nbytes), nbytes)
+        ctypes.memmove(region.addr, content(nbytes), nbytes)
+        return CudaIpcEngine(gpus=gpus), region, gpus
+    memory = ctypes.create_string_buffer(content(nbytes), nbytes)
+    return MooncakeEngine(*where), Region(ctypes.addressof(memory), nbytes), memory
+
+
 def main(nbytes: str, *where: str) -> None:
-    memory = ctypes.create_string_buffer(content(int(nbytes)), int(nbytes))
-    region = Region(ctypes.addressof(memory), int(nbytes))
-    with MooncakeEngine(*where) as engine:
-        engine.register(region)
-        print(engine.session_id, region.addr, flush=True)
-        sys.stdin.read()
+    engine, region, _kept = _served(int(nbytes), *where)
+    with engine:
+        parts = engine.register(region)
+        exports = map(_printed, engine.exports(parts))
+        print(engine.session_id, region.addr, *exports, flush=True)
+        for _ in sys.stdin:
+            engine.unregister(region)
+            engine.register(region)
+            print("again", flush=True)
 
 
 if __name__ == "__main__":

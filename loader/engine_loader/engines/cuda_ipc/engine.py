@@ -241,7 +241,7 @@ class CudaIpcEngine(ClosableEngine):
     def start(self, peer: str, op: ReadOp) -> int:
         with self._lent.lock:
             self._check_open()
-            self._lent.check_destination(op)
+            self._lent.check_destination(op, strides=True)
             region = self._lent.holder_of(op.dst_addr, op.dst_nbytes)
             gpu = self._gpu_of[region.addr] if region is not None else None
         source = self._sources.begin(peer, op)
