@@ -24,7 +24,16 @@ import torch
 
 import engine_loader
 import engine_registry
-from engine_loader import InProcessEngine, MooncakeEngine, Publication, Seeded, WholeFiles, publish
+from engine_loader import (
+    CudaIpcEngine,
+    InProcessEngine,
+    MooncakeEngine,
+    Publication,
+    Seeded,
+    WholeFiles,
+    publish,
+)
+from engine_loader.engines.base import ClosableEngine
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import Connection
 from engine_registry import (
@@ -47,6 +56,7 @@ from engine_registry.etcd.local_cluster import LocalCluster
 from engine_registry.gateway.server import Gateway
 from engine_registry.lifetime import Closable
 from tests.support.checkout import ROOT
+from tests.support.host_gpus import HostGpus
 from tests.support.ranks import register
 from tests.support.waiting import wait_until
 
@@ -95,12 +105,14 @@ MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
     LocalEtcd: lambda registry, etcd: LocalEtcd().start(),
     LocalCluster: lambda registry, etcd: LocalCluster(),
     Gateway: lambda registry, etcd: Gateway(registry, "q", port=0),
+    CudaIpcEngine: lambda registry, etcd: CudaIpcEngine("127.0.0.1", gpus=HostGpus()),
     MooncakeEngine: lambda registry, etcd: MooncakeEngine("127.0.0.1"),
     Publication: a_publication,
 }
 OTHERS: dict[type, str] = {
     Kept: "is the base of two",
     Closable: "is their base",
+    ClosableEngine: "is the base of engines",
     InProcessEngine: "holds nothing but memory of Python",
     Seeded: "holds a publication, which warns",
     WholeFiles: "holds something only inside its block",
@@ -193,6 +205,7 @@ def test_a_local_etcd_that_is_forgotten_does_not_go_on() -> None:
 
 NOT_IMPORTED = (
     "engine_loader.digests.kernel",  # needs triton, and has functions only
+    "engine_loader.engines.cuda_ipc.kernel",
     "engine_loader.integrations.sglang.",  # needs SGLang
     "engine_loader.integrations.vllm.",
 )

@@ -46,6 +46,11 @@ class HostGpus:
         """How many allocations of other processes are mapped."""
         return len(self._opened)
 
+    @property
+    def mapped(self) -> set[int]:
+        """Where they are."""
+        return set(self._opened)
+
     def gpu_of(self, addr: int) -> int | None:
         return 0
 

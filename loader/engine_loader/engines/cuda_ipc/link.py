@@ -20,6 +20,8 @@ from engine_registry.schema.address import join, parse_session
 
 _LIMIT_S = 10.0  # of making a connection, which takes no more than the kernel of this host
 _LOOK_S = 0.02
+# of which each takes a descriptor. Those that came first are cut: they may make new ones.
+_MOST_READERS = 512
 
 
 class Listener:
@@ -70,8 +72,11 @@ def _accept(listener: socket.socket, readers: list[socket.socket], lock: threadi
             time.sleep(_LOOK_S)  # no descriptor is left
             continue
         with lock:
-            readers[:] = [one for one in readers if not ended(one)]
-            readers.append(reader)
+            there = [one for one in readers if not ended(one)]
+            kept = there[-_MOST_READERS + 1 :]
+            for one in {*readers} - {*kept}:
+                one.close()
+            readers[:] = [*kept, reader]
 
 
 def _listens(listener: socket.socket) -> bool:
@@ -82,13 +87,14 @@ def _listens(listener: socket.socket) -> bool:
 
 
 def ended(connection: socket.socket) -> bool:
-    """Whether the other end is gone. Never waits."""
+    """Whether the other end is gone, or is no engine, as it sends something. Never waits."""
     try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
     except OSError:
-        return True
+        pass
+    return True
 
 
 def connect(session_id: str, given_up: Callable[[], bool]) -> socket.socket:

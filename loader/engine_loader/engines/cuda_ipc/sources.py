@@ -193,6 +193,7 @@ class Sources:
             if not isinstance(source, MappedSource) or source not in self._ended:
                 return False
             self._ended.discard(source)
+            source.connection.close()
             source.connection = connection
             self._watch(source)
             return True
