@@ -92,6 +92,7 @@ class CudaIpcEngine(ClosableEngine):
         self._fabric = fabric or this_host()
         self._location = Location.parse(location)
         self._gpus: Gpus = gpus or CudaGpus()
+        self._listener = link.Listener(host)
         self._served = RegionBook()
         self._lent = RegionBook()
         self._gpu_of: dict[int, int | None] = {}  # by where a lent region begins
@@ -106,7 +107,6 @@ class CudaIpcEngine(ClosableEngine):
         self._numbers = itertools.count(1)
         self._abandoned: Counter[str] = Counter()  # how often each peer was
         self._closed = False
-        self._listener = link.Listener(host)
         self._here[self.session_id] = self
         _OPEN.add(self)
         self._mark_open()

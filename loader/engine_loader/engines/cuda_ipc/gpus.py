@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -262,29 +263,22 @@ def _streams(gpu: int) -> Iterator[torch.cuda.Stream]:
     return itertools.cycle([torch.cuda.Stream(gpu), torch.cuda.Stream(gpu)])
 
 
-def _on(gpu: int | None) -> Any:
-    """A thread that asks the driver has to be on the GPU, with its context."""
-    return _OnGpu(gpu or 0)
-
-
-class _OnGpu:
-    """The context of a GPU, as torch has it, is the thread's current one."""
-
-    def __init__(self, gpu: int) -> None:
-        self._gpu = gpu
-
-    def __enter__(self) -> None:
-        torch.cuda.init()
-        context = ctypes.c_void_p()
-        _check(
-            _driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), ctypes.c_int(self._gpu)),
-            f"cuda:{self._gpu} cannot be used",
-        )
-        _check(_driver().cuCtxPushCurrent_v2(context), f"cuda:{self._gpu} cannot be used")
-
-    def __exit__(self, *_: object) -> None:
-        _driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-        _driver().cuDevicePrimaryCtxRelease_v2(ctypes.c_int(self._gpu))
+@contextmanager
+def _on(gpu: int | None) -> Iterator[None]:
+    """The context of the GPU, as torch has it, is the thread's current one, as the driver needs."""
+    torch.cuda.init()
+    number = ctypes.c_int(gpu or 0)
+    context = ctypes.c_void_p()
+    failed = f"cuda:{number.value} cannot be used"
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), number), failed)
+    try:
+        _check(_driver().cuCtxPushCurrent_v2(context), failed)
+        try:
+            yield
+        finally:
+            _driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    finally:
+        _driver().cuDevicePrimaryCtxRelease_v2(number)
 
 
 def _check(code: int, what: str) -> None:

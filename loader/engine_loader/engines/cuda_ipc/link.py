@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from engine_loader.errors import EngineUnavailable, ReadFailed
 from engine_registry.errors import InvalidField
@@ -30,60 +30,86 @@ class Listener:
     def __init__(self, host: str) -> None:
         """EngineUnavailable where nothing can listen at that address."""
         try:
-            family, kind, number, _, address = socket.getaddrinfo(
-                host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            self._socket = socket.socket(family, kind, number)
-            self._socket.bind(address)
-            self._socket.listen(4096)
+            listener = _listening(host)
         except OSError as exc:
             raise EngineUnavailable(
                 f"nothing can listen at {host} ({exc})", "give an address of this machine"
             ) from exc
-        self.session_id = join(host, self._socket.getsockname()[1])
-        self._lock = threading.Lock()
-        self._readers: list[socket.socket] = []
-        threading.Thread(
-            target=_accept, args=(self._socket, self._readers, self._lock), daemon=True
-        ).start()
+        self.session_id = join(host, listener.getsockname()[1])
+        self._readers = _Readers(listener)
+        threading.Thread(target=self._readers.run, name="readers' connections", daemon=True).start()
 
     def cut(self) -> None:
         """Ends all connections. Readers that go on make new ones."""
-        with self._lock:
-            for reader in self._readers:
-                reader.close()
-            self._readers.clear()
+        self._readers.cut()
 
     def close(self) -> None:
         """Any number of times."""
-        with suppress(OSError):  # ends the thread's wait
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self.cut()
+        self._readers.close()
 
 
-def _accept(listener: socket.socket, readers: list[socket.socket], lock: threading.Lock) -> None:
-    while True:
+def _listening(host: str) -> socket.socket:
+    family, kind, number, _, address = socket.getaddrinfo(
+        host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    with ExitStack() as undo:
+        listener = undo.enter_context(socket.socket(family, kind, number))
+        listener.bind(address)
+        listener.listen(4096)
+        undo.pop_all()
+    return listener
+
+
+class _Readers:
+    """Their connections, which a thread accepts. It ends, and closes all, after `close`."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        listener.setblocking(False)
+        self._lock = threading.Lock()
+        self._connections: list[socket.socket] = []
+        self._closed = False
+
+    def run(self) -> None:
+        with selectors.DefaultSelector() as selector, self._listener:
+            selector.register(self._listener, selectors.EVENT_READ)
+            while not self._closed:
+                selector.select()
+                with self._lock:
+                    accepted = self._accept()
+                if not accepted:
+                    time.sleep(_LOOK_S)  # no descriptor is left
+            self.cut()
+
+    def _accept(self) -> bool:
+        """All that wait; whether that was all. Forgets those that are gone."""
+        found: list[socket.socket] = []
         try:
-            reader, _ = listener.accept()
+            while True:
+                found.append(self._listener.accept()[0])
+        except BlockingIOError:
+            return True
         except OSError:
-            if listener.fileno() < 0 or not _listens(listener):
-                return
-            time.sleep(_LOOK_S)  # no descriptor is left
-            continue
-        with lock:
-            there = [one for one in readers if not ended(one)]
-            kept = there[-_MOST_READERS + 1 :]
-            for one in {*readers} - {*kept}:
+            return False
+        finally:
+            there = [one for one in self._connections if not ended(one)] + found
+            kept = there[-_MOST_READERS:]
+            for one in {*self._connections, *found} - {*kept}:
                 one.close()
-            readers[:] = [*kept, reader]
+            self._connections = kept
 
+    def cut(self) -> None:
+        with self._lock:
+            self._accept()  # also those that have been made, and not been seen yet
+            for one in self._connections:
+                one.close()
+            self._connections = []
 
-def _listens(listener: socket.socket) -> bool:
-    try:
-        return bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    except OSError:
-        return False
+    def close(self) -> None:
+        with suppress(OSError):  # wakes the thread
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._closed = True
+        self.cut()
 
 
 def ended(connection: socket.socket) -> bool:
