@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from hypothesis import strategies as st
@@ -212,6 +212,13 @@ def carry_out(
         if not span.lines:
             assert all(other == came for other in others)
             write(span.dst_addr, came)
+        if span.strided:  # the engine finds the destination in one region
+            (some,) = span.lines
+            assert (some.src, some.dst) == (0, span.dst_addr)
+            assert any(
+                region.addr <= some.dst and some.dst + some.dst_extent <= region.end
+                for region in dst.manifest.regions
+            )
         for some in span.lines:
             for src, addr in lines_one_by_one(some):
                 assert src + some.nbytes <= span.nbytes
@@ -291,6 +298,5 @@ def reshardings(draw: st.DrawFn) -> Resharding:
     sources = draw(teams(some, 1_000_000))
     if draw(st.booleans()):
         sources += draw(teams(some, 5_000_000, most=2))
-    return Resharding(
-        some, sources, draw(st.sampled_from(draw(teams(some, 9_000_000)))), draw(any_costs)
-    )
+    costs = replace(draw(any_costs), strided=draw(st.booleans()))
+    return Resharding(some, sources, draw(st.sampled_from(draw(teams(some, 9_000_000)))), costs)

@@ -552,11 +552,34 @@ def test_a_rank_of_any_mesh_is_filled_from_all_ranks_of_others_and_nothing_else_
 ) -> None:
     spans = plan_of(ranks)
     assert_filled(ranks.wholes, ranks, spans)
-    assert all(some.nbytes <= ranks.costs.staged_nbytes for some in spans if some.lines)
+    assert all(some.nbytes <= ranks.costs.staged_nbytes for some in spans if some.staged)
+    assert not any(some.staged if ranks.costs.strided else some.strided for some in spans)
     arrivals = Arrivals(ranks.dst.manifest)
     arrivals.add(spans)
     assert arrivals.complete() == [entry.name for entry in ranks.dst.manifest.tensors]
     assert arrivals.missing(spans) == []
+
+
+@given(reshardings(), st.integers(1, 60), st.data())
+def test_pieces_of_a_plan_that_come_in_two_tries_fill_everything(
+    ranks: Resharding, most: int, data: st.DataObject
+) -> None:
+    """Reads that stride are cut inside their runs' axes, and what came of them counts."""
+    spans = plan_of(replace(ranks, costs=replace(ranks.costs, strided=True)))
+    pieces = [piece for span in spans for piece in span.cut(most)]
+    first = [piece for piece in pieces if data.draw(st.booleans())]
+    arrivals = Arrivals(ranks.dst.manifest)
+    arrivals.add(first)
+    assert arrivals.nbytes == sum(piece.read_nbytes for piece in first)
+    again = [piece for span in arrivals.missing(spans) for piece in span.cut(most)]
+    _, once = carry_out(first, ranks.sources, ranks.dst)
+    _, twice = carry_out(again, ranks.sources, ranks.dst)
+    _, wanted = carry_out(spans, ranks.sources, ranks.dst)
+    assert [min(1, sum(both)) for both in zip(once, twice, strict=True)] == wanted
+    assert_filled(ranks.wholes, ranks, pieces)
+    arrivals.add(again)
+    assert arrivals.missing(spans) == []
+    assert arrivals.complete() == [entry.name for entry in ranks.dst.manifest.tensors]
 
 
 @given(reshardings(), st.data())
@@ -578,7 +601,7 @@ def test_more_names_of_the_same_box_on_either_side_change_no_plan(
 
 @pytest.mark.parametrize("itemsize", [1, 4])
 @pytest.mark.parametrize("axes", list(itertools.product([None, 0, 1, 2], repeat=2)))
-def test_straight_and_staged_reads_fill_the_same(
+def test_straight_staged_and_strided_reads_fill_the_same(
     axes: tuple[int | None, int | None], itemsize: int
 ) -> None:
     """Columns of three dimensions from rows, rows from columns, and so on: a rank of another mesh
@@ -599,6 +622,7 @@ def test_straight_and_staged_reads_fill_the_same(
             "straight": STRAIGHT,
             "staged": Costs(read_nbytes=1_000_000, copied=0, staged_nbytes=1_000_000),
             "in small buffers": Costs(read_nbytes=1_000_000, copied=0, staged_nbytes=40),
+            "strided": Costs(strided=True),
         }.items()
     }
     for spans in ways.values():
@@ -606,6 +630,8 @@ def test_straight_and_staged_reads_fill_the_same(
         assert all(len(some.srcs) == (4 if src_axis is None else 2) for some in spans)
     strided = dst_axis not in (None, 0) or src_axis not in (None, 0)
     assert not any(some.lines for some in ways["straight"])
+    assert all(some.read_nbytes == some.payload for some in ways["strided"])
+    assert len(ways["strided"]) <= 4
     assert any(some.lines for some in ways["staged"]) == (
         strided and (src_axis != dst_axis or dst_axis != 0)
     )

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine_loader.errors import LoaderError
 from engine_loader.planning.boxes import Lines
 from engine_loader.planning.reads import Costs, Span, coalesce, cut_lines, gather, span_of
+from engine_loader.transfer.chunks import Chunks
 from engine_registry import Region
 from tests.support.meshes import any_costs, lines_one_by_one
 
@@ -46,6 +48,82 @@ def moved(spans: list[Span]) -> set[tuple[int, int, int]]:
             ]
     assert len(set(found)) == len(found)
     return set(found)
+
+
+# -- reads that stride
+# --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def any_lines(draw: st.DrawFn) -> Lines:
+    """From one to three axes, with gaps between the runs on either side or without."""
+    nbytes = draw(st.integers(1, 12))
+    counts = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    steps: list[list[int]] = [[], []]
+    for side in range(2):
+        extent = nbytes
+        for count in reversed(counts):
+            step = extent + draw(st.sampled_from([0, 0, 1, 7]))
+            steps[side].insert(0, step)
+            extent += (count - 1) * step
+    return Lines(0, 5000, nbytes, tuple(counts), tuple(steps[0]), tuple(steps[1]))
+
+
+def striding(some: Lines) -> Span:
+    (span,) = cut_lines(Span(0, some.extent, ((0, 1000), (2, 9000)), (some,)), Costs(strided=True))
+    return span
+
+
+@given(any_lines(), st.integers(1, 200))
+def test_a_read_that_strides_is_cut_into_pieces_of_the_same_bytes_in_their_order(
+    some: Lines, most: int
+) -> None:
+    span = striding(some)
+    assert span.read_nbytes == span.payload == some.payload
+    assert (span.staged, span.nbytes) == (False, some.extent)
+    pieces = list(span.cut(most))
+    assert moved(pieces) == moved([span])
+    assert sum(piece.read_nbytes for piece in pieces) == some.payload
+    for piece in pieces:
+        assert piece.read_nbytes <= max(most, some.nbytes)
+        assert not piece.staged
+        if piece.lines:
+            (lines,) = piece.lines
+            assert (lines.src, lines.dst, lines.extent) == (0, piece.dst_addr, piece.nbytes)
+    starts = [piece.dst_addr for piece in pieces]
+    assert starts == sorted(starts)
+
+
+@given(any_lines(), st.integers(1, 200))
+def test_pieces_of_lines_are_few_and_each_of_their_runs_once(some: Lines, most: int) -> None:
+    pieces = list(some.pieces(most))
+    runs = [run for piece in pieces for run in lines_one_by_one(piece)]
+    assert runs == lines_one_by_one(some)
+    assert all(piece.payload <= max(most, some.nbytes) for piece in pieces)
+    if some.payload <= most:
+        assert pieces == [some]
+
+
+def test_runs_are_not_staged_for_an_engine_that_strides_however_dear_a_read_is() -> None:
+    few = list(cut_lines(rows(100, 8, 64), Costs(read_nbytes=1 << 40, strided=True)))
+    assert [(one.strided, one.staged, one.dst_addr) for one in few] == [(True, False, 5000)]
+    assert [one.srcs for one in few] == [((0, 1000),)]
+
+
+@given(st.lists(any_lines(), max_size=5), st.integers(1, 200))
+def test_chunks_count_what_is_read_of_runs_and_balance(some: list[Lines], most: int) -> None:
+    spans = [striding(one.at(0, 10_000 * number)) for number, one in enumerate(some)]
+    chunks = Chunks([*spans, span(0, 0, 33)], most)
+    total = 33 + sum(one.payload for one in some)
+    assert chunks.left_nbytes == total
+    assert chunks.progress(()).total_nbytes == total
+    (queue, *_) = chunks.queues_of(0)
+    chunk = queue.popleft()
+    with pytest.raises(LoaderError, match="expects"):
+        chunks.check_balance(0)
+    chunks.check_balance(1)
+    chunks.put_back([chunk])
+    chunks.check_balance(0)
 
 
 # -- neighbours

@@ -246,6 +246,72 @@ def raiser(error: Exception) -> Callable[[], None]:
     return check
 
 
+class Striding(InProcessEngine):
+    """Reads runs at equal distances, one by one."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        super().__init__(delay_s=delay_s)
+        self._runs: dict[int, list[int]] = {}  # numbers of their reads, by the number of the last
+
+    @property
+    def strides(self) -> bool:
+        return True
+
+    def start(self, peer: str, op: ReadOp) -> int:
+        if op.lines is None:
+            return super().start(peer, op)
+        assert op.lines.dst == 0
+        self._lent.check_destination(replace(op, lines=None, nbytes=op.dst_nbytes))
+        numbers = [
+            super(Striding, self).start(
+                peer, ReadOp(op.source, op.src_addr + src, op.dst_addr + dst, op.lines.nbytes)
+            )
+            for src, dst in lines_one_by_one(op.lines)
+        ]
+        self._runs[numbers[-1]] = numbers
+        return numbers[-1]
+
+    def done(self, number: int) -> bool:
+        numbers = self._runs.get(number, [number])
+        while numbers and super().done(numbers[0]):
+            numbers.pop(0)
+        if not numbers:
+            self._runs.pop(number, None)
+        return not numbers
+
+
+@pytest.mark.parametrize("piece", [3 * RUN, CHUNK])
+def test_progress_counts_the_bytes_that_are_read_of_runs_and_not_what_lies_between(
+    bench: Bench, piece: int
+) -> None:
+    bench.read_with(Striding())
+    bench.source()
+    bench.source()
+    bench.reader.lend(Region(ctypes.addressof(bench.dst), NBYTES))
+    runs = NBYTES // (2 * RUN)  # every other one is wanted
+    some = Lines(0, ctypes.addressof(bench.dst), RUN, (runs,), (2 * RUN,), (2 * RUN,))
+    srcs = tuple((number, ctypes.addressof(block)) for number, block in enumerate(bench.blocks))
+    span = Span(some.dst, some.extent, srcs, (some,), strided=True)
+    transfer = Transfer(
+        bench.reader,
+        [span],
+        bench.sources,
+        replace(PACE, chunk_nbytes=piece),
+        bench.progress.append,
+        bench.cancel,
+        on_checked=bench.see,
+        clock=bench.clock,
+    )
+    transfer.run()
+    wanted = (ALWAYS[:RUN] + bytes(RUN)) * runs
+    assert bench.dst.raw == wanted
+    assert sum(share.nbytes for share in transfer.shares) == NBYTES // 2
+    assert sum(span.read_nbytes for span in bench.checked) == NBYTES // 2
+    assert bench.progress[-1] == Progress(NBYTES // 2, NBYTES // 2)
+    assert all(one.nbytes <= NBYTES // 2 for one in bench.progress)
+    bench.assert_nothing_is_in_flight()
+
+
 # -- one source
 # --------------------------------------------------------------------------------------------------
 
