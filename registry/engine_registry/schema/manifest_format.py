@@ -46,6 +46,7 @@ DIGEST_NBYTES = 16
 MAX_BOXES = 1024  # of one tensor: 256 experts, each fused of two, have 512
 MAX_FUSED_BOXES = 1 << 20  # of all tensors that are several boxes: a reader compares each of them
 MAX_HANDLE_NBYTES = 256  # of an export; CUDA's have 64
+MAX_EXPORTS = 1 << 17  # that a reader opens; of torch's segments of 2 MiB that is 256 GiB
 MAX_MARKS = 4 << 20  # that a reader makes room for; of blocks of 1 MiB that is 4 TiB
 
 
@@ -170,6 +171,7 @@ def _check_places(manifest: Manifest) -> None:
                 f"bytes at {entry.addr:#x}"
             )
     _check_count_of_boxes(manifest)
+    _check_exports(manifest.exports)
     if manifest.marks > MAX_MARKS:
         raise ValueError(
             f"its blocks of {manifest.block_nbytes} bytes have {manifest.marks} marks, "
@@ -178,6 +180,21 @@ def _check_places(manifest: Manifest) -> None:
     table = manifest.digests
     if table is not None and table.addr + DIGEST_NBYTES * len(manifest.tensors) > END_OF_MEMORY:
         raise ValueError("the table of its digests reaches beyond what memory there is")
+
+
+def _check_exports(exports: Sequence[Export]) -> None:
+    if len(exports) > MAX_EXPORTS:
+        raise ValueError(f"it has {len(exports)} exports, {MAX_EXPORTS} are the limit")
+    some = sorted(exports, key=lambda export: export.addr)
+    if any(
+        not export.nbytes
+        or export.end > END_OF_MEMORY
+        or not 0 < len(export.handle) <= MAX_HANDLE_NBYTES
+        for export in some
+    ):
+        raise ValueError("one of its exports is no allocation with a handle")
+    if any(one.end > next_one.addr for one, next_one in itertools.pairwise(some)):
+        raise ValueError("two of its exports overlap")
 
 
 def _check_count_of_boxes(manifest: Manifest) -> None:
@@ -217,13 +234,12 @@ def _from_json(data: dict[str, Any]) -> Manifest:
 
 
 def _exports(rows: Any) -> tuple[Export, ...]:
-    exports = []
-    for addr, nbytes, handle in rows:
-        export = Export(natural(addr), natural(nbytes), base64.b64decode(handle, validate=True))
-        if not 0 < len(export.handle) <= MAX_HANDLE_NBYTES or export.end > END_OF_MEMORY:
-            raise ValueError("one of its exports is no allocation with a handle")
-        exports.append(export)
-    return tuple(exports)
+    return tuple(
+        [
+            Export(natural(addr), natural(nbytes), base64.b64decode(handle, validate=True))
+            for addr, nbytes, handle in rows
+        ]
+    )
 
 
 def _strides_column(data: Mapping[str, Any], count: int) -> Any:

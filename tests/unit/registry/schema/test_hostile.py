@@ -30,7 +30,7 @@ from engine_registry.errors import RecordDamaged
 from engine_registry.schema import manifest_format, pull_ticket
 from engine_registry.schema.eviction_note import EvictionNote
 from engine_registry.schema.keyvalue import KeyValue
-from engine_registry.schema.manifest import DigestTable
+from engine_registry.schema.manifest import DigestTable, Export
 from engine_registry.schema.record import ManifestRef
 from engine_registry.schema.record_format import decode, encode
 from engine_registry.schema.roster import assess_all
@@ -109,7 +109,10 @@ def a_large_manifest() -> Manifest:
     values = encode_values(
         {"step": 7, "path": [1, (2, b"x")], "nested": {"a": None, 3: float("nan")}}
     )
-    return Manifest(some.tensors, some.regions, DigestTable("xxh3-128", 16384), values)
+    exports = (Export(4096, 4096, bytes(range(64))),)
+    return Manifest(
+        some.tensors, some.regions, DigestTable("xxh3-128", 16384), values, exports=exports
+    )
 
 
 RECORD = encode(a_record()).decode()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from engine_registry import Manifest, Region, TensorEntry
 from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from engine_registry.schema import manifest_format
+from engine_registry.schema.manifest import Export
 from engine_registry.schema.manifest_format import PART_NBYTES, decode, encode
 from engine_registry.schema.record import ManifestRef
 from tests.support.builders import a_manifest, an_entry
@@ -93,7 +94,17 @@ def fused(
 def manifests(draw: st.DrawFn) -> Manifest:
     places = draw(regions())
     some = draw(st.lists(entries(places), max_size=6, unique_by=lambda entry: entry.name))
-    return Manifest(tuple(some), tuple(places), block_nbytes=draw(st.sampled_from([0, 1 << 50])))
+    exports = [
+        Export(place.addr, place.nbytes, draw(st.binary(min_size=1, max_size=64)))
+        for place in places
+        if draw(st.booleans())
+    ]
+    return Manifest(
+        tuple(some),
+        tuple(places),
+        block_nbytes=draw(st.sampled_from([0, 1 << 50])),
+        exports=tuple(exports),
+    )
 
 
 def pack(data: Any, tensors: int = 0, nbytes: int = 0) -> tuple[ManifestRef, list[bytes]]:
@@ -226,7 +237,25 @@ def test_a_manifest_of_another_form_is_damage_that_names_its_owner(data: Any) ->
         decode(OWNER, *pack(data))
 
 
-FUSED = as_json(schema=3, slices=[[[[2, 3], [0, 1]], [[3, 6]]]])  # rows 2 and 0, columns 3 to 6
+# rows 2 and 0, columns 3 to 6
+FUSED = as_json(schema=3, slices=[[[[2, 3], [0, 1]], [[3, 6]]]], exports=[[4096, 24, "aGFuZGxl"]])
+
+
+def test_a_manifest_with_more_exports_than_readers_open_is_neither_written_nor_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = decode(OWNER, *pack(FUSED, 1, 24))
+    assert found.exports == (Export(4096, 24, b"handle"),)
+    monkeypatch.setattr(manifest_format, "MAX_EXPORTS", 0)
+    with pytest.raises(RecordDamaged, match="it has 1 exports, 0 are the limit"):
+        decode(OWNER, *pack(FUSED, 1, 24))
+    with pytest.raises(InvalidField, match="it has 1 exports, 0 are the limit"):
+        encode(found)
+
+
+def test_a_manifest_without_exports_does_not_speak_of_them() -> None:
+    """So releases that know of none read it, and its digest is what it was."""
+    assert "exports" not in as_json()
 
 
 def test_only_a_manifest_with_fused_tensors_has_the_schema_of_these() -> None:
@@ -314,6 +343,19 @@ TOP = 1 << 63
         ({"digests": ["xxh3\n", 4096]}, "algorithm of its digests"),
         ({"digests": ["xxh3", TOP - 8]}, "the table of its digests reaches beyond"),
         ({"block_nbytes": -1}, "is not a natural number"),
+        ({"exports": [[4096, 24, ""]]}, "no allocation with a handle"),
+        ({"exports": [[4096, 0, "eA=="]]}, "no allocation with a handle"),
+        ({"exports": [[TOP, 1, "eA=="]]}, "no allocation with a handle"),
+        ({"exports": [[4096, 24, "eA" * 200]]}, "no allocation with a handle"),
+        ({"exports": [[4096, 24, "eA=="], [4100, 9, "eA=="]]}, "two of its exports overlap"),
+        ({"exports": [[-1, 24, "eA=="]]}, "is not a natural number"),
+        ({"exports": [[4096, True, "eA=="]]}, "is not a natural number"),
+        ({"exports": [[4096, 24, "not base64"]]}, "base64"),
+        ({"exports": [[4096, 24, "\u00e9"]]}, "ASCII"),
+        ({"exports": [[4096, 24, 7]]}, "not 'int'"),
+        ({"exports": [[4096, 24]]}, "unpack"),
+        ({"exports": None}, "not iterable"),
+        ({"exports": 7}, "not iterable"),
         (
             {"block_nbytes": 1, "regions": [[4096, 24], [5000, 1 << 23]]},
             "its blocks of 1 bytes have 8388632 marks",
@@ -347,6 +389,9 @@ def test_tensors_may_share_memory() -> None:
         a_manifest(regions=()),
         a_manifest(regions=(Region(4096, 16), Region(4100, 16))),
         a_manifest(regions=(Region(0, TOP + 1),)),
+        replace(a_manifest(), exports=(Export(0, 1, b""),)),
+        replace(a_manifest(), exports=(Export(0, 1, bytes(257)),)),
+        replace(a_manifest(), exports=(Export(0, 2, b"x"), Export(1, 2, b"x"))),
         a_manifest(an_entry(global_shape=(1 << 70,), opaque=False)),
         a_manifest(
             an_entry(
