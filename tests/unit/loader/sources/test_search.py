@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
 from engine_loader import InProcessEngine
 from engine_loader.errors import SourceUnreachable, VersionUnavailable
+from engine_loader.sources.chain import chain_length
 from engine_loader.sources.groups import Found, Group
 from engine_loader.sources.search import Search
 from engine_registry import (
@@ -25,6 +27,7 @@ from engine_registry import (
     Registry,
 )
 from engine_registry.errors import EtcdRefused, InvalidField
+from engine_registry.holders.query import HolderQuery
 from engine_registry.pulls.taking import take_ticket
 from engine_registry.schema.keyvalue import Found as FoundKeys
 from engine_registry.schema.keyvalue import Range
@@ -531,6 +534,30 @@ def test_the_source_holds_as_long_as_nobody_else_has_begun_to_read_from_it() -> 
         cast(Ready, registry), 0, InProcessEngine(), **{**BY_RANK, "pipelined": False}
     )
     assert complete.alike[0].free_since is None
+
+
+def test_among_those_that_were_seen_just_now_it_is_chosen_anew_and_nobody_is_asked() -> None:
+    registry, (_, *some) = standing(one("seed"), *(loading(f"b{at}", at) for at in range(1, 4)))
+    me = some[-1]
+    looked = registry.find_holders(
+        HolderQuery(me.model, Place(0), loading=True, me=me, chain=chain_length(0.01))
+    )
+    seen = replace(looked, readers={some[1].incarnation: 1}, revision=99)
+    nobody = cast(Registry, object())
+    again = Search(
+        nobody,
+        InProcessEngine(),
+        me.model,
+        Place(0),
+        Manifest((), ()),
+        False,
+        by_rank=True,
+        hop=0.01,
+    ).find(time.monotonic(), me=me, seen=seen)
+    (group,) = again.alike
+    assert [team[0].instance for team in group.teams][-1] == "b2"
+    assert group.free_since == 99
+    assert again.holders is seen
 
 
 def test_complete_ranks_without_a_reader_are_read_at_once_where_others_are_loading() -> None:
