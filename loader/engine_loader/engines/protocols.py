@@ -10,7 +10,7 @@ import torch
 from engine_loader.engines.mooncake.binding import built_transports
 from engine_loader.engines.mooncake.devices import usable_devices
 from engine_loader.engines.mooncake.machine import this_host
-from engine_loader.errors import SourceUnreachable
+from engine_loader.errors import EngineUnavailable, SourceUnreachable
 from engine_registry import RankRecord
 from engine_registry.schema.record import WITHIN_HOST
 
@@ -18,8 +18,8 @@ FALLBACK = ("cuda_ipc", "nvlink_intra", "rdma", "tcp")  # the quickest first
 
 
 def usable_protocols() -> tuple[str, ...]:
-    """That this machine and the installed transfer engine have, in that order."""
-    transports = built_transports()
+    """That this machine and the installed transfer engines have, in that order."""
+    transports = _transports()
     here = {
         "cuda_ipc": torch.cuda.is_available() and find_spec("triton") is not None,
         "nvlink_intra": torch.cuda.is_available() and "IntraNodeNvlink" in transports,
@@ -27,6 +27,14 @@ def usable_protocols() -> tuple[str, ...]:
         "tcp": "Tcp" in transports,
     }
     return tuple(protocol for protocol in FALLBACK if here[protocol])
+
+
+def _transports() -> Sequence[str]:
+    """None where Mooncake is not installed."""
+    try:
+        return built_transports()
+    except EngineUnavailable:
+        return ()
 
 
 def protocol_for(records: Sequence[RankRecord]) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from engine_loader.engines import protocols
 from engine_loader.engines.protocols import protocol_for, usable_protocols
-from engine_loader.errors import SourceUnreachable
+from engine_loader.errors import EngineUnavailable, SourceUnreachable
 from engine_registry import RankRecord
 from tests.support.builders import a_record
 
@@ -62,13 +62,27 @@ def test_what_this_machine_lacks_is_not_chosen_and_all_of_it_is_reported(
         protocol_for(served(("tcp", "")))
 
 
-def test_a_way_needs_both_its_device_and_a_transfer_engine_that_knows_it(
+def test_a_way_needs_both_its_device_and_an_engine_that_knows_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(protocols, "find_spec", lambda name: name)
     monkeypatch.setattr(protocols, "usable_devices", lambda: ("mlx5_0",))
     monkeypatch.setattr(protocols, "built_transports", lambda: ("IntraNodeNvlink", "Rdma", "Tcp"))
+    assert usable_protocols() == ("cuda_ipc", "nvlink_intra", "rdma", "tcp")
+    monkeypatch.setattr(protocols, "find_spec", lambda name: None)
     assert usable_protocols() == ("nvlink_intra", "rdma", "tcp")
     monkeypatch.setattr(protocols, "usable_devices", lambda: ())
     monkeypatch.setattr(protocols, "built_transports", lambda: ("Rdma", "Tcp"))
     assert usable_protocols() == ("tcp",)
+
+
+def test_without_mooncake_there_is_what_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> tuple[str, ...]:
+        raise EngineUnavailable("mooncake is not installed", "install it")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(protocols, "find_spec", lambda name: name)
+    monkeypatch.setattr(protocols, "usable_devices", lambda: ("mlx5_0",))
+    monkeypatch.setattr(protocols, "built_transports", missing)
+    assert usable_protocols() == ("cuda_ipc",)

@@ -205,7 +205,7 @@ def test_a_choice_is_made_as_the_load_was_asked_to(
     assert selected.options == {
         "digests": verify == "digest",
         "max_sources": 3,
-        "session_id": "ours",
+        "engine": ENGINE,
     }
     assert lost.incarnations == {RANK.incarnation}
 
