@@ -9,6 +9,8 @@ from engine_registry.errors import InvalidField
 from engine_registry.schema.numbers import whole
 from engine_registry.schema.texts import check_kind
 
+_ORDERED = (tuple, list)  # as a rule
+
 
 def check_topology(topology: object) -> dict[str, tuple[int, int]]:
     """With Python's integers, or InvalidField."""
@@ -20,7 +22,7 @@ def _checked_place(axis: Any, place: Any) -> tuple[int, int]:
     try:
         if not isinstance(axis, str) or not axis.isprintable():
             raise ValueError("the axis is not one line of printable text")
-        if isinstance(place, Set | Mapping):
+        if not isinstance(place, _ORDERED) and isinstance(place, Set | Mapping):
             raise ValueError("it has no order")
         index, size = place
         size = whole("topology", size, 1)
