@@ -5,7 +5,7 @@ reported before it is read.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import cast
@@ -13,16 +13,19 @@ from typing import cast
 import pytest
 import torch
 
-from engine_loader import InProcessEngine
-from engine_loader.digests.table import ALGORITHMS, DigestCell
+from engine_loader import CudaIpcEngine, InProcessEngine
+from engine_loader.digests.table import ALGORITHMS, DigestCell, digests_of
+from engine_loader.engines.base import read
 from engine_loader.errors import DigestMismatch, DigestsMissing
 from engine_loader.planning.plan import ReadOp
+from engine_loader.publishing.header import peer_of_record
 from engine_loader.sources.digest_check import DigestCheck
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.regions import describe
 from engine_loader.tensors.shards import Shard
-from engine_registry import Manifest, RankRecord
+from engine_registry import Manifest, RankRecord, TensorEntry
 from tests.support.builders import a_record
+from tests.support.host_gpus import HostGpus
 
 CPU = torch.device("cpu")
 WHOLE = torch.arange(48, dtype=torch.float32).view(6, 8)
@@ -162,34 +165,6 @@ def test_fused_columns_that_lie_column_by_column_are_proven_as_they_lie() -> Non
         compare(sources, {"w": ours}, whole)
 
 
-def test_of_fused_parts_one_box_that_is_not_wanted_proves_nothing() -> None:
-    part, shard = fused((0, 2), (4, 6))
-    with pytest.raises(DigestsMissing, match="1 of 1 tensors take only a part"):
-        check_of([offer({"w": part}, {"w": shard}), *rows((2, 4))], *fused_of((0, 2), (2, 5)))
-
-
-def fused_of(
-    *slices: tuple[int, int],
-) -> tuple[dict[str, torch.Tensor], dict[str, Shard]]:
-    part, shard = fused(*slices)
-    return {"w": part}, {"w": shard}
-
-
-@pytest.mark.parametrize("places", [[(0, 6)], [(0, 3), (3, 6)], [(1, 4)]])
-def test_where_only_a_part_of_what_a_source_holds_is_wanted_nothing_proves_it(
-    places: list[tuple[int, int]],
-) -> None:
-    with pytest.raises(
-        DigestsMissing, match=r'1 of 2 tensors take only a part.*: w: load with `verify="header"`'
-    ) as caught:
-        check_of(
-            [*rows(*places), offer({"bias": BIAS}, {"bias": Shard((8,), (0,))})],
-            {"w": WHOLE[1:5], "bias": BIAS},
-            {"w": Shard((6, 8), (1, 0)), "bias": Shard((8,), (0,))},
-        )
-    assert caught.value.details == {"tensors": ["w"]}
-
-
 def test_a_tensor_of_the_same_name_that_is_another_one_proves_nothing() -> None:
     """So it does where another rank has one of the same name for itself, or of another dtype."""
     boxed = {"w": Shard((8,), (0,))}
@@ -206,14 +181,6 @@ def test_a_tensor_of_the_same_name_that_is_another_one_proves_nothing() -> None:
             compare(sources, {"w": BIAS}, boxed, number=number)
     with pytest.raises(DigestsMissing):
         check_of(strangers, {"w": BIAS}, boxed)
-
-
-def test_tables_of_what_is_not_wanted_are_not_read() -> None:
-    check, dst = check_of([offer({"w": WHOLE}), offer({"other": BIAS})], {"w": WHOLE})
-    assert [span.srcs[0][0] for span in check.spans] == [0]
-    check, dst = check_of([offer({"w": WHOLE})], {})
-    assert check.spans == []
-    check.compare(dst)
 
 
 def test_the_memory_for_tables_is_lent_to_the_engine_as_long_as_it_is_needed() -> None:
@@ -243,3 +210,168 @@ def test_a_name_that_the_source_lacks_is_proven_by_another_of_the_same_memory() 
     with pytest.raises(DigestMismatch, match="2 of 3 tensors are not what") as caught:
         compare([source], ours)
     assert caught.value.details == {"tensors": ["embed", "head"], "complete": ["bias"]}
+
+
+# -- sums that the engine makes as it reads
+# --------------------------------------------------------------------------------------------------
+
+ALGORITHM = "multilinear_64"
+WORDS = torch.arange(100, dtype=torch.int32)
+
+
+class Reading:
+    """A load of tensors from sources that an engine sums up as it reads, step by step."""
+
+    def __init__(self, stack: ExitStack, count: int = 1) -> None:
+        self.theirs = {"w": WORDS.clone(), "v": WORDS[:30] * 3}
+        self.ours = {name: torch.zeros_like(tensor) for name, tensor in self.theirs.items()}
+        self.reader = stack.enter_context(CudaIpcEngine(gpus=HostGpus()))
+        self.sources: list[Offering] = []
+        self._held = []
+        for number in range(count):
+            engine = stack.enter_context(CudaIpcEngine(gpus=HostGpus()))
+            held = self.theirs if not number else {n: t.clone() for n, t in self.theirs.items()}
+            self._held.append(held)
+            source = offer(held, algorithm=ALGORITHM)
+            source.record = a_record(
+                session_id=engine.session_id, incarnation=f"{number:032x}", protocol="cuda_ipc"
+            )
+            for region in (*source.manifest.regions, source.table.region):
+                engine.register(region)
+            self.reader.connect(peer_of_record(source.record))
+            self.sources.append(source)
+        self.check, self.dst = check_of(self.sources, self.ours)
+        for region in self.dst.regions:
+            self.reader.lend(region)
+        self.check.lend(self.reader, stack)
+        for span in self.check.spans:
+            self._read(0, span.srcs[0][1], span.dst_addr, span.nbytes)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, number: int = 0) -> None:
+        """Such words of the tensor."""
+        there = {entry.name: entry for entry in self.sources[number].manifest.tensors}[name].addr
+        here = self.ours[name].data_ptr()
+        stop = self.ours[name].numel() if stop is None else stop
+        self._read(number, there + 4 * start, here + 4 * start, 4 * (stop - start))
+
+    def _read(self, number: int, src: int, dst: int, nbytes: int) -> None:
+        peer = peer_of_record(self.sources[number].record)
+        read(self.reader, peer, ReadOp("a/0", src, dst, nbytes))
+
+    def fill(self, name: str) -> None:
+        """Otherwise than by reads."""
+        self.ours[name].copy_(self.theirs[name])
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of tensors whose memory is looked at."""
+    found: list[str] = []
+
+    def digests(tensors: Mapping[TensorEntry, torch.Tensor], algorithm: str) -> object:
+        found.extend(sorted(piece.name for piece in tensors))
+        return digests_of(tensors, algorithm)
+
+    monkeypatch.setattr("engine_loader.sources.digest_check.digests_of", digests)
+    return found
+
+
+def test_what_was_summed_up_as_it_was_read_is_not_looked_at_again(
+    stack: ExitStack, looked_at: list[str]
+) -> None:
+    reading = Reading(stack)
+    reading.read("w", 0, 33)
+    reading.read("v")
+    reading.read("w", 33)
+    reading.check.compare(reading.dst)
+    assert looked_at == []
+
+
+def test_sources_that_have_the_same_sum_up_together(stack: ExitStack, looked_at: list[str]) -> None:
+    reading = Reading(stack, count=3)
+    for number, (start, stop) in enumerate([(0, 20), (20, 90), (90, 100)]):
+        reading.read("w", start, stop, number)
+    reading.read("v", number=1)
+    reading.check.compare(reading.dst)
+    assert looked_at == []
+    assert torch.equal(reading.ours["w"], WORDS)
+
+
+def test_memory_is_looked_at_of_what_came_in_part(stack: ExitStack, looked_at: list[str]) -> None:
+    reading = Reading(stack)
+    reading.fill("w")
+    reading.read("w", 0, 50)
+    reading.read("v")
+    reading.check.compare(reading.dst)
+    assert looked_at == ["w"]
+
+
+def test_memory_is_looked_at_of_what_came_twice(stack: ExitStack, looked_at: list[str]) -> None:
+    reading = Reading(stack)
+    for start, stop in [(0, 100), (10, 20)]:
+        reading.read("w", start, stop)
+    reading.read("v")
+    reading.check.compare(reading.dst)
+    assert looked_at == ["w"]
+
+
+def test_as_many_bytes_as_there_are_prove_nothing_if_some_came_twice_and_some_did_not(
+    stack: ExitStack, looked_at: list[str]
+) -> None:
+    reading = Reading(stack)
+    reading.fill("w")
+    for _ in range(2):
+        reading.read("w", 0, 50)
+    reading.read("v")
+    reading.check.compare(reading.dst)
+    assert looked_at == ["w"]
+    reading.ours["w"][99] += 1
+    with pytest.raises(DigestMismatch) as caught:
+        reading.check.compare(reading.dst)
+    assert caught.value.details == {"tensors": ["w"], "complete": ["v"]}
+
+
+def test_what_changed_at_the_source_since_it_was_published_is_another_one(
+    stack: ExitStack, looked_at: list[str]
+) -> None:
+    reading = Reading(stack)
+    reading.theirs["v"][7] += 1
+    for name in ("w", "v"):
+        reading.read(name)
+    with pytest.raises(DigestMismatch, match="1 of 2 tensors are not what") as caught:
+        reading.check.compare(reading.dst)
+    assert caught.value.details == {"tensors": ["v"], "complete": ["w"]}
+    assert looked_at == ["v"]
+
+
+def test_of_two_checks_at_once_the_second_looks_at_memory(
+    stack: ExitStack, looked_at: list[str]
+) -> None:
+    reading = Reading(stack)
+    with ExitStack() as inner:
+        check, dst = check_of(reading.sources, reading.ours)
+        check.lend(reading.reader, inner)
+        for name in ("w", "v"):
+            reading.read(name)
+        ctypes.memmove(check.spans[0].dst_addr, reading.check.spans[0].dst_addr, 32)
+        check.compare(dst)
+        assert looked_at == ["v", "w"]
+    reading.check.compare(reading.dst)
+    assert looked_at == ["v", "w"]
+
+
+def test_digests_by_another_algorithm_are_compared_with_memory(
+    stack: ExitStack, looked_at: list[str]
+) -> None:
+    source, ours = offer({"w": WORDS}), {"w": WORDS.clone()}
+    check, dst = check_of([source], ours)
+    check.lend(stack.enter_context(CudaIpcEngine(gpus=HostGpus())), stack)
+    ctypes.memmove(check.spans[0].dst_addr, source.table.region.addr, 16)
+    check.compare(dst)
+    assert looked_at == ["w"]
