@@ -4,7 +4,7 @@ hold the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from engine_loader import (
+    CudaIpcEngine,
+    Engine,
     InProcessEngine,
     LoadOptions,
     Progress,
@@ -28,9 +30,11 @@ from engine_loader.errors import (
     TornRead,
     VersionUnavailable,
 )
+from engine_loader.publishing import offering
 from engine_registry import ModelIdentity, Registry
 from tests.integration.test_load import Tensors, assert_equal, like, weights
 from tests.support.engines import Interrupted
+from tests.support.host_gpus import HostGpus
 from tests.support.launches import Origin as LaunchOrigin
 from tests.support.launches import origins, the_origin, words
 from tests.support.options import for_publish
@@ -42,7 +46,13 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def offer(stack: ExitStack, registry: Registry, tensors: Tensors, **fields: object) -> Publication:
+def offer(
+    stack: ExitStack,
+    registry: Registry,
+    tensors: Tensors,
+    engine: Engine | None = None,
+    **fields: object,
+) -> Publication:
     defaults: dict[str, object] = {
         "instance": "a",
         "rank": 0,
@@ -50,7 +60,7 @@ def offer(stack: ExitStack, registry: Registry, tensors: Tensors, **fields: obje
         "model": ModelIdentity("m"),
         "digests": True,
     }
-    engine = stack.enter_context(InProcessEngine())
+    engine = engine or stack.enter_context(InProcessEngine())
     return stack.enter_context(
         publish(registry, engine, tensors=tensors, **for_publish({**defaults, **fields}))
     )
@@ -165,6 +175,102 @@ def test_sources_whose_digests_prove_that_they_hold_the_same_are_read_from_at_on
     report = load(registry, InProcessEngine(), ["a", "b"], rank=0, tensors=like(weights()))
     assert contents == {report.content}
     assert sorted(share.name for share in report.shares) == ["/engines/a/0", "/engines/b/0"]
+
+
+# -- digests that cost next to nothing
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mapping(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> Callable[[], CudaIpcEngine]:
+    """Makes engines that sum up what they read, with the host's memory in the place of GPUs."""
+    monkeypatch.setattr(offering, "algorithm_for", lambda _: "multilinear_64")
+    monkeypatch.setattr(offering, "check_can_be_served", lambda *_: None)
+    return lambda: stack.enter_context(CudaIpcEngine(gpus=HostGpus()))
+
+
+@pytest.mark.parametrize(("digests", "verified"), [(None, True), (True, True), (False, False)])
+def test_digests_are_compared_by_default_where_both_sides_sum_them_up(
+    stack: ExitStack,
+    registry: Registry,
+    mapping: Callable[[], CudaIpcEngine],
+    digests: bool | None,
+    verified: bool,
+) -> None:
+    source, destination = weights(), like(weights())
+    with offer(stack, registry, source, engine=mapping(), digests=digests) as publication:
+        for _ in range(2):
+            report = load(registry, mapping(), "a", rank=0, tensors=destination)
+            assert_equal(destination, source)
+            assert (report.verified, report.outlived) == (verified, ())
+            with publication.update():
+                source["layer.0"].add_(1)
+
+
+def test_they_are_compared_although_rows_and_columns_come_from_several_ranks(
+    stack: ExitStack, registry: Registry, mapping: Callable[[], CudaIpcEngine]
+) -> None:
+    whole = torch.arange(64 * 48, dtype=torch.float32).view(64, 48)
+    for rank, columns in enumerate(whole.chunk(2, 1)):
+        offer(
+            stack,
+            registry,
+            {"w": columns.contiguous()},
+            engine=mapping(),
+            digests=None,
+            rank=rank,
+            world_size=2,
+            shards={"w": Shard((64, 48), (0, 24 * rank))},
+        )
+    ours = {"w": torch.zeros(64, 48)}
+    report = load(registry, mapping(), "a", tensors=ours, shards={"w": Shard((64, 48), (0, 0))})
+    assert torch.equal(ours["w"], whole)
+    assert report.verified
+    assert (report.read_nbytes, report.reads) == (report.nbytes, 2)
+
+
+def test_a_part_of_what_a_rank_holds_is_proven_by_its_header_alone(
+    stack: ExitStack, registry: Registry, mapping: Callable[[], CudaIpcEngine]
+) -> None:
+    whole = torch.arange(64 * 48, dtype=torch.float32).view(64, 48)
+    shards = {"w": Shard((64, 48), (0, 0))}
+    offer(stack, registry, {"w": whole}, engine=mapping(), digests=None, shards=shards)
+    ours = {"w": torch.zeros(64, 12)}
+    part = {"w": Shard((64, 48), (0, 12))}
+    report = load(registry, mapping(), "a", tensors=ours, shards=part)
+    assert torch.equal(ours["w"], whole[:, 12:24])
+    assert not report.verified
+    assert report.read_nbytes == report.nbytes == ours["w"].nbytes
+    with pytest.raises(DigestsMissing):
+        load(
+            registry,
+            mapping(),
+            "a",
+            tensors=ours,
+            shards=part,
+            options=LoadOptions(verify="digest"),
+        )
+
+
+def test_weights_that_were_changed_outside_of_an_update_are_a_mismatch_by_default(
+    stack: ExitStack, registry: Registry, mapping: Callable[[], CudaIpcEngine]
+) -> None:
+    source, destination = weights(), like(weights())
+    offer(stack, registry, source, engine=mapping(), digests=None)
+    source["layer.1"].add_(1)
+    with pytest.raises(DigestMismatch) as caught:
+        load(registry, mapping(), "a", rank=0, tensors=destination)
+    assert caught.value.details["tensors"] == ["layer.1"]
+
+
+def test_an_engine_that_sums_up_nothing_compares_and_publishes_no_digests_by_default(
+    stack: ExitStack, registry: Registry
+) -> None:
+    source, destination = weights(), like(weights())
+    offer(stack, registry, source, digests=None)
+    assert registry.manifest(registry.ranks("a")[0]).digests is None
+    report = load(registry, InProcessEngine(), "a", rank=0, tensors=destination)
+    assert not report.verified
 
 
 # -- versions

@@ -20,6 +20,7 @@ from engine_loader import InProcessEngine, Pace, Progress, metrics
 from engine_loader.errors import (
     Cancelled,
     DigestMismatch,
+    DigestsMissing,
     LoaderError,
     SourceEvicted,
     SourceLost,
@@ -457,6 +458,95 @@ def test_digests_are_read_and_compared_and_are_no_part_of_the_tensors(
             bench.attempt().fill()
     assert (check.lent_to, check.compared) == ([bench.reader], 1)
     assert bench.received.arrivals.nbytes == NBYTES
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_what_is_filled_says_whether_digests_prove_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    bench.source()
+    if checked:
+        bench.digests(monkeypatch)
+    assert bench.attempt().fill().verified is checked
+
+
+def test_sources_that_were_read_to_the_end_of_their_process_and_beyond_are_named(
+    bench: Bench,
+) -> None:
+    bench.source(ONE)
+    assert bench.attempt().fill().outlived == []
+    bench.received = Received(CONTENT, bench.dst)
+    bench.sources[0].outlived = True
+    assert bench.attempt().fill().outlived == [ONE.key]
+
+
+def test_a_source_that_has_ended_and_brought_nothing_was_not_outlived(bench: Bench) -> None:
+    bench.source(ONE)
+    bench.source(TWO).outlived = True
+    bench.sources[1].fate = lambda: SourceLost("withdrawn")
+    assert bench.attempt().fill().outlived == []
+
+
+MISSING = DigestsMissing("offers no digests")
+
+
+class Table:
+    """A source whose digests are by this algorithm, if it has any."""
+
+    def __init__(self, algorithm: str) -> None:
+        self._algorithm = algorithm
+
+    @property
+    def algorithm(self) -> str:
+        if not self._algorithm:
+            raise MISSING
+        return self._algorithm
+
+
+@pytest.mark.parametrize(
+    ("verify", "tallies", "algorithms", "proven", "outcome"),
+    [
+        ("auto", "m", ["m", "m"], True, "checked"),
+        ("auto", "", ["m"], True, "by the header"),
+        ("auto", "m", ["m", ""], True, "by the header"),
+        ("auto", "m", ["x"], True, "by the header"),
+        ("auto", "m", ["m", "x"], True, "by the header"),
+        ("auto", "m", ["m"], False, "by the header"),
+        ("header", "m", ["m"], True, "by the header"),
+        ("digest", "", ["x"], True, "checked"),
+        ("digest", "m", ["m"], True, "checked"),
+        ("digest", "m", ["m"], False, "refused"),
+    ],
+)
+def test_digests_are_compared_where_that_is_asked_for_or_free_and_all_have_them(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    verify: str,
+    tallies: str,
+    algorithms: list[str],
+    proven: bool,
+    outcome: str,
+) -> None:
+    """A rank that is still loading offers none, so in a chain the header alone proves the bytes."""
+    bench.verify = verify
+    monkeypatch.setattr(InProcessEngine, "tallies", tallies)
+    check = Digests(Span(0, 0, ()))
+
+    def made(*_: object) -> Digests:
+        if not proven:
+            raise MISSING
+        return check
+
+    monkeypatch.setattr(module, "DigestCheck", made)
+    entered = cast("list[SourceRank]", [Table(algorithm) for algorithm in algorithms])
+    with ExitStack() as undo:
+        if outcome == "refused":
+            with pytest.raises(DigestsMissing):
+                bench.attempt()._digest_check(entered, undo)
+            return
+        found = bench.attempt()._digest_check(entered, undo)
+    assert (found is not None) == (outcome == "checked")
+    assert check.lent_to == ([bench.reader] if outcome == "checked" else [])
 
 
 def test_tensors_that_have_moved_while_they_were_filled_are_unusable(bench: Bench) -> None:
