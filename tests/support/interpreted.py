@@ -11,10 +11,9 @@ import importlib.util
 import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 # The interpreter changes triton.language while a kernel runs, and so do we.
 _ONE_AT_A_TIME = threading.Lock()
@@ -24,11 +23,26 @@ _ONE_AT_A_TIME = threading.Lock()
 def interpreted(name: str) -> Iterator[ModuleType]:
     """A copy of that module whose kernels the interpreter runs, until the end of the block."""
     module = copy_of(name)
-    with _ONE_AT_A_TIME, ExitStack() as stack:
-        for language, functions in _functions_of_triton():
-            for each, replacement in functions.items():
-                stack.enter_context(mock.patch.object(language, each, replacement))
-        yield module
+    with _ONE_AT_A_TIME:
+        compiled = _exchange(_functions_of_triton())
+        try:
+            yield module
+        finally:
+            _exchange(compiled)
+
+
+Functions = list[tuple[ModuleType, dict[str, Any]]]
+
+
+def _exchange(functions: Functions) -> Functions:
+    """Those that were there before."""
+    before = [
+        (module, {name: getattr(module, name) for name in each}) for module, each in functions
+    ]
+    for module, each in functions:
+        for name, function in each.items():
+            setattr(module, name, function)
+    return before
 
 
 @functools.cache
@@ -45,7 +59,7 @@ def copy_of(name: str) -> ModuleType:
 
 
 @functools.cache
-def _functions_of_triton() -> list[tuple[ModuleType, dict[str, Any]]]:
+def _functions_of_triton() -> Functions:
     """Those that are kernels themselves, such as `tl.sum`."""
     import triton.language as tl
 
