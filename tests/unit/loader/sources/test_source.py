@@ -25,11 +25,9 @@ ANOTHER = a_record(incarnation=OTHER_INCARNATION)
 
 def rank(outlives: bool, monkeypatch: pytest.MonkeyPatch) -> SourceRank:
     monkeypatch.setattr(module, "_NEWS_S", 0.0)
-    registry = SimpleNamespace(manifest=lambda _: MANIFEST)
-    engine = SimpleNamespace(outlives_sources=outlives)
-    return SourceRank(
-        cast(Registry, registry), cast(Engine, engine), RECORD, False, torch.device("cpu")
-    )
+    registry = cast(Registry, SimpleNamespace())
+    engine = cast(Engine, SimpleNamespace(outlives_sources=outlives))
+    return SourceRank(registry, engine, RECORD, MANIFEST, False, torch.device("cpu"))
 
 
 def lost(reason: str, record: RankRecord = RECORD) -> RankLost:
@@ -50,7 +48,7 @@ def test_a_registration_that_has_ended_is_a_loss(
     monkeypatch: pytest.MonkeyPatch, end: Event
 ) -> None:
     source = rank(False, monkeypatch)
-    source._notice(end)
+    source.notice(end)
     assert type(source.news) is SourceLost
     assert not source.outlived
     assert not source.was_evicted()
@@ -61,7 +59,7 @@ def test_it_is_none_for_an_engine_that_has_its_memory_mapped(
     monkeypatch: pytest.MonkeyPatch, end: Event
 ) -> None:
     source = rank(True, monkeypatch)
-    source._notice(end)
+    source.notice(end)
     assert source.news is None
     assert source.outlived
     assert not source.was_evicted()
@@ -75,8 +73,8 @@ def test_an_eviction_is_a_loss_for_each_engine_also_of_a_process_that_has_ended(
 ) -> None:
     source = rank(outlives, monkeypatch)
     if before is not None:
-        source._notice(lost(before))
-    source._notice(lost(reason))
+        source.notice(lost(before))
+    source.notice(lost(reason))
     assert type(source.news) is SourceEvicted
     assert source.was_evicted()
 
@@ -87,7 +85,7 @@ def test_weights_that_change_are_torn_for_each_engine(
     monkeypatch: pytest.MonkeyPatch, outlives: bool, change: dict[str, object]
 ) -> None:
     source = rank(outlives, monkeypatch)
-    source._notice(RankUpdated(a_record(**change), RECORD))
+    source.notice(RankUpdated(a_record(**change), RECORD))
     assert type(source.news) is TornRead
     assert not source.outlived
 
@@ -102,7 +100,7 @@ def test_news_of_others_and_of_nothing_that_changed_are_none(
         RankJoined(a_record(rank=1)),
         RankUpdated(RECORD, RECORD),
     ):
-        source._notice(event)
+        source.notice(event)
     found: LoaderError | None = source.news
     assert (found, source.outlived) == (None, False)
 
