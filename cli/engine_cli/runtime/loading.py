@@ -84,7 +84,7 @@ class Loading:
                 if replica is not None
                 else None,
                 options=LoadOptions(
-                    verify="digest" if self.verify else "header", progress=on_progress
+                    verify="digest" if self.verify else "auto", progress=on_progress
                 ),
             )
         if report.publication is not None:
@@ -125,7 +125,7 @@ class Loading:
                     max_file_nbytes=max_file_nbytes or MAX_FILE_NBYTES,
                     timeout_s=self.wait_s,
                     options=LoadOptions(
-                        verify="digest" if self.verify else "header", progress=on_progress
+                        verify="digest" if self.verify else "auto", progress=on_progress
                     ),
                 )
         return report, files.paths if files is not None else []
