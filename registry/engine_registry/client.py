@@ -469,7 +469,9 @@ class Registry(Closable):
         return self.evict_each([record], reason)[0]
 
     def evict_each(self, records: Sequence[RankRecord], reason: str = "") -> tuple[bool, ...]:
-        """`evict` of several, 40 in one transaction: of each, whether it was ended."""
+        """`evict` of several, 40 in one transaction: of each record, in their order, whether its
+        registration was ended. The `reason` and the errors are as there.
+        """
         evicted = evict_each(self._etcd, records, by_this_process(reason))
         for record in itertools.compress(records, evicted):
             log.info(
