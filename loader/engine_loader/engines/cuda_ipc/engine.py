@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import ClassVar
 
 import torch
@@ -308,8 +309,9 @@ class CudaIpcEngine(ClosableEngine):
             for read in reads:
                 if read.launch is None:
                     self._waiting.pop((read.source, read.gpu), None)
-                elif not read.launch.done():
-                    read.launch.wait()  # for the GPU, and for nobody else
+                else:
+                    with suppress(EngineFailed):  # a GPU that has failed writes nothing more
+                        read.launch.wait()  # for the GPU, and for nobody else
                 read.failure = read.failure or link.failed(session_of(peer), "it was abandoned")
 
     def settled(self, peer: str) -> bool:
