@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -28,17 +29,18 @@ class HostGpus:
     """One, numbered 0, whose memory is the host's."""
 
     def __init__(self) -> None:
-        self._allocated: list[tuple[Export, mmap.mmap, int]] = []
+        self._allocated: list[tuple[Export, mmap.mmap]] = []
         self._opened: dict[int, mmap.mmap] = {}
         self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> int:
-        """The address of memory that other processes can open, until this one ends."""
+        """The address of memory that other processes can open, as long as this object lives."""
         fd = os.memfd_create("memory of a GPU")
+        weakref.finalize(self, os.close, fd)
         os.ftruncate(fd, nbytes)
         mapped = mmap.mmap(fd, nbytes)
         export = Export(_address(mapped), nbytes, f"/proc/{os.getpid()}/fd/{fd}".encode())
-        self._allocated.append((export, mapped, fd))
+        self._allocated.append((export, mapped))
         return export.addr
 
     @property
@@ -62,7 +64,7 @@ class HostGpus:
 
     def export(self, addr: int) -> Export:
         """Of what was not allocated here one that nobody can open."""
-        for export, _, _ in self._allocated:
+        for export, _ in self._allocated:
             if export.addr <= addr < export.end:
                 return export
         return Export(0, _END, b"of this process")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -57,6 +58,17 @@ def launch(copies: Sequence[Copy], sums: Sums | None = None) -> None:
 
 
 row_limits = st.sampled_from([36, 100, 1 << 20])
+
+
+def test_triton_is_as_it_was_after_a_kernel_was_interpreted() -> None:
+    """So a process that has a GPU may compile kernels besides."""
+    import triton.language as tl
+
+    before = (tl.sum, tl.cdiv, tl.standard.sum)
+    src, dst = memory(64, seed=1), memory(64, seed=2)
+    launch([Copy(src.data_ptr(), dst.data_ptr(), 0, 64)])
+    assert (tl.sum, tl.cdiv, tl.standard.sum) == before
+    assert "TRITON_INTERPRET" not in os.environ
 
 
 # -- any copies
