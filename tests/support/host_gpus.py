@@ -69,9 +69,9 @@ class HostGpus:
                 return export
         return Export(0, _END, b"of this process")
 
-    def open(self, handle: bytes, gpu: int) -> int:
+    def open(self, export: Export, gpu: int) -> int:
         try:
-            with open(handle, "r+b") as memory:
+            with open(export.handle, "r+b") as memory:
                 mapped = mmap.mmap(memory.fileno(), 0)
         except (OSError, ValueError) as exc:
             raise EngineFailed(f"its process has ended ({exc})") from exc

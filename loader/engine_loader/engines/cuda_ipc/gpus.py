@@ -80,10 +80,11 @@ class Gpus(Protocol):
     def export(self, addr: int) -> Export:
         """The allocation that has the address; EngineFailed where others cannot open it."""
 
-    def open(self, handle: bytes, gpu: int) -> int:
+    def open(self, export: Export, gpu: int) -> int:
         """Where that GPU has another process's allocation from now on.
 
-        EngineFailed where the process has ended, or the GPU does not reach its memory.
+        EngineFailed where the process has ended, the GPU does not reach its memory, or the
+        allocation is shorter than the export says.
         """
 
     def close(self, addr: int, gpu: int) -> None:
@@ -139,18 +140,25 @@ class CudaGpus:
             )
         return Export(allocation.addr, allocation.nbytes, bytes(memoryview(handle)))
 
-    def open(self, handle: bytes, gpu: int) -> int:
-        if len(handle) != _HANDLE_NBYTES:
-            raise EngineFailed(f"a handle of {len(handle)} bytes is none of CUDA's")
+    def open(self, export: Export, gpu: int) -> int:
+        if len(export.handle) != _HANDLE_NBYTES:
+            raise EngineFailed(f"a handle of {len(export.handle)} bytes is none of CUDA's")
         addr = ctypes.c_uint64()
         with _on(gpu):
             _check(
                 _driver().cuIpcOpenMemHandle_v2(
-                    ctypes.byref(addr), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS
+                    ctypes.byref(addr), _Handle.from_buffer_copy(export.handle), _LAZY_PEER_ACCESS
                 ),
                 "its process has ended, or its GPU is not reached by "
                 f"cuda:{gpu} (nvidia-smi topo -p2p r)",
             )
+            nbytes = ctypes.c_size_t()
+            code = _driver().cuMemGetAddressRange_v2(None, ctypes.byref(nbytes), addr)
+            if code or nbytes.value < export.nbytes:
+                _driver().cuIpcCloseMemHandle(addr)
+                raise EngineFailed(
+                    f"{export.nbytes} bytes are exported of an allocation of {nbytes.value}"
+                )
         return addr.value
 
     def close(self, addr: int, gpu: int) -> None:

@@ -97,7 +97,7 @@ class MappedSource(Source):
             found = self._mapped.get((gpu, number))
             if found is None:
                 try:
-                    found = self._gpus.open(self._exports[number].handle, gpu)
+                    found = self._gpus.open(self._exports[number], gpu)
                 except EngineFailed as exc:
                     raise link.failed(self.session_id, exc.what) from exc
                 self._mapped[gpu, number] = found
