@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import pickle
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -46,7 +46,7 @@ from engine_loader.errors import (
 )
 from engine_registry import Manifest, ModelIdentity, RankRecord, Registry
 from engine_registry import errors as registry_errors
-from engine_registry.errors import InstanceIncomplete, InstanceNotFound
+from engine_registry.errors import InstanceIncomplete, InstanceNotFound, RecordDamaged
 from tests.integration.conftest import Processes
 from tests.integration.test_failover import NBYTES, PACE, Sources, at_half
 from tests.support.engines import Interrupted
@@ -442,13 +442,13 @@ def test_a_rank_that_leaves_before_its_manifest_is_read_is_reported_as_lost(
     registry: Registry, offer: Callable[..., Publication], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publication = offer({"w": torch.ones(3)})
-    manifest = registry.manifest
+    manifests = registry.manifests
 
-    def after_it_has_left(record: RankRecord) -> Manifest:
+    def after_it_has_left(records: Sequence[RankRecord]) -> Sequence[Manifest | RecordDamaged]:
         publication.close()
-        return manifest(record)
+        return manifests(records)
 
-    monkeypatch.setattr(registry, "manifest", after_it_has_left)
+    monkeypatch.setattr(registry, "manifests", after_it_has_left)
     exc = why({"w": torch.zeros(3)}, reader_of(registry))
     assert isinstance(exc, SourceLost)
     assert str(exc) == "/engines/a/0 is not registered any more: load again"
@@ -493,10 +493,12 @@ def test_a_value_that_this_version_cannot_read_is_named(
 ) -> None:
     offer({"w": torch.ones(1)})
     reader = reader_of(registry)
-    manifest = registry.manifest
+    manifests = registry.manifests
     newer = {"when": {"date": "today"}}
     monkeypatch.setattr(
-        registry, "manifest", lambda record: replace(manifest(record), values=newer)
+        registry,
+        "manifests",
+        lambda records: [replace(each, values=newer) for each in manifests(records)],  # type: ignore[type-var]
     )
     assert "the value 'when' of a cannot be read: a value has the unknown tag 'date'" in str(
         why({"when": 0}, reader)

@@ -126,13 +126,13 @@ def test_ranks_of_one_instance_may_stand_in_several_zones_and_not_have_several_l
 ) -> None:
     """A loader of a part reads it from the rank of its zone, though each rank has it."""
     with ExitStack() as stack:
-        for rank, zone in enumerate("ab"):
-            engine = stack.enter_context(InProcessEngine(location=zone))
-            stack.enter_context(published(registry, engine, "wide", rank, {"dp": (rank, 2)}))
+        first, second = [stack.enter_context(InProcessEngine(location=zone)) for zone in "ab"]
+        stack.enter_context(published(registry, first, "wide", 0, {"dp": (0, 2)}))
+        with pytest.raises(InstanceMismatch, match="labels"):
+            published(registry, second, "wide", 1, {"dp": (1, 2)}, labels={"zone": "b"})
+        stack.enter_context(published(registry, second, "wide", 1, {"dp": (1, 2)}))
         (status,) = registry.ready(TINY)
         assert [record.location.zone for record in status.records] == ["a", "b"]
-        with pytest.raises(InstanceMismatch, match="labels"):
-            published(registry, engine, "wide", 1, {"dp": (1, 2)}, labels={"zone": "b"})
         for zone in "ab":
             tensors = {"w": torch.zeros(64)}
             engine = stack.enter_context(InProcessEngine(location=zone))
