@@ -92,9 +92,9 @@ class _Readers:
         except OSError:
             return False
         finally:
-            there = [one for one in self._connections if not ended(one)] + found
-            kept = there[-_MOST_READERS:]
-            for one in {*self._connections, *found} - {*kept}:
+            some = self._connections + found
+            kept = [one for one in some if not ended(one)][-_MOST_READERS:]
+            for one in {*some} - {*kept}:
                 one.close()
             self._connections = kept
 
