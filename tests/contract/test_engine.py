@@ -605,6 +605,18 @@ def test_a_first_contact_with_a_stopped_peer_holds_up_nothing_and_ends_when_it_i
     read_again(peers, stoppable)
 
 
+def test_memory_of_which_there_is_less_than_the_peer_says_is_not_mapped(
+    kind: Kind, peers: Peers, stoppable: Stoppable
+) -> None:
+    if not kind.meets_stopped_peers:
+        return  # there is nothing to map
+    (export,) = stoppable.exports
+    longer = replace(export, nbytes=export.nbytes + 1)
+    with pytest.raises(ReadFailed, match=r"cannot read from .* exported of an allocation of \d+"):
+        peers.reader.connect(stoppable.session_id, [longer])
+    read_again(peers, stoppable)
+
+
 def test_a_first_contact_that_hangs_ends_when_its_engine_is_closed(
     kind: Kind, new_engine: NewEngine, stoppable: Stoppable
 ) -> None:

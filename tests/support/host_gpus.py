@@ -75,6 +75,9 @@ class HostGpus:
                 mapped = mmap.mmap(memory.fileno(), 0)
         except (OSError, ValueError) as exc:
             raise EngineFailed(f"its process has ended ({exc})") from exc
+        if (nbytes := len(mapped)) < export.nbytes:
+            mapped.close()
+            raise EngineFailed(f"{export.nbytes} bytes are exported of an allocation of {nbytes}")
         addr = _address(mapped)
         with self._lock:
             self._opened[addr] = mapped
