@@ -9,6 +9,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -380,6 +382,38 @@ def test_a_host_that_is_none_of_this_machine_is_refused_with_nothing_left() -> N
         with pytest.raises(EngineUnavailable, match=f"nothing can listen at {host}"):
             CudaIpcEngine(host, gpus=HostGpus())
     assert not descriptors() - before
+
+
+FORKS = """
+import os, sys, time
+from engine_loader.engines.cuda_ipc.link import Listener
+
+listener = Listener("127.0.0.1")
+print(listener.session_id, flush=True)
+sys.stdin.readline()
+print(os.fork(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_child_of_the_source_does_not_keep_its_connections() -> None:
+    """As a worker that loads data is, which is forked and outlives it for a moment."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as source:
+        assert source.stdin is not None
+        assert source.stdout is not None
+        session_id = source.stdout.readline().strip()
+        with closing(link.connect(session_id, lambda: False)) as connection:
+            source.stdin.write("fork\n")
+            source.stdin.flush()
+            child = int(source.stdout.readline())
+            assert not link.ended(connection)
+            source.kill()
+            try:
+                wait_until(lambda: link.ended(connection), timeout_s=30)
+            finally:
+                os.kill(child, signal.SIGKILL)
 
 
 def test_memory_is_taken_back_also_from_a_reader_that_has_not_been_seen_yet() -> None:

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 import torch
 
-from engine_loader.engines.cuda_ipc.gpus import Launch, Made, Sums
+from engine_loader.engines.cuda_ipc.gpus import Launch, Made
 from engine_loader.engines.cuda_ipc.table import Copy, table_of
+from engine_loader.engines.cuda_ipc.tallies import Sums
 from engine_loader.errors import EngineFailed
 from engine_registry.schema.manifest import Export
 from tests.support.interpreted import interpreted

@@ -11,54 +11,25 @@ has taken memory back: see `sources`.
 from __future__ import annotations
 
 import atexit
-import itertools
-import threading
 import weakref
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import ClassVar
 
 import torch
 
 from engine_loader.engines.base import ClosableEngine, session_of
 from engine_loader.engines.cuda_ipc import link
-from engine_loader.engines.cuda_ipc.gpus import CudaGpus, Gpus, Launch, Sums
-from engine_loader.engines.cuda_ipc.sources import MappedSource, OwnSource, Source, Sources
-from engine_loader.engines.cuda_ipc.table import Blocks, Copy
+from engine_loader.engines.cuda_ipc.gpus import CudaGpus, Gpus
+from engine_loader.engines.cuda_ipc.launches import Launches
+from engine_loader.engines.cuda_ipc.sources import MappedSource, OwnSource, Sources
+from engine_loader.engines.cuda_ipc.tallies import Sums, Tallies
 from engine_loader.engines.mooncake.machine import this_host
 from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry.schema.location import Location
 from engine_registry.schema.manifest import Export, Region
-
-# Of one launch. The first one is short, so that the GPU begins; each that follows takes as long as
-# the next one takes to be made ready; and after the longest ones, of 11 ms, what has come is seen.
-_FIRST_NBYTES = 256 << 20
-_LAUNCH_NBYTES = 4 << 30
-_KEPT_BLOCKS = 8  # for the next load of the same
-
-
-class _Read:
-    """`launch` is None until it is launched."""
-
-    __slots__ = ("failure", "gpu", "launch", "op", "source")
-
-    def __init__(self, source: Source, gpu: int | None, op: ReadOp) -> None:
-        self.source = source
-        self.gpu = gpu
-        self.op = op
-        self.launch: Launch | None = None
-        self.failure: ReadFailed | None = None
-
-
-class _Waiting:
-    """Reads from one source into one GPU that are not launched yet."""
-
-    def __init__(self) -> None:
-        self.reads: list[_Read] = []
-        self.nbytes = 0
 
 
 class CudaIpcEngine(ClosableEngine):
@@ -98,14 +69,8 @@ class CudaIpcEngine(ClosableEngine):
         self._lent = RegionBook()
         self._gpu_of: dict[int, int | None] = {}  # by where a lent region begins
         self._sources = Sources()
-        self._launching = threading.Lock()  # held while reads become a launch; taken first
-        self._lock = threading.Lock()  # of what follows
-        self._reads: dict[int, _Read] = {}
-        self._waiting: defaultdict[tuple[Source, int | None], _Waiting] = defaultdict(_Waiting)
-        self._enough: dict[tuple[Source, int | None], int] = {}  # bytes of the next launch
-        self._sums: dict[tuple[str, int], Sums] = {}  # by peer and GPU
-        self._blocks: deque[tuple[Sequence[Region], Blocks]] = deque(maxlen=_KEPT_BLOCKS)
-        self._numbers = itertools.count(1)
+        self._tallies = Tallies()
+        self._launches = Launches(self._gpus, self._tallies)
         self._abandoned: Counter[str] = Counter()  # how often each peer was
         self._closed = False
         self._here[self.session_id] = self
@@ -184,23 +149,7 @@ class CudaIpcEngine(ClosableEngine):
 
     def tally(self, peer: str, pieces: Sequence[Region], device: torch.device) -> Sums | None:
         gpu = self._gpus.number_of(device)
-        if gpu is None:
-            return None
-        with self._lock:
-            if (peer, gpu) in self._sums:
-                return None
-            sums = Sums(self._blocks_of(pieces), device, lambda: self._sums.pop((peer, gpu), None))
-            self._sums[peer, gpu] = sums
-            return sums
-
-    def _blocks_of(self, pieces: Sequence[Region]) -> Blocks:
-        """Those that were made last are kept."""
-        for known, blocks in self._blocks:
-            if known is pieces:
-                return blocks
-        blocks = Blocks(pieces)
-        self._blocks.append((pieces, blocks))
-        return blocks
+        return None if gpu is None else self._tallies.begin(peer, pieces, gpu, device)
 
     # -- sources
 
@@ -245,74 +194,21 @@ class CudaIpcEngine(ClosableEngine):
             self._lent.check_destination(op, strides=True)
             region = self._lent.holder_of(op.dst_addr, op.dst_nbytes)
             gpu = self._gpu_of[region.addr] if region is not None else None
-        source = self._sources.begin(peer, op)
-        read = _Read(source, gpu, op)
-        with self._lock:
-            number = next(self._numbers)
-            self._reads[number] = read
-            waiting = self._waiting[source, gpu]
-            waiting.reads.append(read)
-            waiting.nbytes += op.nbytes
-            enough = waiting.nbytes >= self._enough.get((source, gpu), _FIRST_NBYTES)
-        if enough:
-            self._launch(source, gpu)
-        return number
+        return self._launches.start(self._sources.begin(peer, op), gpu, op)
 
     def done(self, number: int) -> bool:
-        read = self._reads[number]
-        if read.launch is None and read.failure is None:
-            self._launch(read.source, read.gpu)
-        if read.failure is None and (read.launch is None or not read.launch.done()):
+        over = self._launches.over(number)
+        if over is None:
             return False
-        with self._lock:
-            del self._reads[number]
-            if not self._reads:
-                self._enough.clear()
-        self._sources.end(read.source)
-        if read.failure is not None:
-            raise read.failure
+        source, failure = over
+        self._sources.end(source)
+        if failure is not None:
+            raise failure
         return True
-
-    def _launch(self, source: Source, gpu: int | None) -> None:
-        """All that waits for it; what cannot be read has failed."""
-        with self._launching:
-            with self._lock:
-                waiting = self._waiting.pop((source, gpu), _Waiting())
-                nbytes = min(2 * max(waiting.nbytes, _FIRST_NBYTES), _LAUNCH_NBYTES)
-                self._enough[source, gpu] = nbytes
-            reads, copies = [], []
-            for read in waiting.reads:
-                op = read.op
-                try:
-                    src = source.address(op, gpu)
-                except ReadFailed as exc:
-                    read.failure = exc
-                    continue
-                reads.append(read)
-                copies.append(Copy(src, op.dst_addr, op.src_addr, op.nbytes, op.lines))
-            if not copies:
-                return
-            sums = self._sums.get((source.peer, gpu)) if gpu is not None else None
-            try:
-                launch = self._gpus.launch(gpu, copies, sums)
-            except EngineFailed as exc:
-                for read in reads:
-                    read.failure = link.failed(source.session_id, exc.what)
-                raise
-            for read in reads:
-                read.launch = launch
 
     def abandon(self, peer: str) -> None:
         self._abandoned[peer] += 1
-        with self._launching, self._lock:
-            reads = [read for read in self._reads.values() if read.source.peer == peer]
-            for read in reads:
-                if read.launch is None:
-                    self._waiting.pop((read.source, read.gpu), None)
-                else:
-                    with suppress(EngineFailed):  # a GPU that has failed writes nothing more
-                        read.launch.wait()  # for the GPU, and for nobody else
-                read.failure = read.failure or link.failed(session_of(peer), "it was abandoned")
+        self._launches.abandon(peer)
 
     def settled(self, peer: str) -> bool:
         return True

@@ -12,16 +12,22 @@ import ctypes
 import functools
 import importlib.util
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
-from engine_loader.engines.cuda_ipc.table import Blocks, Copy, Numbers, table_of
+from engine_loader.engines.cuda_ipc.table import COLUMNS, Copy, table_of
+from engine_loader.engines.cuda_ipc.tallies import Sums
 from engine_loader.errors import EngineFailed, EngineUnavailable
-from engine_loader.tensors.cuda import allocation_at, can_be_opened_by_others, device_of, wait_for
+from engine_loader.tensors.cuda import (
+    allocation_at,
+    can_be_opened_by_others,
+    device_here,
+    device_of,
+)
 from engine_loader.tensors.modes import plain_torch
 from engine_registry.schema.manifest import Export
 
@@ -38,31 +44,6 @@ class Launch(Protocol):
 
     def wait(self) -> None:
         """Until they have been made."""
-
-
-class Sums:
-    """What the words of pieces of a source's memory sum up to, as they are read into a GPU.
-
-    `nbytes` are those that have gone into each sum.
-    """
-
-    @plain_torch()
-    def __init__(self, blocks: Blocks, device: torch.device, close: Callable[[], object]) -> None:
-        self.blocks = blocks
-        self._close = close
-        self.memory = torch.zeros(max(1, len(blocks)), dtype=torch.int64, device=device)
-        self.nbytes = np.zeros(len(blocks), np.int64)
-        wait_for([device])
-
-    @property
-    def firsts(self) -> Numbers:
-        return self.blocks.firsts
-
-    def close(self) -> None:
-        self._close()
-
-    def sums(self) -> tuple[Numbers, Numbers]:
-        return self.memory.cpu().numpy()[: len(self.blocks)], self.nbytes
 
 
 class Gpus(Protocol):
@@ -112,6 +93,9 @@ class CudaGpus:
                 "Triton is not installed, whose kernel reads over cuda_ipc",
                 "pip install triton, or use nvlink_intra",
             )
+        threading.Thread(
+            target=_prepare, args=(device_here(),), name="kernel of cuda_ipc", daemon=True
+        ).start()
 
     def gpu_of(self, addr: int) -> int | None:
         return device_of(addr)
@@ -188,6 +172,7 @@ class CudaGpus:
             event = torch.cuda.Event()
             event.record(stream)
         if sums is not None:
+            held.append(sums.memory)
             sums.nbytes += table.added(len(sums.blocks))
         return _Launched(event, held)
 
@@ -205,6 +190,17 @@ def _kernel() -> Callable[[torch.Tensor, torch.Tensor, int], None]:
             ) from exc
 
     return copy
+
+
+def _prepare(device: AbstractContextManager[Any]) -> None:
+    """Triton takes half a second to be imported, and longer to compile: not in the first load. A
+    process that has not used a GPU yet does not begin to here.
+    """
+    with suppress(Exception), device, plain_torch():  # the first launch says what is wrong
+        copy_rows = _kernel()
+        if torch.cuda.is_initialized():
+            nothing = torch.zeros((1, COLUMNS), dtype=torch.int64, device="cuda")
+            copy_rows(nothing, nothing, 4)
 
 
 def _first_line(exc: Exception) -> str:

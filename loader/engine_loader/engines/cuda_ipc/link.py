@@ -7,10 +7,12 @@ it has mapped is to be let go, also of a process that is stopped or holds the GI
 
 from __future__ import annotations
 
+import os
 import selectors
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
@@ -37,6 +39,7 @@ class Listener:
             ) from exc
         self.session_id = join(host, listener.getsockname()[1])
         self._readers = _Readers(listener)
+        _OPEN.add(self._readers)
         threading.Thread(target=self._readers.run, name="readers' connections", daemon=True).start()
 
     def cut(self) -> None:
@@ -105,11 +108,27 @@ class _Readers:
                 one.close()
             self._connections = []
 
+    def forget(self) -> None:
+        """In a forked child, which must not keep them open when the source has ended."""
+        for one in (self._listener, *self._connections):
+            one.close()
+
     def close(self) -> None:
         with suppress(OSError):  # wakes the thread
             self._listener.shutdown(socket.SHUT_RDWR)
         self._closed = True
         self.cut()
+
+
+_OPEN: weakref.WeakSet[_Readers] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for readers in list(_OPEN):
+        readers.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
 
 
 def ended(connection: socket.socket) -> bool:

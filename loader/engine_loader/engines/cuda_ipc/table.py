@@ -28,6 +28,7 @@ Numbers = npt.NDArray[np.int64]
 COLUMNS = 9
 SRC, DST, WIDTH, SRC_STEP, DST_STEP, FIRST, COUNT, SLOT, AHEAD = range(COLUMNS)
 _ROW_NBYTES = 512 << 10  # of a row: some rows for each of a GPU's processors, also of little
+_LONG_NBYTES = 1 << 30  # runs of which are rows each for itself: the kernel counts in 32 bits
 BLOCK_NBYTES = 4 << 20  # of a sum of `multilinear_64`
 
 
@@ -133,7 +134,8 @@ def _runs_of(copies: Sequence[Copy]) -> Numbers:
         if lines is None:
             found.append((copy.src, copy.dst, copy.at, copy.nbytes, 0, 0, 1))
             continue
-        for some in lines.along(max(0, len(lines.counts) - 1)):
+        axes = len(lines.counts)
+        for some in lines.along(axes - 1 if axes and lines.nbytes < _LONG_NBYTES else axes):
             steps = (some.src_steps[0], some.dst_steps[0], some.counts[0]) if some.counts else ()
             found.append(
                 (

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from engine_loader import CudaIpcEngine
-from engine_loader.engines.cuda_ipc import engine as module
-from engine_loader.engines.cuda_ipc.gpus import Launch, Sums
+from engine_loader.engines.cuda_ipc import launches as module
+from engine_loader.engines.cuda_ipc.gpus import Launch
 from engine_loader.engines.cuda_ipc.table import Copy
+from engine_loader.engines.cuda_ipc.tallies import Sums
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry import Region

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from engine_loader.digests import table as digests
 from engine_loader.digests.table import digest_of_sums, digests_of
 from engine_loader.engines.cuda_ipc import table
-from engine_loader.engines.cuda_ipc.gpus import Sums
 from engine_loader.engines.cuda_ipc.table import Blocks, Copy
+from engine_loader.engines.cuda_ipc.tallies import Sums
 from engine_loader.planning.boxes import Lines
 from engine_registry import Region
 from tests.support.host_gpus import KERNEL, HostGpus
