@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from engine_registry.collector import collector_paused
 from engine_registry.errors import RecordDamaged
 from engine_registry.schema.keys import ENGINES, parse_record_key
 from engine_registry.schema.keyvalue import Change, Deletion, KeyValue
@@ -178,6 +179,7 @@ def instance_of(key: str) -> str:
     return key.removeprefix(ENGINES).partition("/")[0]
 
 
+@collector_paused
 def assess_all(items: Iterable[KeyValue]) -> tuple[InstanceStatus, ...]:
     """Every instance that has keys among `items`, by name.
 
