@@ -79,7 +79,7 @@ def test_of_any_number_a_few_are_read_in_a_few_requests(etcd: CountingEtcd, ther
 def test_whoever_looks_again_and_again_sees_all_of_them(etcd: CountingEtcd) -> None:
     for number in range(5 * SAMPLE):
         shelve(etcd, one(number))
-    seen = {name for _ in range(60) for name in names(look(etcd, HolderQuery(MODEL, PLACE)).ready)}
+    seen = {name for _ in range(400) for name in names(look(etcd, HolderQuery(MODEL, PLACE)).ready)}
     assert len(seen) == 5 * SAMPLE
 
 
