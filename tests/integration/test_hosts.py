@@ -148,8 +148,9 @@ def test_a_link_that_is_mended_in_time_costs_no_load(cluster: Cluster) -> None:
 @needs_hosts
 @pytest.mark.slow
 def test_most_is_taken_from_the_faster_of_two_links(cluster: Cluster) -> None:
-    cluster.source("fast", 100)  # far less than two busy processes can move
-    cluster.source("slow", 10)
+    cluster.source("fast", 200)  # far less than two busy processes can move
+    # Four chunks at once take 0.4 s there, which is less than the load takes for a stall.
+    cluster.source("slow", 20)
     outcome = outcome_of(cluster.load("fast", "slow"))
     assert (outcome["lost"], outcome["exact"]) == ([], True)
     assert outcome["nbytes"]["/engines/fast/0"] > 3 * outcome["nbytes"]["/engines/slow/0"] > 0
