@@ -40,13 +40,11 @@ def read_ranks(
 
 
 def _read_header(engine: Any, record: Any, exports: Any, report: Callable[..., None]) -> None:
-    import torch
-
+    from engine_loader.engines.protocols import device_for
     from engine_loader.publishing.header import HeaderCell, fetch_header, peer_of_record
-    from engine_registry.schema.record import WITHIN_HOST
 
     try:
-        cell = HeaderCell(torch.device("cuda" if engine.protocol in WITHIN_HOST else "cpu"))
+        cell = HeaderCell(device_for(engine.protocol))
         engine.lend(cell.region)
         began = time.monotonic()
         engine.connect(peer_of_record(record), exports)
@@ -76,9 +74,9 @@ def read_weights(
     import torch
 
     from engine_loader.engines.base import peer_of
+    from engine_loader.engines.protocols import device_for
     from engine_loader.planning.plan import ReadOp
     from engine_registry import Region
-    from engine_registry.schema.record import WITHIN_HOST
     from engine_registry.schema.record_format import decode
 
     while True:  # so that the memory stays, whatever still writes to it
@@ -88,8 +86,8 @@ def read_weights(
             record = decode(key, value.encode())
             peer = peer_of(record.session_id, record.incarnation)
             nbytes = min(_READ_NBYTES, wanted["nbytes"])
-            kind = "cuda" if engine.protocol in WITHIN_HOST else "cpu"
-            memory = torch.zeros(_READS * nbytes, dtype=torch.uint8, device=kind)
+            device = device_for(engine.protocol)
+            memory = torch.zeros(_READS * nbytes, dtype=torch.uint8, device=device)
             engine.lend(Region(memory.data_ptr(), memory.nbytes))
             offsets = itertools.cycle(range(0, wanted["nbytes"] - nbytes + 1, nbytes))
             free = [memory.data_ptr() + nbytes * number for number in range(_READS)]

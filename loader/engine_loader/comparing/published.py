@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
-import torch
-
 from engine_loader.comparing.holding import HeldRank, Holding
 from engine_loader.digests.table import DigestCell
 from engine_loader.engines.base import Engine, lend, read
+from engine_loader.engines.protocols import device_for
 from engine_loader.errors import ReadFailed, SourceLost, TornRead
 from engine_loader.planning.plan import ReadOp
 from engine_loader.publishing.header import HeaderCell, fetch_header, peer_of_record
@@ -24,7 +23,6 @@ from engine_loader.sources.reach import reachable
 from engine_loader.tensors.cuda import on_default_stream, to_register
 from engine_registry import Manifest, Place, RankRecord, Registry
 from engine_registry.schema.manifest import DigestTable
-from engine_registry.schema.record import WITHIN_HOST
 
 _AT_ONCE = 8  # ranks that are read
 _SILENT_S = 10.0  # longer than a peer takes that is there
@@ -67,7 +65,7 @@ def _read_table(
     engine: Engine, record: RankRecord, manifest: Manifest, table: DigestTable
 ) -> Mapping[str, bytes]:
     """The header before and after says that they are of the content of the record."""
-    device = torch.device("cuda" if engine.protocol in WITHIN_HOST else "cpu")
+    device = device_for(engine.protocol)
     engine.connect(peer_of_record(record), manifest.exports)
     with ExitStack() as undo:
         undo.enter_context(on_default_stream(device))

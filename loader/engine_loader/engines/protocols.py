@@ -17,6 +17,11 @@ from engine_registry.schema.record import WITHIN_HOST
 FALLBACK = ("cuda_ipc", "nvlink_intra", "rdma", "tcp")  # the quickest first
 
 
+def device_for(protocol: str) -> torch.device:
+    """Where small reads over the protocol go: a GPU, where it has no other memory."""
+    return torch.device("cuda" if protocol in WITHIN_HOST else "cpu")
+
+
 def usable_protocols() -> tuple[str, ...]:
     """That this machine and the installed transfer engines have, in that order."""
     transports = _transports()
