@@ -13,30 +13,15 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from engine_loader.engines.region_book import Regions
+from engine_loader.engines.tally import Tally
 from engine_loader.errors import EngineFailed, TensorsUnusable, listed
 from engine_loader.planning.plan import ReadOp
 from engine_registry.lifetime import Closable
 from engine_registry.schema.location import UNKNOWN, Location
 from engine_registry.schema.manifest import Export, Manifest, Region
-
-
-class Tally(Protocol):
-    """What the bytes of pieces of a source's memory sum up to, as they are read."""
-
-    @property
-    def firsts(self) -> npt.NDArray[np.int64]:
-        """Of each piece, the number of the sum of its first block."""
-
-    def sums(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Of each block: the sum of what has come, and how many bytes have been asked for."""
-
-    def close(self) -> None:
-        """Sums up no more."""
 
 
 class Engine(Protocol):

@@ -15,7 +15,8 @@ import torch
 
 from engine_loader import metrics
 from engine_loader.digests.table import NBYTES, DigestCell, digest_of_sums, digests_of
-from engine_loader.engines.base import Engine, Tally, lend
+from engine_loader.engines.base import Engine, lend
+from engine_loader.engines.tally import Tally
 from engine_loader.errors import DigestMismatch, listed
 from engine_loader.planning.placed import steps_of
 from engine_loader.planning.reads import Span
