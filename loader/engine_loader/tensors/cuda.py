@@ -49,7 +49,7 @@ def to_register(region: Region, device_type: str) -> Region:
 def device_of(addr: int) -> int | None:
     """The number of the GPU that has the memory; None where it is not CUDA's."""
     kind = ctypes.c_uint64()
-    code = _driver().cuPointerGetAttribute(ctypes.byref(kind), _MEMORY_TYPE, ctypes.c_uint64(addr))
+    code = driver().cuPointerGetAttribute(ctypes.byref(kind), _MEMORY_TYPE, ctypes.c_uint64(addr))
     if code != 0 or kind.value & 0xFFFFFFFF != _OF_DEVICE:
         return None
     return _attribute(_DEVICE_ORDINAL, addr) & 0xFFFFFFFF
@@ -93,7 +93,7 @@ def pci_address() -> str:
 def _attribute(attribute: int, addr: int) -> int:
     """Of device memory, of whichever device."""
     value = ctypes.c_uint64()  # as wide as the widest of them; the driver writes the lower bytes
-    code = _driver().cuPointerGetAttribute(ctypes.byref(value), attribute, ctypes.c_uint64(addr))
+    code = driver().cuPointerGetAttribute(ctypes.byref(value), attribute, ctypes.c_uint64(addr))
     if code != 0:
         raise EngineFailed(
             f"CUDA does not know the memory at {addr:#x} (error {code} for attribute {attribute})"
@@ -102,7 +102,8 @@ def _attribute(attribute: int, addr: int) -> int:
 
 
 @functools.cache
-def _driver() -> Any:
+def driver() -> Any:
+    """CUDA's driver, which torch has loaded too."""
     return ctypes.CDLL("libcuda.so.1")
 
 

@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
@@ -27,12 +27,13 @@ from engine_loader.tensors.cuda import (
     can_be_opened_by_others,
     device_here,
     device_of,
+    driver,
 )
 from engine_loader.tensors.modes import plain_torch
 from engine_registry.schema.manifest import Export
 
 _HANDLE_NBYTES = 64
-_SHORT_NBYTES = 16 << 10  # of a table: it is copied by the driver, and needs no memory of its own
+_SHORT_NBYTES = 16 << 10  # of a table: a shorter one is copied sooner than memory is pinned for it
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 
 
@@ -109,7 +110,8 @@ class CudaGpus:
         return torch.cuda.current_device()
 
     def export(self, addr: int) -> Export:
-        if device_of(addr) is None or not can_be_opened_by_others(addr):
+        gpu = device_of(addr)
+        if gpu is None or not can_be_opened_by_others(addr):
             raise EngineFailed(
                 f"the memory at {addr:#x} cannot be opened by other processes",
                 "serve memory of cudaMalloc, not the host's, nor expandable segments "
@@ -117,7 +119,7 @@ class CudaGpus:
             )
         allocation = allocation_at(addr)
         handle = _Handle()
-        with _on(device_of(addr)):
+        with _on(gpu):
             _check(
                 _driver().cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(allocation.addr)),
                 f"no handle for the memory at {addr:#x}",
@@ -156,7 +158,6 @@ class CudaGpus:
                 for copy in copies:
                     _to_host(copy)
             return Made()
-        copy_rows = _kernel()
         table = table_of(copies, sums.blocks if sums is not None else None)
         device = torch.device("cuda", gpu)
         stream = next(_streams(gpu))
@@ -168,7 +169,7 @@ class CudaGpus:
                     here = here.pin_memory()
                 there = here.to(device, non_blocking=True)
                 held += [here, there]
-                copy_rows(there, sums.memory if sums is not None else there, unit)
+                _copy_rows(there, sums.memory if sums is not None else there, unit)
             event = torch.cuda.Event()
             event.record(stream)
         if sums is not None:
@@ -177,19 +178,16 @@ class CudaGpus:
         return _Launched(event, held)
 
 
-def _kernel() -> Callable[[torch.Tensor, torch.Tensor, int], None]:
-    from engine_loader.engines.cuda_ipc.kernel import copy_rows
+def _copy_rows(table: torch.Tensor, sums: torch.Tensor, unit: int) -> None:
+    try:
+        from engine_loader.engines.cuda_ipc.kernel import copy_rows
 
-    def copy(table: torch.Tensor, sums: torch.Tensor, unit: int) -> None:
-        try:
-            copy_rows(table, sums, unit)
-        except Exception as exc:  # Triton has no common base of its errors
-            raise EngineFailed(
-                f"Triton cannot compile or start its kernel ({_first_line(exc)})",
-                "install a C compiler (apt install gcc), or use nvlink_intra",
-            ) from exc
-
-    return copy
+        copy_rows(table, sums, unit)
+    except Exception as exc:  # Triton has no common base of its errors
+        raise EngineFailed(
+            f"Triton cannot compile or start its kernel ({_first_line(exc)})",
+            "install a C compiler (apt install gcc), or use nvlink_intra",
+        ) from exc
 
 
 def _prepare(device: AbstractContextManager[Any]) -> None:
@@ -197,10 +195,10 @@ def _prepare(device: AbstractContextManager[Any]) -> None:
     process that has not used a GPU yet does not begin to here.
     """
     with suppress(Exception), device, plain_torch():  # the first launch says what is wrong
-        copy_rows = _kernel()
+        importlib.import_module("engine_loader.engines.cuda_ipc.kernel")
         if torch.cuda.is_initialized():
             nothing = torch.zeros((1, COLUMNS), dtype=torch.int64, device="cuda")
-            copy_rows(nothing, nothing, 4)
+            _copy_rows(nothing, nothing, 4)
 
 
 def _first_line(exc: Exception) -> str:
@@ -268,10 +266,10 @@ def _streams(gpu: int) -> Iterator[torch.cuda.Stream]:
 
 
 @contextmanager
-def _on(gpu: int | None) -> Iterator[None]:
+def _on(gpu: int) -> Iterator[None]:
     """The context of the GPU, as torch has it, is the thread's current one, as the driver needs."""
     torch.cuda.init()
-    number = ctypes.c_int(gpu or 0)
+    number = ctypes.c_int(gpu)
     context = ctypes.c_void_p()
     failed = f"cuda:{number.value} cannot be used"
     _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), number), failed)
@@ -295,6 +293,6 @@ def _check(code: int, what: str) -> None:
 
 @functools.cache
 def _driver() -> Any:
-    driver = ctypes.CDLL("libcuda.so.1")
-    driver.cuIpcOpenMemHandle_v2.argtypes = [ctypes.c_void_p, _Handle, ctypes.c_uint]
-    return driver
+    loaded = driver()
+    loaded.cuIpcOpenMemHandle_v2.argtypes = [ctypes.c_void_p, _Handle, ctypes.c_uint]
+    return loaded

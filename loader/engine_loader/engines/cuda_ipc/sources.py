@@ -157,9 +157,6 @@ class Sources:
         with self._lock:
             return list(self._sources.values())
 
-    def get(self, peer: str) -> Source | None:
-        return self._sources.get(peer)
-
     def begin(self, peer: str, op: ReadOp) -> Source:
         """Of a read, until `end`; ReadFailed where it is not connected, or does not offer that."""
         with self._lock:
