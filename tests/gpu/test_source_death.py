@@ -15,26 +15,14 @@ from engine_loader.options import LoadOptions
 from engine_registry import Registry
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound
 from engine_registry.etcd.local import LocalEtcd
+from tests.gpu.conftest import Source, assert_equal, zeroed
 from tests.gpu.source import Tensors, content
-from tests.gpu.test_within_host import Source, assert_equal, zeroed
 from tests.support.waiting import wait_until
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
 ]
-
-
-@pytest.fixture
-def etcd() -> Iterator[LocalEtcd]:
-    with LocalEtcd() as etcd:
-        yield etcd
-
-
-@pytest.fixture
-def registry(etcd: LocalEtcd) -> Iterator[Registry]:
-    with Registry.connect(etcd.endpoint) as registry:
-        yield registry
 
 
 @pytest.fixture

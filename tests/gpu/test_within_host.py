@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,45 +16,13 @@ from engine_loader.options import Verify
 from engine_registry import Registry
 from engine_registry.errors import InstanceIncomplete
 from engine_registry.etcd.local import LocalEtcd
-from tests.gpu.source import MODEL, Tensors, content, late_content
+from tests.gpu.conftest import Source, assert_equal, zeroed
+from tests.gpu.source import MODEL, content, late_content
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
 ]
-
-
-class Source:
-    def __init__(self, endpoint: str, protocol: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.gpu.source", endpoint, protocol],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def do(self, command: str) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{command}\n")
-        self._process.stdin.flush()
-        assert self._process.stdout.readline() == f"{command}\n"
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-@pytest.fixture
-def etcd() -> Iterator[LocalEtcd]:
-    with LocalEtcd() as etcd:
-        yield etcd
-
-
-@pytest.fixture
-def registry(etcd: LocalEtcd) -> Iterator[Registry]:
-    with Registry.connect(etcd.endpoint) as registry:
-        yield registry
 
 
 @pytest.fixture(params=["cuda_ipc", "nvlink_intra"])
@@ -78,16 +44,6 @@ def source(etcd: LocalEtcd, protocol: str) -> Iterator[Source]:
 def engine(protocol: str) -> Iterator[Engine]:
     with open_engine("127.0.0.1", protocol) as engine:
         yield engine
-
-
-def zeroed(tensors: Tensors, device: str | None = None) -> Tensors:
-    return {name: torch.zeros_like(tensor, device=device) for name, tensor in tensors.items()}
-
-
-def assert_equal(found: Tensors, wanted: Tensors) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name].cpu(), tensor.cpu()), name
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1", None, "cpu"])
