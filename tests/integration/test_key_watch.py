@@ -1,5 +1,5 @@
-"""The watch of a registration's key, over a real etcd: what befalls the key is told without a beat,
-and after any fault the key is looked at and watched again.
+"""The watch of a registration's key, over a real etcd: it shows each change of the key without a
+beat, and after any fault the key is looked at and watched again.
 """
 
 from __future__ import annotations

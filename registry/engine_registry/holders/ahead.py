@@ -40,7 +40,7 @@ def _loading_in(etcd: Etcd, query: HolderQuery, area: str) -> tuple[list[Entry],
     entries = entries_of(found.items)
     if found.count <= query.chain or found.count <= len(found.items) or not entries:
         return entries, found.count
-    # Ranks of one order are told apart by their incarnations: none that comes after ours will do.
+    # Ranks may share an order. Then only those whose incarnation follows ours began before.
     starts = [
         max(loading_key(model, rank, me.version, order, area), before.key)
         for order in _spread(me.order, entries[-1].order, len(entries), found.count)

@@ -50,7 +50,7 @@ class Refusing(FakeEtcd):
 
 
 class Door:
-    """A registry and four sources, of which each writes down what it is told."""
+    """A registry and four sources. Each source keeps the events that it gets."""
 
     def __init__(self) -> None:
         self.etcd = Refusing()
