@@ -68,7 +68,7 @@ class _KeptHere:
         self.state = RegistrationState.REGISTERED
         self.lost: RegistryError | None = None
         self.withdrawn = False
-        self.keeper_pid = 0
+        self.keeper_pid = None
         self._keeper = a_keeper(etcd, record, parts, ttl_s)
         self._keeper.register()
         self.record = replace(record, order=self._keeper.order)

@@ -18,6 +18,7 @@ from engine_registry.etcd.local import LocalEtcd
 from engine_registry.pulls.ticket import PullTicket
 from tests.support.connections import all_connections, connections
 from tests.support.faults import a_grpc_proxy
+from tests.support.keepers import pid_of_keeper
 from tests.support.ranks import register
 from tests.support.waiting import wait_until
 
@@ -82,7 +83,7 @@ def test_a_rank_that_serves_holds_the_connection_of_its_keeper_alone(own_etcd: L
             assert isinstance(ticket, PullTicket)
             ticket.close()
         wait_until(lambda: not ours(own_etcd))
-        assert connections(registration.keeper_pid, own_etcd.endpoint) == 1
+        assert connections(pid_of_keeper(registration), own_etcd.endpoint) == 1
         registration.update(version=1)
         assert [found.version for found in registry.ranks("a")] == [1]
 

@@ -46,6 +46,7 @@ from tests.integration.conftest import Processes, events_until, keepers_of, line
 from tests.support.checkout import ROOT
 from tests.support.connections import connections
 from tests.support.faults import DivisibleCluster, Proxy, etcdctl, fill_until_no_space
+from tests.support.keepers import pid_of_keeper
 from tests.support.ranks import MANIFEST, register
 from tests.support.waiting import wait_until
 
@@ -240,7 +241,7 @@ def held_through(endpoint: str, registry: Registry) -> Registration:
     """A registration whose keeper is connected to that member: it begins with any of them."""
     for _ in range(50):
         registration, _ = hold(registry)
-        if connections(registration.keeper_pid, endpoint):
+        if connections(pid_of_keeper(registration), endpoint):
             return registration
         registration.close()
     raise AssertionError(f"no keeper began with {endpoint}")
@@ -367,7 +368,7 @@ def test_a_keeper_that_dies_while_etcd_is_away_leaves_its_successor_to_say_that_
         with registration:
             etcd.pause()
             states.wait_for(RegistrationState.SUSPENDED)
-            os.kill(registration.keeper_pid, signal.SIGKILL)
+            os.kill(pid_of_keeper(registration), signal.SIGKILL)
             etcd.resume()
             states.wait_for(RegistrationState.REGISTERED)
             assert len(registry.resolve("a", 60)) == 1
@@ -386,10 +387,12 @@ def test_a_keeper_that_cannot_be_replaced_now_is_replaced_when_it_can(
         with registration:
             with monkeypatch.context() as exhausted:
                 exhausted.setattr(f"engine_registry.registration.keeper.process.{call}", refuse)
-                os.kill(registration.keeper_pid, signal.SIGKILL)
+                os.kill(pid_of_keeper(registration), signal.SIGKILL)
                 states.wait_for(RegistrationState.SUSPENDED)
                 assert "no keeper: cannot start a keeper" in states.why
                 assert "no file descriptors are left" in states.why
+                # 0 as a pid would be the process group of whoever sends that keeper a signal
+                assert registration.keeper_pid is None
                 registration.update(version=1)  # is for the next keeper to write
                 pause_for(TTL_S)
             states.wait_for(RegistrationState.REGISTERED)
@@ -418,7 +421,7 @@ def test_a_keeper_needs_either_a_folder_that_can_be_written_or_memory_files(
     else:
         monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     with register(registry) as registration:
-        os.kill(registration.keeper_pid, signal.SIGKILL)
+        os.kill(pid_of_keeper(registration), signal.SIGKILL)
         registration.update(version=1)
         wait_until(lambda: [record.version for record in registry.ranks("a")] == [1])
 
@@ -490,7 +493,7 @@ def test_a_process_without_descriptors_gets_an_error_that_says_so(
 def test_a_keeper_that_hangs_is_replaced(registry: Registry) -> None:
     registration, states = hold(registry)
     with registration:
-        first = registration.keeper_pid
+        first = pid_of_keeper(registration)
         os.kill(first, signal.SIGSTOP)
         states.wait_for(RegistrationState.SUSPENDED)
         assert f"(pid {first}) did not answer and was killed" in states.why
@@ -504,7 +507,7 @@ def test_no_caller_waits_without_end_for_a_keeper_that_hangs_with_its_pipe_full(
 ) -> None:
     registration, states = hold(registry, model=ModelIdentity("tiny", extra={"note": "x" * 3000}))
     with registration, ThreadPoolExecutor(64) as callers:
-        os.kill(registration.keeper_pid, signal.SIGSTOP)
+        os.kill(pid_of_keeper(registration), signal.SIGSTOP)
         for call in [
             callers.submit(registration.update, version=version) for version in range(1, 65)
         ]:  # 200 KB
@@ -518,7 +521,7 @@ def test_a_withdrawal_is_carried_out_though_the_keeper_hangs(registry: Registry)
     with registry.watch("a") as watch:
         registration, _ = hold(registry, ttl_s=60.0)
         events_until(watch, lambda event: isinstance(event, InstanceReady))
-        os.kill(registration.keeper_pid, signal.SIGSTOP)
+        os.kill(pid_of_keeper(registration), signal.SIGSTOP)
         registration.withdraw()
         assert registration.withdrawn
         assert losses(events_until(watch, lambda event: isinstance(event, RankLost))) == [
@@ -530,7 +533,7 @@ def test_a_keeper_is_not_taken_for_hung_while_etcd_is_silent(etcd: LocalEtcd) ->
     with Registry.connect(etcd.endpoint, timeout_s=20) as registry:
         registration, states = hold(registry)
         with registration:
-            first = registration.keeper_pid
+            first = pid_of_keeper(registration)
             etcd.pause()
             states.wait_for(RegistrationState.SUSPENDED)
             pause_for(2 * (TTL_S / 3 + ANSWER_S))
@@ -663,10 +666,10 @@ def test_a_keeper_that_wakes_up_after_another_took_the_rank_leaves_it_alone(
     with Registry.connect(etcd.endpoint) as registry, registry.watch() as watch:
         old, states = hold(registry)
         events_until(watch, lambda event: isinstance(event, InstanceReady))
-        os.kill(old.keeper_pid, signal.SIGSTOP)
+        os.kill(pid_of_keeper(old), signal.SIGSTOP)
         events_until(watch, lambda event: isinstance(event, RankLost))
         with hold(registry)[0] as new:
-            os.kill(old.keeper_pid, signal.SIGCONT)
+            os.kill(pid_of_keeper(old), signal.SIGCONT)
             states.wait_for(RegistrationState.LOST)
             assert isinstance(old.lost, Superseded)
             assert [record.incarnation for record in registry.ranks("a")] == [
@@ -684,12 +687,12 @@ def test_a_rank_whose_host_is_dead_is_refused_to_others_until_its_lease_is_over(
     with Registry.connect(etcd.endpoint) as registry, registry.watch() as watch:
         old, states = hold(registry)
         # as if host and keeper were gone: nobody revokes the lease
-        os.kill(old.keeper_pid, signal.SIGSTOP)
+        os.kill(pid_of_keeper(old), signal.SIGSTOP)
         with pytest.raises(RankConflict):
             hold(registry)
         events_until(watch, lambda event: isinstance(event, RankLost))
         with hold(registry)[0]:
-            os.kill(old.keeper_pid, signal.SIGCONT)
+            os.kill(pid_of_keeper(old), signal.SIGCONT)
             states.wait_for(RegistrationState.LOST)
         old.withdraw()
 

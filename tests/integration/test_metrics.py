@@ -32,6 +32,7 @@ from tests.integration.test_failover import FAULTS, NBYTES, PACE, Sources, at_ha
 from tests.integration.test_failover import engine as engine
 from tests.integration.test_failover import sources as sources
 from tests.support.engines import Meeting
+from tests.support.keepers import pid_of_keeper
 from tests.support.options import for_publish
 from tests.support.processes.source import empty
 from tests.support.ranks import register
@@ -329,7 +330,7 @@ def test_a_keeper_that_is_killed_counts_as_replaced_and_its_record_as_put_again(
     registry: Registry, shown: Shown
 ) -> None:
     with register(registry) as registration:
-        os.kill(registration.keeper_pid, signal.SIGKILL)
+        os.kill(pid_of_keeper(registration), signal.SIGKILL)
         wait_until(lambda: shown("registry_reregistrations_total") == 1)
         assert shown("registry_keeper_restarts_total") == 1
 

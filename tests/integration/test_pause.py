@@ -44,6 +44,7 @@ from engine_registry import (
 from engine_registry.errors import Evicted, InstanceIncomplete
 from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes, events_until, line_of
+from tests.support.keepers import pid_of_keeper
 from tests.support.launches import Origin, origins, the_origin, words
 from tests.support.waiting import wait_until
 
@@ -421,13 +422,13 @@ def test_the_keeper_dies_while_a_rank_is_resumed(registry: Registry, point: str)
     with published(registry, InProcessEngine(), {"w": words(A, COUNT)}) as publication:
         for change in (publication.resume, lambda: publication.replace({"w": words(A, COUNT)})):
             publication.pause()
-            keeper = publication.registration.keeper_pid
+            keeper = pid_of_keeper(publication.registration)
             if point == "before":
                 os.kill(keeper, signal.SIGKILL)
             change()
             if point == "after":
                 os.kill(keeper, signal.SIGKILL)
-            wait_until(lambda: publication.registration.keeper_pid not in (0, keeper))  # noqa: B023
+            wait_until(lambda: publication.registration.keeper_pid not in (None, keeper))  # noqa: B023
             record = publication.record
             wait_until(lambda: registry.ranks("a") == (record,))  # noqa: B023
             assert loaded(registry, InProcessEngine())[0] == A

@@ -57,6 +57,7 @@ from engine_registry.schema.keys import record_key
 from engine_registry.schema.keyvalue import Put
 from tests.integration.conftest import Processes, events_until, keepers_of, line_of
 from tests.support.checkout import ROOT
+from tests.support.keepers import pid_of_keeper
 from tests.support.ranks import MANIFEST, MODEL, register
 from tests.support.waiting import wait_until
 
@@ -371,7 +372,7 @@ def test_signals_to_a_keeper_are_for_its_rank_to_obey(
 @pytest.mark.usefixtures("product_keepers")
 def test_a_keeper_is_a_new_program_in_a_session_of_its_own(registry: Registry) -> None:
     with register(registry) as registration:
-        keeper = registration.keeper_pid
+        keeper = pid_of_keeper(registration)
         command = Path(f"/proc/{keeper}/cmdline").read_bytes().split(b"\0")
         assert command[1:3] == [b"-I", b"-c"]  # not a fork that goes on as the rank
         assert b"from engine_registry.registration.keeper.main import run" in command[3]
@@ -401,7 +402,7 @@ def test_a_keeper_imports_no_more_than_it_needs() -> None:
 def test_a_keeper_that_is_killed_is_replaced_and_nobody_sees_a_loss(registry: Registry) -> None:
     with registry.watch("a") as watch, register(registry) as registration:
         events_until(watch, lambda event: isinstance(event, InstanceReady))
-        first = registration.keeper_pid
+        first = pid_of_keeper(registration)
         os.kill(first, signal.SIGKILL)
         # The new keeper puts the record under a new lease: seen as a change of the key, but
         # of no field.
@@ -416,12 +417,12 @@ def test_the_next_keeper_may_take_as_long_to_start_as_the_timeout_allows(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with register(registry) as registration:
-        first = registration.keeper_pid
+        first = pid_of_keeper(registration)
         monkeypatch.setattr(link, "START_TIMEOUT_S", 0.0)
         monkeypatch.setattr(process, "LOOK_S", 0.01)
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: registration.keeper_pid not in (0, first))
-        second = registration.keeper_pid
+        wait_until(lambda: registration.keeper_pid not in (None, first))
+        second = pid_of_keeper(registration)
         registration.update(version=1)
         assert registration.keeper_pid == second
 
@@ -433,12 +434,12 @@ def test_updates_and_withdrawal_work_while_the_keeper_is_dead(
         registration = register(registry)
         for version in range(1, 4):
             events_until(watch, lambda event: isinstance(event, (InstanceReady, RankUpdated)))
-            os.kill(registration.keeper_pid, signal.SIGKILL)
+            os.kill(pid_of_keeper(registration), signal.SIGKILL)
             registration.update(version=version)
         events_until(
             watch, lambda event: isinstance(event, RankUpdated) and event.record.version == 3
         )
-        os.kill(registration.keeper_pid, signal.SIGKILL)
+        os.kill(pid_of_keeper(registration), signal.SIGKILL)
         registration.withdraw()
         assert registration.withdrawn
         assert loss(watch) == "withdrawn"
@@ -679,12 +680,12 @@ def test_a_rank_that_was_evicted_while_its_keeper_was_cut_off_does_not_come_back
     registry: Registry, raw: Etcd
 ) -> None:
     registration = register(registry)
-    os.kill(registration.keeper_pid, signal.SIGSTOP)
+    os.kill(pid_of_keeper(registration), signal.SIGSTOP)
     (lease_id,) = {item.lease_id for item in raw.snapshot("/").items}
     assert registry.evict(registry.ranks("a")[0])
     # as when it expires: a keeper cannot distinguish this from an expiry that nobody wanted
     raw.revoke(lease_id)
-    os.kill(registration.keeper_pid, signal.SIGCONT)
+    os.kill(pid_of_keeper(registration), signal.SIGCONT)
     with pytest.raises(Evicted):
         registration.update(version=1)
     assert registry.ranks("a") == ()

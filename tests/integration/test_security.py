@@ -44,6 +44,7 @@ from tests.integration.test_cli import assert_one_line
 from tests.integration.test_faults import hold
 from tests.support.authority import Authority, options, tls_etcd
 from tests.support.checkout import ROOT
+from tests.support.keepers import pid_of_keeper
 from tests.support.ranks import register
 from tests.support.terminal import on_terminal
 from tests.support.waiting import wait_until
@@ -650,9 +651,9 @@ def test_a_keeper_has_the_password_neither_on_its_command_line_nor_in_its_enviro
     secret = secured.password("rank-qwen-a")
     with in_environment("MY_OWN_VARIABLE", secret), secured.connect("rank-qwen-a") as registry:
         with register(registry, "qwen-a") as registration:
-            assert "engine-registry-keeper" in seen_of(registration.keeper_pid)
-            assert secret not in seen_of(registration.keeper_pid)
-            assert "PATH=" in seen_of(registration.keeper_pid)
+            assert "engine-registry-keeper" in seen_of(pid_of_keeper(registration))
+            assert secret not in seen_of(pid_of_keeper(registration))
+            assert "PATH=" in seen_of(pid_of_keeper(registration))
             assert secret not in repr(registry) + repr(registration.record) + repr(
                 vars(registry)
             ) + str(registry._config)

@@ -24,6 +24,7 @@ from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes
 from tests.integration.test_cli import assert_one_line
 from tests.support.authority import Authority, options, tls_etcd
+from tests.support.keepers import pid_of_keeper
 from tests.support.ranks import register
 from tests.support.waiting import wait_until
 
@@ -100,9 +101,9 @@ def test_files_that_are_named_from_here_are_found_from_elsewhere(
     with Registry.connect(etcd.endpoint, namespace=namespace, **files) as registry:
         monkeypatch.chdir(tmp_path)
         with register(registry) as registration:
-            first = registration.keeper_pid
+            first = pid_of_keeper(registration)
             os.kill(first, signal.SIGKILL)
-            wait_until(lambda: registration.keeper_pid not in (0, first))
+            wait_until(lambda: registration.keeper_pid not in (None, first))
             registry._etcd._client.close()
             registration.update(version=1)
             wait_until(lambda: [record.version for record in registry.ranks("a")] == [1])

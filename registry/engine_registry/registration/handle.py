@@ -98,7 +98,7 @@ class Registration(Closable):
             self._held = metrics.REGISTRATIONS.hold(self._state.value)
         metrics.REGISTRATION_CHANGES.inc(RegistrationState.REGISTERED.value)
         log.info(
-            "%s is registered, its keeper is process %d",
+            "%s is registered, its keeper is process %s",
             self.record.key,
             self.keeper_pid,
             extra=self._fields("registered"),
@@ -127,8 +127,8 @@ class Registration(Closable):
         return self._withdrawn
 
     @property
-    def keeper_pid(self) -> int:
-        """0 while a keeper that has died is being replaced."""
+    def keeper_pid(self) -> int | None:
+        """None while a keeper that has died is being replaced."""
         return self._link.pid
 
     def update(

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 
+from tests.support.keepers import pid_of_keeper
 from tests.support.ranks import register
 from tests.support.registry import connect
 
@@ -31,7 +32,7 @@ def main(instance: str, rank: str, world_size: str, end: str = "return") -> None
         os.closerange(0, 3)
         time.sleep(10)
         os._exit(0)
-    print("registered", registration.keeper_pid, flush=True)
+    print("registered", pid_of_keeper(registration), flush=True)
     sys.stdin.readline()
     if end == "exception":
         raise RuntimeError("the engine has a bug")
@@ -41,7 +42,7 @@ def main(instance: str, rank: str, world_size: str, end: str = "return") -> None
         resource.setrlimit(resource.RLIMIT_AS, (1 << 20, 1 << 20))
         bytes(1 << 30)
     if end == "withdraw":
-        print("withdraws", registration.keeper_pid, flush=True)
+        print("withdraws", pid_of_keeper(registration), flush=True)
         registration.withdraw()
 
 

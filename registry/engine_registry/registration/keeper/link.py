@@ -70,10 +70,10 @@ class KeeperLink:
         )
 
     @property
-    def pid(self) -> int:
-        """Of the keeper process; 0 while there is none."""
+    def pid(self) -> int | None:
+        """Of the keeper process; None while there is none."""
         keeper = self._keeper
-        return keeper.pid if keeper else 0
+        return keeper.pid if keeper else None
 
     def open(self) -> None:
         """Starts the keeper and registers; raises what is wrong, and has then left nothing behind.
