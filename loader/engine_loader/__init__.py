@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from engine_loader.engines.in_process import InProcessEngine as InProcessEngine
     from engine_loader.engines.mooncake.engine import MooncakeEngine as MooncakeEngine
     from engine_loader.engines.opening import open_engine as open_engine
+    from engine_loader.engines.sockets.credentials import SocketCredentials as SocketCredentials
+    from engine_loader.engines.sockets.engine import SocketEngine as SocketEngine
     from engine_loader.errors import Cancelled as Cancelled
     from engine_loader.errors import DigestMismatch as DigestMismatch
     from engine_loader.errors import DigestsMissing as DigestsMissing
@@ -83,6 +85,8 @@ _MODULE_OF = {
     "MemoryInUse": "errors",
     "CudaIpcEngine": "engines.cuda_ipc.engine",
     "MooncakeEngine": "engines.mooncake.engine",
+    "SocketCredentials": "engines.sockets.credentials",
+    "SocketEngine": "engines.sockets.engine",
     "open_engine": "engines.opening",
     "Obstacle": "comparing.comparison",
     "Pace": "transfer.pace",

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from engine_loader import CudaIpcEngine
+from engine_loader.engines import dial
 from engine_loader.engines.base import peer_of, read
 from engine_loader.engines.cuda_ipc import link, sources
 from engine_loader.errors import EngineUnavailable, ReadFailed
@@ -282,7 +283,7 @@ def test_a_contact_that_hangs_ends_when_the_engine_is_closed(full: str) -> None:
 def test_a_contact_that_hangs_ends_by_itself(
     reader: Reader, full: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "_LIMIT_S", 0.0)
+    monkeypatch.setattr(dial, "_LIMIT_S", 0.0)
     with pytest.raises(ReadFailed, match="it does not answer"):
         reader.engine.connect(full)
 
@@ -332,7 +333,7 @@ def test_a_thousand_readers_take_a_bounded_number_of_the_sources_descriptors(
     with ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         readers = [
-            stack.enter_context(link.connect(source.session_id, lambda: False)) for _ in range(1000)
+            stack.enter_context(dial.dial(source.session_id, lambda: False)) for _ in range(1000)
         ]
         most = link._MOST_READERS
         wait_until(lambda: sum(map(link.ended, readers)) == len(readers) - most)
@@ -345,8 +346,8 @@ def test_readers_that_have_left_are_forgotten(source: Served) -> None:
     folder = Path(f"/proc/{source.process.pid}/fd")
     few = len(list(folder.iterdir()))
     for _ in range(50):
-        link.connect(source.session_id, lambda: False).close()
-    with link.connect(source.session_id, lambda: False):
+        dial.dial(source.session_id, lambda: False).close()
+    with dial.dial(source.session_id, lambda: False):
         wait_until(lambda: len(list(folder.iterdir())) <= few + 2)
 
 
@@ -368,7 +369,7 @@ def test_a_closed_engine_leaves_neither_threads_nor_connections_nor_memory(
 
 def test_a_source_that_closes_its_engine_is_known_to_have_ended(reader: Reader) -> None:
     source = CudaIpcEngine(gpus=HostGpus())
-    with source, link.connect(source.session_id, lambda: False) as connection:
+    with source, dial.dial(source.session_id, lambda: False) as connection:
         assert not link.ended(connection)
         source.close()
         wait_until(lambda: link.ended(connection))
@@ -404,7 +405,7 @@ def test_a_child_of_the_source_does_not_keep_its_connections() -> None:
         assert source.stdin is not None
         assert source.stdout is not None
         session_id = source.stdout.readline().strip()
-        with closing(link.connect(session_id, lambda: False)) as connection:
+        with closing(dial.dial(session_id, lambda: False)) as connection:
             source.stdin.write("fork\n")
             source.stdin.flush()
             child = int(source.stdout.readline())
@@ -420,6 +421,6 @@ def test_memory_is_taken_back_also_from_a_reader_that_has_not_been_seen_yet() ->
     listener = link.Listener("127.0.0.1")
     with closing(listener):
         for _ in range(300):
-            with link.connect(listener.session_id, lambda: False) as connection:
+            with dial.dial(listener.session_id, lambda: False) as connection:
                 listener.cut()
                 wait_until(lambda made=connection: link.ended(made))  # type: ignore[misc]

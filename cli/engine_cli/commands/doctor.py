@@ -22,6 +22,7 @@ from engine_cli.signals import raised
 # registry's, which must not be imported here: that it can be is looked at
 PROTOCOLS = (
     "tcp",
+    "socket",
     "rdma",
     "nvlink_intra",
     "cuda_ipc",

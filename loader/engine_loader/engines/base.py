@@ -36,7 +36,8 @@ class Engine(Protocol):
 
     @property
     def protocol(self) -> str:
-        """How this engine reads: tcp, rdma, cuda_ipc, nvlink_intra, or another name."""
+        """How this engine reads: tcp, socket, rdma, cuda_ipc, nvlink_intra, or another
+        name."""
 
     @property
     def fabric(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine_loader.engines.base import ClosableEngine
 from engine_loader.engines.cuda_ipc.engine import CudaIpcEngine
 from engine_loader.engines.mooncake.engine import MooncakeEngine
+from engine_loader.engines.sockets.engine import SocketEngine
 from engine_loader.errors import EngineUnavailable
 
 
@@ -15,7 +16,8 @@ def open_engine(
 
     Args:
         host: The address of this machine that peers connect to.
-        protocol: How to read: tcp, rdma, cuda_ipc or nvlink_intra.
+        protocol: How to read: tcp, socket, rdma, cuda_ipc or nvlink_intra. Over socket the
+            credentials are those that the environment names: see `SocketCredentials`.
         device: Over rdma: as for MooncakeEngine.
         fabric: A label of the network. Engines with equal labels reach each other.
         location: Where this machine stands, as for MooncakeEngine.
@@ -27,10 +29,12 @@ def open_engine(
         EngineUnavailable: The engine cannot be started here, or the protocol is unknown.
         InvalidField: The location is not valid.
     """
-    if protocol != "cuda_ipc":
+    if protocol not in ("cuda_ipc", "socket"):
         return MooncakeEngine(host, protocol, device, fabric, location=location)
     if device:
         raise EngineUnavailable(
-            f"cuda_ipc uses no RDMA device, and {device!r} is given", "leave `device` out"
+            f"{protocol} uses no RDMA device, and {device!r} is given", "leave `device` out"
         )
+    if protocol == "socket":
+        return SocketEngine(host, fabric, location=location)
     return CudaIpcEngine(host, fabric, location=location)

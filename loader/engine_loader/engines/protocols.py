@@ -7,14 +7,14 @@ from importlib.util import find_spec
 
 import torch
 
+from engine_loader.engines.machine import this_host
 from engine_loader.engines.mooncake.binding import built_transports
 from engine_loader.engines.mooncake.devices import usable_devices
-from engine_loader.engines.mooncake.machine import this_host
 from engine_loader.errors import EngineUnavailable, SourceUnreachable
 from engine_registry import RankRecord
 from engine_registry.schema.record import WITHIN_HOST
 
-FALLBACK = ("cuda_ipc", "nvlink_intra", "rdma", "tcp")  # the quickest first
+FALLBACK = ("cuda_ipc", "nvlink_intra", "rdma", "socket", "tcp")  # the quickest first
 
 
 def device_for(protocol: str) -> torch.device:
@@ -29,6 +29,7 @@ def usable_protocols() -> tuple[str, ...]:
         "cuda_ipc": torch.cuda.is_available() and find_spec("triton") is not None,
         "nvlink_intra": torch.cuda.is_available() and "IntraNodeNvlink" in transports,
         "rdma": bool(usable_devices()) and "Rdma" in transports,
+        "socket": True,
         "tcp": "Tcp" in transports,
     }
     return tuple(protocol for protocol in FALLBACK if here[protocol])

@@ -38,7 +38,7 @@ class IntegrationConfig:
         instance: What the instance's name begins with. Empty: the engine's name.
         labels: Names and values by which people find the instance. None: none.
         host: The address of this machine for peers. Empty: the one on the way to etcd.
-        protocol: How peers read: tcp, rdma, cuda_ipc or nvlink_intra.
+        protocol: How peers read: tcp, socket, rdma, cuda_ipc or nvlink_intra.
         device: Over rdma: names of devices, with commas between them; `"auto"`, those nearest to
             the GPU; or empty, all.
         fabric: A label of the network. Engines with equal labels reach each other.

@@ -25,7 +25,7 @@ from engine_registry.schema.topology import check_topology
 
 MAX_VERSION = 1 << 62  # the header holds twice the version in 64 bits
 MAX_REVISION = (1 << 63) - 1  # of etcd
-PROTOCOLS = ("tcp", "rdma", "nvlink_intra", "cuda_ipc")  # that transfer engines can use
+PROTOCOLS = ("tcp", "socket", "rdma", "nvlink_intra", "cuda_ipc")  # that transfer engines can use
 WITHIN_HOST = ("nvlink_intra", "cuda_ipc")  # those of them that do not leave a host
 _TEXTS = (
     "incarnation",

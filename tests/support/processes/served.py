@@ -1,15 +1,16 @@
 """An engine that serves bytes of a known content: `served NBYTES ENGINE [WHERE]`.
 
-ENGINE is `mooncake`, with what MooncakeEngine takes; `cuda_ipc`, with a GPU that has the bytes; or
-`host gpus`, which is cuda_ipc with the host's memory. Prints its session, the address of the bytes
-and what it exports. `again` on its input: the bytes are taken back and offered anew. Ends with its
-input, or killed.
+ENGINE is `mooncake` or `socket`, with what MooncakeEngine or SocketEngine takes; `cuda_ipc`, with
+a GPU that has the bytes; or `host gpus`, which is cuda_ipc with the host's memory. Prints its
+session, the address of the bytes and what it exports. `again` on its input: the bytes are taken
+back and offered anew. Ends with its input, or killed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from engine_loader import MooncakeEngine
 from engine_loader.engines.base import ClosableEngine
 from engine_loader.engines.cuda_ipc.engine import CudaIpcEngine
+from engine_loader.engines.sockets.engine import SocketEngine
 from engine_registry import Region
 from engine_registry.schema.manifest import Export
 from tests.support.host_gpus import HostGpus
@@ -45,8 +47,12 @@ def _served(nbytes: int, engine: str, *where: str) -> tuple[ClosableEngine, Regi
         region = Region(gpus.allocate(nbytes), nbytes)
         ctypes.memmove(region.addr, content(nbytes), nbytes)
         return CudaIpcEngine(gpus=gpus), region, gpus
+    kinds: dict[str, Callable[..., ClosableEngine]] = {
+        "mooncake": MooncakeEngine,
+        "socket": SocketEngine,
+    }
     memory = ctypes.create_string_buffer(content(nbytes), nbytes)
-    return MooncakeEngine(*where), Region(ctypes.addressof(memory), nbytes), memory
+    return kinds[engine](*where), Region(ctypes.addressof(memory), nbytes), memory
 
 
 def main(nbytes: str, *where: str) -> None:

@@ -24,7 +24,8 @@ from engine_loader.engines.cuda_ipc.gpus import CudaGpus, Gpus
 from engine_loader.engines.cuda_ipc.launches import Launches
 from engine_loader.engines.cuda_ipc.sources import MappedSource, OwnSource, Sources
 from engine_loader.engines.cuda_ipc.tallies import Sums, Tallies
-from engine_loader.engines.mooncake.machine import this_host
+from engine_loader.engines.dial import dial
+from engine_loader.engines.machine import this_host
 from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
@@ -164,9 +165,7 @@ class CudaIpcEngine(ClosableEngine):
             return
         before = self._abandoned[peer]
         try:
-            connection = link.connect(
-                session_id, lambda: self._closed or self._abandoned[peer] != before
-            )
+            connection = dial(session_id, lambda: self._closed or self._abandoned[peer] != before)
         except ReadFailed:
             if not self._sources.is_mapped(peer):
                 raise

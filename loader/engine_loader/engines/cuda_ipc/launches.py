@@ -7,11 +7,11 @@ import threading
 from collections import defaultdict
 from contextlib import suppress
 
-from engine_loader.engines.cuda_ipc import link
 from engine_loader.engines.cuda_ipc.gpus import Gpus, Launch
 from engine_loader.engines.cuda_ipc.sources import Source
 from engine_loader.engines.cuda_ipc.table import Copy
 from engine_loader.engines.cuda_ipc.tallies import Tallies
+from engine_loader.engines.dial import failed
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
 
@@ -107,7 +107,7 @@ class Launches:
                 launch = self._gpus.launch(gpu, copies, self._tallies.of(source.peer, gpu))
             except EngineFailed as exc:
                 for read in reads:
-                    read.failure = link.failed(source.session_id, exc.what)
+                    read.failure = failed(source.session_id, exc.what)
                 raise
             for read in reads:
                 read.launch = launch
@@ -123,6 +123,4 @@ class Launches:
                 else:
                     with suppress(EngineFailed):  # a GPU that has failed writes nothing more
                         read.launch.wait()
-                read.failure = read.failure or link.failed(
-                    read.source.session_id, "it was abandoned"
-                )
+                read.failure = read.failure or failed(read.source.session_id, "it was abandoned")

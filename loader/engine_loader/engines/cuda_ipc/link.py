@@ -13,14 +13,11 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
-from engine_loader.errors import EngineUnavailable, ReadFailed
-from engine_registry.errors import InvalidField
-from engine_registry.schema.address import join, parse_session
+from engine_loader.engines.dial import listening
+from engine_registry.schema.address import join
 
-_LIMIT_S = 10.0  # of making a connection, which takes no more than the kernel of this host
 _LOOK_S = 0.02
 # of which each takes a descriptor. Those that came first are cut: they may make new ones.
 _MOST_READERS = 512
@@ -31,12 +28,7 @@ class Listener:
 
     def __init__(self, host: str) -> None:
         """EngineUnavailable where nothing can listen at that address."""
-        try:
-            listener = _listening(host)
-        except OSError as exc:
-            raise EngineUnavailable(
-                f"nothing can listen at {host} ({exc})", "give an address of this machine"
-            ) from exc
+        listener = listening(host)
         self.session_id = join(host, listener.getsockname()[1])
         self._readers = _Readers(listener)
         _OPEN.add(self._readers)
@@ -49,18 +41,6 @@ class Listener:
     def close(self) -> None:
         """Any number of times."""
         self._readers.close()
-
-
-def _listening(host: str) -> socket.socket:
-    family, kind, number, _, address = socket.getaddrinfo(
-        host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    with ExitStack() as undo:
-        listener = undo.enter_context(socket.socket(family, kind, number))
-        listener.bind(address)
-        listener.listen(4096)
-        undo.pop_all()
-    return listener
 
 
 class _Readers:
@@ -140,40 +120,3 @@ def ended(connection: socket.socket) -> bool:
     except OSError:
         pass
     return True
-
-
-def connect(session_id: str, given_up: Callable[[], bool]) -> socket.socket:
-    """A connection to the source; ReadFailed where there is none, or it was given up meanwhile."""
-    try:
-        host, port = parse_session(session_id)
-        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[
-            0
-        ]
-    except (InvalidField, OSError, UnicodeError) as exc:
-        raise failed(session_id, "that is no host:port of this machine") from exc
-    connection = socket.socket(family, kind, number)
-    try:
-        connection.setblocking(False)
-        until = time.monotonic() + _LIMIT_S
-        with suppress(BlockingIOError):
-            connection.connect(address)
-        with selectors.DefaultSelector() as selector:
-            selector.register(connection, selectors.EVENT_WRITE)
-            while not selector.select(_LOOK_S):
-                if given_up():
-                    raise failed(session_id, "the contact was broken off")
-                if time.monotonic() > until:
-                    raise failed(session_id, "it does not answer")
-        if code := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            raise OSError(code, "no connection")
-    except OSError as exc:
-        connection.close()
-        raise failed(session_id, "its process has ended") from exc
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def failed(session_id: str, why: str) -> ReadFailed:
-    return ReadFailed(f"cannot read from {session_id}: {why}", session_id=session_id)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from engine_loader.engines.base import session_of
 from engine_loader.engines.cuda_ipc import link
 from engine_loader.engines.cuda_ipc.gpus import Gpus
+from engine_loader.engines.dial import failed
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry.schema.manifest import Export
@@ -49,9 +50,7 @@ class Source:
         """Lets its memory go."""
 
     def not_offered(self, op: ReadOp) -> ReadFailed:
-        return link.failed(
-            self.session_id, f"it does not offer {op.nbytes} bytes at {op.src_addr:#x}"
-        )
+        return failed(self.session_id, f"it does not offer {op.nbytes} bytes at {op.src_addr:#x}")
 
 
 class OwnSource(Source):
@@ -93,13 +92,13 @@ class MappedSource(Source):
     def _open(self, gpu: int, number: int) -> int:
         with self._lock:
             if self._closed:
-                raise link.failed(self.session_id, "its memory has been let go")
+                raise failed(self.session_id, "its memory has been let go")
             found = self._mapped.get((gpu, number))
             if found is None:
                 try:
                     found = self._gpus.open(self._exports[number], gpu)
                 except EngineFailed as exc:
-                    raise link.failed(self.session_id, exc.what) from exc
+                    raise failed(self.session_id, exc.what) from exc
                 self._mapped[gpu, number] = found
             return found
 
@@ -162,7 +161,7 @@ class Sources:
         with self._lock:
             source = self._sources.get(peer)
             if source is None:
-                raise link.failed(session_of(peer), "it is not connected")
+                raise failed(session_of(peer), "it is not connected")
             source.check(op)
             source.reads += 1
             source.used_at = time.monotonic()

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 
+from engine_loader.engines.machine import addresses_of
 from engine_loader.engines.mooncake.binding import Binding
-from engine_loader.engines.mooncake.machine import addresses_of
 from engine_loader.engines.mooncake.sockets import Way, cut
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.tensors.cuda import device_here

@@ -20,9 +20,9 @@ from functools import partial
 
 from engine_loader.engines.base import ClosableEngine, session_of
 from engine_loader.engines.lingering import Lingering
+from engine_loader.engines.machine import check_host, this_host
 from engine_loader.engines.mooncake.binding import Binding
 from engine_loader.engines.mooncake.choice import choose, rails_of
-from engine_loader.engines.mooncake.machine import check_host, this_host
 from engine_loader.engines.mooncake.reader import PeerReader
 from engine_loader.engines.mooncake.shared import SharedEngine
 from engine_loader.engines.mooncake.start import start
