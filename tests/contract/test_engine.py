@@ -158,6 +158,7 @@ class Kind:
     needs_process: bool = True
     meets_stopped_peers: bool = False  # their process has no part in a first contact
     strides: bool = False
+    scatters: bool = False
     within_host: bool = False
     device: str = "cpu"  # that has all memory
 
@@ -175,6 +176,7 @@ map_memory = partial(
     strides=True,
     within_host=True,
 )
+sockets = partial(Kind, can_end_reads=True, served=("socket", "127.0.0.1"), scatters=True)
 KINDS = {
     "in process": Kind(InProcessEngine, True),
     "in process, unable to end reads": Kind(partial(InProcessEngine, can_end_reads=False), False),
@@ -182,12 +184,8 @@ KINDS = {
     "mooncake over tcp, one engine for all peers": Kind(
         partial(MooncakeEngine, "127.0.0.1", shared=True), False
     ),
-    "sockets": Kind(
-        partial(SocketEngine, "127.0.0.1", same_host=False), True, ("socket", "127.0.0.1", "")
-    ),
-    "sockets, within a host": Kind(
-        partial(SocketEngine, "127.0.0.1"), True, ("socket", "127.0.0.1", ""), needs_process=False
-    ),
+    "sockets": sockets(partial(SocketEngine, "127.0.0.1", same_host=False)),
+    "sockets, within a host": sockets(partial(SocketEngine, "127.0.0.1"), needs_process=False),
     "cuda_ipc, with the host's memory": map_memory(
         lambda: CudaIpcEngine(gpus=HostGpus()), served=("host gpus",)
     ),
@@ -260,7 +258,7 @@ def test_each_engine_has_a_session_of_its_own_and_says_how_it_reads(
     assert first.protocol == second.protocol != ""
     assert first.fabric == second.fabric
     assert (first.fabric != "") == kind.within_host
-    assert first.strides == kind.strides
+    assert (first.strides, first.scatters) == (kind.strides, kind.scatters)
 
 
 # -- reading
@@ -365,6 +363,45 @@ def test_runs_that_reach_beyond_what_is_lent_or_offered_are_refused(
         peers.read(replace(peers.op(0, NBYTES // 4, some.extent), lines=some))
     peers.fail_to_read(replace(peers.op(NBYTES - 255, 0, some.extent), lines=some))
     assert not any(bytes(peers.dst))
+
+
+# -- many runs
+# --------------------------------------------------------------------------------------------------
+
+
+def pieces_at(*places: tuple[int, int, int], peers: Peers) -> ReadOp:
+    """Of `src` and `dst` counted from their blocks, and a length."""
+    base = min(src for src, _, _ in places)
+    extent = max(src + nbytes for src, _, nbytes in places) - base
+    at = peers.dst.region.addr
+    some = tuple(Lines(src - base, at + dst, nbytes) for src, dst, nbytes in places)
+    return replace(peers.op(base, places[0][1], extent), pieces=some)
+
+
+def test_a_read_of_many_pieces_brings_each_to_its_place_or_is_refused(
+    kind: Kind, peers: Peers
+) -> None:
+    places = [(400 + 40 * at, 60_000 - 50 * at, 1 + at % 37) for at in range(1000)]
+    op = pieces_at(*places, peers=peers)
+    wanted = bytearray(NBYTES)
+    if kind.scatters:
+        peers.read(op, peers.op(0, 64_000, 64), op)
+        for src, dst, nbytes in places:
+            wanted[dst : dst + nbytes] = peers.src.read(src, nbytes)
+        wanted[64_000:64_064] = peers.src.read(0, 64)
+    else:
+        with pytest.raises(EngineFailed, match="many runs at once"):
+            peers.read(op)
+    assert bytes(peers.dst) == bytes(wanted)
+
+
+def test_pieces_that_are_not_lent_or_not_offered_are_refused(kind: Kind, peers: Peers) -> None:
+    if not kind.scatters:
+        return
+    with pytest.raises(EngineFailed, match="1 of 2 pieces are not lent"):
+        peers.read(pieces_at((0, 0, 64), (128, NBYTES - 32, 64), peers=peers))
+    peers.fail_to_read(pieces_at((NBYTES - 64, 64, 64), (NBYTES - 32, 128, 64), peers=peers))
+    assert not any(bytes(peers.dst)[128:])
 
 
 # -- reads that fail

@@ -58,7 +58,7 @@ class SteppedClock(SystemClock):
         self._work.append((future, threads))
         return future
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float, wait: Callable[[float], None]) -> None:
         for future, threads in self._work:
             wait_until(lambda: future.done() or any(map(self._hangs, threads)))  # noqa: B023
         self._work = [one for one in self._work if not one[0].done()]

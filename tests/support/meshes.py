@@ -212,7 +212,7 @@ def carry_out(
         if not span.lines:
             assert all(other == came for other in others)
             write(span.dst_addr, came)
-        if span.strided:  # the engine finds the destination in one region
+        if span.direct and span.lines[0].counts:  # the engine finds its place in one region
             (some,) = span.lines
             assert (some.src, some.dst) == (0, span.dst_addr)
             assert any(
@@ -298,5 +298,5 @@ def reshardings(draw: st.DrawFn) -> Resharding:
     sources = draw(teams(some, 1_000_000))
     if draw(st.booleans()):
         sources += draw(teams(some, 5_000_000, most=2))
-    costs = replace(draw(any_costs), strided=draw(st.booleans()))
+    costs = replace(draw(any_costs), strided=draw(st.booleans()), scattered=draw(st.booleans()))
     return Resharding(some, sources, draw(st.sampled_from(draw(teams(some, 9_000_000)))), costs)

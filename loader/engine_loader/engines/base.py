@@ -62,6 +62,11 @@ class Engine(Protocol):
         return False
 
     @property
+    def scatters(self) -> bool:
+        """Whether a read may be of many short runs: see `ReadOp.pieces`."""
+        return False
+
+    @property
     def outlives_sources(self) -> bool:
         """Whether it can read what a source had offered after the source's process has ended."""
         return False
@@ -185,6 +190,10 @@ class Engine(Protocol):
             ReadFailed: The read will never bring all its bytes.
             KeyError: The number is void.
         """
+
+    def wait(self, seconds: float) -> None:
+        """Waits so long, or until a read may be over, if the engine is told of that."""
+        time.sleep(seconds)
 
     def abandon(self, peer: str) -> None:
         """Gives up every read from that peer that is not over, and a `connect` that hangs. Never

@@ -49,6 +49,8 @@ class RegionBook:
         return region if region is not None and addr + nbytes <= region.end else None
 
     def check_destination(self, op: ReadOp, strides: bool = False) -> None:
+        if op.pieces:
+            raise EngineFailed("this engine does not read many runs at once")
         if op.lines is not None and not strides:
             raise EngineFailed("this engine does not read runs at equal distances")
         if self.holder_of(op.dst_addr, op.dst_nbytes) is None:

@@ -136,7 +136,8 @@ def load(
         )
     replica = as_replica(publish, source)
     pace = options.pace or pace_for(engine.protocol)
-    pace = replace(pace, costs=replace(pace.costs, strided=engine.strides))
+    costs = replace(pace.costs, strided=engine.strides, scattered=engine.scatters)
+    pace = replace(pace, costs=costs)
     if replica is not None:
         pace = pace_in_chain(pace, destination.manifest.nbytes)
     job = Job(

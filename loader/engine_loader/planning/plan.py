@@ -15,7 +15,7 @@ from engine_loader.errors import WeightsMismatch, listed
 from engine_loader.planning.boxes import Lines
 from engine_loader.planning.coverage import check_coverage
 from engine_loader.planning.matching import Offers, Origin
-from engine_loader.planning.reads import Costs, Span, Srcs, coalesce, cut_lines, gather
+from engine_loader.planning.reads import Costs, Span, Srcs, bundle, coalesce, cut_lines, gather
 from engine_loader.planning.tied import stand_ins
 from engine_registry.collector import collector_paused
 from engine_registry.schema.manifest import Manifest, TensorEntry
@@ -27,7 +27,8 @@ class ReadOp:
 
     Stays inside one registered region on either side. `lines`, only for an engine that `strides`,
     are the runs among these bytes that are to be copied: `src` and `dst` count from the two
-    addresses.
+    addresses. `pieces`, only for an engine that `scatters`, are single runs among these bytes that
+    are to be copied: `src` counts from the source's address, `dst` is an address.
     """
 
     source: str
@@ -35,6 +36,7 @@ class ReadOp:
     dst_addr: int
     nbytes: int
     lines: Lines | None = None
+    pieces: tuple[Lines, ...] = ()
 
     @property
     def dst_nbytes(self) -> int:
@@ -101,7 +103,9 @@ class Planner:
         regions = [origin.manifest.regions for origin in origins]
         straight = [part for part in filling.parts if not part.lines]
         spans = coalesce(straight, regions, self._dst.regions)
-        if not self._costs.strided:
+        if self._costs.scattered:
+            spans = bundle(spans, regions)
+        elif not self._costs.strided:
             spans = gather(spans, regions, self._costs)
         spans += [
             span for part in filling.parts if part.lines for span in cut_lines(part, self._costs)

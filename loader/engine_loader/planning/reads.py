@@ -2,15 +2,15 @@
 
 What lies in one run on both sides is read straight to its place, together with its neighbours. What
 lies in many short runs is read into a staging buffer, with what lies between the runs, and copied
-from there, where that costs less: see `Costs`. An engine that strides reads such runs to their
-places, and nothing else.
+from there, where that costs less: see `Costs`. An engine that strides or scatters reads such runs
+to their places, and nothing else.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -18,6 +18,8 @@ from typing import NamedTuple
 from engine_loader.planning.boxes import Lines
 from engine_registry.schema.manifest import Region
 
+# What `bundle` puts together: a read of so many bytes takes as long as another short one.
+_SHORT_NBYTES, _BUNDLE_NBYTES, _MOST_RUNS = 256 << 10, 4 << 20, 1000
 # (number of a source, address there), for each that holds the same bytes
 Srcs = tuple[tuple[int, int], ...]
 
@@ -33,20 +35,22 @@ class Costs:
     copied: float = 0.3
     staged_nbytes: int = 4 << 20  # the most that one read into a staging buffer brings
     strided: bool = False  # runs at equal distances are one read: nothing is staged
+    scattered: bool = False  # and so are short runs anywhere in a region
 
 
 class Span(NamedTuple):
     """`nbytes` bytes in a row, for each source that holds them: where. They go to our `dst_addr`;
     or, with `lines`, to a staging buffer, and from there (`src` counts from its beginning) to our
-    memory (`dst` is an address). If it is `strided`, only the bytes of its one `lines` are read,
-    straight to their places, of which `dst_addr` is the first.
+    memory (`dst` is an address). If it is `direct`, only the bytes of its `lines` are read,
+    straight to their places, of which `dst_addr` is the first. These are runs at equal distances,
+    or several single runs.
     """
 
     dst_addr: int
     nbytes: int
     srcs: Srcs
     lines: tuple[Lines, ...] = ()
-    strided: bool = False
+    direct: bool = False
 
     @property
     def payload(self) -> int:
@@ -56,14 +60,14 @@ class Span(NamedTuple):
     @property
     def read_nbytes(self) -> int:
         """Bytes that are read."""
-        return self.payload if self.strided else self.nbytes
+        return self.payload if self.direct else self.nbytes
 
     @property
     def staged(self) -> bool:
-        return bool(self.lines) and not self.strided
+        return bool(self.lines) and not self.direct
 
     def cut(self, max_nbytes: int) -> Iterator[Span]:
-        if self.strided:
+        if self.direct and self.lines[0].counts:
             for some in self.lines[0].pieces(max_nbytes):
                 yield _strided(self.srcs, some)
             return
@@ -94,7 +98,7 @@ def _strided(srcs: Srcs, some: Lines) -> Span:
     if not some.counts:
         return span_of(srcs, some)
     lines = (some._replace(src=0),)
-    return Span(some.dst, some.extent, _further(srcs, some.src), lines, strided=True)
+    return Span(some.dst, some.extent, _further(srcs, some.src), lines, direct=True)
 
 
 def _further(srcs: Srcs, by: int) -> Srcs:
@@ -132,16 +136,8 @@ def gather(
     a staging buffer.
     """
     src_tables = _tables(src_regions)
-    gathered: list[Span] = []
-    groups: defaultdict[object, list[Span]] = defaultdict(list)
-    for span in spans:
-        if _copying(span.nbytes, costs) >= costs.read_nbytes:
-            gathered.append(span)
-        else:
-            first = span.srcs[0][1]  # together only if they lie in the same way at every source
-            groups[tuple([(number, addr - first) for number, addr in span.srcs])].append(span)
-    for group in groups.values():
-        group.sort(key=lambda span: span.srcs)
+    gathered, groups = _alike(spans, lambda span: _copying(span.nbytes, costs) < costs.read_nbytes)
+    for group in groups:
         members: list[Span] = []
         end = limit = 0
         for span in group:
@@ -160,17 +156,55 @@ def gather(
     return gathered
 
 
+def bundle(spans: Iterable[Span], src_regions: Sequence[Sequence[Region]]) -> list[Span]:
+    """Short spans that lie in one region of each source become one read to their places."""
+    src_tables = _tables(src_regions)
+    bundled, groups = _alike(spans, lambda span: span.nbytes < _SHORT_NBYTES)
+    for group in groups:
+        members: list[Span] = []
+        payload = limit = 0
+        for span in group:
+            start = span.srcs[0][1]
+            fits = len(members) < _MOST_RUNS and payload < _BUNDLE_NBYTES
+            if not (members and fits and start + span.nbytes <= limit):
+                bundled += _as_one(members, direct=True)
+                members, payload = [], 0
+                limit = start + _room(src_tables, span.srcs)
+            members.append(span)
+            payload += span.nbytes
+        bundled += _as_one(members, direct=True)
+    return bundled
+
+
+def _alike(
+    spans: Iterable[Span], is_short: Callable[[Span], bool]
+) -> tuple[list[Span], list[list[Span]]]:
+    """Those that are not short; and the others in groups, each of spans that lie in the same way at
+    every source, in their order there.
+    """
+    rest: list[Span] = []
+    groups: defaultdict[object, list[Span]] = defaultdict(list)
+    for span in spans:
+        if is_short(span):
+            first = span.srcs[0][1]
+            groups[tuple([(number, addr - first) for number, addr in span.srcs])].append(span)
+        else:
+            rest.append(span)
+    return rest, [sorted(group, key=lambda span: span.srcs) for group in groups.values()]
+
+
 def _copying(nbytes: int, costs: Costs) -> float:
     return costs.copy_nbytes + costs.copied * nbytes
 
 
-def _as_one(members: Sequence[Span]) -> Sequence[Span]:
+def _as_one(members: Sequence[Span], direct: bool = False) -> Sequence[Span]:
     if len(members) < 2:
         return members
-    first, last = members[0], members[-1]
+    first = members[0]
     start = first.srcs[0][1]
+    extent = max([span.srcs[0][1] + span.nbytes for span in members]) - start
     some = tuple([Lines(span.srcs[0][1] - start, span.dst_addr, span.nbytes) for span in members])
-    return [Span(0, last.srcs[0][1] + last.nbytes - start, first.srcs, some)]
+    return [Span(first.dst_addr if direct else 0, extent, first.srcs, some, direct)]
 
 
 def cut_lines(span: Span, costs: Costs) -> Iterator[Span]:

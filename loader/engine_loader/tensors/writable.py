@@ -70,7 +70,8 @@ def _mappings() -> _Mappings:
 
 def _is_read_only(mappings: _Mappings, first: int, start: int, end: int) -> bool:
     """`first` is the number of the first mapping that ends behind `start`."""
-    for begin, stop, rights in mappings[first:]:
+    for number in range(first, len(mappings)):
+        begin, stop, rights = mappings[number]
         if begin >= end:
             return False
         if stop > start and rights[1:] != b"w":

@@ -15,7 +15,8 @@ class Clock(Protocol):
     def now(self) -> float:
         """Seconds since some moment; never goes back."""
 
-    def sleep(self, seconds: float) -> None: ...
+    def sleep(self, seconds: float, wait: Callable[[float], None]) -> None:
+        """`wait` is how an engine waits: it may be woken before."""
 
     def start(self, work: Callable[[], None], name: str) -> Future[None]:
         """Begins the work beside the caller. The future holds what it raised."""
@@ -30,8 +31,8 @@ class SystemClock:
     def now(self) -> float:
         return time.monotonic()
 
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
+    def sleep(self, seconds: float, wait: Callable[[float], None]) -> None:
+        wait(seconds)
 
     def start(self, work: Callable[[], None], name: str) -> Future[None]:
         future: Future[None] = Future()

@@ -89,7 +89,7 @@ class Leaving:
                     if self._has_left(pipe):
                         self._pipes.remove(pipe)
                 if self._pipes:
-                    self._clock.sleep(self._pace.nap_s[1])
+                    self._clock.sleep(self._pace.nap_s[1], self._engine.wait)
             except BaseException as exc:  # noqa: BLE001  raised below
                 if raised is None or not isinstance(exc, Exception):
                     raised = exc

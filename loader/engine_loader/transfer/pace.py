@@ -51,6 +51,7 @@ class Pace:
 # copy there; and nobody else on the way has to be spared.
 _PACES = {
     "tcp": Pace(4 << 20, 8),
+    "socket": Pace(4 << 20, 16, 8),
     "rdma": Pace(16 << 20, 8, hop_nbytes=4 << 30),
     "cuda_ipc": Pace(
         64 << 20, 256, 256, nap_s=(20e-6, 100e-6), hop_nbytes=8 << 30, small_depth=8192

@@ -32,6 +32,14 @@ class Stage(Protocol):
         """From the buffer to where the lines say."""
 
 
+def _runs(chunk: Span) -> tuple[Lines | None, tuple[Lines, ...]]:
+    """Of a read straight to many places: at equal distances, or one by one."""
+    if not chunk.direct:
+        return None, ()
+    first = chunk.lines[0]
+    return (first._replace(dst=0), ()) if first.counts else (None, chunk.lines)
+
+
 class Reads:
     def __init__(
         self,
@@ -66,7 +74,7 @@ class Reads:
                     pipe.src_addr(chunk),
                     chunk.dst_addr if staged is None else staged,
                     chunk.nbytes,
-                    chunk.lines[0]._replace(dst=0) if chunk.strided else None,
+                    *_runs(chunk),
                 )
                 try:
                     number = self._engine.start(pipe.source.peer, read)

@@ -57,6 +57,7 @@ class Transfer:
         content that was resolved.
         """
         self._clock = clock or SystemClock()
+        self._engine = engine
         self._pace = pace
         self._on_progress = on_progress
         self._cancel = cancel or threading.Event()
@@ -128,7 +129,7 @@ class Transfer:
             self._report()
         if moved < len(self._active):
             self._check_progress()
-            self._clock.sleep(self._nap_s)
+            self._clock.sleep(self._nap_s, self._engine.wait)
 
     def _check_progress(self) -> None:
         """A transfer whose books do not balance would wait for ever: it raises instead."""

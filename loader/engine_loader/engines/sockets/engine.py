@@ -14,6 +14,8 @@ import threading
 import weakref
 from collections.abc import Sequence
 
+import numpy as np
+
 from engine_loader.engines.base import ClosableEngine, session_of
 from engine_loader.engines.dial import failed
 from engine_loader.engines.lingering import Lingering
@@ -22,7 +24,7 @@ from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.engines.sockets import memory
 from engine_loader.engines.sockets.credentials import SocketCredentials
 from engine_loader.engines.sockets.neighbour import let_processes_of_this_user_read, place_of
-from engine_loader.engines.sockets.offers import Offers
+from engine_loader.engines.sockets.offers import Held, Offers
 from engine_loader.engines.sockets.reader import PeerReader, Read
 from engine_loader.engines.sockets.server import Server
 from engine_loader.errors import EngineFailed
@@ -76,6 +78,7 @@ class SocketEngine(ClosableEngine):
         place = place_of(self._offers) if same_host else None
         self._served = RegionBook()
         self._lent = RegionBook()
+        self._places: Held | None = None  # the same, until it changes
         self._lingering = Lingering()
         self._came = threading.Event()
         self._lock = threading.Lock()  # of what follows
@@ -103,6 +106,10 @@ class SocketEngine(ClosableEngine):
     def location(self) -> Location:
         return self._location
 
+    @property
+    def scatters(self) -> bool:
+        return True
+
     # -- memory
 
     def register(self, region: Region) -> Regions:
@@ -124,11 +131,13 @@ class SocketEngine(ClosableEngine):
     def lend(self, region: Region) -> Regions:
         with self._lent.lock:
             self._check(region)
+            self._places = None
             return self._lent.begin(region).parts
 
     def take_back(self, region: Region) -> None:
         self._lingering.check(region.addr, region.nbytes)
         with self._lent.lock:
+            self._places = None
             self._lent.end(region)
 
     def _check(self, region: Region) -> None:
@@ -154,19 +163,33 @@ class SocketEngine(ClosableEngine):
         self._forget_idle_readers()
 
     def start(self, peer: str, op: ReadOp) -> int:
-        with self._lent.lock:
-            self._check_open()
-            self._lent.check_destination(op)
-        self._lingering.check(op.dst_addr, op.nbytes)
+        self._check_open()
+        read = Read(peer, op)
+        self._check_destination(read)
+        self._lingering.check(op.dst_addr, op.dst_nbytes)
         with self._lock:
             reader = self._readers.get(peer)
         if reader is None:
             raise failed(session_of(peer), "it is not connected")
-        read = reader.start(op)
+        reader.start(read)
         with self._lock:
             number = next(self._numbers)
             self._reads[number] = read
         return number
+
+    def _check_destination(self, read: Read) -> None:
+        with self._lent.lock:
+            if not read.op.pieces:
+                self._lent.check_destination(read.op)
+                return
+            if self._places is None:
+                self._places = Held.of(np.array([*self._lent], np.uint64).reshape(-1, 2))
+            lent = self._places.holds(read.local)
+        if not lent.all():
+            raise EngineFailed(
+                f"{len(lent) - lent.sum()} of {len(lent)} pieces are not lent to the engine",
+                "lend the destination first",
+            )
 
     def done(self, number: int) -> bool:
         read = self._reads[number]
@@ -177,6 +200,10 @@ class SocketEngine(ClosableEngine):
         if read.failure is not None:
             raise read.failure
         return True
+
+    def wait(self, seconds: float) -> None:
+        if self._came.wait(seconds):
+            self._came.clear()
 
     def abandon(self, peer: str) -> None:
         with self._lock:

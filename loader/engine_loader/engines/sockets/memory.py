@@ -48,6 +48,8 @@ for _name, _arguments in {
 
 def pieces_of(*arrays: npt.NDArray[np.generic]) -> Pieces:
     """Of arrays that stay alive while they are used, each of which is one run of memory."""
+    if not all(one.flags.c_contiguous for one in arrays):
+        raise ValueError("an array is not one run of memory")
     return np.array([(one.ctypes.data, one.nbytes) for one in arrays], np.uint64).reshape(-1, 2)
 
 
@@ -67,7 +69,8 @@ def receive(descriptor: int, pieces: Pieces) -> None:
 
 
 def _move(call: ctypes._NamedFuncPointer, descriptor: int, pieces: Pieces, flags: int) -> None:
-    left = pieces[pieces[:, 1] > 0]  # a copy, of which the rest of a piece takes the place
+    # a copy, in which the rest of a piece takes its place
+    left = np.ascontiguousarray(pieces[pieces[:, 1] > 0])
     while len(left):
         some = left[:_MOST]
         message = _Message(pieces=some.ctypes.data, count=len(some))
@@ -97,6 +100,7 @@ def read_process(pid: int, local: Pieces, remote: Pieces) -> None:
     By process_vm_readv(2): the other process takes no part in it. OSError: the process has ended
     (ESRCH), the kernel does not let us read from it (EPERM), or some of that is no memory (EFAULT).
     """
+    local, remote = np.ascontiguousarray(local), np.ascontiguousarray(remote)
     copied = _LIBC.process_vm_readv(
         pid, local.ctypes.data, len(local), remote.ctypes.data, len(remote), 0
     )

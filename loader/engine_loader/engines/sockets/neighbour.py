@@ -27,6 +27,7 @@ from engine_loader.engines.sockets.offers import (
     ID,
     ROWS,
     Held,
+    Offered,
     Offers,
     Words,
 )
@@ -83,7 +84,7 @@ class Neighbour:
         self._place = place
         self._seen = self._look()
 
-    def read(self, local: Pieces, remote: Pieces) -> list[bool]:
+    def read(self, local: Pieces, remote: Pieces) -> Offered:
         """Fills the local pieces, each from the remote one that is as long; at most `MOST_PIECES`.
 
         Returns of each whether it is offered. The others are left as they are. OSError if the
@@ -98,7 +99,7 @@ class Neighbour:
                 offered = seen.held.holds(remote)
             some = wanted[offered]
             if self._copy(seen, local[some], remote[some]):
-                return [bool(one) for one in offered]
+                return offered
             self._seen = self._look()
         raise OSError(errno.EAGAIN, "its regions change all the time")
 

@@ -19,6 +19,7 @@ from engine_loader.engines.sockets.memory import Pieces
 from engine_registry.schema.manifest import Region
 
 Words = npt.NDArray[np.uint64]
+Offered = npt.NDArray[np.bool_]  # of each piece, whether it is
 
 HEAD_WORDS = 5
 ID, CHANGES, ROWS, ADDRESS = slice(0, 2), 2, 3, 4
@@ -36,7 +37,7 @@ class Held(NamedTuple):
         rows = rows[np.argsort(rows[:, 0])]
         return cls(rows[:, 0].copy(), rows.sum(axis=1))
 
-    def holds(self, pieces: Pieces) -> npt.NDArray[np.bool_]:
+    def holds(self, pieces: Pieces) -> Offered:
         """Of each piece, whether it lies inside one region."""
         if not len(self.starts):
             return np.zeros(len(pieces), np.bool_)

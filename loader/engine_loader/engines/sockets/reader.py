@@ -6,6 +6,7 @@ peer, and more where much waits and the machine has the processors for it.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections import deque
@@ -20,16 +21,17 @@ from engine_loader.engines.base import session_of
 from engine_loader.engines.dial import failed
 from engine_loader.engines.sockets.contact import meet
 from engine_loader.engines.sockets.credentials import SocketCredentials
-from engine_loader.engines.sockets.memory import Pieces
+from engine_loader.engines.sockets.memory import Pieces, length_of
 from engine_loader.engines.sockets.neighbour import MOST_PIECES, Neighbour
+from engine_loader.engines.sockets.offers import Offered
 from engine_loader.engines.sockets.stream import Stream
 from engine_loader.engines.sockets.ways import Connected, Near, Way
 from engine_loader.engines.sockets.wire import NotOurs
 from engine_loader.errors import ReadFailed
 from engine_loader.planning.plan import ReadOp
 
-MOST_LANES = max(1, min(4, (os.cpu_count() or 1) // 2))
-_BATCH_NBYTES = 8 << 20  # that a lane takes at once, unless one read is longer
+MOST_LANES = min(4, os.cpu_count() or 1)
+_BATCH_NBYTES = 4 << 20  # that a lane takes at once, unless one read is longer
 _AT_ONCE_NBYTES = 64 << 10  # that the caller's thread reads of a neighbour by itself
 _LEAVE_S = 5.0
 
@@ -37,11 +39,19 @@ _LEAVE_S = 5.0
 class Read:
     """One that was begun. Once it is `over` nothing writes to its destination any more."""
 
-    __slots__ = ("failure", "op", "over", "peer")
+    __slots__ = ("failure", "local", "nbytes", "op", "over", "peer", "remote")
 
     def __init__(self, peer: str, op: ReadOp) -> None:
         self.peer = peer
         self.op = op
+        if op.pieces:
+            src = op.src_addr
+            self.remote = np.array([(src + one.src, one.nbytes) for one in op.pieces], np.uint64)
+            self.local = np.array([(one.dst, one.nbytes) for one in op.pieces], np.uint64)
+        else:
+            self.remote = np.array([(op.src_addr, op.nbytes)], np.uint64)
+            self.local = np.array([(op.dst_addr, op.nbytes)], np.uint64)
+        self.nbytes = length_of(self.local)
         self.over = False
         self.failure: ReadFailed | None = None  # if it has not brought all its bytes
 
@@ -51,18 +61,26 @@ class Read:
 
 
 class _Batch(NamedTuple):
+    """`firsts` are the numbers of the first piece of each read."""
+
     reads: list[Read]
+    firsts: list[int]
     local: Pieces
     remote: Pieces
 
     @classmethod
     def of(cls, reads: list[Read]) -> _Batch:
-        ops = [read.op for read in reads]
+        counts = [len(read.local) for read in reads]
         return cls(
             reads,
-            np.array([(op.dst_addr, op.nbytes) for op in ops], np.uint64),
-            np.array([(op.src_addr, op.nbytes) for op in ops], np.uint64),
+            [0, *itertools.accumulate(counts[:-1])],
+            np.concatenate([read.local for read in reads]),
+            np.concatenate([read.remote for read in reads]),
         )
+
+    def came(self, offered: Offered) -> list[bool]:
+        """Of each read, whether all of its pieces are offered."""
+        return [bool(one) for one in np.logical_and.reduceat(offered, self.firsts)]
 
 
 class PeerReader:
@@ -145,19 +163,18 @@ class PeerReader:
             self._open.discard(stream)
         stream.close()
 
-    def start(self, op: ReadOp) -> Read:
+    def start(self, read: Read) -> None:
         """ReadFailed where the peer is not connected."""
-        read = Read(self.peer, op)
         lane: Callable[[], None] | None = None
         with self._changed:
             if self._over or not self._met:
                 raise failed(self.session_id, self._over or "it is not connected")
-            if self._neighbour is not None and op.nbytes <= _AT_ONCE_NBYTES:
+            if self._neighbour is not None and read.nbytes <= _AT_ONCE_NBYTES:
                 self._lanes += 1
                 lane = partial(self._read_at_once, self._neighbour, read)
             else:
                 self._waiting.append(read)
-                self._waiting_nbytes += op.nbytes
+                self._waiting_nbytes += read.nbytes
                 if self._idle:
                     self._changed.notify()
                 elif self._lanes < self._most_lanes and self._waiting_nbytes > _BATCH_NBYTES:
@@ -165,7 +182,6 @@ class PeerReader:
                     lane = partial(self._start_lane, None)
         if lane is not None:
             lane()
-        return read
 
     def give_up(self) -> None:
         """Nothing is read any more. Returns when what was being read has been left, which takes no
@@ -216,7 +232,8 @@ class PeerReader:
                 asked.append(batch)
                 way.ask(batch.remote)
             if asked and (batch is None or len(asked) == way.ahead):
-                self._finish(asked[0].reads, way.take(asked[0].local, asked[0].remote))
+                first = asked[0]
+                self._finish(first.reads, first.came(way.take(first.local, first.remote)))
                 asked.popleft()
 
     def _next(self, wait: bool) -> _Batch | None:
@@ -226,10 +243,13 @@ class PeerReader:
                 self._changed.wait_for(lambda: self._waiting or self._over)
                 self._idle -= 1
             reads: list[Read] = []
-            nbytes = 0
-            while self._waiting and len(reads) < MOST_PIECES and nbytes < _BATCH_NBYTES:
+            nbytes = count = 0
+            while self._waiting and nbytes < _BATCH_NBYTES:
+                count += len(self._waiting[0].local)
+                if reads and count > MOST_PIECES:
+                    break
                 reads.append(self._waiting.popleft())
-                nbytes += reads[-1].op.nbytes
+                nbytes += reads[-1].nbytes
             self._waiting_nbytes -= nbytes
         return _Batch.of(reads) if reads else None
 
@@ -237,7 +257,7 @@ class PeerReader:
         offered: Sequence[bool] = ()
         batch = _Batch.of([read])
         try:
-            offered = neighbour.read(batch.local, batch.remote)
+            offered = batch.came(neighbour.read(batch.local, batch.remote))
         except OSError as exc:
             self._end(f"its process has ended ({exc})")
         finally:

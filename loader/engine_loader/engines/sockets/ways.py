@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from engine_loader.engines.sockets import wire
 from engine_loader.engines.sockets.memory import Pieces, pieces_of
 from engine_loader.engines.sockets.neighbour import Neighbour
+from engine_loader.engines.sockets.offers import Offered
 from engine_loader.engines.sockets.stream import Stream
 
 
@@ -21,7 +21,7 @@ class Way(Protocol):
     def ask(self, remote: Pieces) -> None:
         """For some pieces of the peer's memory."""
 
-    def take(self, local: Pieces, remote: Pieces) -> Sequence[bool]:
+    def take(self, local: Pieces, remote: Pieces) -> Offered:
         """Brings what was asked for first to its places. Of each piece, whether it is offered: the
         others do not come.
         """
@@ -37,13 +37,13 @@ class Connected(Way):
         count = np.frombuffer(wire.COUNT.pack(len(remote)), np.uint8)
         self.stream.send(pieces_of(count, remote))
 
-    def take(self, local: Pieces, remote: Pieces) -> Sequence[bool]:
+    def take(self, local: Pieces, remote: Pieces) -> Offered:
         head = self.stream.receive_bytes(wire.COUNT.size + len(remote))
-        offered = np.frombuffer(head[wire.COUNT.size :], np.uint8) != 0
+        offered: Offered = np.frombuffer(head[wire.COUNT.size :], np.bool_)
         if wire.COUNT.unpack(head[: wire.COUNT.size])[0] != offered.sum():
             raise wire.NotOurs("its answer contradicts itself")
         self.stream.receive(local[offered])
-        return [bool(one) for one in offered]
+        return offered
 
 
 class Near(Way):
@@ -55,5 +55,5 @@ class Near(Way):
     def ask(self, remote: Pieces) -> None:
         """The peer has no part in it."""
 
-    def take(self, local: Pieces, remote: Pieces) -> Sequence[bool]:
+    def take(self, local: Pieces, remote: Pieces) -> Offered:
         return self._neighbour.read(local, remote)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine_loader.errors import LoaderError
 from engine_loader.planning.boxes import Lines
-from engine_loader.planning.reads import Costs, Span, coalesce, cut_lines, gather, span_of
+from engine_loader.planning.reads import Costs, Span, bundle, coalesce, cut_lines, gather, span_of
 from engine_loader.transfer.chunks import Chunks
 from engine_registry import Region
 from tests.support.meshes import any_costs, lines_one_by_one
@@ -106,7 +106,7 @@ def test_pieces_of_lines_are_few_and_each_of_their_runs_once(some: Lines, most: 
 
 def test_runs_are_not_staged_for_an_engine_that_strides_however_dear_a_read_is() -> None:
     few = list(cut_lines(rows(100, 8, 64), Costs(read_nbytes=1 << 40, strided=True)))
-    assert [(one.strided, one.staged, one.dst_addr) for one in few] == [(True, False, 5000)]
+    assert [(one.direct, one.staged, one.dst_addr) for one in few] == [(True, False, 5000)]
     assert [one.srcs for one in few] == [((0, 1000),)]
 
 
@@ -253,6 +253,45 @@ def test_whatever_is_gathered_brings_the_same_bytes(
         assert not some.lines or any(
             region.addr <= addr and addr + some.nbytes <= region.end for region in regions[number]
         )
+
+
+def test_short_spans_of_one_region_become_one_read_to_their_places() -> None:
+    spans = [span(900_000, 9000, 50), span(1000, 5000, 100), span(2000, 7000, 1 << 20)]
+    assert bundle(spans, SRC) == [
+        spans[2],
+        Span(
+            5000,
+            899_050,
+            ((0, 1000),),
+            (Lines(0, 5000, 100), Lines(899_000, 9000, 50)),
+            direct=True,
+        ),
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(1, 30)), max_size=40))
+def test_whatever_is_bundled_brings_the_same_bytes(places: list[tuple[int, int]]) -> None:
+    spans = [
+        span(src, 1000 * (at + 1), nbytes, source=src % 2)
+        for at, (src, nbytes) in enumerate(places)
+    ]
+    regions = [[Region(0, 150), Region(150, 400)], [Region(0, 600)]]
+    bundled = bundle(spans, regions)
+    assert moved(bundled) == moved(spans)
+    for some in bundled:
+        ((number, addr),) = some.srcs
+        assert len(some.lines) != 1
+        assert some.direct == bool(some.lines)
+        assert some.read_nbytes == some.payload
+        assert list(some.cut(1)) == [some] if some.lines else True
+        assert not some.lines or any(
+            region.addr <= addr and addr + some.nbytes <= region.end for region in regions[number]
+        )
+
+
+def test_a_bundle_has_no_more_runs_than_one_call_of_the_kernel_takes() -> None:
+    spans = [span(2 * at, 10_000 + 3 * at, 1) for at in range(2500)]
+    assert [len(some.lines) for some in bundle(spans, SRC)] == [1000, 1000, 500]
 
 
 # -- runs at equal distances

@@ -291,7 +291,7 @@ def test_progress_counts_the_bytes_that_are_read_of_runs_and_not_what_lies_betwe
     runs = NBYTES // (2 * RUN)  # every other one is wanted
     some = Lines(0, ctypes.addressof(bench.dst), RUN, (runs,), (2 * RUN,), (2 * RUN,))
     srcs = tuple((number, ctypes.addressof(block)) for number, block in enumerate(bench.blocks))
-    span = Span(some.dst, some.extent, srcs, (some,), strided=True)
+    span = Span(some.dst, some.extent, srcs, (some,), direct=True)
     transfer = Transfer(
         bench.reader,
         [span],

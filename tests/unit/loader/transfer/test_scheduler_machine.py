@@ -65,7 +65,7 @@ class ManualClock:
     def now(self) -> float:
         return self.time
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float, wait: Callable[[float], None]) -> None:
         self.time += seconds
 
     def start(self, work: Callable[[], None], name: str) -> Future[None]:
