@@ -210,6 +210,7 @@ def loaded_json(report: LoadReport, paths: Sequence[Path]) -> dict[str, Any]:
         "register_s": round(report.register_s, 6),
         "verified": report.verified,
         "outlived": list(report.outlived),
+        "within_host": list(report.within_host),
         "sources": [
             {
                 "key": share.name,

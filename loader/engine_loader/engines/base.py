@@ -22,6 +22,7 @@ from engine_loader.planning.plan import ReadOp
 from engine_registry.lifetime import Closable
 from engine_registry.schema.location import UNKNOWN, Location
 from engine_registry.schema.manifest import Export, Manifest, Region
+from engine_registry.schema.record import WITHIN_HOST
 
 
 class Engine(Protocol):
@@ -159,6 +160,10 @@ class Engine(Protocol):
         Raises:
             ReadFailed: No peer answers there.
         """
+
+    def reads_within_host(self, peer: str) -> bool:
+        """Whether a connected peer is read without the network."""
+        return self.protocol in WITHIN_HOST
 
     def start(self, peer: str, op: ReadOp) -> int:
         """Begins a read from a connected peer, and returns at once.

@@ -84,10 +84,8 @@ class Attempt:
             self._verify(check)
             digest_s = time.monotonic() - start - transfer_s
         most = max(range(len(entered)), key=lambda number: transfer.shares[number].nbytes)
-        outlived = [
-            source.record.key
-            for source, share in zip(entered, transfer.shares, strict=True)
-            if source.outlived and share.nbytes
+        read = [
+            source for source, share in zip(entered, transfer.shares, strict=True) if share.nbytes
         ]
         return Filled(
             entered[most].record,
@@ -96,7 +94,8 @@ class Attempt:
             transfer_s,
             digest_s,
             verified=check is not None,
-            outlived=outlived,
+            outlived=[source.record.key for source in read if source.outlived],
+            within_host=[source.record.key for source in read if source.within_host],
         )
 
     # -- sources

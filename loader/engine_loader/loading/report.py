@@ -27,6 +27,7 @@ class Filled:
     digest_s: float
     verified: bool  # by digests
     outlived: Sequence[str]  # keys of sources whose process has ended meanwhile
+    within_host: Sequence[str]  # keys of sources that were read without the network
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class LoadReport:
         verified: Whether digests of the sources prove every tensor, rather than the header alone.
         outlived: The sources that were read to the end although their process had ended: their keys
             in etcd. Only where memory is mapped, as over cuda_ipc.
+        within_host: The sources on this host whose memory was read without the network: their keys
+            in etcd. Over cuda_ipc and nvlink_intra these are all.
         publication: The loaded rank as a source, if it was to be published. The caller closes it.
     """
 
@@ -77,6 +80,7 @@ class LoadReport:
     register_s: float = 0.0
     verified: bool = False
     outlived: tuple[str, ...] = ()
+    within_host: tuple[str, ...] = ()
     publication: Publication | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -103,6 +107,7 @@ class LoadReport:
             "sources": [share.name for share in shares],
             "near": [share.near.value for share in shares],
             **({"outlived": list(self.outlived)} if self.outlived else {}),
+            **({"within_host": list(self.within_host)} if self.within_host else {}),
         }
 
 
@@ -134,6 +139,7 @@ def report_of(
         regions=len(received.dst.regions),
         verified=filled.verified,
         outlived=tuple(filled.outlived),
+        within_host=tuple(filled.within_host),
         publication=publication,
     )
 

@@ -145,6 +145,11 @@ class SourceRank:
             near=Nearness.of(self.record, self._engine),
         )
 
+    @property
+    def within_host(self) -> bool:
+        """Whether its memory is read without the network."""
+        return self._engine.reads_within_host(peer_of_record(self.record))
+
     def _has(self, addr: int, nbytes: int) -> bool:
         if self._blocks is None:
             return True

@@ -223,7 +223,6 @@ class SocketEngine(ClosableEngine):
         return self._lingering.settled(peer)
 
     def reads_within_host(self, peer: str) -> bool:
-        """Whether a connected peer is read without the network."""
         with self._lock:
             reader = self._readers.get(peer)
         return reader is not None and reader.near

@@ -157,6 +157,7 @@ class Offering:
     def __init__(self, bench: Bench, record: RankRecord, content: bytes, delay_s: float) -> None:
         self.record = record
         self.outlived = False
+        self.within_host = False
         self.engine: InProcessEngine = bench.stack.enter_context(InProcessEngine(delay_s=delay_s))
         self.memory = ctypes.create_string_buffer(content, NBYTES)
         self.fate: Callable[[], LoaderError | None] = lambda: None
@@ -478,6 +479,13 @@ def test_sources_that_were_read_to_the_end_of_their_process_and_beyond_are_named
     bench.received = Received(CONTENT, bench.dst)
     bench.sources[0].outlived = True
     assert bench.attempt().fill().outlived == [ONE.key]
+
+
+def test_a_load_says_which_sources_it_has_read_without_the_network(bench: Bench) -> None:
+    bench.source(ONE).within_host = True
+    bench.source(TWO).within_host = True
+    bench.sources[1].fate = lambda: SourceLost("withdrawn")  # it brings nothing
+    assert bench.attempt().fill().within_host == [ONE.key]
 
 
 def test_a_source_that_has_ended_and_brought_nothing_was_not_outlived(bench: Bench) -> None:

@@ -171,7 +171,9 @@ class Load:
                 raise step
             if step is not None:
                 step(self.attempts.received)
-            return Filled(sources[0].record, [], [], 0.25, 0.0, verified=False, outlived=[])
+            return Filled(
+                sources[0].record, [], [], 0.25, 0.0, verified=False, outlived=[], within_host=[]
+            )
 
         return SimpleNamespace(fill=fill)
 
