@@ -185,7 +185,7 @@ class Arrivals:
             if span.lines:
                 lines = tuple([some for some in span.lines if not self._has(some)])
                 if lines:
-                    rest.append(span._replace(lines=lines))
+                    rest.append(span._replace(lines=lines, wanted=None))
             else:
                 for start, end in self._came.gaps(span.dst_addr, span.dst_addr + span.nbytes):
                     srcs = tuple(

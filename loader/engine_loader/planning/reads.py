@@ -43,7 +43,7 @@ class Span(NamedTuple):
     or, with `lines`, to a staging buffer, and from there (`src` counts from its beginning) to our
     memory (`dst` is an address). If it is `direct`, only the bytes of its `lines` are read,
     straight to their places, of which `dst_addr` is the first. These are runs at equal distances,
-    or several single runs.
+    or several single runs. `wanted` is how many bytes the lines have, if they have been counted.
     """
 
     dst_addr: int
@@ -51,10 +51,13 @@ class Span(NamedTuple):
     srcs: Srcs
     lines: tuple[Lines, ...] = ()
     direct: bool = False
+    wanted: int | None = None
 
     @property
     def payload(self) -> int:
         """Bytes that are wanted, of those that are read."""
+        if self.wanted is not None:
+            return self.wanted
         return sum(some.payload for some in self.lines) if self.lines else self.nbytes
 
     @property
@@ -165,13 +168,14 @@ def bundle(spans: Iterable[Span], src_regions: Sequence[Sequence[Region]]) -> li
         payload = limit = 0
         for span in group:
             start = span.srcs[0][1]
-            fits = len(members) < _MOST_RUNS and payload < _BUNDLE_NBYTES
-            if not (members and fits and start + span.nbytes <= limit):
+            full = len(members) == _MOST_RUNS or payload >= _BUNDLE_NBYTES
+            if full or not payload or start + span.nbytes > limit:
                 bundled += _as_one(members, direct=True)
                 members, payload = [], 0
                 limit = start + _room(src_tables, span.srcs)
             members.append(span)
-            payload += span.nbytes
+            # one that no region holds stays alone
+            payload += span.nbytes if start + span.nbytes <= limit else _BUNDLE_NBYTES
         bundled += _as_one(members, direct=True)
     return bundled
 
@@ -204,7 +208,8 @@ def _as_one(members: Sequence[Span], direct: bool = False) -> Sequence[Span]:
     start = first.srcs[0][1]
     extent = max([span.srcs[0][1] + span.nbytes for span in members]) - start
     some = tuple([Lines(span.srcs[0][1] - start, span.dst_addr, span.nbytes) for span in members])
-    return [Span(first.dst_addr if direct else 0, extent, first.srcs, some, direct)]
+    wanted = sum([span.nbytes for span in members])
+    return [Span(first.dst_addr if direct else 0, extent, first.srcs, some, direct, wanted)]
 
 
 def cut_lines(span: Span, costs: Costs) -> Iterator[Span]:

@@ -180,7 +180,11 @@ def test_short_spans_near_each_other_at_the_source_become_one_read_into_a_buffer
     spans = [span(1200, 9000, 50), span(1000, 5000, 100), span(1100, 7000, 80)]
     assert gather(spans, SRC, Costs()) == [
         Span(
-            0, 250, ((0, 1000),), (Lines(0, 5000, 100), Lines(100, 7000, 80), Lines(200, 9000, 50))
+            0,
+            250,
+            ((0, 1000),),
+            (Lines(0, 5000, 100), Lines(100, 7000, 80), Lines(200, 9000, 50)),
+            wanted=230,
         )
     ]
 
@@ -265,6 +269,7 @@ def test_short_spans_of_one_region_become_one_read_to_their_places() -> None:
             ((0, 1000),),
             (Lines(0, 5000, 100), Lines(899_000, 9000, 50)),
             direct=True,
+            wanted=150,
         ),
     ]
 
@@ -282,7 +287,7 @@ def test_whatever_is_bundled_brings_the_same_bytes(places: list[tuple[int, int]]
         ((number, addr),) = some.srcs
         assert len(some.lines) != 1
         assert some.direct == bool(some.lines)
-        assert some.read_nbytes == some.payload
+        assert some.read_nbytes == some.payload == some._replace(wanted=None).payload
         assert list(some.cut(1)) == [some] if some.lines else True
         assert not some.lines or any(
             region.addr <= addr and addr + some.nbytes <= region.end for region in regions[number]
