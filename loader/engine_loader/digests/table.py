@@ -105,6 +105,12 @@ def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, byt
         }
 
 
+def digest_of(tensor: torch.Tensor, algorithm: str) -> bytes:
+    """Of a contiguous one."""
+    with plain_torch():
+        return ALGORITHMS[algorithm](_as_bytes(tensor))
+
+
 def _as_it_lies(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor
 

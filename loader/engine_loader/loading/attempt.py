@@ -29,6 +29,7 @@ from engine_loader.sources.entrance import Entered, Entrance
 from engine_loader.sources.selection import Choice
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
+from engine_loader.transfer.pace import Pace
 from engine_loader.transfer.progress import Progress
 from engine_loader.transfer.received import Received
 from engine_loader.transfer.scheduler import Transfer
@@ -37,6 +38,7 @@ from engine_registry import RankRecord
 from engine_registry.holders.query import Holders
 from engine_registry.registration.writes import SOURCE_EVICTED
 
+_SUMMED_UP_S = 0.05  # between two looks whether there is something to sum up
 _STAGING_NBYTES = 48 << 20  # for what is not read straight to its place
 
 
@@ -140,12 +142,19 @@ class Attempt:
             self.job.engine,
             [*missing, *(check.spans if check is not None else ())],
             [source.for_transfer() for source in entered],
-            self.job.pace,
+            self._pace(check),
             lambda progress: self._report(progress, ahead_nbytes, place),
             self.job.cancel,
             self._staging(missing, undo),
             lambda number, checked: self._receive(entered[number].record, checked, check),
         )
+
+    def _pace(self, check: DigestCheck | None) -> Pace:
+        """The sooner bytes are checked, the sooner they can be summed up."""
+        pace = self.job.pace
+        if check is None or check.tallied:
+            return pace
+        return replace(pace, check_s=min(pace.check_s, _SUMMED_UP_S))
 
     def _staging(self, spans: Sequence[Span], undo: ExitStack) -> Staging | None:
         """Buffers, if any of the reads needs one."""
@@ -165,6 +174,8 @@ class Attempt:
         """Spans have come that the source's header has proven."""
         spans = [span for span in checked if check is None or not check.wants(span)]
         self.received.add(record, spans)
+        if check is not None:
+            check.receive(spans)
         if self.republication is not None:
             self.republication.mark(self.received.arrivals)
 

@@ -21,6 +21,7 @@ from engine_loader.errors import DigestMismatch, listed
 from engine_loader.planning.placed import steps_of
 from engine_loader.planning.reads import Span
 from engine_loader.publishing.header import peer_of_record
+from engine_loader.sources.early_digests import EarlyDigests
 from engine_loader.sources.proofs import Group, Piece, proofs_of, same_part
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
@@ -46,6 +47,7 @@ class DigestCheck:
         self._proofs = proofs_of([source.manifest for source in sources], dst)
         self._cells: dict[Group, DigestCell] = {}  # its table
         self._tallies: dict[Group, list[Tally]] = {}
+        self._early = EarlyDigests(tensors, self._algorithm)
         self.spans: list[Span] = []
         for group in self._proofs.groups:
             cell = self._cells[group] = DigestCell(group.names, device, self._algorithm)
@@ -57,7 +59,10 @@ class DigestCheck:
             self.spans.append(Span(cell.region.addr, cell.region.nbytes, tuple(srcs)))
 
     def lend(self, engine: Engine, undo: ExitStack) -> None:
-        """Until `undo` is closed, the engine may read tables, and sums up what it reads."""
+        """Until `undo` is closed, the engine may read tables, and sums up what it reads; or the
+        processor does.
+        """
+        undo.callback(self._early.close)
         for cell in self._cells.values():
             lend(engine, undo, to_register(cell.region, self._device.type), owner=cell)
         if engine.tallies != self._algorithm:
@@ -70,6 +75,18 @@ class DigestCheck:
                 if tally is not None:
                     undo.callback(tally.close)
                     tallies.append(tally)
+
+    def receive(self, spans: Sequence[Span]) -> None:
+        """They are weights that have come for good. Tensors that are whole by now are summed up
+        while the rest comes.
+        """
+        if not self.tallied:
+            self._early.add(spans)
+
+    @property
+    def tallied(self) -> bool:
+        """The engine sums up some of what it reads."""
+        return any(self._tallies.values())
 
     def wants(self, span: Span) -> bool:
         """It brings a table, rather than weights."""
@@ -139,7 +156,9 @@ class DigestCheck:
         ours: dict[Piece, bytes] = {}
         for piece in pieces:
             tensor, entry = self._tensors[piece.name], wanted[piece.name]
-            if same_part(piece, entry):
+            if same_part(piece, entry) and (digest := self._early.of(piece.name)) is not None:
+                ours[piece] = digest
+            elif same_part(piece, entry):
                 views[piece] = tensor
             elif piece.slices is None:
                 views[piece] = _part(tensor, entry.along, piece)

@@ -186,15 +186,21 @@ class Offering:
 class Digests:
     """As a DigestCheck, whose table is this span."""
 
+    tallied = False
+
     def __init__(self, span: Span) -> None:
         self.spans = [span]
         self.lent_to: list[object] = []
         self.compared = 0
+        self.received: list[Span] = []
         self.error: LoaderError | None = None
 
     def lend(self, engine: object, undo: ExitStack) -> None:
         assert isinstance(undo, ExitStack)
         self.lent_to.append(engine)
+
+    def receive(self, spans: Sequence[Span]) -> None:
+        self.received += spans
 
     def wants(self, span: Span) -> bool:
         return span in self.spans
@@ -458,6 +464,7 @@ def test_digests_are_read_and_compared_and_are_no_part_of_the_tensors(
         with pytest.raises(DigestMismatch):
             bench.attempt().fill()
     assert (check.lent_to, check.compared) == ([bench.reader], 1)
+    assert sum(span.nbytes for span in check.received) == NBYTES  # the weights, not the table
     assert bench.received.arrivals.nbytes == NBYTES
 
 
