@@ -255,8 +255,12 @@ class _Namespace:
         )
 
     def kill_all(self) -> None:
-        """But for the one that holds it."""
+        """But for the one that holds it. HostsUnavailable if that has ended: its id may by now be
+        that of any process of this machine.
+        """
         here = os.stat(f"/proc/{self.pid}/ns/net").st_ino
+        if self._holder.poll() is not None or here == os.stat("/proc/self/ns/net").st_ino:
+            raise HostsUnavailable("the namespace of a host has ended before its processes")
         found = True
         while found:
             found = False

@@ -239,3 +239,20 @@ def test_what_is_missing_for_hosts_is_reported(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(HostsUnavailable, match=words):
         Network().__enter__()
+
+
+@needs_hosts
+def test_a_host_whose_namespace_has_ended_does_not_take_this_machine_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed: list[int] = []
+    with Network() as network:
+        namespace = network.host("a")._namespace
+        namespace._holder.kill()
+        namespace._holder.wait()
+        namespace.pid = os.getpid()  # as when its id is another process's by now
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+            with pytest.raises(HostsUnavailable, match="has ended before its processes"):
+                namespace.kill_all()
+    assert killed == []
