@@ -51,7 +51,7 @@ class Read:
         else:
             self.remote = np.array([(op.src_addr, op.nbytes)], np.uint64)
             self.local = np.array([(op.dst_addr, op.nbytes)], np.uint64)
-        self.nbytes = length_of(self.local)
+        self.nbytes = length_of(self.local) if op.pieces else op.nbytes
         self.over = False
         self.failure: ReadFailed | None = None  # if it has not brought all its bytes
 
