@@ -39,16 +39,25 @@ from engine_registry.schema.record import PROTOCOLS
 # before
 _MAX_REGIONS = 12_000
 _MAX_READERS = 128  # peers whose readers are kept for the next load from them
+_WAYS = ("tcp", "rdma", "nvlink_intra")
 _SHARED = ("rdma",)  # protocols over which one engine reads from all peers
 _OPEN: weakref.WeakSet[MooncakeEngine] = weakref.WeakSet()
+
+
+def _refused(protocol: str) -> EngineUnavailable:
+    if protocol in PROTOCOLS:
+        return EngineUnavailable(f"Mooncake does not read over {protocol}", "use `open_engine`")
+    return EngineUnavailable(
+        f"protocol {protocol!r} is unknown", f"use one of {', '.join(PROTOCOLS)}"
+    )
 
 
 class MooncakeEngine(ClosableEngine):
     """Mooncake's transfer engine with peer-to-peer handshake: no metadata server.
 
     It listens on all interfaces. Every peer that reaches it may read AND WRITE registered memory:
-    use it on trusted networks only. All engines of a process speak IPv4, or all speak IPv6, as
-    their hosts do. They read from peers that speak the same.
+    use it on trusted networks only, and SocketEngine on others. All engines of a process speak
+    IPv4, or all speak IPv6, as their hosts do. They read from peers that speak the same.
     """
 
     def __init__(
@@ -79,10 +88,8 @@ class MooncakeEngine(ClosableEngine):
             InvalidField: The location is not valid.
         """
         self._location = Location.parse(location)
-        if protocol not in PROTOCOLS:
-            raise EngineUnavailable(
-                f"protocol {protocol!r} is unknown", f"use one of {', '.join(PROTOCOLS)}"
-            )
+        if protocol not in _WAYS:
+            raise _refused(protocol)
         devices = choose(device, pci_address()) if protocol == "rdma" else ()
         self._host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         self._family = check_host(self._host)

@@ -279,9 +279,21 @@ def test_rdma_without_a_device_is_refused_before_mooncake_starts(
 
 def test_an_unknown_protocol_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        EngineUnavailable, match="protocol 'pigeon' is unknown: use one of tcp, rdma, nvlink_intra"
+        EngineUnavailable,
+        match="protocol 'pigeon' is unknown: use one of tcp, socket, rdma, nvlink_intra, cuda_ipc",
     ):
         MooncakeEngine("127.0.0.1", protocol="pigeon")
+
+
+@pytest.mark.parametrize("protocol", ["socket", "cuda_ipc"])
+def test_a_protocol_of_another_engine_is_refused_with_what_opens_that(
+    library: Library, protocol: str
+) -> None:
+    with pytest.raises(
+        EngineUnavailable, match=f"Mooncake does not read over {protocol}: use `open_engine`"
+    ):
+        MooncakeEngine("127.0.0.1", protocol)
+    assert library.engines == 0
 
 
 def test_a_library_that_cannot_be_imported_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:

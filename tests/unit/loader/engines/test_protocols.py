@@ -38,13 +38,14 @@ def served(*ways: tuple[str, str]) -> Sequence[RankRecord]:
         ([("tcp", ""), ("nvlink_intra", HERE)], "nvlink_intra"),
         ([("tcp", ""), ("nvlink_intra", "")], "nvlink_intra"),
         ([("tcp", ""), ("nvlink_intra", "another boot")], "tcp"),
+        ([("tcp", ""), ("socket", "")], "socket"),
         ([("tcp", "")], "tcp"),
     ],
 )
 def test_the_quickest_that_a_source_is_served_over_is_chosen(
     monkeypatch: pytest.MonkeyPatch, ways: Sequence[tuple[str, str]], protocol: str
 ) -> None:
-    have(monkeypatch, "nvlink_intra", "rdma", "tcp")
+    have(monkeypatch, "nvlink_intra", "rdma", "socket", "tcp")
     assert protocol_for(served(*ways)) == protocol
 
 
@@ -69,12 +70,12 @@ def test_a_way_needs_both_its_device_and_an_engine_that_knows_it(
     monkeypatch.setattr(protocols, "find_spec", lambda name: name)
     monkeypatch.setattr(protocols, "usable_devices", lambda: ("mlx5_0",))
     monkeypatch.setattr(protocols, "built_transports", lambda: ("IntraNodeNvlink", "Rdma", "Tcp"))
-    assert usable_protocols() == ("cuda_ipc", "nvlink_intra", "rdma", "tcp")
+    assert usable_protocols() == ("cuda_ipc", "nvlink_intra", "rdma", "socket", "tcp")
     monkeypatch.setattr(protocols, "find_spec", lambda name: None)
-    assert usable_protocols() == ("nvlink_intra", "rdma", "tcp")
+    assert usable_protocols() == ("nvlink_intra", "rdma", "socket", "tcp")
     monkeypatch.setattr(protocols, "usable_devices", lambda: ())
     monkeypatch.setattr(protocols, "built_transports", lambda: ("Rdma", "Tcp"))
-    assert usable_protocols() == ("tcp",)
+    assert usable_protocols() == ("socket", "tcp")
 
 
 def test_without_mooncake_there_is_what_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,4 +86,4 @@ def test_without_mooncake_there_is_what_does_without_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(protocols, "find_spec", lambda name: name)
     monkeypatch.setattr(protocols, "usable_devices", lambda: ("mlx5_0",))
     monkeypatch.setattr(protocols, "built_transports", missing)
-    assert usable_protocols() == ("cuda_ipc",)
+    assert usable_protocols() == ("cuda_ipc", "socket")

@@ -36,7 +36,7 @@ def test_an_unknown_key_is_refused_with_the_known_ones() -> None:
         ("cacert", 1, "a text"),
         ("required", "yes", "true or false"),
         ("stage", "raw", "one of auto, loaded, processed"),
-        ("protocol", "http", "one of tcp, rdma, nvlink_intra"),
+        ("protocol", "http", "one of tcp, socket, rdma, nvlink_intra"),
         ("verify", "md5", "one of auto, header, digest"),
         ("verify", ["header"], "one of auto, header, digest"),
         ("timeout_s", "60", "a number of seconds"),
