@@ -30,6 +30,7 @@ from engine_loader import (
     MooncakeEngine,
     Publication,
     Seeded,
+    SocketEngine,
     WholeFiles,
     publish,
 )
@@ -107,6 +108,7 @@ MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
     Gateway: lambda registry, etcd: Gateway(registry, "q", port=0),
     CudaIpcEngine: lambda registry, etcd: CudaIpcEngine("127.0.0.1", gpus=HostGpus()),
     MooncakeEngine: lambda registry, etcd: MooncakeEngine("127.0.0.1"),
+    SocketEngine: lambda registry, etcd: SocketEngine("127.0.0.1"),
     Publication: a_publication,
 }
 OTHERS: dict[type, str] = {

@@ -3,12 +3,15 @@
 ENGINE is `mooncake` or `socket`, with what MooncakeEngine or SocketEngine takes; `cuda_ipc`, with
 a GPU that has the bytes; or `host gpus`, which is cuda_ipc with the host's memory. Prints its
 session, the address of the bytes and what it exports. `again` on its input: the bytes are taken
-back and offered anew. Ends with its input, or killed.
+back and offered anew. `fork`: it forks a child that outlives it, and prints its pid. Ends with its
+input, or killed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -55,13 +58,23 @@ def _served(nbytes: int, engine: str, *where: str) -> tuple[ClosableEngine, Regi
     return kinds[engine](*where), Region(ctypes.addressof(memory), nbytes), memory
 
 
+def fork() -> None:
+    if pid := os.fork():
+        print(pid, flush=True)
+    else:
+        signal.pause()
+
+
 def main(nbytes: str, *where: str) -> None:
     engine, region, _kept = _served(int(nbytes), *where)
     with engine:
         parts = engine.register(region)
         exports = map(_printed, engine.exports(parts))
         print(engine.session_id, region.addr, *exports, flush=True)
-        for _ in sys.stdin:
+        for line in sys.stdin:
+            if line == "fork\n":
+                fork()
+                continue
             engine.unregister(region)
             engine.register(region)
             print("again", flush=True)

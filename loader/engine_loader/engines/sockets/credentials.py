@@ -60,7 +60,7 @@ class SocketCredentials:
         try:
             self.token()
             for server in (True, False):
-                self._context(server)
+                self.context(server)
         except (OSError, ssl.SSLError, ValueError) as exc:
             raise EngineUnavailable(
                 f"the credentials of the protocol socket cannot be used: {exc}",
@@ -82,27 +82,34 @@ class SocketCredentials:
             )
         return token
 
-    def secured(self, connection: socket.socket, host: str | None = None) -> socket.socket:
-        """The connection, for TLS if there are certificates. Its handshake has not been made.
-
-        `host` is that of the source, for a reader. OSError.
+    def context(self, server: bool) -> ssl.SSLContext | None:
+        """Of TLS, for a source or else a reader; None where there are no certificates. OSError,
+        ValueError.
         """
-        context = self._context(server=host is None)
-        if context is None:
-            return connection
-        return context.wrap_socket(
-            connection,
-            server_side=host is None,
-            server_hostname=host,
-            do_handshake_on_connect=False,
-        )
-
-    def _context(self, server: bool) -> ssl.SSLContext | None:
         if not any(self._tls):
             return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(self.cert, self.key)
+        context.load_cert_chain(self.cert, self.key, _no_password)
         context.load_verify_locations(self.cacert)
         context.verify_mode = ssl.CERT_REQUIRED
         return context
+
+
+def _no_password() -> str:
+    """Instead of a question on the terminal."""
+    raise ValueError("the key is encrypted, and nobody is asked for its password")
+
+
+def secured(
+    connection: socket.socket, context: ssl.SSLContext | None, host: str | None = None
+) -> socket.socket:
+    """The connection, for TLS if there is a context. Its handshake has not been made.
+
+    `host` is that of the source, for a reader. OSError.
+    """
+    if context is None:
+        return connection
+    return context.wrap_socket(
+        connection, server_side=host is None, server_hostname=host, do_handshake_on_connect=False
+    )

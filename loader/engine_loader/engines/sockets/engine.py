@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -86,6 +87,7 @@ class SocketEngine(ClosableEngine):
         self._reads: dict[int, Read] = {}
         self._numbers = itertools.count(1)
         self._closed = False
+        self._owner_pid = os.getpid()
         self._server = Server(host, self._offers, self._credentials, place)
         _OPEN.add(self)
         self._mark_open()
@@ -250,6 +252,8 @@ class SocketEngine(ClosableEngine):
             self._give_up(reader, ())
 
     def close(self) -> None:
+        if not self._is_ours:  # a forked child's copy: its threads are in the parent only
+            return
         self._stop_reading()
         with self._served.lock, self._lent.lock:
             self._offers.end()
@@ -259,9 +263,15 @@ class SocketEngine(ClosableEngine):
         self._lingering.clear()
         self._mark_closed()
 
+    @property
+    def _is_ours(self) -> bool:
+        return self._owner_pid == os.getpid()
+
     def _check_open(self) -> None:
         if self._closed:
             raise EngineFailed("the transfer engine is closed")
+        if not self._is_ours:
+            raise EngineFailed("the transfer engine is that of the process that was forked")
 
     def _label(self) -> str:
         return f"at {self.session_id}"
@@ -273,4 +283,5 @@ _OPEN: weakref.WeakSet[SocketEngine] = weakref.WeakSet()
 @atexit.register
 def _stop_all_reading() -> None:
     for engine in list(_OPEN):
-        engine._stop_reading()
+        if engine._is_ours:
+            engine._stop_reading()

@@ -10,6 +10,7 @@ import os
 import secrets
 import selectors
 import socket
+import ssl
 import threading
 import time
 import weakref
@@ -19,7 +20,7 @@ import numpy as np
 
 from engine_loader.engines.dial import listening
 from engine_loader.engines.sockets import wire
-from engine_loader.engines.sockets.credentials import SocketCredentials
+from engine_loader.engines.sockets.credentials import SocketCredentials, secured
 from engine_loader.engines.sockets.memory import Pieces, pieces_of
 from engine_loader.engines.sockets.neighbour import Place
 from engine_loader.engines.sockets.offers import Offers
@@ -49,7 +50,7 @@ class Server:
         self._credentials = credentials
         self._place = place
         self._changed = threading.Condition()
-        self._connections: set[_Connection] = set()
+        self._connections: dict[_Connection, None] = {}  # the oldest first
         self._closed = False
         _OPEN.add(self)
         threading.Thread(target=self._accept, name="accepts readers", daemon=True).start()
@@ -64,27 +65,41 @@ class Server:
                         self._take(self._listener.accept()[0])
                     except BlockingIOError:
                         raise
-                    except OSError:  # no descriptor is left, or no thread
+                    except (OSError, RuntimeError):  # no descriptor is left, or no thread
                         time.sleep(_LOOK_S)
 
     def _take(self, accepted: socket.socket) -> None:
+        """OSError or RuntimeError where there is no thread for it."""
         with self._changed:
-            if self._closed or len(self._connections) >= _MOST_CONNECTIONS:
+            if self._closed or not self._has_room():
                 accepted.close()
                 return
             connection = _Connection(self, accepted)
-            self._connections.add(connection)
-        threading.Thread(target=connection.run, name="answers a reader", daemon=True).start()
+            self._connections[connection] = None
+        try:
+            threading.Thread(target=connection.run, name="answers a reader", daemon=True).start()
+        except BaseException:
+            connection.end()
+            raise
+
+    def _has_room(self) -> bool:
+        """Whoever has not said yet that it may read makes room for others, the oldest first."""
+        if len(self._connections) < _MOST_CONNECTIONS:
+            return True
+        for connection in self._connections:
+            if not connection.may_read:
+                connection.stream.cut()
+                del self._connections[connection]  # it sends nothing that is waited for
+                return True
+        return False
 
     def wait_until_unused(self, region: Region) -> None:
         """Nothing of it is being sent any more when this returns. It is not offered any more."""
         with self._changed:
-            for connection in self._connections:
-                if connection.sends(region):
-                    connection.stream.cut()
-            self._changed.wait_for(
-                lambda: not any(connection.sends(region) for connection in self._connections)
-            )
+            sending = [(one, one.sending) for one in self._connections if one.sends(region)]
+            for connection, _ in sending:
+                connection.stream.cut()
+            self._changed.wait_for(lambda: all(one.sending is not what for one, what in sending))
 
     def close(self) -> None:
         """Any number of times. Nothing is being sent any more when this returns."""
@@ -97,10 +112,8 @@ class Server:
             self._changed.wait_for(lambda: not self._connections)
 
     def _forget(self) -> None:
-        """In a forked child, which must not keep them open when the source has ended."""
+        """In a forked child, which must not keep it open when the source has ended."""
         self._listener.close()
-        for connection in self._connections:
-            connection.forget()
 
 
 class _Connection:
@@ -110,10 +123,11 @@ class _Connection:
         self._server = server
         self._accepted = accepted
         self.stream = Stream(accepted)
-        self._sending: Pieces | None = None
+        self.sending: Pieces | None = None
+        self.may_read = False
 
     def sends(self, region: Region) -> bool:
-        sending = self._sending
+        sending = self.sending
         if sending is None:
             return False
         begins_before = sending[:, 0] < np.uint64(region.end)
@@ -121,14 +135,7 @@ class _Connection:
         return bool((begins_before & ends_behind).any())
 
     def run(self) -> None:
-        server = self._server
         try:
-            self._accepted = server._credentials.secured(self._accepted)
-            with server._changed:
-                self.stream = Stream(self._accepted)
-                if server._closed:
-                    return
-            self.stream.begin(_HANDSHAKE_S)
             if self._greet():
                 self.stream.go_on()
                 while True:
@@ -136,18 +143,49 @@ class _Connection:
         except (OSError, ValueError, wire.NotOurs) as exc:
             log.debug("a reader has gone: %s", exc)
         finally:
-            with server._changed:
-                self.stream.close()
-                self._sending = None
-                server._connections.discard(self)
-                server._changed.notify_all()
+            self.end()
+
+    def end(self) -> None:
+        with self._server._changed:
+            self.stream.close()
+            self.sending = None
+            self._server._connections.pop(self, None)
+            self._server._changed.notify_all()
 
     def _greet(self) -> bool:
-        """Whether this reader may read."""
-        token = self._server._credentials.token()
+        """Whether this reader may read. OSError, NotOurs."""
+        server = self._server
+        host = self._accepted.getpeername()[0]
+        try:
+            token, context = server._credentials.token(), server._credentials.context(server=True)
+        except (OSError, ValueError) as exc:
+            log.warning(
+                "nobody can read: the credentials of this engine cannot be used (%s)",
+                exc,
+                extra=fields("credentials_unusable"),
+            )
+            return False
+        with server._changed:
+            self.stream = Stream(secured(self._accepted, context))
+            if self not in server._connections or server._closed:
+                return False
+        try:
+            self.stream.begin(_HANDSHAKE_S)
+        except ssl.SSLError as exc:
+            _warn_of(host, f"there is no TLS with it ({exc})")
+            return False
+        if not self._prove(token, host):
+            return False
+        with server._changed:
+            self.may_read = self in server._connections
+        return self.may_read
+
+    def _prove(self, token: bytes, host: str) -> bool:
+        """Whether it has the token."""
         challenge = secrets.token_bytes(wire.CHALLENGE_NBYTES)
-        self.stream.send_bytes(wire.Hello(bool(token), challenge).packed())
-        theirs = wire.Answer.read(self.stream.receive_bytes(wire.ANSWER_NBYTES))
+        self.stream.say(wire.Hello(bool(token), challenge).packed())
+        wire.check(self.stream.hear(len(wire.MAGIC)))
+        theirs = wire.Answer.read(self.stream.hear(wire.ANSWER_NBYTES))
         welcome = wire.Welcome(True, place=self._server._place)
         if token:
             if wire.proves(token, b"reader", challenge, theirs.challenge, theirs.proof):
@@ -156,12 +194,8 @@ class _Connection:
                 )
             else:
                 welcome = wire.Welcome(False)
-                log.warning(
-                    "a reader at %s is refused: it does not have the token of this engine",
-                    self._accepted.getpeername()[0],
-                    extra=fields("reader_refused", host=self._accepted.getpeername()[0]),
-                )
-        self.stream.send_bytes(welcome.packed())
+                _warn_of(host, "it does not have the token of this engine")
+        self.stream.say(welcome.packed())
         return welcome.taken
 
     def _answer(self) -> None:
@@ -174,17 +208,20 @@ class _Connection:
         stream.receive(pieces_of(wanted))
         with server._changed:  # what is taken back from here on is waited for
             offered = server._offers.held().holds(wanted)
-            self._sending = wanted[offered]
+            self.sending = wanted[offered]
         head = np.frombuffer(wire.COUNT.pack(int(offered.sum())) + offered.tobytes(), np.uint8)
         try:
-            stream.send(np.concatenate([pieces_of(head), self._sending]))
+            stream.send(np.concatenate([pieces_of(head), self.sending]))
         finally:
             with server._changed:
-                self._sending = None
+                self.sending = None
                 server._changed.notify_all()
 
-    def forget(self) -> None:
-        self._accepted.close()
+
+def _warn_of(host: str, why: str) -> None:
+    log.warning(
+        "a reader at %s is refused: %s", host, why, extra=fields("reader_refused", host=host)
+    )
 
 
 _OPEN: weakref.WeakSet[Server] = weakref.WeakSet()

@@ -1,12 +1,14 @@
-"""A connection to another engine, as pieces of memory go through it."""
+"""A connection to another engine: first some words of both ends, then pieces of memory."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
 import ssl
-import struct
 import threading
+import time
+import weakref
 from contextlib import suppress
 
 import numpy as np
@@ -16,6 +18,13 @@ from engine_loader.engines.sockets.memory import Pieces, pieces_of
 
 _RECORD_NBYTES = 16 << 10  # of TLS: what is shorter is put together
 _BUFFER_NBYTES = 1 << 20  # of the kernel, for a connection that does not leave the host
+# The other end's host is asked after a minute of silence, and is gone after six more without an
+# answer. Its engine may be silent for as long as it likes.
+_KEPT_ALIVE = {
+    socket.TCP_KEEPIDLE: 60,
+    socket.TCP_KEEPINTVL: 10,
+    socket.TCP_KEEPCNT: 6,
+}
 
 
 class Stream:
@@ -25,32 +34,58 @@ class Stream:
         self._connection = connection
         self._cutting = threading.Lock()
         self._closed = False
+        self._until = 0.0
+        _ALL.add(self)
+
+    # -- words
 
     def begin(self, limit_s: float) -> None:
-        """The handshake of TLS if there is one. Until `go_on` nothing takes longer than the limit,
+        """The handshake of TLS if there is one. All until `go_on` takes no longer than the limit,
         in seconds. OSError.
         """
-        self._connection.settimeout(None)
-        self._limit(limit_s)
+        self._until = time.monotonic() + limit_s
         if isinstance(self._connection, ssl.SSLSocket):
+            self._hurry()
             self._connection.do_handshake()
 
-    def go_on(self) -> None:
-        """For long answers to short questions, as long as they take."""
-        connection = self._connection
-        self._limit(0)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if connection.getsockname()[0] == connection.getpeername()[0]:
-            # The kernel's buffers grow with the way. Here there is none, and short ones stay in the
-            # processor's cache.
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_NBYTES)
+    def say(self, words: bytes) -> None:
+        """OSError."""
+        self._hurry()
+        self._connection.sendall(words)
 
-    def _limit(self, seconds: float) -> None:
-        """Of each call of the kernel, which a timeout of Python's would not limit."""
-        interval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self._connection.setsockopt(socket.SOL_SOCKET, option, interval)
+    def hear(self, nbytes: int) -> bytes:
+        """So many; OSError, ConnectionResetError at the end."""
+        heard = bytearray()
+        while len(heard) < nbytes:
+            self._hurry()
+            some = self._connection.recv(nbytes - len(heard))
+            if not some:
+                raise ConnectionResetError("the other end has closed the connection")
+            heard += some
+        return bytes(heard)
+
+    def _hurry(self) -> None:
+        left_s = self._until - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the other end takes too long")
+        self._connection.settimeout(left_s)
+
+    def go_on(self) -> None:
+        """With long answers to short questions, as long as they take."""
+        connection = self._connection
+        connection.settimeout(None)
+        with suppress(OSError):  # it is broken, which what comes next finds
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEPT_ALIVE.items():
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
+            if connection.getsockname()[0] == connection.getpeername()[0]:
+                # The kernel's buffers grow with the way. Here there is none, and short ones stay in
+                # the processor's cache.
+                for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                    connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_NBYTES)
+
+    # -- pieces of memory
 
     def send(self, pieces: Pieces) -> None:
         """OSError."""
@@ -65,9 +100,6 @@ class Stream:
             self._receive_encrypted(self._connection, pieces)
         else:
             memory.receive(self._connection.fileno(), pieces)
-
-    def send_bytes(self, some: bytes) -> None:
-        self.send(pieces_of(np.frombuffer(some, np.uint8)))
 
     def receive_bytes(self, nbytes: int) -> bytes:
         buffer = np.empty(nbytes, np.uint8)
@@ -96,6 +128,8 @@ class Stream:
                     raise ConnectionResetError("the other end has closed the connection")
                 view = view[got:]
 
+    # -- the end
+
     def cut(self) -> None:
         """Whoever sends or receives gets an OSError at once."""
         with self._cutting:
@@ -109,6 +143,21 @@ class Stream:
             self._closed = True
             self._connection.close()
 
+    def _forget(self) -> None:
+        """In a forked child, which must neither keep the connection open nor cut it."""
+        self._connection.close()
+
 
 def _view(addr: int, nbytes: int) -> memoryview:
     return memoryview((ctypes.c_char * nbytes).from_address(addr)).cast("B")
+
+
+_ALL: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for stream in list(_ALL):
+        stream._forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

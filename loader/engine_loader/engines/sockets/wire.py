@@ -1,14 +1,16 @@
 """What the engines say to each other over a connection. Pure.
 
+    reader    MAGIC
     source    hello: MAGIC, whether it demands a token, a challenge
-    reader    MAGIC, a challenge, its proof of the token
+    reader    a challenge, its proof of the token
     source    whether it takes that, its proof, where it is on its host
     reader    a question: the number of pieces, then the address and the length of each
     source    an answer: how many it offers, for each a byte that says whether it does, then the
               bytes of those that it does, in their order
 
-The last two repeat; questions may be sent ahead. All numbers are little-endian. A proof is the
-HMAC-SHA256 of both challenges and the side's name by the token, so the token itself is never sent.
+The first two come at the same time. The last two repeat; questions may be sent ahead. All numbers
+are little-endian. A proof is the HMAC-SHA256 of both challenges and the side's name by the token,
+so the token itself is never sent.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ CHALLENGE_NBYTES = 32
 MOST_PIECES = 1 << 16  # of one question
 
 _HELLO = struct.Struct("<8sI32s")
-_ANSWER = struct.Struct("<8s32s32s")
+_ANSWER = struct.Struct("<32s32s")
 _WELCOME = struct.Struct("<I32s36sQIQ16s")
 COUNT = struct.Struct("<I")
 NO_PROOF = bytes(32)
@@ -45,7 +47,7 @@ class Hello(NamedTuple):
     @classmethod
     def read(cls, packed: bytes) -> Hello:
         magic, demands_token, challenge = _HELLO.unpack(packed)
-        _check(magic)
+        check(magic)
         return cls(bool(demands_token), challenge)
 
 
@@ -54,13 +56,11 @@ class Answer(NamedTuple):
     proof: bytes
 
     def packed(self) -> bytes:
-        return _ANSWER.pack(MAGIC, self.challenge, self.proof)
+        return _ANSWER.pack(self.challenge, self.proof)
 
     @classmethod
     def read(cls, packed: bytes) -> Answer:
-        magic, challenge, proof = _ANSWER.unpack(packed)
-        _check(magic)
-        return cls(challenge, proof)
+        return cls(*_ANSWER.unpack(packed))
 
 
 class Welcome(NamedTuple):
@@ -81,7 +81,8 @@ class Welcome(NamedTuple):
         return cls(bool(taken), proof, place if place.pid else None)
 
 
-def _check(magic: bytes) -> None:
+def check(magic: bytes) -> None:
+    """NotOurs."""
     if magic != MAGIC:
         raise NotOurs("it is no engine of the protocol socket")
 
