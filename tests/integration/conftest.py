@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.hosts import Host
-from engine_loader import Engine, InProcessEngine, MooncakeEngine
+from engine_loader import Engine, InProcessEngine, MooncakeEngine, SocketEngine
 from engine_registry import Event, Registry, Watch
 from engine_registry.etcd import ports
 from engine_registry.etcd.local import LocalEtcd, find_binary
@@ -133,7 +133,7 @@ def binary(request: pytest.FixtureRequest) -> str:
     return str(DEBIAN_ETCD)
 
 
-@pytest.fixture(params=["in process", "mooncake"])
+@pytest.fixture(params=["in process", "mooncake", "sockets"])
 def new_engine(request: pytest.FixtureRequest) -> Iterator[Callable[[], Engine]]:
     """Makes engines that are closed in the end."""
     with ExitStack() as stack:
@@ -141,6 +141,8 @@ def new_engine(request: pytest.FixtureRequest) -> Iterator[Callable[[], Engine]]
         def make() -> Engine:
             if request.param == "in process":
                 return stack.enter_context(InProcessEngine())
+            if request.param == "sockets":
+                return stack.enter_context(SocketEngine("127.0.0.1"))
             return stack.enter_context(MooncakeEngine("127.0.0.1", protocol="tcp"))
 
         yield make

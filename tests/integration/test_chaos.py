@@ -27,14 +27,17 @@ import torch
 from safetensors.torch import load_file
 
 from engine_loader import (
+    Engine,
     LoaderError,
     LoadOptions,
     MooncakeEngine,
     Pace,
     Shard,
+    SocketEngine,
     load,
     load_full,
     load_instance,
+    open_engine,
 )
 from engine_loader.files.whole_files import WholeFiles
 from engine_registry import Registry, RegistryError
@@ -241,7 +244,7 @@ class Loads:
     Each gives whose its words are, and the version that it says they have.
     """
 
-    def __init__(self, registry: Registry, engine: MooncakeEngine) -> None:
+    def __init__(self, registry: Registry, engine: Engine) -> None:
         self._registry = registry
         self._engine = engine
         self.kinds: dict[str, Callable[[], tuple[Origin, int]]] = {
@@ -322,22 +325,29 @@ class Loads:
 
 @pytest.mark.timeout(240 + SECONDS)
 @pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["tcp", "socket"])
 def test_every_load_ends_in_one_launch_and_version_or_a_typed_error_and_leaves_nothing_behind(
-    own_etcd: LocalEtcd, namespace: str
+    own_etcd: LocalEtcd, namespace: str, protocol: str
 ) -> None:
     processes = Processes(
-        {**os.environ, "ENGINES_ETCD": own_etcd.endpoint, "TEST_NAMESPACE": namespace}
+        {
+            **os.environ,
+            "ENGINES_ETCD": own_etcd.endpoint,
+            "TEST_NAMESPACE": namespace,
+            "TEST_PROTOCOL": protocol,
+        }
     )
     outcomes: Counter[str] = Counter()
     choose = random.Random(SEED)
-    with MooncakeEngine("127.0.0.1"):
+    with open_engine("127.0.0.1", protocol):
         pass  # what the library opens once a process, and keeps
     servers.programs()  # stays until the run is over
     before = held()
     with (
         Registry.connect(own_etcd.endpoint, namespace=namespace, timeout_s=5) as registry,
-        MooncakeEngine("127.0.0.1") as engine,
+        open_engine("127.0.0.1", protocol) as engine,
     ):
+        assert isinstance(engine, (MooncakeEngine, SocketEngine))
         loads = Loads(registry, engine)
         with Monkey(processes, own_etcd, registry, SEED) as monkey:
             give_up = time.monotonic() + SECONDS

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from engine_loader import (
     InProcessEngine,
     LoadOptions,
-    MooncakeEngine,
     Pace,
     Progress,
     Publication,
@@ -28,6 +27,7 @@ from engine_loader import (
     load,
     load_full,
     load_or_seed,
+    open_engine,
     publish,
 )
 from engine_loader.errors import SourceEvicted, SourceLost
@@ -88,17 +88,17 @@ def once_at(part: float, action: Callable[[], object]) -> Callable[[Progress], N
 # -- the same version, another content -------------------------------------------------------------
 
 
+@pytest.mark.parametrize("protocol", ["tcp", "socket"])
 def test_a_source_that_starts_again_under_the_same_version_while_a_reader_waits_gives_one_launch(
-    registry: Registry, processes: Processes
+    registry: Registry, processes: Processes, protocol: str
 ) -> None:
     """It begins an update, whose end the reader waits for.
 
     Then it is killed, and comes back with another checkpoint.
     """
     nbytes = 32 << 20
-    source = processes.start(
-        "-m", "tests.support.processes.source", "a", str(nbytes), "127.0.0.1", "2", "1"
-    )
+    program = ("-m", "tests.support.processes.source", "a", str(nbytes), "127.0.0.1", "2")
+    source = processes.start(*program, "1", TEST_PROTOCOL=protocol)
     assert line_of(source) == "version 0\n"
     tensors = empty(nbytes)
 
@@ -115,13 +115,11 @@ def test_a_source_that_starts_again_under_the_same_version_while_a_reader_waits_
         wait_until(lambda: not registry.pulls(record))  # the reader has found that out
         source.kill()
         source.wait()
-        again = processes.start(
-            "-m", "tests.support.processes.source", "a", str(nbytes), "127.0.0.1", "2", "2"
-        )
+        again = processes.start(*program, "2", TEST_PROTOCOL=protocol)
         started.append(line_of(again))
 
     started: list[str] = []
-    with MooncakeEngine("127.0.0.1") as engine:
+    with open_engine("127.0.0.1", protocol) as engine:
         progress = once_at(0.5, begin_an_update)
         report = load(
             registry,

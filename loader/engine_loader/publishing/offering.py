@@ -173,8 +173,21 @@ def _check_digests(
         )
 
 
+def _check_on_host(tensors: Mapping[str, torch.Tensor]) -> None:
+    on_gpus = [name for name, tensor in tensors.items() if tensor.is_cuda and tensor.numel()]
+    if on_gpus:
+        raise TensorsUnusable(
+            f"{len(on_gpus)} tensors are in memory of GPUs, which the protocol socket does not "
+            f"reach: {listed(on_gpus)}",
+            "use cuda_ipc within a host, rdma or tcp between hosts, or move them to the host",
+            problems=on_gpus,
+        )
+
+
 def check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> None:
     """TensorsUnusable names those that are not in memory which peers can open."""
+    if engine.protocol == "socket":
+        _check_on_host(tensors)
     if engine.protocol not in WITHIN_HOST:
         return
     closed = [

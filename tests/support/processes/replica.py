@@ -13,11 +13,12 @@ import sys
 import time
 
 from engine_cli.options import engine_log
-from engine_loader import LoaderError, LoadOptions, MooncakeEngine, Progress, load
+from engine_loader import LoaderError, LoadOptions, Progress, load
 from engine_registry import RegistryError
 from tests.support.launches import origins_of_bytes
 from tests.support.processes.source import MODEL, empty
 from tests.support.registry import connect
+from tests.support.transfer import engine_at
 
 
 def main(instance: str, size: str, pause: str, location: str = "") -> None:
@@ -35,7 +36,7 @@ def main(instance: str, size: str, pause: str, location: str = "") -> None:
     with (
         engine_log(),
         connect() as registry,
-        MooncakeEngine("127.0.0.1", location=location) as engine,
+        engine_at("127.0.0.1", location) as engine,
     ):
         print("up", flush=True)
         sys.stdin.readline()

@@ -152,7 +152,7 @@ class SocketEngine(ClosableEngine):
         if not memory.is_ours(region.addr, region.nbytes):
             raise EngineFailed(
                 f"{region.nbytes} bytes at {region.addr:#x} are not memory of this host",
-                "use cuda_ipc, nvlink_intra or rdma for memory of GPUs",
+                "use cuda_ipc within a host, rdma or tcp between hosts for memory of GPUs",
             )
 
     # -- reading

@@ -344,6 +344,23 @@ def test_over_nvlink_only_memory_that_others_can_open_is_served(
         pass
 
 
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_over_sockets_tensors_of_gpus_are_refused_with_the_ways_that_reach_them(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InProcessEngine, "protocol", "socket")
+    tensors = {"w": torch.zeros(4).as_subclass(OnGpu), "none": torch.zeros(0), "b": torch.zeros(4)}
+    with pytest.raises(TensorsUnusable, match="1 tensors are in memory of GPUs") as caught:
+        offering.check_can_be_served(InProcessEngine(), tensors)
+    assert caught.value.remedy.startswith("use cuda_ipc within a host, rdma or tcp between hosts")
+    assert caught.value.details["problems"] == ["w"]
+    with bench.publish():
+        pass
+
+
 def test_weights_that_are_still_filled_are_registered_as_loading_with_the_content_of_their_source(
     bench: Bench,
 ) -> None:
