@@ -53,10 +53,14 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "help": "Seconds that one call to etcd may take.",
     },
 }
+SOCKET_VARIABLES = [
+    f"ENGINES_SOCKET_{name}" for name in ("TOKEN_FILE", "CERT", "KEY", "CACERT", "SAME_HOST")
+]  # of the loader, which takes long to import
 _PARAMETERS = {"etcd": "endpoints", "timeout": "timeout_s"}  # of the library, with other names
 VARIABLES = {
     *ETCD_VARIABLES.values(),
     *(TOKEN_VARIABLE, LOCATION_VARIABLE, CONTEXT_VARIABLE, CONFIG_VARIABLE),
+    *SOCKET_VARIABLES,
     *HOOK_VARIABLES,
 }
 

@@ -26,7 +26,7 @@ from engine_loader.engines.sockets import server as server_module
 from engine_loader.engines.sockets.engine import SocketEngine
 from engine_loader.engines.sockets.neighbour import Place
 from engine_loader.engines.sockets.wire import COUNT, MOST_PIECES, NO_PROOF, Hello, Welcome
-from engine_loader.errors import EngineFailed, ReadFailed
+from engine_loader.errors import EngineFailed, EngineUnavailable, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry import Region
 from tests.integration.conftest import Processes, line_of
@@ -465,6 +465,19 @@ def test_either_side_may_keep_to_the_network(reader: SocketEngine, serve: Serve)
         reader.connect(apart.session_id)
         assert not reader.reads_within_host(apart.session_id)
         assert bring(reader, apart.session_id, block.region.addr, NBYTES) == bytes(block)
+
+
+def test_the_environment_keeps_engines_to_the_network(
+    monkeypatch: pytest.MonkeyPatch, source: SocketEngine
+) -> None:
+    for value, within in (("0", False), ("1", True), ("", True)):
+        monkeypatch.setenv("ENGINES_SOCKET_SAME_HOST", value)
+        with SocketEngine("127.0.0.1") as reader:
+            reader.connect(source.session_id)
+            assert reader.reads_within_host(source.session_id) == within
+    monkeypatch.setenv("ENGINES_SOCKET_SAME_HOST", "no")
+    with pytest.raises(EngineUnavailable, match="ENGINES_SOCKET_SAME_HOST is 'no': say 0 or 1"):
+        SocketEngine("127.0.0.1")
 
 
 @WITHIN

@@ -172,8 +172,10 @@ def command(
     """Serve safetensors files from memory as one rank of INSTANCE, until Ctrl-C or SIGTERM; then
     drain and withdraw.
 
-    The transfer engine listens on all interfaces, and lets every peer that reaches it read and
-    write the weights: use it on trusted networks only.
+    Over socket, peers cannot write. They need the token of ENGINES_SOCKET_TOKEN_FILE, and
+    certificates if ENGINES_SOCKET_CERT, ENGINES_SOCKET_KEY and ENGINES_SOCKET_CACERT name some;
+    without both, every peer that reaches this machine may read. Over the other protocols, every
+    such peer may read and write the weights: use them on trusted networks only.
     """
     check_instance(instance)
     check_rank(rank, world_size)

@@ -32,6 +32,8 @@ def check_engine(probe: Probe, protocol: str, wanted: bool) -> Iterator[Finding]
     fact = _fact(probe, "library", IMPORT_S)
     if protocol == "cuda_ipc":
         yield judge_triton(fact)
+    elif protocol == "socket" and not fact["error"]:
+        yield skipped("engine.import", "socket needs no library")
     else:
         yield judge_mooncake(fact, protocol, wanted)
     if fact["error"]:

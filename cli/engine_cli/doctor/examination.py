@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from engine_cli.connection import config_of
-from engine_cli.doctor import engine, network, peer, plugins, python, rdma
+from engine_cli.doctor import engine, network, peer, plugins, python, rdma, sockets
 from engine_cli.doctor.child import Probe
 from engine_cli.doctor.endpoints import all_loopback
 from engine_cli.doctor.etcd import EtcdChecks
@@ -121,13 +121,25 @@ def _machine_checks(asked: Asked, config: EtcdConfig | None, here_s: float) -> l
         Check("network.files", network.check_files, here_s, _LATE),
         Check("rdma.devices", lambda: rdma.check_devices(rdma_wanted), here_s, _LATE),
         Check("rdma.memlock", lambda: rdma.check_memlock(rdma_wanted), here_s, _LATE),
-        Check("rdma.libibverbs", rdma.check_libibverbs, here_s, _LATE),
+        Check("rdma.libibverbs", lambda: rdma.check_libibverbs(asked.protocol), here_s, _LATE),
+        *(
+            [
+                Check(
+                    "socket.token",
+                    lambda: sockets.check_credentials(lambda: _host(asked, config)),
+                    here_s,
+                    _LATE,
+                )
+            ]
+            if asked.protocol == "socket"
+            else []
+        ),
     ]
 
 
 def _engine_checks(asked: Asked, config: EtcdConfig | None, probe: Probe) -> list[Check]:
     limit_s = engine.IMPORT_S + 2 * engine.ENGINE_S + _HERE_S
-    mooncake = asked.transfers and asked.protocol != "cuda_ipc"  # is wanted
+    mooncake = asked.transfers and asked.protocol not in python.WITHOUT_MOONCAKE  # is wanted
 
     def check_engine() -> Iterator[Finding]:
         try:
@@ -146,6 +158,18 @@ def _engine_checks(asked: Asked, config: EtcdConfig | None, probe: Probe) -> lis
             _LATE,
         ),
         Check("engine.import", check_engine, limit_s, _LATE),
+        *(
+            [
+                Check(
+                    "socket.same_host",
+                    lambda: sockets.check_same_host(probe, limit_s - 1),
+                    limit_s,
+                    _LATE,
+                )
+            ]
+            if asked.protocol == "socket"
+            else []
+        ),
     ]
 
 

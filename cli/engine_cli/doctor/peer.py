@@ -252,6 +252,8 @@ def _judge_header(
         f"header read in {duration(header['read_s'])} (first contact "
         f"{duration(header['contact_s'])})"
     )
+    if header.get("way"):
+        timing += f", {header['way']}"
     if header["updating"] or header["version"] != record.version:
         state = (
             f"version {header['version']}{', being changed' if header['updating'] else ''}, the "

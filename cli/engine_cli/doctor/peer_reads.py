@@ -62,9 +62,33 @@ def _read_header(engine: Any, record: Any, exports: Any, report: Callable[..., N
             read_s=min(seconds),
             version=header.version,
             updating=header.updating,
+            way=_way(engine, record),
         )
     except Exception as exc:  # noqa: BLE001  described
         report("rank", key=record.key, **failure(exc), lost=type(exc).__name__ == "SourceLost")
+
+
+def _way(engine: Any, record: Any) -> str:
+    """How the rank is read over socket, and if it is over a connection, why. Else empty."""
+    from engine_loader.engines.sockets.contact import meet
+    from engine_loader.engines.sockets.credentials import SocketCredentials
+    from engine_loader.engines.sockets.neighbour import Neighbour
+    from engine_loader.publishing.header import peer_of_record
+
+    if engine.protocol != "socket":
+        return ""
+    if engine.reads_within_host(peer_of_record(record)):
+        return "within this host, without the network"
+    credentials = SocketCredentials.from_environment()
+    stream, place = meet(record.session_id, credentials, lambda: False, lambda _: None)
+    stream.close()
+    why = "it lets nobody read its memory"
+    if place is not None:
+        try:
+            Neighbour(place)
+        except OSError as exc:
+            why = exc.strerror or str(exc)
+    return f"over a connection, because {why[:1].lower()}{why[1:]}"
 
 
 def read_weights(

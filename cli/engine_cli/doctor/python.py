@@ -20,6 +20,7 @@ WHEELS = {
     "mooncake-transfer-engine": "cuda12",
     "mooncake-transfer-engine-cuda13": "cuda13",
 }
+WITHOUT_MOONCAKE = ("socket", "cuda_ipc")  # protocols
 INSTALL = "pip install 'engine-registry[cpu]' (or [cuda12], [cuda13] on GPU machines)"
 
 

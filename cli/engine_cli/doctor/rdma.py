@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from engine_cli.doctor import rdma_paths
 from engine_cli.doctor.finding import Finding, Status, fail, ok, skipped, warn
+from engine_cli.doctor.python import WITHOUT_MOONCAKE
+from engine_cli.doctor.runner import Skip
 from engine_cli.render.tables import size
 
 if TYPE_CHECKING:
@@ -116,7 +118,9 @@ def judge_memlock(limit: int, lifted: bool, wanted: bool) -> Finding:
     )
 
 
-def check_libibverbs() -> Iterator[Finding]:
+def check_libibverbs(protocol: str) -> Iterator[Finding]:
+    if protocol in WITHOUT_MOONCAKE:
+        raise Skip(f"{protocol} does not need it")
     error = ""
     try:
         ctypes.CDLL("libibverbs.so.1")

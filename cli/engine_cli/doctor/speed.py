@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from engine_registry.schema.record import RankRecord
 
 _NAME = "peer.speed"
-_TCP_BYTES_S = 2e9  # what the transfer engine reaches over tcp, however fast the link is
+_TCP = ("tcp", "socket")
+_TCP_BYTES_S = 2e9  # what the transfer engines reach over these, however fast the link is
 _ENOUGH = 0.5  # of what the link could bring
 
 
@@ -78,7 +79,7 @@ def judge_speed(who: str, protocol: str, fact: Fact, read_s: float, link: Link |
     if link is None:
         return ok(_NAME, what)
     what += f"; {link.name} has {size(link.bytes_per_s)}/s"
-    limit = min(link.bytes_per_s, _TCP_BYTES_S) if protocol == "tcp" else link.bytes_per_s
+    limit = min(link.bytes_per_s, _TCP_BYTES_S) if protocol in _TCP else link.bytes_per_s
     if speed >= _ENOUGH * limit:
         return ok(_NAME, what)
     mend = "is other traffic on the link? sar -n DEV 1, ethtool -S, iperf3"
@@ -91,7 +92,7 @@ def link_to(record: RankRecord, device: str, root: Path = Path("/")) -> Link | N
     """What is known here of the way to a rank on another machine."""
     if record.protocol == "rdma":
         return _fastest_device(device, root)
-    if record.protocol != "tcp":
+    if record.protocol not in _TCP:
         return None
     try:
         address = ipaddress.ip_address(socket.gethostbyname(host_of(record.session_id)))

@@ -43,7 +43,7 @@ def server_certificate(config: EtcdConfig, endpoint: Endpoint, limit_s: float) -
             with context.wrap_socket(plain, server_hostname=endpoint.host) as tls:
                 return _described(whose, tls.getpeercert())
     except (OSError, ValueError) as exc:  # SSLError too
-        return Certificate(whose, error=_reason(exc))
+        return Certificate(whose, error=reason_of(exc))
 
 
 def client_certificate(cert: str, key: str) -> Certificate:
@@ -57,18 +57,27 @@ def client_certificate(cert: str, key: str) -> Certificate:
         server_side.verify_mode = ssl.CERT_REQUIRED
         server_side.load_verify_locations(cert)
         server_side.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-        server = server_side.wrap_bio(to_server, to_client, server_side=True)
-        client = client_side.wrap_bio(to_client, to_server)
-        for _ in range(4):  # the messages of a handshake
-            for side in (client, server):
-                try:
-                    side.do_handshake()
-                except ssl.SSLWantReadError:
-                    continue
-        return _described(whose, server.getpeercert())
+        return _described(whose, shake_hands(server_side, client_side))
     except (OSError, ValueError) as exc:
-        return Certificate(whose, error=_reason(exc))
+        return Certificate(whose, error=reason_of(exc))
+
+
+def shake_hands(
+    server_side: ssl.SSLContext, client_side: ssl.SSLContext, host: str | None = None
+) -> Any:
+    """In memory; the certificate of the client. `host` is what the client takes the server for.
+    OSError, ValueError.
+    """
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = server_side.wrap_bio(to_server, to_client, server_side=True)
+    client = client_side.wrap_bio(to_client, to_server, server_hostname=host)
+    for _ in range(4):  # the messages of a handshake
+        for side in (client, server):
+            try:
+                side.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+    return server.getpeercert()
 
 
 def _context(protocol: Any, cert: str, key: str) -> ssl.SSLContext:
@@ -95,7 +104,7 @@ def _described(whose: str, certificate: Any) -> Certificate:
     )
 
 
-def _reason(exc: Exception) -> str:
+def reason_of(exc: Exception) -> str:
     if isinstance(exc, ssl.SSLCertVerificationError):
         return str(exc.verify_message)
     if isinstance(exc, ssl.SSLError):
@@ -127,13 +136,15 @@ def _judge(certificate: Certificate, now: float) -> Finding:
         )
         return fail(name, f"the certificate {whose} is not accepted: {certificate.error}", mend)
     left_s = certificate.expires_at - now
-    days = int(left_s // _DAY_S)
-    what = (
-        f"the certificate {whose} ({certificate.name or 'without a name'}) is good for {days} "
-        f"more day{'' if days == 1 else 's'}"
-    )
     if left_s <= 0:
         return fail(name, f"the certificate {whose} has expired", renew)
+    which = f"the certificate {whose} ({certificate.name or 'without a name'})"
+    return good_for(name, which, left_s, renew)
+
+
+def good_for(name: str, which: str, left_s: float, renew: str) -> Finding:
+    days = int(left_s // _DAY_S)
+    what = f"{which} is good for {days} more day{'' if days == 1 else 's'}"
     return warn(name, what, renew) if left_s < _SOON_S else ok(name, what)
 
 

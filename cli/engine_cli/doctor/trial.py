@@ -8,6 +8,7 @@ Ends with its input, so it does not outlive its parent. A thread for each rank.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -83,8 +84,7 @@ def _look(
     wanted = task()
     host, protocol, device = wanted["host"], wanted["protocol"], wanted["device"]
     try:
-        facts = _triton_facts() if protocol == "cuda_ipc" else _mooncake_facts(host)
-        report("library", error="", **facts)
+        report("library", error="", **_library_facts(host, protocol))
     except Exception as exc:  # noqa: BLE001  described
         report("library", **failure(exc))
         return
@@ -99,6 +99,14 @@ def _look(
     threading.Thread(target=read_ranks, args=(engine, ranks, report), daemon=True).start()
     threading.Thread(target=read_weights, args=(engine, speeds, report), daemon=True).start()
     report("loopback", **_loopback(engine, host, protocol, device))
+    if protocol == "socket":
+        report("neighbour", **_neighbour(engine, host))
+
+
+def _library_facts(host: str, protocol: str) -> dict[str, Any]:
+    if protocol == "socket":
+        return {}
+    return _triton_facts() if protocol == "cuda_ipc" else _mooncake_facts(host)
 
 
 def _mooncake_facts(host: str) -> dict[str, Any]:
@@ -136,42 +144,71 @@ def _torch_facts(torch: Any) -> dict[str, Any]:
 def _loopback(engine: Any, host: str, protocol: str, device: str) -> dict[str, Any]:
     """Reads memory of one engine with another, as peers do, and compares it.
 
-    Over cuda_ipc that is memory of this process's GPU, which the kernel reads.
+    Over cuda_ipc that is memory of this process's GPU, which the kernel reads; over socket it goes
+    through a connection.
     """
-    import torch
-
-    from engine_loader import open_engine
-    from engine_registry import Region
+    from engine_loader import SocketEngine, open_engine
 
     if protocol == "nvlink_intra":
         return {
             "error": "",
             "skipped": "memory of one's own process cannot be read over nvlink_intra",
         }
-    kind = "cuda" if protocol == "cuda_ipc" else "cpu"
     try:
-        with open_engine(host, protocol, device) as source:
-            src = torch.randint(0, 256, (_LOOPBACK_NBYTES,), dtype=torch.uint8, device=kind)
-            dst = torch.zeros_like(src)
-            source.register(Region(src.data_ptr(), src.nbytes))
-            engine.lend(lent := Region(dst.data_ptr(), dst.nbytes))
-            engine.connect(source.session_id)
-            if protocol == "cuda_ipc":
-                _read_all(engine, source.session_id, src, dst)  # compiles the kernel
-                dst.zero_()
-                torch.cuda.synchronize()
-            began = time.monotonic()
-            _read_all(engine, source.session_id, src, dst)
-            seconds = time.monotonic() - began
-            engine.take_back(lent)
-            return {
-                "error": "",
-                "nbytes": src.nbytes,
-                "seconds": seconds,
-                "equal": bool(torch.equal(src, dst)),
-            }
+        with (
+            SocketEngine(host, same_host=False)
+            if protocol == "socket"
+            else open_engine(host, protocol, device)
+        ) as source:
+            return _measured(engine, source)
     except Exception as exc:  # noqa: BLE001  described
         return failure(exc)
+
+
+def _measured(engine: Any, source: Any) -> dict[str, Any]:
+    import torch
+
+    from engine_registry import Region
+
+    on_gpu = engine.protocol == "cuda_ipc"
+    kind = "cuda" if on_gpu else "cpu"
+    src = torch.randint(0, 256, (_LOOPBACK_NBYTES,), dtype=torch.uint8, device=kind)
+    dst = torch.zeros_like(src)
+    source.register(Region(src.data_ptr(), src.nbytes))
+    engine.lend(lent := Region(dst.data_ptr(), dst.nbytes))
+    engine.connect(source.session_id)
+    if on_gpu:
+        _read_all(engine, source.session_id, src, dst)  # compiles the kernel
+        dst.zero_()
+        torch.cuda.synchronize()
+    began = time.monotonic()
+    _read_all(engine, source.session_id, src, dst)
+    seconds = time.monotonic() - began
+    engine.take_back(lent)
+    return {
+        "error": "",
+        "nbytes": src.nbytes,
+        "seconds": seconds,
+        "equal": bool(torch.equal(src, dst)),
+    }
+
+
+_SHOWN = ctypes.create_string_buffer(os.urandom(32), 32)  # to the process that asks
+
+
+def _neighbour(engine: Any, host: str) -> dict[str, Any]:
+    """As another process of this user finds memory of this one, and how fast it is read."""
+    from engine_loader import SocketEngine
+
+    try:
+        with SocketEngine(host) as source:
+            found = _measured(engine, source)
+            if not engine.reads_within_host(source.session_id):
+                return {"error": "the kernel does not let a process read its own memory"}
+    except Exception as exc:  # noqa: BLE001  described
+        return failure(exc)
+    shown = {"pid": os.getpid(), "addr": ctypes.addressof(_SHOWN), "content": _SHOWN.raw.hex()}
+    return {**found, **shown}
 
 
 def _read_all(engine: Any, peer: str, src: Any, dst: Any) -> None:

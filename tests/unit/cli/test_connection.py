@@ -9,8 +9,9 @@ from typing import Any
 import click
 import pytest
 
-from engine_cli.connection import VARIABLES
+from engine_cli.connection import SOCKET_VARIABLES, VARIABLES
 from engine_cli.main import engines
+from engine_loader.engines.sockets import credentials, engine
 from engine_registry import Registry
 from engine_registry.errors import EtcdUnavailable, InvalidField
 
@@ -165,6 +166,7 @@ def test_a_variable_that_means_nothing_is_named(
 def test_no_variable_that_engines_sets_or_reads_is_unknown(
     connections: Connections, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    assert [*credentials.VARIABLES.values(), engine._SAME_HOST] == SOCKET_VARIABLES
     assert {"ENGINES_EVENT", "ENGINES_GATEWAY_TOKEN", "ENGINES_CONFIG"} <= VARIABLES
     for name in VARIABLES - {"ENGINES_CONTEXT", "ENGINES_TIMEOUT", "ENGINES_USER"}:
         monkeypatch.setenv(name, "x:1")

@@ -11,7 +11,7 @@ from pathlib import Path
 from engine_loader.errors import EngineUnavailable
 
 _LEAST_TOKEN = 16  # bytes
-_VARIABLES = {
+VARIABLES = {
     "token_file": "ENGINES_SOCKET_TOKEN_FILE",
     "cert": "ENGINES_SOCKET_CERT",
     "key": "ENGINES_SOCKET_KEY",
@@ -46,7 +46,7 @@ class SocketCredentials:
         """As ENGINES_SOCKET_TOKEN_FILE, ENGINES_SOCKET_CERT, ENGINES_SOCKET_KEY and
         ENGINES_SOCKET_CACERT name them.
         """
-        return cls(**{name: os.environ.get(variable, "") for name, variable in _VARIABLES.items()})
+        return cls(**{name: os.environ.get(variable, "") for name, variable in VARIABLES.items()})
 
     def check(self) -> None:
         """EngineUnavailable where a file is missing or not what it should be."""
@@ -55,7 +55,7 @@ class SocketCredentials:
             raise EngineUnavailable(
                 f"TLS between engines needs cert, key and cacert; without {', '.join(missing)} "
                 "there is none",
-                f"give all three, or none ({', '.join(list(_VARIABLES.values())[1:])})",
+                f"give all three, or none ({', '.join(list(VARIABLES.values())[1:])})",
             )
         try:
             self.token()
@@ -64,7 +64,7 @@ class SocketCredentials:
         except (OSError, ssl.SSLError, ValueError) as exc:
             raise EngineUnavailable(
                 f"the credentials of the protocol socket cannot be used: {exc}",
-                f"look at the files that {', '.join(_VARIABLES.values())} name",
+                f"look at the files that {', '.join(VARIABLES.values())} name",
             ) from exc
 
     @property

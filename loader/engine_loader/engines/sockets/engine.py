@@ -28,12 +28,20 @@ from engine_loader.engines.sockets.neighbour import let_processes_of_this_user_r
 from engine_loader.engines.sockets.offers import Held, Offers
 from engine_loader.engines.sockets.reader import PeerReader, Read
 from engine_loader.engines.sockets.server import Server
-from engine_loader.errors import EngineFailed
+from engine_loader.errors import EngineFailed, EngineUnavailable
 from engine_loader.planning.plan import ReadOp
 from engine_registry.schema.location import Location
 from engine_registry.schema.manifest import Export, Region
 
 _MOST_READERS = 256  # each has a thread and a connection
+_SAME_HOST = "ENGINES_SOCKET_SAME_HOST"
+
+
+def _by_environment() -> bool:
+    value = os.environ.get(_SAME_HOST, "")
+    if value not in ("", "0", "1"):
+        raise EngineUnavailable(f"{_SAME_HOST} is {value!r}", "say 0 or 1")
+    return value != "0"
 
 
 class SocketEngine(ClosableEngine):
@@ -49,7 +57,7 @@ class SocketEngine(ClosableEngine):
         *,
         location: str = "",
         credentials: SocketCredentials | None = None,
-        same_host: bool = True,
+        same_host: bool | None = None,
     ) -> None:
         """Starts the engine.
 
@@ -60,7 +68,7 @@ class SocketEngine(ClosableEngine):
             credentials: Who may read, and how connections are encrypted. None: as the environment
                 says, see `SocketCredentials.from_environment`.
             same_host: Whether processes of the same user and host read each other's memory without
-                the network.
+                the network. None: unless ENGINES_SOCKET_SAME_HOST is 0.
 
         Raises:
             EngineUnavailable: Nothing can listen at that address, or the credentials cannot be
@@ -70,7 +78,7 @@ class SocketEngine(ClosableEngine):
         check_host(host)
         self._fabric = fabric
         self._location = Location.parse(location)
-        self._same_host = same_host
+        self._same_host = same_host = _by_environment() if same_host is None else same_host
         self._credentials = credentials or SocketCredentials.from_environment()
         self._credentials.check()
         self._offers = Offers()
