@@ -180,6 +180,52 @@ def test_a_protocol_that_is_not_here_is_one_warning_with_the_remedy(
     assert line.endswith("say tcp")
 
 
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Engines over sockets have it from their environment."""
+    file = tmp_path / "token"
+    file.write_text("the token of this fleet\n")
+    monkeypatch.setenv("ENGINES_SOCKET_TOKEN_FILE", str(file))
+    return file
+
+
+OVER_SOCKETS = {"protocol": "socket", "host": "127.0.0.1"}
+
+
+def test_engines_over_sockets_take_their_credentials_from_the_environment(
+    engines: Engines, token: Path
+) -> None:
+    engines.start("a", OVER_SOCKETS, start_engine=start_engine_of)
+    second, _, unused = engines.start("b", OVER_SOCKETS, start_engine=start_engine_of)
+    assert (second.outcome().facts()["source"], unused.calls) == ("peers", 0)
+
+
+def test_an_engine_with_another_token_than_its_peers_reads_and_says_why(
+    engines: Engines,
+    token: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    fleet = tmp_path / "fleet"
+    engines.start("a", OVER_SOCKETS, start_engine=start_engine_of)
+    fleet.write_text("the token of another fleet\n")
+    monkeypatch.setenv("ENGINES_SOCKET_TOKEN_FILE", str(fleet))
+    second, _, reader = engines.start("b", OVER_SOCKETS, start_engine=start_engine_of)
+    assert (second.outcome().facts()["source"], reader.calls) == ("disk", 1)
+    assert any("it has another token than this engine" in line for line in warnings(caplog))
+
+
+def test_an_engine_whose_token_is_missing_reads_after_one_warning_with_the_variable(
+    engines: Engines, token: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    token.unlink()
+    _, _, reader = engines.start("a", OVER_SOCKETS, start_engine=start_engine_of)
+    assert reader.calls == 1
+    (line,) = warnings(caplog)
+    assert "ENGINES_SOCKET_TOKEN_FILE" in line
+
+
 def test_where_we_fail_and_are_required_the_engine_does_not_start(engines: Engines) -> None:
     with pytest.raises(EngineUnavailable):
         engines.start("a", {"required": True}, start_engine=no_engine)

@@ -17,12 +17,14 @@ from tests.integration.conftest import Processes, line_of
 Start = Callable[..., subprocess.Popen[str]]
 Facts = dict[str, Any]
 ON_CPU = ("cpu", "tcp", "2", "64")
+OVER_SOCKETS = ("cpu", "socket", "2", "64")
 ON_GPU = ("cuda", "nvlink_intra", "8", "4096")
 
 
 @pytest.fixture(
     params=[
         pytest.param(ON_CPU, id="cpu"),
+        pytest.param(OVER_SOCKETS, id="cpu, over sockets"),
         pytest.param(
             ON_GPU,
             id="gpu",
