@@ -544,19 +544,22 @@ from engine_loader.errors import EngineFailed
 session_id, ends = sys.argv[1:]
 engine = SocketEngine("127.0.0.1", same_host=False)
 engine.connect(session_id)
+def say(*words):  # at once, as both processes write to one pipe
+    os.write(1, " ".join(map(str, words)).encode() + b"\\n")
+
 if child := os.fork():
-    print(child, flush=True)
+    say(child)
     sys.stdin.readline()
     engine.connect(session_id)
     reader = engine._readers[session_id]
     assert not reader.over
-    print("ok", flush=True)
+    say("ok")
     sys.stdin.readline()
     os._exit(0)
 try:
     engine.connect(session_id)
 except EngineFailed as exc:
-    print(exc, flush=True)
+    say(exc)
 engine.close()
 if ends == "ends":
     sys.exit()
