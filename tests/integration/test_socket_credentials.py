@@ -6,6 +6,7 @@ import itertools
 import logging
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,14 +16,17 @@ import pytest
 import torch
 
 from engine_loader.engines.base import read
+from engine_loader.engines.sockets import server, wire
 from engine_loader.engines.sockets.credentials import SocketCredentials
 from engine_loader.engines.sockets.engine import SocketEngine
+from engine_loader.engines.sockets.wire import Welcome
 from engine_loader.errors import EngineUnavailable, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry import Region
 from tests.integration.conftest import Processes, line_of
 from tests.support.authority import Authority
 from tests.support.processes.served import content
+from tests.support.socket_peers import BareReader, BareSource
 from tests.support.waiting import wait_until
 
 NBYTES = 9 << 20  # more than one batch
@@ -149,6 +153,39 @@ def test_another_token_is_refused_and_the_source_says_who_came(
     assert TOKEN.strip().decode() not in caplog.text
 
 
+def test_who_passes_words_on_between_a_reader_and_a_source_learns_nothing(
+    pair: Make, token: SocketCredentials
+) -> None:
+    """A false record leads the reader to it."""
+    both = pair(token, token)
+
+    def pass_on(reader: socket.socket) -> None:
+        with BareReader(both.source.session_id) as source:
+            source.socket.sendall(reader.recv(len(wire.MAGIC), socket.MSG_WAITALL))
+            reader.sendall(source.hear(wire.HELLO_NBYTES))
+            source.socket.sendall(reader.recv(wire.ANSWER_NBYTES, socket.MSG_WAITALL))
+            welcomes.append(Welcome.read(source.hear(wire.WELCOME_NBYTES)))
+            reader.sendall(welcomes[-1].packed())
+
+    welcomes: list[Welcome] = []
+    with BareSource(pass_on) as false, pytest.raises(ReadFailed, match="it has another token"):
+        both.reader.connect(false.session_id)
+    assert welcomes == [Welcome(False)]
+
+
+def test_readers_that_are_refused_again_and_again_are_in_the_log_once(
+    pair: Make,
+    token: SocketCredentials,
+    other_token: SocketCredentials,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    both = pair(token, other_token)
+    for _ in range(5):
+        both.refused()
+    wait_until(lambda: bool(caplog.records))
+    assert len(caplog.records) == 1
+
+
 def test_a_token_that_was_replaced_counts_from_the_next_contact(pair: Make, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_bytes(TOKEN)
@@ -272,6 +309,36 @@ def test_certificates_that_were_replaced_count_from_the_next_contact(
     assert "IP address mismatch" in after.refused()
     take(tls)
     after.read()
+
+
+def test_a_reader_that_takes_nothing_keeps_no_encrypted_memory_from_being_taken_back(
+    tls: SocketCredentials,
+) -> None:
+    nbytes = 64 << 20
+    memory = torch.ones(nbytes, dtype=torch.uint8)
+    region = Region(memory.data_ptr(), nbytes)
+    with (
+        SocketEngine("127.0.0.1", credentials=tls) as source,
+        BareReader(source.session_id, tls.context(server=False)) as stuck,
+    ):
+        source.register(region)
+        stuck.greet().ask((region.addr, nbytes))
+        wait_until(lambda: any(one.sends(region) for one in list(source._server._connections)))
+        source.unregister(region)
+        memory.fill_(2)
+        sent = stuck.hear_all()
+        assert len(sent) < nbytes
+        assert b"\2" not in sent[5:]
+
+
+def test_a_stranger_that_says_nothing_to_a_source_with_certificates_is_cut_off(
+    tls: SocketCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_HANDSHAKE_S", 0.2)
+    with SocketEngine("127.0.0.1", credentials=tls) as source:
+        with BareReader(source.session_id) as silent:
+            assert silent.ended
+        wait_until(lambda: not source._server._connections)
 
 
 # -- processes

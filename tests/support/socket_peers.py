@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,8 +20,11 @@ CHALLENGE = b"c" * 32
 class BareReader:
     """Asks a source for whatever it likes."""
 
-    def __init__(self, session_id: str) -> None:
-        self.socket = socket.create_connection(parse_session(session_id), timeout=60)
+    def __init__(self, session_id: str, context: ssl.SSLContext | None = None) -> None:
+        host, port = parse_session(session_id)
+        self.socket = socket.create_connection((host, port), timeout=60)
+        if context is not None:
+            self.socket = context.wrap_socket(self.socket, server_hostname=host)
 
     def greet(self) -> BareReader:
         """To a source without a token."""
@@ -37,12 +41,15 @@ class BareReader:
         self.socket.sendall(COUNT.pack(len(pieces) if count is None else count) + words)
 
     def hear(self, nbytes: int) -> bytes:
-        return self.socket.recv(nbytes, socket.MSG_WAITALL)
+        heard = b""
+        while len(heard) < nbytes and (some := self.socket.recv(nbytes - len(heard))):
+            heard += some
+        return heard
 
     def hear_all(self) -> bytes:
         """Up to the end."""
         heard = bytearray()
-        with suppress(ConnectionResetError):
+        with suppress(ConnectionResetError, ssl.SSLError):
             while some := self.socket.recv(1 << 20):
                 heard += some
         return bytes(heard)

@@ -61,11 +61,12 @@ def _prove(stream: Stream, session_id: str, token: bytes) -> Place | None:
             if hello.demands_token
             else "it has no token, and this engine reads only from engines that have ours",
         )
-    challenges = hello.challenge, secrets.token_bytes(wire.CHALLENGE_NBYTES)
-    ours = wire.proof(token, b"reader", *challenges) if token else wire.NO_PROOF
-    stream.say(wire.Answer(challenges[1], ours).packed())
+    challenge = secrets.token_bytes(wire.CHALLENGE_NBYTES)
+    contact = wire.Contact(session_id, hello.challenge, challenge)
+    ours = contact.proof(token, b"reader") if token else wire.NO_PROOF
+    stream.say(wire.Answer(challenge, ours).packed())
     welcome = wire.Welcome.read(stream.hear(wire.WELCOME_NBYTES))
-    proven = not token or wire.proves(token, b"source", *challenges, welcome.proof)
+    proven = not token or contact.proves(token, b"source", welcome.proof)
     if not (welcome.taken and proven):
         raise failed(session_id, "it has another token than this engine")
     return welcome.place

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _HANDSHAKE_S = 10.0
 _MOST_CONNECTIONS = 1024  # each takes a thread and a descriptor
 _LOOK_S = 0.02
+_SILENCE_S = 60.0  # between two warnings of readers of one host
 
 
 class Server:
@@ -51,6 +52,7 @@ class Server:
         self._place = place
         self._changed = threading.Condition()
         self._connections: dict[_Connection, None] = {}  # the oldest first
+        self._warned: dict[str, float] = {}  # when, by the host of a reader
         self._closed = False
         _OPEN.add(self)
         threading.Thread(target=self._accept, name="accepts readers", daemon=True).start()
@@ -110,6 +112,19 @@ class Server:
             for connection in self._connections:
                 connection.stream.cut()
             self._changed.wait_for(lambda: not self._connections)
+
+    def _warn_of(self, host: str, why: str) -> None:
+        """Once in a while for each host, so that nobody fills the log."""
+        now = time.monotonic()
+        with self._changed:
+            if host in self._warned and now - self._warned[host] < _SILENCE_S:
+                return
+            if len(self._warned) >= _MOST_CONNECTIONS:
+                self._warned.clear()
+            self._warned[host] = now
+        log.warning(
+            "a reader at %s is refused: %s", host, why, extra=fields("reader_refused", host=host)
+        )
 
     def _forget(self) -> None:
         """In a forked child, which must not keep it open when the source has ended."""
@@ -172,7 +187,7 @@ class _Connection:
         try:
             self.stream.begin(_HANDSHAKE_S)
         except ssl.SSLError as exc:
-            _warn_of(host, f"there is no TLS with it ({exc})")
+            server._warn_of(host, f"there is no TLS with it ({exc})")
             return False
         if not self._prove(token, host):
             return False
@@ -188,13 +203,12 @@ class _Connection:
         theirs = wire.Answer.read(self.stream.hear(wire.ANSWER_NBYTES))
         welcome = wire.Welcome(True, place=self._server._place)
         if token:
-            if wire.proves(token, b"reader", challenge, theirs.challenge, theirs.proof):
-                welcome = welcome._replace(
-                    proof=wire.proof(token, b"source", challenge, theirs.challenge)
-                )
+            contact = wire.Contact(self._server.session_id, challenge, theirs.challenge)
+            if contact.proves(token, b"reader", theirs.proof):
+                welcome = welcome._replace(proof=contact.proof(token, b"source"))
             else:
                 welcome = wire.Welcome(False)
-                _warn_of(host, "it does not have the token of this engine")
+                self._server._warn_of(host, "it does not have the token of this engine")
         self.stream.say(welcome.packed())
         return welcome.taken
 
@@ -216,12 +230,6 @@ class _Connection:
             with server._changed:
                 self.sending = None
                 server._changed.notify_all()
-
-
-def _warn_of(host: str, why: str) -> None:
-    log.warning(
-        "a reader at %s is refused: %s", host, why, extra=fields("reader_refused", host=host)
-    )
 
 
 _OPEN: weakref.WeakSet[Server] = weakref.WeakSet()

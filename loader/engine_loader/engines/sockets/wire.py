@@ -9,8 +9,9 @@
               bytes of those that it does, in their order
 
 The first two come at the same time. The last two repeat; questions may be sent ahead. All numbers
-are little-endian. A proof is the HMAC-SHA256 of both challenges and the side's name by the token,
-so the token itself is never sent.
+are little-endian. A proof is the HMAC-SHA256 of the side's name, both challenges and the address of
+the source by the token, so the token itself is never sent, and nobody at another address can pass a
+proof on.
 """
 
 from __future__ import annotations
@@ -87,10 +88,17 @@ def check(magic: bytes) -> None:
         raise NotOurs("it is no engine of the protocol socket")
 
 
-def proof(token: bytes, side: bytes, source: bytes, reader: bytes) -> bytes:
-    """That this side, b"source" or b"reader", knows the token, for both challenges."""
-    return hmac.digest(token, side + source + reader, "sha256")
+class Contact(NamedTuple):
+    """What both sides know of it: the source's address, its challenge, and the reader's."""
 
+    session_id: str
+    source: bytes
+    reader: bytes
 
-def proves(token: bytes, side: bytes, source: bytes, reader: bytes, given: bytes) -> bool:
-    return hmac.compare_digest(proof(token, side, source, reader), given)
+    def proof(self, token: bytes, side: bytes) -> bytes:
+        """That this side, b"source" or b"reader", knows the token."""
+        words = side + self.source + self.reader + self.session_id.encode()
+        return hmac.digest(token, words, "sha256")
+
+    def proves(self, token: bytes, side: bytes, given: bytes) -> bool:
+        return hmac.compare_digest(self.proof(token, side), given)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine_loader.engines.sockets import wire
 from engine_loader.engines.sockets.neighbour import Place
-from engine_loader.engines.sockets.wire import Answer, Hello, NotOurs, Welcome, proof, proves
+from engine_loader.engines.sockets.wire import Answer, Contact, Hello, NotOurs, Welcome
 
 CHALLENGES = st.binary(min_size=32, max_size=32)
 WORDS = st.integers(0, (1 << 64) - 1)
@@ -56,13 +56,17 @@ def test_a_hello_begins_with_the_magic(packed: bytes) -> None:
         Hello.read(packed)
 
 
-def test_a_proof_is_of_the_token_the_side_and_both_challenges() -> None:
-    token, source, reader = (secrets.token_bytes(32) for _ in range(3))
-    given_proof = proof(token, b"source", source, reader)
-    assert proves(token, b"source", source, reader, given_proof)
-    other = secrets.token_bytes(32)
-    assert not proves(other, b"source", source, reader, given_proof)
-    assert not proves(token, b"reader", source, reader, given_proof)
-    assert not proves(token, b"source", other, reader, given_proof)
-    assert not proves(token, b"source", source, other, given_proof)
-    assert not proves(token, b"source", source, reader, wire.NO_PROOF)
+def test_a_proof_is_of_the_token_the_side_both_challenges_and_the_address() -> None:
+    token, source, reader, other = (secrets.token_bytes(32) for _ in range(4))
+    contact = Contact("10.0.0.7:1234", source, reader)
+    given_proof = contact.proof(token, b"source")
+    assert contact.proves(token, b"source", given_proof)
+    assert not contact.proves(other, b"source", given_proof)
+    assert not contact.proves(token, b"reader", given_proof)
+    for another in (
+        contact._replace(source=other),
+        contact._replace(reader=other),
+        contact._replace(session_id="10.0.0.8:1234"),
+    ):
+        assert not another.proves(token, b"source", given_proof)
+    assert not contact.proves(token, b"source", wire.NO_PROOF)
