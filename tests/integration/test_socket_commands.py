@@ -139,6 +139,13 @@ def test_the_doctor_tries_it_without_mooncake(
     assert "is good for 1 more day" in seen["socket.tls"]["what"]
     assert "read over socket on this machine at" in seen["engine.loopback"]["what"]
     assert "without the network, at" in seen["socket.same_host"]["what"]
+    apart = {**credentials, "ENGINES_SOCKET_SAME_HOST": "0"}
+    seen = doctor(shared_etcd.endpoint, *SOCKET, **apart)
+    assert not seen.failed, seen.checks
+    assert (seen.status("socket.same_host"), seen["socket.same_host"]["what"][:10]) == (
+        "skipped",
+        "turned off",
+    )
 
 
 def test_the_doctor_says_which_credentials_are_bad(

@@ -116,7 +116,11 @@ def check_same_host(probe: Probe, limit_s: float) -> Iterator[Finding]:
         except (Died, Late) as exc:
             raise Skip("needs an engine that reads: see engine.loopback") from exc
         if fact["error"]:
-            raise Skip("needs an engine that reads: see engine.torch and engine.loopback")
+            raise Skip(
+                fact["error"]
+                if step == "neighbour"
+                else "needs an engine that reads: see engine.torch and engine.loopback"
+            )
     yield judge_same_host(fact, _why_not(fact), _scope())
 
 

@@ -204,7 +204,7 @@ def _neighbour(engine: Any, host: str) -> dict[str, Any]:
         with SocketEngine(host) as source:
             found = _measured(engine, source)
             if not engine.reads_within_host(source.session_id):
-                return {"error": "the kernel does not let a process read its own memory"}
+                return {"error": "turned off, or the kernel lacks process_vm_readv"}
     except Exception as exc:  # noqa: BLE001  described
         return failure(exc)
     shown = {"pid": os.getpid(), "addr": ctypes.addressof(_SHOWN), "content": _SHOWN.raw.hex()}

@@ -90,8 +90,16 @@ class SocketCredentials:
             return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(self.cert, self.key, _no_password)
-        context.load_verify_locations(self.cacert)
+        for file in self._tls:  # an error of OpenSSL does not name it
+            Path(file).open().close()
+        try:
+            context.load_cert_chain(self.cert, self.key, _no_password)
+        except ssl.SSLError as exc:
+            raise ValueError(f"{self.cert} and {self.key} are no pair in PEM ({exc})") from exc
+        try:
+            context.load_verify_locations(self.cacert)
+        except ssl.SSLError as exc:
+            raise ValueError(f"{self.cacert} has no certificates in PEM ({exc})") from exc
         context.verify_mode = ssl.CERT_REQUIRED
         return context
 

@@ -18,13 +18,9 @@ from engine_loader.engines.sockets.memory import Pieces, pieces_of
 
 _RECORD_NBYTES = 16 << 10  # of TLS: what is shorter is put together
 _BUFFER_NBYTES = 1 << 20  # of the kernel, for a connection that does not leave the host
-# The other end's host is asked after a minute of silence, and is gone after six more without an
-# answer. Its engine may be silent for as long as it likes.
-_KEPT_ALIVE = {
-    socket.TCP_KEEPIDLE: 60,
-    socket.TCP_KEEPINTVL: 10,
-    socket.TCP_KEEPCNT: 6,
-}
+# After a minute of silence the other end's host is asked whether it is there, and is given up when
+# it has not answered six times. Its engine may be silent for as long as it likes.
+_KEPT_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}
 
 
 class Stream:
