@@ -40,6 +40,7 @@ class Stream:
         in seconds. OSError.
         """
         self._until = time.monotonic() + limit_s
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if isinstance(self._connection, ssl.SSLSocket):
             self._hurry()
             self._connection.do_handshake()
@@ -71,7 +72,6 @@ class Stream:
         connection = self._connection
         connection.settimeout(None)
         with suppress(OSError):  # it is broken, which what comes next finds
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEPT_ALIVE.items():
                 connection.setsockopt(socket.IPPROTO_TCP, option, value)
