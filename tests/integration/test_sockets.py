@@ -376,6 +376,19 @@ def wait_for_a_sender(source: SocketEngine, region: Region) -> list[server_modul
     return found
 
 
+def test_where_no_thread_is_left_a_reader_is_sent_away_and_the_next_is_served(
+    source: SocketEngine,
+) -> None:
+    threading.stack_size(1 << 46)  # which no thread can get
+    try:
+        with BareReader(source.session_id) as reader:
+            assert reader.ended
+    finally:
+        threading.stack_size(0)
+    assert connections_of(source) == 0
+    assert_it_serves(source)
+
+
 def test_closing_waits_for_no_reader(source: SocketEngine) -> None:
     block = Block(64 << 20, 1)
     source.register(block.region)
