@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import http.server
+import mmap
 import os
 import resource
 import signal
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +27,7 @@ from engine_loader.engines.machine import this_host
 from engine_loader.engines.sockets import server as server_module
 from engine_loader.engines.sockets.engine import SocketEngine
 from engine_loader.engines.sockets.neighbour import Place
+from engine_loader.engines.sockets.ways import Connected, Near
 from engine_loader.engines.sockets.wire import COUNT, MOST_PIECES, NO_PROOF, Hello, Welcome
 from engine_loader.errors import EngineFailed, EngineUnavailable, ReadFailed
 from engine_loader.planning.plan import ReadOp
@@ -681,3 +684,67 @@ def test_registrations_of_one_process_are_read_as_different_peers(
 def test_memory_that_is_none_is_not_registered(source: SocketEngine) -> None:
     with pytest.raises(EngineFailed, match="are not memory of this host"):
         source.register(Region(8, 64))
+
+
+# -- a reader that lacks something
+# -------------------------------------------------------------------------------------------------
+
+
+@WITHIN
+def test_a_reader_that_can_start_no_thread_fails_to_connect_and_connects_later(
+    source: SocketEngine, same_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = Block(NBYTES, 3)
+    source.register(block.region)
+    with SocketEngine("127.0.0.1", same_host=same_host) as reader:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse_threads_that_read)
+            with pytest.raises(ReadFailed, match="no thread is left"):
+                reader.connect(source.session_id)
+        assert bring(reader, source.session_id, block.region.addr, NBYTES) == bytes(block)
+
+
+START = threading.Thread.start
+
+
+def refuse_threads_that_read(thread: threading.Thread) -> None:
+    if thread.name.startswith("reads from"):
+        raise RuntimeError("can't start new thread")
+    START(thread)
+
+
+@WITHIN
+def test_a_lane_that_fails_for_a_reason_of_its_own_ends_what_waits(
+    source: SocketEngine,
+    same_host: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def take(*_: object) -> None:
+        raise MemoryError("no memory is left")
+
+    for way in (Connected, Near):
+        monkeypatch.setattr(way, "take", take)
+    block, into = Block(1 << 20, 3), Block(1 << 20)
+    source.register(block.region)
+    with SocketEngine("127.0.0.1", same_host=same_host) as reader:
+        reader.lend(into.region)
+        op = ReadOp("a/0", block.region.addr, into.region.addr, block.region.nbytes)
+        with pytest.raises(ReadFailed, match="this engine has failed"):
+            read(reader, source.session_id, op)
+        assert "MemoryError" in caplog.text
+        reader.abandon(source.session_id)
+        assert reader.settled(source.session_id)
+
+
+def test_memory_of_a_neighbour_that_is_gone_is_not_read(
+    source: SocketEngine, reader: SocketEngine
+) -> None:
+    """It has freed what it offers, which it must not do."""
+    mapped = mmap.mmap(-1, NBYTES)
+    region = Region(np.frombuffer(mapped, np.uint8).ctypes.data, NBYTES)
+    source.register(region)
+    assert bring(reader, source.session_id, region.addr, NBYTES) == bytes(NBYTES)
+    mapped.close()
+    with pytest.raises(ReadFailed, match="memory that it offers is gone"):
+        bring(reader, source.session_id, region.addr, NBYTES)

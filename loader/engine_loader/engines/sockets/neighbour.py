@@ -116,6 +116,8 @@ class Neighbour:
         except OSError as exc:
             if exc.errno != errno.EFAULT:
                 raise
+            if self._look().as_it_was == seen.as_it_was:
+                raise OSError(errno.EFAULT, "memory that it offers is gone") from exc
             return False  # it has been taken back and freed
         return all(head.tobytes() == seen.as_it_was for head in heads)
 

@@ -7,6 +7,7 @@ peer, and more where much waits and the machine has the processors for it.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 from collections import deque
@@ -29,7 +30,9 @@ from engine_loader.engines.sockets.ways import Connected, Near, Way
 from engine_loader.engines.sockets.wire import NotOurs
 from engine_loader.errors import ReadFailed
 from engine_loader.planning.plan import ReadOp
+from engine_registry.telemetry.logs import fields
 
+log = logging.getLogger(__name__)
 MOST_LANES = min(4, os.cpu_count() or 1)
 _BATCH_NBYTES = 4 << 20  # that a lane takes at once, unless one read is longer
 _AT_ONCE_NBYTES = 64 << 10  # that the caller's thread reads of a neighbour by itself
@@ -137,7 +140,11 @@ class PeerReader:
             with self._changed:
                 self._lanes += 1
                 self._met = True
-            self._start_lane(way)
+            try:
+                self._start_lane(way)
+            except RuntimeError as exc:
+                self._end(f"no thread is left for it ({exc})")
+                raise failed(self.session_id, self._over) from exc
 
     def _way(self) -> Way:
         """One more. ReadFailed."""
@@ -179,7 +186,7 @@ class PeerReader:
                     self._changed.notify()
                 elif self._lanes < self._most_lanes and self._waiting_nbytes > _BATCH_NBYTES:
                     self._lanes += 1
-                    lane = partial(self._start_lane, None)
+                    lane = self._start_another_lane
         if lane is not None:
             lane()
 
@@ -203,9 +210,23 @@ class PeerReader:
     # -- lanes
 
     def _start_lane(self, way: Way | None) -> None:
-        threading.Thread(
+        """RuntimeError where no thread can be started."""
+        thread = threading.Thread(
             target=self._lane, args=(way,), name=f"reads from {self.session_id}", daemon=True
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            if isinstance(way, Connected):
+                self._discard(way.stream)
+            self._leave()
+            raise
+
+    def _start_another_lane(self) -> None:
+        try:
+            self._start_lane(None)
+        except RuntimeError:  # those that are there go on
+            self._most_lanes = 1
 
     def _lane(self, way: Way | None) -> None:
         """One that has no way yet finds one."""
@@ -214,10 +235,13 @@ class PeerReader:
             if way is None:
                 way = self._way()
             self._run(way, asked)
-        except (OSError, NotOurs) as exc:
-            self._end(f"its process has ended, or the connection is broken ({exc})")
         except ReadFailed:  # there is no other way, and those that are there go on
             self._most_lanes = 1
+        except (OSError, NotOurs) as exc:
+            self._end(f"its process has ended, or the connection is broken ({exc})")
+        except Exception as exc:
+            log.exception("reads from %s end", self.session_id, extra=fields("lane_failed"))
+            self._end(f"this engine has failed ({type(exc).__name__}: {exc})")
         finally:
             if isinstance(way, Connected):
                 self._discard(way.stream)
