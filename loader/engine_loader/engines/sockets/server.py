@@ -155,8 +155,8 @@ class _Connection:
                 self.stream.go_on()
                 while True:
                     self._answer()
-        except (OSError, ValueError, wire.NotOurs) as exc:
-            log.debug("a reader has gone: %s", exc)
+        except (OSError, ValueError, wire.NotOurs):
+            pass  # it has gone, or is no engine
         finally:
             self.end()
 
