@@ -130,19 +130,18 @@ def options_before_the_command(group: Callable[[], None]) -> Callable[..., None]
 
 def _given_before_the_command(ctx: click.Context) -> dict[str, Any]:
     """Those that are not given after it as well."""
-    before = ctx.parent
+    before = ctx.find_root().params if ctx.parent is not None else {}
     return {
-        name: before.params[name]
+        name: before[name]
         for name in _OPTIONS
-        if before is not None
-        and before.params.get(name) is not None
+        if before.get(name) is not None
         and ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE
     }
 
 
 def _use_context(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Its settings become the defaults of the options that are parsed after this one."""
-    before = ctx.parent.params.get("context") if ctx.parent is not None else None
+    before = ctx.find_root().params.get("context") if ctx.parent is not None else None
     if before and ctx.get_parameter_source("context") is not ParameterSource.COMMANDLINE:
         value = before
     try:

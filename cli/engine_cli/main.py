@@ -38,6 +38,7 @@ COMMANDS = {
     "load": "Copy weights from a running instance: one rank's, or all as whole tensors.",
     "verify": "Whether ranks that should hold the same do, by their digests.",
     "diff": "The tensors in which two instances differ.",
+    "artifacts": "Compile caches and other folders, from peers: push, pull, list.",
     "evict": "Take ranks out of the registry.",
     "doctor": (
         "What keeps etcd, this machine or the ranks of an instance from working, and how to mend "

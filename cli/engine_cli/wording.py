@@ -25,6 +25,7 @@ _WORDS = {
     "port": "--port",
     "seed_url": "--seed",
     "shards": "--shard, --shards or --whole",
+    "timeout_s": "--max-time",  # of `engines artifacts pull`: no other text has it
     "token": "a token in ENGINES_GATEWAY_TOKEN",
     "user": "--user",
     "world_size": "--world-size",

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 from engine_registry.lazy import lazily
 
 if TYPE_CHECKING:
+    from engine_loader.artifacts.here import artifact_key_here as artifact_key_here
+    from engine_loader.artifacts.pull import ArtifactReport as ArtifactReport
+    from engine_loader.artifacts.pull import pull_artifact as pull_artifact
+    from engine_loader.artifacts.push import publish_artifact as publish_artifact
     from engine_loader.caches import limit_caches as limit_caches
     from engine_loader.comparing.compare import compare as compare
     from engine_loader.comparing.comparison import Aspect as Aspect
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from engine_loader.engines.opening import open_engine as open_engine
     from engine_loader.engines.sockets.credentials import SocketCredentials as SocketCredentials
     from engine_loader.engines.sockets.engine import SocketEngine as SocketEngine
+    from engine_loader.errors import ArtifactInvalid as ArtifactInvalid
     from engine_loader.errors import Cancelled as Cancelled
     from engine_loader.errors import DigestMismatch as DigestMismatch
     from engine_loader.errors import DigestsMissing as DigestsMissing
@@ -66,6 +71,8 @@ if TYPE_CHECKING:
     from engine_loader.transfer.progress import Progress as Progress
 
 _MODULE_OF = {
+    "ArtifactInvalid": "errors",
+    "ArtifactReport": "artifacts.pull",
     "Aspect": "comparing.comparison",
     "Cancelled": "errors",
     "Catalogue": "loading.catalogue",
@@ -108,6 +115,7 @@ _MODULE_OF = {
     "WeightsFileInvalid": "errors",
     "WeightsMismatch": "errors",
     "WholeFiles": "files.whole_files",
+    "artifact_key_here": "artifacts.here",
     "compare": "comparing.compare",
     "fetch": "loading.fetch",
     "find_peers": "starting.peers",
@@ -118,7 +126,9 @@ _MODULE_OF = {
     "load_module": "loading.module",
     "load_or_seed": "starting.load_or_seed",
     "publish": "publishing.publish",
+    "publish_artifact": "artifacts.push",
     "publish_state_dict": "publishing.publish",
+    "pull_artifact": "artifacts.pull",
     "read_catalogue": "loading.catalogue",
 }
 

@@ -7,6 +7,7 @@ LoaderError
 ├── TensorsUnusable      tensors that cannot be registered or filled as they are
 ├── MemoryInUse          their memory is published, or another load fills it
 ├── WeightsFileInvalid   a file cannot be read as safetensors, or not be written
+├── ArtifactInvalid      a folder cannot be an artifact, or an artifact not be put into a folder
 ├── WeightsMismatch      source and destination differ; nothing was read
 ├── SourceUnreachable    this engine can read none of the sources: says why for each
 ├── VersionUnavailable   the version that was asked for is not served (any more)
@@ -54,6 +55,10 @@ class MemoryInUse(LoaderError):
 
 class WeightsFileInvalid(LoaderError):
     """A file cannot be read as safetensors, or not be written."""
+
+
+class ArtifactInvalid(LoaderError):
+    """A folder cannot be an artifact, or an artifact cannot be put into a folder."""
 
 
 class WeightsMismatch(LoaderError):

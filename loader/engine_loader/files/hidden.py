@@ -1,5 +1,5 @@
-"""Hidden folders in which files are written until they are complete. Used by `write_weights` and
-`WholeFiles`.
+"""Hidden folders in which files are written until they are complete. Used by `write_weights`,
+`WholeFiles` and `unpack`.
 
 A writer holds a lock on its folder. The kernel takes the lock away when the process ends, however
 it ends, so the next writer knows what a killed one has left. A lock may not be seen from another
@@ -57,6 +57,11 @@ def sweep(folder: Path) -> None:
                 hidden,
                 extra=fields("partial_swept", path=str(hidden)),
             )
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a folder of this name is one of ours, of any host."""
+    return name.startswith(".") and name.endswith(_SUFFIX)
 
 
 def _prefix() -> str:
