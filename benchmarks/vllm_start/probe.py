@@ -13,6 +13,13 @@ def facts(worker: Any) -> list[dict[str, Any]]:
     return [one.outcome().facts() for one in served_models() if isinstance(one, ModelStart)]
 
 
+def compile_caches(worker: Any) -> list[dict[str, Any]]:
+    """What the worker's compile cache says, if it copies it from peers."""
+    from engine_loader.integrations.vllm.compiling import compile_cache_facts
+
+    return compile_cache_facts()
+
+
 def transferred(worker: Any) -> Any:
     """The version that the worker has taken from a trainer."""
     return worker.weight_transfer_engine.version

@@ -38,7 +38,7 @@ from engine_loader.artifacts.held import held_in
 from engine_loader.artifacts.key import LABEL, ArtifactName
 from engine_registry.errors import InstanceNotFound
 from engine_registry.schema.keys import check_instance
-from engine_registry.schema.record import PROTOCOLS
+from engine_registry.schema.record import PROTOCOLS, WITHIN_HOST
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -104,7 +104,7 @@ def _key_of(fields: dict[str, str], here: bool) -> dict[str, str]:
 @host_option("Address of this machine that peers can reach.")
 @click.option(
     "--protocol",
-    type=click.Choice(PROTOCOLS),
+    type=click.Choice([name for name in PROTOCOLS if name not in WITHIN_HOST]),
     default="tcp",
     show_default=True,
     help="How peers read.",

@@ -53,6 +53,9 @@ class IntegrationConfig:
         verify: `"header"`; `"digest"`, to compare every tensor with the digest of its source; or
             `"auto"`, as in LoadOptions.
         fallback_format: The load format of the engine's own loader, which reads the checkpoint.
+        artifacts: Whether the engine copies its compile cache from peers before it compiles, and
+            serves it after. A text is the folder of the cache, where it is not the engine's own.
+            Only vLLM does.
 
     Raises:
         InvalidField: A value is not valid; `details["field"]` names it.
@@ -84,6 +87,7 @@ class IntegrationConfig:
     required: bool = False
     verify: Verify = "auto"
     fallback_format: str = "auto"
+    artifacts: bool | str = False
 
     @classmethod
     def of(cls, values: object) -> IntegrationConfig:
@@ -142,6 +146,9 @@ def _check(name: str, kind: str, value: Any) -> None:
     """Never shows a password."""
     if name in _CHOICES:
         good, expected = value in _CHOICES[name], f"one of {', '.join(_CHOICES[name])}"
+    elif kind == "bool | str":
+        good = isinstance(value, bool) or (isinstance(value, str) and bool(value))
+        expected = "true, false or a folder"
     elif kind == "bool":
         good, expected = isinstance(value, bool), "true or false"
     elif kind == "float" or name == "labels":

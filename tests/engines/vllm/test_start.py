@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,3 +204,39 @@ def test_an_adapter_is_the_same_on_weights_from_a_peer(
     assert second.sources() == ["peers"]
     assert second.generate(adapter) == expected
     assert second.generate() == first.generate()
+
+
+def test_the_compile_cache_is_copied_and_used(
+    engines: Engines, checkpoint: Checkpoint, registry: Registry, tmp_path: Path
+) -> None:
+    model = checkpoint("llama", layers=2)
+
+    def start(name: str, ours: dict[str, Any]) -> Engine:
+        env = {"VLLM_CACHE_ROOT": str(tmp_path / name)}
+        return engines.start(model, ours, env=env, enforce_eager=False)
+
+    first = start("first", {"artifacts": True})
+    (compiled,) = first.ask("compile_caches")
+    assert (compiled["fetched"], compiled["serves"]) == (0, True)
+    assert compiled["added"] > 10
+    (status,) = registry.instances("artifact=vllm")
+    second = start("second", {"artifacts": True})
+    (copied,) = second.ask("compile_caches")
+    assert copied["fetched"] == compiled["added"]
+    assert copied["sources"] == [status.records[0].key]
+    assert copied["added"] < 3  # vLLM adds what says that it has looked, and compiles no kernel
+    assert not kernels(tmp_path / "second") - kernels(tmp_path / "first")
+    assert first.generate() == second.generate()
+    assert second.lines("files of compile cache")
+
+
+def kernels(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*.so")}
+
+
+def test_an_engine_that_does_not_compile_copies_no_compile_cache(
+    engines: Engines, checkpoint: Checkpoint, registry: Registry
+) -> None:
+    engine = engines.start(checkpoint("llama"), {"artifacts": True})
+    assert engine.ask("compile_caches") == []
+    assert registry.instances("artifact") == ()

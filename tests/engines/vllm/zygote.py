@@ -98,6 +98,12 @@ class EngineProcess:
         found: list[list[dict[str, Any]]] = self.llm.collective_rpc(probe.facts)
         return found
 
+    def compile_caches(self) -> list[dict[str, Any]]:
+        """What the compile caches of all workers say."""
+        from benchmarks.vllm_start import probe
+
+        return [one for worker in self.llm.collective_rpc(probe.compile_caches) for one in worker]
+
     def checksums(self) -> list[dict[str, str]]:
         """vLLM's own, of all parameters and buffers, for each worker."""
         found: list[dict[str, str]] = self.llm.collective_rpc("compute_weight_checksums")

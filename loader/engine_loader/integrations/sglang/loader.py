@@ -50,6 +50,12 @@ class PeerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang is no
                 "leave out `stage`, or say loaded",
                 field="stage",
             )
+        if self.config.artifacts:
+            raise InvalidField(
+                "SGLang's compile caches are not copied by its loader",
+                "leave out `artifacts`, and say `engines artifacts pull` before SGLang starts",
+                field="artifacts",
+            )
         super().__init__(
             replace(
                 load_config,

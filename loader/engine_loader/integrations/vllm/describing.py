@@ -15,6 +15,7 @@ from engine_loader.integrations.seat import Seat
 from engine_registry import ModelIdentity, Place
 
 ENGINE = "vllm"
+_AHEAD = "torch_aot_compile"  # has a folder for each hash, as what is above it has
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,12 @@ def identity_of(
         expert=ranks.ep,
         build=build,
     ).identity()
+
+
+def cache_entry_of(path: str) -> str:
+    """The folder of one hash that a path in vLLM's compile cache belongs to."""
+    parts = path.split("/")
+    return "/".join(parts[:2] if parts[0] == _AHEAD else parts[:1])
 
 
 def _commit(hf_config: Any) -> str:

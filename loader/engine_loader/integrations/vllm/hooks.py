@@ -1,5 +1,5 @@
 """What happens to published weights when vLLM changes them: they are paused before, and published
-anew after.
+anew after. What vLLM has compiled is published when it has warmed up.
 
 The methods of vLLM's workers are wrapped once a process, and only where our loader is used. The
 workers call them one at a time.
@@ -15,6 +15,7 @@ from typing import Any
 from engine_loader.integrations.serving import served_models
 
 _WORKER = "vllm.v1.worker.gpu_worker"
+_COMPILING = "engine_loader.integrations.vllm.compiling"
 _MARK = "_engine_registry_wraps"
 _DISCARDS = 2  # the level of sleep that does not keep the weights
 
@@ -34,6 +35,7 @@ def install() -> bool:
         "start_weight_update": _begin,
         "start_draft_weight_update": _begin,
         "finish_weight_update": _end,
+        "compile_or_warm_up_model": _warm_up,
     }
     if not all(callable(getattr(worker, name, None)) for name in ("sleep", "reload_weights")):
         return False
@@ -75,6 +77,14 @@ def _wrapped(method: Callable[..., Any], around: Around) -> Callable[..., Any]:
 
     setattr(wrapper, _MARK, True)
     return wrapper
+
+
+def _warm_up(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    done = act()
+    compiling = sys.modules.get(_COMPILING)  # imported with our loader, and with vLLM
+    if compiling is not None:
+        compiling.publish_compile_cache()
+    return done
 
 
 def _sleep(act: Callable[[], Any], given: dict[str, Any]) -> Any:

@@ -35,7 +35,7 @@ from engine_loader.integrations.kept import Kept
 from engine_loader.integrations.logs import join_log
 from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import loaded_tensors
-from engine_loader.integrations.vllm import hooks
+from engine_loader.integrations.vllm import compiling, hooks
 from engine_loader.integrations.vllm.agreement import all_agree
 from engine_loader.integrations.vllm.describing import identity_of, is_draft, seat_of
 from engine_loader.integrations.vllm.layout import Layout
@@ -233,6 +233,7 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
         self, vllm_config: Any, model_config: Any, stage: str, *, reshard: bool
     ) -> ModelStart:
         draft, ranks = is_draft(vllm_config, model_config), ranks_here(vllm_config)
+        seat = seat_of(self.config, vllm_config, ranks, draft)
         start = ModelStart(
             self.config,
             identity_of(
@@ -245,7 +246,7 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
                 draft=draft,
                 build=build_here(),
             ),
-            seat_of(self.config, vllm_config, ranks, draft),
+            seat,
         )
         if vllm_config.parallel_config.enable_eplb:
             start.give_up(
@@ -258,6 +259,8 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
                 "of the weights would go unnoticed",
                 "use a version that the documentation names",
             )
+        else:
+            compiling.pull_compile_cache(self.config, vllm_config, ranks, seat)
         return start
 
     def _own_loader(self) -> Any:

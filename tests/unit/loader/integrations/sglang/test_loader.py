@@ -224,6 +224,7 @@ def test_layouts_that_differ_are_no_peers(
     ("settings", "said"),
     [
         ({"etdc": "a"}, "unknown key: etdc"),
+        ({"artifacts": True}, "SGLang's compile caches are not copied by its loader"),
         ({"stage": "processed"}, "SGLang serves the memory that its loader fills"),
         ({"fallback_format": "gguf"}, "is not one that SGLang's default loader reads"),
     ],

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from engine_loader.integrations.config import IntegrationConfig
-from engine_loader.integrations.vllm.describing import Ranks, identity_of, is_draft, seat_of
+from engine_loader.integrations.vllm.describing import (
+    Ranks,
+    cache_entry_of,
+    identity_of,
+    is_draft,
+    seat_of,
+)
 from engine_registry import ModelIdentity
 
 CONFIG = IntegrationConfig()
@@ -135,3 +141,16 @@ def test_layouts_that_can_be_resharded_into_each_other_have_one_identity() -> No
 
 def test_ranks_of_one_layout_have_one_identity() -> None:
     assert identity(ranks=Ranks(tp=(0, 2), pp=(0, 2), nonce="efgh")) == identity()
+
+
+@pytest.mark.parametrize(
+    ("path", "entry"),
+    [
+        ("3f2a/rank_0_0/backbone/x.py", "3f2a"),
+        ("3f2a", "3f2a"),
+        ("torch_aot_compile/c7/inductor_cache/a.so", "torch_aot_compile/c7"),
+        ("torch_aot_compile/c7", "torch_aot_compile/c7"),
+    ],
+)
+def test_the_parts_of_a_compile_cache_are_the_folders_of_hashes(path: str, entry: str) -> None:
+    assert cache_entry_of(path) == entry
