@@ -422,6 +422,26 @@ def test_a_puller_does_not_disturb_one_that_is_still_at_work(
     assert files_of(out) == files_of(cache)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_torch_has_compiled_in_one_process_is_found_by_another(
+    artifacts: Artifacts, processes: Processes, tmp_path: Path
+) -> None:
+    def compiled(name: str) -> list[int]:
+        """Found in the cache of this name, and missed."""
+        folder = str(tmp_path / name)
+        process = processes.start_anew("-m", "tests.support.processes.compiled", folder)
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        counted: list[int] = json.loads(out)
+        return counted
+
+    assert compiled("first") == [0, 1]
+    artifacts.push("torch", tmp_path / "first", "--here")
+    assert artifacts("pull", "torch", str(tmp_path / "second"), "--here").returncode == Exit.DONE
+    assert compiled("second") == [1, 0]
+
+
 def test_artifacts_stand_in_lists_with_a_mark_and_can_be_left_out(
     artifacts: Artifacts, processes: Processes, namespace: str, cache: Path
 ) -> None:
