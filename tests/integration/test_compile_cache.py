@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from engine_loader import Engine, InProcessEngine
+from engine_loader import Engine, InProcessEngine, PublishOptions, Shard, publish
+from engine_loader.artifacts.key import ArtifactName
 from engine_loader.errors import EngineUnavailable
 from engine_loader.integrations.artifacts import CompileCache
 from engine_loader.integrations.config import IntegrationConfig
@@ -173,6 +175,32 @@ def test_whatever_fails_the_engine_starts_after_one_warning(
         warnings = [one for one in caplog.records if one.levelno >= logging.WARNING]
         assert [one.fields["event"] for one in warnings] == ["artifacts_failed"]  # type: ignore[attr-defined]
         assert (cache.facts()["added"], cache.facts()["serves"]) == (1, False)
+
+
+def test_a_damaged_artifact_of_a_peer_is_one_warning_and_the_engine_offers_its_own(
+    starts: Starts, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = torch.zeros(100, dtype=torch.uint8)
+    with (
+        InProcessEngine() as engine,
+        publish(
+            registry,
+            engine,
+            instance="damaged",
+            rank=0,
+            world_size=1,
+            tensors={"archive": damaged},
+            shards={"archive": Shard((100,), (0,))},
+            model=ArtifactName("vllm", {"config": "c1"}).model,
+            options=PublishOptions(digests=True),
+        ),
+    ):
+        cache, folder = starts.new("first")
+        cache.pull()
+        assert "first/0 fetches no compile cache: the archive is damaged" in caplog.text
+        compile_into(folder, "a.so")
+        cache.publish()
+        assert cache.facts()["serves"] is True
 
 
 def test_a_folder_with_a_link_is_not_published_and_the_engine_starts(

@@ -29,6 +29,7 @@ _MAGIC = b"ENGARCH1"
 _START = len(_MAGIC) + 8
 _MAX_PART = 255  # bytes, as file systems have it
 _MAX_PATH = 2048
+_MAX_DEPTH = 64
 
 
 class File(msgspec.Struct, frozen=True, array_like=True):
@@ -113,6 +114,8 @@ def _why_not(file: File) -> str:
         return "the name is no text"
     if len(file.path.encode()) > _MAX_PATH:
         return f"the path has more than {_MAX_PATH} bytes"
+    if len(file.parts) > _MAX_DEPTH:
+        return f"the path has more than {_MAX_DEPTH} parts"
     for part in file.parts:
         if part in ("", ".", ".."):
             return f"the path has the part {part!r}"

@@ -41,6 +41,9 @@ def pack(folder: Path, only: Collection[str] | None = None) -> torch.Tensor:
         except _Changed as exc:
             changed = str(exc)
         except OSError as exc:
+            if isinstance(exc, FileNotFoundError) and folder.is_dir():
+                changed = str(exc.filename)  # a compiler has moved it
+                continue
             raise ArtifactInvalid(
                 f"cannot read {exc.filename or folder}: {exc.strerror}", "name a folder of files"
             ) from exc
@@ -77,10 +80,7 @@ def _files(folder: Path, only: Collection[str] | None) -> Iterator[File]:
                 if entry.is_dir(follow_symlinks=False):
                     todo.append(f"{path}/")
                     continue
-                try:
-                    found = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:  # a compiler has moved it
-                    raise _Changed(path) from None
+                found = entry.stat(follow_symlinks=False)
                 if not S_ISREG(found.st_mode):
                     kind = "a link" if entry.is_symlink() else "neither a file nor a folder"
                     raise ArtifactInvalid(
@@ -98,10 +98,7 @@ def _is_in(path: str, only: Collection[str] | None) -> bool:
 
 
 def _read(path: Path, memory: memoryview, file: File) -> None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise _Changed(path) from None
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with open(descriptor, "rb", buffering=0) as stream:
         before = os.fstat(descriptor)
         done = 0

@@ -18,6 +18,14 @@ from typing import Any
 
 from engine_loader.artifacts.pull import ArtifactReport, pull_artifact
 from engine_loader.artifacts.push import publish_artifact
+from engine_loader.errors import (
+    ArtifactInvalid,
+    Cancelled,
+    DigestMismatch,
+    SourceLost,
+    SourceUnreachable,
+    TornRead,
+)
 from engine_loader.files.hidden import is_hidden
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import (
@@ -37,6 +45,7 @@ from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 60.0  # that a pull may delay the start
+_OF_A_PEER = (ArtifactInvalid, Cancelled, DigestMismatch, SourceLost, SourceUnreachable, TornRead)
 EntryOf = Callable[[str], str]
 
 
@@ -192,13 +201,12 @@ class CompileCache:
         return said + (", and serves all to peers" if facts["serves"] else "")
 
     def _try(self, without: str, act: Callable[[], None]) -> None:
-        """The engine starts in any case."""
+        """The engine starts in any case. What fails of one peer keeps it from no other."""
         if self._failed:
             return
         try:
             act()
         except Exception as exc:  # noqa: BLE001
-            self._failed = True
             log.warning(
                 "%s %s: %s",
                 self._seat,
@@ -206,7 +214,9 @@ class CompileCache:
                 reason(exc),
                 extra=fields("artifacts_failed", rank=str(self._seat), error=exc),
             )
-            self.close()
+            if not isinstance(exc, _OF_A_PEER):
+                self._failed = True
+                self.close()
 
 
 def _of_host_memory(config: IntegrationConfig) -> IntegrationConfig:

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_loader.artifacts import unpacking
+from engine_loader.artifacts import packing, unpacking
+from engine_loader.artifacts.archive import File
 from engine_loader.artifacts.packing import pack
 from engine_loader.artifacts.unpacking import Unpacked, unpack
 from engine_loader.errors import ArtifactInvalid, Cancelled
@@ -162,6 +163,42 @@ def test_only_the_named_paths_are_packed_and_no_hidden_folder(tmp_path: Path) ->
     assert content_of(tmp_path / "out") == some
 
 
+def test_a_file_that_goes_and_one_that_grows_meanwhile_begin_the_packing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, {("gone",): (b"1", False), ("grown",): (b"2", False)})
+    read, disturbances = packing._read, [(tmp_path / "gone").unlink, grow(tmp_path / "grown")]
+
+    def read_late(path: Path, memory: memoryview, file: File) -> None:
+        if disturbances:
+            disturbances.pop()()
+        read(path, memory, file)
+
+    monkeypatch.setattr(packing, "_read", read_late)
+    archive = packed(tmp_path)
+    assert unpack(archive, tmp_path / "out") == Unpacked(new=1)
+    assert content_of(tmp_path / "out") == {("grown",): (b"22", False)}
+
+
+def test_a_file_that_always_changes_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, {("log",): (b"1", False)})
+    read = packing._read
+
+    def read_late(path: Path, memory: memoryview, file: File) -> None:
+        grow(path)()
+        read(path, memory, file)
+
+    monkeypatch.setattr(packing, "_read", read_late)
+    with pytest.raises(ArtifactInvalid, match=r"/log changes while it is read, 5 times now"):
+        pack(tmp_path)
+
+
+def grow(path: Path) -> Callable[[], object]:
+    return lambda: path.write_bytes(path.read_bytes() + b"2")
+
+
 # -- hostile archives
 
 
@@ -183,6 +220,7 @@ def archive_of(files: object, data: bytes = b"", magic: bytes = b"ENGARCH1") -> 
         (archive_of([["a\0b", 0, False]]), "the name is no text"),
         (archive_of([["x" * 256, 0, False]]), "more than 255 bytes"),
         (archive_of([["x/" * 1500 + "x", 0, False]]), "more than 2048 bytes"),
+        (archive_of([["x/" * 64 + "x", 0, False]]), "more than 64 parts"),
         (archive_of([["b", 0, False], ["a", 0, False]]), "'a' stands after 'b'"),
         (archive_of([["a", 0, False], ["a", 0, False]]), "'a' stands after 'a'"),
         (archive_of([["a", 0, False], ["a/b", 0, False]]), "'a' is a file and a folder"),
