@@ -1,21 +1,26 @@
 """`python -m benchmarks.vllm_start`: seconds from the start of vLLM to its first token.
 
-Each is a separate process with a random Llama: from the disk with its files in the page cache,
-from the disk without them, and from a vLLM that runs. They take turns. They run on CPUs after
-`scripts/engines_setup.sh vllm`, or with `--python` in any environment that has a vLLM.
+Each is a separate process with a random Llama. Without `--compile`: from the disk with its files in
+the page cache, from the disk without them, and from a vLLM that runs. With it, vLLM compiles the
+model: with the weights from the disk or from a peer and an empty compile cache, with weights and
+compile cache from a peer, and with a compile cache that is on the disk. They take turns. They run
+on CPUs after `scripts/engines_setup.sh vllm`, or with `--python` in any environment that has a
+vLLM.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +33,17 @@ from engine_registry.etcd.local import LocalEtcd
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".engines" / "vllm" / "bin" / "python"
+_LINE = re.compile(r"(\d+\.\d{3}) (.*)")  # as `program.LOGGING` has it
+_PARTS = ("Starting to load model", "Warming up model for the compilation", "Warming up done")
+_WITHOUT_COMPILER = ("disk", "disk_cold", "peer")
 _HIDDEN, _PER_LAYER = 1024, 2 * (3 * 1024 * 2048 + 2 * 1024 * 1024 + 2 * 1024 * 128)
 
 
 @contextmanager
-def running(python: Path, request: dict[str, Any], log: Path) -> Iterator[dict[str, Any]]:
-    """A program of the benchmark, with what it has printed."""
+def running(
+    python: Path, request: dict[str, Any], log: Path, cache: str = ""
+) -> Iterator[dict[str, Any]]:
+    """A program of the benchmark, with what it has printed. `cache` is vLLM's folder of caches."""
     with log.open("a") as errors:
         process = subprocess.Popen(
             [python, "-m", "benchmarks.vllm_start.program", json.dumps(request)],
@@ -43,15 +53,22 @@ def running(python: Path, request: dict[str, Any], log: Path) -> Iterator[dict[s
             stderr=errors,
             text=True,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(log.parent)},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "TMPDIR": tempfile.mkdtemp(dir=log.parent),  # another cache of torch is there
+                **({"VLLM_CACHE_ROOT": cache} if cache else {}),
+            },
         )
     if process.stdin is None or process.stdout is None:
         raise RuntimeError("the program has no pipes")
     try:
+        logged: list[str] = []
         for line in process.stdout:  # vLLM logs there too
             if line.startswith("{"):
-                yield json.loads(line)
+                yield json.loads(line) | {"parts": parts_of(logged)}
                 break
+            logged.append(line)
         else:
             raise click.ClickException(f"vLLM has failed: {log.read_text()[-3000:]}")
     finally:
@@ -62,6 +79,20 @@ def running(python: Path, request: dict[str, Any], log: Path) -> Iterator[dict[s
         process.wait()
 
 
+def parts_of(logged: list[str]) -> dict[str, float]:
+    """Seconds of parts of a start, by vLLM's log; empty where it logs other lines, as on GPUs."""
+    times: dict[str, float] = {}
+    for line in logged:
+        found = _LINE.search(line)
+        for part in _PARTS:
+            if found is not None and part in found[2]:
+                times.setdefault(part, float(found[1]))
+    if len(times) < len(_PARTS):
+        return {}
+    begun, loaded, compiled = (times[part] for part in _PARTS)
+    return {"load_s": loaded - begun, "compile_s": compiled - loaded}
+
+
 def forget(folder: str) -> None:
     """Takes its files out of the page cache."""
     for path in Path(folder).iterdir():
@@ -70,8 +101,9 @@ def forget(folder: str) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(python: Path, gib: float, rounds: int) -> Results:
-    took: dict[str, list[dict[str, Any]]] = {"disk": [], "disk_cold": [], "peer": []}
+def measure(python: Path, gib: float, rounds: int, compiling: bool) -> Results:
+    rows = ("disk", "disk_own_cache", "peer", "peer_artifacts") if compiling else _WITHOUT_COMPILER
+    took: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     with tempfile.TemporaryDirectory(prefix="engines-bench-") as work, LocalEtcd() as etcd:
         model, log = f"{work}/llama", Path(work, "log")
         layers = max(1, round(gib * (1 << 30) / _PER_LAYER))
@@ -79,45 +111,76 @@ def measure(python: Path, gib: float, rounds: int) -> Results:
         shape = {"hidden": _HIDDEN, "layers": layers}
         with running(python, {"kind": "llama", "folder": model, **shape}, log):
             pass
-        ours = {
-            "load_format": "engine_registry",
-            "model_loader_extra_config": {
-                "etcd": etcd.endpoint,
-                "host": "127.0.0.1",
-                "model": "llama",
-                "required": True,
-            },
-        }
+        own_cache = f"{work}/own" if compiling else ""
+
+        def start(name: str) -> AbstractContextManager[dict[str, Any]]:
+            settings = {}
+            if name.startswith(("peer", "source")):
+                settings = _ours(etcd.endpoint, artifacts=compiling and name != "peer")
+            if name == "disk_cold":
+                forget(model)
+            cache = own_cache if name == "disk_own_cache" or not compiling else f"{work}/cold"
+            if cache == f"{work}/cold":
+                shutil.rmtree(cache, ignore_errors=True)
+            request = {
+                "model": model,
+                "settings": settings,
+                "compiling": compiling,
+                "began": time.monotonic(),
+            }
+            return running(python, request, log, cache)
+
+        if compiling:
+            say("the compile cache on the disk")
+            for _ in range(2):  # the second start adds to what the first has left
+                with start("disk_own_cache"):
+                    pass
         say("the source")
-        with running(python, _request(model, ours), log) as source:
+        with start("source") as source:
             for number in range(rounds):
-                for name, seconds in took.items():
+                for name, found in took.items():
                     say(f"{name}, round {number + 1} of {rounds}")
-                    if name == "disk_cold":
-                        forget(model)
-                    settings = ours if name == "peer" else {}
-                    with running(python, _request(model, settings), log) as found:
-                        if found["token"] != source["token"]:
+                    with start(name) as one:
+                        if one["token"] != source["token"]:
                             raise click.ClickException(f"{name} has generated another token")
-                        seconds.append(found)
-                        say(f"the first token came after {found['first_token_s']:.1f} s")
+                        found.append(one)
+                        say(f"the first token came after {one['first_token_s']:.1f} s")
     return _results(took, source)
 
 
-def _request(model: str, settings: dict[str, Any]) -> dict[str, Any]:
-    return {"model": model, "settings": settings, "began": time.monotonic()}
+def _ours(endpoint: str, *, artifacts: bool) -> dict[str, Any]:
+    return {
+        "load_format": "engine_registry",
+        "model_loader_extra_config": {
+            "etcd": endpoint,
+            "host": "127.0.0.1",
+            "model": "llama",
+            "required": True,
+            "artifacts": artifacts,
+        },
+    }
 
 
 def _results(took: dict[str, list[dict[str, Any]]], source: dict[str, Any]) -> Results:
     results: Results = {}
     for name, found in took.items():
-        for part in ("import_s", "engine_s", "first_token_s"):
-            values = [one[part] for one in found]
-            results[f"{name}_{part}"] = statistics.median(values)
-            if part == "first_token_s":
-                results |= {f"{name}_{part}_least": min(values), f"{name}_{part}_most": max(values)}
+        for one in found:
+            parts = one["parts"]
+            if parts:
+                named = one["import_s"] + sum(parts.values())
+                one |= {**parts, "rest_s": one["first_token_s"] - named}
+        for part in ("import_s", "load_s", "compile_s", "rest_s", "engine_s", "first_token_s"):
+            values = [one[part] for one in found if part in one]
+            if values:
+                results[f"{name}_{part}"] = statistics.median(values)
+        values = [one["first_token_s"] for one in found]
+        results |= {f"{name}_first_token_s_least": min(values)}
+        results |= {f"{name}_first_token_s_most": max(values)}
+        for caches in [one["compile_caches"] for one in found if one.get("compile_caches")][:1]:
+            kept = ("fetched", "added", "graphs_found", "graphs_missed", "nbytes", "pull_s")
+            results |= {f"{name}_cache_{part}": caches[0][part] for part in (*kept, "publish_s")}
     loads = [one["loader"][0] for one in took["peer"]]
-    results["peer_load_s"] = statistics.median(load["seconds"] for load in loads)
+    results["peer_weights_s"] = statistics.median(load["seconds"] for load in loads)
     results["peer_nbytes"] = loads[0]["nbytes"]
     results["kept_nbytes"] = loads[0]["extra_nbytes"]
     results["source_first_token_s"] = source["first_token_s"]
@@ -128,18 +191,21 @@ def _results(took: dict[str, list[dict[str, Any]]], source: dict[str, Any]) -> R
 @options.gib(0.5, "Bytes of the checkpoint's layers.")
 @options.rounds(3)
 @click.option(
+    "--compile", "compiling", is_flag=True, help="vLLM compiles the model, with empty caches."
+)
+@click.option(
     "--python",
     type=click.Path(path_type=Path),
     default=PYTHON,
     help="The interpreter of an environment with vLLM and engine-registry.",
 )
-def command(gib: float, rounds: int, python: Path, as_json: bool) -> None:
+def command(gib: float, rounds: int, python: Path, compiling: bool, as_json: bool) -> None:
     """From the start of vLLM to its first token: from its disk, and from a peer."""
     if not python.exists():
         raise click.ClickException(
             f"there is no {python}: run scripts/engines_setup.sh vllm, or give another --python"
         )
-    figures.report(measure(python, gib, rounds), as_json)
+    figures.report(measure(python, gib, rounds, compiling), as_json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 SETTINGS = {
@@ -21,6 +23,20 @@ SETTINGS = {
 }
 
 
+LOGGING = {  # seconds and message, so that parts of a start can be told
+    "version": 1,
+    "formatters": {"timed": {"format": "%(created).3f %(message)s"}},
+    "handlers": {
+        "out": {
+            "class": "logging.StreamHandler",
+            "formatter": "timed",
+            "stream": "ext://sys.stdout",
+        }
+    },
+    "loggers": {"vllm": {"handlers": ["out"], "level": "INFO", "propagate": False}},
+}
+
+
 def main(request: dict[str, Any]) -> None:
     os.environ.update(SETTINGS)
     if "kind" in request:
@@ -29,6 +45,9 @@ def main(request: dict[str, Any]) -> None:
         checkpoints.make(**request)
         say({})
         return
+    path = Path(tempfile.mkdtemp(), "logging.json")
+    path.write_text(json.dumps(LOGGING))
+    os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(path)
     say(measure(**request))
     sys.stdin.read()
 
@@ -38,7 +57,7 @@ def say(answer: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def measure(model: str, settings: dict[str, Any], began: float) -> dict[str, Any]:
+def measure(model: str, settings: dict[str, Any], compiling: bool, began: float) -> dict[str, Any]:
     """`began`: when the process was started, by the clock of the machine."""
     from vllm import LLM, SamplingParams
 
@@ -46,7 +65,7 @@ def measure(model: str, settings: dict[str, Any], began: float) -> dict[str, Any
     llm = LLM(
         model=model,
         dtype="bfloat16",
-        enforce_eager=True,
+        enforce_eager=not compiling,
         max_model_len=256,
         max_num_seqs=4,
         gpu_memory_utilization=0.3,  # the source and a peer share it
@@ -67,6 +86,7 @@ def measure(model: str, settings: dict[str, Any], began: float) -> dict[str, Any
         from benchmarks.vllm_start import probe
 
         (found["loader"],) = llm.collective_rpc(probe.facts)
+        (found["compile_caches"],) = llm.collective_rpc(probe.compile_caches)
     return found
 
 
