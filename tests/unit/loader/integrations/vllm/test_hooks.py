@@ -56,6 +56,10 @@ def a_worker(deeds: list[str]) -> tuple[type[Any], type[Any]]:
         def finish_weight_update(self) -> None:
             deeds.append("finish")
 
+        def compile_or_warm_up_model(self) -> float:
+            deeds.append("warm up")
+            return 1.5
+
     class CPUWorker(Worker):
         def sleep(self, level: int = 1) -> None:
             deeds.append(f"sleep {level} on a CPU")
@@ -83,6 +87,16 @@ def worker(deeds: list[str], start: Start, monkeypatch: pytest.MonkeyPatch) -> A
     assert hooks.install()
     assert hooks.install()  # a second model of the process
     return platforms()
+
+
+def test_what_was_compiled_is_published_after_the_warm_up(
+    worker: Any, deeds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling = ModuleType("compiling")
+    vars(compiling)["publish_compile_cache"] = lambda: deeds.append("publish")
+    monkeypatch.setitem(sys.modules, "engine_loader.integrations.vllm.compiling", compiling)
+    assert worker.compile_or_warm_up_model() == 1.5
+    assert deeds == ["warm up", "publish"]
 
 
 def test_they_are_paused_before_a_sleep_and_go_on_after_it(worker: Any, deeds: list[str]) -> None:
