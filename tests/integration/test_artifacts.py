@@ -430,7 +430,8 @@ def test_what_torch_has_compiled_in_one_process_is_found_by_another(
     def compiled(name: str) -> list[int]:
         """Found in the cache of this name, and missed."""
         folder = str(tmp_path / name)
-        process = processes.start_anew("-m", "tests.support.processes.compiled", folder)
+        program = ("-m", "tests.support.processes.compiled", folder)
+        process = processes.start_anew(*program, TMPDIR=str(tmp_path))  # torch writes there, too
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
         counted: list[int] = json.loads(out)
