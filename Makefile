@@ -11,7 +11,7 @@ export PYTHON
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all test-compose test-engines test-rdma test-browser test-prometheus coverage mutate dist docs bench bench-scale lint format lock clean
+.PHONY: help setup demo test test-slow test-all test-compose test-engines test-rdma test-browser test-prometheus coverage mutate dist docs bench bench-scale bench-peers lint format lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -72,6 +72,10 @@ bench: setup ## figures of the control plane, the gateway and loading (minutes)
 
 bench-scale: setup ## what joins, claims and watches cost as ranks grow in number (an hour)
 	$(BIN)/python -m benchmarks.scale $(ARGS)
+
+bench-peers: setup ## loads beside those of other products, all on this machine (2 GB of disk; two hours)
+	@scripts/peers_setup.sh
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 lint: setup ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check
