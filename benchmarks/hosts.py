@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from benchmarks import delays
 from benchmarks.processes import another_process, ready
 from engine_registry.etcd.local import LocalEtcd
 
@@ -63,6 +64,7 @@ class Host:
         self._namespace = _Namespace(name)
         self._switch = switch
         self._port = port
+        self._cable = ExitStack()
 
     def command(self, *argv: str) -> list[str]:
         """What runs `argv` in here: one process, whose id is that of `argv` itself."""
@@ -104,14 +106,23 @@ class Host:
         """By its link, headers of all layers included, since it was made."""
         return self._namespace.counters(_LINK)[8]
 
-    def _connect(self) -> None:
-        self._switch.ip(
-            f"link add name {self._port} type veth peer name {_LINK} netns {self._namespace.pid}\n"
-            f"link set {self._port} master {_BRIDGE} up"
-        )
+    def _connect(self, delay_ms: float) -> None:
+        if delay_ms:
+            ends = (str(self._namespace.pid), _LINK, str(self._switch.pid), self._port)
+            carrying = (*ends, str(delay_ms / 2e3))
+            self._cable.enter_context(
+                another_process(delays.__name__, "carry", *carrying, within=self._switch.command)
+            )
+        else:
+            self._switch.ip(
+                f"link add name {self._port} type veth peer name {_LINK} netns "
+                f"{self._namespace.pid}"
+            )
+        self._switch.ip(f"link set {self._port} master {_BRIDGE} up")
         self._namespace.ip(f"address add {self.address}/{_BITS} dev {_LINK}\nlink set {_LINK} up")
 
     def _close(self) -> None:
+        self._cable.close()
         self._namespace.close()
 
 
@@ -136,14 +147,16 @@ class Network:
             self._undo = undo.pop_all()
         return self
 
-    def host(self, name: str, mbit: float | None = None) -> Host:
-        """One more, with a link of that speed in either direction, or one without limit."""
+    def host(self, name: str, mbit: float | None = None, delay_ms: float = 0.0) -> Host:
+        """One more, with a link of that speed in either direction, or one without limit. `delay_ms`
+        is what it adds to the way there and back; a process that takes CPU carries it then.
+        """
         if self._hosts == _MOST:
             raise ValueError(f"a network has {_MOST} hosts at most")
         self._hosts += 1
         host = Host(name, f"{_SUBNET}.{self._hosts}", self._switch, f"port{self._hosts}")
         self._undo.callback(host._close)
-        host._connect()
+        host._connect(delay_ms)
         if mbit is not None:
             host.limit(mbit)
         return host

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,44 @@ def _processes_in(namespace: int) -> list[str]:
         except OSError:
             continue
     return found
+
+
+ECHOES = """
+import socket
+with socket.create_server(({address!r}, 4000)) as server:
+    print("listens", flush=True)
+    peer, _ = server.accept()
+    while part := peer.recv(1 << 20):
+        peer.sendall(part)
+"""
+ASKS = """
+import socket, threading, time
+sent = bytes(range(256)) * {count}
+with socket.create_connection(({address!r}, 4000)) as peer:
+    start = time.monotonic()
+    peer.sendall(b"!")
+    peer.recv(1)
+    print(time.monotonic() - start)
+    sending = threading.Thread(target=peer.sendall, args=(sent,))
+    sending.start()
+    came = bytearray()
+    while len(came) < len(sent):
+        came += peer.recv(1 << 20)
+    sending.join()
+    print(came == sent)
+"""
+
+
+@needs_hosts
+def test_a_delay_holds_back_each_packet_and_changes_none(processes: Processes) -> None:
+    with Network() as network:
+        far, near = network.host("far", mbit=400, delay_ms=50), network.host("near", mbit=400)
+        server = processes.on(far).start("-c", ECHOES.format(address=far.address))
+        assert line_of(server) == "listens\n"
+        code = ASKS.format(address=far.address, count=1 << 16)
+        there_and_back_s, equal = near.run([sys.executable, "-c", code]).split()
+        assert float(there_and_back_s) >= 0.05
+        assert equal == "True"
 
 
 @needs_hosts
