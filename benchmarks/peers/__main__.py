@@ -64,7 +64,8 @@ def command(
     \b
     Parts, all of them by default:
       loopback  the sets, in turns with one plain socket: 70 minutes
-      hosts     over links of limited speed, between network namespaces; needs root: 30 minutes
+      hosts     over links of limited speed and with a delay, between network namespaces;
+                needs root
       kills     from a kill of the source to an error at the reader
       idle      CPU of sides that have nothing to do
       report    measures nothing, and prints what was found before

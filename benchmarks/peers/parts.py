@@ -36,7 +36,12 @@ class Link:
     delay_ms: float = 0.0
 
 
-LINKS = {"1 Gbit/s": Link(1_000), "10 Gbit/s": Link(10_000)}
+LINKS = {
+    "1 Gbit/s": Link(1_000),
+    "10 Gbit/s": Link(10_000),
+    "1 Gbit/s and 20 ms": Link(1_000, 20.0),
+    "10 Gbit/s and 20 ms": Link(10_000, 20.0),
+}
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,7 @@ def _linked(link: Link) -> Iterator[Place]:
     with Network() as network:
         made = [
             network.host("control"),
-            *(network.host(n, link.mbit) for n in ("source", "reader")),
+            network.host("source", link.mbit, link.delay_ms),
+            network.host("reader", link.mbit),
         ]
         yield Place(*(Spot(host.address, host.command) for host in made))

@@ -68,6 +68,12 @@ def views(tensors: Tensors) -> list[memoryview]:
     return [tensor.numpy().data for tensor in tensors.values()]
 
 
+def storages(tensors: Tensors) -> list[tuple[int, int]]:
+    """Address and bytes of each storage, of which joined tensors have one together."""
+    found = (tensor.untyped_storage() for tensor in tensors.values())
+    return list({storage.data_ptr(): storage.nbytes() for storage in found}.items())
+
+
 def flat(tensors: Tensors) -> torch.Tensor:
     """A copy of all of them in one block."""
     return torch.cat(list(tensors.values()))

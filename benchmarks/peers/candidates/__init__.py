@@ -99,7 +99,8 @@ CANDIDATES: dict[str, Candidate] = {
         "mooncake_store",
         service=True,
         env=_MOONCAKE,
-        lacks="a second copy of the weights in its segment; the master is one process",
+        lacks="a second copy of the weights in its segment; 20,000 tensors in a call fail, "
+        "so here 512",
     ),
     "ray": Candidate(
         "Ray, objects between two raylets",

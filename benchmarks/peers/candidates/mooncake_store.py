@@ -16,12 +16,13 @@ from typing import Any
 
 from mooncake.store import MooncakeDistributedStore
 
-from benchmarks.peers.sets import Tensors
+from benchmarks.peers.sets import Tensors, storages
 from benchmarks.peers.work import Facts, Load, LoadFailed, Work, free_port
 
 _BUFFER_NBYTES = 64 << 20
 _UNIT_NBYTES = 16 << 20
 _WITHIN_S = 20.0
+_MOST = 512  # tensors in a call: of 20,000 their transfer fails
 
 
 @contextmanager
@@ -69,9 +70,8 @@ def source(work: Work, tensors: Tensors) -> Iterator[Facts]:
     """Its segment has place for a copy of the tensors, and for what the store adds."""
     segment = -(-int(1.3 * sum(work.sizes) + _BUFFER_NBYTES) // _UNIT_NBYTES) * _UNIT_NBYTES
     store = _store(work, segment)
-    for name, tensor in tensors.items():
-        _check("register_buffer", store.register_buffer(tensor.data_ptr(), tensor.nbytes))
-        _check("put_from", store.put_from(name, tensor.data_ptr(), tensor.nbytes))
+    codes = store.batch_put_from(*_memory(store, tensors))
+    _check("batch_put_from", next((code for code in codes if code != 0), 0))
     yield {}
     store.close()
 
@@ -79,20 +79,26 @@ def source(work: Work, tensors: Tensors) -> Iterator[Facts]:
 @contextmanager
 def reader(work: Work, tensors: Tensors) -> Iterator[Load]:
     store = _store(work, 0)
-    for tensor in tensors.values():
-        _check("register_buffer", store.register_buffer(tensor.data_ptr(), tensor.nbytes))
-    names = list(tensors)
-    addresses = [tensor.data_ptr() for tensor in tensors.values()]
-    sizes = [tensor.nbytes for tensor in tensors.values()]
+    names, addresses, sizes = _memory(store, tensors)
 
     def run() -> None:
-        found = store.batch_get_into(names, addresses, sizes)
-        if found != sizes:
-            first = next(code for code, size in zip(found, sizes, strict=True) if code != size)
-            raise LoadFailed(f"batch_get_into returned {first} for a tensor")
+        for start in range(0, len(names), _MOST):
+            some = slice(start, start + _MOST)
+            found = store.batch_get_into(names[some], addresses[some], sizes[some])
+            for code, size in zip(found, sizes[some], strict=True):
+                if code != size:
+                    raise LoadFailed(f"batch_get_into returned {code} for a tensor")
 
     yield Load(run)
     store.close()
+
+
+def _memory(store: Any, tensors: Tensors) -> tuple[list[str], list[int], list[int]]:
+    """Names, addresses and bytes of the tensors, whose memory the store may use from now on."""
+    for address, nbytes in storages(tensors):
+        _check("register_buffer", store.register_buffer(address, nbytes))
+    addresses = [tensor.data_ptr() for tensor in tensors.values()]
+    return list(tensors), addresses, [tensor.nbytes for tensor in tensors.values()]
 
 
 def _store(work: Work, segment_nbytes: int) -> Any:

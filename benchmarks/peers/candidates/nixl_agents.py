@@ -11,7 +11,7 @@ from typing import Any
 
 from nixl._api import nixl_agent, nixl_agent_config
 
-from benchmarks.peers.sets import Tensors
+from benchmarks.peers.sets import Tensors, storages
 from benchmarks.peers.work import Facts, Load, LoadFailed, Work
 
 _LOOK_S = 0.0005
@@ -20,7 +20,7 @@ _LOOK_S = 0.0005
 @contextmanager
 def source(work: Work, tensors: Tensors) -> Iterator[Facts]:
     agent = _agent("source")
-    registered = agent.register_memory(list(tensors.values()))
+    registered = _registered(agent, tensors)
     yield {"metadata": agent.get_agent_metadata().hex(), "memory": _memory(tensors)}
     agent.deregister_memory(registered)
 
@@ -28,7 +28,7 @@ def source(work: Work, tensors: Tensors) -> Iterator[Facts]:
 @contextmanager
 def reader(work: Work, tensors: Tensors) -> Iterator[Load]:
     agent = _agent("reader")
-    registered = agent.register_memory(list(tensors.values()))
+    registered = _registered(agent, tensors)
     peer = agent.add_remote_agent(bytes.fromhex(work.facts["metadata"]))
     there = [tuple(one) for one in work.facts["memory"]]
     local = agent.prep_xfer_dlist("", _memory(tensors), "DRAM")
@@ -51,6 +51,10 @@ def reader(work: Work, tensors: Tensors) -> Iterator[Load]:
 
 def _agent(name: str) -> Any:
     return nixl_agent(name, nixl_agent_config(enable_prog_thread=True, backends=["UCX"]))
+
+
+def _registered(agent: Any, tensors: Tensors) -> Any:
+    return agent.register_memory([(*one, 0, "") for one in storages(tensors)], "DRAM")
 
 
 def _memory(tensors: Tensors) -> list[tuple[int, int, int]]:
