@@ -35,12 +35,13 @@ _REPORT = "report"
 @options.option(
     "--scale", type=click.FloatRange(0.0001, 1), default=1.0, help="How much of each set."
 )
-@click.option("--again", is_flag=True, help="Forget what these parts have found.")
+@click.option("--again", is_flag=True, help="Forget what was found of what is chosen.")
 @options.option(
     "--results",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     default=PEERS / "results",
-    help="Where what is found is kept; a run goes on where the one before has stopped.",
+    help="Folder that keeps what is found; a run goes on where the one before has stopped. The "
+    "part report reads what --json has written, too.",
     show_default=".peers/results",
 )
 @click.option("--json", "document", type=_file, metavar="FILE", help="Write all that was found.")
@@ -78,11 +79,11 @@ def command(
     with raised(), none_left():
         for part in [part for part in parts or PARTS if part != _REPORT]:
             path = results / f"{part}.json"
-            if again:
-                path.unlink(missing_ok=True)
             extent = Extent(*chosen, over, rounds or ROUNDS[part], pairs, scale)
             try:
                 found = PartResults(path, {"scale": scale, "pairs": pairs}, here)
+                if again:
+                    found.forget(extent.has)
                 PARTS[part](extent, found, figures.say)
             except (HostsUnavailable, SettingsDiffer) as exc:
                 raise click.ClickException(str(exc)) from exc

@@ -55,6 +55,10 @@ class Extent:
     pairs: int = 3
     scale: float = 1.0
 
+    def has(self, turn: Turn) -> bool:
+        chosen = turn.tensor_set in self.sets or turn.place in self.links
+        return chosen and turn.candidate in self.candidates
+
 
 def loopback(extent: Extent, results: PartResults, say: Say) -> None:
     for name in extent.sets:
@@ -94,15 +98,10 @@ def idle(extent: Extent, results: PartResults, say: Say) -> None:
         with running(name, tensor_set, Place()) as trial:
             trial.load()
             time.sleep(_SETTLE_S)
-            source_before_s, reader_before_s = trial.cpu_s()
-            began = time.monotonic()
+            before, began = trial.cpu_s(), time.monotonic()
             time.sleep(_IDLE_S)
-            source_s, reader_s = trial.cpu_s()
-            seconds = time.monotonic() - began
-        return {
-            "source_share": (source_s - source_before_s) / seconds,
-            "reader_share": (reader_s - reader_before_s) / seconds,
-        }
+            after, seconds = trial.cpu_s(), time.monotonic() - began
+        return {"shares": {role: (after[role] - before[role]) / seconds for role in after}}
 
     _Series(extent, results, say, LOOPBACK, IDLE_SET, tensor_set).each(rest)
 

@@ -11,6 +11,8 @@ from itertools import groupby
 from benchmarks.peers.candidates import CANDIDATES, OURS, REFERENCE
 from benchmarks.peers.pairing import Loads, loads_of
 from benchmarks.peers.results import Found, Turn, turns_of
+from benchmarks.peers.side import READER, SERVICE, SOURCE
+from engine_registry.schema.printable import count
 
 BEGIN = "<!-- Tables: `python -m benchmarks.peers report --page` writes them. -->"
 END = "<!-- End of the tables. -->"
@@ -144,11 +146,11 @@ def _kills(document: Found) -> Iterable[str]:
 
 def _idle(document: Found) -> Iterable[str]:
     rows = [
-        (name, *(f"{100 * _median(turns, side):.1f}" for side in ("source_share", "reader_share")))
+        (name, *(_share(turns, role) for role in (SOURCE, READER, SERVICE)))
         for name, turns in _by_candidate(document)
         if any(turn.found for turn in turns)
     ]
-    yield _section("Idle CPU, in % of a core", ("candidate", "source and service", "reader"), rows)
+    yield _section("Idle CPU, in % of a core", ("candidate", SOURCE, READER, SERVICE), rows)
 
 
 def _not_done(everything: Mapping[str, Found]) -> Iterable[str]:
@@ -205,12 +207,14 @@ def _by_speed(found: Mapping[str, Loads]) -> list[tuple[str, Loads]]:
     return sorted(found.items(), key=lambda item: item[1].to_reference)
 
 
-def _median(turns: Sequence[Turn], name: str) -> float:
-    return float(statistics.median(turn.found[name] for turn in turns if turn.found))
+def _share(turns: Sequence[Turn], role: str) -> str:
+    """Empty where there is no such side."""
+    shares = [turn.found["shares"][role] for turn in turns if role in turn.found.get("shares", {})]
+    return f"{100 * statistics.median(shares):.1f}" if shares else ""
 
 
 def _size(turn: Turn) -> str:
-    return f"{turn.count:,} tensors, {turn.nbytes / 1e6:,.0f} MB"
+    return f"{count(turn.count, 'tensor')}, {turn.nbytes / 1e6:,.0f} MB"
 
 
 def _ratio(value: float | None) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,18 @@ class PartResults:
             before = json.loads(path.read_text())
             if before["settings"] != settings:
                 raise SettingsDiffer(
-                    f"{path} was measured with {before['settings']}, not {settings}: --again "
-                    "begins anew"
+                    f"{path} was measured with {before['settings']}, not {settings}: "
+                    "choose another folder, or delete that file"
                 )
             self._document = before
         self._known = {turn.key for turn in turns_of(self._document)}
+
+    def forget(self, wanted: Callable[[Turn], bool]) -> None:
+        """Turns that are to be measured again."""
+        turns = [turn for turn in turns_of(self._document) if not wanted(turn)]
+        self._document["turns"] = [asdict(turn) for turn in turns]
+        self._known = {turn.key for turn in turns}
+        self._write()
 
     def has(self, key: tuple[str, str, int, str]) -> bool:
         return key in self._known
@@ -66,6 +73,9 @@ class PartResults:
     def add(self, turn: Turn) -> None:
         self._known.add(turn.key)
         self._document["turns"].append(asdict(turn))
+        self._write()
+
+    def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         new = self._path.with_suffix(".new")
         new.write_text(json.dumps(self._document) + "\n")
@@ -76,6 +86,9 @@ def turns_of(document: Found) -> Iterator[Turn]:
     return (Turn(**turn) for turn in document["turns"])
 
 
-def collected(folder: Path) -> Found:
-    """The documents of all parts in the folder, by their names."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+def collected(results: Path) -> Found:
+    """The documents of all parts by their names: of a folder, or of a file with all of them."""
+    if results.is_file():
+        everything: Found = json.loads(results.read_text())
+        return everything
+    return {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}

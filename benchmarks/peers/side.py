@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks.peers.sets import TensorSet, poison, wrong
-from benchmarks.peers.work import Work
+from benchmarks.peers.work import LoadFailed, Work
 
 SERVICE, SOURCE, READER = "service", "source", "reader"
+NO_TYPE = "a code, no exception"
 
 
 def main(role: str, module: str) -> None:
@@ -41,6 +42,8 @@ def main(role: str, module: str) -> None:
 
 def said(exc: BaseException) -> dict[str, str]:
     kind = type(exc)
+    if kind is LoadFailed:
+        return {"type": NO_TYPE, "message": str(exc)}
     name = (
         kind.__qualname__
         if kind.__module__ == "builtins"

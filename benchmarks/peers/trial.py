@@ -39,7 +39,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Sample:
-    """One load: seconds, and the CPU seconds that each side took meanwhile."""
+    """One load: seconds, and the CPU seconds that each side took meanwhile. The service's are
+    the source's.
+    """
 
     seconds: float
     source_cpu_s: float
@@ -50,32 +52,34 @@ class Sample:
 class Trial:
     """`started_s`: from the start of the processes until the reader could load."""
 
-    sources: list[Side]  # the source, and the service if there is one
-    reader: Side
+    sides: dict[str, Side]
     started_s: float
 
     @property
-    def source(self) -> Side:
-        return self.sources[-1]
+    def reader(self) -> Side:
+        return self.sides[READER]
 
     def load(self) -> Sample:
         """SideFailed if it fails or brings one wrong byte."""
         self._prepare()
-        source_cpu_s, reader_cpu_s = self.cpu_s()
+        before = self.cpu_s()
         seconds = self._load()
-        source_after_s, reader_after_s = self.cpu_s()
+        took = {role: after_s - before[role] for role, after_s in self.cpu_s().items()}
         self._check()
-        return Sample(seconds, source_after_s - source_cpu_s, reader_after_s - reader_cpu_s)
+        return Sample(seconds, took[SOURCE] + took.get(SERVICE, 0.0), took[READER])
 
     def memory_of_load(self) -> dict[str, int]:
-        """Bytes that each side has at most during a load, which is not timed."""
+        """Bytes that each side has at most during a load, which is not timed. The service's are
+        the source's.
+        """
         self._prepare()
+        sources = [one for role, one in self.sides.items() if role != READER]
         most = {SOURCE: 0, READER: 0}
         done = threading.Event()
 
         def look() -> None:
             while True:
-                most[SOURCE] = max(most[SOURCE], sum(one.memory_nbytes() for one in self.sources))
+                most[SOURCE] = max(most[SOURCE], sum(one.memory_nbytes() for one in sources))
                 most[READER] = max(most[READER], self.reader.memory_nbytes())
                 if done.wait(_LOOK_S):
                     return
@@ -95,7 +99,7 @@ class Trial:
         and the error: none if the load has ended before it.
         """
         self._prepare()
-        victims = self.source.pids()
+        victims = self.sides[SOURCE].pids()
         self.reader.order(load=True)
         time.sleep(seconds)
         killed = time.monotonic()
@@ -106,16 +110,16 @@ class Trial:
             return time.monotonic() - killed, exc
         return time.monotonic() - killed, None
 
-    def cpu_s(self) -> tuple[float, float]:
-        """Of both sides until now; the service's is the source's."""
-        return sum(one.cpu_s() for one in self.sources), self.reader.cpu_s()
+    def cpu_s(self) -> dict[str, float]:
+        """Of each side until now."""
+        return {role: one.cpu_s() for role, one in self.sides.items()}
 
     def pause(self) -> None:
-        for one in (self.reader, *self.sources):
+        for one in reversed(self.sides.values()):
             one.pause()
 
     def go_on(self) -> None:
-        for one in (*self.sources, self.reader):
+        for one in self.sides.values():
             one.go_on()
 
     def _prepare(self) -> None:
@@ -158,5 +162,4 @@ def running(name: str, tensor_set: TensorSet, place: Place) -> Iterator[Trial]:
                 joined=tensor_set.joined,
             )
             facts |= one.answer(START_S).get("facts", {})
-        reader = sides.pop(READER)
-        yield Trial(list(sides.values()), reader, time.monotonic() - began)
+        yield Trial(sides, time.monotonic() - began)

@@ -84,8 +84,8 @@ def test_sides_that_only_wait_take_no_cpu(processes: Processes, tmp_path: Path) 
     out, err = bench.communicate(timeout=110)
     assert bench.returncode == Exit.DONE, err
     (one,) = turns(tmp_path, "idle")
-    assert one["found"] == {"source_share": 0.0, "reader_share": 0.0}
-    assert "| socket | 0.0 | 0.0 |" in out
+    assert one["found"] == {"shares": {"source": 0.0, "reader": 0.0}}
+    assert "| socket | 0.0 | 0.0 |  |" in out
 
 
 def test_a_second_run_measures_nothing_again(tmp_path: Path) -> None:

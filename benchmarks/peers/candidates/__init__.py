@@ -41,7 +41,9 @@ _UCX_TCP = {"UCX_TLS": "tcp"}
 _MOONCAKE = {"MC_FORCE_TCP": "1", "MC_LOG_LEVEL": "ERROR"}
 CANDIDATES: dict[str, Candidate] = {
     **{
-        f"ours-{protocol}": Candidate(f"`load` over {protocol}", "ours", protocol, service=True)
+        f"ours-{protocol}": Candidate(
+            f"`load` over {protocol}", "ours", protocol, service=True, lacks="needs an etcd"
+        )
         for protocol in OUR_PROTOCOLS
     },
     REFERENCE: Candidate(

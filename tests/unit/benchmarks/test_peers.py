@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 
 from benchmarks.peers.candidates import CANDIDATES, OURS, REFERENCE
 from benchmarks.peers.pairing import loads_of
-from benchmarks.peers.parts import rotated
+from benchmarks.peers.parts import Extent, rotated
 from benchmarks.peers.report import BEGIN, END, PageUnmarked, page_with, tables
 from benchmarks.peers.results import PartResults, SettingsDiffer, Turn, collected
 from benchmarks.peers.sets import TensorSet, flat, poison, spread, wrong
+from benchmarks.peers.side import said
 from benchmarks.peers.weights import SETS
+from benchmarks.peers.work import LoadFailed
+from engine_loader.errors import SourceLost
 from tests.support.checkout import ROOT
 
 SETTINGS: dict[str, Any] = {"scale": 1.0, "pairs": 1}
@@ -130,10 +133,23 @@ def test_a_run_goes_on_after_the_last_turn_of_the_one_before(tmp_path: Path) -> 
     assert len(collected(path.parent)["loopback"]["turns"]) == 2
 
 
+def test_only_what_is_chosen_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "loopback.json"
+    results = PartResults(path, SETTINGS, MACHINE)
+    turns = [turn(name, number, [1.0], [1.0]) for number in (0, 1) for name in (OURS, "nixl")]
+    for each in turns:
+        results.add(each)
+    results.forget(Extent(["nixl"], ["small"], [], 1).has)
+    assert all(map(results.has, (each.key for each in turns)))
+    results.forget(Extent(["nixl"], ["blocks"], [], 1).has)
+    again = PartResults(path, SETTINGS, MACHINE)
+    assert [again.has(each.key) for each in turns] == [True, False, True, False]
+
+
 def test_turns_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     path = tmp_path / "loopback.json"
     PartResults(path, SETTINGS, MACHINE).add(turn(REFERENCE, 0, [1.0], [1.0]))
-    with pytest.raises(SettingsDiffer, match="--again"):
+    with pytest.raises(SettingsDiffer, match="another folder"):
         PartResults(path, SETTINGS | {"scale": 0.5}, MACHINE)
 
 
@@ -157,6 +173,28 @@ def test_a_load_that_ended_before_the_kill_has_no_time_of_an_error(tmp_path: Pat
     for number, found in enumerate(some):
         results.add(Turn("loopback", "blocks", number, "nixl", 4, 1, found))
     assert "| nixl | 0.50 | 0.50 | 1 of 2 | `E` | gone |" in tables(collected(tmp_path))
+
+
+def test_idle_sides_have_a_share_each_and_no_service_has_none(tmp_path: Path) -> None:
+    results = PartResults(tmp_path / "idle.json", SETTINGS, MACHINE)
+    shares = {OURS: {"service": 0.01, "source": 0.0, "reader": 0.5}, "http": {"source": 0.0}}
+    for name, some in shares.items():
+        results.add(Turn("loopback", "checkpoint", 0, name, 4, 1, {"shares": some}))
+    written = tables(collected(tmp_path))
+    assert f"| {OURS} | 0.0 | 50.0 | 1.0 |" in written
+    assert "| http | 0.0 |  |  |" in written
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (LoadFailed("state ERR"), "a code, no exception"),
+        (AssertionError("x"), "AssertionError"),
+        (SourceLost("gone"), "engine_loader.errors.SourceLost"),
+    ],
+)
+def test_the_type_of_an_error_says_where_it_is_from(error: Exception, kind: str) -> None:
+    assert said(error)["type"] == kind
 
 
 def test_the_tables_take_the_place_of_those_before_and_nothing_else_changes() -> None:
