@@ -28,6 +28,10 @@ _KILL_AT = (0.5, 0.25, 0.1)  # of the time of a load, one after the other if it 
 _SETTLE_S, _IDLE_S = 1.0, 5.0
 
 
+class ReferenceFailed(Exception):
+    """The plain socket has failed, so nothing can be compared with it."""
+
+
 @dataclass(frozen=True)
 class Link:
     """Between the hosts: Mbit/s each way, and ms from one host to the other and back."""
@@ -171,15 +175,22 @@ def _compared(trial: Trial, reference: Trial, pairs: int) -> Found:
     loads = []
     for _ in range(pairs):
         trial.pause()
-        beside = reference.load()
+        reference_s = _reference_s(reference)
         trial.go_on()
-        loads.append({"reference_s": beside.seconds, **asdict(trial.load())})
+        loads.append({"reference_s": reference_s, **asdict(trial.load())})
     return {
         "started_s": trial.started_s,
         "first_s": first.seconds,
         "loads": loads,
         "memory": trial.memory_of_load(),
     }
+
+
+def _reference_s(reference: Trial) -> float:
+    try:
+        return reference.load().seconds
+    except SideFailed as exc:
+        raise ReferenceFailed(f"the plain socket has failed ({exc}): run it again") from exc
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:

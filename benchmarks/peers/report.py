@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 
+import click
+
 from benchmarks.peers.candidates import CANDIDATES, OURS, REFERENCE
 from benchmarks.peers.pairing import Loads, loads_of
 from benchmarks.peers.results import Found, Turn, turns_of
@@ -20,7 +22,7 @@ _MESSAGE = 160  # characters of an error's message
 _Rows = list[tuple[str, ...]]
 
 
-class PageUnmarked(Exception):
+class PageUnmarked(click.ClickException):
     """The page has no place for the tables."""
 
 

@@ -1,4 +1,4 @@
-"""One side of a candidate, as a process: `python -c "… main()" ROLE MODULE`.
+"""One side of a candidate, as a process that calls `main`.
 
 It takes orders in lines of JSON on standard input and answers each with one. The first order is its
 work. What the product prints goes to standard error. In .venv and in .peers.

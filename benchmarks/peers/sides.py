@@ -33,8 +33,6 @@ _MARK = "PEERS_SIDE"
 _CLOCK_OF_PROCESS = 2  # CPUCLOCK_SCHED of the kernel: the id of a process's clock is made of it
 _END_S, _LOOK_S = 5.0, 0.01
 _MEMORY = "/dev/shm"  # noqa: S108  files of sides are in memory, each in a folder of mkdtemp
-
-
 _begun: dict[str, str] = {}  # sides that have not ended: the mark and the folder of each
 
 
@@ -179,17 +177,12 @@ def send(pids: Sequence[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def python_of(candidate: Candidate) -> Path | None:
-    """Of the environment that has its product; None where that is ours."""
-    return PEERS / "bin" / "python" if candidate.product else None
-
-
 def _command(candidate: Candidate, role: str) -> list[str]:
     module = f"{candidates.__name__}.{candidate.module}"
     code = f"from {side.__name__} import main; main({role!r}, {module!r})"
-    theirs = python_of(candidate)
-    if theirs is None:
+    if not candidate.product:
         return python(code)
+    theirs = PEERS / "bin" / "python"
     if not theirs.exists():
         raise SideFailed("not installed", f"{candidate.product}: run scripts/peers_setup.sh")
     return [str(theirs), "-I", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"]
