@@ -11,10 +11,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from benchmarks.hosts import Network
-from benchmarks.peers.candidates import REFERENCE
+from benchmarks.peers.candidates import CANDIDATES, REFERENCE
 from benchmarks.peers.results import Found, PartResults, Turn
 from benchmarks.peers.sets import TensorSet
 from benchmarks.peers.sides import SideFailed
@@ -73,6 +73,8 @@ def loopback(extent: Extent, results: PartResults, say: Say) -> None:
 def hosts(extent: Extent, results: PartResults, say: Say) -> None:
     """HostsUnavailable where none can be made."""
     tensor_set = for_links(extent.scale)
+    names = [name for name in extent.candidates if not CANDIDATES[name].within_host]
+    extent = replace(extent, candidates=names)
     for name in extent.links:
         series = _Series(extent, results, say, name, LINK_SET, tensor_set)
         if series.pending():

@@ -58,7 +58,13 @@ def test_every_candidate_here_loads_exactly(processes: Processes, tmp_path: Path
 @needs_hosts
 @pytest.mark.slow
 def test_candidates_load_between_hosts(processes: Processes, tmp_path: Path) -> None:
-    args = ("--only", "ours-tcp,naive,gloo-flat,http", "--link", "10 Gbit/s", *TINY)
+    args = (
+        "--only",
+        "ours-socket,ours-within-host,naive,gloo-flat,http",
+        "--link",
+        "10 Gbit/s",
+        *TINY,
+    )
     bench = processes.start("-m", "benchmarks.peers", "hosts", *args, "--results", str(tmp_path))
     _, err = bench.communicate(timeout=220)
     assert bench.returncode == Exit.DONE, err

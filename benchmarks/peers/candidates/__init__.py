@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-OUR_PROTOCOLS = ("tcp",)
 REFERENCE = "socket"
-OURS = f"ours-{OUR_PROTOCOLS[0]}"
+OURS = "ours-socket"  # what the others are compared with
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Candidate:
         product: Its distribution in .peers, whose Python runs it; empty for what is in .venv.
         env: Of all its processes.
         lacks: What it cannot do, which the others can.
+        within_host: Whether it reads without the network, so that no link slows it.
     """
 
     title: str
@@ -35,17 +35,35 @@ class Candidate:
     product: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     lacks: str = ""
+    within_host: bool = False
 
 
 _UCX_TCP = {"UCX_TLS": "tcp"}
 _MOONCAKE = {"MC_FORCE_TCP": "1", "MC_LOG_LEVEL": "ERROR"}
 CANDIDATES: dict[str, Candidate] = {
-    **{
-        f"ours-{protocol}": Candidate(
-            f"`load` over {protocol}", "ours", protocol, service=True, lacks="needs an etcd"
-        )
-        for protocol in OUR_PROTOCOLS
-    },
+    OURS: Candidate(
+        "`load` over `socket`, by TCP also within a host",
+        "ours",
+        "socket",
+        service=True,
+        env={"ENGINES_SOCKET_SAME_HOST": "0"},
+        lacks="needs an etcd",
+    ),
+    "ours-within-host": Candidate(
+        "`load` over `socket`, as it is by default",
+        "ours",
+        "socket",
+        service=True,
+        lacks="needs an etcd; within a host only, else it is ours-socket",
+        within_host=True,
+    ),
+    "ours-tcp": Candidate(
+        "`load` over `tcp`, which is Mooncake's",
+        "ours",
+        "tcp",
+        service=True,
+        lacks="needs an etcd",
+    ),
     REFERENCE: Candidate(
         "one plain socket",
         "plain_socket",

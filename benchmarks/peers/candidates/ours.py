@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from benchmarks.peers.sets import Tensors
 from benchmarks.peers.work import Facts, Load, Work
-from engine_loader import load, open_engine, publish
+from engine_loader import Destination, load, open_engine, publish
 from engine_registry import ModelIdentity, Registry
 from engine_registry.etcd.local import LocalEtcd
 
@@ -47,4 +47,5 @@ def reader(work: Work, tensors: Tensors) -> Iterator[Load]:
         Registry.connect(work.facts["endpoint"]) as registry,
         open_engine(work.host, work.variant) as engine,
     ):
-        yield Load(lambda: load(registry, engine, INSTANCE, rank=0, tensors=tensors))
+        destination = Destination(tensors)  # as others register their memory once
+        yield Load(lambda: load(registry, engine, INSTANCE, rank=0, tensors=destination))
