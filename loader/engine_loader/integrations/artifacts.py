@@ -168,6 +168,7 @@ class CompileCache:
                 self._report.nbytes / 1e6,
                 ", ".join(self._report.sources),
                 self._report.seconds,
+                extra=fields("compile_cache_fetched", rank=str(self._seat), **self._report.facts()),
             )
 
     def _publish(self, entries: set[str] | None) -> None:
