@@ -47,7 +47,7 @@ class DigestCheck:
         self._proofs = proofs_of([source.manifest for source in sources], dst)
         self._cells: dict[Group, DigestCell] = {}  # its table
         self._tallies: dict[Group, list[Tally]] = {}
-        self._early = EarlyDigests(tensors, self._algorithm)
+        self._early: EarlyDigests | None = None  # unless the engine sums up what it reads
         self.spans: list[Span] = []
         for group in self._proofs.groups:
             cell = self._cells[group] = DigestCell(group.names, device, self._algorithm)
@@ -62,11 +62,15 @@ class DigestCheck:
         """Until `undo` is closed, the engine may read tables, and sums up what it reads; or the
         processor does.
         """
-        undo.callback(self._early.close)
         for cell in self._cells.values():
             lend(engine, undo, to_register(cell.region, self._device.type), owner=cell)
-        if engine.tallies != self._algorithm:
-            return
+        if engine.tallies == self._algorithm:
+            self._tally(engine, undo)
+        if not self.tallied:
+            self._early = EarlyDigests(self._tensors, self._algorithm)
+            undo.callback(self._early.close)
+
+    def _tally(self, engine: Engine, undo: ExitStack) -> None:
         for group in self._proofs.groups:
             tallies = self._tallies[group] = []
             for number, regions in zip(group.numbers, group.regions, strict=True):
@@ -80,7 +84,7 @@ class DigestCheck:
         """They are weights that have come for good. Tensors that are whole by now are summed up
         while the rest comes.
         """
-        if not self.tallied:
+        if self._early is not None:
             self._early.add(spans)
 
     @property
@@ -156,10 +160,12 @@ class DigestCheck:
         ours: dict[Piece, bytes] = {}
         for piece in pieces:
             tensor, entry = self._tensors[piece.name], wanted[piece.name]
-            if same_part(piece, entry) and (digest := self._early.of(piece.name)) is not None:
-                ours[piece] = digest
-            elif same_part(piece, entry):
-                views[piece] = tensor
+            if same_part(piece, entry):
+                digest = self._early.of(piece.name) if self._early is not None else None
+                if digest is not None:
+                    ours[piece] = digest
+                else:
+                    views[piece] = tensor
             elif piece.slices is None:
                 views[piece] = _part(tensor, entry.along, piece)
             else:  # a copy, so one at a time
