@@ -26,7 +26,8 @@ from engine_loader.engines.sockets import memory
 from engine_loader.engines.sockets.credentials import SocketCredentials
 from engine_loader.engines.sockets.neighbour import let_processes_of_this_user_read, place_of
 from engine_loader.engines.sockets.offers import Held, Offers
-from engine_loader.engines.sockets.reader import PeerReader, Read
+from engine_loader.engines.sockets.reader import PeerReader
+from engine_loader.engines.sockets.reads import Read
 from engine_loader.engines.sockets.server import Server
 from engine_loader.errors import EngineFailed, EngineUnavailable
 from engine_loader.planning.plan import ReadOp

@@ -6,7 +6,6 @@ peer, and more where much waits and the machine has the processors for it.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
@@ -14,22 +13,17 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
-
-import numpy as np
 
 from engine_loader.engines.base import session_of
 from engine_loader.engines.dial import failed
 from engine_loader.engines.sockets.contact import meet
 from engine_loader.engines.sockets.credentials import SocketCredentials
-from engine_loader.engines.sockets.memory import Pieces, length_of
 from engine_loader.engines.sockets.neighbour import MOST_PIECES, Neighbour
-from engine_loader.engines.sockets.offers import Offered
+from engine_loader.engines.sockets.reads import Batch, Read
 from engine_loader.engines.sockets.stream import Stream
 from engine_loader.engines.sockets.ways import Connected, Near, Way
 from engine_loader.engines.sockets.wire import NotOurs
 from engine_loader.errors import ReadFailed
-from engine_loader.planning.plan import ReadOp
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -37,53 +31,6 @@ MOST_LANES = min(4, os.cpu_count() or 1)
 _BATCH_NBYTES = 4 << 20  # that a lane takes at once, unless one read is longer
 _AT_ONCE_NBYTES = 64 << 10  # that the caller's thread reads of a neighbour by itself
 _LEAVE_S = 5.0
-
-
-class Read:
-    """One that was begun. Once it is `over` nothing writes to its destination any more."""
-
-    __slots__ = ("failure", "local", "nbytes", "op", "over", "peer", "remote")
-
-    def __init__(self, peer: str, op: ReadOp) -> None:
-        self.peer = peer
-        self.op = op
-        if op.pieces:
-            src = op.src_addr
-            self.remote = np.array([(src + one.src, one.nbytes) for one in op.pieces], np.uint64)
-            self.local = np.array([(one.dst, one.nbytes) for one in op.pieces], np.uint64)
-        else:
-            self.remote = np.array([(op.src_addr, op.nbytes)], np.uint64)
-            self.local = np.array([(op.dst_addr, op.nbytes)], np.uint64)
-        self.nbytes = length_of(self.local) if op.pieces else op.nbytes
-        self.over = False
-        self.failure: ReadFailed | None = None  # if it has not brought all its bytes
-
-    def end(self, failure: ReadFailed | None = None) -> None:
-        self.failure = failure
-        self.over = True
-
-
-class _Batch(NamedTuple):
-    """`firsts` are the numbers of the first piece of each read."""
-
-    reads: list[Read]
-    firsts: list[int]
-    local: Pieces
-    remote: Pieces
-
-    @classmethod
-    def of(cls, reads: list[Read]) -> _Batch:
-        counts = [len(read.local) for read in reads]
-        return cls(
-            reads,
-            [0, *itertools.accumulate(counts[:-1])],
-            np.concatenate([read.local for read in reads]),
-            np.concatenate([read.remote for read in reads]),
-        )
-
-    def came(self, offered: Offered) -> list[bool]:
-        """Of each read, whether all of its pieces are offered."""
-        return [bool(one) for one in np.logical_and.reduceat(offered, self.firsts)]
 
 
 class PeerReader:
@@ -230,7 +177,7 @@ class PeerReader:
 
     def _lane(self, way: Way | None) -> None:
         """One that has no way yet finds one."""
-        asked: deque[_Batch] = deque()
+        asked: deque[Batch] = deque()
         try:
             if way is None:
                 way = self._way()
@@ -249,7 +196,7 @@ class PeerReader:
             for batch in asked:
                 self._finish(batch.reads)
 
-    def _run(self, way: Way, asked: deque[_Batch]) -> None:
+    def _run(self, way: Way, asked: deque[Batch]) -> None:
         while not self._over:
             batch = self._next(wait=not asked)
             if batch is not None:
@@ -260,7 +207,7 @@ class PeerReader:
                 self._finish(first.reads, first.came(way.take(first.local, first.remote)))
                 asked.popleft()
 
-    def _next(self, wait: bool) -> _Batch | None:
+    def _next(self, wait: bool) -> Batch | None:
         with self._changed:
             if wait:
                 self._idle += 1
@@ -275,11 +222,11 @@ class PeerReader:
                 reads.append(self._waiting.popleft())
                 nbytes += reads[-1].nbytes
             self._waiting_nbytes -= nbytes
-        return _Batch.of(reads) if reads else None
+        return Batch.of(reads) if reads else None
 
     def _read_at_once(self, neighbour: Neighbour, read: Read) -> None:
         offered: Sequence[bool] = ()
-        batch = _Batch.of([read])
+        batch = Batch.of([read])
         try:
             offered = batch.came(neighbour.read(batch.local, batch.remote))
         except OSError as exc:
