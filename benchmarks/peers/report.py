@@ -60,11 +60,15 @@ def _measured_on(everything: Mapping[str, Found]) -> Iterable[str]:
     )
 
 
+def _compared(document: Found) -> Iterable[tuple[str, str, str, Mapping[str, Loads]]]:
+    """The place, the set, its size, and the loads by candidate, where there are some."""
+    for (place, tensor_set), turns in _grouped(document):
+        if found := loads_of(turns, OURS):
+            yield place, tensor_set, _size(turns[0]), found
+
+
 def _loopback(document: Found) -> Iterable[str]:
-    for (_, tensor_set), turns in _grouped(document):
-        found = loads_of(turns, OURS)
-        if not found:
-            continue
+    for _, tensor_set, size, found in _compared(document):
         rows = [
             (
                 name,
@@ -81,7 +85,7 @@ def _loopback(document: Found) -> Iterable[str]:
             for name, one in _by_speed(found)
         ]
         yield _section(
-            f"Loopback: {tensor_set}, {_size(turns[0])}",
+            f"Loopback: {tensor_set}, {size}",
             (
                 "candidate",
                 "ms",
@@ -99,10 +103,7 @@ def _loopback(document: Found) -> Iterable[str]:
 
 
 def _hosts(document: Found) -> Iterable[str]:
-    for (place, _), turns in _grouped(document):
-        found = loads_of(turns, OURS)
-        if not found:
-            continue
+    for place, _, size, found in _compared(document):
         rows = [
             (
                 name,
@@ -115,7 +116,7 @@ def _hosts(document: Found) -> Iterable[str]:
             for name, one in _by_speed(found)
         ]
         yield _section(
-            f"Hosts, {place}: {_size(turns[0])}",
+            f"Hosts, {place}: {size}",
             ("candidate", "ms", "Gbit/s", f"÷ {REFERENCE}", f"÷ {OURS}", "first, ms"),
             rows,
         )
