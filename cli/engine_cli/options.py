@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -108,14 +108,19 @@ def given_labels(
     """Of KEY=VALUE, as often as it is given."""
     from engine_registry.schema.labels import check_labels
 
-    labels: dict[str, str] = {}
+    return check_labels(pairs_of(values, "KEY=VALUE, such as team=search"))
+
+
+def pairs_of(values: Iterable[str], form: str) -> dict[str, str]:
+    """Of texts with `=`. BadParameter says which `form` they have."""
+    pairs: dict[str, str] = {}
     for text in values:
         name, equals, value = text.partition("=")
         if not equals:
-            raise click.BadParameter(f"{text!r} is not KEY=VALUE, such as team=search.")
-        if labels.setdefault(name, value) != value:
+            raise click.BadParameter(f"{text!r} is not {form}.")
+        if pairs.setdefault(name, value) != value:
             raise click.BadParameter(f"{name} is given with two values.")
-    return check_labels(labels)
+    return pairs
 
 
 def label_option(help: str) -> Callable[[Command], Command]:

@@ -22,6 +22,7 @@ from engine_cli.options import (
     json_option,
     label_option,
     location_option,
+    pairs_of,
 )
 from engine_cli.render.artifacts import (
     artifact_table,
@@ -55,14 +56,7 @@ def command() -> None:
 
 def _fields(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     """Of NAME=VALUE, as often as it is given."""
-    key: dict[str, str] = {}
-    for text in values:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise click.BadParameter(f"{text!r} is not NAME=VALUE, such as torch=2.13.0.")
-        if key.setdefault(name, value) != value:
-            raise click.BadParameter(f"{name} is given with two values.")
-    return key
+    return pairs_of(values, "NAME=VALUE, such as torch=2.13.0")
 
 
 def _key_options(help: str) -> Callable[[Command], Command]:
