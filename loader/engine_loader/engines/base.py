@@ -204,7 +204,7 @@ class Engine(Protocol):
         """
 
     def wait(self, seconds: float) -> None:
-        """Waits so long, or until a read may be over, if the engine is told of that."""
+        """Waits so long, or until a read may be over, if the engine notices."""
         time.sleep(seconds)
 
     def abandon(self, peer: str) -> None:
