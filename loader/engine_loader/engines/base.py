@@ -72,13 +72,6 @@ class Engine(Protocol):
         """Whether it can read what a source had offered after the source's process has ended."""
         return False
 
-    @property
-    def begins_early(self) -> bool:
-        """Whether a source is contacted while the plan is made, and read from while its first check
-        goes on. Not where a contact that hangs costs much, or others wait for it.
-        """
-        return self.outlives_sources
-
     def register(self, region: Region) -> Regions:
         """Opens the region to peers.
 

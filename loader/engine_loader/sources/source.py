@@ -101,14 +101,14 @@ class SourceRank:
         return table.algorithm
 
     def lend(self, undo: ExitStack) -> None:
-        """The memory that its header is read to. A contact that may be made early begins now."""
+        """The memory that its header is read to. Where memory is mapped, that begins now."""
         lend(
             self._engine,
             undo,
             to_register(self._cell.region, self._cell.device.type),
             owner=self._cell,
         )
-        if self._engine.begins_early and self._blocks is None:
+        if self._engine.outlives_sources and self._blocks is None:
             threading.Thread(
                 target=self._meet, name=f"contact with {self.record.key}", daemon=True
             ).start()
@@ -172,7 +172,7 @@ class SourceRank:
             return True
 
     def _meet(self) -> None:
-        """While the plan is made. The first check says why it cannot be read from."""
+        """Its memory is mapped while the plan is made. The first check says why it cannot be."""
         with suppress(ReadFailed, EngineFailed), on_default_stream(self._cell.device):
             self._connect()
             self._connected = True

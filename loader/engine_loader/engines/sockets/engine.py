@@ -121,10 +121,6 @@ class SocketEngine(ClosableEngine):
     def scatters(self) -> bool:
         return True
 
-    @property
-    def begins_early(self) -> bool:
-        return True
-
     # -- memory
 
     def register(self, region: Region) -> Regions:
