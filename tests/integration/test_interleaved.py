@@ -18,7 +18,7 @@ from engine_loader.errors import SourceLost
 from engine_loader.planning.reads import Costs
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InstanceNotFound
-from tests.support.gates import Gate
+from tests.support.gates import Gate, wait_for_checks
 
 COUNT = 1_200  # so many that neighbours become one region
 LENGTH = 96
@@ -113,6 +113,7 @@ def test_a_rank_that_serves_the_draft_is_a_source_of_the_model_while_it_loads_th
 
     def look(progress: Progress) -> None:
         if progress.nbytes:
+            wait_for_checks()  # of the rank that loads, which can be read from after it
             half.open.set()
 
     costs = Costs(staged_nbytes=256 << 10)  # so that there are many reads

@@ -25,13 +25,15 @@ class Gate:
     def see(self, progress: Progress) -> None:
         time.sleep(0.01)  # longer than the load without it, so that checks come in between
         if self._stop_at <= 1 and not self.open.is_set():
-            wait_until(_no_check_is_running)
+            wait_for_checks()
         self.at = progress.nbytes / max(progress.total_nbytes, 1)
         if self.at >= self._stop_at:
             self.reached.set()
             assert self.open.wait(60)
 
 
-def _no_check_is_running() -> bool:
-    """Of a source, by a load of this process."""
-    return not any(thread.name.startswith("check of ") for thread in threading.enumerate())
+def wait_for_checks() -> None:
+    """Until no load of this process checks a source."""
+    wait_until(
+        lambda: not any(thread.name.startswith("check of ") for thread in threading.enumerate())
+    )
