@@ -104,7 +104,7 @@ class Planner:
         straight = [part for part in filling.parts if not part.lines]
         spans = coalesce(straight, regions, self._dst.regions)
         if self._costs.scattered:
-            spans = bundle(spans, regions)
+            spans = bundle(spans, regions, self._costs)
         elif not self._costs.strided:
             spans = gather(spans, regions, self._costs)
         spans += [

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from engine_loader.planning.boxes import Lines
 from engine_registry.schema.manifest import Region
 
-# What `bundle` puts together: a read of so many bytes takes as long as another short one.
-_SHORT_NBYTES, _BUNDLE_NBYTES, _MOST_RUNS = 256 << 10, 4 << 20, 1000
+# What `bundle` puts together: runs shorter than this, and so many at most.
+_SHORT_NBYTES, _MOST_RUNS = 256 << 10, 1000
 # (number of a source, address there), for each that holds the same bytes
 Srcs = tuple[tuple[int, int], ...]
 
@@ -33,7 +33,7 @@ class Costs:
     read_nbytes: int = 96 << 10  # tcp on loopback: some 40 µs, at 2 to 3 GB/s
     copy_nbytes: int = 0
     copied: float = 0.3
-    staged_nbytes: int = 4 << 20  # the most that one read into a staging buffer brings
+    staged_nbytes: int = 4 << 20  # the most that one read of many short runs brings
     strided: bool = False  # runs at equal distances are one read: nothing is staged
     scattered: bool = False  # and so are short runs anywhere in a region
 
@@ -159,8 +159,11 @@ def gather(
     return gathered
 
 
-def bundle(spans: Iterable[Span], src_regions: Sequence[Sequence[Region]]) -> list[Span]:
+def bundle(
+    spans: Iterable[Span], src_regions: Sequence[Sequence[Region]], costs: Costs
+) -> list[Span]:
     """Short spans that lie in one region of each source become one read to their places."""
+    most_nbytes = costs.staged_nbytes
     src_tables = _tables(src_regions)
     bundled, groups = _alike(spans, lambda span: span.nbytes < _SHORT_NBYTES)
     for group in groups:
@@ -168,14 +171,14 @@ def bundle(spans: Iterable[Span], src_regions: Sequence[Sequence[Region]]) -> li
         payload = limit = 0
         for span in group:
             start = span.srcs[0][1]
-            full = len(members) == _MOST_RUNS or payload >= _BUNDLE_NBYTES
+            full = len(members) == _MOST_RUNS or payload >= most_nbytes
             if full or not payload or start + span.nbytes > limit:
                 bundled += _as_one(members, direct=True)
                 members, payload = [], 0
                 limit = start + _room(src_tables, span.srcs)
             members.append(span)
             # one that no region holds stays alone
-            payload += span.nbytes if start + span.nbytes <= limit else _BUNDLE_NBYTES
+            payload += span.nbytes if start + span.nbytes <= limit else most_nbytes
         bundled += _as_one(members, direct=True)
     return bundled
 

@@ -261,7 +261,7 @@ def test_whatever_is_gathered_brings_the_same_bytes(
 
 def test_short_spans_of_one_region_become_one_read_to_their_places() -> None:
     spans = [span(900_000, 9000, 50), span(1000, 5000, 100), span(2000, 7000, 1 << 20)]
-    assert bundle(spans, SRC) == [
+    assert bundle(spans, SRC, Costs()) == [
         spans[2],
         Span(
             5000,
@@ -274,14 +274,16 @@ def test_short_spans_of_one_region_become_one_read_to_their_places() -> None:
     ]
 
 
-@given(st.lists(st.tuples(st.integers(0, 400), st.integers(1, 30)), max_size=40))
-def test_whatever_is_bundled_brings_the_same_bytes(places: list[tuple[int, int]]) -> None:
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(1, 30)), max_size=40), any_costs)
+def test_whatever_is_bundled_brings_the_same_bytes(
+    places: list[tuple[int, int]], costs: Costs
+) -> None:
     spans = [
         span(src, 1000 * (at + 1), nbytes, source=src % 2)
         for at, (src, nbytes) in enumerate(places)
     ]
     regions = [[Region(0, 150), Region(150, 400)], [Region(0, 600)]]
-    bundled = bundle(spans, regions)
+    bundled = bundle(spans, regions, costs)
     assert moved(bundled) == moved(spans)
     for some in bundled:
         ((number, addr),) = some.srcs
@@ -289,6 +291,7 @@ def test_whatever_is_bundled_brings_the_same_bytes(places: list[tuple[int, int]]
         assert some.direct == bool(some.lines)
         assert some.read_nbytes == some.payload == some._replace(wanted=None).payload
         assert list(some.cut(1)) == [some] if some.lines else True
+        assert not some.lines or some.payload < costs.staged_nbytes + some.lines[-1].nbytes
         assert not some.lines or any(
             region.addr <= addr and addr + some.nbytes <= region.end for region in regions[number]
         )
@@ -296,7 +299,7 @@ def test_whatever_is_bundled_brings_the_same_bytes(places: list[tuple[int, int]]
 
 def test_a_bundle_has_no_more_runs_than_one_call_of_the_kernel_takes() -> None:
     spans = [span(2 * at, 10_000 + 3 * at, 1) for at in range(2500)]
-    assert [len(some.lines) for some in bundle(spans, SRC)] == [1000, 1000, 500]
+    assert [len(some.lines) for some in bundle(spans, SRC, Costs())] == [1000, 1000, 500]
 
 
 # -- runs at equal distances
