@@ -139,14 +139,14 @@ def test_a_rank_that_serves_the_draft_is_a_source_of_the_model_while_it_loads_th
             publish=Replica("second"),
             options=LoadOptions(pace=pace, progress=look),
         )
-        publications = [one.result(60).publication for one in (first, second)]
-    shares = {share.name: share.nbytes for share in second.result().shares}
-    assert shares["/engines/first/0"] > 0
+        reports = [one.result(60) for one in (first, second)]
     regions = []
-    for publication in publications:
-        assert publication is not None
-        regions.append(publication.regions)
-        publication.close()
+    for report in reports:
+        assert report.publication is not None
+        regions.append(report.publication.regions)
+        report.publication.close()
+    shares = {share.name: share.nbytes for share in reports[1].shares}
+    assert shares["/engines/first/0"] > 0
     assert len(regions[0]) > 900
     assert len(regions[1]) == 1
     assert_holds(here, 1)
