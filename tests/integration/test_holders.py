@@ -8,11 +8,11 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 
-from engine_registry import ModelIdentity, Place, RankRecord, RankState, Registry
+from engine_registry import ModelIdentity, Place, RankRecord, RankState, Registry, failpoints
 from engine_registry.errors import EtcdError, InstanceNotFound
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.local import LocalEtcd
@@ -163,6 +163,18 @@ def test_a_wait_goes_on_through_an_outage_of_etcd(own_etcd: LocalEtcd) -> None:
         with register(registry):
             waiting.join(120)
             assert results == ["a"]
+
+
+def test_a_rank_that_comes_between_two_looks_is_found(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as ranks:
+        monkeypatch.setitem(
+            failpoints.ACTIONS,
+            "holders.before_instances",
+            lambda: ranks.enter_context(register(registry)),
+        )
+        assert [record.instance for record in registry.holders(ASK).ready] == ["a"]
 
 
 def test_a_wait_that_finds_nobody_says_so_in_time(registry: Registry) -> None:

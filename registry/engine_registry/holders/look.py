@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from engine_registry import failpoints
 from engine_registry.errors import EtcdRefused
 from engine_registry.etcd.client import Etcd
 from engine_registry.holders import index
@@ -48,10 +49,11 @@ def look_anywhere(etcd: Etcd, query: HolderQuery) -> Holders:
     found = look(etcd, query)
     if found.ready:
         return found
-    return replace(
-        found,
-        instances=look_for_instances(etcd, query.model, everything, query.version, query.near),
-    )
+    failpoints.reach("holders.before_instances")
+    instances = look_for_instances(etcd, query.model, everything, query.version, query.near)
+    if any(_fitting(status.records, query, RankState.READY) for status in instances):
+        found = look(etcd, query)  # the rank may have come between the two looks
+    return found if found.ready else replace(found, instances=instances)
 
 
 def look_for_instances(
