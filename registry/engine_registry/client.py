@@ -404,13 +404,16 @@ class Registry(Closable):
         """What `instances` returns, kept up to date until it is closed. Raises InvalidField."""
         return AllInstances(self._etcd.sibling(), Selector.parse(selector))
 
-    def wait_for_no_pulls(self, instance: str, rank: int, timeout_s: float) -> int:
-        """Waits until no load holds a ticket to read from the rank, or the time is over.
+    def wait_for_no_pulls(
+        self, instance: str, rank: int, timeout_s: float, content: str = ""
+    ) -> int:
+        """Waits until no load holds a ticket to read from the rank, or the time is over. With
+        `content`, loads do not matter that read another one.
 
         Returns how many loads still hold one.
         """
         place = check_instance(instance), whole("rank", rank)
-        return wait_for_no_pulls(self._etcd, *place, seconds("timeout_s", timeout_s))
+        return wait_for_no_pulls(self._etcd, *place, seconds("timeout_s", timeout_s), content)
 
     def watch_pulls(self, record: RankRecord, on_pull: OnPull) -> PullWatch:
         """Reports each reader that begins or ends to read from the registration, until closed."""

@@ -34,12 +34,25 @@ def assess(
                 problems.append(
                     f"rank {record.rank} has {field} {ours}, rank {first.rank} has {theirs}"
                 )
+    if len({(record.state, record.alike) for record in present}) == 1:
+        present = _in_one_version(present)
     problems.extend(_of_versions(present))
     problems.extend(_of_states(present))
     ranks = {record.rank for record in present}
     missing = tuple(rank for rank in range(first.world_size) if rank not in ranks)
     state = InstanceState.DEGRADED if missing or problems else InstanceState.READY
     return InstanceStatus(instance, state, present, missing, tuple(problems))
+
+
+def _in_one_version(records: tuple[RankRecord, ...]) -> tuple[RankRecord, ...]:
+    """In the newest that each of them has, or as they are."""
+    versions = {one.version for one in records}
+    versions |= {each.version for one in records for each in one.retained}
+    for version in sorted(versions, reverse=True):
+        some = [past for record in records if (past := record.as_of(version)) is not None]
+        if len(some) == len(records):
+            return tuple(some)
+    return records
 
 
 def _of_versions(records: Sequence[RankRecord]) -> list[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from engine_loader.sources.selection import Choice
@@ -64,6 +64,7 @@ class Entrance:
         holds for places that are free and another load was faster.
         """
         taken = self._take([source.record for source in choice.sources], choice, reader)
+        taken += self._take_again(choice, taken, reader)
         for each in taken:
             if each.ticket is not None:
                 undo.enter_context(each.ticket)
@@ -74,6 +75,24 @@ class Entrance:
         if entered:
             self._listen(entered, taken[0].snapshot if len(taken) == 1 else None, undo)
         return Entered(entered, taken, _recounted(choice.holders, taken[-1]))
+
+    def _take_again(
+        self, choice: Choice, taken: Sequence[Taken], reader: RankRecord | None
+    ) -> list[Taken]:
+        """For sources whose record has changed, but not in what we read: they have gone on to
+        another version, and have retained this one.
+        """
+        given = {record.incarnation for each in taken for record in each.records}
+        given.update(*(each.faster for each in taken))
+        again = []
+        for source in choice.sources:
+            if source.record.incarnation in given:
+                continue
+            with suppress(EtcdError):  # then the attempt says why it cannot be read from
+                now = self._registry.current(source.record)
+                if now is not None and source.follow(now):
+                    again.append(source.record)
+        return self._take(again, choice, reader) if again else []
 
     def _take(
         self, records: Sequence[RankRecord], choice: Choice, reader: RankRecord | None

@@ -11,29 +11,34 @@ from engine_registry.errors import RecordDamaged
 from engine_registry.schema.record import ManifestRef
 
 KEPT_TENSORS = 200_000  # 100 MB or so
+_Key = tuple[ManifestRef, int]
+
+
+def _key(record: RankRecord) -> _Key:
+    return record.manifest, record.shift
 
 
 class _Kept:
     """The manifests that were fetched last, by the reference in their records, which has their
-    digest: equal ones are equal.
+    digest, and by the shift: equal ones are equal.
     """
 
     def __init__(self, limit: int = KEPT_TENSORS) -> None:
         self._lock = threading.Lock()
         self._limit = limit
         # The one that was asked for last is the last.
-        self._manifests: dict[ManifestRef, Manifest] = {}
+        self._manifests: dict[_Key, Manifest] = {}
 
-    def get(self, ref: ManifestRef) -> Manifest | None:
+    def get(self, record: RankRecord) -> Manifest | None:
         with self._lock:
-            manifest = self._manifests.pop(ref, None)
+            manifest = self._manifests.pop(_key(record), None)
             if manifest is not None:
-                self._manifests[ref] = manifest
+                self._manifests[_key(record)] = manifest
             return manifest
 
-    def put(self, ref: ManifestRef, manifest: Manifest) -> None:
+    def put(self, record: RankRecord, manifest: Manifest) -> None:
         with self._lock:
-            self._manifests[ref] = manifest
+            self._manifests[_key(record)] = manifest
             self._shrink()
 
     def resize(self, limit: int) -> None:
@@ -42,7 +47,7 @@ class _Kept:
             self._shrink()
 
     def _shrink(self) -> None:
-        while self._manifests and sum(one.tensors for one in self._manifests) > self._limit:
+        while self._manifests and sum(ref.tensors for ref, _ in self._manifests) > self._limit:
             del self._manifests[next(iter(self._manifests))]
         if self._limit == 0:
             self._manifests.clear()  # those without tensors, too
@@ -72,14 +77,14 @@ def find_manifests(
     """The manifests of the ranks, in their order. Instead of one that cannot be had, SourceLost if
     its rank is gone, as far as it is asked; else RecordDamaged.
     """
-    kept = {record.manifest: _KEPT.get(record.manifest) for record in records}
-    missing = [record for record in records if kept[record.manifest] is None]
+    kept = {_key(record): _KEPT.get(record) for record in records}
+    missing = [record for record in records if kept[_key(record)] is None]
     fetched = iter(registry.manifests(missing) if missing else ())
     found: list[Manifest | SourceLost | RecordDamaged] = []
     for record in records:
-        manifest = kept[record.manifest] or _told(registry, record, next(fetched))
+        manifest = kept[_key(record)] or _told(registry, record, next(fetched))
         if isinstance(manifest, Manifest):
-            _KEPT.put(record.manifest, manifest)
+            _KEPT.put(record, manifest)
         found.append(manifest)
     return found
 

@@ -83,7 +83,9 @@ class Search:
             instances: Sequence[InstanceStatus] = seen.instances
         else:
             holders, instances = self._look(wait_s, avoid, me)
+        instances = [status.as_of(self.version, self.contents) for status in instances]
         of_rank = [*holders.ready, *holders.loading] if holders is not None else []
+        of_rank = list(map(self._as_wanted, of_rank))
         ready, alike = self._of_one_version(instances, of_rank)
         if not self.boxes:
             self._check_place(ready, alike)
@@ -146,7 +148,7 @@ class Search:
                 wait_s,
                 self.cancel,
                 usable=lambda status: (
-                    self._has_contents(status)
+                    self._has_contents(status.as_of(self.version, self.contents))
                     and all(
                         record.incarnation not in avoid and is_reachable(self.engine, record)
                         for record in status.records
@@ -189,7 +191,15 @@ class Search:
             readers={**(found.readers or {}), **count_readers(self.registry, replicas)},
         )
 
+    def _as_wanted(self, record: RankRecord) -> RankRecord:
+        """In the version and the content that are wanted, if it has retained them."""
+        contents, content = self.contents, None
+        if contents is not None and record.rank < len(contents):
+            content = contents[record.rank]
+        return record.as_of(self.version, content) or record
+
     def _will_do(self, record: RankRecord) -> bool:
+        record = self._as_wanted(record)
         return (
             (self.version is None or record.version == self.version)
             and self._has_content(record)

@@ -100,6 +100,14 @@ class SourceRank:
             )
         return table.algorithm
 
+    def follow(self, now: RankRecord) -> bool:
+        """Takes the record as it is now, if what is read stands as it was; whether it does."""
+        same = now.as_of(self.record.version, self.record.content)
+        if same is None or (same.state, same.shift) != (self.record.state, self.record.shift):
+            return False
+        self.record = same
+        return True
+
     def lend(self, undo: ExitStack) -> None:
         """The memory that its header is read to. Where memory is mapped, that begins now."""
         lend(
@@ -217,6 +225,8 @@ class SourceRank:
                     self.outlived = True
                     return
                 self._bad_news = SourceLost(f"{self.record.key} belongs to another process now")
+            elif now.header_addr != self.record.header_addr:
+                pass  # a newer snapshot lies elsewhere; where we read, the header says how it is
             elif (now.version, now.content) != (self.record.version, self.record.content):
                 self._bad_news = self._torn(f"version {now.version} with content {now.content[:8]}")
 

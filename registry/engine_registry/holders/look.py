@@ -17,7 +17,7 @@ from engine_registry.etcd.client import Etcd
 from engine_registry.holders import index
 from engine_registry.holders.ahead import loading_before
 from engine_registry.holders.query import HolderQuery, Holders, everything
-from engine_registry.holders.sampling import sample
+from engine_registry.holders.sampling import Sample, sample, sample_retained
 from engine_registry.schema.holder import Entry, holders_prefix
 from engine_registry.schema.keys import ENGINES, instance_prefix
 from engine_registry.schema.keyvalue import under
@@ -128,7 +128,7 @@ def _names(etcd: Etcd, model: ModelIdentity) -> list[str]:
 
 def _look(etcd: Etcd, query: HolderQuery) -> Holders:
     model, rank, version = query.model, query.place.rank, query.version
-    some_ready = sample(etcd, model, rank, RankState.READY, version, query.near)
+    some_ready = _sample_ready(etcd, model, rank, version, query.near)
     if not some_ready.entries and version is not None:  # to say what there is instead
         return _look(etcd, replace(query, version=None))
     loading, ahead = loading_before(etcd, query) if query.loading else ([], 0)
@@ -162,6 +162,16 @@ def _look(etcd: Etcd, query: HolderQuery) -> Holders:
     )
 
 
+def _sample_ready(
+    etcd: Etcd, model: ModelIdentity, rank: int, version: int | None, near: Location
+) -> Sample:
+    """Where no rank has the version as its present one, those that have retained it."""
+    some = sample(etcd, model, rank, RankState.READY, version, near)
+    if some.entries or version is None:
+        return some
+    return sample_retained(etcd, model, rank, version)
+
+
 def _fitting(
     records: Sequence[RankRecord], query: HolderQuery, state: RankState
 ) -> list[RankRecord]:
@@ -178,7 +188,7 @@ def _ready_instances(
     etcd: Etcd, model: ModelIdentity, usable: Usable, version: int | None, near: Location
 ) -> list[InstanceStatus]:
     """Each instance that is ready has a rank 0 that is."""
-    some = sample(etcd, model, 0, RankState.READY, version, near)
+    some = _sample_ready(etcd, model, 0, version, near)
     if not some.entries and version is not None:  # to say what there is instead
         return _ready_instances(etcd, model, usable, None, near)
     ready = _of_entries(etcd, model, some.entries, usable)

@@ -102,6 +102,14 @@ def sample(
     )
 
 
+def sample_retained(etcd: Etcd, model: ModelIdentity, rank: int, version: int) -> Sample:
+    """Entries of ranks that have gone on from the version, and can still be read as they were."""
+    prefix = holders_prefix(model, rank, RankState.READY, version, retained=True)
+    _, (found,) = etcd.read([under(prefix, SAMPLE)])
+    are_all = found.count <= len(found.items)
+    return Sample(entries_of(found.items), are_all, are_all, "")
+
+
 def _distinct(parts: Iterable[_Part]) -> list[Entry]:
     every = {entry.incarnation: entry for part in parts for entry in part.entries}
     return list(every.values())

@@ -37,10 +37,21 @@ def count_pulls(etcd: Etcd, records: Sequence[RankRecord]) -> dict[str, int]:
     return {record.incarnation: one.count for record, one in zip(records, found, strict=True)}
 
 
-def wait_for_no_pulls(etcd: Etcd, instance: str, rank: int, timeout_s: float) -> int:
-    """Waits until no load reads from the rank, or the time is over. Returns how many still do."""
+def wait_for_no_pulls(
+    etcd: Etcd, instance: str, rank: int, timeout_s: float, content: str = ""
+) -> int:
+    """Waits until no load reads from the rank, or the time is over. Returns how many still do.
+    With `content`, only of loads that read this one, or do not say which.
+    """
     prefix = pulls_prefix(instance, rank)
+
+    def count() -> int:
+        if not content:
+            return etcd.count(prefix)
+        some = _decoded(etcd.snapshot(prefix).items)
+        return sum(pull.content in ("", content) for pull in some)
+
     for _ in Follower(etcd, prefix, time.monotonic() + timeout_s):
-        if not etcd.count(prefix):
+        if not count():
             return 0
-    return etcd.count(prefix)
+    return count()

@@ -183,6 +183,7 @@ class _Asked:
             pid=os.getpid(),
             reader=Reader.of(self.reader) if self.reader is not None else None,
             began_at=utc(),
+            content=record.content,
         )
 
     def _commit(self, records: Sequence[RankRecord], pulls: Sequence[Pull]) -> Outcome:

@@ -25,7 +25,7 @@ from engine_registry.registration.keeper.link import KeeperLink
 from engine_registry.registration.manifests import encode_manifest
 from engine_registry.registration.writes import WITHDRAWN
 from engine_registry.schema.manifest import Manifest
-from engine_registry.schema.record import RankRecord, RankState
+from engine_registry.schema.record import RankRecord, RankState, Retained
 from engine_registry.telemetry import metrics
 from engine_registry.telemetry.logs import fields
 from engine_registry.telemetry.meters import Held
@@ -137,6 +137,7 @@ class Registration(Closable):
         version: int | None = None,
         content: str | None = None,
         state: RankState | None = None,
+        retained: Sequence[Retained] | None = None,
     ) -> None:
         """Changes the fields that are given, and no other; from any thread. RegistrationLost if the
         registration is over.
@@ -145,8 +146,29 @@ class Registration(Closable):
         until it is gone, whatever state is given, so that an update of the weights that ends
         meanwhile invites no new readers.
         """
-        wanted = {"version": version, "content": content, "state": state}
+        wanted = {
+            "version": version,
+            "content": content,
+            "state": state,
+            "retained": None if retained is None else tuple(retained),
+        }
         self._change({name: value for name, value in wanted.items() if value is not None})
+
+    def switch(self, to: Retained, retained: Sequence[Retained]) -> None:
+        """Says that the present version is this one, which lies elsewhere in the memory that the
+        manifest describes, and which versions before it can still be read; from any thread.
+
+        While etcd is away the change waits in the keeper. Raises what `update` does.
+        """
+        self._change(
+            {
+                "version": to.version,
+                "content": to.content,
+                "header_addr": to.header_addr,
+                "shift": to.shift,
+                "retained": tuple(retained),
+            }
+        )
 
     def offer(
         self,

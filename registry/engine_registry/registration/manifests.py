@@ -14,6 +14,7 @@ from engine_registry.schema.keyvalue import Range
 from engine_registry.schema.manifest import Manifest
 from engine_registry.schema.manifest_format import MAX_PARTS, decode, encode
 from engine_registry.schema.record import ManifestRef, RankRecord
+from engine_registry.schema.tensor_format import END_OF_MEMORY
 
 # in one request: of 1.5 MiB each at most, as etcd takes no more, and an answer may have 64 MiB
 _PARTS_AT_ONCE = 32
@@ -45,7 +46,8 @@ def fetch_manifest(etcd: Etcd, record: RankRecord) -> Manifest:
 
 def fetch_manifests(etcd: Etcd, records: Sequence[RankRecord]) -> list[Manifest | RecordDamaged]:
     """The manifests that belong to the records, in their order, in as few requests as their parts
-    take. Where one is gone, or not the one that the record means, that error stands in its place.
+    take: with the addresses of the version that the record describes. Where one is gone, or not
+    the one that the record means, that error stands in its place.
     """
     # by their names: other keys that may lie there are not even fetched
     keys = [key for record in records for key in _part_keys(record)]
@@ -70,7 +72,16 @@ def _put_together(record: RankRecord, found: Mapping[str, bytes]) -> Manifest | 
             key=record.key,
         )
     try:
-        return decode(record.key, record.manifest, parts)
+        manifest = decode(record.key, record.manifest, parts).shifted(record.shift)
+        places = [manifest.digests.addr] if manifest.digests is not None else []
+        places += [place for region in manifest.regions for place in (region.addr, region.end)]
+        if any(not 0 <= place <= END_OF_MEMORY for place in places):
+            return RecordDamaged(
+                f"the record at {record.key} is damaged: {record.shift} bytes from where the "
+                "manifest says there is no memory",
+                key=record.key,
+            )
+        return manifest
     except RecordDamaged as exc:
         return exc
 

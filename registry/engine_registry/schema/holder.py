@@ -2,12 +2,14 @@
 
     /holders/<model digest>/<rank>/<state>/<version>/<order>
     /holders/near/<area>/<model digest>/<rank>/<state>/<version>/<order>
+    /holders/retained/<model digest>/<rank>/<state>/<version>/<order>
 
 The value is the key of the record. Versions count down, so that the newest is read first. In the
 state `loading` the order begins with the revision before which the rank registered, which counts
 down too: so a range that begins at one rank's key has those that began before it, the last first.
 In the other states the order is the incarnation alone, which is random: so a range from a random
-place is a sample. A rank with a location has such an entry in each area that it lies in, as well.
+place is a sample. A rank with a location has such an entry in each area that it lies in, as well,
+and under `retained` one for each version before its present one that can still be read.
 
 An entry is a hint. Whoever reads it reads the record as well, and believes that.
 """
@@ -18,7 +20,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from engine_registry.schema.keys import HOLDERS, NEAR_HOLDERS, parse_record_key
+from engine_registry.schema.keys import (
+    HOLDERS,
+    NEAR_HOLDERS,
+    RETAINED_HOLDERS,
+    parse_record_key,
+)
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.record import (
     MAX_REVISION,
@@ -44,9 +51,11 @@ def holders_prefix(
     state: RankState | None = None,
     version: int | None = None,
     area: str = "",
+    retained: bool = False,
 ) -> str:
     """Of all entries of the model, or of those of a rank, a state, a version; each only together
-    with the ones before it. With `area`, of the entries in that area.
+    with the ones before it. With `area`, of the entries in that area. `retained`: of entries of
+    versions before the present ones.
     """
     parts = [model_digest(model)]
     if rank is not None:
@@ -55,7 +64,7 @@ def holders_prefix(
         parts.append(state.value)
     if version is not None:
         parts.append(_down_from(MAX_VERSION, version))
-    start = f"{NEAR_HOLDERS}{area}/" if area else HOLDERS
+    start = f"{NEAR_HOLDERS}{area}/" if area else RETAINED_HOLDERS if retained else HOLDERS
     return f"{start}{'/'.join(parts)}/"
 
 
@@ -63,7 +72,8 @@ def holder_keys(record: RankRecord) -> list[str]:
     """All entries of the record; none without `order`."""
     if not record.order:
         return []
-    return [holder_key(record, area) for area in ("", *record.location.areas)]
+    keys = [holder_key(record, area) for area in ("", *record.location.areas)]
+    return keys + [_retained_key(record, one.version) for one in record.retained]
 
 
 def holder_key(record: RankRecord, area: str = "") -> str:
@@ -74,6 +84,11 @@ def holder_key(record: RankRecord, area: str = "") -> str:
     return prefix + record.incarnation
 
 
+def _retained_key(record: RankRecord, version: int) -> str:
+    prefix = holders_prefix(record.model, record.rank, record.state, version, retained=True)
+    return prefix + record.incarnation
+
+
 def loading_key(model: ModelIdentity, rank: int, version: int, order: int, area: str = "") -> str:
     """The first key of those that began to load at the revision `order` or before."""
     prefix = holders_prefix(model, rank, RankState.LOADING, version, area)
@@ -81,6 +96,7 @@ def loading_key(model: ModelIdentity, rank: int, version: int, order: int, area:
 
 
 _NEAR = NEAR_HOLDERS.removeprefix(HOLDERS).rstrip("/")
+_RETAINED = RETAINED_HOLDERS.removeprefix(HOLDERS).rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,8 @@ def parse_entry(item: KeyValue) -> Entry | None:
         return None
     parts = item.key.removeprefix(HOLDERS).split("/")
     try:
-        _, rank, name, version, incarnation = parts[2:] if parts[0] == _NEAR else parts
+        ahead = {_NEAR: 2, _RETAINED: 1}.get(parts[0], 0)
+        _, rank, name, version, incarnation = parts[ahead:]
         state, order = RankState(name), ""
         if state is RankState.LOADING:
             order, incarnation = incarnation.split("-", 1)

@@ -12,7 +12,9 @@ MANIFESTS = "/manifests/"
 EVICTED = "/evicted/"
 PULLS = "/pulls/"
 HOLDERS = "/holders/"
-NEAR_HOLDERS = "/holders/near/"  # no model's digest begins like that
+# no model's digest begins like these
+NEAR_HOLDERS = "/holders/near/"
+RETAINED_HOLDERS = "/holders/retained/"
 ELECTIONS = "/elections/"
 EVICTION_NOTES = "/eviction-notes/"
 

@@ -7,7 +7,7 @@ tensor it holds. Pure.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
@@ -107,6 +107,22 @@ class Manifest:
     def nbytes(self) -> int:
         """The bytes of all tensors; tied tensors count for each name."""
         return sum(entry.nbytes for entry in self.tensors)
+
+    def shifted(self, by: int) -> Manifest:
+        """The same tensors, regions and digests so many bytes further on. Exports stay, as they
+        are of allocations.
+        """
+        if not by:
+            return self
+        digests = self.digests
+        return replace(
+            self,
+            tensors=tuple(
+                [replace(one, addr=one.addr + by) if one.nbytes else one for one in self.tensors]
+            ),
+            regions=tuple([Region(region.addr + by, region.nbytes) for region in self.regions]),
+            digests=replace(digests, addr=digests.addr + by) if digests is not None else None,
+        )
 
     @property
     def marks(self) -> int:

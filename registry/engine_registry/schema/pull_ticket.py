@@ -41,7 +41,8 @@ class Reader:
 
 @dataclass(frozen=True)
 class Pull:
-    """A load reads from the rank of the instance that has this incarnation.
+    """A load reads from the rank of the instance that has this incarnation, and the weights with
+    this content, if it says so.
 
     `nbytes` of `total_nbytes` is how far all of the load is, from all its sources; both are
     0 until it has reported. `create_revision` is etcd's, and 0 until it has been read from there.
@@ -57,6 +58,7 @@ class Pull:
     nbytes: int = 0
     total_nbytes: int = 0
     began_at: str = ""  # UTC, ISO 8601, by the loader's clock
+    content: str = ""
     create_revision: int = 0
 
     @property
@@ -86,6 +88,7 @@ class _Ticket(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: Natural | None = 0
     total_nbytes: Natural | None = 0
     began_at: _Text | None = ""
+    content: _Text | UnsetType | None = UNSET
 
     def __post_init__(self) -> None:
         check_64_bits(self, "pid", "nbytes", "total_nbytes")
@@ -106,6 +109,7 @@ def encode(pull: Pull) -> bytes:
             nbytes=pull.nbytes,
             total_nbytes=pull.total_nbytes,
             began_at=pull.began_at,
+            content=pull.content or UNSET,
         )
     )
 
@@ -128,6 +132,7 @@ def decode(item: KeyValue) -> Pull | None:
             nbytes=stored.nbytes or 0,
             total_nbytes=stored.total_nbytes or 0,
             began_at=_line(stored.began_at or ""),
+            content=_line(stored.content or ""),
             create_revision=item.create_revision,
         )
     except ValueError:  # as Malformed and InvalidField are

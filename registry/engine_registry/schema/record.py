@@ -9,7 +9,7 @@ import hashlib
 import re
 import uuid
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from operator import attrgetter
 from typing import Any
@@ -25,6 +25,7 @@ from engine_registry.schema.topology import check_topology
 
 MAX_VERSION = 1 << 62  # the header holds twice the version in 64 bits
 MAX_REVISION = (1 << 63) - 1  # of etcd
+_MAX_SHIFT = (1 << 63) - 1
 PROTOCOLS = ("tcp", "socket", "rdma", "nvlink_intra", "cuda_ipc")  # that transfer engines can use
 WITHIN_HOST = ("nvlink_intra", "cuda_ipc")  # those of them that do not leave a host
 _TEXTS = (
@@ -75,6 +76,11 @@ def check_content(content: str) -> str:
 def check_version(version: object) -> int:
     """As Python's integer, or InvalidField."""
     return whole("version", version, 0, MAX_VERSION - 1)
+
+
+def check_shift(shift: object) -> int:
+    """As Python's integer, or InvalidField."""
+    return whole("shift", shift, -_MAX_SHIFT, _MAX_SHIFT)
 
 
 class RankState(str, Enum):
@@ -131,6 +137,25 @@ class ManifestRef:
     nbytes: int  # of the weights, not of the manifest
 
 
+@dataclass(frozen=True)
+class Retained:
+    """A version before the present one that can still be read.
+
+    `header_addr` and `shift` are as in the record.
+    """
+
+    version: int
+    content: str
+    header_addr: int
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", check_version(self.version))
+        check_content(self.content)
+        check_kind("header_addr", self.header_addr, int)
+        object.__setattr__(self, "shift", check_shift(self.shift))
+
+
 _KINDS = {
     "model": ModelIdentity,
     "manifest": ManifestRef,
@@ -148,6 +173,10 @@ class RankRecord:
     `content` says which bytes the rank holds: two memories with equal contents hold the same.
     `version` is a number that people give, and two launches may give the same one to different
     weights.
+
+    The weights lie `shift` bytes behind the addresses of the manifest. A rank that publishes
+    snapshots has several such places, and puts each new version into another one. `retained` are
+    versions that can still be read in the places where they are; see `as_of`.
 
     Both revisions are etcd's, and 0 until the record has been read from there. `order` is the
     revision of etcd just before the rank was first registered. It stays the same as long as the
@@ -170,6 +199,8 @@ class RankRecord:
     version: int = 0
     content: str = ""  # empty: the one that `implied_content` gives
     state: RankState = RankState.READY
+    shift: int = 0
+    retained: tuple[Retained, ...] = ()
     fabric: str = ""
     rails: Mapping[str, str] = field(default_factory=dict)  # RDMA device -> subnet, or empty
     location: Location = UNKNOWN
@@ -198,6 +229,7 @@ class RankRecord:
             "topology": check_topology(self.topology),
             "labels": check_labels(self.labels),
             "order": whole("order", self.order, 0, MAX_REVISION),
+            "shift": check_shift(self.shift),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # the record is frozen for everybody else
@@ -209,6 +241,8 @@ class RankRecord:
         if not are_printable(texts):
             check_texts(dict(zip(_TEXTS, texts, strict=True)))
         check_names("rails", self.rails)
+        for one in self.retained:
+            check_kind("retained", one, Retained)
         for name, kind in _KINDS.items():
             check_kind(name, getattr(self, name), kind)
 
@@ -216,6 +250,27 @@ class RankRecord:
     def key(self) -> str:
         """Where the record lies in etcd, without the namespace."""
         return record_key(self.instance, self.rank)
+
+    def as_of(self, version: int | None = None, content: str | None = None) -> RankRecord | None:
+        """The record as it describes the version that is asked for, or the content, or both: the
+        present one or one that is retained, with the others in its place. None where it has no
+        such one.
+        """
+        if version in (None, self.version) and content in (None, self.content):
+            return self
+        for number, one in enumerate(self.retained):
+            if version in (None, one.version) and content in (None, one.content):
+                present = Retained(self.version, self.content, self.header_addr, self.shift)
+                others = self.retained[:number] + self.retained[number + 1 :]
+                return replace(
+                    self,
+                    version=one.version,
+                    content=one.content,
+                    header_addr=one.header_addr,
+                    shift=one.shift,
+                    retained=(present, *others),
+                )
+        return None
 
     @property
     def began(self) -> tuple[int, tuple[int, ...]]:

@@ -1,5 +1,5 @@
-"""The record of a rank as it lies under `/engines/<instance>/<rank>`: schema 1, JSON, under 4 KB.
-Pure.
+"""The record of a rank as it lies under `/engines/<instance>/<rank>`: schema 1 or 2, JSON, under
+4 KB. Pure.
 
 The Structs here are the fields on the wire. Decoding ignores fields that it does not know, refuses
 a newer schema by name, and checks the type and range of every field: whatever may lie in etcd, a
@@ -25,11 +25,12 @@ from engine_registry.schema.record import (
     ModelIdentity,
     RankRecord,
     RankState,
+    Retained,
     implied_content,
 )
 from engine_registry.schema.structs import Malformed, Natural, check_64_bits
 
-SCHEMA = 1
+SCHEMA = 2  # of a record with `shift`, which a reader of schema 1 would not heed; others have 1
 MAX_RECORD_NBYTES = 4096
 _ADDED_NBYTES = 1024
 _MAX_MODELS = 256
@@ -64,6 +65,13 @@ class _Manifest(msgspec.Struct, frozen=True, gc=False):
         check_64_bits(self, "parts", "tensors", "nbytes")
 
 
+class _Retained(msgspec.Struct, frozen=True, gc=False):
+    version: Natural
+    content: str
+    header: _Header
+    shift: int = 0
+
+
 class _Eviction(msgspec.Struct, frozen=True, gc=False):
     by: str
     at: str
@@ -84,6 +92,8 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     version: Natural
     content: str | UnsetType = UNSET
     state: RankState
+    shift: int | UnsetType = UNSET
+    retained: list[_Retained] | UnsetType = UNSET
     session_id: str
     protocol: str
     fabric: str = ""
@@ -117,7 +127,7 @@ def encode(record: RankRecord) -> bytes:
     """
     model, eviction = record.model, record.eviction
     stored = _Record(
-        schema=SCHEMA,
+        schema=SCHEMA if record.shift else 1,
         incarnation=record.incarnation,
         generation=record.generation,
         instance=record.instance,
@@ -130,6 +140,12 @@ def encode(record: RankRecord) -> bytes:
         version=record.version,
         content=record.content or UNSET,
         state=record.state,
+        shift=record.shift or UNSET,
+        retained=[
+            _Retained(one.version, one.content, _Header(one.header_addr), one.shift)
+            for one in record.retained
+        ]
+        or UNSET,
         session_id=record.session_id,
         protocol=record.protocol,
         fabric=record.fabric,
@@ -229,6 +245,11 @@ def _record(stored: _Record, mod_revision: int, create_revision: int) -> RankRec
         version=stored.version,
         content=stored.content or implied_content(stored.incarnation, stored.version),
         state=stored.state,
+        shift=stored.shift or 0,
+        retained=tuple(
+            Retained(one.version, one.content, one.header.addr, one.shift)
+            for one in stored.retained or ()
+        ),
         fabric=stored.fabric,
         rails=stored.rails or {},
         location=Location.parse(stored.location or ""),

@@ -6,6 +6,7 @@ the lists are made of it.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -24,8 +25,8 @@ _rank_of = attrgetter("rank")
 
 
 class _Kind(NamedTuple):
-    """Equal for records that are alike: nothing is wrong with an instance that has one kind only,
-    if it is complete and that kind is ready.
+    """Equal for records that are alike: nothing is wrong with an instance whose ranks are alike
+    but for their version, if it is complete and ready, and all have one version.
     """
 
     version: int
@@ -41,6 +42,9 @@ class Roster:
         # The same, in order. A status takes the pages as they are, and a change makes a new one.
         self._pages: dict[int, Page] = {}
         self._kinds: dict[_Kind, set[int]] = {}  # the ranks of each
+        self._holders: Counter[int] = Counter()  # by version: how many ranks can be read in it
+        # by number: a page, and what its records said in a version before their present one
+        self._past: dict[int, tuple[Page, int, Page]] = {}
 
     @property
     def records(self) -> Mapping[int, RankRecord]:
@@ -52,6 +56,7 @@ class Roster:
         self._records[record.rank] = record
         self._turn(record.rank, (record,))
         self._kinds.setdefault(_kind(record), set()).add(record.rank)
+        self._holders.update(_versions_of(record))
 
     def remove(self, rank: int) -> RankRecord | None:
         record = self._records.pop(rank, None)
@@ -61,6 +66,10 @@ class Roster:
             self._kinds[kind].remove(rank)
             if not self._kinds[kind]:
                 del self._kinds[kind]
+            for version in _versions_of(record):
+                self._holders[version] -= 1
+                if not self._holders[version]:
+                    del self._holders[version]
         return record
 
     def _turn(self, rank: int, records: tuple[RankRecord, ...]) -> None:
@@ -111,21 +120,45 @@ class Roster:
         """As in `status`, without looking at each record."""
         if not self._records and not self.damaged:
             return InstanceState.GONE
-        if self.damaged or len(self._kinds) > 1:
+        if self.damaged or self._common_version() is None:
             return InstanceState.DEGRADED
         # they are all of its kind, and no rank is beyond its world size
         first = self._first
         ready = first.state is RankState.READY and len(self._records) == first.world_size
         return InstanceState.READY if ready else InstanceState.DEGRADED
 
+    def _common_version(self) -> int | None:
+        """The newest version in which all ranks can be read, where they differ in nothing else:
+        some may have gone on from it, and have retained it.
+        """
+        if len({(kind.state, kind.agreed) for kind in self._kinds}) != 1:
+            return None
+        count = len(self._records)
+        return max((each for each, held in self._holders.items() if held == count), default=None)
+
     def status(self) -> InstanceStatus:
-        """As the instance is now; later changes leave it alone."""
+        """As the instance is now; later changes leave it alone. Of ranks that have gone on from
+        the version that all have, the records say where that one is.
+        """
         damaged = tuple(map(str, self.damaged.values()))
         if not self._records:
             return InstanceStatus(self.instance, self.state, problems=damaged)
-        problems = (*damaged, *self._differences(), *self._versions(), *self._states())
-        pages = Pages(page for _, page in sorted(self._pages.items()))
-        return InstanceStatus(self.instance, self.state, pages, self._missing(), problems)
+        common, differ = self._common_version(), self._versions()
+        problems = (*damaged, *self._differences(), *(differ if common is None else ()))
+        problems = (*problems, *self._states())
+        some = (self._page_in(number, common) for number in sorted(self._pages))
+        return InstanceStatus(self.instance, self.state, Pages(some), self._missing(), problems)
+
+    def _page_in(self, number: int, version: int | None) -> Page:
+        """The page as it says where the version is, if there is one that all ranks have."""
+        page = self._pages[number]
+        if version is None or page.versions == {version}:
+            return page
+        if (kept := self._past.get(number)) and kept[0] is page and kept[1] == version:
+            return kept[2]
+        past = Page(one for record in page if (one := record.as_of(version)) is not None)
+        self._past[number] = page, version, past
+        return past
 
     def _missing(self) -> tuple[int, ...]:
         world_size = self._first.world_size
@@ -168,6 +201,10 @@ class Roster:
         for kind in kinds:
             found.setdefault(getattr(kind, field), []).extend(self._kinds[kind])
         return found
+
+
+def _versions_of(record: RankRecord) -> set[int]:
+    return {record.version, *(one.version for one in record.retained)}
 
 
 def _kind(record: RankRecord) -> _Kind:

@@ -4,8 +4,9 @@ records. Pure.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from itertools import chain
@@ -117,6 +118,25 @@ class InstanceStatus:
         Two instances with equal contents hold the same weights.
         """
         return tuple(record.content for record in self.records)
+
+    def as_of(
+        self, version: int | None = None, contents: Sequence[str] | None = None
+    ) -> InstanceStatus:
+        """The instance as its ranks describe the version that is asked for, or the contents, by
+        rank: the present one, or one that they have retained. As it is, where a rank has no such
+        one.
+        """
+        if contents is not None and len(contents) != len(self.records):
+            return self
+        asked: Sequence[str | None] = contents or [None] * len(self.records)
+        some = [
+            past
+            for record, content in zip(self.records, asked, strict=True)
+            if (past := record.as_of(version, content)) is not None
+        ]
+        if len(some) < len(self.records) or all(map(operator.is_, some, self.records)):
+            return self
+        return replace(self, records=tuple(some))
 
     @property
     def unresponsive(self) -> tuple[int, ...]:

@@ -89,7 +89,7 @@ def test_instances_come_by_name_each_with_its_own_ranks(registry: Registry, etcd
     ("key", "value", "said"),
     [
         (record_key("qwen", 1), b"junk", "the record at /engines/qwen/1 is damaged"),
-        (record_key("qwen", 1), b'{"schema":2}', "the record at /engines/qwen/1 has schema 2"),
+        (record_key("qwen", 1), b'{"schema":3}', "the record at /engines/qwen/1 has schema 3"),
         (
             "/engines/qwen/readme",
             b"hello",
@@ -198,7 +198,7 @@ def test_missing_ranks_and_problems_are_listed(registry: Registry, etcd: FakeEtc
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [(b"junk", RecordDamaged), (b'{"schema":2}', SchemaUnsupported)]
+    ("value", "kind"), [(b"junk", RecordDamaged), (b'{"schema":3}', SchemaUnsupported)]
 )
 def test_a_damaged_record_is_an_error_of_its_own(
     registry: Registry, etcd: FakeEtcd, value: bytes, kind: type[RecordDamaged]

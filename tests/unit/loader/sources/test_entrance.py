@@ -21,6 +21,7 @@ from engine_registry.pulls.queries import all_pulls, count_pulls
 from engine_registry.pulls.taking import Pulling, take_ticket
 from engine_registry.schema.keyvalue import Delete, Guard, Outcome, Put, Range, Snapshot
 from engine_registry.schema.pull_ticket import Reader
+from engine_registry.schema.record_format import decode_item
 from tests.support.assessment import assess
 from tests.support.builders import CONTENT, a_record
 from tests.support.fake_etcd import FakeEtcd
@@ -67,6 +68,10 @@ class Door:
     def pulling(self) -> Pulling:
         return Pulling(self.etcd)
 
+    def current(self, record: RankRecord) -> RankRecord | None:
+        found = self.etcd.get(record.key)
+        return decode_item(found) if found is not None else None
+
     def watch_ranks(self, records: Sequence[RankRecord], start: Snapshot | None) -> object:
         self.watched.append(([record.instance for record in records], start))
         return SimpleNamespace(
@@ -85,6 +90,7 @@ class Door:
             SourceRank,
             SimpleNamespace(
                 record=record,
+                follow=lambda now: False,  # it is of another content by now
                 lend=lambda undo: self.lent.append(record.instance),
                 notice=lambda event: self.told.append((record.instance, event)),
             ),

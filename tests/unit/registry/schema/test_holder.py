@@ -19,9 +19,10 @@ from engine_registry.schema.holder import (
     model_digest,
     parse_entry,
 )
+from engine_registry.schema.keys import HOLDERS, NEAR_HOLDERS
 from engine_registry.schema.keyvalue import KeyValue, end_of
 from engine_registry.schema.location import Location
-from engine_registry.schema.record import MAX_REVISION, MAX_VERSION
+from engine_registry.schema.record import MAX_REVISION, MAX_VERSION, Retained
 from tests.support.builders import INCARNATION, a_record
 
 HERE = Location("z", "r", "n")
@@ -161,3 +162,19 @@ def test_those_that_load_are_in_one_order_in_the_index_and_by_their_records(
         incarnation=other.incarnation,
     )
     assert (holder_key(one) < holder_key(other)) is (one.began > other.began)
+
+
+@given(RECORDS)
+def test_versions_that_are_retained_have_entries_apart_from_the_present_ones(
+    record: RankRecord,
+) -> None:
+    record = replace(record, retained=(Retained(5, "0" * 32, 64), Retained(4, "1" * 32, 64)))
+    present = {holder_key(record)}
+    past = set(holder_keys(record)) - present
+    assert len(past) == 2
+    assert not any(NEAR_HOLDERS > key >= HOLDERS for key in past)
+    if record.state is not RankState.LOADING:  # whose memory is filled: it has retained none
+        entries = [parse_entry(KeyValue(key, record.key.encode(), 1, 1, 1)) for key in past]
+        assert {entry.version for entry in entries if entry is not None} == {4, 5}
+        prefix = holders_prefix(record.model, record.rank, record.state, 5, retained=True)
+        assert sum(key.startswith(prefix) for key in past) == 1

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from engine_registry import Location, ModelIdentity, RankRecord, RankState
 from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
-from engine_registry.schema.record import GATEWAY, MAX_VERSION, ManifestRef
+from engine_registry.schema.record import GATEWAY, MAX_VERSION, ManifestRef, Retained
 from engine_registry.schema.record_format import MAX_RECORD_NBYTES, decode, encode
 from tests.support.builders import a_record
 
@@ -24,6 +24,10 @@ PRINTABLE = st.characters(exclude_categories=("C", "Z"), include_characters=" ")
 TEXT = st.text(PRINTABLE, max_size=20)
 LABEL = st.from_regex(r"[A-Za-z0-9]{1,8}", fullmatch=True)
 U64 = st.integers(0, 2**64 - 1)
+CONTENT = st.from_regex(r"[0-9a-f]{32}", fullmatch=True)
+VERSION = st.integers(0, MAX_VERSION - 1)
+CONTENTS = ["1" * 32, "2" * 32, "3" * 32]
+SHIFT = st.integers(1 - 2**63, 2**63 - 1)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
@@ -59,9 +63,13 @@ def records(draw: st.DrawFn) -> RankRecord:
         registered_at=draw(TEXT),
         generation=draw(TEXT),
         topology=draw(st.dictionaries(TEXT, places(), max_size=3)),
-        version=draw(st.integers(0, MAX_VERSION - 1)),
-        content=draw(st.from_regex(r"[0-9a-f]{32}", fullmatch=True)),
+        version=draw(VERSION),
+        content=draw(CONTENT),
         state=draw(st.sampled_from(RankState)),
+        shift=draw(SHIFT),
+        retained=tuple(
+            draw(st.lists(st.builds(Retained, VERSION, CONTENT, U64, SHIFT), max_size=3))
+        ),
         fabric=draw(TEXT),
         rails=draw(st.dictionaries(TEXT, TEXT, max_size=3)),
         location=draw(st.builds(Location, *3 * [st.just("") | LABEL])),
@@ -138,6 +146,49 @@ def test_the_fields_that_may_be_left_out_have_defaults() -> None:
     assert decode(a_record().key, json.dumps(data).encode()) == wanted
 
 
+def test_only_a_record_whose_weights_lie_elsewhere_is_kept_from_readers_of_schema_1() -> None:
+    """They would read at the addresses of the manifest."""
+    assert as_json()["schema"] == 1
+    kept = Retained(6, CONTENTS[0], 64, 0)
+    assert json.loads(encode(a_record(retained=(kept,))))["schema"] == 1
+    assert json.loads(encode(a_record(shift=4096)))["schema"] == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("shift", "1"),
+        ("shift", 2**63),
+        ("shift", -(2**63)),
+        ("shift", True),
+        ("retained", {}),
+        ("retained", [{"version": 1}]),
+        ("retained", [{"version": -1, "content": "0" * 32, "header": {"addr": 0}}]),
+        ("retained", [{"version": 1, "content": "x", "header": {"addr": 0}}]),
+        ("retained", [{"version": 1, "content": "0" * 32, "header": {"addr": 2**64}}]),
+        ("retained", [{"version": 1, "content": "0" * 32, "header": {"addr": 0}, "shift": 2**63}]),
+    ],
+)
+def test_a_place_that_no_memory_has_is_damage(field: str, value: object) -> None:
+    assert read(json.dumps(as_json(**{field: value})).encode()) is None
+
+
+def test_a_record_says_where_each_of_its_versions_lies() -> None:
+    first, second, third = CONTENTS
+    kept = Retained(6, second, 64, 4096), Retained(5, first, 32, 8192)
+    record = a_record(version=7, content=third, header_addr=128, retained=kept)
+    assert record.as_of() is record.as_of(7) is record.as_of(content=third) is record
+    assert record.as_of(4) is record.as_of(7, first) is record.as_of(content="0" * 32) is None
+    past = record.as_of(5)
+    assert past is not None
+    assert past == record.as_of(content=first) == record.as_of(5, first)
+    assert (past.version, past.content, past.header_addr, past.shift) == (5, first, 32, 8192)
+    assert {one.version for one in past.retained} == {6, 7}
+    again = past.as_of(7)
+    assert again is not None
+    assert (again.content, again.header_addr, again.shift) == (third, 128, 0)
+
+
 def test_rails_are_written_only_where_there_are_some() -> None:
     assert "rails" not in as_json()
     rails = {"mlx5_0": "10.1.0.0/24", "mlx5_1": ""}
@@ -184,7 +235,7 @@ def test_a_holder_whose_pid_nobody_knows_is_named_without() -> None:
 
 
 def test_a_newer_schema_is_refused_by_its_number_whatever_else_the_record_holds() -> None:
-    with pytest.raises(SchemaUnsupported, match="schema 7; this version reads up to 1") as caught:
+    with pytest.raises(SchemaUnsupported, match="schema 7; this version reads up to 2") as caught:
         decode("/engines/qwen/0", b'{"schema": 7}')
     assert caught.value.details == {"key": "/engines/qwen/0", "schema": 7}
 

@@ -14,6 +14,7 @@ from engine_registry import InstanceState, InstanceStatus, RankRecord, RankState
 from engine_registry.errors import RecordDamaged, SchemaUnsupported
 from engine_registry.schema.keys import record_key
 from engine_registry.schema.keyvalue import Deletion, KeyValue
+from engine_registry.schema.record import Retained
 from engine_registry.schema.record_format import decode
 from engine_registry.schema.roster import Roster, assess_all
 from tests.support.assessment import assess
@@ -22,6 +23,7 @@ from tests.support.builders import OTHER_INCARNATION, a_record, garbage, stored
 MODEL = a_record().model
 RANKS = st.integers(0, 2)
 ALL = range(200)
+PAST = Retained(2, "1" * 32, 64, 4096)
 A_TIME = a_record().registered_at
 # Few values of each field, so that records often agree, and world sizes down to 3, so that
 # instances are often complete.
@@ -35,6 +37,7 @@ FIELDS = st.fixed_dictionaries(
         ),
         "topology": st.sampled_from([{"tp": (0, 2)}, {"tp": (1, 2)}, {"tp": (1, 4)}, {}]),
         "version": st.sampled_from([3, 4]),
+        "retained": st.sampled_from([(), (PAST,), (PAST, Retained(1, "0" * 32, 0))]),
         "state": st.sampled_from(RankState),
         "labels": st.sampled_from([{}, {"tier": "x", "team": "y"}, {"team": "y", "tier": "x"}]),
         "incarnation": st.just(OTHER_INCARNATION),
@@ -75,6 +78,32 @@ def test_after_any_changes_a_roster_says_what_assess_says_of_the_records(
             [wanted] if wanted.state is not InstanceState.GONE else []
         )
     assert all(status == wanted for status, wanted in said)  # no later change has changed one
+
+
+def test_ranks_that_have_gone_on_are_as_they_were_until_all_have() -> None:
+    roster = Roster("qwen")
+
+    def snapshot(rank: int, version: int) -> None:
+        kept = Retained(version - 1, f"{version - 1:032x}", 64, 4096 * (version - 1))
+        now = {"version": version, "content": f"{version:032x}", "shift": 4096 * version}
+        roster.see(stored(a_record(rank=rank, world_size=3, retained=(kept,), **now)))
+
+    for rank in range(3):
+        snapshot(rank, 5)
+    for rank in (1, 0):
+        snapshot(rank, 6)
+        status = roster.status()
+        assert (roster.state, status.version) == (InstanceState.READY, 5)
+        assert {(one.content, one.shift) for one in status.records} == {(f"{5:032x}", 5 * 4096)}
+        assert not status.problems
+    snapshot(0, 7)  # it has not retained 5, and the others have no newer one
+    assert roster.state is InstanceState.DEGRADED
+    assert "versions differ: 5 (rank 2), 6 (rank 1), 7 (rank 0)" in roster.status().problems
+    snapshot(2, 6)
+    assert (roster.state, roster.status().version) == (InstanceState.READY, 6)
+    newer = roster.status().as_of(7)
+    assert newer == roster.status()  # not all have it
+    assert roster.status().as_of(6) == roster.status()
 
 
 @given(st.lists(st.sampled_from(ALL), max_size=30))
@@ -189,7 +218,7 @@ def test_a_change_of_one_rank_looks_at_no_other(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [(b"{", RecordDamaged), (b'{"schema":2}', SchemaUnsupported)]
+    ("value", "kind"), [(b"{", RecordDamaged), (b'{"schema":3}', SchemaUnsupported)]
 )
 def test_what_is_wrong_with_a_key_is_kept_without_what_its_traceback_holds(
     value: bytes, kind: type[RecordDamaged]

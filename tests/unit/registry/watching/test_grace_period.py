@@ -261,7 +261,7 @@ def test_a_note_reads_back_as_it_is() -> None:
             b'{"schema":1,"lost":{"key":"/engines/a/0","record":"{}"},"incarnations":[]}',
             RecordDamaged,
         ),
-        (b'{"schema":2}', SchemaUnsupported),
+        (b'{"schema":3}', SchemaUnsupported),
     ],
 )
 def test_a_note_that_cannot_be_read_says_which_key(value: bytes, kind: type[RecordDamaged]) -> None:
