@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from engine_loader.errors import LoaderError as LoaderError
     from engine_loader.errors import MemoryInUse as MemoryInUse
     from engine_loader.errors import ReadFailed as ReadFailed
+    from engine_loader.errors import SnapshotsUnfit as SnapshotsUnfit
     from engine_loader.errors import SourceEvicted as SourceEvicted
     from engine_loader.errors import SourceLost as SourceLost
     from engine_loader.errors import SourceUnreachable as SourceUnreachable
@@ -58,10 +59,12 @@ if TYPE_CHECKING:
     from engine_loader.loading.report import LoadReport as LoadReport
     from engine_loader.options import LoadOptions as LoadOptions
     from engine_loader.options import PublishOptions as PublishOptions
+    from engine_loader.options import Snapshots as Snapshots
     from engine_loader.publishing.publication import Publication as Publication
     from engine_loader.publishing.publish import publish as publish
     from engine_loader.publishing.publish import publish_state_dict as publish_state_dict
     from engine_loader.publishing.replica import Replica as Replica
+    from engine_loader.publishing.slots import snapshot_nbytes as snapshot_nbytes
     from engine_loader.starting.load_or_seed import load_or_seed as load_or_seed
     from engine_loader.starting.peers import find_peers as find_peers
     from engine_loader.starting.seeded import Seeded as Seeded
@@ -104,6 +107,8 @@ _MODULE_OF = {
     "Replica": "publishing.replica",
     "Seeded": "starting.seeded",
     "Shard": "tensors.shards",
+    "Snapshots": "options",
+    "SnapshotsUnfit": "errors",
     "SourceEvicted": "errors",
     "SourceLost": "errors",
     "SourceUnreachable": "errors",
@@ -130,6 +135,7 @@ _MODULE_OF = {
     "publish_state_dict": "publishing.publish",
     "pull_artifact": "artifacts.pull",
     "read_catalogue": "loading.catalogue",
+    "snapshot_nbytes": "publishing.slots",
 }
 
 __all__ = [*_MODULE_OF]

@@ -5,6 +5,7 @@ LoaderError
 ├── EngineFailed         the transfer engine refused a local request, such as registering memory
 ├── ReadFailed           a peer's memory could not be read
 ├── TensorsUnusable      tensors that cannot be registered or filled as they are
+├── SnapshotsUnfit       there is no memory for the snapshots of published tensors
 ├── MemoryInUse          their memory is published, or another load fills it
 ├── WeightsFileInvalid   a file cannot be read as safetensors, or not be written
 ├── ArtifactInvalid      a folder cannot be an artifact, or an artifact not be put into a folder
@@ -47,6 +48,10 @@ class ReadFailed(LoaderError):
 
 class TensorsUnusable(LoaderError):
     """Tensors that cannot be registered or filled as they are."""
+
+
+class SnapshotsUnfit(LoaderError):
+    """There is no memory for the snapshots of published tensors."""
 
 
 class MemoryInUse(LoaderError):

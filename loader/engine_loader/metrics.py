@@ -60,6 +60,15 @@ REGISTER_S = Histogram(
     "How long the transfer engine took to register a rank's memory, to be read or filled.",
     buckets=[0.001, 0.01, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300],
 )
+SNAPSHOT_NBYTES = Counter(
+    "engines_loader_snapshot_bytes",
+    "Bytes that were copied for snapshots of published weights.",
+)
+SNAPSHOT_S = Histogram(
+    "engines_loader_snapshot_seconds",
+    "How long the copy for a snapshot kept its caller waiting.",
+    buckets=[0.001, 0.01, 0.1, 0.3, 1, 3, 10, 30, 60],
+)
 RETRIES = Counter(
     "engines_loader_torn_retries",
     "Loads that began again, as the weights had changed while they were read.",

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from engine_registry.registration.handle import OnState
 
 Verify = Literal["auto", "header", "digest"]
-Options = TypeVar("Options", "LoadOptions", "PublishOptions")
+Options = TypeVar("Options", "LoadOptions", "PublishOptions", "Snapshots")
+MAX_SNAPSHOTS = 8  # the record names each of them
 _CONTENT = re.compile(r"[0-9a-f]{32}")
 
 
@@ -93,6 +94,45 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Snapshots:
+    """Copies of the weights that readers have, while the tensors themselves change freely.
+
+    Attributes:
+        count: How many copies there are. Each takes the memory of all tensors. With two, one
+            version is there beside the newest.
+        device: Where they lie: `"cpu"`, pinned if the tensors are on GPUs, or a device of torch's.
+            None is `"cpu"`, but the tensors' device for a protocol that reads memory of GPUs alone.
+        buffers: Memory for them, which the caller lends: `count` contiguous tensors of uint8 on one
+            device, of `snapshot_nbytes` each at least. None allocates it.
+        retain_s: How many seconds a snapshot waits for the readers of the version that it takes
+            the place of, from the moment on that this is not the newest any more.
+
+    Raises:
+        InvalidField: A field is not valid; `details["field"]` names it.
+
+    Example:
+        `PublishOptions(snapshots=Snapshots(count=3, retain_s=60))`
+    """
+
+    count: int = 2
+    device: str | None = None
+    buffers: Sequence[Any] | None = None
+    retain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        """Raises InvalidField. `buffers` are checked where they are used."""
+        _set(self, "count", whole("count", self.count, 2, MAX_SNAPSHOTS))
+        _check(self, "device", lambda value: isinstance(value, str), "the name of a device")
+        _check(
+            self,
+            "buffers",
+            lambda value: isinstance(value, Sequence) and len(value) == self.count,
+            f"{self.count} tensors of uint8",
+        )
+        _set(self, "retain_s", seconds("retain_s", self.retain_s))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PublishOptions:
     """How a rank's weights are offered.
 
@@ -109,6 +149,8 @@ class PublishOptions:
         ttl_s: How many seconds the rank stays listed after its whole host is lost.
         unresponsive_after_s: For how many seconds this process may be stopped, or hold the GIL,
             before the rank is marked as unresponsive. Loaders prefer other ranks then.
+        snapshots: Readers have copies of the tensors instead of the tensors themselves: how many,
+            or a `Snapshots`. `Publication.snapshot` makes a new version of them.
         on_state: Called with each change of the registration's state and its reason, from another
             thread.
 
@@ -126,6 +168,7 @@ class PublishOptions:
     values: Mapping[str, Any] | None = None
     ttl_s: float = 10.0
     unresponsive_after_s: float = UNRESPONSIVE_AFTER_S
+    snapshots: Snapshots | int | None = None
     on_state: OnState | None = None
 
     def __post_init__(self) -> None:
@@ -145,6 +188,9 @@ class PublishOptions:
             "unresponsive_after_s", self.unresponsive_after_s, MIN_UNRESPONSIVE_S, MAX_TTL_S
         )
         _set(self, "unresponsive_after_s", after_s)
+        if self.snapshots is not None and not isinstance(self.snapshots, Snapshots):
+            count = whole("snapshots", self.snapshots, 2, MAX_SNAPSHOTS)
+            _set(self, "snapshots", Snapshots(count=count))
         _check(self, "on_state", callable, "a function that takes a state and a reason")
 
 

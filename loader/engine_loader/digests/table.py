@@ -40,13 +40,26 @@ class DigestCell:
     """A table's place in memory: the source's own, or a reader's buffer for another's."""
 
     @plain_torch()
-    def __init__(self, names: Iterable[str], device: torch.device, algorithm: str) -> None:
+    def __init__(
+        self,
+        names: Iterable[str],
+        device: torch.device,
+        algorithm: str,
+        memory: torch.Tensor | None = None,
+    ) -> None:
+        """In `memory` if that is given: `nbytes_for` so many names, on the device."""
         self._names = sorted(names)
-        self._bytes = torch.zeros(
-            max(1, len(self._names)) * NBYTES, dtype=torch.uint8, device=device
-        )
+        if memory is None:
+            nbytes = self.nbytes_for(len(self._names))
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._bytes = memory.zero_()
         self.region = Region(self._bytes.data_ptr(), self._bytes.nbytes)
         self.table = DigestTable(algorithm, self.region.addr)
+
+    @staticmethod
+    def nbytes_for(count: int) -> int:
+        """Of a table of so many digests. No region is empty."""
+        return max(1, count) * NBYTES
 
     @plain_torch()
     def write(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:

@@ -58,11 +58,16 @@ class HeaderCell:
     """
 
     @plain_torch()
-    def __init__(self, device: torch.device, marks: int = 0) -> None:
+    def __init__(
+        self, device: torch.device, marks: int = 0, memory: torch.Tensor | None = None
+    ) -> None:
+        """In `memory` if that is given: so many bytes of the device."""
         self.device = device
         self._lock = threading.Lock()
         self._retired = False
-        self._bytes = torch.zeros(NBYTES + marks, dtype=torch.uint8, device=device)
+        if memory is None:
+            memory = torch.empty(NBYTES + marks, dtype=torch.uint8, device=device)
+        self._bytes = memory.zero_()
         self.region = Region(self._bytes.data_ptr(), NBYTES + marks)
 
     def write(self, header: Header) -> None:

@@ -67,7 +67,7 @@ class Offering:
 
     @property
     def device(self) -> torch.device:
-        return self.weights.devices[0]
+        return self.header.device
 
     def compute_digests(self) -> str:
         """Anew; the content that they prove, or nothing where there are none."""

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 
 from engine_loader.engines.base import Engine
-from engine_loader.options import PublishOptions
+from engine_loader.options import PublishOptions, Snapshots
 from engine_loader.publishing.offering import meter_pulls, offer_weights
 from engine_loader.publishing.publication import Publication
 from engine_loader.publishing.served import Served
+from engine_loader.publishing.snapshots import offer_snapshots
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import Use
 from engine_registry import ModelIdentity, RankState, Registry
@@ -43,17 +44,30 @@ def open_publication(
     version = options.version or 0
     with ExitStack() as guard:
         undo = guard.enter_context(ExitStack())
-        offering = offer_weights(
-            engine,
-            weights,
-            undo,
-            owner=f"{instance}/{rank}",
-            options=options,
-            version=version,
-            block_nbytes=block_nbytes,
-            content=content,
-            filled_by=filled_by,
-        )
+        owner = f"{instance}/{rank}"
+        ring = None
+        if isinstance(options.snapshots, Snapshots):
+            offering, ring = offer_snapshots(
+                engine,
+                weights,
+                undo,
+                owner=owner,
+                options=options,
+                snapshots=options.snapshots,
+                version=version,
+            )
+        else:
+            offering = offer_weights(
+                engine,
+                weights,
+                undo,
+                owner=owner,
+                options=options,
+                version=version,
+                block_nbytes=block_nbytes,
+                content=content,
+                filled_by=filled_by,
+            )
         registration = registry.register(
             instance=instance,
             rank=rank,
@@ -80,6 +94,6 @@ def open_publication(
         )
         guard.callback(registration.withdraw)
         meter_pulls(registry, registration.record, undo)
-        publication = Publication(Served(registry, engine, registration, offering, options))
+        publication = Publication(Served(registry, engine, registration, offering, options, ring))
         guard.pop_all()  # the publication closes all of it
         return publication

@@ -10,7 +10,7 @@ is done in `publishing.served`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,6 +138,51 @@ class Publication(Closable):
         with self._served.alone("update"), self._served.changing(values):
             yield
 
+    def snapshot(
+        self,
+        version: int | None = None,
+        *,
+        changed: Iterable[str] | None = None,
+        wait: bool = True,
+    ) -> int:
+        """Makes a new version of what the tensors hold now, for a publication with snapshots.
+
+        The tensors are copied to memory that nobody reads. Readers of the version before go on
+        reading it, and `load(version=…)` finds it, until a later snapshot needs its memory. That
+        snapshot waits for them, for `Snapshots.retain_s` at most. Readers that are slower notice,
+        and read the newest version instead.
+
+        Args:
+            version: The new version. None: one more than the present one.
+            changed: The names of all tensors that have changed since the last snapshot: only these
+                are copied. None: any may have.
+            wait: Whether to wait until readers can have the new version. Otherwise it returns when
+                the tensors are copied and may change again. The next call waits for the rest, and
+                raises what that has raised.
+
+        Returns:
+            The new version.
+
+        Raises:
+            TensorsUnusable: A tensor was given other memory.
+            InvalidField: The version is not newer, or a name is not published.
+            LoaderError: The publication has no snapshots, is closed, drains, or another call is
+                making a snapshot.
+            RegistrationLost: The rank was evicted, or another took its place.
+        """
+        with self._served.alone("snapshot"):
+            return self._served.snapshot(version, changed, wait)
+
+    @property
+    def snapshots_nbytes(self) -> int:
+        """The bytes of all snapshots together; 0 where readers have the tensors themselves."""
+        return self._served.ring.nbytes if self._served.ring is not None else 0
+
+    @property
+    def retained(self) -> tuple[int, ...]:
+        """Versions before the present one that can still be read, the newest first."""
+        return tuple(one.version for one in self.record.retained)
+
     def pause(self) -> None:
         """Gives the memory of the weights back, so that it may be freed, moved or written to.
 
@@ -155,6 +200,7 @@ class Publication(Closable):
                 or drains.
         """
         with self._served.alone("pause"):
+            self._served.check_in_place_served("pause")
             self._served.check_settled("pause")
             self._served.pause()
 
@@ -216,6 +262,7 @@ class Publication(Closable):
         weights = Destination.of(tensors, shards)
         check_can_be_served(self._served.engine, weights.parts)
         with self._served.alone("replace"):
+            self._served.check_in_place_served("replace")
             self._served.check_settled("replace")
             self._served.check_registered()
             if self._served.paused is None:

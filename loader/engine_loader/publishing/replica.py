@@ -63,7 +63,12 @@ class Replica:
         if self.topology is not None:
             object.__setattr__(self, "topology", check_topology(self.topology))
         refuse(
-            self.options, "Replica", {"version": "leave it out: a replica has that of its source"}
+            self.options,
+            "Replica",
+            {
+                "version": "leave it out: a replica has that of its source",
+                "snapshots": "leave it out: a replica offers the memory that it fills",
+            },
         )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from engine_loader.errors import LoaderError
 from engine_loader.options import PublishOptions
 from engine_loader.publishing.header import Header, HeaderCell
 from engine_loader.publishing.offering import Offering, Paused, meter_pulls, offer_weights
+from engine_loader.publishing.slots import Slot
+from engine_loader.publishing.snapshots import SnapshotRing
 from engine_loader.tensors.cuda import wait_for
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.state_dict import encode_values
@@ -30,8 +33,8 @@ from engine_registry import (
     Registry,
     failpoints,
 )
-from engine_registry.errors import RegistryError
-from engine_registry.schema.record import new_content
+from engine_registry.errors import EtcdError, InvalidField, RegistryError
+from engine_registry.schema.record import check_version, new_content
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -47,7 +50,10 @@ class Served:
         registration: Registration,
         offering: Offering,
         options: PublishOptions,
+        ring: SnapshotRing | None = None,
     ) -> None:
+        """With a ring, readers have snapshots of the weights."""
+        self.ring = ring
         self.registry = registry
         self.engine = engine
         self.registration = registration
@@ -102,6 +108,7 @@ class Served:
         """The weights are changed in place in the block, and offered as the next version after it,
         with what the values are by then.
         """
+        self.check_in_place_served("update")
         offering, before = self.offering("update"), self.record
         self._options_with(values)
         USES.change(offering.use)
@@ -186,6 +193,80 @@ class Served:
             guard.pop_all()
         former.close()
 
+    # -- snapshots
+
+    def snapshot(self, version: int | None, changed: Iterable[str] | None, wait: bool) -> int:
+        """As `Publication.snapshot`."""
+        ring, before = self.ring, self.record
+        if ring is None:
+            raise LoaderError(
+                f"{before.key} publishes no snapshots",
+                "say `update`, or publish with PublishOptions(snapshots=2)",
+            )
+        copied = ring.copied(changed)
+        ring.finish()
+        self.check_settled("snapshot")
+        self.check_registered()
+        present = self.record.version
+        version = present + 1 if version is None else check_version(version)
+        if version <= present:
+            raise InvalidField(
+                f"version {version} is not newer than {present}, which {before.key} has",
+                "leave `version` out, or say a greater number",
+                field="version",
+            )
+        ring.weights.check_in_place(
+            f"tensors of {before.key} have other memory than when they were published, so there "
+            "is no snapshot of them",
+            "copy into them in place, or publish them again",
+        )
+        slot = ring.next()
+        self._withhold(ring, slot)
+        ring.fill(slot, copied)
+        manifest = self.offering("snapshot").manifest
+
+        def reveal() -> None:
+            failpoints.reach("snapshot.before_reveal")
+            made = ring.reveal(slot, version, manifest)
+            self.registration.switch(made, ring.retained())
+
+        if wait:
+            reveal()
+        else:
+            ring.begin(reveal)
+        return version
+
+    def _withhold(self, ring: SnapshotRing, slot: Slot) -> None:
+        """Invites nobody else to what is in the slot, and waits for those who read it."""
+        if slot.version is None:
+            return
+        record = self.record
+        try:
+            self.registration.update(retained=ring.retained(but=slot))
+            left_s = ring.retain_s - (time.monotonic() - (slot.until or 0.0))
+            if self.registration.state is RegistrationState.REGISTERED:
+                pulls = self.registry.wait_for_no_pulls(
+                    record.instance, record.rank, max(0.0, left_s), slot.content
+                )
+                if pulls:
+                    log.warning(
+                        "%s overwrites version %d, from which %d loads still read after %.3g s",
+                        record.key,
+                        slot.version,
+                        pulls,
+                        ring.retain_s,
+                        extra=fields("snapshot_overwritten", key=record.key, pulls=pulls),
+                    )
+        except EtcdError as exc:
+            log.info(
+                "%s overwrites version %d without waiting for its readers: %s",
+                record.key,
+                slot.version,
+                exc,
+                extra=fields("snapshot_not_awaited", key=record.key, error=exc),
+            )
+        ring.withhold(slot)
+
     def _write_record(
         self, *, version: int | None = None, content: str | None = None, state: RankState
     ) -> None:
@@ -226,6 +307,14 @@ class Served:
         state = self.record.state
         if state in (RankState.LOADING, RankState.DRAINING):
             raise LoaderError(f"{self.record.key} is {state.value}, so there is nothing to {verb}")
+
+    def check_in_place_served(self, verb: str) -> None:
+        """LoaderError where readers have snapshots of the weights."""
+        if self.ring is not None:
+            raise LoaderError(
+                f"{self.record.key} publishes snapshots, so there is nothing to {verb}",
+                "change the tensors as you like, and say `snapshot`",
+            )
 
     def check_registered(self) -> None:
         """RegistrationLost where it has ended."""

@@ -19,6 +19,7 @@ from engine_loader import (
     PublishOptions,
     Replica,
     Shard,
+    Snapshots,
     load,
     load_full,
     load_instance,
@@ -34,6 +35,7 @@ from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 MODEL = ModelIdentity("m")
 CONTENT = "0123456789abcdef" * 2
 OTHER_THAN_DEFAULT: dict[str, Any] = {
+    "snapshots": Snapshots(count=3),
     "verify": "digest",
     "version": 3,
     "contents": [CONTENT],
@@ -80,6 +82,14 @@ def test_each_option_can_be_given_and_none_can_be_changed(kind: type[Any]) -> No
         (LoadOptions, "pace", 5),
         (LoadOptions, "progress", "bar"),
         (LoadOptions, "cancel", True),
+        (PublishOptions, "snapshots", 1),
+        (PublishOptions, "snapshots", 9),
+        (PublishOptions, "snapshots", "two"),
+        (Snapshots, "count", 1),
+        (Snapshots, "count", 2.5),
+        (Snapshots, "device", 0),
+        (Snapshots, "retain_s", -1),
+        (Snapshots, "buffers", [b"x"]),
         (PublishOptions, "generation", "a\nb"),
         (PublishOptions, "generation", 5),
         (PublishOptions, "version", 1.5),
