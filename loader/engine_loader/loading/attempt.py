@@ -34,7 +34,7 @@ from engine_loader.transfer.progress import Progress
 from engine_loader.transfer.received import Received
 from engine_loader.transfer.scheduler import Transfer
 from engine_loader.transfer.staging import Staging
-from engine_registry import RankRecord
+from engine_registry import RankRecord, RankState
 from engine_registry.holders.query import Holders
 from engine_registry.registration.writes import SOURCE_EVICTED
 
@@ -51,6 +51,12 @@ class PlaceTaken(Exception):
     def __init__(self, key: str, holders: Holders | None = None) -> None:
         super().__init__(key)
         self.holders = holders
+
+
+class GoneOn(Exception):
+    """The source has another version since it was chosen, and has not retained the one that was to
+    be read: choose again. Nothing was read.
+    """
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ class Attempt:
 
     def fill(self) -> Filled:
         """Raises SourceLost or TornRead where another attempt may do better, and Cancelled; they
-        say what has come. PlaceTaken where another load was faster to a source. Else what
-        `Transfer.run` and `DigestCheck` raise.
+        say what has come. PlaceTaken where another load was faster to a source, and GoneOn where
+        the source was faster. Else what `Transfer.run` and `DigestCheck` raise.
         """
         with ExitStack() as undo:
             place = self._enter(undo)
@@ -103,8 +109,8 @@ class Attempt:
     # -- sources
 
     def _enter(self, undo: ExitStack) -> Entered:
-        """Those that can be read from; TornRead, SourceLost or PlaceTaken if the others cannot be
-        spared, and are not any more what they were resolved to be.
+        """Those that can be read from; TornRead, SourceLost, PlaceTaken or GoneOn if the others
+        cannot be spared, and are not any more what they were resolved to be.
         """
         reader = self.republication.record if self.republication is not None else None
         entered = self.entrance.enter(self.choice, reader, undo)
@@ -117,9 +123,12 @@ class Attempt:
             key = missed.record.key
             if entered.is_taken(missed):
                 raise PlaceTaken(key, entered.holders)
-            if self.job.registry.current(missed.record) is None:
+            now = self.job.registry.current(missed.record)
+            if now is None:
                 self.lost.add([missed.record])
                 raise SourceLost(f"{key} is not registered any more", "load again", key=key)
+            if now.state is RankState.READY and now.version != missed.record.version:
+                raise GoneOn(f"{key} has gone on to version {now.version} before it was read")
             raise TornRead(f"the record of {key} changed before it was read", "load again", key=key)
         return entered
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from engine_loader import metrics
 from engine_loader.engines.base import with_regions
 from engine_loader.errors import Cancelled, LoaderError, SourceLost, TornRead
-from engine_loader.loading.attempt import Attempt, PlaceTaken
+from engine_loader.loading.attempt import Attempt, GoneOn, PlaceTaken
 from engine_loader.loading.finder import Finder
 from engine_loader.loading.job import Job
 from engine_loader.loading.lost import LostSources
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 # of a read that is torn by an update of the source, with about a second of waiting between them in
 # all
 TRIES = 5
+GONE_ON = 50  # times that a source has another version before it is read
 PLACES = 5  # that other loads take before ours, until it takes one that is not free
 _SPREAD_S = 0.02  # within which loads that have met look again
 _NOTHING = Choice("", [])
@@ -49,6 +50,7 @@ class Attempts:
     planner: Planner
     received: Received
     republication: Republication | None
+    gone_on: int = 0  # how often a source had another version before it was read
 
     def until_filled(self) -> LoadReport:
         """A torn read is tried again, lost sources are done without, until there is none left."""
@@ -89,6 +91,9 @@ class Attempts:
                 again = self._find(self.deadline)
                 choice = again if again.sources else choice
                 continue
+            except GoneOn as exc:
+                choice = self._choose_after(exc)
+                continue
             except SourceLost as exc:
                 choice = self._find_another()
                 if not choice.sources:
@@ -99,6 +104,14 @@ class Attempts:
                     extra=fields("failover", sources=exc.details.get("sources")),
                 )
             self.lost.count_failovers()
+
+    def _choose_after(self, exc: GoneOn) -> Choice:
+        log.debug("%s", exc, extra=fields("gone_on"))
+        self.gone_on += 1
+        choice = self._find(self.deadline) if self.gone_on < GONE_ON else _NOTHING
+        if not choice.sources:
+            raise TornRead(str(exc), "keep more snapshots, or make fewer") from exc
+        return choice
 
     def _attempt(self, choice: Choice, start: float, retries: int) -> LoadReport:
         attempt = Attempt(
