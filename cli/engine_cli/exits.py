@@ -26,6 +26,7 @@ _CODES = {
     "engine_loader.errors.SourceLost": Exit.INSTANCE,
     "engine_loader.errors.SourceUnreachable": Exit.INSTANCE,
     "engine_loader.errors.VersionUnavailable": Exit.INSTANCE,
+    "engine_loader.errors.DeltaDamaged": Exit.WEIGHTS,
     "engine_loader.errors.DigestMismatch": Exit.WEIGHTS,
     "engine_loader.errors.DigestsMissing": Exit.WEIGHTS,
     "engine_loader.errors.WeightsMismatch": Exit.WEIGHTS,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from engine_loader.engines.sockets.engine import SocketEngine as SocketEngine
     from engine_loader.errors import ArtifactInvalid as ArtifactInvalid
     from engine_loader.errors import Cancelled as Cancelled
+    from engine_loader.errors import DeltaDamaged as DeltaDamaged
     from engine_loader.errors import DigestMismatch as DigestMismatch
     from engine_loader.errors import DigestsMissing as DigestsMissing
     from engine_loader.errors import EngineFailed as EngineFailed
@@ -80,6 +81,7 @@ _MODULE_OF = {
     "Cancelled": "errors",
     "Catalogue": "loading.catalogue",
     "Comparison": "comparing.comparison",
+    "DeltaDamaged": "errors",
     "Destination": "tensors.destination",
     "Difference": "comparing.comparison",
     "DigestMismatch": "errors",

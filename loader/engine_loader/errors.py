@@ -17,6 +17,7 @@ LoaderError
 │   └── Stalled          the last source is there, but sends nothing
 ├── DigestMismatch       tensors are not what their source says they are
 ├── DigestsMissing       digests were asked for, but the source offers none
+├── DeltaDamaged         the changes that a source offers cannot be applied
 ├── TornRead             the source's weights changed while they were read, in every try
 └── Cancelled            the caller wanted it no longer
 """
@@ -96,6 +97,10 @@ class DigestMismatch(LoaderError):
 
 class DigestsMissing(LoaderError):
     """Digests were asked for, but the source offers none."""
+
+
+class DeltaDamaged(LoaderError):
+    """The changes that a source offers are damaged, or lead from other weights than ours."""
 
 
 class TornRead(LoaderError):
