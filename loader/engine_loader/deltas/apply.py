@@ -1,0 +1,179 @@
+"""Writes the changes of one tensor into ours. Pure.
+
+Called by a load that has read a section of a delta. The bytes may be anything: nothing is written
+before all of them are proven and have been found to fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from engine_loader.deltas.blocks import as_integers
+from engine_loader.deltas.format import (
+    BLOCK,
+    DENSE,
+    GAPS,
+    SAME,
+    SHORTS,
+    Section,
+    block_length,
+    check_fits,
+    padded,
+)
+from engine_loader.deltas.places import Ways, same_places
+from engine_loader.errors import DeltaDamaged
+from engine_loader.tensors.modes import plain_torch
+from engine_loader.tensors.regions import strides_of
+from engine_registry.schema.manifest import TensorEntry
+
+_AT_ONCE = 1 << 20  # elements, as their places take more memory than they
+
+
+@plain_torch()
+def apply(
+    data: torch.Tensor,
+    section: Section,
+    src: TensorEntry,
+    tensor: torch.Tensor,
+    dst: TensorEntry,
+) -> None:
+    """Brings a tensor from the content before the delta to the one behind it.
+
+    Elements that our tensor does not hold are left out. What it holds and the source's does not is
+    left as it is. A GPU may go on with the work after this returns.
+
+    Args:
+        data: uint8, the section's bytes as they were read, in memory that nobody else writes to.
+        section: what the directory says of it.
+        src: the source's entry of the tensor.
+        tensor: ours, which has the content before. It may lie on any device.
+        dst: our entry of it.
+
+    Raises:
+        DeltaDamaged: the bytes are not those that the directory states, or do not fit the source's
+            tensor. Nothing was written.
+        ValueError: the tensor is not as `dst` says, or is not of one whole with the source's.
+    """
+    _check(src, tensor, dst)
+    blocks = _proven(data, section, src)
+    ours = as_integers(tensor)
+    data = data.to(ours.device)
+    if data.storage_offset() % 8:  # integers are looked at where they lie
+        data = data.clone()
+    ways = (
+        None
+        if same_places(src, dst)
+        else Ways(src, dst, section.elements // prod(src.shape), ours.device)
+    )
+    for block in blocks:
+        values = data[block.values_at : block.values_at + block.count * section.itemsize]
+        values = values.view(ours.dtype)
+        if block.kind != DENSE:
+            for places, some in zip(_places(data, block), values.split(_AT_ONCE), strict=True):
+                for moved, held in ways.of(places, some) if ways else [(places, some)]:
+                    ours.scatter_(0, moved, held)
+        elif ways is None:
+            ours[block.first : block.first + block.count].copy_(values)
+        else:
+            for number, some in enumerate(values.split(_AT_ONCE)):
+                for moved, held in ways.of_run(block.first + number * _AT_ONCE, some):
+                    ours.scatter_(0, moved, held)
+
+
+def _check(src: TensorEntry, tensor: torch.Tensor, dst: TensorEntry) -> None:
+    if (
+        tuple(tensor.shape) != dst.shape
+        or tensor.nbytes != dst.nbytes
+        or strides_of(tensor) != dst.strides
+    ):
+        raise ValueError(f"{dst.name}: the tensor is not as its entry says")
+    if (src.dtype, src.global_shape) != (dst.dtype, dst.global_shape):
+        raise ValueError(f"{dst.name}: it is not of one whole with the source's")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Of so many elements that are listed; `first` is the place of the block's first element."""
+
+    kind: int
+    count: int
+    first: int
+    gaps_at: int
+    values_at: int
+
+    @property
+    def gaps_nbytes(self) -> int:
+        return _gaps_nbytes(self.kind, self.count)
+
+
+def _gaps_nbytes(kind: int, count: int) -> int:
+    return count * GAPS[kind].itemsize if kind in GAPS else 0
+
+
+def _proven(data: torch.Tensor, section: Section, src: TensorEntry) -> list[_Block]:
+    """The blocks in which something changed."""
+    check_fits(section, src)
+    packed = data.cpu().numpy()
+    if packed.nbytes != section.nbytes:
+        raise DeltaDamaged(f"{src.name}: {packed.nbytes} bytes came of {section.nbytes}")
+    if xxhash.xxh3_128_digest(packed.data) != section.digest:
+        raise DeltaDamaged(f"{src.name}: its changes differ from their digest")
+    blocks = []
+    for block, elements in _stated(packed, section, src):
+        if block.values_at + block.count * section.itemsize > section.nbytes:
+            raise DeltaDamaged(f"{src.name}: its changes are cut short")
+        if block.kind in GAPS:
+            gaps = packed[block.gaps_at : block.gaps_at + block.gaps_nbytes]
+            _check_gaps(gaps.view(GAPS[block.kind]), elements, src)
+        if block.kind != SAME:
+            blocks.append(block)
+    return blocks
+
+
+def _stated(
+    packed: npt.NDArray[Any], section: Section, src: TensorEntry
+) -> Iterator[tuple[_Block, int]]:
+    """Each block as the table has it, with how many elements it is of."""
+    step = block_length(section.itemsize)
+    starts = range(0, section.elements, step)
+    at = len(starts) * BLOCK.itemsize
+    if at > section.nbytes:
+        raise DeltaDamaged(f"{src.name}: its changes are cut short")
+    for first, (count, kind, _) in zip(starts, packed[:at].view(BLOCK).tolist(), strict=True):
+        elements = min(step, section.elements - first)
+        right = {SAME: count == 0, DENSE: count == elements}.get(kind, 0 < count <= elements)
+        if kind not in (SAME, *GAPS, DENSE) or not right:
+            raise DeltaDamaged(
+                f"{src.name}: a block of {elements} elements has kind {kind} and lists {count}"
+            )
+        values_at = at + padded(_gaps_nbytes(kind, count))
+        yield _Block(kind, count, first, at, values_at), elements
+        at = values_at + padded(count * section.itemsize)
+    if at != section.nbytes:
+        raise DeltaDamaged(f"{src.name}: its changes have {section.nbytes} bytes, and need {at}")
+
+
+def _check_gaps(gaps: npt.NDArray[Any], elements: int, src: TensorEntry) -> None:
+    if gaps.sum(dtype=np.int64) >= elements or np.count_nonzero(gaps[1:]) < len(gaps) - 1:
+        raise DeltaDamaged(f"{src.name}: changes lie outside of it, or two at one place")
+
+
+def _places(data: torch.Tensor, block: _Block) -> Iterator[torch.Tensor]:
+    """Of the elements that are listed, some after the others."""
+    gaps = data[block.gaps_at : block.gaps_at + block.gaps_nbytes]
+    last: int | torch.Tensor = block.first
+    for some in (gaps.view(torch.int16) if block.kind == SHORTS else gaps).split(_AT_ONCE):
+        if block.kind == SHORTS:  # which torch knows with signs
+            some = some.to(torch.int64) & 0xFFFF
+        places = some.cumsum(0, dtype=torch.int64)
+        places += last
+        last = places[-1]
+        yield places

@@ -1,0 +1,249 @@
+"""Writes the delta between two versions of a rank's tensors into a buffer. Pure.
+
+Called by a publisher that keeps both versions. Threads work on blocks if it wants several; they end
+before `encode` returns.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+
+from engine_loader.deltas.blocks import Block, as_integers, block_of
+from engine_loader.deltas.format import (
+    BLOCK,
+    BLOCK_NBYTES,
+    HEADER_NBYTES,
+    DeltaHeader,
+    Section,
+    block_length,
+    first_names,
+    packed_directory,
+    padded,
+)
+from engine_loader.tensors.cuda import wait_for
+from engine_loader.tensors.modes import plain_torch
+from engine_loader.tensors.regions import strides_of
+from engine_registry.schema.manifest import TensorEntry
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """How long a delta is, and how many tensors changed."""
+
+    nbytes: int
+    tensors: int
+
+
+_SMALL = 64  # tensors that a thread takes at a time
+_Sides = tuple[torch.Tensor, torch.Tensor]  # a block before and after
+
+
+class _DoesNotFit(Exception):
+    pass
+
+
+@plain_torch()
+def encode(
+    entries: Sequence[TensorEntry],
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+    buffer: torch.Tensor,
+    from_content: str,
+    to_content: str,
+    threads: int = 1,
+) -> Encoded | None:
+    """Writes what differs between two versions of tensors that do not change meanwhile.
+
+    The header is erased first and written last. A reader that has the header already sees by the
+    digests that the rest has changed.
+
+    Args:
+        entries: all tensors of the manifest. Names that have the same memory in it have the same
+            memory in `after`.
+        before: the tensors of the content that readers have, by name.
+        after: the tensors of the content that the delta leads to.
+        buffer: uint8, one dimension, contiguous; on any device. See `capacity_of`.
+        from_content: the content of `before`, 32 hexadecimal digits.
+        to_content: the content of `after`.
+        threads: how many work at the same time, if the tensors lie in the host's memory.
+
+    Returns:
+        None if the delta does not fit into the buffer, which then has none.
+
+    Raises:
+        ValueError: a tensor is not as its entry says, or the buffer is too short for a header.
+    """
+    if buffer.dtype != torch.uint8 or buffer.ndim != 1 or not buffer.is_contiguous():
+        raise ValueError("a delta goes into a contiguous tensor of uint8 with one dimension")
+    if buffer.numel() < HEADER_NBYTES:
+        raise ValueError(f"a delta takes {HEADER_NBYTES} bytes at least")
+    erase(buffer)
+    pairs = _pairs(entries, before, after)
+    if not all(one.is_cpu for pair in pairs for one in (pair.before, pair.after)):
+        threads = 1  # the device works by itself
+    writer = _Writer(buffer)
+    try:
+        with closing(
+            _in_order((each for pair in pairs for each in pair.blocks()), threads)
+        ) as found:
+            for pair in pairs:
+                writer.write(pair, islice(found, pair.length))
+        header = writer.finish(len(entries), from_content, to_content)
+    except _DoesNotFit:
+        return None
+    wait_for([buffer.device])
+    buffer[:HEADER_NBYTES].copy_(_tensor(header.packed()))
+    wait_for([buffer.device])
+    return Encoded(header.nbytes, header.sections)
+
+
+@plain_torch()
+def erase(buffer: torch.Tensor) -> None:
+    """No reader takes the buffer for a delta's, until one is written again."""
+    buffer[:HEADER_NBYTES].zero_()
+    wait_for([buffer.device])
+
+
+class _Pair(NamedTuple):
+    """A tensor in two versions, as integers."""
+
+    number: int
+    before: torch.Tensor
+    after: torch.Tensor
+
+    @property
+    def length(self) -> int:
+        """In blocks."""
+        return -(-self.after.numel() // block_length(self.after.itemsize))
+
+    def blocks(self) -> Iterator[_Sides]:
+        step = block_length(self.after.itemsize)
+        for start in range(0, self.after.numel(), step):
+            yield self.before[start : start + step], self.after[start : start + step]
+
+
+def _pairs(
+    entries: Sequence[TensorEntry],
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+) -> list[_Pair]:
+    numbers = {name: at for at, name in enumerate(sorted(entry.name for entry in entries))}
+    firsts = first_names(entries)
+    pairs = []
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        if not entry.nbytes or firsts[entry.name] != entry.name:
+            continue
+        sides = before[entry.name], after[entry.name]
+        for one in sides:
+            if (
+                tuple(one.shape) != entry.shape
+                or one.nbytes != entry.nbytes
+                or strides_of(one) != entry.strides
+            ):
+                raise ValueError(f"{entry.name}: the tensor is not as its entry says")
+        pairs.append(_Pair(numbers[entry.name], *map(as_integers, sides)))
+    return pairs
+
+
+def _in_order(sides: Iterable[_Sides], threads: int) -> Generator[Block]:
+    """What changed in each. Threads are a few batches ahead, and no more."""
+    if threads <= 1:
+        yield from (block_of(*each) for each in sides)
+        return
+    pending: deque[Future[list[Block]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for batch in _batches(sides):
+                pending.append(pool.submit(_blocks_of, batch))
+                if len(pending) > 2 * threads:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _batches(sides: Iterable[_Sides]) -> Iterator[list[_Sides]]:
+    """Of a block, or of as much in small tensors."""
+    batch: list[_Sides] = []
+    for each in sides:
+        batch.append(each)
+        if sum(after.nbytes for _, after in batch) >= BLOCK_NBYTES or len(batch) == _SMALL:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+@plain_torch()
+def _blocks_of(batch: Sequence[_Sides]) -> list[Block]:
+    return [block_of(*each) for each in batch]
+
+
+class _Writer:
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self._buffer = buffer
+        self._end = HEADER_NBYTES
+        self._sections: list[Section] = []
+
+    def write(self, pair: _Pair, blocks: Iterator[Block]) -> None:
+        """A section, unless the tensor is the same."""
+        elements, itemsize = pair.after.numel(), pair.after.itemsize
+        start, table_nbytes = (
+            self._end,
+            BLOCK.itemsize * pair.length,
+        )
+        self._end += table_nbytes
+        table = []
+        for block in blocks:
+            table.append((block.count, block.kind, b""))
+            for part in (block.gaps, block.values):
+                if part is not None:
+                    self._put(part)
+        if not any(count for count, _, _ in table):
+            self._end = start
+            return
+        self._put_at(start, _tensor(np.array(table, BLOCK).tobytes()))
+        written = self._buffer[start : self._end].cpu().numpy().data
+        digest = xxhash.xxh3_128_digest(written)
+        self._sections.append(
+            Section(pair.number, itemsize, start, self._end - start, elements, digest)
+        )
+
+    def finish(self, tensors: int, from_content: str, to_content: str) -> DeltaHeader:
+        """Writes the directory. The header is yet to be written."""
+        packed, at = packed_directory(self._sections), self._end
+        if packed:
+            self._put(_tensor(packed))
+        digest = xxhash.xxh3_128_digest(packed)
+        return DeltaHeader(
+            from_content, to_content, self._end, tensors, len(self._sections), at, digest
+        )
+
+    def _put(self, part: torch.Tensor) -> None:
+        """Filled up with zeros to a multiple of 8 bytes."""
+        self._put_at(self._end, part)
+        end = self._end + part.nbytes
+        self._end = padded(end)
+        if self._end > end:
+            self._buffer[end : self._end].zero_()
+
+    def _put_at(self, start: int, part: torch.Tensor) -> None:
+        if start + padded(part.nbytes) > self._buffer.numel():
+            raise _DoesNotFit
+        self._buffer[start : start + part.nbytes].copy_(part.view(torch.uint8))
+
+
+def _tensor(packed: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
