@@ -28,7 +28,7 @@ from engine_loader.deltas.format import (
     check_fits,
     padded,
 )
-from engine_loader.deltas.places import Ways, same_places
+from engine_loader.deltas.places import Moved, Way, same_places, ways
 from engine_loader.errors import DeltaDamaged
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.regions import strides_of
@@ -68,24 +68,30 @@ def apply(
     data = data.to(ours.device)
     if data.storage_offset() % 8:  # integers are looked at where they lie
         data = data.clone()
-    ways = (
-        None
-        if same_places(src, dst)
-        else Ways(src, dst, section.elements // prod(src.shape), ours.device)
-    )
+    parts = section.elements // prod(src.shape)
+    into = None if same_places(src, dst) else ways(src, dst, parts, ours.device)
     for block in blocks:
         values = data[block.values_at : block.values_at + block.count * section.itemsize]
         values = values.view(ours.dtype)
-        if block.kind != DENSE:
-            for places, some in zip(_places(data, block), values.split(_AT_ONCE), strict=True):
-                for moved, held in ways.of(places, some) if ways else [(places, some)]:
-                    ours.scatter_(0, moved, held)
-        elif ways is None:
-            ours[block.first : block.first + block.count].copy_(values)
+        if into is None and block.kind == DENSE:
+            ours[block.first : block.end].copy_(values)
+        elif into is None:
+            for places, some in _listed(data, block, values):
+                ours.scatter_(0, places, some)
         else:
-            for number, some in enumerate(values.split(_AT_ONCE)):
-                for moved, held in ways.of_run(block.first + number * _AT_ONCE, some):
-                    ours.scatter_(0, moved, held)
+            for way in into:
+                if way.start < block.end and block.first < way.stop:
+                    for places, some in _moved(data, block, values, way):
+                        ours.scatter_(0, places, some)
+
+
+def _moved(data: torch.Tensor, block: _Block, values: torch.Tensor, way: Way) -> Iterator[Moved]:
+    if block.kind != DENSE:
+        for places, some in _listed(data, block, values):
+            yield from way.of(places, some)
+        return
+    for number, some in enumerate(values.split(_AT_ONCE)):
+        yield from way.of_run(block.first + number * _AT_ONCE, some)
 
 
 def _check(src: TensorEntry, tensor: torch.Tensor, dst: TensorEntry) -> None:
@@ -101,11 +107,12 @@ def _check(src: TensorEntry, tensor: torch.Tensor, dst: TensorEntry) -> None:
 
 @dataclass(frozen=True)
 class _Block:
-    """Of so many elements that are listed; `first` is the place of the block's first element."""
+    """Of the elements from `first` to `end`, of which so many are listed."""
 
     kind: int
     count: int
     first: int
+    end: int
     gaps_at: int
     values_at: int
 
@@ -127,35 +134,34 @@ def _proven(data: torch.Tensor, section: Section, src: TensorEntry) -> list[_Blo
     if xxhash.xxh3_128_digest(packed.data) != section.digest:
         raise DeltaDamaged(f"{src.name}: its changes differ from their digest")
     blocks = []
-    for block, elements in _stated(packed, section, src):
+    for block in _stated(packed, section, src):
         if block.values_at + block.count * section.itemsize > section.nbytes:
             raise DeltaDamaged(f"{src.name}: its changes are cut short")
         if block.kind in GAPS:
             gaps = packed[block.gaps_at : block.gaps_at + block.gaps_nbytes]
-            _check_gaps(gaps.view(GAPS[block.kind]), elements, src)
+            _check_gaps(gaps.view(GAPS[block.kind]), block.end - block.first, src)
         if block.kind != SAME:
             blocks.append(block)
     return blocks
 
 
-def _stated(
-    packed: npt.NDArray[Any], section: Section, src: TensorEntry
-) -> Iterator[tuple[_Block, int]]:
-    """Each block as the table has it, with how many elements it is of."""
+def _stated(packed: npt.NDArray[Any], section: Section, src: TensorEntry) -> Iterator[_Block]:
+    """Each block as the table has it."""
     step = block_length(section.itemsize)
     starts = range(0, section.elements, step)
     at = len(starts) * BLOCK.itemsize
     if at > section.nbytes:
         raise DeltaDamaged(f"{src.name}: its changes are cut short")
     for first, (count, kind, _) in zip(starts, packed[:at].view(BLOCK).tolist(), strict=True):
-        elements = min(step, section.elements - first)
+        end = min(first + step, section.elements)
+        elements = end - first
         right = {SAME: count == 0, DENSE: count == elements}.get(kind, 0 < count <= elements)
         if kind not in (SAME, *GAPS, DENSE) or not right:
             raise DeltaDamaged(
                 f"{src.name}: a block of {elements} elements has kind {kind} and lists {count}"
             )
         values_at = at + padded(_gaps_nbytes(kind, count))
-        yield _Block(kind, count, first, at, values_at), elements
+        yield _Block(kind, count, first, end, at, values_at)
         at = values_at + padded(count * section.itemsize)
     if at != section.nbytes:
         raise DeltaDamaged(f"{src.name}: its changes have {section.nbytes} bytes, and need {at}")
@@ -166,14 +172,16 @@ def _check_gaps(gaps: npt.NDArray[Any], elements: int, src: TensorEntry) -> None
         raise DeltaDamaged(f"{src.name}: changes lie outside of it, or two at one place")
 
 
-def _places(data: torch.Tensor, block: _Block) -> Iterator[torch.Tensor]:
-    """Of the elements that are listed, some after the others."""
+def _listed(data: torch.Tensor, block: _Block, values: torch.Tensor) -> Iterator[Moved]:
+    """The places and the values of a block that is not dense, some after the others."""
     gaps = data[block.gaps_at : block.gaps_at + block.gaps_nbytes]
+    if block.kind == SHORTS:
+        gaps = gaps.view(torch.int16)
     last: int | torch.Tensor = block.first
-    for some in (gaps.view(torch.int16) if block.kind == SHORTS else gaps).split(_AT_ONCE):
+    for gap, some in zip(gaps.split(_AT_ONCE), values.split(_AT_ONCE), strict=True):
         if block.kind == SHORTS:  # which torch knows with signs
-            some = some.to(torch.int64) & 0xFFFF
-        places = some.cumsum(0, dtype=torch.int64)
+            gap = gap.to(torch.int64) & 0xFFFF
+        places = gap.cumsum(0, dtype=torch.int64)
         places += last
         last = places[-1]
-        yield places
+        yield places, some

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine_loader.planning.boxes import Box
@@ -25,47 +26,27 @@ def same_places(src: TensorEntry, dst: TensorEntry) -> bool:
     return (src.shape, src.strides, src.along) == (dst.shape, dst.strides, dst.along)
 
 
-class Ways:
-    """From a source's tensor into all boxes of ours that meet it. An element is of `parts`
-    integers.
-    """
-
-    def __init__(
-        self, src: TensorEntry, dst: TensorEntry, parts: int, device: torch.device
-    ) -> None:
-        steps = steps_of(src)
-        order = sorted(
-            (axis for axis, size in enumerate(src.shape) if size > 1), key=lambda axis: -steps[axis]
-        )
-        self._ways = [
-            way
-            for box, ahead in placed(dst)
-            if (way := _way(src, order, box, ahead, parts, device)) is not None
-        ]
-
-    def of(self, places: torch.Tensor, values: torch.Tensor) -> Iterator[Moved]:
-        """Our places of the values that we hold, and these; some for each box."""
-        for way in self._ways:
-            yield way.of(places, values)
-
-    def of_run(self, start: int, values: torch.Tensor) -> Iterator[Moved]:
-        """The same of values that lie in a row from `start` on."""
-        for way in self._ways:
-            yield from way.of_run(start, values)
+def ways(src: TensorEntry, dst: TensorEntry, parts: int, device: torch.device) -> list[Way]:
+    """Into each box of our tensor that the source's has elements of. One is of `parts` integers."""
+    found = (_way(src, box, ahead, parts, device) for box, ahead in placed(dst))
+    return [way for way in found if way is not None]
 
 
 @dataclass(frozen=True)
-class _Way:
-    """Into one box. The sizes are those of the source's dimensions, the longest steps first. The
-    table of a dimension says for each coordinate how far it leads in our memory, or -1 outside of
-    the box.
+class Way:
+    """Into one box of ours. The sizes are those of the source's dimensions, the longest steps
+    first. The table of a dimension says for each coordinate how far it leads in our memory, or -1
+    outside of the box. No element before `start` or from `stop` on is in the box.
     """
 
     sizes: tuple[int, ...]
     tables: tuple[torch.Tensor, ...]
     ahead: int
+    start: int
+    stop: int
 
-    def of(self, places: torch.Tensor, values: torch.Tensor) -> Moved:
+    def of(self, places: torch.Tensor, values: torch.Tensor) -> Iterator[Moved]:
+        """Our places of the values that are in the box, and these."""
         rest = places
         ours = torch.full_like(places, self.ahead)
         kept = torch.ones_like(places, dtype=torch.bool)
@@ -75,11 +56,15 @@ class _Way:
             ours += far
             kept &= far >= 0
             rest = outer
-        return ours[kept], values[kept]
+        at = kept.nonzero().squeeze(1)
+        yield ours[at], values[at]
 
-    def of_run(self, start: int, values: torch.Tensor) -> Iterator[Moved]:
-        for first, box in _boxes_of_run(self.sizes, start, start + values.numel()):
-            part = values[first - start : first - start + box.volume].reshape(box.shape)
+    def of_run(self, first: int, values: torch.Tensor) -> Iterator[Moved]:
+        """The same of values that lie in a row from `first` on."""
+        for place, box in _boxes_of_run(
+            self.sizes, max(first, self.start), min(first + values.numel(), self.stop)
+        ):
+            part = values[place - first : place - first + box.volume].reshape(box.shape)
             ours = torch.full((), self.ahead, dtype=torch.int64, device=values.device)
             for axis, (table, offset, size) in enumerate(
                 zip(self.tables, box.offsets, box.shape, strict=True)
@@ -93,31 +78,36 @@ class _Way:
 
 
 def _way(
-    src: TensorEntry,
-    order: list[int],
-    placed_box: Placed,
-    ahead: int,
-    parts: int,
-    device: torch.device,
-) -> _Way | None:
+    src: TensorEntry, placed_box: Placed, ahead: int, parts: int, device: torch.device
+) -> Way | None:
     """None where the source has nothing of the box."""
     box, steps = placed_box
-    tables = []
-    for slices, start, size, step in zip(src.along, box.offsets, box.shape, steps, strict=True):
+    src_steps = steps_of(src)
+    tables: list[tuple[int, npt.NDArray[np.int64]]] = []  # each with the step at the source
+    for slices, start, size, step, src_step in zip(
+        src.along, box.offsets, box.shape, steps, src_steps, strict=True
+    ):
         whole = np.concatenate([np.arange(*some) for some in slices])
         inside = (whole >= start) & (whole < start + size)
         if not inside.any():
             return None
-        tables.append(np.where(inside, (whole - start) * (step * parts), -1))
-    chosen = [tables[axis] for axis in order]
-    # a dimension of size 1 has one coordinate, which is inside
-    sizes = [src.shape[axis] for axis in order]
+        if len(whole) > 1:  # or else its only coordinate is inside
+            tables.append((src_step, np.where(inside, (whole - start) * (step * parts), -1)))
+    tables.sort(key=lambda pair: -pair[0])
     if parts > 1:
-        chosen, sizes = [*chosen, np.arange(parts)], [*sizes, parts]
-    return _Way(
-        tuple(sizes),
-        tuple(torch.from_numpy(table.astype(np.int64)).to(device) for table in chosen),
+        tables.append((0, np.arange(parts)))
+    chosen = [table for _, table in tables]
+    start, stop = 0, 1
+    if chosen:
+        rows = (chosen[0] >= 0).nonzero()[0]
+        row = prod(map(len, chosen[1:]))
+        start, stop = int(rows[0]) * row, (int(rows[-1]) + 1) * row
+    return Way(
+        tuple(map(len, chosen)),
+        tuple(torch.from_numpy(table).to(device) for table in chosen),
         ahead * parts,
+        start,
+        stop,
     )
 
 
@@ -125,9 +115,10 @@ def _boxes_of_run(sizes: tuple[int, ...], start: int, stop: int) -> Iterator[tup
     """The elements from `start` to `stop` of a tensor that lies row by row, in boxes: each with the
     place of its first element.
     """
+    if start >= stop:
+        return
     if not sizes:
-        if start < stop:
-            yield start, Box((), ())
+        yield start, Box((), ())
         return
     row = prod(sizes[1:])
     first, last = -(-start // row), stop // row  # rows that are whole
@@ -143,8 +134,6 @@ def _boxes_of_run(sizes: tuple[int, ...], start: int, stop: int) -> Iterator[tup
 def _in_row(
     sizes: tuple[int, ...], number: int, start: int, stop: int
 ) -> Iterator[tuple[int, Box]]:
-    if start >= stop:
-        return
     ahead = number * prod(sizes[1:])
     for first, box in _boxes_of_run(sizes[1:], start - ahead, stop - ahead):
         yield first + ahead, Box((number, *box.offsets), (1, *box.shape))
