@@ -34,7 +34,7 @@ from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.regions import strides_of
 from engine_registry.schema.manifest import TensorEntry
 
-_AT_ONCE = 1 << 20  # elements, as their places take more memory than they
+_AT_ONCE = 1 << 20  # elements: their places take more memory than they do
 
 
 @plain_torch()

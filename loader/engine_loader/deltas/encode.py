@@ -44,7 +44,7 @@ class Encoded:
     tensors: int
 
 
-_SMALL = 64  # tensors that a thread takes at a time
+_MOST = 64  # blocks that a thread takes at a time
 _Sides = tuple[torch.Tensor, torch.Tensor]  # a block before and after
 
 
@@ -175,11 +175,11 @@ def _in_order(sides: Iterable[_Sides], threads: int) -> Generator[Block]:
 
 
 def _batches(sides: Iterable[_Sides]) -> Iterator[list[_Sides]]:
-    """Of a block, or of as much in small tensors."""
+    """Each is of as much as a block, or of several small ones."""
     batch: list[_Sides] = []
     for each in sides:
         batch.append(each)
-        if sum(after.nbytes for _, after in batch) >= BLOCK_NBYTES or len(batch) == _SMALL:
+        if len(batch) == _MOST or sum(after.nbytes for _, after in batch) >= BLOCK_NBYTES:
             yield batch
             batch = []
     if batch:
@@ -200,12 +200,8 @@ class _Writer:
     def write(self, pair: _Pair, blocks: Iterator[Block]) -> None:
         """A section, unless the tensor is the same."""
         elements, itemsize = pair.after.numel(), pair.after.itemsize
-        start, table_nbytes = (
-            self._end,
-            BLOCK.itemsize * pair.length,
-        )
-        self._end += table_nbytes
-        table = []
+        start, table = self._end, []
+        self._end += BLOCK.itemsize * pair.length
         for block in blocks:
             table.append((block.count, block.kind, b""))
             for part in (block.gaps, block.values):
@@ -215,8 +211,7 @@ class _Writer:
             self._end = start
             return
         self._put_at(start, _tensor(np.array(table, BLOCK).tobytes()))
-        written = self._buffer[start : self._end].cpu().numpy().data
-        digest = xxhash.xxh3_128_digest(written)
+        digest = xxhash.xxh3_128_digest(self._buffer[start : self._end].cpu().numpy().data)
         self._sections.append(
             Section(pair.number, itemsize, start, self._end - start, elements, digest)
         )
@@ -224,7 +219,7 @@ class _Writer:
     def finish(self, tensors: int, from_content: str, to_content: str) -> DeltaHeader:
         """Writes the directory. The header is yet to be written."""
         packed, at = packed_directory(self._sections), self._end
-        if packed:
+        if packed:  # torch makes no tensor of nothing
             self._put(_tensor(packed))
         digest = xxhash.xxh3_128_digest(packed)
         return DeltaHeader(

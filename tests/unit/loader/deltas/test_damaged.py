@@ -121,6 +121,24 @@ def test_a_delta_of_another_content_is_named() -> None:
             HEADER.must_lead(before, after)
 
 
+def test_a_reader_that_was_too_slow_sees_that_the_buffer_has_another_delta() -> None:
+    header = HEADER
+    assert header is not None
+    newer = {name: tensor.clone() for name, tensor in NEW.items()}
+    newer["a"][1::30] = 8
+    newer["c"][:] = 2.5
+    came = delta(ENTRIES, NEW, newer)
+    assert len(came) == len(DATA)
+    with pytest.raises(DeltaDamaged, match="differs from its digest"):
+        directory_of(header, came[header.directory_offset :], ENTRIES)
+    for name, section in GOOD.items():
+        (entry,) = [entry for entry in ENTRIES if entry.name == name]
+        ours = OLD[name].clone()
+        with pytest.raises(DeltaDamaged, match="differ from their digest"):
+            apply(bytes_of(came, section), section, entry, ours, entry)
+        assert torch.equal(ours, OLD[name])
+
+
 GOOD = sections_of(DATA, ENTRIES)
 
 
