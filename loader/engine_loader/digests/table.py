@@ -1,8 +1,9 @@
 """Digests of tensors' bytes, computed where the tensors lie, and the table in registered memory in
 which a source offers them.
 
-The table holds 16 bytes a tensor, in the order of the names. It is read over the transfer engine
-together with the weights, so the header proves of both that they are of one version.
+The table holds 16 bytes a tensor, in the order of the names, and behind these 16 bytes for each
+block of a longer tensor: see `DigestTable`. It is read over the transfer engine together with the
+weights, so the header proves of both that they are of one version.
 
 `xxh3_128` is for tensors in the host's memory. `multilinear_64` is for those of an accelerator,
 which has no such hash: the bytes, as 32-bit words, are multiplied with fixed random 64-bit numbers
@@ -32,7 +33,12 @@ log = logging.getLogger(__name__)
 NBYTES = 16
 _BLOCK_WORDS = 1 << 20  # 4 MiB, which on their way take five times as much
 _SHORT_NBYTES = 64 << 10
-Digest = Callable[[torch.Tensor], bytes]
+THREADS = min(8, os.cpu_count() or 1)
+# Of a block that has a digest of its own. Those of xxh3_128 fit into a core's cache, so that two
+# digests of them take one pass over the memory; those of multilinear_64 have sums anyway.
+BLOCK_NBYTES = {"xxh3_128": 1 << 20, "multilinear_64": 4 * _BLOCK_WORDS}
+# Of bytes in a row; with True, those of the blocks behind it, if there are several.
+Digest = Callable[[torch.Tensor, bool], bytes]
 K = TypeVar("K")
 
 
@@ -45,34 +51,47 @@ class DigestCell:
         names: Iterable[str],
         device: torch.device,
         algorithm: str,
+        block_nbytes: int = 0,
+        sizes: Iterable[int] = (),
         memory: torch.Tensor | None = None,
     ) -> None:
-        """In `memory` if that is given: `nbytes_for` so many names, on the device."""
+        """With `block_nbytes` there is room for the digests of blocks of tensors, whose `sizes`
+        these are. It lies in `memory` if that is given: as many bytes as `table_nbytes` says.
+        """
         self._names = sorted(names)
         if memory is None:
-            nbytes = self.nbytes_for(len(self._names))
+            nbytes = table_nbytes(len(self._names), sizes, block_nbytes)
             memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._bytes = memory.zero_()
         self.region = Region(self._bytes.data_ptr(), self._bytes.nbytes)
-        self.table = DigestTable(algorithm, self.region.addr)
+        self.table = DigestTable(algorithm, self.region.addr, block_nbytes)
 
-    @staticmethod
-    def nbytes_for(count: int) -> int:
-        """Of a table of so many digests. No region is empty."""
-        return max(1, count) * NBYTES
+    @classmethod
+    def with_blocks(
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device,
+        algorithm: str,
+        memory: torch.Tensor | None = None,
+    ) -> DigestCell:
+        """Of a source that offers these tensors."""
+        sizes = [tensor.nbytes for tensor in tensors.values()]
+        return cls(tensors, device, algorithm, BLOCK_NBYTES[algorithm], sizes, memory)
 
     @plain_torch()
     def write(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
         """The digests of the tensors as they are now, which are returned too."""
-        digests = digests_of(tensors, self.table.algorithm)
-        packed = bytearray(b"".join(digests[name] for name in self._names))
+        found = digests_of(tensors, self.table.algorithm, blocks=self.table.block_nbytes > 0)
+        some = [found[name] for name in self._names]
+        packed = bytearray(b"".join([one[:NBYTES] for one in some]))
+        packed += b"".join([one[NBYTES:] for one in some])  # of blocks
         if packed:
             self._bytes.copy_(torch.frombuffer(packed, dtype=torch.uint8))
-        return digests
+        return {name: one[:NBYTES] for name, one in found.items()}
 
     @plain_torch()
     def packed(self) -> bytes:
-        """All digests, in the order of the names."""
+        """All digests, in the order of the names, and those of blocks behind them."""
         return bytes(self._bytes.cpu().numpy())
 
     def read(self) -> dict[str, bytes]:
@@ -82,14 +101,24 @@ class DigestCell:
         }
 
 
+def table_nbytes(tensors: int, sizes: Iterable[int], block_nbytes: int) -> int:
+    """Of a table for so many tensors, with blocks of those that have these sizes."""
+    blocks = DigestTable("", 0, block_nbytes)
+    # no region is empty
+    return NBYTES * max(1, tensors + sum([blocks.blocks_of(nbytes) for nbytes in sizes]))
+
+
 def algorithm_for(device: torch.device) -> str:
     return "xxh3_128" if device.type == "cpu" else "multilinear_64"
 
 
 @plain_torch()
-def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, bytes]:
+def digests_of(
+    tensors: Mapping[K, torch.Tensor], algorithm: str, *, blocks: bool = False
+) -> dict[K, bytes]:
     """Of the bytes of each as they lie in memory; row by row where they do not lie together, as
-    those of a part of a tensor.
+    those of a part of a tensor. With `blocks`, those of the blocks of a longer tensor come behind
+    its own.
 
     KeyError for an algorithm that this version does not know.
     """
@@ -99,18 +128,17 @@ def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, byt
     digest = ALGORITHMS[algorithm]
     if digest is _multilinear_64:
         quick = {name: tensor for name, tensor in tensors.items() if _fits_kernel(tensor)}
-        if quick and (found := _by_kernel(quick)):
-            rest = digests_of(
-                {name: tensor for name, tensor in tensors.items() if name not in quick}, algorithm
-            )
+        if quick and (found := _by_kernel(quick, blocks)):
+            slow = {name: tensor for name, tensor in tensors.items() if name not in quick}
+            rest = digests_of(slow, algorithm, blocks=blocks)
             return {name: found[name] if name in quick else rest[name] for name in tensors}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # xxhash lets go of the GIL
+    with ThreadPoolExecutor(THREADS) as pool:  # xxhash lets go of the GIL
         pending: dict[
             K, bytes | Future[bytes]
         ] = {  # a short one is done before another thread has begun
-            name: digest(_as_bytes(tensor))
+            name: digest(_as_bytes(tensor), blocks)
             if tensor.nbytes < _SHORT_NBYTES
-            else pool.submit(digest, _as_bytes(tensor))
+            else pool.submit(digest, _as_bytes(tensor), blocks)
             for name, tensor in tensors.items()
         }
         return {
@@ -121,7 +149,13 @@ def digests_of(tensors: Mapping[K, torch.Tensor], algorithm: str) -> dict[K, byt
 def digest_of(tensor: torch.Tensor, algorithm: str) -> bytes:
     """Of a contiguous one."""
     with plain_torch():
-        return ALGORITHMS[algorithm](_as_bytes(tensor))
+        return ALGORITHMS[algorithm](_as_bytes(tensor), False)
+
+
+@plain_torch()
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Of one that is dense, as they lie in its memory."""
+    return _as_bytes(tensor if tensor.is_contiguous() else _as_it_lies(tensor))
 
 
 def _as_it_lies(tensor: torch.Tensor) -> torch.Tensor:
@@ -133,11 +167,21 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def _xxh3_128(flat: torch.Tensor) -> bytes:
-    return xxhash.xxh3_128(flat.cpu().numpy().data).digest()
+def _xxh3_128(flat: torch.Tensor, blocks: bool) -> bytes:
+    data = flat.cpu().numpy().data
+    block_nbytes = BLOCK_NBYTES["xxh3_128"]
+    if not blocks or len(data) <= block_nbytes:
+        return xxhash.xxh3_128_digest(data)
+    whole = xxhash.xxh3_128()
+    each = []
+    for start in range(0, len(data), block_nbytes):
+        block = data[start : start + block_nbytes]
+        whole.update(block)
+        each.append(xxhash.xxh3_128_digest(block))
+    return b"".join([whole.digest(), *each])
 
 
-def _multilinear_64(flat: torch.Tensor) -> bytes:
+def _multilinear_64(flat: torch.Tensor, blocks: bool) -> bytes:
     block_nbytes = 4 * _BLOCK_WORDS
     sums = []
     for start in range(0, flat.numel(), block_nbytes):
@@ -145,12 +189,25 @@ def _multilinear_64(flat: torch.Tensor) -> bytes:
         words = torch.zeros(-(-block.numel() // 4), dtype=torch.int32, device=flat.device)
         words.view(torch.uint8)[: block.numel()].copy_(block)  # aligned, and filled up with zeros
         sums.append((words.to(torch.int64) * _factors(flat.device)[: words.numel()]).sum())
-    return digest_of_sums(flat.numel(), torch.stack(sums).cpu().numpy().tobytes() if sums else b"")
+    packed = torch.stack(sums).cpu().numpy().tobytes() if sums else b""
+    return _digests_of_sums(flat.numel(), packed, blocks)
 
 
 def digest_of_sums(nbytes: int, sums: bytes) -> bytes:
     """By `multilinear_64`, of so many bytes whose blocks have these sums."""
     return xxhash.xxh3_128(nbytes.to_bytes(8, "little") + sums).digest()
+
+
+def _digests_of_sums(nbytes: int, sums: bytes, blocks: bool) -> bytes:
+    whole = digest_of_sums(nbytes, sums)
+    block_nbytes = 4 * _BLOCK_WORDS
+    if not blocks or nbytes <= block_nbytes:
+        return whole
+    each = [
+        digest_of_sums(min(block_nbytes, nbytes - start), sums[at : at + 8])
+        for at, start in zip(range(0, len(sums), 8), range(0, nbytes, block_nbytes), strict=True)
+    ]
+    return b"".join([whole, *each])
 
 
 def _fits_kernel(tensor: torch.Tensor) -> bool:
@@ -162,7 +219,7 @@ def _fits_kernel(tensor: torch.Tensor) -> bool:
     )
 
 
-def _by_kernel(tensors: Mapping[K, torch.Tensor]) -> dict[K, bytes]:
+def _by_kernel(tensors: Mapping[K, torch.Tensor], blocks: bool) -> dict[K, bytes]:
     """Of contiguous tensors on GPUs, a launch for each GPU; nothing where there is no kernel."""
     try:
         from engine_loader.digests.kernel import sum_blocks
@@ -183,7 +240,8 @@ def _by_kernel(tensors: Mapping[K, torch.Tensor]) -> dict[K, bytes]:
             for name, nbytes, first, count in zip(
                 here, sizes.tolist(), firsts.tolist(), counts.tolist(), strict=True
             ):
-                digests[name] = digest_of_sums(nbytes, sums[8 * first : 8 * (first + count)])
+                of_tensor = sums[8 * first : 8 * (first + count)]
+                digests[name] = _digests_of_sums(nbytes, of_tensor, blocks)
     except Exception as exc:  # noqa: BLE001  Triton has no common base of its errors, and needs a compiler at run time
         log.info(
             "digests on the GPU take longer, as their kernel cannot be had: %s",

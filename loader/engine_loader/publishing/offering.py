@@ -123,7 +123,7 @@ def offer_weights(
     device = weights.devices[0]
     algorithm = algorithm_for(device)
     wanted = engine.tallies == algorithm if options.digests is None else options.digests
-    digests = DigestCell(weights.parts, device, algorithm) if wanted else None
+    digests = DigestCell.with_blocks(weights.parts, device, algorithm) if wanted else None
     memory = undo.enter_context(ExitStack())
     use = USES.serve(owner, weights.runs, filled_by)
     memory.callback(USES.end, use)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine_loader.digests.table import DigestCell
+from engine_loader.digests.table import BLOCK_NBYTES, DigestCell, table_nbytes
 from engine_loader.errors import SnapshotsUnfit
 from engine_loader.options import Snapshots
 from engine_loader.publishing import header
@@ -71,7 +71,8 @@ def layout_of(manifest: Manifest) -> Layout:
         copied_with[entry.name] = longest
     at_header = _aligned(at)
     at_digests = at_header + _aligned(header.NBYTES)
-    nbytes = _aligned(at_digests + DigestCell.nbytes_for(len(manifest.tensors)))
+    sizes = [entry.nbytes for entry in manifest.tensors]
+    nbytes = _aligned(at_digests + table_nbytes(len(sizes), sizes, min(BLOCK_NBYTES.values())))
     return Layout(places, copied_with, at_header, at_digests, nbytes)
 
 
@@ -107,9 +108,13 @@ class Slot:
         )
         self.digests = None
         if algorithm is not None:
-            end = layout.digests + DigestCell.nbytes_for(len(weights.parts))
-            self.digests = DigestCell(
-                weights.parts, memory.device, algorithm, memory[layout.digests : end]
+            sizes = [part.nbytes for part in weights.parts.values()]
+            nbytes = table_nbytes(len(sizes), sizes, BLOCK_NBYTES[algorithm])
+            self.digests = DigestCell.with_blocks(
+                weights.parts,
+                memory.device,
+                algorithm,
+                memory[layout.digests : layout.digests + nbytes],
             )
         self.version: int | None = None
         self.content = ""

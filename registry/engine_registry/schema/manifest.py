@@ -67,10 +67,33 @@ class Region(NamedTuple):
 class DigestTable:
     """Where in the rank's memory the digests of its tensors lie, by what algorithm: 16 bytes each,
     in the order of the names.
+
+    With `block_nbytes`, the digests of blocks lie behind them, in the same order: of each tensor
+    that is longer than a block, those of all its blocks of so many bytes. The last one of a tensor
+    may be shorter.
     """
 
     algorithm: str
     addr: int
+    block_nbytes: int = 0
+
+    def blocks_of(self, nbytes: int) -> int:
+        """How many digests of blocks a tensor of so many bytes has besides its own."""
+        if not self.block_nbytes or nbytes <= self.block_nbytes:
+            return 0
+        return -(-nbytes // self.block_nbytes)
+
+    def slots(self, sizes: Mapping[str, int]) -> dict[str, range]:
+        """Of each tensor, by its name: the places in the table of the digests of its blocks, or of
+        its own where it is no longer than a block. `sizes` are the bytes of all tensors.
+        """
+        found: dict[str, range] = {}
+        behind = len(sizes)
+        for place, name in enumerate(sorted(sizes)):
+            blocks = self.blocks_of(sizes[name])
+            found[name] = range(behind, behind + blocks) if blocks else range(place, place + 1)
+            behind += blocks
+        return found
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from engine_registry.schema.manifest import (
     Export,
     Manifest,
     Region,
+    TensorEntry,
 )
 from engine_registry.schema.printable import is_unicode, short
 from engine_registry.schema.record import ManifestRef
@@ -47,7 +48,8 @@ MAX_BOXES = 1024  # of one tensor: 256 experts, each fused of two, have 512
 MAX_FUSED_BOXES = 1 << 20  # of all tensors that are several boxes: a reader compares each of them
 MAX_HANDLE_NBYTES = 256  # of an export; CUDA's have 64
 MAX_EXPORTS = 1 << 17  # that a reader opens; of torch's segments of 2 MiB that is 256 GiB
-MAX_MARKS = 4 << 20  # that a reader makes room for; of blocks of 1 MiB that is 4 TiB
+# Marks, and digests of blocks, that a reader makes room for; of blocks of 1 MiB that is 4 TiB.
+MAX_MARKS = MAX_BLOCK_DIGESTS = 4 << 20
 
 
 def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
@@ -75,6 +77,9 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
         data |= {"schema": 2, "strides": [entry.strides for entry in tensors]}
     if any(entry.slices is not None for entry in tensors):
         data |= {"schema": 3, "slices": [entry.slices for entry in tensors]}
+    if manifest.digests and manifest.digests.block_nbytes:
+        # beside the pair, which older readers take apart
+        data["digest_block_nbytes"] = manifest.digests.block_nbytes
     if manifest.block_nbytes:
         data["block_nbytes"] = manifest.block_nbytes
     if manifest.exports:
@@ -177,8 +182,18 @@ def _check_places(manifest: Manifest) -> None:
             f"its blocks of {manifest.block_nbytes} bytes have {manifest.marks} marks, "
             f"{MAX_MARKS} are the limit"
         )
-    table = manifest.digests
-    if table is not None and table.addr + DIGEST_NBYTES * len(manifest.tensors) > END_OF_MEMORY:
+    if manifest.digests is not None:
+        _check_digests(manifest.digests, manifest.tensors)
+
+
+def _check_digests(table: DigestTable, tensors: Sequence[TensorEntry]) -> None:
+    blocks = sum([table.blocks_of(entry.nbytes) for entry in tensors])
+    if blocks > MAX_BLOCK_DIGESTS:
+        raise ValueError(
+            f"its blocks of {table.block_nbytes} bytes have {blocks} digests, "
+            f"{MAX_BLOCK_DIGESTS} are the limit"
+        )
+    if table.addr + DIGEST_NBYTES * (len(tensors) + blocks) > END_OF_MEMORY:
         raise ValueError("the table of its digests reaches beyond what memory there is")
 
 
@@ -226,7 +241,7 @@ def _from_json(data: dict[str, Any]) -> Manifest:
     return Manifest(
         tensors,
         regions,
-        _digest_table(data.get("digests")),
+        _digest_table(data.get("digests"), data.get("digest_block_nbytes", 0)),
         values,
         natural(data.get("block_nbytes", 0)),
         _exports(data.get("exports", [])),
@@ -258,10 +273,10 @@ def _slices_column(data: Mapping[str, Any], count: int) -> Any:
     return data.get("slices", [None] * count)
 
 
-def _digest_table(value: Any) -> DigestTable | None:
+def _digest_table(value: Any, block_nbytes: Any) -> DigestTable | None:
     if value is None:
         return None
     algorithm, addr = value
     if not isinstance(algorithm, str) or not algorithm.isprintable():
         raise ValueError("the algorithm of its digests is not a line of text")
-    return DigestTable(algorithm, natural(addr))
+    return DigestTable(algorithm, natural(addr), natural(block_nbytes))

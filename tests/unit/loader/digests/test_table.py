@@ -12,10 +12,12 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_loader.digests import table
+from engine_loader.digests import parts, table
+from engine_loader.digests.parts import Part, digests_of_parts
 from engine_loader.digests.table import ALGORITHMS, DigestCell, algorithm_for, digests_of
 
 CPU = torch.device("cpu")
+BLOCK_NBYTES = 256
 
 
 @pytest.fixture(params=ALGORITHMS)
@@ -27,6 +29,7 @@ def algorithm(request: pytest.FixtureRequest) -> str:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that little data takes several."""
     monkeypatch.setattr(table, "_BLOCK_WORDS", 64)
+    monkeypatch.setattr(table, "BLOCK_NBYTES", dict.fromkeys(ALGORITHMS, BLOCK_NBYTES))
     monkeypatch.setattr(table, "_factors", functools.cache(table._factors.__wrapped__))
 
 
@@ -114,3 +117,36 @@ def test_a_table_of_no_tensors_is_memory_all_the_same(algorithm: str) -> None:
     cell.write({})
     assert cell.region.nbytes > 0
     assert cell.read() == {}
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 255, 256, 257, 512, 1000, 70_000])
+def test_the_digest_of_a_block_is_that_of_its_bytes(algorithm: str, nbytes: int) -> None:
+    some = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+    blocks = some.split(BLOCK_NBYTES) if nbytes > BLOCK_NBYTES else []
+    both = [digest(some, algorithm), *(digest(block, algorithm) for block in blocks)]
+    assert digests_of({"w": some}, algorithm, blocks=True)["w"] == b"".join(both)
+
+
+def test_a_table_with_blocks_has_them_where_the_manifest_says(algorithm: str) -> None:
+    tensors = {"b": torch.rand(100), "short": torch.rand(3), "a": torch.rand(200)}
+    cell = DigestCell.with_blocks(tensors, CPU, algorithm)
+    assert cell.write(tensors) == cell.read() == digests_of(tensors, algorithm)
+    packed = cell.packed()
+    assert len(packed) == cell.region.nbytes
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    for name, slots in cell.table.slots(sizes).items():
+        found = [packed[16 * slot : 16 * (slot + 1)] for slot in slots]
+        blocks = tensors[name].view(torch.uint8).split(BLOCK_NBYTES)
+        assert found == [digest(block, algorithm) for block in blocks]
+
+
+def test_parts_of_memory_have_the_digests_of_their_bytes_in_order(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_AT_ONCE_NBYTES", "_ON_DEVICE_NBYTES"):
+        monkeypatch.setattr(parts, name, 300)
+    one, other = (torch.randint(0, 256, (1000,), dtype=torch.uint8) for _ in range(2))
+    some = [Part(one, 0, 250), Part(other, 7, 500), Part(one, 250, 1), Part(other, 0, 1000)]
+    wanted = [digest(part.flat[part.start :][: part.nbytes], algorithm) for part in some]
+    assert list(digests_of_parts(some, algorithm)) == wanted
+    assert list(digests_of_parts([], algorithm)) == []

@@ -111,7 +111,7 @@ def a_large_manifest() -> Manifest:
     )
     exports = (Export(4096, 4096, bytes(range(64))),)
     return Manifest(
-        some.tensors, some.regions, DigestTable("xxh3-128", 16384), values, exports=exports
+        some.tensors, some.regions, DigestTable("xxh3-128", 16384, 8), values, exports=exports
     )
 
 

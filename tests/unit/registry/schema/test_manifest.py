@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from engine_registry import Manifest, Region, TensorEntry
 from engine_registry.errors import InvalidField, RecordDamaged, SchemaUnsupported
 from engine_registry.schema import manifest_format
-from engine_registry.schema.manifest import Export
+from engine_registry.schema.manifest import DigestTable, Export
 from engine_registry.schema.manifest_format import PART_NBYTES, decode, encode
 from engine_registry.schema.record import ManifestRef
 from tests.support.builders import a_manifest, an_entry
@@ -90,6 +90,9 @@ def fused(
     )
 
 
+BLOCKS = st.sampled_from([0, 1 << 50])
+
+
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     places = draw(regions())
@@ -102,6 +105,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     return Manifest(
         tuple(some),
         tuple(places),
+        digests=draw(st.none() | st.builds(DigestTable, st.just("x"), st.just(64), BLOCKS)),
         block_nbytes=draw(st.sampled_from([0, 1 << 50])),
         exports=tuple(exports),
     )
@@ -342,6 +346,8 @@ TOP = 1 << 63
         ({"dtype": ["float\x1b[2J"]}, "name or dtype is not text"),
         ({"digests": ["xxh3\n", 4096]}, "algorithm of its digests"),
         ({"digests": ["xxh3", TOP - 8]}, "the table of its digests reaches beyond"),
+        ({"digests": ["xxh3", 0], "digest_block_nbytes": -1}, "is not a natural number"),
+        ({"digests": ["xxh3", TOP - 64], "digest_block_nbytes": 1}, "of its digests reaches"),
         ({"block_nbytes": -1}, "is not a natural number"),
         ({"exports": [[4096, 24, ""]]}, "no allocation with a handle"),
         ({"exports": [[4096, 0, "eA=="]]}, "no allocation with a handle"),
@@ -465,3 +471,27 @@ def test_the_digest_is_checked_before_anything_is_unpacked() -> None:
     ref, parts = pack({"schema": 99})
     with pytest.raises(RecordDamaged, match="does not match the digest"):
         decode(OWNER, replace(ref, digest="0" * 64), parts)
+
+
+def test_an_older_reader_finds_the_digests_of_tensors_where_it_expects_them() -> None:
+    some = replace(a_manifest(an_entry()), digests=DigestTable("xxh3_128", 64, 1 << 20))
+    data = json.loads(zlib.decompress(b"".join(encode(some)[1])))
+    assert (data["schema"], data["digests"]) == (1, ["xxh3_128", 64])
+    del data["digest_block_nbytes"]  # as an older source
+    assert decode(OWNER, *pack(data, 1, some.nbytes)).digests == DigestTable("xxh3_128", 64)
+
+
+def test_digests_of_the_blocks_lie_behind_those_of_the_tensors_of_longer_ones() -> None:
+    table = DigestTable("xxh3_128", 64, 10)
+    slots = table.slots({"c": 11, "a": 25, "b": 10, "none": 0})
+    assert slots == {"a": range(4, 7), "b": range(1, 2), "c": range(7, 9), "none": range(3, 4)}
+    assert DigestTable("xxh3_128", 64).slots({"b": 10, "a": 25}) == {
+        "a": range(1),
+        "b": range(1, 2),
+    }
+
+
+def test_blocks_so_short_that_a_table_would_fill_the_memory_of_readers_are_refused() -> None:
+    some = a_manifest(an_entry(nbytes=5 << 20, shape=(5 << 18,), dtype="float32"))
+    with pytest.raises(InvalidField, match="its blocks of 1 bytes have 5242880 digests"):
+        encode(replace(some, digests=DigestTable("xxh3_128", 64, 1)))
