@@ -45,6 +45,10 @@ READ_NBYTES = Counter(
     "engines_loader_read_bytes",
     "Bytes that have come from sources, also those that were read again.",
 )
+SKIPPED_NBYTES = Counter(
+    "engines_loader_skipped_bytes",
+    "Bytes that loads with `reuse` did not read, as the tensors held them already.",
+)
 LOAD_S = Histogram(
     "engines_loader_load_seconds",
     "How long loads took that succeeded.",
@@ -108,9 +112,10 @@ def reason_of(error: errors.LoaderError) -> str:
     return "evicted" if isinstance(error, errors.SourceEvicted) else "lost"
 
 
-def count_loaded(nbytes: int, seconds: float) -> None:
+def count_loaded(nbytes: int, seconds: float, skipped_nbytes: int = 0) -> None:
     LOADS.inc("loaded")
     LOADED_NBYTES.inc(amount=nbytes)
+    SKIPPED_NBYTES.inc(amount=skipped_nbytes)
     LOAD_S.observe(seconds)
     LOAD_NBYTES_PER_S.observe(nbytes / seconds if seconds else 0.0)
 

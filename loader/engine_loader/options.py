@@ -51,7 +51,13 @@ class LoadOptions:
             `InstanceStatus.contents` gives them. So several processes load the same weights.
         max_sources: How many sources with the same content are read at once, at most.
         partial: Whether the source may have more tensors than are loaded.
-        pipelined: Whether a rank that is still loading may be a source. Digests switch this off.
+        reuse: Whether bytes that the tensors hold already stay, and are not read again: digests of
+            them, block by block, are computed now and compared with those of the sources. That
+            costs a pass over the tensors' memory. It pays where many blocks are equal: for a
+            fine-tune of what the tensors hold, or for a rank that missed an update of some layers.
+            From sources without digests all is read.
+        pipelined: Whether a rank that is still loading may be a source. Digests switch this off,
+            as does `reuse`.
         pace: How much is in flight, and how long a source may stay silent. None takes the pace of
             the engine's protocol.
         progress: Called with a `Progress` while bytes arrive, and each second while none do, in the
@@ -70,6 +76,7 @@ class LoadOptions:
     contents: Sequence[str] | None = None
     max_sources: int = 4
     partial: bool = False
+    reuse: bool = False
     pipelined: bool = True
     pace: Pace | None = None
     progress: OnProgress | None = None
@@ -87,6 +94,7 @@ class LoadOptions:
         _set(self, "contents", _checked_contents(self.contents))
         _set(self, "max_sources", whole("max_sources", self.max_sources, 1))
         _check(self, "partial", lambda value: isinstance(value, bool), "True or False")
+        _check(self, "reuse", lambda value: isinstance(value, bool), "True or False")
         _check(self, "pipelined", lambda value: isinstance(value, bool), "True or False")
         _check(self, "pace", lambda value: hasattr(value, "chunk_nbytes"), "a Pace")
         _check(self, "progress", callable, "a function that takes a Progress")

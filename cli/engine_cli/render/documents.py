@@ -201,6 +201,7 @@ def loaded_json(report: LoadReport, paths: Sequence[Path]) -> dict[str, Any]:
         "tensors": report.tensors,
         "nbytes": report.nbytes,
         "read_nbytes": report.read_nbytes,
+        "skipped_nbytes": report.skipped_nbytes,
         "reads": report.reads,
         "retries": report.retries,
         "seconds": round(report.seconds, 6),

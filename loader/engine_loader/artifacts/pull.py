@@ -33,6 +33,7 @@ from engine_registry.telemetry.logs import fields
 log = logging.getLogger(__name__)
 _REFUSED = {
     "verify": "leave it out: digests are always compared",
+    "reuse": "leave it out: the memory is new",
     "partial": "leave it out: all of the artifact is pulled",
     "version": "leave it out: what is offered for the key is pulled",
     "contents": "leave it out: what is offered for the key is pulled",

@@ -6,7 +6,7 @@ Starts threads that end before the last digest is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class Part(NamedTuple):
     nbytes: int
 
 
-def digests_of_parts(parts: Sequence[Part], algorithm: str) -> Iterator[bytes]:
+def digests_of_parts(parts: Sequence[Part], algorithm: str) -> Generator[bytes, None, None]:
     """In their order. Some are given while others are still computed."""
     if algorithm == "xxh3_128" and all(part.flat.is_cpu for part in parts):
         pool = ThreadPoolExecutor(THREADS)

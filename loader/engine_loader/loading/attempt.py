@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,10 +23,11 @@ from engine_loader.loading.job import Job
 from engine_loader.loading.lost import LostSources
 from engine_loader.loading.report import Filled, with_what_came
 from engine_loader.planning.plan import Planner
-from engine_loader.planning.reads import Span
+from engine_loader.planning.reads import Span, payload_of
 from engine_loader.publishing.replica import Republication
 from engine_loader.sources.digest_check import DigestCheck
 from engine_loader.sources.entrance import Entered, Entrance
+from engine_loader.sources.held import HeldBytes
 from engine_loader.sources.selection import Choice
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
@@ -37,7 +39,9 @@ from engine_loader.transfer.staging import Staging
 from engine_registry import RankRecord, RankState
 from engine_registry.holders.query import Holders
 from engine_registry.registration.writes import SOURCE_EVICTED
+from engine_registry.telemetry.logs import fields
 
+log = logging.getLogger(__name__)
 _SUMMED_UP_S = 0.05  # between two looks whether there is something to sum up
 _STAGING_NBYTES = 48 << 20  # for what is not read straight to its place
 
@@ -83,9 +87,18 @@ class Attempt:
         with ExitStack() as undo:
             place = self._enter(undo)
             entered = place.sources
-            spans = self.planner.plan([source.origin for source in entered])
+            plan = self.planner.plan([source.origin for source in entered])
             check = self._digest_check(entered, undo)
+            start = time.monotonic()
+            if self.job.reuse and not self.received.compared:
+                self._compare(place, plan, undo)
+            spans: Sequence[Span] = plan
+            if (held := self.received.held) is not None:
+                spans = held.missing(plan)
+                if check is not None:
+                    check.spare(held.complete())
             transfer = self._transfer(place, spans, check, undo)
+            compare_s = time.monotonic() - start
             start = time.monotonic()
             self._bring(transfer, entered)
             transfer_s = time.monotonic() - start
@@ -98,9 +111,10 @@ class Attempt:
         return Filled(
             entered[most].record,
             spans,
+            payload_of(plan) - payload_of(spans) if held is not None else 0,
             transfer.shares,
             transfer_s,
-            digest_s,
+            compare_s + digest_s,
             verified=check is not None,
             outlived=[source.record.key for source in read if source.outlived],
             within_host=[source.record.key for source in read if source.within_host],
@@ -131,6 +145,46 @@ class Attempt:
                 raise GoneOn(f"{key} has gone on to version {now.version} before it was read")
             raise TornRead(f"the record of {key} changed before it was read", "load again", key=key)
         return entered
+
+    # -- what is there already
+
+    def _compare(self, place: Entered, plan: Sequence[Span], undo: ExitStack) -> None:
+        """What the tensors hold of the content counts as if it had come. Reads tables of digests
+        for that, if there are any.
+        """
+        entered, job, received = place.sources, self.job, self.received
+        held = HeldBytes(entered, job.device)
+        missing = received.arrivals.missing(plan)
+        nbytes = sum(span.read_nbytes for span in missing)
+        if not held.spans:
+            log.info(
+                "none of the sources has digests, so all is read",
+                extra=fields("nothing_to_compare", sources=[one.record.key for one in entered]),
+            )
+            return
+        held.lend(job.engine, undo)
+        transfer = Transfer(
+            job.engine,
+            held.spans,
+            [source.for_transfer() for source in entered],
+            job.pace,
+            lambda progress: self._report(
+                replace(progress, nbytes=0, total_nbytes=nbytes), 0, place
+            ),
+            job.cancel,
+            on_checked=held.receive,
+        )
+        self._bring(transfer, entered)
+        received.shares += transfer.shares
+        try:
+            found = held.find(missing, received.dst, job.destination.parts, job.cancel)
+        except Cancelled as exc:
+            raise with_what_came(exc, entered, received) from exc
+        for spans, numbers in found:
+            received.hold([entered[number].record for number in numbers], spans)
+        received.compared = True
+        if self.republication is not None:
+            self.republication.mark(received.arrivals)
 
     # -- reads
 

@@ -38,7 +38,10 @@ from engine_registry.watching.waiting import Wanted
 
 T = TypeVar("T")
 MAX_GROUP_NBYTES = 1 << 30
-_REFUSED = {"partial": "leave it out: `names` says which tensors are wanted"}
+_REFUSED = {
+    "partial": "leave it out: `names` says which tensors are wanted",
+    "reuse": "leave it out: the tensors are new",
+}
 
 
 @dataclass(frozen=True)

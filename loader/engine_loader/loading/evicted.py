@@ -16,20 +16,24 @@ from engine_registry import Registry
 def check_registered(
     registry: Registry, received: Received, sources: Sequence[SourceRank], shares: Sequence[Share]
 ) -> None:
-    """Asks etcd, when all bytes have come, for every rank that has brought some.
+    """Asks etcd, when all bytes have come, for every rank that has brought some, or has said of
+    some that they were there.
 
     A rank that was withdrawn, or whose process has ended, after it had been read and checked is as
     good as any. `shares` are those of the sources in this attempt. SourceEvicted.
     """
-    for source, share in zip(sources, shares, strict=True):
-        if share.nbytes and not source.is_registered() and source.was_evicted():
+    used = [
+        (source, share)
+        for source, share in zip(sources, shares, strict=True)
+        if share.nbytes or received.counts_on(source.record)
+    ]
+    for source, share in used:
+        if not source.is_registered() and source.was_evicted():
             share.error = SourceEvicted(
                 f"{source.record.key} was evicted meanwhile", key=source.record.key
             )
     received.find_evicted(registry, {source.record.incarnation for source in sources})
-    if gone := [
-        share.error for share in shares if isinstance(share.error, SourceEvicted) and share.nbytes
-    ]:
+    if gone := [share.error for _, share in used if isinstance(share.error, SourceEvicted)]:
         raise gone[0]
     if received.evicted:
         key = received.evicted[0].key

@@ -24,6 +24,7 @@ _REFUSED = {
     "version": "leave it out: the newest version is loaded",
     "contents": "leave it out: all files are of the contents that are found first",
     "partial": "leave it out: all tensors are loaded",
+    "reuse": "leave it out: the tensors are new",
 }
 
 
@@ -50,8 +51,8 @@ def load_full(
         max_file_nbytes: Bytes of tensors in one file, at most. A larger tensor has a file for
             itself.
         timeout_s: How many seconds to wait until a source is ready.
-        options: How to choose, read and check; see LoadOptions. Without `version`, `contents` and
-            `partial`.
+        options: How to choose, read and check; see LoadOptions. Without `version`, `contents`,
+            `partial` and `reuse`.
 
     Returns:
         What the loads of all files did together. Its `seconds` are without the writing.

@@ -17,7 +17,9 @@ from engine_registry import Registry
 
 @dataclass(frozen=True)
 class Job:
-    """`rank` is the one that is filled, if it is known."""
+    """`rank` is the one that is filled, if it is known. With `reuse`, what is there already is not
+    read.
+    """
 
     registry: Registry
     engine: Engine
@@ -27,6 +29,7 @@ class Job:
     pace: Pace
     on_progress: OnProgress
     cancel: threading.Event
+    reuse: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -74,6 +74,8 @@ def load(
     rank that is filled becomes such a source itself. So many ranks that load at once, each from
     the one before it, take little longer than one.
 
+    With `options.reuse`, blocks that the tensors hold already are not read.
+
     Nobody else may fill the tensors meanwhile. Published tensors are filled only inside their
     publication's `update()`. Nothing stays published if the load raises.
 
@@ -149,6 +151,7 @@ def load(
         pace=pace,
         on_progress=options.progress or _ignore,
         cancel=options.cancel or threading.Event(),
+        reuse=options.reuse,
     )
     destination.check_in_place(
         "tensors have other memory than when their Destination was made", "make a new one"
@@ -219,7 +222,10 @@ def _search(job: Job, source: Wanted, place: Place | None, options: LoadOptions)
         options.contents,
         options.max_sources,
         by_rank,
-        pipelined=by_rank and options.pipelined and options.verify != "digest",
+        # a rank that loads has no digests yet
+        pipelined=by_rank
+        and options.pipelined
+        and not (options.verify == "digest" or options.reuse),
         hop=hop_nbytes / max(dst.nbytes, 1),
         cancel=options.cancel,
     )
@@ -236,7 +242,7 @@ def _fill(attempts: Attempts) -> LoadReport:
         if attempts.republication is not None:
             attempts.republication.close()
         raise
-    metrics.count_loaded(report.nbytes, report.seconds)
+    metrics.count_loaded(report.nbytes, report.seconds, report.skipped_nbytes)
     log.info(
         "loaded %d bytes of %s version %d in %.3f s",
         report.nbytes,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine_loader.errors import Cancelled, LoaderError
-from engine_loader.planning.reads import Span
+from engine_loader.planning.reads import Span, payload_of
 from engine_loader.publishing.publication import Publication
 from engine_loader.sources.source import SourceRank
 from engine_loader.transfer.received import Received
@@ -21,7 +21,8 @@ class Filled:
     """
 
     record: RankRecord
-    spans: Sequence[Span]  # of the whole load
+    spans: Sequence[Span]  # of the whole load, without what was there already
+    skipped_nbytes: int  # of the tensors: they were there already
     shares: Sequence[Share]  # of this attempt
     transfer_s: float
     digest_s: float
@@ -44,11 +45,14 @@ class LoadReport:
         tensors: How many tensors were filled.
         nbytes: Bytes of the tensors.
         read_nbytes: Bytes that were read for them. They may be more where that was quicker.
+        skipped_nbytes: Bytes of the tensors that were not read, because digests of the sources
+            prove that they were there already. Only with `LoadOptions.reuse`.
         reads: How many reads the plan had.
         retries: How often the load began again because the weights had changed.
         seconds: Seconds of the whole load.
         transfer_s: Seconds of the reads with their checks.
-        digest_s: Seconds that digests took besides.
+        digest_s: Seconds that digests took besides: before the reads with `LoadOptions.reuse`, and
+            after them.
         regions: Regions of memory that the tensors lie in.
         register_s: Seconds that the transfer engine took to make these known to the network card.
             They are part of `seconds`. Over tcp they are next to nothing.
@@ -76,6 +80,7 @@ class LoadReport:
     transfer_s: float
     digest_s: float
     shares: tuple[Share, ...]
+    skipped_nbytes: int = 0
     regions: int = 0
     register_s: float = 0.0
     verified: bool = False
@@ -106,6 +111,7 @@ class LoadReport:
             "seconds": round(self.seconds, 6),
             "sources": [share.name for share in shares],
             "near": [share.near.value for share in shares],
+            **({"skipped_nbytes": self.skipped_nbytes} if self.skipped_nbytes else {}),
             **({"outlived": list(self.outlived)} if self.outlived else {}),
             **({"within_host": list(self.within_host)} if self.within_host else {}),
         }
@@ -128,7 +134,7 @@ def report_of(
         content=received.content,
         protocol=record.protocol,
         tensors=len(received.dst.tensors),
-        nbytes=sum(span.payload for span in filled.spans),
+        nbytes=payload_of(filled.spans) + filled.skipped_nbytes,
         read_nbytes=sum(span.read_nbytes for span in filled.spans),
         reads=len(filled.spans),
         retries=retries,
@@ -136,6 +142,7 @@ def report_of(
         transfer_s=filled.transfer_s,
         digest_s=filled.digest_s,
         shares=summed([*received.shares, *filled.shares]),
+        skipped_nbytes=filled.skipped_nbytes,
         regions=len(received.dst.regions),
         verified=filled.verified,
         outlived=tuple(filled.outlived),

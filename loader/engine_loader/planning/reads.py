@@ -86,6 +86,11 @@ class Span(NamedTuple):
             )
 
 
+def payload_of(spans: Iterable[Span]) -> int:
+    """Bytes that all of them bring."""
+    return sum([span.payload for span in spans])
+
+
 def span_of(srcs: Srcs, some: Lines) -> Span:
     """One that brings all of the lines.
 

@@ -7,7 +7,7 @@ the memory that was filled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -18,15 +18,15 @@ from engine_loader.digests.table import NBYTES, DigestCell, digest_of_sums, dige
 from engine_loader.engines.base import Engine, lend
 from engine_loader.engines.tally import Tally
 from engine_loader.errors import DigestMismatch, listed
-from engine_loader.planning.placed import steps_of
 from engine_loader.planning.reads import Span
 from engine_loader.publishing.header import peer_of_record
 from engine_loader.sources.early_digests import EarlyDigests
+from engine_loader.sources.pieces import part_of
 from engine_loader.sources.proofs import Group, Piece, proofs_of, same_part
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
 from engine_loader.tensors.modes import plain_torch
-from engine_registry.schema.manifest import Manifest, Slices, TensorEntry
+from engine_registry.schema.manifest import Manifest, TensorEntry
 
 
 class DigestCheck:
@@ -48,6 +48,7 @@ class DigestCheck:
         self._cells: dict[Group, DigestCell] = {}  # its table
         self._tallies: dict[Group, list[Tally]] = {}
         self._early: EarlyDigests | None = None  # unless the engine sums up what it reads
+        self._proven: Collection[str] = ()
         self.spans: list[Span] = []
         for group in self._proofs.groups:
             cell = self._cells[group] = DigestCell(group.names, device, self._algorithm)
@@ -87,6 +88,10 @@ class DigestCheck:
         if self._early is not None:
             self._early.add(spans)
 
+    def spare(self, names: Collection[str]) -> None:
+        """Of these tensors nothing is read, as digests have just proven what they hold."""
+        self._proven = names
+
     @property
     def tallied(self) -> bool:
         """The engine sums up some of what it reads."""
@@ -108,7 +113,11 @@ class DigestCheck:
         differing: set[str] = set()
         for group, cell in self._cells.items():
             theirs = cell.packed()
-            left = set(range(len(group.pieces)))
+            left = {
+                number
+                for number, piece in enumerate(group.pieces)
+                if piece.name not in self._proven
+            }
             # A tally that is not as the table says may have got some bytes twice.
             for number, digest in self._tallied(group):
                 at = NBYTES * group.slots[number]
@@ -167,35 +176,8 @@ class DigestCheck:
                 else:
                     views[piece] = tensor
             elif piece.slices is None:
-                views[piece] = _part(tensor, entry.along, piece)
+                views[piece] = part_of(tensor, entry.along, piece)
             else:  # a copy, so one at a time
-                part = {piece: _part(tensor, entry.along, piece)}
+                part = {piece: part_of(tensor, entry.along, piece)}
                 ours |= digests_of(part, self._algorithm)
         return ours | digests_of(views, self._algorithm)
-
-
-def _part(tensor: torch.Tensor, along: Slices, piece: Piece) -> torch.Tensor:
-    """What of the tensor, which holds these slices, is the piece: with its dimensions in the order
-    in which they lie in the memory that the digest is of.
-    """
-    steps = steps_of(piece)
-    order = sorted(range(tensor.ndim), key=lambda axis: -steps[axis])
-    tensor = tensor.permute(order)
-    for place, axis in enumerate(order):
-        ours, theirs = along[axis], piece.along[axis]
-        if ours != theirs:
-            parts = [_slice(tensor, place, ours, *some) for some in theirs]
-            tensor = parts[0] if len(parts) == 1 else torch.cat(parts, place).contiguous()
-    return tensor
-
-
-def _slice(
-    tensor: torch.Tensor, axis: int, ours: Sequence[tuple[int, int]], start: int, stop: int
-) -> torch.Tensor:
-    """A view. It lies in one of the slices that the tensor holds along the axis."""
-    ahead = 0
-    for begin, end in ours:
-        if begin <= start and stop <= end:
-            return tensor.narrow(axis, ahead + start - begin, stop - start)
-        ahead += end - begin
-    raise ValueError(f"{start}:{stop} along dimension {axis} is not in the tensor")

@@ -82,7 +82,7 @@ def proofs_of(manifests: Sequence[Manifest], dst: Manifest) -> Proofs:
 def _make(manifests: Sequence[Manifest], dst: Manifest) -> Proofs:
     alike: defaultdict[object, list[int]] = defaultdict(list)
     for number, manifest in enumerate(manifests):
-        alike[_content(manifest) if len(manifests) > 1 else None].append(number)
+        alike[described(manifest) if len(manifests) > 1 else None].append(number)
     offered = {offer.name for manifest in manifests for offer in manifest.tensors}
     tied = stand_ins(dst.tensors, offered)
     wanted = {entry.name: entry for entry in dst.tensors if entry.nbytes and entry.name not in tied}
@@ -95,7 +95,7 @@ def _make(manifests: Sequence[Manifest], dst: Manifest) -> Proofs:
     return Proofs(tuple(groups), tied)
 
 
-def _content(manifest: Manifest) -> frozenset[object]:
+def described(manifest: Manifest) -> frozenset[object]:
     """What its table has digests of, wherever it lies."""
     return frozenset([replace(entry, addr=0) for entry in manifest.tensors])
 
@@ -105,7 +105,7 @@ def _group(
 ) -> Group:
     names = sorted([offer.name for offer in manifests[0].tensors])
     place = {name: slot for slot, name in enumerate(names)}
-    offers = [offer for offer in manifests[0].tensors if _proves(offer, wanted.get(offer.name))]
+    offers = [offer for offer in manifests[0].tensors if proves(offer, wanted.get(offer.name))]
     apart = set(range(len(offers)))
     places: list[list[Region]] = []
     for manifest in manifests:
@@ -136,7 +136,7 @@ def _apart(regions: Sequence[Region]) -> set[int]:
     return found
 
 
-def _proves(offer: TensorEntry, entry: TensorEntry | None) -> bool:
+def proves(offer: TensorEntry, entry: TensorEntry | None) -> bool:
     """It is a part of what is wanted, if that is."""
     if entry is None or not of_one_tensor(offer, entry):
         return False

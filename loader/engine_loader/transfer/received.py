@@ -1,5 +1,5 @@
-"""What a load has got of one content, and from which ranks: so that the spans of an evicted
-rank can be discarded.
+"""What a load has of one content, and from which ranks: so that the spans of an evicted rank can be
+discarded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 class Received:
     """`arrivals` has all of it; `evicted` the ranks that are known not to count any more, see
-    `find_evicted`. `shares` are those of attempts that did not bring all.
+    `find_evicted`. `shares` are those of attempts that did not bring all. `compared`: what the
+    tensors held before has been compared with tables of digests.
     """
 
     def __init__(self, content: str, dst: Manifest, block_nbytes: int | None = None) -> None:
@@ -36,6 +37,9 @@ class Received:
         ] = {}  # by incarnation: ranks that have brought something
         # by incarnation: what each has brought
         self._spans: defaultdict[str, list[Span]] = defaultdict(list)
+        # what was there before, and the incarnations of all whose tables it takes to say so
+        self._held: list[tuple[Sequence[Span], frozenset[str]]] = []
+        self.compared = False
         self.arrivals = Arrivals(dst, block_nbytes)
         self.evicted: list[RankRecord] = []
 
@@ -48,6 +52,27 @@ class Received:
             self._records[record.incarnation] = record
             self._spans[record.incarnation] += spans
             self.arrivals.add(spans)
+
+    def hold(self, records: Sequence[RankRecord], spans: Sequence[Span]) -> None:
+        """They are of the content and were there before, as tables of all of these ranks say."""
+        if spans:
+            self._records |= {record.incarnation: record for record in records}
+            self._held.append((spans, frozenset([record.incarnation for record in records])))
+            self.arrivals.add(spans)
+
+    def counts_on(self, record: RankRecord) -> bool:
+        """Some of what there is counts only as long as nobody has evicted this rank."""
+        return record.incarnation in self._records
+
+    @property
+    def held(self) -> Arrivals | None:
+        """What was there before, if anything was."""
+        if not self._held:
+            return None
+        found = Arrivals(self.dst)
+        for spans, _ in self._held:
+            found.add(spans)
+        return found
 
     def find_evicted(self, registry: Registry, here: Collection[str]) -> None:
         """Looks in etcd for ranks that have brought something and were evicted since, but for those
@@ -81,21 +106,22 @@ class Received:
         """
         if records:
             records = [*records, *filter(_is_loading, self._records.values())]
-        found = [
-            record for record in records if self._spans.pop(record.incarnation, None) is not None
-        ]
-        for record in found:
-            del self._records[record.incarnation]
+        gone = {record.incarnation for record in records} & self._records.keys()
+        for incarnation in gone:
+            self._spans.pop(incarnation, None)
+            del self._records[incarnation]
+        self._held = [each for each in self._held if each[1].isdisjoint(gone)]
         self.evicted.clear()
-        if found:
+        if gone:
+            self.compared = False  # others may say the same
             keys = {record.key for record in records}
             for share in self.shares:
                 if share.name in keys:
                     share.nbytes = 0
             self.arrivals = Arrivals(self.dst, self._block_nbytes)
-            for spans in self._spans.values():
+            for spans in [*self._spans.values(), *(spans for spans, _ in self._held)]:
                 self.arrivals.add(spans)
-        return bool(found)
+        return bool(gone)
 
 
 def _is_loading(record: RankRecord) -> bool:

@@ -41,6 +41,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "contents": [CONTENT],
     "max_sources": 1,
     "partial": True,
+    "reuse": True,
     "pipelined": False,
     "pace": Pace(1 << 20, 2),
     "progress": print,
@@ -78,6 +79,7 @@ def test_each_option_can_be_given_and_none_can_be_changed(kind: type[Any]) -> No
         (LoadOptions, "max_sources", 0),
         (LoadOptions, "partial", None),
         (LoadOptions, "partial", "yes"),
+        (LoadOptions, "reuse", 1),
         (LoadOptions, "pipelined", 1),
         (LoadOptions, "pace", 5),
         (LoadOptions, "progress", "bar"),
@@ -121,8 +123,8 @@ def test_a_mapping_of_values_is_taken_as_it_is() -> None:
 
 REFUSED = {
     "load_instance": {"version", "contents"},
-    "load_full": {"version", "contents", "partial"},
-    "read_catalogue": {"partial"},
+    "load_full": {"version", "contents", "partial", "reuse"},
+    "read_catalogue": {"partial", "reuse"},
     "EngineReader": {"version", "contents", "partial"},
     "load_or_seed": {"version", "contents"},
     "publish_state_dict": {"values"},

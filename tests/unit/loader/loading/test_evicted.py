@@ -55,6 +55,17 @@ def check(received: Received, sources: list[SourceRank], shares: list[Share]) ->
     check_registered(cast(Registry, Etcd()), received, sources, shares)
 
 
+def test_an_evicted_source_does_not_count_that_has_only_said_what_was_there(
+    received: Received,
+) -> None:
+    received.hold([ONE], [FIRST])
+    share = Share(ONE.key, 0)
+    with pytest.raises(SourceEvicted, match=ONE.key):
+        check(received, [source(ONE, registered=False, evicted=True)], [share])
+    assert discard_evicted(received, [source(ONE)], [share])
+    assert received.arrivals.nbytes == 0
+
+
 @pytest.mark.parametrize(
     ("registered", "evicted", "nbytes"),
     [(True, True, 8), (True, False, 8), (False, False, 8), (False, True, 0)],

@@ -74,6 +74,25 @@ def test_what_an_evicted_rank_has_brought_is_forgotten(received: Received) -> No
     assert received.evicted == []  # else no other attempt could end well
 
 
+def test_what_was_there_counts_until_one_of_the_ranks_is_evicted_whose_tables_say_so() -> None:
+    other = a_record(incarnation="ab" * 16)
+    received = Received(CONTENT, a_manifest(an_entry(addr=4096, nbytes=16)))
+    assert Received(CONTENT, a_manifest()).held is None
+    received.hold([GOOD], [])
+    assert not received.counts_on(GOOD)
+    received.hold([GOOD], [FIRST])
+    received.hold([EVICTED, other], [SECOND])
+    received.compared = True
+    assert received.held is not None
+    assert (received.held.nbytes, received.arrivals.complete()) == (16, ["w"])
+    assert all(map(received.counts_on, [GOOD, EVICTED, other]))
+    assert received.discard([EVICTED])
+    assert (received.held.nbytes, received.arrivals.nbytes) == (8, 8)
+    assert not received.compared  # another rank may say the same
+    assert received.counts_on(GOOD)
+    assert not received.counts_on(EVICTED)
+
+
 def test_a_rank_that_has_brought_nothing_takes_nothing_with_it(received: Received) -> None:
     assert not received.discard([a_record(incarnation="ab" * 16)])
     assert received.arrivals.nbytes == 16
