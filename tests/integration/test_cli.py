@@ -1053,6 +1053,38 @@ def test_a_load_from_two_instances_is_verified_by_digests_and_says_what_came_fro
     assert report["digest_s"] > 0
 
 
+def test_a_file_that_is_replaced_gives_what_it_holds_already(
+    processes: Processes, tmp_path: Path
+) -> None:
+    base = {f"layer.{number}": torch.rand(1 << 18) for number in range(3)}
+    tuned = {**base, "layer.1": torch.rand(1 << 18), "head": torch.rand(7)}
+    for name, tensors in {"base": base, "tuned": tuned}.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        arguments = ["--rank", "0", "--world-size", "1", "--model", name]
+        weights = ["--weights", str(tmp_path / f"{name}.safetensors")]
+        server = processes.engines("register", name, *arguments, *weights)
+        assert line_of(server).startswith(f"registered {name}/0")
+    out = tmp_path / "out"
+    into = ["--rank", "0", "--out", str(out)]
+    processes.run("load", "base", *into)
+    replaced = processes.run("load", "tuned", *into, "--force", "--reuse", "--json")
+    report = json.loads(replaced.stdout)
+    assert (report["skipped_nbytes"], report["read_nbytes"]) == (2 << 20, (1 << 20) + 28)
+    found = load_file(out / "rank-0.safetensors")
+    assert found.keys() == tuned.keys()
+    assert all(torch.equal(found[name], tuned[name]) for name in tuned)
+    again = processes.run("load", "tuned", *into, "--force", "--reuse")
+    assert "3.1 MB in" in again.stdout
+    assert "; 3.1 MB were there already → " in again.stdout
+    (out / "rank-0.safetensors").write_bytes(b"no weights")
+    report = json.loads(
+        processes.run("load", "tuned", *into, "--force", "--reuse", "--json").stdout
+    )
+    assert report["skipped_nbytes"] == 0
+    refused = processes.run("load", "tuned", *into, "--reuse")
+    assert "--reuse goes with --rank, --out and --force" in refused.stderr
+
+
 # -- shards of ranks, and whole tensors made of them
 # -----------------------------------------------------------------------------
 

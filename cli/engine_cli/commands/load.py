@@ -86,6 +86,11 @@ from engine_registry.schema.printable import count
 @click.option(
     "--verify", is_flag=True, help="Compare every tensor with the digest that its source publishes."
 )
+@click.option(
+    "--reuse",
+    is_flag=True,
+    help="With --rank, --out and --force: do not read again what the file there holds already.",
+)
 @host_option("Address of this machine.")
 @protocol_option(
     "How to read; auto: the quickest way that the source is served over and this machine has, "
@@ -112,6 +117,7 @@ def command(
     drain: float,
     until_eof: bool,
     verify: bool,
+    reuse: bool,
     host: str | None,
     protocol: str,
     device: str,
@@ -160,6 +166,7 @@ def command(
             "leave it out, or say --serve",
             field="until_eof",
         )
+    _check_reuse(reuse, rank is not None and out is not None and force)
     endings = Endings()
     with ExitStack() as stack:
         stack.enter_context(serve_metrics())
@@ -171,6 +178,7 @@ def command(
                 force,
                 wait,
                 verify,
+                reuse,
                 host,
                 protocol,
                 device,
@@ -195,7 +203,8 @@ def command(
             click.echo(
                 f"loaded {name} version {report.version}: {count(report.tensors, 'tensor')}, "
                 f"{size(report.nbytes)} in {report.seconds:.2f} s ({report.gb_per_s:.2f} GB/s over "
-                f"{report.protocol}{registration(report.register_s)}){_where(paths)}"
+                f"{report.protocol}{registration(report.register_s)})"
+                f"{_skipped(report.skipped_nbytes)}{_where(paths)}"
             )
         if report.publication is not None:
             endings.listen(until_eof)
@@ -207,6 +216,19 @@ def command(
             endings.hold(report.publication, drain)
             report.publication.close()
             endings.say(report.publication, err=as_json)
+
+
+def _check_reuse(reuse: bool, replaces: bool) -> None:
+    if reuse and not replaces:
+        raise InvalidField(
+            "--reuse goes with --rank, --out and --force, as it is about the file that is replaced",
+            "leave it out, or say these as well",
+            field="reuse",
+        )
+
+
+def _skipped(nbytes: int) -> str:
+    return f"; {size(nbytes)} were there already" if nbytes else ""
 
 
 def _where(paths: Sequence[Path]) -> str:

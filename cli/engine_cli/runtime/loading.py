@@ -36,6 +36,7 @@ class Loading:
     force: bool
     wait_s: float
     verify: bool
+    reuse: bool
     host: str | None
     protocol: str
     device: str
@@ -84,7 +85,9 @@ class Loading:
                 if replica is not None
                 else None,
                 options=LoadOptions(
-                    verify="digest" if self.verify else "auto", progress=on_progress
+                    verify="digest" if self.verify else "auto",
+                    reuse=self.reuse,
+                    progress=on_progress,
                 ),
             )
         if report.publication is not None:

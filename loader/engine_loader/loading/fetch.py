@@ -22,6 +22,7 @@ from engine_registry import RankRecord, Registry
 from engine_registry.watching.waiting import Wanted
 
 _REFUSED = {"partial": "leave it out: all tensors are fetched"}
+_REFUSED_WHOLE = {"reuse": "leave it out, or say `rank`: the file of a rank can be reused"}
 
 
 def fetch(
@@ -64,7 +65,8 @@ def fetch(
         show_progress: Whether to show the bar.
         timeout_s: How many seconds to wait until a source is ready.
         options: How to choose, read and check; see LoadOptions. Without `partial`. With `rank`
-            None also without `version` and `contents`.
+            None also without `version`, `contents` and `reuse`. With `rank`, `reuse` does not read
+            what the file there already holds, which `force` allows to be replaced.
 
     Returns:
         The paths of the files. The index is the last one, where there is one.
@@ -80,7 +82,7 @@ def fetch(
     Example:
         `fetch("qwen-a", "weights", rank=0, registry="etcd-0:2379,etcd-1:2379")`
     """
-    refuse(options, "fetch", _REFUSED)
+    refuse(options, "fetch", _REFUSED if rank is not None else {**_REFUSED, **_REFUSED_WHOLE})
     folder = Path(out)
     path = rank_file(folder, rank, force) if rank is not None else None
     files = WholeFiles(folder, force=force) if rank is None else None

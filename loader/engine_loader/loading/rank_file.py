@@ -4,22 +4,33 @@ the command `engines load`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from engine_loader.engines.base import Engine
+from engine_loader.errors import LoaderError
+from engine_loader.files.disk import read_into
+from engine_loader.files.folder import files_of
 from engine_loader.files.format import check_storable
 from engine_loader.files.memory import allocate_like, shards_like
+from engine_loader.files.stored import Files
 from engine_loader.files.weights import write_weights
 from engine_loader.files.writing import room_for
 from engine_loader.loading.load import load
 from engine_loader.loading.report import LoadReport
 from engine_loader.options import LoadOptions
 from engine_loader.publishing.replica import Replica
+from engine_loader.tensors.dtypes import dtype_name
 from engine_registry import RankRecord, Registry
+from engine_registry.telemetry.logs import fields
 from engine_registry.watching.waiting import Wanted
+
+log = logging.getLogger(__name__)
 
 
 def copy_rank(
@@ -36,9 +47,9 @@ def copy_rank(
 ) -> LoadReport:
     """Loads one of the `records` from `source` into new memory, and writes it to `path`.
 
-    With `publish`, from any rank with the contents of the records, and it is served on. Raises what
-    `load` raises, and WeightsFileInvalid if the file cannot be written: before a byte moves, where
-    that is known then.
+    With `options.reuse`, what an older file at `path` holds is not loaded. With `publish`, from any
+    rank with the contents of the records, and it is served on. Raises what `load` raises, and
+    WeightsFileInvalid if the file cannot be written: before a byte moves, where that is known then.
     """
     record = records[rank]
     manifest = registry.manifest(record)
@@ -46,6 +57,8 @@ def copy_rank(
         check_storable(path, {entry.name: (entry.dtype, entry.shape) for entry in manifest.tensors})
     with room_for(path, manifest.nbytes) if path is not None else nullcontext():
         tensors = allocate_like(manifest)
+        if options.reuse and path is not None and path.exists():
+            _fill_from_file(tensors, path)
         report = load(
             registry,
             engine,
@@ -69,3 +82,19 @@ def copy_rank(
                     report.publication.close()
                 raise
     return report
+
+
+def _fill_from_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """What the file has of the same names, dtypes and shapes. A file that cannot be read is no
+    error, as it is to be replaced.
+    """
+    try:
+        (layout,) = Files(files_of(path)).layouts()
+        some = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if layout.get(name) == (dtype_name(tensor.dtype), tuple(tensor.shape))
+        }
+        read_into(path, some)
+    except LoaderError as exc:
+        log.info("nothing of %s is used: %s", path, exc, extra=fields("file_unused", error=exc))
