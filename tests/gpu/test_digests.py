@@ -24,6 +24,9 @@ def test_a_tensor_on_a_gpu_has_the_digest_that_it_has_in_the_host(
         monkeypatch.setattr(table, "_fits_kernel", lambda _: False)
     here = {nbytes: torch.randint(0, 256, (nbytes,), dtype=torch.uint8) for nbytes in SIZES}
     there = {nbytes: tensor.cuda() for nbytes, tensor in here.items()}
+    assert digests_of(there, "multilinear_64", blocks=True) == digests_of(
+        here, "multilinear_64", blocks=True
+    )
     unaligned = torch.zeros(1001, dtype=torch.uint8, device="cuda")[1:].copy_(here[1000])
     assert digests_of(there, "multilinear_64") == digests_of(here, "multilinear_64")
     assert digests_of({1000: unaligned}, "multilinear_64") == digests_of(

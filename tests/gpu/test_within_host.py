@@ -61,6 +61,19 @@ def test_weights_arrive_on_any_device_and_as_often_as_they_are_loaded(
         assert report.protocol == engine.protocol
 
 
+def test_blocks_that_a_gpu_holds_already_are_not_read(
+    registry: Registry, source: Source, engine: Engine
+) -> None:
+    source.do("publish 1")
+    found = zeroed(content(1), "cuda:1")
+    load(registry, engine, "a", rank=0, tensors=found)
+    found["t3"].add_(1)
+    found["long"][-1] ^= 1
+    report = load(registry, engine, "a", rank=0, tensors=found, options=LoadOptions(reuse=True))
+    assert_equal(found, content(1))
+    assert report.read_nbytes == found["t3"].nbytes + (4 << 20)
+
+
 def test_memory_that_a_process_publishes_later_is_not_taken_for_what_lay_there_before(
     registry: Registry, source: Source, engine: Engine
 ) -> None:

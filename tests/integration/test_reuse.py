@@ -7,29 +7,36 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine_loader import (
+    CudaIpcEngine,
     Engine,
     InProcessEngine,
+    LoadOptions,
     LoadReport,
     Pace,
     Publication,
     Replica,
     Shard,
     load,
+    load_or_seed,
     publish,
 )
 from engine_loader.digests.table import DigestCell
 from engine_loader.errors import Cancelled, DigestMismatch
+from engine_loader.publishing import offering
 from engine_registry import ModelIdentity, Registry
 from engine_registry.watching.waiting import Wanted
 from tests.integration.conftest import Processes, line_of
 from tests.integration.test_failover import at_half
 from tests.integration.test_load import Tensors, assert_equal
 from tests.support.engines import Interrupted, Meeting
+from tests.support.host_gpus import HostGpus
 from tests.support.options import for_load, for_publish
 from tests.support.processes.source import content
 
@@ -342,6 +349,32 @@ def test_a_load_that_is_cancelled_while_it_compares_ends(here: Offers, stack: Ex
         here.load(weights(), engine, cancel=cancel)
 
 
+# -- memory that is mapped
+# --------------------------------------------------------------------------------------------------
+
+
+def test_over_mapped_memory_blocks_of_4_mib_stay_and_all_is_verified(
+    registry: Registry, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of bytes that are not read the engine has no sums: digests of such tensors are computed."""
+    monkeypatch.setattr(offering, "algorithm_for", lambda _: "multilinear_64")
+    monkeypatch.setattr(offering, "check_can_be_served", lambda *_: None)
+    offers = Offers(registry, lambda: stack.enter_context(CudaIpcEngine(gpus=HostGpus())), stack)
+    generator = torch.Generator().manual_seed(3)
+    theirs = {
+        name: torch.randint(0, 256, (nbytes,), generator=generator, dtype=torch.uint8)
+        for name, nbytes in {"long": 9 * MIB, "short": 1000, "equal": 5 * MIB}.items()
+    }
+    tensors = copy_of(theirs)
+    tensors["long"][-1] ^= 1
+    tensors["short"].zero_()
+    offers(theirs, digests=None)
+    report = offers.load(tensors)
+    assert_equal(tensors, theirs)
+    assert report.verified
+    assert (report.read_nbytes, report.skipped_nbytes) == (MIB + 1000, 13 * MIB)
+
+
 # -- proofs
 # --------------------------------------------------------------------------------------------------
 
@@ -377,6 +410,30 @@ def test_what_is_there_is_passed_on_at_once_and_for_good(here: Offers) -> None:
         behind = weights(2)
         assert here.load(behind, source="b", reuse=False).read_nbytes == NBYTES
         assert_equal(behind, theirs)
+
+
+def test_a_start_from_peers_reads_what_an_older_checkpoint_lacks(
+    here: Offers, registry: Registry, stack: ExitStack, tmp_path: Path
+) -> None:
+    theirs, older = weights(), weights()
+    theirs["layer.1"][0] ^= 1
+    here(theirs)
+    save_file(older, tmp_path / "older.safetensors")
+    tensors = load_file(tmp_path / "older.safetensors")
+    with load_or_seed(
+        registry,
+        stack.enter_context(InProcessEngine()),
+        MODEL,
+        tensors,
+        rank=0,
+        world_size=1,
+        instance="b",
+        fallback=tmp_path / "older.safetensors",
+        load=LoadOptions(reuse=True),
+    ) as seeded:
+        assert seeded.report is not None
+        assert (seeded.source, seeded.report.read_nbytes) == ("peers", MIB)
+    assert_equal(tensors, theirs)
 
 
 def test_published_tensors_take_over_what_differs_in_an_update(here: Offers) -> None:

@@ -21,7 +21,6 @@ from engine_loader.digests.parts import digests_of_parts
 from engine_loader.digests.table import NBYTES, DigestCell, digests_of
 from engine_loader.engines.base import Engine, lend
 from engine_loader.errors import Cancelled, DigestsMissing
-from engine_loader.planning.arrivals import Runs
 from engine_loader.planning.held import Block, DigestedMemory, blocks_of
 from engine_loader.planning.placed import boxes_of
 from engine_loader.planning.reads import Span
@@ -166,13 +165,18 @@ def _equal_blocks(
         for block in blocks
         if (part := memory.part(block.dst_addr, block.nbytes)) is not None
     ]
-    runs = Runs()
+    spans: list[Span] = []
     with closing(digests_of_parts([part for _, part in some], table.algorithm)) as digests:
-        for (block, _), digest in zip(some, digests, strict=True):
+        for (block, part), digest in zip(some, digests, strict=True):
             _check(cancel)
-            if digest == table.digest(block.slot):
-                runs.add(block.dst_addr, block.dst_addr + block.nbytes)
-    spans = [Span(start, end - start, ()) for start, end in runs]
+            if digest != table.digest(block.slot):
+                continue
+            last = spans[-1] if spans else None
+            # no span leaves its tensor, as the next one may lie in another region
+            if last is not None and part.start and last.dst_addr + last.nbytes == block.dst_addr:
+                spans[-1] = last._replace(nbytes=last.nbytes + block.nbytes)
+            else:
+                spans.append(Span(block.dst_addr, block.nbytes, ()))
     return Held(spans, frozenset(table.brought_by))
 
 
