@@ -164,7 +164,7 @@ def _as_it_lies(tensor: torch.Tensor) -> torch.Tensor:
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A copy where the tensor is not contiguous."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _xxh3_128(flat: torch.Tensor, blocks: bool) -> bytes:

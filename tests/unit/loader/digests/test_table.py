@@ -97,6 +97,14 @@ def test_any_tensor_has_the_digest_of_its_bytes(algorithm: str, tensor: torch.Te
     assert digest(tensor, algorithm) == digest(flat, algorithm)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_single_column_has_the_digest_of_its_bytes_in_a_row(
+    algorithm: str, dtype: torch.dtype
+) -> None:
+    column = torch.arange(40).to(dtype).view(10, 4)[:, 1:2]
+    assert digest(column, algorithm) == digest(column.clone(), algorithm)
+
+
 def test_a_table_is_read_as_it_was_written_whatever_the_order_of_the_names(algorithm: str) -> None:
     tensors = {name: torch.rand(100) for name in ("b", "a", "c")}
     source, reader = (
