@@ -303,6 +303,17 @@ def test_sources_that_have_the_same_sum_up_together(stack: ExitStack, looked_at:
     assert torch.equal(reading.ours["w"], WORDS)
 
 
+def test_memory_is_not_looked_at_of_what_was_proven_to_be_there(
+    stack: ExitStack, looked_at: list[str]
+) -> None:
+    reading = Reading(stack)
+    reading.fill("w")
+    reading.fill("v")
+    reading.check.spare(["w"])
+    reading.check.compare(reading.dst)
+    assert looked_at == ["v"]
+
+
 def test_memory_is_looked_at_of_what_came_in_part(stack: ExitStack, looked_at: list[str]) -> None:
     reading = Reading(stack)
     reading.fill("w")
