@@ -17,7 +17,7 @@ from engine_loader.digests.table import THREADS, digests_of
 from engine_loader.tensors.modes import plain_torch
 
 _AT_ONCE_NBYTES = 16 << 20  # of parts in the host's memory, that a thread sees to
-_ON_DEVICE_NBYTES = 4 << 30  # of others, that one launch sees to
+_ON_DEVICE_NBYTES = 1 << 30  # of others, that one launch sees to
 
 
 class Part(NamedTuple):

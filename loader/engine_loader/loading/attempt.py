@@ -89,16 +89,17 @@ class Attempt:
             entered = place.sources
             plan = self.planner.plan([source.origin for source in entered])
             check = self._digest_check(entered, undo)
-            start = time.monotonic()
+            compare_s = 0.0
             if self.job.reuse and not self.received.compared:
+                start = time.monotonic()
                 self._compare(place, plan, undo)
+                compare_s = time.monotonic() - start
             spans: Sequence[Span] = plan
             if (held := self.received.held) is not None:
                 spans = held.missing(plan)
                 if check is not None:
                     check.spare(held.complete())
             transfer = self._transfer(place, spans, check, undo)
-            compare_s = time.monotonic() - start
             start = time.monotonic()
             self._bring(transfer, entered)
             transfer_s = time.monotonic() - start
@@ -155,7 +156,6 @@ class Attempt:
         entered, job, received = place.sources, self.job, self.received
         held = HeldBytes(entered, job.device)
         missing = received.arrivals.missing(plan)
-        nbytes = sum(span.read_nbytes for span in missing)
         if not held.spans:
             log.info(
                 "none of the sources has digests, so all is read",
@@ -163,16 +163,12 @@ class Attempt:
             )
             return
         held.lend(job.engine, undo)
-        transfer = Transfer(
+        none = Progress(0, sum(span.read_nbytes for span in missing))
+        transfer = held.transfer(
             job.engine,
-            held.spans,
-            [source.for_transfer() for source in entered],
             job.pace,
-            lambda progress: self._report(
-                replace(progress, nbytes=0, total_nbytes=nbytes), 0, place
-            ),
+            lambda progress: self._report(replace(none, silent=progress.silent), 0, place),
             job.cancel,
-            on_checked=held.receive,
         )
         self._bring(transfer, entered)
         received.shares += transfer.shares

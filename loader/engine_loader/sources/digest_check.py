@@ -7,7 +7,7 @@ the memory that was filled.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -48,7 +48,7 @@ class DigestCheck:
         self._cells: dict[Group, DigestCell] = {}  # its table
         self._tallies: dict[Group, list[Tally]] = {}
         self._early: EarlyDigests | None = None  # unless the engine sums up what it reads
-        self._proven: Collection[str] = ()
+        self._proven: frozenset[str] = frozenset()
         self.spans: list[Span] = []
         for group in self._proofs.groups:
             cell = self._cells[group] = DigestCell(group.names, device, self._algorithm)
@@ -88,9 +88,9 @@ class DigestCheck:
         if self._early is not None:
             self._early.add(spans)
 
-    def spare(self, names: Collection[str]) -> None:
+    def spare(self, names: Iterable[str]) -> None:
         """Of these tensors nothing is read, as digests have just proven what they hold."""
-        self._proven = names
+        self._proven = frozenset(names)
 
     @property
     def tallied(self) -> bool:

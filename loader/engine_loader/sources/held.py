@@ -30,6 +30,9 @@ from engine_loader.sources.proofs import Piece, described, proves
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
 from engine_loader.tensors.modes import plain_torch
+from engine_loader.transfer.pace import Pace
+from engine_loader.transfer.progress import OnProgress
+from engine_loader.transfer.scheduler import Transfer
 from engine_registry.schema.manifest import Manifest, TensorEntry
 
 
@@ -68,12 +71,13 @@ class _Table:
 
 
 class HeldBytes:
-    """Of one attempt: `lend`, read the `spans`, `receive` what has come, then `find`.
+    """Of one attempt: `lend`, run the `transfer` of the tables, then `find`.
 
-    Where no source has digests there are no spans.
+    Where no source has digests there are no `spans`, which bring the tables.
     """
 
     def __init__(self, sources: Sequence[SourceRank], device: torch.device) -> None:
+        self._sources = sources
         self._device = device
         self._memories: dict[int, DigestedMemory] = {}
         self._tables: list[_Table] = []
@@ -99,6 +103,15 @@ class HeldBytes:
         for table in self._tables:
             region = to_register(table.cell.region, self._device.type)
             lend(engine, undo, region, owner=table.cell)
+
+    def transfer(
+        self, engine: Engine, pace: Pace, on_progress: OnProgress, cancel: threading.Event
+    ) -> Transfer:
+        """Of the tables."""
+        sources = [source.for_transfer() for source in self._sources]
+        return Transfer(
+            engine, self.spans, sources, pace, on_progress, cancel, on_checked=self.receive
+        )
 
     def receive(self, number: int, spans: Sequence[Span]) -> None:
         """They have come from that source, and are of its content."""

@@ -343,10 +343,10 @@ def test_the_time_of_the_reads_and_that_of_the_checks_are_measured_apart(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.source()
-    times = iter([98.0, 99.0, 100.0, 103.0, 110.0])
+    times = iter([100.0, 103.0, 110.0])
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=times.__next__))
     filled = bench.attempt().fill()
-    assert (filled.transfer_s, filled.digest_s) == (3.0, 1.0 + 7.0)
+    assert (filled.transfer_s, filled.digest_s) == (3.0, 7.0)
 
 
 def test_what_had_come_before_is_not_read_again_and_counts_as_progress(bench: Bench) -> None:
