@@ -73,6 +73,15 @@ SNAPSHOT_S = Histogram(
     "How long the copy for a snapshot kept its caller waiting.",
     buckets=[0.001, 0.01, 0.1, 0.3, 1, 3, 10, 30, 60],
 )
+DELTA_NBYTES = Counter(
+    "engines_loader_delta_bytes",
+    "Bytes of the deltas that were written for snapshots.",
+)
+DELTA_S = Histogram(
+    "engines_loader_delta_seconds",
+    "How long it took to find out what had changed from one snapshot to the next.",
+    buckets=[0.001, 0.01, 0.1, 0.3, 1, 3, 10, 30, 60],
+)
 RETRIES = Counter(
     "engines_loader_torn_retries",
     "Loads that began again, as the weights had changed while they were read.",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Verify = Literal["auto", "header", "digest"]
 Options = TypeVar("Options", "LoadOptions", "PublishOptions", "Snapshots")
 MAX_SNAPSHOTS = 8  # the record names each of them
+MAX_DELTAS = 64  # a reader looks at the header of each
 _CONTENT = re.compile(r"[0-9a-f]{32}")
 
 
@@ -56,6 +57,9 @@ class LoadOptions:
             costs a pass over the tensors' memory. It pays where many blocks are equal: for a
             fine-tune of what the tensors hold, or for a rank that missed an update of some layers.
             From sources without digests all is read.
+        base: What the tensors hold: `contents` of the report of the load that filled them, if
+            nobody has changed them since. Sources that keep deltas from there bring only what has
+            changed, and digests prove it, as with `reuse`, which this includes.
         pipelined: Whether a rank that is still loading may be a source. Digests switch this off,
             as does `reuse`.
         pace: How much is in flight, and how long a source may stay silent. None takes the pace of
@@ -77,6 +81,7 @@ class LoadOptions:
     max_sources: int = 4
     partial: bool = False
     reuse: bool = False
+    base: Sequence[str] | None = None
     pipelined: bool = True
     pace: Pace | None = None
     progress: OnProgress | None = None
@@ -91,7 +96,8 @@ class LoadOptions:
                 field="verify",
             )
         _set(self, "version", whole_or_none("version", self.version))
-        _set(self, "contents", _checked_contents(self.contents))
+        _set(self, "contents", _checked_contents("contents", self.contents))
+        _set(self, "base", _checked_contents("base", self.base))
         _set(self, "max_sources", whole("max_sources", self.max_sources, 1))
         _check(self, "partial", lambda value: isinstance(value, bool), "True or False")
         _check(self, "reuse", lambda value: isinstance(value, bool), "True or False")
@@ -114,6 +120,10 @@ class Snapshots:
             device, of `snapshot_nbytes` each at least. None allocates it.
         retain_s: How many seconds a snapshot waits for the readers of the version that it takes
             the place of, from the moment on that this is not the newest any more.
+        deltas: How many deltas are kept: what has changed from one version to the next, so that a
+            reader that has the one reads only the changes. Deltas need digests.
+        changed: The share of the elements of each tensor that may change from one version to the
+            next. Each delta has memory for so many; where more have changed, there is none.
 
     Raises:
         InvalidField: A field is not valid; `details["field"]` names it.
@@ -126,6 +136,8 @@ class Snapshots:
     device: str | None = None
     buffers: Sequence[Any] | None = None
     retain_s: float = 30.0
+    deltas: int = 0
+    changed: float = 0.05
 
     def __post_init__(self) -> None:
         """Raises InvalidField. `buffers` are checked where they are used."""
@@ -138,6 +150,15 @@ class Snapshots:
             f"{self.count} tensors of uint8",
         )
         _set(self, "retain_s", seconds("retain_s", self.retain_s))
+        _set(self, "deltas", whole("deltas", self.deltas, 0, MAX_DELTAS))
+        _check(
+            self,
+            "changed",
+            lambda value: (
+                isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+            ),
+            "a part of 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +220,8 @@ class PublishOptions:
         if self.snapshots is not None and not isinstance(self.snapshots, Snapshots):
             count = whole("snapshots", self.snapshots, 2, MAX_SNAPSHOTS)
             _set(self, "snapshots", Snapshots(count=count))
+        if isinstance(self.snapshots, Snapshots) and self.snapshots.deltas:
+            _check(self, "digests", lambda value: value is not False, "needed for deltas")
         _check(self, "on_state", callable, "a function that takes a state and a reason")
 
 
@@ -233,18 +256,17 @@ def _check(options: Options, field: str, is_good: Callable[[Any], bool], expecte
         raise InvalidField(f"`{field}` {value!r} is not valid: it is {expected}", field=field)
 
 
-def _checked_contents(contents: object) -> tuple[str, ...] | None:
+def _checked_contents(field: str, contents: object) -> tuple[str, ...] | None:
     if contents is None:
         return None
     if not isinstance(contents, Sequence) or isinstance(contents, str):
         raise InvalidField(
-            f"`contents` {contents!r} is not valid: it is a sequence with one content for each "
-            "rank",
-            field="contents",
+            f"`{field}` {contents!r} is not valid: it is a sequence with one content for each rank",
+            field=field,
         )
     for content in contents:
         if not isinstance(content, str) or not _CONTENT.fullmatch(content):
             raise InvalidField(
-                f"`contents` has {content!r}: a content is 32 hexadecimal digits", field="contents"
+                f"`{field}` has {content!r}: a content is 32 hexadecimal digits", field=field
             )
     return tuple(contents)

@@ -202,6 +202,7 @@ def loaded_json(report: LoadReport, paths: Sequence[Path]) -> dict[str, Any]:
         "nbytes": report.nbytes,
         "read_nbytes": report.read_nbytes,
         "skipped_nbytes": report.skipped_nbytes,
+        "delta_nbytes": report.delta_nbytes,
         "reads": report.reads,
         "retries": report.retries,
         "seconds": round(report.seconds, 6),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 from engine_loader.engines.base import lend
 from engine_loader.errors import (
@@ -25,6 +26,7 @@ from engine_loader.loading.report import Filled, with_what_came
 from engine_loader.planning.plan import Planner
 from engine_loader.planning.reads import Span, payload_of
 from engine_loader.publishing.replica import Republication
+from engine_loader.sources.deltas import Deltas
 from engine_loader.sources.digest_check import DigestCheck
 from engine_loader.sources.entrance import Entered, Entrance
 from engine_loader.sources.held import HeldBytes
@@ -34,7 +36,7 @@ from engine_loader.tensors.cuda import to_register
 from engine_loader.transfer.pace import Pace
 from engine_loader.transfer.progress import Progress
 from engine_loader.transfer.received import Received
-from engine_loader.transfer.scheduler import Transfer
+from engine_loader.transfer.scheduler import OnChecked, Transfer
 from engine_loader.transfer.staging import Staging
 from engine_registry import RankRecord, RankState
 from engine_registry.holders.query import Holders
@@ -119,6 +121,7 @@ class Attempt:
             verified=check is not None,
             outlived=[source.record.key for source in read if source.outlived],
             within_host=[source.record.key for source in read if source.within_host],
+            contents=list(dict.fromkeys(source.record.content for source in entered)),
         )
 
     # -- sources
@@ -151,11 +154,10 @@ class Attempt:
 
     def _compare(self, place: Entered, plan: Sequence[Span], undo: ExitStack) -> None:
         """What the tensors hold of the content counts as if it had come. Reads tables of digests
-        for that, if there are any.
+        for that, if there are any, and deltas before.
         """
         entered, job, received = place.sources, self.job, self.received
         held = HeldBytes(entered, job.device)
-        missing = received.arrivals.missing(plan)
         if not held.spans:
             log.info(
                 "none of the sources has digests, so all is read",
@@ -163,15 +165,13 @@ class Attempt:
             )
             return
         held.lend(job.engine, undo)
-        none = Progress(0, sum(span.read_nbytes for span in missing))
-        transfer = held.transfer(
-            job.engine,
-            job.pace,
-            lambda progress: self._report(replace(none, silent=progress.silent), 0, place),
-            job.cancel,
-        )
-        self._bring(transfer, entered)
-        received.shares += transfer.shares
+        if job.base:
+            deltas = Deltas(
+                job.engine, entered, job.base, job.device, partial(self._bring_aside, place)
+            )
+            received.delta_nbytes += deltas.apply(received.dst, job.destination.parts, undo)
+        self._bring_aside(place, held.spans, held.receive)
+        missing = received.arrivals.missing(plan)
         try:
             found = held.find(missing, received.dst, job.destination.parts, job.cancel)
         except Cancelled as exc:
@@ -181,6 +181,26 @@ class Attempt:
         received.compared = True
         if self.republication is not None:
             self.republication.mark(received.arrivals)
+
+    def _bring_aside(
+        self,
+        place: Entered,
+        spans: Sequence[Span],
+        on_checked: OnChecked = lambda number, spans: None,
+    ) -> None:
+        """Reads what says how the tensors are to be, before they are filled."""
+        none = Progress(0, self.received.dst.nbytes)
+        transfer = Transfer(
+            self.job.engine,
+            spans,
+            [source.for_transfer() for source in place.sources],
+            self.job.pace,
+            lambda progress: self._report(replace(none, silent=progress.silent), 0, place),
+            self.job.cancel,
+            on_checked=on_checked,
+        )
+        self._bring(transfer, place.sources)
+        self.received.shares += transfer.shares
 
     # -- reads
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from engine_registry import Registry
 @dataclass(frozen=True)
 class Job:
     """`rank` is the one that is filled, if it is known. With `reuse`, what is there already is not
-    read.
+    read. `base` are contents that the tensors may have.
     """
 
     registry: Registry
@@ -30,6 +31,7 @@ class Job:
     on_progress: OnProgress
     cancel: threading.Event
     reuse: bool = False
+    base: Sequence[str] = ()
 
     @property
     def device(self) -> torch.device:

@@ -74,7 +74,8 @@ def load(
     rank that is filled becomes such a source itself. So many ranks that load at once, each from
     the one before it, take little longer than one.
 
-    With `options.reuse`, blocks that the tensors hold already are not read.
+    With `options.reuse`, blocks that the tensors hold already are not read. With `options.base`,
+    only changes are read where sources keep them.
 
     Nobody else may fill the tensors meanwhile. Published tensors are filled only inside their
     publication's `update()`. Nothing stays published if the load raises.
@@ -151,7 +152,8 @@ def load(
         pace=pace,
         on_progress=options.progress or _ignore,
         cancel=options.cancel or threading.Event(),
-        reuse=options.reuse,
+        reuse=options.reuse or options.base is not None,
+        base=options.base or (),
     )
     destination.check_in_place(
         "tensors have other memory than when their Destination was made", "make a new one"
@@ -223,9 +225,7 @@ def _search(job: Job, source: Wanted, place: Place | None, options: LoadOptions)
         options.max_sources,
         by_rank,
         # a rank that loads has no digests yet
-        pipelined=by_rank
-        and options.pipelined
-        and not (options.verify == "digest" or options.reuse),
+        pipelined=by_rank and options.pipelined and not (options.verify == "digest" or job.reuse),
         hop=hop_nbytes / max(dst.nbytes, 1),
         cancel=options.cancel,
     )

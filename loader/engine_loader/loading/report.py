@@ -29,6 +29,7 @@ class Filled:
     verified: bool  # by digests
     outlived: Sequence[str]  # keys of sources whose process has ended meanwhile
     within_host: Sequence[str]  # keys of sources that were read without the network
+    contents: Sequence[str]  # of the sources
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ class LoadReport:
         nbytes: Bytes of the tensors.
         read_nbytes: Bytes that were read for them. They may be more where that was quicker.
         skipped_nbytes: Bytes of the tensors that were not read, because digests of the sources
-            prove that they were there already. Only with `LoadOptions.reuse`.
+            prove that they were there already. Only with `LoadOptions.reuse` or `base`.
+        delta_nbytes: Bytes of deltas that were read. What they changed is part of `skipped_nbytes`.
+        contents: The contents of the ranks that it was loaded from, for `LoadOptions.base` of a
+            later load.
         reads: How many reads the plan had.
         retries: How often the load began again because the weights had changed.
         seconds: Seconds of the whole load.
@@ -81,6 +85,8 @@ class LoadReport:
     digest_s: float
     shares: tuple[Share, ...]
     skipped_nbytes: int = 0
+    delta_nbytes: int = 0
+    contents: tuple[str, ...] = ()
     regions: int = 0
     register_s: float = 0.0
     verified: bool = False
@@ -112,6 +118,7 @@ class LoadReport:
             "sources": [share.name for share in shares],
             "near": [share.near.value for share in shares],
             **({"skipped_nbytes": self.skipped_nbytes} if self.skipped_nbytes else {}),
+            **({"delta_nbytes": self.delta_nbytes} if self.delta_nbytes else {}),
             **({"outlived": list(self.outlived)} if self.outlived else {}),
             **({"within_host": list(self.within_host)} if self.within_host else {}),
         }
@@ -143,6 +150,8 @@ def report_of(
         digest_s=filled.digest_s,
         shares=summed([*received.shares, *filled.shares]),
         skipped_nbytes=filled.skipped_nbytes,
+        delta_nbytes=received.delta_nbytes,
+        contents=tuple(filled.contents),
         regions=len(received.dst.regions),
         verified=filled.verified,
         outlived=tuple(filled.outlived),

@@ -157,14 +157,17 @@ def make_slots(
     if options.buffers is not None:
         blocks = [_lent(buffer, layout.nbytes, device) for buffer in options.buffers]
     else:
-        blocks = _allocated(options.count, layout.nbytes, device, weights)
+        blocks = allocate(options.count, layout.nbytes, device, weights)
     return layout, [Slot(block, layout, weights, algorithm) for block in blocks]
 
 
 @plain_torch()
-def _allocated(
+def allocate(
     count: int, nbytes: int, device: torch.device, weights: Destination
 ) -> list[torch.Tensor]:
+    """So many blocks of memory for copies of the weights, or what is made of them. SnapshotsUnfit
+    where there is no memory for them.
+    """
     free = available_nbytes(device)
     if free is not None and count * nbytes > free:
         raise _unfit(count, nbytes, device, f"{free / 1e9:.1f} GB are free")

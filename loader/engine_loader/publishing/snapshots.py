@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,18 +17,20 @@ from dataclasses import replace
 import torch
 
 from engine_loader import metrics
-from engine_loader.digests.table import algorithm_for
+from engine_loader.deltas.encode import encode, erase
+from engine_loader.deltas.format import capacity_of
+from engine_loader.digests.table import THREADS, algorithm_for
 from engine_loader.engines.base import Engine, offer
 from engine_loader.options import PublishOptions, Snapshots
 from engine_loader.planning.content import content_of
 from engine_loader.publishing.header import Header
 from engine_loader.publishing.offering import Offering, check_can_be_served
-from engine_loader.publishing.slots import Layout, Slot, make_slots
+from engine_loader.publishing.slots import Layout, Slot, allocate, make_slots
 from engine_loader.tensors.cuda import to_register, wait_for
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.state_dict import encode_values
 from engine_loader.tensors.uses import USES
-from engine_registry import Manifest, new_incarnation
+from engine_registry import Manifest, Region, new_incarnation
 from engine_registry.errors import InvalidField
 from engine_registry.schema.record import WITHIN_HOST, Retained, new_content
 from engine_registry.telemetry.logs import fields
@@ -45,9 +48,10 @@ class SnapshotRing:
         layout: Layout,
         slots: Sequence[Slot],
         incarnation: str,
+        deltas: Sequence[torch.Tensor] = (),
     ) -> None:
         """`weights` are the tensors that are copied. The first slot is the present one, once it is
-        filled and revealed.
+        filled and revealed. `deltas` are buffers, each for what has changed in one snapshot.
         """
         self.weights = weights
         self.retain_s = options.retain_s
@@ -55,13 +59,14 @@ class SnapshotRing:
         self._layout = layout
         self._slots = slots
         self._incarnation = incarnation
+        self._deltas = deque(deltas)  # the oldest first
         self._pool = ThreadPoolExecutor(1, "snapshots")
         self._pending: Future[None] | None = None
 
     @property
     def nbytes(self) -> int:
         """Of all slots."""
-        return sum(slot.memory.nbytes for slot in self._slots)
+        return sum(one.nbytes for one in [*self._deltas, *(slot.memory for slot in self._slots)])
 
     def copied(self, changed: Iterable[str] | None) -> frozenset[str]:
         """The tensors whose copies bring what has changed. InvalidField names those that are not
@@ -115,12 +120,42 @@ class SnapshotRing:
         if slot.digests is not None:
             found = slot.digests.write(slot.tensors)
             content = content_of(manifest, found, slot.digests.table.algorithm)
+        if self._deltas and content not in ("", self.present.content):
+            self._write_delta(slot, content, manifest)
         slot.version, slot.content = version, content
         slot.header.write(Header(self._incarnation, 2 * version, content))
         if slot is not self.present:
             self.present.until = time.monotonic()
             self.present = slot
         return Retained(version, content, slot.header.region.addr, self._shift(slot))
+
+    def _write_delta(self, slot: Slot, content: str, manifest: Manifest) -> None:
+        """What has changed since the present one, in the place of the oldest delta."""
+        present = self.present
+        if slot is present or present.version is None:
+            return
+        began = time.monotonic()
+        buffer = self._deltas[0]
+        self._deltas.rotate(-1)
+        made = encode(
+            manifest.tensors,
+            present.tensors,
+            slot.tensors,
+            buffer,
+            present.content,
+            content,
+            threads=THREADS,
+        )
+        metrics.DELTA_S.observe(time.monotonic() - began)
+        if made is None:
+            log.info(
+                "too much has changed since version %d for a delta: a reader of it reads all "
+                "blocks that differ",
+                present.version,
+                extra=fields("delta_unfit", nbytes=buffer.nbytes),
+            )
+        else:
+            metrics.DELTA_NBYTES.inc(amount=made.nbytes)
 
     def _described(self, slot: Slot) -> Retained | None:
         if slot.version is None:
@@ -147,6 +182,8 @@ class SnapshotRing:
         self._pool.shutdown()
         for slot in self._slots:
             slot.header.retire()
+        for buffer in self._deltas:
+            erase(buffer)
 
 
 def offer_snapshots(
@@ -163,6 +200,7 @@ def offer_snapshots(
     device = _device_of(engine, weights, snapshots)
     algorithm = algorithm_for(device)
     wanted = engine.tallies == algorithm if options.digests is None else options.digests
+    wanted = wanted or snapshots.deltas > 0
     layout, slots = make_slots(weights, snapshots, device, algorithm if wanted else None)
     first = slots[0]
     check_can_be_served(engine, first.tensors)
@@ -170,8 +208,12 @@ def offer_snapshots(
     use = USES.serve(owner, sorted((slot.region.addr, slot.region.end) for slot in slots))
     memory.callback(USES.end, use)
     began = time.monotonic()
-    for slot in slots:
-        offer(engine, memory, to_register(slot.region, device.type))
+    nbytes = capacity_of(weights.manifest.tensors, snapshots.changed)
+    deltas = allocate(snapshots.deltas, nbytes, device, weights)
+    delta_regions = tuple(Region(one.data_ptr(), one.nbytes) for one in deltas)
+    regions = [*(slot.region for slot in slots), *delta_regions]
+    for region in regions:
+        offer(engine, memory, to_register(region, device.type))
     register_s = time.monotonic() - began
     metrics.REGISTER_S.observe(register_s)
     manifest = Manifest(
@@ -182,10 +224,11 @@ def offer_snapshots(
         (first.region,),
         digests=first.digests.table if first.digests is not None else None,
         values=encode_values(options.values or {}),
-        exports=engine.exports([slot.region for slot in slots]),
+        exports=engine.exports(regions),
+        deltas=delta_regions,
     )
     incarnation = new_incarnation()
-    ring = SnapshotRing(weights, snapshots, layout, slots, incarnation)
+    ring = SnapshotRing(weights, snapshots, layout, slots, incarnation, deltas)
     undo.callback(ring.close)
     ring.fill(first, ring.copied(None))
     made = ring.reveal(first, version, manifest)

@@ -30,9 +30,6 @@ from engine_loader.sources.proofs import Piece, described, proves
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.transfer.pace import Pace
-from engine_loader.transfer.progress import OnProgress
-from engine_loader.transfer.scheduler import Transfer
 from engine_registry.schema.manifest import Manifest, TensorEntry
 
 
@@ -71,9 +68,9 @@ class _Table:
 
 
 class HeldBytes:
-    """Of one attempt: `lend`, run the `transfer` of the tables, then `find`.
+    """Of one attempt: `lend`, read the `spans`, which bring the tables, then `find`.
 
-    Where no source has digests there are no `spans`, which bring the tables.
+    Where no source has digests there are no spans.
     """
 
     def __init__(self, sources: Sequence[SourceRank], device: torch.device) -> None:
@@ -103,15 +100,6 @@ class HeldBytes:
         for table in self._tables:
             region = to_register(table.cell.region, self._device.type)
             lend(engine, undo, region, owner=table.cell)
-
-    def transfer(
-        self, engine: Engine, pace: Pace, on_progress: OnProgress, cancel: threading.Event
-    ) -> Transfer:
-        """Of the tables."""
-        sources = [source.for_transfer() for source in self._sources]
-        return Transfer(
-            engine, self.spans, sources, pace, on_progress, cancel, on_checked=self.receive
-        )
 
     def receive(self, number: int, spans: Sequence[Span]) -> None:
         """They have come from that source, and are of its content."""

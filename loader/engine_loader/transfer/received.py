@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 class Received:
     """`arrivals` has all of it; `evicted` the ranks that are known not to count any more, see
     `find_evicted`. `shares` are those of attempts that did not bring all. `compared`: what the
-    tensors held before has been compared with tables of digests.
+    tensors held before has been compared with tables of digests. `delta_nbytes` were read of
+    deltas, which count for nothing until that comparison.
     """
 
     def __init__(self, content: str, dst: Manifest, block_nbytes: int | None = None) -> None:
@@ -40,6 +41,7 @@ class Received:
         # what was there before, and the incarnations of all whose tables it takes to say so
         self._held: list[tuple[Sequence[Span], frozenset[str]]] = []
         self.compared = False
+        self.delta_nbytes = 0
         self.arrivals = Arrivals(dst, block_nbytes)
         self.evicted: list[RankRecord] = []
 

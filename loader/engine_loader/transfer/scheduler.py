@@ -36,6 +36,9 @@ from engine_registry.telemetry.logs import fields
 log = logging.getLogger(__name__)
 
 
+OnChecked = Callable[[int, Sequence[Span]], None]
+
+
 class Transfer:
     """One use: `run`, which is `step` and `nap` until all has come, and then `settle`."""
 
@@ -48,7 +51,7 @@ class Transfer:
         on_progress: OnProgress,
         cancel: threading.Event | None = None,
         stage: Stage | None = None,
-        on_checked: Callable[[int, Sequence[Span]], None] = lambda number, spans: None,
+        on_checked: OnChecked = lambda number, spans: None,
         clock: Clock | None = None,
     ) -> None:
         """`stage` is needed for spans that are not read straight to their places.

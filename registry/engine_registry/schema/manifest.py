@@ -125,6 +125,8 @@ class Manifest:
     block_nbytes: int = 0
     # of protocols that map memory, rather than to ask for it: also of header and digests
     exports: tuple[Export, ...] = ()
+    # buffers each of which may hold a delta: what changed from one content to the next
+    deltas: tuple[Region, ...] = ()
 
     @cached_property
     def nbytes(self) -> int:
@@ -133,7 +135,7 @@ class Manifest:
 
     def shifted(self, by: int) -> Manifest:
         """The same tensors, regions and digests so many bytes further on. Exports stay, as they
-        are of allocations.
+        are of allocations, and deltas, as they are of several contents.
         """
         if not by:
             return self

@@ -47,6 +47,7 @@ DIGEST_NBYTES = 16
 MAX_BOXES = 1024  # of one tensor: 256 experts, each fused of two, have 512
 MAX_FUSED_BOXES = 1 << 20  # of all tensors that are several boxes: a reader compares each of them
 MAX_HANDLE_NBYTES = 256  # of an export; CUDA's have 64
+MAX_DELTAS = 64
 MAX_EXPORTS = 1 << 17  # that a reader opens; of torch's segments of 2 MiB that is 256 GiB
 # Marks, and digests of blocks, that a reader makes room for; of blocks of 1 MiB that is 4 TiB.
 MAX_MARKS = MAX_BLOCK_DIGESTS = 4 << 20
@@ -87,6 +88,8 @@ def encode(manifest: Manifest) -> tuple[ManifestRef, list[bytes]]:
             [export.addr, export.nbytes, base64.b64encode(export.handle).decode()]
             for export in manifest.exports
         ]
+    if manifest.deltas:
+        data["deltas"] = [[region.addr, region.nbytes] for region in manifest.deltas]
     raw = json.dumps(data, separators=(",", ":")).encode()
     if problem := _too_much(raw):
         raise InvalidField(
@@ -184,6 +187,10 @@ def _check_places(manifest: Manifest) -> None:
         )
     if manifest.digests is not None:
         _check_digests(manifest.digests, manifest.tensors)
+    if len(manifest.deltas) > MAX_DELTAS or any(
+        not region.nbytes or region.end > END_OF_MEMORY for region in manifest.deltas
+    ):
+        raise ValueError("a buffer of its deltas is empty or reaches beyond what memory there is")
 
 
 def _check_digests(table: DigestTable, tensors: Sequence[TensorEntry]) -> None:
@@ -245,6 +252,7 @@ def _from_json(data: dict[str, Any]) -> Manifest:
         values,
         natural(data.get("block_nbytes", 0)),
         _exports(data.get("exports", [])),
+        tuple([Region(natural(addr), natural(nbytes)) for addr, nbytes in data.get("deltas", [])]),
     )
 
 

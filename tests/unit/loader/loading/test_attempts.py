@@ -172,7 +172,16 @@ class Load:
             if step is not None:
                 step(self.attempts.received)
             return Filled(
-                sources[0].record, [], 0, [], 0.25, 0.0, verified=False, outlived=[], within_host=[]
+                sources[0].record,
+                [],
+                0,
+                [],
+                0.25,
+                0.0,
+                verified=False,
+                outlived=[],
+                within_host=[],
+                contents=[CONTENT],
             )
 
         return SimpleNamespace(fill=fill)

@@ -1,0 +1,168 @@
+"""Deltas that sources keep: they bring tensors that hold one content to the next, as far as there
+is a way. Nothing of it is believed: what the tensors hold then is compared with digests, block by
+block, and what differs is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+
+from engine_loader.deltas.apply import apply
+from engine_loader.deltas.format import HEADER_NBYTES, DeltaHeader, directory_of, header_of
+from engine_loader.engines.base import Engine, lend
+from engine_loader.errors import DeltaDamaged
+from engine_loader.planning.matching import of_one_tensor
+from engine_loader.planning.reads import Span
+from engine_loader.sources.source import SourceRank
+from engine_loader.tensors.cuda import to_register, wait_for
+from engine_loader.tensors.modes import plain_torch
+from engine_registry.schema.manifest import Manifest, Region
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
+
+
+class _Delta(NamedTuple):
+    """Of the source with that number, in a buffer of its."""
+
+    number: int
+    region: Region
+    header: DeltaHeader
+
+
+class Deltas:
+    """Of one attempt: what leads from contents that the tensors may have to those of sources."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sources: Sequence[SourceRank],
+        base: Collection[str],
+        device: torch.device,
+        bring: Callable[[Sequence[Span]], None],
+    ) -> None:
+        """`bring` reads spans from the sources. The device is the one that reads write to."""
+        self._engine = engine
+        self._sources = sources
+        self._base = set(base)
+        self._device = device
+        self._bring = bring
+
+    @plain_torch()
+    def apply(self, dst: Manifest, tensors: Mapping[str, torch.Tensor], undo: ExitStack) -> int:
+        """Changes the tensors as far as deltas say how; how many bytes were read for it. Raises
+        what `bring` does.
+        """
+        chains = self._chains(undo)
+        nbytes = sum(delta.header.nbytes for chain in chains for delta in chain)
+        if not nbytes or nbytes >= dst.nbytes:
+            return 0
+        memory = self._memory(nbytes, undo)
+        spans, places = [], dict[_Delta, torch.Tensor]()
+        at = 0
+        for delta in (delta for chain in chains for delta in chain):
+            places[delta] = memory[at : at + delta.header.nbytes]
+            spans.append(self._span(delta.number, delta.region.addr, places[delta]))
+            at += delta.header.nbytes
+        self._bring(spans)
+        wait_for([self._device])
+        for chain in chains:
+            try:
+                for delta in chain:
+                    self._apply(delta, places[delta], dst, tensors)
+            except DeltaDamaged as exc:  # it was overwritten while it was read
+                log.info("%s; all that differs is read", exc, extra=fields("delta_unused"))
+        wait_for({tensor.device for tensor in tensors.values()})
+        return nbytes
+
+    def _chains(self, undo: ExitStack) -> list[list[_Delta]]:
+        """For each content of the sources that our tensors do not have: one delta after the other
+        that leads there, if there are such.
+        """
+        wanted: dict[str, int] = {}
+        for number, source in enumerate(self._sources):
+            content = source.record.content
+            if source.manifest.deltas and content not in self._base:
+                wanted.setdefault(content, number)
+        buffers = [
+            (number, region)
+            for number in wanted.values()
+            for region in self._sources[number].manifest.deltas
+            if region.nbytes >= HEADER_NBYTES
+        ]
+        if not buffers:
+            return []
+        memory = self._memory(len(buffers) * HEADER_NBYTES, undo)
+        cells = memory.split(HEADER_NBYTES)
+        self._bring(
+            [
+                self._span(number, region.addr, cell)
+                for (number, region), cell in zip(buffers, cells, strict=True)
+            ]
+        )
+        wait_for([self._device])
+        found: dict[tuple[int, str], _Delta] = {}  # by what it leads to
+        for (number, region), cell in zip(buffers, cells, strict=True):
+            header = self._header(number, cell)
+            if header is not None and header.nbytes <= region.nbytes:
+                found[number, header.after] = _Delta(number, region, header)
+        chains = [list(self._way_to(content, number, found)) for content, number in wanted.items()]
+        return [chain[::-1] for chain in chains if chain and chain[-1].header.before in self._base]
+
+    def _way_to(
+        self, content: str, number: int, found: Mapping[tuple[int, str], _Delta]
+    ) -> Iterator[_Delta]:
+        """Backwards, until one that begins at a content that our tensors have."""
+        seen = {content}
+        while (delta := found.get((number, content))) is not None:
+            yield delta
+            content = delta.header.before
+            if content in self._base or content in seen:
+                return
+            seen.add(content)
+
+    def _header(self, number: int, cell: torch.Tensor) -> DeltaHeader | None:
+        try:
+            return header_of(bytes(cell.cpu().numpy()), self._sources[number].manifest.tensors)
+        except DeltaDamaged as exc:
+            log.info("%s", exc, extra=fields("delta_unused"))
+            return None
+
+    def _apply(
+        self,
+        delta: _Delta,
+        data: torch.Tensor,
+        dst: Manifest,
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        """DeltaDamaged where it is not whole; then some tensors may have been changed."""
+        source = self._sources[delta.number]
+        entries = {entry.name: entry for entry in source.manifest.tensors}
+        header = self._header(delta.number, data[:HEADER_NBYTES])
+        if header != delta.header:
+            raise DeltaDamaged("a delta was overwritten while it was read")
+        behind = data[header.directory_offset : header.nbytes]
+        sections = directory_of(header, bytes(behind.cpu().numpy()), entries.values())
+        for entry in dst.tensors:
+            section = sections.get(entry.name)
+            if section is None or (entry.opaque and not source.origin.own):
+                continue
+            offer = entries[entry.name]
+            if of_one_tensor(offer, entry):
+                changes = data[section.offset : section.offset + section.nbytes]
+                apply(changes, section, offer, tensors[entry.name], entry)
+
+    def _memory(self, nbytes: int, undo: ExitStack) -> torch.Tensor:
+        """That the engine may write to until `undo` is closed."""
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        region = to_register(Region(memory.data_ptr(), nbytes), self._device.type)
+        lend(self._engine, undo, region, owner=memory)
+        return memory
+
+    def _span(self, number: int, addr: int, memory: torch.Tensor) -> Span:
+        return Span(memory.data_ptr(), memory.nbytes, ((number, addr),))
