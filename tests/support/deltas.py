@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
 
+from engine_loader.deltas import apply as applying
 from engine_loader.deltas import format as layout
 from engine_loader.deltas.apply import apply
 from engine_loader.deltas.encode import encode
@@ -53,9 +55,14 @@ def bring(data: bytes, entries: Sequence[TensorEntry], tensors: Mapping[str, tor
         apply(bytes_of(data, section), section, src, tensors[name], ours[name])
 
 
-def blocks_of(nbytes: int) -> mock._patch[int]:
-    """So that little data takes several blocks."""
-    return mock.patch.object(layout, "BLOCK_NBYTES", nbytes)
+@contextmanager
+def blocks_of(nbytes: int, at_once: int = 1 << 20) -> Iterator[None]:
+    """So that little data takes several blocks, and is applied in several steps."""
+    with (
+        mock.patch.object(layout, "BLOCK_NBYTES", nbytes),
+        mock.patch.object(applying, "_AT_ONCE", at_once),
+    ):
+        yield
 
 
 class Guarded:

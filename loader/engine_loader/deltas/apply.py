@@ -133,20 +133,18 @@ def _proven(data: torch.Tensor, section: Section, src: TensorEntry) -> list[_Blo
         raise DeltaDamaged(f"{src.name}: {packed.nbytes} bytes came of {section.nbytes}")
     if xxhash.xxh3_128_digest(packed.data) != section.digest:
         raise DeltaDamaged(f"{src.name}: its changes differ from their digest")
-    blocks = []
-    for block in _stated(packed, section, src):
-        if block.values_at + block.count * section.itemsize > section.nbytes:
-            raise DeltaDamaged(f"{src.name}: its changes are cut short")
+    blocks = list(_stated(packed, section, src))
+    for block in blocks:
         if block.kind in GAPS:
             gaps = packed[block.gaps_at : block.gaps_at + block.gaps_nbytes]
             _check_gaps(gaps.view(GAPS[block.kind]), block.end - block.first, src)
-        if block.kind != SAME:
-            blocks.append(block)
-    return blocks
+    return [block for block in blocks if block.kind != SAME]
 
 
 def _stated(packed: npt.NDArray[Any], section: Section, src: TensorEntry) -> Iterator[_Block]:
-    """Each block as the table has it."""
+    """Each block as the table has it. All is in the section only if the last one is followed by the
+    end, and not by an error.
+    """
     step = block_length(section.itemsize)
     starts = range(0, section.elements, step)
     at = len(starts) * BLOCK.itemsize

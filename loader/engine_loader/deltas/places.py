@@ -91,7 +91,9 @@ def _way(
         inside = (whole >= start) & (whole < start + size)
         if not inside.any():
             return None
-        if len(whole) > 1:  # or else its only coordinate is inside
+        if len(whole) == 1:
+            ahead += int(whole[0] - start) * step
+        else:
             tables.append((src_step, np.where(inside, (whole - start) * (step * parts), -1)))
     tables.sort(key=lambda pair: -pair[0])
     if parts > 1:

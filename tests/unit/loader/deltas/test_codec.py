@@ -138,6 +138,19 @@ def test_numpy_and_torch_find_the_same_and_it_is_the_shortest(
         assert nbytes <= min(after.nbytes, listed * (width + after.itemsize))
 
 
+@given(changes(), st.sampled_from([1 << 10, 1 << 18, 1 << 24]), st.sampled_from([2000, 1 << 20]))
+def test_far_changes_of_a_long_row_are_brought(
+    some: tuple[torch.Tensor, torch.Tensor], block_nbytes: int, at_once: int
+) -> None:
+    before, after = some
+    entries = describe({"w": after}).tensors
+    ours = Guarded(before)
+    with blocks_of(block_nbytes, at_once):
+        bring(delta(entries, {"w": before}, {"w": after}), entries, {"w": ours.tensor})
+    ours.check()
+    assert torch.equal(ours.tensor, after)
+
+
 @pytest.mark.parametrize(
     ("share", "kind"), [(0, SAME), (0.0005, SHORTS), (0.02, BYTES), (0.9, DENSE)]
 )

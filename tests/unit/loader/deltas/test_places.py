@@ -67,16 +67,19 @@ def apply_all(
         apply(bytes_of(data, section), section, src, ours, dst)
 
 
-@given(reshardings(), st.sampled_from([8, 64, 1 << 20]), st.data())
+@given(reshardings(), st.sampled_from([8, 64, 1 << 20]), st.sampled_from([3, 1 << 20]), st.data())
 def test_we_get_what_changed_of_what_we_hold_and_nothing_else(
-    some: tuple[Whole, Whole, Slices, Slices], block_nbytes: int, data: st.DataObject
+    some: tuple[Whole, Whole, Slices, Slices],
+    block_nbytes: int,
+    at_once: int,
+    data: st.DataObject,
 ) -> None:
     old, new, theirs, ours = some
     order = data.draw(st.sampled_from([old.order, None, tuple(range(len(old.shape)))[::-1]]))
     here = replace(old, order=order)
     src, dst = old.entry(theirs, 4096), here.entry(ours, 1 << 20)
     guarded = Guarded(tensor_of(here, ours))
-    with blocks_of(block_nbytes):
+    with blocks_of(block_nbytes, at_once):
         apply_all(tensor_of(old, theirs), tensor_of(new, theirs), src, guarded.tensor, dst)
     guarded.check()
     assert as_bytes(guarded.tensor) == mixed(here, new, theirs).part(ours)
@@ -106,6 +109,16 @@ def test_elements_of_16_bytes_stay_together(share: float) -> None:
     ours = old[:, 9:16].clone()
     apply_all(old, new, src, ours, dst)
     assert torch.equal(ours, new[:, 9:16])
+
+
+def test_a_source_that_has_one_row_reaches_its_place() -> None:
+    old, new = torch.zeros(1, 6), torch.ones(1, 6)
+    src = TensorEntry("w", "float32", (1, 6), 4096, 24, (8, 6), (5, 0), opaque=False)
+    dst = TensorEntry("w", "float32", (4, 6), 4096, 96, (8, 6), (4, 0), opaque=False)
+    ours = torch.zeros(4, 6)
+    apply_all(old, new, src, ours, dst)
+    assert torch.equal(ours.nonzero()[:, 0].unique(), torch.tensor([1]))
+    assert ours[1].all()
 
 
 def test_parts_are_at_the_same_places_only_if_boxes_and_order_are_the_same() -> None:
