@@ -146,7 +146,7 @@ def header_of(data: bytes, entries: Collection[TensorEntry]) -> DeltaHeader | No
     Raises:
         DeltaDamaged: the bytes are no header, or not one of these tensors.
     """
-    if not any(data):
+    if len(data) == HEADER_NBYTES and not any(data):
         return None
     if len(data) != HEADER_NBYTES or data[:8] != _MAGIC:
         raise DeltaDamaged("the bytes are not the header of a delta")

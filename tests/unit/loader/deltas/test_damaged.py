@@ -104,6 +104,13 @@ def test_a_header_that_does_not_fit_the_tensors_is_refused(changes: dict[str, An
         header_of(replace(HEADER, **changes).packed(), ENTRIES)
 
 
+@pytest.mark.parametrize("nbytes", [0, 1, HEADER_NBYTES - 1, HEADER_NBYTES + 1])
+def test_a_header_of_another_length_is_refused(nbytes: int) -> None:
+    for data in (DATA[:nbytes], bytes(nbytes)):
+        with pytest.raises(DeltaDamaged, match="not the header"):
+            header_of(data, ENTRIES)
+
+
 def test_a_newer_format_is_named() -> None:
     packed = bytearray(DATA[: HEADER_NBYTES - 8])
     packed[8] = 2
@@ -223,7 +230,7 @@ def test_a_section_that_does_not_fit_the_tensor_is_refused(
 
 
 def test_a_good_block_before_a_bad_one_is_not_written_either() -> None:
-    good, bad = (bytes([gap, *bytes(7)]) + b"\7" * 2 + bytes(6) for gap in (0, 200))
+    good, bad = (bytes([gap, *bytes(7)]) + b"\7" * 2 + bytes(6) for gap in (0, 4))
     data, section = section_with([(1, BYTES)] * 4, good * 3 + bad)
     with blocks_of(64), pytest.raises(DeltaDamaged, match="outside of it"):
         apply_to_zeros(data, section)
