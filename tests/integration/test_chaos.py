@@ -247,6 +247,7 @@ class Loads:
     def __init__(self, registry: Registry, engine: Engine) -> None:
         self._registry = registry
         self._engine = engine
+        self._kept = empty(NBYTES)  # with whatever the loads before have left there
         self.kinds: dict[str, Callable[[], tuple[Origin, int]]] = {
             "any": lambda: self._one(MODEL),
             "published": lambda: self._one(MODEL, publish="here"),
@@ -254,13 +255,17 @@ class Loads:
             "three": lambda: self._one(["c", "a", "b"]),
             "named": lambda: self._one("a"),
             "digests": lambda: self._one(["a", "b", "c"], verify="digest"),
+            "reused": lambda: self._one(MODEL, self._kept, reuse=True),
+            "reused, published": lambda: self._one(MODEL, self._kept, reuse=True, publish="here"),
             "instance": self._instance,
             "full": self._full,
             "reshard": self._reshard,
         }
 
-    def _one(self, wanted: object, **options: object) -> tuple[Origin, int]:
-        tensors = empty(NBYTES)
+    def _one(
+        self, wanted: object, tensors: dict[str, torch.Tensor] | None = None, **options: object
+    ) -> tuple[Origin, int]:
+        tensors = empty(NBYTES) if tensors is None else tensors
         report = load(
             self._registry,
             self._engine,
