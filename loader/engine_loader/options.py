@@ -60,8 +60,7 @@ class LoadOptions:
         base: What the tensors hold: `contents` of the report of the load that filled them, if
             nobody has changed them since. Sources that keep deltas from there bring only what has
             changed, and digests prove it, as with `reuse`, which this includes.
-        pipelined: Whether a rank that is still loading may be a source. Digests switch this off,
-            as does `reuse`.
+        pipelined: Whether a rank that is still loading may be a source. Digests switch this off.
         pace: How much is in flight, and how long a source may stay silent. None takes the pace of
             the engine's protocol.
         progress: Called with a `Progress` while bytes arrive, and each second while none do, in the

@@ -223,6 +223,44 @@ def test_digests_are_not_compared_with_those_of_one_that_is_loading(
     assert members.sources("c").keys() == {"a"}  # b has none
 
 
+def test_what_is_there_already_is_not_read_from_one_that_is_loading_either(
+    registry: Registry, new_engine: Callable[[], Engine]
+) -> None:
+    """Only a complete rank says what that is."""
+    whole = content(0, NBYTES)
+
+    def older() -> dict[str, torch.Tensor]:
+        half = dict(list(whole.items())[:8])
+        return {**empty(NBYTES), **{name: tensor.clone() for name, tensor in half.items()}}
+
+    with publish(
+        registry,
+        new_engine(),
+        instance="complete",
+        rank=0,
+        world_size=1,
+        tensors=whole,
+        model=MODEL,
+        options=PublishOptions(digests=True),
+    ) as complete:
+        members = Members(registry, new_engine, older)
+        try:
+            wanted: dict[str, Any] = {"contents": [complete.content], "reuse": True}
+            members.start_stopped("a", 0.5, **wanted)
+            members.start("b", **wanted)
+            wait_until(lambda: members.gates["b"].at > 0.2)
+            members.gates["a"].open.set()
+            differing = sum(tensor.nbytes for tensor in list(whole.values())[8:])
+            for name in ("a", "b"):
+                report = members.report(name)
+                assert report.skipped_nbytes == NBYTES - differing
+            from_whom = members.sources("b")
+            assert from_whom["a"] == differing
+            assert from_whom["complete"] < 1000  # its table
+        finally:
+            members.end()
+
+
 def test_one_that_has_loaded_is_a_source_like_any_other_until_it_is_closed(
     members: Members,
 ) -> None:

@@ -184,6 +184,22 @@ def test_from_a_source_without_digests_all_is_read(
     assert "none of the sources has digests, so all is read" in caplog.text
 
 
+def test_where_no_table_can_be_read_all_is_read(
+    here: Offers, stack: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    serving = stack.enter_context(InProcessEngine())
+    table = here(weights(), engine=serving)._served.offering("test").digests
+    assert table is not None
+    serving.unregister(table.region)
+    tensors = weights()
+    with caplog.at_level("INFO", "engine_loader"):
+        report = here.load(tensors)
+    assert (report.read_nbytes, report.skipped_nbytes) == (NBYTES, 0)
+    assert "what is there already is not known" in caplog.text
+    assert_equal(tensors, weights())
+    serving.register(table.region)  # which is taken back when it closes
+
+
 def test_of_a_source_with_digests_of_whole_tensors_alone_tensors_that_differ_are_read(
     here: Offers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

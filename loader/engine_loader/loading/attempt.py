@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 
 from engine_loader.engines.base import lend
 from engine_loader.errors import (
@@ -23,27 +21,24 @@ from engine_loader.loading.evicted import check_registered, discard_evicted
 from engine_loader.loading.job import Job
 from engine_loader.loading.lost import LostSources
 from engine_loader.loading.report import Filled, with_what_came
+from engine_loader.loading.reuse import Reuse
 from engine_loader.planning.plan import Planner
 from engine_loader.planning.reads import Span, payload_of
 from engine_loader.publishing.replica import Republication
-from engine_loader.sources.deltas import Deltas
 from engine_loader.sources.digest_check import DigestCheck
 from engine_loader.sources.entrance import Entered, Entrance
-from engine_loader.sources.held import HeldBytes
 from engine_loader.sources.selection import Choice
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
 from engine_loader.transfer.pace import Pace
 from engine_loader.transfer.progress import Progress
 from engine_loader.transfer.received import Received
-from engine_loader.transfer.scheduler import OnChecked, Transfer
+from engine_loader.transfer.scheduler import Transfer
 from engine_loader.transfer.staging import Staging
 from engine_registry import RankRecord, RankState
 from engine_registry.holders.query import Holders
 from engine_registry.registration.writes import SOURCE_EVICTED
-from engine_registry.telemetry.logs import fields
 
-log = logging.getLogger(__name__)
 _SUMMED_UP_S = 0.05  # between two looks whether there is something to sum up
 _STAGING_NBYTES = 48 << 20  # for what is not read straight to its place
 
@@ -94,7 +89,7 @@ class Attempt:
             compare_s = 0.0
             if self.job.reuse and not self.received.compared:
                 start = time.monotonic()
-                self._compare(place, plan, undo)
+                self._hold(place, plan, undo)
                 compare_s = time.monotonic() - start
             spans: Sequence[Span] = plan
             if (held := self.received.held) is not None:
@@ -150,59 +145,14 @@ class Attempt:
             raise TornRead(f"the record of {key} changed before it was read", "load again", key=key)
         return entered
 
-    # -- what is there already
-
-    def _compare(self, place: Entered, plan: Sequence[Span], undo: ExitStack) -> None:
-        """What the tensors hold of the content counts as if it had come. Reads tables of digests
-        for that, if there are any, and deltas before.
-        """
-        entered, job, received = place.sources, self.job, self.received
-        held = HeldBytes(entered, job.device)
-        if not held.spans:
-            log.info(
-                "none of the sources has digests, so all is read",
-                extra=fields("nothing_to_compare", sources=[one.record.key for one in entered]),
-            )
-            return
-        held.lend(job.engine, undo)
-        if job.base:
-            deltas = Deltas(
-                job.engine, entered, job.base, job.device, partial(self._bring_aside, place)
-            )
-            received.delta_nbytes += deltas.apply(received.dst, job.destination.parts, undo)
-        self._bring_aside(place, held.spans, held.receive)
-        missing = received.arrivals.missing(plan)
-        try:
-            found = held.find(missing, received.dst, job.destination.parts, job.cancel)
-        except Cancelled as exc:
-            raise with_what_came(exc, entered, received) from exc
-        for spans, numbers in found:
-            received.hold([entered[number].record for number in numbers], spans)
-        received.compared = True
-        if self.republication is not None:
-            self.republication.mark(received.arrivals)
-
-    def _bring_aside(
-        self,
-        place: Entered,
-        spans: Sequence[Span],
-        on_checked: OnChecked = lambda number, spans: None,
-    ) -> None:
-        """Reads what says how the tensors are to be, before they are filled."""
-        none = Progress(0, self.received.dst.nbytes)
-        transfer = Transfer(
-            self.job.engine,
-            spans,
-            [source.for_transfer() for source in place.sources],
-            self.job.pace,
-            lambda progress: self._report(replace(none, silent=progress.silent), 0, place),
-            self.job.cancel,
-            on_checked=on_checked,
-        )
-        self._bring(transfer, place.sources)
-        self.received.shares += transfer.shares
-
     # -- reads
+
+    def _hold(self, place: Entered, plan: Sequence[Span], undo: ExitStack) -> None:
+        """What the tensors hold already has not to come."""
+        reuse = Reuse(self.job, self.choice, place.sources, self.received)
+        reuse.hold(plan, lambda progress: self._report(progress, 0, place), undo)
+        if self.republication is not None:
+            self.republication.mark(self.received.arrivals)
 
     def _transfer(
         self,

@@ -224,8 +224,7 @@ def _search(job: Job, source: Wanted, place: Place | None, options: LoadOptions)
         options.contents,
         options.max_sources,
         by_rank,
-        # a rank that loads has no digests yet
-        pipelined=by_rank and options.pipelined and not (options.verify == "digest" or job.reuse),
+        pipelined=by_rank and options.pipelined and options.verify != "digest",
         hop=hop_nbytes / max(dst.nbytes, 1),
         cancel=options.cancel,
     )

@@ -21,6 +21,7 @@ from engine_loader.planning.reads import Span
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register, wait_for
 from engine_loader.tensors.modes import plain_torch
+from engine_loader.transfer.scheduler import OnChecked
 from engine_registry.schema.manifest import Manifest, Region
 from engine_registry.telemetry.logs import fields
 
@@ -44,14 +45,14 @@ class Deltas:
         sources: Sequence[SourceRank],
         base: Collection[str],
         device: torch.device,
-        bring: Callable[[Sequence[Span]], None],
+        bring: Callable[[Sequence[Span], OnChecked], None],
     ) -> None:
         """`bring` reads spans from the sources. The device is the one that reads write to."""
         self._engine = engine
         self._sources = sources
         self._base = set(base)
         self._device = device
-        self._bring = bring
+        self._bring = bring  # what the spans brought is proven by digests, so no check matters
 
     @plain_torch()
     def apply(self, dst: Manifest, tensors: Mapping[str, torch.Tensor], undo: ExitStack) -> int:
@@ -69,7 +70,7 @@ class Deltas:
             places[delta] = memory[at : at + delta.header.nbytes]
             spans.append(self._span(delta.number, delta.region.addr, places[delta]))
             at += delta.header.nbytes
-        self._bring(spans)
+        self._bring(spans, _ignore)
         wait_for([self._device])
         for chain in chains:
             try:
@@ -103,7 +104,8 @@ class Deltas:
             [
                 self._span(number, region.addr, cell)
                 for (number, region), cell in zip(buffers, cells, strict=True)
-            ]
+            ],
+            _ignore,
         )
         wait_for([self._device])
         found: dict[tuple[int, str], _Delta] = {}  # by what it leads to
@@ -166,3 +168,7 @@ class Deltas:
 
     def _span(self, number: int, addr: int, memory: torch.Tensor) -> Span:
         return Span(memory.data_ptr(), memory.nbytes, ((number, addr),))
+
+
+def _ignore(number: int, spans: Sequence[Span]) -> None:
+    pass

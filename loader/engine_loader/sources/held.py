@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from engine_loader.sources.proofs import Piece, described, proves
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
 from engine_loader.tensors.modes import plain_torch
-from engine_registry.schema.manifest import Manifest, TensorEntry
+from engine_registry.schema.manifest import DigestTable, Manifest, TensorEntry
 
 
 class Held(NamedTuple):
@@ -42,7 +42,7 @@ class Held(NamedTuple):
 
 @dataclass
 class _Table:
-    """What the tables of these sources say in common."""
+    """What is said of all these sources in common."""
 
     numbers: list[int]
     manifest: Manifest
@@ -70,7 +70,8 @@ class _Table:
 class HeldBytes:
     """Of one attempt: `lend`, read the `spans`, which bring the tables, then `find`.
 
-    Where no source has digests there are no spans.
+    Where no source has digests there are no spans. A table also holds for sources without digests
+    that have the same tensors of the same content.
     """
 
     def __init__(self, sources: Sequence[SourceRank], device: torch.device) -> None:
@@ -79,21 +80,17 @@ class HeldBytes:
         self._memories: dict[int, DigestedMemory] = {}
         self._tables: list[_Table] = []
         self.spans: list[Span] = []
-        for numbers in _alike(sources):
-            manifest = sources[numbers[0]].manifest
-            table = manifest.digests
-            if table is None:
-                continue
+        for holders, numbers in _alike(sources):
+            manifest, table = sources[holders[0][0]].manifest, holders[0][1]
             names = [entry.name for entry in manifest.tensors]
             sizes = [entry.nbytes for entry in manifest.tensors]
             cell = DigestCell(names, device, table.algorithm, table.block_nbytes, sizes)
             self._tables.append(_Table(numbers, manifest, cell))
-            srcs = []
             for number in numbers:
-                self._memories[number] = DigestedMemory(sources[number].manifest)
-                if (own := sources[number].manifest.digests) is not None:
-                    srcs.append((number, own.addr))
-            self.spans.append(Span(cell.region.addr, cell.region.nbytes, tuple(srcs)))
+                digested = replace(sources[number].manifest, digests=table)
+                self._memories[number] = DigestedMemory(digested)
+            srcs = tuple([(number, own.addr) for number, own in holders])
+            self.spans.append(Span(cell.region.addr, cell.region.nbytes, srcs))
 
     def lend(self, engine: Engine, undo: ExitStack) -> None:
         """Until `undo` is closed, the engine may read tables."""
@@ -186,24 +183,32 @@ def _check(cancel: threading.Event) -> None:
         raise Cancelled("the load was cancelled")
 
 
-def _alike(sources: Sequence[SourceRank]) -> Collection[list[int]]:
-    """Numbers of the sources that have digests, in lists of those whose tables say the same."""
-    able: list[tuple[int, SourceRank]] = []
-    for number, source in enumerate(sources):
-        with suppress(DigestsMissing):
-            if source.algorithm:
-                able.append((number, source))
+def has_digests(source: SourceRank) -> bool:
+    """Of all its tensors, by an algorithm that we know."""
+    try:
+        return bool(source.algorithm)
+    except DigestsMissing:
+        return False
+
+
+_Holders = list[tuple[int, DigestTable]]  # numbers of sources, and where their tables lie
+
+
+def _alike(sources: Sequence[SourceRank]) -> list[tuple[_Holders, list[int]]]:
+    """For each table that there is: who has it, and of whom it holds."""
     alike: defaultdict[object, list[int]] = defaultdict(list)
-    for number, source in able:
-        table = source.manifest.digests
-        kind = (
-            (
-                source.record.content,
-                table and (table.algorithm, table.block_nbytes),
-                described(source.manifest),
-            )
-            if len(able) > 1
-            else None
-        )
+    for number, source in enumerate(sources):
+        kind = (source.record.content, described(source.manifest)) if len(sources) > 1 else None
         alike[kind].append(number)
-    return alike.values()
+    found: list[tuple[_Holders, list[int]]] = []
+    for numbers in alike.values():
+        tables: defaultdict[tuple[str, int], _Holders] = defaultdict(list)
+        for number in numbers:
+            table = sources[number].manifest.digests
+            if table is not None and has_digests(sources[number]):
+                tables[table.algorithm, table.block_nbytes].append((number, table))
+        silent = set(numbers) - {number for each in tables.values() for number, _ in each}
+        for holders in tables.values():
+            found.append((holders, [*(number for number, _ in holders), *sorted(silent)]))
+            silent.clear()
+    return found

@@ -68,18 +68,24 @@ def tensors_of(memory: Memory) -> dict[str, torch.Tensor]:
 class Offered:
     """A rank with a table of the digests of its memory."""
 
-    algorithm = "xxh3_128"
-
     def __init__(self, memory: Memory) -> None:
         tensors = tensors_of(memory)
-        self._cell = DigestCell.with_blocks(tensors, CPU, self.algorithm)
+        self._cell = DigestCell.with_blocks(tensors, CPU, "xxh3_128")
         self._cell.write(tensors)
         self.manifest = replace(memory.manifest, digests=self._cell.table)
         self.record = SimpleNamespace(content="of all ranks that hold the same")
 
+    @property
+    def algorithm(self) -> str:
+        return "xxh3_128"
 
-class Silent:
-    """A rank without digests."""
+
+class Silent(Offered):
+    """A rank without digests, as one that loads is."""
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__(memory)
+        self.manifest = memory.manifest
 
     @property
     def algorithm(self) -> str:
@@ -159,7 +165,7 @@ def test_a_tensor_of_columns_takes_the_word_of_all_ranks_that_hold_some() -> Non
     held = with_tables(list(map(Offered, sources)))
     (found,) = find(held, spans, dst.manifest, tensors_of(dst))
     assert found == Held([Span(9_000_000, 96, ())], frozenset({0, 1, 2}))
-    one_short = with_tables([*map(Offered, sources[:2]), Silent()])
+    one_short = with_tables([*map(Offered, sources[:2]), Silent(sources[2])])
     assert find(one_short, spans, dst.manifest, tensors_of(dst)) == []
     tensors = tensors_of(dst)
     tensors["w"][3, 7] += 1
@@ -168,13 +174,24 @@ def test_a_tensor_of_columns_takes_the_word_of_all_ranks_that_hold_some() -> Non
 
 def test_ranks_that_hold_the_same_have_one_table_and_silent_ones_none() -> None:
     (first, *_), dst = columns(1)
-    held = with_tables([Silent(), Offered(first), Offered(first)], 1)
+    (other, *_), _ = columns(2)
+    held = with_tables([Silent(other), Offered(first), Offered(first)], 1)
     ((span),) = held.spans
     assert [number for number, _ in span.srcs] == [1, 2]
     spans = [Span(9_000_000, 96, ((0, 0), (1, 1_000_000), (2, 1_000_000)))]
     (found,) = find(held, spans, dst.manifest, tensors_of(dst))
     assert found == Held([Span(9_000_000, 96, ())], frozenset({2}))  # which has brought the table
-    assert HeldBytes(cast(Sequence[SourceRank], [Silent()]), CPU).spans == []
+    assert HeldBytes(cast(Sequence[SourceRank], [Silent(first)]), CPU).spans == []
+
+
+def test_a_table_holds_for_a_silent_rank_with_the_same_tensors_too() -> None:
+    (first, *_), dst = columns(1)
+    held = with_tables([Silent(first), Offered(first)])
+    ((span),) = held.spans
+    assert [number for number, _ in span.srcs] == [1]
+    spans = plan(origins_of([first]), dst.manifest)  # which reads from the silent one alone
+    (found,) = find(held, spans, dst.manifest, tensors_of(dst))
+    assert found == Held([Span(9_000_000, 96, ())], frozenset({1}))
 
 
 def test_a_comparison_ends_when_the_load_is_cancelled() -> None:
