@@ -66,6 +66,7 @@ def rank_json(record: RankRecord) -> dict[str, Any]:
         "state": record.state.value,
         "version": record.version,
         "content": record.content,
+        "retained": [one.version for one in record.retained],
         "labels": dict(record.labels),
         "generation": record.generation,
         "topology": {axis: list(place) for axis, place in record.topology.items()},

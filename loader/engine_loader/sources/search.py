@@ -266,6 +266,8 @@ class Search:
         else:
             version = self._of_a_whole_instance(complete)
         if version not in served:
+            retained = {one.version for record in [*firsts, *complete] for one in record.retained}
+            served = sorted({*served, *retained} - {version})
             raise VersionUnavailable(
                 f"version {version} is not served: {names} has {', '.join(map(str, served))}",
                 version=version,

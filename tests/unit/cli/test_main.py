@@ -163,7 +163,10 @@ def test_every_name_in_the_table_of_exit_codes_is_an_error_of_ours(name: str) ->
                 "VersionUnavailable",
             },
         ),
-        (Exit.WEIGHTS, {"WeightsMismatch", "TornRead", "DigestMismatch", "DigestsMissing"}),
+        (
+            Exit.WEIGHTS,
+            {"WeightsMismatch", "TornRead", "DigestMismatch", "DigestsMissing", "DeltaDamaged"},
+        ),
     ],
 )
 def test_codes_above_one_are_given_to_the_errors_that_they_are_documented_for(
