@@ -109,6 +109,12 @@ def test_elements_of_16_bytes_stay_together(share: float) -> None:
     ours = old[:, 9:16].clone()
     apply_all(old, new, src, ours, dst)
     assert torch.equal(ours, new[:, 9:16])
+    slices = (((0, 30),), ((20, 23), (9, 16)))
+    shape = (30, 10)
+    dst = TensorEntry("w", "complex128", shape, 4096, 4800, (30, 40), (0, 20), False, None, slices)
+    ours = torch.cat([old[:, 20:23], old[:, 9:16]], 1)
+    apply_all(old, new, src, ours, dst)
+    assert torch.equal(ours, torch.cat([new[:, 20:23], new[:, 9:16]], 1))
 
 
 def test_a_source_that_has_one_row_reaches_its_place() -> None:
@@ -119,6 +125,15 @@ def test_a_source_that_has_one_row_reaches_its_place() -> None:
     apply_all(old, new, src, ours, dst)
     assert torch.equal(ours.nonzero()[:, 0].unique(), torch.tensor([1]))
     assert ours[1].all()
+
+
+def test_a_source_that_has_one_element_reaches_its_place() -> None:
+    old, new = torch.zeros(1, 1), torch.ones(1, 1)
+    src = TensorEntry("w", "float32", (1, 1), 4096, 4, (8, 6), (5, 3), opaque=False)
+    dst = TensorEntry("w", "float32", (4, 6), 4096, 96, (8, 6), (4, 0), opaque=False)
+    ours = torch.zeros(4, 6)
+    apply_all(old, new, src, ours, dst)
+    assert ours.nonzero().tolist() == [[1, 3]]
 
 
 def test_parts_are_at_the_same_places_only_if_boxes_and_order_are_the_same() -> None:
