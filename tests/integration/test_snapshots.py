@@ -208,6 +208,28 @@ def test_a_reader_of_a_version_keeps_it_until_it_has_finished(
         assert read(registry, new_engine())[0] == at(2)
 
 
+def test_a_ticket_keeps_a_version_for_several_loads(registry: Registry) -> None:
+    tensors = {"w": words(at(0), COUNT)}
+    with (
+        trainer(registry, InProcessEngine(), tensors) as publication,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        step(tensors, 1)
+        publication.snapshot()
+        (record,) = registry.ranks("t")
+        past = record.as_of(0)
+        assert past is not None
+        ticket = registry.pull(past)
+        assert ticket is not None
+        with ticket:
+            step(tensors, 2)
+            second = pool.submit(publication.snapshot)
+            wait_until(lambda: publication.record.retained == ())
+            assert not second.done()
+        assert second.result(60) == 2
+        assert registry.pull(past) is None
+
+
 def test_a_reader_that_is_too_slow_reads_the_newest_and_never_a_mix(
     registry: Registry, new_engine: NewEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,8 +17,8 @@ from engine_loader.engines.base import Engine
 from engine_loader.errors import LoaderError
 from engine_loader.options import PublishOptions
 from engine_loader.publishing.header import Header, HeaderCell
+from engine_loader.publishing.make_snapshot import make_snapshot
 from engine_loader.publishing.offering import Offering, Paused, meter_pulls, offer_weights
-from engine_loader.publishing.slots import Slot
 from engine_loader.publishing.snapshots import SnapshotRing
 from engine_loader.tensors.cuda import wait_for
 from engine_loader.tensors.destination import Destination
@@ -33,8 +32,8 @@ from engine_registry import (
     Registry,
     failpoints,
 )
-from engine_registry.errors import EtcdError, InvalidField, RegistryError
-from engine_registry.schema.record import check_version, new_content
+from engine_registry.errors import RegistryError
+from engine_registry.schema.record import new_content
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -193,79 +192,21 @@ class Served:
             guard.pop_all()
         former.close()
 
-    # -- snapshots
-
     def snapshot(self, version: int | None, changed: Iterable[str] | None, wait: bool) -> int:
         """As `Publication.snapshot`."""
-        ring, before = self.ring, self.record
+        ring = self.ring
         if ring is None:
             raise LoaderError(
-                f"{before.key} publishes no snapshots",
+                f"{self.record.key} publishes no snapshots",
                 "say `update`, or publish with PublishOptions(snapshots=2)",
             )
-        copied = ring.copied(changed)
         ring.finish()
         self.check_settled("snapshot")
         self.check_registered()
-        present = self.record.version
-        version = present + 1 if version is None else check_version(version)
-        if version <= present:
-            raise InvalidField(
-                f"version {version} is not newer than {present}, which {before.key} has",
-                "leave `version` out, or say a greater number",
-                field="version",
-            )
-        ring.weights.check_in_place(
-            f"tensors of {before.key} have other memory than when they were published, so there "
-            "is no snapshot of them",
-            "copy into them in place, or publish them again",
-        )
-        slot = ring.next()
-        self._withhold(ring, slot)
-        ring.fill(slot, copied)
         manifest = self.offering("snapshot").manifest
-
-        def reveal() -> None:
-            failpoints.reach("snapshot.before_reveal")
-            made = ring.reveal(slot, version, manifest)
-            self.registration.switch(made, ring.retained())
-
-        if wait:
-            reveal()
-        else:
-            ring.begin(reveal)
-        return version
-
-    def _withhold(self, ring: SnapshotRing, slot: Slot) -> None:
-        """Invites nobody else to what is in the slot, and waits for those who read it."""
-        if slot.version is None:
-            return
-        record = self.record
-        try:
-            self.registration.update(retained=ring.retained(but=slot))
-            left_s = ring.retain_s - (time.monotonic() - (slot.until or 0.0))
-            if self.registration.state is RegistrationState.REGISTERED:
-                pulls = self.registry.wait_for_no_pulls(
-                    record.instance, record.rank, max(0.0, left_s), slot.content
-                )
-                if pulls:
-                    log.warning(
-                        "%s overwrites version %d, from which %d loads still read after %.3g s",
-                        record.key,
-                        slot.version,
-                        pulls,
-                        ring.retain_s,
-                        extra=fields("snapshot_overwritten", key=record.key, pulls=pulls),
-                    )
-        except EtcdError as exc:
-            log.info(
-                "%s overwrites version %d without waiting for its readers: %s",
-                record.key,
-                slot.version,
-                exc,
-                extra=fields("snapshot_not_awaited", key=record.key, error=exc),
-            )
-        ring.withhold(slot)
+        return make_snapshot(
+            self.registry, self.registration, ring, manifest, version, changed, wait
+        )
 
     def _write_record(
         self, *, version: int | None = None, content: str | None = None, state: RankState
