@@ -786,7 +786,7 @@ def test_damaged_and_newer_records_spoil_only_their_own_instance(
         with pytest.raises(RecordDamaged, match="/engines/b/1"):
             registry.resolve("b")
         raw.commit([], [Put(record_key("b", 1), value.value.replace(b'"rank":0', b'"rank":1'), 0)])
-        with pytest.raises(SchemaUnsupported, match="reads up to 1: upgrade"):
+        with pytest.raises(SchemaUnsupported, match="reads up to 2: upgrade"):
             registry.resolve("b")
         with pytest.raises(RankConflict, match=r"etcdctl del /.*/engines/b/2"):
             register(registry, "b", 2, 3)

@@ -85,11 +85,11 @@ def test_a_rank_of_a_newer_schema_is_named_and_the_others_are_served_on(
             first, second = registry.instances()
             assert first.state is InstanceState.DEGRADED
             assert (
-                "/engines/a/1 has schema 99; this version reads up to 1: upgrade"
+                "/engines/a/1 has schema 99; this version reads up to 2: upgrade"
                 in first.problems[0]
             )
             assert second.state is InstanceState.READY
-            with pytest.raises(SchemaUnsupported, match="reads up to 1: upgrade"):
+            with pytest.raises(SchemaUnsupported, match="reads up to 2: upgrade"):
                 registry.resolve("a")
 
 
