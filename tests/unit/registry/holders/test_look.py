@@ -24,7 +24,7 @@ from engine_registry.holders.waiting import wait_for_holders, wait_for_instances
 from engine_registry.pulls.taking import take_ticket
 from engine_registry.schema.holder import holder_key
 from engine_registry.schema.keyvalue import Found, Put, Range
-from engine_registry.schema.record import GATEWAY
+from engine_registry.schema.record import GATEWAY, Retained
 from engine_registry.telemetry import metrics
 from tests.support.builders import a_record
 from tests.support.shelf import CountingEtcd, shelve
@@ -551,3 +551,23 @@ def test_entries_of_areas_do_not_make_up_for_ranks_that_have_none(
     etcd.delete(one(2).key)
     etcd.delete(one(3).key)
     assert not look(etcd, HolderQuery(MODEL, PLACE, near=HERE)).scanned
+
+
+def test_a_version_that_ranks_have_gone_on_from_is_found_where_it_is_retained(
+    etcd: CountingEtcd,
+) -> None:
+    kept = Retained(1, "1" * 32, 64, 4096)
+    for number in range(3):
+        shelve(etcd, one(number, version=2, retained=(kept,)))
+    shelve(etcd, one(7, version=3))
+    newest = look(etcd, HolderQuery(MODEL, PLACE))
+    assert "i00007" in names(newest.ready)
+    asked = HolderQuery(MODEL, PLACE, lambda record: record.as_of(1) is not None, version=1)
+    before = etcd.requests
+    found = look(etcd, asked)
+    assert sorted(names(found.ready)) == ["i00000", "i00001", "i00002"]
+    assert etcd.requests - before == 3  # the present ones, the retained ones, the records
+    instances = look_for_instances(etcd, MODEL, everything, version=1)
+    assert {status.as_of(1).version for status in instances} == {1}
+    gone = look(etcd, HolderQuery(MODEL, PLACE, version=9))  # what there is instead
+    assert "i00007" in names(gone.ready)

@@ -108,6 +108,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         digests=draw(st.none() | st.builds(DigestTable, st.just("x"), st.just(64), BLOCKS)),
         block_nbytes=draw(st.sampled_from([0, 1 << 50])),
         exports=tuple(exports),
+        deltas=tuple(draw(st.lists(st.sampled_from(places), max_size=3)) if places else ()),
     )
 
 
@@ -157,6 +158,28 @@ def test_a_manifest_beyond_etcds_request_limit_is_cut_into_parts_of_at_most_1_mi
     assert {len(part) for part in parts[:-1]} == {PART_NBYTES}
     assert 0 < len(parts[-1]) <= PART_NBYTES
     assert decode(OWNER, ref, parts) == wanted
+
+
+@given(manifests(), st.integers(-(1 << 40), 1 << 40))
+def test_a_manifest_that_is_shifted_says_the_same_of_other_memory(
+    manifest: Manifest, by: int
+) -> None:
+    shifted = manifest.shifted(by)
+    for one, other in zip(manifest.tensors, shifted.tensors, strict=True):
+        assert other.addr - one.addr == (by if one.nbytes else 0)
+        assert replace(other, addr=one.addr) == one
+    assert [region.addr - by for region in shifted.regions] == [
+        region.addr for region in manifest.regions
+    ]
+    assert (shifted.exports, shifted.deltas) == (manifest.exports, manifest.deltas)
+    assert shifted.shifted(-by) == manifest
+
+
+@pytest.mark.parametrize("deltas", [5, [[1]], [[0, 0]], [[-1, 8]], [[1 << 63, 8]], [[64, 8]] * 65])
+def test_buffers_of_deltas_that_no_memory_has_are_damage(deltas: object) -> None:
+    ref, parts = pack(as_json(deltas=deltas), 1, 24)
+    with pytest.raises(RecordDamaged):
+        decode(OWNER, ref, parts)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
