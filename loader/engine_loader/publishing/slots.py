@@ -17,6 +17,7 @@ from engine_loader.digests.table import BLOCK_NBYTES, DigestCell, table_nbytes
 from engine_loader.errors import SnapshotsUnfit
 from engine_loader.options import Snapshots
 from engine_loader.publishing import header
+from engine_loader.publishing.copies import copy
 from engine_loader.publishing.header import HeaderCell
 from engine_loader.tensors.available import available_nbytes
 from engine_loader.tensors.destination import Destination
@@ -133,18 +134,14 @@ class Slot:
         """These tensors, of those that are copied, have changed since."""
         self._stale.update(changed)
 
-    @plain_torch()
     def fill(self) -> int:
         """Copies what has changed since it was filled; how many bytes that were. The copies on
         GPUs may go on when this returns.
         """
-        nbytes = 0
-        for name in self._stale:
-            source, copy = self._copies[name]
-            copy.copy_(source, non_blocking=True)
-            nbytes += copy.nbytes
+        pairs = [self._copies[name] for name in self._stale]
+        copy(pairs)
         self._stale.clear()
-        return nbytes
+        return sum(to.nbytes for _, to in pairs)
 
 
 def make_slots(
