@@ -82,6 +82,13 @@ class DigestCell:
     def write(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
         """The digests of the tensors as they are now, which are returned too."""
         found = digests_of(tensors, self.table.algorithm, blocks=self.table.block_nbytes > 0)
+        return self.put(found)
+
+    @plain_torch()
+    def put(self, found: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Digests of all tensors, each with those of its blocks behind it, if the table has such.
+        Returned are those of the tensors.
+        """
         some = [found[name] for name in self._names]
         packed = bytearray(b"".join([one[:NBYTES] for one in some]))
         packed += b"".join([one[NBYTES:] for one in some])  # of blocks

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine_loader.digests.table import BLOCK_NBYTES, DigestCell, table_nbytes
+from engine_loader.digests.table import BLOCK_NBYTES, DigestCell, digests_of, table_nbytes
 from engine_loader.errors import SnapshotsUnfit
 from engine_loader.options import Snapshots
 from engine_loader.publishing import header
@@ -103,7 +103,10 @@ class Slot:
             if layout.copied_with[name] == name:
                 flat = part.detach().as_strided((part.numel(),), (1,)).view(torch.uint8)
                 self._copies[name] = flat, some
+        self._copied_with = layout.copied_with
         self._stale = set(self._copies)
+        self._undigested = set(self.tensors)
+        self._digests: dict[str, bytes] = {}  # each with those of its blocks
         self.header = HeaderCell(
             memory.device, memory=memory[layout.header : layout.header + header.NBYTES]
         )
@@ -140,8 +143,22 @@ class Slot:
         """
         pairs = [self._copies[name] for name in self._stale]
         copy(pairs)
+        self._undigested |= {
+            name for name, other in self._copied_with.items() if other in self._stale
+        }
         self._stale.clear()
         return sum(to.nbytes for _, to in pairs)
+
+    def digest(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+        """Brings the table up to date, and returns the digest of each tensor; nothing where there
+        is no table. What has been copied since is the same in `tensors`.
+        """
+        if self.digests is None:
+            return {}
+        new = {name: tensors[name] for name in self._undigested}
+        self._digests |= digests_of(new, self.digests.table.algorithm, blocks=True)
+        self._undigested.clear()
+        return self.digests.put(self._digests)
 
 
 def make_slots(

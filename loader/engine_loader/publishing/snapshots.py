@@ -60,6 +60,9 @@ class SnapshotRing:
         self._slots = slots
         self._incarnation = incarnation
         self._deltas = deque(deltas)  # the oldest first
+        # A GPU does that in a moment, and the processor would have to look at every byte.
+        self._digests_live = weights.devices[0].type == "cuda"
+        self._proven: dict[str, bytes] = {}  # digests of what was filled last
         self._pool = ThreadPoolExecutor(1, "snapshots")
         self._pending: Future[None] | None = None
 
@@ -110,6 +113,7 @@ class SnapshotRing:
         began = time.monotonic()
         wait_for(self.weights.devices)
         nbytes = slot.fill()
+        self._proven = slot.digest(self.weights.parts) if self._digests_live else {}
         wait_for([*self.weights.devices, slot.memory.device])
         metrics.SNAPSHOT_NBYTES.inc(amount=nbytes)
         metrics.SNAPSHOT_S.observe(time.monotonic() - began)
@@ -118,8 +122,8 @@ class SnapshotRing:
         """It can be read as this version from now on, and is the present one."""
         content = new_content()
         if slot.digests is not None:
-            found = slot.digests.write(slot.tensors)
-            content = content_of(manifest, found, slot.digests.table.algorithm)
+            proven = self._proven or slot.digest(slot.tensors)
+            content = content_of(manifest, proven, slot.digests.table.algorithm)
         if self._deltas and content not in ("", self.present.content):
             self._write_delta(slot, content, manifest)
         slot.version, slot.content = version, content
@@ -198,7 +202,8 @@ def offer_snapshots(
 ) -> tuple[Offering, SnapshotRing]:
     """As `offer_weights`, of copies of the weights; the first one is made."""
     device = _device_of(engine, weights, snapshots)
-    algorithm = algorithm_for(device)
+    # readers are where the trainer is: on GPUs, which have a quick one, or on the host
+    algorithm = algorithm_for(weights.devices[0])
     wanted = engine.tallies == algorithm if options.digests is None else options.digests
     wanted = wanted or snapshots.deltas > 0
     layout, slots = make_slots(weights, snapshots, device, algorithm if wanted else None)
