@@ -5,7 +5,7 @@ wrong on the way, what it has in the end is the version that it was to have.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -205,8 +205,8 @@ def test_a_delta_may_be_overwritten_while_it_is_read(
         publication.snapshot()
         chains = Deltas._chains
 
-        def late(self: Deltas, undo: ExitStack) -> Any:
-            found = chains(self, undo)
+        def late(self: Deltas, *args: Any) -> Any:
+            found = chains(self, *args)
             monkeypatch.undo()
             for version in range(newer):
                 train(tensors, 10 + version)

@@ -86,11 +86,13 @@ class Reuse:
             received.shares += transfer.shares
 
         held.lend(job.engine, undo)
-        if job.base:
-            deltas = Deltas(job.engine, sources, job.base, job.device, bring)
-            received.delta_nbytes += deltas.apply(received.dst, job.destination.parts, undo)
-        bring(held.spans, held.receive)
-        for spans, numbers in held.find(missing, received.dst, job.destination.parts, job.cancel):
+        tensors = job.destination.parts
+        deltas = Deltas(job.engine, sources, job.base, job.device)
+        deltas.look(received.dst, bring, undo)
+        bring([*deltas.spans, *held.spans], held.receive)
+        deltas.apply(received.dst, tensors)
+        received.delta_nbytes += deltas.nbytes
+        for spans, numbers in held.find(missing, received.dst, tensors, job.cancel):
             received.hold([sources[number].record for number in numbers], spans)
         received.compared = True
 

@@ -1,6 +1,6 @@
 """Deltas that sources keep: they bring tensors that hold one content to the next, as far as there
 is a way. Nothing of it is believed: what the tensors hold then is compared with digests, block by
-block, and what differs is read.
+block, and what differs is read. So it does not matter which source has proven what it brought.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class _Delta(NamedTuple):
 
 
 class Deltas:
-    """Of one attempt: what leads from contents that the tensors may have to those of sources."""
+    """Of one attempt: what leads from contents that the tensors may have to those of sources.
+
+    `look` for them, read the `spans`, then `apply` what these have brought.
+    """
 
     def __init__(
         self,
@@ -45,50 +48,63 @@ class Deltas:
         sources: Sequence[SourceRank],
         base: Collection[str],
         device: torch.device,
-        bring: Callable[[Sequence[Span], OnChecked], None],
     ) -> None:
-        """`bring` reads spans from the sources. The device is the one that reads write to."""
+        """The device is the one that reads write to."""
         self._engine = engine
         self._sources = sources
         self._base = set(base)
         self._device = device
-        self._bring = bring  # what the spans brought is proven by digests, so no check matters
+        self._found: list[list[tuple[_Delta, torch.Tensor]]] = []  # each with what is read of it
+        self.spans: list[Span] = []
+
+    @property
+    def nbytes(self) -> int:
+        """That the spans bring."""
+        return sum(span.nbytes for span in self.spans)
 
     @plain_torch()
-    def apply(self, dst: Manifest, tensors: Mapping[str, torch.Tensor], undo: ExitStack) -> int:
-        """Changes the tensors as far as deltas say how; how many bytes were read for it. Raises
-        what `bring` does.
+    def look(
+        self, dst: Manifest, bring: Callable[[Sequence[Span], OnChecked], None], undo: ExitStack
+    ) -> None:
+        """Reads the headers of deltas by `bring`, and raises what that does. No spans where it is
+        as quick to read all of `dst`.
         """
-        chains = self._chains(undo)
+        chains = self._chains(bring, undo)
         nbytes = sum(delta.header.nbytes for chain in chains for delta in chain)
         if not nbytes or nbytes >= dst.nbytes:
-            return 0
+            return
         memory = self._memory(nbytes, undo)
-        spans, places = [], dict[_Delta, torch.Tensor]()
         at = 0
-        for delta in (delta for chain in chains for delta in chain):
-            places[delta] = memory[at : at + delta.header.nbytes]
-            spans.append(self._span(delta.number, delta.region.addr, places[delta]))
-            at += delta.header.nbytes
-        self._bring(spans, _ignore)
-        wait_for([self._device])
         for chain in chains:
+            some = []
+            for delta in chain:
+                some.append((delta, memory[at : at + delta.header.nbytes]))
+                self.spans.append(self._span(delta.number, delta.region.addr, some[-1][1]))
+                at += delta.header.nbytes
+            self._found.append(some)
+
+    @plain_torch()
+    def apply(self, dst: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Changes the tensors as far as the deltas say how."""
+        wait_for([self._device])
+        for chain in self._found:
             try:
-                for delta in chain:
-                    self._apply(delta, places[delta], dst, tensors)
+                for delta, data in chain:
+                    self._apply(delta, data, dst, tensors)
             except DeltaDamaged as exc:  # it was overwritten while it was read
                 log.info("%s; all that differs is read", exc, extra=fields("delta_unused"))
         wait_for({tensor.device for tensor in tensors.values()})
-        return nbytes
 
-    def _chains(self, undo: ExitStack) -> list[list[_Delta]]:
+    def _chains(
+        self, bring: Callable[[Sequence[Span], OnChecked], None], undo: ExitStack
+    ) -> list[list[_Delta]]:
         """For each content of the sources that our tensors do not have: one delta after the other
         that leads there, if there are such.
         """
         wanted: dict[str, int] = {}
         for number, source in enumerate(self._sources):
             content = source.record.content
-            if source.manifest.deltas and content not in self._base:
+            if self._base and source.manifest.deltas and content not in self._base:
                 wanted.setdefault(content, number)
         buffers = [
             (number, region)
@@ -100,7 +116,7 @@ class Deltas:
             return []
         memory = self._memory(len(buffers) * HEADER_NBYTES, undo)
         cells = memory.split(HEADER_NBYTES)
-        self._bring(
+        bring(
             [
                 self._span(number, region.addr, cell)
                 for (number, region), cell in zip(buffers, cells, strict=True)
