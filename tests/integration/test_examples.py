@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from engine_loader import LoadOptions, MooncakeEngine, read_catalogue
 from engine_registry import Registry
 from engine_registry.etcd.local import LocalEtcd
-from tests.integration.conftest import Processes, line_of
+from examples.rl_loop import Book
+from tests.integration.conftest import Processes, children_of, line_of
 from tests.support.checkout import ROOT
 from tests.support.waiting import wait_until
 
@@ -164,6 +165,45 @@ def test_a_trainer_with_fsdp_has_each_of_its_steps_taken(
     shapes = {"0.weight": (1000, 64), "1.weight": (64, 64), "1.bias": (64,)}
     assert {name: tuple(tensor.shape) for name, tensor in first.items()} == shapes
     assert {name for name in shapes if torch.equal(first[name], second[name])} == set()
+
+
+def test_a_version_that_readers_mix_is_seen() -> None:
+    """By the book of rl_loop.py. The second launch begins with what the first had as version 2."""
+    book = Book()
+    for launch, version, digests in [(1, 1, "ab"), (1, 2, "cd"), (2, 2, "cd"), (2, 3, "ef")]:
+        for rank, digest in enumerate(digests):
+            book.write(launch, version, rank, digest)
+    book.write(1, 3, 0, "g")  # the other rank was killed before it had this version
+    book.loads = [("reader", 1, ["a", "b"]), ("reader", 2, ["c", "d"]), ("reader", 3, ["e", "f"])]
+    assert book.wrong() == []
+    for version, digests in [(2, "ad"), (2, "ab"), (1, "ba"), (3, "gf"), (3, "e?")]:
+        book.loads = [("reader", version, list(digests))]
+        assert len(book.wrong()) == 1, digests
+
+
+@pytest.mark.slow  # eight programs that import torch and FSDP
+def test_readers_of_a_loop_are_exact_through_the_end_of_one_and_of_a_rank(start: Start) -> None:
+    lines = ended(start("rl_loop.py", "--steps", "8")).splitlines()
+    assert {"reader 1  is killed", "rank 1    is killed"} <= set(lines)
+    assert "trainer   launch 2 begins with version 4" in lines
+    for reader in range(3):
+        assert any(line.startswith(f"reader {reader}  version 8: ") for line in lines)
+    loads = [line for line in lines if " bytes of deltas" in line]
+    assert any("       0 bytes of weights" in line for line in loads)
+    assert lines[-1] == f"readers   {len(loads)} loads, {len(loads)} of them exact"
+
+
+@pytest.mark.slow  # five programs that import torch and FSDP
+def test_ctrl_c_ends_all_processes_of_a_loop(start: Start) -> None:
+    loop = start("rl_loop.py")
+    while not line_of(loop).startswith("reader"):
+        pass
+    started = children_of(loop.pid)
+    assert len(started) == 5
+    loop.send_signal(signal.SIGINT)
+    _, err = loop.communicate(timeout=100)
+    assert (loop.returncode, err) == (1, "ended before its time\n")
+    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
 
 
 def test_every_example_is_named_in_the_list_of_examples() -> None:
