@@ -207,6 +207,8 @@ def test_an_etcd_that_is_away_is_a_typed_error(
         LoadOptions(partial=True),
         LoadOptions(version=1),
         LoadOptions(contents=["0" * 32]),
+        LoadOptions(reuse=True),
+        LoadOptions(base=["0" * 32]),
         LoadOptions(cancel=threading.Event()),
     ],
 )

@@ -41,6 +41,7 @@ MAX_GROUP_NBYTES = 1 << 30
 _REFUSED = {
     "partial": "leave it out: `names` says which tensors are wanted",
     "reuse": "leave it out: the tensors are new",
+    "base": "leave it out: the tensors are new",
 }
 
 
@@ -258,7 +259,8 @@ def read_catalogue(
         max_group_nbytes: Bytes of tensors in one group, at most. A larger tensor is a group for
             itself.
         timeout_s: How many seconds to wait until a source is ready, here and in an iteration.
-        options: How to choose, read and check; see LoadOptions. Without `partial`.
+        options: How to choose, read and check; see LoadOptions. Without `partial`,
+            `reuse` and `base`.
 
     Returns:
         The catalogue of the source.

@@ -22,7 +22,10 @@ from engine_registry import RankRecord, Registry
 from engine_registry.watching.waiting import Wanted
 
 _REFUSED = {"partial": "leave it out: all tensors are fetched"}
-_REFUSED_WHOLE = {"reuse": "leave it out, or say `rank`: the file of a rank can be reused"}
+_REFUSED_WHOLE = {
+    "reuse": "leave it out, or say `rank`: the file of a rank can be reused",
+    "base": "leave it out, or say `rank`: the file of a rank can be reused",
+}
 
 
 def fetch(
@@ -65,8 +68,8 @@ def fetch(
         show_progress: Whether to show the bar.
         timeout_s: How many seconds to wait until a source is ready.
         options: How to choose, read and check; see LoadOptions. Without `partial`. With `rank`
-            None also without `version`, `contents` and `reuse`. With `rank`, `reuse` does not read
-            what the file there already holds, which `force` allows to be replaced.
+            None also without `version`, `contents`, `reuse` and `base`. With `rank`, `reuse` does
+            not read what the file there already holds, which `force` allows to be replaced.
 
     Returns:
         The paths of the files. The index is the last one, where there is one.

@@ -25,6 +25,7 @@ _REFUSED = {
     "contents": "leave it out: all files are of the contents that are found first",
     "partial": "leave it out: all tensors are loaded",
     "reuse": "leave it out: the tensors are new",
+    "base": "leave it out: the tensors are new",
 }
 
 
@@ -52,7 +53,7 @@ def load_full(
             itself.
         timeout_s: How many seconds to wait until a source is ready.
         options: How to choose, read and check; see LoadOptions. Without `version`, `contents`,
-            `partial` and `reuse`.
+            `partial`, `reuse` and `base`.
 
     Returns:
         What the loads of all files did together. Its `seconds` are without the writing.

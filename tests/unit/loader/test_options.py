@@ -129,8 +129,8 @@ def test_a_mapping_of_values_is_taken_as_it_is() -> None:
 
 REFUSED = {
     "load_instance": {"version", "contents"},
-    "load_full": {"version", "contents", "partial", "reuse"},
-    "read_catalogue": {"partial", "reuse"},
+    "load_full": {"version", "contents", "partial", "reuse", "base"},
+    "read_catalogue": {"partial", "reuse", "base"},
     "EngineReader": {"version", "contents", "partial"},
     "load_or_seed": {"version", "contents"},
     "publish_state_dict": {"values"},
