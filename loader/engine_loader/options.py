@@ -118,7 +118,8 @@ class Snapshots:
         buffers: Memory for them, which the caller lends: `count` contiguous tensors of uint8 on one
             device, of `snapshot_nbytes` each at least. None allocates it.
         retain_s: How many seconds a snapshot waits for the readers of the version that it takes
-            the place of, from the moment on that this is not the newest any more.
+            the place of, from the moment on that this is not the newest any more. It takes the
+            place of the oldest version that nobody reads, so it waits only if all are read.
         deltas: How many deltas are kept: what has changed from one version to the next, so that a
             reader that has the one reads only the changes. Deltas need digests.
         changed: The share of the elements of each tensor that may change from one version to the

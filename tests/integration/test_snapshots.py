@@ -230,6 +230,30 @@ def test_a_ticket_keeps_a_version_for_several_loads(registry: Registry) -> None:
         assert registry.pull(past) is None
 
 
+def test_a_reader_of_a_version_stops_nobody_where_there_is_another_place(
+    registry: Registry, new_engine: NewEngine
+) -> None:
+    tensors = {"w": words(at(0), COUNT)}
+    gate = Gate(0.3)
+    snapshots = Snapshots(count=3, retain_s=1000)
+    with (
+        trainer(registry, new_engine(), tensors, snapshots=snapshots) as publication,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        reading = pool.submit(read, registry, new_engine(), progress=gate.see)
+        assert gate.reached.wait(60)
+        for version in range(1, 6):
+            step(tensors, version)
+            assert publication.snapshot() == version
+            assert read(registry, new_engine())[0] == at(version)
+        assert publication.retained == (4, 0)
+        gate.open.set()
+        found, report = reading.result(60)
+        assert (found, report.version, report.retries) == (at(0), 0, 0)
+        publication.snapshot()
+        assert publication.retained == (5, 4)
+
+
 def test_a_reader_that_is_too_slow_reads_the_newest_and_never_a_mix(
     registry: Registry, new_engine: NewEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

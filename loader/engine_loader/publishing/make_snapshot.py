@@ -43,7 +43,7 @@ def make_snapshot(
         "is no snapshot of them",
         "copy into them in place, or publish them again",
     )
-    slot = ring.next()
+    slot = ring.next(lambda: _read(registry, registration))
     if slot.version is not None:
         _withhold(registry, registration, ring, slot)
     ring.fill(slot, copied)
@@ -58,6 +58,16 @@ def make_snapshot(
     else:
         ring.begin(reveal)
     return version
+
+
+def _read(registry: Registry, registration: Registration) -> set[str]:
+    """The contents that loads have tickets for, as far as etcd can be asked."""
+    if registration.state is not RegistrationState.REGISTERED:
+        return set()
+    try:
+        return {pull.content for pull in registry.readers(registration.record)}
+    except EtcdError:
+        return set()
 
 
 def _withhold(

@@ -149,8 +149,9 @@ class Publication(Closable):
 
         The tensors are copied to memory that nobody reads. Readers of the version before go on
         reading it, and `load(version=…)` finds it, until a later snapshot needs its memory. That
-        snapshot waits for them, for `Snapshots.retain_s` at most. Readers that are slower notice,
-        and read the newest version instead.
+        takes the oldest that nobody reads. If all are read, it waits for the readers of the oldest,
+        for `Snapshots.retain_s` at most. Readers that are slower notice, and read the newest
+        version instead.
 
         Args:
             version: The new version. None: one more than the present one.
