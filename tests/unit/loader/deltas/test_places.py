@@ -100,6 +100,23 @@ def test_a_part_that_we_hold_twice_is_written_twice(share: float) -> None:
 
 
 @pytest.mark.parametrize("share", [0.05, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+def test_a_part_of_one_row_goes_to_its_row(dtype: torch.dtype, share: float) -> None:
+    """As the last rank has where rows are divided with a rest."""
+    old = torch.zeros(7, 30, dtype=dtype)
+    new = old + (torch.rand(old.shape) < share).to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    whole = TensorEntry("w", name, (7, 30), 4096, old.nbytes, (7, 30), (0, 0), opaque=False)
+    for along, part in [((6, 0), (slice(6, 7),)), ((0, 29), (slice(7), slice(29, 30)))]:
+        shape, nbytes = tuple(old[part].shape), old[part].nbytes
+        src = replace(whole, shape=shape, nbytes=nbytes, offsets=along)
+        ours, wanted = old.clone(), old.clone()
+        wanted[part] = new[part]
+        apply_all(old[part].contiguous(), new[part].contiguous(), src, ours, whole)
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("share", [0.05, 1])
 def test_elements_of_16_bytes_stay_together(share: float) -> None:
     old = torch.zeros(30, 40, dtype=torch.complex128)
     new = old + (torch.rand(old.shape) < share) * (1.5 + 2j)
