@@ -73,7 +73,9 @@ def apply(
     for block in blocks:
         values = data[block.values_at : block.values_at + block.count * section.itemsize]
         values = values.view(ours.dtype)
-        if into is None and block.kind == DENSE:
+        if into is None and ours.is_cpu:
+            _write_by_numpy(data, block, values, ours)
+        elif into is None and block.kind == DENSE:
             ours[block.first : block.end].copy_(values)
         elif into is None:
             for places, some in _listed(data, block, values):
@@ -168,6 +170,25 @@ def _stated(packed: npt.NDArray[Any], section: Section, src: TensorEntry) -> Ite
 def _check_gaps(gaps: npt.NDArray[Any], elements: int, src: TensorEntry) -> None:
     if gaps.sum(dtype=np.int64) >= elements or np.count_nonzero(gaps[1:]) < len(gaps) - 1:
         raise DeltaDamaged(f"{src.name}: changes lie outside of it, or two at one place")
+
+
+def _write_by_numpy(
+    data: torch.Tensor, block: _Block, values: torch.Tensor, ours: torch.Tensor
+) -> None:
+    """By one thread: torch would have all of its threads take part in each step, and wait for the
+    last of them.
+    """
+    into = ours[block.first : block.end].numpy()
+    if block.kind == DENSE:
+        np.copyto(into, values.numpy())
+        return
+    packed = data[block.gaps_at : block.gaps_at + block.gaps_nbytes].numpy()
+    gaps, changed, last = packed.view(GAPS[block.kind]), values.numpy(), 0
+    for start in range(0, block.count, _AT_ONCE):
+        places = gaps[start : start + _AT_ONCE].cumsum(dtype=np.int64)
+        places += last
+        into[places] = changed[start : start + _AT_ONCE]
+        last = int(places[-1])
 
 
 def _listed(data: torch.Tensor, block: _Block, values: torch.Tensor) -> Iterator[Moved]:

@@ -237,7 +237,11 @@ class _Writer:
     def _put_at(self, start: int, part: torch.Tensor) -> None:
         if start + padded(part.nbytes) > self._buffer.numel():
             raise _DoesNotFit
-        self._buffer[start : start + part.nbytes].copy_(part.view(torch.uint8))
+        into, data = self._buffer[start : start + part.nbytes], part.view(torch.uint8)
+        if into.is_cpu and data.is_cpu:  # torch would have all of its threads copy each part
+            np.copyto(into.numpy(), data.numpy())
+        else:
+            into.copy_(data)
 
 
 def _tensor(packed: bytes) -> torch.Tensor:
