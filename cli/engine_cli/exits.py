@@ -23,6 +23,7 @@ _CODES = {
     "engine_registry.errors.EtcdError": Exit.ETCD,
     "engine_registry.errors.InstanceNotFound": Exit.INSTANCE,
     "engine_registry.errors.InstanceIncomplete": Exit.INSTANCE,
+    "engine_registry.errors.ReleaseIncomplete": Exit.INSTANCE,
     "engine_loader.errors.SourceLost": Exit.INSTANCE,
     "engine_loader.errors.SourceUnreachable": Exit.INSTANCE,
     "engine_loader.errors.VersionUnavailable": Exit.INSTANCE,

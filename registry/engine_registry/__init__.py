@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from engine_registry.errors import RecordDamaged as RecordDamaged
     from engine_registry.errors import RegistrationLost as RegistrationLost
     from engine_registry.errors import RegistryError as RegistryError
+    from engine_registry.errors import ReleaseIncomplete as ReleaseIncomplete
     from engine_registry.errors import SchemaUnsupported as SchemaUnsupported
     from engine_registry.errors import Superseded as Superseded
     from engine_registry.holders.query import HolderQuery as HolderQuery
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from engine_registry.schema.record import RankRecord as RankRecord
     from engine_registry.schema.record import RankState as RankState
     from engine_registry.schema.record import new_incarnation as new_incarnation
+    from engine_registry.schema.release import Release as Release
     from engine_registry.schema.status import InstanceState as InstanceState
     from engine_registry.schema.status import InstanceStatus as InstanceStatus
     from engine_registry.watching.cleanup import CleaningWatch as CleaningWatch
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from engine_registry.watching.events import RankJoined as RankJoined
     from engine_registry.watching.events import RankLost as RankLost
     from engine_registry.watching.events import RankUpdated as RankUpdated
+    from engine_registry.watching.events import VersionReleased as VersionReleased
     from engine_registry.watching.follow import AllInstances as AllInstances
     from engine_registry.watching.watch import Watch as Watch
 
@@ -122,9 +125,12 @@ _MODULE_OF = {
     "RegistrationState": "registration.handle",
     "Registry": "client",
     "RegistryError": "errors",
+    "Release": "schema.release",
+    "ReleaseIncomplete": "errors",
     "SchemaUnsupported": "errors",
     "Superseded": "errors",
     "TensorEntry": "schema.manifest",
+    "VersionReleased": "watching.events",
     "Watch": "watching.watch",
     "new_incarnation": "schema.record",
 }

@@ -35,6 +35,8 @@ from engine_registry.registration.manifests import (
     fetch_manifest,
     fetch_manifests,
 )
+from engine_registry.releases.finding import find_release, wait_while_released
+from engine_registry.releases.writing import release
 from engine_registry.schema.keys import (
     ENGINES,
     check_instance,
@@ -60,10 +62,12 @@ from engine_registry.schema.record import (
     RankRecord,
     RankState,
     check_content,
+    check_version,
     new_content,
     new_incarnation,
 )
 from engine_registry.schema.record_format import decode_item
+from engine_registry.schema.release import Release
 from engine_registry.schema.roster import Roster, assess_all
 from engine_registry.schema.status import InstanceStatus
 from engine_registry.telemetry.logs import fields
@@ -418,6 +422,65 @@ class Registry(Closable):
     def watch_pulls(self, record: RankRecord, on_pull: OnPull) -> PullWatch:
         """Reports each reader that begins or ends to read from the registration, until closed."""
         return PullWatch(self._etcd.sibling(), record, on_pull)
+
+    def release(
+        self, instance: str, version: int, timeout_s: float = 0.0, *, rank: int = 0
+    ) -> Release:
+        """Says in etcd that this version of the instance is released: that all ranks hold it, as
+        their present version or a retained one. Waits for that, watching, for up to `timeout_s`.
+
+        Of several that release one version, one writes it, and the others find it done. It stays
+        released until another version is, or the registration of `rank` ends.
+
+        Raises ReleaseIncomplete, which names the ranks that do not hold the version;
+        InstanceNotFound; InvalidField where a newer one is released; or an EtcdError.
+        """
+        return self._release(instance, version, timeout_s, rank, back=False)
+
+    def rollback(
+        self, instance: str, version: int, timeout_s: float = 0.0, *, rank: int = 0
+    ) -> Release:
+        """As `release`, of a version that may be older than the released one, if all ranks still
+        retain it.
+        """
+        return self._release(instance, version, timeout_s, rank, back=True)
+
+    def _release(
+        self, instance: str, version: int, timeout_s: float, rank: int, back: bool
+    ) -> Release:
+        made = release(
+            self._etcd,
+            check_instance(instance),
+            check_version(version),
+            seconds("timeout_s", timeout_s),
+            whole("rank", rank),
+            back,
+        )
+        log.info(
+            "version %d of %s is released",
+            made.version,
+            instance,
+            extra=fields("released", instance=instance, version=made.version),
+        )
+        return made
+
+    def released(
+        self, wanted: Wanted, timeout_s: float = 0.0, cancel: threading.Event | None = None
+    ) -> Release | None:
+        """The released version of the instance. Of several, or of all instances of a model, the
+        newest that all ranks of its instance hold now, or else the newest.
+
+        Waits for one, watching, for up to `timeout_s`; None where there is none then. `cancel`, set
+        in another thread, ends the wait before. Raises InvalidField or an EtcdError.
+        """
+        return find_release(self._etcd, wanted, seconds("timeout_s", timeout_s), cancel)
+
+    def wait_while_released(self, instance: str, version: int, timeout_s: float) -> bool:
+        """Waits until another version of the instance is released than this one, or none. False if
+        it is still this one after `timeout_s`.
+        """
+        name = check_instance(instance)
+        return wait_while_released(self._etcd, name, version, seconds("timeout_s", timeout_s))
 
     def watch(
         self, instance: str | None = None, rank: int | None = None, selector: str = ""

@@ -16,6 +16,7 @@ EngineRegistryError             of this package and of `engine_loader`
     ├── InstanceMismatch        the rank disagrees with its siblings
     ├── InstanceNotFound        no rank of the instance is registered
     ├── InstanceIncomplete      some ranks are missing or not consistent
+    ├── ReleaseIncomplete       some ranks do not hold the version that is to be released
     ├── RegistrationLost        the registration has ended and will not come back
     │   ├── Evicted             it was deleted on purpose
     │   └── Superseded          a newer registration has taken its place
@@ -117,6 +118,12 @@ class InstanceNotFound(RegistryError):
 
 class InstanceIncomplete(RegistryError):
     """Some ranks are missing or not consistent."""
+
+
+class ReleaseIncomplete(RegistryError):
+    """Some ranks do not hold the version that is to be released: `details["ranks"]` says why of
+    each, by its number.
+    """
 
 
 class RegistrationLost(RegistryError):

@@ -163,7 +163,7 @@ def test_it_fits_whatever_size_the_terminal_has_or_gets(
         assert terminal.line("big/0").split() == ["big/0", "loading"]
 
 
-def test_it_costs_etcd_two_watches_and_no_question_however_often_it_draws(
+def test_it_costs_etcd_three_watches_and_no_question_however_often_it_draws(
     own_etcd: LocalEtcd,
 ) -> None:
     def metric(name: str) -> float:
@@ -177,7 +177,7 @@ def test_it_costs_etcd_two_watches_and_no_question_however_often_it_draws(
         before = metric(watches)
         with on_terminal("watch", env={"ENGINES_ETCD": own_etcd.endpoint}) as terminal:
             terminal.wait_for("a ", "ready")
-            wait_until(lambda: metric(watches) == before + 2)
+            wait_until(lambda: metric(watches) == before + 3)
             asked = metric(questions)
             frames = terminal.said.count("\x1b[H")
             wait_until(lambda: terminal.said.count("\x1b[H") > frames + 6)

@@ -60,7 +60,7 @@ RECIPE = [
     if "etcdctl" in block
 ]
 PERMISSIONS = re.findall(
-    r"etcdctl role grant-permission (\S+) (\S+) --prefix=true (\S+)", "".join(RECIPE)
+    r"etcdctl role grant-permission (\S+) (\S+) ((?:--prefix=true )?\S+)", "".join(RECIPE)
 )
 NAMESPACE = "/prod"
 DENIED = "denies permission: permission denied: grant the user's role"
@@ -474,6 +474,7 @@ def _as_rank(secured: Secured) -> None:
     with secured.connect("rank-qwen-a") as registry, register(registry, "qwen-a") as registration:
         registration.update(version=1)
         registry.pulls(registration.record)
+        registry.release("qwen-a", 1)
         if not registration.record.order:  # it was registered without an entry in the index
             raise EtcdRefused(DENIED)
 
@@ -491,6 +492,7 @@ def _as_loader(secured: Secured) -> None:
         assert ticket is not None
         ticket.close()
         assert not loader.was_evicted(record)
+        assert loader.released("qwen-a") is None
         if loader.find_holders(HolderQuery(record.model, Place(record.rank))).scanned:
             raise EtcdRefused(DENIED)  # it has read all records instead of the index
 
@@ -504,6 +506,7 @@ def _as_watcher(secured: Secured) -> None:
         watcher.instances()
         watcher.manifest(watcher.ranks("qwen-a")[0])
         watcher.all_pulls()
+        assert watcher.released("qwen-a") is None
 
 
 def _as_operator(secured: Secured) -> None:
@@ -561,29 +564,42 @@ _JOBS: dict[str, Callable[[Secured], None]] = {
 }
 
 
+def test_who_may_not_read_releases_watches_without_them(secured: Secured) -> None:
+    secured.etcdctl("role revoke-permission watcher --prefix=true /prod/releases/")
+    try:
+        with (
+            secured.connect("rank-qwen-a") as registry,
+            register(registry, "qwen-a"),
+            secured.connect("watcher") as watcher,
+            watcher.watch() as watch,
+        ):
+            registry.release("qwen-a", 0)
+            events_until(watch, lambda event: isinstance(event, InstanceReady))
+    finally:
+        secured.etcdctl("role grant-permission watcher read --prefix=true /prod/releases/")
+
+
 @pytest.mark.parametrize(
-    ("role", "permission", "prefix"), [some for some in PERMISSIONS if some[0] in _JOBS]
+    ("role", "permission", "keys"), [some for some in PERMISSIONS if some[0] in _JOBS]
 )
 def test_every_permission_of_the_page_is_needed(
-    secured: Secured, role: str, permission: str, prefix: str
+    secured: Secured, role: str, permission: str, keys: str
 ) -> None:
     """And no less of it: not even of reading and writing one alone.
 
     (What eviction writes it reads only if an answer was lost.)
     """
     _JOBS[role](secured)
-    lesser = (
-        ["read", "write"] if permission == "readwrite" and "/evicted/" not in prefix else [None]
-    )
+    lesser = ["read", "write"] if permission == "readwrite" and "/evicted/" not in keys else [None]
     try:
         for less in lesser:
-            secured.etcdctl(f"role revoke-permission {role} --prefix=true {prefix}")
+            secured.etcdctl(f"role revoke-permission {role} {keys}")
             if less:
-                secured.etcdctl(f"role grant-permission {role} {less} --prefix=true {prefix}")
+                secured.etcdctl(f"role grant-permission {role} {less} {keys}")
             with pytest.raises(EtcdRefused, match=DENIED):
                 _JOBS[role](secured)
     finally:
-        secured.etcdctl(f"role grant-permission {role} {permission} --prefix=true {prefix}")
+        secured.etcdctl(f"role grant-permission {role} {permission} {keys}")
 
 
 def test_a_certificate_of_a_users_name_is_as_good_as_its_password(

@@ -7,12 +7,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from engine_registry import Manifest, ModelIdentity, Pull, RankRecord, Region, TensorEntry
+from engine_registry import (
+    Manifest,
+    ModelIdentity,
+    Pull,
+    RankRecord,
+    Region,
+    Release,
+    TensorEntry,
+)
 from engine_registry.schema import pull_ticket
-from engine_registry.schema.keys import record_key
+from engine_registry.schema.holder import model_digest
+from engine_registry.schema.keys import record_key, release_key
 from engine_registry.schema.keyvalue import Deletion, KeyValue, Snapshot
 from engine_registry.schema.record import ManifestRef
 from engine_registry.schema.record_format import encode
+from engine_registry.schema.release import digest_of
 
 # Which process and which launch: tests that need another one name it.
 INCARNATION = "0123456789abcdef0123456789abcdef"
@@ -46,6 +56,27 @@ _GOOD = RankRecord(
 
 def a_record(**changes: Any) -> RankRecord:
     return replace(_GOOD, **changes)
+
+
+def a_release(**changes: Any) -> Release:
+    """Of the version that `a_record` gives, which both of its ranks hold."""
+    contents = changes.get("contents", (CONTENT, CONTENT))
+    made = Release(
+        "qwen",
+        3,
+        digest_of(contents),
+        model_digest(_GOOD.model),
+        "2026-01-02T03:05:00.000Z",
+        "alice@node-9",
+        contents,
+    )
+    return replace(made, **changes)
+
+
+def released(release: Release, mod_revision: int = 1) -> KeyValue:
+    """The release as etcd returns it."""
+    key = release_key(release.instance)
+    return KeyValue(key, release.encode(), mod_revision, mod_revision, 1)
 
 
 def an_entry(name: str = "w", addr: int = 4096, nbytes: int = 16, **changes: Any) -> TensorEntry:

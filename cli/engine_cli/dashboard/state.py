@@ -30,6 +30,8 @@ from engine_registry import (
     RankLost,
     RankRecord,
     RankState,
+    Release,
+    VersionReleased,
 )
 from engine_registry.schema.labels import labels_text
 from engine_registry.schema.moment import moment, utc
@@ -66,7 +68,7 @@ class State:
         if isinstance(event, InstanceReady | InstanceDegraded | InstanceGone):
             self._told[event.status.instance] = event.status
             self._touched.setdefault(event.status.instance, set())
-        else:
+        elif not isinstance(event, VersionReleased):
             record = event.record
             roster = self._rosters.setdefault(record.instance, Roster(record.instance))
             self._touched.setdefault(record.instance, set()).add(record.rank)
@@ -114,6 +116,8 @@ class State:
         """Not what was there before the watch began. An instance that was degraded then is."""
         if isinstance(event, RankJoined):
             return _time(event.record.registered_at, self._began_at) >= self._began_at
+        if isinstance(event, VersionReleased):
+            return _time(event.release.released_at, self._began_at) >= self._began_at
         if isinstance(event, InstanceReady):
             return event.status.instance in self._told or any(
                 _time(record.registered_at, self._began_at) >= self._began_at
@@ -123,7 +127,13 @@ class State:
 
     def _note(self, event: Event, at: datetime) -> None:
         self._count += 1
-        about = event.record if isinstance(event, RankEvent) else event.status
+        about: RankRecord | InstanceStatus | Release = (
+            event.record
+            if isinstance(event, RankEvent)
+            else event.release
+            if isinstance(event, VersionReleased)
+            else event.status
+        )
         key = ("event", f"{self._count:012d}")
         self._journal.put(
             key,

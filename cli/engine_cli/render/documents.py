@@ -23,6 +23,8 @@ from engine_registry import (
     RankRecord,
     RankState,
     RankUpdated,
+    Release,
+    VersionReleased,
 )
 
 if TYPE_CHECKING:
@@ -137,6 +139,16 @@ def listed_json(status: InstanceStatus, flows: Flows) -> dict[str, Any]:
     return {**instance_json(status), "loading": loading_json(status, flows)}
 
 
+def release_json(release: Release) -> dict[str, Any]:
+    return {
+        "instance": release.instance,
+        "version": release.version,
+        "digest": release.digest,
+        "released_at": release.released_at,
+        "by": release.by,
+    }
+
+
 EVENTS: dict[type[Event | InstanceCleaned], str] = {
     RankJoined: "rank_joined",
     RankUpdated: "rank_updated",
@@ -144,6 +156,7 @@ EVENTS: dict[type[Event | InstanceCleaned], str] = {
     InstanceReady: "instance_ready",
     InstanceDegraded: "instance_degraded",
     InstanceGone: "instance_gone",
+    VersionReleased: "version_released",
     InstanceCleaned: "instance_cleaned",
 }
 
@@ -159,6 +172,12 @@ def event_json(event: Event | InstanceCleaned) -> dict[str, Any]:
         }
     if isinstance(event, InstanceReady | InstanceDegraded | InstanceGone):
         return {"event": EVENTS[type(event)], **instance_json(event.status)}
+    if isinstance(event, VersionReleased):
+        return {
+            "event": EVENTS[type(event)],
+            **release_json(event.release),
+            "previous": event.previous and event.previous.version,
+        }
     reason = (
         {
             "reason": event.reason,

@@ -23,6 +23,7 @@ from engine_registry import (
     RankState,
     RankUpdated,
     TensorEntry,
+    VersionReleased,
 )
 from engine_registry.schema.labels import labels_text
 from engine_registry.schema.manifest import shape_text
@@ -49,6 +50,8 @@ def event_text(event: Event | InstanceCleaned) -> str:
         return f"{event.status.instance} {state}: {printable(event.status.summary)}"
     if isinstance(event, InstanceGone):
         return f"{event.status.instance} gone"
+    if isinstance(event, VersionReleased):
+        return _release_text(event)
     record = event.record
     name = f"{record.instance}/{record.rank}"
     if isinstance(event, RankLost):
@@ -69,6 +72,12 @@ def loss(event: RankLost) -> str:
         return event.reason
     why = f": {event.eviction.reason}" if event.eviction.reason else ""
     return f"{event.reason} by {event.eviction.by}{why}"
+
+
+def _release_text(event: VersionReleased) -> str:
+    version, previous = event.version, event.previous
+    back = f", back from {previous.version}" if previous and previous.version > version else ""
+    return f"{event.instance} released: version {version}{back} ({event.release.by})"
 
 
 def ready_text(status: InstanceStatus) -> str:

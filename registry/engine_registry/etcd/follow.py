@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from engine_registry.errors import EtcdUnavailable, HistoryLost
+from engine_registry.errors import EtcdRefused, EtcdUnavailable, HistoryLost
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.followed import Followed
@@ -61,7 +61,7 @@ class Follower:
     @property
     def name(self) -> str:
         """What is followed."""
-        return ", ".join(each.prefix for each in self._all)
+        return ", ".join(each.prefix for each in self._all if not each.optional)
 
     @property
     def away(self) -> EtcdUnavailable | None:
@@ -145,11 +145,24 @@ class Follower:
             for each in self._all:
                 each.begin(start)
             return start
-        snapshots = [self._etcd.snapshot(each.prefix, each.exact) for each in self._all]
+        snapshots = [one for each in list(self._all) if (one := self._snapshot(each)) is not None]
         for each, snapshot in zip(self._all, snapshots, strict=True):
             each.begin(snapshot)
         items = tuple(item for snapshot in snapshots for item in snapshot.items)
         return Snapshot(snapshots[0].revision, items)
+
+    def _snapshot(self, each: Followed) -> Snapshot | None:
+        """None where it is followed no more: it is optional, and we may not read it."""
+        try:
+            return self._etcd.snapshot(each.prefix, each.exact)
+        except EtcdRefused as exc:
+            if not each.optional or exc.details.get("reason") != "denied":
+                raise
+            log.info(
+                "%s is not followed: %s", each.prefix, exc, extra=fields("not_followed", error=exc)
+            )
+            self._all.remove(each)
+            return None
 
     def _check_history(self) -> None:
         """HistoryLost unless this is still the store that we know: a wiped one may have grown past

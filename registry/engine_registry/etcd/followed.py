@@ -11,10 +11,13 @@ from engine_registry.schema.keyvalue import Batch, KeyValue, Snapshot
 
 @dataclass
 class Followed:
-    """`exact`: only the key of that name is followed."""
+    """`exact`: only the key of that name is followed. `optional`: or nothing of it, where etcd does
+    not let us read it.
+    """
 
     prefix: str
     exact: bool = False
+    optional: bool = False
     revision: int = 0  # that is known; 0 where nothing is
     count: int = 0  # of keys at that revision
     newest: KeyValue | None = None  # of them, unless it was deleted

@@ -34,11 +34,16 @@ def by_this_process(reason: str = "") -> Eviction:
 
     InvalidField where the reason is not one line of printable text, or too long.
     """
+    return Eviction(this_user(), utc(), reason)
+
+
+def this_user() -> str:
+    """The user of this process and its host, such as `alice@node-9`."""
     try:
         user = pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         user = f"uid {os.getuid()}"
-    return Eviction(f"{user}@{socket.gethostname()}", utc(), reason)
+    return f"{user}@{socket.gethostname()}"
 
 
 def evict(etcd: Etcd, record: RankRecord, eviction: Eviction | None = None) -> bool:

@@ -17,6 +17,7 @@ NEAR_HOLDERS = "/holders/near/"
 RETAINED_HOLDERS = "/holders/retained/"
 ELECTIONS = "/elections/"
 EVICTION_NOTES = "/eviction-notes/"
+RELEASES = "/releases/"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _RECORD_KEY = re.compile(ENGINES + r"([A-Za-z0-9._-]{1,128})/(0|[1-9][0-9]{0,6})")
@@ -88,6 +89,16 @@ def election_key(name: str) -> str:
 
 def eviction_note_key(instance: str) -> str:
     return f"{EVICTION_NOTES}{instance}"
+
+
+def release_key(instance: str) -> str:
+    return f"{RELEASES}{instance}"
+
+
+def parse_release_key(key: str) -> str | None:
+    """The instance, or None where the key is not a release's."""
+    name = key.removeprefix(RELEASES)
+    return name if key.startswith(RELEASES) and _NAME.fullmatch(name) else None
 
 
 def evicted_key(instance: str, rank: int, incarnation: str) -> str:

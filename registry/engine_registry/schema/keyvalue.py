@@ -129,6 +129,13 @@ def none_created_since(prefix: str, revision: int) -> Guard:
     return Guard(prefix, "create_revision", "LESS", revision + 1, prefix=True)
 
 
+def none_changed_since(prefix: str, revision: int) -> Guard:
+    """No key that is under the prefix was written after `revision`. It says nothing of keys that
+    were there and are not any more.
+    """
+    return Guard(prefix, "mod_revision", "LESS", revision + 1, prefix=True)
+
+
 @dataclass(frozen=True)
 class Put:
     """`lease_id` None keeps the lease that the key has."""

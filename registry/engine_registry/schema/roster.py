@@ -136,6 +136,23 @@ class Roster:
         count = len(self._records)
         return max((each for each, held in self._holders.items() if held == count), default=None)
 
+    def holds(self, version: int) -> bool:
+        """Whether every rank is there, ready, and can be read in the version."""
+        return self.state is InstanceState.READY and self._holders[version] == len(self._records)
+
+    def lacking(self, version: int) -> dict[int, str]:
+        """The ranks that cannot be read in the version, and what is known of each instead."""
+        if not self._records:
+            return {}
+        lacking = dict.fromkeys(self._missing(), "not registered")
+        for rank, record in self._records.items():
+            if record.state is not RankState.READY:
+                lacking[rank] = record.state.value
+            elif version not in (held := _versions_of(record)):
+                some = " and ".join(map(str, sorted(held)))
+                lacking[rank] = f"version{'s' if len(held) > 1 else ''} {some}"
+        return dict(sorted(lacking.items()))
+
     def status(self) -> InstanceStatus:
         """As the instance is now; later changes leave it alone. Of ranks that have gone on from
         the version that all have, the records say where that one is.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from engine_registry.schema.eviction import Eviction
 from engine_registry.schema.record import RankRecord
+from engine_registry.schema.release import Release
 from engine_registry.schema.status import InstanceStatus
 
 
@@ -60,5 +61,26 @@ class InstanceGone:
     status: InstanceStatus
 
 
+@dataclass(frozen=True)
+class VersionReleased:
+    """A version of the instance is released: every rank holds it. `previous` is the release that
+    the watch has seen before it, which after a rollback is of a newer version.
+    """
+
+    release: Release
+    previous: Release | None = None
+
+    @property
+    def instance(self) -> str:
+        """The instance."""
+        return self.release.instance
+
+    @property
+    def version(self) -> int:
+        """The version."""
+        return self.release.version
+
+
 RankEvent = RankJoined | RankUpdated | RankLost
-Event = RankEvent | InstanceReady | InstanceDegraded | InstanceGone
+InstanceEvent = InstanceReady | InstanceDegraded | InstanceGone
+Event = RankEvent | InstanceEvent | VersionReleased

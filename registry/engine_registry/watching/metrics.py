@@ -19,6 +19,7 @@ from engine_registry.watching.events import (
     RankJoined,
     RankLost,
     RankUpdated,
+    VersionReleased,
 )
 
 
@@ -39,7 +40,7 @@ class WatchMetrics:
                 metrics.INSTANCES_CLEANED.inc()
         elif isinstance(event, InstanceReady | InstanceDegraded | InstanceGone):
             self._see_instance(event)
-        else:
+        elif not isinstance(event, VersionReleased):
             self._see_rank(event)
 
     def _see_rank(self, event: RankJoined | RankUpdated | RankLost) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine_registry.schema.labels import Selector
-from engine_registry.watching.events import Event, InstanceGone, RankEvent
+from engine_registry.schema.labels import EVERYTHING, Selector
+from engine_registry.watching.events import Event, InstanceGone, RankEvent, VersionReleased
 
 
 class Selection:
@@ -19,6 +19,8 @@ class Selection:
         """
         if isinstance(event, RankEvent):
             return self._selector.matches(event.record.labels)
+        if isinstance(event, VersionReleased):
+            return self._selector is EVERYTHING or event.instance in self._shown
         instance = event.status.instance
         was_shown = instance in self._shown
         is_chosen = not isinstance(event, InstanceGone) and self._selector.matches(

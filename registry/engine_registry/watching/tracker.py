@@ -1,21 +1,25 @@
-"""From changes under `/engines/` to events about ranks and instances: what is known, what a change
-means, and which losses may still turn out to be a blip.
+"""From changes under `/engines/` and `/releases/` to events about ranks and instances: what is
+known, what a change means, and which losses may still turn out to be a blip.
 
 Pure; `watching.watch` feeds it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from engine_registry.errors import RecordDamaged
 from engine_registry.schema.eviction import Eviction
-from engine_registry.schema.keys import parse_record_key
+from engine_registry.schema.keys import parse_record_key, parse_release_key
 from engine_registry.schema.keyvalue import Change, KeyValue, Snapshot
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.record_format import decode_item
+from engine_registry.schema.release import Release, decode_release
 from engine_registry.schema.roster import Roster
 from engine_registry.schema.status import InstanceState
+from engine_registry.telemetry.logs import fields
 from engine_registry.watching.events import (
     Event,
     InstanceDegraded,
@@ -24,8 +28,10 @@ from engine_registry.watching.events import (
     RankJoined,
     RankLost,
     RankUpdated,
+    VersionReleased,
 )
 
+log = logging.getLogger(__name__)
 EXPIRED = "lease expired or key deleted"
 
 # A keeper that lost its lease to a stall of etcd puts the same record back at once: not a loss.
@@ -47,6 +53,8 @@ class Tracker:
         self._blip_s = blip_s
         self._rosters: dict[str, Roster] = {}
         self._reported: dict[str, InstanceState] = {}
+        # the last one of each instance, also while its key is gone: until the instance is
+        self._releases: dict[str, Release] = {}
         # Key of a record that was deleted -> when that counts as a loss; the first due comes first.
         self._doubtful: OrderedDict[str, float] = OrderedDict()
 
@@ -62,7 +70,7 @@ class Tracker:
                 del roster.damaged[key]
         for item in snapshot.items:
             events += self._put(item)
-        return events + self._report(set(self._rosters))
+        return events + self._report(set(self._rosters)) + self._released(snapshot.items)
 
     def changes(self, changes: tuple[Change, ...], now: float) -> list[Event]:
         events = self.expire(now)
@@ -78,7 +86,7 @@ class Tracker:
                 roster = self._rosters[place[0]]
                 if roster.damaged.pop(change.key, None) is None and place[1] in roster.records:
                     self._doubtful.setdefault(change.key, now + self._blip_s)
-        return events + self._report(touched)
+        return events + self._report(touched) + self._released(changes)
 
     def expire(self, now: float) -> list[Event]:
         """The losses that are no longer in doubt."""
@@ -95,6 +103,30 @@ class Tracker:
     def due(self) -> float | None:
         """When the next loss is no longer in doubt, on the clock of the caller; None if none is."""
         return next(iter(self._doubtful.values()), None)
+
+    def _released(self, changes: Iterable[Change]) -> list[Event]:
+        """After what is said of the instances. A release that is put back, as its rank was cut off
+        from etcd for a while, is no event.
+        """
+        events: list[Event] = []
+        for change in changes:
+            instance = parse_release_key(change.key)
+            if instance is None:
+                continue
+            if not isinstance(change, KeyValue):
+                if instance not in self._rosters:
+                    self._releases.pop(instance, None)
+                continue
+            try:
+                release = decode_release(change)
+            except RecordDamaged as exc:
+                log.warning("%s", exc, extra=fields("release_damaged", **exc.details))
+                continue
+            previous = self._releases.get(instance)
+            if release != previous:
+                self._releases[instance] = release
+                events.append(VersionReleased(release, previous))
+        return events
 
     def _put(self, item: KeyValue) -> list[Event]:
         place = parse_record_key(item.key)
@@ -141,6 +173,7 @@ class Tracker:
                 self._reported[instance] = state
             if state is InstanceState.GONE:  # an instance that is gone leaves no memory behind
                 self._reported.pop(instance, None)
+                self._releases.pop(instance, None)
                 del self._rosters[instance]
         return events
 

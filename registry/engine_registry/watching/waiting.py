@@ -48,7 +48,7 @@ def wait_until_ready(
     prefix = instance_prefix(names[0]) if len(names) == 1 else ENGINES
     rosters: dict[str, Roster] | None = None
     follower = Follower(etcd, prefix, start + timeout_s)
-    with _stopped_by(cancel, follower):
+    with stopped_by(cancel, follower):
         for update in _updates(etcd, names, follower if timeout_s > 0 else None):
             if rosters is None or isinstance(update, Snapshot):
                 rosters = {name: Roster(name) for name in names}
@@ -89,7 +89,7 @@ def _updates(
 
 
 @contextmanager
-def _stopped_by(cancel: threading.Event | None, follower: Follower) -> Iterator[None]:
+def stopped_by(cancel: threading.Event | None, follower: Follower) -> Iterator[None]:
     """Stops the follower once the event is set, from a separate thread: an update of etcd is waited
     for in gRPC, which does not look at events.
     """

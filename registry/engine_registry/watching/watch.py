@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from engine_registry.errors import EtcdError, EtcdUnavailable
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.follow import Follower
+from engine_registry.etcd.followed import Followed
 from engine_registry.lifetime import Closable
-from engine_registry.schema.keys import ENGINES, instance_prefix
+from engine_registry.schema.keys import ENGINES, RELEASES, instance_prefix, release_key
 from engine_registry.schema.keyvalue import Batch, Snapshot
 from engine_registry.schema.labels import EVERYTHING, Selector
 from engine_registry.telemetry.logs import fields
@@ -54,7 +55,10 @@ class Watch(Closable):
         self._of_ranks = rank is not None or follower is not None
         self._selection = Selection(selector)
         self._follower = follower or Follower(
-            etcd, prefix if rank is None else f"{prefix}{rank}", exact=rank is not None
+            etcd,
+            prefix if rank is None else f"{prefix}{rank}",
+            exact=rank is not None,
+            others=[] if rank is not None else [_releases_of(instance)],
         )
         self._tracker = Tracker(blip_s)
         self._inbox = Inbox(self._follower)
@@ -165,3 +169,10 @@ class Watch(Closable):
 
     def _label(self) -> str:
         return f"of {self._follower.name}"
+
+
+def _releases_of(instance: str | None) -> Followed:
+    """Users of etcd from before there were releases may not read them: they watch without."""
+    if instance is None:
+        return Followed(RELEASES, optional=True)
+    return Followed(release_key(instance), exact=True, optional=True)

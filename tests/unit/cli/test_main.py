@@ -51,10 +51,11 @@ from engine_registry import (
     RankState,
     RankUpdated,
     Registry,
+    VersionReleased,
 )
 from engine_registry.errors import EtcdUnavailable
 from tests.support.assessment import assess
-from tests.support.builders import a_manifest, a_record, an_entry
+from tests.support.builders import a_manifest, a_record, a_release, an_entry
 from tests.support.waiting import wait_until
 
 OURS = [
@@ -581,6 +582,16 @@ EVENTS: list[tuple[Event, str, str]] = [
         "qwen degraded: missing rank 0 of 2",
     ),
     (InstanceGone(assess("qwen", [])), "instance_gone", "qwen gone"),
+    (
+        VersionReleased(a_release(), a_release(version=2)),
+        "version_released",
+        "qwen released: version 3 (alice@node-9)",
+    ),
+    (
+        VersionReleased(a_release(), a_release(version=4)),
+        "version_released",
+        "qwen released: version 3, back from 4 (alice@node-9)",
+    ),
 ]
 
 

@@ -12,6 +12,7 @@ const KINDS = {
   instance_loading: "busy",
   instance_degraded: "bad",
   instance_gone: "bad",
+  version_released: "good",
 };
 
 export class Events {

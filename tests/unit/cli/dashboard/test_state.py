@@ -14,7 +14,16 @@ from engine_registry import Event, RankRecord, RankState
 from engine_registry.schema.pull_ticket import Reader
 from engine_registry.schema.record import ManifestRef
 from engine_registry.watching.tracker import Tracker
-from tests.support.builders import a_pull, a_record, deleted, garbage, snapshot, stored
+from tests.support.builders import (
+    a_pull,
+    a_record,
+    a_release,
+    deleted,
+    garbage,
+    released,
+    snapshot,
+    stored,
+)
 
 BEGAN = datetime(2026, 1, 2, 4, tzinfo=timezone.utc)  # the ranks of `a_record` are older
 LATER = BEGAN + timedelta(seconds=9)
@@ -199,6 +208,16 @@ def test_the_largest_numbers_that_anybody_can_claim_can_be_sent() -> None:
 def test_equal_contents_show_as_equal() -> None:
     page = Page().has(*two(), *(a_record(instance="b", rank=n, topology={}) for n in range(2)))
     assert page.instance("qwen")["content"] == page.instance("b")["content"] != ""
+
+
+def test_a_release_is_an_event_unless_it_was_there_before() -> None:
+    page = Page().has(*two())
+    page.see(page.tracker.changes((released(a_release(released_at="2020-01-01T00:00:00Z")),), 1.0))
+    page.see(page.tracker.changes((released(a_release(released_at="2100-01-01T00:00:00Z")),), 1.0))
+    told = [value for (kind, _), value in page.entries.items() if kind == "event"]
+    assert [(one["kind"], one["instance"], one["rank"]) for one in told] == [
+        ("version_released", "qwen", None)
+    ]
 
 
 def test_only_so_many_events_are_kept() -> None:

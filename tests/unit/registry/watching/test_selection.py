@@ -10,11 +10,13 @@ from engine_registry import (
     RankJoined,
     RankLost,
     RankUpdated,
+    VersionReleased,
 )
 from engine_registry.schema.labels import Selector
+from engine_registry.watching.events import InstanceEvent, RankEvent
 from engine_registry.watching.selection import Selection
 from tests.support.assessment import assess
-from tests.support.builders import a_record
+from tests.support.builders import a_record, a_release
 
 OURS = a_record(world_size=1, topology={}, labels={"team": "search"})
 THEIRS = a_record(instance="llama", world_size=1, topology={}, labels={"team": "ads"})
@@ -29,6 +31,7 @@ def life() -> list[Event]:
         for event in (
             RankJoined(record),
             InstanceReady(assess(record.instance, [record])),
+            VersionReleased(a_release(instance=record.instance)),
             RankUpdated(record, record),
             RankLost(record, "withdrawn"),
             InstanceGone(assess(record.instance, [])),
@@ -40,22 +43,24 @@ def chosen(text: str, events: list[Event]) -> list[str]:
     selection = Selection(Selector.parse(text))
     return [
         event.record.instance
-        if isinstance(event, RankJoined | RankUpdated | RankLost)
+        if isinstance(event, RankEvent)
         else event.status.instance
+        if isinstance(event, InstanceEvent)
+        else event.instance
         for event in events
         if selection.takes(event)
     ]
 
 
 def test_an_instance_is_told_from_its_first_event_to_its_last() -> None:
-    assert chosen("team=search", life()) == ["qwen"] * 5
-    assert chosen("team", life()) == ["qwen"] * 5 + ["llama"] * 5
-    assert chosen("team!=search", life()) == ["llama"] * 5 + ["tiny"] * 5
-    assert chosen("!team", life()) == ["tiny"] * 5
+    assert chosen("team=search", life()) == ["qwen"] * 6
+    assert chosen("team", life()) == ["qwen"] * 6 + ["llama"] * 6
+    assert chosen("team!=search", life()) == ["llama"] * 6 + ["tiny"] * 6
+    assert chosen("!team", life()) == ["tiny"] * 6
 
 
 def test_without_a_selector_everything_is_told() -> None:
-    assert len(chosen("", life())) == 15
+    assert len(chosen("", life())) == 18
 
 
 def test_an_instance_that_gets_other_labels_is_told_once_more() -> None:

@@ -26,8 +26,9 @@ from engine_registry import (
     RankRecord,
     RankState,
     RankUpdated,
+    VersionReleased,
 )
-from engine_registry.schema.keys import parse_record_key, record_key
+from engine_registry.schema.keys import parse_record_key, record_key, release_key
 from engine_registry.schema.keyvalue import Change, Deletion, KeyValue
 from engine_registry.schema.record_format import decode
 from engine_registry.schema.roster import Roster
@@ -38,8 +39,10 @@ from tests.support.builders import (
     INCARNATION,
     OTHER_INCARNATION,
     a_record,
+    a_release,
     deleted,
     garbage,
+    released,
     snapshot,
     stored,
 )
@@ -268,6 +271,41 @@ def test_each_state_of_an_instance_is_reported_once() -> None:
     assert of_instances(events) == [InstanceDegraded, InstanceReady, InstanceDegraded, InstanceGone]
 
 
+def test_a_release_is_told_once_and_says_which_one_was_before_it() -> None:
+    first, second, back = (a_release(version=version) for version in (3, 4, 3))
+    tracker = Tracker()
+    events = tracker.snapshot(snapshot(stored(A), stored(B), released(first)), 0.0)
+    assert kinds(events) == [RankJoined, RankJoined, InstanceReady, VersionReleased]
+    assert events[-1] == VersionReleased(first)
+    assert tracker.changes((released(first, 2),), 1.0) == []
+    assert tracker.changes((released(second, 3),), 1.0) == [VersionReleased(second, first)]
+    assert tracker.snapshot(snapshot(stored(A), stored(B), released(second)), 2.0) == []
+    assert tracker.changes((released(back, 4),), 2.0) == [VersionReleased(back, second)]
+
+
+def test_a_release_that_is_put_back_after_its_rank_was_cut_off_is_no_event() -> None:
+    tracker = Tracker()
+    tracker.snapshot(snapshot(stored(A), stored(B), released(a_release())), 0.0)
+    assert tracker.changes((Deletion(release_key("qwen"), 2), deleted(A)), 0.0) == []
+    assert tracker.changes((stored(A, 3), released(a_release(), 3)), 0.5) == []
+    assert tracker.snapshot(snapshot(stored(A), stored(B)), 1.0) == []
+    assert tracker.changes((released(a_release(), 5),), 1.0) == []
+
+
+def test_a_release_that_cannot_be_read_is_logged_and_no_event(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tracker = following(A, B)
+    assert tracker.changes((KeyValue(release_key("qwen"), b"{", 2, 2, 1),), 1.0) == []
+    assert "the release at /releases/qwen is damaged" in caplog.text
+
+
+def test_a_release_is_told_also_where_its_ranks_are_seen_after_it() -> None:
+    tracker = Tracker()
+    assert tracker.changes((released(a_release()),), 0.0) == [VersionReleased(a_release())]
+    assert VersionReleased not in kinds(tracker.changes((stored(A), stored(B)), 0.0))
+
+
 @pytest.mark.parametrize(
     "ending",
     [
@@ -278,10 +316,12 @@ def test_each_state_of_an_instance_is_reported_once() -> None:
 )
 def test_nothing_is_remembered_of_an_instance_that_is_gone(ending: tuple[Change, ...]) -> None:
     tracker = following(ALONE)
+    tracker.changes((released(a_release()),), 0.0)
     events = tracker.changes(ending, 1.0) + tracker.expire(9.0)
     assert of_instances(events)[-1] is InstanceGone
+    assert tracker.changes((Deletion(release_key("qwen"), 9),), 9.0) == []
     held = [value for name, value in vars(tracker).items() if name != "_blip_s"]
-    assert held == [{}] * 3
+    assert held == [{}] * 4
     assert tracker.due is None
 
 
