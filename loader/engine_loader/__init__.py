@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from engine_loader.errors import EngineUnavailable as EngineUnavailable
     from engine_loader.errors import LoaderError as LoaderError
     from engine_loader.errors import MemoryInUse as MemoryInUse
+    from engine_loader.errors import NoFreeSnapshot as NoFreeSnapshot
     from engine_loader.errors import ReadFailed as ReadFailed
     from engine_loader.errors import SnapshotsUnfit as SnapshotsUnfit
     from engine_loader.errors import SourceEvicted as SourceEvicted
@@ -101,6 +102,7 @@ _MODULE_OF = {
     "SocketEngine": "engines.sockets.engine",
     "open_engine": "engines.opening",
     "Obstacle": "comparing.comparison",
+    "NoFreeSnapshot": "errors",
     "Pace": "transfer.pace",
     "Progress": "transfer.progress",
     "Publication": "publishing.publication",

@@ -6,6 +6,7 @@ LoaderError
 ├── ReadFailed           a peer's memory could not be read
 ├── TensorsUnusable      tensors that cannot be registered or filled as they are
 ├── SnapshotsUnfit       there is no memory for the snapshots of published tensors
+├── NoFreeSnapshot       each snapshot holds a version that must stay, as the released one does
 ├── MemoryInUse          their memory is published, or another load fills it
 ├── WeightsFileInvalid   a file cannot be read as safetensors, or not be written
 ├── ArtifactInvalid      a folder cannot be an artifact, or an artifact not be put into a folder
@@ -53,6 +54,12 @@ class TensorsUnusable(LoaderError):
 
 class SnapshotsUnfit(LoaderError):
     """There is no memory for the snapshots of published tensors."""
+
+
+class NoFreeSnapshot(LoaderError):
+    """There is no place for a new snapshot: one has the present version, the other the released
+    one.
+    """
 
 
 class MemoryInUse(LoaderError):

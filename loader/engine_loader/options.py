@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from engine_registry.registration.handle import OnState
 
 Verify = Literal["auto", "header", "digest"]
+RELEASED: Literal["released"] = "released"
+Version = int | Literal["released"]
 Options = TypeVar("Options", "LoadOptions", "PublishOptions", "Snapshots")
 MAX_SNAPSHOTS = 8  # the record names each of them
 MAX_DELTAS = 64  # a reader looks at the header of each
@@ -47,7 +49,8 @@ class LoadOptions:
             `"digest"` also compares each tensor with the digest that its source publishes.
             `"auto"` is `"digest"` where that costs next to nothing, as over cuda_ipc, and the
             sources have digests of all that is loaded; else `"header"`.
-        version: The version to load. None loads the newest.
+        version: The version to load. None loads the newest. `"released"` loads the version that is
+            released: exactly the contents that its ranks held then. It waits until there is one.
         contents: The contents that the ranks of the source must have, by rank, as
             `InstanceStatus.contents` gives them. So several processes load the same weights.
         max_sources: How many sources with the same content are read at once, at most.
@@ -75,7 +78,7 @@ class LoadOptions:
     """
 
     verify: Verify = "auto"
-    version: int | None = None
+    version: Version | None = None
     contents: Sequence[str] | None = None
     max_sources: int = 4
     partial: bool = False
@@ -94,7 +97,7 @@ class LoadOptions:
                 "say auto, header or digest",
                 field="verify",
             )
-        _set(self, "version", whole_or_none("version", self.version))
+        _set(self, "version", checked_version(self.version))
         _set(self, "contents", _checked_contents("contents", self.contents))
         _set(self, "base", _checked_contents("base", self.base))
         _set(self, "max_sources", whole("max_sources", self.max_sources, 1))
@@ -225,6 +228,16 @@ class PublishOptions:
         _check(self, "on_state", callable, "a function that takes a state and a reason")
 
 
+def checked_version(version: object) -> Version | None:
+    """A version to load, as it was given. Raises InvalidField."""
+    return RELEASED if version == RELEASED else whole_or_none("version", version)
+
+
+def number_of(options: LoadOptions) -> int | None:
+    """The version to load, where that is a number."""
+    return options.version if isinstance(options.version, int) else None
+
+
 def refuse(options: LoadOptions | PublishOptions, call: str, reasons: Mapping[str, str]) -> None:
     """Refuses options that a call cannot honour.
 
@@ -233,11 +246,13 @@ def refuse(options: LoadOptions | PublishOptions, call: str, reasons: Mapping[st
         call: The name of the call.
         reasons: Why, by the name of each option that the call cannot honour.
 
+    A call that chooses the version itself takes `"released"` all the same.
+
     Raises:
         InvalidField: One of them has another value than its default.
     """
     for one in fields(options):
-        if one.name in reasons and getattr(options, one.name) != one.default:
+        if one.name in reasons and getattr(options, one.name) not in (one.default, RELEASED):
             raise InvalidField(
                 f"{call} does not take the option `{one.name}`", reasons[one.name], field=one.name
             )

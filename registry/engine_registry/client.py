@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from engine_registry.errors import RecordDamaged
 from engine_registry.etcd.client import Etcd
@@ -36,7 +37,7 @@ from engine_registry.registration.manifests import (
     fetch_manifests,
 )
 from engine_registry.releases.finding import find_release, wait_while_released
-from engine_registry.releases.writing import release
+from engine_registry.releases.writing import Order, release
 from engine_registry.schema.keys import (
     ENGINES,
     check_instance,
@@ -435,7 +436,7 @@ class Registry(Closable):
         Raises ReleaseIncomplete, which names the ranks that do not hold the version;
         InstanceNotFound; InvalidField where a newer one is released; or an EtcdError.
         """
-        return self._release(instance, version, timeout_s, rank, back=False)
+        return self._release(Order(instance, version, rank), timeout_s)
 
     def rollback(
         self, instance: str, version: int, timeout_s: float = 0.0, *, rank: int = 0
@@ -443,19 +444,22 @@ class Registry(Closable):
         """As `release`, of a version that may be older than the released one, if all ranks still
         retain it.
         """
-        return self._release(instance, version, timeout_s, rank, back=True)
+        return self._release(Order(instance, version, rank, back=True), timeout_s)
 
-    def _release(
-        self, instance: str, version: int, timeout_s: float, rank: int, back: bool
-    ) -> Release:
-        made = release(
-            self._etcd,
-            check_instance(instance),
-            check_version(version),
-            seconds("timeout_s", timeout_s),
-            whole("rank", rank),
-            back,
-        )
+    def keep_released(self, former: Release, timeout_s: float = 0.0, *, rank: int = 0) -> Release:
+        """Puts a release that this process has made under the lease that the registration of `rank`
+        has now: after that was lost, the release may be gone, or about to go.
+
+        Returns the release that stands then: another one, if it was made since. Raises what
+        `release` does.
+        """
+        order = Order(former.instance, former.version, rank, back=True, former=former)
+        return self._release(order, timeout_s)
+
+    def _release(self, order: Order, timeout_s: float) -> Release:
+        instance, version = check_instance(order.instance), check_version(order.version)
+        order = replace(order, version=version, rank=whole("rank", order.rank))
+        made = release(self._etcd, order, seconds("timeout_s", timeout_s))
         log.info(
             "version %d of %s is released",
             made.version,

@@ -22,7 +22,7 @@ from engine_loader.errors import (
 )
 from engine_loader.loading.together import load_together
 from engine_loader.loading.whole_source import Groups, Loaded, Loads, Reader, WholeSource
-from engine_loader.options import LoadOptions, refuse
+from engine_loader.options import RELEASED, LoadOptions, refuse
 from engine_loader.planning.layers import by_layer, in_order
 from engine_loader.planning.whole import Whole
 from engine_loader.tensors.dtypes import dtype_named
@@ -182,9 +182,10 @@ class Catalogue:
     def _again(self, attempt: Callable[[float], T]) -> T:
         """Of contents that the caller has chosen there are no others to begin again with."""
         options = self._reader.options
-        if options.version is not None or options.contents is not None:
+        if options.version not in (None, RELEASED) or options.contents is not None:
             return attempt(self._timeout_s)
-        return load_together(attempt, self._timeout_s, "one look and the next")[0]
+        what = "one look and the next"
+        return load_together(attempt, self._timeout_s, what, options.version)[0]
 
     def _begin(self, wait_s: float) -> tuple[Loaded, Loads]:
         if self._stale:

@@ -34,7 +34,8 @@ from engine_registry.errors import RecordDamaged, RegistryError
 from engine_registry.watching.waiting import Wanted
 
 _REFUSED = {
-    "version": "leave it out: all processes load the newest version that any has found",
+    "version": "leave it out to load the newest version that any process has found, or say "
+    "released",
     "contents": "leave it out: all processes load the contents of that version",
     "partial": "leave it out: the source may always have more tensors",
 }
@@ -74,8 +75,8 @@ class EngineReader(StorageReader):
             rank: The source's rank that tensors without a box are taken from. By default that of
                 this process in its job, if the job has as many ranks as the source.
             timeout_s: How many seconds to wait until a source is ready.
-            options: How to choose, read and check; see LoadOptions. Without `version`, `contents`
-                and `partial`.
+            options: How to choose, read and check; see LoadOptions. Without `contents` and
+                `partial`, and with no `version` but `"released"`.
 
         Raises:
             InvalidField: An option cannot be honoured.
@@ -118,7 +119,7 @@ class EngineReader(StorageReader):
                 self._source,
                 self._rank,
                 self._timeout_s,
-                self._options.cancel,
+                self._options,
             )
             metadata = metadata_of(holdings)
         except (RegistryError, LoaderError) as exc:
@@ -209,7 +210,7 @@ class EngineReader(StorageReader):
                     self._source,
                     self._rank,
                     wait_s,
-                    self._options.cancel,
+                    self._options,
                 )
             self._load_all(targets, self._known.contents, wait_s)
 

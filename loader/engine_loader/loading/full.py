@@ -21,7 +21,7 @@ from engine_registry import Manifest, Registry
 from engine_registry.watching.waiting import Wanted
 
 _REFUSED = {
-    "version": "leave it out: the newest version is loaded",
+    "version": "leave it out to load the newest version, or say released",
     "contents": "leave it out: all files are of the contents that are found first",
     "partial": "leave it out: all tensors are loaded",
     "reuse": "leave it out: the tensors are new",
@@ -52,8 +52,8 @@ def load_full(
         max_file_nbytes: Bytes of tensors in one file, at most. A larger tensor has a file for
             itself.
         timeout_s: How many seconds to wait until a source is ready.
-        options: How to choose, read and check; see LoadOptions. Without `version`, `contents`,
-            `partial`, `reuse` and `base`.
+        options: How to choose, read and check; see LoadOptions. Without `contents`, `partial`,
+            `reuse` and `base`, and with no `version` but `"released"`.
 
     Returns:
         What the loads of all files did together. Its `seconds` are without the writing.
@@ -80,7 +80,9 @@ class _Full:
 
     def fill(self) -> LoadReport:
         start = time.monotonic()
-        reports, tries = load_together(self._once, self.timeout_s, "one file and the next")
+        reports, tries = load_together(
+            self._once, self.timeout_s, "one file and the next", self.reader.options.version
+        )
         together = _together(reports)
         seconds = time.monotonic() - start - self.write_s
         return replace(together, retries=together.retries + tries, seconds=seconds)

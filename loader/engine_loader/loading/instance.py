@@ -14,13 +14,14 @@ from engine_loader.loading.report import LoadReport
 from engine_loader.loading.together import load_together
 from engine_loader.options import LoadOptions, refuse
 from engine_loader.sources.holdings import ranks_of_best
+from engine_loader.sources.released import pinned
 from engine_loader.tensors.shards import Shard
 from engine_registry import Registry
 from engine_registry.errors import InvalidField
 from engine_registry.watching.waiting import Wanted
 
 _REFUSED = {
-    "version": "leave it out: the newest version is loaded",
+    "version": "leave it out to load the newest version, or say released",
     "contents": "leave it out: all ranks are loaded in the contents that are found first",
 }
 
@@ -47,7 +48,8 @@ def load_instance(
         tensors: The tensors to fill, by name, for each rank.
         shards: Which part of the whole a tensor is, by name, for each rank.
         timeout_s: How many seconds to wait until a source is ready.
-        options: How to choose, read and check; see LoadOptions. Without `version` and `contents`.
+        options: How to choose, read and check; see LoadOptions. Without `contents`, and with no
+            `version` but `"released"`.
 
     Returns:
         What each load did, by rank.
@@ -61,15 +63,12 @@ def load_instance(
         raise InvalidField("there are no ranks to load", "name one in `tensors`", field="tensors")
 
     def load_all(wait_s: float) -> dict[int, LoadReport]:
-        ranks = ranks_of_best(
-            registry,
-            engine,
-            source,
-            next(iter(tensors)),
-            time.monotonic() + wait_s,
-            options.cancel,
-        )
-        pinned = replace(options, contents=[record.content for record in ranks])
+        deadline = time.monotonic() + wait_s
+        chosen = pinned(registry, source, options, wait_s)
+        if chosen.contents is None:
+            like = next(iter(tensors))
+            ranks = ranks_of_best(registry, engine, source, like, deadline, chosen)
+            chosen = replace(options, contents=[record.content for record in ranks])
         return {
             rank: load(
                 registry,
@@ -79,10 +78,10 @@ def load_instance(
                 tensors=of_rank,
                 shards=(shards or {}).get(rank),
                 timeout_s=wait_s,
-                options=pinned,
+                options=chosen,
             )
             for rank, of_rank in tensors.items()
         }
 
-    reports, _ = load_together(load_all, timeout_s, "one rank and the next")
+    reports, _ = load_together(load_all, timeout_s, "one rank and the next", options.version)
     return reports

@@ -22,8 +22,9 @@ from engine_loader.loading.attempts import Attempts
 from engine_loader.loading.finder import Finder
 from engine_loader.loading.job import Job
 from engine_loader.loading.lost import LostSources
+from engine_loader.loading.released import load_released
 from engine_loader.loading.report import LoadReport
-from engine_loader.options import LoadOptions
+from engine_loader.options import RELEASED, LoadOptions, number_of
 from engine_loader.planning.plan import Planner
 from engine_loader.publishing.replica import Replica, Republication, as_replica
 from engine_loader.sources.entrance import Entrance
@@ -113,7 +114,7 @@ def load(
         TornRead: The weights changed in every try. As SourceLost.
         Cancelled: `options.cancel` was set. As SourceLost.
         DigestMismatch: Tensors are not what their source published.
-        VersionUnavailable: The version or the contents are not served.
+        VersionUnavailable: The version or the contents are not served, or no version is released.
         SourceUnreachable: There are sources, and this engine can read none of them.
         MemoryInUse: The memory is published, or another load fills it.
         TensorsUnusable: Tensors cannot be filled, or were given other memory meanwhile.
@@ -121,6 +122,26 @@ def load(
         RegistryError: What `Registry.resolve` raises; with `publish`, what `publish` raises.
     """
     timeout_s = seconds("timeout_s", timeout_s)
+    if options.version == RELEASED:
+        return load_released(
+            registry,
+            source,
+            options,
+            timeout_s,
+            lambda pinned, wait_s: load(
+                registry,
+                engine,
+                source,
+                tensors=tensors,
+                rank=rank,
+                shards=shards,
+                timeout_s=wait_s,
+                world_size=world_size,
+                topology=topology,
+                publish=publish,
+                options=pinned,
+            ),
+        )
     place = _place(rank, world_size, topology)
     destination = Destination.of(tensors, shards)
     destination.check_writable()
@@ -220,7 +241,7 @@ def _search(job: Job, source: Wanted, place: Place | None, options: LoadOptions)
         place,
         dst,
         job.destination.has_boxes,
-        options.version,
+        number_of(options),
         options.contents,
         options.max_sources,
         by_rank,

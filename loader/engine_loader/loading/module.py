@@ -15,8 +15,9 @@ from torch.nn.parameter import is_lazy
 from engine_loader.engines.base import Engine
 from engine_loader.errors import TensorsUnusable, WeightsMismatch, listed
 from engine_loader.loading.load import load
+from engine_loader.loading.released import load_released
 from engine_loader.loading.report import LoadReport
-from engine_loader.options import LoadOptions
+from engine_loader.options import RELEASED, LoadOptions
 from engine_loader.planning.near_name import near_name
 from engine_loader.publishing.replica import Replica
 from engine_loader.sources.holdings import Holdings, read_holdings
@@ -24,6 +25,7 @@ from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.shards import Shard
 from engine_loader.tensors.state_dict import whole
 from engine_registry import Registry
+from engine_registry.schema.numbers import seconds
 from engine_registry.schema.printable import short
 from engine_registry.watching.waiting import Wanted
 
@@ -83,6 +85,28 @@ def load_module(
         LoaderError: What `load` raises.
         RegistryError: What `load` raises.
     """
+    if options.version == RELEASED:
+        return load_released(
+            registry,
+            source,
+            options,
+            seconds("timeout_s", timeout_s),
+            lambda pinned, wait_s: load_module(
+                registry,
+                engine,
+                source,
+                module,
+                rank=rank,
+                device=device,
+                prefix=prefix,
+                shards=shards,
+                timeout_s=wait_s,
+                world_size=world_size,
+                topology=topology,
+                publish=publish,
+                options=pinned,
+            ),
+        )
     start = time.monotonic()
     own = module.state_dict(keep_vars=True)
     tensors: dict[str, torch.Tensor] = {prefix + name: tensor for name, tensor in own.items()}
@@ -94,7 +118,7 @@ def load_module(
             if tensor not in made:
                 made[tensor] = _with_memory(name, tensor, device)
             tensors[name] = made[tensor]
-    holdings = read_holdings(registry, engine, source, rank, timeout_s, options.cancel)
+    holdings = read_holdings(registry, engine, source, rank, timeout_s, options)
     plain = {name: box for name, box in whole(tensors).items() if name not in shards}
     holdings.check_rank_known(plain)
     try:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from engine_loader.errors import SourceLost, SourceUnreachable, TornRead, VersionUnavailable
 from engine_loader.loading.attempts import TRIES
+from engine_loader.options import RELEASED, Version
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound
 from engine_registry.schema.numbers import seconds
 from engine_registry.telemetry.logs import fields
@@ -18,12 +19,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def load_together(loads: Callable[[float], T], timeout_s: float, what: str) -> tuple[T, int]:
+def load_together(
+    loads: Callable[[float], T], timeout_s: float, what: str, version: Version | None = None
+) -> tuple[T, int]:
     """What `loads` returns, which makes all of them, and how often they were made in vain.
 
     `loads` takes how many seconds to wait for a source, and pins the contents that it finds. `what`
     says in between which of them the source may change. Raises TornRead where it changes in every
-    try; SourceLost where it goes and no other is there.
+    try, or VersionUnavailable if `version` is the released one; SourceLost where it goes and no
+    other is there.
     """
     timeout_s = seconds("timeout_s", timeout_s)
     lost: SourceLost | None = None
@@ -31,7 +35,13 @@ def load_together(loads: Callable[[float], T], timeout_s: float, what: str) -> t
         try:
             return loads(timeout_s if lost is None else 0.0), tries
         except VersionUnavailable as exc:
+            if (
+                exc.details.get("version") == RELEASED
+            ):  # there is no release, and one was waited for
+                raise
             if tries + 1 == TRIES:
+                if version == RELEASED:
+                    raise
                 raise TornRead(
                     f"the weights changed between {what}, in {TRIES} tries: {exc.what}",
                     exc.remedy,

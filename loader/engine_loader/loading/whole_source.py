@@ -18,9 +18,10 @@ from engine_loader.errors import LoaderError, WeightsMismatch, listed
 from engine_loader.files.memory import allocate, block_of, extent, with_strides
 from engine_loader.loading.load import load
 from engine_loader.loading.report import LoadReport
-from engine_loader.options import LoadOptions
+from engine_loader.options import LoadOptions, number_of
 from engine_loader.planning.whole import Whole, whole_tensors
 from engine_loader.sources.manifests import fetch_manifests
+from engine_loader.sources.released import pinned
 from engine_loader.sources.search import Search
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.dtypes import dtype_named
@@ -50,8 +51,10 @@ class Reader:
     def find(self, timeout_s: float) -> WholeSource:
         """The best instance that has them whole. Waits until one is ready.
 
-        Raises WeightsMismatch where none has, and what `Search.find` raises.
+        Raises WeightsMismatch where none has, and what `pinned` and `Search.find` raise.
         """
+        deadline = time.monotonic() + timeout_s
+        options = pinned(self.registry, self.wanted, self.options, timeout_s)
         search = Search(
             self.registry,
             self.engine,
@@ -59,15 +62,16 @@ class Reader:
             None,
             Manifest((), ()),
             boxes=True,
-            version=self.options.version,
-            contents=self.options.contents,
-            cancel=self.options.cancel,
+            version=number_of(options),
+            contents=options.contents,
+            cancel=options.cancel,
         )
-        found = search.find(time.monotonic() + timeout_s)
+        found = search.find(deadline)
+        reader = replace(self, options=options)
         misfits: list[LoaderError] = []
         for records in [team for group in found.instances for team in group.teams]:
             try:
-                return WholeSource(self, records, tuple(self._wholes_of(records)))
+                return WholeSource(reader, records, tuple(self._wholes_of(records)))
             except LoaderError as exc:
                 misfits.append(exc)
         raise misfits[0]

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterable
 
+from engine_loader.publishing.releases import Releases, choose_slot
 from engine_loader.publishing.slots import Slot
 from engine_loader.publishing.snapshots import SnapshotRing
 from engine_registry import Manifest, Registration, RegistrationState, Registry, failpoints
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 def make_snapshot(
     registry: Registry,
     registration: Registration,
+    releases: Releases,
     ring: SnapshotRing,
     manifest: Manifest,
     version: int | None,
@@ -43,7 +45,7 @@ def make_snapshot(
         "is no snapshot of them",
         "copy into them in place, or publish them again",
     )
-    slot = ring.next(lambda: _read(registry, registration))
+    slot = choose_slot(registry, releases, ring, registration)
     if slot.version is not None:
         _withhold(registry, registration, ring, slot)
     ring.fill(slot, copied)
@@ -60,23 +62,12 @@ def make_snapshot(
     return version
 
 
-def _read(registry: Registry, registration: Registration) -> set[str]:
-    """The contents that loads have tickets for, as far as etcd can be asked."""
-    if registration.state is not RegistrationState.REGISTERED:
-        return set()
-    try:
-        return {pull.content for pull in registry.readers(registration.record)}
-    except EtcdError:
-        return set()
-
-
 def _withhold(
     registry: Registry, registration: Registration, ring: SnapshotRing, slot: Slot
 ) -> None:
-    """Invites nobody else to what is in the slot, and waits for those who read it."""
+    """Waits for those who read what is in the slot, to which nobody is invited any more."""
     record = registration.record
     try:
-        registration.update(retained=ring.retained(but=slot))
         left_s = ring.retain_s - (time.monotonic() - (slot.until or 0.0))
         if registration.state is RegistrationState.REGISTERED:
             pulls = registry.wait_for_no_pulls(

@@ -29,6 +29,7 @@ from engine_registry import (
     RankRecord,
     Registration,
     RegistrationState,
+    Release,
 )
 from engine_registry.lifetime import Closable
 from engine_registry.registration.writes import WITHDRAWN
@@ -166,6 +167,8 @@ class Publication(Closable):
 
         Raises:
             TensorsUnusable: A tensor was given other memory.
+            NoFreeSnapshot: The only place is that of the released version, and no other is released
+                within `Snapshots.retain_s`.
             InvalidField: The version is not newer, or a name is not published.
             LoaderError: The publication has no snapshots, is closed, drains, or another call is
                 making a snapshot.
@@ -173,6 +176,49 @@ class Publication(Closable):
         """
         with self._served.alone("snapshot"):
             return self._served.snapshot(version, changed, wait)
+
+    def release(self, version: int | None = None, *, timeout_s: float = 60.0) -> Release:
+        """Says in etcd that a version is released: that every rank of the instance holds it.
+
+        Readers who load the version `"released"` load this one from now on, and watches give
+        `VersionReleased`. Any rank may call it, and several may: one writes it, the others find it
+        done. Versions only move forward; see `rollback`.
+
+        The version stays released until another one is, or this rank leaves. With snapshots, its
+        memory is not given to another version meanwhile. Without, the next `update` ends it, and
+        readers get VersionUnavailable until the next release.
+
+        Args:
+            version: The version. None: the present one, which the last `snapshot` has made.
+            timeout_s: How many seconds to wait until all ranks hold it.
+
+        Returns:
+            The release.
+
+        Raises:
+            ReleaseIncomplete: Not all ranks hold the version; `details["ranks"]` says which, and
+                what they hold instead.
+            InvalidField: A newer version is released, or an argument is not valid.
+            LoaderError: The publication is closed, or without `version` is being updated.
+            RegistrationLost: The rank was evicted, or another took its place.
+            EtcdError: Etcd cannot be reached, or refuses.
+        """
+        return self._served.release(version, seconds("timeout_s", timeout_s))
+
+    def rollback(self, version: int, *, timeout_s: float = 60.0) -> Release:
+        """Releases a version that may be older than the released one, if all ranks retain it.
+
+        Args:
+            version: The version.
+            timeout_s: How many seconds to wait until all ranks hold it.
+
+        Returns:
+            The release.
+
+        Raises:
+            ReleaseIncomplete: As `release`, which raises the others, too.
+        """
+        return self._served.release(version, seconds("timeout_s", timeout_s), back=True)
 
     @property
     def snapshots_nbytes(self) -> int:

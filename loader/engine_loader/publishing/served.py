@@ -19,6 +19,7 @@ from engine_loader.options import PublishOptions
 from engine_loader.publishing.header import Header, HeaderCell
 from engine_loader.publishing.make_snapshot import make_snapshot
 from engine_loader.publishing.offering import Offering, Paused, meter_pulls, offer_weights
+from engine_loader.publishing.releases import Releases
 from engine_loader.publishing.snapshots import SnapshotRing
 from engine_loader.tensors.cuda import wait_for
 from engine_loader.tensors.destination import Destination
@@ -30,6 +31,7 @@ from engine_registry import (
     Registration,
     RegistrationState,
     Registry,
+    Release,
     failpoints,
 )
 from engine_registry.errors import RegistryError
@@ -56,6 +58,7 @@ class Served:
         self.registry = registry
         self.engine = engine
         self.registration = registration
+        self.releases = Releases(registry, registration)
         self._options = options
         self._held: Offering | Paused = offering
         self._pausing = False  # memory may have been given back already
@@ -205,8 +208,26 @@ class Served:
         self.check_registered()
         manifest = self.offering("snapshot").manifest
         return make_snapshot(
-            self.registry, self.registration, ring, manifest, version, changed, wait
+            self.registry,
+            self.registration,
+            self.releases,
+            ring,
+            manifest,
+            version,
+            changed,
+            wait,
         )
+
+    def release(self, version: int | None, timeout_s: float, back: bool = False) -> Release:
+        """As `Publication.release`. Other calls may change what is served while it waits."""
+        if version is None:
+            with self.alone("release"):
+                if self.ring is not None:
+                    self.ring.finish()
+                version = self.record.version
+        self._check_open("release")
+        self.check_registered()
+        return self.releases.release(version, timeout_s, back)
 
     def _write_record(
         self, *, version: int | None = None, content: str | None = None, state: RankState

@@ -88,18 +88,19 @@ class SnapshotRing:
             )
         return frozenset(copied_with[name] for name in names if name in copied_with)
 
-    def next(self, read: Callable[[], Collection[str]]) -> Slot:
-        """The one that is filled next: an empty one, that of the oldest version which nobody reads,
-        or that of the oldest. `read` says which contents are read, and is asked if it matters.
+    def next(self, but: int | None = None, read: Collection[str] = ()) -> Slot:
+        """The one that is filled next: an empty one, or that of the oldest version. One with a
+        content that is `read` only if all others are, and `but` this version if there is another.
         """
-        others = sorted(
-            (slot for slot in self._slots if slot is not self.present),
-            key=lambda slot: -1 if slot.version is None else slot.version,
+        others = [slot for slot in self._slots if slot is not self.present]
+        return min(
+            others,
+            key=lambda slot: (
+                but is not None and slot.version == but,
+                slot.version is not None and slot.content in read,
+                -1 if slot.version is None else slot.version,
+            ),
         )
-        if len(others) == 1 or others[0].version is None:
-            return others[0]
-        contents = read()
-        return next((slot for slot in others if slot.content not in contents), others[0])
 
     def retained(self, but: Slot | None = None) -> list[Retained]:
         """What can be read beside the present one, the newest first, without this slot."""

@@ -4,7 +4,6 @@ source states of each tensor.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,9 @@ import torch.distributed as dist
 
 from engine_loader.engines.base import Engine
 from engine_loader.errors import WeightsMismatch, listed
+from engine_loader.options import LoadOptions, number_of
 from engine_loader.sources.manifests import fetch_manifests
+from engine_loader.sources.released import pinned
 from engine_loader.sources.search import Search
 from engine_registry import Manifest, Place, RankRecord, Registry, TensorEntry
 from engine_registry.schema.numbers import seconds, whole_or_none
@@ -63,10 +64,11 @@ def read_holdings(
     source: Wanted,
     rank: int | None,
     timeout_s: float,
-    cancel: threading.Event | None = None,
+    options: LoadOptions,
 ) -> Holdings:
     """Waits until all ranks of the source are there. Without `rank` this process stands for its
-    rank in its job, if that has as many as the source. Raises what `load` does before it compares.
+    rank in its job, if that has as many as the source. Of `options`, the version, the contents and
+    `cancel` count. Raises what `load` does before it compares.
     """
     rank, deadline = whole_or_none("rank", rank), time.monotonic() + seconds("timeout_s", timeout_s)
     own, size = (
@@ -75,7 +77,8 @@ def read_holdings(
         else (0, 1)
     )
     like = own if rank is None else rank
-    records = ranks_of_best(registry, engine, source, like, deadline, cancel)
+    options = pinned(registry, source, options, max(0.0, deadline - time.monotonic()))
+    records = ranks_of_best(registry, engine, source, like, deadline, options)
     first = records[0]
     if rank is None and size == first.world_size:
         rank = own
@@ -98,7 +101,7 @@ def ranks_of_best(
     source: Wanted,
     rank: int,
     deadline: float,
-    cancel: threading.Event | None = None,
+    options: LoadOptions,
 ) -> Sequence[RankRecord]:
     """All ranks of the instance that is best to read from, by rank. Waits until `deadline`; raises
     what `load` does.
@@ -106,12 +109,20 @@ def ranks_of_best(
     Ranks that cannot be reached from here may do no harm, as long as `rank` can: tensors without a
     box come from one rank.
     """
+    version, contents = number_of(options), options.contents
     search = Search(
-        registry, engine, source, Place(rank), Manifest((), ()), boxes=True, cancel=cancel
+        registry,
+        engine,
+        source,
+        Place(rank),
+        Manifest((), ()),
+        boxes=True,
+        version=version,
+        contents=contents,
+        cancel=options.cancel,
     )
     found = search.find(deadline)
-    return (
-        found.instances[0].teams[0]
-        if found.instances
-        else registry.ranks(found.alike[0].teams[0][0].instance)
-    )
+    if found.instances:
+        return found.instances[0].teams[0]
+    name = found.alike[0].teams[0][0].instance
+    return registry.instance(name).as_of(version, contents).records

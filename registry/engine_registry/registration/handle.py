@@ -53,6 +53,7 @@ class Registration(Closable):
     """
 
     _held: Held | None = None  # among the registrations that are counted
+    _when_claimed_again: Callback[None] | None = None
 
     def __init__(
         self,
@@ -103,6 +104,13 @@ class Registration(Closable):
             self.keeper_pid,
             extra=self._fields("registered"),
         )
+
+    def when_claimed_again(self, action: Callable[[], object]) -> None:
+        """Calls it from another thread each time that the record is in etcd again after its lease
+        was lost, or its keeper. What it refers to must not refer to the registration.
+        """
+        name = f"what goes with {self.record.key}"
+        self._when_claimed_again = Callback[None](lambda _: action(), name)
 
     @property
     def record(self) -> RankRecord:
@@ -265,10 +273,14 @@ class Registration(Closable):
             held.release()
         super().__del__()
 
-    def _receive(self, state: str, why: str, lost: RegistryError | None) -> None:
+    def _receive(
+        self, state: str, why: str, lost: RegistryError | None, again: bool = False
+    ) -> None:
         if lost is not None:
             self._lost = lost
         self._change_state(RegistrationState[state], why)
+        if again and self._when_claimed_again is not None:
+            self._when_claimed_again.put(None)
 
     def _change_state(self, state: RegistrationState, why: str) -> None:
         with self._lock:

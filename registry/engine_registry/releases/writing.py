@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from engine_registry import failpoints
 from engine_registry.errors import (
     EtcdUnavailable,
     InstanceNotFound,
@@ -49,45 +49,56 @@ from engine_registry.schema.moment import utc
 from engine_registry.schema.printable import short
 from engine_registry.schema.release import Release, decode_release, digest_of
 from engine_registry.schema.roster import Roster
-from engine_registry.schema.status import named
+from engine_registry.schema.status import InstanceStatus, named
 
 _TRIES = 20  # of a write, or a look without waiting, that another writer comes before
 _MAX_NAMED = 8  # reasons in a message
 
 
-def release(
-    etcd: Etcd,
-    instance: str,
-    version: int,
-    timeout_s: float,
-    rank: int = 0,
-    back: bool = False,
-) -> Release:
-    """The release of the version, by us or by another who was faster, once every rank holds it.
+@dataclass(frozen=True)
+class Order:
+    """What is to be released.
 
-    Its key gets the lease of `rank`. With `back` the version may be older than the released one.
-    Raises ReleaseIncomplete, InstanceNotFound, InvalidField where a newer version is released, and
-    what etcd refuses.
+    Attributes:
+        instance: The instance.
+        version: The version.
+        rank: The rank whose lease the release gets.
+        back: Whether the version may be older than the released one.
+        former: The release of this version that we have made before. It gets the lease that the
+            rank has now, unless another was made since.
+    """
+
+    instance: str
+    version: int
+    rank: int = 0
+    back: bool = False
+    former: Release | None = None
+
+
+def release(etcd: Etcd, order: Order, timeout_s: float) -> Release:
+    """The release, by us or by another who was faster, once every rank holds the version.
+
+    Raises ReleaseIncomplete, InstanceNotFound, InvalidField where a newer version is released or
+    there is no such rank, and what etcd refuses.
     """
     start = time.monotonic()
-    follower = Follower(etcd, instance_prefix(instance), start + timeout_s)
+    follower = Follower(etcd, instance_prefix(order.instance), start + timeout_s)
     roster: Roster | None = None
-    for update in _updates(etcd, instance, follower if timeout_s > 0 else None):
+    for update in _updates(etcd, order.instance, follower if timeout_s > 0 else None):
         if roster is None or isinstance(update, Snapshot):
-            roster = Roster(instance)
+            roster = Roster(order.instance)
         for change in update.items if isinstance(update, Snapshot) else update.changes:
             roster.see(change)
-        if roster.holds(version):
-            failpoints.reach("release.before_write")
-            made = _write(etcd, roster, update.revision, version, rank, back)
+        if roster.holds(order.version):
+            made = _write(etcd, order, roster, update.revision)
             if made is not None:
                 return made
-        elif timeout_s <= 0 or _is_past(roster, version):
+        elif timeout_s <= 0 or _is_past(roster, order.version):
             break
     waited_s = min(timeout_s, time.monotonic() - start)
     if roster is None:
         raise follower.last_error or EtcdUnavailable(f"etcd has not answered in {waited_s:.3g} s")
-    raise _why_not(roster, version, waited_s)
+    raise _why_not(roster, order.version, waited_s)
 
 
 def _updates(etcd: Etcd, instance: str, follower: Follower | None) -> Iterator[Snapshot | Batch]:
@@ -99,44 +110,46 @@ def _updates(etcd: Etcd, instance: str, follower: Follower | None) -> Iterator[S
         yield etcd.snapshot(instance_prefix(instance))
 
 
-def _write(
-    etcd: Etcd, roster: Roster, known_at: int, version: int, rank: int, back: bool
-) -> Release | None:
+def _write(etcd: Etcd, order: Order, roster: Roster, known_at: int) -> Release | None:
     """None where a record has changed after the revision `known_at`."""
-    past = [record.as_of(version) or record for record in roster.status().records]
-    contents = tuple(record.content for record in past)
-    key, lessor = Range(release_key(roster.instance)), record_key(roster.instance, rank)
-    _, (standing, own) = etcd.read([key, Range(lessor)])
-    for _ in range(_TRIES):
-        held = standing.items[0] if standing.items else None
-        before = _read(held) if held is not None else None
-        if before is not None and before.is_of(version, contents):
-            return before
-        if before is not None and before.version > version and not back:
-            raise InvalidField(
-                f"version {version} of {roster.instance!r} is older than version {before.version}, "
-                "which is released",
-                "release a newer one, or say `rollback`",
-                field="version",
+    instance, version = order.instance, order.version
+    made = _made_of(roster.status(), version)
+    if order.former is not None:
+        if order.former.digest != made.digest:
+            raise ReleaseIncomplete(
+                f"version {version} of {instance!r} is not what was released by that number",
+                "release it anew",
+                instance=instance,
+                version=version,
+                ranks={},
+                problems=[],
             )
+        made = order.former
+    if order.rank >= len(roster.records):
+        raise InvalidField(f"{instance!r} has no rank {order.rank}", field="rank")
+    key, lessor = Range(release_key(instance)), Range(record_key(instance, order.rank))
+    _, (standing, own) = etcd.read([key, lessor])
+    none_has_gone_on = none_changed_since(instance_prefix(instance), known_at)
+    for _ in range(_TRIES):
         if not own.items:
             return None
-        made = Release(
-            roster.instance,
-            version,
-            digest_of(contents),
-            model_digest(past[0].model),
-            utc(),
-            this_user(),
-            contents,
-        )
-        standing_is = unchanged(held) if held is not None else absent(key.key)
-        none_has_gone_on = none_changed_since(instance_prefix(roster.instance), known_at)
-        put = Put(key.key, made.encode(), own.items[0].lease_id)
+        lease_id = own.items[0].lease_id
+        guards = [unchanged(own.items[0]), none_has_gone_on, absent(key.key)]
+        if standing.items:
+            held = standing.items[0]
+            guards[-1] = unchanged(held)
+            before = _read(held)
+            if before is not None and _is_done(order, before, made, held.lease_id == lease_id):
+                return before
+            if before is not None and before.version > version and not order.back:
+                raise InvalidField(
+                    f"version {version} of {instance!r} is older than version {before.version}, "
+                    "which is released",
+                    "release a newer one, or say `rollback`",
+                    field="version",
+                )
         try:
-            outcome = etcd.decide(
-                [standing_is, unchanged(own.items[0]), none_has_gone_on], [put], otherwise=[key]
-            )
+            outcome = etcd.decide(guards, [Put(key.key, made.encode(), lease_id)], otherwise=[key])
         except LeaseNotFound:  # so the record is gone
             return None
         if outcome.done:
@@ -145,10 +158,25 @@ def _write(
             return None
         standing = outcome.found[0]
     raise EtcdUnavailable(
-        f"cannot release version {version} of {roster.instance!r}: too many others release "
-        "versions of it at once",
+        f"cannot release version {version} of {instance!r}: too many others release versions of "
+        "it at once",
         "try again",
     )
+
+
+def _made_of(status: InstanceStatus, version: int) -> Release:
+    """Of an instance all of whose ranks hold the version."""
+    records = status.as_of(version).records
+    contents = tuple(record.content for record in records)
+    model, at = model_digest(records[0].model), utc()
+    return Release(status.instance, version, digest_of(contents), model, at, this_user(), contents)
+
+
+def _is_done(order: Order, before: Release, made: Release, same_lease: bool) -> bool:
+    """Whether what stands is what is wanted."""
+    if order.former is not None:  # else another was made since
+        return same_lease or before.encode() != made.encode()
+    return (before.version, before.digest) == (made.version, made.digest)
 
 
 def _read(held: KeyValue) -> Release | None:

@@ -28,6 +28,7 @@ from engine_loader import (
     publish_state_dict,
     read_catalogue,
 )
+from engine_loader.options import number_of, refuse
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InvalidField
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
@@ -205,6 +206,12 @@ def test_a_replica_that_cannot_be_is_refused_by_field(field: str, value: Any) ->
     with pytest.raises(InvalidField) as caught:
         Replica(**{"instance": "a", "rank": 0, "world_size": 2, field: value})
     assert caught.value.details["field"] == field
+
+
+def test_a_call_that_chooses_the_version_itself_takes_the_released_one_all_the_same() -> None:
+    refuse(LoadOptions(version="released"), "load_full", {"version": "leave it out"})
+    assert number_of(LoadOptions(version="released")) is None
+    assert number_of(LoadOptions(version=3)) == 3
 
 
 @pytest.mark.parametrize("value", [None, 5, ModelIdentity("m")])

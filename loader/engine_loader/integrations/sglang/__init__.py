@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from engine_loader.options import Version
+
 __all__ = ["pull", "register", "request"]
 
 
@@ -49,14 +51,19 @@ def pull(model: nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) ->
 
 
 def request(
-    source: str, *, version: int | None = None, timeout_s: float = 60.0, **settings: Any
+    source: str,
+    *,
+    version: Version | None = None,
+    timeout_s: float = 60.0,
+    **settings: Any,
 ) -> list[tuple[str, torch.Tensor]]:
     """What `update_weights_from_tensor` takes as `named_tensors`, for `pull`.
 
     Args:
         source: The instance that publishes the weights.
-        version: The version to pull. None pulls the newest. SGLang with pipeline stages needs one,
-            as the stages pull one after another.
+        version: The version to pull. None pulls the newest, `"released"` the one that its trainer
+            has released. SGLang with pipeline stages needs a number, as the stages pull one after
+            another.
         timeout_s: How many seconds to wait for the source.
         settings: Settings such as `etcd`, in place of those that SGLang was started with.
 

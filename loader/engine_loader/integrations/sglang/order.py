@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from engine_loader.integrations.config import IntegrationConfig
+from engine_loader.options import Version, checked_version
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import check_instance
-from engine_registry.schema.numbers import seconds, whole_or_none
+from engine_registry.schema.numbers import seconds
 
 _PREFIX = "engine_registry:"
 
@@ -26,14 +27,14 @@ class Order:
     """What to pull, and settings in place of those that SGLang was started with."""
 
     source: str
-    version: int | None = None
+    version: Version | None = None
     timeout_s: float = 60.0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises InvalidField."""
         check_instance(self.source)
-        object.__setattr__(self, "version", whole_or_none("version", self.version))
+        object.__setattr__(self, "version", checked_version(self.version))
         object.__setattr__(self, "timeout_s", seconds("timeout_s", self.timeout_s))
         IntegrationConfig.of(self.settings)
 

@@ -29,7 +29,7 @@ from engine_loader.integrations.logs import reason
 from engine_loader.integrations.sglang.order import Order
 from engine_loader.integrations.sglang.plugin import SETTINGS, decode_settings
 from engine_loader.loading.catalogue import Catalogue, read_catalogue
-from engine_loader.options import LoadOptions
+from engine_loader.options import RELEASED, LoadOptions
 from engine_registry import Registry
 from engine_registry.errors import InvalidField
 from engine_registry.telemetry.logs import fields
@@ -86,11 +86,11 @@ def settings_of(order: Order) -> IntegrationConfig:
 
 
 def _pull(model: nn.Module, group: Any, order: Order) -> Catalogue:
-    if get_parallel().pp_size > 1 and order.version is None:
+    if get_parallel().pp_size > 1 and order.version in (None, RELEASED):
         raise InvalidField(
-            "the pipeline stages of SGLang pull one after another, so the newest weights may be "
-            "others for each",
-            "give a `version` to `request`",
+            "the pipeline stages of SGLang pull one after another, so the newest weights, or the "
+            "released ones, may be others for each",
+            "give the number of a `version` to `request`",
             field="version",
         )
     config = settings_of(order)

@@ -32,9 +32,8 @@ from engine_loader.integrations.logs import join_log
 from engine_loader.integrations.vllm import NAME
 from engine_loader.integrations.vllm.agreement import together
 from engine_loader.loading.catalogue import Catalogue, read_catalogue
-from engine_loader.options import LoadOptions
+from engine_loader.options import LoadOptions, Version, checked_version
 from engine_registry.errors import InvalidField
-from engine_registry.schema.numbers import whole_or_none
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -58,10 +57,11 @@ class Step(WeightTransferUpdateInfo):  # type: ignore[misc]
     """Which weights to take.
 
     Attributes:
-        version: The version of the trainer's publication. None takes the newest.
+        version: The version of the trainer's publication. None takes the newest, `"released"` the
+            one that the trainer has released.
     """
 
-    version: int | None = None
+    version: Version | None = None
 
 
 class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore[misc]
@@ -108,7 +108,7 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
                 "known is version",
                 field=unknown[0],
             )
-        return Step(whole_or_none("version", update_dict.get("version")))
+        return Step(checked_version(update_dict.get("version")))
 
     def init_transfer_engine(self, init_info: TrainerInfo) -> None:
         """Connects; the trainer may come later. Raises EngineUnavailable."""

@@ -31,8 +31,9 @@ from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
 
-# The name of a state of the registration, why, and the error where the registration is lost.
-OnNews = Callable[[str, str, RegistryError | None], None]
+# The name of a state of the registration, why, the error where the registration is lost, and
+# whether the record was put into etcd again, under another lease as a rule.
+OnNews = Callable[[str, str, RegistryError | None, bool], None]
 
 
 class KeeperLink:
@@ -157,10 +158,12 @@ class KeeperLink:
     def _unwanted(self) -> bool:
         return self._forgotten or self._news() is None
 
-    def _notify(self, state: str, why: str, lost: RegistryError | None) -> None:
+    def _notify(
+        self, state: str, why: str, lost: RegistryError | None, again: bool = False
+    ) -> None:
         on_news = self._news()
         if on_news is not None:
-            on_news(state, why, lost)
+            on_news(state, why, lost, again)
 
     def _opening(self, again: bool) -> Message:
         """`again`: it takes over from a dead keeper; the registration may be in etcd or not."""
@@ -314,8 +317,7 @@ class KeeperLink:
                 self._finish(lost)
             self._notify("LOST", str(lost), lost)
         elif "state" in message:
-            self._count(message)
-            self._notify(message["state"], message["why"], None)
+            self._notify(message["state"], message["why"], None, again=self._count(message))
 
     def _forget_before(self, incarnation: str) -> None:
         """etcd has that one. Some are kept: it may be restored from a backup."""
@@ -323,14 +325,18 @@ class KeeperLink:
         at = former.index(incarnation) if incarnation in former else len(former)
         del former[: max(0, at - FORMER_KEPT)]
 
-    def _count(self, message: Message) -> None:
-        """Claims come as a sum, as a rank that is stopped does not get every message."""
+    def _count(self, message: Message) -> bool:
+        """Whether the record was claimed again. Claims come as a sum, as a rank that is stopped
+        does not get every message.
+        """
         if message.get("renewed_in_s") is not None:
             metrics.KEEPALIVE.observe(message["renewed_in_s"])
-        claims = message.get("claims_again", self._claims_again)
-        if claims > self._claims_again:
-            metrics.REREGISTRATIONS.inc(amount=claims - self._claims_again)
+        claims: int = message.get("claims_again", self._claims_again)
+        new = claims - self._claims_again
+        if new > 0:
+            metrics.REREGISTRATIONS.inc(amount=new)
             self._claims_again = claims
+        return new > 0
 
 
 def _raise_error(answer: Message) -> None:

@@ -21,7 +21,8 @@ from engine_registry.errors import (
     SchemaUnsupported,
 )
 from engine_registry.registration.writes import end
-from engine_registry.releases.writing import release
+from engine_registry.releases.writing import Order
+from engine_registry.releases.writing import release as release_order
 from engine_registry.schema.keys import record_key, release_key
 from engine_registry.schema.keyvalue import KeyValue, Put
 from engine_registry.schema.record import Retained
@@ -31,6 +32,18 @@ from tests.support.builders import a_record, a_release
 from tests.support.fake_etcd import FakeEtcd
 
 KEY = release_key("qwen")
+
+
+def release(
+    etcd: FakeEtcd,
+    instance: str,
+    version: int,
+    timeout_s: float,
+    rank: int = 0,
+    back: bool = False,
+    former: Release | None = None,
+) -> Release:
+    return release_order(etcd, Order(instance, version, rank, back, former), timeout_s)
 
 
 def content(version: int, rank: int = 0) -> str:
@@ -235,6 +248,55 @@ def test_an_etcd_that_is_away_is_an_error_and_nothing_is_released(etcd: FakeEtcd
         release(etcd, "qwen", 7, 0.0)
     etcd.available = True
     assert standing(etcd) is None
+
+
+def test_a_rank_that_the_instance_does_not_have_is_an_error(etcd: FakeEtcd) -> None:
+    with pytest.raises(InvalidField, match="'qwen' has no rank 2"):
+        release(etcd, "qwen", 7, 0.0, rank=2)
+
+
+def test_a_release_is_kept_as_it_was_after_its_lease_was_lost(etcd: FakeEtcd) -> None:
+    made = release(etcd, "qwen", 7, 0.0)
+    before = etcd.value(KEY)
+    etcd.expire(etcd.lease_of(KEY))
+    with pytest.raises(ReleaseIncomplete, match="rank 0"):
+        release(etcd, "qwen", 7, 0.0, former=made)
+    put(etcd, holding(0, 7))
+    assert release(etcd, "qwen", 7, 0.0, former=made) == made
+    assert (etcd.value(KEY), etcd.lease_of(KEY)) == (before, etcd.lease_of(record_key("qwen", 0)))
+    writes = len(etcd.history)
+    assert release(etcd, "qwen", 7, 0.0, former=made) == made
+    assert len(etcd.history) == writes
+
+
+def test_a_release_is_not_kept_where_ranks_hold_other_bytes_by_its_number(
+    etcd: FakeEtcd,
+) -> None:
+    made = release(etcd, "qwen", 7, 0.0)
+    put(etcd, replace(holding(1, 7), content=content(99)))
+    with pytest.raises(ReleaseIncomplete, match="not what was released by that number"):
+        release(etcd, "qwen", 7, 0.0, former=made)
+
+
+def test_a_release_moves_to_the_lease_that_its_rank_has_by_now(etcd: FakeEtcd) -> None:
+    made = release(etcd, "qwen", 7, 0.0)
+    former = etcd.lease_of(KEY)
+    record = holding(0, 7)
+    etcd.commit([], [Put(record.key, encode(record), etcd.grant(10))])
+    assert release(etcd, "qwen", 7, 0.0, former=made) == made
+    etcd.expire(former)
+    assert standing(etcd) == made
+
+
+def test_a_release_is_not_kept_where_another_was_made_since(etcd: FakeEtcd) -> None:
+    for rank in range(2):
+        put(etcd, holding(rank, 8, 7))
+    former = release(etcd, "qwen", 7, 0.0)
+    newer = release(etcd, "qwen", 8, 0.0, rank=1)
+    assert release(etcd, "qwen", 7, 0.0, back=True, former=former) == newer
+    back = release(etcd, "qwen", 7, 0.0, rank=1, back=True)
+    assert back.contents == former.contents
+    assert release(etcd, "qwen", 7, 0.0, former=replace(former, by="bob@node-1")) == back
 
 
 # -- interleavings

@@ -16,6 +16,7 @@ def test_what_is_sent_is_what_arrives() -> None:
     sent = request("trainer", version=3, timeout_s=5, etcd="10.0.0.5:2379")
     assert Order.decode(sent) == Order("trainer", 3, 5.0, {"etcd": "10.0.0.5:2379"})
     assert Order.decode(request("trainer")) == Order("trainer")
+    assert Order.decode(request("trainer", version="released")).version == "released"
 
 
 def test_it_travels_without_memory_so_that_it_reaches_other_nodes() -> None:

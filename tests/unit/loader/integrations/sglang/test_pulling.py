@@ -29,7 +29,7 @@ def test_tensors_that_are_no_request_are_a_failed_pull(pulling: Any) -> None:
 
 def test_pipeline_stages_need_a_version(sglang: Process, pulling: Any) -> None:
     sglang.parallel.pp_size = 2
-    with pytest.raises(pulling.PullFailed, match="give a `version` to `request`"):
+    with pytest.raises(pulling.PullFailed, match="give the number of a `version` to `request`"):
         pulling.pull_into(nn.Linear(1, 1), request("trainer"))
 
 
