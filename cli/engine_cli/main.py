@@ -39,6 +39,7 @@ COMMANDS = {
     "verify": "Whether ranks that should hold the same do, by their digests.",
     "diff": "The tensors in which two instances differ.",
     "artifacts": "Compile caches and other folders, from peers: push, pull, list.",
+    "release": "Say which version of an instance loads take that ask for the released one.",
     "evict": "Take ranks out of the registry.",
     "doctor": (
         "What keeps etcd, this machine or the ranks of an instance from working, and how to mend "

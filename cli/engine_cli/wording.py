@@ -23,6 +23,7 @@ _WORDS = {
     "out": "--out",
     "password": "ENGINES_ETCD_PASSWORD",
     "port": "--port",
+    "Registry.rollback": "--rollback",
     "seed_url": "--seed",
     "shards": "--shard, --shards or --whole",
     "timeout_s": "--max-time",  # of `engines artifacts pull`: no other text has it

@@ -31,6 +31,7 @@ from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.ports import free_port
 from engine_registry.schema.keyvalue import Put
+from engine_registry.schema.record import Retained
 from tests.integration.conftest import Processes, events_until, line_of
 from tests.support.checkout import PACKAGES, ROOT
 from tests.support.ranks import register
@@ -279,6 +280,26 @@ def test_eviction_ends_the_server_with_an_error_that_says_so(
     assert f"@{socket.gethostname()} at " in err
     assert ": wrong checkpoint: the registration has ended" in err
     assert_one_line(engines("evict", "a"), Exit.INSTANCE, "'a' is not registered")
+
+
+def test_a_version_is_released_shown_and_rolled_back(engines: Engines, registry: Registry) -> None:
+    with register(registry, version=4) as rank:
+        assert "released" not in engines("show", "a").stdout
+        done = engines("release", "a")
+        assert done.stdout.startswith("a: version 4 is released, by ")
+        before = Retained(4, rank.record.content, rank.record.header_addr)
+        rank.switch(Retained(5, "5" * 32, rank.record.header_addr), [before])
+        assert json.loads(engines("release", "a", "--json").stdout)["version"] == 5
+        shown = json.loads(engines("show", "a", "--json").stdout)
+        assert shown["released"]["version"] == 5
+        assert "\nreleased: version 5, at 20" in engines("show", "a").stdout
+        older = "is older than version 5, which is released"
+        assert_one_line(engines("release", "a", "--version", "4"), Exit.USAGE, older, "--rollback")
+        back = engines("release", "a", "--version", "4", "--rollback")
+        assert back.stdout.startswith("a: version 4 is released, by ")
+        kept_back = "it is kept back by rank 0 (versions 4 and 5)"
+        assert_one_line(engines("release", "a", "--version", "3"), Exit.INSTANCE, kept_back)
+    assert_one_line(engines("release", "a"), Exit.INSTANCE, "'a' is not registered")
 
 
 def test_eviction_names_the_ranks_that_have_loaded_the_same_content(

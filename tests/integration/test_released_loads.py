@@ -54,10 +54,15 @@ class Trainer:
     """Two ranks in this process, each with snapshots of its half of a tensor."""
 
     def __init__(
-        self, registry: Registry, new_engine: Callable[[], Engine], stack: ExitStack, count: int = 3
+        self,
+        registry: Registry,
+        new_engine: Callable[[], Engine],
+        stack: ExitStack,
+        count: int = 3,
+        retain_s: float = 0.2,
     ) -> None:
         self.tensors = [tensors_of(0, rank) for rank in range(2)]
-        snapshots = Snapshots(count=count, retain_s=0.2)
+        snapshots = Snapshots(count=count, retain_s=retain_s)
         self.ranks: list[Publication] = [
             stack.enter_context(
                 publish(
@@ -483,3 +488,44 @@ def test_a_release_comes_back_with_its_rank_after_the_lease_was_lost(
         newer = trainer.ranks[0].release()
         told = events_until(watch, lambda event: isinstance(event, VersionReleased))
         assert told[-1] == VersionReleased(newer, made)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_readers_of_the_released_version_never_see_a_mix_while_the_ranks_go_on(
+    registry: Registry, stack: ExitStack, count: int
+) -> None:
+    """The ranks step together, as the collectives of a step make them, one of them releases, and
+    two readers look all the time.
+    """
+    steps = 25
+    trainer = Trainer(registry, lambda: stack.enter_context(InProcessEngine()), stack, count, 60.0)
+    trainer.ranks[0].release()
+    ended, together = threading.Event(), threading.Barrier(2)
+
+    def train(rank: int) -> None:
+        for version in range(1, steps + 1):
+            together.wait()
+            trainer.step(rank)
+            if rank == 0:
+                trainer.ranks[0].release(version)
+
+    def read() -> list[int]:
+        versions = []
+        with InProcessEngine() as engine:
+            while not ended.is_set():
+                versions.append(loaded(registry, engine))
+        return versions
+
+    with ThreadPoolExecutor(4) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        try:
+            for each in [pool.submit(train, rank) for rank in range(2)]:
+                each.result()
+        finally:
+            ended.set()
+        for reader in readers:
+            versions = reader.result()
+            assert versions
+            assert versions == sorted(versions)
+    with InProcessEngine() as engine:
+        assert loaded(registry, engine) == steps

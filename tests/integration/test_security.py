@@ -513,6 +513,7 @@ def _as_operator(secured: Secured) -> None:
     with secured.connect("rank-qwen-a") as registry, secured.connect("operator") as operator:
         registration, states = hold(registry, instance="qwen-a")
         with registration:
+            operator.release("qwen-a", 0)
             assert operator.evict(operator.ranks("qwen-a")[0])
             states.wait_for(RegistrationState.LOST)
 

@@ -17,6 +17,7 @@ from engine_cli.render.documents import (
     progress_json,
     pull_json,
     rank_json,
+    release_json,
     tensors_json,
 )
 from engine_cli.render.flows import Flows
@@ -34,7 +35,7 @@ from engine_cli.render.texts import (
     why_not_ready,
 )
 from engine_cli.wording import said
-from engine_registry import InstanceState, InstanceStatus, RankRecord, Registry
+from engine_registry import InstanceState, InstanceStatus, RankRecord, Registry, Release
 from engine_registry.errors import EtcdRefused, InstanceIncomplete, InstanceNotFound
 from engine_registry.schema.labels import labels_text
 
@@ -62,6 +63,7 @@ def command(
         records = chosen(status, rank)
         manifests = [registry.manifest(record) if with_tensors else None for record in records]
         flows, unseen = _flows(registry, status)
+        release = _release(registry, instance)
     shown = list(zip(records, manifests, strict=True))
     if as_json:
         known = None if unseen else flows
@@ -77,6 +79,7 @@ def command(
         print_json(
             {
                 **instance_json(status),
+                "released": release and release_json(release),
                 "loading": loading,
                 "pulls": None if unseen else pulls,
                 "ranks": ranks,
@@ -89,6 +92,9 @@ def command(
     )
     if status.labels:
         click.echo(f"labels: {labels_text(status.labels)}")
+    if release is not None:
+        at, by = release.released_at, printable(release.by)
+        click.echo(f"released: version {release.version}, at {printable(at)}, by {by}")
     if why := why_not_ready(status):
         click.echo(f"{'not ready:' if status.summary else 'ready, but'} {printable(why)}")
     _print_ranks(records, flows)
@@ -116,6 +122,13 @@ def _flows(registry: Registry, status: InstanceStatus) -> tuple[Flows, str]:
             records = tuple(record for each in registry.instances() for record in each.records)
     flows = Flows(records, pulls)
     return (flows.of_model(status.model) if status.model else flows), ""
+
+
+def _release(registry: Registry, instance: str) -> Release | None:
+    """None also where etcd does not let this user see releases."""
+    with suppress(EtcdRefused):
+        return registry.released(instance)
+    return None
 
 
 def _rank_json(record: RankRecord, flows: Flows | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from engine_registry.collector import collector_paused
 from engine_registry.errors import (
     EtcdUnavailable,
     InstanceNotFound,
@@ -87,8 +88,7 @@ def release(etcd: Etcd, order: Order, timeout_s: float) -> Release:
     for update in _updates(etcd, order.instance, follower if timeout_s > 0 else None):
         if roster is None or isinstance(update, Snapshot):
             roster = Roster(order.instance)
-        for change in update.items if isinstance(update, Snapshot) else update.changes:
-            roster.see(change)
+        _take_in(roster, update)
         if roster.holds(order.version):
             made = _write(etcd, order, roster, update.revision)
             if made is not None:
@@ -99,6 +99,12 @@ def release(etcd: Etcd, order: Order, timeout_s: float) -> Release:
     if roster is None:
         raise follower.last_error or EtcdUnavailable(f"etcd has not answered in {waited_s:.3g} s")
     raise _why_not(roster, order.version, waited_s)
+
+
+@collector_paused
+def _take_in(roster: Roster, update: Snapshot | Batch) -> None:
+    for change in update.items if isinstance(update, Snapshot) else update.changes:
+        roster.see(change)
 
 
 def _updates(etcd: Etcd, instance: str, follower: Follower | None) -> Iterator[Snapshot | Batch]:
@@ -145,7 +151,7 @@ def _write(etcd: Etcd, order: Order, roster: Roster, known_at: int) -> Release |
                 raise InvalidField(
                     f"version {version} of {instance!r} is older than version {before.version}, "
                     "which is released",
-                    "release a newer one, or say `rollback`",
+                    "release a newer one, or say `Registry.rollback`",
                     field="version",
                 )
         try:

@@ -157,6 +157,7 @@ def test_every_name_in_the_table_of_exit_codes_is_an_error_of_ours(name: str) ->
             {
                 "InstanceNotFound",
                 "InstanceIncomplete",
+                "ReleaseIncomplete",
                 "SourceLost",
                 "SourceEvicted",
                 "Stalled",
