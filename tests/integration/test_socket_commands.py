@@ -88,7 +88,7 @@ def test_instances_are_compared_and_verified_over_it(
         ({TOKEN: "other"}, "it has another token than this engine"),
         (
             dict.fromkeys((*TLS, "ENGINES_SOCKET_CACERT"), ""),
-            "as an engine with certificates does to one without",
+            "or it demands a certificate, and this engine has none",
         ),
     ],
 )

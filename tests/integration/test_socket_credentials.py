@@ -272,7 +272,7 @@ def test_a_reader_with_a_bad_certificate_is_refused_and_the_source_says_so(
 ) -> None:
     strange = issue(expired=True) if expired else issue(by=Authority(tmp_path, "theirs"))
     why = pair(tls, strange).refused()
-    assert re.search("does not accept the certificate|whose certificate it does not accept", why)
+    assert re.search("does not accept the certificate", why)
     wait_until(lambda: bool(caplog.records))
     assert event_of(caplog.records[0]) == "reader_refused"
 
@@ -281,7 +281,7 @@ def test_a_reader_without_certificates_learns_at_once_that_the_source_has_some(
     pair: Make, tls: SocketCredentials
 ) -> None:
     why = pair(tls, NONE).refused()
-    assert "closed the connection, as an engine with certificates does to one without" in why
+    assert "has just ended, or it demands a certificate, and this engine has none" in why
 
 
 def test_a_reader_with_certificates_reads_nothing_in_the_clear(

@@ -82,7 +82,9 @@ def _why(exc: Exception, tls: bool) -> str:
     if "ALERT" in reason:
         return f"it does not accept the certificate of this engine ({reason})"
     if isinstance(exc, (ConnectionError, ssl.SSLEOFError)):
-        return "it has closed the connection, as an engine with certificates does to one " + (
-            "whose certificate it does not accept" if tls else "without"
+        return "it has closed the connection: it has just ended, or it " + (
+            "does not accept the certificate of this engine"
+            if tls
+            else "demands a certificate, and this engine has none"
         )
     return f"there was no handshake ({exc})"
