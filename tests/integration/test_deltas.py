@@ -142,7 +142,7 @@ def test_a_reader_that_was_away_takes_several_deltas_or_reads_all(registry: Regi
 
 
 def test_where_too_much_has_changed_for_a_delta_only_blocks_that_differ_are_read(
-    registry: Registry,
+    registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensors = weights()
     reader = Follower(registry, tensors)
@@ -152,6 +152,7 @@ def test_where_too_much_has_changed_for_a_delta_only_blocks_that_differ_are_read
         publication.snapshot()
         report = reader.follow(tensors)
         assert (report.delta_nbytes, report.read_nbytes) == (0, tensors["w1"].nbytes)
+        assert "more than 1 % of the elements have changed since version 0" in caplog.text
         train(tensors, 2, share=0.005)
         publication.snapshot()
         assert reader.follow(tensors).delta_nbytes > 0  # there is one again

@@ -63,6 +63,8 @@ class SnapshotRing:
         # A GPU does that in a moment, and the processor would have to look at every byte.
         self._digests_live = weights.devices[0].type == "cuda"
         self._proven: dict[str, bytes] = {}  # digests of what was filled last
+        self._changed = options.changed
+        self._unfit = False  # there was a delta that did not fit
         self._pool = ThreadPoolExecutor(1, "snapshots")
         self._pending: Future[None] | None = None
 
@@ -161,12 +163,16 @@ class SnapshotRing:
         )
         metrics.DELTA_S.observe(time.monotonic() - began)
         if made is None:
-            log.info(
-                "too much has changed since version %d for a delta: a reader of it reads all "
-                "blocks that differ",
+            log.log(
+                logging.INFO if self._unfit else logging.WARNING,
+                "more than %g %% of the elements have changed since version %d, so there is no "
+                "delta: its readers read all blocks that differ. Snapshots(changed=…) gives deltas "
+                "more memory",
+                100 * self._changed,
                 present.version,
                 extra=fields("delta_unfit", nbytes=buffer.nbytes),
             )
+            self._unfit = True
         else:
             metrics.DELTA_NBYTES.inc(amount=made.nbytes)
 
