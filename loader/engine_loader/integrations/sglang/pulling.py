@@ -57,18 +57,20 @@ def pull_into(model: nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]
             f"mix of two versions now; rank {rank}: {why}",
             "pull again",
         )
+    pause_s = time.monotonic() - began  # SGLang answers no request meanwhile
     log.info(
         "pulled version %d of %s: %d tensors, %.1f MB in %.1f s",
         catalogue.version,
         catalogue.instance,
         len(catalogue.tensors),
         catalogue.nbytes / 1e6,
-        time.monotonic() - began,
+        pause_s,
         extra=fields(
             "weights_pulled",
             source=catalogue.instance,
             version=catalogue.version,
             nbytes=catalogue.nbytes,
+            pause_s=round(pause_s, 3),
         ),
     )
 

@@ -70,6 +70,8 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
     Attributes:
         version: The version that the worker has taken last. None before the first.
         contents: Its contents, by rank of the trainer.
+        pause_s: For how many seconds the last update has left the model without whole weights,
+            which no request can use meanwhile. None before the first.
     """
 
     init_info_cls = TrainerInfo
@@ -81,6 +83,8 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
         join_log("vllm")
         self.version: int | None = None
         self.contents: tuple[str, ...] = ()
+        self.pause_s: float | None = None
+        self._stopped_at = 0.0
         self._info: TrainerInfo | None = None
         self._connection: Connection | None = None
         self._begun = False  # layers have given up their memory for that of an update
@@ -121,6 +125,8 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
         """Prepares the layers of the model."""
         if self._begun:  # an update has failed, and has left layers half done
             finalize_layerwise_reload(self.model, self.model_config)
+        else:
+            self._stopped_at = time.monotonic()
         initialize_layerwise_reload(self.model)
         self._begun = True
 
@@ -146,6 +152,12 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
         """The model computes with the new weights."""
         finalize_layerwise_reload(self.model, self.model_config)
         self._begun = False
+        self.pause_s = time.monotonic() - self._stopped_at
+        log.info(
+            "the model of the worker was without whole weights for %.2f s",
+            self.pause_s,
+            extra=fields("weights_applied", source=self._source(), pause_s=round(self.pause_s, 3)),
+        )
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """As vLLM calls it; a device for which torch has no accelerator needs no waiting."""

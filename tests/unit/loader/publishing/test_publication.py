@@ -58,6 +58,9 @@ class Registered:
         changes = {name: value for name, value in given.items() if value is not None}
         self.record = a_record(**{**{f: getattr(self.record, f) for f in FIELDS}, **changes})
 
+    def when_claimed_again(self, call: Callable[[], None]) -> None:
+        """It never is."""
+
     def withdraw(self, reason: str = "withdrawn") -> None:
         self.at_withdrawal()
         self.reasons.append(reason)
