@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -79,6 +79,9 @@ class _KeptHere:
         self._keeper.change(self.record)
         self._keeper.beat()
 
+    def when_claimed_again(self, call: Callable[[], None]) -> None:
+        """It never is."""
+
     def withdraw(self, reason: str = WITHDRAWN) -> None:
         if not self.withdrawn:
             self._keeper.end(reason)
@@ -93,11 +96,11 @@ class _KeptByThread(threading.local):
     def __init__(self) -> None:
         self._manifests: dict[ManifestRef, Manifest] = {}
 
-    def get(self, ref: ManifestRef) -> Manifest | None:
-        return self._manifests.get(ref)
+    def get(self, record: RankRecord) -> Manifest | None:
+        return self._manifests.get(record.manifest)
 
-    def put(self, ref: ManifestRef, manifest: Manifest) -> None:
-        self._manifests[ref] = manifest
+    def put(self, record: RankRecord, manifest: Manifest) -> None:
+        self._manifests[record.manifest] = manifest
 
 
 class Gate:
