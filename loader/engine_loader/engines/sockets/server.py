@@ -189,14 +189,16 @@ class _Connection:
         except ssl.SSLError as exc:
             server._warn_of(host, f"there is no TLS with it ({exc})")
             return False
-        if not self._prove(token, host):
-            return False
-        with server._changed:
-            self.may_read = self in server._connections
-        return self.may_read
+        welcome = self._prove(token, host)
+        with server._changed:  # before it is told: it makes room for nobody then
+            if self not in server._connections:
+                return False
+            self.may_read = welcome.taken
+        self.stream.say(welcome.packed())
+        return welcome.taken
 
-    def _prove(self, token: bytes, host: str) -> bool:
-        """Whether it has the token."""
+    def _prove(self, token: bytes, host: str) -> wire.Welcome:
+        """Whether it has the token, and that we have it."""
         challenge = secrets.token_bytes(wire.CHALLENGE_NBYTES)
         self.stream.say(wire.Hello(bool(token), challenge).packed())
         wire.check(self.stream.hear(len(wire.MAGIC)))
@@ -209,8 +211,7 @@ class _Connection:
             else:
                 welcome = wire.Welcome(False)
                 self._server._warn_of(host, "it does not have the token of this engine")
-        self.stream.say(welcome.packed())
-        return welcome.taken
+        return welcome
 
     def _answer(self) -> None:
         """One question."""
