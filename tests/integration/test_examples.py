@@ -85,7 +85,7 @@ def watches(etcd: LocalEtcd) -> float:
 
 def test_a_server_follows_a_trainer_to_its_last_version(start: Start, own_etcd: LocalEtcd) -> None:
     server = start("follow.py")
-    wait_until(lambda: watches(own_etcd) == 1)  # it takes its time to import torch
+    wait_until(lambda: watches(own_etcd) == 2)  # of ranks, and of the release
     trainer = start("train.py", "--steps", "2", "--pause", "4")
     trained = ended(trainer).splitlines()
     loaded = [line for line in ended(server).splitlines() if line.startswith("loaded")]
