@@ -1,5 +1,5 @@
 """Several hosts on one machine: network namespaces behind links of limited speed, for `python -m
-benchmarks.fanout`, `benchmarks.peers` and tests.
+benchmarks.fanout`, `benchmarks.peers`, `benchmarks.updates` and tests.
 
 A host is a shell that holds a namespace, of the network and of the host's name. Nothing has a name
 or an address outside of these namespaces, so the kernel takes it all away when their last process
