@@ -36,7 +36,7 @@ from engine_registry.registration.manifests import (
     fetch_manifest,
     fetch_manifests,
 )
-from engine_registry.releases.finding import find_release, wait_while_released
+from engine_registry.releases.finding import find_release, uses_of, wait_while_released
 from engine_registry.releases.writing import Order, release
 from engine_registry.schema.keys import (
     ENGINES,
@@ -478,6 +478,12 @@ class Registry(Closable):
         in another thread, ends the wait before. Raises InvalidField or an EtcdError.
         """
         return find_release(self._etcd, wanted, seconds("timeout_s", timeout_s), cancel)
+
+    def uses_of(self, record: RankRecord) -> tuple[int | None, frozenset[str]]:
+        """What keeps versions of a rank where they are: the released version of its instance, if
+        there is one, and the contents that loads read from the rank. At one moment.
+        """
+        return uses_of(self._etcd, record)
 
     def wait_while_released(self, instance: str, version: int, timeout_s: float) -> bool:
         """Waits until another version of the instance is released than this one, or none. False if

@@ -45,9 +45,11 @@ def make_snapshot(
         "is no snapshot of them",
         "copy into them in place, or publish them again",
     )
-    slot = choose_slot(registry, releases, ring, registration)
+    slot, is_read = choose_slot(registry, releases, ring, registration)
+    if is_read:
+        _wait_for_readers(registry, registration, ring, slot)
     if slot.version is not None:
-        _withhold(registry, registration, ring, slot)
+        ring.withhold(slot)
     ring.fill(slot, copied)
 
     def reveal() -> None:
@@ -62,10 +64,10 @@ def make_snapshot(
     return version
 
 
-def _withhold(
+def _wait_for_readers(
     registry: Registry, registration: Registration, ring: SnapshotRing, slot: Slot
 ) -> None:
-    """Waits for those who read what is in the slot, to which nobody is invited any more."""
+    """Of what is in the slot, to which nobody is invited any more."""
     record = registration.record
     try:
         left_s = ring.retain_s - (time.monotonic() - (slot.until or 0.0))
@@ -90,4 +92,3 @@ def _withhold(
             exc,
             extra=fields("snapshot_not_awaited", key=record.key, error=exc),
         )
-    ring.withhold(slot)

@@ -56,11 +56,6 @@ class Releases:
                 extra=fields("release_not_kept", instance=self._instance, error=exc),
             )
 
-    def version(self) -> int | None:
-        """Which one is released now; None where none is."""
-        found = self._registry.released(self._instance)
-        return found.version if found is not None else None
-
     def wait_for_another(self, version: int, timeout_s: float) -> None:
         """Raises NoFreeSnapshot where the version is still the released one after that time."""
         if not self._registry.wait_while_released(self._instance, version, timeout_s):
@@ -75,31 +70,31 @@ class Releases:
 
 def choose_slot(
     registry: Registry, releases: Releases, ring: SnapshotRing, registration: Registration
-) -> Slot:
+) -> tuple[Slot, bool]:
     """Where the next snapshot goes: not where the released version is, and to the oldest version
-    that nobody reads, if there is one. No reader is invited any more to what is in it.
+    that nobody reads, if there is one. And whether somebody may still read what is in it; nobody
+    else is invited to it any more.
 
     Waits for another release where that is the only place, for `ring.retain_s`, and raises
     NoFreeSnapshot then. A release needs the version in the records of all ranks. So it is taken out
     of ours first, and then looked at once more: either a rollback to it came before, and it stays,
-    or none can come any more.
+    or none can come any more. The same holds for tickets.
     """
     try:
         while registration.state is RegistrationState.REGISTERED:  # else nobody can be asked
-            released = releases.version()
-            slot = ring.next(but=released)
-            if slot.version is None:
-                return slot
-            pulls = registry.readers(registration.record)
-            slot = ring.next(but=released, read={pull.content for pull in pulls})
+            if (slot := ring.next()).version is None:
+                return slot, False
+            released, read = registry.uses_of(registration.record)
+            slot = ring.next(but=released, read=read)
             if released is not None and slot.version == released:  # there is no other
                 releases.wait_for_another(released, ring.retain_s)
                 continue
             failpoints.reach("snapshot.slot_chosen")
             registration.update(retained=ring.retained(but=slot))
             failpoints.reach("snapshot.slot_withdrawn")
-            if releases.version() != slot.version:
-                return slot
+            released, read = registry.uses_of(registration.record)
+            if released != slot.version:
+                return slot, not read.isdisjoint({slot.content, ""})
             registration.update(retained=ring.retained())
     except EtcdError as exc:
         log.info(
@@ -109,4 +104,4 @@ def choose_slot(
         )
     slot = ring.next()
     registration.update(retained=ring.retained(but=slot))
-    return slot
+    return slot, slot.version is not None

@@ -20,10 +20,12 @@ from engine_registry.schema.keys import (
     check_instance,
     instance_prefix,
     parse_release_key,
+    pulls_prefix,
     release_key,
 )
-from engine_registry.schema.keyvalue import Batch, KeyValue, Snapshot
-from engine_registry.schema.record import ModelIdentity
+from engine_registry.schema.keyvalue import Batch, KeyValue, Range, Snapshot, under
+from engine_registry.schema.pull_ticket import decode as decode_ticket
+from engine_registry.schema.record import ModelIdentity, RankRecord
 from engine_registry.schema.release import Release, decode_release
 from engine_registry.schema.roster import Roster
 from engine_registry.telemetry.logs import fields
@@ -64,6 +66,18 @@ def find_release(
     if not seen:
         raise follower.last_error or EtcdUnavailable(f"etcd has not answered in {timeout_s:.3g} s")
     return None
+
+
+def uses_of(etcd: Etcd, record: RankRecord) -> tuple[int | None, frozenset[str]]:
+    """The version of the rank's instance that is released, if one is, and the contents that loads
+    have tickets to read from the rank: at one moment.
+    """
+    tickets = under(pulls_prefix(record.instance, record.rank))
+    _, (standing, pulls) = etcd.read([Range(release_key(record.instance)), tickets])
+    release = next((found for item in standing.items if (found := _read(item)) is not None), None)
+    some = [pull for item in pulls.items if (pull := decode_ticket(item)) is not None]
+    version = release.version if release is not None else None
+    return version, frozenset(pull.content for pull in some)
 
 
 def wait_while_released(etcd: Etcd, instance: str, version: int, timeout_s: float) -> bool:
