@@ -315,7 +315,8 @@ class Registry(Closable):
     ) -> tuple[InstanceStatus, ...]:
         """All of the named instances that are ready; of a model some that are, however many there
         are: of the `version`, or else of the newest, and `usable` ones if there are any. They are
-        some whose rank 0 is in the zone of `near`, if there are any.
+        some whose rank 0 is in the zone of `near`, if there are any. `usable`, `version` and `near`
+        are for a model alone: of a named instance, look at what is returned.
 
         Waits as `resolve` for the first. `cancel`, set in another thread, ends the wait as the end
         of its time does.
