@@ -180,9 +180,11 @@ class Attempts:
         # Asked on both sides of the look: an update may end, or begin, between two of them.
         updated = self.finder.is_one_updated()
         choice = self._find_if_any(time.monotonic())
-        if choice.sources or not (updated or self.finder.is_one_updated()):
+        if choice.sources:
             return choice
-        return self._find_if_any(self.deadline)
+        if updated or self.finder.is_one_updated():
+            return self._find_if_any(self.deadline)
+        return self._find_if_any(time.monotonic())  # an update may have begun and ended meanwhile
 
     def _find_if_any(self, deadline: float) -> Choice:
         try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from engine_loader.errors import VersionUnavailable
@@ -30,18 +30,24 @@ def load_released(
 ) -> T:
     """What `load_once` returns, which takes options with the release's contents, and how many
     seconds to wait. Raises what it raises, and what `pinned` does.
+
+    One release is tried five times. A newer one is another matter as long as there is time.
     """
     deadline = time.monotonic() + timeout_s
-    for tries in range(1, TRIES + 1):
+    before: Sequence[str] | None = None
+    tries = 0
+    while True:
         some = pinned(registry, source, options, max(0.0, deadline - time.monotonic()))
+        is_newer = some.contents != before and time.monotonic() < deadline
+        tries = 1 if is_newer else tries + 1
+        before = some.contents
         try:
             return load_once(some, max(0.0, deadline - time.monotonic()))
         except VersionUnavailable as exc:
-            if tries == TRIES:
+            if tries >= TRIES:
                 raise
             log.info(
                 "%s; loading what is released now",
                 exc,
                 extra=fields("release_gone", tries=tries, error=exc),
             )
-    raise AssertionError("unreachable: the last try returns or raises")

@@ -255,7 +255,7 @@ def test_a_lost_source_is_replaced_by_another_that_is_there_now(
 def test_where_no_other_source_is_there_the_loss_is_the_error(
     monkeypatch: pytest.MonkeyPatch, then: RegistryError | LoaderError | None
 ) -> None:
-    answers = [then, None] if isinstance(then, SourceLost) else [then]
+    answers = 2 * ([then, None] if isinstance(then, SourceLost) else [then])
     load = Load(monkeypatch, Search(choice(FIRST), *answers), LOST)
     with pytest.raises(SourceLost) as caught:
         load.attempts.until_filled()
@@ -272,6 +272,15 @@ def test_another_that_is_being_updated_is_waited_for_as_at_the_beginning(
     load = Load(monkeypatch, search, LOST, None)
     assert load.attempts.until_filled().instance == "second"
     assert search.deadlines[2] == load.deadline
+
+
+def test_another_whose_update_came_and_went_between_two_looks_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = Search(choice(FIRST), None, choice(SECOND))
+    load = Load(monkeypatch, search, LOST, None)
+    assert load.attempts.until_filled().instance == "second"
+    assert search.deadlines[2] <= time.monotonic()
 
 
 def test_each_source_that_a_load_goes_on_without_counts_and_one_that_is_read_again_does_not(
