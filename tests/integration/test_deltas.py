@@ -5,6 +5,7 @@ wrong on the way, what it has in the end is the version that it was to have.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +17,13 @@ from engine_loader import (
     InProcessEngine,
     LoadOptions,
     LoadReport,
+    Pace,
     Publication,
     PublishOptions,
+    Replica,
     Shard,
     Snapshots,
+    SourceLost,
     load,
     publish,
 )
@@ -27,6 +31,7 @@ from engine_loader.deltas.format import HEADER_NBYTES
 from engine_loader.sources.deltas import Deltas
 from engine_registry import ModelIdentity, Registry
 from engine_registry.errors import InvalidField
+from tests.support.gates import Gate
 
 MODEL = ModelIdentity("m")
 ROWS, COLUMNS = 512, 1024
@@ -316,6 +321,62 @@ def test_a_replica_that_follows_is_a_source_itself(registry: Registry) -> None:
             load(registry, InProcessEngine(), "replica", rank=0, tensors=other)
             for name, one in tensors.items():
                 assert torch.equal(other[name].view(torch.int16), one.view(torch.int16))
+
+
+def test_what_has_come_is_not_changed_by_deltas_any_more(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chain of deltas that breaks off leaves what no digest is compared with then."""
+    tensors = weights()
+    reader = Follower(registry, tensors)
+    with trainer(registry, tensors) as publication:
+        reader.follow(tensors)
+        train(tensors, 1)
+        publication.snapshot()
+        other = load(
+            registry,
+            InProcessEngine(),
+            "t",
+            rank=0,
+            tensors={name: torch.zeros_like(one) for name, one in tensors.items()},
+            publish=Replica("replica", options=PublishOptions(digests=True)),
+        ).publication
+        assert other is not None
+        look = Deltas.look
+
+        def fail(*_: Any) -> None:
+            monkeypatch.setattr(Deltas, "look", look)
+            raise SourceLost("so nothing was compared")
+
+        monkeypatch.setattr(Deltas, "look", fail)
+
+        (record,) = registry.ranks("t")
+        ticket = registry.pull(record)  # so that the replica is read first
+        assert ticket is not None
+        gate = Gate(0.5)
+        with ticket, ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(
+                load,
+                registry,
+                InProcessEngine(),
+                MODEL,
+                rank=0,
+                tensors=reader.tensors,
+                options=LoadOptions(
+                    base=reader.base,
+                    max_sources=1,
+                    pace=Pace(64 << 10, 1, 1, check_s=0.001, small_depth=1),
+                    progress=gate.see,
+                ),
+            )
+            assert gate.reached.wait(60)
+            other.close()
+            gate.open.set()
+            report = loading.result(60)
+        assert [share.nbytes > 0 for share in report.shares] == [True, True]
+        assert report.delta_nbytes == 0
+        for name, one in tensors.items():
+            assert torch.equal(reader.tensors[name].view(torch.int16), one.view(torch.int16))
 
 
 def test_deltas_need_digests_and_have_bounds(registry: Registry) -> None:

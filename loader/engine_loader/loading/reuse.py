@@ -87,7 +87,9 @@ class Reuse:
 
         held.lend(job.engine, undo)
         tensors = job.destination.parts
-        deltas = Deltas(job.engine, sources, job.base, job.device)
+        # What has come is not compared again, and a chain of deltas may break off half-way.
+        base = job.base if not received.arrivals.nbytes else ()
+        deltas = Deltas(job.engine, sources, base, job.device)
         deltas.look(received.dst, bring, undo)
         bring([*deltas.spans, *held.spans], held.receive)
         deltas.apply(received.dst, tensors)
