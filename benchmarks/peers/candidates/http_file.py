@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from benchmarks.peers.sets import Tensors
 from benchmarks.peers.work import Facts, Load, Work
+from benchmarks.sendfile import SendsFiles, fill
 
 
 @contextmanager
@@ -24,22 +24,9 @@ def source(work: Work, tensors: Tensors) -> Iterator[Facts]:
     save_file(tensors, path)
     tensors.clear()  # the file holds them
 
-    class Files(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Files(SendsFiles):
         def do_GET(self) -> None:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                self.send_response(200)
-                self.send_header("Content-Length", str(size))
-                self.end_headers()
-                self.wfile.flush()
-                sent = 0
-                while sent < size:
-                    sent += os.sendfile(self.connection.fileno(), file.fileno(), sent, size - sent)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
+            self.send_file(path)
 
     server = ThreadingHTTPServer((work.host, 0), Files)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -67,8 +54,4 @@ def reader(work: Work, tensors: Tensors) -> Iterator[Load]:
 def _fill(answer: http.client.HTTPResponse, memory: memoryview, offsets: list[int]) -> None:
     if offsets[1] - offsets[0] != len(memory):
         raise ValueError("a tensor has another size than the file says")
-    while memory:
-        read = answer.readinto(memory)
-        if not read:
-            raise ConnectionError("the answer has ended too early")
-        memory = memory[read:]
+    fill(memory, answer)

@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.sendfile import SendsFiles, fill
 from benchmarks.updates.candidates import Facts, Receiving, Sending, Work
 from benchmarks.updates.weights import Tensors
 
@@ -37,11 +37,7 @@ class Answer:
         return data
 
     def fill(self, memory: memoryview) -> None:
-        while memory:
-            read = self._answer.readinto(memory)
-            if not read:
-                raise ConnectionError("the answer has ended too early")
-            memory = memory[read:]
+        fill(memory, self._answer)
 
     def end(self) -> None:
         """The connection can be used again."""
@@ -54,25 +50,12 @@ def serving(work: Work, write: Callable[[Path], None]) -> Iterator[Sending]:
     there = threading.Condition()
     paths: dict[int, Path] = {}
 
-    class Files(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Files(SendsFiles):
         def do_GET(self) -> None:
             number = int(self.path.strip("/"))
             with there:
                 there.wait_for(lambda: number in paths, _WAIT_S)
-            with paths[number].open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                self.send_response(200)
-                self.send_header("Content-Length", str(size))
-                self.end_headers()
-                self.wfile.flush()
-                sent = 0
-                while sent < size:
-                    sent += os.sendfile(self.connection.fileno(), file.fileno(), sent, size - sent)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
+            self.send_file(paths[number])
 
     def send(number: int) -> None:
         path = Path(work.folder) / f"{write.__module__.rpartition('.')[2]}.{number}"
