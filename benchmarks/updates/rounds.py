@@ -18,7 +18,7 @@ from engine_registry.etcd.local import LocalEtcd
 
 HERE = "loopback"
 _LOOPBACK = "127.0.0.1"
-_MEMORY = "/dev/shm"  # noqa: S108  in a folder of its own
+_MEMORY = "/dev/shm"  # noqa: S108  in a folder for one run
 
 
 class WrongBytes(Exception):

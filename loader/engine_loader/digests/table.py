@@ -34,7 +34,7 @@ NBYTES = 16
 _BLOCK_WORDS = 1 << 20  # 4 MiB, which on their way take five times as much
 _SHORT_NBYTES = 64 << 10
 THREADS = min(8, os.cpu_count() or 1)
-# Of a block that has a digest of its own. Those of xxh3_128 fit into a core's cache, so that two
+# Of a block, which has a digest. Those of xxh3_128 fit into a core's cache, so that two
 # digests of them take one pass over the memory; those of multilinear_64 have sums anyway.
 BLOCK_NBYTES = {"xxh3_128": 1 << 20, "multilinear_64": 4 * _BLOCK_WORDS}
 # Of bytes in a row; with True, those of the blocks behind it, if there are several.

@@ -70,7 +70,7 @@ class SnapshotRing:
 
     @property
     def nbytes(self) -> int:
-        """Of all slots."""
+        """Of all slots and buffers of deltas."""
         return sum(one.nbytes for one in [*self._deltas, *(slot.memory for slot in self._slots)])
 
     def copied(self, changed: Iterable[str] | None) -> frozenset[str]:
@@ -135,7 +135,7 @@ class SnapshotRing:
         if slot.digests is not None:
             proven = self._proven or slot.digest(slot.tensors)
             content = content_of(manifest, proven, slot.digests.table.algorithm)
-        if self._deltas and content not in ("", self.present.content):
+        if self._deltas and content != self.present.content:
             self._write_delta(slot, content, manifest)
         slot.version, slot.content = version, content
         slot.header.write(Header(self._incarnation, 2 * version, content))

@@ -190,7 +190,7 @@ class _Connection:
             server._warn_of(host, f"there is no TLS with it ({exc})")
             return False
         welcome = self._prove(token, host)
-        with server._changed:  # before it is told: it makes room for nobody then
+        with server._changed:  # before its reader knows: it makes room for nobody then
             if self not in server._connections:
                 return False
             self.may_read = welcome.taken

@@ -87,7 +87,7 @@ def test_we_get_what_changed_of_what_we_hold_and_nothing_else(
 
 @pytest.mark.parametrize("share", [0.05, 1])
 def test_a_part_that_we_hold_twice_is_written_twice(share: float) -> None:
-    """As heads that several ranks have, and one rank for two of its own."""
+    """As heads that several ranks have, and one rank for two heads that it alone has."""
     old = torch.zeros(8, 16)
     new = torch.where(torch.rand(old.shape) < share, torch.rand(old.shape), old)
     src = TensorEntry("w", "float32", (8, 16), 4096, old.nbytes, (8, 16), (0, 0), opaque=False)
