@@ -1,9 +1,10 @@
-"""`python -m benchmarks.delta_codec`: what it costs to write and to apply a delta, on one thread,
-medians of several rounds that take turns.
+"""`python -m benchmarks.delta_codec`: what it costs to write and to apply a delta, on one thread or
+on one GPU, medians of several rounds that take turns.
 
 The weights are matrices of bf16, of which a share of the elements changes, at random places. Times
-are those of the thread's CPU, as seconds for each GB of weights. *memcpy* copies the weights in the
-same rounds. *columns* applies the delta of whole matrices to the right half of each.
+are seconds for each GB of weights: of the thread's CPU, or of the clock until the GPU is done.
+*memcpy* copies the weights in the same rounds. *columns* applies the delta of whole matrices to the
+right half of each.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import click
 import torch
 
 from benchmarks import figures, options
@@ -30,12 +32,14 @@ _CONTENTS = "0a" * 16, "0b" * 16
 Tensors = dict[str, torch.Tensor]
 
 
-def measure(gib: float, rounds: int, say: Callable[[str], None]) -> Results:
+def measure(gib: float, rounds: int, device: str, say: Callable[[str], None]) -> Results:
     torch.set_num_threads(1)
     count = max(1, int(gib * (1 << 30)) // (2 * _SIDE * _SIDE))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     before = {
-        f"layer.{number}.weight": torch.randn(_SIDE, _SIDE, generator=generator).bfloat16()
+        f"layer.{number}.weight": torch.randn(
+            _SIDE, _SIDE, generator=generator, device=device
+        ).bfloat16()
         for number in range(count)
     }
     results: Results = {}
@@ -52,7 +56,8 @@ def _measure_share(
     after = {name: _changed(tensor, share, generator) for name, tensor in before.items()}
     whole = dict.fromkeys(before, Shard((_SIDE, _SIDE), (0, 0)))
     entries = describe(after, whole).tensors
-    buffer = torch.zeros(capacity_of(entries, 1.1 * share), dtype=torch.uint8)
+    device = generator.device
+    buffer = torch.zeros(capacity_of(entries, 1.1 * share), dtype=torch.uint8, device=device)
     ours = {name: tensor.clone() for name, tensor in before.items()}
     half = _SIDE // 2
     columns = {name: tensor[:, half:].clone() for name, tensor in before.items()}
@@ -72,10 +77,10 @@ def _measure_share(
     took: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + 1):
         for name, action in actions.items():
-            start = time.thread_time()
+            start = _now(device)
             action()
             if number:  # memory is touched for the first time in the first round
-                took[name].append(time.thread_time() - start)
+                took[name].append(_now(device) - start)
     _compare(ours, after)
     _compare(columns, {name: tensor[:, half:] for name, tensor in after.items()})
     nbytes = sum(tensor.nbytes for tensor in before.values())
@@ -86,15 +91,23 @@ def _measure_share(
         results[f"{name}_to_memcpy"] = statistics.median(
             one / copy for one, copy in zip(took[name], took["memcpy"], strict=True)
         )
-    header = header_of(bytes(buffer[:HEADER_NBYTES].numpy()), entries)
+    header = header_of(bytes(buffer[:HEADER_NBYTES].cpu().numpy()), entries)
     results["nbytes_to_weights"] = (header.nbytes if header else 0) / nbytes
     return results
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.thread_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _changed(tensor: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
     """In the lowest bit of its elements."""
     after = tensor.clone()
-    after.view(torch.int16)[torch.rand(tensor.shape, generator=generator) < share] ^= 1
+    drawn = torch.rand(tensor.shape, generator=generator, device=tensor.device)
+    after.view(torch.int16)[drawn < share] ^= 1
     return after
 
 
@@ -107,11 +120,11 @@ def _apply(
 ) -> None:
     """As a reader does that has all of the buffer."""
     entries = describe(source, source_shards).tensors
-    header = header_of(bytes(buffer[:HEADER_NBYTES].numpy()), entries)
+    header = header_of(bytes(buffer[:HEADER_NBYTES].cpu().numpy()), entries)
     if header is None:
         raise RuntimeError("the delta did not fit into its buffer")
     listed = buffer[header.directory_offset : header.nbytes]
-    sections = directory_of(header, bytes(listed.numpy()), entries)
+    sections = directory_of(header, bytes(listed.cpu().numpy()), entries)
     for src, dst in zip(entries, describe(ours, shards).tensors, strict=True):
         section = sections[src.name]
         data = buffer[section.offset : section.offset + section.nbytes]
@@ -127,9 +140,10 @@ def _compare(ours: Tensors, after: Tensors) -> None:
 @options.program
 @options.gib(0.5, "Size of the weights.")
 @options.rounds(5)
-def command(gib: float, rounds: int, as_json: bool) -> None:
-    """Writing and applying deltas, on one thread. Takes a minute."""
-    figures.report(measure(gib, rounds, figures.say), as_json)
+@click.option("--device", default="cpu", show_default=True, help="cpu, or a GPU such as cuda:0.")
+def command(gib: float, rounds: int, device: str, as_json: bool) -> None:
+    """Writing and applying deltas, on one thread or one GPU. Takes a minute."""
+    figures.report(measure(gib, rounds, device, figures.say), as_json)
 
 
 if __name__ == "__main__":
