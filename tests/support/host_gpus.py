@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine_loader.engines.cuda_ipc.gpus import Launch, Made
+from engine_loader.engines.cuda_ipc.launch import Launch, Made
 from engine_loader.engines.cuda_ipc.table import Copy, table_of
 from engine_loader.engines.cuda_ipc.tallies import Sums
 from engine_loader.errors import EngineFailed
@@ -88,6 +88,9 @@ class HostGpus:
         with self._lock:
             self._opened.pop(addr).close()
 
+    def reach(self, addr: int, gpu: int) -> None:
+        pass
+
     def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:
         table = table_of(copies, sums.blocks if sums is not None else None)
         with interpreted(KERNEL) as kernel:
@@ -98,7 +101,7 @@ class HostGpus:
                     unit,
                 )
         if sums is not None:
-            sums.nbytes += table.added(len(sums.blocks))
+            sums.add(Made(), table.added(len(sums.blocks)))
         return Made()
 
 

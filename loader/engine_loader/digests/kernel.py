@@ -1,22 +1,13 @@
-"""The sums of `multilinear_64` for all tensors on a GPU in one launch, by Triton. Called by
-`digests.table`, which defines them.
-
-Where Triton or the compiler that it needs is missing, `digests.table` does without.
-"""
+"""The kernel that `digests.sums` launches."""
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-import torch
 import triton
 import triton.language as tl
 
-Numbers = npt.NDArray[np.int64]
+from engine_loader.kernels.compiling import Source
+
 _TILE = 1024
-_PARTS = (
-    16  # of a block, each summed up by itself: a few tensors alone have to keep all of a GPU busy
-)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -43,12 +34,4 @@ def _sum_blocks(addrs, counts, sums, TILE: tl.constexpr, PARTS: tl.constexpr):  
         tl.atomic_add(sums + block, tl.sum(total, 0))
 
 
-def sum_blocks(addrs: Numbers, counts: Numbers, device: torch.device) -> bytes:
-    """Of blocks of device memory, at these addresses and of so many words of 32 bits: the sums, as
-    64-bit words in a row.
-    """
-    where, words = torch.from_numpy(np.stack([addrs, counts])).to(device)
-    sums = torch.zeros_like(where)
-    with torch.cuda.device(device):
-        _sum_blocks[len(addrs), _PARTS](where, words, sums, TILE=_TILE, PARTS=_PARTS, num_warps=8)
-    return sums.cpu().numpy().tobytes()
+KERNELS = {"sum_blocks": Source(_sum_blocks, {"TILE": _TILE}, warps=8)}

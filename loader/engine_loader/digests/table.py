@@ -229,7 +229,7 @@ def _fits_kernel(tensor: torch.Tensor) -> bool:
 def _by_kernel(tensors: Mapping[K, torch.Tensor], blocks: bool) -> dict[K, bytes]:
     """Of contiguous tensors on GPUs, a launch for each GPU; nothing where there is no kernel."""
     try:
-        from engine_loader.digests.kernel import sum_blocks
+        from engine_loader.digests.sums import sum_blocks
 
         block_nbytes = 4 * _BLOCK_WORDS
         digests: dict[K, bytes] = {}

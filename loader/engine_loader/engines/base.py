@@ -72,6 +72,20 @@ class Engine(Protocol):
         """Whether it can read what a source had offered after the source's process has ended."""
         return False
 
+    @property
+    def reads_to_host(self) -> bool:
+        """Whether it reads into memory of the host, whatever memory it reads: then what a processor
+        looks at goes there.
+        """
+        return False
+
+    @property
+    def in_order(self) -> bool:
+        """Whether reads from one peer end about in the order in which they were begun, so that it
+        is enough to ask for the first.
+        """
+        return False
+
     def register(self, region: Region) -> Regions:
         """Opens the region to peers.
 
@@ -160,6 +174,10 @@ class Engine(Protocol):
         Raises:
             ReadFailed: No peer answers there.
         """
+
+    def is_connected(self, peer: str) -> bool:
+        """Whether `connect` would return at once, if the engine knows."""
+        return False
 
     def reads_within_host(self, peer: str) -> bool:
         """Whether a connected peer is read without the network."""
@@ -250,21 +268,28 @@ def lend(engine: Engine, undo: ExitStack, *regions: Region, owner: object) -> Re
     memory that was freed would belong to another object by then.
     """
     parts: list[Region] = []
+    lent: list[Region] = []
+    undo.callback(_take_back, engine, lent, owner)
     for region in regions:
         parts += engine.lend(region)
-        undo.callback(_take_back, engine, region, owner)
+        lent.append(region)
     return tuple(parts)
 
 
 _STILL_WRITTEN: list[object] = []
 
 
-def _take_back(engine: Engine, region: Region, owner: object) -> None:
-    try:
-        engine.take_back(region)
-    except EngineFailed:
+def _take_back(engine: Engine, lent: list[Region], owner: object) -> None:
+    """All of them, though one cannot be had back."""
+    failure: EngineFailed | None = None
+    while lent:
+        try:
+            engine.take_back(lent.pop())
+        except EngineFailed as exc:
+            failure = exc
+    if failure is not None:
         _STILL_WRITTEN.append(owner)
-        raise
+        raise failure
 
 
 def with_regions(manifest: Manifest, parts: Regions) -> Manifest:

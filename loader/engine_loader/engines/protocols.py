@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 
+from engine_loader.engines.cuda_ipc.launcher import KERNELS
 from engine_loader.engines.machine import this_host
 from engine_loader.engines.mooncake.binding import built_transports
 from engine_loader.engines.mooncake.devices import usable_devices
 from engine_loader.errors import EngineUnavailable, SourceUnreachable
+from engine_loader.kernels.kernel import can_be_had
 from engine_registry import RankRecord
 from engine_registry.schema.record import WITHIN_HOST
 
@@ -26,7 +27,7 @@ def usable_protocols() -> tuple[str, ...]:
     """That this machine and the installed transfer engines have, in that order."""
     transports = _transports()
     here = {
-        "cuda_ipc": torch.cuda.is_available() and find_spec("triton") is not None,
+        "cuda_ipc": torch.cuda.is_available() and can_be_had(KERNELS.values(), 0),
         "nvlink_intra": torch.cuda.is_available() and "IntraNodeNvlink" in transports,
         "rdma": bool(usable_devices()) and "Rdma" in transports,
         "socket": True,

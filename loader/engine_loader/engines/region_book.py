@@ -62,7 +62,13 @@ class RegionBook:
     def begin(self, region: Region) -> Begun:
         parts, new = [], []
         at = region.addr
-        for one in self._touched(region):
+        self._begun[region] += 1
+        touched = self._touched(region)
+        if not touched:
+            bisect.insort(self._starts, region.addr)
+            self._regions[region.addr], self._uses[region.addr] = region, 1
+            return Begun((region,), (region,))
+        for one in touched:
             if at < one.addr:
                 new.append(Region(at, one.addr - at))
                 parts.append(new[-1])
@@ -75,7 +81,6 @@ class RegionBook:
         for one in new:
             bisect.insort(self._starts, one.addr)
             self._regions[one.addr], self._uses[one.addr] = one, 1
-        self._begun[region] += 1
         return Begun(tuple(parts), tuple(new))
 
     def end(self, region: Region) -> Regions:

@@ -15,8 +15,13 @@ class Tally(Protocol):
     def firsts(self) -> npt.NDArray[np.int64]:
         """Of each piece, the number of the sum of its first block."""
 
+    def has_news(self) -> bool:
+        """Whether more has come since the last `sums`. Never waits."""
+
     def sums(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Of each block: the sum of what has come, and how many bytes have been asked for."""
+        """Of each block: the sum of what has come, and how many bytes that are for certain: other
+        bytes may be in the sum already.
+        """
 
     def close(self) -> None:
         """Sums up no more."""

@@ -25,6 +25,7 @@ _DEVICE_ORDINAL, _IS_LEGACY_CUDA_IPC_CAPABLE, _RANGE_START_ADDR, _RANGE_SIZE = (
     11,
     12,
 )
+_KIND_AND_ORDINAL = (ctypes.c_int * 2)(_MEMORY_TYPE, _DEVICE_ORDINAL)
 
 
 def allocation_at(addr: int) -> Region:
@@ -48,11 +49,13 @@ def to_register(region: Region, device_type: str) -> Region:
 
 def device_of(addr: int) -> int | None:
     """The number of the GPU that has the memory; None where it is not CUDA's."""
-    kind = ctypes.c_uint64()
-    code = driver().cuPointerGetAttribute(ctypes.byref(kind), _MEMORY_TYPE, ctypes.c_uint64(addr))
+    kind, ordinal = ctypes.c_uint64(), ctypes.c_uint64()
+    places = (ctypes.c_void_p * 2)(ctypes.addressof(kind), ctypes.addressof(ordinal))
+    # In one call, as loads ask for each region. It succeeds for any address.
+    code = driver().cuPointerGetAttributes(2, _KIND_AND_ORDINAL, places, ctypes.c_uint64(addr))
     if code != 0 or kind.value & 0xFFFFFFFF != _OF_DEVICE:
         return None
-    return _attribute(_DEVICE_ORDINAL, addr) & 0xFFFFFFFF
+    return ordinal.value & 0xFFFFFFFF
 
 
 def can_be_opened_by_others(addr: int) -> bool:

@@ -102,6 +102,14 @@ class CudaIpcEngine(ClosableEngine):
     def outlives_sources(self) -> bool:
         return True
 
+    @property
+    def reads_to_host(self) -> bool:
+        return True
+
+    @property
+    def in_order(self) -> bool:
+        return True
+
     # -- memory
 
     def register(self, region: Region) -> Regions:
@@ -161,7 +169,7 @@ class CudaIpcEngine(ClosableEngine):
         session_id = session_of(peer)
         own = self._here.get(session_id)
         if own is not None and not own._closed:
-            self._sources.add(OwnSource(peer, own._offers))
+            self._sources.add(OwnSource(peer, own._offers, self._gpus))
             return
         before = self._abandoned[peer]
         try:
@@ -180,6 +188,9 @@ class CudaIpcEngine(ClosableEngine):
             raise
         self._sources.add(source)
         self._check_open()
+
+    def is_connected(self, peer: str) -> bool:
+        return self._sources.is_connected(peer)
 
     def _offers(self, op: ReadOp) -> bool:
         with self._served.lock:

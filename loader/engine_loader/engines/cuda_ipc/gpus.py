@@ -1,5 +1,4 @@
-"""What the engine needs of CUDA: handles of allocations, memory mapped by a handle, and launches of
-the kernel.
+"""What the engine needs of CUDA: handles of allocations, and memory mapped by a handle.
 
 The handles are those of CUDA's interprocess communication, of 64 bytes, which the driver makes for
 an allocation of cudaMalloc. A process opens one for each GPU that reads. Memory stays as long as
@@ -10,18 +9,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
-import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
-from engine_loader.engines.cuda_ipc.table import COLUMNS, Copy, table_of
+from engine_loader.engines.cuda_ipc.launch import Launch, Made
+from engine_loader.engines.cuda_ipc.launcher import KERNELS, Launcher, prepare
+from engine_loader.engines.cuda_ipc.table import Copy
 from engine_loader.engines.cuda_ipc.tallies import Sums
 from engine_loader.errors import EngineFailed, EngineUnavailable
+from engine_loader.kernels.kernel import can_be_had
 from engine_loader.tensors.cuda import (
     allocation_at,
     can_be_opened_by_others,
@@ -29,22 +29,11 @@ from engine_loader.tensors.cuda import (
     device_of,
     driver,
 )
-from engine_loader.tensors.modes import plain_torch
 from engine_registry.schema.manifest import Export
 
 _HANDLE_NBYTES = 64
-_SHORT_NBYTES = 16 << 10  # of a table: a shorter one is copied sooner than memory is pinned for it
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-
-
-class Launch(Protocol):
-    """Copies that a GPU makes."""
-
-    def done(self) -> bool:
-        """Whether they have been made; EngineFailed where the GPU has failed. Never waits."""
-
-    def wait(self) -> None:
-        """Until they have been made."""
+_PEER_ACCESS_ENABLED = 704  # CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED: torch has done it
 
 
 class Gpus(Protocol):
@@ -72,6 +61,12 @@ class Gpus(Protocol):
     def close(self, addr: int, gpu: int) -> None:
         """Ends one `open`."""
 
+    def reach(self, addr: int, gpu: int) -> None:
+        """From now on that GPU can read this process's memory there.
+
+        EngineFailed where there is no way between the two GPUs.
+        """
+
     def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:
         """Begins the copies, on that GPU; into memory of the host (None) they are made at once."""
 
@@ -89,14 +84,16 @@ class CudaGpus:
             raise EngineUnavailable(
                 "no GPU of CUDA can be used here", "use tcp or rdma; see engines doctor"
             )
-        if importlib.util.find_spec("triton") is None:
+        if not can_be_had(KERNELS.values(), 0):
             raise EngineUnavailable(
-                "Triton is not installed, whose kernel reads over cuda_ipc",
-                "pip install triton, or use nvlink_intra",
+                "the kernels of cuda_ipc are not compiled, and Triton is not installed",
+                "pip install triton, or run `engines warm` where it is; or use nvlink_intra",
             )
         threading.Thread(
-            target=_prepare, args=(device_here(),), name="kernel of cuda_ipc", daemon=True
+            target=prepare, args=(device_here(),), name="kernel of cuda_ipc", daemon=True
         ).start()
+        self._launcher = Launcher()
+        self._reached: set[tuple[int, int]] = set()  # GPUs, and those whose memory they reach
 
     def gpu_of(self, addr: int) -> int | None:
         return device_of(addr)
@@ -151,96 +148,23 @@ class CudaGpus:
         with _on(gpu):
             _driver().cuIpcCloseMemHandle(ctypes.c_uint64(addr))
 
-    @plain_torch()
+    def reach(self, addr: int, gpu: int) -> None:
+        other = device_of(addr)
+        if other is None or other == gpu or (gpu, other) in self._reached:
+            return
+        with _on(other) as memory, _on(gpu):
+            code = _driver().cuCtxEnablePeerAccess(memory, 0)
+            if code != _PEER_ACCESS_ENABLED:
+                _check(code, f"cuda:{gpu} does not reach cuda:{other} (nvidia-smi topo -p2p r)")
+        self._reached.add((gpu, other))
+
     def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:
-        if gpu is None:
-            with _on(self.current()):
-                for copy in copies:
-                    _to_host(copy)
-            return Made()
-        table = table_of(copies, sums.blocks if sums is not None else None)
-        device = torch.device("cuda", gpu)
-        stream = next(_streams(gpu))
-        held: list[torch.Tensor] = []
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            for unit, rows in table.rows.items():
-                here = torch.from_numpy(rows)
-                if rows.nbytes > _SHORT_NBYTES:
-                    here = here.pin_memory()
-                there = here.to(device, non_blocking=True)
-                held += [here, there]
-                _copy_rows(there, sums.memory if sums is not None else there, unit)
-            event = torch.cuda.Event()
-            event.record(stream)
-        if sums is not None:
-            held.append(sums.memory)
-            sums.nbytes += table.added(len(sums.blocks))
-        return _Launched(event, held)
-
-
-def _copy_rows(table: torch.Tensor, sums: torch.Tensor, unit: int) -> None:
-    try:
-        from engine_loader.engines.cuda_ipc.kernel import copy_rows
-
-        copy_rows(table, sums, unit)
-    except Exception as exc:  # Triton has no common base of its errors
-        raise EngineFailed(
-            f"Triton cannot compile or start its kernel ({_first_line(exc)})",
-            "install a C compiler (apt install gcc), or use nvlink_intra",
-        ) from exc
-
-
-def _prepare(device: AbstractContextManager[Any]) -> None:
-    """Triton takes half a second to be imported, and longer to compile: not in the first load. A
-    process that has not used a GPU yet does not begin to here.
-    """
-    with suppress(Exception), device, plain_torch():  # the first launch says what is wrong
-        importlib.import_module("engine_loader.engines.cuda_ipc.kernel")
-        if torch.cuda.is_initialized():
-            nothing = torch.zeros((1, COLUMNS), dtype=torch.int64, device="cuda")
-            _copy_rows(nothing, nothing, 4)
-
-
-def _first_line(exc: Exception) -> str:
-    return next(iter(str(exc).splitlines()), type(exc).__name__)
-
-
-class _Launched:
-    def __init__(self, event: torch.cuda.Event, held: list[torch.Tensor]) -> None:
-        self._event = event
-        self._held = held  # the table, until the GPU has read it
-
-    def done(self) -> bool:
-        try:
-            done = self._event.query()
-        except RuntimeError as exc:
-            raise _gpu_failed(exc) from exc
-        if done:
-            self._held.clear()
-        return bool(done)
-
-    def wait(self) -> None:
-        try:
-            self._event.synchronize()
-        except RuntimeError as exc:
-            raise _gpu_failed(exc) from exc
-
-
-class Made:
-    """Copies that have been made."""
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
-
-
-def _gpu_failed(exc: RuntimeError) -> EngineFailed:
-    return EngineFailed(
-        f"the GPU has failed while it read ({_first_line(exc)})",
-        "this process cannot use it any more: start it again",
-    )
+        if gpu is not None:
+            return self._launcher.launch(gpu, copies, sums)
+        with _on(self.current()):
+            for copy in copies:
+                _to_host(copy)
+        return Made()
 
 
 def _to_host(copy: Copy) -> None:
@@ -259,14 +183,8 @@ def _to_host(copy: Copy) -> None:
         )
 
 
-@functools.cache
-def _streams(gpu: int) -> Iterator[torch.cuda.Stream]:
-    """Two in turns, so that a launch begins while the last rows of the one before are copied."""
-    return itertools.cycle([torch.cuda.Stream(gpu), torch.cuda.Stream(gpu)])
-
-
 @contextmanager
-def _on(gpu: int) -> Iterator[None]:
+def _on(gpu: int) -> Iterator[ctypes.c_void_p]:
     """The context of the GPU, as torch has it, is the thread's current one, as the driver needs."""
     torch.cuda.init()
     number = ctypes.c_int(gpu)
@@ -276,7 +194,7 @@ def _on(gpu: int) -> Iterator[None]:
     try:
         _check(_driver().cuCtxPushCurrent_v2(context), failed)
         try:
-            yield
+            yield context
         finally:
             _driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
     finally:

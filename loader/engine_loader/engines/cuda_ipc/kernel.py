@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine_loader.kernels.compiling import Source
+
 _TILE = 4096
 _WARPS = 8
 _ELEMENTS = {1: tl.constexpr(tl.int8), 2: tl.constexpr(tl.int16), 4: tl.constexpr(tl.int32)}
@@ -73,7 +75,7 @@ def _number(place):  # type: ignore[no-untyped-def]
 
 
 def copy_rows(table: torch.Tensor, sums: torch.Tensor, unit: int) -> None:
-    """Begins to copy the rows, on the current stream of the device that holds the table.
+    """Begins to copy the rows, by Triton, on the current stream of the device that holds the table.
 
     Args:
         table: Rows by columns, int64, on the device that copies.
@@ -81,5 +83,16 @@ def copy_rows(table: torch.Tensor, sums: torch.Tensor, unit: int) -> None:
         unit: Bytes of an element: 1, 2 or 4. Only words of 4 bytes are summed up.
     """
     _copy_rows[(len(table),)](
-        table, sums, COLUMNS=table.shape[1], ELEMENT=_ELEMENTS[unit], TILE=_TILE, num_warps=_WARPS
+        table,
+        sums,
+        COLUMNS=table.shape[1],
+        ELEMENT=_ELEMENTS[unit],
+        TILE=_TILE,
+        num_warps=_WARPS,
     )
+
+
+KERNELS = {
+    f"copy_rows_{unit}": Source(_copy_rows, {"ELEMENT": element, "TILE": _TILE}, _WARPS)
+    for unit, element in _ELEMENTS.items()
+}

@@ -7,7 +7,8 @@ import threading
 from collections import defaultdict
 from contextlib import suppress
 
-from engine_loader.engines.cuda_ipc.gpus import Gpus, Launch
+from engine_loader.engines.cuda_ipc.gpus import Gpus
+from engine_loader.engines.cuda_ipc.launch import Launch
 from engine_loader.engines.cuda_ipc.sources import Source
 from engine_loader.engines.cuda_ipc.table import Copy
 from engine_loader.engines.cuda_ipc.tallies import Tallies
@@ -16,9 +17,9 @@ from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
 
 # Of one launch. The first one is short, so that the GPU begins; each that follows takes as long as
-# the next one takes to be made ready; and after the longest ones, of 11 ms, what has come is seen.
+# the next one takes to be made ready; and after the longest ones, of 3 ms, what has come is seen.
 _FIRST_NBYTES = 256 << 20
-_LAUNCH_NBYTES = 4 << 30
+_LAUNCH_NBYTES = 1 << 30
 
 
 class _Read:
@@ -75,7 +76,7 @@ class Launches:
         """
         read = self._reads[number]
         if read.launch is None and read.failure is None:
-            self._launch(read.source, read.gpu)
+            self._launch_waiting(read)
         if read.failure is None and (read.launch is None or not read.launch.done()):
             return None
         with self._lock:
@@ -83,6 +84,15 @@ class Launches:
             if not self._reads:
                 self._enough.clear()
         return read.source, read.failure
+
+    def _launch_waiting(self, asked: _Read) -> None:
+        """What waits for the GPUs: all of the source's, as nobody begins more before it asks. What
+        goes to the host, such as headers, is somebody else's.
+        """
+        with self._lock:
+            keys = [key for key in self._waiting if key[0] is asked.source and key[1] is not None]
+        for source, gpu in keys if asked.gpu is not None else [(asked.source, None)]:
+            self._launch(source, gpu)
 
     def _launch(self, source: Source, gpu: int | None) -> None:
         """All that waits for it; what cannot be read has failed."""

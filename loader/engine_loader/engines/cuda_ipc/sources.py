@@ -56,9 +56,10 @@ class Source:
 class OwnSource(Source):
     """An engine of this process, whose memory is at hand. `offers` says whether it has bytes."""
 
-    def __init__(self, peer: str, offers: Callable[[ReadOp], bool]) -> None:
+    def __init__(self, peer: str, offers: Callable[[ReadOp], bool], gpus: Gpus) -> None:
         super().__init__(peer)
         self._offers = offers
+        self._gpus = gpus
 
     def check(self, op: ReadOp) -> None:
         if not self._offers(op):
@@ -66,6 +67,11 @@ class OwnSource(Source):
 
     def address(self, op: ReadOp, gpu: int | None) -> int:
         self.check(op)
+        if gpu is not None:
+            try:
+                self._gpus.reach(op.src_addr, gpu)
+            except EngineFailed as exc:
+                raise failed(self.session_id, exc.what) from exc
         return op.src_addr
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -68,8 +69,7 @@ class Blocks:
         )
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """Bytes at `src`, in the memory of this process, go to `dst`.
 
     `at` is where the source itself has them. `lines` as in ReadOp.

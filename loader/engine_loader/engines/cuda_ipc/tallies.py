@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from engine_loader.engines.cuda_ipc.launch import Launch
 from engine_loader.engines.cuda_ipc.table import Blocks, Numbers
 from engine_loader.tensors.cuda import wait_for
 from engine_loader.tensors.modes import plain_torch
@@ -18,17 +19,15 @@ _KEPT_BLOCKS = 8  # for the next load of the same
 
 
 class Sums:
-    """What the words of pieces of a source's memory sum up to, as they are read into a GPU.
-
-    `nbytes` are those that have gone into each sum.
-    """
+    """What the words of pieces of a source's memory sum up to, as they are read into a GPU."""
 
     @plain_torch()
     def __init__(self, blocks: Blocks, device: torch.device, close: Callable[[], object]) -> None:
         self.blocks = blocks
         self._close = close
         self.memory = torch.zeros(max(1, len(blocks)), dtype=torch.int64, device=device)
-        self.nbytes = np.zeros(len(blocks), np.int64)
+        self._nbytes = np.zeros(len(blocks), np.int64)  # that have gone into each sum
+        self._launched: deque[tuple[Launch, Numbers]] = deque()  # and what each adds to that
         wait_for([device])
 
     @property
@@ -38,8 +37,19 @@ class Sums:
     def close(self) -> None:
         self._close()
 
+    def add(self, launch: Launch, nbytes: Numbers) -> None:
+        """So many bytes go into each sum, by a launch that has begun after all before it."""
+        self._launched.append((launch, nbytes))
+
+    def has_news(self) -> bool:
+        return bool(self._launched) and self._launched[0][0].done()
+
+    @plain_torch()
     def sums(self) -> tuple[Numbers, Numbers]:
-        return self.memory.cpu().numpy()[: len(self.blocks)], self.nbytes
+        while self.has_news():
+            _, nbytes = self._launched.popleft()
+            self._nbytes = self._nbytes + nbytes
+        return self.memory.cpu().numpy()[: len(self.blocks)], self._nbytes
 
 
 class Tallies:

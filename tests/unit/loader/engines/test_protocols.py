@@ -67,11 +67,11 @@ def test_a_way_needs_both_its_device_and_an_engine_that_knows_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(protocols, "find_spec", lambda name: name)
+    monkeypatch.setattr(protocols, "can_be_had", lambda kernels, gpu: True)
     monkeypatch.setattr(protocols, "usable_devices", lambda: ("mlx5_0",))
     monkeypatch.setattr(protocols, "built_transports", lambda: ("IntraNodeNvlink", "Rdma", "Tcp"))
     assert usable_protocols() == ("cuda_ipc", "nvlink_intra", "rdma", "socket", "tcp")
-    monkeypatch.setattr(protocols, "find_spec", lambda name: None)
+    monkeypatch.setattr(protocols, "can_be_had", lambda kernels, gpu: False)
     assert usable_protocols() == ("nvlink_intra", "rdma", "socket", "tcp")
     monkeypatch.setattr(protocols, "usable_devices", lambda: ())
     monkeypatch.setattr(protocols, "built_transports", lambda: ("Rdma", "Tcp"))
@@ -83,7 +83,7 @@ def test_without_mooncake_there_is_what_does_without_it(monkeypatch: pytest.Monk
         raise EngineUnavailable("mooncake is not installed", "install it")
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(protocols, "find_spec", lambda name: name)
+    monkeypatch.setattr(protocols, "can_be_had", lambda kernels, gpu: True)
     monkeypatch.setattr(protocols, "usable_devices", lambda: ("mlx5_0",))
     monkeypatch.setattr(protocols, "built_transports", missing)
     assert usable_protocols() == ("cuda_ipc", "socket")

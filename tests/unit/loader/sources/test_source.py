@@ -26,7 +26,7 @@ ANOTHER = a_record(incarnation=OTHER_INCARNATION)
 def rank(outlives: bool, monkeypatch: pytest.MonkeyPatch) -> SourceRank:
     monkeypatch.setattr(module, "_NEWS_S", 0.0)
     registry = cast(Registry, SimpleNamespace())
-    engine = cast(Engine, SimpleNamespace(outlives_sources=outlives))
+    engine = cast(Engine, SimpleNamespace(outlives_sources=outlives, reads_to_host=False))
     return SourceRank(registry, engine, RECORD, MANIFEST, False, torch.device("cpu"))
 
 

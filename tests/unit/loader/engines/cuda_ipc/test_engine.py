@@ -9,7 +9,7 @@ import torch
 
 from engine_loader import CudaIpcEngine
 from engine_loader.engines.cuda_ipc import launches as module
-from engine_loader.engines.cuda_ipc.gpus import Launch
+from engine_loader.engines.cuda_ipc.launch import Launch
 from engine_loader.engines.cuda_ipc.table import Copy
 from engine_loader.engines.cuda_ipc.tallies import Sums
 from engine_loader.errors import EngineFailed, ReadFailed
