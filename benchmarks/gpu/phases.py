@@ -34,6 +34,7 @@ STEPS: tuple[tuple[str, str, str], ...] = (
     ("prepare reads", "engine_loader.transfer.scheduler", "Transfer.__init__"),
     ("open handles", "engine_loader.engines.cuda_ipc.sources", "MappedSource.open"),
     ("launch the kernel", "engine_loader.engines.cuda_ipc.gpus", "CudaGpus.launch"),
+    ("start reads", "engine_loader.transfer.scheduler", "Transfer.start"),
     ("reads and checks", "engine_loader.transfer.scheduler", "Transfer.run"),
     ("still registered?", "engine_loader.sources.source", "SourceRank.is_registered"),
     ("compare digests", "engine_loader.sources.digest_check", "DigestCheck.compare"),

@@ -75,7 +75,7 @@ def collect(
         "rows": rows(samples),
         "memory": memory,
         "many": happened,
-        "codec": delta_codec.measure(gib, rounds, say),
+        "codec": delta_codec.measure(gib, rounds, "cpu", say),
         "samples": [asdict(one) for one in samples],
     }
     return document | {"goals": goals(document)}

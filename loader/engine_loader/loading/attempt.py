@@ -7,12 +7,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from engine_loader.engines.base import lend
 from engine_loader.errors import (
     Cancelled,
-    DigestsMissing,
     SourceEvicted,
     SourceLost,
     TornRead,
@@ -20,6 +18,7 @@ from engine_loader.errors import (
 from engine_loader.loading.evicted import check_registered, discard_evicted
 from engine_loader.loading.job import Job
 from engine_loader.loading.lost import LostSources
+from engine_loader.loading.reading import Reading
 from engine_loader.loading.report import Filled, with_what_came
 from engine_loader.loading.reuse import Reuse
 from engine_loader.planning.plan import Planner
@@ -29,13 +28,8 @@ from engine_loader.sources.digest_check import DigestCheck
 from engine_loader.sources.entrance import Entered, Entrance
 from engine_loader.sources.selection import Choice
 from engine_loader.sources.source import SourceRank
-from engine_loader.tensors.cuda import to_register
-from engine_loader.transfer.pace import Pace
-from engine_loader.transfer.progress import Progress
 from engine_loader.transfer.received import Received
-from engine_loader.transfer.scheduler import Transfer
-from engine_loader.transfer.staging import Staging
-from engine_registry import RankRecord, RankState
+from engine_registry import RankState
 from engine_registry.holders.query import Holders
 from engine_registry.registration.writes import SOURCE_EVICTED
 
@@ -82,42 +76,65 @@ class Attempt:
         the source was faster. Else what `Transfer.run` and `DigestCheck` raise.
         """
         with ExitStack() as undo:
+            early = self._begin_early(undo)
             place = self._enter(undo)
-            entered = place.sources
-            plan = self.planner.plan([source.origin for source in entered])
-            check = self._digest_check(entered, undo)
+            if early is not None and place.sources != early.sources:
+                early.close()
+                early = None
+            reading = early or self._reading(place.sources, undo)
+            reading.place = place
+            plan, check = reading.plan, reading.check
             compare_s = 0.0
             if self.job.reuse and not self.received.compared:
                 start = time.monotonic()
-                self._hold(place, plan, undo)
+                self._hold(reading, place, undo)
                 compare_s = time.monotonic() - start
             spans: Sequence[Span] = plan
             if (held := self.received.held) is not None:
                 spans = held.missing(plan)
                 if check is not None:
                     check.spare(held.complete())
-            transfer = self._transfer(place, spans, check, undo)
+            if early is None:
+                reading.begin(spans)
+            self._bring(reading, place, undo)
+            place.stop_listening(undo)
             start = time.monotonic()
-            self._bring(transfer, entered)
-            transfer_s = time.monotonic() - start
             self._verify(check)
-            digest_s = time.monotonic() - start - transfer_s
-        most = max(range(len(entered)), key=lambda number: transfer.shares[number].nbytes)
-        read = [
-            source for source, share in zip(entered, transfer.shares, strict=True) if share.nbytes
-        ]
+            digest_s = time.monotonic() - start
+        shares = reading.shares
+        most = max(range(len(shares)), key=lambda number: shares[number].nbytes)
+        entered = place.sources
+        read = [source for source, share in zip(entered, shares, strict=True) if share.nbytes]
         return Filled(
             entered[most].record,
             spans,
             payload_of(plan) - payload_of(spans) if held is not None else 0,
-            transfer.shares,
-            transfer_s,
+            shares,
+            reading.seconds,
             compare_s + digest_s,
             verified=check is not None,
             outlived=[source.record.key for source in read if source.outlived],
             within_host=[source.record.key for source in read if source.within_host],
             contents=list(dict.fromkeys(source.record.content for source in entered)),
         )
+
+    def _reading(self, sources: Sequence[SourceRank], undo: ExitStack) -> Reading:
+        own = undo.enter_context(ExitStack())
+        return Reading(self.job, sources, self.planner, self.received, self.republication, own)
+
+    def _begin_early(self, undo: ExitStack) -> Reading | None:
+        """Where memory of sources is mapped, reads begin before etcd has said that the sources may
+        be entered. Their memory stays, whatever becomes of them, and nothing counts before etcd has
+        said so and the header has proven it.
+        """
+        if not self.job.engine.outlives_sources or self.job.reuse or self.republication is not None:
+            return None
+        for source in self.choice.sources:
+            source.lend(undo)
+        reading = self._reading(self.choice.sources, undo)
+        reading.begin(reading.plan)
+        reading.start()
+        return reading
 
     # -- sources
 
@@ -147,105 +164,44 @@ class Attempt:
 
     # -- reads
 
-    def _hold(self, place: Entered, plan: Sequence[Span], undo: ExitStack) -> None:
+    def _hold(self, reading: Reading, place: Entered, undo: ExitStack) -> None:
         """What the tensors hold already has not to come."""
         reuse = Reuse(self.job, self.choice, place.sources, self.received)
-        reuse.hold(plan, lambda progress: self._report(progress, 0, place), undo)
+        reuse.hold(reading.plan, lambda progress: reading.report(progress, 0), undo)
         if self.republication is not None:
             self.republication.mark(self.received.arrivals)
 
-    def _transfer(
-        self,
-        place: Entered,
-        spans: Sequence[Span],
-        check: DigestCheck | None,
-        undo: ExitStack,
-    ) -> Transfer:
-        """Of the spans that have not come before, and of the digests."""
-        entered = place.sources
-        missing = self.received.arrivals.missing(spans)
-        ahead_nbytes = sum(span.read_nbytes for span in spans) - sum(
-            span.read_nbytes for span in missing
-        )
-        return Transfer(
-            self.job.engine,
-            [*missing, *(check.spans if check is not None else ())],
-            [source.for_transfer() for source in entered],
-            self._pace(check),
-            lambda progress: self._report(progress, ahead_nbytes, place),
-            self.job.cancel,
-            self._staging(missing, undo),
-            lambda number, checked: self._receive(entered[number].record, checked, check),
-        )
-
-    def _pace(self, check: DigestCheck | None) -> Pace:
-        """The sooner bytes are checked, the sooner they can be summed up."""
-        pace = self.job.pace
-        if check is None or check.tallied:
-            return pace
-        return replace(pace, check_s=min(pace.check_s, _SUMMED_UP_S))
-
-    def _staging(self, spans: Sequence[Span], undo: ExitStack) -> Staging | None:
-        """Buffers, if any of the reads needs one."""
-        staged = [span.nbytes for span in spans if span.staged]
-        if not staged:
-            return None
-        nbytes = max(staged)
-        count = min(len(staged), max(2, _STAGING_NBYTES // nbytes))
-        device = self.job.device
-        staging = Staging(self.job.destination.parts.values(), device, count, nbytes)
-        lend(self.job.engine, undo, to_register(staging.region, device.type), owner=staging)
-        return staging
-
-    def _receive(
-        self, record: RankRecord, checked: Sequence[Span], check: DigestCheck | None
-    ) -> None:
-        """Spans have come that the source's header has proven."""
-        spans = [span for span in checked if check is None or not check.wants(span)]
-        self.received.add(record, spans)
-        if check is not None:
-            check.receive(spans)
-        if self.republication is not None:
-            self.republication.mark(self.received.arrivals)
-
-    def _report(self, progress: Progress, ahead_nbytes: int, place: Entered) -> None:
-        of_all = replace(
-            progress,
-            nbytes=ahead_nbytes + progress.nbytes,
-            total_nbytes=ahead_nbytes + progress.total_nbytes,
-        )
-        place.report(of_all)
-        self.job.on_progress(of_all)
-
-    def _bring(self, transfer: Transfer, entered: Sequence[SourceRank]) -> None:
+    def _bring(self, reading: Reading, place: Entered, undo: ExitStack) -> None:
         """All bytes, from ranks that nobody has evicted. What has come counts in any case, and is
         said in the error.
         """
         try:
-            self._bring_or_lose(transfer, entered)
+            self._bring_or_lose(reading, place, undo)
         except (SourceLost, TornRead, Cancelled) as exc:
-            self.received.shares += transfer.shares
-            if discard_evicted(self.received, entered, transfer.shares):
+            self.received.shares += reading.shares
+            if discard_evicted(self.received, place.sources, reading.shares):
                 self._withdraw()
-            raise with_what_came(exc, entered, self.received) from exc
+            raise with_what_came(exc, place.sources, self.received) from exc
 
-    def _bring_or_lose(self, transfer: Transfer, entered: Sequence[SourceRank]) -> None:
+    def _bring_or_lose(self, reading: Reading, place: Entered, undo: ExitStack) -> None:
         """Remembers which sources were lost."""
+        sources, shares = place.sources, reading.shares
         try:
-            transfer.run()
-            check_registered(self.job.registry, self.received, entered, transfer.shares)
+            reading.run()
+            place.give_back(undo)
+            check_registered(self.job.registry, self.received, sources, shares)
         except SourceEvicted:
             self.lost.add(
                 source.record
-                for source, share in zip(entered, transfer.shares, strict=True)
+                for source, share in zip(sources, shares, strict=True)
                 if share.error is not None
             )
             raise
         except SourceLost:
-            self.lost.add(source.record for source in entered)
+            self.lost.add(source.record for source in sources)
             raise
         finally:
-            self.lost.add_reasons(transfer.shares)
+            self.lost.add_reasons(shares)
 
     def _withdraw(self) -> None:
         """Our own readers must know that some of what they have read does not count."""
@@ -253,22 +209,6 @@ class Attempt:
             self.republication.close(SOURCE_EVICTED)
 
     # -- checks
-
-    def _digest_check(self, entered: Sequence[SourceRank], undo: ExitStack) -> DigestCheck | None:
-        verify, engine = self.job.verify, self.job.engine
-        if verify == "header" or (verify == "auto" and not engine.tallies):
-            return None
-        parts = self.job.destination.parts
-        try:
-            if verify == "auto" and {source.algorithm for source in entered} != {engine.tallies}:
-                return None
-            check = DigestCheck(entered, self.received.dst, parts, self.job.device)
-        except DigestsMissing:
-            if verify == "auto":
-                return None
-            raise
-        check.lend(engine, undo)
-        return check
 
     def _verify(self, check: DigestCheck | None) -> None:
         if check is not None:

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
-import numpy as np
 import torch
 
 from engine_loader import metrics
-from engine_loader.digests.table import NBYTES, DigestCell, digest_of_sums, digests_of
+from engine_loader.digests.table import NBYTES, DigestCell, digests_of
 from engine_loader.engines.base import Engine, lend
 from engine_loader.engines.tally import Tally
 from engine_loader.errors import DigestMismatch, listed
@@ -24,9 +23,10 @@ from engine_loader.sources.early_digests import EarlyDigests
 from engine_loader.sources.pieces import part_of
 from engine_loader.sources.proofs import Group, Piece, proofs_of, same_part
 from engine_loader.sources.source import SourceRank
+from engine_loader.sources.tallied import Tallied
 from engine_loader.tensors.cuda import to_register
 from engine_loader.tensors.modes import plain_torch
-from engine_registry.schema.manifest import Manifest, TensorEntry
+from engine_registry.schema.manifest import Manifest
 
 
 class DigestCheck:
@@ -46,7 +46,7 @@ class DigestCheck:
         self._algorithm = sources[0].algorithm
         self._proofs = proofs_of([source.manifest for source in sources], dst)
         self._cells: dict[Group, DigestCell] = {}  # its table
-        self._tallies: dict[Group, list[Tally]] = {}
+        self._tallied: dict[Group, Tallied] = {}  # where the engine sums up what it reads
         self._early: EarlyDigests | None = None  # unless the engine sums up what it reads
         self._proven: frozenset[str] = frozenset()
         self.spans: list[Span] = []
@@ -73,13 +73,15 @@ class DigestCheck:
 
     def _tally(self, engine: Engine, undo: ExitStack) -> None:
         for group in self._proofs.groups:
-            tallies = self._tallies[group] = []
+            tallies: list[Tally] = []
             for number, regions in zip(group.numbers, group.regions, strict=True):
                 peer = peer_of_record(self._sources[number].record)
                 tally = engine.tally(peer, regions, self._device)
                 if tally is not None:
                     undo.callback(tally.close)
                     tallies.append(tally)
+            if tallies:
+                self._tallied[group] = Tallied(group, tallies)
 
     def receive(self, spans: Sequence[Span]) -> None:
         """They are weights that have come for good. Tensors that are whole by now are summed up
@@ -95,7 +97,12 @@ class DigestCheck:
     @property
     def tallied(self) -> bool:
         """The engine sums up some of what it reads."""
-        return any(self._tallies.values())
+        return bool(self._tallied)
+
+    def look(self) -> None:
+        """Makes digests of what the engine has summed up by now."""
+        for tallied in self._tallied.values():
+            tallied.look()
 
     def wants(self, span: Span) -> bool:
         """It brings a table, rather than weights."""
@@ -109,21 +116,15 @@ class DigestCheck:
 
         DigestMismatch names the tensors that are not what was published.
         """
-        wanted = {entry.name: entry for entry in dst.tensors}
         differing: set[str] = set()
         for group, cell in self._cells.items():
             theirs = cell.packed()
-            left = {
-                number
-                for number, piece in enumerate(group.pieces)
-                if piece.name not in self._proven
-            }
-            # A tally that is not as the table says may have got some bytes twice.
-            for number, digest in self._tallied(group):
-                at = NBYTES * group.slots[number]
-                if digest == theirs[at : at + NBYTES]:
-                    left.discard(number)
-            ours = self._digests([group.pieces[number] for number in sorted(left)], wanted)
+            left = set(range(len(group.pieces)))
+            if group in self._tallied:
+                left -= self._tallied[group].equal_to(theirs)
+            if self._proven:
+                left -= {one for one in left if group.pieces[one].name in self._proven}
+            ours = self._digests([group.pieces[number] for number in sorted(left)], dst)
             for number in left:
                 at = NBYTES * group.slots[number]
                 piece = group.pieces[number]
@@ -144,27 +145,11 @@ class DigestCheck:
                 complete=[name for name in self._tensors if name not in differing],
             )
 
-    def _tallied(self, group: Group) -> Iterable[tuple[int, bytes]]:
-        """Numbers of pieces all of whose bytes were summed up, as far as their count says, and the
-        digest of what was read.
-        """
-        tallies = self._tallies.get(group)
-        if not tallies or not group.apart:
-            return
-        found = [tally.sums() for tally in tallies]
-        sums = np.sum([sums for sums, _ in found], axis=0, dtype=np.int64).tobytes()
-        nbytes = np.sum([nbytes for _, nbytes in found], axis=0)
-        firsts = tallies[0].firsts
-        came = np.add.reduceat(nbytes, firsts).tolist()
-        ends = [*firsts[1:].tolist(), len(nbytes)]
-        for number, first, end, count in zip(group.apart, firsts.tolist(), ends, came, strict=True):
-            if count == group.pieces[number].nbytes:
-                yield number, digest_of_sums(count, sums[8 * first : 8 * end])
-
-    def _digests(
-        self, pieces: Sequence[Piece], wanted: Mapping[str, TensorEntry]
-    ) -> dict[Piece, bytes]:
+    def _digests(self, pieces: Sequence[Piece], dst: Manifest) -> dict[Piece, bytes]:
         """Of our memory."""
+        if not pieces:
+            return {}
+        wanted = {entry.name: entry for entry in dst.tensors}
         views: dict[Piece, torch.Tensor] = {}
         ours: dict[Piece, bytes] = {}
         for piece in pieces:

@@ -5,7 +5,8 @@ and one watch of their records. Used by `loading.attempt`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from engine_registry.pulls.taking import Taken
 from engine_registry.schema.keyvalue import Snapshot
 from engine_registry.telemetry.logs import fields
 from engine_registry.watching.events import RankEvent
+from engine_registry.watching.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +34,13 @@ class Entered:
         taken: What was said of the tickets of all.
         holders: Those among whom the choice was made, as they are read from now. None where nobody
             was refused, or that is not known.
+        watch: Of the records of the sources. None where nobody listens.
     """
 
     sources: list[SourceRank]
     taken: Sequence[Taken] = ()
     holders: Holders | None = None
+    watch: Watch | None = None
 
     def is_taken(self, source: SourceRank) -> bool:
         """Whether it stands as it was, but another load has begun to read from it."""
@@ -47,6 +51,24 @@ class Entered:
         for each in self.taken:
             if each.ticket is not None:
                 each.ticket.report(progress.nbytes, progress.total_nbytes)
+
+    def give_back(self, undo: ExitStack) -> None:
+        """The tickets, once all has been read: beside the caller, until `undo` is closed."""
+        for each in self.taken:
+            if each.ticket is not None:
+                _beside(each.ticket.close, undo)
+
+    def stop_listening(self, undo: ExitStack) -> None:
+        """As `give_back`, once nobody wants news of the sources any more."""
+        if self.watch is not None:
+            _beside(self.watch.stop, undo)
+
+
+def _beside(work: Callable[[], None], undo: ExitStack) -> None:
+    """Takes etcd a moment, in which the caller goes on."""
+    thread = threading.Thread(target=work, name="end of a load", daemon=True)
+    thread.start()
+    undo.callback(thread.join)
 
 
 class Entrance:
@@ -72,9 +94,10 @@ class Entrance:
         entered = [source for source in choice.sources if source.record.incarnation in given]
         for source in entered:
             source.lend(undo)
+        watch = None
         if entered:
-            self._listen(entered, taken[0].snapshot if len(taken) == 1 else None, undo)
-        return Entered(entered, taken, _recounted(choice.holders, taken[-1]))
+            watch = self._listen(entered, taken[0].snapshot if len(taken) == 1 else None, undo)
+        return Entered(entered, taken, _recounted(choice.holders, taken[-1]), watch)
 
     def _take_again(
         self, choice: Choice, taken: Sequence[Taken], reader: RankRecord | None
@@ -116,7 +139,7 @@ class Entrance:
 
     def _listen(
         self, sources: Sequence[SourceRank], start: Snapshot | None, undo: ExitStack
-    ) -> None:
+    ) -> Watch:
         by_key = {source.record.key: source for source in sources}
 
         def tell(event: Event) -> None:
@@ -125,7 +148,7 @@ class Entrance:
 
         watch = self._registry.watch_ranks([source.record for source in sources], start)
         undo.callback(watch.stop)
-        watch.call(tell)
+        return watch.call(tell)
 
     def close(self) -> None:
         """Any number of times. Tickets are their attempt's to give back."""

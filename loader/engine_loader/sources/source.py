@@ -57,7 +57,7 @@ class SourceRank:
         own: bool,
         device: torch.device,
     ) -> None:
-        """`own`: it has the rank that is to be filled. `device`: where its header is read to.
+        """`own`: it has the rank that is to be filled. `device`: of the tensors that are filled.
         SourceLost if it loads, and has nothing to read meanwhile.
         """
         self._registry = registry
@@ -65,6 +65,7 @@ class SourceRank:
         self._reading = threading.Lock()
         self._connecting = threading.Lock()
         self._connected = False
+        self._lent = False
         self._bad_news: LoaderError | None = None
         self.outlived = False  # its process has ended, and the engine reads its memory on
         self._has_news = threading.Event()
@@ -81,7 +82,9 @@ class SourceRank:
                 )
             self._blocks = Blocks(self.manifest.regions, self.manifest.block_nbytes)
         self._marks = bytes(len(self._blocks or ()))
-        self._cell = HeaderCell(device, len(self._marks))
+        self._device = device
+        here = torch.device("cpu") if engine.reads_to_host else device
+        self._cell = HeaderCell(here, len(self._marks))
 
     @property
     def algorithm(self) -> str:
@@ -109,14 +112,24 @@ class SourceRank:
         return True
 
     def lend(self, undo: ExitStack) -> None:
-        """The memory that its header is read to. Where memory is mapped, that begins now."""
+        """The memory that its header is read to. Where memory is mapped, that begins now. Once is
+        enough until `undo` is closed.
+        """
+        if self._lent:
+            return
+        self._lent = True
+        undo.callback(setattr, self, "_lent", False)
         lend(
             self._engine,
             undo,
             to_register(self._cell.region, self._cell.device.type),
             owner=self._cell,
         )
-        if self._engine.outlives_sources and self._blocks is None:
+        if not self._engine.outlives_sources or self._blocks is not None:
+            return
+        if self._engine.is_connected(peer_of_record(self.record)):
+            self._connected = True
+        else:
             threading.Thread(
                 target=self._meet, name=f"contact with {self.record.key}", daemon=True
             ).start()
@@ -181,7 +194,7 @@ class SourceRank:
 
     def _meet(self) -> None:
         """Its memory is mapped while the plan is made. The first check says why it cannot be."""
-        with suppress(ReadFailed, EngineFailed), on_default_stream(self._cell.device):
+        with suppress(ReadFailed, EngineFailed), on_default_stream(self._device):
             self._connect()
             self._connected = True
 
@@ -190,7 +203,7 @@ class SourceRank:
             self._engine.connect(peer_of_record(self.record), self.manifest.exports)
 
     def _check_header(self) -> None:
-        with on_default_stream(self._cell.device):
+        with on_default_stream(self._device):
             self._connect()
             # a check that was given up as it hung may go on at the same time as the one after it
             with self._reading:

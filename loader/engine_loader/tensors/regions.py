@@ -5,7 +5,8 @@ each tensor.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from engine_registry.collector import collector_paused
 from engine_registry.schema.manifest import Manifest, Region, TensorEntry, dense_strides
 
 _MANY_STORAGES = 1_000
-Place = tuple[int, torch.Size, torch.dtype, tuple[int, ...]]
+Places = list[list[Any]]
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 
 @collector_paused
@@ -126,26 +128,28 @@ def _page(addr: int) -> int:
 
 
 @collector_paused
-def places_of(tensors: Iterable[torch.Tensor]) -> list[Place] | None:
-    """Where each tensor is, and what: for `in_place`. None where they are not all plain ones."""
-    some = list(tensors)
-    if any(type(tensor) not in _PLAIN for tensor in some):
+def places_of(tensors: Collection[torch.Tensor]) -> Places | None:
+    """Where they are, and what: for `in_place`. None where they are not all plain ones."""
+    if any(type(tensor) not in _PLAIN for tensor in tensors):
         return None
-    return [(one.data_ptr(), one.shape, one.dtype, one.stride()) for one in some]
+    return _places(tensors)
 
 
-def in_place(tensors: Iterable[torch.Tensor], places: Iterable[Place]) -> bool:
+@collector_paused
+def in_place(tensors: Collection[torch.Tensor], places: Places) -> bool:
     """Whether they are as they were; False also where it takes a closer look."""
     try:
-        return all(
-            one.data_ptr() == addr
-            and one.shape == shape
-            and one.dtype is dtype
-            and one.stride() == strides
-            for one, (addr, shape, dtype, strides) in zip(tensors, places, strict=True)
-        )
+        return _places(tensors) == places
     except Exception:  # noqa: BLE001  they may be anything by now, and raise whatever they like
         return False
+
+
+def _places(tensors: Collection[torch.Tensor]) -> Places:
+    """Of each the address, the shape, the dtype and the strides. Loads ask for them again and
+    again, of thousands: so each in a loop that is not Python's.
+    """
+    addrs, strides = map(torch.Tensor.data_ptr, tensors), map(torch.Tensor.stride, tensors)
+    return [list(addrs), list(map(_SHAPE, tensors)), list(map(_DTYPE, tensors)), list(strides)]
 
 
 def moved(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[str]:

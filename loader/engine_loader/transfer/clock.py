@@ -22,6 +22,17 @@ class Clock(Protocol):
         """Begins the work beside the caller. The future holds what it raised."""
 
 
+def at_once(work: Callable[[], None], name: str) -> Future[None]:
+    """As `Clock.start`, of work that cannot hang: it is done when this returns."""
+    future: Future[None] = Future()
+    try:
+        work()
+        future.set_result(None)
+    except Exception as exc:  # noqa: BLE001  the future's owner raises it
+        future.set_exception(exc)
+    return future
+
+
 class SystemClock:
     """The machine's monotonic clock, and a daemon thread for each piece of work.
 

@@ -40,7 +40,8 @@ class Source:
 
     `check` raises if it is not, or not any more, what it was resolved to be: SourceLost, TornRead,
     ReadFailed. `lost` has, without waiting, news to the same effect from elsewhere. Without a stock
-    it has everything. Once it is `ready` it is read from while the first check goes on.
+    it has everything. Once it is `ready` neither reads nor checks wait for its process, so it is
+    read from while the first check goes on.
     """
 
     name: str

@@ -97,6 +97,8 @@ class Reads:
         for number, flight in list(pipe.in_flight.items()):
             try:
                 if not self._engine.done(number):
+                    if self._engine.in_order:
+                        break
                     continue
             except ReadFailed as exc:
                 pipe.failure = exc

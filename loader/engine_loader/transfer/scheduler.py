@@ -24,7 +24,7 @@ from engine_loader.errors import (
 )
 from engine_loader.planning.reads import Span
 from engine_loader.transfer.chunks import Chunks
-from engine_loader.transfer.clock import Clock, SystemClock
+from engine_loader.transfer.clock import Clock, SystemClock, at_once
 from engine_loader.transfer.leaving import DRAIN_S, Leaving
 from engine_loader.transfer.pace import Pace
 from engine_loader.transfer.pipe import SILENT_S, Pipe, Source, silences
@@ -40,7 +40,9 @@ OnChecked = Callable[[int, Sequence[Span]], None]
 
 
 class Transfer:
-    """One use: `run`, which is `step` and `nap` until all has come, and then `settle`."""
+    """One use: `start`, if reads may begin early, and `run`, which is `step` and `nap` until all
+    has come, and then `settle`.
+    """
 
     def __init__(
         self,
@@ -52,12 +54,14 @@ class Transfer:
         cancel: threading.Event | None = None,
         stage: Stage | None = None,
         on_checked: OnChecked = lambda number, spans: None,
+        on_idle: Callable[[], None] = lambda: None,
         clock: Clock | None = None,
     ) -> None:
         """`stage` is needed for spans that are not read straight to their places.
 
         `on_checked` gets the number of a source, and spans that have come from it and hold the
-        content that was resolved.
+        content that was resolved. `on_idle` is called again and again while nothing comes: what it
+        does should take no longer than a nap.
         """
         self._clock = clock or SystemClock()
         self._engine = engine
@@ -77,11 +81,19 @@ class Transfer:
         self._reads = Reads(engine, pace, self._chunks, stage, self._active)
         self._leaving = Leaving(engine, self._clock, pace, self._reads.again)
         self._on_checked = on_checked
+        self._on_idle = on_idle
         self._moved = 0  # sources that something has come of since the last nap
         self._nap_s = pace.nap_s[0]
         # in naps, so that a process that was stopped does not take that for its sources' silence
         self._idle_s = 0.0
         self._reported_at = self._clock.now()
+
+    def start(self) -> None:
+        """Starts the first reads from sources that are ready, before anything is checked."""
+        now = self._clock.now()
+        for pipe in self._active:
+            if pipe.source.ready():
+                self._reads.fill(pipe, now)
 
     def run(self) -> None:
         """Raises SourceLost, SourceEvicted, Stalled or TornRead where no source is left, and
@@ -132,6 +144,7 @@ class Transfer:
             self._report()
         if moved < len(self._active):
             self._check_progress()
+            self._on_idle()
             self._clock.sleep(self._nap_s, self._engine.wait)
 
     def _check_progress(self) -> None:
@@ -159,10 +172,10 @@ class Transfer:
         if error is not None:
             self._drop(pipe, error)
             return
+        if pipe.check is None and (not pipe.open or self._check_is_due(pipe, now)):
+            self._begin_check(pipe, now)
         if pipe.check is not None:
             self._look_at_check(pipe, now)
-        elif not pipe.open or self._check_is_due(pipe, now):
-            self._begin_check(pipe, now)
         if pipe not in self._active:  # its check has failed; what it has in flight is seen off
             return
         came = self._reads.collect(pipe, now)
@@ -210,7 +223,8 @@ class Transfer:
     def _begin_check(self, pipe: Pipe, now: float) -> None:
         pipe.check_began = now
         pipe.in_check, pipe.unchecked = pipe.unchecked, []
-        pipe.check = self._clock.start(pipe.source.check, f"check of {pipe.source.name}")
+        begin = at_once if pipe.source.ready() else self._clock.start
+        pipe.check = begin(pipe.source.check, f"check of {pipe.source.name}")
 
     def _look_at_check(self, pipe: Pipe, now: float) -> None:
         if pipe.check is None or not pipe.check.done():

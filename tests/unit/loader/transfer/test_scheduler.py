@@ -184,7 +184,7 @@ class Bench:
             self.cancel,
             buffers,
             self.see,
-            self.clock,
+            clock=self.clock,
         )
 
     def run_staging(self, transfer: Transfer, buffers: Buffers) -> None:

@@ -1,0 +1,188 @@
+"""The reads of one attempt, from the sources that it has: what is to come of the plan, digests of
+it, and the transfer. Made by `attempt`, in whose thread it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from engine_loader.engines.base import lend
+from engine_loader.errors import DigestsMissing, LoaderError
+from engine_loader.loading.job import Job
+from engine_loader.planning.plan import Planner
+from engine_loader.planning.reads import Span
+from engine_loader.publishing.replica import Republication
+from engine_loader.sources.digest_check import DigestCheck
+from engine_loader.sources.entrance import Entered
+from engine_loader.sources.source import SourceRank
+from engine_loader.tensors.cuda import to_register
+from engine_loader.transfer.pace import Pace
+from engine_loader.transfer.progress import Progress
+from engine_loader.transfer.received import Received
+from engine_loader.transfer.scheduler import Transfer
+from engine_loader.transfer.shares import Share
+from engine_loader.transfer.staging import Staging
+from engine_registry import RankRecord
+
+_SUMMED_UP_S = 0.05  # between two looks whether there is something to sum up
+_STAGING_NBYTES = 48 << 20  # for what is not read straight to its place
+
+
+class Reading:
+    """`begin`; `start`, if reads may begin early; `run`, once the sources have been entered.
+
+    Attributes:
+        sources: Those that it reads from.
+        plan: All that is wanted of them.
+        place: How the sources were entered, once they have been.
+        check: Their digests; None where none are compared.
+        seconds: How long it took from `begin` to the end of `run`.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        sources: Sequence[SourceRank],
+        planner: Planner,
+        received: Received,
+        republication: Republication | None,
+        undo: ExitStack,
+    ) -> None:
+        """What it takes lasts until `undo` is closed, which is for this alone. DigestsMissing where
+        the load wants digests, and a source has none.
+        """
+        self.sources = sources
+        self.plan = planner.plan([source.origin for source in sources])
+        self.place: Entered | None = None
+        self.check: DigestCheck | None = None
+        self.seconds = 0.0
+        self._job = job
+        self._received = received
+        self._republication = republication
+        self._transfer: Transfer | None = None
+        self._has_run = False  # then the transfer has settled its reads itself
+        self._began_at = 0.0
+        self._undo = undo
+        self.check = self._digest_check()
+
+    def begin(self, spans: Sequence[Span]) -> None:
+        """Those of the spans that have not come before, and the digests: makes what it takes to
+        read them.
+        """
+        check, received, sources = self.check, self._received, self.sources
+        missing = received.arrivals.missing(spans)
+        if check is not None and check.tallied:
+            # What is short has the most digests for its bytes: they are made while the rest comes.
+            missing = sorted(missing, key=lambda span: span.nbytes)
+        ahead_nbytes = sum(span.read_nbytes for span in spans) - sum(
+            span.read_nbytes for span in missing
+        )
+        self._transfer = Transfer(
+            self._job.engine,
+            [*missing, *(check.spans if check is not None else ())],
+            [source.for_transfer() for source in sources],
+            self._pace(),
+            lambda progress: self.report(progress, ahead_nbytes),
+            self._job.cancel,
+            self._staging(missing),
+            lambda number, checked: self._receive(sources[number].record, checked),
+            check.look if check is not None else lambda: None,
+        )
+        self._undo.push(self._settle)
+        self._began_at = time.monotonic()
+
+    def start(self) -> None:
+        """Starts the first reads, as many as may be in flight. They count for nothing before
+        `run`.
+        """
+        self._begun.start()
+
+    def run(self) -> None:
+        """Brings all that was begun. Raises what `Transfer.run` raises."""
+        self._has_run = True
+        self._begun.run()
+        self.seconds = time.monotonic() - self._began_at
+
+    @property
+    def shares(self) -> list[Share]:
+        """What each source has brought."""
+        return self._begun.shares
+
+    @property
+    def _begun(self) -> Transfer:
+        if self._transfer is None:
+            raise RuntimeError("the reads have not begun")
+        return self._transfer
+
+    def close(self) -> None:
+        """Ends what was started, any number of times. Then others may read into the memory."""
+        self._undo.close()
+
+    def _settle(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Where it was not run, reads that were started end before their memory is taken back."""
+        if self._transfer is not None and not self._has_run:
+            self._has_run = True
+            self._transfer.settle(kind is not None and not issubclass(kind, LoaderError))
+
+    def _pace(self) -> Pace:
+        """The sooner bytes are checked, the sooner they can be summed up."""
+        pace = self._job.pace
+        if self.check is None or self.check.tallied:
+            return pace
+        return replace(pace, check_s=min(pace.check_s, _SUMMED_UP_S))
+
+    def _staging(self, spans: Sequence[Span]) -> Staging | None:
+        """Buffers, if any of the reads needs one."""
+        staged = [span.nbytes for span in spans if span.staged]
+        if not staged:
+            return None
+        nbytes = max(staged)
+        count = min(len(staged), max(2, _STAGING_NBYTES // nbytes))
+        device = self._job.device
+        staging = Staging(self._job.destination.parts.values(), device, count, nbytes)
+        region = to_register(staging.region, device.type)
+        lend(self._job.engine, self._undo, region, owner=staging)
+        return staging
+
+    def _receive(self, record: RankRecord, checked: Sequence[Span]) -> None:
+        """Spans have come that the source's header has proven."""
+        check = self.check
+        spans = [span for span in checked if check is None or not check.wants(span)]
+        self._received.add(record, spans)
+        if check is not None:
+            check.receive(spans)
+        if self._republication is not None:
+            self._republication.mark(self._received.arrivals)
+
+    def report(self, progress: Progress, ahead_nbytes: int) -> None:
+        """To the caller, and to the sources; so many bytes had come before."""
+        of_all = replace(
+            progress,
+            nbytes=ahead_nbytes + progress.nbytes,
+            total_nbytes=ahead_nbytes + progress.total_nbytes,
+        )
+        if self.place is not None:
+            self.place.report(of_all)
+        self._job.on_progress(of_all)
+
+    def _digest_check(self) -> DigestCheck | None:
+        job = self._job
+        verify, engine = job.verify, job.engine
+        if verify == "header" or (verify == "auto" and not engine.tallies):
+            return None
+        parts = job.destination.parts
+        try:
+            if verify == "auto":
+                algorithms = {source.algorithm for source in self.sources}
+                if algorithms != {engine.tallies}:
+                    return None
+            check = DigestCheck(self.sources, self._received.dst, parts, job.device)
+        except DigestsMissing:
+            if verify == "auto":
+                return None
+            raise
+        check.lend(engine, self._undo)
+        return check
