@@ -5,7 +5,7 @@ LoaderError
 ├── EngineFailed         the transfer engine refused a local request, such as registering memory
 ├── ReadFailed           a peer's memory could not be read
 ├── TensorsUnusable      tensors that cannot be registered or filled as they are
-├── SnapshotsUnfit       there is no memory for the snapshots of published tensors
+├── SnapshotsUnfit       there is no memory for snapshots of published tensors, or for deltas
 ├── NoFreeSnapshot       each snapshot holds a version that must stay, as the released one does
 ├── MemoryInUse          their memory is published, or another load fills it
 ├── WeightsFileInvalid   a file cannot be read as safetensors, or not be written
@@ -53,7 +53,7 @@ class TensorsUnusable(LoaderError):
 
 
 class SnapshotsUnfit(LoaderError):
-    """There is no memory for the snapshots of published tensors."""
+    """There is no memory for the snapshots of published tensors, or for deltas."""
 
 
 class NoFreeSnapshot(LoaderError):

@@ -154,14 +154,7 @@ class Snapshots:
         )
         _set(self, "retain_s", seconds("retain_s", self.retain_s))
         _set(self, "deltas", whole("deltas", self.deltas, 0, MAX_DELTAS))
-        _check(
-            self,
-            "changed",
-            lambda value: (
-                isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
-            ),
-            "a part of 1",
-        )
+        _check(self, "changed", _is_share, "a part of 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +176,11 @@ class PublishOptions:
             before the rank is marked as unresponsive. Loaders prefer other ranks then.
         snapshots: Readers have copies of the tensors instead of the tensors themselves: how many,
             or a `Snapshots`. `Publication.snapshot` makes a new version of them.
+        deltas: How many deltas are kept of those by which loads bring these tensors from one
+            version to the next, so that readers come by them as well. Deltas need digests. With
+            `snapshots`, `Snapshots.deltas` says how many are written.
+        changed: The share of the elements of each tensor that may change from one version to the
+            next. Each of the `deltas` has memory for so many; a longer one is not kept.
         on_state: Called with each change of the registration's state and its reason, from another
             thread.
 
@@ -201,6 +199,8 @@ class PublishOptions:
     ttl_s: float = 10.0
     unresponsive_after_s: float = UNRESPONSIVE_AFTER_S
     snapshots: Snapshots | int | None = None
+    deltas: int = 0
+    changed: float = 0.05
     on_state: OnState | None = None
 
     def __post_init__(self) -> None:
@@ -223,8 +223,17 @@ class PublishOptions:
         if self.snapshots is not None and not isinstance(self.snapshots, Snapshots):
             count = whole("snapshots", self.snapshots, 2, MAX_SNAPSHOTS)
             _set(self, "snapshots", Snapshots(count=count))
-        if isinstance(self.snapshots, Snapshots) and self.snapshots.deltas:
+        _set(self, "deltas", whole("deltas", self.deltas, 0, MAX_DELTAS))
+        _check(self, "changed", _is_share, "a part of 1")
+        snapshots = self.snapshots
+        if self.deltas or (isinstance(snapshots, Snapshots) and snapshots.deltas):
             _check(self, "digests", lambda value: value is not False, "needed for deltas")
+        if self.deltas and snapshots is not None:
+            raise InvalidField(
+                "`deltas` are of loads into the tensors, and readers have snapshots of these",
+                "say `Snapshots(deltas=…)`",
+                field="deltas",
+            )
         _check(self, "on_state", callable, "a function that takes a state and a reason")
 
 
@@ -269,6 +278,10 @@ def _check(options: Options, field: str, is_good: Callable[[Any], bool], expecte
         return
     if not is_good(value):
         raise InvalidField(f"`{field}` {value!r} is not valid: it is {expected}", field=field)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _checked_contents(field: str, contents: object) -> tuple[str, ...] | None:

@@ -19,6 +19,7 @@ from engine_loader.loading.job import Job
 from engine_loader.loading.lost import LostSources
 from engine_loader.loading.report import LoadReport, report_of
 from engine_loader.planning.plan import Planner
+from engine_loader.publishing.delta_shelf import keep_deltas
 from engine_loader.publishing.replica import Republication
 from engine_loader.sources.entrance import Entrance
 from engine_loader.sources.selection import Choice
@@ -125,6 +126,7 @@ class Attempts:
         )
         filled = attempt.fill()
         took_s = time.monotonic() - start
+        keep_deltas(self.job.destination.runs, self.received.deltas)
         publication = self.republication.complete() if self.republication is not None else None
         return report_of(filled, self.received, self.job.rank, retries, took_s, publication)
 

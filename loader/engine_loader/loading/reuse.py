@@ -97,6 +97,8 @@ class Reuse:
         for spans, numbers in held.find(missing, received.dst, tensors, job.cancel):
             received.hold([sources[number].record for number in numbers], spans)
         received.compared = True
+        if not received.arrivals.missing(plan):  # so digests prove what they have brought
+            received.deltas = deltas.applied()
 
     def _complete_one(self, undo: ExitStack) -> list[SourceRank]:
         """Where none of the sources has digests, as those that load: a complete rank of the same

@@ -20,6 +20,7 @@ from engine_loader.engines.base import Engine, offer, with_regions
 from engine_loader.errors import DigestMismatch, TensorsUnusable, listed
 from engine_loader.options import PublishOptions
 from engine_loader.planning.content import content_of
+from engine_loader.publishing.delta_shelf import offer_shelf
 from engine_loader.publishing.header import Header, HeaderCell
 from engine_loader.tensors.cuda import can_be_opened_by_others, to_register, wait_for
 from engine_loader.tensors.destination import Destination
@@ -123,12 +124,16 @@ def offer_weights(
     device = weights.devices[0]
     algorithm = algorithm_for(device)
     wanted = engine.tallies == algorithm if options.digests is None else options.digests
+    wanted = wanted or options.deltas > 0
     digests = DigestCell.with_blocks(weights.parts, device, algorithm) if wanted else None
     memory = undo.enter_context(ExitStack())
     use = USES.serve(owner, weights.runs, filled_by)
     memory.callback(USES.end, use)
     began = time.monotonic()
     manifest = with_regions(manifest, offer(engine, memory, *manifest.regions))
+    shelf = offer_shelf(engine, weights, memory, owner, options)
+    if shelf is not None:
+        manifest = replace(manifest, deltas=shelf.regions)
     register_s = time.monotonic() - began
     metrics.REGISTER_S.observe(register_s)
     header = HeaderCell(device, manifest.marks)
@@ -141,7 +146,9 @@ def offer_weights(
             found = digests.write(weights.parts)
             _check_digests(owner, found, expected)
             proven = content_of(manifest, found, algorithm)
-    cells = [header.region] + ([digests.region] if digests is not None else [])
+    cells = [header.region, *manifest.deltas]
+    if digests is not None:
+        cells.append(digests.region)
     manifest = replace(manifest, exports=engine.exports([*manifest.regions, *cells]))
     wait_for(weights.devices)  # readers do not know of streams
     incarnation, content = new_incarnation(), content or proven or new_content()

@@ -226,6 +226,16 @@ class Publication(Closable):
         return self._served.ring.nbytes if self._served.ring is not None else 0
 
     @property
+    def deltas_nbytes(self) -> int:
+        """The bytes of the memory for deltas; 0 where there are none, and during a pause.
+
+        With snapshots, they are part of `snapshots_nbytes`.
+        """
+        if self.paused:
+            return 0
+        return sum(region.nbytes for region in self._served.offering("read").manifest.deltas)
+
+    @property
     def retained(self) -> tuple[int, ...]:
         """Versions before the present one that can still be read, the newest first."""
         return tuple(one.version for one in self.record.retained)

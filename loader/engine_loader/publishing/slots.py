@@ -177,14 +177,14 @@ def make_slots(
 
 @plain_torch()
 def allocate(
-    count: int, nbytes: int, device: torch.device, weights: Destination
+    count: int, nbytes: int, device: torch.device, weights: Destination, what: str = "snapshots"
 ) -> list[torch.Tensor]:
     """So many blocks of memory for copies of the weights, or what is made of them. SnapshotsUnfit
     where there is no memory for them.
     """
     free = available_nbytes(device)
     if free is not None and count * nbytes > free:
-        raise _unfit(count, nbytes, device, f"{free / 1e9:.1f} GB are free")
+        raise _unfit(what, count, nbytes, device, f"{free / 1e9:.1f} GB are free")
     pinned = device.type == "cpu" and any(one.type == "cuda" for one in weights.devices)
     try:
         return [
@@ -192,12 +192,12 @@ def allocate(
             for _ in range(count)
         ]
     except RuntimeError as exc:  # as torch's OutOfMemoryError is
-        raise _unfit(count, nbytes, device, " ".join(str(exc).split())[:200]) from exc
+        raise _unfit(what, count, nbytes, device, " ".join(str(exc).split())[:200]) from exc
 
 
-def _unfit(count: int, nbytes: int, device: torch.device, why: str) -> SnapshotsUnfit:
+def _unfit(what: str, count: int, nbytes: int, device: torch.device, why: str) -> SnapshotsUnfit:
     return SnapshotsUnfit(
-        f"{count} snapshots of {nbytes / 1e9:.1f} GB do not fit into the memory of {device}: {why}",
+        f"{count} {what} of {nbytes / 1e9:.1f} GB do not fit into the memory of {device}: {why}",
         "say another `device`, publish fewer tensors a process, or update in place",
         nbytes=count * nbytes,
         device=str(device),

@@ -229,7 +229,7 @@ def offer_snapshots(
     memory.callback(USES.end, use)
     began = time.monotonic()
     nbytes = capacity_of(weights.manifest.tensors, snapshots.changed)
-    deltas = allocate(snapshots.deltas, nbytes, device, weights)
+    deltas = allocate(snapshots.deltas, nbytes, device, weights, "deltas")
     delta_regions = tuple(Region(one.data_ptr(), one.nbytes) for one in deltas)
     regions = [*(slot.region for slot in slots), *delta_regions]
     for region in regions:

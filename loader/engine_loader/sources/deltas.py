@@ -14,14 +14,16 @@ import torch
 
 from engine_loader.deltas.apply import apply
 from engine_loader.deltas.format import HEADER_NBYTES, DeltaHeader, directory_of, header_of
+from engine_loader.deltas.kept import KeptDelta
 from engine_loader.engines.base import Engine, lend
-from engine_loader.errors import DeltaDamaged
+from engine_loader.errors import DeltaDamaged, SourceLost, TornRead
 from engine_loader.planning.matching import of_one_tensor
 from engine_loader.planning.reads import Span
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register, wait_for
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.transfer.scheduler import OnChecked
+from engine_registry import RankState
 from engine_registry.schema.manifest import Manifest, Region
 from engine_registry.telemetry.logs import fields
 
@@ -55,6 +57,7 @@ class Deltas:
         self._base = set(base)
         self._device = device
         self._found: list[list[tuple[_Delta, torch.Tensor]]] = []  # each with what is read of it
+        self._applied: list[list[tuple[_Delta, torch.Tensor]]] = []  # of these, to the end
         self.spans: list[Span] = []
 
     @property
@@ -93,27 +96,73 @@ class Deltas:
                     self._apply(delta, data, dst, tensors)
             except DeltaDamaged as exc:  # it was overwritten while it was read
                 log.info("%s; all that differs is read", exc, extra=fields("delta_unused"))
+            else:
+                self._applied.append(chain)
         wait_for({tensor.device for tensor in tensors.values()})
+
+    def applied(self) -> list[KeptDelta]:
+        """Those that have been applied, one after the other, up to a content of the sources."""
+        return [
+            KeptDelta(delta.header, self._sources[delta.number].manifest.tensors, data)
+            for chain in self._applied
+            for delta, data in chain
+        ]
 
     def _chains(
         self, bring: Callable[[Sequence[Span], OnChecked], None], undo: ExitStack
     ) -> list[list[_Delta]]:
         """For each content of the sources that our tensors do not have: one delta after the other
-        that leads there, if there are such.
+        that leads there, if there are such. The next source of a content is asked where those
+        before it lack a part of the way.
         """
-        wanted: dict[str, int] = {}
+        left = self._holders()
+        found: dict[str, _Delta] = {}  # by what it leads to
+        chains = []
+        while left:
+            asked = [numbers.pop(0) for numbers in left.values()]
+            try:
+                deltas = list(self._headers(asked, bring, undo))
+            except (SourceLost, TornRead) as exc:
+                if not any(left.values()):
+                    raise
+                log.info("%s; others are asked for deltas", exc, extra=fields("delta_unused"))
+                deltas = []
+            for delta in deltas:
+                if delta.header.after not in found or delta.header.before in self._base:
+                    found[delta.header.after] = delta
+            for content, numbers in list(left.items()):
+                chain = self._way_to(content, found)
+                if chain:
+                    chains.append(chain)
+                if chain or not numbers:
+                    del left[content]
+        return chains
+
+    def _holders(self) -> dict[str, list[int]]:
+        """For each content that our tensors do not have: the sources of it that may keep deltas."""
+        holders: dict[str, list[int]] = {}
         for number, source in enumerate(self._sources):
-            content = source.record.content
-            if self._base and source.manifest.deltas and content not in self._base:
-                wanted.setdefault(content, number)
+            record = source.record
+            keeps = source.manifest.deltas and record.state is not RankState.LOADING
+            if self._base and keeps and record.content not in self._base:
+                holders.setdefault(record.content, []).append(number)
+        return holders
+
+    def _headers(
+        self,
+        numbers: Sequence[int],
+        bring: Callable[[Sequence[Span], OnChecked], None],
+        undo: ExitStack,
+    ) -> Iterator[_Delta]:
+        """The deltas that these sources have now."""
         buffers = [
             (number, region)
-            for number in wanted.values()
+            for number in numbers
             for region in self._sources[number].manifest.deltas
             if region.nbytes >= HEADER_NBYTES
         ]
         if not buffers:
-            return []
+            return
         memory = self._memory(len(buffers) * HEADER_NBYTES, undo)
         cells = memory.split(HEADER_NBYTES)
         bring(
@@ -124,25 +173,24 @@ class Deltas:
             _ignore,
         )
         wait_for([self._device])
-        found: dict[tuple[int, str], _Delta] = {}  # by what it leads to
         for (number, region), cell in zip(buffers, cells, strict=True):
             header = self._header(number, cell)
             if header is not None and header.nbytes <= region.nbytes:
-                found[number, header.after] = _Delta(number, region, header)
-        chains = [list(self._way_to(content, number, found)) for content, number in wanted.items()]
-        return [chain[::-1] for chain in chains if chain and chain[-1].header.before in self._base]
+                yield _Delta(number, region, header)
 
-    def _way_to(
-        self, content: str, number: int, found: Mapping[tuple[int, str], _Delta]
-    ) -> Iterator[_Delta]:
-        """Backwards, until one that begins at a content that our tensors have."""
+    def _way_to(self, content: str, found: Mapping[str, _Delta]) -> list[_Delta]:
+        """From a content that our tensors have; nothing where there is no way."""
+        way: list[_Delta] = []
         seen = {content}
-        while (delta := found.get((number, content))) is not None:
-            yield delta
+        while (delta := found.get(content)) is not None:
+            way.append(delta)
             content = delta.header.before
-            if content in self._base or content in seen:
-                return
+            if content in self._base:
+                return way[::-1]
+            if content in seen:
+                break
             seen.add(content)
+        return []
 
     def _header(self, number: int, cell: torch.Tensor) -> DeltaHeader | None:
         try:

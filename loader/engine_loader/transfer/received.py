@@ -8,6 +8,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
+from engine_loader.deltas.kept import KeptDelta
 from engine_loader.planning.arrivals import Arrivals
 from engine_loader.planning.reads import Span
 from engine_loader.transfer.shares import Share
@@ -22,7 +23,8 @@ class Received:
     """`arrivals` has all of it; `evicted` the ranks that are known not to count any more, see
     `find_evicted`. `shares` are those of attempts that did not bring all. `compared`: what the
     tensors held before has been compared with tables of digests. `delta_nbytes` were read of
-    deltas, which count for nothing until that comparison.
+    deltas, which count for nothing until that comparison. `deltas` are those that have brought the
+    tensors to the content, where that took nothing else.
     """
 
     def __init__(self, content: str, dst: Manifest, block_nbytes: int | None = None) -> None:
@@ -42,6 +44,7 @@ class Received:
         self._held: list[tuple[Sequence[Span], frozenset[str]]] = []
         self.compared = False
         self.delta_nbytes = 0
+        self.deltas: Sequence[KeptDelta] = ()
         self.arrivals = Arrivals(dst, block_nbytes)
         self.evicted: list[RankRecord] = []
 
@@ -116,6 +119,7 @@ class Received:
         self.evicted.clear()
         if gone:
             self.compared = False  # others may say the same
+            self.deltas = ()
             keys = {record.key for record in records}
             for share in self.shares:
                 if share.name in keys:

@@ -55,18 +55,20 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "ttl_s": 3.0,
     "unresponsive_after_s": 5.0,
     "on_state": print,
+    "deltas": 3,
+    "changed": 0.5,
 }
 
 
 @pytest.mark.parametrize("kind", [LoadOptions, PublishOptions])
 def test_each_option_can_be_given_and_none_can_be_changed(kind: type[Any]) -> None:
     names = [field.name for field in fields(kind)]
-    given = kind(**{name: OTHER_THAN_DEFAULT[name] for name in names})
     for name in names:
+        given = kind(**{name: OTHER_THAN_DEFAULT[name]})
         assert getattr(given, name) != getattr(kind(), name), name
         with pytest.raises(FrozenInstanceError):
             setattr(given, name, None)
-    assert replace(given) == given
+        assert replace(given) == given
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,10 @@ def test_each_option_can_be_given_and_none_can_be_changed(kind: type[Any]) -> No
         (PublishOptions, "labels", ["team"]),
         (PublishOptions, "digests", "yes"),
         (PublishOptions, "values", [1]),
+        (PublishOptions, "deltas", -1),
+        (PublishOptions, "deltas", 65),
+        (PublishOptions, "changed", True),
+        (PublishOptions, "changed", 0.0),
         (PublishOptions, "ttl_s", 1.0),
         (PublishOptions, "ttl_s", "10"),
         (PublishOptions, "on_state", 5),
@@ -116,6 +122,14 @@ def test_an_option_that_is_not_valid_is_refused_by_name_when_it_is_given(
     with pytest.raises(InvalidField, match=field) as caught:
         kind(**{field: value})
     assert caught.value.details["field"] == field
+
+
+def test_deltas_need_digests_and_are_not_of_snapshots() -> None:
+    with pytest.raises(InvalidField, match="needed for deltas"):
+        PublishOptions(deltas=1, digests=False)
+    with pytest.raises(InvalidField, match=r"say `Snapshots\(deltas=…\)`") as caught:
+        PublishOptions(deltas=1, snapshots=2)
+    assert caught.value.details["field"] == "deltas"
 
 
 def test_an_unknown_option_is_refused() -> None:
