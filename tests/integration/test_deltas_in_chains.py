@@ -5,6 +5,7 @@ trainer does. Whatever goes wrong on the way costs bytes, and what a reader has 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,6 +29,7 @@ from engine_loader import (
 from engine_loader.publishing import delta_shelf
 from engine_loader.sources.deltas import Deltas
 from engine_registry import ModelIdentity, Registry
+from tests.support.gates import Gate
 
 MODEL = ModelIdentity("m")
 ROWS, COLUMNS = 512, 1024
@@ -395,6 +397,46 @@ def test_the_next_source_is_asked_for_deltas_where_the_first_has_none(
             options=LoadOptions(base=reader.base),
         )
         assert [share.name.split("/")[2] for share in report.shares] == ["replica", "trainer"]
+        assert_same(reader.tensors, trainer.tensors)
+        assert by_delta(report)
+
+
+def test_a_rank_that_still_loads_is_asked_for_no_deltas(registry: Registry) -> None:
+    """Its readers take those of a complete rank, from which the table of digests comes as well."""
+    with ExitStack() as stack:
+        engines = [stack.enter_context(SocketEngine("127.0.0.1")) for _ in range(3)]
+        trainer = stack.enter_context(Trainer(registry, engines[0]))
+        reader = Reader(registry, engines[1])
+        reader.follow(trainer.tensors)
+        trainer.step()
+        gate = Gate(0.5)
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        loading = pool.submit(
+            load,
+            registry,
+            engines[2],
+            MODEL,
+            rank=0,
+            tensors=like(trainer.tensors),
+            publish=Replica("replica", options=PublishOptions(deltas=2)),
+            options=LoadOptions(progress=gate.see),
+        )
+        stack.callback(gate.open.set)
+        assert gate.reached.wait(60)
+        report = load(
+            registry,
+            engines[1],
+            MODEL,
+            rank=0,
+            tensors=reader.tensors,
+            publish="reader",
+            options=LoadOptions(base=reader.base),
+        )
+        gate.open.set()
+        for publication in (report.publication, loading.result(60).publication):
+            assert publication is not None
+            publication.close()
+        assert "/engines/replica/0" in [share.name for share in report.shares]
         assert_same(reader.tensors, trainer.tensors)
         assert by_delta(report)
 

@@ -102,7 +102,7 @@ class Reuse:
 
     def _complete_one(self, undo: ExitStack) -> list[SourceRank]:
         """Where none of the sources has digests, as those that load: a complete rank of the same
-        content that has. Only its table is read.
+        number and content that has. Only its table and its deltas are read.
         """
         holders = self.choice.holders
         if holders is None or any(map(has_digests, self.sources)):
@@ -112,7 +112,7 @@ class Reuse:
         records = list(islice(alike, _ASKED))
         for record, manifest in zip(records, find_manifests(job.registry, records), strict=True):
             if isinstance(manifest, Manifest):
-                one = SourceRank(job.registry, job.engine, record, manifest, False, job.device)
+                one = SourceRank(job.registry, job.engine, record, manifest, True, job.device)
                 if has_digests(one):
                     one.lend(undo)
                     return [one]
