@@ -4,6 +4,7 @@ trainer does. Whatever goes wrong on the way costs bytes, and what a reader has 
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ from engine_loader import (
 from engine_loader.publishing import delta_shelf
 from engine_loader.sources.deltas import Deltas
 from engine_registry import ModelIdentity, Registry
+from tests.integration.conftest import Processes, line_of
 from tests.support.gates import Gate
 
 MODEL = ModelIdentity("m")
@@ -60,8 +62,10 @@ def assert_same(ours: Tensors, theirs: Tensors) -> None:
 class Trainer:
     """Changes 2 % of the elements in each step, and offers each as a snapshot."""
 
-    def __init__(self, registry: Registry, engine: Engine, **snapshots: Any) -> None:
-        self.tensors = weights()
+    def __init__(
+        self, registry: Registry, engine: Engine, tensors: Tensors | None = None, **snapshots: Any
+    ) -> None:
+        self.tensors = weights() if tensors is None else tensors
         self._random = torch.Generator().manual_seed(7)
         self.publication = publish(
             registry,
@@ -91,11 +95,17 @@ class Trainer:
 class Reader:
     """Follows an instance, and says what it has."""
 
-    def __init__(self, registry: Registry, engine: Engine, source: str = "trainer") -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        engine: Engine,
+        source: str | list[str] = "trainer",
+        tensors: Tensors | None = None,
+    ) -> None:
         self._registry = registry
         self._engine = engine
         self.source = source
-        self.tensors = like(weights())
+        self.tensors = like(weights()) if tensors is None else tensors
         self.base: tuple[str, ...] | None = None
 
     def load(self, **more: Any) -> LoadReport:
@@ -439,6 +449,62 @@ def test_a_rank_that_still_loads_is_asked_for_no_deltas(registry: Registry) -> N
         assert "/engines/replica/0" in [share.name for share in report.shares]
         assert_same(reader.tensors, trainer.tensors)
         assert by_delta(report)
+
+
+def test_a_relay_that_is_killed_while_its_delta_is_read_costs_bytes_only(
+    registry: Registry, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader goes on with the trainer. A relay that takes its place passes deltas on again."""
+
+    def start() -> subprocess.Popen[str]:
+        relay = processes.start(
+            *("-m", "tests.support.processes.relay", "relay", "trainer", str(COLUMNS)),
+            TEST_PROTOCOL="socket",
+        )
+        assert line_of(relay).startswith("version")
+        return relay
+
+    def follow(relay: subprocess.Popen[str]) -> tuple[int, int]:
+        assert relay.stdin is not None
+        relay.stdin.write("\n")
+        relay.stdin.flush()
+        _, delta, read = line_of(relay).split()
+        return int(delta), int(read)
+
+    with SocketEngine("127.0.0.1") as engine, SocketEngine("127.0.0.1") as reading:
+        tensors = {"w": torch.zeros(COLUMNS, COLUMNS, dtype=torch.bfloat16)}
+        with Trainer(registry, engine, tensors) as trainer:
+            reader = Reader(registry, reading, "relay", like(tensors))
+            relay = start()
+            reader.follow(tensors)
+            trainer.step()
+            delta, read = follow(relay)
+            assert (delta > 0, read) == (True, 0)
+            chains = Deltas._chains
+
+            def kill(self: Deltas, *args: Any) -> Any:
+                found = chains(self, *args)
+                assert found  # that leads to the new content
+                monkeypatch.undo()
+                relay.kill()
+                relay.wait()
+                return found
+
+            monkeypatch.setattr(Deltas, "_chains", kill)
+            (record,) = registry.ranks("trainer")
+            ticket = registry.pull(record)  # so that the relay is preferred
+            assert ticket is not None
+            with ticket:
+                reader.source = ["relay", "trainer"]
+                assert reader.follow(tensors).read_nbytes > 0
+            reader.source = "relay"
+            relay = start()
+            assert reader.follow(tensors).read_nbytes == 0  # it has the same
+            trainer.step()
+            delta, read = follow(relay)
+            assert (delta > 0, read) == (True, 0)
+            report = reader.follow(tensors)
+            assert (report.delta_nbytes, report.read_nbytes) == (delta, 0)
 
 
 # -- several ranks
