@@ -57,7 +57,6 @@ class Deltas:
         self._base = set(base)
         self._device = device
         self._found: list[list[tuple[_Delta, torch.Tensor]]] = []  # each with what is read of it
-        self._applied: list[list[tuple[_Delta, torch.Tensor]]] = []  # of these, to the end
         self.spans: list[Span] = []
 
     @property
@@ -96,15 +95,14 @@ class Deltas:
                     self._apply(delta, data, dst, tensors)
             except DeltaDamaged as exc:  # it was overwritten while it was read
                 log.info("%s; all that differs is read", exc, extra=fields("delta_unused"))
-            else:
-                self._applied.append(chain)
+                chain.clear()  # nobody else shall have it
         wait_for({tensor.device for tensor in tensors.values()})
 
     def applied(self) -> list[KeptDelta]:
-        """Those that have been applied, one after the other, up to a content of the sources."""
+        """Those that have been applied as a whole, in this order."""
         return [
             KeptDelta(delta.header, self._sources[delta.number].manifest.tensors, data)
-            for chain in self._applied
+            for chain in self._found
             for delta, data in chain
         ]
 
