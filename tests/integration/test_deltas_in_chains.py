@@ -145,8 +145,8 @@ class Serving(Reader):
         assert publication is not None
         self.publication: Publication = publication
 
-    def follow(self, wanted: Tensors) -> LoadReport:
-        with self.publication.update():
+    def follow(self, wanted: Tensors, version: int | None = None) -> LoadReport:
+        with self.publication.update(version=version):
             return super().follow(wanted)
 
     def __enter__(self) -> Serving:
@@ -239,6 +239,20 @@ def test_readers_may_go_from_the_trainer_to_a_replica_and_back(registry: Registr
         before = {name: one.clone() for name, one in replica.tensors.items()}
         report = reader.follow(before)
         assert (report.delta_nbytes, report.read_nbytes) == (0, NBYTES)
+
+
+def test_a_replica_of_the_same_version_is_a_source_beside_the_trainer(registry: Registry) -> None:
+    """Although it has skipped one, and counts no updates."""
+    engine = InProcessEngine()
+    with Trainer(registry, engine) as trainer, Serving(registry, engine, "replica") as replica:
+        reader = Reader(registry, engine, ["trainer", "replica"])
+        reader.follow(trainer.tensors)
+        for _ in range(2):
+            trainer.step()
+        replica.follow(trainer.tensors, version=trainer.publication.version)
+        report = reader.follow(trainer.tensors)
+        assert by_delta(report, versions=2)
+        assert {share.name.split("/")[2] for share in report.shares} == {"trainer", "replica"}
 
 
 def test_a_replica_that_begins_again_passes_on_what_it_comes_by_then(registry: Registry) -> None:

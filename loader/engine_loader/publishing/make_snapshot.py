@@ -12,7 +12,14 @@ from collections.abc import Iterable
 from engine_loader.publishing.releases import Releases, choose_slot
 from engine_loader.publishing.slots import Slot
 from engine_loader.publishing.snapshots import SnapshotRing
-from engine_registry import Manifest, Registration, RegistrationState, Registry, failpoints
+from engine_registry import (
+    Manifest,
+    RankRecord,
+    Registration,
+    RegistrationState,
+    Registry,
+    failpoints,
+)
 from engine_registry.errors import EtcdError, InvalidField
 from engine_registry.schema.record import check_version
 from engine_registry.telemetry.logs import fields
@@ -33,13 +40,7 @@ def make_snapshot(
     """As `Publication.snapshot`. Nothing else changes the ring or the record meanwhile."""
     before = registration.record
     copied = ring.copied(changed)
-    version = before.version + 1 if version is None else check_version(version)
-    if version <= before.version:
-        raise InvalidField(
-            f"version {version} is not newer than {before.version}, which {before.key} has",
-            "leave `version` out, or say a greater number",
-            field="version",
-        )
+    version = next_version(before, version)
     ring.weights.check_in_place(
         f"tensors of {before.key} have other memory than when they were published, so there "
         "is no snapshot of them",
@@ -61,6 +62,18 @@ def make_snapshot(
         reveal()
     else:
         ring.begin(reveal)
+    return version
+
+
+def next_version(before: RankRecord, version: int | None) -> int:
+    """One more than the rank has, or the one that is given. InvalidField unless it is newer."""
+    version = before.version + 1 if version is None else check_version(version)
+    if version <= before.version:
+        raise InvalidField(
+            f"version {version} is not newer than {before.version}, which {before.key} has",
+            "leave `version` out, or say a greater number",
+            field="version",
+        )
     return version
 
 

@@ -67,7 +67,7 @@ class Publication(Closable):
 
     @property
     def version(self) -> int:
-        """The version of the weights: that of `publish`, and one more after each `update` or
+        """The version of the weights: that of `publish`, and a greater one after each `update` or
         `replace`.
         """
         return self.record.version
@@ -109,11 +109,13 @@ class Publication(Closable):
         )
 
     @contextmanager
-    def update(self, values: Mapping[str, Any] | None = None) -> Iterator[None]:
+    def update(
+        self, values: Mapping[str, Any] | None = None, *, version: int | None = None
+    ) -> Iterator[None]:
         """Changes the weights in place, inside the block.
 
-        Readers that overlap with the block notice, and read again. After the block the version is
-        one more, and the content is new.
+        Readers that overlap with the block notice, and read again. After the block the version and
+        the content are new.
 
         If the block raises, the weights are in doubt. They stay marked as being changed, and no
         load reads them until another `update` has ended well. An etcd that is away does not disturb
@@ -123,6 +125,8 @@ class Publication(Closable):
             values: New values of what is no tensor, such as the step of a trainer, by the names of
                 `publish_state_dict`: paths joined by dots. They are read at the end of the block.
                 The others stay. The memory is offered anew then, as by `replace`.
+            version: The new version, as that of the source of a load in the block. None: one more
+                than the present one.
 
         Yields:
             Nothing.
@@ -133,10 +137,11 @@ class Publication(Closable):
                 a value cannot be encoded.
             MemoryInUse: Another publication serves the same memory, or a load still fills it at the
                 end of the block.
+            InvalidField: The version is not newer.
             LoaderError: The publication is closed or paused, or is being updated already.
             RegistrationLost: With `values`: the rank was evicted, or another took its place.
         """
-        with self._served.alone("update"), self._served.changing(values):
+        with self._served.alone("update"), self._served.changing(values, version):
             yield
 
     def snapshot(

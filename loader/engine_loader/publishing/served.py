@@ -17,7 +17,7 @@ from engine_loader.engines.base import Engine
 from engine_loader.errors import LoaderError
 from engine_loader.options import PublishOptions
 from engine_loader.publishing.header import Header, HeaderCell
-from engine_loader.publishing.make_snapshot import make_snapshot
+from engine_loader.publishing.make_snapshot import make_snapshot, next_version
 from engine_loader.publishing.offering import Offering, Paused, meter_pulls, offer_weights
 from engine_loader.publishing.releases import Releases
 from engine_loader.publishing.snapshots import SnapshotRing
@@ -106,25 +106,24 @@ class Served:
             self._changing.release()
 
     @contextmanager
-    def changing(self, values: Mapping[str, Any] | None) -> Iterator[None]:
-        """The weights are changed in place in the block, and offered as the next version after it,
-        with what the values are by then.
-        """
+    def changing(self, values: Mapping[str, Any] | None, version: int | None) -> Iterator[None]:
+        """The weights change in place in the block, and are offered with the values after it."""
         self.check_in_place_served("update")
-        offering, before = self.offering("update"), self.record
+        offering = self.offering("update")
+        version = next_version(self.record, version)
         self._options_with(values)
         USES.change(offering.use)
         self.mark_changing()
         yield
-        offering.check_in_place(before.key)
+        offering.check_in_place(self.record.key)
         wait_for(offering.weights.devices)
         self._options = self._options_with(values)
         USES.keep(offering.use)
         if values is None:
-            self.vouch(before.version + 1, offering.compute_digests() or new_content())
+            self.vouch(version, offering.compute_digests() or new_content())
         else:  # they are in the manifest, which an incarnation has only one of
             self.pause()
-            self.offer(offering.weights, before.version + 1)
+            self.offer(offering.weights, version)
 
     def _options_with(self, values: Mapping[str, Any] | None) -> PublishOptions:
         """TensorsUnusable names the values that cannot be encoded."""

@@ -467,6 +467,18 @@ def test_an_update_is_seen_while_it_lasts_and_makes_a_new_version_of_a_new_conte
         pass
 
 
+def test_an_update_may_say_which_version_it_makes_if_that_is_newer(bench: Bench) -> None:
+    publication = bench.publish(version=3)
+    with publication.update(version=9):
+        pass
+    assert publication.version == 9
+    assert bench.header() == Header(publication.record.incarnation, 18, publication.content)
+    for version in (9, 8, -1):
+        with pytest.raises(InvalidField, match="version"), publication.update(version=version):
+            raise AssertionError("the block is not run")
+    assert publication.record.state is RankState.READY
+
+
 def test_an_update_that_changes_nothing_keeps_the_content_that_digests_prove(bench: Bench) -> None:
     publication = bench.publish(digests=True)
     before = publication.content
