@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from engine_loader import (
     Engine,
     LoadOptions,
     PublishOptions,
+    Replica,
     Snapshots,
     SocketEngine,
     load,
@@ -126,3 +129,42 @@ def test_a_reader_on_a_gpu_follows_snapshots_on_another(registry: Registry) -> N
         open_engine("127.0.0.1", "cuda_ipc") as reader,
     ):
         follow(registry, (source, reader), None, "cuda:1")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_replica_on_a_gpu_passes_deltas_on(registry: Registry) -> None:
+    if "cuda_ipc" not in usable_protocols():
+        pytest.skip("this machine has no cuda_ipc")
+    tensors = weights()
+    ours, theirs = zeroed(tensors, "cuda:1"), zeroed(tensors)
+    with ExitStack() as stack:
+        engines = [stack.enter_context(open_engine("127.0.0.1", "cuda_ipc")) for _ in range(3)]
+        trainer = stack.enter_context(
+            publish(
+                registry,
+                engines[0],
+                instance="t",
+                rank=0,
+                world_size=1,
+                tensors=tensors,
+                model=MODEL,
+                options=PublishOptions(snapshots=Snapshots(deltas=2)),
+            )
+        )
+        replica = Replica("r", options=PublishOptions(deltas=2))
+        report = load(registry, engines[1], "t", rank=0, tensors=ours, publish=replica)
+        assert report.publication is not None
+        publication = stack.enter_context(report.publication)
+        last = load(registry, engines[2], "r", rank=0, tensors=theirs)
+        for _ in range(3):
+            train(tensors)
+            trainer.snapshot()
+            options = LoadOptions(base=report.contents)
+            with publication.update():
+                report = load(registry, engines[1], "t", rank=0, tensors=ours, options=options)
+            assert publication.content == trainer.content
+            options = LoadOptions(base=last.contents)
+            last = load(registry, engines[2], "r", rank=0, tensors=theirs, options=options)
+            assert_equal(theirs, tensors)
+            assert last.read_nbytes == 0
+            assert 0 < last.delta_nbytes == report.delta_nbytes < 0.1 * last.nbytes
