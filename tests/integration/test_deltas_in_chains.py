@@ -4,6 +4,7 @@ trainer does. Whatever goes wrong on the way costs bytes, and what a reader has 
 
 from __future__ import annotations
 
+import random
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -278,6 +279,49 @@ def test_a_replica_that_begins_again_passes_on_what_it_comes_by_then(registry: R
             assert by_delta(reader.follow(trainer.tensors))
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_the_order_of_steps_a_reader_has_what_its_source_has(
+    registry: Registry, seed: int
+) -> None:
+    """Two replicas, one behind the other, follow when they like and begin again at times. Two
+    readers change their sources.
+    """
+    choose = random.Random(seed)
+    engine = InProcessEngine()
+    reports = []
+    with ExitStack() as stack, Trainer(registry, engine, deltas=2) as trainer:
+        serving = {"one": "trainer", "two": "one"}
+        replicas = {
+            name: stack.enter_context(Serving(registry, engine, name, source))
+            for name, source in serving.items()
+        }
+        readers = [Reader(registry, engine) for _ in range(2)]
+
+        def has(name: str) -> Tensors:
+            tensors = trainer.tensors if name == "trainer" else replicas[name].tensors
+            return {name: one.clone() for name, one in tensors.items()}
+
+        for _ in range(40):
+            match choose.randrange(8):
+                case 0 | 1 | 2:
+                    trainer.step()
+                case 3 | 4:
+                    replica = replicas[choose.choice(["one", "one", "two"])]
+                    assert isinstance(replica.source, str)
+                    reports.append(replica.follow(has(replica.source)))
+                case 5 if choose.random() < 0.3:
+                    name = choose.choice(list(serving))
+                    replicas[name].publication.close()
+                    replica = Serving(registry, engine, name, serving[name])
+                    replicas[name] = stack.enter_context(replica)
+                case _:
+                    reader = choose.choice(readers)
+                    reader.source = choose.choice(["trainer", "one", "two"])
+                    reports.append(reader.follow(has(reader.source)))
+    ways = {(report.delta_nbytes > 0, report.read_nbytes > 0) for report in reports}
+    assert {(True, False), (False, True)} <= ways  # by deltas alone, and without any
+
+
 @pytest.mark.parametrize("newer", [1, 2, 3])
 def test_a_delta_may_be_overwritten_while_it_is_read_from_a_replica(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, newer: int
@@ -374,6 +418,20 @@ def test_a_delta_that_does_not_fit_is_not_passed_on(
         trainer.step(share=0.005)
         replica.follow(trainer.tensors)
         assert by_delta(reader.follow(trainer.tensors))
+
+
+def test_an_update_of_values_begins_without_deltas_and_in_the_version_that_it_says(
+    registry: Registry,
+) -> None:
+    engine = InProcessEngine()
+    with Trainer(registry, engine) as trainer, Serving(registry, engine, "replica") as replica:
+        reader = Reader(registry, engine, "replica")
+        reader.follow(trainer.tensors)
+        trainer.step()
+        with replica.publication.update({"step": 7}, version=7):
+            assert by_delta(replica.load())
+        report = reader.follow(trainer.tensors)
+        assert (report.version, report.delta_nbytes) == (7, 0)
 
 
 def test_memory_of_deltas_is_given_back_in_a_pause(registry: Registry) -> None:
