@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import torch
 
@@ -42,5 +43,8 @@ class KeptDelta:
         wait_for([buffer.device])
 
 
+_DESCRIBED = attrgetter(*[one.name for one in fields(TensorEntry) if one.name != "addr"])
+
+
 def _layout(entries: Sequence[TensorEntry]) -> object:
-    return {replace(entry, addr=0) for entry in entries}, dict(first_names(entries))
+    return set(map(_DESCRIBED, entries)), dict(first_names(entries))

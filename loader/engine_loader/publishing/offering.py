@@ -131,11 +131,11 @@ def offer_weights(
     memory.callback(USES.end, use)
     began = time.monotonic()
     manifest = with_regions(manifest, offer(engine, memory, *manifest.regions))
+    register_s = time.monotonic() - began
+    metrics.REGISTER_S.observe(register_s)
     shelf = offer_shelf(engine, weights, memory, owner, options)
     if shelf is not None:
         manifest = replace(manifest, deltas=shelf.regions)
-    register_s = time.monotonic() - began
-    metrics.REGISTER_S.observe(register_s)
     header = HeaderCell(device, manifest.marks)
     offer(engine, undo, to_register(header.region, device.type))
     proven = None

@@ -56,6 +56,7 @@ def publish(
 
     Raises:
         TensorsUnusable: Tensors cannot be served, or values cannot be encoded.
+        SnapshotsUnfit: There is no memory for snapshots or deltas.
         EngineFailed: The engine cannot register the memory.
         MemoryInUse: A load fills the memory.
         InvalidField: An argument is not valid; `details["field"]` names it.
