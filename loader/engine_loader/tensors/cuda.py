@@ -25,14 +25,18 @@ _DEVICE_ORDINAL, _IS_LEGACY_CUDA_IPC_CAPABLE, _RANGE_START_ADDR, _RANGE_SIZE = (
     11,
     12,
 )
+_MAPPING_SIZE, _MAPPING_BASE_ADDR = 18, 19
 _KIND_AND_ORDINAL = (ctypes.c_int * 2)(_MEMORY_TYPE, _DEVICE_ORDINAL)
 
 
 def allocation_at(addr: int) -> Region:
     """The allocation of the driver's that an address of device memory lies in: of torch's
-    allocator, one of its segments.
+    allocator, one of its segments. Of memory of cuMemCreate, as of expandable segments, what is
+    mapped there of one handle: its range is all of the addresses that are reserved.
     """
-    return Region(_attribute(_RANGE_START_ADDR, addr), _attribute(_RANGE_SIZE, addr))
+    if can_be_opened_by_others(addr):
+        return Region(_attribute(_RANGE_START_ADDR, addr), _attribute(_RANGE_SIZE, addr))
+    return Region(_attribute(_MAPPING_BASE_ADDR, addr), _attribute(_MAPPING_SIZE, addr))
 
 
 def to_register(region: Region, device_type: str) -> Region:
