@@ -21,9 +21,10 @@ from benchmarks import figures, options
 from benchmarks.figures import Results
 from engine_cli.main import main
 from engine_loader import Shard
-from engine_loader.deltas.apply import apply
+from engine_loader.deltas.apply import apply_all
 from engine_loader.deltas.encode import encode
 from engine_loader.deltas.format import HEADER_NBYTES, capacity_of, directory_of, header_of
+from engine_loader.deltas.stated import Change
 from engine_loader.tensors.regions import describe
 
 _SIDE = 4096  # of a matrix of 16-bit numbers: 32 MiB
@@ -125,10 +126,11 @@ def _apply(
         raise RuntimeError("the delta did not fit into its buffer")
     listed = buffer[header.directory_offset : header.nbytes]
     sections = directory_of(header, bytes(listed.cpu().numpy()), entries)
-    for src, dst in zip(entries, describe(ours, shards).tensors, strict=True):
-        section = sections[src.name]
-        data = buffer[section.offset : section.offset + section.nbytes]
-        apply(data, section, src, ours[src.name], dst)
+    changes = [
+        Change(sections[src.name], src, ours[src.name], dst)
+        for src, dst in zip(entries, describe(ours, shards).tensors, strict=True)
+    ]
+    apply_all(buffer, changes)
 
 
 def _compare(ours: Tensors, after: Tensors) -> None:

@@ -1,40 +1,62 @@
-"""Writes the changes of one tensor into ours. Pure.
+"""Writes the changes of tensors into ours. Pure.
 
-Called by a load that has read a section of a delta. The bytes may be anything: nothing is written
+Called by a load that has read a delta. The bytes may be anything: nothing is written
 before all of them are proven and have been found to fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import xxhash
 
+from engine_loader.deltas.apply_on_gpu import apply_by_kernel
 from engine_loader.deltas.blocks import as_integers
-from engine_loader.deltas.format import (
-    BLOCK,
-    DENSE,
-    GAPS,
-    SAME,
-    SHORTS,
-    Section,
-    block_length,
-    check_fits,
-    padded,
-)
+from engine_loader.deltas.format import DENSE, GAPS, SHORTS, Section
 from engine_loader.deltas.places import Moved, Way, same_places, ways
-from engine_loader.errors import DeltaDamaged
+from engine_loader.deltas.stated import (
+    Change,
+    Stated,
+    check_digest,
+    check_gaps,
+    check_nbytes,
+    stated,
+    table_nbytes,
+)
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.regions import strides_of
 from engine_registry.schema.manifest import TensorEntry
 
 _AT_ONCE = 1 << 20  # elements: their places take more memory than they do
+
+
+@plain_torch()
+def apply_all(data: torch.Tensor, changes: Sequence[Change]) -> None:
+    """Brings tensors from the content before the delta to the one behind it.
+
+    As `apply` does it with each of them. Where both lie on one GPU, kernels do it for all at once.
+
+    Args:
+        data: uint8, the bytes of the delta from its header on, in memory that nobody else writes
+            to.
+        changes: what the directory says of each tensor, both entries of it, and our tensor.
+
+    Raises:
+        DeltaDamaged: a section is not what the directory states, or does not fit the source's
+            tensor. Others may have been applied.
+        ValueError: a tensor is not as its entry says, or is not of one whole with the source's.
+    """
+    for each in changes:
+        _check(each.src, each.tensor, each.dst)
+    here = [each for each in changes if each.tensor.device == data.device]
+    done = apply_by_kernel(data, here)
+    for each in changes:
+        if not done or each.tensor.device != data.device:
+            changed = data[each.section.offset : each.section.end]
+            apply(changed, each.section, each.src, each.tensor, each.dst)
 
 
 @plain_torch()
@@ -87,7 +109,7 @@ def apply(
                         ours.scatter_(0, places, some)
 
 
-def _moved(data: torch.Tensor, block: _Block, values: torch.Tensor, way: Way) -> Iterator[Moved]:
+def _moved(data: torch.Tensor, block: Stated, values: torch.Tensor, way: Way) -> Iterator[Moved]:
     if block.kind != DENSE:
         for places, some in _listed(data, block, values):
             yield from way.of(places, some)
@@ -107,73 +129,24 @@ def _check(src: TensorEntry, tensor: torch.Tensor, dst: TensorEntry) -> None:
         raise ValueError(f"{dst.name}: it is not of one whole with the source's")
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Of the elements from `first` to `end`, of which so many are listed."""
-
-    kind: int
-    count: int
-    first: int
-    end: int
-    gaps_at: int
-    values_at: int
-
-    @property
-    def gaps_nbytes(self) -> int:
-        return _gaps_nbytes(self.kind, self.count)
-
-
-def _gaps_nbytes(kind: int, count: int) -> int:
-    return count * GAPS[kind].itemsize if kind in GAPS else 0
-
-
-def _proven(data: torch.Tensor, section: Section, src: TensorEntry) -> list[_Block]:
+def _proven(data: torch.Tensor, section: Section, src: TensorEntry) -> list[Stated]:
     """The blocks in which something changed."""
-    check_fits(section, src)
+    nbytes = table_nbytes(section, src)
     packed = data.cpu().numpy()
-    if packed.nbytes != section.nbytes:
-        raise DeltaDamaged(f"{src.name}: {packed.nbytes} bytes came of {section.nbytes}")
-    if xxhash.xxh3_128_digest(packed.data) != section.digest:
-        raise DeltaDamaged(f"{src.name}: its changes differ from their digest")
-    blocks = list(_stated(packed, section, src))
+    check_nbytes(packed.nbytes, section, src)
+    check_digest(xxhash.xxh3_128_digest(packed.data), section, src)
+    blocks = list(stated(packed[:nbytes].tobytes(), section, src))
     for block in blocks:
         if block.kind in GAPS:
-            gaps = packed[block.gaps_at : block.gaps_at + block.gaps_nbytes]
-            _check_gaps(gaps.view(GAPS[block.kind]), block.end - block.first, src)
-    return [block for block in blocks if block.kind != SAME]
-
-
-def _stated(packed: npt.NDArray[Any], section: Section, src: TensorEntry) -> Iterator[_Block]:
-    """Each block as the table has it. All is in the section only if the last one is followed by the
-    end, and not by an error.
-    """
-    step = block_length(section.itemsize)
-    starts = range(0, section.elements, step)
-    at = len(starts) * BLOCK.itemsize
-    if at > section.nbytes:
-        raise DeltaDamaged(f"{src.name}: its changes are cut short")
-    for first, (count, kind, _) in zip(starts, packed[:at].view(BLOCK).tolist(), strict=True):
-        end = min(first + step, section.elements)
-        elements = end - first
-        right = {SAME: count == 0, DENSE: count == elements}.get(kind, 0 < count <= elements)
-        if kind not in (SAME, *GAPS, DENSE) or not right:
-            raise DeltaDamaged(
-                f"{src.name}: a block of {elements} elements has kind {kind} and lists {count}"
-            )
-        values_at = at + padded(_gaps_nbytes(kind, count))
-        yield _Block(kind, count, first, end, at, values_at)
-        at = values_at + padded(count * section.itemsize)
-    if at != section.nbytes:
-        raise DeltaDamaged(f"{src.name}: its changes have {section.nbytes} bytes, and need {at}")
-
-
-def _check_gaps(gaps: npt.NDArray[Any], elements: int, src: TensorEntry) -> None:
-    if gaps.sum(dtype=np.int64) >= elements or np.count_nonzero(gaps[1:]) < len(gaps) - 1:
-        raise DeltaDamaged(f"{src.name}: changes lie outside of it, or two at one place")
+            some = packed[block.gaps_at : block.gaps_at + block.gaps_nbytes]
+            gaps = some.view(GAPS[block.kind])
+            zeros = len(gaps) - 1 - np.count_nonzero(gaps[1:])
+            check_gaps(block, int(gaps.sum(dtype=np.int64)), zeros, src)
+    return blocks
 
 
 def _write_by_numpy(
-    data: torch.Tensor, block: _Block, values: torch.Tensor, ours: torch.Tensor
+    data: torch.Tensor, block: Stated, values: torch.Tensor, ours: torch.Tensor
 ) -> None:
     """By one thread: torch would have all of its threads take part in each step, and wait for the
     last of them.
@@ -191,7 +164,7 @@ def _write_by_numpy(
         last = int(places[-1])
 
 
-def _listed(data: torch.Tensor, block: _Block, values: torch.Tensor) -> Iterator[Moved]:
+def _listed(data: torch.Tensor, block: Stated, values: torch.Tensor) -> Iterator[Moved]:
     """The places and the values of a block that is not dense, some after the others."""
     gaps = data[block.gaps_at : block.gaps_at + block.gaps_nbytes]
     if block.kind == SHORTS:

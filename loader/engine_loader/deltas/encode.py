@@ -12,27 +12,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 
-from engine_loader.deltas.blocks import Block, as_integers, block_of
+from engine_loader.deltas.blocks import Block, block_of
+from engine_loader.deltas.encode_on_gpu import sections_by_kernel
 from engine_loader.deltas.format import (
     BLOCK,
     BLOCK_NBYTES,
     HEADER_NBYTES,
     DeltaHeader,
+    DoesNotFit,
     Section,
-    block_length,
-    first_names,
     packed_directory,
     padded,
 )
+from engine_loader.deltas.pairs import Pair, Sides, pairs_of
 from engine_loader.tensors.cuda import wait_for
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.tensors.regions import strides_of
 from engine_registry.schema.manifest import TensorEntry
 
 
@@ -45,11 +44,6 @@ class Encoded:
 
 
 _MOST = 64  # blocks that a thread takes at a time
-_Sides = tuple[torch.Tensor, torch.Tensor]  # a block before and after
-
-
-class _DoesNotFit(Exception):
-    pass
 
 
 @plain_torch()
@@ -88,19 +82,26 @@ def encode(
     if buffer.numel() < HEADER_NBYTES:
         raise ValueError(f"a delta takes {HEADER_NBYTES} bytes at least")
     erase(buffer)
-    pairs = _pairs(entries, before, after)
-    if not all(one.is_cpu for pair in pairs for one in (pair.before, pair.after)):
-        threads = 1  # the device works by itself
-    writer = _Writer(buffer)
+    pairs = pairs_of(entries, before, after)
     try:
-        with closing(
-            _in_order((each for pair in pairs for each in pair.blocks()), threads)
-        ) as found:
-            for pair in pairs:
-                writer.write(pair, islice(found, pair.length))
-        header = writer.finish(len(entries), from_content, to_content)
-    except _DoesNotFit:
+        sections = sections_by_kernel(pairs, buffer)
+        if sections is None:
+            sections = _sections(pairs, buffer, threads)
+        packed = packed_directory(sections)
+        start = sections[-1].end if sections else HEADER_NBYTES
+        if packed:  # torch makes no tensor of nothing
+            _put(_tensor(packed), buffer, start)
+    except DoesNotFit:
         return None
+    header = DeltaHeader(
+        from_content,
+        to_content,
+        start + len(packed),
+        len(entries),
+        len(sections),
+        start,
+        xxhash.xxh3_128_digest(packed),
+    )
     wait_for([buffer.device])
     buffer[:HEADER_NBYTES].copy_(_tensor(header.packed()))
     wait_for([buffer.device])
@@ -114,48 +115,18 @@ def erase(buffer: torch.Tensor) -> None:
     wait_for([buffer.device])
 
 
-class _Pair(NamedTuple):
-    """A tensor in two versions, as integers."""
-
-    number: int
-    before: torch.Tensor
-    after: torch.Tensor
-
-    @property
-    def length(self) -> int:
-        """In blocks."""
-        return -(-self.after.numel() // block_length(self.after.itemsize))
-
-    def blocks(self) -> Iterator[_Sides]:
-        step = block_length(self.after.itemsize)
-        for start in range(0, self.after.numel(), step):
-            yield self.before[start : start + step], self.after[start : start + step]
+def _sections(pairs: Sequence[Pair], buffer: torch.Tensor, threads: int) -> list[Section]:
+    """Writes them behind the header's place, block by block."""
+    if not all(one.is_cpu for pair in pairs for one in (pair.before, pair.after)):
+        threads = 1  # the device works by itself
+    writer = _Writer(buffer)
+    with closing(_in_order((each for pair in pairs for each in pair.blocks()), threads)) as found:
+        for pair in pairs:
+            writer.write(pair, islice(found, pair.length))
+    return writer.sections
 
 
-def _pairs(
-    entries: Sequence[TensorEntry],
-    before: Mapping[str, torch.Tensor],
-    after: Mapping[str, torch.Tensor],
-) -> list[_Pair]:
-    numbers = {name: at for at, name in enumerate(sorted(entry.name for entry in entries))}
-    firsts = first_names(entries)
-    pairs = []
-    for entry in sorted(entries, key=lambda entry: entry.name):
-        if not entry.nbytes or firsts[entry.name] != entry.name:
-            continue
-        sides = before[entry.name], after[entry.name]
-        for one in sides:
-            if (
-                tuple(one.shape) != entry.shape
-                or one.nbytes != entry.nbytes
-                or strides_of(one) != entry.strides
-            ):
-                raise ValueError(f"{entry.name}: the tensor is not as its entry says")
-        pairs.append(_Pair(numbers[entry.name], *map(as_integers, sides)))
-    return pairs
-
-
-def _in_order(sides: Iterable[_Sides], threads: int) -> Generator[Block]:
+def _in_order(sides: Iterable[Sides], threads: int) -> Generator[Block]:
     """What changed in each. Threads are a few batches ahead, and no more."""
     if threads <= 1:
         yield from (block_of(*each) for each in sides)
@@ -174,9 +145,9 @@ def _in_order(sides: Iterable[_Sides], threads: int) -> Generator[Block]:
                 future.cancel()
 
 
-def _batches(sides: Iterable[_Sides]) -> Iterator[list[_Sides]]:
+def _batches(sides: Iterable[Sides]) -> Iterator[list[Sides]]:
     """Each is of as much as a block, or of several small ones."""
-    batch: list[_Sides] = []
+    batch: list[Sides] = []
     for each in sides:
         batch.append(each)
         if len(batch) == _MOST or sum(after.nbytes for _, after in batch) >= BLOCK_NBYTES:
@@ -187,17 +158,17 @@ def _batches(sides: Iterable[_Sides]) -> Iterator[list[_Sides]]:
 
 
 @plain_torch()
-def _blocks_of(batch: Sequence[_Sides]) -> list[Block]:
+def _blocks_of(batch: Sequence[Sides]) -> list[Block]:
     return [block_of(*each) for each in batch]
 
 
 class _Writer:
     def __init__(self, buffer: torch.Tensor) -> None:
+        self.sections: list[Section] = []
         self._buffer = buffer
         self._end = HEADER_NBYTES
-        self._sections: list[Section] = []
 
-    def write(self, pair: _Pair, blocks: Iterator[Block]) -> None:
+    def write(self, pair: Pair, blocks: Iterator[Block]) -> None:
         """A section, unless the tensor is the same."""
         elements, itemsize = pair.after.numel(), pair.after.itemsize
         start, table = self._end, []
@@ -210,38 +181,29 @@ class _Writer:
         if not any(count for count, _, _ in table):
             self._end = start
             return
-        self._put_at(start, _tensor(np.array(table, BLOCK).tobytes()))
+        _put(_tensor(np.array(table, BLOCK).tobytes()), self._buffer, start)
         digest = xxhash.xxh3_128_digest(self._buffer[start : self._end].cpu().numpy().data)
-        self._sections.append(
+        self.sections.append(
             Section(pair.number, itemsize, start, self._end - start, elements, digest)
-        )
-
-    def finish(self, tensors: int, from_content: str, to_content: str) -> DeltaHeader:
-        """Writes the directory. The header is yet to be written."""
-        packed, at = packed_directory(self._sections), self._end
-        if packed:  # torch makes no tensor of nothing
-            self._put(_tensor(packed))
-        digest = xxhash.xxh3_128_digest(packed)
-        return DeltaHeader(
-            from_content, to_content, self._end, tensors, len(self._sections), at, digest
         )
 
     def _put(self, part: torch.Tensor) -> None:
         """Filled up with zeros to a multiple of 8 bytes."""
-        self._put_at(self._end, part)
+        _put(part, self._buffer, self._end)
         end = self._end + part.nbytes
         self._end = padded(end)
         if self._end > end:
             self._buffer[end : self._end].zero_()
 
-    def _put_at(self, start: int, part: torch.Tensor) -> None:
-        if start + padded(part.nbytes) > self._buffer.numel():
-            raise _DoesNotFit
-        into, data = self._buffer[start : start + part.nbytes], part.view(torch.uint8)
-        if into.is_cpu and data.is_cpu:  # torch would have all of its threads copy each part
-            np.copyto(into.numpy(), data.numpy())
-        else:
-            into.copy_(data)
+
+def _put(part: torch.Tensor, buffer: torch.Tensor, start: int) -> None:
+    if start + padded(part.nbytes) > buffer.numel():
+        raise DoesNotFit
+    into, data = buffer[start : start + part.nbytes], part.view(torch.uint8)
+    if into.is_cpu and data.is_cpu:  # torch would have all of its threads copy each part
+        np.copyto(into.numpy(), data.numpy())
+    else:
+        into.copy_(data)
 
 
 def _tensor(packed: bytes) -> torch.Tensor:

@@ -79,6 +79,10 @@ GAPS: dict[int, np.dtype[Any]] = {BYTES: np.dtype("<u1"), SHORTS: np.dtype("<u2"
 _PADDING = 16  # at most, of the contents of a block
 
 
+class DoesNotFit(Exception):
+    """A delta into its buffer."""
+
+
 @dataclass(frozen=True)
 class DeltaHeader:
     """What a reader has to know before it reads the rest. `directory_offset` and `nbytes` count
@@ -131,6 +135,10 @@ class Section:
     nbytes: int
     elements: int
     digest: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
 
 
 def header_of(data: bytes, entries: Collection[TensorEntry]) -> DeltaHeader | None:

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from engine_loader.deltas.apply import apply
+from engine_loader.deltas.apply import apply_all
 from engine_loader.deltas.format import HEADER_NBYTES, DeltaHeader, directory_of, header_of
 from engine_loader.deltas.kept import KeptDelta
+from engine_loader.deltas.stated import Change
 from engine_loader.engines.base import Engine, lend
 from engine_loader.errors import DeltaDamaged, SourceLost, TornRead
 from engine_loader.planning.matching import of_one_tensor
@@ -212,14 +213,15 @@ class Deltas:
             raise DeltaDamaged("a delta was overwritten while it was read")
         behind = data[header.directory_offset : header.nbytes]
         sections = directory_of(header, bytes(behind.cpu().numpy()), entries.values())
+        changes = []
         for entry in dst.tensors:
             section = sections.get(entry.name)
             if section is None or (entry.opaque and not source.origin.own):
                 continue
             offer = entries[entry.name]
             if of_one_tensor(offer, entry):
-                changes = data[section.offset : section.offset + section.nbytes]
-                apply(changes, section, offer, tensors[entry.name], entry)
+                changes.append(Change(section, offer, tensors[entry.name], entry))
+        apply_all(data, changes)
 
     def _memory(self, nbytes: int, undo: ExitStack) -> torch.Tensor:
         """That the engine may write to until `undo` is closed."""

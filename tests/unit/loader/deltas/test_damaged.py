@@ -15,7 +15,7 @@ import xxhash
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from engine_loader.deltas.apply import apply
+from engine_loader.deltas.apply import apply_all
 from engine_loader.deltas.format import (
     BLOCK,
     BYTES,
@@ -29,18 +29,20 @@ from engine_loader.deltas.format import (
     header_of,
     packed_directory,
 )
+from engine_loader.deltas.stated import Change
 from engine_loader.errors import DeltaDamaged
 from engine_loader.tensors.regions import describe
-from engine_registry import TensorEntry
 from tests.support.builders import an_entry
 from tests.support.deltas import (
     AFTER,
     BEFORE,
     Guarded,
+    Route,
     as_bytes,
     blocks_of,
-    bytes_of,
+    bring,
     delta,
+    routes,
     sections_of,
 )
 
@@ -53,15 +55,11 @@ DATA = delta(ENTRIES, OLD, NEW)
 HEADER = header_of(DATA[:HEADER_NBYTES], ENTRIES)
 
 
-def apply_all(data: bytes, entries: tuple[TensorEntry, ...], ours: dict[str, Guarded]) -> None:
-    ours_by_name = {entry.name: entry for entry in entries}
-    for name, section in sections_of(data, entries).items():
-        entry = ours_by_name[name]
-        apply(bytes_of(data, section), section, entry, ours[name].tensor, entry)
-
-
+@routes
 @given(st.data())
-def test_changed_or_missing_bytes_are_found_or_make_no_difference(data: st.DataObject) -> None:
+def test_changed_or_missing_bytes_are_found_or_make_no_difference(
+    route: Route, data: st.DataObject
+) -> None:
     came = bytearray(DATA)
     for at in data.draw(st.lists(st.integers(0, len(came) - 1), min_size=1, max_size=4)):
         came[at] ^= data.draw(st.integers(1, 255))
@@ -69,7 +67,8 @@ def test_changed_or_missing_bytes_are_found_or_make_no_difference(data: st.DataO
         del came[data.draw(st.integers(0, len(came))) :]
     ours = {name: Guarded(tensor) for name, tensor in OLD.items()}
     try:
-        apply_all(bytes(came), ENTRIES, ours)
+        with route():
+            bring(bytes(came), ENTRIES, {name: one.tensor for name, one in ours.items()})
     except DeltaDamaged:
         assert bytes(came) != DATA
     else:
@@ -128,7 +127,8 @@ def test_a_delta_of_another_content_is_named() -> None:
             HEADER.must_lead(before, after)
 
 
-def test_a_reader_that_was_too_slow_sees_that_the_buffer_has_another_delta() -> None:
+@routes
+def test_a_reader_that_was_too_slow_sees_that_the_buffer_has_another_delta(route: Route) -> None:
     header = HEADER
     assert header is not None
     newer = {name: tensor.clone() for name, tensor in NEW.items()}
@@ -138,11 +138,12 @@ def test_a_reader_that_was_too_slow_sees_that_the_buffer_has_another_delta() -> 
     assert len(came) == len(DATA)
     with pytest.raises(DeltaDamaged, match="differs from its digest"):
         directory_of(header, came[header.directory_offset :], ENTRIES)
+    data = torch.frombuffer(bytearray(came), dtype=torch.uint8)
     for name, section in GOOD.items():
         (entry,) = [entry for entry in ENTRIES if entry.name == name]
         ours = OLD[name].clone()
-        with pytest.raises(DeltaDamaged, match="differ from their digest"):
-            apply(bytes_of(came, section), section, entry, ours, entry)
+        with route(), pytest.raises(DeltaDamaged, match="differ from their digest"):
+            apply_all(data, [Change(section, entry, ours, entry)])
         assert torch.equal(ours, OLD[name])
 
 
@@ -187,11 +188,13 @@ def section_with(
 ENTRY = an_entry(nbytes=200, shape=(100,), dtype="int16")
 
 
-def apply_to_zeros(data: torch.Tensor, section: Section) -> bytes:
+def apply_to_zeros(route: Route, data: torch.Tensor, section: Section) -> bytes:
     """What 100 elements of 2 bytes are afterwards."""
     guarded = Guarded(torch.zeros(100, dtype=torch.int16))
+    whole = torch.cat([torch.zeros(section.offset, dtype=torch.uint8), data])
     try:
-        apply(data, section, ENTRY, guarded.tensor, ENTRY)
+        with route():
+            apply_all(whole, [Change(section, ENTRY, guarded.tensor, ENTRY)])
     except DeltaDamaged:
         assert not any(as_bytes(guarded.tensor))
         raise
@@ -200,6 +203,7 @@ def apply_to_zeros(data: torch.Tensor, section: Section) -> bytes:
     return as_bytes(guarded.tensor)
 
 
+@routes
 @pytest.mark.parametrize(
     ("table", "content"),
     [
@@ -223,24 +227,28 @@ def apply_to_zeros(data: torch.Tensor, section: Section) -> bytes:
     ids=str,
 )
 def test_a_section_that_does_not_fit_the_tensor_is_refused(
-    table: list[tuple[int, int]], content: bytes
+    route: Route, table: list[tuple[int, int]], content: bytes
 ) -> None:
     with pytest.raises(DeltaDamaged):
-        apply_to_zeros(*section_with(table, content))
+        apply_to_zeros(route, *section_with(table, content))
 
 
-def test_a_good_block_before_a_bad_one_is_not_written_either() -> None:
+@routes
+def test_a_good_block_before_a_bad_one_is_not_written_either(route: Route) -> None:
     good, bad = (bytes([gap, *bytes(7)]) + b"\7" * 2 + bytes(6) for gap in (0, 4))
     data, section = section_with([(1, BYTES)] * 4, good * 3 + bad)
     with blocks_of(64), pytest.raises(DeltaDamaged, match="outside of it"):
-        apply_to_zeros(data, section)
+        apply_to_zeros(route, data, section)
     data, section = section_with([(1, BYTES)] * 4, good * 4)
     with blocks_of(64):
-        assert apply_to_zeros(data, section)[::64] == b"\7" * 4
+        assert apply_to_zeros(route, data, section)[::64] == b"\7" * 4
 
 
+@routes
 @given(st.data())
-def test_a_hostile_section_is_refused_or_stays_in_the_tensor(data: st.DataObject) -> None:
+def test_a_hostile_section_is_refused_or_stays_in_the_tensor(
+    route: Route, data: st.DataObject
+) -> None:
     """Its digest is right."""
     kind = data.draw(st.sampled_from([BYTES, SHORTS, DENSE, SAME, 9]))
     count = data.draw(st.integers(0, 102))
@@ -252,17 +260,18 @@ def test_a_hostile_section_is_refused_or_stays_in_the_tensor(data: st.DataObject
     values = bytes((2 * min(count, 100) + 7) // 8 * 8)
     content = data.draw(room | st.just(bytes(gaps) + values))
     try:
-        apply_to_zeros(*section_with([(count, kind)], content))
+        apply_to_zeros(route, *section_with([(count, kind)], content))
     except DeltaDamaged:
         event("refused")
     else:
         event("applied")
 
 
-def test_a_section_of_another_tensor_is_refused() -> None:
+@routes
+def test_a_section_of_another_tensor_is_refused(route: Route) -> None:
     data, section = section_with([(1, BYTES)], bytes(16), elements=200, itemsize=1)
     with pytest.raises(DeltaDamaged, match="does not fit a tensor"):
-        apply_to_zeros(data, section)
+        apply_to_zeros(route, data, section)
 
 
 def test_a_header_says_what_was_written() -> None:
