@@ -23,26 +23,35 @@ _ONE_AT_A_TIME = threading.Lock()
 def interpreted(name: str) -> Iterator[ModuleType]:
     """A copy of that module whose kernels the interpreter runs, until the end of the block."""
     module = copy_of(name)
+    functions = _functions_of_triton()
     with _ONE_AT_A_TIME:
-        compiled = _exchange(_functions_of_triton())
+        before = [(each, dict(vars(each))) for each in _parts_of_triton()]
+        for each, replacements in functions:
+            for function, replacement in replacements.items():
+                setattr(each, function, replacement)
         try:
             yield module
         finally:
-            _exchange(compiled)
+            for each, content in before:
+                _restore(each, content)
 
 
-Functions = list[tuple[ModuleType, dict[str, Any]]]
+def _parts_of_triton() -> list[Any]:
+    """What the interpreter changes, which does not change all of it back."""
+    import triton.language as tl
+
+    classes = [each for each in vars(tl.core).values() if inspect.isclass(each)]
+    ours = [each for each in classes if each.__module__ == tl.core.__name__]
+    return [tl, tl.core, tl.standard, tl.math, *ours]
 
 
-def _exchange(functions: Functions) -> Functions:
-    """Those that were there before."""
-    before = [
-        (module, {name: getattr(module, name) for name in each}) for module, each in functions
-    ]
-    for module, each in functions:
-        for name, function in each.items():
-            setattr(module, name, function)
-    return before
+def _restore(part: Any, content: dict[str, Any]) -> None:
+    for name, value in dict(vars(part)).items():
+        if name in content:
+            if value is not content[name]:
+                setattr(part, name, content[name])
+        elif inspect.isclass(part):  # names in modules are what rewritten functions refer to
+            delattr(part, name)
 
 
 @functools.cache
@@ -59,7 +68,7 @@ def copy_of(name: str) -> ModuleType:
 
 
 @functools.cache
-def _functions_of_triton() -> Functions:
+def _functions_of_triton() -> list[tuple[ModuleType, dict[str, Any]]]:
     """Those that are kernels themselves, such as `tl.sum`."""
     import triton.language as tl
 
