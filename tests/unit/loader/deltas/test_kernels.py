@@ -8,15 +8,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import pytest
 import torch
+import triton
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from engine_loader import deltas
-from engine_loader.deltas import apply_on_gpu, encode_on_gpu, on_gpu
+from engine_loader.deltas import apply_kernel, apply_on_gpu, encode_kernel, encode_on_gpu, on_gpu
 from engine_loader.deltas.blocks import as_integers, block_of
 from engine_loader.deltas.encode import encode
 from engine_loader.deltas.format import (
@@ -167,6 +172,50 @@ def test_nothing_is_written_where_one_of_several_tensors_is_damaged() -> None:
     with by_kernel(), pytest.raises(DeltaDamaged, match="b: its changes differ"):
         bring(bytes(data), entries, before)
     assert not before["a"].any()
+
+
+POINTERS = {
+    "blocks": "*i64",
+    "whose": "*i32",
+    "found": "*i32",
+    "places": "*i32",
+    "sums": "*i32",
+    "starts": "*i64",
+    "ends": "*i64",
+}
+CONSTANTS = {"TILE": 4096, "STEP": 512, "TILES": 512, "PART": 1024, "PARTS": 512, "DIMENSIONS": 2}
+
+
+@pytest.mark.parametrize("itemsize", [1, 8])
+@pytest.mark.parametrize(
+    ("module", "name", "columns"),
+    [
+        (encode_kernel, "_look", 4),
+        (encode_kernel, "_add_up", 4),
+        (encode_kernel, "_write", 11),
+        (apply_kernel, "_measure", 4),
+        (apply_kernel, "_add_up", 4),
+        (apply_kernel, "_place", 13),
+    ],
+)
+def test_they_compile_for_a_gpu(
+    module: ModuleType,
+    name: str,
+    columns: int,
+    itemsize: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The interpreter accepts more than the compiler does."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(module, name)
+    element = module._ELEMENTS[itemsize].value
+    constants = CONSTANTS | {"COLUMNS": columns, "ELEMENT": element}
+    signature = {each: POINTERS.get(each, "constexpr") for each in kernel.arg_names}
+    source = ASTSource(
+        kernel, signature, {each: constants[each] for each in signature if each in constants}
+    )
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 
 def test_without_kernels_the_bytes_are_the_same(
