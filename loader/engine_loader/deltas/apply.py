@@ -1,7 +1,7 @@
 """Writes the changes of tensors into ours. Pure.
 
-Called by a load that has read a delta. The bytes may be anything: nothing is written
-before all of them are proven and have been found to fit.
+Called by a load that has read a delta. Its bytes may be anything: nothing of a section is written
+before all of it is proven and has been found to fit.
 """
 
 from __future__ import annotations
@@ -51,12 +51,10 @@ def apply_all(data: torch.Tensor, changes: Sequence[Change]) -> None:
     """
     for each in changes:
         _check(each.src, each.tensor, each.dst)
-    here = [each for each in changes if each.tensor.device == data.device]
-    done = apply_by_kernel(data, here)
-    for each in changes:
-        if not done or each.tensor.device != data.device:
-            changed = data[each.section.offset : each.section.end]
-            apply(changed, each.section, each.src, each.tensor, each.dst)
+    if apply_by_kernel(data, [each for each in changes if each.tensor.device == data.device]):
+        changes = [each for each in changes if each.tensor.device != data.device]
+    for section, src, tensor, dst in changes:
+        apply(data[section.offset : section.end], section, src, tensor, dst)
 
 
 @plain_torch()

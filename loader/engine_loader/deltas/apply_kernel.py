@@ -44,13 +44,11 @@ def _gaps(row, number, inside):  # type: ignore[no-untyped-def]
     """Those of a block with these numbers."""
     addr = tl.load(row)
     if tl.load(row + 2) == _BYTES:
-        some = tl.load(addr.to(tl.pointer_type(tl.uint8)) + number, mask=inside, other=0).to(
-            tl.int32
-        )
+        octets = addr.to(tl.pointer_type(tl.uint8))
+        some = tl.load(octets + number, mask=inside, other=0).to(tl.int32)
     else:
-        some = tl.load(addr.to(tl.pointer_type(tl.uint16)) + number, mask=inside, other=0).to(
-            tl.int32
-        )
+        shorts = addr.to(tl.pointer_type(tl.uint16))
+        some = tl.load(shorts + number, mask=inside, other=0).to(tl.int32)
     return some
 
 

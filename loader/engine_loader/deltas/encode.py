@@ -1,7 +1,8 @@
 """Writes the delta between two versions of a rank's tensors into a buffer. Pure.
 
-Called by a publisher that keeps both versions. Threads work on blocks if it wants several; they end
-before `encode` returns.
+Called by a publisher that keeps both versions. Where these and the buffer lie on one GPU, kernels
+do the work. Elsewhere threads work on blocks if several are wanted; they end before `encode`
+returns.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class _Reader:
         self._rest = memoryview(b"")
 
     def take(self, nbytes: int) -> Iterator[memoryview]:
-        while nbytes:
+        while nbytes > 0:
             if not self._rest:
                 self._rest = next(self._pieces)
             some = self._rest[:nbytes]
