@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from unittest import mock
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from engine_loader.deltas import apply as applying
+from engine_loader.deltas import apply_on_gpu, encode_on_gpu
 from engine_loader.deltas import encode as encoding
 from engine_loader.deltas.apply import apply, apply_all
 from engine_loader.deltas.blocks import as_integers
@@ -119,7 +121,8 @@ def various() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return before, after
 
 
-def test_kernels_write_and_bring_what_the_host_does() -> None:
+@pytest.mark.parametrize("at_once", [1 << 27, 1 << 20], ids=["at once", "block by block"])
+def test_kernels_write_and_bring_what_the_host_does(at_once: int) -> None:
     """On the last GPU, which need not be the current one."""
     before, after = various()
     entries = describe(after).tensors
@@ -130,7 +133,14 @@ def test_kernels_write_and_bring_what_the_host_does() -> None:
     for side, tensors in ((old, before), (new, after)):  # at an odd address
         side["odd"] = storage.clone()[3:].copy_(tensors["odd"])
     buffer = torch.zeros(capacity_of(entries), dtype=torch.uint8, device=gpu)
-    with mock.patch.object(encoding, "block_of", None), mock.patch.object(applying, "apply", None):
+    with ExitStack() as stack:
+        for module, name, value in (
+            (encoding, "block_of", None),
+            (applying, "apply", None),
+            (encode_on_gpu, "_AT_ONCE", at_once),
+            (apply_on_gpu, "_AT_ONCE_NBYTES", at_once),
+        ):
+            stack.enter_context(mock.patch.object(module, name, value))
         encoded = encode(entries, old, new, buffer, BEFORE, AFTER)
         assert encoded is not None
         assert bytes(buffer[: encoded.nbytes].cpu().numpy()) == wanted

@@ -89,6 +89,7 @@ def by_kernel(tile: int = 64, step: int = 16, tiles: int = 4) -> Iterator[None]:
         for module, name, value in (
             (encode_kernel, "_TILE", tile),
             (encode_kernel, "_STEP", step),
+            (encode_kernel, "_SOME", step // 2),
             (encode_kernel, "_TILES", tiles),
             (apply_kernel, "_PART", step),
             (apply_kernel, "_PARTS", tiles),

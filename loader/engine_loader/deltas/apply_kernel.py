@@ -19,12 +19,8 @@ from engine_loader.deltas.on_gpu import Numbers, tiles_of
 
 _PART = 1024  # elements; the sum of their gaps fits into 32 bits
 _PARTS = 512  # of a block, that are added up at a time
-_ELEMENTS = {
-    1: tl.constexpr(tl.int8),
-    2: tl.constexpr(tl.int16),
-    4: tl.constexpr(tl.int32),
-    8: tl.constexpr(tl.int64),
-}
+_INTEGERS = (tl.int8, tl.int16, tl.int32, tl.int64)
+_ELEMENTS = {each.primitive_bitwidth // 8: tl.constexpr(each) for each in _INTEGERS}
 _BYTES, _DENSE = tl.constexpr(BYTES), tl.constexpr(DENSE)
 
 

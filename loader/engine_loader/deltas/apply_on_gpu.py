@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from math import prod
 from types import ModuleType
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from engine_loader.deltas.on_gpu import digests_of, groups_of, on_device, on_one_gpu
+from engine_loader.deltas.on_gpu import digests_of, on_device, on_one_gpu
 from engine_loader.deltas.places import Way, same_places, ways
 from engine_loader.deltas.stated import (
     Change,
@@ -33,6 +34,8 @@ from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
+_AT_ONCE_NBYTES = 4 << 30  # of tensors; what is noted of their parts takes 2 % of it at most
+_Proven = tuple[Change, list[Stated]]
 
 
 def apply_by_kernel(data: torch.Tensor, changes: Sequence[Change]) -> bool:
@@ -52,7 +55,7 @@ def apply_by_kernel(data: torch.Tensor, changes: Sequence[Change]) -> bool:
 
         with on_device(data.device):
             blocks = list(zip(changes, _proven(data, changes), strict=True))
-            for group in groups_of(blocks, lambda pair: pair[0].src.nbytes):
+            for group in _groups_of(blocks):
                 _apply(data, group, apply_kernel)
     except DeltaDamaged:
         raise
@@ -84,6 +87,12 @@ def _proven(data: torch.Tensor, changes: Sequence[Change]) -> list[list[Stated]]
     return blocks
 
 
+def _groups_of(some: Sequence[_Proven]) -> Iterator[Sequence[_Proven]]:
+    ends = np.cumsum([change.src.nbytes for change, _ in some]) // _AT_ONCE_NBYTES
+    for first, last in pairwise([0, *(np.diff(ends).nonzero()[0] + 1).tolist(), len(some)]):
+        yield some[first:last]
+
+
 class _Rows(NamedTuple):
     """Of blocks whose elements have one size, and which go to tensors of so many dimensions."""
 
@@ -92,9 +101,7 @@ class _Rows(NamedTuple):
     more: list[tuple[int, ...]]  # as `apply_kernel.place` has them; with the numbers of tables
 
 
-def _apply(
-    data: torch.Tensor, group: Sequence[tuple[Change, list[Stated]]], kernel: ModuleType
-) -> None:
+def _apply(data: torch.Tensor, group: Sequence[_Proven], kernel: ModuleType) -> None:
     """Nothing is written before all gaps of the group are proven."""
     kinds: defaultdict[tuple[int, int], _Rows] = defaultdict(lambda: _Rows([], [], []))
     tables: list[torch.Tensor] = []

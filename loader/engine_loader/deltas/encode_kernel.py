@@ -1,9 +1,9 @@
 """Finds what has changed in many blocks on a GPU, and writes it, by Triton. Called by
 `deltas.encode_on_gpu`.
 
-A program takes a tile of a block. `look` counts what a tile has changed, adds up the tiles of each
-block, and says where in the block's contents each tile writes; `write` then does. Where Triton or
-the compiler that it needs is missing, `deltas.blocks` does without.
+A program takes a tile of a block. `look` lists the places in a tile that have changed, adds up the
+tiles of each block, and says where in the block's contents each tile writes; `write` then does.
+Where Triton or the compiler that it needs is missing, `deltas.blocks` does without.
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ from engine_loader.deltas.format import BYTES, DENSE, GAPS, SHORTS
 from engine_loader.deltas.on_gpu import Numbers, tiles_of
 
 _TILE = 4096  # elements: fewer than the longest gap of `shorts`, which needs no bridge in a tile
-_STEP = 512  # of which a program takes so many at a time: more do not fit into its registers
+_STEP = 512  # elements of a tile, that are compared at a time
+_SOME = 128  # places of a tile, that are seen to at a time, by one warp
 _TILES = 512  # of a block, that are added up at a time
-_ELEMENTS = {
-    1: tl.constexpr(tl.int8),
-    2: tl.constexpr(tl.int16),
-    4: tl.constexpr(tl.int32),
-    8: tl.constexpr(tl.int64),
-}
+_INTEGERS = (tl.int8, tl.int16, tl.int32, tl.int64)
+_ELEMENTS = {each.primitive_bitwidth // 8: tl.constexpr(each) for each in _INTEGERS}
 _BYTES, _DENSE = tl.constexpr(BYTES), tl.constexpr(DENSE)
 _BYTE = tl.constexpr(int(np.iinfo(GAPS[BYTES]).max))
 _SHORT = tl.constexpr(int(np.iinfo(GAPS[SHORTS]).max))
@@ -39,6 +36,7 @@ class Looked(NamedTuple):
 
     table: torch.Tensor
     whose: torch.Tensor
+    changed: torch.Tensor
     found: torch.Tensor
     places: torch.Tensor
     sums: torch.Tensor
@@ -62,56 +60,59 @@ def _elements(addr, start, count, ELEMENT: tl.constexpr, STEP: tl.constexpr):  #
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _earlier(old, new, start, count, ELEMENT: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """For each place of a step the last one before it, of the step, that has changed, or -1."""
-    place = tl.arange(0, STEP) - 1
-    inside = (place >= 0) & (place < count)
-    was = tl.load(old.to(tl.pointer_type(ELEMENT)) + start + place, mask=inside, other=0)
-    became = tl.load(new.to(tl.pointer_type(ELEMENT)) + start + place, mask=inside, other=0)
-    return tl.associative_scan(tl.where(was != became, place, -1), 0, _later)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _look(  # type: ignore[no-untyped-def]
+def _compare(  # type: ignore[no-untyped-def]
     blocks,
     whose,
+    changed,
     found,
     COLUMNS: tl.constexpr,
     ELEMENT: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Of each tile: how many elements differ, the places of the first and the last of them in the
-    block, and how many bridges the gaps of u8 between these two need.
-    """
+    """The places of each tile that have changed, in the order in which they lie, and how many."""
     tile = tl.program_id(0)
     row = blocks + tl.load(whose + tile).to(tl.int64) * COLUMNS
     old = tl.load(row)
     new = tl.load(row + 1)
     begin = (tile - tl.load(row + 3)).to(tl.int32) * TILE
     end = tl.minimum(begin + TILE, tl.load(row + 2).to(tl.int32))
+    changed += tile.to(tl.int64) * TILE
     number = 0
-    first = end
-    last = -1
-    bridges = 0
     for start in range(begin, end, STEP):
-        count = end - start
-        was = _elements(old, start, count, ELEMENT, STEP)
-        changed = was != _elements(new, start, count, ELEMENT, STEP)
-        some = tl.sum(changed.to(tl.int32), 0)
+        was = _elements(old, start, end - start, ELEMENT, STEP)
+        differ = (was != _elements(new, start, end - start, ELEMENT, STEP)).to(tl.int32)
+        some = tl.sum(differ, 0)
         if some > 0:
-            place = tl.arange(0, STEP)
-            earlier = _earlier(old, new, start, count, ELEMENT, STEP)
-            known = (earlier >= 0) | (last >= 0)
-            gap = place - tl.where(earlier >= 0, earlier, last - start)
-            bridges += tl.sum(tl.where(changed & known, (gap - 1) // _BYTE, 0), 0)
-            first = tl.minimum(first, start + tl.min(tl.where(changed, place, STEP), 0))
-            last = start + tl.max(tl.where(changed, place, -1), 0)
+            place = start - begin + tl.arange(0, STEP)
+            tl.store(changed + number + tl.cumsum(differ, 0) - 1, place, mask=differ > 0)
             number += some
+    tl.store(found + tile * 4, number)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _look(  # type: ignore[no-untyped-def]
+    blocks, whose, changed, found, COLUMNS: tl.constexpr, TILE: tl.constexpr, SOME: tl.constexpr
+):
+    """Of each tile: the places in the block of the first and the last element that has changed, and
+    how many bridges the gaps of u8 between these two need.
+    """
+    tile = tl.program_id(0)
+    row = blocks + tl.load(whose + tile).to(tl.int64) * COLUMNS
+    begin = (tile - tl.load(row + 3)).to(tl.int32) * TILE
+    changed += tile.to(tl.int64) * TILE
     found += tile * 4
-    tl.store(found, number)
-    tl.store(found + 1, first)
-    tl.store(found + 2, last)
+    number = tl.load(found)
+    bridges = 0
+    for start in range(0, number, SOME):
+        nth = start + tl.arange(0, SOME)
+        wanted = (nth > 0) & (nth < number)
+        place = tl.load(changed + nth, mask=wanted, other=1).to(tl.int32)
+        earlier = tl.load(changed + nth - 1, mask=wanted, other=0).to(tl.int32)
+        bridges += tl.sum((place - earlier - 1) // _BYTE, 0)
+    last = tl.load(changed + number - 1, mask=number > 0, other=0).to(tl.int32)
+    tl.store(found + 1, begin + tl.load(changed, mask=number > 0, other=0).to(tl.int32))
+    tl.store(found + 2, tl.where(number > 0, begin + last, -1))
     tl.store(found + 3, bridges)
 
 
@@ -161,99 +162,88 @@ def _add_up(  # type: ignore[no-untyped-def]
 def _write(  # type: ignore[no-untyped-def]
     blocks,
     whose,
+    changed,
     found,
     places,
     COLUMNS: tl.constexpr,
     ELEMENT: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
+    SOME: tl.constexpr,
 ):
-    """What each tile has in the contents of its block; its first one what is around them, too."""
+    """What each tile has in the contents of its block; its first one the zeros in them, too."""
     tile = tl.program_id(0)
     row = blocks + tl.load(whose + tile).to(tl.int64) * COLUMNS
-    old = tl.load(row)
     new = tl.load(row + 1)
     begin = (tile - tl.load(row + 3)).to(tl.int32) * TILE
     end = tl.minimum(begin + TILE, tl.load(row + 2).to(tl.int32))
     kind = tl.load(row + 4)
     gaps = tl.load(row + 5)
     values = tl.load(row + 6).to(tl.pointer_type(ELEMENT))
+    number = tl.load(found + tile * 4)
     if begin == 0:
-        _write_frame(row)
+        _fill_up(tl.load(row + 7))
+        _fill_up(tl.load(row + 8))
     if kind == _DENSE:
         for start in range(begin, end, STEP):
             place = start + tl.arange(0, STEP)
             some = _elements(new, start, end - start, ELEMENT, STEP)
             tl.store(values + place, some, mask=place < end)
-    elif tl.load(found + tile * 4) > 0:
-        places += tile * 3
+    elif number > 0:
+        ours = new.to(tl.pointer_type(ELEMENT)) + begin
+        before = tl.load(places + tile * 3) - begin
+        changed += tile.to(tl.int64) * TILE
         if kind == _BYTES:
-            octets = gaps.to(tl.pointer_type(tl.uint8))
-            _list(old, new, begin, end, places, 1, octets, values, _BYTE, ELEMENT, STEP)
+            at = tl.load(places + tile * 3 + 1)
+            octets = gaps.to(tl.pointer_type(tl.uint8)) + at
+            _list(ours, changed, number, before, octets, values + at, _BYTE, SOME)
         else:
-            shorts = gaps.to(tl.pointer_type(tl.uint16))
-            _list(old, new, begin, end, places, 2, shorts, values, _SHORT, ELEMENT, STEP)
+            at = tl.load(places + tile * 3 + 2)
+            shorts = gaps.to(tl.pointer_type(tl.uint16)) + at
+            _list(ours, changed, number, before, shorts, values + at, _SHORT, SOME)
 
 
 @triton.jit
-def _write_frame(row):  # type: ignore[no-untyped-def]
-    """The block in the section's table, if it has one, and zeros behind its gaps and values."""
-    stated = tl.load(row + 9)
-    tl.store(stated.to(tl.pointer_type(tl.int64)), tl.load(row + 10), mask=stated != 0)
+def _fill_up(end):  # type: ignore[no-untyped-def]
+    """With zeros, to the next multiple of 8."""
     place = tl.arange(0, 8)
-    for column in tl.static_range(7, 9):
-        end = tl.load(row + column)
-        behind = end.to(tl.pointer_type(tl.int8)) + place
-        tl.store(behind, tl.zeros((8,), tl.int8), mask=place < (8 - end % 8) % 8)
+    behind = end.to(tl.pointer_type(tl.int8)) + place
+    tl.store(behind, tl.zeros((8,), tl.int8), mask=place < (8 - end % 8) % 8)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _list(  # type: ignore[no-untyped-def]
-    old,
-    new,
-    begin,
-    end,
-    places,
-    column,
-    gaps,
-    values,
-    MOST: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    STEP: tl.constexpr,
+    new, changed, number, before, gaps, values, MOST: tl.constexpr, SOME: tl.constexpr
 ):
-    """The gaps and the values of a tile, behind those of the tiles before it."""
-    before = tl.load(places)
-    at = tl.load(places + column)
-    for start in range(begin, end, STEP):
-        count = end - start
-        became = _elements(new, start, count, ELEMENT, STEP)
-        changed = _elements(old, start, count, ELEMENT, STEP) != became
-        if tl.sum(changed.to(tl.int32), 0) > 0:
-            place = tl.arange(0, STEP)
-            earlier = _earlier(old, new, start, count, ELEMENT, STEP)
-            gap = place - tl.where(earlier >= 0, earlier, before - start)
-            bridges = tl.where(changed, tl.maximum(gap - 1, 0) // MOST, 0)
-            listed = tl.where(changed, bridges + 1, 0)
-            number = at + tl.cumsum(listed, 0) - 1
-            tl.store(gaps + number, gap - bridges * MOST, mask=changed)
-            tl.store(values + number, became, mask=changed)
-            if tl.max(bridges, 0) > 0:
-                ours = new.to(tl.pointer_type(ELEMENT)) + start
-                inner = tl.where(earlier >= 0, bridges, 0)
-                for nth in range(tl.max(inner, 0)):
-                    wanted = nth < inner
-                    value = tl.load(ours + earlier + (nth + 1) * MOST, mask=wanted, other=0)
-                    tl.store(gaps + number - inner + nth, MOST, mask=wanted)
-                    tl.store(values + number - inner + nth, value, mask=wanted)
-                outer = tl.max(bridges - inner, 0)  # before the first that has changed here
-                ours += before - start
-                for ahead in range(0, outer, STEP):
-                    bridge = ahead + place
-                    value = tl.load(ours + (bridge + 1) * MOST, mask=bridge < outer, other=0)
-                    tl.store(gaps + at + bridge, MOST, mask=bridge < outer)
-                    tl.store(values + at + bridge, value, mask=bridge < outer)
-            at += tl.sum(listed, 0)
-            before = start + tl.max(tl.where(changed, place, -1), 0)
+    """The gaps and the values of a tile. All places count from where it begins, as does `before`:
+    that of the element which is listed before them.
+    """
+    at = 0
+    for start in range(0, number, SOME):
+        nth = start + tl.arange(0, SOME)
+        wanted = nth < number
+        place = tl.load(changed + nth, mask=wanted, other=0).to(tl.int32)
+        earlier = tl.load(changed + nth - 1, mask=wanted & (nth > 0), other=0).to(tl.int32)
+        gap = place - tl.where(nth > 0, earlier, before)
+        bridges = tl.where(wanted, tl.maximum(gap - 1, 0) // MOST, 0)
+        listed = tl.where(wanted, bridges + 1, 0)
+        here = at + tl.cumsum(listed, 0) - 1
+        tl.store(gaps + here, gap - bridges * MOST, mask=wanted)
+        tl.store(values + here, tl.load(new + place, mask=wanted, other=0), mask=wanted)
+        if tl.max(bridges, 0) > 0:
+            inner = tl.where(nth > 0, bridges, 0)
+            for ahead in range(tl.max(inner, 0)):
+                value = tl.load(new + earlier + (ahead + 1) * MOST, mask=ahead < inner, other=0)
+                tl.store(gaps + here - inner + ahead, MOST, mask=ahead < inner)
+                tl.store(values + here - inner + ahead, value, mask=ahead < inner)
+            outer = tl.max(bridges - inner, 0)  # before the first one of the tile
+            for first in range(0, outer, SOME):
+                bridge = first + tl.arange(0, SOME)
+                far = before + (bridge + 1) * MOST
+                value = tl.load(new + far, mask=bridge < outer, other=0)
+                tl.store(gaps + bridge, MOST, mask=bridge < outer)
+                tl.store(values + bridge, value, mask=bridge < outer)
+        at += tl.sum(listed, 0)
 
 
 def look(blocks: Numbers, itemsize: int, device: torch.device) -> Looked:
@@ -262,27 +252,30 @@ def look(blocks: Numbers, itemsize: int, device: torch.device) -> Looked:
     Args:
         blocks: a row for each: the addresses before and after, and how many elements it has.
         itemsize: of all elements: 1, 2, 4 or 8 bytes.
-        device: the one that has both versions.
+        device: the one that has both versions. It takes 2 bytes for each element meanwhile.
     """
     table, whose = tiles_of(blocks, blocks[:, 2], _TILE, device)
     tiles, columns = len(whose), table.shape[1]
+    changed = torch.empty((tiles, _TILE), dtype=torch.int16, device=device)
     found = torch.empty((tiles, 4), dtype=torch.int32, device=device)
     places = torch.empty((tiles, 3), dtype=torch.int32, device=device)
     sums = torch.empty((len(blocks), 3), dtype=torch.int32, device=device)
-    element = _ELEMENTS[itemsize]
-    _look[(tiles,)](table, whose, found, COLUMNS=columns, ELEMENT=element, TILE=_TILE, STEP=_STEP)
-    _add_up[(len(blocks),)](table, found, places, sums, COLUMNS=columns, TILE=_TILE, TILES=_TILES)
-    return Looked(table, whose, found, places, sums)
+    tile = {"COLUMNS": columns, "TILE": _TILE}
+    _compare[(tiles,)](
+        table, whose, changed, found, ELEMENT=_ELEMENTS[itemsize], STEP=_STEP, **tile
+    )
+    _look[(tiles,)](table, whose, changed, found, SOME=_SOME, num_warps=1, **tile)
+    _add_up[(len(blocks),)](table, found, places, sums, TILES=_TILES, **tile)
+    return Looked(table, whose, changed, found, places, sums)
 
 
 def write(looked: Looked, contents: Numbers, itemsize: int) -> None:
-    """Begins to write the blocks that were looked at.
+    """Begins to write the contents of blocks that were looked at.
 
     Args:
         looked: what `look` returned.
-        contents: a row for each block: its kind; the addresses where its gaps and its values begin,
-            and those where they end; the address of what the table says of it, or 0; and this, 8
-            bytes. Nothing of a block that is the same is written but the latter.
+        contents: a row for each block: its kind, and the addresses where its gaps and its values
+            begin, and where they end.
         itemsize: as for `look`.
     """
     rest = torch.from_numpy(contents).to(looked.table.device)
@@ -290,10 +283,13 @@ def write(looked: Looked, contents: Numbers, itemsize: int) -> None:
     _write[(len(looked.whose),)](
         table,
         looked.whose,
+        looked.changed,
         looked.found,
         looked.places,
         COLUMNS=table.shape[1],
         ELEMENT=_ELEMENTS[itemsize],
         TILE=_TILE,
         STEP=_STEP,
+        SOME=_SOME,
+        num_warps=1,
     )

@@ -1,5 +1,5 @@
-"""Writes the sections of a delta of tensors on one GPU: three launches for each size of an element,
-of a few GiB of tensors at a time. The host plans where everything lies, and computes digests.
+"""Writes the sections of a delta of tensors on one GPU: four launches for each size of an element,
+of some hundred MB of tensors at a time. The host plans where all lies, and computes digests.
 
 Called by `deltas.encode`.
 """
@@ -7,7 +7,9 @@ Called by `deltas.encode`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from types import ModuleType
 from typing import NamedTuple
 
@@ -26,11 +28,14 @@ from engine_loader.deltas.format import (
     Section,
     block_length,
 )
-from engine_loader.deltas.on_gpu import Numbers, digests_of, groups_of, on_device, on_one_gpu
+from engine_loader.deltas.on_gpu import Numbers, digests_of, on_device, on_one_gpu
 from engine_loader.deltas.pairs import Pair
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
+_AT_ONCE = 1 << 27  # elements; the places of those that have changed take 256 MiB at most
+_ALSO = 1 << 12  # as many as the last tile of a block may take besides
+_WIDTHS = np.array([0, GAPS[BYTES].itemsize, GAPS[SHORTS].itemsize, 0])  # of the gaps of each kind
 
 
 def sections_by_kernel(pairs: Sequence[Pair], buffer: torch.Tensor) -> list[Section] | None:
@@ -62,36 +67,33 @@ def sections_by_kernel(pairs: Sequence[Pair], buffer: torch.Tensor) -> list[Sect
 
 
 def _sections(pairs: Sequence[Pair], buffer: torch.Tensor, kernel: ModuleType) -> list[Section]:
-    end = HEADER_NBYTES
-    changed: list[tuple[Pair, int, int]] = []  # with where its section begins, and how long it is
-    for group in groups_of(pairs, lambda pair: pair.after.nbytes):
-        blocks = _blocks_of(group)
-        here = {size: blocks.itemsizes == size for size in np.unique(blocks.itemsizes).tolist()}
-        looked = {
-            size: kernel.look(blocks.rows[rows], size, buffer.device) for size, rows in here.items()
-        }
-        sums = np.empty((len(blocks.rows), 3), np.int64)
-        for size, rows in here.items():
-            sums[rows] = looked[size].sums.cpu().numpy()
-        sizes, contents = _placed(blocks, sums)
-        starts = end + sizes.cumsum() - sizes
-        end += int(sizes.sum())
-        if end > buffer.numel():
-            raise DoesNotFit
-        contents[:, 1:6] += (buffer.data_ptr() + starts)[blocks.whose, np.newaxis]
-        contents[(sizes == 0)[blocks.whose], 5] = 0
-        for size, rows in here.items():
-            kernel.write(looked[size], contents[rows], size)
-        changed += [
-            (pair, start, nbytes)
-            for pair, start, nbytes in zip(group, starts.tolist(), sizes.tolist(), strict=True)
-            if nbytes
-        ]
-    digests = digests_of(buffer, [(start, nbytes) for _, start, nbytes in changed])
+    blocks = _blocks_of(pairs)
+    plan = _Plan(pairs, blocks, buffer)
+    for some in _groups_of(blocks.rows[:, 2]):
+        rows, itemsizes = blocks.rows[some], blocks.itemsizes[some]
+        here = {size: itemsizes == size for size in np.unique(itemsizes).tolist()}
+        looked = {size: kernel.look(rows[at], size, buffer.device) for size, at in here.items()}
+        sums = np.empty((len(rows), 3), np.int64)
+        for size, at in here.items():
+            sums[at] = looked[size].sums.cpu().numpy()
+        contents = plan.contents_of(some, sums)
+        for size, at in here.items():
+            kernel.write(looked[size], contents[at], size)
+    sections = plan.write_tables()
+    digests = digests_of(buffer, [(section.offset, section.nbytes) for section in sections])
     return [
-        Section(pair.number, pair.after.itemsize, start, nbytes, pair.after.numel(), digest)
-        for (pair, start, nbytes), (digest, _) in zip(changed, digests, strict=True)
+        replace(section, digest=digest)
+        for section, (digest, _) in zip(sections, digests, strict=True)
     ]
+
+
+def _groups_of(elements: Numbers) -> Iterator[slice]:
+    """Of blocks, which have so many elements each."""
+    ends = (elements + _ALSO).cumsum() // _AT_ONCE
+    cuts = [0, *(np.diff(ends).nonzero()[0] + 1).tolist(), len(elements)]
+    for first, last in pairwise(cuts):
+        if first < last:
+            yield slice(first, last)
 
 
 class _Blocks(NamedTuple):
@@ -124,7 +126,7 @@ def _blocks_of(pairs: Sequence[Pair]) -> _Blocks:
             for pair in pairs
         ],
         np.int64,
-    )
+    ).reshape(len(pairs), 6)
     lengths = facts[:, 0]
     whose = np.repeat(np.arange(len(pairs)), lengths)
     _, itemsizes, step, elements, before, after = facts[whose].T
@@ -138,32 +140,78 @@ def _blocks_of(pairs: Sequence[Pair]) -> _Blocks:
     return _Blocks(whose, numbers, itemsizes, np.column_stack(rows))
 
 
-def _placed(blocks: _Blocks, sums: Numbers) -> tuple[Numbers, Numbers]:
-    """How many bytes the section of each tensor has, 0 where nothing changed; and what
-    `encode_kernel.write` needs of each block, with places in its section instead of addresses.
-    """
+class _Plan:
+    """Where the contents of blocks lie in the buffer. They are asked for in the blocks' order."""
+
+    def __init__(self, pairs: Sequence[Pair], blocks: _Blocks, buffer: torch.Tensor) -> None:
+        self._pairs = pairs
+        self._blocks = blocks
+        self._buffer = buffer
+        self._stated: list[Numbers] = []
+        self._starts = np.zeros(len(pairs), np.int64)  # of the section that each tensor may have
+        self._ends = np.zeros(len(pairs), np.int64)  # as they begin where nothing has changed
+        self._end = HEADER_NBYTES  # of what is written
+        self._at = 0  # where the next contents of the present tensor go
+
+    def contents_of(self, some: slice, sums: Numbers) -> Numbers:
+        """As `encode_kernel.write` needs them, by what `encode_kernel.look` has found.
+
+        DoesNotFit where the buffer is too short.
+        """
+        whose, numbers, itemsizes, rows = (each[some] for each in self._blocks)
+        kinds, listed = _chosen(itemsizes, rows[:, 2], sums)
+        self._stated.append(listed | kinds << 32)  # as BLOCK has them
+        gaps, values = listed * _WIDTHS[kinds], listed * itemsizes
+        sizes = _padded(gaps) + _padded(values)
+        at = np.empty_like(sizes)
+        tensors, firsts, counts = np.unique(whose, return_index=True, return_counts=True)
+        for tensor, first, count in np.column_stack([tensors, firsts, counts]).tolist():
+            here = slice(first, first + count)
+            if numbers[first] == 0:
+                self._starts[tensor] = self._end
+                self._at = self._end + BLOCK.itemsize * self._pairs[tensor].length
+            at[here] = self._at + sizes[here].cumsum() - sizes[here]
+            if nbytes := int(sizes[here].sum()):
+                self._at += nbytes
+                self._end = self._at
+            self._ends[tensor] = self._end
+        if self._end > self._buffer.numel():
+            raise DoesNotFit
+        at += self._buffer.data_ptr()
+        values_at = at + _padded(gaps)
+        return np.column_stack([kinds, at, values_at, at + gaps, values_at + values])
+
+    def write_tables(self) -> list[Section]:
+        """Those of all sections, whose digests are yet to be computed."""
+        sections = [
+            Section(pair.number, pair.after.itemsize, start, end - start, pair.after.numel(), b"")
+            for pair, start, end in zip(
+                self._pairs, self._starts.tolist(), self._ends.tolist(), strict=True
+            )
+            if end > start
+        ]
+        if sections:
+            whose, numbers, _, _ = self._blocks
+            changed = (self._ends > self._starts)[whose]
+            places = self._starts[whose] // BLOCK.itemsize + numbers
+            words = self._buffer[: self._end].view(torch.int64)
+            at, stated = (
+                torch.from_numpy(each[changed]).to(words.device)
+                for each in (places, np.concatenate(self._stated))
+            )
+            words[at] = stated
+        return sections
+
+
+def _chosen(itemsizes: Numbers, elements: Numbers, sums: Numbers) -> tuple[Numbers, Numbers]:
+    """The kind of each block, and how many elements it lists."""
     differ, as_bytes, as_shorts = sums.T
-    itemsizes, elements = blocks.itemsizes, blocks.rows[:, 2]
     counts = np.stack([np.zeros_like(elements), as_bytes, as_shorts, elements])  # of each kind
-    widths = np.array([0, GAPS[BYTES].itemsize, GAPS[SHORTS].itemsize, 0])
     # as `blocks` chooses: the first one of the shortest
-    kinds = BYTES + (counts * (widths[:, np.newaxis] + itemsizes))[BYTES:].argmin(axis=0)
+    kinds = BYTES + (counts * (_WIDTHS[:, np.newaxis] + itemsizes))[BYTES:].argmin(axis=0)
     kinds[differ * (1 + itemsizes) >= elements * itemsizes] = DENSE
     kinds[differ == 0] = SAME
-    listed = counts[kinds, np.arange(len(kinds))]
-    gaps, values = listed * widths[kinds], listed * itemsizes
-    contents = _padded(gaps) + _padded(values)
-    tables = BLOCK.itemsize * np.bincount(blocks.whose)
-    firsts = (blocks.numbers == 0).nonzero()[0]
-    ahead = contents.cumsum() - contents
-    gaps_at = (tables - ahead[firsts])[blocks.whose] + ahead
-    values_at = gaps_at + _padded(gaps)
-    stated_at = BLOCK.itemsize * blocks.numbers
-    stated = listed | kinds << 32  # as BLOCK has them
-    sizes = np.add.reduceat(contents, firsts)
-    return np.where(sizes, tables + sizes, 0), np.column_stack(
-        [kinds, gaps_at, values_at, gaps_at + gaps, values_at + values, stated_at, stated]
-    )
+    return kinds, counts[kinds, np.arange(len(kinds))]
 
 
 def _padded(nbytes: Numbers) -> Numbers:

@@ -4,9 +4,9 @@ GPU. Used by `encode_on_gpu` and `apply_on_gpu`, and their kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,7 @@ import torch
 import xxhash
 
 Numbers = npt.NDArray[np.int64]
-_GROUP_NBYTES = 4 << 30  # of tensors; what is noted of their tiles takes 1 % of it at most
 _PIECE_NBYTES = 8 << 20  # the host looks at one while the next one is copied
-T = TypeVar("T")
 
 
 def on_one_gpu(tensors: Collection[torch.Tensor]) -> bool:
@@ -30,28 +28,14 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def groups_of(some: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[list[T]]:
-    """In their order, so many at a time that their tiles take little memory."""
-    group: list[T] = []
-    left = _GROUP_NBYTES
-    for one in some:
-        if group and nbytes(one) > left:
-            yield group
-            group, left = [], _GROUP_NBYTES
-        group.append(one)
-        left -= nbytes(one)
-    if group:
-        yield group
-
-
 def tiles_of(
     blocks: Numbers, counts: Numbers, tile: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of blocks with so many elements each, which are cut into tiles.
 
     Returns:
-        The rows of the blocks, with the number of its first tile as a last column; and the number
-        of its block for each tile, int32. Both lie on the device.
+        The rows of the blocks, each with the number of its first tile as a last column; and for
+        each tile the number of its block, int32. Both lie on the device.
     """
     tiles = -(-counts // tile)
     table = torch.from_numpy(np.column_stack([blocks, tiles.cumsum() - tiles])).to(device)

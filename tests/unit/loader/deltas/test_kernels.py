@@ -100,8 +100,13 @@ def test_they_write_the_same_bytes_and_bring_the_same(
     with ExitStack() as stack:
         stack.enter_context(blocks_of(block_nbytes))
         if cut:  # some tensors follow the others, and the host looks at few bytes at a time
-            for name, value in (("_GROUP_NBYTES", 1000), ("_PIECE_NBYTES", 100)):
-                stack.enter_context(mock.patch.object(on_gpu, name, value))
+            for module, name, value in (
+                (encode_on_gpu, "_AT_ONCE", 200),
+                (encode_on_gpu, "_ALSO", 0),
+                (apply_on_gpu, "_AT_ONCE_NBYTES", 1000),
+                (on_gpu, "_PIECE_NBYTES", 100),
+            ):
+                stack.enter_context(mock.patch.object(module, name, value))
         check(before, after)
 
 
@@ -177,22 +182,32 @@ def test_nothing_is_written_where_one_of_several_tensors_is_damaged() -> None:
 POINTERS = {
     "blocks": "*i64",
     "whose": "*i32",
+    "changed": "*i16",
     "found": "*i32",
     "places": "*i32",
     "sums": "*i32",
     "starts": "*i64",
     "ends": "*i64",
 }
-CONSTANTS = {"TILE": 4096, "STEP": 512, "TILES": 512, "PART": 1024, "PARTS": 512, "DIMENSIONS": 2}
+CONSTANTS = {
+    "TILE": 4096,
+    "STEP": 512,
+    "SOME": 128,
+    "TILES": 512,
+    "PART": 1024,
+    "PARTS": 512,
+    "DIMENSIONS": 2,
+}
 
 
 @pytest.mark.parametrize("itemsize", [1, 8])
 @pytest.mark.parametrize(
     ("module", "name", "columns"),
     [
+        (encode_kernel, "_compare", 4),
         (encode_kernel, "_look", 4),
         (encode_kernel, "_add_up", 4),
-        (encode_kernel, "_write", 11),
+        (encode_kernel, "_write", 9),
         (apply_kernel, "_measure", 4),
         (apply_kernel, "_add_up", 4),
         (apply_kernel, "_place", 13),
