@@ -44,11 +44,12 @@ def apply_by_kernel(data: torch.Tensor, changes: Sequence[Change]) -> bool:
 
     DeltaDamaged as there. The GPU may go on with the work after this returns.
     """
-    aligned = data.data_ptr() % 8 == 0 and all(
-        each.section.offset % 8 == 0 and each.tensor.data_ptr() % each.section.itemsize == 0
+    if not on_one_gpu([data, *(each.tensor for each in changes)]) or data.data_ptr() % 8:
+        return False
+    if any(
+        each.section.offset % 8 or each.tensor.data_ptr() % min(8, each.tensor.itemsize)
         for each in changes
-    )
-    if not on_one_gpu([data, *(each.tensor for each in changes)]) or not aligned:
+    ):
         return False
     try:
         from engine_loader.deltas import apply_kernel

@@ -45,10 +45,9 @@ def sections_by_kernel(pairs: Sequence[Pair], buffer: torch.Tensor) -> list[Sect
     DoesNotFit where the buffer is too short.
     """
     tensors = [buffer, *(side for pair in pairs for side in (pair.before, pair.after))]
-    aligned = buffer.data_ptr() % 8 == 0 and all(
-        side.data_ptr() % side.itemsize == 0 for side in tensors
-    )
-    if not on_one_gpu(tensors) or not aligned:
+    if not on_one_gpu(tensors) or buffer.data_ptr() % 8:
+        return None
+    if any(side.data_ptr() % side.itemsize for side in tensors):
         return None
     try:
         from engine_loader.deltas import encode_kernel
