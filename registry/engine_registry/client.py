@@ -28,6 +28,7 @@ from engine_registry.pulls.taking import Pulling, take_ticket
 from engine_registry.pulls.ticket import PullTicket
 from engine_registry.pulls.watch import OnPull, PullWatch
 from engine_registry.registration.checks import how_to_delete
+from engine_registry.registration.descriptors import Descriptors, closed_on_error
 from engine_registry.registration.eviction import by_this_process, evict_each
 from engine_registry.registration.handle import OnState, Registration
 from engine_registry.registration.keeper.process import check_can_start
@@ -193,6 +194,7 @@ class Registry(Closable):
         ttl_s: float = 10.0,
         unresponsive_after_s: float = UNRESPONSIVE_AFTER_S,
         on_state: OnState | None = None,
+        descriptors: Descriptors | None = None,
     ) -> Registration:
         """Claims the rank for this process and holds it. `content` says which weights it has; the
         default is one that no other rank has. `labels` are names and values in the syntax of
@@ -206,41 +208,49 @@ class Registry(Closable):
         A process that is stopped, or in which no thread gets the GIL, for `unresponsive_after_s` is
         marked in its record, until it answers again.
 
+        `descriptors` stand for memory of the manifest. The keeper hands them out to processes of
+        the same user and host that know the place, also while this process is stopped. They belong
+        to the registration from then on, also where this raises: it closes them at its end, and the
+        keeper closes its own. KeeperFailed where the keeper cannot hold as many.
+
         `on_state` is called for every change of the state, in order, from another thread:
         it may call the registration, and may get CLOSED after `withdraw` has returned.
         """
-        ttl_s = seconds("ttl_s", ttl_s, MIN_TTL_S, MAX_TTL_S)
-        unresponsive_after_s = seconds(
-            "unresponsive_after_s", unresponsive_after_s, MIN_UNRESPONSIVE_S, MAX_TTL_S
+        with closed_on_error(descriptors):
+            ttl_s = seconds("ttl_s", ttl_s, MIN_TTL_S, MAX_TTL_S)
+            unresponsive_after_s = seconds(
+                "unresponsive_after_s", unresponsive_after_s, MIN_UNRESPONSIVE_S, MAX_TTL_S
+            )
+            check_can_start(f"{ENGINES}{instance}/{rank}")
+            ref, parts = encode_manifest(manifest)
+            record = RankRecord(
+                incarnation=incarnation or new_incarnation(),
+                instance=instance,
+                rank=rank,
+                world_size=world_size,
+                model=model,
+                session_id=session_id,
+                protocol=protocol,
+                manifest=ref,
+                header_addr=header_addr,
+                registered_at=utc(),
+                generation=generation or "",
+                topology=dict(topology or {}),
+                version=version,
+                content=new_content() if content is None else check_content(content),
+                state=state,
+                fabric=fabric,
+                rails=dict(rails or {}),
+                location=location,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                device=device,
+                writer=package_version(),
+                labels=labels or {},
+            )
+        return Registration(
+            self._config, record, parts, ttl_s, unresponsive_after_s, on_state, descriptors
         )
-        check_can_start(f"{ENGINES}{instance}/{rank}")
-        ref, parts = encode_manifest(manifest)
-        record = RankRecord(
-            incarnation=incarnation or new_incarnation(),
-            instance=instance,
-            rank=rank,
-            world_size=world_size,
-            model=model,
-            session_id=session_id,
-            protocol=protocol,
-            manifest=ref,
-            header_addr=header_addr,
-            registered_at=utc(),
-            generation=generation or "",
-            topology=dict(topology or {}),
-            version=version,
-            content=new_content() if content is None else check_content(content),
-            state=state,
-            fabric=fabric,
-            rails=dict(rails or {}),
-            location=location,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            device=device,
-            writer=package_version(),
-            labels=labels or {},
-        )
-        return Registration(self._config, record, parts, ttl_s, unresponsive_after_s, on_state)
 
     def instances(self, selector: str = "") -> tuple[InstanceStatus, ...]:
         """All instances by name. What cannot be read is among their problems, never an error.

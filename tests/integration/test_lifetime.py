@@ -56,6 +56,7 @@ from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.local_cluster import LocalCluster
 from engine_registry.gateway.server import Gateway
 from engine_registry.lifetime import Closable
+from engine_registry.registration.descriptors import Descriptors, Place
 from tests.support.checkout import ROOT
 from tests.support.host_gpus import HostGpus
 from tests.support.ranks import register
@@ -91,6 +92,10 @@ def a_connection(_: Registry, etcd: LocalEtcd) -> Connection:
     return connection
 
 
+def a_descriptor(_: Registry, etcd: LocalEtcd) -> Descriptors:
+    return Descriptors(Place.new(), [os.memfd_create("a test's")])
+
+
 MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
     Connection: a_connection,
     Registry: lambda registry, etcd: Registry.connect(etcd.endpoint),
@@ -110,6 +115,7 @@ MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
     MooncakeEngine: lambda registry, etcd: MooncakeEngine("127.0.0.1"),
     SocketEngine: lambda registry, etcd: SocketEngine("127.0.0.1"),
     Publication: a_publication,
+    Descriptors: a_descriptor,
 }
 OTHERS: dict[type, str] = {
     Kept: "is the base of two",

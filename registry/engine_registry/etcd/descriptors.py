@@ -25,6 +25,11 @@ def check_left(count: int) -> None:
             os.close(descriptor)
 
 
+def out_of_descriptors() -> OSError:
+    """As the system says it, where a call of its own does not."""
+    return OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 def is_exhausted(error: Exception) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 

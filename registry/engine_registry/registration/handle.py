@@ -21,6 +21,7 @@ from engine_registry.errors import RegistryError
 from engine_registry.etcd.config import EtcdConfig
 from engine_registry.lifetime import Closable
 from engine_registry.registration.callback import Callback
+from engine_registry.registration.descriptors import Descriptors, closed_on_error
 from engine_registry.registration.keeper.link import KeeperLink
 from engine_registry.registration.manifests import encode_manifest
 from engine_registry.registration.writes import WITHDRAWN
@@ -63,9 +64,10 @@ class Registration(Closable):
         ttl_s: float,
         unresponsive_after_s: float,
         on_state: OnState | None = None,
+        descriptors: Descriptors | None = None,
     ) -> None:
         """Registers; raises RankConflict, InstanceMismatch, EtcdUnavailable, … and has then left
-        nothing behind.
+        nothing behind. `descriptors` are its own from then on.
 
         If it is interrupted, the link's thread takes the rank out again.
         """
@@ -85,7 +87,9 @@ class Registration(Closable):
         self._withdrawn = False
         # The link must not keep a forgotten handle alive: it would hold the rank for ever.
         news = weakref.WeakMethod(self._receive)
-        self._link = KeeperLink(config, record, parts, ttl_s, unresponsive_after_s, news)
+        self._link = KeeperLink(
+            config, record, parts, ttl_s, unresponsive_after_s, news, descriptors
+        )
         try:
             uninterrupted(self._open, f"registers {record.key}")
             self._mark_open()
@@ -187,15 +191,21 @@ class Registration(Closable):
         version: int,
         content: str,
         device: str,
+        descriptors: Descriptors | None = None,
     ) -> None:
         """Puts other memory in the place of the one that the rank has offered, and says that it is
         ready; from any thread.
 
         It takes another incarnation, as a peer keeps what it has learnt of a process's memory for
         as long as that has one incarnation. Record and manifest change together. While etcd is away
-        both wait in the keeper. Raises what `update` does.
+        both wait in the keeper.
+
+        `descriptors` belong to the manifest, as those of `Registry.register`. Raises what `update`
+        does, and KeeperFailed where the keeper cannot hold as many.
         """
-        ref, parts = encode_manifest(manifest)
+        with closed_on_error(descriptors):
+            self._check_changeable()
+            ref, parts = encode_manifest(manifest)
         given = {
             "incarnation": incarnation,
             "manifest": ref,
@@ -205,7 +215,7 @@ class Registration(Closable):
             "device": device,
             "state": RankState.READY,
         }
-        self._change(given, parts)
+        self._write(given, parts, descriptors)
 
     def withdraw(self, reason: str = WITHDRAWN) -> None:
         """Takes the rank out of the registry; any number of times. If etcd is away the keeper goes
@@ -219,7 +229,7 @@ class Registration(Closable):
         if self._state is not RegistrationState.CLOSED:
             uninterrupted(lambda: self._leave(reason), f"withdraws {self.record.key}")
 
-    def _change(self, given: Mapping[str, Any], parts: Sequence[bytes] = ()) -> None:
+    def _check_changeable(self) -> None:
         if os.getpid() != self._owner_pid:
             raise RegistryError(
                 f"{self.record.key} is registered by process {self._owner_pid}, and this is "
@@ -230,8 +240,19 @@ class Registration(Closable):
             raise self._lost
         if self._closing:
             raise RegistryError(f"the registration of {self.record.key} is closed")
+
+    def _change(self, given: Mapping[str, Any]) -> None:
+        self._check_changeable()
+        self._write(given)
+
+    def _write(
+        self,
+        given: Mapping[str, Any],
+        parts: Sequence[bytes] = (),
+        descriptors: Descriptors | None = None,
+    ) -> None:
         uninterrupted(
-            lambda: self._link.update(lambda record: _changed(record, given), parts),
+            lambda: self._link.update(lambda record: _changed(record, given), parts, descriptors),
             f"changes {self.record.key}",
         )
 

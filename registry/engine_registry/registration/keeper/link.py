@@ -20,6 +20,7 @@ from dataclasses import replace
 from engine_registry.errors import KeeperFailed, RegistryError, from_wire
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.config import EtcdConfig
+from engine_registry.registration.descriptors import Descriptors, closed_on_error
 from engine_registry.registration.keeper.pending import Message, Pending
 from engine_registry.registration.keeper.process import START_TIMEOUT_S, KeeperProcess
 from engine_registry.registration.keeper.protocol import ANSWER_S, FORMER_KEPT, beat_s, encode_frame
@@ -47,11 +48,17 @@ class KeeperLink:
         ttl_s: float,
         unresponsive_after_s: float,
         news: Callable[[], OnNews | None],
+        descriptors: Descriptors | None = None,
     ) -> None:
-        """`news` is a weak reference: when its referent is gone, the registration ends."""
+        """`news` is a weak reference: when its referent is gone, the registration ends.
+
+        `descriptors` are those of the manifest, which the keeper hands out. They are closed when
+        the registration is over, or another manifest takes the place of theirs.
+        """
         self.record = record
         self._config = config
         self._parts = tuple(parts)
+        self._descriptors = descriptors
         # Earlier incarnations of the rank: the record in etcd may still have one of them.
         self._former: list[str] = []
         self._ttl_s = ttl_s
@@ -96,17 +103,25 @@ class KeeperLink:
             raise
 
     def update(
-        self, change: Callable[[RankRecord], RankRecord], parts: Sequence[bytes] = ()
+        self,
+        change: Callable[[RankRecord], RankRecord],
+        parts: Sequence[bytes] = (),
+        descriptors: Descriptors | None = None,
     ) -> None:
         """Returns when the changed record is in etcd, or as soon as it has to wait: for etcd, or
         for the next keeper.
 
         One change after another: each is made of the record that the one before has left. With
-        `parts`, which are another manifest, the record has another incarnation.
+        `parts`, which are another manifest, the record has another incarnation, and the keeper
+        hands out other descriptors, or none. Where it cannot, that is KeeperFailed, and the record
+        stays as it was.
         """
         with self._lock:
-            record = change(self.record)
-            value = encode(record)
+            with closed_on_error(descriptors):
+                record = change(self.record)
+                value = encode(record)
+                if parts:
+                    self._hand_over(descriptors)
             if parts:
                 self._former.append(self.record.incarnation)
                 self._parts = tuple(parts)
@@ -122,6 +137,23 @@ class KeeperLink:
                 record.key,
                 extra=fields("update_waits", key=record.key),
             )
+
+    def _hand_over(self, descriptors: Descriptors | None) -> None:
+        """In the place of those that there are. A keeper that is not there yet gets them later."""
+        former, self._descriptors = self._descriptors, descriptors
+        if former is None and descriptors is None:
+            return
+        try:
+            if self._keeper is not None and not self._over:
+                self._keeper.hand_over(descriptors)
+        except KeeperFailed:
+            self._descriptors = None
+            raise
+        finally:
+            if former is not None:
+                former.close()
+            if self._over and descriptors is not None:
+                descriptors.close()
 
     def end(self, reason: str) -> None:
         """Returns when the registration is out of etcd; an error says why it is not yet.
@@ -181,20 +213,32 @@ class KeeperLink:
     def _start(self, opening: Message) -> None:
         """Needs no lock while the process starts: until the end nobody else knows of it."""
         with self._lock:
-            record, parts = self.record, self._parts
+            record, parts, descriptors = self.record, self._parts, self._descriptors
             opening = {**opening, "former": list(self._former)}
         frame = encode_frame(opening, (encode(record), *parts))
         keeper = KeeperProcess(record.key, self._config.password)
-        keeper.write(frame, self._start_s)
-        with self._lock:
-            self._keeper = keeper
-            for message in self._pending.ends():
-                keeper.write(encode_frame(message))
-            if self.record is not record:
-                moved = self._parts if self._parts is not parts else ()
-                self._ask(self._change(self.record), (encode(self.record), *moved))
-            if self._over:
-                self._dismiss(keeper)
+        try:
+            if descriptors is not None:
+                keeper.hand_over(descriptors, self._start_s)
+            keeper.write(frame, self._start_s)
+            with self._lock:
+                if self._descriptors is not descriptors:
+                    keeper.hand_over(self._descriptors)
+                self._attach(keeper, record, parts)
+        except KeeperFailed:
+            keeper.reap()
+            raise
+
+    def _attach(self, keeper: KeeperProcess, record: RankRecord, parts: Sequence[bytes]) -> None:
+        """The keeper that was started with these, and learns what has changed since."""
+        self._keeper = keeper
+        for message in self._pending.ends():
+            keeper.write(encode_frame(message))
+        if self.record is not record:
+            moved = self._parts if self._parts is not parts else ()
+            self._ask(self._change(self.record), (encode(self.record), *moved))
+        if self._over:
+            self._dismiss(keeper)
 
     @property
     def _start_s(self) -> float:
@@ -230,6 +274,8 @@ class KeeperLink:
 
     def _finish(self, error: RegistryError) -> None:
         self._over = error
+        if self._descriptors is not None:
+            self._descriptors.close()
         self._woken.set()
         self._pending.fail(error)
 

@@ -4,8 +4,8 @@ registration.
 A separate process keeps the lease while the rank holds the GIL for minutes, and outlives the rank
 by the milliseconds that it takes to delete the rank's keys. Its threads: one that reads the rank's
 messages (the pipe's end means that the rank has died), one that waits on the rank's process (a
-forked child may hold the pipe open), one that hears of changes of the key, and the main one, which
-alone asks etcd.
+forked child may hold the pipe open), one that hears of changes of the key, one that hands out
+descriptors of the rank's memory, and the main one, which alone asks etcd.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import queue
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ from engine_registry.errors import EtcdError, EtcdUnavailable, RegistrationLost,
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig
+from engine_registry.registration.keeper.descriptors import Desk
 from engine_registry.registration.keeper.holder import Keeper, Report
 from engine_registry.registration.keeper.key_watch import KeyWatch
 from engine_registry.registration.keeper.protocol import (
@@ -68,12 +70,17 @@ class _ReportingEtcd(Etcd):
 
 
 def serve(
-    keeper: Keeper, inbox: queue.Queue[Frame | None], report: Report, unresponsive_after_s: float
+    keeper: Keeper,
+    inbox: queue.Queue[Frame | None],
+    report: Report,
+    unresponsive_after_s: float,
+    let_go: Callable[[], None] = lambda: None,
 ) -> None:
     """Obeys the rank until it withdraws, dies (None in the inbox) or loses the registration.
 
     Each beat asks the rank for an answer, as it reports the state. A rank that gives none for
-    `unresponsive_after_s` is marked in its record, until it says something.
+    `unresponsive_after_s` is marked in its record, until it says something. `let_go` is called when
+    it takes its memory back.
     """
     due = time.monotonic() + keeper.due_s
     silence = Silence(unresponsive_after_s)
@@ -101,6 +108,8 @@ def serve(
                     due = time.monotonic() + keeper.beat()
                 report({"reply": frame.message["seq"], "written": not keeper.suspended})
             else:
+                if frame:  # one that has died does not need its memory back
+                    let_go()
                 _end(keeper, frame, report)
                 return
         except RegistrationLost as exc:
@@ -149,15 +158,17 @@ def record_from_wire(frame: Frame) -> RankRecord:
     return decode(frame.message["key"], value)
 
 
-def main(rank: int | None) -> None:
+def main(rank: int | None, descriptors: int) -> None:
     """Speaks frames over standard input and output.
 
     The first frame says what to register and how to reach etcd. `rank` is a descriptor that shows
-    when the rank's process has ended.
+    when the rank's process has ended, `descriptors` one of a socket by which it passes others on.
     """
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # the rank decides when it ends; its end is what ends the keeper
         signal.signal(ignored, signal.SIG_IGN)
+    desk = Desk(socket.socket(fileno=descriptors))
+    desk.start()
     pipe, report = sys.stdin.buffer, reporter(sys.stdout.fileno())
     opening = read_frame(pipe)
     if opening is None:
@@ -190,7 +201,7 @@ def main(rank: int | None) -> None:
     # The rank waited for its first claim for as long as it wants calls to take. From now on its
     # death must be noticed soon.
     etcd.config = replace(config, timeout_s=min(config.timeout_s, CALL_TIMEOUT_S))
-    serve(keeper, inbox, report, message["unresponsive_after_s"])
+    serve(keeper, inbox, report, message["unresponsive_after_s"], desk.let_go)
 
 
 def reporter(pipe: int) -> Report:
@@ -211,13 +222,13 @@ def reporter(pipe: int) -> Report:
     return report
 
 
-def run(rank: int | None) -> None:
+def run(rank: int | None, descriptors: int) -> None:
     """`main` as a process: ends at once, without waiting for the thread that still reads standard
     input.
     """
     code = 1
     try:
-        main(rank)
+        main(rank, descriptors)
         code = 0
     except Exception:  # noqa: BLE001  the last stop of the process: the rank reads the end of what is printed
         traceback.print_exc()

@@ -20,6 +20,8 @@ from typing import IO
 
 from engine_registry.errors import KeeperFailed
 from engine_registry.etcd.descriptors import check_left, explain
+from engine_registry.registration.descriptors import Descriptors
+from engine_registry.registration.keeper import descriptors
 from engine_registry.registration.keeper.protocol import ANSWER_S, Frame, FrameBuffer
 
 # The module search path comes through the pipe, so that the keeper finds what the rank found, and
@@ -27,9 +29,10 @@ from engine_registry.registration.keeper.protocol import ANSWER_S, Frame, FrameB
 # named json.py would be run.
 _BOOT = (
     "import json, sys; boot = json.loads(sys.stdin.buffer.readline()); sys.path[:] = boot['path']; "
-    "from engine_registry.registration.keeper.main import run; run(boot['rank'])"
+    "from engine_registry.registration.keeper.main import run; "
+    "run(boot['rank'], boot['descriptors'])"
 )
-_DESCRIPTORS = 8  # that starting one takes, of which three stay
+_DESCRIPTORS = 10  # that starting one takes, of which four stay
 START_TIMEOUT_S = 20.0  # a loaded machine may take long to start a process
 
 # Time without a sign of life is counted in looks. A rank that was itself stopped, or held the GIL,
@@ -83,7 +86,9 @@ class KeeperProcess:
         with contextlib.ExitStack() as undo:
             try:
                 self._complaints = undo.enter_context(_scratch())
-                with _this_process() as rank:
+                self._hands, theirs = descriptors.pair()
+                undo.callback(self._hands.close)
+                with theirs, _this_process() as rank:
                     self._process = launch(
                         ["-I", "-c", _BOOT, "engine-registry-keeper", key],
                         {
@@ -92,8 +97,13 @@ class KeeperProcess:
                             if not secret or value != secret
                         },
                         self._complaints,
-                        [] if rank is None else [rank],
+                        [theirs.fileno(), *([] if rank is None else [rank])],
                     )
+                    boot = {
+                        "path": [os.path.abspath(path) for path in sys.path],
+                        "rank": rank,
+                        "descriptors": theirs.fileno(),
+                    }
             except OSError as exc:
                 why, remedy = explain(exc)
                 raise KeeperFailed(
@@ -106,7 +116,6 @@ class KeeperProcess:
         self._writable.register(self._input, select.POLLOUT)
         self._readable.register(self._output, select.POLLIN)
         _started.add(self)
-        boot = {"path": [os.path.abspath(path) for path in sys.path], "rank": rank}
         self.write(json.dumps(boot).encode() + b"\n", START_TIMEOUT_S)
 
     @property
@@ -131,6 +140,14 @@ class KeeperProcess:
                     silent_s += LOOK_S
             if rest:
                 self.kill_hung()
+
+    def hand_over(self, given: Descriptors | None, patience_s: float = ANSWER_S) -> None:
+        """Makes it hand out these descriptors and no others; kills one that is silent for so long.
+
+        KeeperFailed where it cannot hold as many. That it has died is for `read` to find.
+        """
+        if not descriptors.pass_on(self._hands, given, patience_s, LOOK_S):
+            self.kill_hung()
 
     def read(self) -> list[Frame] | None:
         """What it has said, after a look's time at most, which may be nothing; None when it has
@@ -157,7 +174,7 @@ class KeeperProcess:
         """Closes the copies that a forked child has got: else a keeper would not see the end of a
         rank that becomes another program, as its pid stays and the child holds the pipe open.
         """
-        for each in (self._input, self._output, self._complaints):
+        for each in (self._input, self._output, self._complaints, self._hands):
             with contextlib.suppress(OSError):
                 each.close()
 
@@ -173,6 +190,7 @@ class KeeperProcess:
         code = self._process.wait()
         self.close_input()
         self._output.close()
+        self._hands.close()
         with self._complaints as complaints:
             complaints.seek(0)
             lines = complaints.read().decode(errors="replace").strip().splitlines()

@@ -15,6 +15,7 @@ from engine_registry import RankRecord, RankState, Registration, RegistrationSta
 from engine_registry.errors import Evicted, KeeperFailed, RankConflict, RegistryError
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.registration import handle as module
+from engine_registry.registration.descriptors import Descriptors
 from engine_registry.telemetry import metrics
 from engine_registry.telemetry.meters import Held
 from tests.support.builders import OTHER_CONTENT, a_record
@@ -36,6 +37,7 @@ class Link:
         ttl_s: float,
         unresponsive_after_s: float,
         news: Callable[[], Callable[[str, str, RegistryError | None], None] | None],
+        descriptors: Descriptors | None = None,
     ) -> None:
         assert (config, parts, ttl_s) == (CONFIG, [b"part"], 3.0)
         assert unresponsive_after_s == 30.0
@@ -56,7 +58,10 @@ class Link:
         self._do("open")
 
     def update(
-        self, change: Callable[[RankRecord], RankRecord], parts: Sequence[bytes] = ()
+        self,
+        change: Callable[[RankRecord], RankRecord],
+        parts: Sequence[bytes] = (),
+        descriptors: Descriptors | None = None,
     ) -> None:
         self._do("update")
         self.record = change(self.record)
