@@ -189,6 +189,9 @@ KINDS = {
     "cuda_ipc, with the host's memory": map_memory(
         lambda: CudaIpcEngine(gpus=HostGpus()), served=("host gpus",)
     ),
+    "cuda_ipc, with the host's memory by descriptors": map_memory(
+        lambda: CudaIpcEngine(gpus=HostGpus()), served=("host gpus", "pieces")
+    ),
 }
 if "TEST_RDMA_HOST" in os.environ:
     RDMA = os.environ["TEST_RDMA_HOST"], "rdma"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,13 +16,15 @@ from tests.gpu.source import Tensors
 
 
 class Source:
-    def __init__(self, endpoint: str, protocol: str) -> None:
+    def __init__(self, endpoint: str, protocol: str, **env: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.gpu.source", endpoint, protocol],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, **env},
         )
+        self.pid = self._process.pid
 
     def do(self, command: str) -> None:
         assert self._process.stdin is not None

@@ -2,7 +2,8 @@
 
 Does what each line on standard input says, then prints the line. `publish N`: leaves, frees its
 memory and publishes the content of number N. `copy N`: loads the content of number N, from whoever
-has it, and serves it as another instance, from then on. `late N`: publishes another instance
+has it, and serves it as another instance, from then on. `large N`: as `publish`, of tensors of 30
+MiB. `late N`: publishes another instance
 besides, from memory that is new. `update`: adds one to every element, on a separate stream.
 `pause`, `resume`: as a publication does. `replace N`: frees its memory, for which it must be
 paused, and serves the content of number N. Ends with its input.
@@ -35,6 +36,19 @@ def content(number: int, device: str | None = None) -> Tensors:
     return {
         **tensors,
         "long": torch.full((40 << 20,), number, dtype=torch.uint8, device=device or "cuda:0"),
+    }
+
+
+def large_content(number: int, device: str = "cuda:0") -> Tensors:
+    """Of which each lies in several pieces of an expandable segment, as a rule."""
+    return {
+        f"large{place}": torch.arange(
+            1000 * number + place,
+            (30 << 18) + 1000 * number + place,
+            dtype=torch.int32,
+            device=device,
+        )
+        for place in range(100)
     }
 
 
@@ -72,11 +86,12 @@ def main(endpoint: str, protocol: str) -> None:
         stack, tensors, publication = ExitStack(), Tensors(), None
         for line in sys.stdin:
             command, _, number = line.strip().partition(" ")
-            if command == "publish":
+            if command in ("publish", "large"):
                 stack.close()
                 tensors.clear()
                 torch.cuda.empty_cache()
-                tensors.update(content(int(number)))
+                make = content if command == "publish" else large_content
+                tensors.update(make(int(number)))
                 publication = stack.enter_context(
                     publish(
                         registry,

@@ -142,8 +142,13 @@ def test_another_manifest_has_other_descriptors_or_none(registry: Registry) -> N
         assert kept_by(os.getpid()) == kept_by(keeper) == 200
         registration.update(version=2)  # of the same manifest
         assert are_handed_out(second.place)
-        offer(None)
+        registration.keep_memory_back()
         assert not are_handed_out(second.place)
+        assert kept_by(os.getpid()) == kept_by(keeper) == 0
+        registration.keep_memory_back()
+        offer(some(3, "d"))
+        assert kept_by(os.getpid()) == kept_by(keeper) == 3
+        offer(None)
         assert kept_by(os.getpid()) == kept_by(keeper) == 0
         third = some(1, "c")
         offer(third)

@@ -19,7 +19,9 @@ from engine_loader.engines.region_book import Regions
 from engine_loader.engines.tally import Tally
 from engine_loader.errors import EngineFailed, TensorsUnusable, listed
 from engine_loader.planning.plan import ReadOp
+from engine_loader.tensors.cuda import can_be_opened_by_others
 from engine_registry.lifetime import Closable
+from engine_registry.registration.descriptors import Descriptors
 from engine_registry.schema.location import UNKNOWN, Location
 from engine_registry.schema.manifest import Export, Manifest, Region
 from engine_registry.schema.record import WITHIN_HOST
@@ -118,6 +120,26 @@ class Engine(Protocol):
             EngineFailed: The engine refuses.
         """
         return ()
+
+    def descriptors(self, exports: Sequence[Export]) -> Descriptors | None:
+        """File descriptors that the keeper of the rank has to hand out: for `connect` of peers.
+
+        Args:
+            exports: What `exports` has returned. The memory is registered still.
+
+        Returns:
+            The descriptors, which the caller closes or gives away. None where peers need none.
+
+        Raises:
+            EngineFailed: The process can have no more descriptors, or the engine refuses.
+        """
+        return None
+
+    def can_share(self, tensor: torch.Tensor) -> bool:
+        """Whether peers can reach the memory of a tensor, which has some."""
+        if self.protocol not in WITHIN_HOST:
+            return True
+        return tensor.is_cuda and can_be_opened_by_others(tensor.untyped_storage().data_ptr())
 
     def lend(self, region: Region) -> Regions:
         """Lets `start` write into the region.

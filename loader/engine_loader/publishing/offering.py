@@ -22,7 +22,7 @@ from engine_loader.options import PublishOptions
 from engine_loader.planning.content import content_of
 from engine_loader.publishing.delta_shelf import offer_shelf
 from engine_loader.publishing.header import Header, HeaderCell
-from engine_loader.tensors.cuda import can_be_opened_by_others, to_register, wait_for
+from engine_loader.tensors.cuda import to_register, wait_for
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.remembered import RememberedTensors
 from engine_loader.tensors.state_dict import encode_values
@@ -191,6 +191,12 @@ def _check_on_host(tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
+_NOT_TAKEN = {
+    "GPUs": "not the host's, nor of memory pools",
+    "cudaMalloc": "not the host's, nor expandable segments (PYTORCH_CUDA_ALLOC_CONF)",
+}
+
+
 def check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> None:
     """TensorsUnusable names those that are not in memory which peers can open."""
     if engine.protocol == "socket":
@@ -198,16 +204,13 @@ def check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> 
     if engine.protocol not in WITHIN_HOST:
         return
     closed = [
-        name
-        for name, tensor in tensors.items()
-        if tensor.numel()
-        and not (tensor.is_cuda and can_be_opened_by_others(tensor.untyped_storage().data_ptr()))
+        name for name, tensor in tensors.items() if tensor.numel() and not engine.can_share(tensor)
     ]
     if closed:
+        kind = "GPUs" if engine.protocol == "cuda_ipc" else "cudaMalloc"
         raise TensorsUnusable(
             f"{len(closed)} tensors cannot be opened by other processes over {engine.protocol}, "
-            "which takes memory of cudaMalloc, not the host's, nor expandable segments "
-            f"(PYTORCH_CUDA_ALLOC_CONF): {listed(closed)}",
+            f"which takes memory of {kind}, {_NOT_TAKEN[kind]}: {listed(closed)}",
             "move them, or use rdma or tcp",
             problems=closed,
         )

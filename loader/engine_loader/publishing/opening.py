@@ -91,6 +91,7 @@ def open_publication(
             ttl_s=options.ttl_s,
             unresponsive_after_s=options.unresponsive_after_s,
             on_state=options.on_state,
+            descriptors=engine.descriptors(offering.manifest.exports),
         )
         guard.callback(registration.withdraw)
         meter_pulls(registry, registration.record, undo)

@@ -318,6 +318,7 @@ class Publication(Closable):
             MemoryInUse: A load fills the memory.
             EngineFailed: The engine cannot register the memory.
             InvalidField: An argument is not valid; `details["field"]` names it.
+            KeeperFailed: The keeper cannot hold the descriptors of the memory.
             LoaderError: The publication is closed, is being updated, still loads or drains.
             RegistrationLost: The rank was evicted, or another took its place.
         """

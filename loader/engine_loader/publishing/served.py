@@ -150,6 +150,7 @@ class Served:
             raise self._is_paused("pause")
         self._pausing = True
         self.mark_changing()
+        self.registration.keep_memory_back()
         with self._swapping:
             self._check_open("pause")
             self._held = self._held.pause(in_doubt=self._held.use.changing)
@@ -186,6 +187,7 @@ class Served:
                 version=version,
                 content=offering.content,
                 device=str(offering.device),
+                descriptors=self.engine.descriptors(offering.manifest.exports),
             )
             meter_pulls(self.registry, self.record, undo)
             with self._swapping:

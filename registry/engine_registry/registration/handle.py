@@ -217,6 +217,13 @@ class Registration(Closable):
         }
         self._write(given, parts, descriptors)
 
+    def keep_memory_back(self) -> None:
+        """Closes the descriptors: the keeper hands out none any more, until `offer` brings others.
+        From any thread; raises nothing.
+        """
+        if os.getpid() == self._owner_pid:
+            self._link.drop_descriptors()
+
     def withdraw(self, reason: str = WITHDRAWN) -> None:
         """Takes the rank out of the registry; any number of times. If etcd is away the keeper goes
         on trying by itself.

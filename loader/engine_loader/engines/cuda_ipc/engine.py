@@ -1,11 +1,12 @@
 """From GPU to GPU of one host: the memory of sources is mapped into this process, and one kernel
 reads it.
 
-A source's manifest has handles of its allocations. A reader opens them at the first contact, and
-keeps them. Reads that are started become a table, and the table one launch, once there is enough
-for one or somebody asks for a read. Nothing of the source's process takes part in that: it may be
-stopped, hold the GIL, or have ended. What is mapped is let go soon after the source has ended, or
-has taken memory back: see `sources`.
+A source's manifest has handles of its allocations, or says where its keeper hands out descriptors
+of them: see `memory`. A reader opens them at the first contact, and keeps them. Reads that are
+started become a table, and the table one launch, once there is enough for one or somebody asks for
+a read. Nothing of the source's process takes part in that: it may be stopped, hold the GIL, or have
+ended. What is mapped is let go soon after the source has ended, or has taken memory back: see
+`sources`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import ClassVar
 import torch
 
 from engine_loader.engines.base import ClosableEngine, session_of
-from engine_loader.engines.cuda_ipc import link
+from engine_loader.engines.cuda_ipc import link, offers
 from engine_loader.engines.cuda_ipc.gpus import CudaGpus, Gpus
 from engine_loader.engines.cuda_ipc.launches import Launches
+from engine_loader.engines.cuda_ipc.pieces import is_by_descriptors
 from engine_loader.engines.cuda_ipc.sources import MappedSource, OwnSource, Sources
 from engine_loader.engines.cuda_ipc.tallies import Sums, Tallies
 from engine_loader.engines.dial import dial
@@ -29,6 +31,7 @@ from engine_loader.engines.machine import this_host
 from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
+from engine_registry.registration.descriptors import Descriptors
 from engine_registry.schema.location import Location
 from engine_registry.schema.manifest import Export, Region
 
@@ -118,12 +121,7 @@ class CudaIpcEngine(ClosableEngine):
             parts, new = self._served.begin(region)
             try:
                 for one in new:
-                    export = self._gpus.export(one.addr)
-                    if one.end > export.end:
-                        raise EngineFailed(
-                            f"{one.nbytes} bytes at {one.addr:#x} are not one allocation of CUDA's",
-                            "serve tensors of one allocation each",
-                        )
+                    offers.check_whole(self._gpus, one)
             except BaseException:
                 self._served.end(region)
                 raise
@@ -136,8 +134,13 @@ class CudaIpcEngine(ClosableEngine):
             self._listener.cut()  # readers let go of what they have mapped
 
     def exports(self, regions: Sequence[Region]) -> tuple[Export, ...]:
-        found = [self._gpus.export(region.addr) for region in regions]
-        return tuple({export.addr: export for export in found}.values())
+        return offers.describe(self._gpus, regions)
+
+    def descriptors(self, exports: Sequence[Export]) -> Descriptors | None:
+        return offers.descriptors_of(self._gpus, exports)
+
+    def can_share(self, tensor: torch.Tensor) -> bool:
+        return self._gpus.can_be_shared(tensor.untyped_storage().data_ptr())
 
     def lend(self, region: Region) -> Regions:
         with self._lent.lock:
@@ -172,13 +175,20 @@ class CudaIpcEngine(ClosableEngine):
             self._sources.add(OwnSource(peer, own._offers, self._gpus))
             return
         before = self._abandoned[peer]
+
+        def is_given_up() -> bool:
+            return self._closed or self._abandoned[peer] != before
+
+        connection = None
         try:
-            connection = dial(session_id, lambda: self._closed or self._abandoned[peer] != before)
+            connection = dial(session_id, is_given_up)
         except ReadFailed:
-            if not self._sources.is_mapped(peer):
+            if self._sources.is_mapped(peer):
+                return  # the process has ended, and its memory is still at hand
+            if is_given_up() or not exports or not all(map(is_by_descriptors, exports)):
                 raise
-            return  # the process has ended, and its memory is still at hand
-        if self._sources.connect_again(peer, connection):
+            # or its keeper has it for a moment
+        if connection is not None and self._sources.connect_again(peer, connection):
             return
         source = MappedSource(peer, exports, self._gpus, connection)
         try:

@@ -1,38 +1,31 @@
-"""What the engine needs of CUDA: handles of allocations, and memory mapped by a handle.
-
-The handles are those of CUDA's interprocess communication, of 64 bytes, which the driver makes for
-an allocation of cudaMalloc. A process opens one for each GPU that reads. Memory stays as long as
-anybody has it mapped, also when its process has ended.
+"""What the engine needs of CUDA: which GPU has what, memory of other processes, and launches of the
+kernel. `memory` says how memory is shared.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from engine_loader.engines.cuda_ipc.launch import Launch, Made
 from engine_loader.engines.cuda_ipc.launcher import KERNELS, Launcher, prepare
+from engine_loader.engines.cuda_ipc.memory import SharedMemory
+from engine_loader.engines.cuda_ipc.pieces import Allocation
 from engine_loader.engines.cuda_ipc.table import Copy
 from engine_loader.engines.cuda_ipc.tallies import Sums
-from engine_loader.errors import EngineFailed, EngineUnavailable
+from engine_loader.errors import EngineUnavailable
 from engine_loader.kernels.kernel import can_be_had
-from engine_loader.tensors.cuda import (
-    allocation_at,
-    can_be_opened_by_others,
-    device_here,
-    device_of,
-    driver,
-)
-from engine_registry.schema.manifest import Export
+from engine_loader.tensors.cuda import device_here, device_of
+from engine_loader.tensors.cuda_memory import calls as _driver
+from engine_loader.tensors.cuda_memory import check as _check
+from engine_loader.tensors.cuda_memory import on_gpu as _on
+from engine_loader.tensors.modes import plain_torch
+from engine_registry.schema.manifest import Export, Region
 
-_HANDLE_NBYTES = 64
-_LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 _PEER_ACCESS_ENABLED = 704  # CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED: torch has done it
 
 
@@ -48,14 +41,20 @@ class Gpus(Protocol):
     def current(self) -> int:
         """The calling thread's GPU."""
 
-    def export(self, addr: int) -> Export:
-        """The allocation that has the address; EngineFailed where others cannot open it."""
+    def can_be_shared(self, addr: int) -> bool:
+        """Whether other processes can open the memory there."""
+
+    def allocations(self, region: Region) -> Sequence[Allocation]:
+        """What the region lies in; EngineFailed where others cannot open all of it."""
+
+    def descriptor(self, addr: int) -> int:
+        """A new one of the allocation there, which the caller closes; EngineFailed."""
 
     def open(self, export: Export, gpu: int) -> int:
-        """Where that GPU has another process's allocation from now on.
+        """Where that GPU has another process's allocations from now on.
 
-        EngineFailed where the process has ended, the GPU does not reach its memory, or the
-        allocation is shorter than the export says.
+        EngineFailed where the process, or its keeper, has ended, the GPU does not reach its memory,
+        or there is less of it than the export says.
         """
 
     def close(self, addr: int, gpu: int) -> None:
@@ -71,15 +70,12 @@ class Gpus(Protocol):
         """Begins the copies, on that GPU; into memory of the host (None) they are made at once."""
 
 
-class _Handle(ctypes.Structure):
-    _fields_ = [("reserved", ctypes.c_char * _HANDLE_NBYTES)]
-
-
-class CudaGpus:
+class CudaGpus(SharedMemory):
     """The GPUs that this process sees."""
 
     def __init__(self) -> None:
         """EngineUnavailable where there are none, or no Triton."""
+        super().__init__()
         if not torch.cuda.is_available():
             raise EngineUnavailable(
                 "no GPU of CUDA can be used here", "use tcp or rdma; see engines doctor"
@@ -106,48 +102,7 @@ class CudaGpus:
     def current(self) -> int:
         return torch.cuda.current_device()
 
-    def export(self, addr: int) -> Export:
-        gpu = device_of(addr)
-        if gpu is None or not can_be_opened_by_others(addr):
-            raise EngineFailed(
-                f"the memory at {addr:#x} cannot be opened by other processes",
-                "serve memory of cudaMalloc, not the host's, nor expandable segments "
-                "(PYTORCH_CUDA_ALLOC_CONF)",
-            )
-        allocation = allocation_at(addr)
-        handle = _Handle()
-        with _on(gpu):
-            _check(
-                _driver().cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(allocation.addr)),
-                f"no handle for the memory at {addr:#x}",
-            )
-        return Export(allocation.addr, allocation.nbytes, bytes(memoryview(handle)))
-
-    def open(self, export: Export, gpu: int) -> int:
-        if len(export.handle) != _HANDLE_NBYTES:
-            raise EngineFailed(f"a handle of {len(export.handle)} bytes is none of CUDA's")
-        addr = ctypes.c_uint64()
-        with _on(gpu):
-            _check(
-                _driver().cuIpcOpenMemHandle_v2(
-                    ctypes.byref(addr), _Handle.from_buffer_copy(export.handle), _LAZY_PEER_ACCESS
-                ),
-                "its process has ended, or its GPU is not reached by "
-                f"cuda:{gpu} (nvidia-smi topo -p2p r)",
-            )
-            nbytes = ctypes.c_size_t()
-            code = _driver().cuMemGetAddressRange_v2(None, ctypes.byref(nbytes), addr)
-            if code or nbytes.value < export.nbytes:
-                _driver().cuIpcCloseMemHandle(addr)
-                raise EngineFailed(
-                    f"{export.nbytes} bytes are exported of an allocation of {nbytes.value}"
-                )
-        return addr.value
-
-    def close(self, addr: int, gpu: int) -> None:
-        with _on(gpu):
-            _driver().cuIpcCloseMemHandle(ctypes.c_uint64(addr))
-
+    @plain_torch()
     def reach(self, addr: int, gpu: int) -> None:
         other = device_of(addr)
         if other is None or other == gpu or (gpu, other) in self._reached:
@@ -156,6 +111,9 @@ class CudaGpus:
             code = _driver().cuCtxEnablePeerAccess(memory, 0)
             if code != _PEER_ACCESS_ENABLED:
                 _check(code, f"cuda:{gpu} does not reach cuda:{other} (nvidia-smi topo -p2p r)")
+        # By a copy, torch lets that GPU reach expandable segments as well, and those to come.
+        there = torch.zeros(1, device=torch.device("cuda", other))
+        there.to(torch.device("cuda", gpu))
         self._reached.add((gpu, other))
 
     def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:
@@ -181,36 +139,3 @@ def _to_host(copy: Copy) -> None:
             ),
             "the memory of the GPU cannot be copied to the host's",
         )
-
-
-@contextmanager
-def _on(gpu: int) -> Iterator[ctypes.c_void_p]:
-    """The context of the GPU, as torch has it, is the thread's current one, as the driver needs."""
-    torch.cuda.init()
-    number = ctypes.c_int(gpu)
-    context = ctypes.c_void_p()
-    failed = f"cuda:{number.value} cannot be used"
-    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), number), failed)
-    try:
-        _check(_driver().cuCtxPushCurrent_v2(context), failed)
-        try:
-            yield context
-        finally:
-            _driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-    finally:
-        _driver().cuDevicePrimaryCtxRelease_v2(number)
-
-
-def _check(code: int, what: str) -> None:
-    if code:
-        name = ctypes.c_char_p()
-        _driver().cuGetErrorName(code, ctypes.byref(name))
-        error = name.value.decode() if name.value else f"error {code}"
-        raise EngineFailed(f"{what} ({error})")
-
-
-@functools.cache
-def _driver() -> Any:
-    loaded = driver()
-    loaded.cuIpcOpenMemHandle_v2.argtypes = [ctypes.c_void_p, _Handle, ctypes.c_uint]
-    return loaded

@@ -79,8 +79,9 @@ class MappedSource(Source):
     """Another process. Each GPU that reads opens its handles."""
 
     def __init__(
-        self, peer: str, exports: Sequence[Export], gpus: Gpus, connection: socket.socket
+        self, peer: str, exports: Sequence[Export], gpus: Gpus, connection: socket.socket | None
     ) -> None:
+        """`connection` is None where the process has ended."""
         super().__init__(peer)
         self._exports = sorted(exports, key=lambda export: export.addr)
         self._starts = [export.addr for export in self._exports]
@@ -128,7 +129,8 @@ class MappedSource(Source):
             mapped, self._mapped = self._mapped, {}
         for (gpu, _), addr in mapped.items():
             self._gpus.close(addr, gpu)
-        self.connection.close()
+        if self.connection is not None:
+            self.connection.close()
 
 
 class Sources:
@@ -195,13 +197,17 @@ class Sources:
             if not isinstance(source, MappedSource) or source not in self._ended:
                 return False
             self._ended.discard(source)
-            source.connection.close()
+            if source.connection is not None:
+                source.connection.close()
             source.connection = connection
             self._watch(source)
             return True
 
     def _watch(self, source: MappedSource) -> None:
-        self._selector.register(source.connection, selectors.EVENT_READ, source)
+        if source.connection is not None:
+            self._selector.register(source.connection, selectors.EVENT_READ, source)
+        else:
+            self._ended.add(source)
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._run, name="memory of other processes", daemon=True

@@ -138,6 +138,11 @@ class KeeperLink:
                 extra=fields("update_waits", key=record.key),
             )
 
+    def drop_descriptors(self) -> None:
+        """The keeper hands out none any more."""
+        with self._lock:
+            self._hand_over(None)
+
     def _hand_over(self, descriptors: Descriptors | None) -> None:
         """In the place of those that there are. A keeper that is not there yet gets them later."""
         former, self._descriptors = self._descriptors, descriptors

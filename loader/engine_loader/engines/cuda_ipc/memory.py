@@ -1,0 +1,149 @@
+"""Memory of GPUs, as processes share it: offered by handles or descriptors, and opened by them.
+
+Memory of cudaMalloc has a handle of CUDA's interprocess communication, of 64 bytes, which a process
+opens for each GPU that reads. Memory of cuMemCreate is opened by descriptors: see `pieces`. Memory
+stays as long as anybody has it mapped, also when its process has ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from contextlib import closing
+
+from engine_loader.engines.cuda_ipc.pieces import Allocation, Pieces, is_by_descriptors
+from engine_loader.errors import EngineFailed
+from engine_loader.tensors import cuda_memory
+from engine_loader.tensors.cuda import allocation_at, can_be_opened_by_others, device_of
+from engine_loader.tensors.cuda_memory import Mapping, calls, check, on_gpu
+from engine_registry.schema.manifest import Export, Region
+
+_HANDLE_NBYTES = 64
+_LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_char * _HANDLE_NBYTES)]
+
+
+class SharedMemory:
+    """That of the GPUs that this process sees."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._mapped: dict[int, Mapping] = {}  # by address: what was opened by descriptors
+
+    def can_be_shared(self, addr: int) -> bool:
+        """Whether other processes can open the memory there."""
+        gpu = device_of(addr)
+        if gpu is None:
+            return False
+        if can_be_opened_by_others(addr):
+            return True
+        with on_gpu(gpu):
+            return cuda_memory.is_shareable(addr)
+
+    def allocations(self, region: Region) -> Sequence[Allocation]:
+        """What the region lies in; EngineFailed where others cannot open all of it."""
+        gpu = device_of(region.addr)
+        if gpu is None:
+            raise _not_shared(region.addr)
+        with on_gpu(gpu):
+            if can_be_opened_by_others(region.addr):
+                whole = allocation_at(region.addr)
+                return [Allocation(whole.addr, whole.nbytes, _handle_of(whole.addr))]
+            found: list[Allocation] = []
+            at = region.addr
+            while at < region.end:
+                if not cuda_memory.is_shareable(at):
+                    raise _not_shared(at)
+                piece = cuda_memory.piece_at(at)
+                found.append(Allocation(piece.addr, piece.nbytes, b""))
+                at = piece.end
+            return found
+
+    def descriptor(self, addr: int) -> int:
+        """A new one of the allocation there, which the caller closes; EngineFailed."""
+        gpu = device_of(addr)
+        if gpu is None:
+            raise _not_shared(addr)
+        with on_gpu(gpu):
+            handle = cuda_memory.retain(addr)
+            try:
+                return cuda_memory.to_descriptor(handle)
+            finally:
+                cuda_memory.release(handle)
+
+    def open(self, export: Export, gpu: int) -> int:
+        """Where that GPU has another process's allocations from now on.
+
+        EngineFailed where the process, or its keeper, has ended, the GPU does not reach its memory,
+        or there is less of it than the export says.
+        """
+        with on_gpu(gpu):
+            if is_by_descriptors(export):
+                return self._open_pieces(Pieces.decode(export), gpu)
+            return _open_handle(export, gpu)
+
+    def _open_pieces(self, pieces: Pieces, gpu: int) -> int:
+        mapping = Mapping(gpu, sum(pieces.sizes))
+        try:
+            with closing(pieces.opened()) as opened:
+                for piece in opened:
+                    handle = cuda_memory.from_descriptor(piece.fd)
+                    try:
+                        mapping.add(handle, piece.nbytes)
+                    finally:
+                        cuda_memory.release(handle)
+            mapping.allow()
+        except BaseException:
+            mapping.close()
+            raise
+        with self._lock:
+            self._mapped[mapping.region.addr] = mapping
+        return mapping.region.addr
+
+    def close(self, addr: int, gpu: int) -> None:
+        """Ends one `open`."""
+        with self._lock:
+            mapping = self._mapped.pop(addr, None)
+        with on_gpu(gpu):
+            if mapping is not None:
+                mapping.close()
+            else:
+                calls().cuIpcCloseMemHandle(ctypes.c_uint64(addr))
+
+
+def _not_shared(addr: int) -> EngineFailed:
+    return EngineFailed(
+        f"the memory at {addr:#x} cannot be opened by other processes",
+        "serve memory of GPUs, not the host's, and not of memory pools (cudaMallocAsync)",
+    )
+
+
+def _handle_of(addr: int) -> bytes:
+    handle = _Handle()
+    check(
+        calls().cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(addr)),
+        f"no handle for the memory at {addr:#x}",
+    )
+    return bytes(memoryview(handle))
+
+
+def _open_handle(export: Export, gpu: int) -> int:
+    if len(export.handle) != _HANDLE_NBYTES:
+        raise EngineFailed(f"a handle of {len(export.handle)} bytes is none of CUDA's")
+    addr = ctypes.c_uint64()
+    opening = calls().cuIpcOpenMemHandle_v2
+    opening.argtypes = [ctypes.c_void_p, _Handle, ctypes.c_uint]
+    check(
+        opening(ctypes.byref(addr), _Handle.from_buffer_copy(export.handle), _LAZY_PEER_ACCESS),
+        f"its process has ended, or its GPU is not reached by cuda:{gpu} (nvidia-smi topo -p2p r)",
+    )
+    nbytes = ctypes.c_size_t()
+    code = calls().cuMemGetAddressRange_v2(None, ctypes.byref(nbytes), addr)
+    if code or nbytes.value < export.nbytes:
+        calls().cuIpcCloseMemHandle(addr)
+        raise EngineFailed(f"{export.nbytes} bytes are exported of an allocation of {nbytes.value}")
+    return addr.value

@@ -1,0 +1,58 @@
+"""What a source says of its memory, and what its keeper hands out of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from engine_loader.engines.cuda_ipc.gpus import Gpus
+from engine_loader.engines.cuda_ipc.pieces import Pieces, exports_of, is_by_descriptors
+from engine_loader.errors import EngineFailed
+from engine_registry.etcd.descriptors import check_left, explain
+from engine_registry.registration.descriptors import Descriptors, Place, close_all
+from engine_registry.schema.manifest import Export, Region
+
+_NOWHERE = Place(bytes(16), bytes(16))
+
+
+def check_whole(gpus: Gpus, region: Region) -> None:
+    """EngineFailed unless a reader has the region in one place."""
+    exports = exports_of(gpus.allocations(region), _NOWHERE)
+    if not any(one.addr <= region.addr and region.end <= one.end for one in exports):
+        raise EngineFailed(
+            f"{region.nbytes} bytes at {region.addr:#x} are not one allocation of CUDA's",
+            "serve tensors of one allocation each",
+        )
+
+
+def describe(gpus: Gpus, regions: Sequence[Region]) -> tuple[Export, ...]:
+    """The allocations that the regions lie in; EngineFailed."""
+    found = {one for region in regions for one in gpus.allocations(region)}
+    return exports_of(found, Place.new())
+
+
+def descriptors_of(gpus: Gpus, exports: Sequence[Export]) -> Descriptors | None:
+    """New ones, of those exports that are by descriptors; None where none is. EngineFailed."""
+    some = [(Pieces.decode(one), one.addr) for one in exports if is_by_descriptors(one)]
+    if not some:
+        return None
+    addrs = [
+        addr + offset
+        for pieces, addr in sorted(some, key=lambda each: each[0].first)
+        for offset in itertools.accumulate(pieces.sizes[:-1], initial=0)
+    ]
+    fds: list[int] = []
+    try:
+        check_left(len(addrs))
+        for addr in addrs:
+            fds.append(gpus.descriptor(addr))
+    except OSError as exc:
+        close_all(fds)
+        why, remedy = explain(exc)
+        raise EngineFailed(
+            f"{len(addrs)} allocations need a file descriptor each: {why}", remedy
+        ) from exc
+    except BaseException:
+        close_all(fds)
+        raise
+    return Descriptors(some[0][0].place, fds)

@@ -1,0 +1,148 @@
+"""Memory that is exported by descriptors: what stands in the handle of an export, and how a reader
+gets the descriptors.
+
+An export is of allocations that lie one behind another, as the pieces of an expandable segment of
+torch's do. Its handle has, little-endian:
+
+    1 byte      the version, 1
+    32 bytes    the place at which the keeper hands descriptors out
+    4 bytes     the number of the first allocation's descriptor; the others follow
+    12 bytes    for each row of allocations of equal size: their size, and how many they are
+
+So it never has the 64 bytes of a handle of CUDA's. Pure, but for the descriptors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine_loader.errors import EngineFailed
+from engine_registry.errors import KeeperFailed
+from engine_registry.registration.descriptors import (
+    MOST_AT_ONCE,
+    PLACE_NBYTES,
+    Place,
+    close_all,
+    fetch,
+)
+from engine_registry.schema.manifest import Export
+from engine_registry.schema.manifest_format import MAX_EXPORTS, MAX_HANDLE_NBYTES
+
+_HEAD = struct.Struct(f"<B{PLACE_NBYTES}sI")
+_ROW = struct.Struct("<QI")
+_VERSION = 1
+_MOST_ROWS = (MAX_HANDLE_NBYTES - _HEAD.size) // _ROW.size
+
+
+class Allocation(NamedTuple):
+    """Memory with one handle."""
+
+    addr: int
+    nbytes: int
+    handle: bytes  # empty where a descriptor takes its place
+
+    @property
+    def end(self) -> int:
+        """The address behind the last byte."""
+        return self.addr + self.nbytes
+
+
+class Piece(NamedTuple):
+    """Of an export, with a descriptor that is closed when the next one is asked for."""
+
+    offset: int
+    nbytes: int
+    fd: int
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What the handle of an export by descriptors says."""
+
+    place: Place
+    first: int  # number of a descriptor
+    sizes: tuple[int, ...]
+
+    def encode(self) -> bytes:
+        rows = [(nbytes, len([*some])) for nbytes, some in itertools.groupby(self.sizes)]
+        head = _HEAD.pack(_VERSION, self.place.encode(), self.first)
+        return head + b"".join([_ROW.pack(*row) for row in rows])
+
+    @classmethod
+    def decode(cls, export: Export) -> Pieces:
+        """EngineFailed where the handle says nothing of the kind."""
+        handle = export.handle
+        if not is_by_descriptors(export):
+            raise EngineFailed(f"a handle of {len(handle)} bytes is none of CUDA's")
+        _, place, first = _HEAD.unpack_from(handle)
+        rows = [*_ROW.iter_unpack(handle[_HEAD.size :])]
+        if sum([count for _, count in rows]) > MAX_EXPORTS:
+            raise EngineFailed(f"an export has more than {MAX_EXPORTS} allocations")
+        found = cls(
+            Place.decode(place),
+            first,
+            tuple([nbytes for nbytes, count in rows for _ in range(count)]),
+        )
+        if sum(found.sizes) != export.nbytes or 0 in found.sizes:
+            raise EngineFailed(
+                f"{export.nbytes} bytes are exported of an allocation of {sum(found.sizes)}"
+            )
+        return found
+
+    def opened(self) -> Generator[Piece]:
+        """Each with a descriptor, of which few are open at a time; EngineFailed."""
+        offset = 0
+        for begin in range(0, len(self.sizes), MOST_AT_ONCE):
+            sizes = self.sizes[begin : begin + MOST_AT_ONCE]
+            try:
+                fds = fetch(self.place, self.first + begin, len(sizes))
+            except KeeperFailed as exc:
+                raise EngineFailed(exc.what, exc.remedy) from exc
+            try:
+                for nbytes, fd in zip(sizes, fds, strict=True):
+                    yield Piece(offset, nbytes, fd)
+                    offset += nbytes
+            finally:
+                close_all(fds)
+
+
+def is_by_descriptors(export: Export) -> bool:
+    """Whether its handle is the place of descriptors, not one of CUDA's."""
+    rows_nbytes = len(export.handle) - _HEAD.size
+    return rows_nbytes > 0 and rows_nbytes % _ROW.size == 0 and export.handle[0] == _VERSION
+
+
+def exports_of(allocations: Iterable[Allocation], place: Place) -> tuple[Export, ...]:
+    """One for each handle, and one for allocations by descriptors that lie one behind another.
+
+    Their descriptors are numbered in the order of their addresses.
+    """
+    exports: list[Export] = []
+    run: list[Allocation] = []
+    rows = number = 0
+
+    def end_run() -> None:
+        nonlocal rows, number
+        if run:
+            pieces = Pieces(place, number, tuple([one.nbytes for one in run]))
+            exports.append(Export(run[0].addr, run[-1].end - run[0].addr, pieces.encode()))
+            number += len(run)
+        run.clear()
+        rows = 0
+
+    for one in sorted(set(allocations)):
+        if one.handle:
+            exports.append(Export(one.addr, one.nbytes, one.handle))
+            continue
+        another = not run or one.nbytes != run[-1].nbytes
+        if run and (one.addr != run[-1].end or rows + another > _MOST_ROWS):
+            end_run()
+            another = True
+        run.append(one)
+        rows += another
+    end_run()
+    return tuple(sorted(exports, key=lambda export: export.addr))
