@@ -19,7 +19,13 @@ import pytest
 from engine_registry import Manifest, Registration, Registry, new_incarnation
 from engine_registry.errors import InvalidField, KeeperFailed, RankConflict
 from engine_registry.etcd.local import LocalEtcd
-from engine_registry.registration.descriptors import MAGIC, REQUEST, Descriptors, Place, fetch
+from engine_registry.registration.descriptors import (
+    MAGIC,
+    REQUEST,
+    DescriptorPlace,
+    Descriptors,
+    fetch,
+)
 from engine_registry.registration.keeper import descriptors as keeping
 from engine_registry.registration.keeper.descriptors import Desk, pair, pass_on
 from tests.integration.conftest import Processes
@@ -35,14 +41,15 @@ def memory(text: bytes) -> int:
     return fd
 
 
-def some(count: int, name: str = "m", place: Place | None = None) -> Descriptors:
+def some(count: int, name: str = "m", place: DescriptorPlace | None = None) -> Descriptors:
     """Of memory, each with its number in it."""
     return Descriptors(
-        place or Place.new(), [memory(f"{name}{number}".encode()) for number in range(count)]
+        place or DescriptorPlace.new(),
+        [memory(f"{name}{number}".encode()) for number in range(count)],
     )
 
 
-def texts(place: Place, first: int, count: int) -> list[bytes]:
+def texts(place: DescriptorPlace, first: int, count: int) -> list[bytes]:
     """What lies in the memory whose descriptors are handed out there."""
     found = fetch(place, first, count)
     try:
@@ -57,7 +64,7 @@ def expected(first: int, count: int, name: str = "m") -> list[bytes]:
     return [f"{name}{number}".encode() for number in range(first, first + count)]
 
 
-def are_handed_out(place: Place) -> bool:
+def are_handed_out(place: DescriptorPlace) -> bool:
     try:
         texts(place, 0, 1)
     except KeeperFailed:
@@ -187,11 +194,11 @@ def offer_invalid(registration: Registration, descriptors: Descriptors) -> None:
 RANK = """
 import os, sys
 from engine_registry import Registry
-from engine_registry.registration.descriptors import Place
+from engine_registry.registration.descriptors import DescriptorPlace
 from tests.integration.test_descriptors import some
 from tests.support.ranks import register
 
-place = Place.decode(bytes.fromhex(sys.argv[3]))
+place = DescriptorPlace.decode(bytes.fromhex(sys.argv[3]))
 with Registry.connect(sys.argv[1], namespace=sys.argv[2], timeout_s=60) as registry:
     with register(registry, descriptors=some(3, place=place)) as registration:
         print(registration.keeper_pid, flush=True)
@@ -206,7 +213,9 @@ with Registry.connect(sys.argv[1], namespace=sys.argv[2], timeout_s=60) as regis
 
 
 @contextmanager
-def rank(processes: Processes, etcd: LocalEtcd, place: Place) -> Iterator[tuple[int, int]]:
+def rank(
+    processes: Processes, etcd: LocalEtcd, place: DescriptorPlace
+) -> Iterator[tuple[int, int]]:
     """The pids of a rank, and of its keeper."""
     process = processes.start_anew("-c", RANK, etcd.endpoint, "/x", place.encode().hex())
     assert process.stdout is not None
@@ -216,7 +225,7 @@ def rank(processes: Processes, etcd: LocalEtcd, place: Place) -> Iterator[tuple[
 def test_descriptors_can_be_had_while_the_rank_is_stopped_and_while_its_end_is_written(
     processes: Processes, own_etcd: LocalEtcd
 ) -> None:
-    place = Place.new()
+    place = DescriptorPlace.new()
     with rank(processes, own_etcd, place) as (pid, keeper):
         signal_and_wait(pid, signal.SIGSTOP)
         assert texts(place, 0, 3) == expected(0, 3)
@@ -231,7 +240,9 @@ def test_descriptors_can_be_had_while_the_rank_is_stopped_and_while_its_end_is_w
 def test_a_forked_child_of_a_rank_keeps_none_open(
     processes: Processes, own_etcd: LocalEtcd
 ) -> None:
-    process = processes.start_anew("-c", RANK, own_etcd.endpoint, "/x", Place.new().encode().hex())
+    process = processes.start_anew(
+        "-c", RANK, own_etcd.endpoint, "/x", DescriptorPlace.new().encode().hex()
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdout.readline()
@@ -316,8 +327,11 @@ def test_a_request_that_is_none_gets_nothing_and_costs_nothing(
 def test_a_place_whose_secret_is_wrong_is_an_error_that_says_so(kept: Kept) -> None:
     before = descriptors_of(os.getpid())
     for place, said in (
-        (Place(kept.place.name, bytes(16)), "does not hand out these descriptors"),
-        (Place(bytes(16), kept.place.secret), "the keeper that hands out the memory has ended"),
+        (DescriptorPlace(kept.place.name, bytes(16)), "does not hand out these descriptors"),
+        (
+            DescriptorPlace(bytes(16), kept.place.secret),
+            "the keeper that hands out the memory has ended",
+        ),
     ):
         with pytest.raises(KeeperFailed, match=said):
             fetch(place, 0, 1)

@@ -56,7 +56,7 @@ from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.local_cluster import LocalCluster
 from engine_registry.gateway.server import Gateway
 from engine_registry.lifetime import Closable
-from engine_registry.registration.descriptors import Descriptors, Place
+from engine_registry.registration.descriptors import DescriptorPlace, Descriptors
 from tests.support.checkout import ROOT
 from tests.support.host_gpus import HostGpus
 from tests.support.ranks import register
@@ -93,7 +93,7 @@ def a_connection(_: Registry, etcd: LocalEtcd) -> Connection:
 
 
 def a_descriptor(_: Registry, etcd: LocalEtcd) -> Descriptors:
-    return Descriptors(Place.new(), [os.memfd_create("a test's")])
+    return Descriptors(DescriptorPlace.new(), [os.memfd_create("a test's")])
 
 
 MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {

@@ -38,18 +38,18 @@ OWNER = struct.Struct("3i")  # of SO_PEERCRED: pid, uid, gid
 _PATIENCE_S = 5.0  # with a keeper; the machine may have too much to do
 
 
-class Place(NamedTuple):
+class DescriptorPlace(NamedTuple):
     """Where a keeper hands descriptors out."""
 
     name: bytes  # 16 bytes
     secret: bytes  # 16 bytes, which a process has to know as well
 
     @classmethod
-    def new(cls) -> Place:
+    def new(cls) -> DescriptorPlace:
         return cls(secrets.token_bytes(16), secrets.token_bytes(16))
 
     @classmethod
-    def decode(cls, packed: bytes) -> Place:
+    def decode(cls, packed: bytes) -> DescriptorPlace:
         """Of PLACE_NBYTES."""
         return cls(packed[:16], packed[16:PLACE_NBYTES])
 
@@ -68,7 +68,7 @@ class Descriptors(Closable):
     They belong to this object, which closes them; in a forked child they are closed at once.
     """
 
-    def __init__(self, place: Place, fds: Sequence[int]) -> None:
+    def __init__(self, place: DescriptorPlace, fds: Sequence[int]) -> None:
         self.place = place
         self._fds = list(fds)
         self._lock = threading.Lock()
@@ -120,7 +120,7 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def fetch(place: Place, first: int, count: int) -> list[int]:
+def fetch(place: DescriptorPlace, first: int, count: int) -> list[int]:
     """So many of the descriptors that a keeper hands out there, which the caller closes.
 
     Raises:

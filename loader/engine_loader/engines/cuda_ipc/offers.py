@@ -9,10 +9,10 @@ from engine_loader.engines.cuda_ipc.gpus import Gpus
 from engine_loader.engines.cuda_ipc.pieces import Pieces, exports_of, is_by_descriptors
 from engine_loader.errors import EngineFailed
 from engine_registry.etcd.descriptors import check_left, explain
-from engine_registry.registration.descriptors import Descriptors, Place, close_all
+from engine_registry.registration.descriptors import DescriptorPlace, Descriptors, close_all
 from engine_registry.schema.manifest import Export, Region
 
-_NOWHERE = Place(bytes(16), bytes(16))
+_NOWHERE = DescriptorPlace(bytes(16), bytes(16))
 
 
 def check_whole(gpus: Gpus, region: Region) -> None:
@@ -28,7 +28,7 @@ def check_whole(gpus: Gpus, region: Region) -> None:
 def describe(gpus: Gpus, regions: Sequence[Region]) -> tuple[Export, ...]:
     """The allocations that the regions lie in; EngineFailed."""
     found = {one for region in regions for one in gpus.allocations(region)}
-    return exports_of(found, Place.new())
+    return exports_of(found, DescriptorPlace.new())
 
 
 def descriptors_of(gpus: Gpus, exports: Sequence[Export]) -> Descriptors | None:

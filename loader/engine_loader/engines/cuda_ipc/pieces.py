@@ -25,7 +25,7 @@ from engine_registry.errors import KeeperFailed
 from engine_registry.registration.descriptors import (
     MOST_AT_ONCE,
     PLACE_NBYTES,
-    Place,
+    DescriptorPlace,
     close_all,
     fetch,
 )
@@ -63,7 +63,7 @@ class Piece(NamedTuple):
 class Pieces:
     """What the handle of an export by descriptors says."""
 
-    place: Place
+    place: DescriptorPlace
     first: int  # number of a descriptor
     sizes: tuple[int, ...]
 
@@ -83,7 +83,7 @@ class Pieces:
         if sum([count for _, count in rows]) > MAX_EXPORTS:
             raise EngineFailed(f"an export has more than {MAX_EXPORTS} allocations")
         found = cls(
-            Place.decode(place),
+            DescriptorPlace.decode(place),
             first,
             tuple([nbytes for nbytes, count in rows for _ in range(count)]),
         )
@@ -116,7 +116,7 @@ def is_by_descriptors(export: Export) -> bool:
     return rows_nbytes > 0 and rows_nbytes % _ROW.size == 0 and export.handle[0] == _VERSION
 
 
-def exports_of(allocations: Iterable[Allocation], place: Place) -> tuple[Export, ...]:
+def exports_of(allocations: Iterable[Allocation], place: DescriptorPlace) -> tuple[Export, ...]:
     """One for each handle, and one for allocations by descriptors that lie one behind another.
 
     Their descriptors are numbered in the order of their addresses.

@@ -32,8 +32,8 @@ from engine_registry.registration.descriptors import (
     MOST_AT_ONCE,
     PLACE_NBYTES,
     REQUEST,
+    DescriptorPlace,
     Descriptors,
-    Place,
     close_all,
     owner_of,
     receive_fds,
@@ -70,7 +70,7 @@ def pass_on(
         KeeperFailed: It cannot have as many.
     """
     count = len(given) if given is not None else 0
-    place = given.place if given is not None else Place(bytes(16), bytes(16))
+    place = given.place if given is not None else DescriptorPlace(bytes(16), bytes(16))
     try:
         rank.send(_BEGIN.pack(MAGIC, place.encode(), count), socket.MSG_NOSIGNAL)
         if not _is_taken(rank, patience_s, look_s):
@@ -116,7 +116,7 @@ class Desk:
     def __init__(self, rank: socket.socket) -> None:
         """`rank` is the keeper's end of the pair."""
         self._rank = rank
-        self._place: Place | None = None
+        self._place: DescriptorPlace | None = None
         self._coming = 0  # descriptors that the rank will pass on
         self._fds: list[int] = []
         self._listener: socket.socket | None = None
@@ -179,10 +179,10 @@ class Desk:
     def _begin(self, packet: bytes) -> None:
         _, place, count = _BEGIN.unpack(packet)
         self._clear()
-        self._place, self._coming = Place.decode(place), count
+        self._place, self._coming = DescriptorPlace.decode(place), count
         _make_room()
 
-    def _open(self, place: Place) -> None:
+    def _open(self, place: DescriptorPlace) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
         self._listener.bind(place.address)

@@ -17,12 +17,12 @@ from engine_loader.engines.cuda_ipc.pieces import (
 )
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_registry import Manifest, Region
-from engine_registry.registration.descriptors import Place
+from engine_registry.registration.descriptors import DescriptorPlace
 from engine_registry.schema.manifest import Export
 from engine_registry.schema.manifest_format import MAX_HANDLE_NBYTES, decode, encode
 from tests.support.host_gpus import HostGpus
 
-PLACE = Place(b"n" * 16, b"s" * 16)
+PLACE = DescriptorPlace(b"n" * 16, b"s" * 16)
 PAGE = 4096
 
 
@@ -120,7 +120,7 @@ def test_a_handle_that_is_none_is_refused_and_makes_nothing(handle: bytes, nbyte
 def test_where_no_keeper_hands_descriptors_out_a_contact_says_so() -> None:
     """The process is there, its keeper is not."""
     with CudaIpcEngine(gpus=HostGpus()) as source, CudaIpcEngine(gpus=HostGpus()) as reader:
-        export = Export(PAGE, 2 * PAGE, Pieces(Place.new(), 0, (PAGE, PAGE)).encode())
+        export = Export(PAGE, 2 * PAGE, Pieces(DescriptorPlace.new(), 0, (PAGE, PAGE)).encode())
         del source._here[source.session_id]  # so that it is another process's
         with pytest.raises(ReadFailed, match="the keeper that hands out the memory has ended"):
             reader.connect(source.session_id, [export])
