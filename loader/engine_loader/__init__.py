@@ -70,12 +70,16 @@ if TYPE_CHECKING:
     from engine_loader.starting.load_or_seed import load_or_seed as load_or_seed
     from engine_loader.starting.peers import find_peers as find_peers
     from engine_loader.starting.seeded import Seeded as Seeded
+    from engine_loader.tensors.arena import Arena as Arena
+    from engine_loader.tensors.arena import arena_of as arena_of
     from engine_loader.tensors.destination import Destination as Destination
     from engine_loader.tensors.shards import Shard as Shard
     from engine_loader.transfer.pace import Pace as Pace
     from engine_loader.transfer.progress import Progress as Progress
 
 _MODULE_OF = {
+    "Arena": "tensors.arena",
+    "arena_of": "tensors.arena",
     "ArtifactInvalid": "errors",
     "ArtifactReport": "artifacts.pull",
     "Aspect": "comparing.comparison",

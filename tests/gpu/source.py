@@ -3,7 +3,7 @@
 Does what each line on standard input says, then prints the line. `publish N`: leaves, frees its
 memory and publishes the content of number N. `copy N`: loads the content of number N, from whoever
 has it, and serves it as another instance, from then on. `large N`: as `publish`, of tensors of 30
-MiB. `late N`: publishes another instance
+MiB. `arena N`: as `publish`, on the first GPU and in an arena. `late N`: publishes another instance
 besides, from memory that is new. `update`: adds one to every element, on a separate stream.
 `pause`, `resume`: as a publication does. `replace N`: frees its memory, for which it must be
 paused, and serves the content of number N. Ends with its input.
@@ -16,7 +16,7 @@ from contextlib import ExitStack
 
 import torch
 
-from engine_loader import Publication, PublishOptions, Replica, load, open_engine, publish
+from engine_loader import Publication, PublishOptions, Replica, arena_of, load, open_engine, publish
 from engine_registry import ModelIdentity, Registry
 
 Tensors = dict[str, torch.Tensor]
@@ -50,6 +50,16 @@ def large_content(number: int, device: str = "cuda:0") -> Tensors:
         )
         for place in range(100)
     }
+
+
+def made(command: str, number: int) -> Tensors:
+    if command == "large":
+        return large_content(number)
+    if command == "publish":
+        return content(number)
+    tensors = content(number, "cuda:0")
+    arena_of(tensors).close()
+    return tensors
 
 
 def late_content(number: int, device: str = "cuda:0") -> Tensors:
@@ -86,12 +96,11 @@ def main(endpoint: str, protocol: str) -> None:
         stack, tensors, publication = ExitStack(), Tensors(), None
         for line in sys.stdin:
             command, _, number = line.strip().partition(" ")
-            if command in ("publish", "large"):
+            if command in ("publish", "large", "arena"):
                 stack.close()
                 tensors.clear()
                 torch.cuda.empty_cache()
-                make = content if command == "publish" else large_content
-                tensors.update(make(int(number)))
+                tensors.update(made(command, int(number)))
                 publication = stack.enter_context(
                     publish(
                         registry,

@@ -1,5 +1,5 @@
 """Memory of cuMemCreate goes by descriptors of the source's keeper: expandable segments of torch's,
-whose tensors lie in many pieces.
+whose tensors lie in many pieces, and arenas, which are one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from engine_loader import CudaIpcEngine, Destination, LoadReport, Progress, load
-from engine_loader.engines.cuda_ipc.pieces import is_by_descriptors
+from engine_loader.engines.cuda_ipc.pieces import Pieces, is_by_descriptors
 from engine_loader.errors import LoaderError, SourceLost, TornRead
 from engine_loader.options import LoadOptions, Verify
-from engine_registry import Manifest, Registry
+from engine_loader.planning.plan import ReadOp
+from engine_loader.publishing.header import peer_of_record
+from engine_registry import Manifest, Region, Registry
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound
 from engine_registry.etcd.local import LocalEtcd
 from tests.gpu.conftest import Source, assert_equal, zeroed
@@ -41,6 +43,14 @@ def engine() -> Iterator[CudaIpcEngine]:
 @pytest.fixture
 def source(etcd: LocalEtcd) -> Iterator[Source]:
     source = Source(etcd.endpoint, "cuda_ipc", **EXPANDABLE)
+    yield source
+    source.kill()
+
+
+@pytest.fixture
+def plain(etcd: LocalEtcd) -> Iterator[Source]:
+    """One whose torch takes memory of cudaMalloc."""
+    source = Source(etcd.endpoint, "cuda_ipc")
     yield source
     source.kill()
 
@@ -204,3 +214,47 @@ def test_a_kill_at_any_moment_leaves_exact_weights_or_an_error_and_a_gpu_that_wo
             killer.join()
         assert torch.ones(8, device="cuda:1").sum() == 8
         wait_until(lambda: not registry.instances())
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1", "cpu"])
+def test_weights_in_an_arena_are_one_descriptor_and_arrive_on_any_device(
+    registry: Registry, plain: Source, engine: CudaIpcEngine, device: str
+) -> None:
+    plain.do("arena 1")
+    manifest = manifest_of(registry)
+    assert len(manifest.regions) == 1
+    assert all(map(is_by_descriptors, manifest.exports))  # of header and digests too
+    assert sum(len(Pieces.decode(export).sizes) for export in manifest.exports) == 3
+    for added in range(2):
+        found = zeroed(content(1), device)
+        assert fill(registry, engine, found).verified
+        assert_equal(found, {name: one + added for name, one in content(1).items()})
+        plain.do("update")
+
+
+def test_an_arena_of_a_rank_that_was_killed_is_opened_as_long_as_its_keeper_lives(
+    etcd: LocalEtcd, registry: Registry, plain: Source, engine: CudaIpcEngine
+) -> None:
+    """The keeper cannot write the end of the rank to an etcd that does not answer."""
+    torch.zeros(1, device="cuda:0")
+    free, _ = torch.cuda.mem_get_info(0)
+    plain.do("arena 5")
+    (record,) = registry.resolve("a")
+    manifest = registry.manifest(record)
+    etcd.pause()
+    plain.kill()
+    peer = peer_of_record(record)
+    engine.connect(peer, manifest.exports)
+    wanted = content(5)
+    for entry in manifest.tensors:
+        found = torch.zeros_like(wanted[entry.name], device="cuda:1")
+        region = Region(found.data_ptr(), found.nbytes)
+        engine.lend(region)
+        number = engine.start(peer, ReadOp(record.key, entry.addr, *region))
+        wait_until(lambda number=number: engine.done(number))  # type: ignore[misc]
+        engine.take_back(region)
+        assert torch.equal(found.cpu(), wanted[entry.name].cpu()), entry.name
+    del found, wanted
+    torch.cuda.empty_cache()
+    etcd.resume()
+    wait_until(lambda: torch.cuda.mem_get_info(0)[0] >= free, timeout_s=60)

@@ -25,6 +25,7 @@ import torch
 import engine_loader
 import engine_registry
 from engine_loader import (
+    Arena,
     CudaIpcEngine,
     InProcessEngine,
     MooncakeEngine,
@@ -37,6 +38,7 @@ from engine_loader import (
 from engine_loader.engines.base import ClosableEngine
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import Connection
+from engine_loader.tensors.host_memory import HostMemory
 from engine_registry import (
     AllInstances,
     AllPulls,
@@ -115,11 +117,13 @@ MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
     MooncakeEngine: lambda registry, etcd: MooncakeEngine("127.0.0.1"),
     SocketEngine: lambda registry, etcd: SocketEngine("127.0.0.1"),
     Publication: a_publication,
+    Arena: lambda registry, etcd: Arena("cpu", 4096),
     Descriptors: a_descriptor,
 }
 OTHERS: dict[type, str] = {
     Kept: "is the base of two",
     Closable: "is their base",
+    HostMemory: "lives as long as the tensors in it",
     ClosableEngine: "is the base of engines",
     InProcessEngine: "holds nothing but memory of Python",
     Seeded: "holds a publication, which warns",

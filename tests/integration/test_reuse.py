@@ -207,7 +207,7 @@ def test_of_a_source_with_digests_of_whole_tensors_alone_tensors_that_differ_are
     monkeypatch.setattr(
         DigestCell,
         "with_blocks",
-        lambda tensors, device, algorithm: DigestCell(tensors, device, algorithm),
+        lambda tensors, device, algorithm, _: DigestCell(tensors, device, algorithm),
     )
     tuned, tensors = weights(), weights()
     tuned["layer.1"][MIB + 5] ^= 1

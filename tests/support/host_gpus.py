@@ -21,6 +21,7 @@ from engine_loader.engines.cuda_ipc.pieces import Allocation, Pieces, is_by_desc
 from engine_loader.engines.cuda_ipc.table import Copy, table_of
 from engine_loader.engines.cuda_ipc.tallies import Sums
 from engine_loader.errors import EngineFailed
+from engine_loader.tensors.host_memory import memory_at
 from engine_registry import Region
 from engine_registry.schema.manifest import Export
 from tests.support.interpreted import interpreted
@@ -95,9 +96,13 @@ class HostGpus:
         found = [
             one for one, _, _ in self._allocated if one.addr < region.end and region.addr < one.end
         ]
+        if (arena := memory_at(region.addr)) is not None:
+            found = [Allocation(*arena.region, b"")]
         return found or [Allocation(0, _END, b"of this process")]
 
     def descriptor(self, addr: int) -> int:
+        if (arena := memory_at(addr)) is not None:
+            return arena.descriptor()
         (fd,) = [fd for one, fd, _ in self._allocated if one.addr <= addr < one.end]
         return os.dup(fd)
 

@@ -74,7 +74,7 @@ class DigestCell:
         algorithm: str,
         memory: torch.Tensor | None = None,
     ) -> DigestCell:
-        """Of a source that offers these tensors."""
+        """Of a source that offers these tensors. `memory` has the bytes that `nbytes_for` says."""
         sizes = [tensor.nbytes for tensor in tensors.values()]
         return cls(tensors, device, algorithm, BLOCK_NBYTES[algorithm], sizes, memory)
 
@@ -106,6 +106,12 @@ class DigestCell:
         return {
             name: packed[at * NBYTES : (at + 1) * NBYTES] for at, name in enumerate(self._names)
         }
+
+
+def nbytes_for(tensors: Mapping[str, torch.Tensor], algorithm: str) -> int:
+    """Of the table of a source that offers these tensors."""
+    sizes = [tensor.nbytes for tensor in tensors.values()]
+    return table_nbytes(len(sizes), sizes, BLOCK_NBYTES[algorithm])
 
 
 def table_nbytes(tensors: int, sizes: Iterable[int], block_nbytes: int) -> int:

@@ -135,6 +135,24 @@ class Engine(Protocol):
         """
         return None
 
+    def memory_beside(
+        self, region: Region, device: torch.device, nbytes: int
+    ) -> torch.Tensor | None:
+        """Memory for what a publication adds to its weights, such as the header.
+
+        Args:
+            region: Memory of the weights.
+            device: Where the new memory shall be.
+            nbytes: How many bytes.
+
+        Returns:
+            Bytes that peers reach as they reach the region. None where any of the device's will do.
+
+        Raises:
+            EngineFailed: There is not so much memory.
+        """
+        return None
+
     def can_share(self, tensor: torch.Tensor) -> bool:
         """Whether peers can reach the memory of a tensor, which has some."""
         if self.protocol not in WITHIN_HOST:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine_loader import metrics
-from engine_loader.digests.table import DigestCell, algorithm_for
+from engine_loader.digests.table import DigestCell, algorithm_for, nbytes_for
 from engine_loader.engines.base import Engine, offer, with_regions
 from engine_loader.errors import DigestMismatch, TensorsUnusable, listed
 from engine_loader.options import PublishOptions
 from engine_loader.planning.content import content_of
 from engine_loader.publishing.delta_shelf import offer_shelf
-from engine_loader.publishing.header import Header, HeaderCell
+from engine_loader.publishing.header import NBYTES, Header, HeaderCell
 from engine_loader.tensors.cuda import to_register, wait_for
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.remembered import RememberedTensors
@@ -125,7 +125,15 @@ def offer_weights(
     algorithm = algorithm_for(device)
     wanted = engine.tallies == algorithm if options.digests is None else options.digests
     wanted = wanted or options.deltas > 0
-    digests = DigestCell.with_blocks(weights.parts, device, algorithm) if wanted else None
+    regions = manifest.regions
+
+    def room(nbytes: int) -> torch.Tensor | None:
+        return engine.memory_beside(regions[0], device, nbytes) if regions and nbytes else None
+
+    digests = None
+    if wanted:
+        cell = room(nbytes_for(weights.parts, algorithm))
+        digests = DigestCell.with_blocks(weights.parts, device, algorithm, cell)
     memory = undo.enter_context(ExitStack())
     use = USES.serve(owner, weights.runs, filled_by)
     memory.callback(USES.end, use)
@@ -136,7 +144,7 @@ def offer_weights(
     shelf = offer_shelf(engine, weights, memory, owner, options)
     if shelf is not None:
         manifest = replace(manifest, deltas=shelf.regions)
-    header = HeaderCell(device, manifest.marks)
+    header = HeaderCell(device, manifest.marks, room(NBYTES + manifest.marks))
     offer(engine, undo, to_register(header.region, device.type))
     proven = None
     if digests is not None:

@@ -165,6 +165,7 @@ class Mapping:
         )
         self.region = Region(addr.value, nbytes)
         self._end = addr.value
+        self._closed = False
 
     def add(self, handle: int, nbytes: int) -> None:
         """Behind what is mapped already. The handle need not be kept."""
@@ -175,14 +176,18 @@ class Mapping:
         self._pieces.append(Region(self._end, nbytes))
         self._end += nbytes
 
-    def allow(self) -> None:
-        """Lets the GPU read and write what is mapped."""
-        access = _Access(_Place(_DEVICE, self._gpu), _READ_AND_WRITE)
+    @property
+    def nbytes(self) -> int:
+        """How many are mapped."""
+        return self._end - self.region.addr
+
+    def allow(self, gpu: int | None = None) -> None:
+        """Lets the GPU, or another one, read and write what is mapped."""
+        gpu = self._gpu if gpu is None else gpu
+        access = _Access(_Place(_DEVICE, gpu), _READ_AND_WRITE)
         check(
-            calls().cuMemSetAccess(
-                self.region.addr, self._end - self.region.addr, ctypes.byref(access), 1
-            ),
-            f"cuda:{self._gpu} does not reach the memory (nvidia-smi topo -p2p r)",
+            calls().cuMemSetAccess(self.region.addr, self.nbytes, ctypes.byref(access), 1),
+            f"cuda:{gpu} does not reach the memory (nvidia-smi topo -p2p r)",
         )
 
     def close(self) -> None:
@@ -190,9 +195,9 @@ class Mapping:
         while self._pieces:
             piece = self._pieces.pop()
             calls().cuMemUnmap(piece.addr, piece.nbytes)
-        if self._end:
+        if not self._closed:
             calls().cuMemAddressFree(self.region.addr, self.region.nbytes)
-            self._end = 0
+            self._closed = True
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 
 from engine_loader.tensors.cuda import to_register
 from engine_loader.tensors.dtypes import dtype_name
+from engine_loader.tensors.host_memory import memory_at
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.shards import Shard, local, placed_in
 from engine_loader.tensors.usable import refuse_unusable, unusable, unusable_name
@@ -114,6 +115,8 @@ def _regions(storages: Mapping[tuple[int, str], int]) -> tuple[Region, ...]:
         if not in_host:
             region = to_register(Region(start, nbytes), device_type)
             start, end = region.addr, region.end
+        elif (memory := memory_at(start)) is not None:  # all of an arena is one region
+            start, end = memory.region.addr, memory.region.end
         near = many and in_host and last_in_host and _page(start) - _page(last_end - 1) <= 1
         if start < last_end or near:
             regions[-1] = regions[-1][0], max(last_end, end)

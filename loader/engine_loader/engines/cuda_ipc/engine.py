@@ -31,6 +31,8 @@ from engine_loader.engines.machine import this_host
 from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
+from engine_loader.tensors.arena import Arena
+from engine_loader.tensors.modes import plain_torch
 from engine_registry.registration.descriptors import Descriptors
 from engine_registry.schema.location import Location
 from engine_registry.schema.manifest import Export, Region
@@ -138,6 +140,18 @@ class CudaIpcEngine(ClosableEngine):
 
     def descriptors(self, exports: Sequence[Export]) -> Descriptors | None:
         return offers.descriptors_of(self._gpus, exports)
+
+    @plain_torch()
+    def memory_beside(
+        self, region: Region, device: torch.device, nbytes: int
+    ) -> torch.Tensor | None:
+        if not offers.are_by_descriptors(self._gpus, region):
+            return None
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        if offers.are_by_descriptors(self._gpus, Region(memory.data_ptr(), nbytes)):
+            return memory
+        with Arena(device, nbytes) as arena:  # what has handles cannot be opened after our end
+            return arena.take(nbytes)
 
     def can_share(self, tensor: torch.Tensor) -> bool:
         return self._gpus.can_be_shared(tensor.untyped_storage().data_ptr())

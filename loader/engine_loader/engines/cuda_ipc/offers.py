@@ -25,6 +25,11 @@ def check_whole(gpus: Gpus, region: Region) -> None:
         )
 
 
+def are_by_descriptors(gpus: Gpus, region: Region) -> bool:
+    """Whether all allocations of the region are opened by descriptors; EngineFailed."""
+    return not any(one.handle for one in gpus.allocations(region))
+
+
 def describe(gpus: Gpus, regions: Sequence[Region]) -> tuple[Export, ...]:
     """The allocations that the regions lie in; EngineFailed."""
     found = {one for region in regions for one in gpus.allocations(region)}

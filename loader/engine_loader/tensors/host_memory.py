@@ -1,0 +1,87 @@
+"""Memory of the host that other processes can map by a descriptor: a memfd. Starts no thread."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import mmap
+import os
+import weakref
+from contextlib import suppress
+
+import torch
+
+from engine_loader.errors import EngineFailed
+from engine_registry.schema.manifest import Region
+from engine_registry.telemetry.logs import fields
+
+log = logging.getLogger(__name__)
+_HUGE_NBYTES = 2 << 20  # of a page
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # a reader needs all of it
+
+
+class HostMemory(mmap.mmap):
+    """Its tensors keep it, and it is freed with the last reference to it.
+
+    It takes two descriptors. Pages are taken as they are written to, but for huge ones.
+    """
+
+    region: Region
+    _fd: int
+
+    @classmethod
+    def of(cls, nbytes: int) -> HostMemory:
+        """So many bytes or some more, of huge pages where the host has so many to spare;
+        EngineFailed where it has none.
+        """
+        try:
+            if nbytes >= _HUGE_NBYTES:
+                with suppress(OSError):
+                    return cls._mapped(-(-nbytes // _HUGE_NBYTES) * _HUGE_NBYTES, os.MFD_HUGETLB)
+                log.debug(
+                    "an arena of %d bytes has no huge pages: the host has not so many to spare",
+                    nbytes,
+                    extra=fields("no_huge_pages", nbytes=nbytes),
+                )
+            return cls._mapped(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, 0)
+        except (OSError, ValueError, OverflowError) as exc:
+            raise EngineFailed(f"no {nbytes} bytes can be had of the host: {exc}") from exc
+
+    @classmethod
+    def _mapped(cls, nbytes: int, flags: int) -> HostMemory:
+        fd = os.memfd_create("arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
+        try:
+            os.ftruncate(fd, nbytes)
+            memory = cls(fd, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(fd)
+            raise
+        weakref.finalize(memory, os.close, fd).atexit = False
+        memory._fd = fd
+        memory.region = Region(ctypes.addressof(ctypes.c_char.from_buffer(memory)), nbytes)
+        _ALL[memory.region.addr] = memory
+        return memory
+
+    def have(self, nbytes: int) -> None:
+        """The first so many bytes can be used from now on."""
+
+    def descriptor(self) -> int:
+        """A new one, which the caller closes; OSError."""
+        return os.dup(self._fd)
+
+    def tensor(self, start: int, nbytes: int) -> torch.Tensor:
+        """Some of its bytes."""
+        return torch.frombuffer(self, dtype=torch.uint8, count=nbytes, offset=start)
+
+
+_ALL: weakref.WeakValueDictionary[int, HostMemory] = weakref.WeakValueDictionary()  # by address
+
+
+def memory_at(addr: int) -> HostMemory | None:
+    """The one that has the address."""
+    for memory in list(_ALL.values()):
+        if memory.region.addr <= addr < memory.region.end:
+            return memory
+    return None
