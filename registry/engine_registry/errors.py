@@ -139,7 +139,9 @@ class Superseded(RegistrationLost):
 
 
 class KeeperFailed(RegistryError):
-    """The process that holds the lease cannot be started."""
+    """The process that holds the lease cannot be started, or cannot hold or hand out descriptors of
+    the rank's memory.
+    """
 
 
 class GatewayFailed(RegistryError):

@@ -4,6 +4,7 @@ that ask for what is not theirs.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -161,6 +162,68 @@ def test_another_manifest_has_other_descriptors_or_none(registry: Registry) -> N
         offer(third)
         assert texts(third.place, 0, 1) == expected(0, 1, "c")
         assert pid_of_keeper(registration) == keeper
+
+
+def test_a_keeper_that_hangs_when_descriptors_change_is_replaced_by_one_that_has_them(
+    registry: Registry,
+) -> None:
+    first, second = some(2, "a"), some(200, "b")
+    with register(registry, descriptors=first) as registration:
+        hung = pid_of_keeper(registration)
+        signal_and_wait(hung, signal.SIGSTOP)
+        registration.offer(
+            MANIFEST,
+            incarnation=new_incarnation(),
+            header_addr=8192,
+            version=1,
+            content="c0" * 16,
+            device="cpu",
+            descriptors=second,
+        )
+        wait_until(lambda: are_handed_out(second.place))
+        assert texts(second.place, 0, 200) == expected(0, 200, "b")
+        assert pid_of_keeper(registration) != hung
+        wait_until(lambda: [record.version for record in registry.ranks("a")] == [1])
+
+
+SMALL_KEEPER = """
+import fcntl, os, resource, sys
+from engine_registry import Registry
+from engine_registry.errors import KeeperFailed
+from engine_registry.registration.descriptors import DescriptorPlace, Descriptors
+from tests.support.ranks import register
+
+with Registry.connect(sys.argv[1], namespace=sys.argv[2], timeout_s=60) as registry:
+    fds = [fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 1000) for _ in range(300)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+    try:
+        register(registry, descriptors=Descriptors(DescriptorPlace.new(), fds))
+    except KeeperFailed as exc:
+        print(exc)
+    print(registry.instances(), sum(os.path.exists(f"/proc/self/fd/{fd}") for fd in fds))
+    try:
+        os.waitpid(-1, 0)
+    except ChildProcessError:
+        print("no process is left")
+"""
+
+
+def test_where_the_keeper_cannot_hold_as_many_the_rank_is_not_registered(
+    shared_etcd: LocalEtcd, namespace: str
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", SMALL_KEEPER, shared_etcd.endpoint, namespace],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    said, left, processes = ran.stdout.splitlines()
+    assert said.startswith("the keeper cannot hold the descriptors of the memory: no file")
+    assert left == "() 0"
+    assert processes == "no process is left"
 
 
 def test_descriptors_of_a_registration_that_fails_are_closed(registry: Registry) -> None:
@@ -423,6 +486,26 @@ def test_what_is_let_go_is_closed_and_what_comes_next_is_handed_out(kept: Kept) 
     with some(150, "n") as others:
         assert pass_on(kept.rank, others, 60.0, 1.0)
         assert texts(others.place, 0, 150) == expected(0, 150, "n")
+
+
+def test_descriptors_that_may_not_be_on_their_way_now_are_sent_later(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel counts those of all processes of a user."""
+    send, refused = Descriptors.send, iter(range(3))
+
+    def busy(given: Descriptors, to: socket.socket, first: int, count: int) -> None:
+        if next(refused, None) is not None:
+            raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+        send(given, to, first, count)
+
+    monkeypatch.setattr(Descriptors, "send", busy)
+    with some(150, "n") as others:
+        assert pass_on(kept.rank, others, 60.0, 1.0)
+        assert texts(others.place, 0, 150) == expected(0, 150, "n")
+        refused = iter(range(1000))
+        with pytest.raises(KeeperFailed, match="cannot be sent to the keeper"):
+            pass_on(kept.rank, others, 0.02, 1.0)
 
 
 def test_a_keeper_that_answers_nothing_is_silent_for_so_long() -> None:

@@ -14,6 +14,7 @@ the rank.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import os
 import resource
@@ -77,12 +78,31 @@ def pass_on(
             return False
         for first in range(0, count, MOST_AT_ONCE):
             if given is not None:
-                given.send(rank, first, MOST_AT_ONCE)
+                _send(given, rank, first, patience_s)
             if not _is_taken(rank, patience_s, look_s):
                 return False
     except OSError:
         return True
     return True
+
+
+def _send(given: Descriptors, rank: socket.socket, first: int, patience_s: float) -> None:
+    """Waits while as many are on their way, of all processes of the user, as may be."""
+    waited_s = 0.0
+    while True:
+        try:
+            given.send(rank, first, MOST_AT_ONCE)
+            return
+        except OSError as exc:
+            if exc.errno != errno.ETOOMANYREFS:
+                raise
+            if waited_s >= patience_s:
+                raise KeeperFailed(
+                    f"the descriptors of the memory cannot be sent to the keeper: {exc}",
+                    "raise the limit of descriptors (ulimit -n)",
+                ) from exc
+        time.sleep(_RETRY_S)
+        waited_s += _RETRY_S
 
 
 def _is_taken(rank: socket.socket, patience_s: float, look_s: float) -> bool:
