@@ -413,31 +413,53 @@ def test_descriptors_that_a_reader_sends_are_not_kept(kept: Kept) -> None:
 
 
 OTHER_USER = """
-import os, socket, sys
+import os, sys
+from contextlib import ExitStack
+from engine_registry.errors import KeeperFailed
+from engine_registry.registration.descriptors import DescriptorPlace, fetch
+from tests.integration.test_descriptors import Kept
+
 os.setgid(65534)
 os.setuid(65534)
-with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as reader:
-    reader.settimeout(60)
-    reader.connect(bytes.fromhex(sys.argv[1]))
-    try:
-        reader.send(bytes.fromhex(sys.argv[2]))
-        print(reader.recv(64))
-    except (ConnectionResetError, BrokenPipeError):
-        print(b"")
+with ExitStack() as stack:
+    if sys.argv[1] == "serves":
+        print(Kept(stack).place.encode().hex(), flush=True)
+        sys.stdin.read()
+    else:
+        try:
+            print(fetch(DescriptorPlace.decode(bytes.fromhex(sys.argv[1])), 0, 1))
+        except KeeperFailed as exc:
+            print(exc)
 """
+
+
+def run_as_other_user(argument: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", OTHER_USER, argument]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_process_of_another_user_gets_nothing(kept: Kept) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", OTHER_USER, kept.place.address.hex(), kept.request().hex()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert ran.stdout == "b''\n"
+    with run_as_other_user(kept.place.encode().hex()) as reader:
+        said, _ = reader.communicate(timeout=60)
+    assert "another user" in said
     assert texts(kept.place, 0, 1) == expected(0, 1)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_root_is_another_user_and_trusts_no_keeper_of_one() -> None:
+    with run_as_other_user("serves") as keeper:
+        assert keeper.stdout is not None
+        place = DescriptorPlace.decode(bytes.fromhex(keeper.stdout.readline()))
+        with pytest.raises(KeeperFailed, match="a process of another user is where a keeper"):
+            fetch(place, 0, 1)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as reader:
+            reader.settimeout(60)
+            reader.connect(place.address)
+            with suppress(ConnectionResetError, BrokenPipeError):
+                reader.send(REQUEST.pack(MAGIC, place.secret, 0, 1))
+                assert reader.recv(64) == b""
+        keeper.communicate(timeout=60)
 
 
 def test_readers_that_say_nothing_are_sent_away_and_those_that_wait_come_next(

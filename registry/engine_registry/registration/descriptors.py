@@ -35,6 +35,10 @@ MOST_AT_ONCE = 128  # the kernel takes 253 in one packet
 REQUEST = struct.Struct("<4s16sII")
 MAGIC = b"ERD1"
 OWNER = struct.Struct("3i")  # of SO_PEERCRED: pid, uid, gid
+_REFUSED = (
+    "the keeper does not hand out these descriptors: it is the keeper of another registration, or "
+    "of another user"
+)
 _PATIENCE_S = 5.0  # with a keeper; the machine may have too much to do
 
 
@@ -140,10 +144,7 @@ def fetch(place: DescriptorPlace, first: int, count: int) -> list[int]:
                 answer, fds = receive_fds(keeper, wanted)
                 found += fds
                 if answer != b"+" or len(fds) != wanted:
-                    raise KeeperFailed(
-                        "the keeper does not hand out these descriptors: it is the keeper of "
-                        "another registration, or of another user"
-                    )
+                    raise KeeperFailed(_REFUSED)
     except BaseException as exc:
         close_all(found)
         if not isinstance(exc, OSError):
@@ -157,6 +158,8 @@ def _failed(exc: OSError) -> KeeperFailed:
         return KeeperFailed(
             "the keeper that hands out the memory has ended, or another one will take its place"
         )
+    if isinstance(exc, ConnectionResetError | BrokenPipeError):
+        return KeeperFailed(_REFUSED)
     if isinstance(exc, TimeoutError):
         return KeeperFailed("the keeper that hands out the memory does not answer")
     why, remedy = explain(exc)
