@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_loader import Engine, InProcessEngine, MooncakeEngine
+from engine_loader import Arena, Engine, InProcessEngine, MooncakeEngine
 from engine_loader.engines.base import peer_of, read
 from engine_loader.engines.cuda_ipc.engine import CudaIpcEngine
 from engine_loader.engines.sockets.engine import SocketEngine
@@ -37,6 +37,7 @@ from tests.support.signals import signal_and_wait
 from tests.support.waiting import wait_until
 
 NBYTES = 1 << 16
+IN_ARENA = "an arena on "  # before a device
 NewEngine = Callable[[], Engine]
 
 
@@ -46,7 +47,7 @@ class Memory:
     """
 
     def __init__(self, content: bytes, device: str = "cpu") -> None:
-        self._all = torch.zeros(len(content) + 3 * 4096, dtype=torch.uint8, device=device)
+        self._all = zeros(len(content) + 3 * 4096, device)
         addr = -(-self._all.data_ptr() // 4096) * 4096 + 4096
         self.region = Region(addr, len(content))
         self.write(content)
@@ -72,6 +73,13 @@ class Memory:
     def _part(self, start: int, nbytes: int) -> torch.Tensor:
         begin = self.region.addr + start - self._all.data_ptr()
         return self._all[begin : begin + nbytes]
+
+
+def zeros(nbytes: int, device: str) -> torch.Tensor:
+    if not device.startswith(IN_ARENA):
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    with Arena(device.removeprefix(IN_ARENA), nbytes) as arena:
+        return arena.take(nbytes).zero_()
 
 
 class Peers:
@@ -190,7 +198,9 @@ KINDS = {
         lambda: CudaIpcEngine(gpus=HostGpus()), served=("host gpus",)
     ),
     "cuda_ipc, with the host's memory by descriptors": map_memory(
-        lambda: CudaIpcEngine(gpus=HostGpus()), served=("host gpus", "pieces")
+        lambda: CudaIpcEngine(gpus=HostGpus()),
+        served=("host gpus", "pieces"),
+        device=f"{IN_ARENA}cpu",
     ),
 }
 if "TEST_RDMA_HOST" in os.environ:
@@ -206,6 +216,11 @@ if "TEST_CUDA_IPC" in os.environ:
     LAST = torch.cuda.device_count() - 1
     KINDS["cuda_ipc on GPUs"] = map_memory(
         CudaIpcEngine, served=("cuda_ipc", f"cuda:{LAST}"), device="cuda:0"
+    )
+    KINDS["cuda_ipc on GPUs, by descriptors"] = map_memory(
+        CudaIpcEngine,
+        served=("cuda_ipc", f"cuda:{LAST}", "arena"),
+        device=f"{IN_ARENA}cuda:0",
     )
 
 

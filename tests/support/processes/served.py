@@ -1,11 +1,11 @@
 """An engine that serves bytes of a known content: `served NBYTES ENGINE [WHERE]`.
 
 ENGINE is `mooncake` or `socket`, with what MooncakeEngine or SocketEngine takes; `cuda_ipc`, with
-a GPU that has the bytes; or `host gpus`, which is cuda_ipc with the host's memory, with `pieces`
-that of several descriptors, which a process like a keeper hands out. Prints its session, the
-address of the bytes and what it exports. `again` on its input: the bytes are taken back and offered
-anew. `fork`: it forks a child that outlives it, and prints its pid. Ends with its
-input, or killed.
+a GPU that has the bytes, and `arena` if they are in one; or `host gpus`, which is cuda_ipc with the
+host's memory, with `pieces` that of several descriptors, which a process like a keeper hands out.
+Prints its session, the address of the bytes and what it exports. `again` on its input: the bytes
+are taken back and offered anew. `fork`: it forks a child that outlives it, and prints its pid. Ends
+with its input, or killed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from engine_loader import MooncakeEngine
+from engine_loader import MooncakeEngine, arena_of
 from engine_loader.engines.base import ClosableEngine
 from engine_loader.engines.cuda_ipc.engine import CudaIpcEngine
 from engine_loader.engines.sockets.engine import SocketEngine
@@ -49,6 +49,8 @@ def _served(nbytes: int, engine: str, *where: str) -> tuple[ClosableEngine, Regi
     """The engine; the bytes; and what keeps them."""
     if engine == "cuda_ipc":
         tensor = torch.frombuffer(bytearray(content(nbytes)), dtype=torch.uint8).to(where[0])
+        if len(where) > 1:
+            arena_of([tensor]).close()
         return CudaIpcEngine(), Region(tensor.data_ptr(), nbytes), tensor
     if engine == "host gpus":
         gpus = HostGpus()
