@@ -530,6 +530,17 @@ def test_descriptors_that_may_not_be_on_their_way_now_are_sent_later(
             pass_on(kept.rank, others, 0.02, 1.0)
 
 
+def test_what_a_rank_has_left_is_closed_after_a_while(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keeper may live for minutes, while etcd is away."""
+    monkeypatch.setattr(keeping, "_DEAD_S", 0.5)
+    kept.given.close()
+    kept.rank.close()
+    wait_until(lambda: not are_handed_out(kept.place))
+    wait_until(lambda: kept_by(os.getpid()) == 0)
+
+
 def test_a_keeper_that_answers_nothing_is_silent_for_so_long() -> None:
     rank, keeper = pair()
     with rank, keeper, some(1) as given:

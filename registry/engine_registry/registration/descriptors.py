@@ -10,7 +10,8 @@ A process asks at an abstract unix socket, with packets of SOCK_SEQPACKET:
                 the first descriptor, and how many, 128 at most
     answer      one byte "+", with the descriptors as SCM_RIGHTS; or the end of the connection
 
-Name and secret are random, and stand in the rank's manifest. Starts no thread.
+Name and secret are random, and stand in the rank's manifest. The name can be seen in
+/proc/net/unix, too. Starts no thread.
 """
 
 from __future__ import annotations

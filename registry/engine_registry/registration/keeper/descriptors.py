@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import hmac
+import math
 import os
 import resource
 import select
@@ -44,6 +45,9 @@ from engine_registry.registration.descriptors import (
 _BEGIN = struct.Struct(f"<4s{PLACE_NBYTES}sI")
 _WHY_NBYTES = 512
 _MOST_READERS = 64  # others wait until they are connected
+# After the end of a rank, whose keeper may try for minutes to reach an etcd that is away: the
+# memory must be free when the rank is started anew.
+_DEAD_S = 30.0
 _READER_S = 5.0  # of one, with all that it asks for
 _RETRY_S = 0.01  # of an answer that a reader, or the system, does not take yet
 
@@ -142,6 +146,7 @@ class Desk:
         self._listener: socket.socket | None = None
         self._listening = False  # to the listener: not while there are too many readers
         self._readers: dict[socket.socket, _Reader] = {}
+        self._until = math.inf  # then all is closed, on the clock of time.monotonic
         self._woken, self._wake = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         for each in (rank, self._woken):
@@ -167,22 +172,24 @@ class Desk:
                 elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._readers:
                     self._hear(key.fileobj)
             self._look_after_readers()
+            if time.monotonic() >= self._until:
+                self._clear()
 
     def _pause_s(self) -> float | None:
-        """Until somebody has to be looked after."""
-        if not self._readers:
-            return None
+        """Until somebody has to be looked after, or all is closed."""
         if any(reader.waits for reader in self._readers.values()):
             return _RETRY_S
-        return max(0.0, min(one.until for one in self._readers.values()) - time.monotonic())
+        until = min([self._until, *(reader.until for reader in self._readers.values())])
+        return None if until == math.inf else max(0.0, until - time.monotonic())
 
     # -- the rank
 
     def _hear_rank(self) -> None:
         try:
             packet, fds = receive_fds(self._rank, MOST_AT_ONCE, _BEGIN.size)
-            if not packet:  # it has ended; what it has given stays, until the keeper ends
+            if not packet:  # it has ended
                 self._selector.unregister(self._rank)
+                self._until = time.monotonic() + _DEAD_S
                 return
             self._fds += fds
             if packet != b"+":
@@ -216,6 +223,7 @@ class Desk:
         if self._listener is not None:
             self._listener.close()
         self._listener = self._place = None
+        self._until = math.inf
         close_all(self._fds)
 
     def _listen(self, wanted: bool) -> None:
