@@ -68,7 +68,7 @@ def test_a_descriptor_is_of_all_of_it_and_keeps_it() -> None:
         mapping.add(handle, nbytes)
         cuda_memory.release(handle)
         mapping.allow()
-        assert cuda_memory.is_shareable(mapping.region.addr)
+        assert not cuda_memory.is_shareable(mapping.region.addr)  # it is another's
         assert cuda_memory.piece_at(mapping.region.addr + 5) == mapping.region
         mapping.close()
     os.close(fd)
