@@ -16,10 +16,11 @@ from engine_loader.loading.job import Job
 from engine_loader.loading.report import with_what_came
 from engine_loader.planning.reads import Span
 from engine_loader.sources.deltas import Deltas
-from engine_loader.sources.held import HeldBytes, has_digests
+from engine_loader.sources.held import find_held
 from engine_loader.sources.manifests import find_manifests
 from engine_loader.sources.selection import Choice
 from engine_loader.sources.source import SourceRank
+from engine_loader.sources.tables import Tables, has_digests
 from engine_loader.transfer.progress import OnProgress, Progress
 from engine_loader.transfer.received import Received
 from engine_loader.transfer.scheduler import OnChecked, Transfer
@@ -61,8 +62,8 @@ class Reuse:
     def _hold(self, plan: Sequence[Span], on_progress: OnProgress, undo: ExitStack) -> None:
         job, received = self.job, self.received
         sources = [*self.sources, *self._complete_one(undo)]
-        held = HeldBytes(sources, job.device)
-        if not held.spans:
+        tables = Tables(sources, job.device)
+        if not tables.spans:
             log.info(
                 "none of the sources has digests, so all is read",
                 extra=fields("nothing_to_compare", sources=[one.record.key for one in sources]),
@@ -85,16 +86,16 @@ class Reuse:
             transfer.run()
             received.shares += transfer.shares
 
-        held.lend(job.engine, undo)
+        tables.lend(job.engine, undo)
         tensors = job.destination.parts
         # What has come is not compared again, and a chain of deltas may break off half-way.
         base = job.base if not received.arrivals.nbytes else ()
         deltas = Deltas(job.engine, sources, base, job.device)
         deltas.look(received.dst, bring, undo)
-        bring([*deltas.spans, *held.spans], held.receive)
+        bring([*deltas.spans, *tables.spans], tables.receive)
         deltas.apply(received.dst, tensors)
         received.delta_nbytes += deltas.nbytes
-        for spans, numbers in held.find(missing, received.dst, tensors, job.cancel):
+        for spans, numbers in find_held(tables, missing, received.dst, tensors, job.cancel):
             received.hold([sources[number].record for number in numbers], spans)
         received.compared = True
         if not received.arrivals.missing(plan):  # so digests prove what they have brought

@@ -20,8 +20,9 @@ from engine_loader.errors import Cancelled, DigestsMissing
 from engine_loader.planning.arrivals import Arrivals
 from engine_loader.planning.plan import plan
 from engine_loader.planning.reads import Span
-from engine_loader.sources.held import Held, HeldBytes
+from engine_loader.sources.held import Held, find_held
 from engine_loader.sources.source import SourceRank
+from engine_loader.sources.tables import Tables
 from engine_registry import Manifest, TensorEntry
 from tests.support.meshes import (
     Memory,
@@ -92,20 +93,20 @@ class Silent(Offered):
         raise DigestsMissing("it offers none")
 
 
-def with_tables(sources: Sequence[object], number: int = 0) -> HeldBytes:
+def with_tables(sources: Sequence[object], number: int = 0) -> Tables:
     """Each table is read from the source that comes as that in its list."""
-    held = HeldBytes(cast(Sequence[SourceRank], sources), CPU)
-    for span in held.spans:
+    tables = Tables(cast(Sequence[SourceRank], sources), CPU)
+    for span in tables.spans:
         source, addr = span.srcs[number % len(span.srcs)]
         ctypes.memmove(span.dst_addr, addr, span.nbytes)
-        held.receive(source, [span])
-    return held
+        tables.receive(source, [span])
+    return tables
 
 
 def find(
-    held: HeldBytes, spans: Sequence[Span], dst: Manifest, tensors: Mapping[str, torch.Tensor]
+    tables: Tables, spans: Sequence[Span], dst: Manifest, tensors: Mapping[str, torch.Tensor]
 ) -> list[Held]:
-    return held.find(spans, dst, tensors, threading.Event())
+    return find_held(tables, spans, dst, tensors, threading.Event())
 
 
 def changed(memory: Memory, data: st.DataObject) -> Memory:
@@ -121,9 +122,9 @@ def changed(memory: Memory, data: st.DataObject) -> Memory:
 def test_all_that_is_not_read_was_there(ranks: Resharding, data: st.DataObject) -> None:
     spans = plan(origins_of(ranks.sources), ranks.dst.manifest, ranks.costs)
     here = changed(ranks.dst, data)
-    held = with_tables(list(map(Offered, ranks.sources)), data.draw(st.integers(0, 3)))
+    tables = with_tables(list(map(Offered, ranks.sources)), data.draw(st.integers(0, 3)))
     arrivals = Arrivals(ranks.dst.manifest, data.draw(st.sampled_from([None, 8])))
-    for some, numbers in find(held, spans, ranks.dst.manifest, tensors_of(here)):
+    for some, numbers in find(tables, spans, ranks.dst.manifest, tensors_of(here)):
         assert numbers
         arrivals.add(some)
     rest = arrivals.missing(spans)
@@ -141,9 +142,9 @@ def test_of_a_rank_that_holds_the_same_nothing_is_read_if_nothing_has_changed(
     ranks: Resharding,
 ) -> None:
     spans = plan(origins_of([ranks.dst]), ranks.dst.manifest, ranks.costs)
-    held = with_tables([Offered(ranks.dst)])
+    tables = with_tables([Offered(ranks.dst)])
     arrivals = Arrivals(ranks.dst.manifest)
-    for some, _ in find(held, spans, ranks.dst.manifest, tensors_of(ranks.dst)):
+    for some, _ in find(tables, spans, ranks.dst.manifest, tensors_of(ranks.dst)):
         arrivals.add(some)
     assert arrivals.missing(spans) == []
 
@@ -162,35 +163,35 @@ def columns(count: int) -> tuple[list[Memory], Memory]:
 def test_a_tensor_of_columns_takes_the_word_of_all_ranks_that_hold_some() -> None:
     sources, dst = columns(3)
     spans = plan(origins_of(sources), dst.manifest)
-    held = with_tables(list(map(Offered, sources)))
-    (found,) = find(held, spans, dst.manifest, tensors_of(dst))
+    tables = with_tables(list(map(Offered, sources)))
+    (found,) = find(tables, spans, dst.manifest, tensors_of(dst))
     assert found == Held([Span(9_000_000, 96, ())], frozenset({0, 1, 2}))
     one_short = with_tables([*map(Offered, sources[:2]), Silent(sources[2])])
     assert find(one_short, spans, dst.manifest, tensors_of(dst)) == []
     tensors = tensors_of(dst)
     tensors["w"][3, 7] += 1
-    assert find(held, spans, dst.manifest, tensors) == []
+    assert find(tables, spans, dst.manifest, tensors) == []
 
 
 def test_ranks_that_hold_the_same_have_one_table_and_silent_ones_none() -> None:
     (first, *_), dst = columns(1)
     (other, *_), _ = columns(2)
-    held = with_tables([Silent(other), Offered(first), Offered(first)], 1)
-    ((span),) = held.spans
+    tables = with_tables([Silent(other), Offered(first), Offered(first)], 1)
+    ((span),) = tables.spans
     assert [number for number, _ in span.srcs] == [1, 2]
     spans = [Span(9_000_000, 96, ((0, 0), (1, 1_000_000), (2, 1_000_000)))]
-    (found,) = find(held, spans, dst.manifest, tensors_of(dst))
+    (found,) = find(tables, spans, dst.manifest, tensors_of(dst))
     assert found == Held([Span(9_000_000, 96, ())], frozenset({2}))  # which has brought the table
-    assert HeldBytes(cast(Sequence[SourceRank], [Silent(first)]), CPU).spans == []
+    assert Tables(cast(Sequence[SourceRank], [Silent(first)]), CPU).spans == []
 
 
 def test_a_table_holds_for_a_silent_rank_with_the_same_tensors_too() -> None:
     (first, *_), dst = columns(1)
-    held = with_tables([Silent(first), Offered(first)])
-    ((span),) = held.spans
+    tables = with_tables([Silent(first), Offered(first)])
+    ((span),) = tables.spans
     assert [number for number, _ in span.srcs] == [1]
     spans = plan(origins_of([first]), dst.manifest)  # which reads from the silent one alone
-    (found,) = find(held, spans, dst.manifest, tensors_of(dst))
+    (found,) = find(tables, spans, dst.manifest, tensors_of(dst))
     assert found == Held([Span(9_000_000, 96, ())], frozenset({1}))
 
 
@@ -200,4 +201,4 @@ def test_a_comparison_ends_when_the_load_is_cancelled() -> None:
     cancel.set()
     spans = plan(origins_of([first]), dst.manifest)
     with pytest.raises(Cancelled):
-        with_tables([Offered(first)]).find(spans, dst.manifest, tensors_of(dst), cancel)
+        find_held(with_tables([Offered(first)]), spans, dst.manifest, tensors_of(dst), cancel)
