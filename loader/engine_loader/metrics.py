@@ -49,6 +49,10 @@ SKIPPED_NBYTES = Counter(
     "engines_loader_skipped_bytes",
     "Bytes that loads with `reuse` did not read, as the tensors held them already.",
 )
+LENT_NBYTES = Counter(
+    "engines_loader_lent_bytes",
+    "Bytes that loads with `also_from` took from ranks with other contents.",
+)
 LOAD_S = Histogram(
     "engines_loader_load_seconds",
     "How long loads took that succeeded.",
@@ -121,10 +125,13 @@ def reason_of(error: errors.LoaderError) -> str:
     return "evicted" if isinstance(error, errors.SourceEvicted) else "lost"
 
 
-def count_loaded(nbytes: int, seconds: float, skipped_nbytes: int = 0) -> None:
+def count_loaded(
+    nbytes: int, seconds: float, skipped_nbytes: int = 0, lent_nbytes: int = 0
+) -> None:
     LOADS.inc("loaded")
     LOADED_NBYTES.inc(amount=nbytes)
     SKIPPED_NBYTES.inc(amount=skipped_nbytes)
+    LENT_NBYTES.inc(amount=lent_nbytes)
     LOAD_S.observe(seconds)
     LOAD_NBYTES_PER_S.observe(nbytes / seconds if seconds else 0.0)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from engine_registry.errors import InvalidField
+from engine_registry.schema.keys import check_instance
 from engine_registry.schema.labels import check_labels
 from engine_registry.schema.numbers import (
     MAX_TTL_S,
@@ -22,7 +23,7 @@ from engine_registry.schema.numbers import (
     whole,
     whole_or_none,
 )
-from engine_registry.schema.record import check_version
+from engine_registry.schema.record import ModelIdentity, check_version
 
 if TYPE_CHECKING:
     import threading
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from engine_loader.transfer.pace import Pace
     from engine_loader.transfer.progress import OnProgress
     from engine_registry.registration.handle import OnState
+    from engine_registry.watching.waiting import Wanted
 
 Verify = Literal["auto", "header", "digest"]
 RELEASED: Literal["released"] = "released"
@@ -63,6 +65,11 @@ class LoadOptions:
         base: What the tensors hold: `contents` of the report of the load that filled them, if
             nobody has changed them since. Sources that keep deltas from there bring only what has
             changed, and digests prove it, as with `reuse`, which this includes.
+        also_from: Ranks with other contents that may hold many of the same blocks, as those of the
+            base model or of the version before: the name of an instance, several names, or a
+            ModelIdentity. With the sources, they are `max_sources` at most. Blocks with equal
+            digests come from them too, and digests of the sources prove each. It pays where the
+            sources are few or far. Without digests all comes from the sources.
         pipelined: Whether a rank that is still loading may be a source. Digests switch this off.
         pace: How much is in flight, and how long a source may stay silent. None takes the pace of
             the engine's protocol.
@@ -84,6 +91,7 @@ class LoadOptions:
     partial: bool = False
     reuse: bool = False
     base: Sequence[str] | None = None
+    also_from: Wanted | None = None
     pipelined: bool = True
     pace: Pace | None = None
     progress: OnProgress | None = None
@@ -100,6 +108,7 @@ class LoadOptions:
         _set(self, "version", checked_version(self.version))
         _set(self, "contents", _checked_contents("contents", self.contents))
         _set(self, "base", _checked_contents("base", self.base))
+        _set(self, "also_from", _checked_ranks("also_from", self.also_from))
         _set(self, "max_sources", whole("max_sources", self.max_sources, 1))
         _check(self, "partial", lambda value: isinstance(value, bool), "True or False")
         _check(self, "reuse", lambda value: isinstance(value, bool), "True or False")
@@ -282,6 +291,19 @@ def _check(options: Options, field: str, is_good: Callable[[Any], bool], expecte
 
 def _is_share(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _checked_ranks(field: str, wanted: object) -> Wanted | None:
+    if wanted is None or isinstance(wanted, ModelIdentity):
+        return wanted
+    names = [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(names, Sequence) or not names:
+        expected = "the name of an instance, several names, or a ModelIdentity"
+        raise InvalidField(f"`{field}` {wanted!r} is not valid: it is {expected}", field=field)
+    try:
+        return tuple([check_instance(name) for name in names])
+    except InvalidField as exc:
+        raise InvalidField(f"`{field}`: {exc.what}", exc.remedy, field=field) from exc
 
 
 def _checked_contents(field: str, contents: object) -> tuple[str, ...] | None:

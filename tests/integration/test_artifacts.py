@@ -209,6 +209,7 @@ def test_an_etcd_that_is_away_is_a_typed_error(
         LoadOptions(contents=["0" * 32]),
         LoadOptions(reuse=True),
         LoadOptions(base=["0" * 32]),
+        LoadOptions(also_from="a"),
         LoadOptions(cancel=threading.Event()),
     ],
 )

@@ -1094,6 +1094,10 @@ def test_a_file_that_is_replaced_gives_what_it_holds_already(
     found = load_file(out / "rank-0.safetensors")
     assert found.keys() == tuned.keys()
     assert all(torch.equal(found[name], tuned[name]) for name in tuned)
+    lent = processes.run("load", "tuned", "--rank", "0", "--also-from", "base", "--json")
+    keys = {source["key"] for source in json.loads(lent.stdout)["sources"]}
+    assert keys == {"/engines/tuned/0", "/engines/base/0"}
+    assert json.loads(lent.stdout)["lent"].keys() <= {"/engines/base/0"}
     again = processes.run("load", "tuned", *into, "--force", "--reuse")
     assert "3.1 MB in" in again.stdout
     assert "; 3.1 MB were there already → " in again.stdout

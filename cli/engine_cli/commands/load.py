@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option
 from engine_cli.signals import raised
 from engine_registry.errors import InvalidField
-from engine_registry.schema.keys import check_instance
+from engine_registry.schema.keys import ENGINES, check_instance
 from engine_registry.schema.printable import count
 
 
@@ -91,6 +91,14 @@ from engine_registry.schema.printable import count
     is_flag=True,
     help="With --rank, --out and --force: do not read again what the file there holds already.",
 )
+@click.option(
+    "--also-from",
+    multiple=True,
+    metavar="INSTANCE",
+    shell_complete=complete_instances,
+    help="Blocks that this instance holds as well may come from it: it serves the base model, or "
+    "another version. May be given several times.",
+)
 @host_option("Address of this machine.")
 @protocol_option(
     "How to read; auto: the quickest way that the source is served over and this machine has, "
@@ -118,6 +126,7 @@ def command(
     until_eof: bool,
     verify: bool,
     reuse: bool,
+    also_from: tuple[str, ...],
     host: str | None,
     protocol: str,
     device: str,
@@ -179,6 +188,7 @@ def command(
                 wait,
                 verify,
                 reuse,
+                also_from,
                 host,
                 protocol,
                 device,
@@ -204,7 +214,7 @@ def command(
                 f"loaded {name} version {report.version}: {count(report.tensors, 'tensor')}, "
                 f"{size(report.nbytes)} in {report.seconds:.2f} s ({report.gb_per_s:.2f} GB/s over "
                 f"{report.protocol}{registration(report.register_s)})"
-                f"{_skipped(report.skipped_nbytes)}{_where(paths)}"
+                f"{_skipped(report.skipped_nbytes)}{_lent(report.lent)}{_where(paths)}"
             )
         if report.publication is not None:
             endings.listen(until_eof)
@@ -229,6 +239,11 @@ def _check_reuse(reuse: bool, replaces: bool) -> None:
 
 def _skipped(nbytes: int) -> str:
     return f"; {size(nbytes)} were there already" if nbytes else ""
+
+
+def _lent(lent: Mapping[str, int]) -> str:
+    names = " and ".join(key.removeprefix(ENGINES) for key in sorted(lent))
+    return f"; {size(sum(lent.values()))} came from {names}" if lent else ""
 
 
 def _where(paths: Sequence[Path]) -> str:

@@ -223,6 +223,7 @@ def loaded_json(report: LoadReport, paths: Sequence[Path]) -> dict[str, Any]:
         "read_nbytes": report.read_nbytes,
         "skipped_nbytes": report.skipped_nbytes,
         "delta_nbytes": report.delta_nbytes,
+        "lent": dict(report.lent),
         "reads": report.reads,
         "retries": report.retries,
         "seconds": round(report.seconds, 6),

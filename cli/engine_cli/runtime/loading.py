@@ -37,6 +37,7 @@ class Loading:
     wait_s: float
     verify: bool
     reuse: bool
+    also_from: tuple[str, ...]
     host: str | None
     protocol: str
     device: str
@@ -87,6 +88,7 @@ class Loading:
                 options=LoadOptions(
                     verify="digest" if self.verify else "auto",
                     reuse=self.reuse,
+                    also_from=self.also_from or None,
                     progress=on_progress,
                 ),
             )
@@ -128,7 +130,9 @@ class Loading:
                     max_file_nbytes=max_file_nbytes or MAX_FILE_NBYTES,
                     timeout_s=self.wait_s,
                     options=LoadOptions(
-                        verify="digest" if self.verify else "auto", progress=on_progress
+                        verify="digest" if self.verify else "auto",
+                        also_from=self.also_from or None,
+                        progress=on_progress,
                     ),
                 )
         return report, files.paths if files is not None else []

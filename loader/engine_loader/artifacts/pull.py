@@ -35,6 +35,7 @@ _REFUSED = {
     "verify": "leave it out: digests are always compared",
     "reuse": "leave it out: the memory is new",
     "base": "leave it out: the memory is new",
+    "also_from": "leave it out: what is offered for the key is pulled",
     "partial": "leave it out: all of the artifact is pulled",
     "version": "leave it out: what is offered for the key is pulled",
     "contents": "leave it out: what is offered for the key is pulled",
@@ -123,7 +124,7 @@ def pull_artifact(
         timeout_s: How many seconds the call may take. What it waits for then may come first, such
             as one answer of etcd or the end of one file.
         options: How to read; see LoadOptions. Without `verify`, `partial`, `version`, `contents`,
-            `reuse`, `base` and `cancel`.
+            `reuse`, `base`, `also_from` and `cancel`.
 
     Returns:
         What the pull did; None where no peer offers it.

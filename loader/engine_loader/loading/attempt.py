@@ -18,6 +18,7 @@ from engine_loader.errors import (
 from engine_loader.loading.evicted import check_registered, discard_evicted
 from engine_loader.loading.job import Job
 from engine_loader.loading.lost import LostSources
+from engine_loader.loading.others import Others
 from engine_loader.loading.reading import Reading
 from engine_loader.loading.report import Filled, with_what_came
 from engine_loader.loading.reuse import Reuse
@@ -95,16 +96,16 @@ class Attempt:
                 if check is not None:
                     check.spare(held.complete())
             if early is None:
-                reading.begin(spans)
+                reading.begin(spans, self.entrance)
             self._bring(reading, place, undo)
             place.stop_listening(undo)
             start = time.monotonic()
             self._verify(check)
             digest_s = time.monotonic() - start
         shares = reading.shares
-        most = max(range(len(shares)), key=lambda number: shares[number].nbytes)
         entered = place.sources
-        read = [source for source, share in zip(entered, shares, strict=True) if share.nbytes]
+        most = max(range(len(entered)), key=lambda number: shares[number].nbytes)
+        read = [source for source, share in zip(reading.all, shares, strict=True) if share.nbytes]
         return Filled(
             entered[most].record,
             spans,
@@ -120,19 +121,24 @@ class Attempt:
 
     def _reading(self, sources: Sequence[SourceRank], undo: ExitStack) -> Reading:
         own = undo.enter_context(ExitStack())
-        return Reading(self.job, sources, self.planner, self.received, self.republication, own)
+        others = Others(self.job, self.choice, sources, self.received, self.lost)
+        return Reading(
+            self.job, sources, others, self.planner, self.received, self.republication, own
+        )
 
     def _begin_early(self, undo: ExitStack) -> Reading | None:
         """Where memory of sources is mapped, reads begin before etcd has said that the sources may
         be entered. Their memory stays, whatever becomes of them, and nothing counts before etcd has
         said so and the header has proven it.
         """
-        if not self.job.engine.outlives_sources or self.job.reuse or self.republication is not None:
+        job = self.job
+        plain = not job.reuse and job.also_from is None and self.republication is None
+        if not (job.engine.outlives_sources and plain):
             return None
         for source in self.choice.sources:
             source.lend(undo)
         reading = self._reading(self.choice.sources, undo)
-        reading.begin(reading.plan)
+        reading.begin(reading.plan, self.entrance)
         reading.start()
         return reading
 
@@ -177,15 +183,16 @@ class Attempt:
         """
         try:
             self._bring_or_lose(reading, place, undo)
+            reading.others.check()
         except (SourceLost, TornRead, Cancelled) as exc:
             self.received.shares += reading.shares
-            if discard_evicted(self.received, place.sources, reading.shares):
+            if discard_evicted(self.received, reading.all, reading.shares):
                 self._withdraw()
-            raise with_what_came(exc, place.sources, self.received) from exc
+            raise with_what_came(exc, reading.all, self.received) from exc
 
     def _bring_or_lose(self, reading: Reading, place: Entered, undo: ExitStack) -> None:
         """Remembers which sources were lost."""
-        sources, shares = place.sources, reading.shares
+        sources, shares = reading.all, reading.shares
         try:
             reading.run()
             place.give_back(undo)
@@ -198,7 +205,7 @@ class Attempt:
             )
             raise
         except SourceLost:
-            self.lost.add(source.record for source in sources)
+            self.lost.add(source.record for source in place.sources)
             raise
         finally:
             self.lost.add_reasons(shares)

@@ -5,6 +5,7 @@ worth of memory at a time.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -116,6 +117,7 @@ def _together(reports: Sequence[LoadReport]) -> LoadReport:
         digest_s=sum(report.digest_s for report in reports),
         register_s=sum(report.register_s for report in reports),
         shares=summed([share for report in reports for share in report.shares]),
+        lent=dict(sum([Counter(report.lent) for report in reports], Counter())),
     )
 
 

@@ -14,12 +14,14 @@ from engine_loader.tensors.destination import Destination
 from engine_loader.transfer.pace import Pace
 from engine_loader.transfer.progress import OnProgress
 from engine_registry import Registry
+from engine_registry.watching.waiting import Wanted
 
 
 @dataclass(frozen=True)
 class Job:
     """`rank` is the one that is filled, if it is known. With `reuse`, what is there already is not
-    read. `base` are contents that the tensors may have.
+    read. `base` are contents that the tensors may have. Ranks of `also_from` bring blocks that they
+    hold as well: with the sources, `max_sources` at most.
     """
 
     registry: Registry
@@ -32,6 +34,8 @@ class Job:
     cancel: threading.Event
     reuse: bool = False
     base: Sequence[str] = ()
+    also_from: Wanted | None = None
+    max_sources: int = 1
 
     @property
     def device(self) -> torch.device:

@@ -76,7 +76,8 @@ def load(
     the one before it, take little longer than one.
 
     With `options.reuse`, blocks that the tensors hold already are not read. With `options.base`,
-    only changes are read where sources keep them.
+    only changes are read where sources keep them. With `options.also_from`, ranks with other
+    contents bring blocks that they hold as well.
 
     Nobody else may fill the tensors meanwhile. Published tensors are filled only inside their
     publication's `update()`. Nothing stays published if the load raises.
@@ -175,6 +176,8 @@ def load(
         cancel=options.cancel or threading.Event(),
         reuse=options.reuse or options.base is not None,
         base=options.base or (),
+        also_from=options.also_from,
+        max_sources=options.max_sources,
     )
     destination.check_in_place(
         "tensors have other memory than when their Destination was made", "make a new one"
@@ -262,7 +265,7 @@ def _fill(attempts: Attempts) -> LoadReport:
         if attempts.republication is not None:
             attempts.republication.close()
         raise
-    metrics.count_loaded(report.nbytes, report.seconds, report.skipped_nbytes)
+    metrics.count_loaded(report.nbytes, report.seconds, report.skipped_nbytes, report.lent_nbytes)
     log.info(
         "loaded %d bytes of %s version %d in %.3f s",
         report.nbytes,

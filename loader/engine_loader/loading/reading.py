@@ -12,11 +12,12 @@ from dataclasses import replace
 from engine_loader.engines.base import lend
 from engine_loader.errors import DigestsMissing, LoaderError
 from engine_loader.loading.job import Job
+from engine_loader.loading.others import Others
 from engine_loader.planning.plan import Planner
 from engine_loader.planning.reads import Span
 from engine_loader.publishing.replica import Republication
 from engine_loader.sources.digest_check import DigestCheck
-from engine_loader.sources.entrance import Entered
+from engine_loader.sources.entrance import Entered, Entrance
 from engine_loader.sources.source import SourceRank
 from engine_loader.tensors.cuda import to_register
 from engine_loader.transfer.pace import Pace
@@ -25,7 +26,6 @@ from engine_loader.transfer.received import Received
 from engine_loader.transfer.scheduler import Transfer
 from engine_loader.transfer.shares import Share
 from engine_loader.transfer.staging import Staging
-from engine_registry import RankRecord
 
 _SUMMED_UP_S = 0.05  # between two looks whether there is something to sum up
 _STAGING_NBYTES = 48 << 20  # for what is not read straight to its place
@@ -36,6 +36,7 @@ class Reading:
 
     Attributes:
         sources: Those that it reads from.
+        others: Ranks with other contents, which bring blocks as well.
         plan: All that is wanted of them.
         place: How the sources were entered, once they have been.
         check: Their digests; None where none are compared.
@@ -46,6 +47,7 @@ class Reading:
         self,
         job: Job,
         sources: Sequence[SourceRank],
+        others: Others,
         planner: Planner,
         received: Received,
         republication: Republication | None,
@@ -55,6 +57,7 @@ class Reading:
         the load wants digests, and a source has none.
         """
         self.sources = sources
+        self.others = others
         self.plan = planner.plan([source.origin for source in sources])
         self.place: Entered | None = None
         self.check: DigestCheck | None = None
@@ -68,11 +71,16 @@ class Reading:
         self._undo = undo
         self.check = self._digest_check()
 
-    def begin(self, spans: Sequence[Span]) -> None:
+    @property
+    def all(self) -> Sequence[SourceRank]:
+        """The sources, and the others behind them: in the order of the shares."""
+        return [*self.sources, *self.others.ranks]
+
+    def begin(self, spans: Sequence[Span], entrance: Entrance) -> None:
         """Those of the spans that have not come before, and the digests: makes what it takes to
-        read them.
+        read them. The others are entered. Raises Cancelled.
         """
-        check, received, sources = self.check, self._received, self.sources
+        check, received = self.check, self._received
         missing = received.arrivals.missing(spans)
         if check is not None and check.tallied:
             # What is short has the most digests for its bytes: they are made while the rest comes.
@@ -80,15 +88,24 @@ class Reading:
         ahead_nbytes = sum(span.read_nbytes for span in spans) - sum(
             span.read_nbytes for span in missing
         )
+        reader = self._republication.record if self._republication is not None else None
+        shared = self.others.enter(
+            missing,
+            entrance,
+            reader,
+            self._count,
+            lambda progress: self.report(progress, ahead_nbytes),
+            self._undo,
+        )
         self._transfer = Transfer(
             self._job.engine,
-            [*missing, *(check.spans if check is not None else ())],
-            [source.for_transfer() for source in sources],
+            [*shared, *(check.spans if check is not None else ())],
+            [source.for_transfer() for source in self.all],
             self._pace(),
             lambda progress: self.report(progress, ahead_nbytes),
             self._job.cancel,
             self._staging(missing),
-            lambda number, checked: self._receive(sources[number].record, checked),
+            self._receive,
             check.look if check is not None else lambda: None,
         )
         self._undo.push(self._settle)
@@ -103,7 +120,7 @@ class Reading:
     def run(self) -> None:
         """Brings all that was begun. Raises what `Transfer.run` raises."""
         self._has_run = True
-        self._begun.run()
+        self.others.run(self._begun)
         self.seconds = time.monotonic() - self._began_at
 
     @property
@@ -147,13 +164,16 @@ class Reading:
         lend(self._job.engine, self._undo, region, owner=staging)
         return staging
 
-    def _receive(self, record: RankRecord, checked: Sequence[Span]) -> None:
-        """Spans have come that the source's header has proven."""
+    def _receive(self, number: int, checked: Sequence[Span]) -> None:
+        """Spans have come that the header of the rank with that number has proven."""
         check = self.check
         spans = [span for span in checked if check is None or not check.wants(span)]
-        self._received.add(record, spans)
-        if check is not None:
-            check.receive(spans)
+        self.others.receive(number, spans)
+
+    def _count(self, spans: Sequence[Span]) -> None:
+        """They have come, and are proven."""
+        if self.check is not None:
+            self.check.receive(spans)
         if self._republication is not None:
             self._republication.mark(self._received.arrivals)
 
@@ -165,7 +185,8 @@ class Reading:
             total_nbytes=ahead_nbytes + progress.total_nbytes,
         )
         if self.place is not None:
-            self.place.report(of_all)
+            taken = [*self.place.taken, *self.others.taken]
+            replace(self.place, taken=taken).report(of_all)
         self._job.on_progress(of_all)
 
     def _digest_check(self) -> DigestCheck | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine_loader.errors import Cancelled, LoaderError
@@ -29,7 +29,7 @@ class Filled:
     verified: bool  # by digests
     outlived: Sequence[str]  # keys of sources whose process has ended meanwhile
     within_host: Sequence[str]  # keys of sources that were read without the network
-    contents: Sequence[str]  # of the sources
+    contents: Sequence[str]  # of the sources, without ranks that have another content
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class LoadReport:
         skipped_nbytes: Bytes of the tensors that were not read, because digests of the sources
             prove that they were there already. Only with `LoadOptions.reuse` or `base`.
         delta_nbytes: Bytes of deltas that were read. What they changed is part of `skipped_nbytes`.
+        lent: Bytes of the tensors that ranks with other contents brought, by their keys in etcd.
+            Digests of the sources prove them. Only with `LoadOptions.also_from`.
         contents: The contents of the ranks that it was loaded from, for `LoadOptions.base` of a
             later load.
         reads: How many reads the plan had.
@@ -60,8 +62,8 @@ class LoadReport:
         regions: Regions of memory that the tensors lie in.
         register_s: Seconds that the transfer engine took to make these known to the network card.
             They are part of `seconds`. Over tcp they are next to nothing.
-        shares: For each source of this content, the bytes that came from it, how near it is, and
-            why it was dropped, if it was.
+        shares: For each rank that was read from, the bytes that came from it, how near it is, and
+            why it was dropped, if it was. They include tables of digests.
         verified: Whether digests of the sources prove every tensor, rather than the header alone.
         outlived: The sources that were read to the end although their process had ended: their keys
             in etcd. Only where memory is mapped, as over cuda_ipc.
@@ -86,6 +88,7 @@ class LoadReport:
     shares: tuple[Share, ...]
     skipped_nbytes: int = 0
     delta_nbytes: int = 0
+    lent: Mapping[str, int] = field(default_factory=dict)
     contents: tuple[str, ...] = ()
     regions: int = 0
     register_s: float = 0.0
@@ -93,6 +96,11 @@ class LoadReport:
     outlived: tuple[str, ...] = ()
     within_host: tuple[str, ...] = ()
     publication: Publication | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def lent_nbytes(self) -> int:
+        """Bytes of the tensors that ranks with other contents brought."""
+        return sum(self.lent.values())
 
     @property
     def gb_per_s(self) -> float:
@@ -119,6 +127,7 @@ class LoadReport:
             "near": [share.near.value for share in shares],
             **({"skipped_nbytes": self.skipped_nbytes} if self.skipped_nbytes else {}),
             **({"delta_nbytes": self.delta_nbytes} if self.delta_nbytes else {}),
+            **({"lent_nbytes": self.lent_nbytes} if self.lent else {}),
             **({"outlived": list(self.outlived)} if self.outlived else {}),
             **({"within_host": list(self.within_host)} if self.within_host else {}),
         }
@@ -151,6 +160,7 @@ def report_of(
         shares=summed([*received.shares, *filled.shares]),
         skipped_nbytes=filled.skipped_nbytes,
         delta_nbytes=received.delta_nbytes,
+        lent=received.lent,
         contents=tuple(filled.contents),
         regions=len(received.dst.regions),
         verified=filled.verified,

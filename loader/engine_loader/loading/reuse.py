@@ -61,7 +61,7 @@ class Reuse:
 
     def _hold(self, plan: Sequence[Span], on_progress: OnProgress, undo: ExitStack) -> None:
         job, received = self.job, self.received
-        sources = [*self.sources, *self._complete_one(undo)]
+        sources = [*self.sources, *complete_one(job, self.choice, self.sources, undo)]
         tables = Tables(sources, job.device)
         if not tables.spans:
             log.info(
@@ -101,20 +101,22 @@ class Reuse:
         if not received.arrivals.missing(plan):  # so digests prove what they have brought
             received.deltas = deltas.applied()
 
-    def _complete_one(self, undo: ExitStack) -> list[SourceRank]:
-        """Where none of the sources has digests, as those that load: a complete rank of the same
-        number and content that has. Only its table and its deltas are read.
-        """
-        holders = self.choice.holders
-        if holders is None or any(map(has_digests, self.sources)):
-            return []
-        job = self.job
-        alike = (one for one in holders.ready if one.content == self.choice.content)
-        records = list(islice(alike, _ASKED))
-        for record, manifest in zip(records, find_manifests(job.registry, records), strict=True):
-            if isinstance(manifest, Manifest):
-                one = SourceRank(job.registry, job.engine, record, manifest, True, job.device)
-                if has_digests(one):
-                    one.lend(undo)
-                    return [one]
+
+def complete_one(
+    job: Job, choice: Choice, sources: Sequence[SourceRank], undo: ExitStack
+) -> list[SourceRank]:
+    """Where none of the sources has digests, as those that load: a complete rank of the same
+    number and content that has. Only its table and its deltas are read.
+    """
+    holders = choice.holders
+    if holders is None or any(map(has_digests, sources)):
         return []
+    alike = (one for one in holders.ready if one.content == choice.content)
+    records = list(islice(alike, _ASKED))
+    for record, manifest in zip(records, find_manifests(job.registry, records), strict=True):
+        if isinstance(manifest, Manifest):
+            one = SourceRank(job.registry, job.engine, record, manifest, True, job.device)
+            if has_digests(one):
+                one.lend(undo)
+                return [one]
+    return []

@@ -15,11 +15,11 @@ from engine_registry.schema.manifest import Manifest
 
 class Block(NamedTuple):
     """Bytes of our memory, and the place in a source's table of the digest that they have once
-    they have come.
+    they have come; or bytes of the source itself, where that is said.
     """
 
     slot: int
-    dst_addr: int
+    addr: int
     nbytes: int
 
 
@@ -51,6 +51,13 @@ class DigestedMemory:
                 )
                 end = entry.addr + entry.nbytes
         self._starts = [tensor.addr for tensor in self._tensors]
+
+    def each(self) -> Iterator[tuple[int, Block]]:
+        """All blocks, where they lie there, each with the number of its tensor."""
+        for number, (addr, size, slots, step) in enumerate(self._tensors):
+            for place, slot in enumerate(slots):
+                ahead = place * step
+                yield number, Block(slot, addr + ahead, min(step, size - ahead))
 
     def blocks(self, src_addr: int, dst_addr: int, nbytes: int) -> Iterator[Block]:
         """All that lie in these bytes, which come to `dst_addr`, with their first and last byte."""

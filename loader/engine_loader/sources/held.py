@@ -90,7 +90,7 @@ def _equal_blocks(
     some = [
         (block, part)
         for block in blocks
-        if (part := memory.part(block.dst_addr, block.nbytes)) is not None
+        if (part := memory.part(block.addr, block.nbytes)) is not None
     ]
     spans: list[Span] = []
     with closing(digests_of_parts([part for _, part in some], table.algorithm)) as digests:
@@ -100,10 +100,10 @@ def _equal_blocks(
                 continue
             last = spans[-1] if spans else None
             # no span leaves its tensor, as the next one may lie in another region
-            if last is not None and part.start and last.dst_addr + last.nbytes == block.dst_addr:
+            if last is not None and part.start and last.dst_addr + last.nbytes == block.addr:
                 spans[-1] = last._replace(nbytes=last.nbytes + block.nbytes)
             else:
-                spans.append(Span(block.dst_addr, block.nbytes, ()))
+                spans.append(Span(block.addr, block.nbytes, ()))
     return Held(spans, frozenset(table.brought_by))
 
 

@@ -243,7 +243,7 @@ class SourceRank:
             elif (now.version, now.content) != (self.record.version, self.record.content):
                 self._bad_news = self._torn(f"version {now.version} with content {now.content[:8]}")
 
-    def _torn(self, now: str) -> TornRead:
+    def _torn(self, now: str) -> LoaderError:
         return TornRead(
             f"the weights of {self.record.key} changed while they were being read: version "
             f"{self.record.version} with content "

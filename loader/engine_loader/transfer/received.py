@@ -5,12 +5,12 @@ discarded.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 
 from engine_loader.deltas.kept import KeptDelta
 from engine_loader.planning.arrivals import Arrivals
-from engine_loader.planning.reads import Span
+from engine_loader.planning.reads import Span, payload_of
 from engine_loader.transfer.shares import Share
 from engine_registry import Manifest, RankRecord, RankState, Registry
 from engine_registry.errors import EtcdError
@@ -42,6 +42,9 @@ class Received:
         self._spans: defaultdict[str, list[Span]] = defaultdict(list)
         # what was there before, and the incarnations of all whose tables it takes to say so
         self._held: list[tuple[Sequence[Span], frozenset[str]]] = []
+        # what ranks with other contents have brought, and the incarnations of these ranks first,
+        # then of all whose tables it takes to say that it is of this content
+        self._lent: list[tuple[Sequence[Span], tuple[str, ...]]] = []
         self.compared = False
         self.delta_nbytes = 0
         self.deltas: Sequence[KeptDelta] = ()
@@ -64,6 +67,25 @@ class Received:
             self._records |= {record.incarnation: record for record in records}
             self._held.append((spans, frozenset([record.incarnation for record in records])))
             self.arrivals.add(spans)
+
+    def borrow(
+        self, lender: RankRecord, records: Sequence[RankRecord], spans: Sequence[Span]
+    ) -> None:
+        """They have come from a rank with another content, and are of this one, as tables of all
+        of these ranks say.
+        """
+        every = [lender, *records]
+        self._records |= {record.incarnation: record for record in every}
+        self._lent.append((spans, tuple([record.incarnation for record in every])))
+        self.arrivals.add(spans)
+
+    @property
+    def lent(self) -> dict[str, int]:
+        """Bytes that ranks with other contents have brought, by the key of the rank."""
+        found: Counter[str] = Counter()
+        for spans, (lender, *_) in self._lent:
+            found[self._records[lender].key] += payload_of(spans)
+        return dict(found)
 
     def counts_on(self, record: RankRecord) -> bool:
         """Some of what there is counts only as long as nobody has evicted this rank."""
@@ -116,6 +138,7 @@ class Received:
             self._spans.pop(incarnation, None)
             del self._records[incarnation]
         self._held = [each for each in self._held if each[1].isdisjoint(gone)]
+        self._lent = [each for each in self._lent if gone.isdisjoint(each[1])]
         self.evicted.clear()
         if gone:
             self.compared = False  # others may say the same
@@ -125,7 +148,9 @@ class Received:
                 if share.name in keys:
                     share.nbytes = 0
             self.arrivals = Arrivals(self.dst, self._block_nbytes)
-            for spans in [*self._spans.values(), *(spans for spans, _ in self._held)]:
+            for spans, _ in [*self._held, *self._lent]:
+                self.arrivals.add(spans)
+            for spans in self._spans.values():
                 self.arrivals.add(spans)
         return bool(gone)
 

@@ -99,6 +99,7 @@ def attempt(
         verify="header",
         cancel=threading.Event(),
         reuse=False,
+        also_from=None,
     )
     planner, received = Planner(dst, partial=True), Received(CONTENT, dst)
     return Attempt(
@@ -279,6 +280,7 @@ class Bench:
             pace=PACE,
             verify=self.verify,
             reuse=False,
+            also_from=None,
             cancel=self.cancel,
             on_progress=self._report,
             destination=SimpleNamespace(parts={}, check_in_place=self._check_in_place),

@@ -98,4 +98,4 @@ def test_a_load_that_succeeds_is_counted_and_keeps_its_publication(counted: list
     report = LoadReport("a", 0, 1, "c0" * 16, "tcp", 2, 16, 24, 3, 0, 0.5, 0.25, 0.0, ())
     attempts = Load(report, publishes=True)
     assert _fill(cast(Attempts, attempts)) is report
-    assert (attempts.closed, counted) == (0, [(16, 0.5, 0)])
+    assert (attempts.closed, counted) == (0, [(16, 0.5, 0, 0)])

@@ -107,10 +107,10 @@ def test_what_is_read_is_all_but_the_blocks_that_are_equal(
     held = Arrivals(ours)
     equal = 0
     for block in blocks_of(spans, {0: DigestedMemory(theirs)})[0]:
-        name, ahead = _place(entries[DST], block.dst_addr)
+        name, ahead = _place(entries[DST], block.addr)
         there = memory[_entry(entries[DST], name).addr][ahead : ahead + block.nbytes]
         if there == wanted[name][ahead : ahead + block.nbytes]:
-            held.add([Span(block.dst_addr, block.nbytes, ())])
+            held.add([Span(block.addr, block.nbytes, ())])
             equal += block.nbytes
     rest = held.missing(spans)
     assert sum(span.payload for span in rest) == sum(sizes) - equal

@@ -74,6 +74,21 @@ def test_what_an_evicted_rank_has_brought_is_forgotten(received: Received) -> No
     assert received.evicted == []  # else no other attempt could end well
 
 
+def test_what_a_rank_with_another_content_brought_counts_until_it_or_a_witness_is_evicted() -> None:
+    lender, witness = a_record(incarnation="ab" * 16), a_record(instance="w")
+    for evicted, left in ((lender, {}), (EVICTED, {lender.key: 8})):
+        received = Received(CONTENT, a_manifest(an_entry(addr=4096, nbytes=16)))
+        received.borrow(lender, [witness], [FIRST])
+        received.borrow(lender, [witness, EVICTED], [SECOND])
+        assert received.lent == {lender.key: 16}
+        assert received.arrivals.complete() == ["w"]
+        assert received.held is None
+        assert all(map(received.counts_on, [lender, witness, EVICTED]))
+        assert received.discard([evicted])
+        assert received.lent == left
+        assert received.arrivals.nbytes == sum(left.values())
+
+
 def test_what_was_there_counts_until_one_of_the_ranks_is_evicted_whose_tables_say_so() -> None:
     other = a_record(incarnation="ab" * 16)
     received = Received(CONTENT, a_manifest(an_entry(addr=4096, nbytes=16)))
