@@ -4,6 +4,9 @@ and socket on this machine, medians of several rounds that take turns.
 The weights are layers of 32 MiB. Before each load some blocks of 1 MiB are made to differ here. The
 baseline is a load that reads everything. Socket reads go over a connection, as between hosts. The
 source is a separate process.
+
+Then, where the machine can have hosts within it, loads of weights that are mostly on other hosts
+already: see `benchmarks.lent`.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from benchmarks import figures, options, serving
+from benchmarks import figures, lent, options, serving
 from benchmarks.figures import Results, median_s
+from benchmarks.hosts import HostsUnavailable
 from benchmarks.processes import another_process
 from benchmarks.serving import HOST
 from engine_cli.main import main
@@ -28,6 +32,7 @@ from engine_registry.etcd.local import LocalEtcd
 
 _LAYER_NBYTES, _BLOCK_NBYTES = 32 << 20, 1 << 20
 _PERCENT = (0, 1, 10, 100)
+_LINKED_LAYERS = 2  # that come over a slow link
 
 
 def measure(gib: float, rounds: int, say: Callable[[str], None]) -> Results:
@@ -45,6 +50,11 @@ def measure(gib: float, rounds: int, say: Callable[[str], None]) -> Results:
     say("digests, with those of blocks and without")
     for name, blocks in {"digests_s": False, "digests_with_blocks_s": True}.items():
         results[name] = median_s(_digests(tensors, blocks), rounds)
+    try:
+        with _apart():
+            results |= lent.measure(_LINKED_LAYERS, rounds, say)
+    except HostsUnavailable as exc:
+        say(f"no slow link: {exc}")
     return results
 
 
@@ -108,7 +118,7 @@ def _differ(tensors: Mapping[str, torch.Tensor], percent: int) -> None:
 @options.gib(0.5, "Size of the weights.")
 @options.rounds(5)
 def command(gib: float, rounds: int, as_json: bool) -> None:
-    """Loads into tensors that hold most of the weights already. Takes a minute."""
+    """Loads of what is mostly elsewhere, or here, already. Takes two minutes."""
     with engine_log():
         figures.report(measure(gib, rounds, figures.say), as_json)
 

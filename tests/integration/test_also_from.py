@@ -8,12 +8,14 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
 from engine_loader import (
+    CudaIpcEngine,
     Engine,
     InProcessEngine,
     LoadReport,
@@ -28,11 +30,13 @@ from engine_loader.errors import Cancelled
 from engine_loader.planning.plan import ReadOp
 from engine_loader.publishing import offering
 from engine_loader.publishing.header import peer_of_record
+from engine_loader.transfer.pace import pace_for
 from engine_registry import ModelIdentity, RankRecord, Registry
 from engine_registry.watching.waiting import Wanted
 from tests.integration.conftest import Processes, line_of
 from tests.integration.test_load import Tensors
 from tests.integration.test_reuse import Offers, copy_of
+from tests.support.host_gpus import HostGpus
 from tests.support.processes.source import content
 
 MIB = 1 << 20
@@ -369,6 +373,25 @@ def test_blocks_that_are_longer_than_a_chunk_come_in_parts_from_several(here: Of
     report = load_tuned(here, tensors, engine=engine, pace=Pace(700_000, 2, stall_s=30.0))
     assert_are(tensors, tuned())
     assert report.lent_nbytes >= SHARED_NBYTES // 2
+
+
+def test_over_mapped_memory_blocks_of_4_mib_come_from_others_and_all_is_verified(
+    registry: Registry, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine sums up what it reads from the sources alone: of other tensors digests are
+    computed.
+    """
+    monkeypatch.setattr(offering, "algorithm_for", lambda _: "multilinear_64")
+    monkeypatch.setattr(offering, "check_can_be_served", lambda *_: None)
+    there = Offers(registry, lambda: stack.enter_context(CudaIpcEngine(gpus=HostGpus())), stack)
+    theirs = tuned()
+    there(theirs, "tuned", model=TUNED, digests=None)
+    there(weights(), "one", model=BASE, digests=None)
+    tensors = zeros()
+    pace = replace(pace_for("cuda_ipc"), stall_s=30.0)
+    report = load_tuned(there, tensors, pace=pace)
+    assert_are(tensors, theirs)
+    assert (report.verified, set(report.lent)) == (True, {"/engines/one/0"})
 
 
 # -- what happens meanwhile

@@ -261,6 +261,49 @@ def test_what_is_there_already_is_not_read_from_one_that_is_loading_either(
             members.end()
 
 
+def test_ranks_that_load_from_each_other_take_equal_blocks_from_others_as_well(
+    registry: Registry, new_engine: Callable[[], Engine]
+) -> None:
+    """What these have brought is passed on, once it is proven."""
+    base = content(0, NBYTES)
+    base["t3"].zero_()
+    options = PublishOptions(digests=True)
+    with (
+        publish(
+            registry,
+            new_engine(),
+            instance="complete",
+            rank=0,
+            world_size=1,
+            tensors=content(0, NBYTES),
+            model=MODEL,
+            options=options,
+        ) as complete,
+        publish(
+            registry,
+            new_engine(),
+            instance="base",
+            rank=0,
+            world_size=1,
+            tensors=base,
+            model=ModelIdentity("base"),
+            options=options,
+        ),
+    ):
+        members = Members(registry, new_engine)
+        try:
+            wanted: dict[str, Any] = {"contents": [complete.content], "also_from": "base"}
+            members.start_stopped("a", 0.5, **wanted)
+            members.start("b", **wanted)
+            wait_until(lambda: members.gates["b"].at > 0.2)
+            members.gates["a"].open.set()
+            for name in ("a", "b"):
+                report = members.report(name)
+                assert 0 < report.lent["/engines/base/0"] < NBYTES - base["t3"].nbytes + 1
+        finally:
+            members.end()
+
+
 def test_one_that_has_loaded_is_a_source_like_any_other_until_it_is_closed(
     members: Members,
 ) -> None:

@@ -14,6 +14,7 @@ from engine_loader.errors import LoaderError, SourceLost
 from engine_loader.sources.reach import is_reachable
 from engine_loader.sources.readers import best_first, count_readers
 from engine_loader.sources.source import SourceRank
+from engine_loader.transfer.pipe import Source
 from engine_registry import ModelIdentity, Place, RankRecord, RankState, Registry
 from engine_registry.holders.query import HolderQuery
 from engine_registry.watching.waiting import Wanted
@@ -29,6 +30,9 @@ class OtherRank(SourceRank):
     def refuse(self, error: LoaderError) -> None:
         """Nothing more is read from it."""
         self._bad_news = error
+
+    def for_transfer(self) -> Source:
+        return replace(super().for_transfer(), lends=True)
 
     def _torn(self, now: str) -> LoaderError:
         error = super()._torn(now)

@@ -51,6 +51,8 @@ class Source:
     stock: Stock | None = None
     ready: Callable[[], bool] = lambda: False
     near: Nearness = Nearness.UNKNOWN
+    # holds some of it and has another content: the others leave that to it, as far as it is quick
+    lends: bool = False
 
     def share(self) -> Share:
         """What it has contributed before it is read from."""

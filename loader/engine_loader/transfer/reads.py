@@ -58,12 +58,15 @@ class Reads:
 
     def fill(self, pipe: Pipe, now: float) -> None:
         """Begins as many reads as may be in flight from the source."""
+        lenders = set() if pipe.source.lends else self._lenders()
         for queue in pipe.queues:
             while queue:
                 chunk = queue[0]
                 if not pipe.has(chunk):
                     break
                 limit = pipe.window if chunk.nbytes > _SMALL_NBYTES else self._pace.small_depth
+                if lenders and any(number in lenders for number, _ in chunk.srcs):
+                    limit = 1  # a slow one would end last with all that it has taken
                 if len(pipe.in_flight) >= limit:
                     return
                 staged = self._stage.take() if self._stage is not None and chunk.staged else None
@@ -86,6 +89,9 @@ class Reads:
                 if not pipe.in_flight:
                     pipe.moved_at = now
                 pipe.in_flight[number] = Flight(chunk, now, staged)
+
+    def _lenders(self) -> set[int]:
+        return {pipe.number for pipe in self._active if pipe.source.lends}
 
     def _free(self, staged: int | None) -> None:
         if staged is not None and self._stage is not None:

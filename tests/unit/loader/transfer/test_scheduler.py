@@ -628,6 +628,27 @@ def test_a_source_that_never_answers_does_not_keep_the_others_from_finishing(ben
     assert transfer.shares[1].nbytes == NBYTES
 
 
+def test_of_what_a_rank_with_another_content_has_a_slow_source_takes_little(bench: Bench) -> None:
+    bench.source(delay_s=0.1)
+    bench.source(delay_s=0.001)
+    bench.sources[1].lends = True
+    transfer = bench.transfer(replace(PACE, stall_s=5))
+    bench.run(transfer)
+    assert [share.nbytes for share in transfer.shares] == [CHUNK, NBYTES - CHUNK]
+
+
+def test_without_the_rank_that_lends_a_source_takes_all_with_its_whole_window(
+    bench: Bench,
+) -> None:
+    reader = Counting()
+    bench.read_with(reader)
+    bench.source(delay_s=0.001)
+    bench.source(lost=lambda: SourceLost("gone"))
+    bench.sources[1].lends = True
+    bench.run(bench.transfer())
+    assert reader.most == PACE.depth
+
+
 @pytest.mark.parametrize(
     ("errors", "kind"),
     [
