@@ -257,6 +257,8 @@ class Loads:
             "digests": lambda: self._one(["a", "b", "c"], verify="digest"),
             "reused": lambda: self._one(MODEL, self._kept, reuse=True),
             "reused, published": lambda: self._one(MODEL, self._kept, reuse=True, publish="here"),
+            "beside others": lambda: self._one("a", also_from=MODEL),
+            "beside others, published": lambda: self._one(MODEL, also_from="b", publish="here"),
             "instance": self._instance,
             "full": self._full,
             "reshard": self._reshard,
