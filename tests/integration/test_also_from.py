@@ -18,11 +18,13 @@ from engine_loader import (
     CudaIpcEngine,
     Engine,
     InProcessEngine,
+    LoadOptions,
     LoadReport,
     MooncakeEngine,
     Pace,
     Replica,
     Shard,
+    load_full,
     metrics,
 )
 from engine_loader.digests.table import DigestCell
@@ -77,14 +79,14 @@ def assert_are(tensors: Tensors, wanted: Tensors) -> None:
 
 
 class Watched:
-    """Reads of weights from a source end only once others have brought `nbytes`, and `action` runs
+    """Reads of weights from sources end only once others have brought `nbytes`, and `action` runs
     before the read of those that is the `at`th ends.
     """
 
     def __init__(
         self,
         engine: Engine,
-        source: RankRecord,
+        sources: RankRecord | list[RankRecord],
         nbytes: int = 0,
         action: Callable[[], object] = lambda: None,
         at: int = 0,
@@ -92,14 +94,15 @@ class Watched:
         self.came: dict[str, int] = {}  # by peer
         self._reads: dict[int, tuple[str, int]] = {}
         self._start, self._done = engine.start, engine.done
-        self._source = peer_of_record(source)
+        every = sources if isinstance(sources, list) else [sources]
+        self._sources = {peer_of_record(record) for record in every}
         self._nbytes, self._action, self._at = nbytes, action, at
         self._ended = 0
         engine.start, engine.done = self.start, self.done  # type: ignore[method-assign]
 
     @property
     def lent(self) -> int:
-        return sum(nbytes for peer, nbytes in self.came.items() if peer != self._source)
+        return sum(nbytes for peer, nbytes in self.came.items() if peer not in self._sources)
 
     def start(self, peer: str, op: ReadOp) -> int:
         number = self._start(peer, op)
@@ -109,16 +112,16 @@ class Watched:
 
     def done(self, number: int) -> bool:
         peer, nbytes = self._reads.get(number, ("", 0))
-        if peer == self._source and self.lent < self._nbytes:
+        if peer in self._sources and self.lent < self._nbytes:
             return False
-        if peer and peer != self._source and self._ended == self._at - 1:
+        if peer and peer not in self._sources and self._ended == self._at - 1:
             self._ended += 1
             self._action()
         if not self._done(number):
             return False
         if peer:
             self.came[peer] = self.came.get(peer, 0) + nbytes
-            self._ended += peer != self._source
+            self._ended += peer not in self._sources
         return True
 
 
@@ -251,6 +254,19 @@ def test_where_others_have_nothing_in_common_the_sources_bring_all(here: Offers)
     assert (report.lent, report.content, seen[-1]) == ({}, source.content, 0)
 
 
+def test_files_of_whole_tensors_say_what_others_brought_of_all(here: Offers) -> None:
+    source = here(tuned(), "tuned", model=TUNED)
+    here(weights(), "one", model=BASE)
+    engine = here.new_engine()
+    Watched(engine, source.record, 2 * MIB)
+    options = LoadOptions(also_from=BASE, pace=PACE)
+    report = load_full(
+        here.registry, engine, "tuned", max_file_nbytes=2 * BLOCKS * MIB, options=options
+    )
+    assert report.nbytes == NBYTES
+    assert report.lent["/engines/one/0"] >= 2 * MIB
+
+
 # -- layouts and digests
 # --------------------------------------------------------------------------------------------------
 
@@ -294,9 +310,12 @@ def test_of_ranks_that_hold_rows_each_takes_from_its_like(here: Offers) -> None:
             here(halves, instance, model=model, rank=rank, world_size=2, shards=boxes)
     tensors = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
     boxes = {name: Shard(shape, (0, 0)) for name in whole}
-    report = load_tuned(here, tensors, rank=None, shards=boxes)
+    engine = here.new_engine()
+    Watched(engine, list(here.registry.ranks("tuned")), SHARED_NBYTES)
+    report = load_tuned(here, tensors, engine=engine, rank=None, shards=boxes)
     assert_are(tensors, whole)
-    assert set(report.lent) == {"/engines/one/0", "/engines/one/1"}
+    half = SHARED_NBYTES // 2
+    assert report.lent == {"/engines/one/0": half, "/engines/one/1": half}
 
 
 @pytest.mark.parametrize("without", ["the source", "the others"])
@@ -385,11 +404,12 @@ def test_over_mapped_memory_blocks_of_4_mib_come_from_others_and_all_is_verified
     monkeypatch.setattr(offering, "check_can_be_served", lambda *_: None)
     there = Offers(registry, lambda: stack.enter_context(CudaIpcEngine(gpus=HostGpus())), stack)
     theirs = tuned()
-    there(theirs, "tuned", model=TUNED, digests=None)
+    source = there(theirs, "tuned", model=TUNED, digests=None)
     there(weights(), "one", model=BASE, digests=None)
-    tensors = zeros()
+    tensors, engine = zeros(), there.new_engine()
+    Watched(engine, source.record, 4 * MIB)
     pace = replace(pace_for("cuda_ipc"), stall_s=30.0)
-    report = load_tuned(there, tensors, pace=pace)
+    report = load_tuned(there, tensors, engine=engine, pace=pace)
     assert_are(tensors, theirs)
     assert (report.verified, set(report.lent)) == (True, {"/engines/one/0"})
 
@@ -530,7 +550,7 @@ def test_a_source_that_goes_leaves_the_load_to_another_and_to_the_others(
     Watched(engine, first.record, 0, go, at=3)
     report = load_tuned(here, tensors, engine=engine)
     assert_are(tensors, tuned())
-    assert report.lent_nbytes > 0
+    assert report.instance == "tuned-2"
 
 
 def test_a_source_that_was_evicted_is_not_believed(here: Offers, stack: ExitStack) -> None:

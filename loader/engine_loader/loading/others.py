@@ -227,7 +227,8 @@ class Others:
             if self._proofs is not None:
                 self._count(self._proofs.proven(wait=True))
             for number, error in self._refused.items():
-                transfer.shares[number].error = error
+                share = transfer.shares[number]
+                share.error = share.error or error
             self._lose(self.ranks, transfer.shares[len(self._sources) :])
 
     def check(self) -> None:
@@ -240,6 +241,7 @@ class Others:
             brought_by = [self._witnesses[one].record for one in self._tables[number].brought_by]
             self._received.borrow(self._rank(lender).record, brought_by, spans)
             self._on_proven(spans)
+        # where several have brought a block, nobody knows whose part is wrong
         for lender, number in lent_by(proven.wrong):
             if lender not in self._refused:
                 self._refuse(lender, self._witnesses[number].record.key)
