@@ -92,10 +92,11 @@ class Sharing:
         shared: list[Span] = []
         pieces: list[Piece] = []
         for span in spans:
-            number, addr = next((src for src in span.srcs if src[0] in self.memories), (-1, 0))
-            if span.lines or number < 0:
+            src = next((src for src in span.srcs if src[0] in self.memories), None)
+            if span.lines or src is None:
                 shared.append(span)
                 continue
+            number, addr = src
             start = span.dst_addr
             blocks = self.memories[number].blocks(addr, start, span.nbytes)
             for piece, srcs in self._pieces(number, blocks):
@@ -120,20 +121,19 @@ class Sharing:
             }
             found = self._find(self.digest_of(number, block.slot), block, behind)
             follows = (
-                found == behind
-                and block.addr == piece.blocks[0].addr + piece.left
+                bool(first)
+                and found == behind
+                and block.addr == piece.addr + piece.left
                 and piece.left + block.nbytes <= self.piece_nbytes
-                if first
-                else False
             )
             if not follows:
-                if first and piece.left >= LEAST_NBYTES:
+                if piece.left >= LEAST_NBYTES:
                     yield piece, _srcs(first)
                 piece, first = Piece(number, []), found
             if first:
                 piece.blocks.append(block)
                 piece.left += block.nbytes
-        if first and piece.left >= LEAST_NBYTES:
+        if piece.left >= LEAST_NBYTES:
             yield piece, _srcs(first)
 
     def _find(self, digest: bytes, block: Block, behind: Mapping[int, _Place]) -> dict[int, _Place]:

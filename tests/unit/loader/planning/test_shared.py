@@ -93,6 +93,8 @@ def test_blocks_that_another_rank_has_are_pieces_of_it_too() -> None:
 def test_a_piece_is_no_longer_than_a_chunk_unless_a_block_is() -> None:
     source, other = Rank(SOURCE, b"aaaabbbbcccc"), Rank(OTHER, b"aaaabbbbcccc")
     assert [span.nbytes for span in share(source, [other], piece_nbytes=9)[0]] == [8, 4]
+    assert [span.nbytes for span in share(source, [other], piece_nbytes=8)[0]] == [8, 4]
+    assert [span.nbytes for span in share(source, [other], piece_nbytes=7)[0]] == [4, 4, 4]
     assert [span.nbytes for span in share(source, [other], piece_nbytes=3)[0]] == [4, 4, 4]
 
 
@@ -124,6 +126,10 @@ def test_a_run_that_is_too_short_stays_with_the_sources(monkeypatch: pytest.Monk
         Span(DST, 8, ((0, SOURCE),)),
         Span(DST + 8, 8, ((0, SOURCE + 8), (1, OTHER + 8))),
     ]
+    monkeypatch.setattr(shared, "LEAST_NBYTES", 8)
+    assert share(source, [other])[0] == spans
+    longer = Rank(SOURCE, b"ccccddddxxxx"), Rank(OTHER, b"ccccdddd")
+    assert [len(span.srcs) for span in share(longer[0], [longer[1]])[0]] == [2, 1]
 
 
 def test_what_no_digest_here_can_prove_stays_with_the_sources() -> None:
@@ -182,8 +188,10 @@ def test_a_piece_is_to_be_proven_when_it_is_whole_and_another_rank_brought_some(
     some = Pieces([second, first])
     a, b = Span(DST, 4, ()), Span(DST + 4, 4, ())
     assert some.come([a], lender=3) == []
-    assert some.come([Span(DST + 8, 4, ()), Span(DST - 4, 4, ())]) == []  # which is in no piece
-    assert some.come([b]) == [first]
+    elsewhere = [Span(DST + 8, 4, ()), Span(DST - 4, 4, ())]  # in no piece
+    assert some.come(elsewhere) == []
+    lines = Span(DST + 4, 4, (), (Lines(0, DST + 4, 4),))
+    assert some.come([lines, *elsewhere, b]) == [first]
     assert lent_by([first]) == {(3, 0): [a]}
     assert some.come([Span(DST + 12, 4, ())]) == []  # from a source
     assert lent_by([]) == {}
