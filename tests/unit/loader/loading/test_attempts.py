@@ -143,7 +143,10 @@ class Load:
             job=cast(
                 Job,
                 SimpleNamespace(
-                    cancel=self.cancel, rank=0, pace=SimpleNamespace(chunk_nbytes=CHUNK)
+                    cancel=self.cancel,
+                    rank=0,
+                    pace=SimpleNamespace(chunk_nbytes=CHUNK),
+                    destination=SimpleNamespace(runs=()),
                 ),
             ),
             deadline=self.deadline,
