@@ -73,7 +73,13 @@ class Transfer:
             raise ValueError("there are spans to be staged, and no buffers for them")
         self._chunks = Chunks(spans, pace.chunk_nbytes)
         self._pipes = [
-            Pipe(number, source, source.share(), pace.begin, self._chunks.queues_of(number))
+            Pipe(
+                number,
+                source,
+                source.share(),
+                pace.least if source.lends else pace.begin,  # a slow one would end last
+                self._chunks.queues_of(number),
+            )
             for number, source in enumerate(sources)
         ]
         self.shares = [pipe.share for pipe in self._pipes]

@@ -637,6 +637,15 @@ def test_of_what_a_rank_with_another_content_has_a_slow_source_takes_little(benc
     assert [share.nbytes for share in transfer.shares] == [CHUNK, NBYTES - CHUNK]
 
 
+def test_a_slow_rank_with_another_content_is_asked_for_little(bench: Bench) -> None:
+    bench.source(delay_s=0.001)
+    bench.source(delay_s=0.1)
+    bench.sources[1].lends = True
+    transfer = bench.transfer(replace(PACE, stall_s=5, begin=4))
+    bench.run(transfer)
+    assert [share.nbytes for share in transfer.shares] == [NBYTES - CHUNK, CHUNK]
+
+
 def test_without_the_rank_that_lends_a_source_takes_all_with_its_whole_window(
     bench: Bench,
 ) -> None:
