@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,8 @@ def compile_kernel(module: str, name: str, constants: Mapping[str, Any], arch: i
     compute capability times ten. EngineFailed.
     """
     try:
+        if not _is_known(arch):
+            raise ValueError("it does not know such GPUs")
         source: Source = importlib.import_module(module).KERNELS[name]
         made = _compile(source, {**source.constants, **constants}, arch)
         metadata = made.metadata
@@ -51,11 +54,22 @@ def compile_kernel(module: str, name: str, constants: Mapping[str, Any], arch: i
             _parameters(made.asm["ptx"]),
         )
     except Exception as exc:  # Triton has no common base of its errors
-        line = next(iter(str(exc).splitlines()), type(exc).__name__)
+        text = getattr(exc, "error_message", None) or str(exc)  # without the lines of the source
+        line = next(iter(text.splitlines()), type(exc).__name__)
         raise EngineFailed(
             f"Triton cannot compile {name} for sm_{arch} ({line})",
-            "see `engines warm`, or use nvlink_intra",
+            "install a Triton that can, or use nvlink_intra",
         ) from exc
+
+
+def _is_known(arch: int) -> bool:
+    """As Triton's assembler says, asked for its version: its compiler would end the process."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    tool: Any = get_ptxas(arch)
+    path = tool[0] if isinstance(tool, tuple) else tool.path  # a tuple before Triton 3.4
+    asked = [path, "-arch", f"sm_{arch}", "-V"]
+    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
 
 def _compile(source: Source, constants: Mapping[str, Any], arch: int) -> Any:

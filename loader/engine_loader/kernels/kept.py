@@ -11,8 +11,8 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import secrets
 import stat
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -39,8 +39,13 @@ class Compiled(msgspec.Struct, frozen=True):
 
 
 def folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "engine-registry" / "kernels"
+    """Whether it is there or not."""
+    if not (base := os.environ.get("XDG_CACHE_HOME", "")):
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError:  # the user has no name and no home, as in some containers
+            base = "/nonexistent"
+    return Path(base, "engine-registry", "kernels").absolute()
 
 
 def path_of(module: str, kernel: str, name: str, arch: int) -> Path:
@@ -65,14 +70,23 @@ def read(path: Path) -> Compiled | None:
 
 
 def write(path: Path, compiled: Compiled) -> None:
-    """OSError. Whoever reads it meanwhile finds all of it or nothing."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file, name = tempfile.mkstemp(dir=path.parent)
+    """OSError. Whoever reads it meanwhile finds all of it or nothing.
+
+    All users may read it: an image has what root has compiled.
+    """
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(file, "wb") as out:
+        with open(part, "xb", opener=lambda name, flags: os.open(name, flags, 0o644)) as out:
             out.write(msgspec.msgpack.encode(compiled))
-        os.replace(name, path)
+        os.replace(part, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(name)
+            part.unlink()
         raise
+
+
+def can_be_written() -> bool:
+    """Whether files can be made in the folder, or the folder be made, as far as is known before."""
+    there = next(each for each in (folder(), *folder().parents) if each.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)

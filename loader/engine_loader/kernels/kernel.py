@@ -55,6 +55,27 @@ class Kernel:
         """Whether it need not be compiled for such GPUs."""
         return kept.read(self.path(arch)) is not None
 
+    def keep(self, arch: int) -> bool:
+        """Compiles it for such GPUs, which need not be here, unless it is kept.
+
+        Returns:
+            Whether it had to be compiled.
+
+        Raises:
+            EngineFailed: It cannot be compiled, or its file cannot be written.
+        """
+        if self.is_kept(arch):
+            return False
+        path, compiled = self.path(arch), _compile(self, arch)
+        try:
+            kept.write(path, compiled)
+        except OSError as exc:
+            raise EngineFailed(
+                f"{path} cannot be written ({exc.strerror or exc})",
+                "make its folder writable, or name another one in XDG_CACHE_HOME",
+            ) from exc
+        return True
+
     def prepare(self, gpu: int) -> None:
         """What its first launch on that GPU does before it begins. EngineFailed."""
         with torch.cuda.device(gpu):
@@ -96,13 +117,7 @@ def find_or_compile(kernel: Kernel, arch: int) -> kept.Compiled:
     path = kernel.path(arch)
     if (known := kept.read(path)) is not None:
         return known
-    if not can_compile():
-        raise EngineFailed(
-            f"{kernel.name} is not compiled for sm_{arch}, and Triton, which could, is not "
-            "installed",
-            "pip install triton, or run `engines warm` where it is",
-        )
-    compiled = compile_kernel(kernel.module, kernel.name, dict(kernel.constants), arch)
+    compiled = _compile(kernel, arch)
     try:
         kept.write(path, compiled)
     except OSError as exc:
@@ -114,6 +129,16 @@ def find_or_compile(kernel: Kernel, arch: int) -> kept.Compiled:
             extra=fields("kernel_not_kept", path=path, error=exc),
         )
     return compiled
+
+
+def _compile(kernel: Kernel, arch: int) -> kept.Compiled:
+    if not can_compile():
+        raise EngineFailed(
+            f"{kernel.name} is not compiled for sm_{arch}, and Triton, which could, is not "
+            "installed",
+            "pip install triton, or run `engines warm` where it is",
+        )
+    return compile_kernel(kernel.module, kernel.name, dict(kernel.constants), arch)
 
 
 def can_be_had(kernels: Iterable[Kernel], gpu: int) -> bool:
