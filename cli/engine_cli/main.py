@@ -45,6 +45,7 @@ COMMANDS = {
         "What keeps etcd, this machine or the ranks of an instance from working, and how to mend "
         "it."
     ),
+    "warm": "Compile the kernels for GPUs before a load needs them, such as into an image.",
     "dashboard": "A page for a browser: instances, ranks, who reads from whom.",
     "gateway": "Speak SGLang's HTTP interface, for its seeds and clients.",
     "context": "The contexts of this user: where etcd is, by name.",
