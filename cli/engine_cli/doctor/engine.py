@@ -31,7 +31,7 @@ def check_engine(probe: Probe, protocol: str, wanted: bool) -> Iterator[Finding]
         raise Skip("needs torch: see engine.torch")
     fact = _fact(probe, "library", IMPORT_S)
     if protocol == "cuda_ipc":
-        yield judge_triton(fact)
+        yield judge_kernels(fact)
     elif protocol == "socket" and not fact["error"]:
         yield skipped("engine.import", "socket needs no library")
     else:
@@ -154,26 +154,35 @@ def judge_mooncake(fact: Fact, protocol: str, wanted: bool) -> Finding:
     return ok(name, said)
 
 
-def judge_triton(fact: Fact) -> Finding:
+def judge_kernels(fact: Fact) -> Finding:
     name = "engine.import"
     if fact["error"]:
         missing = "No module named 'triton'" in fact["error"]
+        why = "is not installed" if missing else f"cannot be imported: {fact['error']}"
         return fail(
             name,
-            "triton is not installed, so there is no kernel for cuda_ipc"
-            if missing
-            else f"triton cannot be imported: {fact['error']}",
+            f"the kernels of cuda_ipc are not compiled, and triton {why}",
             "pip install triton, of the version that this torch requires, or say --protocol "
             "nvlink_intra",
         )
-    said = f"triton {fact['version']} can be imported"
-    if not fact["compiler"]:
+    kinds, folder = ", ".join(f"sm_{arch}" for arch in fact["archs"]), fact["folder"]
+    if "triton" not in fact:
+        return ok(name, f"the kernels for {kinds} are in {folder}: no Triton is needed")
+    said = f"triton {fact['triton']} can be imported"
+    if not kinds:
+        return ok(name, said)
+    if not fact["can_be_kept"]:
         return warn(
             name,
-            f"{said}, but no C compiler is here: only kernels in Triton's cache run",
-            "apt-get install gcc, or name one in CC",
+            f"{said}, but each process compiles the kernels for {kinds}: {folder} cannot be "
+            "written",
+            "make it writable, or name another folder in XDG_CACHE_HOME; then run engines warm",
         )
-    return ok(name, f"{said}, and compiles with {fact['compiler']}")
+    return ok(
+        name,
+        f"{said}, and compiles the kernels for {kinds} in the first load, into {folder}: engines "
+        "warm does so before",
+    )
 
 
 def judge_loopback(fact: Fact, protocol: str) -> Finding:

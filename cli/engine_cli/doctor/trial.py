@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import queue
-import shutil
 import sys
 import threading
 import time
@@ -106,7 +105,7 @@ def _look(
 def _library_facts(host: str, protocol: str) -> dict[str, Any]:
     if protocol == "socket":
         return {}
-    return _triton_facts() if protocol == "cuda_ipc" else _mooncake_facts(host)
+    return _kernel_facts() if protocol == "cuda_ipc" else _mooncake_facts(host)
 
 
 def _mooncake_facts(host: str) -> dict[str, Any]:
@@ -118,11 +117,21 @@ def _mooncake_facts(host: str) -> dict[str, Any]:
     return {"transports": built_transports()}
 
 
-def _triton_facts() -> dict[str, Any]:
-    """With the C compiler that Triton would take, or an empty one."""
+def _kernel_facts() -> dict[str, Any]:
+    """Of the kernels that cuda_ipc copies with. Triton is imported only where it would have to
+    compile them.
+    """
+    from engine_loader.engines.cuda_ipc.launcher import KERNELS
+    from engine_loader.kernels import kept
+    from engine_loader.warming import archs_here
+
+    archs = archs_here()
+    all_kept = all(kernel.is_kept(arch) for arch in archs for kernel in KERNELS.values())
+    facts = {"archs": archs, "folder": str(kept.folder())}
+    if archs and all_kept:
+        return facts
     triton = importlib.import_module("triton")
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or ""
-    return {"version": triton.__version__, "compiler": compiler}
+    return {**facts, "triton": triton.__version__, "can_be_kept": kept.can_be_written()}
 
 
 def _torch_facts(torch: Any) -> dict[str, Any]:

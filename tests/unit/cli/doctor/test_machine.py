@@ -13,10 +13,10 @@ import pytest
 from engine_cli.doctor.dial import Dialled, Trouble
 from engine_cli.doctor.engine import (
     judge_devices,
+    judge_kernels,
     judge_loopback,
     judge_mooncake,
     judge_torch,
-    judge_triton,
 )
 from engine_cli.doctor.finding import Finding, Status, described
 from engine_cli.doctor.network import (
@@ -279,23 +279,45 @@ def test_gpus_fail_only_if_a_protocol_from_gpu_to_gpu_is_wanted(
         assert found == within_host
 
 
+def kernels_are(**facts: Any) -> dict[str, Any]:
+    return {"error": "", "archs": [90, 100], "folder": "/home/a/.cache", **facts}
+
+
 @pytest.mark.parametrize(
     ("fact", "status", "what"),
     [
         (
-            {"version": "3.4.0", "compiler": "/usr/bin/gcc"},
+            kernels_are(),
             Status.OK,
-            "triton 3.4.0 can be imported, and compiles with /usr/bin/gcc",
+            "the kernels for sm_90, sm_100 are in /home/a/.cache: no Triton is needed",
         ),
-        ({"version": "3.4.0", "compiler": ""}, Status.WARN, "no C compiler"),
-        ({"error": "No module named 'triton'", "mend": ""}, Status.FAIL, "is not installed"),
-        ({"error": "undefined symbol: x", "mend": ""}, Status.FAIL, "undefined symbol: x"),
+        (kernels_are(triton="3.4.0", can_be_kept=True), Status.OK, "engines warm does so before"),
+        (
+            kernels_are(triton="3.4.0", can_be_kept=False),
+            Status.WARN,
+            "each process compiles the kernels for sm_90, sm_100: /home/a/.cache cannot be written",
+        ),
+        (
+            kernels_are(archs=[], triton="3.4.0", can_be_kept=False),
+            Status.OK,
+            "triton 3.4.0 can be imported",
+        ),
+        (
+            {"error": "No module named 'triton'", "mend": ""},
+            Status.FAIL,
+            "not compiled, and triton is not installed",
+        ),
+        (
+            {"error": "undefined symbol: x", "mend": ""},
+            Status.FAIL,
+            "not compiled, and triton cannot be imported: undefined symbol: x",
+        ),
     ],
 )
-def test_cuda_ipc_needs_triton_and_a_compiler(
+def test_cuda_ipc_needs_compiled_kernels_or_triton(
     fact: dict[str, Any], status: Status, what: str
 ) -> None:
-    finding = judge_triton({"error": "", **fact})
+    finding = judge_kernels(fact)
     assert finding.status is status
     assert what in finding.what
     assert bool(finding.mend) == (status is not Status.OK)
