@@ -255,7 +255,7 @@ def _by_kernel(tensors: Mapping[K, torch.Tensor], blocks: bool) -> dict[K, bytes
             ):
                 of_tensor = sums[8 * first : 8 * (first + count)]
                 digests[name] = _digests_of_sums(nbytes, of_tensor, blocks)
-    except Exception as exc:  # noqa: BLE001  Triton has no common base of its errors, and needs a compiler at run time
+    except Exception as exc:  # noqa: BLE001  there is another way, whatever keeps us from this one
         log.info(
             "digests on the GPU take longer, as their kernel cannot be had: %s",
             exc,

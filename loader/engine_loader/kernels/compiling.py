@@ -53,6 +53,11 @@ def compile_kernel(module: str, name: str, constants: Mapping[str, Any], arch: i
             32 * metadata.num_warps,
             _parameters(made.asm["ptx"]),
         )
+    except OSError as exc:  # Triton keeps files, too
+        raise EngineFailed(
+            f"Triton cannot compile {name} for sm_{arch} ({exc})",
+            "make its folder writable, or name another one in TRITON_CACHE_DIR",
+        ) from exc
     except Exception as exc:  # Triton has no common base of its errors
         text = getattr(exc, "error_message", None) or str(exc)  # without the lines of the source
         line = next(iter(text.splitlines()), type(exc).__name__)

@@ -93,5 +93,15 @@ def test_a_kind_of_gpu_that_triton_does_not_know_is_an_error_and_not_the_end(arc
         compiled(sums.KERNEL, arch)
 
 
+def test_where_triton_can_keep_no_files_the_error_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(EngineFailed, match=f"{tmp_path}/file") as caught:
+        compiled(sums.KERNEL, 80)
+    assert "TRITON_CACHE_DIR" in caught.value.remedy
+
+
 def test_triton_can_compile_here() -> None:
     assert can_compile()
