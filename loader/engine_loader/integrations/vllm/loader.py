@@ -29,6 +29,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from engine_loader.integrations.agreement import all_agree
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.groups import gathered
 from engine_loader.integrations.kept import Kept
@@ -36,7 +37,6 @@ from engine_loader.integrations.logs import join_log
 from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import loaded_tensors
 from engine_loader.integrations.vllm import compiling, hooks
-from engine_loader.integrations.vllm.agreement import all_agree
 from engine_loader.integrations.vllm.describing import identity_of, is_draft, seat_of
 from engine_loader.integrations.vllm.layout import Layout
 from engine_loader.integrations.vllm.processed import Unprocessed, served_tensors

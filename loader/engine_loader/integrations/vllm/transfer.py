@@ -25,12 +25,12 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from engine_loader.integrations.agreement import together
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import Connection
 from engine_loader.integrations.groups import read_one_content
 from engine_loader.integrations.logs import join_log
 from engine_loader.integrations.vllm import NAME
-from engine_loader.integrations.vllm.agreement import together
 from engine_loader.loading.catalogue import Catalogue, read_catalogue
 from engine_loader.options import LoadOptions, Version, checked_version
 from engine_registry.errors import InvalidField

@@ -1,6 +1,6 @@
-"""What all workers of a replica agree on. All of them call these at the same time.
+"""What all ranks of one of an engine's groups agree on. All of them call these at the same time.
 
-The group is one of vLLM's `GroupCoordinator`s.
+The group is a `GroupCoordinator`, which vLLM and SGLang have alike.
 """
 
 from __future__ import annotations

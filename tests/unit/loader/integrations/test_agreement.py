@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from engine_loader.errors import TornRead, WeightsMismatch
+from engine_loader.integrations import agreement
+from engine_loader.integrations.agreement import all_agree, together
 from engine_loader.integrations.groups import agree, gathered
-from engine_loader.integrations.vllm import agreement
-from engine_loader.integrations.vllm.agreement import all_agree, together
 
 ALONE = SimpleNamespace(world_size=1, rank_in_group=0, broadcast_object=lambda value, src: value)
 
