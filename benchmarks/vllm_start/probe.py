@@ -23,3 +23,9 @@ def compile_caches(worker: Any) -> list[dict[str, Any]]:
 def transferred(worker: Any) -> Any:
     """The version that the worker has taken from a trainer."""
     return worker.weight_transfer_engine.version
+
+
+def last_update(worker: Any) -> dict[str, Any]:
+    """What the worker's transfer of weights says of its last update."""
+    transfer = worker.weight_transfer_engine
+    return {name: getattr(transfer, name) for name in ("version", "pause_s", "load_s", "changed")}

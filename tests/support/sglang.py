@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import enum
+import sys
+import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from torch import nn
 
 
@@ -120,3 +124,47 @@ class Process:
                 self.postprocess_weights(model, device)
 
         return DefaultModelLoader
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> Process:
+    """Puts stand-ins where SGLang's modules are, as far as ours import them."""
+    process = Process()
+    HookRegistry._hooks, HookRegistry._patched = {}, set()
+    modules: dict[str, dict[str, Any]] = {
+        "sglang": {},
+        "sglang.srt": {},
+        "sglang.srt.plugins": {},
+        "sglang.srt.plugins.hook_registry": {
+            "HookRegistry": HookRegistry,
+            "HookType": SimpleNamespace(AROUND="around", BEFORE="before"),
+        },
+        "sglang.srt.configs": {},
+        "sglang.srt.environ": {
+            "envs": SimpleNamespace(MOONCAKE_PROTOCOL=SimpleNamespace(get=lambda: "tcp"))
+        },
+        "sglang.srt.configs.load_config": {"LoadConfig": LoadConfig, "LoadFormat": LoadFormat},
+        "sglang.srt.model_loader": {},
+        "sglang.srt.model_loader.loader": {
+            "DefaultModelLoader": process.loader(),
+            "_get_quantization_config": lambda *_: None,
+            "_initialize_model": lambda *_: nn.Linear(4, 2),
+        },
+        "sglang.srt.model_loader.utils": {"set_default_torch_dtype": lambda _: nullcontext()},
+        "sglang.srt.runtime_context": {
+            "get_parallel": lambda: process.parallel,
+            "get_model": lambda: process.model,
+            "get_exec": lambda: process.exec,
+        },
+    }
+    for name, contents in modules.items():
+        module = types.ModuleType(name)
+        module.__path__ = []  # a package
+        module.__dict__.update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    return process
+
+
+def forget_ours() -> None:
+    """The next test imports them anew, with a stand-in for itself."""
+    for name in ("bootstrap", "identity", "loader", "pulling", "updates"):
+        sys.modules.pop(f"engine_loader.integrations.sglang.{name}", None)

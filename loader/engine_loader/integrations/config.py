@@ -56,6 +56,8 @@ class IntegrationConfig:
         artifacts: Whether the engine copies its compile cache from peers before it compiles, and
             serves it after. A text is the folder of the cache, where it is not the engine's own.
             Only vLLM does.
+        mirror: Whether updates from a trainer are loaded into the host's memory while the engine
+            serves, where there is room for all of the trainer's tensors, for each rank.
 
     Raises:
         InvalidField: A value is not valid; `details["field"]` names it.
@@ -88,6 +90,7 @@ class IntegrationConfig:
     verify: Verify = "auto"
     fallback_format: str = "auto"
     artifacts: bool | str = False
+    mirror: bool = False
 
     @classmethod
     def of(cls, values: object) -> IntegrationConfig:

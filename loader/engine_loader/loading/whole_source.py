@@ -1,15 +1,16 @@
 """The whole tensors that a source holds, and the loads that bring them: one group after another
 into the same memory.
 
-Used by `load_full` and by `Catalogue`.
+Used by `load_full`, `Catalogue` and `Mirror`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -140,34 +141,30 @@ class WholeSource:
                 )
                 nbytes = sum(whole.nbytes for whole in group)
                 progress = self._part_of_progress(done_nbytes, nbytes, total_nbytes)
-                report = self._load(group, tensors, timeout_s, progress)
+                report = self.load(
+                    group, destination_of(group, tensors), timeout_s, progress=progress
+                )
                 yield tensors, replace(report, register_s=report.register_s + register_s)
                 register_s = 0.0
                 done_nbytes += nbytes
 
-    def _load(
-        self,
-        group: Sequence[Whole],
-        tensors: dict[str, torch.Tensor],
-        timeout_s: float,
-        progress: OnProgress | None,
+    def load(
+        self, wholes: Sequence[Whole], tensors: Destination, timeout_s: float, **options: Any
     ) -> LoadReport:
+        """Fills tensors that `destination_of` has made for these wholes, with the contents of the
+        source. Other options take the place of the reader's.
+
+        Raises what `load` does.
+        """
         reader = self.reader
         return load(
             reader.registry,
             reader.engine,
             reader.wanted,
-            rank=0 if any(whole.opaque for whole in group) else None,  # there is no other
+            rank=0 if any(whole.opaque for whole in wholes) else None,  # there is no other
             tensors=tensors,
-            shards={
-                whole.name: Shard(whole.shape, (0,) * len(whole.shape))
-                for whole in group
-                if not whole.opaque
-            },
             timeout_s=timeout_s,
-            options=replace(
-                reader.options, contents=self.contents, partial=True, progress=progress
-            ),
+            options=replace(reader.options, contents=self.contents, partial=True, **options),
         )
 
     def _part_of_progress(
@@ -184,3 +181,13 @@ class WholeSource:
                 total_nbytes=total_nbytes,
             )
         )
+
+
+def destination_of(wholes: Sequence[Whole], tensors: Mapping[str, torch.Tensor]) -> Destination:
+    """Tensors that are these wholes, as they are loaded."""
+    shards = {
+        whole.name: Shard(whole.shape, (0,) * len(whole.shape))
+        for whole in wholes
+        if not whole.opaque
+    }
+    return Destination(tensors, shards)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine_loader import MooncakeEngine, Publication, PublishOptions, publish_state_dict
+from engine_loader import (
+    MooncakeEngine,
+    Publication,
+    PublishOptions,
+    Snapshots,
+    publish_state_dict,
+)
 from engine_registry import ModelIdentity, RankState, Registry
-from tests.engines.sglang.checkpoint import weights
+from tests.engines.sglang.checkpoint import weights, write_checkpoint
 from tests.engines.sglang.engines import Engines
 from tests.support.waiting import wait_until
 
@@ -23,7 +29,9 @@ MODEL = ModelIdentity("trainer")
 class Trainer:
     """Publishes whole tensors, as a rank of a trainer does."""
 
-    def __init__(self, registry: Registry, engine: MooncakeEngine, seed: int) -> None:
+    def __init__(
+        self, registry: Registry, engine: MooncakeEngine, seed: int, snapshots: Snapshots | None
+    ) -> None:
         self.weights = weights(seed)
         self.publication: Publication = publish_state_dict(
             registry,
@@ -33,7 +41,7 @@ class Trainer:
             world_size=1,
             state_dict=self.weights,
             model=MODEL,
-            options=PublishOptions(version=3),
+            options=PublishOptions(version=3, snapshots=snapshots),
         )
 
     def step(self, seed: int) -> None:
@@ -41,13 +49,25 @@ class Trainer:
             for name, tensor in weights(seed).items():
                 self.weights[name].copy_(tensor)
 
+    def snapshot(self, seed: int) -> int:
+        """The version that this makes."""
+        for name, tensor in weights(seed).items():
+            self.weights[name].copy_(tensor)
+        return self.publication.snapshot()
+
+
+@contextmanager
+def training(registry: Registry, snapshots: Snapshots | None = None) -> Iterator[Trainer]:
+    with ExitStack() as stack:
+        engine = stack.enter_context(MooncakeEngine("127.0.0.1"))
+        trainer = Trainer(registry, engine, 7, snapshots)
+        stack.enter_context(trainer.publication)
+        yield trainer
+
 
 @pytest.fixture
 def trainer(registry: Registry) -> Iterator[Trainer]:
-    with ExitStack() as stack:
-        engine = stack.enter_context(MooncakeEngine("127.0.0.1"))
-        trainer = Trainer(registry, engine, seed=7)
-        stack.enter_context(trainer.publication)
+    with training(registry) as trainer:
         yield trainer
 
 
@@ -83,6 +103,35 @@ def test_pulled_weights_are_those_of_a_load_from_disk_and_go_on_to_peers(
     second = engines.start(model, settings, tp_size=tp_size)
     assert len(second.lines("MB of weights from")) == tp_size
     assert second.tokens() == expected
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_versions_are_loaded_into_a_mirror_while_sglang_serves(
+    engines: Engines,
+    registry: Registry,
+    settings: dict[str, object],
+    model: Path,
+    tmp_path: Path,
+    tp_size: int,
+) -> None:
+    with training(registry, Snapshots(count=2)) as trainer:
+        engine = engines.start(model, {**settings, "mirror": True}, tp_size=tp_size, **PULL)
+        assert all(outcome[0] for outcome in engine.call("pull", "trainer"))
+        for seed in (8, 9):
+            before = engine.tokens()
+            version = trainer.snapshot(seed)
+            assert engine.tokens() == before
+
+            def pulled(version: int = version) -> bool:
+                _, (succeeded, why), _ = engine.call("pull", "trainer", version=version, wait=False)
+                assert succeeded or f"does not have version {version} of trainer yet" in why
+                return bool(succeeded)
+
+            wait_until(pulled)
+            plain = engines.start(write_checkpoint(tmp_path / str(seed), seed), tp_size=tp_size)
+            assert engine.tokens() == plain.tokens() != before
+            plain.close()
+        assert len(engine.lines("a mirror of")) == tp_size
 
 
 def test_pipeline_stages_pull_the_version_that_the_request_names(

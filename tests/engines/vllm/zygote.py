@@ -116,6 +116,13 @@ class EngineProcess:
         found: list[Any] = self.llm.collective_rpc(probe.transferred)
         return found
 
+    def last_update(self) -> list[dict[str, Any]]:
+        """For each worker, what its transfer of weights says of its last update."""
+        from benchmarks.vllm_start import probe
+
+        found: list[dict[str, Any]] = self.llm.collective_rpc(probe.last_update)
+        return found
+
     def call(self, method: str, **kwargs: Any) -> None:
         """A method of all workers; what was computed with old weights is forgotten."""
         self.llm.collective_rpc(method, kwargs=kwargs)

@@ -55,6 +55,7 @@ def request(
     *,
     version: Version | None = None,
     timeout_s: float = 60.0,
+    wait: bool = True,
     **settings: Any,
 ) -> list[tuple[str, torch.Tensor]]:
     """What `update_weights_from_tensor` takes as `named_tensors`, for `pull`.
@@ -65,6 +66,8 @@ def request(
             has released. SGLang with pipeline stages needs a number, as the stages pull one after
             another.
         timeout_s: How many seconds to wait for the source.
+        wait: Whether SGLang loads in the pull what its mirror does not have yet. If not, the pull
+            fails then, and the weights stay as they were. Without a mirror it has no effect.
         settings: Settings such as `etcd`, in place of those that SGLang was started with.
 
     Returns:
@@ -75,4 +78,4 @@ def request(
     """
     from engine_loader.integrations.sglang.order import Order
 
-    return Order(source, version, timeout_s, settings).encode()
+    return Order(source, version, timeout_s, settings, wait).encode()

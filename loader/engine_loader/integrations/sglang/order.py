@@ -30,6 +30,7 @@ class Order:
     version: Version | None = None
     timeout_s: float = 60.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    wait: bool = True
 
     def __post_init__(self) -> None:
         """Raises InvalidField."""
@@ -37,6 +38,10 @@ class Order:
         object.__setattr__(self, "version", checked_version(self.version))
         object.__setattr__(self, "timeout_s", seconds("timeout_s", self.timeout_s))
         IntegrationConfig.of(self.settings)
+        if not isinstance(self.wait, bool):
+            raise InvalidField(
+                f"`wait` {self.wait!r} is not valid: it is true or false", field="wait"
+            )
 
     def encode(self) -> list[tuple[str, torch.Tensor]]:
         """Named tensors for SGLang."""

@@ -1,16 +1,17 @@
 """What happens to published weights when vLLM changes them: they are paused before, and published
 anew after. What vLLM has compiled is published when it has warmed up.
 
-The methods of vLLM's workers are wrapped once a process, and only where our loader is used. The
-workers call them one at a time.
+The methods of vLLM's workers are wrapped once a process, and only where our loader or a mirror is
+used. The workers call them one at a time.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from engine_loader.integrations.serving import served_models
 
@@ -44,6 +45,27 @@ def install() -> bool:
             if name in vars(kind) and not hasattr(vars(kind)[name], _MARK):
                 setattr(kind, name, _wrapped(vars(kind)[name], around))
     return True
+
+
+class Remembers(Protocol):
+    """What knows which weights a model has."""
+
+    def forget(self) -> None:
+        """They are others now."""
+
+
+_TOLD: weakref.WeakSet[Remembers] = weakref.WeakSet()
+
+
+def tell(one: Remembers) -> None:
+    """From now on it is told when weights become others than by an update from a trainer."""
+    _TOLD.add(one)
+
+
+def forget_all() -> None:
+    """Weights become others, or are thrown away."""
+    for one in list(_TOLD):
+        one.forget()
 
 
 def pause_all() -> None:
@@ -89,8 +111,11 @@ def _warm_up(act: Callable[[], Any], given: dict[str, Any]) -> Any:
 
 def _sleep(act: Callable[[], Any], given: dict[str, Any]) -> Any:
     pause_all()
+    discards = given.get("level", given.get("first", 1)) >= _DISCARDS
+    if discards:
+        forget_all()
     for served in served_models():
-        served.discarded = given.get("level", given.get("first", 1)) >= _DISCARDS
+        served.discarded = discards
     return act()
 
 
@@ -110,6 +135,7 @@ def _discard(act: Callable[[], Any], given: dict[str, Any]) -> Any:
 
 def _reset(act: Callable[[], Any], given: dict[str, Any]) -> Any:
     pause_all()
+    forget_all()
     for served in served_models():
         served.discarded = True
     return act()
@@ -117,6 +143,7 @@ def _reset(act: Callable[[], Any], given: dict[str, Any]) -> Any:
 
 def _reload(act: Callable[[], Any], given: dict[str, Any]) -> Any:
     pause_all()
+    forget_all()
     done = act()
     publish_all()
     return done

@@ -35,6 +35,7 @@ def test_an_unknown_key_is_refused_with_the_known_ones() -> None:
         ("host", None, "a text"),
         ("cacert", 1, "a text"),
         ("required", "yes", "true or false"),
+        ("mirror", "auto", "true or false"),
         ("artifacts", 1, "true, false or a folder"),
         ("artifacts", "", "true, false or a folder"),
         ("stage", "raw", "one of auto, loaded, processed"),

@@ -141,6 +141,33 @@ def test_what_else_is_discarded_does_not_matter(worker: Any, deeds: list[str]) -
     assert deeds == ["discard"]
 
 
+@pytest.mark.parametrize(
+    ("change", "tells"),
+    [
+        (lambda one: one.sleep(2), True),
+        (lambda one: one.discard(("weights",)), True),
+        (lambda one: one.reset_weights(), True),
+        (lambda one: one.reload_weights(), True),
+        (lambda one: one.sleep(1), False),
+        (lambda one: one.discard(("kv_cache",)), False),
+        (lambda one: one.start_weight_update(), False),
+    ],
+)
+def test_what_remembers_weights_is_told_when_they_become_others(
+    worker: Any, change: Callable[[Any], None], tells: bool
+) -> None:
+    class Remembers:
+        told = False
+
+        def forget(self) -> None:
+            self.told = True
+
+    one = Remembers()
+    hooks.tell(one)
+    change(worker)
+    assert one.told is tells
+
+
 def test_an_update_is_published_at_its_end(worker: Any, deeds: list[str]) -> None:
     worker.start_weight_update()
     assert deeds == ["pause", "start"]
