@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -147,15 +148,19 @@ def test_an_update_from_a_trainer_is_served_as_the_next_version(
     assert second.generate() == first.generate()
 
 
+@pytest.mark.parametrize("tp", [1, 2])
 def test_a_version_that_the_trainer_does_not_have_is_refused_and_the_next_update_works(
-    engines: Engines, checkpoint: Checkpoint, registry: Registry, trainer: Publication
+    engines: Engines, checkpoint: Checkpoint, registry: Registry, trainer: Publication, tp: int
 ) -> None:
-    engine = engines.start(checkpoint("llama"), weight_transfer_config=TRANSFER)
+    how: dict[str, Any] = {"tensor_parallel_size": tp}
+    engine = engines.start(checkpoint("llama"), weight_transfer_config=TRANSFER, **how)
+    before = engine.generate()
     follow(engine, registry)
     with pytest.raises(AssertionError, match="version 99 is not served: trainer has 7"):
         engine.ask("update", update_info={"version": 99})
+    assert engine.generate() == before
     engine.ask("update", update_info={})
-    expected = engines.start(checkpoint("llama", seed=7)).generate()
+    expected = engines.start(checkpoint("llama", seed=7), **how).generate()
     assert engine.generate() == expected
 
 

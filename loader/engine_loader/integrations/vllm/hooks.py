@@ -1,8 +1,8 @@
 """What happens to published weights when vLLM changes them: they are paused before, and published
 anew after. What vLLM has compiled is published when it has warmed up.
 
-The methods of vLLM's workers are wrapped once a process, and only where our loader or a mirror is
-used. The workers call them one at a time.
+The methods of vLLM's workers are wrapped once a process, and only where our loader or our transfer
+of weights is used. The workers call them one at a time.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def install() -> bool:
         "reload_weights": _reload,
         "start_weight_update": _begin,
         "start_draft_weight_update": _begin,
+        "update_weights": _update,
         "finish_weight_update": _end,
         "compile_or_warm_up_model": _warm_up,
     }
@@ -92,7 +93,7 @@ Around = Callable[[Callable[[], Any], dict[str, Any]], Any]
 def _wrapped(method: Callable[..., Any], around: Around) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(kwargs)
+        given = {"self": self, **kwargs}
         if args:
             given["first"] = args[0]
         return around(lambda: method(self, *args, **kwargs), given)
@@ -152,6 +153,20 @@ def _reload(act: Callable[[], Any], given: dict[str, Any]) -> Any:
 def _begin(act: Callable[[], Any], given: dict[str, Any]) -> Any:
     pause_all()
     return act()
+
+
+def _update(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    """Where all workers fail, one of them says so. vLLM reads answers up to the first error, so
+    that of a later worker would be taken for its answer to the next call.
+    """
+    worker = given["self"]
+    try:
+        return act()
+    except Exception:
+        last = worker.vllm_config.parallel_config.world_size - 1
+        if worker.weight_transfer_engine.all_failed and worker.rank != last:
+            return None
+        raise
 
 
 def _end(act: Callable[[], Any], given: dict[str, Any]) -> Any:

@@ -52,6 +52,7 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
         load_s: How many seconds it took to load its weights into the mirror, most of which may have
             been before the update. None without a mirror.
         changed: How many tensors the last update has handed to the model.
+        all_failed: Whether the last call of `update_weights` has failed in all workers.
     """
 
     init_info_cls = TrainerInfo
@@ -66,6 +67,7 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
         self.pause_s: float | None = None
         self.load_s: float | None = None
         self.changed = 0
+        self.all_failed = False
         self._stopped_at = 0.0
         self._info: TrainerInfo | None = None
         self._connection: Connection | None = None
@@ -91,9 +93,9 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
         self._info = init_info
         self._connection = connection = Connection(init_info.config)
         connection.engine  # noqa: B018  so that an engine that cannot be started is seen now
+        self._partly = hooks.install()
+        hooks.tell(self)
         if init_info.config.mirror:
-            self._partly = hooks.install()
-            hooks.tell(self)
             self._mirroring = Mirroring(
                 lambda: (connection.registry, connection.engine),
                 init_info.source,
@@ -120,7 +122,8 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
             if not self._take_from_mirror(update_info, world):
                 take = partial(self._take, update_info, world)
                 together(lambda: _failure_of(take), self._end_reload, world)
-        except BaseException:
+        except BaseException as exc:
+            self.all_failed = isinstance(exc, Exception)  # as they do `together`
             if self._begun:
                 self.forget()
             self._release()
@@ -159,6 +162,7 @@ class RegistryTransfer(WeightTransferEngine[TrainerInfo, Step]):  # type: ignore
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """As vLLM calls it; a device for which torch has no accelerator needs no waiting."""
+        self.all_failed = False
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()

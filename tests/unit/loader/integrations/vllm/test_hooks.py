@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,6 +173,45 @@ def test_an_update_is_published_at_its_end(worker: Any, deeds: list[str]) -> Non
     assert deeds == ["pause", "start"]
     worker.finish_weight_update()
     assert deeds[2:] == ["finish", "republish"]
+
+
+class Updating:
+    """A worker of three."""
+
+    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=3))
+
+    def __init__(self, rank: int, all_failed: bool) -> None:
+        self.rank = rank
+        self.weight_transfer_engine = SimpleNamespace(all_failed=all_failed)
+
+    def sleep(self) -> None:
+        pass
+
+    def reload_weights(self) -> None:
+        pass
+
+    def update_weights(self, error: Exception | None) -> str:
+        if error is not None:
+            raise error
+        return "updated"
+
+
+@pytest.mark.parametrize("all_failed", [True, False])
+def test_of_an_update_that_has_failed_in_all_workers_the_last_one_says_so(
+    monkeypatch: pytest.MonkeyPatch, all_failed: bool
+) -> None:
+    """vLLM would take the errors of the others for answers to its next calls."""
+    module, kind = ModuleType("gpu_worker"), type("Worker", (Updating,), dict(vars(Updating)))
+    vars(module)["Worker"] = kind
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", module)
+    assert hooks.install()
+    workers = [kind(rank, all_failed) for rank in range(3)]
+    for worker in workers[:2] if all_failed else ():
+        assert worker.update_weights(OSError("no weights")) is None
+    for worker in workers[2:] if all_failed else workers:
+        with pytest.raises(OSError, match="no weights"):
+            worker.update_weights(OSError("no weights"))
+    assert [worker.update_weights(None) for worker in workers] == ["updated"] * 3
 
 
 def test_weights_in_doubt_stay_paused(worker: Any, deeds: list[str]) -> None:
