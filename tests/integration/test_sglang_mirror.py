@@ -115,6 +115,7 @@ def pulls(
         yield pulls
         pulling._close_mirrors()
         if connected.cache_info().currsize:
+            settings = {**pulls.settings, "labels": None}
             config = pulling.settings_of(pulling.Order("t", settings=settings))
             for one in reversed(connected(config)):
                 one.close()
@@ -192,6 +193,13 @@ def test_a_mirror_of_another_trainer_takes_the_place_of_the_former(
     with pytest.raises(pulls.pulling.PullFailed, match="which are as they were"):
         pulls.pulling.pull_into(pulls.model, request("nobody", timeout_s=0.1, **pulls.settings))
     assert [source for _, source in pulls.pulling._MIRRORINGS] == ["nobody"]
+    pulls.pull()
+    assert pulls.model.holds(state)
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_a_pull_of_an_engine_with_labels_works(pulls: Pulls, state: Tensors, mirror: bool) -> None:
+    pulls.settings |= {"labels": {"team": "a"}, "mirror": mirror}
     pulls.pull()
     assert pulls.model.holds(state)
 

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -123,7 +123,8 @@ def _run(pull: _Pull, order: Order) -> None:
             "give the number of a `version` to `request`",
             field="version",
         )
-    config = settings_of(order)
+    # A connection does not depend on labels, and a mapping could not be the key of one.
+    config = replace(settings_of(order), labels=None)
     if not (config.mirror and _run_from_mirror(pull, order, config)):
         _run_from_source(pull, order, config)
 
