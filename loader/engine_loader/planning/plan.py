@@ -80,7 +80,9 @@ class Planner:
         self._filling: _Filling | None = None  # and what came of it
 
     def into(self, dst: Manifest) -> Planner:
-        """The same for `dst`, which differs in its regions only."""
+        """The same for `dst`, which differs in its regions only, or not at all."""
+        if dst is self._dst:
+            return self  # which knows already what came of the comparison
         return Planner(dst, self._costs, self._partial)
 
     @collector_paused
