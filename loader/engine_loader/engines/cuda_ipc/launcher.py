@@ -27,7 +27,6 @@ KERNELS = {  # by the bytes of an element
     for unit in (4, 2, 1)
 }
 _KEPT_NBYTES = 32 << 20  # of tables on GPUs: of some 200 GB of weights
-_SHORT_NBYTES = 16 << 10  # of a table: a shorter one is copied sooner than memory is pinned for it
 
 
 class _Key(NamedTuple):
@@ -37,14 +36,11 @@ class _Key(NamedTuple):
 
 
 class _Tables(NamedTuple):
-    """Of one launch: on the GPU, by the bytes of an element. They are there after `ready`.
-
-    `host` is where they are copied from; `added` how many bytes go into each sum.
+    """Of one launch: on the GPU, by the bytes of an element. `added`: how many bytes go into each
+    sum.
     """
 
     rows: dict[int, torch.Tensor]
-    host: list[torch.Tensor]
-    ready: torch.cuda.Event
     added: Numbers | None
 
     @property
@@ -66,9 +62,8 @@ class Launcher:
         # the rest.
         with nullcontext() if torch.cuda.current_device() == gpu else torch.cuda.device(gpu):
             if (tables := self._kept.get(key)) is None:
-                tables = self._make(key, stream)
+                tables = self._make(key)
             self._kept.move_to_end(key)
-            stream.wait_event(tables.ready)  # another stream may have copied them
             for unit, rows in tables.rows.items():
                 into = rows if sums is None else sums.memory
                 KERNELS[unit].launch(stream, (len(rows), 1), rows, into)
@@ -80,18 +75,13 @@ class Launcher:
         return launch
 
     @plain_torch()
-    def _make(self, key: _Key, stream: torch.cuda.Stream) -> _Tables:
-        table = table_of(key.copies, key.blocks)
-        host, rows = [], {}
-        with torch.cuda.stream(stream):
-            for unit, some in table.rows.items():
-                here = torch.from_numpy(some)
-                host.append(here.pin_memory() if some.nbytes > _SHORT_NBYTES else here)
-                rows[unit] = host[-1].to(stream.device, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record(stream)
+    def _make(self, key: _Key) -> _Tables:
+        """They are on the GPU when this returns."""
+        table, device = table_of(key.copies, key.blocks), torch.device("cuda", key.gpu)
+        rows = {unit: torch.from_numpy(some).to(device) for unit, some in table.rows.items()}
+        torch.cuda.current_stream().synchronize()
         added = table.added(len(key.blocks)) if key.blocks is not None else None
-        tables = self._kept[key] = _Tables(rows, host, ready, added)
+        tables = self._kept[key] = _Tables(rows, added)
         self._kept_nbytes += tables.nbytes
         while self._kept_nbytes > _KEPT_NBYTES and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
