@@ -202,6 +202,11 @@ KINDS = {
         served=("host gpus", "pieces"),
         device=f"{IN_ARENA}cpu",
     ),
+    "cuda_ipc, with arenas of the host": map_memory(
+        lambda: CudaIpcEngine(gpus=HostGpus()),
+        served=("host gpus", "arena"),
+        device=f"{IN_ARENA}cpu",
+    ),
 }
 if "TEST_RDMA_HOST" in os.environ:
     RDMA = os.environ["TEST_RDMA_HOST"], "rdma"
@@ -221,6 +226,12 @@ if "TEST_CUDA_IPC" in os.environ:
         CudaIpcEngine,
         served=("cuda_ipc", f"cuda:{LAST}", "arena"),
         device=f"{IN_ARENA}cuda:0",
+    )
+    KINDS["cuda_ipc on GPUs, from arenas of the host"] = map_memory(
+        CudaIpcEngine, served=("cuda_ipc", "cpu", "arena"), device="cuda:0"
+    )
+    KINDS["cuda_ipc between arenas of the host"] = map_memory(
+        CudaIpcEngine, served=("cuda_ipc", "cpu", "arena"), device=f"{IN_ARENA}cpu"
     )
 
 

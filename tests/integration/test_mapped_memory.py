@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from engine_loader import CudaIpcEngine
 from engine_loader.engines import dial
 from engine_loader.engines.base import peer_of, read
 from engine_loader.engines.cuda_ipc import link, sources
+from engine_loader.engines.cuda_ipc.pieces import Pieces
 from engine_loader.errors import EngineUnavailable, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_registry import Region
@@ -103,15 +105,15 @@ def fork_server() -> Iterator[ForkServer]:
         yield server
 
 
-@pytest.fixture(params=["by handles", "by descriptors"])
+@pytest.fixture(params=["by handles", "by descriptors", "of an arena"])
 def serve(
     request: pytest.FixtureRequest, fork_server: ForkServer
 ) -> Iterator[Callable[[], Served]]:
-    pieces = ["pieces"] if request.param == "by descriptors" else []
+    where = {"by descriptors": ["pieces"], "of an arena": ["arena"]}.get(request.param, [])
     with ExitStack() as stack:
 
         def start() -> Served:
-            args = ["-m", "tests.support.processes.served", str(NBYTES), "host gpus", *pieces]
+            args = ["-m", "tests.support.processes.served", str(NBYTES), "host gpus", *where]
             process = stack.enter_context(fork_server.start(args, Path.cwd(), os.environ))
             stack.callback(process.kill)
             return Served(process)
@@ -321,6 +323,35 @@ def test_a_handle_that_cannot_be_opened_fails_the_contact_and_leaves_nothing(
     assert reader.gpus.opened == 0
     assert not descriptors() - before
     assert reader.read(source) == content(NBYTES)
+
+
+@pytest.mark.parametrize("serve", ["of an arena"], indirect=True)
+@pytest.mark.parametrize("more", [-4096, 4096])
+def test_memory_of_the_host_of_another_size_than_is_said_is_not_mapped(
+    reader: Reader, source: Served, more: int
+) -> None:
+    (export,) = source.exports
+    nbytes = export.nbytes + more
+    pieces = replace(Pieces.decode(export), sizes=(nbytes,))
+    before = descriptors()
+    with pytest.raises(ReadFailed, match=rf"{nbytes} bytes of the host are offered, in memory of"):
+        reader.engine.connect(source.session_id, [Export(export.addr, nbytes, pieces.encode())])
+    assert reader.gpus.opened == 0
+    assert not descriptors() - before
+
+
+@pytest.mark.parametrize("serve", ["by descriptors"], indirect=True)
+def test_memory_of_the_host_that_its_process_can_cut_short_is_not_mapped(
+    reader: Reader, source: Served
+) -> None:
+    """A read of what has been cut off would kill the reader."""
+    (export,) = source.exports
+    pieces = Pieces.decode(export)
+    nbytes = pieces.sizes[0]
+    pieces = replace(pieces, sizes=(nbytes,), on_host=True)
+    with pytest.raises(ReadFailed, match="memory of the host is offered that can be cut short"):
+        reader.engine.connect(source.session_id, [Export(export.addr, nbytes, pieces.encode())])
+    assert reader.gpus.opened == 0
 
 
 def test_addresses_that_no_export_holds_are_not_read(reader: Reader, source: Served) -> None:

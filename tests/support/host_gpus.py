@@ -1,7 +1,8 @@
 """The host's memory in the place of GPUs, and the kernel of cuda_ipc run by Triton's interpreter.
 
 So the engine is tested where there is no GPU. What is allocated here can be mapped by other
-processes, and stays as long as one of them has it mapped, as memory of GPUs does.
+processes, and stays as long as one of them has it mapped, as memory of GPUs does. Arenas on the
+host are mapped as for real GPUs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from engine_loader.engines.cuda_ipc.pieces import Allocation, Pieces, is_by_desc
 from engine_loader.engines.cuda_ipc.table import Copy, table_of
 from engine_loader.engines.cuda_ipc.tallies import Sums
 from engine_loader.errors import EngineFailed
-from engine_loader.tensors.host_memory import memory_at
+from engine_loader.tensors.host_memory import map_sealed, memory_at
 from engine_registry import Region
 from engine_registry.schema.manifest import Export
 from tests.support.interpreted import interpreted
@@ -97,7 +98,7 @@ class HostGpus:
             one for one, _, _ in self._allocated if one.addr < region.end and region.addr < one.end
         ]
         if (arena := memory_at(region.addr)) is not None:
-            found = [Allocation(*arena.region, b"")]
+            found = [Allocation(*arena.region, b"", on_host=True)]
         return found or [Allocation(0, _END, b"of this process")]
 
     def descriptor(self, addr: int) -> int:
@@ -117,8 +118,8 @@ class HostGpus:
         with self._lock:
             self._opened.pop(addr).close()
 
-    def reach(self, addr: int, gpu: int) -> None:
-        pass
+    def reach(self, addr: int, gpu: int) -> int:
+        return addr
 
     def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:
         table = table_of(copies, sums.blocks if sums is not None else None)
@@ -148,6 +149,10 @@ def _opened(export: Export) -> mmap.mmap:
 
 def _opened_pieces(export: Export) -> mmap.mmap:
     pieces = Pieces.decode(export)
+    if pieces.on_host:
+        with closing(pieces.opened()) as opened:
+            (memory,) = [map_sealed(piece.fd, piece.nbytes) for piece in opened]
+        return memory
     mapped = mmap.mmap(-1, export.nbytes)
     try:
         with closing(pieces.opened()) as opened:

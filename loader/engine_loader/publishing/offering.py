@@ -199,9 +199,15 @@ def _check_on_host(tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-_NOT_TAKEN = {
-    "GPUs": "not the host's, nor of memory pools",
-    "cudaMalloc": "not the host's, nor expandable segments (PYTORCH_CUDA_ALLOC_CONF)",
+_TAKEN = {  # by protocol, with the remedy for other memory
+    "cuda_ipc": (
+        "memory of GPUs, and arenas on the host, not of memory pools",
+        "move those on the host into an arena (arena_of), or use rdma or tcp",
+    ),
+    "nvlink_intra": (
+        "memory of cudaMalloc, not the host's, nor expandable segments (PYTORCH_CUDA_ALLOC_CONF)",
+        "move them, or use rdma or tcp",
+    ),
 }
 
 
@@ -215,10 +221,10 @@ def check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> 
         name for name, tensor in tensors.items() if tensor.numel() and not engine.can_share(tensor)
     ]
     if closed:
-        kind = "GPUs" if engine.protocol == "cuda_ipc" else "cudaMalloc"
+        taken, remedy = _TAKEN[engine.protocol]
         raise TensorsUnusable(
             f"{len(closed)} tensors cannot be opened by other processes over {engine.protocol}, "
-            f"which takes memory of {kind}, {_NOT_TAKEN[kind]}: {listed(closed)}",
-            "move them, or use rdma or tcp",
+            f"which takes {taken}: {listed(closed)}",
+            remedy,
             problems=closed,
         )

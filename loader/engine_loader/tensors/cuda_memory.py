@@ -246,6 +246,9 @@ def calls() -> Any:
         "cuMemMap": [wide, size, size, wide, wide],
         "cuMemUnmap": [wide, size],
         "cuMemSetAccess": [wide, size, pointer, size],
+        "cuMemHostRegister_v2": [wide, size, ctypes.c_uint],
+        "cuMemHostGetDevicePointer_v2": [pointer, wide, ctypes.c_uint],
+        "cuMemHostUnregister": [wide],
     }.items():
         getattr(loaded, name).argtypes = arguments
     return loaded

@@ -79,6 +79,22 @@ class HostMemory(mmap.mmap):
 _ALL: weakref.WeakValueDictionary[int, HostMemory] = weakref.WeakValueDictionary()  # by address
 
 
+def map_sealed(fd: int, nbytes: int) -> mmap.mmap:
+    """Such memory of another process, mapped here. It does not need the descriptor.
+
+    EngineFailed unless it has exactly so many bytes, and its process can take none of them away: a
+    process that reads memory which is gone is killed.
+    """
+    try:
+        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise EngineFailed("memory of the host is offered that can be cut short")
+        if (found := os.fstat(fd).st_size) != nbytes:
+            raise EngineFailed(f"{nbytes} bytes of the host are offered, in memory of {found}")
+        return mmap.mmap(fd, nbytes)
+    except (OSError, ValueError, OverflowError) as exc:
+        raise EngineFailed(f"memory of the host cannot be mapped: {exc}") from exc
+
+
 def memory_at(addr: int) -> HostMemory | None:
     """The one that has the address."""
     for memory in list(_ALL.values()):

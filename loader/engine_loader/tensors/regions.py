@@ -117,6 +117,7 @@ def _regions(storages: Mapping[tuple[int, str], int]) -> tuple[Region, ...]:
             start, end = region.addr, region.end
         elif (memory := memory_at(start)) is not None:  # all of an arena is one region
             start, end = memory.region.addr, memory.region.end
+            in_host = False  # it is no neighbour of others: peers map it by itself
         near = many and in_host and last_in_host and _page(start) - _page(last_end - 1) <= 1
         if start < last_end or near:
             regions[-1] = regions[-1][0], max(last_end, end)

@@ -1,8 +1,9 @@
 """An engine that serves bytes of a known content: `served NBYTES ENGINE [WHERE]`.
 
 ENGINE is `mooncake` or `socket`, with what MooncakeEngine or SocketEngine takes; `cuda_ipc`, with
-a GPU that has the bytes, and `arena` if they are in one; or `host gpus`, which is cuda_ipc with the
-host's memory, with `pieces` that of several descriptors, which a process like a keeper hands out.
+a device that has the bytes, and `arena` if they are in one; or `host gpus`, which is cuda_ipc with
+the host's memory, with `pieces` that of several descriptors, with `arena` an arena of the host,
+which a process like a keeper hands out.
 Prints its session, the address of the bytes and what it exports. `again` on its input: the bytes
 are taken back and offered anew. `fork`: it forks a child that outlives it, and prints its pid. Ends
 with its input, or killed.
@@ -47,11 +48,13 @@ def _printed(export: Export) -> str:
 
 def _served(nbytes: int, engine: str, *where: str) -> tuple[ClosableEngine, Region, Any]:
     """The engine; the bytes; and what keeps them."""
-    if engine == "cuda_ipc":
-        tensor = torch.frombuffer(bytearray(content(nbytes)), dtype=torch.uint8).to(where[0])
-        if len(where) > 1:
+    if engine == "cuda_ipc" or where == ("arena",):
+        device = where[0] if engine == "cuda_ipc" else "cpu"
+        tensor = torch.frombuffer(bytearray(content(nbytes)), dtype=torch.uint8).to(device)
+        if "arena" in where:
             arena_of([tensor]).close()
-        return CudaIpcEngine(), Region(tensor.data_ptr(), nbytes), tensor
+        gpus = None if engine == "cuda_ipc" else HostGpus()
+        return CudaIpcEngine(gpus=gpus), Region(tensor.data_ptr(), nbytes), tensor
     if engine == "host gpus":
         gpus = HostGpus()
         addr = gpus.allocate_pieces(*_sizes(nbytes)) if where else gpus.allocate(nbytes)

@@ -1,5 +1,5 @@
-"""From GPU to GPU of one host: the memory of sources is mapped into this process, and one kernel
-reads it.
+"""Between GPUs of one host, and from its memory to them: the memory of sources is mapped into this
+process, and one kernel reads it.
 
 A source's manifest has handles of its allocations, or says where its keeper hands out descriptors
 of them: see `memory`. A reader opens them at the first contact, and keeps them. Reads that are
@@ -39,7 +39,7 @@ from engine_registry.schema.manifest import Export, Region
 
 
 class CudaIpcEngine(ClosableEngine):
-    """Reads memory of GPUs of this host, by handles that sources publish, with one kernel.
+    """Reads memory of GPUs and arenas of this host, as sources publish them, with one kernel.
 
     Every process of this host that can read etcd may read memory that is offered, and write to it.
     """
@@ -145,11 +145,12 @@ class CudaIpcEngine(ClosableEngine):
     def memory_beside(
         self, region: Region, device: torch.device, nbytes: int
     ) -> torch.Tensor | None:
-        if not offers.are_by_descriptors(self._gpus, region):
-            return None
-        memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        if offers.are_by_descriptors(self._gpus, Region(memory.data_ptr(), nbytes)):
-            return memory
+        if self._gpus.number_of(device) is not None:
+            if not offers.are_by_descriptors(self._gpus, region):
+                return None
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            if offers.are_by_descriptors(self._gpus, Region(memory.data_ptr(), nbytes)):
+                return memory
         with Arena(device, nbytes) as arena:  # what has handles cannot be opened after our end
             return arena.take(nbytes)
 

@@ -60,10 +60,11 @@ class Gpus(Protocol):
     def close(self, addr: int, gpu: int) -> None:
         """Ends one `open`."""
 
-    def reach(self, addr: int, gpu: int) -> None:
-        """From now on that GPU can read this process's memory there.
+    def reach(self, addr: int, gpu: int) -> int:
+        """Where that GPU can read this process's memory from now on.
 
-        EngineFailed where there is no way between the two GPUs.
+        EngineFailed where there is no way between the two GPUs, or the memory is the host's and
+        cannot be pinned.
         """
 
     def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:
@@ -103,10 +104,12 @@ class CudaGpus(SharedMemory):
         return torch.cuda.current_device()
 
     @plain_torch()
-    def reach(self, addr: int, gpu: int) -> None:
+    def reach(self, addr: int, gpu: int) -> int:
         other = device_of(addr)
-        if other is None or other == gpu or (gpu, other) in self._reached:
-            return
+        if other is None:
+            return self.pinned(addr, gpu)
+        if other == gpu or (gpu, other) in self._reached:
+            return addr
         with _on(other) as memory, _on(gpu):
             code = _driver().cuCtxEnablePeerAccess(memory, 0)
             if code != _PEER_ACCESS_ENABLED:
@@ -115,6 +118,7 @@ class CudaGpus(SharedMemory):
         there = torch.zeros(1, device=torch.device("cuda", other))
         there.to(torch.device("cuda", gpu))
         self._reached.add((gpu, other))
+        return addr
 
     def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:
         if gpu is not None:
@@ -132,7 +136,11 @@ def _to_host(copy: Copy) -> None:
         for some in lines
         for run in some.along(len(some.counts))
     ] or [(copy.src, copy.dst, copy.nbytes)]
+    on_host = device_of(copy.src) is None
     for src, dst, nbytes in runs:
+        if on_host:
+            ctypes.memmove(dst, src, nbytes)
+            continue
         _check(
             _driver().cuMemcpyDtoH_v2(
                 ctypes.c_void_p(dst), ctypes.c_uint64(src), ctypes.c_size_t(nbytes)

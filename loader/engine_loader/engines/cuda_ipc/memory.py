@@ -1,22 +1,28 @@
-"""Memory of GPUs, as processes share it: offered by handles or descriptors, and opened by them.
+"""Memory of GPUs and of the host, as processes share it: offered by handles or descriptors, and
+opened by them.
 
 Memory of cudaMalloc has a handle of CUDA's interprocess communication, of 64 bytes, which a process
-opens for each GPU that reads. Memory of cuMemCreate is opened by descriptors: see `pieces`. Memory
-stays as long as anybody has it mapped, also when its process has ended.
+opens for each GPU that reads. Memory of cuMemCreate and arenas of the host are opened by
+descriptors: see `pieces` and `pinned`. Memory stays as long as anybody has it mapped, also when its
+process has ended.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import closing
 
 from engine_loader.engines.cuda_ipc.pieces import Allocation, Pieces, is_by_descriptors
+from engine_loader.engines.cuda_ipc.pinned import Pinned
 from engine_loader.errors import EngineFailed
 from engine_loader.tensors import cuda_memory
 from engine_loader.tensors.cuda import allocation_at, can_be_opened_by_others, device_of
 from engine_loader.tensors.cuda_memory import Mapping, calls, check, on_gpu
+from engine_loader.tensors.host_memory import HostMemory, memory_at
 from engine_registry.schema.manifest import Export, Region
 
 _HANDLE_NBYTES = 64
@@ -28,17 +34,19 @@ class _Handle(ctypes.Structure):
 
 
 class SharedMemory:
-    """That of the GPUs that this process sees."""
+    """That of the GPUs that this process sees, and of the host."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._mapped: dict[int, Mapping] = {}  # by address: what was opened by descriptors
+        # By address: what was opened by descriptors.
+        self._mapped: dict[int, Mapping | Pinned] = {}
+        self._own: weakref.WeakKeyDictionary[HostMemory, Pinned] = weakref.WeakKeyDictionary()
 
     def can_be_shared(self, addr: int) -> bool:
         """Whether other processes can open the memory there."""
         gpu = device_of(addr)
         if gpu is None:
-            return False
+            return memory_at(addr) is not None
         if can_be_opened_by_others(addr):
             return True
         with on_gpu(gpu):
@@ -48,7 +56,8 @@ class SharedMemory:
         """What the region lies in; EngineFailed where others cannot open all of it."""
         gpu = device_of(region.addr)
         if gpu is None:
-            raise _not_shared(region.addr)
+            whole = _arena_at(region.addr).region
+            return [Allocation(*whole, b"", on_host=True)]
         with on_gpu(gpu):
             if can_be_opened_by_others(region.addr):
                 whole = allocation_at(region.addr)
@@ -67,7 +76,7 @@ class SharedMemory:
         """A new one of the allocation there, which the caller closes; EngineFailed."""
         gpu = device_of(addr)
         if gpu is None:
-            raise _not_shared(addr)
+            return _arena_at(addr).descriptor()
         with on_gpu(gpu):
             handle = cuda_memory.retain(addr)
             try:
@@ -82,27 +91,30 @@ class SharedMemory:
         or there is less of it than the export says.
         """
         with on_gpu(gpu):
-            if is_by_descriptors(export):
-                return self._open_pieces(Pieces.decode(export), gpu)
-            return _open_handle(export, gpu)
-
-    def _open_pieces(self, pieces: Pieces, gpu: int) -> int:
-        mapping = Mapping(gpu, sum(pieces.sizes))
-        try:
-            with closing(pieces.opened()) as opened:
-                for piece in opened:
-                    handle = cuda_memory.from_descriptor(piece.fd)
-                    try:
-                        mapping.add(handle, piece.nbytes)
-                    finally:
-                        cuda_memory.release(handle)
-            mapping.allow()
-        except BaseException:
-            mapping.close()
-            raise
+            if not is_by_descriptors(export):
+                return _open_handle(export, gpu)
+            pieces = Pieces.decode(export)
+            mapping = _pinned(pieces, gpu) if pieces.on_host else _mapped(pieces, gpu)
         with self._lock:
             self._mapped[mapping.region.addr] = mapping
         return mapping.region.addr
+
+    def pinned(self, addr: int, gpu: int) -> int:
+        """Where GPUs have memory of this process's arena that is at that address; EngineFailed.
+
+        It stays so until the arena is gone.
+        """
+        memory = _arena_at(addr)
+        with self._lock:
+            found = self._own.get(memory)
+            if found is None:
+                fd = memory.descriptor()
+                try:
+                    found = self._own[memory] = Pinned(fd, memory.region.nbytes, gpu)
+                finally:
+                    os.close(fd)
+                weakref.finalize(memory, found.close).atexit = False
+        return found.region.addr + addr - memory.region.addr
 
     def close(self, addr: int, gpu: int) -> None:
         """Ends one `open`."""
@@ -115,10 +127,44 @@ class SharedMemory:
                 calls().cuIpcCloseMemHandle(ctypes.c_uint64(addr))
 
 
+def _mapped(pieces: Pieces, gpu: int) -> Mapping:
+    mapping = Mapping(gpu, sum(pieces.sizes))
+    try:
+        with closing(pieces.opened()) as opened:
+            for piece in opened:
+                handle = cuda_memory.from_descriptor(piece.fd)
+                try:
+                    mapping.add(handle, piece.nbytes)
+                finally:
+                    cuda_memory.release(handle)
+        mapping.allow()
+    except BaseException:
+        mapping.close()
+        raise
+    return mapping
+
+
+def _pinned(pieces: Pieces, gpu: int) -> Pinned:
+    with closing(pieces.opened()) as opened:
+        (pinned,) = [Pinned(piece.fd, piece.nbytes, gpu) for piece in opened]
+    return pinned
+
+
+def _arena_at(addr: int) -> HostMemory:
+    memory = memory_at(addr)
+    if memory is None:
+        raise EngineFailed(
+            f"the memory of the host at {addr:#x} is in no arena, so GPUs and other processes "
+            "cannot reach it",
+            "move the tensors into an arena (arena_of)",
+        )
+    return memory
+
+
 def _not_shared(addr: int) -> EngineFailed:
     return EngineFailed(
         f"the memory at {addr:#x} cannot be opened by other processes",
-        "serve memory of GPUs, not the host's, and not of memory pools (cudaMallocAsync)",
+        "serve other memory than that of memory pools (cudaMallocAsync)",
     )
 
 

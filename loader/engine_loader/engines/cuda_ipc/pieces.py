@@ -4,12 +4,13 @@ gets the descriptors.
 An export is of allocations that lie one behind another, as the pieces of an expandable segment of
 torch's do. Its handle has, little-endian:
 
-    1 byte      the version, 1
+    1 byte      the version: 1 for memory of a GPU, 2 for the host's
     32 bytes    the place at which the keeper hands descriptors out
     4 bytes     the number of the first allocation's descriptor; the others follow
     12 bytes    for each row of allocations of equal size: their size, and how many they are
 
-So it never has the 64 bytes of a handle of CUDA's. Pure, but for the descriptors.
+So it never has the 64 bytes of a handle of CUDA's. The host's memory has an export for each
+allocation. Pure, but for the descriptors.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from engine_registry.schema.manifest_format import MAX_EXPORTS, MAX_HANDLE_NBYTE
 
 _HEAD = struct.Struct(f"<B{PLACE_NBYTES}sI")
 _ROW = struct.Struct("<QI")
-_VERSION = 1
+_OF_GPU, _OF_HOST = 1, 2  # versions
 _MOST_ROWS = (MAX_HANDLE_NBYTES - _HEAD.size) // _ROW.size
 
 
@@ -44,6 +45,7 @@ class Allocation(NamedTuple):
     addr: int
     nbytes: int
     handle: bytes  # empty where a descriptor takes its place
+    on_host: bool = False
 
     @property
     def end(self) -> int:
@@ -66,10 +68,12 @@ class Pieces:
     place: DescriptorPlace
     first: int  # number of a descriptor
     sizes: tuple[int, ...]
+    on_host: bool = False
 
     def encode(self) -> bytes:
         rows = [(nbytes, len([*some])) for nbytes, some in itertools.groupby(self.sizes)]
-        head = _HEAD.pack(_VERSION, self.place.encode(), self.first)
+        version = _OF_HOST if self.on_host else _OF_GPU
+        head = _HEAD.pack(version, self.place.encode(), self.first)
         return head + b"".join([_ROW.pack(*row) for row in rows])
 
     @classmethod
@@ -86,7 +90,10 @@ class Pieces:
             DescriptorPlace.decode(place),
             first,
             tuple([nbytes for nbytes, count in rows for _ in range(count)]),
+            is_on_host(export),
         )
+        if found.on_host and len(found.sizes) != 1:
+            raise EngineFailed(f"{len(found.sizes)} allocations of the host are exported of one")
         if sum(found.sizes) != export.nbytes or 0 in found.sizes:
             raise EngineFailed(
                 f"{export.nbytes} bytes are exported of an allocation of {sum(found.sizes)}"
@@ -113,11 +120,19 @@ class Pieces:
 def is_by_descriptors(export: Export) -> bool:
     """Whether its handle is the place of descriptors, not one of CUDA's."""
     rows_nbytes = len(export.handle) - _HEAD.size
-    return rows_nbytes > 0 and rows_nbytes % _ROW.size == 0 and export.handle[0] == _VERSION
+    return (
+        rows_nbytes > 0 and rows_nbytes % _ROW.size == 0 and export.handle[0] in (_OF_GPU, _OF_HOST)
+    )
+
+
+def is_on_host(export: Export) -> bool:
+    """Whether its memory is the host's."""
+    return is_by_descriptors(export) and export.handle[0] == _OF_HOST
 
 
 def exports_of(allocations: Iterable[Allocation], place: DescriptorPlace) -> tuple[Export, ...]:
-    """One for each handle, and one for allocations by descriptors that lie one behind another.
+    """One for each handle, and one for allocations by descriptors that lie one behind another, but
+    for the host's, of which each has one.
 
     Their descriptors are numbered in the order of their addresses.
     """
@@ -128,7 +143,8 @@ def exports_of(allocations: Iterable[Allocation], place: DescriptorPlace) -> tup
     def end_run() -> None:
         nonlocal rows, number
         if run:
-            pieces = Pieces(place, number, tuple([one.nbytes for one in run]))
+            sizes = tuple([one.nbytes for one in run])
+            pieces = Pieces(place, number, sizes, run[0].on_host)
             exports.append(Export(run[0].addr, run[-1].end - run[0].addr, pieces.encode()))
             number += len(run)
         run.clear()
@@ -139,7 +155,8 @@ def exports_of(allocations: Iterable[Allocation], place: DescriptorPlace) -> tup
             exports.append(Export(one.addr, one.nbytes, one.handle))
             continue
         another = not run or one.nbytes != run[-1].nbytes
-        if run and (one.addr != run[-1].end or rows + another > _MOST_ROWS):
+        apart = run and (one.addr != run[-1].end or one.on_host or run[-1].on_host)
+        if apart or rows + another > _MOST_ROWS:
             end_run()
             another = True
         run.append(one)

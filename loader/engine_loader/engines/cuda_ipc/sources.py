@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from engine_loader.engines.base import session_of
 from engine_loader.engines.cuda_ipc import link
 from engine_loader.engines.cuda_ipc.gpus import Gpus
+from engine_loader.engines.cuda_ipc.pieces import is_on_host
 from engine_loader.engines.dial import failed
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
@@ -67,16 +68,16 @@ class OwnSource(Source):
 
     def address(self, op: ReadOp, gpu: int | None) -> int:
         self.check(op)
-        if gpu is not None:
-            try:
-                self._gpus.reach(op.src_addr, gpu)
-            except EngineFailed as exc:
-                raise failed(self.session_id, exc.what) from exc
-        return op.src_addr
+        if gpu is None:
+            return op.src_addr
+        try:
+            return self._gpus.reach(op.src_addr, gpu)
+        except EngineFailed as exc:
+            raise failed(self.session_id, exc.what) from exc
 
 
 class MappedSource(Source):
-    """Another process. Each GPU that reads opens its handles."""
+    """Another process. Each GPU that reads opens its handles; memory of the host is opened once."""
 
     def __init__(
         self, peer: str, exports: Sequence[Export], gpus: Gpus, connection: socket.socket | None
@@ -86,7 +87,8 @@ class MappedSource(Source):
         self._exports = sorted(exports, key=lambda export: export.addr)
         self._starts = [export.addr for export in self._exports]
         self._gpus = gpus
-        self._mapped: dict[tuple[int, int], int] = {}  # by GPU, and number of the export
+        # By GPU, and number of the export: where it is, and for which GPU it was opened.
+        self._mapped: dict[tuple[int | None, int], tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._closed = False
         self.connection = connection
@@ -100,14 +102,16 @@ class MappedSource(Source):
         with self._lock:
             if self._closed:
                 raise failed(self.session_id, "its memory has been let go")
-            found = self._mapped.get((gpu, number))
+            export = self._exports[number]
+            key = None if is_on_host(export) else gpu, number
+            found = self._mapped.get(key)
             if found is None:
                 try:
-                    found = self._gpus.open(self._exports[number], gpu)
+                    found = self._gpus.open(export, gpu), gpu
                 except EngineFailed as exc:
                     raise failed(self.session_id, exc.what) from exc
-                self._mapped[gpu, number] = found
-            return found
+                self._mapped[key] = found
+            return found[0]
 
     def check(self, op: ReadOp) -> None:
         self._number_of(op)
@@ -127,7 +131,7 @@ class MappedSource(Source):
         with self._lock:
             self._closed = True
             mapped, self._mapped = self._mapped, {}
-        for (gpu, _), addr in mapped.items():
+        for addr, gpu in mapped.values():
             self._gpus.close(addr, gpu)
         if self.connection is not None:
             self.connection.close()

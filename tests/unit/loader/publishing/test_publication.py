@@ -333,14 +333,21 @@ def test_a_rank_whose_readers_cannot_be_watched_is_not_registered(
     bench.assert_nothing_is_left()
 
 
-def test_over_nvlink_only_memory_that_others_can_open_is_served(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("protocol", "remedy"),
+    [
+        ("nvlink_intra", "move them, or use rdma or tcp"),
+        ("cuda_ipc", "move those on the host into an arena (arena_of), or use rdma or tcp"),
+    ],
+)
+def test_within_a_host_only_memory_that_others_can_open_is_served(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, protocol: str, remedy: str
 ) -> None:
-    monkeypatch.setattr(InProcessEngine, "protocol", "nvlink_intra")
+    monkeypatch.setattr(InProcessEngine, "protocol", protocol)
     bench.tensors["empty"] = torch.empty(0)
     with pytest.raises(TensorsUnusable, match="2 tensors cannot be opened") as caught:
         bench.publish()
-    assert caught.value.remedy == "move them, or use rdma or tcp"
+    assert caught.value.remedy == remedy
     assert caught.value.details["problems"] == ["w", "b"]
     bench.tensors = {"empty": torch.empty(0)}
     with bench.publish():

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from engine_loader import Shard
+from engine_loader import Arena, Shard
 from engine_loader.errors import TensorsUnusable
 from engine_loader.tensors.dtypes import dtype_name, dtype_named
 from engine_loader.tensors.regions import describe
@@ -108,6 +108,22 @@ def test_of_very_many_storages_those_become_one_region_that_have_no_whole_page_b
         assert len(describe(tensors).regions) == 2
         tensors.clear()
         buffer.release()
+
+
+def test_an_arena_on_the_host_is_never_one_region_with_its_neighbours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Peers map each by itself."""
+    monkeypatch.setattr("engine_loader.tensors.regions._MANY_STORAGES", 1)
+    arenas = [Arena("cpu", PAGE) for _ in range(4)]  # the kernel puts some beside each other
+    tensors = {
+        f"t{number}": arena.empty((8,), torch.float32) for number, arena in enumerate(arenas * 2)
+    }
+    try:
+        assert {*describe(tensors).regions} == {arena.region for arena in arenas}
+    finally:
+        for arena in arenas:
+            arena.close()
 
 
 def test_a_hundred_thousand_small_tensors_are_few_regions_that_hold_them_all() -> None:

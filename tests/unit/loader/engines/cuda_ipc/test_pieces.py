@@ -14,6 +14,7 @@ from engine_loader.engines.cuda_ipc.pieces import (
     Pieces,
     exports_of,
     is_by_descriptors,
+    is_on_host,
 )
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_registry import Manifest, Region
@@ -62,6 +63,27 @@ def test_memory_with_a_handle_is_an_export_of_its_own() -> None:
     assert [decoded(exports[number]) for number in (0, 3)] == [(0, (PAGE,)), (1, (PAGE,))]
 
 
+def test_memory_of_the_host_is_an_export_of_its_own_and_says_so() -> None:
+    exports = exports_of(
+        [
+            by_descriptors(PAGE),
+            Allocation(2 * PAGE, PAGE, b"", on_host=True),
+            Allocation(3 * PAGE, 2 * PAGE, b"", on_host=True),
+            by_descriptors(5 * PAGE),
+            by_descriptors(6 * PAGE),
+        ],
+        PLACE,
+    )
+    assert [is_on_host(one) for one in exports] == [False, True, True, False]
+    assert all(map(is_by_descriptors, exports))
+    assert [decoded(one) for one in exports] == [
+        (0, (PAGE,)),
+        (1, (PAGE,)),
+        (2, (2 * PAGE,)),
+        (3, (PAGE, PAGE)),
+    ]
+
+
 def test_seven_thousand_pieces_of_a_segment_take_one_short_handle() -> None:
     nbytes = 20 << 20
     (export,) = exports_of([by_descriptors(n * nbytes, nbytes) for n in range(7000)], PLACE)
@@ -103,7 +125,8 @@ GOOD = Pieces(PLACE, 0, (PAGE, PAGE)).encode()
         (b"\1", PAGE),
         (GOOD[:-1], 2 * PAGE),
         (GOOD + b"\0", 2 * PAGE),
-        (b"\2" + GOOD[1:], 2 * PAGE),
+        (b"\2" + GOOD[1:], 2 * PAGE),  # the host's have an export each
+        (b"\3" + GOOD[1:], 2 * PAGE),
         (GOOD, 2 * PAGE + 1),
         (GOOD, PAGE),
         (GOOD[:37], PAGE),
