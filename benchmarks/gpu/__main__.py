@@ -47,7 +47,7 @@ def command(
     of which load() over each protocol takes turns with torch's copies and naive calls of Mooncake;
     and
       nccl           send and receive, for each set
-      host           pinned memory and a safetensors file, for mixed
+      host           from an arena, from pinned memory and from a file, for mixed
       failover       two sources, one of which is killed
       fan-out        several processes load from one
       reshard        tp 2→1 and 1→2, by rows and by columns

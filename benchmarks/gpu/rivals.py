@@ -1,5 +1,4 @@
-"""What else moves the same bytes to a GPU: torch's copies, naive calls of the transfer engine, the
-host's memory, files.
+"""What else moves the same bytes to a GPU: torch's copies, naive calls of the transfer engine.
 
 Everything here knows its addresses and sizes beforehand, and asks nobody whether the bytes are of
 one version.
@@ -7,26 +6,13 @@ one version.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from benchmarks.gpu.rows import (
-    ALL_CALL,
-    EACH_CALL,
-    EACH_COPY,
-    FILE,
-    FLAT_COPY,
-    PINNED,
-    Row,
-    Target,
-    in_turns,
-)
+from benchmarks.gpu.rows import ALL_CALL, EACH_CALL, EACH_COPY, FLAT_COPY, Target
 from benchmarks.gpu.sets import Layout, allocate, filled
 from benchmarks.naive import naive_load
 from engine_registry import Registry
@@ -76,36 +62,3 @@ def naive(
             EACH_CALL: lambda: target.time(EACH_CALL, lambda: load.run(1))[0],
             ALL_CALL: lambda: target.time(ALL_CALL, load.run)[0],
         }
-
-
-# -- the host
-# --------------------------------------------------------------------------------------------------
-
-
-def from_host(dst: Place, rounds: int) -> list[Row]:
-    """From pinned memory, and from a file that has just been written, so that it lies in the page
-    cache.
-    """
-    wanted = filled(dst.layout, dst.device)
-    target = Target(allocate(dst.layout, dst.device), wanted)
-    host = allocate(dst.layout, "cpu", pinned=dst.device.startswith("cuda"))
-    for name, tensor in wanted.items():
-        host[name].copy_(tensor)
-
-    def copy() -> None:
-        for name, tensor in target.tensors.items():
-            tensor.copy_(host[name], non_blocking=True)
-
-    with tempfile.TemporaryDirectory(prefix="engines-bench-") as folder:
-        path = Path(folder) / "weights.safetensors"
-        save_file(host, path)
-        actions: dict[str, Action] = {
-            PINNED: lambda: target.time(PINNED, copy)[0],
-            FILE: lambda: target.time_new(FILE, lambda: load_file(path, device=dst.device)),
-        }
-        took = in_turns(actions, rounds)
-    notes = {PINNED: "", FILE: "load_file(device=…), the file in the page cache"}
-    return [
-        Row(dst.tensor_set, what, target.nbytes, tuple(some), notes[what])
-        for what, some in took.items()
-    ]

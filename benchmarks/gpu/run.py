@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.gpu import kills, layouts, loads, rivals, scenarios, turns, updates
+from benchmarks.gpu import host, kills, layouts, loads, scenarios, turns, updates
 from benchmarks.gpu.loads import Place
 from benchmarks.gpu.nccl import nccl
 from benchmarks.gpu.report import Results
@@ -27,9 +27,17 @@ from engine_registry.etcd.local import LocalEtcd
 from engine_registry.schema.record import WITHIN_HOST
 
 BY_MOONCAKE = ("nvlink_intra", "tcp")
-PARTS = (*SETS, "nccl", "host", "failover", "fan-out", layouts.GROUP, kills.GROUP, updates.GROUP)
+PARTS = (
+    *SETS,
+    "nccl",
+    host.GROUP,
+    "failover",
+    "fan-out",
+    layouts.GROUP,
+    kills.GROUP,
+    updates.GROUP,
+)
 _MANY = 10_000  # tensors, of which each look at all of them takes a second
-_HOST_SET = "mixed"  # the one that also comes from the host's memory and from a file
 _OF_MIXED = 0.5  # what kills and updates take of the mixed set: 4.3 GB
 
 
@@ -97,6 +105,8 @@ def measure(results: Results, devices: Devices, extent: Extent, say: Callable[[s
         for name in SETS:
             if extent.has(name):
                 run.one_set(name)
+        if extent.has(host.GROUP):
+            run.from_host()
         for protocol in devices.protocols:
             run.several(protocol)
         if extent.has(layouts.GROUP):
@@ -144,9 +154,12 @@ class _Run:
             self._add(loads.cold_and_warm(self.endpoint, destinations, processes, some))
         if self.extent.has("nccl"):
             self._add(nccl(src, dst, self.devices.backend, some))
-        if self.extent.has("host") and name == _HOST_SET:
-            self._add(rivals.from_host(dst, rounds))
-            _free()
+
+    def from_host(self) -> None:
+        self.say("the host's memory")
+        dst = self._dst("mixed", self.devices.protocols[0])
+        self._add(host.from_host(self.endpoint, dst, self.extent.rounds))
+        _free()
 
     def several(self, protocol: str) -> None:
         """More than two processes."""

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.gpu import run
 from benchmarks.gpu.report import Results, report
-from benchmarks.gpu.rows import EACH_NCCL, FILE, TURN, WARM
+from benchmarks.gpu.rows import BATCH, EACH_NCCL, FILE, PINNED, TURN, WARM
 
 CPUS = run.Devices(("cpu", "cpu"), ("cpu", "cpu"), protocols=("tcp",), backend="gloo", gpus=2)
 
@@ -31,10 +31,12 @@ def test_every_part_is_measured_and_printed_as_json(capsys: pytest.CaptureFixtur
     without = ("large", "llama-70b-tp8", "small", *FAULTS)
     document = measured([part for part in run.PARTS if part not in without], capsys)
     rows = {(row["group"], row["what"]): row for row in document["rows"]}
-    assert {("mixed", what) for what in (WARM, TURN, EACH_NCCL, FILE)} <= rows.keys()
-    assert {group for group, _ in rows} == {"mixed", "failover", "fan-out", "reshard"}
+    assert {("mixed", what) for what in (WARM, TURN, EACH_NCCL)} <= rows.keys()
+    assert {("host", what) for what in (WARM, PINNED, BATCH, FILE)} <= rows.keys()
+    assert {group for group, _ in rows} == {"mixed", "host", "failover", "fan-out", "reshard"}
     unrun = [row for row in document["rows"] if "median_s" not in row]
-    assert [row["note"] for row in unrun] == ["not run: 2 GPUs"] * 2
+    notes = sorted(row["note"] for row in unrun)
+    assert notes == ["not run: 2 GPUs"] * 2 + ["not run: it copies to GPUs"]
     assert document["steps_s"][f"mixed, tcp, {TURN}"]["reads and checks"] > 0
     assert document["functions"]["mixed, tcp"]
 
