@@ -20,6 +20,7 @@ from engine_loader import (
     load,
     publish,
 )
+from engine_loader.engines.cuda_ipc import pinned
 from engine_loader.engines.cuda_ipc.pieces import is_on_host
 from engine_loader.errors import TensorsUnusable
 from engine_loader.options import LoadOptions, Verify
@@ -119,6 +120,20 @@ def test_weights_on_a_gpu_and_in_an_arena_of_the_host_arrive_together(
     found = zeroed(content(1))
     assert fill(registry, engine, found, "digest").verified
     assert_equal(found, changed(1))
+
+
+def test_tensors_that_lie_in_several_parts_that_are_pinned_arrive_whole(
+    registry: Registry,
+    source: Source,
+    engine: CudaIpcEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pinned, "_PART_NBYTES", 2 << 20)
+    source.do("host 1")
+    for _ in range(2):
+        found = zeroed(content(1))  # some tensors on each GPU
+        fill(registry, engine, found)
+        assert_equal(found, content(1))
 
 
 @pytest.mark.parametrize("command", ["publish", "arena", "host"])

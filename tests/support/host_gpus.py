@@ -118,7 +118,10 @@ class HostGpus:
         with self._lock:
             self._opened.pop(addr).close()
 
-    def reach(self, addr: int, gpu: int) -> int:
+    def pin(self, addr: int, start: int, nbytes: int, gpu: int) -> None:
+        pass
+
+    def reach(self, addr: int, nbytes: int, gpu: int) -> int:
         return addr
 
     def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:

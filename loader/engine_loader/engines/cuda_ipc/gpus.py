@@ -60,8 +60,13 @@ class Gpus(Protocol):
     def close(self, addr: int, gpu: int) -> None:
         """Ends one `open`."""
 
-    def reach(self, addr: int, gpu: int) -> int:
-        """Where that GPU can read this process's memory from now on.
+    def pin(self, addr: int, start: int, nbytes: int, gpu: int) -> None:
+        """Lets the GPU read bytes of the host's memory that was opened at that address. They begin
+        so many bytes behind it. EngineFailed where they cannot be pinned.
+        """
+
+    def reach(self, addr: int, nbytes: int, gpu: int) -> int:
+        """Where that GPU can read so many bytes of this process from now on.
 
         EngineFailed where there is no way between the two GPUs, or the memory is the host's and
         cannot be pinned.
@@ -104,10 +109,10 @@ class CudaGpus(SharedMemory):
         return torch.cuda.current_device()
 
     @plain_torch()
-    def reach(self, addr: int, gpu: int) -> int:
+    def reach(self, addr: int, nbytes: int, gpu: int) -> int:
         other = device_of(addr)
         if other is None:
-            return self.pinned(addr, gpu)
+            return self.pinned(addr, nbytes, gpu)
         if other == gpu or (gpu, other) in self._reached:
             return addr
         with _on(other) as memory, _on(gpu):

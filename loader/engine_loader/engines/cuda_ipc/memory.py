@@ -94,15 +94,24 @@ class SharedMemory:
             if not is_by_descriptors(export):
                 return _open_handle(export, gpu)
             pieces = Pieces.decode(export)
-            mapping = _pinned(pieces, gpu) if pieces.on_host else _mapped(pieces, gpu)
+            mapping = _on_host(pieces) if pieces.on_host else _mapped(pieces, gpu)
         with self._lock:
             self._mapped[mapping.region.addr] = mapping
         return mapping.region.addr
 
-    def pinned(self, addr: int, gpu: int) -> int:
-        """Where GPUs have memory of this process's arena that is at that address; EngineFailed.
+    def pin(self, addr: int, start: int, nbytes: int, gpu: int) -> None:
+        """Lets the GPU read bytes of the host's memory that was opened at that address. They begin
+        so many bytes behind it. EngineFailed where they cannot be pinned.
+        """
+        with self._lock:
+            memory = self._mapped[addr]
+        if isinstance(memory, Pinned):
+            memory.pin(start, nbytes, gpu)
 
-        It stays so until the arena is gone.
+    def pinned(self, addr: int, nbytes: int, gpu: int) -> int:
+        """Where GPUs have these bytes of an arena of this process; EngineFailed.
+
+        They stay pinned until the arena is gone.
         """
         memory = _arena_at(addr)
         with self._lock:
@@ -110,11 +119,13 @@ class SharedMemory:
             if found is None:
                 fd = memory.descriptor()
                 try:
-                    found = self._own[memory] = Pinned(fd, memory.region.nbytes, gpu)
+                    found = self._own[memory] = Pinned(fd, memory.region.nbytes)
                 finally:
                     os.close(fd)
                 weakref.finalize(memory, found.close).atexit = False
-        return found.region.addr + addr - memory.region.addr
+        start = addr - memory.region.addr
+        found.pin(start, nbytes, gpu)
+        return found.region.addr + start
 
     def close(self, addr: int, gpu: int) -> None:
         """Ends one `open`."""
@@ -144,10 +155,10 @@ def _mapped(pieces: Pieces, gpu: int) -> Mapping:
     return mapping
 
 
-def _pinned(pieces: Pieces, gpu: int) -> Pinned:
+def _on_host(pieces: Pieces) -> Pinned:
     with closing(pieces.opened()) as opened:
-        (pinned,) = [Pinned(piece.fd, piece.nbytes, gpu) for piece in opened]
-    return pinned
+        (memory,) = [Pinned(piece.fd, piece.nbytes) for piece in opened]
+    return memory
 
 
 def _arena_at(addr: int) -> HostMemory:

@@ -1,12 +1,14 @@
 """Memory of the host, as GPUs of this process read it: mapped and registered with CUDA.
 
-Registering pins every page. It is done once for all GPUs. Starts no thread.
+Registering pins every page, which takes time. So it is done part by part, as reads reach them and
+while the GPU copies the parts before, and once for all GPUs. Starts no thread.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from contextlib import suppress
 
 from engine_loader.errors import EngineFailed
@@ -15,48 +17,55 @@ from engine_loader.tensors.host_memory import map_sealed
 from engine_registry.schema.manifest import Region
 
 _PORTABLE, _DEVICEMAP = 1, 2  # CU_MEMHOSTREGISTER_…: for all GPUs, and at addresses of theirs
+_PART_NBYTES = 256 << 20
 
 
 class Pinned:
     """An arena of the host, at an address of its own that the host and all GPUs use."""
 
-    def __init__(self, fd: int, nbytes: int, gpu: int) -> None:
+    def __init__(self, fd: int, nbytes: int) -> None:
         """Of an arena of exactly so many bytes, whose descriptor need not be kept. EngineFailed
-        where it is something else, or cannot be pinned.
+        where it is something else.
         """
         self._memory = map_sealed(fd, nbytes)
-        self._gpu = gpu
         self._pid = os.getpid()
-        self._registered = False
-        addr = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self.region = Region(addr, nbytes)
-        try:
-            with on_gpu(gpu):
-                self._register()
-        except BaseException:
-            self.close()
-            raise
+        self._lock = threading.Lock()
+        self._parts: dict[int, int] = {}  # those that are registered, with the GPU of each
+        self.region = Region(ctypes.addressof(ctypes.c_char.from_buffer(self._memory)), nbytes)
 
-    def _register(self) -> None:
-        addr, nbytes = self.region
+    def pin(self, start: int, nbytes: int, gpu: int) -> None:
+        """From now on GPUs can read so many bytes, from the start on; EngineFailed."""
+        with self._lock:
+            for part in range(start // _PART_NBYTES, -(-(start + nbytes) // _PART_NBYTES)):
+                if part not in self._parts:
+                    with on_gpu(gpu):
+                        self._register(part, gpu)
+
+    def _register(self, part: int, gpu: int) -> None:
+        addr = self._begin(part)
+        nbytes = min(_PART_NBYTES, self.region.end - addr)
         check(
             calls().cuMemHostRegister_v2(addr, nbytes, _PORTABLE | _DEVICEMAP),
             f"{nbytes} bytes of the host's memory cannot be pinned for GPUs: raise the limit of "
             "locked memory (ulimit -l), or free memory",
         )
-        self._registered = True
+        self._parts[part] = gpu
         there = ctypes.c_uint64()
         check(
             calls().cuMemHostGetDevicePointer_v2(ctypes.byref(there), addr, 0),
-            f"cuda:{self._gpu} does not reach the host's memory",
+            f"cuda:{gpu} does not reach the host's memory",
         )
         if there.value != addr:
-            raise EngineFailed(f"cuda:{self._gpu} has other addresses for the host's memory")
+            raise EngineFailed(f"cuda:{gpu} has other addresses for the host's memory")
+
+    def _begin(self, part: int) -> int:
+        return self.region.addr + part * _PART_NBYTES
 
     def close(self) -> None:
         """Any number of times. No GPU may read it any more."""
-        if self._registered and os.getpid() == self._pid:  # a forked child has no CUDA
-            with suppress(EngineFailed), on_gpu(self._gpu):
-                calls().cuMemHostUnregister(self.region.addr)
-        self._registered = False
+        while self._parts:
+            part, gpu = self._parts.popitem()
+            if os.getpid() == self._pid:  # a forked child has no CUDA
+                with suppress(EngineFailed), on_gpu(gpu):
+                    calls().cuMemHostUnregister(self._begin(part))
         self._memory.close()

@@ -71,7 +71,7 @@ class OwnSource(Source):
         if gpu is None:
             return op.src_addr
         try:
-            return self._gpus.reach(op.src_addr, gpu)
+            return self._gpus.reach(op.src_addr, op.nbytes, gpu)
         except EngineFailed as exc:
             raise failed(self.session_id, exc.what) from exc
 
@@ -119,7 +119,13 @@ class MappedSource(Source):
     def address(self, op: ReadOp, gpu: int | None) -> int:
         number = self._number_of(op)
         base = self._open(self._gpus.current() if gpu is None else gpu, number)
-        return base + op.src_addr - self._starts[number]
+        start = op.src_addr - self._starts[number]
+        if gpu is not None and is_on_host(self._exports[number]):
+            try:
+                self._gpus.pin(base, start, op.nbytes, gpu)
+            except EngineFailed as exc:
+                raise failed(self.session_id, exc.what) from exc
+        return base + start
 
     def _number_of(self, op: ReadOp) -> int:
         number = bisect.bisect_right(self._starts, op.src_addr) - 1
