@@ -26,7 +26,7 @@ from unittest import mock
 from benchmarks.scale.ranks import a_keeper
 from engine_loader import Engine
 from engine_loader.engines.nearness import Nearness
-from engine_loader.loading import attempt
+from engine_loader.loading import reading
 from engine_loader.planning.reads import Span
 from engine_loader.sources import manifests
 from engine_loader.transfer.pace import Pace, pace_in_chain
@@ -176,7 +176,7 @@ class _GatedTransfer(Transfer):
 @contextmanager
 def held_by(gate: Gate) -> Iterator[None]:
     """Inside, loads wait at the gate when they hold their tickets and watch their sources."""
-    with mock.patch.object(attempt, "Transfer", partial(_GatedTransfer, gate)):
+    with mock.patch.object(reading, "Transfer", partial(_GatedTransfer, gate)):
         yield
 
 

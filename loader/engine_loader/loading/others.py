@@ -41,6 +41,10 @@ from engine_registry.watching.waiting import Wanted
 log = logging.getLogger(__name__)
 
 
+def _ignore(_: Sequence[Span]) -> None:
+    pass
+
+
 class Others:
     """Of one attempt: `enter`, then `run`, during which spans are to be received, and `check`.
 
@@ -63,7 +67,7 @@ class Others:
         self._sources = sources
         self._received = received
         self._lost = lost
-        self._on_proven: Callable[[Sequence[Span]], None] = lambda spans: None
+        self._on_proven: Callable[[Sequence[Span]], None] = _ignore
         self._witnesses: list[SourceRank] = []  # whose tables have come: the sources first
         self._tables: Mapping[int, Table] = {}  # of these, by their numbers
         self._proofs: BlockProofs | None = None
@@ -230,6 +234,10 @@ class Others:
                 share = transfer.shares[number]
                 share.error = share.error or error
             self._lose(self.ranks, transfer.shares[len(self._sources) :])
+
+    def forget(self) -> None:
+        """Nobody wants to know any more what counts."""
+        self._on_proven = _ignore
 
     def check(self) -> None:
         """SourceLost if something that has come does not count, and so has to be read again."""

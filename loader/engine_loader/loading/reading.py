@@ -40,6 +40,7 @@ class Reading:
         plan: All that is wanted of them.
         place: How the sources were entered, once they have been.
         check: Their digests; None where none are compared.
+        shares: What each of the sources and the others has brought.
         seconds: How long it took from `begin` to the end of `run`.
     """
 
@@ -61,6 +62,7 @@ class Reading:
         self.plan = planner.plan([source.origin for source in sources])
         self.place: Entered | None = None
         self.check: DigestCheck | None = None
+        self.shares: list[Share] = []
         self.seconds = 0.0
         self._job = job
         self._received = received
@@ -108,6 +110,7 @@ class Reading:
             self._receive,
             check.look if check is not None else lambda: None,
         )
+        self.shares = self._transfer.shares
         self._undo.push(self._settle)
         self._began_at = time.monotonic()
 
@@ -124,11 +127,6 @@ class Reading:
         self.seconds = time.monotonic() - self._began_at
 
     @property
-    def shares(self) -> list[Share]:
-        """What each source has brought."""
-        return self._begun.shares
-
-    @property
     def _begun(self) -> Transfer:
         if self._transfer is None:
             raise RuntimeError("the reads have not begun")
@@ -139,10 +137,15 @@ class Reading:
         self._undo.close()
 
     def _settle(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Where it was not run, reads that were started end before their memory is taken back."""
-        if self._transfer is not None and not self._has_run:
-            self._has_run = True
-            self._transfer.settle(kind is not None and not issubclass(kind, LoaderError))
+        """Where it was not run, reads that were started end before their memory is taken back.
+
+        The transfer and its buffers are let go: it refers to this, and would wait for the collector
+        of garbage.
+        """
+        transfer, self._transfer = self._transfer, None
+        self.others.forget()
+        if transfer is not None and not self._has_run:
+            transfer.settle(kind is not None and not issubclass(kind, LoaderError))
 
     def _pace(self) -> Pace:
         """The sooner bytes are checked, the sooner they can be summed up."""
