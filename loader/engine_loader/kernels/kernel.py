@@ -13,17 +13,17 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from engine_loader.errors import EngineFailed
 from engine_loader.kernels import kept
 from engine_loader.kernels.compiling import can_compile, compile_kernel
-from engine_loader.tensors.cuda import driver
+from engine_loader.tensors.cuda import check, driver
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
+_REMEDY = "use nvlink_intra, and report this"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Kernel:
             places,
             None,
         )
-        _check(code, f"{self.name} cannot be launched")
+        check(code, f"{self.name} cannot be launched", _REMEDY)
 
 
 def find_or_compile(kernel: Kernel, arch: int) -> kept.Compiled:
@@ -160,10 +160,10 @@ def _load(kernel: Kernel, gpu: int) -> _Loaded:
     compiled = find_or_compile(kernel, arch_of(gpu))
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     failed = f"the driver does not take {kernel.name}"
-    _check(driver().cuModuleLoadData(ctypes.byref(module), compiled.cubin), failed)
-    _check(
-        driver().cuModuleGetFunction(ctypes.byref(function), module, compiled.name.encode()), failed
-    )
+    code = driver().cuModuleLoadData(ctypes.byref(module), compiled.cubin)
+    check(code, failed, _REMEDY)
+    code = driver().cuModuleGetFunction(ctypes.byref(function), module, compiled.name.encode())
+    check(code, failed, _REMEDY)
     return _Loaded(function, compiled.shared_nbytes, compiled.threads, compiled.parameters)
 
 
@@ -171,12 +171,3 @@ def arch_of(gpu: int) -> int:
     """90 for sm_90."""
     major, minor = torch.cuda.get_device_capability(gpu)
     return 10 * major + minor
-
-
-def _check(code: int, what: str) -> None:
-    if code:
-        name = ctypes.c_char_p()
-        library: Any = driver()
-        library.cuGetErrorName(code, ctypes.byref(name))
-        error = name.value.decode() if name.value else f"error {code}"
-        raise EngineFailed(f"{what} ({error})", "use nvlink_intra, and report this")

@@ -114,6 +114,15 @@ def driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 
+def check(code: int, what: str, remedy: str = "") -> None:
+    """EngineFailed, with the name of the driver's error, where a call has returned one."""
+    if code:
+        name = ctypes.c_char_p()
+        driver().cuGetErrorName(code, ctypes.byref(name))
+        error = name.value.decode() if name.value else f"error {code}"
+        raise EngineFailed(f"{what} ({error})", remedy)
+
+
 def wait_for(devices: Iterable[torch.device]) -> None:
     """Until all that they were asked to do is done, by whatever stream."""
     for device in devices:

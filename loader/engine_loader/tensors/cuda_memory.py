@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from engine_loader.errors import EngineFailed
-from engine_loader.tensors.cuda import driver
+from engine_loader.tensors.cuda import check, driver
 from engine_registry.schema.manifest import Region
 
 _DESCRIPTOR = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
@@ -216,15 +216,6 @@ def on_gpu(gpu: int) -> Iterator[ctypes.c_void_p]:
             calls().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
     finally:
         calls().cuDevicePrimaryCtxRelease_v2(number)
-
-
-def check(code: int, what: str) -> None:
-    """EngineFailed, with the name of the driver's error, where there is one."""
-    if code:
-        name = ctypes.c_char_p()
-        calls().cuGetErrorName(code, ctypes.byref(name))
-        error = name.value.decode() if name.value else f"error {code}"
-        raise EngineFailed(f"{what} ({error})")
 
 
 @functools.cache

@@ -19,10 +19,8 @@ from engine_loader.engines.cuda_ipc.table import Copy
 from engine_loader.engines.cuda_ipc.tallies import Sums
 from engine_loader.errors import EngineUnavailable
 from engine_loader.kernels.kernel import can_be_had
-from engine_loader.tensors.cuda import device_here, device_of
-from engine_loader.tensors.cuda_memory import calls as _driver
-from engine_loader.tensors.cuda_memory import check as _check
-from engine_loader.tensors.cuda_memory import on_gpu as _on
+from engine_loader.tensors.cuda import check, device_here, device_of
+from engine_loader.tensors.cuda_memory import calls, on_gpu
 from engine_loader.tensors.modes import plain_torch
 from engine_registry.schema.manifest import Export, Region
 
@@ -80,7 +78,7 @@ class CudaGpus(SharedMemory):
     """The GPUs that this process sees."""
 
     def __init__(self) -> None:
-        """EngineUnavailable where there are none, or no Triton."""
+        """EngineUnavailable where there are none, or neither kernels nor Triton."""
         super().__init__()
         if not torch.cuda.is_available():
             raise EngineUnavailable(
@@ -115,10 +113,10 @@ class CudaGpus(SharedMemory):
             return self.pinned(addr, nbytes, gpu)
         if other == gpu or (gpu, other) in self._reached:
             return addr
-        with _on(other) as memory, _on(gpu):
-            code = _driver().cuCtxEnablePeerAccess(memory, 0)
+        with on_gpu(other) as memory, on_gpu(gpu):
+            code = calls().cuCtxEnablePeerAccess(memory, 0)
             if code != _PEER_ACCESS_ENABLED:
-                _check(code, f"cuda:{gpu} does not reach cuda:{other} (nvidia-smi topo -p2p r)")
+                check(code, f"cuda:{gpu} does not reach cuda:{other} (nvidia-smi topo -p2p r)")
         # By a copy, torch lets that GPU reach expandable segments as well, and those to come.
         there = torch.zeros(1, device=torch.device("cuda", other))
         there.to(torch.device("cuda", gpu))
@@ -128,7 +126,7 @@ class CudaGpus(SharedMemory):
     def launch(self, gpu: int | None, copies: Sequence[Copy], sums: Sums | None) -> Launch:
         if gpu is not None:
             return self._launcher.launch(gpu, copies, sums)
-        with _on(self.current()):
+        with on_gpu(self.current()):
             for copy in copies:
                 _to_host(copy)
         return Made()
@@ -146,8 +144,8 @@ def _to_host(copy: Copy) -> None:
         if on_host:
             ctypes.memmove(dst, src, nbytes)
             continue
-        _check(
-            _driver().cuMemcpyDtoH_v2(
+        check(
+            calls().cuMemcpyDtoH_v2(
                 ctypes.c_void_p(dst), ctypes.c_uint64(src), ctypes.c_size_t(nbytes)
             ),
             "the memory of the GPU cannot be copied to the host's",

@@ -20,8 +20,8 @@ from engine_loader.engines.cuda_ipc.pieces import Allocation, Pieces, is_by_desc
 from engine_loader.engines.cuda_ipc.pinned import Pinned
 from engine_loader.errors import EngineFailed
 from engine_loader.tensors import cuda_memory
-from engine_loader.tensors.cuda import allocation_at, can_be_opened_by_others, device_of
-from engine_loader.tensors.cuda_memory import Mapping, calls, check, on_gpu
+from engine_loader.tensors.cuda import allocation_at, can_be_opened_by_others, check, device_of
+from engine_loader.tensors.cuda_memory import Mapping, calls, on_gpu
 from engine_loader.tensors.host_memory import HostMemory, memory_at
 from engine_registry.schema.manifest import Export, Region
 

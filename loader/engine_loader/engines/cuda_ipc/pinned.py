@@ -12,7 +12,8 @@ import threading
 from contextlib import suppress
 
 from engine_loader.errors import EngineFailed
-from engine_loader.tensors.cuda_memory import calls, check, on_gpu
+from engine_loader.tensors.cuda import check
+from engine_loader.tensors.cuda_memory import calls, on_gpu
 from engine_loader.tensors.host_memory import map_sealed
 from engine_registry.schema.manifest import Region
 

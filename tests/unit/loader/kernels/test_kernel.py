@@ -191,6 +191,7 @@ class Driver:
 def driver(_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     kernels._load.cache_clear()
     monkeypatch.setattr(kernels, "driver", lambda: driver)
+    monkeypatch.setattr("engine_loader.tensors.cuda.driver", lambda: driver)
     driver = Driver()
     yield driver
     kernels._load.cache_clear()
